@@ -1,0 +1,151 @@
+"""Which process this is, and what the processes agree on.
+
+The only reader of RANK, LOCAL_RANK and WORLD_SIZE. Nothing here starts a process group: Accelerate does.
+Waiting is done on torchrun's key-value store and not in a collective, so it cannot run into NCCL's
+timeout however long one process downloads or tokenizes.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import os
+import pickle
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from falcon_qlora.errors import UserError
+
+T = TypeVar("T")
+
+_WAIT_LIMIT = datetime.timedelta(days=7)
+
+
+def process_index() -> int:
+    """This process's index over all nodes, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_process_index() -> int:
+    """This process's index on its node, from 0: the index of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes train together, over all nodes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """How many processes run on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    return process_index() == 0
+
+
+def is_local_main_process() -> bool:
+    return local_process_index() == 0
+
+
+def restart_count() -> int:
+    """How often torchrun has restarted this group of processes."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def local_device() -> torch.device:
+    """The device of this process's replica: the GPU of its local index, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_process_index())
+
+
+class PeerError(Exception):
+    """Another process has met an error and has reported it; this one leaves quietly."""
+
+    def __init__(self, exit_status: int):
+        super().__init__("another process reported the error")
+        self.exit_status = exit_status
+
+
+_sequence = 0
+
+
+def main_process_first(work: Callable[[], T]) -> T:
+    """Run `work` on the main process, then on the others once it is done; return each one's own result.
+
+    Meant for work that fills a cache: the first call does it, the later ones find it. Without a process
+    group every process runs `work` at once.
+
+    Raises:
+        PeerError: on the other processes, where the main process failed.
+    """
+    global _sequence
+    if world_size() == 1 or not dist.is_initialized():
+        return work()
+    _sequence += 1
+    key = f"falcon_qlora/first/{restart_count()}/{_sequence}"
+    store = _store()
+    if not is_main_process():
+        store.wait([key], _WAIT_LIMIT)
+        status = int(store.get(key))
+        if status:
+            raise PeerError(status)
+        return work()
+    try:
+        result = work()
+    except BaseException as error:
+        store.set(key, "2" if isinstance(error, UserError) else "1")
+        raise
+    store.set(key, "0")
+    return result
+
+
+def from_main_process(make: Callable[[], T]) -> T:
+    """Run `make` on the main process alone and return its (small, picklable) result on every process."""
+    global _sequence
+    if world_size() == 1 or not dist.is_initialized():
+        return make()
+    _sequence += 1
+    key = f"falcon_qlora/from_main/{restart_count()}/{_sequence}"
+    store = _store()
+    if is_main_process():
+        try:
+            result = make()
+        except BaseException as error:
+            store.set(key, pickle.dumps((2 if isinstance(error, UserError) else 1, None)))
+            raise
+        store.set(key, pickle.dumps((0, result)))
+        return result
+    store.wait([key], _WAIT_LIMIT)
+    status, result = pickle.loads(store.get(key))
+    if status:
+        raise PeerError(status)
+    return result
+
+
+def replicas_hash(tensors: Iterable[torch.Tensor]) -> str:
+    """SHA-256 over the bytes of `tensors` on this process.
+
+    Raises:
+        RuntimeError: if the processes do not all have the same bytes.
+    """
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    mine = digest.hexdigest()
+    if world_size() > 1 and dist.is_initialized():
+        everyone: list[Any] = [None] * world_size()
+        dist.all_gather_object(everyone, mine)
+        if len(set(everyone)) != 1:
+            odd = [index for index, theirs in enumerate(everyone) if theirs != everyone[0]]
+            raise RuntimeError(f"the replicas differ: processes {odd} do not hold what process 0 holds")
+    return mine
+
+
+def _store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
