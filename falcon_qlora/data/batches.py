@@ -1,0 +1,343 @@
+"""From document indexes to the tensors one process computes on.
+
+Shape legend: T tokens of a micro batch laid end to end, D documents, N target tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import Dataset, IterableDataset
+
+from falcon_qlora.data.plan import Plan, deal, fitting
+from falcon_qlora.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """What one forward computes: documents laid end to end in one row.
+
+    A padded batch is the same thing with the padding inside the documents, at their ends, where a causal
+    model cannot see it.
+
+    Attributes:
+        input_ids: int64 ``[1, T]``.
+        position_ids: int64 ``[1, T]``, restarting at 0 in every document.
+        cu_seqlens: int32 ``[D + 1]``, where the documents begin and, last, T.
+        target_positions: int64 ``[N]``, positions whose next token is a target.
+        targets: int64 ``[N]``, those next tokens.
+        lengths: the documents' tokens, padding included, on the host.
+        tokens: real tokens, padding not counted.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    target_positions: torch.Tensor
+    targets: torch.Tensor
+    lengths: tuple[int, ...]
+    tokens: int
+
+    def _each_tensor(self, change: Any) -> MicroBatch:
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: change(v) for k, v in tensors.items() if isinstance(v, torch.Tensor)})
+
+    def to(self, device: torch.device) -> MicroBatch:
+        return self._each_tensor(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> MicroBatch:
+        return self._each_tensor(lambda tensor: tensor.pin_memory())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """One process's part of one optimizer step.
+
+    Attributes:
+        micro_batches: at least one, possibly without targets.
+        step: from 0.
+        epoch: passes over the data when the step is done, as a fraction.
+        global_targets: target tokens of the step over all processes: what the loss is divided by.
+        global_tokens: real tokens of the step over all processes.
+        global_positions: computed positions over all processes, padding included.
+        global_capacity: tokens that would fill the global batch; padded, the same as the positions.
+    """
+
+    micro_batches: list[MicroBatch]
+    step: int
+    epoch: float
+    global_targets: int
+    global_tokens: int
+    global_positions: int
+    global_capacity: int
+
+    def pin_memory(self) -> Share:
+        return replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])
+
+
+def collate(
+    documents: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray],
+    *,
+    pad_to: int | None = None,
+    padding_id: int = 0,
+) -> MicroBatch:
+    """Lay documents end to end.
+
+    Args:
+        documents: each int ``[length]``, token ids.
+        masks: each ``[length]``, 1 where the token is a training target.
+        pad_to: pad every document to this many positions; None packs.
+        padding_id: the token to pad with. Padding is never a target, whatever its id.
+    """
+    lengths = [pad_to or len(document) for document in documents]
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    total = int(starts[-1])
+    ids = np.full(total, padding_id, dtype=np.int64)
+    is_target = np.zeros(total, dtype=bool)
+    for start, document, mask in zip(starts[:-1], documents, masks, strict=True):
+        ids[start : start + len(document)] = document
+        is_target[start : start + len(document)] = mask
+    is_target[starts[:-1]] = False  # nothing precedes a document's first token
+    predicted = np.flatnonzero(is_target)
+    positions = np.arange(total) - np.repeat(starts[:-1], lengths)
+    return MicroBatch(
+        input_ids=torch.from_numpy(ids)[None],
+        position_ids=torch.from_numpy(positions)[None],
+        cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
+        target_positions=torch.from_numpy(predicted - 1),
+        targets=torch.from_numpy(ids[predicted]),
+        lengths=tuple(lengths),
+        tokens=sum(len(document) for document in documents),
+    )
+
+
+class DocumentReader:
+    """Reads documents of a tokenized corpus by index.
+
+    Args:
+        dataset: with the columns ``input_ids`` and ``mask``.
+        padding: None packs; ``"longest"`` and ``"max_length"`` pad.
+        max_length: what ``"max_length"`` pads to.
+        padding_id: token id to pad with.
+    """
+
+    def __init__(self, dataset: Any, *, padding: str | None, max_length: int, padding_id: int):
+        self._dataset = dataset.with_format("numpy", columns=["input_ids", "mask"])
+        self._padding = padding
+        self._max_length = max_length
+        self._padding_id = padding_id
+
+    def micro_batch(self, documents: np.ndarray) -> MicroBatch:
+        """The micro batch of these documents; of none, a single padding token without a target."""
+        if len(documents) == 0:
+            return collate([np.array([self._padding_id])], [np.array([0])], padding_id=self._padding_id)
+        rows = self._dataset[documents.tolist()]
+        ids, masks = list(rows["input_ids"]), list(rows["mask"])
+        pad_to = self._padded_length(max(len(document) for document in ids))
+        return collate(ids, masks, pad_to=pad_to, padding_id=self._padding_id)
+
+    def positions(self, lengths: np.ndarray) -> int:
+        """Positions the model computes for one micro batch of documents of these lengths."""
+        pad_to = self._padded_length(int(lengths.max(initial=0)))
+        return int(lengths.sum()) if pad_to is None else pad_to * len(lengths)
+
+    def _padded_length(self, longest: int) -> int | None:
+        if self._padding is None:
+            return None
+        return self._max_length if self._padding == "max_length" else longest
+
+
+class TrainingSteps(Dataset[Share]):
+    """The whole run as a sequence: item n is this process's share of step n.
+
+    Args:
+        reader: of the corpus that `plan` is about.
+        plan: which documents make a step.
+        target_counts: ``[documents]``, target tokens of each document.
+        steps: length of the run.
+        micro_batch: sequences in one micro batch.
+        process: this process's index.
+        processes: how many there are.
+    """
+
+    def __init__(
+        self,
+        reader: DocumentReader,
+        plan: Plan,
+        target_counts: np.ndarray,
+        *,
+        steps: int,
+        micro_batch: int,
+        process: int,
+        processes: int,
+    ):
+        self.plan = plan
+        self._reader = reader
+        self._target_counts = target_counts
+        self._steps = steps
+        self._micro_batch = micro_batch
+        self._process = process
+        self._processes = processes
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __getitem__(self, step: int) -> Share:
+        if not 0 <= step < self._steps:
+            raise IndexError(step)
+        epoch, place = self.plan.locate(step)
+        of_epoch = self.plan.epoch(epoch)
+        documents = of_epoch[place]
+        return _share(
+            documents,
+            self._reader,
+            self.plan.lengths,
+            int(self._target_counts[documents].sum()),
+            step=step,
+            epoch=epoch + (place + 1) / len(of_epoch),
+            global_batch=self.plan.global_batch,
+            micro_batch=self._micro_batch,
+            max_length=self.plan.max_length,
+            packed=self.plan.packed,
+            process=self._process,
+            processes=self._processes,
+        )
+
+
+def _share(
+    documents: np.ndarray,
+    reader: DocumentReader,
+    lengths: np.ndarray,
+    targets: int,
+    *,
+    step: int,
+    epoch: float,
+    global_batch: int,
+    micro_batch: int,
+    max_length: int,
+    packed: bool,
+    process: int,
+    processes: int,
+) -> Share:
+    shares = deal(
+        documents,
+        lengths,
+        processes=processes,
+        micro_batch=micro_batch,
+        max_length=max_length,
+        packed=packed,
+    )
+    parts = shares[process] or [np.array([], dtype=np.int64)]
+    positions = sum(reader.positions(lengths[part]) for share in shares for part in share)
+    return Share(
+        micro_batches=[reader.micro_batch(part) for part in parts],
+        step=step,
+        epoch=epoch,
+        global_targets=targets,
+        global_tokens=int(lengths[documents].sum()),
+        global_positions=positions,
+        global_capacity=global_batch * max_length if packed else positions,
+    )
+
+
+class StreamingSteps(IterableDataset[Share]):
+    """`TrainingSteps` over documents that arrive one by one and are never held as a whole.
+
+    Every process reads the whole stream and keeps its own share, so that what makes a step does not
+    depend on the number of processes.
+
+    Args:
+        stream: called with the epoch, yields ``{"input_ids", "mask"}`` of one document each.
+        global_batch, max_length, packed: as in `Plan`.
+        padding, padding_id: as in `DocumentReader`.
+        steps: length of the run; the stream is opened again where it ends before.
+
+    Raises:
+        UserError: if the stream has no document.
+    """
+
+    def __init__(
+        self,
+        stream: Callable[[int], Iterable[dict[str, Any]]],
+        *,
+        steps: int,
+        global_batch: int,
+        micro_batch: int,
+        max_length: int,
+        padding: str | None,
+        padding_id: int,
+        process: int,
+        processes: int,
+    ):
+        self._stream = stream
+        self._steps = steps
+        self._global_batch = global_batch
+        self._micro_batch = micro_batch
+        self._max_length = max_length
+        self._padding = padding
+        self._padding_id = padding_id
+        self._process = process
+        self._processes = processes
+
+    def __iter__(self) -> Iterator[Share]:
+        step, epoch = 0, 0
+        while step < self._steps:
+            before = step
+            for documents in self._global_batches(epoch):
+                yield self._share(documents, step, epoch)
+                step += 1
+                if step == self._steps:
+                    return
+            if step == before:
+                raise UserError("the stream holds no document with anything to train on")
+            epoch += 1
+
+    def _global_batches(self, epoch: int) -> Iterator[list[dict[str, Any]]]:
+        waiting: list[dict[str, Any]] = []
+        tokens = 0
+        budget = self._global_batch * self._max_length
+        for document in self._stream(epoch):
+            waiting.append(document)
+            tokens += len(document["input_ids"])
+            full = len(waiting) == self._global_batch if self._padding else tokens > budget
+            if full:
+                count = len(waiting)
+                if not self._padding:
+                    lengths = np.array([len(each["input_ids"]) for each in waiting[:-1]])
+                    count = fitting(lengths, self._global_batch, self._max_length)
+                yield waiting[:count]
+                waiting = waiting[count:]
+                tokens = sum(len(each["input_ids"]) for each in waiting)
+        if waiting:
+            yield waiting
+
+    def _share(self, documents: list[dict[str, Any]], step: int, epoch: int) -> Share:
+        reader = DocumentReader(
+            datasets.Dataset.from_list(documents),
+            padding=self._padding,
+            max_length=self._max_length,
+            padding_id=self._padding_id,
+        )
+        lengths = np.array([len(document["input_ids"]) for document in documents], dtype=np.int64)
+        targets = sum(int(np.sum(document["mask"][1:])) for document in documents)
+        indexes = np.arange(len(documents))
+        return _share(
+            indexes,
+            reader,
+            lengths,
+            targets,
+            step=step,
+            epoch=float(epoch),
+            global_batch=self._global_batch,
+            micro_batch=self._micro_batch,
+            max_length=self._max_length,
+            packed=self._padding is None,
+            process=self._process,
+            processes=self._processes,
+        )

@@ -1,0 +1,215 @@
+"""Which documents make step n, and which process computes which of them.
+
+Membership is a pure function of the corpus's fingerprint, the seed, the step and the global batch: it
+does not depend on how many processes there are, so to resume is to remember a step. How a global batch
+is dealt to processes and cut into micro batches only balances the work.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, insort
+from dataclasses import dataclass, field
+
+import numpy as np
+
+_MEGABATCH = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The order of a whole training run.
+
+    Args:
+        lengths: ``[documents]``, tokens of each document; none is longer than `max_length`.
+        fingerprint: hexadecimal content hash of the corpus.
+        seed: of the order.
+        global_batch: sequences of one optimizer step, over all processes and micro batches. Packed, a
+            step holds as many whole documents as fit into `global_batch` sequences of `max_length`
+            tokens; padded, it holds `global_batch` documents.
+        max_length: tokens of one sequence.
+        packed: whether documents are laid end to end.
+        order: ``"random"``, ``"sequential"`` or ``"group_by_length"`` (documents of similar length
+            meet in one batch, as in Transformers' sampler of that name).
+
+    Raises:
+        ValueError: if a document is longer than `max_length`.
+    """
+
+    lengths: np.ndarray
+    fingerprint: str
+    seed: int
+    global_batch: int
+    max_length: int
+    packed: bool = True
+    order: str = "random"
+    _epochs: dict[int, list[np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
+    _step_counts: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if len(self.lengths) == 0:
+            raise ValueError("a plan needs at least one document")
+        if int(self.lengths.max()) > self.max_length:
+            raise ValueError(f"a document has {int(self.lengths.max())} tokens, over {self.max_length}")
+
+    def epoch(self, epoch: int) -> list[np.ndarray]:
+        """The documents of every step of `epoch` (from 0): a list of int64 arrays of document indexes."""
+        if epoch not in self._epochs:
+            self._epochs.clear()
+            self._epochs[epoch] = self._cut(self._ordered(epoch))
+        return self._epochs[epoch]
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """The epoch of `step` (from 0) and its place in that epoch."""
+        epoch = 0
+        while step >= (steps := self._steps_of(epoch)):
+            step -= steps
+            epoch += 1
+        return epoch, step
+
+    def documents(self, step: int) -> np.ndarray:
+        """The document indexes of `step` (from 0), in the order of the epoch."""
+        epoch, place = self.locate(step)
+        return self.epoch(epoch)[place]
+
+    def steps(self, epochs: float) -> int:
+        """Optimizer steps in `epochs` passes; of a last part of a pass, that part of its steps, rounded up."""
+        whole = int(epochs)
+        total = sum(self._steps_of(epoch) for epoch in range(whole))
+        if epochs > whole:
+            total += int(np.ceil((epochs - whole) * self._steps_of(whole)))
+        return max(total, 1)
+
+    def _steps_of(self, epoch: int) -> int:
+        if epoch not in self._step_counts:
+            self._step_counts[epoch] = len(self.epoch(epoch))
+        return self._step_counts[epoch]
+
+    def _ordered(self, epoch: int) -> np.ndarray:
+        documents = len(self.lengths)
+        if self.order == "sequential":
+            return np.arange(documents)
+        entropy = [self.seed, epoch, int(self.fingerprint[:16] or "0", 16)]
+        order = np.random.default_rng(np.random.SeedSequence(entropy)).permutation(documents)
+        if self.order == "random":
+            return order
+        size = self.global_batch * max(min(documents // (self.global_batch * 4), _MEGABATCH), 1)
+        parts = [order[start : start + size] for start in range(0, documents, size)]
+        return np.concatenate([part[np.argsort(-self.lengths[part], kind="stable")] for part in parts])
+
+    def _cut(self, order: np.ndarray) -> list[np.ndarray]:
+        if not self.packed:
+            return [order[i : i + self.global_batch] for i in range(0, len(order), self.global_batch)]
+        ends = np.cumsum(self.lengths[order])
+        budget = self.global_batch * self.max_length
+        steps, start = [], 0
+        while start < len(order):
+            used = int(ends[start - 1]) if start else 0
+            within = int(np.searchsorted(ends, used + budget, side="right"))
+            count = fitting(self.lengths[order[start:within]], self.global_batch, self.max_length)
+            steps.append(order[start : start + count])
+            start += count
+        return steps
+
+
+def fitting(lengths: np.ndarray, sequences: int, max_length: int) -> int:
+    """How many of the first documents of these lengths fit whole into `sequences` of `max_length` tokens."""
+    count = len(lengths)
+    retreat = max(1, count // 64)
+    # One document always fits, so this ends.
+    while count > 1 and not _fits(lengths[:count], sequences, max_length):
+        count = max(count - retreat, 1)
+    return count
+
+
+def deal(
+    documents: np.ndarray,
+    lengths: np.ndarray,
+    *,
+    processes: int,
+    micro_batch: int,
+    max_length: int,
+    packed: bool = True,
+) -> list[list[np.ndarray]]:
+    """Deal the documents of one global batch to processes and cut each share into micro batches.
+
+    Args:
+        documents: int64 document indexes of the step.
+        lengths: ``[documents of the corpus]``, tokens.
+        processes: to deal to.
+        micro_batch: sequences of `max_length` tokens in one micro batch: packed, it holds at most
+            ``micro_batch * max_length`` tokens; padded, at most `micro_batch` documents.
+
+    Returns:
+        For each process its micro batches, each an array of document indexes. A process may get none.
+    """
+    descending = documents[np.argsort(-lengths[documents], kind="stable")]
+    if not packed:
+        per_process = -(-len(descending) // (micro_batch * processes))
+        parts = np.array_split(descending, min(per_process * processes, len(descending)))
+        return [parts[index::processes] for index in range(processes)]
+    capacity = micro_batch * max_length
+    shares = _balance(descending, lengths, processes)
+    return [_micro_batches(share, lengths, capacity) for share in shares]
+
+
+def deal_evaluation(
+    lengths: np.ndarray, *, processes: int, micro_batch: int, max_length: int
+) -> list[list[np.ndarray]]:
+    """Deal a whole held-out corpus: like `deal`, packed, with every document exactly once."""
+    return deal(
+        np.arange(len(lengths)), lengths, processes=processes, micro_batch=micro_batch, max_length=max_length
+    )
+
+
+def _micro_batches(share: np.ndarray, lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
+    if len(share) == 0:
+        return []
+    bins = -(-int(lengths[share].sum()) // capacity)
+    while True:
+        for split in (_balance, _first_fit):
+            parts = split(share, lengths, bins, capacity)
+            if parts is not None and all(int(lengths[part].sum()) <= capacity for part in parts):
+                return [part for part in parts if len(part)]
+        bins += 1
+
+
+def _balance(
+    descending: np.ndarray, lengths: np.ndarray, bins: int, capacity: int | None = None
+) -> list[np.ndarray]:
+    """Longest first, each to the bin with the fewest tokens (Graham's LPT rule)."""
+    heap = [(0, index) for index in range(bins)]
+    members: list[list[int]] = [[] for _ in range(bins)]
+    for document in descending.tolist():
+        load, index = heapq.heappop(heap)
+        members[index].append(document)
+        heapq.heappush(heap, (load + int(lengths[document]), index))
+    return [np.array(part, dtype=np.int64) for part in members]
+
+
+def _first_fit(
+    descending: np.ndarray, lengths: np.ndarray, bins: int, capacity: int
+) -> list[np.ndarray] | None:
+    """Longest first, each into the fullest bin it still fits; None where one fits nowhere."""
+    free = [(capacity, index) for index in range(bins)]
+    members: list[list[int]] = [[] for _ in range(bins)]
+    for document in descending.tolist():
+        length = int(lengths[document])
+        place = bisect_left(free, (length, -1))
+        if place == len(free):
+            return None
+        room, index = free.pop(place)
+        members[index].append(document)
+        insort(free, (room - length, index))
+    return [np.array(part, dtype=np.int64) for part in members]
+
+
+def _fits(lengths: np.ndarray, bins: int, capacity: int) -> bool:
+    """Whether documents of these lengths fit into `bins` sequences, best fit decreasing."""
+    free = [capacity] * bins
+    for length in np.sort(lengths)[::-1].tolist():
+        place = bisect_left(free, length)
+        if place == len(free):
+            return False
+        insort(free, free.pop(place) - length)
+    return True

@@ -1,0 +1,109 @@
+"""What a micro batch tells the model: positions, boundaries, targets."""
+
+import datasets
+import numpy as np
+
+from falcon_qlora.data.batches import DocumentReader, StreamingSteps, TrainingSteps, collate
+from falcon_qlora.data.plan import Plan
+
+DOCUMENTS = [np.array([5, 6, 7]), np.array([8, 9]), np.array([4, 11, 11, 11])]
+MASKS = [np.array([1, 1, 1]), np.array([0, 1]), np.array([0, 0, 1, 1])]
+
+
+def test_packed_targets_never_cross_a_boundary_and_keep_the_end_token():
+    batch = collate(DOCUMENTS, MASKS)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 4, 11, 11, 11]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 3]]
+    assert batch.cu_seqlens.tolist() == [0, 3, 5, 9]
+    # Position p predicts token p + 1: of the third document only the two trained end tokens.
+    assert batch.target_positions.tolist() == [0, 1, 3, 6, 7]
+    assert batch.targets.tolist() == [6, 7, 9, 11, 11]
+
+
+def test_padding_is_never_a_target_though_it_is_the_end_token():
+    batch = collate(DOCUMENTS, MASKS, pad_to=5, padding_id=11)
+    assert batch.input_ids.reshape(3, 5).tolist() == [[5, 6, 7, 11, 11], [8, 9, 11, 11, 11], [4, 11, 11, 11, 11]]
+    assert batch.targets.tolist() == [6, 7, 9, 11, 11]
+    assert batch.lengths == (5, 5, 5) and batch.tokens == 9
+
+
+def corpus(count: int) -> tuple[datasets.Dataset, np.ndarray]:
+    rng = np.random.default_rng(3)
+    rows = [rng.integers(0, 50, rng.integers(2, 30)).tolist() for _ in range(count)]
+    dataset = datasets.Dataset.from_dict({"input_ids": rows, "mask": [[1] * len(row) for row in rows]})
+    return dataset, np.array([len(row) for row in rows])
+
+
+def steps(process: int, processes: int, padding: str | None = None) -> TrainingSteps:
+    dataset, lengths = corpus(80)
+    plan = Plan(
+        lengths=lengths, fingerprint="ab", seed=1, global_batch=6, max_length=32, packed=padding is None
+    )
+    reader = DocumentReader(dataset, padding=padding, max_length=32, padding_id=0)
+    return TrainingSteps(
+        reader,
+        plan,
+        lengths - 1,
+        steps=2 * plan.steps(1),
+        micro_batch=2,
+        process=process,
+        processes=processes,
+    )
+
+
+def test_processes_together_hold_exactly_the_global_batch():
+    alone, pair = steps(0, 1), [steps(0, 2), steps(1, 2)]
+    for step in range(len(alone)):
+        whole = alone[step]
+        halves = [each[step] for each in pair]
+        targets = [sorted(t for b in share.micro_batches for t in b.targets.tolist()) for share in halves]
+        everything = sorted(t for b in whole.micro_batches for t in b.targets.tolist())
+        assert sorted(targets[0] + targets[1]) == everything
+        assert whole.global_targets == len(everything) == halves[0].global_targets
+        assert whole.global_tokens == sum(b.tokens for share in halves for b in share.micro_batches)
+
+
+def test_a_process_without_documents_gets_a_batch_without_targets():
+    share = steps(0, 64).__class__(
+        steps(0, 64)._reader, steps(0, 64).plan, steps(0, 64)._target_counts, steps=1, micro_batch=2,
+        process=63, processes=64,
+    )[0]
+    assert [len(batch.targets) for batch in share.micro_batches] == [0]
+    assert share.micro_batches[0].tokens == 1 or share.micro_batches[0].lengths == (1,)
+
+
+def test_positions_count_padding_and_tokens_do_not():
+    share = steps(0, 1, padding="max_length")[0]
+    assert share.global_positions == 6 * 32 == share.global_capacity
+    assert share.global_tokens == sum(b.tokens for b in share.micro_batches) < share.global_positions
+
+
+def test_a_stream_makes_full_steps_of_every_document_in_turn():
+    dataset, lengths = corpus(80)
+
+    def run(process: int, processes: int) -> list:
+        return list(
+            StreamingSteps(
+                lambda epoch: iter(dataset),
+                steps=9,
+                global_batch=6,
+                micro_batch=2,
+                max_length=32,
+                padding=None,
+                padding_id=0,
+                process=process,
+                processes=processes,
+            )
+        )
+
+    alone, first, second = run(0, 1), run(0, 2), run(1, 2)
+    ids = [sorted(i for b in s.micro_batches for i in b.input_ids[0].tolist()) for s in alone]
+    halves = [
+        sorted(i for s in pair for b in s.micro_batches for i in b.input_ids[0].tolist())
+        for pair in zip(first, second, strict=True)
+    ]
+    assert ids == halves
+    assert all(share.global_tokens > 0.6 * 6 * 32 for share in alone[:7])
+    expected = sorted(i for row in dataset for i in row["input_ids"])
+    per_epoch = next(n for n in range(1, 10) if sum(s.global_tokens for s in alone[:n]) == lengths.sum())
+    assert sorted(i for each in ids[:per_epoch] for i in each) == expected
