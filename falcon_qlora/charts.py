@@ -1,0 +1,80 @@
+"""Pictures of a run, drawn without a screen."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_TRAIN = "#9db8d9"
+_SMOOTH = "#1f5aa6"
+_EVAL = "#d1495b"
+_RATE = "#5b8c5a"
+
+
+def draw_loss(metrics: Sequence[Mapping[str, Any]], file: Path, *, title: str = "") -> bool:
+    """Draw the training loss, the held-out loss and the learning rate over the steps as a PNG.
+
+    Args:
+        metrics: The lines of `metrics.jsonl`.
+        file: The PNG to write.
+        title: A line above the picture.
+
+    Returns:
+        Whether there was a loss to draw.
+    """
+    train = _series(metrics, "loss")
+    held_out = _series(metrics, "eval_loss")
+    rate = _series(metrics, "learning_rate")
+    if not train and not held_out:
+        return False
+    # Without this, the first picture on a machine announces that fonts are being looked for.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    if train:
+        steps, values = zip(*train, strict=True)
+        smoothed = _smooth(values)
+        many = len(values) > 20
+        losses.plot(steps, values, color=_TRAIN if many else _SMOOTH, linewidth=1.2, label="training")
+        if many:
+            losses.plot(steps, smoothed, color=_SMOOTH, linewidth=1.8, label="training, smoothed")
+    if held_out:
+        steps, values = zip(*held_out, strict=True)
+        losses.plot(steps, values, color=_EVAL, linewidth=1.5, marker="o", markersize=4, label="held out")
+    losses.set_ylabel("loss (nats per target token)")
+    losses.grid(alpha=0.3)
+    losses.legend(frameon=False)
+    if rate:
+        steps, values = zip(*rate, strict=True)
+        rates.plot(steps, values, color=_RATE, linewidth=1.5)
+    rates.set_ylabel("learning rate")
+    rates.set_ylim(bottom=0)
+    rates.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    rates.set_xlabel("step")
+    rates.grid(alpha=0.3)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    figure.savefig(file, dpi=130, format="png")
+    return True
+
+
+def _series(metrics: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
+    return [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Exponential mean over about a tenth of the values, started without a bias towards zero."""
+    keep = 1 - 1 / max(1.0, len(values) / 10)
+    smoothed: list[float] = []
+    mean = weight = 0.0
+    for value in values:
+        mean = keep * mean + (1 - keep) * value
+        weight = keep * weight + (1 - keep)
+        smoothed.append(mean / weight)
+    return smoothed

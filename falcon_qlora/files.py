@@ -1,0 +1,94 @@
+"""Writing files that are whole or not there, whatever stops the process meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write `file` whole or not at all."""
+    with replaced(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(file: Path, record: Mapping[str, Any]) -> None:
+    """Write `file` as indented JSON, whole or not at all; numbers that are not finite become null."""
+    write_text(file, json.dumps(plain(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def replaced(file: Path) -> Iterator[Path]:
+    """Yield a path beside `file` that takes its place at the end, if anything was written there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.stem}-{os.getpid()}{file.suffix}")
+    try:
+        yield temporary
+        if temporary.exists():
+            _flush(temporary)
+            os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes `target`'s place when the block ends without an error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    temporary.chmod(0o755)
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        if target.exists():
+            # A folder cannot replace a full one in one move: the old one steps aside first.
+            aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+            os.replace(target, aside / target.name)
+            os.replace(temporary, target)
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.replace(temporary, target)
+        _flush(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold `path`'s bytes before anything points to them."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass  # some network file systems refuse for folders; the rename is still ordered
+    finally:
+        os.close(handle)
+
+
+def plain(value: Any) -> Any:
+    """`value` in JSON's own types."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    if isinstance(value, bool | int | str) or value is None:
+        # Subclasses (string enums among them) become the plain type.
+        return value if value is None or isinstance(value, bool) else _builtin(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if hasattr(value, "tolist"):  # an array, a tensor, or a scalar of one
+        return plain(value.tolist())
+    return str(value)
+
+
+def _builtin(value: int | str) -> int | str:
+    inner = getattr(value, "value", value)  # an enum's
+    return str.__str__(inner) if isinstance(inner, str) else int(inner)

@@ -1,0 +1,373 @@
+"""The run directory: the record of a run, and what every later command reads.
+
+    config.yaml        the resolved configuration; `--config` takes it back
+    environment.json   versions, GPUs, commit
+    data.json          fingerprint, rows read, dropped, truncated, tokens
+    kernels.json       module → kernel, or the reason it was left alone
+    metrics.jsonl      one line a log step
+    summary.json       the run in a few numbers
+    loss.png           the losses and the learning rate
+    checkpoints/step-N/
+    adapter/           what was trained, with a model card
+    trackers.json      under which id each tracker knows the run
+    tensorboard/, wandb/   what those trackers write themselves
+
+The main process writes; a file appears whole or not at all, whatever happens meanwhile.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+import shutil
+import socket
+import tempfile
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from falcon_qlora import charts
+from falcon_qlora.errors import UserError
+from falcon_qlora.files import plain, replaced, replaced_folder, write_json, write_text
+
+RUNS = Path("runs")
+
+METRICS_FIELDS = (
+    "step",
+    "epoch",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "tokens",
+    "tokens_per_second",
+    "samples_per_second_512",
+    "peak_memory_gib",
+    "packing_efficiency",
+    "eval_loss",
+)
+
+_FILES = (
+    "config.yaml",
+    "environment.json",
+    "data.json",
+    "kernels.json",
+    "metrics.jsonl",
+    "summary.json",
+    "loss.png",
+    "trackers.json",
+)
+_FOLDERS = ("checkpoints", "adapter", "tensorboard", "wandb")
+# What only a run that has started leaves behind: these make a folder one that "holds a run".
+_SIGNS = ("config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "adapter")
+_LAUNCHER = ".launcher"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """A finished run in a few numbers: `summary.json`.
+
+    Attributes:
+        steps: Optimizer steps done, over all resumptions.
+        first_loss: Training loss of the first log step (mean over target tokens).
+        final_loss: Training loss of the last log step.
+        train_seconds: Wall-clock time in the training loop, evaluation included.
+        tokens_per_second: Real tokens (no padding) a second, over all processes.
+        samples_per_second_512: The same in samples of 512 positions.
+        peak_memory_gib: Largest memory allocated on one device, GiB.
+        trainable_parameters: Parameters that were trained.
+        total_parameters: All parameters, the quantized ones counted unpacked.
+        quantized_linears: Linear layers whose weights are quantized.
+        world_size: Processes that trained together.
+        best_eval_loss: Lowest held-out loss, where there was an evaluation.
+        best_step: The step of `best_eval_loss`.
+    """
+
+    steps: int
+    first_loss: float | None
+    final_loss: float | None
+    train_seconds: float
+    tokens_per_second: float
+    samples_per_second_512: float
+    peak_memory_gib: float
+    trainable_parameters: int
+    total_parameters: int
+    quantized_linears: int
+    world_size: int
+    best_eval_loss: float | None = None
+    best_step: int | None = None
+
+
+class RunDirectory:
+    """One run's folder: where each file is, and how it is written.
+
+    Args:
+        path: The folder; made at the first write.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config_file = self.path / "config.yaml"
+        self.environment_file = self.path / "environment.json"
+        self.data_file = self.path / "data.json"
+        self.kernels_file = self.path / "kernels.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.summary_file = self.path / "summary.json"
+        self.loss_picture = self.path / "loss.png"
+        self.trackers_file = self.path / "trackers.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    # What a run is made of
+
+    def holds_run(self) -> bool:
+        """Whether a run has written here."""
+        return any((self.path / sign).exists() for sign in _SIGNS)
+
+    def contents(self) -> list[Path]:
+        """The files and folders of the run that exist, in the order in which a person wants them."""
+        order = ("adapter", "loss.png", "metrics.jsonl", "summary.json", "checkpoints")
+        names = (*order, *(name for name in (*_FILES, *_FOLDERS) if name not in order))
+        return [self.path / name for name in names if (self.path / name).exists()]
+
+    def clear(self) -> None:
+        """Remove an earlier run's files, and nothing else that lies in the folder.
+
+        For `--overwrite`: call it when the new run is sure to start, so that a bad flag costs nothing.
+        """
+        for name in _FILES:
+            (self.path / name).unlink(missing_ok=True)
+        for name in _FOLDERS:
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
+    def remove_if_empty(self) -> None:
+        """Remove the folder if nothing but the launcher's mark is in it: the run never started."""
+        if self.path.is_dir() and {entry.name for entry in self.path.iterdir()} <= {_LAUNCHER}:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    # Records
+
+    def write_config(self, resolved: Mapping[str, Any]) -> None:
+        """Write everything a re-run needs; the caller leaves secrets out."""
+        text = yaml.safe_dump(plain(resolved), sort_keys=False, allow_unicode=True, width=110)
+        header = f"# Run again:  falcon-qlora train --config {self.config_file} --output_dir NEW_FOLDER\n"
+        write_text(self.config_file, header + text)
+
+    def read_config(self) -> dict[str, Any]:
+        return yaml.safe_load(self.config_file.read_text(encoding="utf-8")) or {}
+
+    def write_environment(self, environment: Mapping[str, Any]) -> None:
+        write_json(self.environment_file, environment)
+
+    def write_data(self, record: Mapping[str, Any]) -> None:
+        """Write where the rows came from and what became of them."""
+        write_json(self.data_file, record)
+
+    def write_kernels(self, record: Mapping[str, Any]) -> None:
+        write_json(self.kernels_file, record)
+
+    def write_summary(self, summary: Summary | Mapping[str, Any]) -> None:
+        write_json(self.summary_file, asdict(summary) if isinstance(summary, Summary) else summary)
+
+    def read_summary(self) -> dict[str, Any]:
+        return json.loads(self.summary_file.read_text(encoding="utf-8"))
+
+    # Metrics
+
+    def append_metrics(self, step: int, logs: Mapping[str, Any]) -> None:
+        """Append one line for `step`: those of METRICS_FIELDS that `logs` has, if it has any.
+
+        A line is one write, so that a reader beside a running job sees whole lines. A number that is not
+        finite becomes null: JSON has no name for it.
+        """
+        record = {"step": step} | {name: logs[name] for name in METRICS_FIELDS[1:] if name in logs}
+        if not record.keys() - {"step", "epoch"}:
+            return
+        line = json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n"
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.metrics_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, line.encode())
+        finally:
+            os.close(handle)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The log steps so far; a last line cut short by a crash is left out."""
+        return read_metrics(self.metrics_file)
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Forget the log steps after `step`: a run that resumes there does them again."""
+        if self.metrics_file.exists():
+            kept = [record for record in self.read_metrics() if record["step"] <= step]
+            write_text(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def draw_loss(self, title: str = "") -> Path | None:
+        """Draw `loss.png` from the metrics; None where there is no loss to draw yet."""
+        with replaced(self.loss_picture) as temporary:
+            drawn = charts.draw_loss(self.read_metrics(), temporary, title=title)
+            if not drawn:
+                temporary.unlink(missing_ok=True)
+        return self.loss_picture if drawn else None
+
+    # Folders
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step}"
+
+    def checkpoint_steps(self) -> list[int]:
+        """The steps with a checkpoint, rising."""
+        if not self.checkpoints.is_dir():
+            return []
+        found = (re.fullmatch(r"step-(\d+)", entry.name) for entry in self.checkpoints.iterdir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def latest_checkpoint(self) -> Path | None:
+        steps = self.checkpoint_steps()
+        return self.checkpoint(steps[-1]) if steps else None
+
+    def write_folder(self, target: Path) -> AbstractContextManager[Path]:
+        """An empty folder that takes `target`'s place when the block ends without an error.
+
+        Args:
+            target: `directory.adapter`, `directory.checkpoint(step)` or another path in the run directory.
+        """
+        return replaced_folder(target)
+
+    # Trackers
+
+    def tracker_record(self, tracker: str) -> dict[str, Any]:
+        """What a tracker needs to go on with the same run ({} where there is none yet)."""
+        try:
+            return json.loads(self.trackers_file.read_text(encoding="utf-8")).get(tracker, {})
+        except FileNotFoundError:
+            return {}
+
+    def write_tracker_record(self, tracker: str, record: Mapping[str, Any]) -> None:
+        everything: dict[str, Any] = {}
+        if self.trackers_file.exists():
+            everything = json.loads(self.trackers_file.read_text(encoding="utf-8"))
+        write_json(self.trackers_file, {**everything, tracker: dict(record)})
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """Read a `metrics.jsonl`; [] where there is none, without a last line cut short by a crash."""
+    records: list[dict[str, Any]] = []
+    if not file.exists():
+        return records
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def choose(
+    output_dir: str | Path | None,
+    *,
+    model: str,
+    settings: str,
+    resume: bool | str | Path = False,
+    overwrite: bool = False,
+    restarted: bool = False,
+    root: Path = RUNS,
+    now: datetime.datetime | None = None,
+) -> Path:
+    """Decide where a run writes. The main process calls it, and the others are told.
+
+    Args:
+        output_dir: The folder the user named; None for a fresh one under `root`, which is made at once.
+        model: What is trained; the last part of a path or hub id goes into the fresh folder's name.
+        settings: A few words that tell runs of one model apart, such as ``4bit-lora64``.
+        resume: ``--resume``: True for the run in `output_dir`, or a run directory or one of its checkpoints.
+        overwrite: ``--overwrite``: `output_dir` may hold a run; RunDirectory.clear removes it later.
+        restarted: torchrun has restarted this group of processes: what they wrote before is theirs.
+        root: Where fresh folders are made.
+        now: The time in a fresh folder's name.
+
+    Raises:
+        UserError: if the named folder holds a run and nothing says what to do with it, is a file, or if
+            there is no run to resume.
+    """
+    resumed_from = _run_of(Path(resume)) if isinstance(resume, str | Path) else None
+    if output_dir is None and resumed_from is not None:
+        return resumed_from
+    if output_dir is None:
+        if resume:
+            newest = _newest(root)
+            hint = f", for example --resume {newest}" if newest else ""
+            raise UserError(f"--resume: which run? Name its folder with --output_dir or --resume PATH{hint}")
+        return _fresh(root, model, settings, restarted, now or datetime.datetime.now())
+    path = Path(output_dir)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--output_dir {path}: this is a file; name a folder")
+    if RunDirectory(path).holds_run() and not (resume or overwrite or restarted):
+        raise UserError(
+            f"--output_dir {path}: this folder holds a run already. Go on with it (--resume), replace it "
+            "(--overwrite), or name another folder"
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"--output_dir {path}: cannot write there ({error.strerror})") from error
+    return path
+
+
+def _fresh(root: Path, model: str, settings: str, restarted: bool, now: datetime.datetime) -> Path:
+    # The agent of torchrun, this process's parent, outlives its restarts: by it a restarted run finds the
+    # folder it was given the first time.
+    launcher = f"{socket.gethostname()} {os.getppid()}"
+    if restarted:
+        marks = sorted(root.glob(f"*/{_LAUNCHER}"), key=lambda mark: mark.stat().st_mtime, reverse=True)
+        for mark in marks:
+            if mark.read_text(encoding="utf-8") == launcher:
+                return mark.parent
+    name = f"{now:%Y%m%d-%H%M%S}-{_short(model)}-{_slug(settings)}".rstrip("-")
+    for attempt in range(1, 1000):
+        path = root / (name if attempt == 1 else f"{name}-{attempt}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot write there ({error.strerror}); name a folder with --output_dir"
+            ) from error
+        (path / _LAUNCHER).write_text(launcher, encoding="utf-8")
+        return path
+    raise UserError(f"{root}: too many runs named {name}; name a folder with --output_dir")
+
+
+def _run_of(path: Path) -> Path:
+    """The run directory that `path`, a run directory or a checkpoint in one, belongs to."""
+    if path.parent.name == "checkpoints" and path.is_dir():
+        return path.parent.parent
+    if RunDirectory(path).holds_run():
+        return path
+    raise UserError(f"--resume {path}: no run there (looked for config.yaml, checkpoints/, metrics.jsonl)")
+
+
+def _newest(root: Path) -> Path | None:
+    runs = [entry for entry in root.glob("*") if entry.is_dir() and RunDirectory(entry).holds_run()]
+    return max(runs, key=lambda entry: entry.stat().st_mtime, default=None)
+
+
+def _short(model: str) -> str:
+    return _slug(model.rstrip("/").split("/")[-1])
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.") or "run"
