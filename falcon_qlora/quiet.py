@@ -1,0 +1,61 @@
+"""Keep the libraries' chatter off the terminal, which belongs to the run.
+
+What a user has set in the environment stays as it is. Imports nothing heavy: the launcher uses it too.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+# Read by libraries when they are imported, so the launcher gives these to its workers.
+ENVIRONMENT = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "DATASETS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+    "BITSANDBYTES_NOWELCOME": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TORCH_DISTRIBUTED_DEBUG": "OFF",
+    # Else the tokenizers warn at every fork, and a data loader's worker may hang.
+    "TOKENIZERS_PARALLELISM": "false",
+    "WANDB_SILENT": "true",
+}
+
+_LIBRARIES = (
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "filelock",
+    "fsspec",
+    "huggingface_hub",
+    "matplotlib",
+    "peft",
+    "torch",
+    "transformers",
+    "trl",
+    "urllib3",
+    "wandb",
+)
+
+
+def quiet_libraries(*, progress_bars: bool = True) -> None:
+    """Silence warnings and log lines of the libraries below; errors still appear.
+
+    Call it before the libraries are imported: some speak while they are.
+
+    Args:
+        progress_bars: Keep the bars for downloads and for mapping data sets: True on the main process.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if not progress_bars:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+    for name in _LIBRARIES:
+        logging.getLogger(name).setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")
+    for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+        warnings.simplefilter("ignore", category)
