@@ -1,0 +1,10 @@
+"""The configuration every command shares.
+
+Flags win over `--config FILE`, which wins over `--recipe NAME`, which wins over the default recipe. Parsing
+imports neither torch nor Transformers; the trainer's own settings are built when first asked for.
+"""
+
+from falcon_qlora.config.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments
+from falcon_qlora.config.configuration import Configuration, parse
+
+__all__ = ["Configuration", "DataArguments", "LoraArguments", "ModelArguments", "RunArguments", "parse"]

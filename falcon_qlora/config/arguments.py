@@ -1,0 +1,173 @@
+"""The settings every command shares, as dataclasses, and under which flags a user gives them.
+
+Names are TRL's and Transformers' where those have one; the first reference's flags are aliases of them.
+A default here is what holds where no recipe, file or flag says otherwise; `recipes/default.yaml` repeats it
+for the reader and a test keeps the two the same.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def _setting(default: Any, text: str, *aliases: str, **more: Any) -> Any:
+    metadata = {"help": text, **more}
+    if aliases:
+        metadata["aliases"] = list(aliases)
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class ModelArguments:
+    """Which base model, and how it is quantized."""
+
+    _argument_group_name = "Model"
+
+    model_name_or_path: str = _setting(
+        "ybelkada/falcon-7b-sharded-bf16",
+        "Base model: a hub id, a local folder, `tiny` (packaged), or `random:falcon-7b` (real shapes, random weights).",
+        "-m",
+        "--model_name",
+    )
+    quantize_mode: Literal["4bit", "8bit", "16bit"] = _setting(
+        "4bit", "Storage of the frozen base weights: NF4, LLM.int8(), or not quantized.", "-q"
+    )
+    model_revision: str | None = _setting(None, "Branch, tag or commit of the base model on the hub.")
+    compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = _setting(
+        "auto", "Compute in this type; auto: bf16 where the GPU has it, else fp16; fp32 on the CPU."
+    )
+    double_quantization: bool = _setting(
+        True, "4bit: quantize the quantization constants too; saves 0.37 bits a weight."
+    )
+    norms_in_float32: bool = _setting(False, "Keep the norms' weights in float32.")
+    llm_int8_threshold: float = _setting(
+        6.0, "8bit: activations above this are multiplied in 16 bits; 0: none."
+    )
+
+
+@dataclass(kw_only=True)
+class DataArguments:
+    """Which rows, how they become text, and how the text becomes sequences."""
+
+    _argument_group_name = "Data"
+
+    dataset_name: list[str] = _setting(
+        ["timdettmers/openassistant-guanaco"],
+        "Hub id, or a .jsonl, .json, .csv or .parquet file, or a folder of them; one or several.",
+    )
+    dataset_weights: list[float] | None = _setting(None, "Proportions in which several datasets are drawn.")
+    dataset_config: str | None = _setting(None, "Configuration (subset) of a hub dataset.")
+    dataset_train_split: str = _setting("train", "Split to train on.")
+    dataset_format: Literal["auto", "text", "alpaca", "prompt_completion", "chat", "sharegpt"] = _setting(
+        "auto", "What the columns hold; auto: recognised by their names."
+    )
+    text_column: str | None = _setting(None, "Column to read instead of `text`.")
+    instruction_column: str | None = _setting(None, "Column to read instead of `instruction`.")
+    input_column: str | None = _setting(None, "Column to read instead of `input`.")
+    output_column: str | None = _setting(None, "Column to read instead of `output`.")
+    prompt_column: str | None = _setting(None, "Column to read instead of `prompt`.")
+    completion_column: str | None = _setting(None, "Column to read instead of `completion`.")
+    messages_column: str | None = _setting(None, "Column to read instead of `messages`.")
+    conversations_column: str | None = _setting(None, "Column to read instead of `conversations`.")
+    template: str = _setting(
+        "auto",
+        "How a row becomes text: auto, alpaca, guanaco, falcon-instruct, none, or a .jinja chat template.",
+    )
+    train_on: Literal["answers", "all"] = _setting(
+        "answers", "Loss on the answers, where the format has prompts, or on all of the text."
+    )
+    append_end_token: bool = _setting(True, "End every answer with the end token.")
+    max_length: int = _setting(2048, "Longest sequence, in tokens.")
+    overlong: Literal["split", "truncate", "drop"] = _setting(
+        "split", "What is done with a document longer than --max_length."
+    )
+    packing: bool = _setting(
+        True, "Lay documents end to end (attention stays within each) instead of padding."
+    )
+    padding: Literal["longest", "max_length"] = _setting(
+        "longest", "Without packing: pad to the longest of the batch, or always to --max_length."
+    )
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = _setting(
+        "random", "Order of the documents; group_by_length needs --packing false."
+    )
+    eval_split: str | None = _setting(
+        None, "Held-out rows: a fraction (0.05), a file or hub id, or split:NAME of the same dataset."
+    )
+    streaming: bool = _setting(
+        False, "Read rows as they are needed, for data larger than the disk; needs --max_steps."
+    )
+    max_rows: int | None = _setting(None, "Use only this many rows.")
+    dataset_num_proc: int | None = _setting(
+        None, "Processes that tokenize; unset: chosen by the number of cores."
+    )
+    cache_dir: str | None = _setting(None, "Where tokenized data is cached; unset: the user's cache folder.")
+
+    def columns(self) -> dict[str, str]:
+        """Standard column name to the name the user's data has for it, for those that were renamed."""
+        standard = (
+            "text",
+            "instruction",
+            "input",
+            "output",
+            "prompt",
+            "completion",
+            "messages",
+            "conversations",
+        )
+        named = {name: getattr(self, f"{name}_column") for name in standard}
+        return {name: given for name, given in named.items() if given is not None}
+
+
+@dataclass(kw_only=True)
+class LoraArguments:
+    """The low-rank adapter."""
+
+    _argument_group_name = "LoRA"
+
+    lora_r: int = _setting(64, "Rank.")
+    lora_alpha: int = _setting(16, "Scale: the update is multiplied by alpha / r.")
+    lora_dropout: float = _setting(0.0, "Dropout before the low-rank product.")
+    lora_target_modules: list[str] | None = _setting(
+        None, "Linear layers to adapt, by name; unset: all four of every block."
+    )
+    use_rslora: bool = _setting(False, "Scale by alpha / sqrt(r) instead (rank-stabilised LoRA).")
+    use_dora: bool = _setting(False, "Train magnitude and direction apart (DoRA).")
+
+
+@dataclass(kw_only=True)
+class RunArguments:
+    """How long, how large a batch, where it writes; what the trainer's own settings do not cover."""
+
+    _argument_group_name = "Run"
+
+    recipe: str = _setting("default", "Ready settings: a name (see --help) or a YAML file.")
+    output_dir: str | None = _setting(None, "Run directory; unset: a fresh one under runs/.")
+    resume: str | None = _setting(
+        None, "Go on from the newest checkpoint of --output_dir, or from this one.", nargs="?", const="latest"
+    )
+    overwrite: bool = _setting(False, "Replace the run that --output_dir holds.")
+    num_train_epochs: float = _setting(1.0, "Passes over the data.")
+    max_steps: int = _setting(
+        -1, "Optimizer steps; wins over the number of epochs where positive.", "-s", "--steps"
+    )
+    per_device_train_batch_size: int = _setting(
+        4, "Sequences of --max_length on each device at a time.", "-b", "--batch_size_per_device"
+    )
+    gradient_accumulation_steps: int = _setting(1, "Micro batches to an optimizer step, on each device.")
+    global_batch_size: int | None = _setting(
+        None,
+        "Sequences of --max_length to a step over all devices, instead of --gradient_accumulation_steps.",
+    )
+    early_stopping: int = _setting(0, "Stop after this many evaluations without a better loss; 0: never.")
+    generate_samples: int = _setting(0, "Sample answers to generate at each evaluation.")
+    sample_prompts: list[str] | None = _setting(
+        None, "Prompts for those; unset: taken from the held-out rows."
+    )
+    report_to: list[str] = _setting(
+        ["wandb"], "Trackers to report to.", choices=["wandb", "tensorboard", "trackio", "none"]
+    )
+    seed: int = _setting(42, "Decides the order of the data, the adapter's start and dropout.")
+
+
+OUR_ARGUMENTS = (ModelArguments, DataArguments, LoraArguments, RunArguments)

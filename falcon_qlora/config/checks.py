@@ -1,0 +1,245 @@
+"""What settings mean together: alternatives, what follows from what, and what contradicts what.
+
+Where two settings are alternatives, the one from the higher layer unseats the other (a flag can replace what a
+recipe says); within one layer they contradict each other and the user is asked.
+"""
+
+import math
+from typing import Any
+
+from falcon_qlora.config.library import library_fields
+from falcon_qlora.config.parser import Layer
+from falcon_qlora.errors import UserError, nearest
+
+Values = dict[str, Any]
+Laid = dict[str, tuple[Any, Layer]]
+
+TEMPLATES = ("auto", "alpaca", "guanaco", "falcon-instruct", "none")
+
+_AT_LEAST: dict[str, float] = {
+    "max_length": 2,
+    "lora_r": 1,
+    "lora_alpha": 1,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "global_batch_size": 1,
+    "max_rows": 1,
+    "dataset_num_proc": 1,
+    "save_total_limit": 1,
+    "early_stopping": 0,
+    "generate_samples": 0,
+    "lora_dropout": 0,
+    "llm_int8_threshold": 0,
+    "max_grad_norm": 0,
+    "warmup_steps": 0,
+    "weight_decay": 0,
+    "learning_rate": 0,
+    "adam_epsilon": 0,
+}
+_ABOVE_ZERO = ("num_train_epochs", "logging_steps", "eval_steps", "save_steps")
+_BELOW_ONE = ("lora_dropout", "adam_beta1", "adam_beta2")
+
+
+def settle(values: Values, laid: Laid) -> None:
+    """Fill in, in place, what follows from the settings given.
+
+    Args:
+        values: every setting's value.
+        laid: the settings that some layer gives, with that layer.
+
+    Raises:
+        UserError: if two settings contradict each other.
+    """
+    _settle_compute_dtype(values, laid)
+    _settle_batch(values, laid)
+    _settle_packing(values, laid)
+    _settle_evaluation(values, laid)
+    if _rank(laid, "logging_steps") < 1 and 1 <= values["max_steps"] <= 50:
+        values["logging_steps"] = 1
+
+
+def check(values: Values, where: dict[str, str]) -> None:
+    """Check the settled values.
+
+    Args:
+        values: every setting's value.
+        where: for settings that were given, how to name them to the user.
+
+    Raises:
+        UserError: naming the first setting that cannot be, and what it may be.
+    """
+
+    def name(setting: str) -> str:
+        return where.get(setting, f"--{setting}")
+
+    _check_numbers(values, name)
+    if values["max_steps"] < 1 and values["max_steps"] != -1:
+        raise UserError(f"{name('max_steps')}: must be at least 1, or -1 for whole epochs")
+    template = values["template"]
+    if template not in TEMPLATES and not template.endswith(".jinja"):
+        known = ", ".join(TEMPLATES)
+        raise UserError(
+            f"{name('template')}: {template!r} is not one of {known} or a .jinja file{nearest(template, TEMPLATES)}"
+        )
+    _check_data(values, name)
+    if values["report_to"] != ["none"] and "none" in values["report_to"]:
+        raise UserError(f"{name('report_to')}: none goes with no other tracker")
+    if values["resume"] and values["overwrite"]:
+        raise UserError("--resume goes on with a run and --overwrite replaces it; give one of them")
+    if values["resume"] == "latest" and values["output_dir"] is None:
+        raise UserError(
+            "--resume needs to know the run: give --output_dir, or the checkpoint as --resume PATH"
+        )
+    for setting in ("early_stopping", "generate_samples"):
+        if values[setting] and (values["eval_split"] is None or values["eval_strategy"] == "no"):
+            raise UserError(
+                f"{name(setting)} happens at evaluations: give --eval_split, such as --eval_split 0.05"
+            )
+    if values["eval_strategy"] != "no" and values["eval_split"] is None:
+        raise UserError(
+            f"{name('eval_strategy')}: evaluation needs held-out rows: give --eval_split, such as 0.05"
+        )
+    if values["sample_prompts"] and not values["generate_samples"]:
+        raise UserError(
+            f"{name('sample_prompts')} needs --generate_samples, the number of answers to generate"
+        )
+
+
+def _rank(laid: Laid, *names: str) -> int:
+    """The rank of the highest layer that gives one of these settings; 0 for the default recipe or none."""
+    return max((laid[name][1].rank for name in names if name in laid), default=0)
+
+
+def _settle_compute_dtype(values: Values, laid: Laid) -> None:
+    """`--bf16` and `--fp16` are the trainer's names for what compute_dtype says."""
+    given = {name: laid[name] for name in ("bf16", "fp16") if name in laid and laid[name][0] is not None}
+    for name in ("bf16", "fp16"):
+        values.pop(name, None)
+    dtype_layer = laid["compute_dtype"][1] if "compute_dtype" in laid else None
+    named = dtype_layer is not None and dtype_layer.rank > 0 and values["compute_dtype"] != "auto"
+    top = max((layer.rank for _, layer in given.values()), default=0)
+    wanted = [name for name, (value, layer) in given.items() if value and layer.rank == top]
+    if len(wanted) == 2:
+        raise UserError("bf16 and fp16 are both on; choose one with --compute_dtype")
+    for name, (value, layer) in given.items():
+        if named and dtype_layer is not None:
+            chosen = values["compute_dtype"]
+            if layer.rank == dtype_layer.rank and value != (chosen == name):
+                raise UserError(
+                    f"{layer.where(name)} is {str(value).lower()}, but {dtype_layer.where('compute_dtype')} is {chosen}; "
+                    "give --compute_dtype alone"
+                )
+    if named and dtype_layer is not None and dtype_layer.rank >= top:
+        return
+    if wanted:
+        values["compute_dtype"] = wanted[0]
+    elif "bf16" in given and not given["bf16"][0]:
+        values["compute_dtype"] = "fp32"
+
+
+def _settle_batch(values: Values, laid: Laid) -> None:
+    batch, steps = _rank(laid, "global_batch_size"), _rank(laid, "gradient_accumulation_steps")
+    if values["global_batch_size"] is not None and steps >= 1:
+        if batch == steps and laid["gradient_accumulation_steps"][0] is not None:
+            raise UserError(
+                f"{laid['global_batch_size'][1].where('global_batch_size')} and gradient_accumulation_steps both set "
+                "the size of a step; give one of them"
+            )
+        if steps > batch:
+            values["global_batch_size"] = None
+    if values["global_batch_size"] is not None:
+        values["gradient_accumulation_steps"] = 1
+    if _rank(laid, "per_device_eval_batch_size") < 1:
+        values["per_device_eval_batch_size"] = values["per_device_train_batch_size"]
+
+
+def _settle_packing(values: Values, laid: Laid) -> None:
+    if values["packing"] and values["train_sampling_strategy"] == "group_by_length":
+        if _rank(laid, "packing") <= _rank(laid, "train_sampling_strategy"):
+            raise UserError(
+                "--train_sampling_strategy group_by_length saves padding and needs --packing false"
+            )
+        values["train_sampling_strategy"] = "random"
+
+
+def _settle_evaluation(values: Values, laid: Laid) -> None:
+    if values["eval_split"] is None:
+        return
+    if _rank(laid, "eval_split") > _rank(laid, "eval_strategy") and values["eval_strategy"] == "no":
+        values["eval_strategy"] = "steps"
+    if values["eval_strategy"] == "no":
+        return
+    if "load_best_model_at_end" not in laid:
+        values["load_best_model_at_end"] = values["save_strategy"] != "no"
+    if not values["load_best_model_at_end"] or values["save_strategy"] == "best":
+        return
+    evaluating, saving = (
+        _rank(laid, "eval_strategy", "eval_steps"),
+        _rank(laid, "save_strategy", "save_steps"),
+    )
+    for interval in ("strategy", "steps"):
+        if evaluating > saving:
+            values[f"save_{interval}"] = values[f"eval_{interval}"]
+        elif saving > evaluating:
+            values[f"eval_{interval}"] = values[f"save_{interval}"]
+    if values["eval_strategy"] != values["save_strategy"]:
+        raise UserError(
+            "keeping the best checkpoint needs --save_strategy and --eval_strategy to be the same; "
+            "make them so, or give --load_best_model_at_end false"
+        )
+    if values["eval_strategy"] == "steps" and not _is_multiple(values["save_steps"], values["eval_steps"]):
+        raise UserError(
+            f"keeping the best checkpoint needs --save_steps ({values['save_steps']:g}) to be a multiple of "
+            f"--eval_steps ({values['eval_steps']:g}); change one, or give --load_best_model_at_end false"
+        )
+
+
+def _is_multiple(large: float, small: float) -> bool:
+    return (large < 1) == (small < 1) and math.isclose(large / small, round(large / small), abs_tol=1e-6)
+
+
+def _check_numbers(values: Values, name: Any) -> None:
+    for setting, value in values.items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{name(setting)}: {number} is not a finite number")
+    for setting, least in _AT_LEAST.items():
+        if values.get(setting) is not None and values[setting] < least:
+            raise UserError(f"{name(setting)}: {values[setting]} is too small; at least {least:g}")
+    for setting in _ABOVE_ZERO:
+        if values.get(setting) is not None and values[setting] <= 0:
+            raise UserError(f"{name(setting)}: {values[setting]} is too small; it must be above 0")
+    for setting in _BELOW_ONE:
+        if values.get(setting) is not None and values[setting] >= 1:
+            raise UserError(f"{name(setting)}: {values[setting]} is too large; it must be below 1")
+    for setting in ("logging_steps", "eval_steps", "save_steps", "warmup_steps"):
+        value = values.get(setting)
+        if value is not None and value > 1 and value != int(value):
+            raise UserError(f"{name(setting)}: {value} is neither a number of steps nor a ratio below 1")
+
+
+def _check_data(values: Values, name: Any) -> None:
+    weights, datasets = values["dataset_weights"], values["dataset_name"]
+    if weights is not None:
+        if len(weights) != len(datasets):
+            raise UserError(
+                f"{name('dataset_weights')}: {len(weights)} for {len(datasets)} of --dataset_name"
+            )
+        if any(weight <= 0 for weight in weights):
+            raise UserError(f"{name('dataset_weights')}: a weight must be above 0")
+    if values["streaming"] and values["max_steps"] < 1:
+        raise UserError(
+            f"{name('streaming')}: a stream has no length; say how long to train with --max_steps"
+        )
+    try:
+        fraction = float(values["eval_split"] or "nan")
+    except ValueError:
+        return
+    if values["eval_split"] and not 0 < fraction < 1:
+        raise UserError(f"{name('eval_split')}: {values['eval_split']} is not a fraction between 0 and 1")
+
+
+def trainer_values(values: Values) -> Values:
+    """Those of the values that SFTConfig has a field for."""
+    return {name: value for name, value in values.items() if name in library_fields()}

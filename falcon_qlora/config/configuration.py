@@ -1,0 +1,201 @@
+"""The resolved configuration, and how the command line becomes one."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from falcon_qlora.config import checks
+from falcon_qlora.config.arguments import (
+    OUR_ARGUMENTS,
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    RunArguments,
+)
+from falcon_qlora.config.help import print_help
+from falcon_qlora.config.library import RENAMED, SECRETS
+from falcon_qlora.config.parser import RECIPES, FalconParser, Layer, lay_over, recipe_file, recipe_names
+from falcon_qlora.errors import UserError
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
+
+# Where this run writes and whether it goes on with another is not part of what a re-run needs.
+_NOT_RECORDED = frozenset({"output_dir", "resume", "overwrite"})
+_SECRET_IN_QUERY = re.compile(
+    r"([?&][^=&]*(?:token|key|secret|signature|credential|password)[^=&]*=)[^&#]*", re.I
+)
+
+
+@dataclass(kw_only=True)
+class Configuration:
+    """Every setting of a command, each in the group that its users take.
+
+    Attributes:
+        model: which base model, how quantized.
+        data: which rows, how they become sequences. `data.packing` is the user's; TRL's own stays off.
+        lora: the adapter.
+        run: length, batch, seed, where it writes. Where `run.global_batch_size` is set it decides the size of a
+            step, and `run.gradient_accumulation_steps` is 1.
+        trainer: SFTConfig's other settings that the recipe, a file or a flag gives.
+        extra: an instance of the command's own dataclass, where it has one.
+        explicit: setting to where it was given ("flag", "settings.yaml", "recipe lambda-7b-4bit"); what only the
+            default recipe says is not in it.
+    """
+
+    model: ModelArguments
+    data: DataArguments
+    lora: LoraArguments
+    run: RunArguments
+    trainer: dict[str, Any]
+    extra: Any
+    explicit: dict[str, str]
+
+    @functools.cached_property
+    def training(self) -> SFTConfig:
+        """The settings of TRL's trainer.
+
+        Built when first asked for: it imports torch and TRL and, under torchrun, starts the process group.
+        It has what must be off there (packing, padding-free, accumulation), as the trainer does these itself.
+
+        Raises:
+            UserError: if this machine or TRL cannot do what is asked.
+        """
+        return _build_training(self)
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting a re-run needs, for `config.yaml` and trackers: plain values, no secrets."""
+        record: dict[str, Any] = {}
+        for group in (self.model, self.data, self.lora, self.run):
+            record |= {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
+        record |= self.trainer
+        if self.run.global_batch_size is not None:
+            del record["gradient_accumulation_steps"]
+        if self.run.recipe not in recipe_names():
+            del record["recipe"]
+        return {
+            name: _without_credentials(copy.deepcopy(value))
+            for name, value in record.items()
+            if name not in _NOT_RECORDED and name not in SECRETS
+        }
+
+
+def parse(
+    argv: list[str],
+    *,
+    extra_arguments: type | None = None,
+    program: str = "falcon-qlora train",
+    description: str = "Fine-tune a quantized Falcon with LoRA on every GPU.",
+) -> Configuration:
+    """Read a command line.
+
+    Args:
+        argv: the words after the command.
+        extra_arguments: a dataclass of settings that only this command has (flags only).
+        program: the command as the user types it, for the help page.
+        description: one line on what it does, for the help page.
+
+    Raises:
+        UserError: for anything the user can mend; the message names the flag or the file and key.
+        SystemExit: with status 0 after `--help` or `--help-all`.
+    """
+    parser = FalconParser(extra_arguments)
+    recipe_default = parser.read_file(RECIPES / "default.yaml", "recipe default", rank=0)
+    if any(word in ("-h", "--help", "--help-all", "--help_all") for word in argv):
+        everything = any(word in ("--help-all", "--help_all") for word in argv)
+        print_help(parser, recipe_default.values, program, description, everything=everything)
+        raise SystemExit(0)
+    flags, config_file = parser.read_flags(argv)
+    layers = [recipe_default, flags]
+    if config_file is not None:
+        layers.append(parser.read_file(Path(config_file), config_file, rank=2))
+    recipe = next(
+        (layer.values["recipe"] for layer in reversed(_by_rank(layers)) if "recipe" in layer.values),
+        "default",
+    )
+    if recipe != "default":
+        layer = parser.read_file(recipe_file(recipe), f"recipe {recipe}", rank=1)
+        if "recipe" in layer.values:
+            raise UserError(f"recipe {recipe} names a recipe itself; it is laid over the default one only")
+        layers.append(layer)
+    return _configuration(parser, layers, recipe, extra_arguments)
+
+
+def _by_rank(layers: list[Layer]) -> list[Layer]:
+    return sorted(layers, key=lambda layer: layer.rank)
+
+
+def _configuration(
+    parser: FalconParser, layers: list[Layer], recipe: str, extra_arguments: type | None
+) -> Configuration:
+    laid = lay_over(layers, parser.settings)
+    ours = {field.name for arguments in OUR_ARGUMENTS for field in dataclasses.fields(arguments)}
+    values = {name: copy.deepcopy(parser.settings[name].default) for name in ours}
+    values |= {name: value for name, (value, _) in laid.items() if name not in parser.extra_names}
+    values["recipe"] = recipe
+    given = {name: layer for name, (_, layer) in laid.items() if layer.rank > 0}
+    checks.settle(values, laid)
+    checks.check(values, {name: layer.where(name) for name, layer in given.items()})
+
+    def make(arguments: type) -> Any:
+        return arguments(**{field.name: values[field.name] for field in dataclasses.fields(arguments)})
+
+    extra = None
+    if extra_arguments is not None:
+        extra = extra_arguments(**{name: laid[name][0] for name in parser.extra_names if name in laid})
+    return Configuration(
+        model=make(ModelArguments),
+        data=make(DataArguments),
+        lora=make(LoraArguments),
+        run=make(RunArguments),
+        trainer={name: value for name, value in values.items() if name not in ours},
+        extra=extra,
+        explicit={name: layer.origin for name, layer in given.items()},
+    )
+
+
+def _build_training(configuration: Configuration) -> SFTConfig:
+    import torch
+    from trl import SFTConfig
+
+    on_gpu = torch.cuda.is_available()
+    compute_dtype = configuration.model.compute_dtype
+    if compute_dtype == "auto":
+        compute_dtype = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if on_gpu else "fp32"
+    if compute_dtype == "fp16" and not on_gpu:
+        raise UserError("--compute_dtype fp16 needs a GPU; on the CPU leave it at auto, or give fp32 or bf16")
+    values = dict(configuration.trainer)
+    for group in (configuration.data, configuration.run):
+        values |= checks.trainer_values(dataclasses.asdict(group))
+    values |= {
+        "packing": False,
+        "padding_free": False,
+        "gradient_accumulation_steps": 1,
+        "bf16": compute_dtype == "bf16",
+        "fp16": compute_dtype == "fp16",
+        "use_cpu": not on_gpu,
+    }
+    has = {field.name for field in dataclasses.fields(SFTConfig)}
+    for old, new in RENAMED.items():
+        if new in has and old in values:
+            values[new] = values.pop(old)
+    try:
+        return SFTConfig(**copy.deepcopy(values))
+    except ValueError as error:
+        raise UserError(f"the trainer's settings do not go together: {error}") from None
+
+
+def _without_credentials(value: Any) -> Any:
+    """`value` with user names, passwords and keys taken out of URLs."""
+    if isinstance(value, list):
+        return [_without_credentials(item) for item in value]
+    if isinstance(value, str) and "://" in value:
+        value = re.sub(r"://[^/@]*@", "://", value)
+        return _SECRET_IN_QUERY.sub(r"\1removed", value)
+    return value
