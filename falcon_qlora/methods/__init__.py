@@ -1,0 +1,1 @@
+"""Ways to train a frozen model: one file each."""

@@ -1,0 +1,1 @@
+"""Falcon models: what they are, loading them quantized, and running packed documents through them."""

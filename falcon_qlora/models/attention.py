@@ -1,0 +1,288 @@
+"""Exact attention within each of several documents laid end to end.
+
+Shapes: T tokens of all documents, Q query heads, K key/value heads, D head size, L longest document.
+
+Two ways compute the same: on recent GPUs one variable-length kernel over the packed tokens; anywhere else the
+documents are laid out as right-padded batches for PyTorch's own causal attention. Neither builds a mask.
+ALiBi needs none either: its bias depends on the key alone, so it is one more coordinate of the keys, met by a
+one in every query.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb, build_alibi_tensor
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+
+    _varlen_attn: Callable[..., Any] | None = varlen_attn
+except ImportError:
+    _varlen_attn = None
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """T tokens of several documents laid end to end, as one row.
+
+    Attributes:
+        cu_seqlens: int32 ``[documents + 1]``, where each document starts, on the model's device.
+        position_ids: int64 ``[1, T]``, restarting in every document.
+        lengths: tokens of each document, on the host.
+        max_length: tokens of the longest document.
+    """
+
+    cu_seqlens: Tensor
+    position_ids: Tensor
+    lengths: tuple[int, ...]
+    max_length: int
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Sequences:
+        """Build from the documents' lengths in tokens, each at least 1."""
+        starts = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+        starts[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
+        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+        return cls(starts.to(device), positions.to(device), tuple(map(int, lengths)), max(lengths))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Sequences:
+        return Sequences(
+            self.cu_seqlens.to(device, non_blocking=non_blocking),
+            self.position_ids.to(device, non_blocking=non_blocking),
+            self.lengths,
+            self.max_length,
+        )
+
+    @cached_property
+    def padded_groups(self) -> tuple[PaddedGroup, ...]:
+        """The documents in groups of similar length, each at most half padding; the same for every block."""
+        return _group_by_length(self.lengths, self.position_ids.device)
+
+    @cached_property
+    def group_order(self) -> Tensor:
+        """int64 ``[T]``: where each token stands when the groups' tokens are laid end to end."""
+        return torch.argsort(torch.cat([group.tokens for group in self.padded_groups]))
+
+
+@dataclass(frozen=True)
+class PaddedGroup:
+    """Documents that are attended to as one right-padded batch.
+
+    Attributes:
+        documents: how many.
+        length: positions of the longest.
+        tokens: int64 ``[n]``, the group's tokens among the T.
+        slots: int64 ``[n]``, their places in the flattened ``[documents * length]`` batch.
+    """
+
+    documents: int
+    length: int
+    tokens: Tensor
+    slots: Tensor
+
+
+_SHORT = 32  # documents up to this length share a group whatever the padding: it costs less than another call
+
+
+def _group_by_length(lengths: tuple[int, ...], device: torch.device) -> tuple[PaddedGroup, ...]:
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    by_length = sorted(range(len(lengths)), key=lambda document: (-lengths[document], document))
+    groups = []
+    while by_length:
+        longest = lengths[by_length[0]]
+        inside = [d for d in by_length if longest <= max(_SHORT, 2 * lengths[d])]
+        by_length = by_length[len(inside) :]
+        inside.sort()
+        tokens = torch.cat([torch.arange(starts[d], starts[d + 1]) for d in inside])
+        slots = torch.cat([torch.arange(lengths[d]) + row * longest for row, d in enumerate(inside)])
+        groups.append(PaddedGroup(len(inside), longest, tokens.to(device), slots.to(device)))
+    return tuple(groups)
+
+
+def split_heads(fused: Tensor, attention: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Take a Falcon block's fused projection apart, without copying keys and values out to every query head.
+
+    Args:
+        fused: ``[T, width]``, the output of ``query_key_value``.
+        attention: the ``FalconAttention`` it belongs to, which knows the layout.
+
+    Returns:
+        query ``[T, Q, D]``, key ``[T, K, D]``, value ``[T, K, D]``.
+    """
+    heads, head_dim = attention.num_heads, attention.head_dim
+    if attention.new_decoder_architecture:
+        groups = fused.unflatten(-1, (attention.num_kv_heads, heads // attention.num_kv_heads + 2, head_dim))
+        return groups[:, :, :-2].flatten(1, 2), groups[:, :, -2], groups[:, :, -1]
+    if attention.multi_query:
+        rows = fused.unflatten(-1, (heads + 2, head_dim))
+        return rows[:, :-2], rows[:, -2:-1], rows[:, -1:]
+    triples = fused.unflatten(-1, (heads, 3, head_dim))
+    return triples[:, :, 0], triples[:, :, 1], triples[:, :, 2]
+
+
+def alibi_bias(sequences: Sequences, heads: int, dtype: torch.dtype) -> Tensor:
+    """Return ``[T, heads]``, what ALiBi adds to the unscaled scores of each key, rounded as Transformers does."""
+    positions = sequences.position_ids[0]
+    ones = torch.ones((1, sequences.max_length), dtype=torch.int64, device=positions.device)
+    bias_HL = build_alibi_tensor(ones, heads, dtype)[:, 0]
+    return bias_HL.T[positions]
+
+
+def packed_attention_forward(
+    attention: Any,
+    hidden_states: Tensor,
+    sequences: Sequences,
+    position_embeddings: tuple[Tensor, Tensor],
+    bias: Tensor | None,
+) -> Tensor:
+    """A Falcon block's self-attention, within documents.
+
+    Args:
+        attention: the ``FalconAttention``.
+        hidden_states: ``[1, T, hidden]``, after the norm.
+        sequences: where the documents lie.
+        position_embeddings: cosines and sines ``[1, T, D]``, each document's own.
+        bias: ``[T, Q]`` from `alibi_bias` in a layout with ALiBi, else None.
+
+    Returns:
+        ``[1, T, hidden]``, after the output projection.
+    """
+    query, key, value = split_heads(attention.query_key_value(hidden_states)[0], attention)
+    dropout = 0.0
+    if bias is None:
+        cosine, sine = position_embeddings
+        query, key = apply_rotary_pos_emb(query, key, cosine[0], sine[0])
+    elif attention.training:
+        # As in Transformers, which drops attention probabilities in its ALiBi layouts only.
+        dropout = attention.attention_dropout.p
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    output = packed_attention(query, key, value, sequences, bias=bias, dropout=dropout)
+    return attention.dense(output.flatten(1)[None])
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sequences: Sequences,
+    *,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Causal attention within each document, scaled by 1/sqrt(D).
+
+    Args:
+        query: ``[T, Q, D]``.
+        key: ``[T, K, D]``.
+        value: ``[T, K, D]``.
+        sequences: where the documents lie.
+        bias: ``[T, Q]``, added to every score of a key before scaling, or None.
+        dropout: probability of dropping an attention weight.
+
+    Returns:
+        ``[T, Q, D]``.
+    """
+    head_dim = query.shape[-1]
+    scale = 1.0 / math.sqrt(head_dim)
+    if bias is not None:
+        query, key, value = _bias_as_a_coordinate(query, key, value, bias)
+    if _takes_varlen(query.device, query.dtype, query.shape[-1], dropout):
+        output = _varlen(query, key, value, sequences, scale)
+    else:
+        output = _padded(query, key, value, sequences, scale, dropout)
+    return output[..., :head_dim]
+
+
+def _bias_as_a_coordinate(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads = query.shape[1]
+    key, value = _one_for_each_query_head(key, heads), _one_for_each_query_head(value, heads)
+    width = 8 - query.shape[-1] % 8  # at least one; the kernels want multiples of eight
+    ones = query.new_zeros(width)
+    ones[0] = 1
+    query = torch.cat([query, ones.expand(*query.shape[:2], width)], dim=-1)
+    column = F.pad(bias.to(key.dtype)[..., None], (0, width - 1))
+    return query, torch.cat([key, column], dim=-1), F.pad(value, (0, width))
+
+
+def _one_for_each_query_head(heads: Tensor, query_heads: int) -> Tensor:
+    """``[..., K, D]`` → ``[..., Q, D]``, a view where K is 1."""
+    kv_heads = heads.shape[-2]
+    if kv_heads == query_heads:
+        return heads
+    each = heads.unsqueeze(-2).expand(*heads.shape[:-1], query_heads // kv_heads, heads.shape[-1])
+    return each.flatten(-3, -2)
+
+
+def _takes_varlen(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float) -> bool:
+    return (
+        _varlen_attn is not None
+        and device.type == "cuda"
+        and dtype in (torch.bfloat16, torch.float16)
+        and head_dim % 8 == 0
+        and head_dim <= 256
+        and dropout == 0.0
+        and _capability(device) >= (8, 0)
+    )
+
+
+@lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@lru_cache
+def _varlen_options() -> dict[str, Any]:
+    assert _varlen_attn is not None
+    # Newer releases must be told that heads are shared; those before have no such argument.
+    shared = {"enable_gqa": True} if "enable_gqa" in inspect.signature(_varlen_attn).parameters else {}
+    return {"window_size": (-1, 0), **shared}
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float) -> Tensor:
+    assert _varlen_attn is not None
+    starts, longest = sequences.cu_seqlens, sequences.max_length
+    return _varlen_attn(
+        query, key, value, starts, starts, longest, longest, scale=scale, **_varlen_options()
+    )
+
+
+def _padded(
+    query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float, dropout: float
+) -> Tensor:
+    heads = query.shape[1]
+    outputs = []
+    for group in sequences.padded_groups:
+        output = F.scaled_dot_product_attention(
+            _pad(query, group, heads),
+            _pad(key, group, heads),
+            _pad(value, group, heads),
+            is_causal=True,
+            dropout_p=dropout,
+            scale=scale,
+        )  # [documents, Q, L, D]; what padding attends to is not read, and nothing attends to padding
+        outputs.append(output.transpose(1, 2).flatten(0, 1).index_select(0, group.slots))
+    return torch.cat(outputs).index_select(0, sequences.group_order)
+
+
+def _pad(packed: Tensor, group: PaddedGroup, query_heads: int) -> Tensor:
+    """``[T, heads, D]`` → ``[documents, Q, L, D]``."""
+    batch = packed.new_zeros(group.documents * group.length, *packed.shape[1:])
+    batch = batch.index_copy(0, group.slots, packed.index_select(0, group.tokens))
+    batch = _one_for_each_query_head(batch, query_heads)
+    return batch.unflatten(0, (group.documents, group.length)).transpose(1, 2)

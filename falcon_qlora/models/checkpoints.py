@@ -1,0 +1,210 @@
+"""Where weights come from: a packaged model, a random preset, a local folder, the hub.
+
+Files are read one tensor at a time and let go again, so that memory stays bounded whatever their size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import FalconConfig, FalconForCausalLM
+
+from falcon_qlora.errors import UserError, nearest
+from falcon_qlora.models.falcon import PRESETS, preset_config, read_config
+
+RANDOM = "random:"
+
+
+class Checkpoint(Protocol):
+    """A named model whose tensors can be streamed."""
+
+    name: str
+    config: FalconConfig
+
+    def tensors(
+        self, model: FalconForCausalLM, device: torch.device, dtype: torch.dtype
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Each of the empty `model`'s parameters once, under its full name; any device and floating dtype."""
+        ...
+
+
+def open_checkpoint(model_name_or_path: str, *, revision: str | None = None, seed: int = 0) -> Checkpoint:
+    """Find a model by what a user names it.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if model_name_or_path.startswith(RANDOM):
+        return parse_random(model_name_or_path, seed)
+    folder = packaged_folder(model_name_or_path)
+    if folder is None and Path(model_name_or_path).expanduser().is_dir():
+        folder = Path(model_name_or_path).expanduser()
+    if folder is None:
+        from falcon_qlora.models.hub import fetch_model
+
+        folder = fetch_model(model_name_or_path, revision=revision)
+    return FolderCheckpoint(model_name_or_path, read_folder_config(folder), folder)
+
+
+def packaged_folder(model_name_or_path: str) -> Path | None:
+    """The folder of a model that comes with the package, or None."""
+    if model_name_or_path != "tiny":
+        return None
+    from falcon_qlora.models.tiny import tiny_path
+
+    return Path(tiny_path())
+
+
+def read_folder_config(folder: Path) -> FalconConfig:
+    """Read ``config.json`` of a model folder."""
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no config.json: it is not a model's folder.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    return read_config(raw, source=str(path))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomCheckpoint:
+    """A published shape with random weights, generated on the device one tensor at a time."""
+
+    name: str
+    config: FalconConfig
+    seed: int
+
+    def tensors(
+        self, model: FalconForCausalLM, device: torch.device, dtype: torch.dtype
+    ) -> Iterator[tuple[str, Tensor]]:
+        generator = torch.Generator(device).manual_seed(self.seed)
+        for name, parameter in model.named_parameters():
+            if name == "lm_head.weight" and self.config.tie_word_embeddings:
+                continue
+            module, _, leaf = name.rpartition(".")
+            if leaf == "bias":
+                yield name, torch.zeros(parameter.shape, dtype=dtype, device=device)
+            elif module.rpartition(".")[2].startswith(("ln_", "input_layernorm", "post_attention_layernorm")):
+                yield name, torch.ones(parameter.shape, dtype=dtype, device=device)
+            else:
+                weight = torch.empty(parameter.shape, dtype=dtype, device=device)
+                yield name, weight.normal_(0.0, self.config.initializer_range, generator=generator)
+
+
+def parse_random(name: str, seed: int) -> RandomCheckpoint:
+    """Read ``random:<preset>[?key=value,...]``; a ``seed`` in the name wins over `seed` and stays in the name."""
+    preset, _, query = name.removeprefix(RANDOM).partition("?")
+    if preset not in PRESETS:
+        raise UserError(
+            f"{name}: no preset {preset!r}{nearest(preset, PRESETS)}. There are {', '.join(PRESETS)}."
+        )
+    known = set(FalconConfig().to_dict()) | {"rope_theta"}
+    overrides = {}
+    for item in filter(None, query.split(",")):
+        key, separator, text = item.partition("=")
+        if not separator or key not in known | {"seed"}:
+            raise UserError(f"{name}: {item!r} is not KEY=VALUE of a Falcon configuration{nearest(key, known)}.")
+        try:
+            overrides[key] = json.loads(text.lower())
+        except json.JSONDecodeError:
+            overrides[key] = text
+    if "seed" in overrides:
+        seed = int(overrides.pop("seed"))
+    elif seed:
+        # What an adapter trained on it needs to find the same base again.
+        name = f"{name}{',' if query else '?'}seed={seed}"
+    return RandomCheckpoint(name=name, config=preset_config(preset, **overrides), seed=seed)
+
+
+@dataclass(frozen=True)
+class FolderCheckpoint:
+    """A folder with ``config.json`` and ``.safetensors`` or ``.bin`` files."""
+
+    name: str
+    config: FalconConfig
+    folder: Path
+
+    def tensors(
+        self, model: FalconForCausalLM, device: torch.device, dtype: torch.dtype
+    ) -> Iterator[tuple[str, Tensor]]:
+        wanted = set(dict(model.named_parameters()))
+        if self.config.tie_word_embeddings:
+            wanted.discard("lm_head.weight")
+        files = weight_files(self.folder)
+        names = {path: _names_in(path) for path in files}
+        stored = {name for inside in names.values() for name in inside}
+        for path, inside in names.items():
+            for stored_name in inside:
+                name = _parameter_name(stored_name, stored, tied=self.config.tie_word_embeddings)
+                if name in wanted:
+                    wanted.remove(name)
+                    yield name, _read(path, stored_name)
+
+
+_EMBEDDING = "transformer.word_embeddings.weight"
+
+
+def _parameter_name(stored: str, everything: set[str], *, tied: bool) -> str:
+    """The parameter that a stored tensor is, whether or not it was saved with the model's prefix."""
+    name = stored if stored.startswith(("transformer.", "lm_head.")) else f"transformer.{stored}"
+    if tied and name == "lm_head.weight" and _EMBEDDING not in everything:
+        return _EMBEDDING  # of two tied tensors the files may hold either
+    return name
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights: safetensors where there are any, else torch files.
+
+    Raises:
+        UserError: if there are none, or an index names one that is not there.
+    """
+    for kind in ("model.safetensors", "pytorch_model.bin"):
+        suffix = Path(kind).suffix
+        index = folder / f"{kind}.index.json"
+        if index.is_file():
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            files = sorted(folder / name for name in named)
+        else:
+            files = sorted(folder.glob(f"{Path(kind).stem}*{suffix}"))
+        absent = [path.name for path in files if not path.is_file()]
+        if absent:
+            raise UserError(f"{folder}: {index.name} names {absent[0]}, which is not there. Is the copy complete?")
+        if files:
+            return files
+    raise UserError(f"{folder} holds no weights (model*.safetensors or pytorch_model*.bin).")
+
+
+def _names_in(path: Path) -> list[str]:
+    if path.suffix == ".bin":
+        return [name for name, value in _open_torch_file(path).items() if isinstance(value, Tensor)]
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged: {error}. Copy or download it again.") from None
+
+
+def _read(path: Path, name: str) -> Tensor:
+    """One tensor. The file is opened for it alone: closing it gives back the pages that reading it took."""
+    if path.suffix == ".bin":
+        return _open_torch_file(path)[name]
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
+
+
+def _open_torch_file(path: Path) -> dict[str, Tensor]:
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise UserError(f"{path} is damaged: {error}. Copy or download it again.") from None
+        # Files from before PyTorch 1.6 cannot be read in part.
+        return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,0 +1,166 @@
+"""Run packed documents through a loaded Falcon, one model at a time and reversibly.
+
+`enable_packing` gives one model's instances another ``forward``, which does something new only when called with
+``sequences``; nothing is changed at import, and generation or plain use of the model runs as before.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import FalconForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.models.falcon.modeling_falcon import FalconAttention
+
+from falcon_qlora.kernels.cross_entropy import chunked_cross_entropy
+from falcon_qlora.models.attention import Sequences, alibi_bias, packed_attention_forward
+
+_BEFORE = "_forward_before_packing"
+
+
+def enable_packing(model: nn.Module) -> None:
+    """Let `model` take packed documents: ``model(input_ids, sequences=..., target_positions=..., targets=...)``.
+
+    Then ``input_ids`` is ``[1, T]``, `sequences` says where the documents lie, ``target_positions`` (int64 ``[N]``)
+    names the positions that predict a target and ``targets`` (int64 ``[N]``) what they should predict. The output's
+    ``loss`` is the float32 *sum* of the N cross entropies, its ``logits`` None. Without targets the output has
+    ``logits`` ``[1, T, V]`` and no loss. Without `sequences` the model runs as it did.
+
+    Args:
+        model: a ``FalconForCausalLM``, as it is or inside PEFT's wrapper.
+    """
+    falcon = _falcon(model)
+    if hasattr(falcon, _BEFORE):
+        return
+    for module in falcon.modules():
+        if isinstance(module, FalconAttention):
+            _replace_forward(module, _attention_forward)
+    _replace_forward(falcon, _model_forward)
+
+
+def disable_packing(model: nn.Module) -> None:
+    """Undo `enable_packing`.
+
+    Raises:
+        RuntimeError: if something else has wrapped a forward since; undo that first.
+    """
+    falcon = _falcon(model)
+    if not hasattr(falcon, _BEFORE):
+        return
+    _restore_forward(falcon, _model_forward)
+    for module in falcon.modules():
+        if isinstance(module, FalconAttention):
+            _restore_forward(module, _attention_forward)
+
+
+def _falcon(model: nn.Module) -> FalconForCausalLM:
+    for module in model.modules():
+        if isinstance(module, FalconForCausalLM):
+            return module
+    raise TypeError(f"no FalconForCausalLM in {type(model).__name__}")
+
+
+def _replace_forward(module: nn.Module, forward: Any) -> None:
+    # Bound methods and plain attributes, not closures: the model can still be deep-copied.
+    setattr(module, _BEFORE, module.__dict__.get("forward"))
+    module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+
+
+def _restore_forward(module: nn.Module, forward: Any) -> None:
+    if getattr(module.forward, "__func__", None) is not forward:
+        raise RuntimeError(f"the forward of {type(module).__name__} was wrapped after enable_packing")
+    before = getattr(module, _BEFORE)
+    delattr(module, _BEFORE)
+    del module.forward
+    if before is not None:
+        module.forward = before  # type: ignore[method-assign]
+
+
+def _call_before(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    before = getattr(module, _BEFORE)
+    return type(module).forward(module, *args, **kwargs) if before is None else before(*args, **kwargs)
+
+
+# Keeps the signature: `generate` checks its arguments against it.
+@functools.wraps(FalconForCausalLM.forward)
+def _model_forward(
+    self: FalconForCausalLM,
+    input_ids: Tensor | None = None,
+    *args: Any,
+    sequences: Sequences | None = None,
+    target_positions: Tensor | None = None,
+    targets: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    if sequences is None:
+        return _call_before(self, input_ids, *args, **kwargs)
+    _refuse_what_packing_cannot_do(args, kwargs)
+    assert input_ids is not None
+    if input_ids.shape != sequences.position_ids.shape:
+        raise ValueError(
+            f"input_ids {list(input_ids.shape)} and sequences of {sum(sequences.lengths)} tokens differ"
+        )
+    hidden = _run_blocks(self.transformer, input_ids, sequences)
+    if targets is None:
+        return CausalLMOutput(logits=self.lm_head(self.transformer.ln_f(hidden)))
+    assert target_positions is not None
+    hidden = self.transformer.ln_f(hidden[0].index_select(0, target_positions))
+    return CausalLMOutput(loss=chunked_cross_entropy(hidden, self.lm_head.weight, targets))
+
+
+def _refuse_what_packing_cannot_do(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    kwargs = {name: value for name, value in kwargs.items() if name not in ("use_cache", "return_dict")}
+    asked = [name for name, value in kwargs.items() if value is not None and value is not False]
+    if args or asked:
+        raise ValueError(f"with sequences the model takes no {', '.join(asked) or 'other positional arguments'}")
+
+
+def _run_blocks(transformer: Any, input_ids: Tensor, sequences: Sequences) -> Tensor:
+    """Embed and run every block: ``[1, T]`` → ``[1, T, hidden]``, before the final norm."""
+    hidden = transformer.word_embeddings(input_ids)
+    position_embeddings = transformer.rotary_emb(hidden, position_ids=sequences.position_ids)
+    alibi = alibi_bias(sequences, transformer.num_heads, hidden.dtype) if transformer.use_alibi else None
+    for block in transformer.h:
+        # A block hands its attention mask to its attention untouched: there the packed forward finds the documents.
+        hidden = block(
+            hidden,
+            alibi=alibi,
+            attention_mask=sequences,
+            position_ids=sequences.position_ids,
+            use_cache=False,
+            position_embeddings=position_embeddings,
+        )[0]
+    return hidden
+
+
+def _attention_forward(
+    self: FalconAttention,
+    hidden_states: Tensor,
+    alibi: Tensor | None,
+    attention_mask: Sequences | Tensor | None,
+    position_ids: Tensor | None = None,
+    layer_past: Any = None,
+    use_cache: bool = False,
+    output_attentions: bool = False,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    if not isinstance(attention_mask, Sequences):
+        return _call_before(
+            self,
+            hidden_states,
+            alibi=alibi,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            layer_past=layer_past,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+    assert position_embeddings is not None
+    return packed_attention_forward(self, hidden_states, attention_mask, position_embeddings, alibi), None

@@ -1,0 +1,263 @@
+"""Load a Falcon with every linear of every block quantized, or raise.
+
+The model is built on the meta device; then its tensors come one at a time, from files or from a random generator,
+go to the device and are quantized there. So the CPU never holds more than a few tensors, whatever the size of the
+model and however many processes load it, and the device never more than one unquantized weight beyond the model.
+
+Transformers' own loader is not used because it quantizes only modules that are exactly ``nn.Linear``, and Falcon's
+are a subclass: it would leave every block unquantized, and say so in a warning about something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, FalconConfig, FalconForCausalLM
+from transformers.models.falcon.modeling_falcon import FalconRotaryEmbedding
+
+from falcon_qlora.distributed import local_device
+from falcon_qlora.errors import UserError
+from falcon_qlora.models import checkpoints
+from falcon_qlora.models.falcon import expected_linears
+from falcon_qlora.models.quantize import (
+    QuantizeMode,
+    empty_quantized_linear,
+    fill_quantized_weight,
+    holds_quantized_weight,
+    is_quantized_linear,
+)
+from falcon_qlora.models.sizes import check_fits
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Float32LayerNorm(nn.LayerNorm):
+    """A layer norm whose weights and arithmetic are float32 and whose output has its input's dtype."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.float()).to(input.dtype)
+
+
+def load_model(
+    model_name_or_path: str,
+    *,
+    quantize_mode: QuantizeMode = "4bit",
+    device: torch.device | str | None = None,
+    compute_dtype: torch.dtype | str = "auto",
+    double_quantization: bool = True,
+    norms_in_float32: bool = False,
+    llm_int8_threshold: float = 6.0,
+    revision: str | None = None,
+    seed: int = 0,
+) -> FalconForCausalLM:
+    """Load a Falcon onto one device, its blocks' linears quantized, frozen and in evaluation mode.
+
+    Args:
+        model_name_or_path: ``tiny`` (packaged), ``random:<preset>`` (a published shape with random weights, single
+            values replaced as in ``random:falcon-7b?num_hidden_layers=2,seed=1``), a local folder, or a hub id.
+        quantize_mode: ``4bit`` (NF4), ``8bit`` (LLM.int8()) or ``16bit`` (not quantized, in the compute dtype).
+        device: where to; this process's own GPU, or the CPU, where None.
+        compute_dtype: a dtype, ``bf16``, ``fp16``, ``fp32``, or ``auto``: bfloat16 where the GPU has it, float16 on
+            other GPUs, float32 on the CPU.
+        double_quantization: quantize NF4's scales too.
+        norms_in_float32: keep the layer norms' weights and arithmetic in float32.
+        llm_int8_threshold: activations above it are multiplied in 16 bits, in 8bit; 0 turns that off.
+        revision: of a hub model.
+        seed: of random weights.
+
+    Raises:
+        UserError: if the model cannot be found, is no classic Falcon, does not fit, or the mode cannot run here.
+        RuntimeError: if a linear that should be quantized is not, or another is.
+    """
+    device = _resolve_device(device)
+    dtype = resolve_compute_dtype(compute_dtype, device)
+    _check_mode_runs_on(quantize_mode, dtype, device)
+    checkpoint = checkpoints.open_checkpoint(model_name_or_path, revision=revision, seed=seed)
+    if device.type == "cuda":
+        check_fits(
+            checkpoint.config,
+            quantize_mode,
+            trainable=0,
+            free_bytes=torch.cuda.mem_get_info(device)[0],
+            double_quantization=double_quantization,
+        )
+    model = _empty_model(
+        checkpoint.config,
+        quantize_mode,
+        dtype,
+        double_quantization=double_quantization,
+        norms_in_float32=norms_in_float32,
+        llm_int8_threshold=llm_int8_threshold,
+    )
+    _fill(model, checkpoint.tensors(model, device, dtype), device, dtype, source=checkpoint.name)
+    _finish(model, checkpoint.name, quantize_mode, device, dtype, double_quantization, llm_int8_threshold)
+    verify_quantized(model, quantize_mode)
+    return model
+
+
+def resolve_compute_dtype(compute_dtype: torch.dtype | str, device: torch.device | str | None = None) -> torch.dtype:
+    """The dtype that `compute_dtype` (``auto``, ``bf16``, ``fp16``, ``fp32`` or a dtype) means on `device`."""
+    if isinstance(compute_dtype, torch.dtype):
+        return compute_dtype
+    if compute_dtype in _DTYPES:
+        return _DTYPES[compute_dtype]
+    if compute_dtype != "auto":
+        raise UserError(f"compute_dtype {compute_dtype!r} is none of auto, {', '.join(_DTYPES)}.")
+    if _resolve_device(device).type != "cuda":
+        return torch.float32
+    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bfloat16 else torch.float16
+
+
+def verify_quantized(model: nn.Module, quantize_mode: QuantizeMode) -> None:
+    """Check that exactly the blocks' linears are stored as `quantize_mode` says.
+
+    Raises:
+        RuntimeError: naming the first layer that is not as it should be.
+    """
+    modules = dict(model.named_modules())
+    expected = set() if quantize_mode == "16bit" else set(expected_linears(model.config))
+    for name in sorted(expected - modules.keys()):
+        raise RuntimeError(f"{name} should be quantized and is not there")
+    for name, module in modules.items():
+        if name in expected:
+            if not holds_quantized_weight(module, quantize_mode):
+                raise RuntimeError(f"{name} was left unquantized: {type(module).__name__}, {module.weight.dtype}")
+        elif is_quantized_linear(module):
+            raise RuntimeError(f"{name} is quantized and should not be")
+
+
+def _resolve_device(device: torch.device | str | None) -> torch.device:
+    device = local_device() if device is None else torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _check_mode_runs_on(mode: str, dtype: torch.dtype, device: torch.device) -> None:
+    if mode not in ("4bit", "8bit", "16bit"):
+        raise UserError(f"quantize_mode {mode!r} is none of 4bit, 8bit, 16bit.")
+    if device.type == "cpu" and dtype == torch.float16:
+        raise UserError("fp16 does not run on the CPU. Use --compute_dtype auto (float32 there) or bf16.")
+    if device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    name = torch.cuda.get_device_name(device)
+    if mode == "8bit" and capability < (7, 5):
+        raise UserError(
+            f"8bit needs a GPU of compute capability 7.5 or later; {name} has {capability[0]}.{capability[1]}. "
+            "Use --quantize_mode 4bit."
+        )
+    if dtype == torch.bfloat16 and capability < (8, 0):
+        raise UserError(f"{name} has no bfloat16. Use --compute_dtype auto or fp16.")
+
+
+def _empty_model(
+    config: FalconConfig,
+    mode: QuantizeMode,
+    dtype: torch.dtype,
+    *,
+    double_quantization: bool,
+    norms_in_float32: bool,
+    llm_int8_threshold: float,
+) -> FalconForCausalLM:
+    """Build the model on the meta device, with the layers it will have."""
+    config.dtype = dtype
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        model = FalconForCausalLM(config)
+        if mode != "16bit":
+            for name in expected_linears(config):
+                linear = model.get_submodule(name)
+                quantized = empty_quantized_linear(
+                    linear,
+                    mode,
+                    compute_dtype=dtype,
+                    double_quantization=double_quantization,
+                    llm_int8_threshold=llm_int8_threshold,
+                )
+                model.set_submodule(name, quantized)
+        if norms_in_float32 and dtype != torch.float32:
+            for name, module in list(model.named_modules()):
+                if isinstance(module, nn.LayerNorm):
+                    model.set_submodule(name, Float32LayerNorm(module.normalized_shape, eps=module.eps))
+    return model
+
+
+def _fill(
+    model: FalconForCausalLM,
+    tensors: Iterator[tuple[str, Tensor]],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    source: str,
+) -> None:
+    """Put each named tensor where it belongs, quantized where its layer is."""
+    missing = dict(model.named_parameters())
+    if model.config.tie_word_embeddings:
+        missing.pop("lm_head.weight", None)
+    for name, tensor in tensors:
+        wanted = missing.pop(name)
+        if tuple(tensor.shape) != tuple(wanted.shape):
+            raise UserError(
+                f"{source}: {name} has the shape {list(tensor.shape)}, config.json asks for {list(wanted.shape)}"
+            )
+        module = model.get_submodule(name.rpartition(".")[0])
+        leaf = name.rpartition(".")[2]
+        tensor = tensor.to(device)
+        if leaf == "weight" and is_quantized_linear(module):
+            fill_quantized_weight(module, tensor.to(dtype))
+        else:
+            kept = torch.float32 if isinstance(module, Float32LayerNorm) else dtype
+            # A copy where nothing else makes one: the tensor may be a view into a file.
+            tensor = tensor.to(kept, copy=tensor.device.type == "cpu")
+            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+        del tensor
+    if missing:
+        raise UserError(
+            f"{source} lacks {len(missing)} of the model's tensors, the first {next(iter(missing))}. "
+            "Is the download complete?"
+        )
+
+
+def _finish(
+    model: FalconForCausalLM,
+    name: str,
+    mode: QuantizeMode,
+    device: torch.device,
+    dtype: torch.dtype,
+    double_quantization: bool,
+    llm_int8_threshold: float,
+) -> None:
+    """What the tensors do not bring: buffers, the tied head, and what other libraries read from a loaded model."""
+    model.transformer.rotary_emb = FalconRotaryEmbedding(model.config).to(device)
+    model.tie_weights()
+    model.requires_grad_(False)
+    model.eval()
+    model.config.use_cache = True
+    model.config.name_or_path = model.name_or_path = name
+    model.hf_device_map = {"": device.index if device.type == "cuda" else "cpu"}
+    if mode != "16bit":
+        # Read by model cards; says how the weights are stored.
+        model.config.quantization_config = BitsAndBytesConfig(
+            load_in_4bit=mode == "4bit",
+            load_in_8bit=mode == "8bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=double_quantization,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_threshold=llm_int8_threshold,
+        )
+    for tensor_name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.device != device:
+            raise RuntimeError(f"{tensor_name} is on {tensor.device}, not on {device}")
+
+
+def quantization_of(model: Any) -> QuantizeMode:
+    """How the blocks of a model from `load_model` are stored."""
+    first = model.get_submodule(expected_linears(model.config)[0])
+    if not is_quantized_linear(first):
+        return "16bit"
+    return "4bit" if holds_quantized_weight(first, "4bit") else "8bit"

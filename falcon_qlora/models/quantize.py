@@ -1,0 +1,130 @@
+"""bitsandbytes' layers, filled from plain weights on any device.
+
+Import this module before anything that imports bitsandbytes (PEFT, TRL): on some CPUs bitsandbytes looks for a
+kernel on the network when it is imported, and warns when it finds none.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+QuantizeMode = Literal["4bit", "8bit", "16bit"]
+
+NF4_BLOCK = 64  # weights that share one scale
+NF4_NESTED_BLOCK = 256  # scales that share one scale, under double quantization
+
+
+def _import_bitsandbytes() -> Any:
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level, hub_kernels = logger.level, sys.modules.get("kernels", ...)
+    logger.setLevel(logging.CRITICAL)
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # importing it raises ImportError
+    try:
+        import bitsandbytes
+    finally:
+        logger.setLevel(level)
+        if hub_kernels is ...:
+            del sys.modules["kernels"]
+        else:
+            sys.modules["kernels"] = hub_kernels  # type: ignore[assignment]
+    # It says at every call that LLM.int8() quantizes from float16, which is so by design.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    return bitsandbytes
+
+
+bnb = _import_bitsandbytes()
+
+
+def empty_quantized_linear(
+    linear: nn.Linear,
+    mode: QuantizeMode,
+    *,
+    compute_dtype: torch.dtype,
+    double_quantization: bool,
+    llm_int8_threshold: float,
+) -> nn.Linear:
+    """Return the quantized layer that takes `linear`'s place, on the meta device and without weights."""
+    bias = linear.bias is not None
+    if mode == "4bit":
+        layer = bnb.nn.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=bias,
+            compute_dtype=compute_dtype,
+            compress_statistics=double_quantization,
+            quant_type="nf4",
+            device="meta",
+        )
+        # On CPUs with bfloat16 instructions the first evaluation would repack the weights in place into a form that
+        # computes in bfloat16 and has no backward: training after an evaluation would break.
+        layer.support_avx512bf16_for_cpu = False
+        return layer
+    return bnb.nn.Linear8bitLt(
+        linear.in_features,
+        linear.out_features,
+        bias=bias,
+        has_fp16_weights=False,
+        threshold=llm_int8_threshold,
+        device="meta",
+    )
+
+
+def fill_quantized_weight(layer: nn.Linear, weight: Tensor) -> None:
+    """Quantize `weight` ``[out, in]``, where it lies, into `layer`."""
+    if isinstance(layer, bnb.nn.Linear4bit):
+        nested = layer.weight.compress_statistics
+        packed, state = bnb.functional.quantize_4bit(
+            weight.contiguous(), blocksize=NF4_BLOCK, compress_statistics=nested, quant_type="nf4"
+        )
+        layer.weight = bnb.nn.Params4bit(
+            packed,
+            requires_grad=False,
+            quant_state=state,
+            blocksize=NF4_BLOCK,
+            compress_statistics=nested,
+            quant_type="nf4",
+            module=layer,
+            bnb_quantized=True,
+        )
+        layer.quant_state = state
+        return
+    rows, scales, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16).contiguous())
+    layer.weight = bnb.nn.Int8Params(rows, requires_grad=False, has_fp16_weights=False, CB=rows, SCB=scales)
+
+
+def is_quantized_linear(module: nn.Module) -> bool:
+    return isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
+
+
+def holds_quantized_weight(module: nn.Module, mode: QuantizeMode) -> bool:
+    """Whether `module` is the quantized layer of `mode` and its weight is stored so."""
+    weight = module.weight
+    if mode == "4bit":
+        return (
+            isinstance(module, bnb.nn.Linear4bit)
+            and isinstance(weight, bnb.nn.Params4bit)
+            and weight.dtype == torch.uint8
+            and weight.quant_state is not None
+            and weight.quant_state.quant_type == "nf4"
+        )
+    return (
+        isinstance(module, bnb.nn.Linear8bitLt)
+        and isinstance(weight, bnb.nn.Int8Params)
+        and weight.dtype == torch.int8
+        and (weight.SCB is not None or module.state.SCB is not None)
+    )
+
+
+def dequantized_weight(layer: nn.Linear) -> Tensor:
+    """The weight ``[out, in]`` that a block's linear stands for, in floating point."""
+    if isinstance(layer, bnb.nn.Linear4bit):
+        return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+        return layer.weight.data.float() * (scales.float() / 127.0).unsqueeze(1)
+    return layer.weight.data

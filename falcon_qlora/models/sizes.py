@@ -1,0 +1,81 @@
+"""What a model takes in memory, from its configuration alone."""
+
+from __future__ import annotations
+
+from transformers import FalconConfig
+
+from falcon_qlora.errors import UserError
+from falcon_qlora.models.falcon import linear_parameter_count, linear_shapes, parameter_count
+from falcon_qlora.models.quantize import NF4_BLOCK, NF4_NESTED_BLOCK, QuantizeMode
+
+GIB = 2**30
+
+
+def weight_bytes(
+    config: FalconConfig,
+    quantize_mode: QuantizeMode,
+    *,
+    double_quantization: bool = True,
+    compute_bytes: int = 2,
+) -> int:
+    """Bytes of the loaded weights.
+
+    Args:
+        config: the model.
+        quantize_mode: how its blocks are stored.
+        double_quantization: whether NF4's scales are quantized too.
+        compute_bytes: bytes a value of the compute dtype takes.
+    """
+    linears = linear_parameter_count(config)
+    rest = (parameter_count(config) - linears) * compute_bytes
+    if quantize_mode == "16bit":
+        return linears * compute_bytes + rest
+    if quantize_mode == "8bit":
+        rows = config.num_hidden_layers * sum(out for out, _ in linear_shapes(config).values())
+        return linears + 4 * rows + rest
+    scales = linears // NF4_BLOCK
+    scale_bytes = scales + 4 * (scales // NF4_NESTED_BLOCK) if double_quantization else 4 * scales
+    return linears // 2 + scale_bytes + rest
+
+
+def largest_weight_bytes(config: FalconConfig, *, compute_bytes: int = 2) -> int:
+    """Bytes of the largest single weight before it is quantized: what loading needs beyond the model."""
+    sizes = [out * into for out, into in linear_shapes(config).values()]
+    return compute_bytes * max(*sizes, config.vocab_size * config.hidden_size)
+
+
+def check_fits(
+    config: FalconConfig,
+    quantize_mode: QuantizeMode,
+    *,
+    trainable: int,
+    free_bytes: int,
+    double_quantization: bool = True,
+) -> None:
+    """Refuse a model whose weights and adapter alone exceed the device; activations come on top of them.
+
+    Args:
+        config: the model.
+        quantize_mode: how its blocks are stored.
+        trainable: trainable parameters, in float32.
+        free_bytes: free memory of the device.
+        double_quantization: whether NF4's scales are quantized too.
+
+    Raises:
+        UserError: saying by how much.
+    """
+    weights = weight_bytes(config, quantize_mode, double_quantization=double_quantization)
+    adapter = 4 * trainable
+    if weights + adapter <= free_bytes:
+        return
+    need = weights + adapter
+    lower = {"16bit": "8bit or 4bit", "8bit": "4bit"}.get(quantize_mode)
+    advice = f"Use --quantize_mode {lower}, a" if lower else "Use a"
+    raise UserError(
+        f"The model does not fit: its weights in {quantize_mode} take {weights / GIB:.1f} GiB"
+        + (f" and the adapter {adapter / GIB:.1f} GiB" if trainable else "")
+        + f", the GPU has {free_bytes / GIB:.1f} GiB free: {(need - free_bytes) / GIB:.1f} GiB too little. "
+        f"{advice} smaller model, or a GPU with more memory free."
+    )
+
+
