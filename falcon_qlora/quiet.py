@@ -22,6 +22,8 @@ ENVIRONMENT = {
     # Else the tokenizers warn at every fork, and a data loader's worker may hang.
     "TOKENIZERS_PARALLELISM": "false",
     "WANDB_SILENT": "true",
+    # Its crash reports look up a host even where W&B itself is offline.
+    "WANDB_ERROR_REPORTING": "false",
 }
 
 _LIBRARIES = (

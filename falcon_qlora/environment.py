@@ -1,0 +1,109 @@
+"""What a run ran on: `environment.json`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = (
+    "falcon-qlora",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "triton",
+    "numpy",
+    "wandb",
+)
+_SECRET = re.compile(r"(token|secret|password|credential|api[_-]?key)", re.IGNORECASE)
+_HIDDEN = "<hidden>"
+
+
+def collect_environment(*, world_size: int = 1) -> dict[str, Any]:
+    """Versions, devices, commit and command line of this process.
+
+    Args:
+        world_size: Processes that train together.
+    """
+    return {
+        "falcon_qlora": _version("falcon-qlora"),
+        "commit": _commit(Path(__file__).parent),
+        "command": without_secrets(sys.argv),
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "cuda": torch.version.cuda,
+        "gpus": _gpus(),
+        "cpu_threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "world_size": world_size,
+    }
+
+
+def without_secrets(argv: Sequence[str]) -> list[str]:
+    """`argv` with the value of every flag that is named like a secret hidden."""
+    shown: list[str] = []
+    hide = False
+    for argument in argv:
+        flag, equals, _ = argument.partition("=")
+        if hide and not argument.startswith("--"):
+            shown.append(_HIDDEN)
+            hide = False
+            continue
+        # Counts of tokens are no secrets: --max_tokens, --token_budget and the like keep their number.
+        secret = argument.startswith("--") and bool(_SECRET.search(flag)) and "tokens" not in flag
+        hide = secret and not equals
+        shown.append(f"{flag}={_HIDDEN}" if secret and equals else argument)
+    return shown
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit of the checkout that `folder` is in, with ``+changes`` where files differ from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        # An installed package lies in no checkout of its own: one around it would be another project's.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != folder.parent.resolve():
+            return None
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _gpus() -> list[dict[str, Any]]:
+    if not torch.cuda.is_available():
+        return []
+    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [
+        {
+            "name": gpu.name,
+            "memory_gib": round(gpu.total_memory / 2**30, 2),
+            "compute_capability": f"{gpu.major}.{gpu.minor}",
+        }
+        for gpu in properties
+    ]
