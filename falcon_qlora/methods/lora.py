@@ -94,7 +94,9 @@ def load_adapter(
     if base_model is None:
         base_model = settings.get("base_model_name_or_path")
         if not base_model:
-            raise UserError(f"{path}/adapter_config.json names no base model. Name it with --model_name_or_path.")
+            raise UserError(
+                f"{path}/adapter_config.json names no base model. Name it with --model_name_or_path."
+            )
     if isinstance(base_model, str):
         base_model = load_model(
             base_model,
@@ -130,7 +132,9 @@ def _told_quantized(model: FalconForCausalLM) -> Iterator[None]:
     trainable parameter to bfloat16, in which small updates are lost.
     """
     mode = quantization_of(model)
-    told: dict[str, Any] = {"4bit": {"is_loaded_in_4bit": True}, "8bit": {"is_loaded_in_8bit": True}}.get(mode, {})
+    told: dict[str, Any] = {"4bit": {"is_loaded_in_4bit": True}, "8bit": {"is_loaded_in_8bit": True}}.get(
+        mode, {}
+    )
     for name, value in told.items():
         setattr(model, name, value)
     try:

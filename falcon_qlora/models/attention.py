@@ -257,9 +257,7 @@ def _varlen_options() -> dict[str, Any]:
 def _varlen(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float) -> Tensor:
     assert _varlen_attn is not None
     starts, longest = sequences.cu_seqlens, sequences.max_length
-    return _varlen_attn(
-        query, key, value, starts, starts, longest, longest, scale=scale, **_varlen_options()
-    )
+    return _varlen_attn(query, key, value, starts, starts, longest, longest, scale=scale, **_varlen_options())
 
 
 def _padded(

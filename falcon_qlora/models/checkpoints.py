@@ -43,14 +43,25 @@ def open_checkpoint(model_name_or_path: str, *, revision: str | None = None, see
     """
     if model_name_or_path.startswith(RANDOM):
         return parse_random(model_name_or_path, seed)
-    folder = packaged_folder(model_name_or_path)
-    if folder is None and Path(model_name_or_path).expanduser().is_dir():
-        folder = Path(model_name_or_path).expanduser()
-    if folder is None:
-        from falcon_qlora.models.hub import fetch_model
-
-        folder = fetch_model(model_name_or_path, revision=revision)
+    folder = find_folder(model_name_or_path, revision=revision)
     return FolderCheckpoint(model_name_or_path, read_folder_config(folder), folder)
+
+
+def find_folder(model_name_or_path: str, *, revision: str | None = None) -> Path:
+    """The folder of a packaged, local or hub model; of a hub model it downloads what is missing.
+
+    Raises:
+        UserError: if there is none.
+    """
+    packaged = packaged_folder(model_name_or_path)
+    if packaged is not None:
+        return packaged
+    local = Path(model_name_or_path).expanduser()
+    if local.is_dir():
+        return local
+    from falcon_qlora.models.hub import fetch_model
+
+    return fetch_model(model_name_or_path, revision=revision)
 
 
 def packaged_folder(model_name_or_path: str) -> Path | None:
@@ -62,8 +73,12 @@ def packaged_folder(model_name_or_path: str) -> Path | None:
     return Path(tiny_path())
 
 
-def read_folder_config(folder: Path) -> FalconConfig:
-    """Read ``config.json`` of a model folder."""
+def read_folder_config(folder: Path, *, source: str | None = None) -> FalconConfig:
+    """Read ``config.json`` of a model folder; `source` is what messages call it.
+
+    Raises:
+        UserError: if there is none, it is not JSON, or the model is not a classic Falcon.
+    """
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -71,7 +86,7 @@ def read_folder_config(folder: Path) -> FalconConfig:
         raise UserError(f"{folder} holds no config.json: it is not a model's folder.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
-    return read_config(raw, source=str(path))
+    return read_config(raw, source=source or str(path))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +96,7 @@ class RandomCheckpoint:
     name: str
     config: FalconConfig
     seed: int
+    tokenizer: str | None = None
 
     def tensors(
         self, model: FalconForCausalLM, device: torch.device, dtype: torch.dtype
@@ -100,7 +116,13 @@ class RandomCheckpoint:
 
 
 def parse_random(name: str, seed: int) -> RandomCheckpoint:
-    """Read ``random:<preset>[?key=value,...]``; a ``seed`` in the name wins over `seed` and stays in the name."""
+    """Read ``random:<preset>[?key=value,...]``, where a key is one of the configuration's, `seed` or `tokenizer`.
+
+    A seed in the name wins over `seed`, which else becomes part of the name.
+
+    Raises:
+        UserError: if there is no such preset or key.
+    """
     preset, _, query = name.removeprefix(RANDOM).partition("?")
     if preset not in PRESETS:
         raise UserError(
@@ -110,18 +132,23 @@ def parse_random(name: str, seed: int) -> RandomCheckpoint:
     overrides = {}
     for item in filter(None, query.split(",")):
         key, separator, text = item.partition("=")
-        if not separator or key not in known | {"seed"}:
-            raise UserError(f"{name}: {item!r} is not KEY=VALUE of a Falcon configuration{nearest(key, known)}.")
+        if not separator or key not in known | {"seed", "tokenizer"}:
+            raise UserError(
+                f"{name}: {item!r} is not KEY=VALUE of a Falcon configuration{nearest(key, known)}."
+            )
         try:
             overrides[key] = json.loads(text.lower())
         except json.JSONDecodeError:
             overrides[key] = text
+    tokenizer = overrides.pop("tokenizer", None)
     if "seed" in overrides:
         seed = int(overrides.pop("seed"))
     elif seed:
         # What an adapter trained on it needs to find the same base again.
         name = f"{name}{',' if query else '?'}seed={seed}"
-    return RandomCheckpoint(name=name, config=preset_config(preset, **overrides), seed=seed)
+    return RandomCheckpoint(
+        name=name, config=preset_config(preset, **overrides), seed=seed, tokenizer=tokenizer
+    )
 
 
 @dataclass(frozen=True)
@@ -176,7 +203,9 @@ def weight_files(folder: Path) -> list[Path]:
             files = sorted(folder.glob(f"{Path(kind).stem}*{suffix}"))
         absent = [path.name for path in files if not path.is_file()]
         if absent:
-            raise UserError(f"{folder}: {index.name} names {absent[0]}, which is not there. Is the copy complete?")
+            raise UserError(
+                f"{folder}: {index.name} names {absent[0]}, which is not there. Is the copy complete?"
+            )
         if files:
             return files
     raise UserError(f"{folder} holds no weights (model*.safetensors or pytorch_model*.bin).")

@@ -124,6 +124,8 @@ def read_config(raw: dict[str, Any], *, source: str = "config.json") -> FalconCo
         settings.setdefault("new_decoder_architecture", "n_head_kv" in raw)
         settings.setdefault("multi_query", False)
         settings.setdefault("parallel_attn", False)
+    if settings.get("new_decoder_architecture"):
+        settings["parallel_attn"] = True  # always so there; some files say otherwise and were never read
     kept = {name: settings[name] for name in (*_KEPT, *_ROPE_NAMES) if settings.get(name) is not None}
     return FalconConfig(**kept)
 

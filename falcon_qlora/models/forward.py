@@ -116,7 +116,9 @@ def _refuse_what_packing_cannot_do(args: tuple[Any, ...], kwargs: dict[str, Any]
     kwargs = {name: value for name, value in kwargs.items() if name not in ("use_cache", "return_dict")}
     asked = [name for name, value in kwargs.items() if value is not None and value is not False]
     if args or asked:
-        raise ValueError(f"with sequences the model takes no {', '.join(asked) or 'other positional arguments'}")
+        raise ValueError(
+            f"with sequences the model takes no {', '.join(asked) or 'other positional arguments'}"
+        )
 
 
 def _run_blocks(transformer: Any, input_ids: Tensor, sequences: Sequences) -> Tensor:

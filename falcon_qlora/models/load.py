@@ -30,6 +30,16 @@ from falcon_qlora.models.quantize import (
     is_quantized_linear,
 )
 from falcon_qlora.models.sizes import check_fits
+from falcon_qlora.models.tokenizer import load_tokenizer
+
+__all__ = [
+    "Float32LayerNorm",
+    "load_model",
+    "load_tokenizer",
+    "quantization_of",
+    "resolve_compute_dtype",
+    "verify_quantized",
+]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -57,7 +67,8 @@ def load_model(
 
     Args:
         model_name_or_path: ``tiny`` (packaged), ``random:<preset>`` (a published shape with random weights, single
-            values replaced as in ``random:falcon-7b?num_hidden_layers=2,seed=1``), a local folder, or a hub id.
+            values replaced as in ``random:falcon-7b?num_hidden_layers=2,seed=1``), a local folder, or a hub id,
+            which is downloaded where it is not in the cache.
         quantize_mode: ``4bit`` (NF4), ``8bit`` (LLM.int8()) or ``16bit`` (not quantized, in the compute dtype).
         device: where to; this process's own GPU, or the CPU, where None.
         compute_dtype: a dtype, ``bf16``, ``fp16``, ``fp32``, or ``auto``: bfloat16 where the GPU has it, float16 on
@@ -98,7 +109,9 @@ def load_model(
     return model
 
 
-def resolve_compute_dtype(compute_dtype: torch.dtype | str, device: torch.device | str | None = None) -> torch.dtype:
+def resolve_compute_dtype(
+    compute_dtype: torch.dtype | str, device: torch.device | str | None = None
+) -> torch.dtype:
     """The dtype that `compute_dtype` (``auto``, ``bf16``, ``fp16``, ``fp32`` or a dtype) means on `device`."""
     if isinstance(compute_dtype, torch.dtype):
         return compute_dtype
@@ -125,7 +138,9 @@ def verify_quantized(model: nn.Module, quantize_mode: QuantizeMode) -> None:
     for name, module in modules.items():
         if name in expected:
             if not holds_quantized_weight(module, quantize_mode):
-                raise RuntimeError(f"{name} was left unquantized: {type(module).__name__}, {module.weight.dtype}")
+                raise RuntimeError(
+                    f"{name} was left unquantized: {type(module).__name__}, {module.weight.dtype}"
+                )
         elif is_quantized_linear(module):
             raise RuntimeError(f"{name} is quantized and should not be")
 

@@ -77,5 +77,3 @@ def check_fits(
         + f", the GPU has {free_bytes / GIB:.1f} GiB free: {(need - free_bytes) / GIB:.1f} GiB too little. "
         f"{advice} smaller model, or a GPU with more memory free."
     )
-
-
