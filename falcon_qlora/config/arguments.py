@@ -5,6 +5,7 @@ A default here is what holds where no recipe, file or flag says otherwise; `reci
 for the reader and a test keeps the two the same.
 """
 
+# ruff: noqa: RUF009 (every call of _setting makes a fresh dataclasses.field)
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,12 +27,15 @@ class ModelArguments:
 
     model_name_or_path: str = _setting(
         "ybelkada/falcon-7b-sharded-bf16",
-        "Base model: a hub id, a local folder, `tiny` (packaged), or `random:falcon-7b` (real shapes, random weights).",
+        "Base model: a hub id, a local folder, `tiny` (packaged), or `random:falcon-7b` (made up).",
         "-m",
         "--model_name",
     )
     quantize_mode: Literal["4bit", "8bit", "16bit"] = _setting(
         "4bit", "Storage of the frozen base weights: NF4, LLM.int8(), or not quantized.", "-q"
+    )
+    tokenizer_name_or_path: str | None = _setting(
+        None, "Take the tokenizer from this folder or hub id; unset: the model's own."
     )
     model_revision: str | None = _setting(None, "Branch, tag or commit of the base model on the hub.")
     compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = _setting(

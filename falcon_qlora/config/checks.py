@@ -1,7 +1,7 @@
 """What settings mean together: alternatives, what follows from what, and what contradicts what.
 
-Where two settings are alternatives, the one from the higher layer unseats the other (a flag can replace what a
-recipe says); within one layer they contradict each other and the user is asked.
+Where two settings are alternatives, the one from the higher layer unseats the other (a flag can replace
+what a recipe says); within one layer they contradict each other and the user is asked.
 """
 
 import math
@@ -78,9 +78,9 @@ def check(values: Values, where: dict[str, str]) -> None:
         raise UserError(f"{name('max_steps')}: must be at least 1, or -1 for whole epochs")
     template = values["template"]
     if template not in TEMPLATES and not template.endswith(".jinja"):
-        known = ", ".join(TEMPLATES)
         raise UserError(
-            f"{name('template')}: {template!r} is not one of {known} or a .jinja file{nearest(template, TEMPLATES)}"
+            f"{name('template')}: {template!r} is not one of {', '.join(TEMPLATES)} or a .jinja file"
+            f"{nearest(template, TEMPLATES)}"
         )
     _check_data(values, name)
     if values["report_to"] != ["none"] and "none" in values["report_to"]:
@@ -127,8 +127,8 @@ def _settle_compute_dtype(values: Values, laid: Laid) -> None:
             chosen = values["compute_dtype"]
             if layer.rank == dtype_layer.rank and value != (chosen == name):
                 raise UserError(
-                    f"{layer.where(name)} is {str(value).lower()}, but {dtype_layer.where('compute_dtype')} is {chosen}; "
-                    "give --compute_dtype alone"
+                    f"{layer.where(name)} is {str(value).lower()}, but "
+                    f"{dtype_layer.where('compute_dtype')} is {chosen}; give --compute_dtype alone"
                 )
     if named and dtype_layer is not None and dtype_layer.rank >= top:
         return
@@ -143,8 +143,8 @@ def _settle_batch(values: Values, laid: Laid) -> None:
     if values["global_batch_size"] is not None and steps >= 1:
         if batch == steps and laid["gradient_accumulation_steps"][0] is not None:
             raise UserError(
-                f"{laid['global_batch_size'][1].where('global_batch_size')} and gradient_accumulation_steps both set "
-                "the size of a step; give one of them"
+                f"{laid['global_batch_size'][1].where('global_batch_size')} and gradient_accumulation_steps "
+                "both set the size of a step; give one of them"
             )
         if steps > batch:
             values["global_batch_size"] = None

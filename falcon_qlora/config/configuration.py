@@ -41,12 +41,12 @@ class Configuration:
         model: which base model, how quantized.
         data: which rows, how they become sequences. `data.packing` is the user's; TRL's own stays off.
         lora: the adapter.
-        run: length, batch, seed, where it writes. Where `run.global_batch_size` is set it decides the size of a
-            step, and `run.gradient_accumulation_steps` is 1.
+        run: length, batch, seed, where it writes. Where `run.global_batch_size` is set it decides the size of
+            a step, and `run.gradient_accumulation_steps` is 1.
         trainer: SFTConfig's other settings that the recipe, a file or a flag gives.
         extra: an instance of the command's own dataclass, where it has one.
-        explicit: setting to where it was given ("flag", "settings.yaml", "recipe lambda-7b-4bit"); what only the
-            default recipe says is not in it.
+        explicit: setting to where it was given ("flag", "settings.yaml", "recipe lambda-7b-4bit"); what only
+            the default recipe says is not in it.
     """
 
     model: ModelArguments

@@ -22,6 +22,7 @@ from falcon_qlora.config.arguments import OUR_ARGUMENTS
 from falcon_qlora.config.library import NOT_TAKEN, LibraryField, library_fields
 from falcon_qlora.errors import UserError, nearest
 
+NUMBERS = ("a whole number", "a number")
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
@@ -79,9 +80,11 @@ class Setting:
         return self._read_one(value, where)
 
     def _read_one(self, value: Any, where: str) -> Any:
-        if isinstance(value, (dict, list)) or (isinstance(value, bool) and self.type_name != "true or false"):
-            if not (isinstance(value, bool) and self.type_name == "text"):
-                raise UserError(f"{where}: {value!r} is not {self.type_name}")
+        if isinstance(value, (dict, list)) or (isinstance(value, bool) and self.type_name in NUMBERS):
+            raise UserError(f"{where}: {value!r} is not {self.type_name}")
+        if isinstance(value, bool) and self.type_name == "text":
+            # YAML reads a bare no as false.
+            value = "no" if value is False and "no" in (self.choices or ()) else str(value).lower()
         try:
             converted = self.convert(str(value))
         except (ValueError, TypeError, argparse.ArgumentTypeError):
@@ -282,7 +285,7 @@ def _setting_of(action: argparse.Action, hint: Any, owner: type) -> Setting:
     inner = next((member for member in members if member is not type(None)), str)
     is_list = typing.get_origin(inner) is list
     element = typing.get_args(inner)[0] if is_list else inner
-    names = {bool: "true or false", int: "a whole number", float: "a number"}
+    names = {bool: "true or false", int: NUMBERS[0], float: NUMBERS[1]}
     return Setting(
         name=action.dest,
         flags=tuple(action.option_strings),

@@ -1,0 +1,82 @@
+"""The command line: `falcon-qlora VERB [flags]`, one module a verb in `commands/`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import sys
+import traceback
+
+from falcon_qlora.errors import EXIT_BUG, EXIT_USER_ERROR, UserError, nearest
+
+EXIT_INTERRUPTED = 130
+
+VERBS = {
+    "train": "fine-tune a quantized Falcon with LoRA on every GPU",
+    "data": "show what the model will see: rendered rows, lengths, what is dropped",
+    "prepare": "download and tokenize ahead, so that training needs no network",
+    "generate": "answer a prompt with a base model and an adapter",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line.
+
+    Returns:
+        The exit status: 0, 2 for what the user can mend, 1 for a bug, 130 after Ctrl-C.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        return _run(words)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; closing stderr keeps Python from saying so at exit.
+        sys.stderr.close()
+        return EXIT_BUG
+    except Exception:
+        traceback.print_exc()
+        return EXIT_BUG
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if words else EXIT_USER_ERROR
+    if words[0] in ("--version", "-V"):
+        print(f"falcon-qlora {_version()}")
+        return 0
+    verb, *rest = words
+    if verb.startswith("-"):
+        raise UserError(f"name a command before the flags, such as: falcon-qlora train {' '.join(words)}")
+    if verb not in VERBS:
+        raise UserError(f"unknown command {verb}{nearest(verb, VERBS)}; there are {', '.join(VERBS)}")
+    # Only the verb's own module is imported: a help page should not wait for torch.
+    module = importlib.import_module(f"falcon_qlora.commands.{verb}")
+    status: int = module.main(rest)
+    return status
+
+
+def _help() -> str:
+    verbs = "\n".join(f"  {verb:<10} {what}" for verb, what in VERBS.items())
+    return (
+        "falcon-qlora COMMAND [flags]\n\n"
+        "Fine-tune quantized Falcon models with LoRA, one replica on every GPU.\n\n"
+        f"Commands (all take the same flags; COMMAND --help shows them):\n{verbs}\n\n"
+        "  --version  print the version\n\n"
+        "Try: falcon-qlora train -m tiny --gpus 1"
+    )
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("falcon-qlora")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""`falcon-qlora train`: check the flags, then run `falcon_qlora.train` once a GPU through torchrun's API.
+
+The flags are read before torch is imported and before any process starts, so a mistyped one is told at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import signal
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from falcon_qlora import config
+from falcon_qlora.errors import EXIT_BUG, EXIT_USER_ERROR, UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+# SIGUSR1 is how some schedulers announce preemption: unhandled it would kill the agent and leave the workers.
+_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+
+
+@dataclass(kw_only=True)
+class LaunchArguments:
+    """Which processes are started; under torchrun these are its own flags."""
+
+    _argument_group_name = "Processes"
+
+    gpus: int | None = field(
+        default=None,
+        metadata={
+            "help": "Processes to start on this node, one a GPU; unset: every visible GPU. Without GPUs: 1."
+        },
+    )
+    nnodes: str = field(default="1", metadata={"help": "Nodes, or MIN:MAX."})
+    node_rank: int | None = field(default=None, metadata={"help": "This node's index, with --master_addr."})
+    master_addr: str | None = field(default=None, metadata={"help": "Address of the first node."})
+    master_port: int | None = field(default=None, metadata={"help": "Free port on the first node."})
+    rdzv_backend: str | None = field(default=None, metadata={"help": "How nodes meet, such as c10d."})
+    rdzv_endpoint: str | None = field(default=None, metadata={"help": "Where nodes meet: HOST:PORT."})
+    rdzv_id: str | None = field(default=None, metadata={"help": "Name of this job, the same on every node."})
+    rdzv_conf: str | None = field(default=None, metadata={"help": "More for the backend: key=value,…"})
+    max_restarts: int = field(default=0, metadata={"help": "Restarts after a process has failed."})
+
+
+def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
+    """Train on every visible GPU, or with `--gpus N` processes.
+
+    Args:
+        argv: the words after the verb.
+        worker_module: what each process runs; tests put a stand-in here.
+
+    Returns:
+        0; 2 if a worker met what the user can mend; 1 after a bug; 128 + the signal that ended it.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise UserError("falcon-qlora train starts torchrun itself; under torchrun run -m falcon_qlora.train")
+    launch: LaunchArguments = config.parse(argv, extra_arguments=LaunchArguments).extra
+    _check(launch)
+    processes = _processes(launch.gpus)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
+    with tempfile.TemporaryDirectory(prefix="falcon_qlora_") as log_folder:
+        return _launch(
+            [
+                *_torchrun_flags(launch, processes),
+                f"--log-dir={log_folder}",
+                "--module",
+                "falcon_qlora.commands.worker",
+                str(os.getpid()),
+                worker_module,
+                *_without_launch_flags(argv),
+            ]
+        )
+
+
+def _launch(torchrun_argv: list[str]) -> int:
+    """Run torchrun's agent in this process and turn how it ended into an exit status."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    launch_config, command, arguments = run.config_from_args(run.parse_args(torchrun_argv))
+    # The agent reports every failure at length; the workers have said what there is to say.
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        elastic_launch(config=launch_config, entrypoint=command)(*arguments)
+    except ChildFailedError as error:
+        return _status(error)
+    except SignalException as error:
+        return 128 + error.sigval
+    finally:
+        logging.disable(disabled)
+    return 0
+
+
+def _status(error: ChildFailedError) -> int:
+    """The exit status that stands for those of the failed workers."""
+    failures = error.failures.values()
+    if any(failure.exitcode == EXIT_USER_ERROR for failure in failures):
+        return EXIT_USER_ERROR
+    for rank, failure in sorted(error.failures.items()):
+        # Nothing in the worker could say so itself.
+        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
+            name = signal.Signals(-failure.exitcode).name
+            hint = "; out of CPU memory?" if name == "SIGKILL" else ""
+            print(f"error: process {rank} was ended by {name}{hint}", file=sys.stderr)
+            break
+    return EXIT_BUG
+
+
+def _check(launch: LaunchArguments) -> None:
+    if launch.gpus is not None and launch.gpus < 1:
+        raise UserError(f"--gpus: {launch.gpus} is too small; at least 1")
+    if launch.max_restarts < 0:
+        raise UserError(f"--max_restarts: {launch.max_restarts} is too small; at least 0")
+    counts = launch.nnodes.split(":")
+    if len(counts) > 2 or not all(count.isdecimal() and int(count) > 0 for count in counts):
+        raise UserError(f"--nnodes: {launch.nnodes!r} is neither a number of nodes nor MIN:MAX")
+    if launch.nnodes != "1" and launch.rdzv_endpoint is None and launch.master_addr is None:
+        raise UserError(
+            f"--nnodes {launch.nnodes}: say where the nodes meet, with --rdzv_backend c10d --rdzv_endpoint "
+            "HOST:PORT, or with --master_addr, --master_port and --node_rank"
+        )
+
+
+def _processes(gpus: int | None) -> int:
+    import torch
+
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if visible and gpus is not None and gpus > visible:
+        raise UserError(
+            f"--gpus {gpus}: this machine shows {visible} (see CUDA_VISIBLE_DEVICES and nvidia-smi)"
+        )
+    return gpus or visible or 1
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _torchrun_flags(launch: LaunchArguments, processes: int) -> list[str]:
+    flags = [f"--nproc-per-node={processes}", f"--signals-to-handle={_SIGNALS}"]
+    given = dataclasses.asdict(launch)
+    del given["gpus"]
+    if launch.nnodes == "1" and launch.rdzv_endpoint is None and launch.master_addr is None:
+        # Any free port, and the name that resolves on every machine.
+        given |= {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "localhost"}
+        given["rdzv_id"] = launch.rdzv_id or f"falcon-qlora-{os.getpid()}"
+    return flags + [
+        f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None
+    ]
+
+
+def _without_launch_flags(argv: list[str]) -> list[str]:
+    """The words for the workers. Every flag of ours takes one value."""
+    ours = {
+        f"--{spelling}" for item in dataclasses.fields(LaunchArguments) for spelling in _spellings(item.name)
+    }
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word in ours:
+            next(words)
+        elif word.split("=")[0] not in ours:
+            rest.append(word)
+    return rest
+
+
+def _spellings(name: str) -> tuple[str, str]:
+    return name, name.replace("_", "-")

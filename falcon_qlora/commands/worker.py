@@ -1,0 +1,39 @@
+"""What the launcher starts as each process: the training module, tied to the launcher's life.
+
+Torch's agent stops the workers when it ends in order. Where it cannot (killed outright, or a second Ctrl-C
+while it waits), the kernel does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import runpy
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Run the module named first, with the words that follow, as ``python -m`` would."""
+    launcher, module = int(sys.argv[1]), sys.argv[2]
+    sys.argv[:] = sys.argv[2:]
+    _end_with(launcher)
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except KeyboardInterrupt:
+        os._exit(128 + signal.SIGINT)
+
+
+def _end_with(launcher: int) -> None:
+    """Have this process killed when the launcher ends. Linux only; elsewhere nothing is done."""
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
