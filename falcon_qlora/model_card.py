@@ -60,7 +60,10 @@ class ModelCard:
 
     def _on_hub(self) -> bool:
         """Whether the base model's name can be one of the hub's."""
-        return self.base_model.count("/") == 1 and not self.base_model.startswith((".", "/", "~", "random:"))
+        a_name = self.base_model.count("/") == 1 and not self.base_model.startswith(
+            (".", "/", "~", "random:")
+        )
+        return a_name and not Path(self.base_model).exists()
 
     def _metadata(self) -> dict[str, Any]:
         metadata: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}

@@ -1,0 +1,280 @@
+"""Every file of a run directory: whole or not there, in the documented form; others' are refused."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from falcon_qlora.environment import collect_environment, without_secrets
+from falcon_qlora.errors import UserError
+from falcon_qlora.files import replaced, write_json
+from falcon_qlora.model_card import ModelCard
+from falcon_qlora.run_directory import METRICS_FIELDS, RunDirectory, Summary, choose
+
+NOON = datetime.datetime(2026, 1, 2, 12, 0, 0)
+SUMMARY = Summary(
+    steps=20,
+    first_loss=3.0,
+    final_loss=1.5,
+    train_seconds=12.5,
+    tokens_per_second=1000.0,
+    samples_per_second_512=1.95,
+    peak_memory_gib=0.5,
+    trainable_parameters=10,
+    total_parameters=100,
+    quantized_linears=8,
+    world_size=2,
+)
+
+
+def _choose(output_dir: Path | None, root: Path, **options: object) -> Path:
+    return choose(output_dir, model="org/falcon-7b", settings="4bit lora64", root=root, now=NOON, **options)
+
+
+def _holding_run(path: Path) -> RunDirectory:
+    directory = RunDirectory(path)
+    directory.write_config({"seed": 1})
+    directory.append_metrics(1, {"loss": 2.0})
+    return directory
+
+
+def test_a_fresh_folder_is_named_by_date_model_and_settings(tmp_path: Path) -> None:
+    assert _choose(None, tmp_path) == tmp_path / "20260102-120000-falcon-7b-4bit-lora64"
+
+
+def test_two_runs_of_one_second_get_two_folders(tmp_path: Path) -> None:
+    assert _choose(None, tmp_path) != _choose(None, tmp_path)
+
+
+def test_a_restart_by_torchrun_finds_its_unnamed_folder_again(tmp_path: Path) -> None:
+    first = _choose(None, tmp_path)
+    _holding_run(first)
+    assert _choose(None, tmp_path, restarted=True) == first
+
+
+def test_another_launch_does_not_take_an_unnamed_folder(tmp_path: Path) -> None:
+    first = _choose(None, tmp_path)
+    (first / ".launcher").write_text("elsewhere 1")
+    assert _choose(None, tmp_path, restarted=True) != first
+
+
+def test_a_named_folder_that_holds_a_run_is_refused(tmp_path: Path) -> None:
+    _holding_run(tmp_path / "mine")
+    with pytest.raises(UserError, match=r"mine.*holds a run.*--resume.*--overwrite"):
+        _choose(tmp_path / "mine", tmp_path)
+
+
+@pytest.mark.parametrize("option", ["resume", "overwrite", "restarted"])
+def test_a_named_folder_that_holds_a_run_is_taken_when_asked(tmp_path: Path, option: str) -> None:
+    _holding_run(tmp_path / "mine")
+    assert _choose(tmp_path / "mine", tmp_path, **{option: True}) == tmp_path / "mine"
+    assert (tmp_path / "mine/config.yaml").exists(), "nothing is removed before the run starts"
+
+
+def test_a_named_folder_with_other_files_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert _choose(tmp_path, tmp_path) == tmp_path
+
+
+def test_a_file_in_the_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="this is a file"):
+        _choose(tmp_path / "file", tmp_path)
+
+
+def test_resume_takes_a_run_or_one_of_its_checkpoints(tmp_path: Path) -> None:
+    directory = _holding_run(tmp_path / "mine")
+    directory.checkpoint(10).mkdir(parents=True)
+    assert _choose(None, tmp_path, resume=directory.path) == directory.path
+    assert _choose(None, tmp_path, resume=str(directory.checkpoint(10))) == directory.path
+
+
+def test_resume_of_nothing_is_an_error_and_names_the_newest_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run there"):
+        _choose(None, tmp_path, resume=tmp_path / "nothing")
+    _holding_run(tmp_path / "newest")
+    with pytest.raises(UserError, match="newest"):
+        _choose(None, tmp_path, resume=True)
+
+
+def test_overwrite_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
+    directory = _holding_run(tmp_path)
+    directory.checkpoint(3).mkdir(parents=True)
+    (tmp_path / "notes.txt").write_text("mine")
+    directory.clear()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_fresh_folder_of_a_run_that_never_started_goes(tmp_path: Path) -> None:
+    fresh = RunDirectory(_choose(None, tmp_path))
+    fresh.remove_if_empty()
+    assert not fresh.path.exists()
+    used = _holding_run(tmp_path / "used")
+    used.remove_if_empty()
+    assert used.path.exists()
+
+
+def test_config_is_yaml_that_reads_back_equal(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    resolved = {"seed": 1, "learning_rate": 2e-4, "dataset_name": ["a", "b"], "bf16": True, "warmup": None}
+    directory.write_config(resolved)
+    assert directory.read_config() == resolved
+    assert yaml.safe_load(directory.config_file.read_text()) == resolved
+    assert directory.config_file.read_text().startswith("# Run again:  falcon-qlora train --config")
+
+
+def test_summary_has_the_documented_fields(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.write_summary(SUMMARY)
+    documented = {
+        "steps",
+        "first_loss",
+        "final_loss",
+        "train_seconds",
+        "tokens_per_second",
+        "samples_per_second_512",
+        "peak_memory_gib",
+        "trainable_parameters",
+        "total_parameters",
+        "quantized_linears",
+        "world_size",
+    }
+    assert documented <= directory.read_summary().keys()
+
+
+def test_metrics_are_one_line_a_log_step_with_the_documented_fields(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.append_metrics(1, dict.fromkeys(METRICS_FIELDS, 1.0) | {"other": 5})
+    directory.append_metrics(2, {"train_runtime": 3.0})
+    directory.append_metrics(2, {"eval_loss": np.float32(0.5), "epoch": 0.5})
+    lines = directory.metrics_file.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    assert set(json.loads(lines[0])) == set(METRICS_FIELDS)
+    assert json.loads(lines[1]) == {"step": 2, "epoch": 0.5, "eval_loss": 0.5}
+
+
+def test_a_loss_that_is_not_finite_is_written_as_null(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.append_metrics(1, {"loss": float("nan"), "grad_norm": torch.tensor(2.0)})
+    assert directory.read_metrics() == [{"step": 1, "loss": None, "grad_norm": 2.0}]
+
+
+def test_a_line_cut_short_by_a_crash_is_left_out_and_mended_on_resume(tmp_path: Path) -> None:
+    directory = _holding_run(tmp_path)
+    directory.append_metrics(2, {"loss": 1.9})
+    with directory.metrics_file.open("a") as file:
+        file.write('{"step": 3, "lo')
+    assert [line["step"] for line in directory.read_metrics()] == [1, 2]
+    directory.drop_metrics_after(1)
+    directory.append_metrics(2, {"loss": 1.8})
+    assert directory.read_metrics() == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.8}]
+
+
+def test_a_write_that_fails_leaves_the_earlier_file(tmp_path: Path) -> None:
+    file = tmp_path / "summary.json"
+    write_json(file, {"steps": 1})
+    with pytest.raises(RuntimeError, match="stopped"), replaced(file) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError("stopped")
+    assert json.loads(file.read_text()) == {"steps": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_a_folder_replaces_another_only_when_it_is_whole(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    with directory.write_folder(directory.adapter) as folder:
+        (folder / "weights").write_text("old")
+    with pytest.raises(RuntimeError, match="stopped"), directory.write_folder(directory.adapter) as folder:
+        (folder / "weights").write_text("half")
+        raise RuntimeError("stopped")
+    assert (directory.adapter / "weights").read_text() == "old"
+    with directory.write_folder(directory.adapter) as folder:
+        (folder / "weights").write_text("new")
+    assert (directory.adapter / "weights").read_text() == "new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_checkpoints_are_found_by_step_and_half_written_ones_are_not(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    for step in (2, 10):
+        with directory.write_folder(directory.checkpoint(step)) as folder:
+            (folder / "state").write_text("x")
+            assert step not in directory.checkpoint_steps()
+    assert directory.checkpoint_steps() == [2, 10]
+    assert directory.latest_checkpoint() == tmp_path / "checkpoints/step-10"
+
+
+def test_the_loss_is_drawn(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    assert directory.draw_loss() is None
+    assert not directory.loss_picture.exists()
+    for step in range(1, 41):
+        directory.append_metrics(step, {"loss": 3 / step, "learning_rate": 1e-4})
+    directory.append_metrics(40, {"eval_loss": 0.5})
+    assert directory.draw_loss("a run") == directory.loss_picture
+    with Image.open(directory.loss_picture) as picture:
+        assert picture.format == "PNG"
+        assert min(picture.size) > 300
+
+
+def test_contents_lists_what_exists(tmp_path: Path) -> None:
+    directory = _holding_run(tmp_path)
+    directory.write_environment(collect_environment(world_size=2))
+    assert {path.name for path in directory.contents()} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "environment.json",
+    }
+
+
+def test_environment_names_versions_and_hides_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["train", "--hub_token", "hf_abc", "--max_tokens", "5"])
+    environment = collect_environment(world_size=2)
+    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["world_size"] == 2
+    assert "hf_abc" not in json.dumps(environment)
+    assert environment["command"][-2:] == ["--max_tokens", "5"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "shown"),
+    [
+        (["--hub_token=x", "-b", "4"], ["--hub_token=<hidden>", "-b", "4"]),
+        (["--api-key", "x", "y"], ["--api-key", "<hidden>", "y"]),
+        (["--seed", "1"], ["--seed", "1"]),
+    ],
+)
+def test_secrets_in_a_command_line_are_hidden(argv: list[str], shown: list[str]) -> None:
+    assert without_secrets(argv) == shown
+
+
+def test_the_card_has_the_hubs_metadata_and_how_to_load_it(tmp_path: Path) -> None:
+    card = ModelCard(
+        base_model="tiiuae/falcon-7b",
+        datasets=["timdettmers/openassistant-guanaco", "my/rows.jsonl"],
+        settings={"quantize_mode": "4bit", "lora_r": 64},
+        data={"rows read": 9846},
+        summary={"steps": 50, "final_loss": 1.23},
+        template="guanaco",
+    )
+    text = card.write(tmp_path).read_text()
+    _, front, body = text.split("---\n", 2)
+    metadata = yaml.safe_load(front)
+    assert metadata["base_model"] == "tiiuae/falcon-7b"
+    assert metadata["library_name"] == "peft"
+    assert metadata["datasets"] == ["timdettmers/openassistant-guanaco"]
+    for part in ("PeftModel.from_pretrained", "| lora_r | 64 |", "| rows read | 9,846 |", "1.23", "guanaco"):
+        assert part in body
+
+
+def test_a_card_over_random_weights_says_so_and_names_no_hub_model() -> None:
+    text = ModelCard(base_model="random:falcon-7b", base_is_random=True).render()
+    assert "weights are random" in text
+    assert "base_model" not in yaml.safe_load(text.split("---\n")[1])
