@@ -11,13 +11,15 @@ import datetime
 import hashlib
 import os
 import pickle
+import sys
+import traceback
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from falcon_qlora.errors import UserError
+from falcon_qlora.errors import EXIT_BUG, EXIT_USER_ERROR, UserError
 
 T = TypeVar("T")
 
@@ -99,7 +101,7 @@ def main_process_first(work: Callable[[], T]) -> T:
     try:
         result = work()
     except BaseException as error:
-        store.set(key, "2" if isinstance(error, UserError) else "1")
+        store.set(key, str(_status_of(error)))
         raise
     store.set(key, "0")
     return result
@@ -117,7 +119,7 @@ def from_main_process(make: Callable[[], T]) -> T:
         try:
             result = make()
         except BaseException as error:
-            store.set(key, pickle.dumps((2 if isinstance(error, UserError) else 1, None)))
+            store.set(key, pickle.dumps((_status_of(error), None)))
             raise
         store.set(key, pickle.dumps((0, result)))
         return result
@@ -128,23 +130,91 @@ def from_main_process(make: Callable[[], T]) -> T:
     return result
 
 
-def replicas_hash(tensors: Iterable[torch.Tensor]) -> str:
-    """SHA-256 over the bytes of `tensors` on this process.
+def gather_objects(mine: T) -> list[T]:
+    """Each process's (small, picklable) object, by process index."""
+    if world_size() == 1 or not dist.is_initialized():
+        return [mine]
+    everyone: list[Any] = [None] * world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def replicas_hash(tensors: Iterable[torch.Tensor], frozen: Iterable[torch.Tensor] = ()) -> str:
+    """SHA-256 over the bytes of `tensors`, and over a checksum of each frozen tensor, on this process.
+
+    The checksums are taken on the device, so that a large base is not copied out to be hashed.
 
     Raises:
         RuntimeError: if the processes do not all have the same bytes.
     """
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(_bytes_of(tensor).cpu().numpy().tobytes())
+    for tensor in frozen:
+        whole = _bytes_of(tensor)
+        # By place, modulo a prime, so that exchanged bytes show; in pieces, so that little memory is taken.
+        for piece in whole.split(2**24):
+            weights = torch.arange(1, len(piece) + 1, device=piece.device, dtype=torch.int32) % 65521
+            digest.update(str(int((piece.int() * weights).sum(dtype=torch.int64))).encode())
     mine = digest.hexdigest()
-    if world_size() > 1 and dist.is_initialized():
-        everyone: list[Any] = [None] * world_size()
-        dist.all_gather_object(everyone, mine)
-        if len(set(everyone)) != 1:
-            odd = [index for index, theirs in enumerate(everyone) if theirs != everyone[0]]
-            raise RuntimeError(f"the replicas differ: processes {odd} do not hold what process 0 holds")
+    everyone = gather_objects(mine)
+    if len(set(everyone)) != 1:
+        odd = [index for index, theirs in enumerate(everyone) if theirs != everyone[0]]
+        raise RuntimeError(f"the replicas differ: processes {odd} do not hold what process 0 holds")
     return mine
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().flatten().view(torch.uint8)
+
+
+def exit_status(work: Callable[[], object]) -> int:
+    """Run `work` and return the status to exit with, having said what went wrong once over all processes.
+
+    What the user can mend is one line and status 2, a bug a traceback and status 1. Of errors that
+    several processes meet, the first to be reported is printed: the others mostly follow from it.
+    """
+    try:
+        work()
+    except PeerError as error:
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130
+    except UserError as error:
+        if _first_to_report():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    except Exception:
+        if _first_to_report():
+            traceback.print_exc()
+        return EXIT_BUG
+    return 0
+
+
+def leave(status: int) -> None:
+    """End this process. After an error without goodbyes: the others may be waiting in a collective."""
+    if status == 0:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.exit(0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _status_of(error: BaseException) -> int:
+    return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_BUG
+
+
+def _first_to_report() -> bool:
+    if world_size() == 1:
+        return True
+    if not dist.is_initialized():
+        return is_main_process()
+    try:
+        return _store().add(f"falcon_qlora/reported/{restart_count()}", 1) == 1
+    except RuntimeError:  # the store went with the agent
+        return is_main_process()
 
 
 def _store() -> dist.Store:

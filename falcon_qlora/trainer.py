@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from falcon_qlora.checkpoint.write import restore_adapter, save_checkpoint
@@ -23,16 +22,10 @@ from falcon_qlora.step import accumulate_gradients, sum_of_losses
 REFERENCE_SAMPLE_POSITIONS = 512
 
 
-def trainer_arguments(training: SFTConfig, *, total_steps: int, evaluates: bool) -> SFTConfig:
-    """Set what the trainer needs whatever the user's settings; returns the same object.
+def trainer_arguments(training: SFTConfig, *, total_steps: int) -> SFTConfig:
+    """Set what this trainer needs whatever the user's settings; returns the same object.
 
-    Micro batches are ours, so the trainer sees no accumulation, no packing and no preparing of data.
-
-    Args:
-        training: the user's settings.
-        total_steps: optimizer steps of the run.
-        evaluates: whether there are held-out documents. Then the run is evaluated and saved ten times
-            where no interval was given, and its best checkpoint is kept.
+    Micro batches are ours, so the loop sees no accumulation, no packing and no preparing of data.
     """
     training.max_steps = total_steps
     training.gradient_accumulation_steps = 1
@@ -41,24 +34,14 @@ def trainer_arguments(training: SFTConfig, *, total_steps: int, evaluates: bool)
     training.remove_unused_columns = False
     training.include_num_input_tokens_seen = "no"
     training.average_tokens_across_devices = False
-    training.logging_nan_inf_filter = False
     training.disable_tqdm = True
+    training.report_to = []  # trackers come as callbacks
     training.ddp_find_unused_parameters = False
     training.ddp_broadcast_buffers = False
-    if training.gradient_checkpointing:
-        training.gradient_checkpointing_kwargs = {"use_reentrant": False}
-    if evaluates:
-        if training.eval_strategy == "no":
-            training.eval_strategy = type(training.eval_strategy)("steps")
-        if training.eval_strategy == "steps" and not training.eval_steps:
-            training.eval_steps = max(total_steps // 10, 1)
-        training.save_strategy = type(training.save_strategy)(str(training.eval_strategy.value))
-        training.save_steps = training.eval_steps or training.save_steps
-        training.load_best_model_at_end = True
+    training.load_best_model_at_end = training.eval_strategy != "no" and training.load_best_model_at_end
+    if training.load_best_model_at_end:
         training.metric_for_best_model = "eval_loss"
         training.greater_is_better = False
-    else:
-        training.eval_strategy = type(training.eval_strategy)("no")
     return training
 
 
@@ -179,6 +162,7 @@ class FalconTrainer(SFTTrainer):
             data_collator=_only,
             callbacks=callbacks,
         )
+        self.remove_callback(PrinterCallback)
         # First, so that the others see its counts.
         self.callback_handler.callbacks.insert(0, _Progress(self))
         # Frozen weights are the same on every process already: DDP need not send them around.
@@ -301,24 +285,12 @@ class MetricsWriter(TrainerCallback):
     """Writes one line a log step, the evaluation's loss in the line of its step.
 
     Args:
-        append: called with the line, on the main process only.
+        append: called on the main process with the step and what was logged.
     """
 
-    FIELDS = (
-        "loss",
-        "grad_norm",
-        "learning_rate",
-        "tokens",
-        "tokens_per_second",
-        "samples_per_second_512",
-        "packing_efficiency",
-        "peak_memory_gib",
-        "eval_loss",
-    )
-
-    def __init__(self, append: Callable[[dict[str, Any]], None]):
+    def __init__(self, append: Callable[[int, dict[str, Any]], None]):
         self._append = append
-        self._held: dict[str, Any] | None = None
+        self._held: tuple[int, dict[str, Any]] | None = None
 
     def on_log(
         self,
@@ -328,21 +300,24 @@ class MetricsWriter(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        line = {name: logs[name] for name in self.FIELDS if logs and name in logs}
-        if not state.is_world_process_zero or not line:
+        if not state.is_world_process_zero or not logs or not {"loss", "eval_loss"} & logs.keys():
             return
-        line = {"step": state.global_step, "epoch": state.epoch, **(self._held or {}), **line}
-        self._held = None
-        if "loss" in line and "eval_loss" not in line and control.should_evaluate:
-            self._held = line
-            return
-        self._append({name: _plain(value) for name, value in line.items()})
+        if self._held is not None and self._held[0] == state.global_step:
+            logs = {**self._held[1], **logs}
+            self._held = None
+        self._flush()
+        self._held = (state.global_step, dict(logs))
+        if "eval_loss" in logs or not control.should_evaluate:
+            self._flush()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._flush()
+
+    def _flush(self) -> None:
         if self._held is not None:
-            self._append({name: _plain(value) for name, value in self._held.items()})
+            self._append(*self._held)
             self._held = None
 
 
@@ -353,11 +328,6 @@ def peak_memory_gib() -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _plain(value: Any) -> Any:
-    """JSON knows no NaN: say None."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _only(items: list[Any]) -> Any:

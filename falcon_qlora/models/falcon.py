@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import FalconConfig
@@ -89,13 +90,33 @@ _NOT_CLASSIC = {
     "falcon_mamba": "a Falcon-Mamba",
     "mamba": "a Mamba",
 }
-_ROPE_NAMES = ("rope_theta", "rope_scaling", "rope_parameters")
 _KEPT = (
-    "vocab_size hidden_size num_hidden_layers num_attention_heads num_kv_heads num_ln_in_parallel_attn "
-    "layer_norm_epsilon initializer_range hidden_dropout attention_dropout alibi new_decoder_architecture "
-    "multi_query parallel_attn bias max_position_embeddings bos_token_id eos_token_id pad_token_id "
-    "ffn_hidden_size activation tie_word_embeddings"
-).split()
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_kv_heads",
+    "num_ln_in_parallel_attn",
+    "layer_norm_epsilon",
+    "initializer_range",
+    "hidden_dropout",
+    "attention_dropout",
+    "alibi",
+    "new_decoder_architecture",
+    "multi_query",
+    "parallel_attn",
+    "bias",
+    "max_position_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "ffn_hidden_size",
+    "activation",
+    "tie_word_embeddings",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+)
 
 
 def read_config(raw: dict[str, Any], *, source: str = "config.json") -> FalconConfig:
@@ -126,7 +147,7 @@ def read_config(raw: dict[str, Any], *, source: str = "config.json") -> FalconCo
         settings.setdefault("parallel_attn", False)
     if settings.get("new_decoder_architecture"):
         settings["parallel_attn"] = True  # always so there; some files say otherwise and were never read
-    kept = {name: settings[name] for name in (*_KEPT, *_ROPE_NAMES) if settings.get(name) is not None}
+    kept = {name: settings[name] for name in _KEPT if settings.get(name) is not None}
     return FalconConfig(**kept)
 
 
@@ -193,3 +214,9 @@ def flops_per_token(config: FalconConfig, sequence_length: int = 0) -> int:
     head = config.vocab_size * config.hidden_size
     attention = 2 * config.num_hidden_layers * config.hidden_size * sequence_length // 2
     return 2 * (linear_parameter_count(config) + head + attention)
+
+
+def lora_parameter_count(config: FalconConfig, *, r: int, target_modules: Iterable[str] = LINEARS) -> int:
+    """Trainable parameters of LoRA of rank `r` on these linears of every block."""
+    shapes = linear_shapes(config)
+    return config.num_hidden_layers * r * sum(sum(shapes[name]) for name in set(target_modules))

@@ -1,7 +1,8 @@
-"""Which tokenizer goes with a model."""
+"""The tokenizer that goes with a model, and what identifies it."""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +19,69 @@ _TOKENIZER_OF_PRESET = {
 }
 
 
-def tokenizer_of(model_name_or_path: str) -> str | Path:
-    """The folder or hub id that holds the tokenizer of a model named as for `load_model`."""
-    if model_name_or_path.startswith(RANDOM):
-        preset = model_name_or_path.removeprefix(RANDOM).partition("?")[0]
-        return _TOKENIZER_OF_PRESET.get(preset, model_name_or_path)
-    return packaged_folder(model_name_or_path) or model_name_or_path
+def load_tokenizer(
+    model_name_or_path: str, *, tokenizer_name_or_path: str | None = None, revision: str | None = None
+) -> Any:
+    """Load the fast tokenizer that goes with a model, or another one.
+
+    Args:
+        model_name_or_path: as for `load_model`.
+        tokenizer_name_or_path: another model, folder or hub id to take the tokenizer from.
+        revision: of the model on the hub.
+
+    Raises:
+        UserError: if there is none, the hub cannot be reached, or it has no end token.
+    """
+    from transformers import AutoTokenizer
+
+    name = tokenizer_name_or_path or model_name_or_path
+    if name.startswith(RANDOM):
+        name = _TOKENIZER_OF_PRESET.get(name.removeprefix(RANDOM).partition("?")[0], name)
+    folder = packaged_folder(name) or name
+    own_revision = revision if tokenizer_name_or_path is None else None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, revision=own_revision or "main", trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(
+            f"the tokenizer of {name} cannot be loaded: {reason}\n"
+            "Give a folder that holds tokenizer.json (--tokenizer_name_or_path); or, without a network, run "
+            "`falcon-qlora prepare` with the same flags where the hub can be reached, bring its cache (HF_HOME) "
+            "here and set HF_HUB_OFFLINE=1"
+        ) from None
+    if not tokenizer.is_fast:
+        raise UserError(f"{name} has no fast tokenizer (tokenizer.json), which the mask of answers needs")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {name} has no end token, without which answers cannot end")
+    return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """A hash of everything that decides which tokens a text becomes, and of the end token."""
+    backend = tokenizer.backend_tokenizer
+    content = f"{backend.get_vocab_size()} {tokenizer.eos_token_id} {_without_limits(backend)}"
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int, *, name: str) -> None:
-    """Refuse a tokenizer that gives ids the model has no embedding for, or that has no end token.
+    """Refuse a tokenizer that gives ids the model has no embedding for.
 
     Raises:
         UserError: naming both sizes.
     """
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {name} has no end token, without which answers cannot end")
     largest = max(len(tokenizer) - 1, tokenizer.eos_token_id)
     if largest >= vocab_size:
         raise UserError(
             f"{name}: the tokenizer has ids up to {largest}, the model only {vocab_size} embeddings: "
             "they do not belong together"
         )
+
+
+def _without_limits(backend: Any) -> str:
+    # Truncation and padding are settings that calls leave behind, not part of the tokenizer.
+    copy = type(backend).from_str(backend.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return str(copy.to_str())

@@ -1,0 +1,52 @@
+"""Fine-tune Falcon models: a base frozen in 4 or 8 bits, LoRA on top, one replica on every GPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load_adapter", "load_model", "train"]
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from falcon_qlora.methods.lora import load_adapter
+    from falcon_qlora.models.load import load_model
+
+
+def train(**settings: Any) -> Path:
+    """Fine-tune in this process, with the settings of ``falcon-qlora train`` as keyword arguments.
+
+    ``train(model_name_or_path="tiny", dataset_name="rows.jsonl", max_steps=20)``. Under torchrun each
+    process calls it; alone it trains on one device.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        UserError: for what the user can mend.
+    """
+    from falcon_qlora.config import parse
+    from falcon_qlora.train import train as train_configured
+
+    globals()["train"] = train  # importing the submodule of that name has taken it
+    argv: list[str] = []
+    for name, value in settings.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list | tuple) else [value]
+        argv += [f"--{name}", *(str(each).lower() if isinstance(each, bool) else str(each) for each in values)]
+    return train_configured(parse(argv))
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when first used: importing the package for its command line stays fast.
+    if name == "load_model":
+        from falcon_qlora.models.load import load_model
+
+        return load_model
+    if name == "load_adapter":
+        from falcon_qlora.methods.lora import load_adapter
+
+        return load_adapter
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

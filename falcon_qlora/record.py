@@ -1,0 +1,199 @@
+"""What a run writes down about itself: before it starts, beside every adapter, and when it is done."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import falcon_qlora
+from falcon_qlora import distributed, terminal
+from falcon_qlora.assembly import TrainingData, global_batch
+from falcon_qlora.config import Configuration
+from falcon_qlora.environment import collect_environment
+from falcon_qlora.files import write_json
+from falcon_qlora.model_card import ModelCard
+from falcon_qlora.models.falcon import parameter_count
+from falcon_qlora.models.quantize import is_quantized_linear
+from falcon_qlora.models.sizes import GIB, weight_bytes
+from falcon_qlora.run_directory import RunDirectory, Summary
+from falcon_qlora.terminal import StartSummary
+from falcon_qlora.trainer import FalconTrainer, peak_memory_gib
+
+ADAPTER_RECORD = "falcon_qlora.json"
+
+
+def write_start(configuration: Configuration, directory: RunDirectory, data: TrainingData) -> None:
+    """Write the configuration, the environment and the data's record; on the main process."""
+    if not distributed.is_main_process():
+        return
+    if configuration.run.overwrite:
+        directory.clear()
+    directory.write_config(configuration.resolved())
+    directory.write_environment(collect_environment(world_size=distributed.world_size()))
+    directory.write_data(data.record)
+
+
+def counts(model: Any) -> dict[str, int]:
+    """Parameters and quantized linears of a model with an adapter; quantized weights counted unpacked."""
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return {
+        "trainable_parameters": trainable,
+        "total_parameters": parameter_count(model.config) + trainable,
+        "quantized_linears": sum(is_quantized_linear(module) for module in model.modules()),
+    }
+
+
+def start_summary(
+    configuration: Configuration,
+    directory: RunDirectory,
+    data: TrainingData,
+    model: Any,
+    tracking: list[str],
+    checkpoint: str | None,
+) -> StartSummary:
+    """What the terminal shows before the first step."""
+    settings, lora, run, rows = configuration.model, configuration.lora, configuration.run, configuration.data
+    device = distributed.local_device()
+    counted = counts(model)
+    statistics = data.corpus.statistics if data.corpus is not None else None
+    micro_batch = run.per_device_train_batch_size
+    sequences = global_batch(configuration)
+    return StartSummary(
+        model=settings.model_name_or_path,
+        layout=f"{model.config.num_hidden_layers} blocks of {model.config.hidden_size}",
+        total_parameters=counted["total_parameters"],
+        trainable_parameters=counted["trainable_parameters"],
+        quantize_mode=settings.quantize_mode,
+        quantization=_quantization(configuration, model),
+        quantized_linears=counted["quantized_linears"],
+        model_gib=_weights_gib(configuration, model),
+        method=f"LoRA r {lora.lora_r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout:g}",
+        world_size=distributed.world_size(),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        nodes=distributed.world_size() // distributed.local_world_size(),
+        documents=statistics.documents if statistics else None,
+        tokens=statistics.tokens if statistics else None,
+        target_tokens=statistics.target_tokens if statistics else None,
+        data_notes=data.notes,
+        eval_documents=len(data.held_out.lengths) if data.held_out is not None else None,
+        steps=data.total_steps,
+        epochs=data.epochs,
+        batch=f"{sequences} × {rows.max_length:,} tokens a step, {micro_batch} at a time on each device",
+        packing_efficiency=data.efficiency,
+        tracking=tracking,
+        output_dir=directory.path,
+        resumed_step=int(checkpoint.rsplit("-", 1)[1]) if checkpoint else None,
+        notes=_notes(configuration),
+    )
+
+
+def describe_adapter(
+    configuration: Configuration, data: TrainingData, folder: Path, summary: dict[str, Any] | None = None
+) -> None:
+    """Complete an adapter's folder: its model card, and what `generate` must know to open and ask it."""
+    settings, rows = configuration.model, configuration.data
+    write_json(
+        folder / ADAPTER_RECORD,
+        {
+            "base_model": settings.model_name_or_path,
+            "quantize_mode": settings.quantize_mode,
+            "double_quantization": settings.double_quantization,
+            "tokenizer": settings.tokenizer_name_or_path,
+            "template": data.template,
+            "dataset_format": data.dataset_format,
+            "method": "lora",
+        },
+    )
+    resolved = configuration.resolved()
+    shown = (
+        "quantize_mode double_quantization compute_dtype lora_r lora_alpha lora_dropout lora_target_modules "
+        "max_length packing train_on optim learning_rate lr_scheduler_type warmup_steps max_grad_norm seed"
+    ).split()
+    ModelCard(
+        base_model=settings.model_name_or_path,
+        base_is_random=settings.model_name_or_path.startswith("random:"),
+        datasets=rows.dataset_name,
+        settings={name: resolved[name] for name in shown if resolved.get(name) is not None},
+        data={name: value for name, value in data.record.items() if isinstance(value, int)},
+        summary=summary or {},
+        template=data.template,
+        version=falcon_qlora.__version__,
+    ).write(folder)
+
+
+def finish(
+    configuration: Configuration,
+    directory: RunDirectory,
+    trainer: FalconTrainer,
+    data: TrainingData,
+    trackers: Any,
+) -> Summary:
+    """Prove that the replicas agree, write the adapter and the summary, and say what was written."""
+    model = trainer.model
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    distributed.replicas_hash(trainable, frozen=_frozen_tensors(model))
+    peak = max(distributed.gather_objects(peak_memory_gib()))
+    losses = [line["loss"] for line in directory.read_metrics() if "loss" in line]
+    evaluations = [
+        (line["eval_loss"], line["step"]) for line in directory.read_metrics() if line.get("eval_loss") is not None
+    ]
+    best = min(evaluations, default=(None, None))
+    totals = trainer.meter.total()
+    summary = Summary(
+        steps=trainer.state.global_step,
+        first_loss=losses[0] if losses else None,
+        final_loss=losses[-1] if losses else None,
+        train_seconds=trainer.meter.seconds,
+        tokens_per_second=totals.get("tokens_per_second", 0.0),
+        samples_per_second_512=totals.get("samples_per_second_512", 0.0),
+        peak_memory_gib=peak,
+        world_size=distributed.world_size(),
+        best_eval_loss=best[0],
+        best_step=best[1],
+        **counts(model),
+    )
+    if distributed.is_main_process():
+        with directory.write_folder(directory.adapter) as folder:
+            model.save_pretrained(folder)
+            trainer.processing_class.save_pretrained(folder)
+            describe_adapter(configuration, data, folder, asdict(summary))
+        directory.write_summary(summary)
+        directory.draw_loss(title=configuration.model.model_name_or_path)
+        terminal.print_end(asdict(summary), directory.contents(), adapter=directory.adapter)
+    trackers.finish(summary=asdict(summary), adapter=directory.adapter)
+    return summary
+
+
+def _frozen_tensors(model: nn.Module) -> Any:
+    parameters = (parameter for parameter in model.parameters() if not parameter.requires_grad)
+    return itertools.chain(parameters, model.buffers())
+
+
+def _weights_gib(configuration: Configuration, model: Any) -> float:
+    settings = configuration.model
+    taken = weight_bytes(
+        model.config,
+        settings.quantize_mode,
+        double_quantization=settings.double_quantization,
+        compute_bytes=model.dtype.itemsize,
+    )
+    return taken / GIB
+
+
+def _quantization(configuration: Configuration, model: Any) -> str:
+    settings = configuration.model
+    computing = f"computing in {str(model.dtype).removeprefix('torch.')}"
+    if settings.quantize_mode == "4bit":
+        return f"NF4{', double quantization' if settings.double_quantization else ''}, {computing}"
+    return f"LLM.int8(), {computing}" if settings.quantize_mode == "8bit" else computing
+
+
+def _notes(configuration: Configuration) -> list[str]:
+    if configuration.model.model_name_or_path.startswith("random:"):
+        return ["the base model's weights are random: speed and memory are real, losses and answers mean nothing"]
+    return []

@@ -1,0 +1,46 @@
+"""Running the real command line and reading what a run leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "NO_COLOR": "1"}
+
+
+def command(*arguments: str | Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """``falcon-qlora ARGUMENTS`` as a user would run it."""
+    return subprocess.run(
+        [sys.executable, "-m", "falcon_qlora", *map(str, arguments)],
+        env={**os.environ, **ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def train(output: Path, *arguments: str | Path, gpus: int = 1) -> list[dict[str, Any]]:
+    """Train in `output` and return the lines of metrics.jsonl."""
+    result = command("train", "--output_dir", output, "--gpus", str(gpus), "--report_to", "none", *arguments)
+    if result.returncode:
+        pytest.fail(f"exit status {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-5000:]}")
+    return metrics(output)
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def summary(output: Path) -> dict[str, Any]:
+    return json.loads((output / "summary.json").read_text())
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -1,0 +1,63 @@
+"""N processes train what one process trains, through the real command line."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.integration.runs import summary, train, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents of very different lengths, so that processes get unequal numbers of target tokens."""
+    rng = random.Random(0)
+    words = "the a cat dog house tree river stone walks sleeps near under green small".split()
+    texts = [" ".join(rng.choices(words, k=rng.choice([2, 3, 5, 40, 90]))) + "." for _ in range(160)]
+    return write_jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", [{"text": text} for text in texts])
+
+
+def exact(rows: Path) -> list[str]:
+    settings = "-m tiny -q 16bit --compute_dtype fp32 --lora_dropout 0 --max_length 128 --logging_steps 1"
+    settings += " --steps 20 --learning_rate 0.05 --max_grad_norm 0.5 --save_strategy no"
+    return [*settings.split(), "--dataset_name", str(rows)]
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_two_processes_give_the_losses_of_one(rows: Path, tmp_path: Path, packing: str) -> None:
+    settings = [*exact(rows), "--optim", "sgd", "--packing", packing, "--global_batch_size", "8"]
+    # One process with two micro batches of four against two with several of one.
+    alone = train(tmp_path / "alone", *settings, "-b", "4")
+    pair = train(tmp_path / "pair", *settings, "-b", "1", gpus=2)
+    assert len(alone) == len(pair) == 20
+    assert alone[-1]["loss"] < alone[0]["loss"]
+    for one, two in zip(alone, pair, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+        assert two["tokens"] == one["tokens"]
+    assert summary(tmp_path / "pair")["world_size"] == 2
+    adapters = [load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("alone", "pair")]
+    for name, weight in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_adamw_stays_within_its_tolerance(rows: Path, tmp_path: Path) -> None:
+    # Adam divides by the gradient's size, so what differs in the last bits of a tiny gradient shows.
+    settings = [*exact(rows), "--optim", "adamw_torch", "--learning_rate", "2e-4", "--global_batch_size", "8"]
+    alone = train(tmp_path / "alone", *settings, "-b", "8")
+    pair = train(tmp_path / "pair", *settings, "-b", "2", gpus=2)
+    for one, two in zip(alone, pair, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
+def test_the_same_seed_gives_the_same_losses_and_another_does_not(rows: Path, tmp_path: Path) -> None:
+    settings = [*exact(rows), "-q", "4bit", "-b", "4", "--steps", "6", "--lora_dropout", "0.1"]
+    first = train(tmp_path / "first", *settings)
+    again = train(tmp_path / "again", *settings)
+    other = train(tmp_path / "other", *settings, "--seed", "7")
+    assert [line["loss"] for line in first] == [line["loss"] for line in again]
+    assert [line["loss"] for line in first] != [line["loss"] for line in other]
