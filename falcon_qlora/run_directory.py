@@ -9,6 +9,7 @@
     loss.png           the losses and the learning rate
     checkpoints/step-N/
     adapter/           what was trained, with a model card
+    samples.jsonl      the sample answers at each evaluation, where they were asked for
     trackers.json      under which id each tracker knows the run
     tensorboard/, wandb/   what those trackers write themselves
 
@@ -60,6 +61,7 @@ _FILES = (
     "metrics.jsonl",
     "summary.json",
     "loss.png",
+    "samples.jsonl",
     "trackers.json",
 )
 _FOLDERS = ("checkpoints", "adapter", "tensorboard", "wandb")
