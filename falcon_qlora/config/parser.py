@@ -186,6 +186,7 @@ class FalconParser(TrlParser):
         rest, config_file = _take_config(argv)
         known = [flag for setting in self.settings.values() for flag in setting.flags]
         known += ["--config", "--help", "--help-all"]
+        names = [flag.lstrip("-") for flag in known if flag.startswith("--")]
         for word in rest:
             name = word.split("=")[0]
             meant = [flag for flag in known if flag.startswith(f"-{name}")]
@@ -202,7 +203,8 @@ class FalconParser(TrlParser):
             reason = NOT_TAKEN.get(name.lstrip("-").replace("-", "_"))
             if reason:
                 raise UserError(f"{name} is not taken: {reason}")
-            raise UserError(f"unknown flag {name}{nearest(name, known)}; --help-all lists every flag")
+            near = nearest(name.lstrip("-"), names).replace("mean ", "mean --")
+            raise UserError(f"unknown flag {name}{near}; --help-all lists every flag")
         spellings = namespace.__dict__.pop("_spellings", {})
         values = {
             name: self.settings[name].read(value, spellings[name][1])

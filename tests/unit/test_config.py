@@ -1,0 +1,401 @@
+"""The configuration: what wins, what is refused and how it is said, and the reference's recipes."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from falcon_qlora import config
+from falcon_qlora.config import library
+from falcon_qlora.config.arguments import OUR_ARGUMENTS
+from falcon_qlora.config.help import COMMON
+from falcon_qlora.config.parser import RECIPES, recipe_names
+from falcon_qlora.errors import UserError
+
+
+def resolved(*argv: str) -> dict:
+    return config.parse(list(argv)).resolved()
+
+
+def write(path: Path, **settings: object) -> str:
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+class TestRecipes:
+    """Settings against the first reference's guide."""
+
+    LAMBDA = {
+        "compute_dtype": "fp16",
+        "double_quantization": False,
+        "norms_in_float32": True,
+        "llm_int8_threshold": 6.0,
+        "dataset_name": ["timdettmers/openassistant-guanaco"],
+        "dataset_train_split": "train",
+        "dataset_format": "text",
+        "text_column": None,
+        "template": "none",
+        "train_on": "all",
+        "append_end_token": True,
+        "max_length": 512,
+        "overlong": "truncate",
+        "packing": False,
+        "padding": "max_length",
+        "train_sampling_strategy": "group_by_length",
+        "streaming": False,
+        "lora_r": 64,
+        "lora_alpha": 16,
+        "lora_dropout": 0.1,
+        "lora_target_modules": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
+        "use_rslora": False,
+        "use_dora": False,
+        "max_steps": 50,
+        "per_device_train_batch_size": 16,
+        "gradient_accumulation_steps": 1,
+        "global_batch_size": None,
+        "optim": "paged_adamw_32bit",
+        "learning_rate": 2e-4,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
+        "max_grad_norm": 0.3,
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "ddp_find_unused_parameters": False,
+        "eval_split": None,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "logging_steps": 10,
+        "report_to": ["wandb"],
+        "early_stopping": 0,
+    }
+
+    @pytest.mark.parametrize(
+        ("recipe", "model", "mode"),
+        [
+            ("lambda-7b-4bit", "ybelkada/falcon-7b-sharded-bf16", "4bit"),
+            ("lambda-7b-8bit", "ybelkada/falcon-7b-sharded-bf16", "8bit"),
+            ("lambda-40b-4bit", "tiiuae/falcon-40b", "4bit"),
+            ("lambda-40b-8bit", "tiiuae/falcon-40b", "8bit"),
+        ],
+    )
+    def test_lambda_recipes_are_the_guide_setting_for_setting(
+        self, recipe: str, model: str, mode: str
+    ) -> None:
+        settings = resolved("--recipe", recipe)
+        expected = self.LAMBDA | {"model_name_or_path": model, "quantize_mode": mode, "recipe": recipe}
+        assert {name: settings[name] for name in expected} == expected
+
+    def test_guide_command_line_alone_gives_its_model_steps_and_batch(self) -> None:
+        settings = resolved(
+            "-m", "tiiuae/falcon-40b", "-q", "8bit", "-s", "7", "-b", "3", "--dataset_name", "x"
+        )
+        assert settings["model_name_or_path"] == "tiiuae/falcon-40b"
+        assert (settings["quantize_mode"], settings["max_steps"]) == ("8bit", 7)
+        assert (settings["per_device_train_batch_size"], settings["dataset_name"]) == (3, ["x"])
+
+    def test_default_recipe_is_what_we_recommend(self) -> None:
+        settings = resolved()
+        expected = {
+            "num_train_epochs": 1.0,
+            "max_steps": -1,
+            "per_device_train_batch_size": 4,
+            "max_length": 2048,
+            "packing": True,
+            "train_on": "answers",
+            "compute_dtype": "auto",
+            "double_quantization": True,
+            "learning_rate": 2e-4,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.03,
+            "max_grad_norm": 1.0,
+            "lora_r": 64,
+            "lora_alpha": 16,
+            "lora_dropout": 0.0,
+            "gradient_checkpointing_kwargs": {"use_reentrant": False},
+            "logging_nan_inf_filter": False,
+            "report_to": ["wandb"],
+            "seed": 42,
+        }
+        assert {name: settings[name] for name in expected} == expected
+
+    def test_default_recipe_says_what_the_dataclasses_say(self) -> None:
+        defaults = {}
+        for arguments in OUR_ARGUMENTS:
+            defaults |= dataclasses.asdict(arguments())
+        recipe = yaml.safe_load((RECIPES / "default.yaml").read_text())
+        recipe |= {"dataset_name": [recipe["dataset_name"]], "report_to": [recipe["report_to"]]}
+        shared = defaults.keys() & recipe.keys()
+        assert {name: recipe[name] for name in shared} == {name: defaults[name] for name in shared}
+
+    @pytest.mark.parametrize("recipe", recipe_names())
+    def test_recipe_file_opens_with_the_command_that_runs_it(self, recipe: str) -> None:
+        first = (RECIPES / f"{recipe}.yaml").read_text().splitlines()[0]
+        assert first.startswith(("# falcon-qlora train", "# torchrun --nnodes 1"))
+        assert recipe == "default" or first.endswith(f"--recipe {recipe}")
+
+    def test_recipe_may_be_a_file(self, tmp_path: Path) -> None:
+        assert resolved("--recipe", write(tmp_path / "mine.yaml", lora_r=8))["lora_r"] == 8
+
+
+class TestPrecedence:
+    def test_flag_over_config_over_recipe_over_default(self, tmp_path: Path) -> None:
+        file = write(tmp_path / "c.yaml", max_steps=11, lora_r=12)
+        configuration = config.parse(["--recipe", "lambda-7b-4bit", "--config", file, "-s", "13"])
+        assert configuration.run.max_steps == 13
+        assert configuration.lora.lora_r == 12
+        assert configuration.lora.lora_dropout == 0.1
+        assert configuration.trainer["adam_beta2"] == 0.999
+        assert configuration.explicit["max_steps"] == "flag"
+        assert configuration.explicit["lora_r"] == file
+        assert configuration.explicit["lora_dropout"] == "recipe lambda-7b-4bit"
+        assert "adam_beta2" not in configuration.explicit
+
+    @pytest.mark.parametrize("form", [["--config", "{}"], ["--config={}"]])
+    def test_both_forms_of_config(self, tmp_path: Path, form: list[str]) -> None:
+        file = write(tmp_path / "c.yaml", seed=7)
+        assert resolved(*(word.format(file) for word in form))["seed"] == 7
+
+    def test_config_may_name_the_recipe_and_a_flag_replaces_it(self, tmp_path: Path) -> None:
+        file = write(tmp_path / "c.yaml", recipe="lambda-7b-8bit")
+        assert resolved("--config", file)["quantize_mode"] == "8bit"
+        assert resolved("--config", file, "--recipe", "lambda-7b-4bit")["quantize_mode"] == "4bit"
+
+    def test_alias_is_the_same_field_everywhere(self, tmp_path: Path) -> None:
+        file = write(tmp_path / "c.yaml", steps=5, model_name="tiny", **{"batch-size-per-device": 2})
+        settings = resolved("--config", file, "--max-length", "64")
+        assert (settings["max_steps"], settings["model_name_or_path"]) == (5, "tiny")
+        assert (settings["per_device_train_batch_size"], settings["max_length"]) == (2, 64)
+
+    def test_flag_replaces_an_alternative_that_the_recipe_chose(self) -> None:
+        settings = config.parse(
+            ["--recipe", "lambda-7b-4bit", "--packing", "true", "--global_batch_size", "64"]
+        )
+        assert settings.data.train_sampling_strategy == "random"
+        assert settings.run.global_batch_size == 64
+        assert config.parse(["--recipe", "lambda-7b-4bit", "--bf16"]).model.compute_dtype == "bf16"
+
+    def test_the_later_of_one_flag_wins(self) -> None:
+        assert resolved("-s", "3", "-s", "4")["max_steps"] == 4
+
+    @pytest.mark.parametrize(
+        ("words", "value"),
+        [(["--packing", "false"], False), (["--no_packing"], False), (["--packing"], True)],
+    )
+    def test_ways_to_say_a_truth_value(self, words: list[str], value: bool) -> None:
+        assert resolved(*words)["packing"] is value
+
+
+def test_values_from_yaml_have_the_types_of_flags(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "learning_rate: 2e-4\nsave_strategy: no\neval_split: 0.1\nreport_to: none\ndataset_name: [a, b]"
+    )
+    settings = resolved("--config", str(file))
+    assert settings["learning_rate"] == 2e-4  # YAML reads 2e-4 as text
+    assert settings["save_strategy"] == "no"  # and no as false
+    assert (settings["eval_split"], settings["report_to"]) == ("0.1", ["none"])
+    assert settings["dataset_name"] == ["a", "b"]
+
+
+def test_json_of_a_flag_is_read() -> None:
+    assert resolved("--lr_scheduler_kwargs", '{"num_cycles": 2}')["lr_scheduler_kwargs"] == {"num_cycles": 2}
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--recipe", "lambda-40b-8bit"],
+        ["--recipe", "lambda-7b-4bit", "--packing", "true", "--eval_split", "0.1"],
+        ["--global_batch_size", "32", "--eval_split", "0.05", "--early_stopping", "2", "-s", "20"],
+        ["--bf16", "--eval_split", "split:test", "--eval_steps", "5", "--sample_prompts", "Hi", "--generate_samples", "1"],
+        ["--dataset_name", "a.jsonl", "b.csv", "--dataset_weights", "2", "1", "--text_column", "body", "--streaming", "-s", "9"],
+    ],
+)  # fmt: skip
+def test_a_runs_config_yaml_gives_the_same_settings_back(tmp_path: Path, argv: list[str]) -> None:
+    before = resolved(*argv)
+    file = write(tmp_path / "config.yaml", **before)
+    assert resolved("--config", file) == before
+    json.dumps(before)
+
+
+def test_a_runs_config_yaml_does_not_bind_the_next_run_to_its_folder() -> None:
+    settings = resolved("--output_dir", "runs/a", "--resume")
+    assert not settings.keys() & {"output_dir", "resume", "overwrite"}
+
+
+def test_secrets_are_taken_but_never_recorded() -> None:
+    configuration = config.parse(
+        [
+            "--hub_token", "hf_SECRET",
+            "--dataset_name", "https://me:SECRET@host/rows.jsonl?page=2&X-Amz-Signature=SECRET&token=SECRET#end",
+            "--cache_dir", "s3://key:SECRET@bucket/cache",
+        ]
+    )  # fmt: skip
+    assert configuration.trainer["hub_token"] == "hf_SECRET"
+    assert "SECRET" not in yaml.safe_dump(configuration.resolved())
+    assert "page=2" in configuration.resolved()["dataset_name"][0]
+    assert "SECRET" in configuration.data.dataset_name[0]
+
+
+class TestWhatFollows:
+    def test_a_held_out_split_is_evaluated_and_the_best_checkpoint_kept(self) -> None:
+        settings = resolved("--eval_split", "0.05")
+        assert (settings["eval_strategy"], settings["load_best_model_at_end"]) == ("steps", True)
+
+    def test_saving_follows_evaluating_where_only_one_is_given(self) -> None:
+        evaluating = resolved("--eval_split", "0.05", "--eval_strategy", "epoch")
+        assert evaluating["save_strategy"] == "epoch"
+        saving = resolved("--eval_split", "0.05", "--save_steps", "50")
+        assert (saving["eval_steps"], saving["save_steps"]) == (50, 50)
+
+    def test_a_recipe_without_checkpoints_still_evaluates(self) -> None:
+        settings = resolved("--recipe", "lambda-7b-4bit", "--eval_split", "0.05")
+        assert (settings["eval_strategy"], settings["save_strategy"]) == ("steps", "no")
+        assert settings["load_best_model_at_end"] is False
+
+    def test_evaluation_batch_follows_the_training_batch(self) -> None:
+        assert resolved("-b", "3")["per_device_eval_batch_size"] == 3
+        assert resolved("-b", "3", "--per_device_eval_batch_size", "5")["per_device_eval_batch_size"] == 5
+
+    def test_a_short_run_logs_every_step_unless_told(self) -> None:
+        assert resolved("-s", "20")["logging_steps"] == 1
+        assert resolved("-s", "20", "--logging_steps", "5")["logging_steps"] == 5
+        assert resolved("-s", "500")["logging_steps"] == 10
+
+    @pytest.mark.parametrize(
+        ("argv", "dtype"),
+        [
+            (["--bf16"], "bf16"),
+            (["--fp16", "true"], "fp16"),
+            (["--bf16", "false"], "fp32"),
+            (["--fp16", "false"], "auto"),
+            (["--bf16", "--compute_dtype", "bf16"], "bf16"),
+        ],
+    )
+    def test_trainers_names_for_the_compute_type(self, argv: list[str], dtype: str) -> None:
+        settings = resolved(*argv)
+        assert settings["compute_dtype"] == dtype
+        assert not settings.keys() & {"bf16", "fp16"}
+
+    def test_columns_that_were_renamed(self) -> None:
+        data = config.parse(["--text_column", "body", "--output_column", "answer"]).data
+        assert data.columns() == {"text": "body", "output": "answer"}
+
+
+@dataclasses.dataclass(kw_only=True)
+class Extra:
+    adapter: str | None = dataclasses.field(default=None, metadata={"help": "Folder of the adapter."})
+    temperature: float = dataclasses.field(default=0.7, metadata={"help": "Of sampling."})
+
+
+def test_a_commands_own_flags(tmp_path: Path) -> None:
+    configuration = config.parse(["--adapter", "a", "-m", "tiny"], extra_arguments=Extra)
+    assert configuration.extra == Extra(adapter="a", temperature=0.7)
+    assert "adapter" not in configuration.resolved()
+    file = write(tmp_path / "c.yaml", adapter="a")
+    with pytest.raises(UserError, match="only be given as the flag --adapter"):
+        config.parse(["--config", file], extra_arguments=Extra)
+    with pytest.raises(UserError, match="did you mean --adapter"):
+        config.parse(["--adaptr", "a"], extra_arguments=Extra)
+
+
+def test_resume_takes_a_path_or_none() -> None:
+    assert config.parse(["--resume", "--output_dir", "x"]).run.resume == "latest"
+    assert config.parse(["--resume", "runs/a/checkpoints/step-3"]).run.resume == "runs/a/checkpoints/step-3"
+    assert config.parse([]).run.resume is None
+
+
+class TestHelp:
+    def shown(self, capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+        with pytest.raises(SystemExit) as caught:
+            config.parse(list(argv), extra_arguments=Extra, program="falcon-qlora generate")
+        assert caught.value.code == 0
+        return capsys.readouterr().out
+
+    def test_help_has_the_flags_people_use(self, capsys: pytest.CaptureFixture[str]) -> None:
+        text = self.shown(capsys, "--help")
+        assert all(f"--{name}" in text for name in (*COMMON, "adapter"))
+        assert "--adam_beta2" not in text
+        assert "2048" in text
+        assert "lambda-7b-4bit" in text
+        assert "--help-all" in text
+        assert text.count("\n  -") <= 26
+
+    def test_help_all_has_every_flag(self, capsys: pytest.CaptureFixture[str]) -> None:
+        text = self.shown(capsys, "--help-all")
+        ours = {field.name for arguments in OUR_ARGUMENTS for field in dataclasses.fields(arguments)}
+        assert all(f"--{name}" in text for name in ours | set(library.library_fields()))
+
+
+class TestLibrary:
+    """SFTConfig's fields as read from its source text, and the class itself."""
+
+    def test_source_text_says_what_the_class_says(self) -> None:
+        from_source, from_class = library.fields_from_source(), library.fields_from_class()
+        assert from_source.keys() == from_class.keys()
+        for name, field in from_source.items():
+            # The one default that is computed.
+            ignored = {"default": None} if name == "optim" else {}
+            assert dataclasses.replace(field, **ignored) == dataclasses.replace(
+                from_class[name], **ignored
+            ), name
+
+    def test_every_field_of_the_class_is_either_taken_or_refused_with_a_reason(self) -> None:
+        from trl import SFTConfig
+
+        names = {field.name for field in dataclasses.fields(SFTConfig)}
+        assert (
+            names - set(library.RENAMED.values())
+            <= library.library_fields().keys() | library.NOT_TAKEN.keys()
+        )
+
+    def test_the_class_is_imported_where_the_text_cannot_be_read(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def unreadable() -> dict:
+            raise LookupError
+
+        expected = library.library_fields()
+        monkeypatch.setattr(library, "fields_from_source", unreadable)
+        library.library_fields.cache_clear()
+        try:
+            assert library.library_fields().keys() == expected.keys()
+        finally:
+            library.library_fields.cache_clear()
+
+
+class TestTraining:
+    """The trainer's settings that come of it."""
+
+    def test_what_we_do_ourselves_is_off_in_trl(self) -> None:
+        configuration = config.parse(["--gradient_accumulation_steps", "4", "-s", "5", "--eval_split", "0.5"])
+        training = configuration.training
+        assert configuration.data.packing
+        assert not training.packing
+        assert not training.padding_free
+        assert (configuration.run.gradient_accumulation_steps, training.gradient_accumulation_steps) == (4, 1)
+        assert (training.max_steps, training.max_length, training.seed) == (5, 2048, 42)
+        assert training.gradient_checkpointing
+        assert training.gradient_checkpointing_kwargs == {"use_reentrant": False}
+        assert training.eval_strategy == "steps"
+        assert training.load_best_model_at_end
+        assert configuration.training is training
+
+    def test_types_on_the_cpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import torch
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        auto = config.parse([]).training
+        assert (auto.bf16, auto.fp16, auto.use_cpu) == (False, False, True)
+        assert config.parse(["--compute_dtype", "bf16"]).training.bf16
+        with pytest.raises(UserError, match="fp16 needs a GPU"):
+            _ = config.parse(["--recipe", "lambda-7b-4bit"]).training
+
+    def test_what_trl_refuses_is_told_as_the_users_to_mend(self) -> None:
+        configuration = config.parse(["--lr_scheduler_type", "reduce_lr_on_plateau"])
+        with pytest.raises(UserError, match="eval strategy"):
+            _ = configuration.training

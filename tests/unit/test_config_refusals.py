@@ -1,0 +1,110 @@
+"""What the configuration refuses, and how it says so."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from falcon_qlora import config
+from falcon_qlora.errors import UserError
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(UserError) as caught:
+        config.parse(list(argv))
+    return str(caught.value)
+
+
+def write(path: Path, **settings: object) -> str:
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["-s", "3", "--steps", "4"], ["-s and --steps are the same setting"]),
+        (["--model_name", "a", "--model_name_or_path", "b"], ["--model_name and --model_name_or_path"]),
+        (["--packing", "--no_packing"], ["--packing and --no_packing"]),
+        (["--quantise_mode", "4bit"], ["--quantise_mode", "did you mean --quantize_mode?"]),
+        (["--max_ste", "5"], ["unknown flag --max_ste", "--max_steps"]),
+        (["--quantize", "5"], ["unknown flag --quantize", "--quantize_mode"]),
+        (["-model", "x"], ["unknown flag -model", "--model_name"]),
+        (["rows.jsonl"], ["unexpected argument 'rows.jsonl'"]),
+        (["-q", "5bit"], ["-q: '5bit' is not one of 4bit, 8bit, 16bit"]),
+        (["--lr_scheduler_type", "cosin"], ["not one of", "did you mean cosine?"]),
+        (["--optim", "adamw_torhc"], ["did you mean adamw_torch?"]),
+        (["--report_to", "wandb", "tensorbord"], ["did you mean tensorboard?"]),
+        (["--template", "alpacca"], ["did you mean alpaca?"]),
+        (["--max_steps", "many"], ["--max_steps: 'many' is not a whole number"]),
+        (["--learning_rate", "nan"], ["--learning_rate", "finite"]),
+        (["--lora_dropout", "1"], ["--lora_dropout", "below 1"]),
+        (["--packing", "maybe"], ["--packing: 'maybe' is not true or false"]),
+        (["--lr_scheduler_kwargs", "3"], ["--lr_scheduler_kwargs", "mapping"]),
+        (["-s", "0"], ["--max_steps: must be at least 1"]),
+        (["-b", "0"], ["--per_device_train_batch_size: 0 is too small"]),
+        (["-q"], ["-q", "expected one argument"]),
+        (["--recipe", "lambda-7b"], ["unknown recipe lambda-7b", "did you mean lambda-7b-"]),
+        (["--recipe", "no/such.yaml"], ["there is no file no/such.yaml"]),
+        (["--config", "no/such.yaml"], ["there is no file no/such.yaml"]),
+        (["--config"], ["--config needs a YAML file"]),
+        (["--config", "a", "--config=b"], ["--config is given twice"]),
+        (["--trust_remote_code"], ["--trust_remote_code is not taken", "never"]),
+        (["--load-in-4bit", "true"], ["use --quantize_mode 4bit"]),
+        (["--warmup_ratio", "0.1"], ["--warmup_steps"]),
+        (["--bf16", "--fp16"], ["choose one with --compute_dtype"]),
+        (["--bf16", "--compute_dtype", "fp16"], ["--bf16 is true, but --compute_dtype is fp16"]),
+        (["--fp16", "false", "--compute_dtype", "fp16"], ["--fp16 is false"]),
+        (["--global_batch_size", "8", "--gradient_accumulation_steps", "2"], ["give one of them"]),
+        (["--train_sampling_strategy", "group_by_length"], ["--packing false"]),
+        (["--dataset_name", "a", "b", "--dataset_weights", "1"], ["1 for 2 of --dataset_name"]),
+        (["--dataset_weights", "0"], ["above 0"]),
+        (["--streaming"], ["--max_steps"]),
+        (["--eval_split", "1.5"], ["not a fraction"]),
+        (["--early_stopping", "3"], ["--eval_split"]),
+        (["--eval_strategy", "steps"], ["--eval_split"]),
+        (["--generate_samples", "3"], ["--eval_split"]),
+        (["--resume"], ["--output_dir"]),
+        (["--resume", "--overwrite", "--output_dir", "x"], ["give one of them"]),
+        (["--report_to", "none", "wandb"], ["no other tracker"]),
+        (
+            ["--eval_split", "0.1", "--eval_steps", "10", "--save_steps", "15"],
+            ["--save_steps (15) to be a multiple of --eval_steps (10)"],
+        ),
+    ],
+)
+def test_flags_are_refused_naming_the_flag_and_what_to_do(argv: list[str], parts: list[str]) -> None:
+    message = refusal(*argv)
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("quantize_mode: 5bit", ["quantize_mode in", "not one of 4bit"]),
+        ("optim: adamw_torhc", ["optim in", "did you mean adamw_torch?"]),
+        ("learning_rat: 1", ["unknown key learning_rat", "did you mean learning_rate?"]),
+        ("steps: 3\nmax_steps: 4", ["gives max_steps twice"]),
+        ("seed: 3\nseed: 4", ["line 2", "seed is given twice"]),
+        ("seed: 3.5", ["seed in", "'3.5' is not a whole number"]),
+        ("seed: true", ["True is not a whole number"]),
+        ("seed: null", ["seed in", "needs a value"]),
+        ("seed: [1, 2]", ["is not a whole number"]),
+        ("lora_target_modules: []", ["the list is empty"]),
+        ("padding_free: true", ["padding_free in", "not taken: use --packing"]),
+        ("gpus: 2", ["unknown key gpus"]),
+        ("- a\n- b", ["expected lines of `setting: value`"]),
+        ("a: b: c", ["line 1", "not valid YAML"]),
+        ("lr_scheduler_kwargs: x", ["mapping"]),
+    ],
+)
+def test_files_are_refused_naming_the_file_and_the_key(tmp_path: Path, text: str, parts: list[str]) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    message = refusal("--config", str(file))
+    assert all(part in message for part in [*parts, str(file)]), message
+
+
+def test_keys_of_a_recipe_are_checked(tmp_path: Path) -> None:
+    assert "unknown key lora_rank in recipe" in refusal("--recipe", write(tmp_path / "r.yaml", lora_rank=3))
+    assert "names a recipe itself" in refusal("--recipe", write(tmp_path / "r.yaml", recipe="default"))
