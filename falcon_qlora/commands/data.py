@@ -1,0 +1,196 @@
+"""``falcon-qlora data``: what the model will see, with the flags that would train it."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from falcon_qlora.config import Configuration, parse
+from falcon_qlora.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.console import Console
+
+    from falcon_qlora.data.tokenize import Corpus
+
+# Of a stream, which may have no end, so many documents are looked at.
+_STREAMED_DOCUMENTS = 1000
+
+
+@dataclass(kw_only=True)
+class DataReportArguments:
+    """What to show."""
+
+    _argument_group_name = "Report"
+
+    show: int = field(default=3, metadata={"help": "How many documents to show in full."})
+    png: str | None = field(
+        default=None, metadata={"help": "File for the picture of lengths; unset: a new one under runs/data/."}
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Run the command and return its exit status."""
+    configuration = parse(
+        argv,
+        extra_arguments=DataReportArguments,
+        program="falcon-qlora data",
+        description="Show what the model will see: rendered rows, lengths, what is dropped.",
+    )
+    wanted: DataReportArguments = configuration.extra
+    if wanted.show < 0:
+        raise UserError(f"--show {wanted.show}: must be 0 or more")
+
+    # Only now: a wrong flag is told at once.
+    from falcon_qlora.quiet import quiet_libraries
+
+    quiet_libraries()
+
+    from falcon_qlora.models.tokenizer import load_tokenizer
+    from falcon_qlora.terminal import console
+
+    model = configuration.model
+    tokenizer = load_tokenizer(
+        model.model_name_or_path,
+        tokenizer_name_or_path=model.tokenizer_name_or_path,
+        revision=model.model_revision,
+    )
+    if configuration.data.streaming:
+        _report_stream(configuration, tokenizer, console(), wanted)
+    else:
+        _report_corpora(configuration, tokenizer, console(), wanted)
+    return 0
+
+
+def _report_corpora(
+    configuration: Configuration, tokenizer: Any, console: Console, wanted: DataReportArguments
+) -> None:
+    from falcon_qlora.data import report
+    from falcon_qlora.data.tokenize import prepare_corpora
+    from falcon_qlora.models.tokenizer import tokenizer_fingerprint
+
+    data, run = configuration.data, configuration.run
+    corpus, held_out = prepare_corpora(
+        **_row_settings(configuration),
+        eval_split=data.eval_split,
+        tokenizer=tokenizer,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        seed=run.seed,
+        num_proc=data.dataset_num_proc,
+        cache_dir=Path(data.cache_dir) if data.cache_dir else None,
+        max_rows=data.max_rows,
+        progress=lambda message: console.print(f"{message} …", style="dim", markup=False),
+    )
+    shown = [corpus.dataset[index] for index in report.spread(len(corpus.lengths), wanted.show)]
+    console.print(
+        report.preview(
+            [(row["input_ids"], row["mask"]) for row in shown], tokenizer, color=_has_color(console)
+        )
+    )
+    console.print()
+    console.print(report.summary(corpus, title="training", efficiency=_efficiency(configuration, corpus)))
+    if held_out is not None:
+        console.print()
+        console.print(report.summary(held_out, title="held out"))
+    _report_lengths(configuration, corpus.lengths, console, wanted, name=corpus.fingerprint[:12])
+
+
+def _report_stream(
+    configuration: Configuration, tokenizer: Any, console: Console, wanted: DataReportArguments
+) -> None:
+    import numpy as np
+
+    from falcon_qlora.data import report
+    from falcon_qlora.data.stream import stream_documents
+
+    counts: Counter[str] = Counter()
+    stream = stream_documents(
+        **_row_settings(configuration),
+        tokenizer=tokenizer,
+        seed=configuration.run.seed,
+        max_rows=configuration.data.max_rows,
+        counts=counts,
+    )
+    documents = [(each["input_ids"], each["mask"]) for each in itertools.islice(stream, _STREAMED_DOCUMENTS)]
+    if not documents:
+        raise UserError(
+            f"{', '.join(configuration.data.dataset_name)}: nothing is left to train on ({dict(counts)})"
+        )
+    console.print(report.preview(documents[: wanted.show], tokenizer, color=_has_color(console)))
+    lengths = np.array([len(ids) for ids, _ in documents], dtype=np.int64)
+    targets = sum(int(mask[1:].sum()) for _, mask in documents)
+    tokens = int(lengths.sum())
+    console.print(
+        f"\nthe stream's first {len(documents):,} documents: {tokens:,} tokens, {targets:,} trained"
+    )
+    for name, count in counts.items():
+        console.print(f"{name.replace('_', ' ')}: {count:,}")
+    _report_lengths(configuration, lengths, console, wanted, name="stream")
+
+
+def _report_lengths(
+    configuration: Configuration,
+    lengths: np.ndarray,
+    console: Console,
+    wanted: DataReportArguments,
+    *,
+    name: str,
+) -> None:
+    from falcon_qlora.data import report
+
+    console.print()
+    console.print(report.histogram_text(lengths))
+    file = Path(wanted.png) if wanted.png else Path("runs") / "data" / f"{name}.png"
+    title = ", ".join(Path(each).name for each in configuration.data.dataset_name)
+    try:
+        report.draw_histogram(lengths, configuration.data.max_length, file, title=title)
+    except OSError as error:
+        raise UserError(
+            f"{file}: the picture cannot be written ({error.strerror}); name a file with --png"
+        ) from None
+    console.print(f"\nwrote {file}", soft_wrap=True)
+
+
+def _efficiency(configuration: Configuration, corpus: Corpus) -> float:
+    from falcon_qlora.data.plan import Plan
+    from falcon_qlora.data.report import fill
+
+    data, run = configuration.data, configuration.run
+    plan = Plan(
+        lengths=corpus.lengths,
+        fingerprint=corpus.fingerprint,
+        seed=run.seed,
+        global_batch=run.global_batch_size
+        or run.per_device_train_batch_size * run.gradient_accumulation_steps,
+        max_length=data.max_length,
+        packed=data.packing,
+        order=data.train_sampling_strategy,
+    )
+    return fill(
+        plan, micro_batch=run.per_device_train_batch_size, padding=None if data.packing else data.padding
+    )
+
+
+def _has_color(console: Console) -> bool:
+    return console.is_terminal and not console.no_color
+
+
+def _row_settings(configuration: Configuration) -> dict[str, Any]:
+    data = configuration.data
+    return {
+        "dataset_name": data.dataset_name,
+        "dataset_weights": data.dataset_weights,
+        "dataset_config": data.dataset_config,
+        "dataset_split": data.dataset_train_split,
+        "dataset_format": data.dataset_format,
+        "columns": data.columns(),
+        "template": data.template,
+        "train_on": data.train_on,
+        "append_end_token": data.append_end_token,
+        "overlong": data.overlong,
+        "max_length": data.max_length,
+    }

@@ -1,0 +1,64 @@
+"""A cache on disk whose entries are folders named by the hash of everything that went into them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from falcon_qlora.errors import UserError
+
+
+def default_directory() -> Path:
+    """The user's cache folder for tokenized data."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "falcon_qlora" / "data"
+
+
+def key_of(parts: dict[str, Any]) -> str:
+    """A hexadecimal hash of `parts`, which JSON must be able to write."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def entry(directory: Path | None, key: str, fill: Callable[[Path], None]) -> Path:
+    """The folder of this key, made by `fill` where there is none.
+
+    An entry is either whole or not there: it is filled under another name and renamed. Several processes may
+    fill the same entry at once; the first to finish wins, and the others use what it left.
+
+    Args:
+        directory: of the cache; None is the user's.
+        key: from `key_of`.
+        fill: writes the entry's files into the empty folder that it is given.
+
+    Raises:
+        UserError: if the folder cannot be written.
+    """
+    directory = default_directory() if directory is None else directory
+    target = directory / key[:32]
+    if target.is_dir():
+        return target
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f"{key[:8]}.", suffix=".part", dir=directory))
+    except OSError as error:
+        raise UserError(
+            f"the cache folder {directory} cannot be written: {error.strerror}; "
+            "name another one with --cache_dir"
+        ) from None
+    try:
+        fill(scratch)
+        try:
+            scratch.chmod(0o755)  # a temporary folder is closed to others, a shared cache is not
+            scratch.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target

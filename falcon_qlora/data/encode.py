@@ -1,0 +1,206 @@
+"""From a row's segments to documents: token ids, which of them are targets, and no document too long.
+
+The tokens are those of the whole text, not of the segments apart: only an end token, which is appended as an
+id, separates what is tokenized together. A token is a target where it starts inside an answer; one that
+begins in the prompt and reaches into the answer is not.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from falcon_qlora.data.templates import Segment
+from falcon_qlora.errors import UserError
+
+
+class Status(enum.IntEnum):
+    """What became of a row or, where it was split, of a piece of it."""
+
+    KEPT = 0
+    EMPTY = 1  # the row has no answer
+    MASKED = 2  # the row has no target token
+    OVERLONG = 3  # the row is too long, and such rows are dropped
+    MASKED_PIECE = 4  # a piece of a split row without a target token
+
+
+class Change(enum.IntEnum):
+    """What was done to a row that was too long."""
+
+    NONE = 0
+    TRUNCATED = 1
+    SPLIT = 2
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document, or the note that there is none.
+
+    Attributes:
+        input_ids: int32 ``[tokens]``; empty where the status is not `Status.KEPT`.
+        mask: int8 ``[tokens]``, 1 where the token is a target.
+        status: whether it is kept, or why not.
+        change: what was done to its row.
+        content: a hash of the whole row's tokens and mask; 0 where the row has no answer.
+    """
+
+    input_ids: np.ndarray
+    mask: np.ndarray
+    status: Status
+    change: Change = Change.NONE
+    content: int = 0
+
+    @property
+    def targets(self) -> int:
+        """Tokens that are predicted and counted; a document's first token is never predicted."""
+        return int(self.mask[1:].sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """Makes documents of rendered rows.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        train_on: ``"answers"`` or ``"all"``.
+        append_end_token: whether the end token follows every answer.
+        overlong: ``"split"``, ``"truncate"`` or ``"drop"``.
+        max_length: tokens of a document at most, the end token included.
+    """
+
+    tokenizer: Any
+    train_on: str
+    append_end_token: bool
+    overlong: str
+    max_length: int
+
+    def check(self) -> None:
+        """Raise a `UserError` for settings that cannot work."""
+        if self.max_length < 2:
+            raise UserError(
+                f"--max_length {self.max_length}: a sequence needs at least 2 tokens to predict one"
+            )
+        if self.append_end_token and self.tokenizer.eos_token_id is None:
+            raise UserError(
+                "the tokenizer has no end token to append; give it one, or use --append_end_token false"
+            )
+
+    def documents(self, rows: Sequence[list[Segment]]) -> list[list[Document]]:
+        """The documents of each row, in order: at least one for every row."""
+        texts: list[str] = []
+        for row in rows:
+            texts.extend("".join(segment.text for segment in piece) for piece in self._pieces(row))
+        encoded = iter(self._tokenize(texts))
+        result = []
+        for row in rows:
+            ids, mask = self._assemble(row, [next(encoded) for _ in self._pieces(row)])
+            result.append(self._limit(ids, mask) if row else [_none(Status.EMPTY)])
+        return result
+
+    def _pieces(self, row: list[Segment]) -> list[list[Segment]]:
+        """The segments that are tokenized together: all between two end tokens."""
+        pieces: list[list[Segment]] = [[]] if row else []
+        for number, segment in enumerate(row, start=1):
+            pieces[-1].append(segment)
+            if segment.end and self.append_end_token and number < len(row):
+                pieces.append([])
+        return pieces
+
+    def _tokenize(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Ids and the characters at which the tokens start, int ``[tokens]`` each, of every text."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return [
+            (
+                np.asarray(ids, dtype=np.int32),
+                _starts(text, np.asarray(offsets, dtype=np.int64).reshape(-1, 2)),
+            )
+            for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        ]
+
+    def _assemble(
+        self, row: list[Segment], encoded: list[tuple[np.ndarray, np.ndarray]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        all_ids, all_masks = [np.zeros(0, np.int32)], [np.zeros(0, np.int8)]
+        for piece, (ids, starts) in zip(self._pieces(row), encoded, strict=True):
+            mask = np.ones(len(ids), np.int8) if self.train_on == "all" else _mask(piece, starts)
+            all_ids.append(ids)
+            all_masks.append(mask)
+            if self.append_end_token and not self._has_its_end(piece):
+                last = piece[-1]
+                target = self.train_on == "all" or (last.end and last.train)
+                all_ids.append(np.array([self.tokenizer.eos_token_id], np.int32))
+                all_masks.append(np.array([target], np.int8))
+        return np.concatenate(all_ids), np.concatenate(all_masks)
+
+    def _has_its_end(self, piece: list[Segment]) -> bool:
+        text = "".join(segment.text for segment in piece).rstrip()
+        # A Jinja template, or the text itself, may spell the end token out; and white space that a template
+        # writes after the last answer is no document that could end.
+        return text.endswith(str(self.tokenizer.eos_token)) or not (text or piece[-1].end)
+
+    def _limit(self, ids: np.ndarray, mask: np.ndarray) -> list[Document]:
+        content = _hash(ids, mask)
+        if not mask[1:].any():
+            return [_none(Status.MASKED, content=content)]
+        if len(ids) <= self.max_length:
+            return [Document(ids, mask, Status.KEPT, content=content)]
+        if self.overlong == "drop":
+            return [_none(Status.OVERLONG, content=content)]
+        if self.overlong == "truncate":
+            ids, mask = ids[: self.max_length], mask[: self.max_length]
+            if not mask[1:].any():
+                return [_none(Status.MASKED, Change.TRUNCATED, content)]
+            return [Document(ids, mask, Status.KEPT, Change.TRUNCATED, content)]
+        documents = []
+        for start in range(0, len(ids), self.max_length):
+            part = slice(start, start + self.max_length)
+            if mask[part][1:].any():
+                documents.append(Document(ids[part], mask[part], Status.KEPT, Change.SPLIT, content))
+            else:
+                documents.append(_none(Status.MASKED_PIECE, Change.SPLIT, content))
+        if all(document.status == Status.MASKED_PIECE for document in documents):
+            return [_none(Status.MASKED, Change.SPLIT, content)]
+        return documents
+
+
+def _none(status: Status, change: Change = Change.NONE, content: int = 0) -> Document:
+    return Document(np.zeros(0, np.int32), np.zeros(0, np.int8), status, change, content)
+
+
+def _mask(piece: list[Segment], starts: np.ndarray) -> np.ndarray:
+    lengths = [len(segment.text) for segment in piece]
+    ends = np.cumsum(lengths)
+    of_token = np.searchsorted(ends, starts, side="right").clip(max=len(piece) - 1)
+    return np.array([segment.train for segment in piece], np.int8)[of_token]
+
+
+def _starts(text: str, offsets: np.ndarray) -> np.ndarray:
+    """Where each token starts, white space that the tokenizer leaves out of its offsets included.
+
+    Many byte-level tokenizers report `` Yes`` as ``Yes``; the token begins at the space all the same.
+    """
+    starts = offsets[:, 0].copy()
+    before = np.concatenate([[0], np.maximum.accumulate(offsets[:, 1])[:-1]]) if len(offsets) else starts
+    for index in np.flatnonzero(starts > before):
+        if text[before[index] : starts[index]].isspace():
+            starts[index] = before[index]
+    return starts
+
+
+def _hash(ids: np.ndarray, mask: np.ndarray) -> int:
+    digest = hashlib.blake2b(ids.tobytes() + mask.tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True) or 1

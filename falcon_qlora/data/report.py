@@ -1,0 +1,240 @@
+"""What the model will see, as tables and pictures: rendered rows, lengths, what became of the rows."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from falcon_qlora.data.plan import Plan, deal
+from falcon_qlora.data.tokenize import Corpus, Statistics
+
+Ints = Sequence[int] | np.ndarray
+
+_TRAINED = "bold green"
+_PROMPT = "dim"
+# Where there is no colour, what is trained stands between these.
+_OPEN, _CLOSE = "⟦", "⟧"
+_SHOWN_TOKENS = 600
+_BINS = 16
+_BAR_WIDTH = 40
+
+
+def preview(documents: Iterable[tuple[Ints, Ints]], tokenizer: Any, *, color: bool = True) -> Group:
+    """Documents as the model sees them, decoded from their tokens, with the trained part set off.
+
+    Args:
+        documents: ``(input_ids, mask)`` of each.
+        tokenizer: to decode with.
+        color: whether colour tells what is trained; otherwise brackets do.
+    """
+    parts: list[RenderableType] = []
+    for number, (ids, mask) in enumerate(documents, start=1):
+        targets = int(np.sum(mask[1:]))
+        title = f"document {number}: {len(ids):,} tokens, {targets:,} trained"
+        parts += [Rule(title, style="cyan", align="left"), document_text(ids, mask, tokenizer, color=color)]
+    return Group(*parts)
+
+
+def document_text(ids: Ints, mask: Ints, tokenizer: Any, *, color: bool = True) -> Text:
+    """One document's text; of a long one, its beginning and its end.
+
+    Args:
+        ids: int ``[tokens]``.
+        mask: ``[tokens]``, 1 where the token is a target. The first token is never predicted.
+    """
+    trained = np.asarray(mask, dtype=bool).copy()
+    trained[:1] = False
+    text = Text()
+    head, tail = _shown(len(ids))
+    _append(text, ids[:head], trained[:head], tokenizer, color)
+    if tail:
+        text.append(f"\n… {len(ids) - head - tail:,} tokens more …\n", style="italic yellow")
+        _append(text, ids[-tail:], trained[-tail:], tokenizer, color)
+    return text
+
+
+def summary(corpus: Corpus, *, title: str, efficiency: float | None = None) -> Table:
+    """What was read, as what, and what became of it.
+
+    Args:
+        corpus: what to tell about.
+        title: of the table.
+        efficiency: real tokens over computed positions, where it is known.
+    """
+    rows: list[tuple[str, str]] = []
+    for use in corpus.sources:
+        drawn = f", {use.rows_drawn:,} drawn each epoch" if use.rows_drawn != use.rows_read else ""
+        rows.append(
+            (use.name, f"{use.rows_read:,} rows{drawn}: format {use.format}, template {use.template}")
+        )
+    rows += statistics_rows(corpus.statistics)
+    rows.append(("tokens in a document", _quantiles(corpus.lengths)))
+    if efficiency is not None:
+        rows.append(("packing efficiency", f"{efficiency:.1%} of the computed positions are real tokens"))
+    rows.append(("fingerprint", corpus.fingerprint[:16]))
+    return _table(title, rows)
+
+
+def statistics_rows(statistics: Statistics) -> list[tuple[str, str]]:
+    """The counts as ``(label, text)``; what did not happen is told in one word."""
+    dropped = {
+        "empty answer": statistics.rows_dropped_empty,
+        "no answer token within the maximum length": statistics.rows_dropped_masked,
+        "longer than the maximum length": statistics.rows_dropped_overlong,
+    }
+    share = statistics.target_tokens / max(statistics.tokens, 1)
+    rows = [
+        ("rows read", f"{statistics.rows_read:,}"),
+        ("dropped", "; ".join(f"{count:,} ({why})" for why, count in dropped.items() if count) or "none"),
+        ("truncated", _count(statistics.rows_truncated)),
+        ("split", _count(statistics.rows_split)),
+        ("duplicates", f"{statistics.rows_duplicate:,} (kept)" if statistics.rows_duplicate else "none"),
+        ("documents", f"{statistics.documents:,}"),
+        ("tokens", f"{statistics.tokens:,}"),
+        ("trained tokens", f"{statistics.target_tokens:,} ({share:.1%})"),
+    ]
+    if statistics.documents_dropped_masked:
+        rows.insert(
+            4, ("pieces dropped", f"{statistics.documents_dropped_masked:,} (no answer token in them)")
+        )
+    return rows
+
+
+def fill(plan: Plan, *, micro_batch: int, padding: str | None) -> float:
+    """Real tokens over computed positions in the first epoch of a run on one device.
+
+    Args:
+        plan: of the run.
+        micro_batch: sequences in one micro batch.
+        padding: None for packed; ``"longest"`` of the micro batch, or ``"max_length"``.
+    """
+    steps = plan.epoch(0)
+    if padding is None:
+        positions = len(steps) * plan.global_batch * plan.max_length
+    elif padding == "max_length":
+        positions = len(plan.lengths) * plan.max_length
+    else:
+        positions = 0
+        for documents in steps:
+            for part in deal(
+                documents,
+                plan.lengths,
+                processes=1,
+                micro_batch=micro_batch,
+                max_length=plan.max_length,
+                packed=False,
+            )[0]:
+                positions += len(part) * int(plan.lengths[part].max())
+    return float(plan.lengths.sum()) / positions
+
+
+def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
+    """How many documents have `first` to `last` tokens, in steps of a round number: those three of each."""
+    longest = int(lengths.max(initial=1))
+    width = _round_width(longest / _BINS)
+    counts = np.bincount(lengths // width, minlength=longest // width + 1)
+    return [(index * width, (index + 1) * width - 1, int(count)) for index, count in enumerate(counts)]
+
+
+def histogram_text(lengths: np.ndarray) -> Table:
+    """The histogram of document lengths for a terminal."""
+    bins = histogram(lengths)
+    most = max(count for _, _, count in bins)
+    table = Table.grid(padding=(0, 2))
+    table.title = "tokens in a document"
+    table.title_justify = "left"
+    table.add_column(justify="right")
+    table.add_column()
+    table.add_column(justify="right")
+    for first, last, count in bins:
+        bar = "█" * math.ceil(_BAR_WIDTH * count / most)
+        table.add_row(f"{first:,}–{last:,}", Text(bar, style="blue"), f"{count:,}")
+    return table
+
+
+def draw_histogram(lengths: np.ndarray, max_length: int, file: Path, *, title: str = "") -> None:
+    """Draw the histogram of document lengths, and the maximum length, as a PNG."""
+    # Without this, the first picture on a machine announces that fonts are being looked for.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    longest = int(lengths.max(initial=1))
+    width = _round_width(longest / 60)
+    axes.hist(lengths, bins=list(range(0, longest + width + 1, width)), color="#1f5aa6")
+    if longest > max_length / 2:
+        axes.axvline(max_length, color="#d1495b", linewidth=1.2, linestyle="--", label="maximum length")
+    axes.axvline(float(lengths.mean()), color="#e0a030", linewidth=1.2, label=f"mean {lengths.mean():.0f}")
+    axes.set_xlabel("tokens in a document")
+    axes.set_ylabel("documents")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    if title:
+        axes.set_title(title, fontsize=11)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=130, format="png")
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """`wanted` indexes spread evenly over `count` documents, the first among them."""
+    return (
+        [round(index * count / wanted) for index in range(wanted)] if wanted < count else list(range(count))
+    )
+
+
+def _append(text: Text, ids: Ints, trained: np.ndarray, tokenizer: Any, color: bool) -> None:
+    if len(ids) == 0:
+        return
+    bounds = [0, *(np.flatnonzero(np.diff(trained.astype(np.int8))) + 1).tolist(), len(ids)]
+    for start, end in itertools.pairwise(bounds):
+        words = tokenizer.decode(list(ids[start:end]), skip_special_tokens=False)
+        if trained[start] and not color:
+            words = f"{_OPEN}{words}{_CLOSE}"
+        text.append(words, style=_TRAINED if trained[start] else _PROMPT)
+
+
+def _shown(tokens: int) -> tuple[int, int]:
+    if tokens <= _SHOWN_TOKENS:
+        return tokens, 0
+    return _SHOWN_TOKENS * 2 // 3, _SHOWN_TOKENS // 3
+
+
+def _quantiles(lengths: np.ndarray) -> str:
+    median, most = np.quantile(lengths, [0.5, 0.95])
+    return (
+        f"mean {lengths.mean():,.0f}, median {median:,.0f}, 95% up to {most:,.0f}, longest {lengths.max():,}"
+    )
+
+
+def _round_width(width: float) -> int:
+    """The next larger of 1, 2, 5, 10, 20, 50, …"""
+    power = 10 ** math.floor(math.log10(max(width, 1)))
+    return next(int(step * power) for step in (1, 2, 5, 10) if step * power >= width)
+
+
+def _count(count: int) -> str:
+    return f"{count:,}" if count else "none"
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.title = Text(title, style="bold")
+    table.title_justify = "left"
+    table.add_column(style="cyan", overflow="fold")
+    table.add_column(overflow="fold")
+    for label, text in rows:
+        table.add_row(label, Text(text))
+    return table

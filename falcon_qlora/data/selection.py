@@ -1,0 +1,103 @@
+"""Which rows are held out, and how often each is drawn: pure functions of the rows and a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from falcon_qlora.errors import UserError
+
+_HOLD_OUT, _DRAW = 1, 2
+
+
+def is_fraction(eval_split: str) -> bool:
+    """Whether `eval_split` is a fraction, and not the name of data.
+
+    Raises:
+        UserError: for a number that is no fraction.
+    """
+    try:
+        fraction = float(eval_split)
+    except ValueError:
+        return False
+    if not 0 < fraction < 1:
+        raise UserError(
+            f"--eval_split {eval_split}: a fraction lies between 0 and 1, for example 0.05; "
+            "otherwise name a file, a hub id, or split:NAME"
+        )
+    return True
+
+
+def checked_weights(weights: list[float] | None, names: list[str]) -> list[float] | None:
+    """The weights, which must be as many as the data sets, and above 0.
+
+    Raises:
+        UserError: if they are not.
+    """
+    if weights is None:
+        return None
+    if len(weights) != len(names):
+        raise UserError(
+            f"--dataset_weights has {len(weights)} numbers, but --dataset_name has {len(names)} data sets"
+        )
+    if not all(0 < weight < float("inf") for weight in weights):
+        raise UserError(
+            f"--dataset_weights {' '.join(map(str, weights))}: every weight must be a number above 0"
+        )
+    return weights
+
+
+def hold_out(parts: Sequence[tuple[np.ndarray, np.ndarray]], fraction: float, seed: int) -> list[np.ndarray]:
+    """Choose the held-out documents; rows of the same content together, so that none of them is trained on.
+
+    Args:
+        parts: for each source ``(kept, content)``: bool ``[documents]`` and int64 ``[documents]``, the hash
+            of the row that a document is of.
+        fraction: of the different rows to hold out; at least one, and one is left.
+        seed: of the choice, which does not depend on the order of the rows.
+
+    Returns:
+        bool ``[documents]`` for each source.
+
+    Raises:
+        UserError: if there are fewer than two different rows.
+    """
+    contents = np.unique(np.concatenate([content[kept] for kept, content in parts]))
+    if len(contents) < 2:
+        raise UserError(
+            f"--eval_split {fraction}: {len(contents)} different rows are too few to hold some out"
+        )
+    count = min(max(round(fraction * len(contents)), 1), len(contents) - 1)
+    chosen = np.random.default_rng([seed, _HOLD_OUT]).permutation(contents)[:count]
+    return [np.isin(content, chosen) for _, content in parts]
+
+
+def draw(rows: Sequence[np.ndarray], weights: Sequence[float] | None, seed: int) -> list[np.ndarray]:
+    """Choose which documents one epoch has, and how often.
+
+    Args:
+        rows: for each source int64 ``[documents]``, ascending: the row that a document is of.
+        weights: in which proportion rows of the sources are drawn; None takes every document once. The number
+            of rows stays what it was. A source that has fewer rows than its share is repeated whole, and what
+            is left of the share is a random choice of its rows.
+        seed: of that choice.
+
+    Returns:
+        For each source int64 indexes of its documents, ascending within each repetition.
+    """
+    if weights is None:
+        return [np.arange(len(row)) for row in rows]
+    different = [np.unique(row) for row in rows]
+    total = sum(len(each) for each in different)
+    shares = np.array(weights, dtype=np.float64) / np.sum(weights)
+    drawn = []
+    for index, (row, unique) in enumerate(zip(rows, different, strict=True)):
+        if len(unique) == 0:
+            drawn.append(np.zeros(0, dtype=np.int64))
+            continue
+        whole, rest = divmod(max(round(total * shares[index]), 1), len(unique))
+        some = np.random.default_rng([seed, _DRAW, index]).choice(unique, size=rest, replace=False)
+        repeated = [np.arange(len(row))] * whole
+        drawn.append(np.concatenate([*repeated, np.flatnonzero(np.isin(row, some))]).astype(np.int64))
+    return drawn

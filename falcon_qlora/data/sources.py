@@ -1,0 +1,301 @@
+"""Where rows come from: data sets on the hub, local files, folders of them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import logging
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from falcon_qlora import sample_data
+from falcon_qlora.data.files import SUFFIXES, Row, data_suffix, iterate_rows
+from falcon_qlora.errors import UserError, nearest
+
+PACKAGED = "sample"
+
+# What in a file's name says which split it belongs to.
+_SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+}
+_METADATA_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_SAMPLE_ROWS = 1000
+_WRITE_ROWS = 2000
+
+
+class Source(Protocol):
+    """One thing that `--dataset_name` names."""
+
+    @property
+    def name(self) -> str:
+        """As the user gave it."""
+        ...
+
+    def identity(self) -> str:
+        """A hash of the content."""
+        ...
+
+    def rows(self, *, shuffle_files: Any = None) -> Iterator[tuple[str, Row]]:
+        """Yield ``(place, row)`` one by one, without holding them."""
+        ...
+
+    def columns(self) -> list[str]:
+        """The columns that rows have."""
+        ...
+
+    def table(self, folder: Path, max_rows: int | None) -> Any:
+        """The rows as a `datasets.Dataset`; what has to be written for it is written in `folder`."""
+        ...
+
+
+def find_source(name: str, *, config: str | None = None, split: str = "train") -> Source:
+    """What `name` means: a file, a folder, or a data set on the hub.
+
+    Args:
+        name: a path that exists, a hub id, or ``"sample"`` for the rows that come with the package.
+        config: configuration of a hub data set.
+        split: of a hub data set, or of a folder whose file names say which split they belong to.
+
+    Raises:
+        UserError: if a path does not exist or holds no data.
+    """
+    path = Path(name).expanduser()
+    if name == PACKAGED and not path.exists():
+        path = sample_data.path()
+    if path.is_dir():
+        return LocalSource(name, tuple(_files_of_folder(path, name, split)))
+    if path.is_file():
+        if data_suffix(path) is None:
+            raise UserError(f"{name}: not a kind of file that holds rows; those are {_kinds()}")
+        if split != "train":
+            raise UserError(
+                f"{name}: a single file has no split {split!r}; name another file, or hold out a fraction"
+            )
+        return LocalSource(name, (path,))
+    if _looks_like_path(name):
+        neighbours = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+        where = "" if path.parent.is_dir() else f" (nor is there a folder {path.parent})"
+        raise UserError(f"file not found: {name}{nearest(path.name, neighbours)}{where}")
+    return HubSource(name, config, split)
+
+
+@dataclass(frozen=True)
+class LocalSource:
+    """Files on this machine, in the order in which they are read."""
+
+    name: str
+    files: tuple[Path, ...]
+
+    def identity(self) -> str:
+        digest = hashlib.sha256()
+        for path in self.files:
+            digest.update(f"{data_suffix(path)} {path.suffix.lower() == '.gz'} ".encode())
+            try:
+                with path.open("rb") as handle:
+                    digest.update(hashlib.file_digest(handle, "sha256").digest())
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        return digest.hexdigest()
+
+    def rows(self, *, shuffle_files: Any = None) -> Iterator[tuple[str, Row]]:
+        files = list(self.files)
+        if shuffle_files is not None:
+            shuffle_files.shuffle(files)
+        for path in files:
+            yield from iterate_rows(path)
+
+    def columns(self) -> list[str]:
+        # Rows may lack columns that others have, so one row is not enough.
+        found: dict[str, None] = {}
+        for _, row in itertools.islice(self.rows(), _SAMPLE_ROWS):
+            found.update(dict.fromkeys(row))
+        return list(found)
+
+    def table(self, folder: Path, max_rows: int | None) -> Any:
+        """Every row as one piece of JSON: a type for each column would have to fit all rows of all files."""
+        import datasets
+        import pyarrow as pa
+
+        schema = pa.schema([("json", pa.large_string()), ("place", pa.string())])
+        path = folder / "rows.arrow"
+        rows = itertools.islice(self.rows(), max_rows)
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            while some := list(itertools.islice(rows, _WRITE_ROWS)):
+                columns = [[json.dumps(row, default=str) for _, row in some], [place for place, _ in some]]
+                writer.write_batch(pa.record_batch(columns, schema=schema))
+        return datasets.Dataset.from_file(str(path))
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A split of a data set on the Hugging Face hub."""
+
+    name: str
+    config: str | None
+    split: str
+
+    def identity(self) -> str:
+        # The builder derives it from the repository's commit, configuration and split.
+        return f"{self.name} {self.config} {self.split} {self._load(streaming=False)._fingerprint}"
+
+    def rows(self, *, shuffle_files: Any = None) -> Iterator[tuple[str, Row]]:
+        stream = self._load(streaming=True)
+        if shuffle_files is not None:
+            # A buffer of one only puts the shards into another order.
+            stream = stream.shuffle(seed=shuffle_files.randrange(2**31), buffer_size=1)
+        iterator = enumerate(iter(stream), start=1)
+        while True:
+            with _hub_errors(self):
+                number, row = next(iterator, (0, None))
+            if row is None:
+                return
+            yield f"{self.name} row {number}", row
+
+    def columns(self) -> list[str]:
+        return list(self._load(streaming=False).column_names)
+
+    def table(self, folder: Path, max_rows: int | None) -> Any:
+        dataset = self._load(streaming=False)
+        return dataset if max_rows is None else dataset.select(range(min(max_rows, len(dataset))))
+
+    def _load(self, *, streaming: bool) -> Any:
+        with _hub_errors(self), quiet_datasets():
+            return _load_dataset(self.name, self.config, self.split, streaming)
+
+
+@functools.lru_cache(maxsize=8)
+def _load_dataset(name: str, config: str | None, split: str, streaming: bool) -> Any:
+    # Asked for by several steps of one preparation; every call would ask the hub again.
+    import datasets
+
+    return datasets.load_dataset(name, config, split=split, streaming=streaming)
+
+
+def row_of(batch: dict[str, list[Any]], index: int, source: str, number: int) -> tuple[str, Row]:
+    """``(place, row)`` of one row of a batch of `Source.table`.
+
+    Args:
+        batch: columns.
+        index: in the batch.
+        source: the source's name, for the place.
+        number: of the row in the source, from 0, for the place.
+    """
+    if list(batch) == ["json", "place"]:
+        return batch["place"][index], json.loads(batch["json"][index])
+    return f"{source} row {number + 1}", {name: values[index] for name, values in batch.items()}
+
+
+@contextlib.contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """No retry notices, as what fails is raised anyway; and progress bars only where a person sees them."""
+    import datasets
+
+    hub_logger = logging.getLogger("huggingface_hub")
+    level, bars = hub_logger.level, datasets.are_progress_bars_disabled()
+    hub_logger.setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        hub_logger.setLevel(level)
+        if not bars and datasets.are_progress_bars_disabled():
+            datasets.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def _hub_errors(source: HubSource) -> Iterator[None]:
+    import datasets.exceptions
+    import httpx
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    name = source.name
+    flags = (
+        f"--dataset_config {source.config}, split {source.split}"
+        if source.config
+        else f"split {source.split}"
+    )
+    try:
+        yield
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise UserError(
+            f"--dataset_name {name}: no such data set on the hub, nor a file or folder of that name here; "
+            f"a private or gated one needs `hf auth login` first ({_first_line(error)})"
+        ) from None
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise UserError(
+            f"--dataset_name {name}: cannot be read ({_first_line(error.__cause__ or error)})"
+        ) from None
+    except (
+        ConnectionError,
+        TimeoutError,
+        httpx.HTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    ) as error:
+        raise UserError(
+            f"--dataset_name {name}: the hub cannot be reached, and this machine's cache does not have the "
+            f"data set ({_first_line(error)}).\n"
+            "To run offline: run `falcon-qlora prepare` with the same flags on a machine that reaches the "
+            "hub, bring its Hugging Face cache (HF_HOME, by default ~/.cache/huggingface) here and set "
+            f"HF_HUB_OFFLINE=1; or name a local {_kinds()} file or a folder of them"
+        ) from None
+    except (ValueError, FileNotFoundError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"--dataset_name {name} ({flags}): {_first_line(error)}") from None
+
+
+def _files_of_folder(folder: Path, name: str, split: str) -> Sequence[Path]:
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and data_suffix(path) is not None
+        and path.name not in _METADATA_FILES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    if not files:
+        raise UserError(f"{name}: the folder holds no {_kinds()} file")
+    splits = {path: _split_of(path.relative_to(folder)) for path in files}
+    # Without a word for the split in its name a file is for training.
+    chosen = [path for path in files if (splits[path] or "train") == split]
+    if not chosen:
+        there = sorted({of or "train" for of in splits.values()})
+        raise UserError(
+            f"{name}: no file of the folder is named as one of split {split!r}{nearest(split, there)}; "
+            f"there are files for {', '.join(there)}"
+        )
+    return chosen
+
+
+def _split_of(path: Path) -> str | None:
+    words = re.split(r"[^a-z]+", str(path).lower())
+    return next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), None)
+
+
+def _looks_like_path(name: str) -> bool:
+    if data_suffix(Path(name)) is not None or name.endswith(".parquet.gz"):
+        return True
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or re.fullmatch(r"[\w./-]+", name) is None
+
+
+def _kinds() -> str:
+    return ", ".join(SUFFIXES[:-1]) + f" or {SUFFIXES[-1]}"
+
+
+def _first_line(error: object) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
