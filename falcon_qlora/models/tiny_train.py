@@ -1,0 +1,251 @@
+"""Training the packaged model from scratch, on a GPU in minutes or, worse, on a CPU.
+
+The model is `FalconForCausalLM`; its forward pass is written out here for full windows of one length, where
+causal attention needs no mask, so that it runs in fused kernels and compiles into few.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import FalconConfig, FalconForCausalLM
+from transformers import __version__ as transformers_version
+
+WINDOW = 512
+
+
+def configuration(vocabulary: int) -> FalconConfig:
+    """Falcon-7B's layout, small: one key/value head, parallel blocks, rotary positions, tied head, no bias."""
+    return FalconConfig(
+        vocab_size=vocabulary,
+        hidden_size=256,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        multi_query=True,
+        parallel_attn=True,
+        new_decoder_architecture=False,
+        alibi=False,
+        bias=False,
+        tie_word_embeddings=True,
+        max_position_embeddings=2048,
+        bos_token_id=0,
+        eos_token_id=0,
+        architectures=["FalconForCausalLM"],
+        dtype="bfloat16",
+    )
+
+
+def window_logits(model: FalconForCausalLM, ids: Tensor) -> Tensor:
+    """Next-token logits ``[batch, window, vocabulary]`` of `ids` ``[batch, window]``, without padding."""
+    config = model.config
+    heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    batch, window = ids.shape
+    angles = torch.arange(window, device=ids.device)[:, None] * model.transformer.rotary_emb.inv_freq[None, :]
+    angles = torch.cat([angles, angles], dim=-1)
+    cosine, sine = angles.cos(), angles.sin()
+
+    def rotated(x: Tensor) -> Tensor:
+        half = torch.cat([-x[..., size // 2 :], x[..., : size // 2]], dim=-1)
+        return (x * cosine + half * sine).to(x.dtype)
+
+    hidden = model.transformer.word_embeddings(ids)
+    for block in model.transformer.h:
+        normed = block.input_layernorm(hidden)
+        fused = F.linear(normed, block.self_attention.query_key_value.weight)
+        fused = fused.view(batch, window, heads + 2, size).transpose(1, 2)
+        query = rotated(fused[:, :heads])
+        key = rotated(fused[:, heads : heads + 1]).expand_as(query)
+        value = fused[:, heads + 1 :].expand_as(query)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        attended = attended.transpose(1, 2).reshape(batch, window, heads * size)
+        wide = F.gelu(F.linear(normed, block.mlp.dense_h_to_4h.weight))
+        hidden = (
+            hidden
+            + F.linear(attended, block.self_attention.dense.weight)
+            + F.linear(wide, block.mlp.dense_4h_to_h.weight)
+        )
+    return F.linear(model.transformer.ln_f(hidden), model.transformer.word_embeddings.weight)
+
+
+def window_loss(model: FalconForCausalLM, windows: Tensor) -> Tensor:
+    """Mean cross entropy, in nats a token, of `windows` ``[batch, window + 1]``."""
+    logits = window_logits(model, windows[:, :-1])
+    return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
+
+
+def train(
+    corpus: Path,
+    out: Path,
+    *,
+    minutes: float,
+    epochs: float,
+    batch_tokens: int,
+    learning_rate: float,
+    compile_model: bool,
+    seed: int,
+) -> dict:
+    """Train on ``tokens.npz`` of `corpus` and save model, tokenizer and a record to `out`.
+
+    Stops after `epochs` passes or `minutes`, whichever comes first; the learning rate follows a cosine over
+    the nearer of the two, so that it always ends near zero.
+
+    Returns:
+        The record, also written to ``training.json``: settings, losses in nats a token, versions.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(seed)
+    torch.set_float32_matmul_precision("high")
+    arrays = np.load(corpus / "tokens.npz")
+    tokens = torch.from_numpy(arrays["train"].astype(np.int32)).to(device)
+    held_out = {name: torch.from_numpy(arrays[name].astype(np.int64)).to(device) for name in _HELD_OUT}
+    about = json.loads((corpus / "corpus.json").read_text())
+
+    model = FalconForCausalLM(configuration(about["vocabulary"])).float().to(device)
+    for block in model.transformer.h:
+        for last in (block.self_attention.dense, block.mlp.dense_4h_to_h):
+            last.weight.data.mul_(1 / math.sqrt(2 * len(model.transformer.h)))
+    optimizer = _optimizer(model, learning_rate, device)
+    loss_of = _loss_function(model, device, compile_model, batch_tokens // WINDOW)
+
+    planned = int(tokens.numel() * epochs)
+    windows = _windows(tokens, batch_tokens // WINDOW, seed)
+    started = time.monotonic()
+    step, used, progress, record = 0, 0, 0.0, []
+    while progress < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * _schedule(step, progress)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            loss = loss_of(next(windows))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step, used = step + 1, used + batch_tokens
+        if step % 20 == 0 or device.type == "cpu":
+            loss.item()  # the clock below must not run ahead of the device
+        elapsed = time.monotonic() - started
+        progress = max(used / planned, elapsed / (60 * minutes))
+        if progress >= 0.1 * (len(record) + 1) or progress >= 1:
+            some = None if progress >= 1 else 16 * WINDOW
+            losses = {name: held_out_loss(model, held_out[name][:some]) for name in _HELD_OUT}
+            record.append(
+                {"step": step, "tokens": used, "seconds": round(elapsed, 1), "held_out_loss": losses}
+            )
+            shown = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
+            print(
+                f"step {step}  {used / elapsed:,.0f} tokens/s  train {loss.item():.3f}  held out: {shown}",
+                flush=True,
+            )
+
+    summary = {
+        "held_out_loss": record[-1]["held_out_loss"],
+        "unigram_loss": {name: _unigram_loss(tokens, held_out[name], about["vocabulary"]) for name in _HELD_OUT},
+        "settings": {
+            "minutes": minutes, "epochs": epochs, "batch_tokens": batch_tokens, "learning_rate": learning_rate,
+            "window": WINDOW, "seed": seed,
+        },
+        "steps": step,
+        "tokens": used,
+        "seconds": round(time.monotonic() - started, 1),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "versions": {
+            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers_version,
+        },
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "corpus": about,
+        "progress": record,
+    }  # fmt: skip
+    _save(model, corpus, out, summary)
+    return summary
+
+
+_HELD_OUT = ("documentation", "generated")
+
+
+def _optimizer(model: FalconForCausalLM, learning_rate: float, device: torch.device) -> torch.optim.Optimizer:
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=device.type == "cuda")
+
+
+def _loss_function(
+    model: FalconForCausalLM, device: torch.device, compile_model: bool, batch: int
+) -> Callable[[Tensor], Tensor]:
+    """`window_loss` of `model`, compiled where that is asked for and works."""
+
+    def plain(windows: Tensor) -> Tensor:
+        return window_loss(model, windows)
+
+    if not compile_model or device.type != "cuda":
+        return plain
+    try:
+        compiled = torch.compile(plain)
+        started = time.monotonic()
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            compiled(torch.zeros(batch, WINDOW + 1, dtype=torch.int64, device=device)).backward()
+        torch.cuda.synchronize()
+        print(f"compiled in {time.monotonic() - started:.0f} s", flush=True)
+    except Exception as error:  # a missing compiler is no reason not to train
+        print(f"not compiled ({type(error).__name__}: {str(error)[:200]}); going on without", flush=True)
+        compiled = plain
+    model.zero_grad(set_to_none=True)
+    return compiled
+
+
+def _windows(tokens: Tensor, batch: int, seed: int) -> Iterator[Tensor]:
+    """Yield ``[batch, WINDOW + 1]`` int64 windows without end; each pass is cut at another offset."""
+    generator = torch.Generator().manual_seed(seed)
+    reach = torch.arange(WINDOW + 1, device=tokens.device)
+    left = torch.zeros(0, dtype=torch.int64)
+    while True:
+        while left.numel() < batch:
+            offset = int(torch.randint(WINDOW, (1,), generator=generator))
+            starts = torch.arange(offset, tokens.numel() - WINDOW - 1, WINDOW)
+            left = torch.cat([left, starts[torch.randperm(starts.numel(), generator=generator)]])
+        chosen, left = left[:batch].to(tokens.device), left[batch:]
+        yield tokens[chosen[:, None] + reach].long()
+
+
+def _schedule(step: int, progress: float) -> float:
+    """Warm-up over 100 steps, then a cosine from 1 to 0 over `progress`."""
+    return min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+@torch.no_grad()
+def held_out_loss(model: FalconForCausalLM, tokens: Tensor, batch: int = 32) -> float:
+    """Mean loss, in nats a token, over `tokens` ``[n]`` in windows of up to `WINDOW`."""
+    windows = [tokens[start : start + WINDOW + 1] for start in range(0, tokens.numel() - 1, WINDOW)]
+    total = 0.0
+    full = [window for window in windows if window.numel() == WINDOW + 1]
+    groups = [torch.stack(full[start : start + batch]) for start in range(0, len(full), batch)]
+    groups += [window[None] for window in windows if window.numel() <= WINDOW]
+    for group in groups:
+        with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
+            total += window_loss(model, group).item() * group[:, 1:].numel()
+    return total / (tokens.numel() - 1)
+
+
+def _unigram_loss(train: Tensor, held_out: Tensor, vocabulary: int) -> float:
+    """Loss of guessing every token by how often it occurs in `train`."""
+    counts = torch.bincount(train, minlength=vocabulary).double() + 1
+    return float(-(counts / counts.sum()).log()[held_out[1:]].mean())
+
+
+def _save(model: FalconForCausalLM, corpus: Path, out: Path, summary: dict) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    model.to(torch.bfloat16).save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)
+    for name in ("tokenizer.json", "tokenizer_config.json", "held_out.json"):
+        shutil.copyfile(corpus / name, out / name)
+    (out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
