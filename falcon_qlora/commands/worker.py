@@ -1,7 +1,7 @@
 """What the launcher starts as each process: the training module, tied to the launcher's life.
 
-Torch's agent stops the workers when it ends in order. Where it cannot (killed outright, or a second Ctrl-C
-while it waits), the kernel does.
+Torch's agent stops the workers when it ends in order. Where it cannot (it was killed, or Ctrl-C came
+again while it waited for them), the kernel does.
 """
 
 from __future__ import annotations

@@ -211,8 +211,10 @@ def test_json_of_a_flag_is_read() -> None:
         ["--recipe", "lambda-40b-8bit"],
         ["--recipe", "lambda-7b-4bit", "--packing", "true", "--eval_split", "0.1"],
         ["--global_batch_size", "32", "--eval_split", "0.05", "--early_stopping", "2", "-s", "20"],
-        ["--bf16", "--eval_split", "split:test", "--eval_steps", "5", "--sample_prompts", "Hi", "--generate_samples", "1"],
-        ["--dataset_name", "a.jsonl", "b.csv", "--dataset_weights", "2", "1", "--text_column", "body", "--streaming", "-s", "9"],
+        ["--bf16", "--eval_split", "split:test", "--eval_steps", "5"],
+        ["--eval_split", "rows.jsonl", "--sample_prompts", "Hi", "--generate_samples", "1"],
+        ["--dataset_name", "a.jsonl", "b.csv", "--dataset_weights", "2", "1", "--text_column", "body"],
+        ["--streaming", "-s", "9"],
     ],
 )  # fmt: skip
 def test_a_runs_config_yaml_gives_the_same_settings_back(tmp_path: Path, argv: list[str]) -> None:

@@ -1,0 +1,278 @@
+"""The command line and the launcher, run as a user runs them; a stand-in is what they train."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from falcon_qlora import __main__ as cli
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+STAND_IN = """
+import os, signal, sys, time
+rank = int(os.environ["RANK"])
+mode = sys.argv[sys.argv.index("--run_name") + 1]
+names = ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
+# One write a line: the ranks share the launcher's output.
+sys.stdout.write(f"rank={rank} pid={os.getpid()} {[os.environ[n] for n in names]} {sys.argv[1:]}\\n")
+sys.stdout.flush()
+if mode == "patient":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+if rank == 1:
+    if mode == "user":
+        sys.stderr.write("error: mend this\\n")
+        sys.exit(2)
+    if mode == "bug":
+        raise RuntimeError("a bug")
+    if mode == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+if mode != "fine":
+    time.sleep(120)
+"""
+
+LAUNCH = """
+import sys
+from falcon_qlora import __main__ as cli
+from falcon_qlora.commands import train
+standard = train.main
+train.main = lambda argv: standard(argv, worker_module="stand_in")
+sys.exit(cli.main(["train", *sys.argv[1:]]))
+"""
+
+
+class Launcher:
+    """Starts `falcon-qlora train` with the stand-in for its workers."""
+
+    def __init__(self, folder: Path):
+        (folder / "stand_in.py").write_text(STAND_IN)
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir()
+        path = os.pathsep.join([str(REPOSITORY), str(folder)])
+        self.environment = os.environ | {
+            "PYTHONPATH": path,
+            "TMPDIR": str(self.temporary),
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        self.started: list[subprocess.Popen[str]] = []
+
+    def start(self, *argv: str, **environment: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCH, *argv],
+            env=self.environment | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.started.append(process)
+        return process
+
+    def run(self, *argv: str, **environment: str) -> tuple[int, str, str]:
+        process = self.start(*argv, **environment)
+        output, errors = process.communicate(timeout=60)
+        return process.returncode, output, errors
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> Iterator[Launcher]:
+    result = Launcher(tmp_path)
+    yield result
+    for process in result.started:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        for stream in (process.stdout, process.stderr):
+            assert stream is not None
+            stream.close()
+
+
+def worker_pids(output: str) -> list[int]:
+    return [int(pid) for pid in re.findall(r"pid=(\d+)", output)]
+
+
+def read_lines(process: subprocess.Popen[str], count: int) -> str:
+    assert process.stdout is not None
+    return "".join(process.stdout.readline() for _ in range(count))
+
+
+def assert_gone(pids: list[int], within_s: float = 5.0) -> None:
+    assert pids
+    deadline = time.monotonic() + within_s
+    remaining = pids
+    while remaining and time.monotonic() < deadline:
+        remaining = [pid for pid in remaining if is_running(pid)]
+        time.sleep(0.05)
+    assert not remaining, f"still there: {remaining}"
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+class TestLauncher:
+    def test_every_process_gets_its_place_and_the_users_flags(self, launcher: Launcher) -> None:
+        argv = ["--gpus", "2", "--run_name", "fine", "--nnodes=1", "-q", "8bit"]
+        status, output, errors = launcher.run(*argv, OMP_NUM_THREADS="3")
+        assert (status, errors) == (0, "")
+        lines = sorted(output.splitlines())
+        flags = "['--run_name', 'fine', '-q', '8bit']"
+        assert re.fullmatch(rf"rank=0 pid=\d+ \['2', '0', '2', '3'\] {re.escape(flags)}", lines[0])
+        assert re.fullmatch(rf"rank=1 pid=\d+ \['2', '1', '2', '3'\] {re.escape(flags)}", lines[1])
+        assert_gone(worker_pids(output))
+        assert list(launcher.temporary.iterdir()) == []
+
+    def test_one_process_without_gpus_and_a_share_of_the_cores(self, launcher: Launcher) -> None:
+        del launcher.environment["OMP_NUM_THREADS"]
+        status, output, _ = launcher.run("--run_name", "fine")
+        assert status == 0
+        assert f"['1', '0', '1', '{len(os.sched_getaffinity(0))}']" in output
+
+    def test_what_the_user_can_mend_is_status_2_and_one_message(self, launcher: Launcher) -> None:
+        status, output, errors = launcher.run("--gpus", "2", "--run_name", "user")
+        assert (status, errors) == (2, "error: mend this\n")
+        assert_gone(worker_pids(output))
+        assert list(launcher.temporary.iterdir()) == []
+
+    def test_a_bug_is_status_1_and_the_workers_own_traceback(self, launcher: Launcher) -> None:
+        status, output, errors = launcher.run("--gpus", "2", "--run_name", "bug")
+        assert status == 1
+        assert errors.startswith("Traceback")
+        assert errors.endswith("RuntimeError: a bug\n")
+        assert errors.count("Traceback") == 1
+        assert "elastic" not in errors
+        assert_gone(worker_pids(output))
+
+    def test_a_worker_that_was_killed_is_named(self, launcher: Launcher) -> None:
+        status, output, errors = launcher.run("--gpus", "2", "--run_name", "killed")
+        assert (status, errors) == (1, "error: process 1 was ended by SIGKILL; out of CPU memory?\n")
+        assert_gone(worker_pids(output))
+
+    @pytest.mark.parametrize(
+        ("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)]
+    )
+    def test_a_signal_stops_every_process(self, launcher: Launcher, number: int, expected: int) -> None:
+        process = launcher.start("--gpus", "2", "--run_name", "wait")
+        pids = worker_pids(read_lines(process, 2))
+        assert len(pids) == 2
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+        assert (process.returncode, errors) == (expected, "")
+        assert_gone(pids)
+
+    def test_an_insistent_ctrl_c_does_not_wait_for_workers_that_do_not_listen(
+        self, launcher: Launcher
+    ) -> None:
+        process = launcher.start("--gpus", "2", "--run_name", "patient")
+        pids = worker_pids(read_lines(process, 2))
+        for _ in range(3):
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+        process.communicate(timeout=15)
+        assert process.returncode == 130
+        assert_gone(pids)
+
+    def test_a_launcher_that_is_killed_takes_its_workers_with_it(self, launcher: Launcher) -> None:
+        process = launcher.start("--gpus", "2", "--run_name", "patient")
+        pids = worker_pids(read_lines(process, 2))
+        process.kill()
+        process.wait()
+        assert_gone(pids)
+
+
+class TestRefusedAtOnce:
+    """Told before torch is imported and before a process starts."""
+
+    @pytest.mark.parametrize(
+        ("argv", "message"),
+        [
+            (["train", "--quantise_mode", "4bit"], "did you mean --quantize_mode?"),
+            (["train", "--gpuss", "2"], "did you mean --gpus?"),
+            (["train", "--gpus", "0"], "--gpus: 0 is too small"),
+            (["train", "--gpus", "two"], "--gpus: 'two' is not a whole number"),
+            (["train", "--nnodes", "2"], "--rdzv_endpoint"),
+            (["train", "--nnodes", "x"], "neither a number of nodes nor MIN:MAX"),
+            (["train", "--max_restarts", "-1"], "at least 0"),
+            (["trian"], "did you mean train?"),
+            (["-m", "tiny"], "falcon-qlora train -m tiny"),
+        ],
+    )
+    def test_with_status_2_and_one_line(
+        self, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert cli.main(argv) == 2
+        errors = capsys.readouterr().err
+        assert message in errors
+        assert errors.count("\n") == 1
+
+    def test_under_torchrun(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+        assert cli.main(["train"]) == 2
+        assert "-m falcon_qlora.train" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "argv", [["train", "--foo"], ["train", "--help"], ["--help"], ["--version"], ["nonsense"]]
+    )
+    def test_without_importing_torch(self, argv: list[str]) -> None:
+        code = (
+            "import sys; from falcon_qlora.__main__ import main\n"
+            "try: main(sys.argv[1:])\n"
+            "except SystemExit: pass\n"
+            "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, *argv], capture_output=True, text=True, check=True, cwd=REPOSITORY
+        )
+        assert done.stdout.endswith("[]\n")
+
+
+class TestCommandLine:
+    def test_help_names_every_verb(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["--help"]) == 0
+        output = capsys.readouterr().out
+        assert all(verb in output for verb in cli.VERBS)
+
+    def test_nothing_given_shows_the_help_and_is_an_error(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main([]) == 2
+        assert "COMMAND" in capsys.readouterr().out
+
+    def test_every_verb_has_its_module(self) -> None:
+        folder = Path(cli.__file__).with_name("commands")
+        assert all((folder / f"{verb}.py").is_file() for verb in cli.VERBS)
+
+    @pytest.mark.parametrize(
+        ("error", "status", "printed"),
+        [
+            (KeyboardInterrupt(), 130, ""),
+            (ZeroDivisionError("a bug"), 1, "ZeroDivisionError: a bug"),
+        ],
+    )
+    def test_exit_status(
+        self,
+        error: BaseException,
+        status: int,
+        printed: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        def fail(words: list[str]) -> int:
+            raise error
+
+        monkeypatch.setattr(cli, "_run", fail)
+        assert cli.main(["train"]) == status
+        assert printed in capsys.readouterr().err
