@@ -1,10 +1,13 @@
 """Keep the libraries' chatter off the terminal, which belongs to the run.
 
-What a user has set in the environment stays as it is. Imports nothing heavy: the launcher uses it too.
+What a user has set in the environment stays as it is. This file imports nothing heavy: the launcher uses it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import logging
 import os
 import warnings
@@ -61,3 +64,11 @@ def quiet_libraries(*, progress_bars: bool = True) -> None:
         warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")
     for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
         warnings.simplefilter("ignore", category)
+    _import_without_greeting()
+
+
+def _import_without_greeting() -> None:
+    """Import the module of Transformers that prints a line while it is, on every process."""
+    if os.environ.get("WANDB_MODE") == "offline":
+        with contextlib.redirect_stdout(io.StringIO()):
+            importlib.import_module("transformers.integrations.integration_utils")

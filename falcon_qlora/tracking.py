@@ -112,7 +112,7 @@ class Trackers:
                 callback.logging_dir = str(directory.path / "tensorboard")
                 self.lines.append(f"TensorBoard: tensorboard --logdir {callback.logging_dir}")
             else:
-                self.lines.append(tracker)
+                self.lines.append({"trackio": "Trackio: trackio show"}.get(tracker, tracker))
             self.callback.add(tracker, callback)
 
     def finish(

@@ -1,0 +1,201 @@
+"""What a person sees: one voice, whole lines in a file, one bar on a terminal, no chatter of libraries."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from falcon_qlora import progress, quiet, terminal
+from falcon_qlora.progress import ProgressCallback
+from falcon_qlora.terminal import StartSummary, duration, print_answers, print_end, print_start
+
+SUMMARY = {
+    "steps": 120,
+    "first_loss": 3.0,
+    "final_loss": 1.5,
+    "train_seconds": 193.2,
+    "tokens_per_second": 12345.6,
+    "samples_per_second_512": 24.1,
+    "peak_memory_gib": 12.3,
+    "best_eval_loss": 1.6,
+    "best_step": 100,
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_console() -> Iterator[None]:
+    terminal.console.cache_clear()
+    yield
+    terminal.console.cache_clear()
+
+
+def _run(steps: int, *, log_every: int = 1, start: int = 0, evaluate_at: tuple[int, ...] = ()) -> None:
+    state = SimpleNamespace(global_step=start, max_steps=steps)
+    callback = ProgressCallback()
+    callback.on_train_begin(None, state, None)
+    for step in range(start + 1, steps + 1):
+        state.global_step = step
+        callback.on_step_end(None, state, None)
+        if step % log_every == 0:
+            logs = {"loss": 3.0 / step, "tokens_per_second": 1234.5, "peak_memory_gib": 2.5}
+            callback.on_log(None, state, None, logs=logs)
+        if step in evaluate_at:
+            callback.on_prediction_step(None, state, None)
+            callback.on_log(None, state, None, logs={"eval_loss": 2.0 / step})
+            callback.on_evaluate(None, state, None)
+    callback.on_train_end(None, state, None)
+
+
+def test_the_start_summary_shows_what_is_known_and_leaves_out_the_rest(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    summary = StartSummary(
+        model="tiny",
+        quantize_mode="4bit",
+        quantization="NF4",
+        quantized_linears=16,
+        trainable_parameters=1_000,
+        total_parameters=200_000,
+        world_size=2,
+        documents=90,
+        tokens=12_345,
+        target_tokens=2_345,
+        tracking=["W&B: offline (no key)"],
+        output_dir="runs/a",
+    )
+    print_start(summary)
+    output = capsys.readouterr().out
+    for part in (
+        "model      tiny",
+        "4bit · NF4 · 16 linear layers",
+        "1,000 of 200,000 parameters (0.50%)",
+        "CPU, 2 processes",
+        "90 documents · 12,345 tokens, 2,345 of them in the loss",
+        "W&B: offline (no key)",
+        "writes to  runs/a",
+    ):
+        assert part in output
+    assert "held out" not in output
+    assert "None" not in output
+
+
+def test_the_end_summary_names_the_path_of_everything_written(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    adapter = tmp_path / ("long" * 40) / "adapter"
+    adapter.mkdir(parents=True)
+    print_end(SUMMARY, [adapter, tmp_path / "loss.png"], adapter=adapter)
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.endswith(f"{adapter}/") for line in lines), "a path stays on one line"
+    assert any(str(tmp_path / "loss.png") in line for line in lines)
+    assert any("3 → 1.5 · best on held-out data 1.6 at step 100" in line for line in lines)
+    assert any("120 in 3 min 13 s" in line for line in lines)
+
+
+def test_text_with_brackets_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    print_answers("before training", [("[bold]Say[/bold] [x]", "[red]no[/nothing]")])
+    output = capsys.readouterr().out
+    assert "[bold]Say[/bold] [x]" in output
+    assert "[red]no[/nothing]" in output
+
+
+def test_without_a_terminal_a_long_run_prints_some_fifty_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    _run(5_000)
+    lines = capsys.readouterr().out.splitlines()
+    assert 40 <= len(lines) <= 60
+    assert lines[0].startswith("step 1/5,000")
+    assert lines[-1].startswith("step 5,000/5,000")
+    assert "\x1b" not in "".join(lines)
+
+
+def test_a_short_run_prints_every_logged_step(capsys: pytest.CaptureFixture[str]) -> None:
+    _run(20, log_every=5)
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.match(r"step (\d+)/20", line)[1] for line in lines] == ["5", "10", "15", "20"]
+    assert "loss 0.6000  1,234 tokens/s  2.50 GiB" in lines[0]
+
+
+def test_evaluations_are_printed_and_the_best_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    _run(20, log_every=5, evaluate_at=(10, 20))
+    output = capsys.readouterr().out
+    assert "step 10: held-out loss 0.2000, the best so far" in output
+    assert "step 20: held-out loss 0.1000, the best so far" in output
+
+
+def test_a_loss_that_is_not_finite_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    state = SimpleNamespace(global_step=1, max_steps=2)
+    callback = ProgressCallback()
+    callback.on_train_begin(None, state, None)
+    callback.on_log(None, state, None, logs={"loss": float("nan")})
+    assert "loss nan" in capsys.readouterr().out
+
+
+def test_a_terminal_gets_one_bar_that_ends_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=120, color_system=None)
+    monkeypatch.setattr(progress, "console", lambda: console)
+    _run(30, evaluate_at=(10,))
+    shown = screen.getvalue()
+    assert "held-out loss" in shown
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).replace("\r", "\n").strip().splitlines()[-1]
+    assert last.startswith("step 30/30")
+    assert "100%" in last
+
+
+def test_a_resumed_run_starts_its_bar_where_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+    _run(20, start=15)
+    assert capsys.readouterr().out.startswith("step 16/20")
+
+
+def test_other_processes_print_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    print_start(StartSummary(model="tiny"))
+    _run(5)
+    print_end(SUMMARY, [])
+    terminal.note("nothing")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (7620, "2 h 07 min")]
+)
+def test_durations_are_readable(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_libraries_are_silenced_and_the_users_settings_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in quiet.ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "info")
+    with warnings.catch_warnings():
+        quiet.quiet_libraries()
+        assert logging.getLogger("bitsandbytes").level == logging.ERROR
+    import os
+
+    assert os.environ["TRANSFORMERS_VERBOSITY"] == "info"
+    assert os.environ["DATASETS_VERBOSITY"] == "error"
+    for name in quiet.ENVIRONMENT:
+        monkeypatch.setenv(name, "x")  # so that the originals come back
+
+
+def test_importing_the_libraries_prints_nothing() -> None:
+    code = (
+        "from falcon_qlora.quiet import quiet_libraries; quiet_libraries()\n"
+        "import torch, transformers, trl, peft, bitsandbytes, accelerate, datasets, wandb\n"
+        "from falcon_qlora import tracking, progress"
+    )
+    result: Any = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == result.stderr == ""
