@@ -50,12 +50,16 @@ class Statistics:
 
 @dataclass(frozen=True)
 class SourceUse:
-    """How one source was read: the format recognised, the template, and how many rows an epoch draws."""
+    """How one source was read: the format recognised and the template that writes it.
+
+    `rows_kept` are those of which something is left to train on; `rows_drawn` differs where there are weights.
+    """
 
     name: str
     format: str
     template: str
     rows_read: int
+    rows_kept: int
     rows_drawn: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -208,10 +212,11 @@ def _corpus(
             part.format,
             part.template,
             rows_read=_count_rows(part.row[pick]),
+            rows_kept=_count_rows(part.row[documents]),
             # A row's first document is drawn as often as the row.
             rows_drawn=int(np.isin(each, _first_documents(part.row, each)).sum()),
         )
-        for part, pick, each in zip(parts, chosen, drawn, strict=True)
+        for part, pick, documents, each in zip(parts, chosen, kept, drawn, strict=True)
     )
     return Corpus(
         dataset=_dataset(parts, drawn, fingerprint),

@@ -1,0 +1,295 @@
+"""What columns mean, and what text a row becomes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from falcon_qlora.data.formats import COLUMNS, recognise, render, resolve_template
+from falcon_qlora.data.templates import TEMPLATES, Segment, Template, Turn, get_template
+from falcon_qlora.errors import UserError
+
+CHAT = {
+    "messages": [
+        {"role": "system", "content": " Be kind. "},
+        {"role": "user", "content": "Hello\n\nthere "},
+        {"role": "assistant", "content": "Hi"},
+        {"role": "user", "content": "Bye"},
+        {"role": "assistant", "content": "See\n\nyou"},
+    ]
+}
+SHAREGPT = {
+    "conversations": [
+        {"from": {"user": "human", "assistant": "gpt"}.get(m["role"], m["role"]), "value": m["content"]}
+        for m in CHAT["messages"]
+    ]
+}
+OPENING = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+)
+OPENING_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+)
+
+
+def written(row: dict[str, Any], dataset_format: str, template: str) -> str:
+    """The row's text with answers in brackets and `$` for the end token."""
+    segments = render(row, dataset_format, get_template(template))
+    return "".join((f"[{s.text}]" if s.train else s.text) + "$" * s.end for s in segments)
+
+
+def test_formats_are_recognised_by_their_columns() -> None:
+    def found(*columns: str, **renamed: str) -> str:
+        return recognise(columns, columns=renamed)
+
+    assert found("text") == "text"
+    assert found("id", "instruction", "output") == "alpaca"
+    assert found("instruction", "input", "output", "text") == "alpaca"
+    assert found("prompt", "completion") == "prompt_completion"
+    assert found("messages", "prompt", "completion", "text") == "chat"
+    assert found("conversations", "id") == "sharegpt"
+    assert found("question", "answer", instruction="question", output="answer") == "alpaca"
+    # A renamed column says what is meant.
+    assert found("messages", "story", text="story") == "text"
+
+
+def test_columns_that_fit_no_format_are_named_with_what_each_needs() -> None:
+    with pytest.raises(UserError) as error:
+        recognise(["question", "response"], columns={}, source="rows.csv")
+    message = str(error.value)
+    assert "rows.csv: the columns fit no format" in message
+    assert "It has question, response" in message
+    for needed in (
+        "messages: a list",
+        "conversations: a list",
+        "instruction and output",
+        "prompt and completion",
+    ):
+        assert needed in message
+    assert "--output_column response" in message
+
+
+def test_named_format_and_renamed_columns_must_be_there() -> None:
+    with pytest.raises(UserError, match=r"format alpaca needs .*no column output"):
+        recognise(["instruction", "text"], columns={}, dataset_format="alpaca")
+    with pytest.raises(UserError, match=r"--text_column contnt: .*did you mean content\?"):
+        recognise(["content"], columns={"text": "contnt"})
+    with pytest.raises(UserError, match=r"no such format \(did you mean alpaca\?\)"):
+        recognise(["text"], columns={}, dataset_format="alpacca")
+    assert set(COLUMNS) == {
+        *("text", "instruction", "input", "output", "prompt", "completion", "messages", "conversations")
+    }
+
+
+def test_alpaca_template_is_the_reference_s() -> None:
+    row = {"instruction": "Add.", "input": "1 2", "output": "3"}
+    assert written(row, "alpaca", "alpaca") == (
+        OPENING_WITH_INPUT + "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:[3]$"
+    )
+    for empty in ({"input": ""}, {"input": None}):
+        assert written({**row, **empty}, "alpaca", "alpaca") == (
+            OPENING + "### Instruction:\nAdd.\n\n### Response:[3]$"
+        )
+    assert written({"instruction": "Add.", "output": "3"}, "alpaca", "alpaca").endswith("### Response:[3]$")
+
+
+def test_alpaca_template_writes_conversations() -> None:
+    assert written(CHAT, "chat", "alpaca") == (
+        " Be kind. \n\n### Instruction:\nHello\n\nthere \n\n### Response:[Hi]$"
+        "\n\n### Instruction:\nBye\n\n### Response:[See\n\nyou]$"
+    )
+
+
+def test_guanaco_template_has_one_space_and_no_line_breaks() -> None:
+    row = {"instruction": "Add.", "input": "1 2", "output": "3"}
+    assert written(row, "alpaca", "guanaco") == "### Human: Add.\n1 2### Assistant:[ 3]$"
+    assert written(CHAT, "chat", "guanaco") == (
+        " Be kind. \n### Human: Hello\n\nthere ### Assistant:[ Hi]$### Human: Bye### Assistant:[ See\n\nyou]$"
+    )
+
+
+def test_guanaco_template_finds_the_answers_of_written_text() -> None:
+    text = "### Human: Hi### Assistant: Hello there### Human: Bye### Assistant: See you"
+    assert written({"text": text}, "text", "guanaco") == (
+        "### Human: Hi### Assistant:[ Hello there]$### Human: Bye### Assistant:[ See you]$"
+    )
+    assert written({"text": text}, "text", "none") == f"[{text}]$"
+
+
+def test_falcon_instruct_template_is_the_published_one() -> None:
+    # Falcon-7B-instruct's chat template strips messages and halves the line breaks of empty lines.
+    assert written(CHAT, "chat", "falcon-instruct") == (
+        "Be kind.\n\nUser: Hello\nthere\n\nAssistant:[ Hi]$\n\nUser: Bye\n\nAssistant:[ See\nyou]$"
+    )
+    assert written({"messages": CHAT["messages"][1:3]}, "chat", "falcon-instruct").startswith(
+        "\n\nUser: Hello"
+    )
+
+
+def test_sharegpt_is_written_as_chat_is() -> None:
+    for template in ("alpaca", "guanaco", "falcon-instruct"):
+        assert written(SHAREGPT, "sharegpt", template) == written(CHAT, "chat", template)
+
+
+def test_prompt_and_completion_are_joined_as_they_are() -> None:
+    row = {"prompt": "2+2=", "completion": "4\n"}
+    assert written(row, "prompt_completion", "none") == "2+2=[4\n]$"
+    assert written({"prompt": "", "completion": "x"}, "prompt_completion", "none") == "[x]$"
+
+
+@pytest.mark.parametrize("template", ["alpaca", "guanaco", "falcon-instruct", "none"])
+def test_prompt_is_the_text_before_the_answer(template: str) -> None:
+    turns = [Turn("user", "Hello"), Turn("assistant", "Hi"), Turn("user", "Bye")]
+    chosen = get_template(template)
+    whole = chosen.segments([*turns, Turn("assistant", "See you")])
+    assert chosen.prompt(turns) == "".join(segment.text for segment in whole[:-1])
+
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def jinja(folder: Path, text: str, **special_tokens: str) -> Template:
+    path = folder / "template.jinja"
+    path.write_text(text)
+    return get_template(str(path), special_tokens)
+
+
+def test_jinja_template_finds_answers_by_rendering_prefixes(tmp_path: Path) -> None:
+    template = jinja(tmp_path, CHATML)
+    segments = render(CHAT, "chat", template)
+    assert [s.text for s in segments if s.train] == ["Hi<|im_end|>\n", "See\n\nyou<|im_end|>\n"]
+    assert "".join(s.text for s in segments).startswith(
+        "<|im_start|>system\n Be kind. <|im_end|>\n<|im_start|>user"
+    )
+    assert template.prompt([Turn("user", "a")]) == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_jinja_template_takes_generation_marks(tmp_path: Path) -> None:
+    segments = render(CHAT, "chat", jinja(tmp_path, MARKED))
+    assert [s for s in segments if s.train] == [
+        Segment("Hi", train=True, end=True),
+        Segment("See\n\nyou", train=True, end=True),
+    ]
+    assert segments[-1].text == "\n"
+
+
+def test_jinja_template_knows_the_special_tokens(tmp_path: Path) -> None:
+    text = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    template = jinja(tmp_path, text, eos_token="<|endoftext|>")
+    assert render(CHAT, "chat", template)[-1].text == "See\n\nyou<|endoftext|>"
+    assert template.identity != jinja(tmp_path, text, eos_token="</s>").identity
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{% for m in messages %}", r"template.jinja:1: not a valid Jinja template"),
+        (
+            "{{ raise_exception('roles must alternate') }}",
+            r"a row: .*refuses a conversation: roles must alternate",
+        ),
+        ("{{ messages[-1].content }}", r"the answers cannot be told from the prompts"),
+        ("{{ ''.__class__.__mro__ }}{{ cycler.__init__.__globals__ }}", r"refuses a conversation"),
+    ],
+)
+def test_bad_jinja_templates(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        render(CHAT, "chat", jinja(tmp_path, text))
+
+
+def test_unknown_templates() -> None:
+    with pytest.raises(UserError, match=r"no such template \(did you mean alpaca\?\)"):
+        get_template("alpacca")
+    with pytest.raises(UserError, match=r"nowhere.jinja: cannot be read"):
+        get_template("nowhere.jinja")
+    for template in TEMPLATES:
+        assert get_template(template).name == template
+
+
+def test_templates_fit_formats() -> None:
+    assert [
+        resolve_template("auto", each) for each in ("alpaca", "chat", "sharegpt", "text", "prompt_completion")
+    ] == [*("alpaca", "falcon-instruct", "falcon-instruct", "none", "none")]
+    assert resolve_template("guanaco", "text") == "guanaco"
+    with pytest.raises(UserError, match="only a text have no turns"):
+        resolve_template("alpaca", "text")
+    with pytest.raises(UserError, match="use --template alpaca"):
+        resolve_template("none", "alpaca")
+
+
+@pytest.mark.parametrize(
+    ("row", "dataset_format"),
+    [
+        ({"text": "  \n"}, "text"),
+        ({"text": None}, "text"),
+        ({"instruction": "a", "output": " "}, "alpaca"),
+        ({"prompt": "a"}, "prompt_completion"),
+        ({"messages": None}, "chat"),
+        ({"messages": []}, "chat"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "chat"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}, "chat"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]}, "chat"),
+    ],
+)
+def test_rows_without_an_answer_have_no_segments(row: dict[str, Any], dataset_format: str) -> None:
+    assert render(row, dataset_format, get_template(resolve_template("auto", dataset_format))) == []
+
+
+def test_empty_answers_and_weight_zero_stay_context_among_others() -> None:
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "no", "weight": 0},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": [{"type": "text", "text": "c"}]},
+        {"role": "assistant", "content": "yes", "weight": 1},
+    ]
+    segments = render({"messages": messages}, "chat", get_template("guanaco"))
+    assert [s.text for s in segments if s.train] == [" yes"]
+    assert [s.text for s in segments if s.end] == [" no", " ", " yes"]
+
+
+@pytest.mark.parametrize(
+    ("row", "dataset_format", "said"),
+    [
+        ({"messages": "hello"}, "chat", r"place:3: column messages: expected a list of messages, found text"),
+        (
+            {"messages": [{"from": "human"}]},
+            "chat",
+            r"message 1: expected \{role, content\}, found an object",
+        ),
+        (
+            {"messages": [{"role": "asistant", "content": ""}]},
+            "chat",
+            r"'asistant' \(did you mean assistant\?\)",
+        ),
+        ({"conversations": [{"from": "tool", "value": "x"}]}, "sharegpt", r"unknown from 'tool'"),
+        ({"text": ["a"]}, "text", r"place:3: column text: expected text, found a list"),
+        ({"text": True}, "text", r"expected text, found true or false"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_told_with_their_place(
+    row: dict[str, Any], dataset_format: str, said: str
+) -> None:
+    template = get_template(resolve_template("auto", dataset_format))
+    with pytest.raises(UserError, match=said):
+        render(row, dataset_format, template, place="place:3")
+
+
+def test_numbers_and_halves_of_characters_are_text() -> None:
+    row = {"question": 7, "answer": "a\ud800b"}
+    columns = {"prompt": "question", "completion": "answer"}
+    segments = render(row, "prompt_completion", get_template("none"), columns=columns)
+    assert [s.text for s in segments] == ["7", "a\ufffdb"]

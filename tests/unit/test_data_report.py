@@ -1,0 +1,127 @@
+"""The report on what the model will see, by itself and through the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from falcon_qlora.__main__ import main
+from falcon_qlora.data import report
+from falcon_qlora.data.plan import Plan
+from falcon_qlora.data.tokenize import prepare_corpora
+from tests.small_tokenizer import END, small_tokenizer
+
+
+def printed(what: object) -> str:
+    console = Console(width=200, no_color=True)
+    with console.capture() as capture:
+        console.print(what)
+    return capture.get()
+
+
+def test_the_trained_part_is_set_off() -> None:
+    tokenizer = small_tokenizer()
+    ids = [*tokenizer("what is it? yes é")["input_ids"], tokenizer.eos_token_id]
+    answer = len(tokenizer("what is it?")["input_ids"])
+    mask = [0] * answer + [1] * (len(ids) - answer)
+    assert str(report.document_text(ids, mask, tokenizer, color=False)) == f"what is it?⟦ yes é{END}⟧"
+    colored = report.document_text(ids, mask, tokenizer)
+    assert str(colored) == f"what is it? yes é{END}"
+    assert [str(colored)[span.start : span.end] for span in colored.spans if "green" in str(span.style)] == [
+        f" yes é{END}"
+    ]
+    # Nothing predicts the first token, whatever the mask says of it.
+    everything = report.document_text(ids, [1] * len(ids), tokenizer, color=False)
+    assert not str(everything).startswith("⟦")
+
+
+def test_long_documents_show_beginning_and_end() -> None:
+    ids = small_tokenizer()(" ".join(map(str, range(2000))))["input_ids"]
+    text = str(report.document_text(ids, [0] * len(ids), small_tokenizer()))
+    assert text.startswith("0 1 2")
+    assert text.endswith("1998 1999")
+    assert f"{len(ids) - 600:,} tokens more" in text
+
+
+@pytest.mark.parametrize("lengths", [[1], [5, 5, 5], list(range(1, 2049)), [100_000, 3]])
+def test_histogram_counts_every_document_once(lengths: list[int]) -> None:
+    bins = report.histogram(np.array(lengths))
+    assert sum(count for _, _, count in bins) == len(lengths)
+    assert len(bins) <= 18
+    for first, last, count in bins:
+        assert count == sum(first <= length <= last for length in lengths)
+    assert printed(report.histogram_text(np.array(lengths)))
+
+
+def test_fill_is_tokens_over_positions() -> None:
+    lengths = np.array([10, 20, 30, 40])
+
+    def plan(packed: bool) -> Plan:
+        return Plan(
+            lengths=lengths, fingerprint="ab" * 8, seed=0, global_batch=2, max_length=50, packed=packed
+        )
+
+    assert report.fill(plan(True), micro_batch=2, padding=None) == 1.0
+    assert report.fill(plan(False), micro_batch=2, padding="max_length") == 0.5
+    longest = report.fill(plan(False), micro_batch=2, padding="longest")
+    assert longest in {100 / (2 * 20 + 2 * 40), 100 / (2 * 30 + 2 * 40), 100 / (2 * 40 + 2 * 30)}
+
+
+def test_summary_tells_what_became_of_the_rows(tmp_path: Path) -> None:
+    rows = [{"text": "one two"}, {"text": "one two"}, {"text": ""}, {"text": "x" * 50}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpus, _ = prepare_corpora(
+        dataset_name=[str(tmp_path / "a.jsonl")],
+        max_length=20,
+        tokenizer=small_tokenizer(),
+        tokenizer_fingerprint="small",
+        cache_dir=tmp_path / "cache",
+    )
+    told = " ".join(printed(report.summary(corpus, title="training", efficiency=0.5)).split())
+    for said in (
+        "4 rows: format text, template none",
+        "dropped 1 (empty answer)",
+        "split 1",
+        "truncated none",
+        "duplicates 1 (kept)",
+        "50.0% of the computed positions",
+    ):
+        assert said in told
+
+
+def test_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    rows = [{"question": f"say {n}", "answer": f"it is {n}"} for n in range(30)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["data", "-m", "tiny", "--tokenizer_name_or_path", str(tmp_path / "tokenizer")]
+    flags += ["--dataset_name", "rows.jsonl", "--cache_dir", str(tmp_path / "cache"), "--max_length", "128"]
+    assert main(flags) == 2
+    assert "the columns fit no format" in capsys.readouterr().err
+    flags += ["--instruction_column", "question", "--output_column", "answer"]
+    assert main([*flags, "--eval_split", "0.2", "--png", "lengths.png"]) == 0
+    told = capsys.readouterr().out
+    assert f"### Response:⟦it is 0{END}⟧" in told or "### Response:⟦it is 1" in told
+    assert "format alpaca, template alpaca" in told
+    assert "held out" in told
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    assert main([*flags, "--streaming", "--max_steps", "3", "--show", "1"]) == 0
+    assert "the stream's first 30 documents" in capsys.readouterr().out
+    assert list((tmp_path / "runs" / "data").glob("*.png"))
+    assert main([*flags, "--show", "-1"]) == 2
+
+
+def test_the_command_reads_missing_files_as_the_user_s_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    flags = ["data", "-m", "tiny", "--tokenizer_name_or_path", "tokenizer", "--dataset_name", "nowhere.jsonl"]
+    assert main(flags) == 2
+    assert "error: file not found: nowhere.jsonl" in capsys.readouterr().err

@@ -1,0 +1,113 @@
+"""Streams: the same documents as a corpus has, in an order that a seed decides, never held as a whole."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+
+from falcon_qlora.data import sources
+from falcon_qlora.data.stream import stream_documents
+from falcon_qlora.data.tokenize import prepare_corpora
+from falcon_qlora.errors import UserError
+from tests.small_tokenizer import small_tokenizer
+
+
+def write(path: Path, name: str, count: int) -> str:
+    rows = [{"prompt": f"{name} {n}", "completion": f" {n}"} for n in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def stream(*names: str, **changes: Any) -> list[str]:
+    chosen = {"dataset_name": list(names), "max_length": 64, "tokenizer": small_tokenizer()}
+    documents = stream_documents(**(chosen | changes))
+    return [str(small_tokenizer().decode(document["input_ids"])) for document in documents]
+
+
+def test_a_stream_has_the_documents_of_the_corpus(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", "a", 200)
+    common = {"dataset_name": [path], "max_length": 9, "tokenizer": small_tokenizer()}
+    corpus, _ = prepare_corpora(**common, tokenizer_fingerprint="small", cache_dir=tmp_path / "cache")
+    wanted = sorted((tuple(row["input_ids"]), tuple(row["mask"])) for row in corpus.dataset)
+    streamed = list(stream_documents(**common, shuffle_buffer=16))
+    assert sorted((tuple(d["input_ids"].tolist()), tuple(d["mask"].tolist())) for d in streamed) == wanted
+    assert streamed[0]["input_ids"].dtype == np.int32
+    assert len(datasets.Dataset.from_list(streamed)) == len(wanted)
+
+
+def test_order_is_decided_by_seed_and_epoch(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", "a", 100)
+    first = stream(path, seed=1, shuffle_buffer=20)
+    assert first == stream(path, seed=1, shuffle_buffer=20)
+    assert first != stream(path, seed=2, shuffle_buffer=20)
+    assert first != stream(path, seed=1, epoch=1, shuffle_buffer=20)
+    assert sorted(first) == sorted(stream(path, seed=1, epoch=1, shuffle_buffer=20))
+    assert stream(path, shuffle_buffer=1)[0].startswith("a 0")
+
+
+def test_only_the_buffer_is_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.jsonl", "a", 2000)
+    read = itertools.count()
+    iterate = sources.iterate_rows
+
+    def counted(file: Path) -> Iterator[Any]:
+        for row in iterate(file):
+            next(read)
+            yield row
+
+    monkeypatch.setattr(sources, "iterate_rows", counted)
+    documents = stream_documents(
+        dataset_name=[path], max_length=64, tokenizer=small_tokenizer(), shuffle_buffer=100
+    )
+    next(documents)
+    assert next(read) <= 100 + 64 + 100
+
+
+def test_weights_and_turns(tmp_path: Path) -> None:
+    first, second = write(tmp_path / "a.jsonl", "a", 20), write(tmp_path / "b.jsonl", "b", 200)
+    turns = stream(first, second, shuffle_buffer=1)
+    assert [text[0] for text in turns[:40]] == ["a", "b"] * 20
+    assert len(turns) == 220
+    drawn = Counter(text[0] for text in stream(first, second, dataset_weights=[3.0, 1.0]))
+    # The second has 200 rows and is read once; the first starts again until then.
+    assert drawn["b"] == 200
+    assert 400 < drawn["a"] < 800
+
+
+def test_rows_are_limited_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a b c"}\n{"text": ""}\n' * 10)
+    counts: Counter[str] = Counter()
+    assert len(stream(str(path), max_rows=6, counts=counts)) == 3
+    assert counts == {"rows_read": 6, "rows_dropped_empty": 3}
+
+
+def test_hub_streams_are_read_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = datasets.Dataset.from_dict({"text": [f"text {n}" for n in range(30)]})
+
+    def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> Any:
+        assert streaming
+        return rows.to_iterable_dataset(num_shards=3)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    texts = stream("hub/texts-streamed", shuffle_buffer=1)
+    assert len(set(texts)) == 30
+
+
+def test_bad_streams_are_told(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(UserError, match="the data is empty"):
+        stream(str(tmp_path / "a.jsonl"))
+    (tmp_path / "b.jsonl").write_text('{"text": "x y"}\n{"text": \n')
+    with pytest.raises(UserError, match=r"b.jsonl:2: not valid JSON"):
+        stream(str(tmp_path / "b.jsonl"))
+    with pytest.raises(UserError, match="--dataset_weights has 1 numbers"):
+        stream("a/b", "c/d", dataset_weights=[1.0])
