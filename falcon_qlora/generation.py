@@ -1,7 +1,7 @@
 """Answers from a model, token by token.
 
-One loop with the key/value cache serves streaming, batches, a plain model and one in PEFT's wrapper, quantized
-or not, on the CPU and on CUDA. It leaves the model in the mode in which it found it.
+One loop with the key/value cache serves streaming, batches, a plain model and one in PEFT's wrapper,
+quantized or not, on the CPU and on CUDA. It leaves the model in the mode in which it found it.
 """
 
 from __future__ import annotations
@@ -80,13 +80,13 @@ def _generate(
     """Yield the next token of every prompt, None for those that have ended, until all have."""
     device = next(model.parameters()).device
     longest = max(map(len, prompts))
-    # Padded on the left with the end token, masked by position: the newest token is then always the last column.
+    # Padded on the left with the end token, masked by position: the newest token is always the last column.
     end = tokenizer.eos_token_id
-    ids = torch.tensor([[end] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
-    mask = torch.tensor(
-        [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device
-    )
-    padded = any(len(prompt) != longest for prompt in prompts)
+    gaps = [longest - len(prompt) for prompt in prompts]
+    rows = [[end] * gap + prompt for gap, prompt in zip(gaps, prompts, strict=True)]
+    ids = torch.tensor(rows, device=device)
+    mask = torch.tensor([[0] * gap + [1] * (longest - gap) for gap in gaps], device=device)
+    padded = any(gaps)
     draw = torch.Generator().manual_seed(seed)
     ended = [False] * len(prompts)
     cache = None

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from dataclasses import field as setting
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from falcon_qlora.errors import UserError
 if TYPE_CHECKING:
     from falcon_qlora.data.templates import Template, Turn
 
+# What training leaves in an adapter's folder beside PEFT's own files.
 RECORD = "falcon_qlora.json"
 
 
@@ -28,19 +29,26 @@ class GenerateArguments:
 
     _argument_group_name = "Generation"
 
-    adapter: str | None = field(
-        default=None, metadata={"help": "Folder of a trained adapter, or of its run."}
+    adapter: str | None = setting(
+        default=None, metadata={"help": "Folder of a trained adapter, or of the run that made it."}
     )
-    prompt: list[str] | None = field(
-        default=None, metadata={"help": "What to answer, one or several; unset: read from standard input."}
+    prompt: list[str] | None = setting(
+        default=None, metadata={"help": "What to answer, one or several; unset: standard input."}
     )
-    chat: bool = field(default=False, metadata={"help": "Talk in turns; an empty line or Ctrl-D ends it."})
-    compare: bool = field(default=False, metadata={"help": "Answer without the adapter first, then with it."})
-    max_new_tokens: int = field(default=256, metadata={"help": "Longest answer, in tokens."})
-    temperature: float = field(
-        default=0.0, metadata={"help": "0: the likeliest token each time; above 0: draw."}
+    prompt_file: str | None = setting(
+        default=None, metadata={"help": "A JSON list of prompts to answer one after another."}
     )
-    top_p: float = field(
+    chat: bool = setting(
+        default=False, metadata={"help": "Talk in turns; an empty line or the end of input ends it."}
+    )
+    compare: bool = setting(
+        default=False, metadata={"help": "Answer without the adapter first, then with it."}
+    )
+    max_new_tokens: int = setting(default=256, metadata={"help": "Longest answer, in tokens."})
+    temperature: float = setting(
+        default=0.0, metadata={"help": "0: the likeliest token each time; above 0: draw with --seed."}
+    )
+    top_p: float = setting(
         default=1.0, metadata={"help": "Draw from the likeliest tokens that together have this probability."}
     )
 
@@ -57,107 +65,116 @@ def main(argv: list[str]) -> int:
     _check(wanted)
     folder = _adapter_folder(wanted.adapter) if wanted.adapter else None
     record = _read_record(folder) if folder else {}
+    prompts = _prompts(wanted)
 
     # Only now: a wrong flag is told at once.
     from falcon_qlora.quiet import quiet_libraries
 
     quiet_libraries()
     template = _template(configuration, record)
-    speaker = _Speaker(*_load(configuration, folder, record), template, wanted, configuration.run.seed)
+    model, tokenizer = _load(configuration, folder, record)
+    speaker = _Speaker(model, tokenizer, template, wanted, seed=configuration.run.seed)
     if wanted.chat:
         speaker.chat()
         return 0
-    prompts = wanted.prompt if wanted.prompt else [sys.stdin.read().rstrip("\n")]
-    for prompt in prompts:
-        speaker.answer(prompt, named=len(prompts) > 1 or wanted.compare)
+    for prompt in [sys.stdin.read().rstrip("\n")] if prompts is None else prompts:
+        if prompts is not None and (len(prompts) > 1 or wanted.compare):
+            print(f"> {prompt}")
+        speaker.answer(prompt)
     return 0
 
 
 class _Speaker:
-    """A loaded model, and how it is spoken to."""
+    """A loaded model, and how it is spoken to.
 
-    def __init__(self, model: Any, tokenizer: Any, template: Template, wanted: GenerateArguments, seed: int):
-        self.model, self.tokenizer, self.template, self.wanted, self.seed = (
-            model,
-            tokenizer,
-            template,
-            wanted,
-            seed,
-        )
+    Args:
+        template: writes the prompts.
+        wanted: the command's settings.
+        seed: of the draws.
+    """
 
-    def answer(self, prompt: str, *, named: bool) -> None:
-        """Print the answer to one prompt as it comes; `named` says before it what is asked and who answers."""
+    def __init__(
+        self, model: Any, tokenizer: Any, template: Template, wanted: GenerateArguments, *, seed: int
+    ):
+        self._model = model
+        self._tokenizer = tokenizer
+        self._template = template
+        self._wanted = wanted
+        self._seed = seed
+
+    def answer(self, prompt: str) -> None:
+        """Print the answer to one prompt as it comes."""
         from falcon_qlora.data.templates import Turn
 
-        ids = prompt_ids(self.template, [Turn("user", prompt)], self.tokenizer)
-        if named:
-            print(f"\n> {prompt}")
-        if self.wanted.compare:
-            with self.model.disable_adapter():
-                self._print("base:    ", ids)
-            self._print("adapter: ", ids)
-        else:
-            self._print("", ids)
+        turns = [Turn("user", prompt)]
+        if not self._wanted.compare:
+            self._print("", turns)
+            return
+        with self._model.disable_adapter():
+            self._print("base:    ", turns)
+        self._print("adapter: ", turns)
 
     def chat(self) -> None:
         """Answer line after line, each with all turns before it."""
         from falcon_qlora.data.templates import Turn
 
         turns: list[Turn] = []
+        person = sys.stdin.isatty()
         while True:
             try:
-                said = input("you: " if sys.stdin.isatty() else "")
+                said = input("you:    " if person else "")
             except EOFError:
-                said = ""
+                return
             if not said.strip():
                 return
             turns.append(Turn("user", said))
-            text = self._print("falcon: ", prompt_ids(self.template, turns, self.tokenizer))
-            turns.append(Turn("assistant", text))
+            turns.append(Turn("assistant", self._print("falcon: " if person else "", turns)))
 
-    def _print(self, name: str, ids: list[int]) -> str:
+    def _print(self, name: str, turns: list[Turn]) -> str:
+        from falcon_qlora.generation import generate_stream
+
         print(name, end="", flush=True)
         text = ""
-        for piece in self._pieces(ids):
+        pieces = generate_stream(
+            self._model,
+            self._tokenizer,
+            prompt_ids(self._template, turns, self._tokenizer),
+            max_new_tokens=self._wanted.max_new_tokens,
+            temperature=self._wanted.temperature,
+            top_p=self._wanted.top_p,
+            seed=self._seed,
+        )
+        for piece in pieces:
             # The space that a template leaves between its marker and the answer is not for reading.
-            shown = piece if text.strip() else piece.lstrip()
-            print(shown, end="", flush=True)
-            text += piece
+            print(piece if text else piece.lstrip(), end="", flush=True)
+            text = text + piece if text else piece.lstrip()
         print(flush=True)
         return text.strip()
 
-    def _pieces(self, ids: list[int]) -> Iterator[str]:
-        from falcon_qlora.generation import generate_stream
-
-        return generate_stream(
-            self.model,
-            self.tokenizer,
-            ids,
-            max_new_tokens=self.wanted.max_new_tokens,
-            temperature=self.wanted.temperature,
-            top_p=self.wanted.top_p,
-            seed=self.seed,
-        )
-
 
 def prompt_ids(template: Template, turns: list[Turn], tokenizer: Any) -> list[int]:
-    """Token ids of a conversation up to where the next answer begins, as in training: an end token after each answer."""
-    text, ids, position = template.prompt(turns), [], 0
-    done = 0
+    """Token ids of a conversation up to where the next answer begins.
+
+    As in training, an end token follows every answer before it, and separates what is tokenized together.
+    """
+    text = template.prompt(turns)
+    ids: list[int] = []
+    start = end = 0
     for segment in template.segments(turns):
-        position += len(segment.text)
+        end += len(segment.text)
         if segment.end:
-            ids += [
-                *tokenizer(text[done:position], add_special_tokens=False)["input_ids"],
-                tokenizer.eos_token_id,
-            ]
-            done = position
-    return ids + tokenizer(text[done:], add_special_tokens=False)["input_ids"]
+            ids += tokenizer(text[start:end], add_special_tokens=False)["input_ids"]
+            ids.append(tokenizer.eos_token_id)
+            start = end
+    ids += tokenizer(text[start:], add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def _check(wanted: GenerateArguments) -> None:
-    if wanted.chat and (wanted.prompt or wanted.compare):
-        raise UserError("--chat asks for its own prompts: leave out --prompt and --compare")
+    if wanted.prompt and wanted.prompt_file:
+        raise UserError("--prompt and --prompt_file: give one of them")
+    if wanted.chat and (wanted.prompt or wanted.prompt_file or wanted.compare):
+        raise UserError("--chat asks for its own prompts: leave out --prompt, --prompt_file and --compare")
     if wanted.compare and not wanted.adapter:
         raise UserError("--compare needs --adapter: it answers without the adapter and with it")
     if wanted.max_new_tokens < 1:
@@ -168,38 +185,54 @@ def _check(wanted: GenerateArguments) -> None:
         raise UserError(f"--top_p {wanted.top_p}: must be above 0 and at most 1")
 
 
+def _prompts(wanted: GenerateArguments) -> list[str] | None:
+    """The prompts that the flags give; None where they come from standard input or a chat."""
+    if not wanted.prompt_file:
+        return wanted.prompt
+    name = f"--prompt_file {wanted.prompt_file}"
+    try:
+        prompts = json.loads(Path(wanted.prompt_file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{name}: not valid JSON: {error}") from None
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
+        raise UserError(f'{name}: must hold a JSON list of texts, such as ["Who are you?"]')
+    return prompts
+
+
 def _adapter_folder(name: str) -> Path:
     """The adapter's own folder: `name`, or ``adapter`` inside it where `name` is a run directory."""
     for folder in (Path(name), Path(name) / "adapter"):
         if (folder / "adapter_config.json").is_file():
             return folder
-    raise UserError(
-        f"--adapter {name}: no adapter there (no adapter_config.json in it or in its folder adapter/)"
-    )
+    raise UserError(f"--adapter {name}: holds no adapter (no adapter_config.json there or in adapter/)")
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
-    """How the adapter was trained; adapters from elsewhere have no record, only the name of their base."""
+    """How the adapter was trained; an adapter from elsewhere names its base model alone."""
     try:
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         file = folder / RECORD
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"--adapter {folder}: its settings are not valid JSON: {error}") from None
-    record.setdefault("base_model", base.get("base_model_name_or_path"))
+    record.setdefault("base_model", adapter.get("base_model_name_or_path"))
     return record
 
 
 def _template(configuration: Configuration, record: dict[str, Any]) -> Template:
-    """The template that a flag names, else the adapter's; a base model alone goes on from the prompt as it is."""
+    """The template that a flag names, else the adapter's; a base alone goes on from the prompt as it is."""
     from falcon_qlora.data.formats import resolve_template
     from falcon_qlora.data.templates import get_template
 
-    data, explicit = configuration.data, configuration.explicit
-    dataset_format = (
-        data.dataset_format if "dataset_format" in explicit else record.get("dataset_format", "auto")
-    )
-    name = data.template if "template" in explicit else record.get("template", "auto")
+    data = configuration.data
+
+    def given(name: str) -> str:
+        value = getattr(data, name) if name in configuration.explicit else record.get(name)
+        return value or "auto"
+
+    name, dataset_format = given("template"), given("dataset_format")
     if name == "auto":
         name = "none" if dataset_format == "auto" else resolve_template("auto", dataset_format)
     return get_template(name)
@@ -208,27 +241,30 @@ def _template(configuration: Configuration, record: dict[str, Any]) -> Template:
 def _load(configuration: Configuration, folder: Path | None, record: dict[str, Any]) -> tuple[Any, Any]:
     """The model in evaluation mode, the adapter on it where there is one, and the tokenizer."""
     from falcon_qlora.methods.lora import load_adapter
-    from falcon_qlora.models import load
+    from falcon_qlora.models.load import load_model
+    from falcon_qlora.models.tokenizer import load_tokenizer
 
-    settings, explicit = configuration.model, configuration.explicit
+    settings = configuration.model
 
-    def setting(field_name: str, recorded: str) -> Any:
-        value = getattr(settings, field_name)
-        return value if field_name in explicit else record.get(recorded) or value
+    def given(name: str, recorded: str) -> Any:
+        value = getattr(settings, name)
+        return value if name in configuration.explicit or record.get(recorded) is None else record[recorded]
 
-    name = setting("model_name_or_path", "base_model")
-    double = record.get("double_quantization", settings.double_quantization)
-    model = load.load_model(
-        name,
-        quantize_mode=setting("quantize_mode", "quantize_mode"),
+    base_model = given("model_name_or_path", "base_model")
+    model = load_model(
+        base_model,
+        quantize_mode=given("quantize_mode", "quantize_mode"),
         compute_dtype=settings.compute_dtype,
-        double_quantization=settings.double_quantization if "double_quantization" in explicit else double,
+        double_quantization=given("double_quantization", "double_quantization"),
         norms_in_float32=settings.norms_in_float32,
         llm_int8_threshold=settings.llm_int8_threshold,
         revision=settings.model_revision,
     )
-    if folder is None:
-        return model.eval(), load.load_tokenizer(name, revision=settings.model_revision)
-    return load_adapter(folder, base_model=model).eval(), load.load_tokenizer(
-        name, revision=settings.model_revision
+    tokenizer = load_tokenizer(
+        base_model,
+        tokenizer_name_or_path=given("tokenizer_name_or_path", "tokenizer"),
+        revision=settings.model_revision,
     )
+    if folder is not None:
+        return load_adapter(folder, base_model=model).eval(), tokenizer
+    return model.eval(), tokenizer

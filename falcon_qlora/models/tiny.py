@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         flags.add_argument("--out", type=Path, required=True, help="folder to write")
         flags.add_argument("--seed", type=int, default=0)
         if verb != "train":
-            flags.add_argument("--tokens", type=int, default=24_000_000, help="size of the training text")
+            flags.add_argument("--tokens", type=int, default=16_000_000, help="size of the training text")
         if verb != "corpus":
             flags.add_argument(
                 "--corpus", type=Path, required=verb == "train", help="folder that corpus wrote"
@@ -58,11 +58,9 @@ def main(argv: list[str] | None = None) -> int:
 
         gather(corpus, tokens=arguments.tokens, seed=arguments.seed)
     if arguments.verb != "corpus":
-        from falcon_qlora.models.tiny_train import train
+        from falcon_qlora.models.tiny_train import Settings, train
 
-        train(
-            corpus,
-            arguments.out,
+        settings = Settings(
             minutes=arguments.minutes,
             epochs=arguments.epochs,
             batch_tokens=arguments.batch_tokens,
@@ -70,6 +68,7 @@ def main(argv: list[str] | None = None) -> int:
             compile_model=not arguments.no_compile,
             seed=arguments.seed,
         )
+        train(corpus, arguments.out, settings)
     return 0
 
 

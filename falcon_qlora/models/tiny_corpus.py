@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
+import platform
 import re
 import sysconfig
 import warnings
@@ -22,6 +23,7 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from falcon_qlora.models.tiny_english import write_documents
 
@@ -90,7 +92,7 @@ def gather(folder: Path, *, tokens: int, seed: int) -> None:
         "documentation": _encode(tokenizer, documentation_held_out),
         "generated": _encode(tokenizer, generated_held_out),
     }
-    np.savez_compressed(folder / "tokens.npz", **arrays)
+    np.savez_compressed(folder / "tokens.npz", **arrays)  # type: ignore[arg-type]
     # Only text under Python's own licence travels with the package.
     packaged = {
         "documentation": _up_to(
@@ -157,8 +159,6 @@ def _generated(characters: int, seed: int) -> tuple[list[str], list[str]]:
 def _where(name: str) -> tuple[Path | None, str]:
     """The folder that holds a source's text, and its version; no folder if it is not installed."""
     if name == "python":
-        import platform
-
         return Path(sysconfig.get_paths()["stdlib"]), platform.python_version()
     found = importlib.util.find_spec(name)
     if found is None or not found.submodule_search_locations:
@@ -214,9 +214,8 @@ def _docstrings(source: str) -> list[str]:
         and len(node.value) > 100
         and " " in node.value
     ]
-    for block in _COMMENT_BLOCK.findall(source):
-        pieces.append("\n".join(re.sub(r"^[ \t]*#+ ?", "", line) for line in block.splitlines()))
-    return pieces
+    comments = _COMMENT_BLOCK.findall(source)
+    return pieces + [re.sub(r"^[ \t]*#+ ?", "", block, flags=re.MULTILINE) for block in comments]
 
 
 def _is_held_out(text: str) -> bool:
@@ -232,10 +231,8 @@ def _up_to(texts: list[str], characters: int) -> list[str]:
     return kept
 
 
-def _train_tokenizer(texts: list[str]):
+def _train_tokenizer(texts: list[str]) -> Tokenizer:
     """A byte-level BPE whose only special token is the end token, and whose digits stand alone."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -256,7 +253,7 @@ def _chunks(texts: list[str], size: int = 1000) -> Iterator[list[str]]:
         yield texts[start : start + size]
 
 
-def save_tokenizer(tokenizer, folder: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write `tokenizer` in the form that `AutoTokenizer` opens: one end token and no padding token."""
     from transformers import PreTrainedTokenizerFast
 
@@ -269,11 +266,11 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def _encode(tokenizer, texts: list[str]) -> np.ndarray:
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
     """All documents' ids in one uint16 array, the end token after each."""
     end = tokenizer.token_to_id(END_OF_TEXT)
-    parts = []
+    parts = [np.zeros(0, dtype=np.uint16)]
     for chunk in _chunks(texts):
-        for encoding in tokenizer.encode_batch(chunk, add_special_tokens=False):
-            parts.append(np.array([*encoding.ids, end], dtype=np.uint16))
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint16)
+        encodings = tokenizer.encode_batch(chunk, add_special_tokens=False)
+        parts += [np.array([*encoding.ids, end], dtype=np.uint16) for encoding in encodings]
+    return np.concatenate(parts)

@@ -12,7 +12,9 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ WINDOW = 512
 
 
 def configuration(vocabulary: int) -> FalconConfig:
-    """Falcon-7B's layout, small: one key/value head, parallel blocks, rotary positions, tied head, no bias."""
+    """Falcon-7B's layout, small: one key/value head, parallel blocks, rotary positions, tied head."""
     return FalconConfig(
         vocab_size=vocabulary,
         hidden_size=256,
@@ -83,27 +85,35 @@ def window_loss(model: FalconForCausalLM, windows: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
 
 
-def train(
-    corpus: Path,
-    out: Path,
-    *,
-    minutes: float,
-    epochs: float,
-    batch_tokens: int,
-    learning_rate: float,
-    compile_model: bool,
-    seed: int,
-) -> dict:
-    """Train on ``tokens.npz`` of `corpus` and save model, tokenizer and a record to `out`.
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How long and how to train.
 
-    Stops after `epochs` passes or `minutes`, whichever comes first; the learning rate follows a cosine over
-    the nearer of the two, so that it always ends near zero.
+    Attributes:
+        minutes: stop after this long.
+        epochs: or after so many passes over the text.
+        batch_tokens: tokens of a step.
+        learning_rate: the highest; it warms up and then follows a cosine to zero.
+        compile_model: compile the forward pass where that works.
+        seed: of the weights and the order of the windows.
+    """
+
+    minutes: float
+    epochs: float
+    batch_tokens: int
+    learning_rate: float
+    compile_model: bool
+    seed: int
+
+
+def train(corpus: Path, out: Path, settings: Settings) -> dict[str, Any]:
+    """Train on what `falcon_qlora.models.tiny_corpus.gather` wrote to `corpus`; save the model to `out`.
 
     Returns:
         The record, also written to ``training.json``: settings, losses in nats a token, versions.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(seed)
+    torch.manual_seed(settings.seed)
     torch.set_float32_matmul_precision("high")
     arrays = np.load(corpus / "tokens.npz")
     tokens = torch.from_numpy(arrays["train"].astype(np.int32)).to(device)
@@ -114,62 +124,72 @@ def train(
     for block in model.transformer.h:
         for last in (block.self_attention.dense, block.mlp.dense_4h_to_h):
             last.weight.data.mul_(1 / math.sqrt(2 * len(model.transformer.h)))
-    optimizer = _optimizer(model, learning_rate, device)
-    loss_of = _loss_function(model, device, compile_model, batch_tokens // WINDOW)
+    progress = _fit(model, tokens, held_out, settings)
+    record = {
+        "held_out_loss": progress[-1]["held_out_loss"],
+        "unigram_loss": {
+            name: _unigram_loss(tokens, held_out[name], about["vocabulary"]) for name in _HELD_OUT
+        },
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "settings": {**asdict(settings), "window": WINDOW},
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers_version,
+        },
+        "corpus": about,
+        "progress": progress,
+    }
+    _save(model, corpus, out, record)
+    return record
 
-    planned = int(tokens.numel() * epochs)
-    windows = _windows(tokens, batch_tokens // WINDOW, seed)
+
+_HELD_OUT = ("documentation", "generated")
+
+
+def _fit(
+    model: FalconForCausalLM, tokens: Tensor, held_out: dict[str, Tensor], settings: Settings
+) -> list[dict[str, Any]]:
+    """Train `model` in place and return ten notes of how far it had come, the last after the last step.
+
+    The schedule follows the nearer of the two limits, time and passes, so that it always ends at zero.
+    """
+    device = tokens.device
+    batch = settings.batch_tokens // WINDOW
+    optimizer = _optimizer(model, settings.learning_rate, device)
+    loss_of = _loss_function(model, device, settings.compile_model, batch)
+    windows = _windows(tokens, batch, settings.seed)
+    planned = tokens.numel() * settings.epochs
     started = time.monotonic()
-    step, used, progress, record = 0, 0, 0.0, []
-    while progress < 1:
+    step, used, done = 0, 0, 0.0
+    notes: list[dict[str, Any]] = []
+    while done < 1:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * _schedule(step, progress)
+            group["lr"] = settings.learning_rate * _schedule(step, done)
         with torch.autocast(device.type, dtype=torch.bfloat16):
             loss = loss_of(next(windows))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step, used = step + 1, used + batch_tokens
-        if step % 20 == 0 or device.type == "cpu":
+        step, used = step + 1, used + batch * WINDOW
+        if step % 20 == 0:
             loss.item()  # the clock below must not run ahead of the device
-        elapsed = time.monotonic() - started
-        progress = max(used / planned, elapsed / (60 * minutes))
-        if progress >= 0.1 * (len(record) + 1) or progress >= 1:
-            some = None if progress >= 1 else 16 * WINDOW
-            losses = {name: held_out_loss(model, held_out[name][:some]) for name in _HELD_OUT}
-            record.append(
-                {"step": step, "tokens": used, "seconds": round(elapsed, 1), "held_out_loss": losses}
-            )
-            shown = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
-            print(
-                f"step {step}  {used / elapsed:,.0f} tokens/s  train {loss.item():.3f}  held out: {shown}",
-                flush=True,
-            )
-
-    summary = {
-        "held_out_loss": record[-1]["held_out_loss"],
-        "unigram_loss": {name: _unigram_loss(tokens, held_out[name], about["vocabulary"]) for name in _HELD_OUT},
-        "settings": {
-            "minutes": minutes, "epochs": epochs, "batch_tokens": batch_tokens, "learning_rate": learning_rate,
-            "window": WINDOW, "seed": seed,
-        },
-        "steps": step,
-        "tokens": used,
-        "seconds": round(time.monotonic() - started, 1),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "versions": {
-            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers_version,
-        },
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "corpus": about,
-        "progress": record,
-    }  # fmt: skip
-    _save(model, corpus, out, summary)
-    return summary
-
-
-_HELD_OUT = ("documentation", "generated")
+        seconds = time.monotonic() - started
+        done = max(used / planned, seconds / (60 * settings.minutes))
+        if done < 0.1 * (len(notes) + 1) and done < 1:
+            continue
+        # On the way a part of the held-out text will do.
+        some = None if done >= 1 else 16 * WINDOW
+        losses = {name: held_out_loss(model, held_out[name][:some]) for name in _HELD_OUT}
+        notes.append({"step": step, "tokens": used, "seconds": round(seconds), "held_out_loss": losses})
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        print(
+            f"step {step}  {used / seconds:,.0f} tokens/s  train {loss.item():.3f}  held out: {shown}",
+            flush=True,
+        )
+    return notes
 
 
 def _optimizer(model: FalconForCausalLM, learning_rate: float, device: torch.device) -> torch.optim.Optimizer:
@@ -242,10 +262,10 @@ def _unigram_loss(train: Tensor, held_out: Tensor, vocabulary: int) -> float:
     return float(-(counts / counts.sum()).log()[held_out[1:]].mean())
 
 
-def _save(model: FalconForCausalLM, corpus: Path, out: Path, summary: dict) -> None:
+def _save(model: FalconForCausalLM, corpus: Path, out: Path, record: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)
     for name in ("tokenizer.json", "tokenizer_config.json", "held_out.json"):
         shutil.copyfile(corpus / name, out / name)
-    (out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
