@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from falcon_qlora.errors import UserError
+
+_ABANDONED_SECONDS = 7 * 24 * 3600
 
 
 def default_directory() -> Path:
@@ -51,6 +55,7 @@ def entry(directory: Path | None, key: str, fill: Callable[[Path], None]) -> Pat
             f"the cache folder {directory} cannot be written: {error.strerror}; "
             "name another one with --cache_dir"
         ) from None
+    _remove_abandoned(directory)
     try:
         fill(scratch)
         try:
@@ -59,6 +64,22 @@ def entry(directory: Path | None, key: str, fill: Callable[[Path], None]) -> Pat
         except OSError:
             if not target.is_dir():
                 raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"the cache folder {directory} is full; free some space or name another one with --cache_dir"
+            ) from None
+        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def _remove_abandoned(directory: Path) -> None:
+    """Remove what killed processes have left unfinished for days."""
+    for scratch in directory.glob("*.part"):
+        try:
+            if time.time() - scratch.stat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(scratch, ignore_errors=True)
+        except OSError:
+            continue  # another process was faster

@@ -16,7 +16,7 @@ import numpy as np
 
 from falcon_qlora.data import cache
 from falcon_qlora.data.encode import Encoder
-from falcon_qlora.data.formats import recognise, render, resolve_template
+from falcon_qlora.data.formats import recognise, renamed_columns, render, resolve_template
 from falcon_qlora.data.sources import Source, quiet_datasets, row_of
 from falcon_qlora.data.templates import Template, get_template
 from falcon_qlora.errors import UserError
@@ -94,9 +94,8 @@ class Reading:
         found = source.columns()
         if not found:
             raise UserError(f"{source.name}: the data is empty, there is no row in it")
-        row_format = recognise(
-            found, columns=self.columns, dataset_format=self.dataset_format, source=source.name
-        )
+        columns = renamed_columns(found, self.columns, source.name)
+        row_format = recognise(found, columns=columns, dataset_format=self.dataset_format, source=source.name)
         template = load_template(self.template, row_format, self.encoder.tokenizer)
         key = cache.key_of(
             {
@@ -104,7 +103,7 @@ class Reading:
                 "rows": source.identity(),
                 "max_rows": max_rows,
                 "format": row_format,
-                "columns": self.columns,
+                "columns": columns,
                 "template": template.identity,
                 "tokenizer": self.tokenizer_fingerprint,
                 "train_on": self.encoder.train_on,
@@ -113,7 +112,7 @@ class Reading:
                 "max_length": self.encoder.max_length,
             }
         )
-        rows_to_documents = _RowsToDocuments(self.encoder, source.name, row_format, template, self.columns)
+        rows_to_documents = _RowsToDocuments(self.encoder, source.name, row_format, template, columns)
         entry = cache.entry(
             self.cache_dir, key, lambda folder: self._fill(folder, key, source, max_rows, rows_to_documents)
         )

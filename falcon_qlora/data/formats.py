@@ -63,6 +63,28 @@ _SPEAKERS: dict[str, Role] = {
 }
 
 
+def renamed_columns(found: Collection[str], columns: Mapping[str, str], source: str) -> dict[str, str]:
+    """Which of the renamed columns this data has.
+
+    Of several data sets one may have a column under the name that a flag gives, another under its own name.
+
+    Args:
+        found: the columns that the data has.
+        columns: standard column name → its name in the data, as the flags give them.
+        source: names the data in messages.
+
+    Raises:
+        UserError: for a renamed column that is there under neither name.
+    """
+    for standard, given in columns.items():
+        if given not in found and standard not in found:
+            raise UserError(
+                f"--{standard}_column {given}: {source} has no such column{nearest(given, found)}; "
+                f"it has {_listed(found)}"
+            )
+    return {standard: given for standard, given in columns.items() if given in found}
+
+
 def recognise(
     found: Collection[str],
     *,
@@ -74,7 +96,7 @@ def recognise(
 
     Args:
         found: the columns that the data has.
-        columns: standard column name → its name in the data, for those that differ.
+        columns: standard column name → its name in the data, from `renamed_columns`.
         dataset_format: the user's word for it, or ``"auto"``.
         source: names the data in messages.
 
@@ -82,14 +104,8 @@ def recognise(
         A key of `FORMATS`.
 
     Raises:
-        UserError: if the columns fit no format, or not the one that was named; or a renamed one is missing.
+        UserError: if the columns fit no format, or not the one that was named.
     """
-    for standard, given in columns.items():
-        if given not in found:
-            raise UserError(
-                f"--{standard}_column {given}: {source} has no such column{nearest(given, found)}; "
-                f"it has {_listed(found)}"
-            )
     if dataset_format == "auto":
         fitting = [name for name, each in FORMATS.items() if _missing(each, found, columns) == []]
         # A renamed column says which format is meant where the columns fit several.

@@ -12,7 +12,7 @@ import numpy as np
 
 from falcon_qlora.data.documents import load_template
 from falcon_qlora.data.encode import Encoder, Status
-from falcon_qlora.data.formats import recognise, render
+from falcon_qlora.data.formats import recognise, renamed_columns, render
 from falcon_qlora.data.selection import checked_weights
 from falcon_qlora.data.sources import Source, find_source
 from falcon_qlora.data.templates import Segment
@@ -131,9 +131,10 @@ class _Reader:
         head = list(itertools.islice(rows, _ROWS_TO_RECOGNISE))
         if not head:
             raise UserError(f"{self._source.name}: the data is empty, there is no row in it")
-        columns = self._settings["columns"]
+        found = {column for _, row in head for column in row}
+        columns = renamed_columns(found, self._settings["columns"], self._source.name)
         row_format = recognise(
-            {column for _, row in head for column in row},
+            found,
             columns=columns,
             dataset_format=self._settings["dataset_format"],
             source=self._source.name,

@@ -52,7 +52,7 @@ class Statistics:
 class SourceUse:
     """How one source was read: the format recognised and the template that writes it.
 
-    `rows_kept` are those of which something is left to train on; `rows_drawn` differs where there are weights.
+    `rows_kept` are those of which something is left to train on; weights may draw more of them or less.
     """
 
     name: str

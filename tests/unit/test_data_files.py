@@ -204,3 +204,14 @@ def test_what_is_not_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(UserError, match=r"a/b: no such data set on the hub, nor a file or folder"):
         find_source("a/b").columns()
+
+
+def test_the_packaged_rows_have_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from falcon_qlora import sample_data
+
+    monkeypatch.chdir(tmp_path)
+    rows = write(tmp_path / "packaged.jsonl", '{"text": "x"}\n')
+    monkeypatch.setattr(sample_data, "path", lambda: rows)
+    source = find_source("sample")
+    assert isinstance(source, LocalSource)
+    assert source.files == (rows,)

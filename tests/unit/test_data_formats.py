@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from falcon_qlora.data.formats import COLUMNS, recognise, render, resolve_template
+from falcon_qlora.data.formats import COLUMNS, recognise, renamed_columns, render, resolve_template
 from falcon_qlora.data.templates import TEMPLATES, Segment, Template, Turn, get_template
 from falcon_qlora.errors import UserError
 
@@ -77,7 +77,10 @@ def test_named_format_and_renamed_columns_must_be_there() -> None:
     with pytest.raises(UserError, match=r"format alpaca needs .*no column output"):
         recognise(["instruction", "text"], columns={}, dataset_format="alpaca")
     with pytest.raises(UserError, match=r"--text_column contnt: .*did you mean content\?"):
-        recognise(["content"], columns={"text": "contnt"})
+        renamed_columns(["content"], {"text": "contnt"}, "rows.csv")
+    # Of several data sets one may have the standard name.
+    assert renamed_columns(["text"], {"text": "content"}, "rows.csv") == {}
+    assert renamed_columns(["content"], {"text": "content"}, "rows.csv") == {"text": "content"}
     with pytest.raises(UserError, match=r"no such format \(did you mean alpaca\?\)"):
         recognise(["text"], columns={}, dataset_format="alpacca")
     assert set(COLUMNS) == {

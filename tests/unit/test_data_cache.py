@@ -1,0 +1,92 @@
+"""The cache: entries are whole or not there, whoever else fills them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from falcon_qlora.data import cache
+from falcon_qlora.errors import UserError
+
+
+def fill(folder: Path) -> None:
+    (folder / "content").write_text("x")
+
+
+def test_an_entry_is_filled_once(tmp_path: Path) -> None:
+    calls: list[Path] = []
+
+    def counted(folder: Path) -> None:
+        calls.append(folder)
+        fill(folder)
+
+    first = cache.entry(tmp_path / "deep" / "cache", "k" * 64, counted)
+    assert cache.entry(tmp_path / "deep" / "cache", "k" * 64, counted) == first
+    assert len(calls) == 1
+    assert (first / "content").read_text() == "x"
+    assert cache.entry(tmp_path / "deep" / "cache", "l" * 64, counted) != first
+
+
+def test_a_failed_entry_leaves_nothing(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        fill(folder)
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        cache.entry(tmp_path, "k" * 64, fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_may_fill_the_same_entry_at_once(tmp_path: Path) -> None:
+    together = threading.Barrier(4)
+    results: list[Path] = []
+
+    def slow(folder: Path) -> None:
+        together.wait(timeout=10)
+        fill(folder)
+
+    threads = [
+        threading.Thread(target=lambda: results.append(cache.entry(tmp_path, "k" * 64, slow)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert len(results) == 4
+    assert len(set(results)) == 1
+    assert [each.name for each in tmp_path.iterdir()] == [results[0].name]
+    assert (results[0] / "content").read_text() == "x"
+
+
+def test_a_full_disk_is_the_user_s_to_mend(tmp_path: Path) -> None:
+    def full(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(UserError, match=r"is full; .*--cache_dir"):
+        cache.entry(tmp_path, "k" * 64, full)
+
+
+def test_what_was_abandoned_long_ago_is_removed(tmp_path: Path) -> None:
+    for name, age in (("old.part", 30), ("new.part", 1)):
+        (tmp_path / name).mkdir()
+        then = time.time() - age * 24 * 3600
+        os.utime(tmp_path / name, (then, then))
+    cache.entry(tmp_path, "k" * 64, fill)
+    assert not (tmp_path / "old.part").exists()
+    assert (tmp_path / "new.part").exists()
+
+
+def test_the_user_s_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache.default_directory() == tmp_path / "falcon_qlora" / "data"
+
+
+def test_keys_tell_settings_apart() -> None:
+    assert cache.key_of({"a": 1, "b": None}) == cache.key_of({"b": None, "a": 1})
+    assert cache.key_of({"a": 1}) != cache.key_of({"a": "1"})
