@@ -90,16 +90,10 @@ class ModelCard:
 
     def _usage(self) -> str:
         text = "## Use\n\n"
-        if self._on_hub():
+        if not self.base_is_random:
             text += (
-                "With plain Transformers and PEFT (replace `ADAPTER` by this folder or its hub id):\n\n"
-                "```python\n"
-                "from peft import PeftModel\n"
-                "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-                f'base = AutoModelForCausalLM.from_pretrained("{self.base_model}", dtype="bfloat16")\n'
-                'model = PeftModel.from_pretrained(base, "ADAPTER")\n'
-                f'tokenizer = AutoTokenizer.from_pretrained("{self.base_model}")\n'
-                "```\n\n"
+                "With plain Transformers and PEFT (`ADAPTER` is this folder or its hub id):\n\n"
+                f"```python\n{self._plain_example()}```\n\n"
                 "Transformers does not quantize Falcon's own linear layers: for a quantized base use\n"
                 "falcon_qlora, which does:\n\n"
             )
@@ -114,6 +108,18 @@ class ModelCard:
             text += f"\nIt was trained with the prompt template `{self.template}`; ask it in the same form"
             text += ".\n" if not self.prompt_example else f":\n\n{_fenced(self.prompt_example)}\n"
         return text
+
+    def _plain_example(self) -> str:
+        packaged = self.base_model == "tiny"
+        base = "tiny_path()" if packaged else f'"{self.base_model}"'
+        return (
+            "from peft import PeftModel\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            + ("\nfrom falcon_qlora.models.tiny import tiny_path\n" if packaged else "")
+            + f'\nbase = AutoModelForCausalLM.from_pretrained({base}, dtype="bfloat16")\n'
+            'model = PeftModel.from_pretrained(base, "ADAPTER")\n'
+            f"tokenizer = AutoTokenizer.from_pretrained({base})\n"
+        )
 
     def _result(self) -> dict[str, Any]:
         names = {

@@ -274,6 +274,22 @@ def test_the_card_has_the_hubs_metadata_and_how_to_load_it(tmp_path: Path) -> No
         assert part in body
 
 
+def test_the_code_in_a_card_runs(tmp_path: Path) -> None:
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    from falcon_qlora.models.tiny import tiny_path
+
+    adapter = tmp_path / "adapter"
+    base = AutoModelForCausalLM.from_pretrained(tiny_path())
+    peft.get_peft_model(base, peft.LoraConfig(target_modules=["dense"])).save_pretrained(adapter)
+    text = ModelCard(base_model="tiny").write(adapter).read_text()
+    code = text.split("```python\n")[1].split("```")[0].replace('"ADAPTER"', repr(str(adapter)))
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert isinstance(names["model"], peft.PeftModel)
+
+
 def test_a_card_over_random_weights_says_so_and_names_no_hub_model() -> None:
     text = ModelCard(base_model="random:falcon-7b", base_is_random=True).render()
     assert "weights are random" in text
