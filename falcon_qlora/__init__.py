@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -35,8 +36,13 @@ def train(**settings: Any) -> Path:
         if value is None:
             continue
         values = value if isinstance(value, list | tuple) else [value]
-        argv += [f"--{name}", *(str(each).lower() if isinstance(each, bool) else str(each) for each in values)]
+        argv += [f"--{name}", *(_as_word(each) for each in values)]
     return train_configured(parse(argv))
+
+
+def _as_word(value: Any) -> str:
+    """`value` as it stands on a command line."""
+    return json.dumps(value) if isinstance(value, bool | dict) else str(value)
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ Everything these call takes plain parameters; the configuration as a whole goes 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,8 @@ class TrainingData:
         steps: one `Share` an optimizer step, for this process.
         total_steps: optimizer steps of the run.
         epochs: passes over the data in them; None for a stream.
-        corpus: the tokenized documents, of a stream only its first.
+        dataset: the tokenized documents, of a stream only its first: what TRL looks at.
+        statistics: what became of the rows; None for a stream.
         held_out: the held-out documents, or None.
         record: what data.json says.
         dataset_format: of the rows, as recognised.
@@ -42,7 +43,8 @@ class TrainingData:
     steps: TrainingSteps | StreamingSteps
     total_steps: int
     epochs: float | None
-    corpus: Any
+    dataset: Any
+    statistics: Any
     held_out: Any
     record: dict[str, Any]
     dataset_format: str
@@ -93,22 +95,26 @@ def load_tokenizer(configuration: Configuration) -> Any:
     )
 
 
-def corpora(configuration: Configuration, tokenizer: Any) -> tuple[Any, Any]:
-    """The tokenized documents to train on, and those held out or None; from the cache where they are there."""
+def corpora(configuration: Configuration, tokenizer: Any, **changes: Any) -> tuple[Any, Any]:
+    """The tokenized documents to train on, and those held out or None; from the cache where they are there.
+
+    Args:
+        changes: arguments of `prepare_corpora` that replace the configuration's.
+    """
     from falcon_qlora.data.tokenize import prepare_corpora
     from falcon_qlora.models.tokenizer import tokenizer_fingerprint
 
     data, run = configuration.data, configuration.run
-    return prepare_corpora(
-        **_row_settings(configuration),
-        eval_split=data.eval_split,
-        tokenizer=tokenizer,
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        seed=run.seed,
-        num_proc=data.dataset_num_proc,
-        cache_dir=Path(data.cache_dir) if data.cache_dir else None,
-        max_rows=data.max_rows,
-    )
+    settings = _row_settings(configuration) | {
+        "eval_split": data.eval_split,
+        "tokenizer": tokenizer,
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "seed": run.seed,
+        "num_proc": data.dataset_num_proc,
+        "cache_dir": Path(data.cache_dir) if data.cache_dir else None,
+        "max_rows": data.max_rows,
+    }
+    return prepare_corpora(**settings | changes)
 
 
 def training_data(configuration: Configuration, tokenizer: Any) -> TrainingData:
@@ -155,7 +161,8 @@ def training_data(configuration: Configuration, tokenizer: Any) -> TrainingData:
         steps=steps,
         total_steps=total_steps,
         epochs=epoch + place / len(plan.epoch(epoch)),
-        corpus=corpus,
+        dataset=corpus.dataset,
+        statistics=corpus.statistics,
         held_out=held_out,
         record=record,
         dataset_format=corpus.sources[0].format,
@@ -163,6 +170,68 @@ def training_data(configuration: Configuration, tokenizer: Any) -> TrainingData:
         efficiency=float(corpus.lengths.sum()) / room if data.packing else None,
         notes=_what_happened(corpus.statistics),
     )
+
+
+def _streamed_data(configuration: Configuration, tokenizer: Any) -> TrainingData:
+    """Rows that are read as they are needed; held-out rows, being few, are tokenized ahead as always."""
+    import datasets
+
+    from falcon_qlora.data.stream import recognise_stream, stream_documents
+
+    data, run = configuration.data, configuration.run
+    settings = _row_settings(configuration) | {"max_rows": data.max_rows}
+
+    def documents(epoch: int) -> Iterator[dict[str, Any]]:
+        return stream_documents(**settings, tokenizer=tokenizer, seed=run.seed, epoch=epoch)
+
+    held_out = None
+    if data.eval_split is not None:
+        held_out = distributed.main_process_first(lambda: _held_out_of_stream(configuration, tokenizer))
+    dataset_format, template = distributed.main_process_first(
+        lambda: recognise_stream(
+            dataset_name=data.dataset_name,
+            dataset_config=data.dataset_config,
+            dataset_split=data.dataset_train_split,
+            dataset_format=data.dataset_format,
+            columns=data.columns(),
+            template=data.template,
+        )
+    )
+    first = next(documents(0), None)
+    if first is None:
+        raise UserError(f"{', '.join(data.dataset_name)}: no row has an answer to train on")
+    steps = StreamingSteps(
+        documents,
+        steps=run.max_steps,
+        global_batch=global_batch(configuration),
+        micro_batch=run.per_device_train_batch_size,
+        max_length=data.max_length,
+        padding=None if data.packing else data.padding,
+        padding_id=tokenizer.eos_token_id,
+        process=distributed.process_index(),
+        processes=distributed.world_size(),
+    )
+    return TrainingData(
+        steps=steps,
+        total_steps=run.max_steps,
+        epochs=None,
+        dataset=datasets.Dataset.from_list([first]),
+        statistics=None,
+        held_out=held_out,
+        record={"streaming": True, "sources": data.dataset_name},
+        dataset_format=dataset_format,
+        template=template,
+        notes=["streamed: rows are read as they are needed"],
+    )
+
+
+def _held_out_of_stream(configuration: Configuration, tokenizer: Any) -> Any:
+    split = configuration.data.eval_split
+    assert split is not None
+    changes: dict[str, Any] = {"dataset_name": [split], "dataset_weights": None}
+    if split.startswith("split:"):
+        changes = {"dataset_split": split.removeprefix("split:"), "dataset_weights": None}
+    return corpora(configuration, tokenizer, eval_split=None, **changes)[0]
 
 
 def _what_happened(statistics: Any) -> list[str]:
@@ -342,7 +411,7 @@ def build_trainer(
         model,
         trainer_arguments(training, total_steps=data.total_steps),
         steps=data.steps,
-        corpus=data.corpus.dataset,
+        corpus=data.dataset,
         evaluation=evaluation,
         run_folder=directory.path,
         tokenizer=tokenizer,

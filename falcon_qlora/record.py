@@ -60,7 +60,7 @@ def start_summary(
     settings, lora, run, rows = configuration.model, configuration.lora, configuration.run, configuration.data
     device = distributed.local_device()
     counted = counts(model)
-    statistics = data.corpus.statistics if data.corpus is not None else None
+    statistics = data.statistics
     micro_batch = run.per_device_train_batch_size
     sequences = global_batch(configuration)
     return StartSummary(

@@ -35,6 +35,7 @@ def trainer_arguments(training: SFTConfig, *, total_steps: int) -> SFTConfig:
     training.include_num_input_tokens_seen = "no"
     training.average_tokens_across_devices = False
     training.disable_tqdm = True
+    training.log_level = training.log_level_replica = "error"  # the trainer sets it for all of Transformers
     training.report_to = []  # trackers come as callbacks
     training.ddp_find_unused_parameters = False
     training.ddp_broadcast_buffers = False

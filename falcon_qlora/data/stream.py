@@ -12,7 +12,7 @@ import numpy as np
 
 from falcon_qlora.data.documents import load_template
 from falcon_qlora.data.encode import Encoder, Status
-from falcon_qlora.data.formats import recognise, renamed_columns, render
+from falcon_qlora.data.formats import recognise, renamed_columns, render, resolve_template
 from falcon_qlora.data.selection import checked_weights
 from falcon_qlora.data.sources import Source, find_source
 from falcon_qlora.data.templates import Segment
@@ -101,6 +101,37 @@ def stream_documents(
                     counts[_DROPPED[document.status]] += 1
 
 
+def recognise_stream(
+    *,
+    dataset_name: list[str],
+    dataset_config: str | None = None,
+    dataset_split: str = "train",
+    dataset_format: str = "auto",
+    columns: dict[str, str] | None = None,
+    template: str = "auto",
+) -> tuple[str, str]:
+    """The format and the template of the first data set's rows, by the columns of its first ones.
+
+    Raises:
+        UserError: if the data is empty, or its columns fit no format.
+    """
+    source = find_source(dataset_name[0], config=dataset_config, split=dataset_split)
+    head = list(itertools.islice(source.rows(), _ROWS_TO_RECOGNISE))
+    row_format = _recognise_rows(head, dataset_format, columns or {}, source.name)[0]
+    return row_format, resolve_template(template, row_format)
+
+
+def _recognise_rows(
+    head: list[tuple[str, Any]], dataset_format: str, columns: dict[str, str], name: str
+) -> tuple[str, dict[str, str]]:
+    """The format of rows, and their renamed columns."""
+    if not head:
+        raise UserError(f"{name}: the data is empty, there is no row in it")
+    found = {column for _, row in head for column in row}
+    renamed = renamed_columns(found, columns, name)
+    return recognise(found, columns=renamed, dataset_format=dataset_format, source=name), renamed
+
+
 class _Reader:
     """One source's rows, rendered; it can start again where they end.
 
@@ -129,15 +160,8 @@ class _Reader:
     def _read(self) -> Iterator[list[Segment]]:
         rows = self._source.rows(shuffle_files=self._order)
         head = list(itertools.islice(rows, _ROWS_TO_RECOGNISE))
-        if not head:
-            raise UserError(f"{self._source.name}: the data is empty, there is no row in it")
-        found = {column for _, row in head for column in row}
-        columns = renamed_columns(found, self._settings["columns"], self._source.name)
-        row_format = recognise(
-            found,
-            columns=columns,
-            dataset_format=self._settings["dataset_format"],
-            source=self._source.name,
+        row_format, columns = _recognise_rows(
+            head, self._settings["dataset_format"], self._settings["columns"], self._source.name
         )
         template = load_template(self._settings["template"], row_format, self._settings["tokenizer"])
         for place, row in itertools.chain(head, rows):
