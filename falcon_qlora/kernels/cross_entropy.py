@@ -78,7 +78,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 loss += (log_normalizer - logits.gather(-1, target)).sum()
                 if grad_hidden is None and grad_weight is None:
                     continue
-                # The probabilities take the logits' memory: softmax minus the one-hot target is d loss / d logits.
+                # The probabilities take the logits' memory: softmax minus the one-hot target is d loss / d
+                # logits.
                 grad_logits = logits.sub_(log_normalizer).exp_()
                 grad_logits.scatter_add_(-1, target, torch.full_like(log_normalizer, -1.0))
                 grad_logits = grad_logits.to(weight.dtype)

@@ -37,7 +37,8 @@ def attach_lora(
         r: rank.
         alpha: the product is scaled by alpha / r, or alpha / sqrt(r) with rsLoRA.
         dropout: probability of dropping an input of the low-rank product.
-        target_modules: of ``query_key_value``, ``dense``, ``dense_h_to_4h``, ``dense_4h_to_h``; all where None.
+        target_modules: of ``query_key_value``, ``dense``, ``dense_h_to_4h``, ``dense_4h_to_h``; all where
+            None.
         use_rslora: scale by the root of the rank.
         use_dora: train magnitudes and directions apart.
         seed: of the random matrices, the same on every process.

@@ -132,7 +132,7 @@ def split_heads(fused: Tensor, attention: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def alibi_bias(sequences: Sequences, heads: int, dtype: torch.dtype) -> Tensor:
-    """Return ``[T, heads]``, what ALiBi adds to the unscaled scores of each key, rounded as Transformers does."""
+    """What ALiBi adds to the unscaled scores of each key, rounded as in Transformers: ``[T, heads]``."""
     positions = sequences.position_ids[0]
     ones = torch.ones((1, sequences.max_length), dtype=torch.int64, device=positions.device)
     bias_HL = build_alibi_tensor(ones, heads, dtype)[:, 0]

@@ -6,6 +6,7 @@ Files are read one tensor at a time and let go again, so that memory stays bound
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,11 @@ RANDOM = "random:"
 class Checkpoint(Protocol):
     """A named model whose tensors can be streamed."""
 
-    name: str
-    config: FalconConfig
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def config(self) -> FalconConfig: ...
 
     def tensors(
         self, model: FalconForCausalLM, device: torch.device, dtype: torch.dtype
@@ -96,7 +100,6 @@ class RandomCheckpoint:
     name: str
     config: FalconConfig
     seed: int
-    tokenizer: str | None = None
 
     def tensors(
         self, model: FalconForCausalLM, device: torch.device, dtype: torch.dtype
@@ -116,7 +119,7 @@ class RandomCheckpoint:
 
 
 def parse_random(name: str, seed: int) -> RandomCheckpoint:
-    """Read ``random:<preset>[?key=value,...]``, where a key is one of the configuration's, `seed` or `tokenizer`.
+    """Read ``random:<preset>[?key=value,...]``, where a key is one of the configuration's, or ``seed``.
 
     A seed in the name wins over `seed`, which else becomes part of the name.
 
@@ -132,7 +135,7 @@ def parse_random(name: str, seed: int) -> RandomCheckpoint:
     overrides = {}
     for item in filter(None, query.split(",")):
         key, separator, text = item.partition("=")
-        if not separator or key not in known | {"seed", "tokenizer"}:
+        if not separator or key not in known | {"seed"}:
             raise UserError(
                 f"{name}: {item!r} is not KEY=VALUE of a Falcon configuration{nearest(key, known)}."
             )
@@ -140,15 +143,12 @@ def parse_random(name: str, seed: int) -> RandomCheckpoint:
             overrides[key] = json.loads(text.lower())
         except json.JSONDecodeError:
             overrides[key] = text
-    tokenizer = overrides.pop("tokenizer", None)
     if "seed" in overrides:
         seed = int(overrides.pop("seed"))
     elif seed:
         # What an adapter trained on it needs to find the same base again.
         name = f"{name}{',' if query else '?'}seed={seed}"
-    return RandomCheckpoint(
-        name=name, config=preset_config(preset, **overrides), seed=seed, tokenizer=tokenizer
-    )
+    return RandomCheckpoint(name=name, config=preset_config(preset, **overrides), seed=seed)
 
 
 @dataclass(frozen=True)
@@ -232,6 +232,8 @@ def _read(path: Path, name: str) -> Tensor:
 def _open_torch_file(path: Path) -> dict[str, Tensor]:
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} holds more than tensors, or is damaged; it was not opened.") from None
     except RuntimeError as error:
         if "mmap" not in str(error):
             raise UserError(f"{path} is damaged: {error}. Copy or download it again.") from None

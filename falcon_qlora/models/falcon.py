@@ -143,7 +143,7 @@ def read_config(raw: dict[str, Any], *, source: str = "config.json") -> FalconCo
     if model_type in _OLD_MODEL_TYPES:
         # The old code had no such switch: it used the 40B block wherever the key/value heads were counted.
         settings.setdefault("new_decoder_architecture", "n_head_kv" in raw)
-        settings.setdefault("multi_query", False)
+        settings.setdefault("multi_query", settings["new_decoder_architecture"])
         settings.setdefault("parallel_attn", False)
     if settings.get("new_decoder_architecture"):
         settings["parallel_attn"] = True  # always so there; some files say otherwise and were never read

@@ -1,7 +1,7 @@
 """Run packed documents through a loaded Falcon, one model at a time and reversibly.
 
-`enable_packing` gives one model's instances another ``forward``, which does something new only when called with
-``sequences``; nothing is changed at import, and generation or plain use of the model runs as before.
+`enable_packing` gives one model's instances another ``forward``, which does something new only when called
+with ``sequences``; nothing is changed at import, and generation or plain use of the model runs as before.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import functools
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import FalconForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
@@ -23,12 +22,13 @@ _BEFORE = "_forward_before_packing"
 
 
 def enable_packing(model: nn.Module) -> None:
-    """Let `model` take packed documents: ``model(input_ids, sequences=..., target_positions=..., targets=...)``.
+    """Let `model` take packed documents.
 
-    Then ``input_ids`` is ``[1, T]``, `sequences` says where the documents lie, ``target_positions`` (int64 ``[N]``)
-    names the positions that predict a target and ``targets`` (int64 ``[N]``) what they should predict. The output's
-    ``loss`` is the float32 *sum* of the N cross entropies, its ``logits`` None. Without targets the output has
-    ``logits`` ``[1, T, V]`` and no loss. Without `sequences` the model runs as it did.
+    It is then called with ``input_ids`` ``[1, T]``; with ``sequences``, which says where the documents lie;
+    with ``target_positions``, int64 ``[N]``, the positions that predict a target; and with ``targets``, int64
+    ``[N]``, what they should predict. The output's ``loss`` is the float32 *sum* of the N cross entropies,
+    its ``logits`` None. Without targets the output has ``logits`` ``[1, T, V]`` and no loss. Without
+    ``sequences`` the model runs as it did.
 
     Args:
         model: a ``FalconForCausalLM``, as it is or inside PEFT's wrapper.
@@ -127,7 +127,8 @@ def _run_blocks(transformer: Any, input_ids: Tensor, sequences: Sequences) -> Te
     position_embeddings = transformer.rotary_emb(hidden, position_ids=sequences.position_ids)
     alibi = alibi_bias(sequences, transformer.num_heads, hidden.dtype) if transformer.use_alibi else None
     for block in transformer.h:
-        # A block hands its attention mask to its attention untouched: there the packed forward finds the documents.
+        # A block hands its attention mask to its attention untouched: there the packed forward finds the
+        # documents.
         hidden = block(
             hidden,
             alibi=alibi,

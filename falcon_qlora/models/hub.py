@@ -61,20 +61,20 @@ class Download:
             short = (self.missing_bytes - self.free_bytes) / GIB
             raise UserError(
                 f"{self.repository} needs {self.missing_bytes / GIB:.1f} GiB more in {self.cache}, where "
-                f"{self.free_bytes / GIB:.1f} GiB are free: {short:.1f} GiB too little. Free some, or set HF_HOME "
-                "to a folder on a larger disk."
+                f"{self.free_bytes / GIB:.1f} GiB are free: {short:.1f} GiB too little. Free some, or set "
+                "HF_HOME to a folder on a larger disk."
             )
 
 
 def fetch_model(repository: str, *, revision: str | None = None) -> Path:
     """Download what loading a hub model needs, as far as it is not in the cache, and return its folder.
 
-    The model's kind, its size and the disk's free space are checked before any weights are downloaded. Where the
-    hub cannot be reached, the cache is used.
+    The model's kind, its size and the disk's free space are checked before any weights are downloaded. Where
+    the hub cannot be reached, the cache is used.
 
     Raises:
-        UserError: if the model does not exist, may not be read, is no classic Falcon, does not fit on the disk, or
-            is neither in the cache nor to be had.
+        UserError: if the model does not exist, may not be read, is no classic Falcon, does not fit on the
+            disk, or is neither in the cache nor to be had.
     """
     check_hub_id(repository)
     if constants.HF_HUB_OFFLINE:
@@ -90,8 +90,8 @@ def fetch_model(repository: str, *, revision: str | None = None) -> Path:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(download.files)))
     except (HTTPError, OSError) as error:
         raise UserError(
-            f"The download of {repository} stopped: {_first_line(error)}. What has arrived is kept; run the same "
-            "command again to go on."
+            f"The download of {repository} stopped: {_first_line(error)}. What has arrived is kept; run "
+            "the same command again to go on."
         ) from None
 
 
@@ -105,8 +105,8 @@ def plan_download(repository: str, *, revision: str | None = None) -> Download:
         info = HfApi().model_info(repository, revision=revision, files_metadata=True)
     except GatedRepoError:
         raise UserError(
-            f"{repository} is gated: accept its terms on https://huggingface.co/{repository}, then log in with "
-            "`hf auth login`."
+            f"{repository} is gated: accept its terms on https://huggingface.co/{repository}, then log in "
+            "with `hf auth login`."
         ) from None
     except RevisionNotFoundError:
         raise UserError(f"{repository} has no revision {revision!r}.") from None
@@ -166,8 +166,8 @@ def _check_kind(repository: str, revision: str | None) -> None:
 
 def _cached_model(repository: str, revision: str | None, why: str) -> Path:
     how_to = (
-        "Download it ahead on a machine that reaches the hub (falcon-qlora prepare, with the same flags) and take "
-        "the cache (HF_HOME) along, or name a local folder. Offline, set HF_HUB_OFFLINE=1."
+        "Download it ahead on a machine that reaches the hub (falcon-qlora prepare, with the same flags) and "
+        "take the cache (HF_HOME) along, or name a local folder. Offline, set HF_HUB_OFFLINE=1."
     )
     try:
         folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))

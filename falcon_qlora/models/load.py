@@ -22,8 +22,9 @@ from transformers.models.falcon.modeling_falcon import FalconRotaryEmbedding
 from falcon_qlora.distributed import local_device
 from falcon_qlora.errors import UserError
 from falcon_qlora.models import checkpoints
-from falcon_qlora.models.falcon import expected_linears
+from falcon_qlora.models.falcon import expected_linears, linear_shapes
 from falcon_qlora.models.quantize import (
+    NF4_BLOCK,
     QuantizeMode,
     empty_quantized_linear,
     fill_quantized_weight,
@@ -87,6 +88,7 @@ def load_model(
     dtype = resolve_compute_dtype(compute_dtype, device)
     _check_mode_runs_on(quantize_mode, dtype, device)
     checkpoint = checkpoints.open_checkpoint(model_name_or_path, revision=revision, seed=seed)
+    _check_shapes_quantize_on(checkpoint.config, quantize_mode, device)
     if device.type == "cuda":
         check_fits(
             checkpoint.config,
@@ -168,6 +170,19 @@ def _check_mode_runs_on(mode: str, dtype: torch.dtype, device: torch.device) -> 
         )
     if dtype == torch.bfloat16 and capability < (8, 0):
         raise UserError(f"{name} has no bfloat16. Use --compute_dtype auto or fp16.")
+
+
+def _check_shapes_quantize_on(config: FalconConfig, mode: QuantizeMode, device: torch.device) -> None:
+    # bitsandbytes' CPU kernel reads blocks as if each row of a weight began a new one. Every published Falcon
+    # has rows of whole blocks.
+    if mode != "4bit" or device.type != "cpu":
+        return
+    for name, (_, into) in linear_shapes(config).items():
+        if into % NF4_BLOCK:
+            raise UserError(
+                f"4bit on the CPU needs linears whose inputs are a multiple of {NF4_BLOCK}; {name} has {into}. "
+                "Use --quantize_mode 8bit or 16bit, or a GPU."
+            )
 
 
 def _empty_model(

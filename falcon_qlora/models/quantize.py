@@ -1,11 +1,12 @@
 """bitsandbytes' layers, filled from plain weights on any device.
 
-Import this module before anything that imports bitsandbytes (PEFT, TRL): on some CPUs bitsandbytes looks for a
-kernel on the network when it is imported, and warns when it finds none.
+Import this module before anything that imports bitsandbytes (PEFT, TRL): on some CPUs bitsandbytes looks for
+a kernel on the network when it is imported, and warns when it finds none.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from typing import Any, Literal
@@ -17,6 +18,7 @@ QuantizeMode = Literal["4bit", "8bit", "16bit"]
 
 NF4_BLOCK = 64  # weights that share one scale
 NF4_NESTED_BLOCK = 256  # scales that share one scale, under double quantization
+_CPU_SLICE = 2**16  # weights quantized at a time on the CPU; a multiple of the block
 
 
 def _import_bitsandbytes() -> Any:
@@ -60,8 +62,8 @@ def empty_quantized_linear(
             quant_type="nf4",
             device="meta",
         )
-        # On CPUs with bfloat16 instructions the first evaluation would repack the weights in place into a form that
-        # computes in bfloat16 and has no backward: training after an evaluation would break.
+        # On CPUs with bfloat16 instructions the first evaluation would repack the weights in place into a
+        # form that computes in bfloat16 and has no backward: training after an evaluation would break.
         layer.support_avx512bf16_for_cpu = False
         return layer
     return bnb.nn.Linear8bitLt(
@@ -78,9 +80,7 @@ def fill_quantized_weight(layer: nn.Linear, weight: Tensor) -> None:
     """Quantize `weight` ``[out, in]``, where it lies, into `layer`."""
     if isinstance(layer, bnb.nn.Linear4bit):
         nested = layer.weight.compress_statistics
-        packed, state = bnb.functional.quantize_4bit(
-            weight.contiguous(), blocksize=NF4_BLOCK, compress_statistics=nested, quant_type="nf4"
-        )
+        packed, state = _quantize_nf4(weight.contiguous(), nested)
         layer.weight = bnb.nn.Params4bit(
             packed,
             requires_grad=False,
@@ -95,6 +95,28 @@ def fill_quantized_weight(layer: nn.Linear, weight: Tensor) -> None:
         return
     rows, scales, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16).contiguous())
     layer.weight = bnb.nn.Int8Params(rows, requires_grad=False, has_fp16_weights=False, CB=rows, SCB=scales)
+
+
+def _quantize_nf4(weight: Tensor, nested: bool) -> tuple[Tensor, Any]:
+    """What ``quantize_4bit`` gives; on the CPU a slice at a time, as it takes some 30 bytes a weight there."""
+    quantize = functools.partial(bnb.functional.quantize_4bit, blocksize=NF4_BLOCK, quant_type="nf4")
+    if weight.device.type != "cpu":
+        return quantize(weight, compress_statistics=nested)
+    flat = weight.view(-1)
+    packed = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8)
+    scales = torch.empty(-(-flat.numel() // NF4_BLOCK))
+    for start in range(0, flat.numel(), _CPU_SLICE):
+        part, state = quantize(flat[start : start + _CPU_SLICE])
+        packed[start // 2 : start // 2 + len(part)] = part
+        scales[start // NF4_BLOCK : start // NF4_BLOCK + len(state.absmax)] = state.absmax
+    state.shape, state.absmax = weight.shape, scales
+    if nested:
+        state.offset = scales.mean()
+        state.absmax, state.state2 = bnb.functional.quantize_blockwise(
+            scales - state.offset, blocksize=NF4_NESTED_BLOCK
+        )
+        state.nested = True
+    return packed, state
 
 
 def is_quantized_linear(module: nn.Module) -> bool:

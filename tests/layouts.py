@@ -1,0 +1,53 @@
+"""Tiny Falcons of every layout, and the model that Transformers itself makes of the same weights."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+from transformers import FalconForCausalLM
+
+from falcon_qlora.models.load import load_model
+from falcon_qlora.models.quantize import QuantizeMode, dequantized_weight, is_quantized_linear
+
+VOCABULARY = 128
+_SMALL = f"num_hidden_layers=2,vocab_size={VOCABULARY},initializer_range=0.15"
+LAYOUTS = {
+    "falcon-rw-1b": f"random:falcon-rw-1b?{_SMALL},hidden_size=64,num_attention_heads=4",
+    "falcon-7b": f"random:falcon-7b?{_SMALL},hidden_size=192,num_attention_heads=3",
+    "falcon-11b": f"random:falcon-11b?{_SMALL},hidden_size=64,num_attention_heads=4,num_kv_heads=2",
+    "falcon-40b": f"random:falcon-40b?{_SMALL},hidden_size=64,num_attention_heads=8,num_kv_heads=2",
+    "falcon-180b": f"random:falcon-180b?{_SMALL},hidden_size=192,num_attention_heads=6,num_kv_heads=2",
+}
+MODES: tuple[QuantizeMode, ...] = ("4bit", "8bit", "16bit")
+
+
+def tiny_model(
+    layout: str, mode: QuantizeMode = "16bit", device: str = "cpu", compute_dtype: str = "auto"
+) -> FalconForCausalLM:
+    return load_model(LAYOUTS[layout], quantize_mode=mode, device=device, compute_dtype=compute_dtype, seed=1)
+
+
+def plain_float32(model: FalconForCausalLM) -> FalconForCausalLM:
+    """Transformers' own float32 model with the weights that `model` stands for, on the CPU."""
+    config = copy.deepcopy(model.config)
+    config.dtype = torch.float32
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = FalconForCausalLM(config).float().eval()
+    quantized = {
+        f"{name}.weight": dequantized_weight(module).float().cpu()
+        for name, module in model.named_modules()
+        if is_quantized_linear(module)
+    }
+    ours = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            parameter.copy_(quantized.get(name, ours[name]))
+    return plain
+
+
+def documents(lengths: list[int], *, seed: int = 0, device: str = "cpu") -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, VOCABULARY, (n,), generator=generator).to(device) for n in lengths]

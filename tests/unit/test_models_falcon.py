@@ -1,0 +1,148 @@
+"""Shapes and counts of the published models, and configurations old and new."""
+
+import pytest
+import torch
+from transformers import FalconForCausalLM
+
+from falcon_qlora.errors import UserError
+from falcon_qlora.models.falcon import (
+    LINEARS,
+    PRESETS,
+    expected_linears,
+    flops_per_token,
+    linear_parameter_count,
+    linear_shapes,
+    parameter_count,
+    preset_config,
+    read_config,
+)
+from falcon_qlora.models.sizes import check_fits, weight_bytes
+
+PARAMETERS = {
+    "falcon-rw-1b": 1_311_625_216,
+    "falcon-7b": 6_921_720_704,
+    "falcon-11b": 11_102_822_400,
+    "falcon-40b": 41_303_293_952,
+    "falcon-180b": 178_557_088_768,
+}
+
+OLD_7B = {
+    "model_type": "RefinedWebModel",
+    "architectures": ["RWForCausalLM"],
+    "alibi": False,
+    "apply_residual_connection_post_layernorm": False,
+    "attention_dropout": 0.0,
+    "auto_map": {"AutoModelForCausalLM": "modelling_RW.RWForCausalLM"},
+    "bias": False,
+    "bos_token_id": 11,
+    "eos_token_id": 11,
+    "hidden_dropout": 0.0,
+    "hidden_size": 4544,
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05,
+    "multi_query": True,
+    "n_head": 71,
+    "n_layer": 32,
+    "parallel_attn": True,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 65024,
+}
+OLD_40B = {
+    **{name: value for name, value in OLD_7B.items() if name != "multi_query"},
+    "model_type": "RefinedWeb",
+    "hidden_size": 8192,
+    "n_head": 128,
+    "n_head_kv": 8,
+    "n_layer": 60,
+}
+OLD_RW_1B = {
+    **OLD_7B,
+    "model_type": "RefinedWeb",
+    "alibi": True,
+    "bias": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_size": 2048,
+    "multi_query": False,
+    "n_head": 32,
+    "n_layer": 24,
+    "parallel_attn": False,
+    "vocab_size": 50304,
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_counts_and_shapes_are_those_of_the_model_that_transformers_builds(preset):
+    config = preset_config(preset)
+    with torch.device("meta"):
+        model = FalconForCausalLM(config)
+    assert parameter_count(config) == sum(p.numel() for p in model.parameters())
+    assert parameter_count(config) == PARAMETERS[preset]
+    linears = dict.fromkeys(expected_linears(config))
+    assert set(linears) == {
+        name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"
+    }
+    assert linear_parameter_count(config) == sum(model.get_submodule(n).weight.numel() for n in linears)
+    for name in list(linears)[: len(LINEARS)]:
+        shape = linear_shapes(config)[name.rpartition(".")[2]]
+        assert tuple(model.get_submodule(name).weight.shape) == shape
+
+
+@pytest.mark.parametrize(("preset", "trainable"), [("falcon-7b", 130_547_712), ("falcon-40b", 444_334_080)])
+def test_lora_on_all_four_linears_has_the_reference_guides_counts(preset, trainable):
+    config = preset_config(preset)
+    rank = 64
+    assert (
+        config.num_hidden_layers * sum(rank * (o + i) for o, i in linear_shapes(config).values()) == trainable
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "preset"), [(OLD_7B, "falcon-7b"), (OLD_40B, "falcon-40b"), (OLD_RW_1B, "falcon-rw-1b")]
+)
+def test_configurations_from_before_transformers_had_falcon_are_read(old, preset):
+    assert read_config(old).to_dict() == preset_config(preset).to_dict()
+
+
+def test_a_current_configuration_is_read_as_transformers_reads_it():
+    config = preset_config("falcon-11b")
+    again = read_config(config.to_dict())
+    assert again.rope_parameters["rope_theta"] == 500042.0
+    assert again.to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "named"),
+    [("llama", "Falcon3"), ("falcon_h1", "Falcon-H1"), ("falcon_mamba", "Falcon-Mamba"), ("gpt2", "gpt2")],
+)
+def test_other_models_are_refused_as_what_they_are(model_type, named):
+    with pytest.raises(UserError, match=named):
+        read_config({"model_type": model_type, "hidden_size": 64})
+
+
+def test_a_configuration_without_sizes_is_refused():
+    with pytest.raises(UserError, match="num_attention_heads missing"):
+        read_config({"model_type": "falcon", "hidden_size": 64, "num_hidden_layers": 1})
+
+
+def test_flops_are_two_a_weight_and_grow_with_the_document():
+    config = preset_config("falcon-7b")
+    assert flops_per_token(config) == 2 * (linear_parameter_count(config) + 65024 * 4544)
+    assert flops_per_token(config, 2048) > flops_per_token(config)
+
+
+def test_weight_bytes_are_ordered_and_near_what_is_known():
+    config = preset_config("falcon-40b")
+    sizes = [weight_bytes(config, mode) / 1e9 for mode in ("4bit", "8bit", "16bit")]
+    assert sizes == sorted(sizes)
+    assert 21 < sizes[0] < 23
+    assert weight_bytes(config, "4bit", double_quantization=False) > weight_bytes(config, "4bit")
+
+
+def test_a_model_that_does_not_fit_is_refused_with_the_difference():
+    config = preset_config("falcon-40b")
+    free = 24 * 2**30
+    check_fits(config, "4bit", trainable=444_334_080, free_bytes=free)
+    with pytest.raises(UserError, match=r"39\.0 GiB and the adapter 1\.7 GiB.* 16\.6 GiB too little.*4bit"):
+        check_fits(config, "8bit", trainable=444_334_080, free_bytes=free)

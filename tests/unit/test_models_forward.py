@@ -1,0 +1,212 @@
+"""Packed documents through a whole model: Transformers' own model on each document alone is the truth."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+from trl.trainer.utils import add_fused_lm_head
+
+from falcon_qlora.methods.lora import attach_lora
+from falcon_qlora.models.attention import Sequences
+from falcon_qlora.models.forward import disable_packing, enable_packing
+from tests.layouts import LAYOUTS, MODES, documents, plain_float32, tiny_model
+
+LENGTHS = [7, 40, 1, 12]
+
+
+def packed(docs):
+    """Arguments of a call that trains on every next token."""
+    lengths = [len(doc) for doc in docs]
+    sequences = Sequences.from_lengths(lengths, docs[0].device)
+    starts = sequences.cu_seqlens.tolist()
+    positions = [p for start, end in zip(starts, starts[1:], strict=False) for p in range(start, end - 1)]
+    ids = torch.cat(docs)
+    target_positions = torch.tensor(positions, device=ids.device)
+    return {
+        "input_ids": ids[None],
+        "sequences": sequences,
+        "target_positions": target_positions,
+        "targets": ids[target_positions + 1],
+    }
+
+
+def with_adapter(model, seed=3):
+    """LoRA whose second matrices are not zero, so that all of it matters."""
+    peft_model = attach_lora(model, r=4, alpha=8, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return peft_model
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def one_by_one(plain, docs):
+    """Sum of the losses of each document on its own, through Transformers' forward."""
+    losses = [
+        F.cross_entropy(plain(doc[None], use_cache=False).logits[0, :-1], doc[1:], reduction="sum")
+        for doc in docs
+        if len(doc) > 1
+    ]
+    return torch.stack(losses).sum()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loss_and_adapter_gradients_equal_each_document_alone(layout, mode):
+    base = tiny_model(layout, mode)
+    plain = with_adapter(plain_float32(base))
+    model = with_adapter(base)
+    enable_packing(model)
+    docs = documents(LENGTHS)
+    expected = one_by_one(plain, docs)
+    expected.backward()
+    output = model(**packed(docs))
+    output.loss.backward()
+    assert output.logits is None
+    assert output.loss.dtype == torch.float32
+    assert_close(output.loss, expected, rtol=1e-5, atol=0)
+    expected_gradients = gradients(plain)
+    assert len(expected_gradients) == 2 * 4 * 2
+    for name, gradient in gradients(model).items():
+        assert gradient.abs().sum() > 0, name
+        assert_close(gradient, expected_gradients[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_equal_each_document_alone(layout):
+    model = tiny_model(layout)
+    plain = plain_float32(model)
+    enable_packing(model)
+    docs = documents(LENGTHS)
+    expected = torch.cat([plain(doc[None], use_cache=False).logits[0] for doc in docs])
+    arguments = packed(docs)
+    output = model(arguments["input_ids"], sequences=arguments["sequences"])
+    assert output.loss is None
+    assert_close(output.logits[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_changing_one_document_leaves_the_others_logits_and_gradients_as_they_were(layout, checkpointing):
+    model = with_adapter(tiny_model(layout, "4bit"))
+    enable_packing(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    before = documents([20, 30, 9])
+    after = [documents([20], seed=99)[0], before[1], documents([9], seed=99)[0]]
+    of_the_second = slice(20, 49)
+    results = []
+    for docs in (before, after):
+        arguments = packed(docs)
+        logits = model(arguments["input_ids"], sequences=arguments["sequences"]).logits[0, 20:50]
+        arguments["target_positions"] = torch.arange(49)[of_the_second]
+        arguments["targets"] = torch.cat(docs)[arguments["target_positions"] + 1]
+        model.zero_grad()
+        model(**arguments).loss.backward()
+        results.append((logits.detach(), gradients(model)))
+    assert not torch.equal(before[0], after[0])
+    assert torch.equal(results[0][0], results[1][0])
+    assert_close(results[0][1], results[1][1], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("layout", ["falcon-rw-1b", "falcon-7b"])
+def test_gradient_checkpointing_changes_no_gradient(layout):
+    model = with_adapter(tiny_model(layout))
+    enable_packing(model)
+    arguments = packed(documents(LENGTHS))
+    model(**arguments).loss.backward()
+    without = {name: gradient.clone() for name, gradient in gradients(model).items()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model(**arguments).loss.backward()
+    assert_close(gradients(model), without)
+
+
+def test_attention_dropout_acts_in_training_alone():
+    model = tiny_model("falcon-rw-1b")
+    for block in model.transformer.h:
+        block.self_attention.attention_dropout.p = 0.5
+    enable_packing(model)
+    arguments = packed(documents(LENGTHS))
+    with torch.no_grad():
+        assert torch.equal(model(**arguments).loss, model(**arguments).loss)
+        model.train()
+        assert not torch.equal(model(**arguments).loss, model(**arguments).loss)
+
+
+def test_without_sequences_the_model_runs_as_it_did():
+    model = tiny_model("falcon-7b")
+    ids = documents([9])[0][None]
+    before = model(ids).logits
+    answer = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    enable_packing(model)
+    enable_packing(model)
+    assert torch.equal(model(ids).logits, before)
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0), answer)
+    disable_packing(model)
+    assert "forward" not in vars(model)
+    assert "forward" not in vars(model.transformer.h[0].self_attention)
+    assert torch.equal(model(ids).logits, before)
+    disable_packing(model)
+
+
+def test_packing_works_on_either_side_of_trls_fused_head():
+    docs = documents(LENGTHS)
+    arguments = packed(docs)
+    first, second = tiny_model("falcon-7b"), tiny_model("falcon-7b")
+    enable_packing(first)
+    add_fused_lm_head(first)
+    add_fused_lm_head(second)
+    enable_packing(second)
+    losses = [model(**arguments).loss for model in (first, second)]
+    assert_close(losses[0], losses[1])
+    labels = docs[1][None]
+    fused = [model(labels, labels=labels, fused_lm_head=True).loss for model in (first, second)]
+    assert_close(fused[0], fused[1])
+    with pytest.raises(RuntimeError, match="wrapped after enable_packing"):
+        disable_packing(first)
+
+
+def test_a_deep_copy_runs_on_its_own_weights():
+    model = tiny_model("falcon-7b")
+    enable_packing(model)
+    twin = copy.deepcopy(model)
+    arguments = packed(documents(LENGTHS))
+    before = model(**arguments).loss
+    with torch.no_grad():
+        twin.transformer.ln_f.weight.mul_(2)
+    assert torch.equal(model(**arguments).loss, before)
+    assert not torch.equal(twin(**arguments).loss, before)
+
+
+@pytest.mark.parametrize("layout", ["falcon-rw-1b", "falcon-7b", "falcon-40b"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_is_close_to_float32(layout, autocast):
+    base = tiny_model(layout, "4bit", compute_dtype="bf16")
+    plain = with_adapter(plain_float32(base))
+    model = with_adapter(base)
+    enable_packing(model)
+    docs = documents(LENGTHS)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        loss = model(**packed(docs)).loss
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert_close(loss, one_by_one(plain, docs), rtol=3e-2, atol=0)
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients(model).values())
+
+
+def test_what_packing_cannot_do_is_refused():
+    model = tiny_model("falcon-7b")
+    enable_packing(model)
+    arguments = packed(documents(LENGTHS))
+    with pytest.raises(ValueError, match="labels"):
+        model(**arguments, labels=arguments["input_ids"])
+    with pytest.raises(ValueError, match="differ"):
+        model(arguments["input_ids"][:, :-1], sequences=arguments["sequences"])
