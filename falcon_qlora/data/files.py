@@ -97,7 +97,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
                 continue
             place = f"{path}:{number}"
             try:
-                value = json.loads(line)
+                value = json.loads(line.strip())
             except json.JSONDecodeError as error:
                 raise UserError(
                     f"{place}: not valid JSON: {error.msg} at column {error.colno}; "

@@ -193,6 +193,14 @@ def test_a_corpus_has_every_row_in_order(tmp_path: Path) -> None:
     assert corpus.dataset.features["input_ids"] == datasets.List(datasets.Value("int32"))
 
 
+def test_the_first_token_of_a_document_counts_as_no_target(tmp_path: Path) -> None:
+    corpus, _ = prepare(
+        tmp_path, write(tmp_path / "a.jsonl", [{"text": "one two"}, {"text": "x" * 50}]), max_length=20
+    )
+    assert all(all(row["mask"]) for row in corpus.dataset)
+    assert corpus.target_counts.tolist() == (corpus.lengths - 1).tolist()
+
+
 def test_the_second_call_tokenizes_nothing_and_gives_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
