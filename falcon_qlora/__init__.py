@@ -28,9 +28,8 @@ def train(**settings: Any) -> Path:
         UserError: for what the user can mend.
     """
     from falcon_qlora.config import parse
-    from falcon_qlora.train import train as train_configured
+    from falcon_qlora.training import train as train_configured
 
-    globals()["train"] = train  # importing the submodule of that name has taken it
     argv: list[str] = []
     for name, value in settings.items():
         if value is None:

@@ -159,7 +159,8 @@ def finish(
     )
     if distributed.is_main_process():
         with directory.write_folder(directory.adapter) as folder:
-            model.save_pretrained(folder)
+            # Not the embeddings, which are never trained: PEFT would ask the hub whether they were.
+            model.save_pretrained(folder, save_embedding_layers=False)
             trainer.processing_class.save_pretrained(folder)
             describe_adapter(configuration, data, folder, asdict(summary))
         directory.write_summary(summary)

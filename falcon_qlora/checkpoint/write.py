@@ -39,7 +39,7 @@ def save_checkpoint(trainer: Any, checkpoints: Path) -> Path:
         partial.mkdir(parents=True)
     trainer.accelerator.wait_for_everyone()
     if main:
-        trainer.model.save_pretrained(partial)
+        trainer.model.save_pretrained(partial, save_embedding_layers=False)
         trainer.describe_adapter(partial)
     if not trainer.args.save_only_model:
         trainer._save_optimizer_and_scheduler(str(partial))

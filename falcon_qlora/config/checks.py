@@ -236,7 +236,7 @@ def _check_data(values: Values, name: Any) -> None:
         fraction = float(values["eval_split"] or "nan")
     except ValueError:
         return
-    if values["streaming"]:
+    if values["eval_split"] and values["streaming"]:
         raise UserError(
             f"{name('eval_split')}: of a stream no fraction can be held out, as it has no known end; name a file, or "
             "split:NAME of the same data"

