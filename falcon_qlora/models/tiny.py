@@ -39,13 +39,13 @@ def main(argv: list[str] | None = None) -> int:
         flags.add_argument("--out", type=Path, required=True, help="folder to write")
         flags.add_argument("--seed", type=int, default=0)
         if verb != "train":
-            flags.add_argument("--tokens", type=int, default=16_000_000, help="size of the training text")
+            flags.add_argument("--tokens", type=int, default=20_000_000, help="size of the training text")
         if verb != "corpus":
             flags.add_argument(
                 "--corpus", type=Path, required=verb == "train", help="folder that corpus wrote"
             )
             flags.add_argument("--minutes", type=float, default=60, help="stop after this long")
-            flags.add_argument("--epochs", type=float, default=40, help="stop after so many passes")
+            flags.add_argument("--epochs", type=float, default=16, help="stop after so many passes")
             flags.add_argument("--batch_tokens", type=int, default=131_072, help="tokens a step")
             flags.add_argument("--learning_rate", type=float, default=3e-3)
             flags.add_argument("--no_compile", action="store_true", help="do not compile the model")

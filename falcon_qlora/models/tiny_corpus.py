@@ -32,39 +32,60 @@ VOCABULARY = 4096
 HELD_OUT_SHARE = 1 / 50
 GENERATED_SHARE = 0.3
 
-# package -> licence of its documentation
+# module -> licence of its documentation
 SOURCES = {
     "python": "PSF-2.0",
-    "numpy": "BSD-3-Clause",
-    "scipy": "BSD-3-Clause",
-    "pandas": "BSD-3-Clause",
+    "PIL": "MIT-CMU",
+    "_pytest": "MIT",
+    "accelerate": "Apache-2.0",
+    "anyio": "MIT",
+    "bitsandbytes": "MIT",
+    "click": "BSD-3-Clause",
+    "datasets": "Apache-2.0",
+    "dill": "BSD-3-Clause",
+    "filelock": "MIT",
+    "fontTools": "MIT",
+    "fsspec": "BSD-3-Clause",
+    "httpx": "BSD-3-Clause",
+    "huggingface_hub": "Apache-2.0",
+    "jinja2": "BSD-3-Clause",
+    "matplotlib": "PSF-based (matplotlib)",
+    "mpmath": "BSD-3-Clause",
+    "mypy": "MIT",
     "networkx": "BSD-3-Clause",
+    "numpy": "BSD-3-Clause",
+    "packaging": "Apache-2.0",
+    "pandas": "BSD-3-Clause",
+    "peft": "Apache-2.0",
+    "pip": "MIT",
+    "psutil": "BSD-3-Clause",
+    "pyarrow": "Apache-2.0",
+    "pydantic": "MIT",
+    "pygments": "BSD-2-Clause",
+    "pyparsing": "MIT",
+    "rich": "MIT",
+    "scipy": "BSD-3-Clause",
+    "setuptools": "MIT",
     "sympy": "BSD-3-Clause",
     "torch": "BSD-3-Clause",
-    "matplotlib": "PSF-based (matplotlib)",
     "transformers": "Apache-2.0",
-    "datasets": "Apache-2.0",
-    "accelerate": "Apache-2.0",
-    "peft": "Apache-2.0",
     "trl": "Apache-2.0",
-    "huggingface_hub": "Apache-2.0",
-    "setuptools": "MIT",
-    "pip": "MIT",
-    "pydantic": "MIT",
-    "rich": "MIT",
-    "mypy": "MIT",
+    "typer": "MIT",
     "wandb": "MIT",
-    "fontTools": "MIT",
-    "jinja2": "BSD-3-Clause",
-    "click": "BSD-3-Clause",
-    "fsspec": "BSD-3-Clause",
 }
+# Where a module's name is not its distribution's.
+_DISTRIBUTIONS = {"PIL": "pillow", "_pytest": "pytest"}
 
+_FOREIGN = {"site-packages", "dist-packages", "test", "tests", "_vendor", "vendored", "__pycache__"}
+# Of the headers that packages ship, those that are their own.
+_OWN_HEADERS = {"ATen", "c10", "caffe2", "torch", "arrow", "parquet"}
 _NOTICE = re.compile(
     r"copyright|licen[sc]ed under|all rights reserved|warrant|http://www.apache|automatically generated",
     re.IGNORECASE,
 )
 _COMMENT_BLOCK = re.compile(r"(?:^[ \t]*#(?!!)[^\n]*\n){3,}", re.MULTILINE)
+_C_COMMENT_BLOCK = re.compile(r"(?:^[ \t]*//[^\n]*\n){2,}|/\*.*?\*/", re.MULTILINE | re.DOTALL)
+_C_COMMENT_MARK = re.compile(r"^[ \t]*(?://[/!]?<?|/\*[*!]?|\*/|\*) ?|\*/[ \t]*$", re.MULTILINE)
 
 
 def gather(folder: Path, *, tokens: int, seed: int) -> None:
@@ -163,19 +184,21 @@ def _where(name: str) -> tuple[Path | None, str]:
     found = importlib.util.find_spec(name)
     if found is None or not found.submodule_search_locations:
         return None, ""
-    return Path(found.submodule_search_locations[0]), importlib.metadata.version(name)
+    return Path(found.submodule_search_locations[0]), importlib.metadata.version(
+        _DISTRIBUTIONS.get(name, name)
+    )
 
 
 def _prose(path: Path, root: Path, seen: set[bytes]) -> str:
     """The prose of one file: paragraphs that no earlier file had and that are mostly words."""
     inside = path.relative_to(root).parts
-    if {"site-packages", "dist-packages", "test", "tests", "_vendor", "__pycache__"} & set(inside):
+    if path.suffix == ".h" and not (inside[0] == "include" and inside[1] in _OWN_HEADERS):
         return ""
-    if path.suffix not in {".py", ".md", ".rst"} or _NOTICE.search(path.name) or not path.is_file():
+    if _FOREIGN & set(inside) or _NOTICE.search(path.name) or not path.is_file():
         return ""
     try:
-        source = path.read_text(encoding="utf-8")
-        pieces = _docstrings(source) if path.suffix == ".py" else [source]
+        source = path.read_text(encoding="utf-8") if path.suffix in _SUFFIXES else ""
+        pieces = _pieces(source, path.suffix)
     except (SyntaxError, ValueError, RecursionError):
         return ""
     kept = []
@@ -192,13 +215,25 @@ def _prose(path: Path, root: Path, seen: set[bytes]) -> str:
 def _reads_like_prose(paragraph: str) -> bool:
     words = sum(character.isalpha() or character in " \n" for character in paragraph)
     return (
-        words > 0.8 * len(paragraph)
+        words > 0.75 * len(paragraph)
         and paragraph.isascii()
         and END_OF_TEXT not in paragraph
         and not _NOTICE.search(paragraph)
         and ">>>" not in paragraph
-        and paragraph.count(" ") > len(paragraph) / 16
+        and paragraph.count(" ") > len(paragraph) / 18
     )
+
+
+_SUFFIXES = {".py", ".pyi", ".md", ".rst", ".h"}
+
+
+def _pieces(source: str, suffix: str) -> list[str]:
+    """What a file of this kind says in words."""
+    if suffix in (".py", ".pyi"):
+        return _docstrings(source)
+    if suffix == ".h":
+        return [_C_COMMENT_MARK.sub("", block) for block in _C_COMMENT_BLOCK.findall(source)]
+    return [source]
 
 
 def _docstrings(source: str) -> list[str]:
