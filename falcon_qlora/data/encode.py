@@ -1,8 +1,8 @@
-"""From a row's segments to documents: token ids, which of them are targets, and no document too long.
+"""Rendered rows become token ids and a mask of the tokens that count for the loss.
 
-The tokens are those of the whole text, not of the segments apart: only an end token, which is appended as an
-id, separates what is tokenized together. A token is a target where it starts inside an answer; one that
-begins in the prompt and reaches into the answer is not.
+The tokens are those of the text, prompts and answers tokenized apart from each other: when the model is asked,
+its prompt ends there too. A token is a target if it starts in an answer. The end token is an id of its own after
+every answer, not text.
 """
 
 from __future__ import annotations
@@ -92,10 +92,8 @@ class Encoder:
 
     def documents(self, rows: Sequence[list[Segment]]) -> list[list[Document]]:
         """The documents of each row, in order: at least one for every row."""
-        texts: list[str] = []
-        for row in rows:
-            texts.extend("".join(segment.text for segment in piece) for piece in self._pieces(row))
-        encoded = iter(self._tokenize(texts))
+        pieces = [piece for row in rows for piece in self._pieces(row)]
+        encoded = iter(self._encode(pieces))
         result = []
         for row in rows:
             ids, mask = self._assemble(row, [next(encoded) for _ in self._pieces(row)])
@@ -110,6 +108,25 @@ class Encoder:
             if segment.end and self.append_end_token and number < len(row):
                 pieces.append([])
         return pieces
+
+    def _encode(self, pieces: list[list[Segment]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Ids and the characters at which the tokens start, int ``[tokens]`` each, of every piece.
+
+        What precedes an answer is tokenized apart from it, as it is when the model is asked: no token spans
+        the two.
+        """
+        parts = [_cut_before_answers(piece) for piece in pieces]
+        encoded = iter(self._tokenize([text for part in parts for text in part]))
+        result = []
+        for part in parts:
+            ids, starts, offset = [], [], 0
+            for text in part:
+                part_ids, part_starts = next(encoded)
+                ids.append(part_ids)
+                starts.append(part_starts + offset)
+                offset += len(text)
+            result.append((np.concatenate(ids), np.concatenate(starts)))
+        return result
 
     def _tokenize(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Ids and the characters at which the tokens start, int ``[tokens]`` each, of every text."""
@@ -179,6 +196,16 @@ class Encoder:
 
 def _none(status: Status, change: Change = Change.NONE, content: int = 0) -> Document:
     return Document(np.zeros(0, np.int32), np.zeros(0, np.int8), status, change, content)
+
+
+def _cut_before_answers(piece: list[Segment]) -> list[str]:
+    texts, train_before = [""], True
+    for segment in piece:
+        if segment.train and not train_before:
+            texts.append("")
+        texts[-1] += segment.text
+        train_before = segment.train
+    return texts
 
 
 def _mask(piece: list[Segment], starts: np.ndarray) -> np.ndarray:
