@@ -85,6 +85,11 @@ class Trackers:
         self._wandb_run: Any = None
         self._wandb_ours = False
 
+    @property
+    def written(self) -> tuple[str, ...]:
+        """Names of what `start` has written in the run directory."""
+        return ("wandb", "trackers.json") if self._wandb_run is not None else ()
+
     def start(
         self,
         *,
@@ -129,19 +134,21 @@ class Trackers:
         if run is None:
             return
         try:
+            import wandb
+
             run.summary.update(plain(summary or {}))
             if adapter is not None and os.environ.get("WANDB_LOG_MODEL", "false").lower() in (
                 "true",
                 "end",
                 "checkpoint",
             ):
-                import wandb
-
                 artifact = wandb.Artifact(name=f"adapter-{run.id}", type="model")
                 artifact.add_dir(str(adapter))
                 run.log_artifact(artifact)
             if self._wandb_ours:
                 run.finish(exit_code=exit_status)
+                # Waits for W&B's own process, which writes the last of a run after it is finished.
+                wandb.teardown()
         except Exception as error:
             note(f"W&B could not close the run ({_short(error)}); nothing of the training is lost")
 
