@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from falcon_qlora import distributed, run_directory
+from falcon_qlora import distributed
 from falcon_qlora.config import Configuration
 from falcon_qlora.data.batches import DocumentReader, StreamingSteps, TrainingSteps
 from falcon_qlora.data.plan import Plan
@@ -51,34 +51,6 @@ class TrainingData:
     template: str
     efficiency: float | None = None
     notes: list[str] = field(default_factory=list)
-
-
-def choose_folder(configuration: Configuration) -> str:
-    """The run directory's path; on the main process only."""
-    run, model = configuration.run, configuration.model
-    settings = f"{model.quantize_mode}-lora{configuration.lora.lora_r}"
-    path = run_directory.choose(
-        run.output_dir,
-        model=model.model_name_or_path,
-        settings=settings,
-        resume=True if run.resume == "latest" else (run.resume or False),
-        overwrite=run.overwrite,
-        restarted=distributed.restart_count() > 0,
-    )
-    return str(path)
-
-
-def checkpoint_to_resume(configuration: Configuration, directory: RunDirectory) -> str | None:
-    """The checkpoint to go on from, or None for a run from the start."""
-    resume = configuration.run.resume
-    if resume and resume != "latest" and Path(resume).parent.name == "checkpoints":
-        return resume
-    if not resume and not distributed.restart_count():
-        return None
-    latest = distributed.from_main_process(directory.latest_checkpoint)
-    if latest is None and resume:
-        raise UserError(f"--resume: {directory} holds no checkpoint yet; start it again with --overwrite")
-    return str(latest) if latest is not None else None
 
 
 def load_tokenizer(configuration: Configuration) -> Any:
@@ -257,30 +229,17 @@ def global_batch(configuration: Configuration) -> int:
 
 def model_with_adapter(configuration: Configuration, tokenizer: Any) -> Any:
     """The quantized replica on this process's device, with LoRA on top, ready for packed documents."""
-    import torch
-
     from falcon_qlora.methods.lora import attach_lora
     from falcon_qlora.models.checkpoints import open_checkpoint
-    from falcon_qlora.models.falcon import LINEARS, lora_parameter_count
     from falcon_qlora.models.forward import enable_packing
     from falcon_qlora.models.load import load_model
-    from falcon_qlora.models.sizes import check_fits
     from falcon_qlora.models.tokenizer import check_vocabulary
 
     settings, lora = configuration.model, configuration.lora
-    checkpoint = distributed.main_process_first(
+    # Downloads what is missing.
+    distributed.main_process_first(
         lambda: open_checkpoint(settings.model_name_or_path, revision=settings.model_revision)
     )
-    device = distributed.local_device()
-    if device.type == "cuda":
-        targets = lora.lora_target_modules or LINEARS
-        check_fits(
-            checkpoint.config,
-            settings.quantize_mode,
-            trainable=lora_parameter_count(checkpoint.config, r=lora.lora_r, target_modules=targets),
-            free_bytes=torch.cuda.mem_get_info(device)[0],
-            double_quantization=settings.double_quantization,
-        )
     model = load_model(
         settings.model_name_or_path,
         quantize_mode=settings.quantize_mode,
@@ -305,20 +264,6 @@ def model_with_adapter(configuration: Configuration, tokenizer: Any) -> Any:
     return model
 
 
-def start_trackers(configuration: Configuration, directory: RunDirectory, *, resume: bool) -> Trackers:
-    """The trackers a user asked for, open, on the main process; none on the others."""
-    from falcon_qlora import tracking
-
-    trackers = tracking.choose(configuration.run.report_to)
-    trackers.start(
-        directory=directory,
-        config=configuration.resolved(),
-        run_name=configuration.trainer.get("run_name"),
-        resume=resume,
-    )
-    return trackers
-
-
 def sample_prompts(
     configuration: Configuration, data: TrainingData, tokenizer: Any
 ) -> list[tuple[str, list[int]]]:
@@ -338,7 +283,9 @@ def sample_prompts(
         ]
     if data.held_out is None:
         return []
-    rows = data.held_out.dataset.select(range(min(len(data.held_out.lengths), configuration.run.generate_samples)))
+    rows = data.held_out.dataset.select(
+        range(min(len(data.held_out.lengths), configuration.run.generate_samples))
+    )
     asked = []
     for row in rows:
         first_target = next((place for place, target in enumerate(row["mask"]) if target and place), 1)
@@ -406,7 +353,9 @@ def build_trainer(
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=run.early_stopping))
     if run.generate_samples:
         prompts = sample_prompts(configuration, data, tokenizer)
-        callbacks.append(SampleAnswers(prompts[: run.generate_samples], tokenizer, directory.path / "samples.jsonl"))
+        callbacks.append(
+            SampleAnswers(prompts[: run.generate_samples], tokenizer, directory.path / "samples.jsonl")
+        )
     return FalconTrainer(
         model,
         trainer_arguments(training, total_steps=data.total_steps),

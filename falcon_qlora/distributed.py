@@ -7,6 +7,7 @@ timeout however long one process downloads or tokenizes.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import os
@@ -24,6 +25,7 @@ from falcon_qlora.errors import EXIT_BUG, EXIT_USER_ERROR, UserError
 T = TypeVar("T")
 
 _WAIT_LIMIT = datetime.timedelta(days=7)
+_REPORT_LIMIT = datetime.timedelta(seconds=10)
 
 
 def process_index() -> int:
@@ -119,15 +121,28 @@ def from_main_process(make: Callable[[], T]) -> T:
         try:
             result = make()
         except BaseException as error:
-            store.set(key, pickle.dumps((_status_of(error), None)))
+            store.set(key, pickle.dumps((_status_of(error), None)))  # type: ignore[arg-type]
             raise
-        store.set(key, pickle.dumps((0, result)))
+        store.set(key, pickle.dumps((0, result)))  # type: ignore[arg-type]
         return result
     store.wait([key], _WAIT_LIMIT)
     status, result = pickle.loads(store.get(key))
     if status:
         raise PeerError(status)
     return result
+
+
+def wait_for_all() -> None:
+    """Return once every process has come here."""
+    global _sequence
+    if world_size() == 1 or not dist.is_initialized():
+        return
+    _sequence += 1
+    key = f"falcon_qlora/all/{restart_count()}/{_sequence}"
+    store = _store()
+    if store.add(f"{key}/arrived", 1) == world_size():
+        store.set(key, "")
+    store.wait([key], _WAIT_LIMIT)
 
 
 def gather_objects(mine: T) -> list[T]:
@@ -177,16 +192,15 @@ def exit_status(work: Callable[[], object]) -> int:
     try:
         work()
     except PeerError as error:
+        _report(None)
         return error.exit_status
     except KeyboardInterrupt:
         return 130
     except UserError as error:
-        if _first_to_report():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        _report(f"error: {error}\n")
         return EXIT_USER_ERROR
     except Exception:
-        if _first_to_report():
-            traceback.print_exc()
+        _report(traceback.format_exc())
         return EXIT_BUG
     return 0
 
@@ -206,15 +220,29 @@ def _status_of(error: BaseException) -> int:
     return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_BUG
 
 
-def _first_to_report() -> bool:
-    if world_size() == 1:
-        return True
-    if not dist.is_initialized():
-        return is_main_process()
-    try:
-        return _store().add(f"falcon_qlora/reported/{restart_count()}", 1) == 1
-    except RuntimeError:  # the store went with the agent
-        return is_main_process()
+def _report(message: str | None) -> None:
+    """Print `message`, if no process has printed one yet; return once it is printed.
+
+    A process that left earlier would have torchrun's agent end the others, the one that prints among them.
+    It goes by a connection of its own to the agent's store: there may be no process group yet.
+
+    Args:
+        message: None where another process has one.
+    """
+    key = f"falcon_qlora/reported/{restart_count()}"
+    store = None
+    if world_size() > 1:
+        with contextlib.suppress(RuntimeError, KeyError):
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(address, port, is_master=False, timeout=_REPORT_LIMIT)
+    alone = store is None and is_main_process()
+    if message is not None and (alone or (store is not None and store.add(key, 1) == 1)):
+        print(message, end="", file=sys.stderr, flush=True)
+        if store is not None:
+            store.set(f"{key}/printed", "")
+    elif store is not None:
+        with contextlib.suppress(RuntimeError):
+            store.wait([f"{key}/printed"], _REPORT_LIMIT)
 
 
 def _store() -> dist.Store:

@@ -22,17 +22,20 @@ from falcon_qlora.models.quantize import is_quantized_linear
 from falcon_qlora.models.sizes import GIB, weight_bytes
 from falcon_qlora.run_directory import RunDirectory, Summary
 from falcon_qlora.terminal import StartSummary
+from falcon_qlora.tracking import Trackers
 from falcon_qlora.trainer import FalconTrainer, peak_memory_gib
 
 ADAPTER_RECORD = "falcon_qlora.json"
 
 
-def write_start(configuration: Configuration, directory: RunDirectory, data: TrainingData) -> None:
+def write_start(
+    configuration: Configuration, directory: RunDirectory, data: TrainingData, trackers: Trackers
+) -> None:
     """Write the configuration, the environment and the data's record; on the main process."""
     if not distributed.is_main_process():
         return
     if configuration.run.overwrite:
-        directory.clear()
+        directory.clear(keep=trackers.written)
     directory.write_config(configuration.resolved())
     directory.write_environment(collect_environment(world_size=distributed.world_size()))
     directory.write_data(data.record)
@@ -140,7 +143,9 @@ def finish(
     peak = max(distributed.gather_objects(peak_memory_gib()))
     losses = [line["loss"] for line in directory.read_metrics() if "loss" in line]
     evaluations = [
-        (line["eval_loss"], line["step"]) for line in directory.read_metrics() if line.get("eval_loss") is not None
+        (line["eval_loss"], line["step"])
+        for line in directory.read_metrics()
+        if line.get("eval_loss") is not None
     ]
     best = min(evaluations, default=(None, None))
     totals = trainer.meter.total()
@@ -196,5 +201,7 @@ def _quantization(configuration: Configuration, model: Any) -> str:
 
 def _notes(configuration: Configuration) -> list[str]:
     if configuration.model.model_name_or_path.startswith("random:"):
-        return ["the base model's weights are random: speed and memory are real, losses and answers mean nothing"]
+        return [
+            "the base model's weights are random: speed and memory are real, losses and answers mean nothing"
+        ]
     return []

@@ -25,7 +25,7 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -143,19 +143,23 @@ class RunDirectory:
         names = (*order, *(name for name in (*_FILES, *_FOLDERS) if name not in order))
         return [self.path / name for name in names if (self.path / name).exists()]
 
-    def clear(self) -> None:
+    def clear(self, *, keep: Collection[str] = ()) -> None:
         """Remove an earlier run's files, and nothing else that lies in the folder.
 
         For `--overwrite`: call it when the new run is sure to start, so that a bad flag costs nothing.
+
+        Args:
+            keep: names of files and folders that stay, as the new run writes there already.
         """
-        for name in _FILES:
+        for name in set(_FILES) - set(keep):
             (self.path / name).unlink(missing_ok=True)
-        for name in _FOLDERS:
+        for name in set(_FOLDERS) - set(keep):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     def remove_if_empty(self) -> None:
-        """Remove the folder if nothing but the launcher's mark is in it: the run never started."""
-        if self.path.is_dir() and {entry.name for entry in self.path.iterdir()} <= {_LAUNCHER}:
+        """Remove the folder of a run that never started: only its marks and its trackers' files are there."""
+        marks = {_LAUNCHER, self.trackers_file.name, "wandb"}
+        if self.path.is_dir() and {entry.name for entry in self.path.iterdir()} <= marks:
             shutil.rmtree(self.path, ignore_errors=True)
 
     # Records
@@ -283,18 +287,21 @@ def choose(
     resume: bool | str | Path = False,
     overwrite: bool = False,
     restarted: bool = False,
+    make: bool = True,
     root: Path = RUNS,
     now: datetime.datetime | None = None,
 ) -> Path:
     """Decide where a run writes. The main process calls it, and the others are told.
 
     Args:
-        output_dir: The folder the user named; None for a fresh one under `root`, which is made at once.
+        output_dir: The folder the user named; None for a fresh one under `root`.
         model: What is trained; the last part of a path or hub id goes into the fresh folder's name.
         settings: A few words that tell runs of one model apart, such as ``4bit-lora64``.
         resume: ``--resume``: True for the run in `output_dir`, or a run directory or one of its checkpoints.
         overwrite: ``--overwrite``: `output_dir` may hold a run; RunDirectory.clear removes it later.
         restarted: torchrun has restarted this group of processes: what they wrote before is theirs.
+        make: Make the folder. Else it is only checked that it could be, and the name of a fresh one may still
+            be taken by another run.
         root: Where fresh folders are made.
         now: The time in a fresh folder's name.
 
@@ -310,7 +317,7 @@ def choose(
             newest = _newest(root)
             hint = f", for example --resume {newest}" if newest else ""
             raise UserError(f"--resume: which run? Name its folder with --output_dir or --resume PATH{hint}")
-        return _fresh(root, model, settings, restarted, now or datetime.datetime.now())
+        return _fresh(root, model, settings, restarted, make, now or datetime.datetime.now())
     path = Path(output_dir)
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path}: this is a file; name a folder")
@@ -320,15 +327,24 @@ def choose(
             "(--overwrite), or name another folder"
         )
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        if make:
+            path.mkdir(parents=True, exist_ok=True)
+        _try_to_write(path)
     except OSError as error:
         raise UserError(f"--output_dir {path}: cannot write there ({error.strerror})") from error
     return path
 
 
-def _fresh(root: Path, model: str, settings: str, restarted: bool, now: datetime.datetime) -> Path:
+def _try_to_write(path: Path) -> None:
+    """Raise an OSError if `path`, or where it would be made, cannot be written."""
+    folder = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def _fresh(
+    root: Path, model: str, settings: str, restarted: bool, make: bool, now: datetime.datetime
+) -> Path:
     # The agent of torchrun, this process's parent, outlives its restarts: by it a restarted run finds the
     # folder it was given the first time.
     launcher = f"{socket.gethostname()} {os.getppid()}"
@@ -341,6 +357,9 @@ def _fresh(root: Path, model: str, settings: str, restarted: bool, now: datetime
     for attempt in range(1, 1000):
         path = root / (name if attempt == 1 else f"{name}-{attempt}")
         try:
+            if not make:
+                _try_to_write(path)
+                return path
             path.mkdir(parents=True)
         except FileExistsError:
             continue

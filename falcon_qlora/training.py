@@ -18,26 +18,29 @@ def train(configuration: Configuration) -> Path:
     Raises:
         UserError: for what the user can mend, before anything is computed where that can be known.
     """
-    from falcon_qlora import assembly, record, terminal
-    from falcon_qlora.run_directory import RunDirectory
+    from falcon_qlora import assembly, preflight, record, terminal
 
     assert configuration.training is not None  # built here: it starts the process group
-    directory = RunDirectory(distributed.from_main_process(lambda: assembly.choose_folder(configuration)))
-    checkpoint = assembly.checkpoint_to_resume(configuration, directory)
-    trackers = assembly.start_trackers(configuration, directory, resume=checkpoint is not None)
+    directory = preflight.find_folder(configuration)
+    checkpoint = preflight.checkpoint_to_resume(configuration, directory)
+    trackers = preflight.choose_trackers(configuration)
+    preflight.check_model(configuration)
     tokenizer = assembly.load_tokenizer(configuration)
     data = assembly.training_data(configuration, tokenizer)
     model = assembly.model_with_adapter(configuration, tokenizer)
-    record.write_start(configuration, directory, data)
-    trainer = assembly.build_trainer(
-        configuration,
-        directory,
-        tokenizer=tokenizer,
-        data=data,
-        model=model,
-        trackers=trackers,
-        describe_adapter=functools.partial(record.describe_adapter, configuration, data),
-    )
+    distributed.wait_for_all()  # nothing is written before every process has come so far
+    with preflight.run_folder(configuration) as directory:
+        trainer = assembly.build_trainer(
+            configuration,
+            directory,
+            tokenizer=tokenizer,
+            data=data,
+            model=model,
+            trackers=trackers,
+            describe_adapter=functools.partial(record.describe_adapter, configuration, data),
+        )
+        preflight.start_trackers(configuration, directory, trackers, resume=checkpoint is not None)
+        record.write_start(configuration, directory, data, trackers)
     terminal.print_start(
         record.start_summary(configuration, directory, data, model, trackers.lines, checkpoint)
     )

@@ -1,0 +1,126 @@
+"""What is refused before anything large is read, and what is opened only when a run is sure to start.
+
+A run that is refused leaves no folder and takes nothing from one that is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from falcon_qlora import distributed, run_directory
+from falcon_qlora.config import Configuration
+from falcon_qlora.errors import UserError
+from falcon_qlora.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from falcon_qlora.tracking import Trackers
+
+
+def find_folder(configuration: Configuration) -> RunDirectory:
+    """Where the run would write, which nothing must speak against; a folder that is not there is not made."""
+    return RunDirectory(distributed.from_main_process(lambda: _choose_folder(configuration, make=False)))
+
+
+@contextlib.contextmanager
+def run_folder(configuration: Configuration) -> Iterator[RunDirectory]:
+    """The run directory, made for the run that starts in the block; removed again if it does not start."""
+    directory = RunDirectory(distributed.from_main_process(lambda: _choose_folder(configuration, make=True)))
+    try:
+        yield directory
+    except BaseException:
+        if distributed.is_main_process():
+            directory.remove_if_empty()
+        raise
+
+
+def _choose_folder(configuration: Configuration, *, make: bool) -> str:
+    run, model = configuration.run, configuration.model
+    settings = f"{model.quantize_mode}-lora{configuration.lora.lora_r}"
+    path = run_directory.choose(
+        run.output_dir,
+        model=model.model_name_or_path,
+        settings=settings,
+        resume=True if run.resume == "latest" else (run.resume or False),
+        overwrite=run.overwrite,
+        restarted=distributed.restart_count() > 0,
+        make=make,
+    )
+    return str(path)
+
+
+def checkpoint_to_resume(configuration: Configuration, directory: RunDirectory) -> str | None:
+    """The checkpoint to go on from, or None for a run from the start."""
+    resume = configuration.run.resume
+    if resume and resume != "latest" and Path(resume).parent.name == "checkpoints":
+        return resume
+    if not resume and not distributed.restart_count():
+        return None
+    latest = distributed.from_main_process(directory.latest_checkpoint)
+    if latest is None and resume:
+        raise UserError(f"--resume: {directory} holds no checkpoint yet; start it again with --overwrite")
+    return str(latest) if latest is not None else None
+
+
+def check_model(configuration: Configuration) -> None:
+    """Refuse a model that is no classic Falcon or exceeds the GPU, before its weights are downloaded.
+
+    Raises:
+        UserError: also if there is no such model, or the hub cannot be reached.
+    """
+    import torch
+
+    from falcon_qlora.models.falcon import LINEARS, lora_parameter_count
+    from falcon_qlora.models.sizes import check_fits
+
+    settings, lora = configuration.model, configuration.lora
+    config = distributed.from_main_process(lambda: _read_config(configuration))
+    device = distributed.local_device()
+    if device.type != "cuda":
+        return
+    trainable = lora_parameter_count(
+        config, r=lora.lora_r, target_modules=lora.lora_target_modules or LINEARS
+    )
+    check_fits(
+        config,
+        settings.quantize_mode,
+        trainable=trainable,
+        free_bytes=torch.cuda.mem_get_info(device)[0],
+        double_quantization=settings.double_quantization,
+    )
+
+
+def _read_config(configuration: Configuration) -> Any:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HTTPError
+
+    from falcon_qlora.models.checkpoints import is_on_hub, open_checkpoint, read_folder_config
+
+    name, revision = configuration.model.model_name_or_path, configuration.model.model_revision
+    if is_on_hub(name):
+        # Where this fails, so does looking for the whole model, which says why.
+        with contextlib.suppress(HTTPError, OSError):
+            file = Path(hf_hub_download(name, "config.json", revision=revision))
+            return read_folder_config(file.parent, source=name)
+    return open_checkpoint(name, revision=revision).config
+
+
+def choose_trackers(configuration: Configuration) -> Trackers:
+    """The trackers a user asked for, checked, on the main process; none on the others."""
+    from falcon_qlora import tracking
+
+    return tracking.choose(configuration.run.report_to)
+
+
+def start_trackers(
+    configuration: Configuration, directory: RunDirectory, trackers: Trackers, *, resume: bool
+) -> None:
+    """Open the run at each tracker."""
+    trackers.start(
+        directory=directory,
+        config=configuration.resolved(),
+        run_name=configuration.trainer.get("run_name"),
+        resume=resume,
+    )
