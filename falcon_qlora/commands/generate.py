@@ -155,18 +155,23 @@ class _Speaker:
 def prompt_ids(template: Template, turns: list[Turn], tokenizer: Any) -> list[int]:
     """Token ids of a conversation up to where the next answer begins.
 
-    As in training, an end token follows every answer before it, and separates what is tokenized together.
+    As in training, an end token follows every answer before it, and answers are tokenized apart from what
+    precedes them.
     """
     text = template.prompt(turns)
     ids: list[int] = []
     start = end = 0
     for segment in template.segments(turns):
-        end += len(segment.text)
         if segment.end:
-            ids += tokenizer(text[start:end], add_special_tokens=False)["input_ids"]
+            ids += _encode(tokenizer, text[start:end]) + _encode(tokenizer, segment.text)
             ids.append(tokenizer.eos_token_id)
-            start = end
-    ids += tokenizer(text[start:], add_special_tokens=False)["input_ids"]
+            start = end + len(segment.text)
+        end += len(segment.text)
+    return ids + _encode(tokenizer, text[start:])
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
 
