@@ -69,6 +69,8 @@ class ProgressCallback(TrainerCallback):
             self._counter(), total=self._last_step, completed=self._step, numbers=""
         )
         self._progress.start()
+        # Rich hides the cursor until the bar stops, which a process that is killed never comes to.
+        console().show_cursor(True)
         # A traceback must not be drawn over.
         atexit.register(self.close)
 
