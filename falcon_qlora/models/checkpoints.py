@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from falcon_qlora.errors import UserError, nearest
 from falcon_qlora.models.falcon import PRESETS, preset_config, read_config
 
 RANDOM = "random:"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class Checkpoint(Protocol):
@@ -57,15 +59,28 @@ def find_folder(model_name_or_path: str, *, revision: str | None = None) -> Path
     Raises:
         UserError: if there is none.
     """
-    packaged = packaged_folder(model_name_or_path)
-    if packaged is not None:
-        return packaged
-    local = Path(model_name_or_path).expanduser()
-    if local.is_dir():
-        return local
-    from falcon_qlora.models.hub import fetch_model
+    if is_on_hub(model_name_or_path):
+        from falcon_qlora.models.hub import fetch_model
 
-    return fetch_model(model_name_or_path, revision=revision)
+        return fetch_model(model_name_or_path, revision=revision)
+    return packaged_folder(model_name_or_path) or Path(model_name_or_path).expanduser()
+
+
+def is_on_hub(model_name_or_path: str) -> bool:
+    """Whether a name is neither packaged nor random nor a folder here, so can only be a hub id.
+
+    Raises:
+        UserError: if it cannot be one.
+    """
+    if model_name_or_path.startswith(RANDOM) or packaged_folder(model_name_or_path) is not None:
+        return False
+    if Path(model_name_or_path).expanduser().is_dir():
+        return False
+    if not _HUB_ID.fullmatch(model_name_or_path) or model_name_or_path.startswith("."):
+        raise UserError(
+            f"There is no folder {model_name_or_path!r}, and a hub id would look like tiiuae/falcon-7b."
+        )
+    return True
 
 
 def packaged_folder(model_name_or_path: str) -> Path | None:
@@ -105,7 +120,8 @@ class RandomCheckpoint:
         self, model: FalconForCausalLM, device: torch.device, dtype: torch.dtype
     ) -> Iterator[tuple[str, Tensor]]:
         generator = torch.Generator(device).manual_seed(self.seed)
-        for name, parameter in model.named_parameters():
+        # A list: the parameters are replaced as they come.
+        for name, parameter in list(model.named_parameters()):
             if name == "lm_head.weight" and self.config.tie_word_embeddings:
                 continue
             module, _, leaf = name.rpartition(".")

@@ -11,7 +11,6 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HTTPError,
-    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -20,21 +19,26 @@ from falcon_qlora.errors import UserError
 
 GIB = 2**30
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SIDE_FILES = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
     r"|merges\.txt|chat_template\.jinja"
 )
 _SAFETENSORS = re.compile(r"model.*\.safetensors(\.index\.json)?")
+_NO_DATA = re.compile(r"(^|/)\.git|\.(md|py|ipynb|png|jpe?g|svg)$|^dataset_infos\.json$")
 _TORCH_FILES = re.compile(r"pytorch_model.*\.bin(\.index\.json)?")
+
+
+class Unreachable(UserError):
+    """The hub does not answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Download:
-    """The files of a hub model that loading it needs.
+    """The files of a hub repository that are needed.
 
     Attributes:
         repository: its id.
+        kind: ``model`` or ``dataset``.
         revision: branch, tag or commit; None for the main branch.
         files: names of the files.
         total_bytes: of all of them.
@@ -44,6 +48,7 @@ class Download:
     """
 
     repository: str
+    kind: str
     revision: str | None
     files: tuple[str, ...]
     total_bytes: int
@@ -51,18 +56,21 @@ class Download:
     free_bytes: int
     cache: Path
 
-    def check_disk(self) -> None:
+    def check_disk(self, *, copies: int = 1) -> None:
         """Refuse a download that the disk cannot take.
+
+        Args:
+            copies: how often the bytes will lie on the disk, in one form or another.
 
         Raises:
             UserError: saying by how much.
         """
-        if self.missing_bytes > self.free_bytes:
-            short = (self.missing_bytes - self.free_bytes) / GIB
+        needed = copies * self.missing_bytes
+        if needed > self.free_bytes:
             raise UserError(
-                f"{self.repository} needs {self.missing_bytes / GIB:.1f} GiB more in {self.cache}, where "
-                f"{self.free_bytes / GIB:.1f} GiB are free: {short:.1f} GiB too little. Free some, or set "
-                "HF_HOME to a folder on a larger disk."
+                f"{self.repository} needs {needed / GIB:.1f} GiB more in {self.cache}, where "
+                f"{self.free_bytes / GIB:.1f} GiB are free: {(needed - self.free_bytes) / GIB:.1f} GiB too "
+                "little. Free some, or set HF_HOME to a folder on a larger disk."
             )
 
 
@@ -76,16 +84,11 @@ def fetch_model(repository: str, *, revision: str | None = None) -> Path:
         UserError: if the model does not exist, may not be read, is no classic Falcon, does not fit on the
             disk, or is neither in the cache nor to be had.
     """
-    check_hub_id(repository)
-    if constants.HF_HUB_OFFLINE:
-        return _cached_model(repository, revision, "HF_HUB_OFFLINE is set")
     try:
-        download = plan_download(repository, revision=revision)
-    except _Unreachable as error:
-        return _cached_model(repository, revision, f"the hub cannot be reached ({error})")
-    if download.missing_bytes:
-        _check_kind(repository, revision)
-        download.check_disk()
+        download = plan_model(repository, revision=revision)
+    except Unreachable as error:
+        return _cached_model(repository, revision, str(error))
+    download.check_disk()
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(download.files)))
     except (HTTPError, OSError) as error:
@@ -95,37 +98,96 @@ def fetch_model(repository: str, *, revision: str | None = None) -> Path:
         ) from None
 
 
-def plan_download(repository: str, *, revision: str | None = None) -> Download:
-    """Ask the hub which files loading a model needs and how large they are.
+def fetch_tokenizer(repository: str, *, revision: str | None = None) -> Path:
+    """Download a hub model's small files, its tokenizer's among them, and return their folder.
 
     Raises:
-        UserError: if the model does not exist or may not be read.
+        UserError: as `fetch_model`.
     """
     try:
-        info = HfApi().model_info(repository, revision=revision, files_metadata=True)
+        sizes, _ = _sizes(repository, "model", revision)
+        files = [name for name in sizes if _SIDE_FILES.fullmatch(name)]
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
+    except Unreachable as error:
+        why = str(error)
+    except (HTTPError, OSError) as error:
+        why = f"the hub cannot be reached ({_first_line(error)})"
+    try:
+        folder = snapshot_download(
+            repository, revision=revision, allow_patterns=["tokenizer.json"], local_files_only=True
+        )
+    except (HTTPError, OSError):
+        raise UserError(_not_cached(f"The tokenizer of {repository} is not in the cache", why)) from None
+    return Path(folder)
+
+
+def plan_model(repository: str, *, revision: str | None = None) -> Download:
+    """Ask the hub which files loading a model needs, how large they are, and whether it is a classic Falcon.
+
+    Raises:
+        UserError: if the model does not exist, may not be read, or is no classic Falcon.
+        Unreachable: if the hub does not answer.
+    """
+    sizes, commit = _sizes(repository, "model", revision)
+    files = wanted_files(list(sizes), repository)
+    download = _download(repository, "model", revision, {name: sizes[name] for name in files}, commit)
+    if download.missing_bytes:
+        _check_kind(repository, revision)
+    return download
+
+
+def plan_dataset(repository: str, *, config: str | None = None) -> Download:
+    """Ask the hub how large a data set's files are; an upper bound where it has several configurations.
+
+    Raises:
+        UserError: if it does not exist or may not be read.
+        Unreachable: if the hub does not answer.
+    """
+    sizes, commit = _sizes(repository, "dataset", None)
+    data = {name: size for name, size in sizes.items() if not _NO_DATA.search(name)}
+    named = {name: size for name, size in data.items() if config is not None and config in Path(name).parts}
+    return _download(repository, "dataset", None, named or data, commit)
+
+
+def _sizes(repository: str, kind: str, revision: str | None) -> tuple[dict[str, int], str | None]:
+    """Bytes of each file of a repository, and its commit."""
+    if constants.HF_HUB_OFFLINE:
+        raise Unreachable("HF_HUB_OFFLINE is set")
+    try:
+        ask = HfApi().dataset_info if kind == "dataset" else HfApi().model_info
+        info = ask(repository, revision=revision, files_metadata=True)
     except GatedRepoError:
+        page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repository}"
         raise UserError(
-            f"{repository} is gated: accept its terms on https://huggingface.co/{repository}, then log in "
-            "with `hf auth login`."
+            f"{repository} is gated: accept its terms on {page}, then log in with `hf auth login`."
         ) from None
     except RevisionNotFoundError:
         raise UserError(f"{repository} has no revision {revision!r}.") from None
     except RepositoryNotFoundError:
         raise UserError(
-            f"There is no model {repository!r}: no such folder here, and none on the hub that you can see."
+            f"There is no {kind} {repository!r}: no such folder here, and none on the hub that you can see."
         ) from None
     except (HTTPError, OSError) as error:
-        raise _Unreachable(_first_line(error)) from error
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-    files = wanted_files(list(sizes), repository)
-    missing = [name for name in files if not _is_cached(repository, name, info.sha)]
+        raise Unreachable(f"the hub cannot be reached ({_first_line(error)})") from error
+    return {file.rfilename: file.size or 0 for file in info.siblings or []}, info.sha
+
+
+def _download(
+    repository: str, kind: str, revision: str | None, sizes: dict[str, int], commit: str | None
+) -> Download:
     cache = Path(constants.HF_HUB_CACHE).expanduser()
+
+    def is_cached(name: str) -> bool:
+        found = try_to_load_from_cache(repository, name, revision=commit, repo_type=kind)
+        return isinstance(found, str)
+
     return Download(
         repository=repository,
+        kind=kind,
         revision=revision,
-        files=tuple(files),
-        total_bytes=sum(sizes[name] for name in files),
-        missing_bytes=sum(sizes[name] for name in missing),
+        files=tuple(sizes),
+        total_bytes=sum(sizes.values()),
+        missing_bytes=sum(size for name, size in sizes.items() if not is_cached(name)),
         free_bytes=shutil.disk_usage(_nearest_existing(cache)).free,
         cache=cache,
     )
@@ -144,16 +206,6 @@ def wanted_files(names: list[str], repository: str) -> list[str]:
     raise UserError(f"{repository} holds no weights (model*.safetensors or pytorch_model*.bin).")
 
 
-def check_hub_id(name: str) -> None:
-    """Raise a UserError where `name` can be no hub id, so it was meant as a folder."""
-    if not _HUB_ID.fullmatch(name) or name.startswith("."):
-        raise UserError(f"There is no folder {name!r}, and a hub id would look like tiiuae/falcon-7b.")
-
-
-class _Unreachable(Exception):
-    pass
-
-
 def _check_kind(repository: str, revision: str | None) -> None:
     from falcon_qlora.models.checkpoints import read_folder_config
 
@@ -165,25 +217,31 @@ def _check_kind(repository: str, revision: str | None) -> None:
 
 
 def _cached_model(repository: str, revision: str | None, why: str) -> Path:
-    how_to = (
-        "Download it ahead on a machine that reaches the hub (falcon-qlora prepare, with the same flags) and "
-        "take the cache (HF_HOME) along, or name a local folder. Offline, set HF_HUB_OFFLINE=1."
-    )
-    try:
-        folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, OSError):
-        raise UserError(f"{repository} is not in the cache, and {why}. {how_to}") from None
     from falcon_qlora.models.checkpoints import weight_files
 
     try:
+        folder = Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=["config.json"],
+                local_files_only=True,
+            )
+        )
         weight_files(folder)
+    except (HTTPError, OSError):
+        raise UserError(_not_cached(f"{repository} is not in the cache", why)) from None
     except UserError:
-        raise UserError(f"{repository} is in the cache in part only, and {why}. {how_to}") from None
+        raise UserError(_not_cached(f"{repository} is in the cache in part only", why)) from None
     return folder
 
 
-def _is_cached(repository: str, name: str, commit: str | None) -> bool:
-    return isinstance(try_to_load_from_cache(repository, name, revision=commit), str)
+def _not_cached(what: str, why: str) -> str:
+    return (
+        f"{what}, and {why}. Download it ahead where the hub can be reached (falcon-qlora "
+        "prepare, with the same flags), bring the cache (HF_HOME) here and set HF_HUB_OFFLINE=1; or name a "
+        "local folder."
+    )
 
 
 def _nearest_existing(path: Path) -> Path:

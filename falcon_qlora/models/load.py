@@ -94,7 +94,7 @@ def load_model(
             checkpoint.config,
             quantize_mode,
             trainable=0,
-            free_bytes=torch.cuda.mem_get_info(device)[0],
+            free_bytes=free_bytes(device),
             double_quantization=double_quantization,
         )
     model = _empty_model(
@@ -125,6 +125,12 @@ def resolve_compute_dtype(
         return torch.float32
     has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if has_bfloat16 else torch.float16
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of a GPU that is free for this process, what PyTorch keeps cached included."""
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 def verify_quantized(model: nn.Module, quantize_mode: QuantizeMode) -> None:
@@ -180,8 +186,8 @@ def _check_shapes_quantize_on(config: FalconConfig, mode: QuantizeMode, device: 
     for name, (_, into) in linear_shapes(config).items():
         if into % NF4_BLOCK:
             raise UserError(
-                f"4bit on the CPU needs linears whose inputs are a multiple of {NF4_BLOCK}; {name} has {into}. "
-                "Use --quantize_mode 8bit or 16bit, or a GPU."
+                f"4bit on the CPU needs linears whose inputs are a multiple of {NF4_BLOCK}; {name} has "
+                f"{into}. Use --quantize_mode 8bit or 16bit, or a GPU."
             )
 
 

@@ -98,7 +98,7 @@ def fill_quantized_weight(layer: nn.Linear, weight: Tensor) -> None:
 
 
 def _quantize_nf4(weight: Tensor, nested: bool) -> tuple[Tensor, Any]:
-    """What ``quantize_4bit`` gives; on the CPU a slice at a time, as it takes some 30 bytes a weight there."""
+    """What ``quantize_4bit`` gives; on the CPU in slices, as it takes some 30 bytes a weight there."""
     quantize = functools.partial(bnb.functional.quantize_4bit, blocksize=NF4_BLOCK, quant_type="nf4")
     if weight.device.type != "cpu":
         return quantize(weight, compress_statistics=nested)

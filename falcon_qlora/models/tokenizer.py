@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from falcon_qlora.errors import UserError
-from falcon_qlora.models.checkpoints import RANDOM, packaged_folder
+from falcon_qlora.models.checkpoints import RANDOM, is_on_hub, packaged_folder
 
 # Random weights come without a tokenizer: take the one of the shape's namesake.
 _TOKENIZER_OF_PRESET = {
@@ -37,19 +37,20 @@ def load_tokenizer(
     name = tokenizer_name_or_path or model_name_or_path
     if name.startswith(RANDOM):
         name = _TOKENIZER_OF_PRESET.get(name.removeprefix(RANDOM).partition("?")[0], name)
-    folder = packaged_folder(name) or name
     own_revision = revision if tokenizer_name_or_path is None else None
+    if is_on_hub(name):
+        from falcon_qlora.models.hub import fetch_tokenizer
+
+        folder = fetch_tokenizer(name, revision=own_revision)
+    else:
+        folder = packaged_folder(name) or Path(name).expanduser()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, revision=own_revision or "main", trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
             f"the tokenizer of {name} cannot be loaded: {reason}\n"
-            "Give a folder that holds tokenizer.json (--tokenizer_name_or_path); or, without a network, run "
-            "`falcon-qlora prepare` with the same flags where the hub can be reached, bring its cache (HF_HOME) "
-            "here and set HF_HUB_OFFLINE=1"
+            "Give a folder that holds tokenizer.json (--tokenizer_name_or_path)"
         ) from None
     if not tokenizer.is_fast:
         raise UserError(f"{name} has no fast tokenizer (tokenizer.json), which the mask of answers needs")

@@ -4,57 +4,14 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.testing import assert_close
 from trl.trainer.utils import add_fused_lm_head
 
-from falcon_qlora.methods.lora import attach_lora
-from falcon_qlora.models.attention import Sequences
 from falcon_qlora.models.forward import disable_packing, enable_packing
 from tests.layouts import LAYOUTS, MODES, documents, plain_float32, tiny_model
+from tests.packing import gradients, one_by_one, packed, with_adapter
 
 LENGTHS = [7, 40, 1, 12]
-
-
-def packed(docs):
-    """Arguments of a call that trains on every next token."""
-    lengths = [len(doc) for doc in docs]
-    sequences = Sequences.from_lengths(lengths, docs[0].device)
-    starts = sequences.cu_seqlens.tolist()
-    positions = [p for start, end in zip(starts, starts[1:], strict=False) for p in range(start, end - 1)]
-    ids = torch.cat(docs)
-    target_positions = torch.tensor(positions, device=ids.device)
-    return {
-        "input_ids": ids[None],
-        "sequences": sequences,
-        "target_positions": target_positions,
-        "targets": ids[target_positions + 1],
-    }
-
-
-def with_adapter(model, seed=3):
-    """LoRA whose second matrices are not zero, so that all of it matters."""
-    peft_model = attach_lora(model, r=4, alpha=8, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in peft_model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return peft_model
-
-
-def gradients(model):
-    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-
-
-def one_by_one(plain, docs):
-    """Sum of the losses of each document on its own, through Transformers' forward."""
-    losses = [
-        F.cross_entropy(plain(doc[None], use_cache=False).logits[0, :-1], doc[1:], reduction="sum")
-        for doc in docs
-        if len(doc) > 1
-    ]
-    return torch.stack(losses).sum()
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -178,7 +178,7 @@ class TestWhatIsWrongWithAFolderIsSaid:
     def test_a_shard_missing(self, tmp_path):
         save_plain(tmp_path, max_shard_size="300KB")
         next(tmp_path.glob("model-00002-*")).unlink()
-        with pytest.raises(UserError, match="names model-00002-.*not there"):
+        with pytest.raises(UserError, match=r"names model-00002-.*not there"):
             load_here(tmp_path)
 
     def test_a_file_cut_short(self, tmp_path):
@@ -311,7 +311,8 @@ def test_importing_and_running_asks_no_kernel_hub_and_says_nothing(tmp_path):
         import logging; logging.basicConfig(level=logging.WARNING)
         from falcon_qlora.models.load import load_model
         import peft
-        model = load_model("random:falcon-7b?num_hidden_layers=1,hidden_size=64,num_attention_heads=4,vocab_size=64")
+        small = "num_hidden_layers=1,hidden_size=64,num_attention_heads=4,vocab_size=64"
+        model = load_model(f"random:falcon-7b?{small}")
         """,
         PYTHONPATH=f"{tmp_path}:{Path(__file__).parents[2]}",
     )

@@ -1,0 +1,98 @@
+"""``falcon-qlora prepare``: everything a run needs from the network, ahead of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from falcon_qlora.config import Configuration, parse
+
+if TYPE_CHECKING:
+    from falcon_qlora.models.hub import Download
+
+GIB = 2**30
+
+# The files as they come, the rows as Arrow tables, and their tokens.
+_COPIES_OF_A_DATA_SET = 3
+
+
+def main(argv: list[str]) -> int:
+    """Run the command and return its exit status."""
+    configuration = parse(
+        argv,
+        program="falcon-qlora prepare",
+        description="Download the model and the data, tokenize and cache, so that training needs no network.",
+    )
+    # Only now: a wrong flag is told at once.
+    from falcon_qlora.quiet import quiet_libraries
+
+    quiet_libraries()
+    prepare(configuration)
+    return 0
+
+
+def prepare(configuration: Configuration) -> None:
+    """Fill the caches that a run with this configuration reads.
+
+    Sizes and free space come first, then the small things in which a mistake shows (tokenizer, data), then
+    the weights.
+
+    Raises:
+        UserError: for what would also stop the run, or where the disk is too small.
+    """
+    from falcon_qlora import assembly
+    from falcon_qlora.models.checkpoints import find_folder, read_folder_config
+    from falcon_qlora.models.tokenizer import check_vocabulary
+    from falcon_qlora.terminal import console, note
+
+    settings, data = configuration.model, configuration.data
+    name = settings.model_name_or_path
+    for download in _downloads(configuration):
+        console().print(_described(download))
+        download.check_disk(copies=_COPIES_OF_A_DATA_SET if download.kind == "dataset" else 1)
+
+    tokenizer = assembly.load_tokenizer(configuration)
+    if data.streaming:
+        note("--streaming reads rows during training: rows from the hub will need the network then")
+    else:
+        corpus, held_out = assembly.corpora(configuration, tokenizer)
+        console().print(
+            f"data: {len(corpus.lengths):,} documents, {int(corpus.lengths.sum()):,} tokens"
+            + (f"; held out {len(held_out.lengths):,} documents" if held_out is not None else "")
+            + ", tokenized and cached"
+        )
+
+    if name.startswith("random:"):
+        console().print(f"model: {name} is made on the device, there is nothing to download")
+    else:
+        folder = find_folder(name, revision=settings.model_revision)
+        check_vocabulary(tokenizer, read_folder_config(folder).vocab_size, name=name)
+        console().print(f"model: {name} is in {folder}", soft_wrap=True)
+    console().print("ready: the same flags now train without a network (HF_HUB_OFFLINE=1)")
+
+
+def _downloads(configuration: Configuration) -> list[Download]:
+    """What the hub would have to send; nothing where it does not answer: the caches may hold it all."""
+    from falcon_qlora.models.checkpoints import is_on_hub
+    from falcon_qlora.models.hub import Unreachable, plan_dataset, plan_model
+    from falcon_qlora.terminal import note
+
+    settings, data = configuration.model, configuration.data
+    downloads = []
+    try:
+        if is_on_hub(settings.model_name_or_path):
+            downloads.append(plan_model(settings.model_name_or_path, revision=settings.model_revision))
+        if not data.streaming:
+            names = [name for name in data.dataset_name if name != "sample" and not Path(name).exists()]
+            downloads += [plan_dataset(name, config=data.dataset_config) for name in names]
+    except Unreachable as error:
+        note(f"{error}: going on with what the caches hold")
+    return downloads
+
+
+def _described(download: Download) -> str:
+    return (
+        f"{download.kind} {download.repository}: {download.total_bytes / GIB:.2f} GiB, "
+        f"{download.missing_bytes / GIB:.2f} GiB to download; "
+        f"{download.free_bytes / GIB:.1f} GiB free in {download.cache}"
+    )
