@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb, build_alibi_tensor
 
@@ -120,15 +121,16 @@ def split_heads(fused: Tensor, attention: Any) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         query ``[T, Q, D]``, key ``[T, K, D]``, value ``[T, K, D]``.
     """
-    heads, head_dim = attention.num_heads, attention.head_dim
+    head_dim = attention.head_dim
     if attention.new_decoder_architecture:
-        groups = fused.unflatten(-1, (attention.num_kv_heads, heads // attention.num_kv_heads + 2, head_dim))
-        return groups[:, :, :-2].flatten(1, 2), groups[:, :, -2], groups[:, :, -1]
+        groups = rearrange(fused, "t (k group d) -> t k group d", k=attention.num_kv_heads, d=head_dim)
+        query = rearrange(groups[:, :, :-2], "t k group d -> t (k group) d")
+        return query, groups[:, :, -2], groups[:, :, -1]
     if attention.multi_query:
-        rows = fused.unflatten(-1, (heads + 2, head_dim))
-        return rows[:, :-2], rows[:, -2:-1], rows[:, -1:]
-    triples = fused.unflatten(-1, (heads, 3, head_dim))
-    return triples[:, :, 0], triples[:, :, 1], triples[:, :, 2]
+        heads = rearrange(fused, "t (heads d) -> t heads d", d=head_dim)
+        return heads[:, :-2], heads[:, -2:-1], heads[:, -1:]
+    query, key, value = rearrange(fused, "t (heads three d) -> three t heads d", three=3, d=head_dim)
+    return query, key, value
 
 
 def alibi_bias(sequences: Sequences, heads: int, dtype: torch.dtype) -> Tensor:
@@ -171,7 +173,7 @@ def packed_attention_forward(
         dtype = torch.get_autocast_dtype(device_type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     output = packed_attention(query, key, value, sequences, bias=bias, dropout=dropout)
-    return attention.dense(output.flatten(1)[None])
+    return attention.dense(rearrange(output, "t heads d -> 1 t (heads d)"))
 
 
 def packed_attention(
