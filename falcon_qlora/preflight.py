@@ -97,11 +97,13 @@ def _read_config(configuration: Configuration) -> Any:
     from huggingface_hub.errors import HTTPError
 
     from falcon_qlora.models.checkpoints import is_on_hub, open_checkpoint, read_folder_config
+    from falcon_qlora.models.hub import Unreachable, plan_model
 
     name, revision = configuration.model.model_name_or_path, configuration.model.model_revision
     if is_on_hub(name):
-        # Where this fails, so does looking for the whole model, which says why.
-        with contextlib.suppress(HTTPError, OSError):
+        # Without the hub the cache may hold the model, or it is said how to bring it there.
+        with contextlib.suppress(Unreachable, HTTPError, OSError):
+            plan_model(name, revision=revision).check_disk()
             file = Path(hf_hub_download(name, "config.json", revision=revision))
             return read_folder_config(file.parent, source=name)
     return open_checkpoint(name, revision=revision).config

@@ -39,7 +39,9 @@ PROJECT = "falcon-qlora"
 # A tracker that fails this often in a row is not asked again: its time-outs would slow every step.
 _PATIENCE = 3
 _FINISH_SECONDS = 120.0
-_REJECTED = re.compile(r"error 40[13]\b|invalid|permission denied|unauthorized|forbidden", re.IGNORECASE)
+_REJECTED = re.compile(
+    r"error 40[13]\b|invalid|not logged in|permission denied|unauthorized|forbidden", re.IGNORECASE
+)
 
 
 def choose(report_to: str | Iterable[str] | None) -> Trackers:

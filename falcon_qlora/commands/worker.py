@@ -11,8 +11,11 @@ import os
 import runpy
 import signal
 import sys
+import threading
+from typing import Any
 
 _PR_SET_PDEATHSIG = 1
+_INTERRUPT_SECONDS = 5.0
 
 
 def main() -> None:
@@ -20,10 +23,19 @@ def main() -> None:
     launcher, module = int(sys.argv[1]), sys.argv[2]
     sys.argv[:] = sys.argv[2:]
     _end_with(launcher)
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except KeyboardInterrupt:
         os._exit(128 + signal.SIGINT)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    """Raise KeyboardInterrupt, and end the process if that does not: Python ignores one raised in `__del__`."""
+    timer = threading.Timer(_INTERRUPT_SECONDS, os._exit, [128 + number])
+    timer.daemon = True
+    timer.start()
+    raise KeyboardInterrupt
 
 
 def _end_with(launcher: int) -> None:

@@ -111,7 +111,10 @@ def test_wandb_mode_is_respected_and_no_key_is_asked_for(
     assert mode in trackers.lines[0]
 
 
-@pytest.mark.parametrize("answer", ["returned error 401: {}", "invalid credentials: no account", "error 403"])
+@pytest.mark.parametrize(
+    "answer",
+    ["returned error 401: {}", "invalid credentials: no account", "error 403", "user is not logged in"],
+)
 def test_a_rejected_key_is_an_error_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch, answer: str
 ) -> None:
