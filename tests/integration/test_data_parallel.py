@@ -39,7 +39,9 @@ def test_two_processes_give_the_losses_of_one(rows: Path, tmp_path: Path, packin
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
         assert two["tokens"] == one["tokens"]
     assert summary(tmp_path / "pair")["world_size"] == 2
-    adapters = [load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("alone", "pair")]
+    adapters = [
+        load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("alone", "pair")
+    ]
     for name, weight in adapters[0].items():
         assert weight.abs().max() > 1e-3, f"{name} has hardly moved: the comparison would say little"
         torch.testing.assert_close(adapters[1][name], weight, rtol=1e-4, atol=1e-6)

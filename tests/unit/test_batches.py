@@ -22,7 +22,11 @@ def test_packed_targets_never_cross_a_boundary_and_keep_the_end_token():
 
 def test_padding_is_never_a_target_though_it_is_the_end_token():
     batch = collate(DOCUMENTS, MASKS, pad_to=5, padding_id=11)
-    assert batch.input_ids.reshape(3, 5).tolist() == [[5, 6, 7, 11, 11], [8, 9, 11, 11, 11], [4, 11, 11, 11, 11]]
+    assert batch.input_ids.reshape(3, 5).tolist() == [
+        [5, 6, 7, 11, 11],
+        [8, 9, 11, 11, 11],
+        [4, 11, 11, 11, 11],
+    ]
     assert batch.targets.tolist() == [6, 7, 9, 11, 11]
     assert batch.lengths == (5, 5, 5) and batch.tokens == 9
 
@@ -65,8 +69,13 @@ def test_processes_together_hold_exactly_the_global_batch():
 
 def test_a_process_without_documents_gets_a_batch_without_targets():
     share = steps(0, 64).__class__(
-        steps(0, 64)._reader, steps(0, 64).plan, steps(0, 64)._target_counts, steps=1, micro_batch=2,
-        process=63, processes=64,
+        steps(0, 64)._reader,
+        steps(0, 64).plan,
+        steps(0, 64)._target_counts,
+        steps=1,
+        micro_batch=2,
+        process=63,
+        processes=64,
     )[0]
     assert [len(batch.targets) for batch in share.micro_batches] == [0]
     assert share.micro_batches[0].tokens == 1 or share.micro_batches[0].lengths == (1,)
