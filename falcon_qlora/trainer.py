@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import falcon_qlora.models.quantize  # noqa: F401  # isort: skip  # before trl imports bitsandbytes: see there
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -240,7 +241,9 @@ class FalconTrainer(SFTTrainer):
             f"{metric_key_prefix}_seconds": time.perf_counter() - started,
         }
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
         self.meter.resume()
         return metrics
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from falcon_qlora.config import Configuration, parse
@@ -73,6 +72,7 @@ def prepare(configuration: Configuration) -> None:
 
 def _downloads(configuration: Configuration) -> list[Download]:
     """What the hub would have to send; nothing where it does not answer: the caches may hold it all."""
+    from falcon_qlora.data.sources import HubSource, find_source
     from falcon_qlora.models.checkpoints import is_on_hub
     from falcon_qlora.models.hub import Unreachable, plan_dataset, plan_model
     from falcon_qlora.terminal import note
@@ -83,7 +83,8 @@ def _downloads(configuration: Configuration) -> list[Download]:
         if is_on_hub(settings.model_name_or_path):
             downloads.append(plan_model(settings.model_name_or_path, revision=settings.model_revision))
         if not data.streaming:
-            names = [name for name in data.dataset_name if name != "sample" and not Path(name).exists()]
+            sources = [find_source(name, split=data.dataset_train_split) for name in data.dataset_name]
+            names = [source.name for source in sources if isinstance(source, HubSource)]
             downloads += [plan_dataset(name, config=data.dataset_config) for name in names]
     except Unreachable as error:
         note(f"{error}: going on with what the caches hold")

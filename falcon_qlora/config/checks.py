@@ -238,8 +238,8 @@ def _check_data(values: Values, name: Any) -> None:
         return
     if values["eval_split"] and values["streaming"]:
         raise UserError(
-            f"{name('eval_split')}: of a stream no fraction can be held out, as it has no known end; name a file, or "
-            "split:NAME of the same data"
+            f"{name('eval_split')}: of a stream no fraction can be held out, as it has no known end; "
+            "name a file, or split:NAME of the same data"
         )
     if values["eval_split"] and not 0 < fraction < 1:
         raise UserError(f"{name('eval_split')}: {values['eval_split']} is not a fraction between 0 and 1")

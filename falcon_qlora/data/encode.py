@@ -1,8 +1,8 @@
 """Rendered rows become token ids and a mask of the tokens that count for the loss.
 
-The tokens are those of the text, prompts and answers tokenized apart from each other: when the model is asked,
-its prompt ends there too. A token is a target if it starts in an answer. The end token is an id of its own after
-every answer, not text.
+The tokens are those of the text, prompts and answers tokenized apart from each other: when the model is
+asked, its prompt ends there too. A token is a target if it starts in an answer. The end token is an id of its
+own after every answer, not text.
 """
 
 from __future__ import annotations

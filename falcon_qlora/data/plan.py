@@ -73,7 +73,7 @@ class Plan:
         return self.epoch(epoch)[place]
 
     def steps(self, epochs: float) -> int:
-        """Optimizer steps in `epochs` passes; of a last part of a pass, that part of its steps, rounded up."""
+        """Optimizer steps in `epochs` passes; of a part of a pass, that part of its steps, rounded up."""
         whole = int(epochs)
         total = sum(self._steps_of(epoch) for epoch in range(whole))
         if epochs > whole:

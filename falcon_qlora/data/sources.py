@@ -221,8 +221,7 @@ def quiet_datasets() -> Iterator[None]:
 @contextlib.contextmanager
 def _hub_errors(source: HubSource) -> Iterator[None]:
     import datasets.exceptions
-    import httpx
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     name = source.name
     flags = (
@@ -244,7 +243,7 @@ def _hub_errors(source: HubSource) -> Iterator[None]:
     except (
         ConnectionError,
         TimeoutError,
-        httpx.HTTPError,
+        HTTPError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
     ) as error:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def run(recipe: str, quantize_mode: str, gpus: int, arguments: argparse.Namespac
         environment = json.loads((output / "environment.json").read_text())
         lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     steady = lines[1:] or lines
-    tokens = [after["tokens"] - before["tokens"] for before, after in zip(lines, lines[1:], strict=False)]
+    tokens = [after["tokens"] - before["tokens"] for before, after in pairwise(lines)]
     spent = [count / line["tokens_per_second"] for count, line in zip(tokens, steady, strict=True)]
     samples = [line["samples_per_second_512"] * each for line, each in zip(steady, spent, strict=True)]
     return {

@@ -13,7 +13,7 @@ from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.load import load_model, verify_quantized
 from tests.integration.runs import summary, train, write_jsonl
 from tests.layouts import LAYOUTS, documents, plain_float32, tiny_model
-from tests.unit.test_models_forward import gradients, one_by_one, packed, with_adapter
+from tests.packing import gradients, one_by_one, packed, with_adapter
 
 pytestmark = pytest.mark.gpu
 
@@ -49,7 +49,8 @@ def test_the_variable_length_kernel_runs_and_is_as_near_to_float32_as_stock_bflo
     assert our_error < 1.1 * stock_error, f"{our_error:.2e} against stock's {stock_error:.2e}"
 
 
-@pytest.mark.parametrize("mode", ["4bit", "8bit"])
+# Of 8bit, see test_models_gpu.py: LLM.int8() chooses its outlier columns over the whole micro batch.
+@pytest.mark.parametrize("mode", ["4bit", "16bit"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_one_document_does_not_reach_another(layout: str, mode: str) -> None:
     model = with_adapter(tiny_model(layout, mode, device="cuda", compute_dtype="bf16"))
@@ -108,6 +109,12 @@ def test_the_loss_falls_on_one_gpu(tmp_path: Path) -> None:
     lines = train(tmp_path / "run", *SETTINGS.split(), "-b", "4", "--dataset_name", _rows(tmp_path))
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
     assert summary(tmp_path / "run")["quantized_linears"] == 20
+
+
+def test_full_determinism_gives_the_same_losses_to_the_last_bit(tmp_path: Path) -> None:
+    settings = [*SETTINGS.split(), "--dataset_name", _rows(tmp_path), "-b", "4", "--full_determinism", "true"]
+    first, again = (train(tmp_path / name, *settings) for name in ("first", "again"))
+    assert [line["loss"] for line in first] == [line["loss"] for line in again]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

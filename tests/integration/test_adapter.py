@@ -132,7 +132,8 @@ def test_a_run_leaves_exactly_its_record(tmp_path: Path) -> None:
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-2"]
     adapter = {path.name for path in (run / "adapter").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "falcon_qlora.json"} <= adapter
-    assert "tokenizer.json" in adapter and not any(name.endswith((".bin", ".pt", ".pth")) for name in adapter)
+    assert "tokenizer.json" in adapter
+    assert not any(name.endswith((".bin", ".pt", ".pth")) for name in adapter)
 
 
 def test_the_end_token_is_trained_and_the_prompt_is_not(tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ def test_padding_is_never_a_target_though_it_is_the_end_token():
         [4, 11, 11, 11, 11],
     ]
     assert batch.targets.tolist() == [6, 7, 9, 11, 11]
-    assert batch.lengths == (5, 5, 5) and batch.tokens == 9
+    assert batch.lengths == (5, 5, 5)
+    assert batch.tokens == 9
 
 
 def corpus(count: int) -> tuple[datasets.Dataset, np.ndarray]:

@@ -11,8 +11,14 @@ LENGTHS = st.lists(st.integers(1, 64), min_size=1, max_size=200).map(lambda x: n
 
 
 def plan(lengths: np.ndarray, **changes) -> Plan:
-    settings = dict(lengths=lengths, fingerprint="c0ffee" * 8, seed=7, global_batch=4, max_length=64)
-    return Plan(**{**settings, **changes})
+    settings = {
+        "lengths": lengths,
+        "fingerprint": "c0ffee" * 8,
+        "seed": 7,
+        "global_batch": 4,
+        "max_length": 64,
+    }
+    return Plan(**settings | changes)
 
 
 @settings(max_examples=60, deadline=None)
