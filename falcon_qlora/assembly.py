@@ -274,7 +274,7 @@ def sample_prompts(
     from falcon_qlora.data.templates import Turn, get_template
 
     if configuration.run.sample_prompts:
-        template = get_template(data.template)
+        template = get_template(data.template, tokenizer.special_tokens_map)
         prompts = configuration.run.sample_prompts
         texts = [template.prompt([Turn("user", prompt)]) for prompt in prompts]
         return [
@@ -334,6 +334,7 @@ def build_trainer(
 
     training, run, settings = configuration.training, configuration.run, configuration.data
     training.output_dir = str(directory.path)
+    training.run_name = training.run_name or directory.path.name  # Trackio asks the trainer for it
     evaluation = None
     if data.held_out is not None:
         evaluation = Evaluation(

@@ -45,7 +45,12 @@ def train(configuration: Configuration) -> Path:
         record.start_summary(configuration, directory, data, model, trackers.lines, checkpoint)
     )
 
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except BaseException:
+        # The process may end without the goodbyes that trackers wait for.
+        trackers.finish(exit_status=1)
+        raise
 
     record.finish(configuration, directory, trainer, data, trackers)
     return directory.path

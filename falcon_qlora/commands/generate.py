@@ -71,8 +71,9 @@ def main(argv: list[str]) -> int:
     from falcon_qlora.quiet import quiet_libraries
 
     quiet_libraries()
-    template = _template(configuration, record)
+    _template(configuration, record)  # one that is not there is told before the model is loaded
     model, tokenizer = _load(configuration, folder, record)
+    template = _template(configuration, record, tokenizer.special_tokens_map)
     speaker = _Speaker(model, tokenizer, template, wanted, seed=configuration.run.seed)
     if wanted.chat:
         speaker.chat()
@@ -226,7 +227,9 @@ def _read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _template(configuration: Configuration, record: dict[str, Any]) -> Template:
+def _template(
+    configuration: Configuration, record: dict[str, Any], special_tokens: dict[str, str] | None = None
+) -> Template:
     """The template that a flag names, else the adapter's; a base alone goes on from the prompt as it is."""
     from falcon_qlora.data.formats import resolve_template
     from falcon_qlora.data.templates import get_template
@@ -240,7 +243,7 @@ def _template(configuration: Configuration, record: dict[str, Any]) -> Template:
     name, dataset_format = given("template"), given("dataset_format")
     if name == "auto":
         name = "none" if dataset_format == "auto" else resolve_template("auto", dataset_format)
-    return get_template(name)
+    return get_template(name, special_tokens)
 
 
 def _load(configuration: Configuration, folder: Path | None, record: dict[str, Any]) -> tuple[Any, Any]:
