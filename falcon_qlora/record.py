@@ -29,12 +29,22 @@ ADAPTER_RECORD = "falcon_qlora.json"
 
 
 def write_start(
-    configuration: Configuration, directory: RunDirectory, data: TrainingData, trackers: Trackers
+    configuration: Configuration,
+    directory: RunDirectory,
+    data: TrainingData,
+    trackers: Trackers,
+    checkpoint: str | None,
 ) -> None:
-    """Write the configuration, the environment and the data's record; on the main process."""
+    """Write the configuration, the environment and the data's record; on the main process.
+
+    Args:
+        checkpoint: that the run goes on from; what was logged after it is forgotten, as it is done again.
+    """
     if not distributed.is_main_process():
         return
-    if configuration.run.overwrite:
+    if checkpoint is not None:
+        directory.drop_metrics_after(_step_of(checkpoint))
+    elif configuration.run.overwrite:
         directory.clear(keep=trackers.written)
     directory.write_config(configuration.resolved())
     directory.write_environment(collect_environment(world_size=distributed.world_size()))
@@ -90,7 +100,7 @@ def start_summary(
         packing_efficiency=data.efficiency,
         tracking=tracking,
         output_dir=directory.path,
-        resumed_step=int(checkpoint.rsplit("-", 1)[1]) if checkpoint else None,
+        resumed_step=_step_of(checkpoint) if checkpoint else None,
         notes=_notes(configuration),
     )
 
@@ -173,6 +183,10 @@ def finish(
         terminal.print_end(asdict(summary), directory.contents(), adapter=directory.adapter)
     trackers.finish(summary=asdict(summary), adapter=directory.adapter)
     return summary
+
+
+def _step_of(checkpoint: str) -> int:
+    return int(checkpoint.rstrip("/").rsplit("-", 1)[1])
 
 
 def _frozen_tensors(model: nn.Module) -> Any:

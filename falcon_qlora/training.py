@@ -40,7 +40,7 @@ def train(configuration: Configuration) -> Path:
             describe_adapter=functools.partial(record.describe_adapter, configuration, data),
         )
         preflight.start_trackers(configuration, directory, trackers, resume=checkpoint is not None)
-        record.write_start(configuration, directory, data, trackers)
+        record.write_start(configuration, directory, data, trackers, checkpoint)
     terminal.print_start(
         record.start_summary(configuration, directory, data, model, trackers.lines, checkpoint)
     )

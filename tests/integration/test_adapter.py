@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -150,3 +151,25 @@ def test_the_end_token_is_trained_and_the_prompt_is_not(tmp_path: Path) -> None:
     trained = [token for token, target in zip(row["input_ids"], row["mask"], strict=True) if target]
     assert trained[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(trained[:-1]) == "yes"
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, packing: bool) -> None:
+    settings = {
+        "quantize_mode": "4bit",
+        "max_steps": 6,
+        "save_steps": 3,
+        "logging_steps": 1,
+        "packing": packing,
+        "lora_dropout": 0.1,
+    }
+    whole = fine_tune(tmp_path, **settings)
+    stopped = fine_tune(tmp_path, **settings, output_dir=tmp_path / "stopped")
+    shutil.rmtree(stopped / "checkpoints" / "step-6")
+    shutil.rmtree(stopped / "adapter")
+    resumed = fine_tune(tmp_path, **settings, output_dir=stopped, resume="latest")
+    numbers = ("step", "loss", "grad_norm", "learning_rate", "tokens", "epoch")
+    expected, lines = ([{name: line[name] for name in numbers} for line in metrics(run)] for run in (whole, resumed))
+    assert lines == expected
+    weights = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (whole, resumed)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
