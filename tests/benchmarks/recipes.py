@@ -50,7 +50,7 @@ def run(recipe: str, quantize_mode: str, gpus: int, arguments: argparse.Namespac
     samples = [line["samples_per_second_512"] * each for line, each in zip(steady, spent, strict=True)]
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": environment["commit"],
+        "commit": environment["commit"] or arguments.commit,
         "gpu": environment["gpus"][0]["name"] if environment["gpus"] else "CPU",
         "gpus": gpus,
         "torch": environment["packages"]["torch"],
@@ -81,6 +81,7 @@ def main() -> None:
         default=["lambda-7b-4bit", "lambda-7b-8bit", "default", "default:8bit"],
         help="recipe names, with :MODE for another quantization than the recipe's",
     )
+    parser.add_argument("--commit", default="", help="for the record, where this is no checkout")
     parser.add_argument("--csv", type=Path, default=Path("recipes.csv"))
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -92,8 +93,9 @@ def main() -> None:
             row = run(recipe, mode, gpus, arguments)
             if row is None:
                 continue
-            one = one or row["tokens_per_second"] / gpus
-            row["scaling"] = round(row["tokens_per_second"] / one, 2)
+            if gpus == 1:
+                one = row["tokens_per_second"]
+            row["scaling"] = round(row["tokens_per_second"] / one, 2) if one else ""
             rows.append(row)
             print(row, flush=True)
     is_new = not arguments.csv.exists()
