@@ -72,17 +72,17 @@ def check_model(configuration: Configuration) -> None:
     """
     import torch
 
-    from falcon_qlora.models.falcon import LINEARS, lora_parameter_count
+    from falcon_qlora.methods.lora import checked_targets
+    from falcon_qlora.models.falcon import lora_parameter_count
     from falcon_qlora.models.sizes import check_fits
 
     settings, lora = configuration.model, configuration.lora
+    targets = checked_targets(lora.lora_target_modules)
     config = distributed.from_main_process(lambda: _read_config(configuration))
     device = distributed.local_device()
     if device.type != "cuda":
         return
-    trainable = lora_parameter_count(
-        config, r=lora.lora_r, target_modules=lora.lora_target_modules or LINEARS
-    )
+    trainable = lora_parameter_count(config, r=lora.lora_r, target_modules=targets)
     check_fits(
         config,
         settings.quantize_mode,

@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def _interrupt(number: int, frame: Any) -> None:
-    """Raise KeyboardInterrupt, and end the process if that does not: Python ignores one raised in `__del__`."""
+    """Raise KeyboardInterrupt, and end the process if that does not: Python ignores it in a `__del__`."""
     timer = threading.Timer(_INTERRUPT_SECONDS, os._exit, [128 + number])
     timer.daemon = True
     timer.start()

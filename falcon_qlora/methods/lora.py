@@ -51,7 +51,7 @@ def attach_lora(
         lora_alpha=alpha,  # type: ignore[arg-type]
         lora_dropout=dropout,
         bias="none",
-        target_modules=_checked_targets(target_modules),
+        target_modules=checked_targets(target_modules),
         use_rslora=use_rslora,
         use_dora=use_dora,
         task_type="CAUSAL_LM",
@@ -113,7 +113,12 @@ def load_adapter(
     return peft_model.train(trainable)
 
 
-def _checked_targets(target_modules: list[str] | None) -> list[str]:
+def checked_targets(target_modules: list[str] | None) -> list[str]:
+    """The linears that `target_modules` names, by the last part of their name; all four for None.
+
+    Raises:
+        UserError: for a name that Falcon's blocks do not have.
+    """
     if not target_modules or target_modules == ["all-linear"]:
         return list(LINEARS)
     for name in target_modules:

@@ -112,6 +112,27 @@ def test_overwrite_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_overwrite_keeps_what_the_new_run_has_written_already(tmp_path: Path) -> None:
+    directory = _holding_run(tmp_path)
+    directory.write_tracker_record("wandb", {"id": "new"})
+    directory.clear(keep=("trackers.json", "wandb"))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["trackers.json"]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_folder_can_be_checked_without_being_made(tmp_path: Path, named: bool) -> None:
+    path = _choose(tmp_path / "a/b" if named else None, tmp_path / "runs", make=False)
+    assert list(tmp_path.iterdir()) == []
+    assert _choose(tmp_path / "a/b" if named else None, tmp_path / "runs") == path
+    assert path.is_dir()
+
+
+def test_a_folder_below_a_file_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot write there"):
+        _choose(tmp_path / "file/run", tmp_path, make=False)
+
+
 def test_a_fresh_folder_of_a_run_that_never_started_goes(tmp_path: Path) -> None:
     fresh = RunDirectory(_choose(None, tmp_path))
     fresh.remove_if_empty()

@@ -1,0 +1,230 @@
+"""Bad input where several processes meet it, and what a signal leaves: one message, no process, no folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.refusals import PLAIN, contents, folder, only_message, train
+from tests.integration.runs import ENVIRONMENT
+
+__all__ = ["folder"]  # a fixture
+
+
+class Processes:
+    """Starts a command in a folder, and finds what it leaves: files there, and processes anywhere."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._mark = f"falcon-qlora-test-{uuid.uuid4().hex}"
+
+    def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", *command],
+            cwd=self.folder,
+            env=os.environ | ENVIRONMENT | {"MARK": self._mark} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *command: str, **environment: str) -> tuple[int, str, str]:
+        """Exit status, stdout and stderr, of a command that leaves nothing behind."""
+        before = contents(self.folder)
+        process = self.start(*command, **environment)
+        output, errors = process.communicate(timeout=120)
+        assert self.none_left()
+        assert contents(self.folder) == before
+        return process.returncode, output, errors
+
+    def none_left(self, within_s: float = 5.0) -> bool:
+        """Whether every process that inherited this object's environment is gone."""
+        deadline = time.monotonic() + within_s
+        while self._left() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return not self._left()
+
+    def _left(self) -> list[Path]:
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+                if self._mark.encode() in (process / "environ").read_bytes():
+                    found.append(process)
+        return found
+
+
+@pytest.fixture
+def processes(folder: Path) -> Iterator[Processes]:
+    result = Processes(folder)
+    yield result
+    for process in result._left():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(process.name), signal.SIGKILL)
+
+
+# Loading fails on the second process alone, as where another program fills its GPU.
+ONE_FAILS = """
+from falcon_qlora import assembly, distributed
+from falcon_qlora.errors import UserError
+from falcon_qlora.train import main
+load = assembly.model_with_adapter
+def fail(*arguments):
+    if distributed.process_index() == 1:
+        raise UserError("its GPU is full")
+    return load(*arguments)
+assembly.model_with_adapter = fail
+main()
+"""
+LAUNCH = (
+    "import sys; from falcon_qlora import __main__ as cli; from falcon_qlora.commands import train\n"
+    "standard = train.main; train.main = lambda argv: standard(argv, worker_module='one_fails')\n"
+    "sys.exit(cli.main(sys.argv[1:]))\n"
+)
+
+
+class TestSeveralProcesses:
+    def test_one_message_and_nothing_left(self, processes: Processes) -> None:
+        (processes.folder / "bad.jsonl").write_text("{")
+        words = train("--gpus", "2", "--dataset_name", "bad.jsonl", "--output_dir", "out")
+        status, output, errors = processes.run("falcon_qlora", *words)
+        assert (status, output) == (2, "")
+        assert only_message(errors).startswith("bad.jsonl:1: not valid JSON")
+
+    def test_that_one_of_them_meets(self, processes: Processes) -> None:
+        (processes.folder / "one_fails.py").write_text(ONE_FAILS)
+        (processes.folder / "launch.py").write_text(LAUNCH)
+        status, output, errors = processes.run(
+            "launch", *train("--gpus", "2"), PYTHONPATH=".", PYTHONDONTWRITEBYTECODE="1"
+        )
+        assert (status, output) == (2, ""), errors
+        assert only_message(errors) == "its GPU is full"
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--quantise_mode", "4bit"], "unknown flag --quantise_mode"),
+            (["--compute_dtype", "fp16"], "--compute_dtype fp16 needs a GPU"),
+            (["--dataset_name", "row.jsonl"], "file not found: row.jsonl"),
+        ],
+    )
+    def test_under_plain_torchrun(self, processes: Processes, words: list[str], message: str) -> None:
+        # Before the settings are read, before there is a process group, and after.
+        torchrun = ["torch.distributed.run", "--nproc_per_node", "2", "-m", "falcon_qlora.train"]
+        status, output, errors = processes.run(*torchrun, *train(*words)[1:])
+        assert status != 0
+        assert output == ""
+        (told,) = [line for line in errors.splitlines() if line.startswith("error:")]
+        assert message in told
+        # Torchrun says at length that it failed, and shows no traceback but its own.
+        assert errors.count("Traceback") == 1
+        assert "falcon_qlora/" not in errors.split(told)[1].replace("falcon_qlora.train", "")
+
+    def test_a_hub_that_refuses_connections(self, processes: Processes) -> None:
+        status, _, errors = processes.run(
+            "falcon_qlora",
+            *train("-m", "tiiuae/falcon-7b"),
+            HF_HUB_OFFLINE="0",
+            HF_ENDPOINT="http://127.0.0.1:9",
+        )
+        assert status == 2
+        assert "the hub cannot be reached" in only_message(errors)
+        assert "falcon-qlora prepare" in errors
+
+    @pytest.mark.slow
+    def test_a_hub_of_data_that_refuses_connections(self, processes: Processes) -> None:
+        status, _, errors = processes.run(
+            "falcon_qlora",
+            *train("--dataset_name", "tatsu-lab/alpaca"),
+            HF_HUB_OFFLINE="0",
+            HF_ENDPOINT="http://127.0.0.1:9",
+        )
+        assert status == 2
+        assert "the hub cannot be reached" in only_message(errors)
+
+    def test_a_rejected_key_of_weights_and_biases(self, processes: Processes) -> None:
+        key = "0123456789" * 4
+        with rejecting_server() as address:
+            status, output, errors = processes.run(
+                "falcon_qlora",
+                *train("--gpus", "2", "--report_to", "wandb", "--output_dir", "out"),
+                WANDB_MODE="online",
+                WANDB_BASE_URL=address,
+                WANDB_API_KEY=key,
+            )
+        assert (status, output) == (2, "")
+        assert only_message(errors).startswith("W&B rejected the key")
+        assert "WANDB_MODE=offline" in errors
+        assert "--report_to none" in errors
+        assert key not in errors
+
+
+@contextlib.contextmanager
+def rejecting_server() -> Iterator[str]:
+    """An address whose every answer is 401, in the words of W&B's server."""
+
+    class Reject(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            body = b'{"errors": [{"message": "user is not logged in", "path": ["viewer"]}]}'
+            self.send_response(401)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_POST
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Reject) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)
+def test_a_signal_in_mid_training_ends_every_process_and_leaves_what_was_written(
+    processes: Processes, number: int, expected: int
+) -> None:
+    words = [
+        *PLAIN,
+        "--dataset_name",
+        "sample",
+        "--steps",
+        "2000",
+        "--logging_steps",
+        "1",
+        "--save_steps",
+        "2",
+    ]
+    process = processes.start("falcon_qlora", "train", *words, "--gpus", "2", "--output_dir", "out")
+    metrics, checkpoint = processes.folder / "out/metrics.jsonl", processes.folder / "out/checkpoints/step-2"
+    while process.poll() is None and not (checkpoint.is_dir() and metrics.read_text().count("\n") > 3):
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (expected, "")
+    assert processes.none_left()
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()][:4] == [1, 2, 3, 4]
+    assert (checkpoint / "adapter_model.safetensors").is_file() or any(checkpoint.rglob("*.safetensors"))
+    assert (processes.folder / "out/config.yaml").is_file()
