@@ -18,19 +18,21 @@ def train(configuration: Configuration) -> Path:
     Raises:
         UserError: for what the user can mend, before anything is computed where that can be known.
     """
-    from falcon_qlora import assembly, preflight, record, terminal
+    from falcon_qlora import terminal
+    from falcon_qlora.assembly import preflight, record, rows
+    from falcon_qlora.assembly import trainer as builder
 
     assert configuration.training is not None  # built here: it starts the process group
     directory = preflight.find_folder(configuration)
     checkpoint = preflight.checkpoint_to_resume(configuration, directory)
     trackers = preflight.choose_trackers(configuration)
     preflight.check_model(configuration)
-    tokenizer = assembly.load_tokenizer(configuration)
-    data = assembly.training_data(configuration, tokenizer)
-    model = assembly.model_with_adapter(configuration, tokenizer)
+    tokenizer = rows.load_tokenizer(configuration)
+    data = rows.training_data(configuration, tokenizer)
+    model = builder.model_with_adapter(configuration, tokenizer)
     distributed.wait_for_all()  # nothing is written before every process has come so far
     with preflight.run_folder(configuration) as directory:
-        trainer = assembly.build_trainer(
+        trainer = builder.build_trainer(
             configuration,
             directory,
             tokenizer=tokenizer,

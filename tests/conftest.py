@@ -16,6 +16,7 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
     "MPLBACKEND": "Agg",
     "HF_HUB_OFFLINE": "1",
+    "XDG_CACHE_HOME": str(_SCRATCH / "cache"),
     "HF_HOME": str(_SCRATCH / "huggingface"),
     "TOKENIZERS_PARALLELISM": "false",
     "NETRC": str(_SCRATCH / "netrc"),

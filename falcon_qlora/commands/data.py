@@ -50,15 +50,10 @@ def main(argv: list[str]) -> int:
 
     quiet_libraries()
 
-    from falcon_qlora.models.tokenizer import load_tokenizer
+    from falcon_qlora.assembly.rows import load_tokenizer
     from falcon_qlora.terminal import console
 
-    model = configuration.model
-    tokenizer = load_tokenizer(
-        model.model_name_or_path,
-        tokenizer_name_or_path=model.tokenizer_name_or_path,
-        revision=model.model_revision,
-    )
+    tokenizer = load_tokenizer(configuration)
     if configuration.data.streaming:
         _report_stream(configuration, tokenizer, console(), wanted)
     else:
@@ -69,20 +64,12 @@ def main(argv: list[str]) -> int:
 def _report_corpora(
     configuration: Configuration, tokenizer: Any, console: Console, wanted: DataReportArguments
 ) -> None:
+    from falcon_qlora.assembly import rows
     from falcon_qlora.data import report
-    from falcon_qlora.data.tokenize import prepare_corpora
-    from falcon_qlora.models.tokenizer import tokenizer_fingerprint
 
-    data, run = configuration.data, configuration.run
-    corpus, held_out = prepare_corpora(
-        **_row_settings(configuration),
-        eval_split=data.eval_split,
-        tokenizer=tokenizer,
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        seed=run.seed,
-        num_proc=data.dataset_num_proc,
-        cache_dir=Path(data.cache_dir) if data.cache_dir else None,
-        max_rows=data.max_rows,
+    corpus, held_out = rows.corpora(
+        configuration,
+        tokenizer,
         progress=lambda message: console.print(f"{message} …", style="dim", markup=False),
     )
     shown = [corpus.dataset[index] for index in report.spread(len(corpus.lengths), wanted.show)]
@@ -104,12 +91,13 @@ def _report_stream(
 ) -> None:
     import numpy as np
 
+    from falcon_qlora.assembly import rows
     from falcon_qlora.data import report
     from falcon_qlora.data.stream import stream_documents
 
     counts: Counter[str] = Counter()
     stream = stream_documents(
-        **_row_settings(configuration),
+        **rows.row_settings(configuration),
         tokenizer=tokenizer,
         seed=configuration.run.seed,
         max_rows=configuration.data.max_rows,
@@ -156,41 +144,16 @@ def _report_lengths(
 
 
 def _efficiency(configuration: Configuration, corpus: Corpus) -> float:
-    from falcon_qlora.data.plan import Plan
+    from falcon_qlora.assembly.rows import make_plan
     from falcon_qlora.data.report import fill
 
     data, run = configuration.data, configuration.run
-    plan = Plan(
-        lengths=corpus.lengths,
-        fingerprint=corpus.fingerprint,
-        seed=run.seed,
-        global_batch=run.global_batch_size
-        or run.per_device_train_batch_size * run.gradient_accumulation_steps,
-        max_length=data.max_length,
-        packed=data.packing,
-        order=data.train_sampling_strategy,
-    )
     return fill(
-        plan, micro_batch=run.per_device_train_batch_size, padding=None if data.packing else data.padding
+        make_plan(configuration, corpus),
+        micro_batch=run.per_device_train_batch_size,
+        padding=None if data.packing else data.padding,
     )
 
 
 def _has_color(console: Console) -> bool:
     return console.is_terminal and not console.no_color
-
-
-def _row_settings(configuration: Configuration) -> dict[str, Any]:
-    data = configuration.data
-    return {
-        "dataset_name": data.dataset_name,
-        "dataset_weights": data.dataset_weights,
-        "dataset_config": data.dataset_config,
-        "dataset_split": data.dataset_train_split,
-        "dataset_format": data.dataset_format,
-        "columns": data.columns(),
-        "template": data.template,
-        "train_on": data.train_on,
-        "append_end_token": data.append_end_token,
-        "overlong": data.overlong,
-        "max_length": data.max_length,
-    }

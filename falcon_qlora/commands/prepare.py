@@ -39,7 +39,7 @@ def prepare(configuration: Configuration) -> None:
     Raises:
         UserError: for what would also stop the run, or where the disk is too small.
     """
-    from falcon_qlora import assembly
+    from falcon_qlora.assembly import rows
     from falcon_qlora.models.checkpoints import find_folder, read_folder_config
     from falcon_qlora.models.tokenizer import check_vocabulary
     from falcon_qlora.terminal import console, note
@@ -50,11 +50,11 @@ def prepare(configuration: Configuration) -> None:
         console().print(_described(download))
         download.check_disk(copies=_COPIES_OF_A_DATA_SET if download.kind == "dataset" else 1)
 
-    tokenizer = assembly.load_tokenizer(configuration)
+    tokenizer = rows.load_tokenizer(configuration)
     if data.streaming:
         note("--streaming reads rows during training: rows from the hub will need the network then")
     else:
-        corpus, held_out = assembly.corpora(configuration, tokenizer)
+        corpus, held_out = rows.corpora(configuration, tokenizer)
         console().print(
             f"data: {len(corpus.lengths):,} documents, {int(corpus.lengths.sum()):,} tokens"
             + (f"; held out {len(held_out.lengths):,} documents" if held_out is not None else "")

@@ -86,7 +86,7 @@ def load_model(
     """
     device = _resolve_device(device)
     dtype = resolve_compute_dtype(compute_dtype, device)
-    _check_mode_runs_on(quantize_mode, dtype, device)
+    check_mode_runs_on(quantize_mode, dtype, device)
     checkpoint = checkpoints.open_checkpoint(model_name_or_path, revision=revision, seed=seed)
     _check_shapes_quantize_on(checkpoint.config, quantize_mode, device)
     if device.type == "cuda":
@@ -160,7 +160,12 @@ def _resolve_device(device: torch.device | str | None) -> torch.device:
     return device
 
 
-def _check_mode_runs_on(mode: str, dtype: torch.dtype, device: torch.device) -> None:
+def check_mode_runs_on(mode: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a quantization or a compute dtype that `device` does not have.
+
+    Raises:
+        UserError: naming what it has.
+    """
     if mode not in ("4bit", "8bit", "16bit"):
         raise UserError(f"quantize_mode {mode!r} is none of 4bit, 8bit, 16bit.")
     if device.type == "cpu" and dtype == torch.float16:

@@ -169,7 +169,9 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, packing:
     shutil.rmtree(stopped / "adapter")
     resumed = fine_tune(tmp_path, **settings, output_dir=stopped, resume="latest")
     numbers = ("step", "loss", "grad_norm", "learning_rate", "tokens", "epoch")
-    expected, lines = ([{name: line[name] for name in numbers} for line in metrics(run)] for run in (whole, resumed))
+    expected, lines = (
+        [{name: line[name] for name in numbers} for line in metrics(run)] for run in (whole, resumed)
+    )
     assert lines == expected
     weights = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (whole, resumed)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -162,3 +162,21 @@ def test_trls_trainer_trains_the_adapters_in_float32(tmp_path, tokenizer, mode):
         if "lora_B" in name:
             assert not torch.equal(parameter, before[name]), name
     assert (Path(tmp_path) / "adapter" / "adapter_model.safetensors").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("use_rslora", "scale"), [(False, 6 / 4), (True, 6 / 2)])
+def test_the_update_is_scaled_as_asked(use_rslora, scale):
+    """The truth is Transformers' own model with the update added to its weights by hand."""
+    base = tiny_model("falcon-7b")
+    plain = plain_float32(base)
+    model = attach_lora(base, r=4, alpha=6, use_rslora=use_rslora, seed=3)
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    with torch.no_grad():
+        for name, layer in layers.items():
+            first, second = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            second.normal_(std=0.1)
+            own_name = name.removeprefix("base_model.model.")
+            plain.get_submodule(own_name).weight += scale * second @ first
+        ids = documents([30])[0][None]
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+    assert len(layers) == 8

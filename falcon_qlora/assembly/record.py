@@ -12,7 +12,7 @@ from torch import nn
 
 import falcon_qlora
 from falcon_qlora import distributed, terminal
-from falcon_qlora.assembly import TrainingData, global_batch
+from falcon_qlora.assembly.rows import TrainingData, global_batch
 from falcon_qlora.config import Configuration
 from falcon_qlora.environment import collect_environment
 from falcon_qlora.files import write_json

@@ -1,25 +1,20 @@
-"""From the configuration to the parts of a run: what `train` puts together, a function a part.
+"""From the configuration to what a run trains on: tokenizer, rows, documents, steps.
 
-Everything these call takes plain parameters; the configuration as a whole goes no further than here.
+What these call takes plain parameters; the configuration as a whole goes no further than here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from falcon_qlora import distributed
 from falcon_qlora.config import Configuration
 from falcon_qlora.data.batches import DocumentReader, StreamingSteps, TrainingSteps
 from falcon_qlora.data.plan import Plan
 from falcon_qlora.errors import UserError
-from falcon_qlora.run_directory import RunDirectory
-
-if TYPE_CHECKING:
-    from falcon_qlora.tracking import Trackers
-    from falcon_qlora.trainer import FalconTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +72,7 @@ def corpora(configuration: Configuration, tokenizer: Any, **changes: Any) -> tup
     from falcon_qlora.models.tokenizer import tokenizer_fingerprint
 
     data, run = configuration.data, configuration.run
-    settings = _row_settings(configuration) | {
+    settings = row_settings(configuration) | {
         "eval_split": data.eval_split,
         "tokenizer": tokenizer,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
@@ -89,21 +84,27 @@ def corpora(configuration: Configuration, tokenizer: Any, **changes: Any) -> tup
     return prepare_corpora(**settings | changes)
 
 
+def make_plan(configuration: Configuration, corpus: Any) -> Plan:
+    """The order of a run over `corpus`."""
+    data = configuration.data
+    return Plan(
+        lengths=corpus.lengths,
+        fingerprint=corpus.fingerprint,
+        seed=configuration.run.seed,
+        global_batch=global_batch(configuration),
+        max_length=data.max_length,
+        packed=data.packing,
+        order=data.train_sampling_strategy,
+    )
+
+
 def training_data(configuration: Configuration, tokenizer: Any) -> TrainingData:
     """Rows, tokens, and which of them make each step."""
     if configuration.data.streaming:
         return _streamed_data(configuration, tokenizer)
     data, run = configuration.data, configuration.run
     corpus, held_out = distributed.main_process_first(lambda: corpora(configuration, tokenizer))
-    plan = Plan(
-        lengths=corpus.lengths,
-        fingerprint=corpus.fingerprint,
-        seed=run.seed,
-        global_batch=global_batch(configuration),
-        max_length=data.max_length,
-        packed=data.packing,
-        order=data.train_sampling_strategy,
-    )
+    plan = make_plan(configuration, corpus)
     total_steps = run.max_steps if run.max_steps > 0 else plan.steps(run.num_train_epochs)
     steps = TrainingSteps(
         DocumentReader(
@@ -151,7 +152,7 @@ def _streamed_data(configuration: Configuration, tokenizer: Any) -> TrainingData
     from falcon_qlora.data.stream import recognise_stream, stream_documents
 
     data, run = configuration.data, configuration.run
-    settings = _row_settings(configuration) | {"max_rows": data.max_rows}
+    settings = row_settings(configuration) | {"max_rows": data.max_rows}
 
     def documents(epoch: int) -> Iterator[dict[str, Any]]:
         return stream_documents(**settings, tokenizer=tokenizer, seed=run.seed, epoch=epoch)
@@ -227,74 +228,8 @@ def global_batch(configuration: Configuration) -> int:
     return run.per_device_train_batch_size * distributed.world_size() * run.gradient_accumulation_steps
 
 
-def model_with_adapter(configuration: Configuration, tokenizer: Any) -> Any:
-    """The quantized replica on this process's device, with LoRA on top, ready for packed documents."""
-    from falcon_qlora.methods.lora import attach_lora
-    from falcon_qlora.models.checkpoints import open_checkpoint
-    from falcon_qlora.models.forward import enable_packing
-    from falcon_qlora.models.load import load_model
-    from falcon_qlora.models.tokenizer import check_vocabulary
-
-    settings, lora = configuration.model, configuration.lora
-    # Downloads what is missing.
-    distributed.main_process_first(
-        lambda: open_checkpoint(settings.model_name_or_path, revision=settings.model_revision)
-    )
-    model = load_model(
-        settings.model_name_or_path,
-        quantize_mode=settings.quantize_mode,
-        compute_dtype=settings.compute_dtype,
-        double_quantization=settings.double_quantization,
-        norms_in_float32=settings.norms_in_float32,
-        llm_int8_threshold=settings.llm_int8_threshold,
-        revision=settings.model_revision,
-    )
-    check_vocabulary(tokenizer, model.config.vocab_size, name=settings.model_name_or_path)
-    model = attach_lora(
-        model,
-        r=lora.lora_r,
-        alpha=lora.lora_alpha,
-        dropout=lora.lora_dropout,
-        target_modules=lora.lora_target_modules,
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-        seed=configuration.run.seed,
-    )
-    enable_packing(model)
-    return model
-
-
-def sample_prompts(
-    configuration: Configuration, data: TrainingData, tokenizer: Any
-) -> list[tuple[str, list[int]]]:
-    """What sample answers are asked for: a text to show and its token ids, a prompt a pair.
-
-    The user's prompts, written with the rows' template; without any, the prompts of the first held-out rows.
-    """
-    from falcon_qlora.data.templates import Turn, get_template
-
-    if configuration.run.sample_prompts:
-        template = get_template(data.template, tokenizer.special_tokens_map)
-        prompts = configuration.run.sample_prompts
-        texts = [template.prompt([Turn("user", prompt)]) for prompt in prompts]
-        return [
-            (prompt, tokenizer(text, add_special_tokens=False)["input_ids"])
-            for prompt, text in zip(prompts, texts, strict=True)
-        ]
-    if data.held_out is None:
-        return []
-    rows = data.held_out.dataset.select(
-        range(min(len(data.held_out.lengths), configuration.run.generate_samples))
-    )
-    asked = []
-    for row in rows:
-        first_target = next((place for place, target in enumerate(row["mask"]) if target and place), 1)
-        ids = list(row["input_ids"][:first_target])
-        asked.append((tokenizer.decode(ids), ids))
-    return asked
-
-
-def _row_settings(configuration: Configuration) -> dict[str, Any]:
+def row_settings(configuration: Configuration) -> dict[str, Any]:
+    """What decides which documents rows become: arguments that every reader of rows takes."""
     data = configuration.data
     return {
         "dataset_name": data.dataset_name,
@@ -309,62 +244,3 @@ def _row_settings(configuration: Configuration) -> dict[str, Any]:
         "overlong": data.overlong,
         "max_length": data.max_length,
     }
-
-
-def build_trainer(
-    configuration: Configuration,
-    directory: RunDirectory,
-    *,
-    tokenizer: Any,
-    data: TrainingData,
-    model: Any,
-    trackers: Trackers,
-    describe_adapter: Callable[[Path], None],
-) -> FalconTrainer:
-    """The trainer with everything that listens to it.
-
-    Args:
-        describe_adapter: completes an adapter's folder after it is written.
-    """
-    from transformers import EarlyStoppingCallback
-
-    from falcon_qlora.answers import SampleAnswers
-    from falcon_qlora.progress import ProgressCallback
-    from falcon_qlora.trainer import Evaluation, FalconTrainer, MetricsWriter, trainer_arguments
-
-    training, run, settings = configuration.training, configuration.run, configuration.data
-    training.output_dir = str(directory.path)
-    training.run_name = training.run_name or directory.path.name  # Trackio asks the trainer for it
-    evaluation = None
-    if data.held_out is not None:
-        evaluation = Evaluation(
-            reader=DocumentReader(
-                data.held_out.dataset,
-                padding=None,
-                max_length=settings.max_length,
-                padding_id=tokenizer.eos_token_id,
-            ),
-            lengths=data.held_out.lengths,
-            target_tokens=int(data.held_out.target_counts.sum()),
-            micro_batch=min(training.per_device_eval_batch_size, run.per_device_train_batch_size),
-            max_length=settings.max_length,
-        )
-    callbacks: list[Any] = [MetricsWriter(directory.append_metrics), trackers.callback, ProgressCallback()]
-    if run.early_stopping and evaluation is not None:
-        callbacks.append(EarlyStoppingCallback(early_stopping_patience=run.early_stopping))
-    if run.generate_samples:
-        prompts = sample_prompts(configuration, data, tokenizer)
-        callbacks.append(
-            SampleAnswers(prompts[: run.generate_samples], tokenizer, directory.path / "samples.jsonl")
-        )
-    return FalconTrainer(
-        model,
-        trainer_arguments(training, total_steps=data.total_steps),
-        steps=data.steps,
-        corpus=data.dataset,
-        evaluation=evaluation,
-        run_folder=directory.path,
-        tokenizer=tokenizer,
-        describe_adapter=describe_adapter,
-        callbacks=callbacks,
-    )
