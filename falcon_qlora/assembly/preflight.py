@@ -74,12 +74,15 @@ def check_model(configuration: Configuration) -> None:
 
     from falcon_qlora.methods.lora import checked_targets
     from falcon_qlora.models.falcon import lora_parameter_count
+    from falcon_qlora.models.load import check_mode_runs_on, resolve_compute_dtype
     from falcon_qlora.models.sizes import check_fits
 
     settings, lora = configuration.model, configuration.lora
     targets = checked_targets(lora.lora_target_modules)
-    config = distributed.from_main_process(lambda: _read_config(configuration))
     device = distributed.local_device()
+    dtype = resolve_compute_dtype(settings.compute_dtype, device)
+    check_mode_runs_on(settings.quantize_mode, dtype, device)
+    config = distributed.from_main_process(lambda: _read_config(configuration))
     if device.type != "cuda":
         return
     trainable = lora_parameter_count(config, r=lora.lora_r, target_modules=targets)

@@ -49,7 +49,11 @@ def fine_tune(folder: Path, **settings: object) -> Path:
 
 
 def test_plain_peft_on_plain_transformers_gives_the_same_logits(tmp_path: Path) -> None:
-    run = fine_tune(tmp_path)
+    targets = ["query_key_value", "dense_h_to_4h"]
+    run = fine_tune(tmp_path, lora_r=16, lora_alpha=24, lora_target_modules=targets)
+    record = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert (record["r"], record["lora_alpha"]) == (16, 24)
+    assert set(record["target_modules"]) == set(targets)
     ids = load_tokenizer("tiny")(TEXTS[1], return_tensors="pt")["input_ids"]
     base = AutoModelForCausalLM.from_pretrained(tiny_path(), dtype=torch.float32).eval()
     with torch.no_grad():
