@@ -173,6 +173,9 @@ class TestModel:
     def test_that_exceeds_the_gpu(self, refused: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(distributed, "local_device", lambda: torch.device("cuda", 0))
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 * GIB, 80 * GIB))
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA A100")
         message = refused(
             *train("-m", "random:falcon-40b", "-q", "8bit", "--lora_target_modules", "all-linear")
         )
@@ -183,7 +186,7 @@ class TestModel:
         assert "--quantize_mode 4bit" in message
 
     def test_8bit_on_a_gpu_that_has_none(self, refused: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("falcon_qlora.models.load.local_device", lambda: torch.device("cuda", 0))
+        monkeypatch.setattr(distributed, "local_device", lambda: torch.device("cuda", 0))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 0))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla V100")
         message = refused(*train("-q", "8bit", "--compute_dtype", "fp32"))
