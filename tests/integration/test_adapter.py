@@ -179,3 +179,9 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, packing:
     assert lines == expected
     weights = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (whole, resumed)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_early_stopping_ends_a_run_that_gets_no_better(tmp_path: Path) -> None:
+    run = fine_tune(tmp_path, max_steps=20, learning_rate=0.0, eval_split=0.3, eval_steps=1, early_stopping=3)
+    assert json.loads((run / "summary.json").read_text())["steps"] == 4
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
