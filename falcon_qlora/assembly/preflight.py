@@ -99,8 +99,9 @@ def _read_config(configuration: Configuration) -> Any:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HTTPError
 
-    from falcon_qlora.models.checkpoints import is_on_hub, open_checkpoint, read_folder_config
+    from falcon_qlora.models.checkpoints import read_folder_config
     from falcon_qlora.models.hub import Unreachable, plan_model
+    from falcon_qlora.models.locate import is_on_hub, open_checkpoint
 
     name, revision = configuration.model.model_name_or_path, configuration.model.model_revision
     if is_on_hub(name):

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 def model_with_adapter(configuration: Configuration, tokenizer: Any) -> Any:
     """The quantized replica on this process's device, with LoRA on top, ready for packed documents."""
     from falcon_qlora.methods.lora import attach_lora
-    from falcon_qlora.models.checkpoints import open_checkpoint
     from falcon_qlora.models.forward import enable_packing
     from falcon_qlora.models.load import load_model
+    from falcon_qlora.models.locate import open_checkpoint
     from falcon_qlora.models.tokenizer import check_vocabulary
 
     settings, lora = configuration.model, configuration.lora

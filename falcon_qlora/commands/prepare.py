@@ -40,7 +40,8 @@ def prepare(configuration: Configuration) -> None:
         UserError: for what would also stop the run, or where the disk is too small.
     """
     from falcon_qlora.assembly import rows
-    from falcon_qlora.models.checkpoints import find_folder, read_folder_config
+    from falcon_qlora.models.checkpoints import read_folder_config
+    from falcon_qlora.models.locate import find_folder
     from falcon_qlora.models.tokenizer import check_vocabulary
     from falcon_qlora.terminal import console, note
 
@@ -73,8 +74,8 @@ def prepare(configuration: Configuration) -> None:
 def _downloads(configuration: Configuration) -> list[Download]:
     """What the hub would have to send; nothing where it does not answer: the caches may hold it all."""
     from falcon_qlora.data.sources import HubSource, find_source
-    from falcon_qlora.models.checkpoints import is_on_hub
     from falcon_qlora.models.hub import Unreachable, plan_dataset, plan_model
+    from falcon_qlora.models.locate import is_on_hub
     from falcon_qlora.terminal import note
 
     settings, data = configuration.model, configuration.data

@@ -1,4 +1,4 @@
-"""Where weights come from: a packaged model, a random preset, a local folder, the hub.
+"""Weights as they come: from a model's folder, or made up for a published shape.
 
 Files are read one tensor at a time and let go again, so that memory stays bounded whatever their size.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ from falcon_qlora.errors import UserError, nearest
 from falcon_qlora.models.falcon import PRESETS, preset_config, read_config
 
 RANDOM = "random:"
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class Checkpoint(Protocol):
@@ -39,57 +37,6 @@ class Checkpoint(Protocol):
     ) -> Iterator[tuple[str, Tensor]]:
         """Each of the empty `model`'s parameters once, under its full name; any device and floating dtype."""
         ...
-
-
-def open_checkpoint(model_name_or_path: str, *, revision: str | None = None, seed: int = 0) -> Checkpoint:
-    """Find a model by what a user names it.
-
-    Raises:
-        UserError: if there is none.
-    """
-    if model_name_or_path.startswith(RANDOM):
-        return parse_random(model_name_or_path, seed)
-    folder = find_folder(model_name_or_path, revision=revision)
-    return FolderCheckpoint(model_name_or_path, read_folder_config(folder), folder)
-
-
-def find_folder(model_name_or_path: str, *, revision: str | None = None) -> Path:
-    """The folder of a packaged, local or hub model; of a hub model it downloads what is missing.
-
-    Raises:
-        UserError: if there is none.
-    """
-    if is_on_hub(model_name_or_path):
-        from falcon_qlora.models.hub import fetch_model
-
-        return fetch_model(model_name_or_path, revision=revision)
-    return packaged_folder(model_name_or_path) or Path(model_name_or_path).expanduser()
-
-
-def is_on_hub(model_name_or_path: str) -> bool:
-    """Whether a name is neither packaged nor random nor a folder here, so can only be a hub id.
-
-    Raises:
-        UserError: if it cannot be one.
-    """
-    if model_name_or_path.startswith(RANDOM) or packaged_folder(model_name_or_path) is not None:
-        return False
-    if Path(model_name_or_path).expanduser().is_dir():
-        return False
-    if not _HUB_ID.fullmatch(model_name_or_path) or model_name_or_path.startswith("."):
-        raise UserError(
-            f"There is no folder {model_name_or_path!r}, and a hub id would look like tiiuae/falcon-7b."
-        )
-    return True
-
-
-def packaged_folder(model_name_or_path: str) -> Path | None:
-    """The folder of a model that comes with the package, or None."""
-    if model_name_or_path != "tiny":
-        return None
-    from falcon_qlora.models.tiny import tiny_path
-
-    return Path(tiny_path())
 
 
 def read_folder_config(folder: Path, *, source: str | None = None) -> FalconConfig:

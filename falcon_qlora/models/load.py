@@ -21,8 +21,8 @@ from transformers.models.falcon.modeling_falcon import FalconRotaryEmbedding
 
 from falcon_qlora.distributed import local_device
 from falcon_qlora.errors import UserError
-from falcon_qlora.models import checkpoints
 from falcon_qlora.models.falcon import expected_linears, linear_shapes
+from falcon_qlora.models.locate import open_checkpoint
 from falcon_qlora.models.quantize import (
     NF4_BLOCK,
     QuantizeMode,
@@ -87,7 +87,7 @@ def load_model(
     device = _resolve_device(device)
     dtype = resolve_compute_dtype(compute_dtype, device)
     check_mode_runs_on(quantize_mode, dtype, device)
-    checkpoint = checkpoints.open_checkpoint(model_name_or_path, revision=revision, seed=seed)
+    checkpoint = open_checkpoint(model_name_or_path, revision=revision, seed=seed)
     _check_shapes_quantize_on(checkpoint.config, quantize_mode, device)
     if device.type == "cuda":
         check_fits(

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from falcon_qlora.errors import UserError
-from falcon_qlora.models.checkpoints import RANDOM, is_on_hub, packaged_folder
+from falcon_qlora.models.checkpoints import RANDOM
+from falcon_qlora.models.locate import is_on_hub, packaged_folder
 
 # Random weights come without a tokenizer: take the one of the shape's namesake.
 _TOKENIZER_OF_PRESET = {

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from falcon_qlora.errors import UserError
-from falcon_qlora.models import checkpoints, hub
+from falcon_qlora.models import hub, locate
 from falcon_qlora.models.tiny import tiny_path
 from falcon_qlora.models.tokenizer import load_tokenizer
 
@@ -177,11 +177,11 @@ def test_a_data_sets_size_is_of_its_data_and_of_its_configuration(fake_hub):
 
 
 def test_what_is_on_the_hub_is_told_from_what_is_not(tmp_path):
-    assert checkpoints.is_on_hub("tiiuae/falcon-7b")
-    assert not any(checkpoints.is_on_hub(name) for name in ["tiny", "random:falcon-7b", str(tmp_path)])
+    assert locate.is_on_hub("tiiuae/falcon-7b")
+    assert not any(locate.is_on_hub(name) for name in ["tiny", "random:falcon-7b", str(tmp_path)])
     for name in ["./falcon", "/no/such/folder", str(Path("a") / "b" / "c")]:
         with pytest.raises(UserError, match="no folder"):
-            checkpoints.is_on_hub(name)
+            locate.is_on_hub(name)
 
 
 def test_a_tokenizer_comes_without_the_weights(fake_hub, tmp_path):
