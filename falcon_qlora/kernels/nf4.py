@@ -9,6 +9,9 @@ float32 scale for 256 of them, plus one offset for all. A weight moves 0.5 bytes
 those bytes should cost time, so nothing between them is stored.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (a kernel's arguments are what Triton makes of them)
+
 from __future__ import annotations
 
 from typing import Any
@@ -92,14 +95,13 @@ def dequantize_nf4(packed: Tensor, state: Any, out: Tensor, *, transpose: bool =
     # No fused multiply-add: the nested scale is rounded before the offset is added, as in bitsandbytes.
     options = {"NESTED": nested is not None, "num_warps": _WARPS, "enable_fp_fusion": False}
     if transpose:
-        grid = (triton.cdiv(row_words, _TILE_WORDS), triton.cdiv(rows, _TILE_ROWS))
-        _dequantize_transposed[grid](
+        tiles = (triton.cdiv(row_words, _TILE_WORDS), triton.cdiv(rows, _TILE_ROWS))
+        _dequantize_transposed[tiles](
             words, state.code, *scales, out, out.stride(0), rows, row_words,
             ROWS=_TILE_ROWS, WORDS=_TILE_WORDS, **options,
         )  # fmt: skip
         return out
-    grid = (triton.cdiv(words.numel(), _WORDS_A_PROGRAM),)
-    _dequantize_rows[grid](
+    _dequantize_rows[(triton.cdiv(words.numel(), _WORDS_A_PROGRAM),)](
         words, state.code, *scales, out, out.stride(0), words.numel(), row_words,
         CONTIGUOUS=out.is_contiguous(), WORDS=_WORDS_A_PROGRAM, **options,
     )  # fmt: skip

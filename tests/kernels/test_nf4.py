@@ -12,7 +12,7 @@ from falcon_qlora.models.quantize import bnb
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from falcon_qlora.kernels.nf4 import (  # noqa: E402
+from falcon_qlora.kernels.nf4 import (
     can_dequantize_nf4,
     dequantize_nf4,
     dequantize_nf4_reference,
