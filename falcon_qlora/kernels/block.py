@@ -172,17 +172,12 @@ class _BlockFunction(torch.autograd.Function):
             adapter_grads = out_of.adapter_gradients(grad, grad_low, low_out, inputs)
             del after_gelu, inputs
 
-            heads, grad_heads = block.heads(fused), block.heads(grad_fused)
-            grad_attended = grad_joined[:, split:].unflatten(1, (-1, block.head_dim))
-            of_query, of_key, of_value = attention.backward(
-                grad_attended, *_query_key_value(heads), attended, statistics
-            )
-            del grad_joined, grad_attended
-            grad_heads[:, :, :-2] = of_query.unflatten(1, (block.kv_heads, -1))
-            grad_heads[:, :, -2] = of_key
-            grad_heads[:, :, -1] = of_value
-            del of_query, of_key, of_value
-            ops.rotate_(grad_heads[:, :, :-1], cosine, sine, inverse=True)
+            heads = block.heads(fused)
+            of_attended = grad_joined[:, split:].unflatten(1, (-1, block.head_dim))
+            parts = attention.backward(of_attended, *_query_key_value(heads), attended, statistics)
+            del grad_joined, of_attended
+            ops.rotate_join(*parts, cosine, sine, block.heads(grad_fused))
+            del parts
 
             in_grads: list[Tensor | None] = []
             grad_hidden = grad

@@ -101,6 +101,25 @@ def rotate_(heads: Tensor, cosine: Tensor, sine: Tensor, inverse: bool = False) 
     return _form("rotate_", heads)(heads, cosine, sine, inverse)
 
 
+def rotate_join(
+    query: Tensor, key: Tensor, value: Tensor, cosine: Tensor, sine: Tensor, out: Tensor
+) -> Tensor:
+    """Rotate the gradients of queries and keys back and put them, with the values', beside each other.
+
+    Args:
+        query: ``[T, K (G - 2), D]``, the gradient of the rotated queries.
+        key: ``[T, K, D]``, of the rotated keys.
+        value: ``[T, K, D]``.
+        cosine: ``[T, D]``, both halves equal.
+        sine: ``[T, D]``.
+        out: ``[T, K, G, D]`` to write into, any strides with the last one 1.
+
+    Returns:
+        `out`.
+    """
+    return _form("rotate_join", out)(query, key, value, cosine, sine, out)
+
+
 def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
     """Exact GELU of ``[T, F]``, into `out` (also a slice with longer rows) where given."""
     return _form("gelu", x)(x, out)
@@ -110,7 +129,7 @@ def gelu_backward(grad: Tensor, x: Tensor, out: Tensor | None = None) -> tuple[T
     """The input's gradient of `gelu`, and its output once more.
 
     Args:
-        grad: ``[T, F]``, of the output.
+        grad: ``[T, F]``, of the output; may be overwritten.
         x: ``[T, F]``, the input.
         out: ``[T, F]``, what to write the gradient into, also a slice with longer rows.
 
@@ -147,13 +166,17 @@ def _triton_forms() -> dict[str, Callable[..., Any]]:
             out = torch.empty(state.shape, dtype=state.dtype, device=layer.weight.device)
         return nf4.dequantize_nf4(layer.weight.data, state, out)
 
+    def gelu_backward(grad: Tensor, x: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
+        return gelu.gelu_backward(grad, x, out, output=grad)  # the gradient's memory is free now
+
     return {
         "dequantize": dequantize,
         "layer_norm": layer_norm.layer_norm,
         "layer_norm_backward": layer_norm.layer_norm_backward,
         "rotate_": rotary.rotate_,
+        "rotate_join": rotary.rotate_join,
         "gelu": gelu.gelu,
-        "gelu_backward": gelu.gelu_backward,
+        "gelu_backward": gelu_backward,
     }
 
 
@@ -212,6 +235,16 @@ def _rotate_(heads: Tensor, cosine: Tensor, sine: Tensor, inverse: bool) -> Tens
     return heads.copy_(rotated)
 
 
+def _rotate_join(
+    query: Tensor, key: Tensor, value: Tensor, cosine: Tensor, sine: Tensor, out: Tensor
+) -> Tensor:
+    out[:, :, :-2] = query.unflatten(1, (out.shape[1], -1))
+    out[:, :, -2] = key
+    out[:, :, -1] = value
+    _rotate_(out[:, :, :-1], cosine, sine, inverse=True)
+    return out
+
+
 def _gelu(x: Tensor, out: Tensor | None) -> Tensor:
     y = F.gelu(x)
     return y if out is None else out.copy_(y)
@@ -227,6 +260,7 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
     "layer_norm": _layer_norm,
     "layer_norm_backward": _layer_norm_backward,
     "rotate_": _rotate_,
+    "rotate_join": _rotate_join,
     "gelu": _gelu,
     "gelu_backward": _gelu_backward,
 }

@@ -38,9 +38,10 @@ def calls(monkeypatch):
     return counted
 
 
-def adapted(layout, mode="16bit", *, r=4, seed=3, **settings):
+def adapted(layout, mode="16bit", *, r=4, seed=3, device="cpu", compute_dtype="auto", **settings):
     """LoRA with two matrices that matter, packing enabled."""
-    peft_model = attach_lora(tiny_model(layout, mode), r=r, alpha=8, seed=seed, **settings)
+    base = tiny_model(layout, mode, device, compute_dtype)
+    peft_model = attach_lora(base, r=r, alpha=8, seed=seed, **settings)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():
