@@ -174,10 +174,12 @@ class _BlockFunction(torch.autograd.Function):
 
             heads = block.heads(fused)
             of_attended = grad_joined[:, split:].unflatten(1, (-1, block.head_dim))
-            parts = attention.backward(of_attended, *_query_key_value(heads), attended, statistics)
+            of_query, of_key, of_value = attention.backward(
+                of_attended, *_query_key_value(heads), attended, statistics
+            )
             del grad_joined, of_attended
-            ops.rotate_join(*parts, cosine, sine, block.heads(grad_fused))
-            del parts
+            ops.rotate_join(of_query, of_key, of_value, cosine, sine, block.heads(grad_fused))
+            del of_query, of_key, of_value
 
             in_grads: list[Tensor | None] = []
             grad_hidden = grad

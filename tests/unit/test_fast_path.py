@@ -206,6 +206,38 @@ def test_gradients_reach_the_parameters_through_hooks_as_data_parallel_needs():
     assert sorted(seen) == sorted(gradients(model))
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_distributed_data_parallel_reduces_every_gradient_once(checkpointing):
+    model = adapted("falcon-7b", "4bit")
+    arguments = packed(documents(LENGTHS))
+    reference = step(model, arguments)
+    apply_fast_path(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    reduced = []
+
+    def count(_, bucket):
+        reduced.extend(bucket.parameters())
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        parallel.register_comm_hook(None, count)
+        model.zero_grad()
+        with parallel.no_sync():
+            parallel(**arguments).loss.backward()
+        assert not reduced
+        parallel(**arguments).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(reduced) == len({id(p) for p in reduced}) == len(reference[1])
+    for name, gradient in gradients(model).items():
+        assert_close(gradient, 2 * reference[1][name], rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b"])
 def test_one_document_does_not_reach_another(layout):
     model = adapted(layout, "4bit")
