@@ -130,7 +130,7 @@ def _store(ptr, offset, values, mask):
     tl.store(ptr + offset, values.to(ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # it differs from one micro batch to the next
 def _rotate(
     fused_ptr,  # [T, K, G, D], by its strides
     query_ptr,  # [T, K (G - 2), D], by its strides; not used in place, and so the next two

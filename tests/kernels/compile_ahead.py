@@ -58,7 +58,7 @@ def compile_for(capability: int, kernel: JITFunction, options: dict[str, Any]) -
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(kernel.arg_names)
-        if name in types and name not in ("eps", "kv_heads", "group")
+        if name in types and name not in ("eps", "tokens", "kv_heads", "group")
     }
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     launch = {name: value for name, value in options.items() if name not in constants}
