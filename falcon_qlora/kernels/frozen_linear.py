@@ -1,0 +1,252 @@
+"""Frozen linears with LoRA, several as one product.
+
+Shapes: T tokens, R columns for the ranks of a group's LoRA.
+
+Linears that share their input are one product, and so are those whose outputs are added up. LoRA rides along:
+with t = x Aᵀ, ``x Wᵀ + s t Bᵀ`` is ``[x | t] [W | sB]ᵀ``, and with u = s dy B, the input's gradient
+``dy W + u A`` is ``[dy | u] [W ; A]``. So no pass over a large activation is LoRA's own. Weights are
+dequantized for every product, into the same memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from falcon_qlora.kernels import ops
+
+Adapter = tuple[Tensor | None, Tensor | None]  # A [r, in] and B [out, r], float32
+
+
+class Workspace:
+    """Memory for one group's dequantized weights, used again by every product of every block."""
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def take(self, rows: int, columns: int, like: Tensor) -> Tensor:
+        """``[rows, columns]`` of undefined content; what was taken before is overwritten."""
+        key = (like.device, like.dtype)
+        memory = self._memory.get(key)
+        if memory is None or memory.numel() < rows * columns:
+            self._memory.pop(key, None)
+            memory = None
+            with torch.inference_mode(False):  # else an evaluation's memory could not be written in training
+                memory = torch.empty(rows * columns, dtype=like.dtype, device=like.device)
+            self._memory[key] = memory
+        return memory[: rows * columns].view(rows, columns)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Workspace:
+        return Workspace()
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """A frozen linear and its LoRA.
+
+    Attributes:
+        layer: holds the frozen weight ``[out, in]`` in any form that `ops.dequantize` reads.
+        out_features: rows of the weight.
+        in_features: columns of the weight.
+        rank: of LoRA, 0 without.
+        scaling: of LoRA's product.
+    """
+
+    layer: Any
+    out_features: int
+    in_features: int
+    rank: int = 0
+    scaling: float = 1.0
+
+
+class _Group:
+    """Linears that are multiplied as one, and where each one's part lies.
+
+    Attributes:
+        columns: R, the sum of the ranks rounded up to a multiple of 8, as the matrix units like it.
+        ranks: where each linear's LoRA lies among them.
+    """
+
+    def __init__(
+        self, projections: Sequence[Projection], adapters: Sequence[Adapter], workspace: Workspace
+    ) -> None:
+        self.projections, self.adapters, self.workspace = projections, adapters, workspace
+        self.ranks = _spans([projection.rank for projection in projections])
+        self.used = self.ranks[-1].stop
+        self.columns = -(-self.used // 8) * 8
+
+    def _put_a(self, out: Tensor, spans: Sequence[slice] | None = None) -> Tensor:
+        """Write each A into its rows of ``[R, in]``, and zeros into the others'."""
+        if spans is not None or self.used < self.columns:
+            out.zero_()
+        for index, (a, _) in enumerate(self.adapters):
+            if a is not None:
+                out[self.ranks[index], slice(None) if spans is None else spans[index]] = a
+        return out
+
+    def _scaled_b(self, index: int, like: Tensor) -> Tensor:
+        """One linear's B times its scaling, ``[out, r]`` in `like`'s dtype."""
+        b = self.adapters[index][1]
+        assert b is not None
+        return (b * self.projections[index].scaling).to(like.dtype)
+
+    def _pair(self, index: int, grad_a: Tensor, grad_b: Tensor) -> list[Tensor | None]:
+        if not self.projections[index].rank:
+            return [None, None]
+        return [grad_a, grad_b.mul_(self.projections[index].scaling)]
+
+
+class SharedInput(_Group):
+    """Linears of one input: their outputs lie side by side.
+
+    Attributes:
+        features: H, of the input.
+        width: of all outputs.
+    """
+
+    def __init__(
+        self, projections: Sequence[Projection], adapters: Sequence[Adapter], workspace: Workspace
+    ) -> None:
+        super().__init__(projections, adapters, workspace)
+        self.features = projections[0].in_features
+        self.outputs = _spans([projection.out_features for projection in projections])
+        self.width = self.outputs[-1].stop
+
+    def forward(self, extended: Tensor) -> tuple[Tensor, Tensor]:
+        """``[T, H + R]``, of which the first H are the input → outputs ``[T, width]`` and t ``[T, R]``."""
+        x = extended[:, : self.features]
+        low = extended.new_empty(extended.shape[0], self.columns)
+        weight = self.workspace.take(self.width, self.features + self.columns, extended)
+        if self.columns:
+            a = self._put_a(extended.new_empty(self.columns, self.features))
+            torch.mm(x, a.T, out=low)
+            extended[:, self.features :] = low
+            weight[:, self.features :] = 0
+        for index, projection in enumerate(self.projections):
+            rows, rank = weight[self.outputs[index]], self.ranks[index]
+            ops.dequantize(projection.layer, rows[:, : self.features])
+            if projection.rank:
+                start = self.features + rank.start
+                rows[:, start : start + projection.rank] = self._scaled_b(index, extended)
+        return torch.mm(extended, weight.T), low
+
+    def adapter_gradients(self, extended: Tensor, low: Tensor, x: Tensor) -> list[Tensor | None]:
+        """The gradients of each A and B; puts u, which `input_gradient` needs, behind the gradient.
+
+        Args:
+            extended: ``[T, width + R]``, of which the first columns are the outputs' gradient.
+            low: t, ``[T, R]``.
+            x: the input, ``[T, H]``.
+        """
+        if self.used < self.columns:
+            extended[:, self.width + self.used :] = 0
+        results: list[Tensor | None] = []
+        for index, projection in enumerate(self.projections):
+            grad, rank = extended[:, self.outputs[index]], self.ranks[index]
+            if not projection.rank:
+                results += [None, None]
+                continue
+            low_grad = extended[:, self.width + rank.start : self.width + rank.stop]
+            torch.mm(grad, self._scaled_b(index, extended), out=low_grad)
+            results += self._pair(index, _mm_float32(low_grad.T, x), _mm_float32(grad.T, low[:, rank]))
+        return results
+
+    def input_gradient(self, extended: Tensor) -> Tensor:
+        """``[T, width + R]`` as `adapter_gradients` left it → ``[T, H]``."""
+        weight = self.workspace.take(self.width + self.columns, self.features, extended)
+        for projection, rows in zip(self.projections, self.outputs, strict=True):
+            ops.dequantize(projection.layer, weight[rows])
+        if self.columns:
+            self._put_a(weight[self.width :])
+        return torch.mm(extended, weight)
+
+
+class SharedOutput(_Group):
+    """Linears whose outputs are added up: their inputs lie side by side.
+
+    Attributes:
+        features: of all inputs.
+        width: H, of the output.
+    """
+
+    def __init__(
+        self, projections: Sequence[Projection], adapters: Sequence[Adapter], workspace: Workspace
+    ) -> None:
+        super().__init__(projections, adapters, workspace)
+        self.width = projections[0].out_features
+        self.inputs = _spans([projection.in_features for projection in projections])
+        self.features = self.inputs[-1].stop
+
+    def forward(self, extended: Tensor, addend: Tensor) -> tuple[Tensor, Tensor]:
+        """``[T, features + R]``, of which the first are the inputs → ``[T, H]`` and t ``[T, R]``."""
+        low = extended[:, self.features :]
+        weight = self.workspace.take(self.width, self.features + self.columns, extended)
+        if self.used < self.columns:
+            low[:, self.used :] = 0
+            weight[:, self.features + self.used :] = 0
+        for index, (projection, inputs) in enumerate(zip(self.projections, self.inputs, strict=True)):
+            ops.dequantize(projection.layer, weight[:, inputs])
+            a, rank = self.adapters[index][0], self.ranks[index]
+            if a is not None:
+                torch.mm(extended[:, inputs], a.to(extended.dtype).T, out=low[:, rank])
+                start = self.features + rank.start
+                weight[:, start : start + projection.rank] = self._scaled_b(index, extended)
+        return torch.addmm(addend, extended, weight.T), low.clone()
+
+    def input_gradient(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """``[T, H]`` → the inputs' ``[T, features]``, and u ``[T, R]``."""
+        extended = grad.new_empty(grad.shape[0], self.width + self.columns)
+        extended[:, : self.width] = grad
+        weight = self.workspace.take(self.width + self.columns, self.features, grad)
+        for projection, inputs in zip(self.projections, self.inputs, strict=True):
+            ops.dequantize(projection.layer, weight[: self.width, inputs])
+        if self.columns:
+            b = grad.new_zeros(self.width, self.columns)
+            for index, projection in enumerate(self.projections):
+                if projection.rank:
+                    b[:, self.ranks[index]] = self._scaled_b(index, grad)
+            torch.mm(grad, b, out=extended[:, self.width :])
+            self._put_a(weight[self.width :], self.inputs)
+        return torch.mm(extended, weight), extended[:, self.width :].contiguous()
+
+    def adapter_gradients(
+        self, grad: Tensor, low_grad: Tensor, low: Tensor, inputs: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """The gradients of each A and B.
+
+        Args:
+            grad: the output's, ``[T, H]``.
+            low_grad: u, ``[T, R]``.
+            low: t, ``[T, R]``.
+            inputs: of each linear, ``[T, in]``.
+        """
+        if not self.columns:
+            return [None, None] * len(self.projections)
+        all_b = _mm_float32(grad.T, low)  # [H, R]
+        results: list[Tensor | None] = []
+        for index, x in enumerate(inputs):
+            rank = self.ranks[index]
+            if self.projections[index].rank:
+                results += self._pair(index, _mm_float32(low_grad[:, rank].T, x), all_b[:, rank].contiguous())
+            else:
+                results += [None, None]
+        return results
+
+
+def _spans(sizes: Sequence[int]) -> list[slice]:
+    spans, start = [], 0
+    for size in sizes:
+        spans.append(slice(start, start + size))
+        start += size
+    return spans
+
+
+def _mm_float32(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` in float32, added up over many tokens: not rounded to bfloat16 at the end."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)  # type: ignore[call-overload]
+    return (a @ b).float()

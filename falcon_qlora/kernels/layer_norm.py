@@ -1,0 +1,309 @@
+"""Layer norm, one or two over the same input, and its gradient for the input.
+
+Shapes: T tokens, H hidden size.
+
+Weights and biases are frozen: they get no gradient, so the backward pass is one read of what it needs and one
+write. Two norms over one input (Falcon-40B's attention and MLP norms) differ in weight and bias alone: they
+share the statistics, and their gradients meet before the sums over a row. Sums are taken in float32, of a row
+that is held in registers: no second read.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (a kernel's arguments are what Triton makes of them)
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_LANES_A_THREAD = {"forward": 32, "backward": 16}
+_MOST_WARPS = 16
+
+
+def layer_norm_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `layer_norm` computes, in plain PyTorch."""
+    wide = x.double() if x.dtype == torch.float64 else x.float()
+    mean = wide.mean(-1)
+    rstd = torch.rsqrt(wide.var(-1, correction=0) + eps)
+    normalized = (wide - mean[:, None]) * rstd[:, None]
+    return (normalized * weight + bias).to(x.dtype), mean, rstd
+
+
+def layer_norm_backward_reference(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, addend: Tensor | None = None
+) -> Tensor:
+    """What `layer_norm_backward` computes, in plain PyTorch."""
+    normalized = (x.to(mean.dtype) - mean[:, None]) * rstd[:, None]
+    scaled = grad.to(mean.dtype) * weight
+    of_statistics = scaled.mean(-1, True) + normalized * (scaled * normalized).mean(-1, True)
+    dx = rstd[:, None] * (scaled - of_statistics)
+    return (dx if addend is None else dx + addend).to(x.dtype)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Layer norm of every row.
+
+    Args:
+        x: ``[T, H]``; rows may be any distance apart.
+        weight: ``[H]``.
+        bias: ``[H]``.
+        eps: added to the variance.
+        out: ``[T, H]`` to write the result into, or None.
+
+    Returns:
+        result ``[T, H]`` in `x`'s dtype; mean and reciprocal standard deviation, float32 ``[T]``.
+    """
+    (y,), mean, rstd = _forward(x, [(weight, bias)], eps, [out])
+    return y, mean, rstd
+
+
+def two_layer_norms(
+    x: Tensor, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, bias_2: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two layer norms of the same rows, as `layer_norm`'s.
+
+    Returns:
+        both results ``[T, H]``, and the statistics they share, float32 ``[T]``.
+    """
+    (y_1, y_2), mean, rstd = _forward(x, [(weight_1, bias_1), (weight_2, bias_2)], eps, [None, None])
+    return y_1, y_2, mean, rstd
+
+
+def layer_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    addend: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The input's gradient of `layer_norm`.
+
+    Args:
+        grad: ``[T, H]``, of the result.
+        x: ``[T, H]``, the input.
+        mean: float32 ``[T]``.
+        rstd: float32 ``[T]``.
+        weight: ``[H]``.
+        addend: ``[T, H]``, added before rounding (the gradient that goes around the norm), or None.
+        out: ``[T, H]`` to write into, or None; may be `grad` or `addend`.
+
+    Returns:
+        ``[T, H]`` in `x`'s dtype.
+    """
+    return _backward([(grad, weight)], x, mean, rstd, addend, out)
+
+
+def two_layer_norms_backward(
+    grad_1: Tensor,
+    grad_2: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight_1: Tensor,
+    weight_2: Tensor,
+    addend: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The input's gradient of `two_layer_norms`: the sum of what comes through both, as above."""
+    return _backward([(grad_1, weight_1), (grad_2, weight_2)], x, mean, rstd, addend, out)
+
+
+def _forward(
+    x: Tensor, norms: list[tuple[Tensor, Tensor]], eps: float, outs: list[Tensor | None]
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    x = _with_rows(x)
+    tokens, hidden = x.shape
+    results = [torch.empty_like(x, memory_format=torch.contiguous_format) if y is None else y for y in outs]
+    assert all(y.shape == x.shape and y.stride(1) == 1 for y in results)
+    mean = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    (weight_1, bias_1), (weight_2, bias_2) = norms[0], norms[-1]
+    if tokens:
+        _layer_norm[(tokens,)](
+            x, weight_1, bias_1, weight_2, bias_2, results[0], results[-1], mean, rstd,
+            x.stride(0), results[0].stride(0), results[-1].stride(0), hidden, eps,
+            TWO=len(norms) == 2, **_row_options(hidden, "forward"),
+        )  # fmt: skip
+    return results, mean, rstd
+
+
+def _backward(
+    norms: list[tuple[Tensor, Tensor]],
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    addend: Tensor | None,
+    out: Tensor | None,
+) -> Tensor:
+    x = _with_rows(x)
+    tokens, hidden = x.shape
+    (grad_1, weight_1), (grad_2, weight_2) = [
+        (_with_rows(grad), weight) for grad, weight in (norms[0], norms[-1])
+    ]
+    added = x if addend is None else _with_rows(addend)
+    if out is None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    assert out.stride(1) == 1
+    assert all(t.shape == x.shape for t in (grad_1, grad_2, added, out))
+    if tokens:
+        _layer_norm_backward[(tokens,)](
+            grad_1, grad_2, x, mean, rstd, weight_1, weight_2, added, out,
+            grad_1.stride(0), grad_2.stride(0), x.stride(0), added.stride(0), out.stride(0), hidden,
+            TWO=len(norms) == 2, ADD=addend is not None, **_row_options(hidden, "backward"),
+        )  # fmt: skip
+    return out
+
+
+def _with_rows(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _row_options(hidden: int, direction: str) -> dict[str, int]:
+    """How a program holds a row: a power of two of lanes, and a second, smaller one where that saves many.
+
+    7B's 4,544 are 4,096 + 512 lanes: with 8,192 nearly half of all instructions would do nothing.
+    """
+    lanes = triton.next_power_of_2(hidden)
+    main, rest = lanes // 2, triton.next_power_of_2(max(hidden - lanes // 2, 1))
+    if main >= 1024 and 2 * rest <= main:
+        lanes, tail = main, max(rest, 128)
+    else:
+        tail = 0
+    warps = min(max(lanes // (32 * _LANES_A_THREAD[direction]), 1), _MOST_WARPS)
+    return {"MAIN": lanes, "TAIL": tail, "num_warps": warps}
+
+
+@triton.jit
+def _load(ptr, column, hidden):
+    return tl.load(ptr + column, mask=column < hidden, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_norm(y_ptr, weight_ptr, bias_ptr, normalized, column, hidden):
+    y = normalized * _load(weight_ptr, column, hidden) + _load(bias_ptr, column, hidden)
+    tl.store(y_ptr + column, y.to(y_ptr.dtype.element_ty), mask=column < hidden)
+
+
+@triton.jit
+def _layer_norm(
+    x_ptr,  # [T, H], rows x_stride apart
+    weight_1_ptr,  # [H]
+    bias_1_ptr,  # [H]
+    weight_2_ptr,  # [H]; used where TWO, and so the next
+    bias_2_ptr,  # [H]
+    y_1_ptr,  # [T, H], rows y_1_stride apart
+    y_2_ptr,  # [T, H], rows y_2_stride apart; used where TWO
+    mean_ptr,  # float32 [T]
+    rstd_ptr,  # float32 [T]
+    x_stride,
+    y_1_stride,
+    y_2_stride,
+    hidden,  # H
+    eps,
+    TWO: tl.constexpr,
+    MAIN: tl.constexpr,  # H ≤ MAIN + TAIL
+    TAIL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * x_stride
+    y_1_ptr += row * y_1_stride
+    y_2_ptr += row * y_2_stride
+    column = tl.arange(0, MAIN)
+    x = _load(x_ptr, column, hidden)
+    total = tl.sum(x, 0)
+    if TAIL:
+        column_t = MAIN + tl.arange(0, TAIL)
+        x_t = _load(x_ptr, column_t, hidden)
+        total += tl.sum(x_t, 0)
+    mean = total / hidden
+    x = tl.where(column < hidden, x - mean, 0.0)
+    squares = tl.sum(x * x, 0)
+    if TAIL:
+        x_t = tl.where(column_t < hidden, x_t - mean, 0.0)
+        squares += tl.sum(x_t * x_t, 0)
+    rstd = 1.0 / tl.sqrt(squares / hidden + eps)
+    tl.store(mean_ptr + row, mean)
+    tl.store(rstd_ptr + row, rstd)
+    _store_norm(y_1_ptr, weight_1_ptr, bias_1_ptr, x * rstd, column, hidden)
+    if TWO:
+        _store_norm(y_2_ptr, weight_2_ptr, bias_2_ptr, x * rstd, column, hidden)
+    if TAIL:
+        _store_norm(y_1_ptr, weight_1_ptr, bias_1_ptr, x_t * rstd, column_t, hidden)
+        if TWO:
+            _store_norm(y_2_ptr, weight_2_ptr, bias_2_ptr, x_t * rstd, column_t, hidden)
+
+
+@triton.jit
+def _scaled_gradient(
+    grad_1_ptr, grad_2_ptr, weight_1_ptr, weight_2_ptr, column, hidden, TWO: tl.constexpr
+):  # fmt: skip
+    scaled = _load(grad_1_ptr, column, hidden) * _load(weight_1_ptr, column, hidden)
+    if TWO:
+        scaled += _load(grad_2_ptr, column, hidden) * _load(weight_2_ptr, column, hidden)
+    return scaled
+
+
+@triton.jit
+def _store_gradient(dx_ptr, add_ptr, dx, column, hidden, ADD: tl.constexpr):
+    if ADD:
+        dx += _load(add_ptr, column, hidden)
+    tl.store(dx_ptr + column, dx.to(dx_ptr.dtype.element_ty), mask=column < hidden)
+
+
+@triton.jit
+def _layer_norm_backward(
+    grad_1_ptr,  # [T, H], rows grad_1_stride apart
+    grad_2_ptr,  # [T, H], rows grad_2_stride apart; used where TWO
+    x_ptr,  # [T, H], rows x_stride apart
+    mean_ptr,  # float32 [T]
+    rstd_ptr,  # float32 [T]
+    weight_1_ptr,  # [H]
+    weight_2_ptr,  # [H]; used where TWO
+    add_ptr,  # [T, H], rows add_stride apart; used where ADD
+    dx_ptr,  # [T, H], rows dx_stride apart
+    grad_1_stride,
+    grad_2_stride,
+    x_stride,
+    add_stride,
+    dx_stride,
+    hidden,  # H
+    TWO: tl.constexpr,
+    ADD: tl.constexpr,
+    MAIN: tl.constexpr,  # H ≤ MAIN + TAIL
+    TAIL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    grad_1_ptr += row * grad_1_stride
+    grad_2_ptr += row * grad_2_stride
+    x_ptr += row * x_stride
+    add_ptr += row * add_stride
+    dx_ptr += row * dx_stride
+    mean = tl.load(mean_ptr + row)
+    rstd = tl.load(rstd_ptr + row)
+    column = tl.arange(0, MAIN)
+    # Beyond H the scaled gradient is zero, and so is what it adds to the sums.
+    scaled = _scaled_gradient(grad_1_ptr, grad_2_ptr, weight_1_ptr, weight_2_ptr, column, hidden, TWO)
+    normalized = (_load(x_ptr, column, hidden) - mean) * rstd
+    of_mean = tl.sum(scaled, 0)
+    of_rstd = tl.sum(scaled * normalized, 0)
+    if TAIL:
+        column_t = MAIN + tl.arange(0, TAIL)
+        scaled_t = _scaled_gradient(grad_1_ptr, grad_2_ptr, weight_1_ptr, weight_2_ptr, column_t, hidden, TWO)
+        normalized_t = (_load(x_ptr, column_t, hidden) - mean) * rstd
+        of_mean += tl.sum(scaled_t, 0)
+        of_rstd += tl.sum(scaled_t * normalized_t, 0)
+    of_mean = of_mean / hidden
+    of_rstd = of_rstd / hidden
+    dx = rstd * (scaled - of_mean - normalized * of_rstd)
+    _store_gradient(dx_ptr, add_ptr, dx, column, hidden, ADD)
+    if TAIL:
+        dx_t = rstd * (scaled_t - of_mean - normalized_t * of_rstd)
+        _store_gradient(dx_ptr, add_ptr, dx_t, column_t, hidden, ADD)

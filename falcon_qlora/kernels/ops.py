@@ -1,0 +1,266 @@
+"""The operations between a block's large products, behind one seam.
+
+Shapes: T tokens, H hidden size, F feed-forward size, K key/value heads, G heads in a group, D head size.
+
+Each operation has a plain PyTorch form, its reference. `using` chooses between the forms by name; without it
+the best one runs that the tensors' device has. Outputs may be slices of larger tensors: a product then reads
+them where they lie.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Implementation = Literal["torch", "triton"]
+
+_forced: Implementation | None = None
+
+
+@contextmanager
+def using(implementation: Implementation | None) -> Iterator[None]:
+    """Run every operation in one form; None leaves the choice to the tensors' device."""
+    global _forced
+    before, _forced = _forced, implementation
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def dequantize(layer: Any, out: Tensor | None = None) -> Tensor:
+    """The frozen weight that `layer` stands for.
+
+    Args:
+        layer: bitsandbytes' ``Linear4bit`` or ``Linear8bitLt``, or any layer with a floating-point weight.
+        out: ``[out, in]``, what to write into, also a slice with longer rows; a new tensor where None.
+
+    Returns:
+        ``[out, in]``, in `out`'s dtype, else in the dtype the weight was quantized from (int8: bfloat16).
+    """
+    return _form("dequantize", layer.weight)(layer, out)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Layer norm, computed in float32.
+
+    Args:
+        x: ``[T, H]``.
+        weight: ``[H]``.
+        bias: ``[H]``.
+        eps: added to the variance.
+        out: ``[T, H]``, what to write into, also a slice with longer rows; a new tensor where None.
+
+    Returns:
+        the output ``[T, H]`` in `x`'s dtype, the mean and the reciprocal of the standard deviation, float32
+        ``[T]`` each.
+    """
+    return _form("layer_norm", x)(x, weight, bias, eps, out)
+
+
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, addend: Tensor | None = None
+) -> Tensor:
+    """The input's gradient of `layer_norm`.
+
+    Args:
+        grad: ``[T, H]``, of the output.
+        x: ``[T, H]``, the input.
+        mean: float32 ``[T]``, from the forward pass; so too `rstd`.
+        rstd: float32 ``[T]``.
+        weight: ``[H]``.
+        addend: ``[T, H]``, added to the result, or None.
+
+    Returns:
+        ``[T, H]`` in `x`'s dtype.
+    """
+    return _form("layer_norm_backward", x)(grad, x, mean, rstd, weight, addend)
+
+
+def rotate_(heads: Tensor, cosine: Tensor, sine: Tensor, inverse: bool = False) -> Tensor:
+    """Rotary embedding in place: the first and second halves of each head are the coordinates of D/2 planes.
+
+    Args:
+        heads: ``[T, K, G, D]``, any strides with the last one 1.
+        cosine: ``[T, D]``, both halves equal.
+        sine: ``[T, D]``.
+        inverse: rotate back; takes the output's gradient to the input's.
+
+    Returns:
+        `heads`.
+    """
+    return _form("rotate_", heads)(heads, cosine, sine, inverse)
+
+
+def rotate_join(
+    query: Tensor, key: Tensor, value: Tensor, cosine: Tensor, sine: Tensor, out: Tensor
+) -> Tensor:
+    """Rotate the gradients of queries and keys back and put them, with the values', beside each other.
+
+    Args:
+        query: ``[T, K (G - 2), D]``, the gradient of the rotated queries.
+        key: ``[T, K, D]``, of the rotated keys.
+        value: ``[T, K, D]``.
+        cosine: ``[T, D]``, both halves equal.
+        sine: ``[T, D]``.
+        out: ``[T, K, G, D]`` to write into, any strides with the last one 1.
+
+    Returns:
+        `out`.
+    """
+    return _form("rotate_join", out)(query, key, value, cosine, sine, out)
+
+
+def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """Exact GELU of ``[T, F]``, into `out` (also a slice with longer rows) where given."""
+    return _form("gelu", x)(x, out)
+
+
+def gelu_backward(grad: Tensor, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The input's gradient of `gelu`, and its output once more.
+
+    Args:
+        grad: ``[T, F]``, of the output; may be overwritten.
+        x: ``[T, F]``, the input.
+        out: ``[T, F]``, what to write the gradient into, also a slice with longer rows.
+
+    Returns:
+        the gradient ``[T, F]`` and gelu(x) ``[T, F]``, both in `x`'s dtype.
+    """
+    return _form("gelu_backward", x)(grad, x, out)
+
+
+def triton_runs_on(device: torch.device) -> bool:
+    """Whether Triton's forms are taken for tensors on `device`."""
+    if _forced is not None:
+        return _forced == "triton"
+    return device.type == "cuda" and bool(_triton_forms())
+
+
+def _form(operation: str, tensor: Tensor) -> Callable[..., Any]:
+    reference = _REFERENCE[operation]
+    return _triton_forms().get(operation, reference) if triton_runs_on(tensor.device) else reference
+
+
+@lru_cache
+def _triton_forms() -> dict[str, Callable[..., Any]]:
+    """Triton's forms, in which one call is one kernel; none where Triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return {}
+    from falcon_qlora.kernels import gelu, layer_norm, nf4, rotary
+
+    def dequantize(layer: Any, out: Tensor | None) -> Tensor:
+        state = getattr(layer.weight, "quant_state", None)
+        if state is None or not nf4.can_dequantize_nf4(state):
+            return _dequantize(layer, out)
+        if out is None:
+            out = torch.empty(state.shape, dtype=state.dtype, device=layer.weight.device)
+        return nf4.dequantize_nf4(layer.weight.data, state, out)
+
+    def gelu_backward(grad: Tensor, x: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
+        return gelu.gelu_backward(grad, x, out, output=grad)  # the gradient's memory is free now
+
+    return {
+        "dequantize": dequantize,
+        "layer_norm": layer_norm.layer_norm,
+        "layer_norm_backward": layer_norm.layer_norm_backward,
+        "rotate_": rotary.rotate_,
+        "rotate_join": rotary.rotate_join,
+        "gelu": gelu.gelu,
+        "gelu_backward": gelu_backward,
+    }
+
+
+def _dequantize(layer: Any, out: Tensor | None) -> Tensor:
+    weight = layer.weight
+    if weight.dtype == torch.int8:
+        # bitsandbytes moves the scales from the weight to the layer's state when the layer first runs.
+        scales = weight.SCB if weight.SCB is not None else layer.state.SCB
+        if out is None:
+            out = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
+        return torch.mul(weight.data, (scales.float() / 127.0)[:, None], out=out)
+    plain = weight.data
+    if getattr(weight, "quant_state", None) is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        plain = dequantize_4bit(plain, weight.quant_state)
+    return plain if out is None else out.copy_(plain)
+
+
+def _layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if weight.dtype == x.dtype:
+        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+    else:
+        y, mean, rstd = torch.native_layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps)
+    y = y.to(x.dtype) if out is None else out.copy_(y)
+    return y, mean.flatten().float(), rstd.flatten().float()
+
+
+def _layer_norm_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, addend: Tensor | None
+) -> Tensor:
+    if x.is_cuda and weight.dtype == x.dtype:
+        result = torch.ops.aten.native_layer_norm_backward(
+            grad, x, x.shape[-1:], mean[:, None], rstd[:, None], weight, None, [True, False, False]
+        )[0]
+        return result if addend is None else result.add_(addend)
+    normal = (x.float() - mean[:, None]) * rstd[:, None]
+    scaled = grad.float() * weight.float()
+    along = (scaled * normal).mean(-1, keepdim=True)
+    result = (scaled - scaled.mean(-1, keepdim=True) - normal * along) * rstd[:, None]
+    if addend is not None:
+        result += addend
+    return result.to(x.dtype)
+
+
+def _rotate_(heads: Tensor, cosine: Tensor, sine: Tensor, inverse: bool) -> Tensor:
+    half = heads.shape[-1] // 2
+    first, second = heads[..., :half].float(), heads[..., half:].float()
+    cosine = cosine[:, None, None, :half].float()
+    sine = sine[:, None, None, :half].float()
+    if inverse:
+        sine = -sine
+    rotated = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+    return heads.copy_(rotated)
+
+
+def _rotate_join(
+    query: Tensor, key: Tensor, value: Tensor, cosine: Tensor, sine: Tensor, out: Tensor
+) -> Tensor:
+    out[:, :, :-2] = query.unflatten(1, (out.shape[1], -1))
+    out[:, :, -2] = key
+    out[:, :, -1] = value
+    _rotate_(out[:, :, :-1], cosine, sine, inverse=True)
+    return out
+
+
+def _gelu(x: Tensor, out: Tensor | None) -> Tensor:
+    y = F.gelu(x)
+    return y if out is None else out.copy_(y)
+
+
+def _gelu_backward(grad: Tensor, x: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
+    result = torch.ops.aten.gelu_backward(grad, x)
+    return (result if out is None else out.copy_(result)), F.gelu(x)
+
+
+_REFERENCE: dict[str, Callable[..., Any]] = {
+    "dequantize": _dequantize,
+    "layer_norm": _layer_norm,
+    "layer_norm_backward": _layer_norm_backward,
+    "rotate_": _rotate_,
+    "rotate_join": _rotate_join,
+    "gelu": _gelu,
+    "gelu_backward": _gelu_backward,
+}

@@ -1,0 +1,47 @@
+"""Every kernel compiles for the GPUs that are supported, without one, and fits into them."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from falcon_qlora.kernels import gelu, layer_norm, nf4, rotary
+
+# Bytes of shared memory that a program may have: A100, A10, L4 and RTX 40, H100 and H200.
+SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+REGISTERS_A_PROGRAM = 65_536
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+def test_kernels_compile_and_fit(capability: int, repository: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(repository), *filter(None, sys.path)])
+    script = repository / "tests" / "kernels" / "compile_ahead.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(capability)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    compiled = json.loads(done.stdout)
+    assert {one["kernel"] for one in compiled} == _launched()
+    for one in compiled:
+        assert one["shared_bytes"] <= SHARED_BYTES[capability], one
+        threads = 32 * one["options"]["num_warps"]
+        assert threads * one["registers"] <= REGISTERS_A_PROGRAM, one
+        assert one["stack_bytes"] == 0, f"registers are kept in memory: {one}"
+        assert one["vector_stores"] > 0, f"stores of less than 16 bytes: {one}"
+
+
+def _launched() -> set[str]:
+    """Names of the kernels that the modules launch, read off their sources."""
+    sources = "".join(inspect.getsource(module) for module in (gelu, layer_norm, nf4, rotary))
+    return set(re.findall(r"^\s+(_\w+)\[.*\]\($", sources, re.MULTILINE))

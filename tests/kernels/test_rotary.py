@@ -1,0 +1,141 @@
+"""The rotary kernels against Transformers' own rotation, in every layout that has one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from falcon_qlora.kernels.rotary import rotate_, rotate_join, rotate_reference, rotate_split
+
+# T, K, G, D: 7B's 71 query heads on one, groups as in 11B, 40B and 180B, and a head size of 3·16.
+LAYOUTS = [(3, 1, 73, 64), (17, 4, 6, 64), (3, 2, 18, 128), (2, 2, 31, 64), (9, 2, 3, 48), (1, 1, 3, 2)]
+TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+DTYPES = list(TOLERANCES)
+
+
+def _inputs(
+    layout: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    angles_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """fused ``[T, K, G, D]``, cosine and sine ``[T, D]``."""
+    tokens, _, _, head_dim = layout
+    generator = torch.Generator().manual_seed(tokens)
+    fused = torch.randn(layout, generator=generator)
+    positions = torch.randint(0, 2048, (tokens, 1), generator=generator)
+    angles = positions * 10000 ** (-torch.arange(0, head_dim, 2) / head_dim)
+    angles = torch.cat([angles, angles], dim=-1)
+    return (
+        fused.to(device, dtype),
+        angles.cos().to(device, angles_dtype),
+        angles.sin().to(device, angles_dtype),
+    )
+
+
+def _parts(fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return fused[:, :, :-2].flatten(1, 2), fused[:, :, -2], fused[:, :, -1]
+
+
+def _expected(fused: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value as Transformers rotates them, in float64."""
+    query, key, value = _parts(fused.double())
+    query, key = apply_rotary_pos_emb(query, key, cosine.double(), sine.double())
+    return query, key, value
+
+
+def _close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    assert actual.dtype == dtype
+    tolerance = TOLERANCES[dtype]
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=4 * tolerance)
+
+
+@pytest.mark.parametrize("angles_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_split_is_transformers_rotation(
+    layout: tuple[int, int, int, int], dtype: torch.dtype, angles_dtype: torch.dtype, device: torch.device
+) -> None:
+    fused, cosine, sine = _inputs(layout, dtype, device, angles_dtype)
+    before = fused.clone()
+    parts = rotate_split(fused, cosine, sine)
+    for part, expected in zip(parts, _expected(fused, cosine, sine), strict=True):
+        assert part.is_contiguous()
+        _close(part, expected, dtype)
+    assert torch.equal(parts[2], fused[:, :, -1])
+    assert torch.equal(fused, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_join_is_the_gradient_of_split(
+    layout: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+) -> None:
+    fused, cosine, sine = _inputs(layout, dtype, device)
+    leaf = fused.double().requires_grad_()
+    grads = [torch.randn_like(part).to(dtype) for part in _parts(fused)]
+    (expected,) = torch.autograd.grad(_expected(leaf, cosine, sine), leaf, [grad.double() for grad in grads])
+    joined = rotate_join(*grads, cosine, sine, torch.full_like(fused, torch.nan))
+    _close(joined, expected, dtype)
+    assert torch.equal(joined[:, :, -1], grads[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_in_place_there_and_back(
+    layout: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+) -> None:
+    fused, cosine, sine = _inputs(layout, dtype, device)
+    split = rotate_split(fused, cosine, sine)
+    in_place = fused.clone()
+    heads = in_place[:, :, :-1]
+    assert rotate_(heads, cosine, sine) is heads
+    for part, expected in zip(_parts(in_place), split, strict=True):
+        assert torch.equal(part, expected)
+    rotate_(heads, cosine, sine, inverse=True)
+    _close(in_place, fused, dtype)
+    assert torch.equal(in_place[:, :, -1], fused[:, :, -1])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:5:2], ids=str)
+def test_strided_where_the_projections_lie_side_by_side(
+    layout: tuple[int, int, int, int], device: torch.device
+) -> None:
+    fused, cosine, sine = _inputs(layout, torch.bfloat16, device)
+    head_dim = layout[-1]
+    split = rotate_split(fused, cosine, sine)
+    wide = F.pad(fused.flatten(1), (8, 40), value=7.0)
+    slices = wide[:, 8:-40].unflatten(1, fused.shape[1:])
+    for part, expected in zip(rotate_split(slices, cosine, sine), split, strict=True):
+        assert torch.equal(part, expected)
+    # The parts as attention may give them: heads before tokens, one buffer for all, wider cosines.
+    grads = [part.transpose(0, 1).contiguous().transpose(0, 1) for part in split]
+    cosine, sine = F.pad(cosine, (0, 3))[:, :head_dim], F.pad(sine, (0, 5))[:, :head_dim]
+    rotate_join(*grads, cosine, sine, slices)
+    torch.testing.assert_close(slices, fused, rtol=2**-7, atol=2**-6)
+    assert (wide[:, :8] == 7.0).all()
+    assert (wide[:, -40:] == 7.0).all()
+
+
+def test_no_tokens_and_what_does_not_fit(device: torch.device) -> None:
+    fused, cosine, sine = _inputs((4, 2, 4, 16), torch.float32, device)
+    assert rotate_split(fused[:0], cosine[:0], sine[:0])[0].shape == (0, 4, 16)
+    query, key, value = rotate_split(fused, cosine, sine)
+    with pytest.raises(ValueError, match="expected"):
+        rotate_join(query, query, value, cosine, sine, fused)
+    with pytest.raises(ValueError, match="contiguous last dimension"):
+        rotate_join(query, key, value, cosine, sine.T.contiguous().T, fused)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_the_reference_is_transformers_rotation(inverse: bool, device: torch.device) -> None:
+    fused, cosine, sine = _inputs(LAYOUTS[1], torch.float64, device, torch.float64)
+    query, key, _ = _expected(fused, cosine, -sine if inverse else sine)
+    rotated = rotate_reference(fused[:, :, :-1], cosine, sine, inverse)
+    torch.testing.assert_close(rotated[:, :, :-1].flatten(1, 2), query)
+    torch.testing.assert_close(rotated[:, :, -1], key)

@@ -1,0 +1,445 @@
+"""The fast path computes what the reference path does: the same model, with and without it."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from torch.testing import assert_close
+from transformers.models.falcon.modeling_falcon import FalconDecoderLayer
+
+from falcon_qlora.kernels import block as kernel
+from falcon_qlora.kernels.frozen_linear import Workspace
+from falcon_qlora.methods.lora import attach_lora
+from falcon_qlora.models.attention import Sequences
+from falcon_qlora.models.falcon import LINEARS
+from falcon_qlora.models.fast import apply_fast_path, block_facts, decide, remove_fast_path
+from falcon_qlora.models.forward import enable_packing
+from tests.layouts import LAYOUTS, MODES, documents, plain_float32, tiny_model
+from tests.packing import gradients, one_by_one, packed, with_adapter
+
+FAST_LAYOUTS = [layout for layout in LAYOUTS if layout != "falcon-rw-1b"]
+LENGTHS = [7, 40, 1, 12]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often the function ran forward and backward."""
+    counted = {"forward": 0, "backward": 0}
+    for name in counted:
+        original = getattr(kernel._BlockFunction, name)
+
+        def run(*args, _name=name, _original=original):
+            counted[_name] += 1
+            return _original(*args)
+
+        monkeypatch.setattr(kernel._BlockFunction, name, staticmethod(run))
+    return counted
+
+
+def adapted(layout, mode="16bit", *, r=4, seed=3, device="cpu", compute_dtype="auto", **settings):
+    """LoRA with two matrices that matter, packing enabled."""
+    base = tiny_model(layout, mode, device, compute_dtype)
+    peft_model = attach_lora(base, r=r, alpha=8, seed=seed, **settings)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    enable_packing(peft_model)
+    return peft_model
+
+
+def step(model, arguments):
+    """Loss and every gradient, from a clean start."""
+    model.zero_grad()
+    loss = model(**arguments).loss
+    loss.backward()
+    return loss.detach(), {name: grad.clone() for name, grad in gradients(model).items() if grad is not None}
+
+
+def assert_same(ours, theirs, tolerance=1e-4):
+    assert_close(ours[0], theirs[0], rtol=1e-5, atol=0)
+    assert ours[1].keys() == theirs[1].keys()
+    for name, gradient in ours[1].items():
+        assert gradient.dtype == torch.float32
+        assert theirs[1][name].abs().max() > 0, name
+        scale = float(theirs[1][name].abs().max())
+        assert_close(gradient, theirs[1][name], rtol=tolerance, atol=tolerance * scale, msg=name)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", FAST_LAYOUTS)
+def test_loss_and_adapter_gradients_equal_each_document_alone(layout, mode, calls):
+    base = tiny_model(layout, mode)
+    plain = with_adapter(plain_float32(base))
+    model = with_adapter(base)
+    enable_packing(model)
+    report = apply_fast_path(model)
+    assert len(report) == 2
+    assert all(line.startswith("block: fast") for line in report.values())
+    docs = documents(LENGTHS)
+    expected = one_by_one(plain, docs)
+    expected.backward()
+    ours = step(model, packed(docs))
+    assert calls == {"forward": 2, "backward": 2}
+    assert len(ours[1]) == 2 * 4 * 2
+    assert_same(ours, (expected.detach(), gradients(plain)))
+
+
+@pytest.mark.parametrize("mode", ["4bit", "16bit"])
+@pytest.mark.parametrize("layout", FAST_LAYOUTS)
+def test_with_and_without_it_a_model_computes_the_same(layout, mode):
+    model = adapted(layout, mode)
+    arguments = packed(documents(LENGTHS))
+    logits = {"input_ids": arguments["input_ids"], "sequences": arguments["sequences"]}
+    reference, reference_logits = step(model, arguments), model(**logits).logits
+    apply_fast_path(model)
+    assert_same(step(model, arguments), reference)
+    assert_close(model(**logits).logits, reference_logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b"])
+@pytest.mark.parametrize(
+    "targets",
+    [[name] for name in LINEARS] + [["query_key_value", "dense"], ["dense_h_to_4h", "dense_4h_to_h"]],
+    ids="-".join,
+)
+def test_lora_on_some_linears(layout, targets, calls):
+    model = adapted(layout, "4bit", target_modules=targets)
+    arguments = packed(documents(LENGTHS))
+    reference = step(model, arguments)
+    apply_fast_path(model)
+    assert_same(step(model, arguments), reference)
+    assert calls["backward"] == 2
+
+
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b"])
+@pytest.mark.parametrize("r", [1, 8, 5])
+def test_ranks_that_fit_no_multiple_of_eight(layout, r):
+    model = adapted(layout, "4bit", r=r)
+    arguments = packed(documents(LENGTHS))
+    reference = step(model, arguments)
+    apply_fast_path(model)
+    assert_same(step(model, arguments), reference)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b"])
+def test_recomputation_changes_no_gradient(layout, use_reentrant, calls):
+    model = adapted(layout, "4bit")
+    arguments = packed(documents(LENGTHS))
+    apply_fast_path(model)
+    without = step(model, arguments)
+    if use_reentrant:
+        model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    calls |= {"forward": 0, "backward": 0}
+    assert_same(step(model, arguments), without, 1e-6)
+    assert calls == {"forward": 4, "backward": 2}
+
+
+def test_recomputation_keeps_no_activation():
+    model = adapted("falcon-7b", "4bit")
+    apply_fast_path(model)
+    arguments = packed(documents([200, 100]))
+    kept = []
+    for recompute in (False, True):
+        if recompute:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t
+        ):
+            model(**arguments)
+        kept.append(sum(sizes))
+    assert kept[1] < 0.5 * kept[0]
+
+
+def test_what_is_kept_is_what_the_memory_model_counts(monkeypatch):
+    model = adapted("falcon-7b", "4bit")
+    apply_fast_path(model)
+    parameters = {p.data_ptr() for p in model.parameters()}
+    tokens, config = 300, model.config
+    storages = {}
+
+    def pack(tensor):
+        if tensor.data_ptr() not in parameters:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = model(**packed(documents([200, 100])))
+    assert output.loss.requires_grad
+    hidden, head = config.hidden_size, config.hidden_size // config.num_attention_heads
+    of_a_block = (
+        hidden + (hidden + 2 * head + 4 * hidden) + hidden + 2 * 8
+    )  # x, projections, attention, LoRA's t
+    shared = (
+        3 * hidden + 2 * head
+    )  # the last block's output, its norm, the head's gradient; cosines and sines
+    assert sum(storages.values()) / 4 / tokens < 1.02 * (2 * of_a_block + shared)
+
+
+def test_micro_batches_accumulate():
+    model = adapted("falcon-7b", "4bit")
+    first, second = packed(documents(LENGTHS)), packed(documents([30, 9], seed=5))
+    results = []
+    for _ in range(2):
+        model.zero_grad()
+        for arguments in (first, second):
+            model(**arguments).loss.backward()
+        results.append((torch.zeros(()), {n: g.clone() for n, g in gradients(model).items()}))
+        apply_fast_path(model)
+    assert_same(results[1], results[0])
+
+
+def test_gradients_reach_the_parameters_through_hooks_as_data_parallel_needs():
+    model = adapted("falcon-7b", "4bit")
+    apply_fast_path(model)
+    seen = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p, name=name: seen.append(name))
+    model(**packed(documents(LENGTHS))).loss.backward()
+    assert sorted(seen) == sorted(gradients(model))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_distributed_data_parallel_reduces_every_gradient_once(checkpointing):
+    model = adapted("falcon-7b", "4bit")
+    arguments = packed(documents(LENGTHS))
+    reference = step(model, arguments)
+    apply_fast_path(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    reduced = []
+
+    def count(_, bucket):
+        reduced.extend(bucket.parameters())
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        parallel.register_comm_hook(None, count)
+        model.zero_grad()
+        with parallel.no_sync():
+            parallel(**arguments).loss.backward()
+        assert not reduced
+        parallel(**arguments).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(reduced) == len({id(p) for p in reduced}) == len(reference[1])
+    for name, gradient in gradients(model).items():
+        assert_close(gradient, 2 * reference[1][name], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b"])
+def test_one_document_does_not_reach_another(layout):
+    model = adapted(layout, "4bit")
+    apply_fast_path(model)
+    before = documents([20, 30, 9])
+    after = [documents([20], seed=99)[0], before[1], documents([9], seed=99)[0]]
+    logits = [
+        model(torch.cat(docs)[None], sequences=Sequences.from_lengths([20, 30, 9])).logits[0, 20:50]
+        for docs in (before, after)
+    ]
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b"])
+@pytest.mark.parametrize("norms_in_float32", [False, True])
+def test_in_bfloat16_gradients_are_as_near_to_float32_as_on_the_reference_path(
+    layout, norms_in_float32, autocast
+):
+    base = tiny_model(layout, "4bit", compute_dtype="bf16")
+    plain = with_adapter(plain_float32(base))
+    model = with_adapter(base)
+    if norms_in_float32:
+        for module in model.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.float()
+    enable_packing(model)
+    docs = documents(LENGTHS)
+    one_by_one(plain, docs).backward()
+    exact = gradients(plain)
+    errors = []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss, ours = step(model, packed(docs))
+        assert loss.dtype == torch.float32
+        errors.append(sum(float((ours[n] - exact[n]).norm() / exact[n].norm()) for n in exact) / len(exact))
+        apply_fast_path(model)
+    assert errors[1] < 1.15 * errors[0], errors
+    assert errors[1] < 0.05
+
+
+def test_evaluation_and_training_may_alternate_with_several_lengths():
+    model = adapted("falcon-7b", "4bit")
+    arguments = packed(documents(LENGTHS))
+    reference = step(model, arguments)
+    apply_fast_path(model)
+    model.eval()
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            assert_close(model(**arguments).loss, reference[0])
+    model.train()
+    assert_same(step(model, arguments), reference)
+
+
+def test_without_packed_documents_nothing_changes(calls):
+    model = adapted("falcon-7b", "4bit")
+    ids = documents([9])[0][None]
+    before = model(ids).logits
+    answer = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    apply_fast_path(model)
+    assert torch.equal(model(ids).logits, before)
+    assert torch.equal(
+        model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, pad_token_id=0), answer
+    )
+    assert calls["forward"] == 0
+
+
+def test_it_is_idempotent_and_reversible(calls):
+    model = adapted("falcon-7b", "4bit")
+    arguments = packed(documents(LENGTHS))
+    before = step(model, arguments)
+    names = dict(model.named_parameters()).keys()
+    assert apply_fast_path(model) == apply_fast_path(model)
+    assert dict(model.named_parameters()).keys() == names
+    remove_fast_path(model)
+    remove_fast_path(model)
+    blocks = [m for m in model.modules() if isinstance(m, FalconDecoderLayer)]
+    assert not any(key.startswith("_f") and "fast" in key for block in blocks for key in vars(block))
+    assert not any("forward" in vars(block) for block in blocks)
+    after = step(model, arguments)
+    assert torch.equal(before[0], after[0])
+    assert calls["forward"] == 0
+    apply_fast_path(model)
+    blocks[0].forward = lambda *args, **kwargs: None
+    with pytest.raises(RuntimeError, match="wrapped after"):
+        remove_fast_path(model)
+
+
+def test_a_deep_copy_runs_on_its_own_weights():
+    model = adapted("falcon-7b", "4bit")
+    apply_fast_path(model)
+    arguments = packed(documents(LENGTHS))
+    before = model(**arguments).loss
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(**arguments).loss, before)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(2)
+    assert torch.equal(model(**arguments).loss, before)
+    assert not torch.equal(twin(**arguments).loss, before)
+
+
+def test_adapters_switched_off_or_merged_are_respected(calls):
+    model = adapted("falcon-7b", "16bit")
+    arguments = packed(documents(LENGTHS))
+    with model.disable_adapter():
+        without = model(**arguments).loss
+    with_it = model(**arguments).loss
+    apply_fast_path(model)
+    with model.disable_adapter():
+        assert_close(model(**arguments).loss, without)
+    assert_close(model(**arguments).loss, with_it)
+    model.merge_adapter()
+    assert_close(model(**arguments).loss, with_it, rtol=1e-4, atol=0)
+    assert calls["forward"] == 6
+
+
+@pytest.mark.parametrize(
+    ("layout", "settings", "reason"),
+    [
+        ("falcon-rw-1b", {}, "positions by ALiBi"),
+        ("falcon-7b", {"dropout": 0.1}, "LoRA dropout 0.1"),
+        ("falcon-7b", {"use_dora": True}, "Dora instead of plain LoRA"),
+    ],
+)
+def test_what_it_does_not_know_is_left_alone_with_the_reason(layout, settings, reason, calls):
+    model = adapted(layout, **settings)
+    assert set(apply_fast_path(model).values()) == {f"reference: {reason}"}
+    assert not any("forward" in vars(m) for m in model.modules() if isinstance(m, FalconDecoderLayer))
+    model(**packed(documents(LENGTHS))).loss.backward()
+    assert calls["forward"] == 0
+
+
+def test_an_adapter_that_changes_later_is_not_computed_wrongly(calls):
+    model = adapted("falcon-7b")
+    apply_fast_path(model)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_dropout["default"] = torch.nn.Dropout(0.5)
+    arguments = packed(documents(LENGTHS))
+    assert not torch.equal(model(**arguments).loss, model(**arguments).loss)
+    assert calls["forward"] == 0
+
+
+def test_only_gradients_that_are_needed_are_computed():
+    model = adapted("falcon-7b", "4bit")
+    apply_fast_path(model)
+    rows = []
+    take = Workspace.take
+
+    def counted(self, count, columns, like):
+        rows.append((count, columns))
+        return take(self, count, columns, like)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Workspace, "take", counted)
+        model(**packed(documents(LENGTHS))).loss.backward()
+    # Two products a block forward and two backward, but nothing before the first block wants a gradient.
+    assert len(rows) == 2 * 4 - 1
+
+
+def facts(**changes):
+    model = adapted("falcon-7b", "4bit")
+    block = next(m for m in model.modules() if isinstance(m, FalconDecoderLayer))
+    return dataclasses.replace(block_facts(block, torch.float32), **changes)
+
+
+def test_decide_says_what_runs():
+    given = facts(dtype=torch.bfloat16, device_type="cuda")
+    assert decide(given, triton=True, variable_length_kernel=True) == {
+        "block": "fast",
+        "attention": "variable-length kernel",
+        "weights": "NF4, dequantized",
+        "between": "Triton",
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"alibi": True}, "positions by ALiBi"),
+        ({"parallel": False}, "attention and feed-forward are not parallel"),
+        ({"biases": True}, "linears with biases"),
+        ({"activation": "relu"}, "activation relu"),
+        ({"hidden_dropout": 0.1}, "hidden dropout 0.1"),
+        ({"dtype": torch.float16}, "computes in float16"),
+        ({"trainable": ("ln_attn.weight",)}, "trains more than LoRA: ln_attn.weight"),
+        ({"lora_unknown": "2 adapters are active"}, "2 adapters are active"),
+        ({"lora_dropout": 0.05}, "LoRA dropout 0.05"),
+    ],
+)
+def test_decide_says_why_not(changes, reason):
+    decision = decide(facts(**changes), triton=True, variable_length_kernel=True)
+    assert decision == {"block": "reference", "reason": reason}
+
+
+def test_the_facts_see_more_than_one_adapter_and_trainable_norms():
+    model = adapted("falcon-7b", "4bit")
+    model.add_adapter("second", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "second"])
+    block = next(m for m in model.modules() if isinstance(m, FalconDecoderLayer))
+    assert block_facts(block, torch.float32).lora_unknown == "2 adapters are active"
+    block.input_layernorm.weight.requires_grad_()
+    assert block_facts(block, torch.float32).trainable == ("input_layernorm.weight",)
