@@ -3,9 +3,9 @@
 Shapes: T tokens, F feed-forward size.
 
 The error function of the CUDA library takes more instructions than the bytes of an element leave time for.
-Here the normal distribution's tail Φ(-|x|) is exp(-x²/2) times a polynomial in 1 / (1 + 0.28 |x|): off by at
-most 1.7e-8, within 6e-5 of itself for |x| < 5 (float32's ``0.5 * (1 + erf)`` has nothing left of it there),
-and the exponential is the one that the gradient needs as well.
+Here the normal distribution's tail Φ(-|x|) is exp(-x²/2) times a polynomial in 1 / (1 + 0.28 |x|): before
+rounding off by at most 1.7e-8, and by 6e-5 of itself up to |x| = 5, where ``0.5 * (1 + erf)`` in float32 has
+one digit left. The exponential is the one that the gradient needs as well.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
