@@ -6,12 +6,13 @@ import json
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_adapter", "load_model", "train"]
+__all__ = ["__version__", "apply_fast_path", "load_adapter", "load_model", "train"]
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from falcon_qlora.methods.lora import load_adapter
+    from falcon_qlora.models.fast import apply_fast_path
     from falcon_qlora.models.load import load_model
 
 
@@ -54,4 +55,8 @@ def __getattr__(name: str) -> Any:
         from falcon_qlora.methods.lora import load_adapter
 
         return load_adapter
+    if name == "apply_fast_path":
+        from falcon_qlora.models.fast import apply_fast_path
+
+        return apply_fast_path
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

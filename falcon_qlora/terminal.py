@@ -46,6 +46,7 @@ class StartSummary:
         quantization: More about it, such as ``NF4, double quantization, computing in bf16``.
         quantized_linears: How many linear layers are quantized.
         model_gib: What the weights take on one device, GiB.
+        kernels: What runs the blocks, and whether activations are recomputed.
         method: The adapter, such as ``LoRA r 64, alpha 16, dropout 0``.
         world_size: Processes, one replica in each.
         device: What a replica runs on, such as ``NVIDIA H200`` or ``CPU``.
@@ -73,6 +74,7 @@ class StartSummary:
     quantization: str = ""
     quantized_linears: int | None = None
     model_gib: float | None = None
+    kernels: str = ""
     method: str = ""
     world_size: int = 1
     device: str = "CPU"
@@ -96,6 +98,7 @@ class StartSummary:
         return [
             ("model", _join(self.model, self.layout, _count(self.total_parameters, "parameters"))),
             ("quantized", self._quantized()),
+            ("kernels", self.kernels),
             ("training", _join(self.method, self._share())),
             ("devices", self._devices()),
             ("data", self._data()),

@@ -30,6 +30,8 @@ def train(configuration: Configuration) -> Path:
     tokenizer = rows.load_tokenizer(configuration)
     data = rows.training_data(configuration, tokenizer)
     model = builder.model_with_adapter(configuration, tokenizer)
+    kernels = builder.choose_kernels(configuration, model)
+    recompute = builder.must_recompute(configuration, model, kernels)
     distributed.wait_for_all()  # nothing is written before every process has come so far
     with preflight.run_folder(configuration) as directory:
         trainer = builder.build_trainer(
@@ -39,12 +41,22 @@ def train(configuration: Configuration) -> Path:
             data=data,
             model=model,
             trackers=trackers,
+            recompute=recompute,
             describe_adapter=functools.partial(record.describe_adapter, configuration, data),
         )
         preflight.start_trackers(configuration, directory, trackers, resume=checkpoint is not None)
-        record.write_start(configuration, directory, data, trackers, checkpoint)
+        record.write_start(configuration, directory, data, trackers, kernels, checkpoint)
     terminal.print_start(
-        record.start_summary(configuration, directory, data, model, trackers.lines, checkpoint)
+        record.start_summary(
+            configuration,
+            directory,
+            data,
+            model,
+            tracking=trackers.lines,
+            kernels=kernels,
+            recompute=recompute,
+            checkpoint=checkpoint,
+        )
     )
 
     try:

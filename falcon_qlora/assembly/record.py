@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,13 @@ def write_start(
     directory: RunDirectory,
     data: TrainingData,
     trackers: Trackers,
+    kernels: dict[str, str],
     checkpoint: str | None,
 ) -> None:
     """Write the configuration, the environment and the data's record; on the main process.
 
     Args:
+        kernels: block → what runs it, for kernels.json.
         checkpoint: that the run goes on from; what was logged after it is forgotten, as it is done again.
     """
     if not distributed.is_main_process():
@@ -49,6 +52,7 @@ def write_start(
     directory.write_config(configuration.resolved())
     directory.write_environment(collect_environment(world_size=distributed.world_size()))
     directory.write_data(data.record)
+    directory.write_kernels(kernels or {"all blocks": "reference: --kernels off"})
 
 
 def counts(model: Any) -> dict[str, int]:
@@ -66,7 +70,10 @@ def start_summary(
     directory: RunDirectory,
     data: TrainingData,
     model: Any,
+    *,
     tracking: list[str],
+    kernels: dict[str, str],
+    recompute: bool,
     checkpoint: str | None,
 ) -> StartSummary:
     """What the terminal shows before the first step."""
@@ -85,6 +92,7 @@ def start_summary(
         quantization=_quantization(configuration, model),
         quantized_linears=counted["quantized_linears"],
         model_gib=_weights_gib(configuration, model),
+        kernels=_kernels(kernels, recompute),
         method=f"LoRA r {lora.lora_r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout:g}",
         world_size=distributed.world_size(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
@@ -183,6 +191,15 @@ def finish(
         terminal.print_end(asdict(summary), directory.contents(), adapter=directory.adapter)
     trackers.finish(summary=asdict(summary), adapter=directory.adapter)
     return summary
+
+
+def _kernels(kernels: dict[str, str], recompute: bool) -> str:
+    recomputing = "recomputing activations" if recompute else "recomputing nothing"
+    if not kernels:
+        return f"off: the reference path, {recomputing}"
+    ways = Counter(kernels.values())
+    told = "; ".join(f"{count} of {len(kernels)} blocks {what}" for what, count in ways.items())
+    return f"{told}; {recomputing}"
 
 
 def _step_of(checkpoint: str) -> int:

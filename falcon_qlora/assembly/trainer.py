@@ -13,6 +13,7 @@ from falcon_qlora import distributed
 from falcon_qlora.assembly.rows import TrainingData
 from falcon_qlora.config import Configuration
 from falcon_qlora.data.batches import DocumentReader
+from falcon_qlora.errors import UserError
 from falcon_qlora.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -57,6 +58,56 @@ def model_with_adapter(configuration: Configuration, tokenizer: Any) -> Any:
     return model
 
 
+def choose_kernels(configuration: Configuration, model: Any) -> dict[str, str]:
+    """Put the fast path on the blocks that it knows.
+
+    Returns:
+        For every block's name what runs, or why it was left alone.
+
+    Raises:
+        UserError: if ``--kernels required`` meets a block that is left alone.
+    """
+    from falcon_qlora.models.fast import apply_fast_path
+
+    wanted = configuration.model.kernels
+    if wanted == "off":
+        return {}
+    report = apply_fast_path(model)
+    left = [f"{name} runs on the {what}" for name, what in report.items() if not runs_fast(what)]
+    if wanted == "required" and left:
+        raise UserError(f"--kernels required: {left[0]} ({len(left)} of {len(report)} blocks)")
+    return report
+
+
+def runs_fast(what: str) -> bool:
+    """Whether an entry of `choose_kernels` says that a block runs on the fast path."""
+    return not what.startswith("reference")
+
+
+def must_recompute(configuration: Configuration, model: Any, kernels: dict[str, str]) -> bool:
+    """Whether activations are recomputed: as `--checkpointing` says, on auto where they would not fit."""
+    import torch
+
+    from falcon_qlora import memory
+
+    run = configuration.run
+    device = distributed.local_device()
+    if run.checkpointing != "auto" or device.type != "cuda":
+        return run.checkpointing == "full"
+    torch.cuda.empty_cache()
+    needed = memory.step_bytes(
+        model.config,
+        tokens=run.per_device_train_batch_size * configuration.data.max_length,
+        trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        fast=bool(kernels) and all(runs_fast(what) for what in kernels.values()),
+        recompute=False,
+        lora_rank=configuration.lora.lora_r,
+        value_bytes=model.dtype.itemsize,
+        processes=distributed.world_size(),
+    )
+    return memory.must_recompute(needed, torch.cuda.mem_get_info(device)[0])
+
+
 def sample_prompts(
     configuration: Configuration, data: TrainingData, tokenizer: Any
 ) -> list[tuple[str, list[int]]]:
@@ -95,11 +146,13 @@ def build_trainer(
     data: TrainingData,
     model: Any,
     trackers: Trackers,
+    recompute: bool,
     describe_adapter: Callable[[Path], None],
 ) -> FalconTrainer:
     """The trainer with everything that listens to it.
 
     Args:
+        recompute: whether activations are recomputed in the backward pass.
         describe_adapter: completes an adapter's folder after it is written.
     """
     from transformers import EarlyStoppingCallback
@@ -135,7 +188,7 @@ def build_trainer(
         )
     return FalconTrainer(
         model,
-        trainer_arguments(training, total_steps=data.total_steps),
+        trainer_arguments(training, total_steps=data.total_steps, recompute=recompute),
         steps=data.steps,
         corpus=data.dataset,
         evaluation=evaluation,

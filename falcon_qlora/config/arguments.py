@@ -48,6 +48,9 @@ class ModelArguments:
     llm_int8_threshold: float = _setting(
         6.0, "8bit: activations above this are multiplied in 16 bits; 0: none."
     )
+    kernels: Literal["auto", "off", "required"] = _setting(
+        "auto", "Blocks as single functions with kernels of our own: where they can, never, or else an error."
+    )
 
 
 @dataclass(kw_only=True)
@@ -162,6 +165,9 @@ class RunArguments:
     global_batch_size: int | None = _setting(
         None,
         "Sequences of --max_length to a step over all devices, instead of --gradient_accumulation_steps.",
+    )
+    checkpointing: Literal["auto", "none", "full"] = _setting(
+        "auto", "Recompute every block's activations in the backward pass; auto: where memory demands it."
     )
     early_stopping: int = _setting(0, "Stop after this many evaluations without a better loss; 0: never.")
     generate_samples: int = _setting(0, "Sample answers to generate at each evaluation.")

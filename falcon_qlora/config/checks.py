@@ -52,6 +52,7 @@ def settle(values: Values, laid: Laid) -> None:
         UserError: if two settings contradict each other.
     """
     _settle_compute_dtype(values, laid)
+    _settle_checkpointing(values, laid)
     _settle_batch(values, laid)
     _settle_packing(values, laid)
     _settle_evaluation(values, laid)
@@ -136,6 +137,24 @@ def _settle_compute_dtype(values: Values, laid: Laid) -> None:
         values["compute_dtype"] = wanted[0]
     elif "bf16" in given and not given["bf16"][0]:
         values["compute_dtype"] = "fp32"
+
+
+def _settle_checkpointing(values: Values, laid: Laid) -> None:
+    """`--gradient_checkpointing` is the trainer's name for what checkpointing says."""
+    values.pop("gradient_checkpointing", None)
+    given = laid.get("gradient_checkpointing")
+    if given is None or given[0] is None:
+        return
+    wanted, layer = "full" if given[0] else "none", given[1]
+    ours = _rank(laid, "checkpointing")
+    if ours == layer.rank and values["checkpointing"] not in ("auto", wanted):
+        raise UserError(
+            f"{layer.where('gradient_checkpointing')} is {str(given[0]).lower()}, but "
+            f"{laid['checkpointing'][1].where('checkpointing')} is {values['checkpointing']}; "
+            "give --checkpointing alone"
+        )
+    if layer.rank >= ours:
+        values["checkpointing"] = wanted
 
 
 def _settle_batch(values: Values, laid: Laid) -> None:

@@ -17,7 +17,8 @@ from typing import Any, Literal
 # Settings of SFTConfig that something else decides here. Taking them and doing nothing would mislead.
 NOT_TAKEN: dict[str, str] = {
     "accelerator_config": "Accelerate is set up by the trainer",
-    "activation_offloading": "use --gradient_checkpointing",
+    "activation_checkpointing_kwargs": "recomputation is always of the non-reentrant kind",
+    "activation_offloading": "use --checkpointing",
     "assistant_only_loss": "use --train_on answers",
     "auto_find_batch_size": "set -b",
     "average_tokens_across_devices": "the loss is always weighed by the tokens of all devices",
@@ -34,6 +35,7 @@ NOT_TAKEN: dict[str, str] = {
     "eval_packing": "evaluation packs as --packing says",
     "fsdp": "not supported: every device holds a whole quantized replica",
     "fsdp_config": "not supported: every device holds a whole quantized replica",
+    "gradient_checkpointing_kwargs": "recomputation is always of the non-reentrant kind",
     "group_by_length": "use --train_sampling_strategy group_by_length",
     "ignore_data_skip": "a resumed run always goes on where it stopped",
     "include_num_input_tokens_seen": "tokens are always counted",

@@ -81,7 +81,7 @@ def decide(facts: BlockFacts, *, triton: bool, variable_length_kernel: bool) -> 
     reason = _why_not(facts)
     if reason is not None:
         return {"block": "reference", "reason": reason}
-    stored = {"4bit": "NF4, dequantized", "8bit": "int8, dequantized", "16bit": "as stored"}
+    stored = {"4bit": "NF4 dequantized", "8bit": "int8 dequantized", "16bit": "as stored"}
     return {
         "block": "fast",
         "attention": "variable-length kernel" if variable_length_kernel else "padded batches",
@@ -135,7 +135,8 @@ def apply_fast_path(model: nn.Module) -> dict[str, str]:
             report[name] = f"reference: {decision['reason']}"
             _restore(block)
             continue
-        report[name] = ", ".join(f"{key}: {value}" for key, value in decision.items())
+        ways = ", ".join(f"{part}: {way}" for part, way in decision.items() if part != "block")
+        report[name] = f"fast ({ways})"
         _replace(block, workspace)
     return report
 

@@ -130,6 +130,7 @@ def test_a_run_leaves_exactly_its_record(tmp_path: Path) -> None:
         "config.yaml",
         "data.json",
         "environment.json",
+        "kernels.json",
         "loss.png",
         "metrics.jsonl",
         "summary.json",

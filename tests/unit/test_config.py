@@ -61,8 +61,7 @@ class TestRecipes:
         "warmup_steps": 0,
         "weight_decay": 0.0,
         "max_grad_norm": 0.3,
-        "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "checkpointing": "full",
         "ddp_find_unused_parameters": False,
         "eval_split": None,
         "eval_strategy": "no",
@@ -114,7 +113,8 @@ class TestRecipes:
             "lora_r": 64,
             "lora_alpha": 16,
             "lora_dropout": 0.0,
-            "gradient_checkpointing_kwargs": {"use_reentrant": False},
+            "checkpointing": "auto",
+            "kernels": "auto",
             "logging_nan_inf_filter": False,
             "report_to": ["wandb"],
             "seed": 42,
@@ -381,8 +381,6 @@ class TestTraining:
         assert not training.padding_free
         assert (configuration.run.gradient_accumulation_steps, training.gradient_accumulation_steps) == (4, 1)
         assert (training.max_steps, training.max_length, training.seed) == (5, 2048, 42)
-        assert training.gradient_checkpointing
-        assert training.gradient_checkpointing_kwargs == {"use_reentrant": False}
         assert training.eval_strategy == "steps"
         assert training.load_best_model_at_end
         assert configuration.training is training
@@ -401,3 +399,23 @@ class TestTraining:
         configuration = config.parse(["--lr_scheduler_type", "reduce_lr_on_plateau"])
         with pytest.raises(UserError, match="eval strategy"):
             _ = configuration.training
+
+
+class TestCheckpointing:
+    @pytest.mark.parametrize(
+        ("words", "expected"),
+        [
+            ([], "auto"),
+            (["--gradient_checkpointing", "true"], "full"),
+            (["--gradient_checkpointing", "false"], "none"),
+            (["--checkpointing", "none"], "none"),
+            (["--recipe", "lambda-7b-4bit"], "full"),
+            (["--recipe", "lambda-7b-4bit", "--gradient_checkpointing", "false"], "none"),
+        ],
+    )
+    def test_the_trainers_name_means_the_same(self, words: list[str], expected: str) -> None:
+        assert config.parse(words).run.checkpointing == expected
+
+    def test_a_contradiction_is_refused(self) -> None:
+        with pytest.raises(UserError, match="give --checkpointing alone"):
+            config.parse(["--gradient_checkpointing", "true", "--checkpointing", "none"])

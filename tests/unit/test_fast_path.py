@@ -78,7 +78,7 @@ def test_loss_and_adapter_gradients_equal_each_document_alone(layout, mode, call
     enable_packing(model)
     report = apply_fast_path(model)
     assert len(report) == 2
-    assert all(line.startswith("block: fast") for line in report.values())
+    assert all(line.startswith("fast (") for line in report.values())
     docs = documents(LENGTHS)
     expected = one_by_one(plain, docs)
     expected.backward()
@@ -411,7 +411,7 @@ def test_decide_says_what_runs():
     assert decide(given, triton=True, variable_length_kernel=True) == {
         "block": "fast",
         "attention": "variable-length kernel",
-        "weights": "NF4, dequantized",
+        "weights": "NF4 dequantized",
         "between": "Triton",
     }
 

@@ -21,7 +21,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 # What a CUDA build of torch brings along; torch itself pins these.
-_BROUGHT_BY_TORCH = ("nvidia-", "cuda-", "triton")
+_BROUGHT_BY_TORCH = ("nvidia-", "cuda-")
 
 
 @pytest.fixture(scope="module")
