@@ -1,8 +1,8 @@
 """What a training step takes in memory, from the configuration alone. No tensors.
 
 Counted are the activations that a backward pass needs, the gradients, the optimizer, and what exists for a
-moment: a block's weights dequantized in both directions, a piece of the logits. Measured on an H200 for 7B without
-recomputation, in bfloat16: 2.20 MB a token with fast blocks, 3.92 without them (10^6 bytes).
+moment: a block's weights dequantized in both directions, a piece of the logits. Measured on an H200 for 7B
+without recomputation, in bfloat16: 2.20 MB a token with fast blocks, 3.92 without them (10^6 bytes).
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ def test_activations_of_7b_are_those_measured(fast: bool, measured: float) -> No
         (16384, True, False, 46.1),
         (8192, False, False, 42.0),
         (8192, True, True, 13.8),
+        (8192, False, True, 13.4),
     ],
 )
 def test_a_step_of_7b_in_4bit_takes_what_was_measured(
@@ -33,8 +34,7 @@ def test_a_step_of_7b_in_4bit_takes_what_was_measured(
     needed = memory.step_bytes(
         FALCON_7B, tokens=tokens, trainable=TRAINABLE, fast=fast, recompute=recompute, lora_rank=64
     )
-    # Measured was what was allocated; the prediction leaves a gibibyte for what is not.
-    assert 0.95 * measured_gb < (weights_and_adapter + needed) / 1e9 < 1.25 * measured_gb
+    assert 0.99 * measured_gb < (weights_and_adapter + needed) / 1e9 < 1.15 * measured_gb
 
 
 def test_auto_recomputes_where_the_gpu_is_too_small() -> None:
