@@ -1,0 +1,61 @@
+"""``--kernels off`` and ``auto`` train the same, and a run says which it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import falcon_qlora
+from falcon_qlora.errors import UserError
+from tests.integration.runs import metrics
+
+
+def fine_tune(output: Path, **settings: object) -> Path:
+    defaults: dict[str, object] = {
+        "model_name_or_path": "tiny",
+        "dataset_name": "sample",
+        "max_rows": 200,
+        "eval_split": 0.2,
+        "eval_steps": 12,
+        "max_steps": 12,
+        "max_length": 128,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 3e-3,
+        "lora_r": 16,
+        "report_to": "none",
+        "output_dir": output,
+    }
+    return falcon_qlora.train(**defaults | settings)
+
+
+@pytest.mark.parametrize("quantize_mode", ["4bit", "8bit"])
+@pytest.mark.parametrize(("compute_dtype", "rel"), [("fp32", 1e-4), ("bf16", 5e-3)])
+def test_the_fast_path_trains_what_the_reference_path_trains(
+    tmp_path: Path, quantize_mode: str, compute_dtype: str, rel: float
+) -> None:
+    shared = {"quantize_mode": quantize_mode, "compute_dtype": compute_dtype}
+    if quantize_mode == "8bit":
+        rel = 0.03  # the reference path quantizes activations to 8 bits too
+    runs = {kernels: fine_tune(tmp_path / kernels, kernels=kernels, **shared) for kernels in ("off", "auto")}
+    off, auto = (metrics(runs[kernels]) for kernels in ("off", "auto"))
+    assert off[-1]["loss"] < 0.8 * off[0]["loss"]
+    # A step's loss is of few tokens, and rounding grows from step to step; the held-out loss averages.
+    for one, other in zip(off[:4], auto[:4], strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=rel)
+    assert auto[-1]["eval_loss"] == pytest.approx(off[-1]["eval_loss"], rel=rel)
+    kernels = json.loads((runs["auto"] / "kernels.json").read_text())
+    assert len(kernels) == 5
+    assert all(what.startswith("fast") for what in kernels.values())
+    assert json.loads((runs["off"] / "kernels.json").read_text()) == {
+        "all blocks": "reference: --kernels off"
+    }
+
+
+def test_what_cannot_run_fast_says_why_and_is_refused_where_it_must(tmp_path: Path) -> None:
+    run = fine_tune(tmp_path / "run", lora_dropout=0.1, max_steps=1)
+    kernels = json.loads((run / "kernels.json").read_text())
+    assert set(kernels.values()) == {"reference: LoRA dropout 0.1"}
+    with pytest.raises(UserError, match=r"--kernels required: .*LoRA dropout 0.1 \(5 of 5 blocks\)"):
+        fine_tune(tmp_path / "refused", lora_dropout=0.1, kernels="required")
