@@ -158,15 +158,15 @@ def test_the_end_token_is_trained_and_the_prompt_is_not(tmp_path: Path) -> None:
     assert tokenizer.decode(trained[:-1]) == "yes"
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, packing: bool) -> None:
+@pytest.mark.parametrize("data", [{"packing": True}, {"packing": False}, {"streaming": True}])
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, data: dict[str, bool]) -> None:
     settings = {
         "quantize_mode": "4bit",
         "max_steps": 6,
         "save_steps": 3,
         "logging_steps": 1,
-        "packing": packing,
         "lora_dropout": 0.1,
+        **data,
     }
     whole = fine_tune(tmp_path, **settings)
     stopped = fine_tune(tmp_path, **settings, output_dir=tmp_path / "stopped")
