@@ -206,11 +206,14 @@ def exit_status(work: Callable[[], object]) -> int:
 
 
 def leave(status: int) -> None:
-    """End this process. After an error without goodbyes: the others may be waiting in a collective."""
-    if status == 0:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        sys.exit(0)
+    """End this process at once.
+
+    After an error without goodbyes: the others may be waiting in a collective. After a success without the
+    interpreter's own end, in which threads of native libraries are sometimes taken down while they run and
+    abort the process: everything that a run writes is written by then.
+    """
+    if status == 0 and dist.is_initialized() and torch.cuda.is_available():
+        dist.destroy_process_group()  # NCCL asks for it
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
