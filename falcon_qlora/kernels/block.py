@@ -10,15 +10,16 @@ Products are few and large, see `frozen_linear`: query_key_value and h_to_4h are
 and so are dense and 4h_to_h, with x as addend.
 
 What is kept for the backward pass: x, the outputs of query_key_value (rotated) and h_to_4h, attention's
-output and statistics, and LoRA's t. Norms and GELU are computed again. Weights are dequantized again too,
-each time into the same memory.
+output and statistics, and LoRA's t; less, where `Block.keep` says so. Norms and GELU are always computed
+again, the last product never: no gradient needs its output. Weights are dequantized again too, each time
+into the same memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -46,6 +47,9 @@ class Attention(Protocol):
         """The gradients of query, key and value."""
 
 
+Keep = Literal["all", "attention", "input"]
+
+
 @dataclass(frozen=True, eq=False)
 class Norm:
     """A frozen layer norm: weight ``[H]`` and bias ``[H]``."""
@@ -71,6 +75,8 @@ class Block:
         kv_heads: K.
         head_dim: D.
         workspace: shared by all blocks of a model.
+        keep: what the backward pass finds: all it needs; all but h_to_4h's output, the largest; or the
+            block's input alone. What it does not find it computes again.
     """
 
     norms: tuple[Norm, ...]
@@ -81,6 +87,7 @@ class Block:
     kv_heads: int
     head_dim: int
     workspace: Workspace
+    keep: Keep = "all"
 
     @property
     def projections(self) -> tuple[Projection, Projection, Projection, Projection]:
@@ -130,71 +137,145 @@ class _BlockFunction(torch.autograd.Function):
     ) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             into, out_of = _groups(block, adapters)
-            projected, low_rank = [], []
-            for norm, group in zip(block.norms, into, strict=True):
-                normal = hidden.new_empty(hidden.shape[0], group.features + group.columns)
-                norm(hidden, normal[:, : group.features])
-                output, low = group.forward(normal)
-                projected.append(output)
-                low_rank.append(low)
-                del normal
+            projected, low_in = _enter(block, into, hidden)
             fused, before_gelu = _parts(block, projected)
-            heads = block.heads(fused)
-            ops.rotate_(heads[:, :, :-1], cosine, sine)
-            attended, statistics = attention.forward(*_query_key_value(heads))
-            joined = hidden.new_empty(hidden.shape[0], out_of.features + out_of.columns)
-            ops.gelu(before_gelu, joined[:, : block.dense_4h_to_h.in_features])
-            joined[:, block.dense_4h_to_h.in_features : out_of.features] = attended.flatten(1)
-            output, low = out_of.forward(joined, hidden)
-            ctx.block, ctx.attention, ctx.groups = block, attention, len(projected)
-            ctx.save_for_backward(
-                hidden, cosine, sine, attended, low, *projected, *low_rank, *adapters, *statistics
-            )
-            return output
+            attended, statistics = _attend(block, attention, fused, cosine, sine)
+            output, low_out = out_of.forward(_join(block, out_of, before_gelu, attended), hidden)
+            if block.keep == "all":
+                kept = [*projected, *low_in, low_out, attended, *statistics]
+            elif block.keep == "attention":
+                kept = [fused.clone(), *low_in, low_out, attended, *statistics]
+            else:
+                kept = []
+        ctx.block, ctx.attention = block, attention
+        ctx.save_for_backward(hidden, cosine, sine, *adapters, *kept)
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        block, attention, groups = ctx.block, ctx.attention, ctx.groups
-        hidden, cosine, sine, attended, low_out, *rest = ctx.saved_tensors
-        projected, low_in = rest[:groups], rest[groups : 2 * groups]
-        adapters, statistics = rest[2 * groups : 2 * groups + 8], tuple(rest[2 * groups + 8 :])
+        block, attention = ctx.block, ctx.attention
+        hidden, cosine, sine, *rest = ctx.saved_tensors
+        adapters, kept = rest[:8], list(rest[8:])
+        del rest
         with torch.autocast(hidden.device.type, enabled=False):
             into, out_of = _groups(block, adapters)
-            fused, before_gelu = _parts(block, projected)
+            if block.keep == "input":
+                projected, low_in = _enter(block, into, hidden)
+                fused, before_gelu = _parts(block, projected)
+                attended, statistics = _attend(block, attention, fused, cosine, sine)
+                low_out = out_of.low_rank(_join(block, out_of, before_gelu, attended))
+            else:
+                projected = _take(kept, len(into) if block.keep == "all" else 1)
+                low_in, (low_out, attended), statistics = _take(kept, len(into)), _take(kept, 2), tuple(kept)
+                if block.keep == "all":
+                    fused, before_gelu = _parts(block, projected)
+                else:
+                    fused, before_gelu = projected[0], _project_h_to_4h(block, adapters, hidden)
             grads = [grad.new_empty(grad.shape[0], group.width + group.columns) for group in into]
-            grad_fused, grad_before_gelu = _parts(block, grads)
-
-            grad_joined, grad_low = out_of.input_gradient(grad)
-            split = block.dense_4h_to_h.in_features
-            _, after_gelu = ops.gelu_backward(grad_joined[:, :split], before_gelu, grad_before_gelu)
-            inputs = [after_gelu, attended.flatten(1)]
-            adapter_grads = out_of.adapter_gradients(grad, grad_low, low_out, inputs)
-            del after_gelu, inputs
-
-            heads = block.heads(fused)
-            of_attended = grad_joined[:, split:].unflatten(1, (-1, block.head_dim))
-            of_query, of_key, of_value = attention.backward(
-                of_attended, *_query_key_value(heads), attended, statistics
+            of_fused, of_before_gelu = _parts(block, grads)
+            of_attended, out_grads = _leave_backward(
+                block, out_of, grad, before_gelu, attended, low_out, of_before_gelu
             )
-            del grad_joined, of_attended
-            ops.rotate_join(of_query, of_key, of_value, cosine, sine, block.heads(grad_fused))
-            del of_query, of_key, of_value
+            del before_gelu, projected
+            of_heads = attention.backward(
+                of_attended.unflatten(1, (-1, block.head_dim)),
+                *_query_key_value(block.heads(fused)),
+                attended,
+                statistics,
+            )
+            del of_attended, fused, attended
+            ops.rotate_join(*of_heads, cosine, sine, block.heads(of_fused))
+            del of_heads
+            addend = grad if ctx.needs_input_grad[0] else None
+            of_hidden, in_grads = _enter_backward(block, into, hidden, grads, low_in, addend)
+        return (of_hidden, None, None, None, None, *in_grads, *out_grads)
 
-            in_grads: list[Tensor | None] = []
-            grad_hidden = grad
-            for norm, group, group_grad, low in zip(block.norms, into, grads, low_in, strict=True):
-                normal, mean, rstd = norm(hidden)
-                in_grads += group.adapter_gradients(group_grad, low, normal)
-                del normal
-                if ctx.needs_input_grad[0]:
-                    grad_normal = group.input_gradient(group_grad)
-                    grad_hidden = ops.layer_norm_backward(
-                        grad_normal, hidden, mean, rstd, norm.weight, grad_hidden
-                    )
-                    del grad_normal
-        first = grad_hidden if ctx.needs_input_grad[0] else None
-        return (first, None, None, None, None, *in_grads, *adapter_grads)
+
+def _enter(block: Block, into: Sequence[SharedInput], hidden: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Each group's norm and product: its outputs ``[T, width]``, and its t ``[T, R]``."""
+    projected, low_rank = [], []
+    for norm, group in zip(block.norms, into, strict=True):
+        output, low = group.forward(_normal(norm, group, hidden))
+        projected.append(output)
+        low_rank.append(low)
+    return projected, low_rank
+
+
+def _normal(norm: Norm, group: SharedInput, hidden: Tensor) -> Tensor:
+    """``[T, H + R]``, of which the first H are the norm's output."""
+    normal = hidden.new_empty(hidden.shape[0], group.features + group.columns)
+    norm(hidden, normal[:, : group.features])
+    return normal
+
+
+def _project_h_to_4h(block: Block, adapters: Sequence[Tensor | None], hidden: Tensor) -> Tensor:
+    """What of `_enter` is dearest to keep: h_to_4h's output ``[T, F]`` alone."""
+    pair = (adapters[2], adapters[3])
+    group = SharedInput([block.dense_h_to_4h], [pair], block.workspace)
+    return group.forward(_normal(block.norms[-1], group, hidden))[0]
+
+
+def _attend(
+    block: Block, attention: Attention, fused: Tensor, cosine: Tensor, sine: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Rotates within `fused` ``[T, W]``; attention's output ``[T, Q, D]`` and statistics."""
+    heads = block.heads(fused)
+    ops.rotate_(heads[:, :, :-1], cosine, sine)
+    return attention.forward(*_query_key_value(heads))
+
+
+def _join(block: Block, out_of: SharedOutput, before_gelu: Tensor, attended: Tensor) -> Tensor:
+    """The last product's input: GELU's output, attention's output, and room for t."""
+    joined = before_gelu.new_empty(before_gelu.shape[0], out_of.features + out_of.columns)
+    ops.gelu(before_gelu, joined[:, : block.dense_4h_to_h.in_features])
+    joined[:, block.dense_4h_to_h.in_features : out_of.features] = attended.flatten(1)
+    return joined
+
+
+def _leave_backward(
+    block: Block,
+    out_of: SharedOutput,
+    grad: Tensor,
+    before_gelu: Tensor,
+    attended: Tensor,
+    low_out: Tensor,
+    of_before_gelu: Tensor,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Back to attention's output ``[T, Q D]`` and, into `of_before_gelu`, to h_to_4h's output ``[T, F]``."""
+    of_joined, low_grad = out_of.input_gradient(grad)
+    split = block.dense_4h_to_h.in_features
+    _, after_gelu = ops.gelu_backward(of_joined[:, :split], before_gelu, of_before_gelu)
+    inputs = [after_gelu, attended.flatten(1)]
+    return of_joined[:, split:], out_of.adapter_gradients(grad, low_grad, low_out, inputs)
+
+
+def _enter_backward(
+    block: Block,
+    into: Sequence[SharedInput],
+    hidden: Tensor,
+    grads: Sequence[Tensor],
+    low_rank: Sequence[Tensor],
+    addend: Tensor | None,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Back to the block's input: `addend` and what comes through the norms; None where `addend` is."""
+    adapter_grads: list[Tensor | None] = []
+    for norm, group, grad, low in zip(block.norms, into, grads, low_rank, strict=True):
+        normal, mean, rstd = norm(hidden)
+        adapter_grads += group.adapter_gradients(grad, low, normal)
+        del normal
+        if addend is not None:
+            of_normal = group.input_gradient(grad)
+            addend = ops.layer_norm_backward(of_normal, hidden, mean, rstd, norm.weight, addend)
+            del of_normal
+    return addend, adapter_grads
+
+
+def _take(tensors: list[Tensor], count: int) -> list[Tensor]:
+    """Remove and return the first `count`."""
+    taken = tensors[:count]
+    del tensors[:count]
+    return taken
 
 
 def _parts(block: Block, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -183,19 +183,30 @@ class SharedOutput(_Group):
 
     def forward(self, extended: Tensor, addend: Tensor) -> tuple[Tensor, Tensor]:
         """``[T, features + R]``, of which the first are the inputs → ``[T, H]`` and t ``[T, R]``."""
-        low = extended[:, self.features :]
+        low = self._put_low_rank(extended)
         weight = self.workspace.take(self.width, self.features + self.columns, extended)
         if self.used < self.columns:
-            low[:, self.used :] = 0
             weight[:, self.features + self.used :] = 0
         for index, (projection, inputs) in enumerate(zip(self.projections, self.inputs, strict=True)):
             ops.dequantize(projection.layer, weight[:, inputs])
-            a, rank = self.adapters[index][0], self.ranks[index]
-            if a is not None:
-                torch.mm(extended[:, inputs], a.to(extended.dtype).T, out=low[:, rank])
-                start = self.features + rank.start
+            if projection.rank:
+                start = self.features + self.ranks[index].start
                 weight[:, start : start + projection.rank] = self._scaled_b(index, extended)
         return torch.addmm(addend, extended, weight.T), low.clone()
+
+    def low_rank(self, extended: Tensor) -> Tensor:
+        """The t of `forward` alone."""
+        return self._put_low_rank(extended).clone()
+
+    def _put_low_rank(self, extended: Tensor) -> Tensor:
+        low = extended[:, self.features :]
+        if self.used < self.columns:
+            low[:, self.used :] = 0
+        for index, inputs in enumerate(self.inputs):
+            a = self.adapters[index][0]
+            if a is not None:
+                torch.mm(extended[:, inputs], a.to(extended.dtype).T, out=low[:, self.ranks[index]])
+        return low
 
     def input_gradient(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         """``[T, H]`` → the inputs' ``[T, features]``, and u ``[T, R]``."""
