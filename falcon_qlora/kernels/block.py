@@ -178,15 +178,15 @@ class _BlockFunction(torch.autograd.Function):
                 block, out_of, grad, before_gelu, attended, low_out, of_before_gelu
             )
             del before_gelu, projected
-            of_heads = attention.backward(
+            of_query, of_key, of_value = attention.backward(
                 of_attended.unflatten(1, (-1, block.head_dim)),
                 *_query_key_value(block.heads(fused)),
                 attended,
                 statistics,
             )
             del of_attended, fused, attended
-            ops.rotate_join(*of_heads, cosine, sine, block.heads(of_fused))
-            del of_heads
+            ops.rotate_join(of_query, of_key, of_value, cosine, sine, block.heads(of_fused))
+            del of_query, of_key, of_value
             addend = grad if ctx.needs_input_grad[0] else None
             of_hidden, in_grads = _enter_backward(block, into, hidden, grads, low_in, addend)
         return (of_hidden, None, None, None, None, *in_grads, *out_grads)
