@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from falcon_qlora.kernels import ops
 from falcon_qlora.kernels.frozen_linear import Adapter, Projection, SharedInput, SharedOutput, Workspace
+from falcon_qlora.kernels.gelu_products import GeluProducts
 
 
 class Attention(Protocol):
@@ -77,6 +78,7 @@ class Block:
         workspace: shared by all blocks of a model.
         keep: what the backward pass finds: all it needs; all but h_to_4h's output, the largest; or the
             block's input alone. What it does not find it computes again.
+        gelu_products: products with GELU in their epilogues, where they are used.
     """
 
     norms: tuple[Norm, ...]
@@ -88,6 +90,7 @@ class Block:
     head_dim: int
     workspace: Workspace
     keep: Keep = "all"
+    gelu_products: GeluProducts | None = None
 
     @property
     def projections(self) -> tuple[Projection, Projection, Projection, Projection]:
@@ -137,10 +140,12 @@ class _BlockFunction(torch.autograd.Function):
     ) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             into, out_of = _groups(block, adapters)
-            projected, low_in = _enter(block, into, hidden)
-            fused, before_gelu = _parts(block, projected)
+            joined, after_gelu, room = _joined(block, out_of, hidden)
+            projected, low_in = _enter(block, into, hidden, after_gelu)
+            fused, _ = _parts(block, projected)
             attended, statistics = _attend(block, attention, fused, cosine, sine)
-            output, low_out = out_of.forward(_join(block, out_of, before_gelu, attended), hidden)
+            room.copy_(attended.flatten(1))
+            output, low_out = out_of.forward(joined, hidden)
             if block.keep == "all":
                 kept = [*projected, *low_in, low_out, attended, *statistics]
             elif block.keep == "attention":
@@ -161,10 +166,13 @@ class _BlockFunction(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             into, out_of = _groups(block, adapters)
             if block.keep == "input":
-                projected, low_in = _enter(block, into, hidden)
+                joined, after_gelu, room = _joined(block, out_of, hidden)
+                projected, low_in = _enter(block, into, hidden, after_gelu)
                 fused, before_gelu = _parts(block, projected)
                 attended, statistics = _attend(block, attention, fused, cosine, sine)
-                low_out = out_of.low_rank(_join(block, out_of, before_gelu, attended))
+                room.copy_(attended.flatten(1))
+                low_out = out_of.low_rank(joined)
+                del joined, after_gelu, room
             else:
                 projected = _take(kept, len(into) if block.keep == "all" else 1)
                 low_in, (low_out, attended), statistics = _take(kept, len(into)), _take(kept, 2), tuple(kept)
@@ -192,13 +200,33 @@ class _BlockFunction(torch.autograd.Function):
         return (of_hidden, None, None, None, None, *in_grads, *out_grads)
 
 
-def _enter(block: Block, into: Sequence[SharedInput], hidden: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Each group's norm and product: its outputs ``[T, width]``, and its t ``[T, R]``."""
+def _joined(block: Block, out_of: SharedOutput, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the last product's input with t; its slices for GELU's and for attention's output."""
+    joined = hidden.new_empty(hidden.shape[0], out_of.features + out_of.columns)
+    split = block.dense_4h_to_h.in_features
+    return joined, joined[:, :split], joined[:, split : out_of.features]
+
+
+def _enter(
+    block: Block, into: Sequence[SharedInput], hidden: Tensor, after_gelu: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Each group's norm and product: its outputs ``[T, width]``, and its t ``[T, R]``; fills `after_gelu`."""
     projected, low_rank = [], []
     for norm, group in zip(block.norms, into, strict=True):
-        output, low = group.forward(_normal(norm, group, hidden))
+        normal = _normal(norm, group, hidden)
+        if group is into[-1] and block.gelu_products is not None:
+            weight, low = group.operand(normal)
+            output = hidden.new_empty(hidden.shape[0], group.width)
+            split = group.width - block.dense_h_to_4h.out_features
+            if split:
+                torch.mm(normal, weight[:split].T, out=output[:, :split])
+            block.gelu_products.forward(normal, weight[split:].T, output[:, split:], after_gelu)
+        else:
+            output, low = group.forward(normal)
         projected.append(output)
         low_rank.append(low)
+    if block.gelu_products is None:
+        ops.gelu(_parts(block, projected)[1], after_gelu)
     return projected, low_rank
 
 
@@ -225,14 +253,6 @@ def _attend(
     return attention.forward(*_query_key_value(heads))
 
 
-def _join(block: Block, out_of: SharedOutput, before_gelu: Tensor, attended: Tensor) -> Tensor:
-    """The last product's input: GELU's output, attention's output, and room for t."""
-    joined = before_gelu.new_empty(before_gelu.shape[0], out_of.features + out_of.columns)
-    ops.gelu(before_gelu, joined[:, : block.dense_4h_to_h.in_features])
-    joined[:, block.dense_4h_to_h.in_features : out_of.features] = attended.flatten(1)
-    return joined
-
-
 def _leave_backward(
     block: Block,
     out_of: SharedOutput,
@@ -243,11 +263,19 @@ def _leave_backward(
     of_before_gelu: Tensor,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Back to attention's output ``[T, Q D]`` and, into `of_before_gelu`, to h_to_4h's output ``[T, F]``."""
-    of_joined, low_grad = out_of.input_gradient(grad)
     split = block.dense_4h_to_h.in_features
-    _, after_gelu = ops.gelu_backward(of_joined[:, :split], before_gelu, of_before_gelu)
+    if block.gelu_products is not None:
+        extended, weight, low_grad = out_of.gradient_operands(grad)
+        after_gelu = grad.new_empty(grad.shape[0], split)
+        block.gelu_products.backward(extended, weight[:, :split], before_gelu, of_before_gelu, after_gelu)
+        of_attended = torch.mm(extended, weight[:, split:])
+        del extended
+    else:
+        of_joined, low_grad = out_of.input_gradient(grad)
+        _, after_gelu = ops.gelu_backward(of_joined[:, :split], before_gelu, of_before_gelu)
+        of_attended = of_joined[:, split:]
     inputs = [after_gelu, attended.flatten(1)]
-    return of_joined[:, split:], out_of.adapter_gradients(grad, low_grad, low_out, inputs)
+    return of_attended, out_of.adapter_gradients(grad, low_grad, low_out, inputs)
 
 
 def _enter_backward(

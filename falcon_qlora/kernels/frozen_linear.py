@@ -118,6 +118,11 @@ class SharedInput(_Group):
 
     def forward(self, extended: Tensor) -> tuple[Tensor, Tensor]:
         """``[T, H + R]``, of which the first H are the input → outputs ``[T, width]`` and t ``[T, R]``."""
+        weight, low = self.operand(extended)
+        return torch.mm(extended, weight.T), low
+
+    def operand(self, extended: Tensor) -> tuple[Tensor, Tensor]:
+        """The other factor of `forward`'s product, ``[width, H + R]``, and t, put behind the input."""
         x = extended[:, : self.features]
         low = extended.new_empty(extended.shape[0], self.columns)
         weight = self.workspace.take(self.width, self.features + self.columns, extended)
@@ -132,7 +137,7 @@ class SharedInput(_Group):
             if projection.rank:
                 start = self.features + rank.start
                 rows[:, start : start + projection.rank] = self._scaled_b(index, extended)
-        return torch.mm(extended, weight.T), low
+        return weight, low
 
     def adapter_gradients(self, extended: Tensor, low: Tensor, x: Tensor) -> list[Tensor | None]:
         """The gradients of each A and B; puts u, which `input_gradient` needs, behind the gradient.
@@ -210,6 +215,11 @@ class SharedOutput(_Group):
 
     def input_gradient(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         """``[T, H]`` → the inputs' ``[T, features]``, and u ``[T, R]``."""
+        extended, weight, low_grad = self.gradient_operands(grad)
+        return torch.mm(extended, weight), low_grad
+
+    def gradient_operands(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Both factors of `input_gradient`'s product, ``[T, H + R]`` and ``[H + R, features]``, and u."""
         extended = grad.new_empty(grad.shape[0], self.width + self.columns)
         extended[:, : self.width] = grad
         weight = self.workspace.take(self.width + self.columns, self.features, grad)
@@ -222,7 +232,7 @@ class SharedOutput(_Group):
                     b[:, self.ranks[index]] = self._scaled_b(index, grad)
             torch.mm(grad, b, out=extended[:, self.width :])
             self._put_a(weight[self.width :], self.inputs)
-        return torch.mm(extended, weight), extended[:, self.width :].contiguous()
+        return extended, weight, extended[:, self.width :].contiguous()
 
     def adapter_gradients(
         self, grad: Tensor, low_grad: Tensor, low: Tensor, inputs: Sequence[Tensor]

@@ -139,6 +139,20 @@ def gelu_backward(grad: Tensor, x: Tensor, out: Tensor | None = None) -> tuple[T
     return _form("gelu_backward", x)(grad, x, out)
 
 
+def cross_entropy_(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
+    """Cross entropies of rows of logits, computed in float32.
+
+    Args:
+        logits: ``[N, V]``; with `with_gradient` the gradients of each row's loss take their place.
+        targets: int64 ``[N]``.
+        with_gradient: whether to write them.
+
+    Returns:
+        float32 ``[N]``.
+    """
+    return _form("cross_entropy_", logits)(logits, targets, with_gradient)
+
+
 def triton_runs_on(device: torch.device) -> bool:
     """Whether Triton's forms are taken for tensors on `device`."""
     if _forced is not None:
@@ -156,7 +170,7 @@ def _triton_forms() -> dict[str, Callable[..., Any]]:
     """Triton's forms, in which one call is one kernel; none where Triton is not installed."""
     if importlib.util.find_spec("triton") is None:
         return {}
-    from falcon_qlora.kernels import gelu, layer_norm, nf4, rotary
+    from falcon_qlora.kernels import gelu, layer_norm, nf4, rotary, softmax
 
     def dequantize(layer: Any, out: Tensor | None) -> Tensor:
         state = getattr(layer.weight, "quant_state", None)
@@ -177,6 +191,7 @@ def _triton_forms() -> dict[str, Callable[..., Any]]:
         "rotate_join": rotary.rotate_join,
         "gelu": gelu.gelu,
         "gelu_backward": gelu_backward,
+        "cross_entropy_": softmax.cross_entropy_,
     }
 
 
@@ -255,6 +270,18 @@ def _gelu_backward(grad: Tensor, x: Tensor, out: Tensor | None) -> tuple[Tensor,
     return (result if out is None else out.copy_(result)), F.gelu(x)
 
 
+def _cross_entropy_(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
+    x, target = logits.float(), targets[:, None]
+    log_normalizer = torch.logsumexp(x, dim=-1, keepdim=True)
+    losses = (log_normalizer - x.gather(-1, target))[:, 0]
+    if with_gradient:
+        # The probabilities take the logits' memory.
+        x.sub_(log_normalizer).exp_().scatter_add_(-1, target, torch.full_like(log_normalizer, -1.0))
+        if x is not logits:
+            logits.copy_(x)
+    return losses
+
+
 _REFERENCE: dict[str, Callable[..., Any]] = {
     "dequantize": _dequantize,
     "layer_norm": _layer_norm,
@@ -263,4 +290,5 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
     "rotate_join": _rotate_join,
     "gelu": _gelu,
     "gelu_backward": _gelu_backward,
+    "cross_entropy_": _cross_entropy_,
 }

@@ -7,7 +7,6 @@ documents. PEFT's modules stay where they are: their matrices are read at every 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -22,13 +21,16 @@ from transformers.models.falcon.modeling_falcon import FalconDecoderLayer
 from falcon_qlora.kernels import ops
 from falcon_qlora.kernels.block import Block, Norm, run_block
 from falcon_qlora.kernels.frozen_linear import Adapter, Projection, Workspace
-from falcon_qlora.models.attention import Sequences, _takes_varlen, packed_attention
+from falcon_qlora.kernels.gelu_products import GeluProducts, gelu_products
+from falcon_qlora.models.attention import Sequences
+from falcon_qlora.models.fast_attention import AttentionKernel, PackedAttention, choose_attention
 from falcon_qlora.models.quantize import QuantizeMode, bnb
 
 from peft.tuners.lora import LoraLayer  # isort: skip  # after bitsandbytes, see models/quantize.py
 
 _BEFORE = "_forward_before_fast_path"
 _WORKSPACE = "_fast_path_workspace"
+_MEANS = "_fast_path_means"
 # Older releases of Transformers recompute in ``__call__``, which comes before our forward anyway.
 _RECOMPUTES_IN_CALL = "__call__" in vars(GradientCheckpointingLayer)
 
@@ -66,27 +68,32 @@ class BlockFacts:
     lora_unknown: str | None
 
 
-def decide(facts: BlockFacts, *, triton: bool, variable_length_kernel: bool) -> dict[str, str]:
+def decide(
+    facts: BlockFacts, *, triton: bool, attention: AttentionKernel, gelu_in_products: bool = False
+) -> dict[str, str]:
     """Say what runs where in a block, and why.
 
     Args:
         facts: of the block.
         triton: whether Triton's forms of the operations between the products can run.
-        variable_length_kernel: whether the GPU has the packed attention kernel for this dtype.
+        attention: the fastest kernel for these heads on this GPU.
+        gelu_in_products: whether GELU is computed in the epilogues of products.
 
     Returns:
         ``block``: ``fast`` or ``reference``. With ``reference`` also ``reason``; with ``fast`` what computes
-        ``attention``, ``weights`` and ``between`` (norms, rotation, GELU).
+        ``attention``, ``weights``, ``GELU`` and ``between`` (norms, rotation).
     """
     reason = _why_not(facts)
     if reason is not None:
         return {"block": "reference", "reason": reason}
+    small = "Triton" if triton else "PyTorch"
     stored = {"4bit": "NF4 dequantized", "8bit": "int8 dequantized", "16bit": "as stored"}
     return {
         "block": "fast",
-        "attention": "variable-length kernel" if variable_length_kernel else "padded batches",
+        "attention": attention,
         "weights": stored[facts.quantize_mode],
-        "between": "Triton" if triton else "PyTorch",
+        "GELU": "in products" if gelu_in_products else small,
+        "between": small,
     }
 
 
@@ -112,12 +119,14 @@ def _why_not(facts: BlockFacts) -> str | None:
     return None
 
 
-def apply_fast_path(model: nn.Module) -> dict[str, str]:
+def apply_fast_path(model: nn.Module, *, libraries: bool = True) -> dict[str, str]:
     """Let the blocks of `model` run as one function each, where they can, when called with packed documents.
 
     Args:
         model: a ``FalconForCausalLM`` from `load_model`, as it is or inside PEFT's wrapper, with
             `enable_packing`.
+        libraries: whether to use FlashAttention-4 and quack-kernels where they are installed and the GPU is
+            one of theirs; without them PyTorch and Triton do everything.
 
     Returns:
         For every block's module name what runs, or why it is left alone.
@@ -130,14 +139,20 @@ def apply_fast_path(model: nn.Module) -> dict[str, str]:
     for name, block in falcon.named_modules():
         if not isinstance(block, FalconDecoderLayer):
             continue
-        decision = _decide(block, falcon)
+        means = _Means.of(block, falcon.dtype, libraries)
+        decision = decide(
+            block_facts(block, falcon.dtype),
+            triton=means.triton,
+            attention=means.attention,
+            gelu_in_products=means.gelu_products is not None,
+        )
         if decision["block"] == "reference":
             report[name] = f"reference: {decision['reason']}"
             _restore(block)
             continue
         ways = ", ".join(f"{part}: {way}" for part, way in decision.items() if part != "block")
         report[name] = f"fast ({ways})"
-        _replace(block, workspace)
+        _replace(block, workspace, means)
     return report
 
 
@@ -152,8 +167,9 @@ def remove_fast_path(model: nn.Module) -> None:
             _restore(block)
 
 
-def _replace(block: FalconDecoderLayer, workspace: Workspace) -> None:
+def _replace(block: FalconDecoderLayer, workspace: Workspace, means: _Means) -> None:
     setattr(block, _WORKSPACE, workspace)
+    setattr(block, _MEANS, means)
     if hasattr(block, _BEFORE):
         return
     setattr(block, _BEFORE, block.__dict__.get("forward"))
@@ -168,19 +184,10 @@ def _restore(block: FalconDecoderLayer) -> None:
     before = getattr(block, _BEFORE)
     delattr(block, _BEFORE)
     delattr(block, _WORKSPACE)
+    delattr(block, _MEANS)
     del block.forward
     if before is not None:
         block.forward = before
-
-
-def _decide(block: FalconDecoderLayer, falcon: FalconForCausalLM) -> dict[str, str]:
-    facts = block_facts(block, falcon.dtype)
-    weight = _base(_linears(block)[0]).weight
-    return decide(
-        facts,
-        triton=ops.triton_runs_on(weight.device),
-        variable_length_kernel=_takes_varlen(weight.device, facts.dtype, facts.head_dim, 0.0),
-    )
 
 
 def block_facts(block: FalconDecoderLayer, dtype: torch.dtype) -> BlockFacts:
@@ -217,6 +224,25 @@ def block_facts(block: FalconDecoderLayer, dtype: torch.dtype) -> BlockFacts:
         lora_dropout=max(dropouts),
         lora_unknown=unknown,
     )
+
+
+@dataclass(frozen=True)
+class _Means:
+    """What this machine has for a block."""
+
+    triton: bool
+    attention: AttentionKernel
+    gelu_products: GeluProducts | None
+
+    @classmethod
+    def of(cls, block: FalconDecoderLayer, dtype: torch.dtype, libraries: bool) -> _Means:
+        device = _base(_linears(block)[0]).weight.device
+        in_library = libraries and device.type == "cuda" and dtype == torch.bfloat16
+        return cls(
+            triton=ops.triton_runs_on(device),
+            attention=choose_attention(device, dtype, block.self_attention.head_dim, libraries=libraries),
+            gelu_products=gelu_products() if in_library else None,
+        )
 
 
 class _UnknownAdapter(Exception):
@@ -293,6 +319,7 @@ def _block_and_adapters(module: FalconDecoderLayer) -> tuple[Block, list[Adapter
         kv_heads=module.self_attention.num_kv_heads,
         head_dim=module.self_attention.head_dim,
         workspace=getattr(module, _WORKSPACE),
+        gelu_products=getattr(module, _MEANS).gelu_products,
     )
     return block, adapters
 
@@ -314,7 +341,8 @@ def _block_forward(
     assert isinstance(attention_mask, Sequences)
     assert position_embeddings is not None
     block, adapters = parts
-    run = partial(_run, position_embeddings, attention_mask, block, adapters)
+    attention = PackedAttention(attention_mask, getattr(self, _MEANS).attention)
+    run = partial(_run, position_embeddings, attention, block, adapters)
     if self.gradient_checkpointing and self.training and not _RECOMPUTES_IN_CALL:
         return self._gradient_checkpointing_func(run, hidden_states), None
     return run(hidden_states), None
@@ -322,62 +350,10 @@ def _block_forward(
 
 def _run(
     position_embeddings: tuple[Tensor, Tensor],
-    sequences: Sequences,
+    attention: PackedAttention,
     block: Block,
     adapters: list[Adapter],
     hidden_states: Tensor,
 ) -> Tensor:
     cosine, sine = position_embeddings
-    return run_block(hidden_states[0], cosine[0], sine[0], block, PackedAttention(sequences), adapters)[None]
-
-
-@dataclass(frozen=True, eq=False)
-class PackedAttention:
-    """Causal attention within documents, forward and backward.
-
-    On recent GPUs it is PyTorch's variable-length kernel, called as `varlen_attn` does; elsewhere
-    `packed_attention`, computed again in the backward pass.
-    """
-
-    sequences: Sequences
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        if not _takes_varlen(query.device, query.dtype, query.shape[-1], 0.0):
-            return packed_attention(query, key, value, self.sequences), ()
-        output, log_sum_exp, state, unused, _ = torch.ops.aten._flash_attention_forward(
-            query, key, value, *self._documents(), 0.0, True, False, **_window(query)
-        )
-        return output, (log_sum_exp, state, unused)
-
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        statistics: tuple[Tensor, ...],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if statistics:
-            log_sum_exp, *state = statistics
-            inputs = (grad, query, key, value, output, log_sum_exp)
-            return torch.ops.aten._flash_attention_backward(
-                *inputs, *self._documents(), 0.0, True, *state, **_window(query)
-            )
-        query, key, value = (tensor.detach().requires_grad_() for tensor in (query, key, value))
-        with torch.enable_grad():
-            again = packed_attention(query, key, value, self.sequences)
-        of_query, of_key, of_value = torch.autograd.grad(again, (query, key, value), grad)
-        return of_query, of_key, of_value
-
-    def _documents(self) -> tuple[Tensor, Tensor, int, int]:
-        starts, longest = self.sequences.cu_seqlens, self.sequences.max_length
-        return starts, starts, longest, longest
-
-
-def _window(query: Tensor) -> dict[str, Any]:
-    return {
-        "scale": 1.0 / math.sqrt(query.shape[-1]),
-        "window_size_left": -1,
-        "window_size_right": 0,
-    }
+    return run_block(hidden_states[0], cosine[0], sine[0], block, attention, adapters)[None]
