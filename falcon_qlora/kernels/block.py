@@ -26,7 +26,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from falcon_qlora.kernels import ops
-from falcon_qlora.kernels.frozen_linear import Adapter, Projection, SharedInput, SharedOutput, Workspace
+from falcon_qlora.kernels.frozen_linear import (
+    Adapter,
+    Projection,
+    SharedInput,
+    SharedOutput,
+    Workspace,
+    room_behind,
+)
 from falcon_qlora.kernels.gelu_products import GeluProducts
 
 
@@ -144,7 +151,7 @@ class _BlockFunction(torch.autograd.Function):
             projected, low_in = _enter(block, into, hidden, after_gelu)
             fused, _ = _parts(block, projected)
             attended, statistics = _attend(block, attention, fused, cosine, sine)
-            room.copy_(attended.flatten(1))
+            ops.copy_rows(attended.flatten(1), room)
             output, low_out = out_of.forward(joined, hidden)
             if block.keep == "all":
                 kept = [*projected, *low_in, low_out, attended, *statistics]
@@ -170,7 +177,7 @@ class _BlockFunction(torch.autograd.Function):
                 projected, low_in = _enter(block, into, hidden, after_gelu)
                 fused, before_gelu = _parts(block, projected)
                 attended, statistics = _attend(block, attention, fused, cosine, sine)
-                room.copy_(attended.flatten(1))
+                ops.copy_rows(attended.flatten(1), room)
                 low_out = out_of.low_rank(joined)
                 del joined, after_gelu, room
             else:
@@ -195,8 +202,9 @@ class _BlockFunction(torch.autograd.Function):
             del of_attended, fused, attended
             ops.rotate_join(of_query, of_key, of_value, cosine, sine, block.heads(of_fused))
             del of_query, of_key, of_value
-            addend = grad if ctx.needs_input_grad[0] else None
-            of_hidden, in_grads = _enter_backward(block, into, hidden, grads, low_in, addend)
+            # The block before finds room for its LoRA behind its output's gradient.
+            of_hidden = room_behind(hidden, out_of.columns) if ctx.needs_input_grad[0] else None
+            in_grads = _enter_backward(block, into, hidden, grads, low_in, grad, of_hidden)
         return (of_hidden, None, None, None, None, *in_grads, *out_grads)
 
 
@@ -284,19 +292,20 @@ def _enter_backward(
     hidden: Tensor,
     grads: Sequence[Tensor],
     low_rank: Sequence[Tensor],
-    addend: Tensor | None,
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Back to the block's input: `addend` and what comes through the norms; None where `addend` is."""
+    addend: Tensor,
+    out: Tensor | None,
+) -> list[Tensor | None]:
+    """Back through products and norms: `addend` and what comes through them, into `out` where given."""
     adapter_grads: list[Tensor | None] = []
     for norm, group, grad, low in zip(block.norms, into, grads, low_rank, strict=True):
         normal, mean, rstd = norm(hidden)
         adapter_grads += group.adapter_gradients(grad, low, normal)
         del normal
-        if addend is not None:
+        if out is not None:
             of_normal = group.input_gradient(grad)
-            addend = ops.layer_norm_backward(of_normal, hidden, mean, rstd, norm.weight, addend)
+            addend = ops.layer_norm_backward(of_normal, hidden, mean, rstd, norm.weight, addend, out)
             del of_normal
-    return addend, adapter_grads
+    return adapter_grads
 
 
 def _take(tensors: list[Tensor], count: int) -> list[Tensor]:

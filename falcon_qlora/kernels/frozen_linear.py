@@ -220,8 +220,7 @@ class SharedOutput(_Group):
 
     def gradient_operands(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Both factors of `input_gradient`'s product, ``[T, H + R]`` and ``[H + R, features]``, and u."""
-        extended = grad.new_empty(grad.shape[0], self.width + self.columns)
-        extended[:, : self.width] = grad
+        extended = _with_room(grad, self.columns)
         weight = self.workspace.take(self.width + self.columns, self.features, grad)
         for projection, inputs in zip(self.projections, self.inputs, strict=True):
             ops.dequantize(projection.layer, weight[: self.width, inputs])
@@ -256,6 +255,24 @@ class SharedOutput(_Group):
             else:
                 results += [None, None]
         return results
+
+
+def room_behind(like: Tensor, columns: int) -> Tensor:
+    """An empty tensor like ``[T, N]`` with room for `columns` more in every row, which `_with_room` finds."""
+    tokens, width = like.shape
+    return like.new_empty(tokens, width + columns)[:, :width]
+
+
+def _with_room(x: Tensor, columns: int) -> Tensor:
+    """``[T, N]`` with `columns` more in every row: `x` itself where it is `room_behind`'s, else a copy."""
+    tokens, width = x.shape
+    row = width + columns
+    whole = x.untyped_storage().nbytes() == tokens * row * x.element_size() and x.storage_offset() == 0
+    if whole and x.stride() == (row, 1):
+        return x.as_strided((tokens, row), (row, 1))
+    extended = x.new_empty(tokens, row)
+    ops.copy_rows(x, extended[:, :width])
+    return extended
 
 
 def _spans(sizes: Sequence[int]) -> list[slice]:

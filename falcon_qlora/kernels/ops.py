@@ -68,7 +68,13 @@ def layer_norm(
 
 
 def layer_norm_backward(
-    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, addend: Tensor | None = None
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    addend: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The input's gradient of `layer_norm`.
 
@@ -79,11 +85,17 @@ def layer_norm_backward(
         rstd: float32 ``[T]``.
         weight: ``[H]``.
         addend: ``[T, H]``, added to the result, or None.
+        out: ``[T, H]``, what to write into, also a slice with longer rows; a new tensor where None.
 
     Returns:
         ``[T, H]`` in `x`'s dtype.
     """
-    return _form("layer_norm_backward", x)(grad, x, mean, rstd, weight, addend)
+    return _form("layer_norm_backward", x)(grad, x, mean, rstd, weight, addend, out)
+
+
+def copy_rows(x: Tensor, out: Tensor) -> Tensor:
+    """Copy ``[T, N]`` into `out`, of the same shape and dtype; either may be a slice with longer rows."""
+    return _form("copy_rows", x)(x, out)
 
 
 def rotate_(heads: Tensor, cosine: Tensor, sine: Tensor, inverse: bool = False) -> Tensor:
@@ -170,7 +182,7 @@ def _triton_forms() -> dict[str, Callable[..., Any]]:
     """Triton's forms, in which one call is one kernel; none where Triton is not installed."""
     if importlib.util.find_spec("triton") is None:
         return {}
-    from falcon_qlora.kernels import gelu, layer_norm, nf4, rotary, softmax
+    from falcon_qlora.kernels import gelu, layer_norm, nf4, rotary, rows, softmax
 
     def dequantize(layer: Any, out: Tensor | None) -> Tensor:
         state = getattr(layer.weight, "quant_state", None)
@@ -187,6 +199,7 @@ def _triton_forms() -> dict[str, Callable[..., Any]]:
         "dequantize": dequantize,
         "layer_norm": layer_norm.layer_norm,
         "layer_norm_backward": layer_norm.layer_norm_backward,
+        "copy_rows": rows.copy_rows,
         "rotate_": rotary.rotate_,
         "rotate_join": rotary.rotate_join,
         "gelu": gelu.gelu,
@@ -223,20 +236,26 @@ def _layer_norm(
 
 
 def _layer_norm_backward(
-    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, addend: Tensor | None
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    addend: Tensor | None,
+    out: Tensor | None,
 ) -> Tensor:
     if x.is_cuda and weight.dtype == x.dtype:
         result = torch.ops.aten.native_layer_norm_backward(
             grad, x, x.shape[-1:], mean[:, None], rstd[:, None], weight, None, [True, False, False]
         )[0]
-        return result if addend is None else result.add_(addend)
-    normal = (x.float() - mean[:, None]) * rstd[:, None]
-    scaled = grad.float() * weight.float()
-    along = (scaled * normal).mean(-1, keepdim=True)
-    result = (scaled - scaled.mean(-1, keepdim=True) - normal * along) * rstd[:, None]
+    else:
+        normal = (x.float() - mean[:, None]) * rstd[:, None]
+        scaled = grad.float() * weight.float()
+        along = (scaled * normal).mean(-1, keepdim=True)
+        result = (scaled - scaled.mean(-1, keepdim=True) - normal * along) * rstd[:, None]
     if addend is not None:
         result += addend
-    return result.to(x.dtype)
+    return result.to(x.dtype) if out is None else out.copy_(result)
 
 
 def _rotate_(heads: Tensor, cosine: Tensor, sine: Tensor, inverse: bool) -> Tensor:
@@ -286,6 +305,7 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
     "dequantize": _dequantize,
     "layer_norm": _layer_norm,
     "layer_norm_backward": _layer_norm_backward,
+    "copy_rows": lambda x, out: out.copy_(x),
     "rotate_": _rotate_,
     "rotate_join": _rotate_join,
     "gelu": _gelu,

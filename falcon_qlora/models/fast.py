@@ -356,4 +356,5 @@ def _run(
     hidden_states: Tensor,
 ) -> Tensor:
     cosine, sine = position_embeddings
-    return run_block(hidden_states[0], cosine[0], sine[0], block, attention, adapters)[None]
+    # Not ``[0]``: its gradient would be written into zeros, row by row.
+    return run_block(hidden_states.squeeze(0), cosine[0], sine[0], block, attention, adapters).unsqueeze(0)

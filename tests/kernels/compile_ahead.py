@@ -21,9 +21,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from falcon_qlora.kernels import gelu, layer_norm, nf4, rotary, softmax
+from falcon_qlora.kernels import gelu, layer_norm, nf4, rotary, rows, softmax
 
-MODULES: tuple[ModuleType, ...] = (gelu, layer_norm, nf4, rotary, softmax)
+MODULES: tuple[ModuleType, ...] = (gelu, layer_norm, nf4, rotary, rows, softmax)
 FLOAT32 = {"code_ptr", "offset_ptr", "nested_code_ptr", "nested_absmax_ptr", "mean_ptr", "rstd_ptr"}
 FLOAT32 |= {"cosine_ptr", "sine_ptr", "losses_ptr"}
 
@@ -46,6 +46,7 @@ def variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
             nf4._dequantize_transposed,
             {"ROWS": nf4._TILE_ROWS, "WORDS": nf4._TILE_WORDS, **options},
         )
+    yield rows._copy, {"BLOCK": rows._BLOCK, "num_warps": rows._WARPS}
     yield (
         softmax._cross_entropy,
         {"GRADIENT": True, "BLOCK": softmax._BLOCK, "num_warps": softmax._WARPS},
