@@ -55,8 +55,6 @@ VARIANTS = {
             on_by_default=False,
         ),
         Variant(name="4bit-fp32", quantize_mode="4bit", compute_dtype="fp32", on_by_default=False),
-        Variant(name="8bit-fp32", quantize_mode="8bit", compute_dtype="fp32", on_by_default=False),
-        Variant(name="16bit-fp32", quantize_mode="16bit", compute_dtype="fp32", on_by_default=False),
     )
 }
 
