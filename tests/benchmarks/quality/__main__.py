@@ -38,7 +38,7 @@ from tests.benchmarks.quality.distances import Comparison, compare
 from tests.benchmarks.quality.learning import Job, Rows, Run, Schedule, fine_tune, read_rows
 from tests.benchmarks.quality.report import Findings, decides, failures, stock_of, to_json, to_markdown
 from tests.benchmarks.quality.variants import VARIANTS, NotBuilt, Variant, build
-from tests.layouts import LAYOUTS
+from tests.layouts import LAYOUTS, VOCABULARY
 
 SHAPES = ("falcon-7b", "falcon-11b", "falcon-40b")
 # Of LoRA's second matrices in part (b). Larger ones drown a model with outliers, which LoRA's first matrices
@@ -54,6 +54,7 @@ class Size:
     Attributes:
         shapes: label → model of part (a).
         lengths: tokens of its documents.
+        vocabulary: of its models.
         adapter_std: of LoRA's second matrices in part (a): LoRA adds a tenth or more to what a linear gives.
         variants: run where none are named.
         held_out: rows of the data to evaluate on.
@@ -64,6 +65,7 @@ class Size:
 
     shapes: dict[str, str]
     lengths: tuple[int, ...]
+    vocabulary: int
     adapter_std: float
     variants: tuple[str, ...]
     held_out: int
@@ -75,6 +77,7 @@ class Size:
 FULL = Size(
     shapes={name: f"random:{name}?num_hidden_layers=2" for name in SHAPES},
     lengths=(700, 1, 512, 3, 387, 129, 300, 16),
+    vocabulary=65_024,
     adapter_std=0.02,
     variants=("4bit", "8bit", "16bit", "4bit-fp8"),
     held_out=600,
@@ -84,10 +87,11 @@ FULL = Size(
 TINY = Size(
     shapes={name: LAYOUTS[name] for name in SHAPES},
     lengths=(70, 1, 51, 3, 38, 12, 25),
+    vocabulary=VOCABULARY,
     adapter_std=0.1,
     variants=tuple(VARIANTS),
-    held_out=8,
-    rows=40,
+    held_out=30,
+    rows=80,
     schedule=Schedule(epochs=1, batch_tokens=1024),
     workers=0,
 )
@@ -197,8 +201,7 @@ def _compare_all(
 
 def _random_documents(size: Size, device: torch.device) -> dict[str, list[Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    vocabulary = 128  # of the tiny layouts; larger ids would say no more
-    found = [torch.randint(0, vocabulary, (n,), generator=generator).to(device) for n in size.lengths]
+    found = [torch.randint(0, size.vocabulary, (n,), generator=generator).to(device) for n in size.lengths]
     return dict.fromkeys(size.shapes, found)
 
 

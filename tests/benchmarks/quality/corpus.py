@@ -73,7 +73,7 @@ def gather(
 def _default_roots() -> list[Path]:
     paths = sysconfig.get_paths()
     found = [Path(paths[name]) for name in ("stdlib", "purelib", "platlib")]
-    found += [Path(entry) for entry in sys.path if "-packages" in entry]
+    found += [Path(entry) for entry in sys.path if Path(entry).resolve() != Path.cwd()]
     found += [Path("/usr/include"), Path("/usr/local/cuda/include"), Path("/usr/share/doc")]
     return list(dict.fromkeys(path.resolve() for path in found if path.is_dir()))
 
@@ -83,7 +83,8 @@ def _files(roots: list[Path], seed: int) -> list[tuple[str, Path]]:
     files: dict[Path, str] = {}
     for root in roots:
         for folder, folders, names in os.walk(root):
-            folders.sort()
+            # Packages under the standard library are a root of their own.
+            folders[:] = sorted(name for name in folders if not name.endswith("-packages"))
             place = Path(folder)
             package = f"{root}/{place.relative_to(root).parts[0]}" if place != root else str(root)
             for name in sorted(names):

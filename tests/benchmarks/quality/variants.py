@@ -54,7 +54,7 @@ VARIANTS = {
             loss_tolerance=0.003,
             on_by_default=False,
         ),
-        Variant(name="4bit-fp32", quantize_mode="4bit", compute_dtype="fp32", on_by_default=False),
+        Variant(name="4bit-fp32", quantize_mode="4bit", compute_dtype="fp32"),
     )
 }
 
