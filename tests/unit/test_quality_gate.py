@@ -3,6 +3,7 @@
 import json
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,9 +12,11 @@ from torch.testing import assert_close
 from falcon_qlora import sample_data
 from falcon_qlora.kernels import ops
 from falcon_qlora.models.tiny import tiny_path
-from tests.benchmarks.quality import distances
+from falcon_qlora.models.tokenizer import load_tokenizer
+from tests.benchmarks.quality import distances, variants
 from tests.benchmarks.quality.__main__ import main
 from tests.benchmarks.quality.base import OUTLIER_CHANNELS, OUTLIER_FACTOR, put_outliers_in
+from tests.benchmarks.quality.corpus import gather
 from tests.benchmarks.quality.learning import Job, Run, batches, read_rows
 from tests.benchmarks.quality.mutants import MUTANTS
 from tests.benchmarks.quality.report import learning_rejections
@@ -34,9 +37,9 @@ def test_it_passes_the_fast_path_and_rejects_every_mutant(tmp_path, capsys):
     assert status == 0
     assert found["failures"] == {}
     assert found["skipped"].keys() <= {"4bit-fp8"}
-    variants = set(VARIANTS) - set(found["skipped"])
-    assert len(found["kernel"]) == 3 * len(variants)
-    assert len(found["model"]) == 2 * len(variants)
+    ran = set(VARIANTS) - set(found["skipped"])
+    assert len(found["kernel"]) == 3 * len(ran)
+    assert len(found["model"]) == 2 * len(ran)
     for comparison in found["kernel"] + found["model"]:
         assert comparison["mutants"].keys() == MUTANTS.keys()
         assert all(comparison["mutants"].values()), comparison
@@ -61,6 +64,16 @@ def test_a_mutant_that_passes_fails_the_gate(tmp_path, monkeypatch):
     status, found = gate(tmp_path, *IN_FLOAT32)
     assert status == 1
     assert found["failures"].keys() == {"mutant: none at all"}
+
+
+def test_a_variant_that_users_get_unasked_and_that_cannot_run_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(variants, "apply_fast_path", lambda model: {"h.0": "reference: a reason"})
+    status, found = gate(tmp_path, *IN_FLOAT32)
+    assert status == 1
+    assert found["kernel"] == []
+    assert found["failures"] == {
+        "4bit-fp32": ["was not run: 1 blocks do not take the fast path: reference: a reason"]
+    }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -122,6 +135,29 @@ def test_both_paths_get_the_same_batches_and_never_a_held_out_row():
     assert not torch.equal(first[0].input_ids, other[0].input_ids)
     assert max(batch.tokens for batch in first) <= 512
     assert sum(batch.tokens for batch in first) == 2 * sum(len(d.input_ids) for d in rows.training)
+
+
+def test_a_corpus_has_each_text_once_and_only_text(tmp_path):
+    words = "the rest is real and reads as it should do, line for line\n" * 10
+    folder = tmp_path / "package"
+    folder.mkdir()
+    for name, text in {
+        "one.py": words,
+        "same.md": words,
+        "two.rst": words + "and one more",
+        "table.txt": "0123456789 " * 100,
+        "other.txt": "пусть здесь не латиница " * 100,
+        "short.py": "x = 1",
+        "binary.so": words + "not read",
+    }.items():
+        (folder / name).write_text(text)
+    out = tmp_path / "tokens.npy"
+    count = gather(out, tiny_path(), megabytes=1, processes=1, roots=[tmp_path])
+    tokens = np.load(out)
+    text = load_tokenizer("tiny").decode(tokens)
+    assert tokens.dtype == np.uint16
+    assert len(tokens) == count
+    assert sorted(text.split("<|endoftext|>")) == ["", words, words + "and one more"]
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -98,7 +98,12 @@ TINY = Size(
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if not arguments.tiny and (arguments.data is None or arguments.tokenizer is None):
+        parser.error("without --tiny it needs --data and --tokenizer")
+    if arguments.data is None and "c" in arguments.parts:
+        parser.error("part c needs --data")
     warnings.simplefilter("ignore", FutureWarning)  # of Transformers, about its own names
     size = TINY if arguments.tiny else FULL
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -107,42 +112,44 @@ def main(argv: list[str] | None = None) -> int:
     findings = Findings(about=_about(device))
     variants = _buildable(arguments.variants or size.variants, device, findings)
     parts = set(arguments.parts)
-    tokenizer = arguments.tokenizer or tiny_path()
+    tokenizer = tiny_path() if arguments.tiny else arguments.tokenizer
     trains = bool(parts & {"b", "c"}) and not arguments.tiny and arguments.base is None
     rows = None
     if arguments.data is not None:
         rows = read_rows(arguments.data, tokenizer, held_out=size.held_out, limit=size.rows)
-    elif "c" in parts or not arguments.tiny:
-        raise SystemExit("--data is needed for part c, and without --tiny")
-    pool = _pool(size.workers, rows, size.schedule) if "c" in parts and size.workers else None
+    pool = _pool(size.workers, rows, size.schedule) if rows and size.workers and "c" in parts else None
     text = _start_gathering(out, tokenizer, arguments.megabytes) if trains else None
     if "a" in parts:
         with _timed("(a) kernel", findings):
             documents = _random_documents(size, device)
             findings.kernel = _compare_all(variants, size.shapes, documents, size.adapter_std)
+        _write(out, findings)
     if parts & {"b", "c"}:
-        base = arguments.base or (tiny_path() if arguments.tiny else out / "base")
         if text is not None:
-            with _timed("text", findings):
-                if text.wait():
-                    raise SystemExit("the text could not be gathered; see above")
-            with _timed("training a base", findings):
-                findings.about["base"] = _train(out, tokenizer, arguments.seconds, device)
+            _train(out, tokenizer, arguments.seconds, device, text, findings)
+        base = arguments.base or (tiny_path() if arguments.tiny else out / "base")
         save_with_outliers(base, out / "base-outliers")
         bases = {"plain": str(base), "outliers": str(out / "base-outliers")}
     if "b" in parts:
         with _timed("(b) model", findings):
             documents = _real_documents(rows, size, tokenizer, device)
             findings.model = _compare_all(variants, bases, documents, TRAINED_ADAPTER_STD)
-    if "c" in parts:
+        _write(out, findings)
+    if "c" in parts and variants:
         with _timed("(c) learning", findings):
+            assert rows is not None
             jobs = _jobs(bases, variants, arguments.seeds)
             findings.learning = _run(jobs, pool, rows, size.schedule, device)
-    (out / "quality.json").write_text(to_json(findings))
+    print(_write(out, findings), flush=True)
+    return int(any(decides(name) for name in failures(findings)))
+
+
+def _write(out: Path, findings: Findings) -> str:
+    """After every part: what was found is not lost to a later fault."""
     report = to_markdown(findings)
     (out / "quality.md").write_text(report)
-    print(report, flush=True)
-    return int(any(decides(name) for name in failures(findings)))
+    (out / "quality.json").write_text(to_json(findings))
+    return report
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -171,6 +178,8 @@ def _about(device: torch.device) -> dict[str, object]:
 def _timed(what: str, findings: Findings) -> Iterator[None]:
     started = time.perf_counter()
     yield
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # for the processes beside this one
     findings.about[f"{what}, seconds"] = round(time.perf_counter() - started, 1)
     print(f"- {what}: {time.perf_counter() - started:.0f} s", flush=True)
 
@@ -226,8 +235,18 @@ def _start_gathering(out: Path, tokenizer: Path, megabytes: float) -> subprocess
     return subprocess.Popen([*command, "--tokenizer", str(tokenizer), "--out", str(out / "tokens.npy")])
 
 
-def _train(out: Path, tokenizer: Path, seconds: float, device: torch.device) -> str:
-    vocabulary = len(load_tokenizer(str(tokenizer)))
+def _train(
+    out: Path,
+    tokenizer: Path,
+    seconds: float,
+    device: torch.device,
+    text: subprocess.Popen[bytes],
+    findings: Findings,
+) -> None:
+    """Wait for the text and train the base on it."""
+    with _timed("waiting for the text", findings):
+        if text.wait():
+            raise SystemExit("the text could not be gathered; see above")
     settings = Settings(
         minutes=seconds / 60,
         epochs=2,
@@ -236,10 +255,12 @@ def _train(out: Path, tokenizer: Path, seconds: float, device: torch.device) -> 
         compile_model=False,
         seed=0,
     )
-    notes = train_base(out / "tokens.npy", out / "base", configuration(vocabulary), settings, device)
+    with _timed("training the base", findings):
+        config = configuration(len(load_tokenizer(str(tokenizer))))
+        notes = train_base(out / "tokens.npy", out / "base", config, settings, device)
     (out / "base" / "training.json").write_text(json.dumps(notes, indent=1) + "\n")
     last = notes[-1]
-    return (
+    findings.about["base"] = (
         f"{last['tokens']:,} tokens in {last['seconds']} s, held-out loss {last['held_out_loss']['text']:.3f}"
     )
 
@@ -254,14 +275,14 @@ def _jobs(bases: dict[str, str], variants: list[Variant], seeds: list[int]) -> l
                 jobs[stock] = None
                 jobs[Job(base=base, folder=folder, variant=variant, path="fast", seed=seed)] = None
     base, folder = next(iter(bases.items()))
-    first = {"base": base, "folder": folder, "variant": variants[0], "seed": seeds[0]}
+    first = Job(base=base, folder=folder, variant=variants[0], path="fast", seed=seeds[0])
     for mutant in LEARNING_MUTANTS:
-        jobs[Job(**first, path="fast", mutant=mutant)] = None
-    jobs[Job(**first, path="stock", repeat=1)] = None
+        jobs[replace(first, mutant=mutant)] = None
+    jobs[replace(first, variant=stock_of(first.variant), path="stock", repeat=1)] = None
     return list(jobs)
 
 
-def _pool(workers: int, rows: Rows | None, schedule: Schedule) -> ProcessPoolExecutor:
+def _pool(workers: int, rows: Rows, schedule: Schedule) -> ProcessPoolExecutor:
     """Processes that are starting up already: it takes them as long as a run."""
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_receive, initargs=(rows, schedule))
@@ -287,11 +308,10 @@ def _fine_tune(job: Job, device: torch.device) -> Run:
 def _run(
     jobs: list[Job],
     pool: ProcessPoolExecutor | None,
-    rows: Rows | None,
+    rows: Rows,
     schedule: Schedule,
     device: torch.device,
 ) -> list[Run]:
-    assert rows is not None
     if pool is None:
         return [_told(fine_tune(job, rows, schedule, device)) for job in jobs]
     with pool:

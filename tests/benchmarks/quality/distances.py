@@ -183,7 +183,7 @@ class _Record:
 
 
 @contextmanager
-def _recorded(model: nn.Module) -> Iterator[_Record]:
+def _recorded(model: Any) -> Iterator[_Record]:
     """Note what goes into the first block, so that it gets a gradient, and what every block gives."""
     record = _Record()
 

@@ -23,7 +23,7 @@ from falcon_qlora.models.fast import remove_fast_path
 from falcon_qlora.models.tokenizer import load_tokenizer
 from falcon_qlora.step import sum_of_losses
 from tests.benchmarks.quality.mutants import MUTANTS
-from tests.benchmarks.quality.variants import Path_, Variant, autocast, build
+from tests.benchmarks.quality.variants import PathName, Variant, autocast, build
 
 _MAX_LENGTH = 512
 _WARM_UP_SHARE = 0.1
@@ -61,7 +61,7 @@ class Job:
     base: str
     folder: str
     variant: Variant
-    path: Path_
+    path: PathName
     seed: int
     mutant: str | None = None
     repeat: int = 0

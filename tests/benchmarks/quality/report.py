@@ -39,8 +39,11 @@ class Findings:
 
 
 def failures(findings: Findings) -> dict[str, list[str]]:
-    """What is wrong, by who is to blame: a variant's name, or a mutant that passed."""
-    found: dict[str, list[str]] = {}
+    """What is wrong, by who is to blame: a variant's name, or a mutant that passed.
+
+    A mutant must be rejected in every comparison of parts (a) and (b); what (c) says of it is reported.
+    """
+    found = {name: [f"was not run: {reason}"] for name, reason in findings.skipped.items() if decides(name)}
     for part, comparison in findings.comparisons:
         place = f"({part}) {comparison.model}, {comparison.variant}"
         for reason in comparison.failures:
@@ -106,10 +109,11 @@ def to_markdown(findings: Findings) -> str:
     bad = {name: reasons for name, reasons in found.items() if decides(name)}
     lines = ["# Quality gate: " + ("failed" if bad else "passed"), ""]
     lines += [f"- {name}: {value}" for name, value in findings.about.items()]
-    lines += [f"- {name} was skipped: {reason}" for name, reason in findings.skipped.items()]
+    lines += [f"- {name} was not run: {reason}" for name, reason in findings.skipped.items()]
     for name, reasons in found.items():
         verdict = "fails" if decides(name) else "fails, and is off by default"
         lines += [f"- **{name}** {verdict}:", *(f"  - {reason}" for reason in reasons)]
+    lines += [f"- mutant, {name}: rejected by {by}" for name, by in _rejected_by(findings).items()]
     titles = {
         "kernel": "(a) Kernel: two blocks of the published shapes, random weights",
         "model": "(b) Model: whole trained models",
@@ -123,6 +127,22 @@ def to_markdown(findings: Findings) -> str:
         lines += ["", "## (c) Learning", "", *_learning_table(findings.learning)]
         lines += ["", *_noise(findings.learning)]
     return "\n".join(lines) + "\n"
+
+
+def _rejected_by(findings: Findings) -> dict[str, str]:
+    """Mutant → the parts that reject it, and how often."""
+    counted: dict[str, dict[str, list[bool]]] = {}
+    for part, comparison in findings.comparisons:
+        for name, reasons in comparison.mutants.items():
+            counted.setdefault(name, {}).setdefault(part, []).append(bool(reasons))
+    for fast, stock in pairs(findings.learning):
+        if fast.job.mutant is not None:
+            of_mutant = counted.setdefault(fast.job.mutant, {})
+            of_mutant.setdefault("c", []).append(bool(learning_rejections(fast, stock)))
+    return {
+        name: ", ".join(f"({part}) {sum(each)} of {len(each)}" for part, each in parts.items())
+        for name, parts in counted.items()
+    }
 
 
 def _distance_table(comparisons: list[Comparison]) -> list[str]:

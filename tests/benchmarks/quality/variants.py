@@ -18,7 +18,7 @@ from tests.layouts import plain_float32
 
 from peft import PeftModel  # isort: skip  # after bitsandbytes, see models/quantize.py
 
-Path_ = Literal["stock", "fast"]
+PathName = Literal["stock", "fast"]
 R, ALPHA = 16, 32
 
 
@@ -64,7 +64,7 @@ class NotBuilt(Exception):
 
 
 def build(
-    variant: Variant, model_name: str, device: torch.device, path: Path_, *, seed: int = 0
+    variant: Variant, model_name: str, device: torch.device, path: PathName, *, seed: int = 0
 ) -> PeftModel:
     """Load a base and put LoRA on all its linears, on one of the two paths.
 
@@ -82,7 +82,7 @@ def build(
     if path == "fast":
         left = [line for line in apply_fast_path(model).values() if not line.startswith("fast")]
         if left:
-            raise NotBuilt(f"{len(left)} blocks stay on the {left[0]}")
+            raise NotBuilt(f"{len(left)} blocks do not take the fast path: {left[0]}")
     return model
 
 
