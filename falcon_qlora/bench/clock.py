@@ -38,7 +38,7 @@ class GpuLog:
         if device.type != "cuda":
             return
         uuid = str(torch.cuda.get_device_properties(device).uuid)
-        command = ["nvidia-smi", f"--id=GPU-{uuid}", "--format=csv,noheader,nounits"]
+        command = ["nvidia-smi", f"--id=GPU-{uuid.removeprefix('GPU-')}", "--format=csv,noheader,nounits"]
         try:
             version = subprocess.run(
                 [*command, "--query-gpu=driver_version"], capture_output=True, text=True, timeout=30

@@ -5,20 +5,19 @@ A variant is built anew in every round and taken down at its end: what it holds 
 
 from __future__ import annotations
 
-import gc
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from falcon_qlora.bench import devices
 from falcon_qlora.bench.clock import GpuLog
 from falcon_qlora.bench.runners import Document, Runner, Settings, build
-from falcon_qlora.bench.variants import Impossible, Variant
+from falcon_qlora.bench.variants import Impossible, Pace, Variant
 from falcon_qlora.errors import UserError
+from falcon_qlora.models.falcon import parameter_count
 from falcon_qlora.models.load import free_bytes, load_model
 from falcon_qlora.models.locate import open_checkpoint
 from falcon_qlora.models.sizes import weight_bytes
@@ -28,25 +27,8 @@ LARGEST_BATCHES = (64, 48, 32, 16, 8, 4, 2, 1)
 # All quantizations of a model are kept loaded together up to this share of the GPU: past it they would decide
 # which batches fit.
 _SHARE_FOR_BASES = 0.25
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pace:
-    """How long is measured.
-
-    Attributes:
-        rounds: how often every variant has its turn.
-        steps: timed steps of a variant, over all rounds.
-        warmup: untimed steps before the timed ones of a first round; later ones have one less.
-    """
-
-    rounds: int = 5
-    steps: int = 10
-    warmup: int = 3
-
-    @property
-    def steps_a_round(self) -> int:
-        return math.ceil(self.steps / self.rounds)
+# How the CUDA runtime and cuBLAS say so, where it is not PyTorch's allocator that has none left.
+_OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +63,10 @@ class Result:
         peak_allocated_gb, peak_reserved_gb: GB (10^9), the largest of all rounds; on the CPU both are the
             process's resident memory.
         loss: of the first step.
+        micro_batch_tokens: room of a micro batch.
         notes: for the reader.
         failure: why there are no figures, or None.
+        kept: what the variant's builds and turns hand on to the next.
     """
 
     model: str
@@ -96,7 +80,7 @@ class Result:
     loss: float | None = None
     notes: list[str] = field(default_factory=list)
     failure: str | None = None
-    micro_batch_tokens: int = 0
+    micro_batch_tokens: int
     kept: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -137,13 +121,15 @@ class Bench:
         say: Callable[[str], None],
     ):
         self.config = open_checkpoint(model).config
-        from falcon_qlora.models.falcon import parameter_count
-
         parameters = parameter_count(self.config)
-        self.results = [Result(model=model, parameters=parameters, entry=entry) for entry in entries]
+        self.results = [
+            Result(model=model, parameters=parameters, entry=entry, micro_batch_tokens=entry.tokens)
+            for entry in entries
+        ]
         self._model = model
         self._settings, self._pace, self._device = settings, pace, device
         self._log, self._say = log, say
+        self._deadline = time.perf_counter() + 60 * pace.minutes
         self._bases: dict[str, Any] = {}
         self._base_bytes: dict[str, int] = {}
 
@@ -151,20 +137,24 @@ class Bench:
         """Measure everything; the results in the order of the entries."""
         groups = self._groups()
         if len(groups) > 1:
+            kinds = ", then ".join(" with ".join(group) for group in groups)
             self._say(
-                f"{self._model}: its weights are loaded one kind after another ({', then '.join(map(' with '.join, groups))}); "  # noqa: E501
+                f"{self._model}: not all its weights fit together, so they are loaded in turn ({kinds}); "
                 "only variants on the same weights alternate"
             )
         for number, group in enumerate(groups):
             members = [result for result in self.results if result.entry.variant.base in group]
             self._load(group, members)
             for turn in range(self._pace.rounds):
+                if turn and time.perf_counter() > self._deadline:
+                    self._say(f"the time is up after {turn} of {self._pace.rounds} rounds")
+                    break
                 # There and back: none is always first.
                 for result in members if turn % 2 == 0 else reversed(members):
                     if result.failure is None:
                         self._turn(result, turn)
             self._bases.clear()
-            free_memory()
+            devices.free_memory()
             if number:
                 for result in members:
                     result.note("not in the same rounds as the first row")
@@ -182,19 +172,19 @@ class Bench:
     def _load(self, group: Sequence[str], members: Sequence[Result]) -> None:
         for base in group:
             started = time.perf_counter()
-            before = _allocated(self._device)
+            before = devices.allocated(self._device)
             failure = None
             try:
                 self._bases[base] = self._loaded(base)
             except (UserError, Impossible, torch.OutOfMemoryError) as error:
                 failure = _one_line(error)
             if failure:
-                free_memory()
+                devices.free_memory()
                 for result in members:
                     if result.entry.variant.base == base:
                         result.failure = failure
                 continue
-            self._base_bytes[base] = _allocated(self._device) - before
+            self._base_bytes[base] = devices.allocated(self._device) - before
             self._say(f"{self._model} in {base}: loaded in {time.perf_counter() - started:.1f} s")
 
     def _loaded(self, base: str) -> Any:
@@ -231,7 +221,7 @@ class Bench:
     def _attempt(self, result: Result, batches: Sequence[Sequence[Document]], turn: int) -> str | None:
         """One turn; None, or why there was none."""
         failure = None
-        free_memory()
+        devices.free_memory()
         try:
             self._measure(result, batches, turn)
         except torch.OutOfMemoryError:
@@ -240,10 +230,12 @@ class Bench:
         except (Impossible, UserError) as error:
             failure = _one_line(error)
         except Exception as error:
-            # Hours of other rows are not lost for one that breaks.
+            # The other rows are not lost for one that breaks.
             failure = f"failed: {type(error).__name__}: {_one_line(error)}"
+            if any(sign in str(error) for sign in _OUT_OF_MEMORY):
+                failure = f"out of memory ({_one_line(error)})"
         # Only here: the exception held what the step had on the device.
-        free_memory()
+        devices.free_memory()
         if failure:
             self._say(f"{result.model} {result.entry.variant.name}: {failure}")
         return failure
@@ -251,8 +243,8 @@ class Bench:
     def _measure(self, result: Result, batches: Sequence[Sequence[Document]], turn: int) -> None:
         variant, pace = result.entry.variant, self._pace
         base = self._bases[variant.base]
-        others = _allocated(self._device) - self._base_bytes[variant.base]
-        reset_peak(self._device)
+        others = devices.allocated(self._device) - self._base_bytes[variant.base]
+        devices.reset_peak(self._device)
         with build(variant, base, self._settings, result.kept) as runner:
             prepared = [runner.prepare(batch) for batch in batches]
             steps = len(prepared) if result.entry.whole else pace.steps_a_round
@@ -261,21 +253,22 @@ class Bench:
                 warmup = max(warmup, len(prepared))  # every shape has been seen
             first = turn * steps
             loss = _steps(runner, prepared, 0, warmup)[0]
-            synchronize(self._device)
+            devices.synchronize(self._device)
             with self._log.window() as state:
                 started = time.perf_counter()
                 _steps(runner, prepared, first, steps)
-                synchronize(self._device)
+                devices.synchronize(self._device)
                 seconds = time.perf_counter() - started
             timed = [batches[(first + step) % len(batches)] for step in range(steps)]
             for note in runner.notes:
                 result.note(note)
             del prepared
-        allocated, reserved = peaks(self._device)
+        allocated, reserved = devices.peaks(self._device)
         result.peak_allocated_gb = max(result.peak_allocated_gb, (allocated - others) / GB)
         result.peak_reserved_gb = max(result.peak_reserved_gb, (reserved - others) / GB)
         result.loss = float(loss) if result.loss is None else result.loss
-        result.micro_batch_tokens = max(sum(len(ids) for ids, _ in batch) for batch in batches)
+        if not result.entry.whole:
+            result.micro_batch_tokens = sum(len(ids) for ids, _ in batches[0])
         result.seconds.append(seconds)
         result.tokens.append(sum(len(ids) for batch in timed for ids, _ in batch))
         result.steps.append(steps)
@@ -297,62 +290,3 @@ def _mode(base: str) -> Any:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
-
-
-def free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def reset_peak(device: torch.device) -> None:
-    """Forget the highest memory use so far."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    # Linux takes this as: the highest resident size is the present one. Elsewhere the process's peak stays.
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def peaks(device: torch.device) -> tuple[int, int]:
-    """Highest bytes allocated and reserved since `reset_peak`; on the CPU both are the resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-    try:
-        status = Path("/proc/self/status").read_text()
-        line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-        resident = int(line.split()[1]) * 1024
-    except (OSError, StopIteration):
-        import resource
-
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return resident, resident
-
-
-def product_ceiling(device: torch.device, hidden: int, tokens: int) -> float:
-    """TFLOP/s of a bfloat16 product like the block's first, on random data, after a second of the same."""
-    x = torch.randn(tokens, hidden, device=device, dtype=torch.bfloat16)
-    weight = torch.randn(5 * hidden, hidden, device=device, dtype=torch.bfloat16)
-    operations = 2 * x.numel() * weight.shape[0]
-    repeat = max(1, int(6e14 / operations)) if device.type == "cuda" else 1
-    seconds = math.inf
-    for _ in range(2):
-        synchronize(device)
-        started = time.perf_counter()
-        for _ in range(repeat):
-            x @ weight.T
-        synchronize(device)
-        seconds = (time.perf_counter() - started) / repeat
-    return operations / seconds / 1e12

@@ -118,9 +118,10 @@ def _refuse(variant: Variant, device: torch.device) -> None:
 
 def adapted(base: Any, variant: Variant, settings: Settings) -> Any:
     """LoRA on all linears of `base`, whose second matrices are not zero, the same for every variant."""
-    model = attach_lora(
-        base, r=settings.r, alpha=settings.alpha, dropout=variant.lora_dropout, seed=settings.seed
-    )
+    with base.device:  # made where they will be: on the CPU it takes seconds, and every turn does it again
+        model = attach_lora(
+            base, r=settings.r, alpha=settings.alpha, dropout=variant.lora_dropout, seed=settings.seed
+        )
     generator = torch.Generator(device=base.device).manual_seed(settings.seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -135,7 +135,7 @@ class StockRunner:
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._kept = kept
         on_gpu = self._parameters[0].device.type == "cuda"
-        self.notes = ["TRL's step, weights quantized by this project's loader"]
+        self.notes = ["TRL's step, weights quantized by this project's loader (NF4: doubly)"]
         if on_gpu:
             self.notes.append("optimizer state is paged and not in the memory shown")
         # bitsandbytes never frees paged memory, so the states of the last round are used again.

@@ -32,14 +32,14 @@ class Machine:
         gpu: its name, or CPU.
         driver: its version, or empty.
         torch: PyTorch's version.
-        ceilings: model to TFLOP/s of a plain bfloat16 product of its shapes.
+        ceilings: model and compute dtype to TFLOP/s of a plain product of its shapes, or None.
     """
 
     commit: str
     gpu: str
     driver: str
     torch: str
-    ceilings: Mapping[str, float]
+    ceilings: Mapping[tuple[str, str], float | None]
 
 
 def ratio_interval(first: Result, result: Result) -> tuple[float, float] | None:
@@ -91,13 +91,13 @@ def _row(result: Result, first: Result | None, machine: Machine) -> dict[str, An
     notes = [f"not run: {result.failure}"] if result.failure else []
     if not result.failure:
         speed = result.tokens_per_second
-        ceiling = machine.ceilings[result.model]
+        ceiling = machine.ceilings[result.model, variant.compute_dtype]
         teraflops = 4 * result.parameters * speed / 1e12
         row |= {
             "tokens_per_second": round(speed),
             "samples_per_second_512": round(speed / _SAMPLE_TOKENS, 1),
             "tflops_4n": _digits(teraflops),
-            "ceiling_share": round(teraflops / ceiling, 3),
+            "ceiling_share": round(teraflops / ceiling, 3) if ceiling else "",
             "peak_allocated_gb": round(result.peak_allocated_gb, 2),
             "peak_reserved_gb": round(result.peak_reserved_gb, 2),
             "step_ms": round(result.step_ms, 1),
@@ -111,7 +111,8 @@ def _row(result: Result, first: Result | None, machine: Machine) -> dict[str, An
         if result.loss is not None:
             notes.append(f"first loss {result.loss:.4f}")
         notes.append(f"{sum(result.steps)} steps in {len(result.seconds)} rounds")
-        notes.append(f"product ceiling {_digits(ceiling)} TFLOP/s")
+        if ceiling:
+            notes.append(f"product ceiling {_digits(ceiling)} TFLOP/s")
         if clocks := summary(result.kept.get("states_of_gpu", [])):
             notes.append(clocks)
     row["note"] = "; ".join([*notes, *result.notes])
@@ -161,7 +162,7 @@ def _cells(row: Mapping[str, Any], count: int) -> list[str]:
         f"{row['tokens_per_second']:,}",
         f"{row['samples_per_second_512']:g}",
         f"{row['tflops_4n']:g}",
-        f"{row['ceiling_share']:.1%}",
+        f"{row['ceiling_share']:.1%}" if row["ceiling_share"] != "" else "",
         f"{row['peak_allocated_gb']:.2f}",
         f"{row['peak_reserved_gb']:.2f}",
         f"{row['step_ms']:,.1f}",

@@ -1,7 +1,8 @@
-"""What can be compared: named variants of the same training step."""
+"""What can be compared: named variants of the same training step; and for how long."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -51,6 +52,27 @@ class Variant:
     def base(self) -> str:
         """Names the weights it runs on: variants with the same ones share them."""
         return "litgpt" if self.engine == "litgpt" else self.quantize_mode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How long is measured.
+
+    Attributes:
+        rounds: how often every variant has its turn.
+        steps: timed steps of a variant, over all rounds.
+        warmup: untimed steps before the timed ones of a first round; later ones have one less.
+        minutes: after these no further round begins.
+    """
+
+    rounds: int = 5
+    steps: int = 10
+    warmup: int = 3
+    minutes: float = math.inf
+
+    @property
+    def steps_a_round(self) -> int:
+        return math.ceil(self.steps / self.rounds)
 
 
 def _stock() -> Iterable[Variant]:

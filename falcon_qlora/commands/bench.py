@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -9,14 +10,14 @@ from dataclasses import field as setting
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from falcon_qlora.bench.variants import LITGPT_VARIANTS, VARIANTS, Variant, choose
+from falcon_qlora.bench.variants import LITGPT_VARIANTS, VARIANTS, Pace, Variant, choose
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
-    from falcon_qlora.bench.measure import Entry, Pace
+    from falcon_qlora.bench.measure import Entry, Result
 
 _DOCUMENT_TOKENS = 512
 _BY_VARIANT = (
@@ -32,7 +33,7 @@ _BY_VARIANT = (
 
 @dataclass(kw_only=True)
 class BenchArguments:
-    """What is compared. --steps are the timed steps of each (10), --max_length a document's tokens (512)."""
+    """What is compared, how long, and where the figures go."""
 
     _argument_group_name = "Benchmark"
 
@@ -58,6 +59,9 @@ class BenchArguments:
     )
     rounds: int = setting(default=5, metadata={"help": "How often every variant has its turn."})
     warmup: int = setting(default=3, metadata={"help": "Untimed steps before the timed ones."})
+    minutes: float | None = setting(
+        default=None, metadata={"help": "Begin no further round of a model after this long."}
+    )
     csv: str | None = setting(default=None, metadata={"help": "Append a row a variant to this CSV."})
     plot: str | None = setting(
         default=None, metadata={"help": "PNG of tokens/s against peak memory for all variants."}
@@ -73,7 +77,8 @@ def main(argv: list[str]) -> int:
         argv,
         extra_arguments=BenchArguments,
         program="falcon-qlora bench",
-        description="Measure variants of a training step against each other: speed, memory, ratios.",
+        description="Measure variants of a training step against each other: speed, memory, ratios. "
+        "Here --steps are the timed ones (10), and --max_length is a document's tokens (512).",
     )
     wanted: BenchArguments = configuration.extra
     if wanted.list_variants:
@@ -82,22 +87,22 @@ def main(argv: list[str]) -> int:
     on_data = "dataset_name" in configuration.explicit
     variants = choose(_split(wanted.variants), on_data=on_data)
     sizes = _tokens(wanted)
-    pace_of = _pace(configuration)
-    if wanted.csv:
-        from falcon_qlora.bench.table import check_csv
-
-        check_csv(Path(wanted.csv))
+    pace = _pace(configuration)
 
     # Only now: a wrong flag is told at once.
     from falcon_qlora.quiet import quiet_libraries
 
     quiet_libraries()
+    if wanted.csv:
+        from falcon_qlora.bench.table import check_csv
+
+        check_csv(Path(wanted.csv))
     if wanted.against == "litgpt":
         variants += [variant for variant in _litgpt() if variant not in variants]
     for name in _BY_VARIANT:
         if configuration.explicit.get(name) == "flag":
             _say(f"--{name} is set by each variant; the flag changes nothing here")
-    return _bench(configuration, variants, sizes, pace_of, on_data=on_data)
+    return _bench(configuration, variants, sizes, pace, on_data=on_data)
 
 
 def _bench(
@@ -107,7 +112,8 @@ def _bench(
 
     from falcon_qlora import distributed
     from falcon_qlora.bench.clock import GpuLog
-    from falcon_qlora.bench.measure import Bench, free_memory, product_ceiling
+    from falcon_qlora.bench.devices import free_memory, product_ceiling
+    from falcon_qlora.bench.measure import Bench
     from falcon_qlora.bench.runners import Settings
     from falcon_qlora.bench.table import Machine, append_csv, markdown, points, rows
     from falcon_qlora.environment import collect_environment
@@ -124,14 +130,18 @@ def _bench(
         seed=configuration.run.seed,
     )
     log = GpuLog(device)
-    results, ceilings = [], {}
+    results: list[Result] = []
+    ceilings: dict[tuple[str, str], float | None] = {}
     try:
         for model in _models(configuration):
             entries = _entries(configuration, model, variants, sizes, pace, on_data=on_data)
             bench = Bench(model, entries, settings=settings, pace=pace, device=device, log=log, say=_say)
-            ceilings[model] = product_ceiling(device, bench.config.hidden_size, sizes[0])
-            free_memory()
-            _say(f"{model}: a plain bfloat16 product runs at {ceilings[model]:,.3g} TFLOP/s")
+            for dtype in {variant.compute_dtype for variant in variants}:
+                ceiling = product_ceiling(device, bench.config.hidden_size, sizes[0], dtype)
+                ceilings[model, dtype] = ceiling
+                free_memory()
+                if ceiling:
+                    _say(f"{model}: a plain {dtype} product runs at {ceiling:,.3g} TFLOP/s")
             results += bench.run()
     finally:
         log.close()
@@ -249,8 +259,6 @@ def _tokens(wanted: BenchArguments) -> list[int]:
 
 
 def _pace(configuration: Configuration) -> Pace:
-    from falcon_qlora.bench.measure import Pace
-
     wanted: BenchArguments = configuration.extra
     for name in ("rounds", "warmup"):
         if getattr(wanted, name) < 1:
@@ -262,7 +270,8 @@ def _pace(configuration: Configuration) -> Pace:
                 f"--tokens {tokens}: a micro batch holds whole documents of {length} tokens (--max_length)"
             )
     steps = configuration.run.max_steps if "max_steps" in configuration.explicit else 10
-    return Pace(rounds=min(wanted.rounds, steps), steps=steps, warmup=wanted.warmup)
+    minutes = math.inf if wanted.minutes is None else wanted.minutes
+    return Pace(rounds=min(wanted.rounds, steps), steps=steps, warmup=wanted.warmup, minutes=minutes)
 
 
 def _litgpt() -> tuple[Variant, ...]:
