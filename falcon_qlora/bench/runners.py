@@ -92,8 +92,11 @@ def build(variant: Variant, base: Any, settings: Settings, kept: dict[str, Any])
         if variant.kernels == "auto":
             report = apply_fast_path(model)
             left = [what for what in report.values() if what.startswith("reference")]
-            if left:
-                notes.append(f"{len(left)} of {len(report)} blocks fall back: {left[0]}")
+            notes += (
+                [f"{len(left)} of {len(report)} blocks fall back: {left[0]}"]
+                if left
+                else [*set(report.values())]
+            )
         if variant.checkpointing == "full":
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         yield OwnRunner(model, variant, settings, notes)

@@ -113,6 +113,8 @@ def _row(result: Result, first: Result | None, machine: Machine) -> dict[str, An
         notes.append(f"{sum(result.steps)} steps in {len(result.seconds)} rounds")
         if ceiling:
             notes.append(f"product ceiling {_digits(ceiling)} TFLOP/s")
+        if machine.gpu == "CPU":
+            notes.append("memory is the process's")
         if clocks := summary(result.kept.get("states_of_gpu", [])):
             notes.append(clocks)
     row["note"] = "; ".join([*notes, *result.notes])
