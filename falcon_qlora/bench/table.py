@@ -103,7 +103,8 @@ def _row(result: Result, first: Result | None, machine: Machine) -> dict[str, An
             "step_ms": round(result.step_ms, 1),
         }
         if first is not None:
-            row["ratio_to_first"] = round(speed / first.tokens_per_second, 3)
+            # Of the speeds as they are shown, so that a reader who divides finds the same.
+            row["ratio_to_first"] = round(round(speed) / round(first.tokens_per_second), 3)
             interval = ratio_interval(first, result)
             if interval is not None:
                 row["interval"] = f"{interval[0]:.3f}–{interval[1]:.3f}"
