@@ -88,12 +88,12 @@ def draw_speed_and_memory(points: Sequence[tuple[str, float, float]], file: Path
         # Whose row it is shows in the colour: the peers' names begin so.
         peer = any(word.startswith(("stock", "litgpt")) for word in label.split())
         axes.scatter([memory_gb], [speed], s=36, color=_EVAL if peer else _SMOOTH, zorder=3)
-        axes.annotate(label, (memory_gb, speed), xytext=(5, 4), textcoords="offset points", fontsize=7)
+        name = axes.annotate(label, (memory_gb, speed), xytext=(5, 4), textcoords="offset points", fontsize=7)
+        name.set_in_layout(False)  # else a long one takes the picture's room
     axes.set_xlabel("peak memory allocated, GB")
     axes.set_ylabel("tokens/s")
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
-    axes.margins(0.12)
+    axes.set_xlim(0, 1.3 * max(memory_gb for _, memory_gb, _ in points) or 1)  # room for the names
+    axes.set_ylim(0, 1.1 * max(speed for _, _, speed in points) or 1)
     axes.grid(alpha=0.3)
     if title:
         axes.set_title(title, fontsize=11)

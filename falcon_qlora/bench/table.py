@@ -208,7 +208,7 @@ def points(made: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, float]]:
         sizes[row["model"], row["variant"]] = sizes.get((row["model"], row["variant"]), 0) + 1
     return [
         (
-            (f"{row['model']} " if many_models else "")
+            (f"{row['model'].partition('?')[0]} " if many_models else "")
             + row["variant"]
             + (f" {row['micro_batch_tokens']:,}" if sizes[row["model"], row["variant"]] > 1 else ""),
             row["peak_allocated_gb"],
