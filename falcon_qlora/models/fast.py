@@ -19,8 +19,11 @@ from transformers import FalconForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.falcon.modeling_falcon import FalconDecoderLayer
 
-from falcon_qlora.kernels import ops
+from falcon_qlora.errors import UserError
+from falcon_qlora.kernels import fp8, ops
 from falcon_qlora.kernels.block import Block, Norm, run_block
+from falcon_qlora.kernels.dequantized import DequantizedProducts
+from falcon_qlora.kernels.fp8_block import Fp8
 from falcon_qlora.kernels.frozen_linear import Adapter, Projection, Workspace
 from falcon_qlora.models.attention import Sequences, _takes_varlen, packed_attention
 from falcon_qlora.models.quantize import QuantizeMode, bnb
@@ -29,6 +32,7 @@ from peft.tuners.lora import LoraLayer  # isort: skip  # after bitsandbytes, see
 
 _BEFORE = "_forward_before_fast_path"
 _WORKSPACE = "_fast_path_workspace"
+_PRODUCTS = "_fast_path_products"
 # Older releases of Transformers recompute in ``__call__``, which comes before our forward anyway.
 _RECOMPUTES_IN_CALL = "__call__" in vars(GradientCheckpointingLayer)
 
@@ -66,13 +70,16 @@ class BlockFacts:
     lora_unknown: str | None
 
 
-def decide(facts: BlockFacts, *, triton: bool, variable_length_kernel: bool) -> dict[str, str]:
+def decide(
+    facts: BlockFacts, *, triton: bool, variable_length_kernel: bool, fp8_products: bool = False
+) -> dict[str, str]:
     """Say what runs where in a block, and why.
 
     Args:
         facts: of the block.
         triton: whether Triton's forms of the operations between the products can run.
         variable_length_kernel: whether the GPU has the packed attention kernel for this dtype.
+        fp8_products: whether the frozen products are to run in FP8.
 
     Returns:
         ``block``: ``fast`` or ``reference``. With ``reference`` also ``reason``; with ``fast`` what computes
@@ -82,6 +89,8 @@ def decide(facts: BlockFacts, *, triton: bool, variable_length_kernel: bool) -> 
     if reason is not None:
         return {"block": "reference", "reason": reason}
     stored = {"4bit": "NF4 dequantized", "8bit": "int8 dequantized", "16bit": "as stored"}
+    if fp8_products:
+        stored = {"4bit": "NF4 dequantized to FP8", "8bit": "int8 dequantized to FP8", "16bit": "in FP8"}
     return {
         "block": "fast",
         "attention": "variable-length kernel" if variable_length_kernel else "padded batches",
@@ -112,32 +121,39 @@ def _why_not(facts: BlockFacts) -> str | None:
     return None
 
 
-def apply_fast_path(model: nn.Module) -> dict[str, str]:
+def apply_fast_path(model: nn.Module, *, fp8_products: bool = False) -> dict[str, str]:
     """Let the blocks of `model` run as one function each, where they can, when called with packed documents.
 
     Args:
         model: a ``FalconForCausalLM`` from `load_model`, as it is or inside PEFT's wrapper, with
             `enable_packing`.
+        fp8_products: multiply by the frozen weights in FP8 (e4m3), with LoRA beside it in bfloat16.
 
     Returns:
         For every block's module name what runs, or why it is left alone.
+
+    Raises:
+        UserError: if FP8 is asked for where it cannot run.
     """
     falcon = next((m for m in model.modules() if isinstance(m, FalconForCausalLM)), None)
     if falcon is None:
         raise TypeError(f"no FalconForCausalLM in {type(model).__name__}")
+    reason = fp8.why_not(falcon.device, falcon.dtype) if fp8_products else None
+    if reason is not None:
+        raise UserError(f"{reason}. Use --compute_dtype auto.")
     workspace = Workspace()
     report = {}
     for name, block in falcon.named_modules():
         if not isinstance(block, FalconDecoderLayer):
             continue
-        decision = _decide(block, falcon)
+        decision = _decide(block, falcon, fp8_products)
         if decision["block"] == "reference":
             report[name] = f"reference: {decision['reason']}"
             _restore(block)
             continue
         ways = ", ".join(f"{part}: {way}" for part, way in decision.items() if part != "block")
         report[name] = f"fast ({ways})"
-        _replace(block, workspace)
+        _replace(block, workspace, fp8_products)
     return report
 
 
@@ -152,8 +168,13 @@ def remove_fast_path(model: nn.Module) -> None:
             _restore(block)
 
 
-def _replace(block: FalconDecoderLayer, workspace: Workspace) -> None:
+def _replace(block: FalconDecoderLayer, workspace: Workspace, fp8_products: bool) -> None:
     setattr(block, _WORKSPACE, workspace)
+    setattr(block, _PRODUCTS, DequantizedProducts)
+    if fp8_products:
+        parts = _block_and_adapters(block)
+        assert parts is not None
+        setattr(block, _PRODUCTS, Fp8.measure(parts[0]))
     if hasattr(block, _BEFORE):
         return
     setattr(block, _BEFORE, block.__dict__.get("forward"))
@@ -168,18 +189,20 @@ def _restore(block: FalconDecoderLayer) -> None:
     before = getattr(block, _BEFORE)
     delattr(block, _BEFORE)
     delattr(block, _WORKSPACE)
+    delattr(block, _PRODUCTS)
     del block.forward
     if before is not None:
         block.forward = before
 
 
-def _decide(block: FalconDecoderLayer, falcon: FalconForCausalLM) -> dict[str, str]:
+def _decide(block: FalconDecoderLayer, falcon: FalconForCausalLM, fp8_products: bool) -> dict[str, str]:
     facts = block_facts(block, falcon.dtype)
     weight = _base(_linears(block)[0]).weight
     return decide(
         facts,
         triton=ops.triton_runs_on(weight.device),
         variable_length_kernel=_takes_varlen(weight.device, facts.dtype, facts.head_dim, 0.0),
+        fp8_products=fp8_products,
     )
 
 
@@ -293,6 +316,7 @@ def _block_and_adapters(module: FalconDecoderLayer) -> tuple[Block, list[Adapter
         kv_heads=module.self_attention.num_kv_heads,
         head_dim=module.self_attention.head_dim,
         workspace=getattr(module, _WORKSPACE),
+        products=getattr(module, _PRODUCTS),
     )
     return block, adapters
 

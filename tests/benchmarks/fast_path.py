@@ -46,6 +46,7 @@ class Variant:
     tokens: int
     form: ops.Implementation | None = None
     checkpointing: bool = False
+    fp8: bool = False
 
 
 def variants(forms: list[ops.Implementation], small: int, large: int) -> list[Variant]:
@@ -101,7 +102,8 @@ def batch(tokens: int, vocabulary: int, device: torch.device, document: int = DO
 @contextmanager
 def running(model: Any, variant: Variant):
     if variant.form is not None:
-        print(f"- {variant.name}: {next(iter(apply_fast_path(model).values()))}", flush=True)
+        report = apply_fast_path(model, fp8_products=variant.fp8)
+        print(f"- {variant.name}: {next(iter(report.values()))}", flush=True)
     if variant.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     try:
@@ -221,12 +223,12 @@ def gradients_of(
     return float(loss.detach()) / len(arguments["targets"]), found
 
 
-def compare_gradients(
-    label: str, r: int, device: torch.device, forms: list[ops.Implementation], n: int
-) -> None:
+def compare_gradients(label: str, r: int, device: torch.device, variants: list[Variant]) -> None:
     """Distance of every path's gradients from float32's, on the same weights dequantized."""
+    n = variants[0].tokens
     base = load_model(label, quantize_mode="4bit", device=device, compute_dtype="bf16", seed=1)
-    truth = with_lora(plain_float32(base).to(device), r)
+    with device:  # or else random weights are drawn on the CPU before they are replaced
+        truth = with_lora(plain_float32(base).to(device), r)
     model = with_lora(base, r)
     ours = dict(model.named_parameters())
     with torch.no_grad():
@@ -240,7 +242,7 @@ def compare_gradients(
     print("| path | loss | mean | worst | where |\n|---|---|---|---|---|")
     print(f"| float32 | {exact_loss:.5f} | | | |")
     reference: dict[str, Tensor] = {}
-    for variant in [Variant("reference", n), *(Variant(f"fast, {form}", n, form) for form in forms)]:
+    for variant in variants:
         with running(model, variant):
             loss, found = gradients_of(model, arguments)
         errors = distances(found, exact)
@@ -261,7 +263,7 @@ def distances(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, f
     return {n: float((found[n] - g).norm() / g.norm().clamp(min=1e-30)) for n, g in truth.items()}
 
 
-def profile(model: Any, variant: Variant, folder: Path) -> None:
+def profile(model: Any, variant: Variant, folder: Path, shown: int = 16) -> None:
     """Write where the time of one step goes, kernel by kernel; say whether anything waits for the host."""
     arguments = batch(variant.tokens, model.config.vocab_size, model.device)
     with running(model, variant):
@@ -293,9 +295,9 @@ def profile(model: Any, variant: Variant, folder: Path) -> None:
             f"{time_us / 1e3:9.2f} {time_us / total:6.1%} {event.count:6d} {time_us / event.count:9.1f}  "
             f"{event.key[:150]}"
         )
-    path = folder / f"fast_path_kernels_{variant.form}.txt"
+    path = folder / f"fast_path_kernels_{'fp8' if variant.fp8 else variant.form}.txt"
     path.write_text("\n".join(lines) + "\n")
-    print("\n".join(["", *lines[:16]]), flush=True)
+    print("\n".join(["", *lines[:shown]]), flush=True)
 
 
 def count_waits(step: Callable[[], Tensor]) -> int:
@@ -338,7 +340,9 @@ def main() -> None:
     forms: list[ops.Implementation] = ["torch", "triton"] if triton_runs() else ["torch"]
     small, large = arguments.tokens
     print_machine(device)
-    compare_gradients(arguments.gradients_of, arguments.r, device, forms, min(2048, small))
+    n = min(2048, small)
+    compared = [Variant("reference", n), *(Variant(f"fast, {form}", n, form) for form in forms)]
+    compare_gradients(arguments.gradients_of, arguments.r, device, compared)
     started = time.perf_counter()
     base = load_model(arguments.model, quantize_mode="4bit", device=device, compute_dtype="bf16")
     model = with_lora(base, arguments.r)
