@@ -6,8 +6,7 @@ size, Q query heads, K key/value heads, D head size, R columns for LoRA's ranks.
 The block's parallel forms: ``y = x + dense(attention(n1)) + 4h_to_h(gelu(h_to_4h(n2)))`` with n1 and n2 two
 norms of x, or one and the same.
 
-Products are few and large, see `frozen_linear`: query_key_value and h_to_4h are one where there is one norm,
-and so are dense and 4h_to_h, with x as addend.
+How the linears are multiplied is `Block.products`' to say: `dequantized`, or `fp8_block`.
 
 What is kept for the backward pass: x, the outputs of query_key_value (rotated) and h_to_4h, attention's
 output and statistics, and LoRA's t; less, where `Block.keep` says so. Norms and GELU are always computed
@@ -17,7 +16,7 @@ into the same memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -26,15 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from falcon_qlora.kernels import ops
-from falcon_qlora.kernels.frozen_linear import (
-    Adapter,
-    Projection,
-    SharedInput,
-    SharedOutput,
-    Workspace,
-    room_behind,
-)
-from falcon_qlora.kernels.gelu_products import GeluProducts
+from falcon_qlora.kernels.frozen_linear import Adapter, Projection, Workspace
 
 
 class Attention(Protocol):
@@ -53,6 +44,55 @@ class Attention(Protocol):
         statistics: tuple[Tensor, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of query, key and value."""
+
+
+class Products(Protocol):
+    """A block's four linears with LoRA, and what lies between them and norms and GELU; for one call.
+
+    Attributes:
+        outputs: how many tensors hold the outputs of query_key_value and h_to_4h.
+        inputs: how many hold their LoRA's t.
+    """
+
+    outputs: int
+    inputs: int
+
+    def enter(self, hidden: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """From the block's input ``[T, H]`` to the outputs, and t."""
+
+    def parts(self, projected: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Views of the outputs: query, key and value ``[T, W]``, and what goes into GELU ``[T, F]``."""
+
+    def project_h_to_4h(self, hidden: Tensor) -> Tensor:
+        """The second of `parts` alone: what of `enter` is dearest to keep."""
+
+    def leave(
+        self, before_gelu: Tensor, attended: Tensor, low_in: Sequence[Tensor], hidden: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Through GELU and dense and 4h_to_h: the block's output ``[T, H]``, and t ``[T, R]``."""
+
+    def low_rank(self, before_gelu: Tensor, attended: Tensor, low_in: Sequence[Tensor]) -> Tensor:
+        """The t of `leave` alone."""
+
+    def leave_backward(
+        self,
+        grad: Tensor,
+        before_gelu: Tensor,
+        attended: Tensor,
+        low_in: Sequence[Tensor],
+        low_out: Tensor,
+    ) -> tuple[Tensor, Tensor, Any, list[Tensor | None]]:
+        """Back through `leave`.
+
+        Returns:
+            the gradient of attention's output ``[T, Q D]``; room for that of query, key and value
+            ``[T, W]``, to be filled; what `enter_backward` needs beside it; the gradients of the adapters.
+        """
+
+    def enter_backward(
+        self, hidden: Tensor, of_fused: Tensor, others: Any, low_in: Sequence[Tensor], addend: Tensor | None
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Back through `enter`: `addend` and what comes to it, None where it is None; the adapters'."""
 
 
 Keep = Literal["all", "attention", "input"]
@@ -83,9 +123,9 @@ class Block:
         kv_heads: K.
         head_dim: D.
         workspace: shared by all blocks of a model.
+        products: how the linears are multiplied, given the block and the adapters' matrices.
         keep: what the backward pass finds: all it needs; all but h_to_4h's output, the largest; or the
             block's input alone. What it does not find it computes again.
-        gelu_products: products with GELU in their epilogues, where they are used.
     """
 
     norms: tuple[Norm, ...]
@@ -96,8 +136,8 @@ class Block:
     kv_heads: int
     head_dim: int
     workspace: Workspace
+    products: Callable[[Block, Sequence[Adapter]], Products]
     keep: Keep = "all"
-    gelu_products: GeluProducts | None = None
 
     @property
     def projections(self) -> tuple[Projection, Projection, Projection, Projection]:
@@ -146,13 +186,11 @@ class _BlockFunction(torch.autograd.Function):
         *adapters: Tensor | None,
     ) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            into, out_of = _groups(block, adapters)
-            joined, after_gelu, room = _joined(block, out_of, hidden)
-            projected, low_in = _enter(block, into, hidden, after_gelu)
-            fused, _ = _parts(block, projected)
+            products = block.products(block, _pairs(adapters))
+            projected, low_in = products.enter(hidden)
+            fused, before_gelu = products.parts(projected)
             attended, statistics = _attend(block, attention, fused, cosine, sine)
-            ops.copy_rows(attended.flatten(1), room)
-            output, low_out = out_of.forward(joined, hidden)
+            output, low_out = products.leave(before_gelu, attended, low_in, hidden)
             if block.keep == "all":
                 kept = [*projected, *low_in, low_out, attended, *statistics]
             elif block.keep == "attention":
@@ -171,26 +209,22 @@ class _BlockFunction(torch.autograd.Function):
         adapters, kept = rest[:8], list(rest[8:])
         del rest
         with torch.autocast(hidden.device.type, enabled=False):
-            into, out_of = _groups(block, adapters)
+            products = block.products(block, _pairs(adapters))
             if block.keep == "input":
-                joined, after_gelu, room = _joined(block, out_of, hidden)
-                projected, low_in = _enter(block, into, hidden, after_gelu)
-                fused, before_gelu = _parts(block, projected)
+                projected, low_in = products.enter(hidden)
+                fused, before_gelu = products.parts(projected)
                 attended, statistics = _attend(block, attention, fused, cosine, sine)
-                ops.copy_rows(attended.flatten(1), room)
-                low_out = out_of.low_rank(joined)
-                del joined, after_gelu, room
+                low_out = products.low_rank(before_gelu, attended, low_in)
             else:
-                projected = _take(kept, len(into) if block.keep == "all" else 1)
-                low_in, (low_out, attended), statistics = _take(kept, len(into)), _take(kept, 2), tuple(kept)
+                projected = _take(kept, products.outputs if block.keep == "all" else 1)
+                low_in, (low_out, attended) = _take(kept, products.inputs), _take(kept, 2)
+                statistics = tuple(kept)
                 if block.keep == "all":
-                    fused, before_gelu = _parts(block, projected)
+                    fused, before_gelu = products.parts(projected)
                 else:
-                    fused, before_gelu = projected[0], _project_h_to_4h(block, adapters, hidden)
-            grads = [grad.new_empty(grad.shape[0], group.width + group.columns) for group in into]
-            of_fused, of_before_gelu = _parts(block, grads)
-            of_attended, out_grads = _leave_backward(
-                block, out_of, grad, before_gelu, attended, low_out, of_before_gelu
+                    fused, before_gelu = projected[0], products.project_h_to_4h(hidden)
+            of_attended, of_fused, others, out_grads = products.leave_backward(
+                grad, before_gelu, attended, low_in, low_out
             )
             del before_gelu, projected
             of_query, of_key, of_value = attention.backward(
@@ -202,54 +236,9 @@ class _BlockFunction(torch.autograd.Function):
             del of_attended, fused, attended
             ops.rotate_join(of_query, of_key, of_value, cosine, sine, block.heads(of_fused))
             del of_query, of_key, of_value
-            # The block before finds room for its LoRA behind its output's gradient.
-            of_hidden = room_behind(hidden, out_of.columns) if ctx.needs_input_grad[0] else None
-            in_grads = _enter_backward(block, into, hidden, grads, low_in, grad, of_hidden)
+            addend = grad if ctx.needs_input_grad[0] else None
+            of_hidden, in_grads = products.enter_backward(hidden, of_fused, others, low_in, addend)
         return (of_hidden, None, None, None, None, *in_grads, *out_grads)
-
-
-def _joined(block: Block, out_of: SharedOutput, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for the last product's input with t; its slices for GELU's and for attention's output."""
-    joined = hidden.new_empty(hidden.shape[0], out_of.features + out_of.columns)
-    split = block.dense_4h_to_h.in_features
-    return joined, joined[:, :split], joined[:, split : out_of.features]
-
-
-def _enter(
-    block: Block, into: Sequence[SharedInput], hidden: Tensor, after_gelu: Tensor
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Each group's norm and product: its outputs ``[T, width]``, and its t ``[T, R]``; fills `after_gelu`."""
-    projected, low_rank = [], []
-    for norm, group in zip(block.norms, into, strict=True):
-        normal = _normal(norm, group, hidden)
-        if group is into[-1] and block.gelu_products is not None:
-            weight, low = group.operand(normal)
-            output = hidden.new_empty(hidden.shape[0], group.width)
-            split = group.width - block.dense_h_to_4h.out_features
-            if split:
-                torch.mm(normal, weight[:split].T, out=output[:, :split])
-            block.gelu_products.forward(normal, weight[split:].T, output[:, split:], after_gelu)
-        else:
-            output, low = group.forward(normal)
-        projected.append(output)
-        low_rank.append(low)
-    if block.gelu_products is None:
-        ops.gelu(_parts(block, projected)[1], after_gelu)
-    return projected, low_rank
-
-
-def _normal(norm: Norm, group: SharedInput, hidden: Tensor) -> Tensor:
-    """``[T, H + R]``, of which the first H are the norm's output."""
-    normal = hidden.new_empty(hidden.shape[0], group.features + group.columns)
-    norm(hidden, normal[:, : group.features])
-    return normal
-
-
-def _project_h_to_4h(block: Block, adapters: Sequence[Tensor | None], hidden: Tensor) -> Tensor:
-    """What of `_enter` is dearest to keep: h_to_4h's output ``[T, F]`` alone."""
-    pair = (adapters[2], adapters[3])
-    group = SharedInput([block.dense_h_to_4h], [pair], block.workspace)
-    return group.forward(_normal(block.norms[-1], group, hidden))[0]
 
 
 def _attend(
@@ -261,53 +250,6 @@ def _attend(
     return attention.forward(*_query_key_value(heads))
 
 
-def _leave_backward(
-    block: Block,
-    out_of: SharedOutput,
-    grad: Tensor,
-    before_gelu: Tensor,
-    attended: Tensor,
-    low_out: Tensor,
-    of_before_gelu: Tensor,
-) -> tuple[Tensor, list[Tensor | None]]:
-    """Back to attention's output ``[T, Q D]`` and, into `of_before_gelu`, to h_to_4h's output ``[T, F]``."""
-    split = block.dense_4h_to_h.in_features
-    if block.gelu_products is not None:
-        extended, weight, low_grad = out_of.gradient_operands(grad)
-        after_gelu = grad.new_empty(grad.shape[0], split)
-        block.gelu_products.backward(extended, weight[:, :split], before_gelu, of_before_gelu, after_gelu)
-        of_attended = torch.mm(extended, weight[:, split:])
-        del extended
-    else:
-        of_joined, low_grad = out_of.input_gradient(grad)
-        _, after_gelu = ops.gelu_backward(of_joined[:, :split], before_gelu, of_before_gelu)
-        of_attended = of_joined[:, split:]
-    inputs = [after_gelu, attended.flatten(1)]
-    return of_attended, out_of.adapter_gradients(grad, low_grad, low_out, inputs)
-
-
-def _enter_backward(
-    block: Block,
-    into: Sequence[SharedInput],
-    hidden: Tensor,
-    grads: Sequence[Tensor],
-    low_rank: Sequence[Tensor],
-    addend: Tensor,
-    out: Tensor | None,
-) -> list[Tensor | None]:
-    """Back through products and norms: `addend` and what comes through them, into `out` where given."""
-    adapter_grads: list[Tensor | None] = []
-    for norm, group, grad, low in zip(block.norms, into, grads, low_rank, strict=True):
-        normal, mean, rstd = norm(hidden)
-        adapter_grads += group.adapter_gradients(grad, low, normal)
-        del normal
-        if out is not None:
-            of_normal = group.input_gradient(grad)
-            addend = ops.layer_norm_backward(of_normal, hidden, mean, rstd, norm.weight, addend, out)
-            del of_normal
-    return adapter_grads
-
-
 def _take(tensors: list[Tensor], count: int) -> list[Tensor]:
     """Remove and return the first `count`."""
     taken = tensors[:count]
@@ -315,23 +257,10 @@ def _take(tensors: list[Tensor], count: int) -> list[Tensor]:
     return taken
 
 
-def _parts(block: Block, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The slices for query_key_value and for h_to_4h, of one tensor for both or of one each."""
-    width, wide = block.query_key_value.out_features, block.dense_h_to_4h.out_features
-    start = width if len(tensors) == 1 else 0
-    return tensors[0][:, :width], tensors[-1][:, start : start + wide]
-
-
 def _query_key_value(heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Views, but for the query where there are several groups."""
     return heads[:, :, :-2].flatten(1, 2), heads[:, :, -2], heads[:, :, -1]
 
 
-def _groups(block: Block, flat: Sequence[Tensor | None]) -> tuple[list[SharedInput], SharedOutput]:
-    adapters = list(zip(flat[::2], flat[1::2], strict=True))
-    first, last = block.projections[:2], block.projections[2:]
-    if len(block.norms) == 1:
-        into = [SharedInput(first, adapters[:2], block.workspace)]
-    else:
-        into = [SharedInput(first[i : i + 1], adapters[i : i + 1], block.workspace) for i in range(2)]
-    return into, SharedOutput(last, adapters[2:], block.workspace)
+def _pairs(flat: Sequence[Tensor | None]) -> list[Adapter]:
+    return list(zip(flat[::2], flat[1::2], strict=True))

@@ -157,7 +157,7 @@ class SharedInput(_Group):
                 continue
             low_grad = extended[:, self.width + rank.start : self.width + rank.stop]
             torch.mm(grad, self._scaled_b(index, extended), out=low_grad)
-            results += self._pair(index, _mm_float32(low_grad.T, x), _mm_float32(grad.T, low[:, rank]))
+            results += self._pair(index, mm_float32(low_grad.T, x), mm_float32(grad.T, low[:, rank]))
         return results
 
     def input_gradient(self, extended: Tensor) -> Tensor:
@@ -246,12 +246,12 @@ class SharedOutput(_Group):
         """
         if not self.columns:
             return [None, None] * len(self.projections)
-        all_b = _mm_float32(grad.T, low)  # [H, R]
+        all_b = mm_float32(grad.T, low)  # [H, R]
         results: list[Tensor | None] = []
         for index, x in enumerate(inputs):
             rank = self.ranks[index]
             if self.projections[index].rank:
-                results += self._pair(index, _mm_float32(low_grad[:, rank].T, x), all_b[:, rank].contiguous())
+                results += self._pair(index, mm_float32(low_grad[:, rank].T, x), all_b[:, rank].contiguous())
             else:
                 results += [None, None]
         return results
@@ -283,7 +283,7 @@ def _spans(sizes: Sequence[int]) -> list[slice]:
     return spans
 
 
-def _mm_float32(a: Tensor, b: Tensor) -> Tensor:
+def mm_float32(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` in float32, added up over many tokens: not rounded to bfloat16 at the end."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)  # type: ignore[call-overload]

@@ -23,7 +23,7 @@ from falcon_qlora.bench.devices import synchronize
 from falcon_qlora.bench.rows import made_up
 from falcon_qlora.bench.runners import OwnRunner, Settings, adapted, build
 from falcon_qlora.bench.variants import VARIANTS, Variant
-from falcon_qlora.kernels import ops
+from falcon_qlora.kernels import fp8, ops
 from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.load import load_model
 from falcon_qlora.step import sum_of_losses
@@ -67,6 +67,8 @@ def compare_gradients(
     print(f"| float32 | {exact_loss:.5f} | | | |")
     paths: list[tuple[Variant, ops.Implementation | None]] = [(VARIANTS["reference"], None)]
     paths += [(VARIANTS["ours"], form) for form in forms]
+    if fp8.why_not(device) is None:
+        paths += [(VARIANTS["ours-fp8"], form) for form in forms]
     reference: dict[str, Tensor] = {}
     for variant, form in paths:
         with ops.using(form), build(variant, base, settings, {}) as runner:
@@ -115,7 +117,7 @@ def profile(runner: OwnRunner, name: str, tokens: int, folder: Path) -> None:
         f"{waits} waits for the GPU"
     )
     lines = [summary, f"{'ms':>9} {'share':>6} {'calls':>6} {'us each':>9}  kernel"]
-    for event in kernels[:40]:
+    for event in kernels[:60]:
         time_us = event.self_device_time_total
         lines.append(
             f"{time_us / 1e3:9.2f} {time_us / total:6.1%} {event.count:6d} {time_us / event.count:9.1f}  "
@@ -161,7 +163,7 @@ def main() -> None:
         base = load_model(
             arguments.model, quantize_mode=variant.quantize_mode, device=device, compute_dtype="bf16"
         )
-        for form in forms:
+        for form in forms[-1:]:
             with ops.using(form), build(variant, base, settings, {}) as runner:
                 profile(runner, f"{name} {form}", arguments.tokens, folder)
         del base

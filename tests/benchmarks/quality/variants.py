@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from transformers import FalconForCausalLM
 
+from falcon_qlora.kernels import fp8
 from falcon_qlora.methods.lora import attach_lora
 from falcon_qlora.models.fast import apply_fast_path
 from falcon_qlora.models.forward import enable_packing
@@ -74,13 +75,19 @@ def build(
     Raises:
         NotBuilt: if the fast path does not do what the variant asks for.
     """
-    if path == "fast" and variant.compute_dtype == "fp8":
-        raise NotBuilt("the fast path has no FP8 products")
+    in_fp8 = path == "fast" and variant.compute_dtype == "fp8"
+    reason = fp8.why_not(device) if in_fp8 else None
+    if reason is not None:
+        raise NotBuilt(reason)
     base = _base(variant, model_name, device)
     model = attach_lora(base, r=R, alpha=ALPHA, seed=seed)
     enable_packing(model)
     if path == "fast":
-        left = [line for line in apply_fast_path(model).values() if not line.startswith("fast")]
+        left = [
+            line
+            for line in apply_fast_path(model, fp8_products=in_fp8).values()
+            if not line.startswith("fast")
+        ]
         if left:
             raise NotBuilt(f"{len(left)} blocks do not take the fast path: {left[0]}")
     return model
