@@ -161,7 +161,7 @@ class _BlockFunction(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             into, out_of = _groups(block, adapters)
             if block.keep == "input":
-                projected, low_in = _enter(block, into, hidden)
+                projected, low_in = _enter(block, into, hidden, room=True)
                 fused, before_gelu = _parts(block, projected)
                 attended, statistics = _attend(block, attention, fused, cosine, sine)
                 low_out = out_of.low_rank(_join(block, out_of, before_gelu, attended))
@@ -172,11 +172,16 @@ class _BlockFunction(torch.autograd.Function):
                     fused, before_gelu = _parts(block, projected)
                 else:
                     fused, before_gelu = projected[0], _project_h_to_4h(block, adapters, hidden)
-            grads = [grad.new_empty(grad.shape[0], group.width + group.columns) for group in into]
+            if block.keep == "input":
+                grads = projected  # nobody else's: the gradients take its memory, piece by piece
+            else:
+                grads = [grad.new_empty(grad.shape[0], group.width + group.columns) for group in into]
             of_fused, of_before_gelu = _parts(block, grads)
             of_attended, out_grads = _leave_backward(
                 block, out_of, grad, before_gelu, attended, low_out, of_before_gelu
             )
+            if block.keep == "input":
+                of_attended = of_attended.contiguous()  # else the gradient for all that was joined stays
             del before_gelu, projected
             of_query, of_key, of_value = attention.backward(
                 of_attended.unflatten(1, (-1, block.head_dim)),
@@ -192,11 +197,13 @@ class _BlockFunction(torch.autograd.Function):
         return (of_hidden, None, None, None, None, *in_grads, *out_grads)
 
 
-def _enter(block: Block, into: Sequence[SharedInput], hidden: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Each group's norm and product: its outputs ``[T, width]``, and its t ``[T, R]``."""
+def _enter(
+    block: Block, into: Sequence[SharedInput], hidden: Tensor, room: bool = False
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Each group's norm and product: its outputs ``[T, width]``, with `room` R more columns; its t."""
     projected, low_rank = [], []
     for norm, group in zip(block.norms, into, strict=True):
-        output, low = group.forward(_normal(norm, group, hidden))
+        output, low = group.forward(_normal(norm, group, hidden), room)
         projected.append(output)
         low_rank.append(low)
     return projected, low_rank

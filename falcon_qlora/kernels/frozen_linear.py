@@ -116,8 +116,11 @@ class SharedInput(_Group):
         self.outputs = _spans([projection.out_features for projection in projections])
         self.width = self.outputs[-1].stop
 
-    def forward(self, extended: Tensor) -> tuple[Tensor, Tensor]:
-        """``[T, H + R]``, of which the first H are the input → outputs ``[T, width]`` and t ``[T, R]``."""
+    def forward(self, extended: Tensor, room: bool = False) -> tuple[Tensor, Tensor]:
+        """``[T, H + R]``, of which the first H are the input → outputs ``[T, width]`` and t ``[T, R]``.
+
+        With `room` the outputs are the first columns of ``[T, width + R]``, as their gradients will have it.
+        """
         x = extended[:, : self.features]
         low = extended.new_empty(extended.shape[0], self.columns)
         weight = self.workspace.take(self.width, self.features + self.columns, extended)
@@ -132,7 +135,9 @@ class SharedInput(_Group):
             if projection.rank:
                 start = self.features + rank.start
                 rows[:, start : start + projection.rank] = self._scaled_b(index, extended)
-        return torch.mm(extended, weight.T), low
+        outputs = extended.new_empty(extended.shape[0], self.width + (self.columns if room else 0))
+        torch.mm(extended, weight.T, out=outputs[:, : self.width])
+        return outputs, low
 
     def adapter_gradients(self, extended: Tensor, low: Tensor, x: Tensor) -> list[Tensor | None]:
         """The gradients of each A and B; puts u, which `input_gradient` needs, behind the gradient.
