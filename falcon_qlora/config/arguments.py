@@ -166,8 +166,10 @@ class RunArguments:
         None,
         "Sequences of --max_length to a step over all devices, instead of --gradient_accumulation_steps.",
     )
-    checkpointing: Literal["auto", "none", "full"] = _setting(
-        "auto", "Recompute every block's activations in the backward pass; auto: where memory demands it."
+    checkpointing: Literal["auto", "none", "selective", "full", "offload"] = _setting(
+        "auto",
+        "What blocks compute again in the backward pass: none; selective: the largest activation; full: all; "
+        "offload: all, from inputs in CPU memory; auto: as little as memory allows, block by block.",
     )
     early_stopping: int = _setting(0, "Stop after this many evaluations without a better loss; 0: never.")
     generate_samples: int = _setting(0, "Sample answers to generate at each evaluation.")

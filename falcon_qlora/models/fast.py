@@ -8,10 +8,12 @@ documents. PEFT's modules stay where they are: their matrices are read at every 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +24,28 @@ from transformers.models.falcon.modeling_falcon import FalconDecoderLayer
 from falcon_qlora.kernels import ops
 from falcon_qlora.kernels.block import Block, Norm, run_block
 from falcon_qlora.kernels.frozen_linear import Adapter, Projection, Workspace
+from falcon_qlora.kernels.offload import Offload
 from falcon_qlora.models.attention import Sequences, _takes_varlen, packed_attention
 from falcon_qlora.models.quantize import QuantizeMode, bnb
 
 from peft.tuners.lora import LoraLayer  # isort: skip  # after bitsandbytes, see models/quantize.py
 
 _BEFORE = "_forward_before_fast_path"
-_WORKSPACE = "_fast_path_workspace"
+_STATE = "_fast_path_state"
 # Older releases of Transformers recompute in ``__call__``, which comes before our forward anyway.
 _RECOMPUTES_IN_CALL = "__call__" in vars(GradientCheckpointingLayer)
+
+Keep = Literal["all", "attention", "input", "offload"]
+"""What a block keeps for its backward pass, see `Block.keep`; ``offload``: its input, in CPU memory."""
+
+
+@dataclass
+class _State:
+    """A fast block's own: what it keeps, and what it shares with the model's others."""
+
+    keep: Keep
+    workspace: Workspace
+    offload: Offload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,12 +127,16 @@ def _why_not(facts: BlockFacts) -> str | None:
     return None
 
 
-def apply_fast_path(model: nn.Module) -> dict[str, str]:
+def apply_fast_path(model: nn.Module, *, keep: Keep | Sequence[Keep] = "all") -> dict[str, str]:
     """Let the blocks of `model` run as one function each, where they can, when called with packed documents.
+
+    A block computes again itself what it does not keep. Where a trainer switches gradient checkpointing on,
+    a fast block keeps its input and is not run as a whole again.
 
     Args:
         model: a ``FalconForCausalLM`` from `load_model`, as it is or inside PEFT's wrapper, with
             `enable_packing`.
+        keep: what the blocks keep for the backward pass; one for all, or one a block.
 
     Returns:
         For every block's module name what runs, or why it is left alone.
@@ -125,11 +144,11 @@ def apply_fast_path(model: nn.Module) -> dict[str, str]:
     falcon = next((m for m in model.modules() if isinstance(m, FalconForCausalLM)), None)
     if falcon is None:
         raise TypeError(f"no FalconForCausalLM in {type(model).__name__}")
-    workspace = Workspace()
+    workspace, offload = Workspace(), Offload()
     report = {}
-    for name, block in falcon.named_modules():
-        if not isinstance(block, FalconDecoderLayer):
-            continue
+    blocks = [(n, block) for n, block in falcon.named_modules() if isinstance(block, FalconDecoderLayer)]
+    keeps = [keep] * len(blocks) if isinstance(keep, str) else keep
+    for (name, block), kept in zip(blocks, keeps, strict=True):
         decision = _decide(block, falcon)
         if decision["block"] == "reference":
             report[name] = f"reference: {decision['reason']}"
@@ -137,7 +156,7 @@ def apply_fast_path(model: nn.Module) -> dict[str, str]:
             continue
         ways = ", ".join(f"{part}: {way}" for part, way in decision.items() if part != "block")
         report[name] = f"fast ({ways})"
-        _replace(block, workspace)
+        _replace(block, _State(kept, workspace, offload))
     return report
 
 
@@ -152,8 +171,16 @@ def remove_fast_path(model: nn.Module) -> None:
             _restore(block)
 
 
-def _replace(block: FalconDecoderLayer, workspace: Workspace) -> None:
-    setattr(block, _WORKSPACE, workspace)
+def set_keep(block: nn.Module, keep: Keep) -> bool:
+    """Change what a block keeps for its backward pass; False where it is no fast one."""
+    state: _State | None = getattr(block, _STATE, None)
+    if state is not None:
+        state.keep = keep
+    return state is not None
+
+
+def _replace(block: FalconDecoderLayer, state: _State) -> None:
+    setattr(block, _STATE, state)
     if hasattr(block, _BEFORE):
         return
     setattr(block, _BEFORE, block.__dict__.get("forward"))
@@ -167,7 +194,7 @@ def _restore(block: FalconDecoderLayer) -> None:
         raise RuntimeError(f"the forward of {type(block).__name__} was wrapped after apply_fast_path")
     before = getattr(block, _BEFORE)
     delattr(block, _BEFORE)
-    delattr(block, _WORKSPACE)
+    delattr(block, _STATE)
     del block.forward
     if before is not None:
         block.forward = before
@@ -265,7 +292,7 @@ def _norms(block: FalconDecoderLayer) -> tuple[Norm, ...]:
     return tuple(Norm(module.weight, module.bias, module.eps) for module in modules)
 
 
-def _block_and_adapters(module: FalconDecoderLayer) -> tuple[Block, list[Adapter]] | None:
+def _block_and_adapters(module: FalconDecoderLayer, keep: Keep) -> tuple[Block, list[Adapter]] | None:
     """What the function needs, as the modules say now; None where they say what it cannot do."""
     projections, adapters = [], []
     for linear in _linears(module):
@@ -292,7 +319,8 @@ def _block_and_adapters(module: FalconDecoderLayer) -> tuple[Block, list[Adapter
         dense=dense,
         kv_heads=module.self_attention.num_kv_heads,
         head_dim=module.self_attention.head_dim,
-        workspace=getattr(module, _WORKSPACE),
+        workspace=getattr(module, _STATE).workspace,
+        keep="input" if keep == "offload" else keep,
     )
     return block, adapters
 
@@ -306,29 +334,21 @@ def _block_forward(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    parts = _block_and_adapters(self) if isinstance(attention_mask, Sequences) else None
+    state: _State = getattr(self, _STATE)
+    keep = state.keep
+    if self.gradient_checkpointing and self.training and not _RECOMPUTES_IN_CALL and keep != "offload":
+        keep = "input"
+    parts = _block_and_adapters(self, keep) if isinstance(attention_mask, Sequences) else None
     if parts is None:
         before = getattr(self, _BEFORE) or partial(type(self).forward, self)
         kwargs["position_embeddings"] = position_embeddings
         return before(hidden_states, alibi, attention_mask, *args, **kwargs)
     assert isinstance(attention_mask, Sequences)
     assert position_embeddings is not None
-    block, adapters = parts
-    run = partial(_run, position_embeddings, attention_mask, block, adapters)
-    if self.gradient_checkpointing and self.training and not _RECOMPUTES_IN_CALL:
-        return self._gradient_checkpointing_func(run, hidden_states), None
-    return run(hidden_states), None
-
-
-def _run(
-    position_embeddings: tuple[Tensor, Tensor],
-    sequences: Sequences,
-    block: Block,
-    adapters: list[Adapter],
-    hidden_states: Tensor,
-) -> Tensor:
-    cosine, sine = position_embeddings
-    return run_block(hidden_states[0], cosine[0], sine[0], block, PackedAttention(sequences), adapters)[None]
+    hidden, (cosine, sine) = hidden_states[0], (each[0] for each in position_embeddings)
+    with state.offload.moving(hidden) if keep == "offload" else nullcontext():
+        output = run_block(hidden, cosine, sine, parts[0], PackedAttention(attention_mask), parts[1])
+    return output[None], None
 
 
 @dataclass(frozen=True, eq=False)
