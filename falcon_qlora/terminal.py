@@ -101,7 +101,7 @@ class StartSummary:
             ("model", _join(self.model, self.layout, _count(self.total_parameters, "parameters"))),
             ("quantized", self._quantized()),
             ("kernels", self.kernels),
-            ("activations", self.activations),
+            ("memory", self.activations),
             ("training", _join(self.method, self._share())),
             ("devices", self._devices()),
             ("data", self._data()),

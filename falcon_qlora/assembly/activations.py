@@ -40,13 +40,13 @@ class Activations:
     predicted_gib: float | None = None
 
     def described(self) -> str:
-        """For the terminal, such as ``kept; recomputed in 12 of 60 blocks``."""
+        """For the terminal, such as ``activations: kept; recomputed in 12 of 60 blocks``."""
         counts = Counter(self.blocks)
         (first, _), *rest = [(what, counts[what]) for what in _DESCRIPTIONS if what in counts]
-        told = [_DESCRIPTIONS[first]]
+        told = [f"activations: {_DESCRIPTIONS[first]}"]
         told += [f"{_DESCRIPTIONS[what]} in {count} of {len(self.blocks)} blocks" for what, count in rest]
         if self.predicted_gib is not None:
-            told.append(f"{self.predicted_gib:.1f} GiB in all predicted")
+            told.append(f"{self.predicted_gib:.1f} GiB predicted on one device")
         return "; ".join(told)
 
 

@@ -64,7 +64,9 @@ def test_the_smallest_setting_is_what_the_table_says_and_within_the_goal(name: s
     parts = one.smallest_parts(weight_bytes(one.config, "4bit") - embedding, embedding)
     assert sum(parts.values()) == pytest.approx(in_all(one, "offload"), rel=1e-6)
     assert in_all(one, "offload") < goal_gb * 1e9
-    table = [line.strip("| ").split(" | ") for line in falcon_qlora.memory.__doc__.splitlines() if "| " in line]
+    table = [
+        line.strip("| ").split(" | ") for line in falcon_qlora.memory.__doc__.splitlines() if "| " in line
+    ]
     column = table[0].index("7B" if name == "falcon-7b" else "40B") + 1
     said = [float(row[column]) for row in table if row[-1][0].isdigit() and row[-1] != "40B"]
     assert said == [round(each / 1e9, 2) for each in [*parts.values(), sum(parts.values())]]
