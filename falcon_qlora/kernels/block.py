@@ -26,7 +26,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from falcon_qlora.kernels import ops
-from falcon_qlora.kernels.frozen_linear import Adapter, Projection, SharedInput, SharedOutput, Workspace
+from falcon_qlora.kernels.frozen_linear import (
+    Adapter,
+    Projection,
+    SharedInput,
+    SharedOutput,
+    Workspace,
+    room_behind,
+)
+from falcon_qlora.kernels.gelu_products import GeluProducts
 
 
 class Attention(Protocol):
@@ -77,6 +85,7 @@ class Block:
         workspace: shared by all blocks of a model.
         keep: what the backward pass finds: all it needs; all but h_to_4h's output, the largest; or the
             block's input alone. What it does not find it computes again.
+        gelu_products: products with GELU in their epilogues, where they are used.
     """
 
     norms: tuple[Norm, ...]
@@ -88,6 +97,7 @@ class Block:
     head_dim: int
     workspace: Workspace
     keep: Keep = "all"
+    gelu_products: GeluProducts | None = None
 
     @property
     def projections(self) -> tuple[Projection, Projection, Projection, Projection]:
@@ -137,10 +147,12 @@ class _BlockFunction(torch.autograd.Function):
     ) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             into, out_of = _groups(block, adapters)
-            projected, low_in = _enter(block, into, hidden)
-            fused, before_gelu = _parts(block, projected)
+            joined, after_gelu, room = _joined(block, out_of, hidden)
+            projected, low_in = _enter(block, into, hidden, after_gelu)
+            fused, _ = _parts(block, projected)
             attended, statistics = _attend(block, attention, fused, cosine, sine)
-            output, low_out = out_of.forward(_join(block, out_of, before_gelu, attended), hidden)
+            ops.copy_rows(attended.flatten(1), room)
+            output, low_out = out_of.forward(joined, hidden)
             if block.keep == "all":
                 kept = [*projected, *low_in, low_out, attended, *statistics]
             elif block.keep == "attention":
@@ -161,10 +173,13 @@ class _BlockFunction(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             into, out_of = _groups(block, adapters)
             if block.keep == "input":
-                projected, low_in = _enter(block, into, hidden, room=True)
+                joined, after_gelu, room = _joined(block, out_of, hidden)
+                projected, low_in = _enter(block, into, hidden, after_gelu, longer=True)
                 fused, before_gelu = _parts(block, projected)
                 attended, statistics = _attend(block, attention, fused, cosine, sine)
-                low_out = out_of.low_rank(_join(block, out_of, before_gelu, attended))
+                ops.copy_rows(attended.flatten(1), room)
+                low_out = out_of.low_rank(joined)
+                del joined, after_gelu, room
             else:
                 projected = _take(kept, len(into) if block.keep == "all" else 1)
                 low_in, (low_out, attended), statistics = _take(kept, len(into)), _take(kept, 2), tuple(kept)
@@ -192,20 +207,42 @@ class _BlockFunction(torch.autograd.Function):
             del of_attended, fused, attended
             ops.rotate_join(of_query, of_key, of_value, cosine, sine, block.heads(of_fused))
             del of_query, of_key, of_value
-            addend = grad if ctx.needs_input_grad[0] else None
-            of_hidden, in_grads = _enter_backward(block, into, hidden, grads, low_in, addend)
+            # The block before finds room for its LoRA behind its output's gradient.
+            of_hidden = room_behind(hidden, out_of.columns) if ctx.needs_input_grad[0] else None
+            in_grads = _enter_backward(block, into, hidden, grads, low_in, grad, of_hidden)
         return (of_hidden, None, None, None, None, *in_grads, *out_grads)
 
 
+def _joined(block: Block, out_of: SharedOutput, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the last product's input with t; its slices for GELU's and for attention's output."""
+    joined = hidden.new_empty(hidden.shape[0], out_of.features + out_of.columns)
+    split = block.dense_4h_to_h.in_features
+    return joined, joined[:, :split], joined[:, split : out_of.features]
+
+
 def _enter(
-    block: Block, into: Sequence[SharedInput], hidden: Tensor, room: bool = False
+    block: Block, into: Sequence[SharedInput], hidden: Tensor, after_gelu: Tensor, longer: bool = False
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Each group's norm and product: its outputs ``[T, width]``, with `room` R more columns; its t."""
+    """Each group's norm and product: its outputs ``[T, width]``, and its t ``[T, R]``; fills `after_gelu`.
+
+    Where rows may be `longer`, the outputs are ``[T, width + R]``, as their gradients will be.
+    """
     projected, low_rank = [], []
     for norm, group in zip(block.norms, into, strict=True):
-        output, low = group.forward(_normal(norm, group, hidden), room)
+        normal, width = _normal(norm, group, hidden), group.width
+        output = hidden.new_empty(hidden.shape[0], width + (group.columns if longer else 0))
+        if group is into[-1] and block.gelu_products is not None:
+            weight, low = group.operand(normal)
+            split = width - block.dense_h_to_4h.out_features
+            if split:
+                torch.mm(normal, weight[:split].T, out=output[:, :split])
+            block.gelu_products.forward(normal, weight[split:].T, output[:, split:width], after_gelu)
+        else:
+            low = group.forward(normal, output[:, :width])
         projected.append(output)
         low_rank.append(low)
+    if block.gelu_products is None:
+        ops.gelu(_parts(block, projected)[1], after_gelu)
     return projected, low_rank
 
 
@@ -220,7 +257,9 @@ def _project_h_to_4h(block: Block, adapters: Sequence[Tensor | None], hidden: Te
     """What of `_enter` is dearest to keep: h_to_4h's output ``[T, F]`` alone."""
     pair = (adapters[2], adapters[3])
     group = SharedInput([block.dense_h_to_4h], [pair], block.workspace)
-    return group.forward(_normal(block.norms[-1], group, hidden))[0]
+    output = hidden.new_empty(hidden.shape[0], group.width)
+    group.forward(_normal(block.norms[-1], group, hidden), output)
+    return output
 
 
 def _attend(
@@ -230,14 +269,6 @@ def _attend(
     heads = block.heads(fused)
     ops.rotate_(heads[:, :, :-1], cosine, sine)
     return attention.forward(*_query_key_value(heads))
-
-
-def _join(block: Block, out_of: SharedOutput, before_gelu: Tensor, attended: Tensor) -> Tensor:
-    """The last product's input: GELU's output, attention's output, and room for t."""
-    joined = before_gelu.new_empty(before_gelu.shape[0], out_of.features + out_of.columns)
-    ops.gelu(before_gelu, joined[:, : block.dense_4h_to_h.in_features])
-    joined[:, block.dense_4h_to_h.in_features : out_of.features] = attended.flatten(1)
-    return joined
 
 
 def _leave_backward(
@@ -250,11 +281,19 @@ def _leave_backward(
     of_before_gelu: Tensor,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Back to attention's output ``[T, Q D]`` and, into `of_before_gelu`, to h_to_4h's output ``[T, F]``."""
-    of_joined, low_grad = out_of.input_gradient(grad)
     split = block.dense_4h_to_h.in_features
-    _, after_gelu = ops.gelu_backward(of_joined[:, :split], before_gelu, of_before_gelu)
+    if block.gelu_products is not None:
+        extended, weight, low_grad = out_of.gradient_operands(grad)
+        after_gelu = grad.new_empty(grad.shape[0], split)
+        block.gelu_products.backward(extended, weight[:, :split], before_gelu, of_before_gelu, after_gelu)
+        of_attended = torch.mm(extended, weight[:, split:])
+        del extended
+    else:
+        of_joined, low_grad = out_of.input_gradient(grad)
+        _, after_gelu = ops.gelu_backward(of_joined[:, :split], before_gelu, of_before_gelu)
+        of_attended = of_joined[:, split:]
     inputs = [after_gelu, attended.flatten(1)]
-    return of_joined[:, split:], out_of.adapter_gradients(grad, low_grad, low_out, inputs)
+    return of_attended, out_of.adapter_gradients(grad, low_grad, low_out, inputs)
 
 
 def _enter_backward(
@@ -263,19 +302,20 @@ def _enter_backward(
     hidden: Tensor,
     grads: Sequence[Tensor],
     low_rank: Sequence[Tensor],
-    addend: Tensor | None,
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Back to the block's input: `addend` and what comes through the norms; None where `addend` is."""
+    addend: Tensor,
+    out: Tensor | None,
+) -> list[Tensor | None]:
+    """Back through products and norms: `addend` and what comes through them, into `out` where given."""
     adapter_grads: list[Tensor | None] = []
     for norm, group, grad, low in zip(block.norms, into, grads, low_rank, strict=True):
         normal, mean, rstd = norm(hidden)
         adapter_grads += group.adapter_gradients(grad, low, normal)
         del normal
-        if addend is not None:
+        if out is not None:
             of_normal = group.input_gradient(grad)
-            addend = ops.layer_norm_backward(of_normal, hidden, mean, rstd, norm.weight, addend)
+            addend = ops.layer_norm_backward(of_normal, hidden, mean, rstd, norm.weight, addend, out)
             del of_normal
-    return addend, adapter_grads
+    return adapter_grads
 
 
 def _take(tensors: list[Tensor], count: int) -> list[Tensor]:

@@ -116,11 +116,14 @@ class SharedInput(_Group):
         self.outputs = _spans([projection.out_features for projection in projections])
         self.width = self.outputs[-1].stop
 
-    def forward(self, extended: Tensor, room: bool = False) -> tuple[Tensor, Tensor]:
-        """``[T, H + R]``, of which the first H are the input → outputs ``[T, width]`` and t ``[T, R]``.
+    def forward(self, extended: Tensor, out: Tensor) -> Tensor:
+        """``[T, H + R]``, of which the first H are the input → outputs ``[T, width]`` into `out`, and t."""
+        weight, low = self.operand(extended)
+        torch.mm(extended, weight.T, out=out)
+        return low
 
-        With `room` the outputs are the first columns of ``[T, width + R]``, as their gradients will have it.
-        """
+    def operand(self, extended: Tensor) -> tuple[Tensor, Tensor]:
+        """The other factor of `forward`'s product, ``[width, H + R]``, and t, put behind the input."""
         x = extended[:, : self.features]
         low = extended.new_empty(extended.shape[0], self.columns)
         weight = self.workspace.take(self.width, self.features + self.columns, extended)
@@ -135,9 +138,7 @@ class SharedInput(_Group):
             if projection.rank:
                 start = self.features + rank.start
                 rows[:, start : start + projection.rank] = self._scaled_b(index, extended)
-        outputs = extended.new_empty(extended.shape[0], self.width + (self.columns if room else 0))
-        torch.mm(extended, weight.T, out=outputs[:, : self.width])
-        return outputs, low
+        return weight, low
 
     def adapter_gradients(self, extended: Tensor, low: Tensor, x: Tensor) -> list[Tensor | None]:
         """The gradients of each A and B; puts u, which `input_gradient` needs, behind the gradient.
@@ -215,8 +216,12 @@ class SharedOutput(_Group):
 
     def input_gradient(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         """``[T, H]`` → the inputs' ``[T, features]``, and u ``[T, R]``."""
-        extended = grad.new_empty(grad.shape[0], self.width + self.columns)
-        extended[:, : self.width] = grad
+        extended, weight, low_grad = self.gradient_operands(grad)
+        return torch.mm(extended, weight), low_grad
+
+    def gradient_operands(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Both factors of `input_gradient`'s product, ``[T, H + R]`` and ``[H + R, features]``, and u."""
+        extended = _with_room(grad, self.columns)
         weight = self.workspace.take(self.width + self.columns, self.features, grad)
         for projection, inputs in zip(self.projections, self.inputs, strict=True):
             ops.dequantize(projection.layer, weight[: self.width, inputs])
@@ -227,7 +232,7 @@ class SharedOutput(_Group):
                     b[:, self.ranks[index]] = self._scaled_b(index, grad)
             torch.mm(grad, b, out=extended[:, self.width :])
             self._put_a(weight[self.width :], self.inputs)
-        return torch.mm(extended, weight), extended[:, self.width :].contiguous()
+        return extended, weight, extended[:, self.width :].contiguous()
 
     def adapter_gradients(
         self, grad: Tensor, low_grad: Tensor, low: Tensor, inputs: Sequence[Tensor]
@@ -251,6 +256,24 @@ class SharedOutput(_Group):
             else:
                 results += [None, None]
         return results
+
+
+def room_behind(like: Tensor, columns: int) -> Tensor:
+    """An empty tensor like ``[T, N]`` with room for `columns` more in every row, which `_with_room` finds."""
+    tokens, width = like.shape
+    return like.new_empty(tokens, width + columns)[:, :width]
+
+
+def _with_room(x: Tensor, columns: int) -> Tensor:
+    """``[T, N]`` with `columns` more in every row: `x` itself where it is `room_behind`'s, else a copy."""
+    tokens, width = x.shape
+    row = width + columns
+    whole = x.untyped_storage().nbytes() == tokens * row * x.element_size() and x.storage_offset() == 0
+    if whole and x.stride() == (row, 1):
+        return x.as_strided((tokens, row), (row, 1))
+    extended = x.new_empty(tokens, row)
+    ops.copy_rows(x, extended[:, :width])
+    return extended
 
 
 def _spans(sizes: Sequence[int]) -> list[slice]:

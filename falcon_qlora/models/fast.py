@@ -7,7 +7,6 @@ documents. PEFT's modules stay where they are: their matrices are read at every 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,8 +23,10 @@ from transformers.models.falcon.modeling_falcon import FalconDecoderLayer
 from falcon_qlora.kernels import ops
 from falcon_qlora.kernels.block import Block, Norm, run_block
 from falcon_qlora.kernels.frozen_linear import Adapter, Projection, Workspace
+from falcon_qlora.kernels.gelu_products import GeluProducts, gelu_products
 from falcon_qlora.kernels.offload import Offload
-from falcon_qlora.models.attention import Sequences, _takes_varlen, packed_attention
+from falcon_qlora.models.attention import Sequences
+from falcon_qlora.models.fast_attention import AttentionKernel, PackedAttention, choose_attention
 from falcon_qlora.models.quantize import QuantizeMode, bnb
 
 from peft.tuners.lora import LoraLayer  # isort: skip  # after bitsandbytes, see models/quantize.py
@@ -44,6 +45,7 @@ class _State:
     """A fast block's own: what it keeps, and what it shares with the model's others."""
 
     keep: Keep
+    means: _Means
     workspace: Workspace
     offload: Offload
 
@@ -81,27 +83,32 @@ class BlockFacts:
     lora_unknown: str | None
 
 
-def decide(facts: BlockFacts, *, triton: bool, variable_length_kernel: bool) -> dict[str, str]:
+def decide(
+    facts: BlockFacts, *, triton: bool, attention: AttentionKernel, gelu_in_products: bool = False
+) -> dict[str, str]:
     """Say what runs where in a block, and why.
 
     Args:
         facts: of the block.
         triton: whether Triton's forms of the operations between the products can run.
-        variable_length_kernel: whether the GPU has the packed attention kernel for this dtype.
+        attention: the fastest kernel for these heads on this GPU.
+        gelu_in_products: whether GELU is computed in the epilogues of products.
 
     Returns:
         ``block``: ``fast`` or ``reference``. With ``reference`` also ``reason``; with ``fast`` what computes
-        ``attention``, ``weights`` and ``between`` (norms, rotation, GELU).
+        ``attention``, ``weights``, ``GELU`` and ``between`` (norms, rotation).
     """
     reason = _why_not(facts)
     if reason is not None:
         return {"block": "reference", "reason": reason}
+    small = "Triton" if triton else "PyTorch"
     stored = {"4bit": "NF4 dequantized", "8bit": "int8 dequantized", "16bit": "as stored"}
     return {
         "block": "fast",
-        "attention": "variable-length kernel" if variable_length_kernel else "padded batches",
+        "attention": attention,
         "weights": stored[facts.quantize_mode],
-        "between": "Triton" if triton else "PyTorch",
+        "GELU": "in products" if gelu_in_products else small,
+        "between": small,
     }
 
 
@@ -127,7 +134,9 @@ def _why_not(facts: BlockFacts) -> str | None:
     return None
 
 
-def apply_fast_path(model: nn.Module, *, keep: Keep | Sequence[Keep] = "all") -> dict[str, str]:
+def apply_fast_path(
+    model: nn.Module, *, libraries: bool = True, keep: Keep | Sequence[Keep] = "all"
+) -> dict[str, str]:
     """Let the blocks of `model` run as one function each, where they can, when called with packed documents.
 
     A block computes again itself what it does not keep. Where a trainer switches gradient checkpointing on,
@@ -136,6 +145,8 @@ def apply_fast_path(model: nn.Module, *, keep: Keep | Sequence[Keep] = "all") ->
     Args:
         model: a ``FalconForCausalLM`` from `load_model`, as it is or inside PEFT's wrapper, with
             `enable_packing`.
+        libraries: whether to use FlashAttention-4 and quack-kernels where they are installed and the GPU is
+            one of theirs; without them PyTorch and Triton do everything.
         keep: what the blocks keep for the backward pass; one for all, or one a block.
 
     Returns:
@@ -149,14 +160,20 @@ def apply_fast_path(model: nn.Module, *, keep: Keep | Sequence[Keep] = "all") ->
     blocks = [(n, block) for n, block in falcon.named_modules() if isinstance(block, FalconDecoderLayer)]
     keeps = [keep] * len(blocks) if isinstance(keep, str) else keep
     for (name, block), kept in zip(blocks, keeps, strict=True):
-        decision = _decide(block, falcon)
+        means = _Means.of(block, falcon.dtype, libraries)
+        decision = decide(
+            block_facts(block, falcon.dtype),
+            triton=means.triton,
+            attention=means.attention,
+            gelu_in_products=means.gelu_products is not None,
+        )
         if decision["block"] == "reference":
             report[name] = f"reference: {decision['reason']}"
             _restore(block)
             continue
         ways = ", ".join(f"{part}: {way}" for part, way in decision.items() if part != "block")
         report[name] = f"fast ({ways})"
-        _replace(block, _State(kept, workspace, offload))
+        _replace(block, _State(kept, means, workspace, offload))
     return report
 
 
@@ -200,16 +217,6 @@ def _restore(block: FalconDecoderLayer) -> None:
         block.forward = before
 
 
-def _decide(block: FalconDecoderLayer, falcon: FalconForCausalLM) -> dict[str, str]:
-    facts = block_facts(block, falcon.dtype)
-    weight = _base(_linears(block)[0]).weight
-    return decide(
-        facts,
-        triton=ops.triton_runs_on(weight.device),
-        variable_length_kernel=_takes_varlen(weight.device, facts.dtype, facts.head_dim, 0.0),
-    )
-
-
 def block_facts(block: FalconDecoderLayer, dtype: torch.dtype) -> BlockFacts:
     """Read off a block what `decide` has to know; `dtype` is that of the activations."""
     config = block.config
@@ -244,6 +251,25 @@ def block_facts(block: FalconDecoderLayer, dtype: torch.dtype) -> BlockFacts:
         lora_dropout=max(dropouts),
         lora_unknown=unknown,
     )
+
+
+@dataclass(frozen=True)
+class _Means:
+    """What this machine has for a block."""
+
+    triton: bool
+    attention: AttentionKernel
+    gelu_products: GeluProducts | None
+
+    @classmethod
+    def of(cls, block: FalconDecoderLayer, dtype: torch.dtype, libraries: bool) -> _Means:
+        device = _base(_linears(block)[0]).weight.device
+        in_library = libraries and device.type == "cuda" and dtype == torch.bfloat16
+        return cls(
+            triton=ops.triton_runs_on(device),
+            attention=choose_attention(device, dtype, block.self_attention.head_dim, libraries=libraries),
+            gelu_products=gelu_products() if in_library else None,
+        )
 
 
 class _UnknownAdapter(Exception):
@@ -320,6 +346,7 @@ def _block_and_adapters(module: FalconDecoderLayer, keep: Keep) -> tuple[Block, 
         kv_heads=module.self_attention.num_kv_heads,
         head_dim=module.self_attention.head_dim,
         workspace=getattr(module, _STATE).workspace,
+        gelu_products=getattr(module, _STATE).means.gelu_products,
         keep="input" if keep == "offload" else keep,
     )
     return block, adapters
@@ -345,59 +372,9 @@ def _block_forward(
         return before(hidden_states, alibi, attention_mask, *args, **kwargs)
     assert isinstance(attention_mask, Sequences)
     assert position_embeddings is not None
-    hidden, (cosine, sine) = hidden_states[0], (each[0] for each in position_embeddings)
+    attention = PackedAttention(attention_mask, state.means.attention)
+    cosine, sine = (each[0] for each in position_embeddings)
+    hidden = hidden_states.squeeze(0)  # not ``[0]``: its gradient would be written into zeros, row by row
     with state.offload.moving(hidden) if keep == "offload" else nullcontext():
-        output = run_block(hidden, cosine, sine, parts[0], PackedAttention(attention_mask), parts[1])
-    return output[None], None
-
-
-@dataclass(frozen=True, eq=False)
-class PackedAttention:
-    """Causal attention within documents, forward and backward.
-
-    On recent GPUs it is PyTorch's variable-length kernel, called as `varlen_attn` does; elsewhere
-    `packed_attention`, computed again in the backward pass.
-    """
-
-    sequences: Sequences
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        if not _takes_varlen(query.device, query.dtype, query.shape[-1], 0.0):
-            return packed_attention(query, key, value, self.sequences), ()
-        output, log_sum_exp, state, unused, _ = torch.ops.aten._flash_attention_forward(
-            query, key, value, *self._documents(), 0.0, True, False, **_window(query)
-        )
-        return output, (log_sum_exp, state, unused)
-
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        statistics: tuple[Tensor, ...],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if statistics:
-            log_sum_exp, *state = statistics
-            inputs = (grad, query, key, value, output, log_sum_exp)
-            return torch.ops.aten._flash_attention_backward(
-                *inputs, *self._documents(), 0.0, True, *state, **_window(query)
-            )
-        query, key, value = (tensor.detach().requires_grad_() for tensor in (query, key, value))
-        with torch.enable_grad():
-            again = packed_attention(query, key, value, self.sequences)
-        of_query, of_key, of_value = torch.autograd.grad(again, (query, key, value), grad)
-        return of_query, of_key, of_value
-
-    def _documents(self) -> tuple[Tensor, Tensor, int, int]:
-        starts, longest = self.sequences.cu_seqlens, self.sequences.max_length
-        return starts, starts, longest, longest
-
-
-def _window(query: Tensor) -> dict[str, Any]:
-    return {
-        "scale": 1.0 / math.sqrt(query.shape[-1]),
-        "window_size_left": -1,
-        "window_size_right": 0,
-    }
+        output = run_block(hidden, cosine, sine, parts[0], attention, parts[1])
+    return output.unsqueeze(0), None

@@ -21,11 +21,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from falcon_qlora.kernels import gelu, layer_norm, nf4, rotary
+from falcon_qlora.kernels import gelu, layer_norm, nf4, rotary, rows, softmax
 
-MODULES: tuple[ModuleType, ...] = (gelu, layer_norm, nf4, rotary)
+MODULES: tuple[ModuleType, ...] = (gelu, layer_norm, nf4, rotary, rows, softmax)
 FLOAT32 = {"code_ptr", "offset_ptr", "nested_code_ptr", "nested_absmax_ptr", "mean_ptr", "rstd_ptr"}
-FLOAT32 |= {"cosine_ptr", "sine_ptr"}
+FLOAT32 |= {"cosine_ptr", "sine_ptr", "losses_ptr"}
 
 
 def variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
@@ -46,6 +46,11 @@ def variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
             nf4._dequantize_transposed,
             {"ROWS": nf4._TILE_ROWS, "WORDS": nf4._TILE_WORDS, **options},
         )
+    yield rows._copy, {"BLOCK": rows._BLOCK, "num_warps": rows._WARPS}
+    yield (
+        softmax._cross_entropy,
+        {"GRADIENT": True, "BLOCK": softmax._BLOCK, "num_warps": softmax._WARPS},
+    )
     tile = {"TOKENS": rotary._TOKENS_A_PROGRAM, "HEADS": rotary._HEADS_A_PROGRAM, "num_warps": rotary._WARPS}
     for way in range(3):
         yield rotary._rotate, {"WAY": way, "INVERSE": way == 2, "HALF": 32, "LANES": 32, **tile}
@@ -73,6 +78,8 @@ def _type(name: str, options: dict[str, Any]) -> str:
         return "i32"
     if name == "word_ptr":
         return "*i32"
+    if name == "targets_ptr":
+        return "*i64"
     if name == "absmax_ptr":
         return "*u8" if options["NESTED"] else "*fp32"
     return "*fp32" if name in FLOAT32 else "*bf16"

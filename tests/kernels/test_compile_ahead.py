@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from falcon_qlora.kernels import gelu, layer_norm, nf4, rotary
+from falcon_qlora.kernels import gelu, layer_norm, nf4, rotary, rows, softmax
 
 # Bytes of shared memory that a program may have: A100, A10, L4 and RTX 40, H100 and H200.
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
@@ -44,5 +44,5 @@ def test_kernels_compile_and_fit(capability: int, repository: Path, tmp_path: Pa
 
 def _launched() -> set[str]:
     """Names of the kernels that the modules launch, read off their sources."""
-    sources = "".join(inspect.getsource(module) for module in (gelu, layer_norm, nf4, rotary))
+    sources = "".join(inspect.getsource(module) for module in (gelu, layer_norm, nf4, rotary, rows, softmax))
     return set(re.findall(r"^\s+(_\w+)\[.*\]\($", sources, re.MULTILINE))
