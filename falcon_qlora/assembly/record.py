@@ -17,6 +17,7 @@ from falcon_qlora.assembly.rows import TrainingData, global_batch
 from falcon_qlora.config import Configuration
 from falcon_qlora.environment import collect_environment
 from falcon_qlora.files import write_json
+from falcon_qlora.methods.interface import method_of
 from falcon_qlora.model_card import ModelCard
 from falcon_qlora.models.falcon import parameter_count
 from falcon_qlora.models.quantize import is_quantized_linear
@@ -58,9 +59,10 @@ def write_start(
 def counts(model: Any) -> dict[str, int]:
     """Parameters and quantized linears of a model with an adapter; quantized weights counted unpacked."""
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    groups = [group for group in method_of(model).parameter_groups(model.config) if not group.of_base]
     return {
         "trainable_parameters": trainable,
-        "total_parameters": parameter_count(model.config) + trainable,
+        "total_parameters": parameter_count(model.config) + sum(group.count for group in groups),
         "quantized_linears": sum(is_quantized_linear(module) for module in model.modules()),
     }
 
@@ -77,7 +79,7 @@ def start_summary(
     checkpoint: str | None,
 ) -> StartSummary:
     """What the terminal shows before the first step."""
-    settings, lora, run, rows = configuration.model, configuration.lora, configuration.run, configuration.data
+    settings, run, rows = configuration.model, configuration.run, configuration.data
     device = distributed.local_device()
     counted = counts(model)
     statistics = data.statistics
@@ -93,7 +95,7 @@ def start_summary(
         quantized_linears=counted["quantized_linears"],
         model_gib=_weights_gib(configuration, model),
         kernels=_kernels(kernels, recompute),
-        method=f"LoRA r {lora.lora_r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout:g}",
+        method=method_of(model).describe(),
         world_size=distributed.world_size(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         nodes=distributed.world_size() // distributed.local_world_size(),
@@ -127,7 +129,8 @@ def describe_adapter(
             "tokenizer": settings.tokenizer_name_or_path,
             "template": data.template,
             "dataset_format": data.dataset_format,
-            "method": "lora",
+            "method": configuration.method.method,
+            "lora_slices": configuration.lora.lora_slices if configuration.method.method == "lora" else None,
         },
     )
     resolved = configuration.resolved()
@@ -182,8 +185,7 @@ def finish(
     )
     if distributed.is_main_process():
         with directory.write_folder(directory.adapter) as folder:
-            # Not the embeddings, which are never trained: PEFT would ask the hub whether they were.
-            model.save_pretrained(folder, save_embedding_layers=False)
+            method_of(model).save(model, folder)
             trainer.processing_class.save_pretrained(folder)
             describe_adapter(configuration, data, folder, asdict(summary))
         directory.write_summary(summary)
