@@ -28,6 +28,13 @@ from falcon_qlora.tracking import Trackers
 from falcon_qlora.trainer import FalconTrainer, peak_memory_gib
 
 ADAPTER_RECORD = "falcon_qlora.json"
+_OF_PREFIX = "adapter_prefix_length adapter_first_block"
+_SETTINGS = {
+    "lora": "lora_r lora_alpha lora_dropout lora_target_modules lora_slices",
+    "adapter": _OF_PREFIX,
+    "adapter_v2": _OF_PREFIX,
+    "full": "",
+}
 
 
 def write_start(
@@ -135,11 +142,12 @@ def describe_adapter(
     )
     resolved = configuration.resolved()
     shown = (
-        "quantize_mode double_quantization compute_dtype lora_r lora_alpha lora_dropout lora_target_modules "
+        f"method quantize_mode double_quantization compute_dtype {_SETTINGS[configuration.method.method]} "
         "max_length packing train_on optim learning_rate lr_scheduler_type warmup_steps max_grad_norm seed"
     ).split()
     ModelCard(
         base_model=settings.model_name_or_path,
+        method=configuration.method.method,
         base_is_random=settings.model_name_or_path.startswith("random:"),
         datasets=rows.dataset_name,
         settings={name: resolved[name] for name in shown if resolved.get(name) is not None},

@@ -19,8 +19,6 @@ from falcon_qlora.methods.folder import restore_adapter, write_adapter
 from falcon_qlora.methods.interface import ParameterGroup, remember
 from falcon_qlora.models.prefix import add_prefix, prefixes
 
-_START_STD = 0.02
-
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
@@ -85,7 +83,8 @@ def add_prefixes(model: FalconForCausalLM, *, length: int, first_block: int, see
     prefix_groups(model.config, length=length, first_block=first_block)  # refuses what cannot be
     generator = torch.Generator().manual_seed(seed)
     for block in model.transformer.h[first_block:]:
-        rows = torch.randn(length, model.config.hidden_size, generator=generator) * _START_STD
+        # Of the size that a norm would hand to the projection.
+        rows = torch.randn(length, model.config.hidden_size, generator=generator)
         add_prefix(block.self_attention, rows.to(model.device))
 
 

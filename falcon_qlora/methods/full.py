@@ -19,7 +19,7 @@ from falcon_qlora.errors import UserError
 from falcon_qlora.files import write_json
 from falcon_qlora.methods.folder import RECORD
 from falcon_qlora.methods.interface import ParameterGroup, remember
-from falcon_qlora.models.falcon import linear_parameter_count, parameter_count
+from falcon_qlora.models.falcon import base_parameter_kinds
 from falcon_qlora.models.load import quantization_of
 
 
@@ -36,17 +36,8 @@ class Full:
         return "full: every weight"
 
     def parameter_groups(self, config: FalconConfig) -> list[ParameterGroup]:
-        linears = linear_parameter_count(config)
-        embeddings = config.vocab_size * config.hidden_size
-        head = 0 if config.tie_word_embeddings else embeddings
-        rest = parameter_count(config) - linears - embeddings - head
-        counts = {
-            "linears of the blocks": linears,
-            "embedding": embeddings,
-            "output head": head,
-            "norms and biases": rest,
-        }
-        return [ParameterGroup(kind=kind, count=count, of_base=True) for kind, count in counts.items()]
+        kinds = base_parameter_kinds(config)
+        return [ParameterGroup(kind=kind, count=count, of_base=True) for kind, count in kinds.items()]
 
     def attach(self, model: FalconForCausalLM, *, seed: int = 0) -> FalconForCausalLM:
         mode = quantization_of(model)
