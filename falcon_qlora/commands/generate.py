@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     from falcon_qlora.quiet import quiet_libraries
 
     quiet_libraries()
-    record = _read_record(folder) if folder else {}
+    record = _read_record(folder, compare=wanted.compare) if folder else {}
     _template(configuration, record)  # one that is not there is told before the model is loaded
     model, tokenizer = _load(configuration, folder, record)
     template = _template(configuration, record, tokenizer.special_tokens_map)
@@ -214,12 +214,17 @@ def _adapter_folder(name: str) -> Path:
     raise UserError(f"--adapter {name}: holds no adapter (no adapter_config.json there or in adapter/)")
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
+def _read_record(folder: Path, *, compare: bool) -> dict[str, Any]:
     """How the adapter was trained; an adapter from elsewhere names its base model alone."""
     from falcon_qlora.methods.folder import read_record
 
     record = read_record(folder)
     if record["method"] == "full":
+        if compare:
+            raise UserError(
+                f"--compare: {folder} is a whole fine-tuned model without its base inside; ask "
+                f"{record.get('base_model')} by itself, as --model_name_or_path without --adapter"
+            )
         # A whole model: what it was made from is not needed.
         record |= {"base_model": str(folder), "tokenizer": None}
     return record

@@ -153,6 +153,11 @@ def _settle_method(values: Values, laid: Laid) -> None:
                 "--quantize_mode 16bit, or train an adapter on the quantized base, such as --method lora"
             )
         values["quantize_mode"] = "16bit"
+    linears, slices = _rank(laid, "lora_target_modules"), _rank(laid, "lora_slices")
+    if linears > slices:
+        values["lora_slices"] = None
+    elif slices > linears:
+        values["lora_target_modules"] = None
     of_others = {
         "lora": ("adapter_",),
         "adapter": ("lora_", "use_rslora", "use_dora"),

@@ -31,6 +31,9 @@ class Lora:
     """Train two low-rank matrices on each of some linears.
 
     Args: those of `attach_lora`.
+
+    Raises:
+        UserError: for targets or slices that Falcon does not have, or that do not go together.
     """
 
     r: int = 64
@@ -45,6 +48,11 @@ class Lora:
     title: ClassVar[str] = "LoRA"
     trains_in_float32: ClassVar[bool] = True
     why_not_merged: ClassVar[str | None] = None
+
+    def __post_init__(self) -> None:
+        checked_targets(self.target_modules, self.slices)
+        if self.slices and (self.use_rslora or self.use_dora):
+            raise UserError("--lora_slices goes with neither --use_rslora nor --use_dora")
 
     def describe(self) -> str:
         where = f" on {', '.join(self.slices)}" if self.slices else ""
@@ -134,8 +142,6 @@ def attach_lora(
         use_rslora=use_rslora,
         use_dora=use_dora,
     )
-    if slices and (use_rslora or use_dora):
-        raise UserError("--lora_slices goes with neither --use_rslora nor --use_dora")
     # Slices of rank r are one adapter of their joint rank, whose scale is still alpha / r.
     parts = len(method.slices or ()) or 1
     config = LoraConfig(

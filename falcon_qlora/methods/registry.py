@@ -14,7 +14,7 @@ from falcon_qlora.methods.adapter import Adapter
 from falcon_qlora.methods.adapter_v2 import AdapterV2
 from falcon_qlora.methods.folder import read_record
 from falcon_qlora.methods.full import Full
-from falcon_qlora.methods.interface import Method
+from falcon_qlora.methods.interface import Method, remember
 from falcon_qlora.methods.lora import Lora, open_lora
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.quantize import QuantizeMode
@@ -82,7 +82,10 @@ def _opened(base: FalconForCausalLM, path: Path, record: dict[str, Any], trainab
     if name == Lora.name:
         return open_lora(base, path, slices=record.get("lora_slices"), trainable=trainable)
     if name == Full.name:
-        return Full().attach(base) if trainable else base
+        if trainable:
+            return Full().attach(base)
+        remember(base, Full())
+        return base
     method: Method = METHODS[name](**record["settings"])
     model = method.attach(base, seed=0)
     method.restore(model, path)

@@ -69,7 +69,7 @@ def test_at_the_start_the_output_is_exactly_the_bases(layout, mode, compute_dtyp
 
 
 @pytest.mark.parametrize(("mode", "compute_dtype"), [("16bit", "bf16"), ("4bit", "bf16"), ("8bit", "fp32")])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["falcon-rw-1b", "falcon-7b", "falcon-40b"])
 @pytest.mark.parametrize("name", METHODS_TO_TRY)
 def test_every_trainable_parameter_has_a_gradient_and_moves(name, layout, mode, compute_dtype):
     method = METHODS_TO_TRY[name]
@@ -119,7 +119,7 @@ def reference_attention(attention, hidden, prefix, gate):
     if attention.new_decoder_architecture:
         group = heads // attention.num_kv_heads
         places = [
-            ((group + 2) * (h // group) + place for place in (h % group, group, group + 1))
+            tuple((group + 2) * (h // group) + place for place in (h % group, group, group + 1))
             for h in range(heads)
         ]
     elif attention.multi_query:
@@ -198,7 +198,7 @@ def test_adapter_v2s_linears_are_their_definition(layout):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["falcon-rw-1b", "falcon-7b", "falcon-11b", "falcon-40b"])
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_packed_gives_the_loss_and_gradients_of_each_document_alone(name, layout, mode):
     model = attached(name, layout, mode)
