@@ -107,14 +107,23 @@ def test_every_trainable_parameter_has_a_gradient_and_moves(name, layout, mode, 
     assert all(parameters[n].isfinite().all() for n in names)
 
 
+def vectors_of(linear):
+    """A linear's weight and bias, and Adapter v2's scale and bias or what stands for none; float32."""
+    outputs = linear.out_features
+    weight = linear.weight.detach().float()
+    bias = torch.zeros(outputs) if linear.bias is None else linear.bias.detach().float()
+    learned = getattr(linear, "scale_and_bias", None)
+    scale, shift = (torch.ones(outputs), torch.zeros(outputs)) if learned is None else learned.parameters()
+    return weight, bias, scale.detach(), shift.detach()
+
+
 def reference_attention(attention, hidden, prefix, gate):
     """A Falcon block's attention with a prefix, head by head from the definition, in float32.
 
     Args: `hidden` [S, hidden] after the norm; `prefix` [P, hidden]; `gate` [Q]. Returns [S, hidden].
     """
-    weight, dim = attention.query_key_value.weight.detach().float(), attention.head_dim
-    offset = attention.query_key_value.bias
-    offset = torch.zeros(weight.shape[0]) if offset is None else offset.detach().float()
+    weight, bias, scale, shift = vectors_of(attention.query_key_value)
+    dim = attention.head_dim
     heads, length = attention.num_heads, hidden.shape[0]
     if attention.new_decoder_architecture:
         group = heads // attention.num_kv_heads
@@ -129,7 +138,7 @@ def reference_attention(attention, hidden, prefix, gate):
 
     def project(place, rows):
         part = slice(place * dim, (place + 1) * dim)
-        return rows @ weight[part].T + offset[part]
+        return scale[part] * (rows @ weight[part].T + bias[part] + shift[part])
 
     def rotate(rows):
         rotated = torch.empty_like(rows)
@@ -156,14 +165,14 @@ def reference_attention(attention, hidden, prefix, gate):
         prefix_key, prefix_value = project(of_key, prefix), project(of_value, prefix)
         read = (query @ prefix_key.T / dim**0.5).softmax(-1) @ prefix_value
         outputs.append(output + gate[head] * read)
-    dense = attention.dense
-    result = torch.cat(outputs, -1) @ dense.weight.detach().float().T
-    return result if dense.bias is None else result + dense.bias.detach().float()
+    weight, bias, scale, shift = vectors_of(attention.dense)
+    return scale * (torch.cat(outputs, -1) @ weight.T + bias + shift)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_adapter_attention_is_its_definition(layout):
-    model = attached("adapter", layout)
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_attention_with_a_prefix_is_its_definition(name, layout):
+    model = attached(name, layout)
     attention = model.transformer.h[1].self_attention
     assert not hasattr(model.transformer.h[0].self_attention, "prefix_attention")
     seen = []
