@@ -51,6 +51,9 @@ class Full:
                 "--method full does not train in fp16, where gradients overflow: give --compute_dtype bf16 "
                 "or fp32"
             )
+        if model.device.type == "cpu":
+            # Transformers takes a model that is on the CPU by this map for one that did not fit a GPU.
+            vars(model).pop("hf_device_map", None)
         model.requires_grad_(True)
         remember(model, self)
         return model.train()

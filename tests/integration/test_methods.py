@@ -26,12 +26,14 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("method", RUNS)
+@pytest.mark.parametrize(
+    "method", [pytest.param("lora", marks=pytest.mark.slow), "adapter", "adapter_v2", "full"]
+)
 def test_it_learns_and_its_folder_answers(
     method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["-m", "tiny", "--method", method, *RUNS[method]]
-    settings = "--max_length 64 --global_batch_size 8 -b 4 --steps 10 --eval_steps 5 --save_strategy no"
+    settings = "--max_length 64 --global_batch_size 8 -b 4 --steps 8 --eval_steps 4 --save_strategy no"
     settings += (
         f" --load_best_model_at_end false --eval_split 0.05 --max_rows 160 --dataset_name {sample_rows()}"
     )
@@ -68,7 +70,6 @@ def test_it_learns_and_its_folder_answers(
     "settings",
     [
         {"lora_slices": ["query", "value"], "lora_r": 4, "quantize_mode": "4bit"},
-        {"method": "adapter", "quantize_mode": "8bit"},
         {"method": "adapter_v2", "quantize_mode": "4bit"},
         {"method": "full"},
     ],
