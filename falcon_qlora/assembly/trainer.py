@@ -56,17 +56,21 @@ def choose_kernels(configuration: Configuration, model: Any) -> dict[str, str]:
         For every block's name what runs, or why it was left alone.
 
     Raises:
-        UserError: if ``--kernels required`` meets a block that is left alone.
+        UserError: if ``--kernels required`` or FP8 meets a block that is left alone.
     """
     from falcon_qlora.models.fast import apply_fast_path
 
     wanted = configuration.model.kernels
     if wanted == "off":
         return {}
-    report = apply_fast_path(model)
+    fp8 = configuration.model.compute_dtype == "fp8"
+    report = apply_fast_path(model, fp8_products=fp8)
     left = [f"{name} runs on the {what}" for name, what in report.items() if not runs_fast(what)]
-    if wanted == "required" and left:
-        raise UserError(f"--kernels required: {left[0]} ({len(left)} of {len(report)} blocks)")
+    if left and (wanted == "required" or fp8):
+        asked = (
+            "--kernels required" if wanted == "required" else "--compute_dtype fp8 is the fast path's alone"
+        )
+        raise UserError(f"{asked}: {left[0]} ({len(left)} of {len(report)} blocks)")
     return report
 
 
