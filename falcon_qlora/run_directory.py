@@ -88,6 +88,7 @@ class Summary:
         world_size: Processes that trained together.
         best_eval_loss: Lowest held-out loss, where there was an evaluation.
         best_step: The step of `best_eval_loss`.
+        predicted_peak_memory_gib: What `peak_memory_gib` was expected to be, on a GPU.
     """
 
     steps: int
@@ -103,6 +104,7 @@ class Summary:
     world_size: int
     best_eval_loss: float | None = None
     best_step: int | None = None
+    predicted_peak_memory_gib: float | None = None
 
 
 class RunDirectory:

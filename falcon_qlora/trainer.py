@@ -24,15 +24,15 @@ from falcon_qlora.step import accumulate_gradients, sum_of_losses
 REFERENCE_SAMPLE_POSITIONS = 512
 
 
-def trainer_arguments(training: SFTConfig, *, total_steps: int, recompute: bool) -> SFTConfig:
+def trainer_arguments(training: SFTConfig, *, total_steps: int) -> SFTConfig:
     """Set what this trainer needs whatever the user's settings; returns the same object.
 
-    Micro batches are ours, so the loop sees no accumulation, no packing and no preparing of data.
+    Micro batches are ours, so the loop sees no accumulation, no packing and no preparing of data; and so is
+    what blocks compute again, see `models.activations`.
 
     Args:
         training: the user's settings.
         total_steps: optimizer steps of the run.
-        recompute: whether activations are recomputed in the backward pass.
     """
     training.max_steps = total_steps
     training.gradient_accumulation_steps = 1
@@ -46,10 +46,9 @@ def trainer_arguments(training: SFTConfig, *, total_steps: int, recompute: bool)
     training.report_to = []  # trackers come as callbacks
     training.ddp_find_unused_parameters = False
     training.ddp_broadcast_buffers = False
-    # Transformers renames the first to the second. The reentrant kind does not work under DDP.
-    training.gradient_checkpointing = training.activation_checkpointing = recompute
-    training.gradient_checkpointing_kwargs = {"use_reentrant": False} if recompute else None
-    training.activation_checkpointing_kwargs = training.gradient_checkpointing_kwargs
+    # Transformers renames the first to the second.
+    training.gradient_checkpointing = training.activation_checkpointing = False
+    training.gradient_checkpointing_kwargs = training.activation_checkpointing_kwargs = None
     training.load_best_model_at_end = training.eval_strategy != "no" and training.load_best_model_at_end
     if training.load_best_model_at_end:
         training.metric_for_best_model = "eval_loss"

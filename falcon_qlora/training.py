@@ -21,6 +21,7 @@ def train(configuration: Configuration) -> Path:
     from falcon_qlora import terminal
     from falcon_qlora.assembly import preflight, record, rows
     from falcon_qlora.assembly import trainer as builder
+    from falcon_qlora.assembly.activations import choose_activations, warm_up
 
     assert configuration.training is not None  # built here: it starts the process group
     directory = preflight.find_folder(configuration)
@@ -31,7 +32,7 @@ def train(configuration: Configuration) -> Path:
     data = rows.training_data(configuration, tokenizer)
     model = builder.model_with_adapter(configuration, tokenizer)
     kernels = builder.choose_kernels(configuration, model)
-    recompute = builder.must_recompute(configuration, model, kernels)
+    activations = choose_activations(configuration, model, kernels)
     distributed.wait_for_all()  # nothing is written before every process has come so far
     with preflight.run_folder(configuration) as directory:
         trainer = builder.build_trainer(
@@ -41,9 +42,9 @@ def train(configuration: Configuration) -> Path:
             data=data,
             model=model,
             trackers=trackers,
-            recompute=recompute,
             describe_adapter=functools.partial(record.describe_adapter, configuration, data),
         )
+        warm_up(trainer, configuration)
         preflight.start_trackers(configuration, directory, trackers, resume=checkpoint is not None)
         record.write_start(configuration, directory, data, trackers, kernels, checkpoint)
     terminal.print_start(
@@ -54,7 +55,7 @@ def train(configuration: Configuration) -> Path:
             model,
             tracking=trackers.lines,
             kernels=kernels,
-            recompute=recompute,
+            activations=activations,
             checkpoint=checkpoint,
         )
     )
@@ -66,5 +67,5 @@ def train(configuration: Configuration) -> Path:
         trackers.finish(exit_status=1)
         raise
 
-    record.finish(configuration, directory, trainer, data, trackers)
+    record.finish(configuration, directory, trainer, data, trackers, activations)
     return directory.path

@@ -13,6 +13,7 @@ from torch import nn
 
 import falcon_qlora
 from falcon_qlora import distributed, terminal
+from falcon_qlora.assembly.activations import Activations
 from falcon_qlora.assembly.rows import TrainingData, global_batch
 from falcon_qlora.config import Configuration
 from falcon_qlora.environment import collect_environment
@@ -82,7 +83,7 @@ def start_summary(
     *,
     tracking: list[str],
     kernels: dict[str, str],
-    recompute: bool,
+    activations: Activations,
     checkpoint: str | None,
 ) -> StartSummary:
     """What the terminal shows before the first step."""
@@ -101,7 +102,8 @@ def start_summary(
         quantization=_quantization(configuration, model),
         quantized_linears=counted["quantized_linears"],
         model_gib=_weights_gib(configuration, model),
-        kernels=_kernels(kernels, recompute),
+        kernels=_kernels(kernels),
+        activations=activations.described(),
         method=method_of(model).describe(),
         world_size=distributed.world_size(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
@@ -164,6 +166,7 @@ def finish(
     trainer: FalconTrainer,
     data: TrainingData,
     trackers: Any,
+    activations: Activations,
 ) -> Summary:
     """Prove that the replicas agree, write the adapter and the summary, and say what was written."""
     model = trainer.model
@@ -189,6 +192,7 @@ def finish(
         world_size=distributed.world_size(),
         best_eval_loss=best[0],
         best_step=best[1],
+        predicted_peak_memory_gib=activations.predicted_gib,
         **counts(model),
     )
     if distributed.is_main_process():
@@ -203,13 +207,11 @@ def finish(
     return summary
 
 
-def _kernels(kernels: dict[str, str], recompute: bool) -> str:
-    recomputing = "recomputing activations" if recompute else "recomputing nothing"
+def _kernels(kernels: dict[str, str]) -> str:
     if not kernels:
-        return f"off: the reference path, {recomputing}"
+        return "off: the reference path"
     ways = Counter(kernels.values())
-    told = "; ".join(f"{count} of {len(kernels)} blocks {what}" for what, count in ways.items())
-    return f"{told}; {recomputing}"
+    return "; ".join(f"{count} of {len(kernels)} blocks {what}" for what, count in ways.items())
 
 
 def _step_of(checkpoint: str) -> int:

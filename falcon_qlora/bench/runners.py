@@ -13,7 +13,9 @@ from torch import Tensor
 
 from falcon_qlora.bench.variants import Impossible, Variant
 from falcon_qlora.data.batches import MicroBatch, collate
+from falcon_qlora.kernels import fp8
 from falcon_qlora.methods.lora import attach_lora
+from falcon_qlora.models.activations import set_checkpointing
 from falcon_qlora.models.fast import apply_fast_path, remove_fast_path
 from falcon_qlora.models.forward import disable_packing, enable_packing
 from falcon_qlora.step import sum_of_losses
@@ -90,15 +92,15 @@ def build(variant: Variant, base: Any, settings: Settings, kept: dict[str, Any])
         enable_packing(model)
         notes = []
         if variant.kernels == "auto":
-            report = apply_fast_path(model)
+            in_fp8 = variant.compute_dtype == "fp8"
+            report = apply_fast_path(model, fp8_products=in_fp8, libraries=variant.libraries)
             left = [what for what in report.values() if what.startswith("reference")]
             notes += (
                 [f"{len(left)} of {len(report)} blocks fall back: {left[0]}"]
                 if left
                 else [*set(report.values())]
             )
-        if variant.checkpointing == "full":
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        set_checkpointing(model, [variant.checkpointing] * base.config.num_hidden_layers)
         yield OwnRunner(model, variant, settings, notes)
     finally:
         model.gradient_checkpointing_disable()
@@ -109,14 +111,9 @@ def build(variant: Variant, base: Any, settings: Settings, kept: dict[str, Any])
 
 def _refuse(variant: Variant, device: torch.device) -> None:
     if variant.compute_dtype == "fp8":
-        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
-            raise Impossible("fp8 needs a GPU of compute capability 8.9 or later")
-        raise Impossible("this version has no products in fp8")
-    if variant.checkpointing in ("selective", "offload"):
-        raise Impossible(f"this version has no --checkpointing {variant.checkpointing}")
-    if not variant.libraries:
-        name = variant.name.removesuffix("-no-libraries")
-        raise Impossible(f"this version uses no optional kernel library: the same as {name}")
+        reason = fp8.why_not(device)
+        if reason is not None:
+            raise Impossible(reason)
 
 
 def adapted(base: Any, variant: Variant, settings: Settings) -> Any:

@@ -50,8 +50,10 @@ class ModelArguments:
     llm_int8_threshold: float = _setting(
         6.0, "8bit: activations above this are multiplied in 16 bits; 0: none."
     )
-    kernels: Literal["auto", "off", "required"] = _setting(
-        "auto", "Blocks as single functions with kernels of our own: where they can, never, or else an error."
+    kernels: Literal["auto", "portable", "off", "required"] = _setting(
+        "auto",
+        "Blocks as single functions with kernels of our own: where they can, without optional libraries, "
+        "never, or else an error.",
     )
 
 
@@ -188,8 +190,10 @@ class RunArguments:
         None,
         "Sequences of --max_length to a step over all devices, instead of --gradient_accumulation_steps.",
     )
-    checkpointing: Literal["auto", "none", "full"] = _setting(
-        "auto", "Recompute every block's activations in the backward pass; auto: where memory demands it."
+    checkpointing: Literal["auto", "none", "selective", "full", "offload"] = _setting(
+        "auto",
+        "What blocks compute again in the backward pass: none; selective: the largest activation; full: all; "
+        "offload: all, from inputs in CPU memory; auto: as little as memory allows, block by block.",
     )
     early_stopping: int = _setting(0, "Stop after this many evaluations without a better loss; 0: never.")
     generate_samples: int = _setting(0, "Sample answers to generate at each evaluation.")

@@ -57,8 +57,11 @@ class Products(Protocol):
     outputs: int
     inputs: int
 
-    def enter(self, hidden: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """From the block's input ``[T, H]`` to the outputs, and t."""
+    def enter(self, hidden: Tensor, again: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+        """From the block's input ``[T, H]`` to the outputs, and t.
+
+        Done `again` in the backward pass, the outputs are nobody else's: gradients may take their memory.
+        """
 
     def parts(self, projected: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Views of the outputs: query, key and value ``[T, W]``, and what goes into GELU ``[T, F]``."""
@@ -211,7 +214,7 @@ class _BlockFunction(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             products = block.products(block, _pairs(adapters))
             if block.keep == "input":
-                projected, low_in = products.enter(hidden)
+                projected, low_in = products.enter(hidden, again=True)
                 fused, before_gelu = products.parts(projected)
                 attended, statistics = _attend(block, attention, fused, cosine, sine)
                 low_out = products.low_rank(before_gelu, attended, low_in)

@@ -38,31 +38,33 @@ class DequantizedProducts:
         self.out_of = SharedOutput(last, adapters[2:], block.workspace)
         self.outputs = self.inputs = len(self.into)
         self._joined: Tensor | None = None  # from `enter`, where its product has filled in GELU's output
+        self._free: list[Tensor] | None = None  # outputs with room for LoRA, which gradients may overwrite
 
-    def enter(self, hidden: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def enter(self, hidden: Tensor, again: bool = False) -> tuple[list[Tensor], list[Tensor]]:
         projected, low_rank = [], []
         for norm, group in zip(self.block.norms, self.into, strict=True):
             normal = _normal(norm, group, hidden)
+            output = hidden.new_empty(hidden.shape[0], group.width + (group.columns if again else 0))
             if group is self.into[-1] and self.gelu_products is not None:
-                output, low = self._enter_with_gelu(group, normal, self.gelu_products)
+                low = self._enter_with_gelu(group, normal, output[:, : group.width], self.gelu_products)
             else:
-                output, low = group.forward(normal)
+                low = group.forward(normal, output[:, : group.width])
             projected.append(output)
             low_rank.append(low)
+        self._free = projected if again else None
         return projected, low_rank
 
     def _enter_with_gelu(
-        self, group: SharedInput, normal: Tensor, gelu_products: GeluProducts
-    ) -> tuple[Tensor, Tensor]:
+        self, group: SharedInput, normal: Tensor, output: Tensor, gelu_products: GeluProducts
+    ) -> Tensor:
         weight, low = group.operand(normal)
-        output = normal.new_empty(normal.shape[0], group.width)
         split = group.width - self.block.dense_h_to_4h.out_features
         if split:
             torch.mm(normal, weight[:split].T, out=output[:, :split])
         self._joined = self._room_for_joined(normal)
         after_gelu = self._joined[:, : self.block.dense_4h_to_h.in_features]
         gelu_products.forward(normal, weight[split:].T, output[:, split:], after_gelu)
-        return output, low
+        return low
 
     def parts(self, projected: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         width = self.block.query_key_value.out_features
@@ -73,7 +75,9 @@ class DequantizedProducts:
     def project_h_to_4h(self, hidden: Tensor) -> Tensor:
         block = self.block
         group = SharedInput([block.dense_h_to_4h], self.adapters[1:2], block.workspace)
-        return group.forward(_normal(block.norms[-1], group, hidden))[0]
+        output = hidden.new_empty(hidden.shape[0], group.width)
+        group.forward(_normal(block.norms[-1], group, hidden), output)
+        return output
 
     def leave(
         self, before_gelu: Tensor, attended: Tensor, low_in: Sequence[Tensor], hidden: Tensor
@@ -91,7 +95,10 @@ class DequantizedProducts:
         low_in: Sequence[Tensor],
         low_out: Tensor,
     ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor | None]]:
-        grads = [grad.new_empty(grad.shape[0], group.width + group.columns) for group in self.into]
+        grads, self._free = self._free, None
+        may_overwrite = grads is not None
+        if grads is None:
+            grads = [grad.new_empty(grad.shape[0], group.width + group.columns) for group in self.into]
         of_fused, of_before_gelu = self.parts(grads)
         split = self.block.dense_4h_to_h.in_features
         if self.gelu_products is not None:
@@ -104,6 +111,9 @@ class DequantizedProducts:
             of_joined, low_grad = self.out_of.input_gradient(grad)
             _, after_gelu = ops.gelu_backward(of_joined[:, :split], before_gelu, of_before_gelu)
             of_attended = of_joined[:, split:]
+            if may_overwrite:  # memory matters: a slice would hold on to all that was joined
+                of_attended = of_attended.contiguous()
+                del of_joined
         inputs = [after_gelu, attended.flatten(1)]
         adapter_grads = self.out_of.adapter_gradients(grad, low_grad, low_out, inputs)
         return of_attended, of_fused, grads, adapter_grads

@@ -97,7 +97,7 @@ class Fp8Products:
         self.block, self.adapters, self.frozen = block, adapters, frozen
         self.into = ((0, 1),) if len(block.norms) == 1 else ((0,), (1,))
 
-    def enter(self, hidden: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def enter(self, hidden: Tensor, again: bool = False) -> tuple[list[Tensor], list[Tensor]]:
         projected: list[Tensor] = []
         low_rank: list[Tensor] = []
         for norm, linears in zip(self.block.norms, self.into, strict=True):

@@ -116,10 +116,11 @@ class SharedInput(_Group):
         self.outputs = _spans([projection.out_features for projection in projections])
         self.width = self.outputs[-1].stop
 
-    def forward(self, extended: Tensor) -> tuple[Tensor, Tensor]:
-        """``[T, H + R]``, of which the first H are the input → outputs ``[T, width]`` and t ``[T, R]``."""
+    def forward(self, extended: Tensor, out: Tensor) -> Tensor:
+        """``[T, H + R]``, of which the first H are the input → outputs ``[T, width]`` into `out`, and t."""
         weight, low = self.operand(extended)
-        return torch.mm(extended, weight.T), low
+        torch.mm(extended, weight.T, out=out)
+        return low
 
     def operand(self, extended: Tensor) -> tuple[Tensor, Tensor]:
         """The other factor of `forward`'s product, ``[width, H + R]``, and t, put behind the input."""

@@ -143,7 +143,7 @@ def gelu_backward(grad: Tensor, x: Tensor, out: Tensor | None = None) -> tuple[T
     Args:
         grad: ``[T, F]``, of the output; may be overwritten.
         x: ``[T, F]``, the input.
-        out: ``[T, F]``, what to write the gradient into, also a slice with longer rows.
+        out: ``[T, F]``, what to write the gradient into, also a slice with longer rows; may be `x`.
 
     Returns:
         the gradient ``[T, F]`` and gelu(x) ``[T, F]``, both in `x`'s dtype.
@@ -285,8 +285,8 @@ def _gelu(x: Tensor, out: Tensor | None) -> Tensor:
 
 
 def _gelu_backward(grad: Tensor, x: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
-    result = torch.ops.aten.gelu_backward(grad, x)
-    return (result if out is None else out.copy_(result)), F.gelu(x)
+    result, output = torch.ops.aten.gelu_backward(grad, x), F.gelu(x)
+    return (result if out is None else out.copy_(result)), output
 
 
 def _cross_entropy_(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:

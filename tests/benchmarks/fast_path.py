@@ -57,7 +57,7 @@ def compare_gradients(
 ) -> None:
     """Distance of every path's gradients from float32's, on the same weights dequantized."""
     base = load_model(label, quantize_mode="4bit", device=device, compute_dtype="bf16", seed=1)
-    truth = adapted(plain_float32(base).to(device), VARIANTS["reference"], settings)
+    truth = adapted(plain_float32(base, device), VARIANTS["reference"], settings)
     enable_packing(truth)
     exact_runner = OwnRunner(truth, VARIANTS["reference"], settings, [])
     exact_loss, exact = gradients(exact_runner, tokens, autocast=False)

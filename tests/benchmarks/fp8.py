@@ -2,30 +2,41 @@
 
     python -m tests.benchmarks.fp8
 
-Every kernel against its bytes at the memory's speed, every product against bfloat16's. Gradients and the
-profile of a step are `tests.benchmarks.fast_path`'s, steps `falcon-qlora bench`'s. Prints Markdown. `--tiny`
-tries the script, without a GPU in emulation and Triton's interpreter.
+In this order: gradients of two blocks against float32; every kernel against its bytes at the memory's speed;
+every product against bfloat16's; steps of Falcon-7B in bfloat16 and FP8, in turn; the kernels of one step,
+also in ``fast_path_kernels_fp8.txt`` in the folder that the environment variable OUT names, else in the
+current one. Prints Markdown. `--tiny` tries the script, without a GPU in emulation and Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
+import time
 from collections.abc import Callable, Iterator
 from itertools import product
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from falcon_qlora.kernels import fp8, fp8_gelu, fp8_quantize, ops
+from falcon_qlora.bench.devices import synchronize
+from falcon_qlora.bench.rows import made_up
+from falcon_qlora.bench.runners import Settings, build
+from falcon_qlora.bench.variants import VARIANTS
+from falcon_qlora.kernels import fp8, fp8_gelu, fp8_quantize, gelu, layer_norm, nf4, ops, rotary, rows
 from falcon_qlora.kernels.fp8 import LowRank, Rows
+from falcon_qlora.models.load import load_model
 from falcon_qlora.models.quantize import bnb
 from tests.benchmarks import kernels as kernel_benchmark
+from tests.benchmarks.fast_path import compare_gradients, profile, triton_runs
 
 DEVICE = kernel_benchmark.DEVICE
 BF16 = torch.bfloat16
+DOCUMENT = 512
 
 
 class Layer:
@@ -39,13 +50,11 @@ class Layer:
             packed, state = bnb.functional.quantize_4bit(
                 plain, blocksize=64, quant_type="nf4", compress_statistics=True
             )
-            self.weight = bnb.nn.Params4bit(
-                packed, requires_grad=False, quant_state=state, bnb_quantized=True
-            )
+            self.weight = bnb.nn.Params4bit(packed, False, quant_state=state, bnb_quantized=True)
         else:
-            rows8, scales, _ = bnb.functional.int8_vectorwise_quant(plain.half())
+            values, scales, _ = bnb.functional.int8_vectorwise_quant(plain.half())
             self.weight = bnb.nn.Int8Params(
-                rows8, requires_grad=False, has_fp16_weights=False, CB=rows8, SCB=scales
+                values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scales
             )
 
 
@@ -80,7 +89,6 @@ def cases(sizes: kernel_benchmark.Sizes, tokens: int) -> Iterator[tuple[str, Cal
             lambda x=x, low=low, others=others: fp8.add(x, low, others),
             2 * (2 + count) * x.numel(),
         )
-    del x
     before, grad = make(tokens, wide), make(tokens, wide)
     bound = torch.full((tokens,), 100.0, device=DEVICE)
     yield f"GELU [{tokens}, {wide}]", lambda: fp8.gelu(before, lows[0], bound), 5 * before.numel()
@@ -132,17 +140,17 @@ def time_products(sizes: kernel_benchmark.Sizes, tokens: int) -> None:
     print(f"\n| product, {sizes.name} | K | N | fast accumulation | without | a scale a tensor | bfloat16 |")
     print("|---|---|---|---|---|---|---|")
     for name, (k, n) in shapes.items():
-        rows = fp8.quantize_rows(torch.randn(tokens, k, device=DEVICE, dtype=BF16))[0]
+        x = fp8.quantize_rows(torch.randn(tokens, k, device=DEVICE, dtype=BF16))[0]
         weight = fp8.quantize_rows(torch.randn(n, k, device=DEVICE, dtype=BF16))[0]
-        plain, plain_weight = rows.values.to(BF16), weight.values.to(BF16)
+        plain, plain_weight = x.values.to(BF16), weight.values.to(BF16)
         one = torch.ones((), device=DEVICE)
 
-        def scaled(fast: bool, a: Tensor, b: Tensor, rows=rows, weight=weight) -> Tensor:
+        def scaled(fast: bool, a: Tensor, b: Tensor, x=x, weight=weight) -> Tensor:
             return torch._scaled_mm(
-                rows.values, weight.values.t(), scale_a=a, scale_b=b, out_dtype=BF16, use_fast_accum=fast
+                x.values, weight.values.t(), scale_a=a, scale_b=b, out_dtype=BF16, use_fast_accum=fast
             )
 
-        a, b = rows.scales[:, None], weight.scales[None]
+        a, b = x.scales[:, None], weight.scales[None]
         work: list[Callable[[], Tensor]] = [
             lambda s=scaled, a=a, b=b: s(True, a, b),
             lambda s=scaled, a=a, b=b: s(False, a, b),
@@ -166,23 +174,91 @@ def check_products() -> None:
     print(f"- products against float32's of the same operands, by tokens: {', '.join(errors)}")
 
 
+def compilations() -> int:
+    found = 0
+    for module in (fp8_gelu, fp8_quantize, gelu, layer_norm, nf4, rotary, rows):
+        for function in vars(module).values():
+            for caches in getattr(function, "device_caches", {}).values():
+                found += len(caches[0])
+    return found
+
+
+def check_recompilation(base: Any, settings: Settings) -> None:
+    """Whether another number of tokens compiles anything once more; how long the first step took."""
+    with build(VARIANTS["ours-fp8"], base, settings, {}) as runner:
+        counts = []
+        for documents in (3, 16, 17):
+            inputs = runner.prepare(made_up(documents, 61, base.config.vocab_size, seed=0))
+            started = time.perf_counter()
+            runner.step(inputs)
+            synchronize(DEVICE)
+            seconds = time.perf_counter() - started
+            counts.append(f"{compilations()} ({61 * documents} tokens, {seconds:.1f} s)")
+    print(f"- kernels compiled after steps: {', '.join(counts)}", flush=True)
+
+
+def time_steps(base: Any, settings: Settings, tokens: tuple[int, ...], warm_up: int, timed: int) -> None:
+    print("\n| variant | tokens a step | tokens/s | ms a step | peak allocated GB | loss | |")
+    print("|---|---|---|---|---|---|---|")
+    for count, name in product(tokens, ("ours", "ours-fp8")):
+        if DEVICE.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        with build(VARIANTS[name], base, settings, {}) as runner:
+            inputs = runner.prepare(made_up(count // DOCUMENT, DOCUMENT, base.config.vocab_size, seed=0))
+            for _ in range(warm_up):
+                loss = runner.step(inputs)
+            synchronize(DEVICE)
+            started = time.perf_counter()
+            for _ in range(timed):
+                runner.step(inputs)
+            synchronize(DEVICE)
+            seconds = (time.perf_counter() - started) / timed
+        peak = torch.cuda.max_memory_allocated() / 1e9 if DEVICE.type == "cuda" else float("nan")
+        print(
+            f"| {name} | {count:,} | {count / seconds:,.0f} | {1e3 * seconds:.0f} | {peak:.1f} | "
+            f"{float(loss):.4f} | {runner.notes[0]} |",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--model", default="random:falcon-7b")
+    parser.add_argument("--r", type=int, default=64)
+    parser.add_argument("--tokens", type=int, nargs=2, default=[8192, 16384])
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try this script")
     parser.add_argument("--tune", action="store_true", help="time other tiles as well")
     arguments = parser.parse_args()
-    sizes, tokens = kernel_benchmark.MODELS, arguments.tokens
+    folder = Path(os.environ.get("OUT", "."))
+    sizes, small, large, pace = kernel_benchmark.MODELS, *arguments.tokens, (3, 10)
+    replaced = "num_hidden_layers=2"
     if arguments.tiny:
-        sizes, tokens = kernel_benchmark.TINY, 512
-    with contextlib.nullcontext() if fp8.why_not(DEVICE) is None else fp8.emulated(), ops.using("triton"):
+        sizes, small, large, pace, arguments.r = kernel_benchmark.TINY, 512, 512, (1, 1), 4
+        replaced += ",hidden_size=192,num_attention_heads=3,vocab_size=128"
+        arguments.model = f"random:falcon-7b?{replaced}"
+    settings = Settings(r=arguments.r, max_length=DOCUMENT)
+    forms: list[ops.Implementation] = (
+        ["triton", "torch"] if triton_runs() and not arguments.tiny else ["torch"]
+    )
+    with contextlib.nullcontext() if fp8.why_not(DEVICE) is None else fp8.emulated():
         check_products()
-        for one in sizes:
-            time_kernels(one, tokens)
-            if DEVICE.type == "cuda":
-                time_products(one, tokens)
-        if arguments.tune:
-            tune(sizes[0], tokens)
+        for label in ["7b"] if arguments.tiny else ["7b", "40b"]:
+            name = f"random:falcon-{label}?{replaced}"
+            compare_gradients(name, settings, DEVICE, forms, min(2048, small))
+        with ops.using(forms[0]):
+            for one in sizes:
+                time_kernels(one, large)
+                if DEVICE.type == "cuda":
+                    time_products(one, large)
+            if arguments.tune:
+                tune(sizes[0], large)
+        base = load_model(arguments.model, quantize_mode="4bit", device=DEVICE, compute_dtype="bf16")
+        check_recompilation(base, settings)
+        time_steps(base, settings, (small, large), *pace)
+        with build(VARIANTS["ours-fp8"], base, settings, {}) as runner:
+            profile(runner, "ours-fp8", large, folder)
+    print((folder / "fast_path_kernels_ours-fp8.txt").read_text())
 
 
 if __name__ == "__main__":

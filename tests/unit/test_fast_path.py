@@ -170,7 +170,7 @@ def test_recomputation_changes_no_gradient(layout, use_reentrant, calls):
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     calls |= {"forward": 0, "backward": 0}
     assert_same(step(model, arguments), without, 1e-6)
-    assert calls == {"forward": 4, "backward": 2}
+    assert calls == {"forward": 2, "backward": 2}  # no block runs a second time as a whole
 
 
 def test_recomputation_keeps_no_activation():

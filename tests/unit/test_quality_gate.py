@@ -67,7 +67,7 @@ def test_a_mutant_that_passes_fails_the_gate(tmp_path, monkeypatch):
 
 
 def test_a_variant_that_users_get_unasked_and_that_cannot_run_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(variants, "apply_fast_path", lambda model: {"h.0": "reference: a reason"})
+    monkeypatch.setattr(variants, "apply_fast_path", lambda model, **how: {"h.0": "reference: a reason"})
     status, found = gate(tmp_path, *IN_FLOAT32)
     assert status == 1
     assert found["kernel"] == []
