@@ -22,7 +22,7 @@ RUNS = {
     "lora": ["--lora_slices", "query", "value", "-q", "8bit", "--lora_r", "8", "--learning_rate", "2e-2"],
     "adapter": ["-q", "4bit", "--gpus", "2", "--learning_rate", "1e-1"],
     "adapter_v2": ["-q", "4bit", "--gpus", "2", "--learning_rate", "1e-2"],
-    "full": ["--learning_rate", "1e-3"],
+    "full": ["--learning_rate", "2e-4"],
 }
 
 
