@@ -66,6 +66,10 @@ class Work:
     def step_tokens(self, gpus: int) -> int:
         return self.global_tokens or gpus * self.tokens
 
+    def step_rows(self, gpus: int) -> int:
+        """Rows of a step of the recipe."""
+        return self.step_tokens(gpus) // self.document
+
     def flags(self, name: str) -> list[str]:
         """The flags of `falcon-qlora train` that make it so."""
         sequence = self.sequence(name)
@@ -90,6 +94,7 @@ class Row:
         gpus: processes, one a GPU.
         work: of a step.
         flags: of the user's, and those that name the rows.
+        caches: "cold" or "warm", where a run is timed as a whole.
     """
 
     name: Name
@@ -98,6 +103,7 @@ class Row:
     gpus: int
     work: Work
     flags: tuple[str, ...]
+    caches: str = ""
 
     @property
     def recipe(self) -> str | None:
@@ -109,7 +115,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        return self.recipe or self.name
+        return (self.recipe or self.name) + (f", {self.caches} caches" if self.caches else "")
 
     def command(self, output: Path, *, steps: int, on_gpu: bool) -> list[str]:
         """The words after ``falcon-qlora``."""

@@ -33,6 +33,7 @@ _BY_VARIANT = (
     "packing",
     "padding",
 )
+_WITH_GPUS = ("quantize_modes", "fixed", "global_tokens", "lengths", "whole_run")
 
 
 @dataclass(kw_only=True)
@@ -60,6 +61,13 @@ class BenchArguments:
     tokens: list[str] = setting(
         default_factory=lambda: ["8192"],
         metadata={"help": "Tokens of a micro batch, one or several; stock variants run at the first."},
+    )
+    whole_run: float | None = setting(
+        default=None,
+        metadata={
+            "help": "With --gpus: time whole runs of 200 --steps of 16,384 --tokens, to the adapter on disk, "
+            "with cold and warm caches; the recipe over this share of the same rows, the rest extrapolated."
+        },
     )
     rounds: int = setting(default=5, metadata={"help": "How often every variant has its turn."})
     warmup: int | None = setting(
@@ -119,6 +127,9 @@ def main(argv: list[str]) -> int:
         return 0
     if wanted.gpus is not None:
         return _on_gpus(configuration)
+    for name in _WITH_GPUS:
+        if name in configuration.explicit:
+            raise UserError(f"--{name} is for --gpus; give both, such as --gpus 1,2")
     on_data = "dataset_name" in configuration.explicit
     variants = choose(_split(wanted.variants), on_data=on_data)
     sizes = _tokens(wanted)

@@ -6,11 +6,11 @@ import json
 import math
 import tempfile
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from falcon_qlora.bench import scaling, texts
+from falcon_qlora.bench import scaling, texts, whole_run
 from falcon_qlora.bench.scaling import Measured, Row, Work
 from falcon_qlora.config import Configuration
 from falcon_qlora.errors import UserError
@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 MODES = ("4bit", "8bit", "16bit")
 WARMUP = 10
 STEPS = 20
-# What each row sets itself, or what would make its figures others'.
-_OWN = frozenset(
-    "recipe model_name_or_path quantize_mode compute_dtype max_steps max_length per_device_train_batch_size "
-    "global_batch_size gradient_accumulation_steps num_train_epochs output_dir resume overwrite report_to "
-    "save_strategy lora_dropout packing padding".split()
+# What each row sets by itself, also from these flags,
+_SET = frozenset("model_name_or_path quantize_mode max_steps max_length".split())
+# and what has no part in it, or would make its figures another recipe's.
+_NO_PART = frozenset(
+    "recipe compute_dtype per_device_train_batch_size global_batch_size gradient_accumulation_steps "
+    "num_train_epochs output_dir resume overwrite report_to save_strategy lora_dropout packing padding "
+    "rounds against".split()
 )
 # Of ours alone: the guide's recipe has its own.
 _OURS = frozenset({"checkpointing", "kernels"})
@@ -45,6 +47,9 @@ def run(configuration: Configuration, models: list[str], say: Callable[[str], No
         The exit status: 0, or 1 where a row broke.
     """
     bench = _Bench(configuration, models, say)
+    for name, origin in configuration.explicit.items():
+        if origin == "flag" and name in _NO_PART:
+            say(f"--{name} has no part with --gpus; the flag changes nothing here")
     with tempfile.TemporaryDirectory(prefix="falcon_qlora_") as folder:
         bench.measure_all(Path(folder))
     bench.finish()
@@ -61,12 +66,12 @@ class _Bench:
         self.models = models
         self.say = say
         self.names = scaling.choose(_split(self.wanted.variants))
+        _check_whole_run(configuration, self.names)
         self.gpus = sorted(_numbers("--gpus", self.wanted.gpus))
         self.modes = _modes(configuration)
         self.work = _work(configuration)
         self.warmup = WARMUP if self.wanted.warmup is None else self.wanted.warmup
-        given = "max_steps" in configuration.explicit
-        self.steps = self.warmup + (configuration.run.max_steps if given else STEPS)
+        self.steps = self._steps()
 
         # Only now: a wrong flag is told at once.
         import torch
@@ -88,16 +93,45 @@ class _Bench:
         self.measured: list[Measured] = []
         self.rows: list[dict[str, Any]] = []
 
+    def _steps(self) -> int:
+        """Of a run; those of a whole run all count."""
+        given = "max_steps" in self.configuration.explicit
+        if self.wanted.whole_run is not None:
+            return self.configuration.run.max_steps if given else whole_run.STEPS
+        return self.warmup + (self.configuration.run.max_steps if given else STEPS)
+
     def measure_all(self, folder: Path) -> None:
+        """Measure row after row, until they or the minutes are over."""
         planned = list(self._planned(folder))
-        for number, row in enumerate(planned, start=1):
-            place = f"row {number} of {len(planned)}: {row.model} {row.quantize_mode}, {row.label}"
-            place += f", {row.gpus} {'GPU' if row.gpus == 1 else 'GPUs'}"
-            if time.monotonic() >= self.until:
-                self.say(f"{place} and what follows: not begun, as {self.wanted.minutes:g} minutes are over")
-                return
-            self.say(place)
-            self._add(self._measure(row))
+        found = self._whole_runs(planned) if self.wanted.whole_run is not None else self._runs(planned)
+        try:
+            for measured, note in found:
+                self._add(measured, note)
+        except _Over:
+            self.say(f"what follows is not begun, as {self.wanted.minutes:g} minutes are over")
+
+    def _runs(self, planned: list[Row]) -> Iterator[tuple[Measured, str]]:
+        for row in planned:
+            yield self._measure(row, self.steps, self.warmup, {}), ""
+
+    def _whole_runs(self, planned: list[Row]) -> Iterator[tuple[Measured, str]]:
+        assert self.wanted.whole_run is not None
+        groups: dict[Any, list[Row]] = {}
+        for row in planned:
+            groups.setdefault((row.model, row.quantize_mode, row.gpus), []).append(row)
+        for rows in groups.values():
+            recipe = next((row for row in rows if row.name == "recipe"), None)
+            if recipe is not None:
+                tokens = whole_run.RECIPE_BATCH * recipe.work.document
+                recipe = replace(recipe, work=replace(recipe.work, tokens=tokens))
+            yield from whole_run.whole_runs(
+                [row for row in rows if row.name != "recipe"],
+                recipe,
+                steps=self.steps,
+                share=self.wanted.whole_run,
+                warmup=self.warmup,
+                run=self._measure,
+            )
 
     def _planned(self, folder: Path) -> Iterator[Row]:
         for model in self.models:
@@ -113,7 +147,8 @@ class _Bench:
     def _data(self, model: str, folder: Path) -> tuple[list[str], list[str]]:
         """The flags for the rows: ours, and those of the guide's recipe, which by itself takes only text."""
         given = self.configuration.explicit
-        cache = [] if "cache_dir" in given else ["--cache_dir", str(folder / "cache")]
+        own = "cache_dir" in given or self.wanted.whole_run is not None
+        cache = [] if own else ["--cache_dir", str(folder / "cache")]
         if "dataset_name" in given:
             names = [name for name in ("dataset_format", "template") if name not in given]
             return cache, [*cache, *(word for name in names for word in (f"--{name}", "auto"))]
@@ -144,26 +179,31 @@ class _Bench:
         if "logging_steps" not in configuration.explicit:
             yield from ("--logging_steps", "1")
         for setting, origin in configuration.explicit.items():
-            given = origin.startswith("recipe ") or values.get(setting) is None
-            if given or setting in _OWN or (name == "recipe" and setting in _OURS):
+            unset = origin.startswith("recipe ") or values.get(setting) is None
+            if unset or setting in _SET | _NO_PART or (name == "recipe" and setting in _OURS):
                 continue
             yield from (f"--{setting}", *_words(values[setting]))
 
-    def _measure(self, row: Row) -> Measured:
+    def _measure(self, row: Row, steps: int, warmup: int, environment: dict[str, str]) -> Measured:
+        if time.monotonic() >= self.until:
+            raise _Over
+        gpus = f"{row.gpus} {'GPU' if row.gpus == 1 else 'GPUs'}"
+        self.say(f"row {len(self.rows) + 1}: {row.model} {row.quantize_mode}, {row.label}, {gpus}")
         if self.visible and row.gpus > self.visible:
-            return Measured(row=row, failure=f"not run: this machine shows {self.visible} GPUs")
+            return Measured(row=row, failure=f"not run: the GPUs of this machine: {self.visible}")
+        on_gpu = self.visible > 0
         return scaling.measure(
-            row, steps=self.steps, warmup=self.warmup, on_gpu=self.visible > 0, say=self.say
+            row, steps=steps, warmup=warmup, on_gpu=on_gpu, say=self.say, environment=environment
         )
 
-    def _add(self, measured: Measured) -> None:
+    def _add(self, measured: Measured, note: str) -> None:
         from falcon_qlora.bench.scaling_table import csv_row
         from falcon_qlora.bench.table import append_csv
 
         one = next((each for each in self.measured if _same_on_one_gpu(each, measured)), None)
         if one is None and measured.row.gpus == 1:
             one = measured
-        made = csv_row(measured, one, machine=self.machine, notes=[self._documents()])
+        made = csv_row(measured, one, machine=self.machine, notes=[self._documents(), *filter(None, [note])])
         self.measured.append(measured)
         self.rows.append(made)
         if self.wanted.csv:
@@ -195,16 +235,36 @@ class _Bench:
             draw_scaling(series(self.rows), Path(self.wanted.plot), title=f"{self.machine['gpu']}: {what}")
 
 
+class _Over(Exception):
+    """The minutes are over before a row has begun."""
+
+
 def _same_on_one_gpu(each: Measured, measured: Measured) -> bool:
     a, b = each.row, measured.row
-    same = (a.name, a.model, a.quantize_mode) == (b.name, b.model, b.quantize_mode)
+    same = (a.label, a.model, a.quantize_mode) == (b.label, b.model, b.quantize_mode)
     return same and a.gpus == 1 and each.failure is None
+
+
+def _check_whole_run(configuration: Configuration, names: Sequence[str]) -> None:
+    share = configuration.extra.whole_run
+    if share is None:
+        return
+    if not 0 < share <= 1:
+        raise UserError(
+            f"--whole_run {share:g}: the share of the recipe's steps to run, above 0 and at most 1"
+        )
+    if list(names) == ["recipe"]:
+        raise UserError("--whole_run: the recipe is run over the rows that ours took; --variants needs ours")
+    if "cache_dir" in configuration.explicit:
+        raise UserError("--whole_run begins with an empty cache; leave --cache_dir out")
 
 
 def _work(configuration: Configuration) -> Work:
     wanted: BenchArguments = configuration.extra
     given = configuration.explicit
     sizes = _numbers("--tokens", wanted.tokens)
+    if wanted.whole_run is not None:
+        sizes = sizes if "tokens" in given else [whole_run.TOKENS]
     if len(sizes) > 1:
         raise UserError("--tokens: with --gpus one size of a micro batch, please")
     document = configuration.data.max_length if "max_length" in given else Work.document
