@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,15 +37,6 @@ _TITLES = (
     "whole command, s",
 )
 _VERSIONS = ("torch", "transformers", "trl", "peft", "bitsandbytes")
-
-
-def driver() -> str:
-    """The GPUs' driver; empty without one."""
-    if shutil.which("nvidia-smi") is None:
-        return ""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    return result.stdout.partition("\n")[0].strip() if result.returncode == 0 else ""
 
 
 def csv_row(

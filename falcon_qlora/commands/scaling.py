@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.bench import scaling, texts, whole_run
+from falcon_qlora.bench.machine import driver, machine
 from falcon_qlora.bench.scaling import Measured, Row, Work
 from falcon_qlora.config import Configuration
 from falcon_qlora.errors import UserError
@@ -72,20 +73,13 @@ class _Bench:
         self.work = _work(configuration)
         self.warmup = WARMUP if self.wanted.warmup is None else self.wanted.warmup
         self.steps = self._steps()
-
-        # Only now: a wrong flag is told at once.
-        import torch
-
-        from falcon_qlora.bench.scaling_table import driver
-        from falcon_qlora.environment import collect_environment
-
-        # Neither call makes a context on a GPU, which would take the runs' memory.
-        self.visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        environment = machine()
+        self.visible = len(environment["gpus"])
         self.machine = {
-            "commit": self.wanted.commit or (collect_environment()["commit"] or "")[:7],
-            "gpu": torch.cuda.get_device_name(0) if self.visible else "CPU",
+            "commit": self.wanted.commit or (environment["commit"] or "")[:7],
+            "gpu": environment["gpus"][0]["name"] if self.visible else "CPU",
             "driver": driver(),
-            "torch": torch.__version__,
+            "torch": environment["packages"]["torch"],
         }
         self.until = math.inf
         if self.wanted.minutes is not None:
