@@ -12,9 +12,10 @@ from falcon_qlora.errors import EXIT_BUG, EXIT_USER_ERROR, UserError, nearest
 EXIT_INTERRUPTED = 130
 
 VERBS = {
-    "train": "fine-tune a quantized Falcon with LoRA on every GPU",
+    "train": "fine-tune a quantized Falcon on every GPU: LoRA, Adapter, Adapter v2; or all of one",
     "data": "show what the model will see: rendered rows, lengths, what is dropped",
     "prepare": "download and tokenize ahead, so that training needs no network",
+    "params": "count the parameters of a model and a method, without loading anything",
     "generate": "answer a prompt with a base model and an adapter",
     "bench": "measure variants of a training step against each other",
 }

@@ -18,6 +18,7 @@ class ModelCard:
 
     Attributes:
         base_model: Hub id, path or label (``tiny``, ``random:falcon-7b``) of the model the adapter is for.
+        method: What was trained, as `--method` takes it.
         base_layout: What that is, such as ``falcon-7b layout, 32 blocks``.
         base_is_random: Its weights are random: the adapter is a test of the machinery, and says so.
         datasets: What `--dataset_name` named.
@@ -30,6 +31,7 @@ class ModelCard:
     """
 
     base_model: str
+    method: str = "lora"
     base_layout: str = ""
     base_is_random: bool = False
     datasets: Sequence[str] = ()
@@ -66,31 +68,46 @@ class ModelCard:
         return a_name and not Path(self.base_model).exists()
 
     def _metadata(self) -> dict[str, Any]:
-        metadata: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
+        libraries = {"lora": "peft", "full": "transformers"}
+        metadata: dict[str, Any] = {
+            "library_name": libraries.get(self.method, "falcon-qlora"),
+            "pipeline_tag": "text-generation",
+        }
         if self._on_hub():
-            metadata |= {"base_model": self.base_model, "base_model_relation": "adapter"}
+            relation = "finetune" if self.method == "full" else "adapter"
+            metadata |= {"base_model": self.base_model, "base_model_relation": relation}
         # Local files are nothing to a reader elsewhere.
         on_hub = [name for name in self.datasets if name.count("/") <= 1 and "." not in name.split("/")[-1]]
         if on_hub:
             metadata["datasets"] = on_hub
-        return metadata | {"tags": ["falcon", "lora", "qlora", "peft", "falcon-qlora"]}
+        tags = {"lora": ["lora", "qlora", "peft"]}.get(self.method, [self.method.replace("_", "-")])
+        return metadata | {"tags": ["falcon", *tags, "falcon-qlora"]}
 
     def _introduction(self) -> str:
         quantized = self.settings.get("quantize_mode", "")
         base = f"`{self.base_model}`" + (f" ({self.base_layout})" if self.base_layout else "")
-        text = f"# LoRA adapter for {self.base_model}\n\nA LoRA adapter for {base}"
-        text += f", trained on the base model held in {quantized}" if quantized else ""
+        title, what = _TITLES[self.method]
+        text = f"# {title} {self.base_model}\n\n{what} {base}"
+        held = quantized and self.method != "full"
+        text += f", trained on the base model held in {quantized}" if held else ""
         text += f" with falcon_qlora {self.version}".rstrip() + ".\n"
         if self.base_is_random:
             text += (
-                "\n**The base model's weights are random**: this adapter shows that and how fast the "
-                "training runs, and is of no other use.\n"
+                "\n**The base model's weights are random**: this shows that and how fast the training runs, "
+                "and is of no other use.\n"
             )
         return text
 
     def _usage(self) -> str:
         text = "## Use\n\n"
-        if not self.base_is_random:
+        if self.method == "full":
+            text += "A whole model, which Transformers opens as any (`ADAPTER` is this folder):\n\n"
+        elif self.method != "lora":
+            text += (
+                "PEFT has no such method; falcon_qlora opens it on the base model, quantized or not\n"
+                "(`ADAPTER` is this folder or a copy of it). It cannot be merged into the base's weights.\n\n"
+            )
+        elif not self.base_is_random:
             text += (
                 "With plain Transformers and PEFT (`ADAPTER` is this folder or its hub id):\n\n"
                 f"```python\n{self._plain_example()}```\n\n"
@@ -137,6 +154,17 @@ class ModelCard:
         return {
             label: self.summary[name] for name, label in names.items() if self.summary.get(name) is not None
         }
+
+
+_TITLES = {
+    "lora": ("LoRA adapter for", "A LoRA adapter for"),
+    "adapter": ("Adapter for", "A learned prefix in attention (Adapter) for"),
+    "adapter_v2": (
+        "Adapter v2 for",
+        "A learned prefix in attention, scales and biases of the linears, and norms (Adapter v2) for",
+    ),
+    "full": ("Fine-tuned", "All weights, fine-tuned, of"),
+}
 
 
 def _table(title: str, label: str, rows: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from falcon_qlora.checkpoint.write import restore_adapter, save_checkpoint
 from falcon_qlora.data.batches import DocumentReader, Share, StreamingSteps, TrainingSteps
 from falcon_qlora.data.plan import deal_evaluation
+from falcon_qlora.methods.interface import method_of
 from falcon_qlora.step import accumulate_gradients, sum_of_losses
 
 REFERENCE_SAMPLE_POSITIONS = 512
@@ -133,7 +134,7 @@ class FalconTrainer(SFTTrainer):
     """SFTTrainer whose step is one global batch, whose loss weighs every target token the same.
 
     Args:
-        model: with packing enabled and a method attached; its trainable parameters are float32.
+        model: with packing enabled and a method attached.
         args: from `trainer_arguments`.
         steps: one `Share` an optimizer step.
         corpus: the tokenized documents, which TRL wants to see.
@@ -180,7 +181,7 @@ class FalconTrainer(SFTTrainer):
         frozen += [name for name, _ in model.named_buffers()]
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
         low = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
-        if low:
+        if low and method_of(model).trains_in_float32:
             raise RuntimeError(f"{low[0]} is trainable in low precision, in which small updates are lost")
 
     def get_train_dataloader(self) -> DataLoader:
@@ -259,6 +260,9 @@ class FalconTrainer(SFTTrainer):
         self.meter.pause()
         save_checkpoint(self, self.run_folder / "checkpoints")
         self.meter.resume()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        restore_adapter(self.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         restore_adapter(self.model, Path(self.state.best_model_checkpoint))

@@ -38,7 +38,10 @@ def run_folder(configuration: Configuration) -> Iterator[RunDirectory]:
 
 def _choose_folder(configuration: Configuration, *, make: bool) -> str:
     run, model = configuration.run, configuration.model
-    settings = f"{model.quantize_mode}-lora{configuration.lora.lora_r}"
+    method = configuration.method.method
+    settings = f"{model.quantize_mode}-{method}" + (
+        str(configuration.lora.lora_r) if method == "lora" else ""
+    )
     path = run_directory.choose(
         run.output_dir,
         model=model.model_name_or_path,
@@ -72,24 +75,23 @@ def check_model(configuration: Configuration) -> None:
     """
     import torch
 
+    from falcon_qlora.assembly.method import configured_method
     from falcon_qlora.kernels import fp8
-    from falcon_qlora.methods.lora import checked_targets
-    from falcon_qlora.models.falcon import lora_parameter_count
+    from falcon_qlora.methods.interface import trainable_count
     from falcon_qlora.models.load import check_mode_runs_on, resolve_compute_dtype
     from falcon_qlora.models.sizes import check_fits
 
-    settings, lora = configuration.model, configuration.lora
-    targets = checked_targets(lora.lora_target_modules)
+    settings = configuration.model
     device = distributed.local_device()
     dtype = resolve_compute_dtype(settings.compute_dtype, device)
     check_mode_runs_on(settings.quantize_mode, dtype, device)
     reason = fp8.why_not(device) if settings.compute_dtype == "fp8" else None
     if reason is not None:
         raise UserError(f"--compute_dtype fp8: {reason}. Use --compute_dtype auto.")
-    config = distributed.from_main_process(lambda: _read_config(configuration))
+    config = distributed.from_main_process(lambda: read_config(configuration))
+    trainable = trainable_count(configured_method(configuration), config)
     if device.type != "cuda":
         return
-    trainable = lora_parameter_count(config, r=lora.lora_r, target_modules=targets)
     check_fits(
         config,
         settings.quantize_mode,
@@ -99,7 +101,12 @@ def check_model(configuration: Configuration) -> None:
     )
 
 
-def _read_config(configuration: Configuration) -> Any:
+def read_config(configuration: Configuration) -> Any:
+    """The base model's configuration, without its weights.
+
+    Raises:
+        UserError: if there is no such model, or it is no classic Falcon.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HTTPError
 

@@ -18,6 +18,7 @@ from falcon_qlora.assembly.rows import TrainingData, global_batch
 from falcon_qlora.config import Configuration
 from falcon_qlora.environment import collect_environment
 from falcon_qlora.files import write_json
+from falcon_qlora.methods.interface import method_of
 from falcon_qlora.model_card import ModelCard
 from falcon_qlora.models.falcon import parameter_count
 from falcon_qlora.models.quantize import is_quantized_linear
@@ -28,6 +29,13 @@ from falcon_qlora.tracking import Trackers
 from falcon_qlora.trainer import FalconTrainer, peak_memory_gib
 
 ADAPTER_RECORD = "falcon_qlora.json"
+_OF_PREFIX = "adapter_prefix_length adapter_first_block"
+_SETTINGS = {
+    "lora": "lora_r lora_alpha lora_dropout lora_target_modules lora_slices",
+    "adapter": _OF_PREFIX,
+    "adapter_v2": _OF_PREFIX,
+    "full": "",
+}
 
 
 def write_start(
@@ -59,9 +67,10 @@ def write_start(
 def counts(model: Any) -> dict[str, int]:
     """Parameters and quantized linears of a model with an adapter; quantized weights counted unpacked."""
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    groups = [group for group in method_of(model).parameter_groups(model.config) if not group.of_base]
     return {
         "trainable_parameters": trainable,
-        "total_parameters": parameter_count(model.config) + trainable,
+        "total_parameters": parameter_count(model.config) + sum(group.count for group in groups),
         "quantized_linears": sum(is_quantized_linear(module) for module in model.modules()),
     }
 
@@ -78,7 +87,7 @@ def start_summary(
     checkpoint: str | None,
 ) -> StartSummary:
     """What the terminal shows before the first step."""
-    settings, lora, run, rows = configuration.model, configuration.lora, configuration.run, configuration.data
+    settings, run, rows = configuration.model, configuration.run, configuration.data
     device = distributed.local_device()
     counted = counts(model)
     statistics = data.statistics
@@ -95,7 +104,7 @@ def start_summary(
         model_gib=_weights_gib(configuration, model),
         kernels=_kernels(kernels),
         activations=activations.described(),
-        method=f"LoRA r {lora.lora_r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout:g}",
+        method=method_of(model).describe(),
         world_size=distributed.world_size(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         nodes=distributed.world_size() // distributed.local_world_size(),
@@ -129,16 +138,18 @@ def describe_adapter(
             "tokenizer": settings.tokenizer_name_or_path,
             "template": data.template,
             "dataset_format": data.dataset_format,
-            "method": "lora",
+            "method": configuration.method.method,
+            "lora_slices": configuration.lora.lora_slices if configuration.method.method == "lora" else None,
         },
     )
     resolved = configuration.resolved()
     shown = (
-        "quantize_mode double_quantization compute_dtype lora_r lora_alpha lora_dropout lora_target_modules "
+        f"method quantize_mode double_quantization compute_dtype {_SETTINGS[configuration.method.method]} "
         "max_length packing train_on optim learning_rate lr_scheduler_type warmup_steps max_grad_norm seed"
     ).split()
     ModelCard(
         base_model=settings.model_name_or_path,
+        method=configuration.method.method,
         base_is_random=settings.model_name_or_path.startswith("random:"),
         datasets=rows.dataset_name,
         settings={name: resolved[name] for name in shown if resolved.get(name) is not None},
@@ -186,8 +197,7 @@ def finish(
     )
     if distributed.is_main_process():
         with directory.write_folder(directory.adapter) as folder:
-            # Not the embeddings, which are never trained: PEFT would ask the hub whether they were.
-            model.save_pretrained(folder, save_embedding_layers=False)
+            method_of(model).save(model, folder)
             trainer.processing_class.save_pretrained(folder)
             describe_adapter(configuration, data, folder, asdict(summary))
         directory.write_summary(summary)

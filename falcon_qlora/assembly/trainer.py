@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 def model_with_adapter(configuration: Configuration, tokenizer: Any) -> Any:
-    """The quantized replica on this process's device, with LoRA on top, ready for packed documents."""
-    from falcon_qlora.methods.lora import attach_lora
+    """The replica on this process's device, made trainable by the method, ready for packed documents."""
+    from falcon_qlora.assembly.method import configured_method
     from falcon_qlora.models.forward import enable_packing
     from falcon_qlora.models.load import load_model
     from falcon_qlora.models.locate import open_checkpoint
     from falcon_qlora.models.tokenizer import check_vocabulary
 
-    settings, lora = configuration.model, configuration.lora
+    settings = configuration.model
     # Downloads what is missing.
     distributed.main_process_first(
         lambda: open_checkpoint(settings.model_name_or_path, revision=settings.model_revision)
@@ -44,18 +44,9 @@ def model_with_adapter(configuration: Configuration, tokenizer: Any) -> Any:
         revision=settings.model_revision,
     )
     check_vocabulary(tokenizer, model.config.vocab_size, name=settings.model_name_or_path)
-    model = attach_lora(
-        model,
-        r=lora.lora_r,
-        alpha=lora.lora_alpha,
-        dropout=lora.lora_dropout,
-        target_modules=lora.lora_target_modules,
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-        seed=configuration.run.seed,
-    )
-    enable_packing(model)
-    return model
+    trained = configured_method(configuration).attach(model, seed=configuration.run.seed)
+    enable_packing(trained)
+    return trained
 
 
 def choose_kernels(configuration: Configuration, model: Any) -> dict[str, str]:

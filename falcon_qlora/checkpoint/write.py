@@ -8,8 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from peft import set_peft_model_state_dict
-from safetensors.torch import load_file
+from falcon_qlora.methods.interface import method_of
 
 _NAME = re.compile(r"step-(\d+)$")
 
@@ -39,7 +38,7 @@ def save_checkpoint(trainer: Any, checkpoints: Path) -> Path:
         partial.mkdir(parents=True)
     trainer.accelerator.wait_for_everyone()
     if main:
-        trainer.model.save_pretrained(partial, save_embedding_layers=False)
+        method_of(trainer.model).save(trainer.model, partial)
         trainer.describe_adapter(partial)
     if not trainer.args.save_only_model:
         trainer._save_optimizer_and_scheduler(str(partial))
@@ -59,14 +58,12 @@ def save_checkpoint(trainer: Any, checkpoints: Path) -> Path:
 
 
 def restore_adapter(model: Any, folder: Path) -> None:
-    """Put a checkpoint's adapter weights into `model`.
+    """Put a checkpoint's trained weights into `model`.
 
     Raises:
-        RuntimeError: if the folder's adapter has other weights than the model's.
+        RuntimeError: if the folder's are others than the model's.
     """
-    result = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
-    if result.unexpected_keys:
-        raise RuntimeError(f"{folder} does not fit this model: {result.unexpected_keys[0]}")
+    method_of(model).restore(model, folder)
 
 
 def _save_state(trainer: Any, folder: Path) -> None:

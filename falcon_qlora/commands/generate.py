@@ -19,9 +19,6 @@ from falcon_qlora.errors import UserError
 if TYPE_CHECKING:
     from falcon_qlora.data.templates import Template, Turn
 
-# What training leaves in an adapter's folder beside PEFT's own files.
-RECORD = "falcon_qlora.json"
-
 
 @dataclass(kw_only=True)
 class GenerateArguments:
@@ -64,13 +61,13 @@ def main(argv: list[str]) -> int:
     wanted: GenerateArguments = configuration.extra
     _check(wanted)
     folder = _adapter_folder(wanted.adapter) if wanted.adapter else None
-    record = _read_record(folder) if folder else {}
     prompts = _prompts(wanted)
 
     # Only now: a wrong flag is told at once.
     from falcon_qlora.quiet import quiet_libraries
 
     quiet_libraries()
+    record = _read_record(folder, compare=wanted.compare) if folder else {}
     _template(configuration, record)  # one that is not there is told before the model is loaded
     model, tokenizer = _load(configuration, folder, record)
     template = _template(configuration, record, tokenizer.special_tokens_map)
@@ -106,12 +103,13 @@ class _Speaker:
     def answer(self, prompt: str) -> None:
         """Print the answer to one prompt as it comes."""
         from falcon_qlora.data.templates import Turn
+        from falcon_qlora.methods.interface import method_of
 
         turns = [Turn("user", prompt)]
         if not self._wanted.compare:
             self._print("", turns)
             return
-        with self._model.disable_adapter():
+        with method_of(self._model).disabled(self._model):
             self._print("base:    ", turns)
         self._print("adapter: ", turns)
 
@@ -210,20 +208,25 @@ def _prompts(wanted: GenerateArguments) -> list[str] | None:
 def _adapter_folder(name: str) -> Path:
     """The adapter's own folder: `name`, or ``adapter`` inside it where `name` is a run directory."""
     for folder in (Path(name), Path(name) / "adapter"):
-        if (folder / "adapter_config.json").is_file():
+        # The second is all that full fine-tuning leaves: a whole model, and how it was trained.
+        if any((folder / file).is_file() for file in ("adapter_config.json", "falcon_qlora.json")):
             return folder
     raise UserError(f"--adapter {name}: holds no adapter (no adapter_config.json there or in adapter/)")
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
+def _read_record(folder: Path, *, compare: bool) -> dict[str, Any]:
     """How the adapter was trained; an adapter from elsewhere names its base model alone."""
-    try:
-        adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        file = folder / RECORD
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"--adapter {folder}: its settings are not valid JSON: {error}") from None
-    record.setdefault("base_model", adapter.get("base_model_name_or_path"))
+    from falcon_qlora.methods.folder import read_record
+
+    record = read_record(folder)
+    if record["method"] == "full":
+        if compare:
+            raise UserError(
+                f"--compare: {folder} is a whole fine-tuned model without its base inside; ask "
+                f"{record.get('base_model')} by itself, as --model_name_or_path without --adapter"
+            )
+        # A whole model: what it was made from is not needed.
+        record |= {"base_model": str(folder), "tokenizer": None}
     return record
 
 
@@ -248,7 +251,7 @@ def _template(
 
 def _load(configuration: Configuration, folder: Path | None, record: dict[str, Any]) -> tuple[Any, Any]:
     """The model in evaluation mode, the adapter on it where there is one, and the tokenizer."""
-    from falcon_qlora.methods.lora import load_adapter
+    from falcon_qlora.methods.registry import load_adapter
     from falcon_qlora.models.load import load_model
     from falcon_qlora.models.tokenizer import load_tokenizer
 
@@ -273,6 +276,6 @@ def _load(configuration: Configuration, folder: Path | None, record: dict[str, A
         tokenizer_name_or_path=given("tokenizer_name_or_path", "tokenizer"),
         revision=settings.model_revision,
     )
-    if folder is not None:
+    if folder is not None and record["method"] != "full":
         return load_adapter(folder, base_model=model).eval(), tokenizer
     return model.eval(), tokenizer

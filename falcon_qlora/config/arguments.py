@@ -131,6 +131,21 @@ class DataArguments:
 
 
 @dataclass(kw_only=True)
+class MethodArguments:
+    """What is trained."""
+
+    _argument_group_name = "Method"
+
+    method: Literal["lora", "adapter", "adapter_v2", "full"] = _setting(
+        "lora",
+        "What is trained: LoRA; a prefix in attention (Adapter); that, and scales, biases and norms "
+        "(Adapter v2); every weight.",
+    )
+    adapter_prefix_length: int = _setting(10, "Adapter: rows of the prefix in each block.")
+    adapter_first_block: int = _setting(2, "Adapter: the first block that has a prefix.")
+
+
+@dataclass(kw_only=True)
 class LoraArguments:
     """The low-rank adapter."""
 
@@ -141,6 +156,11 @@ class LoraArguments:
     lora_dropout: float = _setting(0.0, "Dropout before the low-rank product.")
     lora_target_modules: list[str] | None = _setting(
         None, "Linear layers to adapt, by name; unset: all four of every block."
+    )
+    lora_slices: list[str] | None = _setting(
+        None,
+        "Adapt these slices of query_key_value, each with rank lora_r, and nothing else.",
+        choices=["query", "key", "value"],
     )
     use_rslora: bool = _setting(False, "Scale by alpha / sqrt(r) instead (rank-stabilised LoRA).")
     use_dora: bool = _setting(False, "Train magnitude and direction apart (DoRA).")
@@ -186,4 +206,4 @@ class RunArguments:
     seed: int = _setting(42, "Decides the order of the data, the adapter's start and dropout.")
 
 
-OUR_ARGUMENTS = (ModelArguments, DataArguments, LoraArguments, RunArguments)
+OUR_ARGUMENTS = (ModelArguments, DataArguments, MethodArguments, LoraArguments, RunArguments)

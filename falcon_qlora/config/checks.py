@@ -20,6 +20,8 @@ _AT_LEAST: dict[str, float] = {
     "max_length": 2,
     "lora_r": 1,
     "lora_alpha": 1,
+    "adapter_prefix_length": 1,
+    "adapter_first_block": 0,
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
@@ -52,6 +54,7 @@ def settle(values: Values, laid: Laid) -> None:
         UserError: if two settings contradict each other.
     """
     _settle_compute_dtype(values, laid)
+    _settle_method(values, laid)
     _settle_checkpointing(values, laid)
     _settle_batch(values, laid)
     _settle_packing(values, laid)
@@ -141,6 +144,33 @@ def _settle_compute_dtype(values: Values, laid: Laid) -> None:
         values["compute_dtype"] = wanted[0]
     elif "bf16" in given and not given["bf16"][0]:
         values["compute_dtype"] = "fp32"
+
+
+def _settle_method(values: Values, laid: Laid) -> None:
+    """Full fine-tuning needs an unquantized base; a flag of another method than the one trained misleads."""
+    method, of_method = values["method"], _rank(laid, "method")
+    if method == "full" and values["quantize_mode"] != "16bit":
+        if _rank(laid, "quantize_mode") >= of_method:
+            raise UserError(
+                f"{laid['quantize_mode'][1].where('quantize_mode')} is {values['quantize_mode']}, but "
+                "--method full trains every weight, and quantized weights cannot take a step: give "
+                "--quantize_mode 16bit, or train an adapter on the quantized base, such as --method lora"
+            )
+        values["quantize_mode"] = "16bit"
+    linears, slices = _rank(laid, "lora_target_modules"), _rank(laid, "lora_slices")
+    if linears > slices:
+        values["lora_slices"] = None
+    elif slices > linears:
+        values["lora_target_modules"] = None
+    of_others = {
+        "lora": ("adapter_",),
+        "adapter": ("lora_", "use_rslora", "use_dora"),
+        "adapter_v2": ("lora_", "use_rslora", "use_dora"),
+        "full": ("lora_", "use_rslora", "use_dora", "adapter_"),
+    }[method]
+    for name, (_, layer) in laid.items():
+        if layer.origin == "flag" and name.startswith(of_others):
+            raise UserError(f"--{name} does nothing with --method {method}")
 
 
 def _settle_checkpointing(values: Values, laid: Laid) -> None:

@@ -15,6 +15,7 @@ from falcon_qlora.config.arguments import (
     OUR_ARGUMENTS,
     DataArguments,
     LoraArguments,
+    MethodArguments,
     ModelArguments,
     RunArguments,
 )
@@ -40,7 +41,8 @@ class Configuration:
     Attributes:
         model: which base model, how quantized.
         data: which rows, how they become sequences. `data.packing` is the user's; TRL's own stays off.
-        lora: the adapter.
+        method: what is trained.
+        lora: the low-rank adapter, where that is the method.
         run: length, batch, seed, where it writes. Where `run.global_batch_size` is set it decides the size of
             a step, and `run.gradient_accumulation_steps` is 1.
         trainer: SFTConfig's other settings that the recipe, a file or a flag gives.
@@ -51,6 +53,7 @@ class Configuration:
 
     model: ModelArguments
     data: DataArguments
+    method: MethodArguments
     lora: LoraArguments
     run: RunArguments
     trainer: dict[str, Any]
@@ -72,7 +75,7 @@ class Configuration:
     def resolved(self) -> dict[str, Any]:
         """Every setting a re-run needs, for `config.yaml` and trackers: plain values, no secrets."""
         record: dict[str, Any] = {}
-        for group in (self.model, self.data, self.lora, self.run):
+        for group in (self.model, self.data, self.method, self.lora, self.run):
             record |= {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
         record |= self.trainer
         if self.run.global_batch_size is not None:
@@ -152,6 +155,7 @@ def _configuration(
     return Configuration(
         model=make(ModelArguments),
         data=make(DataArguments),
+        method=make(MethodArguments),
         lora=make(LoraArguments),
         run=make(RunArguments),
         trainer={name: value for name, value in values.items() if name not in ours},

@@ -17,6 +17,7 @@ COMMON = (
     "train_on",
     "max_length",
     "eval_split",
+    "method",
     "lora_r",
     "lora_alpha",
     "lora_dropout",

@@ -2,21 +2,102 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from transformers import FalconForCausalLM
+from safetensors.torch import load_file
+from transformers import FalconConfig, FalconForCausalLM
+from transformers.models.falcon.modeling_falcon import FalconAttention
 
 from falcon_qlora.errors import UserError, nearest
-from falcon_qlora.models.falcon import LINEARS
-from falcon_qlora.models.load import load_model, quantization_of
-from falcon_qlora.models.quantize import QuantizeMode
+from falcon_qlora.methods.folder import TENSORS
+from falcon_qlora.methods.interface import ParameterGroup, remember
+from falcon_qlora.methods.slices import SLICES, SlicedUp, slice_rows
+from falcon_qlora.models.falcon import LINEARS, linear_shapes, lora_parameter_count
+from falcon_qlora.models.load import quantization_of
 
-from peft import LoraConfig, PeftModel, get_peft_model  # isort: skip  # after bitsandbytes, see models/quantize.py
+# After bitsandbytes, see models/quantize.py.
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict  # isort: skip
+
+_SLICED = "query_key_value"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Train two low-rank matrices on each of some linears.
+
+    Args: those of `attach_lora`.
+
+    Raises:
+        UserError: for targets or slices that Falcon does not have, or that do not go together.
+    """
+
+    r: int = 64
+    alpha: float = 16
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] | None = None
+    slices: tuple[str, ...] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+
+    name: ClassVar[str] = "lora"
+    title: ClassVar[str] = "LoRA"
+    trains_in_float32: ClassVar[bool] = True
+    why_not_merged: ClassVar[str | None] = None
+
+    def __post_init__(self) -> None:
+        checked_targets(self.target_modules, self.slices)
+        if self.slices and (self.use_rslora or self.use_dora):
+            raise UserError("--lora_slices goes with neither --use_rslora nor --use_dora")
+
+    def describe(self) -> str:
+        where = f" on {', '.join(self.slices)}" if self.slices else ""
+        return f"LoRA r {self.r}, alpha {self.alpha:g}, dropout {self.dropout:g}{where}"
+
+    def parameter_groups(self, config: FalconConfig) -> list[ParameterGroup]:
+        targets = checked_targets(self.target_modules, self.slices)
+        if self.slices:
+            return _slice_groups(config, checked_slices(self.slices), self.r)
+        shapes = linear_shapes(config)
+        groups = [
+            ParameterGroup(
+                kind=f"LoRA on {name}", count=lora_parameter_count(config, r=self.r, target_modules=[name])
+            )
+            for name in targets
+        ]
+        if self.use_dora:
+            magnitudes = config.num_hidden_layers * sum(shapes[name][0] for name in targets)
+            groups.append(ParameterGroup(kind="DoRA magnitudes", count=magnitudes))
+        return groups
+
+    def attach(self, model: FalconForCausalLM, *, seed: int = 0) -> PeftModel:
+        return attach_lora(
+            model,
+            r=self.r,
+            alpha=self.alpha,
+            dropout=self.dropout,
+            target_modules=self.target_modules,
+            slices=self.slices,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            seed=seed,
+        )
+
+    def save(self, model: PeftModel, folder: Path) -> None:
+        # Not the embeddings, which are never trained: PEFT would ask the hub whether they were.
+        model.save_pretrained(folder, save_embedding_layers=False)
+
+    def restore(self, model: PeftModel, folder: Path) -> None:
+        result = set_peft_model_state_dict(model, load_file(folder / TENSORS))
+        if result.unexpected_keys:
+            raise RuntimeError(f"{folder} does not fit this model: {result.unexpected_keys[0]}")
+
+    def disabled(self, model: PeftModel) -> AbstractContextManager[None]:
+        return model.disable_adapter()
 
 
 def attach_lora(
@@ -25,7 +106,8 @@ def attach_lora(
     r: int = 64,
     alpha: float = 16,
     dropout: float = 0.0,
-    target_modules: list[str] | None = None,
+    target_modules: Sequence[str] | None = None,
+    slices: Sequence[str] | None = None,
     use_rslora: bool = False,
     use_dora: bool = False,
     seed: int = 0,
@@ -39,19 +121,35 @@ def attach_lora(
         dropout: probability of dropping an input of the low-rank product.
         target_modules: of ``query_key_value``, ``dense``, ``dense_h_to_4h``, ``dense_4h_to_h``; all where
             None.
+        slices: of ``query``, ``key``, ``value``: train rank `r` on each of these slices of
+            ``query_key_value``, and nothing else.
         use_rslora: scale by the root of the rank.
         use_dora: train magnitudes and directions apart.
         seed: of the random matrices, the same on every process.
 
     Returns:
         The model inside PEFT's wrapper, in training mode.
+
+    Raises:
+        UserError: for targets or slices that Falcon does not have, or that do not go together.
     """
-    config = LoraConfig(
+    method = Lora(
         r=r,
-        lora_alpha=alpha,  # type: ignore[arg-type]
+        alpha=alpha,
+        dropout=dropout,
+        target_modules=tuple(target_modules) if target_modules else None,
+        slices=checked_slices(slices) if slices else None,
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+    )
+    # Slices of rank r are one adapter of their joint rank, whose scale is still alpha / r.
+    parts = len(method.slices or ()) or 1
+    config = LoraConfig(
+        r=parts * r,
+        lora_alpha=parts * alpha,  # type: ignore[arg-type]
         lora_dropout=dropout,
         bias="none",
-        target_modules=checked_targets(target_modules),
+        target_modules=checked_targets(target_modules, slices),
         use_rslora=use_rslora,
         use_dora=use_dora,
         task_type="CAUSAL_LM",
@@ -60,66 +158,59 @@ def attach_lora(
     with _told_quantized(model), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         peft_model = get_peft_model(model, config)
+    if method.slices:
+        _train_slices(peft_model, method.slices, r)
     _train_in_float32(peft_model)
+    remember(peft_model, method)
     return peft_model.train()
 
 
-def load_adapter(
-    path: str | Path,
-    *,
-    base_model: FalconForCausalLM | str | None = None,
-    quantize_mode: QuantizeMode = "4bit",
-    device: torch.device | str | None = None,
-    compute_dtype: torch.dtype | str = "auto",
-    double_quantization: bool = True,
-    revision: str | None = None,
-    trainable: bool = False,
+def open_lora(
+    model: FalconForCausalLM, folder: Path, *, slices: list[str] | None, trainable: bool
 ) -> PeftModel:
-    """Open a saved adapter on its base model, which is loaded quantized.
+    """Put a saved adapter on its base.
 
     Args:
-        path: the adapter's folder.
-        base_model: a loaded model, or the name of one; the one that the adapter names where None.
-        quantize_mode: how to load the base, see `load_model`; so too the next four.
-        device: where to load it.
-        compute_dtype: its compute dtype.
-        double_quantization: whether NF4's scales are quantized too.
-        revision: of a base on the hub.
+        model: from `load_model`.
+        folder: the adapter's.
+        slices: of the fused projection, where only they were trained.
         trainable: to train on; else for inference.
-
-    Raises:
-        UserError: if the folder holds no adapter, or names a base that cannot be loaded.
     """
-    path = Path(path)
-    settings = _read_adapter_config(path)
-    if base_model is None:
-        base_model = settings.get("base_model_name_or_path")
-        if not base_model:
-            raise UserError(
-                f"{path}/adapter_config.json names no base model. Name it with --model_name_or_path."
-            )
-    if isinstance(base_model, str):
-        base_model = load_model(
-            base_model,
-            quantize_mode=quantize_mode,
-            device=device,
-            compute_dtype=compute_dtype,
-            double_quantization=double_quantization,
-            revision=revision,
-        )
-    with _told_quantized(base_model):
-        peft_model = PeftModel.from_pretrained(base_model, str(path), is_trainable=trainable)
+    with _told_quantized(model):
+        peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    config = peft_model.peft_config["default"]
+    targets = tuple(sorted(config.target_modules))
+    parts = len(slices or ()) or 1
+    method = Lora(
+        r=config.r // parts,
+        alpha=config.lora_alpha / parts,
+        dropout=config.lora_dropout,
+        target_modules=targets,
+        slices=checked_slices(slices) if slices else None,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+    )
+    if slices and trainable:
+        _train_slices(peft_model, method.slices or (), method.r)
+        method.restore(peft_model, folder)
     _train_in_float32(peft_model)
+    remember(peft_model, method)
     return peft_model.train(trainable)
 
 
-def checked_targets(target_modules: list[str] | None) -> list[str]:
+def checked_targets(target_modules: Sequence[str] | None, slices: Sequence[str] | None = None) -> list[str]:
     """The linears that `target_modules` names, by the last part of their name; all four for None.
 
     Raises:
-        UserError: for a name that Falcon's blocks do not have.
+        UserError: for a name that Falcon's blocks do not have, or another than that of the sliced projection.
     """
-    if not target_modules or target_modules == ["all-linear"]:
+    if slices:
+        if list(target_modules or [_SLICED]) != [_SLICED]:
+            raise UserError(
+                f"--lora_slices trains slices of {_SLICED} alone: leave out --lora_target_modules"
+            )
+        return [_SLICED]
+    if not target_modules or list(target_modules) == ["all-linear"]:
         return list(LINEARS)
     for name in target_modules:
         if name not in LINEARS:
@@ -128,6 +219,36 @@ def checked_targets(target_modules: list[str] | None) -> list[str]:
                 f"They have {', '.join(LINEARS)}."
             )
     return list(target_modules)
+
+
+def checked_slices(slices: Sequence[str]) -> tuple[str, ...]:
+    """The slices by their names, in the projection's own order.
+
+    Raises:
+        UserError: for a name that is none.
+    """
+    for name in slices:
+        if name not in SLICES:
+            raise UserError(f"lora_slices: {name!r} is not one of {', '.join(SLICES)}{nearest(name, SLICES)}")
+    return tuple(name for name in SLICES if name in slices)
+
+
+def _slice_groups(config: FalconConfig, slices: tuple[str, ...], r: int) -> list[ParameterGroup]:
+    fused, hidden = linear_shapes(config)["query_key_value"]
+    rows = {"query": hidden, "key": (fused - hidden) // 2, "value": (fused - hidden) // 2}
+    blocks = config.num_hidden_layers
+    return [
+        ParameterGroup(kind=f"LoRA on {name}", count=blocks * r * (hidden + rows[name])) for name in slices
+    ]
+
+
+def _train_slices(peft_model: PeftModel, slices: tuple[str, ...], r: int) -> None:
+    """Replace the second matrices by their blocks for `slices`."""
+    for attention in peft_model.modules():
+        if isinstance(attention, FalconAttention):
+            rows = slice_rows(attention)
+            layer = attention.query_key_value
+            layer.lora_B["default"] = SlicedUp({name: rows[name] for name in slices}, layer.out_features, r)
 
 
 @contextmanager
@@ -154,12 +275,3 @@ def _train_in_float32(peft_model: PeftModel) -> None:
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-
-
-def _read_adapter_config(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} holds no adapter (no adapter_config.json).") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}/adapter_config.json is not valid JSON: {error}") from None

@@ -196,12 +196,22 @@ def head_count(config: FalconConfig) -> int:
     return 1 if config.tie_word_embeddings else 2
 
 
+def base_parameter_kinds(config: FalconConfig) -> dict[str, int]:
+    """Parameters by kind; no output head where it is tied to the embedding."""
+    blocks, shapes = config.num_hidden_layers, linear_shapes(config)
+    kinds = {name: blocks * out * into for name, (out, into) in shapes.items()}
+    if config.bias:
+        kinds["biases"] = blocks * sum(out for out, _ in shapes.values())
+    kinds["norms"] = 2 * config.hidden_size * (blocks * norms_per_block(config) + 1)
+    kinds["embedding"] = config.vocab_size * config.hidden_size
+    if head_count(config) == 2:
+        kinds["output head"] = kinds["embedding"]
+    return kinds
+
+
 def parameter_count(config: FalconConfig) -> int:
     """All parameters, a head tied to the embedding counted once."""
-    biases = sum(out for out, _ in linear_shapes(config).values()) if config.bias else 0
-    norms = 2 * config.hidden_size * (config.num_hidden_layers * norms_per_block(config) + 1)
-    embeddings = head_count(config) * config.vocab_size * config.hidden_size
-    return linear_parameter_count(config) + config.num_hidden_layers * biases + norms + embeddings
+    return sum(base_parameter_kinds(config).values())
 
 
 def flops_per_token(config: FalconConfig, sequence_length: int = 0) -> int:

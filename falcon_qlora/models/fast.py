@@ -30,7 +30,9 @@ from falcon_qlora.kernels.gelu_products import GeluProducts, gelu_products
 from falcon_qlora.kernels.offload import Offload
 from falcon_qlora.models.attention import Sequences
 from falcon_qlora.models.fast_attention import AttentionKernel, PackedAttention, choose_attention
+from falcon_qlora.models.prefix import prefix_of
 from falcon_qlora.models.quantize import QuantizeMode, bnb
+from falcon_qlora.models.scaled import scale_and_bias_of
 
 from peft.tuners.lora import LoraLayer  # isort: skip  # after bitsandbytes, see models/quantize.py
 
@@ -261,7 +263,7 @@ def block_facts(block: FalconDecoderLayer, dtype: torch.dtype) -> BlockFacts:
     config = block.config
     linears = _linears(block)
     of_lora = {id(p) for linear in linears if isinstance(linear, LoraLayer) for p in _matrices(linear)}
-    dropouts, unknown = [0.0], None
+    dropouts, unknown = [0.0], _more_than_lora(block)
     for linear in linears:
         try:
             active = _active_adapter(linear)
@@ -290,6 +292,15 @@ def block_facts(block: FalconDecoderLayer, dtype: torch.dtype) -> BlockFacts:
         lora_dropout=max(dropouts),
         lora_unknown=unknown,
     )
+
+
+def _more_than_lora(block: FalconDecoderLayer) -> str | None:
+    """What acts in a block beside LoRA, trainable or not."""
+    if any(scale_and_bias_of(_base(linear)) is not None for linear in _linears(block)):
+        return "scales and biases on the linears (Adapter v2)"
+    if prefix_of(block.self_attention) is not None:
+        return "attention looks at a learned prefix (Adapter)"
+    return None
 
 
 class _UnknownAdapter(Exception):

@@ -15,8 +15,8 @@ from transformers import FalconForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.falcon.modeling_falcon import FalconAttention
 
-from falcon_qlora.kernels.cross_entropy import chunked_cross_entropy
 from falcon_qlora.models.attention import Sequences, alibi_bias, packed_attention_forward
+from falcon_qlora.models.scaled import head_loss
 
 _BEFORE = "_forward_before_packing"
 
@@ -109,7 +109,7 @@ def _model_forward(
         return CausalLMOutput(logits=self.lm_head(self.transformer.ln_f(hidden)))
     assert target_positions is not None
     hidden = self.transformer.ln_f(hidden[0].index_select(0, target_positions))
-    return CausalLMOutput(loss=chunked_cross_entropy(hidden, self.lm_head.weight, targets))
+    return CausalLMOutput(loss=head_loss(hidden, self.lm_head, targets))
 
 
 def _refuse_what_packing_cannot_do(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

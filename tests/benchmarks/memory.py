@@ -33,23 +33,21 @@ import bitsandbytes
 import torch
 from torch import Tensor
 
+from falcon_qlora.bench.devices import synchronize
+from falcon_qlora.bench.rows import made_up
+from falcon_qlora.bench.runners import Settings, adapted
+from falcon_qlora.bench.variants import VARIANTS
+from falcon_qlora.data.batches import MicroBatch, collate
 from falcon_qlora.memory import Step
 from falcon_qlora.models.activations import Checkpointing, set_checkpointing
 from falcon_qlora.models.falcon import parameter_count
 from falcon_qlora.models.fast import apply_fast_path
+from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.load import load_model
-from tests.benchmarks.fast_path import (
-    DOCUMENT,
-    GB,
-    batch,
-    count_waits,
-    distances,
-    gradients_of,
-    print_machine,
-    synchronize,
-    with_lora,
-)
+from falcon_qlora.step import sum_of_losses
+from tests.benchmarks.fast_path import DOCUMENT, count_waits, distances
 
+GB = 1e9
 ON_GPU = torch.cuda.is_available()
 
 
@@ -71,18 +69,26 @@ def variants(within: float) -> list[Variant]:
     return rows
 
 
-def stepper(model: Any, arguments: dict[str, Any], paged: bool) -> Callable[[], Tensor]:
+def batch(model: Any, tokens: int) -> MicroBatch:
+    documents = made_up(tokens // DOCUMENT, DOCUMENT, model.config.vocab_size, seed=0)
+    ids, masks = [each[0] for each in documents], [each[1] for each in documents]
+    return collate(ids, masks, pad_to=None).to(model.device)
+
+
+def mean_loss(model: Any, inputs: MicroBatch) -> Tensor:
+    with torch.autocast(model.device.type, torch.bfloat16):
+        return sum_of_losses(model, inputs) / len(inputs.targets)
+
+
+def stepper(model: Any, inputs: MicroBatch, paged: bool) -> Callable[[], Tensor]:
     parameters = [p for p in model.parameters() if p.requires_grad]
-    device = parameters[0].device
     if paged:
         optimizer: Any = bitsandbytes.optim.PagedAdamW8bit(parameters, lr=1e-5)
     else:
         optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=ON_GPU)
-    count = len(arguments["targets"])
 
     def step() -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = model(**arguments).loss / count
+        loss = mean_loss(model, inputs)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -96,7 +102,7 @@ def start_afresh() -> float:
     gc.collect()
     if not ON_GPU:
         return 0.0
-    synchronize()
+    torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     return torch.cuda.memory_allocated() / GB
@@ -119,14 +125,14 @@ def measure(model: Any, variant: Variant, tokens: int, r: int, timed: int) -> di
         else one.choose(int(variant.within - held * GB))
     )
     set_checkpointing(model, blocks)
-    step = stepper(model, batch(tokens, model.config.vocab_size, model.device), variant.paged)
+    step = stepper(model, batch(model, tokens), variant.paged)
     step()
     step()
-    synchronize()
+    synchronize(model.device)
     started = time.perf_counter()
     for _ in range(timed):
         loss = step()
-    synchronize()
+    synchronize(model.device)
     seconds = (time.perf_counter() - started) / timed
     return {
         "seconds": seconds,
@@ -211,13 +217,16 @@ def record(
 
 def compare(model: Any, tokens: int) -> None:
     """Whether what is kept changes a gradient."""
-    arguments = batch(tokens, model.config.vocab_size, model.device)
+    inputs = batch(model, tokens)
     expected = None
     print("\n| setting | loss | gradients, largest relative distance from none's |\n|---|---|---|")
     for variant in variants(0)[:4]:
         assert variant.checkpointing is not None
         set_checkpointing(model, [variant.checkpointing] * model.config.num_hidden_layers)
-        loss, found = gradients_of(model, arguments)
+        loss = mean_loss(model, inputs)
+        loss.backward()
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
         expected = expected or found
         print(f"| {variant.name} | {loss:.6f} | {max(distances(found, expected).values()):.1e} |", flush=True)
 
@@ -225,15 +234,15 @@ def compare(model: Any, tokens: int) -> None:
 def profile(model: Any, tokens: int, folder: Path) -> None:
     """One offloading step: how much of the copies' time lies under kernels, and what waits."""
     set_checkpointing(model, ["offload"] * model.config.num_hidden_layers)
-    step = stepper(model, batch(tokens, model.config.vocab_size, model.device), False)
+    step = stepper(model, batch(model, tokens), False)
     step()
     step()
-    synchronize()
+    synchronize(model.device)
     waits = count_waits(step)
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as recorded:
         step()
-        synchronize()
+        synchronize(model.device)
     on_device = torch.autograd.DeviceType.CUDA
     events = [event for event in recorded.events() if event.device_type == on_device]
     copies = {way: [e for e in events if f"Memcpy {way}" in e.name] for way in ("DtoH", "HtoD")}
@@ -279,15 +288,15 @@ def main() -> None:
     arguments.folder = Path(os.environ.get("OUT", "."))
     warnings.simplefilter("ignore", FutureWarning)  # of Transformers, about its own names
     device = torch.device("cuda" if ON_GPU else "cpu")
-    print_machine(device)
     if ON_GPU:
         torch.empty(1, device=device)
         print(f"- allocator: {torch.cuda.memory._snapshot()['allocator_settings']}")
     for place, (label, within) in enumerate(zip(arguments.models, arguments.within_gb, strict=True)):
         started = time.perf_counter()
-        model = with_lora(
-            load_model(label, quantize_mode="4bit", device=device, compute_dtype="bf16"), arguments.r
-        )
+        base = load_model(label, quantize_mode="4bit", device=device, compute_dtype="bf16")
+        model = adapted(base, VARIANTS["ours"], Settings(r=arguments.r))
+        enable_packing(model)
+        del base
         print(f"\n- {label} loaded in {time.perf_counter() - started:.0f} s; {start_afresh():.2f} GB")
         print(f"- {next(iter(apply_fast_path(model).values()))}")
         if place == 0:
@@ -296,7 +305,6 @@ def main() -> None:
         if place == 0:
             profile(model, arguments.tokens, arguments.folder)
         del model
-    print_machine(device)
 
 
 if __name__ == "__main__":

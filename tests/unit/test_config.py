@@ -87,6 +87,54 @@ class TestRecipes:
         expected = self.LAMBDA | {"model_name_or_path": model, "quantize_mode": mode, "recipe": recipe}
         assert {name: settings[name] for name in expected} == expected
 
+    LIT = {
+        "model_name_or_path": "tiiuae/falcon-7b",
+        "quantize_mode": "16bit",
+        "compute_dtype": "bf16",
+        "dataset_name": ["yahma/alpaca-cleaned"],
+        "dataset_format": "alpaca",
+        "template": "alpaca",
+        "train_on": "all",
+        "append_end_token": True,
+        "max_length": 256,
+        "overlong": "truncate",
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant_with_warmup",
+    }
+
+    @pytest.mark.parametrize(
+        ("recipe", "method"),
+        [
+            ("lit-adapter", {"method": "adapter", "learning_rate": 9e-3, "weight_decay": 0.02}),
+            ("lit-adapter-v2", {"method": "adapter_v2", "weight_decay": 0.02}),
+            (
+                "lit-lora",
+                {"method": "lora", "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.05}
+                | {"lora_slices": ["query", "value"], "learning_rate": 3e-4, "weight_decay": 0.01},
+            ),
+            ("lit-full", {"method": "full", "weight_decay": 0.02}),
+        ],
+    )
+    def test_lit_recipes_are_the_comparison_but_for_what_they_say(
+        self, recipe: str, method: dict[str, object]
+    ) -> None:
+        settings = resolved("--recipe", recipe)
+        expected = self.LIT | method
+        assert {name: settings[name] for name in expected} == expected
+        assert round(float(settings["eval_split"]) * 51_760) == 2_000
+        prefix = (settings["adapter_prefix_length"], settings["adapter_first_block"])
+        assert prefix == (10, 2)
+
+    def test_full_takes_an_unquantized_base_unless_another_is_asked_for(self) -> None:
+        assert resolved("--method", "full")["quantize_mode"] == "16bit"
+        assert resolved("--recipe", "lambda-7b-4bit", "--method", "full")["quantize_mode"] == "16bit"
+
+    def test_slices_and_linears_unseat_each_other(self) -> None:
+        settings = resolved("--recipe", "lit-lora", "--lora_target_modules", "dense")
+        assert (settings["lora_slices"], settings["lora_target_modules"]) == (None, ["dense"])
+        settings = resolved("--recipe", "lambda-7b-4bit", "--lora_slices", "value")
+        assert (settings["lora_slices"], settings["lora_target_modules"]) == (["value"], None)
+
     def test_guide_command_line_alone_gives_its_model_steps_and_batch(self) -> None:
         settings = resolved(
             "-m", "tiiuae/falcon-40b", "-q", "8bit", "-s", "7", "-b", "3", "--dataset_name", "x"

@@ -44,7 +44,7 @@ def adapter(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.save_pretrained(folder, save_embedding_layers=False)
     record = {"base_model": "tiny", "quantize_mode": "4bit", "double_quantization": True}
     record |= {"tokenizer": None, "template": "auto", "dataset_format": "alpaca", "method": "lora"}
-    (folder / generate.RECORD).write_text(json.dumps(record))
+    (folder / "falcon_qlora.json").write_text(json.dumps(record))
     return folder
 
 

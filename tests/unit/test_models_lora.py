@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from falcon_qlora.errors import UserError
-from falcon_qlora.methods.lora import attach_lora, load_adapter
+from falcon_qlora.methods.lora import attach_lora
+from falcon_qlora.methods.registry import load_adapter
 from falcon_qlora.models.falcon import LINEARS, linear_shapes
 from tests.layouts import LAYOUTS, MODES, documents, plain_float32, tiny_model
 

@@ -1,0 +1,78 @@
+"""Full fine-tuning: every weight of a base that is not quantized.
+
+The weights are trained in the dtype in which they are loaded: bfloat16 on most GPUs, where a step much
+smaller than a weight is lost in rounding; float32 loses none and takes twice the memory.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from safetensors.torch import load_file
+from transformers import FalconConfig, FalconForCausalLM
+
+from falcon_qlora.errors import UserError
+from falcon_qlora.files import write_json
+from falcon_qlora.methods.folder import RECORD
+from falcon_qlora.methods.interface import ParameterGroup, remember
+from falcon_qlora.models.falcon import base_parameter_kinds
+from falcon_qlora.models.load import quantization_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full:
+    """Train everything."""
+
+    name: ClassVar[str] = "full"
+    title: ClassVar[str] = "Full fine-tuning"
+    trains_in_float32: ClassVar[bool] = False
+    why_not_merged: ClassVar[str | None] = "there is nothing apart: what is saved is a whole model already"
+
+    def describe(self) -> str:
+        return "full: every weight"
+
+    def parameter_groups(self, config: FalconConfig) -> list[ParameterGroup]:
+        kinds = base_parameter_kinds(config)
+        return [ParameterGroup(kind=kind, count=count, of_base=True) for kind, count in kinds.items()]
+
+    def attach(self, model: FalconForCausalLM, *, seed: int = 0) -> FalconForCausalLM:
+        mode = quantization_of(model)
+        if mode != "16bit":
+            raise UserError(
+                f"--method full trains every weight, and weights stored in {mode} cannot take a step: give "
+                "--quantize_mode 16bit, or train an adapter on the quantized base with --method lora"
+            )
+        if model.dtype == torch.float16:
+            raise UserError(
+                "--method full does not train in fp16, where gradients overflow: give --compute_dtype bf16 "
+                "or fp32"
+            )
+        if model.device.type == "cpu":
+            # Transformers takes a model that is on the CPU by this map for one that did not fit a GPU.
+            vars(model).pop("hf_device_map", None)
+        model.requires_grad_(True)
+        remember(model, self)
+        return model.train()
+
+    def save(self, model: FalconForCausalLM, folder: Path) -> None:
+        model.save_pretrained(folder)
+        write_json(folder / RECORD, {"method": self.name, "base_model": model.name_or_path})
+
+    def restore(self, model: FalconForCausalLM, folder: Path) -> None:
+        missing = set(model.state_dict())
+        for file in sorted(folder.glob("model*.safetensors")):
+            tensors = load_file(file)
+            if unexpected := model.load_state_dict(tensors, strict=False).unexpected_keys:
+                raise RuntimeError(f"{folder} does not fit this model: {unexpected[0]}")
+            missing -= tensors.keys()
+        if model.config.tie_word_embeddings:
+            missing.discard("lm_head.weight")
+        if missing:
+            raise RuntimeError(f"{folder} does not fit this model: {min(missing)} is not there")
+
+    def disabled(self, model: FalconForCausalLM) -> AbstractContextManager[None]:
+        raise UserError("the base's weights are gone where all were trained: ask the base model by itself")

@@ -1,0 +1,142 @@
+"""A learned prefix that a Falcon block's attention also looks at, gated per head (LLaMA-Adapter).
+
+Shapes: T tokens (of all rows or documents), P prefix rows, Q query heads, K key/value heads, D head size.
+
+The prefix goes through the block's own fused projection without a norm; its keys are not rotated. Every token
+attends to all P rows in a softmax of their own, whatever its place in its document, so packed documents,
+padded batches and a single token behind a cache are the same to it. What it reads, times a gate per head, is
+added to the attention's output before the output projection.
+
+The prefix hangs on the modules that every way through the block calls (the fused projection, the output
+projection): the packed forward and Transformers' own need not know of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import FalconForCausalLM
+from transformers.models.falcon.modeling_falcon import FalconAttention, rotate_half
+
+from falcon_qlora.models.attention import _one_for_each_query_head, split_heads
+
+_NAME = "prefix_attention"
+
+
+class PrefixAttention(nn.Module):
+    """The trainable parameters of one block, and what they add.
+
+    Args:
+        rows: float32 ``[P, hidden]``, the prefix's start.
+        heads: Q.
+
+    Attributes:
+        prefix: float32 ``[P, hidden]``.
+        gate: float32 ``[Q]``, zero at the start: nothing is added then.
+        enabled: whether anything is added.
+    """
+
+    def __init__(self, rows: Tensor, heads: int):
+        super().__init__()
+        self.prefix = nn.Parameter(rows)
+        self.gate = nn.Parameter(torch.zeros(heads, device=rows.device))
+        self.enabled = True
+        # Of the call that runs.
+        self._rotation: tuple[Tensor, Tensor] | None = None
+        self._query: Tensor | None = None
+        self._projecting = False
+
+    def forward(self, attention_output: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Add what the queries read from the prefix.
+
+        Args:
+            attention_output: ``[T, Q, D]``.
+            query: ``[T, Q, D]``, rotated where the layout rotates.
+            key: ``[P, K, D]``, of the prefix.
+            value: ``[P, K, D]``, of the prefix.
+
+        Returns:
+            ``[T, Q, D]``, in the dtype of `attention_output`.
+        """
+        heads = query.shape[1]
+        key, value = _one_for_each_query_head(key, heads), _one_for_each_query_head(value, heads)
+        query, key, value = (each.transpose(0, 1)[None] for each in (query, key, value))
+        read = F.scaled_dot_product_attention(query, key, value)[0].transpose(0, 1)
+        # In float32 and rounded once: a gate rounded to bfloat16 would move in steps.
+        with torch.autocast(read.device.type, enabled=False):
+            added = torch.addcmul(attention_output, read, self.gate[:, None])
+        return added.to(attention_output.dtype)
+
+    def _begin(self, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._rotation = None if kwargs.get("alibi") is not None else kwargs["position_embeddings"]
+
+    def _keep_query(self, linear: nn.Module, args: tuple[Any, ...], fused: Tensor) -> None:
+        if self.enabled and not self._projecting:
+            self._query = fused
+
+    def _add(self, dense: nn.Module, args: tuple[Tensor, ...], attention: Any) -> tuple[Tensor, ...] | None:
+        if self._query is None:
+            return None
+        fused, self._query = self._query, None
+        query = split_heads(fused.flatten(0, 1), attention)[0]
+        if self._rotation is not None:
+            shape = (*fused.shape[:2], attention.head_dim)
+            cosine, sine = (each.expand(shape).reshape(-1, 1, shape[-1]) for each in self._rotation)
+            query = query * cosine + rotate_half(query) * sine
+            self._rotation = None
+        key, value = self._keys_and_values(attention, fused.dtype)
+        output = args[0]
+        together = self(output.reshape(query.shape), query.to(output.dtype), *_in(output.dtype, key, value))
+        return (together.reshape(output.shape),)
+
+    def _keys_and_values(self, attention: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        # Anew in every call: kept from one without gradients, they would leave the prefix without any.
+        self._projecting = True
+        try:
+            fused = attention.query_key_value(self.prefix.to(dtype)[None])[0]
+        finally:
+            self._projecting = False
+        return split_heads(fused, attention)[1:]
+
+
+class _AddPrefix:
+    """The hook on the output projection, which also needs the attention that it belongs to."""
+
+    def __init__(self, prefix: PrefixAttention, attention: FalconAttention):
+        self._prefix = prefix
+        self._attention = attention
+
+    def __call__(self, dense: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        return self._prefix._add(dense, args, self._attention)
+
+
+def add_prefix(attention: FalconAttention, rows: Tensor) -> PrefixAttention:
+    """Let a block's attention look at a prefix.
+
+    Args:
+        attention: of a block whose linears are as they will stay.
+        rows: float32 ``[P, hidden]``, the prefix's start, on the attention's device.
+    """
+    prefix = PrefixAttention(rows, attention.num_heads)
+    setattr(attention, _NAME, prefix)
+    attention.register_forward_pre_hook(prefix._begin, with_kwargs=True)
+    attention.query_key_value.register_forward_hook(prefix._keep_query)
+    attention.dense.register_forward_pre_hook(_AddPrefix(prefix, attention))
+    return prefix
+
+
+def prefix_of(attention: nn.Module) -> PrefixAttention | None:
+    """The prefix that an attention looks at, or None."""
+    return getattr(attention, _NAME, None)
+
+
+def prefixes(model: FalconForCausalLM) -> list[PrefixAttention]:
+    """Those of a model's blocks, in order."""
+    return [module for module in model.modules() if isinstance(module, PrefixAttention)]
+
+
+def _in(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.to(dtype) for tensor in tensors)

@@ -1,0 +1,91 @@
+"""Linears scaled and shifted by learned vectors (LLaMA-Adapter v2): ``scale * (Wx + b + bias)``.
+
+The vectors hang on the linear that they belong to, which stays what it is: quantized, tied, and known by its
+name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from falcon_qlora.kernels.cross_entropy import DEFAULT_CHUNK_TOKENS, chunked_cross_entropy
+
+_NAME = "scale_and_bias"
+
+
+class ScaleAndBias(nn.Module):
+    """The trainable vectors of one linear.
+
+    Args:
+        features: outputs of the linear.
+        device: of the linear.
+
+    Attributes:
+        scale: float32 ``[features]``, one at the start.
+        bias: float32 ``[features]``, zero at the start.
+        enabled: whether they act.
+    """
+
+    def __init__(self, features: int, device: torch.device):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(features, device=device))
+        self.bias = nn.Parameter(torch.zeros(features, device=device))
+        self.enabled = True
+
+    def forward(self, output: Tensor) -> Tensor:
+        """Scale and shift a linear's output ``[..., features]``, in its dtype."""
+        if not self.enabled:
+            return output
+        # In float32 and rounded once; the output itself is kept for the backward pass as it is.
+        with torch.autocast(output.device.type, enabled=False):
+            return torch.addcmul(self.scale * self.bias, output, self.scale).to(output.dtype)
+
+    def _on_output(self, linear: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return self(output)
+
+
+def add_scale_and_bias(linear: nn.Linear) -> ScaleAndBias:
+    """Let learned vectors scale and shift what `linear` computes."""
+    vectors = ScaleAndBias(linear.out_features, linear.weight.device)
+    setattr(linear, _NAME, vectors)
+    linear.register_forward_hook(vectors._on_output)
+    return vectors
+
+
+def scale_and_bias_of(linear: nn.Module) -> ScaleAndBias | None:
+    """The vectors that act on a linear's output, or None."""
+    return getattr(linear, _NAME, None)
+
+
+def head_loss(
+    hidden: Tensor, head: Any, targets: Tensor, *, chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+) -> Tensor:
+    """Sum of the cross entropies of `targets` under the head's logits, few of which exist at a time.
+
+    Args:
+        hidden: ``[N, H]``; N may be 0.
+        head: the model's output head, with or without learned vectors.
+        targets: int64 ``[N]``.
+        chunk_tokens: how many rows of logits exist at a time.
+
+    Returns:
+        float32 scalar.
+    """
+    if scale_and_bias_of(head) is None:
+        return chunked_cross_entropy(hidden, head.weight, targets, chunk_tokens=chunk_tokens)
+
+    def of_chunk(hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = head(hidden).float()
+        with torch.autocast(logits.device.type, enabled=False):
+            return F.cross_entropy(logits, targets, reduction="sum")
+
+    loss = hidden.new_zeros((), dtype=torch.float32)
+    for rows, wanted in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
+        # The logits are computed again in the backward pass.
+        loss = loss + checkpoint(of_chunk, rows, wanted, use_reentrant=False)
+    return loss

@@ -1,0 +1,116 @@
+"""Every method through the real command: it learns, is saved, resumes and answers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import falcon_qlora
+from falcon_qlora.commands import generate, params
+from falcon_qlora.errors import UserError
+from falcon_qlora.sample_data import path as sample_rows
+from tests.integration.runs import command, metrics, summary, train
+from tests.integration.test_adapter import fine_tune
+
+# Two processes and a quantized base where the method has them.
+RUNS = {
+    "lora": ["--lora_slices", "query", "value", "-q", "8bit", "--lora_r", "8", "--learning_rate", "2e-2"],
+    "adapter": ["-q", "4bit", "--gpus", "2", "--learning_rate", "1e-1"],
+    "adapter_v2": ["-q", "4bit", "--gpus", "2", "--learning_rate", "1e-2"],
+    "full": ["--learning_rate", "2e-4"],
+}
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param("lora", marks=pytest.mark.slow), "adapter", "adapter_v2", "full"]
+)
+def test_it_learns_and_its_folder_answers(
+    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["-m", "tiny", "--method", method, *RUNS[method]]
+    settings = "--max_length 64 --global_batch_size 8 -b 4 --steps 8 --eval_steps 4 --save_strategy no"
+    settings += (
+        f" --load_best_model_at_end false --eval_split 0.05 --max_rows 160 --dataset_name {sample_rows()}"
+    )
+    lines = train(tmp_path / "run", *flags, *settings.split())
+    losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert len(losses) == 2
+    assert losses[-1] < 0.9 * losses[0]
+    record = summary(tmp_path / "run")
+    assert record["world_size"] == (2 if "--gpus" in flags else 1)
+    assert params.main([*flags, *settings.split()]) == 0
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told == f"trainable_parameters={record['trainable_parameters']}"
+
+    folder = tmp_path / "run" / "adapter"
+    about = json.loads((folder / "falcon_qlora.json").read_text())
+    assert (about["method"], about["base_model"]) == (method, "tiny")
+    assert (folder / "adapter_config.json").is_file() == (method != "full")
+    assert method in (folder / "README.md").read_text()
+    asked = ["--adapter", str(tmp_path / "run"), "--prompt", "What is the opposite of cold?"]
+    assert generate.main([*asked, "--max_new_tokens", "8"]) == 0
+    answer = capsys.readouterr().out.strip()
+    assert answer
+    if method == "full":
+        with pytest.raises(UserError, match="without its base"):
+            generate.main([*asked, "--compare"])
+        return
+    assert generate.main([*asked, "--max_new_tokens", "8", "--compare"]) == 0
+    of_base, of_adapter = capsys.readouterr().out.split("base:")[1].split("adapter:")
+    assert of_adapter.strip() == answer
+    assert of_base.strip() != answer
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lora_slices": ["query", "value"], "lora_r": 4, "quantize_mode": "4bit"},
+        {"method": "adapter_v2", "quantize_mode": "4bit"},
+        {"method": "full"},
+    ],
+)
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, settings: dict[str, object]) -> None:
+    settings = {"max_steps": 4, "save_steps": 2, "logging_steps": 1, **settings}
+    whole = fine_tune(tmp_path, **settings)
+    stopped = fine_tune(tmp_path, **settings, output_dir=tmp_path / "stopped")
+    shutil.rmtree(stopped / "checkpoints" / "step-4")
+    shutil.rmtree(stopped / "adapter")
+    resumed = fine_tune(tmp_path, **settings, output_dir=stopped, resume="latest")
+    expected, lines = (
+        [(line["loss"], line["grad_norm"]) for line in metrics(run)] for run in (whole, resumed)
+    )
+    assert lines == expected
+    file = "model.safetensors" if settings.get("method") == "full" else "adapter_model.safetensors"
+    first, second = (load_file(run / "adapter" / file) for run in (whole, resumed))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["adapter_v2", "full"])
+def test_two_processes_give_the_losses_of_one(method: str, tmp_path: Path) -> None:
+    settings = (
+        "-m tiny -q 16bit --compute_dtype fp32 --max_length 128 --logging_steps 1 --steps 10 --optim sgd"
+    )
+    settings += " --learning_rate 0.1 --max_grad_norm 1.0 --warmup_steps 0 --save_strategy no"
+    settings += f" --global_batch_size 8 --method {method} --dataset_name {sample_rows()} --max_rows 200"
+    alone = train(tmp_path / "alone", *settings.split(), "-b", "4")
+    pair = train(tmp_path / "pair", *settings.split(), "-b", "1", gpus=2)
+    for one, two in zip(alone, pair, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+
+
+def test_every_weight_of_a_quantized_base_is_refused(tmp_path: Path) -> None:
+    result = command(
+        "train", "-m", "tiny", "--method", "full", "-q", "4bit", "--output_dir", tmp_path / "run"
+    )
+    assert result.returncode == 2
+    assert "quantized weights cannot take a step" in result.stderr
+    with pytest.raises(UserError, match="--lora_r does nothing with --method adapter"):
+        falcon_qlora.train(model_name_or_path="tiny", method="adapter", lora_r=8)
