@@ -33,7 +33,7 @@ _NO_PART = frozenset(
     "rounds against".split()
 )
 # Of ours alone: the guide's recipe has its own.
-_OURS = frozenset({"checkpointing", "kernels"})
+_OURS = frozenset({"method", "checkpointing", "kernels"})
 
 
 def run(configuration: Configuration, models: list[str], say: Callable[[str], None]) -> int:
