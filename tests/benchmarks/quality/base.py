@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -64,12 +66,14 @@ def gathering(tokens: Path, tokenizer: Path, megabytes: float, text: Path | None
     """Start to gather text into the file `tokens`; whatever still runs is ended on leaving."""
     command = [sys.executable, "-m", "tests.benchmarks.quality.corpus", "--megabytes", str(megabytes)]
     command += ["--tokenizer", str(tokenizer), "--out", str(tokens)]
-    process = subprocess.Popen(command + (["--text", str(text)] if text else []))
+    command += ["--text", str(text)] if text else []
+    process = subprocess.Popen(command, start_new_session=True)
     try:
         yield Gathering(process)
     finally:
-        process.terminate()
-        process.wait()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
+            process.wait()
 
 
 def train_on_gathered(out: Path, tokenizer: Any, size: Size, seconds: float, device: torch.device) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
 import traceback
 import warnings
@@ -68,11 +69,20 @@ _received: tuple[Setting, Rows]
 
 def _receive(setting: Setting) -> None:
     global _received
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     warnings.simplefilter("ignore", FutureWarning)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _CHILDREN))
     torch.set_float32_matmul_precision("highest")
     _received = (setting, setting.rows())
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed outright ends nobody: its children would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def fine_tune_received(job: Job) -> Run:
