@@ -16,6 +16,9 @@ VERBS = {
     "data": "show what the model will see: rendered rows, lengths, what is dropped",
     "prepare": "download and tokenize ahead, so that training needs no network",
     "generate": "answer a prompt with a base model and an adapter",
+    "merge": "merge an adapter into its base model, with proof of what that did",
+    "inspect": "say what a run, checkpoint, adapter or merge is, and whether it is whole",
+    "eval": "perplexity and answer loss of a base model, an adapter or a merge",
 }
 
 

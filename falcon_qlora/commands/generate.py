@@ -13,14 +13,12 @@ from dataclasses import field as setting
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from falcon_qlora.assembly.adapted import adapter_folder, load_adapted, read_record
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.errors import UserError
 
 if TYPE_CHECKING:
     from falcon_qlora.data.templates import Template, Turn
-
-# What training leaves in an adapter's folder beside PEFT's own files.
-RECORD = "falcon_qlora.json"
 
 
 @dataclass(kw_only=True)
@@ -63,8 +61,8 @@ def main(argv: list[str]) -> int:
     )
     wanted: GenerateArguments = configuration.extra
     _check(wanted)
-    folder = _adapter_folder(wanted.adapter) if wanted.adapter else None
-    record = _read_record(folder) if folder else {}
+    folder = adapter_folder(wanted.adapter) if wanted.adapter else None
+    record = read_record(folder) if folder else {}
     prompts = _prompts(wanted)
 
     # Only now: a wrong flag is told at once.
@@ -72,7 +70,7 @@ def main(argv: list[str]) -> int:
 
     quiet_libraries()
     _template(configuration, record)  # one that is not there is told before the model is loaded
-    model, tokenizer = _load(configuration, folder, record)
+    model, tokenizer = load_adapted(configuration, folder, record)
     template = _template(configuration, record, tokenizer.special_tokens_map)
     speaker = _Speaker(model, tokenizer, template, wanted, seed=configuration.run.seed)
     if wanted.chat:
@@ -207,26 +205,6 @@ def _prompts(wanted: GenerateArguments) -> list[str] | None:
     return prompts
 
 
-def _adapter_folder(name: str) -> Path:
-    """The adapter's own folder: `name`, or ``adapter`` inside it where `name` is a run directory."""
-    for folder in (Path(name), Path(name) / "adapter"):
-        if (folder / "adapter_config.json").is_file():
-            return folder
-    raise UserError(f"--adapter {name}: holds no adapter (no adapter_config.json there or in adapter/)")
-
-
-def _read_record(folder: Path) -> dict[str, Any]:
-    """How the adapter was trained; an adapter from elsewhere names its base model alone."""
-    try:
-        adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        file = folder / RECORD
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"--adapter {folder}: its settings are not valid JSON: {error}") from None
-    record.setdefault("base_model", adapter.get("base_model_name_or_path"))
-    return record
-
-
 def _template(
     configuration: Configuration, record: dict[str, Any], special_tokens: dict[str, str] | None = None
 ) -> Template:
@@ -244,35 +222,3 @@ def _template(
     if name == "auto":
         name = "none" if dataset_format == "auto" else resolve_template("auto", dataset_format)
     return get_template(name, special_tokens)
-
-
-def _load(configuration: Configuration, folder: Path | None, record: dict[str, Any]) -> tuple[Any, Any]:
-    """The model in evaluation mode, the adapter on it where there is one, and the tokenizer."""
-    from falcon_qlora.methods.lora import load_adapter
-    from falcon_qlora.models.load import load_model
-    from falcon_qlora.models.tokenizer import load_tokenizer
-
-    settings = configuration.model
-
-    def given(name: str, recorded: str) -> Any:
-        value = getattr(settings, name)
-        return value if name in configuration.explicit or record.get(recorded) is None else record[recorded]
-
-    base_model = given("model_name_or_path", "base_model")
-    model = load_model(
-        base_model,
-        quantize_mode=given("quantize_mode", "quantize_mode"),
-        compute_dtype=settings.compute_dtype,
-        double_quantization=given("double_quantization", "double_quantization"),
-        norms_in_float32=settings.norms_in_float32,
-        llm_int8_threshold=settings.llm_int8_threshold,
-        revision=settings.model_revision,
-    )
-    tokenizer = load_tokenizer(
-        base_model,
-        tokenizer_name_or_path=given("tokenizer_name_or_path", "tokenizer"),
-        revision=settings.model_revision,
-    )
-    if folder is not None:
-        return load_adapter(folder, base_model=model).eval(), tokenizer
-    return model.eval(), tokenizer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from transformers import FalconForCausalLM
 
 from falcon_qlora.errors import UserError, nearest
+from falcon_qlora.methods.saved import adapter_settings, read_adapter
 from falcon_qlora.models.falcon import LINEARS
 from falcon_qlora.models.load import load_model, quantization_of
 from falcon_qlora.models.quantize import QuantizeMode
@@ -88,16 +88,17 @@ def load_adapter(
         trainable: to train on; else for inference.
 
     Raises:
-        UserError: if the folder holds no adapter, or names a base that cannot be loaded.
+        UserError: if the folder holds no adapter or a damaged one, or names a base that cannot be loaded.
     """
     path = Path(path)
-    settings = _read_adapter_config(path)
+    settings = adapter_settings(path)
     if base_model is None:
         base_model = settings.get("base_model_name_or_path")
         if not base_model:
             raise UserError(
                 f"{path}/adapter_config.json names no base model. Name it with --model_name_or_path."
             )
+    saved = read_adapter(path)
     if isinstance(base_model, str):
         base_model = load_model(
             base_model,
@@ -107,6 +108,8 @@ def load_adapter(
             double_quantization=double_quantization,
             revision=revision,
         )
+    assert not isinstance(base_model, str)
+    saved.check(base_model.config)
     with _told_quantized(base_model):
         peft_model = PeftModel.from_pretrained(base_model, str(path), is_trainable=trainable)
     _train_in_float32(peft_model)
@@ -154,12 +157,3 @@ def _train_in_float32(peft_model: PeftModel) -> None:
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-
-
-def _read_adapter_config(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} holds no adapter (no adapter_config.json).") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}/adapter_config.json is not valid JSON: {error}") from None

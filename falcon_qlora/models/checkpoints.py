@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -127,15 +127,35 @@ class FolderCheckpoint:
         wanted = set(dict(model.named_parameters()))
         if self.config.tie_word_embeddings:
             wanted.discard("lm_head.weight")
-        files = weight_files(self.folder)
-        names = {path: _names_in(path) for path in files}
-        stored = {name for inside in names.values() for name in inside}
-        for path, inside in names.items():
-            for stored_name in inside:
-                name = _parameter_name(stored_name, stored, tied=self.config.tie_word_embeddings)
-                if name in wanted:
-                    wanted.remove(name)
-                    yield name, _read(path, stored_name)
+        for name, (path, stored_name) in _places(self.folder, tied=self.config.tie_word_embeddings).items():
+            if name in wanted:
+                yield name, _read(path, stored_name)
+
+
+def parameter_reader(folder: Path, config: FalconConfig) -> Callable[[str], Tensor]:
+    """A function from the name of one of the model's parameters to its tensor in the folder's files.
+
+    It raises a `UserError` where there is none.
+    """
+    places = _places(folder, tied=config.tie_word_embeddings)
+
+    def read(name: str) -> Tensor:
+        if name not in places:
+            raise UserError(f"{folder} lacks {name}. Is the copy complete?")
+        return _read(*places[name])
+
+    return read
+
+
+def _places(folder: Path, *, tied: bool) -> dict[str, tuple[Path, str]]:
+    """For every parameter its file and its name there, in the files' order."""
+    names = {path: _names_in(path) for path in weight_files(folder)}
+    stored = {name for inside in names.values() for name in inside}
+    places: dict[str, tuple[Path, str]] = {}
+    for path, inside in names.items():
+        for name in inside:
+            places.setdefault(_parameter_name(name, stored, tied=tied), (path, name))
+    return places
 
 
 _EMBEDDING = "transformer.word_embeddings.weight"

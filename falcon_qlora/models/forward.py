@@ -133,8 +133,9 @@ def run_blocks(transformer: Any, input_ids: Tensor, sequences: Sequences) -> Ten
 
 def block_arguments(transformer: Any, hidden: Tensor, sequences: Sequences) -> dict[str, Any]:
     """What every block takes beside the hidden states ``[1, T, hidden]`` of packed documents."""
+    alibi = alibi_bias(sequences, transformer.num_heads, hidden.dtype) if transformer.use_alibi else None
     return {
-        "alibi": alibi_bias(sequences, transformer.num_heads, hidden.dtype) if transformer.use_alibi else None,
+        "alibi": alibi,
         # A block hands its attention mask to its attention untouched: there the packed forward finds the
         # documents.
         "attention_mask": sequences,

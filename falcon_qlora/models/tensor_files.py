@@ -121,8 +121,8 @@ def _lay_out(
         filled += size
     places: dict[str, tuple[Path, int]] = {}
     for number, names in enumerate(shards, start=1):
-        whole = len(shards) == 1
-        file = folder / ("model.safetensors" if whole else f"model-{number:05}-of-{len(shards):05}.safetensors")
+        numbered = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        file = folder / f"model{numbered}.safetensors"
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name in names:
@@ -151,4 +151,4 @@ def _lay_out(
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

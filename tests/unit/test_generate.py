@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import FalconConfig, FalconForCausalLM
 
+from falcon_qlora.assembly.adapted import RECORD
 from falcon_qlora.commands import generate
 from falcon_qlora.data.templates import Turn, get_template
 from falcon_qlora.errors import UserError
@@ -44,7 +45,7 @@ def adapter(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.save_pretrained(folder, save_embedding_layers=False)
     record = {"base_model": "tiny", "quantize_mode": "4bit", "double_quantization": True}
     record |= {"tokenizer": None, "template": "auto", "dataset_format": "alpaca", "method": "lora"}
-    (folder / generate.RECORD).write_text(json.dumps(record))
+    (folder / RECORD).write_text(json.dumps(record))
     return folder
 
 
