@@ -276,8 +276,8 @@ def _tell(certificate: Certificate, out: Path) -> None:
     from falcon_qlora.terminal import print_plain
 
     print_plain(
-        f"held-out loss  {certificate.adapter_loss:.4f} of {certificate.origin.quantization} base and adapter, "
-        f"on {certificate.held_out.target_tokens:,} tokens of {certificate.held_out.source}"
+        f"held-out loss  {certificate.adapter_loss:.4f} of {certificate.origin.quantization} base and adapter"
+        f", on {certificate.held_out.target_tokens:,} tokens of {certificate.held_out.source}"
     )
     for onto, each in certificate.merges.items():
         kept = "  (kept)" if onto == certificate.merged_onto and len(certificate.merges) > 1 else ""
