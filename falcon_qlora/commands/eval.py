@@ -1,7 +1,7 @@
 """``falcon-qlora eval``: perplexity and answer loss on text, of a base model, an adapter or a merge.
 
-``--adapter DIR`` measures the quantized base with the adapter, ``-m MODEL`` a model alone, quantized as ``-q``
-says (a merge: ``-q 16bit``). The text is what ``--dataset_name`` names; without it, what the adapter's
+``--adapter DIR`` measures the quantized base with the adapter, ``-m MODEL`` a model alone, quantized as
+``-q`` says (a merge: ``-q 16bit``). The text is what ``--dataset_name`` names; without it, what the adapter's
 run held out.
 """
 

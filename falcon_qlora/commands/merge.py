@@ -117,7 +117,7 @@ def _merge(
     record: dict[str, Any],
 ) -> Certificate:
     from falcon_qlora.assembly.held_out import held_out_text
-    from falcon_qlora.evaluation import batches_of, predictions
+    from falcon_qlora.evaluation import batches_of, mean_loss, predictions, token_losses
     from falcon_qlora.merge import build
     from falcon_qlora.merge.certificate import HeldOut
     from falcon_qlora.models.tokenizer import check_vocabulary
@@ -140,10 +140,13 @@ def _merge(
     reference = predictions(model, batches, answers_only=True)
     del model
     gc.collect()
+    measured = sum(len(batch.lengths) for batch in batches)
+    if run is not None and text.is_the_runs_own and measured == len(text.lengths):
+        _check_recorded_loss(configuration, request, run, mean_loss(token_losses(reference)))
     held_out = HeldOut(
         source=text.source,
         fingerprint=text.fingerprint,
-        documents=sum(len(batch.lengths) for batch in batches),
+        documents=measured,
         tokens=sum(batch.tokens for batch in batches),
         target_tokens=len(reference.targets),
         is_the_runs_own=text.is_the_runs_own,
@@ -251,6 +254,23 @@ def _check(wanted: MergeArguments) -> None:
             raise UserError(f"--{name} {value}: must be 0 or more")
     if wanted.held_out_tokens < 2:
         raise UserError(f"--held_out_tokens {wanted.held_out_tokens}: must be at least 2")
+
+
+def _check_recorded_loss(
+    configuration: Configuration, request: Request, run: RunDirectory, loss: float
+) -> None:
+    """Compare the adapter's loss on what its run held out with what the run noted."""
+    from falcon_qlora.untrusted import read_json
+
+    is_the_best = configuration.trainer.get("load_best_model_at_end")
+    if not is_the_best or request.adapter.folder.name != run.adapter.name or not run.summary_file.is_file():
+        return
+    recorded = read_json(run.summary_file).get("best_eval_loss")
+    if isinstance(recorded, float) and not loss <= recorded + request.max_loss_increase:
+        raise UserError(
+            f"{request.adapter.folder} gives the loss {loss:.4f} on what its run held out, the run noted "
+            f"{recorded:.4f}: the adapter or its base was altered since. Nothing was written."
+        )
 
 
 def _check_hub(configuration: Configuration) -> None:
