@@ -11,7 +11,7 @@ import torch
 from transformers import FalconForCausalLM
 
 from falcon_qlora.errors import UserError, nearest
-from falcon_qlora.methods.saved import adapter_settings, read_adapter
+from falcon_qlora.methods.saved import SavedAdapter, adapter_settings, read_adapter
 from falcon_qlora.models.falcon import LINEARS
 from falcon_qlora.models.load import load_model, quantization_of
 from falcon_qlora.models.quantize import QuantizeMode
@@ -111,9 +111,26 @@ def load_adapter(
     assert not isinstance(base_model, str)
     saved.check(base_model.config)
     with _told_quantized(base_model):
-        peft_model = PeftModel.from_pretrained(base_model, str(path), is_trainable=trainable)
+        # Not the file's own settings: only what was read of them reaches PEFT.
+        peft_model = PeftModel.from_pretrained(
+            base_model, str(path), is_trainable=trainable, config=_peft_config(saved)
+        )
     _train_in_float32(peft_model)
     return peft_model.train(trainable)
+
+
+def _peft_config(saved: SavedAdapter) -> LoraConfig:
+    return LoraConfig(
+        r=saved.r,
+        lora_alpha=saved.alpha,  # type: ignore[arg-type]
+        lora_dropout=saved.dropout,
+        target_modules=list(saved.targets),
+        use_rslora=saved.use_rslora,
+        use_dora=saved.use_dora,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=saved.base_model,
+        revision=saved.revision,
+    )
 
 
 def checked_targets(target_modules: list[str] | None) -> list[str]:

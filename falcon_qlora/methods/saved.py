@@ -41,6 +41,7 @@ class SavedAdapter:
     Attributes:
         folder: where it lies.
         r: rank.
+        dropout: probability of dropping an input of the low-rank product, in training.
         alpha: the product is scaled by alpha / r, or by alpha / sqrt(r) where `use_rslora`.
         targets: the linears it changes, by the last part of their names.
         base_model: name of the model it was trained on, as its files say.
@@ -51,6 +52,7 @@ class SavedAdapter:
     folder: Path
     r: int
     alpha: float
+    dropout: float
     targets: tuple[str, ...]
     use_rslora: bool
     use_dora: bool
@@ -159,6 +161,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
         folder=folder,
         r=_number(settings, "r", source, whole=True, largest=2**16),
         alpha=_number(settings, "lora_alpha", source, largest=2**20),
+        dropout=_dropout(settings.get("lora_dropout"), source),
         targets=_targets(settings.get("target_modules"), source),
         use_rslora=settings.get("use_rslora") is True,
         use_dora=settings.get("use_dora") is True,
@@ -187,6 +190,14 @@ def _number(settings: dict[str, Any], name: str, source: Path, *, largest: int, 
     if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value <= largest:
         raise UserError(f"{source}: {name} is {str(value)[:40]!r}; expected a number up to {largest:,}")
     return value
+
+
+def _dropout(value: Any, source: Path) -> float:
+    if value is None:
+        return 0.0
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
+        raise UserError(f"{source}: lora_dropout is {str(value)[:40]!r}; expected 0 to below 1")
+    return float(value)
 
 
 def _text(settings: dict[str, Any], name: str, source: Path) -> str | None:

@@ -160,10 +160,26 @@ def read_config(raw: dict[str, Any], *, source: str = "config.json") -> FalconCo
     kept = {name: settings[name] for name in _KEPT if settings.get(name) is not None}
     _check_sizes(kept, source)
     try:
-        return FalconConfig(**kept)
+        config = FalconConfig(**kept)
+        _try_out(config)
+        return config
     except Exception as error:  # its checks raise errors of several libraries
         reason = " ".join(str(error).split())
         raise UserError(f"{source}: not the configuration of a Falcon: {reason}") from None
+
+
+def _try_out(config: FalconConfig) -> None:
+    """Use the settings that the configuration's own checks let pass whatever they are."""
+    from torch import nn
+    from transformers.activations import get_activation
+    from transformers.models.falcon.modeling_falcon import FalconRotaryEmbedding
+
+    get_activation(config.activation)
+    nn.Dropout(config.hidden_dropout)
+    nn.Dropout(config.attention_dropout)
+    nn.LayerNorm(1, eps=float(config.layer_norm_epsilon))
+    if not config.alibi:
+        FalconRotaryEmbedding(config)
 
 
 def _check_sizes(settings: dict[str, Any], source: str) -> None:

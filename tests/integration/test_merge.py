@@ -94,7 +94,7 @@ def random_adapter(folder: Path, base: Any, record: dict[str, Any] | None = None
     ("variant", "base"),
     [
         ("lora", "16bit"),
-        ("rslora", "dequantized"),
+        pytest.param("rslora", "dequantized", marks=pytest.mark.slow),
         ("dora", "dequantized"),
         pytest.param("lora", "dequantized", marks=pytest.mark.slow),
         pytest.param("rslora", "16bit", marks=pytest.mark.slow),
@@ -315,7 +315,9 @@ class TestDamage:
         words = ("--base", "dequantized", "--max_loss_increase", "0.005", "--max_kl_divergence", "0.005")
         assert "worse than the adapter" in self.refused(run, tmp_path / "merged", capsys, *words)
 
-    @pytest.mark.parametrize("value", [60.0, math.nan, 0.01])
+    @pytest.mark.parametrize(
+        "value", [0.01, *(pytest.param(each, marks=pytest.mark.slow) for each in (60.0, math.nan))]
+    )
     def test_a_weight_altered_on_the_disk(self, run, tmp_path, capsys, monkeypatch, value):
         real = build.write_weights
 
