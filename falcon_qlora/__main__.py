@@ -18,6 +18,9 @@ VERBS = {
     "params": "count the parameters of a model and a method, without loading anything",
     "generate": "answer a prompt with a base model and an adapter",
     "bench": "measure variants of a training step against each other",
+    "merge": "merge an adapter into its base model, with proof of what that did",
+    "inspect": "say what a run, checkpoint, adapter or merge is, and whether it is whole",
+    "eval": "perplexity and answer loss of a base model, an adapter or a merge",
 }
 
 

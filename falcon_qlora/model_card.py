@@ -54,18 +54,11 @@ class ModelCard:
             f"---\n{yaml.safe_dump(self._metadata(), sort_keys=False, allow_unicode=True)}---\n",
             self._introduction(),
             self._usage(),
-            _table("Settings", "setting", self.settings),
-            _table("Data", "rows and tokens", self.data),
-            _table("Result", "measure", self._result()),
+            table("Settings", "setting", self.settings),
+            table("Data", "rows and tokens", self.data),
+            table("Result", "measure", self._result()),
         ]
         return "\n".join(section for section in sections if section)
-
-    def _on_hub(self) -> bool:
-        """Whether the base model's name can be one of the hub's."""
-        a_name = self.base_model.count("/") == 1 and not self.base_model.startswith(
-            (".", "/", "~", "random:")
-        )
-        return a_name and not Path(self.base_model).exists()
 
     def _metadata(self) -> dict[str, Any]:
         libraries = {"lora": "peft", "full": "transformers"}
@@ -73,11 +66,10 @@ class ModelCard:
             "library_name": libraries.get(self.method, "falcon-qlora"),
             "pipeline_tag": "text-generation",
         }
-        if self._on_hub():
+        if names_hub_model(self.base_model):
             relation = "finetune" if self.method == "full" else "adapter"
             metadata |= {"base_model": self.base_model, "base_model_relation": relation}
-        # Local files are nothing to a reader elsewhere.
-        on_hub = [name for name in self.datasets if name.count("/") <= 1 and "." not in name.split("/")[-1]]
+        on_hub = [name for name in self.datasets if names_hub_dataset(name)]
         if on_hub:
             metadata["datasets"] = on_hub
         tags = {"lora": ["lora", "qlora", "peft"]}.get(self.method, [self.method.replace("_", "-")])
@@ -167,7 +159,19 @@ _TITLES = {
 }
 
 
-def _table(title: str, label: str, rows: Mapping[str, Any]) -> str:
+def names_hub_model(name: str) -> bool:
+    """Whether a base model's name can be one of the hub's."""
+    a_name = name.count("/") == 1 and not name.startswith((".", "/", "~", "random:"))
+    return a_name and not Path(name).exists()
+
+
+def names_hub_dataset(name: str) -> bool:
+    """Whether a data set's name can be one of the hub's: local files are nothing to a reader elsewhere."""
+    return name.count("/") <= 1 and "." not in name.split("/")[-1]
+
+
+def table(title: str, label: str, rows: Mapping[str, Any]) -> str:
+    """A section with a two-column table; nothing where there are no rows."""
     if not rows:
         return ""
     lines = [f"| {name} | {_cell(value)} |" for name, value in rows.items()]

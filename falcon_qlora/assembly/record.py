@@ -18,6 +18,7 @@ from falcon_qlora.assembly.rows import TrainingData, global_batch
 from falcon_qlora.config import Configuration
 from falcon_qlora.environment import collect_environment
 from falcon_qlora.files import write_json
+from falcon_qlora.methods.folder import RECORD
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.model_card import ModelCard
 from falcon_qlora.models.falcon import parameter_count
@@ -28,7 +29,6 @@ from falcon_qlora.terminal import StartSummary
 from falcon_qlora.tracking import Trackers
 from falcon_qlora.trainer import FalconTrainer, peak_memory_gib
 
-ADAPTER_RECORD = "falcon_qlora.json"
 _OF_PREFIX = "adapter_prefix_length adapter_first_block"
 _SETTINGS = {
     "lora": "lora_r lora_alpha lora_dropout lora_target_modules lora_slices",
@@ -130,7 +130,7 @@ def describe_adapter(
     """Complete an adapter's folder: its model card, and what `generate` must know to open and ask it."""
     settings, rows = configuration.model, configuration.data
     write_json(
-        folder / ADAPTER_RECORD,
+        folder / RECORD,
         {
             "base_model": settings.model_name_or_path,
             "quantize_mode": settings.quantize_mode,

@@ -159,7 +159,7 @@ def _streamed_data(configuration: Configuration, tokenizer: Any) -> TrainingData
 
     held_out = None
     if data.eval_split is not None:
-        held_out = distributed.main_process_first(lambda: _held_out_of_stream(configuration, tokenizer))
+        held_out = distributed.main_process_first(lambda: held_out_alone(configuration, tokenizer))
     dataset_format, template = distributed.main_process_first(
         lambda: recognise_stream(
             dataset_name=data.dataset_name,
@@ -198,7 +198,8 @@ def _streamed_data(configuration: Configuration, tokenizer: Any) -> TrainingData
     )
 
 
-def _held_out_of_stream(configuration: Configuration, tokenizer: Any) -> Any:
+def held_out_alone(configuration: Configuration, tokenizer: Any) -> Any:
+    """The held-out documents, of a file or another split, without tokenizing what is trained on."""
     split = configuration.data.eval_split
     assert split is not None
     changes: dict[str, Any] = {"dataset_name": [split], "dataset_weights": None}

@@ -13,6 +13,7 @@ from dataclasses import field as setting
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from falcon_qlora.assembly.adapted import adapter_folder, load_adapted, read_trained
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.errors import UserError
 
@@ -60,16 +61,21 @@ def main(argv: list[str]) -> int:
     )
     wanted: GenerateArguments = configuration.extra
     _check(wanted)
-    folder = _adapter_folder(wanted.adapter) if wanted.adapter else None
+    folder = adapter_folder(wanted.adapter) if wanted.adapter else None
     prompts = _prompts(wanted)
 
     # Only now: a wrong flag is told at once.
     from falcon_qlora.quiet import quiet_libraries
 
     quiet_libraries()
-    record = _read_record(folder, compare=wanted.compare) if folder else {}
+    record = read_trained(folder, named=configuration.explicit) if folder else {}
+    if wanted.compare and record["method"] == "full":
+        raise UserError(
+            f"--compare: {folder} is a whole fine-tuned model without its base inside; ask "
+            f"{record.get('base_model')} by itself, as --model_name_or_path without --adapter"
+        )
     _template(configuration, record)  # one that is not there is told before the model is loaded
-    model, tokenizer = _load(configuration, folder, record)
+    model, tokenizer = load_adapted(configuration, folder, record)
     template = _template(configuration, record, tokenizer.special_tokens_map)
     speaker = _Speaker(model, tokenizer, template, wanted, seed=configuration.run.seed)
     if wanted.chat:
@@ -205,31 +211,6 @@ def _prompts(wanted: GenerateArguments) -> list[str] | None:
     return prompts
 
 
-def _adapter_folder(name: str) -> Path:
-    """The adapter's own folder: `name`, or ``adapter`` inside it where `name` is a run directory."""
-    for folder in (Path(name), Path(name) / "adapter"):
-        # The second is all that full fine-tuning leaves: a whole model, and how it was trained.
-        if any((folder / file).is_file() for file in ("adapter_config.json", "falcon_qlora.json")):
-            return folder
-    raise UserError(f"--adapter {name}: holds no adapter (no adapter_config.json there or in adapter/)")
-
-
-def _read_record(folder: Path, *, compare: bool) -> dict[str, Any]:
-    """How the adapter was trained; an adapter from elsewhere names its base model alone."""
-    from falcon_qlora.methods.folder import read_record
-
-    record = read_record(folder)
-    if record["method"] == "full":
-        if compare:
-            raise UserError(
-                f"--compare: {folder} is a whole fine-tuned model without its base inside; ask "
-                f"{record.get('base_model')} by itself, as --model_name_or_path without --adapter"
-            )
-        # A whole model: what it was made from is not needed.
-        record |= {"base_model": str(folder), "tokenizer": None}
-    return record
-
-
 def _template(
     configuration: Configuration, record: dict[str, Any], special_tokens: dict[str, str] | None = None
 ) -> Template:
@@ -247,35 +228,3 @@ def _template(
     if name == "auto":
         name = "none" if dataset_format == "auto" else resolve_template("auto", dataset_format)
     return get_template(name, special_tokens)
-
-
-def _load(configuration: Configuration, folder: Path | None, record: dict[str, Any]) -> tuple[Any, Any]:
-    """The model in evaluation mode, the adapter on it where there is one, and the tokenizer."""
-    from falcon_qlora.methods.registry import load_adapter
-    from falcon_qlora.models.load import load_model
-    from falcon_qlora.models.tokenizer import load_tokenizer
-
-    settings = configuration.model
-
-    def given(name: str, recorded: str) -> Any:
-        value = getattr(settings, name)
-        return value if name in configuration.explicit or record.get(recorded) is None else record[recorded]
-
-    base_model = given("model_name_or_path", "base_model")
-    model = load_model(
-        base_model,
-        quantize_mode=given("quantize_mode", "quantize_mode"),
-        compute_dtype=settings.compute_dtype,
-        double_quantization=given("double_quantization", "double_quantization"),
-        norms_in_float32=settings.norms_in_float32,
-        llm_int8_threshold=settings.llm_int8_threshold,
-        revision=settings.model_revision,
-    )
-    tokenizer = load_tokenizer(
-        base_model,
-        tokenizer_name_or_path=given("tokenizer_name_or_path", "tokenizer"),
-        revision=settings.model_revision,
-    )
-    if folder is not None and record["method"] != "full":
-        return load_adapter(folder, base_model=model).eval(), tokenizer
-    return model.eval(), tokenizer

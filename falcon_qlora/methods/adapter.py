@@ -18,7 +18,7 @@ from transformers import FalconConfig, FalconForCausalLM
 from falcon_qlora.errors import UserError
 from falcon_qlora.methods.folder import restore_adapter, write_adapter
 from falcon_qlora.methods.interface import ParameterGroup, remember
-from falcon_qlora.models.prefix import add_prefix, prefixes
+from falcon_qlora.models.prefix import PREFIX, add_prefix, prefixes
 from falcon_qlora.models.quantize import holds_quantized_weight
 
 
@@ -46,6 +46,10 @@ class Adapter:
 
     def parameter_groups(self, config: FalconConfig) -> list[ParameterGroup]:
         return prefix_groups(config, length=self.prefix_length, first_block=self.first_block)
+
+    def saved_shapes(self, config: FalconConfig) -> dict[str, tuple[int, ...]]:
+        """Name in the file → shape, of every tensor of a saved adapter of a model of `config`."""
+        return prefix_shapes(config, length=self.prefix_length, first_block=self.first_block)
 
     def attach(self, model: FalconForCausalLM, *, seed: int = 0) -> FalconForCausalLM:
         add_prefixes(model, length=self.prefix_length, first_block=self.first_block, seed=seed)
@@ -78,6 +82,21 @@ def prefix_groups(config: FalconConfig, *, length: int, first_block: int) -> lis
         ParameterGroup(kind="prefixes", count=blocks * length * config.hidden_size),
         ParameterGroup(kind="gates", count=blocks * config.num_attention_heads),
     ]
+
+
+def prefix_shapes(config: FalconConfig, *, length: int, first_block: int) -> dict[str, tuple[int, ...]]:
+    """Name → shape, of the prefixes and gates of a model of this configuration.
+
+    Raises:
+        UserError: if it has no block for one.
+    """
+    prefix_groups(config, length=length, first_block=first_block)  # refuses what cannot be
+    shapes: dict[str, tuple[int, ...]] = {}
+    for block in range(first_block, config.num_hidden_layers):
+        name = f"transformer.h.{block}.self_attention.{PREFIX}"
+        shapes[f"{name}.prefix"] = (length, config.hidden_size)
+        shapes[f"{name}.gate"] = (config.num_attention_heads,)
+    return shapes
 
 
 def add_prefixes(model: FalconForCausalLM, *, length: int, first_block: int, seed: int) -> None:

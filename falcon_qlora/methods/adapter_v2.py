@@ -5,6 +5,7 @@ The definitions are in models/prefix.py and models/scaled.py.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -15,12 +16,13 @@ import torch
 from torch import nn
 from transformers import FalconConfig, FalconForCausalLM
 
-from falcon_qlora.methods.adapter import add_prefixes, prefix_groups, switched_off
+from falcon_qlora.methods.adapter import add_prefixes, prefix_groups, prefix_shapes, switched_off
 from falcon_qlora.methods.folder import restore_adapter, write_adapter
 from falcon_qlora.methods.interface import ParameterGroup, remember
 from falcon_qlora.models.falcon import expected_linears, linear_shapes, norms_per_block
+from falcon_qlora.models.load import empty_model
 from falcon_qlora.models.prefix import prefixes
-from falcon_qlora.models.scaled import ScaleAndBias, add_scale_and_bias
+from falcon_qlora.models.scaled import SCALE_AND_BIAS, ScaleAndBias, add_scale_and_bias
 
 _BASE = "_weights_of_the_base"
 
@@ -62,6 +64,18 @@ class AdapterV2:
             ParameterGroup(kind="biases", count=outputs),
             ParameterGroup(kind="norms", count=2 * norms * config.hidden_size, of_base=True),
         ]
+
+    def saved_shapes(self, config: FalconConfig) -> dict[str, tuple[int, ...]]:
+        """Name in the file → shape, of every tensor of a saved adapter of a model of `config`."""
+        shapes = prefix_shapes(config, length=self.prefix_length, first_block=self.first_block)
+        outputs = linear_shapes(config)
+        outputs_of = {name: outputs[name.rpartition(".")[2]][0] for name in expected_linears(config)}
+        for name, out in {**outputs_of, "lm_head": config.vocab_size}.items():
+            shapes |= {f"{name}.{SCALE_AND_BIAS}.{vector}": (out,) for vector in ("scale", "bias")}
+        for name, module in empty_model(copy.deepcopy(config), dtype=torch.float32).named_modules():
+            if isinstance(module, nn.LayerNorm):
+                shapes |= {f"{name}.{vector}": (config.hidden_size,) for vector in ("weight", "bias")}
+        return shapes
 
     def attach(self, model: FalconForCausalLM, *, seed: int = 0) -> FalconForCausalLM:
         # First: the prefix passes through the scaled projection.

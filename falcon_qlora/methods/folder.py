@@ -6,20 +6,22 @@ PEFT's names, so that everything that handles adapters finds its way: ``adapter_
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import FalconForCausalLM
 
 from falcon_qlora.errors import UserError
 from falcon_qlora.files import replaced, write_json
 from falcon_qlora.methods.interface import attached_names
+from falcon_qlora.untrusted import read_json
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 RECORD = "falcon_qlora.json"
+_TEXTS = ("base_model", "quantize_mode", "tokenizer", "template", "dataset_format", "method")
 
 
 def write_adapter(folder: Path, model: FalconForCausalLM, method: str, settings: dict[str, Any]) -> None:
@@ -31,11 +33,16 @@ def write_adapter(folder: Path, model: FalconForCausalLM, method: str, settings:
         settings: what it takes to attach it again.
     """
     config = {"method": method, "base_model_name_or_path": model.name_or_path, "settings": settings}
-    parameters = dict(model.named_parameters())
-    tensors = {name: parameters[name].detach().cpu().contiguous() for name in attached_names(model)}
+    tensors = {name: each.cpu().contiguous() for name, each in attached_tensors(model).items()}
     with replaced(folder / TENSORS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     write_json(folder / CONFIG, config)
+
+
+def attached_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a model's method trains, by the names in the model."""
+    parameters = dict(model.named_parameters())
+    return {name: parameters[name].detach() for name in attached_names(model)}
 
 
 def restore_adapter(folder: Path, model: FalconForCausalLM) -> None:
@@ -62,27 +69,32 @@ def read_record(folder: Path) -> dict[str, Any]:
     """What the folder says about itself: ``method`` always, ``base_model`` unless it was never told.
 
     Raises:
-        UserError: if it holds nothing that was trained, or its files cannot be read.
+        UserError: if it holds nothing that was trained, or its files cannot be read or are not of this form.
     """
-    record = _read_json(folder / RECORD)
-    config = _read_json(folder / CONFIG)
-    if config is None and (record is None or record.get("method") != "full"):
-        raise UserError(f"{folder} holds no adapter (no {CONFIG}).")
+    record = _read_record_of_run(folder / RECORD)
+    file = folder / CONFIG
+    if not file.is_file():
+        if record.get("method") != "full":
+            raise UserError(f"{folder} holds no adapter (no {CONFIG}).")
+        return record
+    config = read_json(file)
+    base_model = config.get("base_model_name_or_path")
+    if not isinstance(base_model, str | None):
+        raise UserError(f"{file}: base_model_name_or_path is {str(base_model)[:40]!r}; expected a name")
     # What the adapter itself says goes before the record of a run.
-    said = {"method": "lora", **(record or {})}
-    if config is not None:
-        said["method"] = config.get("method", "lora")
-        said["settings"] = config.get("settings", {})
-        if base_model := config.get("base_model_name_or_path"):
-            said.setdefault("base_model", base_model)
+    said = {**record, "method": config.get("method", "lora"), "settings": config.get("settings", {})}
+    if base_model:
+        said.setdefault("base_model", base_model)
     return said
 
 
-def _read_json(file: Path) -> dict[str, Any] | None:
-    try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (json.JSONDecodeError, OSError) as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from None
-    return content
+def _read_record_of_run(file: Path) -> dict[str, Any]:
+    record = read_json(file) if file.is_file() else {}
+    for name, value in record.items():
+        texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        fits = texts if name == "lora_slices" else isinstance(value, str | bool | int | float)
+        if name in _TEXTS:
+            fits = isinstance(value, str)
+        if not fits and value is not None:
+            raise UserError(f"{file}: {name} is a {type(value).__name__}, which is not what training writes")
+    return record

@@ -17,7 +17,7 @@ from falcon_qlora.errors import UserError, nearest
 from falcon_qlora.methods.folder import TENSORS
 from falcon_qlora.methods.interface import ParameterGroup, remember
 from falcon_qlora.methods.slices import SLICES, SlicedUp, slice_rows
-from falcon_qlora.models.falcon import LINEARS, linear_shapes, lora_parameter_count
+from falcon_qlora.models.falcon import LINEARS, expected_linears, linear_shapes, lora_parameter_count
 from falcon_qlora.models.load import quantization_of
 
 # After bitsandbytes, see models/quantize.py.
@@ -73,6 +73,42 @@ class Lora:
             magnitudes = config.num_hidden_layers * sum(shapes[name][0] for name in targets)
             groups.append(ParameterGroup(kind="DoRA magnitudes", count=magnitudes))
         return groups
+
+    @property
+    def saved_rank(self) -> int:
+        """Rank of the matrices as PEFT has them: slices of rank r are one adapter of their joint rank."""
+        return self.r * (len(self.slices or ()) or 1)
+
+    def peft_config(self, **other: Any) -> LoraConfig:
+        """These settings, and `other`, as PEFT takes them."""
+        settings = {
+            "r": self.saved_rank,
+            # So that the scale of slices too is alpha / r.
+            "lora_alpha": self.alpha * (self.saved_rank // self.r),
+            "lora_dropout": self.dropout,
+            "bias": "none",
+            "target_modules": checked_targets(self.target_modules, self.slices),
+            "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
+            "task_type": "CAUSAL_LM",
+        }
+        return LoraConfig(**settings | other)
+
+    def saved_shapes(self, config: FalconConfig) -> dict[str, tuple[int, ...]]:
+        """Name in the file → shape, of every tensor of a saved adapter of a model of `config`."""
+        targets = checked_targets(self.target_modules, self.slices)
+        shapes: dict[str, tuple[int, ...]] = {}
+        linears = linear_shapes(config)
+        for module in expected_linears(config):
+            name = module.rpartition(".")[2]
+            if name in targets:
+                out, into = linears[name]
+                prefix = f"base_model.model.{module}.lora_"
+                shapes[f"{prefix}A.weight"] = (self.saved_rank, into)
+                shapes[f"{prefix}B.weight"] = (out, self.saved_rank)
+                if self.use_dora:
+                    shapes[f"{prefix}magnitude_vector"] = (out,)
+        return shapes
 
     def attach(self, model: FalconForCausalLM, *, seed: int = 0) -> PeftModel:
         return attach_lora(
@@ -142,22 +178,10 @@ def attach_lora(
         use_rslora=use_rslora,
         use_dora=use_dora,
     )
-    # Slices of rank r are one adapter of their joint rank, whose scale is still alpha / r.
-    parts = len(method.slices or ()) or 1
-    config = LoraConfig(
-        r=parts * r,
-        lora_alpha=parts * alpha,  # type: ignore[arg-type]
-        lora_dropout=dropout,
-        bias="none",
-        target_modules=checked_targets(target_modules, slices),
-        use_rslora=use_rslora,
-        use_dora=use_dora,
-        task_type="CAUSAL_LM",
-    )
     devices = [model.device] if model.device.type == "cuda" else []
     with _told_quantized(model), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        peft_model = get_peft_model(model, config)
+        peft_model = get_peft_model(model, method.peft_config())
     if method.slices:
         _train_slices(peft_model, method.slices, r)
     _train_in_float32(peft_model)
@@ -165,34 +189,27 @@ def attach_lora(
     return peft_model.train()
 
 
-def open_lora(
-    model: FalconForCausalLM, folder: Path, *, slices: list[str] | None, trainable: bool
-) -> PeftModel:
+def open_lora(model: FalconForCausalLM, folder: Path, method: Lora, *, trainable: bool) -> PeftModel:
     """Put a saved adapter on its base.
 
     Args:
         model: from `load_model`.
-        folder: the adapter's.
-        slices: of the fused projection, where only they were trained.
+        folder: the adapter's, checked.
+        method: with the settings that were read of it: its file's own do not reach PEFT.
         trainable: to train on; else for inference.
+
+    Raises:
+        UserError: if weights were trained outside the slices that the adapter is said to be of.
     """
+    config = method.peft_config(base_model_name_or_path=model.name_or_path)
     with _told_quantized(model):
-        peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-    config = peft_model.peft_config["default"]
-    targets = tuple(sorted(config.target_modules))
-    parts = len(slices or ()) or 1
-    method = Lora(
-        r=config.r // parts,
-        alpha=config.lora_alpha / parts,
-        dropout=config.lora_dropout,
-        target_modules=targets,
-        slices=checked_slices(slices) if slices else None,
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-    )
-    if slices and trainable:
-        _train_slices(peft_model, method.slices or (), method.r)
-        method.restore(peft_model, folder)
+        peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
+    if method.slices and trainable:
+        _train_slices(peft_model, method.slices, method.r)
+        try:
+            method.restore(peft_model, folder)
+        except RuntimeError as error:
+            raise UserError(f"{folder}: {error}") from None
     _train_in_float32(peft_model)
     remember(peft_model, method)
     return peft_model.train(trainable)

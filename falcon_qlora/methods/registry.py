@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import FalconForCausalLM
 
-from falcon_qlora.errors import UserError, nearest
+from falcon_qlora.errors import UserError
 from falcon_qlora.methods.adapter import Adapter
 from falcon_qlora.methods.adapter_v2 import AdapterV2
 from falcon_qlora.methods.folder import read_record
 from falcon_qlora.methods.full import Full
-from falcon_qlora.methods.interface import Method, remember
+from falcon_qlora.methods.interface import remember
 from falcon_qlora.methods.lora import Lora, open_lora
+from falcon_qlora.methods.saved import SavedAdapter, read_adapter
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.quantize import QuantizeMode
 
@@ -48,14 +48,11 @@ def load_adapter(
         trainable: to train on; else for inference.
 
     Raises:
-        UserError: if the folder holds no adapter, or names a base that cannot be loaded.
+        UserError: if the folder holds no adapter or a damaged one, or names a base that cannot be loaded.
     """
     path = Path(path)
     record = read_record(path)
-    name: str = record["method"]
-    if name not in METHODS:
-        raise UserError(f"{path}: the method {name!r} is not known{nearest(name, METHODS)}")
-    if name == Full.name:
+    if record["method"] == Full.name:
         if base_model is not None:
             raise UserError(f"{path} holds a whole model: there is no base to put it on")
         base_model = str(path)
@@ -65,6 +62,7 @@ def load_adapter(
             raise UserError(
                 f"{path}/adapter_config.json names no base model. Name it with --model_name_or_path."
             )
+    saved = read_adapter(path) if record["method"] != Full.name else None
     if isinstance(base_model, str):
         base_model = load_model(
             base_model,
@@ -74,19 +72,21 @@ def load_adapter(
             double_quantization=double_quantization,
             revision=revision,
         )
-    return _opened(base_model, path, record, trainable)
+    return _whole(base_model, trainable) if saved is None else _opened(base_model, saved, trainable)
 
 
-def _opened(base: FalconForCausalLM, path: Path, record: dict[str, Any], trainable: bool) -> nn.Module:
-    name = record["method"]
-    if name == Lora.name:
-        return open_lora(base, path, slices=record.get("lora_slices"), trainable=trainable)
-    if name == Full.name:
-        if trainable:
-            return Full().attach(base)
-        remember(base, Full())
-        return base
-    method: Method = METHODS[name](**record["settings"])
+def _whole(model: FalconForCausalLM, trainable: bool) -> nn.Module:
+    if trainable:
+        return Full().attach(model)
+    remember(model, Full())
+    return model
+
+
+def _opened(base: FalconForCausalLM, saved: SavedAdapter, trainable: bool) -> nn.Module:
+    saved.check(base.config)
+    method = saved.method
+    if isinstance(method, Lora):
+        return open_lora(base, saved.folder, method, trainable=trainable)
     model = method.attach(base, seed=0)
-    method.restore(model, path)
+    method.restore(model, saved.folder)
     return model if trainable else model.requires_grad_(False).eval()

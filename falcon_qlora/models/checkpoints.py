@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import FalconConfig, FalconForCausalLM
 
 from falcon_qlora.errors import UserError, nearest
 from falcon_qlora.models.falcon import PRESETS, preset_config, read_config
+from falcon_qlora.models.tensor_files import read_tensor, stored_tensors
+from falcon_qlora.untrusted import file_beside, read_json
 
 RANDOM = "random:"
 
@@ -46,12 +48,9 @@ def read_folder_config(folder: Path, *, source: str | None = None) -> FalconConf
         UserError: if there is none, it is not JSON, or the model is not a classic Falcon.
     """
     path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no config.json: it is not a model's folder.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not path.exists():
+        raise UserError(f"{folder} holds no config.json: it is not a model's folder.")
+    raw = read_json(path)
     return read_config(raw, source=source or str(path))
 
 
@@ -128,15 +127,35 @@ class FolderCheckpoint:
         wanted = set(dict(model.named_parameters()))
         if self.config.tie_word_embeddings:
             wanted.discard("lm_head.weight")
-        files = weight_files(self.folder)
-        names = {path: _names_in(path) for path in files}
-        stored = {name for inside in names.values() for name in inside}
-        for path, inside in names.items():
-            for stored_name in inside:
-                name = _parameter_name(stored_name, stored, tied=self.config.tie_word_embeddings)
-                if name in wanted:
-                    wanted.remove(name)
-                    yield name, _read(path, stored_name)
+        for name, (path, stored_name) in _places(self.folder, tied=self.config.tie_word_embeddings).items():
+            if name in wanted:
+                yield name, _read(path, stored_name)
+
+
+def parameter_reader(folder: Path, config: FalconConfig) -> Callable[[str], Tensor]:
+    """A function from the name of one of the model's parameters to its tensor in the folder's files.
+
+    It raises a `UserError` where there is none.
+    """
+    places = _places(folder, tied=config.tie_word_embeddings)
+
+    def read(name: str) -> Tensor:
+        if name not in places:
+            raise UserError(f"{folder} lacks {name}. Is the copy complete?")
+        return _read(*places[name])
+
+    return read
+
+
+def _places(folder: Path, *, tied: bool) -> dict[str, tuple[Path, str]]:
+    """For every parameter its file and its name there, in the files' order."""
+    names = {path: _names_in(path) for path in weight_files(folder)}
+    stored = {name for inside in names.values() for name in inside}
+    places: dict[str, tuple[Path, str]] = {}
+    for path, inside in names.items():
+        for name in inside:
+            places.setdefault(_parameter_name(name, stored, tied=tied), (path, name))
+    return places
 
 
 _EMBEDDING = "transformer.word_embeddings.weight"
@@ -160,8 +179,7 @@ def weight_files(folder: Path) -> list[Path]:
         suffix = Path(kind).suffix
         index = folder / f"{kind}.index.json"
         if index.is_file():
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            files = sorted(folder / name for name in named)
+            files = sorted(_files_in_index(index))
         else:
             files = sorted(folder.glob(f"{Path(kind).stem}*{suffix}"))
         absent = [path.name for path in files if not path.is_file()]
@@ -174,31 +192,32 @@ def weight_files(folder: Path) -> list[Path]:
     raise UserError(f"{folder} holds no weights (model*.safetensors or pytorch_model*.bin).")
 
 
+def _files_in_index(index: Path) -> set[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} is not valid: it has no weight_map.")
+    return {file_beside(index, name) for name in weight_map.values()}
+
+
 def _names_in(path: Path) -> list[str]:
     if path.suffix == ".bin":
         return [name for name, value in _open_torch_file(path).items() if isinstance(value, Tensor)]
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged: {error}. Copy or download it again.") from None
+    return list(stored_tensors(path))
 
 
 def _read(path: Path, name: str) -> Tensor:
-    """One tensor. The file is opened for it alone: closing it gives back the pages that reading it took."""
-    if path.suffix == ".bin":
-        return _open_torch_file(path)[name]
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
+    return _open_torch_file(path)[name] if path.suffix == ".bin" else read_tensor(path, name)
 
 
 def _open_torch_file(path: Path) -> dict[str, Tensor]:
+    # Files from before PyTorch 1.6 cannot be read in part.
+    mapped = zipfile.is_zipfile(path)
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path} holds more than tensors, or is damaged; it was not opened.") from None
-    except RuntimeError as error:
-        if "mmap" not in str(error):
-            raise UserError(f"{path} is damaged: {error}. Copy or download it again.") from None
-        # Files from before PyTorch 1.6 cannot be read in part.
-        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError) as error:
+        raise UserError(f"{path} is damaged: {error}. Copy or download it again.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a model's tensors.")
+    return content

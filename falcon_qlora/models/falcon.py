@@ -83,6 +83,16 @@ _OLD_NAMES = {
     "n_head_kv": "num_kv_heads",
     "n_embed": "hidden_size",
 }
+# Far beyond any published model: what is larger is a mistake, or meant to exhaust the machine.
+_LARGEST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**18,
+    "num_hidden_layers": 2**12,
+    "num_attention_heads": 2**14,
+    "num_kv_heads": 2**14,
+    "ffn_hidden_size": 2**20,
+    "max_position_embeddings": 2**28,
+}
 _OLD_MODEL_TYPES = ("RefinedWeb", "RefinedWebModel")
 _NOT_CLASSIC = {
     "llama": "a Llama (as Falcon3 models are)",
@@ -148,7 +158,42 @@ def read_config(raw: dict[str, Any], *, source: str = "config.json") -> FalconCo
     if settings.get("new_decoder_architecture"):
         settings["parallel_attn"] = True  # always so there; some files say otherwise and were never read
     kept = {name: settings[name] for name in _KEPT if settings.get(name) is not None}
-    return FalconConfig(**kept)
+    _check_sizes(kept, source)
+    try:
+        config = FalconConfig(**kept)
+        _try_out(config)
+        return config
+    except Exception as error:  # its checks raise errors of several libraries
+        reason = " ".join(str(error).split())
+        raise UserError(f"{source}: not the configuration of a Falcon: {reason}") from None
+
+
+def _try_out(config: FalconConfig) -> None:
+    """Use the settings that the configuration's own checks let pass whatever they are."""
+    from torch import nn
+    from transformers.activations import get_activation
+    from transformers.models.falcon.modeling_falcon import FalconRotaryEmbedding
+
+    get_activation(config.activation)
+    nn.Dropout(config.hidden_dropout)
+    nn.Dropout(config.attention_dropout)
+    nn.LayerNorm(1, eps=float(config.layer_norm_epsilon))
+    if not config.alibi:
+        FalconRotaryEmbedding(config)
+
+
+def _check_sizes(settings: dict[str, Any], source: str) -> None:
+    for name, largest in _LARGEST.items():
+        value = settings.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
+            raise UserError(f"{source}: {name} is {str(value)[:40]!r}; expected 1 to {largest:,}")
+    heads = settings["num_attention_heads"]
+    if settings["hidden_size"] % heads:
+        raise UserError(
+            f"{source}: hidden_size {settings['hidden_size']} is no multiple of {heads} attention heads"
+        )
+    if settings.get("new_decoder_architecture") and heads % settings.get("num_kv_heads", heads):
+        raise UserError(f"{source}: {heads} attention heads are no multiple of {settings['num_kv_heads']}")
 
 
 def preset_config(name: str, **overrides: Any) -> FalconConfig:

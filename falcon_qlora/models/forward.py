@@ -33,7 +33,7 @@ def enable_packing(model: nn.Module) -> None:
     Args:
         model: a ``FalconForCausalLM``, as it is or inside PEFT's wrapper.
     """
-    falcon = _falcon(model)
+    falcon = falcon_of(model)
     if hasattr(falcon, _BEFORE):
         return
     for module in falcon.modules():
@@ -48,7 +48,7 @@ def disable_packing(model: nn.Module) -> None:
     Raises:
         RuntimeError: if something else has wrapped a forward since; undo that first.
     """
-    falcon = _falcon(model)
+    falcon = falcon_of(model)
     if not hasattr(falcon, _BEFORE):
         return
     _restore_forward(falcon, _model_forward)
@@ -57,7 +57,8 @@ def disable_packing(model: nn.Module) -> None:
             _restore_forward(module, _attention_forward)
 
 
-def _falcon(model: nn.Module) -> FalconForCausalLM:
+def falcon_of(model: nn.Module) -> FalconForCausalLM:
+    """The Falcon itself, inside whatever wraps it."""
     for module in model.modules():
         if isinstance(module, FalconForCausalLM):
             return module
@@ -104,7 +105,7 @@ def _model_forward(
         raise ValueError(
             f"input_ids {list(input_ids.shape)} and sequences of {sum(sequences.lengths)} tokens differ"
         )
-    hidden = _run_blocks(self.transformer, input_ids, sequences)
+    hidden = run_blocks(self.transformer, input_ids, sequences)
     if targets is None:
         return CausalLMOutput(logits=self.lm_head(self.transformer.ln_f(hidden)))
     assert target_positions is not None
@@ -121,23 +122,27 @@ def _refuse_what_packing_cannot_do(args: tuple[Any, ...], kwargs: dict[str, Any]
         )
 
 
-def _run_blocks(transformer: Any, input_ids: Tensor, sequences: Sequences) -> Tensor:
+def run_blocks(transformer: Any, input_ids: Tensor, sequences: Sequences) -> Tensor:
     """Embed and run every block: ``[1, T]`` → ``[1, T, hidden]``, before the final norm."""
     hidden = transformer.word_embeddings(input_ids)
-    position_embeddings = transformer.rotary_emb(hidden, position_ids=sequences.position_ids)
-    alibi = alibi_bias(sequences, transformer.num_heads, hidden.dtype) if transformer.use_alibi else None
+    arguments = block_arguments(transformer, hidden, sequences)
     for block in transformer.h:
+        hidden = block(hidden, **arguments)[0]
+    return hidden
+
+
+def block_arguments(transformer: Any, hidden: Tensor, sequences: Sequences) -> dict[str, Any]:
+    """What every block takes beside the hidden states ``[1, T, hidden]`` of packed documents."""
+    alibi = alibi_bias(sequences, transformer.num_heads, hidden.dtype) if transformer.use_alibi else None
+    return {
+        "alibi": alibi,
         # A block hands its attention mask to its attention untouched: there the packed forward finds the
         # documents.
-        hidden = block(
-            hidden,
-            alibi=alibi,
-            attention_mask=sequences,
-            position_ids=sequences.position_ids,
-            use_cache=False,
-            position_embeddings=position_embeddings,
-        )[0]
-    return hidden
+        "attention_mask": sequences,
+        "position_ids": sequences.position_ids,
+        "use_cache": False,
+        "position_embeddings": transformer.rotary_emb(hidden, position_ids=sequences.position_ids),
+    }
 
 
 def _attention_forward(

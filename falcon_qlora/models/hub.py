@@ -193,6 +193,33 @@ def _download(
     )
 
 
+def push_folder(
+    folder: Path,
+    repository: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+) -> str:
+    """Upload a model's folder to the hub, making the repository where there is none; returns its address.
+
+    Raises:
+        UserError: if the hub does not take it. The folder stays as it is.
+    """
+    api = HfApi(token=token)
+    try:
+        url = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=url.repo_id, folder_path=folder, revision=revision, commit_message="falcon-qlora merge"
+        )
+    except (HTTPError, OSError, ValueError) as error:
+        raise UserError(
+            f"{folder} is written, but was not uploaded to {repository}: {_first_line(error)}. Log in with "
+            f"`hf auth login`, then: hf upload {repository} {folder}"
+        ) from None
+    return str(url)
+
+
 def wanted_files(names: list[str], repository: str) -> list[str]:
     """Of a repository's files those that loading needs: safetensors where there are any, else torch files.
 

@@ -101,10 +101,10 @@ def load_model(
             free_bytes=free_bytes(device),
             double_quantization=double_quantization,
         )
-    model = _empty_model(
+    model = empty_model(
         checkpoint.config,
-        quantize_mode,
-        dtype,
+        quantize_mode=quantize_mode,
+        dtype=dtype,
         double_quantization=double_quantization,
         norms_in_float32=norms_in_float32,
         llm_int8_threshold=llm_int8_threshold,
@@ -200,26 +200,26 @@ def _check_shapes_quantize_on(config: FalconConfig, mode: QuantizeMode, device: 
             )
 
 
-def _empty_model(
+def empty_model(
     config: FalconConfig,
-    mode: QuantizeMode,
-    dtype: torch.dtype,
     *,
-    double_quantization: bool,
-    norms_in_float32: bool,
-    llm_int8_threshold: float,
+    dtype: torch.dtype,
+    quantize_mode: QuantizeMode = "16bit",
+    double_quantization: bool = True,
+    norms_in_float32: bool = False,
+    llm_int8_threshold: float = 6.0,
 ) -> FalconForCausalLM:
-    """Build the model on the meta device, with the layers it will have."""
+    """Build the model on the meta device, with the layers it will have; arguments as for `load_model`."""
     config.dtype = dtype
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         model = FalconForCausalLM(config)
-        if mode != "16bit":
+        if quantize_mode != "16bit":
             for name in expected_linears(config):
                 linear = model.get_submodule(name)
                 quantized = empty_quantized_linear(
                     linear,
-                    mode,
+                    quantize_mode,
                     compute_dtype=dtype,
                     double_quantization=double_quantization,
                     llm_int8_threshold=llm_int8_threshold,

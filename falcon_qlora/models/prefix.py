@@ -23,7 +23,7 @@ from transformers.models.falcon.modeling_falcon import FalconAttention, rotate_h
 
 from falcon_qlora.models.attention import _one_for_each_query_head, split_heads
 
-_NAME = "prefix_attention"
+PREFIX = "prefix_attention"
 
 
 class PrefixAttention(nn.Module):
@@ -121,7 +121,7 @@ def add_prefix(attention: FalconAttention, rows: Tensor) -> PrefixAttention:
         rows: float32 ``[P, hidden]``, the prefix's start, on the attention's device.
     """
     prefix = PrefixAttention(rows, attention.num_heads)
-    setattr(attention, _NAME, prefix)
+    setattr(attention, PREFIX, prefix)
     attention.register_forward_pre_hook(prefix._begin, with_kwargs=True)
     attention.query_key_value.register_forward_hook(prefix._keep_query)
     attention.dense.register_forward_pre_hook(_AddPrefix(prefix, attention))
@@ -130,7 +130,7 @@ def add_prefix(attention: FalconAttention, rows: Tensor) -> PrefixAttention:
 
 def prefix_of(attention: nn.Module) -> PrefixAttention | None:
     """The prefix that an attention looks at, or None."""
-    return getattr(attention, _NAME, None)
+    return getattr(attention, PREFIX, None)
 
 
 def prefixes(model: FalconForCausalLM) -> list[PrefixAttention]:

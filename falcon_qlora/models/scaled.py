@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from falcon_qlora.kernels.cross_entropy import DEFAULT_CHUNK_TOKENS, chunked_cross_entropy
 
-_NAME = "scale_and_bias"
+SCALE_AND_BIAS = "scale_and_bias"
 
 
 class ScaleAndBias(nn.Module):
@@ -52,14 +52,14 @@ class ScaleAndBias(nn.Module):
 def add_scale_and_bias(linear: nn.Linear) -> ScaleAndBias:
     """Let learned vectors scale and shift what `linear` computes."""
     vectors = ScaleAndBias(linear.out_features, linear.weight.device)
-    setattr(linear, _NAME, vectors)
+    setattr(linear, SCALE_AND_BIAS, vectors)
     linear.register_forward_hook(vectors._on_output)
     return vectors
 
 
 def scale_and_bias_of(linear: nn.Module) -> ScaleAndBias | None:
     """The vectors that act on a linear's output, or None."""
-    return getattr(linear, _NAME, None)
+    return getattr(linear, SCALE_AND_BIAS, None)
 
 
 def head_loss(

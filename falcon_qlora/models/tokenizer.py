@@ -36,15 +36,9 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     name = tokenizer_name_or_path or model_name_or_path
-    if name.startswith(RANDOM):
-        name = _TOKENIZER_OF_PRESET.get(name.removeprefix(RANDOM).partition("?")[0], name)
-    own_revision = revision if tokenizer_name_or_path is None else None
-    if is_on_hub(name):
-        from falcon_qlora.models.hub import fetch_tokenizer
-
-        folder = fetch_tokenizer(name, revision=own_revision)
-    else:
-        folder = packaged_folder(name) or Path(name).expanduser()
+    folder = find_tokenizer(
+        model_name_or_path, tokenizer_name_or_path=tokenizer_name_or_path, revision=revision
+    )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -58,6 +52,24 @@ def load_tokenizer(
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no end token, without which answers cannot end")
     return tokenizer
+
+
+def find_tokenizer(
+    model_name_or_path: str, *, tokenizer_name_or_path: str | None = None, revision: str | None = None
+) -> Path:
+    """The folder that holds the files of the tokenizer that `load_tokenizer` loads.
+
+    Raises:
+        UserError: if it is on the hub, and neither in the cache nor to be had.
+    """
+    name = tokenizer_name_or_path or model_name_or_path
+    if name.startswith(RANDOM):
+        name = _TOKENIZER_OF_PRESET.get(name.removeprefix(RANDOM).partition("?")[0], name)
+    if is_on_hub(name):
+        from falcon_qlora.models.hub import fetch_tokenizer
+
+        return fetch_tokenizer(name, revision=revision if tokenizer_name_or_path is None else None)
+    return packaged_folder(name) or Path(name).expanduser()
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

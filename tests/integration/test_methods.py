@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 import falcon_qlora
+from falcon_qlora import __main__ as cli
 from falcon_qlora.commands import generate, params
 from falcon_qlora.errors import UserError
+from falcon_qlora.methods.registry import METHODS
 from falcon_qlora.sample_data import path as sample_rows
 from tests.integration.runs import command, metrics, summary, train
 from tests.integration.test_adapter import fine_tune
@@ -56,6 +58,7 @@ def test_it_learns_and_its_folder_answers(
     assert generate.main([*asked, "--max_new_tokens", "8"]) == 0
     answer = capsys.readouterr().out.strip()
     assert answer
+    check_the_offline_commands(tmp_path / "run", method, losses[-1], capsys)
     if method == "full":
         with pytest.raises(UserError, match="without its base"):
             generate.main([*asked, "--compare"])
@@ -64,6 +67,28 @@ def test_it_learns_and_its_folder_answers(
     of_base, of_adapter = capsys.readouterr().out.split("base:")[1].split("adapter:")
     assert of_adapter.strip() == answer
     assert of_base.strip() != answer
+
+
+def check_the_offline_commands(
+    run: Path, method: str, eval_loss: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was trained is whole, measured as the run measured it, and merged where that can be."""
+    assert cli.main(["inspect", str(run)]) == 0
+    assert "adapter: whole" in capsys.readouterr().out
+    assert cli.main(["inspect", str(run / "adapter")]) == 0
+    assert METHODS[method].title.split()[0].lower() in capsys.readouterr().out.lower()
+    results = run.parent / "figures.json"
+    assert cli.main(["eval", "--adapter", str(run), "--results", str(results)]) == 0
+    # In training, fast blocks do not round the activations to 8 bits; here they are.
+    allowed = 2e-2 if method == "lora" else 2e-3
+    assert json.loads(results.read_text())["answer_loss"] == pytest.approx(eval_loss, rel=allowed)
+    capsys.readouterr()
+    words = ["--adapter", str(run), "--out", str(run.parent / "merged"), "--max_kl_divergence", "1"]
+    status = cli.main(["merge", *words, "--max_loss_increase", "1"])
+    why_not = METHODS[method].why_not_merged
+    assert status == (0 if why_not is None else 2)
+    assert (why_not or "") in capsys.readouterr().err
+    assert (run.parent / "merged").exists() == (why_not is None)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
@@ -11,6 +12,7 @@ import falcon_qlora
 from falcon_qlora.errors import UserError
 from falcon_qlora.methods.adapter import Adapter
 from falcon_qlora.methods.adapter_v2 import AdapterV2
+from falcon_qlora.methods.folder import TENSORS
 from falcon_qlora.methods.full import Full
 from falcon_qlora.methods.interface import method_of, trainable_count, trainable_names
 from falcon_qlora.methods.lora import Lora
@@ -437,7 +439,7 @@ def test_falcon_7b_trains_as_many_parameters_as_published(name):
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", METHODS_TO_TRY)
-def test_the_counts_are_those_of_the_tensors(preset, name):
+def test_the_counts_and_the_saved_shapes_are_those_of_the_tensors(tmp_path, preset, name):
     method = METHODS_TO_TRY[name]
     model = method.attach(tiny_model(preset))
     shapes = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
@@ -445,3 +447,8 @@ def test_the_counts_are_those_of_the_tensors(preset, name):
     groups = method.parameter_groups(model.config)
     total = sum(p.numel() for p in model.parameters())
     assert total == parameter_count(model.config) + sum(g.count for g in groups if not g.of_base)
+    method.save(model, tmp_path)
+    saved = {name: tuple(each.shape) for name, each in load_file(tmp_path / TENSORS).items()}
+    dtype = model.config.dtype
+    assert method.saved_shapes(model.config) == saved
+    assert model.config.dtype == dtype

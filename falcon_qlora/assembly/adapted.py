@@ -1,0 +1,120 @@
+"""A base model with a trained adapter, as the commands after training open it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from falcon_qlora.config import Configuration, parse
+from falcon_qlora.errors import UserError
+from falcon_qlora.run_directory import RunDirectory
+
+_WHOLE = "full"  # the method that leaves a model, no adapter
+
+
+def adapter_folder(name: str) -> Path:
+    """The adapter's own folder: `name`, or ``adapter`` inside it where `name` is a run directory.
+
+    Raises:
+        UserError: if neither holds one.
+    """
+    for folder in (Path(name), Path(name) / "adapter"):
+        # The second is all that full fine-tuning leaves: a whole model, and how it was trained.
+        if any((folder / file).is_file() for file in ("adapter_config.json", "falcon_qlora.json")):
+            return folder
+    raise UserError(f"--adapter {name}: holds no adapter (no adapter_config.json there or in adapter/)")
+
+
+def read_trained(folder: Path, *, named: Collection[str]) -> dict[str, Any]:
+    """What `read_record` says of a trained folder; a whole model is its own base.
+
+    Args:
+        folder: from `adapter_folder`.
+        named: settings that the user named.
+
+    Raises:
+        UserError: if its files cannot be read, or the user names a base for a whole model.
+    """
+    from falcon_qlora.methods.folder import read_record
+
+    record = read_record(folder)
+    if record["method"] == _WHOLE:
+        if "model_name_or_path" in named:
+            raise UserError(
+                f"--model_name_or_path: {folder} holds a whole model, there is no base to put it on"
+            )
+        if (folder / "tokenizer.json").is_file():
+            record["tokenizer"] = str(folder)
+        else:
+            record["tokenizer"] = record.get("tokenizer") or record.get("base_model")
+    return record
+
+
+def run_of(folder: Path) -> RunDirectory | None:
+    """The run whose adapter, or a checkpoint of which, lies in `folder`; None for an adapter by itself."""
+    absolute = folder.absolute()
+    candidates = [absolute.parent] if absolute.name == "adapter" else []
+    if absolute.parent.name == "checkpoints":
+        candidates.append(absolute.parent.parent)
+    return next((RunDirectory(path) for path in candidates if (path / "config.yaml").is_file()), None)
+
+
+def parse_with_run(argv: list[str], run: RunDirectory | None, **how: Any) -> Configuration:
+    """Read a command line over the settings of a run, unless it names a file of settings itself."""
+    named = any(word == "--config" or word.startswith("--config=") for word in argv)
+    if run is None or named:
+        return parse(argv, **how)
+    return parse(["--config", str(run.config_file), *argv], **how)
+
+
+def given(configuration: Configuration, record: dict[str, Any], name: str, recorded: str) -> Any:
+    """A setting of the model: as a flag or a file gives it, else as the record of what was trained does."""
+    value = getattr(configuration.model, name)
+    return value if name in configuration.explicit or record.get(recorded) is None else record[recorded]
+
+
+def base_model(configuration: Configuration, record: dict[str, Any]) -> str:
+    """The name of the base model."""
+    name: str = given(configuration, record, "model_name_or_path", "base_model")
+    return name
+
+
+def load_adapted(
+    configuration: Configuration, folder: Path | None, record: dict[str, Any]
+) -> tuple[Any, Any]:
+    """The model in evaluation mode, what was trained on or of it where there is a folder, and the tokenizer.
+
+    Args:
+        folder: from `adapter_folder`.
+        record: from `read_trained`, {} without a folder.
+    """
+    from falcon_qlora.methods.registry import load_adapter
+    from falcon_qlora.models.load import load_model
+
+    settings = configuration.model
+    whole = folder is not None and record["method"] == _WHOLE
+    model = load_model(
+        str(folder) if whole else base_model(configuration, record),
+        quantize_mode=given(configuration, record, "quantize_mode", "quantize_mode"),
+        compute_dtype=settings.compute_dtype,
+        double_quantization=given(configuration, record, "double_quantization", "double_quantization"),
+        norms_in_float32=settings.norms_in_float32,
+        llm_int8_threshold=settings.llm_int8_threshold,
+        revision=settings.model_revision,
+    )
+    tokenizer = tokenizer_of(configuration, record)
+    if folder is not None and not whole:
+        return load_adapter(folder, base_model=model).eval(), tokenizer
+    return model.eval(), tokenizer
+
+
+def tokenizer_of(configuration: Configuration, record: dict[str, Any]) -> Any:
+    """The tokenizer that goes with the model and the adapter."""
+    from falcon_qlora.models.tokenizer import load_tokenizer
+
+    return load_tokenizer(
+        base_model(configuration, record),
+        tokenizer_name_or_path=given(configuration, record, "tokenizer_name_or_path", "tokenizer"),
+        revision=configuration.model.model_revision,
+    )

@@ -1,0 +1,318 @@
+"""What a folder is - a run, a checkpoint, an adapter, a merge, a model - and whether it is whole.
+
+Nothing is executed and nothing downloaded: what lies in the folder is read as others' files are.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import try_to_load_from_cache
+from transformers import FalconConfig
+
+from falcon_qlora.errors import UserError
+from falcon_qlora.files import sha256
+from falcon_qlora.merge.certificate import CERTIFICATE
+from falcon_qlora.merge.folder import parameter_shapes
+from falcon_qlora.methods.folder import CONFIG, RECORD, TENSORS, read_record
+from falcon_qlora.methods.full import Full
+from falcon_qlora.methods.lora import Lora
+from falcon_qlora.methods.saved import SavedAdapter, read_adapter, zero_tensors
+from falcon_qlora.models.checkpoints import RANDOM, parameter_reader, parse_random, read_folder_config
+from falcon_qlora.models.locate import is_on_hub, packaged_folder
+from falcon_qlora.models.tensor_files import tensor_hash
+from falcon_qlora.run_directory import RunDirectory
+from falcon_qlora.untrusted import read_json
+
+_MANIFEST = "manifest.json"
+_STATE = "trainer_state.json"
+# What a checkpoint's torch files may hold beside tensors: random states are NumPy's.
+_HARMLESS = ("numpy.", "_codecs.encode")
+
+
+@dataclass
+class Inspection:
+    """What was found.
+
+    Attributes:
+        kind: ``run``, ``checkpoint``, ``adapter``, ``merge`` or ``model``.
+        rows: label and text of what it is.
+        faults: what is wrong, each with the file; none where it is whole.
+    """
+
+    kind: str
+    rows: list[tuple[str, str]] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    def add(self, label: str, value: Any) -> None:
+        if value not in (None, "", [], {}):
+            self.rows.append((label, str(value)))
+
+    def attempt(self, check: Callable[[], Any]) -> Any:
+        """The check's result; None where it raises, which is then a fault."""
+        try:
+            return check()
+        except UserError as error:
+            self.faults.append(str(error))
+            return None
+
+
+def inspect_folder(folder: Path) -> Inspection:
+    """Say what `folder` is and what is wrong with it.
+
+    Raises:
+        UserError: if it is none of these things.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder.")
+    if (folder / CERTIFICATE).is_file():
+        return _merge(folder)
+    if (folder / _STATE).is_file():
+        return _checkpoint(folder)
+    if (folder / CONFIG).is_file():
+        return _adapter(folder)
+    if (folder / "config.json").is_file():
+        return _trained_model(folder) if (folder / RECORD).is_file() else _model(folder)
+    if RunDirectory(folder).holds_run():
+        return _run(RunDirectory(folder))
+    raise UserError(f"{folder}: no run, checkpoint, adapter, merge or model lies there.")
+
+
+def _run(run: RunDirectory) -> Inspection:
+    found = Inspection("run")
+    config = found.attempt(lambda: _read_yaml(run.config_file)) or {}
+    for label, name in _OF_RUNS.items():
+        found.add(label, config.get(name))
+    if run.data_file.is_file():
+        _describe_data(found, run.data_file)
+    if run.summary_file.is_file():
+        summary = found.attempt(lambda: read_json(run.summary_file)) or {}
+        found.add("steps", summary.get("steps"))
+        found.add("loss", f"{summary.get('first_loss')} → {summary.get('final_loss')}")
+        found.add("best held out", summary.get("best_eval_loss"))
+        if not run.adapter.is_dir():
+            found.faults.append(f"{run.adapter} is missing, though the run was finished")
+    else:
+        found.add("state", "not finished")
+    parts = [run.adapter] if run.adapter.is_dir() else []
+    for part in [*parts, *(run.checkpoint(step) for step in run.checkpoint_steps())]:
+        inside = _checkpoint(part) if (part / _STATE).is_file() else _trained(part)
+        found.faults += inside.faults
+        found.add(inside.kind, f"{part.name}: {'whole' if not inside.faults else 'NOT WHOLE'}")
+    return found
+
+
+_OF_RUNS = {
+    "base model": "model_name_or_path",
+    "stored in": "quantize_mode",
+    "trained on": "dataset_name",
+    "template": "template",
+    "LoRA rank": "lora_r",
+    "learning rate": "learning_rate",
+}
+
+
+def _describe_data(found: Inspection, file: Path) -> None:
+    data = found.attempt(lambda: read_json(file)) or {}
+    counts = [f"{data[name]:,} {name}" for name in ("documents", "tokens") if isinstance(data.get(name), int)]
+    found.add("data", ", ".join(counts))
+    found.add("data's hash", data.get("fingerprint"))
+
+
+def _checkpoint(folder: Path) -> Inspection:
+    found = _trained(folder)
+    found.kind = "checkpoint"
+    state = found.attempt(lambda: read_json(folder / _STATE)) or {}
+    found.add("step", state.get("global_step"))
+    found.add("epoch", state.get("epoch"))
+    for file in sorted([*folder.glob("*.pt"), *folder.glob("*.pth"), *folder.glob("*.bin")]):
+        found.faults += _torch_file_faults(file)
+    if (folder / _MANIFEST).is_file():
+        found.faults += _manifest_faults(folder)
+    return found
+
+
+def _trained(folder: Path) -> Inspection:
+    """What a method left: an adapter, or a whole model."""
+    whole = not (folder / CONFIG).is_file() and (folder / "config.json").is_file()
+    return _trained_model(folder) if whole else _adapter(folder)
+
+
+def _trained_model(folder: Path) -> Inspection:
+    found = _model(folder)
+    record = found.attempt(lambda: read_record(folder)) or {}
+    found.add("made from", record.get("base_model"))
+    found.add("method", Full().describe())
+    found.add("template", record.get("template"))
+    return found
+
+
+def _adapter(folder: Path) -> Inspection:
+    found = Inspection("adapter")
+    adapter = found.attempt(lambda: read_adapter(folder))
+    if adapter is None:
+        return found
+    found.add("base model", adapter.base_model)
+    found.add("trained in", adapter.record.get("quantize_mode"))
+    found.add("template", adapter.record.get("template"))
+    if isinstance(adapter.method, Lora):
+        found.add("LoRA", _described(adapter.method))
+    else:
+        found.add("method", adapter.method.describe())
+    config = found.attempt(lambda: base_config(adapter.base_model or ""))
+    if config is None:
+        found.add("note", "the base model's configuration is not here: the tensors were not compared with it")
+        return found
+    faults = found.attempt(lambda: list(adapter.faults(config)))
+    if faults:
+        found.faults += [f"{folder / TENSORS}: {fault}" for fault in faults]
+    elif faults is not None:
+        found.faults += _zero_faults(adapter, config)
+    return found
+
+
+def _described(lora: Lora) -> str:
+    variant = " DoRA" * lora.use_dora + " rsLoRA" * lora.use_rslora
+    return (
+        f"r {lora.r}, alpha {lora.alpha:g}{variant}, on {', '.join(lora.slices or lora.target_modules or ())}"
+    )
+
+
+def _zero_faults(adapter: SavedAdapter, config: FalconConfig) -> list[str]:
+    return [
+        f"{adapter.folder / TENSORS}: {name} is zero throughout: lost, or never trained"
+        for name in zero_tensors(adapter, config)
+    ]
+
+
+def base_config(name: str) -> FalconConfig | None:
+    """The configuration of a model named by an adapter, where it is on this machine.
+
+    Raises:
+        UserError: if it is there and wrong.
+    """
+    if name.startswith(RANDOM):
+        return parse_random(name, 0).config
+    if not name:
+        return None
+    folder = packaged_folder(name)
+    if folder is None and Path(name).is_dir():
+        folder = Path(name)
+    if folder is None and is_on_hub(name):
+        cached = try_to_load_from_cache(name, "config.json")
+        folder = Path(cached).parent if isinstance(cached, str) else None
+    return read_folder_config(folder) if folder is not None else None
+
+
+def _merge(folder: Path) -> Inspection:
+    found = _model(folder)
+    found.kind = "merge"
+    certificate = found.attempt(lambda: read_json(folder / CERTIFICATE)) or {}
+    origin = certificate.get("origin")
+    if isinstance(origin, dict):
+        found.add("base model", origin.get("base_model"))
+        found.add("trained on", origin.get("datasets"))
+        found.add("data's hash", origin.get("data_fingerprint"))
+        found.add("template", origin.get("template"))
+        found.add("licence", origin.get("licence"))
+    found.add("merged onto", certificate.get("merged_onto"))
+    measured = certificate.get("merges")
+    kept = measured.get(certificate.get("merged_onto")) if isinstance(measured, dict) else None
+    if isinstance(kept, dict):
+        found.add("held-out loss", f"{kept.get('loss')} (adapter {certificate.get('adapter_loss')})")
+        found.add("KL divergence", kept.get("kl_divergence"))
+    hashes = certificate.get("tensors")
+    if not isinstance(hashes, dict):
+        found.faults.append(f"{folder / CERTIFICATE} lists no tensors")
+    elif not found.faults:
+        found.faults += _hash_faults(folder, hashes)
+    return found
+
+
+def _hash_faults(folder: Path, hashes: dict[str, Any]) -> Iterator[str]:
+    config = read_folder_config(folder)
+    read = parameter_reader(folder, config)
+    for name in parameter_shapes(config):
+        if tensor_hash(read(name)) != hashes.get(name):
+            yield f"{name} is not what the certificate is about: it was altered"
+
+
+def _model(folder: Path) -> Inspection:
+    found = Inspection("model")
+    config = found.attempt(lambda: read_folder_config(folder))
+    if config is None:
+        return found
+    found.add("layout", f"{config.num_hidden_layers} blocks of {config.hidden_size}")
+    found.attempt(lambda: _collect(found, _tensor_faults(folder, config)))
+    return found
+
+
+def _collect(found: Inspection, faults: Iterator[str]) -> None:
+    for fault in faults:
+        found.faults.append(fault)
+
+
+def _tensor_faults(folder: Path, config: FalconConfig) -> Iterator[str]:
+    read = parameter_reader(folder, config)
+    for name, shape in parameter_shapes(config).items():
+        try:
+            tensor = read(name)
+        except UserError as error:
+            yield str(error)
+            continue
+        if tuple(tensor.shape) != shape:
+            yield f"{folder}: {name} has the shape {list(tensor.shape)}, config.json asks for {list(shape)}"
+        elif not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            yield f"{folder}: {name} holds numbers that are not finite"
+
+
+def _torch_file_faults(file: Path) -> list[str]:
+    """Whether a torch file is whole, and would load as tensors alone; nothing in it is executed."""
+    try:
+        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        refused = sorted(name for name in unsafe if not name.startswith(_HARMLESS))
+        if refused:
+            return [f"{file} would run {refused[0]} when it is loaded: do not load it"]
+        with zipfile.ZipFile(file) as archive:
+            altered = archive.testzip()
+    except Exception as error:  # torch raises many kinds for a damaged file
+        return [f"{file} is damaged: {' '.join(str(error).split())[:200]}"]
+    return [f"{file} is damaged: {altered} in it was altered"] if altered else []
+
+
+def _manifest_faults(folder: Path) -> list[str]:
+    """Files that are not what the checkpoint's manifest says."""
+    try:
+        files = read_json(folder / _MANIFEST).get("files")
+    except UserError as error:
+        return [str(error)]
+    if not isinstance(files, dict):
+        return [f"{folder / _MANIFEST} lists no files"]
+    faults = []
+    for name, entry in files.items():
+        path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts or not isinstance(entry, dict):
+            faults.append(f"{folder / _MANIFEST} names {name!r}, which is no file of the checkpoint")
+        elif not path.is_file():
+            faults.append(f"{path} is missing")
+        elif sha256(path) != entry.get("sha256"):
+            faults.append(f"{path} is not what was written: its checksum differs")
+    return faults
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is not valid: no settings in it")
+    return content

@@ -1,0 +1,166 @@
+"""``falcon-qlora eval``: perplexity and answer loss on text, of a base model, an adapter or a merge.
+
+``--adapter DIR`` measures the quantized base with the adapter, ``-m MODEL`` a model alone, quantized as
+``-q`` says (a merge: ``-q 16bit``). The text is what ``--dataset_name`` names; without it, what the adapter's
+run held out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from dataclasses import dataclass
+from dataclasses import field as setting
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from falcon_qlora.assembly.adapted import (
+    adapter_folder,
+    load_adapted,
+    parse_with_run,
+    read_trained,
+    run_of,
+    tokenizer_of,
+)
+from falcon_qlora.config import Configuration, parse
+from falcon_qlora.errors import UserError
+
+if TYPE_CHECKING:
+    from falcon_qlora.assembly.held_out import HeldOutText
+    from falcon_qlora.run_directory import RunDirectory
+
+_HOW: dict[str, Any] = {
+    "program": "falcon-qlora eval",
+    "description": "Perplexity and answer loss of a base model, an adapter or a merge.",
+}
+
+
+@dataclass(kw_only=True)
+class EvalArguments:
+    """What to measure."""
+
+    _argument_group_name = "Evaluation"
+
+    adapter: str | None = setting(
+        default=None, metadata={"help": "Folder of a trained adapter, or of the run that made it."}
+    )
+    most_tokens: int | None = setting(
+        default=None, metadata={"help": "Measure on at most so many tokens; unset: all."}
+    )
+    tasks: list[str] | None = setting(
+        default=None, metadata={"help": "Run these tasks of lm-evaluation-harness instead."}
+    )
+    results: str | None = setting(default=None, metadata={"help": "JSON file to write the figures to."})
+
+
+def main(argv: list[str]) -> int:
+    """Run the command and return its exit status."""
+    wanted: EvalArguments = parse(argv, extra_arguments=EvalArguments, **_HOW).extra
+    if wanted.most_tokens is not None and wanted.most_tokens < 2:
+        raise UserError(f"--most_tokens {wanted.most_tokens}: must be at least 2")
+    if wanted.tasks and importlib.util.find_spec("lm_eval") is None:
+        raise UserError("--tasks needs lm-evaluation-harness: pip install 'falcon-qlora[eval]'")
+    folder = adapter_folder(wanted.adapter) if wanted.adapter else None
+    run = run_of(folder) if folder is not None else None
+    named = parse(argv, extra_arguments=EvalArguments, **_HOW).explicit
+    configuration = parse_with_run(argv, run, extra_arguments=EvalArguments, **_HOW)
+    if not wanted.tasks and "dataset_name" not in named and configuration.data.eval_split is None:
+        raise UserError("which text? Name it with --dataset_name FILE")
+
+    # Only now: a wrong flag is told at once.
+    from falcon_qlora.quiet import quiet_libraries
+
+    quiet_libraries()
+    record = read_trained(folder, named=named) if folder is not None else {}
+    if wanted.tasks:
+        figures = _run_tasks(configuration, folder, record, wanted.tasks)
+    else:
+        rows_are_named = "dataset_name" in named and "eval_split" not in named
+        figures = _measure(configuration, folder, record, run, all_rows=rows_are_named)
+    _tell(figures)
+    if wanted.results:
+        from falcon_qlora.files import write_json
+
+        write_json(Path(wanted.results), figures)
+    return 0
+
+
+def _measure(
+    configuration: Configuration,
+    folder: Path | None,
+    record: dict[str, Any],
+    run: RunDirectory | None,
+    *,
+    all_rows: bool,
+) -> dict[str, Any]:
+    from falcon_qlora.assembly.held_out import held_out_text, rows_of
+    from falcon_qlora.evaluation import batches_of, mean_loss, predictions, token_losses
+
+    tokenizer = tokenizer_of(configuration, record)
+    text: HeldOutText
+    text = rows_of(configuration, tokenizer) if all_rows else held_out_text(configuration, tokenizer, run)
+    batches = batches_of(
+        text,
+        max_tokens=configuration.data.max_length * configuration.run.per_device_train_batch_size,
+        most_tokens=configuration.extra.most_tokens,
+    )
+    model, _ = load_adapted(configuration, folder, record)
+    losses, counted = [], []
+    for batch in batches:
+        predicted = predictions(model, [batch], answers_only=False)
+        losses.append(token_losses(predicted))
+        counted.append(predicted.answers)
+    every, answers = _joined(losses), _joined(counted)
+    loss = mean_loss(every)
+    return {
+        "text": text.source,
+        "fingerprint": text.fingerprint,
+        "documents": sum(len(batch.lengths) for batch in batches),
+        "tokens": len(every),
+        "loss": loss,
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "answer_tokens": int(answers.sum()),
+        "answer_loss": mean_loss(every[answers]),
+    }
+
+
+def _joined(parts: list[Any]) -> Any:
+    import torch
+
+    return torch.cat(parts)
+
+
+def _run_tasks(
+    configuration: Configuration, folder: Path | None, record: dict[str, Any], tasks: list[str]
+) -> dict[str, Any]:
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer = load_adapted(configuration, folder, record)
+    found = lm_eval.simple_evaluate(
+        model=HFLM(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=configuration.run.per_device_train_batch_size,
+            max_length=configuration.data.max_length,
+        ),
+        tasks=tasks,
+        log_samples=False,
+    )
+    results: dict[str, Any] = found["results"]
+    return {
+        f"{task} {name}": value
+        for task, numbers in results.items()
+        for name, value in numbers.items()
+        if isinstance(value, int | float)
+    }
+
+
+def _tell(figures: dict[str, Any]) -> None:
+    from falcon_qlora.terminal import print_plain
+
+    width = max(len(name) for name in figures) + 2
+    for name, value in figures.items():
+        shown = f"{value:.4f}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+        print_plain(f"{name.replace('_', ' ').ljust(width)}{shown}")

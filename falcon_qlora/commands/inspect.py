@@ -1,0 +1,39 @@
+"""``falcon-qlora inspect DIR``: what a run, checkpoint, adapter or merge is, and whether it is whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from falcon_qlora.errors import EXIT_USER_ERROR, UserError
+
+_HELP = """falcon-qlora inspect DIR
+
+Say what DIR is - a run, a checkpoint, an adapter, a merge, a model - what it was trained on, and whether
+it is whole: every expected tensor there, of its shape, finite, and what its manifest or certificate says.
+
+The exit status is 0 where it is whole and 2 where it is not. Nothing in DIR is executed or downloaded."""
+
+
+def main(argv: list[str]) -> int:
+    """Run the command and return its exit status."""
+    if any(word in ("-h", "--help", "--help-all") for word in argv):
+        print(_HELP)
+        return 0
+    if len(argv) != 1 or argv[0].startswith("-"):
+        raise UserError("name one folder: falcon-qlora inspect DIR")
+
+    # Only now: a wrong flag is told at once.
+    from falcon_qlora.quiet import quiet_libraries
+
+    quiet_libraries()
+    from falcon_qlora.assembly.inspection import inspect_folder
+    from falcon_qlora.terminal import print_plain
+
+    found = inspect_folder(Path(argv[0]))
+    print_plain(f"{argv[0]}: {found.kind}, {'not whole' if found.faults else 'whole'}")
+    width = max((len(label) for label, _ in found.rows), default=0) + 2
+    for label, text in found.rows:
+        print_plain(f"  {label.ljust(width)}{text}")
+    for fault in found.faults:
+        print_plain(f"  fault: {fault}")
+    return EXIT_USER_ERROR if found.faults else 0

@@ -1,0 +1,334 @@
+"""``falcon-qlora merge --adapter DIR --out DIR``: a model that needs neither adapter nor quantization.
+
+The adapter's folder, and the run that it lies in, say which base, template and held-out text it was trained
+with; flags say otherwise.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from dataclasses import dataclass
+from dataclasses import field as setting
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import falcon_qlora
+from falcon_qlora.assembly.adapted import (
+    adapter_folder,
+    base_model,
+    given,
+    load_adapted,
+    parse_with_run,
+    read_trained,
+    run_of,
+    tokenizer_of,
+)
+from falcon_qlora.config import Configuration, parse
+from falcon_qlora.errors import UserError
+
+if TYPE_CHECKING:
+    from falcon_qlora.merge.build import Request
+    from falcon_qlora.merge.certificate import Certificate, Origin
+    from falcon_qlora.run_directory import RunDirectory
+
+_HOW: dict[str, Any] = {
+    "program": "falcon-qlora merge",
+    "description": "Merge a trained adapter into its base model, with proof of what that did to it.",
+}
+_SHOWN_SETTINGS = (
+    "quantize_mode double_quantization compute_dtype lora_r lora_alpha lora_dropout lora_target_modules "
+    "lora_slices use_rslora use_dora max_length packing train_on num_train_epochs max_steps optim "
+    "learning_rate lr_scheduler_type seed"
+).split()
+
+
+@dataclass(kw_only=True)
+class MergeArguments:
+    """What to merge, onto what, and how good it must be."""
+
+    _argument_group_name = "Merge"
+
+    adapter: str | None = setting(
+        default=None, metadata={"help": "Folder of a trained adapter, or of the run that made it."}
+    )
+    out: str | None = setting(default=None, metadata={"help": "Folder to write; must not exist."})
+    base: Literal["auto", "16bit", "dequantized"] = setting(
+        default="auto",
+        metadata={
+            "help": "Merge onto the original base, or onto what its quantized weights stand for; auto: both, "
+            "and keep the one of the lower loss."
+        },
+    )
+    dtype: Literal["bf16", "fp16", "fp32"] = setting(
+        default="bf16", metadata={"help": "Store the merged weights in this type."}
+    )
+    max_shard_size: str = setting(default="5GB", metadata={"help": "Largest weights file, such as 500MB."})
+    max_loss_increase: float = setting(
+        default=0.02,
+        metadata={"help": "Refuse a merge whose held-out loss is above the adapter's by more, nats a token."},
+    )
+    max_kl_divergence: float = setting(
+        default=0.1, metadata={"help": "Refuse a merge further than this from the adapter, nats a token."}
+    )
+    held_out_tokens: int = setting(
+        default=16384, metadata={"help": "Measure on at most so many tokens of the held-out text."}
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Run the command and return its exit status."""
+    wanted: MergeArguments = parse(argv, extra_arguments=MergeArguments, **_HOW).extra
+    _check(wanted)
+    assert wanted.adapter is not None
+    assert wanted.out is not None
+    folder = adapter_folder(wanted.adapter)
+    run = run_of(folder)
+    configuration = parse_with_run(argv, run, extra_arguments=MergeArguments, **_HOW)
+    _check_hub(configuration)
+
+    # Only now: a wrong flag is told at once.
+    from falcon_qlora.quiet import quiet_libraries
+
+    quiet_libraries()
+    from falcon_qlora.merge.folder import check_disk, check_out
+
+    record = read_trained(folder, named=())
+    _check_method(record, folder)
+    _check_base_name(configuration, record, folder)
+    out = Path(wanted.out)
+    check_out(out, overwrite=configuration.run.overwrite)
+    request = _request(configuration, wanted, folder, record)
+    from falcon_qlora.merge.build import needed_bytes
+
+    check_disk(out, needed_bytes(request))
+    certificate = _merge(configuration, request, out, run, record)
+    _tell(certificate, out)
+    if configuration.trainer.get("push_to_hub"):
+        _push(configuration, out)
+    return 0
+
+
+def _merge(
+    configuration: Configuration,
+    request: Request,
+    out: Path,
+    run: RunDirectory | None,
+    record: dict[str, Any],
+) -> Certificate:
+    from falcon_qlora.assembly.held_out import held_out_text
+    from falcon_qlora.evaluation import batches_of, mean_loss, predictions, token_losses
+    from falcon_qlora.merge import build
+    from falcon_qlora.merge.certificate import HeldOut
+    from falcon_qlora.models.tokenizer import check_vocabulary
+    from falcon_qlora.terminal import note
+
+    tokenizer = tokenizer_of(configuration, record)
+    check_vocabulary(tokenizer, request.checkpoint.config.vocab_size, name=request.checkpoint.name)
+    text = held_out_text(configuration, tokenizer, run)
+    if configuration.data.eval_split is None:
+        note(
+            f"no held-out rows are known: the merge is measured on {text.source}, which says little about "
+            "your data. --eval_split FILE measures on your own"
+        )
+    batches = batches_of(
+        text,
+        max_tokens=configuration.data.max_length * configuration.run.per_device_train_batch_size,
+        most_tokens=configuration.extra.held_out_tokens,
+    )
+    model, _ = load_adapted(configuration, request.adapter.folder, record)
+    reference = predictions(model, batches, answers_only=True)
+    del model
+    gc.collect()
+    measured = sum(len(batch.lengths) for batch in batches)
+    if run is not None and text.is_the_runs_own and measured == len(text.lengths):
+        _check_recorded_loss(configuration, request, run, mean_loss(token_losses(reference)))
+    held_out = HeldOut(
+        source=text.source,
+        fingerprint=text.fingerprint,
+        documents=measured,
+        tokens=sum(batch.tokens for batch in batches),
+        target_tokens=len(reference.targets),
+        is_the_runs_own=text.is_the_runs_own,
+    )
+    origin = _origin(configuration, request, run, record)
+    return build.merge(request, out, origin=origin, held_out=held_out, batches=batches, reference=reference)
+
+
+def _request(
+    configuration: Configuration, wanted: MergeArguments, folder: Path, record: dict[str, Any]
+) -> Request:
+    from falcon_qlora.distributed import local_device
+    from falcon_qlora.merge.build import Request
+    from falcon_qlora.merge.folder import shard_bytes
+    from falcon_qlora.merge.tensors import Quantization
+    from falcon_qlora.methods.saved import read_adapter, zero_tensors
+    from falcon_qlora.models.checkpoints import RANDOM
+    from falcon_qlora.models.load import resolve_compute_dtype
+    from falcon_qlora.models.locate import find_folder, open_checkpoint
+    from falcon_qlora.models.tokenizer import find_tokenizer
+
+    adapter = read_adapter(folder)
+    name, revision = base_model(configuration, record), configuration.model.model_revision
+    checkpoint = open_checkpoint(name, revision=revision)
+    adapter.check(checkpoint.config)
+    zero = zero_tensors(adapter, checkpoint.config)
+    if zero:
+        raise UserError(
+            f"{folder}: {len(zero)} of its tensors are zero throughout, the first {zero[0]}: the adapter is "
+            "damaged, or was never trained."
+        )
+    device = local_device()
+    mode = given(configuration, record, "quantize_mode", "quantize_mode")
+    candidates = ["16bit", "dequantized"] if wanted.base == "auto" else [wanted.base]
+    return Request(
+        checkpoint=checkpoint,
+        base_folder=None if name.startswith(RANDOM) else find_folder(name, revision=revision),
+        tokenizer_folder=find_tokenizer(
+            name,
+            tokenizer_name_or_path=given(configuration, record, "tokenizer_name_or_path", "tokenizer"),
+            revision=revision,
+        ),
+        adapter=adapter,
+        quantization=Quantization(
+            mode=mode,
+            double=given(configuration, record, "double_quantization", "double_quantization"),
+            compute_dtype=resolve_compute_dtype(configuration.model.compute_dtype, device),
+        ),
+        # Of a base that was not quantized both are the same.
+        candidates=candidates[:1] if mode == "16bit" else candidates,  # type: ignore[arg-type]
+        dtype=wanted.dtype,
+        max_shard_bytes=shard_bytes(wanted.max_shard_size),
+        max_loss_increase=wanted.max_loss_increase,
+        max_kl_divergence=wanted.max_kl_divergence,
+        device=device,
+    )
+
+
+def _origin(
+    configuration: Configuration, request: Request, run: RunDirectory | None, record: dict[str, Any]
+) -> Origin:
+    from falcon_qlora.assembly.held_out import data_record
+    from falcon_qlora.merge.certificate import Origin, commit_of, licence_of
+
+    config = request.checkpoint.config
+    resolved = configuration.resolved() if run is not None else {}
+    fingerprint = data_record(run).get("fingerprint")
+    return Origin(
+        base_model=request.checkpoint.name,
+        base_revision=configuration.model.model_revision,
+        base_commit=commit_of(request.base_folder),
+        base_layout=f"{config.num_hidden_layers} blocks of {config.hidden_size}",
+        licence=licence_of(request.checkpoint.name, request.base_folder),
+        quantization=request.quantization.mode,
+        template=record.get("template"),
+        datasets=list(resolved.get("dataset_name", [])),
+        data_fingerprint=fingerprint if isinstance(fingerprint, str) else None,
+        settings={name: resolved[name] for name in _SHOWN_SETTINGS if resolved.get(name) is not None},
+        adapter=_described(request),
+        falcon_qlora=falcon_qlora.__version__,
+    )
+
+
+def _described(request: Request) -> dict[str, Any]:
+    from falcon_qlora.files import sha256
+    from falcon_qlora.merge.tensors import lora_of
+    from falcon_qlora.methods.folder import TENSORS
+
+    lora = lora_of(request.adapter)
+    return {
+        "r": lora.r,
+        "alpha": lora.alpha,
+        "linears": list(lora.target_modules or ()),
+        **({"slices": list(lora.slices)} if lora.slices else {}),
+        "rslora": lora.use_rslora,
+        "dora": lora.use_dora,
+        "sha256": sha256(request.adapter.folder / TENSORS),
+    }
+
+
+def _check(wanted: MergeArguments) -> None:
+    for name in ("adapter", "out"):
+        if not getattr(wanted, name):
+            raise UserError(f"--{name} is needed: falcon-qlora merge --adapter DIR --out DIR")
+    for name in ("max_loss_increase", "max_kl_divergence"):
+        value = getattr(wanted, name)
+        if math.isnan(value) or value < 0:
+            raise UserError(f"--{name} {value}: must be 0 or more")
+    if wanted.held_out_tokens < 2:
+        raise UserError(f"--held_out_tokens {wanted.held_out_tokens}: must be at least 2")
+
+
+def _check_recorded_loss(
+    configuration: Configuration, request: Request, run: RunDirectory, loss: float
+) -> None:
+    """Compare the adapter's loss on what its run held out with what the run noted."""
+    from falcon_qlora.untrusted import read_json
+
+    is_the_best = configuration.trainer.get("load_best_model_at_end")
+    if not is_the_best or request.adapter.folder.name != run.adapter.name or not run.summary_file.is_file():
+        return
+    recorded = read_json(run.summary_file).get("best_eval_loss")
+    if isinstance(recorded, float) and not loss <= recorded + request.max_loss_increase:
+        raise UserError(
+            f"{request.adapter.folder} gives the loss {loss:.4f} on what its run held out, the run noted "
+            f"{recorded:.4f}: the adapter or its base was altered since. Nothing was written."
+        )
+
+
+def _check_hub(configuration: Configuration) -> None:
+    if configuration.trainer.get("push_to_hub") and not configuration.trainer.get("hub_model_id"):
+        raise UserError("--push_to_hub needs to know where to: --hub_model_id NAME/MODEL")
+
+
+def _check_method(record: dict[str, Any], folder: Path) -> None:
+    from falcon_qlora.methods.registry import METHODS
+
+    method = METHODS.get(record["method"]) if isinstance(record["method"], str) else None
+    if method is not None and method.why_not_merged is not None:
+        raise UserError(f"{folder} was trained with {method.title}: {method.why_not_merged}.")
+
+
+def _check_base_name(configuration: Configuration, record: dict[str, Any], folder: Path) -> None:
+    """Let a folder of this machine be read only where the user, not an adapter's file, names it."""
+    name = base_model(configuration, record)
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{folder} names no base model. Name it with --model_name_or_path.")
+    if "model_name_or_path" in configuration.explicit:
+        return
+    if name.startswith(("/", "~", ".")) or ".." in Path(name).parts:
+        raise UserError(
+            f"{folder} names {name!r}, a folder of this machine, as its base model. If that is right, say "
+            "so: --model_name_or_path FOLDER."
+        )
+
+
+def _tell(certificate: Certificate, out: Path) -> None:
+    from falcon_qlora.terminal import print_plain
+
+    print_plain(
+        f"held-out loss  {certificate.adapter_loss:.4f} of {certificate.origin.quantization} base and adapter"
+        f", on {certificate.held_out.target_tokens:,} tokens of {certificate.held_out.source}"
+    )
+    for onto, each in certificate.merges.items():
+        kept = "  (kept)" if onto == certificate.merged_onto and len(certificate.merges) > 1 else ""
+        print_plain(
+            f"merged onto {onto}: loss {each.loss:.4f} ({each.loss_increase:+.4f}), KL divergence "
+            f"{each.kl_divergence:.5f}, same likeliest token {100 * each.same_top_token:.1f} %{kept}"
+        )
+    print_plain(f"wrote {out}/ ({certificate.dtype}); serve it: vllm serve {out}")
+
+
+def _push(configuration: Configuration, out: Path) -> None:
+    from falcon_qlora.models.hub import push_folder
+    from falcon_qlora.terminal import print_plain
+
+    settings = configuration.trainer
+    url = push_folder(
+        out,
+        settings["hub_model_id"],
+        private=settings.get("hub_private_repo"),
+        token=settings.get("hub_token"),
+        revision=settings.get("hub_revision"),
+    )
+    print_plain(f"uploaded to {url}")

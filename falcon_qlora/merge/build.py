@@ -1,0 +1,200 @@
+"""Make a merge, measure it, and keep it only if it is as good as what it was made of."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from falcon_qlora.data.batches import MicroBatch
+from falcon_qlora.errors import UserError
+from falcon_qlora.evaluation import (
+    Predictions,
+    divergence,
+    folder_predictions,
+    mean_loss,
+    token_losses,
+)
+from falcon_qlora.files import replaced_folder
+from falcon_qlora.merge.card import write_card
+from falcon_qlora.merge.certificate import Certificate, HeldOut, Measured, Origin
+from falcon_qlora.merge.folder import (
+    DTYPES,
+    copy_tokenizer,
+    parameter_shapes,
+    write_configuration,
+    write_generation_config,
+    write_weights,
+)
+from falcon_qlora.merge.tensors import Onto, Quantization, merged_tensors
+from falcon_qlora.methods.saved import SavedAdapter
+from falcon_qlora.models.checkpoints import Checkpoint, parameter_reader
+from falcon_qlora.models.tensor_files import tensor_hash
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to merge, and how.
+
+    Attributes:
+        checkpoint: the base.
+        base_folder: where it lies, None for random weights.
+        tokenizer_folder: whose tokenizer files go with the merge.
+        adapter: checked against the base.
+        quantization: of the base while the adapter was trained.
+        candidates: the bases to merge onto, of which the better merge is kept.
+        dtype: ``bf16``, ``fp16`` or ``fp32``.
+        max_shard_bytes: of a weights file.
+        max_loss_increase: of a merge that is kept, nats a token.
+        max_kl_divergence: likewise.
+        device: where it is computed.
+    """
+
+    checkpoint: Checkpoint
+    base_folder: Path | None
+    tokenizer_folder: Path
+    adapter: SavedAdapter
+    quantization: Quantization
+    candidates: Sequence[Onto]
+    dtype: str
+    max_shard_bytes: int
+    max_loss_increase: float
+    max_kl_divergence: float
+    device: torch.device
+
+
+def needed_bytes(request: Request) -> int:
+    """What the disk must hold: every candidate, until the better one is known."""
+    numbers = sum(torch.Size(shape).numel() for shape in parameter_shapes(request.checkpoint.config).values())
+    return len(request.candidates) * numbers * DTYPES[request.dtype].itemsize
+
+
+def merge(
+    request: Request,
+    out: Path,
+    *,
+    origin: Origin,
+    held_out: HeldOut,
+    batches: Sequence[MicroBatch],
+    reference: Predictions,
+) -> Certificate:
+    """Write the merge with its certificate and card to `out`, whole or not at all.
+
+    Args:
+        request: what to merge.
+        out: replaced if it is there.
+        origin: for the certificate.
+        held_out: what `batches` are.
+        batches: the text to measure on.
+        reference: what the quantized base with its adapter predicts there, answers only.
+
+    Raises:
+        UserError: if the best merge is worse than the limits allow; then nothing is kept.
+    """
+    adapter_loss = mean_loss(token_losses(reference))
+    with replaced_folder(out) as folder:
+        measured: dict[Onto, Measured] = {}
+        hashes: dict[Onto, dict[str, str]] = {}
+        for onto in request.candidates:
+            (folder / onto).mkdir()
+            hashes[onto] = _write(request, folder / onto, onto)
+            measured[onto] = _measure(request, folder / onto, batches, reference, adapter_loss)
+            _check_stored(request, folder / onto, hashes[onto])
+        best = _choose(request, measured, adapter_loss)
+        for file in (folder / best).iterdir():
+            file.rename(folder / file.name)
+        for onto in request.candidates:
+            shutil.rmtree(folder / onto)
+        certificate = Certificate(
+            merged_onto=best,
+            dtype=request.dtype,
+            origin=origin,
+            held_out=held_out,
+            adapter_loss=adapter_loss,
+            merges=measured,
+            max_loss_increase=request.max_loss_increase,
+            max_kl_divergence=request.max_kl_divergence,
+            tensors=hashes[best],
+        )
+        certificate.write(folder)
+        write_card(folder, certificate)
+    return certificate
+
+
+def _write(request: Request, folder: Path, onto: Onto) -> dict[str, str]:
+    config, dtype = request.checkpoint.config, DTYPES[request.dtype]
+    tensors = merged_tensors(
+        request.checkpoint,
+        request.adapter,
+        onto=onto,
+        quantization=request.quantization,
+        device=request.device,
+    )
+    hashes = write_weights(folder, config, tensors, dtype=dtype, max_shard_bytes=request.max_shard_bytes)
+    write_configuration(folder, config, dtype)
+    write_generation_config(folder, config, request.base_folder)
+    copy_tokenizer(folder, request.tokenizer_folder)
+    return hashes
+
+
+def _measure(
+    request: Request,
+    folder: Path,
+    batches: Sequence[MicroBatch],
+    reference: Predictions,
+    adapter_loss: float,
+) -> Measured:
+    """Run the merge as it lies on the disk."""
+    predicted = folder_predictions(
+        folder,
+        batches,
+        answers_only=True,
+        device=request.device,
+        dtype=request.quantization.compute_dtype,
+    )
+    loss = mean_loss(token_losses(predicted))
+    distance = divergence(reference, predicted)
+    return Measured(
+        loss=loss,
+        loss_increase=loss - adapter_loss,
+        kl_divergence=distance.kl,
+        largest_kl_divergence=distance.largest_kl,
+        same_top_token=distance.same_top_token,
+    )
+
+
+def _check_stored(request: Request, folder: Path, hashes: dict[str, str]) -> None:
+    """Read every tensor back: what lies on the disk is what was computed."""
+    read = parameter_reader(folder, request.checkpoint.config)
+    for name, expected in hashes.items():
+        if tensor_hash(read(name)) != expected:
+            raise UserError(f"{name} lies on the disk otherwise than it was written: is the disk in order?")
+
+
+def _choose(request: Request, measured: dict[Onto, Measured], adapter_loss: float) -> Onto:
+    """The merge of the lowest loss among those within the limits.
+
+    Raises:
+        UserError: if there is none.
+    """
+    # Written so that a number that is not finite fails.
+    within = [
+        onto
+        for onto, each in measured.items()
+        if each.loss_increase <= request.max_loss_increase and each.kl_divergence <= request.max_kl_divergence
+    ]
+    if within:
+        return min(within, key=lambda onto: measured[onto].loss)
+    told = "; ".join(
+        f"onto the {onto} base loss {each.loss:.4f} ({each.loss_increase:+.4f}), KL divergence "
+        f"{each.kl_divergence:.4f}"
+        for onto, each in measured.items()
+    )
+    raise UserError(
+        f"The merge is worse than the adapter, whose loss on the held-out text is {adapter_loss:.4f}: {told}."
+        f" Allowed are --max_loss_increase {request.max_loss_increase:g} and --max_kl_divergence "
+        f"{request.max_kl_divergence:g}. Nothing was kept. Try another --base, or --dtype fp32."
+    )

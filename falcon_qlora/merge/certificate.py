@@ -1,0 +1,154 @@
+"""What a merge comes with: how far it is from the adapter it was made of, and what both were made of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from falcon_qlora.files import write_json
+from falcon_qlora.merge.tensors import Onto
+from falcon_qlora.untrusted import read_json
+
+CERTIFICATE = "certificate.json"
+_FORMAT = 1
+_CARD_LIMIT = 2**16
+_LICENCE = re.compile(r"---\n(?:[^\n]*\n)*?license: *([\w.-]+) *\n")
+_APACHE = re.compile(
+    r"(tiiuae|ybelkada)/falcon-(rw-1b|rw-7b|7b|40b)(-instruct|-sharded-bf16|-instruct-sharded)?"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What a merge is made of.
+
+    Attributes:
+        base_model: name of the base.
+        base_revision: branch, tag or commit it was asked for by; None for the main branch, or a folder.
+        base_commit: the commit that was read, where it came from the hub.
+        base_layout: such as ``32 blocks of 4544``.
+        licence: the base's, as an identifier of the hub's; None where it is not known.
+        quantization: how the base was stored in training, such as ``4bit``.
+        template: the prompt template.
+        datasets: what `--dataset_name` named.
+        data_fingerprint: hash of the tokenized training rows, where the run's record is at hand.
+        settings: the run's settings, name → value.
+        adapter: its rank, scale and the like, and a hash of its weights.
+        falcon_qlora: the release that merges.
+    """
+
+    base_model: str
+    base_revision: str | None = None
+    base_commit: str | None = None
+    base_layout: str = ""
+    licence: str | None = None
+    quantization: str
+    template: str | None = None
+    datasets: list[str] = field(default_factory=list)
+    data_fingerprint: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    adapter: Mapping[str, Any] = field(default_factory=dict)
+    falcon_qlora: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """The text that a certificate's figures are of.
+
+    Attributes:
+        source: what it is, for a person.
+        fingerprint: hash of the tokenized documents.
+        is_the_runs_own: whether it is what the run held out.
+    """
+
+    source: str
+    fingerprint: str
+    documents: int
+    tokens: int
+    target_tokens: int
+    is_the_runs_own: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One merge beside the quantized base with its adapter, on the held-out text.
+
+    Attributes:
+        loss: nats a target token.
+        loss_increase: over that of base and adapter.
+        kl_divergence: mean over the target tokens, from base and adapter to the merge, nats.
+        largest_kl_divergence: of a single token.
+        same_top_token: share of the tokens for which both find the same one the likeliest.
+    """
+
+    loss: float
+    loss_increase: float
+    kl_divergence: float
+    largest_kl_divergence: float
+    same_top_token: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """Everything `certificate.json` says.
+
+    Attributes:
+        merged_onto: the base that the kept merge was made on.
+        dtype: what it is stored in.
+        origin: what it is made of.
+        held_out: what was measured on.
+        adapter_loss: of the quantized base with its adapter.
+        merges: for each base that was tried what came of it.
+        max_loss_increase: the limit that was asked for.
+        max_kl_divergence: likewise.
+        tensors: name → SHA-256 of the stored bytes.
+    """
+
+    merged_onto: Onto
+    dtype: str
+    origin: Origin
+    held_out: HeldOut
+    adapter_loss: float
+    merges: Mapping[Onto, Measured]
+    max_loss_increase: float
+    max_kl_divergence: float
+    tensors: Mapping[str, str]
+
+    @property
+    def kept(self) -> Measured:
+        return self.merges[self.merged_onto]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": _FORMAT, **asdict(self)}
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / CERTIFICATE, self.to_dict())
+
+
+def commit_of(folder: Path | None) -> str | None:
+    """The commit of a folder in the hub's cache."""
+    if folder is None or folder.parent.name != "snapshots":
+        return None
+    return folder.name
+
+
+def licence_of(base_model: str, folder: Path | None) -> str | None:
+    """The base's licence: as its model card says, else as it is known of the published models."""
+    card = folder / "README.md" if folder is not None else None
+    if card is not None and card.is_file():
+        match = _LICENCE.match(card.read_text(encoding="utf-8", errors="replace")[:_CARD_LIMIT])
+        if match:
+            return match[1]
+    return "apache-2.0" if _APACHE.fullmatch(base_model) else None
+
+
+def read_certificate(folder: Path) -> dict[str, Any]:
+    """A certificate as it was written.
+
+    Raises:
+        UserError: if it is not there or not readable.
+    """
+    return read_json(folder / CERTIFICATE)

@@ -1,0 +1,154 @@
+"""Safetensors files a tensor at a time: reading what is there, and writing a model without holding it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from falcon_qlora.errors import UserError
+from falcon_qlora.files import write_json
+
+_NAME_OF_DTYPE = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies, and what its file says of it; `dtype` as safetensors spells it (``BF16``)."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def stored_tensors(file: Path) -> dict[str, StoredTensor]:
+    """What a file holds, by name; of the data itself nothing is read.
+
+    Raises:
+        UserError: if the file is not there, is cut short, or is no safetensors file.
+    """
+    if not file.is_file():
+        raise UserError(f"{file} is not there.")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+            return {
+                name: StoredTensor(file, str(each.get_dtype()), tuple(each.get_shape()))
+                for name, each in slices.items()
+            }
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{file} is damaged: {error}. Copy or download it again.") from None
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    """One tensor. The file is opened for it alone: closing it gives back the pages that reading it took.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_tensor(name)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{file} is damaged: {error}. Copy or download it again.") from None
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, as they lie in a file."""
+    return hashlib.sha256(_bytes_of(tensor)).hexdigest()
+
+
+def write_model(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+) -> dict[str, str]:
+    """Write a model's tensors as they come, in whatever order, each straight to its place in its file.
+
+    Args:
+        folder: gets ``model.safetensors``, or numbered shards and their index.
+        shapes: every tensor's name and shape, in the order in which they shall lie.
+        tensors: each of them once, on any device and in any floating dtype.
+        dtype: what they are stored in.
+        max_shard_bytes: a new file begins where the next tensor would make one larger.
+
+    Returns:
+        Name → `tensor_hash` of what was stored.
+
+    Raises:
+        UserError: if a tensor is missing, or has another shape.
+    """
+    places = _lay_out(folder, shapes, dtype, max_shard_bytes)
+    hashes: dict[str, str] = {}
+    for name, tensor in tensors:
+        if tuple(tensor.shape) != tuple(shapes[name]):
+            raise UserError(f"{name} has the shape {list(tensor.shape)}, expected {list(shapes[name])}")
+        content = _bytes_of(tensor.to(dtype))
+        file, offset = places[name]
+        with file.open("r+b") as opened:
+            opened.seek(offset)
+            opened.write(content)
+        hashes[name] = hashlib.sha256(content).hexdigest()
+    missing = [name for name in shapes if name not in hashes]
+    if missing:
+        raise UserError(f"{len(missing)} of the model's tensors are missing, the first {missing[0]}")
+    return {name: hashes[name] for name in shapes}
+
+
+def _lay_out(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_shard_bytes: int
+) -> dict[str, tuple[Path, int]]:
+    """Write the files' headers and the index; returns each tensor's file and the place of its first byte."""
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    places: dict[str, tuple[Path, int]] = {}
+    for number, names in enumerate(shards, start=1):
+        numbered = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        file = folder / f"model{numbered}.safetensors"
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in names:
+            header[name] = {
+                "dtype": _NAME_OF_DTYPE[dtype],
+                "shape": list(shapes[name]),
+                "data_offsets": [end, end + sizes[name]],
+            }
+            end += sizes[name]
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        start = 8 + len(text)
+        with file.open("wb") as opened:
+            opened.write(len(text).to_bytes(8, "little") + text)
+            opened.truncate(start + end)
+        offset = start
+        for name in names:
+            places[name] = (file, offset)
+            offset += sizes[name]
+    if len(shards) > 1:
+        weight_map = {name: file.name for name, (file, _) in places.items()}
+        write_json(
+            folder / _INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        )
+    return places
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,191 @@
+"""``falcon-qlora inspect``: what is whole is called whole, and every kind of damage is named by its file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import falcon_qlora
+from falcon_qlora import __main__ as cli
+from tests.integration.runs import command, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two checkpoints, and the merge of its adapter in several files."""
+    folder = tmp_path_factory.mktemp("whole")
+    rows = [{"instruction": f"Say {number}.", "output": f"It is {number}."} for number in range(12)]
+    falcon_qlora.train(
+        model_name_or_path="tiny",
+        dataset_name=write_jsonl(folder / "rows.jsonl", rows),
+        output_dir=folder / "run",
+        max_length=64,
+        max_steps=4,
+        save_steps=2,
+        lora_r=4,
+        report_to="none",
+        eval_split=0.25,
+        cache_dir=folder / "cache",
+    )
+    words = ["--adapter", str(folder / "run"), "--out", str(folder / "merged")]
+    assert cli.main(["merge", *words, "--base", "dequantized", "--max_shard_size", "3MB"]) == 0
+    assert len(list((folder / "merged").glob("model-*.safetensors"))) > 2
+    return folder
+
+
+@pytest.fixture
+def copy(whole: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(whole, tmp_path / "copy")
+
+
+def inspect(folder: Path, capsys: Any) -> tuple[int, str]:
+    capsys.readouterr()
+    status = cli.main(["inspect", str(folder)])
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err
+    return status, printed.out + printed.err
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("run", "run"),
+        ("run/adapter", "adapter"),
+        ("run/checkpoints/step-2", "checkpoint"),
+        ("merged", "merge"),
+    ],
+)
+def test_what_is_whole(whole, capsys, name, kind):
+    status, said = inspect(whole / name, capsys)
+    assert status == 0, said
+    assert f"{kind}, whole" in said
+    assert "tiny" in said
+
+
+def test_a_run_says_what_it_was_trained_on(whole, capsys):
+    _, said = inspect(whole / "run", capsys)
+    fingerprint = json.loads((whole / "run" / "data.json").read_text())["fingerprint"]
+    assert fingerprint in said
+    assert "rows.jsonl" in said
+    assert "step-2: whole" in said
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def alter_last_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def alter_middle(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 255
+    file.write_bytes(content)
+
+
+def change_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def changed(file: Path) -> None:
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    return changed
+
+
+class _Bomb:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch exploded",)
+
+
+def poison(file: Path) -> None:
+    torch.save({"state": _Bomb()}, file)
+
+
+ADAPTER = "adapter_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "told"),
+    [
+        (f"run/adapter/{ADAPTER}", cut, f"{ADAPTER} is damaged"),
+        (f"run/adapter/{ADAPTER}", Path.unlink, f"has no {ADAPTER}"),
+        (f"run/adapter/{ADAPTER}", change_tensors(lambda t: t.popitem()), "is missing"),
+        (
+            f"run/adapter/{ADAPTER}",
+            change_tensors(lambda t: next(iter(t.values())).fill_(float("nan"))),
+            "not finite",
+        ),
+        (
+            f"run/adapter/{ADAPTER}",
+            change_tensors(
+                lambda t: [v.zero_() for k, v in t.items() if "h.3.mlp.dense_4h_to_h.lora_B" in k]
+            ),
+            "h.3.mlp.dense_4h_to_h.lora_B.weight is zero throughout",
+        ),
+        ("run/adapter/adapter_config.json", cut, "adapter_config.json is not valid JSON"),
+        ("run/checkpoints/step-4/optimizer.pt", cut, "optimizer.pt is damaged"),
+        ("run/checkpoints/step-4/optimizer.pt", alter_middle, "optimizer.pt is damaged"),
+        ("run/checkpoints/step-4/optimizer.pt", poison, "optimizer.pt would run posix.system"),
+        ("run/checkpoints/step-4/trainer_state.json", cut, "trainer_state.json is not valid JSON"),
+        ("run/summary.json", cut, "summary.json is not valid JSON"),
+        ("run/config.yaml", lambda f: f.write_text("a: [1"), "config.yaml is not valid YAML"),
+        ("merged/certificate.json", cut, "certificate.json is not valid JSON"),
+        ("merged/model-00002-of-*.safetensors", alter_last_byte, "it was altered"),
+        ("merged/model-00002-of-*.safetensors", Path.unlink, "which is not there"),
+        ("merged/model-00002-of-*.safetensors", cut, "safetensors is damaged"),
+        ("merged/config.json", lambda f: f.write_text("{}"), "of type None"),
+    ],
+)
+def test_damage_is_named(copy, capsys, monkeypatch, file, damage, told):
+    monkeypatch.chdir(copy)
+    (target,) = copy.glob(file)
+    damage(target)
+    status, said = inspect(copy / file.split("/")[0], capsys)
+    assert status == 2
+    assert told in said
+    assert "not whole" in said
+    assert not (copy / "exploded").exists()
+
+
+def test_files_that_differ_from_a_manifest(copy, capsys):
+    folder = copy / "run" / "checkpoints" / "step-4"
+    sizes = {path.name: path for path in folder.iterdir()}
+    record = {
+        name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for name, path in sizes.items()
+    }
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "files": record}))
+    assert inspect(folder, capsys)[0] == 0
+    alter_last_byte(folder / "README.md")
+    status, said = inspect(folder, capsys)
+    assert status == 2
+    assert "README.md is not what was written" in said
+    record["../../../../etc/passwd"] = {"sha256": ""}
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "files": record}))
+    assert "is no file of the checkpoint" in inspect(folder, capsys)[1]
+
+
+def test_folders_that_are_none_of_these(tmp_path, capsys):
+    assert inspect(tmp_path, capsys)[0] == 2
+    assert inspect(tmp_path / "none", capsys)[0] == 2
+    assert cli.main(["inspect"]) == 2
+    assert cli.main(["inspect", "--help"]) == 0
+
+
+def test_as_a_user_runs_it(whole):
+    result = command("inspect", whole / "merged")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"{whole / 'merged'}: merge, whole\n")
+    assert result.stderr == ""

@@ -1,0 +1,382 @@
+"""Files that others wrote: crafted ones, each refused with its reason, and fuzzing of the rest."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from falcon_qlora import __main__ as cli
+from falcon_qlora.assembly.inspection import inspect_folder
+from falcon_qlora.errors import UserError
+from falcon_qlora.merge.folder import write_configuration, write_weights
+from falcon_qlora.methods.adapter_v2 import AdapterV2
+from falcon_qlora.methods.interface import method_of
+from falcon_qlora.methods.lora import attach_lora
+from falcon_qlora.methods.registry import load_adapter
+from falcon_qlora.methods.saved import read_adapter, zero_tensors
+from falcon_qlora.models.load import load_model
+from falcon_qlora.models.prefix import prefixes
+from falcon_qlora.untrusted import file_beside, read_json
+from tests.layouts import LAYOUTS, tiny_model
+
+WEIGHTS = "adapter_model.safetensors"
+SETTINGS = "adapter_config.json"
+
+
+class Bomb:
+    """Runs a command where it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return os.system, ("touch exploded",)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a good adapter and a good model of two files."""
+    folder = tmp_path_factory.mktemp("good")
+    base = tiny_model("falcon-7b")
+    config = base.config
+    tensors = {name: p.detach() for name, p in base.named_parameters() if name != "lm_head.weight"}
+    (folder / "model").mkdir()
+    write_weights(folder / "model", config, tensors.items(), dtype=torch.float32, max_shard_bytes=600_000)
+    write_configuration(folder / "model", config, torch.float32)
+    assert (folder / "model" / "model.safetensors.index.json").is_file()
+    model = attach_lora(base, r=4)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    prefixed = AdapterV2(prefix_length=3, first_block=1).attach(tiny_model("falcon-7b"))
+    prefixes(prefixed)[0].gate.data.fill_(1.0)
+    method_of(prefixed).save(prefixed, folder / "adapter_v2")
+    (folder / "adapter_v2" / "falcon_qlora.json").write_text('{"method": "adapter_v2", "lora_slices": null}')
+    return folder
+
+
+@pytest.fixture
+def folder(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    copy = shutil.copytree(good, tmp_path / "copy")
+    yield copy
+    assert not (tmp_path / "exploded").exists(), "a crafted file was executed"
+
+
+def change_json(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def open_everything(adapter: Path) -> None:
+    """Everything that reads an adapter, in the order in which merging does."""
+    saved = read_adapter(adapter)
+    base = tiny_model("falcon-7b")
+    saved.check(base.config)
+    zero_tensors(saved, base.config)
+    load_adapter(adapter, base_model=base)
+
+
+class TestCraftedAdapters:
+    @pytest.mark.parametrize(
+        ("changes", "told"),
+        [
+            ({"peft_type": "PREFIX_TUNING"}, "only LORA"),
+            ({"auto_mapping": {"base_model_class": "X", "parent_library": "os"}}, "auto_mapping is set"),
+            ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "megatron_config is set"),
+            ({"modules_to_save": ["lm_head"]}, "modules_to_save is set"),
+            ({"layer_replication": [[0, 10**9]]}, "layer_replication is set"),
+            ({"rank_pattern": {"(a+)+$": 10**6}}, "rank_pattern is set"),
+            ({"target_modules": "(a+)+$"}, "target_modules is"),
+            ({"target_modules": ["../../etc"]}, "target_modules is"),
+            ({"exclude_modules": "(x+)+$"}, "exclude_modules is set"),
+            ({"init_lora_weights": "pissa"}, "would change the base model"),
+            ({"loftq_config": {"loftq_bits": 4}}, "loftq_config is set"),
+            ({"trainable_token_indices": [1]}, "trainable_token_indices is set"),
+            ({"bias": "all"}, "trains? biases|train biases"),
+            ({"r": 10**12}, "r is '1000000000000'"),
+            ({"r": -4}, "r is '-4'"),
+            ({"r": 3.5}, "r is '3.5'"),
+            ({"r": True}, "r is 'True'"),
+            ({"r": 8}, "has the shape"),
+            ({"lora_alpha": 1e300}, "lora_alpha is"),
+            ({"base_model_name_or_path": ["tiny"]}, "base_model_name_or_path is"),
+            ({"unheard_of": {"__reduce__": 1}}, "unheard_of is set"),
+        ],
+    )
+    def test_settings(self, folder, changes, told):
+        change_json(folder / "adapter" / SETTINGS, **changes)
+        with pytest.raises(UserError, match=told):
+            open_everything(folder / "adapter")
+
+    @pytest.mark.parametrize(
+        ("changes", "told"),
+        [
+            ({"method": "builtins.eval"}, "method 'builtins.eval' is not known"),
+            ({"method": ["adapter"]}, "is not known"),
+            ({"method": "full"}, "there is no base"),
+            ({"method": "lora"}, "peft_type is None"),
+            ({"method": "adapter"}, "belongs to no part"),
+            ({"settings": None}, "settings must be"),
+            ({"settings": {"prefix_length": 3}}, "settings must be"),
+            ({"settings": {"prefix_length": 3, "first_block": 1, "name": "x"}}, "settings must be"),
+            ({"settings": {"prefix_length": 10**12, "first_block": 1}}, "prefix_length is"),
+            ({"settings": {"prefix_length": 0, "first_block": 1}}, "prefix_length is"),
+            ({"settings": {"prefix_length": 3, "first_block": -1}}, "first_block is"),
+            ({"settings": {"prefix_length": 3, "first_block": True}}, "first_block is"),
+            ({"settings": {"prefix_length": 3, "first_block": 2}}, "no block would have"),
+            ({"settings": {"prefix_length": 4, "first_block": 1}}, "has the shape"),
+            ({"settings": {"prefix_length": 3, "first_block": 0}}, "is missing"),
+        ],
+    )
+    def test_settings_of_other_methods(self, folder, changes, told):
+        change_json(folder / "adapter_v2" / SETTINGS, **changes)
+        with pytest.raises(UserError, match=told):
+            load_adapter(folder / "adapter_v2", base_model=tiny_model("falcon-7b"))
+
+    @pytest.mark.parametrize(
+        ("slices", "told"),
+        [
+            ("query", "lora_slices is a str"),
+            ([1], "lora_slices is a list"),
+            (["querry"], "did you mean query"),
+            (["query", "key", "value"], "cannot share"),
+            (["query", "value"], "slices of query_key_value alone"),
+        ],
+    )
+    def test_slices(self, folder, slices, told):
+        (folder / "adapter" / "falcon_qlora.json").write_text(json.dumps({"lora_slices": slices}))
+        with pytest.raises(UserError, match=told):
+            open_everything(folder / "adapter")
+
+    @pytest.mark.parametrize("name", ["adapter", "adapter_v2"])
+    def test_pickled_weights_are_not_opened(self, folder, name):
+        (folder / name / WEIGHTS).unlink()
+        torch.save({"a": Bomb()}, folder / name / "adapter_model.bin")
+        with pytest.raises(UserError, match=r"adapter_model\.bin is there, and only safetensors are opened"):
+            load_adapter(folder / name, base_model=tiny_model("falcon-7b"))
+
+    @pytest.mark.parametrize("name", ["adapter", "adapter_v2"])
+    def test_a_pickle_under_the_name_of_safetensors(self, folder, name):
+        (folder / name / WEIGHTS).write_bytes(pickle.dumps(Bomb()))
+        with pytest.raises(UserError, match="is damaged"):
+            load_adapter(folder / name, base_model=tiny_model("falcon-7b"))
+
+    @pytest.mark.parametrize(
+        "header",
+        [
+            {"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}},
+            {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 2**60]}},
+            {"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}},
+            {"a": {"dtype": "PICKLE", "shape": [1], "data_offsets": [0, 4]}},
+            {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}},
+        ],
+    )
+    def test_absurd_shapes(self, folder, header):
+        text = json.dumps(header).encode()
+        (folder / "adapter" / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
+        with pytest.raises(UserError, match="is damaged"):
+            open_everything(folder / "adapter")
+
+    def test_a_header_that_claims_to_be_huge(self, folder):
+        (folder / "adapter" / WEIGHTS).write_bytes(struct.pack("<Q", 2**62) + b"{}")
+        with pytest.raises(UserError, match="is damaged"):
+            open_everything(folder / "adapter")
+
+    def test_tensors_of_integers(self, folder):
+        tensors = {name: t.to(torch.int32) for name, t in load_file(folder / "adapter" / WEIGHTS).items()}
+        save_file(tensors, folder / "adapter" / WEIGHTS)
+        with pytest.raises(UserError, match="not floating-point"):
+            open_everything(folder / "adapter")
+
+    def test_a_record_of_another_kind(self, folder):
+        (folder / "adapter" / "falcon_qlora.json").write_text('{"base_model": {"a": 1}}')
+        with pytest.raises(UserError, match="base_model is a dict"):
+            open_everything(folder / "adapter")
+
+    @pytest.mark.parametrize("name", ["/etc", "../../elsewhere", "~/models", "./here", "a/../../b"])
+    def test_a_base_model_outside_is_read_only_where_the_user_says_so(self, folder, capsys, name):
+        change_json(folder / "adapter" / SETTINGS, base_model_name_or_path=name)
+        words = ["merge", "--adapter", str(folder / "adapter"), "--out", "out"]
+        assert cli.main(words) == 2
+        assert "a folder of this machine" in capsys.readouterr().err
+
+    def test_a_name_that_is_neither_folder_nor_hub_id(self, folder, capsys):
+        change_json(folder / "adapter" / SETTINGS, base_model_name_or_path="http://evil/\u0000$(id)")
+        assert cli.main(["merge", "--adapter", str(folder / "adapter"), "--out", "out"]) == 2
+        assert "There is no folder" in capsys.readouterr().err
+
+
+class TestCraftedModels:
+    @pytest.mark.parametrize(
+        "name", ["../outside.safetensors", "/etc/passwd", "..", "a/b.safetensors", 7, None]
+    )
+    def test_an_index_that_leads_out_of_its_folder(self, folder, name):
+        (folder / "outside.safetensors").write_bytes(b"")
+        index = folder / "model" / "model.safetensors.index.json"
+        weight_map = json.loads(index.read_text())["weight_map"]
+        change_json(index, weight_map={**weight_map, "transformer.ln_f.weight": name})
+        with pytest.raises(UserError, match="is not a file of its own folder"):
+            load_model(str(folder / "model"), device="cpu", quantize_mode="16bit")
+
+    @pytest.mark.parametrize(
+        "content", ["[]", "{", '{"weight_map": []}', "{}", "\xff", '{"weight_map": NaN}']
+    )
+    def test_an_index_that_is_none(self, folder, content):
+        (folder / "model" / "model.safetensors.index.json").write_text(content, encoding="latin-1")
+        with pytest.raises(UserError, match="is not valid"):
+            load_model(str(folder / "model"), device="cpu")
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"hidden_size": 2**40},
+            {"num_hidden_layers": 10**9},
+            {"vocab_size": -1},
+            {"hidden_size": "192"},
+            {"num_attention_heads": 7},
+            {"num_attention_heads": 0},
+            {"num_hidden_layers": True},
+            {"layer_norm_epsilon": "small"},
+            {"new_decoder_architecture": True, "num_kv_heads": 2},
+            {"model_type": ["falcon"]},
+        ],
+    )
+    def test_absurd_configurations(self, folder, changes):
+        change_json(folder / "model" / "config.json", **changes)
+        with pytest.raises(UserError):
+            load_model(str(folder / "model"), device="cpu")
+
+    def test_remote_code_is_never_run(self, folder):
+        """Published Falcons name it; it stays where it is."""
+        (folder / "model" / "evil.py").write_text("open('exploded', 'w')\nclass C: pass\n")
+        change_json(folder / "model" / "config.json", auto_map={"AutoModelForCausalLM": "evil.C"})
+        assert load_model(str(folder / "model"), device="cpu", quantize_mode="16bit") is not None
+
+    @pytest.mark.parametrize("legacy", [False, True])
+    def test_pickles_in_torch_files(self, folder, legacy):
+        for file in (folder / "model").glob("model*"):
+            file.unlink()
+        content = {"transformer.ln_f.weight": Bomb()}
+        torch.save(content, folder / "model" / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
+        with pytest.raises(UserError, match="holds more than tensors, or is damaged"):
+            load_model(str(folder / "model"), device="cpu")
+
+
+def test_names_of_files_and_large_or_deep_json(tmp_path):
+    assert file_beside(tmp_path / "index.json", "a.safetensors") == tmp_path / "a.safetensors"
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_json(tmp_path / "deep.json")
+    (tmp_path / "large.json").write_text("{}" + " " * 100)
+    with pytest.raises(UserError, match="102 bytes"):
+        read_json(tmp_path / "large.json", limit_bytes=101)
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([0, -1, 2**31, 2**63, 10**40])
+    | st.floats(allow_nan=True)
+    | st.text(max_size=12)
+    | st.sampled_from(
+        ["", "../x", "/etc/passwd", "falcon", "default", "\x00", "random:falcon-7b?hidden_size=9"]
+    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+FUZZ = settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def with_key_changed(draw: Any, file: Path) -> None:
+    content = json.loads(file.read_text())
+    for _ in range(draw(st.integers(1, 2))):
+        key = draw(st.sampled_from([*content, "auto_map", "rope_scaling", "quantization_config", "unknown"]))
+        if draw(st.booleans()):
+            content[key] = draw(JSON)
+        else:
+            content.pop(key, None)
+    file.write_text(json.dumps(content))
+
+
+def with_bytes_changed(draw: Any, file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    # Where the structure is: the header.
+    for _ in range(draw(st.integers(1, 3))):
+        content[draw(st.integers(0, min(len(content), 3000) - 1))] = draw(st.integers(0, 255))
+    file.write_bytes(bytes(content[: draw(st.sampled_from([len(content), len(content) // 2, 9, 0]))]))
+
+
+def fuzzed(draw: Any, good: Path, scratch: Path, name: str) -> Path:
+    """A copy in which one file has been changed."""
+    copy = scratch / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(good / name, copy)
+    file = draw(st.sampled_from(sorted(path for path in copy.iterdir() if path.suffix != ".md")))
+    by_key = file.suffix == ".json" and draw(st.booleans())
+    (with_key_changed if by_key else with_bytes_changed)(draw, file)
+    return copy
+
+
+@FUZZ
+@given(data=st.data(), name=st.sampled_from(["adapter", "adapter_v2"]))
+def test_no_adapter_makes_the_reader_crash(good, tmp_path, data, name):
+    adapter = fuzzed(data.draw, good, tmp_path, name)
+    try:
+        saved = read_adapter(adapter)
+        saved.check(tiny_model("falcon-7b").config)
+        zero_tensors(saved, tiny_model("falcon-7b").config)
+    except UserError:
+        return
+    # What is let through, opens.
+    load_adapter(adapter, base_model=tiny_model("falcon-7b"))
+
+
+@FUZZ
+@given(data=st.data(), name=st.sampled_from(["adapter", "adapter_v2", "model"]))
+def test_no_folder_makes_inspect_crash(good, tmp_path, data, name):
+    folder = fuzzed(data.draw, good, tmp_path, name)
+    with contextlib.suppress(UserError):
+        inspect_folder(folder)
+
+
+@FUZZ
+@given(data=st.data())
+def test_no_model_makes_the_loader_crash(good, tmp_path, data):
+    folder = fuzzed(data.draw, good, tmp_path, "model")
+    with contextlib.suppress(UserError):
+        load_model(str(folder), device="cpu", quantize_mode="16bit")
+
+
+@FUZZ
+@given(certificate=JSON)
+def test_no_certificate_makes_inspect_crash(good, tmp_path, certificate):
+    copy = tmp_path / "copy"
+    if not copy.exists():
+        shutil.copytree(good / "model", copy)
+    (copy / "certificate.json").write_text(json.dumps(certificate))
+    assert inspect_folder(copy).faults
+
+
+def test_the_layouts_of_the_corpus_are_read_when_nothing_is_wrong(folder):
+    open_everything(folder / "adapter")
+    assert not inspect_folder(folder / "model").faults
+    assert not inspect_folder(folder / "adapter").faults
+    assert load_adapter(folder / "adapter_v2", base_model=tiny_model("falcon-7b")) is not None
+    settings = json.loads((folder / "adapter" / SETTINGS).read_text())
+    assert settings["base_model_name_or_path"].startswith(LAYOUTS["falcon-7b"])
