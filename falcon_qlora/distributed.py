@@ -12,9 +12,12 @@ import datetime
 import hashlib
 import os
 import pickle
+import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -183,6 +186,39 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().flatten().view(torch.uint8)
 
 
+_siblings: list[int] = []
+
+
+def remember_siblings() -> None:
+    """Learn which processes of this machine train together with this one."""
+    namespace = os.readlink("/proc/self/ns/pid") if sys.platform.startswith("linux") else ""
+    here = (socket.gethostname(), namespace, os.getppid())
+    everyone = gather_objects((here, os.getpid()))
+    _siblings[:] = [pid for place, pid in everyone if place == here and pid != os.getpid()]
+
+
+def forget_siblings() -> None:
+    """From here on each process may end by itself."""
+    _siblings.clear()
+
+
+def sibling_died() -> bool:
+    """Whether one of the processes that `remember_siblings` found is gone."""
+    return not all(_lives(pid) for pid in _siblings)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        if sys.platform.startswith("linux"):
+            # What has ended and is not yet collected by its parent is a zombie.
+            stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+            return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True
+
+
 def exit_status(work: Callable[[], object]) -> int:
     """Run `work` and return the status to exit with, having said what went wrong once over all processes.
 
@@ -200,9 +236,21 @@ def exit_status(work: Callable[[], object]) -> int:
         _report(f"error: {error}\n")
         return EXIT_USER_ERROR
     except Exception:
+        if _siblings and _waits_for_death():
+            return EXIT_BUG  # what follows from another's death says nothing more; the launcher tells of it
         _report(traceback.format_exc())
         return EXIT_BUG
     return 0
+
+
+def _waits_for_death(seconds: float = 0.5) -> bool:
+    """Whether a sibling is gone, or is so within a moment: a connection ends shortly before its process."""
+    deadline = time.monotonic() + seconds
+    while not sibling_died():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def leave(status: int) -> None:

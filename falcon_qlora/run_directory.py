@@ -213,10 +213,12 @@ class RunDirectory:
         return read_metrics(self.metrics_file)
 
     def drop_metrics_after(self, step: int) -> None:
-        """Forget the log steps after `step`: a run that resumes there does them again."""
-        if self.metrics_file.exists():
-            kept = [record for record in self.read_metrics() if record["step"] <= step]
-            write_text(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
+        """Forget the log steps and sample answers after `step`: a run that resumes there does them again."""
+        for file in (self.metrics_file, self.path / "samples.jsonl"):
+            if file.exists():
+                kept = [record for record in read_metrics(file) if record["step"] <= step]
+                lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in kept]
+                write_text(file, "".join(lines))
 
     def draw_loss(self, title: str = "") -> Path | None:
         """Draw `loss.png` from the metrics; None where there is no loss to draw yet."""

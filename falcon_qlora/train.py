@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import sys
 
-from falcon_qlora import distributed
+from falcon_qlora import distributed, interrupts
 from falcon_qlora.config import parse
 from falcon_qlora.quiet import quiet_libraries
 
 
 def main() -> None:
+    interrupts.install()
     quiet_libraries(progress_bars=distributed.is_main_process())
     from falcon_qlora.training import train
 

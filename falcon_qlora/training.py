@@ -19,16 +19,19 @@ def train(configuration: Configuration) -> Path:
         UserError: for what the user can mend, before anything is computed where that can be known.
     """
     from falcon_qlora import terminal
-    from falcon_qlora.assembly import preflight, record, rows
+    from falcon_qlora.assembly import preflight, record, resumption, rows
     from falcon_qlora.assembly import trainer as builder
+    from falcon_qlora.interrupts import Stopped
 
     assert configuration.training is not None  # built here: it starts the process group
     directory = preflight.find_folder(configuration)
-    checkpoint = preflight.checkpoint_to_resume(configuration, directory)
+    checkpoint = resumption.checkpoint_to_resume(configuration, directory)
+    resumption.adopt(configuration, checkpoint)
     trackers = preflight.choose_trackers(configuration)
     preflight.check_model(configuration)
     tokenizer = rows.load_tokenizer(configuration)
     data = rows.training_data(configuration, tokenizer)
+    resumption.check_data(data, checkpoint)
     model = builder.model_with_adapter(configuration, tokenizer)
     kernels = builder.choose_kernels(configuration, model)
     recompute = builder.must_recompute(configuration, model, kernels)
@@ -61,10 +64,14 @@ def train(configuration: Configuration) -> Path:
 
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+    except Stopped as stopped:
+        record.stop(directory, stopped, trackers, steps=data.total_steps)
+        return directory.path
     except BaseException:
         # The process may end without the goodbyes that trackers wait for.
         trackers.finish(exit_status=1)
         raise
 
+    distributed.forget_siblings()
     record.finish(configuration, directory, trainer, data, trackers)
     return directory.path

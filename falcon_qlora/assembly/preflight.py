@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from falcon_qlora import distributed, run_directory
 from falcon_qlora.config import Configuration
-from falcon_qlora.errors import UserError
 from falcon_qlora.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -49,19 +48,6 @@ def _choose_folder(configuration: Configuration, *, make: bool) -> str:
         make=make,
     )
     return str(path)
-
-
-def checkpoint_to_resume(configuration: Configuration, directory: RunDirectory) -> str | None:
-    """The checkpoint to go on from, or None for a run from the start."""
-    resume = configuration.run.resume
-    if resume and resume != "latest" and Path(resume).parent.name == "checkpoints":
-        return resume
-    if not resume and not distributed.restart_count():
-        return None
-    latest = distributed.from_main_process(directory.latest_checkpoint)
-    if latest is None and resume:
-        raise UserError(f"--resume: {directory} holds no checkpoint yet; start it again with --overwrite")
-    return str(latest) if latest is not None else None
 
 
 def check_model(configuration: Configuration) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import Counter
 from dataclasses import asdict
@@ -13,10 +14,15 @@ from torch import nn
 
 import falcon_qlora
 from falcon_qlora import distributed, terminal
+from falcon_qlora.assembly.resumption import forget_after, how_to_go_on, step_of
 from falcon_qlora.assembly.rows import TrainingData, global_batch
+from falcon_qlora.checkpoint.verify import newest_whole
 from falcon_qlora.config import Configuration
 from falcon_qlora.environment import collect_environment
+from falcon_qlora.errors import UserError
 from falcon_qlora.files import write_json
+from falcon_qlora.interrupts import Stopped
+from falcon_qlora.meter import peak_memory_gib
 from falcon_qlora.model_card import ModelCard
 from falcon_qlora.models.falcon import parameter_count
 from falcon_qlora.models.quantize import is_quantized_linear
@@ -24,7 +30,7 @@ from falcon_qlora.models.sizes import GIB, weight_bytes
 from falcon_qlora.run_directory import RunDirectory, Summary
 from falcon_qlora.terminal import StartSummary
 from falcon_qlora.tracking import Trackers
-from falcon_qlora.trainer import FalconTrainer, peak_memory_gib
+from falcon_qlora.trainer import FalconTrainer
 
 ADAPTER_RECORD = "falcon_qlora.json"
 
@@ -46,7 +52,7 @@ def write_start(
     if not distributed.is_main_process():
         return
     if checkpoint is not None:
-        directory.drop_metrics_after(_step_of(checkpoint))
+        forget_after(directory, checkpoint)
     elif configuration.run.overwrite:
         directory.clear(keep=trackers.written)
     directory.write_config(configuration.resolved())
@@ -108,7 +114,7 @@ def start_summary(
         packing_efficiency=data.efficiency,
         tracking=tracking,
         output_dir=directory.path,
-        resumed_step=_step_of(checkpoint) if checkpoint else None,
+        resumed_step=step_of(checkpoint) if checkpoint else None,
         notes=_notes(configuration),
     )
 
@@ -193,6 +199,24 @@ def finish(
     return summary
 
 
+def stop(directory: RunDirectory, stopped: Stopped, trackers: Trackers, *, steps: int) -> None:
+    """Say where a run that was asked to stop has come to, and how it goes on.
+
+    Raises:
+        UserError: if it could not be saved there.
+    """
+    trackers.finish(exit_status=int(stopped.failure is not None))
+    if distributed.is_main_process():
+        with contextlib.suppress(OSError):
+            directory.draw_loss()
+    where = f"stopped at step {stopped.step:,} of {steps:,}"
+    if stopped.failure is not None:
+        whole = newest_whole(directory.checkpoints)[0] if distributed.is_main_process() else None
+        last = f"the last complete checkpoint is {whole}" if whole else "there is no complete checkpoint"
+        raise UserError(f"{where}, but the checkpoint could not be saved ({stopped.failure}); {last}")
+    terminal.print_plain(f"{where}. Go on with:  {how_to_go_on(directory)}")
+
+
 def _kernels(kernels: dict[str, str], recompute: bool) -> str:
     recomputing = "recomputing activations" if recompute else "recomputing nothing"
     if not kernels:
@@ -200,10 +224,6 @@ def _kernels(kernels: dict[str, str], recompute: bool) -> str:
     ways = Counter(kernels.values())
     told = "; ".join(f"{count} of {len(kernels)} blocks {what}" for what, count in ways.items())
     return f"{told}; {recomputing}"
-
-
-def _step_of(checkpoint: str) -> int:
-    return int(checkpoint.rstrip("/").rsplit("-", 1)[1])
 
 
 def _frozen_tensors(model: nn.Module) -> Any:

@@ -14,6 +14,8 @@ import sys
 import threading
 from typing import Any
 
+from falcon_qlora import interrupts
+
 _PR_SET_PDEATHSIG = 1
 _INTERRUPT_SECONDS = 5.0
 
@@ -23,6 +25,7 @@ def main() -> None:
     launcher, module = int(sys.argv[1]), sys.argv[2]
     sys.argv[:] = sys.argv[2:]
     _end_with(launcher)
+    interrupts.end_if_launcher_stops()
     signal.signal(signal.SIGINT, _interrupt)
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)

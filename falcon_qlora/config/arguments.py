@@ -169,6 +169,13 @@ class RunArguments:
     checkpointing: Literal["auto", "none", "full"] = _setting(
         "auto", "Recompute every block's activations in the backward pass; auto: where memory demands it."
     )
+    save_every_minutes: float = _setting(
+        0.0, "Save a checkpoint too whenever so many minutes have passed since the last; 0: never."
+    )
+    max_bad_steps: int = _setting(
+        10,
+        "Stop after so many steps in a row whose loss or gradient is not finite (each is skipped); 0: never.",
+    )
     early_stopping: int = _setting(0, "Stop after this many evaluations without a better loss; 0: never.")
     generate_samples: int = _setting(0, "Sample answers to generate at each evaluation.")
     sample_prompts: list[str] | None = _setting(

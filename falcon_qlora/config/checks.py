@@ -28,6 +28,8 @@ _AT_LEAST: dict[str, float] = {
     "dataset_num_proc": 1,
     "save_total_limit": 1,
     "early_stopping": 0,
+    "max_bad_steps": 0,
+    "save_every_minutes": 0,
     "generate_samples": 0,
     "lora_dropout": 0,
     "llm_int8_threshold": 0,
