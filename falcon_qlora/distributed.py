@@ -253,6 +253,18 @@ def _waits_for_death(seconds: float = 0.5) -> bool:
     return True
 
 
+def connect(timeout_seconds: float) -> dist.TCPStore:
+    """A connection of one's own to the processes' store, for a thread or before there is a process group.
+
+    Raises:
+        RuntimeError: if there is no answer.
+        KeyError: if torchrun has not started this process.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    limit = datetime.timedelta(seconds=timeout_seconds)
+    return dist.TCPStore(address, port, is_master=False, timeout=limit)
+
+
 def leave(status: int) -> None:
     """End this process at once.
 
@@ -284,8 +296,7 @@ def _report(message: str | None) -> None:
     store = None
     if world_size() > 1:
         with contextlib.suppress(RuntimeError, KeyError):
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = dist.TCPStore(address, port, is_master=False, timeout=_REPORT_LIMIT)
+            store = connect(_REPORT_LIMIT.total_seconds())
     alone = store is None and is_main_process()
     if message is not None and (alone or (store is not None and store.add(key, 1) == 1)):
         print(message, end="", file=sys.stderr, flush=True)

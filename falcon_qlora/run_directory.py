@@ -88,6 +88,8 @@ class Summary:
         world_size: Processes that trained together.
         best_eval_loss: Lowest held-out loss, where there was an evaluation.
         best_step: The step of `best_eval_loss`.
+        bad_steps: Steps that were skipped, as their loss or gradient was not finite.
+        micro_batch_parts: In how many parts micro batches were split in the end, as memory had run out.
     """
 
     steps: int
@@ -103,6 +105,8 @@ class Summary:
     world_size: int
     best_eval_loss: float | None = None
     best_step: int | None = None
+    bad_steps: int = 0
+    micro_batch_parts: int = 1
 
 
 class RunDirectory:

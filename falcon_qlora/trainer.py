@@ -28,6 +28,7 @@ from falcon_qlora.interrupts import Stopped
 from falcon_qlora.meter import Meter, peak_memory_gib
 from falcon_qlora.step import Notes, Reduction, accumulate_gradients, sum_of_losses
 from falcon_qlora.terminal import note
+from falcon_qlora.watchdog import Watchdog
 
 _ROWS_SHOWN = 8
 
@@ -100,6 +101,7 @@ class FalconTrainer(SFTTrainer):
         on_saved: called with a checkpoint's folder once it is whole.
         max_bad_steps: stop at so many steps in a row whose loss or gradient is not finite; 0: never.
         save_every_minutes: save whenever so long has passed since the last time; 0: never.
+        hang_minutes: end with a message where a process does not move for so long; 0: never.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class FalconTrainer(SFTTrainer):
         on_saved: Callable[[Path], None],
         max_bad_steps: int = 0,
         save_every_minutes: float = 0.0,
+        hang_minutes: float = 0.0,
     ):
         self.steps = steps
         self.evaluation = evaluation
@@ -134,6 +137,7 @@ class FalconTrainer(SFTTrainer):
         self._saved_step = -1
         self._save_failure: str | None = None
         self._reports = Reports()
+        self._watchdog = Watchdog(hang_minutes * 60) if hang_minutes else None
         self._resumed: dict[str, Any] | None = None
         super().__init__(
             model=model,
@@ -159,6 +163,13 @@ class FalconTrainer(SFTTrainer):
         model._is_accelerate_prepared = True  # type: ignore[assignment]
         return model
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._watchdog is not None:
+                self._watchdog.stop()
+
     def get_train_dataloader(self) -> DataLoader:
         streaming = isinstance(self.steps, IterableDataset)
         return DataLoader(
@@ -178,6 +189,7 @@ class FalconTrainer(SFTTrainer):
 
     def training_step(self, model: nn.Module, inputs: Share, num_items_in_batch: Any = None) -> torch.Tensor:
         model.train()
+        self._at("computing", 0)
         loss, halvings = accumulate_gradients(
             model,
             inputs,
@@ -188,6 +200,7 @@ class FalconTrainer(SFTTrainer):
         )
         stop = interrupts.asked_to_stop() is not None
         notes = Notes(loss=loss, stop=stop, save=self._time_to_save(), halvings=halvings)
+        self._at("adding up the gradients", 1)
         self._agreed = self._reduction(notes.tensor())
         self.share = inputs
         # Of a step that comes to nothing the loss is left out. Its mean over the processes is the global one.
@@ -220,6 +233,7 @@ class FalconTrainer(SFTTrainer):
 
     def after_step(self, control: TrainerControl) -> None:
         """Heed what the processes agreed on in the step before this one, which has just ended."""
+        self._at("waiting for the device", 2)
         for report in self._reports.take():
             agreed = report.agreed
             if agreed.halvings > self.halvings:
@@ -250,8 +264,14 @@ class FalconTrainer(SFTTrainer):
             self.bad_steps.load_state(kept["bad_steps"])
         distributed.remember_siblings()
         interrupts.training_begins(note)
+        if self._watchdog is not None:
+            self._watchdog.start()
         self._saved_at = time.monotonic()
         self.meter.resume()
+
+    def _at(self, what: str, phase: int) -> None:
+        if self._watchdog is not None:
+            self._watchdog.at(self.state.global_step + 1, phase, what)
 
     def end_if_asked(self) -> None:
         """End the run here if it was asked to stop and has steps left.
@@ -322,6 +342,7 @@ class FalconTrainer(SFTTrainer):
         total = torch.zeros((), device=self.args.device, dtype=torch.float64)
         with torch.no_grad():
             for part in parts:
+                self._at("evaluating", 4)
                 batch = evaluation.reader.micro_batch(part).to(self.args.device)
                 # Not through DDP: processes may have different numbers of micro batches.
                 total += sum_of_losses(self.model, batch).double()
@@ -342,6 +363,7 @@ class FalconTrainer(SFTTrainer):
         if self._saved_step == self.state.global_step:
             return
         self.meter.pause()
+        self._at("saving a checkpoint" if self.accelerator.is_main_process else "waiting for the save", 3)
         failure = save_checkpoint(
             self,
             self.run_folder / "checkpoints",

@@ -35,6 +35,7 @@ def train(configuration: Configuration) -> Path:
     model = builder.model_with_adapter(configuration, tokenizer)
     kernels = builder.choose_kernels(configuration, model)
     recompute = builder.must_recompute(configuration, model, kernels)
+    preflight.check_disk(configuration, directory, model, steps=data.total_steps)
     distributed.wait_for_all()  # nothing is written before every process has come so far
     with preflight.run_folder(configuration) as directory:
         trainer = builder.build_trainer(

@@ -184,6 +184,8 @@ def finish(
         world_size=distributed.world_size(),
         best_eval_loss=best[0],
         best_step=best[1],
+        bad_steps=trainer.bad_steps.total,
+        micro_batch_parts=2**trainer.halvings,
         **counts(model),
     )
     if distributed.is_main_process():

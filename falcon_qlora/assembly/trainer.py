@@ -207,4 +207,5 @@ def build_trainer(
         ),
         max_bad_steps=run.max_bad_steps,
         save_every_minutes=run.save_every_minutes,
+        hang_minutes=run.hang_minutes,
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from falcon_qlora import config
-from falcon_qlora.errors import EXIT_BUG, EXIT_USER_ERROR, UserError
+from falcon_qlora.errors import EXIT_BUG, EXIT_HANGING, EXIT_USER_ERROR, UserError
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -161,7 +161,8 @@ def _status(error: ChildFailedError, folder: Path) -> int:
     failures = error.failures.values()
     if any(failure.exitcode == EXIT_USER_ERROR for failure in failures):
         return EXIT_USER_ERROR
-    for rank, failure in sorted(error.failures.items()):
+    hung = any(failure.exitcode == EXIT_HANGING for failure in failures)
+    for rank, failure in sorted(error.failures.items()) if not hung else ():
         # Nothing in the worker could say so itself.
         if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
             name = signal.Signals(-failure.exitcode).name

@@ -30,6 +30,7 @@ _AT_LEAST: dict[str, float] = {
     "early_stopping": 0,
     "max_bad_steps": 0,
     "save_every_minutes": 0,
+    "hang_minutes": 0,
     "generate_samples": 0,
     "lora_dropout": 0,
     "llm_int8_threshold": 0,
