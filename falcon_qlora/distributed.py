@@ -64,6 +64,11 @@ def restart_count() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
+def launch_id() -> str:
+    """torchrun's name for this job, the same over its restarts; without torchrun empty."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "")
+
+
 def local_device() -> torch.device:
     """The device of this process's replica: the GPU of its local index, or the CPU."""
     if not torch.cuda.is_available():

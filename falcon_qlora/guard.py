@@ -68,6 +68,20 @@ class Reports:
             reports.append(StepReport(step=step, agreed=Agreed.of(notes), bad=bad > 0))
         return reports
 
+    def state(self) -> list[tuple[int, list[float]]]:
+        """The reports not yet handed out, for a checkpoint."""
+        for _, _, copied in self._pending:
+            if copied is not None:
+                copied.synchronize()
+        return [(step, values.tolist()) for step, values, _ in self._pending]
+
+    def load_state(self, state: list[tuple[int, list[float]]]) -> None:
+        """Go on from what `state` returned, without what was wished for then: it has been heeded."""
+        for step, values in state:
+            kept = torch.tensor(values)
+            kept[1 + Agreed.WISHES.start : 1 + Agreed.WISHES.stop] = 0
+            self._pending.append((step, kept, None))
+
 
 class BadSteps:
     """Counts the steps that came to nothing, and sees a loss that jumps.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -58,6 +58,9 @@ class Agreed:
     stop: bool
     save: bool
     halvings: int
+
+    # Where the notes hold what was wished for.
+    WISHES: ClassVar[slice] = slice(1, 3)
 
     @staticmethod
     def of(values: Sequence[float]) -> Agreed:

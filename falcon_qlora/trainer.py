@@ -159,9 +159,9 @@ class FalconTrainer(SFTTrainer):
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         # Not in DistributedDataParallel: gradients are added up by `Reduction`.
-        self.accelerator.prepare_model(model, evaluation_mode=True)
-        model._is_accelerate_prepared = True  # type: ignore[assignment]
-        return model
+        prepared = self.accelerator.prepare_model(model, evaluation_mode=True)
+        prepared._is_accelerate_prepared = True
+        return prepared
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -184,12 +184,13 @@ class FalconTrainer(SFTTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Share], num_batches: int, device: torch.device
     ) -> tuple[list[Share], None]:
+        self._at(self.state.global_step + 1, 0, "reading data")
         share = next(epoch_iterator, None)
         return ([] if share is None else [share]), None
 
     def training_step(self, model: nn.Module, inputs: Share, num_items_in_batch: Any = None) -> torch.Tensor:
         model.train()
-        self._at("computing", 0)
+        self._at(inputs.step + 1, 1, "computing")
         loss, halvings = accumulate_gradients(
             model,
             inputs,
@@ -200,7 +201,7 @@ class FalconTrainer(SFTTrainer):
         )
         stop = interrupts.asked_to_stop() is not None
         notes = Notes(loss=loss, stop=stop, save=self._time_to_save(), halvings=halvings)
-        self._at("adding up the gradients", 1)
+        self._at(inputs.step + 1, 2, "adding up the gradients")
         self._agreed = self._reduction(notes.tensor())
         self.share = inputs
         # Of a step that comes to nothing the loss is left out. Its mean over the processes is the global one.
@@ -233,7 +234,7 @@ class FalconTrainer(SFTTrainer):
 
     def after_step(self, control: TrainerControl) -> None:
         """Heed what the processes agreed on in the step before this one, which has just ended."""
-        self._at("waiting for the device", 2)
+        self._at(self.state.global_step, 3, "waiting for the device")
         for report in self._reports.take():
             agreed = report.agreed
             if agreed.halvings > self.halvings:
@@ -262,6 +263,7 @@ class FalconTrainer(SFTTrainer):
             self.halvings = kept["halvings"]
             self.meter.load_state(kept["meter"])
             self.bad_steps.load_state(kept["bad_steps"])
+            self._reports.load_state(kept["reports"])
         distributed.remember_siblings()
         interrupts.training_begins(note)
         if self._watchdog is not None:
@@ -269,9 +271,9 @@ class FalconTrainer(SFTTrainer):
         self._saved_at = time.monotonic()
         self.meter.resume()
 
-    def _at(self, what: str, phase: int) -> None:
+    def _at(self, step: int, phase: int, what: str) -> None:
         if self._watchdog is not None:
-            self._watchdog.at(self.state.global_step + 1, phase, what)
+            self._watchdog.at(step, phase, what)
 
     def end_if_asked(self) -> None:
         """End the run here if it was asked to stop and has steps left.
@@ -296,6 +298,7 @@ class FalconTrainer(SFTTrainer):
             "halvings": self.halvings,
             "meter": self.meter.state(),
             "bad_steps": self.bad_steps.state(),
+            "reports": self._reports.state(),
         }
 
     def _rows_of(self, step: int) -> str:
@@ -342,7 +345,7 @@ class FalconTrainer(SFTTrainer):
         total = torch.zeros((), device=self.args.device, dtype=torch.float64)
         with torch.no_grad():
             for part in parts:
-                self._at("evaluating", 4)
+                self._at(self.state.global_step, 6, "evaluating")
                 batch = evaluation.reader.micro_batch(part).to(self.args.device)
                 # Not through DDP: processes may have different numbers of micro batches.
                 total += sum_of_losses(self.model, batch).double()
@@ -363,7 +366,10 @@ class FalconTrainer(SFTTrainer):
         if self._saved_step == self.state.global_step:
             return
         self.meter.pause()
-        self._at("saving a checkpoint" if self.accelerator.is_main_process else "waiting for the save", 3)
+        main = self.accelerator.is_main_process
+        self._at(
+            self.state.global_step, 4 if main else 5, "saving a checkpoint" if main else "awaiting the save"
+        )
         failure = save_checkpoint(
             self,
             self.run_folder / "checkpoints",

@@ -48,7 +48,8 @@ def train(configuration: Configuration) -> Path:
             recompute=recompute,
             describe_adapter=functools.partial(record.describe_adapter, configuration, data),
         )
-        preflight.start_trackers(configuration, directory, trackers, resume=checkpoint is not None)
+        going_on = checkpoint is not None or distributed.restart_count() > 0
+        preflight.start_trackers(configuration, directory, trackers, resume=going_on)
         record.write_start(configuration, directory, data, trackers, kernels, checkpoint)
     terminal.print_start(
         record.start_summary(

@@ -12,9 +12,9 @@ import faulthandler
 import json
 import os
 import sys
-import tempfile
 import threading
 import time
+import traceback
 
 from falcon_qlora import distributed
 from falcon_qlora.errors import EXIT_HANGING

@@ -52,9 +52,11 @@ def write_start(
     if not distributed.is_main_process():
         return
     if checkpoint is not None:
-        forget_after(directory, checkpoint)
+        forget_after(directory, step_of(checkpoint))
     elif configuration.run.overwrite:
         directory.clear(keep=trackers.written)
+    elif distributed.restart_count():
+        forget_after(directory, 0)
     directory.write_config(configuration.resolved())
     directory.write_environment(collect_environment(world_size=distributed.world_size()))
     directory.write_data(data.record)

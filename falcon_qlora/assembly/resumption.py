@@ -45,12 +45,22 @@ def checkpoint_to_resume(configuration: Configuration, directory: RunDirectory) 
     named = None
     if resume and resume != "latest" and Path(resume).parent.name == "checkpoints":
         named = Path(resume)
+    if restarted and configuration.run.overwrite and not _is_of_this_launch(directory):
+        return None  # it failed before it came to replace the old run
     found = distributed.from_main_process(
         lambda: _find(directory, None if restarted else named, fallback=named)
     )
     if found is None and resume and not restarted:
         raise UserError(f"--resume: {directory} holds no checkpoint yet; start it again with --overwrite")
     return found
+
+
+def _is_of_this_launch(directory: RunDirectory) -> bool:
+    def compare() -> bool:
+        newest = verify.newest_whole(directory.checkpoints)[0]
+        return newest is not None and verify.read_manifest(newest).get("launch") == distributed.launch_id()
+
+    return distributed.from_main_process(compare)
 
 
 def _find(directory: RunDirectory, named: Path | None, *, fallback: Path | None) -> str | None:
@@ -153,9 +163,8 @@ def check_data(data: TrainingData, checkpoint: str | None) -> None:
         )
 
 
-def forget_after(directory: RunDirectory, checkpoint: str) -> None:
-    """Cut the record back to a checkpoint: what came after it is done again. On the main process."""
-    step = step_of(checkpoint)
+def forget_after(directory: RunDirectory, step: int) -> None:
+    """Cut the record back to a step: what came after it is done again. On the main process."""
     directory.drop_metrics_after(step)
     for path in set_aside_after(directory.checkpoints, step):
         note(f"{path} is after step {step:,} and set aside until the run has come there again")

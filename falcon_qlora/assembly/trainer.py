@@ -201,6 +201,7 @@ def build_trainer(
         checkpoint_record={
             "global_batch": global_batch(configuration),
             "data_fingerprint": data.record.get("fingerprint"),
+            "launch": distributed.launch_id(),
         },
         on_saved=lambda checkpoint: interrupts.tell_launcher(
             f"the last complete checkpoint is {checkpoint}; go on with:  {how_to_go_on(directory)}"

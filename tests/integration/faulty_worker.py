@@ -69,10 +69,6 @@ def faulty_training_step(self: Any, *arguments: Any, **named: Any) -> Any:
         time.sleep(fault.get("wait", 0.3))  # until the launcher has passed it on
     if faults("kill", where="step"):
         die()
-    if faults("hang"):
-        time.sleep(3600)
-    if faults("stopped"):
-        os.kill(os.getpid(), signal.SIGSTOP)
     return training_step(self, *arguments, **named)
 
 
@@ -82,6 +78,10 @@ sum_of_losses = step_module.sum_of_losses
 def faulty_sum_of_losses(model: Any, batch: Any) -> torch.Tensor:
     if faults("kill", where="computing"):
         die()
+    if faults("hang"):
+        time.sleep(3600)
+    if faults("stopped"):
+        os.kill(os.getpid(), signal.SIGSTOP)
     for fault in faults("memory"):
         if len(batch.lengths) > fault["most"]:
             raise torch.OutOfMemoryError("CUDA out of memory (in a test)")
