@@ -111,15 +111,9 @@ def describe(answers: dict[int, str], processes: int, still: float) -> str:
 
 
 def _stack() -> str:
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
-        faulthandler.dump_traceback(file, all_threads=True)
-        file.seek(0)
-        text = file.read()
-    # The thread that asks comes first or last; the main thread is what is wanted.
-    threads = text.split("\n\n")
-    return next(
-        (thread for thread in threads if "_watch" not in thread and "interrupts.py" not in thread), text
-    )
+    """The main thread's."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    return "".join(traceback.format_stack(frame)) if frame is not None else "(it has ended)"
 
 
 def _print(text: str) -> None:
