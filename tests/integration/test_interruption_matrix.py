@@ -216,3 +216,11 @@ def test_a_run_is_not_gone_on_with_as_another_run(processes: Processes) -> None:
         status, _, errors = run(processes, "--output_dir", "first", "--steps", "2", *words, "--resume")
         assert status == 2
         assert told in errors
+
+
+def test_the_clock_saves_too(processes: Processes) -> None:
+    words = ["--save_strategy", "no", "--save_every_minutes", "0.0001"]
+    assert run(processes, *words, "--output_dir", "clock")[0] == 0
+    # Asked for with a step's gradients, heeded at the end of the next, and not asked for meanwhile.
+    steps = [path.name for path in (processes.folder / "clock/checkpoints").iterdir()]
+    assert newest_step(processes, "clock") >= 8, steps
