@@ -28,6 +28,9 @@ def train(**settings: Any) -> Path:
     Raises:
         UserError: for what the user can mend.
     """
+    from falcon_qlora import allocator
+
+    allocator.use_expandable_segments()
     from falcon_qlora.config import parse
     from falcon_qlora.training import train as train_configured
 

@@ -16,6 +16,7 @@ VERBS = {
     "data": "show what the model will see: rendered rows, lengths, what is dropped",
     "prepare": "download and tokenize ahead, so that training needs no network",
     "generate": "answer a prompt with a base model and an adapter",
+    "bench": "measure variants of a training step against each other",
 }
 
 

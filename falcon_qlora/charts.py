@@ -1,4 +1,4 @@
-"""Pictures of a run, drawn without a screen."""
+"""Pictures of runs and measurements, drawn without a screen."""
 
 from __future__ import annotations
 
@@ -60,6 +60,44 @@ def draw_loss(metrics: Sequence[Mapping[str, Any]], file: Path, *, title: str = 
     rates.grid(alpha=0.3)
     if title:
         figure.suptitle(title, fontsize=11)
+    figure.savefig(file, dpi=130, format="png")
+    return True
+
+
+def draw_speed_and_memory(points: Sequence[tuple[str, float, float]], file: Path, *, title: str = "") -> bool:
+    """Draw tokens/s against peak memory as a PNG, one labelled point each.
+
+    Args:
+        points: label, GB (10^9 bytes) and tokens/s.
+        file: The PNG to write.
+        title: A line above the picture.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    if not points:
+        return False
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for label, memory_gb, speed in points:
+        # Whose row it is shows in the colour: the peers' names begin so.
+        peer = any(word.startswith(("stock", "litgpt")) for word in label.split())
+        axes.scatter([memory_gb], [speed], s=36, color=_EVAL if peer else _SMOOTH, zorder=3)
+        name = axes.annotate(label, (memory_gb, speed), xytext=(5, 4), textcoords="offset points", fontsize=7)
+        name.set_in_layout(False)  # else a long one takes the picture's room
+    axes.set_xlabel("peak memory allocated, GB")
+    axes.set_ylabel("tokens/s")
+    axes.set_xlim(0, 1.3 * max(memory_gb for _, memory_gb, _ in points) or 1)  # room for the names
+    axes.set_ylim(0, 1.1 * max(speed for _, _, speed in points) or 1)
+    axes.grid(alpha=0.3)
+    if title:
+        axes.set_title(title, fontsize=11)
+    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=130, format="png")
     return True
 

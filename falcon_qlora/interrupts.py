@@ -15,17 +15,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from falcon_qlora import distributed
+from falcon_qlora import distributed, launcher_folder
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # One request can come twice: from a scheduler to every process, and passed on by the launcher.
 _SAME_REQUEST_SECONDS = 1.0
-# The launcher's folder: what its processes leave there for it.
-LAUNCHER_FOLDER = "FALCON_QLORA_LAUNCHER"
-TRAINING_MARK, STOPPING_MARK, GO_ON_FILE = "training", "stopping", "go_on"
 
 
 class Stopped(Exception):
@@ -102,7 +98,7 @@ def training_begins(say: Callable[[str], None]) -> None:
     """
     _requests.say = say
     _requests.training = True
-    _leave_for_launcher(TRAINING_MARK, "")
+    _leave_for_launcher(launcher_folder.TRAINING, "")
 
 
 def asked_to_stop() -> signal.Signals | None:
@@ -112,19 +108,12 @@ def asked_to_stop() -> signal.Signals | None:
 
 def tell_launcher(text: str) -> None:
     """Have the launcher say `text` if the processes end by an error: how to go on."""
-    _leave_for_launcher(GO_ON_FILE, text)
-
-
-def end_if_launcher_stops() -> None:
-    """End this process if the launcher was asked to stop before it began: torchrun has restarted it."""
-    folder = os.environ.get(LAUNCHER_FOLDER)
-    if folder and (Path(folder) / STOPPING_MARK).exists():
-        os._exit(128 + signal.SIGTERM)
+    _leave_for_launcher(launcher_folder.GO_ON, text)
 
 
 def _leave_for_launcher(name: str, text: str) -> None:
-    folder = os.environ.get(LAUNCHER_FOLDER)
-    if folder and distributed.is_local_main_process():
-        part = Path(folder) / f".{name}"
+    file = launcher_folder.mark(name)
+    if file is not None and distributed.is_local_main_process():
+        part = file.with_name(f".{name}")
         part.write_text(text, encoding="utf-8")
-        part.rename(Path(folder) / name)
+        part.rename(file)

@@ -1,87 +1,182 @@
-"""What a training step takes in memory, from the configuration alone. No tensors.
+"""What a training step takes in memory, from the configuration alone, and how much of it to compute again.
 
-Counted are the activations that a backward pass needs, the gradients, the optimizer, and what exists for a
-moment: a block's weights dequantized in both directions, a piece of the logits. Measured on an H200 for 7B
-without recomputation, in bfloat16: 2.20 MB a token with fast blocks, 3.92 without them (10^6 bytes).
+Counted are the activations that the backward pass needs, the gradients, the optimizer, and what exists for a
+moment: a block's dequantized weights, what its backward works with, a piece of the logits. Measured on an
+H200 for 7B without recomputation, in bfloat16: 2.22 MB a token with fast blocks, 3.9 without (10^6 bytes).
+
+The smallest setting, 8,192 tokens, LoRA r 64, 4 bits, ``offload``, paged 8-bit AdamW, in GB (10^9 bytes):
+
+| | 7B | 40B |
+|---|---|---|
+| weights: NF4 and its scales | 3.42 | 21.04 |
+| embedding, which is the head | 0.59 | 1.07 |
+| adapter, float32 | 0.52 | 1.78 |
+| gradients, float32 | 0.52 | 1.78 |
+| dequantized weights of a group | 0.21 | 0.68 |
+| inputs: the block's, the next to come, and the gradient | 0.22 | 0.40 |
+| projections, which become their gradients | 0.38 | 0.69 |
+| joined: its gradient, attention's output, the gradient copied beside u | 0.52 | 0.94 |
+| libraries' own, and rounding | 0.27 | 0.27 |
+| together | 6.66 | 28.64 |
+
+`Step.smallest_parts` gives these rows, and a test compares them. The optimizer's state lies in pageable
+memory outside of PyTorch's. The head's turn comes when no block is at work, and takes less: 1,024 tokens'
+logits, as float32 twice and as bfloat16, are 0.67 GB.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
 from transformers import FalconConfig
 
-from falcon_qlora.models.falcon import linear_shapes
+from falcon_qlora.kernels.cross_entropy import default_chunk_tokens
+from falcon_qlora.models.activations import Checkpointing
+from falcon_qlora.models.falcon import linear_shapes, norms_per_block
 
 GIB = 2**30
 
 # Measured: the reference path also keeps the outputs of norms and GELU, and copies of inputs.
 _REFERENCE_FACTOR = 1.9
-_HEAD_CHUNK_TOKENS = 1024
-# These two are fitted to the measurements: of a block's activations, and the kernels' and libraries' own.
-_WORKING_BLOCKS = 2.5
-_UNCOUNTED_BYTES = 2 * GIB
+# The libraries' workspaces, and what the allocator rounds up.
+_UNCOUNTED_BYTES = 2**28
 _USABLE_SHARE = 0.92
 
 
-def activation_bytes_per_token(
-    config: FalconConfig, *, fast: bool, recompute: bool, lora_rank: int = 0, value_bytes: int = 2
-) -> float:
-    """Bytes that one token's activations take from the forward to the backward pass, over all blocks.
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One process's training step.
 
-    Args:
-        config: the model.
-        fast: whether the blocks run as single functions.
-        recompute: whether only the blocks' inputs are kept.
-        lora_rank: of the adapter on every linear.
-        value_bytes: of an activation.
-    """
-    if recompute:
-        return config.num_hidden_layers * config.hidden_size * value_bytes
-    return config.num_hidden_layers * _block_bytes_per_token(config, fast, lora_rank, value_bytes)
-
-
-def step_bytes(
-    config: FalconConfig,
-    *,
-    tokens: int,
-    trainable: int,
-    fast: bool,
-    recompute: bool,
-    lora_rank: int = 0,
-    value_bytes: int = 2,
-    optimizer_bytes: int = 8,
-    processes: int = 1,
-) -> int:
-    """Bytes that a step takes beyond the loaded model and its adapter.
-
-    Args:
+    Attributes:
         config: the model.
         tokens: of one micro batch.
         trainable: parameters, in float32.
-        fast, recompute, lora_rank, value_bytes: as in `activation_bytes_per_token`.
-        optimizer_bytes: of the optimizer's state for one parameter.
+        fast: whether the blocks run as single functions.
+        lora_rank: of the adapter on every linear.
+        value_bytes: of an activation.
+        optimizer_bytes: of the optimizer's state for one parameter, as far as PyTorch's allocator holds it.
         processes: above 1, DistributedDataParallel keeps buckets of the gradients' size.
     """
-    activations = tokens * activation_bytes_per_token(
-        config, fast=fast, recompute=recompute, lora_rank=lora_rank, value_bytes=value_bytes
-    )
-    # What one block's backward works with; where they are recomputed, its activations too.
-    working = tokens * _block_bytes_per_token(config, True, lora_rank, value_bytes)
-    working *= _WORKING_BLOCKS + recompute
-    shapes = linear_shapes(config).values()
-    weights = 2 * sum(out * into for out, into in shapes) * value_bytes
-    logits = _HEAD_CHUNK_TOKENS * config.vocab_size * (2 * 4 + value_bytes)
-    gradients = trainable * (4 + optimizer_bytes + (4 if processes > 1 else 0))
-    return int(activations + working + weights + logits + gradients) + _UNCOUNTED_BYTES
+
+    config: FalconConfig
+    tokens: int
+    trainable: int
+    fast: bool
+    lora_rank: int = 0
+    value_bytes: int = 2
+    optimizer_bytes: int = 8
+    processes: int = 1
+
+    def bytes(self, blocks: Sequence[Checkpointing]) -> int:
+        """Bytes that a step takes beyond the loaded model and its adapter; `blocks`: one a block."""
+        kept = sum(self._kept(each) for each in blocks)
+        working = max(sum(self.working_values(each)) for each in set(blocks)) * self.value_bytes
+        at_work = max(self.tokens * working, self._head())
+        trained = self.trainable * (4 + self.optimizer_bytes + (4 if self.processes > 1 else 0))
+        return int(self.tokens * kept + at_work + self._weights() + trained) + _UNCOUNTED_BYTES
+
+    def choose(self, free_bytes: int) -> list[Checkpointing]:
+        """What each block keeps, so that no more is computed again than `free_bytes` demand.
+
+        As few blocks as possible leave ``none`` for ``selective``, then ``selective`` for ``full``, then
+        ``full`` for ``offload``: each is smaller and slower than the one before. Where not even that is
+        enough, all are on ``offload``.
+        """
+        layers = self.config.num_hidden_layers
+        smaller: list[Checkpointing] = ["none", "selective", "full", "offload"]
+        if not self.fast:
+            smaller.remove("selective")
+        blocks: list[Checkpointing] = [smaller[0]] * layers
+        for before, after in pairwise(smaller):
+            for count in range(layers + 1):
+                blocks = [after] * count + [before] * (layers - count)
+                if self.bytes(blocks) <= _USABLE_SHARE * free_bytes:
+                    return blocks
+        return blocks
+
+    def activation_bytes_per_token(self, checkpointing: Checkpointing) -> float:
+        """Bytes that one token's activations take from the forward to the backward pass, over all blocks."""
+        return self.config.num_hidden_layers * self._kept(checkpointing)
+
+    def working_values(self, checkpointing: Checkpointing) -> tuple[float, float, float]:
+        """Values a token that exist while a fast block's backward runs and are not kept, at the worst moment.
+
+        Returns:
+            inputs and the gradient coming in; projections computed again, or the gradients for them; and
+            what else there is, at the product back through dense and 4h_to_h or at attention's backward.
+        """
+        hidden, fused, wide, rank = self._sizes()
+        projected = fused + wide + rank
+        joined = hidden + wide
+        # As in FlashAttention-2: three gradients for all heads, one of them in float32 too.
+        attention = 5 * hidden
+        if checkpointing == "none":
+            return hidden, projected, joined + max(hidden + rank, attention)
+        if checkpointing == "selective":
+            return hidden, projected, joined + max(wide + hidden + rank, attention)
+        inputs = 3 * hidden if checkpointing == "offload" else hidden
+        if not self.fast:  # the whole block is run again and all of it kept
+            return inputs, projected + self._all_of_a_block(), joined + max(hidden + rank, attention)
+        return inputs, projected, hidden + max(joined + hidden + rank, hidden + attention)
+
+    def smallest_parts(self, weights: int, embedding: int) -> dict[str, int]:
+        """The rows of this module's table, in bytes, given those of the loaded model."""
+        inputs, projected, rest = (
+            int(each * self.tokens * self.value_bytes) for each in self.working_values("offload")
+        )
+        return {
+            "weights": weights,
+            "embedding": embedding,
+            "adapter": 4 * self.trainable,
+            "gradients": 4 * self.trainable,
+            "dequantized": self._weights(),
+            "inputs": inputs,
+            "projections": projected,
+            "joined": rest,
+            "libraries": _UNCOUNTED_BYTES,
+        }
+
+    def _sizes(self) -> tuple[int, int, int, int]:
+        """Hidden size, widths of query_key_value and h_to_4h, and a group's columns for LoRA."""
+        shapes = linear_shapes(self.config)
+        fused, wide = shapes["query_key_value"][0], shapes["dense_h_to_4h"][0]
+        return self.config.hidden_size, fused, wide, 2 * self.lora_rank
+
+    def _all_of_a_block(self) -> float:
+        """Values a token that a reference block keeps."""
+        return _REFERENCE_FACTOR * self._kept_fast("none") / self.value_bytes
+
+    def _kept(self, checkpointing: Checkpointing) -> float:
+        if checkpointing == "offload":
+            return 0.0
+        if checkpointing == "full":
+            return self.config.hidden_size * self.value_bytes
+        return self._kept_fast(checkpointing) if self.fast else self._all_of_a_block() * self.value_bytes
+
+    def _kept_fast(self, checkpointing: Checkpointing) -> float:
+        """Bytes a token of a fast block: its input, the projections, attention's output and LoRA's t."""
+        hidden, fused, wide, rank = self._sizes()
+        values = 2 * hidden + fused + 2 * rank + (wide if checkpointing == "none" else 0)
+        return values * self.value_bytes + 4 * self.config.num_attention_heads
+
+    def _weights(self) -> int:
+        """Of one group, dequantized beside its LoRA: see `kernels.frozen_linear`."""
+        hidden, fused, wide, rank = self._sizes()
+        shared = norms_per_block(self.config) == 1
+        into = (fused + wide if shared else wide) * hidden
+        return int(max(into, (hidden + wide) * hidden) + rank * (hidden + wide)) * self.value_bytes
+
+    def _head(self) -> int:
+        """The head's turn: three tensors of the hidden size, and a piece of the logits."""
+        logits = default_chunk_tokens(self.tokens) * self.config.vocab_size * (2 * 4 + self.value_bytes)
+        return int(3 * self.tokens * self.config.hidden_size * self.value_bytes + logits)
 
 
-def must_recompute(needed_bytes: int, free_bytes: int) -> bool:
-    """Whether a step that would take `needed_bytes` without recomputation is too much for `free_bytes`."""
-    return needed_bytes > _USABLE_SHARE * free_bytes
-
-
-def _block_bytes_per_token(config: FalconConfig, fast: bool, lora_rank: int, value_bytes: int) -> float:
-    shapes = linear_shapes(config)
-    kept = 2 * config.hidden_size + shapes["query_key_value"][0] + shapes["dense_h_to_4h"][0]
-    statistics = 4 * config.num_attention_heads + 8
-    total = (kept + len(shapes) * lora_rank) * value_bytes + statistics
-    return total if fast else _REFERENCE_FACTOR * total
+def optimizer_bytes(optim: str) -> int:
+    """Bytes of an optimizer's state for one parameter in PyTorch's allocator; Transformers' names."""
+    if optim.startswith("paged") or optim == "sgd":
+        return 0
+    states = 1 if optim.startswith(("lion", "rmsprop", "adagrad")) else 2
+    return states * (1 if "8bit" in optim else 4)

@@ -90,6 +90,7 @@ class Summary:
         best_step: The step of `best_eval_loss`.
         bad_steps: Steps that were skipped, as their loss or gradient was not finite.
         micro_batch_parts: In how many parts micro batches were split in the end, as memory had run out.
+        predicted_peak_memory_gib: What `peak_memory_gib` was expected to be, on a GPU.
     """
 
     steps: int
@@ -107,6 +108,7 @@ class Summary:
     best_step: int | None = None
     bad_steps: int = 0
     micro_batch_parts: int = 1
+    predicted_peak_memory_gib: float | None = None
 
 
 class RunDirectory:

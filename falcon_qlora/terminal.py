@@ -46,7 +46,8 @@ class StartSummary:
         quantization: More about it, such as ``NF4, double quantization, computing in bf16``.
         quantized_linears: How many linear layers are quantized.
         model_gib: What the weights take on one device, GiB.
-        kernels: What runs the blocks, and whether activations are recomputed.
+        kernels: What runs the blocks.
+        activations: What of the blocks' activations is kept for the backward pass.
         method: The adapter, such as ``LoRA r 64, alpha 16, dropout 0``.
         world_size: Processes, one replica in each.
         device: What a replica runs on, such as ``NVIDIA H200`` or ``CPU``.
@@ -75,6 +76,7 @@ class StartSummary:
     quantized_linears: int | None = None
     model_gib: float | None = None
     kernels: str = ""
+    activations: str = ""
     method: str = ""
     world_size: int = 1
     device: str = "CPU"
@@ -99,6 +101,7 @@ class StartSummary:
             ("model", _join(self.model, self.layout, _count(self.total_parameters, "parameters"))),
             ("quantized", self._quantized()),
             ("kernels", self.kernels),
+            ("memory", self.activations),
             ("training", _join(self.method, self._share())),
             ("devices", self._devices()),
             ("data", self._data()),

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import sys
 
-from falcon_qlora import distributed, interrupts
-from falcon_qlora.config import parse
-from falcon_qlora.quiet import quiet_libraries
+from falcon_qlora import allocator
+
+allocator.use_expandable_segments()  # before torch is loaded
+
+from falcon_qlora import distributed, interrupts  # noqa: E402
+from falcon_qlora.config import parse  # noqa: E402
+from falcon_qlora.quiet import quiet_libraries  # noqa: E402
 
 
 def main() -> None:

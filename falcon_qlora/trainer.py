@@ -33,15 +33,15 @@ from falcon_qlora.watchdog import Watchdog
 _ROWS_SHOWN = 8
 
 
-def trainer_arguments(training: SFTConfig, *, total_steps: int, recompute: bool) -> SFTConfig:
+def trainer_arguments(training: SFTConfig, *, total_steps: int) -> SFTConfig:
     """Set what this trainer needs whatever the user's settings; returns the same object.
 
-    Micro batches are ours, so the loop sees no accumulation, no packing and no preparing of data.
+    Micro batches are ours, so the loop sees no accumulation, no packing and no preparing of data; and so is
+    what blocks compute again, see `models.activations`.
 
     Args:
         training: the user's settings.
         total_steps: optimizer steps of the run.
-        recompute: whether activations are recomputed in the backward pass.
     """
     training.max_steps = total_steps
     training.gradient_accumulation_steps = 1
@@ -54,10 +54,9 @@ def trainer_arguments(training: SFTConfig, *, total_steps: int, recompute: bool)
     training.log_level = training.log_level_replica = "error"  # the trainer sets it for all of Transformers
     training.report_to = []  # trackers come as callbacks
     training.restore_callback_states_from_checkpoint = True  # how long early stopping has waited
-    # Transformers renames the first to the second. The reentrant kind does not work under DDP.
-    training.gradient_checkpointing = training.activation_checkpointing = recompute
-    training.gradient_checkpointing_kwargs = {"use_reentrant": False} if recompute else None
-    training.activation_checkpointing_kwargs = training.gradient_checkpointing_kwargs
+    # Transformers renames the first to the second.
+    training.gradient_checkpointing = training.activation_checkpointing = False
+    training.gradient_checkpointing_kwargs = training.activation_checkpointing_kwargs = None
     training.load_best_model_at_end = training.eval_strategy != "no" and training.load_best_model_at_end
     if training.load_best_model_at_end:
         training.metric_for_best_model = "eval_loss"

@@ -21,6 +21,7 @@ def train(configuration: Configuration) -> Path:
     from falcon_qlora import terminal
     from falcon_qlora.assembly import preflight, record, resumption, rows
     from falcon_qlora.assembly import trainer as builder
+    from falcon_qlora.assembly.activations import choose_activations, warm_up
     from falcon_qlora.interrupts import Stopped
 
     assert configuration.training is not None  # built here: it starts the process group
@@ -34,7 +35,7 @@ def train(configuration: Configuration) -> Path:
     resumption.check_data(data, checkpoint)
     model = builder.model_with_adapter(configuration, tokenizer)
     kernels = builder.choose_kernels(configuration, model)
-    recompute = builder.must_recompute(configuration, model, kernels)
+    activations = choose_activations(configuration, model, kernels)
     preflight.check_disk(configuration, directory, model, steps=data.total_steps)
     distributed.wait_for_all()  # nothing is written before every process has come so far
     with preflight.run_folder(configuration) as directory:
@@ -45,9 +46,9 @@ def train(configuration: Configuration) -> Path:
             data=data,
             model=model,
             trackers=trackers,
-            recompute=recompute,
             describe_adapter=functools.partial(record.describe_adapter, configuration, data),
         )
+        warm_up(trainer, configuration)
         going_on = checkpoint is not None or distributed.restart_count() > 0
         preflight.start_trackers(configuration, directory, trackers, resume=going_on)
         record.write_start(configuration, directory, data, trackers, kernels, checkpoint)
@@ -59,7 +60,7 @@ def train(configuration: Configuration) -> Path:
             model,
             tracking=trackers.lines,
             kernels=kernels,
-            recompute=recompute,
+            activations=activations,
             checkpoint=checkpoint,
         )
     )
@@ -75,5 +76,5 @@ def train(configuration: Configuration) -> Path:
         raise
 
     distributed.forget_siblings()
-    record.finish(configuration, directory, trainer, data, trackers)
+    record.finish(configuration, directory, trainer, data, trackers, activations)
     return directory.path

@@ -29,15 +29,16 @@ def tiny_model(
     return load_model(LAYOUTS[layout], quantize_mode=mode, device=device, compute_dtype=compute_dtype, seed=1)
 
 
-def plain_float32(model: FalconForCausalLM) -> FalconForCausalLM:
-    """Transformers' own float32 model with the weights that `model` stands for, on the CPU."""
+def plain_float32(model: FalconForCausalLM, device: str | torch.device = "cpu") -> FalconForCausalLM:
+    """Transformers' own float32 model with the weights that `model` stands for, on `device`."""
     config = copy.deepcopy(model.config)
     config.dtype = torch.float32
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    plain = FalconForCausalLM(config).float().eval()
+    with torch.device(device):
+        plain = FalconForCausalLM(config).float().eval()
     quantized = {
-        f"{name}.weight": dequantized_weight(module).float().cpu()
+        f"{name}.weight": dequantized_weight(module).to(device, torch.float32)
         for name, module in model.named_modules()
         if is_quantized_linear(module)
     }

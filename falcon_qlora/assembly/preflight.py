@@ -66,6 +66,7 @@ def check_model(configuration: Configuration) -> None:
     """
     import torch
 
+    from falcon_qlora.kernels import fp8
     from falcon_qlora.methods.lora import checked_targets
     from falcon_qlora.models.falcon import lora_parameter_count
     from falcon_qlora.models.load import check_mode_runs_on, resolve_compute_dtype
@@ -76,6 +77,9 @@ def check_model(configuration: Configuration) -> None:
     device = distributed.local_device()
     dtype = resolve_compute_dtype(settings.compute_dtype, device)
     check_mode_runs_on(settings.quantize_mode, dtype, device)
+    reason = fp8.why_not(device) if settings.compute_dtype == "fp8" else None
+    if reason is not None:
+        raise UserError(f"--compute_dtype fp8: {reason}. Use --compute_dtype auto.")
     config = distributed.from_main_process(lambda: _read_config(configuration))
     if device.type != "cuda":
         return

@@ -14,6 +14,7 @@ from torch import nn
 
 import falcon_qlora
 from falcon_qlora import distributed, terminal
+from falcon_qlora.assembly.activations import Activations
 from falcon_qlora.assembly.resumption import forget_after, how_to_go_on, step_of
 from falcon_qlora.assembly.rows import TrainingData, global_batch
 from falcon_qlora.checkpoint.verify import newest_whole
@@ -81,7 +82,7 @@ def start_summary(
     *,
     tracking: list[str],
     kernels: dict[str, str],
-    recompute: bool,
+    activations: Activations,
     checkpoint: str | None,
 ) -> StartSummary:
     """What the terminal shows before the first step."""
@@ -100,7 +101,8 @@ def start_summary(
         quantization=_quantization(configuration, model),
         quantized_linears=counted["quantized_linears"],
         model_gib=_weights_gib(configuration, model),
-        kernels=_kernels(kernels, recompute),
+        kernels=_kernels(kernels),
+        activations=activations.described(),
         method=f"LoRA r {lora.lora_r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout:g}",
         world_size=distributed.world_size(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
@@ -161,6 +163,7 @@ def finish(
     trainer: FalconTrainer,
     data: TrainingData,
     trackers: Any,
+    activations: Activations,
 ) -> Summary:
     """Prove that the replicas agree, write the adapter and the summary, and say what was written."""
     model = trainer.model
@@ -188,6 +191,7 @@ def finish(
         best_step=best[1],
         bad_steps=trainer.bad_steps.total,
         micro_batch_parts=2**trainer.halvings,
+        predicted_peak_memory_gib=activations.predicted_gib,
         **counts(model),
     )
     if distributed.is_main_process():
@@ -215,19 +219,17 @@ def stop(directory: RunDirectory, stopped: Stopped, trackers: Trackers, *, steps
             directory.draw_loss()
     where = f"stopped at step {stopped.step:,} of {steps:,}"
     if stopped.failure is not None:
-        whole = newest_whole(directory.checkpoints)[0] if distributed.is_main_process() else None
+        whole = distributed.from_main_process(lambda: newest_whole(directory.checkpoints)[0])
         last = f"the last complete checkpoint is {whole}" if whole else "there is no complete checkpoint"
         raise UserError(f"{where}, but the checkpoint could not be saved ({stopped.failure}); {last}")
     terminal.print_plain(f"{where}. Go on with:  {how_to_go_on(directory)}")
 
 
-def _kernels(kernels: dict[str, str], recompute: bool) -> str:
-    recomputing = "recomputing activations" if recompute else "recomputing nothing"
+def _kernels(kernels: dict[str, str]) -> str:
     if not kernels:
-        return f"off: the reference path, {recomputing}"
+        return "off: the reference path"
     ways = Counter(kernels.values())
-    told = "; ".join(f"{count} of {len(kernels)} blocks {what}" for what, count in ways.items())
-    return f"{told}; {recomputing}"
+    return "; ".join(f"{count} of {len(kernels)} blocks {what}" for what, count in ways.items())
 
 
 def _frozen_tensors(model: nn.Module) -> Any:

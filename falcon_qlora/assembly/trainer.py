@@ -66,47 +66,27 @@ def choose_kernels(configuration: Configuration, model: Any) -> dict[str, str]:
         For every block's name what runs, or why it was left alone.
 
     Raises:
-        UserError: if ``--kernels required`` meets a block that is left alone.
+        UserError: if ``--kernels required`` or FP8 meets a block that is left alone.
     """
     from falcon_qlora.models.fast import apply_fast_path
 
     wanted = configuration.model.kernels
     if wanted == "off":
         return {}
-    report = apply_fast_path(model)
+    fp8 = configuration.model.compute_dtype == "fp8"
+    report = apply_fast_path(model, fp8_products=fp8, libraries=wanted != "portable")
     left = [f"{name} runs on the {what}" for name, what in report.items() if not runs_fast(what)]
-    if wanted == "required" and left:
-        raise UserError(f"--kernels required: {left[0]} ({len(left)} of {len(report)} blocks)")
+    if left and (wanted == "required" or fp8):
+        asked = (
+            "--kernels required" if wanted == "required" else "--compute_dtype fp8 is the fast path's alone"
+        )
+        raise UserError(f"{asked}: {left[0]} ({len(left)} of {len(report)} blocks)")
     return report
 
 
 def runs_fast(what: str) -> bool:
     """Whether an entry of `choose_kernels` says that a block runs on the fast path."""
     return not what.startswith("reference")
-
-
-def must_recompute(configuration: Configuration, model: Any, kernels: dict[str, str]) -> bool:
-    """Whether activations are recomputed: as `--checkpointing` says, on auto where they would not fit."""
-    import torch
-
-    from falcon_qlora import memory
-
-    run = configuration.run
-    device = distributed.local_device()
-    if run.checkpointing != "auto" or device.type != "cuda":
-        return run.checkpointing == "full"
-    torch.cuda.empty_cache()
-    needed = memory.step_bytes(
-        model.config,
-        tokens=run.per_device_train_batch_size * configuration.data.max_length,
-        trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        fast=bool(kernels) and all(runs_fast(what) for what in kernels.values()),
-        recompute=False,
-        lora_rank=configuration.lora.lora_r,
-        value_bytes=model.dtype.itemsize,
-        processes=distributed.world_size(),
-    )
-    return memory.must_recompute(needed, torch.cuda.mem_get_info(device)[0])
 
 
 def sample_prompts(
@@ -147,13 +127,11 @@ def build_trainer(
     data: TrainingData,
     model: Any,
     trackers: Trackers,
-    recompute: bool,
     describe_adapter: Callable[[Path], None],
 ) -> FalconTrainer:
     """The trainer with everything that listens to it.
 
     Args:
-        recompute: whether activations are recomputed in the backward pass.
         describe_adapter: completes an adapter's folder after it is written.
     """
     from transformers import EarlyStoppingCallback
@@ -190,7 +168,7 @@ def build_trainer(
         )
     return FalconTrainer(
         model,
-        trainer_arguments(training, total_steps=data.total_steps, recompute=recompute),
+        trainer_arguments(training, total_steps=data.total_steps),
         steps=data.steps,
         corpus=data.dataset,
         evaluation=evaluation,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from falcon_qlora import config
+from falcon_qlora import config, launcher_folder
 from falcon_qlora.errors import EXIT_BUG, EXIT_HANGING, EXIT_USER_ERROR, UserError
 
 if TYPE_CHECKING:
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 _AGENT_SIGNALS = "SIGHUP,SIGQUIT"
 # SIGUSR1 is how some schedulers announce preemption.
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# What the processes leave in the launcher's folder; `interrupts` says the same.
-_FOLDER = "FALCON_QLORA_LAUNCHER"
-_TRAINING, _STOPPING, _GO_ON = "training", "stopping", "go_on"
 
 
 @dataclass(kw_only=True)
@@ -71,7 +68,7 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
     processes = _processes(launch.gpus)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
     with tempfile.TemporaryDirectory(prefix="falcon_qlora_") as folder:
-        os.environ[_FOLDER] = folder
+        os.environ[launcher_folder.VARIABLE] = folder
         words = [
             *_torchrun_flags(launch, processes),
             f"--log-dir={folder}",
@@ -84,7 +81,7 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
         try:
             return _launch(words, Path(folder))
         finally:
-            del os.environ[_FOLDER]
+            del os.environ[launcher_folder.VARIABLE]
 
 
 class _StopOnce:
@@ -102,9 +99,9 @@ class _StopOnce:
         from torch.distributed.elastic.multiprocessing.api import SignalException
 
         # The agent restarts workers that have failed; these find the mark and end.
-        (self._folder / _STOPPING).touch()
+        (self._folder / launcher_folder.STOPPING).touch()
         workers = _children()
-        if not self._asked and workers and (self._folder / _TRAINING).exists():
+        if not self._asked and workers and (self._folder / launcher_folder.TRAINING).exists():
             self._asked = True
             _send(workers, number)
             return
@@ -169,8 +166,9 @@ def _status(error: ChildFailedError, folder: Path) -> int:
             hint = "; out of CPU memory?" if name == "SIGKILL" else ""
             print(f"error: process {rank} was ended by {name}{hint}", file=sys.stderr)
             break
-    if (folder / _GO_ON).exists():
-        print((folder / _GO_ON).read_text(encoding="utf-8"), file=sys.stderr)
+    go_on = folder / launcher_folder.GO_ON
+    if go_on.exists():
+        print(go_on.read_text(encoding="utf-8"), file=sys.stderr)
     return EXIT_BUG
 
 

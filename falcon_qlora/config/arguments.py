@@ -38,8 +38,10 @@ class ModelArguments:
         None, "Take the tokenizer from this folder or hub id; unset: the model's own."
     )
     model_revision: str | None = _setting(None, "Branch, tag or commit of the base model on the hub.")
-    compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = _setting(
-        "auto", "Compute in this type; auto: bf16 where the GPU has it, else fp16; fp32 on the CPU."
+    compute_dtype: Literal["auto", "bf16", "fp16", "fp32", "fp8"] = _setting(
+        "auto",
+        "Compute in this type; auto: bf16 where the GPU has it, else fp16; fp32 on the CPU. fp8: train with "
+        "the frozen weights' products in FP8 and all else in bf16.",
     )
     double_quantization: bool = _setting(
         True, "4bit: quantize the quantization constants too; saves 0.37 bits a weight."
@@ -48,8 +50,10 @@ class ModelArguments:
     llm_int8_threshold: float = _setting(
         6.0, "8bit: activations above this are multiplied in 16 bits; 0: none."
     )
-    kernels: Literal["auto", "off", "required"] = _setting(
-        "auto", "Blocks as single functions with kernels of our own: where they can, never, or else an error."
+    kernels: Literal["auto", "portable", "off", "required"] = _setting(
+        "auto",
+        "Blocks as single functions with kernels of our own: where they can, without optional libraries, "
+        "never, or else an error.",
     )
 
 
@@ -166,8 +170,10 @@ class RunArguments:
         None,
         "Sequences of --max_length to a step over all devices, instead of --gradient_accumulation_steps.",
     )
-    checkpointing: Literal["auto", "none", "full"] = _setting(
-        "auto", "Recompute every block's activations in the backward pass; auto: where memory demands it."
+    checkpointing: Literal["auto", "none", "selective", "full", "offload"] = _setting(
+        "auto",
+        "What blocks compute again in the backward pass: none; selective: the largest activation; full: all; "
+        "offload: all, from inputs in CPU memory; auto: as little as memory allows, block by block.",
     )
     save_every_minutes: float = _setting(
         0.0, "Save a checkpoint too whenever so many minutes have passed since the last; 0: never."

@@ -89,6 +89,10 @@ def check(values: Values, where: dict[str, str]) -> None:
     _check_data(values, name)
     if values["report_to"] != ["none"] and "none" in values["report_to"]:
         raise UserError(f"{name('report_to')}: none goes with no other tracker")
+    if values["compute_dtype"] == "fp8" and values["kernels"] == "off":
+        raise UserError(
+            f"{name('compute_dtype')} fp8 is part of what {name('kernels')} off leaves out; give one of them"
+        )
     if values["resume"] and values["overwrite"]:
         raise UserError("--resume goes on with a run and --overwrite replaces it; give one of them")
     if values["resume"] == "latest" and values["output_dir"] is None:

@@ -177,7 +177,7 @@ def _build_training(configuration: Configuration) -> SFTConfig:
         "packing": False,
         "padding_free": False,
         "gradient_accumulation_steps": 1,
-        "bf16": compute_dtype == "bf16",
+        "bf16": compute_dtype in ("bf16", "fp8"),
         "fp16": compute_dtype == "fp16",
         "use_cpu": not on_gpu,
     }

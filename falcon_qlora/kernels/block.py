@@ -6,26 +6,26 @@ size, Q query heads, K key/value heads, D head size, R columns for LoRA's ranks.
 The block's parallel forms: ``y = x + dense(attention(n1)) + 4h_to_h(gelu(h_to_4h(n2)))`` with n1 and n2 two
 norms of x, or one and the same.
 
-Products are few and large, see `frozen_linear`: query_key_value and h_to_4h are one where there is one norm,
-and so are dense and 4h_to_h, with x as addend.
+How the linears are multiplied is `Block.products`' to say: `dequantized`, or `fp8_block`.
 
 What is kept for the backward pass: x, the outputs of query_key_value (rotated) and h_to_4h, attention's
-output and statistics, and LoRA's t. Norms and GELU are computed again. Weights are dequantized again too,
-each time into the same memory.
+output and statistics, and LoRA's t; less, where `Block.keep` says so. Norms and GELU are always computed
+again, the last product never: no gradient needs its output. Weights are dequantized again too, each time
+into the same memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from falcon_qlora.kernels import ops
-from falcon_qlora.kernels.frozen_linear import Adapter, Projection, SharedInput, SharedOutput, Workspace
+from falcon_qlora.kernels.frozen_linear import Adapter, Projection, Workspace
 
 
 class Attention(Protocol):
@@ -44,6 +44,61 @@ class Attention(Protocol):
         statistics: tuple[Tensor, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of query, key and value."""
+
+
+class Products(Protocol):
+    """A block's four linears with LoRA, and what lies between them and norms and GELU; for one call.
+
+    Attributes:
+        outputs: how many tensors hold the outputs of query_key_value and h_to_4h.
+        inputs: how many hold their LoRA's t.
+    """
+
+    outputs: int
+    inputs: int
+
+    def enter(self, hidden: Tensor, again: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+        """From the block's input ``[T, H]`` to the outputs, and t.
+
+        Done `again` in the backward pass, the outputs are nobody else's: gradients may take their memory.
+        """
+
+    def parts(self, projected: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Views of the outputs: query, key and value ``[T, W]``, and what goes into GELU ``[T, F]``."""
+
+    def project_h_to_4h(self, hidden: Tensor) -> Tensor:
+        """The second of `parts` alone: what of `enter` is dearest to keep."""
+
+    def leave(
+        self, before_gelu: Tensor, attended: Tensor, low_in: Sequence[Tensor], hidden: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Through GELU and dense and 4h_to_h: the block's output ``[T, H]``, and t ``[T, R]``."""
+
+    def low_rank(self, before_gelu: Tensor, attended: Tensor, low_in: Sequence[Tensor]) -> Tensor:
+        """The t of `leave` alone."""
+
+    def leave_backward(
+        self,
+        grad: Tensor,
+        before_gelu: Tensor,
+        attended: Tensor,
+        low_in: Sequence[Tensor],
+        low_out: Tensor,
+    ) -> tuple[Tensor, Tensor, Any, list[Tensor | None]]:
+        """Back through `leave`.
+
+        Returns:
+            the gradient of attention's output ``[T, Q D]``; room for that of query, key and value
+            ``[T, W]``, to be filled; what `enter_backward` needs beside it; the gradients of the adapters.
+        """
+
+    def enter_backward(
+        self, hidden: Tensor, of_fused: Tensor, others: Any, low_in: Sequence[Tensor], addend: Tensor | None
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Back through `enter`: `addend` and what comes to it, None where it is None; the adapters'."""
+
+
+Keep = Literal["all", "attention", "input"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +126,9 @@ class Block:
         kv_heads: K.
         head_dim: D.
         workspace: shared by all blocks of a model.
+        products: how the linears are multiplied, given the block and the adapters' matrices.
+        keep: what the backward pass finds: all it needs; all but h_to_4h's output, the largest; or the
+            block's input alone. What it does not find it computes again.
     """
 
     norms: tuple[Norm, ...]
@@ -81,6 +139,8 @@ class Block:
     kv_heads: int
     head_dim: int
     workspace: Workspace
+    products: Callable[[Block, Sequence[Adapter]], Products]
+    keep: Keep = "all"
 
     @property
     def projections(self) -> tuple[Projection, Projection, Projection, Projection]:
@@ -129,79 +189,75 @@ class _BlockFunction(torch.autograd.Function):
         *adapters: Tensor | None,
     ) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            into, out_of = _groups(block, adapters)
-            projected, low_rank = [], []
-            for norm, group in zip(block.norms, into, strict=True):
-                normal = hidden.new_empty(hidden.shape[0], group.features + group.columns)
-                norm(hidden, normal[:, : group.features])
-                output, low = group.forward(normal)
-                projected.append(output)
-                low_rank.append(low)
-                del normal
-            fused, before_gelu = _parts(block, projected)
-            heads = block.heads(fused)
-            ops.rotate_(heads[:, :, :-1], cosine, sine)
-            attended, statistics = attention.forward(*_query_key_value(heads))
-            joined = hidden.new_empty(hidden.shape[0], out_of.features + out_of.columns)
-            ops.gelu(before_gelu, joined[:, : block.dense_4h_to_h.in_features])
-            joined[:, block.dense_4h_to_h.in_features : out_of.features] = attended.flatten(1)
-            output, low = out_of.forward(joined, hidden)
-            ctx.block, ctx.attention, ctx.groups = block, attention, len(projected)
-            ctx.save_for_backward(
-                hidden, cosine, sine, attended, low, *projected, *low_rank, *adapters, *statistics
-            )
-            return output
+            products = block.products(block, _pairs(adapters))
+            projected, low_in = products.enter(hidden)
+            fused, before_gelu = products.parts(projected)
+            attended, statistics = _attend(block, attention, fused, cosine, sine)
+            output, low_out = products.leave(before_gelu, attended, low_in, hidden)
+            if block.keep == "all":
+                kept = [*projected, *low_in, low_out, attended, *statistics]
+            elif block.keep == "attention":
+                kept = [fused.clone(), *low_in, low_out, attended, *statistics]
+            else:
+                kept = []
+        ctx.block, ctx.attention = block, attention
+        ctx.save_for_backward(hidden, cosine, sine, *adapters, *kept)
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        block, attention, groups = ctx.block, ctx.attention, ctx.groups
-        hidden, cosine, sine, attended, low_out, *rest = ctx.saved_tensors
-        projected, low_in = rest[:groups], rest[groups : 2 * groups]
-        adapters, statistics = rest[2 * groups : 2 * groups + 8], tuple(rest[2 * groups + 8 :])
+        block, attention = ctx.block, ctx.attention
+        hidden, cosine, sine, *rest = ctx.saved_tensors
+        adapters, kept = rest[:8], list(rest[8:])
+        del rest
         with torch.autocast(hidden.device.type, enabled=False):
-            into, out_of = _groups(block, adapters)
-            fused, before_gelu = _parts(block, projected)
-            grads = [grad.new_empty(grad.shape[0], group.width + group.columns) for group in into]
-            grad_fused, grad_before_gelu = _parts(block, grads)
-
-            grad_joined, grad_low = out_of.input_gradient(grad)
-            split = block.dense_4h_to_h.in_features
-            _, after_gelu = ops.gelu_backward(grad_joined[:, :split], before_gelu, grad_before_gelu)
-            inputs = [after_gelu, attended.flatten(1)]
-            adapter_grads = out_of.adapter_gradients(grad, grad_low, low_out, inputs)
-            del after_gelu, inputs
-
-            heads = block.heads(fused)
-            of_attended = grad_joined[:, split:].unflatten(1, (-1, block.head_dim))
-            of_query, of_key, of_value = attention.backward(
-                of_attended, *_query_key_value(heads), attended, statistics
+            products = block.products(block, _pairs(adapters))
+            if block.keep == "input":
+                projected, low_in = products.enter(hidden, again=True)
+                fused, before_gelu = products.parts(projected)
+                attended, statistics = _attend(block, attention, fused, cosine, sine)
+                low_out = products.low_rank(before_gelu, attended, low_in)
+            else:
+                projected = _take(kept, products.outputs if block.keep == "all" else 1)
+                low_in, (low_out, attended) = _take(kept, products.inputs), _take(kept, 2)
+                statistics = tuple(kept)
+                if block.keep == "all":
+                    fused, before_gelu = products.parts(projected)
+                else:
+                    fused, before_gelu = projected[0], products.project_h_to_4h(hidden)
+            of_attended, of_fused, others, out_grads = products.leave_backward(
+                grad, before_gelu, attended, low_in, low_out
             )
-            del grad_joined, of_attended
-            ops.rotate_join(of_query, of_key, of_value, cosine, sine, block.heads(grad_fused))
+            del before_gelu, projected
+            of_query, of_key, of_value = attention.backward(
+                of_attended.unflatten(1, (-1, block.head_dim)),
+                *_query_key_value(block.heads(fused)),
+                attended,
+                statistics,
+            )
+            del of_attended, fused, attended
+            ops.rotate_join(of_query, of_key, of_value, cosine, sine, block.heads(of_fused))
             del of_query, of_key, of_value
-
-            in_grads: list[Tensor | None] = []
-            grad_hidden = grad
-            for norm, group, group_grad, low in zip(block.norms, into, grads, low_in, strict=True):
-                normal, mean, rstd = norm(hidden)
-                in_grads += group.adapter_gradients(group_grad, low, normal)
-                del normal
-                if ctx.needs_input_grad[0]:
-                    grad_normal = group.input_gradient(group_grad)
-                    grad_hidden = ops.layer_norm_backward(
-                        grad_normal, hidden, mean, rstd, norm.weight, grad_hidden
-                    )
-                    del grad_normal
-        first = grad_hidden if ctx.needs_input_grad[0] else None
-        return (first, None, None, None, None, *in_grads, *adapter_grads)
+            addend = grad if ctx.needs_input_grad[0] else None
+            of_hidden, in_grads = products.enter_backward(hidden, of_fused, others, low_in, addend)
+        return (of_hidden, None, None, None, None, *in_grads, *out_grads)
 
 
-def _parts(block: Block, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The slices for query_key_value and for h_to_4h, of one tensor for both or of one each."""
-    width, wide = block.query_key_value.out_features, block.dense_h_to_4h.out_features
-    start = width if len(tensors) == 1 else 0
-    return tensors[0][:, :width], tensors[-1][:, start : start + wide]
+def _attend(
+    block: Block, attention: Attention, fused: Tensor, cosine: Tensor, sine: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Rotates within `fused` ``[T, W]``; attention's output ``[T, Q, D]`` and statistics."""
+    heads = block.heads(fused)
+    ops.rotate_(heads[:, :, :-1], cosine, sine)
+    return attention.forward(*_query_key_value(heads))
+
+
+def _take(tensors: list[Tensor], count: int) -> list[Tensor]:
+    """Remove and return the first `count`."""
+    taken = tensors[:count]
+    del tensors[:count]
+    return taken
 
 
 def _query_key_value(heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,11 +265,5 @@ def _query_key_value(heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return heads[:, :, :-2].flatten(1, 2), heads[:, :, -2], heads[:, :, -1]
 
 
-def _groups(block: Block, flat: Sequence[Tensor | None]) -> tuple[list[SharedInput], SharedOutput]:
-    adapters = list(zip(flat[::2], flat[1::2], strict=True))
-    first, last = block.projections[:2], block.projections[2:]
-    if len(block.norms) == 1:
-        into = [SharedInput(first, adapters[:2], block.workspace)]
-    else:
-        into = [SharedInput(first[i : i + 1], adapters[i : i + 1], block.workspace) for i in range(2)]
-    return into, SharedOutput(last, adapters[2:], block.workspace)
+def _pairs(flat: Sequence[Tensor | None]) -> list[Adapter]:
+    return list(zip(flat[::2], flat[1::2], strict=True))

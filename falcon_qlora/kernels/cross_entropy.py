@@ -4,7 +4,8 @@ Shapes: N target tokens, H hidden size, V vocabulary.
 
 With a vocabulary of 65,024 the float32 logits of 16,384 tokens take 4 GiB, and their gradient as much again.
 Here at most `chunk_tokens` rows of them exist at a time: the gradient for the hidden states is taken in the
-forward pass, while a chunk's logits are there, so nothing is multiplied twice.
+forward pass, while a chunk's logits are there, so nothing is multiplied twice. Their gradient takes their
+memory.
 """
 
 from __future__ import annotations
@@ -16,7 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from falcon_qlora.kernels import ops
+
 DEFAULT_CHUNK_TOKENS = 1024
+_LEAST_CHUNK_TOKENS, _CHUNKS = 128, 8
+
+
+def default_chunk_tokens(tokens: int) -> int:
+    """How many rows of logits exist at a time, of `tokens` in all.
+
+    An eighth, so that a small batch's logits take no more than a block's backward does: at 10 bytes each,
+    1,024 rows are 0.67 GB.
+    """
+    return min(max(_LEAST_CHUNK_TOKENS, -(-tokens // _CHUNKS)), DEFAULT_CHUNK_TOKENS)
 
 
 def cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -36,7 +49,7 @@ def cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> 
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_tokens: int | None = None
 ) -> Tensor:
     """Sum of the cross entropies of `targets` under the logits ``hidden @ weight.T``.
 
@@ -46,12 +59,13 @@ def chunked_cross_entropy(
         hidden: ``[N, H]``; N may be 0.
         weight: ``[V, H]``; gets a gradient where it requires one.
         targets: int64 ``[N]``, each in ``[0, V)``.
-        chunk_tokens: how many rows of logits exist at a time.
+        chunk_tokens: how many rows of logits exist at a time; None for `default_chunk_tokens`.
 
     Returns:
         float32 scalar, connected to `hidden` and `weight`.
     """
     hidden, weight = _in_one_dtype(hidden, weight)
+    chunk_tokens = chunk_tokens or default_chunk_tokens(len(hidden))
     return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_tokens)
 
 
@@ -72,21 +86,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
-                logits = (hidden[rows] @ weight.T).float()  # [chunk, V]
-                target = targets[rows, None]
-                log_normalizer = torch.logsumexp(logits, dim=-1, keepdim=True)
-                loss += (log_normalizer - logits.gather(-1, target)).sum()
-                if grad_hidden is None and grad_weight is None:
-                    continue
-                # The probabilities take the logits' memory: softmax minus the one-hot target is d loss / d
-                # logits.
-                grad_logits = logits.sub_(log_normalizer).exp_()
-                grad_logits.scatter_add_(-1, target, torch.full_like(log_normalizer, -1.0))
-                grad_logits = grad_logits.to(weight.dtype)
+                logits = hidden[rows] @ weight.T  # [chunk, V]
+                with_gradient = grad_hidden is not None or grad_weight is not None
+                loss += ops.cross_entropy_(logits, targets[rows], with_gradient).sum()
                 if grad_hidden is not None:
-                    torch.mm(grad_logits, weight, out=grad_hidden[rows])
+                    torch.mm(logits, weight, out=grad_hidden[rows])
                 if grad_weight is not None:
-                    grad_weight += grad_logits.T @ hidden[rows]
+                    grad_weight += logits.T @ hidden[rows]
         ctx.weight_dtype = weight.dtype
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss

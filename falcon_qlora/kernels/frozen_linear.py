@@ -116,8 +116,14 @@ class SharedInput(_Group):
         self.outputs = _spans([projection.out_features for projection in projections])
         self.width = self.outputs[-1].stop
 
-    def forward(self, extended: Tensor) -> tuple[Tensor, Tensor]:
-        """``[T, H + R]``, of which the first H are the input → outputs ``[T, width]`` and t ``[T, R]``."""
+    def forward(self, extended: Tensor, out: Tensor) -> Tensor:
+        """``[T, H + R]``, of which the first H are the input → outputs ``[T, width]`` into `out`, and t."""
+        weight, low = self.operand(extended)
+        torch.mm(extended, weight.T, out=out)
+        return low
+
+    def operand(self, extended: Tensor) -> tuple[Tensor, Tensor]:
+        """The other factor of `forward`'s product, ``[width, H + R]``, and t, put behind the input."""
         x = extended[:, : self.features]
         low = extended.new_empty(extended.shape[0], self.columns)
         weight = self.workspace.take(self.width, self.features + self.columns, extended)
@@ -132,7 +138,7 @@ class SharedInput(_Group):
             if projection.rank:
                 start = self.features + rank.start
                 rows[:, start : start + projection.rank] = self._scaled_b(index, extended)
-        return torch.mm(extended, weight.T), low
+        return weight, low
 
     def adapter_gradients(self, extended: Tensor, low: Tensor, x: Tensor) -> list[Tensor | None]:
         """The gradients of each A and B; puts u, which `input_gradient` needs, behind the gradient.
@@ -152,7 +158,7 @@ class SharedInput(_Group):
                 continue
             low_grad = extended[:, self.width + rank.start : self.width + rank.stop]
             torch.mm(grad, self._scaled_b(index, extended), out=low_grad)
-            results += self._pair(index, _mm_float32(low_grad.T, x), _mm_float32(grad.T, low[:, rank]))
+            results += self._pair(index, mm_float32(low_grad.T, x), mm_float32(grad.T, low[:, rank]))
         return results
 
     def input_gradient(self, extended: Tensor) -> Tensor:
@@ -183,24 +189,39 @@ class SharedOutput(_Group):
 
     def forward(self, extended: Tensor, addend: Tensor) -> tuple[Tensor, Tensor]:
         """``[T, features + R]``, of which the first are the inputs → ``[T, H]`` and t ``[T, R]``."""
-        low = extended[:, self.features :]
+        low = self._put_low_rank(extended)
         weight = self.workspace.take(self.width, self.features + self.columns, extended)
         if self.used < self.columns:
-            low[:, self.used :] = 0
             weight[:, self.features + self.used :] = 0
         for index, (projection, inputs) in enumerate(zip(self.projections, self.inputs, strict=True)):
             ops.dequantize(projection.layer, weight[:, inputs])
-            a, rank = self.adapters[index][0], self.ranks[index]
-            if a is not None:
-                torch.mm(extended[:, inputs], a.to(extended.dtype).T, out=low[:, rank])
-                start = self.features + rank.start
+            if projection.rank:
+                start = self.features + self.ranks[index].start
                 weight[:, start : start + projection.rank] = self._scaled_b(index, extended)
         return torch.addmm(addend, extended, weight.T), low.clone()
 
+    def low_rank(self, extended: Tensor) -> Tensor:
+        """The t of `forward` alone."""
+        return self._put_low_rank(extended).clone()
+
+    def _put_low_rank(self, extended: Tensor) -> Tensor:
+        low = extended[:, self.features :]
+        if self.used < self.columns:
+            low[:, self.used :] = 0
+        for index, inputs in enumerate(self.inputs):
+            a = self.adapters[index][0]
+            if a is not None:
+                torch.mm(extended[:, inputs], a.to(extended.dtype).T, out=low[:, self.ranks[index]])
+        return low
+
     def input_gradient(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         """``[T, H]`` → the inputs' ``[T, features]``, and u ``[T, R]``."""
-        extended = grad.new_empty(grad.shape[0], self.width + self.columns)
-        extended[:, : self.width] = grad
+        extended, weight, low_grad = self.gradient_operands(grad)
+        return torch.mm(extended, weight), low_grad
+
+    def gradient_operands(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Both factors of `input_gradient`'s product, ``[T, H + R]`` and ``[H + R, features]``, and u."""
+        extended = _with_room(grad, self.columns)
         weight = self.workspace.take(self.width + self.columns, self.features, grad)
         for projection, inputs in zip(self.projections, self.inputs, strict=True):
             ops.dequantize(projection.layer, weight[: self.width, inputs])
@@ -211,7 +232,7 @@ class SharedOutput(_Group):
                     b[:, self.ranks[index]] = self._scaled_b(index, grad)
             torch.mm(grad, b, out=extended[:, self.width :])
             self._put_a(weight[self.width :], self.inputs)
-        return torch.mm(extended, weight), extended[:, self.width :].contiguous()
+        return extended, weight, extended[:, self.width :].contiguous()
 
     def adapter_gradients(
         self, grad: Tensor, low_grad: Tensor, low: Tensor, inputs: Sequence[Tensor]
@@ -226,15 +247,33 @@ class SharedOutput(_Group):
         """
         if not self.columns:
             return [None, None] * len(self.projections)
-        all_b = _mm_float32(grad.T, low)  # [H, R]
+        all_b = mm_float32(grad.T, low)  # [H, R]
         results: list[Tensor | None] = []
         for index, x in enumerate(inputs):
             rank = self.ranks[index]
             if self.projections[index].rank:
-                results += self._pair(index, _mm_float32(low_grad[:, rank].T, x), all_b[:, rank].contiguous())
+                results += self._pair(index, mm_float32(low_grad[:, rank].T, x), all_b[:, rank].contiguous())
             else:
                 results += [None, None]
         return results
+
+
+def room_behind(like: Tensor, columns: int) -> Tensor:
+    """An empty tensor like ``[T, N]`` with room for `columns` more in every row, which `_with_room` finds."""
+    tokens, width = like.shape
+    return like.new_empty(tokens, width + columns)[:, :width]
+
+
+def _with_room(x: Tensor, columns: int) -> Tensor:
+    """``[T, N]`` with `columns` more in every row: `x` itself where it is `room_behind`'s, else a copy."""
+    tokens, width = x.shape
+    row = width + columns
+    whole = x.untyped_storage().nbytes() == tokens * row * x.element_size() and x.storage_offset() == 0
+    if whole and x.stride() == (row, 1):
+        return x.as_strided((tokens, row), (row, 1))
+    extended = x.new_empty(tokens, row)
+    ops.copy_rows(x, extended[:, :width])
+    return extended
 
 
 def _spans(sizes: Sequence[int]) -> list[slice]:
@@ -245,7 +284,7 @@ def _spans(sizes: Sequence[int]) -> list[slice]:
     return spans
 
 
-def _mm_float32(a: Tensor, b: Tensor) -> Tensor:
+def mm_float32(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` in float32, added up over many tokens: not rounded to bfloat16 at the end."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)  # type: ignore[call-overload]

@@ -53,7 +53,9 @@ def can_dequantize_nf4(state: Any) -> bool:
     return not state.nested or state.state2.blocksize == _NESTED_BLOCK
 
 
-def dequantize_nf4(packed: Tensor, state: Any, out: Tensor, *, transpose: bool = False) -> Tensor:
+def dequantize_nf4(
+    packed: Tensor, state: Any, out: Tensor, *, transpose: bool = False, scale: Tensor | None = None
+) -> Tensor:
     """Write the weights that `packed` stands for into `out`.
 
     Bit for bit what bitsandbytes gives in `out`'s dtype: the scale in float32, one product, one rounding.
@@ -61,9 +63,11 @@ def dequantize_nf4(packed: Tensor, state: Any, out: Tensor, *, transpose: bool =
     Args:
         packed: uint8 ``[N / 2, 1]``, a ``Params4bit``'s data.
         state: its bitsandbytes ``QuantState``, whose tensors lie on the same device.
-        out: ``[O, I]``, or ``[I, O]`` with `transpose`, bfloat16, float16 or float32. The last dimension is
-            contiguous; rows may be any distance apart, so it can be a part of a larger buffer.
+        out: ``[O, I]``, or ``[I, O]`` with `transpose`, bfloat16, float16, float32, or FP8 (e4m3) with
+            `scale`. The last dimension is contiguous; rows may be any distance apart, so it can be a part of
+            a larger buffer.
         transpose: write the transposed weight.
+        scale: float32 ``[]``, what the weights are divided by, or None.
 
     Returns:
         `out`.
@@ -90,10 +94,12 @@ def dequantize_nf4(packed: Tensor, state: Any, out: Tensor, *, transpose: bool =
         state.offset if nested else state.absmax,
         nested.code if nested else state.absmax,
         nested.absmax if nested else state.absmax,
+        state.code if scale is None else scale,
     )
     row_words = columns // _WORD
     # No fused multiply-add: the nested scale is rounded before the offset is added, as in bitsandbytes.
     options = {"NESTED": nested is not None, "num_warps": _WARPS, "enable_fp_fusion": False}
+    options["SCALED"] = scale is not None
     if transpose:
         tiles = (triton.cdiv(row_words, _TILE_WORDS), triton.cdiv(rows, _TILE_ROWS))
         _dequantize_transposed[tiles](
@@ -121,6 +127,14 @@ def _scale(block, mask, absmax_ptr, offset_ptr, nested_code_ptr, nested_absmax_p
 
 
 @triton.jit
+def _divided(weight, scale_ptr, dtype: tl.constexpr, SCALED: tl.constexpr):
+    """In `dtype`; where SCALED within FP8's range."""
+    if SCALED:
+        weight = tl.clamp(weight * (1.0 / tl.load(scale_ptr)), -448.0, 448.0)
+    return weight.to(dtype)
+
+
+@triton.jit
 def _weights(word, scale, code_ptr):
     """The eight weights of every word, in memory's order along a new last dimension, in float32."""
     # Weight j lies in byte j // 2, the even one in the high nibble: bits 4 (j xor 1) on.
@@ -137,11 +151,13 @@ def _dequantize_rows(
     offset_ptr,  # float32 []; any where not NESTED, and so the next two
     nested_code_ptr,  # float32 [256]
     nested_absmax_ptr,  # float32 [S]
+    scale_ptr,  # float32 []; used where SCALED
     out_ptr,  # [O, I], rows out_stride apart
     out_stride,
     words,  # N / 8
     row_words,  # I / 8
     NESTED: tl.constexpr,
+    SCALED: tl.constexpr,
     CONTIGUOUS: tl.constexpr,  # out_stride == I
     WORDS: tl.constexpr,
 ):
@@ -155,7 +171,8 @@ def _dequantize_rows(
     else:
         start = (index // row_words).to(tl.int64) * out_stride + (index % row_words) * 8
     out = out_ptr + start[:, None] + tl.arange(0, 8)[None, :]
-    tl.store(out, weight.to(out_ptr.dtype.element_ty), mask=mask[:, None])
+    weight = _divided(weight, scale_ptr, out_ptr.dtype.element_ty, SCALED)
+    tl.store(out, weight, mask=mask[:, None])
 
 
 @triton.jit
@@ -166,11 +183,13 @@ def _dequantize_transposed(
     offset_ptr,  # float32 []; any where not NESTED, and so the next two
     nested_code_ptr,  # float32 [256]
     nested_absmax_ptr,  # float32 [S]
+    scale_ptr,  # float32 []; used where SCALED
     out_ptr,  # [I, O], rows out_stride apart
     out_stride,
     rows,  # O
     row_words,  # I / 8
     NESTED: tl.constexpr,
+    SCALED: tl.constexpr,
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
@@ -180,7 +199,8 @@ def _dequantize_transposed(
     mask = (row < rows)[:, None] & (column < row_words)[None, :]
     word = tl.load(word_ptr + index, mask=mask, other=0)
     scale = _scale(index // 8, mask, absmax_ptr, offset_ptr, nested_code_ptr, nested_absmax_ptr, NESTED)
-    weight = _weights(word, scale, code_ptr).to(out_ptr.dtype.element_ty)  # [ROWS, WORDS, 8]
+    weight = _weights(word, scale, code_ptr)  # [ROWS, WORDS, 8]
+    weight = _divided(weight, scale_ptr, out_ptr.dtype.element_ty, SCALED)
     weight = tl.trans(tl.reshape(weight, [ROWS, WORDS * 8]))
     out_row = tl.program_id(0) * WORDS * 8 + tl.arange(0, WORDS * 8)
     out = out_ptr + out_row.to(tl.int64)[:, None] * out_stride + row[None, :]

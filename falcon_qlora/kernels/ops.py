@@ -68,7 +68,13 @@ def layer_norm(
 
 
 def layer_norm_backward(
-    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, addend: Tensor | None = None
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    addend: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The input's gradient of `layer_norm`.
 
@@ -79,11 +85,17 @@ def layer_norm_backward(
         rstd: float32 ``[T]``.
         weight: ``[H]``.
         addend: ``[T, H]``, added to the result, or None.
+        out: ``[T, H]``, what to write into, also a slice with longer rows; a new tensor where None.
 
     Returns:
         ``[T, H]`` in `x`'s dtype.
     """
-    return _form("layer_norm_backward", x)(grad, x, mean, rstd, weight, addend)
+    return _form("layer_norm_backward", x)(grad, x, mean, rstd, weight, addend, out)
+
+
+def copy_rows(x: Tensor, out: Tensor) -> Tensor:
+    """Copy ``[T, N]`` into `out`, of the same shape and dtype; either may be a slice with longer rows."""
+    return _form("copy_rows", x)(x, out)
 
 
 def rotate_(heads: Tensor, cosine: Tensor, sine: Tensor, inverse: bool = False) -> Tensor:
@@ -131,12 +143,26 @@ def gelu_backward(grad: Tensor, x: Tensor, out: Tensor | None = None) -> tuple[T
     Args:
         grad: ``[T, F]``, of the output; may be overwritten.
         x: ``[T, F]``, the input.
-        out: ``[T, F]``, what to write the gradient into, also a slice with longer rows.
+        out: ``[T, F]``, what to write the gradient into, also a slice with longer rows; may be `x`.
 
     Returns:
         the gradient ``[T, F]`` and gelu(x) ``[T, F]``, both in `x`'s dtype.
     """
     return _form("gelu_backward", x)(grad, x, out)
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
+    """Cross entropies of rows of logits, computed in float32.
+
+    Args:
+        logits: ``[N, V]``; with `with_gradient` the gradients of each row's loss take their place.
+        targets: int64 ``[N]``.
+        with_gradient: whether to write them.
+
+    Returns:
+        float32 ``[N]``.
+    """
+    return _form("cross_entropy_", logits)(logits, targets, with_gradient)
 
 
 def triton_runs_on(device: torch.device) -> bool:
@@ -156,7 +182,7 @@ def _triton_forms() -> dict[str, Callable[..., Any]]:
     """Triton's forms, in which one call is one kernel; none where Triton is not installed."""
     if importlib.util.find_spec("triton") is None:
         return {}
-    from falcon_qlora.kernels import gelu, layer_norm, nf4, rotary
+    from falcon_qlora.kernels import gelu, layer_norm, nf4, rotary, rows, softmax
 
     def dequantize(layer: Any, out: Tensor | None) -> Tensor:
         state = getattr(layer.weight, "quant_state", None)
@@ -173,10 +199,12 @@ def _triton_forms() -> dict[str, Callable[..., Any]]:
         "dequantize": dequantize,
         "layer_norm": layer_norm.layer_norm,
         "layer_norm_backward": layer_norm.layer_norm_backward,
+        "copy_rows": rows.copy_rows,
         "rotate_": rotary.rotate_,
         "rotate_join": rotary.rotate_join,
         "gelu": gelu.gelu,
         "gelu_backward": gelu_backward,
+        "cross_entropy_": softmax.cross_entropy_,
     }
 
 
@@ -208,20 +236,26 @@ def _layer_norm(
 
 
 def _layer_norm_backward(
-    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, addend: Tensor | None
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    addend: Tensor | None,
+    out: Tensor | None,
 ) -> Tensor:
     if x.is_cuda and weight.dtype == x.dtype:
         result = torch.ops.aten.native_layer_norm_backward(
             grad, x, x.shape[-1:], mean[:, None], rstd[:, None], weight, None, [True, False, False]
         )[0]
-        return result if addend is None else result.add_(addend)
-    normal = (x.float() - mean[:, None]) * rstd[:, None]
-    scaled = grad.float() * weight.float()
-    along = (scaled * normal).mean(-1, keepdim=True)
-    result = (scaled - scaled.mean(-1, keepdim=True) - normal * along) * rstd[:, None]
+    else:
+        normal = (x.float() - mean[:, None]) * rstd[:, None]
+        scaled = grad.float() * weight.float()
+        along = (scaled * normal).mean(-1, keepdim=True)
+        result = (scaled - scaled.mean(-1, keepdim=True) - normal * along) * rstd[:, None]
     if addend is not None:
         result += addend
-    return result.to(x.dtype)
+    return result.to(x.dtype) if out is None else out.copy_(result)
 
 
 def _rotate_(heads: Tensor, cosine: Tensor, sine: Tensor, inverse: bool) -> Tensor:
@@ -251,16 +285,30 @@ def _gelu(x: Tensor, out: Tensor | None) -> Tensor:
 
 
 def _gelu_backward(grad: Tensor, x: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
-    result = torch.ops.aten.gelu_backward(grad, x)
-    return (result if out is None else out.copy_(result)), F.gelu(x)
+    result, output = torch.ops.aten.gelu_backward(grad, x), F.gelu(x)
+    return (result if out is None else out.copy_(result)), output
+
+
+def _cross_entropy_(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
+    x, target = logits.float(), targets[:, None]
+    log_normalizer = torch.logsumexp(x, dim=-1, keepdim=True)
+    losses = (log_normalizer - x.gather(-1, target))[:, 0]
+    if with_gradient:
+        # The probabilities take the logits' memory.
+        x.sub_(log_normalizer).exp_().scatter_add_(-1, target, torch.full_like(log_normalizer, -1.0))
+        if x is not logits:
+            logits.copy_(x)
+    return losses
 
 
 _REFERENCE: dict[str, Callable[..., Any]] = {
     "dequantize": _dequantize,
     "layer_norm": _layer_norm,
     "layer_norm_backward": _layer_norm_backward,
+    "copy_rows": lambda x, out: out.copy_(x),
     "rotate_": _rotate_,
     "rotate_join": _rotate_join,
     "gelu": _gelu,
     "gelu_backward": _gelu_backward,
+    "cross_entropy_": _cross_entropy_,
 }

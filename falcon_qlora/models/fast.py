@@ -7,11 +7,12 @@ documents. PEFT's modules stay where they are: their matrices are read at every 
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +20,41 @@ from transformers import FalconForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.falcon.modeling_falcon import FalconDecoderLayer
 
-from falcon_qlora.kernels import ops
-from falcon_qlora.kernels.block import Block, Norm, run_block
+from falcon_qlora.errors import UserError
+from falcon_qlora.kernels import fp8, ops
+from falcon_qlora.kernels.block import Block, Norm, Products, run_block
+from falcon_qlora.kernels.dequantized import DequantizedProducts
+from falcon_qlora.kernels.fp8_block import Fp8
 from falcon_qlora.kernels.frozen_linear import Adapter, Projection, Workspace
-from falcon_qlora.models.attention import Sequences, _takes_varlen, packed_attention
+from falcon_qlora.kernels.gelu_products import GeluProducts, gelu_products
+from falcon_qlora.kernels.offload import Offload
+from falcon_qlora.models.attention import Sequences
+from falcon_qlora.models.fast_attention import AttentionKernel, PackedAttention, choose_attention
 from falcon_qlora.models.quantize import QuantizeMode, bnb
 
 from peft.tuners.lora import LoraLayer  # isort: skip  # after bitsandbytes, see models/quantize.py
 
 _BEFORE = "_forward_before_fast_path"
-_WORKSPACE = "_fast_path_workspace"
+_STATE = "_fast_path_state"
 # Older releases of Transformers recompute in ``__call__``, which comes before our forward anyway.
 _RECOMPUTES_IN_CALL = "__call__" in vars(GradientCheckpointingLayer)
+
+Keep = Literal["all", "attention", "input", "offload"]
+"""What a block keeps for its backward pass, see `Block.keep`; ``offload``: its input, in CPU memory."""
+
+
+MakeProducts = Callable[[Block, Sequence[Adapter]], Products]
+
+
+@dataclass
+class _State:
+    """A fast block's own: what it keeps and runs on, and what it shares with the model's others."""
+
+    keep: Keep
+    workspace: Workspace
+    offload: Offload
+    attention: AttentionKernel
+    products: MakeProducts = DequantizedProducts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,27 +90,40 @@ class BlockFacts:
     lora_unknown: str | None
 
 
-def decide(facts: BlockFacts, *, triton: bool, variable_length_kernel: bool) -> dict[str, str]:
+def decide(
+    facts: BlockFacts,
+    *,
+    triton: bool,
+    attention: AttentionKernel,
+    gelu_in_products: bool = False,
+    fp8_products: bool = False,
+) -> dict[str, str]:
     """Say what runs where in a block, and why.
 
     Args:
         facts: of the block.
         triton: whether Triton's forms of the operations between the products can run.
-        variable_length_kernel: whether the GPU has the packed attention kernel for this dtype.
+        attention: the fastest kernel for these heads on this GPU.
+        gelu_in_products: whether GELU is computed in the epilogues of products.
+        fp8_products: whether the frozen products are to run in FP8.
 
     Returns:
         ``block``: ``fast`` or ``reference``. With ``reference`` also ``reason``; with ``fast`` what computes
-        ``attention``, ``weights`` and ``between`` (norms, rotation, GELU).
+        ``attention``, ``weights``, ``GELU`` and ``between`` (norms, rotation).
     """
     reason = _why_not(facts)
     if reason is not None:
         return {"block": "reference", "reason": reason}
+    small = "Triton" if triton else "PyTorch"
     stored = {"4bit": "NF4 dequantized", "8bit": "int8 dequantized", "16bit": "as stored"}
+    if fp8_products:
+        stored = {"4bit": "NF4 dequantized to FP8", "8bit": "int8 dequantized to FP8", "16bit": "in FP8"}
     return {
         "block": "fast",
-        "attention": "variable-length kernel" if variable_length_kernel else "padded batches",
+        "attention": attention,
         "weights": stored[facts.quantize_mode],
-        "between": "Triton" if triton else "PyTorch",
+        "GELU": "in products" if gelu_in_products else small,
+        "between": small,
     }
 
 
@@ -112,33 +149,71 @@ def _why_not(facts: BlockFacts) -> str | None:
     return None
 
 
-def apply_fast_path(model: nn.Module) -> dict[str, str]:
+def apply_fast_path(
+    model: nn.Module,
+    *,
+    keep: Keep | Sequence[Keep] = "all",
+    fp8_products: bool = False,
+    libraries: bool = True,
+) -> dict[str, str]:
     """Let the blocks of `model` run as one function each, where they can, when called with packed documents.
+
+    A block computes again itself what it does not keep. Where a trainer switches gradient checkpointing on,
+    a fast block keeps its input and is not run as a whole again.
 
     Args:
         model: a ``FalconForCausalLM`` from `load_model`, as it is or inside PEFT's wrapper, with
             `enable_packing`.
+        keep: what the blocks keep for the backward pass; one for all, or one a block.
+        fp8_products: multiply by the frozen weights in FP8 (e4m3), with LoRA beside it in bfloat16.
+        libraries: whether to use FlashAttention-4 and quack-kernels where they are installed and the GPU is
+            one of theirs; without them PyTorch and Triton do everything.
 
     Returns:
         For every block's module name what runs, or why it is left alone.
+
+    Raises:
+        UserError: if FP8 is asked for where it cannot run.
     """
     falcon = next((m for m in model.modules() if isinstance(m, FalconForCausalLM)), None)
     if falcon is None:
         raise TypeError(f"no FalconForCausalLM in {type(model).__name__}")
-    workspace = Workspace()
+    reason = fp8.why_not(falcon.device, falcon.dtype) if fp8_products else None
+    if reason is not None:
+        raise UserError(f"{reason}. Use --compute_dtype auto.")
+    workspace, offload = Workspace(), Offload()
+    gelu = _gelu_products(falcon) if libraries and not fp8_products else None
     report = {}
-    for name, block in falcon.named_modules():
-        if not isinstance(block, FalconDecoderLayer):
-            continue
-        decision = _decide(block, falcon)
+    blocks = [(n, block) for n, block in falcon.named_modules() if isinstance(block, FalconDecoderLayer)]
+    keeps = [keep] * len(blocks) if isinstance(keep, str) else keep
+    for (name, block), kept in zip(blocks, keeps, strict=True):
+        facts = block_facts(block, falcon.dtype)
+        device = falcon.device
+        attention = choose_attention(device, facts.dtype, facts.head_dim, libraries=libraries)
+        decision = decide(
+            facts,
+            triton=ops.triton_runs_on(device),
+            attention=attention,
+            gelu_in_products=gelu is not None,
+            fp8_products=fp8_products,
+        )
         if decision["block"] == "reference":
             report[name] = f"reference: {decision['reason']}"
             _restore(block)
             continue
         ways = ", ".join(f"{part}: {way}" for part, way in decision.items() if part != "block")
         report[name] = f"fast ({ways})"
-        _replace(block, workspace)
+        state = _State(kept, workspace, offload, attention, partial(DequantizedProducts, gelu_products=gelu))
+        _replace(block, state)
+        if fp8_products:
+            parts = _block_and_adapters(block, kept)
+            assert parts is not None
+            state.products = Fp8.measure(parts[0])
     return report
+
+
+def _gelu_products(falcon: FalconForCausalLM) -> GeluProducts | None:
+    return gelu_products() if falcon.device.type == "cuda" and falcon.dtype == torch.bfloat16 else None
 
 
 def remove_fast_path(model: nn.Module) -> None:
@@ -152,8 +227,16 @@ def remove_fast_path(model: nn.Module) -> None:
             _restore(block)
 
 
-def _replace(block: FalconDecoderLayer, workspace: Workspace) -> None:
-    setattr(block, _WORKSPACE, workspace)
+def set_keep(block: nn.Module, keep: Keep) -> bool:
+    """Change what a block keeps for its backward pass; False where it is no fast one."""
+    state: _State | None = getattr(block, _STATE, None)
+    if state is not None:
+        state.keep = keep
+    return state is not None
+
+
+def _replace(block: FalconDecoderLayer, state: _State) -> None:
+    setattr(block, _STATE, state)
     if hasattr(block, _BEFORE):
         return
     setattr(block, _BEFORE, block.__dict__.get("forward"))
@@ -167,20 +250,10 @@ def _restore(block: FalconDecoderLayer) -> None:
         raise RuntimeError(f"the forward of {type(block).__name__} was wrapped after apply_fast_path")
     before = getattr(block, _BEFORE)
     delattr(block, _BEFORE)
-    delattr(block, _WORKSPACE)
+    delattr(block, _STATE)
     del block.forward
     if before is not None:
         block.forward = before
-
-
-def _decide(block: FalconDecoderLayer, falcon: FalconForCausalLM) -> dict[str, str]:
-    facts = block_facts(block, falcon.dtype)
-    weight = _base(_linears(block)[0]).weight
-    return decide(
-        facts,
-        triton=ops.triton_runs_on(weight.device),
-        variable_length_kernel=_takes_varlen(weight.device, facts.dtype, facts.head_dim, 0.0),
-    )
 
 
 def block_facts(block: FalconDecoderLayer, dtype: torch.dtype) -> BlockFacts:
@@ -265,7 +338,7 @@ def _norms(block: FalconDecoderLayer) -> tuple[Norm, ...]:
     return tuple(Norm(module.weight, module.bias, module.eps) for module in modules)
 
 
-def _block_and_adapters(module: FalconDecoderLayer) -> tuple[Block, list[Adapter]] | None:
+def _block_and_adapters(module: FalconDecoderLayer, keep: Keep) -> tuple[Block, list[Adapter]] | None:
     """What the function needs, as the modules say now; None where they say what it cannot do."""
     projections, adapters = [], []
     for linear in _linears(module):
@@ -283,6 +356,7 @@ def _block_and_adapters(module: FalconDecoderLayer) -> tuple[Block, list[Adapter
             rank, scaling = linear.lora_A[name].out_features, linear.scaling[name]
         projections.append(Projection(base, base.out_features, base.in_features, rank, scaling))
         adapters.append(adapter)
+    state: _State = getattr(module, _STATE)
     query_key_value, dense_h_to_4h, dense_4h_to_h, dense = projections
     block = Block(
         norms=_norms(module),
@@ -292,7 +366,9 @@ def _block_and_adapters(module: FalconDecoderLayer) -> tuple[Block, list[Adapter
         dense=dense,
         kv_heads=module.self_attention.num_kv_heads,
         head_dim=module.self_attention.head_dim,
-        workspace=getattr(module, _WORKSPACE),
+        workspace=state.workspace,
+        products=state.products,
+        keep="input" if keep == "offload" else keep,
     )
     return block, adapters
 
@@ -306,78 +382,20 @@ def _block_forward(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    parts = _block_and_adapters(self) if isinstance(attention_mask, Sequences) else None
+    state: _State = getattr(self, _STATE)
+    keep = state.keep
+    if self.gradient_checkpointing and self.training and not _RECOMPUTES_IN_CALL and keep != "offload":
+        keep = "input"
+    parts = _block_and_adapters(self, keep) if isinstance(attention_mask, Sequences) else None
     if parts is None:
         before = getattr(self, _BEFORE) or partial(type(self).forward, self)
         kwargs["position_embeddings"] = position_embeddings
         return before(hidden_states, alibi, attention_mask, *args, **kwargs)
     assert isinstance(attention_mask, Sequences)
     assert position_embeddings is not None
-    block, adapters = parts
-    run = partial(_run, position_embeddings, attention_mask, block, adapters)
-    if self.gradient_checkpointing and self.training and not _RECOMPUTES_IN_CALL:
-        return self._gradient_checkpointing_func(run, hidden_states), None
-    return run(hidden_states), None
-
-
-def _run(
-    position_embeddings: tuple[Tensor, Tensor],
-    sequences: Sequences,
-    block: Block,
-    adapters: list[Adapter],
-    hidden_states: Tensor,
-) -> Tensor:
-    cosine, sine = position_embeddings
-    return run_block(hidden_states[0], cosine[0], sine[0], block, PackedAttention(sequences), adapters)[None]
-
-
-@dataclass(frozen=True, eq=False)
-class PackedAttention:
-    """Causal attention within documents, forward and backward.
-
-    On recent GPUs it is PyTorch's variable-length kernel, called as `varlen_attn` does; elsewhere
-    `packed_attention`, computed again in the backward pass.
-    """
-
-    sequences: Sequences
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        if not _takes_varlen(query.device, query.dtype, query.shape[-1], 0.0):
-            return packed_attention(query, key, value, self.sequences), ()
-        output, log_sum_exp, state, unused, _ = torch.ops.aten._flash_attention_forward(
-            query, key, value, *self._documents(), 0.0, True, False, **_window(query)
-        )
-        return output, (log_sum_exp, state, unused)
-
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        statistics: tuple[Tensor, ...],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if statistics:
-            log_sum_exp, *state = statistics
-            inputs = (grad, query, key, value, output, log_sum_exp)
-            return torch.ops.aten._flash_attention_backward(
-                *inputs, *self._documents(), 0.0, True, *state, **_window(query)
-            )
-        query, key, value = (tensor.detach().requires_grad_() for tensor in (query, key, value))
-        with torch.enable_grad():
-            again = packed_attention(query, key, value, self.sequences)
-        of_query, of_key, of_value = torch.autograd.grad(again, (query, key, value), grad)
-        return of_query, of_key, of_value
-
-    def _documents(self) -> tuple[Tensor, Tensor, int, int]:
-        starts, longest = self.sequences.cu_seqlens, self.sequences.max_length
-        return starts, starts, longest, longest
-
-
-def _window(query: Tensor) -> dict[str, Any]:
-    return {
-        "scale": 1.0 / math.sqrt(query.shape[-1]),
-        "window_size_left": -1,
-        "window_size_right": 0,
-    }
+    # Not ``[0]``: its gradient would be written into zeros, row by row.
+    hidden, (cosine, sine) = hidden_states.squeeze(0), (each[0] for each in position_embeddings)
+    attention = PackedAttention(attention_mask, state.attention)
+    with state.offload.moving(hidden) if keep == "offload" else nullcontext():
+        output = run_block(hidden, cosine, sine, parts[0], attention, parts[1])
+    return output.unsqueeze(0), None

@@ -33,7 +33,8 @@ from falcon_qlora.models.quantize import (
 )
 from falcon_qlora.models.sizes import check_fits
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# FP8 is the fast path's: the model, and LoRA, are in bfloat16.
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
 
 
 class SameDtypeLayerNorm(nn.LayerNorm):
@@ -72,7 +73,8 @@ def load_model(
             dtype).
         device: where to; this process's own GPU, or the CPU, where None.
         compute_dtype: a dtype, ``bf16``, ``fp16``, ``fp32``, or ``auto``: bfloat16 where the GPU has it,
-            float16 on other GPUs, float32 on the CPU.
+            float16 on other GPUs, float32 on the CPU; ``fp8`` is ``bf16`` until `apply_fast_path` is asked
+            for more.
         double_quantization: quantize NF4's scales too.
         norms_in_float32: keep the layer norms' weights and arithmetic in float32.
         llm_int8_threshold: activations above it are multiplied in 16 bits, in 8bit; 0 turns that off.
@@ -114,7 +116,7 @@ def load_model(
 def resolve_compute_dtype(
     compute_dtype: torch.dtype | str, device: torch.device | str | None = None
 ) -> torch.dtype:
-    """The dtype that `compute_dtype` (``auto``, ``bf16``, ``fp16``, ``fp32``, a dtype) means on `device`."""
+    """The activations' dtype that `compute_dtype` (see `load_model`) means on `device`."""
     if isinstance(compute_dtype, torch.dtype):
         return compute_dtype
     if compute_dtype in _DTYPES:

@@ -120,11 +120,8 @@ def train(corpus: Path, out: Path, settings: Settings) -> dict[str, Any]:
     held_out = {name: torch.from_numpy(arrays[name].astype(np.int64)).to(device) for name in _HELD_OUT}
     about = json.loads((corpus / "corpus.json").read_text())
 
-    model = FalconForCausalLM(configuration(about["vocabulary"])).float().to(device)
-    for block in model.transformer.h:
-        for last in (block.self_attention.dense, block.mlp.dense_4h_to_h):
-            last.weight.data.mul_(1 / math.sqrt(2 * len(model.transformer.h)))
-    progress = _fit(model, tokens, held_out, settings)
+    model = untrained(configuration(about["vocabulary"])).to(device)
+    progress = fit(model, tokens, held_out, settings)
     record = {
         "held_out_loss": progress[-1]["held_out_loss"],
         "unigram_loss": {
@@ -148,12 +145,30 @@ def train(corpus: Path, out: Path, settings: Settings) -> dict[str, Any]:
 _HELD_OUT = ("documentation", "generated")
 
 
-def _fit(
+def untrained(config: FalconConfig) -> FalconForCausalLM:
+    """A float32 model to train: what is added to the residual stream starts smaller the deeper the model."""
+    model = FalconForCausalLM(config).float()
+    for block in model.transformer.h:
+        for last in (block.self_attention.dense, block.mlp.dense_4h_to_h):
+            last.weight.data.mul_(1 / math.sqrt(2 * len(model.transformer.h)))
+    return model
+
+
+def fit(
     model: FalconForCausalLM, tokens: Tensor, held_out: dict[str, Tensor], settings: Settings
 ) -> list[dict[str, Any]]:
-    """Train `model` in place and return ten notes of how far it had come, the last after the last step.
+    """Train `model` in place.
 
     The schedule follows the nearer of the two limits, time and passes, so that it always ends at zero.
+
+    Args:
+        model: of the layout that `window_logits` computes, float32.
+        tokens: ``[n]``, on the model's device.
+        held_out: name → int64 ``[m]``, on the model's device.
+        settings: how long and how.
+
+    Returns:
+        Ten notes of how far it had come, the last after the last step.
     """
     device = tokens.device
     batch = settings.batch_tokens // WINDOW
@@ -182,7 +197,7 @@ def _fit(
             continue
         # On the way a part of the held-out text will do.
         some = None if done >= 1 else 16 * WINDOW
-        losses = {name: held_out_loss(model, held_out[name][:some]) for name in _HELD_OUT}
+        losses = {name: held_out_loss(model, held_out[name][:some]) for name in held_out}
         notes.append({"step": step, "tokens": used, "seconds": round(seconds), "held_out_loss": losses})
         shown = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
         print(

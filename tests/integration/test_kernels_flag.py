@@ -9,6 +9,7 @@ import pytest
 
 import falcon_qlora
 from falcon_qlora.errors import UserError
+from falcon_qlora.kernels import fp8
 from tests.integration.runs import metrics
 
 
@@ -51,6 +52,23 @@ def test_the_fast_path_trains_what_the_reference_path_trains(
     assert json.loads((runs["off"] / "kernels.json").read_text()) == {
         "all blocks": "reference: --kernels off"
     }
+
+
+def test_fp8_trains_what_bfloat16_trains(tmp_path: Path) -> None:
+    with fp8.emulated():
+        runs = {
+            dtype: fine_tune(tmp_path / dtype, compute_dtype=dtype, lora_dropout=0)
+            for dtype in ("bf16", "fp8")
+        }
+        with pytest.raises(UserError, match=r"fp8 is the fast path's alone: .*LoRA dropout 0.1 \(5 of 5"):
+            fine_tune(tmp_path / "refused", compute_dtype="fp8", lora_dropout=0.1)
+    losses = [metrics(run)[-1]["eval_loss"] for run in runs.values()]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert losses[1] != losses[0]
+    kernels = json.loads((runs["fp8"] / "kernels.json").read_text())
+    assert all("weights: NF4 dequantized to FP8" in what for what in kernels.values())
+    with pytest.raises(UserError, match="--compute_dtype fp8: there is no FP8 on the CPU"):
+        fine_tune(tmp_path / "refused", compute_dtype="fp8")
 
 
 def test_what_cannot_run_fast_says_why_and_is_refused_where_it_must(tmp_path: Path) -> None:

@@ -21,15 +21,24 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from falcon_qlora.kernels import gelu, layer_norm, nf4, rotary
+from falcon_qlora.kernels import fp8_gelu, fp8_quantize, gelu, layer_norm, nf4, rotary, rows, softmax
 
-MODULES: tuple[ModuleType, ...] = (gelu, layer_norm, nf4, rotary)
+MODULES: tuple[ModuleType, ...] = (gelu, layer_norm, nf4, rotary, rows, softmax)
+FP8_MODULES: tuple[ModuleType, ...] = (fp8_gelu, fp8_quantize)
+FP8_CAPABILITY = 89
 FLOAT32 = {"code_ptr", "offset_ptr", "nested_code_ptr", "nested_absmax_ptr", "mean_ptr", "rstd_ptr"}
-FLOAT32 |= {"cosine_ptr", "sine_ptr"}
+FLOAT32 |= {"cosine_ptr", "sine_ptr", "losses_ptr", "scale_ptr", "scales_ptr", "lengths_ptr", "bound_ptr"}
+FLOAT32 |= {"longest_ptr", "factors_ptr"}
 
 
-def variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
+def variants(capability: int) -> Iterator[tuple[JITFunction, dict[str, Any]]]:
     """Kernels and the constants they are launched with, the number of warps among them."""
+    yield from plain_variants()
+    if capability >= FP8_CAPABILITY:
+        yield from fp8_variants()
+
+
+def plain_variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
     for kernel in (gelu._gelu, gelu._gelu_backward):
         yield kernel, {"BLOCK": gelu._BLOCK, "num_warps": gelu._WARPS}
     for hidden in (4544, 8192, 14848):
@@ -39,16 +48,41 @@ def variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
             options = layer_norm._row_options(hidden, "backward")
             yield layer_norm._layer_norm_backward, {"TWO": two, "ADD": True, **options}
     for nested in (False, True):
-        options = {"NESTED": nested, "num_warps": nf4._WARPS, "enable_fp_fusion": False}
-        for contiguous in (False, True):
-            yield nf4._dequantize_rows, {"CONTIGUOUS": contiguous, "WORDS": nf4._WORDS_A_PROGRAM, **options}
-        yield (
-            nf4._dequantize_transposed,
-            {"ROWS": nf4._TILE_ROWS, "WORDS": nf4._TILE_WORDS, **options},
-        )
+        yield from nf4_variants(nested, scaled=False)
+    yield rows._copy, {"BLOCK": rows._BLOCK, "num_warps": rows._WARPS}
+    yield (
+        softmax._cross_entropy,
+        {"GRADIENT": True, "BLOCK": softmax._BLOCK, "num_warps": softmax._WARPS},
+    )
     tile = {"TOKENS": rotary._TOKENS_A_PROGRAM, "HEADS": rotary._HEADS_A_PROGRAM, "num_warps": rotary._WARPS}
     for way in range(3):
         yield rotary._rotate, {"WAY": way, "INVERSE": way == 2, "HALF": 32, "LANES": 32, **tile}
+
+
+def nf4_variants(nested: bool, scaled: bool) -> Iterator[tuple[JITFunction, dict[str, Any]]]:
+    options = {"NESTED": nested, "SCALED": scaled, "num_warps": nf4._WARPS, "enable_fp_fusion": False}
+    for contiguous in (False, True):
+        yield nf4._dequantize_rows, {"CONTIGUOUS": contiguous, "WORDS": nf4._WORDS_A_PROGRAM, **options}
+    yield nf4._dequantize_transposed, {"ROWS": nf4._TILE_ROWS, "WORDS": nf4._TILE_WORDS, **options}
+
+
+def fp8_variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
+    for nested in (False, True):
+        yield from nf4_variants(nested, scaled=True)
+    for features in (4544, 8192, 14848):
+        yield fp8_quantize._quantize_rows, fp8_quantize._row_options(features)
+    for int8 in (False, True):
+        for transpose in (False, True):
+            tile = {"TILE": fp8_quantize._TILE, "num_warps": fp8_quantize._TILE_WARPS}
+            yield fp8_quantize._quantize_weight, {"INT8": int8, "TRANSPOSE": transpose, **tile}
+    tile = dict(zip(("TOKENS", "FEATURES", "num_warps"), fp8_quantize._SUM, strict=True))
+    for addends, rank in ((0, 64), (1, 128), (2, 128), (2, 0)):
+        yield fp8_quantize._add, {"ADDENDS": addends, "RANK": rank, **tile}
+    for rank in (0, 16, 64):
+        tile = dict(zip(("TOKENS", "FEATURES", "num_warps"), fp8_gelu._FORWARD, strict=True))
+        yield fp8_gelu._gelu, {"RANK": rank, **tile}
+        tile = dict(zip(("TOKENS", "FEATURES", "num_warps"), fp8_gelu._BACKWARD, strict=True))
+        yield fp8_gelu._gelu_backward, {"RANK": rank, "OF_RANK": rank, **tile}
 
 
 def compile_for(capability: int, kernel: JITFunction, options: dict[str, Any]) -> Any:
@@ -73,9 +107,20 @@ def _type(name: str, options: dict[str, Any]) -> str:
         return "i32"
     if name == "word_ptr":
         return "*i32"
+    if name == "targets_ptr":
+        return "*i64"
+    if name == "values_ptr" or (name == "out_ptr" and (options.get("SCALED") or "TRANSPOSE" in options)):
+        return "*fp8e4nv"
+    if name == "weight_ptr" and options.get("INT8"):
+        return "*i8"
     if name == "absmax_ptr":
         return "*u8" if options["NESTED"] else "*fp32"
     return "*fp32" if name in FLOAT32 else "*bf16"
+
+
+def _vector_stores(code: str, options: dict[str, Any]) -> int:
+    """Stores of 16 bytes; where a thread makes eight values of one byte, of 8."""
+    return code.count("st.global.v2" if options.get("SCALED") and "CONTIGUOUS" in options else "st.global.v4")
 
 
 def _registers(machine_code: bytes) -> dict[str, int]:
@@ -92,14 +137,14 @@ def _registers(machine_code: bytes) -> dict[str, int]:
 
 def main(capability: int) -> None:
     taken = []
-    for kernel, options in variants():
+    for kernel, options in variants(capability):
         compiled = compile_for(capability, kernel, options)
         taken.append(
             {
                 "kernel": kernel.__name__,
                 "options": options,
                 "shared_bytes": compiled.metadata.shared,
-                "vector_stores": compiled.asm["ptx"].count("st.global.v4"),
+                "vector_stores": _vector_stores(compiled.asm["ptx"], options),
                 **_registers(compiled.asm["cubin"]),
             }
         )

@@ -45,22 +45,34 @@ def device() -> torch.device:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def bfloat16_rounded_to_nearest() -> Iterator[None]:
-    """Round in the interpreter as GPUs do: by itself it cuts the lower half of a float32 off."""
+def rounded_to_nearest() -> Iterator[None]:
+    """Round in the interpreter as GPUs do: by itself it cuts bits off, carrying none into the exponent."""
     if torch.cuda.is_available() or _why_not() is not None:
         yield
         return
     import triton.language as tl
     from triton.runtime import interpreter
 
-    convert = interpreter._convert_float
+    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
 
     def rounding(data: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
         if source == tl.float32 and target == tl.bfloat16:
             tensor = torch.from_numpy(np.array(data)).bfloat16()
             return tensor.view(torch.int16).numpy().view(np.uint16)
+        if source == tl.float32 and target == tl.float8e4nv:
+            return torch.from_numpy(np.array(data)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
         return convert(data, source, target, mode)
+
+    def dot_of_values(builder: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
+        """The interpreter's own multiplies bfloat16's bits as if they were whole numbers."""
+        if a.dtype.scalar == b.dtype.scalar == tl.bfloat16:
+            a, b = (
+                interpreter.TensorHandle((m.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+                for m in (a, b)
+            )
+        return dot(builder, a, b, d, *options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_convert_float", rounding)
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot_of_values)
         yield

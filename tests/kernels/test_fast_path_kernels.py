@@ -2,7 +2,7 @@
 
 import pytest
 
-from falcon_qlora.kernels import ops
+from falcon_qlora.kernels import fp8, ops
 from falcon_qlora.models.fast import apply_fast_path
 from tests.layouts import documents
 from tests.packing import packed
@@ -20,3 +20,20 @@ def test_loss_and_adapter_gradients_are_the_same_with_either_form(layout, device
             assert ops.triton_runs_on(device) == (form == "triton")
             results.append(step(model, arguments))
     assert_same(results[1], results[0])
+
+
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b"])
+def test_with_fp8_products_it_is_as_near_with_either_form(layout, device):
+    model = adapted(layout, "4bit", device=device.type, compute_dtype="fp32", r=5)
+    arguments = packed(documents([5, 17, 1], device=device.type))
+    apply_fast_path(model)
+    exact = step(model, arguments)
+    distances = []
+    with fp8.emulated():
+        apply_fast_path(model, fp8_products=True)
+        for form in ("torch", "triton"):
+            with ops.using(form):
+                found = step(model, arguments)[1]
+            ratios = [float((found[name] - grad).norm() / grad.norm()) for name, grad in exact[1].items()]
+            distances.append(sum(ratios) / len(ratios))
+    assert 0.5 < distances[1] / distances[0] < 1.5, distances

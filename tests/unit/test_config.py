@@ -392,6 +392,7 @@ class TestTraining:
         auto = config.parse([]).training
         assert (auto.bf16, auto.fp16, auto.use_cpu) == (False, False, True)
         assert config.parse(["--compute_dtype", "bf16"]).training.bf16
+        assert config.parse(["--compute_dtype", "fp8"]).training.bf16
         with pytest.raises(UserError, match="fp16 needs a GPU"):
             _ = config.parse(["--recipe", "lambda-7b-4bit"]).training
 

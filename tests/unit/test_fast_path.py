@@ -11,7 +11,9 @@ from transformers.models.falcon.modeling_falcon import FalconDecoderLayer
 
 from falcon_qlora.kernels import block as kernel
 from falcon_qlora.kernels.frozen_linear import Workspace
+from falcon_qlora.kernels.gelu_products import GeluProducts
 from falcon_qlora.methods.lora import attach_lora
+from falcon_qlora.models import fast
 from falcon_qlora.models.attention import Sequences
 from falcon_qlora.models.falcon import LINEARS
 from falcon_qlora.models.fast import apply_fast_path, block_facts, decide, remove_fast_path
@@ -125,6 +127,37 @@ def test_ranks_that_fit_no_multiple_of_eight(layout, r):
     assert_same(step(model, arguments), reference)
 
 
+class GeluProductsInPyTorch(GeluProducts):
+    """What the library's products compute, into the same kinds of slices."""
+
+    def __init__(self):
+        super().__init__(None, None)
+        self.calls = 0
+
+    def forward(self, x, weight, before, after):
+        self.calls += 1
+        before.copy_(x @ weight)
+        after.copy_(torch.nn.functional.gelu(before))
+
+    def backward(self, grad, weight, before, of_before, after):
+        self.calls += 1
+        of_before.copy_(torch.ops.aten.gelu_backward(grad @ weight, before))
+        after.copy_(torch.nn.functional.gelu(before))
+
+
+@pytest.mark.parametrize("targets", [LINEARS, ["dense_4h_to_h", "query_key_value"]], ids="-".join)
+@pytest.mark.parametrize("layout", FAST_LAYOUTS)
+def test_gelu_in_the_epilogues_of_products(layout, targets, monkeypatch):
+    model = adapted(layout, "4bit", target_modules=targets)
+    arguments = packed(documents(LENGTHS))
+    reference = step(model, arguments)
+    products = GeluProductsInPyTorch()
+    monkeypatch.setattr(fast, "_gelu_products", lambda falcon: products)
+    apply_fast_path(model)
+    assert_same(step(model, arguments), reference)
+    assert products.calls == 4
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b"])
 def test_recomputation_changes_no_gradient(layout, use_reentrant, calls):
@@ -137,7 +170,7 @@ def test_recomputation_changes_no_gradient(layout, use_reentrant, calls):
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     calls |= {"forward": 0, "backward": 0}
     assert_same(step(model, arguments), without, 1e-6)
-    assert calls == {"forward": 4, "backward": 2}
+    assert calls == {"forward": 2, "backward": 2}  # no block runs a second time as a whole
 
 
 def test_recomputation_keeps_no_activation():
@@ -408,10 +441,11 @@ def facts(**changes):
 
 def test_decide_says_what_runs():
     given = facts(dtype=torch.bfloat16, device_type="cuda")
-    assert decide(given, triton=True, variable_length_kernel=True) == {
+    assert decide(given, triton=True, attention="variable-length kernel") == {
         "block": "fast",
         "attention": "variable-length kernel",
         "weights": "NF4 dequantized",
+        "GELU": "Triton",
         "between": "Triton",
     }
 
@@ -431,7 +465,7 @@ def test_decide_says_what_runs():
     ],
 )
 def test_decide_says_why_not(changes, reason):
-    decision = decide(facts(**changes), triton=True, variable_length_kernel=True)
+    decision = decide(facts(**changes), triton=True, attention="variable-length kernel")
     assert decision == {"block": "reference", "reason": reason}
 
 

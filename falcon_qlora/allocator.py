@@ -1,0 +1,14 @@
+"""How PyTorch's allocator takes a GPU's memory; to be said before torch starts CUDA. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+
+# The second is the older name, which wins where both are set.
+_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def use_expandable_segments() -> None:
+    """Let segments grow, so that micro batches of varying length share them; a user's own setting stays."""
+    if not any(name in os.environ for name in _VARIABLES):
+        os.environ[_VARIABLES[0]] = "expandable_segments:True"

@@ -1,0 +1,90 @@
+"""What a device is doing: its memory, its queue, and how fast it multiplies at best."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forget the highest memory use so far."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    # Linux takes this as: the highest resident size is the present one. Elsewhere the process's peak stays.
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def peaks(device: torch.device) -> tuple[int, int]:
+    """Highest bytes allocated and reserved since `reset_peak`; on the CPU both are the resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    try:
+        status = Path("/proc/self/status").read_text()
+        line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+        resident = int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        import resource
+
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resident, resident
+
+
+def product_ceiling(device: torch.device, hidden: int, tokens: int, dtype: str = "bf16") -> float | None:
+    """TFLOP/s of a product like the block's first, on random data, after a second of the same.
+
+    Args:
+        device: where.
+        hidden: size of the model.
+        tokens: rows of the product.
+        dtype: ``bf16``, or ``fp8`` with a scale for each row, as far as the GPU has it; else None.
+    """
+    if dtype == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
+        return None
+    x = torch.randn(tokens, hidden, device=device, dtype=torch.bfloat16)
+    weight = torch.randn(5 * hidden, hidden, device=device, dtype=torch.bfloat16)
+
+    def product() -> Callable[[], torch.Tensor]:
+        if dtype == "bf16":
+            return lambda: x @ weight.T
+        rows, columns = (torch.ones(n, 1, device=device) for n in (len(x), len(weight)))
+        x8, weight8 = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
+        return lambda: torch._scaled_mm(
+            x8, weight8.T, rows, columns.T, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+
+    multiply = product()
+    operations = 2 * x.numel() * weight.shape[0]
+    repeat = max(1, int(6e14 / operations)) if device.type == "cuda" else 1
+    seconds = math.inf
+    for _ in range(2):
+        synchronize(device)
+        started = time.perf_counter()
+        for _ in range(repeat):
+            multiply()
+        synchronize(device)
+        seconds = (time.perf_counter() - started) / repeat
+    return operations / seconds / 1e12

@@ -1,0 +1,292 @@
+"""Time variants in turn, round after round, so that what drifts (clocks, heat) meets all of them alike.
+
+A variant is built anew in every round and taken down at its end: what it holds never lies beside another's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from falcon_qlora.bench import devices
+from falcon_qlora.bench.clock import GpuLog
+from falcon_qlora.bench.runners import Document, Runner, Settings, build
+from falcon_qlora.bench.variants import Impossible, Pace, Variant
+from falcon_qlora.errors import UserError
+from falcon_qlora.models.falcon import parameter_count
+from falcon_qlora.models.load import free_bytes, load_model
+from falcon_qlora.models.locate import open_checkpoint
+from falcon_qlora.models.sizes import weight_bytes
+
+GB = 1e9
+LARGEST_BATCHES = (64, 48, 32, 16, 8, 4, 2, 1)
+# All quantizations of a model are kept loaded together up to this share of the GPU: past it they would decide
+# which batches fit.
+_SHARE_FOR_BASES = 0.25
+# How the CUDA runtime and cuBLAS say so, where it is not PyTorch's allocator that has none left.
+_OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One row to be measured.
+
+    Attributes:
+        variant: what.
+        tokens: of a micro batch.
+        batches: documents of each micro batch, taken in turn. For a variant that looks for the largest batch,
+            a single one of all documents there are.
+        whole: whether a round goes through all batches once instead of some steps.
+    """
+
+    variant: Variant
+    tokens: int
+    batches: Sequence[Sequence[Document]]
+    whole: bool = False
+
+
+@dataclass(kw_only=True)
+class Result:
+    """What became of an entry.
+
+    Attributes:
+        model: its name.
+        parameters: of the model, the head counted once.
+        entry: what was measured.
+        seconds: of each round.
+        tokens: real tokens of each round.
+        steps: optimizer steps of each round.
+        peak_allocated_gb, peak_reserved_gb: GB (10^9), the largest of all rounds; on the CPU both are the
+            process's resident memory.
+        loss: of the first step.
+        micro_batch_tokens: room of a micro batch.
+        notes: for the reader.
+        failure: why there are no figures, or None.
+        kept: what the variant's builds and turns hand on to the next.
+    """
+
+    model: str
+    parameters: int
+    entry: Entry
+    seconds: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    peak_allocated_gb: float = 0.0
+    peak_reserved_gb: float = 0.0
+    loss: float | None = None
+    notes: list[str] = field(default_factory=list)
+    failure: str | None = None
+    micro_batch_tokens: int
+    kept: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(self.tokens) / sum(self.seconds)
+
+    @property
+    def step_ms(self) -> float:
+        return 1e3 * sum(self.seconds) / sum(self.steps)
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+class Bench:
+    """One model's variants on one device.
+
+    Args:
+        model: a name, see `load_model`.
+        entries: what to measure, in the order of the table.
+        settings: common to all variants.
+        pace: how long.
+        device: where.
+        log: the GPU's clock and power.
+        say: told what is going on.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        entries: Sequence[Entry],
+        *,
+        settings: Settings,
+        pace: Pace,
+        device: torch.device,
+        log: GpuLog,
+        say: Callable[[str], None],
+    ):
+        self.config = open_checkpoint(model).config
+        parameters = parameter_count(self.config)
+        self.results = [
+            Result(model=model, parameters=parameters, entry=entry, micro_batch_tokens=entry.tokens)
+            for entry in entries
+        ]
+        self._model = model
+        self._settings, self._pace, self._device = settings, pace, device
+        self._log, self._say = log, say
+        self._deadline = time.perf_counter() + 60 * pace.minutes
+        self._bases: dict[str, Any] = {}
+        self._base_bytes: dict[str, int] = {}
+
+    def run(self) -> list[Result]:
+        """Measure everything; the results in the order of the entries."""
+        groups = self._groups()
+        if len(groups) > 1:
+            kinds = ", then ".join(" with ".join(group) for group in groups)
+            self._say(
+                f"{self._model}: not all its weights fit together, so they are loaded in turn ({kinds}); "
+                "only variants on the same weights alternate"
+            )
+        for number, group in enumerate(groups):
+            members = [result for result in self.results if result.entry.variant.base in group]
+            self._load(group, members)
+            for turn in range(self._pace.rounds):
+                if turn and time.perf_counter() > self._deadline:
+                    self._say(f"the time is up after {turn} of {self._pace.rounds} rounds")
+                    break
+                # There and back: none is always first.
+                for result in members if turn % 2 == 0 else reversed(members):
+                    if result.failure is None:
+                        self._turn(result, turn)
+            self._bases.clear()
+            devices.free_memory()
+            if number:
+                for result in members:
+                    result.note("not in the same rounds as the first row")
+        return self.results
+
+    def _groups(self) -> list[list[str]]:
+        bases = list(dict.fromkeys(result.entry.variant.base for result in self.results))
+        if self._device.type != "cuda":
+            return [bases]
+        sizes = {base: weight_bytes(self.config, _mode(base)) for base in bases}
+        if sum(sizes.values()) <= _SHARE_FOR_BASES * free_bytes(self._device):
+            return [bases]
+        return [[base] for base in bases]
+
+    def _load(self, group: Sequence[str], members: Sequence[Result]) -> None:
+        for base in group:
+            started = time.perf_counter()
+            before = devices.allocated(self._device)
+            failure = None
+            try:
+                self._bases[base] = self._loaded(base)
+            except (UserError, Impossible, torch.OutOfMemoryError) as error:
+                failure = _one_line(error)
+            if failure:
+                devices.free_memory()
+                for result in members:
+                    if result.entry.variant.base == base:
+                        result.failure = failure
+                continue
+            self._base_bytes[base] = devices.allocated(self._device) - before
+            self._say(f"{self._model} in {base}: loaded in {time.perf_counter() - started:.1f} s")
+
+    def _loaded(self, base: str) -> Any:
+        if base == "litgpt":
+            from falcon_qlora.bench import litgpt
+
+            return litgpt.load(self._model, self._settings, self._device)
+        return load_model(
+            self._model,
+            quantize_mode=_mode(base),
+            device=self._device,
+            compute_dtype="bf16",
+            seed=self._settings.seed,
+        )
+
+    def _turn(self, result: Result, turn: int) -> None:
+        variant = result.entry.variant
+        if not variant.largest_batch:
+            result.failure = self._attempt(result, result.entry.batches, turn)
+            return
+        documents = result.entry.batches[0]
+        if turn:
+            result.failure = self._attempt(result, [documents[: result.kept["documents"]]], turn)
+            return
+        # Memory is what is searched for; a CPU has plenty, and would be driven into its swap.
+        tried = LARGEST_BATCHES if self._device.type == "cuda" else LARGEST_BATCHES[3:]
+        for count in tried:
+            result.kept["documents"] = count
+            result.failure = self._attempt(result, [documents[:count]], turn)
+            if result.failure is None or not result.failure.startswith("out of memory"):
+                return
+            result.note(f"batch {count} is out of memory")
+
+    def _attempt(self, result: Result, batches: Sequence[Sequence[Document]], turn: int) -> str | None:
+        """One turn; None, or why there was none."""
+        failure = None
+        devices.free_memory()
+        try:
+            self._measure(result, batches, turn)
+        except torch.OutOfMemoryError:
+            tokens = max(sum(len(ids) for ids, _ in batch) for batch in batches)
+            failure = f"out of memory with {tokens:,} tokens a micro batch"
+        except (Impossible, UserError) as error:
+            failure = _one_line(error)
+        except Exception as error:
+            # The other rows are not lost for one that breaks.
+            failure = f"failed: {type(error).__name__}: {_one_line(error)}"
+            if any(sign in str(error) for sign in _OUT_OF_MEMORY):
+                failure = f"out of memory ({_one_line(error)})"
+        # Only here: the exception held what the step had on the device.
+        devices.free_memory()
+        if failure:
+            self._say(f"{result.model} {result.entry.variant.name}: {failure}")
+        return failure
+
+    def _measure(self, result: Result, batches: Sequence[Sequence[Document]], turn: int) -> None:
+        variant, pace = result.entry.variant, self._pace
+        base = self._bases[variant.base]
+        others = devices.allocated(self._device) - self._base_bytes[variant.base]
+        devices.reset_peak(self._device)
+        with build(variant, base, self._settings, result.kept) as runner:
+            prepared = [runner.prepare(batch) for batch in batches]
+            steps = len(prepared) if result.entry.whole else pace.steps_a_round
+            warmup = max(1, pace.warmup - (1 if turn else 0))
+            if result.entry.whole:
+                warmup = max(warmup, len(prepared))  # every shape has been seen
+            first = turn * steps
+            loss = _steps(runner, prepared, 0, warmup)[0]
+            devices.synchronize(self._device)
+            with self._log.window() as state:
+                started = time.perf_counter()
+                _steps(runner, prepared, first, steps)
+                devices.synchronize(self._device)
+                seconds = time.perf_counter() - started
+            timed = [batches[(first + step) % len(batches)] for step in range(steps)]
+            for note in runner.notes:
+                result.note(note)
+            del prepared
+        allocated, reserved = devices.peaks(self._device)
+        result.peak_allocated_gb = max(result.peak_allocated_gb, (allocated - others) / GB)
+        result.peak_reserved_gb = max(result.peak_reserved_gb, (reserved - others) / GB)
+        result.loss = float(loss) if result.loss is None else result.loss
+        if not result.entry.whole:
+            result.micro_batch_tokens = sum(len(ids) for ids, _ in batches[0])
+        result.seconds.append(seconds)
+        result.tokens.append(sum(len(ids) for batch in timed for ids, _ in batch))
+        result.steps.append(steps)
+        if state:
+            result.kept.setdefault("states_of_gpu", []).append(state)
+        self._say(
+            f"{result.model} {variant.name}, {result.micro_batch_tokens:,} tokens, round {turn + 1}: "
+            f"{1e3 * seconds / steps:,.0f} ms a step, {result.tokens[-1] / seconds:,.0f} tokens/s"
+        )
+
+
+def _steps(runner: Runner, prepared: Sequence[Any], first: int, count: int) -> list[torch.Tensor]:
+    return [runner.step(prepared[(first + step) % len(prepared)]) for step in range(count)]
+
+
+def _mode(base: str) -> Any:
+    return "4bit" if base == "litgpt" else base
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

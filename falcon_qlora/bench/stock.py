@@ -1,0 +1,176 @@
+"""The peers' way: Transformers' own forward, PEFT's LoRA, TRL's training step, padded batches.
+
+Nothing of this project is in the step. Only the weights come from its loader, because Transformers 5 leaves
+every linear of a Falcon unquantized; the layers are bitsandbytes' own. The norms are PyTorch's in float32, as
+the 2023 recipe casts them.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from falcon_qlora.bench.runners import Document, Settings, adapted
+from falcon_qlora.bench.variants import Variant
+from falcon_qlora.models.falcon import expected_linears
+from falcon_qlora.models.load import SameDtypeLayerNorm, quantization_of
+from falcon_qlora.models.quantize import holds_quantized_weight
+from falcon_qlora.models.tiny import tiny_path
+
+from trl import SFTConfig, SFTTrainer  # isort: skip  # after bitsandbytes, see models/quantize.py
+
+_IGNORED = -100
+
+
+@contextmanager
+def stock_runner(
+    base: Any, variant: Variant, settings: Settings, kept: dict[str, Any]
+) -> Iterator[StockRunner]:
+    """Put PEFT and TRL on `base` as their users would; take them off again when the block ends."""
+    norms = _plain_norms(base)
+    recompute = variant.checkpointing == "full"
+    model = None
+    try:
+        model = adapted(base, variant, settings)
+        trainer = _trainer(model, base, settings, recompute)
+        if recompute:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        verify_quantized_under_lora(model, variant)
+        yield StockRunner(trainer, kept)
+    finally:
+        base.__dict__.pop("forward", None)  # TRL's fused head
+        base.gradient_checkpointing_disable()
+        if recompute:
+            base.disable_input_require_grads()
+        if model is not None:
+            model.unload()
+        for name, norm in norms.items():
+            base.set_submodule(name, norm)
+
+
+def _plain_norms(base: Any) -> dict[str, SameDtypeLayerNorm]:
+    """Replace the loader's norms by PyTorch's in float32; returns the loader's by name."""
+    norms = {name: each for name, each in base.named_modules() if isinstance(each, SameDtypeLayerNorm)}
+    for name, norm in norms.items():
+        plain = nn.LayerNorm(norm.normalized_shape, eps=norm.eps, device=norm.weight.device)
+        with torch.no_grad():
+            plain.weight.copy_(norm.weight)
+            plain.bias.copy_(norm.bias)
+        base.set_submodule(name, plain.requires_grad_(False))
+    return norms
+
+
+def _trainer(model: Any, base: Any, settings: Settings, recompute: bool) -> SFTTrainer:
+    on_gpu = base.device.type == "cuda"
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = SFTConfig(
+            output_dir=folder,
+            bf16=True,
+            use_cpu=not on_gpu,
+            optim="paged_adamw_32bit" if on_gpu else "adamw_torch",
+            learning_rate=settings.learning_rate,
+            weight_decay=0.0,
+            max_grad_norm=settings.max_grad_norm,
+            max_steps=1,
+            report_to=[],
+            disable_tqdm=True,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            remove_unused_columns=False,
+        )
+        # Transformers renames the first to the second.
+        arguments.gradient_checkpointing = arguments.activation_checkpointing = recompute
+        mode = quantization_of(base)
+        told = None if mode == "16bit" else f"is_loaded_in_{mode}"
+        if told:
+            setattr(base, told, True)  # what Transformers' quantizers say; TRL then keeps LoRA in bfloat16
+        try:
+            trainer = SFTTrainer(
+                model,
+                arguments,
+                train_dataset=_one_row(),
+                processing_class=PreTrainedTokenizerFast.from_pretrained(tiny_path()),  # never asked
+                data_collator=lambda rows: rows,
+            )
+        finally:
+            if told:
+                delattr(base, told)
+    trainer.model_wrapped = trainer.accelerator.prepare_model(model)  # autocast around the forward
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1  # set by the loop, which is ours here
+    return trainer
+
+
+def _one_row() -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_list([{"input_ids": [0, 1], "labels": [0, 1]}])
+
+
+def verify_quantized_under_lora(model: Any, variant: Variant) -> None:
+    """Check that what PEFT's layers wrap is quantized as the variant says.
+
+    Raises:
+        RuntimeError: naming the first layer that is not.
+    """
+    if variant.quantize_mode == "16bit":
+        return
+    falcon = model.get_base_model()
+    for name in expected_linears(falcon.config):
+        if not holds_quantized_weight(falcon.get_submodule(name).get_base_layer(), variant.quantize_mode):
+            raise RuntimeError(f"{name} was left unquantized in the stock variant")
+
+
+class StockRunner:
+    """TRL's training step on padded batches, its clipping, its optimizer."""
+
+    def __init__(self, trainer: SFTTrainer, kept: dict[str, Any]):
+        self.trainer = trainer
+        self.model = trainer.model_wrapped
+        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._kept = kept
+        on_gpu = self._parameters[0].device.type == "cuda"
+        self.notes = ["TRL's step, weights quantized by this project's loader (NF4: doubly)"]
+        if on_gpu:
+            self.notes.append("optimizer state is paged and not in the memory shown")
+        # bitsandbytes never frees paged memory, so the states of the last round are used again.
+        for parameter, state in zip(self._parameters, kept.get("states", []), strict=False):
+            trainer.optimizer.state[parameter] = state
+
+    def prepare(self, documents: Sequence[Document]) -> dict[str, Tensor]:
+        longest = max(len(ids) for ids, _ in documents)
+        shape = (len(documents), longest)
+        ids = torch.zeros(shape, dtype=torch.int64)
+        attention = torch.zeros(shape, dtype=torch.int64)
+        labels = torch.full(shape, _IGNORED, dtype=torch.int64)
+        for row, (tokens, mask) in enumerate(documents):
+            count = len(tokens)
+            ids[row, :count] = torch.as_tensor(tokens)
+            attention[row, :count] = 1
+            is_target = torch.as_tensor(mask, dtype=torch.bool)
+            labels[row, :count] = torch.where(is_target, ids[row, :count], _IGNORED)
+        device = self._parameters[0].device
+        return {
+            "input_ids": ids.to(device),
+            "attention_mask": attention.to(device),
+            "labels": labels.to(device),
+        }
+
+    def loss(self, inputs: dict[str, Tensor]) -> Tensor:
+        with self.trainer.compute_loss_context_manager():
+            return self.trainer.compute_loss(self.model, dict(inputs))
+
+    def step(self, inputs: dict[str, Tensor]) -> Tensor:
+        trainer = self.trainer
+        loss = trainer.training_step(self.model, dict(inputs))
+        trainer._clip_grad_norm(self.model)
+        trainer.optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+        if "states" not in self._kept:
+            self._kept["states"] = [trainer.optimizer.state[p] for p in self._parameters]
+        return loss

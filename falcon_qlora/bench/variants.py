@@ -1,0 +1,193 @@
+"""What can be compared: named variants of the same training step; and for how long."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from falcon_qlora.errors import UserError, nearest
+
+Engine = Literal["ours", "stock", "litgpt"]
+
+
+class Impossible(Exception):
+    """A variant that cannot run on this machine or in this version; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One row of the table.
+
+    Attributes:
+        name: as `--variants` takes it.
+        what: one line for a reader.
+        engine: whose training step: this project's, TRL's, or LitGPT's.
+        quantize_mode: how the frozen weights are stored.
+        compute_dtype: of the frozen products.
+        checkpointing: what becomes of activations between forward and backward.
+        kernels: ``auto`` runs the fast blocks, ``off`` the reference path.
+        libraries: whether optional kernel libraries may be used where they are installed.
+        lora_dropout: before the low-rank product.
+        largest_batch: whether the micro batch is the largest that fits, whatever ``--tokens`` says.
+        padding: None packs; ``longest`` and ``max_length`` pad the same rows instead.
+        compiled: LitGPT's model through ``torch.compile``.
+    """
+
+    name: str
+    what: str
+    engine: Engine = "ours"
+    quantize_mode: Literal["4bit", "8bit", "16bit"] = "4bit"
+    compute_dtype: Literal["bf16", "fp8"] = "bf16"
+    checkpointing: Literal["none", "selective", "full", "offload"] = "none"
+    kernels: Literal["auto", "off"] = "auto"
+    libraries: bool = True
+    lora_dropout: float = 0.0
+    largest_batch: bool = False
+    padding: Literal["longest", "max_length"] | None = None
+    compiled: bool = False
+
+    @property
+    def base(self) -> str:
+        """Names the weights it runs on: variants with the same ones share them."""
+        return "litgpt" if self.engine == "litgpt" else self.quantize_mode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How long is measured.
+
+    Attributes:
+        rounds: how often every variant has its turn.
+        steps: timed steps of a variant, over all rounds.
+        warmup: untimed steps before the timed ones of a first round; later ones have one less.
+        minutes: after these no further round begins.
+    """
+
+    rounds: int = 5
+    steps: int = 10
+    warmup: int = 3
+    minutes: float = math.inf
+
+    @property
+    def steps_a_round(self) -> int:
+        return math.ceil(self.steps / self.rounds)
+
+
+def _stock() -> Iterable[Variant]:
+    for mode in ("4bit", "8bit", "16bit"):
+        name = "stock" if mode == "4bit" else f"stock-{mode}"
+        yield Variant(
+            name=name,
+            what=f"Transformers + PEFT + TRL in {mode}, the 2023 recipe: padded, recomputing, dropout 0.1",
+            engine="stock",
+            quantize_mode=mode,
+            checkpointing="full",
+            kernels="off",
+            lora_dropout=0.1,
+        )
+        yield Variant(
+            name=f"{name}-fast",
+            what=f"Transformers + PEFT + TRL in {mode}, as fast as flags make it, largest batch",
+            engine="stock",
+            quantize_mode=mode,
+            kernels="off",
+            largest_batch=True,
+        )
+
+
+def _ours() -> Iterable[Variant]:
+    for mode in ("4bit", "8bit", "16bit"):
+        suffix = "" if mode == "4bit" else f"-{mode}"
+        yield Variant(
+            name=f"reference{suffix}",
+            what=f"packed, {mode}, without fast blocks (--kernels off)",
+            quantize_mode=mode,
+            kernels="off",
+        )
+        yield Variant(
+            name=f"reference{suffix}-full",
+            what=f"the same, recomputing every block, {mode}",
+            quantize_mode=mode,
+            kernels="off",
+            checkpointing="full",
+        )
+        for dtype in ("bf16", "fp8"):
+            name = f"ours{suffix}" if dtype == "bf16" else f"ours{suffix}-fp8"
+            yield Variant(
+                name=name,
+                what=f"packed, {mode}, fast blocks, products in {dtype}",
+                quantize_mode=mode,
+                compute_dtype=dtype,
+            )
+            for checkpointing in ("selective", "full", "offload"):
+                yield Variant(
+                    name=f"{name}-{checkpointing}",
+                    what=f"the same with --checkpointing {checkpointing}, {mode}, {dtype}",
+                    quantize_mode=mode,
+                    compute_dtype=dtype,
+                    checkpointing=checkpointing,
+                )
+            yield Variant(
+                name=f"{name}-no-libraries",
+                what=f"with PyTorch and Triton alone, {mode}, {dtype}",
+                quantize_mode=mode,
+                compute_dtype=dtype,
+                libraries=False,
+            )
+        yield Variant(
+            name=f"ours{suffix}-dropout",
+            what=f"with LoRA dropout 0.1, {mode}",
+            quantize_mode=mode,
+            lora_dropout=0.1,
+        )
+
+
+DATA_VARIANTS = (
+    Variant(name="packed", what="real rows laid end to end (needs --dataset_name)"),
+    Variant(
+        name="padded-512", what="the same rows, each padded to --max_length, 512 here", padding="max_length"
+    ),
+    Variant(
+        name="padded-longest", what="the same rows, padded to the longest of the batch", padding="longest"
+    ),
+)
+LITGPT_VARIANTS = (
+    Variant(name="litgpt", what="LitGPT, nf4-dq, padded, eager (needs litgpt)", engine="litgpt"),
+    Variant(
+        name="litgpt-compiled",
+        what="the same through torch.compile (needs litgpt)",
+        engine="litgpt",
+        compiled=True,
+    ),
+)
+VARIANTS = {variant.name: variant for variant in (*_stock(), *_ours(), *DATA_VARIANTS, *LITGPT_VARIANTS)}
+DEFAULT = ("stock", "stock-fast", "reference-full", "reference", "ours", "ours-full")
+
+
+def choose(names: list[str] | None, *, on_data: bool) -> list[Variant]:
+    """The variants of these names, in this order; the usual ones for None.
+
+    Args:
+        names: as given, each once or more.
+        on_data: whether real rows were given.
+
+    Raises:
+        UserError: for an unknown name, or a variant that does not go with what is measured on.
+    """
+    if names is None:
+        return list(DATA_VARIANTS) if on_data else [VARIANTS[name] for name in DEFAULT]
+    chosen = []
+    for name in dict.fromkeys(names):
+        if name not in VARIANTS:
+            raise UserError(
+                f"--variants: there is no {name!r}{nearest(name, VARIANTS)}; --list_variants shows all"
+            )
+        variant = VARIANTS[name]
+        if on_data and variant.engine != "ours":
+            raise UserError(f"--variants {name} is measured on made-up documents; leave --dataset_name out")
+        if not on_data and variant in DATA_VARIANTS:
+            raise UserError(f"--variants {name} needs real rows: give --dataset_name")
+        chosen.append(variant)
+    return chosen

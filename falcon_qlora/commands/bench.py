@@ -1,0 +1,295 @@
+"""``falcon-qlora bench``: variants of a training step against each other, in one process on one GPU."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from dataclasses import dataclass
+from dataclasses import field as setting
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from falcon_qlora.bench.variants import LITGPT_VARIANTS, VARIANTS, Pace, Variant, choose
+from falcon_qlora.config import Configuration, parse
+from falcon_qlora.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from falcon_qlora.bench.measure import Entry, Result
+
+_DOCUMENT_TOKENS = 512
+_BY_VARIANT = (
+    "quantize_mode",
+    "compute_dtype",
+    "checkpointing",
+    "kernels",
+    "lora_dropout",
+    "packing",
+    "padding",
+)
+
+
+@dataclass(kw_only=True)
+class BenchArguments:
+    """What is compared, how long, and where the figures go."""
+
+    _argument_group_name = "Benchmark"
+
+    models: list[str] | None = setting(
+        default=None,
+        metadata={
+            "help": "Models, also with commas between; unset: --model_name_or_path, else random:falcon-7b."
+        },
+    )
+    variants: list[str] | None = setting(
+        default=None,
+        metadata={
+            "help": "What to compare, in the table's order, also with commas between; unset: the usual."
+        },
+    )
+    list_variants: bool = setting(default=False, metadata={"help": "Show the variants there are, and end."})
+    against: Literal["litgpt"] | None = setting(
+        default=None, metadata={"help": "A peer to measure too; it must be installed."}
+    )
+    tokens: list[str] = setting(
+        default_factory=lambda: ["8192"],
+        metadata={"help": "Tokens of a micro batch, one or several; stock variants run at the first."},
+    )
+    rounds: int = setting(default=5, metadata={"help": "How often every variant has its turn."})
+    warmup: int = setting(default=3, metadata={"help": "Untimed steps before the timed ones."})
+    minutes: float | None = setting(
+        default=None, metadata={"help": "Begin no further round of a model after this long."}
+    )
+    csv: str | None = setting(default=None, metadata={"help": "Append a row a variant to this CSV."})
+    plot: str | None = setting(
+        default=None, metadata={"help": "PNG of tokens/s against peak memory for all variants."}
+    )
+    commit: str | None = setting(
+        default=None, metadata={"help": "For the record, where this is no checkout."}
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Run the command and return its exit status."""
+    configuration = parse(
+        argv,
+        extra_arguments=BenchArguments,
+        program="falcon-qlora bench",
+        description="Measure variants of a training step against each other: speed, memory, ratios. "
+        "Here --steps are the timed ones (10), and --max_length is a document's tokens (512).",
+    )
+    wanted: BenchArguments = configuration.extra
+    if wanted.list_variants:
+        print("\n".join(f"{variant.name:<30} {variant.what}" for variant in VARIANTS.values()))
+        return 0
+    on_data = "dataset_name" in configuration.explicit
+    variants = choose(_split(wanted.variants), on_data=on_data)
+    sizes = _tokens(wanted)
+    pace = _pace(configuration)
+
+    # Only now: a wrong flag is told at once.
+    from falcon_qlora.quiet import quiet_libraries
+
+    quiet_libraries()
+    if wanted.csv:
+        from falcon_qlora.bench.table import check_csv
+
+        check_csv(Path(wanted.csv))
+    if wanted.against == "litgpt":
+        variants += [variant for variant in _litgpt() if variant not in variants]
+    for name in _BY_VARIANT:
+        if configuration.explicit.get(name) == "flag":
+            _say(f"--{name} is set by each variant; the flag changes nothing here")
+    return _bench(configuration, variants, sizes, pace, on_data=on_data)
+
+
+def _bench(
+    configuration: Configuration, variants: list[Variant], sizes: list[int], pace: Pace, *, on_data: bool
+) -> int:
+    import torch
+
+    from falcon_qlora import distributed
+    from falcon_qlora.bench.clock import GpuLog
+    from falcon_qlora.bench.devices import free_memory, product_ceiling
+    from falcon_qlora.bench.measure import Bench
+    from falcon_qlora.bench.runners import Settings
+    from falcon_qlora.bench.table import Machine, append_csv, markdown, points, rows
+    from falcon_qlora.environment import collect_environment
+
+    wanted: BenchArguments = configuration.extra
+    length = _document_tokens(configuration)
+    device = distributed.local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    settings = Settings(
+        r=configuration.lora.lora_r,
+        alpha=configuration.lora.lora_alpha,
+        max_length=length,
+        seed=configuration.run.seed,
+    )
+    log = GpuLog(device)
+    results: list[Result] = []
+    ceilings: dict[tuple[str, str], float | None] = {}
+    try:
+        for model in _models(configuration):
+            entries = _entries(configuration, model, variants, sizes, pace, on_data=on_data)
+            bench = Bench(model, entries, settings=settings, pace=pace, device=device, log=log, say=_say)
+            for dtype in {variant.compute_dtype for variant in variants}:
+                ceiling = product_ceiling(device, bench.config.hidden_size, sizes[0], dtype)
+                ceilings[model, dtype] = ceiling
+                free_memory()
+                if ceiling:
+                    _say(f"{model}: a plain {dtype} product runs at {ceiling:,.3g} TFLOP/s")
+            results += bench.run()
+    finally:
+        log.close()
+    machine = Machine(
+        commit=wanted.commit or (collect_environment()["commit"] or "")[:7],
+        gpu=_device_name(device),
+        driver=log.driver,
+        torch=torch.__version__,
+        ceilings=ceilings,
+    )
+    made = rows(results, machine)
+    print(markdown(made), flush=True)
+    if wanted.csv:
+        append_csv(Path(wanted.csv), made)
+    if wanted.plot:
+        from falcon_qlora.charts import draw_speed_and_memory
+
+        draw_speed_and_memory(
+            points(made), Path(wanted.plot), title=f"{machine.gpu}, {length}-token documents"
+        )
+    broken = [result for result in results if (result.failure or "").startswith("failed:")]
+    if broken:
+        _say(f"{len(broken)} variants broke; the table says how")
+    return 1 if broken else 0
+
+
+def _entries(
+    configuration: Configuration,
+    model: str,
+    variants: list[Variant],
+    sizes: list[int],
+    pace: Pace,
+    *,
+    on_data: bool,
+) -> list[Entry]:
+    from falcon_qlora.bench import rows
+    from falcon_qlora.bench.measure import LARGEST_BATCHES, Entry
+    from falcon_qlora.models.locate import open_checkpoint
+
+    length = _document_tokens(configuration)
+    entries = []
+    if on_data:
+        corpus = _corpus(configuration, model, length)
+        for tokens in sizes:
+            packed, padded = rows.same_rows(
+                corpus,
+                tokens=tokens,
+                max_length=length,
+                batches=pace.steps_a_round,
+                seed=configuration.run.seed,
+            )
+            for variant in variants:
+                batches = packed if variant.padding is None else padded
+                entries.append(Entry(variant=variant, tokens=tokens, batches=batches, whole=True))
+        return entries
+    vocabulary = open_checkpoint(model).config.vocab_size
+    count = max(2 * max(sizes) // length, max(LARGEST_BATCHES))
+    documents = rows.made_up(count, length, vocabulary, seed=configuration.run.seed)
+    for variant in variants:
+        # The peers' way has one batch size; ours is measured at every size.
+        for tokens in sizes[:1] if variant.engine != "ours" else sizes:
+            batches = rows.in_batches(documents, tokens // length)
+            if variant.largest_batch:
+                batches = [documents]
+            entries.append(Entry(variant=variant, tokens=tokens, batches=batches))
+    return entries
+
+
+def _corpus(configuration: Configuration, model: str, length: int) -> Any:
+    from falcon_qlora.assembly import rows
+    from falcon_qlora.models.locate import open_checkpoint
+    from falcon_qlora.models.tokenizer import check_vocabulary
+
+    configuration.model.model_name_or_path = model
+    configuration.data.max_length = length
+    tokenizer = rows.load_tokenizer(configuration)
+    check_vocabulary(tokenizer, open_checkpoint(model).config.vocab_size, name=model)
+    corpus, _ = rows.corpora(configuration, tokenizer)
+    return corpus
+
+
+def _document_tokens(configuration: Configuration) -> int:
+    return configuration.data.max_length if "max_length" in configuration.explicit else _DOCUMENT_TOKENS
+
+
+def _models(configuration: Configuration) -> list[str]:
+    wanted: BenchArguments = configuration.extra
+    if wanted.models is None:
+        given = "model_name_or_path" in configuration.explicit
+        return [configuration.model.model_name_or_path if given else "random:falcon-7b"]
+    models: list[str] = []
+    for word in wanted.models:
+        # A comma followed by name=value belongs to the overrides of random:falcon-7b?a=1,b=2.
+        models += [model for model in re.split(r",(?!\w+=)", word) if model]
+    if not models:
+        raise UserError("--models: names none")
+    return list(dict.fromkeys(models))
+
+
+def _split(words: list[str] | None) -> list[str] | None:
+    if words is None:
+        return None
+    return [part.strip() for word in words for part in word.split(",") if part.strip()]
+
+
+def _tokens(wanted: BenchArguments) -> list[int]:
+    sizes = []
+    for word in _split(wanted.tokens) or []:
+        if not word.isdigit() or int(word) < 1:
+            raise UserError(f"--tokens: {word!r} is not a whole number above 0")
+        sizes.append(int(word))
+    if not sizes:
+        raise UserError("--tokens: names none")
+    return list(dict.fromkeys(sizes))
+
+
+def _pace(configuration: Configuration) -> Pace:
+    wanted: BenchArguments = configuration.extra
+    for name in ("rounds", "warmup"):
+        if getattr(wanted, name) < 1:
+            raise UserError(f"--{name} {getattr(wanted, name)}: must be at least 1")
+    length = _document_tokens(configuration)
+    for tokens in _tokens(wanted):
+        if tokens % length:
+            raise UserError(
+                f"--tokens {tokens}: a micro batch holds whole documents of {length} tokens (--max_length)"
+            )
+    steps = configuration.run.max_steps if "max_steps" in configuration.explicit else 10
+    minutes = math.inf if wanted.minutes is None else wanted.minutes
+    return Pace(rounds=min(wanted.rounds, steps), steps=steps, warmup=wanted.warmup, minutes=minutes)
+
+
+def _litgpt() -> tuple[Variant, ...]:
+    from falcon_qlora.bench.runners import is_installed
+
+    if not is_installed("litgpt"):
+        raise UserError(
+            "--against litgpt: LitGPT is not installed; pip install litgpt, or leave the flag out"
+        )
+    return LITGPT_VARIANTS
+
+
+def _device_name(device: torch.device) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def _say(message: str) -> None:
+    # The table alone goes to standard output.
+    print(f"- {message}", file=sys.stderr, flush=True)

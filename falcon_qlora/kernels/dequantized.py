@@ -1,0 +1,160 @@
+"""A block's products in the dtype of its activations, with weights dequantized into it.
+
+Shapes: T tokens, H hidden size, F feed-forward size, R columns for LoRA's ranks.
+
+Products are few and large, see `frozen_linear`: query_key_value and h_to_4h are one where there is one norm,
+and so are dense and 4h_to_h, with the block's input as addend. Weights are dequantized for every product,
+each time into the same memory. With `GeluProducts` the products on either side of GELU are separate ones that
+compute it, forward and backward, on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from falcon_qlora.kernels import ops
+from falcon_qlora.kernels.block import Block, Norm
+from falcon_qlora.kernels.frozen_linear import Adapter, SharedInput, SharedOutput, room_behind
+from falcon_qlora.kernels.gelu_products import GeluProducts
+
+
+class DequantizedProducts:
+    """The products of one call, see `Products`."""
+
+    def __init__(
+        self, block: Block, adapters: Sequence[Adapter], gelu_products: GeluProducts | None = None
+    ) -> None:
+        self.block, self.adapters, self.gelu_products = block, adapters, gelu_products
+        first, last = block.projections[:2], block.projections[2:]
+        if len(block.norms) == 1:
+            self.into = [SharedInput(first, adapters[:2], block.workspace)]
+        else:
+            self.into = [
+                SharedInput(first[i : i + 1], adapters[i : i + 1], block.workspace) for i in range(2)
+            ]
+        self.out_of = SharedOutput(last, adapters[2:], block.workspace)
+        self.outputs = self.inputs = len(self.into)
+        self._joined: Tensor | None = None  # from `enter`, where its product has filled in GELU's output
+        self._free: list[Tensor] | None = None  # outputs with room for LoRA, which gradients may overwrite
+
+    def enter(self, hidden: Tensor, again: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+        projected, low_rank = [], []
+        for norm, group in zip(self.block.norms, self.into, strict=True):
+            normal = _normal(norm, group, hidden)
+            output = hidden.new_empty(hidden.shape[0], group.width + (group.columns if again else 0))
+            if group is self.into[-1] and self.gelu_products is not None:
+                low = self._enter_with_gelu(group, normal, output[:, : group.width], self.gelu_products)
+            else:
+                low = group.forward(normal, output[:, : group.width])
+            projected.append(output)
+            low_rank.append(low)
+        self._free = projected if again else None
+        return projected, low_rank
+
+    def _enter_with_gelu(
+        self, group: SharedInput, normal: Tensor, output: Tensor, gelu_products: GeluProducts
+    ) -> Tensor:
+        weight, low = group.operand(normal)
+        split = group.width - self.block.dense_h_to_4h.out_features
+        if split:
+            torch.mm(normal, weight[:split].T, out=output[:, :split])
+        self._joined = self._room_for_joined(normal)
+        after_gelu = self._joined[:, : self.block.dense_4h_to_h.in_features]
+        gelu_products.forward(normal, weight[split:].T, output[:, split:], after_gelu)
+        return low
+
+    def parts(self, projected: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        width = self.block.query_key_value.out_features
+        wide = self.block.dense_h_to_4h.out_features
+        start = width if len(projected) == 1 else 0
+        return projected[0][:, :width], projected[-1][:, start : start + wide]
+
+    def project_h_to_4h(self, hidden: Tensor) -> Tensor:
+        block = self.block
+        group = SharedInput([block.dense_h_to_4h], self.adapters[1:2], block.workspace)
+        output = hidden.new_empty(hidden.shape[0], group.width)
+        group.forward(_normal(block.norms[-1], group, hidden), output)
+        return output
+
+    def leave(
+        self, before_gelu: Tensor, attended: Tensor, low_in: Sequence[Tensor], hidden: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return self.out_of.forward(self._join(before_gelu, attended), hidden)
+
+    def low_rank(self, before_gelu: Tensor, attended: Tensor, low_in: Sequence[Tensor]) -> Tensor:
+        return self.out_of.low_rank(self._join(before_gelu, attended))
+
+    def leave_backward(
+        self,
+        grad: Tensor,
+        before_gelu: Tensor,
+        attended: Tensor,
+        low_in: Sequence[Tensor],
+        low_out: Tensor,
+    ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor | None]]:
+        grads, self._free = self._free, None
+        may_overwrite = grads is not None
+        if grads is None:
+            grads = [grad.new_empty(grad.shape[0], group.width + group.columns) for group in self.into]
+        of_fused, of_before_gelu = self.parts(grads)
+        split = self.block.dense_4h_to_h.in_features
+        if self.gelu_products is not None:
+            extended, weight, low_grad = self.out_of.gradient_operands(grad)
+            after_gelu = grad.new_empty(grad.shape[0], split)
+            self.gelu_products.backward(extended, weight[:, :split], before_gelu, of_before_gelu, after_gelu)
+            of_attended = torch.mm(extended, weight[:, split:])
+            del extended
+        else:
+            of_joined, low_grad = self.out_of.input_gradient(grad)
+            _, after_gelu = ops.gelu_backward(of_joined[:, :split], before_gelu, of_before_gelu)
+            of_attended = of_joined[:, split:]
+            if may_overwrite:  # memory matters: a slice would hold on to all that was joined
+                of_attended = of_attended.contiguous()
+                del of_joined
+        inputs = [after_gelu, attended.flatten(1)]
+        adapter_grads = self.out_of.adapter_gradients(grad, low_grad, low_out, inputs)
+        return of_attended, of_fused, grads, adapter_grads
+
+    def enter_backward(
+        self,
+        hidden: Tensor,
+        of_fused: Tensor,
+        others: list[Tensor],
+        low_in: Sequence[Tensor],
+        addend: Tensor | None,
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        adapter_grads: list[Tensor | None] = []
+        # The block before finds room for its LoRA behind the gradient of its output.
+        out = None if addend is None else room_behind(hidden, self.out_of.columns)
+        for norm, group, grad, low in zip(self.block.norms, self.into, others, low_in, strict=True):
+            normal, mean, rstd = norm(hidden)
+            adapter_grads += group.adapter_gradients(grad, low, normal)
+            del normal
+            if addend is not None:
+                of_normal = group.input_gradient(grad)
+                addend = ops.layer_norm_backward(of_normal, hidden, mean, rstd, norm.weight, addend, out)
+                del of_normal
+        return addend, adapter_grads
+
+    def _join(self, before_gelu: Tensor, attended: Tensor) -> Tensor:
+        """The last product's input: GELU's output, attention's output, and room for t."""
+        split = self.block.dense_4h_to_h.in_features
+        joined, self._joined = self._joined, None
+        if joined is None:
+            joined = self._room_for_joined(before_gelu)
+            ops.gelu(before_gelu, joined[:, :split])
+        ops.copy_rows(attended.flatten(1), joined[:, split : self.out_of.features])
+        return joined
+
+    def _room_for_joined(self, like: Tensor) -> Tensor:
+        return like.new_empty(like.shape[0], self.out_of.features + self.out_of.columns)
+
+
+def _normal(norm: Norm, group: SharedInput, hidden: Tensor) -> Tensor:
+    """``[T, H + R]``, of which the first H are the norm's output."""
+    normal = hidden.new_empty(hidden.shape[0], group.features + group.columns)
+    norm(hidden, normal[:, : group.features])
+    return normal

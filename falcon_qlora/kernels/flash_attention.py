@@ -1,0 +1,86 @@
+"""FlashAttention-4 over packed documents, where that optional library is installed.
+
+Shapes: T tokens of all documents, Q query heads, K key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@lru_cache
+def flash_attention_4() -> Any | None:
+    """The library's interface; None where it is missing, does not load, or the GPU is older than Hopper."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
+        return None
+    if importlib.util.find_spec("flash_attn") is None:
+        return None
+    try:
+        from flash_attn.cute import interface
+    except (ImportError, TypeError, AttributeError):  # another flash_attn, or another release of its parts
+        return None
+    return interface
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """Causal attention within documents.
+
+    Args:
+        query: ``[T, Q, D]``, bfloat16; rows may be any distance apart, as in `key` and `value`.
+        key: ``[T, K, D]``.
+        value: ``[T, K, D]``.
+        starts: int32 ``[documents + 1]``.
+        longest: tokens of the longest document.
+
+    Returns:
+        ``[T, Q, D]`` and the log of the sums of exponentials, float32 ``[Q, T]``.
+    """
+    interface = flash_attention_4()
+    assert interface is not None
+    output, log_sum_exp, *_ = interface._flash_attn_fwd(
+        query, key, value, **_documents(query, starts, longest), return_lse=True
+    )
+    return output, log_sum_exp
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    starts: Tensor,
+    longest: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value; arguments as in `forward`."""
+    interface = flash_attention_4()
+    assert interface is not None
+    of_query, of_key, of_value = interface._flash_attn_bwd(
+        query,
+        key,
+        value,
+        output,
+        grad,
+        log_sum_exp,
+        **_documents(query, starts, longest),
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    return of_query, of_key, of_value
+
+
+def _documents(query: Tensor, starts: Tensor, longest: int) -> dict[str, Any]:
+    return {
+        "cu_seqlens_q": starts,
+        "cu_seqlens_k": starts,
+        "max_seqlen_q": longest,
+        "max_seqlen_k": longest,
+        "softmax_scale": 1.0 / math.sqrt(query.shape[-1]),
+        "causal": True,
+    }

@@ -1,0 +1,253 @@
+"""Products in FP8 (e4m3), and the operations that bring their operands into it, behind one seam.
+
+Shapes: T tokens, K features in, N features out, F feed-forward size, R columns for LoRA's ranks.
+
+e4m3 has four significant bits: a rounding moves a value by up to 2^-4 of itself, whatever the scale, as long
+as it does not come out below 2^-6 of 448. From the largest value down that leaves a factor of 2^14.8 in which
+the scale does not matter. So a frozen weight has one scale, and where the largest of a row would take another
+pass to find, a bound of it serves as well, also one that is ten times too large.
+
+Each operation has a plain PyTorch form, its reference; as in `ops`, which of the forms runs is `ops.using`'s
+to say, or else the tensors' device's. Outputs in FP8 come with their rows' scales: the value is the product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from falcon_qlora.kernels import ops
+
+DTYPE = torch.float8_e4m3fn
+LARGEST = 448.0
+CAPABILITY = (8, 9)  # of the first GPUs that have it
+
+_emulated = False
+
+
+class Rows(NamedTuple):
+    """A matrix in FP8 with a scale for every row: ``[T, K]`` and float32 ``[T]``."""
+
+    values: Tensor
+    scales: Tensor
+
+    def float(self) -> Tensor:
+        """What it stands for, in float32."""
+        return self.values.float() * self.scales[:, None]
+
+
+class LowRank(NamedTuple):
+    """What LoRA adds to a matrix ``[T, N]``: ``left @ right``, ``[T, R]`` and ``[R, N]`` of any strides."""
+
+    left: Tensor
+    right: Tensor
+
+
+@contextmanager
+def emulated() -> Iterator[None]:
+    """Multiply FP8 operands in float32, on any device: for tests."""
+    global _emulated
+    before, _emulated = _emulated, True
+    try:
+        yield
+    finally:
+        _emulated = before
+
+
+def why_not(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str | None:
+    """Why FP8 products beside activations in `dtype` cannot run on `device`; None where they can."""
+    if _emulated:
+        return None
+    if device.type != "cuda":
+        return f"there is no FP8 on the {device.type.upper()}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= CAPABILITY:
+        if dtype == torch.bfloat16:
+            return None
+        return f"FP8 products give bfloat16, and the model computes in {str(dtype).removeprefix('torch.')}"
+    return (
+        f"{torch.cuda.get_device_name(device)} has no FP8: its compute capability is "
+        f"{capability[0]}.{capability[1]}, and FP8 begins at {CAPABILITY[0]}.{CAPABILITY[1]}"
+    )
+
+
+def product(x: Rows, weight: Rows, dtype: torch.dtype) -> Tensor:
+    """``x @ weightᵀ``.
+
+    Args:
+        x: ``[T, K]``.
+        weight: ``[N, K]``, with a scale for every row.
+        dtype: of the result; bfloat16 where it is not emulated.
+
+    Returns:
+        ``[T, N]``.
+    """
+    if _emulated:
+        return (x.float() @ weight.float().T).to(dtype)
+    return torch._scaled_mm(
+        x.values,
+        weight.values.t(),
+        scale_a=x.scales[:, None],
+        scale_b=weight.scales[None],
+        out_dtype=dtype,
+        use_fast_accum=True,
+    )
+
+
+def quantize_rows(x: Tensor) -> tuple[Rows, Tensor]:
+    """``[T, K]`` into FP8, a row's largest value onto the largest there is.
+
+    Args:
+        x: rows may be any distance apart.
+
+    Returns:
+        the rows, and the Euclidean length of each in float32 ``[T]``.
+    """
+    return _form("quantize_rows", x)(x)
+
+
+def quantize_weight(layer: Any, scale: Tensor, out: Tensor, transpose: bool) -> Tensor:
+    """The frozen weight that `layer` stands for in FP8, divided by `scale`.
+
+    Args:
+        layer: as `ops.dequantize` takes it.
+        scale: float32 ``[]``.
+        out: ``[out, in]`` to write into, or ``[in, out]`` with `transpose`; contiguous.
+        transpose: write the transposed weight.
+
+    Returns:
+        `out`.
+    """
+    return _form("quantize_weight", layer.weight)(layer, scale, out, transpose)
+
+
+def gelu(x: Tensor, low: LowRank | None, bound: Tensor) -> tuple[Rows, Tensor]:
+    """Exact GELU of the sum of `x` and what LoRA adds to it.
+
+    Args:
+        x: ``[T, F]``.
+        low: added to it.
+        bound: float32 ``[T]`` of any stride: no value of a row of `x` is larger.
+
+    Returns:
+        the output in FP8, and in `x`'s dtype ``[T, F]``.
+    """
+    return _form("gelu", x)(x, low, bound)
+
+
+def gelu_backward(
+    grad: Tensor, low_grad: LowRank | None, x: Tensor, low: LowRank | None, bound: Tensor
+) -> tuple[Rows, Tensor, Tensor]:
+    """The input's gradient of `gelu`, and its output once more.
+
+    Args:
+        grad: ``[T, F]``, of the output but for `low_grad`; may be overwritten.
+        low_grad: added to it.
+        x: ``[T, F]``, as in `gelu`.
+        low: as in `gelu`.
+        bound: float32 ``[T]``: no value of a row of `grad` is larger.
+
+    Returns:
+        the gradient in FP8 and in `x`'s dtype ``[T, F]``, and the output ``[T, F]``.
+    """
+    return _form("gelu_backward", x)(grad, low_grad, x, low, bound)
+
+
+def add(x: Tensor, low: LowRank | None, addends: tuple[Tensor, ...] = ()) -> Tensor:
+    """Add what LoRA adds, and up to two more ``[T, N]``, to `x` ``[T, N]`` in place, rounding once.
+
+    Returns:
+        `x`.
+    """
+    return _form("add", x)(x, low, addends)
+
+
+def largest_row(matrix: Tensor) -> Tensor:
+    """The Euclidean length of the longest row of ``[N, K]``, float32 ``[]``."""
+    return torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float32).amax()
+
+
+def _form(operation: str, tensor: Tensor) -> Callable[..., Any]:
+    forms = _triton_forms() if ops.triton_runs_on(tensor.device) else _REFERENCE
+    return forms[operation]
+
+
+@lru_cache
+def _triton_forms() -> dict[str, Callable[..., Any]]:
+    from falcon_qlora.kernels import fp8_gelu, fp8_quantize
+
+    return {
+        "quantize_rows": fp8_quantize.quantize_rows,
+        "quantize_weight": fp8_quantize.quantize_weight,
+        "gelu": fp8_gelu.gelu,
+        "gelu_backward": fp8_gelu.gelu_backward,
+        "add": fp8_quantize.add,
+    }
+
+
+def _to_fp8(x: Tensor, scales: Tensor) -> Rows:
+    values = (x.float() / scales[:, None]).clamp(-LARGEST, LARGEST)
+    return Rows(values.to(DTYPE), scales)
+
+
+def _scales(largest: Tensor) -> Tensor:
+    """A row of nothing but zeros is divided by one."""
+    return torch.where(largest > 0, largest / LARGEST, torch.ones_like(largest))
+
+
+def _quantize_rows(x: Tensor) -> tuple[Rows, Tensor]:
+    wide = x.float()
+    return _to_fp8(wide, _scales(wide.abs().amax(1))), wide.norm(dim=1)
+
+
+def _quantize_weight(layer: Any, scale: Tensor, out: Tensor, transpose: bool) -> Tensor:
+    weight = ops.dequantize(
+        layer, torch.empty(out.shape[::-1] if transpose else out.shape, device=out.device)
+    )
+    values = (weight.T if transpose else weight) / scale
+    return out.copy_(values.clamp_(-LARGEST, LARGEST))
+
+
+def _added(x: Tensor, low: LowRank | None) -> Tensor:
+    return x.float() if low is None else x.float() + low.left.float() @ low.right.float()
+
+
+def _bound(bound: Tensor, low: LowRank | None) -> Tensor:
+    if low is None:
+        return bound
+    return bound + low.left.float().norm(dim=1) * largest_row(low.right.T)
+
+
+def _gelu(x: Tensor, low: LowRank | None, bound: Tensor) -> tuple[Rows, Tensor]:
+    y = F.gelu(_added(x, low))
+    return _to_fp8(y, _scales(_bound(bound, low))), y.to(x.dtype)
+
+
+def _gelu_backward(
+    grad: Tensor, low_grad: LowRank | None, x: Tensor, low: LowRank | None, bound: Tensor
+) -> tuple[Rows, Tensor, Tensor]:
+    wide = _added(x, low)
+    dx = torch.ops.aten.gelu_backward(_added(grad, low_grad), wide)
+    scales = _scales(STEEPEST * _bound(bound, low_grad))
+    return _to_fp8(dx, scales), dx.to(x.dtype), F.gelu(wide).to(x.dtype)
+
+
+def _add(x: Tensor, low: LowRank | None, addends: tuple[Tensor, ...]) -> Tensor:
+    return x.copy_(sum(addends, start=_added(x, low)))
+
+
+STEEPEST = 1.13  # GELU's derivative is nowhere larger
+
+_REFERENCE: dict[str, Callable[..., Any]] = {
+    "quantize_rows": _quantize_rows,
+    "quantize_weight": _quantize_weight,
+    "gelu": _gelu,
+    "gelu_backward": _gelu_backward,
+    "add": _add,
+}

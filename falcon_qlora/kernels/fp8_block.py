@@ -1,0 +1,260 @@
+"""A block's products in FP8, with LoRA beside them in the dtype of the activations.
+
+Shapes: T tokens, H hidden size, F feed-forward size, R columns for LoRA's ranks.
+
+Every linear is a product of its own: operands have a scale a row, and what is quantized together would share
+it. A frozen weight is brought into FP8 for every product, in the orientation that it reads, each time into
+the same memory. LoRA's part is added where the product's output is read next, see `fp8_gelu`; so what is kept
+of h_to_4h's output is the frozen part.
+
+Rows going into GELU's two products are quantized by bounds (Cauchy and Schwarz's): a norm's output before
+weight and bias is no longer than the root of H, so h_to_4h's is bounded once and for all, and the gradient of
+GELU's output by the length of the row that it comes from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from falcon_qlora.kernels import fp8, ops
+from falcon_qlora.kernels.block import Block
+from falcon_qlora.kernels.fp8 import LowRank, Rows
+from falcon_qlora.kernels.frozen_linear import Adapter, Projection, mm_float32
+
+# What a scale has to spare: quantized factors round upwards, and an adapter may be merged into the weight.
+_MARGIN = 2.0
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """What has to be known of a frozen weight: the scale of all its values, as products take it.
+
+    Attributes:
+        scale: float32 ``[]``.
+        of_rows: float32 ``[out]``, the same for every row.
+        of_columns: float32 ``[in]``, the same for every column.
+    """
+
+    scale: Tensor
+    of_rows: Tensor
+    of_columns: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Fp8:
+    """The frozen weights of a block as measured once, and the maker of its products.
+
+    Attributes:
+        weights: in the order of ``Block.projections``.
+        before_gelu: float32 ``[]``; no output of h_to_4h's frozen part is larger.
+        after_gelu: float32 ``[]``, the longest column of 4h_to_h's weight.
+    """
+
+    weights: tuple[Weight, Weight, Weight, Weight]
+    before_gelu: Tensor
+    after_gelu: Tensor
+
+    @classmethod
+    def measure(cls, block: Block) -> Fp8:
+        """Dequantizes the block's weights, one after the other."""
+        weights = []
+        with torch.no_grad():
+            for projection in block.projections:
+                plain = ops.dequantize(projection.layer)
+                scale = _MARGIN * plain.abs().amax().float().clamp(min=1e-30) / fp8.LARGEST
+                sizes = projection.out_features, projection.in_features
+                weights.append(Weight(scale, *(scale.expand(size).contiguous() for size in sizes)))
+                if projection is block.dense_h_to_4h:
+                    before_gelu = _largest_output(block, plain)
+                elif projection is block.dense_4h_to_h:
+                    after_gelu = _MARGIN * fp8.largest_row(plain.T)
+                del plain
+        return cls((weights[0], weights[1], weights[2], weights[3]), before_gelu, after_gelu)
+
+    def __call__(self, block: Block, adapters: Sequence[Adapter]) -> Fp8Products:
+        return Fp8Products(block, adapters, self)
+
+
+def _largest_output(block: Block, weight: Tensor) -> Tensor:
+    """A bound of what ``[F, H]`` makes of any output of the feed-forward's norm."""
+    norm = block.norms[-1]
+    longest = fp8.largest_row(weight * norm.weight.to(weight.dtype))
+    of_bias = (weight.float() @ norm.bias.float()).abs().amax()
+    return _MARGIN * (math.sqrt(block.dense_h_to_4h.in_features) * longest + of_bias)
+
+
+class Fp8Products:
+    """The products of one call, see `Products`."""
+
+    outputs = inputs = 2
+
+    def __init__(self, block: Block, adapters: Sequence[Adapter], frozen: Fp8) -> None:
+        self.block, self.adapters, self.frozen = block, adapters, frozen
+        self.into = ((0, 1),) if len(block.norms) == 1 else ((0,), (1,))
+
+    def enter(self, hidden: Tensor, again: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+        projected: list[Tensor] = []
+        low_rank: list[Tensor] = []
+        for norm, linears in zip(self.block.norms, self.into, strict=True):
+            normal = norm(hidden)[0]
+            low_rank += self._into_low_rank(linears, [normal] * len(linears))
+            rows, _ = fp8.quantize_rows(normal)
+            projected += [self._forward(linear, rows, hidden.dtype) for linear in linears]
+        fp8.add(projected[0], self._added((0,), low_rank[0]))
+        return projected, low_rank
+
+    def parts(self, projected: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        return projected[0], projected[1]
+
+    def project_h_to_4h(self, hidden: Tensor) -> Tensor:
+        rows, _ = fp8.quantize_rows(self.block.norms[-1](hidden)[0])
+        return self._forward(1, rows, hidden.dtype)
+
+    def leave(
+        self, before_gelu: Tensor, attended: Tensor, low_in: Sequence[Tensor], hidden: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        rows, after_gelu = self._gelu(before_gelu, low_in)
+        attended = attended.flatten(1)
+        low = torch.cat(self._into_low_rank((2, 3), [after_gelu, attended]), dim=1)
+        del after_gelu
+        output = self._forward(2, rows, hidden.dtype)
+        of_attended = self._forward(3, fp8.quantize_rows(attended)[0], hidden.dtype)
+        return fp8.add(output, self._added((2, 3), low), (of_attended, hidden)), low
+
+    def low_rank(self, before_gelu: Tensor, attended: Tensor, low_in: Sequence[Tensor]) -> Tensor:
+        after_gelu = self._gelu(before_gelu, low_in)[1]
+        return torch.cat(self._into_low_rank((2, 3), [after_gelu, attended.flatten(1)]), dim=1)
+
+    def leave_backward(
+        self,
+        grad: Tensor,
+        before_gelu: Tensor,
+        attended: Tensor,
+        low_in: Sequence[Tensor],
+        low_out: Tensor,
+    ) -> tuple[Tensor, Tensor, tuple[Rows, Tensor], list[Tensor | None]]:
+        rows, lengths = fp8.quantize_rows(grad)
+        low_grad = self._out_of_low_rank((2, 3), [grad, grad])
+        of_attended = self._backward(3, rows, grad.dtype)
+        fp8.add(of_attended, self._added_backward((3,), low_grad[1]))
+        of_before, of_before_gelu, after_gelu = fp8.gelu_backward(
+            self._backward(2, rows, grad.dtype),
+            self._added_backward((2,), low_grad[0]),
+            before_gelu,
+            self._added((1,), low_in[1]),
+            lengths * self.frozen.after_gelu,
+        )
+        split = low_grad[0].shape[1]
+        adapter_grads = self._adapter_gradients(2, grad, low_grad[0], low_out[:, :split], after_gelu)
+        adapter_grads += self._adapter_gradients(
+            3, grad, low_grad[1], low_out[:, split:], attended.flatten(1)
+        )
+        of_fused = grad.new_empty(grad.shape[0], self.block.query_key_value.out_features)
+        return of_attended, of_fused, (of_before, of_before_gelu), adapter_grads
+
+    def enter_backward(
+        self,
+        hidden: Tensor,
+        of_fused: Tensor,
+        others: tuple[Rows, Tensor],
+        low_in: Sequence[Tensor],
+        addend: Tensor | None,
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        of_before, of_before_gelu = others
+        grads = of_fused, of_before_gelu
+        adapter_grads: list[Tensor | None] = []
+        for norm, linears in zip(self.block.norms, self.into, strict=True):
+            normal, mean, rstd = norm(hidden)
+            low_grads = self._out_of_low_rank(linears, [grads[linear] for linear in linears])
+            for linear, low_grad in zip(linears, low_grads, strict=True):
+                adapter_grads += self._adapter_gradients(
+                    linear, grads[linear], low_grad, low_in[linear], normal
+                )
+            del normal
+            if addend is None:
+                continue
+            of_normal = [
+                self._backward(
+                    linear, fp8.quantize_rows(of_fused)[0] if linear == 0 else of_before, hidden.dtype
+                )
+                for linear in linears
+            ]
+            low = self._added_backward(linears, torch.cat(low_grads, dim=1))
+            fp8.add(of_normal[0], low, tuple(of_normal[1:]))
+            addend = ops.layer_norm_backward(of_normal[0], hidden, mean, rstd, norm.weight, addend)
+            del of_normal
+        return addend, adapter_grads
+
+    def _gelu(self, before_gelu: Tensor, low_in: Sequence[Tensor]) -> tuple[Rows, Tensor]:
+        bound = self.frozen.before_gelu.expand(before_gelu.shape[0])
+        return fp8.gelu(before_gelu, self._added((1,), low_in[1]), bound)
+
+    def _forward(self, linear: int, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """``[T, in]`` → ``[T, out]``, without LoRA."""
+        projection, weight = self.block.projections[linear], self.frozen.weights[linear]
+        values = self.block.workspace.take(projection.out_features, projection.in_features, rows.values)
+        fp8.quantize_weight(projection.layer, weight.scale, values, False)
+        return fp8.product(rows, Rows(values, weight.of_rows), dtype)
+
+    def _backward(self, linear: int, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """``[T, out]`` → ``[T, in]``, without LoRA."""
+        projection, weight = self.block.projections[linear], self.frozen.weights[linear]
+        values = self.block.workspace.take(projection.in_features, projection.out_features, rows.values)
+        fp8.quantize_weight(projection.layer, weight.scale, values, True)
+        return fp8.product(rows, Rows(values, weight.of_columns), dtype)
+
+    def _a(self, linear: int, dtype: torch.dtype) -> Tensor:
+        """``[r, in]``; no rows without LoRA."""
+        a = self.adapters[linear][0]
+        if a is None:
+            weight = self.frozen.weights[linear].scale
+            return weight.new_empty(0, self.block.projections[linear].in_features, dtype=dtype)
+        return a.to(dtype)
+
+    def _scaled_b(self, linear: int, dtype: torch.dtype) -> Tensor:
+        """B times its scaling, ``[out, r]``; no columns without LoRA."""
+        b = self.adapters[linear][1]
+        projection: Projection = self.block.projections[linear]
+        if b is None:
+            return self.frozen.weights[linear].scale.new_empty(projection.out_features, 0, dtype=dtype)
+        return (b * projection.scaling).to(dtype)
+
+    def _into_low_rank(self, linears: Sequence[int], inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Each linear's t ``[T, r]``; one product where the input is one."""
+        matrices = [self._a(linear, inputs[0].dtype) for linear in linears]
+        if len(inputs) == 2 and inputs[0] is inputs[1]:
+            return list((inputs[0] @ torch.cat(matrices).T).split([len(a) for a in matrices], dim=1))
+        return [x @ a.T for x, a in zip(inputs, matrices, strict=True)]
+
+    def _out_of_low_rank(self, linears: Sequence[int], grads: Sequence[Tensor]) -> list[Tensor]:
+        """Each linear's u ``[T, r]``; one product where the gradient is one."""
+        matrices = [self._scaled_b(linear, grads[0].dtype) for linear in linears]
+        if len(grads) == 2 and grads[0] is grads[1]:
+            return list((grads[0] @ torch.cat(matrices, dim=1)).split([b.shape[1] for b in matrices], dim=1))
+        return [grad @ b for grad, b in zip(grads, matrices, strict=True)]
+
+    def _added(self, linears: Sequence[int], low: Tensor) -> LowRank | None:
+        """What LoRA adds to the sum of these linears' outputs."""
+        if not low.shape[1]:
+            return None
+        return LowRank(low, torch.cat([self._scaled_b(linear, low.dtype) for linear in linears], dim=1).T)
+
+    def _added_backward(self, linears: Sequence[int], low: Tensor) -> LowRank | None:
+        """What LoRA adds to the sum of the gradients that come through these linears."""
+        if not low.shape[1]:
+            return None
+        return LowRank(low, torch.cat([self._a(linear, low.dtype) for linear in linears]))
+
+    def _adapter_gradients(
+        self, linear: int, grad: Tensor, low_grad: Tensor, low: Tensor, x: Tensor
+    ) -> list[Tensor | None]:
+        """Of A and B: `grad` of the output, u, t and the input."""
+        projection = self.block.projections[linear]
+        if not projection.rank:
+            return [None, None]
+        return [mm_float32(low_grad.T, x), mm_float32(grad.T, low).mul_(projection.scaling)]

@@ -1,0 +1,190 @@
+"""GELU between FP8 products, with LoRA's part of its input and of its output's gradient added on the way.
+
+Shapes: T tokens, F feed-forward size, R columns for LoRA's ranks.
+
+The tensors here are a block's largest, and adding LoRA's part to one in a pass of its own takes a quarter of
+its product's time. So the product's output stays without it, and who reads it adds it: a small product a
+tile. Rows are quantized by bounds, as a program sees a part of a row: with the length of LoRA's `left` and
+the longest column of its `right`, what LoRA adds is bounded too.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (a kernel's arguments are what Triton makes of them)
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from falcon_qlora.kernels.fp8 import DTYPE, LowRank, Rows, largest_row
+from falcon_qlora.kernels.fp8_quantize import low_rank_arguments, low_rank_tile
+from falcon_qlora.kernels.gelu import _distribution
+
+# Tokens and features of a tile, and warps: what leaves room for two programs and more on a multiprocessor.
+_FORWARD = 64, 128, 8
+_BACKWARD = 64, 64, 4
+
+
+def gelu(x: Tensor, low: LowRank | None, bound: Tensor) -> tuple[Rows, Tensor]:
+    """`fp8.gelu` in one pass."""
+    tokens, features = x.shape
+    values, scales, y = _empty(x)
+    if x.numel():
+        left, right, rank = low_rank_arguments(low, x)
+        tiles, options = _tiles(x, _FORWARD)
+        _gelu[tiles](
+            x, y, values, scales, bound, left, right, _longest(low, bound),
+            x.stride(0), bound.stride(0), left.stride(0), *right.stride(), left.shape[1], tokens, features,
+            **rank, **options,
+        )  # fmt: skip
+    return Rows(values, scales), y
+
+
+def gelu_backward(
+    grad: Tensor, low_grad: LowRank | None, x: Tensor, low: LowRank | None, bound: Tensor
+) -> tuple[Rows, Tensor, Tensor]:
+    """`fp8.gelu_backward` in one pass; the output takes the place of `grad`."""
+    tokens, features = x.shape
+    values, scales, dx = _empty(x)
+    assert grad.is_contiguous()
+    if x.numel():
+        left, right, rank = low_rank_arguments(low, x)
+        of_left, of_right, of_rank = low_rank_arguments(low_grad, x)
+        tiles, options = _tiles(x, _BACKWARD)
+        _gelu_backward[tiles](
+            grad, x, dx, values, scales, bound, left, right, of_left, of_right, _longest(low_grad, bound),
+            x.stride(0), bound.stride(0), left.stride(0), *right.stride(), left.shape[1],
+            of_left.stride(0), *of_right.stride(), of_left.shape[1], tokens, features,
+            OF_RANK=of_rank["RANK"], **rank, **options,
+        )  # fmt: skip
+    return Rows(values, scales), dx, grad
+
+
+def _empty(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A matrix in FP8, its scales, and one more in `x`'s dtype."""
+    assert x.stride(1) == 1
+    values = torch.empty(x.shape, dtype=DTYPE, device=x.device)
+    scales = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    return values, scales, torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _tiles(x: Tensor, tile: tuple[int, int, int]) -> tuple[tuple[int], dict[str, int]]:
+    tokens, features, warps = tile
+    count = triton.cdiv(x.shape[0], tokens) * triton.cdiv(x.shape[1], features)
+    return (count,), {"TOKENS": tokens, "FEATURES": features, "num_warps": warps}
+
+
+def _longest(low: LowRank | None, unused: Tensor) -> Tensor:
+    return unused if low is None else largest_row(low.right.T)
+
+
+@triton.jit(do_not_specialize=["tokens"])  # one compilation for all numbers of them
+def _gelu(
+    x_ptr,  # [T, F], rows x_stride apart
+    y_ptr,  # [T, F]
+    values_ptr,  # fp8 [T, F]
+    scales_ptr,  # float32 [T]
+    bound_ptr,  # float32 [T], bound_stride apart
+    left_ptr,  # [T, R], rows left_stride apart; used where RANK, and so the next two
+    right_ptr,  # [R, F], any strides
+    longest_ptr,  # float32 [], of right's columns
+    x_stride,
+    bound_stride,
+    left_stride,
+    right_stride,
+    right_feature_stride,
+    rank,  # R
+    tokens,  # T
+    features,  # F
+    RANK: tl.constexpr,  # a power of 2 ≥ R, or 0
+    TOKENS: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    blocks = tl.cdiv(features, FEATURES)
+    token = (tl.program_id(0) // blocks) * TOKENS + tl.arange(0, TOKENS)
+    feature = (tl.program_id(0) % blocks) * FEATURES + tl.arange(0, FEATURES)
+    in_tokens, in_features = token < tokens, feature < features
+    mask = in_tokens[:, None] & in_features[None, :]
+    row = token.to(tl.int64)[:, None]
+    x = tl.load(x_ptr + row * x_stride + feature[None, :], mask=mask, other=0.0).to(tl.float32)
+    bound = tl.load(bound_ptr + token * bound_stride, mask=in_tokens, other=0.0)
+    if RANK:
+        low, length = low_rank_tile(
+            left_ptr, right_ptr, left_stride, right_stride, right_feature_stride, rank, token, in_tokens,
+            feature, in_features, RANK,
+        )  # fmt: skip
+        x += low
+        bound += length * tl.load(longest_ptr)
+    scale = tl.where(bound > 0, bound / 448.0, 1.0)
+    tl.store(scales_ptr + token, scale, mask=in_tokens & (tl.program_id(0) % blocks == 0))
+    below, _ = _distribution(x)
+    y = x * below
+    at = row * features + feature[None, :]
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+    values = tl.clamp(y * (1.0 / scale)[:, None], -448.0, 448.0)
+    tl.store(values_ptr + at, values.to(values_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["tokens"])  # one compilation for all numbers of them
+def _gelu_backward(
+    grad_ptr,  # [T, F]; takes GELU's output
+    x_ptr,  # [T, F], rows x_stride apart
+    dx_ptr,  # [T, F]
+    values_ptr,  # fp8 [T, F], dx once more
+    scales_ptr,  # float32 [T]
+    bound_ptr,  # float32 [T], bound_stride apart
+    left_ptr,  # [T, R], rows left_stride apart; used where RANK, and so the next
+    right_ptr,  # [R, F], any strides
+    of_left_ptr,  # the same for the gradient; used where OF_RANK, and so the next two
+    of_right_ptr,
+    longest_ptr,  # float32 [], of of_right's columns
+    x_stride,
+    bound_stride,
+    left_stride,
+    right_stride,
+    right_feature_stride,
+    rank,  # R
+    of_left_stride,
+    of_right_stride,
+    of_right_feature_stride,
+    of_rank,
+    tokens,  # T
+    features,  # F
+    RANK: tl.constexpr,  # a power of 2 ≥ R, or 0
+    OF_RANK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    blocks = tl.cdiv(features, FEATURES)
+    token = (tl.program_id(0) // blocks) * TOKENS + tl.arange(0, TOKENS)
+    feature = (tl.program_id(0) % blocks) * FEATURES + tl.arange(0, FEATURES)
+    in_tokens, in_features = token < tokens, feature < features
+    mask = in_tokens[:, None] & in_features[None, :]
+    row = token.to(tl.int64)[:, None]
+    at = row * features + feature[None, :]
+    x = tl.load(x_ptr + row * x_stride + feature[None, :], mask=mask, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    bound = tl.load(bound_ptr + token * bound_stride, mask=in_tokens, other=0.0)
+    if RANK:
+        low, _ = low_rank_tile(
+            left_ptr, right_ptr, left_stride, right_stride, right_feature_stride, rank, token, in_tokens,
+            feature, in_features, RANK,
+        )  # fmt: skip
+        x += low
+    if OF_RANK:
+        low, length = low_rank_tile(
+            of_left_ptr, of_right_ptr, of_left_stride, of_right_stride, of_right_feature_stride, of_rank,
+            token, in_tokens, feature, in_features, OF_RANK,
+        )  # fmt: skip
+        grad += low
+        bound += length * tl.load(longest_ptr)
+    scale = tl.where(bound > 0, bound * (1.13 / 448.0), 1.0)
+    tl.store(scales_ptr + token, scale, mask=in_tokens & (tl.program_id(0) % blocks == 0))
+    below, bell = _distribution(x)
+    tl.store(grad_ptr + at, (x * below).to(grad_ptr.dtype.element_ty), mask=mask)
+    dx = grad * (below + x * bell * 0.3989422804014327)  # 1 / sqrt(2π)
+    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    values = tl.clamp(dx * (1.0 / scale)[:, None], -448.0, 448.0)
+    tl.store(values_ptr + at, values.to(values_ptr.dtype.element_ty), mask=mask)

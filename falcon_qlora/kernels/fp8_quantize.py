@@ -1,0 +1,207 @@
+"""Rows and frozen weights into FP8, and sums with LoRA's part, one launch each.
+
+Shapes: T tokens, K features of a row, O and I rows and columns of a weight, R columns for LoRA's ranks.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (a kernel's arguments are what Triton makes of them)
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from falcon_qlora.kernels import nf4
+from falcon_qlora.kernels.fp8 import DTYPE, LowRank, Rows
+
+_LANES_A_THREAD = 32
+_MOST_WARPS = 16
+_TILE, _TILE_WARPS = 64, 4  # of a weight: 64 × 64
+_SUM = 64, 128, 8  # tokens and features of a tile, and warps
+
+
+def quantize_rows(x: Tensor) -> tuple[Rows, Tensor]:
+    """`fp8.quantize_rows` in one pass: a row is held in registers."""
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    tokens, features = x.shape
+    values = torch.empty(tokens, features, dtype=DTYPE, device=x.device)
+    scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    lengths = torch.empty_like(scales)
+    if tokens:
+        _quantize_rows[(tokens,)](x, values, scales, lengths, x.stride(0), features, **_row_options(features))
+    return Rows(values, scales), lengths
+
+
+def quantize_weight(layer: Any, scale: Tensor, out: Tensor, transpose: bool) -> Tensor:
+    """`fp8.quantize_weight` in one pass, from NF4, int8 or floating point."""
+    weight = layer.weight
+    state = getattr(weight, "quant_state", None)
+    if state is not None and nf4.can_dequantize_nf4(state):
+        return nf4.dequantize_nf4(weight.data, state, out, transpose=transpose, scale=scale)
+    plain, factors = weight.data, scale
+    if weight.dtype == torch.int8:
+        factors = (weight.SCB if weight.SCB is not None else layer.state.SCB).float()
+    elif state is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        plain = dequantize_4bit(weight.data, state)
+    rows, columns = plain.shape
+    tiles = (triton.cdiv(columns, _TILE), triton.cdiv(rows, _TILE))
+    _quantize_weight[tiles](
+        plain, factors, scale, out, plain.stride(0), out.stride(0), rows, columns,
+        INT8=weight.dtype == torch.int8, TRANSPOSE=transpose, TILE=_TILE, num_warps=_TILE_WARPS,
+    )  # fmt: skip
+    return out
+
+
+def add(x: Tensor, low: LowRank | None, addends: tuple[Tensor, ...]) -> Tensor:
+    """`fp8.add` in one pass."""
+    tokens, features = x.shape
+    if not tokens or (low is None and not addends):
+        return x
+    first, second = (*addends, x, x)[:2]
+    assert all(matrix.stride(1) == 1 and matrix.shape == x.shape for matrix in (x, first, second))
+    left, right, options = low_rank_arguments(low, x)
+    sum_tokens, sum_features, warps = _SUM
+    tiles = (triton.cdiv(features, sum_features) * triton.cdiv(tokens, sum_tokens),)
+    _add[tiles](
+        x, first, second, left, right, x.stride(0), first.stride(0), second.stride(0),
+        left.stride(0), *right.stride(), left.shape[1], tokens, features,
+        ADDENDS=len(addends), TOKENS=sum_tokens, FEATURES=sum_features, num_warps=warps, **options,
+    )  # fmt: skip
+    return x
+
+
+def low_rank_arguments(low: LowRank | None, like: Tensor) -> tuple[Tensor, Tensor, dict[str, int]]:
+    """Both matrices as kernels take them, and the lanes for their rank; any and none without LoRA."""
+    if low is None:
+        return like, like, {"RANK": 0}
+    assert low.left.stride(1) == 1
+    return *low, {"RANK": max(triton.next_power_of_2(low.left.shape[1]), 16)}
+
+
+def _row_options(features: int) -> dict[str, int]:
+    lanes = triton.next_power_of_2(features)
+    return {"LANES": lanes, "num_warps": min(max(lanes // (32 * _LANES_A_THREAD), 1), _MOST_WARPS)}
+
+
+@triton.jit
+def _quantize_rows(
+    x_ptr,  # [T, K], rows x_stride apart
+    values_ptr,  # fp8 [T, K]
+    scales_ptr,  # float32 [T]
+    lengths_ptr,  # float32 [T]
+    x_stride,
+    features,  # K
+    LANES: tl.constexpr,  # ≥ K
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, LANES)
+    mask = column < features
+    x = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(x), 0)
+    scale = tl.where(largest > 0, largest / 448.0, 1.0)
+    tl.store(scales_ptr + row, scale)
+    tl.store(lengths_ptr + row, tl.sqrt(tl.sum(x * x, 0)))
+    values = x * (1.0 / scale)
+    tl.store(values_ptr + row * features + column, values.to(values_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _quantize_weight(
+    weight_ptr,  # int8 or floating point [O, I], rows weight_stride apart
+    factors_ptr,  # float32 [O], 127 times the rows' scales; used where INT8
+    scale_ptr,  # float32 []
+    out_ptr,  # fp8 [O, I] or [I, O], rows out_stride apart
+    weight_stride,
+    out_stride,
+    rows,  # O
+    columns,  # I
+    INT8: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    column = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    at = row.to(tl.int64)[:, None] * weight_stride + column[None, :]
+    weight = tl.load(weight_ptr + at, mask=mask, other=0).to(tl.float32)
+    factor = 1.0 / tl.load(scale_ptr)
+    if INT8:
+        weight *= (tl.load(factors_ptr + row, mask=row < rows, other=0.0) * (factor / 127.0))[:, None]
+    else:
+        weight *= factor
+    weight = tl.clamp(weight, -448.0, 448.0).to(out_ptr.dtype.element_ty)
+    if TRANSPOSE:
+        weight = tl.trans(weight)
+        at = column.to(tl.int64)[:, None] * out_stride + row[None, :]
+        mask = (column < columns)[:, None] & (row < rows)[None, :]
+    else:
+        at = row.to(tl.int64)[:, None] * out_stride + column[None, :]
+    tl.store(out_ptr + at, weight, mask=mask)
+
+
+@triton.jit
+def low_rank_tile(
+    left_ptr, right_ptr, left_stride, right_stride, right_feature_stride, rank, token, in_tokens, feature,
+    in_features, RANK: tl.constexpr,
+):  # fmt: skip
+    """``left @ right`` of a tile in float32, and each of its rows' length in `left` and nothing more."""
+    index = tl.arange(0, RANK)
+    mask = in_tokens[:, None] & (index < rank)[None, :]
+    left = tl.load(
+        left_ptr + token.to(tl.int64)[:, None] * left_stride + index[None, :], mask=mask, other=0.0
+    )
+    mask = (index < rank)[:, None] & in_features[None, :]
+    at = index[:, None] * right_stride + feature[None, :] * right_feature_stride
+    right = tl.load(right_ptr + at, mask=mask, other=0.0)
+    wide = left.to(tl.float32)
+    product = tl.dot(left, right, input_precision="ieee")
+    return product, tl.sqrt(tl.sum(wide * wide, 1))
+
+
+@triton.jit(do_not_specialize=["tokens"])  # one compilation for all numbers of them
+def _add(
+    x_ptr,  # [T, K], rows x_stride apart
+    first_ptr,  # [T, K], rows first_stride apart; used where ADDENDS > 0
+    second_ptr,  # [T, K], rows second_stride apart; used where ADDENDS > 1
+    left_ptr,  # [T, R], rows left_stride apart; used where RANK, and so the next
+    right_ptr,  # [R, K], any strides
+    x_stride,
+    first_stride,
+    second_stride,
+    left_stride,
+    right_stride,
+    right_feature_stride,
+    rank,  # R
+    tokens,  # T
+    features,  # K
+    ADDENDS: tl.constexpr,
+    RANK: tl.constexpr,  # a power of 2 ≥ R, or 0
+    TOKENS: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    blocks = tl.cdiv(features, FEATURES)
+    token = (tl.program_id(0) // blocks) * TOKENS + tl.arange(0, TOKENS)
+    feature = (tl.program_id(0) % blocks) * FEATURES + tl.arange(0, FEATURES)
+    in_tokens, in_features = token < tokens, feature < features
+    mask = in_tokens[:, None] & in_features[None, :]
+    row = token.to(tl.int64)[:, None]
+    x_ptr += row * x_stride + feature[None, :]
+    x = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
+    if ADDENDS > 0:
+        x += tl.load(first_ptr + row * first_stride + feature[None, :], mask=mask, other=0.0).to(tl.float32)
+    if ADDENDS > 1:
+        x += tl.load(second_ptr + row * second_stride + feature[None, :], mask=mask, other=0.0).to(tl.float32)
+    if RANK:
+        low, _ = low_rank_tile(
+            left_ptr, right_ptr, left_stride, right_stride, right_feature_stride, rank, token, in_tokens,
+            feature, in_features, RANK,
+        )  # fmt: skip
+        x += low
+    tl.store(x_ptr, x.to(x_ptr.dtype.element_ty), mask=mask)

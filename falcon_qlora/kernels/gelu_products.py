@@ -1,0 +1,96 @@
+"""Products whose epilogue computes exact GELU, by quack-kernels, where that optional library is installed.
+
+Shapes: T tokens, K what is summed over, F feed-forward size.
+
+GELU by itself reads and writes the largest activations once more in each direction. In the epilogue of the
+product next to it, it is free.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class GeluProducts:
+    """Both directions' products, for bfloat16 on Hopper and later GPUs."""
+
+    _forward: Callable[..., Any]
+    _backward: Callable[..., Any]
+
+    def forward(self, x: Tensor, weight: Tensor, before: Tensor, after: Tensor) -> None:
+        """Write ``x @ weight`` and its GELU.
+
+        Args:
+            x: ``[T, K]``.
+            weight: ``[K, F]``, contiguous along either dimension.
+            before: ``[T, F]`` to write the product into; rows may be any distance apart, as everywhere here.
+            after: ``[T, F]`` to write its GELU into.
+        """
+        self._forward(x, weight, out={"D": before, "after": after}, tuned=False)
+
+    def backward(
+        self, grad: Tensor, weight: Tensor, before: Tensor, of_before: Tensor, after: Tensor
+    ) -> None:
+        """Write the gradient of what went into GELU, and GELU's output again.
+
+        Args:
+            grad: ``[T, K]``, of the output of the linear after GELU.
+            weight: ``[K, F]``, of that linear.
+            before: ``[T, F]``, what went into GELU.
+            of_before: ``[T, F]`` to write its gradient into.
+            after: ``[T, F]`` to write GELU's output into.
+        """
+        self._backward(grad, weight, before, out={"D": of_before, "after": after}, tuned=False)
+
+
+@lru_cache
+def gelu_products() -> GeluProducts | None:
+    """The library's products; None where it is missing, does not load, or the GPU is older than Hopper."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
+        return None
+    if importlib.util.find_spec("quack") is None:
+        return None
+    try:
+        return _define()
+    except (ImportError, TypeError, AttributeError):  # another release of one of its parts
+        return None
+
+
+def _define() -> GeluProducts:
+    from quack import activation
+    from quack.epilogue.frontend import gemm_epilogue
+
+    gelu = _Activation(activation.gelu_erf)
+    gelu_and_gradient = _Activation(activation.dgelu_erf)
+
+    @gemm_epilogue(outputs=("after",))
+    def forward(acc):  # type: ignore[no-untyped-def]
+        return {"D": acc, "after": gelu(acc)}
+
+    @gemm_epilogue(outputs=("after",))
+    def backward(acc, c):  # type: ignore[no-untyped-def]
+        gradient, output = gelu_and_gradient(c, acc)
+        return {"D": gradient, "after": output}
+
+    return GeluProducts(forward, backward)
+
+
+class _Activation:
+    """A function of the library with a name for its cache: it cannot derive one for these by itself."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+    def __quack_semantic_key__(self) -> object:
+        return ("falcon_qlora", self._function.__name__)

@@ -1,0 +1,89 @@
+"""Cross entropy of rows of logits, and its gradient in their place.
+
+Shapes: N tokens, V vocabulary.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (a kernel's arguments are what Triton makes of them)
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 8192
+_WARPS = 8
+
+
+def cross_entropy_reference(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """What `cross_entropy_` computes, in plain PyTorch: the losses, and the gradient of each one's logits."""
+    probabilities = logits.float().softmax(-1)
+    losses = -logits.float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    gradient = probabilities.scatter_add(-1, targets[:, None], -torch.ones_like(losses[:, None]))
+    return losses, gradient.to(logits.dtype)
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
+    """Cross entropies, computed in float32.
+
+    Args:
+        logits: ``[N, V]``, rows any distance apart; with `with_gradient` the softmax minus the one-hot target
+            takes their place.
+        targets: int64 ``[N]``.
+        with_gradient: whether to write the gradient.
+
+    Returns:
+        float32 ``[N]``.
+    """
+    losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    if logits.shape[0]:
+        _cross_entropy[(logits.shape[0],)](
+            logits,
+            targets,
+            losses,
+            logits.stride(0),
+            logits.shape[1],
+            GRADIENT=with_gradient,
+            BLOCK=min(_BLOCK, triton.next_power_of_2(logits.shape[1])),
+            num_warps=_WARPS,
+        )
+    return losses
+
+
+@triton.jit
+def _cross_entropy(
+    logits_ptr,  # [N, V]
+    targets_ptr,  # [N]
+    losses_ptr,  # [N]
+    row_stride,
+    vocabulary,
+    GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * row_stride
+    target = tl.load(targets_ptr + row)
+    places = tl.arange(0, BLOCK)
+    largest = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocabulary, BLOCK):
+        inside = start + places < vocabulary
+        x = tl.load(logits_ptr + start + places, mask=inside, other=float("-inf")).to(tl.float32)
+        larger = tl.maximum(largest, x)
+        # A place that has seen no logit yet has nothing to scale, and no number to subtract.
+        shift = tl.where(larger == float("-inf"), 0.0, larger)
+        total = total * tl.exp(largest - shift) + tl.exp(x - shift)
+        largest = larger
+    top = tl.max(largest, 0)
+    log_normalizer = top + tl.log(tl.sum(total * tl.exp(largest - top), 0))
+    of_target = tl.load(logits_ptr + target).to(tl.float32)
+    tl.store(losses_ptr + row, log_normalizer - of_target)
+    if GRADIENT:
+        tl.debug_barrier()  # the target's logit is read by all before one overwrites it
+        for start in range(0, vocabulary, BLOCK):
+            inside = start + places < vocabulary
+            x = tl.load(logits_ptr + start + places, mask=inside, other=float("-inf")).to(tl.float32)
+            gradient = tl.exp(x - log_normalizer) - tl.where(start + places == target, 1.0, 0.0)
+            tl.store(logits_ptr + start + places, gradient.to(logits_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,88 @@
+"""The models that learning is compared on: a Falcon trained for the purpose, and the same with outliers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM
+
+from falcon_qlora.models.tiny_train import Settings, fit, untrained
+
+OUTLIER_CHANNELS, OUTLIER_FACTOR = 4, 50.0
+_HELD_OUT = 2**16
+
+
+def configuration(vocabulary: int) -> FalconConfig:
+    """Falcon-7B's layout in small: 122 million parameters."""
+    return FalconConfig(
+        vocab_size=vocabulary,
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        multi_query=True,
+        parallel_attn=True,
+        new_decoder_architecture=False,
+        alibi=False,
+        bias=False,
+        tie_word_embeddings=True,
+        max_position_embeddings=2048,
+        bos_token_id=11,
+        eos_token_id=11,
+        architectures=["FalconForCausalLM"],
+    )
+
+
+def train_base(
+    tokens: Path, folder: Path, config: FalconConfig, settings: Settings, device: torch.device
+) -> list[dict[str, Any]]:
+    """Train a model of `config` from scratch on the tokens of a file and save it to `folder`.
+
+    Returns:
+        Ten notes of how far it had come.
+    """
+    torch.manual_seed(settings.seed)
+    all_tokens = torch.from_numpy(np.load(tokens).astype(np.int32)).to(device)
+    held_out = min(_HELD_OUT, len(all_tokens) // 20)
+    with device:
+        model = untrained(config)
+    notes = fit(model, all_tokens[:-held_out], {"text": all_tokens[-held_out:].long()}, settings)
+    model.save_pretrained(folder)
+    return notes
+
+
+def save_with_outliers(base: Path, folder: Path, seed: int = 0) -> None:
+    """Put outliers into the model of one folder and save it to another."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    put_outliers_in(model, seed)
+    model.save_pretrained(folder)
+
+
+@torch.no_grad()
+def put_outliers_in(model: FalconForCausalLM, seed: int = 0) -> None:
+    """Make a few channels of every block's norms large without changing what the model computes.
+
+    A channel's weight and bias are multiplied, and the columns that read it divided by the same. The last
+    norm stays as it is: what reads it is the output head, and that is the embedding too.
+
+    Args:
+        model: float32, of any layout.
+        seed: of the channels.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for block in model.transformer.h:
+        attention, mlp = block.self_attention.query_key_value, block.mlp.dense_h_to_4h
+        if hasattr(block, "ln_attn"):
+            readers = {block.ln_attn: [attention], block.ln_mlp: [mlp]}
+        elif block.config.parallel_attn:
+            readers = {block.input_layernorm: [attention, mlp]}
+        else:
+            readers = {block.input_layernorm: [attention], block.post_attention_layernorm: [mlp]}
+        for norm, linears in readers.items():
+            channels = torch.randperm(norm.weight.numel(), generator=generator)[:OUTLIER_CHANNELS]
+            norm.weight[channels] *= OUTLIER_FACTOR
+            norm.bias[channels] *= OUTLIER_FACTOR
+            for linear in linears:
+                linear.weight[:, channels] /= OUTLIER_FACTOR

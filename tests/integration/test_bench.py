@@ -1,0 +1,115 @@
+"""``falcon-qlora bench`` through its command line, on the CPU."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+
+from falcon_qlora.__main__ import main
+from tests.integration.runs import command, write_jsonl
+
+MODEL = "random:falcon-7b?num_hidden_layers=1,hidden_size=64,num_attention_heads=2,vocab_size=512"
+COLUMNS = (
+    "date,commit,gpu,gpus,driver,torch,model,variant,quantize_mode,compute_dtype,checkpointing,micro_batch_tokens,"
+    "tokens_per_second,samples_per_second_512,tflops_4n,ceiling_share,peak_allocated_gb,peak_reserved_gb,step_ms,"
+    "ratio_to_first,note"
+)
+SHORT = ("--steps", "4", "--rounds", "2", "--warmup", "1")
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def table(output: str) -> list[dict[str, str]]:
+    lines = [line for line in output.splitlines() if line.startswith("|")]
+    titles = cells(lines[0])
+    return [dict(zip(titles, cells(line), strict=True)) for line in lines[2:]]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp("bench")
+    files = ("--csv", folder / "records.csv", "--plot", folder / "picture.png", "--commit", "abc1234")
+    asked = ("--variants", "stock,stock-8bit-fast,ours,ours-fp8,ours-8bit-full", "--tokens", "64,128")
+    result = command(
+        "bench", "--models", MODEL, *asked, "--max_length", "32", "--lora_r", "4", *SHORT, *files
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout, folder
+
+
+def test_a_row_for_every_variant_and_size(measured: tuple[str, Path], repository: Path) -> None:
+    output, folder = measured
+    found = [(row["variant"], row["base"], row["tokens a micro batch"]) for row in table(output)]
+    assert found == [
+        ("stock", "4bit", "64"),
+        ("stock-8bit-fast", "8bit", "512"),  # 16 documents: the largest that is tried on a CPU
+        ("ours", "4bit", "64"),
+        ("ours", "4bit", "128"),
+        ("ours-fp8", "4bit", "64"),
+        ("ours-fp8", "4bit", "128"),
+        ("ours-8bit-full", "8bit", "64"),
+        ("ours-8bit-full", "8bit", "128"),
+    ]
+    lines = (folder / "records.csv").read_text().splitlines()
+    assert lines[0] == COLUMNS
+    assert lines[0] == (repository / "tests/benchmarks/records.csv").read_text().splitlines()[0]
+    with (folder / "records.csv").open() as file:
+        recorded = list(csv.DictReader(file))
+    assert [(row["variant"], row["micro_batch_tokens"]) for row in recorded] == [
+        (variant, tokens) for variant, _, tokens in found
+    ]
+    assert {row["commit"] for row in recorded} == {"abc1234"}
+    assert (folder / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ratios_are_the_tables_own_speeds(measured: tuple[str, Path]) -> None:
+    rows = [row for row in table(measured[0]) if row["ratio"]]
+    assert len(rows) == 6
+    speeds = [float(row["tokens/s"].replace(",", "")) for row in rows]
+    for row, speed in zip(rows, speeds, strict=True):
+        assert row["ratio"] == f"{speed / speeds[0]:.3f}x"
+        ms = float(row["ms a step"].replace(",", ""))
+        tokens = int(row["tokens a micro batch"])
+        assert speed * ms / 1e3 == pytest.approx(tokens, rel=0.01 + 1 / speed)
+    for row in rows[1:]:
+        low, high = map(float, row["95% interval"].split("–"))
+        assert low <= high
+
+
+def test_what_cannot_run_has_a_row_that_says_why(measured: tuple[str, Path]) -> None:
+    (row, _) = [row for row in table(measured[0]) if row["variant"] == "ours-fp8"]
+    assert row["tokens/s"] == "not run: there is no FP8 on the CPU"
+
+
+def test_all_start_from_the_same_loss(measured: tuple[str, Path]) -> None:
+    notes = [line for line in measured[0].splitlines() if "first loss" in line]
+    losses = [float(line.partition("first loss ")[2].partition(";")[0]) for line in notes]
+    assert len(losses) == 6
+    # Of random weights: the uniform distribution's. A little apart: other tokens, dropout, 8 bits.
+    assert losses == pytest.approx([math.log(512)] * 6, rel=0.02)
+
+
+def test_real_rows_packed_and_padded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "one two three four five six seven eight nine ten".split()
+    texts = [" ".join(words[: 2 + number % 9]) for number in range(60)]
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"text": text} for text in texts])
+    sizes = ("--max_length", "64", "--tokens", "256", "--steps", "2", "--rounds", "1", "--lora_r", "4")
+    # Not in a process of its own, which would take most of the time to import the libraries.
+    assert main(["bench", "--models", "tiny", "--dataset_name", str(data), *sizes]) == 0
+    output = capsys.readouterr().out
+    rows = table(output)
+    assert [row["variant"] for row in rows] == ["packed", "padded-512", "padded-longest"]
+    speeds = [float(row["tokens/s"].replace(",", "")) for row in rows]
+    notes = [line for line in output.splitlines() if line.startswith("- ") and " steps in " in line]
+    steps = [int(line.partition(" steps in ")[0].split()[-1]) for line in notes]
+    assert steps[0] == 2 < steps[1] == steps[2]
+    # The same rows, so the same real tokens in all; speeds are printed as whole numbers.
+    seconds = [float(row["ms a step"].replace(",", "")) / 1e3 * n for row, n in zip(rows, steps, strict=True)]
+    tokens = [speed * each for speed, each in zip(speeds, seconds, strict=True)]
+    assert tokens == pytest.approx([tokens[0]] * 3, rel=0.01 + 1 / min(speeds))
+    assert 256 < tokens[0] <= 512 * (1.01 + 1 / min(speeds))

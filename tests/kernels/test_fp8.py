@@ -1,0 +1,151 @@
+"""The FP8 operations' kernels against their references, over shapes that fit no tile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from falcon_qlora.models.quantize import bnb, empty_quantized_linear, fill_quantized_weight
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from falcon_qlora.kernels import fp8, ops
+from falcon_qlora.kernels.fp8 import LowRank, Rows
+
+DTYPES = [torch.bfloat16, torch.float32]
+SHAPES = [(1, 16), (3, 48), (70, 144), (130, 272)]
+
+
+def both(operation: Any, *arguments: Any) -> tuple[Any, Any]:
+    """The kernel's results and the reference's, on copies of the same arguments."""
+    results = []
+    for form in ("triton", "torch"):
+        copies = [a.clone() if isinstance(a, Tensor) and a.is_contiguous() else a for a in arguments]
+        with ops.using(form):
+            results.append(operation(*copies))
+    return results[0], results[1]
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    # Rows of very different sizes.
+    values = torch.randn(shape, generator=generator) * torch.rand(shape[0], 1, generator=generator).exp2()
+    return values.to("cuda" if torch.cuda.is_available() else "cpu", dtype)
+
+
+def low_rank(tokens: int, features: int, rank: int, dtype: torch.dtype, seed: int) -> LowRank | None:
+    """Both factors as they lie in training: columns of a wider matrix, and a transposed matrix."""
+    if not rank:
+        return None
+    return LowRank(
+        random(tokens, rank + 5, seed=seed, dtype=dtype)[:, 2:-3],
+        random(features, rank, seed=seed + 1, dtype=dtype).T,
+    )
+
+
+def assert_same_rows(ours: Rows, theirs: Rows) -> None:
+    """Equal but for values that lie between two of FP8's, where one rounding before decides."""
+    torch.testing.assert_close(ours.scales, theirs.scales, rtol=1e-6, atol=0)
+    assert ours.values.dtype == theirs.values.dtype == fp8.DTYPE
+    difference = (ours.values.float() - theirs.values.float()).abs()
+    assert (difference <= theirs.values.float().abs() * 2**-3 + 2**-9).all()
+    assert (difference > 0).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rows_are_quantized_to_the_nearest(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x = random(*shape, dtype=dtype)
+    x[0] = 0
+    (ours, lengths), (theirs, reference_lengths) = both(fp8.quantize_rows, x)
+    assert_same_rows(ours, theirs)
+    torch.testing.assert_close(lengths, reference_lengths)
+    # Half a step of e4m3 is 2^-4 of a value, and 2^-10 of the scale below its smallest normal one.
+    error = (ours.float() - x.float()).abs()
+    assert (error <= 2**-4 * x.float().abs() + 1.01 * 2**-10 * ours.scales[:, None]).all()
+    assert ours.values.float().abs().amax(1)[1:].eq(fp8.LARGEST).all()
+    apart = torch.nn.functional.pad(x, (16, 3), value=torch.nan)[:, 16:-3]
+    with ops.using("triton"):
+        again = fp8.quantize_rows(apart)[0]
+        of_transposed = fp8.quantize_rows(x.T.contiguous().T)[0]
+    for one in (again, of_transposed):
+        assert torch.equal(one.values.float(), ours.values.float())
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("mode", ["4bit", "8bit", "16bit"])
+@pytest.mark.parametrize("shape", [(64, 64), (80, 192), (208, 64)], ids=str)
+def test_weights_of_every_storage(
+    shape: tuple[int, int], mode: Any, transpose: bool, device: torch.device
+) -> None:
+    layer: Any = torch.nn.Linear(*shape[::-1], bias=False, device=device)
+    plain = random(*shape, dtype=torch.bfloat16) * 0.02
+    if mode == "16bit":
+        layer.weight = torch.nn.Parameter(plain, requires_grad=False)
+    else:
+        layer = empty_quantized_linear(
+            layer, mode, compute_dtype=torch.bfloat16, double_quantization=True, llm_int8_threshold=6.0
+        )
+        fill_quantized_weight(layer, plain)
+        assert isinstance(layer, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
+    scale = torch.tensor(3e-4, device=device)
+    out = torch.empty(shape[::-1] if transpose else shape, dtype=fp8.DTYPE, device=device)
+    ours, theirs = both(fp8.quantize_weight, layer, scale, out, transpose)
+    ones = torch.ones(out.shape[0], device=device)
+    assert_same_rows(Rows(ours, ones), Rows(theirs, ones))
+    weight = ops.dequantize(layer).float()
+    error = (ours.float() * scale - (weight.T if transpose else weight)).abs()
+    assert (error <= 1.1 * 2**-4 * weight.abs().max()).all()
+    assert error.mean() < 0.03 * weight.abs().mean()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rank", [0, 1, 5, 16, 40])
+@pytest.mark.parametrize("addends", [0, 1, 2])
+def test_sums_with_the_low_rank_part(addends: int, rank: int, dtype: torch.dtype) -> None:
+    x = random(70, 272, dtype=dtype)
+    others = tuple(random(70, 272, seed=n + 1, dtype=dtype) for n in range(addends))
+    low = low_rank(70, 272, rank, dtype, 7)
+    ours, theirs = both(fp8.add, x, low, others)
+    tolerance = 2**-8 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    expected = x.float() + sum(other.float() for other in others)
+    if low is not None:
+        expected += low.left.float() @ low.right.float()
+    torch.testing.assert_close(theirs.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("rank", [0, 5, 16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gelu_and_its_gradient(dtype: torch.dtype, shape: tuple[int, int], rank: int) -> None:
+    x, grad = (2 * random(*shape, seed=seed, dtype=dtype) for seed in (1, 2))
+    low, low_grad = (low_rank(*shape, rank, dtype, seed) for seed in (3, 5))
+    constant = x.float().abs().max().expand(len(x))
+    (ours, y), (theirs, reference_y) = both(fp8.gelu, x, low, constant)
+    tolerance = 2**-7 if dtype == torch.bfloat16 else 2e-5
+    torch.testing.assert_close(y, reference_y, rtol=tolerance, atol=tolerance)
+    assert_same_rows(ours, theirs)
+    bound = grad.float().norm(dim=1)
+    (ours, *rest), (theirs, *reference) = both(fp8.gelu_backward, grad, low_grad, x, low, bound)
+    for one, other in zip(rest, reference, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(rest[1], y)
+    assert_same_rows(ours, theirs)
+    # The bounds hold: nothing was cut off, and what is in FP8 is what is not.
+    for rows, plain in ((ours, rest[0]), (fp8.gelu(x, low, constant)[0], y)):
+        assert rows.values.float().abs().max() < fp8.LARGEST
+        error = (rows.float() - plain.float()).abs()
+        limit = (2**-4 + tolerance) * plain.float().abs() + 2**-9 * rows.scales[:, None] + tolerance
+        assert (error <= limit).all()
+
+
+def test_no_tokens(device: torch.device) -> None:
+    x = torch.empty(0, 64, device=device)
+    with ops.using("triton"):
+        assert fp8.quantize_rows(x)[0].values.shape == (0, 64)
+        assert fp8.gelu(x, None, torch.empty(0, device=device))[1].shape == (0, 64)
+        assert fp8.add(x, None, (x,)).shape == (0, 64)

@@ -1,0 +1,54 @@
+"""Cross entropy of rows of logits and its gradient, against PyTorch in float32."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from falcon_qlora.kernels import ops
+from falcon_qlora.kernels.softmax import cross_entropy_, cross_entropy_reference
+
+
+def rows(count: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = 4 * torch.randn(count, vocabulary + 3, generator=generator)
+    targets = torch.randint(0, vocabulary, (count,), generator=generator)
+    # Rows lie apart from each other, as in a slice.
+    return logits.to(device, dtype)[:, :vocabulary], targets.to(device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [5, 64, 8192, 20_001])
+@pytest.mark.parametrize("form", ["torch", "triton"])
+def test_losses_and_gradients_are_those_of_float32(form, vocabulary, dtype, device):
+    logits, targets = rows(3, vocabulary, dtype, device)
+    targets[0], targets[1] = 0, vocabulary - 1
+    losses, gradient = cross_entropy_reference(logits, targets)
+    with ops.using(form):
+        found = ops.cross_entropy_(logits, targets, True)
+    torch.testing.assert_close(found, losses, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, gradient, rtol=1e-5 if dtype == torch.float32 else 2**-8, atol=1e-7)
+
+
+def test_the_reference_is_autograd_of_cross_entropy(device):
+    logits, targets = rows(4, 50, torch.float32, device)
+    logits = logits.clone().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    loss.backward()
+    losses, gradient = cross_entropy_reference(logits.detach(), targets)
+    torch.testing.assert_close(losses.sum(), loss.detach())
+    torch.testing.assert_close(gradient, logits.grad)
+
+
+def test_large_and_infinite_logits_stay_finite(device):
+    logits = torch.tensor([[3e4, -3e4, 1.0], [float("-inf"), 2.0, 2.0]], device=device)
+    targets = torch.tensor([0, 1], device=device)
+    found = cross_entropy_(logits, targets, True)
+    torch.testing.assert_close(found, torch.tensor([0.0, 0.6931472], device=device))
+    torch.testing.assert_close(logits, torch.tensor([[0.0, 0.0, 0.0], [0.0, -0.5, 0.5]], device=device))
+
+
+def test_without_gradient_the_logits_stay(device):
+    logits, targets = rows(2, 100, torch.bfloat16, device)
+    before = logits.clone()
+    cross_entropy_(logits, targets, False)
+    assert torch.equal(logits, before)

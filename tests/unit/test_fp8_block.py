@@ -1,0 +1,200 @@
+"""Blocks with FP8 products, multiplied on the CPU: as near to float32 as the format is, and no further."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from falcon_qlora.errors import UserError
+from falcon_qlora.kernels import fp8
+from falcon_qlora.kernels.block import Block
+from falcon_qlora.models import fast
+from falcon_qlora.models.falcon import LINEARS
+from falcon_qlora.models.fast import apply_fast_path, decide
+from falcon_qlora.models.forward import enable_packing
+from tests.layouts import LAYOUTS, MODES, documents, tiny_model
+from tests.packing import packed
+from tests.unit.test_fast_path import FAST_LAYOUTS, LENGTHS, adapted, assert_same, facts, step
+
+# e4m3 rounds by up to 2^-4 of a value, in the mean square by 2^-4 / 3^0.5 / 1.5; a product has two factors.
+PRODUCT_ERROR = 2**-4 / 3**0.5 / 1.5 * 2**0.5
+# The way to a gradient leads through some six products one after the other, forward and back through two
+# blocks; their errors are independent.
+GRADIENT_ERROR = 6**0.5 * PRODUCT_ERROR
+
+
+@pytest.fixture
+def emulated():
+    with fp8.emulated():
+        yield
+
+
+@pytest.fixture
+def exact(emulated, monkeypatch):
+    """The same operations, with operands that are not rounded."""
+    monkeypatch.setattr(fp8, "DTYPE", torch.float32)
+
+
+@pytest.fixture
+def tame(monkeypatch):
+    """Weights with which attention does not choose single tokens: errors are not magnified on the way."""
+    for layout, label in LAYOUTS.items():
+        monkeypatch.setitem(
+            LAYOUTS, layout, label.replace("initializer_range=0.15", "initializer_range=0.05")
+        )
+
+
+def distances(ours: tuple[Tensor, dict], theirs: tuple[Tensor, dict]) -> list[float]:
+    return [float((ours[1][name] - grad).norm() / grad.norm()) for name, grad in theirs[1].items()]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", FAST_LAYOUTS)
+def test_gradients_are_as_near_to_float32_as_e4m3_is_and_those_of_e5m2_are_not(
+    layout, mode, tame, emulated, monkeypatch
+):
+    model = adapted(layout, mode)
+    arguments = packed(documents(LENGTHS))
+    reference = step(model, arguments)
+    report = apply_fast_path(model, fp8_products=True)
+    assert all(what.startswith("fast") and "FP8" in what for what in report.values())
+    ours = step(model, arguments)
+    assert_close(ours[0], reference[0], rtol=0.01, atol=0)
+    errors = distances(ours, reference)
+    assert sum(errors) / len(errors) < GRADIENT_ERROR
+    assert max(errors) < 1.5 * GRADIENT_ERROR
+    monkeypatch.setattr(fp8, "DTYPE", torch.float8_e5m2)
+    coarser = distances(step(model, arguments), reference)
+    assert sum(coarser) / len(coarser) > 1.2 * GRADIENT_ERROR
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", FAST_LAYOUTS)
+def test_but_for_rounding_it_is_the_same(layout, mode, exact):
+    model = adapted(layout, mode)
+    apply_fast_path(model)
+    arguments = packed(documents(LENGTHS))
+    reference = step(model, arguments)
+    apply_fast_path(model, fp8_products=True)
+    assert_same(step(model, arguments), reference)
+
+
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"target_modules": [name], "r": 5} for name in LINEARS),
+        {"target_modules": ["query_key_value", "dense"], "r": 1},
+        {"target_modules": ["dense_h_to_4h", "dense_4h_to_h"], "r": 17, "use_rslora": True},
+    ],
+    ids=str,
+)
+def test_lora_on_some_linears_with_ranks_of_any_size(layout, settings, exact):
+    model = adapted(layout, "4bit", **settings)
+    arguments = packed(documents(LENGTHS))
+    reference = step(model, arguments)
+    apply_fast_path(model, fp8_products=True)
+    assert_same(step(model, arguments), reference)
+
+
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b"])
+@pytest.mark.parametrize("keep", ["attention", "input"])
+def test_what_is_not_kept_is_computed_again(layout, keep, emulated, monkeypatch):
+    model = adapted(layout, "4bit")
+    apply_fast_path(model, fp8_products=True)
+    arguments = packed(documents(LENGTHS))
+    reference = step(model, arguments)
+    monkeypatch.setattr(fast, "Block", partial(Block, keep=keep))
+    assert_same(step(model, arguments), reference, 1e-6)
+
+
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b"])
+def test_without_lora_and_without_gradients(layout, exact):
+    model = tiny_model(layout, "4bit")
+    enable_packing(model)
+    arguments = packed(documents(LENGTHS))
+    with torch.no_grad():
+        reference = model(**arguments).loss
+        apply_fast_path(model, fp8_products=True)
+        assert_close(model(**arguments).loss, reference)
+
+
+def test_evaluation_and_training_alternate_in_bfloat16(tame, emulated):
+    model = adapted("falcon-7b", "4bit", compute_dtype="bf16")
+    apply_fast_path(model, fp8_products=True)
+    arguments = packed(documents(LENGTHS))
+    before = step(model, arguments)
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            assert torch.equal(model(**arguments).loss, before[0])
+    after = step(model, arguments)
+    assert all(torch.equal(after[1][name], grad) for name, grad in before[1].items())
+
+
+def outliers(model: Any, factor: float = 50.0) -> None:
+    """Make a few channels of every norm's output larger, and all that multiplies them as much smaller."""
+    channels = [3, 17, 40]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".h." in name and ("ln_" in name or "layernorm" in name):
+                parameter[channels] *= factor
+            elif ("query_key_value" in name or "dense_h_to_4h" in name) and "lora_B" not in name:
+                parameter[:, channels] /= factor
+
+
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b"])
+def test_outliers_cost_no_precision(layout, tame, emulated):
+    arguments = packed(documents(LENGTHS))
+    errors, losses = [], []
+    for with_outliers in (False, True):
+        model = adapted(layout, "16bit")
+        if with_outliers:
+            outliers(model)
+        reference = step(model, arguments)
+        apply_fast_path(model, fp8_products=True)
+        losses.append(reference[0])
+        found = distances(step(model, arguments), reference)
+        errors.append(sum(found) / len(found))
+    assert_close(*losses)
+    print(errors)
+    assert errors[1] < 1.2 * errors[0], errors
+
+
+def test_an_adapter_larger_than_the_base_does_not_overflow(emulated):
+    model = adapted("falcon-7b", "4bit")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(1e3)
+    arguments = packed(documents(LENGTHS))
+    reference = step(model, arguments)
+    apply_fast_path(model, fp8_products=True)
+    ours = step(model, arguments)
+    assert_close(ours[0], reference[0], rtol=0.1, atol=0)
+    assert all(torch.isfinite(gradient).all() for gradient in ours[1].values())
+
+
+def test_decide_says_so():
+    given = facts(dtype=torch.bfloat16, device_type="cuda")
+    said = decide(given, triton=True, attention="variable-length kernel", fp8_products=True)
+    assert said["weights"] == "NF4 dequantized to FP8"
+
+
+def test_it_is_refused_where_there_is_no_fp8(monkeypatch):
+    model = adapted("falcon-7b", "4bit", compute_dtype="bf16")
+    with pytest.raises(UserError, match="there is no FP8 on the CPU"):
+        apply_fast_path(model, fp8_products=True)
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert fp8.why_not(gpu) == (
+        "NVIDIA A100 has no FP8: its compute capability is 8.0, and FP8 begins at 8.9"
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert fp8.why_not(gpu) is None
+    assert "computes in float32" in str(fp8.why_not(gpu, torch.float32))

@@ -1,0 +1,175 @@
+"""The quality gate in its tiny form: it passes what is right, and rejects every mutant."""
+
+import json
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from falcon_qlora import sample_data
+from falcon_qlora.kernels import ops
+from falcon_qlora.models.tiny import tiny_path
+from falcon_qlora.models.tokenizer import load_tokenizer
+from tests.benchmarks.quality import distances, variants
+from tests.benchmarks.quality.__main__ import main
+from tests.benchmarks.quality.base import OUTLIER_CHANNELS, OUTLIER_FACTOR, put_outliers_in
+from tests.benchmarks.quality.corpus import gather
+from tests.benchmarks.quality.learning import Job, Run, batches, read_rows
+from tests.benchmarks.quality.mutants import MUTANTS
+from tests.benchmarks.quality.report import learning_rejections
+from tests.benchmarks.quality.variants import VARIANTS
+from tests.layouts import LAYOUTS, documents, plain_float32, tiny_model
+
+IN_FLOAT32 = ["--tiny", "--parts", "a", "--variants", "4bit-fp32"]
+
+
+def gate(out, *flags):
+    """Exit status and what was found."""
+    status = main([*flags, "--out", str(out)])
+    return status, json.loads((out / "quality.json").read_text())
+
+
+def test_it_passes_the_fast_path_and_rejects_every_mutant(tmp_path, capsys):
+    status, found = gate(tmp_path, "--tiny", "--parts", "a", "b")
+    assert status == 0
+    assert found["failures"] == {}
+    assert found["skipped"].keys() <= {"4bit-fp8"}
+    ran = set(VARIANTS) - set(found["skipped"])
+    assert len(found["kernel"]) == 3 * len(ran)
+    assert len(found["model"]) == 2 * len(ran)
+    for comparison in found["kernel"] + found["model"]:
+        assert comparison["mutants"].keys() == MUTANTS.keys()
+        assert all(comparison["mutants"].values()), comparison
+        bound = 1e-4 if comparison["variant"].endswith("fp32") else 0.05
+        for of_group in comparison["distances"]["fast"].values():
+            assert 0 < max(of_group.values()) < bound
+    report = (tmp_path / "quality.md").read_text()
+    assert report.startswith("# Quality gate: passed")
+    assert report in capsys.readouterr().out
+
+
+def test_a_slightly_wrong_function_fails(tmp_path, monkeypatch):
+    monkeypatch.setitem(ops._REFERENCE, "gelu", lambda x, out: out.copy_(F.gelu(x, approximate="tanh")))
+    status, found = gate(tmp_path, *IN_FLOAT32)
+    assert status == 1
+    assert found["failures"].keys() == {"4bit-fp32"}
+    assert "# Quality gate: failed" in (tmp_path / "quality.md").read_text()
+
+
+def test_a_mutant_that_passes_fails_the_gate(tmp_path, monkeypatch):
+    monkeypatch.setitem(distances.MUTANTS, "none at all", lambda model: nullcontext())
+    status, found = gate(tmp_path, *IN_FLOAT32)
+    assert status == 1
+    assert found["failures"].keys() == {"mutant: none at all"}
+
+
+def test_a_variant_that_users_get_unasked_and_that_cannot_run_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(variants, "apply_fast_path", lambda model, **how: {"h.0": "reference: a reason"})
+    status, found = gate(tmp_path, *IN_FLOAT32)
+    assert status == 1
+    assert found["kernel"] == []
+    assert found["failures"] == {
+        "4bit-fp32": ["was not run: 1 blocks do not take the fast path: reference: a reason"]
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_outliers_change_no_function(layout):
+    model = plain_float32(tiny_model(layout))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                for parameter in (module.weight, module.bias):
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    ids = documents([40])[0][None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        put_outliers_in(model)
+        found = model(ids).logits
+    assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    norms = [n for n in before if n.startswith("transformer.h") and ("norm" in n or "ln_" in n)]
+    assert len(norms) == 2 * 2 * (1 if layout in ("falcon-7b", "falcon-11b") else 2)
+    parameters = dict(model.named_parameters())
+    for name in norms:
+        factors = parameters[name] / before[name]
+        assert int((factors > 0.99 * OUTLIER_FACTOR).sum()) == OUTLIER_CHANNELS, name
+        assert int((factors == 1).sum()) == factors.numel() - OUTLIER_CHANNELS, name
+
+
+def run_of(path, *, untrained=3.0, own=2.0, by_stock=2.0):
+    job = Job(base="plain", folder="", variant=VARIANTS["4bit"], path=path, seed=0)
+    return Run(job=job, untrained=untrained, own=own, by_stock=by_stock, steps=1, seconds=1)
+
+
+@pytest.mark.parametrize(
+    ("losses", "reasons"),
+    [
+        ({"own": 2.0019}, []),
+        ({"own": 1.9981}, []),
+        ({"own": 2.0021}, ["own path"]),
+        ({"own": 1.9979}, ["own path"]),
+        ({"by_stock": 2.0021}, ["stock path"]),
+        ({"own": float("nan")}, ["own path", "nothing to compare"]),
+        ({"untrained": 2.2}, ["nothing to compare"]),
+    ],
+)
+def test_how_far_a_loss_may_be(losses, reasons):
+    found = learning_rejections(run_of("fast", **losses), run_of("stock"))
+    assert len(found) == len(reasons), found
+    assert all(reason in line for reason, line in zip(reasons, found, strict=True))
+
+
+def test_both_paths_get_the_same_batches_and_never_a_held_out_row():
+    rows = read_rows(sample_data.path(), tiny_path(), held_out=50, limit=300)
+    again = read_rows(sample_data.path(), tiny_path(), held_out=50, limit=300)
+    assert len(rows.evaluation) == 50
+    assert not {d.content for d in rows.evaluation} & {d.content for d in rows.training}
+    first, second = (batches(each.training, 512, 2, 7) for each in (rows, again))
+    other = batches(rows.training, 512, 2, 8)
+    assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(first[0].input_ids, other[0].input_ids)
+    assert max(batch.tokens for batch in first) <= 512
+    assert sum(batch.tokens for batch in first) == 2 * sum(len(d.input_ids) for d in rows.training)
+
+
+def test_a_corpus_has_each_text_once_and_only_text(tmp_path):
+    words = "the rest is real and reads as it should do, line for line\n" * 10
+    folder = tmp_path / "package"
+    folder.mkdir()
+    for name, text in {
+        "one.py": words,
+        "same.md": words,
+        "two.rst": words + "and one more",
+        "table.txt": "0123456789 " * 100,
+        "other.txt": "пусть здесь не латиница " * 100,
+        "short.py": "x = 1",
+        "binary.so": words + "not read",
+    }.items():
+        (folder / name).write_text(text)
+    out = tmp_path / "tokens.npy"
+    count = gather(out, tiny_path(), megabytes=1, processes=1, roots=[tmp_path])
+    tokens = np.load(out)
+    text = load_tokenizer("tiny").decode(tokens)
+    assert tokens.dtype == np.uint16
+    assert len(tokens) == count
+    assert sorted(text.split("<|endoftext|>")) == ["", words, words + "and one more"]
+
+
+@pytest.mark.slow
+def test_fine_tuning_tells_mutants_from_the_fast_path(tmp_path):
+    flags = ["--tiny", "--parts", "c", "--variants", "4bit", "--seeds", "0"]
+    _, found = gate(tmp_path, *flags, "--data", str(sample_data.path()))
+    keys = ("base", "path", "mutant", "repeat")
+    runs = {tuple(run["job"][key] for key in keys): run for run in found["learning"]}
+    assert len(runs) == 2 * 2 + 2 + 1
+    stock = runs["plain", "stock", None, 0]["own"]
+    assert stock == runs["plain", "stock", None, 1]["own"]
+    # A handful of rows and steps: what bfloat16's rounding moves is more than the full gate allows.
+    assert abs(runs["plain", "fast", None, 0]["own"] / stock - 1) < 0.005
+    for mutant in ("half the LoRA scale", "one block without its adapter"):
+        assert runs["plain", "fast", mutant, 0]["own"] > 1.03 * stock
