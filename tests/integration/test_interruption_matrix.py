@@ -207,15 +207,33 @@ def test_another_number_of_processes_makes_the_same_global_batches(processes: Pr
 
 def test_a_run_is_not_gone_on_with_as_another_run(processes: Processes) -> None:
     write_jsonl(processes.folder / "other.jsonl", ROWS[1:])
-    assert run(processes, "--output_dir", "first", "--steps", "2")[0] == 0
-    for words, told in (
+    words = ["--steps", "2", "--save_steps", "1"]
+    assert run(processes, "--output_dir", "first", *words)[0] == 0
+    for changed, told in (
         (["--learning_rate", "1e-4"], "learning_rate was 0.001"),
-        (["--global_batch_size", "4"], "has steps of 8 sequences"),
+        (["--max_length", "48"], "max_length was 64"),
         (["--dataset_name", "other.jsonl"], "the data is not what the run began with"),
     ):
-        status, _, errors = run(processes, "--output_dir", "first", "--steps", "2", *words, "--resume")
+        status, _, errors = run(processes, "--output_dir", "first", *words, *changed, "--resume")
         assert status == 2
         assert told in errors
+
+
+def test_an_altered_checkpoint_is_passed_over_for_the_one_before(processes: Processes) -> None:
+    words = ["--steps", "3", "--save_steps", "1", "--output_dir", "altered"]
+    assert run(processes, *words)[0] == 0
+    adapter = processes.folder / "altered/adapter/adapter_model.safetensors"
+    before = adapter.read_bytes()
+    adapter.unlink()
+    state = processes.folder / "altered/checkpoints/step-3/optimizer.pt"
+    data = bytearray(state.read_bytes())
+    data[len(data) // 2] ^= 1
+    state.write_bytes(data)
+    status, output, errors = run(processes, *words, "--resume")
+    assert (status, errors) == (0, "")
+    assert "step-3 is passed over: optimizer.pt is not what was written" in output
+    assert "going on from step 2" in output
+    assert adapter.read_bytes() == before
 
 
 def test_the_clock_saves_too(processes: Processes) -> None:
