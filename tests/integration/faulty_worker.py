@@ -6,6 +6,7 @@
     {"do": "later", "rank": 1, "number": 9, "seconds": 1.5}       a signal so long after the first step began
     {"do": "slow", "step": 4, "rank": 0}                          the save of step 4 takes two seconds
     {"do": "memory", "step": 3, "rank": 1, "most": 2}             no memory for more than 2 documents at once
+    {"do": "hog", "step": 3, "rank": 1, "leave_gib": 4}           all but so much of the GPU's memory is taken
     {"do": "nan", "step": 3, "rank": 0}                           the loss is not a number; also "gradient"
     {"do": "disk", "step": 4, "bytes": 100000}                    no file can be larger while step 4 is saved
     {"do": "hang", "step": 3, "rank": 1}                          sleeps; "stopped": by SIGSTOP
@@ -34,6 +35,7 @@ from falcon_qlora.trainer import FalconTrainer
 
 FAULTS = json.loads(os.environ.get("FAULTS", "[]"))
 now = 0
+hogs: list[torch.Tensor] = []
 
 
 def faults(do: str, **more: Any) -> list[dict[str, Any]]:
@@ -67,6 +69,10 @@ def faulty_training_step(self: Any, *arguments: Any, **named: Any) -> Any:
     for fault in faults("signal"):
         os.kill(os.getppid() if fault.get("to") == "launcher" else os.getpid(), fault["number"])
         time.sleep(fault.get("wait", 0.3))  # until the launcher has passed it on
+    for fault in faults("hog"):
+        torch.cuda.empty_cache()
+        taken = torch.cuda.mem_get_info()[0] - int(fault["leave_gib"] * 2**30)
+        hogs.append(torch.empty(taken, dtype=torch.uint8, device="cuda"))
     if faults("kill", where="step"):
         die()
     return training_step(self, *arguments, **named)
