@@ -1,4 +1,4 @@
-"""On GPUs: a run of 7B in 4 bits goes on to the last bit, and memory that runs out on one of two is survived."""
+"""On GPUs: 7B in 4 bits goes on to the last bit, and memory that runs out on one of two is survived."""
 
 from __future__ import annotations
 

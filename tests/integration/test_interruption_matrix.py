@@ -177,7 +177,7 @@ def test_a_process_that_hangs_is_named_and_the_run_ends(processes: Processes, fa
     ["-q 8bit --packing false", "-q 16bit --streaming true", "-q 16bit --packing false --padding max_length"],
 )
 def test_every_way_of_reading_goes_on_to_the_last_bit(processes: Processes, words: str) -> None:
-    name = words.replace(" ", "")
+    name = re.sub(r"\W", "", words)
     settings = [*words.split(), "--optim", "adamw_torch"]
     assert run(processes, *settings, "--output_dir", f"{name}-whole")[0] == 0
     asked = {"do": "signal", "step": 4, "rank": 1, "number": signal.SIGTERM}
