@@ -102,6 +102,48 @@ def draw_speed_and_memory(points: Sequence[tuple[str, float, float]], file: Path
     return True
 
 
+def draw_scaling(series: Mapping[str, Sequence[tuple[int, float]]], file: Path, *, title: str = "") -> bool:
+    """Draw samples/s over GPUs as a PNG, each with the line that its fewest GPUs would give ideally.
+
+    Args:
+        series: label to GPUs and samples/s.
+        file: The PNG to write.
+        title: A line above the picture.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    if not series:
+        return False
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    counts = sorted({gpus for points in series.values() for gpus, _ in points})
+    for label, unsorted in series.items():
+        points = sorted(unsorted)
+        (line,) = axes.plot(*zip(*points, strict=True), marker="o", markersize=5, linewidth=1.5, label=label)
+        fewest, speed = points[0]
+        ideal = [speed * gpus / fewest for gpus in (0, counts[-1])]
+        axes.plot([0, counts[-1]], ideal, color=line.get_color(), linestyle=":", linewidth=1)
+    axes.plot([], [], color="black", linestyle=":", linewidth=1, label="ideal")
+    axes.set_xlabel("GPUs")
+    axes.set_ylabel("samples/s (512 tokens)")
+    axes.set_xticks(counts)
+    axes.set_xlim(0, 1.05 * counts[-1])
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    if title:
+        axes.set_title(title, fontsize=11)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=130, format="png")
+    return True
+
+
 def _series(metrics: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
     return [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
 

@@ -1,4 +1,7 @@
-"""``falcon-qlora bench``: variants of a training step against each other, in one process on one GPU."""
+"""``falcon-qlora bench``: variants of a training step against each other, in one process on one GPU.
+
+With ``--gpus`` whole commands on several GPUs instead, see `commands.scaling`.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from dataclasses import field as setting
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from falcon_qlora.bench.scaling import NAMES
 from falcon_qlora.bench.variants import LITGPT_VARIANTS, VARIANTS, Pace, Variant, choose
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.errors import UserError
@@ -29,6 +33,7 @@ _BY_VARIANT = (
     "packing",
     "padding",
 )
+_WITH_GPUS = ("quantize_modes", "fixed", "global_tokens", "lengths", "whole_run")
 
 
 @dataclass(kw_only=True)
@@ -57,14 +62,49 @@ class BenchArguments:
         default_factory=lambda: ["8192"],
         metadata={"help": "Tokens of a micro batch, one or several; stock variants run at the first."},
     )
+    whole_run: float | None = setting(
+        default=None,
+        metadata={
+            "help": "With --gpus: time whole runs of 200 --steps of 16,384 --tokens, to the adapter on disk, "
+            "with cold and warm caches; the recipe over this share of the same rows, the rest extrapolated."
+        },
+    )
     rounds: int = setting(default=5, metadata={"help": "How often every variant has its turn."})
-    warmup: int = setting(default=3, metadata={"help": "Untimed steps before the timed ones."})
+    warmup: int | None = setting(
+        default=None, metadata={"help": "Untimed steps before the timed ones; unset: 3, with --gpus 10."}
+    )
+    gpus: list[str] | None = setting(
+        default=None,
+        metadata={
+            "help": "Run the real command on so many GPUs, one after the other (1,2,4,8): the guide's recipe "
+            "and ours, 20 timed --steps each. --variants are then recipe, ours, ours-fp8."
+        },
+    )
+    quantize_modes: list[str] | None = setting(
+        default=None, metadata={"help": "With --gpus: how bases are stored, one or several."}
+    )
+    fixed: Literal["work", "global"] = setting(
+        default="work",
+        metadata={
+            "help": "With --gpus: each GPU has the same work on any number of them, or a step has "
+            "--global_tokens over all."
+        },
+    )
+    global_tokens: int = setting(default=131072, metadata={"help": "Of a step with --fixed global."})
+    lengths: Literal["even", "uneven"] = setting(
+        default="even",
+        metadata={
+            "help": "With --gpus and made-up rows: documents of --max_length tokens, or uneven as guanaco's."
+        },
+    )
     minutes: float | None = setting(
-        default=None, metadata={"help": "Begin no further round of a model after this long."}
+        default=None,
+        metadata={"help": "Begin no further round of a model, with --gpus no further row, after this long."},
     )
     csv: str | None = setting(default=None, metadata={"help": "Append a row a variant to this CSV."})
     plot: str | None = setting(
-        default=None, metadata={"help": "PNG of tokens/s against peak memory for all variants."}
+        default=None,
+        metadata={"help": "PNG of tokens/s against peak memory; with --gpus of samples/s over GPUs."},
     )
     commit: str | None = setting(
         default=None, metadata={"help": "For the record, where this is no checkout."}
@@ -83,7 +123,13 @@ def main(argv: list[str]) -> int:
     wanted: BenchArguments = configuration.extra
     if wanted.list_variants:
         print("\n".join(f"{variant.name:<30} {variant.what}" for variant in VARIANTS.values()))
+        print("\n".join(["", "with --gpus:", *(f"{name:<30} {what}" for name, what in NAMES.items())]))
         return 0
+    if wanted.gpus is not None:
+        return _on_gpus(configuration)
+    for name in _WITH_GPUS:
+        if name in configuration.explicit:
+            raise UserError(f"--{name} is for --gpus; give both, such as --gpus 1,2")
     on_data = "dataset_name" in configuration.explicit
     variants = choose(_split(wanted.variants), on_data=on_data)
     sizes = _tokens(wanted)
@@ -103,6 +149,15 @@ def main(argv: list[str]) -> int:
         if configuration.explicit.get(name) == "flag":
             _say(f"--{name} is set by each variant; the flag changes nothing here")
     return _bench(configuration, variants, sizes, pace, on_data=on_data)
+
+
+def _on_gpus(configuration: Configuration) -> int:
+    from falcon_qlora.bench.table import check_csv
+    from falcon_qlora.commands import scaling
+
+    if configuration.extra.csv:
+        check_csv(Path(configuration.extra.csv))
+    return scaling.run(configuration, _models(configuration), _say)
 
 
 def _bench(
@@ -260,9 +315,10 @@ def _tokens(wanted: BenchArguments) -> list[int]:
 
 def _pace(configuration: Configuration) -> Pace:
     wanted: BenchArguments = configuration.extra
-    for name in ("rounds", "warmup"):
-        if getattr(wanted, name) < 1:
-            raise UserError(f"--{name} {getattr(wanted, name)}: must be at least 1")
+    warmup = 3 if wanted.warmup is None else wanted.warmup
+    for name, value in (("rounds", wanted.rounds), ("warmup", warmup)):
+        if value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
     length = _document_tokens(configuration)
     for tokens in _tokens(wanted):
         if tokens % length:
@@ -271,7 +327,7 @@ def _pace(configuration: Configuration) -> Pace:
             )
     steps = configuration.run.max_steps if "max_steps" in configuration.explicit else 10
     minutes = math.inf if wanted.minutes is None else wanted.minutes
-    return Pace(rounds=min(wanted.rounds, steps), steps=steps, warmup=wanted.warmup, minutes=minutes)
+    return Pace(rounds=min(wanted.rounds, steps), steps=steps, warmup=warmup, minutes=minutes)
 
 
 def _litgpt() -> tuple[Variant, ...]:

@@ -96,6 +96,11 @@ def check(values: Values, where: dict[str, str]) -> None:
         raise UserError(
             f"{name('compute_dtype')} fp8 is part of what {name('kernels')} off leaves out; give one of them"
         )
+    if values["compute_dtype"] == "fp8" and values["lora_dropout"]:
+        raise UserError(
+            f"{name('compute_dtype')} fp8 needs fast blocks, which have no LoRA dropout; "
+            f"give {name('lora_dropout')} 0"
+        )
     if values["resume"] and values["overwrite"]:
         raise UserError("--resume goes on with a run and --overwrite replaces it; give one of them")
     if values["resume"] == "latest" and values["output_dir"] is None:

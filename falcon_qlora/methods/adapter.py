@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 from transformers import FalconConfig, FalconForCausalLM
 
 from falcon_qlora.errors import UserError
 from falcon_qlora.methods.folder import restore_adapter, write_adapter
 from falcon_qlora.methods.interface import ParameterGroup, remember
 from falcon_qlora.models.prefix import PREFIX, add_prefix, prefixes
+from falcon_qlora.models.quantize import holds_quantized_weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +107,14 @@ def add_prefixes(model: FalconForCausalLM, *, length: int, first_block: int, see
         # Of the size that a norm would hand to the projection.
         rows = torch.randn(length, model.config.hidden_size, generator=generator)
         add_prefix(block.self_attention, rows.to(model.device))
+        # LLM.int8() gives out a view made inside its autograd function. The block adds to this one in place,
+        # which autograd forbids where a gradient passes.
+        if holds_quantized_weight(block.mlp.dense_4h_to_h, "8bit"):
+            block.mlp.dense_4h_to_h.register_forward_hook(_in_memory_of_its_own)
+
+
+def _in_memory_of_its_own(module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    return output.clone()
 
 
 @contextmanager

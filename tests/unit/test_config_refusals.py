@@ -61,6 +61,7 @@ def write(path: Path, **settings: object) -> str:
         (["--bf16", "--compute_dtype", "fp16"], ["--bf16 is true, but --compute_dtype is fp16"]),
         (["--fp16", "false", "--compute_dtype", "fp16"], ["--fp16 is false"]),
         (["--compute_dtype", "fp8", "--kernels", "off"], ["--compute_dtype fp8", "--kernels off"]),
+        (["--compute_dtype", "fp8", "--lora_dropout", "0.1"], ["--compute_dtype fp8", "--lora_dropout 0"]),
         (["--compute_dtype", "fp8", "--fp16"], ["--fp16 is true, but --compute_dtype is fp8"]),
         (["--global_batch_size", "8", "--gradient_accumulation_steps", "2"], ["give one of them"]),
         (["--train_sampling_strategy", "group_by_length"], ["--packing false"]),

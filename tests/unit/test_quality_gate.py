@@ -1,6 +1,10 @@
 """The quality gate in its tiny form: it passes what is right, and rejects every mutant."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from contextlib import nullcontext
 
 import numpy as np
@@ -13,11 +17,11 @@ from falcon_qlora import sample_data
 from falcon_qlora.kernels import ops
 from falcon_qlora.models.tiny import tiny_path
 from falcon_qlora.models.tokenizer import load_tokenizer
-from tests.benchmarks.quality import distances, variants
+from tests.benchmarks.quality import distances, variants, workers
 from tests.benchmarks.quality.__main__ import main
 from tests.benchmarks.quality.base import OUTLIER_CHANNELS, OUTLIER_FACTOR, put_outliers_in
 from tests.benchmarks.quality.corpus import gather
-from tests.benchmarks.quality.learning import Job, Run, batches, read_rows
+from tests.benchmarks.quality.learning import Job, Run, Schedule, batches, read_rows
 from tests.benchmarks.quality.mutants import MUTANTS
 from tests.benchmarks.quality.report import learning_rejections
 from tests.benchmarks.quality.variants import VARIANTS
@@ -173,3 +177,87 @@ def test_fine_tuning_tells_mutants_from_the_fast_path(tmp_path):
     assert abs(runs["plain", "fast", None, 0]["own"] / stock - 1) < 0.005
     for mutant in ("half the LoRA scale", "one block without its adapter"):
         assert runs["plain", "fast", mutant, 0]["own"] > 1.03 * stock
+
+
+COMMAND = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.quality"]
+
+
+def run_gate(out, *flags):
+    """The command itself and what was found, of float32, where both paths have to agree."""
+    flags = ["--tiny", "--variants", "4bit-fp32", "--seeds", "0", "--workers", "2", *flags]
+    flags += ["--data", str(sample_data.path()), "--out", str(out)]
+    ran = subprocess.run([*COMMAND, *flags], capture_output=True, text=True, timeout=300, check=False)
+    found = json.loads((out / "quality.json").read_text())
+    assert found["missing"] == {}, ran.stderr
+    assert ran.stdout.endswith((out / "quality.md").read_text() + "\n")
+    return ran, found
+
+
+@pytest.mark.slow
+def test_the_command_fine_tunes_in_processes_and_passes(tmp_path):
+    ran, found = run_gate(tmp_path, "--parts", "b", "c")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert found["failures"] == {}
+    assert len(found["model"]) == 2
+    assert "- (b) outliers, 4bit-fp32, fast: block outputs" in ran.stdout
+    assert len(found["learning"]) == 2 * 2 + 2 + 1
+    for run in found["learning"]:
+        job = run["job"]
+        assert f"- (c) {job['base']}, 4bit-fp32, {job['mutant'] or job['path']}, seed 0" in ran.stdout
+
+
+@pytest.mark.slow
+def test_the_command_trains_a_base_on_given_text(tmp_path):
+    words = "".join(f"{n} apples and {n + 1} pears are {2 * n + 1} pieces of fruit.\n" for n in range(3000))
+    (tmp_path / "text.txt").write_text(words)
+    ran, found = run_gate(tmp_path, "--parts", "b", "--text", str(tmp_path / "text.txt"), "--seconds", "10")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "held-out loss" in found["about"]["base"]
+    assert {path.name for path in (tmp_path / "base").iterdir()} >= {"config.json", "model.safetensors"}
+    assert len(found["model"]) == 2
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_waiting():
+    setting = workers.Setting(
+        data=sample_data.path(),
+        tokenizer=tiny_path(),
+        held_out=5,
+        limit=10,
+        schedule=Schedule(),
+        device=torch.device("cpu"),
+    )
+    with workers.started(1, setting) as pool:
+        assert list(workers.outcomes(pool, int, ["7", "seven"], 100)) == [
+            ("7", 7),
+            ("seven", "ValueError: invalid literal for int() with base 10: 'seven'"),
+        ]
+        started = time.monotonic()
+        assert list(workers.outcomes(pool, time.sleep, [60], 0.5)) == [(60, "not reached in 0.0 minutes")]
+        assert time.monotonic() - started < 10
+    with workers.started(1, setting) as pool:
+        assert list(workers.outcomes(pool, os._exit, [3, 4], 100)) == [(3, workers.DIED), (4, workers.DIED)]
+        assert list(workers.outcomes(pool, os._exit, [5], 100)) == [(5, workers.DIED)]
+
+
+def test_what_is_not_reached_in_time_is_said_and_fails_a_default(tmp_path):
+    status, found = gate(tmp_path, *IN_FLOAT32, "--minutes_a", "0")
+    assert status == 1
+    assert found["kernel"] == []
+    assert found["failures"]["4bit-fp32"] == [
+        f"(a) {name}: not reached in 0.0 minutes" for name in ("falcon-7b", "falcon-11b", "falcon-40b")
+    ]
+
+
+def test_given_text_is_read_as_it_is_by_several_processes(tmp_path):
+    lines = [f"line {n} of a long text, Zeile {n} ü\n" for n in range(40_000)]
+    given = tmp_path / "given.txt"
+    given.write_text("".join(lines), encoding="utf-8")
+    out = tmp_path / "tokens.npy"
+    gather(out, tiny_path(), megabytes=1, processes=2, text=given)
+    documents_found = load_tokenizer("tiny").decode(np.load(out)).split("<|endoftext|>")
+    assert all(document.endswith("\n") for document in documents_found[:-1])
+    assert len(documents_found) == 4
+    found = "".join(documents_found)
+    assert "".join(lines).startswith(found)
+    assert 1e6 <= len(found) < 1e6 + 100

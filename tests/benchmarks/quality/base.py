@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +16,22 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM
 
-from falcon_qlora.models.tiny_train import Settings, fit, untrained
+from falcon_qlora.errors import UserError
+from falcon_qlora.models.tiny_train import WINDOW, Settings, fit, untrained
+from tests.benchmarks.quality.sizes import Size
 
 OUTLIER_CHANNELS, OUTLIER_FACTOR = 4, 50.0
 _HELD_OUT = 2**16
+_GATHERING_SECONDS = 120
 
 
-def configuration(vocabulary: int) -> FalconConfig:
-    """Falcon-7B's layout in small: 122 million parameters."""
+def configuration(vocabulary: int, hidden_size: int, layers: int) -> FalconConfig:
+    """Falcon-7B's layout in small: 122 million parameters with 12 layers of 768."""
     return FalconConfig(
         vocab_size=vocabulary,
-        hidden_size=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
+        hidden_size=hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 64,
         multi_query=True,
         parallel_attn=True,
         new_decoder_architecture=False,
@@ -35,6 +45,52 @@ def configuration(vocabulary: int) -> FalconConfig:
     )
 
 
+class Gathering:
+    """Text that another process is reading and tokenizing."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+
+    def wait(self) -> None:
+        """Until the text is there; ends the program if it will not be."""
+        try:
+            status = self._process.wait(_GATHERING_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise SystemExit(f"the text was not there after {_GATHERING_SECONDS} s") from None
+        if status:
+            raise SystemExit("the text could not be gathered; see above")
+
+
+@contextmanager
+def gathering(tokens: Path, tokenizer: Path, megabytes: float, text: Path | None) -> Iterator[Gathering]:
+    """Start to gather text into the file `tokens`; whatever still runs is ended on leaving."""
+    command = [sys.executable, "-m", "tests.benchmarks.quality.corpus", "--megabytes", str(megabytes)]
+    command += ["--tokenizer", str(tokenizer), "--out", str(tokens)]
+    command += ["--text", str(text)] if text else []
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        yield Gathering(process)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
+            process.wait()
+
+
+def train_on_gathered(out: Path, tokenizer: Any, size: Size, seconds: float, device: torch.device) -> str:
+    """Train the base in ``out/base`` on the tokens of ``out/tokens.npy``.
+
+    Returns:
+        What came of it, for the report.
+    """
+    config = configuration(len(tokenizer), size.hidden_size, size.layers)
+    notes = train_base(out / "tokens.npy", out / "base", config, size.base_settings(seconds), device)
+    (out / "base" / "training.json").write_text(json.dumps(notes, indent=1) + "\n")
+    last = notes[-1]
+    return (
+        f"{last['tokens']:,} tokens in {last['seconds']} s, held-out loss {last['held_out_loss']['text']:.3f}"
+    )
+
+
 def train_base(
     tokens: Path, folder: Path, config: FalconConfig, settings: Settings, device: torch.device
 ) -> list[dict[str, Any]]:
@@ -42,10 +98,15 @@ def train_base(
 
     Returns:
         Ten notes of how far it had come.
+
+    Raises:
+        UserError: if the tokens are too few.
     """
     torch.manual_seed(settings.seed)
     all_tokens = torch.from_numpy(np.load(tokens).astype(np.int32)).to(device)
     held_out = min(_HELD_OUT, len(all_tokens) // 20)
+    if held_out <= WINDOW:
+        raise UserError(f"{tokens} holds {len(all_tokens):,} tokens: too few to train a base on.")
     with device:
         model = untrained(config)
     notes = fit(model, all_tokens[:-held_out], {"text": all_tokens[-held_out:].long()}, settings)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tests.benchmarks.quality.distances import Comparison
-from tests.benchmarks.quality.learning import Run
+from tests.benchmarks.quality.learning import Job, Run
 from tests.benchmarks.quality.mutants import MUTANTS
 from tests.benchmarks.quality.variants import VARIANTS, Variant
 
@@ -25,6 +25,7 @@ class Findings:
         model: whole trained models.
         learning: fine-tuning runs.
         skipped: variant → why it was not run.
+        missing: variant → comparisons and runs that there are no figures of, and why.
     """
 
     about: dict[str, Any] = field(default_factory=dict)
@@ -32,6 +33,11 @@ class Findings:
     model: list[Comparison] = field(default_factory=list)
     learning: list[Run] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, list[str]] = field(default_factory=dict)
+
+    def miss(self, variant: str, place: str, reason: str) -> None:
+        """Note that there are no figures of `place`."""
+        self.missing.setdefault(variant, []).append(f"{place}: {reason}")
 
     @property
     def comparisons(self) -> list[tuple[str, Comparison]]:
@@ -44,6 +50,8 @@ def failures(findings: Findings) -> dict[str, list[str]]:
     A mutant must be rejected in every comparison of parts (a) and (b); what (c) says of it is reported.
     """
     found = {name: [f"was not run: {reason}"] for name, reason in findings.skipped.items() if decides(name)}
+    for name, places in findings.missing.items():
+        found.setdefault(name, []).extend(places)
     for part, comparison in findings.comparisons:
         place = f"({part}) {comparison.model}, {comparison.variant}"
         for reason in comparison.failures:
@@ -54,7 +62,7 @@ def failures(findings: Findings) -> dict[str, list[str]]:
     for fast, stock in pairs(findings.learning):
         if fast.job.mutant is None:
             reasons = learning_rejections(fast, stock)
-            place = f"(c) {fast.job.base}, {fast.job.variant.name}, seed {fast.job.seed}"
+            place = f"(c) {name_of(fast.job)}"
             if reasons:
                 found.setdefault(fast.job.variant.name, []).extend(f"{place}: {r}" for r in reasons)
     return found
@@ -72,17 +80,21 @@ def stock_of(variant: Variant) -> Variant:
 
 
 def pairs(runs: list[Run]) -> list[tuple[Run, Run]]:
-    """Each run of the fast path, mutants included, with the stock path's of the same base and seed."""
+    """Each run of the fast path, mutants included, with the stock path's of the same base and seed.
+
+    A run whose partner is not there, or not yet, is left out.
+    """
     stock = {
         (run.job.base, run.job.variant.name, run.job.seed): run
         for run in runs
         if run.job.path == "stock" and not run.job.repeat
     }
-    return [
-        (run, stock[run.job.base, stock_of(run.job.variant).name, run.job.seed])
+    keys = {
+        run.job: (run.job.base, stock_of(run.job.variant).name, run.job.seed)
         for run in runs
         if run.job.path == "fast"
-    ]
+    }
+    return [(run, stock[keys[run.job]]) for run in runs if keys.get(run.job) in stock]
 
 
 def learning_rejections(fast: Run, stock: Run) -> list[str]:
@@ -97,6 +109,35 @@ def learning_rejections(fast: Run, stock: Run) -> list[str]:
             fell = 1 - run.own / run.untrained
             reasons.append(f"the {run.job.path} path's loss fell by {fell:.1%}: nothing to compare")
     return reasons
+
+
+def name_of(job: Job) -> str:
+    """A run, for people to read."""
+    again = ", again" if job.repeat else ""
+    return f"{job.base}, {job.variant.name}, {job.mutant or job.path}, seed {job.seed}{again}"
+
+
+def run_line(run: Run) -> str:
+    """What came of a fine-tuning run."""
+    return (
+        f"- (c) {name_of(run.job)}: {run.untrained:.4f} → {run.own:.4f}, "
+        f"on the stock path {run.by_stock:.4f}; {run.steps} steps, {run.seconds:.0f} s"
+    )
+
+
+def comparison_lines(part: str, comparison: Comparison) -> list[str]:
+    """A line a path: how far from float32 it is."""
+    lines = []
+    for path, distances in comparison.distances.items():
+        if path in comparison.mutants:
+            continue
+        figures = ", ".join(f"{group} {_mean_and_worst(each.values())}" for group, each in distances.items())
+        lines.append(f"- ({part}) {comparison.model}, {comparison.variant}, {path}: {figures}")
+        if path == "fast":
+            rejected = sum(map(bool, comparison.mutants.values()))
+            lines[-1] += "; " + ("; ".join(comparison.failures) or "passes")
+            lines[-1] += f"; {rejected} of {len(comparison.mutants)} mutants rejected"
+    return lines
 
 
 def to_json(findings: Findings) -> str:
@@ -206,11 +247,12 @@ def _noise(runs: list[Run]) -> list[str]:
         lines.append(f"Between seeds the stock path's loss differs by {_range(spread, 3)}.")
     for run in runs:
         if run.job.repeat:
-            same = next(other for other in runs if other.job == replace(run.job, repeat=0))
-            lines.append(
+            lines += [
                 f"The same run of the stock path again, {run.job.variant.name} on {run.job.base}: "
                 f"{abs(run.own / same.own - 1):.3%}."
-            )
+                for same in runs
+                if same.job == replace(run.job, repeat=0)
+            ]
     return lines
 
 

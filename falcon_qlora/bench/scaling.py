@@ -1,0 +1,298 @@
+"""Runs of the real command on several GPUs, and what their run directories say about speed and memory.
+
+Every row of the table is one ``falcon-qlora train … --gpus N`` in a process of its own. Speeds are those of
+the steps after the first ones as the run itself logged them; the seconds of the whole command, with
+imports, loading and saving, are kept beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from falcon_qlora.bench.texts import UNEVEN_LONGEST
+from falcon_qlora.errors import UserError, nearest
+from falcon_qlora.run_directory import RunDirectory
+
+Name = Literal["recipe", "ours", "ours-fp8"]
+NAMES: dict[Name, str] = {
+    "recipe": "the data-parallel QLoRA guide's recipe (--recipe lambda-7b-4bit and kin)",
+    "ours": "the default recipe",
+    "ours-fp8": "the default recipe with --compute_dtype fp8",
+}
+_REASON_LETTERS = 240
+_EXCEPTION = re.compile(r"^(?:\[rank\d+\]:\s*)?[\w.]*(?:Error|Exception|Interrupt)\b")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """How much a step computes.
+
+    Attributes:
+        tokens: of a micro batch on each GPU.
+        document: tokens that the recipe pads or cuts every row to.
+        global_tokens: of a step over all GPUs; None: one micro batch on each.
+    """
+
+    tokens: int = 8192
+    document: int = 512
+    global_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("recipe", "ours"):
+            positions = self.sequence(name)
+            for flag, tokens in (("--tokens", self.tokens), ("--global_tokens", self.global_tokens)):
+                if tokens is not None and (tokens < positions or tokens % positions):
+                    raise UserError(
+                        f"{flag} {tokens}: must be a multiple of {positions}, the positions of a sequence"
+                    )
+
+    def sequence(self, name: str) -> int:
+        """Positions of one sequence: ours are longer, as documents share them."""
+        if name == "recipe":
+            return self.document
+        return max(self.document, min(UNEVEN_LONGEST, self.tokens))
+
+    def step_tokens(self, gpus: int) -> int:
+        return self.global_tokens or gpus * self.tokens
+
+    def step_rows(self, gpus: int) -> int:
+        """Rows of a step of the recipe."""
+        return self.step_tokens(gpus) // self.document
+
+    def flags(self, name: str) -> list[str]:
+        """The flags of `falcon-qlora train` that make it so."""
+        sequence = self.sequence(name)
+        words = ["--max_length", str(sequence), "-b", str(self.tokens // sequence)]
+        if self.global_tokens is not None:
+            words += ["--global_batch_size", str(self.global_tokens // sequence)]
+        return words
+
+    def described(self) -> str:
+        step = "work a GPU fixed" if self.global_tokens is None else f"{self.global_tokens:,} tokens a step"
+        return f"{step}, {self.tokens:,} tokens a GPU at a time"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of the table: which command, on how many GPUs.
+
+    Attributes:
+        name: which of `NAMES`.
+        model: as `--model_name_or_path` takes it.
+        quantize_mode: of the base.
+        gpus: processes, one a GPU.
+        work: of a step.
+        flags: of the user's, and those that name the rows.
+        caches: "cold" or "warm", where a run is timed as a whole.
+    """
+
+    name: Name
+    model: str
+    quantize_mode: str
+    gpus: int
+    work: Work
+    flags: tuple[str, ...]
+    caches: str = ""
+
+    @property
+    def recipe(self) -> str | None:
+        """The recipe's name, where it is the guide's."""
+        if self.name != "recipe":
+            return None
+        size = "40b" if "40b" in self.model.lower() else "7b"
+        return f"lambda-{size}-{'8bit' if self.quantize_mode == '8bit' else '4bit'}"
+
+    @property
+    def label(self) -> str:
+        return (self.recipe or self.name) + (f", {self.caches} caches" if self.caches else "")
+
+    def command(self, output: Path, *, steps: int, on_gpu: bool) -> list[str]:
+        """The words after ``falcon-qlora``."""
+        words = ["train", "--gpus", str(self.gpus), "-m", self.model, "-q", self.quantize_mode]
+        if self.recipe is not None:
+            words += ["--recipe", self.recipe]
+            # The guide's fp16 is for GPUs alone.
+            words += [] if on_gpu else ["--compute_dtype", "auto"]
+        if self.name == "ours-fp8":
+            words += ["--compute_dtype", "fp8"]
+        words += [*self.work.flags(self.name), "--max_steps", str(steps), *self.flags]
+        return [*words, "--save_strategy", "no", "--report_to", "none", "--output_dir", str(output)]
+
+
+def choose(names: Sequence[str] | None) -> list[Name]:
+    """The rows of these names, in this order; all for None.
+
+    Raises:
+        UserError: for an unknown name.
+    """
+    chosen: list[Name] = []
+    for name in dict.fromkeys(names or NAMES):
+        known = next((each for each in NAMES if each == name), None)
+        if known is None:
+            raise UserError(
+                f"--variants: with --gpus there is no {name!r}{nearest(name, NAMES)}; there are "
+                f"{', '.join(NAMES)}"
+            )
+        chosen.append(known)
+    return chosen
+
+
+@dataclass(kw_only=True)
+class Measured:
+    """What one command did.
+
+    Attributes:
+        row: what it was.
+        failure: why there are no figures.
+        command_seconds: from the command's start to its end.
+        steps: all of the run's.
+        timed_steps: those that count.
+        tokens_per_second: real tokens, over all GPUs.
+        samples_per_second: of 512 computed positions, over all GPUs.
+        step_seconds: the mean of the timed steps.
+        step_range: of single log intervals, seconds a step.
+        peak_gb: what the process with the most reserved, 10^9 bytes.
+        kept: environment.json, summary.json, data.json, kernels.json and the last line of metrics.jsonl.
+    """
+
+    row: Row
+    failure: str | None = None
+    command_seconds: float = 0.0
+    steps: int = 0
+    timed_steps: int = 0
+    tokens_per_second: float = 0.0
+    samples_per_second: float = 0.0
+    step_seconds: float = 0.0
+    step_range: tuple[float, float] = (0.0, 0.0)
+    peak_gb: float = 0.0
+    kept: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        """Of the base, the head counted once."""
+        return int(self.kept["summary"]["total_parameters"] - self.kept["summary"]["trainable_parameters"])
+
+    @property
+    def kernels(self) -> str:
+        """What ran the blocks, a word or two for each way."""
+        ways = Counter(self.kept.get("kernels", {}).values())
+        return "; ".join(f"{count} blocks: {what}" for what, count in ways.items())
+
+
+def measure(
+    row: Row,
+    *,
+    steps: int,
+    warmup: int,
+    on_gpu: bool,
+    say: Callable[[str], None],
+    environment: Mapping[str, str] | None = None,
+) -> Measured:
+    """Run the command of `row` and read what it left.
+
+    Args:
+        row: what to run.
+        steps: optimizer steps, all of them.
+        warmup: the first ones, which are not counted.
+        on_gpu: whether the processes find GPUs.
+        say: told the end of what a failed command printed.
+        environment: variables set for the command beside ours.
+    """
+    if not on_gpu and row.name == "ours-fp8":
+        return Measured(row=row, failure="not run: there is no FP8 on the CPU")
+    with tempfile.TemporaryDirectory(prefix="falcon_qlora_") as folder:
+        output = Path(folder) / "run"
+        command = row.command(output, steps=steps, on_gpu=on_gpu)
+        started = time.perf_counter()
+        status, printed = _run(command, {**os.environ, **(environment or {})})
+        seconds = time.perf_counter() - started
+        if status:
+            say(f"falcon-qlora {' '.join(command)}\n{printed[-3000:]}")
+            return Measured(row=row, failure=reason(status, printed), command_seconds=seconds)
+        measured = read_run(row, RunDirectory(output), warmup=warmup)
+    measured.command_seconds = seconds
+    return measured
+
+
+def _run(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    """Exit status and what was printed. The command ends when this process does, however that is."""
+    tied = [sys.executable, "-m", "falcon_qlora.commands.worker", str(os.getpid()), "falcon_qlora"]
+    result = subprocess.run(
+        [*tied, *command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    return result.returncode, result.stdout
+
+
+def reason(status: int, printed: str) -> str:
+    """One line on why a command failed, from what it printed."""
+    lines = [line.strip() for line in printed.splitlines() if line.strip()]
+    memory = [line for line in lines if "out of memory" in line.lower()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    exceptions = [line for line in lines if _EXCEPTION.match(line)]
+    if memory:
+        return f"failed: out of memory: {memory[0]}"[:_REASON_LETTERS]
+    said = [*errors[:1], *exceptions[-1:], *lines[-1:], "it said nothing"][0]
+    return f"failed: {said} (exit status {status})"[:_REASON_LETTERS]
+
+
+def read_run(row: Row, directory: RunDirectory, *, warmup: int) -> Measured:
+    """The figures of a finished run.
+
+    Args:
+        row: what was run.
+        directory: where.
+        warmup: steps that are not counted; log intervals that begin before their end are not either.
+    """
+    lines = [line for line in directory.read_metrics() if "tokens_per_second" in line]
+    summary = directory.read_summary()
+    kept = {
+        "summary": summary,
+        "environment": json.loads(directory.environment_file.read_text()),
+        "data": json.loads(directory.data_file.read_text()),
+        "kernels": json.loads(directory.kernels_file.read_text()),
+        "last": lines[-1] if lines else {},
+    }
+    before = [{"step": 0, "tokens": 0}, *lines]
+    intervals = [
+        _interval(earlier, line)
+        for earlier, line in zip(before, lines, strict=False)
+        if earlier["step"] >= warmup
+    ]
+    if not intervals:
+        return Measured(row=row, failure=f"not measured: no step was logged after the first {warmup}")
+    steps, tokens, samples, seconds = (sum(column) for column in zip(*intervals, strict=True))
+    each = [interval[3] / interval[0] for interval in intervals]
+    return Measured(
+        row=row,
+        steps=summary["steps"],
+        timed_steps=int(steps),
+        tokens_per_second=tokens / seconds,
+        samples_per_second=samples / seconds,
+        step_seconds=seconds / steps,
+        step_range=(min(each), max(each)),
+        peak_gb=summary["peak_memory_gib"] * 2**30 / 1e9,
+        kept=kept,
+    )
+
+
+def _interval(earlier: Mapping[str, Any], line: Mapping[str, Any]) -> tuple[int, float, float, float]:
+    """Steps, tokens, 512-position samples and seconds between two log lines."""
+    tokens = line["tokens"] - earlier["tokens"]
+    seconds = tokens / line["tokens_per_second"]
+    return line["step"] - earlier["step"], tokens, line["samples_per_second_512"] * seconds, seconds

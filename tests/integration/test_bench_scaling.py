@@ -1,0 +1,59 @@
+"""``falcon-qlora bench --gpus`` with the real command in two processes, on the CPU."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from falcon_qlora.__main__ import main
+from falcon_qlora.bench.scaling import Row, Work, measure
+from tests.integration.runs import ENVIRONMENT
+
+
+def test_two_processes_share_the_global_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    size = ("--tokens", "128", "--max_length", "32", "--fixed", "global", "--global_tokens", "512")
+    rows = ("--gpus", "2", "--variants", "recipe,ours,ours-fp8", "--lengths", "uneven")
+    pace = ("--steps", "3", "--warmup", "1")
+    file = tmp_path / "records.csv"
+    # Not in a process of its own, which would take long to import the libraries.
+    status = main(["bench", "--models", "tiny", "--lora_r", "4", *size, *rows, *pace, "--csv", str(file)])
+    assert status == 0
+    with file.open(newline="") as opened:
+        recipe, ours, fp8 = csv.DictReader(opened)
+    assert [row["variant"] for row in (recipe, ours, fp8)] == ["lambda-7b-4bit", "ours", "ours-fp8"]
+    assert {row["gpus"] for row in (recipe, ours, fp8)} == {"2"}
+    assert fp8["note"].startswith("not run: there is no FP8 on the CPU; ")
+    for row in (recipe, ours):
+        assert "3 of 4 steps timed" in row["note"]
+        assert row["ratio_to_first"] == ""  # there is none on one
+        seconds = float(row["step_ms"]) / 1e3
+        positions = float(row["samples_per_second_512"]) * seconds * 512
+        tokens = int(row["tokens_per_second"]) * seconds
+        # Padded, a step is 16 rows of 32 positions; packed, it has as many tokens as fit.
+        assert positions == pytest.approx(512 if row is recipe else tokens, rel=0.05)
+        assert (tokens < 400) if row is recipe else (440 < tokens <= 515)
+    assert "2 GPUs" in capsys.readouterr().err
+
+
+def test_a_run_that_breaks_says_why() -> None:
+    row = Row(
+        name="ours",
+        model="tiny",
+        quantize_mode="4bit",
+        gpus=1,
+        work=Work(),
+        flags=("--no_such_flag", "1"),
+    )
+    said: list[str] = []
+    measured = measure(row, steps=1, warmup=0, on_gpu=False, say=said.append)
+    assert measured.failure is not None
+    assert measured.failure.startswith("failed: ")
+    assert "--no_such_flag" in measured.failure
+    assert "exit status 2" in measured.failure
+    assert "--no_such_flag" in said[0]
