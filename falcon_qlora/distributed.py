@@ -12,9 +12,12 @@ import datetime
 import hashlib
 import os
 import pickle
+import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -59,6 +62,11 @@ def is_local_main_process() -> bool:
 def restart_count() -> int:
     """How often torchrun has restarted this group of processes."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def launch_id() -> str:
+    """torchrun's name for this job, the same over its restarts; without torchrun empty."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "")
 
 
 def local_device() -> torch.device:
@@ -183,6 +191,39 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().flatten().view(torch.uint8)
 
 
+_siblings: list[int] = []
+
+
+def remember_siblings() -> None:
+    """Learn which processes of this machine train together with this one."""
+    namespace = os.readlink("/proc/self/ns/pid") if sys.platform.startswith("linux") else ""
+    here = (socket.gethostname(), namespace, os.getppid())
+    everyone = gather_objects((here, os.getpid()))
+    _siblings[:] = [pid for place, pid in everyone if place == here and pid != os.getpid()]
+
+
+def forget_siblings() -> None:
+    """From here on each process may end by itself."""
+    _siblings.clear()
+
+
+def sibling_died() -> bool:
+    """Whether one of the processes that `remember_siblings` found is gone."""
+    return not all(_lives(pid) for pid in _siblings)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        if sys.platform.startswith("linux"):
+            # What has ended and is not yet collected by its parent is a zombie.
+            stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+            return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True
+
+
 def exit_status(work: Callable[[], object]) -> int:
     """Run `work` and return the status to exit with, having said what went wrong once over all processes.
 
@@ -200,9 +241,33 @@ def exit_status(work: Callable[[], object]) -> int:
         _report(f"error: {error}\n")
         return EXIT_USER_ERROR
     except Exception:
+        if _siblings and _waits_for_death():
+            return EXIT_BUG  # what follows from another's death says nothing more; the launcher tells of it
         _report(traceback.format_exc())
         return EXIT_BUG
     return 0
+
+
+def _waits_for_death(seconds: float = 0.5) -> bool:
+    """Whether a sibling is gone, or is so within a moment: a connection ends shortly before its process."""
+    deadline = time.monotonic() + seconds
+    while not sibling_died():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def connect(timeout_seconds: float) -> dist.TCPStore:
+    """A connection of one's own to the processes' store, for a thread or before there is a process group.
+
+    Raises:
+        RuntimeError: if there is no answer.
+        KeyError: if torchrun has not started this process.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    limit = datetime.timedelta(seconds=timeout_seconds)
+    return dist.TCPStore(address, port, is_master=False, timeout=limit)
 
 
 def leave(status: int) -> None:
@@ -236,8 +301,7 @@ def _report(message: str | None) -> None:
     store = None
     if world_size() > 1:
         with contextlib.suppress(RuntimeError, KeyError):
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = dist.TCPStore(address, port, is_master=False, timeout=_REPORT_LIMIT)
+            store = connect(_REPORT_LIMIT.total_seconds())
     alone = store is None and is_main_process()
     if message is not None and (alone or (store is not None and store.add(key, 1) == 1)):
         print(message, end="", file=sys.stderr, flush=True)

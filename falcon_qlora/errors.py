@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 EXIT_USER_ERROR = 2
 EXIT_BUG = 1
+# Of a process that has said which one hangs: the launcher has no more to say of those that it then ends.
+EXIT_HANGING = 3
 
 
 class UserError(Exception):

@@ -88,6 +88,8 @@ class Summary:
         world_size: Processes that trained together.
         best_eval_loss: Lowest held-out loss, where there was an evaluation.
         best_step: The step of `best_eval_loss`.
+        bad_steps: Steps that were skipped, as their loss or gradient was not finite.
+        micro_batch_parts: In how many parts micro batches were split in the end, as memory had run out.
         predicted_peak_memory_gib: What `peak_memory_gib` was expected to be, on a GPU.
     """
 
@@ -104,6 +106,8 @@ class Summary:
     world_size: int
     best_eval_loss: float | None = None
     best_step: int | None = None
+    bad_steps: int = 0
+    micro_batch_parts: int = 1
     predicted_peak_memory_gib: float | None = None
 
 
@@ -215,10 +219,12 @@ class RunDirectory:
         return read_metrics(self.metrics_file)
 
     def drop_metrics_after(self, step: int) -> None:
-        """Forget the log steps after `step`: a run that resumes there does them again."""
-        if self.metrics_file.exists():
-            kept = [record for record in self.read_metrics() if record["step"] <= step]
-            write_text(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
+        """Forget the log steps and sample answers after `step`: a run that resumes there does them again."""
+        for file in (self.metrics_file, self.path / "samples.jsonl"):
+            if file.exists():
+                kept = [record for record in read_metrics(file) if record["step"] <= step]
+                lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in kept]
+                write_text(file, "".join(lines))
 
     def draw_loss(self, title: str = "") -> Path | None:
         """Draw `loss.png` from the metrics; None where there is no loss to draw yet."""

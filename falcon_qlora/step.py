@@ -1,22 +1,143 @@
-"""One optimizer step of one process: micro batches, a loss weighed by tokens, one reduction at the end."""
+"""One optimizer step of one process: micro batches, a loss weighed by tokens, one reduction at the end.
+
+Forward and backward passes exchange nothing. So a process that runs out of memory can do its share again in
+smaller pieces while the others wait for it in the reduction, which also carries what all must agree on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from falcon_qlora.data.batches import MicroBatch, Share
+from falcon_qlora.errors import UserError
 from falcon_qlora.models.attention import Sequences
+
+# Every gradient begins at a multiple of 256 bytes, as if it had a tensor of its own.
+_ALIGNMENT = 64
+MOST_HALVINGS = 8
+NOTES = 3 + MOST_HALVINGS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Notes:
+    """What a process tells the others with its gradients.
+
+    Attributes:
+        loss: its part of the global batch's mean loss.
+        stop: it was asked to stop.
+        save: it wants a checkpoint.
+        halvings: how often it had to halve its micro batches for want of memory.
+    """
+
+    loss: torch.Tensor
+    stop: bool = False
+    save: bool = False
+    halvings: int = 0
+
+    def tensor(self) -> torch.Tensor:
+        """float32 ``[NOTES]``, to be added up over the processes; made without waiting."""
+        reached = [float(count < self.halvings) for count in range(MOST_HALVINGS)]
+        rest = torch.tensor([float(self.stop), float(self.save), *reached])
+        if self.loss.is_cuda:
+            rest = rest.pin_memory().to(self.loss.device, non_blocking=True)
+        return torch.cat([self.loss.detach().float().reshape(1), rest])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreed:
+    """The notes of all processes together: the loss is the sum, the rest is what any of them says."""
+
+    loss: float
+    stop: bool
+    save: bool
+    halvings: int
+
+    # Where the notes hold what was wished for.
+    WISHES: ClassVar[slice] = slice(1, 3)
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Agreed:
+        """Read a summed `Notes.tensor`, on the host."""
+        loss, stop, save, *reached = values
+        return Agreed(
+            loss=loss, stop=stop > 0, save=save > 0, halvings=sum(processes > 0 for processes in reached)
+        )
+
+
+class Reduction:
+    """Adds up gradients and notes over the processes, once a step.
+
+    The gradients of a dtype lie in one buffer that is laid out alike in every run. DistributedDataParallel
+    regroups its buckets after a run's first step, which changes the order of sums over three processes or
+    more: a resumed run would differ from an uninterrupted one in the last bits.
+
+    Args:
+        parameters: the trainable ones.
+        processes: how many train together.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], *, processes: int):
+        self._parameters = parameters
+        self._processes = processes
+        self._flat: dict[torch.dtype, torch.Tensor] = {}
+        self._views: list[torch.Tensor] = []
+        if processes > 1:
+            starts, totals = [], {torch.float32: 0}
+            for parameter in parameters:
+                start = totals.setdefault(parameter.dtype, 0)
+                starts.append(start)
+                totals[parameter.dtype] = start + -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
+            # The notes travel behind float32's gradients: one collective a step, where those are all.
+            totals[torch.float32] += NOTES
+            device = parameters[0].device
+            self._flat = {
+                dtype: torch.zeros(total, dtype=dtype, device=device) for dtype, total in totals.items()
+            }
+            self._views = [
+                self._flat[parameter.dtype][start : start + parameter.numel()].view_as(parameter)
+                for start, parameter in zip(starts, parameters, strict=True)
+            ]
+
+    def share_parameters(self) -> None:
+        """Give every process the main process's parameters, which are the same already if all is well."""
+        if self._processes > 1:
+            for parameter in self._parameters:
+                dist.broadcast(parameter.data, src=0)
+
+    def clear(self) -> None:
+        """Forget the gradients of this process."""
+        if not self._flat:
+            for parameter in self._parameters:
+                parameter.grad = None
+            return
+        for flat in self._flat.values():
+            flat.zero_()
+        for parameter, view in zip(self._parameters, self._views, strict=True):
+            parameter.grad = view
+
+    def __call__(self, notes: torch.Tensor) -> torch.Tensor:
+        """Leave the sum over the processes in the gradients; return that of `notes`."""
+        if not self._flat:
+            return notes
+        carrier = self._flat[torch.float32]
+        carrier[-NOTES:] = notes
+        for flat in self._flat.values():
+            dist.all_reduce(flat)
+        return carrier[-NOTES:].clone()
 
 
 def sum_of_losses(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     """The sum of the cross entropies of `batch`'s targets: a float32 scalar with a gradient.
 
     Args:
-        model: with packing enabled, possibly wrapped by PEFT and DistributedDataParallel.
+        model: with packing enabled, possibly wrapped by PEFT.
         batch: on the model's device.
     """
     sequences = Sequences(
@@ -39,38 +160,92 @@ def accumulate_gradients(
     share: Share,
     *,
     device: torch.device,
-    processes: int,
+    reduction: Reduction,
     backward: Callable[[torch.Tensor], None],
-) -> torch.Tensor:
-    """Leave in the trainable parameters the gradient of the global batch's mean loss.
+    halvings: int = 0,
+) -> tuple[torch.Tensor, int]:
+    """Leave in the trainable parameters this process's part of the gradient of the global batch's mean loss.
 
     The loss of every micro batch is divided by the target tokens of the whole global batch, so a token
-    weighs the same on whatever process and in whatever micro batch it is. Gradients stay local until the
-    last micro batch, whose backward reduces them once. The mean that DistributedDataParallel takes over
-    processes is undone by the factor `processes`.
+    weighs the same on whatever process and in whatever micro batch it is. Where memory runs out, the micro
+    batches are halved and all of them are done again.
 
     Args:
         model: as Accelerate prepared it.
         share: this process's part of the step.
         device: of the model.
-        processes: how many train together.
+        reduction: holds the gradients.
         backward: Accelerate's, which scales the loss in fp16.
+        halvings: how often to halve the micro batches from the start.
 
     Returns:
-        A float32 scalar, detached: its mean over the processes is the global batch's mean loss.
+        A float32 scalar, detached: the sum over the processes is the global batch's mean loss. And the
+        halvings it took.
+
+    Raises:
+        UserError: if memory runs out with a single document.
     """
-    weight = processes / share.global_targets
+    while True:
+        batches = [part for batch in share.micro_batches for part in halved(batch, halvings)]
+        reduction.clear()
+        loss = _backward_each(model, batches, 1 / share.global_targets, device, backward)
+        if loss is not None:
+            return loss, halvings
+        # The failed pass is gone from the stack by now, and with it what it held.
+        reduction.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if halvings == MOST_HALVINGS or all(len(batch.lengths) == 1 for batch in batches):
+            longest = max(length for batch in batches for length in batch.lengths)
+            raise UserError(
+                f"out of memory at step {share.step + 1} with a single document of {longest:,} tokens, which "
+                "cannot be split: lower --max_length, or give --checkpointing full"
+            )
+        halvings += 1
+
+
+def _backward_each(
+    model: nn.Module,
+    batches: list[MicroBatch],
+    weight: float,
+    device: torch.device,
+    backward: Callable[[torch.Tensor], None],
+) -> torch.Tensor | None:
+    """The sum of the weighted losses; None where memory runs out."""
     total = torch.zeros((), device=device)
-    last = len(share.micro_batches) - 1
-    for index, micro_batch in enumerate(share.micro_batches):
-        with _without_reduction(model) if index < last else nullcontext():
-            loss = sum_of_losses(model, micro_batch.to(device)) * weight
+    try:
+        for batch in batches:
+            loss = sum_of_losses(model, batch.to(device)) * weight
             backward(loss)
-        total += loss.detach()
+            total += loss.detach()
+    except torch.OutOfMemoryError:
+        return None
     return total
 
 
-def _without_reduction(model: nn.Module) -> AbstractContextManager[None]:
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        return model.no_sync()
-    return nullcontext()
+def halved(batch: MicroBatch, times: int) -> list[MicroBatch]:
+    """`batch` in up to 2^times parts of whole documents with about the same number of positions each."""
+    documents = len(batch.lengths)
+    if times == 0 or documents == 1:
+        return [batch]
+    starts = batch.cu_seqlens.tolist()
+    middle = min(range(1, documents), key=lambda place: abs(2 * starts[place] - starts[-1]))
+    parts = (_documents(batch, starts, 0, middle), _documents(batch, starts, middle, documents))
+    return [smaller for part in parts for smaller in halved(part, times - 1)]
+
+
+def _documents(batch: MicroBatch, starts: list[int], first: int, last: int) -> MicroBatch:
+    begin, end = starts[first], starts[last]
+    within = (batch.target_positions >= begin) & (batch.target_positions < end)
+    changes: dict[str, Any] = {
+        "input_ids": batch.input_ids[:, begin:end],
+        "position_ids": batch.position_ids[:, begin:end],
+        "cu_seqlens": batch.cu_seqlens[first : last + 1] - begin,
+        "target_positions": batch.target_positions[within] - begin,
+        "targets": batch.targets[within],
+        "lengths": batch.lengths[first:last],
+        # Which of the positions are padding is not known here, and nothing in a step asks.
+        "tokens": min(batch.tokens, end - begin),
+    }
+    return replace(batch, **changes)

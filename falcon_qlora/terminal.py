@@ -183,7 +183,8 @@ def print_end(
                 f"{summary['samples_per_second_512']:,.3g} samples/s of 512 tokens",
             ),
         ),
-        ("memory", _gib(summary.get("peak_memory_gib"), "at most on one device")),
+        ("memory", _join(_gib(summary.get("peak_memory_gib"), "at most on one device"), _split(summary))),
+        ("skipped", f"{summary['bad_steps']:,} steps, not finite" if summary.get("bad_steps") else ""),
         *[("wrote" if index == 0 else "", _path(path)) for index, path in enumerate(contents)],
         ("try it", f'falcon-qlora generate --adapter {adapter} --prompt "…"' if adapter else ""),
     ]
@@ -247,6 +248,11 @@ def _count(number: int | None, unit: str) -> str:
 
 def _gib(amount: float | None, where: str) -> str:
     return "" if not amount else f"{amount:.2f} GiB {where}"
+
+
+def _split(summary: Mapping[str, Any]) -> str:
+    parts = summary.get("micro_batch_parts", 1)
+    return f"it ran out, and micro batches were split in {parts}" if parts > 1 else ""
 
 
 def _processes(count: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,26 @@ import falcon_qlora.models.quantize  # noqa: F401  # isort: skip  # before trl i
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerControl
 from trl import SFTConfig, SFTTrainer
 
-from falcon_qlora.checkpoint.write import restore_adapter, save_checkpoint
+from falcon_qlora import distributed, interrupts
+from falcon_qlora.callbacks import StepKeeper
+from falcon_qlora.checkpoint import process_state
+from falcon_qlora.checkpoint.resume import read_process
+from falcon_qlora.checkpoint.verify import fault
+from falcon_qlora.checkpoint.write import save_checkpoint
 from falcon_qlora.data.batches import DocumentReader, Share, StreamingSteps, TrainingSteps
 from falcon_qlora.data.plan import deal_evaluation
+from falcon_qlora.guard import BadSteps, Reports
+from falcon_qlora.interrupts import Stopped
+from falcon_qlora.meter import Meter, peak_memory_gib
 from falcon_qlora.methods.interface import method_of
-from falcon_qlora.step import accumulate_gradients, sum_of_losses
+from falcon_qlora.step import Notes, Reduction, accumulate_gradients, sum_of_losses
+from falcon_qlora.terminal import note
+from falcon_qlora.watchdog import Watchdog
 
-REFERENCE_SAMPLE_POSITIONS = 512
+_ROWS_SHOWN = 8
 
 
 def trainer_arguments(training: SFTConfig, *, total_steps: int) -> SFTConfig:
@@ -44,8 +54,7 @@ def trainer_arguments(training: SFTConfig, *, total_steps: int) -> SFTConfig:
     training.disable_tqdm = True
     training.log_level = training.log_level_replica = "error"  # the trainer sets it for all of Transformers
     training.report_to = []  # trackers come as callbacks
-    training.ddp_find_unused_parameters = False
-    training.ddp_broadcast_buffers = False
+    training.restore_callback_states_from_checkpoint = True  # how long early stopping has waited
     # Transformers renames the first to the second.
     training.gradient_checkpointing = training.activation_checkpointing = False
     training.gradient_checkpointing_kwargs = training.activation_checkpointing_kwargs = None
@@ -54,61 +63,6 @@ def trainer_arguments(training: SFTConfig, *, total_steps: int) -> SFTConfig:
         training.metric_for_best_model = "eval_loss"
         training.greater_is_better = False
     return training
-
-
-@dataclass(kw_only=True)
-class Meter:
-    """Counts real tokens and computed positions against the seconds spent training.
-
-    Time between `pause` and `resume` (evaluation, saving) counts for nothing.
-    """
-
-    tokens: int = 0
-    positions: int = 0
-    capacity: int = 0
-    seconds: float = 0.0
-    _since: float | None = field(default=None, repr=False)
-    _last: tuple[int, int, int, float] = field(default=(0, 0, 0, 0.0), repr=False)
-
-    def resume(self) -> None:
-        self._since = time.perf_counter()
-
-    def pause(self) -> None:
-        if self._since is not None:
-            self.seconds += time.perf_counter() - self._since
-            self._since = None
-
-    def add(self, *, tokens: int, positions: int, capacity: int) -> None:
-        self.tokens += tokens
-        self.positions += positions
-        self.capacity += capacity
-
-    def interval(self) -> dict[str, float]:
-        """Rates since the last call; the caller has made sure that the device is done."""
-        if self._since is not None:
-            self.pause()
-            self.resume()
-        now = (self.tokens, self.positions, self.capacity, self.seconds)
-        tokens, positions, capacity, seconds = (a - b for a, b in zip(now, self._last, strict=True))
-        self._last = now
-        return rates(tokens=int(tokens), positions=int(positions), capacity=int(capacity), seconds=seconds)
-
-    def total(self) -> dict[str, float]:
-        """Rates over the whole run."""
-        return rates(
-            tokens=self.tokens, positions=self.positions, capacity=self.capacity, seconds=self.seconds
-        )
-
-
-def rates(*, tokens: int, positions: int, capacity: int, seconds: float) -> dict[str, float]:
-    """Tokens/s count real tokens; samples/s count 512 computed positions, as the 2023 reference did."""
-    if seconds <= 0:
-        return {}
-    return {
-        "tokens_per_second": tokens / seconds,
-        "samples_per_second_512": positions / REFERENCE_SAMPLE_POSITIONS / seconds,
-        "packing_efficiency": tokens / capacity if capacity else 1.0,
-    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +97,11 @@ class FalconTrainer(SFTTrainer):
         tokenizer: saved beside every adapter.
         describe_adapter: called with an adapter's folder after it is written, to complete it.
         callbacks: Transformers' kind.
+        checkpoint_record: what every checkpoint's manifest says of the run.
+        on_saved: called with a checkpoint's folder once it is whole.
+        max_bad_steps: stop at so many steps in a row whose loss or gradient is not finite; 0: never.
+        save_every_minutes: save whenever so long has passed since the last time; 0: never.
+        hang_minutes: end with a message where a process does not move for so long; 0: never.
     """
 
     def __init__(
@@ -157,13 +116,30 @@ class FalconTrainer(SFTTrainer):
         tokenizer: Any,
         describe_adapter: Callable[[Path], None],
         callbacks: list[TrainerCallback],
+        checkpoint_record: dict[str, Any],
+        on_saved: Callable[[Path], None],
+        max_bad_steps: int = 0,
+        save_every_minutes: float = 0.0,
+        hang_minutes: float = 0.0,
     ):
         self.steps = steps
         self.evaluation = evaluation
         self.run_folder = run_folder
         self.describe_adapter = describe_adapter
+        self.checkpoint_record = checkpoint_record
+        self.on_saved = on_saved
         self.meter = Meter()
+        self.bad_steps = BadSteps(most=max_bad_steps, rows_of=self._rows_of, say=note)
+        self.halvings = 0
         self.share: Share
+        self._save_every_seconds = save_every_minutes * 60
+        self._saved_at = time.monotonic()
+        self._saved_step = -1
+        self._save_failure: str | None = None
+        self._reports = Reports()
+        self._first_learning_step: int | None = None
+        self._watchdog = Watchdog(hang_minutes * 60) if hang_minutes else None
+        self._resumed: dict[str, Any] | None = None
         super().__init__(
             model=model,
             args=args,
@@ -175,14 +151,25 @@ class FalconTrainer(SFTTrainer):
         )
         self.remove_callback(PrinterCallback)
         # First, so that the others see its counts.
-        self.callback_handler.callbacks.insert(0, _Progress(self))
-        # Frozen weights are the same on every process already: DDP need not send them around.
-        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-        frozen += [name for name, _ in model.named_buffers()]
-        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+        self.callback_handler.callbacks.insert(0, StepKeeper(self))
         low = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
         if low and method_of(model).trains_in_float32:
             raise RuntimeError(f"{low[0]} is trainable in low precision, in which small updates are lost")
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._reduction = Reduction(trained, processes=self.accelerator.num_processes)
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        # Not in DistributedDataParallel: gradients are added up by `Reduction`.
+        prepared = self.accelerator.prepare_model(model, evaluation_mode=True)
+        prepared._is_accelerate_prepared = True
+        return prepared
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._watchdog is not None:
+                self._watchdog.stop()
 
     def get_train_dataloader(self) -> DataLoader:
         streaming = isinstance(self.steps, IterableDataset)
@@ -198,30 +185,160 @@ class FalconTrainer(SFTTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Share], num_batches: int, device: torch.device
     ) -> tuple[list[Share], None]:
+        self._at(self.state.global_step + 1, 0, "reading data")
         share = next(epoch_iterator, None)
         return ([] if share is None else [share]), None
 
     def training_step(self, model: nn.Module, inputs: Share, num_items_in_batch: Any = None) -> torch.Tensor:
         model.train()
-        loss = accumulate_gradients(
+        self._at(inputs.step + 1, 1, "computing")
+        loss, halvings = accumulate_gradients(
             model,
             inputs,
             device=self.args.device,
-            processes=self.accelerator.num_processes,
+            reduction=self._reduction,
             backward=self.accelerator.backward,
+            halvings=self.halvings,
         )
+        stop = interrupts.asked_to_stop() is not None
+        notes = Notes(loss=loss, stop=stop, save=self._time_to_save(), halvings=halvings)
+        self._at(inputs.step + 1, 2, "adding up the gradients")
+        self._agreed = self._reduction(notes.tensor())
         self.share = inputs
-        return loss
+        # Of a step that comes to nothing the loss is left out. Its mean over the processes is the global one.
+        whole = self._agreed[0].isfinite()
+        self._counted += whole
+        return torch.where(whole, loss * self.accelerator.num_processes, 0.0)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self._first_learning_step is None and max(self.lr_scheduler.get_last_lr()) > 0:
+            self._first_learning_step = self.share.step + 1
+        bad = ~self._agreed[0].isfinite()
+        if self.accelerator.scaler is None:
+            # In fp16 the scaler meets gradients that overflow, and does no such step.
+            bad |= ~norm.isfinite()
+        self._reports.put(self.share.step, self._agreed, bad)
+        optimizer = self.optimizer.optimizer
+        if self.accelerator.scaler is None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            # The fused optimizers change nothing where this is 1: nobody waits for the device.
+            optimizer.found_inf = bad.float()
+        elif bool(bad):
+            model.zero_grad(set_to_none=True)
+        return norm
+
+    def _time_to_save(self) -> bool:
+        if not self._save_every_seconds or not self.accelerator.is_main_process:
+            return False
+        if time.monotonic() - self._saved_at < self._save_every_seconds:
+            return False
+        self._saved_at = time.monotonic()
+        return True
+
+    def after_step(self, control: TrainerControl) -> None:
+        """Heed what the processes agreed on in the step before this one, which has just ended."""
+        self._at(self.state.global_step, 3, "waiting for the device")
+        for report in self._reports.take():
+            agreed = report.agreed
+            if agreed.halvings > self.halvings:
+                self.halvings = agreed.halvings
+                note(
+                    f"out of memory at step {report.step + 1}: it was done again in smaller pieces. From "
+                    f"here on every micro batch is split in {2**self.halvings} on all processes; the global "
+                    "batch stays the same"
+                )
+            self.bad_steps.see(report)
+            control.should_save |= agreed.save or agreed.stop
+            control.should_training_stop |= agreed.stop
+            self._stopping |= agreed.stop
+
+    def before_training(self) -> None:
+        """Take up what a checkpoint has kept beside the weights, and the processes' parameters as one."""
+        self._counted = torch.zeros((), device=self.args.device)
+        self._stopping = False
+        self._logged_step = self.state.global_step
+        self._reduction.share_parameters()
+        if self._resumed is not None:
+            kept, self._resumed = self._resumed, None
+            self._tr_loss.fill_(kept["loss"])
+            self._counted.fill_(kept["counted"])
+            self._globalstep_last_logged = self._logged_step = kept["last_logged"]
+            self.halvings = kept["halvings"]
+            self.meter.load_state(kept["meter"])
+            self.bad_steps.load_state(kept["bad_steps"])
+            self._reports.load_state(kept["reports"])
+        distributed.remember_siblings()
+        interrupts.training_begins(note)
+        if self._watchdog is not None:
+            self._watchdog.start()
+        self._saved_at = time.monotonic()
+        self.meter.resume()
+
+    def _at(self, step: int, phase: int, what: str) -> None:
+        if self._watchdog is not None:
+            self._watchdog.at(step, phase, what)
+
+    def end_if_asked(self) -> None:
+        """End the run here if it was asked to stop and has steps left.
+
+        Raises:
+            Stopped: on every process.
+        """
+        if self._stopping and self.state.global_step < self.state.max_steps:
+            raise Stopped(self.state.global_step, self._save_failure)
+
+    def finish_reports(self) -> None:
+        """Take in the last step's report, which no step follows."""
+        for report in self._reports.take(newest=True):
+            self.bad_steps.see(report)
+
+    def has_learned(self) -> bool | None:
+        """True where the weights that the model has now have taken a step; None where that is not known."""
+        best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+        step = self.state.best_global_step if best else self.state.global_step
+        first = self._first_learning_step
+        # The scaler of fp16 leaves steps out without a word.
+        all_count = self.bad_steps.total == 0 and self.accelerator.scaler is None
+        return True if first is not None and all_count and step is not None and step >= first else None
+
+    def _process_state(self) -> dict[str, Any]:
+        return {
+            "random": process_state.random_states(),
+            "loss": float(self._tr_loss),
+            "counted": float(self._counted),
+            "last_logged": self._globalstep_last_logged,
+            "halvings": self.halvings,
+            "meter": self.meter.state(),
+            "bad_steps": self.bad_steps.state(),
+            "reports": self._reports.state(),
+        }
+
+    def _rows_of(self, step: int) -> str:
+        if not isinstance(self.steps, TrainingSteps):
+            return "of a stream"
+        rows = sorted({int(row) + 1 for row in self.train_dataset[self.steps.plan.documents(step)]["row"]})
+        shown = ", ".join(map(str, rows[:_ROWS_SHOWN]))
+        return f"rows {shown}{f' and {len(rows) - _ROWS_SHOWN} more' if len(rows) > _ROWS_SHOWN else ''}"
 
     def floating_point_ops(self, inputs: Share) -> int:
         return 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
+            logs["loss"] = self._mean_of_counted(logs["loss"])
             logs["tokens"] = self.state.num_input_tokens_seen
             logs.update(self.meter.interval())
             logs["peak_memory_gib"] = peak_memory_gib()
         super().log(logs, start_time)
+
+    def _mean_of_counted(self, loss: float) -> float:
+        """The mean loss since the last log line over the steps that came to something."""
+        steps, counted = self.state.global_step - self._logged_step, int(self._counted)
+        self._logged_step = self.state.global_step
+        self._counted.zero_()
+        if counted == steps:
+            return loss
+        return loss * steps / counted if counted else float("nan")
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """The mean loss over the held-out target tokens, over all processes. No logits are kept."""
@@ -240,6 +357,7 @@ class FalconTrainer(SFTTrainer):
         total = torch.zeros((), device=self.args.device, dtype=torch.float64)
         with torch.no_grad():
             for part in parts:
+                self._at(self.state.global_step, 6, "evaluating")
                 batch = evaluation.reader.micro_batch(part).to(self.args.device)
                 # Not through DDP: processes may have different numbers of micro batches.
                 total += sum_of_losses(self.model, batch).double()
@@ -257,93 +375,69 @@ class FalconTrainer(SFTTrainer):
         return metrics
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self._saved_step == self.state.global_step:
+            return
         self.meter.pause()
-        save_checkpoint(self, self.run_folder / "checkpoints")
+        main = self.accelerator.is_main_process
+        self._at(
+            self.state.global_step, 4 if main else 5, "saving a checkpoint" if main else "awaiting the save"
+        )
+        failure = save_checkpoint(
+            self,
+            self.run_folder / "checkpoints",
+            state=self._process_state(),
+            record=self.checkpoint_record,
+        )
+        self._save_failure = failure
+        self._saved_step = self.state.global_step
+        self._saved_at = time.monotonic()
+        if failure is None:
+            self.on_saved(self.run_folder / "checkpoints" / f"step-{self._saved_step}")
+        else:
+            note(
+                f"step {self.state.global_step}: the checkpoint could not be saved ({failure}). The training "
+                "goes on and the next save is tried; earlier checkpoints are untouched"
+            )
         self.meter.resume()
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        restore_adapter(self.model, Path(resume_from_checkpoint))
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        method_of(self.model).restore(self.model, Path(resume_from_checkpoint))
 
-    def _load_best_model(self) -> None:
-        restore_adapter(self.model, Path(self.state.best_model_checkpoint))
+    def _init_training_state(
+        self, max_steps: int, steps_an_epoch: int, epochs: int, checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        place = super()._init_training_state(max_steps, steps_an_epoch, epochs, checkpoint, trial)
+        if checkpoint is not None:
+            self._resumed = self._read_process(checkpoint)
+            self._saved_step = self.state.global_step
+            self._find_best_again()
+        return place
 
-
-class _Progress(TrainerCallback):
-    """Keeps count of tokens, the epoch of the plan, and the time that counts as training."""
-
-    def __init__(self, trainer: FalconTrainer):
-        self._trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._trainer.meter.resume()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        share = self._trainer.share
-        state.epoch = share.epoch
-        state.num_input_tokens_seen += share.global_tokens
-        self._trainer.meter.add(
-            tokens=share.global_tokens, positions=share.global_positions, capacity=share.global_capacity
+    def _read_process(self, checkpoint: str) -> dict[str, Any]:
+        accelerator = self.accelerator
+        return read_process(
+            Path(checkpoint), process=accelerator.process_index, processes=accelerator.num_processes
         )
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self._trainer.meter.pause()
+    def _find_best_again(self) -> None:
+        """The best checkpoint by its step: the folder may have been moved, or something happened to it."""
+        if self.state.best_global_step:
+            best = self.run_folder / "checkpoints" / f"step-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = None if fault(best) else str(best)
 
-
-class MetricsWriter(TrainerCallback):
-    """Writes one line a log step, the evaluation's loss in the line of its step.
-
-    Args:
-        append: called on the main process with the step and what was logged.
-    """
-
-    def __init__(self, append: Callable[[int, dict[str, Any]], None]):
-        self._append = append
-        self._held: tuple[int, dict[str, Any]] | None = None
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not state.is_world_process_zero or not logs or not {"loss", "eval_loss"} & logs.keys():
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
             return
-        if self._held is not None and self._held[0] == state.global_step:
-            logs = {**self._held[1], **logs}
-            self._held = None
-        self._flush()
-        self._held = (state.global_step, dict(logs))
-        if "eval_loss" in logs or not control.should_evaluate:
-            self._flush()
+        kept = self._read_process(checkpoint)
+        if "random" in kept:
+            process_state.restore_random_states(kept["random"])
+        else:
+            process_state.seed_anew(
+                self.args.seed, step=self.state.global_step, process=self.accelerator.process_index
+            )
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._flush()
-
-    def _flush(self) -> None:
-        if self._held is not None:
-            self._append(*self._held)
-            self._held = None
-
-
-def peak_memory_gib() -> float:
-    """GiB this process reserved on its GPU at the most; without one, its peak resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_reserved() / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    def _load_best_model(self) -> None:
+        method_of(self.model).restore(self.model, Path(self.state.best_model_checkpoint))
 
 
 def _only(items: list[Any]) -> Any:

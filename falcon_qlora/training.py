@@ -19,20 +19,24 @@ def train(configuration: Configuration) -> Path:
         UserError: for what the user can mend, before anything is computed where that can be known.
     """
     from falcon_qlora import terminal
-    from falcon_qlora.assembly import preflight, record, rows
+    from falcon_qlora.assembly import preflight, record, resumption, rows
     from falcon_qlora.assembly import trainer as builder
     from falcon_qlora.assembly.activations import choose_activations, warm_up
+    from falcon_qlora.interrupts import Stopped
 
     assert configuration.training is not None  # built here: it starts the process group
     directory = preflight.find_folder(configuration)
-    checkpoint = preflight.checkpoint_to_resume(configuration, directory)
+    checkpoint = resumption.checkpoint_to_resume(configuration, directory)
+    resumption.adopt(configuration, checkpoint)
     trackers = preflight.choose_trackers(configuration)
     preflight.check_model(configuration)
     tokenizer = rows.load_tokenizer(configuration)
     data = rows.training_data(configuration, tokenizer)
+    resumption.check_data(data, checkpoint)
     model = builder.model_with_adapter(configuration, tokenizer)
     kernels = builder.choose_kernels(configuration, model)
     activations = choose_activations(configuration, model, kernels)
+    preflight.check_disk(configuration, directory, model, steps=data.total_steps)
     distributed.wait_for_all()  # nothing is written before every process has come so far
     with preflight.run_folder(configuration) as directory:
         trainer = builder.build_trainer(
@@ -45,7 +49,8 @@ def train(configuration: Configuration) -> Path:
             describe_adapter=functools.partial(record.describe_adapter, configuration, data),
         )
         warm_up(trainer, configuration)
-        preflight.start_trackers(configuration, directory, trackers, resume=checkpoint is not None)
+        going_on = checkpoint is not None or distributed.restart_count() > 0
+        preflight.start_trackers(configuration, directory, trackers, resume=going_on)
         record.write_start(configuration, directory, data, trackers, kernels, checkpoint)
     terminal.print_start(
         record.start_summary(
@@ -62,10 +67,14 @@ def train(configuration: Configuration) -> Path:
 
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+    except Stopped as stopped:
+        record.stop(directory, stopped, trackers, steps=data.total_steps)
+        return directory.path
     except BaseException:
         # The process may end without the goodbyes that trackers wait for.
         trackers.finish(exit_status=1)
         raise
 
+    distributed.forget_siblings()
     record.finish(configuration, directory, trainer, data, trackers, activations)
     return directory.path

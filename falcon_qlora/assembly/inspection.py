@@ -16,8 +16,8 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 from transformers import FalconConfig
 
+from falcon_qlora.checkpoint import verify
 from falcon_qlora.errors import UserError
-from falcon_qlora.files import sha256
 from falcon_qlora.merge.certificate import CERTIFICATE
 from falcon_qlora.merge.folder import parameter_shapes
 from falcon_qlora.methods.folder import CONFIG, RECORD, TENSORS, read_record
@@ -30,7 +30,6 @@ from falcon_qlora.models.tensor_files import tensor_hash
 from falcon_qlora.run_directory import RunDirectory
 from falcon_qlora.untrusted import read_json
 
-_MANIFEST = "manifest.json"
 _STATE = "trainer_state.json"
 # What a checkpoint's torch files may hold beside tensors: random states are NumPy's.
 _HARMLESS = ("numpy.", "_codecs.encode")
@@ -133,8 +132,9 @@ def _checkpoint(folder: Path) -> Inspection:
     found.add("epoch", state.get("epoch"))
     for file in sorted([*folder.glob("*.pt"), *folder.glob("*.pth"), *folder.glob("*.bin")]):
         found.faults += _torch_file_faults(file)
-    if (folder / _MANIFEST).is_file():
-        found.faults += _manifest_faults(folder)
+    wrong = verify.fault(folder)
+    if wrong is not None:
+        found.faults.append(f"{folder}: {wrong}")
     return found
 
 
@@ -284,26 +284,6 @@ def _torch_file_faults(file: Path) -> list[str]:
     except Exception as error:  # torch raises many kinds for a damaged file
         return [f"{file} is damaged: {' '.join(str(error).split())[:200]}"]
     return [f"{file} is damaged: {altered} in it was altered"] if altered else []
-
-
-def _manifest_faults(folder: Path) -> list[str]:
-    """Files that are not what the checkpoint's manifest says."""
-    try:
-        files = read_json(folder / _MANIFEST).get("files")
-    except UserError as error:
-        return [str(error)]
-    if not isinstance(files, dict):
-        return [f"{folder / _MANIFEST} lists no files"]
-    faults = []
-    for name, entry in files.items():
-        path = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or not isinstance(entry, dict):
-            faults.append(f"{folder / _MANIFEST} names {name!r}, which is no file of the checkpoint")
-        elif not path.is_file():
-            faults.append(f"{path} is missing")
-        elif sha256(path) != entry.get("sha256"):
-            faults.append(f"{path} is not what was written: its checksum differs")
-    return faults
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

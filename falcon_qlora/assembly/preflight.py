@@ -6,6 +6,7 @@ A run that is refused leaves no folder and takes nothing from one that is there.
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,12 @@ from falcon_qlora.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from falcon_qlora.tracking import Trackers
+
+GIB = 2**30
+# Of an optimizer's state for one float32 parameter, by what its name holds; Adam and what is like it: 8.
+_OPTIMIZER_BYTES = {"8bit": 2, "sgd": 4, "adafactor": 1, "lion": 4, "adagrad": 4, "rmsprop": 4}
+# The record beside the weights, with room to spare for what the disk itself takes.
+_SMALL_FILES = 16 * 2**20
 
 
 def find_folder(configuration: Configuration) -> RunDirectory:
@@ -52,19 +59,6 @@ def _choose_folder(configuration: Configuration, *, make: bool) -> str:
         make=make,
     )
     return str(path)
-
-
-def checkpoint_to_resume(configuration: Configuration, directory: RunDirectory) -> str | None:
-    """The checkpoint to go on from, or None for a run from the start."""
-    resume = configuration.run.resume
-    if resume and resume != "latest" and Path(resume).parent.name == "checkpoints":
-        return resume
-    if not resume and not distributed.restart_count():
-        return None
-    latest = distributed.from_main_process(directory.latest_checkpoint)
-    if latest is None and resume:
-        raise UserError(f"--resume: {directory} holds no checkpoint yet; start it again with --overwrite")
-    return str(latest) if latest is not None else None
 
 
 def check_model(configuration: Configuration) -> None:
@@ -122,6 +116,81 @@ def read_config(configuration: Configuration) -> Any:
             file = Path(hf_hub_download(name, "config.json", revision=revision))
             return read_folder_config(file.parent, source=name)
     return open_checkpoint(name, revision=revision).config
+
+
+def check_disk(configuration: Configuration, directory: RunDirectory, model: Any, *, steps: int) -> None:
+    """Refuse a disk on which the run's checkpoints have no room.
+
+    Args:
+        directory: where they will be.
+        model: with its trainable parameters.
+        steps: of the run.
+
+    Raises:
+        UserError: with what is needed and what is free.
+    """
+    training = configuration.training
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = sum(parameter.numel() for parameter in trained)
+    needed = predicted_bytes(
+        trainable,
+        bytes_each=sum(parameter.nbytes for parameter in trained) / trainable,
+        optimizer=str(getattr(training.optim, "value", training.optim)),
+        saves=_saves(training, steps),
+        limit=training.save_total_limit,
+        keeps_best=training.load_best_model_at_end,
+    )
+    distributed.from_main_process(lambda: _check_room(directory, needed))
+
+
+def predicted_bytes(
+    trainable: int,
+    *,
+    optimizer: str,
+    saves: int,
+    limit: int | None,
+    keeps_best: bool = False,
+    bytes_each: float = 4,
+) -> int:
+    """Bytes of the checkpoints that lie on the disk at once, and of the adapter at the end.
+
+    Args:
+        trainable: parameters.
+        optimizer: by the trainer's name.
+        saves: checkpoints in the whole run.
+        limit: how many are kept; the new one is whole before an old one goes.
+        keeps_best: whether the best stays beyond the limit.
+        bytes_each: of a parameter, which the optimizer's state follows where it is not quantized.
+    """
+    state: float = next((each for name, each in _OPTIMIZER_BYTES.items() if name in optimizer), 8)
+    if "8bit" not in optimizer:
+        state *= bytes_each / 4
+    at_once = saves if limit is None else min(saves, limit + 1 + keeps_best)
+    weights = int(trainable * bytes_each)
+    return at_once * (weights + int(trainable * state) + _SMALL_FILES) + weights + _SMALL_FILES
+
+
+def _saves(training: Any, steps: int) -> int:
+    if training.save_strategy == "no":
+        return 0
+    if training.save_strategy != "steps":
+        return 1 + int(training.num_train_epochs)
+    every = training.save_steps if training.save_steps >= 1 else max(steps * training.save_steps, 1)
+    return max(int(steps / every), 1)
+
+
+def _check_room(directory: RunDirectory, needed: int) -> None:
+    folder = next(
+        folder for folder in (directory.path, *directory.path.absolute().parents) if folder.exists()
+    )
+    free = shutil.disk_usage(folder).free
+    # What an earlier part of the run has written is replaced.
+    written = (path.stat().st_size for path in directory.checkpoints.rglob("*") if path.is_file())
+    if needed > free + sum(written):
+        raise UserError(
+            f"{directory}: the run's checkpoints will take {needed / GIB:.2f} GiB and {free / GIB:.2f} GiB "
+            "are free there. Name another folder with --output_dir, or keep fewer with --save_total_limit"
+        )
 
 
 def choose_trackers(configuration: Configuration) -> Trackers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import Counter
 from dataclasses import asdict
@@ -14,10 +15,17 @@ from torch import nn
 import falcon_qlora
 from falcon_qlora import distributed, terminal
 from falcon_qlora.assembly.activations import Activations
+from falcon_qlora.assembly.resumption import forget_after, how_to_go_on, step_of
 from falcon_qlora.assembly.rows import TrainingData, global_batch
+from falcon_qlora.checkpoint.gate import AdapterFaultError, check_adapter
+from falcon_qlora.checkpoint.verify import newest_whole
+from falcon_qlora.checkpoint.write import not_kept
 from falcon_qlora.config import Configuration
 from falcon_qlora.environment import collect_environment
+from falcon_qlora.errors import UserError
 from falcon_qlora.files import write_json
+from falcon_qlora.interrupts import Stopped
+from falcon_qlora.meter import peak_memory_gib
 from falcon_qlora.methods.folder import RECORD
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.model_card import ModelCard
@@ -27,7 +35,7 @@ from falcon_qlora.models.sizes import GIB, weight_bytes
 from falcon_qlora.run_directory import RunDirectory, Summary
 from falcon_qlora.terminal import StartSummary
 from falcon_qlora.tracking import Trackers
-from falcon_qlora.trainer import FalconTrainer, peak_memory_gib
+from falcon_qlora.trainer import FalconTrainer
 
 _OF_PREFIX = "adapter_prefix_length adapter_first_block"
 _SETTINGS = {
@@ -55,9 +63,11 @@ def write_start(
     if not distributed.is_main_process():
         return
     if checkpoint is not None:
-        directory.drop_metrics_after(_step_of(checkpoint))
+        forget_after(directory, step_of(checkpoint))
     elif configuration.run.overwrite:
         directory.clear(keep=trackers.written)
+    elif distributed.restart_count():
+        forget_after(directory, 0)
     directory.write_config(configuration.resolved())
     directory.write_environment(collect_environment(world_size=distributed.world_size()))
     directory.write_data(data.record)
@@ -119,7 +129,7 @@ def start_summary(
         packing_efficiency=data.efficiency,
         tracking=tracking,
         output_dir=directory.path,
-        resumed_step=_step_of(checkpoint) if checkpoint else None,
+        resumed_step=step_of(checkpoint) if checkpoint else None,
         notes=_notes(configuration),
     )
 
@@ -168,7 +178,11 @@ def finish(
     trackers: Any,
     activations: Activations,
 ) -> Summary:
-    """Prove that the replicas agree, write the adapter and the summary, and say what was written."""
+    """Prove that the replicas agree, write the adapter and the summary, and say what was written.
+
+    Raises:
+        UserError: if the adapter as it lies on the disk is not the one in memory; it is not kept.
+    """
     model = trainer.model
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     distributed.replicas_hash(trainable, frozen=_frozen_tensors(model))
@@ -192,6 +206,8 @@ def finish(
         world_size=distributed.world_size(),
         best_eval_loss=best[0],
         best_step=best[1],
+        bad_steps=trainer.bad_steps.total,
+        micro_batch_parts=2**trainer.halvings,
         predicted_peak_memory_gib=activations.predicted_gib,
         **counts(model),
     )
@@ -200,6 +216,11 @@ def finish(
             method_of(model).save(model, folder)
             trainer.processing_class.save_pretrained(folder)
             describe_adapter(configuration, data, folder, asdict(summary))
+            try:
+                check_adapter(folder, model, trained=trainer.has_learned())
+            except AdapterFaultError as error:
+                told = not_kept(error, directory.checkpoints, step=trainer.state.global_step)
+                raise UserError(told) from None
         directory.write_summary(summary)
         directory.draw_loss(title=configuration.model.model_name_or_path)
         terminal.print_end(asdict(summary), directory.contents(), adapter=directory.adapter)
@@ -207,15 +228,29 @@ def finish(
     return summary
 
 
+def stop(directory: RunDirectory, stopped: Stopped, trackers: Trackers, *, steps: int) -> None:
+    """Say where a run that was asked to stop has come to, and how it goes on.
+
+    Raises:
+        UserError: if it could not be saved there.
+    """
+    trackers.finish(exit_status=int(stopped.failure is not None))
+    if distributed.is_main_process():
+        with contextlib.suppress(OSError):
+            directory.draw_loss()
+    where = f"stopped at step {stopped.step:,} of {steps:,}"
+    if stopped.failure is not None:
+        whole = distributed.from_main_process(lambda: newest_whole(directory.checkpoints)[0])
+        last = f"the last complete checkpoint is {whole}" if whole else "there is no complete checkpoint"
+        raise UserError(f"{where}, but the checkpoint could not be saved ({stopped.failure}); {last}")
+    terminal.print_plain(f"{where}. Go on with:  {how_to_go_on(directory)}")
+
+
 def _kernels(kernels: dict[str, str]) -> str:
     if not kernels:
         return "off: the reference path"
     ways = Counter(kernels.values())
     return "; ".join(f"{count} of {len(kernels)} blocks {what}" for what, count in ways.items())
-
-
-def _step_of(checkpoint: str) -> int:
-    return int(checkpoint.rstrip("/").rsplit("-", 1)[1])
 
 
 def _frozen_tensors(model: nn.Module) -> Any:

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from falcon_qlora import distributed
-from falcon_qlora.assembly.rows import TrainingData
+from falcon_qlora import distributed, interrupts
+from falcon_qlora.assembly.resumption import how_to_go_on
+from falcon_qlora.assembly.rows import TrainingData, global_batch
 from falcon_qlora.config import Configuration
 from falcon_qlora.data.batches import DocumentReader
 from falcon_qlora.errors import UserError
@@ -127,8 +128,9 @@ def build_trainer(
     from transformers import EarlyStoppingCallback
 
     from falcon_qlora.answers import SampleAnswers
+    from falcon_qlora.callbacks import MetricsWriter
     from falcon_qlora.progress import ProgressCallback
-    from falcon_qlora.trainer import Evaluation, FalconTrainer, MetricsWriter, trainer_arguments
+    from falcon_qlora.trainer import Evaluation, FalconTrainer, trainer_arguments
 
     training, run, settings = configuration.training, configuration.run, configuration.data
     training.output_dir = str(directory.path)
@@ -165,4 +167,15 @@ def build_trainer(
         tokenizer=tokenizer,
         describe_adapter=describe_adapter,
         callbacks=callbacks,
+        checkpoint_record={
+            "global_batch": global_batch(configuration),
+            "data_fingerprint": data.record.get("fingerprint"),
+            "launch": distributed.launch_id(),
+        },
+        on_saved=lambda checkpoint: interrupts.tell_launcher(
+            f"the last complete checkpoint is {checkpoint}; go on with:  {how_to_go_on(directory)}"
+        ),
+        max_bad_steps=run.max_bad_steps,
+        save_every_minutes=run.save_every_minutes,
+        hang_minutes=run.hang_minutes,
     )

@@ -35,37 +35,43 @@ class AdapterFaultError(RuntimeError):
 
 
 def check_adapter(
-    folder: Path, model: nn.Module, *, probe: MicroBatch | None = None, trained: bool = True
+    folder: Path,
+    model: nn.Module,
+    *,
+    probe: MicroBatch | None = None,
+    trained: bool | None = None,
+    with_loss: bool = True,
 ) -> None:
     """Compare what lies in a folder with the model it was saved from.
 
     All expected tensors are there, with the right shapes, finite, equal to those in memory and, if `trained`,
-    none of an adapter's zero throughout; the settings are those of the model's method. LoRA, whose scale is
-    in no tensor, is also opened again by PEFT beside the model's own, and gives the same loss on a probe. The
-    model is left as it was; packing is enabled on it where there is a probe.
+    none of an adapter's zero throughout; the settings are those of the model's method. With `with_loss` LoRA,
+    whose scale is in no tensor, is also opened again by PEFT beside the model's own, and gives the same loss
+    on a probe. The model is left as it was; packing is enabled on it where there is a probe.
 
     Args:
         folder: that the model's method saved into.
-        model: with a method attached, possibly in DistributedDataParallel's wrapper.
+        model: with a method attached.
         probe: what the losses are of; a few made-up tokens where None.
-        trained: whether an optimizer step with a learning rate above zero has been done.
+        trained: whether an optimizer step with a learning rate above zero has been done. Where that is not
+            known, a tensor is taken for lost if it is zero while others of its kind are not.
+        with_loss: whether losses are compared.
 
     Raises:
         AdapterFaultError: naming the first thing that is wrong.
     """
-    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     try:
-        if isinstance(method_of(inner), Full):
-            _check_whole(folder, inner)
+        if isinstance(method_of(model), Full):
+            _check_whole(folder, model)
         else:
-            _check_tensors(folder, inner, trained=trained)
+            _check_tensors(folder, model, trained=trained)
     except UserError as error:
-        raise AdapterFaultError(str(error)) from None
-    if isinstance(inner, PeftModel):
-        _check_loss(folder, inner, probe or _made_up(inner))
+        raise AdapterFaultError(str(error).rstrip(".")) from None
+    if with_loss and isinstance(model, PeftModel):
+        _check_loss(folder, model, probe or _made_up(model))
 
 
-def _check_tensors(folder: Path, model: nn.Module, *, trained: bool) -> None:
+def _check_tensors(folder: Path, model: nn.Module, *, trained: bool | None) -> None:
     saved = read_adapter(folder)
     config: Any = model.config
     saved.check(config)
@@ -75,9 +81,16 @@ def _check_tensors(folder: Path, model: nn.Module, *, trained: bool) -> None:
             f"{folder} is of {saved.method.describe()}; the model in memory is of "
             f"{method_of(model).describe()}"
         )
-    zero = zero_tensors(saved, config) if trained else []
+    zero = [] if trained is False else zero_tensors(saved, config)
+    if trained is None:
+        moved = {_kind(name) for name in saved.method.saved_shapes(config).keys() - set(zero)}
+        zero = [name for name in zero if _kind(name) in moved]
     if zero:
         raise AdapterFaultError(f"{folder}: training has not moved {zero[0]} ({len(zero)} such tensors)")
+
+
+def _kind(name: str) -> str:
+    return ".".join(name.split(".")[-2:])
 
 
 def _check_equal(saved: SavedAdapter, model: nn.Module) -> None:

@@ -1,93 +1,155 @@
-"""Writing a checkpoint so that a folder with its final name is always complete."""
+"""Writing a checkpoint so that a folder with its final name is always complete.
+
+The main process writes all of it: one disk, one failure, and nothing to agree on but the outcome.
+"""
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
+
+from falcon_qlora import distributed
+from falcon_qlora.checkpoint.gate import AdapterFaultError, check_adapter
+from falcon_qlora.checkpoint.process_state import STATES
+from falcon_qlora.checkpoint.verify import newest_whole, step_folders, write_manifest
+from falcon_qlora.errors import UserError
 from falcon_qlora.methods.interface import method_of
 
-_NAME = re.compile(r"step-(\d+)$")
+_REPLACED = "replaced-step-"
 
 
-def step_folders(checkpoints: Path) -> list[tuple[int, Path]]:
-    """The complete checkpoints in a folder, by step, oldest first."""
-    found = [(int(m.group(1)), path) for path in checkpoints.glob("step-*") if (m := _NAME.search(path.name))]
-    return sorted(found)
+def save_checkpoint(
+    trainer: Any, checkpoints: Path, *, state: dict[str, Any], record: dict[str, Any]
+) -> str | None:
+    """Write ``step-N`` with the adapter, optimizer, schedule, every process's state and the trainer's.
 
-
-def save_checkpoint(trainer: Any, checkpoints: Path) -> Path:
-    """Write ``step-N`` with the adapter, optimizer, schedule, random states and trainer state.
-
-    Every process writes its random state; the main process the rest. The folder is filled under another
-    name and renamed when all are done, then the oldest beyond `save_total_limit` go, never the best one.
+    The folder is filled under another name, described by a manifest, flushed to the disk and renamed. Only
+    then the oldest beyond `save_total_limit` go, never the best one.
 
     Args:
-        trainer: a Transformers Trainer after an optimizer step.
+        trainer: a Transformers Trainer after an optimizer step; every process calls this.
         checkpoints: the folder to write into.
-    """
-    state = trainer.state
-    final = checkpoints / f"step-{state.global_step}"
-    partial = checkpoints / f".step-{state.global_step}.partial"
-    main = trainer.accelerator.is_main_process
-    if main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    trainer.accelerator.wait_for_everyone()
-    if main:
-        method_of(trainer.model).save(trainer.model, partial)
-        trainer.describe_adapter(partial)
-    if not trainer.args.save_only_model:
-        trainer._save_optimizer_and_scheduler(str(partial))
-        trainer._save_scaler(str(partial))
-        trainer._save_rng_state(str(partial))
-    if state.best_global_step == state.global_step:
-        state.best_model_checkpoint = str(final)
-    if main:
-        _save_state(trainer, partial)
-    trainer.accelerator.wait_for_everyone()
-    if main:
-        _flush(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        _rotate(checkpoints, trainer.args.save_total_limit, state.best_model_checkpoint)
-    return final
+        state: this process's own.
+        record: what the manifest says besides the step and the number of processes.
 
-
-def restore_adapter(model: Any, folder: Path) -> None:
-    """Put a checkpoint's trained weights into `model`.
+    Returns:
+        None, or why it could not be written (the disk is full, the folder cannot be written); what was there
+        before is untouched then.
 
     Raises:
-        RuntimeError: if the folder's are others than the model's.
+        UserError: if what then lies there is not what is in memory; it is not kept.
     """
-    method_of(model).restore(model, folder)
+    states = distributed.gather_objects(state)
+    best, trainer_state = None, trainer.state
+    if trainer_state.best_global_step == trainer_state.global_step:
+        best, trainer_state.best_model_checkpoint = (
+            trainer_state.best_model_checkpoint,
+            str(checkpoints / f"step-{trainer_state.global_step}"),
+        )
+
+    def write() -> str | None:
+        try:
+            _write(trainer, checkpoints, states, record)
+        except OSError as error:
+            _remove_unfinished(checkpoints)
+            return error.strerror or str(error)
+        except AdapterFaultError as error:
+            _remove_unfinished(checkpoints)
+            raise UserError(not_kept(error, checkpoints, step=trainer_state.global_step)) from None
+        return None
+
+    failure = distributed.from_main_process(write)
+    if failure is not None and best is not None:
+        trainer_state.best_model_checkpoint = best
+    return failure
 
 
-def _save_state(trainer: Any, folder: Path) -> None:
+def not_kept(error: AdapterFaultError, checkpoints: Path, *, step: int) -> str:
+    """What to say where a saved adapter is not the one in memory."""
+    whole, _ = newest_whole(checkpoints)
+    last = f"The last complete checkpoint is {whole}." if whole else "There is no complete checkpoint."
+    return f"step {step:,}: what was saved failed its check and was not kept: {error}. {last}"
+
+
+def set_aside_after(checkpoints: Path, step: int) -> list[Path]:
+    """Rename the checkpoints after `step`, which a run that goes on there makes again; returns them.
+
+    They stay until the run has passed them, so that nothing is lost before it is there again.
+    """
+    _remove_unfinished(checkpoints)
+    later = [path for number, path in step_folders(checkpoints) if number > step]
+    for path in later:
+        aside = path.with_name(f"{_REPLACED}{path.name.removeprefix('step-')}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    return later
+
+
+def _write(trainer: Any, checkpoints: Path, states: list[dict[str, Any]], record: dict[str, Any]) -> None:
+    step = trainer.state.global_step
+    final, partial = checkpoints / f"step-{step}", checkpoints / f".step-{step}.partial"
+    _remove_unfinished(checkpoints)
+    partial.mkdir(parents=True)
+    try:
+        method_of(trainer.model).save(trainer.model, partial)
+        trainer.describe_adapter(partial)
+        if not trainer.args.save_only_model:
+            trainer._save_optimizer_and_scheduler(str(partial))
+            trainer._save_scaler(str(partial))
+            torch.save(states, partial / STATES)
+    except (SafetensorError, RuntimeError) as error:
+        # What torch and safetensors make of a disk that is full.
+        raise OSError(0, str(error).splitlines()[0]) from error
+    check_adapter(partial, trainer.model, with_loss=False)
+    _save_trainer_state(trainer, partial)
+    about = {"step": step, "processes": len(states), "resumable": not trainer.args.save_only_model}
+    write_manifest(partial, about | record)
+    for path in partial.rglob("*"):
+        _flush(path)
+    if final.exists():
+        # A folder cannot replace a full one in one move: the old one steps aside first.
+        aside = checkpoints / f".step-{step}.old"
+        final.rename(aside)
+    partial.rename(final)
+    _flush(checkpoints)
+    _remove_unfinished(checkpoints)
+    _rotate(checkpoints, step, trainer.args.save_total_limit, trainer.state.best_model_checkpoint)
+
+
+def _save_trainer_state(trainer: Any, folder: Path) -> None:
     from transformers.trainer_callback import ExportableState
 
     for callback in [*trainer.callback_handler.callbacks, trainer.control]:
         if isinstance(callback, ExportableState):
-            name, exported = type(callback).__name__, callback.state()
-            known = trainer.state.stateful_callbacks.get(name)
-            if isinstance(known, list):
-                known.append(exported)
-            else:
-                trainer.state.stateful_callbacks[name] = exported
+            trainer.state.stateful_callbacks[type(callback).__name__] = callback.state()
     trainer.state.save_to_json(str(folder / "trainer_state.json"))
 
 
-def _flush(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if path.is_file():  # some network file systems refuse for folders; the rename is still ordered
+            raise
+    finally:
+        os.close(handle)
 
 
-def _rotate(checkpoints: Path, limit: int | None, best: str | None) -> None:
+def _remove_unfinished(checkpoints: Path) -> None:
+    for path in checkpoints.glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _rotate(checkpoints: Path, step: int, limit: int | None, best: str | None) -> None:
+    for path in checkpoints.glob(f"{_REPLACED}*"):
+        if int(path.name.removeprefix(_REPLACED)) <= step:
+            shutil.rmtree(path, ignore_errors=True)
     if not limit:
         return
     folders = step_folders(checkpoints)

@@ -5,6 +5,7 @@ The flags are read before torch is imported and before any process starts, so a 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -12,16 +13,19 @@ import signal
 import sys
 import tempfile
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from falcon_qlora import config
-from falcon_qlora.errors import EXIT_BUG, EXIT_USER_ERROR, UserError
+from falcon_qlora import config, launcher_folder
+from falcon_qlora.errors import EXIT_BUG, EXIT_HANGING, EXIT_USER_ERROR, UserError
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-# SIGUSR1 is how some schedulers announce preemption: unhandled it would kill the agent and leave the workers.
-_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+# What torchrun's agent ends the workers on. The signals that ask a run to stop are the launcher's own.
+_AGENT_SIGNALS = "SIGHUP,SIGQUIT"
+# SIGUSR1 is how some schedulers announce preemption.
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 @dataclass(kw_only=True)
@@ -63,21 +67,67 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
     _check(launch)
     processes = _processes(launch.gpus)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
-    with tempfile.TemporaryDirectory(prefix="falcon_qlora_") as log_folder:
-        return _launch(
-            [
-                *_torchrun_flags(launch, processes),
-                f"--log-dir={log_folder}",
-                "--module",
-                "falcon_qlora.commands.worker",
-                str(os.getpid()),
-                worker_module,
-                *_without_launch_flags(argv),
-            ]
-        )
+    with tempfile.TemporaryDirectory(prefix="falcon_qlora_") as folder:
+        os.environ[launcher_folder.VARIABLE] = folder
+        words = [
+            *_torchrun_flags(launch, processes),
+            f"--log-dir={folder}",
+            "--module",
+            "falcon_qlora.commands.worker",
+            str(os.getpid()),
+            worker_module,
+            *_without_launch_flags(argv),
+        ]
+        try:
+            return _launch(words, Path(folder))
+        finally:
+            del os.environ[launcher_folder.VARIABLE]
 
 
-def _launch(torchrun_argv: list[str]) -> int:
+class _StopOnce:
+    """Passes the first signal on to the workers, which save and end; the second ends everything at once.
+
+    Args:
+        folder: where the workers leave a mark when there is something to save.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._asked = False
+
+    def __call__(self, number: int, frame: Any) -> None:
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+
+        # The agent restarts workers that have failed; these find the mark and end.
+        (self._folder / launcher_folder.STOPPING).touch()
+        workers = _children()
+        if not self._asked and workers and (self._folder / launcher_folder.TRAINING).exists():
+            self._asked = True
+            _send(workers, number)
+            return
+        if self._asked:
+            _send(workers, signal.SIGKILL)
+        raise SignalException("asked to stop", sigval=signal.Signals(number))
+
+
+def _children() -> list[int]:
+    """The processes that this one has started; none where the system does not tell."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):
+            stat = (entry / "stat").read_text(encoding="utf-8", errors="replace")
+            if int(stat.rpartition(")")[2].split()[1]) == os.getpid():
+                found.append(int(entry.name))
+    return found
+
+
+def _send(processes: list[int], number: int) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
+
+
+def _launch(torchrun_argv: list[str], folder: Path) -> int:
     """Run torchrun's agent in this process and turn how it ended into an exit status."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -88,29 +138,37 @@ def _launch(torchrun_argv: list[str]) -> int:
     # The agent reports every failure at length; the workers have said what there is to say.
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
+    stop = _StopOnce(folder)
+    handlers = {number: signal.signal(number, stop) for number in _STOP_SIGNALS}
     try:
         elastic_launch(config=launch_config, entrypoint=command)(*arguments)
     except ChildFailedError as error:
-        return _status(error)
+        return _status(error, folder)
     except SignalException as error:
         return 128 + error.sigval
     finally:
         logging.disable(disabled)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return 0
 
 
-def _status(error: ChildFailedError) -> int:
+def _status(error: ChildFailedError, folder: Path) -> int:
     """The exit status that stands for those of the failed workers."""
     failures = error.failures.values()
     if any(failure.exitcode == EXIT_USER_ERROR for failure in failures):
         return EXIT_USER_ERROR
-    for rank, failure in sorted(error.failures.items()):
+    hung = any(failure.exitcode == EXIT_HANGING for failure in failures)
+    for rank, failure in sorted(error.failures.items()) if not hung else ():
         # Nothing in the worker could say so itself.
         if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
             name = signal.Signals(-failure.exitcode).name
             hint = "; out of CPU memory?" if name == "SIGKILL" else ""
             print(f"error: process {rank} was ended by {name}{hint}", file=sys.stderr)
             break
+    go_on = folder / launcher_folder.GO_ON
+    if go_on.exists():
+        print(go_on.read_text(encoding="utf-8"), file=sys.stderr)
     return EXIT_BUG
 
 
@@ -145,7 +203,7 @@ def _cores() -> int:
 
 
 def _torchrun_flags(launch: LaunchArguments, processes: int) -> list[str]:
-    flags = [f"--nproc-per-node={processes}", f"--signals-to-handle={_SIGNALS}"]
+    flags = [f"--nproc-per-node={processes}", f"--signals-to-handle={_AGENT_SIGNALS}"]
     given = dataclasses.asdict(launch)
     del given["gpus"]
     if launch.nnodes == "1" and launch.rdzv_endpoint is None and launch.master_addr is None:

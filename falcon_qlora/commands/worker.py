@@ -14,6 +14,8 @@ import sys
 import threading
 from typing import Any
 
+from falcon_qlora import launcher_folder
+
 _PR_SET_PDEATHSIG = 1
 _INTERRUPT_SECONDS = 5.0
 
@@ -23,6 +25,9 @@ def main() -> None:
     launcher, module = int(sys.argv[1]), sys.argv[2]
     sys.argv[:] = sys.argv[2:]
     _end_with(launcher)
+    stopping = launcher_folder.mark(launcher_folder.STOPPING)
+    if stopping is not None and stopping.exists():
+        os._exit(128 + signal.SIGTERM)  # restarted by an agent that does not know that it is to stop
     signal.signal(signal.SIGINT, _interrupt)
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)

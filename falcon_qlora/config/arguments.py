@@ -195,6 +195,16 @@ class RunArguments:
         "What blocks compute again in the backward pass: none; selective: the largest activation; full: all; "
         "offload: all, from inputs in CPU memory; auto: as little as memory allows, block by block.",
     )
+    save_every_minutes: float = _setting(
+        0.0, "Save a checkpoint too whenever so many minutes have passed since the last; 0: never."
+    )
+    max_bad_steps: int = _setting(
+        10,
+        "Stop after so many steps in a row whose loss or gradient is not finite (each is skipped); 0: never.",
+    )
+    hang_minutes: float = _setting(
+        15.0, "End the run, and say which process hangs, where one does not move for so long; 0: never."
+    )
     early_stopping: int = _setting(0, "Stop after this many evaluations without a better loss; 0: never.")
     generate_samples: int = _setting(0, "Sample answers to generate at each evaluation.")
     sample_prompts: list[str] | None = _setting(

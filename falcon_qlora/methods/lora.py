@@ -128,9 +128,10 @@ class Lora:
         model.save_pretrained(folder, save_embedding_layers=False)
 
     def restore(self, model: PeftModel, folder: Path) -> None:
-        result = set_peft_model_state_dict(model, load_file(folder / TENSORS))
-        if result.unexpected_keys:
-            raise RuntimeError(f"{folder} does not fit this model: {result.unexpected_keys[0]}")
+        tensors = load_file(folder / TENSORS)
+        for name in sorted(tensors.keys() ^ self.saved_shapes(model.config).keys()):
+            raise RuntimeError(f"{folder} does not fit this model: {name} is in one of them only")
+        set_peft_model_state_dict(model, tensors)
 
     def disabled(self, model: PeftModel) -> AbstractContextManager[None]:
         return model.disable_adapter()

@@ -3,14 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import signal
-import subprocess
-import sys
 import threading
-import time
-import uuid
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,62 +11,17 @@ from typing import Any
 
 import pytest
 
-from tests.integration.refusals import PLAIN, contents, folder, only_message, train
-from tests.integration.runs import ENVIRONMENT
+from tests.integration.processes import Processes
+from tests.integration.refusals import folder, only_message, train
 
 __all__ = ["folder"]  # a fixture
-
-
-class Processes:
-    """Starts a command in a folder, and finds what it leaves: files there, and processes anywhere."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self._mark = f"falcon-qlora-test-{uuid.uuid4().hex}"
-
-    def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", *command],
-            cwd=self.folder,
-            env=os.environ | ENVIRONMENT | {"MARK": self._mark} | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    def run(self, *command: str, **environment: str) -> tuple[int, str, str]:
-        """Exit status, stdout and stderr, of a command that leaves nothing behind."""
-        before = contents(self.folder)
-        process = self.start(*command, **environment)
-        output, errors = process.communicate(timeout=120)
-        assert self.none_left()
-        assert contents(self.folder) == before
-        return process.returncode, output, errors
-
-    def none_left(self, within_s: float = 5.0) -> bool:
-        """Whether every process that inherited this object's environment is gone."""
-        deadline = time.monotonic() + within_s
-        while self._left() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        return not self._left()
-
-    def _left(self) -> list[Path]:
-        found = []
-        for process in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):  # gone meanwhile, or another user's
-                if self._mark.encode() in (process / "environ").read_bytes():
-                    found.append(process)
-        return found
 
 
 @pytest.fixture
 def processes(folder: Path) -> Iterator[Processes]:
     result = Processes(folder)
     yield result
-    for process in result._left():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(process.name), signal.SIGKILL)
+    result.end()
 
 
 # Loading fails on the second process alone, as where another program fills its GPU.
@@ -198,34 +146,3 @@ def rejecting_server() -> Iterator[str]:
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
         thread.join()
-
-
-@pytest.mark.parametrize(
-    ("number", "expected"),
-    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
-)
-def test_a_signal_in_mid_training_ends_every_process_and_leaves_what_was_written(
-    processes: Processes, number: int, expected: int
-) -> None:
-    words = [
-        *PLAIN,
-        "--dataset_name",
-        "sample",
-        "--steps",
-        "2000",
-        "--logging_steps",
-        "1",
-        "--save_steps",
-        "2",
-    ]
-    process = processes.start("falcon_qlora", "train", *words, "--gpus", "2", "--output_dir", "out")
-    metrics, checkpoint = processes.folder / "out/metrics.jsonl", processes.folder / "out/checkpoints/step-2"
-    while process.poll() is None and not (checkpoint.is_dir() and metrics.read_text().count("\n") > 3):
-        time.sleep(0.05)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (expected, "")
-    assert processes.none_left()
-    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()][:4] == [1, 2, 3, 4]
-    assert (checkpoint / "adapter_model.safetensors").is_file() or any(checkpoint.rglob("*.safetensors"))
-    assert (processes.folder / "out/config.yaml").is_file()

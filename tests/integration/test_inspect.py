@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -161,20 +160,20 @@ def test_damage_is_named(copy, capsys, monkeypatch, file, damage, told):
 
 def test_files_that_differ_from_a_manifest(copy, capsys):
     folder = copy / "run" / "checkpoints" / "step-4"
-    sizes = {path.name: path for path in folder.iterdir()}
-    record = {
-        name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        for name, path in sizes.items()
-    }
-    (folder / "manifest.json").write_text(json.dumps({"format": 1, "files": record}))
-    assert inspect(folder, capsys)[0] == 0
     alter_last_byte(folder / "README.md")
     status, said = inspect(folder, capsys)
     assert status == 2
     assert "README.md is not what was written" in said
-    record["../../../../etc/passwd"] = {"sha256": ""}
-    (folder / "manifest.json").write_text(json.dumps({"format": 1, "files": record}))
-    assert "is no file of the checkpoint" in inspect(folder, capsys)[1]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for files, told in {
+        '{"../../../../etc/passwd": {"bytes": 1, "sha256": ""}}': "names a file outside",
+        '{"README.md": {"bytes": "1", "sha256": ""}}': "lists no files",
+        "[]": "lists no files",
+    }.items():
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "files": json.loads(files)}))
+        assert told in inspect(folder, capsys)[1]
+    (folder / "manifest.json").unlink()
+    assert "manifest.json is missing" in inspect(folder, capsys)[1]
 
 
 def test_folders_that_are_none_of_these(tmp_path, capsys):

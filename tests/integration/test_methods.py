@@ -117,18 +117,22 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, settings
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["adapter_v2", "full"])
-def test_two_processes_give_the_losses_of_one(method: str, tmp_path: Path) -> None:
-    settings = (
-        "-m tiny -q 16bit --compute_dtype fp32 --max_length 128 --logging_steps 1 --steps 10 --optim sgd"
-    )
+@pytest.mark.parametrize(
+    ("method", "compute_dtype", "allowed"),
+    [("adapter_v2", "fp32", 1e-4), ("full", "fp32", 1e-4), ("full", "bf16", 1e-2)],
+)
+def test_two_processes_give_the_losses_of_one(
+    method: str, compute_dtype: str, allowed: float, tmp_path: Path
+) -> None:
+    settings = f"-m tiny -q 16bit --compute_dtype {compute_dtype} --norms_in_float32 true --max_length 128"
+    settings += " --logging_steps 1 --steps 10 --optim sgd"
     settings += " --learning_rate 0.1 --max_grad_norm 1.0 --warmup_steps 0 --save_strategy no"
     settings += f" --global_batch_size 8 --method {method} --dataset_name {sample_rows()} --max_rows 200"
     alone = train(tmp_path / "alone", *settings.split(), "-b", "4")
     pair = train(tmp_path / "pair", *settings.split(), "-b", "1", gpus=2)
     for one, two in zip(alone, pair, strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
-        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+        assert two["loss"] == pytest.approx(one["loss"], rel=allowed)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=10 * allowed)
 
 
 def test_every_weight_of_a_quantized_base_is_refused(tmp_path: Path) -> None:

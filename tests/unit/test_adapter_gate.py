@@ -68,8 +68,10 @@ def test_a_saved_adapter_passes_and_the_model_is_left_as_it_was(tmp_path, mode, 
     assert model.active_adapter == "default"
 
 
-def test_it_passes_on_the_fast_path(tmp_path):
-    model = attach_lora(tiny_model("falcon-7b", "4bit"), r=4)
+@pytest.mark.parametrize("compute_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("mode", MODES)
+def test_it_passes_on_the_fast_path(tmp_path, mode, compute_dtype):
+    model = attach_lora(tiny_model("falcon-7b", mode, compute_dtype=compute_dtype), r=4)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.1)
@@ -133,8 +135,17 @@ def test_an_adapter_that_was_never_trained(tmp_path):
     untrained = attach_lora(tiny_model("falcon-7b"), r=4)
     save(untrained, tmp_path)
     with pytest.raises(AdapterFaultError, match=r"training has not moved .*lora_B.*8 such tensors"):
-        check_adapter(tmp_path, untrained)
+        check_adapter(tmp_path, untrained, trained=True)
     check_adapter(tmp_path, untrained, trained=False)
+    check_adapter(tmp_path, untrained)
+
+
+def test_one_that_has_not_moved_among_others_that_have(tmp_path):
+    partly = trained_model()
+    with torch.no_grad():
+        next(p for name, p in partly.named_parameters() if "1.mlp.dense_4h_to_h.lora_B" in name).zero_()
+    with pytest.raises(AdapterFaultError, match=r"has not moved .*1\.mlp\.dense_4h_to_h\.lora_B.*1 such"):
+        check_adapter(save(partly, tmp_path), partly, with_loss=False)
 
 
 OTHERS = {
@@ -171,7 +182,7 @@ def test_prefixes_of_another_run_or_never_trained(tmp_path):
     model = Adapter(prefix_length=5, first_block=1).attach(tiny_model("falcon-7b"), seed=3)
     method_of(model).save(model, tmp_path)
     with pytest.raises(AdapterFaultError, match=r"training has not moved .*gate"):
-        check_adapter(tmp_path, model)
+        check_adapter(tmp_path, model, trained=True)
     check_adapter(tmp_path, model, trained=False)
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     settings["settings"]["first_block"] = 0

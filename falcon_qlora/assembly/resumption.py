@@ -1,0 +1,182 @@
+"""Going on with a run: which checkpoint, with the batch and the settings it had, or why not."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from falcon_qlora import distributed
+from falcon_qlora.assembly.rows import TrainingData, global_batch
+from falcon_qlora.checkpoint import verify
+from falcon_qlora.checkpoint.write import set_aside_after
+from falcon_qlora.config import Configuration
+from falcon_qlora.errors import UserError
+from falcon_qlora.files import plain
+from falcon_qlora.run_directory import RunDirectory
+from falcon_qlora.terminal import note
+
+# A run that goes on with another value of one of these is another run.
+_DECISIVE = (
+    "model_name_or_path model_revision quantize_mode double_quantization norms_in_float32 llm_int8_threshold "
+    "tokenizer_name_or_path template train_on append_end_token max_length overlong packing padding streaming "
+    "train_sampling_strategy method adapter_prefix_length adapter_first_block lora_r lora_alpha lora_dropout "
+    "lora_target_modules lora_slices use_rslora use_dora optim learning_rate lr_scheduler_type warmup_steps "
+    "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm seed"
+).split()
+# These may be changed, and what follows from them is said.
+_CHANGES_THE_SCHEDULE = ("max_steps", "num_train_epochs")
+
+
+def checkpoint_to_resume(configuration: Configuration, directory: RunDirectory) -> str | None:
+    """The checkpoint to go on from, verified, or None for a run from the start.
+
+    One that is torn or altered is named and passed over for the one before.
+
+    Raises:
+        UserError: if there is none to go on from, or the one that was named is not whole.
+    """
+    resume, restarted = configuration.run.resume, distributed.restart_count() > 0
+    if not resume and not restarted:
+        return None
+    named = None
+    if resume and resume != "latest" and Path(resume).parent.name == "checkpoints":
+        named = Path(resume)
+    if restarted and configuration.run.overwrite and not _is_of_this_launch(directory):
+        return None  # it failed before it came to replace the old run
+    found = distributed.from_main_process(
+        lambda: _find(directory, None if restarted else named, fallback=named)
+    )
+    if found is None and resume and not restarted:
+        raise UserError(f"--resume: {directory} holds no checkpoint yet; start it again with --overwrite")
+    return found
+
+
+def _is_of_this_launch(directory: RunDirectory) -> bool:
+    def compare() -> bool:
+        newest = verify.newest_whole(directory.checkpoints)[0]
+        return newest is not None and verify.read_manifest(newest).get("launch") == distributed.launch_id()
+
+    return distributed.from_main_process(compare)
+
+
+def _find(directory: RunDirectory, named: Path | None, *, fallback: Path | None) -> str | None:
+    if named is not None:
+        _refuse_if_not_whole(named)
+        return str(named)
+    whole, faulty = verify.newest_whole(directory.checkpoints)
+    for path, wrong in faulty:
+        note(f"{path} is passed over: {wrong}")
+    if whole is None and faulty and not fallback:
+        raise UserError(
+            f"--resume: no checkpoint in {directory.checkpoints} is whole; start the run again with "
+            "--overwrite"
+        )
+    whole = whole or fallback
+    if whole is None:
+        return None
+    _refuse_if_not_whole(whole)
+    return str(whole)
+
+
+def _refuse_if_not_whole(checkpoint: Path) -> None:
+    wrong = verify.fault(checkpoint)
+    if wrong is not None:
+        other, _ = verify.newest_whole(checkpoint.parent)
+        hint = f"; {other} is whole" if other else ""
+        raise UserError(f"--resume {checkpoint}: {wrong}{hint}")
+    if not verify.read_manifest(checkpoint).get("resumable"):
+        raise UserError(
+            f"--resume {checkpoint}: it was saved with --save_only_model, without the optimizer's state"
+        )
+
+
+def adopt(configuration: Configuration, checkpoint: str | None) -> None:
+    """Take over the size of a step from the run that goes on, and refuse settings that make it another run.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    if checkpoint is None:
+        return
+    manifest = verify.read_manifest(Path(checkpoint))
+    run, batch = configuration.run, manifest["global_batch"]
+    if run.global_batch_size not in (None, batch):
+        raise UserError(
+            f"--global_batch_size {run.global_batch_size}: the run that goes on has steps of {batch} "
+            "sequences; leave the flag out"
+        )
+    if global_batch(configuration) != batch:
+        note(f"a step stays {batch} sequences, as the run began")
+    run.global_batch_size = batch
+    _compare_settings(configuration, Path(checkpoint))
+    _say_what_differs(configuration, manifest["processes"])
+
+
+def _compare_settings(configuration: Configuration, checkpoint: Path) -> None:
+    before: dict[str, Any] = {}
+    with contextlib.suppress(OSError, yaml.YAMLError):
+        before = yaml.safe_load((checkpoint.parent.parent / "config.yaml").read_text(encoding="utf-8")) or {}
+    now = plain(configuration.resolved())
+    for name in _DECISIVE:
+        if name in before and name in now and before[name] != now[name]:
+            raise UserError(
+                f"--resume: {name} was {before[name]} in the run that goes on and is {now[name]} now, which "
+                "would make it another run. Leave it as it was, or start a new run"
+            )
+    for name in _CHANGES_THE_SCHEDULE:
+        if name in before and before[name] != now.get(name):
+            note(
+                f"{name} was {before[name]} and is {now.get(name)} now: the learning rate goes on differently"
+            )
+
+
+def _say_what_differs(configuration: Configuration, processes: int) -> None:
+    if processes == distributed.world_size():
+        return
+    changed = f"going on with {distributed.world_size()} instead of {processes} processes: the same documents"
+    changed += " make each step"
+    if configuration.lora.lora_dropout:
+        note(f"{changed}, but dropout draws anew, so the losses will differ from an uninterrupted run's")
+    else:
+        note(f"{changed}, and the losses agree up to the rounding of sums taken in another order")
+
+
+def check_data(data: TrainingData, checkpoint: str | None) -> None:
+    """Refuse to go on over other documents than the run began with.
+
+    Raises:
+        UserError: if the rows or their tokens are others.
+    """
+    if checkpoint is None:
+        return
+    before = verify.read_manifest(Path(checkpoint)).get("data_fingerprint")
+    now = data.record.get("fingerprint")
+    if before != now:
+        raise UserError(
+            "--resume: the data is not what the run began with (its rows, or what became of them, have "
+            f"changed): fingerprint {str(now)[:12]} instead of {str(before)[:12]}. Bring the old data back, "
+            "or start a new run"
+        )
+
+
+def forget_after(directory: RunDirectory, step: int) -> None:
+    """Cut the record back to a step: what came after it is done again. On the main process."""
+    directory.drop_metrics_after(step)
+    for path in set_aside_after(directory.checkpoints, step):
+        note(f"{path} is after step {step:,} and set aside until the run has come there again")
+
+
+def step_of(checkpoint: str) -> int:
+    return int(checkpoint.rstrip("/").rsplit("-", 1)[1])
+
+
+def how_to_go_on(directory: RunDirectory) -> str:
+    """The command that goes on with a run."""
+    words = ["falcon-qlora", "train", "--config", str(directory.config_file), "--resume", str(directory)]
+    if distributed.world_size() > 1 and distributed.world_size() == distributed.local_world_size():
+        words += ["--gpus", str(distributed.world_size())]
+    return shlex.join(words)

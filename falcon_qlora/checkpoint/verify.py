@@ -1,0 +1,94 @@
+"""Whether a checkpoint is what was written: a manifest of sizes and checksums."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from falcon_qlora.errors import UserError
+from falcon_qlora.files import sha256, write_json
+from falcon_qlora.untrusted import read_json
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_NAME = re.compile(r"step-(\d+)")
+
+
+def step_folders(checkpoints: Path) -> list[tuple[int, Path]]:
+    """The checkpoints in a folder by step, oldest first, whole or not."""
+    if not checkpoints.is_dir():
+        return []
+    found = ((_NAME.fullmatch(path.name), path) for path in checkpoints.iterdir())
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def write_manifest(folder: Path, record: dict[str, Any]) -> None:
+    """Write down every file's size and checksum, and `record`; call it when all files are there.
+
+    Args:
+        record: plain values, such as `step` and `processes`.
+    """
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    write_json(folder / MANIFEST, {"format": _FORMAT, **record, "files": files})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What `write_manifest` wrote.
+
+    Raises:
+        ValueError: if there is none, or it is not of this form.
+    """
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except UserError:
+        raise ValueError(f"its {MANIFEST} is missing or cannot be read") from None
+    if manifest.get("format") != _FORMAT:
+        raise ValueError(f"its {MANIFEST} is of another format")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(map(_describes_a_file, files.values())):
+        raise ValueError(f"its {MANIFEST} lists no files")
+    for name in files:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ValueError(f"its {MANIFEST} names a file outside of it: {name}")
+    return manifest
+
+
+def _describes_a_file(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("bytes"), int)
+        and isinstance(entry.get("sha256"), str)
+    )
+
+
+def fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in a few words; None where it is whole and unaltered."""
+    try:
+        manifest = read_manifest(folder)
+    except ValueError as error:
+        return str(error)
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{name} has {path.stat().st_size:,} bytes instead of {entry['bytes']:,}"
+        if sha256(path) != entry["sha256"]:
+            return f"{name} is not what was written (its checksum differs)"
+    return None
+
+
+def newest_whole(checkpoints: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest checkpoint that is whole, and the newer ones that are not, each with what is wrong."""
+    faulty: list[tuple[Path, str]] = []
+    for _, path in reversed(step_folders(checkpoints)):
+        wrong = fault(path)
+        if wrong is None:
+            return path, faulty
+        faulty.append((path, wrong))
+    return None, faulty

@@ -1,0 +1,56 @@
+"""On GPUs: 7B in 4 bits goes on to the last bit, and memory that runs out on one of two is survived."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.integration.interrupted import ROWS, assert_same_run, run
+from tests.integration.processes import Processes
+from tests.integration.runs import metrics, summary, write_jsonl
+
+pytestmark = pytest.mark.gpu
+
+LARGE = (
+    "-m random:falcon-7b -q 4bit --max_length 1024 -b 4 --gradient_accumulation_steps 2 --lora_dropout 0 "
+    "--lora_r 64 --steps 6 --save_steps 2 --logging_steps 1 --learning_rate 1e-4 --checkpointing none"
+).split()
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    folder = tmp_path_factory.mktemp("work")
+    write_jsonl(folder / "rows.jsonl", [{"text": " ".join([str(row)] * 400)} for row in range(len(ROWS) * 4)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        result = Processes(folder)
+        yield result
+        result.end()
+
+
+def test_7b_on_the_fast_path_goes_on_to_the_last_bit(processes: Processes) -> None:
+    words, gpus = [*LARGE, "--kernels", "required", "--full_determinism", "true"], torch.cuda.device_count()
+    assert run(processes, *words, "--output_dir", "whole", gpus=gpus)[0] == 0
+    asked = {"do": "signal", "step": 3, "rank": gpus - 1, "number": signal.SIGTERM}
+    status, output, _ = run(processes, *words, "--output_dir", "stopped", faults=[asked], gpus=gpus)
+    assert (status, "stopped at step" in output) == (0, True)
+    assert run(processes, *words, "--output_dir", "stopped", "--resume", gpus=gpus)[0] == 0
+    assert_same_run(processes.folder / "stopped", processes.folder / "whole")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_memory_that_runs_out_on_one_gpu_of_two_splits_on_both(processes: Processes) -> None:
+    assert run(processes, *LARGE, "--output_dir", "room")[0] == 0
+    hog = {"do": "hog", "step": 3, "rank": 1, "leave_gib": 6}
+    status, output, errors = run(processes, *LARGE, "--output_dir", "hogged", faults=[hog])
+    assert status == 0, errors
+    assert re.search(r"out of memory at step 3.*split in \d+ on all processes", output)
+    assert summary(processes.folder / "hogged")["micro_batch_parts"] > 1
+    lines = [metrics(processes.folder / name) for name in ("room", "hogged")]
+    assert [line["tokens"] for line in lines[0]] == [line["tokens"] for line in lines[1]]
+    for one, other in zip(*lines, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=2e-2)

@@ -1,0 +1,12 @@
+"""``python -m tests.integration.faulty_launch train ...``: the command line, its processes made to fail."""
+
+from __future__ import annotations
+
+import sys
+
+from falcon_qlora import __main__ as command_line
+from falcon_qlora.commands import train
+
+standard = train.main
+train.main = lambda argv: standard(argv, worker_module="tests.integration.faulty_worker")  # type: ignore[assignment]
+sys.exit(command_line.main(sys.argv[1:]))

@@ -1,0 +1,145 @@
+"""A training process in which something goes wrong, as FAULTS says: JSON, a list of objects.
+
+    {"do": "signal", "step": 3, "rank": 1, "number": 15}          this process gets a signal as step 3 begins
+    {"do": "signal", ..., "to": "launcher"}                       the launcher gets it
+    {"do": "kill", "step": 3, "rank": 1, "where": "step"}         kill -9; also "computing", "save", "saved"
+    {"do": "later", "rank": 1, "number": 9, "seconds": 1.5}       a signal so long after the first step began
+    {"do": "slow", "step": 4, "rank": 0}                          the save of step 4 takes two seconds
+    {"do": "memory", "step": 3, "rank": 1, "most": 2}             no memory for more than 2 documents at once
+    {"do": "hog", "step": 3, "rank": 1, "leave_gib": 4}           all but so much of the GPU's memory is taken
+    {"do": "nan", "step": 3, "rank": 0}                           the loss is not a number; also "gradient"
+    {"do": "disk", "step": 4, "bytes": 100000}                    no file can be larger while step 4 is saved
+    {"do": "hang", "step": 3, "rank": 1}                          sleeps; "stopped": by SIGSTOP
+
+Steps count from 1, as users see them; "save" on a process that writes nothing is while another one does.
+With "restart": only in that attempt of torchrun's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import threading
+import time
+from typing import Any
+
+import torch
+
+from falcon_qlora import distributed
+from falcon_qlora import step as step_module
+from falcon_qlora.checkpoint import write
+from falcon_qlora.train import main
+from falcon_qlora.trainer import FalconTrainer
+
+FAULTS = json.loads(os.environ.get("FAULTS", "[]"))
+now = 0
+hogs: list[torch.Tensor] = []
+
+
+def faults(do: str, **more: Any) -> list[dict[str, Any]]:
+    """The faults of this kind that fall on this process now."""
+    wanted = {"do": do, **more}
+    here, attempt = distributed.process_index(), distributed.restart_count()
+    return [
+        each
+        for each in FAULTS
+        if wanted.items() <= each.items()
+        and each.get("step", now) == now
+        and each.get("rank", here) == here
+        and each.get("restart", attempt) == attempt
+    ]
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+training_step = FalconTrainer.training_step
+
+
+def faulty_training_step(self: Any, *arguments: Any, **named: Any) -> Any:
+    global now
+    if now == 0:
+        for fault in faults("later"):
+            threading.Timer(fault["seconds"], os.kill, [os.getpid(), fault["number"]]).start()
+    now = self.state.global_step + 1
+    for fault in faults("signal"):
+        os.kill(os.getppid() if fault.get("to") == "launcher" else os.getpid(), fault["number"])
+        time.sleep(fault.get("wait", 0.3))  # until the launcher has passed it on
+    for fault in faults("hog"):
+        torch.cuda.empty_cache()
+        taken = torch.cuda.mem_get_info()[0] - int(fault["leave_gib"] * 2**30)
+        hogs.append(torch.empty(taken, dtype=torch.uint8, device="cuda"))
+    if faults("kill", where="step"):
+        die()
+    return training_step(self, *arguments, **named)
+
+
+sum_of_losses = step_module.sum_of_losses
+
+
+def faulty_sum_of_losses(model: Any, batch: Any) -> torch.Tensor:
+    if faults("kill", where="computing"):
+        die()
+    if faults("hang"):
+        time.sleep(3600)
+    if faults("stopped"):
+        os.kill(os.getpid(), signal.SIGSTOP)
+    for fault in faults("memory"):
+        if len(batch.lengths) > fault["most"]:
+            raise torch.OutOfMemoryError("CUDA out of memory (in a test)")
+    loss = sum_of_losses(model, batch)
+    if faults("nan"):
+        loss = loss * float("nan")
+    if faults("gradient"):
+        loss.register_hook(lambda gradient: gradient * float("inf"))
+    return loss
+
+
+write_manifest = write.write_manifest
+
+
+def faulty_write_manifest(folder: Any, record: Any) -> None:
+    """Called in the middle of a save: the files are there, the manifest and the name are not."""
+    if faults("kill", where="save"):
+        die()
+    if faults("slow"):
+        time.sleep(2)
+    write_manifest(folder, record)
+
+
+save_checkpoint = FalconTrainer._save_checkpoint
+
+
+def faulty_save_checkpoint(self: Any, *arguments: Any) -> None:
+    if not distributed.is_main_process() and faults("kill", where="save"):
+        threading.Timer(1.0, die).start()
+    save_checkpoint(self, *arguments)
+
+
+write_checkpoint = write._write
+
+
+def faulty_write(*arguments: Any) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for fault in faults("disk"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], before[1]))
+    try:
+        write_checkpoint(*arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    if faults("kill", where="saved"):
+        die()
+
+
+FalconTrainer._save_checkpoint = faulty_save_checkpoint  # type: ignore[method-assign]
+FalconTrainer.training_step = faulty_training_step  # type: ignore[method-assign]
+step_module.sum_of_losses = faulty_sum_of_losses
+write.write_manifest = faulty_write_manifest
+write._write = faulty_write
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""A run that is made to fail or stop, again and again, beside the same run left alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from tests.integration.processes import Processes
+from tests.integration.runs import metrics
+
+STEPS = 10
+# Two epochs and a bit, several micro batches, random draws, and a loss averaged over steps.
+SETTINGS = (
+    "-m tiny -q 4bit --max_length 64 -b 2 --gradient_accumulation_steps 2 --lora_dropout 0.1 --lora_r 8 "
+    f"--steps {STEPS} --save_steps 2 --logging_steps 3 --learning_rate 1e-3 --warmup_steps 2 "
+    "--report_to none --dataset_name rows.jsonl"
+).split()
+ROWS = [
+    {"instruction": f"Count to {number}.", "output": " ".join(map(str, range(number % 13 + 2)))}
+    for number in range(60)
+]
+
+
+def start(
+    processes: Processes, *words: str, faults: list[dict[str, Any]] | None = None, gpus: int = 2
+) -> subprocess.Popen[str]:
+    """Start a run in the folder of `processes`, its settings given unless it resumes by a config."""
+    return processes.start(
+        "tests.integration.faulty_launch",
+        "train",
+        *SETTINGS,
+        "--gpus",
+        str(gpus),
+        *words,
+        FAULTS=json.dumps(faults or []),
+        PYTHONPATH=str(Path(__file__).resolve().parents[2]),
+    )
+
+
+def run(
+    processes: Processes, *words: str, faults: list[dict[str, Any]] | None = None, gpus: int = 2
+) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a run that leaves no process behind."""
+    process = start(processes, *words, faults=faults, gpus=gpus)
+    output, errors = process.communicate(timeout=240)
+    assert processes.none_left(), "a process stayed"
+    return process.returncode, output, errors
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Every number that does not come from a clock, and the adapter, to the last bit."""
+    names = ("step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "packing_efficiency")
+    lines = [[{name: line[name] for name in names} for line in metrics(folder)] for folder in (one, other)]
+    assert lines[0] == lines[1]
+    adapters = [load_file(folder / "adapter/adapter_model.safetensors") for folder in (one, other)]
+    assert adapters[0].keys() == adapters[1].keys()
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])

@@ -1,0 +1,52 @@
+"""A save that is not what is in memory ends the run: what was good before it stays, and that is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from falcon_qlora.checkpoint.verify import fault
+from falcon_qlora.errors import UserError
+from falcon_qlora.methods.adapter_v2 import AdapterV2
+from falcon_qlora.methods.lora import Lora
+from tests.integration.test_adapter import fine_tune
+
+METHODS: dict[str, Any] = {"lora": Lora, "adapter_v2": AdapterV2}
+
+
+@pytest.mark.parametrize(
+    ("method", "damaged", "left"),
+    [
+        ("lora", 1, []),
+        ("lora", 2, ["step-2"]),
+        ("lora", 3, ["step-2", "step-4"]),
+        ("adapter_v2", 2, ["step-2"]),
+    ],
+)
+def test_a_save_that_is_not_what_is_in_memory_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, damaged: int, left: list[str]
+) -> None:
+    saves, real = [], METHODS[method].save
+
+    def save(self: Any, model: Any, folder: Path) -> None:
+        real(self, model, folder)
+        saves.append(folder)
+        if len(saves) == damaged:
+            tensors = load_file(folder / "adapter_model.safetensors")
+            next(reversed(tensors.values())).view(-1)[-1:].add_(1e-6)
+            save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(METHODS[method], "save", save)
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match=r"was not kept: .*is not what the model in memory has") as refusal:
+        fine_tune(tmp_path, output_dir=run, max_steps=4, save_steps=2, method=method)
+    assert (f"last complete checkpoint is {run}/checkpoints/{left[-1]}" if left else "There is no") in str(
+        refusal.value
+    )
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == left
+    assert not [fault(run / "checkpoints" / name) for name in left if fault(run / "checkpoints" / name)]
+    assert not (run / "adapter").exists()
+    assert not (run / "summary.json").exists()

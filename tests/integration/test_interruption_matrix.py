@@ -1,0 +1,240 @@
+"""Every signal, every process, kill -9 before, inside and after a save, at any moment: always one run."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from falcon_qlora.checkpoint.verify import newest_whole
+from tests.integration.interrupted import ROWS, SETTINGS, assert_same_run, run
+from tests.integration.processes import Processes
+from tests.integration.runs import metrics, write_jsonl
+
+pytestmark = pytest.mark.slow
+
+LONG = ("--steps", "24")
+REPOSITORY = str(Path(__file__).resolve().parents[2])
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    folder = tmp_path_factory.mktemp("work")
+    write_jsonl(folder / "rows.jsonl", ROWS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        result = Processes(folder)
+        yield result
+        result.end()
+
+
+@pytest.fixture(scope="module")
+def whole(processes: Processes) -> Path:
+    assert run(processes, *LONG, "--output_dir", "whole")[0] == 0
+    return processes.folder / "whole"
+
+
+def go_on(processes: Processes, folder: str, faults: list[dict[str, Any]]) -> tuple[int, str, str]:
+    """Start the run, or go on with it from its last checkpoint."""
+    resume = ["--resume"] if newest_step(processes, folder) else []
+    if (processes.folder / folder).exists() and not resume:
+        resume = ["--overwrite"]
+    return run(processes, *LONG, "--output_dir", folder, *resume, faults=faults)
+
+
+def newest_step(processes: Processes, folder: str) -> int:
+    """The step of the last complete checkpoint, which is what it says it is; 0 without any."""
+    found, faulty = newest_whole(processes.folder / folder / "checkpoints")
+    assert faulty == []
+    return int(found.name.split("-")[1]) if found else 0
+
+
+def test_each_signal_to_the_launcher_and_to_each_process(processes: Processes, whole: Path) -> None:
+    places: list[dict[str, Any]] = [{"to": "launcher", "rank": 0}, {"rank": 0}, {"rank": 1}]
+    for place, number in itertools.product(places, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)):
+        before = newest_step(processes, "signals")
+        asked = {"do": "signal", "step": before + 1, "number": number, **place}
+        status, output, errors = go_on(processes, "signals", [asked])
+        assert (status, errors) == (0, ""), (place, number)
+        assert f"stopped at step {newest_step(processes, 'signals')} of 24" in output
+        assert before + 1 <= newest_step(processes, "signals") <= before + 2
+    assert go_on(processes, "signals", [])[0] == 0
+    assert_same_run(processes.folder / "signals", whole)
+
+
+def test_kill_9_of_each_process_before_inside_and_after_a_save(processes: Processes, whole: Path) -> None:
+    # Saved is after every second step. The main process writes; the other is killed while it does.
+    for rank, where in itertools.product((0, 1), ("computing", "save", "saved")):
+        if (rank, where) == (1, "saved"):
+            continue
+        before = newest_step(processes, "killed")
+        faults: list[dict[str, Any]] = [{"do": "kill", "step": before + 4, "rank": rank, "where": where}]
+        if (rank, where) == (1, "save"):
+            faults.append({"do": "slow", "step": before + 4, "rank": 0})
+        status, _, errors = go_on(processes, "killed", faults)
+        expected = before + (4 if where == "saved" else 2)
+        assert newest_step(processes, "killed") == expected
+        assert status == 1
+        killed, hint = errors.splitlines()
+        assert killed.startswith(f"error: process {rank} was ended by SIGKILL")
+        # A save that is cut off after the rename, before the launcher hears of it, is found all the same.
+        assert re.match(rf"the last complete checkpoint is killed/checkpoints/step-{before + 2}; go on", hint)
+    assert go_on(processes, "killed", [])[0] == 0
+    assert_same_run(processes.folder / "killed", whole)
+
+
+def test_random_moments(processes: Processes, whole: Path) -> None:
+    moments = random.Random(0)
+    left, folder = 20, "random-0"
+    while left or not (processes.folder / folder / "adapter").exists():
+        number = moments.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
+        seconds = round(moments.uniform(0.1, 4.0), 2)
+        fault = {"do": "later", "rank": moments.randrange(2), "number": number, "seconds": seconds}
+        status, output, errors = go_on(processes, folder, [fault] if left else [])
+        newest_step(processes, folder)
+        if status == 0 and "stopped at step" not in output:
+            assert_same_run(processes.folder / folder, whole)
+            folder = f"random-{left}" if left else folder
+            continue
+        left -= 1
+        assert status == (1 if number == signal.SIGKILL else 0), (fault, output, errors)
+        assert sum(line.startswith("error:") for line in errors.splitlines()) == (number == signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_plain_torchrun_saves_within_its_shutdown_time(
+    processes: Processes, whole: Path, number: int
+) -> None:
+    folder = f"torchrun-{number}"
+    asked = f'[{{"do": "signal", "step": 3, "rank": 1, "to": "launcher", "number": {int(number)}}}]'
+    torchrun = ["torch.distributed.run", "--nproc_per_node", "2", "-m", "tests.integration.faulty_worker"]
+    process = processes.start(
+        *torchrun, *SETTINGS, *LONG, "--output_dir", folder, FAULTS=asked, PYTHONPATH=REPOSITORY
+    )
+    output, _ = process.communicate(timeout=240)
+    assert processes.none_left()
+    assert f"stopped at step {newest_step(processes, folder)} of 24. Go on with:" in output
+    assert newest_step(processes, folder) in (3, 4)
+    assert go_on(processes, folder, [])[0] == 0
+    assert_same_run(processes.folder / folder, whole)
+
+
+def test_a_second_signal_ends_at_once(processes: Processes) -> None:
+    twice = [
+        {"do": "signal", "step": 3, "rank": 0, "to": "launcher", "number": signal.SIGTERM, "wait": wait}
+        for wait in (2.0, 30.0)
+    ]
+    status, output, errors = run(processes, *LONG, "--output_dir", "twice", faults=twice)
+    assert (status, errors) == (128 + signal.SIGTERM, "")
+    assert "SIGTERM: a checkpoint is saved" in output
+    assert "stopped at step" not in output
+    assert newest_step(processes, "twice") == 2
+
+
+def test_torchruns_restarts_resume_by_themselves(processes: Processes, whole: Path) -> None:
+    faults = [
+        {"do": "kill", "step": 5 + 3 * each, "rank": each % 2, "where": "step", "restart": each}
+        for each in (0, 1)
+    ]
+    status, _, errors = run(
+        processes, *LONG, "--output_dir", "restarted", "--max_restarts", "2", faults=faults
+    )
+    assert (status, "error:" in errors) == (0, False)
+    assert_same_run(processes.folder / "restarted", whole)
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (
+            "hang",
+            r"process 1 has not moved for \d+ s, computing at step 3\. Its Python stack:(.|\n)*faulty_worker",
+        ),
+        ("stopped", "process 1 does not answer"),
+    ],
+)
+def test_a_process_that_hangs_is_named_and_the_run_ends(processes: Processes, fault: str, told: str) -> None:
+    faults = [{"do": fault, "step": 3, "rank": 1}]
+    status, _, errors = run(processes, *LONG, "--output_dir", fault, "--hang_minutes", "0.1", faults=faults)
+    assert status == 1
+    assert re.search(told, errors), errors
+    assert sum(line.startswith("error:") for line in errors.splitlines()) == 1
+    assert newest_step(processes, fault) == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["-q 8bit --packing false", "-q 16bit --streaming true", "-q 16bit --packing false --padding max_length"],
+)
+def test_every_way_of_reading_goes_on_to_the_last_bit(processes: Processes, words: str) -> None:
+    name = re.sub(r"\W", "", words)
+    settings = [*words.split(), "--optim", "adamw_torch"]
+    assert run(processes, *settings, "--output_dir", f"{name}-whole")[0] == 0
+    asked = {"do": "signal", "step": 4, "rank": 1, "number": signal.SIGTERM}
+    assert run(processes, *settings, "--output_dir", name, faults=[asked])[0] == 0
+    assert newest_step(processes, name) in (4, 5)
+    assert run(processes, *settings, "--output_dir", name, "--resume")[0] == 0
+    assert_same_run(processes.folder / name, processes.folder / f"{name}-whole")
+
+
+@pytest.mark.parametrize("words", ["--packing true", "--streaming true"])
+def test_another_number_of_processes_makes_the_same_global_batches(processes: Processes, words: str) -> None:
+    name = f"one{words.split()[0]}"
+    settings = [*words.split(), "-q", "16bit", "--compute_dtype", "fp32", "--lora_dropout", "0"]
+    settings += ["--logging_steps", "1", "--save_steps", "5"]
+    assert run(processes, *settings, "--output_dir", f"{name}-whole")[0] == 0
+    asked = {"do": "signal", "step": 4, "rank": 1, "number": signal.SIGTERM}
+    assert run(processes, *settings, "--output_dir", name, faults=[asked])[0] == 0
+    status, output, _ = run(processes, *settings, "--output_dir", name, "--resume", gpus=1)
+    assert status == 0
+    assert "a step stays 8 sequences" in output
+    assert "going on with 1 instead of 2 processes: the same documents make each step" in output
+    lines, expected = (metrics(processes.folder / each) for each in (name, f"{name}-whole"))
+    assert [line["tokens"] for line in lines] == [line["tokens"] for line in expected]
+    for line, other in zip(lines, expected, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+def test_a_run_is_not_gone_on_with_as_another_run(processes: Processes) -> None:
+    write_jsonl(processes.folder / "other.jsonl", ROWS[1:])
+    words = ["--steps", "2", "--save_steps", "1"]
+    assert run(processes, "--output_dir", "first", *words)[0] == 0
+    for changed, told in (
+        (["--learning_rate", "1e-4"], "learning_rate was 0.001"),
+        (["--max_length", "48"], "max_length was 64"),
+        (["--dataset_name", "other.jsonl"], "the data is not what the run began with"),
+    ):
+        status, _, errors = run(processes, "--output_dir", "first", *words, *changed, "--resume")
+        assert status == 2
+        assert told in errors
+
+
+def test_an_altered_checkpoint_is_passed_over_for_the_one_before(processes: Processes) -> None:
+    words = ["--steps", "3", "--save_steps", "1", "--output_dir", "altered"]
+    assert run(processes, *words)[0] == 0
+    adapter = processes.folder / "altered/adapter/adapter_model.safetensors"
+    before = adapter.read_bytes()
+    adapter.unlink()
+    state = processes.folder / "altered/checkpoints/step-3/optimizer.pt"
+    data = bytearray(state.read_bytes())
+    data[len(data) // 2] ^= 1
+    state.write_bytes(data)
+    status, output, errors = run(processes, *words, "--resume")
+    assert (status, errors) == (0, "")
+    assert "step-3 is passed over: optimizer.pt is not what was written" in output
+    assert "going on from step 2" in output
+    assert adapter.read_bytes() == before
+
+
+def test_the_clock_saves_too(processes: Processes) -> None:
+    words = ["--save_strategy", "no", "--save_every_minutes", "0.0001"]
+    assert run(processes, *words, "--output_dir", "clock")[0] == 0
+    # Asked for with a step's gradients, heeded at the end of the next, and not asked for meanwhile.
+    steps = [path.name for path in (processes.folder / "clock/checkpoints").iterdir()]
+    assert newest_step(processes, "clock") >= 8, steps

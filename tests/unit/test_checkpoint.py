@@ -1,0 +1,96 @@
+"""A checkpoint that is not what was written is found out, and the one before is taken."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from falcon_qlora.checkpoint.verify import MANIFEST, fault, newest_whole, write_manifest
+from falcon_qlora.checkpoint.write import _rotate, set_aside_after
+
+
+def make(folder: Path, step: int) -> Path:
+    path = folder / f"step-{step}"
+    (path / "inner").mkdir(parents=True)
+    (path / "weights.bin").write_bytes(bytes(range(256)) * 8)
+    (path / "inner" / "state.json").write_text("{}")
+    write_manifest(path, {"step": step, "processes": 2})
+    return path
+
+
+def truncate(path: Path) -> None:
+    (path / "weights.bin").write_bytes((path / "weights.bin").read_bytes()[:-1])
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray((path / "weights.bin").read_bytes())
+    data[1000] ^= 1
+    (path / "weights.bin").write_bytes(data)
+
+
+def lose_a_file(path: Path) -> None:
+    (path / "inner/state.json").unlink()
+
+
+def lose_the_manifest(path: Path) -> None:
+    (path / MANIFEST).unlink()
+
+
+def cut_the_manifest(path: Path) -> None:
+    (path / MANIFEST).write_text((path / MANIFEST).read_text()[:50])
+
+
+def point_outside(path: Path) -> None:
+    manifest = json.loads((path / MANIFEST).read_text())
+    manifest["files"]["../../elsewhere"] = {"bytes": 1, "sha256": ""}
+    (path / MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (truncate, "weights.bin has 2,047 bytes instead of 2,048"),
+        (flip_a_bit, "weights.bin is not what was written"),
+        (lose_a_file, "inner/state.json is missing"),
+        (lose_the_manifest, "manifest.json is missing"),
+        (cut_the_manifest, "cannot be read"),
+        (point_outside, "outside"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
+    tmp_path: Path, damage: Callable[[Path], None], told: str
+) -> None:
+    older, newer = make(tmp_path, 9), make(tmp_path, 10)
+    assert newest_whole(tmp_path) == (newer, [])
+    damage(newer)
+    assert told in str(fault(newer))
+    found, ((passed_over, wrong),) = newest_whole(tmp_path)
+    assert (found, passed_over) == (older, newer)
+    assert told in wrong
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "left"),
+    [(None, None, [1, 2, 3, 10]), (2, None, [3, 10]), (1, None, [10]), (2, 1, [1, 10]), (1, 2, [2, 10])],
+)
+def test_the_newest_and_the_best_stay(
+    tmp_path: Path, limit: int | None, best: int | None, left: list[int]
+) -> None:
+    for step in (1, 2, 3, 10):
+        make(tmp_path, step)
+    _rotate(tmp_path, 10, limit, str(tmp_path / f"step-{best}") if best else None)
+    assert sorted(int(path.name.split("-")[1]) for path in tmp_path.iterdir()) == left
+
+
+def test_checkpoints_after_the_one_gone_on_from_stay_until_they_are_made_again(tmp_path: Path) -> None:
+    for step in (3, 6, 9):
+        make(tmp_path, step)
+    (tmp_path / ".step-8.partial").mkdir()
+    assert [path.name for path in set_aside_after(tmp_path, 3)] == ["step-6", "step-9"]
+    assert newest_whole(tmp_path)[0] == tmp_path / "step-3"
+    make(tmp_path, 6)
+    _rotate(tmp_path, 6, 2, None)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-3", "step-6", "replaced-step-9"}

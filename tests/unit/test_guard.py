@@ -1,0 +1,108 @@
+"""Steps that come to nothing, losses that jump, micro batches that are split, processes that hang."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from falcon_qlora.assembly.preflight import predicted_bytes
+from falcon_qlora.data.batches import collate
+from falcon_qlora.errors import UserError
+from falcon_qlora.guard import BadSteps, Reports, StepReport
+from falcon_qlora.step import Agreed, Notes, halved
+from falcon_qlora.watchdog import describe
+
+
+def report(step: int, loss: float, bad: bool = False) -> StepReport:
+    return StepReport(step=step, agreed=Agreed(loss=loss, stop=False, save=False, halvings=0), bad=bad)
+
+
+def test_only_bad_steps_in_a_row_end_a_run() -> None:
+    said: list[str] = []
+    steps = BadSteps(most=3, rows_of=lambda step: f"rows {step}", say=said.append)
+    for step, bad in enumerate([True, True, False, True, True]):
+        steps.see(report(step, 1.0, bad))
+    assert (steps.total, len(said)) == (4, 4)
+    again = BadSteps(most=3, rows_of=lambda step: f"rows {step}", say=said.append)
+    again.load_state(steps.state())
+    with pytest.raises(UserError, match=r"3 steps in a row.*the last one step 6 \(rows 5\)"):
+        again.see(report(5, 1.0, True))
+
+
+def test_a_loss_that_jumps_is_told_and_one_that_wavers_is_not() -> None:
+    said: list[str] = []
+    steps = BadSteps(most=0, rows_of=lambda step: "rows 7", say=said.append)
+    for step, noise in enumerate(np.random.default_rng(0).normal(0, 0.1, 200)):
+        steps.see(report(step, 2.0 + float(noise)))
+    assert said == []
+    steps.see(report(200, 4.5))
+    assert said[0].startswith("step 201 (rows 7): the loss jumped to 4.5; lately it was ")
+
+
+def test_reports_come_a_step_late_and_notes_are_what_any_process_says() -> None:
+    one = Notes(loss=torch.tensor(0.25), halvings=1).tensor()
+    other = Notes(loss=torch.tensor(0.5), stop=True, halvings=3).tensor()
+    reports = Reports()
+    reports.put(4, one + other, torch.tensor(False))
+    assert reports.take() == []
+    reports.put(5, one, torch.tensor(True))
+    agreed = Agreed(loss=0.75, stop=True, save=False, halvings=3)
+    assert reports.take() == [StepReport(step=4, agreed=agreed, bad=False)]
+    (last,) = reports.take(newest=True)
+    assert (last.step, last.bad, last.agreed.halvings) == (5, True, 1)
+
+
+@pytest.mark.parametrize("times", [1, 2, 8])
+@pytest.mark.parametrize("pad_to", [None, 12])
+def test_halves_hold_the_same_documents(times: int, pad_to: int | None) -> None:
+    documents = [np.arange(100 * index, 100 * index + length) for index, length in enumerate([3, 9, 2, 6, 4])]
+    masks = [np.r_[0, np.ones(len(document) - 1)] for document in documents]
+    whole = collate(documents, masks, pad_to=pad_to)
+    parts = halved(whole, times)
+    alone = [
+        collate([document], [mask], pad_to=pad_to) for document, mask in zip(documents, masks, strict=True)
+    ]
+    assert len(parts) == min(2**times, 5)
+    assert sum((part.lengths for part in parts), ()) == whole.lengths
+    for name in ("input_ids", "position_ids"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts], dim=1), getattr(whole, name))
+    assert torch.equal(torch.cat([part.targets for part in parts]), whole.targets)
+    for part in parts:
+        predicted = part.input_ids[0][part.target_positions + 1]
+        assert torch.equal(predicted, part.targets)
+        assert part.cu_seqlens.tolist() == np.r_[0, np.cumsum(part.lengths)].tolist()
+    if times == 8:
+        for part, document in zip(parts, alone, strict=True):
+            assert torch.equal(part.target_positions, document.target_positions)
+
+
+def test_the_process_that_is_behind_or_silent_is_the_one_that_hangs() -> None:
+    waiting = json.dumps([7, 1, "adding up the gradients", "in all_reduce"])
+    behind = json.dumps([7, 0, "computing", "in sleep"])
+    assert describe({0: waiting, 1: behind, 2: waiting}, 3, 60.0) == (
+        "process 1 has not moved for 60 s, computing at step 7. Its Python stack:\nin sleep"
+    )
+    assert describe({0: waiting, 2: waiting}, 3, 60.0).startswith("process 1 does not answer")
+    assert describe({0: waiting, 1: waiting}, 2, 60.0).startswith("all 2 processes have not moved")
+
+
+def test_room_is_counted_for_every_checkpoint_that_lies_there_at_once() -> None:
+    million = 1_000_000
+    small = predicted_bytes(0, optimizer="adamw_torch_fused", saves=1, limit=2) // 2
+    for saves, limit, best, count in [
+        (10, 2, False, 3),
+        (10, 2, True, 4),
+        (1, 2, False, 1),
+        (10, None, False, 10),
+    ]:
+        found = predicted_bytes(
+            million, optimizer="adamw_torch_fused", saves=saves, limit=limit, keeps_best=best
+        )
+        assert found == count * (12 * million + small) + 4 * million + small
+    assert (
+        predicted_bytes(million, optimizer="paged_adamw_8bit", saves=1, limit=None)
+        == 10 * million + 2 * small
+    )
