@@ -49,7 +49,7 @@ class Refusal:
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have `falcon-qlora train` run its one worker in this process."""
 
-    def launch(torchrun_argv: list[str]) -> int:
+    def launch(torchrun_argv: list[str], folder: Path) -> int:
         quiet_libraries()
         words = torchrun_argv[torchrun_argv.index("falcon_qlora.train") + 1 :]
         return distributed.exit_status(lambda: training.train(parse(words)))
