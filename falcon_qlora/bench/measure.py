@@ -107,6 +107,9 @@ class Bench:
         device: where.
         log: the GPU's clock and power.
         say: told what is going on.
+
+    Attributes:
+        interrupted: whether `run` was.
     """
 
     def __init__(
@@ -132,9 +135,26 @@ class Bench:
         self._deadline = time.perf_counter() + 60 * pace.minutes
         self._bases: dict[str, Any] = {}
         self._base_bytes: dict[str, int] = {}
+        self.interrupted = False
 
     def run(self) -> list[Result]:
-        """Measure everything; the results in the order of the entries."""
+        """Measure everything; the results in the order of the entries.
+
+        A KeyboardInterrupt ends it: what was measured by then is in the results, and `interrupted` is set.
+        """
+        try:
+            self._measure_all()
+        except KeyboardInterrupt:
+            self.interrupted = True
+            self._say("interrupted: the table has what was measured by now")
+            self._bases.clear()
+            devices.free_memory()
+        for result in self.results:
+            if not result.seconds and result.failure is None:
+                result.failure = "not measured: interrupted"
+        return self.results
+
+    def _measure_all(self) -> None:
         groups = self._groups()
         if len(groups) > 1:
             kinds = ", then ".join(" with ".join(group) for group in groups)
@@ -158,7 +178,6 @@ class Bench:
             if number:
                 for result in members:
                     result.note("not in the same rounds as the first row")
-        return self.results
 
     def _groups(self) -> list[list[str]]:
         bases = list(dict.fromkeys(result.entry.variant.base for result in self.results))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import signal
 import sys
 from dataclasses import dataclass
 from dataclasses import field as setting
@@ -184,6 +185,8 @@ def _bench(
         max_length=length,
         seed=configuration.run.seed,
     )
+    # A time limit's SIGTERM leaves the table, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     log = GpuLog(device)
     results: list[Result] = []
     ceilings: dict[tuple[str, str], float | None] = {}
@@ -198,6 +201,8 @@ def _bench(
                 if ceiling:
                     _say(f"{model}: a plain {dtype} product runs at {ceiling:,.3g} TFLOP/s")
             results += bench.run()
+            if bench.interrupted:
+                break
     finally:
         log.close()
     machine = Machine(
@@ -220,6 +225,8 @@ def _bench(
     broken = [result for result in results if (result.failure or "").startswith("failed:")]
     if broken:
         _say(f"{len(broken)} variants broke; the table says how")
+    if bench.interrupted:
+        return 130
     return 1 if broken else 0
 
 

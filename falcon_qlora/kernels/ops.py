@@ -182,9 +182,14 @@ def _triton_forms() -> dict[str, Callable[..., Any]]:
     """Triton's forms, in which one call is one kernel; none where Triton is not installed."""
     if importlib.util.find_spec("triton") is None:
         return {}
-    from falcon_qlora.kernels import gelu, layer_norm, nf4, rotary, rows, softmax
+    from falcon_qlora.kernels import gelu, int8, layer_norm, nf4, rotary, rows, softmax
 
     def dequantize(layer: Any, out: Tensor | None) -> Tensor:
+        if layer.weight.dtype == torch.int8:
+            weight = layer.weight.data
+            if out is None:
+                out = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
+            return int8.dequantize_int8(weight, _int8_scales(layer), out)
         state = getattr(layer.weight, "quant_state", None)
         if state is None or not nf4.can_dequantize_nf4(state):
             return _dequantize(layer, out)
@@ -211,17 +216,21 @@ def _triton_forms() -> dict[str, Callable[..., Any]]:
 def _dequantize(layer: Any, out: Tensor | None) -> Tensor:
     weight = layer.weight
     if weight.dtype == torch.int8:
-        # bitsandbytes moves the scales from the weight to the layer's state when the layer first runs.
-        scales = weight.SCB if weight.SCB is not None else layer.state.SCB
         if out is None:
             out = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
-        return torch.mul(weight.data, (scales.float() / 127.0)[:, None], out=out)
+        return torch.mul(weight.data, (_int8_scales(layer).float() / 127.0)[:, None], out=out)
     plain = weight.data
     if getattr(weight, "quant_state", None) is not None:
         from bitsandbytes.functional import dequantize_4bit
 
         plain = dequantize_4bit(plain, weight.quant_state)
     return plain if out is None else out.copy_(plain)
+
+
+def _int8_scales(layer: Any) -> Tensor:
+    # bitsandbytes moves the scales from the weight to the layer's state when the layer first runs.
+    scales: Tensor = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+    return scales
 
 
 def _layer_norm(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -113,3 +115,42 @@ def test_real_rows_packed_and_padded(tmp_path: Path, capsys: pytest.CaptureFixtu
     tokens = [speed * each for speed, each in zip(speeds, seconds, strict=True)]
     assert tokens == pytest.approx([tokens[0]] * 3, rel=0.01 + 1 / min(speeds))
     assert 256 < tokens[0] <= 512 * (1.01 + 1 / min(speeds))
+
+
+def test_a_time_limit_leaves_what_was_measured(tmp_path: Path) -> None:
+    arguments = [
+        "bench",
+        "--models",
+        MODEL,
+        "--variants",
+        "ours,reference",
+        "--tokens",
+        "64",
+        "--max_length",
+        "32",
+    ]
+    arguments += [
+        "--lora_r",
+        "4",
+        "--rounds",
+        "500",
+        "--steps",
+        "1000",
+        "--csv",
+        str(tmp_path / "records.csv"),
+    ]
+    bench = subprocess.Popen(
+        [sys.executable, "-m", "falcon_qlora", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert bench.stderr is not None
+    assert any("ours, 64 tokens, round 1" in line for line in bench.stderr)
+    bench.terminate()
+    output, _ = bench.communicate(timeout=60)
+    assert bench.returncode == 130
+    rows = {row["variant"]: row["tokens/s"] for row in table(output)}
+    assert float(rows["ours"].replace(",", "")) > 0
+    assert rows.keys() == {"ours", "reference"}
+    assert len((tmp_path / "records.csv").read_text().splitlines()) >= 2

@@ -21,9 +21,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from falcon_qlora.kernels import fp8_gelu, fp8_quantize, gelu, layer_norm, nf4, rotary, rows, softmax
+from falcon_qlora.kernels import fp8_gelu, fp8_quantize, gelu, int8, layer_norm, nf4, rotary, rows, softmax
 
-MODULES: tuple[ModuleType, ...] = (gelu, layer_norm, nf4, rotary, rows, softmax)
+MODULES: tuple[ModuleType, ...] = (gelu, int8, layer_norm, nf4, rotary, rows, softmax)
 FP8_MODULES: tuple[ModuleType, ...] = (fp8_gelu, fp8_quantize)
 FP8_CAPABILITY = 89
 FLOAT32 = {"code_ptr", "offset_ptr", "nested_code_ptr", "nested_absmax_ptr", "mean_ptr", "rstd_ptr"}
@@ -49,6 +49,7 @@ def plain_variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
             yield layer_norm._layer_norm_backward, {"TWO": two, "ADD": True, **options}
     for nested in (False, True):
         yield from nf4_variants(nested, scaled=False)
+    yield int8._dequantize, {"BLOCK": int8._BLOCK, "num_warps": int8._WARPS}
     yield rows._copy, {"BLOCK": rows._BLOCK, "num_warps": rows._WARPS}
     yield (
         softmax._cross_entropy,
@@ -71,10 +72,10 @@ def fp8_variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
         yield from nf4_variants(nested, scaled=True)
     for features in (4544, 8192, 14848):
         yield fp8_quantize._quantize_rows, fp8_quantize._row_options(features)
-    for int8 in (False, True):
+    for is_int8 in (False, True):
         for transpose in (False, True):
             tile = {"TILE": fp8_quantize._TILE, "num_warps": fp8_quantize._TILE_WARPS}
-            yield fp8_quantize._quantize_weight, {"INT8": int8, "TRANSPOSE": transpose, **tile}
+            yield fp8_quantize._quantize_weight, {"INT8": is_int8, "TRANSPOSE": transpose, **tile}
     tile = dict(zip(("TOKENS", "FEATURES", "num_warps"), fp8_quantize._SUM, strict=True))
     for addends, rank in ((0, 64), (1, 128), (2, 128), (2, 0)):
         yield fp8_quantize._add, {"ADDENDS": addends, "RANK": rank, **tile}
@@ -111,7 +112,7 @@ def _type(name: str, options: dict[str, Any]) -> str:
         return "*i64"
     if name == "values_ptr" or (name == "out_ptr" and (options.get("SCALED") or "TRANSPOSE" in options)):
         return "*fp8e4nv"
-    if name == "weight_ptr" and options.get("INT8"):
+    if name == "int8_ptr" or (name == "weight_ptr" and options.get("INT8")):
         return "*i8"
     if name == "absmax_ptr":
         return "*u8" if options["NESTED"] else "*fp32"

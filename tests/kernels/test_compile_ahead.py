@@ -46,4 +46,4 @@ def _launched(capability: int) -> set[str]:
     """Names of the kernels that the modules launch, read off their sources."""
     modules = MODULES + (FP8_MODULES if capability >= FP8_CAPABILITY else ())
     sources = "".join(inspect.getsource(module) for module in modules)
-    return set(re.findall(r"^\s+(_\w+)\[.*\]\($", sources, re.MULTILINE))
+    return set(re.findall(r"^\s+(_\w+)\[.*\]\(", sources, re.MULTILINE))
