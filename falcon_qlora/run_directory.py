@@ -88,6 +88,9 @@ class Summary:
         world_size: Processes that trained together.
         best_eval_loss: Lowest held-out loss, where there was an evaluation.
         best_step: The step of `best_eval_loss`.
+        tokens: Real tokens trained on, over all passes and resumptions.
+        samples: Documents trained on, likewise; None of a stream, which is not counted.
+        total_peak_memory_gib: The processes' peaks together.
         predicted_peak_memory_gib: What `peak_memory_gib` was expected to be, on a GPU.
     """
 
@@ -104,6 +107,9 @@ class Summary:
     world_size: int
     best_eval_loss: float | None = None
     best_step: int | None = None
+    tokens: int | None = None
+    samples: int | None = None
+    total_peak_memory_gib: float | None = None
     predicted_peak_memory_gib: float | None = None
 
 
@@ -177,6 +183,9 @@ class RunDirectory:
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         write_json(self.environment_file, environment)
+
+    def read_environment(self) -> dict[str, Any]:
+        return json.loads(self.environment_file.read_text(encoding="utf-8"))
 
     def write_data(self, record: Mapping[str, Any]) -> None:
         """Write where the rows came from and what became of them."""

@@ -60,6 +60,7 @@ def train(configuration: Configuration) -> Path:
         )
     )
 
+    trainer.args.eval_on_start &= checkpoint is None  # a run that goes on has been evaluated at its start
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except BaseException:

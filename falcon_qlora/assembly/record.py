@@ -16,6 +16,7 @@ from falcon_qlora import distributed, terminal
 from falcon_qlora.assembly.activations import Activations
 from falcon_qlora.assembly.rows import TrainingData, global_batch
 from falcon_qlora.config import Configuration
+from falcon_qlora.data.batches import TrainingSteps
 from falcon_qlora.environment import collect_environment
 from falcon_qlora.files import write_json
 from falcon_qlora.methods.interface import method_of
@@ -172,12 +173,12 @@ def finish(
     model = trainer.model
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     distributed.replicas_hash(trainable, frozen=_frozen_tensors(model))
-    peak = max(distributed.gather_objects(peak_memory_gib()))
+    peaks = distributed.gather_objects(peak_memory_gib())
     losses = [line["loss"] for line in directory.read_metrics() if "loss" in line]
     evaluations = [
         (line["eval_loss"], line["step"])
         for line in directory.read_metrics()
-        if line.get("eval_loss") is not None
+        if line.get("eval_loss") is not None and line["step"] > 0  # before, there is nothing to keep
     ]
     best = min(evaluations, default=(None, None))
     totals = trainer.meter.total()
@@ -188,10 +189,13 @@ def finish(
         train_seconds=trainer.meter.seconds,
         tokens_per_second=totals.get("tokens_per_second", 0.0),
         samples_per_second_512=totals.get("samples_per_second_512", 0.0),
-        peak_memory_gib=peak,
+        peak_memory_gib=max(peaks),
+        total_peak_memory_gib=sum(peaks),
         world_size=distributed.world_size(),
         best_eval_loss=best[0],
         best_step=best[1],
+        tokens=trainer.state.num_input_tokens_seen,
+        samples=_samples(trainer),
         predicted_peak_memory_gib=activations.predicted_gib,
         **counts(model),
     )
@@ -205,6 +209,11 @@ def finish(
         terminal.print_end(asdict(summary), directory.contents(), adapter=directory.adapter)
     trackers.finish(summary=asdict(summary), adapter=directory.adapter)
     return summary
+
+
+def _samples(trainer: FalconTrainer) -> int | None:
+    plan = trainer.steps.plan if isinstance(trainer.steps, TrainingSteps) else None
+    return plan.documents_until(trainer.state.global_step) if plan is not None else None
 
 
 def _kernels(kernels: dict[str, str]) -> str:

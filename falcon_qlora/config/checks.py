@@ -99,8 +99,8 @@ def check(values: Values, where: dict[str, str]) -> None:
         raise UserError(
             "--resume needs to know the run: give --output_dir, or the checkpoint as --resume PATH"
         )
-    for setting in ("early_stopping", "generate_samples"):
-        if values[setting] and (values["eval_split"] is None or values["eval_strategy"] == "no"):
+    for setting in ("early_stopping", "generate_samples", "eval_on_start"):
+        if values.get(setting) and (values["eval_split"] is None or values["eval_strategy"] == "no"):
             raise UserError(
                 f"{name(setting)} happens at evaluations: give --eval_split, such as --eval_split 0.05"
             )
