@@ -16,9 +16,10 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from trl import SFTConfig, SFTTrainer
 
 from falcon_qlora.checkpoint.write import restore_adapter, save_checkpoint
-from falcon_qlora.data.batches import DocumentReader, Share, StreamingSteps, TrainingSteps
+from falcon_qlora.data.batches import DocumentReader, Share, StreamingSteps, TrainingSteps, filled_up
 from falcon_qlora.data.plan import deal_evaluation
 from falcon_qlora.methods.interface import method_of
+from falcon_qlora.models.sharded import is_sharded
 from falcon_qlora.step import accumulate_gradients, sum_of_losses
 
 REFERENCE_SAMPLE_POSITIONS = 512
@@ -184,6 +185,18 @@ class FalconTrainer(SFTTrainer):
         if low and method_of(model).trains_in_float32:
             raise RuntimeError(f"{low[0]} is trainable in low precision, in which small updates are lost")
 
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        if not is_sharded(model):
+            return super()._wrap_model(model, training, dataloader)
+        # It reduces its gradients itself: Accelerate brings autocast, and no DistributedDataParallel.
+        prepared = self.accelerator.prepare_model(model, evaluation_mode=True)
+        prepared._is_accelerate_prepared = True
+        return prepared
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
     def get_train_dataloader(self) -> DataLoader:
         streaming = isinstance(self.steps, IterableDataset)
         return DataLoader(
@@ -231,12 +244,15 @@ class FalconTrainer(SFTTrainer):
         started = time.perf_counter()
         was_training = self.model.training
         self.model.eval()
-        parts = deal_evaluation(
+        dealt = deal_evaluation(
             evaluation.lengths,
             processes=self.accelerator.num_processes,
             micro_batch=evaluation.micro_batch,
             max_length=evaluation.max_length,
-        )[self.accelerator.process_index]
+        )
+        parts = dealt[self.accelerator.process_index]
+        if is_sharded(self.model):  # each forward takes all processes
+            parts = filled_up(parts, max(map(len, dealt)))
         total = torch.zeros((), device=self.args.device, dtype=torch.float64)
         with torch.no_grad():
             for part in parts:

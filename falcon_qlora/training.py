@@ -22,6 +22,7 @@ def train(configuration: Configuration) -> Path:
     from falcon_qlora.assembly import preflight, record, rows
     from falcon_qlora.assembly import trainer as builder
     from falcon_qlora.assembly.activations import choose_activations, warm_up
+    from falcon_qlora.assembly.sharding import shard_if_wanted
 
     assert configuration.training is not None  # built here: it starts the process group
     directory = preflight.find_folder(configuration)
@@ -32,6 +33,7 @@ def train(configuration: Configuration) -> Path:
     data = rows.training_data(configuration, tokenizer)
     model = builder.model_with_adapter(configuration, tokenizer)
     kernels = builder.choose_kernels(configuration, model)
+    shard_if_wanted(configuration, model)
     activations = choose_activations(configuration, model, kernels)
     distributed.wait_for_all()  # nothing is written before every process has come so far
     with preflight.run_folder(configuration) as directory:

@@ -77,9 +77,9 @@ def plan(
             raise UserError(f"{flag}: {name} is not among --methods")
     flags = [flag for flag in in_flags(argv) if name_of(flag) not in not_for_training]
     given = {name_of(flag) for flag in flags}
-    for flag in flags:
-        if not any(_concerns(flag, name) for name in chosen):
-            raise UserError(f"--{name_of(flag)} does nothing with --methods {','.join(chosen)}")
+    for words in flags:
+        if not any(_concerns(words, name) for name in chosen):
+            raise UserError(f"--{name_of(words)} does nothing with --methods {','.join(chosen)}")
     planned = []
     for name in dict.fromkeys(chosen):
         method, recipe = METHODS[name]

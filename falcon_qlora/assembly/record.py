@@ -23,6 +23,7 @@ from falcon_qlora.methods.interface import method_of
 from falcon_qlora.model_card import ModelCard
 from falcon_qlora.models.falcon import parameter_count
 from falcon_qlora.models.quantize import is_quantized_linear
+from falcon_qlora.models.sharded import is_sharded, take_part
 from falcon_qlora.models.sizes import GIB, weight_bytes
 from falcon_qlora.run_directory import RunDirectory, Summary
 from falcon_qlora.terminal import StartSummary
@@ -121,7 +122,7 @@ def start_summary(
         tracking=tracking,
         output_dir=directory.path,
         resumed_step=_step_of(checkpoint) if checkpoint else None,
-        notes=_notes(configuration),
+        notes=_notes(configuration, model),
     )
 
 
@@ -172,7 +173,8 @@ def finish(
     """Prove that the replicas agree, write the adapter and the summary, and say what was written."""
     model = trainer.model
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    distributed.replicas_hash(trainable, frozen=_frozen_tensors(model))
+    if not is_sharded(model):
+        distributed.replicas_hash(trainable, frozen=_frozen_tensors(model))
     peaks = distributed.gather_objects(peak_memory_gib())
     losses = [line["loss"] for line in directory.read_metrics() if "loss" in line]
     evaluations = [
@@ -207,6 +209,8 @@ def finish(
         directory.write_summary(summary)
         directory.draw_loss(title=configuration.model.model_name_or_path)
         terminal.print_end(asdict(summary), directory.contents(), adapter=directory.adapter)
+    elif is_sharded(model):
+        take_part(model)
     trackers.finish(summary=asdict(summary), adapter=directory.adapter)
     return summary
 
@@ -251,9 +255,15 @@ def _quantization(configuration: Configuration, model: Any) -> str:
     return f"LLM.int8(), {computing}" if settings.quantize_mode == "8bit" else computing
 
 
-def _notes(configuration: Configuration) -> list[str]:
+def _notes(configuration: Configuration, model: Any) -> list[str]:
+    notes = []
     if configuration.model.model_name_or_path.startswith("random:"):
-        return [
+        notes.append(
             "the base model's weights are random: speed and memory are real, losses and answers mean nothing"
-        ]
-    return []
+        )
+    if is_sharded(model):
+        notes.append(
+            f"the model is sharded over the {distributed.world_size()} processes; checkpoints hold its "
+            "weights alone, so the run cannot be resumed"
+        )
+    return notes

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from falcon_qlora.methods.interface import method_of
+from falcon_qlora.models.sharded import is_sharded, take_part
 
 _NAME = re.compile(r"step-(\d+)$")
 
@@ -40,6 +41,8 @@ def save_checkpoint(trainer: Any, checkpoints: Path) -> Path:
     if main:
         method_of(trainer.model).save(trainer.model, partial)
         trainer.describe_adapter(partial)
+    elif is_sharded(trainer.model):
+        take_part(trainer.model)
     if not trainer.args.save_only_model:
         trainer._save_optimizer_and_scheduler(str(partial))
         trainer._save_scaler(str(partial))

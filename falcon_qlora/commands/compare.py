@@ -1,4 +1,4 @@
-"""`falcon-qlora compare`: train by several methods in turn on the same rows, and lay the results side by side.
+"""`falcon-qlora compare`: train by several methods in turn on the same rows, the results side by side.
 
 Every method is trained by the command ``falcon-qlora train`` in a process of its own, so that its losses are
 those of that command and its memory is nobody else's.
@@ -59,9 +59,9 @@ _NOT_TAKEN = {
 def main(argv: list[str]) -> int:
     """Run the command and return its exit status."""
     given = {comparison.name_of(flag) for flag in comparison.in_flags(argv)}
-    for flag, reason in _NOT_TAKEN.items():
+    for flag, instead in _NOT_TAKEN.items():
         if flag in given:
-            raise UserError(f"--{flag} is not taken: {reason}")
+            raise UserError(f"--{flag} is not taken: {instead}")
     asked = config.parse(
         comparison.for_any_method(argv),
         extra_arguments=CompareArguments,
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
     failed = False
     for number, method in enumerate(planned, 1):
         print(f"\n{method.name} ({number} of {len(planned)})", flush=True)
-        reason = refused.get(method.name)
+        reason: str | None = refused.get(method.name)
         if reason is None:
             status, reason = _train(method, folder, overwrite=overwrite)
             if status not in (0, EXIT_USER_ERROR, EXIT_BUG):

@@ -195,6 +195,11 @@ class RunArguments:
         "What blocks compute again in the backward pass: none; selective: the largest activation; full: all; "
         "offload: all, from inputs in CPU memory; auto: as little as memory allows, block by block.",
     )
+    sharding: Literal["auto", "none", "fsdp"] = _setting(
+        "auto",
+        "Full fine-tuning on several processes: a replica on each, or its parts shared out (fsdp); auto: "
+        "shared out where a replica with its optimizer does not fit a GPU.",
+    )
     early_stopping: int = _setting(0, "Stop after this many evaluations without a better loss; 0: never.")
     generate_samples: int = _setting(0, "Sample answers to generate at each evaluation.")
     sample_prompts: list[str] | None = _setting(
