@@ -141,9 +141,14 @@ def _has_shapes_of_7b(configuration: Configuration) -> bool:
     return shapes == (4544, 32, 71, 65_024)
 
 
+def _run_folder(folder: Path, name: str) -> Path:
+    # A level down: a folder that holds an `adapter` is a run itself.
+    return folder / "runs" / name
+
+
 def _check_earlier(folder: Path, configurations: dict[str, Configuration], gpus: int | None) -> None:
     for name, configuration in configurations.items():
-        directory = RunDirectory(folder / name)
+        directory = RunDirectory(_run_folder(folder, name))
         if not directory.holds_run():
             continue
         advice = f"give --overwrite, remove {directory}, or name another folder"
@@ -154,15 +159,18 @@ def _check_earlier(folder: Path, configurations: dict[str, Configuration], gpus:
 
 
 def _train(method: Planned, folder: Path, *, overwrite: bool) -> tuple[int, str | None]:
-    """Train one method, unless that is done: the exit status, and why it could not be."""
-    directory = RunDirectory(folder / method.name)
+    """Train one method, unless that is done: the exit status, and why it could not be.
+
+    A run that was cut off goes on from its last checkpoint; one without any begins again.
+    """
+    directory = RunDirectory(_run_folder(folder, method.name))
     words = ["--output_dir", str(directory)]
     if overwrite:
         words += ["--overwrite", "true"]
     elif directory.summary_file.exists():
         print(f"trained already: {directory}", flush=True)
         return 0, None
-    elif directory.latest_checkpoint() is not None:
+    elif (checkpoint := directory.latest_checkpoint()) and (checkpoint / "optimizer.pt").exists():
         words += ["--resume"]
     elif directory.holds_run():
         words += ["--overwrite", "true"]
@@ -216,7 +224,7 @@ def _reason(told: list[str]) -> str:
 def _compared(method: Planned, folder: Path, reason: str | None) -> report.Compared:
     return report.Compared(
         method=method.name,
-        folder=folder / method.name,
+        folder=_run_folder(folder, method.name),
         recipe=method.recipe,
         command=shlex.join(["falcon-qlora", "train", *method.words]),
         reason=reason,

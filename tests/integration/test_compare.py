@@ -34,7 +34,7 @@ def run(folder: Path, methods: list[str], *more: str) -> list[dict[str, Any]]:
 
 def check_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
     for row in rows:
-        record, lines = summary(folder / row["method"]), metrics(folder / row["method"])
+        record, lines = summary(folder / "runs" / row["method"]), metrics(folder / "runs" / row["method"])
         losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
         assert lines[0]["step"] == 0, "not evaluated before the first step"
         assert [float(row["eval_loss_before"]), float(row["eval_loss_after"])] == [losses[0], losses[-1]]
@@ -44,7 +44,7 @@ def check_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
         assert int(row["samples"]) == record["samples"]
     # The same rows before any step, in float32 and, a little apart, in 4 bits.
     before = [float(row["eval_loss_before"]) for row in rows]
-    assert before == pytest.approx([before[0]] * len(rows), rel=0.02)
+    assert before == pytest.approx([before[0]] * len(rows), rel=0.05)
     assert len({row["samples"] for row in rows}) == 1
 
 
@@ -53,14 +53,14 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path, capfd: pytest.CaptureFixtur
     check_rows(tmp_path, rows)
     assert rows[0]["trainable_parameters"] == str(5 * (2 * 8 * 256 + 8 * (256 + 64)))
     assert (tmp_path / "training-time.png").exists()
-    kept = (tmp_path / "full" / "metrics.jsonl").read_bytes()
-    shutil.rmtree(tmp_path / "lora")
-    (tmp_path / "full" / "adapter" / "untouched").touch()
+    kept = (tmp_path / "runs" / "full" / "metrics.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "runs" / "lora")
+    (tmp_path / "runs" / "full" / "adapter" / "untouched").touch()
     capfd.readouterr()
     again = run(tmp_path, ["lora", "full"])
     assert capfd.readouterr().out.count("trained already") == 1
-    assert (tmp_path / "full" / "metrics.jsonl").read_bytes() == kept
-    assert (tmp_path / "full" / "adapter" / "untouched").exists()
+    assert (tmp_path / "runs" / "full" / "metrics.jsonl").read_bytes() == kept
+    assert (tmp_path / "runs" / "full" / "adapter" / "untouched").exists()
     assert again[1] == rows[1] | {"time_ratio_to_full": "1.0"}
     assert again[0]["eval_loss_after"] == rows[0]["eval_loss_after"]
     with pytest.raises(UserError, match="holds a run with other settings"):
@@ -84,12 +84,32 @@ def test_all_methods_learn_and_one_that_cannot_run_says_why(tmp_path: Path) -> N
     assert alone.returncode == 0
     expected, found = (
         [line.get("loss", line.get("eval_loss")) for line in metrics(tmp_path / name)]
-        for name in ("alone", "adapter")
+        for name in ("alone", "runs/adapter")
     )
     assert found == expected
     quantized = run(tmp_path / "quantized", ["full", "adapter"], "-q", "4bit")
     assert "quantized weights cannot take a step" in quantized[0]["reason"]
     assert quantized[1]["base"] == "4bit"
+
+
+@pytest.mark.slow
+def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    saving = ["--save_strategy", "steps", "--save_steps", "4", "--eval_steps", "4"]
+    (whole,) = run(tmp_path, ["adapter"], *saving)
+    lines = metrics(tmp_path / "runs" / "adapter")
+    (tmp_path / "runs" / "adapter" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "runs" / "adapter" / "adapter")
+    shutil.rmtree(tmp_path / "runs" / "adapter" / "checkpoints" / "step-8")
+    (again,) = run(tmp_path, ["adapter"], *saving)
+    for name in ("samples", "eval_loss_before", "eval_loss_after", "disk_bytes"):
+        assert again[name] == whole[name]
+    numbers = [
+        [(line["step"], line.get("loss"), line.get("eval_loss")) for line in each]
+        for each in (lines, metrics(tmp_path / "runs" / "adapter"))
+    ]
+    assert numbers[0] == numbers[1]
+    evaluated = [step for step, _, loss in numbers[1] if loss is not None]
+    assert evaluated == [0, 4, 8]
 
 
 @pytest.mark.parametrize(
