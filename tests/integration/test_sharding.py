@@ -19,7 +19,8 @@ from tests.integration.runs import command, train
 SETTINGS = (
     f"-m tiny --method full -q 16bit --compute_dtype fp32 --max_length 128 --steps 4 --logging_steps 1 "
     f"--optim sgd --learning_rate 0.05 --max_grad_norm 1.0 --warmup_steps 0 --global_batch_size 7 "
-    f"--packing false --dataset_name {sample_rows()} --max_rows 200 --eval_split 0.05 --eval_steps 2 --save_steps 2"
+    f"--packing false --dataset_name {sample_rows()} --max_rows 200 --eval_split 0.05 --eval_steps 2 "
+    "--save_steps 2"
 ).split()
 
 
