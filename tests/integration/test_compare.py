@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from falcon_qlora import config
 from falcon_qlora.assembly import comparison
 from falcon_qlora.commands import compare
 from falcon_qlora.errors import UserError
+from falcon_qlora.run_directory import RunDirectory
 from falcon_qlora.sample_data import path as sample_rows
 from tests.integration.runs import command, metrics, summary
 
@@ -48,11 +50,27 @@ def check_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
     assert len({row["samples"] for row in rows}) == 1
 
 
-def test_it_goes_on_where_it_stopped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_two_methods_are_compared_and_not_trained_again(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     rows = run(tmp_path, ["lora", "full"])
     check_rows(tmp_path, rows)
     assert rows[0]["trainable_parameters"] == str(5 * (2 * 8 * 256 + 8 * (256 + 64)))
     assert (tmp_path / "training-time.png").exists()
+    kept = [(tmp_path / "runs" / name / "metrics.jsonl").read_bytes() for name in ("lora", "full")]
+    capfd.readouterr()
+    assert run(tmp_path, ["lora", "full"]) == rows
+    assert capfd.readouterr().out.count("trained already") == 2
+    assert kept == [(tmp_path / "runs" / name / "metrics.jsonl").read_bytes() for name in ("lora", "full")]
+    with pytest.raises(UserError, match="holds a run with other settings"):
+        compare.main(["--methods", "full", "--output_dir", str(tmp_path), *SETTINGS])
+
+
+@pytest.mark.slow
+def test_only_the_method_that_is_missing_is_trained(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = run(tmp_path, ["lora", "full"])
     kept = (tmp_path / "runs" / "full" / "metrics.jsonl").read_bytes()
     shutil.rmtree(tmp_path / "runs" / "lora")
     (tmp_path / "runs" / "full" / "adapter" / "untouched").touch()
@@ -63,8 +81,6 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert (tmp_path / "runs" / "full" / "adapter" / "untouched").exists()
     assert again[1] == rows[1] | {"time_ratio_to_full": "1.0"}
     assert again[0]["eval_loss_after"] == rows[0]["eval_loss_after"]
-    with pytest.raises(UserError, match="holds a run with other settings"):
-        compare.main(["--methods", "full", "--output_dir", str(tmp_path), *SETTINGS])
 
 
 @pytest.mark.slow
@@ -128,6 +144,16 @@ def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(tmp_path: Path) -> N
 def test_what_cannot_be_compared_is_refused_at_once(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         compare.main(["-m", "tiny", *words])
+
+
+def test_a_run_that_went_on_is_the_one_it_was(tmp_path: Path) -> None:
+    # Going on, it has written down the size of its steps, which the user left to the number of processes.
+    words = f"-m tiny --dataset_name {sample_rows()} --report_to none -b 2".split()
+    asked = config.parse(words)
+    adopted = config.parse([*words, "--global_batch_size", "6"])
+    for went_on, same in ((adopted, True), (config.parse([*words, "--learning_rate", "1"]), False)):
+        RunDirectory(tmp_path).write_config(went_on.resolved())
+        assert comparison.read_alike(tmp_path, asked) is same
 
 
 def test_flags_of_one_method_reach_that_one_alone() -> None:
