@@ -17,6 +17,7 @@ VERBS = {
     "prepare": "download and tokenize ahead, so that training needs no network",
     "params": "count the parameters of a model and a method, without loading anything",
     "generate": "answer a prompt with a base model and an adapter",
+    "compare": "train by several methods in turn on the same rows and lay the results side by side",
     "bench": "measure variants of a training step against each other",
     "merge": "merge an adapter into its base model, with proof of what that did",
     "inspect": "say what a run, checkpoint, adapter or merge is, and whether it is whole",

@@ -144,6 +144,52 @@ def draw_scaling(series: Mapping[str, Sequence[tuple[int, float]]], file: Path, 
     return True
 
 
+def draw_bars(
+    series: Mapping[str, Sequence[tuple[str, float, str]]], file: Path, *, axis: str, title: str = ""
+) -> bool:
+    """Draw bars as a PNG, those of one label from every series beside each other.
+
+    Args:
+        series: name to its bars: label, height and what stands above it.
+        file: The PNG to write.
+        axis: What the heights are, with their unit.
+        title: A line above the picture.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    series = {name: bars for name, bars in series.items() if bars}
+    if not series:
+        return False
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    labels = list(dict.fromkeys(label for bars in series.values() for label, _, _ in bars))
+    width = 0.8 / len(series)
+    for place, ((name, bars), color) in enumerate(
+        zip(series.items(), (_SMOOTH, _TRAIN, _EVAL), strict=False)
+    ):
+        middles = [labels.index(label) - 0.4 + (place + 0.5) * width for label, _, _ in bars]
+        drawn = axes.bar(middles, [height for _, height, _ in bars], width * 0.95, color=color, label=name)
+        axes.bar_label(drawn, [text for _, _, text in bars], padding=2, fontsize=8)
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_ylabel(axis)
+    axes.margins(y=0.12)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    if len(series) > 1:
+        axes.legend(frameon=False)
+    if title:
+        axes.set_title(title, fontsize=11)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=130, format="png")
+    return True
+
+
 def _series(metrics: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
     return [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
 

@@ -90,6 +90,9 @@ class Summary:
         best_step: The step of `best_eval_loss`.
         bad_steps: Steps that were skipped, as their loss or gradient was not finite.
         micro_batch_parts: In how many parts micro batches were split in the end, as memory had run out.
+        tokens: Real tokens trained on, over all passes and resumptions.
+        samples: Documents trained on, likewise; None of a stream, which is not counted.
+        total_peak_memory_gib: The processes' peaks together.
         predicted_peak_memory_gib: What `peak_memory_gib` was expected to be, on a GPU.
     """
 
@@ -108,6 +111,9 @@ class Summary:
     best_step: int | None = None
     bad_steps: int = 0
     micro_batch_parts: int = 1
+    tokens: int | None = None
+    samples: int | None = None
+    total_peak_memory_gib: float | None = None
     predicted_peak_memory_gib: float | None = None
 
 
@@ -182,6 +188,9 @@ class RunDirectory:
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         write_json(self.environment_file, environment)
 
+    def read_environment(self) -> dict[str, Any]:
+        return json.loads(self.environment_file.read_text(encoding="utf-8"))
+
     def write_data(self, record: Mapping[str, Any]) -> None:
         """Write where the rows came from and what became of them."""
         write_json(self.data_file, record)
@@ -245,10 +254,6 @@ class RunDirectory:
             return []
         found = (re.fullmatch(r"step-(\d+)", entry.name) for entry in self.checkpoints.iterdir())
         return sorted(int(match[1]) for match in found if match)
-
-    def latest_checkpoint(self) -> Path | None:
-        steps = self.checkpoint_steps()
-        return self.checkpoint(steps[-1]) if steps else None
 
     def write_folder(self, target: Path) -> AbstractContextManager[Path]:
         """An empty folder that takes `target`'s place when the block ends without an error.

@@ -1,7 +1,8 @@
 """One optimizer step of one process: micro batches, a loss weighed by tokens, one reduction at the end.
 
 Forward and backward passes exchange nothing. So a process that runs out of memory can do its share again in
-smaller pieces while the others wait for it in the reduction, which also carries what all must agree on.
+smaller pieces while the others wait for it in the reduction, which also carries what all must agree on. Of a
+sharded model they exchange weights and gradients: there memory that runs out ends the run.
 """
 
 from __future__ import annotations
@@ -81,11 +82,18 @@ class Reduction:
     Args:
         parameters: the trainable ones.
         processes: how many train together.
+
+    Attributes:
+        weight: of a process's loss in the gradients that come out.
+        can_retry: whether a process can do its share again while the others wait.
     """
+
+    can_retry: ClassVar[bool] = True
 
     def __init__(self, parameters: list[nn.Parameter], *, processes: int):
         self._parameters = parameters
         self._processes = processes
+        self.weight = 1
         self._flat: dict[torch.dtype, torch.Tensor] = {}
         self._views: list[torch.Tensor] = []
         if processes > 1:
@@ -133,6 +141,21 @@ class Reduction:
         return carrier[-NOTES:].clone()
 
 
+class ShardedReduction(Reduction):
+    """Adds up the notes alone: a sharded model's backward pass leaves the mean of the gradients."""
+
+    can_retry: ClassVar[bool] = False
+
+    def __init__(self, parameters: list[nn.Parameter], *, processes: int):
+        super().__init__(parameters, processes=1)  # no buffers, and no process has another's parameters
+        self.weight = processes
+
+    def __call__(self, notes: torch.Tensor) -> torch.Tensor:
+        """Return the sum of `notes` over the processes."""
+        dist.all_reduce(notes)
+        return notes
+
+
 def sum_of_losses(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     """The sum of the cross entropies of `batch`'s targets: a float32 scalar with a gradient.
 
@@ -168,7 +191,7 @@ def accumulate_gradients(
 
     The loss of every micro batch is divided by the target tokens of the whole global batch, so a token
     weighs the same on whatever process and in whatever micro batch it is. Where memory runs out, the micro
-    batches are halved and all of them are done again.
+    batches are halved and all of them are done again, unless the model is sharded.
 
     Args:
         model: as Accelerate prepared it.
@@ -184,11 +207,18 @@ def accumulate_gradients(
 
     Raises:
         UserError: if memory runs out with a single document.
+        torch.OutOfMemoryError: if it runs out and the model is sharded: each forward takes all processes.
     """
+
+    def backward_of(loss: torch.Tensor) -> None:
+        backward(loss * reduction.weight if reduction.weight != 1 else loss)
+
     while True:
         batches = [part for batch in share.micro_batches for part in halved(batch, halvings)]
         reduction.clear()
-        loss = _backward_each(model, batches, 1 / share.global_targets, device, backward)
+        loss = _backward_each(
+            model, batches, 1 / share.global_targets, device, backward_of, can_fail=reduction.can_retry
+        )
         if loss is not None:
             return loss, halvings
         # The failed pass is gone from the stack by now, and with it what it held.
@@ -211,8 +241,10 @@ def _backward_each(
     weight: float,
     device: torch.device,
     backward: Callable[[torch.Tensor], None],
+    *,
+    can_fail: bool,
 ) -> torch.Tensor | None:
-    """The sum of the weighted losses; None where memory runs out."""
+    """The sum of the weighted losses; None where memory runs out and that `can_fail`."""
     total = torch.zeros((), device=device)
     try:
         for batch in batches:
@@ -220,6 +252,8 @@ def _backward_each(
             backward(loss)
             total += loss.detach()
     except torch.OutOfMemoryError:
+        if not can_fail:
+            raise
         return None
     return total
 

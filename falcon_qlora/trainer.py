@@ -21,13 +21,14 @@ from falcon_qlora.checkpoint import process_state
 from falcon_qlora.checkpoint.resume import read_process
 from falcon_qlora.checkpoint.verify import fault
 from falcon_qlora.checkpoint.write import save_checkpoint
-from falcon_qlora.data.batches import DocumentReader, Share, StreamingSteps, TrainingSteps
+from falcon_qlora.data.batches import DocumentReader, Share, StreamingSteps, TrainingSteps, filled_up
 from falcon_qlora.data.plan import deal_evaluation
 from falcon_qlora.guard import BadSteps, Reports
 from falcon_qlora.interrupts import Stopped
 from falcon_qlora.meter import Meter, peak_memory_gib
 from falcon_qlora.methods.interface import method_of
-from falcon_qlora.step import Notes, Reduction, accumulate_gradients, sum_of_losses
+from falcon_qlora.models.sharded import is_sharded
+from falcon_qlora.step import Notes, Reduction, ShardedReduction, accumulate_gradients, sum_of_losses
 from falcon_qlora.terminal import note
 from falcon_qlora.watchdog import Watchdog
 
@@ -156,10 +157,11 @@ class FalconTrainer(SFTTrainer):
         if low and method_of(model).trains_in_float32:
             raise RuntimeError(f"{low[0]} is trainable in low precision, in which small updates are lost")
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._reduction = Reduction(trained, processes=self.accelerator.num_processes)
+        kind = ShardedReduction if is_sharded(model) else Reduction
+        self._reduction = kind(trained, processes=self.accelerator.num_processes)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
-        # Not in DistributedDataParallel: gradients are added up by `Reduction`.
+        # Not in DistributedDataParallel: `Reduction`, or a sharded model itself, adds up gradients.
         prepared = self.accelerator.prepare_model(model, evaluation_mode=True)
         prepared._is_accelerate_prepared = True
         return prepared
@@ -212,6 +214,7 @@ class FalconTrainer(SFTTrainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model
         if self._first_learning_step is None and max(self.lr_scheduler.get_last_lr()) > 0:
             self._first_learning_step = self.share.step + 1
         bad = ~self._agreed[0].isfinite()
@@ -220,7 +223,8 @@ class FalconTrainer(SFTTrainer):
             bad |= ~norm.isfinite()
         self._reports.put(self.share.step, self._agreed, bad)
         optimizer = self.optimizer.optimizer
-        if self.accelerator.scaler is None and getattr(optimizer, "_step_supports_amp_scaling", False):
+        told = getattr(optimizer, "_step_supports_amp_scaling", False) and not is_sharded(self.model)
+        if self.accelerator.scaler is None and told:
             # The fused optimizers change nothing where this is 1: nobody waits for the device.
             optimizer.found_inf = bad.float()
         elif bool(bad):
@@ -348,12 +352,15 @@ class FalconTrainer(SFTTrainer):
         started = time.perf_counter()
         was_training = self.model.training
         self.model.eval()
-        parts = deal_evaluation(
+        dealt = deal_evaluation(
             evaluation.lengths,
             processes=self.accelerator.num_processes,
             micro_batch=evaluation.micro_batch,
             max_length=evaluation.max_length,
-        )[self.accelerator.process_index]
+        )
+        parts = dealt[self.accelerator.process_index]
+        if is_sharded(self.model):  # each forward takes all processes
+            parts = filled_up(parts, max(map(len, dealt)))
         total = torch.zeros((), device=self.args.device, dtype=torch.float64)
         with torch.no_grad():
             for part in parts:

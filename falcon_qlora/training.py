@@ -22,6 +22,7 @@ def train(configuration: Configuration) -> Path:
     from falcon_qlora.assembly import preflight, record, resumption, rows
     from falcon_qlora.assembly import trainer as builder
     from falcon_qlora.assembly.activations import choose_activations, warm_up
+    from falcon_qlora.assembly.sharding import shard_if_wanted
     from falcon_qlora.interrupts import Stopped
 
     assert configuration.training is not None  # built here: it starts the process group
@@ -35,6 +36,7 @@ def train(configuration: Configuration) -> Path:
     resumption.check_data(data, checkpoint)
     model = builder.model_with_adapter(configuration, tokenizer)
     kernels = builder.choose_kernels(configuration, model)
+    shard_if_wanted(configuration, model)
     activations = choose_activations(configuration, model, kernels)
     preflight.check_disk(configuration, directory, model, steps=data.total_steps)
     distributed.wait_for_all()  # nothing is written before every process has come so far
@@ -65,10 +67,12 @@ def train(configuration: Configuration) -> Path:
         )
     )
 
+    trainer.args.eval_on_start &= checkpoint is None  # a run that goes on has been evaluated at its start
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except Stopped as stopped:
-        record.stop(directory, stopped, trackers, steps=data.total_steps)
+        resumable = not trainer.args.save_only_model
+        record.stop(directory, stopped, trackers, steps=data.total_steps, resumable=resumable)
         return directory.path
     except BaseException:
         # The process may end without the goodbyes that trackers wait for.

@@ -85,12 +85,13 @@ def choose_activations(configuration: Configuration, model: Any, kernels: dict[s
 
 def _step(configuration: Configuration, model: Any, *, fast: bool) -> Step:
     from falcon_qlora import memory
+    from falcon_qlora.models.sharded import local_count
 
     assert configuration.training is not None
     return memory.Step(
         config=model.config,
         tokens=configuration.run.per_device_train_batch_size * configuration.data.max_length,
-        trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        trainable=local_count(model),
         fast=fast,
         lora_rank=configuration.lora.lora_r,
         value_bytes=model.dtype.itemsize,

@@ -21,6 +21,7 @@ from falcon_qlora.checkpoint.gate import AdapterFaultError, check_adapter
 from falcon_qlora.checkpoint.verify import newest_whole
 from falcon_qlora.checkpoint.write import not_kept
 from falcon_qlora.config import Configuration
+from falcon_qlora.data.batches import TrainingSteps
 from falcon_qlora.environment import collect_environment
 from falcon_qlora.errors import UserError
 from falcon_qlora.files import write_json
@@ -31,6 +32,7 @@ from falcon_qlora.methods.interface import method_of
 from falcon_qlora.model_card import ModelCard
 from falcon_qlora.models.falcon import parameter_count
 from falcon_qlora.models.quantize import is_quantized_linear
+from falcon_qlora.models.sharded import is_sharded, take_part
 from falcon_qlora.models.sizes import GIB, weight_bytes
 from falcon_qlora.run_directory import RunDirectory, Summary
 from falcon_qlora.terminal import StartSummary
@@ -130,7 +132,7 @@ def start_summary(
         tracking=tracking,
         output_dir=directory.path,
         resumed_step=step_of(checkpoint) if checkpoint else None,
-        notes=_notes(configuration),
+        notes=_notes(configuration, model),
     )
 
 
@@ -185,13 +187,14 @@ def finish(
     """
     model = trainer.model
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    distributed.replicas_hash(trainable, frozen=_frozen_tensors(model))
-    peak = max(distributed.gather_objects(peak_memory_gib()))
+    if not is_sharded(model):
+        distributed.replicas_hash(trainable, frozen=_frozen_tensors(model))
+    peaks = distributed.gather_objects(peak_memory_gib())
     losses = [line["loss"] for line in directory.read_metrics() if "loss" in line]
     evaluations = [
         (line["eval_loss"], line["step"])
         for line in directory.read_metrics()
-        if line.get("eval_loss") is not None
+        if line.get("eval_loss") is not None and line["step"] > 0  # before, there is nothing to keep
     ]
     best = min(evaluations, default=(None, None))
     totals = trainer.meter.total()
@@ -202,12 +205,15 @@ def finish(
         train_seconds=trainer.meter.seconds,
         tokens_per_second=totals.get("tokens_per_second", 0.0),
         samples_per_second_512=totals.get("samples_per_second_512", 0.0),
-        peak_memory_gib=peak,
+        peak_memory_gib=max(peaks),
+        total_peak_memory_gib=sum(peaks),
         world_size=distributed.world_size(),
         best_eval_loss=best[0],
         best_step=best[1],
         bad_steps=trainer.bad_steps.total,
         micro_batch_parts=2**trainer.halvings,
+        tokens=trainer.state.num_input_tokens_seen,
+        samples=_samples(trainer),
         predicted_peak_memory_gib=activations.predicted_gib,
         **counts(model),
     )
@@ -224,12 +230,20 @@ def finish(
         directory.write_summary(summary)
         directory.draw_loss(title=configuration.model.model_name_or_path)
         terminal.print_end(asdict(summary), directory.contents(), adapter=directory.adapter)
+    elif is_sharded(model):
+        take_part(model)
     trackers.finish(summary=asdict(summary), adapter=directory.adapter)
     return summary
 
 
-def stop(directory: RunDirectory, stopped: Stopped, trackers: Trackers, *, steps: int) -> None:
+def stop(
+    directory: RunDirectory, stopped: Stopped, trackers: Trackers, *, steps: int, resumable: bool
+) -> None:
     """Say where a run that was asked to stop has come to, and how it goes on.
+
+    Args:
+        steps: of the whole run.
+        resumable: whether its checkpoints hold the optimizer's state.
 
     Raises:
         UserError: if it could not be saved there.
@@ -243,7 +257,16 @@ def stop(directory: RunDirectory, stopped: Stopped, trackers: Trackers, *, steps
         whole = distributed.from_main_process(lambda: newest_whole(directory.checkpoints)[0])
         last = f"the last complete checkpoint is {whole}" if whole else "there is no complete checkpoint"
         raise UserError(f"{where}, but the checkpoint could not be saved ({stopped.failure}); {last}")
+    if not resumable:
+        kept = directory.checkpoint(stopped.step)
+        terminal.print_plain(f"{where}. {kept} holds the weights alone: the run cannot go on")
+        return
     terminal.print_plain(f"{where}. Go on with:  {how_to_go_on(directory)}")
+
+
+def _samples(trainer: FalconTrainer) -> int | None:
+    plan = trainer.steps.plan if isinstance(trainer.steps, TrainingSteps) else None
+    return plan.documents_until(trainer.state.global_step) if plan is not None else None
 
 
 def _kernels(kernels: dict[str, str]) -> str:
@@ -277,9 +300,15 @@ def _quantization(configuration: Configuration, model: Any) -> str:
     return f"LLM.int8(), {computing}" if settings.quantize_mode == "8bit" else computing
 
 
-def _notes(configuration: Configuration) -> list[str]:
+def _notes(configuration: Configuration, model: Any) -> list[str]:
+    notes = []
     if configuration.model.model_name_or_path.startswith("random:"):
-        return [
+        notes.append(
             "the base model's weights are random: speed and memory are real, losses and answers mean nothing"
-        ]
-    return []
+        )
+    if is_sharded(model):
+        notes.append(
+            f"the model is sharded over the {distributed.world_size()} processes; checkpoints hold its "
+            "weights alone, so the run cannot be resumed"
+        )
+    return notes

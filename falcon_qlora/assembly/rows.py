@@ -119,6 +119,7 @@ def training_data(configuration: Configuration, tokenizer: Any) -> TrainingData:
         micro_batch=run.per_device_train_batch_size,
         process=distributed.process_index(),
         processes=distributed.world_size(),
+        even=_may_be_sharded(configuration),
     )
     epoch, place = plan.locate(total_steps)
     first_epoch = plan.epoch(0)
@@ -183,6 +184,7 @@ def _streamed_data(configuration: Configuration, tokenizer: Any) -> TrainingData
         padding_id=tokenizer.eos_token_id,
         process=distributed.process_index(),
         processes=distributed.world_size(),
+        even=_may_be_sharded(configuration),
     )
     return TrainingData(
         steps=steps,
@@ -196,6 +198,11 @@ def _streamed_data(configuration: Configuration, tokenizer: Any) -> TrainingData
         template=template,
         notes=["streamed: rows are read as they are needed"],
     )
+
+
+def _may_be_sharded(configuration: Configuration) -> bool:
+    """Whether a forward may take all processes, so that each must have as many."""
+    return configuration.method.method == "full"
 
 
 def held_out_alone(configuration: Configuration, tokenizer: Any) -> Any:

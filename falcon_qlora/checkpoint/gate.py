@@ -21,6 +21,7 @@ from falcon_qlora.methods.lora import Lora
 from falcon_qlora.methods.saved import SavedAdapter, read_adapter, zero_tensors
 from falcon_qlora.models.checkpoints import parameter_reader, read_folder_config
 from falcon_qlora.models.forward import enable_packing, falcon_of
+from falcon_qlora.models.sharded import own_parts
 from falcon_qlora.models.tensor_files import read_tensor
 from falcon_qlora.step import sum_of_losses
 
@@ -116,11 +117,12 @@ def _check_whole(folder: Path, model: Any) -> None:
         stored = read(name)
         if not torch.isfinite(stored).all():
             raise AdapterFaultError(f"{folder}: {name} holds numbers that are not finite")
-        _compare(folder, name, stored, parameter)
+        mine, expected = own_parts(parameter, stored)  # of a sharded model: its parts go out one by one
+        _compare(folder, name, expected, mine)
 
 
 def _compare(place: Path, name: str, stored: Tensor, in_memory: Tensor) -> None:
-    if stored.dtype != in_memory.dtype or not torch.equal(stored, in_memory.detach().cpu()):
+    if stored.dtype != in_memory.dtype or not torch.equal(stored.cpu(), in_memory.detach().cpu()):
         raise AdapterFaultError(f"{place}: {name} is not what the model in memory has")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from falcon_qlora.checkpoint.process_state import STATES
 from falcon_qlora.checkpoint.verify import newest_whole, step_folders, write_manifest
 from falcon_qlora.errors import UserError
 from falcon_qlora.methods.interface import method_of
+from falcon_qlora.models.sharded import is_sharded, take_part
 
 _REPLACED = "replaced-step-"
 
@@ -52,9 +54,9 @@ def save_checkpoint(
             str(checkpoints / f"step-{trainer_state.global_step}"),
         )
 
-    def write() -> str | None:
+    def try_to(work: Callable[[], None]) -> str | None:
         try:
-            _write(trainer, checkpoints, states, record)
+            work()
         except OSError as error:
             _remove_unfinished(checkpoints)
             return error.strerror or str(error)
@@ -63,7 +65,14 @@ def save_checkpoint(
             raise UserError(not_kept(error, checkpoints, step=trainer_state.global_step)) from None
         return None
 
-    failure = distributed.from_main_process(write)
+    partial = checkpoints / f".step-{trainer_state.global_step}.partial"
+    failure = distributed.from_main_process(lambda: try_to(lambda: _begin(partial)))
+    if failure is None:
+        if is_sharded(trainer.model) and not distributed.is_main_process():
+            take_part(trainer.model)
+        failure = distributed.from_main_process(
+            lambda: try_to(lambda: _write(trainer, partial, states, record))
+        )
     if failure is not None and best is not None:
         trainer_state.best_model_checkpoint = best
     return failure
@@ -90,11 +99,14 @@ def set_aside_after(checkpoints: Path, step: int) -> list[Path]:
     return later
 
 
-def _write(trainer: Any, checkpoints: Path, states: list[dict[str, Any]], record: dict[str, Any]) -> None:
-    step = trainer.state.global_step
-    final, partial = checkpoints / f"step-{step}", checkpoints / f".step-{step}.partial"
-    _remove_unfinished(checkpoints)
+def _begin(partial: Path) -> None:
+    _remove_unfinished(partial.parent)
     partial.mkdir(parents=True)
+
+
+def _write(trainer: Any, partial: Path, states: list[dict[str, Any]], record: dict[str, Any]) -> None:
+    step, checkpoints = trainer.state.global_step, partial.parent
+    final = checkpoints / f"step-{step}"
     try:
         method_of(trainer.model).save(trainer.model, partial)
         trainer.describe_adapter(partial)

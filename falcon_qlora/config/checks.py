@@ -107,8 +107,8 @@ def check(values: Values, where: dict[str, str]) -> None:
         raise UserError(
             "--resume needs to know the run: give --output_dir, or the checkpoint as --resume PATH"
         )
-    for setting in ("early_stopping", "generate_samples"):
-        if values[setting] and (values["eval_split"] is None or values["eval_strategy"] == "no"):
+    for setting in ("early_stopping", "generate_samples", "eval_on_start"):
+        if values.get(setting) and (values["eval_split"] is None or values["eval_strategy"] == "no"):
             raise UserError(
                 f"{name(setting)} happens at evaluations: give --eval_split, such as --eval_split 0.05"
             )
@@ -165,6 +165,10 @@ def _settle_method(values: Values, laid: Laid) -> None:
                 "--quantize_mode 16bit, or train an adapter on the quantized base, such as --method lora"
             )
         values["quantize_mode"] = "16bit"
+    if values["sharding"] == "fsdp" and method != "full":
+        raise UserError(
+            "--sharding fsdp is for --method full: the base of an adapter is a whole replica on every GPU"
+        )
     linears, slices = _rank(laid, "lora_target_modules"), _rank(laid, "lora_slices")
     if linears > slices:
         values["lora_slices"] = None

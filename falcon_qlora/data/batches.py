@@ -164,6 +164,7 @@ class TrainingSteps(Dataset[Share]):
         micro_batch: sequences in one micro batch.
         process: this process's index.
         processes: how many there are.
+        even: whether every process has as many micro batches as any, if need be without a document.
     """
 
     def __init__(
@@ -176,8 +177,10 @@ class TrainingSteps(Dataset[Share]):
         micro_batch: int,
         process: int,
         processes: int,
+        even: bool = False,
     ):
         self.plan = plan
+        self._even = even
         self._reader = reader
         self._target_counts = target_counts
         self._steps = steps
@@ -207,6 +210,7 @@ class TrainingSteps(Dataset[Share]):
             packed=self.plan.packed,
             process=self._process,
             processes=self._processes,
+            even=self._even,
         )
 
 
@@ -224,6 +228,7 @@ def _share(
     packed: bool,
     process: int,
     processes: int,
+    even: bool,
 ) -> Share:
     shares = deal(
         documents,
@@ -233,7 +238,8 @@ def _share(
         max_length=max_length,
         packed=packed,
     )
-    parts = shares[process] or [np.array([], dtype=np.int64)]
+    least = max(map(len, shares)) if even else 1
+    parts = filled_up(shares[process], least)
     positions = sum(reader.positions(lengths[part]) for share in shares for part in share)
     return Share(
         micro_batches=[reader.micro_batch(part) for part in parts],
@@ -246,6 +252,11 @@ def _share(
     )
 
 
+def filled_up(parts: list[np.ndarray], count: int) -> list[np.ndarray]:
+    """At least `count` parts: without documents where there are no more."""
+    return parts + [np.array([], dtype=np.int64)] * (count - len(parts))
+
+
 class StreamingSteps(IterableDataset[Share]):
     """`TrainingSteps` over documents that arrive one by one and are never held as a whole.
 
@@ -256,6 +267,7 @@ class StreamingSteps(IterableDataset[Share]):
         stream: called with the epoch, yields ``{"input_ids", "mask"}`` of one document each.
         global_batch, max_length, packed: as in `Plan`.
         padding, padding_id: as in `DocumentReader`.
+        even: as in `TrainingSteps`.
         steps: length of the run; the stream is opened again where it ends before.
 
     Raises:
@@ -274,8 +286,10 @@ class StreamingSteps(IterableDataset[Share]):
         padding_id: int,
         process: int,
         processes: int,
+        even: bool = False,
     ):
         self._stream = stream
+        self._even = even
         self._steps = steps
         self._global_batch = global_batch
         self._micro_batch = micro_batch
@@ -340,4 +354,5 @@ class StreamingSteps(IterableDataset[Share]):
             packed=self._padding is None,
             process=self._process,
             processes=self._processes,
+            even=self._even,
         )

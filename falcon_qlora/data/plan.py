@@ -72,6 +72,11 @@ class Plan:
         epoch, place = self.locate(step)
         return self.epoch(epoch)[place]
 
+    def documents_until(self, step: int) -> int:
+        """How many documents the steps before `step` hold, a document again in every pass."""
+        epoch, place = self.locate(step)
+        return epoch * len(self.lengths) + sum(len(documents) for documents in self.epoch(epoch)[:place])
+
     def steps(self, epochs: float) -> int:
         """Optimizer steps in `epochs` passes; of a part of a pass, that part of its steps, rounded up."""
         whole = int(epochs)

@@ -21,6 +21,7 @@ from falcon_qlora.methods.folder import RECORD
 from falcon_qlora.methods.interface import ParameterGroup, remember
 from falcon_qlora.models.falcon import base_parameter_kinds
 from falcon_qlora.models.load import quantization_of
+from falcon_qlora.models.sharded import fill, is_sharded, save_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +60,21 @@ class Full:
         return model.train()
 
     def save(self, model: FalconForCausalLM, folder: Path) -> None:
-        model.save_pretrained(folder)
+        if is_sharded(model):
+            save_whole(model, folder)
+        else:
+            model.save_pretrained(folder)
         write_json(folder / RECORD, {"method": self.name, "base_model": model.name_or_path})
 
     def restore(self, model: FalconForCausalLM, folder: Path) -> None:
-        missing = set(model.state_dict())
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        missing = set(parameters)
         for file in sorted(folder.glob("model*.safetensors")):
             tensors = load_file(file)
-            if unexpected := model.load_state_dict(tensors, strict=False).unexpected_keys:
-                raise RuntimeError(f"{folder} does not fit this model: {unexpected[0]}")
+            for name, tensor in tensors.items():
+                if name not in parameters or parameters[name].shape != tensor.shape:
+                    raise RuntimeError(f"{folder} does not fit this model: {name}")
+                fill(parameters[name], tensor)
             missing -= tensors.keys()
         if model.config.tie_word_embeddings:
             missing.discard("lm_head.weight")

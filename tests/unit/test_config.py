@@ -113,6 +113,11 @@ class TestRecipes:
                 | {"lora_slices": ["query", "value"], "learning_rate": 3e-4, "weight_decay": 0.01},
             ),
             ("lit-full", {"method": "full", "weight_decay": 0.02}),
+            (
+                "lit-qlora",
+                {"method": "lora", "quantize_mode": "4bit", "lora_r": 64, "learning_rate": 2e-4}
+                | {"max_grad_norm": 1.0, "lr_scheduler_type": "cosine"},
+            ),
         ],
     )
     def test_lit_recipes_are_the_comparison_but_for_what_they_say(

@@ -72,6 +72,12 @@ def test_a_fraction_of_an_epoch_is_that_part_of_its_steps():
     assert (sized.steps(1), sized.steps(0.5), sized.steps(2.05), sized.steps(0.001)) == (10, 5, 21, 1)
 
 
+@pytest.mark.parametrize("step", [0, 3, 11, 25])
+def test_documents_until_a_step_are_those_of_the_steps_before(step):
+    sized = plan(np.random.default_rng(0).integers(1, 65, 100), global_batch=6)
+    assert sized.documents_until(step) == sum(len(sized.documents(before)) for before in range(step))
+
+
 def test_group_by_length_brings_similar_lengths_together():
     lengths = np.random.default_rng(0).integers(1, 65, 800)
     spread = {

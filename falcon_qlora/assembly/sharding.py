@@ -1,0 +1,82 @@
+"""Whether a model is trained in parts, one on each process, or as a replica on each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from falcon_qlora import distributed
+from falcon_qlora.config import Configuration
+from falcon_qlora.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import FalconConfig
+
+# What a step needs beyond weights, gradients and the optimizer's state is not counted: this is left for it.
+_USABLE_SHARE = 0.8
+
+
+def shard_if_wanted(configuration: Configuration, model: Any) -> bool:
+    """Shard a model of full fine-tuning over the processes as `--sharding` says; returns whether it is.
+
+    Raises:
+        UserError: if it cannot be sharded so.
+    """
+    if not _wanted(configuration, model.config):
+        return False
+    from falcon_qlora.models.sharded import shard
+
+    _check(configuration)
+    shard(model, distributed.local_device())
+    return True
+
+
+def _wanted(configuration: Configuration, config: FalconConfig) -> bool:
+    wanted, processes = configuration.run.sharding, distributed.world_size()
+    if wanted == "fsdp" and processes == 1:
+        raise UserError(
+            "--sharding fsdp shares a model out to several processes, and there is one: see --gpus"
+        )
+    if wanted != "auto":
+        return wanted == "fsdp"
+    device = distributed.local_device()
+    if processes == 1 or configuration.method.method != "full" or device.type != "cuda":
+        return False
+    import torch
+
+    here = (
+        _replica_bytes(configuration, config)
+        > _USABLE_SHARE * torch.cuda.get_device_properties(device).total_memory
+    )
+    return any(distributed.gather_objects(here))
+
+
+def _replica_bytes(configuration: Configuration, config: FalconConfig) -> int:
+    """Weights, gradients and optimizer state of a replica, with the buckets that gradients are sent in."""
+    from falcon_qlora.memory import optimizer_bytes
+    from falcon_qlora.models.falcon import parameter_count
+    from falcon_qlora.models.load import resolve_compute_dtype
+
+    assert configuration.training is not None
+    dtype = resolve_compute_dtype(configuration.model.compute_dtype, distributed.local_device())
+    optim = str(configuration.training.optim)
+    # The states have the weights' dtype, but for those in 8 bits.
+    states = optimizer_bytes(optim) * (1 if "8bit" in optim else dtype.itemsize / 4)
+    return int(parameter_count(config) * (3 * dtype.itemsize + states))
+
+
+def _check(configuration: Configuration) -> None:
+    assert configuration.training is not None
+    optim = str(getattr(configuration.training.optim, "value", configuration.training.optim))
+    if any(word in optim for word in ("bnb", "8bit", "paged")):
+        raise UserError(
+            f"--optim {optim}: bitsandbytes' optimizers do not work on a sharded model; give --optim "
+            "adamw_torch_fused, whose state is sharded too, or --sharding none"
+        )
+    if configuration.run.generate_samples:
+        raise UserError("--generate_samples is not possible while the model is sharded: give --sharding none")
+    if configuration.run.resume:
+        raise UserError(
+            "--resume: checkpoints of a sharded run hold the weights and no optimizer state, so it cannot go "
+            "on; train on from its adapter/ folder as -m, or give --sharding none"
+        )
+    configuration.training.save_only_model = True

@@ -1,0 +1,231 @@
+"""`falcon-qlora compare`: train by several methods in turn on the same rows, the results side by side.
+
+Every method is trained by the command ``falcon-qlora train`` in a process of its own, so that its losses are
+those of that command and its memory is nobody else's.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from falcon_qlora import config, report
+from falcon_qlora.assembly import comparison
+from falcon_qlora.assembly.comparison import METHODS, Planned
+from falcon_qlora.commands.train import LaunchArguments
+from falcon_qlora.config import Configuration
+from falcon_qlora.errors import EXIT_BUG, EXIT_USER_ERROR, UserError
+from falcon_qlora.run_directory import RunDirectory, choose
+
+_REASON_LINES = 50
+_OUT_OF_MEMORY = re.compile(r"out ?of ?memory", re.IGNORECASE)
+
+
+@dataclass(kw_only=True)
+class CompareArguments(LaunchArguments):
+    """Which methods, and what sets them apart."""
+
+    _argument_group_name = "Comparison, and the processes of each run"
+
+    methods: list[str] = field(
+        default_factory=lambda: list(METHODS),
+        metadata={"help": "Methods to train by, in this order, also with commas between."},
+    )
+    recipes: list[str] = field(
+        default_factory=list,
+        metadata={"help": "METHOD=RECIPE: the settings of a method; unset: those of its recipe lit-*."},
+    )
+    learning_rates: list[str] = field(
+        default_factory=list, metadata={"help": "METHOD=RATE: a learning rate for one method."}
+    )
+
+
+# What compare itself heeds: all of its own settings but those that say which processes are started.
+_OWN = ("methods", "recipes", "learning_rates", "output_dir", "overwrite")
+_NOT_TAKEN = {
+    "recipe": "every method has its own: give --recipes METHOD=RECIPE",
+    "method": "give --methods",
+    "resume": "compare goes on by itself where it stopped: give the same --output_dir",
+}
+
+
+def main(argv: list[str]) -> int:
+    """Run the command and return its exit status."""
+    given = {comparison.name_of(flag) for flag in comparison.in_flags(argv)}
+    for flag, instead in _NOT_TAKEN.items():
+        if flag in given:
+            raise UserError(f"--{flag} is not taken: {instead}")
+    asked = config.parse(
+        comparison.for_any_method(argv),
+        extra_arguments=CompareArguments,
+        program="falcon-qlora compare",
+        description="Train by several methods in turn on the same rows; write a table and pictures.",
+    )
+    ours: CompareArguments = asked.extra
+    planned = comparison.plan(
+        argv,
+        names=ours.methods,
+        recipes=ours.recipes,
+        learning_rates=ours.learning_rates,
+        not_for_training=_OWN,
+    )
+    configurations, refused = _configurations(planned)
+    first = next(iter(configurations.values()))
+    model = first.model.model_name_or_path
+    published = _has_shapes_of_7b(first)
+    folder = choose(asked.run.output_dir, model=model, settings="comparison")
+    overwrite = asked.run.overwrite
+    if not overwrite:
+        _check_earlier(folder, configurations, ours.gpus)
+    done: list[report.Compared] = []
+    failed = False
+    for number, method in enumerate(planned, 1):
+        print(f"\n{method.name} ({number} of {len(planned)})", flush=True)
+        reason: str | None = refused.get(method.name)
+        if reason is None:
+            status, reason = _train(method, folder, overwrite=overwrite)
+            if status not in (0, EXIT_USER_ERROR, EXIT_BUG):
+                print(f"Stopped. The same command with --output_dir {folder} goes on here.", flush=True)
+                return status
+            failed |= status == EXIT_BUG and not _OUT_OF_MEMORY.search(reason or "")
+        if reason is not None:
+            print(f"{method.name} is left out: {reason}", flush=True)
+        done.append(_compared(method, folder, reason))
+        made = report.Comparison(title=f"Methods compared on {model}", compared=done, published=published)
+        written = made.write(folder)
+    print(f"\n{made.markdown()}\nWritten: {', '.join(map(str, written))}", flush=True)
+    if all(each.reason is not None for each in done):
+        raise UserError("no method could be trained; the reasons are above")
+    return EXIT_BUG if failed else 0
+
+
+def _configurations(planned: list[Planned]) -> tuple[dict[str, Configuration], dict[str, str]]:
+    """Each method's configuration, read as `train` will, or why it cannot be trained so."""
+    found: dict[str, Configuration] = {}
+    refused: dict[str, str] = {}
+    for method in planned:
+        try:
+            configuration = config.parse(method.words, extra_arguments=LaunchArguments)
+            if configuration.data.eval_split is not None:
+                method.words.extend(["--eval_on_start", "true"])
+                configuration = config.parse(method.words, extra_arguments=LaunchArguments)
+        except UserError as error:
+            refused[method.name] = str(error)
+            continue
+        if reason := comparison.why_not(method.name, configuration):
+            refused[method.name] = reason
+        else:
+            found[method.name] = configuration
+    if not found:
+        raise UserError(next(iter(refused.values())))
+    comparison.check_same_rows(found)
+    return found, refused
+
+
+def _has_shapes_of_7b(configuration: Configuration) -> bool:
+    """Whether the reference's figures are of this model; also refuses one that is no Falcon, at once."""
+    from falcon_qlora.quiet import quiet_libraries
+
+    quiet_libraries()
+    from falcon_qlora.assembly.preflight import read_config
+
+    model = read_config(configuration)
+    shapes = (model.hidden_size, model.num_hidden_layers, model.num_attention_heads, model.vocab_size)
+    return shapes == (4544, 32, 71, 65_024)
+
+
+def _run_folder(folder: Path, name: str) -> Path:
+    # A level down: a folder that holds an `adapter` is a run itself.
+    return folder / "runs" / name
+
+
+def _check_earlier(folder: Path, configurations: dict[str, Configuration], gpus: int | None) -> None:
+    for name, configuration in configurations.items():
+        directory = RunDirectory(_run_folder(folder, name))
+        if not directory.holds_run():
+            continue
+        advice = f"give --overwrite, remove {directory}, or name another folder"
+        if not comparison.read_alike(directory.path, configuration):
+            raise UserError(f"{directory} holds a run with other settings: {advice}")
+        if directory.summary_file.exists() and gpus not in (None, directory.read_summary()["world_size"]):
+            raise UserError(f"{directory} holds a run of another number of processes: {advice}")
+
+
+def _train(method: Planned, folder: Path, *, overwrite: bool) -> tuple[int, str | None]:
+    """Train one method, unless that is done: the exit status, and why it could not be.
+
+    A run that was cut off goes on from its last whole checkpoint; one without any begins again.
+    """
+    directory = RunDirectory(_run_folder(folder, method.name))
+    words = ["--output_dir", str(directory)]
+    if overwrite:
+        words += ["--overwrite", "true"]
+    elif directory.summary_file.exists():
+        print(f"trained already: {directory}", flush=True)
+        return 0, None
+    elif comparison.can_go_on(directory):
+        words += ["--resume"]
+    elif directory.holds_run():
+        words += ["--overwrite", "true"]
+    command = [sys.executable, "-m", "falcon_qlora", "train", *method.words, *words]
+    status, told = _run(command)
+    if status == 0 and not directory.summary_file.exists():
+        return 128 + signal.SIGINT, None  # asked to stop, it has saved itself and ended in order
+    return status, _reason(told) if status else None
+
+
+def _run(command: list[str]) -> tuple[int, list[str]]:
+    """Run a command on this terminal: its exit status, and its last lines on standard error."""
+    child = subprocess.Popen(command, stderr=subprocess.PIPE)
+    told: list[str] = []
+    assert child.stderr is not None
+    reader = threading.Thread(target=_pass_on, args=(child.stderr, told), daemon=True)
+    reader.start()
+
+    def forward(number: int, frame: Any) -> None:
+        child.send_signal(number)
+
+    # Ctrl-C reaches the child as well; what it makes of it decides.
+    handlers = {
+        number: signal.signal(number, handler)
+        for number, handler in ((signal.SIGTERM, forward), (signal.SIGINT, lambda *_: None))
+    }
+    try:
+        status = child.wait()
+    finally:
+        for number, earlier in handlers.items():
+            signal.signal(number, earlier)
+    reader.join()
+    return (128 - status if status < 0 else status), told
+
+
+def _pass_on(stream: IO[bytes], told: list[str]) -> None:
+    for line in stream:
+        sys.stderr.write(line.decode(errors="replace"))
+        sys.stderr.flush()
+        told.append(line.decode(errors="replace").rstrip())
+        del told[:-_REASON_LINES]
+
+
+def _reason(told: list[str]) -> str:
+    """What a failed command said last: our own error line, or the end of a traceback."""
+    errors = [line for line in told if line.startswith("error: ")]
+    lines = [line for line in told if line.strip() and not line.startswith(" ")]
+    return errors[-1].removeprefix("error: ") if errors else (lines or ["it ended without a word"])[-1]
+
+
+def _compared(method: Planned, folder: Path, reason: str | None) -> report.Compared:
+    return report.Compared(
+        method=method.name,
+        folder=_run_folder(folder, method.name),
+        recipe=method.recipe,
+        command=shlex.join(["falcon-qlora", "train", *method.words]),
+        reason=reason,
+    )

@@ -1,0 +1,131 @@
+"""A model whose every parameter lies in parts on all processes: PyTorch's fully sharded data parallelism.
+
+A block's parameters are brought together for its forward and again for its backward pass, and its gradients
+go back in parts. PyTorch's own `fully_shard` is called here and not through Accelerate, which has no sharding
+on the CPU, makes float32 copies of bfloat16 weights, and does not find its way through a tied head that is
+read as a weight. Every process must take part in every forward, and in reading a whole tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import FalconForCausalLM
+
+from falcon_qlora.files import write_json
+from falcon_qlora.models.activations import blocks_of
+
+
+def shard(model: nn.Module, device: torch.device) -> None:
+    """Leave on each process its part of every parameter of `model`, which all of them hold alike.
+
+    Args:
+        model: with packing enabled; before an optimizer knows its parameters.
+        device: of this process.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in blocks_of(model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)  # the embedding, the last norm and the head
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def whole_tensors(model: nn.Module, *, wanted: bool) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter as a whole on the CPU, by name, one at a time; all processes must go through them.
+
+    Args:
+        wanted: whether this process wants them; else they are left on the device.
+    """
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+        yield name, whole.cpu() if wanted else whole
+
+
+def take_part(model: nn.Module) -> None:
+    """What the other processes do while the main one goes through `whole_tensors`."""
+    for _ in whole_tensors(model, wanted=False):
+        pass
+
+
+def save_whole(model: FalconForCausalLM, folder: Path, *, file_bytes: int = 5 * 10**9) -> None:
+    """Write a sharded model as Transformers would the whole one, holding one file's tensors at a time.
+
+    Args:
+        model: that the other processes `take_part` in.
+        folder: which exists.
+        file_bytes: the most that a file's tensors take, unless one alone takes more.
+    """
+    files, total = _files(model, file_bytes)
+    tensors = whole_tensors(model, wanted=True)
+    try:
+        for file, names in files.items():
+            save_file(dict(next(tensors) for _ in names), folder / file, metadata={"format": "pt"})
+    finally:
+        # A disk that is full must not leave the others waiting.
+        for _ in tensors:
+            pass
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    if len(files) > 1:
+        places = {name: file for file, names in files.items() for name in names}
+        write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places}
+        )
+
+
+def _files(model: nn.Module, file_bytes: int) -> tuple[dict[str, list[str]], int]:
+    """Which parameters go into which file, in the model's order, and the bytes of all."""
+    parts: list[list[str]] = [[]]
+    total = filled = 0
+    for name, parameter in model.named_parameters():
+        size = parameter.numel() * parameter.element_size()
+        if parts[-1] and filled + size > file_bytes:
+            parts.append([])
+            filled = 0
+        parts[-1].append(name)
+        filled += size
+        total += size
+    if len(parts) == 1:
+        return {"model.safetensors": parts[0]}, total
+    count = len(parts)
+    return {f"model-{n:05}-of-{count:05}.safetensors": names for n, names in enumerate(parts, 1)}, total
+
+
+def fill(parameter: Tensor, whole: Tensor) -> None:
+    """Copy this process's part of a whole tensor, which every process has, into a parameter."""
+    with torch.no_grad():
+        if isinstance(parameter, DTensor):
+            whole = whole.to(parameter.device, parameter.dtype)
+            whole = _distributed_like(parameter, whole)
+        parameter.copy_(whole)
+
+
+def own_parts(parameter: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+    """This process's part of a parameter and the like part of a whole tensor; nothing is exchanged."""
+    if not isinstance(parameter, DTensor):
+        return parameter, whole
+    return parameter.to_local(), _distributed_like(parameter, whole).to_local()
+
+
+def _distributed_like(parameter: DTensor, whole: Tensor) -> DTensor:
+    # Every process has read the tensor: nothing need be sent.
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def local_count(model: nn.Module) -> int:
+    """Trainable numbers that lie on this process."""
+    trainable = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in trainable)

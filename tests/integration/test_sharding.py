@@ -1,0 +1,79 @@
+"""Full fine-tuning whose weights, gradients and optimizer are shared out over processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from falcon_qlora.models import sharded
+from falcon_qlora.models.load import load_model
+from falcon_qlora.models.tiny import tiny_path
+from falcon_qlora.sample_data import path as sample_rows
+from tests.integration.runs import command, train
+
+SETTINGS = (
+    f"-m tiny --method full -q 16bit --compute_dtype fp32 --max_length 128 --steps 4 --logging_steps 1 "
+    f"--optim sgd --learning_rate 0.05 --max_grad_norm 1.0 --warmup_steps 0 --global_batch_size 7 "
+    f"--packing false --dataset_name {sample_rows()} --max_rows 200 --eval_split 0.05 --eval_steps 2 "
+    "--save_steps 2"
+).split()
+
+
+@pytest.mark.slow
+def test_two_processes_with_half_of_the_model_each_train_what_one_does(tmp_path: Path) -> None:
+    # 7 documents, one at a time: 4 forwards on one process and 3 on the other, and each takes both. SGD, as
+    # it is not blind to the gradients' size.
+    alone = train(tmp_path / "alone", *SETTINGS, "-b", "3")
+    pair = train(tmp_path / "pair", *SETTINGS, "-b", "1", "--sharding", "fsdp", gpus=2)
+    for one, two in zip(alone, pair, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+        assert two.get("eval_loss", 0) == pytest.approx(one.get("eval_loss", 0), rel=1e-4)
+    assert alone[-1]["eval_loss"] < 0.9 * alone[1]["eval_loss"]
+    first, second = (load_file(tmp_path / run / "adapter" / "model.safetensors") for run in ("alone", "pair"))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-4, atol=1e-5)
+    # Transformers itself opens it, and it is not what training began with.
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "pair" / "adapter", dtype=torch.float32)
+    before = AutoModelForCausalLM.from_pretrained(tiny_path(), dtype=torch.float32)
+    assert all(not torch.equal(a, b) for a, b in zip(opened.parameters(), before.parameters(), strict=True))
+    assert opened.lm_head.weight is opened.transformer.word_embeddings.weight
+    assert (tmp_path / "pair" / "checkpoints" / "step-4" / "model.safetensors").exists()
+
+
+def test_a_large_model_is_written_file_by_file(tmp_path: Path) -> None:
+    model = load_model("tiny", quantize_mode="16bit", compute_dtype="fp32")
+    sharded.save_whole(model, tmp_path, file_bytes=4_000_000)
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(files) > 3
+    assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    for file in files:
+        assert len(load_file(tmp_path / file)) == 1 or (tmp_path / file).stat().st_size < 4_100_000
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(files)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(opened.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--method", "lora"], "--sharding fsdp is for --method full"),
+        (["--method", "full", "--gpus", "1"], "there is one"),
+        (["--method", "full", "--gpus", "2", "--optim", "adamw_bnb_8bit"], "give --optim adamw_torch_fused"),
+    ],
+)
+@pytest.mark.slow
+def test_what_cannot_be_sharded_is_refused(tmp_path: Path, flags: list[str], message: str) -> None:
+    words = f"-m tiny --sharding fsdp --dataset_name {sample_rows()} --max_rows 20 --report_to none".split()
+    result = command("train", *words, *flags, "--output_dir", tmp_path / "run")
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert not (tmp_path / "run").exists()
