@@ -27,7 +27,7 @@ def exact(rows: Path) -> list[str]:
     return [*settings.split(), "--dataset_name", str(rows)]
 
 
-@pytest.mark.parametrize("packing", ["true", "false"])
+@pytest.mark.parametrize("packing", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_two_processes_give_the_losses_of_one(rows: Path, tmp_path: Path, packing: str) -> None:
     settings = [*exact(rows), "--optim", "sgd", "--packing", packing, "--global_batch_size", "8"]
     # One process with two micro batches of four against two with several of one.
@@ -47,6 +47,7 @@ def test_two_processes_give_the_losses_of_one(rows: Path, tmp_path: Path, packin
         torch.testing.assert_close(adapters[1][name], weight, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_adamw_stays_within_its_tolerance(rows: Path, tmp_path: Path) -> None:
     # Adam divides by the gradient's size, so what differs in the last bits of a tiny gradient shows.
     settings = [*exact(rows), "--optim", "adamw_torch", "--learning_rate", "2e-4", "--global_batch_size", "8"]

@@ -147,6 +147,7 @@ ADAPTER = "adapter_model.safetensors"
         ("merged/config.json", lambda f: f.write_text("{}"), "of type None"),
     ],
 )
+@pytest.mark.slow
 def test_damage_is_named(copy, capsys, monkeypatch, file, damage, told):
     monkeypatch.chdir(copy)
     (target,) = copy.glob(file)

@@ -55,6 +55,7 @@ def test_a_signal_saves_and_the_command_it_names_goes_on_to_the_last_bit(
     assert_same_run(stopped, whole)
 
 
+@pytest.mark.slow
 def test_memory_numbers_and_disk_that_fail_are_survived_and_told(processes: Processes, whole: Path) -> None:
     faults = [
         {"do": "memory", "step": 2, "rank": 1, "most": 1},
