@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 import re
 import signal
 from collections.abc import Iterator
@@ -87,24 +86,6 @@ def test_kill_9_of_each_process_before_inside_and_after_a_save(processes: Proces
         assert re.match(rf"the last complete checkpoint is killed/checkpoints/step-{before + 2}; go on", hint)
     assert go_on(processes, "killed", [])[0] == 0
     assert_same_run(processes.folder / "killed", whole)
-
-
-def test_random_moments(processes: Processes, whole: Path) -> None:
-    moments = random.Random(0)
-    left, folder = 20, "random-0"
-    while left or not (processes.folder / folder / "adapter").exists():
-        number = moments.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
-        seconds = round(moments.uniform(0.1, 4.0), 2)
-        fault = {"do": "later", "rank": moments.randrange(2), "number": number, "seconds": seconds}
-        status, output, errors = go_on(processes, folder, [fault] if left else [])
-        newest_step(processes, folder)
-        if status == 0 and "stopped at step" not in output:
-            assert_same_run(processes.folder / folder, whole)
-            folder = f"random-{left}" if left else folder
-            continue
-        left -= 1
-        assert status == (1 if number == signal.SIGKILL else 0), (fault, output, errors)
-        assert sum(line.startswith("error:") for line in errors.splitlines()) == (number == signal.SIGKILL)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
