@@ -60,7 +60,7 @@ def test_fp8_trains_what_bfloat16_trains(tmp_path: Path) -> None:
             dtype: fine_tune(tmp_path / dtype, compute_dtype=dtype, lora_dropout=0)
             for dtype in ("bf16", "fp8")
         }
-        with pytest.raises(UserError, match=r"fp8 is the fast path's alone: .*LoRA dropout 0.1 \(5 of 5"):
+        with pytest.raises(UserError, match=r"fp8 needs fast blocks, which have no LoRA dropout"):
             fine_tune(tmp_path / "refused", compute_dtype="fp8", lora_dropout=0.1)
     losses = [metrics(run)[-1]["eval_loss"] for run in runs.values()]
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
