@@ -1,4 +1,4 @@
-"""Every signal, every process, kill -9 before, inside and after a save, at any moment: always one run."""
+"""Every signal, every process, kill -9 before, inside and after a save: always one run."""
 
 from __future__ import annotations
 
