@@ -14,6 +14,12 @@ from pathlib import Path
 from typing import Any
 
 
+def user_cache(name: str) -> Path:
+    """Where this user's files of a kind are kept between runs; the folder need not exist."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "falcon_qlora" / name
+
+
 def write_text(file: Path, text: str) -> None:
     """Write `file` whole or not at all."""
     with replaced(file) as temporary:

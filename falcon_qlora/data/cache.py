@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -14,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from falcon_qlora.errors import UserError
+from falcon_qlora.files import user_cache
 
 _ABANDONED_SECONDS = 7 * 24 * 3600
 
 
 def default_directory() -> Path:
     """The user's cache folder for tokenized data."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "falcon_qlora" / "data"
+    return user_cache("data")
 
 
 def key_of(parts: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@ Shapes: T tokens of all documents, Q query heads, K key/value heads, D head size
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from functools import lru_cache
 from typing import Any
@@ -13,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from falcon_qlora.kernels import libraries
+
 
 @lru_cache
 def flash_attention_4() -> Any | None:
     """The library's interface; None where it is missing, does not load, or the GPU is older than Hopper."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
-        return None
-    if importlib.util.find_spec("flash_attn") is None:
+    if not libraries.usable("flash_attn"):
         return None
     try:
         from flash_attn.cute import interface

@@ -8,14 +8,14 @@ product next to it, it is free.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from falcon_qlora.kernels import libraries
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +54,7 @@ class GeluProducts:
 @lru_cache
 def gelu_products() -> GeluProducts | None:
     """The library's products; None where it is missing, does not load, or the GPU is older than Hopper."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
-        return None
-    if importlib.util.find_spec("quack") is None:
+    if not libraries.usable("quack"):
         return None
     try:
         return _define()
