@@ -94,6 +94,8 @@ class Summary:
         samples: Documents trained on, likewise; None of a stream, which is not counted.
         total_peak_memory_gib: The processes' peaks together.
         predicted_peak_memory_gib: What `peak_memory_gib` was expected to be, on a GPU.
+        reduction_shares: Of each process's time in training, what it spent adding up gradients, waiting for
+            the slowest included (which has the least), since the run was last started; None of one process.
     """
 
     steps: int
@@ -115,6 +117,7 @@ class Summary:
     samples: int | None = None
     total_peak_memory_gib: float | None = None
     predicted_peak_memory_gib: float | None = None
+    reduction_shares: list[float] | None = None
 
 
 class RunDirectory:

@@ -8,6 +8,8 @@ sharded model they exchange weights and gradients: there memory that runs out en
 from __future__ import annotations
 
 import gc
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -72,6 +74,46 @@ class Agreed:
         )
 
 
+class ReductionClock:
+    """How long reductions take on this process, waiting for the slowest included; nobody waits for it.
+
+    Attributes:
+        seconds: of those whose end the host has seen.
+    """
+
+    def __init__(self, device: torch.device):
+        self.seconds = 0.0
+        self._on_gpu = device.type == "cuda"
+        self._running: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._began = 0.0
+
+    def start(self) -> None:
+        if not self._on_gpu:
+            self._began = time.perf_counter()
+            return
+        while self._running and self._running[0][1].query():
+            self._take()
+        self._running.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+        self._running[-1][0].record()
+
+    def stop(self) -> None:
+        if self._on_gpu:
+            self._running[-1][1].record()
+        else:
+            self.seconds += time.perf_counter() - self._began
+
+    def finish(self) -> float:
+        """The seconds of all, waited for."""
+        while self._running:
+            self._running[0][1].synchronize()
+            self._take()
+        return self.seconds
+
+    def _take(self) -> None:
+        began, ended = self._running.popleft()
+        self.seconds += began.elapsed_time(ended) / 1e3
+
+
 class Reduction:
     """Adds up gradients and notes over the processes, once a step.
 
@@ -86,6 +128,7 @@ class Reduction:
     Attributes:
         weight: of a process's loss in the gradients that come out.
         can_retry: whether a process can do its share again while the others wait.
+        clock: times it.
     """
 
     can_retry: ClassVar[bool] = True
@@ -94,6 +137,7 @@ class Reduction:
         self._parameters = parameters
         self._processes = processes
         self.weight = 1
+        self.clock = ReductionClock(parameters[0].device)
         self._flat: dict[torch.dtype, torch.Tensor] = {}
         self._views: list[torch.Tensor] = []
         if processes > 1:
@@ -136,8 +180,10 @@ class Reduction:
             return notes
         carrier = self._flat[torch.float32]
         carrier[-NOTES:] = notes
+        self.clock.start()
         for flat in self._flat.values():
             dist.all_reduce(flat)
+        self.clock.stop()
         return carrier[-NOTES:].clone()
 
 
@@ -152,7 +198,9 @@ class ShardedReduction(Reduction):
 
     def __call__(self, notes: torch.Tensor) -> torch.Tensor:
         """Return the sum of `notes` over the processes."""
+        self.clock.start()
         dist.all_reduce(notes)
+        self.clock.stop()
         return notes
 
 

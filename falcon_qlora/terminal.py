@@ -184,12 +184,25 @@ def print_end(
             ),
         ),
         ("memory", _join(_gib(summary.get("peak_memory_gib"), "at most on one device"), _split(summary))),
+        ("processes", _reductions(summary)),
         ("skipped", f"{summary['bad_steps']:,} steps, not finite" if summary.get("bad_steps") else ""),
         *[("wrote" if index == 0 else "", _path(path)) for index, path in enumerate(contents)],
         ("try it", f'falcon-qlora generate --adapter {adapter} --prompt "…"' if adapter else ""),
     ]
     console().print()
     _print_rows("done", rows)
+
+
+def _reductions(summary: Mapping[str, Any]) -> str:
+    """How long the processes waited for each other, of several."""
+    shares = summary.get("reduction_shares")
+    if not shares:
+        return ""
+    slowest = shares.index(min(shares))
+    return (
+        f"adding up gradients took {min(shares):.1%} of the time of the slowest (process {slowest}), "
+        f"{max(shares):.1%} of the fastest, which waited"
+    )
 
 
 def print_answers(title: str, answers: Sequence[tuple[str, str]]) -> None:

@@ -141,6 +141,7 @@ class FalconTrainer(SFTTrainer):
         self._first_learning_step: int | None = None
         self._watchdog = Watchdog(hang_minutes * 60) if hang_minutes else None
         self._resumed: dict[str, Any] | None = None
+        self._seconds_before = 0.0
         super().__init__(
             model=model,
             args=args,
@@ -269,6 +270,7 @@ class FalconTrainer(SFTTrainer):
             self._globalstep_last_logged = self._logged_step = kept["last_logged"]
             self.halvings = kept["halvings"]
             self.meter.load_state(kept["meter"])
+            self._seconds_before = self.meter.seconds
             self.bad_steps.load_state(kept["bad_steps"])
             self._reports.load_state(kept["reports"])
         distributed.remember_siblings()
@@ -295,6 +297,11 @@ class FalconTrainer(SFTTrainer):
         """Take in the last step's report, which no step follows."""
         for report in self._reports.take(newest=True):
             self.bad_steps.see(report)
+
+    def reduction_share(self) -> float:
+        """Of this start's training time, what went into adding up gradients, waiting for others included."""
+        seconds = self.meter.seconds - self._seconds_before
+        return self._reduction.clock.finish() / seconds if seconds > 0 else 0.0
 
     def has_learned(self) -> bool | None:
         """True where the weights that the model has now have taken a step; None where that is not known."""

@@ -190,6 +190,7 @@ def finish(
     if not is_sharded(model):
         distributed.replicas_hash(trainable, frozen=_frozen_tensors(model))
     peaks = distributed.gather_objects(peak_memory_gib())
+    reductions = distributed.gather_objects(round(trainer.reduction_share(), 4))
     losses = [line["loss"] for line in directory.read_metrics() if "loss" in line]
     evaluations = [
         (line["eval_loss"], line["step"])
@@ -215,6 +216,7 @@ def finish(
         tokens=trainer.state.num_input_tokens_seen,
         samples=_samples(trainer),
         predicted_peak_memory_gib=activations.predicted_gib,
+        reduction_shares=reductions if len(reductions) > 1 else None,
         **counts(model),
     )
     if distributed.is_main_process():

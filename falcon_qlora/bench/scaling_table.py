@@ -88,6 +88,9 @@ def csv_row(
         ]
         if measured.kernels:
             said.append(measured.kernels)
+        if shares := summary.get("reduction_shares"):
+            each = ", ".join(f"{share:.1%}" for share in shares)
+            said.append(f"adding up gradients, share of each process's time, waiting included: {each}")
     if measured.command_seconds:
         said.append(f"command_seconds {measured.command_seconds:.1f}")
     made["note"] = "; ".join([*said, row.work.described(), *notes])
