@@ -16,8 +16,9 @@ from tests.integration.runs import metrics, summary, write_jsonl
 pytestmark = pytest.mark.gpu
 
 LARGE = (
-    "-m random:falcon-7b -q 4bit --max_length 1024 -b 4 --gradient_accumulation_steps 2 --lora_dropout 0 "
-    "--lora_r 64 --steps 6 --save_steps 2 --logging_steps 1 --learning_rate 1e-4 --checkpointing none"
+    "-m random:falcon-7b --tokenizer_name_or_path tiny -q 4bit --max_length 1024 -b 4 --lora_dropout 0 "
+    "--gradient_accumulation_steps 2 --lora_r 64 --steps 6 --save_steps 2 --logging_steps 1 "
+    "--learning_rate 1e-4 --checkpointing none"
 ).split()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def start(
         str(gpus),
         *words,
         FAULTS=json.dumps(faults or []),
-        PYTHONPATH=str(Path(__file__).resolve().parents[2]),
+        PYTHONPATH=f"{Path(__file__).resolve().parents[2]}:{os.environ.get('PYTHONPATH', '')}".rstrip(":"),
     )
 
 
