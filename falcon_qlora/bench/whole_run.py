@@ -16,7 +16,12 @@ RECIPE_BATCH = 16
 # Of the recipe at least so many steps are timed, however small its share.
 _LEAST_TIMED = 5
 # What a first run leaves for the next, beside the tokenized rows.
-_COMPILED = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+_COMPILED = {
+    "TRITON_CACHE_DIR": "triton",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": "flash_attention",
+    "QUACK_CACHE_DIR": "quack",
+}
 
 Run = Callable[[Row, int, int, dict[str, str]], Measured]
 
@@ -24,10 +29,10 @@ Run = Callable[[Row, int, int, dict[str, str]], Measured]
 def whole_runs(
     ours: Sequence[Row], recipe: Row | None, *, steps: int, share: float, warmup: int, run: Run
 ) -> Iterator[tuple[Measured, str]]:
-    """Time each of `ours` in full, twice, and then the recipe over a share of the rows that they took.
+    """Time each of `ours` in full, twice, and the recipe over a share of the rows that they took.
 
-    The recipe's seconds are extrapolated: those of its command, and the mean of its timed steps for every
-    step left out.
+    The recipe comes as soon as its rows are known, so that a time limit does not cost the comparison. Its
+    seconds are extrapolated: those of its command, and the mean of its timed steps for every step left out.
 
     Args:
         ours: run with caches of their own, first empty, then filled.
@@ -40,30 +45,44 @@ def whole_runs(
     Yields:
         What was measured, and a note on it.
     """
-    finished: Measured | None = None
-    named: list[Measured] = []
+    compared: Measured | None = None
     for row in ours:
         with tempfile.TemporaryDirectory(prefix="falcon_qlora_") as folder:
             for caches in ("cold", "warm"):
                 cached, variables = _with_caches(row, Path(folder))
                 measured = run(replace(cached, caches=caches), steps, min(warmup, steps - 1), variables)
-                if measured.failure is None:
-                    finished = finished or measured
-                    named.append(measured)
-                yield measured, "from the command to the adapter on disk, no checkpoints between"
-    if recipe is None:
-        return
-    if finished is None:
+                yield measured, _note(measured, compared)
+                if recipe is not None and compared is None and measured.failure is None:
+                    compared, note = _recipe_over_the_rows_of(measured, recipe, share, warmup, run)
+                    yield compared, note
+    if recipe is not None and compared is None:
         yield Measured(row=recipe, failure="not run: ours did not end, so its rows are not known"), ""
-        return
-    total = recipe_steps(finished, recipe)
+
+
+def _recipe_over_the_rows_of(
+    ours: Measured, recipe: Row, share: float, warmup: int, run: Run
+) -> tuple[Measured, str]:
+    total = recipe_steps(ours, recipe)
     few = min(total, max(warmup + _LEAST_TIMED, math.ceil(share * total)))
     with tempfile.TemporaryDirectory(prefix="falcon_qlora_") as folder:
         cached, variables = _with_caches(recipe, Path(folder))
         measured = run(cached, few, min(warmup, few - 1), variables)
+    notes = [f"{total:,} steps over the same rows as ours"]
     if measured.failure is None:
         measured.command_seconds += (total - few) * measured.step_seconds
-    yield measured, _comparison(measured, named, few, total)
+        if few < total:
+            notes.append(f"{few:,} of them run, the seconds of the others extrapolated linearly")
+        times = measured.command_seconds / ours.command_seconds
+        notes.append(f"{ours.row.label} {times:.2f}x as fast ({ours.command_seconds:.1f} s)")
+    return measured, "; ".join(notes)
+
+
+def _note(ours: Measured, recipe: Measured | None) -> str:
+    note = "from the command to the adapter on disk, no checkpoints between"
+    if recipe is not None and recipe.failure is None and ours.failure is None:
+        times = recipe.command_seconds / ours.command_seconds
+        note += f"; {times:.2f}x as fast as the recipe ({recipe.command_seconds:.1f} s)"
+    return note
 
 
 def recipe_steps(ours: Measured, recipe: Row) -> int:
@@ -75,14 +94,3 @@ def recipe_steps(ours: Measured, recipe: Row) -> int:
 def _with_caches(row: Row, folder: Path) -> tuple[Row, dict[str, str]]:
     cached = replace(row, flags=(*row.flags, "--cache_dir", str(folder / "rows")))
     return cached, {name: str(folder / place) for name, place in _COMPILED.items()}
-
-
-def _comparison(recipe: Measured, ours: Sequence[Measured], few: int, total: int) -> str:
-    notes = [f"{total:,} steps over the same rows as ours"]
-    if recipe.failure is None:
-        if few < total:
-            notes.append(f"{few:,} of them run, the seconds of the others extrapolated linearly")
-        for each in ours:
-            times = recipe.command_seconds / each.command_seconds
-            notes.append(f"{each.row.label} {times:.2f}x as fast ({each.command_seconds:.1f} s)")
-    return "; ".join(notes)
