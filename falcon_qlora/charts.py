@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _TRAIN = "#9db8d9"
 _SMOOTH = "#1f5aa6"
@@ -29,13 +32,7 @@ def draw_loss(metrics: Sequence[Mapping[str, Any]], file: Path, *, title: str = 
     rate = _series(metrics, "learning_rate")
     if not train and not held_out:
         return False
-    # Without this, the first picture on a machine announces that fonts are being looked for.
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure()
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     if train:
         steps, values = zip(*train, strict=True)
@@ -60,12 +57,12 @@ def draw_loss(metrics: Sequence[Mapping[str, Any]], file: Path, *, title: str = 
     rates.grid(alpha=0.3)
     if title:
         figure.suptitle(title, fontsize=11)
-    figure.savefig(file, dpi=130, format="png")
+    _write(figure, file)
     return True
 
 
 def draw_speed_and_memory(points: Sequence[tuple[str, float, float]], file: Path, *, title: str = "") -> bool:
-    """Draw tokens/s against peak memory as a PNG, one labelled point each.
+    """Draw tokens/s against peak memory as a PNG; points of one label are joined.
 
     Args:
         points: label, GB (10^9 bytes) and tokens/s.
@@ -77,28 +74,34 @@ def draw_speed_and_memory(points: Sequence[tuple[str, float, float]], file: Path
     """
     if not points:
         return False
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    series: dict[str, list[tuple[float, float]]] = {}
     for label, memory_gb, speed in points:
+        series.setdefault(label, []).append((memory_gb, speed))
+    figure = _figure(width=10)
+    axes = figure.subplots()
+    # Names beside the points would lie upon each other: they have numbers, the fastest the first.
+    fastest_first = sorted(series.items(), key=lambda item: -max(speed for _, speed in item[1]))
+    for number, (label, unsorted) in enumerate(fastest_first, start=1):
         # Whose row it is shows in the colour: the peers' names begin so.
         peer = any(word.startswith(("stock", "litgpt")) for word in label.split())
-        axes.scatter([memory_gb], [speed], s=36, color=_EVAL if peer else _SMOOTH, zorder=3)
-        name = axes.annotate(label, (memory_gb, speed), xytext=(5, 4), textcoords="offset points", fontsize=7)
-        name.set_in_layout(False)  # else a long one takes the picture's room
+        memory, speeds = zip(*sorted(unsorted), strict=True)
+        color = _EVAL if peer else _SMOOTH
+        axes.plot(
+            memory, speeds, color=color, marker="o", markersize=5, linewidth=1, label=f"{number}  {label}"
+        )
+        # Alternately above and below.
+        offset = (4, 4) if number % 2 else (4, -10)
+        axes.annotate(
+            str(number), (memory[0], speeds[0]), xytext=offset, textcoords="offset points", fontsize=8
+        )
     axes.set_xlabel("peak memory allocated, GB")
     axes.set_ylabel("tokens/s")
-    axes.set_xlim(0, 1.3 * max(memory_gb for _, memory_gb, _ in points) or 1)  # room for the names
-    axes.set_ylim(0, 1.1 * max(speed for _, _, speed in points) or 1)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    if title:
-        axes.set_title(title, fontsize=11)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=130, format="png")
+    axes.set_title(title, fontsize=11)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8, handlelength=1)
+    _write(figure, file)
     return True
 
 
@@ -115,12 +118,7 @@ def draw_scaling(series: Mapping[str, Sequence[tuple[int, float]]], file: Path, 
     """
     if not series:
         return False
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure()
     axes = figure.subplots()
     counts = sorted({gpus for points in series.values() for gpus, _ in points})
     for label, unsorted in series.items():
@@ -137,10 +135,8 @@ def draw_scaling(series: Mapping[str, Sequence[tuple[int, float]]], file: Path, 
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
-    if title:
-        axes.set_title(title, fontsize=11)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=130, format="png")
+    axes.set_title(title, fontsize=11)
+    _write(figure, file)
     return True
 
 
@@ -161,12 +157,7 @@ def draw_bars(
     series = {name: bars for name, bars in series.items() if bars}
     if not series:
         return False
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure()
     axes = figure.subplots()
     labels = list(dict.fromkeys(label for bars in series.values() for label, _, _ in bars))
     width = 0.8 / len(series)
@@ -183,11 +174,25 @@ def draw_bars(
     axes.set_axisbelow(True)
     if len(series) > 1:
         axes.legend(frameon=False)
-    if title:
-        axes.set_title(title, fontsize=11)
+    axes.set_title(title, fontsize=11)
+    _write(figure, file)
+    return True
+
+
+def _figure(width: float = 8) -> Figure:
+    # Without this, the first picture on a machine announces that fonts are being looked for.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _write(figure: Figure, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=130, format="png")
-    return True
 
 
 def _series(metrics: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:

@@ -200,19 +200,14 @@ def append_csv(file: Path, made: Sequence[Mapping[str, Any]]) -> None:
 
 
 def points(made: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, float]]:
-    """Label, peak GB allocated and tokens/s of each row that has figures."""
-    with_figures = [row for row in made if row["tokens_per_second"] != ""]
+    """Label, peak GB allocated and tokens/s of each row that has figures; the label is the variant's."""
     many_models = len({row["model"] for row in made}) > 1
-    sizes: dict[tuple[str, str], int] = {}
-    for row in with_figures:
-        sizes[row["model"], row["variant"]] = sizes.get((row["model"], row["variant"]), 0) + 1
     return [
         (
-            (f"{row['model'].partition('?')[0]} " if many_models else "")
-            + row["variant"]
-            + (f" {row['micro_batch_tokens']:,}" if sizes[row["model"], row["variant"]] > 1 else ""),
+            (f"{row['model'].partition('?')[0]} " if many_models else "") + row["variant"],
             row["peak_allocated_gb"],
             row["tokens_per_second"],
         )
-        for row in with_figures
+        for row in made
+        if row["tokens_per_second"] != ""
     ]
