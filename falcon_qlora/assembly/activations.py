@@ -93,7 +93,7 @@ def _step(configuration: Configuration, model: Any, *, fast: bool) -> Step:
         tokens=configuration.run.per_device_train_batch_size * configuration.data.max_length,
         trainable=local_count(model),
         fast=fast,
-        lora_rank=configuration.lora.lora_r,
+        lora_rank=configuration.lora.lora_r if configuration.method.method == "lora" else 0,
         value_bytes=model.dtype.itemsize,
         optimizer_bytes=memory.optimizer_bytes(str(configuration.training.optim)),
         processes=distributed.world_size(),

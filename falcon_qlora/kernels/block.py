@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -29,21 +30,25 @@ from falcon_qlora.kernels.frozen_linear import Adapter, Projection, Workspace
 
 
 class Attention(Protocol):
-    """Attention within documents; what backward needs beside its inputs are `statistics`."""
+    """Attention within documents, forward and backward.
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """``[T, Q, D]``, ``[T, K, D]``, ``[T, K, D]`` → ``[T, Q, D]`` and statistics."""
+    Attributes:
+        tensors: differentiable ones of its own.
+    """
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]: ...
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """``[T, Q, D]``, ``[T, K, D]``, ``[T, K, D]`` → what `output` and `backward` need beside them."""
+
+    def output(self, query: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+        """``[T, Q, D]``, from the queries ``[T, K, Q/K, D]`` and what `forward` gave."""
 
     def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        statistics: tuple[Tensor, ...],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of query, key and value."""
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, kept: tuple[Tensor, ...]
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
+        """The gradients of query, key and value, and those of `tensors`."""
 
 
 class Products(Protocol):
@@ -74,18 +79,20 @@ class Products(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Through GELU and dense and 4h_to_h: the block's output ``[T, H]``, and t ``[T, R]``."""
 
-    def low_rank(self, before_gelu: Tensor, attended: Tensor, low_in: Sequence[Tensor]) -> Tensor:
-        """The t of `leave` alone."""
+    def low_rank(
+        self, before_gelu: Tensor, attended: Callable[[], Tensor], low_in: Sequence[Tensor]
+    ) -> Tensor:
+        """The t of `leave` alone; `attended` gives attention's output."""
 
     def leave_backward(
         self,
         grad: Tensor,
         before_gelu: Tensor,
-        attended: Tensor,
+        attended: Callable[[], Tensor],
         low_in: Sequence[Tensor],
         low_out: Tensor,
     ) -> tuple[Tensor, Tensor, Any, list[Tensor | None]]:
-        """Back through `leave`.
+        """Back through `leave`; `attended` gives attention's output, which only some gradients need.
 
         Returns:
             the gradient of attention's output ``[T, Q D]``; room for that of query, key and value
@@ -171,10 +178,10 @@ def run_block(
         adapters: LoRA's A and B for each of ``block.projections``, (None, None) where there is none.
 
     Returns:
-        ``[T, H]``, connected to `hidden` and the adapters.
+        ``[T, H]``, connected to `hidden`, the adapters and attention's own tensors.
     """
     flat = [matrix for adapter in adapters for matrix in adapter]
-    return _BlockFunction.apply(hidden, cosine, sine, block, attention, *flat)
+    return _BlockFunction.apply(hidden, cosine, sine, block, attention, *flat, *attention.tensors)
 
 
 class _BlockFunction(torch.autograd.Function):
@@ -186,21 +193,23 @@ class _BlockFunction(torch.autograd.Function):
         sine: Tensor,
         block: Block,
         attention: Attention,
-        *adapters: Tensor | None,
+        *trained: Tensor | None,
     ) -> Tensor:
+        adapters = trained[: len(trained) - len(attention.tensors)]
         with torch.autocast(hidden.device.type, enabled=False):
             products = block.products(block, _pairs(adapters))
             projected, low_in = products.enter(hidden)
             fused, before_gelu = products.parts(projected)
-            attended, statistics = _attend(block, attention, fused, cosine, sine)
+            of_attention = _attend(block, attention, fused, cosine, sine)
+            attended = attention.output(block.heads(fused)[:, :, :-2], of_attention)
             output, low_out = products.leave(before_gelu, attended, low_in, hidden)
             if block.keep == "all":
-                kept = [*projected, *low_in, low_out, attended, *statistics]
+                kept = [*projected, *low_in, low_out, *of_attention]
             elif block.keep == "attention":
-                kept = [fused.clone(), *low_in, low_out, attended, *statistics]
+                kept = [fused.clone(), *low_in, low_out, *of_attention]
             else:
                 kept = []
-        ctx.block, ctx.attention = block, attention
+        ctx.block, ctx.attention, ctx.adapters = block, attention, len(adapters)
         ctx.save_for_backward(hidden, cosine, sine, *adapters, *kept)
         return output
 
@@ -209,45 +218,46 @@ class _BlockFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         block, attention = ctx.block, ctx.attention
         hidden, cosine, sine, *rest = ctx.saved_tensors
-        adapters, kept = rest[:8], list(rest[8:])
+        adapters, kept = rest[: ctx.adapters], list(rest[ctx.adapters :])
         del rest
         with torch.autocast(hidden.device.type, enabled=False):
             products = block.products(block, _pairs(adapters))
             if block.keep == "input":
                 projected, low_in = products.enter(hidden, again=True)
                 fused, before_gelu = products.parts(projected)
-                attended, statistics = _attend(block, attention, fused, cosine, sine)
-                low_out = products.low_rank(before_gelu, attended, low_in)
+                of_attention = _attend(block, attention, fused, cosine, sine)
             else:
                 projected = _take(kept, products.outputs if block.keep == "all" else 1)
-                low_in, (low_out, attended) = _take(kept, products.inputs), _take(kept, 2)
-                statistics = tuple(kept)
+                low_in, (low_out,) = _take(kept, products.inputs), _take(kept, 1)
+                of_attention = tuple(kept)
                 if block.keep == "all":
                     fused, before_gelu = products.parts(projected)
                 else:
                     fused, before_gelu = projected[0], products.project_h_to_4h(hidden)
+            attended = partial(attention.output, block.heads(fused)[:, :, :-2], of_attention)
+            if block.keep == "input":
+                low_out = products.low_rank(before_gelu, attended, low_in)
             of_attended, of_fused, others, out_grads = products.leave_backward(
                 grad, before_gelu, attended, low_in, low_out
             )
-            del before_gelu, projected
-            of_query, of_key, of_value = attention.backward(
+            del before_gelu, projected, attended
+            (of_query, of_key, of_value), own_grads = attention.backward(
                 of_attended.unflatten(1, (-1, block.head_dim)),
                 *_query_key_value(block.heads(fused)),
-                attended,
-                statistics,
+                of_attention,
             )
-            del of_attended, fused, attended
+            del of_attended, fused, of_attention, kept
             ops.rotate_join(of_query, of_key, of_value, cosine, sine, block.heads(of_fused))
             del of_query, of_key, of_value
             addend = grad if ctx.needs_input_grad[0] else None
             of_hidden, in_grads = products.enter_backward(hidden, of_fused, others, low_in, addend)
-        return (of_hidden, None, None, None, None, *in_grads, *out_grads)
+        return (of_hidden, None, None, None, None, *in_grads, *out_grads, *own_grads)
 
 
 def _attend(
     block: Block, attention: Attention, fused: Tensor, cosine: Tensor, sine: Tensor
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Rotates within `fused` ``[T, W]``; attention's output ``[T, Q, D]`` and statistics."""
+) -> tuple[Tensor, ...]:
+    """Rotates within `fused` ``[T, W]``; what attention's forward pass gives."""
     heads = block.heads(fused)
     ops.rotate_(heads[:, :, :-1], cosine, sine)
     return attention.forward(*_query_key_value(heads))

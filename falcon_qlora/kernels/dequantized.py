@@ -10,7 +10,7 @@ compute it, forward and backward, on the way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -84,14 +84,19 @@ class DequantizedProducts:
     ) -> tuple[Tensor, Tensor]:
         return self.out_of.forward(self._join(before_gelu, attended), hidden)
 
-    def low_rank(self, before_gelu: Tensor, attended: Tensor, low_in: Sequence[Tensor]) -> Tensor:
-        return self.out_of.low_rank(self._join(before_gelu, attended))
+    def low_rank(
+        self, before_gelu: Tensor, attended: Callable[[], Tensor], low_in: Sequence[Tensor]
+    ) -> Tensor:
+        if not self.out_of.columns:
+            self._joined = None
+            return before_gelu.new_empty(before_gelu.shape[0], 0)
+        return self.out_of.low_rank(self._join(before_gelu, attended()))
 
     def leave_backward(
         self,
         grad: Tensor,
         before_gelu: Tensor,
-        attended: Tensor,
+        attended: Callable[[], Tensor],
         low_in: Sequence[Tensor],
         low_out: Tensor,
     ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor | None]]:
@@ -114,7 +119,7 @@ class DequantizedProducts:
             if may_overwrite:  # memory matters: a slice would hold on to all that was joined
                 of_attended = of_attended.contiguous()
                 del of_joined
-        inputs = [after_gelu, attended.flatten(1)]
+        inputs = [after_gelu, attended().flatten(1)] if self.out_of.columns else []
         adapter_grads = self.out_of.adapter_gradients(grad, low_grad, low_out, inputs)
         return of_attended, of_fused, grads, adapter_grads
 
