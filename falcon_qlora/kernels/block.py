@@ -1,4 +1,4 @@
-"""A whole Falcon block with frozen weights and LoRA, forward and backward, as one autograd function.
+"""A whole Falcon block with frozen weights and an adapter, forward and backward, as one autograd function.
 
 Shapes: T tokens of all documents, H hidden size, W width of the fused query, key and value, F feed-forward
 size, Q query heads, K key/value heads, D head size, R columns for LoRA's ranks.
@@ -6,12 +6,13 @@ size, Q query heads, K key/value heads, D head size, R columns for LoRA's ranks.
 The block's parallel forms: ``y = x + dense(attention(n1)) + 4h_to_h(gelu(h_to_4h(n2)))`` with n1 and n2 two
 norms of x, or one and the same.
 
-How the linears are multiplied is `Block.products`' to say: `dequantized`, or `fp8_block`.
+How the linears are multiplied is `Block.products`' to say: `dequantized` and `fp8_block` with LoRA, or
+`scaled_products` with learned scales and biases and trained norms. What attention looks at is `Attention`'s.
 
 What is kept for the backward pass: x, the outputs of query_key_value (rotated) and h_to_4h, attention's
 output and statistics, and LoRA's t; less, where `Block.keep` says so. Norms and GELU are always computed
-again, the last product never: no gradient needs its output. Weights are dequantized again too, each time
-into the same memory.
+again, the last product never: no gradient needs its output, but for scales, for which it is kept as t is.
+Weights are dequantized again too, each time into the same memory.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Attention(Protocol):
 
 
 class Products(Protocol):
-    """A block's four linears with LoRA, and what lies between them and norms and GELU; for one call.
+    """A block's four linears with their adapters, and what lies between them, norms and GELU; for one call.
 
     Attributes:
         outputs: how many tensors hold the outputs of query_key_value and h_to_4h.
@@ -100,9 +101,24 @@ class Products(Protocol):
         """
 
     def enter_backward(
-        self, hidden: Tensor, of_fused: Tensor, others: Any, low_in: Sequence[Tensor], addend: Tensor | None
-    ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Back through `enter`: `addend` and what comes to it, None where it is None; the adapters'."""
+        self,
+        hidden: Tensor,
+        of_fused: Tensor,
+        others: Any,
+        low_in: Sequence[Tensor],
+        addend: Tensor | None,
+        fused: Callable[[], Tensor],
+    ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor]]:
+        """Back through `enter`.
+
+        Args:
+            fused: gives query_key_value's output ``[T, W]`` as it was before rotation, where the room for
+                its gradient was not its own memory.
+
+        Returns:
+            `addend` and what comes to it, None where it is None; the gradients of the adapters; those of the
+            norms, where these are trained.
+        """
 
 
 Keep = Literal["all", "attention", "input"]
@@ -110,7 +126,7 @@ Keep = Literal["all", "attention", "input"]
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """A frozen layer norm: weight ``[H]`` and bias ``[H]``."""
+    """A layer norm: weight ``[H]`` and bias ``[H]``."""
 
     weight: Tensor
     bias: Tensor
@@ -175,7 +191,8 @@ def run_block(
         sine: ``[T, D]``.
         block: the frozen part.
         attention: within documents.
-        adapters: LoRA's A and B for each of ``block.projections``, (None, None) where there is none.
+        adapters: LoRA's A and B for each of ``block.projections``, (None, None) where there is none; or
+            what else ``block.products`` takes: pairs for the projections, then any for the norms.
 
     Returns:
         ``[T, H]``, connected to `hidden`, the adapters and attention's own tensors.
@@ -246,12 +263,14 @@ class _BlockFunction(torch.autograd.Function):
                 *_query_key_value(block.heads(fused)),
                 of_attention,
             )
-            del of_attended, fused, of_attention, kept
+            del of_attended, of_attention, kept
             ops.rotate_join(of_query, of_key, of_value, cosine, sine, block.heads(of_fused))
             del of_query, of_key, of_value
             addend = grad if ctx.needs_input_grad[0] else None
-            of_hidden, in_grads = products.enter_backward(hidden, of_fused, others, low_in, addend)
-        return (of_hidden, None, None, None, None, *in_grads, *out_grads, *own_grads)
+            of_hidden, in_grads, norm_grads = products.enter_backward(
+                hidden, of_fused, others, low_in, addend, partial(_rotated_back, block, fused, cosine, sine)
+            )
+        return (of_hidden, None, None, None, None, *in_grads, *out_grads, *norm_grads, *own_grads)
 
 
 def _attend(
@@ -261,6 +280,13 @@ def _attend(
     heads = block.heads(fused)
     ops.rotate_(heads[:, :, :-1], cosine, sine)
     return attention.forward(*_query_key_value(heads))
+
+
+def _rotated_back(block: Block, fused: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """``[T, W]`` as `_attend` found it, in memory of its own."""
+    found = fused.new_empty(fused.shape)
+    ops.rotate_join(*_query_key_value(block.heads(fused)), cosine, sine, block.heads(found))
+    return found
 
 
 def _take(tensors: list[Tensor], count: int) -> list[Tensor]:

@@ -100,10 +100,7 @@ class DequantizedProducts:
         low_in: Sequence[Tensor],
         low_out: Tensor,
     ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor | None]]:
-        grads, self._free = self._free, None
-        may_overwrite = grads is not None
-        if grads is None:
-            grads = [grad.new_empty(grad.shape[0], group.width + group.columns) for group in self.into]
+        grads, may_overwrite = self.gradients(grad)
         of_fused, of_before_gelu = self.parts(grads)
         split = self.block.dense_4h_to_h.in_features
         if self.gelu_products is not None:
@@ -123,6 +120,13 @@ class DequantizedProducts:
         adapter_grads = self.out_of.adapter_gradients(grad, low_grad, low_out, inputs)
         return of_attended, of_fused, grads, adapter_grads
 
+    def gradients(self, like: Tensor) -> tuple[list[Tensor], bool]:
+        """Room for the outputs' gradients, and whether it is that of outputs computed again."""
+        grads, self._free = self._free, None
+        if grads is not None:
+            return grads, True
+        return [like.new_empty(like.shape[0], group.width + group.columns) for group in self.into], False
+
     def enter_backward(
         self,
         hidden: Tensor,
@@ -130,7 +134,8 @@ class DequantizedProducts:
         others: list[Tensor],
         low_in: Sequence[Tensor],
         addend: Tensor | None,
-    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        fused: Callable[[], Tensor],
+    ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor]]:
         adapter_grads: list[Tensor | None] = []
         # The block before finds room for its LoRA behind the gradient of its output.
         out = None if addend is None else room_behind(hidden, self.out_of.columns)
@@ -142,7 +147,7 @@ class DequantizedProducts:
                 of_normal = group.input_gradient(grad)
                 addend = ops.layer_norm_backward(of_normal, hidden, mean, rstd, norm.weight, addend, out)
                 del of_normal
-        return addend, adapter_grads
+        return addend, adapter_grads, []
 
     def _join(self, before_gelu: Tensor, attended: Tensor) -> Tensor:
         """The last product's input: GELU's output, attention's output, and room for t."""

@@ -166,7 +166,8 @@ class Fp8Products:
         others: tuple[Rows, Tensor],
         low_in: Sequence[Tensor],
         addend: Tensor | None,
-    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        fused: Callable[[], Tensor],
+    ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor]]:
         of_before, of_before_gelu = others
         grads = of_fused, of_before_gelu
         adapter_grads: list[Tensor | None] = []
@@ -190,7 +191,7 @@ class Fp8Products:
             fp8.add(of_normal[0], low, tuple(of_normal[1:]))
             addend = ops.layer_norm_backward(of_normal[0], hidden, mean, rstd, norm.weight, addend)
             del of_normal
-        return addend, adapter_grads
+        return addend, adapter_grads, []
 
     def _gelu(self, before_gelu: Tensor, low_in: Sequence[Tensor]) -> tuple[Rows, Tensor]:
         bound = self.frozen.before_gelu.expand(before_gelu.shape[0])

@@ -278,16 +278,17 @@ class _Project(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, projection: Projection, workspace: Workspace) -> Tensor:
         ctx.projection, ctx.workspace = projection, workspace
         with torch.autocast(rows.device.type, enabled=False):
-            return rows @ _dequantized(projection, workspace, rows).T
+            return rows @ dequantized(projection, workspace, rows).T
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         with torch.autocast(grad.device.type, enabled=False):
-            return grad @ _dequantized(ctx.projection, ctx.workspace, grad), None, None
+            return grad @ dequantized(ctx.projection, ctx.workspace, grad), None, None
 
 
-def _dequantized(projection: Projection, workspace: Workspace, like: Tensor) -> Tensor:
+def dequantized(projection: Projection, workspace: Workspace, like: Tensor) -> Tensor:
+    """A linear's weight ``[out, in]`` in `like`'s dtype, until the workspace is taken again."""
     weight = workspace.take(projection.out_features, projection.in_features, like)
     return ops.dequantize(projection.layer, weight)
 

@@ -28,6 +28,7 @@ from falcon_qlora.kernels.fp8_block import Fp8
 from falcon_qlora.kernels.frozen_linear import Adapter, Projection, Workspace, project
 from falcon_qlora.kernels.gelu_products import GeluProducts, gelu_products
 from falcon_qlora.kernels.offload import Offload
+from falcon_qlora.kernels.scaled_products import ScaledProducts
 from falcon_qlora.models.attention import Sequences, split_heads
 from falcon_qlora.models.fast_attention import (
     AttentionKernel,
@@ -45,6 +46,7 @@ from falcon_qlora.models.fast_facts import (
     linears_of,
 )
 from falcon_qlora.models.prefix import prefix_of
+from falcon_qlora.models.scaled import scale_and_bias_of
 
 _BEFORE = "_forward_before_fast_path"
 _STATE = "_fast_path_state"
@@ -123,12 +125,14 @@ def apply_fast_path(
             continue
         ways = ", ".join(f"{part}: {way}" for part, way in decision.items() if part != "block")
         report[name] = f"fast ({ways})"
-        state = _State(kept, workspace, offload, attention, partial(DequantizedProducts, gelu_products=gelu))
-        _replace(block, state)
+        products: MakeProducts = partial(DequantizedProducts, gelu_products=gelu)
+        if facts.scaled:
+            products = ScaledProducts
+        _replace(block, _State(kept, workspace, offload, attention, products))
         if fp8_products:
             parts = _block_and_adapters(block, kept)
             assert parts is not None
-            state.products = Fp8.measure(parts[0])
+            getattr(block, _STATE).products = Fp8.measure(parts[0])
     return report
 
 
@@ -185,6 +189,7 @@ def _norms(block: FalconDecoderLayer) -> tuple[Norm, ...]:
 
 def _block_and_adapters(module: FalconDecoderLayer, keep: Keep) -> tuple[Block, list[Adapter]] | None:
     """What the function needs, as the modules say now; None where they say what it cannot do."""
+    state: _State = getattr(module, _STATE)
     projections, adapters = [], []
     for linear in linears_of(module):
         base = base_of(linear)
@@ -199,12 +204,23 @@ def _block_and_adapters(module: FalconDecoderLayer, keep: Keep) -> tuple[Block, 
                 return None
             adapter = (linear.lora_A[name].weight, linear.lora_B[name].weight)
             rank, scaling = linear.lora_A[name].out_features, linear.scaling[name]
+        vectors = scale_and_bias_of(base)
+        if (vectors is not None) != (state.products is ScaledProducts):
+            return None
+        if vectors is not None:
+            if rank or not vectors.enabled:
+                return None
+            adapter = (vectors.scale, vectors.bias)
+        if rank and prefix_of(module.self_attention) is not None:
+            return None
         projections.append(Projection(base, base.out_features, base.in_features, rank, scaling))
         adapters.append(adapter)
-    state: _State = getattr(module, _STATE)
+    norms = _norms(module)
+    if state.products is ScaledProducts:
+        adapters += [(norm.weight, norm.bias) for norm in norms]
     query_key_value, dense_h_to_4h, dense_4h_to_h, dense = projections
     block = Block(
-        norms=_norms(module),
+        norms=norms,
         query_key_value=query_key_value,
         dense_h_to_4h=dense_h_to_4h,
         dense_4h_to_h=dense_4h_to_h,
@@ -255,5 +271,8 @@ def _attention(
         return attention
     # Not through the module: in 8 bits it would round what goes in, and wait for the GPU.
     fused = project(prefix.prefix.to(dtype), block.query_key_value, block.workspace)
+    vectors = scale_and_bias_of(module.self_attention.query_key_value)
+    if vectors is not None:
+        fused = vectors(fused)
     _, key, value = split_heads(fused, module.self_attention)
     return PrefixedAttention(attention, key, value, prefix.gate)

@@ -28,7 +28,7 @@ class BlockFacts:
         biases: whether any linear has one.
         activation: of the feed-forward layer.
         hidden_dropout: on the block's output.
-        trainable: names of trainable parameters that are neither LoRA matrices nor a prefix's.
+        trainable: names of trainable parameters that are of no adapter; Adapter v2's has the norms.
         dtype: of the activations.
         device_type: where the block is.
         head_dim: size of a head.
@@ -36,6 +36,7 @@ class BlockFacts:
         lora_dropout: the largest of the active adapters'.
         lora_unknown: what about the adapters is not plain LoRA, or None.
         prefix_rows: P of a learned prefix, 0 without one.
+        scaled: whether learned vectors scale and shift the linears' outputs.
     """
 
     alibi: bool
@@ -51,6 +52,7 @@ class BlockFacts:
     lora_dropout: float
     lora_unknown: str | None
     prefix_rows: int = 0
+    scaled: bool = False
 
 
 def decide(
@@ -72,8 +74,8 @@ def decide(
 
     Returns:
         ``block``: ``fast`` or ``reference``. With ``reference`` also ``reason``; with ``fast`` what computes
-        ``attention``, ``weights``, ``GELU`` and ``between`` (norms, rotation), and ``prefix`` where there is
-        one.
+        ``attention``, ``weights``, ``GELU`` and ``between`` (norms, rotation), and ``prefix`` and ``scales``
+        where there are any.
     """
     reason = _why_not(facts, fp8_products)
     if reason is not None:
@@ -86,11 +88,13 @@ def decide(
         "block": "fast",
         "attention": attention,
         "weights": stored[facts.quantize_mode],
-        "GELU": "in products" if gelu_in_products else small,
+        "GELU": "in products" if gelu_in_products and not facts.scaled else small,
         "between": small,
     }
     if facts.prefix_rows:
         ways["prefix"] = small if facts.prefix_rows <= prefix.MOST_ROWS else "PyTorch"
+    if facts.scaled:
+        ways["scales"] = small
     return ways
 
 
@@ -113,6 +117,8 @@ def _why_not(facts: BlockFacts, fp8_products: bool) -> str | None:
         return f"trains more than LoRA: {facts.trainable[0]}"
     if facts.lora_dropout:
         return f"LoRA dropout {facts.lora_dropout:g}"
+    if facts.scaled and fp8_products:
+        return "scales and biases on the linears (Adapter v2), which do not go with FP8"
     if facts.prefix_rows and fp8_products:
         return "attention looks at a learned prefix (Adapter), which does not go with FP8"
     return None
@@ -125,6 +131,11 @@ def block_facts(block: FalconDecoderLayer, dtype: torch.dtype) -> BlockFacts:
     added = prefix_of(block.self_attention)
     known = {id(p) for linear in linears if isinstance(linear, LoraLayer) for p in _matrices(linear)}
     known |= {id(p) for p in (added.parameters() if added is not None else ())}
+    vectors = [scale_and_bias_of(base_of(linear)) for linear in linears]
+    scaled = all(each is not None for each in vectors)
+    if scaled:
+        norms = [module for module in block.modules() if isinstance(module, nn.LayerNorm)]
+        known |= {id(p) for module in [*vectors, *norms] if module is not None for p in module.parameters()}
     dropouts, unknown = [0.0], _more_than_lora(block)
     for linear in linears:
         try:
@@ -154,17 +165,21 @@ def block_facts(block: FalconDecoderLayer, dtype: torch.dtype) -> BlockFacts:
         lora_dropout=max(dropouts),
         lora_unknown=unknown,
         prefix_rows=0 if added is None else len(added.prefix),
+        scaled=scaled,
     )
 
 
 def _more_than_lora(block: FalconDecoderLayer) -> str | None:
     """What acts in a block beside LoRA, trainable or not."""
-    if any(scale_and_bias_of(base_of(linear)) is not None for linear in linears_of(block)):
-        return "scales and biases on the linears (Adapter v2)"
-    if prefix_of(block.self_attention) is not None and any(
-        isinstance(linear, LoraLayer) for linear in linears_of(block)
-    ):
-        return "LoRA where attention looks at a learned prefix (Adapter)"
+    linears = linears_of(block)
+    vectors = [scale_and_bias_of(base_of(linear)) is not None for linear in linears]
+    if any(vectors) and not all(vectors):
+        return "scales and biases on some of the linears"
+    if any(isinstance(linear, LoraLayer) for linear in linears):
+        if any(vectors):
+            return "LoRA beside scales and biases on the linears (Adapter v2)"
+        if prefix_of(block.self_attention) is not None:
+            return "LoRA where attention looks at a learned prefix (Adapter)"
     return None
 
 

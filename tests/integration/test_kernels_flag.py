@@ -54,9 +54,9 @@ def test_the_fast_path_trains_what_the_reference_path_trains(
     }
 
 
-@pytest.mark.parametrize("method", ["adapter"])
-def test_so_it_does_with_adapters(tmp_path: Path, method: str) -> None:
-    shared: dict[str, object] = {"method": method, "learning_rate": {"adapter": 1e-1}[method], "lora_r": None}
+@pytest.mark.parametrize(("method", "rate"), [("adapter", 1e-1), ("adapter_v2", 1e-2)])
+def test_so_it_does_with_adapters(tmp_path: Path, method: str, rate: float) -> None:
+    shared: dict[str, object] = {"method": method, "learning_rate": rate, "lora_r": None}
     shared |= {"max_steps": 6, "eval_steps": 3, "max_length": 64, "max_rows": 100, "compute_dtype": "fp32"}
     runs = {kernels: fine_tune(tmp_path / kernels, kernels=kernels, **shared) for kernels in ("off", "auto")}
     off, auto = (metrics(runs[kernels]) for kernels in ("off", "auto"))

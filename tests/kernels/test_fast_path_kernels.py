@@ -41,7 +41,7 @@ def test_with_fp8_products_it_is_as_near_with_either_form(layout, device):
 
 
 @pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b"])
-@pytest.mark.parametrize("name", ["adapter"])
+@pytest.mark.parametrize("name", ["adapter", "adapter_v2"])
 def test_with_an_adapter_loss_and_gradients_are_the_same_with_either_form(name, layout, device):
     model = attached(name, tiny_model(layout, "4bit", device.type, "fp32"))
     docs = documents([5, 17, 1], device=device.type)
