@@ -100,7 +100,7 @@ def _softmax(query, key, prefix, scale, PREFIX: tl.constexpr):
     return weights / tl.sum(weights, 1)[:, None]
 
 
-@triton.jit(do_not_specialize=["rows"])  # it differs from one micro batch to the next
+@triton.jit(do_not_specialize=["queries"])  # it differs from one micro batch to the next
 def _add_read(
     query_ptr,  # [T, K, G, D], by its strides
     output_ptr,  # [T, Q, D], by its strides
@@ -119,7 +119,7 @@ def _add_read(
     key_head,
     value_row,
     value_head,
-    rows,  # T G
+    queries,  # T G
     group,  # G
     prefix,  # P
     scale,
@@ -133,21 +133,21 @@ def _add_read(
     lane = tl.arange(0, LANES)[None, :]
     token, member = (row // group).to(tl.int64)[:, None], (row % group)[:, None]
     head = kv_head * group + member
-    mask = (row < rows)[:, None] & (lane < HEAD)
+    mask = (row < queries)[:, None] & (lane < HEAD)
     key = _load_prefix(key_ptr + kv_head * key_head, key_row, prefix, HEAD, LANES, PREFIX)
     value = _load_prefix(value_ptr + kv_head * value_head, value_row, prefix, HEAD, LANES, PREFIX)
     at_query = token * query_token + kv_head * query_kv + member * query_head + lane
     query = tl.load(query_ptr + at_query, mask=mask, other=0.0)
     weights = _softmax(query, key, prefix, scale, PREFIX)
     read = tl.dot(weights.to(value.dtype), value, input_precision="ieee")
-    gate = tl.load(gate_ptr + head, mask=(row < rows)[:, None], other=0.0)
+    gate = tl.load(gate_ptr + head, mask=(row < queries)[:, None], other=0.0)
     output = tl.load(output_ptr + token * output_token + head * output_head + lane, mask=mask, other=0.0)
     result = output.to(tl.float32) + gate * read
     at_result = token * result_token + head * result_head + lane
     tl.store(result_ptr + at_result, result.to(result_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["queries"])
 def _add_read_backward(
     grad_ptr,  # [T, Q, D], by its strides
     query_ptr,  # [T, K, G, D], by its strides
@@ -173,7 +173,7 @@ def _add_read_backward(
     sums_row,
     sums_head,
     of_gate_token,
-    rows,  # T G
+    queries,  # T G
     group,  # G
     prefix,  # P
     scale,
@@ -188,11 +188,11 @@ def _add_read_backward(
     value = _load_prefix(value_ptr + kv_head * value_head, value_row, prefix, HEAD, LANES, PREFIX)
     of_key = tl.zeros([PREFIX, LANES], tl.float32)
     of_value = tl.zeros([PREFIX, LANES], tl.float32)
-    for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+    for start in range(tl.program_id(0) * ROWS, queries, tl.num_programs(0) * ROWS):
         row = start + tl.arange(0, ROWS)
         token, member = (row // group).to(tl.int64)[:, None], (row % group)[:, None]
         head = kv_head * group + member
-        inside = (row < rows)[:, None]
+        inside = (row < queries)[:, None]
         mask = inside & (lane < HEAD)
         at_query = token * query_token + kv_head * query_kv + member * query_head + lane
         query = tl.load(query_ptr + at_query, mask=mask, other=0.0)

@@ -45,7 +45,7 @@ FLOAT32 |= {"cosine_ptr", "sine_ptr", "losses_ptr", "scale_ptr", "scales_ptr", "
 FLOAT32 |= {"longest_ptr", "factors_ptr", "gate_ptr", "of_gate_ptr", "sums_ptr", "bias_ptr"}
 FLOAT32 |= {"first_scale_ptr", "first_bias_ptr", "second_scale_ptr", "second_bias_ptr"}
 # What counts few things, or things of any number: no multiples of 16.
-UNALIGNED = {"eps", "scale", "tokens", "kv_heads", "group", "rows", "prefix"}
+UNALIGNED = {"eps", "scale", "tokens", "kv_heads", "group", "queries", "prefix"}
 
 
 def variants(capability: int) -> Iterator[tuple[JITFunction, dict[str, Any]]]:
