@@ -54,7 +54,8 @@ class Step:
         tokens: of one micro batch.
         trainable: parameters, in float32.
         fast: whether the blocks run as single functions.
-        lora_rank: of the adapter on every linear.
+        lora_rank: of the adapter on every linear; 0 where something else is trained.
+        scaled: whether every linear has a learned scale and bias (Adapter v2).
         value_bytes: of an activation.
         optimizer_bytes: of the optimizer's state for one parameter, as far as PyTorch's allocator holds it.
         processes: above 1, DistributedDataParallel keeps buckets of the gradients' size.
@@ -65,6 +66,7 @@ class Step:
     trainable: int
     fast: bool
     lora_rank: int = 0
+    scaled: bool = False
     value_bytes: int = 2
     optimizer_bytes: int = 8
     processes: int = 1
@@ -119,7 +121,8 @@ class Step:
         inputs = 3 * hidden if checkpointing == "offload" else hidden
         if not self.fast:  # the whole block is run again and all of it kept
             return inputs, projected + self._all_of_a_block(), joined + max(hidden + rank, attention)
-        return inputs, projected, hidden + max(joined + hidden + rank, hidden + attention)
+        rest = hidden + max(joined + hidden + rank, hidden + attention)
+        return inputs, projected, rest + self._products_kept()
 
     def smallest_parts(self, weights: int, embedding: int) -> dict[str, int]:
         """The rows of this module's table, in bytes, given those of the loaded model."""
@@ -159,7 +162,12 @@ class Step:
         """Bytes a token of a fast block: its input, the projections, attention's output and LoRA's t."""
         hidden, fused, wide, rank = self._sizes()
         values = 2 * hidden + fused + 2 * rank + (wide if checkpointing == "none" else 0)
+        values += self._products_kept()
         return values * self.value_bytes + 4 * self.config.num_attention_heads
+
+    def _products_kept(self) -> int:
+        """Values a token that dense and 4h_to_h gave, of which the gradients of their scales are made."""
+        return 2 * self.config.hidden_size if self.scaled else 0
 
     def _weights(self) -> int:
         """Of one group, dequantized beside its LoRA: see `kernels.frozen_linear`."""

@@ -1,4 +1,4 @@
-"""A whole Falcon block with frozen weights and LoRA, forward and backward, as one autograd function.
+"""A whole Falcon block with frozen weights and an adapter, forward and backward, as one autograd function.
 
 Shapes: T tokens of all documents, H hidden size, W width of the fused query, key and value, F feed-forward
 size, Q query heads, K key/value heads, D head size, R columns for LoRA's ranks.
@@ -6,18 +6,20 @@ size, Q query heads, K key/value heads, D head size, R columns for LoRA's ranks.
 The block's parallel forms: ``y = x + dense(attention(n1)) + 4h_to_h(gelu(h_to_4h(n2)))`` with n1 and n2 two
 norms of x, or one and the same.
 
-How the linears are multiplied is `Block.products`' to say: `dequantized`, or `fp8_block`.
+How the linears are multiplied is `Block.products`' to say: `dequantized` and `fp8_block` with LoRA, or
+`scaled_products` with learned scales and biases and trained norms. What attention looks at is `Attention`'s.
 
 What is kept for the backward pass: x, the outputs of query_key_value (rotated) and h_to_4h, attention's
 output and statistics, and LoRA's t; less, where `Block.keep` says so. Norms and GELU are always computed
-again, the last product never: no gradient needs its output. Weights are dequantized again too, each time
-into the same memory.
+again, the last product never: no gradient needs its output, but for scales, for which it is kept as t is.
+Weights are dequantized again too, each time into the same memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -29,25 +31,29 @@ from falcon_qlora.kernels.frozen_linear import Adapter, Projection, Workspace
 
 
 class Attention(Protocol):
-    """Attention within documents; what backward needs beside its inputs are `statistics`."""
+    """Attention within documents, forward and backward.
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """``[T, Q, D]``, ``[T, K, D]``, ``[T, K, D]`` → ``[T, Q, D]`` and statistics."""
+    Attributes:
+        tensors: differentiable ones of its own.
+    """
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]: ...
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """``[T, Q, D]``, ``[T, K, D]``, ``[T, K, D]`` → what `output` and `backward` need beside them."""
+
+    def output(self, query: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+        """``[T, Q, D]``, from the queries ``[T, K, Q/K, D]`` and what `forward` gave."""
 
     def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        statistics: tuple[Tensor, ...],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of query, key and value."""
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, kept: tuple[Tensor, ...]
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
+        """The gradients of query, key and value, and those of `tensors`."""
 
 
 class Products(Protocol):
-    """A block's four linears with LoRA, and what lies between them and norms and GELU; for one call.
+    """A block's four linears with their adapters, and what lies between them, norms and GELU; for one call.
 
     Attributes:
         outputs: how many tensors hold the outputs of query_key_value and h_to_4h.
@@ -74,18 +80,20 @@ class Products(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Through GELU and dense and 4h_to_h: the block's output ``[T, H]``, and t ``[T, R]``."""
 
-    def low_rank(self, before_gelu: Tensor, attended: Tensor, low_in: Sequence[Tensor]) -> Tensor:
-        """The t of `leave` alone."""
+    def low_rank(
+        self, before_gelu: Tensor, attended: Callable[[], Tensor], low_in: Sequence[Tensor]
+    ) -> Tensor:
+        """The t of `leave` alone; `attended` gives attention's output."""
 
     def leave_backward(
         self,
         grad: Tensor,
         before_gelu: Tensor,
-        attended: Tensor,
+        attended: Callable[[], Tensor],
         low_in: Sequence[Tensor],
         low_out: Tensor,
     ) -> tuple[Tensor, Tensor, Any, list[Tensor | None]]:
-        """Back through `leave`.
+        """Back through `leave`; `attended` gives attention's output, which only some gradients need.
 
         Returns:
             the gradient of attention's output ``[T, Q D]``; room for that of query, key and value
@@ -93,9 +101,24 @@ class Products(Protocol):
         """
 
     def enter_backward(
-        self, hidden: Tensor, of_fused: Tensor, others: Any, low_in: Sequence[Tensor], addend: Tensor | None
-    ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Back through `enter`: `addend` and what comes to it, None where it is None; the adapters'."""
+        self,
+        hidden: Tensor,
+        of_fused: Tensor,
+        others: Any,
+        low_in: Sequence[Tensor],
+        addend: Tensor | None,
+        fused: Callable[[], Tensor],
+    ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor]]:
+        """Back through `enter`.
+
+        Args:
+            fused: gives query_key_value's output ``[T, W]`` as it was before rotation, where the room for
+                its gradient was not its own memory.
+
+        Returns:
+            `addend` and what comes to it, None where it is None; the gradients of the adapters; those of the
+            norms, where these are trained.
+        """
 
 
 Keep = Literal["all", "attention", "input"]
@@ -103,7 +126,7 @@ Keep = Literal["all", "attention", "input"]
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """A frozen layer norm: weight ``[H]`` and bias ``[H]``."""
+    """A layer norm: weight ``[H]`` and bias ``[H]``."""
 
     weight: Tensor
     bias: Tensor
@@ -168,13 +191,14 @@ def run_block(
         sine: ``[T, D]``.
         block: the frozen part.
         attention: within documents.
-        adapters: LoRA's A and B for each of ``block.projections``, (None, None) where there is none.
+        adapters: LoRA's A and B for each of ``block.projections``, (None, None) where there is none; or
+            what else ``block.products`` takes: pairs for the projections, then any for the norms.
 
     Returns:
-        ``[T, H]``, connected to `hidden` and the adapters.
+        ``[T, H]``, connected to `hidden`, the adapters and attention's own tensors.
     """
     flat = [matrix for adapter in adapters for matrix in adapter]
-    return _BlockFunction.apply(hidden, cosine, sine, block, attention, *flat)
+    return _BlockFunction.apply(hidden, cosine, sine, block, attention, *flat, *attention.tensors)
 
 
 class _BlockFunction(torch.autograd.Function):
@@ -186,21 +210,23 @@ class _BlockFunction(torch.autograd.Function):
         sine: Tensor,
         block: Block,
         attention: Attention,
-        *adapters: Tensor | None,
+        *trained: Tensor | None,
     ) -> Tensor:
+        adapters = trained[: len(trained) - len(attention.tensors)]
         with torch.autocast(hidden.device.type, enabled=False):
             products = block.products(block, _pairs(adapters))
             projected, low_in = products.enter(hidden)
             fused, before_gelu = products.parts(projected)
-            attended, statistics = _attend(block, attention, fused, cosine, sine)
+            of_attention = _attend(block, attention, fused, cosine, sine)
+            attended = attention.output(block.heads(fused)[:, :, :-2], of_attention)
             output, low_out = products.leave(before_gelu, attended, low_in, hidden)
             if block.keep == "all":
-                kept = [*projected, *low_in, low_out, attended, *statistics]
+                kept = [*projected, *low_in, low_out, *of_attention]
             elif block.keep == "attention":
-                kept = [fused.clone(), *low_in, low_out, attended, *statistics]
+                kept = [fused.clone(), *low_in, low_out, *of_attention]
             else:
                 kept = []
-        ctx.block, ctx.attention = block, attention
+        ctx.block, ctx.attention, ctx.adapters = block, attention, len(adapters)
         ctx.save_for_backward(hidden, cosine, sine, *adapters, *kept)
         return output
 
@@ -209,48 +235,58 @@ class _BlockFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         block, attention = ctx.block, ctx.attention
         hidden, cosine, sine, *rest = ctx.saved_tensors
-        adapters, kept = rest[:8], list(rest[8:])
+        adapters, kept = rest[: ctx.adapters], list(rest[ctx.adapters :])
         del rest
         with torch.autocast(hidden.device.type, enabled=False):
             products = block.products(block, _pairs(adapters))
             if block.keep == "input":
                 projected, low_in = products.enter(hidden, again=True)
                 fused, before_gelu = products.parts(projected)
-                attended, statistics = _attend(block, attention, fused, cosine, sine)
-                low_out = products.low_rank(before_gelu, attended, low_in)
+                of_attention = _attend(block, attention, fused, cosine, sine)
             else:
                 projected = _take(kept, products.outputs if block.keep == "all" else 1)
-                low_in, (low_out, attended) = _take(kept, products.inputs), _take(kept, 2)
-                statistics = tuple(kept)
+                low_in, (low_out,) = _take(kept, products.inputs), _take(kept, 1)
+                of_attention = tuple(kept)
                 if block.keep == "all":
                     fused, before_gelu = products.parts(projected)
                 else:
                     fused, before_gelu = projected[0], products.project_h_to_4h(hidden)
+            attended = partial(attention.output, block.heads(fused)[:, :, :-2], of_attention)
+            if block.keep == "input":
+                low_out = products.low_rank(before_gelu, attended, low_in)
             of_attended, of_fused, others, out_grads = products.leave_backward(
                 grad, before_gelu, attended, low_in, low_out
             )
-            del before_gelu, projected
-            of_query, of_key, of_value = attention.backward(
+            del before_gelu, projected, attended
+            (of_query, of_key, of_value), own_grads = attention.backward(
                 of_attended.unflatten(1, (-1, block.head_dim)),
                 *_query_key_value(block.heads(fused)),
-                attended,
-                statistics,
+                of_attention,
             )
-            del of_attended, fused, attended
+            del of_attended, of_attention, kept
             ops.rotate_join(of_query, of_key, of_value, cosine, sine, block.heads(of_fused))
             del of_query, of_key, of_value
             addend = grad if ctx.needs_input_grad[0] else None
-            of_hidden, in_grads = products.enter_backward(hidden, of_fused, others, low_in, addend)
-        return (of_hidden, None, None, None, None, *in_grads, *out_grads)
+            of_hidden, in_grads, norm_grads = products.enter_backward(
+                hidden, of_fused, others, low_in, addend, partial(_rotated_back, block, fused, cosine, sine)
+            )
+        return (of_hidden, None, None, None, None, *in_grads, *out_grads, *norm_grads, *own_grads)
 
 
 def _attend(
     block: Block, attention: Attention, fused: Tensor, cosine: Tensor, sine: Tensor
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Rotates within `fused` ``[T, W]``; attention's output ``[T, Q, D]`` and statistics."""
+) -> tuple[Tensor, ...]:
+    """Rotates within `fused` ``[T, W]``; what attention's forward pass gives."""
     heads = block.heads(fused)
     ops.rotate_(heads[:, :, :-1], cosine, sine)
     return attention.forward(*_query_key_value(heads))
+
+
+def _rotated_back(block: Block, fused: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """``[T, W]`` as `_attend` found it, in memory of its own."""
+    found = fused.new_empty(fused.shape)
+    ops.rotate_join(*_query_key_value(block.heads(fused)), cosine, sine, block.heads(found))
+    return found
 
 
 def _take(tensors: list[Tensor], count: int) -> list[Tensor]:

@@ -6,6 +6,9 @@ With a vocabulary of 65,024 the float32 logits of 16,384 tokens take 4 GiB, and 
 Here at most `chunk_tokens` rows of them exist at a time: the gradient for the hidden states is taken in the
 forward pass, while a chunk's logits are there, so nothing is multiplied twice. Their gradient takes their
 memory.
+
+With learned vectors, the logits are ``s (hidden @ weight.T + b)``: the products of a chunk are kept beside
+them until the vectors' gradients are summed up.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from falcon_qlora.kernels import ops
+from falcon_qlora.kernels.scale_shift import scale_backward, scale_shift
 
 DEFAULT_CHUNK_TOKENS = 1024
 _LEAST_CHUNK_TOKENS, _CHUNKS = 128, 8
@@ -49,7 +53,12 @@ def cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> 
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_tokens: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    vectors: tuple[Tensor, Tensor] | None = None,
+    chunk_tokens: int | None = None,
 ) -> Tensor:
     """Sum of the cross entropies of `targets` under the logits ``hidden @ weight.T``.
 
@@ -59,14 +68,16 @@ def chunked_cross_entropy(
         hidden: ``[N, H]``; N may be 0.
         weight: ``[V, H]``; gets a gradient where it requires one.
         targets: int64 ``[N]``, each in ``[0, V)``.
+        vectors: scale and bias of the logits, float32 ``[V]`` each, or None.
         chunk_tokens: how many rows of logits exist at a time; None for `default_chunk_tokens`.
 
     Returns:
-        float32 scalar, connected to `hidden` and `weight`.
+        float32 scalar, connected to `hidden`, `weight` and `vectors`.
     """
     hidden, weight = _in_one_dtype(hidden, weight)
     chunk_tokens = chunk_tokens or default_chunk_tokens(len(hidden))
-    return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_tokens)
+    scale, bias = vectors or (None, None)
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, scale, bias, chunk_tokens)
 
 
 def _in_one_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,31 +89,48 @@ def _in_one_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        chunk_tokens: int,
+    ) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        with_gradient = any(ctx.needs_input_grad)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None  # [N, H]
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None  # [V, H]
+        sums = None if scale is None else torch.zeros(2, *scale.shape, device=hidden.device)  # [2, V]
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
-                logits = hidden[rows] @ weight.T  # [chunk, V]
-                with_gradient = grad_hidden is not None or grad_weight is not None
+                logits = product = hidden[rows] @ weight.T  # [chunk, V]
+                if scale is not None and bias is not None:
+                    logits = scale_shift(product, scale, bias, torch.empty_like(product))
                 loss += ops.cross_entropy_(logits, targets[rows], with_gradient).sum()
+                if sums is not None and scale is not None and with_gradient:
+                    sums += scale_backward(logits, product, scale, logits, through_gelu=False)
+                del product
                 if grad_hidden is not None:
                     torch.mm(logits, weight, out=grad_hidden[rows])
                 if grad_weight is not None:
                     grad_weight += logits.T @ hidden[rows]
         ctx.weight_dtype = weight.dtype
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        grad_scale = grad_bias = None
+        if sums is not None and scale is not None and bias is not None:
+            grad_scale, grad_bias = torch.addcmul(sums[0], bias, sums[1]), scale * sums[1]
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_scale, grad_bias)
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_output
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight, *of_vectors = (
+            None if grad is None else grad * grad_output for grad in ctx.saved_tensors
+        )
         if grad_weight is not None:
-            grad_weight = (grad_weight * grad_output).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None
+            grad_weight = grad_weight.to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, *of_vectors, None

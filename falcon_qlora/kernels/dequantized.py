@@ -10,7 +10,7 @@ compute it, forward and backward, on the way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -84,21 +84,23 @@ class DequantizedProducts:
     ) -> tuple[Tensor, Tensor]:
         return self.out_of.forward(self._join(before_gelu, attended), hidden)
 
-    def low_rank(self, before_gelu: Tensor, attended: Tensor, low_in: Sequence[Tensor]) -> Tensor:
-        return self.out_of.low_rank(self._join(before_gelu, attended))
+    def low_rank(
+        self, before_gelu: Tensor, attended: Callable[[], Tensor], low_in: Sequence[Tensor]
+    ) -> Tensor:
+        if not self.out_of.columns:
+            self._joined = None
+            return before_gelu.new_empty(before_gelu.shape[0], 0)
+        return self.out_of.low_rank(self._join(before_gelu, attended()))
 
     def leave_backward(
         self,
         grad: Tensor,
         before_gelu: Tensor,
-        attended: Tensor,
+        attended: Callable[[], Tensor],
         low_in: Sequence[Tensor],
         low_out: Tensor,
     ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor | None]]:
-        grads, self._free = self._free, None
-        may_overwrite = grads is not None
-        if grads is None:
-            grads = [grad.new_empty(grad.shape[0], group.width + group.columns) for group in self.into]
+        grads, may_overwrite = self.gradients(grad)
         of_fused, of_before_gelu = self.parts(grads)
         split = self.block.dense_4h_to_h.in_features
         if self.gelu_products is not None:
@@ -114,9 +116,16 @@ class DequantizedProducts:
             if may_overwrite:  # memory matters: a slice would hold on to all that was joined
                 of_attended = of_attended.contiguous()
                 del of_joined
-        inputs = [after_gelu, attended.flatten(1)]
+        inputs = [after_gelu, attended().flatten(1)] if self.out_of.columns else []
         adapter_grads = self.out_of.adapter_gradients(grad, low_grad, low_out, inputs)
         return of_attended, of_fused, grads, adapter_grads
+
+    def gradients(self, like: Tensor) -> tuple[list[Tensor], bool]:
+        """Room for the outputs' gradients, and whether it is that of outputs computed again."""
+        grads, self._free = self._free, None
+        if grads is not None:
+            return grads, True
+        return [like.new_empty(like.shape[0], group.width + group.columns) for group in self.into], False
 
     def enter_backward(
         self,
@@ -125,7 +134,8 @@ class DequantizedProducts:
         others: list[Tensor],
         low_in: Sequence[Tensor],
         addend: Tensor | None,
-    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        fused: Callable[[], Tensor],
+    ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor]]:
         adapter_grads: list[Tensor | None] = []
         # The block before finds room for its LoRA behind the gradient of its output.
         out = None if addend is None else room_behind(hidden, self.out_of.columns)
@@ -137,7 +147,7 @@ class DequantizedProducts:
                 of_normal = group.input_gradient(grad)
                 addend = ops.layer_norm_backward(of_normal, hidden, mean, rstd, norm.weight, addend, out)
                 del of_normal
-        return addend, adapter_grads
+        return addend, adapter_grads, []
 
     def _join(self, before_gelu: Tensor, attended: Tensor) -> Tensor:
         """The last product's input: GELU's output, attention's output, and room for t."""

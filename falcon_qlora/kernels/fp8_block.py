@@ -15,7 +15,7 @@ GELU's output by the length of the row that it comes from.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,15 +126,17 @@ class Fp8Products:
         of_attended = self._forward(3, fp8.quantize_rows(attended)[0], hidden.dtype)
         return fp8.add(output, self._added((2, 3), low), (of_attended, hidden)), low
 
-    def low_rank(self, before_gelu: Tensor, attended: Tensor, low_in: Sequence[Tensor]) -> Tensor:
+    def low_rank(
+        self, before_gelu: Tensor, attended: Callable[[], Tensor], low_in: Sequence[Tensor]
+    ) -> Tensor:
         after_gelu = self._gelu(before_gelu, low_in)[1]
-        return torch.cat(self._into_low_rank((2, 3), [after_gelu, attended.flatten(1)]), dim=1)
+        return torch.cat(self._into_low_rank((2, 3), [after_gelu, attended().flatten(1)]), dim=1)
 
     def leave_backward(
         self,
         grad: Tensor,
         before_gelu: Tensor,
-        attended: Tensor,
+        attended: Callable[[], Tensor],
         low_in: Sequence[Tensor],
         low_out: Tensor,
     ) -> tuple[Tensor, Tensor, tuple[Rows, Tensor], list[Tensor | None]]:
@@ -152,7 +154,7 @@ class Fp8Products:
         split = low_grad[0].shape[1]
         adapter_grads = self._adapter_gradients(2, grad, low_grad[0], low_out[:, :split], after_gelu)
         adapter_grads += self._adapter_gradients(
-            3, grad, low_grad[1], low_out[:, split:], attended.flatten(1)
+            3, grad, low_grad[1], low_out[:, split:], attended().flatten(1)
         )
         of_fused = grad.new_empty(grad.shape[0], self.block.query_key_value.out_features)
         return of_attended, of_fused, (of_before, of_before_gelu), adapter_grads
@@ -164,7 +166,8 @@ class Fp8Products:
         others: tuple[Rows, Tensor],
         low_in: Sequence[Tensor],
         addend: Tensor | None,
-    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        fused: Callable[[], Tensor],
+    ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor]]:
         of_before, of_before_gelu = others
         grads = of_fused, of_before_gelu
         adapter_grads: list[Tensor | None] = []
@@ -188,7 +191,7 @@ class Fp8Products:
             fp8.add(of_normal[0], low, tuple(of_normal[1:]))
             addend = ops.layer_norm_backward(of_normal[0], hidden, mean, rstd, norm.weight, addend)
             del of_normal
-        return addend, adapter_grads
+        return addend, adapter_grads, []
 
     def _gelu(self, before_gelu: Tensor, low_in: Sequence[Tensor]) -> tuple[Rows, Tensor]:
         bound = self.frozen.before_gelu.expand(before_gelu.shape[0])

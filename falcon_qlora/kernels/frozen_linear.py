@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from falcon_qlora.kernels import ops
 
@@ -256,6 +257,40 @@ class SharedOutput(_Group):
             else:
                 results += [None, None]
         return results
+
+
+def project(rows: Tensor, projection: Projection, workspace: Workspace) -> Tensor:
+    """A frozen linear by itself, without LoRA.
+
+    Args:
+        rows: ``[N, in]``, in the dtype to compute in.
+        projection: the linear.
+        workspace: for its dequantized weight, forward and again backward.
+
+    Returns:
+        ``[N, out]``, connected to `rows`.
+    """
+    return _Project.apply(rows, projection, workspace)
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, projection: Projection, workspace: Workspace) -> Tensor:
+        ctx.projection, ctx.workspace = projection, workspace
+        with torch.autocast(rows.device.type, enabled=False):
+            return rows @ dequantized(projection, workspace, rows).T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        with torch.autocast(grad.device.type, enabled=False):
+            return grad @ dequantized(ctx.projection, ctx.workspace, grad), None, None
+
+
+def dequantized(projection: Projection, workspace: Workspace, like: Tensor) -> Tensor:
+    """A linear's weight ``[out, in]`` in `like`'s dtype, until the workspace is taken again."""
+    weight = workspace.take(projection.out_features, projection.in_features, like)
+    return ops.dequantize(projection.layer, weight)
 
 
 def room_behind(like: Tensor, columns: int) -> Tensor:

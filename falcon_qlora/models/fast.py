@@ -25,16 +25,28 @@ from falcon_qlora.kernels import fp8, ops
 from falcon_qlora.kernels.block import Block, Norm, Products, run_block
 from falcon_qlora.kernels.dequantized import DequantizedProducts
 from falcon_qlora.kernels.fp8_block import Fp8
-from falcon_qlora.kernels.frozen_linear import Adapter, Projection, Workspace
+from falcon_qlora.kernels.frozen_linear import Adapter, Projection, Workspace, project
 from falcon_qlora.kernels.gelu_products import GeluProducts, gelu_products
 from falcon_qlora.kernels.offload import Offload
-from falcon_qlora.models.attention import Sequences
-from falcon_qlora.models.fast_attention import AttentionKernel, PackedAttention, choose_attention
+from falcon_qlora.kernels.scaled_products import ScaledProducts
+from falcon_qlora.models.attention import Sequences, split_heads
+from falcon_qlora.models.fast_attention import (
+    AttentionKernel,
+    PackedAttention,
+    PrefixedAttention,
+    choose_attention,
+)
+from falcon_qlora.models.fast_facts import (
+    UnknownAdapter,
+    active_adapter,
+    base_of,
+    block_facts,
+    decide,
+    dropout_of,
+    linears_of,
+)
 from falcon_qlora.models.prefix import prefix_of
-from falcon_qlora.models.quantize import QuantizeMode, bnb
 from falcon_qlora.models.scaled import scale_and_bias_of
-
-from peft.tuners.lora import LoraLayer  # isort: skip  # after bitsandbytes, see models/quantize.py
 
 _BEFORE = "_forward_before_fast_path"
 _STATE = "_fast_path_state"
@@ -57,98 +69,6 @@ class _State:
     offload: Offload
     attention: AttentionKernel
     products: MakeProducts = DequantizedProducts
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockFacts:
-    """What `decide` has to know about a block.
-
-    Attributes:
-        alibi: positions by ALiBi rather than by rotation.
-        parallel: attention and feed-forward both start from the block's input.
-        biases: whether any linear has one.
-        activation: of the feed-forward layer.
-        hidden_dropout: on the block's output.
-        trainable: names of trainable parameters that are no LoRA matrices.
-        dtype: of the activations.
-        device_type: where the block is.
-        head_dim: size of a head.
-        quantize_mode: how the linears are stored.
-        lora_dropout: the largest of the active adapters'.
-        lora_unknown: what about the adapters is not plain LoRA, or None.
-    """
-
-    alibi: bool
-    parallel: bool
-    biases: bool
-    activation: str
-    hidden_dropout: float
-    trainable: tuple[str, ...]
-    dtype: torch.dtype
-    device_type: str
-    head_dim: int
-    quantize_mode: QuantizeMode
-    lora_dropout: float
-    lora_unknown: str | None
-
-
-def decide(
-    facts: BlockFacts,
-    *,
-    triton: bool,
-    attention: AttentionKernel,
-    gelu_in_products: bool = False,
-    fp8_products: bool = False,
-) -> dict[str, str]:
-    """Say what runs where in a block, and why.
-
-    Args:
-        facts: of the block.
-        triton: whether Triton's forms of the operations between the products can run.
-        attention: the fastest kernel for these heads on this GPU.
-        gelu_in_products: whether GELU is computed in the epilogues of products.
-        fp8_products: whether the frozen products are to run in FP8.
-
-    Returns:
-        ``block``: ``fast`` or ``reference``. With ``reference`` also ``reason``; with ``fast`` what computes
-        ``attention``, ``weights``, ``GELU`` and ``between`` (norms, rotation).
-    """
-    reason = _why_not(facts)
-    if reason is not None:
-        return {"block": "reference", "reason": reason}
-    small = "Triton" if triton else "PyTorch"
-    stored = {"4bit": "NF4 dequantized", "8bit": "int8 dequantized", "16bit": "as stored"}
-    if fp8_products:
-        stored = {"4bit": "NF4 dequantized to FP8", "8bit": "int8 dequantized to FP8", "16bit": "in FP8"}
-    return {
-        "block": "fast",
-        "attention": attention,
-        "weights": stored[facts.quantize_mode],
-        "GELU": "in products" if gelu_in_products else small,
-        "between": small,
-    }
-
-
-def _why_not(facts: BlockFacts) -> str | None:
-    if facts.alibi:
-        return "positions by ALiBi"
-    if not facts.parallel:
-        return "attention and feed-forward are not parallel"
-    if facts.biases:
-        return "linears with biases"
-    if facts.activation != "gelu":
-        return f"activation {facts.activation}"
-    if facts.hidden_dropout:
-        return f"hidden dropout {facts.hidden_dropout:g}"
-    if facts.dtype not in (torch.bfloat16, torch.float32):
-        return f"computes in {str(facts.dtype).removeprefix('torch.')}"
-    if facts.lora_unknown:
-        return facts.lora_unknown
-    if facts.trainable:
-        return f"trains more than LoRA: {facts.trainable[0]}"
-    if facts.lora_dropout:
-        return f"LoRA dropout {facts.lora_dropout:g}"
-    return None
 
 
 def apply_fast_path(
@@ -205,12 +125,14 @@ def apply_fast_path(
             continue
         ways = ", ".join(f"{part}: {way}" for part, way in decision.items() if part != "block")
         report[name] = f"fast ({ways})"
-        state = _State(kept, workspace, offload, attention, partial(DequantizedProducts, gelu_products=gelu))
-        _replace(block, state)
+        products: MakeProducts = partial(DequantizedProducts, gelu_products=gelu)
+        if facts.scaled:
+            products = ScaledProducts
+        _replace(block, _State(kept, workspace, offload, attention, products))
         if fp8_products:
             parts = _block_and_adapters(block, kept)
             assert parts is not None
-            state.products = Fp8.measure(parts[0])
+            getattr(block, _STATE).products = Fp8.measure(parts[0])
     return report
 
 
@@ -258,90 +180,6 @@ def _restore(block: FalconDecoderLayer) -> None:
         block.forward = before
 
 
-def block_facts(block: FalconDecoderLayer, dtype: torch.dtype) -> BlockFacts:
-    """Read off a block what `decide` has to know; `dtype` is that of the activations."""
-    config = block.config
-    linears = _linears(block)
-    of_lora = {id(p) for linear in linears if isinstance(linear, LoraLayer) for p in _matrices(linear)}
-    dropouts, unknown = [0.0], _more_than_lora(block)
-    for linear in linears:
-        try:
-            active = _active_adapter(linear)
-        except _UnknownAdapter as error:
-            unknown = unknown or str(error)
-            continue
-        if active is not None:
-            dropouts.append(_dropout(linear, active))
-    base = _base(linears[0])
-    mode: QuantizeMode = "16bit"
-    if isinstance(base, bnb.nn.Linear4bit):
-        mode = "4bit"
-    elif isinstance(base, bnb.nn.Linear8bitLt):
-        mode = "8bit"
-    return BlockFacts(
-        alibi=config.alibi,
-        parallel=config.parallel_attn or config.new_decoder_architecture,
-        biases=any(_base(linear).bias is not None for linear in linears),
-        activation=config.activation,
-        hidden_dropout=config.hidden_dropout,
-        trainable=tuple(n for n, p in block.named_parameters() if p.requires_grad and id(p) not in of_lora),
-        dtype=dtype,
-        device_type=base.weight.device.type,
-        head_dim=block.self_attention.head_dim,
-        quantize_mode=mode,
-        lora_dropout=max(dropouts),
-        lora_unknown=unknown,
-    )
-
-
-def _more_than_lora(block: FalconDecoderLayer) -> str | None:
-    """What acts in a block beside LoRA, trainable or not."""
-    if any(scale_and_bias_of(_base(linear)) is not None for linear in _linears(block)):
-        return "scales and biases on the linears (Adapter v2)"
-    if prefix_of(block.self_attention) is not None:
-        return "attention looks at a learned prefix (Adapter)"
-    return None
-
-
-class _UnknownAdapter(Exception):
-    """An adapter that is more than two matrices."""
-
-
-def _active_adapter(linear: Any) -> str | None:
-    """The name of the one adapter that adds to `linear`'s output, None where there is none."""
-    if not isinstance(linear, LoraLayer) or linear.disable_adapters or linear.merged:
-        return None
-    names = [name for name in linear.active_adapters if name in linear.lora_A]
-    if not names:
-        return None
-    if len(names) > 1:
-        raise _UnknownAdapter(f"{len(names)} adapters are active")
-    if names[0] in linear.lora_variant:
-        variant = type(linear.lora_variant[names[0]]).__name__.removesuffix("LinearVariant")
-        raise _UnknownAdapter(f"{variant} instead of plain LoRA")
-    if linear.lora_bias[names[0]]:
-        raise _UnknownAdapter("LoRA with a bias")
-    return names[0]
-
-
-def _dropout(linear: Any, name: str) -> float:
-    return getattr(linear.lora_dropout[name], "p", 0.0)  # an nn.Identity where there is none
-
-
-def _matrices(linear: Any) -> list[nn.Parameter]:
-    return [*linear.lora_A.parameters(), *linear.lora_B.parameters()]
-
-
-def _base(linear: Any) -> Any:
-    return linear.get_base_layer() if isinstance(linear, LoraLayer) else linear
-
-
-def _linears(block: FalconDecoderLayer) -> list[Any]:
-    """In the order of ``Block.projections``."""
-    attention, mlp = block.self_attention, block.mlp
-    return [attention.query_key_value, mlp.dense_h_to_4h, mlp.dense_4h_to_h, attention.dense]
-
-
 def _norms(block: FalconDecoderLayer) -> tuple[Norm, ...]:
     config = block.config
     two = config.new_decoder_architecture and config.num_ln_in_parallel_attn == 2
@@ -351,26 +189,38 @@ def _norms(block: FalconDecoderLayer) -> tuple[Norm, ...]:
 
 def _block_and_adapters(module: FalconDecoderLayer, keep: Keep) -> tuple[Block, list[Adapter]] | None:
     """What the function needs, as the modules say now; None where they say what it cannot do."""
+    state: _State = getattr(module, _STATE)
     projections, adapters = [], []
-    for linear in _linears(module):
-        base = _base(linear)
+    for linear in linears_of(module):
+        base = base_of(linear)
         try:
-            name = _active_adapter(linear)
-        except _UnknownAdapter:
+            name = active_adapter(linear)
+        except UnknownAdapter:
             return None
         adapter: Adapter = (None, None)
         rank, scaling = 0, 1.0
         if name is not None:
-            if linear.training and _dropout(linear, name):
+            if linear.training and dropout_of(linear, name):
                 return None
             adapter = (linear.lora_A[name].weight, linear.lora_B[name].weight)
             rank, scaling = linear.lora_A[name].out_features, linear.scaling[name]
+        vectors = scale_and_bias_of(base)
+        if (vectors is not None) != (state.products is ScaledProducts):
+            return None
+        if vectors is not None:
+            if rank or not vectors.enabled:
+                return None
+            adapter = (vectors.scale, vectors.bias)
+        if rank and prefix_of(module.self_attention) is not None:
+            return None
         projections.append(Projection(base, base.out_features, base.in_features, rank, scaling))
         adapters.append(adapter)
-    state: _State = getattr(module, _STATE)
+    norms = _norms(module)
+    if state.products is ScaledProducts:
+        adapters += [(norm.weight, norm.bias) for norm in norms]
     query_key_value, dense_h_to_4h, dense_4h_to_h, dense = projections
     block = Block(
-        norms=_norms(module),
+        norms=norms,
         query_key_value=query_key_value,
         dense_h_to_4h=dense_h_to_4h,
         dense_4h_to_h=dense_4h_to_h,
@@ -406,7 +256,23 @@ def _block_forward(
     assert position_embeddings is not None
     # Not ``[0]``: its gradient would be written into zeros, row by row.
     hidden, (cosine, sine) = hidden_states.squeeze(0), (each[0] for each in position_embeddings)
-    attention = PackedAttention(attention_mask, state.attention)
+    attention = _attention(self, parts[0], PackedAttention(attention_mask, state.attention), hidden.dtype)
     with state.offload.moving(hidden) if keep == "offload" else nullcontext():
         output = run_block(hidden, cosine, sine, parts[0], attention, parts[1])
     return output.unsqueeze(0), None
+
+
+def _attention(
+    module: FalconDecoderLayer, block: Block, attention: PackedAttention, dtype: torch.dtype
+) -> PackedAttention | PrefixedAttention:
+    """With the block's prefix, where it has one that acts."""
+    prefix = prefix_of(module.self_attention)
+    if prefix is None or not prefix.enabled:
+        return attention
+    # Not through the module: in 8 bits it would round what goes in, and wait for the GPU.
+    fused = project(prefix.prefix.to(dtype), block.query_key_value, block.workspace)
+    vectors = scale_and_bias_of(module.self_attention.query_key_value)
+    if vectors is not None:
+        fused = vectors(fused)
+    _, key, value = split_heads(fused, module.self_attention)
+    return PrefixedAttention(attention, key, value, prefix.gate)

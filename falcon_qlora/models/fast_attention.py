@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from falcon_qlora.kernels import flash_attention
+from falcon_qlora.kernels import flash_attention, prefix
 from falcon_qlora.models.attention import Sequences, _takes_varlen, packed_attention
 
 AttentionKernel = Literal["FlashAttention-4", "variable-length kernel", "padded batches"]
@@ -48,41 +48,80 @@ class PackedAttention:
     sequences: Sequences
     kernel: AttentionKernel
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return ()
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         starts, longest = self.sequences.cu_seqlens, self.sequences.max_length
         if self.kernel == "FlashAttention-4":
-            output, log_sum_exp = flash_attention.forward(query, key, value, starts, longest)
-            return output, (log_sum_exp,)
+            return flash_attention.forward(query, key, value, starts, longest)
         if self.kernel == "variable-length kernel":
             output, log_sum_exp, state, unused, _ = torch.ops.aten._flash_attention_forward(
                 query, key, value, starts, starts, longest, longest, 0.0, True, False, **_window(query)
             )
-            return output, (log_sum_exp, state, unused)
-        return packed_attention(query, key, value, self.sequences), ()
+            return output, log_sum_exp, state, unused
+        return (packed_attention(query, key, value, self.sequences),)
+
+    def output(self, query: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+        return kept[0]
 
     def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        statistics: tuple[Tensor, ...],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, kept: tuple[Tensor, ...]
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
         starts, longest = self.sequences.cu_seqlens, self.sequences.max_length
         if self.kernel == "FlashAttention-4":
-            return flash_attention.backward(grad, query, key, value, output, statistics[0], starts, longest)
+            output, log_sum_exp = kept
+            inputs = (grad, query, key, value, output, log_sum_exp)
+            return flash_attention.backward(*inputs, starts, longest), ()
         if self.kernel == "variable-length kernel":
-            log_sum_exp, *state = statistics
+            output, log_sum_exp, *state = kept
             inputs = (grad, query, key, value, output, log_sum_exp)
             return torch.ops.aten._flash_attention_backward(
                 *inputs, starts, starts, longest, longest, 0.0, True, *state, **_window(query)
-            )
+            ), ()
         query, key, value = (tensor.detach().requires_grad_() for tensor in (query, key, value))
         with torch.enable_grad():
             again = packed_attention(query, key, value, self.sequences)
         of_query, of_key, of_value = torch.autograd.grad(again, (query, key, value), grad)
-        return of_query, of_key, of_value
+        return (of_query, of_key, of_value), ()
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixedAttention:
+    """Attention within documents that also looks at a learned prefix, see `kernels.prefix`.
+
+    The sum is not kept: attention's backward needs its own output alone, and the prefix's the queries.
+
+    Attributes:
+        attention: without the prefix.
+        key: ``[P, K, D]``, of the prefix, in the dtype of the activations.
+        value: ``[P, K, D]``.
+        gate: float32 ``[Q]``.
+    """
+
+    attention: PackedAttention
+    key: Tensor
+    value: Tensor
+    gate: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.key, self.value, self.gate
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        return self.attention.forward(query, key, value)
+
+    def output(self, query: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+        return prefix.add(query, kept[0], *self.tensors)
+
+    def backward(
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, kept: tuple[Tensor, ...]
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
+        (of_query, of_key, of_value), _ = self.attention.backward(grad, query, key, value, kept)
+        groups = query.unflatten(1, (key.shape[1], -1))
+        of_query, *own = prefix.add_backward(grad, groups, self.key, self.value, self.gate, of_query)
+        return (of_query, of_key, of_value), tuple(own)
 
 
 def _window(query: Tensor) -> dict[str, Any]:

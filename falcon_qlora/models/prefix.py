@@ -7,8 +7,9 @@ attends to all P rows in a softmax of their own, whatever its place in its docum
 padded batches and a single token behind a cache are the same to it. What it reads, times a gate per head, is
 added to the attention's output before the output projection.
 
-The prefix hangs on the modules that every way through the block calls (the fused projection, the output
-projection): the packed forward and Transformers' own need not know of it.
+The prefix hangs on the modules that every way through the reference block calls (the fused projection, the
+output projection): the packed forward and Transformers' own need not know of it. Fast blocks call none of
+them, and compute the same in `kernels.prefix`.
 """
 
 from __future__ import annotations

@@ -9,9 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from falcon_qlora.kernels.cross_entropy import DEFAULT_CHUNK_TOKENS, chunked_cross_entropy
 
@@ -76,16 +74,6 @@ def head_loss(
     Returns:
         float32 scalar.
     """
-    if scale_and_bias_of(head) is None:
-        return chunked_cross_entropy(hidden, head.weight, targets, chunk_tokens=chunk_tokens)
-
-    def of_chunk(hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = head(hidden).float()
-        with torch.autocast(logits.device.type, enabled=False):
-            return F.cross_entropy(logits, targets, reduction="sum")
-
-    loss = hidden.new_zeros((), dtype=torch.float32)
-    for rows, wanted in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
-        # The logits are computed again in the backward pass.
-        loss = loss + checkpoint(of_chunk, rows, wanted, use_reentrant=False)
-    return loss
+    learned = scale_and_bias_of(head)
+    vectors = None if learned is None or not learned.enabled else (learned.scale, learned.bias)
+    return chunked_cross_entropy(hidden, head.weight, targets, vectors=vectors, chunk_tokens=chunk_tokens)

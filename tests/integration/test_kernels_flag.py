@@ -54,6 +54,23 @@ def test_the_fast_path_trains_what_the_reference_path_trains(
     }
 
 
+@pytest.mark.parametrize(("method", "rate"), [("adapter", 1e-1), ("adapter_v2", 1e-2)])
+def test_so_it_does_with_adapters(tmp_path: Path, method: str, rate: float) -> None:
+    shared: dict[str, object] = {"method": method, "learning_rate": rate, "lora_r": None}
+    shared |= {"max_steps": 6, "eval_steps": 3, "max_length": 64, "max_rows": 100, "compute_dtype": "fp32"}
+    runs = {kernels: fine_tune(tmp_path / kernels, kernels=kernels, **shared) for kernels in ("off", "auto")}
+    off, auto = (metrics(runs[kernels]) for kernels in ("off", "auto"))
+    assert off[5]["eval_loss"] < 0.95 * off[2]["eval_loss"]
+    for one, other in zip(off, auto, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+        assert other.get("eval_loss", 0) == pytest.approx(one.get("eval_loss", 0), rel=1e-4)
+    kernels = list(json.loads((runs["auto"] / "kernels.json").read_text()).values())
+    assert len(kernels) == 5
+    assert all(what.startswith("fast") for what in kernels)
+    assert [("prefix: PyTorch" in what) for what in kernels] == [False, False, True, True, True]
+
+
 def test_fp8_trains_what_bfloat16_trains(tmp_path: Path) -> None:
     with fp8.emulated():
         runs = {

@@ -16,19 +16,36 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from falcon_qlora.kernels import fp8_gelu, fp8_quantize, gelu, int8, layer_norm, nf4, rotary, rows, softmax
+from falcon_qlora.kernels import (
+    fp8_gelu,
+    fp8_quantize,
+    gelu,
+    int8,
+    layer_norm,
+    nf4,
+    prefix_triton,
+    rotary,
+    rows,
+    scale_shift_triton,
+    softmax,
+)
 
 MODULES: tuple[ModuleType, ...] = (gelu, int8, layer_norm, nf4, rotary, rows, softmax)
+MODULES += (prefix_triton, scale_shift_triton)
 FP8_MODULES: tuple[ModuleType, ...] = (fp8_gelu, fp8_quantize)
 FP8_CAPABILITY = 89
 FLOAT32 = {"code_ptr", "offset_ptr", "nested_code_ptr", "nested_absmax_ptr", "mean_ptr", "rstd_ptr"}
 FLOAT32 |= {"cosine_ptr", "sine_ptr", "losses_ptr", "scale_ptr", "scales_ptr", "lengths_ptr", "bound_ptr"}
-FLOAT32 |= {"longest_ptr", "factors_ptr"}
+FLOAT32 |= {"longest_ptr", "factors_ptr", "gate_ptr", "of_gate_ptr", "sums_ptr", "bias_ptr"}
+FLOAT32 |= {"first_scale_ptr", "first_bias_ptr", "second_scale_ptr", "second_bias_ptr"}
+# What counts few things, or things of any number: no multiples of 16.
+UNALIGNED = {"eps", "scale", "tokens", "kv_heads", "group", "queries", "prefix"}
 
 
 def variants(capability: int) -> Iterator[tuple[JITFunction, dict[str, Any]]]:
@@ -55,6 +72,16 @@ def plain_variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
         softmax._cross_entropy,
         {"GRADIENT": True, "BLOCK": softmax._BLOCK, "num_warps": softmax._WARPS},
     )
+    for head_dim, prefix_rows in ((64, 10), (64, 64), (128, 10)):
+        heads = torch.empty(1, 1, 1, head_dim), torch.empty(prefix_rows, 1, head_dim)
+        yield prefix_triton._add_read, prefix_triton._options(*heads, "forward")
+        yield prefix_triton._add_read_backward, prefix_triton._options(*heads, "backward")
+    for gelu_too in (False, True):
+        yield scale_shift_triton._scale_shift, {"GELU": gelu_too, **scale_shift_triton._TILE}
+        tile = {"NORM": False, **scale_shift_triton._SUMS_TILE}
+        yield scale_shift_triton._sum_columns, {"GELU": gelu_too, **tile}
+    yield scale_shift_triton._sum_columns, {"GELU": False, "NORM": True, **scale_shift_triton._SUMS_TILE}
+    yield scale_shift_triton._add_scaled, dict(scale_shift_triton._TILE)
     tile = {"TOKENS": rotary._TOKENS_A_PROGRAM, "HEADS": rotary._HEADS_A_PROGRAM, "num_warps": rotary._WARPS}
     for way in range(3):
         yield rotary._rotate, {"WAY": way, "INVERSE": way == 2, "HALF": 32, "LANES": 32, **tile}
@@ -89,11 +116,11 @@ def fp8_variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
 def compile_for(capability: int, kernel: JITFunction, options: dict[str, Any]) -> Any:
     constants = {name: options[name] for name in kernel.arg_names if name in options}
     types = {name: _type(name, options) for name in kernel.arg_names if name not in constants}
-    # All addresses and strides are multiples of 16 at Falcon's sizes, except what counts few things.
+    # All addresses and strides are multiples of 16 at Falcon's sizes.
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(kernel.arg_names)
-        if name in types and name not in ("eps", "tokens", "kv_heads", "group")
+        if name in types and name not in UNALIGNED
     }
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     launch = {name: value for name, value in options.items() if name not in constants}
@@ -102,7 +129,7 @@ def compile_for(capability: int, kernel: JITFunction, options: dict[str, Any]) -
 
 
 def _type(name: str, options: dict[str, Any]) -> str:
-    if name == "eps":
+    if name in ("eps", "scale"):
         return "fp32"
     if not name.endswith("_ptr"):
         return "i32"

@@ -39,7 +39,8 @@ def test_kernels_compile_and_fit(capability: int, repository: Path, tmp_path: Pa
         assert threads * one["registers"] <= REGISTERS_A_PROGRAM, one
         # Releases of the compiler differ by a register or two; an array in memory would be far larger.
         assert one["stack_bytes"] <= 32, f"registers are kept in memory: {one}"
-        assert one["vector_stores"] > 0, f"stores too short: {one}"
+        stores_sums_alone = one["options"].get("NORM", False)
+        assert one["vector_stores"] > 0 or stores_sums_alone, f"stores too short: {one}"
 
 
 def _launched(capability: int) -> set[str]:

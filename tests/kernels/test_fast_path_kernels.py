@@ -4,8 +4,9 @@ import pytest
 
 from falcon_qlora.kernels import fp8, ops
 from falcon_qlora.models.fast import apply_fast_path
-from tests.layouts import documents
+from tests.layouts import documents, tiny_model
 from tests.packing import packed
+from tests.unit.test_fast_adapters import attached, on_packed
 from tests.unit.test_fast_path import FAST_LAYOUTS, adapted, assert_same, step
 
 
@@ -37,3 +38,16 @@ def test_with_fp8_products_it_is_as_near_with_either_form(layout, device):
             ratios = [float((found[name] - grad).norm() / grad.norm()) for name, grad in exact[1].items()]
             distances.append(sum(ratios) / len(ratios))
     assert 0.5 < distances[1] / distances[0] < 1.5, distances
+
+
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b"])
+@pytest.mark.parametrize("name", ["adapter", "adapter_v2"])
+def test_with_an_adapter_loss_and_gradients_are_the_same_with_either_form(name, layout, device):
+    model = attached(name, tiny_model(layout, "4bit", device.type, "fp32"))
+    docs = documents([5, 17, 1], device=device.type)
+    apply_fast_path(model)
+    results = []
+    for form in ("torch", "triton"):
+        with ops.using(form):
+            results.append(on_packed(model, docs))
+    assert_same(results[1], results[0])

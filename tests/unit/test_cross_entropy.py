@@ -27,6 +27,28 @@ def test_loss_and_gradients_equal_the_reference(tokens, chunk_tokens):
     assert_close(gradients, expected_gradients, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunk_tokens", [7, 1000])
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_scaled_and_shifted_logits_too(dtype, allowed, chunk_tokens):
+    states, weight, targets = example(33, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    vectors = [1 + torch.randn(97, generator=generator), torch.randn(97, generator=generator)]
+    vectors[0][3] = 0.0
+    leaves = [each.detach().double().requires_grad_() for each in (states, weight, *vectors)]
+    logits = leaves[2] * (leaves[0] @ leaves[1].T + leaves[3])
+    exact = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    expected = torch.autograd.grad(0.37 * exact, leaves)
+    vectors = [each.requires_grad_() for each in vectors]
+    loss = chunked_cross_entropy(states, weight, targets, vectors=tuple(vectors), chunk_tokens=chunk_tokens)
+    assert_close(loss.double(), exact, rtol=allowed, atol=0)
+    gradients = torch.autograd.grad(0.37 * loss, [states, weight, *vectors])
+    for found, gradient in zip(gradients, expected, strict=True):
+        assert (found - gradient).norm() < allowed * gradient.norm()
+    with torch.no_grad():  # an adapter opened for inference
+        again = chunked_cross_entropy(states, weight, targets, vectors=tuple(vectors))
+    assert_close(again, loss.detach())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_close_to_float32_as_the_reference_is(dtype):
     states, weight, targets = example(40, dtype=dtype)

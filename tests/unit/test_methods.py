@@ -46,7 +46,8 @@ def away_from_start(model, seed=0):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 step = 1.0 if "prefix_attention" in name else 0.1
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * step)
+                change = torch.randn(parameter.shape, generator=generator) * step
+                parameter.add_(change.to(parameter.device))
     return model
 
 
@@ -291,22 +292,6 @@ def test_an_adapter_of_another_shape_is_refused(tmp_path):
         method_of(other).restore(other, tmp_path)
     with pytest.raises(UserError, match="no block would have a prefix"):
         Adapter(first_block=2).attach(tiny_model("falcon-7b"))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_the_fast_path_leaves_them_alone_and_says_why(name, layout):
-    model = attached(name, layout)
-    for trainable in (True, False):  # an adapter opened for inference trains nothing
-        model.requires_grad_(trainable)
-        report = apply_fast_path(model)
-        reason = report["transformer.h.1"]
-        assert reason.startswith("reference")
-        if layout != "falcon-rw-1b":
-            assert "Adapter" in reason
-        assert report["transformer.h.0"].startswith(
-            "reference" if name == "adapter_v2" else ("fast", "reference")
-        )
 
 
 class TestSlices:

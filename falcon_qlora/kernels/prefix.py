@@ -1,0 +1,100 @@
+"""What queries read from a learned prefix, added to attention's output: forward and backward.
+
+Shapes: T tokens, P prefix rows, K key/value heads, G query heads of each, Q = K·G query heads, D head size.
+
+Every query attends to all P rows in a softmax of their own; what it reads, times its head's gate, is added.
+So with a = softmax(q kᵀ / √D), output + gate · a v. The backward pass computes a again from the queries: it
+needs nothing that was not kept for attention itself. With c = dy vᵀ and δ = Σ a c, the gate's gradient is δ
+summed over tokens, and the scores' is gate · a (c - δ): what was read is not computed again.
+
+All in float32 and rounded once: a gate rounded to bfloat16 would move in steps.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from falcon_qlora.kernels import ops
+
+# A program of Triton's form holds the scores of all rows in its registers.
+MOST_ROWS = 64
+
+
+def add(query: Tensor, output: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
+    """Add what the queries read.
+
+    Args:
+        query: ``[T, K, G, D]``, rotated; the last stride is 1, the others are free, as everywhere here.
+        output: ``[T, Q, D]``, attention's own.
+        key: ``[P, K, D]``.
+        value: ``[P, K, D]``.
+        gate: float32 ``[Q]``.
+
+    Returns:
+        ``[T, Q, D]`` in `output`'s dtype.
+    """
+    return _form(query, key).add(query, output, key, value, gate)
+
+
+def add_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, of_query: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of all that `add` takes but `output`, whose gradient is `grad` itself.
+
+    Args:
+        grad: ``[T, Q, D]``, of the sum.
+        query: as in `add`, and so the next three.
+        key: ``[P, K, D]``.
+        value: ``[P, K, D]``.
+        gate: float32 ``[Q]``.
+        of_query: ``[T, Q, D]``, to which the queries' gradient is added; may be overwritten.
+
+    Returns:
+        the sum for the queries ``[T, Q, D]``, and the gradients of key, value and gate in float32.
+    """
+    return _form(query, key).add_backward(grad, query, key, value, gate, of_query)
+
+
+class _Plain:
+    """The reference."""
+
+    @staticmethod
+    def add(query: Tensor, output: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
+        read = torch.einsum("tkgp,pkd->tkgd", _attention(query, key), value.float())
+        added = output.float() + gate[:, None] * read.flatten(1, 2)
+        return added.to(output.dtype)
+
+    @staticmethod
+    def add_backward(
+        grad: Tensor, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, of_query: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        kv_heads, scale = key.shape[1], 1.0 / math.sqrt(query.shape[-1])
+        attention = _attention(query, key)
+        of_output = grad.unflatten(1, (kv_heads, -1)).float()  # [T, K, G, D]
+        gate = gate.view(kv_heads, -1, 1)
+        along = torch.einsum("tkgd,pkd->tkgp", of_output, value.float())
+        of_gate = (attention * along).sum(-1)  # [T, K, G]
+        of_scores = scale * gate * attention * (along - of_gate[..., None])
+        added = torch.einsum("tkgp,pkd->tkgd", of_scores, key.float())
+        of_key = torch.einsum("tkgp,tkgd->pkd", of_scores, query.float())
+        of_value = torch.einsum("tkgp,tkgd->pkd", gate * attention, of_output)
+        of_query = (of_query.float() + added.flatten(1, 2)).to(of_query.dtype)
+        return of_query, of_key, of_value, of_gate.sum(0).flatten()
+
+
+def _attention(query: Tensor, key: Tensor) -> Tensor:
+    """``[T, K, G, P]``, float32."""
+    scores = torch.einsum("tkgd,pkd->tkgp", query.float(), key.float())
+    return (scores / math.sqrt(query.shape[-1])).softmax(-1)
+
+
+def _form(query: Tensor, key: Tensor) -> Any:
+    if not ops.triton_runs_on(query.device) or key.shape[0] > MOST_ROWS:
+        return _Plain
+    from falcon_qlora.kernels import prefix_triton
+
+    return prefix_triton

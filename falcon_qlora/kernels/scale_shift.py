@@ -1,0 +1,122 @@
+"""Outputs of linears times a learned scale, shifted by a learned bias, ``s (z + b)``; and trained norms.
+
+Shapes: T tokens, N columns.
+
+All in float32 and rounded once: folded into bfloat16 weights, small updates of a scale would be lost. The
+gradients of vectors are sums over tokens, taken in float32 in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from falcon_qlora.kernels import ops
+
+
+def scale_shift(x: Tensor, scale: Tensor, bias: Tensor, out: Tensor, gelu: Tensor | None = None) -> Tensor:
+    """Write ``scale * (x + bias)``, and its exact GELU where asked for.
+
+    Args:
+        x: ``[T, N]``; rows may be any distance apart, and so in every tensor here.
+        scale: float32 ``[N]``.
+        bias: float32 ``[N]``.
+        out: ``[T, N]`` to write into; may be `x`.
+        gelu: ``[T, N]`` to write GELU of the result into, or None.
+
+    Returns:
+        `out`.
+    """
+    return _form(x).scale_shift(x, scale, bias, out, gelu)
+
+
+def add_scaled(
+    x: Tensor, first: tuple[Tensor, Tensor, Tensor], second: tuple[Tensor, Tensor, Tensor]
+) -> Tensor:
+    """Add two scaled and shifted outputs to `x`.
+
+    Args:
+        x: ``[T, N]``.
+        first: an output ``[T, N]``, its scale and its bias, float32 ``[N]`` each; so too `second`.
+        second: the other.
+
+    Returns:
+        ``[T, N]`` in `x`'s dtype.
+    """
+    return _form(x).add_scaled(x, first, second)
+
+
+def scale_backward(grad: Tensor, x: Tensor, scale: Tensor, out: Tensor, *, through_gelu: bool) -> Tensor:
+    """Write the gradient of what was scaled, and sum up what the vectors' gradients need.
+
+    Args:
+        grad: ``[T, N]``, of the result of `scale_shift`, or of its GELU where `through_gelu`.
+        x: ``[T, N]``; where `through_gelu`, the result of `scale_shift`.
+        scale: float32 ``[N]``.
+        out: ``[T, N]`` to write the gradient times `scale` into; may be `grad` or `x`.
+        through_gelu: whether `grad` first goes back through GELU.
+
+    Returns:
+        float32 ``[2, N]``: sums over tokens of the result's gradient times `x`, and of the gradient.
+    """
+    return _form(x).scale_backward(grad, x, scale, out, through_gelu)
+
+
+def norm_gradients(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """The gradients of a layer norm's weight and bias.
+
+    Args:
+        grad: ``[T, N]``, of the norm's output.
+        x: ``[T, N]``, its input.
+        mean: float32 ``[T]``, from the forward pass; so too `rstd`.
+        rstd: float32 ``[T]``.
+
+    Returns:
+        float32 ``[2, N]``.
+    """
+    return _form(x).norm_gradients(grad, x, mean, rstd)
+
+
+class _Plain:
+    """The reference."""
+
+    @staticmethod
+    def scale_shift(x: Tensor, scale: Tensor, bias: Tensor, out: Tensor, gelu: Tensor | None) -> Tensor:
+        out.copy_(scale * (x.float() + bias))
+        if gelu is not None:
+            gelu.copy_(F.gelu(out))
+        return out
+
+    @staticmethod
+    def add_scaled(
+        x: Tensor, first: tuple[Tensor, Tensor, Tensor], second: tuple[Tensor, Tensor, Tensor]
+    ) -> Tensor:
+        total = x.float()
+        for output, scale, bias in (first, second):
+            total = total + scale * (output.float() + bias)
+        return total.to(x.dtype)
+
+    @staticmethod
+    def scale_backward(grad: Tensor, x: Tensor, scale: Tensor, out: Tensor, through_gelu: bool) -> Tensor:
+        wide, x = grad.float(), x.float()
+        if through_gelu:
+            wide = torch.ops.aten.gelu_backward(wide, x)
+        sums = torch.stack([(wide * x).sum(0), wide.sum(0)])
+        out.copy_(wide * scale)
+        return sums
+
+    @staticmethod
+    def norm_gradients(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+        wide, normal = grad.float(), (x.float() - mean[:, None]) * rstd[:, None]
+        return torch.stack([(wide * normal).sum(0), wide.sum(0)])
+
+
+def _form(x: Tensor) -> Any:
+    if not ops.triton_runs_on(x.device):
+        return _Plain
+    from falcon_qlora.kernels import scale_shift_triton
+
+    return scale_shift_triton
