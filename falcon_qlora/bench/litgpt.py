@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from falcon_qlora.bench.runners import Document, Settings
+from falcon_qlora.bench.settings import Document, Settings
 from falcon_qlora.bench.variants import Impossible, Variant
 from falcon_qlora.models.checkpoints import RANDOM
 

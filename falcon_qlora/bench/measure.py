@@ -14,7 +14,8 @@ import torch
 
 from falcon_qlora.bench import devices
 from falcon_qlora.bench.clock import GpuLog
-from falcon_qlora.bench.runners import Document, Runner, Settings, build
+from falcon_qlora.bench.runners import build
+from falcon_qlora.bench.settings import Document, Runner, Settings
 from falcon_qlora.bench.variants import Impossible, Pace, Variant
 from falcon_qlora.errors import UserError
 from falcon_qlora.models.falcon import parameter_count

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from falcon_qlora.bench.runners import Document
+from falcon_qlora.bench.settings import Document
 from falcon_qlora.data.plan import Plan
 
 

@@ -2,64 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from falcon_qlora.bench.settings import Document, Runner, Settings, adapted
 from falcon_qlora.bench.variants import Impossible, Variant
 from falcon_qlora.data.batches import MicroBatch, collate
 from falcon_qlora.kernels import fp8
-from falcon_qlora.methods.lora import attach_lora
 from falcon_qlora.models.activations import set_checkpointing
 from falcon_qlora.models.fast import apply_fast_path, remove_fast_path
 from falcon_qlora.models.forward import disable_packing, enable_packing
 from falcon_qlora.step import sum_of_losses
-
-Document = tuple[Any, Any]
-"""Token ids ``[length]`` and, of the same length, 1 where a token is a target."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What every variant has in common.
-
-    Attributes:
-        r, alpha: of LoRA on all four linears.
-        max_length: positions of a padded document.
-        seed: of the adapter.
-        max_grad_norm: gradients are clipped to it; the first reference's.
-        learning_rate: of AdamW.
-    """
-
-    r: int = 64
-    alpha: float = 16
-    max_length: int = 512
-    seed: int = 0
-    max_grad_norm: float = 0.3
-    learning_rate: float = 2e-4
-
-
-class Runner(Protocol):
-    """A model that is ready to train.
-
-    Attributes:
-        notes: what a reader of its row should know, such as that it fell back.
-    """
-
-    notes: list[str]
-
-    def prepare(self, documents: Sequence[Document]) -> Any:
-        """One micro batch of these documents, on the device, as `step` takes it."""
-        ...
-
-    def step(self, inputs: Any) -> Tensor:
-        """Forward, backward, clipping and the optimizer's step; the mean loss over the target tokens."""
-        ...
 
 
 @contextmanager
@@ -116,20 +74,6 @@ def _refuse(variant: Variant, device: torch.device) -> None:
             raise Impossible(reason)
 
 
-def adapted(base: Any, variant: Variant, settings: Settings) -> Any:
-    """LoRA on all linears of `base`, whose second matrices are not zero, the same for every variant."""
-    with base.device:  # made where they will be: on the CPU it takes seconds, and every turn does it again
-        model = attach_lora(
-            base, r=settings.r, alpha=settings.alpha, dropout=variant.lora_dropout, seed=settings.seed
-        )
-    generator = torch.Generator(device=base.device).manual_seed(settings.seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.01, generator=generator)
-    return model
-
-
 @dataclass
 class OwnRunner:
     """This project's step: one micro batch, packed or padded, as the trainer computes it."""
@@ -168,12 +112,3 @@ class OwnRunner:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return loss.detach()
-
-
-def is_installed(package: str) -> bool:
-    """Whether `package` can be imported."""
-    try:
-        importlib.import_module(package)
-    except ImportError:
-        return False
-    return True

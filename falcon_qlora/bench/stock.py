@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from falcon_qlora.bench.runners import Document, Settings, adapted
+from falcon_qlora.bench.settings import Document, Settings, adapted
 from falcon_qlora.bench.variants import Variant
 from falcon_qlora.models.falcon import expected_linears
 from falcon_qlora.models.load import SameDtypeLayerNorm, quantization_of

@@ -9,13 +9,12 @@ import math
 import re
 import signal
 import sys
-from dataclasses import dataclass
-from dataclasses import field as setting
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.bench.scaling import NAMES
 from falcon_qlora.bench.variants import LITGPT_VARIANTS, VARIANTS, Pace, Variant, choose
+from falcon_qlora.commands.bench_arguments import BenchArguments
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.errors import UserError
 
@@ -35,81 +34,6 @@ _BY_VARIANT = (
     "padding",
 )
 _WITH_GPUS = ("quantize_modes", "fixed", "global_tokens", "lengths", "whole_run")
-
-
-@dataclass(kw_only=True)
-class BenchArguments:
-    """What is compared, how long, and where the figures go."""
-
-    _argument_group_name = "Benchmark"
-
-    models: list[str] | None = setting(
-        default=None,
-        metadata={
-            "help": "Models, also with commas between; unset: --model_name_or_path, else random:falcon-7b."
-        },
-    )
-    variants: list[str] | None = setting(
-        default=None,
-        metadata={
-            "help": "What to compare, in the table's order, also with commas between; unset: the usual."
-        },
-    )
-    list_variants: bool = setting(default=False, metadata={"help": "Show the variants there are, and end."})
-    against: Literal["litgpt"] | None = setting(
-        default=None, metadata={"help": "A peer to measure too; it must be installed."}
-    )
-    tokens: list[str] = setting(
-        default_factory=lambda: ["8192"],
-        metadata={"help": "Tokens of a micro batch, one or several; stock variants run at the first."},
-    )
-    whole_run: float | None = setting(
-        default=None,
-        metadata={
-            "help": "With --gpus: time whole runs of 200 --steps of 16,384 --tokens, to the adapter on disk, "
-            "with cold and warm caches; the recipe over this share of the same rows, the rest extrapolated."
-        },
-    )
-    rounds: int = setting(default=5, metadata={"help": "How often every variant has its turn."})
-    warmup: int | None = setting(
-        default=None, metadata={"help": "Untimed steps before the timed ones; unset: 3, with --gpus 10."}
-    )
-    gpus: list[str] | None = setting(
-        default=None,
-        metadata={
-            "help": "Run the real command on so many GPUs, one after the other (1,2,4,8): the guide's recipe "
-            "and ours, 20 timed --steps each. --variants are then recipe, ours, ours-fp8."
-        },
-    )
-    quantize_modes: list[str] | None = setting(
-        default=None, metadata={"help": "With --gpus: how bases are stored, one or several."}
-    )
-    fixed: Literal["work", "global"] = setting(
-        default="work",
-        metadata={
-            "help": "With --gpus: each GPU has the same work on any number of them, or a step has "
-            "--global_tokens over all."
-        },
-    )
-    global_tokens: int = setting(default=131072, metadata={"help": "Of a step with --fixed global."})
-    lengths: Literal["even", "uneven"] = setting(
-        default="even",
-        metadata={
-            "help": "With --gpus and made-up rows: documents of --max_length tokens, or uneven as guanaco's."
-        },
-    )
-    minutes: float | None = setting(
-        default=None,
-        metadata={"help": "Begin no further round of a model, with --gpus no further row, after this long."},
-    )
-    csv: str | None = setting(default=None, metadata={"help": "Append a row a variant to this CSV."})
-    plot: str | None = setting(
-        default=None,
-        metadata={"help": "PNG of tokens/s against peak memory; with --gpus of samples/s over GPUs."},
-    )
-    commit: str | None = setting(
-        default=None, metadata={"help": "For the record, where this is no checkout."}
-    )
 
 
 def main(argv: list[str]) -> int:
@@ -170,7 +94,7 @@ def _bench(
     from falcon_qlora.bench.clock import GpuLog
     from falcon_qlora.bench.devices import free_memory, product_ceiling
     from falcon_qlora.bench.measure import Bench
-    from falcon_qlora.bench.runners import Settings
+    from falcon_qlora.bench.settings import Settings
     from falcon_qlora.bench.table import Machine, append_csv, markdown, points, rows
     from falcon_qlora.environment import collect_environment
 
@@ -338,7 +262,7 @@ def _pace(configuration: Configuration) -> Pace:
 
 
 def _litgpt() -> tuple[Variant, ...]:
-    from falcon_qlora.bench.runners import is_installed
+    from falcon_qlora.bench.settings import is_installed
 
     if not is_installed("litgpt"):
         raise UserError(

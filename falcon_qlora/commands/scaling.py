@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from falcon_qlora.bench import scaling, texts, whole_run
 from falcon_qlora.bench.machine import driver, machine
 from falcon_qlora.bench.scaling import Measured, Row, Work
+from falcon_qlora.commands.bench_arguments import BenchArguments
 from falcon_qlora.config import Configuration
 from falcon_qlora.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from falcon_qlora.commands.bench import BenchArguments
 
 MODES = ("4bit", "8bit", "16bit")
 WARMUP = 10

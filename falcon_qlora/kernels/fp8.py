@@ -16,37 +16,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from falcon_qlora.kernels import ops
+from falcon_qlora.kernels.fp8_rows import DTYPE, LARGEST, LowRank, Rows, largest_row
 
-DTYPE = torch.float8_e4m3fn
-LARGEST = 448.0
 CAPABILITY = (8, 9)  # of the first GPUs that have it
 
 _emulated = False
-
-
-class Rows(NamedTuple):
-    """A matrix in FP8 with a scale for every row: ``[T, K]`` and float32 ``[T]``."""
-
-    values: Tensor
-    scales: Tensor
-
-    def float(self) -> Tensor:
-        """What it stands for, in float32."""
-        return self.values.float() * self.scales[:, None]
-
-
-class LowRank(NamedTuple):
-    """What LoRA adds to a matrix ``[T, N]``: ``left @ right``, ``[T, R]`` and ``[R, N]`` of any strides."""
-
-    left: Tensor
-    right: Tensor
 
 
 @contextmanager
@@ -166,11 +147,6 @@ def add(x: Tensor, low: LowRank | None, addends: tuple[Tensor, ...] = ()) -> Ten
         `x`.
     """
     return _form("add", x)(x, low, addends)
-
-
-def largest_row(matrix: Tensor) -> Tensor:
-    """The Euclidean length of the longest row of ``[N, K]``, float32 ``[]``."""
-    return torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float32).amax()
 
 
 def _form(operation: str, tensor: Tensor) -> Callable[..., Any]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from falcon_qlora.kernels import fp8, ops
 from falcon_qlora.kernels.block import Block
-from falcon_qlora.kernels.fp8 import LowRank, Rows
+from falcon_qlora.kernels.fp8_rows import LARGEST, LowRank, Rows, largest_row
 from falcon_qlora.kernels.frozen_linear import Adapter, Projection, mm_float32
 
 # What a scale has to spare: quantized factors round upwards, and an adapter may be merged into the weight.
@@ -66,13 +66,13 @@ class Fp8:
         with torch.no_grad():
             for projection in block.projections:
                 plain = ops.dequantize(projection.layer)
-                scale = _MARGIN * plain.abs().amax().float().clamp(min=1e-30) / fp8.LARGEST
+                scale = _MARGIN * plain.abs().amax().float().clamp(min=1e-30) / LARGEST
                 sizes = projection.out_features, projection.in_features
                 weights.append(Weight(scale, *(scale.expand(size).contiguous() for size in sizes)))
                 if projection is block.dense_h_to_4h:
                     before_gelu = _largest_output(block, plain)
                 elif projection is block.dense_4h_to_h:
-                    after_gelu = _MARGIN * fp8.largest_row(plain.T)
+                    after_gelu = _MARGIN * largest_row(plain.T)
                 del plain
         return cls((weights[0], weights[1], weights[2], weights[3]), before_gelu, after_gelu)
 
@@ -83,7 +83,7 @@ class Fp8:
 def _largest_output(block: Block, weight: Tensor) -> Tensor:
     """A bound of what ``[F, H]`` makes of any output of the feed-forward's norm."""
     norm = block.norms[-1]
-    longest = fp8.largest_row(weight * norm.weight.to(weight.dtype))
+    longest = largest_row(weight * norm.weight.to(weight.dtype))
     of_bias = (weight.float() @ norm.bias.float()).abs().amax()
     return _MARGIN * (math.sqrt(block.dense_h_to_4h.in_features) * longest + of_bias)
 

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from falcon_qlora.kernels.fp8 import DTYPE, LowRank, Rows, largest_row
 from falcon_qlora.kernels.fp8_quantize import low_rank_arguments, low_rank_tile
+from falcon_qlora.kernels.fp8_rows import DTYPE, LowRank, Rows, largest_row
 from falcon_qlora.kernels.gelu import _distribution
 
 # Tokens and features of a tile, and warps: what leaves room for two programs and more on a multiprocessor.

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from falcon_qlora.kernels import nf4
-from falcon_qlora.kernels.fp8 import DTYPE, LowRank, Rows
+from falcon_qlora.kernels.fp8_rows import DTYPE, LowRank, Rows
 
 _LANES_A_THREAD = 32
 _MOST_WARPS = 16

@@ -25,10 +25,11 @@ from torch import Tensor
 
 from falcon_qlora.bench.devices import synchronize
 from falcon_qlora.bench.rows import made_up
-from falcon_qlora.bench.runners import Settings, build
+from falcon_qlora.bench.runners import build
+from falcon_qlora.bench.settings import Settings
 from falcon_qlora.bench.variants import VARIANTS
 from falcon_qlora.kernels import fp8, fp8_gelu, fp8_quantize, gelu, layer_norm, nf4, ops, rotary, rows
-from falcon_qlora.kernels.fp8 import LowRank, Rows
+from falcon_qlora.kernels.fp8_rows import DTYPE, LowRank, Rows
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.quantize import bnb
 from tests.benchmarks import kernels as kernel_benchmark
@@ -72,7 +73,7 @@ def cases(sizes: kernel_benchmark.Sizes, tokens: int) -> Iterator[tuple[str, Cal
         layer = Layer(wide, hidden, mode)
         for transpose in (False, True):
             shape = (hidden, wide) if transpose else (wide, hidden)
-            out = torch.empty(shape, device=DEVICE, dtype=fp8.DTYPE)
+            out = torch.empty(shape, device=DEVICE, dtype=DTYPE)
             yield (
                 f"weight, {mode} {list(shape)}",
                 lambda layer=layer, out=out, transpose=transpose: fp8.quantize_weight(

@@ -13,7 +13,7 @@ from falcon_qlora.models.quantize import bnb, empty_quantized_linear, fill_quant
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from falcon_qlora.kernels import fp8, ops
-from falcon_qlora.kernels.fp8 import LowRank, Rows
+from falcon_qlora.kernels.fp8_rows import DTYPE, LARGEST, LowRank, Rows
 
 DTYPES = [torch.bfloat16, torch.float32]
 SHAPES = [(1, 16), (3, 48), (70, 144), (130, 272)]
@@ -49,7 +49,7 @@ def low_rank(tokens: int, features: int, rank: int, dtype: torch.dtype, seed: in
 def assert_same_rows(ours: Rows, theirs: Rows) -> None:
     """Equal but for values that lie between two of FP8's, where one rounding before decides."""
     torch.testing.assert_close(ours.scales, theirs.scales, rtol=1e-6, atol=0)
-    assert ours.values.dtype == theirs.values.dtype == fp8.DTYPE
+    assert ours.values.dtype == theirs.values.dtype == DTYPE
     difference = (ours.values.float() - theirs.values.float()).abs()
     assert (difference <= theirs.values.float().abs() * 2**-3 + 2**-9).all()
     assert (difference > 0).float().mean() < 0.02
@@ -66,7 +66,7 @@ def test_rows_are_quantized_to_the_nearest(shape: tuple[int, int], dtype: torch.
     # Half a step of e4m3 is 2^-4 of a value, and 2^-10 of the scale below its smallest normal one.
     error = (ours.float() - x.float()).abs()
     assert (error <= 2**-4 * x.float().abs() + 1.01 * 2**-10 * ours.scales[:, None]).all()
-    assert ours.values.float().abs().amax(1)[1:].eq(fp8.LARGEST).all()
+    assert ours.values.float().abs().amax(1)[1:].eq(LARGEST).all()
     apart = torch.nn.functional.pad(x, (16, 3), value=torch.nan)[:, 16:-3]
     with ops.using("triton"):
         again = fp8.quantize_rows(apart)[0]
@@ -92,7 +92,7 @@ def test_weights_of_every_storage(
         fill_quantized_weight(layer, plain)
         assert isinstance(layer, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
     scale = torch.tensor(3e-4, device=device)
-    out = torch.empty(shape[::-1] if transpose else shape, dtype=fp8.DTYPE, device=device)
+    out = torch.empty(shape[::-1] if transpose else shape, dtype=DTYPE, device=device)
     ours, theirs = both(fp8.quantize_weight, layer, scale, out, transpose)
     ones = torch.ones(out.shape[0], device=device)
     assert_same_rows(Rows(ours, ones), Rows(theirs, ones))
@@ -137,7 +137,7 @@ def test_gelu_and_its_gradient(dtype: torch.dtype, shape: tuple[int, int], rank:
     assert_same_rows(ours, theirs)
     # The bounds hold: nothing was cut off, and what is in FP8 is what is not.
     for rows, plain in ((ours, rest[0]), (fp8.gelu(x, low, constant)[0], y)):
-        assert rows.values.float().abs().max() < fp8.LARGEST
+        assert rows.values.float().abs().max() < LARGEST
         error = (rows.float() - plain.float()).abs()
         limit = (2**-4 + tolerance) * plain.float().abs() + 2**-9 * rows.scales[:, None] + tolerance
         assert (error <= limit).all()

@@ -13,7 +13,8 @@ from torch import nn
 from falcon_qlora.__main__ import main
 from falcon_qlora.bench.measure import Entry, Result
 from falcon_qlora.bench.rows import made_up, same_rows
-from falcon_qlora.bench.runners import Settings, adapted, build
+from falcon_qlora.bench.runners import build
+from falcon_qlora.bench.settings import Settings, adapted
 from falcon_qlora.bench.table import Machine, points, ratio_interval, rows
 from falcon_qlora.bench.variants import VARIANTS, Impossible
 from falcon_qlora.charts import draw_speed_and_memory

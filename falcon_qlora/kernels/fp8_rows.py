@@ -1,0 +1,37 @@
+"""What FP8's operations take and give: matrices in e4m3 with scales, and what LoRA adds to one.
+
+Shapes: T tokens, K and N features, R columns for LoRA's ranks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPE = torch.float8_e4m3fn
+LARGEST = 448.0
+
+
+class Rows(NamedTuple):
+    """A matrix in FP8 with a scale for every row: ``[T, K]`` and float32 ``[T]``."""
+
+    values: Tensor
+    scales: Tensor
+
+    def float(self) -> Tensor:
+        """What it stands for, in float32."""
+        return self.values.float() * self.scales[:, None]
+
+
+class LowRank(NamedTuple):
+    """What LoRA adds to a matrix ``[T, N]``: ``left @ right``, ``[T, R]`` and ``[R, N]`` of any strides."""
+
+    left: Tensor
+    right: Tensor
+
+
+def largest_row(matrix: Tensor) -> Tensor:
+    """The Euclidean length of the longest row of ``[N, K]``, float32 ``[]``."""
+    return torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float32).amax()
