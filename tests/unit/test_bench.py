@@ -193,6 +193,6 @@ def test_a_wrong_flag_is_told(flags: list[str], told: str, capsys: pytest.Captur
 def test_litgpt_asked_for_and_not_there(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("falcon_qlora.bench.runners.is_installed", lambda package: False)
+    monkeypatch.setattr("falcon_qlora.bench.settings.is_installed", lambda package: False)
     assert main(["bench", "--against", "litgpt"]) == 2
     assert "LitGPT is not installed" in capsys.readouterr().err
