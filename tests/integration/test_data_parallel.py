@@ -39,6 +39,10 @@ def test_two_processes_give_the_losses_of_one(rows: Path, tmp_path: Path, packin
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
         assert two["tokens"] == one["tokens"]
     assert summary(tmp_path / "pair")["world_size"] == 2
+    waited = summary(tmp_path / "pair")["reduction_shares"]
+    assert len(waited) == 2
+    assert all(0 < share < 1 for share in waited)
+    assert summary(tmp_path / "alone")["reduction_shares"] is None
     adapters = [
         load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("alone", "pair")
     ]
