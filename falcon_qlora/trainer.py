@@ -139,7 +139,7 @@ class FalconTrainer(SFTTrainer):
         self._save_failure: str | None = None
         self._reports = Reports()
         self._first_learning_step: int | None = None
-        self._watchdog = Watchdog(hang_minutes * 60) if hang_minutes else None
+        self._watchdog = Watchdog(hang_minutes * 60, run_folder / "flight_record") if hang_minutes else None
         self._resumed: dict[str, Any] | None = None
         super().__init__(
             model=model,
