@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from falcon_qlora.assembly.adapted import (
     adapter_folder,
     load_adapted,
+    load_measured,
     parse_with_run,
     read_trained,
     run_of,
@@ -95,6 +96,7 @@ def _measure(
     all_rows: bool,
 ) -> dict[str, Any]:
     from falcon_qlora.assembly.held_out import held_out_text, rows_of
+    from falcon_qlora.assembly.kernels import described
     from falcon_qlora.evaluation import batches_of, mean_loss, predictions, token_losses
 
     tokenizer = tokenizer_of(configuration, record)
@@ -105,7 +107,7 @@ def _measure(
         max_tokens=configuration.data.max_length * configuration.run.per_device_train_batch_size,
         most_tokens=configuration.extra.most_tokens,
     )
-    model, _ = load_adapted(configuration, folder, record)
+    model, kernels = load_measured(configuration, folder, record, run)
     losses, counted = [], []
     for batch in batches:
         predicted = predictions(model, [batch], answers_only=False)
@@ -122,6 +124,8 @@ def _measure(
         "perplexity": math.exp(loss) if loss < 700 else math.inf,
         "answer_tokens": int(answers.sum()),
         "answer_loss": mean_loss(every[answers]),
+        "computed_in": str(model.dtype).removeprefix("torch."),
+        "kernels": described(kernels),
     }
 
 
@@ -137,6 +141,10 @@ def _run_tasks(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
+    from falcon_qlora.terminal import note
+
+    if configuration.model.compute_dtype == "fp8":
+        note("the tasks are computed in bfloat16: FP8 products are for packed documents")
     model, tokenizer = load_adapted(configuration, folder, record)
     found = lm_eval.simple_evaluate(
         model=HFLM(
