@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import re
 import signal
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import pytest
 from falcon_qlora.checkpoint.verify import newest_whole
 from tests.integration.interrupted import ROWS, SETTINGS, assert_same_run, run
 from tests.integration.processes import Processes
-from tests.integration.runs import metrics, write_jsonl
+from tests.integration.runs import metrics, summary, write_jsonl
 
 pytestmark = pytest.mark.slow
 
@@ -103,6 +104,41 @@ def test_plain_torchrun_saves_within_its_shutdown_time(
     assert f"stopped at step {newest_step(processes, folder)} of 24. Go on with:" in output
     assert newest_step(processes, folder) in (3, 4)
     assert go_on(processes, folder, [])[0] == 0
+    assert_same_run(processes.folder / folder, whole)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_moments_one_after_another_in_a_run(processes: Processes, whole: Path, seed: int) -> None:
+    """A process is killed, or one or the launcher asked to stop, whatever the run is doing just then."""
+    draws, steps = random.Random(seed), 24
+    seconds_a_step = summary(whole)["train_seconds"] / steps
+    kinds = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+    draws.shuffle(kinds)
+    folder = f"random-{seed}"
+    came = 0
+    # Up to where a stop comes before the end: it is heeded a step after the one that is on its way.
+    for number, moment in zip(kinds, sorted(draws.uniform(0, 0.85 * steps) for _ in kinds), strict=True):
+        before = newest_step(processes, folder)
+        step, part = divmod(max(moment, before), 1)
+        fault: dict[str, Any] = {"do": "later", "step": int(step) + 1, "rank": draws.randrange(2)}
+        fault |= {"number": number, "seconds": part * seconds_a_step}
+        if number != signal.SIGKILL and draws.random() < 0.5:
+            fault["to"] = "launcher"
+        status, output, errors = go_on(processes, folder, [fault])
+        told = (fault, status, output, errors)
+        assert newest_step(processes, folder) >= before, told
+        if (processes.folder / folder / "adapter").exists():  # the machine was faster than before
+            assert status == 0, told
+            break
+        came += 1
+        killed = number == signal.SIGKILL
+        assert (status, sum(line.startswith("error:") for line in errors.splitlines())) == (killed, killed), (
+            told
+        )
+        assert ("stopped at step" in output) == (not killed), told
+    else:
+        assert go_on(processes, folder, [])[0] == 0
+    assert came >= 3
     assert_same_run(processes.folder / folder, whole)
 
 
