@@ -416,6 +416,9 @@ class FalconTrainer(SFTTrainer):
         place = super()._init_training_state(max_steps, steps_an_epoch, epochs, checkpoint, trial)
         if checkpoint is not None:
             self._resumed = self._read_process(checkpoint)
+            cursor = process_state.load_cursor(Path(checkpoint))
+            if isinstance(self.steps, StreamingSteps) and cursor is not None:
+                self.steps.go_on(cursor)
             self._saved_step = self.state.global_step
             self._find_best_again()
         return place

@@ -195,7 +195,10 @@ def test_every_way_of_reading_goes_on_to_the_last_bit(processes: Processes, word
     assert run(processes, *settings, "--output_dir", f"{name}-whole")[0] == 0
     asked = {"do": "signal", "step": 4, "rank": 1, "number": signal.SIGTERM}
     assert run(processes, *settings, "--output_dir", name, faults=[asked])[0] == 0
-    assert newest_step(processes, name) in (4, 5)
+    stopped_at = newest_step(processes, name)
+    assert stopped_at in (4, 5)
+    cursor = processes.folder / name / f"checkpoints/step-{stopped_at}/stream.json.gz"
+    assert cursor.is_file() == ("--streaming" in words)
     assert run(processes, *settings, "--output_dir", name, "--resume")[0] == 0
     assert_same_run(processes.folder / name, processes.folder / f"{name}-whole")
 
