@@ -456,5 +456,3 @@ def test_eval_gives_what_transformers_gives(run, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["eval", "-m", "tiny", "-q", "16bit"]) == 2
     assert "--dataset_name" in capsys.readouterr().err
-    assert cli.main(["eval", "-m", "tiny", "--tasks", "arc_easy"]) == 2
-    assert "falcon-qlora[eval]" in capsys.readouterr().err
