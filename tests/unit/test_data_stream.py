@@ -125,7 +125,9 @@ def plain(documents: Iterator[dict[str, Any]]) -> list[tuple[list[int], list[int
     [
         {},
         {"shuffle_buffer": 1, "overlong": "split", "max_length": 5},
+        {"shuffle_buffer": 90},  # more than is made into documents at once
         {"dataset_weights": [3.0, 1.0, 1.0]},
+        {"dataset_weights": [1.0, 3.0, 1.0], "shuffle_buffer": 1},
         {"max_rows": 130, "overlong": "drop", "max_length": 9},
     ],
     ids=str,
