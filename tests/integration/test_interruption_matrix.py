@@ -159,10 +159,10 @@ def test_torchruns_restarts_resume_by_themselves(processes: Processes, whole: Pa
         {"do": "kill", "step": 5 + 3 * each, "rank": each % 2, "where": "step", "restart": each}
         for each in (0, 1)
     ]
-    status, _, errors = run(
+    status, output, errors = run(
         processes, *LONG, "--output_dir", "restarted", "--max_restarts", "2", faults=faults
     )
-    assert (status, "error:" in errors) == (0, False)
+    assert (status, "error:" in errors) == (0, False), (output, errors)
     assert_same_run(processes.folder / "restarted", whole)
 
 
