@@ -4,6 +4,7 @@
     {"do": "signal", ..., "to": "launcher"}                       the launcher gets it
     {"do": "kill", "step": 3, "rank": 1, "where": "step"}         kill -9; also "computing", "save", "saved"
     {"do": "later", "step": 3, ..., "number": 9, "seconds": 0.2}  a signal so long after step 3 began
+    {"do": "late", "rank": 0, "seconds": 2}                       comes to the others so much later
     {"do": "slow", "step": 4, "rank": 0}                          the save of step 4 takes two seconds
     {"do": "memory", "step": 3, "rank": 1, "most": 2}             no memory for more than 2 documents at once
     {"do": "hog", "step": 3, "rank": 1, "leave_gib": 4}           all but so much of the GPU's memory is taken
@@ -146,4 +147,6 @@ write.write_manifest = faulty_write_manifest
 write._write = faulty_write
 
 if __name__ == "__main__":
+    for each in faults("late"):
+        time.sleep(each["seconds"])
     main()

@@ -159,6 +159,8 @@ def test_torchruns_restarts_resume_by_themselves(processes: Processes, whole: Pa
         {"do": "kill", "step": 5 + 3 * each, "rank": each % 2, "where": "step", "restart": each}
         for each in (0, 1)
     ]
+    # The other one looks first for where it is, and finds where it was before the restart.
+    faults += [{"do": "late", "rank": 0, "seconds": 3.0, "restart": each} for each in (1, 2)]
     status, output, errors = run(
         processes, *LONG, "--output_dir", "restarted", "--max_restarts", "2", faults=faults
     )
