@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.distributed.flight_recorder.components.loader import read_dump
 
-from tests.integration.interrupted import ROWS, assert_same_run, run
+from tests.integration.interrupted import ROWS, STEPS, assert_same_run, run
 from tests.integration.processes import Processes
 from tests.integration.runs import metrics, summary, write_jsonl
 
@@ -71,3 +71,15 @@ def test_a_hang_leaves_nccls_record_of_both_processes(processes: Processes) -> N
     latest = [max(entry["collective_seq_id"] for entry in each) for each in entries]
     assert latest[0] > latest[1]
     assert len(entries[0]) <= 128
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_restart_does_not_wait_for_the_processes_before_it(processes: Processes) -> None:
+    faults = [
+        {"do": "kill", "step": 5, "rank": 0, "where": "step", "restart": 0},
+        {"do": "late", "rank": 0, "seconds": 5.0, "restart": 1},
+    ]
+    words = ["--output_dir", "restarted", "--max_restarts", "1"]
+    status, _, errors = run(processes, *words, faults=faults)
+    assert (status, errors) == (0, "")
+    assert summary(processes.folder / "restarted")["steps"] == STEPS
