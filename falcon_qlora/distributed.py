@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ from falcon_qlora.errors import EXIT_BUG, EXIT_USER_ERROR, UserError
 T = TypeVar("T")
 
 _WAIT_LIMIT = datetime.timedelta(days=7)
+_LOOK_SECONDS = 0.02
 _REPORT_LIMIT = datetime.timedelta(seconds=10)
 
 
@@ -100,7 +102,7 @@ def main_process_first(work: Callable[[], T]) -> T:
     if world_size() == 1 or not dist.is_initialized():
         return work()
     _sequence += 1
-    key = f"falcon_qlora/first/{restart_count()}/{_sequence}"
+    key = f"falcon_qlora/first/{_sequence}"
     store = _store()
     if not is_main_process():
         store.wait([key], _WAIT_LIMIT)
@@ -123,7 +125,7 @@ def from_main_process(make: Callable[[], T]) -> T:
     if world_size() == 1 or not dist.is_initialized():
         return make()
     _sequence += 1
-    key = f"falcon_qlora/from_main/{restart_count()}/{_sequence}"
+    key = f"falcon_qlora/from_main/{_sequence}"
     store = _store()
     if is_main_process():
         try:
@@ -146,7 +148,7 @@ def wait_for_all() -> None:
     if world_size() == 1 or not dist.is_initialized():
         return
     _sequence += 1
-    key = f"falcon_qlora/all/{restart_count()}/{_sequence}"
+    key = f"falcon_qlora/all/{_sequence}"
     store = _store()
     if store.add(f"{key}/arrived", 1) == world_size():
         store.set(key, "")
@@ -256,6 +258,41 @@ def _waits_for_death(seconds: float = 0.5) -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+def fresh_store(timeout_seconds: float) -> dist.Store | None:
+    """torchrun's store as if nothing had been written there yet, for the process group.
+
+    torchrun keeps one store over its restarts, with what the processes before have written: some of the new
+    ones would read their addresses, and wait for processes that are gone. Nodes do not count restarts alike,
+    so the processes agree on a name: each shows a number of its own, and the main process answers to every
+    number that it sees, old ones too, until all have said that they heard.
+
+    Returns:
+        None where the main process makes a store each time, or there is one process.
+
+    Raises:
+        RuntimeError: if the processes do not all come in time.
+    """
+    if world_size() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    store, mine, prefix = connect(timeout_seconds), uuid.uuid4().hex, "falcon_qlora/meet"
+    if not is_main_process():
+        store.set(f"{prefix}/{process_index()}", mine)
+        name = store.get(f"{prefix}/answer/{mine}").decode()
+        store.set(f"{prefix}/{name}/{process_index()}", "")
+        return dist.PrefixStore(name, store)
+    away, deadline = set(range(1, world_size())), time.monotonic() + timeout_seconds
+    while away:
+        for process in sorted(away):
+            if store.check([f"{prefix}/{process}"]):
+                store.set(f"{prefix}/answer/{store.get(f'{prefix}/{process}').decode()}", mine)
+            if store.check([f"{prefix}/{mine}/{process}"]):
+                away.remove(process)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"processes {sorted(away)} did not come within {timeout_seconds:.0f} s")
+        time.sleep(_LOOK_SECONDS)
+    return dist.PrefixStore(mine, store)
 
 
 def connect(timeout_seconds: float) -> dist.TCPStore:

@@ -37,6 +37,7 @@ _LIBRARIES = (
     "filelock",
     "fsspec",
     "huggingface_hub",
+    "lm_eval",
     "matplotlib",
     "peft",
     "torch",

@@ -12,6 +12,7 @@
     samples.jsonl      the sample answers at each evaluation, where they were asked for
     trackers.json      under which id each tracker knows the run
     tensorboard/, wandb/   what those trackers write themselves
+    flight_record/     where a run hung: NCCL's last collectives, a file a process
 
 The main process writes; a file appears whole or not at all, whatever happens meanwhile.
 """
@@ -64,7 +65,7 @@ _FILES = (
     "samples.jsonl",
     "trackers.json",
 )
-_FOLDERS = ("checkpoints", "adapter", "tensorboard", "wandb")
+_FOLDERS = ("checkpoints", "adapter", "tensorboard", "wandb", "flight_record")
 # What only a run that has started leaves behind: these make a folder one that "holds a run".
 _SIGNS = ("config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "adapter")
 _LAUNCHER = ".launcher"

@@ -13,13 +13,14 @@ from falcon_qlora import allocator
 
 allocator.use_expandable_segments()  # before torch is loaded
 
-from falcon_qlora import distributed, interrupts  # noqa: E402
+from falcon_qlora import distributed, interrupts, watchdog  # noqa: E402
 from falcon_qlora.config import parse  # noqa: E402
 from falcon_qlora.quiet import quiet_libraries  # noqa: E402
 
 
 def main() -> None:
     interrupts.install()
+    watchdog.record_collectives()
     quiet_libraries(progress_bars=distributed.is_main_process())
     from falcon_qlora.training import train
 

@@ -139,7 +139,7 @@ class FalconTrainer(SFTTrainer):
         self._save_failure: str | None = None
         self._reports = Reports()
         self._first_learning_step: int | None = None
-        self._watchdog = Watchdog(hang_minutes * 60) if hang_minutes else None
+        self._watchdog = Watchdog(hang_minutes * 60, run_folder / "flight_record") if hang_minutes else None
         self._resumed: dict[str, Any] | None = None
         self._seconds_before = 0.0
         super().__init__(
@@ -423,6 +423,9 @@ class FalconTrainer(SFTTrainer):
         place = super()._init_training_state(max_steps, steps_an_epoch, epochs, checkpoint, trial)
         if checkpoint is not None:
             self._resumed = self._read_process(checkpoint)
+            cursor = process_state.load_cursor(Path(checkpoint))
+            if isinstance(self.steps, StreamingSteps) and cursor is not None:
+                self.steps.go_on(cursor)
             self._saved_step = self.state.global_step
             self._find_best_again()
         return place

@@ -22,6 +22,7 @@ def train(configuration: Configuration) -> Path:
     from falcon_qlora.assembly import preflight, record, resumption, rows
     from falcon_qlora.assembly import trainer as builder
     from falcon_qlora.assembly.activations import choose_activations, warm_up
+    from falcon_qlora.assembly.kernels import choose_kernels
     from falcon_qlora.assembly.sharding import shard_if_wanted
     from falcon_qlora.interrupts import Stopped
 
@@ -35,7 +36,7 @@ def train(configuration: Configuration) -> Path:
     data = rows.training_data(configuration, tokenizer)
     resumption.check_data(data, checkpoint)
     model = builder.model_with_adapter(configuration, tokenizer)
-    kernels = builder.choose_kernels(configuration, model)
+    kernels = choose_kernels(configuration.model, model)
     shard_if_wanted(configuration, model)
     activations = choose_activations(configuration, model, kernels)
     preflight.check_disk(configuration, directory, model, steps=data.total_steps)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from falcon_qlora import distributed
-from falcon_qlora.assembly.trainer import runs_fast
+from falcon_qlora.assembly.kernels import runs_fast
 from falcon_qlora.config import Configuration
 from falcon_qlora.errors import UserError
 

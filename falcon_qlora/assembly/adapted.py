@@ -9,6 +9,7 @@ from typing import Any
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.errors import UserError
 from falcon_qlora.run_directory import RunDirectory
+from falcon_qlora.untrusted import read_json
 
 _WHOLE = "full"  # the method that leaves a model, no adapter
 
@@ -107,6 +108,38 @@ def load_adapted(
     if folder is not None and not whole:
         return load_adapter(folder, base_model=model).eval(), tokenizer
     return model.eval(), tokenizer
+
+
+def load_measured(
+    configuration: Configuration, folder: Path | None, record: dict[str, Any], run: RunDirectory | None
+) -> tuple[Any, dict[str, str]]:
+    """What `load_adapted` opens, ready for packed documents, on the path on which its run trained.
+
+    So a loss measured here is the one that the run would note. Without a run, or where a flag says otherwise,
+    the configuration decides as it does for training.
+
+    Args:
+        folder, record: as there.
+        run: that made it, where it is known.
+
+    Returns:
+        The model, and for each block's name what runs it, {} with ``--kernels off``.
+
+    Raises:
+        UserError: if ``--kernels required`` or FP8 meets a block, or a device, that cannot.
+    """
+    from falcon_qlora.assembly.kernels import choose_kernels, runs_fast
+    from falcon_qlora.models.forward import enable_packing
+
+    model, _ = load_adapted(configuration, folder, record)
+    enable_packing(model)
+    recorded = read_json(run.kernels_file) if run is not None and run.kernels_file.is_file() else {}
+    told = {configuration.explicit.get(name) for name in ("kernels", "compute_dtype")}
+    left_alone = recorded and not any(runs_fast(str(what)) for what in recorded.values())
+    if left_alone and "flag" not in told:
+        # Not always what would be chosen here: what is frozen now was trained then, or dropped out.
+        return model, {}
+    return model, choose_kernels(configuration.model, model)
 
 
 def tokenizer_of(configuration: Configuration, record: dict[str, Any]) -> Any:

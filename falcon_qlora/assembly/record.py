@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import nn
 import falcon_qlora
 from falcon_qlora import distributed, terminal
 from falcon_qlora.assembly.activations import Activations
+from falcon_qlora.assembly.kernels import described
 from falcon_qlora.assembly.resumption import forget_after, how_to_go_on, step_of
 from falcon_qlora.assembly.rows import TrainingData, global_batch
 from falcon_qlora.checkpoint.gate import AdapterFaultError, check_adapter
@@ -114,7 +114,7 @@ def start_summary(
         quantization=_quantization(configuration, model),
         quantized_linears=counted["quantized_linears"],
         model_gib=_weights_gib(configuration, model),
-        kernels=_kernels(kernels),
+        kernels=described(kernels) if kernels else "off: the reference path",
         activations=activations.described(),
         method=method_of(model).describe(),
         world_size=distributed.world_size(),
@@ -269,13 +269,6 @@ def stop(
 def _samples(trainer: FalconTrainer) -> int | None:
     plan = trainer.steps.plan if isinstance(trainer.steps, TrainingSteps) else None
     return plan.documents_until(trainer.state.global_step) if plan is not None else None
-
-
-def _kernels(kernels: dict[str, str]) -> str:
-    if not kernels:
-        return "off: the reference path"
-    ways = Counter(kernels.values())
-    return "; ".join(f"{count} of {len(kernels)} blocks {what}" for what, count in ways.items())
 
 
 def _frozen_tensors(model: nn.Module) -> Any:

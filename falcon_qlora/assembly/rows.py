@@ -5,7 +5,6 @@ What these call takes plain parameters; the configuration as a whole goes no fur
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,13 +149,15 @@ def _streamed_data(configuration: Configuration, tokenizer: Any) -> TrainingData
     """Rows that are read as they are needed; held-out rows, being few, are tokenized ahead as always."""
     import datasets
 
-    from falcon_qlora.data.stream import recognise_stream, stream_documents
+    from falcon_qlora.data.cursor import State
+    from falcon_qlora.data.stream import DocumentStream, recognise_stream, stream_documents
 
     data, run = configuration.data, configuration.run
     settings = row_settings(configuration) | {"max_rows": data.max_rows}
 
-    def documents(epoch: int) -> Iterator[dict[str, Any]]:
-        return stream_documents(**settings, tokenizer=tokenizer, seed=run.seed, epoch=epoch)
+    def documents(epoch: int, state: State | None = None, **changes: Any) -> DocumentStream:
+        known = {"tokenizer": tokenizer, "seed": run.seed, "epoch": epoch, "state": state}
+        return stream_documents(**settings, **known, **changes)
 
     held_out = None
     if data.eval_split is not None:
@@ -171,7 +172,7 @@ def _streamed_data(configuration: Configuration, tokenizer: Any) -> TrainingData
             template=data.template,
         )
     )
-    first = next(documents(0), None)
+    first = next(documents(0, shuffle_buffer=1), None)
     if first is None:
         raise UserError(f"{', '.join(data.dataset_name)}: no row has an answer to train on")
     steps = StreamingSteps(

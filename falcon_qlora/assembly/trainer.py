@@ -14,7 +14,6 @@ from falcon_qlora.assembly.resumption import how_to_go_on
 from falcon_qlora.assembly.rows import TrainingData, global_batch
 from falcon_qlora.config import Configuration
 from falcon_qlora.data.batches import DocumentReader
-from falcon_qlora.errors import UserError
 from falcon_qlora.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -48,36 +47,6 @@ def model_with_adapter(configuration: Configuration, tokenizer: Any) -> Any:
     trained = configured_method(configuration).attach(model, seed=configuration.run.seed)
     enable_packing(trained)
     return trained
-
-
-def choose_kernels(configuration: Configuration, model: Any) -> dict[str, str]:
-    """Put the fast path on the blocks that it knows.
-
-    Returns:
-        For every block's name what runs, or why it was left alone.
-
-    Raises:
-        UserError: if ``--kernels required`` or FP8 meets a block that is left alone.
-    """
-    from falcon_qlora.models.fast import apply_fast_path
-
-    wanted = configuration.model.kernels
-    if wanted == "off":
-        return {}
-    fp8 = configuration.model.compute_dtype == "fp8"
-    report = apply_fast_path(model, fp8_products=fp8, libraries=wanted != "portable")
-    left = [f"{name} runs on the {what}" for name, what in report.items() if not runs_fast(what)]
-    if left and (wanted == "required" or fp8):
-        asked = (
-            "--kernels required" if wanted == "required" else "--compute_dtype fp8 is the fast path's alone"
-        )
-        raise UserError(f"{asked}: {left[0]} ({len(left)} of {len(report)} blocks)")
-    return report
-
-
-def runs_fast(what: str) -> bool:
-    """Whether an entry of `choose_kernels` says that a block runs on the fast path."""
-    return not what.startswith("reference")
 
 
 def sample_prompts(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import json
 import random
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +13,7 @@ import numpy as np
 import torch
 
 STATES = "processes.pt"
+CURSOR = "stream.json.gz"
 
 
 def random_states() -> dict[str, Any]:
@@ -55,3 +58,18 @@ def seed_anew(seed: int, *, step: int, process: int) -> None:
 def load_states(checkpoint: Path) -> list[dict[str, Any]]:
     """Each process's state, by process index."""
     return torch.load(checkpoint / STATES, map_location="cpu", weights_only=True)
+
+
+def save_cursor(checkpoint: Path, cursor: dict[str, Any]) -> None:
+    """Write where a stream's next step begins, the same for every process."""
+    with gzip.open(checkpoint / CURSOR, "wt", encoding="utf-8", compresslevel=1) as handle:
+        json.dump(cursor, handle)
+
+
+def load_cursor(checkpoint: Path) -> dict[str, Any] | None:
+    """What `save_cursor` wrote; None where there is none, and a stream is read again from its start."""
+    if not (checkpoint / CURSOR).is_file():
+        return None
+    with gzip.open(checkpoint / CURSOR, "rt", encoding="utf-8") as handle:
+        cursor: dict[str, Any] = json.load(handle)
+    return cursor

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from falcon_qlora import distributed
 from falcon_qlora.checkpoint.gate import AdapterFaultError, check_adapter
-from falcon_qlora.checkpoint.process_state import STATES
+from falcon_qlora.checkpoint.process_state import STATES, save_cursor
 from falcon_qlora.checkpoint.verify import newest_whole, step_folders, write_manifest
 from falcon_qlora.errors import UserError
 from falcon_qlora.methods.interface import method_of
@@ -114,6 +114,8 @@ def _write(trainer: Any, partial: Path, states: list[dict[str, Any]], record: di
             trainer._save_optimizer_and_scheduler(str(partial))
             trainer._save_scaler(str(partial))
             torch.save(states, partial / STATES)
+            if trainer.share.cursor is not None:
+                save_cursor(partial, trainer.share.cursor())
     except (SafetensorError, RuntimeError) as error:
         # What torch and safetensors make of a disk that is full.
         raise OSError(0, str(error).splitlines()[0]) from error

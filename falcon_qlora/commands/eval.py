@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 from falcon_qlora.assembly.adapted import (
     adapter_folder,
     load_adapted,
+    load_measured,
     parse_with_run,
     read_trained,
     run_of,
     tokenizer_of,
 )
 from falcon_qlora.config import Configuration, parse
-from falcon_qlora.errors import UserError
+from falcon_qlora.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from falcon_qlora.assembly.held_out import HeldOutText
@@ -49,7 +50,8 @@ class EvalArguments:
         default=None, metadata={"help": "Measure on at most so many tokens; unset: all."}
     )
     tasks: list[str] | None = setting(
-        default=None, metadata={"help": "Run these tasks of lm-evaluation-harness instead."}
+        default=None,
+        metadata={"help": "Run these tasks of lm-evaluation-harness instead, such as arc_easy,hellaswag."},
     )
     results: str | None = setting(default=None, metadata={"help": "JSON file to write the figures to."})
 
@@ -60,7 +62,7 @@ def main(argv: list[str]) -> int:
     if wanted.most_tokens is not None and wanted.most_tokens < 2:
         raise UserError(f"--most_tokens {wanted.most_tokens}: must be at least 2")
     if wanted.tasks and importlib.util.find_spec("lm_eval") is None:
-        raise UserError("--tasks needs lm-evaluation-harness: pip install 'falcon-qlora[eval]'")
+        raise UserError("--tasks needs lm-evaluation-harness: pip install 'falcon-qlora[lm-eval]'")
     folder = adapter_folder(wanted.adapter) if wanted.adapter else None
     run = run_of(folder) if folder is not None else None
     named = parse(argv, extra_arguments=EvalArguments, **_HOW).explicit
@@ -95,6 +97,7 @@ def _measure(
     all_rows: bool,
 ) -> dict[str, Any]:
     from falcon_qlora.assembly.held_out import held_out_text, rows_of
+    from falcon_qlora.assembly.kernels import described
     from falcon_qlora.evaluation import batches_of, mean_loss, predictions, token_losses
 
     tokenizer = tokenizer_of(configuration, record)
@@ -105,7 +108,7 @@ def _measure(
         max_tokens=configuration.data.max_length * configuration.run.per_device_train_batch_size,
         most_tokens=configuration.extra.most_tokens,
     )
-    model, _ = load_adapted(configuration, folder, record)
+    model, kernels = load_measured(configuration, folder, record, run)
     losses, counted = [], []
     for batch in batches:
         predicted = predictions(model, [batch], answers_only=False)
@@ -122,6 +125,8 @@ def _measure(
         "perplexity": math.exp(loss) if loss < 700 else math.inf,
         "answer_tokens": int(answers.sum()),
         "answer_loss": mean_loss(every[answers]),
+        "computed_in": str(model.dtype).removeprefix("torch."),
+        "kernels": described(kernels),
     }
 
 
@@ -132,26 +137,43 @@ def _joined(parts: list[Any]) -> Any:
 
 
 def _run_tasks(
-    configuration: Configuration, folder: Path | None, record: dict[str, Any], tasks: list[str]
+    configuration: Configuration, folder: Path | None, record: dict[str, Any], words: list[str]
 ) -> dict[str, Any]:
+    """The figures of tasks by their names; a word may hold several with commas between."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
+    from falcon_qlora.terminal import note
+
+    manager = TaskManager()
+    asked = [name for word in words for name in word.split(",") if name]
+    for name in asked:
+        if not manager.match_tasks([name]):
+            known = nearest(name, manager.all_tasks)
+            raise UserError(f"--tasks: lm-evaluation-harness has no {name!r}{known}")
+    if configuration.model.compute_dtype == "fp8":
+        note("the tasks are computed in bfloat16: FP8 products are for packed documents")
     model, tokenizer = load_adapted(configuration, folder, record)
-    found = lm_eval.simple_evaluate(
-        model=HFLM(
-            pretrained=model,
-            tokenizer=tokenizer,
-            batch_size=configuration.run.per_device_train_batch_size,
-            max_length=configuration.data.max_length,
-        ),
-        tasks=tasks,
-        log_samples=False,
-    )
-    results: dict[str, Any] = found["results"]
+    try:
+        found = lm_eval.simple_evaluate(
+            model=HFLM(
+                pretrained=model,
+                tokenizer=tokenizer,
+                batch_size=configuration.run.per_device_train_batch_size,
+                max_length=configuration.data.max_length,
+            ),
+            tasks=manager.match_tasks(asked),
+            task_manager=manager,
+            log_samples=False,
+        )
+    except OSError as error:  # as which the hub's and datasets' errors come
+        told = str(error).strip().splitlines()[:1]
+        raise UserError(f"--tasks {','.join(asked)}: the data cannot be read ({''.join(told)})") from None
+    # A metric's name ends with that of the filter on the answers.
     return {
-        f"{task} {name}": value
-        for task, numbers in results.items()
+        f"{task} {name.removesuffix(',none')}": value
+        for task, numbers in found["results"].items()
         for name, value in numbers.items()
         if isinstance(value, int | float)
     }
@@ -163,4 +185,5 @@ def _tell(figures: dict[str, Any]) -> None:
     width = max(len(name) for name in figures) + 2
     for name, value in figures.items():
         shown = f"{value:.4f}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
-        print_plain(f"{name.replace('_', ' ').ljust(width)}{shown}")
+        label = name if " " in name else name.replace("_", " ")  # a task's name stays as it is
+        print_plain(f"{label.ljust(width)}{shown}")

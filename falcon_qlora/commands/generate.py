@@ -75,6 +75,9 @@ def main(argv: list[str]) -> int:
             f"{record.get('base_model')} by itself, as --model_name_or_path without --adapter"
         )
     _template(configuration, record)  # one that is not there is told before the model is loaded
+    if configuration.model.compute_dtype == "fp8":
+        # Not among the answers.
+        print("note: computed in bfloat16: FP8 products are for packed documents", file=sys.stderr)
     model, tokenizer = load_adapted(configuration, folder, record)
     template = _template(configuration, record, tokenizer.special_tokens_map)
     speaker = _Speaker(model, tokenizer, template, wanted, seed=configuration.run.seed)

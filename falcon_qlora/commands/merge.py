@@ -18,7 +18,7 @@ from falcon_qlora.assembly.adapted import (
     adapter_folder,
     base_model,
     given,
-    load_adapted,
+    load_measured,
     parse_with_run,
     read_trained,
     run_of,
@@ -136,7 +136,7 @@ def _merge(
         max_tokens=configuration.data.max_length * configuration.run.per_device_train_batch_size,
         most_tokens=configuration.extra.held_out_tokens,
     )
-    model, _ = load_adapted(configuration, request.adapter.folder, record)
+    model, _ = load_measured(configuration, request.adapter.folder, record, run)
     reference = predictions(model, batches, answers_only=True)
     del model
     gc.collect()

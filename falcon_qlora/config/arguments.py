@@ -40,8 +40,8 @@ class ModelArguments:
     model_revision: str | None = _setting(None, "Branch, tag or commit of the base model on the hub.")
     compute_dtype: Literal["auto", "bf16", "fp16", "fp32", "fp8"] = _setting(
         "auto",
-        "Compute in this type; auto: bf16 where the GPU has it, else fp16; fp32 on the CPU. fp8: train with "
-        "the frozen weights' products in FP8 and all else in bf16.",
+        "Compute in this type; auto: bf16 where the GPU has it, else fp16; fp32 on the CPU. fp8: train "
+        "and measure with the frozen weights' products in FP8 and all else in bf16.",
     )
     double_quantization: bool = _setting(
         True, "4bit: quantize the quantization constants too; saves 0.37 bits a weight."

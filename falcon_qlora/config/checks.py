@@ -297,6 +297,10 @@ def _check_data(values: Values, name: Any) -> None:
         raise UserError(
             f"{name('streaming')}: a stream has no length; say how long to train with --max_steps"
         )
+    if values["streaming"] and (values.get("dataloader_num_workers") or 0) > 1:
+        raise UserError(
+            f"{name('dataloader_num_workers')}: each would read the whole of a stream; give 1 or 0"
+        )
     try:
         fraction = float(values["eval_split"] or "nan")
     except ValueError:

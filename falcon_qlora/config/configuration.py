@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import datetime
 import functools
 import re
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 # Where this run writes and whether it goes on with another is not part of what a re-run needs.
 _NOT_RECORDED = frozenset({"output_dir", "resume", "overwrite"})
+_GROUP_SECONDS = 1800.0  # Transformers' own default of ddp_timeout
 _SECRET_IN_QUERY = re.compile(
     r"([?&][^=&]*(?:token|key|secret|signature|credential|password)[^=&]*=)[^&#]*", re.I
 )
@@ -189,10 +191,31 @@ def _build_training(configuration: Configuration) -> SFTConfig:
     for old, new in RENAMED.items():
         if new in has and old in values:
             values[new] = values.pop(old)
+    _start_process_group(values)
     try:
         return SFTConfig(**copy.deepcopy(values))
     except ValueError as error:
         raise UserError(f"the trainer's settings do not go together: {error}") from None
+
+
+def _start_process_group(values: dict[str, Any]) -> None:
+    """Have Accelerate start the process group on a store in which processes before a restart left nothing."""
+    import torch.distributed as dist
+    from accelerate import PartialState
+
+    from falcon_qlora import distributed
+
+    seconds = float(values.get("ddp_timeout") or _GROUP_SECONDS)
+    store = None if dist.is_initialized() else distributed.fresh_store(seconds)
+    if store is not None:
+        PartialState(
+            cpu=values["use_cpu"],
+            backend=values.get("ddp_backend"),
+            timeout=datetime.timedelta(seconds=seconds),
+            store=store,
+            rank=distributed.process_index(),
+            world_size=distributed.world_size(),
+        )
 
 
 def _without_credentials(value: Any) -> Any:

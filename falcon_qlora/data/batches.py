@@ -5,17 +5,23 @@ Shape legend: T tokens of a micro batch laid end to end, D documents, N target t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from falcon_qlora.data.cursor import State
 from falcon_qlora.data.plan import Plan, deal, fitting
+from falcon_qlora.data.stream import DocumentStream, document_of, plain_document
 from falcon_qlora.errors import UserError
+
+Cursor = dict[str, Any]
+"""Where a stream's next step begins, in plain values that JSON keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +72,8 @@ class Share:
         global_tokens: real tokens of the step over all processes.
         global_positions: computed positions over all processes, padding included.
         global_capacity: tokens that would fill the global batch; padded, the same as the positions.
+        cursor: of a stream, gives what `StreamingSteps.go_on` takes to make the next step; None elsewhere,
+            and where another process reads the stream.
     """
 
     micro_batches: list[MicroBatch]
@@ -75,6 +83,7 @@ class Share:
     global_tokens: int
     global_positions: int
     global_capacity: int
+    cursor: Callable[[], Cursor] | None = None
 
     def pin_memory(self) -> Share:
         return replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])
@@ -257,14 +266,14 @@ def filled_up(parts: list[np.ndarray], count: int) -> list[np.ndarray]:
     return parts + [np.array([], dtype=np.int64)] * (count - len(parts))
 
 
-class StreamingSteps(IterableDataset[Share]):
+class StreamingSteps(IterableDataset[Share | None]):
     """`TrainingSteps` over documents that arrive one by one and are never held as a whole.
 
     Every process reads the whole stream and keeps its own share, so that what makes a step does not
     depend on the number of processes.
 
     Args:
-        stream: called with the epoch, yields ``{"input_ids", "mask"}`` of one document each.
+        stream: called with the epoch and a state of `DocumentStream`, or None, opens the stream there.
         global_batch, max_length, packed: as in `Plan`.
         padding, padding_id: as in `DocumentReader`.
         even: as in `TrainingSteps`.
@@ -276,7 +285,7 @@ class StreamingSteps(IterableDataset[Share]):
 
     def __init__(
         self,
-        stream: Callable[[int], Iterable[dict[str, Any]]],
+        stream: Callable[[int, State | None], DocumentStream],
         *,
         steps: int,
         global_batch: int,
@@ -298,25 +307,37 @@ class StreamingSteps(IterableDataset[Share]):
         self._padding_id = padding_id
         self._process = process
         self._processes = processes
+        self._cursor: Cursor = {"step": 0, "epoch": 0, "began": 0, "stream": None, "waiting": []}
 
-    def __iter__(self) -> Iterator[Share]:
-        step, epoch = 0, 0
+    def go_on(self, cursor: Cursor) -> None:
+        """Begin where a share's cursor says; the steps before it come as None, which the loop skips."""
+        self._cursor = cursor
+
+    def __iter__(self) -> Iterator[Share | None]:
+        step, epoch, began = (self._cursor[name] for name in ("step", "epoch", "began"))
+        waiting = [document_of(each) for each in self._cursor["waiting"]]
+        documents = self._stream(epoch, self._cursor["stream"])
+        yield from itertools.repeat(None, step)
         while step < self._steps:
-            before = step
-            for documents in self._global_batches(epoch):
-                yield self._share(documents, step, epoch)
+            for batch in self._global_batches(documents, waiting):
+                share = self._share(batch, step, epoch)
                 step += 1
+                cursor = _cursor(step, epoch, began, documents, waiting)
+                yield share if get_worker_info() else replace(share, cursor=cursor)
                 if step == self._steps:
                     return
-            if step == before:
+            if step == began:
                 raise UserError("the stream holds no document with anything to train on")
-            epoch += 1
+            epoch, began = epoch + 1, step
+            documents = self._stream(epoch, None)
 
-    def _global_batches(self, epoch: int) -> Iterator[list[dict[str, Any]]]:
-        waiting: list[dict[str, Any]] = []
-        tokens = 0
+    def _global_batches(
+        self, documents: DocumentStream, waiting: list[dict[str, Any]]
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Yield each step's documents; those in `waiting` come first, and what is left over is kept there."""
+        tokens = sum(len(each["input_ids"]) for each in waiting)
         budget = self._global_batch * self._max_length
-        for document in self._stream(epoch):
+        for document in documents:
             waiting.append(document)
             tokens += len(document["input_ids"])
             full = len(waiting) == self._global_batch if self._padding else tokens > budget
@@ -325,11 +346,12 @@ class StreamingSteps(IterableDataset[Share]):
                 if not self._padding:
                     lengths = np.array([len(each["input_ids"]) for each in waiting[:-1]])
                     count = fitting(lengths, self._global_batch, self._max_length)
-                yield waiting[:count]
-                waiting = waiting[count:]
+                batch, waiting[:] = waiting[:count], waiting[count:]
                 tokens = sum(len(each["input_ids"]) for each in waiting)
+                yield batch
         if waiting:
-            yield waiting
+            batch, waiting[:] = waiting[:], []
+            yield batch
 
     def _share(self, documents: list[dict[str, Any]], step: int, epoch: int) -> Share:
         reader = DocumentReader(
@@ -356,3 +378,17 @@ class StreamingSteps(IterableDataset[Share]):
             processes=self._processes,
             even=self._even,
         )
+
+
+def _cursor(
+    step: int, epoch: int, began: int, documents: DocumentStream, waiting: list[dict[str, Any]]
+) -> Callable[[], Cursor]:
+    """The cursor as it is now, made when it is called; `began` is the epoch's first step."""
+    stream, kept = documents.state(), list(waiting)
+    return lambda: {
+        "step": step,
+        "epoch": epoch,
+        "began": began,
+        "stream": stream(),
+        "waiting": [plain_document(each) for each in kept],
+    }

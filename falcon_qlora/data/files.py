@@ -37,8 +37,11 @@ def data_suffix(path: Path) -> str | None:
     return last
 
 
-def iterate_rows(path: Path) -> Iterator[tuple[str, Row]]:
+def iterate_rows(path: Path, *, skip: int = 0) -> Iterator[tuple[str, Row]]:
     """Yield ``(place, row)`` for every row of a file; a place is ``path:line``.
+
+    Args:
+        skip: leave out so many rows at the beginning, without a look into them where the kind of file allows.
 
     Raises:
         UserError: at the row that cannot be read.
@@ -46,11 +49,11 @@ def iterate_rows(path: Path) -> Iterator[tuple[str, Row]]:
     suffix = data_suffix(path)
     try:
         if suffix == ".parquet":
-            yield from _parquet_rows(path)
+            yield from _parquet_rows(path, skip)
         elif suffix == ".csv":
-            yield from _csv_rows(path)
+            yield from itertools.islice(_csv_rows(path), skip, None)
         else:
-            yield from _json_rows(path, lines=suffix != ".json")
+            yield from _json_rows(path, skip, lines=suffix != ".json")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: not text in UTF-8 ({error.reason}); convert it, for example with iconv"
@@ -67,12 +70,16 @@ def _open(path: Path, newline: str | None = None) -> TextIO:
     return path.open(encoding="utf-8-sig", newline=newline)
 
 
-def _json_rows(path: Path, *, lines: bool) -> Iterator[tuple[str, Row]]:
+def _json_rows(path: Path, skip: int, *, lines: bool) -> Iterator[tuple[str, Row]]:
     with _open(path) as handle:
         first = _first_character(handle)
     if lines and first != "[":
-        yield from _json_lines(path)
-        return
+        yield from _json_lines(path, skip)
+    else:
+        yield from itertools.islice(_json_values(path), skip, None)
+
+
+def _json_values(path: Path) -> Iterator[tuple[str, Row]]:
     with _open(path) as handle:
         values = _Values(path, handle).read()
         # One object that wraps the rows is told from a file of one row, and from objects one after another.
@@ -90,11 +97,10 @@ def _json_rows(path: Path, *, lines: bool) -> Iterator[tuple[str, Row]]:
             yield f"{path}:{line}", _row(value, f"{path}:{line}")
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
+def _json_lines(path: Path, skip: int) -> Iterator[tuple[str, Row]]:
     with _open(path) as handle:
-        for number, line in enumerate(handle, start=1):
-            if not line.strip():
-                continue
+        rows = ((number, line) for number, line in enumerate(handle, start=1) if line.strip())
+        for number, line in itertools.islice(rows, skip, None):
             place = f"{path}:{number}"
             try:
                 value = json.loads(line.strip())
@@ -214,17 +220,23 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
             raise UserError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
+def _parquet_rows(path: Path, skip: int) -> Iterator[tuple[str, Row]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1000):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path} row {number}", row
+            for group in range(file.num_row_groups):
+                if number + (rows := file.metadata.row_group(group).num_rows) <= skip:
+                    number += rows
+                    continue
+                for batch in file.iter_batches(batch_size=1000, row_groups=[group]):
+                    left_out = min(max(skip - number, 0), len(batch))
+                    number += left_out
+                    for row in batch.slice(left_out).to_pylist():
+                        number += 1
+                        yield f"{path} row {number}", row
     except pa.ArrowException as error:
         raise UserError(f"{path}: not a valid Parquet file: {error}") from None
 

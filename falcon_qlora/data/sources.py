@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import logging
+import random
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,20 @@ _SAMPLE_ROWS = 1000
 _WRITE_ROWS = 2000
 
 
+class Rows(Protocol):
+    """Rows one by one, and which is next."""
+
+    def __iter__(self) -> Iterator[tuple[str, Row]]: ...
+
+    def __next__(self) -> tuple[str, Row]:
+        """``(place, row)``."""
+        ...
+
+    def position(self) -> Any:
+        """Where the next row is, in plain values that JSON keeps; `Source.read` takes it."""
+        ...
+
+
 class Source(Protocol):
     """One thing that `--dataset_name` names."""
 
@@ -50,8 +65,13 @@ class Source(Protocol):
         """A hash of the content."""
         ...
 
-    def rows(self, *, shuffle_files: Any = None) -> Iterator[tuple[str, Row]]:
-        """Yield ``(place, row)`` one by one, without holding them."""
+    def read(self, shuffle_files: random.Random | None = None, position: Any = None) -> Rows:
+        """The rows one by one, without holding them.
+
+        Args:
+            shuffle_files: draws the order of files or shards.
+            position: to begin at, of rows that were read in the same order; None for the first.
+        """
         ...
 
     def columns(self) -> list[str]:
@@ -94,6 +114,64 @@ def find_source(name: str, *, config: str | None = None, split: str = "train") -
     return HubSource(name, config, split)
 
 
+class _LocalRows:
+    """The rows of files one after another, from row `row` of file `file` on, both from 0."""
+
+    def __init__(self, files: Sequence[Path], file: int, row: int):
+        self._files = files
+        self._file = file
+        self._row = row
+        self._open: Iterator[tuple[str, Row]] | None = None
+
+    def __iter__(self) -> Iterator[tuple[str, Row]]:
+        return self
+
+    def __next__(self) -> tuple[str, Row]:
+        while self._file < len(self._files):
+            if self._open is None:
+                self._open = iterate_rows(self._files[self._file], skip=self._row)
+            found = next(self._open, None)
+            if found is not None:
+                self._row += 1
+                return found
+            self._file, self._row, self._open = self._file + 1, 0, None
+        raise StopIteration
+
+    def position(self) -> list[int]:
+        return [self._file, self._row]
+
+
+class _HubRows:
+    """The rows of a streamed `datasets.IterableDataset`, from one of its states on.
+
+    Args:
+        number: of rows before.
+        state: None for the first row.
+    """
+
+    def __init__(self, source: HubSource, stream: Any, number: int, state: Any):
+        self._source = source
+        self._stream = stream
+        self._number = number
+        if state is not None:
+            stream.load_state_dict(state)
+        self._rows = iter(stream)
+
+    def __iter__(self) -> Iterator[tuple[str, Row]]:
+        return self
+
+    def __next__(self) -> tuple[str, Row]:
+        with _hub_errors(self._source):
+            row = next(self._rows, None)
+        if row is None:
+            raise StopIteration
+        self._number += 1
+        return f"{self._source.name} row {self._number}", row
+
+    def position(self) -> list[Any]:
+        return [self._number, self._stream.state_dict()]
+
+
 @dataclass(frozen=True)
 class LocalSource:
     """Files on this machine, in the order in which they are read."""
@@ -112,17 +190,16 @@ class LocalSource:
                 raise UserError(f"{path}: cannot be read: {error.strerror}") from None
         return digest.hexdigest()
 
-    def rows(self, *, shuffle_files: Any = None) -> Iterator[tuple[str, Row]]:
+    def read(self, shuffle_files: random.Random | None = None, position: Any = None) -> Rows:
         files = list(self.files)
         if shuffle_files is not None:
             shuffle_files.shuffle(files)
-        for path in files:
-            yield from iterate_rows(path)
+        return _LocalRows(files, *(position or (0, 0)))
 
     def columns(self) -> list[str]:
         # Rows may lack columns that others have, so one row is not enough.
         found: dict[str, None] = {}
-        for _, row in itertools.islice(self.rows(), _SAMPLE_ROWS):
+        for _, row in itertools.islice(self.read(), _SAMPLE_ROWS):
             found.update(dict.fromkeys(row))
         return list(found)
 
@@ -133,7 +210,7 @@ class LocalSource:
 
         schema = pa.schema([("json", pa.large_string()), ("place", pa.string())])
         path = folder / "rows.arrow"
-        rows = itertools.islice(self.rows(), max_rows)
+        rows = itertools.islice(self.read(), max_rows)
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
             while some := list(itertools.islice(rows, _WRITE_ROWS)):
                 columns = [[json.dumps(row, default=str) for _, row in some], [place for place, _ in some]]
@@ -153,18 +230,12 @@ class HubSource:
         # The builder derives it from the repository's commit, configuration and split.
         return f"{self.name} {self.config} {self.split} {self._load(streaming=False)._fingerprint}"
 
-    def rows(self, *, shuffle_files: Any = None) -> Iterator[tuple[str, Row]]:
+    def read(self, shuffle_files: random.Random | None = None, position: Any = None) -> Rows:
         stream = self._load(streaming=True)
         if shuffle_files is not None:
             # A buffer of one only puts the shards into another order.
             stream = stream.shuffle(seed=shuffle_files.randrange(2**31), buffer_size=1)
-        iterator = enumerate(iter(stream), start=1)
-        while True:
-            with _hub_errors(self):
-                number, row = next(iterator, (0, None))
-            if row is None:
-                return
-            yield f"{self.name} row {number}", row
+        return _HubRows(self, stream, *(position or (0, None)))
 
     def columns(self) -> list[str]:
         return list(self._load(streaming=False).column_names)

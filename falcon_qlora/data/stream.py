@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from falcon_qlora.data.documents import load_template
+from falcon_qlora.data.cursor import ROWS_TO_RECOGNISE, Mix, Reader, Shuffled, State, recognise_rows
 from falcon_qlora.data.encode import Encoder, Status
-from falcon_qlora.data.formats import recognise, renamed_columns, render, resolve_template
+from falcon_qlora.data.formats import resolve_template
 from falcon_qlora.data.selection import checked_weights
-from falcon_qlora.data.sources import Source, find_source
-from falcon_qlora.data.templates import Segment
-from falcon_qlora.errors import UserError
+from falcon_qlora.data.sources import find_source
 
 _ROWS_AT_A_TIME = 64
-_ROWS_TO_RECOGNISE = 100
 _DROPPED = {
     Status.EMPTY: "rows_dropped_empty",
     Status.MASKED: "rows_dropped_masked",
@@ -47,8 +44,9 @@ def stream_documents(
     shuffle_buffer: int = 10_000,
     max_rows: int | None = None,
     counts: Counter[str] | None = None,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Yield the documents of one pass over the data, as they are read: the same for the same seed and epoch.
+    state: State | None = None,
+) -> DocumentStream:
+    """The documents of one pass over the data, as they are read: the same for the same seed and epoch.
 
     Files and shards are read in another order every epoch, and rows are drawn from a buffer.
 
@@ -62,12 +60,10 @@ def stream_documents(
         shuffle_buffer: rows to draw from; 1 leaves them in order.
         max_rows: end after so many rows.
         counts: gets `rows_read` and, by the names of `tokenize.Statistics`, what was dropped.
-
-    Yields:
-        ``{"input_ids": int32 [tokens], "mask": int8 [tokens]}``.
+        state: of a stream with the same arguments: go on from there, without reading again what was read.
 
     Raises:
-        UserError: for data that cannot be found or read, or has no row.
+        UserError: for data that cannot be found; when it is read, for data that cannot be, or has no row.
     """
     encoder = Encoder(
         tokenizer=tokenizer,
@@ -87,18 +83,70 @@ def stream_documents(
         "tokenizer": tokenizer,
     }
     sources = [find_source(name, config=dataset_config, split=dataset_split) for name in dataset_name]
-    rows = _mix([_Reader(source, settings, order.random()) for source in sources], weights, order)
-    rows = itertools.islice(rows, max_rows)
-    counts = Counter() if counts is None else counts
-    shuffled = _shuffle(rows, shuffle_buffer, random.Random(order.random()))
-    while some := list(itertools.islice(shuffled, _ROWS_AT_A_TIME)):
-        for documents in encoder.documents(some):
-            counts["rows_read"] += 1
+    of_rows: State = state["shuffled"]["rows"] if state else {}
+    of_readers = of_rows.get("readers") or [None] * len(sources)
+    readers = [
+        Reader(source, settings, order.random(), of_reader)
+        for source, of_reader in zip(sources, of_readers, strict=True)
+    ]
+    of_buffer = random.Random(order.random())
+    rows = Mix(readers, weights, order, most=max_rows, state=of_rows or None)
+    shuffled = Shuffled(rows, shuffle_buffer, of_buffer, state["shuffled"] if state else None)
+    waiting = state["waiting"] if state else []
+    return DocumentStream(shuffled, encoder, Counter() if counts is None else counts, waiting)
+
+
+class DocumentStream:
+    """``{"input_ids": int32 [tokens], "mask": int8 [tokens]}`` of one document after another.
+
+    Args:
+        rows: what documents are made of.
+        encoder: makes them, of some rows at a time.
+        counts: gets what became of the rows.
+        waiting: documents to begin with, as `state` has them.
+    """
+
+    def __init__(self, rows: Shuffled, encoder: Encoder, counts: Counter[str], waiting: list[Any]):
+        self._rows = rows
+        self._encoder = encoder
+        self._counts = counts
+        self._waiting = deque(document_of(each) for each in waiting)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        while not self._waiting:
+            some = list(itertools.islice(self._rows, _ROWS_AT_A_TIME))
+            if not some:
+                raise StopIteration
+            self._encode(some)
+        return self._waiting.popleft()
+
+    def state(self) -> Callable[[], State]:
+        """Where the stream is now, in plain values that JSON keeps; made when it is called."""
+        shuffled, waiting = self._rows.state(), list(self._waiting)
+        return lambda: {"shuffled": shuffled(), "waiting": [plain_document(each) for each in waiting]}
+
+    def _encode(self, rows: list[Any]) -> None:
+        for documents in self._encoder.documents(rows):
+            self._counts["rows_read"] += 1
             for document in documents:
                 if document.status == Status.KEPT:
-                    yield {"input_ids": document.input_ids, "mask": document.mask}
+                    self._waiting.append({"input_ids": document.input_ids, "mask": document.mask})
                 else:
-                    counts[_DROPPED[document.status]] += 1
+                    self._counts[_DROPPED[document.status]] += 1
+
+
+def plain_document(document: dict[str, np.ndarray]) -> list[list[int]]:
+    """A stream's document as JSON keeps it."""
+    return [document["input_ids"].tolist(), document["mask"].tolist()]
+
+
+def document_of(kept: list[list[int]]) -> dict[str, np.ndarray]:
+    """What `plain_document` was made of."""
+    ids, mask = kept
+    return {"input_ids": np.array(ids, dtype=np.int32), "mask": np.array(mask, dtype=np.int8)}
 
 
 def recognise_stream(
@@ -116,90 +164,6 @@ def recognise_stream(
         UserError: if the data is empty, or its columns fit no format.
     """
     source = find_source(dataset_name[0], config=dataset_config, split=dataset_split)
-    head = list(itertools.islice(source.rows(), _ROWS_TO_RECOGNISE))
-    row_format = _recognise_rows(head, dataset_format, columns or {}, source.name)[0]
+    head = list(itertools.islice(source.read(), ROWS_TO_RECOGNISE))
+    row_format = recognise_rows(head, dataset_format, columns or {}, source.name)[0]
     return row_format, resolve_template(template, row_format)
-
-
-def _recognise_rows(
-    head: list[tuple[str, Any]], dataset_format: str, columns: dict[str, str], name: str
-) -> tuple[str, dict[str, str]]:
-    """The format of rows, and their renamed columns."""
-    if not head:
-        raise UserError(f"{name}: the data is empty, there is no row in it")
-    found = {column for _, row in head for column in row}
-    renamed = renamed_columns(found, columns, name)
-    return recognise(found, columns=renamed, dataset_format=dataset_format, source=name), renamed
-
-
-class _Reader:
-    """One source's rows, rendered; it can start again where they end.
-
-    Args:
-        source: whose rows.
-        settings: `dataset_format`, `columns`, `template` and `tokenizer` as `stream_documents` takes them.
-        seed: of the order of the files.
-    """
-
-    def __init__(self, source: Source, settings: dict[str, Any], seed: float):
-        self._source = source
-        self._settings = settings
-        self._order = random.Random(seed)
-        self._rows = self._read()
-        self.ended = False
-
-    def next(self) -> list[Segment] | None:
-        """The next row, or None at the end."""
-        row = next(self._rows, None)
-        self.ended = self.ended or row is None
-        return row
-
-    def restart(self) -> None:
-        self._rows = self._read()
-
-    def _read(self) -> Iterator[list[Segment]]:
-        rows = self._source.rows(shuffle_files=self._order)
-        head = list(itertools.islice(rows, _ROWS_TO_RECOGNISE))
-        row_format, columns = _recognise_rows(
-            head, self._settings["dataset_format"], self._settings["columns"], self._source.name
-        )
-        template = load_template(self._settings["template"], row_format, self._settings["tokenizer"])
-        for place, row in itertools.chain(head, rows):
-            yield render(row, row_format, template, columns=columns, place=place)
-
-
-def _mix(
-    readers: list[_Reader], weights: list[float] | None, order: random.Random
-) -> Iterator[list[Segment]]:
-    if weights is None:
-        waiting = list(readers)
-        while waiting:
-            for reader in list(waiting):
-                row = reader.next()
-                if row is None:
-                    waiting.remove(reader)
-                else:
-                    yield row
-        return
-    while True:
-        reader = order.choices(readers, weights)[0]
-        row = reader.next()
-        if row is None:
-            if all(each.ended for each in readers):
-                return
-            reader.restart()
-        else:
-            yield row
-
-
-def _shuffle(rows: Iterator[list[Segment]], size: int, order: random.Random) -> Iterator[list[Segment]]:
-    buffer = list(itertools.islice(rows, max(size, 1)))
-    if size <= 1:
-        yield from itertools.chain(buffer, rows)
-        return
-    for row in rows:
-        place = order.randrange(len(buffer))
-        yield buffer[place]
-        buffer[place] = row
-    order.shuffle(buffer)
-    yield from buffer

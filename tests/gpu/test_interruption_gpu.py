@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.distributed.flight_recorder.components.loader import read_dump
 
-from tests.integration.interrupted import ROWS, assert_same_run, run
+from tests.integration.interrupted import ROWS, STEPS, assert_same_run, run
 from tests.integration.processes import Processes
 from tests.integration.runs import metrics, summary, write_jsonl
 
@@ -55,3 +56,31 @@ def test_memory_that_runs_out_on_one_gpu_of_two_splits_on_both(processes: Proces
     assert [line["tokens"] for line in lines[0]] == [line["tokens"] for line in lines[1]]
     for one, other in zip(*lines, strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=2e-2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_hang_leaves_nccls_record_of_both_processes(processes: Processes) -> None:
+    hang = {"do": "hang", "step": 3, "rank": 1}
+    status, _, errors = run(processes, "--output_dir", "hung", "--hang_minutes", "1", faults=[hang])
+    assert (status, "process 1 has not moved" in errors) == (1, True), errors
+    assert "NCCL's last collectives are in hung/flight_record" in errors
+    files = sorted((processes.folder / "hung/flight_record").iterdir())
+    records = [read_dump("nccl_trace_rank_", str(file)) for file in files]
+    assert [record["rank"] for record in records] == [0, 1]
+    # Process 0 waits in a collective that process 1 has not come to.
+    entries = [record["entries"] for record in records]
+    latest = [max(entry["collective_seq_id"] for entry in each) for each in entries]
+    assert latest[0] > latest[1]
+    assert len(entries[0]) <= 128
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_restart_does_not_wait_for_the_processes_before_it(processes: Processes) -> None:
+    faults = [
+        {"do": "kill", "step": 5, "rank": 0, "where": "step", "restart": 0},
+        {"do": "late", "rank": 0, "seconds": 5.0, "restart": 1},
+    ]
+    words = ["--output_dir", "restarted", "--max_restarts", "1"]
+    status, _, errors = run(processes, *words, faults=faults)
+    assert (status, errors) == (0, "")
+    assert summary(processes.folder / "restarted")["steps"] == STEPS

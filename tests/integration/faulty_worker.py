@@ -3,7 +3,8 @@
     {"do": "signal", "step": 3, "rank": 1, "number": 15}          this process gets a signal as step 3 begins
     {"do": "signal", ..., "to": "launcher"}                       the launcher gets it
     {"do": "kill", "step": 3, "rank": 1, "where": "step"}         kill -9; also "computing", "save", "saved"
-    {"do": "later", "rank": 1, "number": 9, "seconds": 1.5}       a signal so long after the first step began
+    {"do": "later", "step": 3, ..., "number": 9, "seconds": 0.2}  a signal so long after step 3 began
+    {"do": "late", "rank": 0, "seconds": 2}                       comes to the others so much later
     {"do": "slow", "step": 4, "rank": 0}                          the save of step 4 takes two seconds
     {"do": "memory", "step": 3, "rank": 1, "most": 2}             no memory for more than 2 documents at once
     {"do": "hog", "step": 3, "rank": 1, "leave_gib": 4}           all but so much of the GPU's memory is taken
@@ -52,6 +53,11 @@ def faults(do: str, **more: Any) -> list[dict[str, Any]]:
     ]
 
 
+def target_of(fault: dict[str, Any]) -> int:
+    """The process that gets a signal."""
+    return os.getppid() if fault.get("to") == "launcher" else os.getpid()
+
+
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)
@@ -62,12 +68,11 @@ training_step = FalconTrainer.training_step
 
 def faulty_training_step(self: Any, *arguments: Any, **named: Any) -> Any:
     global now
-    if now == 0:
-        for fault in faults("later"):
-            threading.Timer(fault["seconds"], os.kill, [os.getpid(), fault["number"]]).start()
     now = self.state.global_step + 1
+    for fault in faults("later"):
+        threading.Timer(fault["seconds"], os.kill, [target_of(fault), fault["number"]]).start()
     for fault in faults("signal"):
-        os.kill(os.getppid() if fault.get("to") == "launcher" else os.getpid(), fault["number"])
+        os.kill(target_of(fault), fault["number"])
         time.sleep(fault.get("wait", 0.3))  # until the launcher has passed it on
     for fault in faults("hog"):
         torch.cuda.empty_cache()
@@ -142,4 +147,6 @@ write.write_manifest = faulty_write_manifest
 write._write = faulty_write
 
 if __name__ == "__main__":
+    for each in faults("late"):
+        time.sleep(each["seconds"])
     main()

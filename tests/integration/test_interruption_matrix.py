@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import re
 import signal
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import pytest
 from falcon_qlora.checkpoint.verify import newest_whole
 from tests.integration.interrupted import ROWS, SETTINGS, assert_same_run, run
 from tests.integration.processes import Processes
-from tests.integration.runs import metrics, write_jsonl
+from tests.integration.runs import metrics, summary, write_jsonl
 
 pytestmark = pytest.mark.slow
 
@@ -106,6 +107,41 @@ def test_plain_torchrun_saves_within_its_shutdown_time(
     assert_same_run(processes.folder / folder, whole)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_random_moments_one_after_another_in_a_run(processes: Processes, whole: Path, seed: int) -> None:
+    """A process is killed, or one or the launcher asked to stop, whatever the run is doing just then."""
+    draws, steps = random.Random(seed), 24
+    seconds_a_step = summary(whole)["train_seconds"] / steps
+    kinds = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+    draws.shuffle(kinds)
+    folder = f"random-{seed}"
+    came = 0
+    # Up to where a stop comes before the end: it is heeded a step after the one that is on its way.
+    for number, moment in zip(kinds, sorted(draws.uniform(0, 0.85 * steps) for _ in kinds), strict=True):
+        before = newest_step(processes, folder)
+        step, part = divmod(max(moment, before), 1)
+        fault: dict[str, Any] = {"do": "later", "step": int(step) + 1, "rank": draws.randrange(2)}
+        fault |= {"number": number, "seconds": part * seconds_a_step}
+        if number != signal.SIGKILL and draws.random() < 0.5:
+            fault["to"] = "launcher"
+        status, output, errors = go_on(processes, folder, [fault])
+        told = (fault, status, output, errors)
+        assert newest_step(processes, folder) >= before, told
+        if (processes.folder / folder / "adapter").exists():  # the machine was faster than before
+            assert status == 0, told
+            break
+        came += 1
+        killed = number == signal.SIGKILL
+        assert (status, sum(line.startswith("error:") for line in errors.splitlines())) == (killed, killed), (
+            told
+        )
+        assert ("stopped at step" in output) == (not killed), told
+    else:
+        assert go_on(processes, folder, [])[0] == 0
+    assert came >= 3
+    assert_same_run(processes.folder / folder, whole)
+
+
 def test_a_second_signal_ends_at_once(processes: Processes) -> None:
     twice = [
         {"do": "signal", "step": 3, "rank": 0, "to": "launcher", "number": signal.SIGTERM, "wait": wait}
@@ -123,10 +159,12 @@ def test_torchruns_restarts_resume_by_themselves(processes: Processes, whole: Pa
         {"do": "kill", "step": 5 + 3 * each, "rank": each % 2, "where": "step", "restart": each}
         for each in (0, 1)
     ]
-    status, _, errors = run(
+    # The other one looks first for where it is, and finds where it was before the restart.
+    faults += [{"do": "late", "rank": 0, "seconds": 3.0, "restart": each} for each in (1, 2)]
+    status, output, errors = run(
         processes, *LONG, "--output_dir", "restarted", "--max_restarts", "2", faults=faults
     )
-    assert (status, "error:" in errors) == (0, False)
+    assert (status, "error:" in errors) == (0, False), (output, errors)
     assert_same_run(processes.folder / "restarted", whole)
 
 
@@ -159,7 +197,10 @@ def test_every_way_of_reading_goes_on_to_the_last_bit(processes: Processes, word
     assert run(processes, *settings, "--output_dir", f"{name}-whole")[0] == 0
     asked = {"do": "signal", "step": 4, "rank": 1, "number": signal.SIGTERM}
     assert run(processes, *settings, "--output_dir", name, faults=[asked])[0] == 0
-    assert newest_step(processes, name) in (4, 5)
+    stopped_at = newest_step(processes, name)
+    assert stopped_at in (4, 5)
+    cursor = processes.folder / name / f"checkpoints/step-{stopped_at}/stream.json.gz"
+    assert cursor.is_file() == ("--streaming" in words)
     assert run(processes, *settings, "--output_dir", name, "--resume")[0] == 0
     assert_same_run(processes.folder / name, processes.folder / f"{name}-whole")
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 import falcon_qlora
+from falcon_qlora import __main__ as cli
 from falcon_qlora.errors import UserError
 from falcon_qlora.kernels import fp8
 from tests.integration.runs import metrics
@@ -86,6 +88,75 @@ def test_fp8_trains_what_bfloat16_trains(tmp_path: Path) -> None:
     assert all("weights: NF4 dequantized to FP8" in what for what in kernels.values())
     with pytest.raises(UserError, match="--compute_dtype fp8: there is no FP8 on the CPU"):
         fine_tune(tmp_path / "refused", compute_dtype="fp8")
+
+
+def measured_again(run: Path, *words: str) -> tuple[float, str]:
+    """What `eval` says of a run's adapter: the answers' loss, and on which kernels."""
+    results = run / "figures.json"
+    assert cli.main(["eval", "--adapter", str(run), "--results", str(results), *words]) == 0
+    figures = json.loads(results.read_text())
+    return figures["answer_loss"], figures["kernels"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "kernels", "rel"),
+    [
+        ({}, "weights: int8 dequantized", 1e-6),
+        # LLM.int8() chooses outlier columns over a whole batch, and here the batches are others.
+        pytest.param({"kernels": "off"}, "the reference path", 1e-4, marks=pytest.mark.slow),
+        pytest.param({"lora_dropout": 0.1}, "the reference path", 1e-4, marks=pytest.mark.slow),
+        pytest.param({"compute_dtype": "bf16"}, "int8 dequantized", 2e-4, marks=pytest.mark.slow),
+        pytest.param(
+            {"compute_dtype": "fp8", "quantize_mode": "4bit"},
+            "NF4 dequantized to FP8",
+            2e-4,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"method": "full", "quantize_mode": "16bit", "lora_r": None, "learning_rate": 2e-4},
+            "the reference path",
+            1e-6,
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["8bit", "off", "dropout", "bf16", "fp8", "full"],
+)
+def test_eval_and_merge_measure_what_the_run_measured(
+    tmp_path: Path,
+    settings: dict[str, object],
+    kernels: str,
+    rel: float,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with fp8.emulated() if settings.get("compute_dtype") == "fp8" else nullcontext():
+        shared = {"quantize_mode": "8bit", "max_steps": 6, "eval_steps": 6}
+        run = fine_tune(tmp_path / "run", **shared | settings)
+        noted = metrics(run)[-1]["eval_loss"]
+        loss, ran = measured_again(run)
+        assert loss == pytest.approx(noted, rel=rel)
+        assert kernels in ran
+        if not settings:
+            # What the other path makes of the same adapter lies further away.
+            other, ran = measured_again(run, "--kernels", "off")
+            assert (abs(other - noted) > 1e-4 * noted, ran) == (True, "the reference path")
+        if "method" in settings:
+            return
+        words = ["--adapter", str(run), "--out", str(tmp_path / "merged"), "--base", "dequantized"]
+        assert cli.main(["merge", *words]) == 0
+        certificate = json.loads((tmp_path / "merged" / "certificate.json").read_text())
+        assert certificate["adapter_loss"] == pytest.approx(noted, rel=rel)
+    if settings.get("compute_dtype") == "fp8":
+        capsys.readouterr()
+        assert cli.main(["eval", "--adapter", str(run)]) == 2
+        assert "there is no FP8 on the CPU" in capsys.readouterr().err
+        # Asked for otherwise, it is measured otherwise.
+        assert "NF4 dequantized," in measured_again(run, "--compute_dtype", "bf16")[1]
+        capsys.readouterr()
+        words = ["--adapter", str(run), "--prompt", "Name a bird.", "--max_new_tokens", "1"]
+        assert cli.main(["generate", *words, "--compute_dtype", "fp8"]) == 0
+        told = capsys.readouterr()
+        assert "computed in bfloat16" in told.err
+        assert "bfloat16" not in told.out
 
 
 def test_what_cannot_run_fast_says_why_and_is_refused_where_it_must(tmp_path: Path) -> None:

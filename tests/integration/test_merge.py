@@ -246,7 +246,7 @@ def test_a_merge_comes_with_its_certificate_and_the_better_is_kept(run, tmp_path
     assert certificate["origin"]["licence"] == "apache-2.0"
     assert certificate["origin"]["settings"]["lora_r"] == 8
     summary = json.loads((run / "summary.json").read_text())
-    assert certificate["adapter_loss"] == pytest.approx(summary["best_eval_loss"], rel=1e-4)
+    assert certificate["adapter_loss"] == pytest.approx(summary["best_eval_loss"], rel=1e-6)
 
     reference = load_adapter(run / "adapter", base_model="tiny", device="cpu")
     merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
@@ -456,5 +456,3 @@ def test_eval_gives_what_transformers_gives(run, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["eval", "-m", "tiny", "-q", "16bit"]) == 2
     assert "--dataset_name" in capsys.readouterr().err
-    assert cli.main(["eval", "-m", "tiny", "--tasks", "arc_easy"]) == 2
-    assert "falcon-qlora[eval]" in capsys.readouterr().err

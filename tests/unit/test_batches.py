@@ -1,7 +1,13 @@
 """What a micro batch tells the model: positions, boundaries, targets."""
 
+from __future__ import annotations
+
+import json
+from typing import Any
+
 import datasets
 import numpy as np
+import pytest
 
 from falcon_qlora.data.batches import DocumentReader, StreamingSteps, TrainingSteps, collate
 from falcon_qlora.data.plan import Plan
@@ -79,13 +85,80 @@ def test_positions_count_padding_and_tokens_do_not():
     assert share.global_tokens == sum(b.tokens for b in share.micro_batches) < share.global_positions
 
 
+class Documents:
+    """A corpus as a stream, which keeps how many documents it has given."""
+
+    def __init__(self, dataset: Any, state: dict[str, int] | None):
+        self.dataset = dataset
+        self.given = state["given"] if state else 0
+
+    def __iter__(self) -> Documents:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        if self.given == len(self.dataset):
+            raise StopIteration
+        row = self.dataset[self.given]
+        self.given += 1
+        return {"input_ids": np.array(row["input_ids"], np.int32), "mask": np.array(row["mask"], np.int8)}
+
+    def state(self) -> Any:
+        state = {"given": self.given}
+        return lambda: state
+
+
+@pytest.mark.parametrize("padding", [None, "longest"])
+def test_a_stream_goes_on_with_any_step(padding: str | None) -> None:
+    dataset, _ = corpus(30)
+    opened: list[Documents] = []
+
+    def stream(epoch: int, state: dict[str, int] | None) -> Documents:
+        opened.append(Documents(dataset, state))
+        return opened[-1]
+
+    def made() -> StreamingSteps:
+        return StreamingSteps(
+            stream,  # type: ignore[arg-type]
+            steps=20,
+            global_batch=6,
+            micro_batch=2,
+            max_length=32,
+            padding=padding,
+            padding_id=0,
+            process=0,
+            processes=1,
+        )
+
+    def content(share: Any) -> Any:
+        return (
+            share.step,
+            share.epoch,
+            share.global_targets,
+            [batch.input_ids.tolist() for batch in share.micro_batches],
+            [batch.targets.tolist() for batch in share.micro_batches],
+        )
+
+    whole = list(made())
+    assert len({share.epoch for share in whole}) > 2
+    # Made long after, as a save is behind what is read ahead.
+    cursors = [json.loads(json.dumps(share.cursor())) for share in whole]
+    for done, cursor in enumerate(cursors, start=1):
+        opened.clear()
+        again = made()
+        again.go_on(cursor)
+        rest = list(again)
+        assert rest[:done] == [None] * done
+        assert [content(share) for share in rest[done:]] == [content(share) for share in whole[done:]]
+        assert cursor["step"] == done
+
+
 def test_a_stream_makes_full_steps_of_every_document_in_turn():
     dataset, lengths = corpus(80)
 
     def run(process: int, processes: int) -> list:
         return list(
             StreamingSteps(
-                lambda epoch: iter(dataset),
+                lambda epoch, state: Documents(dataset, state),
                 steps=9,
                 global_batch=6,
                 micro_batch=2,

@@ -68,6 +68,7 @@ def write(path: Path, **settings: object) -> str:
         (["--dataset_name", "a", "b", "--dataset_weights", "1"], ["1 for 2 of --dataset_name"]),
         (["--dataset_weights", "0"], ["above 0"]),
         (["--streaming"], ["--max_steps"]),
+        (["--streaming", "-s", "2", "--dataloader_num_workers", "2"], ["the whole of a stream; give 1 or 0"]),
         (["--eval_split", "1.5"], ["not a fraction"]),
         (["--early_stopping", "3"], ["--eval_split"]),
         (["--eval_strategy", "steps"], ["--eval_split"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 from collections import Counter
@@ -11,9 +12,11 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from falcon_qlora.data import sources
+from falcon_qlora.data import files, sources
 from falcon_qlora.data.stream import stream_documents
 from falcon_qlora.data.tokenize import prepare_corpora
 from falcon_qlora.errors import UserError
@@ -58,8 +61,8 @@ def test_only_the_buffer_is_read_ahead(tmp_path: Path, monkeypatch: pytest.Monke
     read = itertools.count()
     iterate = sources.iterate_rows
 
-    def counted(file: Path) -> Iterator[Any]:
-        for row in iterate(file):
+    def counted(file: Path, **how: Any) -> Iterator[Any]:
+        for row in iterate(file, **how):
             next(read)
             yield row
 
@@ -111,3 +114,107 @@ def test_bad_streams_are_told(tmp_path: Path) -> None:
         stream(str(tmp_path / "b.jsonl"))
     with pytest.raises(UserError, match="--dataset_weights has 1 numbers"):
         stream("a/b", "c/d", dataset_weights=[1.0])
+
+
+def plain(documents: Iterator[dict[str, Any]]) -> list[tuple[list[int], list[int]]]:
+    return [(each["input_ids"].tolist(), each["mask"].tolist()) for each in documents]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"shuffle_buffer": 1, "overlong": "split", "max_length": 5},
+        {"shuffle_buffer": 90},  # more than is made into documents at once
+        {"dataset_weights": [3.0, 1.0, 1.0]},
+        {"dataset_weights": [1.0, 3.0, 1.0], "shuffle_buffer": 1},
+        {"max_rows": 130, "overlong": "drop", "max_length": 9},
+    ],
+    ids=str,
+)
+def test_a_stream_goes_on_from_any_state_of_it(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Three data sets, of them a folder with a file of each kind; the state as it comes out of JSON."""
+    rows = [{"prompt": f"m {n}", "completion": f" {'m ' * (n % 5)}{n}"} for n in range(90)]
+    folder = tmp_path / "many"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("\n\n".join(map(json.dumps, rows[:20])))
+    (folder / "b.json").write_text(json.dumps(rows[20:40], indent=1))
+    with gzip.open(folder / "c.csv.gz", "wt") as handle:
+        handle.write(
+            "prompt,completion\n" + "".join(f"{r['prompt']},{r['completion']}\n" for r in rows[40:60])
+        )
+    pq.write_table(pa.Table.from_pylist(rows[60:]), folder / "d.parquet", row_group_size=7)
+    common: dict[str, Any] = {
+        "dataset_name": [
+            str(folder),
+            write(tmp_path / "x.jsonl", "x", 30),
+            write(tmp_path / "y.jsonl", "y", 110),
+        ],
+        "max_length": 64,
+        "tokenizer": small_tokenizer(),
+        "shuffle_buffer": 16,
+        "epoch": 1,
+    }
+    whole = plain(stream_documents(**common | changes))
+    assert len(whole) > 60
+    stream = stream_documents(**common | changes)
+    for given in range(len(whole) + 1):
+        state = json.loads(json.dumps(stream.state()()))
+        if given % 7 == 0 or given > len(whole) - 3:
+            again = stream_documents(**common | changes, state=state)
+            assert plain(itertools.islice(again, 40)) == whole[given : given + 40], given
+        next(stream, None)
+
+
+def test_what_lies_behind_a_state_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.jsonl", "a", 3000)
+    common: dict[str, Any] = {
+        "dataset_name": [path],
+        "max_length": 64,
+        "tokenizer": small_tokenizer(),
+        "shuffle_buffer": 50,
+    }
+    stream = stream_documents(**common)
+    for _ in range(2900):
+        next(stream)
+    state = stream.state()()
+    rest = plain(stream)
+    parsed: list[str] = []
+    real = json.loads
+    monkeypatch.setattr(files.json, "loads", lambda text: (parsed.append(text), real(text))[1])
+    assert plain(stream_documents(**common, state=state)) == rest
+    # What was buffered, or made into documents, comes out of the state.
+    assert len(parsed) < len(rest) == 100
+
+
+# Each reader of Parquet files that datasets closes sleeps for a while.
+@pytest.mark.parametrize("kind", ["memory", pytest.param("parquet", marks=pytest.mark.slow)])
+def test_hub_streams_go_on_where_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    rows = datasets.Dataset.from_dict({"text": [f"text {n} of it" for n in range(300)]})
+    paths = []
+    for shard in range(4):
+        paths.append(str(tmp_path / f"{shard}.parquet"))
+        rows.shard(4, shard).to_parquet(paths[-1], batch_size=10)
+
+    def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> Any:
+        if kind == "memory":
+            return rows.to_iterable_dataset(num_shards=3)
+        return datasets.IterableDataset.from_parquet(paths)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    common: dict[str, Any] = {
+        "dataset_name": [f"hub/texts-{kind}"],
+        "max_length": 64,
+        "tokenizer": small_tokenizer(),
+        "shuffle_buffer": 8,
+    }
+    whole = plain(stream_documents(**common))
+    assert len(whole) == 300
+    stream = stream_documents(**common)
+    for given in range(301):
+        if given % (37 if kind == "memory" else 130) == 0 or given == 300:
+            state = json.loads(json.dumps(stream.state()()))
+            assert plain(stream_documents(**common, state=state)) == whole[given:], given
+        next(stream, None)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch._C import _distributed_c10d
+from torch.distributed.flight_recorder.components.loader import read_dump
 
 from falcon_qlora.assembly.preflight import predicted_bytes
 from falcon_qlora.data.batches import collate
 from falcon_qlora.errors import UserError
 from falcon_qlora.guard import BadSteps, Reports, StepReport
 from falcon_qlora.step import Agreed, Notes, halved
-from falcon_qlora.watchdog import describe
+from falcon_qlora.watchdog import describe, record_collectives, write_record
 
 
 def report(step: int, loss: float, bad: bool = False) -> StepReport:
@@ -87,6 +92,40 @@ def test_the_process_that_is_behind_or_silent_is_the_one_that_hangs() -> None:
     )
     assert describe({0: waiting, 2: waiting}, 3, 60.0).startswith("process 1 does not answer")
     assert describe({0: waiting, 1: waiting}, 2, 60.0).startswith("all 2 processes have not moved")
+
+
+def test_nccl_remembers_little_unless_it_is_told_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    for before, after in (
+        ({}, {"TORCH_FR_BUFFER_SIZE": "128"}),
+        ({"TORCH_FR_BUFFER_SIZE": "7"}, {"TORCH_FR_BUFFER_SIZE": "7"}),
+        ({"TORCH_NCCL_TRACE_BUFFER_SIZE": "0"}, {"TORCH_NCCL_TRACE_BUFFER_SIZE": "0"}),
+    ):
+        environment: dict[str, str] = dict(before)
+        monkeypatch.setattr(os, "environ", environment)
+        record_collectives()
+        assert environment == after
+
+
+def test_nccls_record_is_written_as_torch_reads_it_and_without_nccl_nothing_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "flight_record"
+    record = {"entries": [{"profiling_name": "nccl:all_reduce"}], "version": "2.10", "pg_config": {}}
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(_distributed_c10d, "_dump_nccl_trace", lambda: pickle.dumps(record), raising=False)
+    assert write_record(folder) is None
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "cpu:gloo,cuda:nccl")
+    monkeypatch.delattr(_distributed_c10d, "_dump_nccl_trace")
+    assert write_record(folder) is None
+    assert not folder.exists()
+
+    monkeypatch.setattr(_distributed_c10d, "_dump_nccl_trace", lambda: pickle.dumps(record), raising=False)
+    monkeypatch.setenv("RANK", "3")
+    assert write_record(folder) == folder
+    (file,) = folder.iterdir()
+    found = read_dump("nccl_trace_rank_", str(file))
+    assert (found["rank"], found["entries"]) == (3, record["entries"])
 
 
 def test_room_is_counted_for_every_checkpoint_that_lies_there_at_once() -> None:

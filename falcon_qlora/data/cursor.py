@@ -1,0 +1,259 @@
+"""Rows in an order that a seed decides, and where they were left off: what a stream is made of.
+
+Each of these iterators tells its `state` between two rows, in plain values that JSON keeps. One that is made
+with it goes on with the next row: files and shards behind it are not read again, and what is buffered is part
+of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from falcon_qlora.data.documents import load_template
+from falcon_qlora.data.formats import recognise, renamed_columns, render
+from falcon_qlora.data.sources import Rows, Source
+from falcon_qlora.data.templates import Segment, Template
+from falcon_qlora.errors import UserError
+
+State = dict[str, Any]
+
+ROWS_TO_RECOGNISE = 100
+
+
+def recognise_rows(
+    head: list[tuple[str, Any]], dataset_format: str, columns: dict[str, str], name: str
+) -> tuple[str, dict[str, str]]:
+    """The format of rows, and their renamed columns.
+
+    Raises:
+        UserError: if there is no row, or the columns fit no format.
+    """
+    if not head:
+        raise UserError(f"{name}: the data is empty, there is no row in it")
+    found = {column for _, row in head for column in row}
+    renamed = renamed_columns(found, columns, name)
+    return recognise(found, columns=renamed, dataset_format=dataset_format, source=name), renamed
+
+
+class Reader:
+    """One source's rows, rendered; it can start again where they end.
+
+    Args:
+        source: whose rows.
+        settings: `dataset_format`, `columns`, `template` and `tokenizer` as `stream_documents` takes them.
+        seed: of the order of the files.
+        state: of a reader of the same source, settings and seed.
+    """
+
+    def __init__(self, source: Source, settings: State, seed: float, state: State | None = None):
+        self._source = source
+        self._settings = settings
+        self._order = random.Random(seed)
+        self._format: tuple[str, dict[str, str]] | None = None
+        self.ended = False
+        self.restart()
+        if state is not None:
+            self.ended = state["ended"]
+            restore(self._order, state["began"])
+            self._begin(state["position"], state["format"])
+
+    def next(self) -> list[Segment] | None:
+        """The next row, or None at the end."""
+        if self._template is None:
+            self._recognise()
+        head = self._head
+        found = head.popleft()[:2] if head else next(self._rows, None)
+        self.ended = self.ended or found is None
+        if found is None:
+            return None
+        assert self._format is not None
+        assert self._template is not None
+        (row_format, columns), (place, row) = self._format, found
+        return render(row, row_format, self._template, columns=columns, place=place)
+
+    def restart(self) -> None:
+        self._begin(None, None)
+
+    def state(self) -> State:
+        position = self._head[0][2] if self._head else self._rows.position()
+        return {
+            "began": plain(self._began),
+            "position": position,
+            "format": list(self._format) if self._format else None,
+            "ended": self.ended,
+        }
+
+    def _begin(self, position: Any, row_format: list[Any] | None) -> None:
+        self._began = self._order.getstate()  # of the order of the files in this pass
+        self._rows: Rows = self._source.read(self._order, position)
+        self._head: deque[tuple[str, Any, Any]] = deque()
+        self._template: Template | None = None
+        self._format = (row_format[0], row_format[1]) if row_format else None
+
+    def _recognise(self) -> None:
+        if self._format is None:
+            for _ in range(ROWS_TO_RECOGNISE):
+                position = self._rows.position()
+                found = next(self._rows, None)
+                if found is None:
+                    break
+                self._head.append((*found, position))
+            self._format = recognise_rows(
+                [(place, row) for place, row, _ in self._head],
+                self._settings["dataset_format"],
+                self._settings["columns"],
+                self._source.name,
+            )
+        name, tokenizer = self._settings["template"], self._settings["tokenizer"]
+        self._template = load_template(name, self._format[0], tokenizer)
+
+
+class Mix:
+    """The rows of several readers: drawn in proportions, or in turn.
+
+    Args:
+        readers: of the sources.
+        weights: one a reader; one that ends before the others have ended once starts again. None: they take
+            turns, and one that ends leaves.
+        order: of the draws.
+        most: end after so many rows.
+        state: of a mix of the same.
+    """
+
+    def __init__(
+        self,
+        readers: list[Reader],
+        weights: list[float] | None,
+        order: random.Random,
+        *,
+        most: int | None = None,
+        state: State | None = None,
+    ):
+        self._readers = readers
+        self._weights = weights
+        self._order = order
+        self._most = most
+        self._given = 0
+        self._waiting = list(range(len(readers)))
+        self._turn: list[int] = []
+        self._ended = False
+        if state is not None:
+            restore(order, state["order"])
+            self._given, self._waiting, self._turn = state["given"], state["waiting"], state["turn"]
+            self._ended = state["ended"]
+
+    def __iter__(self) -> Iterator[list[Segment]]:
+        return self
+
+    def __next__(self) -> list[Segment]:
+        row = None
+        if not self._ended and (self._most is None or self._given < self._most):
+            row = self._in_turn() if self._weights is None else self._drawn(self._weights)
+        if row is None:
+            self._ended = True
+            raise StopIteration
+        self._given += 1
+        return row
+
+    def state(self) -> State:
+        return {
+            "order": plain(self._order.getstate()),
+            "given": self._given,
+            "waiting": list(self._waiting),
+            "turn": list(self._turn),
+            "ended": self._ended,
+            "readers": [reader.state() for reader in self._readers],
+        }
+
+    def _in_turn(self) -> list[Segment] | None:
+        while self._waiting:
+            if not self._turn:
+                self._turn = list(self._waiting)
+            index = self._turn.pop(0)
+            row = self._readers[index].next()
+            if row is not None:
+                return row
+            self._waiting.remove(index)
+        return None
+
+    def _drawn(self, weights: list[float]) -> list[Segment] | None:
+        while True:
+            reader = self._order.choices(self._readers, weights)[0]
+            row = reader.next()
+            if row is not None:
+                return row
+            if all(each.ended for each in self._readers):
+                return None
+            reader.restart()
+
+
+class Shuffled:
+    """Rows drawn from a buffer that is kept full.
+
+    Args:
+        rows: to draw from.
+        size: of the buffer; 1 leaves the order.
+        order: of the draws.
+        state: of a shuffle of the same.
+    """
+
+    def __init__(self, rows: Mix, size: int, order: random.Random, state: State | None = None):
+        self._rows = rows
+        self._size = size
+        self._order = order
+        self._buffer: list[list[Segment]] | None = None
+        self._draining = False
+        if state is not None:
+            restore(order, state["order"])
+            self._draining = state["draining"]
+            if state["buffer"] is not None:
+                self._buffer = [[Segment(*each) for each in row] for row in state["buffer"]]
+
+    def __iter__(self) -> Iterator[list[Segment]]:
+        return self
+
+    def __next__(self) -> list[Segment]:
+        if self._size <= 1:
+            return next(self._rows)
+        if self._buffer is None:
+            self._buffer = list(itertools.islice(self._rows, self._size))
+        if not self._draining:
+            row = next(self._rows, None)
+            if row is not None:
+                place = self._order.randrange(len(self._buffer))
+                drawn, self._buffer[place] = self._buffer[place], row
+                return drawn
+            self._order.shuffle(self._buffer)
+            self._buffer.reverse()  # taken from its end
+            self._draining = True
+        if not self._buffer:
+            raise StopIteration
+        return self._buffer.pop()
+
+    def state(self) -> Callable[[], State]:
+        """What `state` is elsewhere, when called: what is buffered is many rows, and seldom asked for."""
+        rows, order = self._rows.state(), plain(self._order.getstate())
+        buffer, draining = None if self._buffer is None else list(self._buffer), self._draining
+
+        def state() -> State:
+            kept = None
+            if buffer is not None:
+                kept = [[[part.text, part.train, part.end] for part in row] for row in buffer]
+            return {"rows": rows, "order": order, "draining": draining, "buffer": kept}
+
+        return state
+
+
+def plain(state: tuple[Any, ...]) -> list[Any]:
+    """The state of a random generator of Python's, as JSON keeps it."""
+    version, numbers, gauss = state
+    return [version, list(numbers), gauss]
+
+
+def restore(order: random.Random, state: list[Any]) -> None:
+    version, numbers, gauss = state
+    order.setstate((version, tuple(numbers), gauss))
