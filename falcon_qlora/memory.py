@@ -55,6 +55,7 @@ class Step:
         trainable: parameters, in float32.
         fast: whether the blocks run as single functions.
         lora_rank: of the adapter on every linear; 0 where something else is trained.
+        lora_dropout: whether LoRA has dropout.
         scaled: whether every linear has a learned scale and bias (Adapter v2).
         value_bytes: of an activation.
         optimizer_bytes: of the optimizer's state for one parameter, as far as PyTorch's allocator holds it.
@@ -66,6 +67,7 @@ class Step:
     trainable: int
     fast: bool
     lora_rank: int = 0
+    lora_dropout: bool = False
     scaled: bool = False
     value_bytes: int = 2
     optimizer_bytes: int = 8
@@ -112,16 +114,18 @@ class Step:
         hidden, fused, wide, rank = self._sizes()
         projected = fused + wide + rank
         joined = hidden + wide
+        # GELU's output beside its gradient rather than in its place, and what dropout leaves of it.
+        at_gelu = hidden + rank + (2 * wide if self.lora_dropout else 0)
         # As in FlashAttention-2: three gradients for all heads, one of them in float32 too.
         attention = 5 * hidden
         if checkpointing == "none":
-            return hidden, projected, joined + max(hidden + rank, attention)
+            return hidden, projected, joined + max(at_gelu, attention)
         if checkpointing == "selective":
-            return hidden, projected, joined + max(wide + hidden + rank, attention)
+            return hidden, projected, joined + max(wide + at_gelu, attention)
         inputs = 3 * hidden if checkpointing == "offload" else hidden
         if not self.fast:  # the whole block is run again and all of it kept
             return inputs, projected + self._all_of_a_block(), joined + max(hidden + rank, attention)
-        rest = hidden + max(joined + hidden + rank, hidden + attention)
+        rest = hidden + max(joined + at_gelu, hidden + attention)
         return inputs, projected, rest + self._products_kept()
 
     def smallest_parts(self, weights: int, embedding: int) -> dict[str, int]:

@@ -94,6 +94,7 @@ def _step(configuration: Configuration, model: Any, *, fast: bool) -> Step:
         trainable=local_count(model),
         fast=fast,
         lora_rank=configuration.lora.lora_r if configuration.method.method == "lora" else 0,
+        lora_dropout=configuration.lora.lora_dropout > 0,
         scaled=configuration.method.method == "adapter_v2",
         value_bytes=model.dtype.itemsize,
         optimizer_bytes=memory.optimizer_bytes(str(configuration.training.optim)),

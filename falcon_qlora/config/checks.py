@@ -98,8 +98,7 @@ def check(values: Values, where: dict[str, str]) -> None:
         )
     if values["compute_dtype"] == "fp8" and values["lora_dropout"]:
         raise UserError(
-            f"{name('compute_dtype')} fp8 needs fast blocks, which have no LoRA dropout; "
-            f"give {name('lora_dropout')} 0"
+            f"{name('compute_dtype')} fp8 does not go with LoRA dropout; give {name('lora_dropout')} 0"
         )
     if values["resume"] and values["overwrite"]:
         raise UserError("--resume goes on with a run and --overwrite replaces it; give one of them")

@@ -103,7 +103,8 @@ class DequantizedProducts:
         grads, may_overwrite = self.gradients(grad)
         of_fused, of_before_gelu = self.parts(grads)
         split = self.block.dense_4h_to_h.in_features
-        if self.gelu_products is not None:
+        # With dropout LoRA's part is no part of the product, and GELU comes after both.
+        if self.gelu_products is not None and not self.out_of.drops:
             extended, weight, low_grad = self.out_of.gradient_operands(grad)
             after_gelu = grad.new_empty(grad.shape[0], split)
             self.gelu_products.backward(extended, weight[:, :split], before_gelu, of_before_gelu, after_gelu)

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from falcon_qlora.kernels import ops
-from falcon_qlora.kernels.fp8_rows import DTYPE, LARGEST, LowRank, Rows, largest_row
+from falcon_qlora.kernels.fp8_rows import DTYPE, LARGEST, Rows, largest_row
+from falcon_qlora.kernels.low_rank import LowRank
 
 CAPABILITY = (8, 9)  # of the first GPUs that have it
 

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from falcon_qlora.kernels import fp8, ops
 from falcon_qlora.kernels.block import Block
-from falcon_qlora.kernels.fp8_rows import LARGEST, LowRank, Rows, largest_row
+from falcon_qlora.kernels.fp8_rows import LARGEST, Rows, largest_row
 from falcon_qlora.kernels.frozen_linear import Adapter, Projection, mm_float32
+from falcon_qlora.kernels.low_rank import LowRank
 
 # What a scale has to spare: quantized factors round upwards, and an adapter may be merged into the weight.
 _MARGIN = 2.0

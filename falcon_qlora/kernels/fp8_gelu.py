@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from falcon_qlora.kernels.fp8_quantize import low_rank_arguments, low_rank_tile
-from falcon_qlora.kernels.fp8_rows import DTYPE, LowRank, Rows, largest_row
+from falcon_qlora.kernels.fp8_rows import DTYPE, Rows, largest_row
 from falcon_qlora.kernels.gelu import _distribution
+from falcon_qlora.kernels.low_rank import LowRank
+from falcon_qlora.kernels.low_rank_triton import low_rank_arguments, low_rank_tile
 
 # Tokens and features of a tile, and warps: what leaves room for two programs and more on a multiprocessor.
 _FORWARD = 64, 128, 8

@@ -16,7 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from falcon_qlora.kernels import nf4
-from falcon_qlora.kernels.fp8_rows import DTYPE, LowRank, Rows
+from falcon_qlora.kernels.fp8_rows import DTYPE, Rows
+from falcon_qlora.kernels.low_rank import LowRank
+from falcon_qlora.kernels.low_rank_triton import low_rank_arguments, low_rank_tile
 
 _LANES_A_THREAD = 32
 _MOST_WARPS = 16
@@ -75,14 +77,6 @@ def add(x: Tensor, low: LowRank | None, addends: tuple[Tensor, ...]) -> Tensor:
         ADDENDS=len(addends), TOKENS=sum_tokens, FEATURES=sum_features, num_warps=warps, **options,
     )  # fmt: skip
     return x
-
-
-def low_rank_arguments(low: LowRank | None, like: Tensor) -> tuple[Tensor, Tensor, dict[str, int]]:
-    """Both matrices as kernels take them, and the lanes for their rank; any and none without LoRA."""
-    if low is None:
-        return like, like, {"RANK": 0}
-    assert low.left.stride(1) == 1
-    return *low, {"RANK": max(triton.next_power_of_2(low.left.shape[1]), 16)}
 
 
 def _row_options(features: int) -> dict[str, int]:
@@ -144,25 +138,6 @@ def _quantize_weight(
     else:
         at = row.to(tl.int64)[:, None] * out_stride + column[None, :]
     tl.store(out_ptr + at, weight, mask=mask)
-
-
-@triton.jit
-def low_rank_tile(
-    left_ptr, right_ptr, left_stride, right_stride, right_feature_stride, rank, token, in_tokens, feature,
-    in_features, RANK: tl.constexpr,
-):  # fmt: skip
-    """``left @ right`` of a tile in float32, and each of its rows' length in `left` and nothing more."""
-    index = tl.arange(0, RANK)
-    mask = in_tokens[:, None] & (index < rank)[None, :]
-    left = tl.load(
-        left_ptr + token.to(tl.int64)[:, None] * left_stride + index[None, :], mask=mask, other=0.0
-    )
-    mask = (index < rank)[:, None] & in_features[None, :]
-    at = index[:, None] * right_stride + feature[None, :] * right_feature_stride
-    right = tl.load(right_ptr + at, mask=mask, other=0.0)
-    wide = left.to(tl.float32)
-    product = tl.dot(left, right, input_precision="ieee")
-    return product, tl.sqrt(tl.sum(wide * wide, 1))
 
 
 @triton.jit(do_not_specialize=["tokens"])  # one compilation for all numbers of them

@@ -1,6 +1,6 @@
-"""What FP8's operations take and give: matrices in e4m3 with scales, and what LoRA adds to one.
+"""What FP8's operations take and give: matrices in e4m3 with scales.
 
-Shapes: T tokens, K and N features, R columns for LoRA's ranks.
+Shapes: T tokens, K and N features.
 """
 
 from __future__ import annotations
@@ -23,13 +23,6 @@ class Rows(NamedTuple):
     def float(self) -> Tensor:
         """What it stands for, in float32."""
         return self.values.float() * self.scales[:, None]
-
-
-class LowRank(NamedTuple):
-    """What LoRA adds to a matrix ``[T, N]``: ``left @ right``, ``[T, R]`` and ``[R, N]`` of any strides."""
-
-    left: Tensor
-    right: Tensor
 
 
 def largest_row(matrix: Tensor) -> Tensor:

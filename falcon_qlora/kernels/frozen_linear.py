@@ -6,6 +6,9 @@ Linears that share their input are one product, and so are those whose outputs a
 with t = x Aᵀ, ``x Wᵀ + s t Bᵀ`` is ``[x | t] [W | sB]ᵀ``, and with u = s dy B, the input's gradient
 ``dy W + u A`` is ``[dy | u] [W ; A]``. So no pass over a large activation is LoRA's own. Weights are
 dequantized for every product, into the same memory.
+
+With dropout, t is made of what is left of x, and ``u A`` is added to the gradient where x was kept, in a pass
+of its own.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from falcon_qlora.kernels import ops
+from falcon_qlora.kernels.dropout import Dropout, add_dropped, drop
 
 Adapter = tuple[Tensor | None, Tensor | None]  # A [r, in] and B [out, r], float32
 
@@ -55,6 +59,7 @@ class Projection:
         in_features: columns of the weight.
         rank: of LoRA, 0 without.
         scaling: of LoRA's product.
+        dropout: of what LoRA reads, or None.
     """
 
     layer: Any
@@ -62,6 +67,7 @@ class Projection:
     in_features: int
     rank: int = 0
     scaling: float = 1.0
+    dropout: Dropout | None = None
 
 
 class _Group:
@@ -70,6 +76,7 @@ class _Group:
     Attributes:
         columns: R, the sum of the ranks rounded up to a multiple of 8, as the matrix units like it.
         ranks: where each linear's LoRA lies among them.
+        drops: whether any LoRA has dropout.
     """
 
     def __init__(
@@ -79,6 +86,7 @@ class _Group:
         self.ranks = _spans([projection.rank for projection in projections])
         self.used = self.ranks[-1].stop
         self.columns = -(-self.used // 8) * 8
+        self.drops = any(each.rank and each.dropout is not None for each in projections)
 
     def _put_a(self, out: Tensor, spans: Sequence[slice] | None = None) -> Tensor:
         """Write each A into its rows of ``[R, in]``, and zeros into the others'."""
@@ -94,6 +102,23 @@ class _Group:
         b = self.adapters[index][1]
         assert b is not None
         return (b * self.projections[index].scaling).to(like.dtype)
+
+    def _read(self, index: int, x: Tensor) -> Tensor:
+        """What one linear's LoRA reads of `x`, ``[T, in]``."""
+        return drop(x, self.projections[index].dropout)
+
+    def _put_t(self, index: int, x: Tensor, low: Tensor) -> None:
+        """Write one linear's t into its columns of ``[T, R]``."""
+        a = self.adapters[index][0]
+        if a is not None:
+            torch.mm(self._read(index, x), a.to(x.dtype).T, out=low[:, self.ranks[index]])
+
+    def _add_low_rank(self, index: int, of_x: Tensor, low_grad: Tensor) -> None:
+        """Add ``u A`` of one linear, u of ``[T, R]``, to its input's gradient."""
+        a = self.adapters[index][0]
+        if a is not None:
+            u = low_grad[:, self.ranks[index]]
+            add_dropped(of_x, u, a.to(of_x.dtype), self.projections[index].dropout)
 
     def _pair(self, index: int, grad_a: Tensor, grad_b: Tensor) -> list[Tensor | None]:
         if not self.projections[index].rank:
@@ -129,8 +154,12 @@ class SharedInput(_Group):
         low = extended.new_empty(extended.shape[0], self.columns)
         weight = self.workspace.take(self.width, self.features + self.columns, extended)
         if self.columns:
-            a = self._put_a(extended.new_empty(self.columns, self.features))
-            torch.mm(x, a.T, out=low)
+            if self.drops:
+                low[:, self.used :] = 0
+                for index in range(len(self.projections)):
+                    self._put_t(index, x, low)
+            else:
+                torch.mm(x, self._put_a(extended.new_empty(self.columns, self.features)).T, out=low)
             extended[:, self.features :] = low
             weight[:, self.features :] = 0
         for index, projection in enumerate(self.projections):
@@ -159,7 +188,8 @@ class SharedInput(_Group):
                 continue
             low_grad = extended[:, self.width + rank.start : self.width + rank.stop]
             torch.mm(grad, self._scaled_b(index, extended), out=low_grad)
-            results += self._pair(index, mm_float32(low_grad.T, x), mm_float32(grad.T, low[:, rank]))
+            of_a = mm_float32(low_grad.T, self._read(index, x))
+            results += self._pair(index, of_a, mm_float32(grad.T, low[:, rank]))
         return results
 
     def input_gradient(self, extended: Tensor) -> Tensor:
@@ -167,6 +197,11 @@ class SharedInput(_Group):
         weight = self.workspace.take(self.width + self.columns, self.features, extended)
         for projection, rows in zip(self.projections, self.outputs, strict=True):
             ops.dequantize(projection.layer, weight[rows])
+        if self.drops:
+            of_x = torch.mm(extended[:, : self.width], weight[: self.width])
+            for index in range(len(self.projections)):
+                self._add_low_rank(index, of_x, extended[:, self.width :])
+            return of_x
         if self.columns:
             self._put_a(weight[self.width :])
         return torch.mm(extended, weight)
@@ -210,18 +245,23 @@ class SharedOutput(_Group):
         if self.used < self.columns:
             low[:, self.used :] = 0
         for index, inputs in enumerate(self.inputs):
-            a = self.adapters[index][0]
-            if a is not None:
-                torch.mm(extended[:, inputs], a.to(extended.dtype).T, out=low[:, self.ranks[index]])
+            self._put_t(index, extended[:, inputs], low)
         return low
 
     def input_gradient(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         """``[T, H]`` → the inputs' ``[T, features]``, and u ``[T, R]``."""
         extended, weight, low_grad = self.gradient_operands(grad)
-        return torch.mm(extended, weight), low_grad
+        of_joined = torch.mm(extended, weight)
+        if self.drops:
+            for index, inputs in enumerate(self.inputs):
+                self._add_low_rank(index, of_joined[:, inputs], low_grad)
+        return of_joined, low_grad
 
     def gradient_operands(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Both factors of `input_gradient`'s product, ``[T, H + R]`` and ``[H + R, features]``, and u."""
+        """Both factors of `input_gradient`'s product, ``[T, H + R]`` and ``[H + R, features]``, and u.
+
+        With dropout without the R columns and rows: what they add is not the whole product's.
+        """
         extended = _with_room(grad, self.columns)
         weight = self.workspace.take(self.width + self.columns, self.features, grad)
         for projection, inputs in zip(self.projections, self.inputs, strict=True):
@@ -233,7 +273,10 @@ class SharedOutput(_Group):
                     b[:, self.ranks[index]] = self._scaled_b(index, grad)
             torch.mm(grad, b, out=extended[:, self.width :])
             self._put_a(weight[self.width :], self.inputs)
-        return extended, weight, extended[:, self.width :].contiguous()
+        low_grad = extended[:, self.width :].contiguous()
+        if self.drops:
+            return extended[:, : self.width], weight[: self.width], low_grad
+        return extended, weight, low_grad
 
     def adapter_gradients(
         self, grad: Tensor, low_grad: Tensor, low: Tensor, inputs: Sequence[Tensor]
@@ -253,7 +296,8 @@ class SharedOutput(_Group):
         for index, x in enumerate(inputs):
             rank = self.ranks[index]
             if self.projections[index].rank:
-                results += self._pair(index, mm_float32(low_grad[:, rank].T, x), all_b[:, rank].contiguous())
+                of_a = mm_float32(low_grad[:, rank].T, self._read(index, x))
+                results += self._pair(index, of_a, all_b[:, rank].contiguous())
             else:
                 results += [None, None]
         return results

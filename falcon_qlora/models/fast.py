@@ -24,6 +24,7 @@ from falcon_qlora.errors import UserError
 from falcon_qlora.kernels import fp8, ops
 from falcon_qlora.kernels.block import Block, Norm, Products, run_block
 from falcon_qlora.kernels.dequantized import DequantizedProducts
+from falcon_qlora.kernels.dropout import Dropout
 from falcon_qlora.kernels.fp8_block import Fp8
 from falcon_qlora.kernels.frozen_linear import Adapter, Projection, Workspace, project
 from falcon_qlora.kernels.gelu_products import GeluProducts, gelu_products
@@ -198,10 +199,12 @@ def _block_and_adapters(module: FalconDecoderLayer, keep: Keep) -> tuple[Block, 
         except UnknownAdapter:
             return None
         adapter: Adapter = (None, None)
-        rank, scaling = 0, 1.0
+        rank, scaling, dropout = 0, 1.0, None
         if name is not None:
-            if linear.training and dropout_of(linear, name):
+            p = dropout_of(linear, name) if linear.training else 0.0
+            if p and isinstance(state.products, Fp8):
                 return None
+            dropout = Dropout.draw(p) if p else None
             adapter = (linear.lora_A[name].weight, linear.lora_B[name].weight)
             rank, scaling = linear.lora_A[name].out_features, linear.scaling[name]
         vectors = scale_and_bias_of(base)
@@ -213,7 +216,7 @@ def _block_and_adapters(module: FalconDecoderLayer, keep: Keep) -> tuple[Block, 
             adapter = (vectors.scale, vectors.bias)
         if rank and prefix_of(module.self_attention) is not None:
             return None
-        projections.append(Projection(base, base.out_features, base.in_features, rank, scaling))
+        projections.append(Projection(base, base.out_features, base.in_features, rank, scaling, dropout))
         adapters.append(adapter)
     norms = _norms(module)
     if state.products is ScaledProducts:

@@ -88,7 +88,7 @@ def decide(
         "block": "fast",
         "attention": attention,
         "weights": stored[facts.quantize_mode],
-        "GELU": "in products" if gelu_in_products and not facts.scaled else small,
+        "GELU": _gelu(facts, small) if gelu_in_products else small,
         "between": small,
     }
     if facts.prefix_rows:
@@ -96,6 +96,13 @@ def decide(
     if facts.scaled:
         ways["scales"] = small
     return ways
+
+
+def _gelu(facts: BlockFacts, small: str) -> str:
+    """What computes GELU where products can."""
+    if facts.scaled:
+        return small
+    return f"in products forward, {small} backward" if facts.lora_dropout else "in products"
 
 
 def _why_not(facts: BlockFacts, fp8_products: bool) -> str | None:
@@ -115,8 +122,8 @@ def _why_not(facts: BlockFacts, fp8_products: bool) -> str | None:
         return facts.lora_unknown
     if facts.trainable:
         return f"trains more than LoRA: {facts.trainable[0]}"
-    if facts.lora_dropout:
-        return f"LoRA dropout {facts.lora_dropout:g}"
+    if facts.lora_dropout and fp8_products:
+        return f"LoRA dropout {facts.lora_dropout:g}, which does not go with FP8"
     if facts.scaled and fp8_products:
         return "scales and biases on the linears (Adapter v2), which do not go with FP8"
     if facts.prefix_rows and fp8_products:

@@ -29,7 +29,8 @@ from falcon_qlora.bench.runners import build
 from falcon_qlora.bench.settings import Settings
 from falcon_qlora.bench.variants import VARIANTS
 from falcon_qlora.kernels import fp8, fp8_gelu, fp8_quantize, gelu, layer_norm, nf4, ops, rotary, rows
-from falcon_qlora.kernels.fp8_rows import DTYPE, LowRank, Rows
+from falcon_qlora.kernels.fp8_rows import DTYPE, Rows
+from falcon_qlora.kernels.low_rank import LowRank
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.quantize import bnb
 from tests.benchmarks import kernels as kernel_benchmark

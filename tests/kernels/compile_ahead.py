@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
 from falcon_qlora.kernels import (
+    dropout_triton,
     fp8_gelu,
     fp8_quantize,
     gelu,
@@ -37,7 +38,7 @@ from falcon_qlora.kernels import (
 )
 
 MODULES: tuple[ModuleType, ...] = (gelu, int8, layer_norm, nf4, rotary, rows, softmax)
-MODULES += (prefix_triton, scale_shift_triton)
+MODULES += (dropout_triton, prefix_triton, scale_shift_triton)
 FP8_MODULES: tuple[ModuleType, ...] = (fp8_gelu, fp8_quantize)
 FP8_CAPABILITY = 89
 FLOAT32 = {"code_ptr", "offset_ptr", "nested_code_ptr", "nested_absmax_ptr", "mean_ptr", "rstd_ptr"}
@@ -46,6 +47,7 @@ FLOAT32 |= {"longest_ptr", "factors_ptr", "gate_ptr", "of_gate_ptr", "sums_ptr",
 FLOAT32 |= {"first_scale_ptr", "first_bias_ptr", "second_scale_ptr", "second_bias_ptr"}
 # What counts few things, or things of any number: no multiples of 16.
 UNALIGNED = {"eps", "scale", "tokens", "kv_heads", "group", "queries", "prefix"}
+UNALIGNED |= {"low", "high", "threshold", "factor"}
 
 
 def variants(capability: int) -> Iterator[tuple[JITFunction, dict[str, Any]]]:
@@ -82,6 +84,10 @@ def plain_variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
         yield scale_shift_triton._sum_columns, {"GELU": gelu_too, **tile}
     yield scale_shift_triton._sum_columns, {"GELU": False, "NORM": True, **scale_shift_triton._SUMS_TILE}
     yield scale_shift_triton._add_scaled, dict(scale_shift_triton._TILE)
+    yield dropout_triton._drop, {"BLOCK": dropout_triton._BLOCK, "num_warps": dropout_triton._BLOCK_WARPS}
+    tile = dict(zip(("TOKENS", "FEATURES", "num_warps"), dropout_triton._TILE, strict=True))
+    for rank in (16, 64, 128):
+        yield dropout_triton._add_dropped, {"RANK": rank, **tile}
     tile = {"TOKENS": rotary._TOKENS_A_PROGRAM, "HEADS": rotary._HEADS_A_PROGRAM, "num_warps": rotary._WARPS}
     for way in range(3):
         yield rotary._rotate, {"WAY": way, "INVERSE": way == 2, "HALF": 32, "LANES": 32, **tile}
@@ -129,7 +135,7 @@ def compile_for(capability: int, kernel: JITFunction, options: dict[str, Any]) -
 
 
 def _type(name: str, options: dict[str, Any]) -> str:
-    if name in ("eps", "scale"):
+    if name in ("eps", "factor", "scale"):
         return "fp32"
     if not name.endswith("_ptr"):
         return "i32"

@@ -13,7 +13,8 @@ from falcon_qlora.models.quantize import bnb, empty_quantized_linear, fill_quant
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from falcon_qlora.kernels import fp8, ops
-from falcon_qlora.kernels.fp8_rows import DTYPE, LARGEST, LowRank, Rows
+from falcon_qlora.kernels.fp8_rows import DTYPE, LARGEST, Rows
+from falcon_qlora.kernels.low_rank import LowRank
 
 DTYPES = [torch.bfloat16, torch.float32]
 SHAPES = [(1, 16), (3, 48), (70, 144), (130, 272)]

@@ -5,7 +5,6 @@ import dataclasses
 
 import pytest
 import torch
-from peft.tuners.lora import LoraLayer
 from torch.testing import assert_close
 from transformers.models.falcon.modeling_falcon import FalconDecoderLayer
 
@@ -393,7 +392,6 @@ def test_adapters_switched_off_or_merged_are_respected(calls):
     ("layout", "settings", "reason"),
     [
         ("falcon-rw-1b", {}, "positions by ALiBi"),
-        ("falcon-7b", {"dropout": 0.1}, "LoRA dropout 0.1"),
         ("falcon-7b", {"use_dora": True}, "Dora instead of plain LoRA"),
     ],
 )
@@ -408,11 +406,9 @@ def test_what_it_does_not_know_is_left_alone_with_the_reason(layout, settings, r
 def test_an_adapter_that_changes_later_is_not_computed_wrongly(calls):
     model = adapted("falcon-7b")
     apply_fast_path(model)
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.lora_dropout["default"] = torch.nn.Dropout(0.5)
-    arguments = packed(documents(LENGTHS))
-    assert not torch.equal(model(**arguments).loss, model(**arguments).loss)
+    model.add_adapter("second", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "second"])
+    model(**packed(documents(LENGTHS))).loss.backward()
     assert calls["forward"] == 0
 
 
@@ -461,12 +457,18 @@ def test_decide_says_what_runs():
         ({"dtype": torch.float16}, "computes in float16"),
         ({"trainable": ("ln_attn.weight",)}, "trains more than LoRA: ln_attn.weight"),
         ({"lora_unknown": "2 adapters are active"}, "2 adapters are active"),
-        ({"lora_dropout": 0.05}, "LoRA dropout 0.05"),
     ],
 )
 def test_decide_says_why_not(changes, reason):
     decision = decide(facts(**changes), triton=True, attention="variable-length kernel")
     assert decision == {"block": "reference", "reason": reason}
+
+
+def test_fp8_goes_with_no_dropout():
+    given = facts(lora_dropout=0.05)
+    decision = decide(given, triton=True, attention="variable-length kernel", fp8_products=True)
+    assert decision == {"block": "reference", "reason": "LoRA dropout 0.05, which does not go with FP8"}
+    assert decide(given, triton=True, attention="variable-length kernel")["block"] == "fast"
 
 
 def test_the_facts_see_more_than_one_adapter_and_trainable_norms():

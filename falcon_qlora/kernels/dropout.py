@@ -1,0 +1,100 @@
+"""Dropout of what LoRA reads, without a mask in memory: a hash of place and seed says what is kept.
+
+Shapes: T tokens, N features, R columns of LoRA's rank.
+
+The backward pass asks the hash again. Two rounds of MurmurHash3's 32-bit finalizer, one for each half of the
+seed, go over a value's place in its matrix; a value is left out where the result is below p of its range.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from falcon_qlora.kernels import ops
+
+_BITS = 32
+_SEED = 2**31  # seeds below it stay whole numbers of 32 bits to a kernel
+
+
+class Dropout(NamedTuple):
+    """Which values of a matrix are left out.
+
+    Attributes:
+        p: the probability, at least 0 and below 1; the others are divided by 1 - p.
+        low: half of the seed, from 2 on, as Triton compiles a kernel of its own for 1.
+        high: its other half.
+    """
+
+    p: float
+    low: int
+    high: int
+
+    @staticmethod
+    def draw(p: float) -> Dropout:
+        """With a seed from PyTorch's generator on the CPU, whose state checkpoints keep."""
+        low, high = torch.randint(2, _SEED, (2,)).tolist()
+        return Dropout(p, low, high)
+
+    @property
+    def threshold(self) -> int:
+        """Hashes below it are left out."""
+        return min(round(self.p * 2**_BITS), 2**_BITS - 1)
+
+
+def drop(x: Tensor, dropout: Dropout | None) -> Tensor:
+    """``[T, N]``, rows any distance apart, with values left out; None leaves out none, and copies nothing."""
+    return x if dropout is None else _form(x).drop(x, dropout)
+
+
+def add_dropped(x: Tensor, left: Tensor, right: Tensor, dropout: Dropout | None) -> Tensor:
+    """Add ``left @ right`` to `x` where `drop` keeps a value, with its factor, in place.
+
+    Args:
+        x: ``[T, N]``, rows any distance apart.
+        left: ``[T, R]``, likewise.
+        right: ``[R, N]``, in the dtype of `left`.
+        dropout: None leaves out none.
+
+    Returns:
+        `x`.
+    """
+    return _form(x).add_dropped(x, left, right, dropout or Dropout(0.0, 2, 2))
+
+
+class _Plain:
+    """The reference."""
+
+    @staticmethod
+    def drop(x: Tensor, dropout: Dropout) -> Tensor:
+        return (x.float() * _factors(x, dropout)).to(x.dtype)
+
+    @staticmethod
+    def add_dropped(x: Tensor, left: Tensor, right: Tensor, dropout: Dropout) -> Tensor:
+        return x.copy_(x.float() + _factors(x, dropout) * (left.float() @ right.float()))
+
+
+def _factors(x: Tensor, dropout: Dropout) -> Tensor:
+    """float32 ``[T, N]``: 0 where a value is left out, else 1 / (1 - p)."""
+    places = torch.arange(x.numel(), device=x.device).view(x.shape)
+    kept = _mixed(_mixed(places ^ dropout.low) ^ dropout.high) >= dropout.threshold
+    return kept.float() / (1.0 - dropout.p)
+
+
+def _mixed(h: Tensor) -> Tensor:
+    """MurmurHash3's finalizer of numbers of 32 bits, held in 64."""
+    mask = 2**_BITS - 1
+    h = h & mask
+    h = ((h ^ (h >> 16)) * 0x85EBCA6B) & mask
+    h = ((h ^ (h >> 13)) * 0xC2B2AE35) & mask
+    return h ^ (h >> 16)
+
+
+def _form(x: Tensor) -> Any:
+    if not ops.triton_runs_on(x.device):
+        return _Plain
+    from falcon_qlora.kernels import dropout_triton
+
+    return dropout_triton

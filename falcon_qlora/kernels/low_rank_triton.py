@@ -1,0 +1,42 @@
+"""What LoRA adds to a matrix, a tile at a time, for kernels that read or write that matrix anyway.
+
+Shapes: T tokens, N features, R columns for LoRA's ranks.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (a kernel's arguments are what Triton makes of them)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from falcon_qlora.kernels.low_rank import LowRank
+
+
+def low_rank_arguments(low: LowRank | None, like: Tensor) -> tuple[Tensor, Tensor, dict[str, int]]:
+    """Both matrices as kernels take them, and the lanes for their rank; any and none without LoRA."""
+    if low is None:
+        return like, like, {"RANK": 0}
+    assert low.left.stride(1) == 1
+    return *low, {"RANK": max(triton.next_power_of_2(low.left.shape[1]), 16)}
+
+
+@triton.jit
+def low_rank_tile(
+    left_ptr, right_ptr, left_stride, right_stride, right_feature_stride, rank, token, in_tokens, feature,
+    in_features, RANK: tl.constexpr,
+):  # fmt: skip
+    """``left @ right`` of a tile in float32, and each of its rows' length in `left` and nothing more."""
+    index = tl.arange(0, RANK)
+    mask = in_tokens[:, None] & (index < rank)[None, :]
+    left = tl.load(
+        left_ptr + token.to(tl.int64)[:, None] * left_stride + index[None, :], mask=mask, other=0.0
+    )
+    mask = (index < rank)[:, None] & in_features[None, :]
+    at = index[:, None] * right_stride + feature[None, :] * right_feature_stride
+    right = tl.load(right_ptr + at, mask=mask, other=0.0)
+    wide = left.to(tl.float32)
+    product = tl.dot(left, right, input_precision="ieee")
+    return product, tl.sqrt(tl.sum(wide * wide, 1))

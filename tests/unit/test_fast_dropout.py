@@ -1,0 +1,128 @@
+"""LoRA dropout on the fast path: what PEFT computes where the same values are left out."""
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from torch.testing import assert_close
+
+from falcon_qlora.kernels import dropout
+from falcon_qlora.kernels.dropout import Dropout
+from falcon_qlora.models import fast
+from falcon_qlora.models.falcon import LINEARS
+from falcon_qlora.models.fast import apply_fast_path
+from falcon_qlora.models.forward import enable_packing
+from tests.layouts import MODES, documents, plain_float32, tiny_model
+from tests.packing import packed, with_adapter
+from tests.unit.test_fast_path import (
+    FAST_LAYOUTS,
+    LENGTHS,
+    GeluProductsInPyTorch,
+    adapted,
+    assert_same,
+    calls,  # noqa: F401  # a fixture
+    step,
+)
+
+P = 0.4
+
+
+class SameOnes(torch.nn.Module):
+    """Takes the place of PEFT's dropout; leaves out what it is told to."""
+
+    def __init__(self, wanted):
+        super().__init__()
+        self.wanted, self.p = wanted, wanted.p
+
+    def forward(self, x):
+        kept = dropout.drop(torch.ones_like(x[0]), self.wanted)
+        return x * kept
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The dropouts in the order they were drawn."""
+    all_drawn, draw = [], Dropout.draw
+
+    def record(p):
+        all_drawn.append(draw(p))
+        return all_drawn[-1]
+
+    monkeypatch.setattr(Dropout, "draw", staticmethod(record))
+    return all_drawn
+
+
+def with_dropout(model, wanted=None):
+    """The model with dropout on all its LoRA, PEFT's own or those that are wanted, in the blocks' order."""
+    for number, block in enumerate(m for m in model.modules() if type(m).__name__ == "FalconDecoderLayer"):
+        linears = [m for name in fast_order() for n, m in block.named_modules() if n.endswith(name)]
+        linears = [linear for linear in linears if isinstance(linear, LoraLayer)]
+        for place, linear in enumerate(linears):
+            module = torch.nn.Dropout(P) if wanted is None else SameOnes(wanted[4 * number + place])
+            linear.lora_dropout["default"] = module
+    return model.train()
+
+
+def fast_order():
+    return ("query_key_value", "dense_h_to_4h", "dense_4h_to_h", "self_attention.dense")
+
+
+@pytest.mark.parametrize(
+    ("mode", "keep"), [*((mode, "all") for mode in MODES), ("4bit", "attention"), ("4bit", "input")]
+)
+@pytest.mark.parametrize("layout", FAST_LAYOUTS)
+def test_loss_and_gradients_are_pefts_with_the_same_values_left_out(layout, mode, keep, drawn, calls):  # noqa: F811
+    base = tiny_model(layout, mode)
+    plain = with_adapter(plain_float32(base))
+    model = with_dropout(with_adapter(base))
+    enable_packing(model)
+    enable_packing(plain)
+    assert all(line.startswith("fast (") for line in apply_fast_path(model, keep=keep).values())
+    arguments = packed(documents(LENGTHS))
+    ours = step(model, arguments)
+    assert calls == {"forward": 2, "backward": 2}
+    assert len(drawn) == 2 * 4
+    assert_same(ours, step(with_dropout(plain, drawn), arguments))
+
+
+def test_it_leaves_out_others_each_time_and_none_in_evaluation(drawn):
+    model = with_dropout(adapted("falcon-7b", "4bit"))
+    arguments = packed(documents(LENGTHS))
+    apply_fast_path(model)
+    torch.manual_seed(1)
+    first, second = model(**arguments).loss, model(**arguments).loss
+    assert not torch.equal(first, second)
+    torch.manual_seed(1)
+    assert torch.equal(model(**arguments).loss, first)
+    without = model.eval()(**arguments).loss
+    count = len(drawn)
+    assert torch.equal(model(**arguments).loss, without)
+    assert len(drawn) == count
+    plain = adapted("falcon-7b", "4bit").eval()
+    assert_close(plain(**arguments).loss, without, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("targets", [[name] for name in LINEARS], ids="-".join)
+def test_dropout_on_one_linear_alone(targets, drawn):
+    model = with_dropout(adapted("falcon-40b", "4bit", target_modules=targets, r=5))
+    reference = adapted("falcon-40b", "4bit", target_modules=targets, r=5)
+    apply_fast_path(model)
+    arguments = packed(documents(LENGTHS))
+    ours = step(model, arguments)
+    assert len(drawn) == 2
+    blocks = [m for m in reference.modules() if isinstance(m, LoraLayer)]
+    for linear, wanted in zip(blocks, drawn, strict=True):
+        linear.lora_dropout["default"] = SameOnes(wanted)
+    assert_same(ours, step(reference.train(), arguments))
+
+
+def test_products_that_compute_gelu_are_used_forward_alone(drawn, monkeypatch):
+    model = with_dropout(adapted("falcon-7b"))
+    plain = adapted("falcon-7b")
+    products = GeluProductsInPyTorch()
+    monkeypatch.setattr(fast, "_gelu_products", lambda falcon: products)
+    report = apply_fast_path(model)
+    assert "GELU: in products forward, PyTorch backward" in next(iter(report.values()))
+    arguments = packed(documents(LENGTHS))
+    ours = step(model, arguments)
+    assert products.calls == 2
+    assert_same(ours, step(with_dropout(plain, drawn), arguments))
