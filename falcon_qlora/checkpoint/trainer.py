@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import falcon_qlora.models.quantize  # noqa: F401  # isort: skip  # before trl imports bitsandbytes: see there
+import torch
 from torch import nn
+from transformers.trainer import SCHEDULER_NAME
 from trl import SFTTrainer
 
 from falcon_qlora.checkpoint import process_state
+from falcon_qlora.checkpoint.optimizer_parts import has_parts, read_own_rows
 from falcon_qlora.checkpoint.resume import read_process
 from falcon_qlora.checkpoint.verify import fault
 from falcon_qlora.checkpoint.write import save_checkpoint
 from falcon_qlora.meter import Meter
 from falcon_qlora.methods.interface import method_of
+from falcon_qlora.models.sharded import is_sharded
 from falcon_qlora.terminal import note
 
 
@@ -76,10 +80,7 @@ class ResumableTrainer(SFTTrainer):
         if self._saved_step == self.state.global_step:
             return
         self.meter.pause()
-        main = self.accelerator.is_main_process
-        self._at(
-            self.state.global_step, 4 if main else 5, "saving a checkpoint" if main else "awaiting the save"
-        )
+        self.saving(self.accelerator.is_main_process)
         failure = save_checkpoint(
             self,
             self.run_folder / "checkpoints",
@@ -97,6 +98,29 @@ class ResumableTrainer(SFTTrainer):
                 "goes on and the next save is tried; earlier checkpoints are untouched"
             )
         self.meter.resume()
+
+    def saving(self, writes: bool) -> None:
+        """This process writes to a checkpoint, or waits for another that does."""
+        self._at(
+            self.state.global_step,
+            4 if writes else 5,
+            "saving a checkpoint" if writes else "awaiting the save",
+        )
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if is_sharded(self.model):  # of the optimizer each process has written its part
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        if is_sharded(self.model) or has_parts(Path(checkpoint)):
+            read_own_rows(self.optimizer, Path(checkpoint))
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         method_of(self.model).restore(self.model, Path(resume_from_checkpoint))
