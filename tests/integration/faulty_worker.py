@@ -10,6 +10,7 @@
     {"do": "hog", "step": 3, "rank": 1, "leave_gib": 4}           all but so much of the GPU's memory is taken
     {"do": "nan", "step": 3, "rank": 0}                           the loss is not a number; also "gradient"
     {"do": "disk", "step": 4, "bytes": 100000}                    no file can be larger while step 4 is saved
+    {"do": "room", "bytes": 1000000}                              so much is free on the disk before the run
     {"do": "hang", "step": 3, "rank": 1}                          sleeps; "stopped": by SIGSTOP
 
 Steps count from 1, as users see them; "save" on a process that writes nothing is while another one does.
@@ -22,11 +23,13 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -156,6 +159,9 @@ def faulty_write_part(optimizer: Any, folder: Path, **named: Any) -> Any:
         die()
     return described
 
+
+if rooms := faults("room"):
+    shutil.disk_usage = lambda path: SimpleNamespace(free=rooms[0]["bytes"])  # type: ignore[assignment,misc]
 
 FalconTrainer._save_checkpoint = faulty_save_checkpoint  # type: ignore[method-assign]
 FalconTrainer.training_step = faulty_training_step  # type: ignore[method-assign]

@@ -98,6 +98,21 @@ def test_a_disk_that_fails_under_one_process_is_survived_and_told(processes: Pro
     assert_same_run(processes.folder / "disk", whole)
 
 
+def test_a_disk_without_room_for_the_parts_is_refused_before_the_run(
+    processes: Processes, whole: Path
+) -> None:
+    files = [*(whole / "checkpoints").rglob("*"), *(whole / "adapter").iterdir()]
+    written = sum(file.stat().st_size for file in files if file.is_file())
+    room = {"do": "room", "bytes": written - 1_000_000}
+    status, _, errors = run(processes, "--output_dir", "full", faults=[room], settings=SHARDED)
+    assert status == 2
+    found = re.search(r"full: the run's checkpoints will take ([\d.]+) GiB", errors)
+    assert found is not None, errors
+    # Four checkpoints and the adapter, each with 16 MiB to spare.
+    assert written < float(found[1]) * 2**30 < written + 5.5 * 2**24
+    assert not (processes.folder / "full").exists()
+
+
 @pytest.mark.parametrize(
     ("wrote", "goes_on"), [((2, "fsdp"), (3, "fsdp")), ((2, "fsdp"), (1, "none")), ((1, "none"), (2, "fsdp"))]
 )
