@@ -13,14 +13,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PrinterCallback, TrainerCallback, TrainerControl
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from falcon_qlora import distributed, interrupts
 from falcon_qlora.callbacks import StepKeeper
 from falcon_qlora.checkpoint import process_state
-from falcon_qlora.checkpoint.resume import read_process
-from falcon_qlora.checkpoint.verify import fault
-from falcon_qlora.checkpoint.write import save_checkpoint
+from falcon_qlora.checkpoint.trainer import ResumableTrainer
 from falcon_qlora.data.batches import DocumentReader, Share, StreamingSteps, TrainingSteps, filled_up
 from falcon_qlora.data.plan import deal_evaluation
 from falcon_qlora.guard import BadSteps, Reports
@@ -85,7 +83,7 @@ class Evaluation:
     max_length: int
 
 
-class FalconTrainer(SFTTrainer):
+class FalconTrainer(ResumableTrainer):
     """SFTTrainer whose step is one global batch, whose loss weighs every target token the same.
 
     Args:
@@ -125,24 +123,20 @@ class FalconTrainer(SFTTrainer):
     ):
         self.steps = steps
         self.evaluation = evaluation
-        self.run_folder = run_folder
-        self.describe_adapter = describe_adapter
-        self.checkpoint_record = checkpoint_record
-        self.on_saved = on_saved
-        self.meter = Meter()
         self.bad_steps = BadSteps(most=max_bad_steps, rows_of=self._rows_of, say=note)
         self.halvings = 0
         self.share: Share
-        self._save_every_seconds = save_every_minutes * 60
-        self._saved_at = time.monotonic()
-        self._saved_step = -1
-        self._save_failure: str | None = None
         self._reports = Reports()
         self._first_learning_step: int | None = None
         self._watchdog = Watchdog(hang_minutes * 60, run_folder / "flight_record") if hang_minutes else None
-        self._resumed: dict[str, Any] | None = None
         self._seconds_before = 0.0
         super().__init__(
+            run_folder=run_folder,
+            describe_adapter=describe_adapter,
+            checkpoint_record=checkpoint_record,
+            on_saved=on_saved,
+            save_every_minutes=save_every_minutes,
+            meter=Meter(),
             model=model,
             args=args,
             train_dataset=corpus,
@@ -231,14 +225,6 @@ class FalconTrainer(SFTTrainer):
         elif bool(bad):
             model.zero_grad(set_to_none=True)
         return norm
-
-    def _time_to_save(self) -> bool:
-        if not self._save_every_seconds or not self.accelerator.is_main_process:
-            return False
-        if time.monotonic() - self._saved_at < self._save_every_seconds:
-            return False
-        self._saved_at = time.monotonic()
-        return True
 
     def after_step(self, control: TrainerControl) -> None:
         """Heed what the processes agreed on in the step before this one, which has just ended."""
@@ -331,6 +317,10 @@ class FalconTrainer(SFTTrainer):
         shown = ", ".join(map(str, rows[:_ROWS_SHOWN]))
         return f"rows {shown}{f' and {len(rows) - _ROWS_SHOWN} more' if len(rows) > _ROWS_SHOWN else ''}"
 
+    def _go_on_reading(self, cursor: dict[str, Any]) -> None:
+        assert isinstance(self.steps, StreamingSteps)
+        self.steps.go_on(cursor)
+
     def floating_point_ops(self, inputs: Share) -> int:
         return 0
 
@@ -387,74 +377,6 @@ class FalconTrainer(SFTTrainer):
         )
         self.meter.resume()
         return metrics
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self._saved_step == self.state.global_step:
-            return
-        self.meter.pause()
-        main = self.accelerator.is_main_process
-        self._at(
-            self.state.global_step, 4 if main else 5, "saving a checkpoint" if main else "awaiting the save"
-        )
-        failure = save_checkpoint(
-            self,
-            self.run_folder / "checkpoints",
-            state=self._process_state(),
-            record=self.checkpoint_record,
-        )
-        self._save_failure = failure
-        self._saved_step = self.state.global_step
-        self._saved_at = time.monotonic()
-        if failure is None:
-            self.on_saved(self.run_folder / "checkpoints" / f"step-{self._saved_step}")
-        else:
-            note(
-                f"step {self.state.global_step}: the checkpoint could not be saved ({failure}). The training "
-                "goes on and the next save is tried; earlier checkpoints are untouched"
-            )
-        self.meter.resume()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        method_of(self.model).restore(self.model, Path(resume_from_checkpoint))
-
-    def _init_training_state(
-        self, max_steps: int, steps_an_epoch: int, epochs: int, checkpoint: str | None, trial: Any
-    ) -> tuple[int, int]:
-        place = super()._init_training_state(max_steps, steps_an_epoch, epochs, checkpoint, trial)
-        if checkpoint is not None:
-            self._resumed = self._read_process(checkpoint)
-            cursor = process_state.load_cursor(Path(checkpoint))
-            if isinstance(self.steps, StreamingSteps) and cursor is not None:
-                self.steps.go_on(cursor)
-            self._saved_step = self.state.global_step
-            self._find_best_again()
-        return place
-
-    def _read_process(self, checkpoint: str) -> dict[str, Any]:
-        accelerator = self.accelerator
-        return read_process(
-            Path(checkpoint), process=accelerator.process_index, processes=accelerator.num_processes
-        )
-
-    def _find_best_again(self) -> None:
-        """The best checkpoint by its step: the folder may have been moved, or something happened to it."""
-        if self.state.best_global_step:
-            best = self.run_folder / "checkpoints" / f"step-{self.state.best_global_step}"
-            self.state.best_model_checkpoint = None if fault(best) else str(best)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        kept = self._read_process(checkpoint)
-        if "random" in kept:
-            process_state.restore_random_states(kept["random"])
-        else:
-            process_state.seed_anew(
-                self.args.seed, step=self.state.global_step, process=self.accelerator.process_index
-            )
-
-    def _load_best_model(self) -> None:
-        method_of(self.model).restore(self.model, Path(self.state.best_model_checkpoint))
 
 
 def _only(items: list[Any]) -> Any:

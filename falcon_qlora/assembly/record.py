@@ -302,8 +302,5 @@ def _notes(configuration: Configuration, model: Any) -> list[str]:
             "the base model's weights are random: speed and memory are real, losses and answers mean nothing"
         )
     if is_sharded(model):
-        notes.append(
-            f"the model is sharded over the {distributed.world_size()} processes; checkpoints hold its "
-            "weights alone, so the run cannot be resumed"
-        )
+        notes.append(f"the model is sharded over the {distributed.world_size()} processes")
     return notes

@@ -34,7 +34,8 @@ def _wanted(configuration: Configuration, config: FalconConfig) -> bool:
     wanted, processes = configuration.run.sharding, distributed.world_size()
     if wanted == "fsdp" and processes == 1:
         raise UserError(
-            "--sharding fsdp shares a model out to several processes, and there is one: see --gpus"
+            "--sharding fsdp shares a model out to several processes, and there is one: give more --gpus, or "
+            "--sharding none"
         )
     if wanted != "auto":
         return wanted == "fsdp"
@@ -74,9 +75,3 @@ def _check(configuration: Configuration) -> None:
         )
     if configuration.run.generate_samples:
         raise UserError("--generate_samples is not possible while the model is sharded: give --sharding none")
-    if configuration.run.resume:
-        raise UserError(
-            "--resume: checkpoints of a sharded run hold the weights and no optimizer state, so it cannot go "
-            "on; train on from its adapter/ folder as -m, or give --sharding none"
-        )
-    configuration.training.save_only_model = True

@@ -23,18 +23,27 @@ def step_folders(checkpoints: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
-def write_manifest(folder: Path, record: dict[str, Any]) -> None:
+def describe_file(file: Path) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
+
+
+def write_manifest(
+    folder: Path, record: dict[str, Any], described: dict[str, dict[str, Any]] | None = None
+) -> None:
     """Write down every file's size and checksum, and `record`; call it when all files are there.
 
     Args:
         record: plain values, such as `step` and `processes`.
+        described: by name, of files that those who wrote them have described already.
     """
+    described = described or {}
     files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        path.relative_to(folder).as_posix(): describe_file(path)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path.name not in {MANIFEST, *described}
     }
-    write_json(folder / MANIFEST, {"format": _FORMAT, **record, "files": files})
+    write_json(folder / MANIFEST, {"format": _FORMAT, **record, "files": files | described})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Writing a checkpoint so that a folder with its final name is always complete.
 
-The main process writes all of it: one disk, one failure, and nothing to agree on but the outcome.
+The main process writes all of it: one disk, one failure, and nothing to agree on but the outcome. Of a
+sharded model each process first writes its part of the optimizer's state, which is more than the rest.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 
 from falcon_qlora import distributed
 from falcon_qlora.checkpoint.gate import AdapterFaultError, check_adapter
+from falcon_qlora.checkpoint.optimizer_parts import write_part
 from falcon_qlora.checkpoint.process_state import STATES, save_cursor
 from falcon_qlora.checkpoint.verify import newest_whole, step_folders, write_manifest
 from falcon_qlora.errors import UserError
@@ -67,11 +69,15 @@ def save_checkpoint(
 
     partial = checkpoints / f".step-{trainer_state.global_step}.partial"
     failure = distributed.from_main_process(lambda: try_to(lambda: _begin(partial)))
+    parts: dict[str, Any] = {}
+    if failure is None and is_sharded(trainer.model) and not trainer.args.save_only_model:
+        failure, parts = _write_parts(trainer, partial)
     if failure is None:
+        trainer.saving(distributed.is_main_process())
         if is_sharded(trainer.model) and not distributed.is_main_process():
             take_part(trainer.model)
         failure = distributed.from_main_process(
-            lambda: try_to(lambda: _write(trainer, partial, states, record))
+            lambda: try_to(lambda: _write(trainer, partial, states, record, parts))
         )
     if failure is not None and best is not None:
         trainer_state.best_model_checkpoint = best
@@ -104,7 +110,36 @@ def _begin(partial: Path) -> None:
     partial.mkdir(parents=True)
 
 
-def _write(trainer: Any, partial: Path, states: list[dict[str, Any]], record: dict[str, Any]) -> None:
+def _write_parts(trainer: Any, partial: Path) -> tuple[str | None, dict[str, Any]]:
+    """Write the optimizer's state, each process its own part.
+
+    Returns:
+        Why that failed on one of them, or None; what the manifest says of the parts. On all alike.
+    """
+    process, failure, part = distributed.process_index(), None, {}
+    trainer.saving(True)
+    try:
+        part = write_part(trainer.optimizer, partial, process=process, processes=distributed.world_size())
+        for name in part:
+            _flush(partial / name)
+    except OSError as error:
+        failure = f"process {process}: {error.strerror or error}"
+    trainer.saving(False)
+    distributed.wait_for_all()  # a disk may be much slower than another, and a collective has a time limit
+    everyone = distributed.gather_objects((failure, part))
+    failure = next((theirs for theirs, _ in everyone if theirs), None)
+    if failure is not None and distributed.is_main_process():
+        _remove_unfinished(partial.parent)
+    return failure, {name: about for _, theirs in everyone for name, about in theirs.items()}
+
+
+def _write(
+    trainer: Any,
+    partial: Path,
+    states: list[dict[str, Any]],
+    record: dict[str, Any],
+    parts: dict[str, Any],
+) -> None:
     step, checkpoints = trainer.state.global_step, partial.parent
     final = checkpoints / f"step-{step}"
     try:
@@ -122,7 +157,7 @@ def _write(trainer: Any, partial: Path, states: list[dict[str, Any]], record: di
     check_adapter(partial, trainer.model, with_loss=False)
     _save_trainer_state(trainer, partial)
     about = {"step": step, "processes": len(states), "resumable": not trainer.args.save_only_model}
-    write_manifest(partial, about | record)
+    write_manifest(partial, about | record, parts)
     for path in partial.rglob("*"):
         _flush(path)
     if final.exists():

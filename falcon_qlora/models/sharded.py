@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -120,6 +121,34 @@ def own_parts(parameter: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
     return parameter.to_local(), _distributed_like(parameter, whole).to_local()
 
 
+def local_tensor(value: Any) -> Any:
+    """What of a value lies on this process: a sharded tensor's part, anything else itself."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def own_rows(parameter: Tensor) -> range:
+    """Which rows (places along the first dimension) of a parameter lie on this process; maybe none."""
+    if not isinstance(parameter, DTensor):
+        return range(len(parameter))
+    # Torch is asked and not imitated: a part may be smaller than the others, or empty.
+    rows = _distributed_like(parameter, torch.arange(len(parameter), device=parameter.device)).to_local()
+    return range(int(rows[0]), int(rows[-1]) + 1) if len(rows) else range(0)
+
+
+def from_own_rows(parameter: Tensor, rows: Tensor) -> Tensor:
+    """A tensor that is distributed as `parameter` is, of which this process holds `rows`."""
+    if not isinstance(parameter, DTensor):
+        return rows
+    return DTensor.from_local(
+        rows.to(parameter.device),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
 def _distributed_like(parameter: DTensor, whole: Tensor) -> DTensor:
     # Every process has read the tensor: nothing need be sent.
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
@@ -128,4 +157,4 @@ def _distributed_like(parameter: DTensor, whole: Tensor) -> DTensor:
 def local_count(model: nn.Module) -> int:
     """Trainable numbers that lie on this process."""
     trainable = (parameter for parameter in model.parameters() if parameter.requires_grad)
-    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in trainable)
+    return sum(local_tensor(parameter).numel() for parameter in trainable)

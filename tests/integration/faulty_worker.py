@@ -3,6 +3,7 @@
     {"do": "signal", "step": 3, "rank": 1, "number": 15}          this process gets a signal as step 3 begins
     {"do": "signal", ..., "to": "launcher"}                       the launcher gets it
     {"do": "kill", "step": 3, "rank": 1, "where": "step"}         kill -9; also "computing", "save", "saved"
+    {"do": "kill", ..., "where": "part"}                          in its own part of a sharded checkpoint
     {"do": "later", "step": 3, ..., "number": 9, "seconds": 0.2}  a signal so long after step 3 began
     {"do": "late", "rank": 0, "seconds": 2}                       comes to the others so much later
     {"do": "slow", "step": 4, "rank": 0}                          the save of step 4 takes two seconds
@@ -10,6 +11,7 @@
     {"do": "hog", "step": 3, "rank": 1, "leave_gib": 4}           all but so much of the GPU's memory is taken
     {"do": "nan", "step": 3, "rank": 0}                           the loss is not a number; also "gradient"
     {"do": "disk", "step": 4, "bytes": 100000}                    no file can be larger while step 4 is saved
+    {"do": "room", "bytes": 1000000}                              so much is free on the disk before the run
     {"do": "hang", "step": 3, "rank": 1}                          sleeps; "stopped": by SIGSTOP
 
 Steps count from 1, as users see them; "save" on a process that writes nothing is while another one does.
@@ -18,12 +20,17 @@ With "restart": only in that attempt of torchrun's.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
+import shutil
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -107,13 +114,13 @@ def faulty_sum_of_losses(model: Any, batch: Any) -> torch.Tensor:
 write_manifest = write.write_manifest
 
 
-def faulty_write_manifest(folder: Any, record: Any) -> None:
+def faulty_write_manifest(*arguments: Any) -> None:
     """Called in the middle of a save: the files are there, the manifest and the name are not."""
     if faults("kill", where="save"):
         die()
     if faults("slow"):
         time.sleep(2)
-    write_manifest(folder, record)
+    write_manifest(*arguments)
 
 
 save_checkpoint = FalconTrainer._save_checkpoint
@@ -125,26 +132,48 @@ def faulty_save_checkpoint(self: Any, *arguments: Any) -> None:
     save_checkpoint(self, *arguments)
 
 
-write_checkpoint = write._write
-
-
-def faulty_write(*arguments: Any) -> None:
+@contextlib.contextmanager
+def disk() -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     for fault in faults("disk"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], before[1]))
     try:
-        write_checkpoint(*arguments)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+write_checkpoint = write._write
+
+
+def faulty_write(*arguments: Any) -> None:
+    with disk():
+        write_checkpoint(*arguments)
     if faults("kill", where="saved"):
         die()
 
+
+write_part = write.write_part
+
+
+def faulty_write_part(optimizer: Any, folder: Path, **named: Any) -> Any:
+    with disk():
+        described = write_part(optimizer, folder, **named)
+    if faults("kill", where="part"):
+        os.truncate(folder / next(iter(described)), 1000)
+        die()
+    return described
+
+
+if rooms := faults("room"):
+    shutil.disk_usage = lambda path: SimpleNamespace(free=rooms[0]["bytes"])  # type: ignore[assignment,misc]
 
 FalconTrainer._save_checkpoint = faulty_save_checkpoint  # type: ignore[method-assign]
 FalconTrainer.training_step = faulty_training_step  # type: ignore[method-assign]
 step_module.sum_of_losses = faulty_sum_of_losses
 write.write_manifest = faulty_write_manifest
 write._write = faulty_write
+write.write_part = faulty_write_part
 
 if __name__ == "__main__":
     for each in faults("late"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,17 @@ ROWS = [
 
 
 def start(
-    processes: Processes, *words: str, faults: list[dict[str, Any]] | None = None, gpus: int = 2
+    processes: Processes,
+    *words: str,
+    faults: list[dict[str, Any]] | None = None,
+    gpus: int = 2,
+    settings: Sequence[str] = SETTINGS,
 ) -> subprocess.Popen[str]:
     """Start a run in the folder of `processes`, its settings given unless it resumes by a config."""
     return processes.start(
         "tests.integration.faulty_launch",
         "train",
-        *SETTINGS,
+        *settings,
         "--gpus",
         str(gpus),
         *words,
@@ -44,10 +49,14 @@ def start(
 
 
 def run(
-    processes: Processes, *words: str, faults: list[dict[str, Any]] | None = None, gpus: int = 2
+    processes: Processes,
+    *words: str,
+    faults: list[dict[str, Any]] | None = None,
+    gpus: int = 2,
+    settings: Sequence[str] = SETTINGS,
 ) -> tuple[int, str, str]:
     """Exit status, stdout and stderr of a run that leaves no process behind."""
-    process = start(processes, *words, faults=faults, gpus=gpus)
+    process = start(processes, *words, faults=faults, gpus=gpus, settings=settings)
     output, errors = process.communicate(timeout=240)
     assert processes.none_left(), "a process stayed"
     return process.returncode, output, errors
@@ -58,6 +67,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     names = ("step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "packing_efficiency")
     lines = [[{name: line[name] for name in names} for line in metrics(folder)] for folder in (one, other)]
     assert lines[0] == lines[1]
-    adapters = [load_file(folder / "adapter/adapter_model.safetensors") for folder in (one, other)]
+    files = [next((folder / "adapter").glob("*.safetensors")) for folder in (one, other)]
+    adapters = [load_file(file) for file in files]
     assert adapters[0].keys() == adapters[1].keys()
     assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])

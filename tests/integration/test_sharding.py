@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from falcon_qlora.models import sharded
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.tiny import tiny_path
 from falcon_qlora.sample_data import path as sample_rows
+from tests.integration.interrupted import assert_same_run
 from tests.integration.runs import command, train
 
 SETTINGS = (
@@ -22,6 +24,31 @@ SETTINGS = (
     f"--packing false --dataset_name {sample_rows()} --max_rows 200 --eval_split 0.05 --eval_steps 2 "
     "--save_steps 2"
 ).split()
+
+
+def test_a_sharded_run_goes_on_to_the_last_bit_from_before_a_torn_part(tmp_path: Path) -> None:
+    words = (
+        "-m tiny --method full --sharding fsdp --max_length 64 -b 1 --global_batch_size 4 --steps 4 "
+        f"--save_steps 2 --warmup_steps 2 --logging_steps 1 --learning_rate 1e-3 --max_rows 40 "
+        f"--dataset_name {sample_rows()}"
+    ).split()
+    run = tmp_path / "run"
+    train(run, *words, gpus=2)
+    whole = run.rename(tmp_path / "whole")
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "adapter")
+    newest = run / "checkpoints/step-4"
+    parts = sorted(newest.glob("optimizer*"))
+    assert [part.name for part in parts] == [f"optimizer-0000{n}-of-00002.pt" for n in (1, 2)]
+    # AdamW's two float32 states a weight: half of them in each part.
+    weights = (newest / "model.safetensors").stat().st_size
+    assert [part.stat().st_size for part in parts] == [pytest.approx(weights, rel=0.02)] * 2
+    parts[1].write_bytes(parts[1].read_bytes()[:-1000])
+    result = command("train", *words, "--gpus", "2", "--report_to", "none", "--output_dir", run, "--resume")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "step-4 is passed over: optimizer-00002-of-00002.pt has" in result.stdout
+    assert "going on from step 2" in result.stdout
+    assert_same_run(run, whole)
 
 
 @pytest.mark.slow

@@ -1,0 +1,95 @@
+"""The optimizer's state of a sharded model: every process writes its own rows, and any number read them.
+
+A part is a file with the optimizer's own `state_dict()`, in which each tensor that is shared out holds only
+the rows of one process. The parts in their order hold all rows, so a process finds its own among them however
+many wrote; ``optimizer.pt``, which a replica's checkpoint has, is a single part with all of them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from falcon_qlora.checkpoint.verify import describe_file
+from falcon_qlora.models.sharded import from_own_rows, local_tensor, own_rows
+
+_OF_REPLICA = "optimizer.pt"
+
+
+def part_name(process: int, processes: int) -> str:
+    return f"optimizer-{process + 1:05}-of-{processes:05}.pt"
+
+
+def has_parts(checkpoint: Path) -> bool:
+    """Whether a sharded model was saved there with its optimizer."""
+    return any(checkpoint.glob("optimizer-*-of-*.pt"))
+
+
+def write_part(
+    optimizer: torch.optim.Optimizer, folder: Path, *, process: int, processes: int
+) -> dict[str, dict[str, Any]]:
+    """Write this process's rows into `folder`.
+
+    Returns:
+        The file's name, with its size and checksum for the manifest.
+
+    Raises:
+        OSError: if they cannot be written there.
+    """
+    whole = optimizer.state_dict()
+    state = {
+        index: {name: local_tensor(value) for name, value in of_parameter.items()}
+        for index, of_parameter in whole["state"].items()
+    }
+    file = folder / part_name(process, processes)
+    if not folder.is_dir():
+        raise OSError(
+            0, f"{folder} is not there: a sharded run's machines must share the folder it writes to"
+        )
+    try:
+        torch.save({"state": state, "param_groups": whole["param_groups"]}, file)
+    except RuntimeError as error:
+        # What torch makes of a disk that is full.
+        raise OSError(0, str(error).splitlines()[0]) from error
+    return {file.name: describe_file(file)}
+
+
+def read_own_rows(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+    """Load into `optimizer` the rows of its parameters that lie on this process; nothing is exchanged.
+
+    Args:
+        optimizer: over the same parameters as the one that was saved, sharded over any number of processes.
+        checkpoint: verified.
+
+    Raises:
+        RuntimeError: if the state is of other parameters.
+    """
+    files = sorted(checkpoint.glob("optimizer-*-of-*.pt")) or [checkpoint / _OF_REPLICA]
+    # Mapped: of the other processes' parts nothing is read but the rows that are taken.
+    parts = [torch.load(file, map_location="cpu", mmap=True, weights_only=True) for file in files]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        index: {
+            name: _own(parameters[index], [part["state"][index][name] for part in parts], name)
+            for name in of_parameter
+        }
+        for index, of_parameter in parts[0]["state"].items()
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": parts[0]["param_groups"]})
+
+
+def _own(parameter: Tensor, pieces: list[Any], name: str) -> Any:
+    """This process's part of what the optimizer keeps of a parameter, from the pieces of all that wrote."""
+    if not isinstance(pieces[0], Tensor) or not pieces[0].dim():
+        return pieces[0]  # the count of steps, which all have alike
+    if sum(map(len, pieces)) != len(parameter) or pieces[0].shape[1:] != parameter.shape[1:]:
+        raise RuntimeError(f"{name} in the checkpoint does not fit a parameter of {tuple(parameter.shape)}")
+    wanted, start = own_rows(parameter), 0
+    found = []
+    for piece in pieces:
+        found.append(piece[max(wanted.start - start, 0) : max(wanted.stop - start, 0)])
+        start += len(piece)
+    return from_own_rows(parameter, torch.cat(found))  # a copy, that needs no file

@@ -1,0 +1,169 @@
+"""The part of the trainer that saves checkpoints and goes on from them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import falcon_qlora.models.quantize  # noqa: F401  # isort: skip  # before trl imports bitsandbytes: see there
+import torch
+from torch import nn
+from transformers.trainer import SCHEDULER_NAME
+from trl import SFTTrainer
+
+from falcon_qlora.checkpoint import process_state
+from falcon_qlora.checkpoint.optimizer_parts import has_parts, read_own_rows
+from falcon_qlora.checkpoint.resume import read_process
+from falcon_qlora.checkpoint.verify import fault
+from falcon_qlora.checkpoint.write import save_checkpoint
+from falcon_qlora.meter import Meter
+from falcon_qlora.methods.interface import method_of
+from falcon_qlora.models.sharded import is_sharded
+from falcon_qlora.terminal import note
+
+
+class ResumableTrainer(SFTTrainer):
+    """SFTTrainer whose checkpoints are written whole or not at all, and hold what each process remembers.
+
+    Args:
+        run_folder: where ``checkpoints/`` goes.
+        describe_adapter: called with an adapter's folder after it is written, to complete it.
+        checkpoint_record: what every checkpoint's manifest says of the run.
+        on_saved: called with a checkpoint's folder once it is whole.
+        save_every_minutes: save whenever so long has passed since the last time; 0: never.
+        meter: stands still while a checkpoint is written.
+        sft: SFTTrainer's own.
+    """
+
+    def __init__(
+        self,
+        *,
+        run_folder: Path,
+        describe_adapter: Callable[[Path], None],
+        checkpoint_record: dict[str, Any],
+        on_saved: Callable[[Path], None],
+        save_every_minutes: float,
+        meter: Meter,
+        **sft: Any,
+    ):
+        self.run_folder = run_folder
+        self.describe_adapter = describe_adapter
+        self.checkpoint_record = checkpoint_record
+        self.on_saved = on_saved
+        self.meter = meter
+        self._save_every_seconds = save_every_minutes * 60
+        self._saved_at = time.monotonic()
+        self._saved_step = -1
+        self._save_failure: str | None = None
+        self._resumed: dict[str, Any] | None = None
+        super().__init__(**sft)
+
+    def _process_state(self) -> dict[str, Any]:
+        """What this process must remember to go on; in `_resumed` when it does."""
+        raise NotImplementedError
+
+    def _at(self, step: int, phase: int, what: str) -> None:
+        """The loop has come to a place; see `Watchdog.at`."""
+        raise NotImplementedError
+
+    def _go_on_reading(self, cursor: dict[str, Any]) -> None:
+        """Let the stream's next step begin at `cursor`, which a checkpoint of a stream holds."""
+        raise NotImplementedError
+
+    def _time_to_save(self) -> bool:
+        if not self._save_every_seconds or not self.accelerator.is_main_process:
+            return False
+        if time.monotonic() - self._saved_at < self._save_every_seconds:
+            return False
+        self._saved_at = time.monotonic()
+        return True
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self._saved_step == self.state.global_step:
+            return
+        self.meter.pause()
+        self.saving(self.accelerator.is_main_process)
+        failure = save_checkpoint(
+            self,
+            self.run_folder / "checkpoints",
+            state=self._process_state(),
+            record=self.checkpoint_record,
+        )
+        self._save_failure = failure
+        self._saved_step = self.state.global_step
+        self._saved_at = time.monotonic()
+        if failure is None:
+            self.on_saved(self.run_folder / "checkpoints" / f"step-{self._saved_step}")
+        else:
+            note(
+                f"step {self.state.global_step}: the checkpoint could not be saved ({failure}). The training "
+                "goes on and the next save is tried; earlier checkpoints are untouched"
+            )
+        self.meter.resume()
+
+    def saving(self, writes: bool) -> None:
+        """This process writes to a checkpoint, or waits for another that does."""
+        self._at(
+            self.state.global_step,
+            4 if writes else 5,
+            "saving a checkpoint" if writes else "awaiting the save",
+        )
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if is_sharded(self.model):  # of the optimizer each process has written its part
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        if is_sharded(self.model) or has_parts(Path(checkpoint)):
+            read_own_rows(self.optimizer, Path(checkpoint))
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        method_of(self.model).restore(self.model, Path(resume_from_checkpoint))
+
+    def _init_training_state(
+        self, max_steps: int, steps_an_epoch: int, epochs: int, checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        place = super()._init_training_state(max_steps, steps_an_epoch, epochs, checkpoint, trial)
+        if checkpoint is not None:
+            self._resumed = self._read_process(checkpoint)
+            cursor = process_state.load_cursor(Path(checkpoint))
+            if cursor is not None:
+                self._go_on_reading(cursor)
+            self._saved_step = self.state.global_step
+            self._find_best_again()
+        return place
+
+    def _read_process(self, checkpoint: str) -> dict[str, Any]:
+        accelerator = self.accelerator
+        return read_process(
+            Path(checkpoint), process=accelerator.process_index, processes=accelerator.num_processes
+        )
+
+    def _find_best_again(self) -> None:
+        """The best checkpoint by its step: the folder may have been moved, or something happened to it."""
+        if self.state.best_global_step:
+            best = self.run_folder / "checkpoints" / f"step-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = None if fault(best) else str(best)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        kept = self._read_process(checkpoint)
+        if "random" in kept:
+            process_state.restore_random_states(kept["random"])
+        else:
+            process_state.seed_anew(
+                self.args.seed, step=self.state.global_step, process=self.accelerator.process_index
+            )
+
+    def _load_best_model(self) -> None:
+        method_of(self.model).restore(self.model, Path(self.state.best_model_checkpoint))
