@@ -23,21 +23,25 @@ def shard_if_wanted(configuration: Configuration, model: Any) -> bool:
     """
     if not _wanted(configuration, model.config):
         return False
-    from falcon_qlora.models.sharded import shard
+    from falcon_qlora.models import sharded, zero3
 
     _check(configuration)
-    shard(model, distributed.local_device())
+    if configuration.run.sharding == "zero3":
+        zero3.mark(model)
+    else:
+        sharded.shard(model, distributed.local_device())
     return True
 
 
 def _wanted(configuration: Configuration, config: FalconConfig) -> bool:
     wanted, processes = configuration.run.sharding, distributed.world_size()
-    if wanted == "fsdp" and processes == 1:
+    named = wanted in ("fsdp", "zero3")
+    if named and processes == 1:
         raise UserError(
-            "--sharding fsdp shares a model out to several processes, and there is one: see --gpus"
+            f"--sharding {wanted} shares a model out to several processes, and there is one: see --gpus"
         )
     if wanted != "auto":
-        return wanted == "fsdp"
+        return named
     device = distributed.local_device()
     if processes == 1 or configuration.method.method != "full" or device.type != "cuda":
         return False
