@@ -25,6 +25,8 @@ def shard_if_wanted(configuration: Configuration, model: Any) -> bool:
         return False
     from falcon_qlora.models import sharded, zero3
 
+    if configuration.run.sharding == "zero3":
+        _keep_weights_alone(configuration)
     _check(configuration)
     if configuration.run.sharding == "zero3":
         zero3.mark(model)
@@ -82,5 +84,16 @@ def _check(configuration: Configuration) -> None:
         raise UserError(
             "--resume: checkpoints of a sharded run hold the weights and no optimizer state, so it cannot go "
             "on; train on from its adapter/ folder as -m, or give --sharding none"
+        )
+    configuration.training.save_only_model = True
+
+
+def _keep_weights_alone(configuration: Configuration) -> None:
+    """DeepSpeed's engine has the optimizer's state, in parts and files of its own that no resuming reads."""
+    assert configuration.training is not None
+    if configuration.run.resume:
+        raise UserError(
+            "--resume: checkpoints of --sharding zero3 hold the weights and no optimizer state, so the run "
+            "cannot go on; train on from its adapter/ folder as -m, or give --sharding fsdp"
         )
     configuration.training.save_only_model = True

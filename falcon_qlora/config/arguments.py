@@ -207,9 +207,9 @@ class RunArguments:
     )
     sharding: Literal["auto", "none", "fsdp", "zero3"] = _setting(
         "auto",
-        "Full fine-tuning on several processes: a replica on each, or its parts shared out, by PyTorch (fsdp) "
-        "or by DeepSpeed, which keeps float32 weights beside bf16 ones (zero3); auto: by PyTorch where a "
-        "replica with its optimizer does not fit a GPU.",
+        "Full fine-tuning on several processes: a replica on each, or its parts shared out by PyTorch (fsdp) "
+        "or by DeepSpeed, which keeps float32 weights beside bf16 ones (zero3); auto: fsdp where a replica "
+        "with its optimizer does not fit a GPU.",
     )
     early_stopping: int = _setting(0, "Stop after this many evaluations without a better loss; 0: never.")
     generate_samples: int = _setting(0, "Sample answers to generate at each evaluation.")

@@ -1,11 +1,12 @@
 """A model in parts on all processes by DeepSpeed's ZeRO-3: another way to what `models.sharded` does.
 
-Next to PyTorch's own sharding it keeps, of bfloat16 weights, float32 ones that the optimizer steps on, and adds
-up gradients in float32: nothing is lost in rounding, for 16 bytes a parameter with AdamW where the other takes 8.
+Beside bfloat16 weights it keeps float32 ones that the optimizer steps on, and it adds up gradients in
+float32, so that no small step is lost in rounding: with AdamW 18 bytes a parameter, shared out, where
+PyTorch's own sharding takes 8.
 
 A model is marked first and handed to DeepSpeed's engine together with its optimizer, when training starts:
-until then it is whole. Afterwards a parameter is empty but while its module computes; DeepSpeed hangs its shape
-and this process's part of it on it as ``ds_shape`` and ``ds_tensor``. Every process must take part in every
+until then it is whole. Afterwards a parameter is empty but while its module computes; DeepSpeed hangs on it
+its shape as ``ds_shape`` and this process's part as ``ds_tensor``. Every process must take part in every
 forward, and in reading a whole tensor. DeepSpeed is an extra, and is imported where it is needed.
 """
 
@@ -28,17 +29,21 @@ _MARK = "_falcon_qlora_zero3"
 _BUCKET_NUMBERS = 50_000_000
 
 
-def mark(model: nn.Module) -> None:
-    """Have `model` be trained by ZeRO-3, once `start` is called.
+def check_installed() -> None:
+    """Refuse to go on without DeepSpeed.
 
     Raises:
-        UserError: if DeepSpeed is not installed.
+        UserError: that says how it is installed.
     """
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
-            "--sharding zero3 needs DeepSpeed: pip install 'falcon-qlora[deepspeed]', or give --sharding fsdp, "
-            "which needs nothing more"
+            "--sharding zero3 needs DeepSpeed: pip install 'falcon-qlora[deepspeed]', or give --sharding "
+            "fsdp, which needs nothing more"
         )
+
+
+def mark(model: nn.Module) -> None:
+    """Have `model` be trained by ZeRO-3, once `start` is called."""
     setattr(model, _MARK, True)
 
 
