@@ -106,6 +106,8 @@ class FalconTrainer(SFTTrainer):
         hang_minutes: end with a message where a process does not move for so long; 0: never.
     """
 
+    optimizer: Any  # PyTorch's or ZeRO-3's, in Accelerate's wrapper once the training has begun
+
     def __init__(
         self,
         model: nn.Module,

@@ -26,7 +26,7 @@ def shard_if_wanted(configuration: Configuration, model: Any) -> bool:
     from falcon_qlora.models import sharded, zero3
 
     if configuration.run.sharding == "zero3":
-        _keep_weights_alone(configuration)
+        _check_zero3(configuration)
     _check(configuration)
     if configuration.run.sharding == "zero3":
         zero3.mark(model)
@@ -88,9 +88,14 @@ def _check(configuration: Configuration) -> None:
     configuration.training.save_only_model = True
 
 
-def _keep_weights_alone(configuration: Configuration) -> None:
-    """DeepSpeed's engine has the optimizer's state, in parts and files of its own that no resuming reads."""
+def _check_zero3(configuration: Configuration) -> None:
+    """DeepSpeed's engine holds weights of one dtype, and an optimizer's state that no resuming reads."""
     assert configuration.training is not None
+    if configuration.model.norms_in_float32:
+        raise UserError(
+            "--norms_in_float32: --sharding zero3 keeps all weights in one dtype, with float32 ones beside "
+            "them that the optimizer steps on; leave the flag out"
+        )
     if configuration.run.resume:
         raise UserError(
             "--resume: checkpoints of --sharding zero3 hold the weights and no optimizer state, so the run "

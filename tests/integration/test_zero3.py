@@ -13,9 +13,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
+from falcon_qlora import distributed
+from falcon_qlora.assembly.sharding import shard_if_wanted
+from falcon_qlora.config import parse
 from falcon_qlora.errors import UserError
 from falcon_qlora.models import zero3
+from falcon_qlora.models.load import load_model
 from falcon_qlora.models.tiny import tiny_path
 from tests.integration.processes import Processes
 from tests.integration.runs import command, metrics, summary, train
@@ -146,3 +151,34 @@ def test_the_command_line_says_so_before_it_writes(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert "falcon-qlora[deepspeed]" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--sharding zero3 is for --method full"),
+        (["--method", "full"], "there is one"),
+    ],
+)
+def test_it_needs_several_processes_and_all_weights_trained(flags: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        shard_if_wanted(parse(["-m", "tiny", "--sharding", "zero3", "--report_to", "none", *flags]), tiny())
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--norms_in_float32", "one dtype"),
+        ("--generate_samples 2", "while the model is sharded"),
+        ("--optim adamw_bnb_8bit", "give --optim adamw_torch_fused"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch, flag: str, message: str) -> None:
+    words = f"-m tiny --method full --sharding zero3 --eval_split 0.05 --report_to none {flag}".split()
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(UserError, match=message):
+        shard_if_wanted(parse(words), tiny())
+
+
+def tiny() -> nn.Module:
+    return load_model("tiny", quantize_mode="16bit", compute_dtype="fp32")
