@@ -23,6 +23,7 @@ _PACKAGES = (
     "peft",
     "bitsandbytes",
     "accelerate",
+    "deepspeed",
     "datasets",
     "triton",
     "numpy",

@@ -64,6 +64,8 @@ def quiet_libraries(*, progress_bars: bool = True) -> None:
     for name in _LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")
+    # DeepSpeed sets its logger's level as it is imported; Transformers does so wherever it is installed.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
         warnings.simplefilter("ignore", category)
     _import_without_greeting()

@@ -25,6 +25,7 @@ from falcon_qlora.guard import BadSteps, Reports
 from falcon_qlora.interrupts import Stopped
 from falcon_qlora.meter import Meter, peak_memory_gib
 from falcon_qlora.methods.interface import method_of
+from falcon_qlora.models import zero3
 from falcon_qlora.models.sharded import is_sharded
 from falcon_qlora.step import Notes, Reduction, ShardedReduction, accumulate_gradients, sum_of_losses
 from falcon_qlora.terminal import note
@@ -103,6 +104,8 @@ class FalconTrainer(ResumableTrainer):
         hang_minutes: end with a message where a process does not move for so long; 0: never.
     """
 
+    optimizer: Any  # PyTorch's or ZeRO-3's, in Accelerate's wrapper once the training has begun
+
     def __init__(
         self,
         model: nn.Module,
@@ -154,12 +157,19 @@ class FalconTrainer(ResumableTrainer):
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         kind = ShardedReduction if is_sharded(model) else Reduction
         self._reduction = kind(trained, processes=self.accelerator.num_processes)
+        self._backward: Callable[..., Any] = self.accelerator.backward
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         # Not in DistributedDataParallel: `Reduction`, or a sharded model itself, adds up gradients.
         prepared = self.accelerator.prepare_model(model, evaluation_mode=True)
         prepared._is_accelerate_prepared = True
-        return prepared
+        if not zero3.is_zero3(model):
+            return prepared
+        engine, self.optimizer = zero3.start(
+            prepared, self.optimizer, max_grad_norm=self.args.max_grad_norm or 0.0
+        )
+        self._backward = engine.backward
+        return engine
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -194,7 +204,7 @@ class FalconTrainer(ResumableTrainer):
             inputs,
             device=self.args.device,
             reduction=self._reduction,
-            backward=self.accelerator.backward,
+            backward=self._backward,
             halvings=self.halvings,
         )
         stop = interrupts.asked_to_stop() is not None
@@ -208,7 +218,9 @@ class FalconTrainer(ResumableTrainer):
         return torch.where(whole, loss * self.accelerator.num_processes, 0.0)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        optimizer = self.optimizer.optimizer
+        in_zero3 = isinstance(optimizer, zero3.Zero3Optimizer)
+        norm = optimizer.gradient_norm() if in_zero3 else super()._get_grad_norm(model, grad_norm=grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model
         if self._first_learning_step is None and max(self.lr_scheduler.get_last_lr()) > 0:
             self._first_learning_step = self.share.step + 1
@@ -217,8 +229,8 @@ class FalconTrainer(ResumableTrainer):
             # In fp16 the scaler meets gradients that overflow, and does no such step.
             bad |= ~norm.isfinite()
         self._reports.put(self.share.step, self._agreed, bad)
-        optimizer = self.optimizer.optimizer
-        told = getattr(optimizer, "_step_supports_amp_scaling", False) and not is_sharded(self.model)
+        told = getattr(optimizer, "_step_supports_amp_scaling", False)
+        told &= in_zero3 or not is_sharded(self.model)
         if self.accelerator.scaler is None and told:
             # The fused optimizers change nothing where this is 1: nobody waits for the device.
             optimizer.found_inf = bad.float()

@@ -112,10 +112,13 @@ def warm_up(trainer: FalconTrainer, configuration: Configuration) -> None:
     Raises:
         UserError: if the GPU's memory does not do.
     """
+    from falcon_qlora.models.zero3 import is_zero3
     from falcon_qlora.step import sum_of_losses
 
     device = trainer.args.device
-    batch = largest_micro_batch(trainer) if warms_up(device) else None
+    # ZeRO-3 shares the model out together with its optimizer, when the training starts.
+    tries = warms_up(device) and not is_zero3(trainer.model)
+    batch = largest_micro_batch(trainer) if tries else None
     if batch is None:
         return
     model = trainer.model

@@ -65,7 +65,8 @@ def check_model(configuration: Configuration) -> None:
     """Refuse a model that is no classic Falcon or exceeds the GPU, before its weights are downloaded.
 
     Raises:
-        UserError: also if there is no such model, or the hub cannot be reached.
+        UserError: also if there is no such model, the hub cannot be reached, or DeepSpeed is not installed
+            and should shard it.
     """
     import torch
 
@@ -74,7 +75,10 @@ def check_model(configuration: Configuration) -> None:
     from falcon_qlora.methods.interface import trainable_count
     from falcon_qlora.models.load import check_mode_runs_on, resolve_compute_dtype
     from falcon_qlora.models.sizes import check_fits
+    from falcon_qlora.models.zero3 import check_installed
 
+    if configuration.run.sharding == "zero3":
+        check_installed()
     settings = configuration.model
     device = distributed.local_device()
     dtype = resolve_compute_dtype(settings.compute_dtype, device)

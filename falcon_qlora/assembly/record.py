@@ -32,7 +32,7 @@ from falcon_qlora.methods.interface import method_of
 from falcon_qlora.model_card import ModelCard
 from falcon_qlora.models.falcon import parameter_count
 from falcon_qlora.models.quantize import is_quantized_linear
-from falcon_qlora.models.sharded import is_sharded, take_part
+from falcon_qlora.models.sharded import is_sharded, take_part, whole_shape
 from falcon_qlora.models.sizes import GIB, weight_bytes
 from falcon_qlora.run_directory import RunDirectory, Summary
 from falcon_qlora.terminal import StartSummary
@@ -78,7 +78,7 @@ def write_start(
 
 def counts(model: Any) -> dict[str, int]:
     """Parameters and quantized linears of a model with an adapter; quantized weights counted unpacked."""
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trainable = sum(whole_shape(p).numel() for p in model.parameters() if p.requires_grad)
     groups = [group for group in method_of(model).parameter_groups(model.config) if not group.of_base]
     return {
         "trainable_parameters": trainable,
@@ -302,5 +302,8 @@ def _notes(configuration: Configuration, model: Any) -> list[str]:
             "the base model's weights are random: speed and memory are real, losses and answers mean nothing"
         )
     if is_sharded(model):
-        notes.append(f"the model is sharded over the {distributed.world_size()} processes")
+        told = f"the model is sharded over the {distributed.world_size()} processes"
+        if configuration.run.sharding == "zero3":
+            told += "; its checkpoints hold the weights alone and cannot be resumed"
+        notes.append(told)
     return notes

@@ -23,22 +23,28 @@ def shard_if_wanted(configuration: Configuration, model: Any) -> bool:
     """
     if not _wanted(configuration, model.config):
         return False
-    from falcon_qlora.models.sharded import shard
+    from falcon_qlora.models import sharded, zero3
 
+    if configuration.run.sharding == "zero3":
+        _check_zero3(configuration)
     _check(configuration)
-    shard(model, distributed.local_device())
+    if configuration.run.sharding == "zero3":
+        zero3.mark(model)
+    else:
+        sharded.shard(model, distributed.local_device())
     return True
 
 
 def _wanted(configuration: Configuration, config: FalconConfig) -> bool:
     wanted, processes = configuration.run.sharding, distributed.world_size()
-    if wanted == "fsdp" and processes == 1:
+    named = wanted in ("fsdp", "zero3")
+    if named and processes == 1:
         raise UserError(
-            "--sharding fsdp shares a model out to several processes, and there is one: give more --gpus, or "
-            "--sharding none"
+            f"--sharding {wanted} shares a model out to several processes, and there is one: give more "
+            "--gpus, or --sharding none"
         )
     if wanted != "auto":
-        return wanted == "fsdp"
+        return named
     device = distributed.local_device()
     if processes == 1 or configuration.method.method != "full" or device.type != "cuda":
         return False
@@ -75,3 +81,19 @@ def _check(configuration: Configuration) -> None:
         )
     if configuration.run.generate_samples:
         raise UserError("--generate_samples is not possible while the model is sharded: give --sharding none")
+
+
+def _check_zero3(configuration: Configuration) -> None:
+    """DeepSpeed's engine holds weights of one dtype, and an optimizer's state that no resuming reads."""
+    assert configuration.training is not None
+    if configuration.model.norms_in_float32:
+        raise UserError(
+            "--norms_in_float32: --sharding zero3 keeps all weights in one dtype, with float32 ones beside "
+            "them that the optimizer steps on; leave the flag out"
+        )
+    if configuration.run.resume:
+        raise UserError(
+            "--resume: checkpoints of --sharding zero3 hold the weights and no optimizer state, so the run "
+            "cannot go on; train on from its adapter/ folder as -m, or give --sharding fsdp"
+        )
+    configuration.training.save_only_model = True

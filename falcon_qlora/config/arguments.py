@@ -205,10 +205,11 @@ class RunArguments:
     hang_minutes: float = _setting(
         15.0, "End the run, and say which process hangs, where one does not move for so long; 0: never."
     )
-    sharding: Literal["auto", "none", "fsdp"] = _setting(
+    sharding: Literal["auto", "none", "fsdp", "zero3"] = _setting(
         "auto",
-        "Full fine-tuning on several processes: a replica on each, or its parts shared out (fsdp); auto: "
-        "shared out where a replica with its optimizer does not fit a GPU.",
+        "Full fine-tuning on several processes: a replica on each, or its parts shared out by PyTorch (fsdp) "
+        "or by DeepSpeed, which keeps float32 weights beside bf16 ones (zero3); auto: fsdp where a replica "
+        "with its optimizer does not fit a GPU.",
     )
     early_stopping: int = _setting(0, "Stop after this many evaluations without a better loss; 0: never.")
     generate_samples: int = _setting(0, "Sample answers to generate at each evaluation.")

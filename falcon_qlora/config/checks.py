@@ -164,9 +164,10 @@ def _settle_method(values: Values, laid: Laid) -> None:
                 "--quantize_mode 16bit, or train an adapter on the quantized base, such as --method lora"
             )
         values["quantize_mode"] = "16bit"
-    if values["sharding"] == "fsdp" and method != "full":
+    if values["sharding"] in ("fsdp", "zero3") and method != "full":
         raise UserError(
-            "--sharding fsdp is for --method full: the base of an adapter is a whole replica on every GPU"
+            f"--sharding {values['sharding']} is for --method full: the base of an adapter is a whole "
+            "replica on every GPU"
         )
     linears, slices = _rank(laid, "lora_target_modules"), _rank(laid, "lora_slices")
     if linears > slices:

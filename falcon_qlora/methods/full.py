@@ -21,7 +21,7 @@ from falcon_qlora.methods.folder import RECORD
 from falcon_qlora.methods.interface import ParameterGroup, remember
 from falcon_qlora.models.falcon import base_parameter_kinds
 from falcon_qlora.models.load import quantization_of
-from falcon_qlora.models.sharded import fill, is_sharded, save_whole
+from falcon_qlora.models.sharded import fill, is_sharded, save_whole, whole_shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class Full:
         for file in sorted(folder.glob("model*.safetensors")):
             tensors = load_file(file)
             for name, tensor in tensors.items():
-                if name not in parameters or parameters[name].shape != tensor.shape:
+                if name not in parameters or whole_shape(parameters[name]) != tensor.shape:
                     raise RuntimeError(f"{folder} does not fit this model: {name}")
                 fill(parameters[name], tensor)
             missing -= tensors.keys()

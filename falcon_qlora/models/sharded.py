@@ -4,6 +4,8 @@ A block's parameters are brought together for its forward and again for its back
 go back in parts. PyTorch's own `fully_shard` is called here and not through Accelerate, which has no sharding
 on the CPU, makes float32 copies of bfloat16 weights, and does not find its way through a tied head that is
 read as a weight. Every process must take part in every forward, and in reading a whole tensor.
+
+What is said here of a sharded model also holds where DeepSpeed has done it: see `models.zero3`.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import FalconForCausalLM
 
 from falcon_qlora.files import write_json
+from falcon_qlora.models import zero3
 from falcon_qlora.models.activations import blocks_of
 
 
@@ -39,7 +42,13 @@ def shard(model: nn.Module, device: torch.device) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    return isinstance(model, FSDPModule)
+    """Whether `model` lies in parts on the processes, or will when training starts."""
+    return isinstance(model, FSDPModule) or zero3.is_zero3(model)
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """The shape of all parts of a parameter together."""
+    return zero3.whole_shape(parameter)  # a DTensor says it by itself
 
 
 def whole_tensors(model: nn.Module, *, wanted: bool) -> Iterator[tuple[str, Tensor]]:
@@ -50,8 +59,14 @@ def whole_tensors(model: nn.Module, *, wanted: bool) -> Iterator[tuple[str, Tens
     """
     for name, parameter in model.named_parameters():
         with torch.no_grad():
-            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+            whole = _whole(parameter)
         yield name, whole.cpu() if wanted else whole
+
+
+def _whole(parameter: nn.Parameter) -> Tensor:
+    if zero3.is_part(parameter):
+        return zero3.read_whole(parameter)
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
 
 
 def take_part(model: nn.Module) -> None:
@@ -92,7 +107,7 @@ def _files(model: nn.Module, file_bytes: int) -> tuple[dict[str, list[str]], int
     parts: list[list[str]] = [[]]
     total = filled = 0
     for name, parameter in model.named_parameters():
-        size = parameter.numel() * parameter.element_size()
+        size = whole_shape(parameter).numel() * parameter.element_size()
         if parts[-1] and filled + size > file_bytes:
             parts.append([])
             filled = 0
@@ -105,8 +120,11 @@ def _files(model: nn.Module, file_bytes: int) -> tuple[dict[str, list[str]], int
     return {f"model-{n:05}-of-{count:05}.safetensors": names for n, names in enumerate(parts, 1)}, total
 
 
-def fill(parameter: Tensor, whole: Tensor) -> None:
+def fill(parameter: nn.Parameter, whole: Tensor) -> None:
     """Copy this process's part of a whole tensor, which every process has, into a parameter."""
+    if zero3.is_part(parameter):
+        zero3.fill_whole(parameter, whole)
+        return
     with torch.no_grad():
         if isinstance(parameter, DTensor):
             whole = whole.to(parameter.device, parameter.dtype)
@@ -116,6 +134,8 @@ def fill(parameter: Tensor, whole: Tensor) -> None:
 
 def own_parts(parameter: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
     """This process's part of a parameter and the like part of a whole tensor; nothing is exchanged."""
+    if zero3.is_part(parameter):
+        return zero3.own_part(parameter, whole)
     if not isinstance(parameter, DTensor):
         return parameter, whole
     return parameter.to_local(), _distributed_like(parameter, whole).to_local()
@@ -155,6 +175,8 @@ def _distributed_like(parameter: DTensor, whole: Tensor) -> DTensor:
 
 
 def local_count(model: nn.Module) -> int:
-    """Trainable numbers that lie on this process."""
+    """Trainable numbers that lie on this process while it trains."""
     trainable = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    if zero3.is_zero3(model):
+        return -(-sum(whole_shape(p).numel() for p in trainable) // dist.get_world_size())
     return sum(local_tensor(parameter).numel() for parameter in trainable)

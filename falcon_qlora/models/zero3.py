@@ -1,0 +1,182 @@
+"""A model in parts on all processes by DeepSpeed's ZeRO-3: another way to what `models.sharded` does.
+
+Beside bfloat16 weights it keeps float32 ones that the optimizer steps on, and it adds up gradients in
+float32, so that no small step is lost in rounding: with AdamW 18 bytes a parameter, shared out, where
+PyTorch's own sharding takes 8.
+
+A model is marked first and handed to DeepSpeed's engine together with its optimizer, when training starts:
+until then it is whole. Afterwards a parameter is empty but while its module computes; DeepSpeed hangs on it
+its shape as ``ds_shape`` and this process's part as ``ds_tensor``. Every process must take part in every
+forward, and in reading a whole tensor. DeepSpeed is an extra, and is imported where it is needed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from falcon_qlora.errors import UserError
+from falcon_qlora.models.forward import falcon_of
+
+_MARK = "_falcon_qlora_zero3"
+# Numbers whose gradients are sent together; a larger parameter's go alone.
+_BUCKET_NUMBERS = 50_000_000
+
+
+def check_installed() -> None:
+    """Refuse to go on without DeepSpeed.
+
+    Raises:
+        UserError: that says how it is installed.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            "--sharding zero3 needs DeepSpeed: pip install 'falcon-qlora[deepspeed]', or give --sharding "
+            "fsdp, which needs nothing more"
+        )
+
+
+def mark(model: nn.Module) -> None:
+    """Have `model` be trained by ZeRO-3, once `start` is called."""
+    setattr(model, _MARK, True)
+
+
+def is_zero3(model: nn.Module) -> bool:
+    """Whether `mark` was called on `model`."""
+    return _MARK in vars(model)
+
+
+class Zero3Optimizer(Optimizer):
+    """What the trainer takes for the optimizer: DeepSpeed's engine steps on the parts of this process.
+
+    Args:
+        engine: DeepSpeed's.
+        inner: the optimizer that `engine` uses; its groups are this one's, so a schedule reaches it.
+
+    Attributes:
+        found_inf: set before a step, 1 where it is to be left out, as PyTorch's fused optimizers have it.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(self, engine: Any, inner: Optimizer):
+        self._engine = engine
+        self._parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+        super().__init__(inner.param_groups, inner.defaults)
+        self.found_inf = torch.zeros((), device=engine.device)
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        if bool(self.found_inf):
+            self._engine.optimizer.zero_grad()  # the next backward pass writes over what was added up
+        else:
+            self._engine.step()
+
+    def gradient_norm(self) -> Tensor:
+        """The norm over all parts of the gradients that the next step takes, before clipping."""
+        from deepspeed.utils import safe_get_local_grad
+
+        norms = [torch.linalg.vector_norm(safe_get_local_grad(each)) for each in self._parameters]
+        square = torch.stack(norms).square().sum()
+        dist.all_reduce(square)
+        return square.sqrt()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the state is the engine's."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing is done; Accelerate hands back what it got, to move it to the device."""
+
+
+def start(model: nn.Module, optimizer: Optimizer, *, max_grad_norm: float) -> tuple[Any, Zero3Optimizer]:
+    """Leave on each process its part of every parameter of a marked model, which all of them hold alike.
+
+    Args:
+        model: with packing enabled, on its device.
+        optimizer: of PyTorch, that knows the model's parameters and has taken no step.
+        max_grad_norm: to which gradients are clipped; 0: not at all.
+
+    Returns:
+        The engine, a module to train through; forward and backward must be its own. And the optimizer.
+    """
+    deepspeed = _imported(on_cpu=next(model.parameters()).device.type == "cpu")
+    falcon = falcon_of(model)
+    # The loss reads the head's weight and does not call the head, which would bring it together.
+    deepspeed.zero.register_external_parameter(falcon, falcon.lm_head.weight)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        dist_init_required=False,
+        config=_settings(falcon.dtype, max_grad_norm=max_grad_norm),
+    )
+    # Micro batches are counted by the trainer: a step is one whenever it is asked for.
+    engine.set_gradient_accumulation_boundary(True)
+    return engine, Zero3Optimizer(engine, optimizer)
+
+
+def _settings(dtype: torch.dtype, *, max_grad_norm: float) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # asked for, and used for nothing but its log lines
+        "gradient_accumulation_steps": 1,  # else it would divide the loss
+        "gradient_clipping": max_grad_norm,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {
+            "stage": 3,
+            "reduce_bucket_size": _BUCKET_NUMBERS,
+            "stage3_prefetch_bucket_size": _BUCKET_NUMBERS,
+        },
+        "zero_allow_untested_optimizer": True,  # tested are its own; any of PyTorch's works number by number
+        "steps_per_print": None,
+    }
+
+
+def _imported(*, on_cpu: bool) -> Any:
+    import deepspeed
+
+    if on_cpu:
+        # It would compile an extension for sums over processes, which takes minutes and a compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def is_part(parameter: Tensor) -> bool:
+    """Whether the engine has taken a parameter."""
+    return hasattr(parameter, "ds_tensor")
+
+
+def whole_shape(parameter: Any) -> torch.Size:
+    """Of a parameter, whole or in parts."""
+    return torch.Size(parameter.ds_shape) if is_part(parameter) else parameter.shape
+
+
+def read_whole(parameter: nn.Parameter) -> Tensor:
+    """A copy of the whole of a parameter in parts; all processes must come here."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
+def fill_whole(parameter: nn.Parameter, whole: Tensor) -> None:
+    """Copy a whole tensor into a parameter in parts; all processes must come here.
+
+    The float32 weights that the optimizer steps on stay as they were: no step may follow.
+    """
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+        parameter.copy_(whole)
+
+
+def own_part(parameter: Any, whole: Tensor) -> tuple[Tensor, Tensor]:
+    """This process's part of a parameter and the like part of a whole tensor, both flat."""
+    mine = parameter.ds_tensor.detach()
+    expected = whole.flatten()[mine.numel() * dist.get_rank() :][: mine.numel()]
+    return mine[: len(expected)], expected  # the last process's part is filled up
