@@ -34,7 +34,8 @@ from falcon_qlora.models.falcon import parameter_count
 from falcon_qlora.models.quantize import is_quantized_linear
 from falcon_qlora.models.sharded import is_sharded, take_part, whole_shape
 from falcon_qlora.models.sizes import GIB, weight_bytes
-from falcon_qlora.run_directory import RunDirectory, Summary
+from falcon_qlora.run_directory import RunDirectory
+from falcon_qlora.summary import Summary
 from falcon_qlora.terminal import StartSummary
 from falcon_qlora.tracking import Trackers
 from falcon_qlora.trainer import FalconTrainer

@@ -8,40 +8,13 @@ seed, go over a value's place in its matrix; a value is left out where the resul
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from falcon_qlora.kernels import ops
-
-_BITS = 32
-_SEED = 2**31  # seeds below it stay whole numbers of 32 bits to a kernel
-
-
-class Dropout(NamedTuple):
-    """Which values of a matrix are left out.
-
-    Attributes:
-        p: the probability, at least 0 and below 1; the others are divided by 1 - p.
-        low: half of the seed, from 2 on, as Triton compiles a kernel of its own for 1.
-        high: its other half.
-    """
-
-    p: float
-    low: int
-    high: int
-
-    @staticmethod
-    def draw(p: float) -> Dropout:
-        """With a seed from PyTorch's generator on the CPU, whose state checkpoints keep."""
-        low, high = torch.randint(2, _SEED, (2,)).tolist()
-        return Dropout(p, low, high)
-
-    @property
-    def threshold(self) -> int:
-        """Hashes below it are left out."""
-        return min(round(self.p * 2**_BITS), 2**_BITS - 1)
+from falcon_qlora.kernels.low_rank import HASH_BITS, Dropout
 
 
 def drop(x: Tensor, dropout: Dropout | None) -> Tensor:
@@ -85,7 +58,7 @@ def _factors(x: Tensor, dropout: Dropout) -> Tensor:
 
 def _mixed(h: Tensor) -> Tensor:
     """MurmurHash3's finalizer of numbers of 32 bits, held in 64."""
-    mask = 2**_BITS - 1
+    mask = 2**HASH_BITS - 1
     h = h & mask
     h = ((h ^ (h >> 16)) * 0x85EBCA6B) & mask
     h = ((h ^ (h >> 13)) * 0xC2B2AE35) & mask

@@ -8,18 +8,13 @@ Shapes: T tokens, N features, R columns of LoRA's rank.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from falcon_qlora.kernels.low_rank import LowRank
+from falcon_qlora.kernels.low_rank import Dropout, LowRank
 from falcon_qlora.kernels.low_rank_triton import low_rank_arguments, low_rank_tile
-
-if TYPE_CHECKING:
-    from falcon_qlora.kernels.dropout import Dropout
 
 _BLOCK, _BLOCK_WARPS = 2048, 4
 _TILE = 64, 128, 8  # tokens and features, and warps

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from falcon_qlora.kernels import ops
-from falcon_qlora.kernels.dropout import Dropout, add_dropped, drop
+from falcon_qlora.kernels.dropout import add_dropped, drop
+from falcon_qlora.kernels.low_rank import Dropout
 
 Adapter = tuple[Tensor | None, Tensor | None]  # A [r, in] and B [out, r], float32
 

@@ -24,10 +24,10 @@ from falcon_qlora.errors import UserError
 from falcon_qlora.kernels import fp8, ops
 from falcon_qlora.kernels.block import Block, Norm, Products, run_block
 from falcon_qlora.kernels.dequantized import DequantizedProducts
-from falcon_qlora.kernels.dropout import Dropout
 from falcon_qlora.kernels.fp8_block import Fp8
 from falcon_qlora.kernels.frozen_linear import Adapter, Projection, Workspace, project
 from falcon_qlora.kernels.gelu_products import GeluProducts, gelu_products
+from falcon_qlora.kernels.low_rank import Dropout
 from falcon_qlora.kernels.offload import Offload
 from falcon_qlora.kernels.scaled_products import ScaledProducts
 from falcon_qlora.models.attention import Sequences, split_heads

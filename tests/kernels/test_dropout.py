@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from falcon_qlora.kernels import dropout, ops
-from falcon_qlora.kernels.dropout import Dropout
+from falcon_qlora.kernels.low_rank import Dropout
 
 SEEDS = [(2, 2), (2**31 - 1, 17), (123_456_789, 2**31 - 1)]
 

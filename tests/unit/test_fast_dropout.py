@@ -6,7 +6,7 @@ from peft.tuners.lora import LoraLayer
 from torch.testing import assert_close
 
 from falcon_qlora.kernels import dropout
-from falcon_qlora.kernels.dropout import Dropout
+from falcon_qlora.kernels.low_rank import Dropout
 from falcon_qlora.models import fast
 from falcon_qlora.models.falcon import LINEARS
 from falcon_qlora.models.fast import apply_fast_path

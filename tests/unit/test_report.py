@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from falcon_qlora.report import Compared, Comparison
-from falcon_qlora.run_directory import RunDirectory, Summary
+from falcon_qlora.run_directory import RunDirectory
+from falcon_qlora.summary import Summary
 
 GIB = 2**30
 

@@ -16,7 +16,8 @@ from falcon_qlora.environment import collect_environment, without_secrets
 from falcon_qlora.errors import UserError
 from falcon_qlora.files import replaced, write_json
 from falcon_qlora.model_card import ModelCard
-from falcon_qlora.run_directory import METRICS_FIELDS, RunDirectory, Summary, choose
+from falcon_qlora.run_directory import METRICS_FIELDS, RunDirectory, choose
+from falcon_qlora.summary import Summary
 
 NOON = datetime.datetime(2026, 1, 2, 12, 0, 0)
 SUMMARY = Summary(

@@ -1,0 +1,55 @@
+"""What a finished run comes down to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """A finished run in a few numbers: `summary.json`.
+
+    Attributes:
+        steps: Optimizer steps done, over all resumptions.
+        first_loss: Training loss of the first log step (mean over target tokens).
+        final_loss: Training loss of the last log step.
+        train_seconds: Wall-clock time in the training loop, evaluation included.
+        tokens_per_second: Real tokens (no padding) a second, over all processes.
+        samples_per_second_512: The same in samples of 512 positions.
+        peak_memory_gib: Largest memory allocated on one device, GiB.
+        trainable_parameters: Parameters that were trained.
+        total_parameters: All parameters, the quantized ones counted unpacked.
+        quantized_linears: Linear layers whose weights are quantized.
+        world_size: Processes that trained together.
+        best_eval_loss: Lowest held-out loss, where there was an evaluation.
+        best_step: The step of `best_eval_loss`.
+        bad_steps: Steps that were skipped, as their loss or gradient was not finite.
+        micro_batch_parts: In how many parts micro batches were split in the end, as memory had run out.
+        tokens: Real tokens trained on, over all passes and resumptions.
+        samples: Documents trained on, likewise; None of a stream, which is not counted.
+        total_peak_memory_gib: The processes' peaks together.
+        predicted_peak_memory_gib: What `peak_memory_gib` was expected to be, on a GPU.
+        reduction_shares: Of each process's time in training, what it spent adding up gradients, waiting for
+            the slowest included (which has the least), since the run was last started; None of one process.
+    """
+
+    steps: int
+    first_loss: float | None
+    final_loss: float | None
+    train_seconds: float
+    tokens_per_second: float
+    samples_per_second_512: float
+    peak_memory_gib: float
+    trainable_parameters: int
+    total_parameters: int
+    quantized_linears: int
+    world_size: int
+    best_eval_loss: float | None = None
+    best_step: int | None = None
+    bad_steps: int = 0
+    micro_batch_parts: int = 1
+    tokens: int | None = None
+    samples: int | None = None
+    total_peak_memory_gib: float | None = None
+    predicted_peak_memory_gib: float | None = None
+    reduction_shares: list[float] | None = None
