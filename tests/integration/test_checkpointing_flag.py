@@ -56,11 +56,13 @@ def test_reference_blocks_recompute_or_refuse(tmp_path: Path) -> None:
         UserError, match=r"selective .* 5 of 5 blocks .*--kernels off.*; give --checkpointing full"
     ):
         fine_tune(tmp_path / "off", checkpointing="selective", **small)
-    with pytest.raises(UserError, match=r"5 of 5 blocks run on the reference path \(LoRA dropout 0.1\)"):
+    with pytest.raises(
+        UserError, match=r"5 of 5 blocks run on the reference path \(Dora instead of plain LoRA\)"
+    ):
         fine_tune(
-            tmp_path / "dropout",
+            tmp_path / "dora",
             checkpointing="selective",
-            **small | {"kernels": "auto", "lora_dropout": 0.1},
+            **small | {"kernels": "auto", "use_dora": True},
         )
     assert not (tmp_path / "off").exists()
 
