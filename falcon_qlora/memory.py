@@ -81,6 +81,10 @@ class Step:
         trained = self.trainable * (4 + self.optimizer_bytes + (4 if self.processes > 1 else 0))
         return int(self.tokens * kept + at_work + self._weights() + trained) + _UNCOUNTED_BYTES
 
+    def fits(self, blocks: Sequence[Checkpointing], free_bytes: int, *, beside: int = 0) -> bool:
+        """Whether a step, and so many bytes beside it, fit into the free memory with some to spare."""
+        return self.bytes(blocks) + beside <= _USABLE_SHARE * free_bytes
+
     def choose(self, free_bytes: int) -> list[Checkpointing]:
         """What each block keeps, so that no more is computed again than `free_bytes` demand.
 
@@ -96,7 +100,7 @@ class Step:
         for before, after in pairwise(smaller):
             for count in range(layers + 1):
                 blocks = [after] * count + [before] * (layers - count)
-                if self.bytes(blocks) <= _USABLE_SHARE * free_bytes:
+                if self.fits(blocks, free_bytes):
                     return blocks
         return blocks
 

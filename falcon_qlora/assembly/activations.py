@@ -34,10 +34,12 @@ class Activations:
     Attributes:
         blocks: one a block.
         predicted_gib: what the process's peak will be, GiB; None on the CPU.
+        fp8_weights_kept: whether there was room for the frozen weights in FP8, so that they are made once.
     """
 
     blocks: list[Checkpointing]
     predicted_gib: float | None = None
+    fp8_weights_kept: bool = False
 
     def described(self) -> str:
         """For the terminal, such as ``activations: kept; recomputed in 12 of 60 blocks``."""
@@ -45,6 +47,8 @@ class Activations:
         (first, _), *rest = [(what, counts[what]) for what in _DESCRIPTIONS if what in counts]
         told = [f"activations: {_DESCRIPTIONS[first]}"]
         told += [f"{_DESCRIPTIONS[what]} in {count} of {len(self.blocks)} blocks" for what, count in rest]
+        if self.fp8_weights_kept:
+            told.append("weights kept in FP8")
         if self.predicted_gib is not None:
             told.append(f"{self.predicted_gib:.1f} GiB predicted on one device")
         return "; ".join(told)
@@ -72,15 +76,28 @@ def choose_activations(configuration: Configuration, model: Any, kernels: dict[s
         )
     blocks: list[Checkpointing] = ["none" if wanted == "auto" else wanted] * count
     device = distributed.local_device()
-    predicted = None
+    predicted, kept = None, False
     if device.type == "cuda":
         step = _step(configuration, model, fast=not left)
         torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(device)[0]
         if wanted == "auto":
-            blocks = step.choose(torch.cuda.mem_get_info(device)[0])
+            blocks = step.choose(free)
+        kept = _keep_fp8_weights(model, step, blocks, free)
         predicted = (torch.cuda.memory_allocated(device) + step.bytes(blocks)) / 2**30
     set_checkpointing(model, blocks)
-    return Activations(blocks, predicted)
+    return Activations(blocks, predicted, kept)
+
+
+def _keep_fp8_weights(model: Any, step: Step, blocks: list[Checkpointing], free_bytes: int) -> bool:
+    """Keep the frozen weights in FP8 where all activations are kept and there is room for them too."""
+    from falcon_qlora.models.fast import fp8_weight_bytes, keep_fp8_weights
+
+    needed = fp8_weight_bytes(model)
+    if not needed or set(blocks) != {"none"} or not step.fits(blocks, free_bytes, beside=needed):
+        return False
+    keep_fp8_weights(model)
+    return True
 
 
 def _step(configuration: Configuration, model: Any, *, fast: bool) -> Step:

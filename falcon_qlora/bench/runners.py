@@ -15,7 +15,7 @@ from falcon_qlora.bench.variants import Impossible, Variant
 from falcon_qlora.data.batches import MicroBatch, collate
 from falcon_qlora.kernels import fp8
 from falcon_qlora.models.activations import set_checkpointing
-from falcon_qlora.models.fast import apply_fast_path, remove_fast_path
+from falcon_qlora.models.fast import apply_fast_path, keep_fp8_weights, remove_fast_path
 from falcon_qlora.models.forward import disable_packing, enable_packing
 from falcon_qlora.step import sum_of_losses
 
@@ -52,6 +52,8 @@ def build(variant: Variant, base: Any, settings: Settings, kept: dict[str, Any])
         if variant.kernels == "auto":
             in_fp8 = variant.compute_dtype == "fp8"
             report = apply_fast_path(model, fp8_products=in_fp8, libraries=variant.libraries)
+            if variant.keep_fp8:
+                keep_fp8_weights(model)
             left = [what for what in report.values() if what.startswith("reference")]
             notes += (
                 [f"{len(left)} of {len(report)} blocks fall back: {left[0]}"]

@@ -31,6 +31,7 @@ class Variant:
         libraries: whether optional kernel libraries may be used where they are installed.
         lora_dropout: before the low-rank product.
         largest_batch: whether the micro batch is the largest that fits, whatever ``--tokens`` says.
+        keep_fp8: the frozen weights are made in FP8 once, as training does where there is room.
         padding: None packs; ``longest`` and ``max_length`` pad the same rows instead.
         compiled: LitGPT's model through ``torch.compile``.
     """
@@ -43,6 +44,7 @@ class Variant:
     checkpointing: Literal["none", "selective", "full", "offload"] = "none"
     kernels: Literal["auto", "off"] = "auto"
     libraries: bool = True
+    keep_fp8: bool = False
     lora_dropout: float = 0.0
     largest_batch: bool = False
     padding: Literal["longest", "max_length"] | None = None
@@ -136,6 +138,13 @@ def _ours() -> Iterable[Variant]:
                 compute_dtype=dtype,
                 libraries=False,
             )
+        yield Variant(
+            name=f"ours{suffix}-fp8-kept",
+            what=f"products in fp8, with weights kept in FP8, {mode}",
+            quantize_mode=mode,
+            compute_dtype="fp8",
+            keep_fp8=True,
+        )
         yield Variant(
             name=f"ours{suffix}-dropout",
             what=f"with LoRA dropout 0.1, {mode}",

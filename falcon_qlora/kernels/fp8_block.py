@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from falcon_qlora.kernels import fp8, ops
 from falcon_qlora.kernels.block import Block
-from falcon_qlora.kernels.fp8_rows import LARGEST, Rows, largest_row
+from falcon_qlora.kernels.fp8_rows import DTYPE, LARGEST, Rows, largest_row
 from falcon_qlora.kernels.frozen_linear import Adapter, Projection, mm_float32
 from falcon_qlora.kernels.low_rank import LowRank
 
@@ -39,11 +39,14 @@ class Weight:
         scale: float32 ``[]``.
         of_rows: float32 ``[out]``, the same for every row.
         of_columns: float32 ``[in]``, the same for every column.
+        kept: the weight in FP8, ``[out, in]`` under False and transposed under True; empty where it is made
+            for every product.
     """
 
     scale: Tensor
     of_rows: Tensor
     of_columns: Tensor
+    kept: dict[bool, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +72,8 @@ class Fp8:
                 plain = ops.dequantize(projection.layer)
                 scale = _MARGIN * plain.abs().amax().float().clamp(min=1e-30) / LARGEST
                 sizes = projection.out_features, projection.in_features
-                weights.append(Weight(scale, *(scale.expand(size).contiguous() for size in sizes)))
+                of_rows, of_columns = (scale.expand(size).contiguous() for size in sizes)
+                weights.append(Weight(scale, of_rows, of_columns))
                 if projection is block.dense_h_to_4h:
                     before_gelu = _largest_output(block, plain)
                 elif projection is block.dense_4h_to_h:
@@ -77,8 +81,23 @@ class Fp8:
                 del plain
         return cls((weights[0], weights[1], weights[2], weights[3]), before_gelu, after_gelu)
 
+    def keep(self, block: Block) -> None:
+        """Make the weights once and for all, in both layouts: a byte a weight each."""
+        for projection, weight in zip(block.projections, self.weights, strict=True):
+            for transpose in (False, True):
+                values = torch.empty(_sizes(projection, transpose), dtype=DTYPE, device=weight.scale.device)
+                weight.kept[transpose] = fp8.quantize_weight(
+                    projection.layer, weight.scale, values, transpose
+                )
+
     def __call__(self, block: Block, adapters: Sequence[Adapter]) -> Fp8Products:
         return Fp8Products(block, adapters, self)
+
+
+def _sizes(projection: Projection, transpose: bool) -> tuple[int, int]:
+    """Of its weight, ``[out, in]`` or transposed."""
+    sizes = projection.out_features, projection.in_features
+    return sizes[::-1] if transpose else sizes
 
 
 def _largest_output(block: Block, weight: Tensor) -> Tensor:
@@ -200,17 +219,21 @@ class Fp8Products:
 
     def _forward(self, linear: int, rows: Rows, dtype: torch.dtype) -> Tensor:
         """``[T, in]`` → ``[T, out]``, without LoRA."""
-        projection, weight = self.block.projections[linear], self.frozen.weights[linear]
-        values = self.block.workspace.take(projection.out_features, projection.in_features, rows.values)
-        fp8.quantize_weight(projection.layer, weight.scale, values, False)
-        return fp8.product(rows, Rows(values, weight.of_rows), dtype)
+        weight = Rows(self._weight(linear, rows, False), self.frozen.weights[linear].of_rows)
+        return fp8.product(rows, weight, dtype)
 
     def _backward(self, linear: int, rows: Rows, dtype: torch.dtype) -> Tensor:
         """``[T, out]`` → ``[T, in]``, without LoRA."""
+        weight = Rows(self._weight(linear, rows, True), self.frozen.weights[linear].of_columns)
+        return fp8.product(rows, weight, dtype)
+
+    def _weight(self, linear: int, rows: Rows, transpose: bool) -> Tensor:
+        """The one that is kept, or one made into the workspace."""
         projection, weight = self.block.projections[linear], self.frozen.weights[linear]
-        values = self.block.workspace.take(projection.in_features, projection.out_features, rows.values)
-        fp8.quantize_weight(projection.layer, weight.scale, values, True)
-        return fp8.product(rows, Rows(values, weight.of_columns), dtype)
+        if transpose in weight.kept:
+            return weight.kept[transpose]
+        values = self.block.workspace.take(*_sizes(projection, transpose), rows.values)
+        return fp8.quantize_weight(projection.layer, weight.scale, values, transpose)
 
     def _a(self, linear: int, dtype: torch.dtype) -> Tensor:
         """``[r, in]``; no rows without LoRA."""

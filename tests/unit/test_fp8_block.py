@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from falcon_qlora.assembly.activations import _keep_fp8_weights
 from falcon_qlora.errors import UserError
 from falcon_qlora.kernels import fp8
 from falcon_qlora.kernels.block import Block
+from falcon_qlora.memory import Step
 from falcon_qlora.models import fast
 from falcon_qlora.models.falcon import LINEARS
-from falcon_qlora.models.fast import apply_fast_path, decide
+from falcon_qlora.models.fast import apply_fast_path, decide, fp8_weight_bytes, keep_fp8_weights
 from falcon_qlora.models.forward import enable_packing
 from tests.layouts import LAYOUTS, MODES, documents, tiny_model
 from tests.packing import packed
@@ -111,6 +113,45 @@ def test_what_is_not_kept_is_computed_again(layout, keep, emulated, monkeypatch)
     reference = step(model, arguments)
     monkeypatch.setattr(fast, "Block", partial(Block, keep=keep))
     assert_same(step(model, arguments), reference, 1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b"])
+def test_weights_that_are_kept_are_those_that_would_be_made(layout, mode, emulated, monkeypatch):
+    model = adapted(layout, mode)
+    apply_fast_path(model, fp8_products=True)
+    arguments = packed(documents(LENGTHS))
+    reference = step(model, arguments)
+    frozen = sum(m.out_features * m.in_features for n, m in model.named_modules() if n.endswith("base_layer"))
+    assert fp8_weight_bytes(model) == 2 * frozen
+    made = []
+    quantize = fp8.quantize_weight
+    monkeypatch.setattr(fp8, "quantize_weight", lambda *a: made.append(a) or quantize(*a))
+    keep_fp8_weights(model)
+    assert len(made) == 2 * 4 * 2
+    ours = step(model, arguments)
+    assert len(made) == 2 * 4 * 2
+    assert torch.equal(ours[0], reference[0])
+    assert all(torch.equal(ours[1][name], grad) for name, grad in reference[1].items())
+
+
+def test_weights_are_kept_where_there_is_room_beside_all_activations(emulated):
+    model = adapted("falcon-7b", "4bit")
+    needed_and_kept = []
+    for fp8_products, checkpointing, spare in [
+        (True, "none", 1.0),
+        (True, "none", 0.5),
+        (True, "full", 1.0),
+        (False, "none", 1.0),
+    ]:
+        apply_fast_path(model, fp8_products=fp8_products)
+        needed = fp8_weight_bytes(model)
+        blocks = [checkpointing] * 2
+        one = Step(config=model.config, tokens=100, trainable=0, fast=True)
+        free = int((one.bytes(blocks) + spare * needed) / 0.92) + 2  # 8 % are left alone
+        kept = _keep_fp8_weights(model, one, blocks, free)
+        needed_and_kept.append((needed > 0, kept))
+    assert needed_and_kept == [(True, True), (True, False), (True, False), (False, False)]
 
 
 @pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b"])
