@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import functools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,7 +102,8 @@ def parse(
     """Read a command line.
 
     Args:
-        argv: the words after the command.
+        argv: the words after the command. With `--resume` and no `--config`, what is not given is as it was
+            in the run that goes on.
         extra_arguments: a dataclass of settings that only this command has (flags only).
         program: the command as the user types it, for the help page.
         description: one line on what it does, for the help page.
@@ -118,6 +120,8 @@ def parse(
         raise SystemExit(0)
     flags, config_file = parser.read_flags(argv)
     layers = [recipe_default, flags]
+    if config_file is None and extra_arguments is None:
+        config_file = _settings_of_the_run(flags.values)
     if config_file is not None:
         layers.append(parser.read_file(Path(config_file), config_file, rank=2))
     recipe = next(
@@ -130,6 +134,18 @@ def parse(
             raise UserError(f"recipe {recipe} names a recipe itself; it is laid over the default one only")
         layers.append(layer)
     return _configuration(parser, layers, recipe, extra_arguments)
+
+
+def _settings_of_the_run(flags: Mapping[str, Any]) -> str | None:
+    """The settings file of the run that `--resume` goes on with; None where there is none."""
+    resume, output = flags.get("resume"), flags.get("output_dir")
+    if not resume or (resume == "latest" and output is None):
+        return None
+    folder = Path(str(output) if resume == "latest" else str(resume))
+    if folder.parent.name == "checkpoints":
+        folder = folder.parent.parent
+    file = folder / "config.yaml"
+    return str(file) if file.is_file() else None
 
 
 def _by_rank(layers: list[Layer]) -> list[Layer]:

@@ -473,3 +473,22 @@ class TestCheckpointing:
     def test_a_contradiction_is_refused(self) -> None:
         with pytest.raises(UserError, match="give --checkpointing alone"):
             config.parse(["--gradient_checkpointing", "true", "--checkpointing", "none"])
+
+
+def test_a_run_is_gone_on_with_by_its_folder_alone(tmp_path: Path) -> None:
+    before = config.parse(["-m", "tiny", "--lora_r", "4", "--dataset_name", "rows.jsonl", "--max_steps", "9"])
+    write(tmp_path / "config.yaml", **before.resolved())
+    checkpoint = tmp_path / "checkpoints" / "step-3"
+    checkpoint.mkdir(parents=True)
+    for words in (
+        ["--resume", "--output_dir", str(tmp_path)],
+        ["--resume", str(tmp_path)],
+        ["--resume", str(checkpoint)],
+    ):
+        again = config.parse([*words, "--max_steps", "12"])
+        assert again.resolved() == {**before.resolved(), "max_steps": 12}
+    # A file that is named says it all, and a run without one is left to the flags.
+    other = write(tmp_path / "other.yaml", lora_r=16)
+    assert config.parse(["--resume", str(tmp_path), "--config", str(other)]).lora.lora_r == 16
+    (tmp_path / "config.yaml").unlink()
+    assert config.parse(["--resume", str(tmp_path)]).lora.lora_r == config.parse([]).lora.lora_r
