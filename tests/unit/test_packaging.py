@@ -139,6 +139,7 @@ def test_the_top_level_is_the_documented_one(repository: Path) -> None:
     documented = {
         "pyproject.toml",
         "README.md",
+        "CONTRIBUTING.md",
         "environment.yaml",
         "falcon_qlora",
         "launch",
