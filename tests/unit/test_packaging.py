@@ -139,7 +139,6 @@ def test_the_top_level_is_the_documented_one(repository: Path) -> None:
     documented = {
         "pyproject.toml",
         "README.md",
-        "CONTRIBUTING.md",
         "environment.yaml",
         "falcon_qlora",
         "launch",
