@@ -137,7 +137,7 @@ def load_measured(
     told = {configuration.explicit.get(name) for name in ("kernels", "compute_dtype")}
     left_alone = recorded and not any(runs_fast(str(what)) for what in recorded.values())
     if left_alone and "flag" not in told:
-        # Not always what would be chosen here: what is frozen now was trained then, or dropped out.
+        # Not always what would be chosen here: what is frozen now was trained then.
         return model, {}
     return model, choose_kernels(configuration.model, model)
 

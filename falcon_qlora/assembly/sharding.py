@@ -25,10 +25,9 @@ def shard_if_wanted(configuration: Configuration, model: Any) -> bool:
         return False
     from falcon_qlora.models import sharded, zero3
 
-    if configuration.run.sharding == "zero3":
-        _check_zero3(configuration)
     _check(configuration)
     if configuration.run.sharding == "zero3":
+        _check_zero3(configuration)
         zero3.mark(model)
     else:
         sharded.shard(model, distributed.local_device())

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.distributed.flight_recorder.components.loader import read_dump
 
-from tests.integration.interrupted import ROWS, STEPS, assert_same_run, run
+from tests.integration.interrupted import ROWS, STEPS, assert_same_run, at_work, run
 from tests.integration.processes import Processes
-from tests.integration.runs import metrics, summary, write_jsonl
+from tests.integration.runs import metrics, summary
 
 pytestmark = pytest.mark.gpu
 
@@ -25,13 +25,9 @@ LARGE = (
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    folder = tmp_path_factory.mktemp("work")
-    write_jsonl(folder / "rows.jsonl", [{"text": " ".join([str(row)] * 400)} for row in range(len(ROWS) * 4)])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        result = Processes(folder)
-        yield result
-        result.end()
+    rows = [{"text": " ".join([str(row)] * 400)} for row in range(len(ROWS) * 4)]
+    with at_work(tmp_path_factory, rows) as processes:
+        yield processes
 
 
 def test_7b_on_the_fast_path_goes_on_to_the_last_bit(processes: Processes) -> None:

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.integration.interrupted import ROWS, assert_same_run, run
+from tests.integration.interrupted import ROWS, assert_same_run, at_work, run
 from tests.integration.processes import Processes
-from tests.integration.runs import write_jsonl
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,13 +26,9 @@ SETTINGS = (
 
 @pytest.fixture
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    folder = tmp_path_factory.mktemp("work")
-    write_jsonl(folder / "rows.jsonl", [{"text": " ".join([str(row)] * 200)} for row in range(len(ROWS) * 2)])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        result = Processes(folder)
-        yield result
-        result.end()
+    rows = [{"text": " ".join([str(row)] * 200)} for row in range(len(ROWS) * 2)]
+    with at_work(tmp_path_factory, rows) as processes:
+        yield processes
 
 
 def test_a_billion_weights_shared_out_go_on_to_the_last_bit(processes: Processes) -> None:

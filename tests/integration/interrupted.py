@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.integration.processes import Processes
-from tests.integration.runs import metrics
+from tests.integration.runs import metrics, write_jsonl
 
 STEPS = 10
 # Two epochs and a bit, several micro batches, random draws, and a loss averaged over steps.
@@ -26,6 +28,18 @@ ROWS = [
     {"instruction": f"Count to {number}.", "output": " ".join(map(str, range(number % 13 + 2)))}
     for number in range(60)
 ]
+
+
+@contextmanager
+def at_work(temporary: pytest.TempPathFactory, rows: list[dict[str, Any]]) -> Iterator[Processes]:
+    """A folder with these rows and a cache of its own, in which processes are started; none outlives it."""
+    folder = temporary.mktemp("work")
+    write_jsonl(folder / "rows.jsonl", rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(temporary.mktemp("cache")))
+        result = Processes(folder)
+        yield result
+        result.end()
 
 
 def start(

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from falcon_qlora.checkpoint.verify import newest_whole
-from tests.integration.interrupted import ROWS, assert_same_run, run
+from tests.integration.interrupted import ROWS, assert_same_run, at_work, run
 from tests.integration.processes import Processes
-from tests.integration.runs import metrics, summary, write_jsonl
+from tests.integration.runs import metrics, summary
 
 pytestmark = pytest.mark.slow
 
@@ -28,13 +28,8 @@ SHARDED = [*SETTINGS, "--sharding", "fsdp"]
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    folder = tmp_path_factory.mktemp("work")
-    write_jsonl(folder / "rows.jsonl", ROWS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        result = Processes(folder)
-        yield result
-        result.end()
+    with at_work(tmp_path_factory, ROWS) as processes:
+        yield processes
 
 
 @pytest.fixture(scope="module")
