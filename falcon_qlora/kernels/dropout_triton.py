@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from falcon_qlora.kernels.low_rank import Dropout, LowRank
-from falcon_qlora.kernels.low_rank_triton import low_rank_arguments, low_rank_tile
+from falcon_qlora.kernels.low_rank_triton import low_rank_arguments, low_rank_tile, tile
 
 _BLOCK, _BLOCK_WARPS = 2048, 4
 _TILE = 64, 128, 8  # tokens and features, and warps
@@ -110,10 +110,7 @@ def _add_dropped(
     TOKENS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    blocks = tl.cdiv(features, FEATURES)
-    token = (tl.program_id(0) // blocks) * TOKENS + tl.arange(0, TOKENS)
-    feature = (tl.program_id(0) % blocks) * FEATURES + tl.arange(0, FEATURES)
-    in_tokens, in_features = token < tokens, feature < features
+    token, feature, in_tokens, in_features = tile(tokens, features, TOKENS, FEATURES)
     mask = in_tokens[:, None] & in_features[None, :]
     row = token.to(tl.int64)[:, None]
     added, _ = low_rank_tile(

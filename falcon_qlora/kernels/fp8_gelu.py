@@ -21,7 +21,7 @@ from torch import Tensor
 from falcon_qlora.kernels.fp8_rows import DTYPE, Rows, largest_row
 from falcon_qlora.kernels.gelu import _distribution
 from falcon_qlora.kernels.low_rank import LowRank
-from falcon_qlora.kernels.low_rank_triton import low_rank_arguments, low_rank_tile
+from falcon_qlora.kernels.low_rank_triton import low_rank_arguments, low_rank_tile, tile
 
 # Tokens and features of a tile, and warps: what leaves room for two programs and more on a multiprocessor.
 _FORWARD = 64, 128, 8
@@ -103,10 +103,7 @@ def _gelu(
     TOKENS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    blocks = tl.cdiv(features, FEATURES)
-    token = (tl.program_id(0) // blocks) * TOKENS + tl.arange(0, TOKENS)
-    feature = (tl.program_id(0) % blocks) * FEATURES + tl.arange(0, FEATURES)
-    in_tokens, in_features = token < tokens, feature < features
+    token, feature, in_tokens, in_features = tile(tokens, features, TOKENS, FEATURES)
     mask = in_tokens[:, None] & in_features[None, :]
     row = token.to(tl.int64)[:, None]
     x = tl.load(x_ptr + row * x_stride + feature[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -119,7 +116,9 @@ def _gelu(
         x += low
         bound += length * tl.load(longest_ptr)
     scale = tl.where(bound > 0, bound / 448.0, 1.0)
-    tl.store(scales_ptr + token, scale, mask=in_tokens & (tl.program_id(0) % blocks == 0))
+    tl.store(
+        scales_ptr + token, scale, mask=in_tokens & (tl.program_id(0) % tl.cdiv(features, FEATURES) == 0)
+    )
     below, _ = _distribution(x)
     y = x * below
     at = row * features + feature[None, :]
@@ -158,10 +157,7 @@ def _gelu_backward(
     TOKENS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    blocks = tl.cdiv(features, FEATURES)
-    token = (tl.program_id(0) // blocks) * TOKENS + tl.arange(0, TOKENS)
-    feature = (tl.program_id(0) % blocks) * FEATURES + tl.arange(0, FEATURES)
-    in_tokens, in_features = token < tokens, feature < features
+    token, feature, in_tokens, in_features = tile(tokens, features, TOKENS, FEATURES)
     mask = in_tokens[:, None] & in_features[None, :]
     row = token.to(tl.int64)[:, None]
     at = row * features + feature[None, :]
@@ -182,7 +178,9 @@ def _gelu_backward(
         grad += low
         bound += length * tl.load(longest_ptr)
     scale = tl.where(bound > 0, bound * (1.13 / 448.0), 1.0)
-    tl.store(scales_ptr + token, scale, mask=in_tokens & (tl.program_id(0) % blocks == 0))
+    tl.store(
+        scales_ptr + token, scale, mask=in_tokens & (tl.program_id(0) % tl.cdiv(features, FEATURES) == 0)
+    )
     below, bell = _distribution(x)
     tl.store(grad_ptr + at, (x * below).to(grad_ptr.dtype.element_ty), mask=mask)
     dx = grad * (below + x * bell * 0.3989422804014327)  # 1 / sqrt(2π)

@@ -18,7 +18,7 @@ from torch import Tensor
 from falcon_qlora.kernels import nf4
 from falcon_qlora.kernels.fp8_rows import DTYPE, Rows
 from falcon_qlora.kernels.low_rank import LowRank
-from falcon_qlora.kernels.low_rank_triton import low_rank_arguments, low_rank_tile
+from falcon_qlora.kernels.low_rank_triton import low_rank_arguments, low_rank_tile, tile
 
 _LANES_A_THREAD = 32
 _MOST_WARPS = 16
@@ -161,10 +161,7 @@ def _add(
     TOKENS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    blocks = tl.cdiv(features, FEATURES)
-    token = (tl.program_id(0) // blocks) * TOKENS + tl.arange(0, TOKENS)
-    feature = (tl.program_id(0) % blocks) * FEATURES + tl.arange(0, FEATURES)
-    in_tokens, in_features = token < tokens, feature < features
+    token, feature, in_tokens, in_features = tile(tokens, features, TOKENS, FEATURES)
     mask = in_tokens[:, None] & in_features[None, :]
     row = token.to(tl.int64)[:, None]
     x_ptr += row * x_stride + feature[None, :]

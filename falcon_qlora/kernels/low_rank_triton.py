@@ -24,6 +24,15 @@ def low_rank_arguments(low: LowRank | None, like: Tensor) -> tuple[Tensor, Tenso
 
 
 @triton.jit
+def tile(tokens, features, TOKENS: tl.constexpr, FEATURES: tl.constexpr):
+    """This program's part of ``[tokens, features]``: its rows, its columns, and which of them there are."""
+    blocks = tl.cdiv(features, FEATURES)
+    token = (tl.program_id(0) // blocks) * TOKENS + tl.arange(0, TOKENS)
+    feature = (tl.program_id(0) % blocks) * FEATURES + tl.arange(0, FEATURES)
+    return token, feature, token < tokens, feature < features
+
+
+@triton.jit
 def low_rank_tile(
     left_ptr, right_ptr, left_stride, right_stride, right_feature_stride, rank, token, in_tokens, feature,
     in_features, RANK: tl.constexpr,
