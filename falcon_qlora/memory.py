@@ -34,15 +34,17 @@ from transformers import FalconConfig
 
 from falcon_qlora.kernels.cross_entropy import default_chunk_tokens
 from falcon_qlora.models.activations import Checkpointing
-from falcon_qlora.models.falcon import linear_shapes, norms_per_block
+from falcon_qlora.models.falcon import linear_shapes, norms_per_block, parameter_count
 
 GIB = 2**30
 
 # Measured: the reference path also keeps the outputs of norms and GELU, and copies of inputs.
-_REFERENCE_FACTOR = 1.9
+_REFERENCE_FACTOR, _ALL_TRAINED_FACTOR = 1.9, 2.0
 # The libraries' workspaces, and what the allocator rounds up.
 _UNCOUNTED_BYTES = 2**28
 _USABLE_SHARE = 0.92
+# A float32 scale to every 256 of an 8-bit optimizer's numbers.
+_SCALE_BYTES = 4 / 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +54,18 @@ class Step:
     Attributes:
         config: the model.
         tokens: of one micro batch.
-        trainable: parameters, in float32.
+        trainable: parameters.
+        trainable_bytes: of each, and of its gradient: adapters are float32.
+        gradients_stay: whether gradients are there when a micro batch begins: of the one before it, or as
+            they lie in the buffer that processes add up. Else they come while activations go.
+        all_trained: whether every weight is: the head's gradient too, which is summed up in float32.
+        gathered: bytes of a sharded model's weights and gradients that are whole for a moment.
         fast: whether the blocks run as single functions.
         lora_rank: of the adapter on every linear; 0 where something else is trained.
         lora_dropout: whether LoRA has dropout.
         scaled: whether every linear has a learned scale and bias (Adapter v2).
         value_bytes: of an activation.
         optimizer_bytes: of the optimizer's state for one parameter, as far as PyTorch's allocator holds it.
-        processes: above 1, DistributedDataParallel keeps buckets of the gradients' size.
     """
 
     config: FalconConfig
@@ -70,16 +76,21 @@ class Step:
     lora_dropout: bool = False
     scaled: bool = False
     value_bytes: int = 2
-    optimizer_bytes: int = 8
-    processes: int = 1
+    trainable_bytes: int = 4
+    optimizer_bytes: float = 8
+    gradients_stay: bool = True
+    all_trained: bool = False
+    gathered: int = 0
 
     def bytes(self, blocks: Sequence[Checkpointing]) -> int:
         """Bytes that a step takes beyond the loaded model and its adapter; `blocks`: one a block."""
-        kept = sum(self._kept(each) for each in blocks)
+        kept = self.tokens * sum(self._kept(each) for each in blocks)
+        gradients = self.trainable * self.trainable_bytes
+        held = kept + gradients if self.gradients_stay else max(kept, gradients)
         working = max(sum(self.working_values(each)) for each in set(blocks)) * self.value_bytes
         at_work = max(self.tokens * working, self._head())
-        trained = self.trainable * (4 + self.optimizer_bytes + (4 if self.processes > 1 else 0))
-        return int(self.tokens * kept + at_work + self._weights() + trained) + _UNCOUNTED_BYTES
+        states = self.trainable * self.optimizer_bytes
+        return int(held + at_work + self._weights() + states + self.gathered) + _UNCOUNTED_BYTES
 
     def fits(self, blocks: Sequence[Checkpointing], free_bytes: int, *, beside: int = 0) -> bool:
         """Whether a step, and so many bytes beside it, fit into the free memory with some to spare."""
@@ -140,8 +151,8 @@ class Step:
         return {
             "weights": weights,
             "embedding": embedding,
-            "adapter": 4 * self.trainable,
-            "gradients": 4 * self.trainable,
+            "adapter": self.trainable_bytes * self.trainable,
+            "gradients": self.trainable_bytes * self.trainable,
             "dequantized": self._weights(),
             "inputs": inputs,
             "projections": projected,
@@ -157,7 +168,8 @@ class Step:
 
     def _all_of_a_block(self) -> float:
         """Values a token that a reference block keeps."""
-        return _REFERENCE_FACTOR * self._kept_fast("none") / self.value_bytes
+        factor = _ALL_TRAINED_FACTOR if self.all_trained else _REFERENCE_FACTOR
+        return factor * self._kept_fast("none") / self.value_bytes
 
     def _kept(self, checkpointing: Checkpointing) -> float:
         if checkpointing == "offload":
@@ -185,14 +197,47 @@ class Step:
         return int(max(into, (hidden + wide) * hidden) + rank * (hidden + wide)) * self.value_bytes
 
     def _head(self) -> int:
-        """The head's turn: three tensors of the hidden size, and a piece of the logits."""
+        """The head's turn: three tensors of the hidden size, a piece of the logits, the weight's gradient."""
         logits = default_chunk_tokens(self.tokens) * self.config.vocab_size * (2 * 4 + self.value_bytes)
-        return int(3 * self.tokens * self.config.hidden_size * self.value_bytes + logits)
+        gradient = self.config.vocab_size * self.config.hidden_size * (4 + self.value_bytes)
+        hidden = 3 * self.tokens * self.config.hidden_size * self.value_bytes
+        return int(hidden + logits + (gradient if self.all_trained else 0))
 
 
-def optimizer_bytes(optim: str) -> int:
-    """Bytes of an optimizer's state for one parameter in PyTorch's allocator; Transformers' names."""
-    if optim.startswith("paged") or optim == "sgd":
+def gathered_bytes(config: FalconConfig, value_bytes: int) -> int:
+    """What PyTorch's fully_shard holds beside a process's own part, at the most.
+
+    The embedding and its gradient are whole from a micro batch's beginning to its end. Of blocks there are
+    two, the one at work and the next, each with the buffer that it came in, and gradients on their way.
+    """
+    embedding = config.vocab_size * config.hidden_size
+    block = (parameter_count(config) - embedding) // config.num_hidden_layers
+    return value_bytes * (2 * embedding + 7 * block)
+
+
+def optimizer_bytes(optim: str, value_bytes: int = 4, *, embedded: float = 0.0) -> float:
+    """Bytes of an optimizer's state for one parameter, wherever it lies.
+
+    Args:
+        optim: Transformers' name.
+        value_bytes: of a parameter, which PyTorch's own optimizers follow.
+        embedded: share of the parameters that are an embedding's, for which 8-bit optimizers keep 32 bits.
+    """
+    if optim in ("sgd", "adafactor"):  # Adafactor's rows and columns are next to nothing
         return 0
-    states = 1 if optim.startswith(("lion", "rmsprop", "adagrad")) else 2
-    return states * (1 if "8bit" in optim else 4)
+    single = any(word in optim for word in ("lion", "rmsprop", "adagrad"))
+    states = 3 if "ademamix" in optim else 1 if single else 2
+    if "8bit" in optim:
+        return states * ((1 - embedded) * (1 + _SCALE_BYTES) + embedded * 4)
+    in_float32 = any(word in optim for word in ("32bit", "bnb", "ademamix"))  # bitsandbytes'
+    return states * (4 if in_float32 else value_bytes)
+
+
+def embedded_share(config: FalconConfig) -> float:
+    """Share of a model's parameters that are its embedding's; a head tied to it is counted once."""
+    return config.vocab_size * config.hidden_size / parameter_count(config)
+
+
+def allocated_optimizer_bytes(optim: str, value_bytes: int = 4, *, embedded: float = 0.0) -> float:
+    """What of `optimizer_bytes` PyTorch's allocator holds: paged optimizers keep theirs in CPU memory."""
+    return 0 if optim.startswith("paged") else optimizer_bytes(optim, value_bytes, embedded=embedded)

@@ -102,20 +102,31 @@ def _keep_fp8_weights(model: Any, step: Step, blocks: list[Checkpointing], free_
 
 def _step(configuration: Configuration, model: Any, *, fast: bool) -> Step:
     from falcon_qlora import memory
-    from falcon_qlora.models.sharded import local_count
+    from falcon_qlora.models.sharded import is_sharded, local_count
 
-    assert configuration.training is not None
+    run, config = configuration.run, model.config
+    a_micro_batch = run.per_device_train_batch_size * distributed.world_size()
+    several = run.gradient_accumulation_steps > 1 or (run.global_batch_size or 0) > a_micro_batch
+    whole = configuration.method.method == "full"
+    trainable_bytes = model.dtype.itemsize if whole else 4
     return memory.Step(
-        config=model.config,
-        tokens=configuration.run.per_device_train_batch_size * configuration.data.max_length,
+        config=config,
+        tokens=run.per_device_train_batch_size * configuration.data.max_length,
         trainable=local_count(model),
+        trainable_bytes=trainable_bytes,
+        gradients_stay=several or (distributed.world_size() > 1 and not is_sharded(model)),
+        all_trained=whole,
+        gathered=memory.gathered_bytes(config, trainable_bytes) if is_sharded(model) else 0,
         fast=fast,
         lora_rank=configuration.lora.lora_r if configuration.method.method == "lora" else 0,
         lora_dropout=configuration.lora.lora_dropout > 0,
         scaled=configuration.method.method == "adapter_v2",
         value_bytes=model.dtype.itemsize,
-        optimizer_bytes=memory.optimizer_bytes(str(configuration.training.optim)),
-        processes=distributed.world_size(),
+        optimizer_bytes=memory.allocated_optimizer_bytes(
+            configuration.optimizer,
+            trainable_bytes,
+            embedded=memory.embedded_share(config) if whole else 0.0,
+        ),
     )
 
 

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from falcon_qlora.tracking import Trackers
 
 GIB = 2**30
-# Of an optimizer's state for one float32 parameter, by what its name holds; Adam and what is like it: 8.
-_OPTIMIZER_BYTES = {"8bit": 2, "sgd": 4, "adafactor": 1, "lion": 4, "adagrad": 4, "rmsprop": 4}
 # The record beside the weights, with room to spare for what the disk itself takes.
 _SMALL_FILES = 16 * 2**20
 
@@ -133,13 +131,16 @@ def check_disk(configuration: Configuration, directory: RunDirectory, model: Any
     Raises:
         UserError: with what is needed and what is free.
     """
+    from falcon_qlora.memory import embedded_share
+
     training = configuration.training
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     trainable = sum(parameter.numel() for parameter in trained)
     needed = predicted_bytes(
         trainable,
-        bytes_each=sum(parameter.nbytes for parameter in trained) / trainable,
-        optimizer=str(getattr(training.optim, "value", training.optim)),
+        bytes_each=trained[0].element_size(),
+        embedded=embedded_share(model.config) if configuration.method.method == "full" else 0.0,
+        optimizer=configuration.optimizer,
         saves=_saves(training, steps),
         limit=training.save_total_limit,
         keeps_best=training.load_best_model_at_end,
@@ -154,7 +155,8 @@ def predicted_bytes(
     saves: int,
     limit: int | None,
     keeps_best: bool = False,
-    bytes_each: float = 4,
+    bytes_each: int = 4,
+    embedded: float = 0.0,
 ) -> int:
     """Bytes of the checkpoints that lie on the disk at once, and of the adapter at the end.
 
@@ -164,11 +166,12 @@ def predicted_bytes(
         saves: checkpoints in the whole run.
         limit: how many are kept; the new one is whole before an old one goes.
         keeps_best: whether the best stays beyond the limit.
-        bytes_each: of a parameter, which the optimizer's state follows where it is not quantized.
+        bytes_each: of a parameter.
+        embedded: share of the parameters that are an embedding's.
     """
-    state: float = next((each for name, each in _OPTIMIZER_BYTES.items() if name in optimizer), 8)
-    if "8bit" not in optimizer:
-        state *= bytes_each / 4
+    from falcon_qlora.memory import optimizer_bytes
+
+    state = optimizer_bytes(optimizer, bytes_each, embedded=embedded)
     at_once = saves if limit is None else min(saves, limit + 1 + keeps_best)
     weights = int(trainable * bytes_each)
     return at_once * (weights + int(trainable * state) + _SMALL_FILES) + weights + _SMALL_FILES

@@ -188,7 +188,7 @@ def finish(
     """
     model = trainer.model
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not is_sharded(model):
+    if distributed.world_size() > 1 and not is_sharded(model):
         distributed.replicas_hash(trainable, frozen=_frozen_tensors(model))
     peaks = distributed.gather_objects(peak_memory_gib())
     reductions = distributed.gather_objects(round(trainer.reduction_share(), 4))

@@ -57,22 +57,18 @@ def _wanted(configuration: Configuration, config: FalconConfig) -> bool:
 
 
 def _replica_bytes(configuration: Configuration, config: FalconConfig) -> int:
-    """Weights, gradients and optimizer state of a replica, with the buckets that gradients are sent in."""
-    from falcon_qlora.memory import optimizer_bytes
+    """Weights, gradients and optimizer state of a replica."""
+    from falcon_qlora.memory import allocated_optimizer_bytes, embedded_share
     from falcon_qlora.models.falcon import parameter_count
     from falcon_qlora.models.load import resolve_compute_dtype
 
-    assert configuration.training is not None
-    dtype = resolve_compute_dtype(configuration.model.compute_dtype, distributed.local_device())
-    optim = str(configuration.training.optim)
-    # The states have the weights' dtype, but for those in 8 bits.
-    states = optimizer_bytes(optim) * (1 if "8bit" in optim else dtype.itemsize / 4)
-    return int(parameter_count(config) * (3 * dtype.itemsize + states))
+    each = resolve_compute_dtype(configuration.model.compute_dtype, distributed.local_device()).itemsize
+    states = allocated_optimizer_bytes(configuration.optimizer, each, embedded=embedded_share(config))
+    return int(parameter_count(config) * (2 * each + states))
 
 
 def _check(configuration: Configuration) -> None:
-    assert configuration.training is not None
-    optim = str(getattr(configuration.training.optim, "value", configuration.training.optim))
+    optim = configuration.optimizer
     if any(word in optim for word in ("bnb", "8bit", "paged")):
         raise UserError(
             f"--optim {optim}: bitsandbytes' optimizers do not work on a sharded model; give --optim "

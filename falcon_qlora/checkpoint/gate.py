@@ -21,7 +21,7 @@ from falcon_qlora.methods.lora import Lora
 from falcon_qlora.methods.saved import SavedAdapter, read_adapter, zero_tensors
 from falcon_qlora.models.checkpoints import parameter_reader, read_folder_config
 from falcon_qlora.models.forward import enable_packing, falcon_of
-from falcon_qlora.models.sharded import own_parts
+from falcon_qlora.models.sharded import local_tensor, own_parts
 from falcon_qlora.models.tensor_files import read_tensor
 from falcon_qlora.step import sum_of_losses
 
@@ -114,7 +114,7 @@ def _check_equal(saved: SavedAdapter, model: nn.Module) -> None:
 def _check_whole(folder: Path, model: Any) -> None:
     read = parameter_reader(folder, read_folder_config(folder))
     for name, parameter in model.named_parameters():
-        stored = read(name)
+        stored = read(name).to(local_tensor(parameter).device)  # where comparing is quick
         if not torch.isfinite(stored).all():
             raise AdapterFaultError(f"{folder}: {name} holds numbers that are not finite")
         mine, expected = own_parts(parameter, stored)  # of a sharded model: its parts go out one by one
@@ -122,7 +122,7 @@ def _check_whole(folder: Path, model: Any) -> None:
 
 
 def _compare(place: Path, name: str, stored: Tensor, in_memory: Tensor) -> None:
-    if stored.dtype != in_memory.dtype or not torch.equal(stored.cpu(), in_memory.detach().cpu()):
+    if stored.dtype != in_memory.dtype or not torch.equal(stored.to(in_memory.device), in_memory.detach()):
         raise AdapterFaultError(f"{place}: {name} is not what the model in memory has")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -12,6 +13,7 @@ from falcon_qlora.untrusted import read_json
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
+_AT_ONCE = 4  # files of which a checksum is taken: hashing leaves Python's lock to others
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -38,12 +40,15 @@ def write_manifest(
         described: by name, of files that those who wrote them have described already.
     """
     described = described or {}
-    files = {
-        path.relative_to(folder).as_posix(): describe_file(path)
+    files = [
+        path
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in {MANIFEST, *described}
-    }
-    write_json(folder / MANIFEST, {"format": _FORMAT, **record, "files": files | described})
+    ]
+    names = [path.relative_to(folder).as_posix() for path in files]
+    with ThreadPoolExecutor(_AT_ONCE) as threads:  # a whole model's and its optimizer's are tens of GB
+        entries = dict(zip(names, threads.map(describe_file, files), strict=True))
+    write_json(folder / MANIFEST, {"format": _FORMAT, **record, "files": entries | described})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -87,8 +92,11 @@ def fault(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != entry["bytes"]:
             return f"{name} has {path.stat().st_size:,} bytes instead of {entry['bytes']:,}"
-        if sha256(path) != entry["sha256"]:
-            return f"{name} is not what was written (its checksum differs)"
+    with ThreadPoolExecutor(_AT_ONCE) as threads:
+        found = threads.map(sha256, [folder / name for name in manifest["files"]])
+        for (name, entry), checksum in zip(manifest["files"].items(), found, strict=True):
+            if checksum != entry["sha256"]:
+                return f"{name} is not what was written (its checksum differs)"
     return None
 
 

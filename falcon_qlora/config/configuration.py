@@ -75,6 +75,12 @@ class Configuration:
         """
         return _build_training(self)
 
+    @property
+    def optimizer(self) -> str:
+        """The optimizer's name, as Transformers' `OptimizerNames` has it."""
+        optim = self.training.optim
+        return str(getattr(optim, "value", optim))
+
     def resolved(self) -> dict[str, Any]:
         """Every setting a re-run needs, for `config.yaml` and trackers: plain values, no secrets."""
         record: dict[str, Any] = {}

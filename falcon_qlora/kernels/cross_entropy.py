@@ -128,9 +128,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight, *of_vectors = (
-            None if grad is None else grad * grad_output for grad in ctx.saved_tensors
+        of_hidden, of_weight, *of_both = ctx.saved_tensors
+        grad_hidden, *of_vectors = (
+            None if grad is None else grad * grad_output for grad in (of_hidden, *of_both)
         )
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(ctx.weight_dtype)
+        grad_weight = None
+        if of_weight is not None:  # rounded on the way: another one in float32 would be as large as the sum
+            grad_weight = torch.empty_like(of_weight, dtype=ctx.weight_dtype)
+            torch.mul(of_weight, grad_output, out=grad_weight)
         return grad_hidden, grad_weight, None, *of_vectors, None

@@ -21,7 +21,7 @@ from falcon_qlora.methods.folder import RECORD
 from falcon_qlora.methods.interface import ParameterGroup, remember
 from falcon_qlora.models.falcon import base_parameter_kinds
 from falcon_qlora.models.load import quantization_of
-from falcon_qlora.models.sharded import fill, is_sharded, save_whole, whole_shape
+from falcon_qlora.models.sharded import fill, save_whole, whole_shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +60,7 @@ class Full:
         return model.train()
 
     def save(self, model: FalconForCausalLM, folder: Path) -> None:
-        if is_sharded(model):
-            save_whole(model, folder)
-        else:
-            model.save_pretrained(folder)
+        save_whole(model, folder)
         write_json(folder / RECORD, {"method": self.name, "base_model": model.name_or_path})
 
     def restore(self, model: FalconForCausalLM, folder: Path) -> None:

@@ -76,10 +76,10 @@ def take_part(model: nn.Module) -> None:
 
 
 def save_whole(model: FalconForCausalLM, folder: Path, *, file_bytes: int = 5 * 10**9) -> None:
-    """Write a sharded model as Transformers would the whole one, holding one file's tensors at a time.
+    """Write a model as Transformers would, holding one file's tensors at a time.
 
     Args:
-        model: that the other processes `take_part` in.
+        model: that the other processes `take_part` in where it is sharded.
         folder: which exists.
         file_bytes: the most that a file's tensors take, unless one alone takes more.
     """
