@@ -311,6 +311,35 @@ def test_in_bfloat16_gradients_are_as_near_to_float32_as_on_the_reference_path(
     assert errors[1] < 0.05
 
 
+@pytest.mark.parametrize("mode", ["4bit", "16bit"])
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b", "falcon-11b"])
+def test_in_bfloat16_a_young_adapter_reaches_the_logits(layout, mode):
+    # PEFT adds what LoRA gives to an output that is rounded already. After a first step that is less than half
+    # of the last place, and mostly lost.
+    docs = documents([200, 300, 120])
+    sequences = Sequences.from_lengths([len(document) for document in docs])
+
+    def change(model):
+        found = []
+        for size in (0.0, 1e-3):
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if "lora_B" in name:  # as Adam's first step leaves it
+                        parameter.copy_(torch.randn(parameter.shape, generator=generator).sign() * size)
+                found.append(model(torch.cat(docs)[None], sequences=sequences).logits.double())
+        return found[1] - found[0]
+
+    exact = change(adapted(layout, mode, r=16, compute_dtype="fp32"))
+    model = adapted(layout, mode, r=16, compute_dtype="bf16")
+    arrives = []
+    for _ in range(2):
+        arrives.append(float((change(model) * exact).sum() / exact.square().sum()))
+        apply_fast_path(model)
+    assert arrives[0] < 0.75, arrives
+    assert arrives[1] == pytest.approx(1, abs=0.15), arrives
+
+
 def test_evaluation_and_training_may_alternate_with_several_lengths():
     model = adapted("falcon-7b", "4bit")
     arguments = packed(documents(LENGTHS))
