@@ -314,8 +314,8 @@ def test_in_bfloat16_gradients_are_as_near_to_float32_as_on_the_reference_path(
 @pytest.mark.parametrize("mode", ["4bit", "16bit"])
 @pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b", "falcon-11b"])
 def test_in_bfloat16_a_young_adapter_reaches_the_logits(layout, mode):
-    # PEFT adds what LoRA gives to an output that is rounded already. After a first step that is less than half
-    # of the last place, and mostly lost.
+    # PEFT adds what LoRA gives to an output that is rounded already: after a first step less than half of its
+    # last place, and mostly lost.
     docs = documents([200, 300, 120])
     sequences = Sequences.from_lengths([len(document) for document in docs])
 
