@@ -14,6 +14,10 @@ from torch import Tensor
 
 from falcon_qlora.kernels.low_rank import LowRank
 
+# Lanes for LoRA's rank that are loaded together; the tiles of a larger rank, as a whole, do not fit into the
+# shared memory of most GPUs, so they come in pieces.
+_WHOLE, _PIECE = tl.constexpr(128), tl.constexpr(64)
+
 
 def low_rank_arguments(low: LowRank | None, like: Tensor) -> tuple[Tensor, Tensor, dict[str, int]]:
     """Both matrices as kernels take them, and the lanes for their rank; any and none without LoRA."""
@@ -38,7 +42,33 @@ def low_rank_tile(
     in_features, RANK: tl.constexpr,
 ):  # fmt: skip
     """``left @ right`` of a tile in float32, and each of its rows' length in `left` and nothing more."""
-    index = tl.arange(0, RANK)
+    if RANK <= _WHOLE:
+        product, squares = _columns(
+            left_ptr, right_ptr, left_stride, right_stride, right_feature_stride, rank, token, in_tokens,
+            feature, in_features, 0, RANK,
+        )  # fmt: skip
+    else:
+        product, squares = _columns(
+            left_ptr, right_ptr, left_stride, right_stride, right_feature_stride, rank, token, in_tokens,
+            feature, in_features, 0, _PIECE,
+        )  # fmt: skip
+        for start in tl.range(_PIECE, RANK, _PIECE, num_stages=1):
+            more, more_squares = _columns(
+                left_ptr, right_ptr, left_stride, right_stride, right_feature_stride, rank, token, in_tokens,
+                feature, in_features, start, _PIECE,
+            )  # fmt: skip
+            product += more
+            squares += more_squares
+    return product, tl.sqrt(squares)
+
+
+@triton.jit
+def _columns(
+    left_ptr, right_ptr, left_stride, right_stride, right_feature_stride, rank, token, in_tokens, feature,
+    in_features, start, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """What some columns of `left` and rows of `right` give, and those columns' squares, summed."""
+    index = start + tl.arange(0, COLUMNS)
     mask = in_tokens[:, None] & (index < rank)[None, :]
     left = tl.load(
         left_ptr + token.to(tl.int64)[:, None] * left_stride + index[None, :], mask=mask, other=0.0
@@ -47,5 +77,4 @@ def low_rank_tile(
     at = index[:, None] * right_stride + feature[None, :] * right_feature_stride
     right = tl.load(right_ptr + at, mask=mask, other=0.0)
     wide = left.to(tl.float32)
-    product = tl.dot(left, right, input_precision="ieee")
-    return product, tl.sqrt(tl.sum(wide * wide, 1))
+    return tl.dot(left, right, input_precision="ieee"), tl.sum(wide * wide, 1)

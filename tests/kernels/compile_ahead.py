@@ -86,7 +86,7 @@ def plain_variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
     yield scale_shift_triton._add_scaled, dict(scale_shift_triton._TILE)
     yield dropout_triton._drop, {"BLOCK": dropout_triton._BLOCK, "num_warps": dropout_triton._BLOCK_WARPS}
     tile = dict(zip(("TOKENS", "FEATURES", "num_warps"), dropout_triton._TILE, strict=True))
-    for rank in (16, 64, 128):
+    for rank in (16, 64, 128, 512):
         yield dropout_triton._add_dropped, {"RANK": rank, **tile}
     tile = {"TOKENS": rotary._TOKENS_A_PROGRAM, "HEADS": rotary._HEADS_A_PROGRAM, "num_warps": rotary._WARPS}
     for way in range(3):
@@ -110,9 +110,9 @@ def fp8_variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
             tile = {"TILE": fp8_quantize._TILE, "num_warps": fp8_quantize._TILE_WARPS}
             yield fp8_quantize._quantize_weight, {"INT8": is_int8, "TRANSPOSE": transpose, **tile}
     tile = dict(zip(("TOKENS", "FEATURES", "num_warps"), fp8_quantize._SUM, strict=True))
-    for addends, rank in ((0, 64), (1, 128), (2, 128), (2, 0)):
+    for addends, rank in ((0, 64), (1, 128), (2, 128), (2, 1024), (2, 0)):
         yield fp8_quantize._add, {"ADDENDS": addends, "RANK": rank, **tile}
-    for rank in (0, 16, 64):
+    for rank in (0, 16, 64, 512):
         tile = dict(zip(("TOKENS", "FEATURES", "num_warps"), fp8_gelu._FORWARD, strict=True))
         yield fp8_gelu._gelu, {"RANK": rank, **tile}
         tile = dict(zip(("TOKENS", "FEATURES", "num_warps"), fp8_gelu._BACKWARD, strict=True))

@@ -57,7 +57,9 @@ def test_it_looks_drawn(p):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", ["torch", "triton"])
-@pytest.mark.parametrize(("tokens", "features", "rank"), [(1, 1, 1), (70, 150, 4), (3, 300, 17)])
+@pytest.mark.parametrize(
+    ("tokens", "features", "rank"), [(1, 1, 1), (70, 150, 4), (3, 300, 17), (9, 70, 200)]
+)
 def test_the_sum_is_kept_where_the_values_were(form, tokens, features, rank, dtype, device):
     wanted = Dropout(0.4, *SEEDS[2])
     x = torch.randn(tokens, features + 3, device=device).to(dtype)[:, 1 : features + 1]

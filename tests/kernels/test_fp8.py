@@ -43,7 +43,7 @@ def low_rank(tokens: int, features: int, rank: int, dtype: torch.dtype, seed: in
         return None
     return LowRank(
         random(tokens, rank + 5, seed=seed, dtype=dtype)[:, 2:-3],
-        random(features, rank, seed=seed + 1, dtype=dtype).T,
+        (random(features, rank, seed=seed + 1, dtype=dtype) * (4 * rank**-0.5)).T,  # rounding is of one size
     )
 
 
@@ -104,7 +104,7 @@ def test_weights_of_every_storage(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rank", [0, 1, 5, 16, 40])
+@pytest.mark.parametrize("rank", [0, 1, 5, 16, 40, 200])
 @pytest.mark.parametrize("addends", [0, 1, 2])
 def test_sums_with_the_low_rank_part(addends: int, rank: int, dtype: torch.dtype) -> None:
     x = random(70, 272, dtype=dtype)
@@ -119,7 +119,7 @@ def test_sums_with_the_low_rank_part(addends: int, rank: int, dtype: torch.dtype
     torch.testing.assert_close(theirs.float(), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("rank", [0, 5, 16])
+@pytest.mark.parametrize("rank", [0, 5, 16, 150])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gelu_and_its_gradient(dtype: torch.dtype, shape: tuple[int, int], rank: int) -> None:
@@ -127,7 +127,7 @@ def test_gelu_and_its_gradient(dtype: torch.dtype, shape: tuple[int, int], rank:
     low, low_grad = (low_rank(*shape, rank, dtype, seed) for seed in (3, 5))
     constant = x.float().abs().max().expand(len(x))
     (ours, y), (theirs, reference_y) = both(fp8.gelu, x, low, constant)
-    tolerance = 2**-7 if dtype == torch.bfloat16 else 2e-5
+    tolerance = 2**-7 if dtype == torch.bfloat16 else 2e-5 * max(1, rank / 16)  # longer sums, other orders
     torch.testing.assert_close(y, reference_y, rtol=tolerance, atol=tolerance)
     assert_same_rows(ours, theirs)
     bound = grad.float().norm(dim=1)
