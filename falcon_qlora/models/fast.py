@@ -46,6 +46,7 @@ from falcon_qlora.models.fast_facts import (
     dropout_of,
     linears_of,
 )
+from falcon_qlora.models.forward import enable_packing, pack_batches
 from falcon_qlora.models.prefix import prefix_of
 from falcon_qlora.models.scaled import scale_and_bias_of
 
@@ -79,14 +80,16 @@ def apply_fast_path(
     fp8_products: bool = False,
     libraries: bool = True,
 ) -> dict[str, str]:
-    """Let the blocks of `model` run as one function each, where they can, when called with packed documents.
+    """Let the blocks of `model` run as one function each, where they can: for any training loop.
+
+    They do so on packed documents, called as `enable_packing` says, and on the batches with labels of other
+    trainers, as `pack_batches` says; both are switched on.
 
     A block computes again itself what it does not keep. Where a trainer switches gradient checkpointing on,
     a fast block keeps its input and is not run as a whole again.
 
     Args:
-        model: a ``FalconForCausalLM`` from `load_model`, as it is or inside PEFT's wrapper, with
-            `enable_packing`.
+        model: a ``FalconForCausalLM`` from `load_model`, as it is or inside PEFT's wrapper.
         keep: what the blocks keep for the backward pass; one for all, or one a block.
         fp8_products: multiply by the frozen weights in FP8 (e4m3), with LoRA beside it in bfloat16.
         libraries: whether to use FlashAttention-4 and quack-kernels where they are installed and the GPU is
@@ -104,6 +107,8 @@ def apply_fast_path(
     reason = fp8.why_not(falcon.device, falcon.dtype) if fp8_products else None
     if reason is not None:
         raise UserError(f"{reason}. Use --compute_dtype auto.")
+    enable_packing(falcon)
+    pack_batches(falcon)
     workspace, offload = Workspace(), Offload()
     gelu = _gelu_products(falcon) if libraries and not fp8_products else None
     report = {}
@@ -166,11 +171,12 @@ def _gelu_products(falcon: FalconForCausalLM) -> GeluProducts | None:
 
 
 def remove_fast_path(model: nn.Module) -> None:
-    """Undo `apply_fast_path`.
+    """Undo `apply_fast_path`; the model still takes packed documents.
 
     Raises:
         RuntimeError: if something else has wrapped a block's forward since; undo that first.
     """
+    pack_batches(model, on=False)
     for block in model.modules():
         if isinstance(block, FalconDecoderLayer):
             _restore(block)

@@ -2,17 +2,20 @@
 
 `enable_packing` gives one model's instances another ``forward``, which does something new only when called
 with ``sequences``; nothing is changed at import, and generation or plain use of the model runs as before.
+`pack_batches` has it pack the batches of other trainers too: padded ones, and those that are packed already.
 """
 
 from __future__ import annotations
 
 import functools
+from itertools import pairwise
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import FalconForCausalLM
-from transformers.modeling_outputs import CausalLMOutput
+from transformers import FalconForCausalLM, FalconModel
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutput
 from transformers.models.falcon.modeling_falcon import FalconAttention
 
 from falcon_qlora.models.attention import Sequences, alibi_bias, packed_attention_forward
@@ -42,6 +45,24 @@ def enable_packing(model: nn.Module) -> None:
     _replace_forward(falcon, _model_forward)
 
 
+def pack_batches(model: nn.Module, *, on: bool = True) -> None:
+    """Whether a model with `enable_packing` packs what it is called with in the ordinary way.
+
+    That are the batches of Transformers' and TRL's trainers: ``input_ids`` ``[B, L]`` with an
+    ``attention_mask`` of left or right padding, or without one and with ``position_ids`` that begin anew in
+    every document. Padding is not computed, and documents do not see each other. The hidden states
+    ``[B, L, H]`` are those of Transformers' own forward for each row, or document, by itself; behind padding
+    they are 0. It is done in training, and where the call says that it wants no cache; what is called
+    otherwise (a cache, all hidden states, a mask with holes) runs as it did. A call waits for the GPU once,
+    to learn where the documents lie.
+    """
+    transformer = falcon_of(model).transformer
+    if on and not hasattr(transformer, _BEFORE):
+        _replace_forward(transformer, _transformer_forward)
+    elif not on and hasattr(transformer, _BEFORE):
+        _restore_forward(transformer, _transformer_forward)
+
+
 def disable_packing(model: nn.Module) -> None:
     """Undo `enable_packing`.
 
@@ -51,6 +72,7 @@ def disable_packing(model: nn.Module) -> None:
     falcon = falcon_of(model)
     if not hasattr(falcon, _BEFORE):
         return
+    pack_batches(falcon, on=False)
     _restore_forward(falcon, _model_forward)
     for module in falcon.modules():
         if isinstance(module, FalconAttention):
@@ -111,6 +133,58 @@ def _model_forward(
     assert target_positions is not None
     hidden = self.transformer.ln_f(hidden[0].index_select(0, target_positions))
     return CausalLMOutput(loss=head_loss(hidden, self.lm_head, targets))
+
+
+@functools.wraps(FalconModel.forward)
+def _transformer_forward(
+    self: FalconModel, input_ids: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Any:
+    documents = None
+    if input_ids is not None and input_ids.numel() and not args and _may_be_packed(self, kwargs):
+        documents = _documents_of(input_ids, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+    if input_ids is None or documents is None:
+        return _call_before(self, input_ids, *args, **kwargs)
+    flat, sequences = documents
+    packed = input_ids.flatten().index_select(0, flat)[None]
+    hidden = self.ln_f(run_blocks(self, packed, sequences))[0]
+    if len(flat) < input_ids.numel():
+        hidden = hidden.new_zeros(input_ids.numel(), hidden.shape[1]).index_copy(0, flat, hidden)
+    hidden = hidden.view(*input_ids.shape, -1)
+    if kwargs.get("return_dict") is False:
+        return (hidden,)
+    return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+
+
+def _may_be_packed(self: FalconModel, kwargs: dict[str, Any]) -> bool:
+    given = {name for name, value in kwargs.items() if value is not None and value is not False}
+    no_cache = kwargs.get("use_cache") is False or (self.training and torch.is_grad_enabled())
+    return no_cache and given <= {"attention_mask", "position_ids", "use_cache", "return_dict"}
+
+
+def _documents_of(
+    input_ids: Tensor, mask: Tensor | None, positions: Tensor | None
+) -> tuple[Tensor, Sequences] | None:
+    """Where a batch's real tokens lie, flattened, and the documents they are; None where they are none."""
+    if mask is not None and (positions is not None or mask.shape != input_ids.shape):
+        return None
+    if mask is not None:
+        real = mask.bool()
+        begins = real & ~nn.functional.pad(real, (1, -1))
+        odd = begins.sum(1) > 1  # a mask with holes
+    else:
+        if positions is None:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        real = torch.ones_like(input_ids, dtype=torch.bool)
+        begins = (positions == 0).expand(real.shape).clone()
+        begins[:, 0] = True
+        odd = (positions.diff() != 1) & ~begins[:, 1:]
+    flat = real.flatten().nonzero().squeeze(1)
+    starts = begins.flatten()[flat].nonzero().squeeze(1)
+    *at, is_odd = torch.cat([starts, odd.any().long()[None]]).tolist()
+    if is_odd or not at:
+        return None
+    lengths = [end - start for start, end in pairwise([*at, len(flat)])]
+    return flat, Sequences.from_lengths(lengths, input_ids.device)
 
 
 def _refuse_what_packing_cannot_do(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

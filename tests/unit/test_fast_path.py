@@ -353,8 +353,8 @@ def test_evaluation_and_training_may_alternate_with_several_lengths():
     assert_same(step(model, arguments), reference)
 
 
-def test_without_packed_documents_nothing_changes(calls):
-    model = adapted("falcon-7b", "4bit")
+def test_where_there_is_a_cache_nothing_changes(calls):
+    model = adapted("falcon-7b", "4bit").eval()
     ids = documents([9])[0][None]
     before = model(ids).logits
     answer = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
