@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import shlex
 import sys
 import traceback
 
@@ -57,7 +58,8 @@ def _run(words: list[str]) -> int:
         return 0
     verb, *rest = words
     if verb.startswith("-"):
-        raise UserError(f"name a command before the flags, such as: falcon-qlora train {' '.join(words)}")
+        example = shlex.join(["falcon-qlora", "train", *words])
+        raise UserError(f"name a command before the flags, such as: {example}")
     if verb not in VERBS:
         raise UserError(f"unknown command {verb}{nearest(verb, VERBS)}; there are {', '.join(VERBS)}")
     # Only the verb's own module is imported: a help page should not wait for torch.

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from falcon_qlora.errors import UserError
+
 
 def user_cache(name: str) -> Path:
     """Where this user's files of a kind are kept between runs; the folder need not exist."""
@@ -67,6 +69,35 @@ def replaced_folder(target: Path) -> Iterator[Path]:
         _flush(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def try_to_write(folder: Path) -> None:
+    """Raise an OSError if `folder`, or where it would be made, cannot be written."""
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    with tempfile.TemporaryFile(dir=there):
+        pass
+
+
+def check_writable(file: Path, flag: str) -> None:
+    """Refuse a file that cannot be written, before the work begins whose results it is for.
+
+    Args:
+        file: Which need not exist, nor its folder.
+        flag: That named it.
+
+    Raises:
+        UserError: naming both.
+    """
+    try:
+        if file.is_dir():
+            raise UserError(f"{flag} {file}: this is a folder; name a file")
+        if file.exists():
+            with file.open("ab"):
+                pass
+        else:
+            try_to_write(file.parent)
+    except OSError as error:
+        raise UserError(f"{flag} {file}: cannot write there ({error.strerror})") from None
 
 
 def sha256(file: Path) -> str:

@@ -23,9 +23,9 @@ import datetime
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
-import tempfile
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -36,7 +36,7 @@ import yaml
 
 from falcon_qlora import charts
 from falcon_qlora.errors import UserError
-from falcon_qlora.files import plain, replaced, replaced_folder, write_json, write_text
+from falcon_qlora.files import plain, replaced, replaced_folder, try_to_write, write_json, write_text
 from falcon_qlora.summary import Summary
 
 RUNS = Path("runs")
@@ -134,7 +134,8 @@ class RunDirectory:
     def write_config(self, resolved: Mapping[str, Any]) -> None:
         """Write everything a re-run needs; the caller leaves secrets out."""
         text = yaml.safe_dump(plain(resolved), sort_keys=False, allow_unicode=True, width=110)
-        header = f"# Run again:  falcon-qlora train --config {self.config_file} --output_dir NEW_FOLDER\n"
+        config = shlex.quote(str(self.config_file))
+        header = f"# Run again:  falcon-qlora train --config {config} --output_dir NEW_FOLDER\n"
         write_text(self.config_file, header + text)
 
     def read_config(self) -> dict[str, Any]:
@@ -283,7 +284,7 @@ def choose(
     if output_dir is None:
         if resume:
             newest = _newest(root)
-            hint = f", for example --resume {newest}" if newest else ""
+            hint = f", for example --resume {shlex.quote(str(newest))}" if newest else ""
             raise UserError(f"--resume: which run? Name its folder with --output_dir or --resume PATH{hint}")
         return _fresh(root, model, settings, restarted, make, now or datetime.datetime.now())
     path = Path(output_dir)
@@ -297,17 +298,10 @@ def choose(
     try:
         if make:
             path.mkdir(parents=True, exist_ok=True)
-        _try_to_write(path)
+        try_to_write(path)
     except OSError as error:
         raise UserError(f"--output_dir {path}: cannot write there ({error.strerror})") from error
     return path
-
-
-def _try_to_write(path: Path) -> None:
-    """Raise an OSError if `path`, or where it would be made, cannot be written."""
-    folder = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    with tempfile.TemporaryFile(dir=folder):
-        pass
 
 
 def _fresh(
@@ -326,7 +320,7 @@ def _fresh(
         path = root / (name if attempt == 1 else f"{name}-{attempt}")
         try:
             if not make:
-                _try_to_write(path)
+                try_to_write(path)
                 return path
             path.mkdir(parents=True)
         except FileExistsError:

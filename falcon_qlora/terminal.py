@@ -6,6 +6,7 @@ numbers go as plain lines, at most some fifty of them.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -187,10 +188,14 @@ def print_end(
         ("processes", _reductions(summary)),
         ("skipped", f"{summary['bad_steps']:,} steps, not finite" if summary.get("bad_steps") else ""),
         *[("wrote" if index == 0 else "", _path(path)) for index, path in enumerate(contents)],
-        ("try it", f'falcon-qlora generate --adapter {adapter} --prompt "…"' if adapter else ""),
+        ("try it", _try_it(adapter) if adapter else ""),
     ]
     console().print()
     _print_rows("done", rows)
+
+
+def _try_it(adapter: Path) -> str:
+    return f'falcon-qlora generate --adapter {shlex.quote(str(adapter))} --prompt "…"'
 
 
 def _reductions(summary: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -117,7 +118,8 @@ class Trackers:
             callback = INTEGRATION_TO_CALLBACK[tracker]()
             if tracker == "tensorboard" and callback.logging_dir is None:
                 callback.logging_dir = str(directory.path / "tensorboard")
-                self.lines.append(f"TensorBoard: tensorboard --logdir {callback.logging_dir}")
+                where = shlex.quote(str(callback.logging_dir))
+                self.lines.append(f"TensorBoard: tensorboard --logdir {where}")
             else:
                 self.lines.append({"trackio": "Trackio: trackio show"}.get(tracker, tracker))
             self.callback.add(tracker, callback)

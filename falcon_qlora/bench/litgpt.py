@@ -44,13 +44,16 @@ def load(name: str, settings: Settings, device: torch.device) -> LitgptBase:
     except ImportError as error:
         raise Impossible(f"LitGPT is not installed ({error})") from None
     lora = dict.fromkeys(("query", "key", "value", "projection", "mlp"), True) | {"head": False}
-    config = Config.from_name(
-        preset,
-        lora_r=settings.r,
-        lora_alpha=settings.alpha,
-        lora_dropout=0.0,
-        **{f"lora_{part}": on for part, on in lora.items()},
-    )
+    try:
+        config = Config.from_name(
+            preset,
+            lora_r=settings.r,
+            lora_alpha=settings.alpha,
+            lora_dropout=0.0,
+            **{f"lora_{part}": on for part, on in lora.items()},
+        )
+    except ValueError as error:
+        raise Impossible(f"LitGPT has no such model ({error})") from None
     fabric = lightning.Fabric(devices=[device.index], plugins=BitsandbytesPrecision("nf4-dq", torch.bfloat16))
     torch.manual_seed(settings.seed)
     with fabric.init_module(empty_init=False):

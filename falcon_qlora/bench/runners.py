@@ -31,7 +31,7 @@ def build(variant: Variant, base: Any, settings: Settings, kept: dict[str, Any])
         kept: the variant's own, empty at first and handed in again whenever it is built again.
 
     Raises:
-        Impossible: if this machine or version cannot run it.
+        Impossible: if this machine, version or model cannot run it.
     """
     if variant.engine == "litgpt":
         from falcon_qlora.bench.litgpt import LitgptRunner
@@ -60,7 +60,10 @@ def build(variant: Variant, base: Any, settings: Settings, kept: dict[str, Any])
                 if left
                 else [*set(report.values())]
             )
-        set_checkpointing(model, [variant.checkpointing] * base.config.num_hidden_layers)
+        try:
+            set_checkpointing(model, [variant.checkpointing] * base.config.num_hidden_layers)
+        except ValueError as error:
+            raise Impossible(str(error)) from None
         yield OwnRunner(model, variant, settings, notes)
     finally:
         model.gradient_checkpointing_disable()

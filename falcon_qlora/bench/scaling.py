@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -137,7 +138,7 @@ def choose(names: Sequence[str] | None) -> list[Name]:
         UserError: for an unknown name.
     """
     chosen: list[Name] = []
-    for name in dict.fromkeys(names or NAMES):
+    for name in dict.fromkeys(NAMES if names is None else names):
         known = next((each for each in NAMES if each == name), None)
         if known is None:
             raise UserError(
@@ -218,7 +219,7 @@ def measure(
         status, printed = _run(command, {**os.environ, **(environment or {})})
         seconds = time.perf_counter() - started
         if status:
-            say(f"falcon-qlora {' '.join(command)}\n{printed[-3000:]}")
+            say(f"{shlex.join(['falcon-qlora', *command])}\n{printed[-3000:]}")
             return Measured(row=row, failure=reason(status, printed), command_seconds=seconds)
         measured = read_run(row, RunDirectory(output), warmup=warmup)
     measured.command_seconds = seconds

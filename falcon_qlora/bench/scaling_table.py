@@ -6,8 +6,8 @@ import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from falcon_qlora.bench.records import COLUMNS
 from falcon_qlora.bench.scaling import Measured
-from falcon_qlora.bench.table import COLUMNS
 
 # Samples of 512 positions a second, as published with the guide (Lambda, June 2023); of one GPU and of eight.
 PUBLISHED: dict[tuple[str, str], dict[str, dict[int, float]]] = {

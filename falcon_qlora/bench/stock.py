@@ -26,6 +26,7 @@ from falcon_qlora.models.tiny import tiny_path
 from trl import SFTConfig, SFTTrainer  # isort: skip  # after bitsandbytes, see models/quantize.py
 
 _IGNORED = -100
+_WEIGHTS = {"4bit": "NF4, doubly quantized", "8bit": "int8", "16bit": "bfloat16"}
 
 
 @contextmanager
@@ -42,7 +43,7 @@ def stock_runner(
         if recompute:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         verify_quantized_under_lora(model, variant)
-        yield StockRunner(trainer, kept)
+        yield StockRunner(trainer, kept, weights=_WEIGHTS[variant.quantize_mode])
     finally:
         base.__dict__.pop("forward", None)  # TRL's fused head
         base.gradient_checkpointing_disable()
@@ -129,13 +130,13 @@ def verify_quantized_under_lora(model: Any, variant: Variant) -> None:
 class StockRunner:
     """TRL's training step on padded batches, its clipping, its optimizer."""
 
-    def __init__(self, trainer: SFTTrainer, kept: dict[str, Any]):
+    def __init__(self, trainer: SFTTrainer, kept: dict[str, Any], *, weights: str):
         self.trainer = trainer
         self.model = trainer.model_wrapped
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._kept = kept
         on_gpu = self._parameters[0].device.type == "cuda"
-        self.notes = ["TRL's step, weights quantized by this project's loader (NF4: doubly)"]
+        self.notes = [f"TRL's step, weights by this project's loader ({weights})"]
         if on_gpu:
             self.notes.append("optimizer state is paged and not in the memory shown")
         # bitsandbytes never frees paged memory, so the states of the last round are used again.

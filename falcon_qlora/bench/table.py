@@ -1,24 +1,17 @@
-"""The results as a Markdown table, as rows of a CSV and as points of a picture."""
+"""The results as a Markdown table, as rows of the CSV and as points of a picture."""
 
 from __future__ import annotations
 
-import csv
 import datetime
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from falcon_qlora.bench.clock import summary
 from falcon_qlora.bench.measure import Result
-from falcon_qlora.errors import UserError
+from falcon_qlora.bench.records import COLUMNS
 
-COLUMNS = tuple(
-    "date commit gpu gpus driver torch model variant quantize_mode compute_dtype checkpointing "
-    "micro_batch_tokens tokens_per_second samples_per_second_512 tflops_4n ceiling_share peak_allocated_gb "
-    "peak_reserved_gb step_ms ratio_to_first note".split()
-)
 _SAMPLE_TOKENS = 512
 _CONFIDENCE = 0.95
 
@@ -172,31 +165,6 @@ def _cells(row: Mapping[str, Any], count: int) -> list[str]:
         f"{row['ratio_to_first']:.3f}x" if row["ratio_to_first"] != "" else "",
         row["interval"],
     ]
-
-
-def check_csv(file: Path) -> None:
-    """Refuse to append to a file with other columns.
-
-    Raises:
-        UserError: naming the file.
-    """
-    if not file.exists():
-        return
-    with file.open(newline="", encoding="utf-8") as opened:
-        header = next(csv.reader(opened), None)
-    if header is not None and tuple(header) != COLUMNS:
-        raise UserError(f"--csv {file}: its columns are not the bench's; name another file")
-
-
-def append_csv(file: Path, made: Sequence[Mapping[str, Any]]) -> None:
-    """Add the rows at the end of `file`, which is made where it is not there."""
-    is_new = not file.exists() or file.stat().st_size == 0
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", newline="", encoding="utf-8") as opened:
-        writer = csv.DictWriter(opened, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(made)
 
 
 def points(made: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, float]]:

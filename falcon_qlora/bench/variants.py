@@ -13,7 +13,7 @@ Engine = Literal["ours", "stock", "litgpt"]
 
 
 class Impossible(Exception):
-    """A variant that cannot run on this machine or in this version; the message says why."""
+    """A variant that cannot run on this machine, in this version or of this model; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,31 +172,40 @@ LITGPT_VARIANTS = (
     ),
 )
 VARIANTS = {variant.name: variant for variant in (*_stock(), *_ours(), *DATA_VARIANTS, *LITGPT_VARIANTS)}
+_NOT_ON_DATA = "is measured on made-up documents; leave --dataset_name out"
 DEFAULT = ("stock", "stock-fast", "reference-full", "reference", "ours", "ours-full")
 
 
-def choose(names: list[str] | None, *, on_data: bool) -> list[Variant]:
+def choose(names: list[str] | None, *, on_data: bool, against: str | None = None) -> list[Variant]:
     """The variants of these names, in this order; the usual ones for None.
 
     Args:
         names: as given, each once or more.
         on_data: whether real rows were given.
+        against: ``litgpt`` adds its variants at the end.
 
     Raises:
         UserError: for an unknown name, or a variant that does not go with what is measured on.
     """
     if names is None:
-        return list(DATA_VARIANTS) if on_data else [VARIANTS[name] for name in DEFAULT]
-    chosen = []
-    for name in dict.fromkeys(names):
-        if name not in VARIANTS:
-            raise UserError(
-                f"--variants: there is no {name!r}{nearest(name, VARIANTS)}; --list_variants shows all"
-            )
-        variant = VARIANTS[name]
-        if on_data and variant.engine != "ours":
-            raise UserError(f"--variants {name} is measured on made-up documents; leave --dataset_name out")
-        if not on_data and variant in DATA_VARIANTS:
-            raise UserError(f"--variants {name} needs real rows: give --dataset_name")
-        chosen.append(variant)
+        chosen = list(DATA_VARIANTS) if on_data else [VARIANTS[name] for name in DEFAULT]
+    else:
+        chosen = [_named(name, on_data=on_data) for name in dict.fromkeys(names)]
+    if against == "litgpt":
+        if on_data:
+            raise UserError(f"--against litgpt {_NOT_ON_DATA}")
+        chosen += [variant for variant in LITGPT_VARIANTS if variant not in chosen]
     return chosen
+
+
+def _named(name: str, *, on_data: bool) -> Variant:
+    if name not in VARIANTS:
+        raise UserError(
+            f"--variants: there is no {name!r}{nearest(name, VARIANTS)}; --list_variants shows all"
+        )
+    variant = VARIANTS[name]
+    if on_data and variant.engine != "ours":
+        raise UserError(f"--variants {name} {_NOT_ON_DATA}")
+    if not on_data and variant in DATA_VARIANTS:
+        raise UserError(f"--variants {name} needs real rows: give --dataset_name")
+    return variant

@@ -12,11 +12,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from falcon_qlora.bench.records import append_csv, check_csv
 from falcon_qlora.bench.scaling import NAMES
-from falcon_qlora.bench.variants import LITGPT_VARIANTS, VARIANTS, Pace, Variant, choose
-from falcon_qlora.commands.bench_arguments import BenchArguments
+from falcon_qlora.bench.variants import VARIANTS, Pace, Variant, choose
+from falcon_qlora.commands.bench_arguments import BenchArguments, names, numbers, said_of_broken
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.errors import UserError
+from falcon_qlora.files import check_writable
 
 if TYPE_CHECKING:
     import torch
@@ -50,39 +52,37 @@ def main(argv: list[str]) -> int:
         print("\n".join(f"{variant.name:<30} {variant.what}" for variant in VARIANTS.values()))
         print("\n".join(["", "with --gpus:", *(f"{name:<30} {what}" for name, what in NAMES.items())]))
         return 0
+    _check_files(wanted)
     if wanted.gpus is not None:
-        return _on_gpus(configuration)
+        from falcon_qlora.commands import scaling
+
+        return scaling.run(configuration, _models(configuration), _say)
     for name in _WITH_GPUS:
         if name in configuration.explicit:
             raise UserError(f"--{name} is for --gpus; give both, such as --gpus 1,2")
     on_data = "dataset_name" in configuration.explicit
-    variants = choose(_split(wanted.variants), on_data=on_data)
-    sizes = _tokens(wanted)
-    pace = _pace(configuration)
+    chosen = None if wanted.variants is None else names("--variants", wanted.variants)
+    variants = choose(chosen, on_data=on_data, against=wanted.against)
+    if wanted.against == "litgpt":
+        _check_litgpt()
+    sizes = numbers("--tokens", wanted.tokens)
+    pace = _pace(configuration, sizes)
 
     # Only now: a wrong flag is told at once.
     from falcon_qlora.quiet import quiet_libraries
 
     quiet_libraries()
-    if wanted.csv:
-        from falcon_qlora.bench.table import check_csv
-
-        check_csv(Path(wanted.csv))
-    if wanted.against == "litgpt":
-        variants += [variant for variant in _litgpt() if variant not in variants]
     for name in _BY_VARIANT:
         if configuration.explicit.get(name) == "flag":
             _say(f"--{name} is set by each variant; the flag changes nothing here")
     return _bench(configuration, variants, sizes, pace, on_data=on_data)
 
 
-def _on_gpus(configuration: Configuration) -> int:
-    from falcon_qlora.bench.table import check_csv
-    from falcon_qlora.commands import scaling
-
-    if configuration.extra.csv:
-        check_csv(Path(configuration.extra.csv))
-    return scaling.run(configuration, _models(configuration), _say)
+def _check_files(wanted: BenchArguments) -> None:
+    if wanted.csv:
+        check_csv(Path(wanted.csv))
+    if wanted.plot:
+        check_writable(Path(wanted.plot), "--plot")
 
 
 def _bench(
@@ -95,7 +95,7 @@ def _bench(
     from falcon_qlora.bench.devices import free_memory, product_ceiling
     from falcon_qlora.bench.measure import Bench
     from falcon_qlora.bench.settings import Settings
-    from falcon_qlora.bench.table import Machine, append_csv, markdown, points, rows
+    from falcon_qlora.bench.table import Machine, markdown, points, rows
     from falcon_qlora.environment import collect_environment
 
     wanted: BenchArguments = configuration.extra
@@ -148,7 +148,7 @@ def _bench(
         )
     broken = [result for result in results if (result.failure or "").startswith("failed:")]
     if broken:
-        _say(f"{len(broken)} variants broke; the table says how")
+        _say(said_of_broken(len(broken)))
     if bench.interrupted:
         return 130
     return 1 if broken else 0
@@ -227,31 +227,14 @@ def _models(configuration: Configuration) -> list[str]:
     return list(dict.fromkeys(models))
 
 
-def _split(words: list[str] | None) -> list[str] | None:
-    if words is None:
-        return None
-    return [part.strip() for word in words for part in word.split(",") if part.strip()]
-
-
-def _tokens(wanted: BenchArguments) -> list[int]:
-    sizes = []
-    for word in _split(wanted.tokens) or []:
-        if not word.isdigit() or int(word) < 1:
-            raise UserError(f"--tokens: {word!r} is not a whole number above 0")
-        sizes.append(int(word))
-    if not sizes:
-        raise UserError("--tokens: names none")
-    return list(dict.fromkeys(sizes))
-
-
-def _pace(configuration: Configuration) -> Pace:
+def _pace(configuration: Configuration, sizes: list[int]) -> Pace:
     wanted: BenchArguments = configuration.extra
     warmup = 3 if wanted.warmup is None else wanted.warmup
     for name, value in (("rounds", wanted.rounds), ("warmup", warmup)):
         if value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
     length = _document_tokens(configuration)
-    for tokens in _tokens(wanted):
+    for tokens in sizes:
         if tokens % length:
             raise UserError(
                 f"--tokens {tokens}: a micro batch holds whole documents of {length} tokens (--max_length)"
@@ -261,14 +244,13 @@ def _pace(configuration: Configuration) -> Pace:
     return Pace(rounds=min(wanted.rounds, steps), steps=steps, warmup=warmup, minutes=minutes)
 
 
-def _litgpt() -> tuple[Variant, ...]:
+def _check_litgpt() -> None:
     from falcon_qlora.bench.settings import is_installed
 
     if not is_installed("litgpt"):
         raise UserError(
             "--against litgpt: LitGPT is not installed; pip install litgpt, or leave the flag out"
         )
-    return LITGPT_VARIANTS
 
 
 def _device_name(device: torch.device) -> str:

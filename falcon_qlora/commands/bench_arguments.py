@@ -1,10 +1,13 @@
-"""The flags of ``falcon-qlora bench`` beside those of a run."""
+"""The flags of ``falcon-qlora bench`` beside those of a run, and how lists of them are read."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field as setting
 from typing import Literal
+
+from falcon_qlora.errors import UserError
 
 
 @dataclass(kw_only=True)
@@ -80,3 +83,33 @@ class BenchArguments:
     commit: str | None = setting(
         default=None, metadata={"help": "For the record, where this is no checkout."}
     )
+
+
+def names(flag: str, given: Sequence[str]) -> list[str]:
+    """What a flag names, in words or with commas between; each once.
+
+    Raises:
+        UserError: if it names nothing.
+    """
+    found = [part.strip() for word in given for part in word.split(",") if part.strip()]
+    if not found:
+        raise UserError(f"{flag}: names none")
+    return list(dict.fromkeys(found))
+
+
+def numbers(flag: str, given: Sequence[str]) -> list[int]:
+    """The whole numbers above 0 that a flag names; each once.
+
+    Raises:
+        UserError: if it names nothing, or something else.
+    """
+    found = names(flag, given)
+    for word in found:
+        if not word.isdecimal() or int(word) < 1:
+            raise UserError(f"{flag}: {word!r} is not a whole number above 0")
+    return list(dict.fromkeys(int(word) for word in found))
+
+
+def said_of_broken(rows: int) -> str:
+    """What is said at the end, where rows of the table broke."""
+    return f"{rows} {'row' if rows == 1 else 'rows'} broke; the table says how"

@@ -92,7 +92,8 @@ def main(argv: list[str]) -> int:
         if reason is None:
             status, reason = _train(method, folder, overwrite=overwrite)
             if status not in (0, EXIT_USER_ERROR, EXIT_BUG):
-                print(f"Stopped. The same command with --output_dir {folder} goes on here.", flush=True)
+                where = shlex.quote(str(folder))
+                print(f"Stopped. The same command with --output_dir {where} goes on here.", flush=True)
                 return status
             failed |= status == EXIT_BUG and not _OUT_OF_MEMORY.search(reason or "")
         if reason is not None:

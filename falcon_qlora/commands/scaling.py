@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.bench import scaling, texts, whole_run
 from falcon_qlora.bench.machine import driver, machine
+from falcon_qlora.bench.records import append_csv
 from falcon_qlora.bench.scaling import Measured, Row, Work
-from falcon_qlora.commands.bench_arguments import BenchArguments
+from falcon_qlora.commands.bench_arguments import BenchArguments, names, numbers, said_of_broken
 from falcon_qlora.config import Configuration
 from falcon_qlora.errors import UserError
 
@@ -56,7 +57,7 @@ def run(configuration: Configuration, models: list[str], say: Callable[[str], No
     bench.finish()
     broken = [each for each in bench.measured if (each.failure or "").startswith("failed:")]
     if broken:
-        say(f"{len(broken)} rows broke; the table says how")
+        say(said_of_broken(len(broken)))
     return 1 if broken else 0
 
 
@@ -66,9 +67,11 @@ class _Bench:
         self.wanted: BenchArguments = configuration.extra
         self.models = models
         self.say = say
-        self.names = scaling.choose(_split(self.wanted.variants))
+        variants = self.wanted.variants
+        self.names = scaling.choose(None if variants is None else names("--variants", variants))
         _check_whole_run(configuration, self.names)
-        self.gpus = sorted(_numbers("--gpus", self.wanted.gpus))
+        assert self.wanted.gpus is not None
+        self.gpus = sorted(numbers("--gpus", self.wanted.gpus))
         self.modes = _modes(configuration)
         self.work = _work(configuration)
         self.warmup = WARMUP if self.wanted.warmup is None else self.wanted.warmup
@@ -192,7 +195,6 @@ class _Bench:
 
     def _add(self, measured: Measured, note: str) -> None:
         from falcon_qlora.bench.scaling_table import csv_row
-        from falcon_qlora.bench.table import append_csv
 
         one = next((each for each in self.measured if _same_on_one_gpu(each, measured)), None)
         if one is None and measured.row.gpus == 1:
@@ -256,7 +258,7 @@ def _check_whole_run(configuration: Configuration, names: Sequence[str]) -> None
 def _work(configuration: Configuration) -> Work:
     wanted: BenchArguments = configuration.extra
     given = configuration.explicit
-    sizes = _numbers("--tokens", wanted.tokens)
+    sizes = numbers("--tokens", wanted.tokens)
     if wanted.whole_run is not None:
         sizes = sizes if "tokens" in given else [whole_run.TOKENS]
     if len(sizes) > 1:
@@ -270,11 +272,14 @@ def _work(configuration: Configuration) -> Work:
 
 
 def _modes(configuration: Configuration) -> list[str]:
-    modes = _split(configuration.extra.quantize_modes) or [configuration.model.quantize_mode]
+    given = configuration.extra.quantize_modes
+    if given is None:
+        return [configuration.model.quantize_mode]
+    modes = names("--quantize_modes", given)
     for mode in modes:
         if mode not in MODES:
             raise UserError(f"--quantize_modes: {mode!r} is not one of {', '.join(MODES)}")
-    return list(dict.fromkeys(modes))
+    return modes
 
 
 def _tokenizer(configuration: Configuration, model: str) -> Any:
@@ -286,23 +291,6 @@ def _tokenizer(configuration: Configuration, model: str) -> Any:
         tokenizer_name_or_path=settings.tokenizer_name_or_path,
         revision=settings.model_revision,
     )
-
-
-def _split(words: Sequence[str] | None) -> list[str] | None:
-    if words is None:
-        return None
-    return [part.strip() for word in words for part in word.split(",") if part.strip()]
-
-
-def _numbers(flag: str, words: Sequence[str] | None) -> list[int]:
-    numbers = []
-    for word in _split(words) or []:
-        if not word.isdecimal() or int(word) < 1:
-            raise UserError(f"{flag}: {word!r} is not a whole number above 0")
-        numbers.append(int(word))
-    if not numbers:
-        raise UserError(f"{flag}: names none")
-    return list(dict.fromkeys(numbers))
 
 
 def _words(value: Any) -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from torch import nn
 
 from falcon_qlora.__main__ import main
+from falcon_qlora.bench import litgpt, runners
 from falcon_qlora.bench.measure import Entry, Result
 from falcon_qlora.bench.rows import made_up, same_rows
 from falcon_qlora.bench.runners import build
@@ -51,6 +54,7 @@ def test_the_stock_variant_is_huggingfaces_forward_on_quantized_layers(mode: str
         assert {norm.weight.dtype for norm in norms} == {torch.float32}
         inputs = runner.prepare(made_up(3, 24, VOCABULARY, seed=0))
         assert inputs["input_ids"].shape == (3, 24)
+        assert ("doubly quantized" if mode == "4bit" else "(int8)") in runner.notes[0]
 
 
 def test_stock_recomputes_and_drops_as_the_recipe_did() -> None:
@@ -110,6 +114,37 @@ def test_what_cannot_run_says_why() -> None:
         build(VARIANTS["ours-fp8"], base, SETTINGS, {}),
     ):
         pass
+
+
+def test_what_litgpt_does_not_know_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def from_name(name: str, **_settings: object) -> None:
+        raise ValueError(f"{name!r} is not a supported config name")  # LitGPT's own words
+
+    stand_ins = {
+        "lightning": SimpleNamespace(),
+        "lightning.fabric.plugins": SimpleNamespace(BitsandbytesPrecision=None),
+        "litgpt.lora": SimpleNamespace(
+            GPT=None, Config=SimpleNamespace(from_name=from_name), mark_only_lora_as_trainable=None
+        ),
+    }
+    for name, module in stand_ins.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(Impossible, match=r"LitGPT has no such model .*'falcon-rw-1b' is not a supported"):
+        litgpt.load("random:falcon-rw-1b", SETTINGS, torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths"),
+    [("packed", (20, 9, 17)), ("padded-512", (24, 24, 24)), ("padded-longest", (20, 20, 20))],
+)
+def test_a_data_variant_packs_or_pads(name: str, lengths: tuple[int, ...]) -> None:
+    whole = made_up(3, 24, VOCABULARY, seed=0)
+    documents = [(ids[:count], mask[:count]) for (ids, mask), count in zip(whole, (20, 9, 17), strict=True)]
+    with build(VARIANTS[name], base_model(), SETTINGS, {}) as runner:
+        inputs = runner.prepare(documents)
+        assert inputs.lengths == lengths
+        assert inputs.input_ids.shape == (1, sum(lengths))
+        assert (inputs.tokens, len(inputs.targets)) == (46, 43)  # what there is to learn stays the same
 
 
 def test_the_same_rows_are_packed_and_padded() -> None:
@@ -178,6 +213,9 @@ def test_a_picture_has_a_point_for_each_row_with_figures(tmp_path: Path) -> None
     ("flags", "told"),
     [
         (["--variants", "ours,ours-fp9"], "did you mean ours-fp8?"),
+        (["--variants", ""], "--variants: names none"),
+        (["--tokens", "²"], "'²' is not a whole number"),
+        (["--against", "litgpt", "--dataset_name", "rows.jsonl"], "leave --dataset_name out"),
         (["--variants", "packed"], "give --dataset_name"),
         (["--variants", "stock", "--dataset_name", "rows.jsonl"], "leave --dataset_name out"),
         (["--tokens", "8192,many"], "'many' is not a whole number"),
@@ -196,3 +234,45 @@ def test_litgpt_asked_for_and_not_there(
     monkeypatch.setattr("falcon_qlora.bench.settings.is_installed", lambda package: False)
     assert main(["bench", "--against", "litgpt"]) == 2
     assert "LitGPT is not installed" in capsys.readouterr().err
+
+
+SHORT = ("--tokens", "48", "--max_length", "24", "--lora_r", "4", "--steps", "1", "--rounds", "1")
+
+
+@pytest.mark.parametrize("how", [("--variants", "ours"), ("--gpus", "1", "--variants", "ours")])
+@pytest.mark.parametrize("flag", ["--csv", "--plot"])
+def test_a_file_that_cannot_be_written_is_told_before_anything_else(
+    flag: str, how: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("no folder")
+    for path, why in (
+        (tmp_path, "this is a folder; name a file"),
+        (Path("/proc/x/records"), "cannot write there (No such file or directory)"),
+        (file / "records", "cannot write there (Not a directory)"),
+    ):
+        assert main(["bench", "--models", "tiny", *how, *SHORT, flag, str(path)]) == 2
+        assert capsys.readouterr().err == f"error: {flag} {path}: {why}\n"
+    assert [*tmp_path.iterdir()] == [file]
+
+
+def test_what_a_model_cannot_do_is_not_broken_and_what_breaks_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def bench(*names: str) -> tuple[int, str, str]:
+        flags = ("--models", LAYOUTS["falcon-rw-1b"], "--variants", *names, *SHORT)
+        return main(["bench", *flags]), *capsys.readouterr()
+
+    status, table, told = bench("reference", "ours-selective")
+    assert status == 0
+    assert "broke" not in told
+    assert "| ours-selective | 4bit | 48 | not run: block 0 runs on the reference path, which has no" in table
+
+    def breaks(*_anything: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(runners.OwnRunner, "step", breaks)
+    status, table, told = bench("reference")
+    assert status == 1
+    assert "| reference | 4bit | 48 | not run: failed: ValueError: a bug |" in table
+    assert told.endswith("- 1 row broke; the table says how\n")

@@ -11,6 +11,7 @@ import pytest
 
 from falcon_qlora.__main__ import main
 from falcon_qlora.bench import scaling, texts
+from falcon_qlora.bench.records import COLUMNS
 from falcon_qlora.bench.scaling import Measured, Row, Work, read_run, reason
 from falcon_qlora.bench.scaling_table import PUBLISHED
 from falcon_qlora.bench.whole_run import whole_runs
@@ -203,6 +204,22 @@ def test_the_published_table_stands_first(
     assert PUBLISHED["7b", "4bit"]["H100 80GB SXM5"] == {1: 6.7, 8: 55.423}
 
 
+def test_rows_are_appended_below_a_last_line_without_its_newline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, [])
+    file = tmp_path / "a.csv"
+    file.write_text(",".join(COLUMNS))
+    for rows in (2, 4, 6):
+        assert main([*BENCH, "--gpus", "1,2", "--variants", "ours", "--csv", str(file)]) == 0
+        text = file.read_text()
+        assert text.endswith("\n")
+        assert "\n\n" not in text
+        with file.open(newline="") as opened:
+            assert [row["gpus"] for row in csv.DictReader(opened)] == ["1", "2"] * (rows // 2)
+        file.write_text(text.removesuffix("\n"))
+
+
 def test_no_row_begins_after_the_minutes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,6 +263,8 @@ def test_a_whole_run_counts_the_steps_left_out(tmp_path: Path) -> None:
     [
         (("--gpus", "1,x"), "--gpus: 'x' is not a whole number above 0"),
         (("--gpus", "1", "--variants", "our"), "with --gpus there is no 'our' (did you mean ours?)"),
+        (("--gpus", "1", "--variants", ""), "--variants: names none"),
+        (("--gpus", "1", "--quantize_modes", ","), "--quantize_modes: names none"),
         (("--gpus", "1", "--quantize_modes", "2bit"), "--quantize_modes: '2bit' is not one of 4bit, 8bit"),
         (("--gpus", "1", "--tokens", "1000"), "--tokens 1000: must be a multiple of 512"),
         (("--gpus", "1", "--fixed", "global", "--global_tokens", "3000"), "--global_tokens 3000: must be a"),

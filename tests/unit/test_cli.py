@@ -207,7 +207,8 @@ class TestRefusedAtOnce:
             (["train", "--nnodes", "x"], "neither a number of nodes nor MIN:MAX"),
             (["train", "--max_restarts", "-1"], "at least 0"),
             (["trian"], "did you mean train?"),
-            (["-m", "tiny"], "falcon-qlora train -m tiny"),
+            (["-m", "tiny", "--output_dir", "a b"], "falcon-qlora train -m tiny --output_dir 'a b'"),
+            (["bench", "--csv", "/"], "error: --csv /: this is a folder; name a file"),
         ],
     )
     def test_with_status_2_and_one_line(
@@ -226,7 +227,15 @@ class TestRefusedAtOnce:
         assert "-m falcon_qlora.train" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
-        "argv", [["train", "--foo"], ["train", "--help"], ["--help"], ["--version"], ["nonsense"]]
+        "argv",
+        [
+            ["train", "--foo"],
+            ["train", "--help"],
+            ["bench", "--plot", "/"],
+            ["--help"],
+            ["--version"],
+            ["nonsense"],
+        ],
     )
     def test_without_importing_torch(self, argv: list[str]) -> None:
         code = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -144,12 +145,14 @@ def test_a_fresh_folder_of_a_run_that_never_started_goes(tmp_path: Path) -> None
 
 
 def test_config_is_yaml_that_reads_back_equal(tmp_path: Path) -> None:
-    directory = RunDirectory(tmp_path)
+    directory = RunDirectory(tmp_path / "rün a b")
     resolved = {"seed": 1, "learning_rate": 2e-4, "dataset_name": ["a", "b"], "bf16": True, "warmup": None}
     directory.write_config(resolved)
     assert directory.read_config() == resolved
     assert yaml.safe_load(directory.config_file.read_text()) == resolved
-    assert directory.config_file.read_text().startswith("# Run again:  falcon-qlora train --config")
+    first, _, command = directory.config_file.read_text().splitlines()[0].partition("falcon-qlora ")
+    assert first == "# Run again:  "
+    assert shlex.split(command)[:3] == ["train", "--config", str(directory.config_file)]
 
 
 def test_summary_has_the_documented_fields(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import re
+import shlex
 import subprocess
 import sys
 import warnings
@@ -93,7 +94,7 @@ def test_the_start_summary_shows_what_is_known_and_leaves_out_the_rest(
 def test_the_end_summary_names_the_path_of_everything_written(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    adapter = tmp_path / ("long" * 40) / "adapter"
+    adapter = tmp_path / ("long ü " * 25) / "adapter"
     adapter.mkdir(parents=True)
     print_end(SUMMARY, [adapter, tmp_path / "loss.png"], adapter=adapter)
     lines = capsys.readouterr().out.splitlines()
@@ -101,6 +102,8 @@ def test_the_end_summary_names_the_path_of_everything_written(
     assert any(str(tmp_path / "loss.png") in line for line in lines)
     assert any("3 → 1.5 · best on held-out data 1.6 at step 100" in line for line in lines)
     assert any("120 in 3 min 13 s" in line for line in lines)
+    (command,) = (line.partition("try it")[2] for line in lines if "try it" in line)
+    assert shlex.split(command)[:4] == ["falcon-qlora", "generate", "--adapter", str(adapter)]
 
 
 def test_text_with_brackets_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:

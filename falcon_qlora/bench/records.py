@@ -1,0 +1,46 @@
+"""The CSV that rows are appended to, of one process or of several GPUs."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from falcon_qlora.errors import UserError
+from falcon_qlora.files import check_writable
+
+COLUMNS = tuple(
+    "date commit gpu gpus driver torch model variant quantize_mode compute_dtype checkpointing "
+    "micro_batch_tokens tokens_per_second samples_per_second_512 tflops_4n ceiling_share peak_allocated_gb "
+    "peak_reserved_gb step_ms ratio_to_first note".split()
+)
+
+
+def check_csv(file: Path) -> None:
+    """Refuse a file that rows cannot be appended to, or that has other columns.
+
+    Raises:
+        UserError: naming the file.
+    """
+    check_writable(file, "--csv")
+    if not file.exists():
+        return
+    # What is no text has other columns, too.
+    with file.open(newline="", encoding="utf-8", errors="replace") as opened:
+        header = next(csv.reader(opened), None)
+    if header is not None and tuple(header) != COLUMNS:
+        raise UserError(f"--csv {file}: its columns are not the bench's; name another file")
+
+
+def append_csv(file: Path, made: Sequence[Mapping[str, Any]]) -> None:
+    """Add the rows at the end of `file`, which is made where it is not there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    written = file.read_bytes() if file.exists() else b""
+    with file.open("a", newline="", encoding="utf-8") as opened:
+        if written and not written.endswith(b"\n"):
+            opened.write("\n")  # an editor left it out: the first row would be the end of the last line
+        writer = csv.DictWriter(opened, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        if not written:
+            writer.writeheader()
+        writer.writerows(made)
