@@ -275,8 +275,8 @@ def choose(
         now: The time in a fresh folder's name.
 
     Raises:
-        UserError: if the named folder holds a run and nothing says what to do with it, is a file, or if
-            there is no run to resume.
+        UserError: if the named folder holds a run and nothing says what to do with it, is a file, or is not
+            that of the run to resume, or if there is no such run.
     """
     resumed_from = _run_of(Path(resume)) if isinstance(resume, str | Path) else None
     if output_dir is None and resumed_from is not None:
@@ -288,6 +288,11 @@ def choose(
             raise UserError(f"--resume: which run? Name its folder with --output_dir or --resume PATH{hint}")
         return _fresh(root, model, settings, restarted, make, now or datetime.datetime.now())
     path = Path(output_dir)
+    if resumed_from is not None and resumed_from.resolve() != path.resolve():
+        raise UserError(
+            f"--resume {resume}: a run goes on in its own folder, {resumed_from}, and --output_dir {path} is "
+            "another; leave --output_dir out"
+        )
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path}: this is a file; name a folder")
     if RunDirectory(path).holds_run() and not (resume or overwrite or restarted):

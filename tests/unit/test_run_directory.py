@@ -6,6 +6,7 @@ import datetime
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,6 +97,18 @@ def test_resume_takes_a_run_or_one_of_its_checkpoints(tmp_path: Path) -> None:
     directory.checkpoint(10).mkdir(parents=True)
     assert _choose(None, tmp_path, resume=directory.path) == directory.path
     assert _choose(None, tmp_path, resume=str(directory.checkpoint(10))) == directory.path
+
+
+def test_resume_of_a_run_in_the_folder_of_another_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
+    directory, other = _holding_run(tmp_path / "mine"), _holding_run(tmp_path / "other")
+    directory.checkpoint(10).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for resume in (directory.path, directory.checkpoint(10)):
+        assert _choose(Path("mine"), tmp_path, resume=resume) == Path("mine")
+        for elsewhere in (other.path, tmp_path / "new"):
+            with pytest.raises(UserError, match=r"its own folder, .*mine, and --output_dir .*leave"):
+                _choose(elsewhere, tmp_path, resume=resume)
+    assert not (tmp_path / "new").exists()
 
 
 def test_resume_of_nothing_is_an_error_and_names_the_newest_run(tmp_path: Path) -> None:
