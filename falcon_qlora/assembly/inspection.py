@@ -23,7 +23,7 @@ from falcon_qlora.merge.folder import parameter_shapes
 from falcon_qlora.methods.folder import CONFIG, RECORD, TENSORS, read_record
 from falcon_qlora.methods.full import Full
 from falcon_qlora.methods.lora import Lora
-from falcon_qlora.methods.saved import SavedAdapter, read_adapter, zero_tensors
+from falcon_qlora.methods.saved import SavedAdapter, lost_tensors, read_adapter, zero_tensors
 from falcon_qlora.models.checkpoints import RANDOM, parameter_reader, parse_random, read_folder_config
 from falcon_qlora.models.locate import is_on_hub, packaged_folder
 from falcon_qlora.models.tensor_files import tensor_hash
@@ -185,9 +185,11 @@ def _described(lora: Lora) -> str:
 
 
 def _zero_faults(adapter: SavedAdapter, config: FalconConfig) -> list[str]:
+    # A run may be saved before its first step with a rate above zero.
+    zero_in = lost_tensors if (adapter.folder / _STATE).is_file() else zero_tensors
     return [
         f"{adapter.folder / TENSORS}: {name} is zero throughout: lost, or never trained"
-        for name in zero_tensors(adapter, config)
+        for name in zero_in(adapter, config)
     ]
 
 

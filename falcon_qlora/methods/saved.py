@@ -84,6 +84,20 @@ def zero_tensors(adapter: SavedAdapter, config: FalconConfig) -> list[str]:
     return [name for name in names if not read_tensor(adapter.folder / TENSORS, name).any()]
 
 
+def lost_tensors(adapter: SavedAdapter, config: FalconConfig) -> list[str]:
+    """The tensors that are zero throughout while others of their kind are not, as training moves all of them.
+
+    Where it is not known whether a step has been done with a rate above zero, these alone are wrong for sure.
+    """
+    zero = zero_tensors(adapter, config)
+    moved = {_kind(name) for name in adapter.method.saved_shapes(config).keys() - set(zero)}
+    return [name for name in zero if _kind(name) in moved]
+
+
+def _kind(name: str) -> str:
+    return ".".join(name.split(".")[-2:])
+
+
 def read_adapter(folder: Path) -> SavedAdapter:
     """Open an adapter's folder; of its weights only that they are there is checked.
 

@@ -20,7 +20,7 @@ from tests.integration.runs import command, write_jsonl
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two checkpoints, and the merge of its adapter in several files."""
+    """A run with checkpoints from its first step on, and the merge of its adapter in several files."""
     folder = tmp_path_factory.mktemp("whole")
     rows = [{"instruction": f"Say {number}.", "output": f"It is {number}."} for number in range(12)]
     falcon_qlora.train(
@@ -29,7 +29,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         output_dir=folder / "run",
         max_length=64,
         max_steps=4,
-        save_steps=2,
+        save_steps=1,
+        save_total_limit=4,
         lora_r=4,
         report_to="none",
         eval_split=0.25,
@@ -59,6 +60,7 @@ def inspect(folder: Path, capsys: Any) -> tuple[int, str]:
     [
         ("run", "run"),
         ("run/adapter", "adapter"),
+        ("run/checkpoints/step-1", "checkpoint"),  # the rate was zero: nothing is trained yet
         ("run/checkpoints/step-2", "checkpoint"),
         ("merged", "merge"),
     ],
@@ -132,6 +134,11 @@ ADAPTER = "adapter_model.safetensors"
                 lambda t: [v.zero_() for k, v in t.items() if "h.3.mlp.dense_4h_to_h.lora_B" in k]
             ),
             "h.3.mlp.dense_4h_to_h.lora_B.weight is zero throughout",
+        ),
+        (
+            f"run/checkpoints/step-4/{ADAPTER}",
+            change_tensors(lambda t: t[next(name for name in t if "lora_B" in name)].zero_()),
+            "lora_B.weight is zero throughout",
         ),
         ("run/adapter/adapter_config.json", cut, "adapter_config.json is not valid JSON"),
         ("run/checkpoints/step-4/optimizer.pt", cut, "optimizer.pt is damaged"),
