@@ -74,10 +74,10 @@ def inspect_folder(folder: Path) -> Inspection:
         return _merge(folder)
     if (folder / _STATE).is_file():
         return _checkpoint(folder)
-    if (folder / CONFIG).is_file():
-        return _adapter(folder)
+    if any((folder / file).is_file() for file in (CONFIG, RECORD)):
+        return _finished(folder)
     if (folder / "config.json").is_file():
-        return _trained_model(folder) if (folder / RECORD).is_file() else _model(folder)
+        return _model(folder)
     if RunDirectory(folder).holds_run():
         return _run(RunDirectory(folder))
     raise UserError(f"{folder}: no run, checkpoint, adapter, merge or model lies there.")
@@ -101,7 +101,7 @@ def _run(run: RunDirectory) -> Inspection:
         found.add("state", "not finished")
     parts = [run.adapter] if run.adapter.is_dir() else []
     for part in [*parts, *(run.checkpoint(step) for step in run.checkpoint_steps())]:
-        inside = _checkpoint(part) if (part / _STATE).is_file() else _trained(part)
+        inside = _checkpoint(part) if (part / _STATE).is_file() else _finished(part)
         found.faults += inside.faults
         found.add(inside.kind, f"{part.name}: {'whole' if not inside.faults else 'NOT WHOLE'}")
     return found
@@ -133,6 +133,15 @@ def _checkpoint(folder: Path) -> Inspection:
     for file in sorted([*folder.glob("*.pt"), *folder.glob("*.pth"), *folder.glob("*.bin")]):
         found.faults += _torch_file_faults(file)
     wrong = verify.fault(folder)
+    if wrong is not None:
+        found.faults.append(f"{folder}: {wrong}")
+    return found
+
+
+def _finished(folder: Path) -> Inspection:
+    """What a run left at its end; other tools' adapters, and those of before, have no manifest."""
+    found = _trained(folder)
+    wrong = verify.fault(folder) if (folder / verify.MANIFEST).is_file() else None
     if wrong is not None:
         found.faults.append(f"{folder}: {wrong}")
     return found

@@ -18,7 +18,7 @@ from falcon_qlora.assembly.kernels import described
 from falcon_qlora.assembly.resumption import forget_after, how_to_go_on, step_of
 from falcon_qlora.assembly.rows import TrainingData, global_batch
 from falcon_qlora.checkpoint.gate import AdapterFaultError, check_adapter
-from falcon_qlora.checkpoint.verify import newest_whole
+from falcon_qlora.checkpoint.verify import newest_whole, write_manifest
 from falcon_qlora.checkpoint.write import not_kept
 from falcon_qlora.config import Configuration
 from falcon_qlora.data.batches import TrainingSteps
@@ -230,6 +230,8 @@ def finish(
             except AdapterFaultError as error:
                 told = not_kept(error, directory.checkpoints, step=trainer.state.global_step)
                 raise UserError(told) from None
+            # A model card is there to be written on.
+            write_manifest(folder, {"step": trainer.state.global_step}, leave_out=["README.md"])
         directory.write_summary(summary)
         directory.draw_loss(title=configuration.model.model_name_or_path)
         terminal.print_end(asdict(summary), directory.contents(), adapter=directory.adapter)

@@ -1,8 +1,9 @@
-"""Whether a checkpoint is what was written: a manifest of sizes and checksums."""
+"""Whether a checkpoint, or what a run left, is what was written: a manifest of sizes and checksums."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -31,19 +32,24 @@ def describe_file(file: Path) -> dict[str, Any]:
 
 
 def write_manifest(
-    folder: Path, record: dict[str, Any], described: dict[str, dict[str, Any]] | None = None
+    folder: Path,
+    record: dict[str, Any],
+    described: dict[str, dict[str, Any]] | None = None,
+    *,
+    leave_out: Collection[str] = (),
 ) -> None:
     """Write down every file's size and checksum, and `record`; call it when all files are there.
 
     Args:
         record: plain values, such as `step` and `processes`.
         described: by name, of files that those who wrote them have described already.
+        leave_out: names of files that may be changed.
     """
     described = described or {}
     files = [
         path
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in {MANIFEST, *described}
+        if path.is_file() and path.name not in {MANIFEST, *described, *leave_out}
     ]
     names = [path.relative_to(folder).as_posix() for path in files]
     with ThreadPoolExecutor(_AT_ONCE) as threads:  # a whole model's and its optimizer's are tens of GB

@@ -166,6 +166,38 @@ def test_damage_is_named(copy, capsys, monkeypatch, file, damage, told):
     assert not (copy / "exploded").exists()
 
 
+def change_json(**values: Any) -> Callable[[Path], None]:
+    return lambda file: file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def treble_lora_b(tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if "lora_B" in name:
+            tensor.mul_(3)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        (ADAPTER, change_tensors(treble_lora_b)),
+        ("adapter_config.json", change_json(lora_alpha=64)),
+        ("falcon_qlora.json", change_json(quantize_mode="8bit")),
+        ("tokenizer.json", Path.unlink),
+    ],
+)
+def test_what_fits_an_adapter_and_is_not_what_the_run_left(copy, capsys, file, damage):
+    folder = copy / "run" / "adapter"
+    (folder / "README.md").write_text("A card is there to be written on.")
+    assert inspect(folder, capsys)[0] == 0
+    damage(folder / file)
+    for each in (folder, copy / "run"):
+        status, said = inspect(each, capsys)
+        assert status == 2
+        assert file in said
+    (folder / "manifest.json").unlink()  # as adapters of other tools, and those of before, have none
+    assert inspect(folder, capsys)[0] == 0
+
+
 def test_files_that_differ_from_a_manifest(copy, capsys):
     folder = copy / "run" / "checkpoints" / "step-4"
     alter_last_byte(folder / "README.md")
