@@ -18,6 +18,7 @@ from transformers import FalconConfig
 
 from falcon_qlora.checkpoint import verify
 from falcon_qlora.errors import UserError
+from falcon_qlora.files import sha256
 from falcon_qlora.merge.certificate import CERTIFICATE
 from falcon_qlora.merge.folder import parameter_shapes
 from falcon_qlora.methods.folder import CONFIG, RECORD, TENSORS, read_record
@@ -28,7 +29,7 @@ from falcon_qlora.models.checkpoints import RANDOM, parameter_reader, parse_rand
 from falcon_qlora.models.locate import is_on_hub, packaged_folder
 from falcon_qlora.models.tensor_files import tensor_hash
 from falcon_qlora.run_directory import RunDirectory
-from falcon_qlora.untrusted import read_json
+from falcon_qlora.untrusted import file_beside, read_json
 
 _STATE = "trainer_state.json"
 # What a checkpoint's torch files may hold beside tensors: random states are NumPy's.
@@ -243,6 +244,8 @@ def _merge(folder: Path) -> Inspection:
         found.faults.append(f"{folder / CERTIFICATE} lists no tensors")
     elif not found.faults:
         found.faults += _hash_faults(folder, hashes)
+    if "files" in certificate:  # certificates of before say nothing of them
+        found.attempt(lambda: _collect(found, _file_faults(folder / CERTIFICATE, certificate["files"])))
     return found
 
 
@@ -252,6 +255,18 @@ def _hash_faults(folder: Path, hashes: dict[str, Any]) -> Iterator[str]:
     for name in parameter_shapes(config):
         if tensor_hash(read(name)) != hashes.get(name):
             yield f"{name} is not what the certificate is about: it was altered"
+
+
+def _file_faults(certificate: Path, files: Any) -> Iterator[str]:
+    if not isinstance(files, dict):
+        yield f"{certificate} lists no files"
+        return
+    for name, expected in files.items():
+        file = file_beside(certificate, name)
+        if not file.is_file():
+            yield f"{file} is missing"
+        elif sha256(file) != expected:
+            yield f"{file} is not what the certificate is about: it was altered"
 
 
 def _model(folder: Path) -> Inspection:

@@ -18,7 +18,7 @@ from falcon_qlora.evaluation import (
     mean_loss,
     token_losses,
 )
-from falcon_qlora.files import replaced_folder
+from falcon_qlora.files import replaced_folder, sha256
 from falcon_qlora.merge.card import write_card
 from falcon_qlora.merge.certificate import Certificate, HeldOut, Measured, Origin
 from falcon_qlora.merge.folder import (
@@ -118,6 +118,9 @@ def merge(
             max_loss_increase=request.max_loss_increase,
             max_kl_divergence=request.max_kl_divergence,
             tensors=hashes[best],
+            files={
+                file.name: sha256(file) for file in sorted(folder.iterdir()) if file.suffix != ".safetensors"
+            },
         )
         certificate.write(folder)
         write_card(folder, certificate)

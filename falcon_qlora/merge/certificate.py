@@ -105,6 +105,8 @@ class Certificate:
         max_loss_increase: the limit that was asked for.
         max_kl_divergence: likewise.
         tensors: name → SHA-256 of the stored bytes.
+        files: name → SHA-256 of each file beside weights, model card and this one, which also decide what the
+            model says: configuration, tokenizer, the weights' index.
     """
 
     merged_onto: Onto
@@ -116,6 +118,7 @@ class Certificate:
     max_loss_increase: float
     max_kl_divergence: float
     tensors: Mapping[str, str]
+    files: Mapping[str, str]
 
     @property
     def kept(self) -> Measured:

@@ -198,6 +198,32 @@ def test_what_fits_an_adapter_and_is_not_what_the_run_left(copy, capsys, file, d
     assert inspect(folder, capsys)[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("config.json", change_json(rope_theta=5000.0)),
+        ("tokenizer.json", lambda f: f.write_text("")),
+        ("generation_config.json", lambda f: f.write_text("{}")),
+        ("tokenizer_config.json", Path.unlink),
+    ],
+)
+def test_what_fits_a_merge_and_is_not_what_was_measured(copy, capsys, file, damage):
+    folder = copy / "merged"
+    (folder / "README.md").write_text("A card is there to be written on.")
+    assert inspect(folder, capsys)[0] == 0
+    damage(folder / file)
+    status, said = inspect(folder, capsys)
+    assert status == 2
+    assert f"{folder / file} is " in said
+    certificate = json.loads((folder / "certificate.json").read_text())
+    del certificate["files"]  # as those of before have none
+    (folder / "certificate.json").write_text(json.dumps(certificate))
+    assert inspect(folder, capsys)[0] == 0
+    for files, told in (([], "lists no files"), ({"../run/config.yaml": ""}, "not a file of its own folder")):
+        (folder / "certificate.json").write_text(json.dumps(certificate | {"files": files}))
+        assert told in inspect(folder, capsys)[1]
+
+
 def test_files_that_differ_from_a_manifest(copy, capsys):
     folder = copy / "run" / "checkpoints" / "step-4"
     alter_last_byte(folder / "README.md")
