@@ -14,6 +14,7 @@ from falcon_qlora.assembly.rows import TrainingData, global_batch
 from falcon_qlora.checkpoint import verify
 from falcon_qlora.checkpoint.write import set_aside_after
 from falcon_qlora.config import Configuration
+from falcon_qlora.config.library import library_fields
 from falcon_qlora.errors import UserError
 from falcon_qlora.files import plain
 from falcon_qlora.run_directory import RunDirectory
@@ -22,13 +23,21 @@ from falcon_qlora.terminal import note
 # A run that goes on with another value of one of these is another run.
 _DECISIVE = (
     "model_name_or_path model_revision quantize_mode double_quantization norms_in_float32 llm_int8_threshold "
+    "compute_dtype "
     "tokenizer_name_or_path template train_on append_end_token max_length overlong packing padding streaming "
     "train_sampling_strategy method adapter_prefix_length adapter_first_block lora_r lora_alpha lora_dropout "
-    "lora_target_modules lora_slices use_rslora use_dora optim learning_rate lr_scheduler_type warmup_steps "
-    "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm seed"
+    "lora_target_modules lora_slices use_rslora use_dora optim optim_args learning_rate lr_scheduler_type "
+    "lr_scheduler_kwargs warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
+    "neftune_noise_alpha seed"
 ).split()
 # These may be changed, and what follows from them is said.
-_CHANGES_THE_SCHEDULE = ("max_steps", "num_train_epochs")
+_MAY_CHANGE = {
+    "max_steps": "the learning rate goes on differently",
+    "num_train_epochs": "the learning rate goes on differently",
+    "kernels": "the losses agree up to rounding",
+    "sharding": "the losses agree up to rounding",
+    "tf32": "the losses agree up to rounding",
+}
 
 
 def checkpoint_to_resume(configuration: Configuration, directory: RunDirectory) -> str | None:
@@ -120,18 +129,24 @@ def _compare_settings(configuration: Configuration, checkpoint: Path) -> None:
     before: dict[str, Any] = {}
     with contextlib.suppress(OSError, yaml.YAMLError):
         before = yaml.safe_load((checkpoint.parent.parent / "config.yaml").read_text(encoding="utf-8")) or {}
+    if not before:
+        return
     now = plain(configuration.resolved())
-    for name in _DECISIVE:
-        if name in before and name in now and before[name] != now[name]:
+    defaults = {name: setting.default for name, setting in library_fields().items()}
+    for name in (*_DECISIVE, *_MAY_CHANGE):
+        # One of the library's is not written down where it was not given; one of ours not by a release that
+        # did not have it.
+        if name not in defaults and not (name in before and name in now):
+            continue
+        was, is_now = (settings.get(name, defaults.get(name)) for settings in (before, now))
+        if was == is_now:
+            continue
+        if name not in _MAY_CHANGE:
             raise UserError(
-                f"--resume: {name} was {before[name]} in the run that goes on and is {now[name]} now, which "
-                "would make it another run. Leave it as it was, or start a new run"
+                f"--resume: {name} was {was} in the run that goes on and is {is_now} now, which would make "
+                "it another run. Leave it as it was, or start a new run"
             )
-    for name in _CHANGES_THE_SCHEDULE:
-        if name in before and before[name] != now.get(name):
-            note(
-                f"{name} was {before[name]} and is {now.get(name)} now: the learning rate goes on differently"
-            )
+        note(f"{name} was {was} and is {is_now} now: {_MAY_CHANGE[name]}")
 
 
 def _say_what_differs(configuration: Configuration, processes: int) -> None:
