@@ -15,6 +15,7 @@ from falcon_qlora.checkpoint import verify
 from falcon_qlora.checkpoint.write import set_aside_after
 from falcon_qlora.config import Configuration
 from falcon_qlora.config.library import library_fields
+from falcon_qlora.data.stream import changed_source
 from falcon_qlora.errors import UserError
 from falcon_qlora.files import plain
 from falcon_qlora.run_directory import RunDirectory
@@ -29,6 +30,11 @@ _DECISIVE = (
     "lora_target_modules lora_slices use_rslora use_dora optim optim_args learning_rate lr_scheduler_type "
     "lr_scheduler_kwargs warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
     "neftune_noise_alpha seed"
+).split()
+# Of a stream too, whose documents nobody has counted; else the fingerprint of the data tells.
+_DECISIVE_FOR_STREAMS = (
+    "dataset_weights dataset_config dataset_train_split dataset_format text_column instruction_column "
+    "input_column output_column prompt_column completion_column messages_column conversations_column max_rows"
 ).split()
 # These may be changed, and what follows from them is said.
 _MAY_CHANGE = {
@@ -133,7 +139,8 @@ def _compare_settings(configuration: Configuration, checkpoint: Path) -> None:
         return
     now = plain(configuration.resolved())
     defaults = {name: setting.default for name, setting in library_fields().items()}
-    for name in (*_DECISIVE, *_MAY_CHANGE):
+    of_streams = _DECISIVE_FOR_STREAMS if configuration.data.streaming else ()
+    for name in (*_DECISIVE, *of_streams, *_MAY_CHANGE):
         # One of the library's is not written down where it was not given; one of ours not by a release that
         # did not have it.
         if name not in defaults and not (name in before and name in now):
@@ -168,14 +175,36 @@ def check_data(data: TrainingData, checkpoint: str | None) -> None:
     """
     if checkpoint is None:
         return
-    before = verify.read_manifest(Path(checkpoint)).get("data_fingerprint")
-    now = data.record.get("fingerprint")
-    if before != now:
+    manifest = verify.read_manifest(Path(checkpoint))
+    if data.record.get("streaming"):
+        changed = _changed_stream(manifest.get("stream"), data.record)
+    else:
+        changed = _changed_documents(manifest.get("data_fingerprint"), data.record.get("fingerprint"))
+    if changed is not None:
         raise UserError(
-            "--resume: the data is not what the run began with (its rows, or what became of them, have "
-            f"changed): fingerprint {str(now)[:12]} instead of {str(before)[:12]}. Bring the old data back, "
-            "or start a new run"
+            f"--resume: the data is not what the run began with{changed}. Bring the old data back, or start "
+            "a new run"
         )
+
+
+def _changed_documents(before: Any, now: Any) -> str | None:
+    if before == now:
+        return None
+    return (
+        " (its rows, or what became of them, have changed): fingerprint "
+        f"{str(now)[:12]} instead of {str(before)[:12]}"
+    )
+
+
+def _changed_stream(before: dict[str, Any] | None, now: dict[str, Any]) -> str | None:
+    if before is None:
+        note("the checkpoint does not say what was streamed: whether the data has changed is not known")
+        return None
+    for name in ("template", "tokenizer"):
+        if before[name] != now[name]:
+            return f": its {name} has changed"
+    source = changed_source(before["sources"], now["sources"])
+    return None if source is None else f": {source}"
 
 
 def forget_after(directory: RunDirectory, step: int) -> None:

@@ -150,7 +150,14 @@ def _streamed_data(configuration: Configuration, tokenizer: Any) -> TrainingData
     import datasets
 
     from falcon_qlora.data.cursor import State
-    from falcon_qlora.data.stream import DocumentStream, recognise_stream, stream_documents
+    from falcon_qlora.data.documents import load_template
+    from falcon_qlora.data.stream import (
+        DocumentStream,
+        describe_sources,
+        recognise_stream,
+        stream_documents,
+    )
+    from falcon_qlora.models.tokenizer import tokenizer_fingerprint
 
     data, run = configuration.data, configuration.run
     settings = row_settings(configuration) | {"max_rows": data.max_rows}
@@ -170,6 +177,13 @@ def _streamed_data(configuration: Configuration, tokenizer: Any) -> TrainingData
             dataset_format=data.dataset_format,
             columns=data.columns(),
             template=data.template,
+        )
+    )
+    sources = distributed.from_main_process(
+        lambda: describe_sources(
+            dataset_name=data.dataset_name,
+            dataset_config=data.dataset_config,
+            dataset_split=data.dataset_train_split,
         )
     )
     first = next(documents(0, shuffle_buffer=1), None)
@@ -194,7 +208,12 @@ def _streamed_data(configuration: Configuration, tokenizer: Any) -> TrainingData
         dataset=datasets.Dataset.from_list([first]),
         statistics=None,
         held_out=held_out,
-        record={"streaming": True, "sources": data.dataset_name},
+        record={
+            "streaming": True,
+            "sources": sources,
+            "template": load_template(template, dataset_format, tokenizer).identity,
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+        },
         dataset_format=dataset_format,
         template=template,
         notes=["streamed: rows are read as they are needed"],

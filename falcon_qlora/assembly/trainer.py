@@ -139,6 +139,7 @@ def build_trainer(
         checkpoint_record={
             "global_batch": global_batch(configuration),
             "data_fingerprint": data.record.get("fingerprint"),
+            "stream": data.record if settings.streaming else None,
             "launch": distributed.launch_id(),
         },
         on_saved=lambda checkpoint: interrupts.tell_launcher(

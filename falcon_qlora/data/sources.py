@@ -230,6 +230,13 @@ class HubSource:
         # The builder derives it from the repository's commit, configuration and split.
         return f"{self.name} {self.config} {self.split} {self._load(streaming=False)._fingerprint}"
 
+    def commit(self) -> str:
+        """That of the repository whose rows are read."""
+        import datasets
+
+        with _hub_errors(self), quiet_datasets():
+            return str(datasets.load_dataset_builder(self.name, self.config).hash)
+
     def read(self, shuffle_files: random.Random | None = None, position: Any = None) -> Rows:
         stream = self._load(streaming=True)
         if shuffle_files is not None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
+import hashlib
 import itertools
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +17,15 @@ from falcon_qlora.data.cursor import ROWS_TO_RECOGNISE, Mix, Reader, Shuffled, S
 from falcon_qlora.data.encode import Encoder, Status
 from falcon_qlora.data.formats import resolve_template
 from falcon_qlora.data.selection import checked_weights
-from falcon_qlora.data.sources import find_source
+from falcon_qlora.data.sources import HubSource, LocalSource, find_source
+from falcon_qlora.errors import UserError
+from falcon_qlora.files import sha256
 
 _ROWS_AT_A_TIME = 64
+# A stream's files may be larger than what a start can wait for: those of a source below the first are hashed
+# whole, a second or two of reading; of larger ones so many bytes at either end, with size and time.
+_HASHED_WHOLE_BYTES = 10**9
+_HASHED_END_BYTES = 10**6
 _DROPPED = {
     Status.EMPTY: "rows_dropped_empty",
     Status.MASKED: "rows_dropped_masked",
@@ -167,3 +176,84 @@ def recognise_stream(
     head = list(itertools.islice(source.read(), ROWS_TO_RECOGNISE))
     row_format = recognise_rows(head, dataset_format, columns or {}, source.name)[0]
     return row_format, resolve_template(template, row_format)
+
+
+def describe_sources(
+    *, dataset_name: list[str], dataset_config: str | None = None, dataset_split: str = "train"
+) -> list[State]:
+    """What rows are read from, in plain values: each file with its size and hash, a hub data set's commit.
+
+    Raises:
+        UserError: for data that cannot be found or read.
+    """
+    return [
+        _describe_source(find_source(name, config=dataset_config, split=dataset_split))
+        for name in dataset_name
+    ]
+
+
+def _describe_source(source: Any) -> State:
+    if isinstance(source, HubSource):
+        return {"name": source.name, "commit": source.commit()}
+    assert isinstance(source, LocalSource)
+    try:
+        whole = sum(path.stat().st_size for path in source.files) < _HASHED_WHOLE_BYTES
+        return {"name": source.name, "files": [_describe_file(path, whole) for path in source.files]}
+    except OSError as error:
+        raise UserError(f"{error.filename or source.name}: cannot be read: {error.strerror}") from None
+
+
+def _describe_file(path: Path, whole: bool) -> State:
+    about = path.stat()
+    described: State = {"file": str(path), "bytes": about.st_size}
+    if whole:
+        return described | {"sha256": sha256(path)}
+    with path.open("rb") as opened:
+        digest = hashlib.sha256(opened.read(_HASHED_END_BYTES))
+        opened.seek(-min(_HASHED_END_BYTES, about.st_size), 2)
+        digest.update(opened.read())
+    # Whole seconds: some file systems keep no more.
+    modified = datetime.datetime.fromtimestamp(int(about.st_mtime), datetime.UTC).isoformat()
+    return described | {"modified": modified, "sha256_of_ends": digest.hexdigest()}
+
+
+def changed_source(before: list[State], now: list[State]) -> str | None:
+    """What differs between two descriptions of sources, with its file; None where rows are the same.
+
+    Where the files lie does not matter, nor what they are called.
+    """
+    if len(before) != len(now):
+        names = [", ".join(each["name"] for each in sources) for sources in (now, before)]
+        return f"{names[0]} instead of {names[1]}"
+    for old, new in zip(before, now, strict=True):
+        if ("commit" in old) != ("commit" in new):
+            return f"{new['name']} instead of {old['name']}"
+        if "commit" in new:
+            if (old["name"], old["commit"]) != (new["name"], new["commit"]):
+                return f"{new['name']} at commit {new['commit']} instead of {old['name']} at {old['commit']}"
+            continue
+        if len(old["files"]) != len(new["files"]):
+            return _files_more_or_less(new["name"], old["files"], new["files"])
+        pairs = list(zip(old["files"], new["files"], strict=True))
+        # By size first: where a source has come to be hashed otherwise, one of them is the cause.
+        for key, told in _TOLD.items():
+            for was, is_now in pairs:
+                if was.get(key) != is_now.get(key):
+                    return f"{is_now['file']} {told.format(was=was.get(key), now=is_now.get(key))}"
+    return None
+
+
+_TOLD = {
+    "bytes": "has {now:,} bytes instead of {was:,}",
+    "sha256": "is another file or has been altered (its checksum differs)",
+    "sha256_of_ends": "is another file or has been altered (the checksum of its ends differs)",
+    "modified": "was modified {now} instead of {was}; if it is the same, set that back (touch -d {was} FILE)",
+}
+
+
+def _files_more_or_less(name: str, before: list[State], now: list[State]) -> str:
+    old, new = ([Path(each["file"]).name for each in files] for files in (before, now))
+    added, gone = Counter(new) - Counter(old), Counter(old) - Counter(new)
+    told = [f"no longer holds {', '.join(sorted(gone))}"] if gone else []
+    told += [f"holds {', '.join(sorted(added))} too"] if added else []
+    return f"{name} {' and '.join(told)}"

@@ -1,7 +1,8 @@
-"""What a run may have changed when it goes on, and what makes it another run."""
+"""What a run may have changed when it goes on, and what makes it another run: of settings and of data."""
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 import falcon_qlora
 from falcon_qlora.errors import UserError
-from tests.integration.runs import write_jsonl
+from tests.integration.runs import metrics, write_jsonl
 
 ROWS = [{"instruction": f"Say {number}.", "output": f"It is {number}."} for number in range(12)]
 
@@ -39,6 +40,12 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def data(stopped: Path, tmp_path: Path) -> Path:
+    """A copy of the rows, which lie elsewhere than they did."""
+    return shutil.copytree(stopped, tmp_path / "data", ignore=shutil.ignore_patterns("run"))
+
+
 def refusal(folder: Path, **settings: Any) -> str:
     """Why the run does not go on, with which nothing of it may be lost."""
     before = {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()}
@@ -55,12 +62,53 @@ def refusal(folder: Path, **settings: Any) -> str:
         ("optim_args", "momentum=0.5", "None"),
         ("lr_scheduler_kwargs", '{"num_cycles": 2}', "None"),
         ("neftune_noise_alpha", 5, "None"),
+        ("max_rows", 6, "None"),
+        ("dataset_weights", [1, 2], "None"),
+        ("dataset_format", "alpaca", "auto"),
     ],
 )
 def test_a_setting_that_changes_the_losses_is_refused(stopped, setting, value, was):
     assert refusal(stopped, **{setting: value}).startswith(f"--resume: {setting} was {was} in the run")
 
 
-def test_what_changes_the_rounding_alone_is_said(stopped, capsys):
-    refusal(stopped, kernels="off", dataset_name="none.jsonl")  # so that it ends before the model is read
+def test_what_changes_the_rounding_alone_is_said(stopped, data, capsys):
+    (data / "rows.jsonl").unlink()  # so that it ends before the model is read
+    refusal(stopped, kernels="off", dataset_name=[data / "rows.jsonl", data / "more"])
     assert "note: kernels was auto and is off now: the losses agree up to rounding" in capsys.readouterr().out
+
+
+def alter(file: Path) -> None:
+    file.write_text(file.read_text().replace("It is 3.", "It is 4."))
+
+
+def grow(file: Path) -> None:
+    write_jsonl(file, [*ROWS, ROWS[0]])
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda d: alter(d / "rows.jsonl"), "data/rows.jsonl is another file or has been altered"),
+        (lambda d: grow(d / "more/b.jsonl"), r"data/more/b.jsonl has [\d,]+ bytes instead of [\d,]+"),
+        (lambda d: write_jsonl(d / "more/c.jsonl", ROWS), "data/more holds c.jsonl too"),
+        (lambda d: (d / "more/a.jsonl").unlink(), "data/more no longer holds a.jsonl"),
+    ],
+)
+def test_a_stream_of_other_data_is_refused_and_the_file_named(stopped, data, change, told):
+    change(data)
+    message = refusal(stopped, dataset_name=[data / "rows.jsonl", data / "more"])
+    assert message.startswith("--resume: the data is not what the run began with: ")
+    assert message.endswith("Bring the old data back, or start a new run")
+    assert re.search(told, message), message
+
+
+def test_a_stream_of_more_or_fewer_data_sets_is_refused(stopped, data):
+    told = f"{data}/rows.jsonl instead of {stopped}/rows.jsonl, {stopped}/more."
+    assert told in refusal(stopped, dataset_name=[data / "rows.jsonl"])
+
+
+def test_a_stream_goes_on_over_the_same_rows_elsewhere(stopped, data):
+    run = shutil.copytree(stopped / "run", data / "run")
+    (data / "more/a.jsonl").rename(data / "more/_.jsonl")
+    falcon_qlora.train(resume=run, dataset_name=[data / "rows.jsonl", data / "more"])
+    assert metrics(run)[-1]["step"] == 2

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import itertools
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -17,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from falcon_qlora.data import files, sources
+from falcon_qlora.data import stream as streams
 from falcon_qlora.data.stream import stream_documents
 from falcon_qlora.data.tokenize import prepare_corpora
 from falcon_qlora.errors import UserError
@@ -218,3 +222,41 @@ def test_hub_streams_go_on_where_they_were(
             state = json.loads(json.dumps(stream.state()()))
             assert plain(stream_documents(**common, state=state)) == whole[given:], given
         next(stream, None)
+
+
+class TestDescription:
+    def test_a_small_source_is_hashed_whole_and_a_large_one_at_its_ends(self, tmp_path, monkeypatch):
+        file = tmp_path / "rows.jsonl"
+        file.write_bytes(b"a" * 10 + b"b" * 10 + b"c" * 10)
+        (small,) = streams.describe_sources(dataset_name=[str(file)])
+        whole = hashlib.sha256(file.read_bytes()).hexdigest()
+        assert small["files"] == [{"file": str(file), "bytes": 30, "sha256": whole}]
+        monkeypatch.setattr(streams, "_HASHED_WHOLE_BYTES", 30)
+        monkeypatch.setattr(streams, "_HASHED_END_BYTES", 10)
+        os.utime(file, (0, 86400))
+        before = streams.describe_sources(dataset_name=[str(file)])
+        ends = hashlib.sha256(b"a" * 10 + b"c" * 10).hexdigest()
+        about = {"modified": "1970-01-02T00:00:00+00:00", "sha256_of_ends": ends}
+        assert before[0]["files"] == [{"file": str(file), "bytes": 30, **about}]
+        for content, when, told in (
+            (b"a" * 10 + b"B" * 10 + b"c" * 10, 86400, None),  # what it cannot see
+            (b"a" * 30, 86400, "checksum of its ends differs"),
+            (b"a" * 10 + b"b" * 10 + b"c" * 10, 86401, "was modified 1970-01-02T00:00:01+00:00 instead of"),
+        ):
+            file.write_bytes(content)
+            os.utime(file, (0, when))
+            found = streams.changed_source(before, streams.describe_sources(dataset_name=[str(file)]))
+            assert found is None if told is None else told in found
+
+    def test_a_data_set_of_the_hub_is_known_by_its_commit(self, monkeypatch):
+        def at(commit: str) -> list[Any]:
+            builder = SimpleNamespace(hash=commit)
+            monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, config: builder)
+            return streams.describe_sources(dataset_name=["some/data"])
+
+        assert at("c0ffee") == [{"name": "some/data", "commit": "c0ffee"}]
+        assert streams.changed_source(at("c0ffee"), at("c0ffee")) is None
+        told = "some/data at commit beef instead of some/data at c0ffee"
+        assert streams.changed_source(at("c0ffee"), at("beef")) == told
+        local = [{"name": "rows.jsonl", "files": []}]
+        assert streams.changed_source(local, at("beef")) == "some/data instead of rows.jsonl"
