@@ -1,4 +1,4 @@
-"""What the blocks keep is chosen from the memory there is: a whole run's settings on a GPU that is made up."""
+"""What blocks keep is chosen from the memory there is: a whole run's settings on a GPU that is made up."""
 
 from __future__ import annotations
 
