@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from falcon_qlora.commands import compare
 from falcon_qlora.errors import UserError
 from falcon_qlora.run_directory import RunDirectory
 from falcon_qlora.sample_data import path as sample_rows
+from tests.integration.processes import Processes
 from tests.integration.runs import command, metrics, summary
 
 SETTINGS = (
@@ -126,6 +130,36 @@ def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(tmp_path: Path) -> N
     assert numbers[0] == numbers[1]
     evaluated = [step for step, _, loss in numbers[1] if loss is not None]
     assert evaluated == [0, 4, 8]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_it_with_what_it_started_and_the_same_command_goes_on(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    processes, log = Processes(tmp_path), tmp_path / "out/runs/adapter/metrics.jsonl"
+    words = ["compare", "--methods", "adapter,lora", "--output_dir", "out", *SETTINGS, "--steps", "60"]
+    try:
+        started = processes.start("falcon_qlora", *words)
+        while not log.exists() and started.poll() is None:
+            time.sleep(0.05)
+        started.send_signal(number)
+        output, errors = started.communicate(timeout=120)
+        assert (started.returncode, errors) == (128 + number, "")
+        assert processes.none_left()
+        assert f"{number.name}: a checkpoint is saved" in output
+        assert output.endswith("Stopped. The same command with --output_dir out goes on here.\n")
+        stopped = re.search(r"stopped at step (\d+) of 60", output)
+        assert stopped is not None
+        assert not (tmp_path / "out/runs/lora").exists()
+        again = processes.start("falcon_qlora", *words)
+        output, errors = again.communicate(timeout=240)
+        assert (again.returncode, errors) == (0, "")
+        assert f"going on from step {stopped[1]}" in output
+        assert [line["step"] for line in metrics(log.parent) if "loss" in line] == list(range(1, 61))
+        assert (tmp_path / "out/runs/lora/summary.json").exists()
+    finally:
+        processes.end()
 
 
 @pytest.mark.parametrize(
