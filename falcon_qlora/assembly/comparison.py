@@ -33,7 +33,10 @@ _OF_METHODS = {
     "use_rslora": ("lora", "qlora"),
     "use_dora": ("lora", "qlora"),
     "adapter_": ("adapter", "adapter_v2"),
+    "sharding": ("full",),
 }
+# Those that the method which is read before there is one does not take.
+_NOT_OF_ANY = ("adapter_", "sharding")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,8 @@ def plan(
         UserError: for a method that is not known.
     """
     chosen = [_known(name, "--methods") for name in split(names)]
+    if not chosen:
+        raise UserError(f"--methods names none; give some of {', '.join(METHODS)}")
     recipe_of, rate_of = _pairs(recipes, "--recipes"), _pairs(learning_rates, "--learning_rates")
     for flag, pairs in (("--recipes", recipe_of), ("--learning_rates", rate_of)):
         for name in pairs.keys() - set(chosen):
@@ -104,7 +109,7 @@ def plan(
 
 def for_any_method(argv: Sequence[str]) -> list[str]:
     """A command line that is read to learn what is compared, before there is a method."""
-    flags = [flag for flag in in_flags(argv) if not name_of(flag).startswith("adapter_")]
+    flags = [flag for flag in in_flags(argv) if not name_of(flag).startswith(_NOT_OF_ANY)]
     return ["--recipe", METHODS["lora"][1], *(word for flag in flags for word in flag)]
 
 
@@ -132,7 +137,7 @@ def why_not(name: str, configuration: Configuration) -> str | None:
 
 
 def split(words: Sequence[str]) -> list[str]:
-    return [part for word in words for part in word.split(",") if part]
+    return [part.strip() for word in words for part in word.split(",") if part.strip()]
 
 
 def in_flags(argv: Sequence[str]) -> list[list[str]]:

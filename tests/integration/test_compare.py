@@ -165,6 +165,8 @@ def test_a_signal_ends_it_with_what_it_started_and_the_same_command_goes_on(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--methods", ","], "--methods names none; give some of adapter,"),
+        (["--methods", "adapter", "--sharding", "fsdp"], "--sharding does nothing with --methods adapter"),
         (["--methods", "lora,adaptor"], "'adaptor' is not one of .*did you mean adapter"),
         (["--methods", "lora", "--recipes", "full=lit-full"], "--recipes: full is not among --methods"),
         (["--methods", "lora", "--learning_rates", "lora"], "'lora' is not METHOD=VALUE"),
@@ -192,8 +194,8 @@ def test_a_run_that_went_on_is_the_one_it_was(tmp_path: Path) -> None:
 
 def test_flags_of_one_method_reach_that_one_alone() -> None:
     planned = comparison.plan(
-        ["--lora_target_modules", "dense", "query_key_value", "--adapter_first_block=0", "-s", "-1"],
-        names=["lora,full", "adapter"],
+        "--lora_target_modules dense query_key_value --adapter_first_block=0 --sharding fsdp -s -1".split(),
+        names=["lora, full ,", "adapter"],
         recipes=["full=my.yaml"],
         learning_rates=["lora=0.5"],
         not_for_training=[],
@@ -204,6 +206,6 @@ def test_flags_of_one_method_reach_that_one_alone() -> None:
             "--recipe lit-lora --method lora --lora_target_modules dense query_key_value -s -1 "
             "--learning_rate 0.5"
         ).split(),
-        "full": "--recipe my.yaml --method full -s -1".split(),
+        "full": "--recipe my.yaml --method full --sharding fsdp -s -1".split(),
         "adapter": "--recipe lit-adapter --method adapter --adapter_first_block=0 -s -1".split(),
     }
