@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from falcon_qlora.assembly import sharding
 from falcon_qlora.checkpoint import verify
 from falcon_qlora.config import Configuration
 from falcon_qlora.errors import UserError, nearest
@@ -160,6 +161,11 @@ def read_alike(run: Path, configuration: Configuration) -> bool:
     if not directory.config_file.exists():
         return False
     before, now = directory.read_config(), plain(configuration.resolved())
+    if (
+        sharding.has_unsuitable_optimizer_of_recipe(configuration)
+        and before.get("optim") == sharding.OPTIMIZER
+    ):
+        del before["optim"], now["optim"]
     if configuration.run.global_batch_size is None:
         # A run that went on has written down what the size of its steps had come to.
         for settings in (before, now):

@@ -162,6 +162,21 @@ def test_a_signal_ends_it_with_what_it_started_and_the_same_command_goes_on(
         processes.end()
 
 
+@pytest.mark.slow
+def test_full_is_shared_out_beside_an_adapter_with_an_optimizer_that_goes_with_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = run(tmp_path, ["adapter", "full"], "--gpus", "2", "--sharding", "fsdp")
+    check_rows(tmp_path, rows)
+    told = capfd.readouterr().out
+    assert "note: the model is sharded over the 2 processes" in told
+    assert "recipe lit-full's adamw_bnb_8bit does not work on a sharded model: adamw_torch_fused" in told
+    full = RunDirectory(tmp_path / "runs" / "full")
+    assert full.read_config()["optim"] == "adamw_torch_fused"
+    assert run(tmp_path, ["adapter", "full"], "--gpus", "2", "--sharding", "fsdp") == rows
+    assert capfd.readouterr().out.count("trained already") == 2
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -183,13 +198,19 @@ def test_what_cannot_be_compared_is_refused_at_once(words: list[str], message: s
 
 
 def test_a_run_that_went_on_is_the_one_it_was(tmp_path: Path) -> None:
-    # Going on, it has written down the size of its steps, which the user left to the number of processes.
+    # Going on, it has written down the size of its steps, which the user left to the number of processes;
+    # and the optimizer that a sharded model took, where a recipe named one that does not go with it.
     words = f"-m tiny --dataset_name {sample_rows()} --report_to none -b 2".split()
     asked = config.parse(words)
     adopted = config.parse([*words, "--global_batch_size", "6"])
     for went_on, same in ((adopted, True), (config.parse([*words, "--learning_rate", "1"]), False)):
         RunDirectory(tmp_path).write_config(went_on.resolved())
         assert comparison.read_alike(tmp_path, asked) is same
+    replaced = config.parse([*words, "--recipe", "lit-full", "--optim", "adamw_torch_fused"])
+    RunDirectory(tmp_path).write_config(replaced.resolved())
+    assert comparison.read_alike(tmp_path, config.parse([*words, "--recipe", "lit-full"]))
+    named = ["--recipe", "lit-full", "--optim", "adamw_bnb_8bit"]
+    assert not comparison.read_alike(tmp_path, config.parse([*words, *named]))
 
 
 def test_flags_of_one_method_reach_that_one_alone() -> None:
