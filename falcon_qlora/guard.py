@@ -1,4 +1,4 @@
-"""What the processes agreed on in a step, read a step late, so that the host never waits for the device.
+"""What the processes agreed on in a step, read a step late, so that the host need not wait for the device.
 
 Of every step the device keeps a few numbers: the global loss, whether it or the gradient is not finite, what
 any process asked for. They are copied to the host behind the step and read when the next one is on its way.

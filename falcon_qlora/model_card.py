@@ -93,7 +93,11 @@ class ModelCard:
     def _usage(self) -> str:
         text = "## Use\n\n"
         if self.method == "full":
-            text += "A whole model, which Transformers opens as any (`ADAPTER` is this folder):\n\n"
+            text += (
+                "A whole model, which Transformers opens as any (`ADAPTER` is this folder or its hub id):\n\n"
+                f"```python\n{_WHOLE_EXAMPLE}```\n\n"
+                "With falcon_qlora (`ADAPTER` is this folder):\n\n"
+            )
         elif self.method != "lora":
             text += (
                 "PEFT has no such method; falcon_qlora opens it on the base model, quantized or not\n"
@@ -147,6 +151,13 @@ class ModelCard:
             label: self.summary[name] for name, label in names.items() if self.summary.get(name) is not None
         }
 
+
+_WHOLE_EXAMPLE = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("ADAPTER", dtype="bfloat16")
+tokenizer = AutoTokenizer.from_pretrained("ADAPTER")
+"""
 
 _TITLES = {
     "lora": ("LoRA adapter for", "A LoRA adapter for"),

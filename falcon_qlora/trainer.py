@@ -235,6 +235,8 @@ class FalconTrainer(ResumableTrainer):
             # The fused optimizers change nothing where this is 1: nobody waits for the device.
             optimizer.found_inf = bad.float()
         elif bool(bad):
+            # The others have no such switch, and on zeros weights and moments would still decay: the host
+            # waits to know. A step of bitsandbytes' waits anyway, after every parameter.
             model.zero_grad(set_to_none=True)
         return norm
 

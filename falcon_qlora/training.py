@@ -37,7 +37,7 @@ def train(configuration: Configuration) -> Path:
     resumption.check_data(data, checkpoint)
     model = builder.model_with_adapter(configuration, tokenizer)
     kernels = choose_kernels(configuration.model, model)
-    shard_if_wanted(configuration, model)
+    notes = shard_if_wanted(configuration, model)
     activations = choose_activations(configuration, model, kernels)
     preflight.check_disk(configuration, directory, model, steps=data.total_steps)
     distributed.wait_for_all()  # nothing is written before every process has come so far
@@ -65,6 +65,7 @@ def train(configuration: Configuration) -> Path:
             kernels=kernels,
             activations=activations,
             checkpoint=checkpoint,
+            notes=notes,
         )
     )
 

@@ -16,7 +16,7 @@ def packed(docs):
     starts = sequences.cu_seqlens.tolist()
     positions = [p for start, end in pairwise(starts) for p in range(start, end - 1)]
     ids = torch.cat(docs)
-    target_positions = torch.tensor(positions, device=ids.device)
+    target_positions = torch.tensor(positions, dtype=torch.int64, device=ids.device)
     return {
         "input_ids": ids[None],
         "sequences": sequences,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from falcon_qlora.assembly import sharding
 from falcon_qlora.checkpoint import verify
 from falcon_qlora.config import Configuration
 from falcon_qlora.errors import UserError, nearest
@@ -33,7 +34,10 @@ _OF_METHODS = {
     "use_rslora": ("lora", "qlora"),
     "use_dora": ("lora", "qlora"),
     "adapter_": ("adapter", "adapter_v2"),
+    "sharding": ("full",),
 }
+# Those that the method which is read before there is one does not take.
+_NOT_OF_ANY = ("adapter_", "sharding")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +76,8 @@ def plan(
         UserError: for a method that is not known.
     """
     chosen = [_known(name, "--methods") for name in split(names)]
+    if not chosen:
+        raise UserError(f"--methods names none; give some of {', '.join(METHODS)}")
     recipe_of, rate_of = _pairs(recipes, "--recipes"), _pairs(learning_rates, "--learning_rates")
     for flag, pairs in (("--recipes", recipe_of), ("--learning_rates", rate_of)):
         for name in pairs.keys() - set(chosen):
@@ -104,7 +110,7 @@ def plan(
 
 def for_any_method(argv: Sequence[str]) -> list[str]:
     """A command line that is read to learn what is compared, before there is a method."""
-    flags = [flag for flag in in_flags(argv) if not name_of(flag).startswith("adapter_")]
+    flags = [flag for flag in in_flags(argv) if not name_of(flag).startswith(_NOT_OF_ANY)]
     return ["--recipe", METHODS["lora"][1], *(word for flag in flags for word in flag)]
 
 
@@ -132,7 +138,7 @@ def why_not(name: str, configuration: Configuration) -> str | None:
 
 
 def split(words: Sequence[str]) -> list[str]:
-    return [part for word in words for part in word.split(",") if part]
+    return [part.strip() for word in words for part in word.split(",") if part.strip()]
 
 
 def in_flags(argv: Sequence[str]) -> list[list[str]]:
@@ -155,6 +161,11 @@ def read_alike(run: Path, configuration: Configuration) -> bool:
     if not directory.config_file.exists():
         return False
     before, now = directory.read_config(), plain(configuration.resolved())
+    if (
+        sharding.has_unsuitable_optimizer_of_recipe(configuration)
+        and before.get("optim") == sharding.OPTIMIZER
+    ):
+        del before["optim"], now["optim"]
     if configuration.run.global_batch_size is None:
         # A run that went on has written down what the size of its steps had come to.
         for settings in (before, now):

@@ -24,7 +24,7 @@ from falcon_qlora.merge.folder import parameter_shapes
 from falcon_qlora.methods.folder import CONFIG, RECORD, TENSORS, read_record
 from falcon_qlora.methods.full import Full
 from falcon_qlora.methods.lora import Lora
-from falcon_qlora.methods.saved import SavedAdapter, lost_tensors, read_adapter, zero_tensors
+from falcon_qlora.methods.saved import is_untrained, may_be_zero, read_adapter, zero_tensors
 from falcon_qlora.models.checkpoints import RANDOM, parameter_reader, parse_random, read_folder_config
 from falcon_qlora.models.locate import is_on_hub, packaged_folder
 from falcon_qlora.models.tensor_files import tensor_hash
@@ -44,11 +44,20 @@ class Inspection:
         kind: ``run``, ``checkpoint``, ``adapter``, ``merge`` or ``model``.
         rows: label and text of what it is.
         faults: what is wrong, each with the file; none where it is whole.
+        trained: False for an adapter that changes nothing, as all of it that starts at zero is zero.
     """
 
     kind: str
     rows: list[tuple[str, str]] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    trained: bool = True
+
+    @property
+    def state(self) -> str:
+        """``whole``, ``not whole`` or ``not trained yet``."""
+        if self.faults:
+            return "not whole"
+        return "whole" if self.trained else "not trained yet"
 
     def add(self, label: str, value: Any) -> None:
         if value not in (None, "", [], {}):
@@ -89,12 +98,15 @@ def _run(run: RunDirectory) -> Inspection:
     config = found.attempt(lambda: _read_yaml(run.config_file)) or {}
     for label, name in _OF_RUNS.items():
         found.add(label, config.get(name))
+    if config.get("method") == Lora.name:
+        found.add("LoRA rank", config.get("lora_r"))
     if run.data_file.is_file():
         _describe_data(found, run.data_file)
     if run.summary_file.is_file():
         summary = found.attempt(lambda: read_json(run.summary_file)) or {}
         found.add("steps", summary.get("steps"))
-        found.add("loss", f"{summary.get('first_loss')} → {summary.get('final_loss')}")
+        if summary.get("first_loss") is not None:  # none was logged in a run shorter than --logging_steps
+            found.add("loss", f"{summary['first_loss']} → {summary.get('final_loss')}")
         found.add("best held out", summary.get("best_eval_loss"))
         if not run.adapter.is_dir():
             found.faults.append(f"{run.adapter} is missing, though the run was finished")
@@ -104,16 +116,18 @@ def _run(run: RunDirectory) -> Inspection:
     for part in [*parts, *(run.checkpoint(step) for step in run.checkpoint_steps())]:
         inside = _checkpoint(part) if (part / _STATE).is_file() else _finished(part)
         found.faults += inside.faults
-        found.add(inside.kind, f"{part.name}: {'whole' if not inside.faults else 'NOT WHOLE'}")
+        found.add(inside.kind, f"{part.name}: {'NOT WHOLE' if inside.faults else inside.state}")
+        if part == run.adapter:
+            found.trained = inside.trained
     return found
 
 
 _OF_RUNS = {
     "base model": "model_name_or_path",
     "stored in": "quantize_mode",
+    "method": "method",
     "trained on": "dataset_name",
     "template": "template",
-    "LoRA rank": "lora_r",
     "learning rate": "learning_rate",
 }
 
@@ -183,7 +197,12 @@ def _adapter(folder: Path) -> Inspection:
     if faults:
         found.faults += [f"{folder / TENSORS}: {fault}" for fault in faults]
     elif faults is not None:
-        found.faults += _zero_faults(adapter, config)
+        zero = zero_tensors(adapter, config)
+        found.trained = not is_untrained(adapter, config, zero)
+        lost = zero if found.trained else [name for name in zero if not may_be_zero(name)]
+        found.faults += [
+            f"{folder / TENSORS}: {name} is zero throughout: lost, or never trained" for name in lost
+        ]
     return found
 
 
@@ -192,15 +211,6 @@ def _described(lora: Lora) -> str:
     return (
         f"r {lora.r}, alpha {lora.alpha:g}{variant}, on {', '.join(lora.slices or lora.target_modules or ())}"
     )
-
-
-def _zero_faults(adapter: SavedAdapter, config: FalconConfig) -> list[str]:
-    # A run may be saved before its first step with a rate above zero.
-    zero_in = lost_tensors if (adapter.folder / _STATE).is_file() else zero_tensors
-    return [
-        f"{adapter.folder / TENSORS}: {name} is zero throughout: lost, or never trained"
-        for name in zero_in(adapter, config)
-    ]
 
 
 def base_config(name: str) -> FalconConfig | None:

@@ -98,8 +98,13 @@ def start_summary(
     kernels: dict[str, str],
     activations: Activations,
     checkpoint: str | None,
+    notes: list[str],
 ) -> StartSummary:
-    """What the terminal shows before the first step."""
+    """What the terminal shows before the first step.
+
+    Args:
+        notes: to end with, beside what follows from the configuration.
+    """
     settings, run, rows = configuration.model, configuration.run, configuration.data
     device = distributed.local_device()
     counted = counts(model)
@@ -133,7 +138,7 @@ def start_summary(
         tracking=tracking,
         output_dir=directory.path,
         resumed_step=step_of(checkpoint) if checkpoint else None,
-        notes=_notes(configuration, model),
+        notes=[*_notes(configuration), *notes],
     )
 
 
@@ -298,15 +303,7 @@ def _quantization(configuration: Configuration, model: Any) -> str:
     return f"LLM.int8(), {computing}" if settings.quantize_mode == "8bit" else computing
 
 
-def _notes(configuration: Configuration, model: Any) -> list[str]:
-    notes = []
-    if configuration.model.model_name_or_path.startswith("random:"):
-        notes.append(
-            "the base model's weights are random: speed and memory are real, losses and answers mean nothing"
-        )
-    if is_sharded(model):
-        told = f"the model is sharded over the {distributed.world_size()} processes"
-        if configuration.run.sharding == "zero3":
-            told += "; its checkpoints hold the weights alone and cannot be resumed"
-        notes.append(told)
-    return notes
+def _notes(configuration: Configuration) -> list[str]:
+    if not configuration.model.model_name_or_path.startswith("random:"):
+        return []
+    return ["the base model's weights are random: speed and memory are real, losses and answers mean nothing"]

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from falcon_qlora import distributed
+from falcon_qlora.assembly import sharding
 from falcon_qlora.assembly.rows import TrainingData, global_batch
 from falcon_qlora.checkpoint import verify
 from falcon_qlora.checkpoint.write import set_aside_after
@@ -137,6 +138,10 @@ def _compare_settings(configuration: Configuration, checkpoint: Path) -> None:
         before = yaml.safe_load((checkpoint.parent.parent / "config.yaml").read_text(encoding="utf-8")) or {}
     if not before:
         return
+    if before.get("optim") == sharding.OPTIMIZER and sharding.has_unsuitable_optimizer_of_recipe(
+        configuration
+    ):
+        sharding.take_optimizer(configuration)
     now = plain(configuration.resolved())
     defaults = {name: setting.default for name, setting in library_fields().items()}
     of_streams = _DECISIVE_FOR_STREAMS if configuration.data.streaming else ()

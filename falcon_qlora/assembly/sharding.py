@@ -11,27 +11,60 @@ from falcon_qlora.errors import UserError
 if TYPE_CHECKING:
     from transformers import FalconConfig
 
+# The optimizer of a sharded model: its state is sharded too.
+OPTIMIZER = "adamw_torch_fused"
 # What a step needs beyond weights, gradients and the optimizer's state is not counted: this is left for it.
 _USABLE_SHARE = 0.8
 
 
-def shard_if_wanted(configuration: Configuration, model: Any) -> bool:
-    """Shard a model of full fine-tuning over the processes as `--sharding` says; returns whether it is.
+def shard_if_wanted(configuration: Configuration, model: Any) -> list[str]:
+    """Shard a model of full fine-tuning over the processes as `--sharding` says.
+
+    Returns:
+        What the user is told of it; nothing where the model stays a replica.
 
     Raises:
         UserError: if it cannot be sharded so.
     """
     if not _wanted(configuration, model.config):
-        return False
+        return []
     from falcon_qlora.models import sharded, zero3
 
+    sharding = f"the model is sharded over the {distributed.world_size()} processes"
+    notes = []
+    if has_unsuitable_optimizer_of_recipe(configuration):
+        notes.append(
+            f"recipe {configuration.run.recipe}'s {configuration.optimizer} does not work on a sharded "
+            f"model: {OPTIMIZER} takes its place"
+        )
+        take_optimizer(configuration)
     _check(configuration)
     if configuration.run.sharding == "zero3":
         _check_zero3(configuration)
         zero3.mark(model)
+        sharding += "; its checkpoints hold the weights alone and cannot be resumed"
     else:
         sharded.shard(model, distributed.local_device())
-    return True
+    return [sharding, *notes]
+
+
+def has_unsuitable_optimizer_of_recipe(configuration: Configuration) -> bool:
+    """Whether a recipe, and not the user, names an optimizer that does not work on a sharded model."""
+    of_recipe = configuration.explicit.get("optim") == f"recipe {configuration.run.recipe}"
+    return of_recipe and _is_unsuitable(configuration.trainer["optim"])
+
+
+def take_optimizer(configuration: Configuration) -> None:
+    """Have the run take the optimizer of sharded models, and record that."""
+    from transformers.training_args import OptimizerNames
+
+    configuration.trainer["optim"] = OPTIMIZER
+    configuration.training.optim = OptimizerNames(OPTIMIZER)
+
+
+def _is_unsuitable(optim: str) -> bool:
+    # bitsandbytes' own.
+    return any(word in optim for word in ("bnb", "8bit", "paged"))
 
 
 def _wanted(configuration: Configuration, config: FalconConfig) -> bool:
@@ -69,10 +102,10 @@ def _replica_bytes(configuration: Configuration, config: FalconConfig) -> int:
 
 def _check(configuration: Configuration) -> None:
     optim = configuration.optimizer
-    if any(word in optim for word in ("bnb", "8bit", "paged")):
+    if _is_unsuitable(optim):
         raise UserError(
             f"--optim {optim}: bitsandbytes' optimizers do not work on a sharded model; give --optim "
-            "adamw_torch_fused, whose state is sharded too, or --sharding none"
+            f"{OPTIMIZER}, whose state is sharded too, or --sharding none"
         )
     if configuration.run.generate_samples:
         raise UserError("--generate_samples is not possible while the model is sharded: give --sharding none")

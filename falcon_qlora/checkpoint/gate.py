@@ -18,7 +18,7 @@ from falcon_qlora.methods.folder import TENSORS, attached_tensors
 from falcon_qlora.methods.full import Full
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.methods.lora import Lora
-from falcon_qlora.methods.saved import SavedAdapter, lost_tensors, read_adapter, zero_tensors
+from falcon_qlora.methods.saved import SavedAdapter, read_adapter, zero_tensors
 from falcon_qlora.models.checkpoints import parameter_reader, read_folder_config
 from falcon_qlora.models.forward import enable_packing, falcon_of
 from falcon_qlora.models.sharded import local_tensor, own_parts
@@ -82,11 +82,16 @@ def _check_tensors(folder: Path, model: nn.Module, *, trained: bool | None) -> N
             f"{folder} is of {saved.method.describe()}; the model in memory is of "
             f"{method_of(model).describe()}"
         )
-    zero = []
-    if trained is not False:
-        zero = zero_tensors(saved, config) if trained else lost_tensors(saved, config)
+    zero = [] if trained is False else zero_tensors(saved, config)
+    if trained is None:
+        moved = {_kind(name) for name in saved.method.saved_shapes(config).keys() - set(zero)}
+        zero = [name for name in zero if _kind(name) in moved]
     if zero:
         raise AdapterFaultError(f"{folder}: training has not moved {zero[0]} ({len(zero)} such tensors)")
+
+
+def _kind(name: str) -> str:
+    return ".".join(name.split(".")[-2:])
 
 
 def _check_equal(saved: SavedAdapter, model: nn.Module) -> None:

@@ -14,12 +14,12 @@ import sys
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from falcon_qlora import config, report
 from falcon_qlora.assembly import comparison
 from falcon_qlora.assembly.comparison import METHODS, Planned
-from falcon_qlora.commands.train import LaunchArguments
+from falcon_qlora.commands.train import STOP_SIGNALS, LaunchArguments
 from falcon_qlora.config import Configuration
 from falcon_qlora.errors import EXIT_BUG, EXIT_USER_ERROR, UserError
 from falcon_qlora.run_directory import RunDirectory, choose
@@ -86,21 +86,23 @@ def main(argv: list[str]) -> int:
         _check_earlier(folder, configurations, ours.gpus)
     done: list[report.Compared] = []
     failed = False
-    for number, method in enumerate(planned, 1):
-        print(f"\n{method.name} ({number} of {len(planned)})", flush=True)
-        reason: str | None = refused.get(method.name)
-        if reason is None:
-            status, reason = _train(method, folder, overwrite=overwrite)
-            if status not in (0, EXIT_USER_ERROR, EXIT_BUG):
-                where = shlex.quote(str(folder))
-                print(f"Stopped. The same command with --output_dir {where} goes on here.", flush=True)
-                return status
-            failed |= status == EXIT_BUG and not _OUT_OF_MEMORY.search(reason or "")
-        if reason is not None:
-            print(f"{method.name} is left out: {reason}", flush=True)
-        done.append(_compared(method, folder, reason))
-        made = report.Comparison(title=f"Methods compared on {model}", compared=done, published=published)
-        written = made.write(folder)
+    with _Child() as child:
+        for number, method in enumerate(planned, 1):
+            print(f"\n{method.name} ({number} of {len(planned)})", flush=True)
+            reason: str | None = refused.get(method.name)
+            if reason is None:
+                status, reason = _train(method, folder, child, overwrite=overwrite)
+                if status not in (0, EXIT_USER_ERROR, EXIT_BUG):
+                    which = "without --overwrite and with" if overwrite else "with"
+                    named = shlex.quote(str(folder))
+                    print(f"Stopped. The same command {which} --output_dir {named} goes on here.", flush=True)
+                    return status
+                failed |= status == EXIT_BUG and not _OUT_OF_MEMORY.search(reason or "")
+            if reason is not None:
+                print(f"{method.name} is left out: {reason}", flush=True)
+            done.append(_compared(method, folder, reason))
+            made = report.Comparison(title=f"Methods compared on {model}", compared=done, published=published)
+            written = made.write(folder)
     print(f"\n{made.markdown()}\nWritten: {', '.join(map(str, written))}", flush=True)
     if all(each.reason is not None for each in done):
         raise UserError("no method could be trained; the reasons are above")
@@ -159,7 +161,45 @@ def _check_earlier(folder: Path, configurations: dict[str, Configuration], gpus:
             raise UserError(f"{directory} holds a run of another number of processes: {advice}")
 
 
-def _train(method: Planned, folder: Path, *, overwrite: bool) -> tuple[int, str | None]:
+class _Child:
+    """The command that trains, on this terminal. What asks this process to stop is passed on to it."""
+
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        # All along: a signal between two methods, too, must find how to go on told.
+        self._handlers = {number: signal.signal(number, self._take) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, earlier in self._handlers.items():
+            signal.signal(number, earlier)
+
+    def _take(self, number: int, frame: Any) -> None:
+        self.asked = number
+        # Ctrl-C reaches the child as well; what it makes of it decides.
+        if self._process is not None and number != signal.SIGINT:
+            self._process.send_signal(number)
+
+    def run(self, command: list[str]) -> tuple[int, list[str]]:
+        """The exit status of a command, and its last lines on standard error."""
+        self._process = subprocess.Popen(command, stderr=subprocess.PIPE)
+        if self.asked is not None:
+            self._process.send_signal(self.asked)  # while it was being started
+        told: list[str] = []
+        assert self._process.stderr is not None
+        reader = threading.Thread(target=_pass_on, args=(self._process.stderr, told), daemon=True)
+        reader.start()
+        status = self._process.wait()
+        self._process = None
+        reader.join()
+        return (128 - status if status < 0 else status), told
+
+
+def _train(method: Planned, folder: Path, child: _Child, *, overwrite: bool) -> tuple[int, str | None]:
     """Train one method, unless that is done: the exit status, and why it could not be.
 
     A run that was cut off goes on from its last whole checkpoint; one without any begins again.
@@ -175,36 +215,15 @@ def _train(method: Planned, folder: Path, *, overwrite: bool) -> tuple[int, str 
         words += ["--resume"]
     elif directory.holds_run():
         words += ["--overwrite", "true"]
+    if child.asked is not None:
+        return 128 + child.asked, None
     command = [sys.executable, "-m", "falcon_qlora", "train", *method.words, *words]
-    status, told = _run(command)
+    status, told = child.run(command)
+    if child.asked is not None and (status or not directory.summary_file.exists()):
+        return 128 + child.asked, None
     if status == 0 and not directory.summary_file.exists():
-        return 128 + signal.SIGINT, None  # asked to stop, it has saved itself and ended in order
+        return 128 + signal.SIGINT, None  # asked to stop by another, it has saved itself and ended in order
     return status, _reason(told) if status else None
-
-
-def _run(command: list[str]) -> tuple[int, list[str]]:
-    """Run a command on this terminal: its exit status, and its last lines on standard error."""
-    child = subprocess.Popen(command, stderr=subprocess.PIPE)
-    told: list[str] = []
-    assert child.stderr is not None
-    reader = threading.Thread(target=_pass_on, args=(child.stderr, told), daemon=True)
-    reader.start()
-
-    def forward(number: int, frame: Any) -> None:
-        child.send_signal(number)
-
-    # Ctrl-C reaches the child as well; what it makes of it decides.
-    handlers = {
-        number: signal.signal(number, handler)
-        for number, handler in ((signal.SIGTERM, forward), (signal.SIGINT, lambda *_: None))
-    }
-    try:
-        status = child.wait()
-    finally:
-        for number, earlier in handlers.items():
-            signal.signal(number, earlier)
-    reader.join()
-    return (128 - status if status < 0 else status), told
 
 
 def _pass_on(stream: IO[bytes], told: list[str]) -> None:

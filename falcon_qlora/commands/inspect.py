@@ -11,7 +11,9 @@ _HELP = """falcon-qlora inspect DIR
 Say what DIR is - a run, a checkpoint, an adapter, a merge, a model - what it was trained on, and whether
 it is whole: every expected tensor there, of its shape, finite, and what its manifest or certificate says.
 
-The exit status is 0 where it is whole and 2 where it is not. Nothing in DIR is executed or downloaded."""
+The exit status is 0 where it is whole and 2 where it is not. An adapter that is whole and changes nothing,
+such as that of a first step at rate 0, is called "not trained yet", with exit status 0. Nothing in DIR is
+executed or downloaded."""
 
 
 def main(argv: list[str]) -> int:
@@ -30,7 +32,7 @@ def main(argv: list[str]) -> int:
     from falcon_qlora.terminal import print_plain
 
     found = inspect_folder(Path(argv[0]))
-    print_plain(f"{argv[0]}: {found.kind}, {'not whole' if found.faults else 'whole'}")
+    print_plain(f"{argv[0]}: {found.kind}, {found.state}")
     width = max((len(label) for label, _ in found.rows), default=0) + 2
     for label, text in found.rows:
         print_plain(f"  {label.ljust(width)}{text}")

@@ -286,7 +286,10 @@ def _check_method(record: dict[str, Any], folder: Path) -> None:
 
     method = METHODS.get(record["method"]) if isinstance(record["method"], str) else None
     if method is not None and method.why_not_merged is not None:
-        raise UserError(f"{folder} was trained with {method.title}: {method.why_not_merged}.")
+        raise UserError(
+            f"{folder} was trained with {method.title} and cannot be merged: {method.why_not_merged}. Use it "
+            "as it is: falcon-qlora generate and falcon_qlora.load_adapter open it."
+        )
 
 
 def _check_base_name(configuration: Configuration, record: dict[str, Any], folder: Path) -> None:

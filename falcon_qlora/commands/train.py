@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # What torchrun's agent ends the workers on. The signals that ask a run to stop are the launcher's own.
 _AGENT_SIGNALS = "SIGHUP,SIGQUIT"
 # SIGUSR1 is how some schedulers announce preemption.
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 @dataclass(kw_only=True)
@@ -139,7 +139,7 @@ def _launch(torchrun_argv: list[str], folder: Path) -> int:
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     stop = _StopOnce(folder)
-    handlers = {number: signal.signal(number, stop) for number in _STOP_SIGNALS}
+    handlers = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:
         elastic_launch(config=launch_config, entrypoint=command)(*arguments)
     except ChildFailedError as error:

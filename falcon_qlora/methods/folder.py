@@ -68,6 +68,8 @@ def restore_adapter(folder: Path, model: FalconForCausalLM) -> None:
 def read_record(folder: Path) -> dict[str, Any]:
     """What the folder says about itself: ``method`` always, ``base_model`` unless it was never told.
 
+    A whole model also has ``quantize_mode``, which is 16bit where it was not told: nothing else trains.
+
     Raises:
         UserError: if it holds nothing that was trained, or its files cannot be read or are not of this form.
     """
@@ -76,7 +78,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         if record.get("method") != "full":
             raise UserError(f"{folder} holds no adapter (no {CONFIG}).")
-        return record
+        return {**record, "quantize_mode": record.get("quantize_mode") or "16bit"}
     config = read_json(file)
     base_model = config.get("base_model_name_or_path")
     if not isinstance(base_model, str | None):

@@ -28,22 +28,23 @@ def load_adapter(
     path: str | Path,
     *,
     base_model: FalconForCausalLM | str | None = None,
-    quantize_mode: QuantizeMode = "4bit",
+    quantize_mode: QuantizeMode | None = None,
     device: torch.device | str | None = None,
     compute_dtype: torch.dtype | str = "auto",
-    double_quantization: bool = True,
+    double_quantization: bool | None = None,
     revision: str | None = None,
     trainable: bool = False,
 ) -> nn.Module:
-    """Open what any method saved, on its base model, which is loaded quantized.
+    """Open what any method saved, on its base model, which is loaded as it was trained on.
 
     Args:
         path: the adapter's folder; or, of full fine-tuning, the model's, which needs no base.
         base_model: a loaded model, or the name of one; the one that the adapter names where None.
-        quantize_mode: how to load the base, see `load_model`; so too the next four.
+        quantize_mode: how to load the base, see `load_model`; so too the next four. Where None, as the
+            folder's record says; where that says nothing, ``4bit``.
         device: where to load it.
         compute_dtype: its compute dtype.
-        double_quantization: whether NF4's scales are quantized too.
+        double_quantization: whether NF4's scales are quantized too; where None, as the record says, or True.
         revision: of a base on the hub.
         trainable: to train on; else for inference.
 
@@ -64,9 +65,11 @@ def load_adapter(
             )
     saved = read_adapter(path) if record["method"] != Full.name else None
     if isinstance(base_model, str):
+        if double_quantization is None:
+            double_quantization = record.get("double_quantization") is not False
         base_model = load_model(
             base_model,
-            quantize_mode=quantize_mode,
+            quantize_mode=quantize_mode or record.get("quantize_mode") or "4bit",
             device=device,
             compute_dtype=compute_dtype,
             double_quantization=double_quantization,

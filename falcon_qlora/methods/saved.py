@@ -7,7 +7,7 @@ lets pass is safe to hand on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,12 @@ from falcon_qlora.methods.folder import CONFIG, TENSORS, read_record
 from falcon_qlora.methods.full import Full
 from falcon_qlora.methods.lora import Lora
 from falcon_qlora.methods.peft_settings import read_lora
+from falcon_qlora.models.prefix import PREFIX
+from falcon_qlora.models.scaled import SCALE_AND_BIAS
 from falcon_qlora.models.tensor_files import StoredTensor, read_tensor, stored_tensors
 
 _LARGEST = 2**16
+_STARTED_AT_ZERO = (".lora_B.weight", f".{PREFIX}.gate", f".{SCALE_AND_BIAS}.bias")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,18 +87,15 @@ def zero_tensors(adapter: SavedAdapter, config: FalconConfig) -> list[str]:
     return [name for name in names if not read_tensor(adapter.folder / TENSORS, name).any()]
 
 
-def lost_tensors(adapter: SavedAdapter, config: FalconConfig) -> list[str]:
-    """The tensors that are zero throughout while others of their kind are not, as training moves all of them.
-
-    Where it is not known whether a step has been done with a rate above zero, these alone are wrong for sure.
-    """
-    zero = zero_tensors(adapter, config)
-    moved = {_kind(name) for name in adapter.method.saved_shapes(config).keys() - set(zero)}
-    return [name for name in zero if _kind(name) in moved]
+def is_untrained(adapter: SavedAdapter, config: FalconConfig, zero: Collection[str]) -> bool:
+    """Whether it computes what the base does, as all that its method starts at zero is among `zero`."""
+    started = [name for name in adapter.method.saved_shapes(config) if name.endswith(_STARTED_AT_ZERO)]
+    return all(name in zero for name in started)
 
 
-def _kind(name: str) -> str:
-    return ".".join(name.split(".")[-2:])
+def may_be_zero(name: str) -> bool:
+    """Whether this tensor of an adapter that is not trained can be zero: so it, or a base's bias, started."""
+    return name.endswith((*_STARTED_AT_ZERO, ".bias"))
 
 
 def read_adapter(folder: Path) -> SavedAdapter:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from falcon_qlora.commands import compare
 from falcon_qlora.errors import UserError
 from falcon_qlora.run_directory import RunDirectory
 from falcon_qlora.sample_data import path as sample_rows
+from tests.integration.processes import Processes
 from tests.integration.runs import command, metrics, summary
 
 SETTINGS = (
@@ -128,9 +132,56 @@ def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(tmp_path: Path) -> N
     assert evaluated == [0, 4, 8]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_it_with_what_it_started_and_the_same_command_goes_on(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    processes, log = Processes(tmp_path), tmp_path / "out/runs/adapter/metrics.jsonl"
+    words = ["compare", "--methods", "adapter,lora", "--output_dir", "out", *SETTINGS, "--steps", "60"]
+    try:
+        started = processes.start("falcon_qlora", *words)
+        while not log.exists() and started.poll() is None:
+            time.sleep(0.05)
+        started.send_signal(number)
+        output, errors = started.communicate(timeout=120)
+        assert (started.returncode, errors) == (128 + number, "")
+        assert processes.none_left()
+        assert f"{number.name}: a checkpoint is saved" in output
+        assert output.endswith("Stopped. The same command with --output_dir out goes on here.\n")
+        stopped = re.search(r"stopped at step (\d+) of 60", output)
+        assert stopped is not None
+        assert not (tmp_path / "out/runs/lora").exists()
+        again = processes.start("falcon_qlora", *words)
+        output, errors = again.communicate(timeout=240)
+        assert (again.returncode, errors) == (0, "")
+        assert f"going on from step {stopped[1]}" in output
+        assert [line["step"] for line in metrics(log.parent) if "loss" in line] == list(range(1, 61))
+        assert (tmp_path / "out/runs/lora/summary.json").exists()
+    finally:
+        processes.end()
+
+
+@pytest.mark.slow
+def test_full_is_shared_out_beside_an_adapter_with_an_optimizer_that_goes_with_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = run(tmp_path, ["adapter", "full"], "--gpus", "2", "--sharding", "fsdp")
+    check_rows(tmp_path, rows)
+    told = capfd.readouterr().out
+    assert "note: the model is sharded over the 2 processes" in told
+    assert "recipe lit-full's adamw_bnb_8bit does not work on a sharded model: adamw_torch_fused" in told
+    full = RunDirectory(tmp_path / "runs" / "full")
+    assert full.read_config()["optim"] == "adamw_torch_fused"
+    assert run(tmp_path, ["adapter", "full"], "--gpus", "2", "--sharding", "fsdp") == rows
+    assert capfd.readouterr().out.count("trained already") == 2
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--methods", ","], "--methods names none; give some of adapter,"),
+        (["--methods", "adapter", "--sharding", "fsdp"], "--sharding does nothing with --methods adapter"),
         (["--methods", "lora,adaptor"], "'adaptor' is not one of .*did you mean adapter"),
         (["--methods", "lora", "--recipes", "full=lit-full"], "--recipes: full is not among --methods"),
         (["--methods", "lora", "--learning_rates", "lora"], "'lora' is not METHOD=VALUE"),
@@ -147,19 +198,25 @@ def test_what_cannot_be_compared_is_refused_at_once(words: list[str], message: s
 
 
 def test_a_run_that_went_on_is_the_one_it_was(tmp_path: Path) -> None:
-    # Going on, it has written down the size of its steps, which the user left to the number of processes.
+    # Going on, it has written down the size of its steps, which the user left to the number of processes;
+    # and the optimizer that a sharded model took, where a recipe named one that does not go with it.
     words = f"-m tiny --dataset_name {sample_rows()} --report_to none -b 2".split()
     asked = config.parse(words)
     adopted = config.parse([*words, "--global_batch_size", "6"])
     for went_on, same in ((adopted, True), (config.parse([*words, "--learning_rate", "1"]), False)):
         RunDirectory(tmp_path).write_config(went_on.resolved())
         assert comparison.read_alike(tmp_path, asked) is same
+    replaced = config.parse([*words, "--recipe", "lit-full", "--optim", "adamw_torch_fused"])
+    RunDirectory(tmp_path).write_config(replaced.resolved())
+    assert comparison.read_alike(tmp_path, config.parse([*words, "--recipe", "lit-full"]))
+    named = ["--recipe", "lit-full", "--optim", "adamw_bnb_8bit"]
+    assert not comparison.read_alike(tmp_path, config.parse([*words, *named]))
 
 
 def test_flags_of_one_method_reach_that_one_alone() -> None:
     planned = comparison.plan(
-        ["--lora_target_modules", "dense", "query_key_value", "--adapter_first_block=0", "-s", "-1"],
-        names=["lora,full", "adapter"],
+        "--lora_target_modules dense query_key_value --adapter_first_block=0 --sharding fsdp -s -1".split(),
+        names=["lora, full ,", "adapter"],
         recipes=["full=my.yaml"],
         learning_rates=["lora=0.5"],
         not_for_training=[],
@@ -170,6 +227,6 @@ def test_flags_of_one_method_reach_that_one_alone() -> None:
             "--recipe lit-lora --method lora --lora_target_modules dense query_key_value -s -1 "
             "--learning_rate 0.5"
         ).split(),
-        "full": "--recipe my.yaml --method full -s -1".split(),
+        "full": "--recipe my.yaml --method full --sharding fsdp -s -1".split(),
         "adapter": "--recipe lit-adapter --method adapter --adapter_first_block=0 -s -1".split(),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import falcon_qlora
 from falcon_qlora import __main__ as cli
 from tests.integration.runs import command, write_jsonl
+from tests.integration.test_adapter import fine_tune
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,6 @@ def inspect(folder: Path, capsys: Any) -> tuple[int, str]:
     [
         ("run", "run"),
         ("run/adapter", "adapter"),
-        ("run/checkpoints/step-1", "checkpoint"),  # the rate was zero: nothing is trained yet
         ("run/checkpoints/step-2", "checkpoint"),
         ("merged", "merge"),
     ],
@@ -78,6 +79,34 @@ def test_a_run_says_what_it_was_trained_on(whole, capsys):
     assert fingerprint in said
     assert "rows.jsonl" in said
     assert "step-2: whole" in said
+    assert "step-1: not trained yet" in said  # the rate was zero
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter", "adapter_v2", "full"])
+def test_a_first_step_at_rate_zero_is_not_trained_yet(tmp_path, capsys, method):
+    # The first step of a warm-up. Shorter than --logging_steps, it has logged no loss.
+    settings = {"max_steps": 1, "warmup_steps": 1, "logging_steps": 10}
+    run = fine_tune(tmp_path, method=method, **settings)
+    status, said = inspect(run, capsys)
+    assert status == 0, said
+    rows = {
+        words[0]: words[1] for words in (re.split(r"  +", line.strip()) for line in said.splitlines()[1:])
+    }
+    assert rows["method"] == method
+    assert rows.get("LoRA rank") == ("64" if method == "lora" else None)
+    assert "loss" not in rows
+    state = "whole" if method == "full" else "not trained yet"
+    assert said.splitlines()[0] == f"{run}: run, {state}"
+    assert rows[{"full": "model"}.get(method, "adapter")] == f"adapter: {state}"
+    if method == "full":
+        return
+    # What did not start at zero was lost.
+    change_tensors(lambda tensors: next(v for v in tensors.values() if v.any()).zero_())(
+        run / "adapter" / ADAPTER
+    )
+    status, said = inspect(run / "adapter", capsys)
+    assert (status, said.count("is zero throughout: lost")) == (2, 1)
+    assert ": adapter, not whole" in said
 
 
 def cut(file: Path) -> None:

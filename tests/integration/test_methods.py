@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,9 +13,15 @@ from safetensors.torch import load_file
 
 import falcon_qlora
 from falcon_qlora import __main__ as cli
+from falcon_qlora.assembly import rows
+from falcon_qlora.assembly import trainer as builder
+from falcon_qlora.assembly.preflight import choose_trackers
 from falcon_qlora.commands import generate, params
+from falcon_qlora.config import parse
 from falcon_qlora.errors import UserError
+from falcon_qlora.methods.interface import trainable_names
 from falcon_qlora.methods.registry import METHODS
+from falcon_qlora.run_directory import RunDirectory
 from falcon_qlora.sample_data import path as sample_rows
 from tests.integration.runs import command, metrics, summary, train
 from tests.integration.test_adapter import fine_tune
@@ -85,7 +92,9 @@ def check_the_offline_commands(
     status = cli.main(["merge", *words, "--max_loss_increase", "1"])
     why_not = METHODS[method].why_not_merged
     assert status == (0 if why_not is None else 2)
-    assert (why_not or "") in capsys.readouterr().err
+    told = capsys.readouterr().err
+    if why_not is not None:
+        assert f"cannot be merged: {why_not}. Use it as it is: falcon-qlora generate and " in told
     assert (run.parent / "merged").exists() == (why_not is None)
 
 
@@ -131,6 +140,48 @@ def test_two_processes_give_the_losses_of_one(
     for one, two in zip(alone, pair, strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=allowed)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=10 * allowed)
+
+
+def test_params_counts_falcon_7b_with_the_output_head_apart_as_published(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert params.main(["-m", "random:falcon-7b", "--recipe", "lit-adapter"]) == 0
+    table = [re.split(r"\s*[│|]\s*", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    assert ["with the output head counted apart", "7,217,189,760"] in table
+    assert ["trained", "1,365,330"] in table
+
+
+def test_no_weight_decay_acts_on_the_scales_biases_and_norms_of_adapter_v2(tmp_path: Path) -> None:
+    words = (
+        f"--recipe lit-adapter-v2 -m tiny --compute_dtype fp32 --dataset_name {sample_rows()} --max_rows 40"
+    )
+    configuration = parse([*words.split(), "--eval_split", "0.1", "--steps", "2", "--report_to", "none"])
+    assert configuration.training.weight_decay == 0.02
+    tokenizer = rows.load_tokenizer(configuration)
+    trainer = builder.build_trainer(
+        configuration,
+        RunDirectory(tmp_path),
+        tokenizer=tokenizer,
+        data=rows.training_data(configuration, tokenizer),
+        model=builder.model_with_adapter(configuration, tokenizer),
+        trackers=choose_trackers(configuration),
+        describe_adapter=lambda folder: None,
+    )
+    trainer.create_optimizer()
+    assert trainer.optimizer is not None
+    name_of = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    decay_of = {
+        name_of[parameter]: group["weight_decay"]
+        for group in trainer.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert decay_of.keys() == set(trainable_names(trainer.model))
+    decayed = {name.rpartition(".")[2] for name, decay in decay_of.items() if decay}
+    # What is left has the recipe's: prefixes, and gates, which it draws to where they started.
+    assert decayed == {"prefix", "gate"}
+    kinds = ("scale_and_bias.scale", "scale_and_bias.bias", "layernorm.weight", "ln_f.weight", "ln_f.bias")
+    for kind in kinds:
+        assert {decay for name, decay in decay_of.items() if name.endswith(kind)} == {0.0}, kind
 
 
 def test_every_weight_of_a_quantized_base_is_refused(tmp_path: Path) -> None:

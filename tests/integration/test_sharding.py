@@ -11,9 +11,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from falcon_qlora.assembly import resumption, sharding
+from falcon_qlora.checkpoint import verify
+from falcon_qlora.config import parse
+from falcon_qlora.errors import UserError
 from falcon_qlora.models import sharded
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.tiny import tiny_path
+from falcon_qlora.run_directory import RunDirectory
 from falcon_qlora.sample_data import path as sample_rows
 from tests.integration.interrupted import assert_same_run
 from tests.integration.runs import command, train
@@ -104,3 +109,39 @@ def test_what_cannot_be_sharded_is_refused(tmp_path: Path, flags: list[str], mes
     assert result.returncode == 2
     assert message in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_recipes_optimizer_gives_way_where_a_replica_does_not_fit_and_a_named_one_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--recipe", "lit-full", "-m", "tiny", "--compute_dtype", "fp32", "--report_to", "none"]
+    model = load_model("tiny", quantize_mode="16bit", compute_dtype="fp32")
+    # As `auto` finds where the machine's GPUs are too small.
+    monkeypatch.setattr(sharding, "_wanted", lambda *_: True)
+    monkeypatch.setattr(sharded, "shard", lambda *_: None)
+    configuration = parse(words)
+    told = sharding.shard_if_wanted(configuration, model)
+    assert "adamw_bnb_8bit does not work on a sharded model: adamw_torch_fused takes its place" in told[1]
+    assert configuration.optimizer == configuration.resolved()["optim"] == "adamw_torch_fused"
+    assert configuration.training.optim is type(parse(words).training.optim).ADAMW_TORCH_FUSED
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("optim: adamw_bnb_8bit\n")
+    for named in (["--optim", "adamw_bnb_8bit"], ["--config", str(settings)]):
+        with pytest.raises(UserError, match="give --optim adamw_torch_fused"):
+            sharding.shard_if_wanted(parse([*words, *named]), model)
+
+
+def test_a_run_that_took_another_optimizer_than_its_recipes_goes_on_with_it(tmp_path: Path) -> None:
+    # As torchrun starts its processes again: by the words that the run began with.
+    words = ["--recipe", "lit-full", "-m", "tiny", "--compute_dtype", "fp32", "--report_to", "none"]
+    configuration = parse([*words, "--optim", "adamw_torch_fused"])
+    RunDirectory(tmp_path).write_config(configuration.resolved())
+    checkpoint = tmp_path / "checkpoints" / "step-1"
+    checkpoint.mkdir(parents=True)
+    batch = configuration.run.global_batch_size
+    verify.write_manifest(checkpoint, {"global_batch": batch, "processes": 1})
+    going_on = parse(words)
+    resumption.adopt(going_on, str(checkpoint))
+    assert going_on.optimizer == "adamw_torch_fused"
+    with pytest.raises(UserError, match="optim was adamw_torch_fused"):
+        resumption.adopt(parse([*words, "--optim", "adamw_bnb_8bit"]), str(checkpoint))

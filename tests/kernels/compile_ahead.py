@@ -89,8 +89,9 @@ def plain_variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
     for rank in (16, 64, 128, 512):
         yield dropout_triton._add_dropped, {"RANK": rank, **tile}
     tile = {"TOKENS": rotary._TOKENS_A_PROGRAM, "HEADS": rotary._HEADS_A_PROGRAM, "num_warps": rotary._WARPS}
-    for way in range(3):
-        yield rotary._rotate, {"WAY": way, "INVERSE": way == 2, "HALF": 32, "LANES": 32, **tile}
+    for half in (32, 64):  # 11B's heads are twice as large as the others'
+        for way in range(3):
+            yield rotary._rotate, {"WAY": way, "INVERSE": way == 2, "HALF": half, "LANES": half, **tile}
 
 
 def nf4_variants(nested: bool, scaled: bool) -> Iterator[tuple[JITFunction, dict[str, Any]]]:
@@ -117,6 +118,11 @@ def fp8_variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
         yield fp8_gelu._gelu, {"RANK": rank, **tile}
         tile = dict(zip(("TOKENS", "FEATURES", "num_warps"), fp8_gelu._BACKWARD, strict=True))
         yield fp8_gelu._gelu_backward, {"RANK": rank, "OF_RANK": rank, **tile}
+
+
+def name_of(kernel: Any) -> str:
+    """With its module: names come up twice."""
+    return f"{kernel.module.rpartition('.')[2]}.{kernel.__name__}"
 
 
 def compile_for(capability: int, kernel: JITFunction, options: dict[str, Any]) -> Any:
@@ -175,7 +181,7 @@ def main(capability: int) -> None:
         compiled = compile_for(capability, kernel, options)
         taken.append(
             {
-                "kernel": kernel.__name__,
+                "kernel": name_of(kernel),
                 "options": options,
                 "shared_bytes": compiled.metadata.shared,
                 "vector_stores": _vector_stores(compiled.asm["ptx"], options),

@@ -32,7 +32,7 @@ def test_kernels_compile_and_fit(capability: int, repository: Path, tmp_path: Pa
     )
     assert done.returncode == 0, done.stderr
     compiled = json.loads(done.stdout)
-    assert {one["kernel"] for one in compiled} == _launched(capability)
+    assert {one["kernel"] for one in compiled} == launched(capability)
     for one in compiled:
         assert one["shared_bytes"] <= SHARED_BYTES[capability], one
         threads = 32 * one["options"]["num_warps"]
@@ -43,8 +43,11 @@ def test_kernels_compile_and_fit(capability: int, repository: Path, tmp_path: Pa
         assert one["vector_stores"] > 0 or stores_sums_alone, f"stores too short: {one}"
 
 
-def _launched(capability: int) -> set[str]:
-    """Names of the kernels that the modules launch, read off their sources."""
+def launched(capability: int) -> set[str]:
+    """The kernels that the modules launch, each as ``module.name``, read off their sources."""
     modules = MODULES + (FP8_MODULES if capability >= FP8_CAPABILITY else ())
-    sources = "".join(inspect.getsource(module) for module in modules)
-    return set(re.findall(r"^\s+(_\w+)\[.*\]\(", sources, re.MULTILINE))
+    return {
+        f"{module.__name__.rpartition('.')[2]}.{name}"
+        for module in modules
+        for name in re.findall(r"^\s+(_\w+)\[.*\]\(", inspect.getsource(module), re.MULTILINE)
+    }

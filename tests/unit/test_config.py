@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -100,19 +101,21 @@ class TestRecipes:
         "overlong": "truncate",
         "max_grad_norm": 0.0,
         "lr_scheduler_type": "constant_with_warmup",
+        "global_batch_size": 64,
+        "warmup_steps": 0.03,
     }
 
     @pytest.mark.parametrize(
         ("recipe", "method"),
         [
             ("lit-adapter", {"method": "adapter", "learning_rate": 9e-3, "weight_decay": 0.02}),
-            ("lit-adapter-v2", {"method": "adapter_v2", "weight_decay": 0.02}),
+            ("lit-adapter-v2", {"method": "adapter_v2", "learning_rate": 3e-3, "weight_decay": 0.02}),
             (
                 "lit-lora",
                 {"method": "lora", "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.05}
                 | {"lora_slices": ["query", "value"], "learning_rate": 3e-4, "weight_decay": 0.01},
             ),
-            ("lit-full", {"method": "full", "weight_decay": 0.02}),
+            ("lit-full", {"method": "full", "learning_rate": 5e-5, "weight_decay": 0.02}),
             (
                 "lit-qlora",
                 {"method": "lora", "quantize_mode": "4bit", "lora_r": 64, "learning_rate": 2e-4}
@@ -129,6 +132,32 @@ class TestRecipes:
         assert round(float(settings["eval_split"]) * 51_760) == 2_000
         prefix = (settings["adapter_prefix_length"], settings["adapter_first_block"])
         assert prefix == (10, 2)
+
+    @pytest.mark.parametrize(
+        ("recipe", "rate"),
+        [
+            ("lit-adapter", r"the stated rate of (\S+) was never reached; it is now"),
+            ("lit-adapter-v2", r"was never reached; here the rate is (\S+),"),
+            ("lit-full", r"would destroy the model: (\S+) here"),
+            ("lit-lora", None),
+            ("lit-qlora", None),
+        ],
+    )
+    def test_the_comments_of_lit_recipes_say_what_they_set(self, recipe: str, rate: str | None) -> None:
+        text, settings = (RECIPES / f"{recipe}.yaml").read_text(), resolved("--recipe", recipe)
+        comments = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
+
+        def said(pattern: str) -> list[float]:
+            found = re.search(pattern, comments)
+            assert found is not None, pattern
+            return [float(number) for number in found.groups()]
+
+        step = [settings["global_batch_size"], settings["max_length"]]
+        assert said(r"Training: (\d+) × (\d+) tokens a step hold about 128 rows") == step
+        if rate is not None:
+            assert said(rate) == [settings["learning_rate"]]
+        if recipe in ("lit-adapter", "lit-adapter-v2", "lit-lora"):
+            assert said(r"takes (\d+)% of the run") == [100 * settings["warmup_steps"]]
 
     def test_full_takes_an_unquantized_base_unless_another_is_asked_for(self) -> None:
         assert resolved("--method", "full")["quantize_mode"] == "16bit"

@@ -1,6 +1,7 @@
 """What every method promises: it starts as the base, all of it trains, and what it saves opens again."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import falcon_qlora
 from falcon_qlora.errors import UserError
 from falcon_qlora.methods.adapter import Adapter
 from falcon_qlora.methods.adapter_v2 import AdapterV2
-from falcon_qlora.methods.folder import TENSORS
+from falcon_qlora.methods.folder import RECORD, TENSORS
 from falcon_qlora.methods.full import Full
 from falcon_qlora.methods.interface import method_of, trainable_count, trainable_names
 from falcon_qlora.methods.lora import Lora
@@ -20,6 +21,7 @@ from falcon_qlora.methods.registry import METHODS
 from falcon_qlora.models.falcon import PRESETS, parameter_count, preset_config
 from falcon_qlora.models.fast import apply_fast_path
 from falcon_qlora.models.forward import enable_packing
+from falcon_qlora.models.quantize import holds_quantized_weight
 from tests.layouts import LAYOUTS, MODES, documents, plain_float32, tiny_model
 from tests.packing import gradients, packed
 
@@ -294,6 +296,31 @@ def test_an_adapter_of_another_shape_is_refused(tmp_path):
         Adapter(first_block=2).attach(tiny_model("falcon-7b"))
 
 
+@pytest.mark.parametrize("method", [METHODS_TO_TRY["lora"], METHODS_TO_TRY["adapter"], Full()])
+def test_it_opens_as_its_record_says_unless_the_caller_does(tmp_path, method):
+    model = method.attach(base_model("falcon-40b"))
+    method.save(model, tmp_path)
+    record = tmp_path / RECORD
+    alone = {"method": method.name}
+    said = {**alone, "quantize_mode": "4bit", "double_quantization": False}
+
+    def opened(content, **arguments):
+        record.write_text(json.dumps(content))
+        model = falcon_qlora.load_adapter(tmp_path, device="cpu", **arguments)
+        states = [p.quant_state.nested for p in model.parameters() if hasattr(p, "quant_state")]
+        linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        stored = [m for m in ("4bit", "8bit") for linear in linears if holds_quantized_weight(linear, m)]
+        return (stored or ["16bit"])[0], any(states)
+
+    assert opened({**alone, "quantize_mode": "8bit"}) == ("8bit", False)
+    assert opened({**alone, "quantize_mode": "16bit"}) == ("16bit", False)
+    assert opened(said) == ("4bit", False)
+    assert opened({**said, "double_quantization": True}) == ("4bit", True)
+    assert opened(said, double_quantization=True) == ("4bit", True)
+    assert opened(said, quantize_mode="8bit") == ("8bit", False)
+    assert opened(alone) == (("16bit", False) if method.name == "full" else ("4bit", True))
+
+
 class TestSlices:
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("slices", [("query", "value"), ("key",), ("query", "key", "value")])
@@ -394,7 +421,7 @@ class TestFull:
         ids = documents([12])[0][None]
         opened = AutoModelForCausalLM.from_pretrained(tmp_path)
         assert_close(opened(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
-        ours = falcon_qlora.load_adapter(tmp_path, quantize_mode="16bit")
+        ours = falcon_qlora.load_adapter(tmp_path)
         assert torch.equal(ours(ids).logits, model(ids).logits)
         fresh = Full().attach(base_model(layout))
         Full().restore(fresh, tmp_path)

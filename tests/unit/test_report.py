@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
+from falcon_qlora import charts, report
 from falcon_qlora.report import Compared, Comparison
 from falcon_qlora.run_directory import RunDirectory
 from falcon_qlora.summary import Summary
@@ -121,6 +124,37 @@ def test_the_bars_are_the_tables_figures_and_the_published_ones(comparison: Comp
         "lora": (16.27, "16.27"),
         "full": (pytest.approx(236.7), "6 × 39.45"),
     }
+
+
+def test_the_pictures_bars_are_as_high_and_say_what_the_table_does(
+    comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: dict[str, Figure] = {}
+    monkeypatch.setattr(charts, "_write", lambda figure, file: figures.setdefault(file.name, figure))
+    monkeypatch.setattr(report, "replaced", contextlib.nullcontext)
+    comparison.write(tmp_path)
+    ours, theirs = comparison.markdown().split("As published in June 2023")
+    # Of both tables: seconds for 1,000 samples, and GB of a GPU and of all.
+    tables = {"this comparison": (cells(ours), 6, 8, 3), "June 2023, A100": (cells(theirs), 4, 5, 1)}
+    for picture, of_time in (("training-time.png", True), ("memory-requirements.png", False)):
+        (axes,) = figures[picture].axes
+        labels = [tick.get_text() for tick in axes.get_xticklabels()]
+        assert sorted(labels) == ["adapter", "full", "lora"]
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == list(tables)
+        texts = iter(text.get_text() for text in axes.texts)
+        for bars in axes.containers:
+            table, seconds, memory, count = tables[str(bars.get_label())]
+            methods = [labels[round(bar.get_x() + bar.get_width() / 2)] for bar in bars]
+            assert sorted(methods) == sorted(m for m in table if m in labels and len(table[m]) > 2)
+            for method, bar in zip(methods, bars, strict=True):
+                row = table[method]
+                gpus, each = int(row[count]), f"{float(row[memory]):.2f}"
+                height, text = row[memory + 1], each if gpus == 1 else f"{gpus} × {each}"
+                if of_time:
+                    height, text = row[seconds], f"{float(row[seconds]):.3g} s"
+                assert bar.get_height() == pytest.approx(float(height), rel=1e-3)
+                assert next(texts) == text
+        assert next(texts, None) is None
 
 
 def test_the_files_hold_the_same(comparison: Comparison, tmp_path: Path) -> None:

@@ -327,6 +327,20 @@ def test_the_code_in_a_card_runs(tmp_path: Path) -> None:
     assert isinstance(names["model"], peft.PeftModel)
 
 
+def test_the_code_in_a_whole_models_card_runs(tmp_path: Path) -> None:
+    from transformers import FalconForCausalLM, PreTrainedTokenizerBase
+
+    from falcon_qlora.models.tiny import tiny_path
+
+    text = ModelCard(base_model="tiny", method="full").render()
+    blocks = [part.split("```")[0].replace("ADAPTER", str(tiny_path())) for part in text.split("```python\n")]
+    names: dict[str, object] = {}
+    exec(blocks[1], names)
+    assert isinstance(names["model"], FalconForCausalLM)
+    assert isinstance(names["tokenizer"], PreTrainedTokenizerBase)
+    assert 'load_adapter("' in blocks[2]
+
+
 def test_a_card_over_random_weights_says_so_and_names_no_hub_model() -> None:
     text = ModelCard(base_model="random:falcon-7b", base_is_random=True).render()
     assert "weights are random" in text
