@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import falcon_qlora
 from falcon_qlora import distributed, terminal
@@ -19,7 +18,7 @@ from falcon_qlora.assembly.resumption import forget_after, how_to_go_on, step_of
 from falcon_qlora.assembly.rows import TrainingData, global_batch
 from falcon_qlora.checkpoint.gate import AdapterFaultError, check_adapter
 from falcon_qlora.checkpoint.verify import newest_whole
-from falcon_qlora.checkpoint.write import not_kept
+from falcon_qlora.checkpoint.write import not_kept, require_same_replicas
 from falcon_qlora.config import Configuration
 from falcon_qlora.data.batches import TrainingSteps
 from falcon_qlora.environment import collect_environment
@@ -184,12 +183,13 @@ def finish(
     """Prove that the replicas agree, write the adapter and the summary, and say what was written.
 
     Raises:
-        UserError: if the adapter as it lies on the disk is not the one in memory; it is not kept.
+        UserError: if the replicas differ, or if the adapter as it lies on the disk is not the one in memory;
+            it is not kept.
     """
     model = trainer.model
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if distributed.world_size() > 1 and not is_sharded(model):
-        distributed.replicas_hash(trainable, frozen=_frozen_tensors(model))
+    if not is_sharded(model):
+        held = itertools.chain(model.parameters(), model.buffers())
+        require_same_replicas(held, directory.checkpoints, step=trainer.state.global_step)
     peaks = distributed.gather_objects(peak_memory_gib())
     reductions = distributed.gather_objects(round(trainer.reduction_share(), 4))
     losses = [line["loss"] for line in directory.read_metrics() if "loss" in line]
@@ -270,11 +270,6 @@ def stop(
 def _samples(trainer: FalconTrainer) -> int | None:
     plan = trainer.steps.plan if isinstance(trainer.steps, TrainingSteps) else None
     return plan.documents_until(trainer.state.global_step) if plan is not None else None
-
-
-def _frozen_tensors(model: nn.Module) -> Any:
-    parameters = (parameter for parameter in model.parameters() if not parameter.requires_grad)
-    return itertools.chain(parameters, model.buffers())
 
 
 def _weights_gib(configuration: Configuration, model: Any) -> float:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from falcon_qlora import distributed
 from falcon_qlora.checkpoint.gate import AdapterFaultError, check_adapter
@@ -46,8 +47,12 @@ def save_checkpoint(
         before is untouched then.
 
     Raises:
-        UserError: if what then lies there is not what is in memory; it is not kept.
+        UserError: if the processes' replicas differ, or if what then lies there is not what is in memory;
+            it is not kept.
     """
+    if not is_sharded(trainer.model):
+        trained = (parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
+        require_same_replicas(trained, checkpoints, step=trainer.state.global_step)
     states = distributed.gather_objects(state)
     best, trainer_state = None, trainer.state
     if trainer_state.best_global_step == trainer_state.global_step:
@@ -84,11 +89,41 @@ def save_checkpoint(
     return failure
 
 
+def require_same_replicas(tensors: Iterable[Tensor], checkpoints: Path, *, step: int) -> None:
+    """Refuse to save one process's replica for all where another's is not the same.
+
+    A resumed run takes what was saved for the replica of every process, so nobody would ever know.
+
+    Args:
+        tensors: of this process; every process calls this.
+        checkpoints: the folder of those that were saved before.
+        step: of the run.
+
+    Raises:
+        UserError: naming the processes and the last good checkpoint.
+    """
+    try:
+        distributed.check_replicas(tensors)
+    except distributed.ReplicasDifferError as error:
+        last = distributed.from_main_process(lambda: last_complete(checkpoints))
+        raise UserError(
+            f"step {step:,}: the replicas differ: {error}. Nothing was saved: look at the GPUs of these "
+            f"processes and their memory. {last}"
+        ) from None
+
+
 def not_kept(error: AdapterFaultError, checkpoints: Path, *, step: int) -> str:
     """What to say where a saved adapter is not the one in memory."""
-    whole, _ = newest_whole(checkpoints)
-    last = f"The last complete checkpoint is {whole}." if whole else "There is no complete checkpoint."
+    last = last_complete(checkpoints)
     return f"step {step:,}: what was saved failed its check and was not kept: {error}. {last}"
+
+
+def last_complete(checkpoints: Path) -> str:
+    """A sentence that names the last complete checkpoint."""
+    whole, _ = newest_whole(checkpoints)
+    if whole is None:
+        return "There is no complete checkpoint."
+    return f"The last complete checkpoint is {whole}: --resume goes on from it."
 
 
 def set_aside_after(checkpoints: Path, step: int) -> list[Path]:

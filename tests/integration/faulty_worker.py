@@ -10,6 +10,7 @@
     {"do": "memory", "step": 3, "rank": 1, "most": 2}             no memory for more than 2 documents at once
     {"do": "hog", "step": 3, "rank": 1, "leave_gib": 4}           all but so much of the GPU's memory is taken
     {"do": "nan", "step": 3, "rank": 0}                           the loss is not a number; also "gradient"
+    {"do": "odd", "step": 3, "rank": 1}                           a trained number is not what the others have
     {"do": "disk", "step": 4, "bytes": 100000}                    no file can be larger while step 4 is saved
     {"do": "room", "bytes": 1000000}                              so much is free on the disk before the run
     {"do": "hang", "step": 3, "rank": 1}                          sleeps; "stopped": by SIGSTOP
@@ -85,6 +86,9 @@ def faulty_training_step(self: Any, *arguments: Any, **named: Any) -> Any:
         torch.cuda.empty_cache()
         taken = torch.cuda.mem_get_info()[0] - int(fault["leave_gib"] * 2**30)
         hogs.append(torch.empty(taken, dtype=torch.uint8, device="cuda"))
+    if faults("odd"):
+        with torch.no_grad():
+            next(p for p in self.model.parameters() if p.requires_grad).view(-1)[0] += 1e-3
     if faults("kill", where="step"):
         die()
     return training_step(self, *arguments, **named)
