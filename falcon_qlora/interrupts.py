@@ -20,8 +20,9 @@ from typing import Any
 from falcon_qlora import distributed, launcher_folder
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# One request can come twice: from a scheduler to every process, and passed on by the launcher.
-_SAME_REQUEST_SECONDS = 1.0
+# One request can come twice: from a scheduler to every process, and passed on by the launcher; or from a
+# terminal and from what watches over the command there.
+SAME_REQUEST_SECONDS = 1.0
 
 
 class Stopped(Exception):
@@ -56,7 +57,7 @@ class _Requests:
             self.first, self.at = number, time.monotonic()
             name = signal.Signals(number).name
             self.say(f"{name}: a checkpoint is saved at the end of a step, then the run ends; again: at once")
-        elif time.monotonic() - self.at > _SAME_REQUEST_SECONDS:
+        elif time.monotonic() - self.at > SAME_REQUEST_SECONDS:
             os._exit(128 + number)
 
 

@@ -12,8 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from falcon_qlora import __main__ as cli
+from falcon_qlora import launcher_folder
+from falcon_qlora.commands import train
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -184,6 +187,23 @@ class TestLauncher:
         process.communicate(timeout=15)
         assert process.returncode == 130
         assert_gone(pids)
+
+    def test_a_second_signal_ends_the_workers_unless_it_is_the_first_once_more(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sent: list[tuple[int, int]] = []
+        clock = iter([100.0, 100.01, 100.9, 101.1])
+        monkeypatch.setattr(train, "_children", lambda: [7])
+        monkeypatch.setattr(train, "_send", lambda pids, number: sent.append((*pids, number)))
+        monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+        (tmp_path / launcher_folder.TRAINING).touch()
+        stop = train._StopOnce(tmp_path)
+        for _ in range(3):
+            stop(signal.SIGINT, None)
+        assert sent == [(7, signal.SIGINT)]
+        with pytest.raises(SignalException):
+            stop(signal.SIGTERM, None)
+        assert sent == [(7, signal.SIGINT), (7, signal.SIGKILL)]
 
     def test_a_launcher_that_is_killed_takes_its_workers_with_it(self, launcher: Launcher) -> None:
         process = launcher.start("--gpus", "2", "--run_name", "patient")
