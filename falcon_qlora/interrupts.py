@@ -10,6 +10,7 @@ a process that is gone. So a thread of its own reads the signals.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -116,5 +117,6 @@ def _leave_for_launcher(name: str, text: str) -> None:
     file = launcher_folder.mark(name)
     if file is not None and distributed.is_local_main_process():
         part = file.with_name(f".{name}")
-        part.write_text(text, encoding="utf-8")
-        part.rename(file)
+        with contextlib.suppress(OSError):  # no run ends for want of room in the launcher's folder
+            part.write_text(text, encoding="utf-8")
+            part.rename(file)

@@ -6,9 +6,10 @@ sharded model each process first writes its part of the optimizer's state, which
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,19 @@ def last_complete(checkpoints: Path) -> str:
     return f"The last complete checkpoint is {whole}: --resume goes on from it."
 
 
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """Make what libraries raise where a disk is full, or fails, the OSError that it is."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        raise OSError(0, str(error).splitlines()[0]) from error
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(0, str(error).splitlines()[0]) from error  # the tokenizers' have no class of their own
+
+
 def set_aside_after(checkpoints: Path, step: int) -> list[Path]:
     """Rename the checkpoints after `step`, which a run that goes on there makes again; returns them.
 
@@ -177,7 +191,7 @@ def _write(
 ) -> None:
     step, checkpoints = trainer.state.global_step, partial.parent
     final = checkpoints / f"step-{step}"
-    try:
+    with disk_errors():
         method_of(trainer.model).save(trainer.model, partial)
         trainer.describe_adapter(partial)
         if not trainer.args.save_only_model:
@@ -186,9 +200,6 @@ def _write(
             torch.save(states, partial / STATES)
             if trainer.share.cursor is not None:
                 save_cursor(partial, trainer.share.cursor())
-    except (SafetensorError, RuntimeError) as error:
-        # What torch and safetensors make of a disk that is full.
-        raise OSError(0, str(error).splitlines()[0]) from error
     check_adapter(partial, trainer.model, with_loss=False)
     _save_trainer_state(trainer, partial)
     about = {"step": step, "processes": len(states), "resumable": not trainer.args.save_only_model}

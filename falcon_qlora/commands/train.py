@@ -105,7 +105,8 @@ class _StopOnce:
         from torch.distributed.elastic.multiprocessing.api import SignalException
 
         # The agent restarts workers that have failed; these find the mark and end.
-        (self._folder / launcher_folder.STOPPING).touch()
+        with contextlib.suppress(OSError):
+            (self._folder / launcher_folder.STOPPING).touch()
         workers = _children()
         if self._asked_at is None and workers and (self._folder / launcher_folder.TRAINING).exists():
             self._asked_at = time.monotonic()
