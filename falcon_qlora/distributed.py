@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from falcon_qlora.errors import EXIT_BUG, EXIT_USER_ERROR, UserError
+from falcon_qlora.errors import EXIT_BUG, EXIT_USER_ERROR, UserError, message_of
 
 T = TypeVar("T")
 
@@ -242,7 +242,8 @@ def _lives(pid: int) -> bool:
 def exit_status(work: Callable[[], object]) -> int:
     """Run `work` and return the status to exit with, having said what went wrong once over all processes.
 
-    What the user can mend is one line and status 2, a bug a traceback and status 1. Of errors that
+    What the user can mend is one line and status 2, a file that the system refuses one line and status 1, a
+    bug a traceback and status 1. Of errors that
     several processes meet, the first to be reported is printed: the others mostly follow from it.
     """
     try:
@@ -255,10 +256,11 @@ def exit_status(work: Callable[[], object]) -> int:
     except UserError as error:
         _report(f"error: {error}\n")
         return EXIT_USER_ERROR
-    except Exception:
+    except Exception as error:
         if _siblings and _waits_for_death():
             return EXIT_BUG  # what follows from another's death says nothing more; the launcher tells of it
-        _report(traceback.format_exc())
+        told = message_of(error)
+        _report(f"{told}\n" if told else traceback.format_exc())
         return EXIT_BUG
     return 0
 

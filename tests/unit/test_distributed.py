@@ -66,3 +66,10 @@ def test_replicas_that_differ_by_little_are_found(tmp_path: Path) -> None:
         *(f"{change}: processes [1] do not hold what process 0 holds" for change in changes),
         "nothing again: the same",
     ]
+
+
+def test_a_file_that_the_system_refuses_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert distributed.exit_status(lambda: tmp_path.write_text("x")) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}: Is a directory\n"
