@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import resource
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +15,11 @@ from falcon_qlora.assembly import record
 from falcon_qlora.methods.lora import Lora
 from falcon_qlora.run_directory import RunDirectory
 from tests.integration.interrupted import ROWS, SETTINGS, at_work, run
-from tests.integration.runs import metrics
+from tests.integration.runs import metrics, room_for
 from tests.integration.test_adapter import fine_tune
 from tests.integration.test_sharded_interruption import SHARDED
 
 ENOUGH = 2**30
-
-
-@contextmanager
-def room_for(size: int) -> Iterator[None]:
-    """No file can be larger, in bytes: what goes beyond is cut off, and then refused."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def within(rooms: Iterator[int], work: Callable[..., Any]) -> Callable[..., Any]:

@@ -229,6 +229,7 @@ class TestRefusedAtOnce:
             (["train", "--max_restarts", "-1"], "at least 0"),
             (["trian"], "did you mean train?"),
             (["-m", "tiny", "--output_dir", "a b"], "falcon-qlora train -m tiny --output_dir 'a b'"),
+            (["eval", "-m", "tiny", "--results", "/"], "--results /: this is a folder; name a file"),
             (["bench", "--csv", "/"], "error: --csv /: this is a folder; name a file"),
         ],
     )
