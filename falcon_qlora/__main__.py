@@ -8,7 +8,7 @@ import shlex
 import sys
 import traceback
 
-from falcon_qlora.errors import EXIT_BUG, EXIT_USER_ERROR, UserError, nearest
+from falcon_qlora.errors import EXIT_BUG, EXIT_USER_ERROR, UserError, message_of, nearest
 
 EXIT_INTERRUPTED = 130
 
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command line.
 
     Returns:
-        The exit status: 0, 2 for what the user can mend, 1 for a bug, 130 after Ctrl-C.
+        The exit status: 0, 2 for what the user can mend, 1 for a bug or a disk that fails, 130 after Ctrl-C.
     """
     words = sys.argv[1:] if argv is None else argv
     try:
@@ -44,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
         # Whoever read our output has seen enough; closing stderr keeps Python from saying so at exit.
         sys.stderr.close()
         return EXIT_BUG
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        print(message_of(error) or traceback.format_exc().rstrip(), file=sys.stderr)
         return EXIT_BUG
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from falcon_qlora.callbacks import Backlog
+from falcon_qlora.run_directory import append_lines
 from falcon_qlora.terminal import print_answers
 
 
@@ -29,6 +31,7 @@ class SampleAnswers(TrainerCallback):
         self._prompts = prompts
         self._tokenizer = tokenizer
         self._file = file
+        self._append = Backlog(append_lines, file.name)
         self._max_new_tokens = max_new_tokens
 
     def on_train_begin(
@@ -58,7 +61,8 @@ class SampleAnswers(TrainerCallback):
         )
         shown = [(prompt, answer) for (prompt, _), answer in zip(self._prompts, answers, strict=True)]
         print_answers(title, shown)
-        with self._file.open("a", encoding="utf-8") as lines:
-            for prompt, answer in shown:
-                record = {"step": state.global_step, "prompt": prompt, "answer": answer}
-                lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+        records = (
+            {"step": state.global_step, "prompt": prompt, "answer": answer} for prompt, answer in shown
+        )
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        self._append(self._file, "".join(lines))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from falcon_qlora.data.batches import Share
 from falcon_qlora.meter import Meter
+from falcon_qlora.terminal import note
 
 
 class Loop(Protocol):
@@ -60,6 +62,35 @@ class StepKeeper(TrainerCallback):
         self._trainer.finish_reports()
 
 
+class Backlog:
+    """Writes what a run could do without: an OSError is told once, and what waits goes with the next.
+
+    Args:
+        write: what is called; all or nothing of one call is written.
+        what: for the message, such as a file's name.
+    """
+
+    def __init__(self, write: Callable[..., None], what: str):
+        self._write = write
+        self._what = what
+        self._waiting: deque[tuple[Any, ...]] = deque()
+        self._told = False
+
+    def __call__(self, *arguments: Any) -> None:
+        self._waiting.append(arguments)
+        try:
+            while self._waiting:
+                self._write(*self._waiting[0])
+                self._waiting.popleft()
+        except OSError as error:
+            if not self._told:
+                note(
+                    f"{self._what} cannot be written ({error.strerror or error}). The training goes on; what "
+                    "is missing there is added once that works again"
+                )
+            self._told = True
+
+
 class MetricsWriter(TrainerCallback):
     """Writes one line a log step, the evaluation's loss in the line of its step.
 
@@ -68,7 +99,7 @@ class MetricsWriter(TrainerCallback):
     """
 
     def __init__(self, append: Callable[[int, dict[str, Any]], None]):
-        self._append = append
+        self._append = Backlog(append, "metrics.jsonl")
         self._held: tuple[int, dict[str, Any]] | None = None
 
     def on_log(

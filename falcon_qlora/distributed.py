@@ -24,13 +24,15 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from falcon_qlora.errors import EXIT_BUG, EXIT_USER_ERROR, UserError
+from falcon_qlora.errors import EXIT_BUG, EXIT_USER_ERROR, UserError, message_of
 
 T = TypeVar("T")
 
 _WAIT_LIMIT = datetime.timedelta(days=7)
 _LOOK_SECONDS = 0.02
 _REPORT_LIMIT = datetime.timedelta(seconds=10)
+_PIECE_BYTES = 2**22
+_SCATTER = 0x1E3779B97F4A7C15  # odd, its bits without a pattern: the golden ratio's
 
 
 def process_index() -> int:
@@ -84,6 +86,10 @@ class PeerError(Exception):
     def __init__(self, exit_status: int):
         super().__init__("another process reported the error")
         self.exit_status = exit_status
+
+
+class ReplicasDifferError(Exception):
+    """Processes that must hold the same do not; the message says which."""
 
 
 _sequence = 0
@@ -164,29 +170,36 @@ def gather_objects(mine: T) -> list[T]:
     return everyone
 
 
-def replicas_hash(tensors: Iterable[torch.Tensor], frozen: Iterable[torch.Tensor] = ()) -> str:
-    """SHA-256 over the bytes of `tensors`, and over a checksum of each frozen tensor, on this process.
+def check_replicas(tensors: Iterable[torch.Tensor]) -> None:
+    """See that all processes hold the same bytes; every process calls this.
 
-    The checksums are taken on the device, so that a large base is not copied out to be hashed.
+    Each tensor is summed up on its device, so that little is copied out and exchanged.
 
     Raises:
-        RuntimeError: if the processes do not all have the same bytes.
+        ReplicasDifferError: on every process, if one of them holds something else.
     """
+    if world_size() == 1:
+        return
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(_bytes_of(tensor).cpu().numpy().tobytes())
-    for tensor in frozen:
-        whole = _bytes_of(tensor)
-        # By place, modulo a prime, so that exchanged bytes show; in pieces, so that little memory is taken.
-        for piece in whole.split(2**24):
-            weights = torch.arange(1, len(piece) + 1, device=piece.device, dtype=torch.int32) % 65521
-            digest.update(str(int((piece.int() * weights).sum(dtype=torch.int64))).encode())
-    mine = digest.hexdigest()
-    everyone = gather_objects(mine)
-    if len(set(everyone)) != 1:
-        odd = [index for index, theirs in enumerate(everyone) if theirs != everyone[0]]
-        raise RuntimeError(f"the replicas differ: processes {odd} do not hold what process 0 holds")
-    return mine
+        digest.update(str(_checksums(tensor)).encode())
+    everyone = gather_objects(digest.hexdigest())
+    odd = [index for index, theirs in enumerate(everyone) if theirs != everyone[0]]
+    if odd:
+        raise ReplicasDifferError(f"processes {odd} do not hold what process 0 holds")
+
+
+def _checksums(tensor: torch.Tensor) -> list[int]:
+    """A sum over the bytes of each piece of `tensor`, modulo 2^64: any one byte that differs shows."""
+    whole = _bytes_of(tensor)
+    # A weight for each place, odd and scattered, so that exchanged bytes show; in pieces, so that little
+    # memory is taken.
+    weights = torch.arange(1, min(len(whole), _PIECE_BYTES) + 1, device=whole.device)
+    weights *= _SCATTER
+    weights ^= weights >> 29
+    weights |= 1
+    sums = [(piece * weights[: len(piece)]).sum() for piece in whole.split(_PIECE_BYTES)]
+    return torch.stack(sums).tolist()
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -229,7 +242,8 @@ def _lives(pid: int) -> bool:
 def exit_status(work: Callable[[], object]) -> int:
     """Run `work` and return the status to exit with, having said what went wrong once over all processes.
 
-    What the user can mend is one line and status 2, a bug a traceback and status 1. Of errors that
+    What the user can mend is one line and status 2, a file that the system refuses one line and status 1, a
+    bug a traceback and status 1. Of errors that
     several processes meet, the first to be reported is printed: the others mostly follow from it.
     """
     try:
@@ -242,10 +256,11 @@ def exit_status(work: Callable[[], object]) -> int:
     except UserError as error:
         _report(f"error: {error}\n")
         return EXIT_USER_ERROR
-    except Exception:
+    except Exception as error:
         if _siblings and _waits_for_death():
             return EXIT_BUG  # what follows from another's death says nothing more; the launcher tells of it
-        _report(traceback.format_exc())
+        told = message_of(error)
+        _report(f"{told}\n" if told else traceback.format_exc())
         return EXIT_BUG
     return 0
 

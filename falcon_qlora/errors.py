@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable
 
 EXIT_USER_ERROR = 2
@@ -10,12 +12,24 @@ EXIT_BUG = 1
 # Of a process that has said which one hangs: the launcher has no more to say of those that it then ends.
 EXIT_HANGING = 3
 
+_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
 
 class UserError(Exception):
     """Something the user can mend: the message says what is wrong, where, and what to do.
 
     A command prints the message alone, once over all processes, and exits with status 2.
     """
+
+
+def message_of(error: Exception) -> str | None:
+    """One line for what a disk or a file refuses; None for any other error, of which a traceback is shown."""
+    if not isinstance(error, OSError) or not error.errno:
+        return None
+    if isinstance(error.filename, str | bytes):
+        return f"error: {os.fsdecode(error.filename)}: {error.strerror}"
+    # A write that fails does not say where.
+    return f"error: {error.strerror}" if error.errno in _OF_A_DISK else None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

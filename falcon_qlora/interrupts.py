@@ -10,6 +10,7 @@ a process that is gone. So a thread of its own reads the signals.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -20,8 +21,9 @@ from typing import Any
 from falcon_qlora import distributed, launcher_folder
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# One request can come twice: from a scheduler to every process, and passed on by the launcher.
-_SAME_REQUEST_SECONDS = 1.0
+# One request can come twice: from a scheduler to every process, and passed on by the launcher; or from a
+# terminal and from what watches over the command there.
+SAME_REQUEST_SECONDS = 1.0
 
 
 class Stopped(Exception):
@@ -56,7 +58,7 @@ class _Requests:
             self.first, self.at = number, time.monotonic()
             name = signal.Signals(number).name
             self.say(f"{name}: a checkpoint is saved at the end of a step, then the run ends; again: at once")
-        elif time.monotonic() - self.at > _SAME_REQUEST_SECONDS:
+        elif time.monotonic() - self.at > SAME_REQUEST_SECONDS:
             os._exit(128 + number)
 
 
@@ -115,5 +117,6 @@ def _leave_for_launcher(name: str, text: str) -> None:
     file = launcher_folder.mark(name)
     if file is not None and distributed.is_local_main_process():
         part = file.with_name(f".{name}")
-        part.write_text(text, encoding="utf-8")
-        part.rename(file)
+        with contextlib.suppress(OSError):  # no run ends for want of room in the launcher's folder
+            part.write_text(text, encoding="utf-8")
+            part.rename(file)

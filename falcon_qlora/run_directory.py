@@ -20,6 +20,7 @@ The main process writes; a file appears whole or not at all, whatever happens me
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import os
 import re
@@ -165,19 +166,16 @@ class RunDirectory:
     def append_metrics(self, step: int, logs: Mapping[str, Any]) -> None:
         """Append one line for `step`: those of METRICS_FIELDS that `logs` has, if it has any.
 
-        A line is one write, so that a reader beside a running job sees whole lines. A number that is not
-        finite becomes null: JSON has no name for it.
+        A number that is not finite becomes null: JSON has no name for it.
+
+        Raises:
+            OSError: if it cannot be written; the file is then as it was.
         """
         record = {"step": step} | {name: logs[name] for name in METRICS_FIELDS[1:] if name in logs}
         if not record.keys() - {"step", "epoch"}:
             return
         line = json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n"
-        self.path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.metrics_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(handle, line.encode())
-        finally:
-            os.close(handle)
+        append_lines(self.metrics_file, line)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The log steps so far; a last line cut short by a crash is left out."""
@@ -233,6 +231,24 @@ class RunDirectory:
         if self.trackers_file.exists():
             everything = json.loads(self.trackers_file.read_text(encoding="utf-8"))
         write_json(self.trackers_file, {**everything, tracker: dict(record)})
+
+
+def append_lines(file: Path, lines: str) -> None:
+    """Add whole lines in one write, so that a reader beside a running job sees no half of one.
+
+    Raises:
+        OSError: if they cannot all be written; the file is then as it was.
+    """
+    content = lines.encode()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        before = os.fstat(handle).st_size
+        if os.write(handle, content) < len(content):  # as much as the disk had room for
+            os.ftruncate(handle, before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+    finally:
+        os.close(handle)
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

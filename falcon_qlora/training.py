@@ -72,6 +72,8 @@ def train(configuration: Configuration) -> Path:
     trainer.args.eval_on_start &= checkpoint is None  # a run that goes on has been evaluated at its start
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+        distributed.forget_siblings()
+        record.finish(configuration, directory, trainer, data, trackers, activations)
     except Stopped as stopped:
         resumable = not trainer.args.save_only_model
         record.stop(directory, stopped, trackers, steps=data.total_steps, resumable=resumable)
@@ -80,7 +82,4 @@ def train(configuration: Configuration) -> Path:
         # The process may end without the goodbyes that trackers wait for.
         trackers.finish(exit_status=1)
         raise
-
-    distributed.forget_siblings()
-    record.finish(configuration, directory, trainer, data, trackers, activations)
     return directory.path

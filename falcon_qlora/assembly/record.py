@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import falcon_qlora
 from falcon_qlora import distributed, terminal
@@ -19,7 +20,7 @@ from falcon_qlora.assembly.resumption import forget_after, how_to_go_on, step_of
 from falcon_qlora.assembly.rows import TrainingData, global_batch
 from falcon_qlora.checkpoint.gate import AdapterFaultError, check_adapter
 from falcon_qlora.checkpoint.verify import newest_whole, write_manifest
-from falcon_qlora.checkpoint.write import not_kept
+from falcon_qlora.checkpoint.write import disk_errors, last_complete, not_kept, require_same_replicas
 from falcon_qlora.config import Configuration
 from falcon_qlora.data.batches import TrainingSteps
 from falcon_qlora.environment import collect_environment
@@ -40,6 +41,8 @@ from falcon_qlora.terminal import StartSummary
 from falcon_qlora.tracking import Trackers
 from falcon_qlora.trainer import FalconTrainer
 
+# Before a disk that failed is tried again.
+_PAUSE_SECONDS = 3.0
 _OF_PREFIX = "adapter_prefix_length adapter_first_block"
 _SETTINGS = {
     "lora": "lora_r lora_alpha lora_dropout lora_target_modules lora_slices",
@@ -189,18 +192,22 @@ def finish(
     """Prove that the replicas agree, write the adapter and the summary, and say what was written.
 
     Raises:
-        UserError: if the adapter as it lies on the disk is not the one in memory; it is not kept.
+        UserError: if the replicas differ, if the adapter cannot be written, or if as it lies on the disk it
+            is not the one in memory; it is not kept.
     """
     model = trainer.model
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if distributed.world_size() > 1 and not is_sharded(model):
-        distributed.replicas_hash(trainable, frozen=_frozen_tensors(model))
+    if not is_sharded(model):
+        held = itertools.chain(model.parameters(), model.buffers())
+        require_same_replicas(held, directory.checkpoints, step=trainer.state.global_step)
     peaks = distributed.gather_objects(peak_memory_gib())
     reductions = distributed.gather_objects(round(trainer.reduction_share(), 4))
-    losses = [line["loss"] for line in directory.read_metrics() if "loss" in line]
+    lines: list[dict[str, Any]] = []
+    with _told_if_not_written(directory.summary_file):
+        lines = directory.read_metrics()
+    losses = [line["loss"] for line in lines if "loss" in line]
     evaluations = [
         (line["eval_loss"], line["step"])
-        for line in directory.read_metrics()
+        for line in lines
         if line.get("eval_loss") is not None and line["step"] > 0  # before, there is nothing to keep
     ]
     best = min(evaluations, default=(None, None))
@@ -225,25 +232,72 @@ def finish(
         reduction_shares=reductions if len(reductions) > 1 else None,
         **counts(model),
     )
+    _keep_adapter(configuration, directory, trainer, data, asdict(summary))
     if distributed.is_main_process():
-        with directory.write_folder(directory.adapter) as folder:
-            method_of(model).save(model, folder)
-            trainer.processing_class.save_pretrained(folder)
-            describe_adapter(configuration, data, folder, asdict(summary))
-            try:
-                check_adapter(folder, model, trained=trainer.has_learned())
-            except AdapterFaultError as error:
-                told = not_kept(error, directory.checkpoints, step=trainer.state.global_step)
-                raise UserError(told) from None
-            # A model card is there to be written on.
-            write_manifest(folder, {"step": trainer.state.global_step}, leave_out=["README.md"])
-        directory.write_summary(summary)
-        directory.draw_loss(title=configuration.model.model_name_or_path)
+        with _told_if_not_written(directory.summary_file):
+            directory.write_summary(summary)
+        with _told_if_not_written(directory.loss_picture):
+            directory.draw_loss(title=configuration.model.model_name_or_path)
         terminal.print_end(asdict(summary), directory.contents(), adapter=directory.adapter)
-    elif is_sharded(model):
-        take_part(model)
     trackers.finish(summary=asdict(summary), adapter=directory.adapter)
     return summary
+
+
+def _keep_adapter(
+    configuration: Configuration,
+    directory: RunDirectory,
+    trainer: FalconTrainer,
+    data: TrainingData,
+    summary: dict[str, Any],
+) -> None:
+    """Write the adapter's folder; where the disk fails, once more after a while.
+
+    Raises:
+        UserError: see `finish`; on all processes alike.
+    """
+    model = trainer.model
+
+    def write() -> str | None:
+        took_part = False
+        try:
+            with directory.write_folder(directory.adapter) as folder:
+                took_part = True
+                with disk_errors():
+                    method_of(model).save(model, folder)
+                    trainer.processing_class.save_pretrained(folder)
+                    describe_adapter(configuration, data, folder, summary)
+                check_adapter(folder, model, trained=trainer.has_learned())
+                # A model card is there to be written on.
+                write_manifest(folder, {"step": trainer.state.global_step}, leave_out=["README.md"])
+        except OSError as error:
+            if is_sharded(model) and not took_part:
+                take_part(model)  # the others do
+            return error.strerror or str(error)
+        except AdapterFaultError as error:
+            told = not_kept(error, directory.checkpoints, step=trainer.state.global_step)
+            raise UserError(told) from None
+        return None
+
+    for tries_left in (1, 0):
+        if is_sharded(model) and not distributed.is_main_process():
+            take_part(model)
+        failure = distributed.from_main_process(write)
+        if failure is None:
+            return
+        if tries_left:
+            terminal.note(f"the adapter could not be written ({failure}): it is tried once more in a moment")
+            time.sleep(_PAUSE_SECONDS)
+    last = distributed.from_main_process(lambda: last_complete(directory.checkpoints))
+    raise UserError(f"all steps are done, but {directory.adapter} could not be written ({failure}). {last}")
+
+
+@contextlib.contextmanager
+def _told_if_not_written(file: Path) -> Iterator[None]:
+    """The adapter is worth more than what is said about it."""
+    try:
+        yield
+    except OSError as error:
+        terminal.note(f"{file} could not be written ({error.strerror or error})")
 
 
 def stop(
@@ -277,11 +331,6 @@ def stop(
 def _samples(trainer: FalconTrainer) -> int | None:
     plan = trainer.steps.plan if isinstance(trainer.steps, TrainingSteps) else None
     return plan.documents_until(trainer.state.global_step) if plan is not None else None
-
-
-def _frozen_tensors(model: nn.Module) -> Any:
-    parameters = (parameter for parameter in model.parameters() if not parameter.requires_grad)
-    return itertools.chain(parameters, model.buffers())
 
 
 def _weights_gib(configuration: Configuration, model: Any) -> float:

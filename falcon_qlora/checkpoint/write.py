@@ -6,14 +6,16 @@ sharded model each process first writes its part of the optimizer's state, which
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from falcon_qlora import distributed
 from falcon_qlora.checkpoint.gate import AdapterFaultError, check_adapter
@@ -46,8 +48,12 @@ def save_checkpoint(
         before is untouched then.
 
     Raises:
-        UserError: if what then lies there is not what is in memory; it is not kept.
+        UserError: if the processes' replicas differ, or if what then lies there is not what is in memory;
+            it is not kept.
     """
+    if not is_sharded(trainer.model):
+        trained = (parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
+        require_same_replicas(trained, checkpoints, step=trainer.state.global_step)
     states = distributed.gather_objects(state)
     best, trainer_state = None, trainer.state
     if trainer_state.best_global_step == trainer_state.global_step:
@@ -84,11 +90,54 @@ def save_checkpoint(
     return failure
 
 
+def require_same_replicas(tensors: Iterable[Tensor], checkpoints: Path, *, step: int) -> None:
+    """Refuse to save one process's replica for all where another's is not the same.
+
+    A resumed run takes what was saved for the replica of every process, so nobody would ever know.
+
+    Args:
+        tensors: of this process; every process calls this.
+        checkpoints: the folder of those that were saved before.
+        step: of the run.
+
+    Raises:
+        UserError: naming the processes and the last good checkpoint.
+    """
+    try:
+        distributed.check_replicas(tensors)
+    except distributed.ReplicasDifferError as error:
+        last = distributed.from_main_process(lambda: last_complete(checkpoints))
+        raise UserError(
+            f"step {step:,}: the replicas differ: {error}. Nothing was saved: look at the GPUs of these "
+            f"processes and their memory. {last}"
+        ) from None
+
+
 def not_kept(error: AdapterFaultError, checkpoints: Path, *, step: int) -> str:
     """What to say where a saved adapter is not the one in memory."""
-    whole, _ = newest_whole(checkpoints)
-    last = f"The last complete checkpoint is {whole}." if whole else "There is no complete checkpoint."
+    last = last_complete(checkpoints)
     return f"step {step:,}: what was saved failed its check and was not kept: {error}. {last}"
+
+
+def last_complete(checkpoints: Path) -> str:
+    """A sentence that names the last complete checkpoint."""
+    whole, _ = newest_whole(checkpoints)
+    if whole is None:
+        return "There is no complete checkpoint."
+    return f"The last complete checkpoint is {whole}: --resume goes on from it."
+
+
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """Make what libraries raise where a disk is full, or fails, the OSError that it is."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        raise OSError(0, str(error).splitlines()[0]) from error
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(0, str(error).splitlines()[0]) from error  # the tokenizers' have no class of their own
 
 
 def set_aside_after(checkpoints: Path, step: int) -> list[Path]:
@@ -142,7 +191,7 @@ def _write(
 ) -> None:
     step, checkpoints = trainer.state.global_step, partial.parent
     final = checkpoints / f"step-{step}"
-    try:
+    with disk_errors():
         method_of(trainer.model).save(trainer.model, partial)
         trainer.describe_adapter(partial)
         if not trainer.args.save_only_model:
@@ -151,9 +200,6 @@ def _write(
             torch.save(states, partial / STATES)
             if trainer.share.cursor is not None:
                 save_cursor(partial, trainer.share.cursor())
-    except (SafetensorError, RuntimeError) as error:
-        # What torch and safetensors make of a disk that is full.
-        raise OSError(0, str(error).splitlines()[0]) from error
     check_adapter(partial, trainer.model, with_loss=False)
     _save_trainer_state(trainer, partial)
     about = {"step": step, "processes": len(states), "resumable": not trainer.args.save_only_model}

@@ -26,6 +26,7 @@ from falcon_qlora.assembly.adapted import (
 )
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.errors import UserError, nearest
+from falcon_qlora.files import check_writable
 
 if TYPE_CHECKING:
     from falcon_qlora.assembly.held_out import HeldOutText
@@ -63,6 +64,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--most_tokens {wanted.most_tokens}: must be at least 2")
     if wanted.tasks and importlib.util.find_spec("lm_eval") is None:
         raise UserError("--tasks needs lm-evaluation-harness: pip install 'falcon-qlora[lm-eval]'")
+    if wanted.results:
+        check_writable(Path(wanted.results), "--results")
     folder = adapter_folder(wanted.adapter) if wanted.adapter else None
     run = run_of(folder) if folder is not None else None
     named = parse(argv, extra_arguments=EvalArguments, **_HOW).explicit

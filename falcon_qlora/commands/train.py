@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,25 +88,33 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
 class _StopOnce:
     """Passes the first signal on to the workers, which save and end; the second ends everything at once.
 
+    What comes within a moment of the first is the same request once more.
+
     Args:
         folder: where the workers leave a mark when there is something to save.
     """
 
     def __init__(self, folder: Path):
+        from falcon_qlora.interrupts import SAME_REQUEST_SECONDS
+
         self._folder = folder
-        self._asked = False
+        self._asked_at: float | None = None
+        self._same_request_seconds = SAME_REQUEST_SECONDS
 
     def __call__(self, number: int, frame: Any) -> None:
         from torch.distributed.elastic.multiprocessing.api import SignalException
 
         # The agent restarts workers that have failed; these find the mark and end.
-        (self._folder / launcher_folder.STOPPING).touch()
+        with contextlib.suppress(OSError):
+            (self._folder / launcher_folder.STOPPING).touch()
         workers = _children()
-        if not self._asked and workers and (self._folder / launcher_folder.TRAINING).exists():
-            self._asked = True
+        if self._asked_at is None and workers and (self._folder / launcher_folder.TRAINING).exists():
+            self._asked_at = time.monotonic()
             _send(workers, number)
             return
-        if self._asked:
+        if self._asked_at is not None:
+            if time.monotonic() - self._asked_at <= self._same_request_seconds:
+                return
             _send(workers, signal.SIGKILL)
         raise SignalException("asked to stop", sigval=signal.Signals(number))
 

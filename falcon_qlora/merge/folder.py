@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import FalconConfig
 
 from falcon_qlora.errors import UserError
-from falcon_qlora.files import write_json
+from falcon_qlora.files import try_to_write, write_json
 from falcon_qlora.models.load import empty_model
 from falcon_qlora.models.tensor_files import write_model
 from falcon_qlora.untrusted import read_json
@@ -167,8 +167,13 @@ def check_out(out: Path, *, overwrite: bool) -> None:
     """Refuse to replace what the user may want to keep.
 
     Raises:
-        UserError: if `out` is there, unless `overwrite` and it holds a merge or nothing.
+        UserError: if `out` is there, unless `overwrite` and it holds a merge or nothing; or if it could not
+            be made there.
     """
+    try:
+        try_to_write(out.parent)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot write there ({error.strerror})") from None
     if not out.exists():
         return
     if not overwrite:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def write_model(
             raise UserError(f"{name} has the shape {list(tensor.shape)}, expected {list(shapes[name])}")
         content = _bytes_of(tensor.to(dtype))
         file, offset = places[name]
-        with file.open("r+b") as opened:
+        with _named_in_errors(file), file.open("r+b") as opened:
             opened.seek(offset)
             opened.write(content)
         hashes[name] = hashlib.sha256(content).hexdigest()
@@ -135,7 +136,7 @@ def _lay_out(
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         start = 8 + len(text)
-        with file.open("wb") as opened:
+        with _named_in_errors(file), file.open("wb") as opened:
             opened.write(len(text).to_bytes(8, "little") + text)
             opened.truncate(start + end)
         offset = start
@@ -148,6 +149,15 @@ def _lay_out(
             folder / _INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         )
     return places
+
+
+@contextlib.contextmanager
+def _named_in_errors(file: Path) -> Iterator[None]:
+    """A disk that fills while a file is written says everything but which."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from None
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

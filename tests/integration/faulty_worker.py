@@ -10,7 +10,9 @@
     {"do": "memory", "step": 3, "rank": 1, "most": 2}             no memory for more than 2 documents at once
     {"do": "hog", "step": 3, "rank": 1, "leave_gib": 4}           all but so much of the GPU's memory is taken
     {"do": "nan", "step": 3, "rank": 0}                           the loss is not a number; also "gradient"
+    {"do": "odd", "step": 3, "rank": 1}                           a trained number is not what the others have
     {"do": "disk", "step": 4, "bytes": 100000}                    no file can be larger while step 4 is saved
+    {"do": "full", "bytes": 100000, "times": 1}                   so often while the adapter is written
     {"do": "room", "bytes": 1000000}                              so much is free on the disk before the run
     {"do": "hang", "step": 3, "rank": 1}                          sleeps; "stopped": by SIGSTOP
 
@@ -38,6 +40,7 @@ import torch
 from falcon_qlora import distributed
 from falcon_qlora import step as step_module
 from falcon_qlora.checkpoint import write
+from falcon_qlora.run_directory import RunDirectory
 from falcon_qlora.train import main
 from falcon_qlora.trainer import FalconTrainer
 
@@ -85,6 +88,9 @@ def faulty_training_step(self: Any, *arguments: Any, **named: Any) -> Any:
         torch.cuda.empty_cache()
         taken = torch.cuda.mem_get_info()[0] - int(fault["leave_gib"] * 2**30)
         hogs.append(torch.empty(taken, dtype=torch.uint8, device="cuda"))
+    if faults("odd"):
+        with torch.no_grad():
+            next(p for p in self.model.parameters() if p.requires_grad).view(-1)[0] += 1e-3
     if faults("kill", where="step"):
         die()
     return training_step(self, *arguments, **named)
@@ -133,9 +139,12 @@ def faulty_save_checkpoint(self: Any, *arguments: Any) -> None:
 
 
 @contextlib.contextmanager
-def disk() -> Iterator[None]:
+def disk(do: str = "disk") -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for fault in faults("disk"):
+    for fault in faults(do):
+        if fault.setdefault("times", 1 << 30) == 0:
+            continue
+        fault["times"] -= 1
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], before[1]))
     try:
         yield
@@ -165,6 +174,15 @@ def faulty_write_part(optimizer: Any, folder: Path, **named: Any) -> Any:
     return described
 
 
+write_folder = RunDirectory.write_folder
+
+
+@contextlib.contextmanager
+def faulty_write_folder(self: RunDirectory, target: Path) -> Iterator[Path]:
+    with disk("full"), write_folder(self, target) as folder:
+        yield folder
+
+
 if rooms := faults("room"):
     shutil.disk_usage = lambda path: SimpleNamespace(free=rooms[0]["bytes"])  # type: ignore[assignment,misc]
 
@@ -174,6 +192,7 @@ step_module.sum_of_losses = faulty_sum_of_losses
 write.write_manifest = faulty_write_manifest
 write._write = faulty_write
 write.write_part = faulty_write_part
+RunDirectory.write_folder = faulty_write_folder  # type: ignore[method-assign,assignment]
 
 if __name__ == "__main__":
     for each in faults("late"):

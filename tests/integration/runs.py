@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,17 @@ def metrics(output: Path) -> list[dict[str, Any]]:
 
 def summary(output: Path) -> dict[str, Any]:
     return json.loads((output / "summary.json").read_text())
+
+
+@contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """No file can be larger, in bytes: what goes beyond is cut off, and then refused."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:

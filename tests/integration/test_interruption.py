@@ -92,3 +92,25 @@ def test_a_run_whose_numbers_stay_bad_ends_and_names_the_rows(processes: Process
     status, _, errors = run(processes, "--output_dir", "bad", "--max_bad_steps", "2", faults=faults)
     assert status == 2
     assert re.match(r"error: 2 steps in a row .* the last one step 3 \(rows ", errors)
+
+
+@pytest.mark.parametrize(
+    ("words", "step", "last"),
+    [
+        ("--save_steps 2", 4, "The last complete checkpoint is odd-4/checkpoints/step-2: --resume goes on"),
+        pytest.param("--save_strategy no", 10, "There is no complete checkpoint.", marks=pytest.mark.slow),
+    ],
+)
+def test_replicas_that_differ_are_not_saved_as_one(
+    processes: Processes, words: str, step: int, last: str
+) -> None:
+    fault = {"do": "odd", "step": 3, "rank": 1}
+    status, _, errors = run(processes, *words.split(), "--output_dir", f"odd-{step}", faults=[fault])
+    assert (status, errors.count("error:"), "Traceback" in errors) == (2, 1, False)
+    assert errors.startswith(
+        f"error: step {step}: the replicas differ: processes [1] do not hold what process 0 holds. Nothing "
+    )
+    assert last in errors
+    folder = processes.folder / f"odd-{step}"
+    assert [path.name for path in folder.glob("checkpoints/*")] == (["step-2"] if step == 4 else [])
+    assert not (folder / "adapter").exists()

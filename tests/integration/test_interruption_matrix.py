@@ -149,6 +149,17 @@ def test_a_second_signal_ends_at_once(processes: Processes) -> None:
     assert newest_step(processes, "twice") == 2
 
 
+def test_a_signal_that_comes_twice_within_a_moment_is_one(processes: Processes) -> None:
+    twice = [
+        {"do": "signal", "step": 3, "rank": 0, "to": "launcher", "number": number, "wait": 0.02}
+        for number in (signal.SIGINT, signal.SIGTERM)
+    ]
+    status, output, errors = run(processes, *LONG, "--output_dir", "doubled", faults=twice)
+    assert (status, errors) == (0, "")
+    assert "stopped at step" in output
+    assert newest_step(processes, "doubled") in (3, 4)
+
+
 def test_torchruns_restarts_resume_by_themselves(processes: Processes, whole: Path) -> None:
     faults = [
         {"do": "kill", "step": 5 + 3 * each, "rank": each % 2, "where": "step", "restart": each}

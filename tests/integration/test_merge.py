@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +35,7 @@ from falcon_qlora.models.locate import open_checkpoint
 from falcon_qlora.models.tiny import tiny_path
 from falcon_qlora.models.tokenizer import load_tokenizer
 from tests.integration.refusals import contents, only_message
-from tests.integration.runs import write_jsonl
+from tests.integration.runs import room_for, write_jsonl
 from tests.layouts import LAYOUTS, documents, plain_float32, tiny_model
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -387,11 +388,20 @@ def test_what_is_refused_before_anything_is_computed(run, tmp_path, capsys, monk
     assert "--out is needed" in refused("--adapter", run)
     assert "holds no adapter" in refused("--adapter", tmp_path, "--out", tmp_path / "out")
     out = ("--adapter", run, "--out", tmp_path / "out")
+    below_a_file = tmp_path / "there" / "thesis.txt" / "out"
+    assert "cannot write there (Not a directory)" in refused("--adapter", run, "--out", below_a_file)
     assert "--max_shard_size 5" in refused(*out, "--max_shard_size", "5")
     assert "--max_loss_increase" in refused(*out, "--max_loss_increase", "-1")
     assert "--hub_model_id" in refused(*out, "--push_to_hub")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000_000))
     assert "needs 0.02 GiB" in refused(*out)
+
+
+def test_a_disk_that_fills_is_one_message_and_leaves_nothing(run, tmp_path, capsys):
+    with room_for(1_000_000):
+        assert merge("--adapter", run, "--out", tmp_path / "out", "--base", "dequantized") == 1
+    assert re.fullmatch(r"/.*/model\.safetensors: File too large", only_message(capsys.readouterr().err))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_overwriting_pushing_and_text_of_ones_own(run, tmp_path, capsys, monkeypatch):

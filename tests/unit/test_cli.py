@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -12,8 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from falcon_qlora import __main__ as cli
+from falcon_qlora import launcher_folder
+from falcon_qlora.commands import train
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -185,6 +189,23 @@ class TestLauncher:
         assert process.returncode == 130
         assert_gone(pids)
 
+    def test_a_second_signal_ends_the_workers_unless_it_is_the_first_once_more(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sent: list[tuple[int, int]] = []
+        clock = iter([100.0, 100.01, 100.9, 101.1])
+        monkeypatch.setattr(train, "_children", lambda: [7])
+        monkeypatch.setattr(train, "_send", lambda pids, number: sent.append((*pids, number)))
+        monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+        (tmp_path / launcher_folder.TRAINING).touch()
+        stop = train._StopOnce(tmp_path)
+        for _ in range(3):
+            stop(signal.SIGINT, None)
+        assert sent == [(7, signal.SIGINT)]
+        with pytest.raises(SignalException):
+            stop(signal.SIGTERM, None)
+        assert sent == [(7, signal.SIGINT), (7, signal.SIGKILL)]
+
     def test_a_launcher_that_is_killed_takes_its_workers_with_it(self, launcher: Launcher) -> None:
         process = launcher.start("--gpus", "2", "--run_name", "patient")
         pids = worker_pids(read_lines(process, 2))
@@ -208,6 +229,7 @@ class TestRefusedAtOnce:
             (["train", "--max_restarts", "-1"], "at least 0"),
             (["trian"], "did you mean train?"),
             (["-m", "tiny", "--output_dir", "a b"], "falcon-qlora train -m tiny --output_dir 'a b'"),
+            (["eval", "-m", "tiny", "--results", "/"], "--results /: this is a folder; name a file"),
             (["bench", "--csv", "/"], "error: --csv /: this is a folder; name a file"),
         ],
     )
@@ -269,6 +291,14 @@ class TestCommandLine:
         [
             (KeyboardInterrupt(), 130, ""),
             (ZeroDivisionError("a bug"), 1, "ZeroDivisionError: a bug"),
+            (ConnectionError("no file, no number"), 1, "Traceback"),
+            (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), 1, "Traceback"),
+            (
+                PermissionError(errno.EACCES, "Permission denied", "/a/b"),
+                1,
+                "error: /a/b: Permission denied\n",
+            ),
+            (OSError(errno.ENOSPC, "No space left on device"), 1, "error: No space left on device\n"),
         ],
     )
     def test_exit_status(
@@ -284,4 +314,5 @@ class TestCommandLine:
 
         monkeypatch.setattr(cli, "_run", fail)
         assert cli.main(["train"]) == status
-        assert printed in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert (told == printed) if printed.startswith("error: ") else (printed in told)

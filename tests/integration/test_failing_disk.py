@@ -1,0 +1,91 @@
+"""A disk that fails costs a run no more than what could not be written just then."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from falcon_qlora.assembly import record
+from falcon_qlora.methods.lora import Lora
+from falcon_qlora.run_directory import RunDirectory
+from tests.integration.interrupted import ROWS, SETTINGS, at_work, run
+from tests.integration.runs import metrics, room_for
+from tests.integration.test_adapter import fine_tune
+from tests.integration.test_sharded_interruption import SHARDED
+
+ENOUGH = 2**30
+
+
+def within(rooms: Iterator[int], work: Callable[..., Any]) -> Callable[..., Any]:
+    """`work` with so much room the first time, the second, and so on."""
+
+    def limited(*arguments: Any, **named: Any) -> Any:
+        with room_for(next(rooms, ENOUGH)):
+            return work(*arguments, **named)
+
+    return limited
+
+
+def test_a_disk_that_fails_for_a_while_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The second line of metrics.jsonl is cut off in its middle; with the third there is room again.
+    monkeypatch.setattr(
+        RunDirectory, "append_metrics", within(iter([ENOUGH, 400]), RunDirectory.append_metrics)
+    )
+    save = within(iter([10_000]), Lora.save)
+
+    def save_and_be_in_the_way(self: Lora, model: Any, folder: Path) -> None:
+        save(self, model, folder)
+        for name in ("summary.json", "loss.png"):
+            (folder.parent / name / "in the way").mkdir(parents=True)
+
+    monkeypatch.setattr(Lora, "save", save_and_be_in_the_way)
+    monkeypatch.setattr(record, "_PAUSE_SECONDS", 0.0)
+    (tmp_path / "run" / "samples.jsonl").mkdir(parents=True)
+    folder = fine_tune(tmp_path, logging_steps=1, save_strategy="no", generate_samples=1, eval_split=0.3)
+    assert [line["step"] for line in metrics(folder)] == [1, 2, 3]
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    for what in (
+        "metrics.jsonl cannot",
+        "samples.jsonl cannot",
+        "the adapter could not",
+        "summary.json",
+        "loss",
+    ):
+        assert sum(what in line for line in told) == 1, (what, told)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "steps", "weights"),
+    [(SETTINGS, 10, "adapter_model.safetensors"), (SHARDED, 8, "model.safetensors")],
+)
+def test_an_adapter_that_cannot_be_written_is_by_going_on(
+    tmp_path_factory: pytest.TempPathFactory, settings: list[str], steps: int, weights: str
+) -> None:
+    with at_work(tmp_path_factory, ROWS) as processes:
+        full = {"do": "full", "bytes": 10_000, "times": 2}
+        status, output, errors = run(processes, "--output_dir", "run", faults=[full], settings=settings)
+        last = f"run/checkpoints/step-{steps}"
+        assert status == 2
+        assert re.fullmatch(
+            rf"error: all steps are done, but run/adapter could not be written \(.+\)\. The last complete "
+            rf"checkpoint is {last}: --resume goes on from it\.\n",
+            errors,
+        )
+        assert output.count("it is tried once more") == 1
+        folder = processes.folder / "run"
+        assert [path.name for path in folder.glob("*adapter*")] == []
+        status, _, errors = run(processes, "--output_dir", "run", "--resume", settings=settings)
+        assert (status, errors) == (0, "")
+        whole, kept = (load_file(path / weights) for path in (folder / "adapter", processes.folder / last))
+        assert whole.keys() == kept.keys()
+        assert all(torch.equal(whole[name], kept[name]) for name in kept)
