@@ -65,8 +65,7 @@ def main(argv: list[str]) -> int:
         raise UserError("--tasks needs lm-evaluation-harness: pip install 'falcon-qlora[lm-eval]'")
     folder = adapter_folder(wanted.adapter) if wanted.adapter else None
     run = run_of(folder) if folder is not None else None
-    named = parse(argv, extra_arguments=EvalArguments, **_HOW).explicit
-    configuration = parse_with_run(argv, run, extra_arguments=EvalArguments, **_HOW)
+    configuration, named = parse_with_run(argv, run, extra_arguments=EvalArguments, **_HOW)
     if not wanted.tasks and "dataset_name" not in named and configuration.data.eval_split is None:
         raise UserError("which text? Name it with --dataset_name FILE")
 
@@ -74,7 +73,7 @@ def main(argv: list[str]) -> int:
     from falcon_qlora.quiet import quiet_libraries
 
     quiet_libraries()
-    record = read_trained(folder, named=named) if folder is not None else {}
+    record = read_trained(configuration, folder, named=named) if folder is not None else {}
     if wanted.tasks:
         figures = _run_tasks(configuration, folder, record, wanted.tasks)
     else:
