@@ -431,6 +431,33 @@ def test_overwriting_pushing_and_text_of_ones_own(run, tmp_path, capsys, monkeyp
     assert tokens == [None, None]
 
 
+def test_a_merge_is_measured_in_16_bits_unless_a_flag_says_otherwise(tmp_path, capsys):
+    """As transformers' own loss in float32 is; the packaged model stands for a merge."""
+    model = shutil.copytree(tiny_path(), tmp_path / "merged")
+    text = write_jsonl(tmp_path / "text.jsonl", [{"text": "One day Anna saw a small bird in a tree."}])
+    words = ["eval", "-m", str(model), "--dataset_name", str(text), "--compute_dtype", "fp32"]
+
+    def loss(*more: str) -> tuple[float, str]:
+        assert cli.main([*words, *more, "--results", str(tmp_path / "figures.json")]) == 0
+        return json.loads((tmp_path / "figures.json").read_text())["loss"], capsys.readouterr().out
+
+    before, said = loss()
+    assert "is a merge" not in said
+    (model / "certificate.json").write_text("{}")
+    merged, said = loss()
+    assert f"{model} is a merge and measured in 16 bits" in said
+    quantized, said = loss("-q", "4bit")
+    assert "is a merge" not in said
+    assert before == quantized != pytest.approx(merged, abs=1e-3)
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokenizer = load_tokenizer("tiny")
+    ids = tokenizer(json.loads(text.read_text())["text"] + tokenizer.eos_token, return_tensors="pt")[
+        "input_ids"
+    ]
+    with torch.no_grad():
+        assert merged == pytest.approx(plain(ids, labels=ids).loss.item(), abs=1e-4)
+
+
 @pytest.mark.slow
 def test_a_run_on_a_folder_of_this_machine_is_used_as_any_other(tmp_path, capsys):
     """Of a base and a tokenizer that are paths, as long as what lies there is what the run was trained on."""
