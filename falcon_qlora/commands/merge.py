@@ -93,6 +93,7 @@ def main(argv: list[str]) -> int:
     from falcon_qlora.quiet import quiet_libraries
 
     quiet_libraries()
+    from falcon_qlora.files import remove_leftovers
     from falcon_qlora.merge.folder import check_disk, check_out
     from falcon_qlora.methods.folder import read_record
 
@@ -103,6 +104,7 @@ def main(argv: list[str]) -> int:
     request = _request(configuration, wanted, folder, record)
     from falcon_qlora.merge.build import needed_bytes
 
+    remove_leftovers(out)
     check_disk(out, needed_bytes(request))
     certificate = _merge(configuration, request, out, run, record)
     _tell(certificate, out)
