@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import re
 from collections.abc import Iterable
 
 EXIT_USER_ERROR = 2
@@ -13,13 +14,28 @@ EXIT_BUG = 1
 EXIT_HANGING = 3
 
 _OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_URL = re.compile(r"\S+://\S+")
+_SECRET_IN_QUERY = re.compile(
+    r"([?&][^=&]*(?:token|key|secret|signature|credential|password)[^=&]*=)[^&#'\"]*", re.I
+)
 
 
 class UserError(Exception):
     """Something the user can mend: the message says what is wrong, where, and what to do.
 
-    A command prints the message alone, once over all processes, and exits with status 2.
+    A command prints the message alone, once over all processes, and exits with status 2. What URLs in it hold
+    of passwords and keys is taken out: messages end up in logs.
     """
+
+    def __init__(self, message: str):
+        super().__init__(without_credentials(message))
+
+
+def without_credentials(text: str) -> str:
+    """`text` with user names, passwords and keys taken out of its URLs."""
+    return _URL.sub(
+        lambda url: _SECRET_IN_QUERY.sub(r"\1removed", re.sub(r"://[^/@]*@", "://", url[0])), text
+    )
 
 
 def message_of(error: Exception) -> str | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -14,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from falcon_qlora.errors import UserError
+
+# In the names of folders that are on their way to another's place, or out of it.
+_PARTIAL, _REPLACED = "-partial-", "-replaced-"
 
 
 def user_cache(name: str) -> Path:
@@ -51,24 +56,59 @@ def replaced(file: Path) -> Iterator[Path]:
 def replaced_folder(target: Path) -> Iterator[Path]:
     """Yield an empty folder that takes `target`'s place when the block ends without an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    temporary.chmod(0o755)
-    try:
+    remove_leftovers(target)
+    with _held_folder(f".{target.name}{_PARTIAL}", target.parent) as temporary:
+        temporary.chmod(0o755)
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
                 _flush(file)
         if target.exists():
             # A folder cannot replace a full one in one move: the old one steps aside first.
-            aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-            os.replace(target, aside / target.name)
-            os.replace(temporary, target)
-            shutil.rmtree(aside, ignore_errors=True)
+            with _held_folder(f".{target.name}{_REPLACED}", target.parent) as aside:
+                try:
+                    os.replace(target, aside / target.name)
+                    os.replace(temporary, target)
+                except BaseException:
+                    if not target.exists():
+                        os.replace(aside / target.name, target)
+                    raise
         else:
             os.replace(temporary, target)
         _flush(target.parent)
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove what a process that was killed in `replaced_folder` has left beside `target`."""
+    if not target.parent.is_dir():
+        return
+    ours = re.compile(rf"\.{re.escape(target.name)}({_PARTIAL}|{_REPLACED})\w{{8}}")
+    for path in [path for path in target.parent.iterdir() if ours.fullmatch(path.name)]:
+        with contextlib.suppress(OSError), _held(path):  # who lives still holds it
+            if target.exists() or _PARTIAL in path.name:  # else it holds the only one there is
+                shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held_folder(prefix: str, parent: Path) -> Iterator[Path]:
+    """A new folder, locked as long as this process lives, and removed at the end if it is still there."""
+    path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # some network file systems lock no folders
+            stack.enter_context(_held(path))
+        yield path
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """A lock on `folder`, which ends with the process; an OSError where another has it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(handle)
 
 
 def try_to_write(folder: Path) -> None:

@@ -252,15 +252,20 @@ def append_lines(file: Path, lines: str) -> None:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Read a `metrics.jsonl`; [] where there is none, without a last line cut short by a crash."""
+    """Read a `metrics.jsonl`; [] where there is none.
+
+    A last line cut short by a crash is left out, as is any other that is no record of a step.
+    """
     records: list[dict[str, Any]] = []
     if not file.exists():
         return records
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
     return records
 
 

@@ -265,14 +265,15 @@ class FalconTrainer(ResumableTrainer):
         self._reduction.share_parameters()
         if self._resumed is not None:
             kept, self._resumed = self._resumed, None
-            self._tr_loss.fill_(kept["loss"])
-            self._counted.fill_(kept["counted"])
-            self._globalstep_last_logged = self._logged_step = kept["last_logged"]
-            self.halvings = kept["halvings"]
-            self.meter.load_state(kept["meter"])
-            self._seconds_before = self.meter.seconds
-            self.bad_steps.load_state(kept["bad_steps"])
-            self._reports.load_state(kept["reports"])
+            with process_state.reading(self._states_file):
+                self._tr_loss.fill_(kept["loss"])
+                self._counted.fill_(kept["counted"])
+                self._globalstep_last_logged = self._logged_step = kept["last_logged"]
+                self.halvings = kept["halvings"]
+                self.meter.load_state(kept["meter"])
+                self._seconds_before = self.meter.seconds
+                self.bad_steps.load_state(kept["bad_steps"])
+                self._reports.load_state(kept["reports"])
         distributed.remember_siblings()
         interrupts.training_begins(note)
         if self._watchdog is not None:

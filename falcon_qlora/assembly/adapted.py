@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,17 @@ def adapter_folder(name: str) -> Path:
     raise UserError(f"--adapter {name}: holds no adapter (no adapter_config.json there or in adapter/)")
 
 
-def read_trained(folder: Path, *, named: Collection[str]) -> dict[str, Any]:
+def read_trained(configuration: Configuration, folder: Path, *, named: Collection[str]) -> dict[str, Any]:
     """What `read_record` says of a trained folder; a whole model is its own base.
 
     Args:
+        configuration: with the settings of the run, where there is one.
         folder: from `adapter_folder`.
         named: settings that the user named.
 
     Raises:
-        UserError: if its files cannot be read, or the user names a base for a whole model.
+        UserError: if its files cannot be read, the user names a base for a whole model, or the files name
+            what `check_names` refuses.
     """
     from falcon_qlora.methods.folder import read_record
 
@@ -49,7 +52,76 @@ def read_trained(folder: Path, *, named: Collection[str]) -> dict[str, Any]:
             record["tokenizer"] = str(folder)
         else:
             record["tokenizer"] = record.get("tokenizer") or record.get("base_model")
+    check_names(configuration, record, folder, named=named)
     return record
+
+
+def check_names(
+    configuration: Configuration, record: dict[str, Any], folder: Path, *, named: Collection[str]
+) -> None:
+    """Let a folder of this machine be read only where the user names it, or one who has had it open.
+
+    The files of an adapter or its run may come from anywhere. One that training wrote here tells the content
+    of the folders that it names; such a folder is opened, and named to the user.
+
+    Args:
+        configuration, record, folder, named: as in `read_trained`.
+
+    Raises:
+        UserError: if the files name another folder outside of theirs, or no base model.
+    """
+    base, tokenizer = base_model(configuration, record), tokenizer_name(configuration, record)
+    if record["method"] == _WHOLE:
+        tokenizer = tokenizer or base
+    elif not base:
+        raise UserError(f"{folder} names no base model. Name it with --model_name_or_path.")
+    elif "model_name_or_path" not in named:
+        _check_name(base, "base model", "--model_name_or_path", record, folder)
+    if tokenizer and "tokenizer_name_or_path" not in named:
+        _check_name(tokenizer, "tokenizer", "--tokenizer_name_or_path", record, folder)
+
+
+def _check_name(name: str, what: str, flag: str, record: dict[str, Any], folder: Path) -> None:
+    from falcon_qlora.models.identity import named_folder
+
+    path = named_folder(name)
+    if path is None or _lies_within(path, folder):
+        return
+    if not may_open(name, what, record, folder):
+        raise UserError(
+            f"{folder} names {name!r}, a folder of this machine, as its {what}, and does not tell what lies "
+            f"there now. If that is right, say so: {flag} FOLDER."
+        )
+    # Not among a command's answers.
+    print(f"note: the {what} is {path}, which {folder} names", file=sys.stderr)
+
+
+def may_open(name: str, what: str, record: dict[str, Any], folder: Path) -> bool:
+    """Whether the files of a trained folder may have the model `name` opened, if it is a path at all.
+
+    Args:
+        name: of a model.
+        what: ``base model`` or ``tokenizer``.
+        record: what `folder` says of itself.
+        folder: with the trained tensors.
+    """
+    from falcon_qlora.models.identity import model_fingerprint, named_folder, tokenizer_fingerprint
+
+    path = named_folder(name)
+    if path is None or _lies_within(path, folder):
+        return True
+    base = what == "base model"
+    told = record.get("base_fingerprint" if base else "tokenizer_fingerprint")
+    return isinstance(told, str) and told == (
+        model_fingerprint(name) if base else tokenizer_fingerprint(name)
+    )
+
+
+def _lies_within(path: Path, folder: Path) -> bool:
+    """Whether a path lies in a trained folder, or in the run that it is of."""
+    run = run_of(folder)
+    roots = [folder] if run is None else [folder, run.path]
+    return any(path.resolve().is_relative_to(root.resolve()) for root in roots)
 
 
 def run_of(folder: Path) -> RunDirectory | None:
@@ -61,12 +133,19 @@ def run_of(folder: Path) -> RunDirectory | None:
     return next((RunDirectory(path) for path in candidates if (path / "config.yaml").is_file()), None)
 
 
-def parse_with_run(argv: list[str], run: RunDirectory | None, **how: Any) -> Configuration:
-    """Read a command line over the settings of a run, unless it names a file of settings itself."""
-    named = any(word == "--config" or word.startswith("--config=") for word in argv)
-    if run is None or named:
-        return parse(argv, **how)
-    return parse(["--config", str(run.config_file), *argv], **how)
+def parse_with_run(
+    argv: list[str], run: RunDirectory | None, **how: Any
+) -> tuple[Configuration, Collection[str]]:
+    """Read a command line over the settings of a run, unless it names a file of settings itself.
+
+    Returns:
+        The configuration, and which settings the user gave: by flags, a recipe or a file that flags name.
+    """
+    configuration = parse(argv, **how)
+    named = configuration.explicit.keys()
+    if run is None or any(word == "--config" or word.startswith("--config=") for word in argv):
+        return configuration, named
+    return parse(["--config", str(run.config_file), *argv], **how), named
 
 
 def given(configuration: Configuration, record: dict[str, Any], name: str, recorded: str) -> Any:
@@ -78,6 +157,12 @@ def given(configuration: Configuration, record: dict[str, Any], name: str, recor
 def base_model(configuration: Configuration, record: dict[str, Any]) -> str:
     """The name of the base model."""
     name: str = given(configuration, record, "model_name_or_path", "base_model")
+    return name
+
+
+def tokenizer_name(configuration: Configuration, record: dict[str, Any]) -> str | None:
+    """Where another tokenizer than the base model's comes from."""
+    name: str | None = given(configuration, record, "tokenizer_name_or_path", "tokenizer")
     return name
 
 
@@ -148,6 +233,6 @@ def tokenizer_of(configuration: Configuration, record: dict[str, Any]) -> Any:
 
     return load_tokenizer(
         base_model(configuration, record),
-        tokenizer_name_or_path=given(configuration, record, "tokenizer_name_or_path", "tokenizer"),
+        tokenizer_name_or_path=tokenizer_name(configuration, record),
         revision=configuration.model.model_revision,
     )

@@ -16,6 +16,7 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 from transformers import FalconConfig
 
+from falcon_qlora.assembly.adapted import may_open
 from falcon_qlora.checkpoint import verify
 from falcon_qlora.errors import UserError
 from falcon_qlora.files import sha256
@@ -189,7 +190,9 @@ def _adapter(folder: Path) -> Inspection:
         found.add("LoRA", _described(adapter.method))
     else:
         found.add("method", adapter.method.describe())
-    config = found.attempt(lambda: base_config(adapter.base_model or ""))
+    base = adapter.base_model or ""
+    is_open = may_open(base, "base model", adapter.record, folder)
+    config = found.attempt(lambda: base_config(base)) if is_open else None
     if config is None:
         found.add("note", "the base model's configuration is not here: the tensors were not compared with it")
         return found

@@ -32,6 +32,7 @@ from falcon_qlora.methods.folder import RECORD
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.model_card import ModelCard
 from falcon_qlora.models.falcon import parameter_count
+from falcon_qlora.models.identity import model_fingerprint, tokenizer_fingerprint
 from falcon_qlora.models.quantize import is_quantized_linear
 from falcon_qlora.models.sharded import is_sharded, take_part, whole_shape
 from falcon_qlora.models.sizes import GIB, weight_bytes
@@ -154,9 +155,13 @@ def describe_adapter(
         folder / RECORD,
         {
             "base_model": settings.model_name_or_path,
+            "base_fingerprint": model_fingerprint(settings.model_name_or_path),
             "quantize_mode": settings.quantize_mode,
             "double_quantization": settings.double_quantization,
             "tokenizer": settings.tokenizer_name_or_path,
+            "tokenizer_fingerprint": tokenizer_fingerprint(
+                settings.tokenizer_name_or_path or settings.model_name_or_path
+            ),
             "template": data.template,
             "dataset_format": data.dataset_format,
             "method": configuration.method.method,

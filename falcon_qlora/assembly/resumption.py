@@ -13,6 +13,7 @@ from falcon_qlora import distributed
 from falcon_qlora.assembly import sharding
 from falcon_qlora.assembly.rows import TrainingData, global_batch
 from falcon_qlora.checkpoint import verify
+from falcon_qlora.checkpoint.resume import check_trainer_state
 from falcon_qlora.checkpoint.write import set_aside_after
 from falcon_qlora.config import Configuration
 from falcon_qlora.config.library import library_fields
@@ -104,10 +105,20 @@ def _refuse_if_not_whole(checkpoint: Path) -> None:
         other, _ = verify.newest_whole(checkpoint.parent)
         hint = f"; {other} is whole" if other else ""
         raise UserError(f"--resume {checkpoint}: {wrong}{hint}")
-    if not verify.read_manifest(checkpoint).get("resumable"):
+    manifest = verify.read_manifest(checkpoint)
+    if not manifest.get("resumable"):
         raise UserError(
             f"--resume {checkpoint}: it was saved with --save_only_model, without the optimizer's state"
         )
+    for name in ("step", "processes", "global_batch"):
+        value = manifest.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(
+                f"--resume {checkpoint}: its {verify.MANIFEST} is not what training wrote ({name} is "
+                f"{str(value)[:40]!r}). Go on from another checkpoint (--resume CHECKPOINT), or start the "
+                "run again with --overwrite"
+            )
+    check_trainer_state(checkpoint)
 
 
 def adopt(configuration: Configuration, checkpoint: str | None) -> None:

@@ -5,15 +5,32 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import pickle
 import random
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from torch.distributed import DistError
+
+from falcon_qlora.errors import UserError
 
 STATES = "processes.pt"
 CURSOR = "stream.json.gz"
+# Unpacked, a cursor may have so many bytes, or so many times those of the file: no text shrinks further
+# unless it says the same over and over.
+_CURSOR_BYTES = 2**28
+_CURSOR_RATIO = 64
+# What comes of taking up what is of another form.
+_OF_CONTENT = (
+    *(RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, OverflowError),
+    *(OSError, EOFError, zlib.error),
+)
 
 
 def random_states() -> dict[str, Any]:
@@ -55,9 +72,50 @@ def seed_anew(seed: int, *, step: int, process: int) -> None:
     torch.manual_seed(fresh)
 
 
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Turn what goes wrong where a checkpoint's file is read or taken up into a `UserError` that names it.
+
+    A checksum says that a file is what the manifest was made of, not that training wrote it.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError, DistError):
+        raise
+    except (pickle.UnpicklingError, SafetensorError, *_OF_CONTENT) as error:
+        # Of a pickle torch advises to open it all the same.
+        told = "" if isinstance(error, pickle.UnpicklingError) else " ".join(str(error).split())[:200]
+        told = told or "it holds more than plain values and tensors"
+        raise UserError(
+            f"{file} cannot be taken up: {told}. It is not what training wrote, or of another run. Go on "
+            "from another checkpoint (--resume CHECKPOINT), or start the run again with --overwrite"
+        ) from None
+
+
+def check_plain(file: Path, kind: type) -> Any:
+    """What a torch file holds, mapped: its tensors are not read yet.
+
+    Raises:
+        UserError: if it holds anything but a `kind` of plain values and tensors.
+    """
+    with reading(file):
+        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        if not isinstance(content, kind):
+            raise TypeError(f"it holds a {type(content).__name__}, not a {kind.__name__}")
+        return content
+
+
 def load_states(checkpoint: Path) -> list[dict[str, Any]]:
-    """Each process's state, by process index."""
-    return torch.load(checkpoint / STATES, map_location="cpu", weights_only=True)
+    """Each process's state, by process index.
+
+    Raises:
+        UserError: if the file holds anything else.
+    """
+    states: list[dict[str, Any]] = check_plain(checkpoint / STATES, list)
+    if not states or not all(isinstance(state, dict) for state in states):
+        with reading(checkpoint / STATES):
+            raise ValueError("it holds no process's state")
+    return states
 
 
 def save_cursor(checkpoint: Path, cursor: dict[str, Any]) -> None:
@@ -67,9 +125,19 @@ def save_cursor(checkpoint: Path, cursor: dict[str, Any]) -> None:
 
 
 def load_cursor(checkpoint: Path) -> dict[str, Any] | None:
-    """What `save_cursor` wrote; None where there is none, and a stream is read again from its start."""
-    if not (checkpoint / CURSOR).is_file():
+    """What `save_cursor` wrote; None where there is none, and a stream is read again from its start.
+
+    Raises:
+        UserError: if it is damaged, no JSON, or would unpack to far more than rows and documents do.
+    """
+    file = checkpoint / CURSOR
+    if not file.is_file():
         return None
-    with gzip.open(checkpoint / CURSOR, "rt", encoding="utf-8") as handle:
-        cursor: dict[str, Any] = json.load(handle)
+    most = max(_CURSOR_BYTES, _CURSOR_RATIO * file.stat().st_size)
+    with reading(file):
+        with gzip.open(file, "rb") as handle:
+            content = handle.read(most + 1)
+        if len(content) > most:
+            raise ValueError(f"unpacked it has more than {most:,} bytes")
+        cursor: dict[str, Any] = json.loads(content)
     return cursor

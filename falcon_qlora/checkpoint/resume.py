@@ -1,11 +1,18 @@
-"""Going on from a checkpoint: what each process remembers."""
+"""Going on from a checkpoint: what the trainer and each process remember."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
-from falcon_qlora.checkpoint.process_state import load_states
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+
+from falcon_qlora.checkpoint.process_state import STATES, load_states, reading
+from falcon_qlora.untrusted import read_json
+
+_COUNTS = ("global_step", "num_input_tokens_seen", "best_global_step")
 
 
 def read_process(checkpoint: Path, *, process: int, processes: int) -> dict[str, Any]:
@@ -18,4 +25,31 @@ def read_process(checkpoint: Path, *, process: int, processes: int) -> dict[str,
     if len(states) == processes:
         return states[process]
     rest = {name: value for name, value in states[0].items() if name != "random"}
-    return rest | {"loss": sum(state["loss"] for state in states) / len(states)}
+    with reading(checkpoint / STATES):
+        return rest | {"loss": sum(state["loss"] for state in states) / len(states)}
+
+
+def check_trainer_state(checkpoint: Path) -> None:
+    """Refuse a trainer's state of another form, or of another step than its folder's.
+
+    Raises:
+        UserError: naming the file.
+    """
+    file = checkpoint / TRAINER_STATE_NAME
+    state = read_json(file)
+    with reading(file):
+        for name in state.keys() - {field.name for field in dataclasses.fields(TrainerState)}:
+            raise ValueError(f"{name[:40]!r} is not known")
+        for name in _COUNTS:
+            value = state.get(name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+                raise ValueError(f"{name} is {str(value)[:40]!r}")
+        if f"step-{state.get('global_step')}" != checkpoint.name:
+            raise ValueError(f"global_step is {state.get('global_step')} in {checkpoint.name}")
+        for name, kind in (("log_history", list), ("stateful_callbacks", dict)):
+            if not isinstance(state.get(name), kind):
+                raise ValueError(f"{name} is no {kind.__name__}")
+        if not all(
+            isinstance(line, dict) and isinstance(line.get("step"), int) for line in state["log_history"]
+        ):
+            raise ValueError("log_history holds a line without a step")

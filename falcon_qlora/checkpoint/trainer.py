@@ -10,7 +10,7 @@ from typing import Any
 import falcon_qlora.models.quantize  # noqa: F401  # isort: skip  # before trl imports bitsandbytes: see there
 import torch
 from torch import nn
-from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from trl import SFTTrainer
 
 from falcon_qlora.checkpoint import process_state
@@ -18,6 +18,7 @@ from falcon_qlora.checkpoint.optimizer_parts import has_parts, read_own_rows
 from falcon_qlora.checkpoint.resume import read_process
 from falcon_qlora.checkpoint.verify import fault
 from falcon_qlora.checkpoint.write import save_checkpoint
+from falcon_qlora.data.cursor import check_cursor
 from falcon_qlora.meter import Meter
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.sharded import is_sharded
@@ -58,6 +59,7 @@ class ResumableTrainer(SFTTrainer):
         self._saved_step = -1
         self._save_failure: str | None = None
         self._resumed: dict[str, Any] | None = None
+        self._states_file = Path(process_state.STATES)  # that it is from
         super().__init__(**sft)
 
     def _process_state(self) -> dict[str, Any]:
@@ -120,26 +122,42 @@ class ResumableTrainer(SFTTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        if is_sharded(self.model) or has_parts(Path(checkpoint)):
-            read_own_rows(self.optimizer, Path(checkpoint))
-            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+        folder = Path(checkpoint)
+        process_state.check_plain(folder / SCHEDULER_NAME, dict)
+        if is_sharded(self.model) or has_parts(folder):
+            with process_state.reading(folder / "optimizer-*.pt"):
+                read_own_rows(self.optimizer, folder)
+            with process_state.reading(folder / SCHEDULER_NAME):
+                self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
         else:
-            super()._load_optimizer_and_scheduler(checkpoint)
+            process_state.check_plain(folder / OPTIMIZER_NAME, dict)
+            with process_state.reading(folder / OPTIMIZER_NAME):
+                super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with process_state.reading(Path(checkpoint or "", SCALER_NAME)):
+            super()._load_scaler(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        method_of(self.model).restore(self.model, Path(resume_from_checkpoint))
+        with process_state.reading(Path(resume_from_checkpoint)):
+            method_of(self.model).restore(self.model, Path(resume_from_checkpoint))
 
     def _init_training_state(
         self, max_steps: int, steps_an_epoch: int, epochs: int, checkpoint: str | None, trial: Any
     ) -> tuple[int, int]:
-        place = super()._init_training_state(max_steps, steps_an_epoch, epochs, checkpoint, trial)
-        if checkpoint is not None:
-            self._resumed = self._read_process(checkpoint)
-            cursor = process_state.load_cursor(Path(checkpoint))
-            if cursor is not None:
-                self._go_on_reading(cursor)
-            self._saved_step = self.state.global_step
-            self._find_best_again()
+        if checkpoint is None:
+            return super()._init_training_state(max_steps, steps_an_epoch, epochs, checkpoint, trial)
+        folder = Path(checkpoint)
+        with process_state.reading(folder / TRAINER_STATE_NAME):
+            place = super()._init_training_state(max_steps, steps_an_epoch, epochs, checkpoint, trial)
+        self._resumed, self._states_file = self._read_process(checkpoint), folder / process_state.STATES
+        cursor = process_state.load_cursor(folder)
+        if cursor is not None:
+            with process_state.reading(folder / process_state.CURSOR):
+                check_cursor(cursor, step=self.state.global_step, vocabulary=self.model.config.vocab_size)
+            self._go_on_reading(cursor)
+        self._saved_step = self.state.global_step
+        self._find_best_again()
         return place
 
     def _read_process(self, checkpoint: str) -> dict[str, Any]:
@@ -159,7 +177,8 @@ class ResumableTrainer(SFTTrainer):
             return
         kept = self._read_process(checkpoint)
         if "random" in kept:
-            process_state.restore_random_states(kept["random"])
+            with process_state.reading(Path(checkpoint, process_state.STATES)):
+                process_state.restore_random_states(kept["random"])
         else:
             process_state.seed_anew(
                 self.args.seed, step=self.state.global_step, process=self.accelerator.process_index

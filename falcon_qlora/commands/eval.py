@@ -1,8 +1,8 @@
 """``falcon-qlora eval``: perplexity and answer loss on text, of a base model, an adapter or a merge.
 
 ``--adapter DIR`` measures the quantized base with the adapter, ``-m MODEL`` a model alone, quantized as
-``-q`` says (a merge: ``-q 16bit``). The text is what ``--dataset_name`` names; without it, what the adapter's
-run held out.
+``-q`` says (a merge is not, unless it says so). The text is what ``--dataset_name`` names; without it, what
+the adapter's run held out.
 """
 
 from __future__ import annotations
@@ -68,8 +68,7 @@ def main(argv: list[str]) -> int:
         check_writable(Path(wanted.results), "--results")
     folder = adapter_folder(wanted.adapter) if wanted.adapter else None
     run = run_of(folder) if folder is not None else None
-    named = parse(argv, extra_arguments=EvalArguments, **_HOW).explicit
-    configuration = parse_with_run(argv, run, extra_arguments=EvalArguments, **_HOW)
+    configuration, named = parse_with_run(argv, run, extra_arguments=EvalArguments, **_HOW)
     if not wanted.tasks and "dataset_name" not in named and configuration.data.eval_split is None:
         raise UserError("which text? Name it with --dataset_name FILE")
 
@@ -77,7 +76,10 @@ def main(argv: list[str]) -> int:
     from falcon_qlora.quiet import quiet_libraries
 
     quiet_libraries()
-    record = read_trained(folder, named=named) if folder is not None else {}
+    if folder is None:
+        record = _record_of_merge(configuration)
+    else:
+        record = read_trained(configuration, folder, named=named)
     if wanted.tasks:
         figures = _run_tasks(configuration, folder, record, wanted.tasks)
     else:
@@ -89,6 +91,19 @@ def main(argv: list[str]) -> int:
 
         write_json(Path(wanted.results), figures)
     return 0
+
+
+def _record_of_merge(configuration: Configuration) -> dict[str, Any]:
+    """That a merge is measured as it was certified, in the place of an adapter's record; {} for no merge."""
+    from falcon_qlora.merge.certificate import CERTIFICATE
+    from falcon_qlora.models.identity import named_folder
+    from falcon_qlora.terminal import note
+
+    folder = named_folder(configuration.model.model_name_or_path)
+    if "quantize_mode" in configuration.explicit or folder is None or not (folder / CERTIFICATE).is_file():
+        return {}
+    note(f"{folder} is a merge and measured in 16 bits, as it was made; -q 4bit quantizes it first")
+    return {"quantize_mode": "16bit"}
 
 
 def _measure(

@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
     from falcon_qlora.quiet import quiet_libraries
 
     quiet_libraries()
-    record = read_trained(folder, named=configuration.explicit) if folder else {}
+    record = read_trained(configuration, folder, named=configuration.explicit) if folder else {}
     if wanted.compare and record["method"] == "full":
         raise UserError(
             f"--compare: {folder} is a whole fine-tuned model without its base inside; ask "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from dataclasses import field as setting
 from pathlib import Path
@@ -22,6 +23,7 @@ from falcon_qlora.assembly.adapted import (
     parse_with_run,
     read_trained,
     run_of,
+    tokenizer_name,
     tokenizer_of,
 )
 from falcon_qlora.config import Configuration, parse
@@ -84,28 +86,30 @@ def main(argv: list[str]) -> int:
     assert wanted.out is not None
     folder = adapter_folder(wanted.adapter)
     run = run_of(folder)
-    configuration = parse_with_run(argv, run, extra_arguments=MergeArguments, **_HOW)
-    _check_hub(configuration)
+    configuration, named = parse_with_run(argv, run, extra_arguments=MergeArguments, **_HOW)
+    hub = _hub_settings(configuration, named)
 
     # Only now: a wrong flag is told at once.
     from falcon_qlora.quiet import quiet_libraries
 
     quiet_libraries()
+    from falcon_qlora.files import remove_leftovers
     from falcon_qlora.merge.folder import check_disk, check_out
+    from falcon_qlora.methods.folder import read_record
 
-    record = read_trained(folder, named=())
-    _check_method(record, folder)
-    _check_base_name(configuration, record, folder)
+    _check_method(read_record(folder), folder)
+    record = read_trained(configuration, folder, named=named)
     out = Path(wanted.out)
     check_out(out, overwrite=configuration.run.overwrite)
     request = _request(configuration, wanted, folder, record)
     from falcon_qlora.merge.build import needed_bytes
 
+    remove_leftovers(out)
     check_disk(out, needed_bytes(request))
     certificate = _merge(configuration, request, out, run, record)
     _tell(certificate, out)
-    if configuration.trainer.get("push_to_hub"):
-        _push(configuration, out)
+    if hub is not None:
+        _push(out, **hub)
     return 0
 
 
@@ -186,7 +190,7 @@ def _request(
         base_folder=None if name.startswith(RANDOM) else find_folder(name, revision=revision),
         tokenizer_folder=find_tokenizer(
             name,
-            tokenizer_name_or_path=given(configuration, record, "tokenizer_name_or_path", "tokenizer"),
+            tokenizer_name_or_path=tokenizer_name(configuration, record),
             revision=revision,
         ),
         adapter=adapter,
@@ -276,9 +280,22 @@ def _check_recorded_loss(
         )
 
 
-def _check_hub(configuration: Configuration) -> None:
-    if configuration.trainer.get("push_to_hub") and not configuration.trainer.get("hub_model_id"):
+def _hub_settings(configuration: Configuration, named: Collection[str]) -> dict[str, Any] | None:
+    """Where to upload to and how; None unless a flag asks for it.
+
+    That the run was uploaded, as its settings say, is no wish to upload its merge too.
+
+    Raises:
+        UserError: if no flag says where to.
+    """
+    settings, explicit = configuration.trainer, configuration.explicit
+    if explicit.get("push_to_hub") != "flag" or not settings["push_to_hub"]:
+        return None
+    if explicit.get("hub_model_id") != "flag" or not settings["hub_model_id"]:
         raise UserError("--push_to_hub needs to know where to: --hub_model_id NAME/MODEL")
+    others = {"private": "hub_private_repo", "token": "hub_token", "revision": "hub_revision"}
+    how = {word: settings.get(name) if name in named else None for word, name in others.items()}
+    return {"model_id": settings["hub_model_id"], **how}
 
 
 def _check_method(record: dict[str, Any], folder: Path) -> None:
@@ -289,20 +306,6 @@ def _check_method(record: dict[str, Any], folder: Path) -> None:
         raise UserError(
             f"{folder} was trained with {method.title} and cannot be merged: {method.why_not_merged}. Use it "
             "as it is: falcon-qlora generate and falcon_qlora.load_adapter open it."
-        )
-
-
-def _check_base_name(configuration: Configuration, record: dict[str, Any], folder: Path) -> None:
-    """Let a folder of this machine be read only where the user, not an adapter's file, names it."""
-    name = base_model(configuration, record)
-    if not isinstance(name, str) or not name:
-        raise UserError(f"{folder} names no base model. Name it with --model_name_or_path.")
-    if "model_name_or_path" in configuration.explicit:
-        return
-    if name.startswith(("/", "~", ".")) or ".." in Path(name).parts:
-        raise UserError(
-            f"{folder} names {name!r}, a folder of this machine, as its base model. If that is right, say "
-            "so: --model_name_or_path FOLDER."
         )
 
 
@@ -322,16 +325,8 @@ def _tell(certificate: Certificate, out: Path) -> None:
     print_plain(f"wrote {out}/ ({certificate.dtype}); serve it: vllm serve {out}")
 
 
-def _push(configuration: Configuration, out: Path) -> None:
+def _push(out: Path, *, model_id: str, **how: Any) -> None:
     from falcon_qlora.models.hub import push_folder
     from falcon_qlora.terminal import print_plain
 
-    settings = configuration.trainer
-    url = push_folder(
-        out,
-        settings["hub_model_id"],
-        private=settings.get("hub_private_repo"),
-        token=settings.get("hub_token"),
-        revision=settings.get("hub_revision"),
-    )
-    print_plain(f"uploaded to {url}")
+    print_plain(f"uploaded to {push_folder(out, model_id, **how)}")

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import datetime
 import functools
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from falcon_qlora.config.arguments import (
 from falcon_qlora.config.help import print_help
 from falcon_qlora.config.library import RENAMED, SECRETS
 from falcon_qlora.config.parser import RECIPES, FalconParser, Layer, lay_over, recipe_file, recipe_names
-from falcon_qlora.errors import UserError
+from falcon_qlora.errors import UserError, without_credentials
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -32,9 +31,6 @@ if TYPE_CHECKING:
 # Where this run writes and whether it goes on with another is not part of what a re-run needs.
 _NOT_RECORDED = frozenset({"output_dir", "resume", "overwrite"})
 _GROUP_SECONDS = 1800.0  # Transformers' own default of ddp_timeout
-_SECRET_IN_QUERY = re.compile(
-    r"([?&][^=&]*(?:token|key|secret|signature|credential|password)[^=&]*=)[^&#]*", re.I
-)
 
 
 @dataclass(kw_only=True)
@@ -241,10 +237,6 @@ def _start_process_group(values: dict[str, Any]) -> None:
 
 
 def _without_credentials(value: Any) -> Any:
-    """`value` with user names, passwords and keys taken out of URLs."""
     if isinstance(value, list):
         return [_without_credentials(item) for item in value]
-    if isinstance(value, str) and "://" in value:
-        value = re.sub(r"://[^/@]*@", "://", value)
-        return _SECRET_IN_QUERY.sub(r"\1removed", value)
-    return value
+    return without_credentials(value) if isinstance(value, str) else value

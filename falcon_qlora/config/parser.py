@@ -19,7 +19,7 @@ import yaml
 from trl.scripts.utils import TrlParser
 
 from falcon_qlora.config.arguments import OUR_ARGUMENTS
-from falcon_qlora.config.library import NOT_TAKEN, LibraryField, library_fields
+from falcon_qlora.config.library import NOT_TAKEN, SECRETS, LibraryField, library_fields
 from falcon_qlora.errors import UserError, nearest
 
 NUMBERS = ("a whole number", "a number")
@@ -81,20 +81,23 @@ class Setting:
 
     def _read_one(self, value: Any, where: str) -> Any:
         if isinstance(value, (dict, list)) or (isinstance(value, bool) and self.type_name in NUMBERS):
-            raise UserError(f"{where}: {value!r} is not {self.type_name}")
+            raise UserError(f"{where}: {self._shown(value)} is not {self.type_name}")
         if isinstance(value, bool) and self.type_name == "text":
             # YAML reads a bare no as false.
             value = "no" if value is False and "no" in (self.choices or ()) else str(value).lower()
         try:
             converted = self.convert(str(value))
         except (ValueError, TypeError, argparse.ArgumentTypeError):
-            raise UserError(f"{where}: {str(value)!r} is not {self.type_name}") from None
+            raise UserError(f"{where}: {self._shown(str(value))} is not {self.type_name}") from None
         if self.choices is not None and converted not in self.choices and converted is not None:
             known = [str(choice) for choice in self.choices]
             raise UserError(
                 f"{where}: {str(value)!r} is not one of {', '.join(known)}{nearest(str(value), known)}"
             )
         return converted
+
+    def _shown(self, value: Any) -> str:
+        return "what is given" if self.name in SECRETS else repr(value)
 
     def _read_dict(self, value: Any, where: str) -> Any:
         if isinstance(value, str) and value.lstrip().startswith("{"):

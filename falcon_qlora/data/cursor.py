@@ -257,3 +257,66 @@ def plain(state: tuple[Any, ...]) -> list[Any]:
 def restore(order: random.Random, state: list[Any]) -> None:
     version, numbers, gauss = state
     order.setstate((version, tuple(numbers), gauss))
+
+
+def check_cursor(cursor: Any, *, step: int, vocabulary: int) -> None:
+    """Refuse what is no cursor of a stream, before rows and documents are taken from it.
+
+    Args:
+        cursor: as `batches.Share.cursor` gave it.
+        step: that the run goes on from.
+        vocabulary: of the model: what each token of a document is below.
+
+    Raises:
+        ValueError, TypeError, LookupError: saying what is wrong, more or less.
+    """
+    numbers = [cursor[name] for name in ("step", "epoch", "began")]
+    _require(all(map(_is_count, numbers)) and cursor["began"] <= cursor["step"] == step, "step")
+    for document in cursor["waiting"]:
+        _check_document(document, vocabulary)
+    stream = cursor["stream"]
+    if stream is None:
+        return
+    for document in stream["waiting"]:
+        _check_document(document, vocabulary)
+    shuffled = stream["shuffled"]
+    rows = shuffled["rows"]
+    for order in (shuffled["order"], rows["order"], *(reader["began"] for reader in rows["readers"])):
+        restore(random.Random(), order)
+    for flag in (shuffled["draining"], rows["ended"], *(reader["ended"] for reader in rows["readers"])):
+        _require(isinstance(flag, bool), "draining or ended")
+    count = len(rows["readers"])
+    _require(count > 0, "rows.readers")
+    for name in ("waiting", "turn"):
+        _require(all(_is_count(index) and index < count for index in rows[name]), f"rows.{name}")
+    _require(_is_count(rows["given"]), "rows.given")
+    for reader in rows["readers"]:
+        _check_format(reader["format"])
+        position = reader["position"]
+        _require(isinstance(position, list) and len(position) == 2 and _is_count(position[0]), "position")
+    for row in shuffled["buffer"] or ():
+        for text, train, end in row:
+            _require(isinstance(text, str) and isinstance(train, bool) and isinstance(end, bool), "buffer")
+
+
+def _check_document(document: Any, vocabulary: int) -> None:
+    ids, mask = document
+    _require(len(ids) == len(mask) > 0, "waiting")
+    _require(all(_is_count(token) and token < vocabulary for token in ids), "waiting")
+    _require(all(value in (0, 1) for value in mask), "waiting")
+
+
+def _check_format(row_format: Any) -> None:
+    if row_format is not None:
+        name, columns = row_format
+        _require(isinstance(name, str), "format")
+        _require(all(isinstance(text, str) for pair in columns.items() for text in pair), "format")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _require(fits: bool, what: str) -> None:
+    if not fits:
+        raise ValueError(f"{what} is not of the form that it is written in")

@@ -107,6 +107,11 @@ def find_source(name: str, *, config: str | None = None, split: str = "train") -
                 f"{name}: a single file has no split {split!r}; name another file, or hold out a fraction"
             )
         return LocalSource(name, (path,))
+    if "://" in name:
+        raise UserError(
+            f"--dataset_name {name}: rows are read from files here and data sets of the hub, not from an "
+            "address. Download it, and name the file"
+        )
     if _looks_like_path(name):
         neighbours = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
         where = "" if path.parent.is_dir() else f" (nor is there a folder {path.parent})"

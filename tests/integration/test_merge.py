@@ -405,11 +405,11 @@ def test_a_disk_that_fills_is_one_message_and_leaves_nothing(run, tmp_path, caps
 
 
 def test_overwriting_pushing_and_text_of_ones_own(run, tmp_path, capsys, monkeypatch):
-    pushed = []
+    pushed, tokens = [], []
 
     class Hub:
         def __init__(self, token: str | None = None):
-            pass
+            tokens.append(token)
 
         def create_repo(self, repository: str, **_: Any) -> Any:
             return SimpleNamespace(repo_id=repository)
@@ -428,6 +428,86 @@ def test_overwriting_pushing_and_text_of_ones_own(run, tmp_path, capsys, monkeyp
     assert pushed[0][0] == "me/mine"
     assert {"certificate.json", "model.safetensors", "config.json", "README.md"} <= pushed[0][1]
     assert {path.name for path in tmp_path.iterdir()} == {"own.jsonl", "merged"}
+    # That a run was uploaded, or says so, is no wish to upload its merge too, nor to where.
+    uploaded = shutil.copytree(run, tmp_path / "uploaded")
+    with (uploaded / "config.yaml").open("a") as settings:
+        settings.write("push_to_hub: true\nhub_model_id: them/theirs\nhub_token: theirs\n")
+    words = ("--adapter", uploaded, "--out", tmp_path / "merged", "--base", "dequantized", "--overwrite")
+    assert merge(*words) == 0
+    assert len(pushed) == 1
+    assert merge(*words, "--push_to_hub") == 2
+    assert merge(*words, "--push_to_hub", "--hub_model_id", "me/mine") == 0
+    assert [repository for repository, _ in pushed] == ["me/mine", "me/mine"]
+    assert tokens == [None, None]
+
+
+def test_a_merge_is_measured_in_16_bits_unless_a_flag_says_otherwise(tmp_path, capsys):
+    """As transformers' own loss in float32 is; the packaged model stands for a merge."""
+    model = shutil.copytree(tiny_path(), tmp_path / "merged")
+    text = write_jsonl(tmp_path / "text.jsonl", [{"text": "One day Anna saw a small bird in a tree."}])
+    words = ["eval", "-m", str(model), "--dataset_name", str(text), "--compute_dtype", "fp32"]
+
+    def loss(*more: str) -> tuple[float, str]:
+        assert cli.main([*words, *more, "--results", str(tmp_path / "figures.json")]) == 0
+        return json.loads((tmp_path / "figures.json").read_text())["loss"], capsys.readouterr().out
+
+    before, said = loss()
+    assert "is a merge" not in said
+    (model / "certificate.json").write_text("{}")
+    merged, said = loss()
+    assert f"{model} is a merge and measured in 16 bits" in said
+    quantized, said = loss("-q", "4bit")
+    assert "is a merge" not in said
+    assert before == quantized != pytest.approx(merged, abs=1e-3)
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokenizer = load_tokenizer("tiny")
+    ids = tokenizer(json.loads(text.read_text())["text"] + tokenizer.eos_token, return_tensors="pt")[
+        "input_ids"
+    ]
+    with torch.no_grad():
+        assert merged == pytest.approx(plain(ids, labels=ids).loss.item(), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_on_a_folder_of_this_machine_is_used_as_any_other(tmp_path, capsys):
+    """Of a base and a tokenizer that are paths, as long as what lies there is what the run was trained on."""
+    base, tokenizer = (shutil.copytree(tiny_path(), tmp_path / name) for name in ("base", "tokenizer"))
+    run = falcon_qlora.train(
+        model_name_or_path=str(base),
+        tokenizer_name_or_path=str(tokenizer),
+        dataset_name="sample",
+        output_dir=tmp_path / "run",
+        max_length=64,
+        max_steps=4,
+        save_steps=3,
+        max_rows=16,
+        eval_split=0.25,
+        report_to="none",
+        cache_dir=tmp_path / "cache",
+    )
+    ways = {
+        "generate": ("--prompt", "x", "--max_new_tokens", "1"),
+        "eval": ("--most_tokens", "64"),
+        "merge": ("--out", tmp_path / "merged", "--base", "dequantized", "--overwrite"),
+    }
+
+    def statuses(folder: Path) -> list[int]:
+        return [cli.main([name, "--adapter", str(folder), *map(str, words)]) for name, words in ways.items()]
+
+    capsys.readouterr()
+    alone = shutil.copytree(run / "adapter", tmp_path / "alone")
+    for folder in (run, run / "checkpoints" / "step-3", alone):
+        if folder == alone:
+            ways["eval"] = (*ways["eval"], "--dataset_name", "sample")
+        assert statuses(folder) == [0, 0, 0], capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert told.count(f"note: the base model is {base}, which") == 3
+        assert told.count(f"note: the tokenizer is {tokenizer}, which") == 3
+    assert cli.main(["inspect", str(run / "adapter")]) == 0
+    assert "configuration is not here" not in capsys.readouterr().out
+    (tokenizer / "tokenizer.json").write_text((tokenizer / "tokenizer.json").read_text() + " ")
+    assert statuses(run) == [2, 2, 2]
+    assert capsys.readouterr().err.count("as its tokenizer") == 3
 
 
 def test_an_adapter_from_elsewhere_is_measured_on_packaged_text_and_that_is_said(run, tmp_path, capsys):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from falcon_qlora import __main__ as cli
 from falcon_qlora import config
 from falcon_qlora.errors import UserError
 
@@ -117,3 +118,23 @@ def test_files_are_refused_naming_the_file_and_the_key(tmp_path: Path, text: str
 def test_keys_of_a_recipe_are_checked(tmp_path: Path) -> None:
     assert "unknown key lora_rank in recipe" in refusal("--recipe", write(tmp_path / "r.yaml", lora_rank=3))
     assert "names a recipe itself" in refusal("--recipe", write(tmp_path / "r.yaml", recipe="default"))
+
+
+@pytest.mark.parametrize("content", ["hub_token: [a, hf_SECRET]", "hub_token: {a: hf_SECRET}"])
+def test_a_token_that_does_not_fit_is_not_repeated(tmp_path: Path, content: str) -> None:
+    (tmp_path / "settings.yaml").write_text(content)
+    said = refusal("--config", str(tmp_path / "settings.yaml"))
+    assert "hub_token in" in said
+    assert "is not text" in said
+    assert "SECRET" not in said
+
+
+def test_an_address_that_is_refused_is_repeated_without_its_password(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    address = "https://me:SECRET@host/rows.jsonl?page=2&X-Amz-Signature=SECRET&token=SECRET"
+    for words in (["-m", "tiny", "--dataset_name", address], ["-m", address, "--dataset_name", "sample"]):
+        assert cli.main(["data", *words]) == 2
+        said = capsys.readouterr().err
+        assert "https://host/rows.jsonl?page=2&X-Amz-Signature=removed&token=removed" in said
+        assert "SECRET" not in said

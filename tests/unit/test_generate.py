@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ import pytest
 import torch
 from transformers import FalconConfig, FalconForCausalLM
 
+from falcon_qlora import __main__ as cli
 from falcon_qlora.commands import generate
 from falcon_qlora.data.templates import Turn, get_template
 from falcon_qlora.errors import UserError
 from falcon_qlora.generation import choose_tokens, generate_batch, generate_stream
 from falcon_qlora.methods.lora import attach_lora
+from falcon_qlora.models.identity import model_fingerprint
 from falcon_qlora.models.load import load_model
+from falcon_qlora.models.tiny import tiny_path
 from falcon_qlora.models.tokenizer import load_tokenizer
 
 PROMPTS = ["Question: What is the opposite of hot?\nAnswer:", "One day Anna", "The capital of", ""]
@@ -201,6 +205,29 @@ def test_command_answers_with_the_adapters_own_settings(
     )
     expected = generate_batch(tiny, tokenizer, ["### Human: x### Assistant:"], max_new_tokens=12)[0]
     assert capsys.readouterr().out.strip() == expected.strip()
+
+
+def test_a_base_of_other_content_than_it_was_trained_on_must_be_named(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = shutil.copytree(tiny_path(), tmp_path / "base")
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    record = json.loads((folder / "falcon_qlora.json").read_text())
+    record |= {"base_model": str(base), "base_fingerprint": model_fingerprint(str(base))}
+    (folder / "falcon_qlora.json").write_text(json.dumps(record))
+    words = ["generate", "--adapter", str(folder), "--prompt", "Name a bird.", "--max_new_tokens", "2"]
+    assert cli.main(words) == 0
+    told = capsys.readouterr()
+    assert f"note: the base model is {base}, which" in told.err
+    # It may be another model by now, or the adapter's file was made up.
+    weights = base / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-2 * 1024 : -1024] = bytes(1024)
+    weights.write_bytes(content)
+    assert cli.main(words) == 2
+    assert f"{str(base)!r}, a folder of this machine, as its base model" in capsys.readouterr().err
+    assert cli.main([*words, "-m", str(base)]) == 0
+    assert capsys.readouterr().out
 
 
 def test_command_compares_with_the_base_and_reads_prompts_from_a_file(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from PIL import Image
 
 from falcon_qlora.environment import collect_environment, without_secrets
 from falcon_qlora.errors import UserError
-from falcon_qlora.files import replaced, write_json
+from falcon_qlora.files import replaced, replaced_folder, write_json
 from falcon_qlora.model_card import ModelCard
 from falcon_qlora.run_directory import METRICS_FIELDS, RunDirectory, choose
 from falcon_qlora.summary import Summary
@@ -237,6 +240,49 @@ def test_a_folder_replaces_another_only_when_it_is_whole(tmp_path: Path) -> None
         (folder / "weights").write_text("new")
     assert (directory.adapter / "weights").read_text() == "new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_what_a_killed_process_left_of_a_folder_goes_and_what_a_living_one_fills_stays(
+    tmp_path: Path,
+) -> None:
+    code = (
+        "import os, pathlib, sys\n"
+        "from falcon_qlora.files import replaced_folder\n"
+        "with replaced_folder(pathlib.Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'half').write_text('a')\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    target = tmp_path / "merged"
+    subprocess.run([sys.executable, "-c", code, target], check=False, timeout=60)
+    (left,) = tmp_path.iterdir()
+    assert (left / "half").exists()
+    kept = {".merged-notebook", ".merged-partial-of-mine", ".other-partial-12345678"}
+    for name in kept:
+        (tmp_path / name).mkdir()
+    with replaced_folder(target) as first:
+        assert not left.exists()
+        with replaced_folder(target) as second:
+            assert first.exists()
+            (second / "whole").write_text("b")
+    assert {path.name for path in tmp_path.iterdir()} == kept | {"merged"}
+
+
+def test_a_folder_that_cannot_take_the_place_of_another_leaves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, move = tmp_path / "merged", os.replace
+    target.mkdir()
+    (target / "old").write_text("a")
+
+    def replace(source: Path, there: Path) -> None:
+        if there == target and "partial" in source.name:
+            raise OSError("the disk is gone")
+        move(source, there)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="gone"), replaced_folder(target):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["merged", "old"]
 
 
 def test_checkpoints_are_found_by_step_and_half_written_ones_are_not(tmp_path: Path) -> None:

@@ -28,11 +28,13 @@ from falcon_qlora.methods.registry import load_adapter
 from falcon_qlora.methods.saved import read_adapter, zero_tensors
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.prefix import prefixes
+from falcon_qlora.models.tiny import tiny_path
 from falcon_qlora.untrusted import file_beside, read_json
 from tests.layouts import LAYOUTS, tiny_model
 
 WEIGHTS = "adapter_model.safetensors"
 SETTINGS = "adapter_config.json"
+COMMANDS = ["merge --out out", "generate --prompt x", "eval --dataset_name sample"]
 
 
 class Bomb:
@@ -203,12 +205,39 @@ class TestCraftedAdapters:
         with pytest.raises(UserError, match="base_model is a dict"):
             open_everything(folder / "adapter")
 
-    @pytest.mark.parametrize("name", ["/etc", "../../elsewhere", "~/models", "./here", "a/../../b"])
-    def test_a_base_model_outside_is_read_only_where_the_user_says_so(self, folder, capsys, name):
+    @pytest.mark.parametrize(
+        "command", ["merge --out out", "generate --prompt x", "eval --dataset_name sample"]
+    )
+    @pytest.mark.parametrize("name", ["/etc", "../../elsewhere", "~/models", "./here", "a/../../b", "mine"])
+    def test_a_base_model_outside_is_read_only_where_the_user_says_so(self, folder, capsys, command, name):
+        Path("mine").mkdir()  # where a model of that name on the hub would be looked for first
         change_json(folder / "adapter" / SETTINGS, base_model_name_or_path=name)
-        words = ["merge", "--adapter", str(folder / "adapter"), "--out", "out"]
-        assert cli.main(words) == 2
-        assert "a folder of this machine" in capsys.readouterr().err
+        # As its run would name it too.
+        (folder / "config.yaml").write_text(f"model_name_or_path: {name}\n")
+        words = command.split()
+        assert cli.main([words[0], "--adapter", str(folder / "adapter"), *words[1:]]) == 2
+        said = capsys.readouterr().err
+        assert f"{name!r}, a folder of this machine, as its base model" in said
+        assert "--model_name_or_path FOLDER" in said
+
+    @pytest.mark.parametrize(
+        "command", ["merge --out out", "generate --prompt x", "eval --dataset_name sample"]
+    )
+    def test_a_tokenizer_outside_too(self, folder, capsys, command):
+        record = {"base_model": "tiny", "method": "lora", "tokenizer": str(tiny_path())}
+        (folder / "adapter" / "falcon_qlora.json").write_text(json.dumps(record))
+        words = command.split()
+        assert cli.main([words[0], "--adapter", str(folder / "adapter"), *words[1:]]) == 2
+        said = capsys.readouterr().err
+        assert "a folder of this machine, as its tokenizer" in said
+        assert "--tokenizer_name_or_path FOLDER" in said
+
+    def test_inspect_does_not_look_at_a_base_model_outside(self, folder, capsys):
+        (folder / "elsewhere").mkdir()
+        (folder / "elsewhere" / "config.json").write_text("secret")
+        change_json(folder / "adapter" / SETTINGS, base_model_name_or_path=str(folder / "elsewhere"))
+        assert cli.main(["inspect", str(folder / "adapter")]) == 0
+        assert "configuration is not here" in capsys.readouterr().out
 
     def test_a_name_that_is_neither_folder_nor_hub_id(self, folder, capsys):
         change_json(folder / "adapter" / SETTINGS, base_model_name_or_path="http://evil/\u0000$(id)")
