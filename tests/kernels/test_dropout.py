@@ -73,7 +73,7 @@ def test_the_sum_is_kept_where_the_values_were(form, tokens, features, rank, dty
         assert dropout.add_dropped(found, left, right, wanted) is found
         dropout.add_dropped(without, left, right, None)
         assert dropout.drop(x, None) is x
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    tolerance = 1e-5 * max(1, rank / 16) if dtype == torch.float32 else 1e-2  # longer sums, other orders
     assert_close(found, expected, rtol=tolerance, atol=tolerance)
     assert_close(without, plain, rtol=tolerance, atol=tolerance)
 
