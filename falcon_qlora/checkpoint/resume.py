@@ -6,9 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerState
-
 from falcon_qlora.checkpoint.process_state import STATES, load_states, reading
 from falcon_qlora.untrusted import read_json
 
@@ -35,6 +32,10 @@ def check_trainer_state(checkpoint: Path) -> None:
     Raises:
         UserError: naming the file.
     """
+    # Here, as it imports PEFT, which bitsandbytes must come before: see models/quantize.py.
+    from transformers.trainer import TRAINER_STATE_NAME
+    from transformers.trainer_callback import TrainerState
+
     file = checkpoint / TRAINER_STATE_NAME
     state = read_json(file)
     with reading(file):
