@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
+import shlex
 from collections.abc import Collection
 from dataclasses import dataclass
 from dataclasses import field as setting
@@ -322,7 +323,7 @@ def _tell(certificate: Certificate, out: Path) -> None:
             f"merged onto {onto}: loss {each.loss:.4f} ({each.loss_increase:+.4f}), KL divergence "
             f"{each.kl_divergence:.5f}, same likeliest token {100 * each.same_top_token:.1f} %{kept}"
         )
-    print_plain(f"wrote {out}/ ({certificate.dtype}); serve it: vllm serve {out}")
+    print_plain(f"wrote {out}/ ({certificate.dtype}); serve it: vllm serve {shlex.quote(str(out))}")
 
 
 def _push(out: Path, *, model_id: str, **how: Any) -> None:
