@@ -19,11 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from falcon_qlora import distributed, launcher_folder
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# One request can come twice: from a scheduler to every process, and passed on by the launcher; or from a
-# terminal and from what watches over the command there.
-SAME_REQUEST_SECONDS = 1.0
+from falcon_qlora.launcher_folder import SAME_REQUEST_SECONDS, STOP_SIGNALS
 
 
 class Stopped(Exception):
@@ -77,7 +73,7 @@ def install() -> None:
         else:
             os._exit(128 + number)
 
-    for number in SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, handle)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -88,7 +84,7 @@ def install() -> None:
 def _read(reader: int) -> None:
     while True:
         for number in os.read(reader, 64):
-            if number in SIGNALS:
+            if number in STOP_SIGNALS:
                 _requests.receive(number)
 
 

@@ -1,4 +1,4 @@
-"""What the launcher and its processes tell each other by files, in a folder that goes with the launcher.
+"""What the launcher and its processes agree on: files in a folder that goes with the launcher, and signals.
 
 Imports no torch: the processes read it before they set up what torch reads when it is loaded.
 """
@@ -6,11 +6,17 @@ Imports no torch: the processes read it before they set up what torch reads when
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 VARIABLE = "FALCON_QLORA_LAUNCHER"
 # There is something to save; the launcher was asked to stop; how to go on after an error.
 TRAINING, STOPPING, GO_ON = "training", "stopping", "go_on"
+# What asks a run to stop; SIGUSR1 is how some schedulers announce preemption.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# One request can come twice: from a scheduler to every process, and passed on by the launcher; or from a
+# terminal and from what watches over the command there.
+SAME_REQUEST_SECONDS = 1.0
 
 
 def mark(name: str) -> Path | None:

@@ -19,9 +19,10 @@ from typing import IO, Any, Self
 from falcon_qlora import config, report
 from falcon_qlora.assembly import comparison
 from falcon_qlora.assembly.comparison import METHODS, Planned
-from falcon_qlora.commands.train import STOP_SIGNALS, LaunchArguments
+from falcon_qlora.commands.train import LaunchArguments
 from falcon_qlora.config import Configuration
 from falcon_qlora.errors import EXIT_BUG, EXIT_USER_ERROR, UserError
+from falcon_qlora.launcher_folder import STOP_SIGNALS
 from falcon_qlora.run_directory import RunDirectory, choose
 
 _REASON_LINES = 50

@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from falcon_qlora import config, launcher_folder
 from falcon_qlora.errors import EXIT_BUG, EXIT_HANGING, EXIT_USER_ERROR, UserError
+from falcon_qlora.launcher_folder import SAME_REQUEST_SECONDS, STOP_SIGNALS
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 # What torchrun's agent ends the workers on. The signals that ask a run to stop are the launcher's own.
 _AGENT_SIGNALS = "SIGHUP,SIGQUIT"
-# SIGUSR1 is how some schedulers announce preemption.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 @dataclass(kw_only=True)
@@ -95,11 +94,8 @@ class _StopOnce:
     """
 
     def __init__(self, folder: Path):
-        from falcon_qlora.interrupts import SAME_REQUEST_SECONDS
-
         self._folder = folder
         self._asked_at: float | None = None
-        self._same_request_seconds = SAME_REQUEST_SECONDS
 
     def __call__(self, number: int, frame: Any) -> None:
         from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -113,7 +109,7 @@ class _StopOnce:
             _send(workers, number)
             return
         if self._asked_at is not None:
-            if time.monotonic() - self._asked_at <= self._same_request_seconds:
+            if time.monotonic() - self._asked_at <= SAME_REQUEST_SECONDS:
                 return
             _send(workers, signal.SIGKILL)
         raise SignalException("asked to stop", sigval=signal.Signals(number))
