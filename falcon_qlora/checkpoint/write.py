@@ -200,7 +200,7 @@ def _write(
             torch.save(states, partial / STATES)
             if trainer.share.cursor is not None:
                 save_cursor(partial, trainer.share.cursor())
-    check_adapter(partial, trainer.model, with_loss=False)
+    check_adapter(partial, trainer.model)
     _save_trainer_state(trainer, partial)
     about = {"step": step, "processes": len(states), "resumable": not trainer.args.save_only_model}
     write_manifest(partial, about | record, parts)
