@@ -46,8 +46,8 @@ def check_adapter(
     """Compare what lies in a folder with the model it was saved from.
 
     All expected tensors are there, with the right shapes, finite, equal to those in memory and, if `trained`,
-    none of an adapter's zero throughout; the settings are those of the model's method. LoRA, whose scale is in
-    no tensor, is also opened again by PEFT beside the model's own, and gives the same loss on a probe. The
+    none of an adapter's zero throughout; the settings are those of the model's method. LoRA, whose scale is
+    in no tensor, is also opened again by PEFT beside the model's own, and gives the same loss on a probe. The
     model and the random generators are left as they were; packing is enabled on a model with LoRA.
 
     Args:
@@ -132,9 +132,7 @@ def _check_loss(folder: Path, peft_model: PeftModel, probe: MicroBatch) -> None:
         with _left_as_it_was(peft_model, device), torch.no_grad():
             found, expected = _losses(folder, peft_model, probe.to(device), device)
     except torch.OutOfMemoryError:
-        note(
-            f"{folder}: no memory is left to open the adapter beside the model's, so no losses were compared"
-        )
+        note(f"{folder}: no memory is left to open the adapter beside the model's: no losses were compared")
         return
     # Whether the model is of any use is not asked here: where its loss is not a number, so is the other's.
     if not (math.isclose(found, expected, rel_tol=1e-5) or (math.isnan(found) and math.isnan(expected))):
