@@ -11,6 +11,7 @@ import falcon_qlora.models.quantize  # noqa: F401  # isort: skip  # before trl i
 import torch
 from torch import nn
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import SaveStrategy
 from trl import SFTTrainer
 
 from falcon_qlora.checkpoint import process_state
@@ -23,6 +24,9 @@ from falcon_qlora.meter import Meter
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.sharded import is_sharded
 from falcon_qlora.terminal import note
+
+_Best = tuple[float | None, int | None, str | None]
+_NONE_YET: _Best = (None, None, None)
 
 
 class ResumableTrainer(SFTTrainer):
@@ -58,6 +62,7 @@ class ResumableTrainer(SFTTrainer):
         self._saved_at = time.monotonic()
         self._saved_step = -1
         self._save_failure: str | None = None
+        self._best_before = _NONE_YET
         self._resumed: dict[str, Any] | None = None
         self._states_file = Path(process_state.STATES)  # that it is from
         super().__init__(**sft)
@@ -82,6 +87,24 @@ class ResumableTrainer(SFTTrainer):
         self._saved_at = time.monotonic()
         return True
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Whether the model is saved after this evaluation, where the best alone are.
+
+        That is so too where a signal or the clock asks for it. Of an evaluation without a checkpoint there is
+        nothing to keep: it is not the best where the best is what the run leaves.
+        """
+        asked = self.control.should_save
+        if self.args.load_best_model_at_end and not asked and self.args.save_strategy != SaveStrategy.BEST:
+            return False
+        self._best_before = self._best()
+        return super()._determine_best_metric(metrics=metrics, trial=trial) or asked
+
+    def _best(self) -> _Best:
+        return self.state.best_metric, self.state.best_global_step, self.state.best_model_checkpoint
+
+    def _take_for_best(self, best: _Best) -> None:
+        self.state.best_metric, self.state.best_global_step, self.state.best_model_checkpoint = best
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self._saved_step == self.state.global_step:
             return
@@ -99,6 +122,8 @@ class ResumableTrainer(SFTTrainer):
         if failure is None:
             self.on_saved(self.run_folder / "checkpoints" / f"step-{self._saved_step}")
         else:
+            if self.state.best_global_step == self.state.global_step:
+                self._take_for_best(self._best_before)  # the best of those that there are
             note(
                 f"step {self.state.global_step}: the checkpoint could not be saved ({failure}). The training "
                 "goes on and the next save is tried; earlier checkpoints are untouched"
@@ -170,7 +195,11 @@ class ResumableTrainer(SFTTrainer):
         """The best checkpoint by its step: the folder may have been moved, or something happened to it."""
         if self.state.best_global_step:
             best = self.run_folder / "checkpoints" / f"step-{self.state.best_global_step}"
-            self.state.best_model_checkpoint = None if fault(best) else str(best)
+            wrong = fault(best)
+            self.state.best_model_checkpoint = None if wrong else str(best)
+            if wrong:
+                note(f"{best}, the best so far, cannot be kept ({wrong}): the best from here on is")
+                self._take_for_best(_NONE_YET)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
