@@ -60,7 +60,7 @@ class ResumableTrainer(SFTTrainer):
         self.meter = meter
         self._save_every_seconds = save_every_minutes * 60
         self._saved_at = time.monotonic()
-        self._saved_step = -1
+        self._saved_step = self._step_seen_to = -1
         self._save_failure: str | None = None
         self._best_before = _NONE_YET
         self._resumed: dict[str, Any] | None = None
@@ -86,6 +86,12 @@ class ResumableTrainer(SFTTrainer):
             return False
         self._saved_at = time.monotonic()
         return True
+
+    def _maybe_log_save_evaluate(self, *args: Any, **named: Any) -> None:
+        # The loop comes here again when its only epoch, the whole run, has ended.
+        if self._step_seen_to != self.state.global_step:
+            self._step_seen_to = self.state.global_step
+            super()._maybe_log_save_evaluate(*args, **named)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Whether the model is saved after this evaluation, where the best alone are.

@@ -297,6 +297,9 @@ def _check_data(values: Values, name: Any) -> None:
         raise UserError(
             f"{name('streaming')}: a stream has no length; say how long to train with --max_steps"
         )
+    for setting in ("logging_strategy", "eval_strategy", "save_strategy"):
+        if values["streaming"] and values.get(setting) == "epoch":
+            raise UserError(f"{name(setting)} epoch: a stream has no known end; count steps instead")
     if values["streaming"] and (values.get("dataloader_num_workers") or 0) > 1:
         raise UserError(
             f"{name('dataloader_num_workers')}: each would read the whole of a stream; give 1 or 0"

@@ -72,3 +72,23 @@ def test_where_the_best_is_damaged_the_best_after_it_is_kept_and_that_is_said(
     falcon_qlora.train(resume=run)
     assert "step-1, the best so far, cannot be kept (optimizer.pt has 0 bytes" in capsys.readouterr().out
     assert summary(run)["best_step"] == 3
+
+
+def test_an_epoch_is_a_pass_over_the_data(tmp_path: Path) -> None:
+    per_epoch = dict.fromkeys(("logging_strategy", "eval_strategy", "save_strategy"), "epoch")
+    settings = {"eval_split": 0.3, "save_total_limit": 9, "packing": False, "max_steps": -1, **per_epoch}
+    # What is not held out of six documents makes two steps.
+    run = fine_tune(tmp_path, **settings, num_train_epochs=2.5)
+    assert checkpoints(run) == ["step-2", "step-4", "step-5"]
+    lines = metrics(run)
+    assert [(line["step"], line["epoch"]) for line in lines] == [(2, 1.0), (4, 2.0), (5, 2.5)]
+    assert all("eval_loss" in line and "loss" in line for line in lines)
+    stopped = fine_tune(
+        tmp_path,
+        **settings,
+        num_train_epochs=9,
+        learning_rate=0.0,
+        early_stopping=1,
+        output_dir=tmp_path / "stopped",
+    )
+    assert [line["step"] for line in metrics(stopped)] == [2, 4]
