@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,15 @@ from falcon_qlora import distributed, interrupts
 from falcon_qlora.callbacks import StepKeeper
 from falcon_qlora.checkpoint import process_state
 from falcon_qlora.checkpoint.trainer import ResumableTrainer
-from falcon_qlora.data.batches import DocumentReader, Share, StreamingSteps, TrainingSteps, filled_up
-from falcon_qlora.data.plan import deal_evaluation
+from falcon_qlora.data.batches import Share, StreamingSteps, TrainingSteps
+from falcon_qlora.evaluation import Evaluation
 from falcon_qlora.guard import BadSteps, Reports
 from falcon_qlora.interrupts import Stopped
 from falcon_qlora.meter import Meter, peak_memory_gib
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models import zero3
 from falcon_qlora.models.sharded import is_sharded
-from falcon_qlora.step import Notes, Reduction, ShardedReduction, accumulate_gradients, sum_of_losses
+from falcon_qlora.step import Notes, Reduction, ShardedReduction, accumulate_gradients, evaluated
 from falcon_qlora.terminal import note
 from falcon_qlora.watchdog import Watchdog
 
@@ -63,25 +62,6 @@ def trainer_arguments(training: SFTConfig, *, total_steps: int) -> SFTConfig:
         training.metric_for_best_model = "eval_loss"
         training.greater_is_better = False
     return training
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Held-out documents and how to go through them.
-
-    Args:
-        reader: of the held-out corpus, packed.
-        lengths: ``[documents]``, tokens.
-        target_tokens: over the whole corpus.
-        micro_batch: sequences of `max_length` in one forward.
-        max_length: tokens.
-    """
-
-    reader: DocumentReader
-    lengths: Any
-    target_tokens: int
-    micro_batch: int
-    max_length: int
 
 
 class FalconTrainer(ResumableTrainer):
@@ -364,22 +344,14 @@ class FalconTrainer(ResumableTrainer):
         started = time.perf_counter()
         was_training = self.model.training
         self.model.eval()
-        dealt = deal_evaluation(
-            evaluation.lengths,
-            processes=self.accelerator.num_processes,
-            micro_batch=evaluation.micro_batch,
-            max_length=evaluation.max_length,
-        )
-        parts = dealt[self.accelerator.process_index]
-        if is_sharded(self.model):  # each forward takes all processes
-            parts = filled_up(parts, max(map(len, dealt)))
         total = torch.zeros((), device=self.args.device, dtype=torch.float64)
-        with torch.no_grad():
-            for part in parts:
-                self._at(self.state.global_step, 6, "evaluating")
-                batch = evaluation.reader.micro_batch(part).to(self.args.device)
-                # Not through DDP: processes may have different numbers of micro batches.
-                total += sum_of_losses(self.model, batch).double()
+        sharded, place = is_sharded(self.model), self.accelerator.process_index
+        for batch in evaluation.share(place, self.accelerator.num_processes, even=sharded):
+            self._at(self.state.global_step, 4, "evaluating")
+            total += evaluated(
+                self.model, batch, device=self.args.device, halvings=self.halvings, can_retry=not sharded
+            )
+        self._at(self.state.global_step, 5, "adding up the evaluation")
         loss = float(self.accelerator.reduce(total)) / evaluation.target_tokens
         self.model.train(was_training)
         metrics = {

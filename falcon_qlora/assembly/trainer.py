@@ -98,8 +98,9 @@ def build_trainer(
 
     from falcon_qlora.answers import SampleAnswers
     from falcon_qlora.callbacks import MetricsWriter
+    from falcon_qlora.evaluation import Evaluation
     from falcon_qlora.progress import ProgressCallback
-    from falcon_qlora.trainer import Evaluation, FalconTrainer, trainer_arguments
+    from falcon_qlora.trainer import FalconTrainer, trainer_arguments
 
     training, run, settings = configuration.training, configuration.run, configuration.data
     training.output_dir = str(directory.path)

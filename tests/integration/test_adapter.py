@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import falcon_qlora
+from falcon_qlora import step
+from falcon_qlora.data.batches import MicroBatch
 from falcon_qlora.data.tokenize import prepare_corpora
 from falcon_qlora.methods.lora import attach_lora
 from falcon_qlora.methods.registry import load_adapter
@@ -121,6 +123,23 @@ def test_held_out_loss_is_the_mean_over_its_tokens_and_the_best_adapter_is_kept(
             loss = model(input_ids=ids, labels=ids).loss.item()
         total, targets = total + loss * (ids.shape[1] - 1), targets + ids.shape[1] - 1
     assert best["eval_loss"] == pytest.approx(total / targets, rel=1e-4)
+
+
+def test_an_evaluation_whose_memory_runs_out_is_done_in_smaller_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"learning_rate": 0.0, "eval_split": 0.7, "eval_steps": 1, "max_steps": 1}
+    whole = fine_tune(tmp_path, **settings)
+    real = step.sum_of_losses
+
+    def scarce(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+        if not torch.is_grad_enabled() and len(batch.lengths) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory (in a test)")
+        return real(model, batch)
+
+    monkeypatch.setattr(step, "sum_of_losses", scarce)
+    pieces = fine_tune(tmp_path, **settings, output_dir=tmp_path / "pieces")
+    assert metrics(pieces)[-1]["eval_loss"] == pytest.approx(metrics(whole)[-1]["eval_loss"], rel=1e-6)
 
 
 def test_a_run_leaves_exactly_its_record(tmp_path: Path) -> None:
