@@ -140,7 +140,7 @@ class ResumableTrainer(SFTTrainer):
         """This process writes to a checkpoint, or waits for another that does."""
         self._at(
             self.state.global_step,
-            4 if writes else 5,
+            6 if writes else 7,
             "saving a checkpoint" if writes else "awaiting the save",
         )
 
