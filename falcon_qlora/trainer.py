@@ -18,7 +18,9 @@ from falcon_qlora import distributed, interrupts
 from falcon_qlora.callbacks import StepKeeper
 from falcon_qlora.checkpoint import process_state
 from falcon_qlora.checkpoint.trainer import ResumableTrainer
+from falcon_qlora.checkpoint.write import last_complete
 from falcon_qlora.data.batches import Share, StreamingSteps, TrainingSteps
+from falcon_qlora.errors import UserError
 from falcon_qlora.evaluation import Evaluation
 from falcon_qlora.guard import BadSteps, Reports
 from falcon_qlora.interrupts import Stopped
@@ -232,7 +234,11 @@ class FalconTrainer(ResumableTrainer):
                     f"here on every micro batch is split in {2**self.halvings} on all processes; the global "
                     "batch stays the same"
                 )
-            self.bad_steps.see(report)
+            try:
+                self.bad_steps.see(report)
+            except UserError as error:  # on every process alike; what was learned before is saved first
+                self._ending = error
+                control.should_save = control.should_training_stop = True
             control.should_save |= agreed.save or agreed.stop
             control.should_training_stop |= agreed.stop
             self._stopping |= agreed.stop
@@ -241,6 +247,7 @@ class FalconTrainer(ResumableTrainer):
         """Take up what a checkpoint has kept beside the weights, and the processes' parameters as one."""
         self._counted = torch.zeros((), device=self.args.device)
         self._stopping = False
+        self._ending: UserError | None = None
         self._logged_step = self.state.global_step
         self._reduction.share_parameters()
         if self._resumed is not None:
@@ -266,18 +273,31 @@ class FalconTrainer(ResumableTrainer):
             self._watchdog.at(step, phase, what)
 
     def end_if_asked(self) -> None:
-        """End the run here if it was asked to stop and has steps left.
+        """End the run here if it was asked to stop and has steps left, or its numbers stay bad.
 
         Raises:
-            Stopped: on every process.
+            Stopped, UserError: on every process.
         """
+        if self._ending is not None:
+            last = distributed.from_main_process(lambda: last_complete(self.run_folder / "checkpoints"))
+            raise UserError(f"{self._ending}. {last}")
         if self._stopping and self.state.global_step < self.state.max_steps:
             raise Stopped(self.state.global_step, self._save_failure)
 
     def finish_reports(self) -> None:
-        """Take in the last step's report, which no step follows."""
+        """Take in the last step's report, which no step follows.
+
+        Raises:
+            UserError: if nothing was learned.
+        """
         for report in self._reports.take(newest=True):
             self.bad_steps.see(report)
+        if 0 < self.state.global_step <= self.bad_steps.total:
+            raise UserError(
+                f"all {self.state.global_step:,} steps had a loss or gradient that is not finite and were "
+                "skipped: nothing was learned, and no adapter is written. Look at the rows above and the "
+                "base model; lower --learning_rate, or compute in bf16 or fp32"
+            )
 
     def reduction_share(self) -> float:
         """Of this start's training time, what went into adding up gradients, waiting for others included."""
