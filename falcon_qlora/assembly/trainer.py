@@ -122,6 +122,7 @@ def build_trainer(
     callbacks: list[Any] = [MetricsWriter(directory.append_metrics), trackers.callback, ProgressCallback()]
     if run.early_stopping and evaluation is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=run.early_stopping))
+        training.metric_for_best_model, training.greater_is_better = "eval_loss", False  # kept or not
     if run.generate_samples:
         prompts = sample_prompts(configuration, data, tokenizer)
         callbacks.append(

@@ -10,6 +10,7 @@ from typing import Any
 import falcon_qlora.models.quantize  # noqa: F401  # isort: skip  # before trl imports bitsandbytes: see there
 import torch
 from torch import nn
+from transformers import EarlyStoppingCallback
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTTrainer
@@ -179,8 +180,14 @@ class ResumableTrainer(SFTTrainer):
         if checkpoint is None:
             return super()._init_training_state(max_steps, steps_an_epoch, epochs, checkpoint, trial)
         folder = Path(checkpoint)
+        wanted = self._early_stopping()
         with process_state.reading(folder / TRAINER_STATE_NAME):
             place = super()._init_training_state(max_steps, steps_an_epoch, epochs, checkpoint, trial)
+        stopping = self._early_stopping()
+        if stopping is not None and wanted is not None:
+            stopping.early_stopping_patience = wanted.early_stopping_patience  # not what it was
+            if stopping.early_stopping_patience_counter >= stopping.early_stopping_patience:
+                place = (epochs, 0)  # it had come to its end
         self._resumed, self._states_file = self._read_process(checkpoint), folder / process_state.STATES
         cursor = process_state.load_cursor(folder)
         if cursor is not None:
@@ -190,6 +197,10 @@ class ResumableTrainer(SFTTrainer):
         self._saved_step = self.state.global_step
         self._find_best_again()
         return place
+
+    def _early_stopping(self) -> EarlyStoppingCallback | None:
+        callbacks = self.callback_handler.callbacks
+        return next((each for each in callbacks if isinstance(each, EarlyStoppingCallback)), None)
 
     def _read_process(self, checkpoint: str) -> dict[str, Any]:
         accelerator = self.accelerator

@@ -203,6 +203,20 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, data: di
 
 
 def test_early_stopping_ends_a_run_that_gets_no_better(tmp_path: Path) -> None:
-    run = fine_tune(tmp_path, max_steps=20, learning_rate=0.0, eval_split=0.3, eval_steps=1, early_stopping=3)
+    settings = {"max_steps": 9, "learning_rate": 0.0, "eval_split": 0.3, "eval_steps": 1, "early_stopping": 3}
+    run = fine_tune(tmp_path, **settings)
     assert json.loads((run / "summary.json").read_text())["steps"] == 4
-    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+    adapter = run / "adapter" / "adapter_model.safetensors"
+    before = adapter.read_bytes()
+    shutil.rmtree(adapter.parent)
+    falcon_qlora.train(resume=run)  # its adapter had not been written: there is no step left
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
+    assert adapter.read_bytes() == before
+    falcon_qlora.train(resume=run, early_stopping=5)
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_early_stopping_needs_no_checkpoint(tmp_path: Path) -> None:
+    settings = {"learning_rate": 0.0, "eval_split": 0.3, "eval_steps": 1, "early_stopping": 1}
+    run = fine_tune(tmp_path, **settings, save_strategy="no")
+    assert json.loads((run / "summary.json").read_text())["steps"] == 2
