@@ -113,6 +113,7 @@ class FalconTrainer(ResumableTrainer):
         self.share: Share
         self._reports = Reports()
         self._first_learning_step: int | None = None
+        self._ending: UserError | None = None
         self._watchdog = Watchdog(hang_minutes * 60, run_folder / "flight_record") if hang_minutes else None
         self._seconds_before = 0.0
         super().__init__(
@@ -247,7 +248,7 @@ class FalconTrainer(ResumableTrainer):
         """Take up what a checkpoint has kept beside the weights, and the processes' parameters as one."""
         self._counted = torch.zeros((), device=self.args.device)
         self._stopping = False
-        self._ending: UserError | None = None
+        self._ending = None
         self._logged_step = self.state.global_step
         self._reduction.share_parameters()
         if self._resumed is not None:
