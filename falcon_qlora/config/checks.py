@@ -231,7 +231,9 @@ def _settle_packing(values: Values, laid: Laid) -> None:
 def _settle_evaluation(values: Values, laid: Laid) -> None:
     if values["eval_split"] is None:
         return
-    if _rank(laid, "eval_split") > _rank(laid, "eval_strategy") and values["eval_strategy"] == "no":
+    wanted = _rank(laid, "eval_split")
+    switched_on = wanted > _rank(laid, "eval_strategy") and values["eval_strategy"] == "no"
+    if switched_on:
         values["eval_strategy"] = "steps"
     if values["eval_strategy"] == "no":
         return
@@ -246,7 +248,8 @@ def _settle_evaluation(values: Values, laid: Laid) -> None:
     for interval in ("strategy", "steps"):
         if evaluating > saving:
             values[f"save_{interval}"] = values[f"eval_{interval}"]
-        elif saving > evaluating:
+        # Settings of before, among them how often a run saved that was not evaluated, contradict nothing.
+        elif saving > evaluating or (switched_on and wanted > evaluating):
             values[f"eval_{interval}"] = values[f"save_{interval}"]
     if values["eval_strategy"] != values["save_strategy"]:
         raise UserError(
