@@ -60,6 +60,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> None:
     monkeypatch.setattr(trainer, "accumulate_gradients", faulty)
 
 
+@pytest.mark.slow
 def test_a_run_whose_numbers_stay_bad_is_saved_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

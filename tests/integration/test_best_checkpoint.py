@@ -62,6 +62,7 @@ def test_the_best_is_none_that_could_not_be_saved(tmp_path: Path, monkeypatch: p
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_where_the_best_is_damaged_the_best_after_it_is_kept_and_that_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
