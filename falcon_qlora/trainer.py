@@ -207,14 +207,15 @@ class FalconTrainer(ResumableTrainer):
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model
         if self._first_learning_step is None and max(self.lr_scheduler.get_last_lr()) > 0:
             self._first_learning_step = self.share.step + 1
-        bad = ~self._agreed[0].isfinite()
-        if self.accelerator.scaler is None:
-            # In fp16 the scaler meets gradients that overflow, and does no such step.
+        bad, scaler = ~self._agreed[0].isfinite(), self.accelerator.scaler
+        if scaler is None or scaler.get_scale() < 1:
+            # In fp16 the scaler meets gradients that overflow: it does no such step and halves its scale. At
+            # such a scale nothing overflows that is a number.
             bad |= ~norm.isfinite()
         self._reports.put(self.share.step, self._agreed, bad)
         told = getattr(optimizer, "_step_supports_amp_scaling", False)
         told &= in_zero3 or not is_sharded(self.model)
-        if self.accelerator.scaler is None and told:
+        if scaler is None and told:
             # The fused optimizers change nothing where this is 1: nobody waits for the device.
             optimizer.found_inf = bad.float()
         elif bool(bad):

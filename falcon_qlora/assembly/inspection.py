@@ -123,6 +123,8 @@ def _run(run: RunDirectory) -> Inspection:
     parts = [run.adapter] if run.adapter.is_dir() else []
     for part in [*parts, *(run.checkpoint(step) for step in run.checkpoint_steps())]:
         inside = _checkpoint(part) if (part / _STATE).is_file() else _finished(part)
+        if not part.is_dir():
+            continue  # a run that goes on has made room for the next
         found.faults += inside.faults
         found.add(inside.kind, f"{part.name}: {'NOT WHOLE' if inside.faults else inside.state}")
         if part == run.adapter:
