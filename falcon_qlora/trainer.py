@@ -20,8 +20,9 @@ from falcon_qlora.callbacks import StepKeeper
 from falcon_qlora.checkpoint import process_state
 from falcon_qlora.checkpoint.trainer import ResumableTrainer
 from falcon_qlora.data.batches import DocumentReader, Share, StreamingSteps, TrainingSteps, filled_up
+from falcon_qlora.data.origins import RowNames
 from falcon_qlora.data.plan import deal_evaluation
-from falcon_qlora.guard import BadSteps, Reports
+from falcon_qlora.guard import BadSteps, Reports, StepReport
 from falcon_qlora.interrupts import Stopped
 from falcon_qlora.meter import Meter, peak_memory_gib
 from falcon_qlora.methods.interface import method_of
@@ -30,8 +31,6 @@ from falcon_qlora.models.sharded import is_sharded
 from falcon_qlora.step import Notes, Reduction, ShardedReduction, accumulate_gradients, sum_of_losses
 from falcon_qlora.terminal import note
 from falcon_qlora.watchdog import Watchdog
-
-_ROWS_SHOWN = 8
 
 
 def trainer_arguments(training: SFTConfig, *, total_steps: int) -> SFTConfig:
@@ -92,6 +91,7 @@ class FalconTrainer(ResumableTrainer):
         args: from `trainer_arguments`.
         steps: one `Share` an optimizer step.
         corpus: the tokenized documents, which TRL wants to see.
+        names: of the data's rows.
         evaluation: held-out documents, or None.
         run_folder: where ``checkpoints/`` goes.
         tokenizer: saved beside every adapter.
@@ -113,6 +113,7 @@ class FalconTrainer(ResumableTrainer):
         *,
         steps: TrainingSteps | StreamingSteps,
         corpus: Any,
+        names: RowNames,
         evaluation: Evaluation | None,
         run_folder: Path,
         tokenizer: Any,
@@ -125,6 +126,7 @@ class FalconTrainer(ResumableTrainer):
         hang_minutes: float = 0.0,
     ):
         self.steps = steps
+        self.names = names
         self.evaluation = evaluation
         self.bad_steps = BadSteps(most=max_bad_steps, rows_of=self._rows_of, say=note)
         self.halvings = 0
@@ -228,7 +230,7 @@ class FalconTrainer(ResumableTrainer):
         if self.accelerator.scaler is None:
             # In fp16 the scaler meets gradients that overflow, and does no such step.
             bad |= ~norm.isfinite()
-        self._reports.put(self.share.step, self._agreed, bad)
+        self._reports.put(self.share.step, self._agreed, bad, self.share.origins)
         told = getattr(optimizer, "_step_supports_amp_scaling", False)
         told &= in_zero3 or not is_sharded(self.model)
         if self.accelerator.scaler is None and told:
@@ -325,12 +327,10 @@ class FalconTrainer(ResumableTrainer):
             "reports": self._reports.state(),
         }
 
-    def _rows_of(self, step: int) -> str:
+    def _rows_of(self, report: StepReport) -> str:
         if not isinstance(self.steps, TrainingSteps):
-            return "of a stream"
-        rows = sorted({int(row) + 1 for row in self.train_dataset[self.steps.plan.documents(step)]["row"]})
-        shown = ", ".join(map(str, rows[:_ROWS_SHOWN]))
-        return f"rows {shown}{f' and {len(rows) - _ROWS_SHOWN} more' if len(rows) > _ROWS_SHOWN else ''}"
+            return self.names.of(report.origins)
+        return self.names.of_rows(self.train_dataset[self.steps.plan.documents(report.step)]["row"])
 
     def _go_on_reading(self, cursor: dict[str, Any]) -> None:
         assert isinstance(self.steps, StreamingSteps)
