@@ -21,12 +21,12 @@ from falcon_qlora.assembly.adapted import (
     load_measured,
     parse_with_run,
     read_trained,
-    run_of,
     tokenizer_of,
 )
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.errors import UserError, nearest
 from falcon_qlora.files import check_writable
+from falcon_qlora.methods.names import run_of
 
 if TYPE_CHECKING:
     from falcon_qlora.assembly.held_out import HeldOutText
