@@ -233,6 +233,12 @@ class RunDirectory:
         write_json(self.trackers_file, {**everything, tracker: dict(record)})
 
 
+def is_record(file: Path) -> bool:
+    """Whether a file of settings is a run's own, and no one else's that happens to be called so."""
+    others = set(_SIGNS) - {"config.yaml"}
+    return file.name == "config.yaml" and any((file.parent / sign).exists() for sign in others)
+
+
 def append_lines(file: Path, lines: str) -> None:
     """Add whole lines in one write, so that a reader beside a running job sees no half of one.
 
