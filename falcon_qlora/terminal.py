@@ -1,7 +1,7 @@
 """What a person sees of a run: a summary, one progress bar, a summary.
 
 Only the main process prints. On a terminal there is one bar at the bottom; into a file or a pipe the same
-numbers go as plain lines, at most some fifty of them.
+numbers go as plain lines, at most some fifty of them. What cannot be written there ends no run: see `output`.
 """
 
 from __future__ import annotations
