@@ -38,6 +38,7 @@ import yaml
 from falcon_qlora import charts
 from falcon_qlora.errors import UserError
 from falcon_qlora.files import plain, replaced, replaced_folder, try_to_write, write_json, write_text
+from falcon_qlora.run_lock import LOCK
 from falcon_qlora.summary import Summary
 
 RUNS = Path("runs")
@@ -126,7 +127,7 @@ class RunDirectory:
 
     def remove_if_empty(self) -> None:
         """Remove the folder of a run that never started: only its marks and its trackers' files are there."""
-        marks = {_LAUNCHER, self.trackers_file.name, "wandb"}
+        marks = {_LAUNCHER, LOCK, self.trackers_file.name, "wandb"}
         if self.path.is_dir() and {entry.name for entry in self.path.iterdir()} <= marks:
             shutil.rmtree(self.path, ignore_errors=True)
 
