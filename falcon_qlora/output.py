@@ -37,6 +37,7 @@ def _lossy(stream: TextIO | None, descriptor: int) -> TextIO:
     return io.TextIOWrapper(
         io.BufferedWriter(_Lossy(descriptor, "w", closefd=False)),
         encoding=stream.encoding,
-        errors=stream.errors,
+        # A path may hold what the terminal's encoding has no signs for.
+        errors="backslashreplace" if stream.errors == "strict" else stream.errors,
         line_buffering=stream.line_buffering or stream.write_through,
     )

@@ -37,7 +37,7 @@ import yaml
 
 from falcon_qlora import charts
 from falcon_qlora.errors import UserError
-from falcon_qlora.files import plain, replaced, replaced_folder, try_to_write, write_json, write_text
+from falcon_qlora.files import plain, quoted, replaced, replaced_folder, try_to_write, write_json, write_text
 from falcon_qlora.run_lock import LOCK
 from falcon_qlora.summary import Summary
 
@@ -136,7 +136,7 @@ class RunDirectory:
     def write_config(self, resolved: Mapping[str, Any]) -> None:
         """Write everything a re-run needs; the caller leaves secrets out."""
         text = yaml.safe_dump(plain(resolved), sort_keys=False, allow_unicode=True, width=110)
-        config = shlex.quote(str(self.config_file))
+        config = quoted(str(self.config_file))
         header = f"# Run again:  falcon-qlora train --config {config} --output_dir NEW_FOLDER\n"
         write_text(self.config_file, header + text)
 
@@ -316,6 +316,11 @@ def choose(
             raise UserError(f"--resume: which run? Name its folder with --output_dir or --resume PATH{hint}")
         return _fresh(root, model, settings, restarted, make, now or datetime.datetime.now())
     path = Path(output_dir)
+    if any("\udc80" <= sign <= "\udcff" for sign in str(path)):
+        raise UserError(
+            f"--output_dir {quoted(str(path))}: not a name in UTF-8, and safetensors files can be written "
+            "under no other; name another folder"
+        )
     if resumed_from is not None and resumed_from.resolve() != path.resolve():
         raise UserError(
             f"--resume {resume}: a run goes on in its own folder, {resumed_from}, and --output_dir {path} is "

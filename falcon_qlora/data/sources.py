@@ -247,7 +247,7 @@ class LocalSource:
         schema = pa.schema(list(zip(_TABLE, (pa.large_string(), pa.string(), pa.int64()), strict=True)))
         path = folder / "rows.arrow"
         rows = self.read()
-        every = ((json.dumps(row, default=str), place, rows.origin()[0]) for place, row in rows)
+        every = ((json.dumps(row, default=str), _plain(place), rows.origin()[0]) for place, row in rows)
         lines = itertools.islice(every, max_rows)
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
             while some := list(itertools.islice(lines, _WRITE_ROWS)):
@@ -417,6 +417,11 @@ def _looks_like_path(name: str) -> bool:
     if data_suffix(Path(name)) is not None or name.endswith(".parquet.gz"):
         return True
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or re.fullmatch(r"[\w./-]+", name) is None
+
+
+def _plain(place: str) -> str:
+    """A place whose path may hold bytes that are no UTF-8."""
+    return place.encode(errors="backslashreplace").decode()
 
 
 def _kinds() -> str:
