@@ -56,6 +56,22 @@ def read_trained(configuration: Configuration, folder: Path, *, named: Collectio
     return record
 
 
+def record_of_merge(configuration: Configuration) -> dict[str, Any]:
+    """That a merge is opened as it was certified, in the place of an adapter's record; {} for no merge."""
+    from falcon_qlora.merge.certificate import CERTIFICATE
+    from falcon_qlora.models.identity import named_folder
+
+    folder = named_folder(configuration.model.model_name_or_path)
+    if "quantize_mode" in configuration.explicit or folder is None or not (folder / CERTIFICATE).is_file():
+        return {}
+    # Not among a command's answers.
+    print(
+        f"note: {folder} is a merge and opened in 16 bits, as it was made; -q 4bit quantizes it first",
+        file=sys.stderr,
+    )
+    return {"quantize_mode": "16bit"}
+
+
 def check_names(
     configuration: Configuration, record: dict[str, Any], folder: Path, *, named: Collection[str]
 ) -> None:
