@@ -119,17 +119,18 @@ def test_rows_whose_numbers_are_bad_are_named_with_their_file(
     told |= {"row 1 of more/b.csv", "row 4 of more/c.jsonl"}
     fine_tune(tmp_path / "several", **settings, dataset_name=["a.jsonl", "more"], max_steps=12)
     assert sorted(named(capsys.readouterr().out)) == sorted(told)
-    with pytest.raises(UserError, match=r"step \d+ \(row \d of (a|more/c).jsonl\)"):
+    if streaming:
         settings |= {"max_bad_steps": 1, "dataset_name": ["a.jsonl", "more/c.jsonl"]}
-        fine_tune(tmp_path / "ended", **settings, max_steps=9)
+        with pytest.raises(UserError, match=r"step \d+ \(row \d of (a|more/c).jsonl\)"):
+            fine_tune(tmp_path / "ended", **settings, max_steps=9)
 
 
 def test_a_stream_that_goes_on_names_the_rows_that_it_had_read(
     poison: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    names = [rows_with_poison(Path("a.jsonl"), {1, 3}, 4), rows_with_poison(Path("b.jsonl"), {2}, 4)]
-    settings = ONE_ROW_A_STEP | {"streaming": True, "dataset_name": names, "max_steps": 8}
+    names = [rows_with_poison(Path("a.jsonl"), {1, 3}, 3), rows_with_poison(Path("b.jsonl"), {2}, 3)]
+    settings = ONE_ROW_A_STEP | {"streaming": True, "dataset_name": names, "max_steps": 6}
     settings |= {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 20}
     run = fine_tune(tmp_path / "run", **settings)
     found = re.findall(NOTE, capsys.readouterr().out)

@@ -228,7 +228,7 @@ class TestRefusedAtOnce:
             (["train", "--nnodes", "x"], "neither a number of nodes nor MIN:MAX"),
             (["train", "--max_restarts", "-1"], "at least 0"),
             (["trian"], "did you mean train?"),
-            (["-m", "tiny", "--output_dir", "a b"], "falcon-qlora train -m tiny --output_dir 'a b'"),
+            (["-m", "tiny", "--output_dir", "a b"], "such as: falcon-qlora train, then the same flags"),
             (["eval", "-m", "tiny", "--results", "/"], "--results /: this is a folder; name a file"),
             (["bench", "--csv", "/"], "error: --csv /: this is a folder; name a file"),
         ],
