@@ -46,6 +46,8 @@ class StepKeeper(TrainerCallback):
         self._trainer.meter.add(
             tokens=share.global_tokens, positions=share.global_positions, capacity=share.global_capacity
         )
+        if share.epoch.is_integer() or state.global_step == state.max_steps:
+            _end_epoch(args, state, control)
         self._trainer.after_step(control)
 
     def on_save(
@@ -60,6 +62,13 @@ class StepKeeper(TrainerCallback):
             torch.cuda.synchronize()
         self._trainer.meter.pause()
         self._trainer.finish_reports()
+
+
+def _end_epoch(args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+    """Do what is to be done once an epoch: to the loop, which sees steps, the whole run is one."""
+    control.should_log |= args.logging_strategy == "epoch"
+    control.should_evaluate |= args.eval_strategy == "epoch" and args.eval_delay <= (state.epoch or 0)
+    control.should_save |= args.save_strategy == "epoch"
 
 
 class Backlog:

@@ -242,9 +242,9 @@ def _lives(pid: int) -> bool:
 def exit_status(work: Callable[[], object]) -> int:
     """Run `work` and return the status to exit with, having said what went wrong once over all processes.
 
-    What the user can mend is one line and status 2, a file that the system refuses one line and status 1, a
-    bug a traceback and status 1. Of errors that
-    several processes meet, the first to be reported is printed: the others mostly follow from it.
+    What the user can mend is one line and status 2, a file or memory that the system refuses one line and
+    status 1, a bug a traceback and status 1. Of errors that several processes meet, the first to be reported
+    is printed: the others mostly follow from it.
     """
     try:
         work()

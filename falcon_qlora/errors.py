@@ -39,7 +39,14 @@ def without_credentials(text: str) -> str:
 
 
 def message_of(error: Exception) -> str | None:
-    """One line for what a disk or a file refuses; None for any other error, of which a traceback is shown."""
+    """One line for what a disk, a file or a GPU refuses; None for any other error: a traceback is shown."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for it
+        asked = ". ".join(str(error).split(". ")[:2]).rstrip(".")
+        return (
+            f"error: {asked}: a GPU's memory ran out where the work cannot be done in smaller pieces. Free "
+            "memory on it, or take less: a smaller -b or --max_length, --checkpointing offload, --recipe "
+            "smallest. A run goes on from its last checkpoint with --resume"
+        )
     if not isinstance(error, OSError) or not error.errno:
         return None
     if isinstance(error.filename, str | bytes):

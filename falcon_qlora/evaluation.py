@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.falcon.modeling_falcon import FalconRotaryEmbedding
 
-from falcon_qlora.data.batches import DocumentReader, MicroBatch
+from falcon_qlora.data.batches import DocumentReader, MicroBatch, filled_up
+from falcon_qlora.data.plan import deal_evaluation
 from falcon_qlora.models.attention import Sequences
 from falcon_qlora.models.checkpoints import parameter_reader, read_folder_config
 from falcon_qlora.models.forward import block_arguments, enable_packing, falcon_of, run_blocks
@@ -58,6 +59,33 @@ class Divergence:
     kl: float
     largest_kl: float
     same_top_token: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Held-out documents and how a run goes through them.
+
+    Args:
+        reader: of the held-out corpus, packed.
+        lengths: ``[documents]``, tokens.
+        target_tokens: over the whole corpus.
+        micro_batch: sequences of `max_length` in one forward.
+        max_length: tokens.
+    """
+
+    reader: DocumentReader
+    lengths: np.ndarray
+    target_tokens: int
+    micro_batch: int
+    max_length: int
+
+    def share(self, process: int, processes: int, *, even: bool) -> Iterator[MicroBatch]:
+        """One process's micro batches, on the host; `even`: as many as any has, some without targets."""
+        dealt = deal_evaluation(
+            self.lengths, processes=processes, micro_batch=self.micro_batch, max_length=self.max_length
+        )
+        parts = filled_up(dealt[process], max(map(len, dealt)) if even else 0)
+        return map(self.reader.micro_batch, parts)
 
 
 def batches_of(corpus: Any, *, max_tokens: int, most_tokens: int | None = None) -> list[MicroBatch]:

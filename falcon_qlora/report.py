@@ -255,7 +255,7 @@ def _row(run: Compared) -> Row:
     peak, total = summary["peak_memory_gib"], summary["total_peak_memory_gib"]
     losses = {line["step"]: line["eval_loss"] for line in metrics if line.get("eval_loss") is not None}
     after = losses.get(max(losses, default=0))
-    if config.get("load_best_model_at_end"):
+    if config.get("load_best_model_at_end") and summary["best_eval_loss"] is not None:
         after = summary["best_eval_loss"]
     return Row(
         method=run.method,

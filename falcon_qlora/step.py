@@ -271,9 +271,7 @@ def accumulate_gradients(
             return loss, halvings
         # The failed pass is gone from the stack by now, and with it what it held.
         reduction.clear()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _free_memory()
         if halvings == MOST_HALVINGS or all(len(batch.lengths) == 1 for batch in batches):
             longest = max(length for batch in batches for length in batch.lengths)
             raise UserError(
@@ -281,6 +279,42 @@ def accumulate_gradients(
                 "cannot be split: lower --max_length, or give --checkpointing full"
             )
         halvings += 1
+
+
+@torch.no_grad()
+def evaluated(
+    model: nn.Module, batch: MicroBatch, *, device: torch.device, halvings: int = 0, can_retry: bool = True
+) -> torch.Tensor:
+    """The sum of the cross entropies of `batch`'s targets: a float64 scalar.
+
+    Args:
+        model: in evaluation mode.
+        batch: on the host. Where memory runs out, it is done again in halves.
+        device: of the model.
+        halvings: how often to halve it from the start.
+        can_retry: false of a sharded model: each forward takes all processes.
+
+    Raises:
+        torch.OutOfMemoryError: if memory runs out with a single document, or none can be tried again.
+    """
+    while True:
+        pieces = halved(batch, halvings)
+        total = torch.zeros((), device=device, dtype=torch.float64)
+        try:
+            for piece in pieces:
+                total += sum_of_losses(model, piece.to(device)).double()
+            return total
+        except torch.OutOfMemoryError:
+            if not can_retry or halvings == MOST_HALVINGS or len(pieces) == len(batch.lengths):
+                raise
+        _free_memory()
+        halvings += 1
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _backward_each(

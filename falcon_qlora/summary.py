@@ -21,7 +21,8 @@ class Summary:
         total_parameters: All parameters, the quantized ones counted unpacked.
         quantized_linears: Linear layers whose weights are quantized.
         world_size: Processes that trained together.
-        best_eval_loss: Lowest held-out loss, where there was an evaluation.
+        best_eval_loss: Lowest held-out loss, where there was an evaluation; of the best checkpoint, where the
+            adapter is that one's.
         best_step: The step of `best_eval_loss`.
         bad_steps: Steps that were skipped, as their loss or gradient was not finite.
         micro_batch_parts: In how many parts micro batches were split in the end, as memory had run out.

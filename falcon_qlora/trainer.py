@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,18 @@ from falcon_qlora import distributed, interrupts
 from falcon_qlora.callbacks import StepKeeper
 from falcon_qlora.checkpoint import process_state
 from falcon_qlora.checkpoint.trainer import ResumableTrainer
-from falcon_qlora.data.batches import DocumentReader, Share, StreamingSteps, TrainingSteps, filled_up
+from falcon_qlora.checkpoint.write import last_complete
+from falcon_qlora.data.batches import Share, StreamingSteps, TrainingSteps
 from falcon_qlora.data.origins import RowNames
-from falcon_qlora.data.plan import deal_evaluation
+from falcon_qlora.errors import UserError
+from falcon_qlora.evaluation import Evaluation
 from falcon_qlora.guard import BadSteps, Reports, StepReport
 from falcon_qlora.interrupts import Stopped
 from falcon_qlora.meter import Meter, peak_memory_gib
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models import zero3
 from falcon_qlora.models.sharded import is_sharded
-from falcon_qlora.step import Notes, Reduction, ShardedReduction, accumulate_gradients, sum_of_losses
+from falcon_qlora.step import Notes, Reduction, ShardedReduction, accumulate_gradients, evaluated
 from falcon_qlora.terminal import note
 from falcon_qlora.watchdog import Watchdog
 
@@ -62,25 +63,6 @@ def trainer_arguments(training: SFTConfig, *, total_steps: int) -> SFTConfig:
         training.metric_for_best_model = "eval_loss"
         training.greater_is_better = False
     return training
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Held-out documents and how to go through them.
-
-    Args:
-        reader: of the held-out corpus, packed.
-        lengths: ``[documents]``, tokens.
-        target_tokens: over the whole corpus.
-        micro_batch: sequences of `max_length` in one forward.
-        max_length: tokens.
-    """
-
-    reader: DocumentReader
-    lengths: Any
-    target_tokens: int
-    micro_batch: int
-    max_length: int
 
 
 class FalconTrainer(ResumableTrainer):
@@ -133,6 +115,7 @@ class FalconTrainer(ResumableTrainer):
         self.share: Share
         self._reports = Reports()
         self._first_learning_step: int | None = None
+        self._ending: UserError | None = None
         self._watchdog = Watchdog(hang_minutes * 60, run_folder / "flight_record") if hang_minutes else None
         self._seconds_before = 0.0
         super().__init__(
@@ -226,14 +209,15 @@ class FalconTrainer(ResumableTrainer):
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model
         if self._first_learning_step is None and max(self.lr_scheduler.get_last_lr()) > 0:
             self._first_learning_step = self.share.step + 1
-        bad = ~self._agreed[0].isfinite()
-        if self.accelerator.scaler is None:
-            # In fp16 the scaler meets gradients that overflow, and does no such step.
+        bad, scaler = ~self._agreed[0].isfinite(), self.accelerator.scaler
+        if scaler is None or scaler.get_scale() < 1:
+            # In fp16 the scaler meets gradients that overflow: it does no such step and halves its scale. At
+            # such a scale nothing overflows that is a number.
             bad |= ~norm.isfinite()
         self._reports.put(self.share.step, self._agreed, bad, self.share.origins)
         told = getattr(optimizer, "_step_supports_amp_scaling", False)
         told &= in_zero3 or not is_sharded(self.model)
-        if self.accelerator.scaler is None and told:
+        if scaler is None and told:
             # The fused optimizers change nothing where this is 1: nobody waits for the device.
             optimizer.found_inf = bad.float()
         elif bool(bad):
@@ -254,7 +238,11 @@ class FalconTrainer(ResumableTrainer):
                     f"here on every micro batch is split in {2**self.halvings} on all processes; the global "
                     "batch stays the same"
                 )
-            self.bad_steps.see(report)
+            try:
+                self.bad_steps.see(report)
+            except UserError as error:  # on every process alike; what was learned before is saved first
+                self._ending = error
+                control.should_save = control.should_training_stop = True
             control.should_save |= agreed.save or agreed.stop
             control.should_training_stop |= agreed.stop
             self._stopping |= agreed.stop
@@ -263,6 +251,7 @@ class FalconTrainer(ResumableTrainer):
         """Take up what a checkpoint has kept beside the weights, and the processes' parameters as one."""
         self._counted = torch.zeros((), device=self.args.device)
         self._stopping = False
+        self._ending = None
         self._logged_step = self.state.global_step
         self._reduction.share_parameters()
         if self._resumed is not None:
@@ -288,18 +277,31 @@ class FalconTrainer(ResumableTrainer):
             self._watchdog.at(step, phase, what)
 
     def end_if_asked(self) -> None:
-        """End the run here if it was asked to stop and has steps left.
+        """End the run here if it was asked to stop and has steps left, or its numbers stay bad.
 
         Raises:
-            Stopped: on every process.
+            Stopped, UserError: on every process.
         """
+        if self._ending is not None:
+            last = distributed.from_main_process(lambda: last_complete(self.run_folder / "checkpoints"))
+            raise UserError(f"{self._ending}. {last}")
         if self._stopping and self.state.global_step < self.state.max_steps:
             raise Stopped(self.state.global_step, self._save_failure)
 
     def finish_reports(self) -> None:
-        """Take in the last step's report, which no step follows."""
+        """Take in the last step's report, which no step follows.
+
+        Raises:
+            UserError: if nothing was learned.
+        """
         for report in self._reports.take(newest=True):
             self.bad_steps.see(report)
+        if 0 < self.state.global_step <= self.bad_steps.total:
+            raise UserError(
+                f"all {self.state.global_step:,} steps had a loss or gradient that is not finite and were "
+                "skipped: nothing was learned, and no adapter is written. Look at the rows above and the "
+                "base model; lower --learning_rate, or compute in bf16 or fp32"
+            )
 
     def reduction_share(self) -> float:
         """Of this start's training time, what went into adding up gradients, waiting for others included."""
@@ -364,22 +366,14 @@ class FalconTrainer(ResumableTrainer):
         started = time.perf_counter()
         was_training = self.model.training
         self.model.eval()
-        dealt = deal_evaluation(
-            evaluation.lengths,
-            processes=self.accelerator.num_processes,
-            micro_batch=evaluation.micro_batch,
-            max_length=evaluation.max_length,
-        )
-        parts = dealt[self.accelerator.process_index]
-        if is_sharded(self.model):  # each forward takes all processes
-            parts = filled_up(parts, max(map(len, dealt)))
         total = torch.zeros((), device=self.args.device, dtype=torch.float64)
-        with torch.no_grad():
-            for part in parts:
-                self._at(self.state.global_step, 6, "evaluating")
-                batch = evaluation.reader.micro_batch(part).to(self.args.device)
-                # Not through DDP: processes may have different numbers of micro batches.
-                total += sum_of_losses(self.model, batch).double()
+        sharded, place = is_sharded(self.model), self.accelerator.process_index
+        for batch in evaluation.share(place, self.accelerator.num_processes, even=sharded):
+            self._at(self.state.global_step, 4, "evaluating")
+            total += evaluated(
+                self.model, batch, device=self.args.device, halvings=self.halvings, can_retry=not sharded
+            )
+        self._at(self.state.global_step, 5, "adding up the evaluation")
         loss = float(self.accelerator.reduce(total)) / evaluation.target_tokens
         self.model.train(was_training)
         metrics = {

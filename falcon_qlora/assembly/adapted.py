@@ -62,8 +62,13 @@ def record_of_merge(configuration: Configuration) -> dict[str, Any]:
     from falcon_qlora.models.identity import named_folder
 
     folder = named_folder(configuration.model.model_name_or_path)
-    if "quantize_mode" in configuration.explicit or folder is None or not (folder / CERTIFICATE).is_file():
+    if (
+        configuration.explicit.get("quantize_mode") == "flag"
+        or folder is None
+        or not (folder / CERTIFICATE).is_file()
+    ):
         return {}
+    configuration.explicit.pop("quantize_mode", None)  # a run's settings file says how its base was stored
     # Not among a command's answers.
     print(
         f"note: {folder} is a merge and opened in 16 bits, as it was made; -q 4bit quantizes it first",

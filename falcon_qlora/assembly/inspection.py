@@ -62,7 +62,7 @@ class Inspection:
 
     def add(self, label: str, value: Any) -> None:
         if value not in (None, "", [], {}):
-            self.rows.append((label, str(value)))
+            self.rows.append((label, _text(value)))
 
     def attempt(self, check: Callable[[], Any]) -> Any:
         """The check's result; None where it raises, which is then a fault."""
@@ -71,6 +71,13 @@ class Inspection:
         except UserError as error:
             self.faults.append(str(error))
             return None
+
+
+def _text(value: Any) -> str:
+    """As a reader wants it: lists without brackets, numbers without digits that say nothing."""
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def inspect_folder(folder: Path) -> Inspection:
@@ -107,7 +114,7 @@ def _run(run: RunDirectory) -> Inspection:
         summary = found.attempt(lambda: read_json(run.summary_file)) or {}
         found.add("steps", summary.get("steps"))
         if summary.get("first_loss") is not None:  # none was logged in a run shorter than --logging_steps
-            found.add("loss", f"{summary['first_loss']} → {summary.get('final_loss')}")
+            found.add("loss", f"{_text(summary['first_loss'])} → {_text(summary.get('final_loss'))}")
         found.add("best held out", summary.get("best_eval_loss"))
         if not run.adapter.is_dir():
             found.faults.append(f"{run.adapter} is missing, though the run was finished")
@@ -116,6 +123,8 @@ def _run(run: RunDirectory) -> Inspection:
     parts = [run.adapter] if run.adapter.is_dir() else []
     for part in [*parts, *(run.checkpoint(step) for step in run.checkpoint_steps())]:
         inside = _checkpoint(part) if (part / _STATE).is_file() else _finished(part)
+        if not part.is_dir():
+            continue  # a run that goes on has made room for the next
         found.faults += inside.faults
         found.add(inside.kind, f"{part.name}: {'NOT WHOLE' if inside.faults else inside.state}")
         if part == run.adapter:
@@ -250,7 +259,9 @@ def _merge(folder: Path) -> Inspection:
     measured = certificate.get("merges")
     kept = measured.get(certificate.get("merged_onto")) if isinstance(measured, dict) else None
     if isinstance(kept, dict):
-        found.add("held-out loss", f"{kept.get('loss')} (adapter {certificate.get('adapter_loss')})")
+        found.add(
+            "held-out loss", f"{_text(kept.get('loss'))} (adapter {_text(certificate.get('adapter_loss'))})"
+        )
         found.add("KL divergence", kept.get("kl_divergence"))
     hashes = certificate.get("tensors")
     if not isinstance(hashes, dict):

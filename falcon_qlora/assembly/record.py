@@ -215,7 +215,9 @@ def finish(
         for line in lines
         if line.get("eval_loss") is not None and line["step"] > 0  # before, there is nothing to keep
     ]
-    best = min(evaluations, default=(None, None))
+    best: tuple[float | None, int | None] = min(evaluations, default=(None, None))
+    if trainer.args.load_best_model_at_end:  # of the adapter that is kept
+        best = trainer.state.best_metric, trainer.state.best_global_step
     totals = trainer.meter.total()
     summary = Summary(
         steps=trainer.state.global_step,

@@ -98,8 +98,9 @@ def build_trainer(
 
     from falcon_qlora.answers import SampleAnswers
     from falcon_qlora.callbacks import MetricsWriter
+    from falcon_qlora.evaluation import Evaluation
     from falcon_qlora.progress import ProgressCallback
-    from falcon_qlora.trainer import Evaluation, FalconTrainer, trainer_arguments
+    from falcon_qlora.trainer import FalconTrainer, trainer_arguments
 
     training, run, settings = configuration.training, configuration.run, configuration.data
     training.output_dir = str(directory.path)
@@ -121,6 +122,7 @@ def build_trainer(
     callbacks: list[Any] = [MetricsWriter(directory.append_metrics), trackers.callback, ProgressCallback()]
     if run.early_stopping and evaluation is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=run.early_stopping))
+        training.metric_for_best_model, training.greater_is_better = "eval_loss", False  # kept or not
     if run.generate_samples:
         prompts = sample_prompts(configuration, data, tokenizer)
         callbacks.append(

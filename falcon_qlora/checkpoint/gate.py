@@ -24,6 +24,7 @@ from falcon_qlora.models.forward import enable_packing, falcon_of
 from falcon_qlora.models.sharded import local_tensor, own_parts
 from falcon_qlora.models.tensor_files import read_tensor
 from falcon_qlora.step import sum_of_losses
+from falcon_qlora.terminal import note
 
 from peft import PeftModel, get_peft_model_state_dict  # isort: skip  # after bitsandbytes, see models/quantize.py
 
@@ -41,14 +42,13 @@ def check_adapter(
     *,
     probe: MicroBatch | None = None,
     trained: bool | None = None,
-    with_loss: bool = True,
 ) -> None:
     """Compare what lies in a folder with the model it was saved from.
 
     All expected tensors are there, with the right shapes, finite, equal to those in memory and, if `trained`,
-    none of an adapter's zero throughout; the settings are those of the model's method. With `with_loss` LoRA,
-    whose scale is in no tensor, is also opened again by PEFT beside the model's own, and gives the same loss
-    on a probe. The model is left as it was; packing is enabled on it where there is a probe.
+    none of an adapter's zero throughout; the settings are those of the model's method. LoRA, whose scale is
+    in no tensor, is also opened again by PEFT beside the model's own, and gives the same loss on a probe. The
+    model and the random generators are left as they were; packing is enabled on a model with LoRA.
 
     Args:
         folder: that the model's method saved into.
@@ -56,7 +56,6 @@ def check_adapter(
         probe: what the losses are of; a few made-up tokens where None.
         trained: whether an optimizer step with a learning rate above zero has been done. Where that is not
             known, a tensor is taken for lost if it is zero while others of its kind are not.
-        with_loss: whether losses are compared.
 
     Raises:
         AdapterFaultError: naming the first thing that is wrong.
@@ -68,7 +67,7 @@ def check_adapter(
             _check_tensors(folder, model, trained=trained)
     except UserError as error:
         raise AdapterFaultError(str(error).rstrip(".")) from None
-    if with_loss and isinstance(model, PeftModel):
+    if isinstance(model, PeftModel):
         _check_loss(folder, model, probe or _made_up(model))
 
 
@@ -128,30 +127,46 @@ def _compare(place: Path, name: str, stored: Tensor, in_memory: Tensor) -> None:
 
 def _check_loss(folder: Path, peft_model: PeftModel, probe: MicroBatch) -> None:
     enable_packing(peft_model)
-    batch = probe.to(falcon_of(peft_model).lm_head.weight.device)
-    with _left_as_it_was(peft_model), torch.no_grad():
-        expected = sum_of_losses(peft_model.eval(), batch).item()
-        try:
-            peft_model.load_adapter(str(folder), _PROBE)
-        except Exception as error:  # whatever PEFT raises: the adapter does not open
-            raise AdapterFaultError(f"{folder} cannot be opened again: {error}") from error
-        peft_model.set_adapter(_PROBE)
-        found = sum_of_losses(peft_model.eval(), batch).item()
-    if not math.isclose(found, expected, rel_tol=1e-5):
+    device = falcon_of(peft_model).lm_head.weight.device
+    try:
+        with _left_as_it_was(peft_model, device), torch.no_grad():
+            found, expected = _losses(folder, peft_model, probe.to(device), device)
+    except torch.OutOfMemoryError:
+        note(f"{folder}: no memory is left to open the adapter beside the model's: no losses were compared")
+        return
+    # Whether the model is of any use is not asked here: where its loss is not a number, so is the other's.
+    if not (math.isclose(found, expected, rel_tol=1e-5) or (math.isnan(found) and math.isnan(expected))):
         raise AdapterFaultError(
             f"{folder} opened again gives the loss {found / len(probe.targets):.6g} on a probe, the model in "
             f"memory {expected / len(probe.targets):.6g}"
         )
 
 
+def _losses(
+    folder: Path, peft_model: PeftModel, batch: MicroBatch, device: torch.device
+) -> tuple[float, float]:
+    """Of the folder's adapter, put beside the model's, and of the model's."""
+    expected = sum_of_losses(peft_model.eval(), batch).item()
+    try:
+        # Not with low_cpu_mem_usage: PEFT would round the adapter to the base's dtype.
+        peft_model.load_adapter(str(folder), _PROBE, torch_device=str(device))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever PEFT raises: the adapter does not open
+        raise AdapterFaultError(f"{folder} cannot be opened again: {error}") from error
+    peft_model.set_adapter(_PROBE)
+    return sum_of_losses(peft_model.eval(), batch).item(), expected
+
+
 @contextlib.contextmanager
-def _left_as_it_was(peft_model: PeftModel) -> Iterator[None]:
-    """Take the probe's adapter out again, with all that adding it changed."""
+def _left_as_it_was(peft_model: PeftModel, device: torch.device) -> Iterator[None]:
+    """Take the probe's adapter out again, with all that adding it changed, random generators included."""
     training: dict[nn.Module, bool] = {module: module.training for module in peft_model.modules()}
     trainable = {parameter: parameter.requires_grad for parameter in peft_model.parameters()}
     active = peft_model.active_adapter
     try:
-        yield
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
     finally:
         peft_model.set_adapter(active)
         if _PROBE in peft_model.peft_config:

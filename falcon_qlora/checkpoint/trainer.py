@@ -10,7 +10,9 @@ from typing import Any
 import falcon_qlora.models.quantize  # noqa: F401  # isort: skip  # before trl imports bitsandbytes: see there
 import torch
 from torch import nn
+from transformers import EarlyStoppingCallback
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import SaveStrategy
 from trl import SFTTrainer
 
 from falcon_qlora.checkpoint import process_state
@@ -23,6 +25,9 @@ from falcon_qlora.meter import Meter
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.sharded import is_sharded
 from falcon_qlora.terminal import note
+
+_Best = tuple[float | None, int | None, str | None]
+_NONE_YET: _Best = (None, None, None)
 
 
 class ResumableTrainer(SFTTrainer):
@@ -56,8 +61,9 @@ class ResumableTrainer(SFTTrainer):
         self.meter = meter
         self._save_every_seconds = save_every_minutes * 60
         self._saved_at = time.monotonic()
-        self._saved_step = -1
+        self._saved_step = self._step_seen_to = -1
         self._save_failure: str | None = None
+        self._best_before = _NONE_YET
         self._resumed: dict[str, Any] | None = None
         self._states_file = Path(process_state.STATES)  # that it is from
         super().__init__(**sft)
@@ -82,6 +88,30 @@ class ResumableTrainer(SFTTrainer):
         self._saved_at = time.monotonic()
         return True
 
+    def _maybe_log_save_evaluate(self, *args: Any, **named: Any) -> None:
+        # The loop comes here again when its only epoch, the whole run, has ended.
+        if self._step_seen_to != self.state.global_step:
+            self._step_seen_to = self.state.global_step
+            super()._maybe_log_save_evaluate(*args, **named)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Whether the model is saved after this evaluation, where the best alone are.
+
+        That is so too where a signal or the clock asks for it. Of an evaluation without a checkpoint there is
+        nothing to keep: it is not the best where the best is what the run leaves.
+        """
+        asked = self.control.should_save
+        if self.args.load_best_model_at_end and not asked and self.args.save_strategy != SaveStrategy.BEST:
+            return False
+        self._best_before = self._best()
+        return super()._determine_best_metric(metrics=metrics, trial=trial) or asked
+
+    def _best(self) -> _Best:
+        return self.state.best_metric, self.state.best_global_step, self.state.best_model_checkpoint
+
+    def _take_for_best(self, best: _Best) -> None:
+        self.state.best_metric, self.state.best_global_step, self.state.best_model_checkpoint = best
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self._saved_step == self.state.global_step:
             return
@@ -99,6 +129,8 @@ class ResumableTrainer(SFTTrainer):
         if failure is None:
             self.on_saved(self.run_folder / "checkpoints" / f"step-{self._saved_step}")
         else:
+            if self.state.best_global_step == self.state.global_step:
+                self._take_for_best(self._best_before)  # the best of those that there are
             note(
                 f"step {self.state.global_step}: the checkpoint could not be saved ({failure}). The training "
                 "goes on and the next save is tried; earlier checkpoints are untouched"
@@ -109,7 +141,7 @@ class ResumableTrainer(SFTTrainer):
         """This process writes to a checkpoint, or waits for another that does."""
         self._at(
             self.state.global_step,
-            4 if writes else 5,
+            6 if writes else 7,
             "saving a checkpoint" if writes else "awaiting the save",
         )
 
@@ -148,8 +180,14 @@ class ResumableTrainer(SFTTrainer):
         if checkpoint is None:
             return super()._init_training_state(max_steps, steps_an_epoch, epochs, checkpoint, trial)
         folder = Path(checkpoint)
+        wanted = self._early_stopping()
         with process_state.reading(folder / TRAINER_STATE_NAME):
             place = super()._init_training_state(max_steps, steps_an_epoch, epochs, checkpoint, trial)
+        stopping = self._early_stopping()
+        if stopping is not None and wanted is not None:
+            stopping.early_stopping_patience = wanted.early_stopping_patience  # not what it was
+            if stopping.early_stopping_patience_counter >= stopping.early_stopping_patience:
+                place = (epochs, 0)  # it had come to its end
         self._resumed, self._states_file = self._read_process(checkpoint), folder / process_state.STATES
         cursor = process_state.load_cursor(folder)
         if cursor is not None:
@@ -159,6 +197,10 @@ class ResumableTrainer(SFTTrainer):
         self._saved_step = self.state.global_step
         self._find_best_again()
         return place
+
+    def _early_stopping(self) -> EarlyStoppingCallback | None:
+        callbacks = self.callback_handler.callbacks
+        return next((each for each in callbacks if isinstance(each, EarlyStoppingCallback)), None)
 
     def _read_process(self, checkpoint: str) -> dict[str, Any]:
         accelerator = self.accelerator
@@ -170,7 +212,11 @@ class ResumableTrainer(SFTTrainer):
         """The best checkpoint by its step: the folder may have been moved, or something happened to it."""
         if self.state.best_global_step:
             best = self.run_folder / "checkpoints" / f"step-{self.state.best_global_step}"
-            self.state.best_model_checkpoint = None if fault(best) else str(best)
+            wrong = fault(best)
+            self.state.best_model_checkpoint = None if wrong else str(best)
+            if wrong:
+                note(f"{best}, the best so far, cannot be kept ({wrong}): the best from here on is")
+                self._take_for_best(_NONE_YET)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:

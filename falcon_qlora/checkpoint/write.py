@@ -55,12 +55,9 @@ def save_checkpoint(
         trained = (parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
         require_same_replicas(trained, checkpoints, step=trainer.state.global_step)
     states = distributed.gather_objects(state)
-    best, trainer_state = None, trainer.state
+    trainer_state = trainer.state
     if trainer_state.best_global_step == trainer_state.global_step:
-        best, trainer_state.best_model_checkpoint = (
-            trainer_state.best_model_checkpoint,
-            str(checkpoints / f"step-{trainer_state.global_step}"),
-        )
+        trainer_state.best_model_checkpoint = str(checkpoints / f"step-{trainer_state.global_step}")
 
     def try_to(work: Callable[[], None]) -> str | None:
         try:
@@ -85,8 +82,6 @@ def save_checkpoint(
         failure = distributed.from_main_process(
             lambda: try_to(lambda: _write(trainer, partial, states, record, parts))
         )
-    if failure is not None and best is not None:
-        trainer_state.best_model_checkpoint = best
     return failure
 
 
@@ -200,7 +195,7 @@ def _write(
             torch.save(states, partial / STATES)
             if trainer.share.cursor is not None:
                 save_cursor(partial, trainer.share.cursor())
-    check_adapter(partial, trainer.model, with_loss=False)
+    check_adapter(partial, trainer.model)
     _save_trainer_state(trainer, partial)
     about = {"step": step, "processes": len(states), "resumable": not trainer.args.save_only_model}
     write_manifest(partial, about | record, parts)

@@ -231,7 +231,9 @@ def _settle_packing(values: Values, laid: Laid) -> None:
 def _settle_evaluation(values: Values, laid: Laid) -> None:
     if values["eval_split"] is None:
         return
-    if _rank(laid, "eval_split") > _rank(laid, "eval_strategy") and values["eval_strategy"] == "no":
+    wanted = _rank(laid, "eval_split")
+    switched_on = wanted > _rank(laid, "eval_strategy") and values["eval_strategy"] == "no"
+    if switched_on:
         values["eval_strategy"] = "steps"
     if values["eval_strategy"] == "no":
         return
@@ -246,7 +248,8 @@ def _settle_evaluation(values: Values, laid: Laid) -> None:
     for interval in ("strategy", "steps"):
         if evaluating > saving:
             values[f"save_{interval}"] = values[f"eval_{interval}"]
-        elif saving > evaluating:
+        # Settings of before, among them how often a run saved that was not evaluated, contradict nothing.
+        elif saving > evaluating or (switched_on and wanted > evaluating):
             values[f"eval_{interval}"] = values[f"save_{interval}"]
     if values["eval_strategy"] != values["save_strategy"]:
         raise UserError(
@@ -297,6 +300,9 @@ def _check_data(values: Values, name: Any) -> None:
         raise UserError(
             f"{name('streaming')}: a stream has no length; say how long to train with --max_steps"
         )
+    for setting in ("logging_strategy", "eval_strategy", "save_strategy"):
+        if values["streaming"] and values.get(setting) == "epoch":
+            raise UserError(f"{name(setting)} epoch: a stream has no known end; count steps instead")
     if values["streaming"] and (values.get("dataloader_num_workers") or 0) > 1:
         raise UserError(
             f"{name('dataloader_num_workers')}: each would read the whole of a stream; give 1 or 0"

@@ -100,8 +100,9 @@ class Certificate:
         dtype: what it is stored in.
         origin: what it is made of.
         held_out: what was measured on.
-        adapter_loss: of the quantized base with its adapter.
-        merges: for each base that was tried what came of it.
+        adapter_loss: of the quantized base with its adapter, on the path that the run trained on.
+        merges: for each base that was tried what came of it, computed block by block as Transformers does. In
+            16 bits the two paths also round differently, which is part of the difference.
         max_loss_increase: the limit that was asked for.
         max_kl_divergence: likewise.
         tensors: name → SHA-256 of the stored bytes.

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import falcon_qlora
+from falcon_qlora import step
+from falcon_qlora.data.batches import MicroBatch
 from falcon_qlora.data.tokenize import prepare_corpora
 from falcon_qlora.errors import UserError
 from falcon_qlora.methods.lora import attach_lora
@@ -124,6 +126,23 @@ def test_held_out_loss_is_the_mean_over_its_tokens_and_the_best_adapter_is_kept(
     assert best["eval_loss"] == pytest.approx(total / targets, rel=1e-4)
 
 
+def test_an_evaluation_whose_memory_runs_out_is_done_in_smaller_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"learning_rate": 0.0, "eval_split": 0.7, "eval_steps": 1, "max_steps": 1}
+    whole = fine_tune(tmp_path, **settings)
+    real = step.sum_of_losses
+
+    def scarce(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+        if not torch.is_grad_enabled() and len(batch.lengths) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory (in a test)")
+        return real(model, batch)
+
+    monkeypatch.setattr(step, "sum_of_losses", scarce)
+    pieces = fine_tune(tmp_path, **settings, output_dir=tmp_path / "pieces")
+    assert metrics(pieces)[-1]["eval_loss"] == pytest.approx(metrics(whole)[-1]["eval_loss"], rel=1e-6)
+
+
 def test_a_run_leaves_exactly_its_record(tmp_path: Path) -> None:
     run = fine_tune(tmp_path, max_steps=2, save_steps=1, save_total_limit=1)
     assert {path.name for path in run.iterdir()} == {
@@ -185,9 +204,23 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, data: di
 
 
 def test_early_stopping_ends_a_run_that_gets_no_better(tmp_path: Path) -> None:
-    run = fine_tune(tmp_path, max_steps=20, learning_rate=0.0, eval_split=0.3, eval_steps=1, early_stopping=3)
+    settings = {"max_steps": 9, "learning_rate": 0.0, "eval_split": 0.3, "eval_steps": 1, "early_stopping": 3}
+    run = fine_tune(tmp_path, **settings)
     assert json.loads((run / "summary.json").read_text())["steps"] == 4
-    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+    adapter = run / "adapter" / "adapter_model.safetensors"
+    before = adapter.read_bytes()
+    shutil.rmtree(adapter.parent)
+    falcon_qlora.train(resume=run)  # its adapter had not been written: there is no step left
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
+    assert adapter.read_bytes() == before
+    falcon_qlora.train(resume=run, early_stopping=5)
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_early_stopping_needs_no_checkpoint(tmp_path: Path) -> None:
+    settings = {"learning_rate": 0.0, "eval_split": 0.3, "eval_steps": 1, "early_stopping": 1}
+    run = fine_tune(tmp_path, **settings, save_strategy="no")
+    assert json.loads((run / "summary.json").read_text())["steps"] == 2
 
 
 @pytest.mark.parametrize("relative", [True, pytest.param(False, marks=pytest.mark.slow)])

@@ -12,11 +12,13 @@ import datasets
 import pytest
 import torch
 
+import falcon_qlora
 from falcon_qlora import step, trainer
+from falcon_qlora.checkpoint.verify import fault
 from falcon_qlora.errors import UserError
 from falcon_qlora.models.tokenizer import load_tokenizer
 from falcon_qlora.step import accumulate_gradients
-from tests.integration.interrupted import at_work, run
+from tests.integration.interrupted import assert_same_run, at_work, run
 from tests.integration.runs import summary, write_jsonl
 from tests.integration.test_kernels_flag import fine_tune
 
@@ -52,6 +54,42 @@ def test_a_bad_step_changes_nothing(optimizer: str, tmp_path: Path, monkeypatch:
     assert changed == [True, False, True]
     assert all(each.isfinite().all() for each in before)
     assert summary(run)["bad_steps"] == 1
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> None:
+    """Make the losses of these steps, from 1, not numbers."""
+
+    def faulty(model: Any, share: Any, **words: Any) -> Any:
+        loss, halvings = accumulate_gradients(model, share, **words)
+        return loss * torch.nan if share.step + 1 in bad else loss, halvings
+
+    monkeypatch.setattr(trainer, "accumulate_gradients", faulty)
+
+
+@pytest.mark.slow
+def test_a_run_whose_numbers_stay_bad_is_saved_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"max_steps": 8, "max_rows": 40, "max_length": 64, "save_steps": 6}
+    settings |= {"eval_split": None, "eval_steps": None, "max_bad_steps": 2, "logging_steps": 3}
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        spoil(patch, {3, 4})
+        with pytest.raises(
+            UserError, match=rf"2 steps in a row .* checkpoint is {run}/checkpoints/step-5: --resume"
+        ):
+            fine_tune(run, **settings)
+        assert fault(run / "checkpoints" / "step-5") is None
+        falcon_qlora.train(resume=run)
+        whole = fine_tune(tmp_path / "whole", **{**settings, "max_bad_steps": 0})
+    assert_same_run(run, whole)
+
+
+def test_a_run_without_a_good_step_leaves_no_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, {1, 2})
+    with pytest.raises(UserError, match="all 2 steps had a loss or gradient that is not finite"):
+        fine_tune(tmp_path / "run", max_steps=2, max_rows=40, max_length=64, eval_split=None, eval_steps=None)
+    assert not (tmp_path / "run" / "adapter").exists()
 
 
 def rows_with_poison(path: Path, poisoned: set[int], count: int) -> str:

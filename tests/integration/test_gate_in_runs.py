@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,37 @@ from falcon_qlora.checkpoint.verify import fault
 from falcon_qlora.errors import UserError
 from falcon_qlora.methods.adapter_v2 import AdapterV2
 from falcon_qlora.methods.lora import Lora
+from tests.integration.interrupted import assert_same_run
 from tests.integration.test_adapter import fine_tune
 
 METHODS: dict[str, Any] = {"lora": Lora, "adapter_v2": AdapterV2}
+
+
+def test_settings_that_are_not_the_models_are_found_at_a_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LoRA's scale is in no tensor: only what the adapter computes tells that it is another."""
+    saves, real = [], Lora.save
+
+    def save(self: Any, model: Any, folder: Path) -> None:
+        real(self, model, folder)
+        saves.append(folder)
+        if len(saves) == 2:
+            file = folder / "adapter_config.json"
+            settings = json.loads(file.read_text())
+            file.write_text(json.dumps({**settings, "lora_alpha": settings["lora_alpha"] * 2}))
+
+    monkeypatch.setattr(Lora, "save", save)
+    with pytest.raises(UserError, match=r"was not kept: .*opened again gives the loss") as refusal:
+        fine_tune(tmp_path, output_dir=tmp_path / "run", max_steps=4, save_steps=2)
+    assert f"last complete checkpoint is {tmp_path}/run/checkpoints/step-2" in str(refusal.value)
+
+
+def test_a_run_that_saves_is_the_run_that_does_not(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"max_steps": 4, "logging_steps": 1, "lora_dropout": 0.3}
+    for name, saving in {"often": {"save_steps": 1}, "never": {"save_strategy": "no"}}.items():
+        fine_tune(tmp_path, output_dir=tmp_path / name, **settings, **saving)
+    assert_same_run(tmp_path / "often", tmp_path / "never")
 
 
 @pytest.mark.parametrize(

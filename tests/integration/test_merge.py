@@ -456,6 +456,8 @@ def test_a_merge_is_measured_in_16_bits_unless_a_flag_says_otherwise(tmp_path, c
     (model / "certificate.json").write_text("{}")
     merged, said = loss()
     assert f"{model} is a merge and opened in 16 bits" in said
+    (tmp_path / "run.yaml").write_text("quantize_mode: 4bit\n")  # as a run's settings have it
+    assert loss("--config", str(tmp_path / "run.yaml"))[0] == merged
     quantized, said = loss("-q", "4bit")
     assert "is a merge" not in said
     assert before == quantized != pytest.approx(merged, abs=1e-3)

@@ -77,8 +77,11 @@ def test_a_setting_that_changes_the_losses_is_refused(stopped, setting, value, w
 
 def test_what_changes_the_rounding_alone_is_said(stopped, data, capsys):
     (data / "rows.jsonl").unlink()  # so that it ends before the model is read
-    refusal(stopped, kernels="off", dataset_name=[data / "rows.jsonl", data / "more"])
-    assert "note: kernels was auto and is off now: the losses agree up to rounding" in capsys.readouterr().out
+    sources = [data / "rows.jsonl", data / "more"]
+    refusal(stopped, kernels="off", per_device_train_batch_size=1, dataset_name=sources)
+    said = capsys.readouterr().out
+    assert "note: kernels was auto and is off now: the losses agree up to rounding" in said
+    assert "note: per_device_train_batch_size was 4 and is 1 now: the losses agree up to rounding" in said
 
 
 def alter(file: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -55,7 +57,12 @@ def test_a_saved_adapter_passes_and_the_model_is_left_as_it_was(tmp_path, mode, 
     model = trained_model(mode, **options)
     enable_packing(model)
     before = {name: (id(p), p.requires_grad, p.detach().clone()) for name, p in model.named_parameters()}
-    check_adapter(save(model, tmp_path), model)
+    save(model, tmp_path)
+    drawn = torch.random.get_rng_state(), random.getstate(), np.random.get_state(legacy=False)
+    check_adapter(tmp_path, model)
+    assert torch.equal(torch.random.get_rng_state(), drawn[0])
+    assert random.getstate() == drawn[1]
+    np.testing.assert_equal(np.random.get_state(legacy=False), drawn[2])
     after = {name: (id(p), p.requires_grad, p.detach()) for name, p in model.named_parameters()}
     assert before.keys() == after.keys()
     for name, (identity, needed, value) in before.items():
@@ -145,7 +152,7 @@ def test_one_that_has_not_moved_among_others_that_have(tmp_path):
     with torch.no_grad():
         next(p for name, p in partly.named_parameters() if "1.mlp.dense_4h_to_h.lora_B" in name).zero_()
     with pytest.raises(AdapterFaultError, match=r"has not moved .*1\.mlp\.dense_4h_to_h\.lora_B.*1 such"):
-        check_adapter(save(partly, tmp_path), partly, with_loss=False)
+        check_adapter(save(partly, tmp_path), partly)
 
 
 OTHERS = {

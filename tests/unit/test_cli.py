@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from falcon_qlora import __main__ as cli
@@ -320,6 +321,11 @@ class TestCommandLine:
                 "error: /a/b: Permission denied\n",
             ),
             (OSError(errno.ENOSPC, "No space left on device"), 1, "error: No space left on device\n"),
+            (
+                torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total"),
+                1,
+                "CUDA out of memory. Tried to allocate 2.00 GiB: a GPU's memory ran out where",
+            ),
         ],
     )
     def test_exit_status(

@@ -336,6 +336,17 @@ class TestWhatFollows:
         saving = resolved("--eval_split", "0.05", "--save_steps", "50")
         assert (saving["eval_steps"], saving["save_steps"]) == (50, 50)
 
+    def test_evaluating_follows_saving_in_the_settings_of_a_run_without_evaluation(
+        self, tmp_path: Path
+    ) -> None:
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(resolved("--save_steps", "50")))
+        settings = resolved("--config", str(tmp_path / "config.yaml"), "--eval_split", "0.05")
+        assert (settings["eval_strategy"], settings["eval_steps"], settings["save_steps"]) == (
+            "steps",
+            50,
+            50,
+        )
+
     def test_a_recipe_without_checkpoints_still_evaluates(self) -> None:
         settings = resolved("--recipe", "lambda-7b-4bit", "--eval_split", "0.05")
         assert (settings["eval_strategy"], settings["save_strategy"]) == ("steps", "no")
