@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import shlex
+import re
 import sys
 import traceback
 
 from falcon_qlora.errors import EXIT_BUG, EXIT_USER_ERROR, UserError, message_of, nearest
 
 EXIT_INTERRUPTED = 130
+_VERB_LIKE = re.compile(r"[A-Za-z_-]{1,16}")  # no token, key or address
 
 VERBS = {
     "train": "fine-tune a quantized Falcon on every GPU: LoRA, Adapter, Adapter v2; or all of one",
@@ -58,10 +59,11 @@ def _run(words: list[str]) -> int:
         return 0
     verb, *rest = words
     if verb.startswith("-"):
-        example = shlex.join(["falcon-qlora", "train", *words])
-        raise UserError(f"name a command before the flags, such as: {example}")
+        # Without the words that were typed: among them may be tokens and passwords.
+        raise UserError("name a command before the flags, such as: falcon-qlora train, then the same flags")
     if verb not in VERBS:
-        raise UserError(f"unknown command {verb}{nearest(verb, VERBS)}; there are {', '.join(VERBS)}")
+        name = f" {verb}" if _VERB_LIKE.fullmatch(verb) else ""
+        raise UserError(f"unknown command{name}{nearest(verb, VERBS)}; there are {', '.join(VERBS)}")
     # Only the verb's own module is imported: a help page should not wait for torch.
     module = importlib.import_module(f"falcon_qlora.commands.{verb}")
     status: int = module.main(rest)

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -30,7 +31,8 @@ def user_cache(name: str) -> Path:
 def write_text(file: Path, text: str) -> None:
     """Write `file` whole or not at all."""
     with replaced(file) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        # Bytes of a path that are no UTF-8 become what JSON and YAML read back as them.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(file: Path, record: Mapping[str, Any]) -> None:
@@ -138,6 +140,19 @@ def check_writable(file: Path, flag: str) -> None:
             try_to_write(file.parent)
     except OSError as error:
         raise UserError(f"{flag} {file}: cannot write there ({error.strerror})") from None
+
+
+def quoted(word: str) -> str:
+    """`word` for a shell, on one line and in plain characters whatever it holds."""
+    if word.isprintable():
+        return shlex.quote(word)
+    named = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "'": "\\'", "\\": "\\\\"}
+    escaped = (
+        named.get(sign)
+        or (sign if sign.isprintable() else "".join(f"\\x{byte:02x}" for byte in os.fsencode(sign)))
+        for sign in word
+    )
+    return f"$'{''.join(escaped)}'"
 
 
 def sha256(file: Path) -> str:

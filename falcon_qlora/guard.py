@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from falcon_qlora.data.origins import Origin
 from falcon_qlora.errors import UserError
 from falcon_qlora.step import Agreed
 
@@ -30,30 +31,34 @@ class StepReport:
         step: from 0.
         agreed: loss and wishes.
         bad: whether the loss or the gradient was not finite, so that the step changed nothing.
+        origins: of a stream, the rows that made the step.
     """
 
     step: int
     agreed: Agreed
     bad: bool
+    origins: tuple[Origin, ...] = ()
 
 
 class Reports:
     """Keeps the newest step's report on its way to the host and hands out the one before."""
 
     def __init__(self) -> None:
-        self._pending: list[tuple[int, torch.Tensor, Any]] = []
+        self._pending: list[tuple[int, torch.Tensor, Any, tuple[Origin, ...]]] = []
 
-    def put(self, step: int, notes: torch.Tensor, bad: torch.Tensor) -> None:
-        """Take up a step's summed notes and its bad flag, both on the device."""
+    def put(
+        self, step: int, notes: torch.Tensor, bad: torch.Tensor, origins: tuple[Origin, ...] = ()
+    ) -> None:
+        """Take up a step's summed notes and its bad flag, both on the device; of a stream, also its rows."""
         values = torch.cat([bad.float().reshape(1), notes])
         if not values.is_cuda:
-            self._pending.append((step, values, None))
+            self._pending.append((step, values, None, origins))
             return
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         host.copy_(values, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
-        self._pending.append((step, host, copied))
+        self._pending.append((step, host, copied, origins))
 
     def take(self, *, newest: bool = False) -> list[StepReport]:
         """The reports of the steps before the newest; with `newest`, its too, which waits for the device."""
@@ -61,26 +66,27 @@ class Reports:
         ready = self._pending[: len(self._pending) - kept]
         self._pending = self._pending[len(ready) :]
         reports = []
-        for step, values, copied in ready:
+        for step, values, copied, origins in ready:
             if copied is not None:
                 copied.synchronize()
             bad, *notes = values.tolist()
-            reports.append(StepReport(step=step, agreed=Agreed.of(notes), bad=bad > 0))
+            reports.append(StepReport(step=step, agreed=Agreed.of(notes), bad=bad > 0, origins=origins))
         return reports
 
-    def state(self) -> list[tuple[int, list[float]]]:
+    def state(self) -> list[tuple[int, list[float], list[Origin]]]:
         """The reports not yet handed out, for a checkpoint."""
-        for _, _, copied in self._pending:
+        for _, _, copied, _ in self._pending:
             if copied is not None:
                 copied.synchronize()
-        return [(step, values.tolist()) for step, values, _ in self._pending]
+        return [(step, values.tolist(), list(origins)) for step, values, _, origins in self._pending]
 
-    def load_state(self, state: list[tuple[int, list[float]]]) -> None:
+    def load_state(self, state: list[tuple[int, list[float], list[Origin]]]) -> None:
         """Go on from what `state` returned, without what was wished for then: it has been heeded."""
-        for step, values in state:
+        for step, values, origins in state:
             kept = torch.tensor(values)
             kept[1 + Agreed.WISHES.start : 1 + Agreed.WISHES.stop] = 0
-            self._pending.append((step, kept, None))
+            known = tuple((int(part), int(number)) for part, number in origins)
+            self._pending.append((step, kept, None, known))
 
 
 class BadSteps:
@@ -88,11 +94,11 @@ class BadSteps:
 
     Args:
         most: stop at so many in a row; 0: never.
-        rows_of: which rows of the data made a step (from 0), in words.
+        rows_of: which rows of the data made a step, in words.
         say: prints a line to the user.
     """
 
-    def __init__(self, *, most: int, rows_of: Callable[[int], str], say: Callable[[str], None]):
+    def __init__(self, *, most: int, rows_of: Callable[[StepReport], str], say: Callable[[str], None]):
         self.total = 0
         self._most = most
         self._rows_of = rows_of
@@ -114,7 +120,7 @@ class BadSteps:
             return
         self.total += 1
         self._in_a_row += 1
-        where = f"step {report.step + 1} ({self._rows_of(report.step)})"
+        where = f"step {report.step + 1} ({self._rows_of(report)})"
         self._say(f"{where}: the loss or its gradient is not finite; the step was skipped")
         if self._most and self._in_a_row >= self._most:
             raise UserError(
@@ -128,7 +134,7 @@ class BadSteps:
         above = max(_SPIKE_DEVIATIONS * self._variance**0.5, _SPIKE_SHARE * abs(self._mean))
         if self._steps >= _SPIKE_AFTER_STEPS and loss > self._mean + above:
             self._say(
-                f"step {report.step + 1} ({self._rows_of(report.step)}): the loss jumped to {loss:.4g}; "
+                f"step {report.step + 1} ({self._rows_of(report)}): the loss jumped to {loss:.4g}; "
                 f"lately it was {self._mean:.4g}"
             )
         weight = max(_RECENT, 1 / (self._steps + 1))

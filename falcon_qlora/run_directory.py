@@ -37,7 +37,8 @@ import yaml
 
 from falcon_qlora import charts
 from falcon_qlora.errors import UserError
-from falcon_qlora.files import plain, replaced, replaced_folder, try_to_write, write_json, write_text
+from falcon_qlora.files import plain, quoted, replaced, replaced_folder, try_to_write, write_json, write_text
+from falcon_qlora.run_lock import LOCK
 from falcon_qlora.summary import Summary
 
 RUNS = Path("runs")
@@ -126,7 +127,7 @@ class RunDirectory:
 
     def remove_if_empty(self) -> None:
         """Remove the folder of a run that never started: only its marks and its trackers' files are there."""
-        marks = {_LAUNCHER, self.trackers_file.name, "wandb"}
+        marks = {_LAUNCHER, LOCK, self.trackers_file.name, "wandb"}
         if self.path.is_dir() and {entry.name for entry in self.path.iterdir()} <= marks:
             shutil.rmtree(self.path, ignore_errors=True)
 
@@ -135,7 +136,7 @@ class RunDirectory:
     def write_config(self, resolved: Mapping[str, Any]) -> None:
         """Write everything a re-run needs; the caller leaves secrets out."""
         text = yaml.safe_dump(plain(resolved), sort_keys=False, allow_unicode=True, width=110)
-        config = shlex.quote(str(self.config_file))
+        config = quoted(str(self.config_file))
         header = f"# Run again:  falcon-qlora train --config {config} --output_dir NEW_FOLDER\n"
         write_text(self.config_file, header + text)
 
@@ -233,6 +234,12 @@ class RunDirectory:
         write_json(self.trackers_file, {**everything, tracker: dict(record)})
 
 
+def is_record(file: Path) -> bool:
+    """Whether a file of settings is a run's own, and no one else's that happens to be called so."""
+    others = set(_SIGNS) - {"config.yaml"}
+    return file.name == "config.yaml" and any((file.parent / sign).exists() for sign in others)
+
+
 def append_lines(file: Path, lines: str) -> None:
     """Add whole lines in one write, so that a reader beside a running job sees no half of one.
 
@@ -309,6 +316,11 @@ def choose(
             raise UserError(f"--resume: which run? Name its folder with --output_dir or --resume PATH{hint}")
         return _fresh(root, model, settings, restarted, make, now or datetime.datetime.now())
     path = Path(output_dir)
+    if any("\udc80" <= sign <= "\udcff" for sign in str(path)):
+        raise UserError(
+            f"--output_dir {quoted(str(path))}: not a name in UTF-8, and safetensors files can be written "
+            "under no other; name another folder"
+        )
     if resumed_from is not None and resumed_from.resolve() != path.resolve():
         raise UserError(
             f"--resume {resume}: a run goes on in its own folder, {resumed_from}, and --output_dir {path} is "

@@ -1,12 +1,11 @@
 """What a person sees of a run: a summary, one progress bar, a summary.
 
 Only the main process prints. On a terminal there is one bar at the bottom; into a file or a pipe the same
-numbers go as plain lines, at most some fifty of them.
+numbers go as plain lines, at most some fifty of them. What cannot be written there ends no run: see `output`.
 """
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -19,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from falcon_qlora import distributed
+from falcon_qlora.files import quoted
 
 _LABEL_WIDTH = 11
 
@@ -195,7 +195,7 @@ def print_end(
 
 
 def _try_it(adapter: Path) -> str:
-    return f'falcon-qlora generate --adapter {shlex.quote(str(adapter))} --prompt "…"'
+    return f'falcon-qlora generate --adapter {quoted(str(adapter))} --prompt "…"'
 
 
 def _reductions(summary: Mapping[str, Any]) -> str:

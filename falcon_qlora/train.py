@@ -15,10 +15,12 @@ allocator.use_expandable_segments()  # before torch is loaded
 
 from falcon_qlora import distributed, interrupts, watchdog  # noqa: E402
 from falcon_qlora.config import parse  # noqa: E402
+from falcon_qlora.output import drop_what_cannot_be_written  # noqa: E402
 from falcon_qlora.quiet import quiet_libraries  # noqa: E402
 
 
 def main() -> None:
+    drop_what_cannot_be_written()
     interrupts.install()
     watchdog.record_collectives()
     quiet_libraries(progress_bars=distributed.is_main_process())

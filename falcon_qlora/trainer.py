@@ -20,9 +20,10 @@ from falcon_qlora.checkpoint import process_state
 from falcon_qlora.checkpoint.trainer import ResumableTrainer
 from falcon_qlora.checkpoint.write import last_complete
 from falcon_qlora.data.batches import Share, StreamingSteps, TrainingSteps
+from falcon_qlora.data.origins import RowNames
 from falcon_qlora.errors import UserError
 from falcon_qlora.evaluation import Evaluation
-from falcon_qlora.guard import BadSteps, Reports
+from falcon_qlora.guard import BadSteps, Reports, StepReport
 from falcon_qlora.interrupts import Stopped
 from falcon_qlora.meter import Meter, peak_memory_gib
 from falcon_qlora.methods.interface import method_of
@@ -31,8 +32,6 @@ from falcon_qlora.models.sharded import is_sharded
 from falcon_qlora.step import Notes, Reduction, ShardedReduction, accumulate_gradients, evaluated
 from falcon_qlora.terminal import note
 from falcon_qlora.watchdog import Watchdog
-
-_ROWS_SHOWN = 8
 
 
 def trainer_arguments(training: SFTConfig, *, total_steps: int) -> SFTConfig:
@@ -74,6 +73,7 @@ class FalconTrainer(ResumableTrainer):
         args: from `trainer_arguments`.
         steps: one `Share` an optimizer step.
         corpus: the tokenized documents, which TRL wants to see.
+        names: of the data's rows.
         evaluation: held-out documents, or None.
         run_folder: where ``checkpoints/`` goes.
         tokenizer: saved beside every adapter.
@@ -95,6 +95,7 @@ class FalconTrainer(ResumableTrainer):
         *,
         steps: TrainingSteps | StreamingSteps,
         corpus: Any,
+        names: RowNames,
         evaluation: Evaluation | None,
         run_folder: Path,
         tokenizer: Any,
@@ -107,6 +108,7 @@ class FalconTrainer(ResumableTrainer):
         hang_minutes: float = 0.0,
     ):
         self.steps = steps
+        self.names = names
         self.evaluation = evaluation
         self.bad_steps = BadSteps(most=max_bad_steps, rows_of=self._rows_of, say=note)
         self.halvings = 0
@@ -212,7 +214,7 @@ class FalconTrainer(ResumableTrainer):
             # In fp16 the scaler meets gradients that overflow: it does no such step and halves its scale. At
             # such a scale nothing overflows that is a number.
             bad |= ~norm.isfinite()
-        self._reports.put(self.share.step, self._agreed, bad)
+        self._reports.put(self.share.step, self._agreed, bad, self.share.origins)
         told = getattr(optimizer, "_step_supports_amp_scaling", False)
         told &= in_zero3 or not is_sharded(self.model)
         if scaler is None and told:
@@ -327,12 +329,10 @@ class FalconTrainer(ResumableTrainer):
             "reports": self._reports.state(),
         }
 
-    def _rows_of(self, step: int) -> str:
+    def _rows_of(self, report: StepReport) -> str:
         if not isinstance(self.steps, TrainingSteps):
-            return "of a stream"
-        rows = sorted({int(row) + 1 for row in self.train_dataset[self.steps.plan.documents(step)]["row"]})
-        shown = ", ".join(map(str, rows[:_ROWS_SHOWN]))
-        return f"rows {shown}{f' and {len(rows) - _ROWS_SHOWN} more' if len(rows) > _ROWS_SHOWN else ''}"
+            return self.names.of(report.origins)
+        return self.names.of_rows(self.train_dataset[self.steps.plan.documents(report.step)]["row"])
 
     def _go_on_reading(self, cursor: dict[str, Any]) -> None:
         assert isinstance(self.steps, StreamingSteps)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from falcon_qlora import distributed
 from falcon_qlora.config import Configuration
+
+if TYPE_CHECKING:
+    from falcon_qlora.run_lock import RunLock
 
 
 def train(configuration: Configuration) -> Path:
@@ -18,6 +22,16 @@ def train(configuration: Configuration) -> Path:
     Raises:
         UserError: for what the user can mend, before anything is computed where that can be known.
     """
+    from falcon_qlora.run_lock import RunLock
+    from falcon_qlora.terminal import note
+
+    # The processes that torchrun ends before it starts others may take a while to go.
+    patience = 60.0 if distributed.restart_count() else 0.5
+    with RunLock(note, patience_seconds=patience) as lock:
+        return _train(configuration, lock)
+
+
+def _train(configuration: Configuration, lock: RunLock) -> Path:
     from falcon_qlora import terminal
     from falcon_qlora.assembly import preflight, record, resumption, rows
     from falcon_qlora.assembly import trainer as builder
@@ -27,7 +41,7 @@ def train(configuration: Configuration) -> Path:
     from falcon_qlora.interrupts import Stopped
 
     assert configuration.training is not None  # built here: it starts the process group
-    directory = preflight.find_folder(configuration)
+    directory = preflight.find_folder(configuration, lock)
     checkpoint = resumption.checkpoint_to_resume(configuration, directory)
     resumption.adopt(configuration, checkpoint)
     trackers = preflight.choose_trackers(configuration)
@@ -41,7 +55,7 @@ def train(configuration: Configuration) -> Path:
     activations = choose_activations(configuration, model, kernels)
     preflight.check_disk(configuration, directory, model, steps=data.total_steps)
     distributed.wait_for_all()  # nothing is written before every process has come so far
-    with preflight.run_folder(configuration) as directory:
+    with preflight.run_folder(configuration, lock) as directory:
         trainer = builder.build_trainer(
             configuration,
             directory,

@@ -12,8 +12,12 @@ from falcon_qlora.errors import UserError
 JSON_LIMIT_BYTES = 2**26
 
 
-def read_json(file: Path, *, limit_bytes: int = JSON_LIMIT_BYTES) -> dict[str, Any]:
+def read_json(file: Path, *, limit_bytes: int = JSON_LIMIT_BYTES, not_finite: bool = False) -> dict[str, Any]:
     """The JSON object that `file` holds.
+
+    Args:
+        limit_bytes: refuse a larger one.
+        not_finite: let numbers be ``NaN`` and ``Infinity``, as Python writes them.
 
     Raises:
         UserError: if it is not there, too large, not UTF-8, not JSON, or not an object.
@@ -22,7 +26,8 @@ def read_json(file: Path, *, limit_bytes: int = JSON_LIMIT_BYTES) -> dict[str, A
         size = file.stat().st_size
         if size > limit_bytes:
             raise UserError(f"{file} has {size:,} bytes, which no such file needs; it was not read.")
-        content = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_such_number)
+        refuse = None if not_finite else _no_such_number
+        content = json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse)
     except FileNotFoundError:
         raise UserError(f"{file} is not there.") from None
     except OSError as error:

@@ -56,6 +56,27 @@ def read_trained(configuration: Configuration, folder: Path, *, named: Collectio
     return record
 
 
+def record_of_merge(configuration: Configuration) -> dict[str, Any]:
+    """That a merge is opened as it was certified, in the place of an adapter's record; {} for no merge."""
+    from falcon_qlora.merge.certificate import CERTIFICATE
+    from falcon_qlora.models.identity import named_folder
+
+    folder = named_folder(configuration.model.model_name_or_path)
+    if (
+        configuration.explicit.get("quantize_mode") == "flag"
+        or folder is None
+        or not (folder / CERTIFICATE).is_file()
+    ):
+        return {}
+    configuration.explicit.pop("quantize_mode", None)  # a run's settings file says how its base was stored
+    # Not among a command's answers.
+    print(
+        f"note: {folder} is a merge and opened in 16 bits, as it was made; -q 4bit quantizes it first",
+        file=sys.stderr,
+    )
+    return {"quantize_mode": "16bit"}
+
+
 def check_names(
     configuration: Configuration, record: dict[str, Any], folder: Path, *, named: Collection[str]
 ) -> None:
@@ -82,55 +103,12 @@ def check_names(
 
 
 def _check_name(name: str, what: str, flag: str, record: dict[str, Any], folder: Path) -> None:
-    from falcon_qlora.models.identity import named_folder
+    from falcon_qlora.methods.names import check_may_open
 
-    path = named_folder(name)
-    if path is None or _lies_within(path, folder):
-        return
-    if not may_open(name, what, record, folder):
-        raise UserError(
-            f"{folder} names {name!r}, a folder of this machine, as its {what}, and does not tell what lies "
-            f"there now. If that is right, say so: {flag} FOLDER."
-        )
-    # Not among a command's answers.
-    print(f"note: the {what} is {path}, which {folder} names", file=sys.stderr)
-
-
-def may_open(name: str, what: str, record: dict[str, Any], folder: Path) -> bool:
-    """Whether the files of a trained folder may have the model `name` opened, if it is a path at all.
-
-    Args:
-        name: of a model.
-        what: ``base model`` or ``tokenizer``.
-        record: what `folder` says of itself.
-        folder: with the trained tensors.
-    """
-    from falcon_qlora.models.identity import model_fingerprint, named_folder, tokenizer_fingerprint
-
-    path = named_folder(name)
-    if path is None or _lies_within(path, folder):
-        return True
-    base = what == "base model"
-    told = record.get("base_fingerprint" if base else "tokenizer_fingerprint")
-    return isinstance(told, str) and told == (
-        model_fingerprint(name) if base else tokenizer_fingerprint(name)
-    )
-
-
-def _lies_within(path: Path, folder: Path) -> bool:
-    """Whether a path lies in a trained folder, or in the run that it is of."""
-    run = run_of(folder)
-    roots = [folder] if run is None else [folder, run.path]
-    return any(path.resolve().is_relative_to(root.resolve()) for root in roots)
-
-
-def run_of(folder: Path) -> RunDirectory | None:
-    """The run whose adapter, or a checkpoint of which, lies in `folder`; None for an adapter by itself."""
-    absolute = folder.absolute()
-    candidates = [absolute.parent] if absolute.name == "adapter" else []
-    if absolute.parent.name == "checkpoints":
-        candidates.append(absolute.parent.parent)
-    return next((RunDirectory(path) for path in candidates if (path / "config.yaml").is_file()), None)
+    path = check_may_open(name, what, record, folder, say_so=f"{flag} FOLDER")
+    if path is not None:
+        # Not among a command's answers.
+        print(f"note: the {what} is {path}, which {folder} names", file=sys.stderr)
 
 
 def parse_with_run(

@@ -16,7 +16,6 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 from transformers import FalconConfig
 
-from falcon_qlora.assembly.adapted import may_open
 from falcon_qlora.checkpoint import verify
 from falcon_qlora.errors import UserError
 from falcon_qlora.files import sha256
@@ -25,6 +24,7 @@ from falcon_qlora.merge.folder import parameter_shapes
 from falcon_qlora.methods.folder import CONFIG, RECORD, TENSORS, read_record
 from falcon_qlora.methods.full import Full
 from falcon_qlora.methods.lora import Lora
+from falcon_qlora.methods.names import may_open
 from falcon_qlora.methods.saved import is_untrained, may_be_zero, read_adapter, zero_tensors
 from falcon_qlora.models.checkpoints import RANDOM, parameter_reader, parse_random, read_folder_config
 from falcon_qlora.models.locate import is_on_hub, packaged_folder

@@ -15,6 +15,7 @@ from falcon_qlora import distributed, run_directory
 from falcon_qlora.config import Configuration
 from falcon_qlora.errors import UserError
 from falcon_qlora.run_directory import RunDirectory
+from falcon_qlora.run_lock import RunLock
 
 if TYPE_CHECKING:
     from falcon_qlora.tracking import Trackers
@@ -24,15 +25,26 @@ GIB = 2**30
 _SMALL_FILES = 16 * 2**20
 
 
-def find_folder(configuration: Configuration) -> RunDirectory:
-    """Where the run would write, which nothing must speak against; a folder that is not there is not made."""
-    return RunDirectory(distributed.from_main_process(lambda: _choose_folder(configuration, make=False)))
+def find_folder(configuration: Configuration, lock: RunLock) -> RunDirectory:
+    """Where the run would write, which nothing must speak against; a folder that is not there is not made.
+
+    Args:
+        lock: taken by the main process on a folder that is there.
+    """
+    return RunDirectory(
+        distributed.from_main_process(lambda: _choose_folder(configuration, lock, make=False))
+    )
 
 
 @contextlib.contextmanager
-def run_folder(configuration: Configuration) -> Iterator[RunDirectory]:
-    """The run directory, made for the run that starts in the block; removed again if it does not start."""
-    directory = RunDirectory(distributed.from_main_process(lambda: _choose_folder(configuration, make=True)))
+def run_folder(configuration: Configuration, lock: RunLock) -> Iterator[RunDirectory]:
+    """The run directory, made for the run that starts in the block; removed again if it does not start.
+
+    Args:
+        lock: taken on it by the main process.
+    """
+    path = distributed.from_main_process(lambda: _choose_folder(configuration, lock, make=True))
+    directory = RunDirectory(path)
     try:
         yield directory
     except BaseException:
@@ -41,7 +53,7 @@ def run_folder(configuration: Configuration) -> Iterator[RunDirectory]:
         raise
 
 
-def _choose_folder(configuration: Configuration, *, make: bool) -> str:
+def _choose_folder(configuration: Configuration, lock: RunLock, *, make: bool) -> str:
     run, model = configuration.run, configuration.model
     method = configuration.method.method
     settings = f"{model.quantize_mode}-{method}" + (
@@ -56,6 +68,8 @@ def _choose_folder(configuration: Configuration, *, make: bool) -> str:
         restarted=distributed.restart_count() > 0,
         make=make,
     )
+    if path.is_dir():
+        lock.take(path)
     return str(path)
 
 

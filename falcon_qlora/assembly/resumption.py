@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from falcon_qlora.config import Configuration
 from falcon_qlora.config.library import library_fields
 from falcon_qlora.data.stream import changed_source
 from falcon_qlora.errors import UserError
-from falcon_qlora.files import plain
+from falcon_qlora.files import plain, quoted
 from falcon_qlora.run_directory import RunDirectory
 from falcon_qlora.terminal import note
 
@@ -241,4 +240,4 @@ def how_to_go_on(directory: RunDirectory) -> str:
     words = ["falcon-qlora", "train", "--config", str(directory.config_file), "--resume", str(directory)]
     if distributed.world_size() > 1 and distributed.world_size() == distributed.local_world_size():
         words += ["--gpus", str(distributed.world_size())]
-    return shlex.join(words)
+    return " ".join(map(quoted, words))

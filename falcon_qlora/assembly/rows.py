@@ -12,6 +12,7 @@ from typing import Any
 from falcon_qlora import distributed
 from falcon_qlora.config import Configuration
 from falcon_qlora.data.batches import DocumentReader, StreamingSteps, TrainingSteps
+from falcon_qlora.data.origins import RowNames
 from falcon_qlora.data.plan import Plan
 from falcon_qlora.errors import UserError
 
@@ -25,6 +26,7 @@ class TrainingData:
         total_steps: optimizer steps of the run.
         epochs: passes over the data in them; None for a stream.
         dataset: the tokenized documents, of a stream only its first: what TRL looks at.
+        names: of the rows that documents are made of.
         statistics: what became of the rows; None for a stream.
         held_out: the held-out documents, or None.
         record: what data.json says.
@@ -38,6 +40,7 @@ class TrainingData:
     total_steps: int
     epochs: float | None
     dataset: Any
+    names: RowNames
     statistics: Any
     held_out: Any
     record: dict[str, Any]
@@ -135,6 +138,7 @@ def training_data(configuration: Configuration, tokenizer: Any) -> TrainingData:
         total_steps=total_steps,
         epochs=epoch + place / len(plan.epoch(epoch)),
         dataset=corpus.dataset,
+        names=corpus.names,
         statistics=corpus.statistics,
         held_out=held_out,
         record=record,
@@ -154,6 +158,7 @@ def _streamed_data(configuration: Configuration, tokenizer: Any) -> TrainingData
     from falcon_qlora.data.stream import (
         DocumentStream,
         describe_sources,
+        name_parts,
         recognise_stream,
         stream_documents,
     )
@@ -169,23 +174,20 @@ def _streamed_data(configuration: Configuration, tokenizer: Any) -> TrainingData
     held_out = None
     if data.eval_split is not None:
         held_out = distributed.main_process_first(lambda: held_out_alone(configuration, tokenizer))
+    of_sources: dict[str, Any] = {
+        "dataset_name": data.dataset_name,
+        "dataset_config": data.dataset_config,
+        "dataset_split": data.dataset_train_split,
+    }
     dataset_format, template = distributed.main_process_first(
         lambda: recognise_stream(
-            dataset_name=data.dataset_name,
-            dataset_config=data.dataset_config,
-            dataset_split=data.dataset_train_split,
+            **of_sources,
             dataset_format=data.dataset_format,
             columns=data.columns(),
             template=data.template,
         )
     )
-    sources = distributed.from_main_process(
-        lambda: describe_sources(
-            dataset_name=data.dataset_name,
-            dataset_config=data.dataset_config,
-            dataset_split=data.dataset_train_split,
-        )
-    )
+    sources = distributed.from_main_process(lambda: describe_sources(**of_sources))
     first = next(documents(0, shuffle_buffer=1), None)
     if first is None:
         raise UserError(f"{', '.join(data.dataset_name)}: no row has an answer to train on")
@@ -206,6 +208,7 @@ def _streamed_data(configuration: Configuration, tokenizer: Any) -> TrainingData
         total_steps=run.max_steps,
         epochs=None,
         dataset=datasets.Dataset.from_list([first]),
+        names=RowNames(name_parts(**of_sources)),
         statistics=None,
         held_out=held_out,
         record={

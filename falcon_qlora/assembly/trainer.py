@@ -133,6 +133,7 @@ def build_trainer(
         trainer_arguments(training, total_steps=data.total_steps),
         steps=data.steps,
         corpus=data.dataset,
+        names=data.names,
         evaluation=evaluation,
         run_folder=directory.path,
         tokenizer=tokenizer,

@@ -37,7 +37,7 @@ def check_trainer_state(checkpoint: Path) -> None:
     from transformers.trainer_callback import TrainerState
 
     file = checkpoint / TRAINER_STATE_NAME
-    state = read_json(file)
+    state = read_json(file, not_finite=True)  # the logged loss and gradient of a step that was skipped
     with reading(file):
         for name in state.keys() - {field.name for field in dataclasses.fields(TrainerState)}:
             raise ValueError(f"{name[:40]!r} is not known")

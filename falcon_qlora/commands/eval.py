@@ -21,12 +21,13 @@ from falcon_qlora.assembly.adapted import (
     load_measured,
     parse_with_run,
     read_trained,
-    run_of,
+    record_of_merge,
     tokenizer_of,
 )
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.errors import UserError, nearest
 from falcon_qlora.files import check_writable
+from falcon_qlora.methods.names import run_of
 
 if TYPE_CHECKING:
     from falcon_qlora.assembly.held_out import HeldOutText
@@ -77,7 +78,7 @@ def main(argv: list[str]) -> int:
 
     quiet_libraries()
     if folder is None:
-        record = _record_of_merge(configuration)
+        record = record_of_merge(configuration)
     else:
         record = read_trained(configuration, folder, named=named)
     if wanted.tasks:
@@ -91,24 +92,6 @@ def main(argv: list[str]) -> int:
 
         write_json(Path(wanted.results), figures)
     return 0
-
-
-def _record_of_merge(configuration: Configuration) -> dict[str, Any]:
-    """That a merge is measured as it was certified, in the place of an adapter's record; {} for no merge."""
-    from falcon_qlora.merge.certificate import CERTIFICATE
-    from falcon_qlora.models.identity import named_folder
-    from falcon_qlora.terminal import note
-
-    folder = named_folder(configuration.model.model_name_or_path)
-    if (
-        configuration.explicit.get("quantize_mode") == "flag"
-        or folder is None
-        or not (folder / CERTIFICATE).is_file()
-    ):
-        return {}
-    configuration.explicit.pop("quantize_mode", None)  # a run's settings file says how its base was stored
-    note(f"{folder} is a merge and measured in 16 bits, as it was made; -q 4bit quantizes it first")
-    return {"quantize_mode": "16bit"}
 
 
 def _measure(

@@ -1,7 +1,7 @@
 """``falcon-qlora generate --adapter DIR --prompt TEXT``: answers from a quantized base and its adapter.
 
 The adapter's folder says which base model, quantization and prompt template it was trained with; flags say
-otherwise. Without an adapter the base model answers alone.
+otherwise. Without an adapter the base model answers alone; a merge in 16 bits, as it was made.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import field as setting
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from falcon_qlora.assembly.adapted import adapter_folder, load_adapted, read_trained
+from falcon_qlora.assembly.adapted import adapter_folder, load_adapted, read_trained, record_of_merge
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.errors import UserError
 
@@ -68,7 +68,10 @@ def main(argv: list[str]) -> int:
     from falcon_qlora.quiet import quiet_libraries
 
     quiet_libraries()
-    record = read_trained(configuration, folder, named=configuration.explicit) if folder else {}
+    if folder is None:
+        record = record_of_merge(configuration)
+    else:
+        record = read_trained(configuration, folder, named=configuration.explicit)
     if wanted.compare and record["method"] == "full":
         raise UserError(
             f"--compare: {folder} is a whole fine-tuned model without its base inside; ask "

@@ -23,12 +23,12 @@ from falcon_qlora.assembly.adapted import (
     load_measured,
     parse_with_run,
     read_trained,
-    run_of,
     tokenizer_name,
     tokenizer_of,
 )
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.errors import UserError
+from falcon_qlora.methods.names import run_of
 
 if TYPE_CHECKING:
     from falcon_qlora.merge.build import Request

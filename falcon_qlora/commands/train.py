@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from falcon_qlora import config, launcher_folder
 from falcon_qlora.errors import EXIT_BUG, EXIT_HANGING, EXIT_USER_ERROR, UserError
 from falcon_qlora.launcher_folder import SAME_REQUEST_SECONDS, STOP_SIGNALS
+from falcon_qlora.output import drop_what_cannot_be_written
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -61,6 +62,7 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
     Returns:
         0; 2 if a worker met what the user can mend; 1 after a bug; 128 + the signal that ended it.
     """
+    drop_what_cannot_be_written()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise UserError("falcon-qlora train starts torchrun itself; under torchrun run -m falcon_qlora.train")
     launch: LaunchArguments = config.parse(argv, extra_arguments=LaunchArguments).extra

@@ -24,6 +24,7 @@ from falcon_qlora.config.help import print_help
 from falcon_qlora.config.library import RENAMED, SECRETS
 from falcon_qlora.config.parser import RECIPES, FalconParser, Layer, lay_over, recipe_file, recipe_names
 from falcon_qlora.errors import UserError, without_credentials
+from falcon_qlora.run_directory import is_record
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -122,14 +123,19 @@ def parse(
         raise SystemExit(0)
     flags, config_file = parser.read_flags(argv)
     layers = [recipe_default, flags]
-    if config_file is None and extra_arguments is None:
+    of_run = config_file is not None and is_record(Path(config_file))
+    if config_file is None:
         config_file = _settings_of_the_run(flags.values)
+        of_run = True
     if config_file is not None:
         layers.append(parser.read_file(Path(config_file), config_file, rank=2))
-    recipe = next(
-        (layer.values["recipe"] for layer in reversed(_by_rank(layers)) if "recipe" in layer.values),
-        "default",
-    )
+    named_by = next((layer for layer in reversed(_by_rank(layers)) if "recipe" in layer.values), None)
+    recipe = named_by.values["recipe"] if named_by is not None else "default"
+    if of_run and named_by is not None and named_by.rank == 2 and recipe not in recipe_names():
+        raise UserError(
+            f"recipe in {named_by.origin}: the settings of a run are complete and name no other file; "
+            f"{recipe!r} is not opened. Take the line out, or name the recipe with --recipe"
+        )
     if recipe != "default":
         layer = parser.read_file(recipe_file(recipe), f"recipe {recipe}", rank=1)
         if "recipe" in layer.values:

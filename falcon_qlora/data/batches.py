@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from falcon_qlora.data.cursor import State
+from falcon_qlora.data.origins import Origin
 from falcon_qlora.data.plan import Plan, deal, fitting
 from falcon_qlora.data.stream import DocumentStream, document_of, plain_document
 from falcon_qlora.errors import UserError
@@ -74,6 +75,7 @@ class Share:
         global_capacity: tokens that would fill the global batch; padded, the same as the positions.
         cursor: of a stream, gives what `StreamingSteps.go_on` takes to make the next step; None elsewhere,
             and where another process reads the stream.
+        origins: of a stream, the rows of the step over all processes; of a corpus `Plan` knows them.
     """
 
     micro_batches: list[MicroBatch]
@@ -84,6 +86,7 @@ class Share:
     global_positions: int
     global_capacity: int
     cursor: Callable[[], Cursor] | None = None
+    origins: tuple[Origin, ...] = ()
 
     def pin_memory(self) -> Share:
         return replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])
@@ -362,9 +365,8 @@ class StreamingSteps(IterableDataset[Share | None]):
         )
         lengths = np.array([len(document["input_ids"]) for document in documents], dtype=np.int64)
         targets = sum(int(np.sum(document["mask"][1:])) for document in documents)
-        indexes = np.arange(len(documents))
-        return _share(
-            indexes,
+        share = _share(
+            np.arange(len(documents)),
             reader,
             lengths,
             targets,
@@ -378,6 +380,7 @@ class StreamingSteps(IterableDataset[Share | None]):
             processes=self._processes,
             even=self._even,
         )
+        return replace(share, origins=tuple(document["origin"] for document in documents))
 
 
 def _cursor(

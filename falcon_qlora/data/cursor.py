@@ -15,11 +15,13 @@ from typing import Any
 
 from falcon_qlora.data.documents import load_template
 from falcon_qlora.data.formats import recognise, renamed_columns, render
+from falcon_qlora.data.origins import Origin
 from falcon_qlora.data.sources import Rows, Source
 from falcon_qlora.data.templates import Segment, Template
 from falcon_qlora.errors import UserError
 
 State = dict[str, Any]
+Rendered = tuple[Origin, list[Segment]]
 
 ROWS_TO_RECOGNISE = 100
 
@@ -46,12 +48,16 @@ class Reader:
         source: whose rows.
         settings: `dataset_format`, `columns`, `template` and `tokenizer` as `stream_documents` takes them.
         seed: of the order of the files.
+        first_part: the source's first part, in the origin of its rows.
         state: of a reader of the same source, settings and seed.
     """
 
-    def __init__(self, source: Source, settings: State, seed: float, state: State | None = None):
+    def __init__(
+        self, source: Source, settings: State, seed: float, first_part: int, state: State | None = None
+    ):
         self._source = source
         self._settings = settings
+        self._first_part = first_part
         self._order = random.Random(seed)
         self._format: tuple[str, dict[str, str]] | None = None
         self.ended = False
@@ -61,25 +67,25 @@ class Reader:
             restore(self._order, state["began"])
             self._begin(state["position"], state["format"])
 
-    def next(self) -> list[Segment] | None:
+    def next(self) -> Rendered | None:
         """The next row, or None at the end."""
         if self._template is None:
             self._recognise()
-        head = self._head
-        found = head.popleft()[:2] if head else next(self._rows, None)
+        found = self._head.popleft()[1] if self._head else self._read()
         self.ended = self.ended or found is None
         if found is None:
             return None
         assert self._format is not None
         assert self._template is not None
-        (row_format, columns), (place, row) = self._format, found
-        return render(row, row_format, self._template, columns=columns, place=place)
+        (row_format, columns), (place, row, (part, number)) = self._format, found
+        segments = render(row, row_format, self._template, columns=columns, place=place)
+        return (self._first_part + part, number), segments
 
     def restart(self) -> None:
         self._begin(None, None)
 
     def state(self) -> State:
-        position = self._head[0][2] if self._head else self._rows.position()
+        position = self._head[0][0] if self._head else self._rows.position()
         return {
             "began": plain(self._began),
             "position": position,
@@ -90,20 +96,24 @@ class Reader:
     def _begin(self, position: Any, row_format: list[Any] | None) -> None:
         self._began = self._order.getstate()  # of the order of the files in this pass
         self._rows: Rows = self._source.read(self._order, position)
-        self._head: deque[tuple[str, Any, Any]] = deque()
+        self._head: deque[tuple[Any, tuple[str, Any, Origin]]] = deque()  # with the position of each
         self._template: Template | None = None
         self._format = (row_format[0], row_format[1]) if row_format else None
+
+    def _read(self) -> tuple[str, Any, Origin] | None:
+        found = next(self._rows, None)
+        return None if found is None else (*found, self._rows.origin())
 
     def _recognise(self) -> None:
         if self._format is None:
             for _ in range(ROWS_TO_RECOGNISE):
                 position = self._rows.position()
-                found = next(self._rows, None)
+                found = self._read()
                 if found is None:
                     break
-                self._head.append((*found, position))
+                self._head.append((position, found))
             self._format = recognise_rows(
-                [(place, row) for place, row, _ in self._head],
+                [(place, row) for _, (place, row, _) in self._head],
                 self._settings["dataset_format"],
                 self._settings["columns"],
                 self._source.name,
@@ -146,10 +156,10 @@ class Mix:
             self._given, self._waiting, self._turn = state["given"], state["waiting"], state["turn"]
             self._ended = state["ended"]
 
-    def __iter__(self) -> Iterator[list[Segment]]:
+    def __iter__(self) -> Iterator[Rendered]:
         return self
 
-    def __next__(self) -> list[Segment]:
+    def __next__(self) -> Rendered:
         row = None
         if not self._ended and (self._most is None or self._given < self._most):
             row = self._in_turn() if self._weights is None else self._drawn(self._weights)
@@ -169,7 +179,7 @@ class Mix:
             "readers": [reader.state() for reader in self._readers],
         }
 
-    def _in_turn(self) -> list[Segment] | None:
+    def _in_turn(self) -> Rendered | None:
         while self._waiting:
             if not self._turn:
                 self._turn = list(self._waiting)
@@ -180,7 +190,7 @@ class Mix:
             self._waiting.remove(index)
         return None
 
-    def _drawn(self, weights: list[float]) -> list[Segment] | None:
+    def _drawn(self, weights: list[float]) -> Rendered | None:
         while True:
             reader = self._order.choices(self._readers, weights)[0]
             row = reader.next()
@@ -205,18 +215,21 @@ class Shuffled:
         self._rows = rows
         self._size = size
         self._order = order
-        self._buffer: list[list[Segment]] | None = None
+        self._buffer: list[Rendered] | None = None
         self._draining = False
         if state is not None:
             restore(order, state["order"])
             self._draining = state["draining"]
             if state["buffer"] is not None:
-                self._buffer = [[Segment(*each) for each in row] for row in state["buffer"]]
+                self._buffer = [
+                    ((part, number), [Segment(*each) for each in row])
+                    for (part, number), row in state["buffer"]
+                ]
 
-    def __iter__(self) -> Iterator[list[Segment]]:
+    def __iter__(self) -> Iterator[Rendered]:
         return self
 
-    def __next__(self) -> list[Segment]:
+    def __next__(self) -> Rendered:
         if self._size <= 1:
             return next(self._rows)
         if self._buffer is None:
@@ -242,7 +255,10 @@ class Shuffled:
         def state() -> State:
             kept = None
             if buffer is not None:
-                kept = [[[part.text, part.train, part.end] for part in row] for row in buffer]
+                kept = [
+                    [list(origin), [[part.text, part.train, part.end] for part in row]]
+                    for origin, row in buffer
+                ]
             return {"rows": rows, "order": order, "draining": draining, "buffer": kept}
 
         return state
@@ -294,16 +310,22 @@ def check_cursor(cursor: Any, *, step: int, vocabulary: int) -> None:
         _check_format(reader["format"])
         position = reader["position"]
         _require(isinstance(position, list) and len(position) == 2 and _is_count(position[0]), "position")
-    for row in shuffled["buffer"] or ():
+    for origin, row in shuffled["buffer"] or ():
+        _check_origin(origin, "buffer")
         for text, train, end in row:
             _require(isinstance(text, str) and isinstance(train, bool) and isinstance(end, bool), "buffer")
 
 
 def _check_document(document: Any, vocabulary: int) -> None:
-    ids, mask = document
+    ids, mask, origin = document
+    _check_origin(origin, "waiting")
     _require(len(ids) == len(mask) > 0, "waiting")
     _require(all(_is_count(token) and token < vocabulary for token in ids), "waiting")
     _require(all(value in (0, 1) for value in mask), "waiting")
+
+
+def _check_origin(origin: Any, where: str) -> None:
+    _require(len(origin) == 2 and all(map(_is_count, origin)), where)
 
 
 def _check_format(row_format: Any) -> None:

@@ -21,8 +21,8 @@ from falcon_qlora.data.sources import Source, quiet_datasets, row_of
 from falcon_qlora.data.templates import Template, get_template
 from falcon_qlora.errors import UserError
 
-# Raised whenever the same rows and settings would give other tokens than before.
-_VERSION = 1
+# Raised whenever the same rows and settings would give other tokens than before, or an entry holds more.
+_VERSION = 2
 _ROWS_PER_PROCESS = 2000
 _FEATURES = datasets.Features(
     {
@@ -50,6 +50,7 @@ class Documents:
         template: the template's name.
         dataset: columns `input_ids`, `mask`, `row`.
         fingerprint: hexadecimal hash of the documents.
+        rows_of_parts: how many rows each of the source's parts has.
         row: int64, the index of the source row.
         status: int8, an `encode.Status`.
         change: int8, an `encode.Change`.
@@ -63,6 +64,7 @@ class Documents:
     template: str
     dataset: datasets.Dataset
     fingerprint: str
+    rows_of_parts: list[int]
     row: np.ndarray
     status: np.ndarray
     change: np.ndarray
@@ -141,9 +143,12 @@ class Reading:
                 new_fingerprint=key[:32],
                 desc="tokenizing",
             )
-        (folder / "meta.json").write_text(
-            json.dumps({"content": _content_hash(documents), "source": source.name})
-        )
+        meta = {
+            "content": _content_hash(documents),
+            "source": source.name,
+            "rows": source.rows_of_parts(rows),
+        }
+        (folder / "meta.json").write_text(json.dumps(meta))
         del rows, documents
         (folder / "rows.arrow").unlink(missing_ok=True)
 
@@ -203,6 +208,7 @@ def _open(folder: Path, source: Source, row_format: str, template: str) -> Docum
         template=template,
         dataset=dataset.select_columns(["input_ids", "mask", "row"]),
         fingerprint=meta["content"],
+        rows_of_parts=meta["rows"],
         lengths=_lengths(dataset),
         **numbers,
     )

@@ -16,8 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from falcon_qlora import sample_data
 from falcon_qlora.data.files import SUFFIXES, Row, data_suffix, iterate_rows
+from falcon_qlora.data.origins import Origin
 from falcon_qlora.errors import UserError, nearest
 
 PACKAGED = "sample"
@@ -37,6 +40,7 @@ _SPLIT_WORDS = {
 _METADATA_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _SAMPLE_ROWS = 1000
 _WRITE_ROWS = 2000
+_TABLE = ["json", "place", "part"]
 
 
 class Rows(Protocol):
@@ -52,6 +56,10 @@ class Rows(Protocol):
         """Where the next row is, in plain values that JSON keeps; `Source.read` takes it."""
         ...
 
+    def origin(self) -> Origin:
+        """Which of the source's parts the row given last is of, and which row of it."""
+        ...
+
 
 class Source(Protocol):
     """One thing that `--dataset_name` names."""
@@ -59,6 +67,10 @@ class Source(Protocol):
     @property
     def name(self) -> str:
         """As the user gave it."""
+        ...
+
+    def parts(self) -> list[str]:
+        """Names of what rows are counted in: each file, or the data set."""
         ...
 
     def identity(self) -> str:
@@ -80,6 +92,10 @@ class Source(Protocol):
 
     def table(self, folder: Path, max_rows: int | None) -> Any:
         """The rows as a `datasets.Dataset`; what has to be written for it is written in `folder`."""
+        ...
+
+    def rows_of_parts(self, table: Any) -> list[int]:
+        """How many rows of its `table` are of each of its parts."""
         ...
 
 
@@ -120,10 +136,15 @@ def find_source(name: str, *, config: str | None = None, split: str = "train") -
 
 
 class _LocalRows:
-    """The rows of files one after another, from row `row` of file `file` on, both from 0."""
+    """The rows of files one after another, from row `row` of file `file` on, both from 0.
 
-    def __init__(self, files: Sequence[Path], file: int, row: int):
+    Args:
+        order: in which the files are read, by index.
+    """
+
+    def __init__(self, files: Sequence[Path], order: Sequence[int], file: int, row: int):
         self._files = files
+        self._order = order
         self._file = file
         self._row = row
         self._open: Iterator[tuple[str, Row]] | None = None
@@ -132,9 +153,9 @@ class _LocalRows:
         return self
 
     def __next__(self) -> tuple[str, Row]:
-        while self._file < len(self._files):
+        while self._file < len(self._order):
             if self._open is None:
-                self._open = iterate_rows(self._files[self._file], skip=self._row)
+                self._open = iterate_rows(self._files[self._order[self._file]], skip=self._row)
             found = next(self._open, None)
             if found is not None:
                 self._row += 1
@@ -144,6 +165,9 @@ class _LocalRows:
 
     def position(self) -> list[int]:
         return [self._file, self._row]
+
+    def origin(self) -> Origin:
+        return self._order[self._file], self._row
 
 
 class _HubRows:
@@ -176,6 +200,9 @@ class _HubRows:
     def position(self) -> list[Any]:
         return [self._number, self._stream.state_dict()]
 
+    def origin(self) -> Origin:
+        return 0, 0  # of shards in another order nobody knows how many rows are before this one
+
 
 @dataclass(frozen=True)
 class LocalSource:
@@ -183,6 +210,10 @@ class LocalSource:
 
     name: str
     files: tuple[Path, ...]
+
+    def parts(self) -> list[str]:
+        packaged = self.files == (sample_data.path(),)
+        return [self.name] if packaged else [str(path) for path in self.files]
 
     def identity(self) -> str:
         digest = hashlib.sha256()
@@ -196,10 +227,10 @@ class LocalSource:
         return digest.hexdigest()
 
     def read(self, shuffle_files: random.Random | None = None, position: Any = None) -> Rows:
-        files = list(self.files)
+        order = list(range(len(self.files)))
         if shuffle_files is not None:
-            shuffle_files.shuffle(files)
-        return _LocalRows(files, *(position or (0, 0)))
+            shuffle_files.shuffle(order)
+        return _LocalRows(self.files, order, *(position or (0, 0)))
 
     def columns(self) -> list[str]:
         # Rows may lack columns that others have, so one row is not enough.
@@ -213,14 +244,21 @@ class LocalSource:
         import datasets
         import pyarrow as pa
 
-        schema = pa.schema([("json", pa.large_string()), ("place", pa.string())])
+        schema = pa.schema(list(zip(_TABLE, (pa.large_string(), pa.string(), pa.int64()), strict=True)))
         path = folder / "rows.arrow"
-        rows = itertools.islice(self.read(), max_rows)
+        rows = self.read()
+        every = ((json.dumps(row, default=str), _plain(place), rows.origin()[0]) for place, row in rows)
+        lines = itertools.islice(every, max_rows)
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            while some := list(itertools.islice(rows, _WRITE_ROWS)):
-                columns = [[json.dumps(row, default=str) for _, row in some], [place for place, _ in some]]
+            while some := list(itertools.islice(lines, _WRITE_ROWS)):
+                columns = [list(column) for column in zip(*some, strict=True)]
                 writer.write_batch(pa.record_batch(columns, schema=schema))
         return datasets.Dataset.from_file(str(path))
+
+    def rows_of_parts(self, table: Any) -> list[int]:
+        parts = table.data.column("part").to_numpy()
+        counts: list[int] = np.bincount(parts, minlength=len(self.files)).tolist()
+        return counts
 
 
 @dataclass(frozen=True)
@@ -230,6 +268,9 @@ class HubSource:
     name: str
     config: str | None
     split: str
+
+    def parts(self) -> list[str]:
+        return [f"{self.name}{f' ({self.config})' if self.config else ''}, split {self.split}"]
 
     def identity(self) -> str:
         # The builder derives it from the repository's commit, configuration and split.
@@ -256,6 +297,9 @@ class HubSource:
         dataset = self._load(streaming=False)
         return dataset if max_rows is None else dataset.select(range(min(max_rows, len(dataset))))
 
+    def rows_of_parts(self, table: Any) -> list[int]:
+        return [len(table)]
+
     def _load(self, *, streaming: bool) -> Any:
         with _hub_errors(self), quiet_datasets():
             return _load_dataset(self.name, self.config, self.split, streaming)
@@ -278,7 +322,7 @@ def row_of(batch: dict[str, list[Any]], index: int, source: str, number: int) ->
         source: the source's name, for the place.
         number: of the row in the source, from 0, for the place.
     """
-    if list(batch) == ["json", "place"]:
+    if list(batch) == _TABLE:
         return batch["place"][index], json.loads(batch["json"][index])
     return f"{source} row {number + 1}", {name: values[index] for name, values in batch.items()}
 
@@ -373,6 +417,11 @@ def _looks_like_path(name: str) -> bool:
     if data_suffix(Path(name)) is not None or name.endswith(".parquet.gz"):
         return True
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or re.fullmatch(r"[\w./-]+", name) is None
+
+
+def _plain(place: str) -> str:
+    """A place whose path may hold bytes that are no UTF-8."""
+    return place.encode(errors="backslashreplace").decode()
 
 
 def _kinds() -> str:

@@ -13,7 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from falcon_qlora.data.cursor import ROWS_TO_RECOGNISE, Mix, Reader, Shuffled, State, recognise_rows
+from falcon_qlora.data.cursor import (
+    ROWS_TO_RECOGNISE,
+    Mix,
+    Reader,
+    Rendered,
+    Shuffled,
+    State,
+    recognise_rows,
+)
 from falcon_qlora.data.encode import Encoder, Status
 from falcon_qlora.data.formats import resolve_template
 from falcon_qlora.data.selection import checked_weights
@@ -94,9 +102,10 @@ def stream_documents(
     sources = [find_source(name, config=dataset_config, split=dataset_split) for name in dataset_name]
     of_rows: State = state["shuffled"]["rows"] if state else {}
     of_readers = of_rows.get("readers") or [None] * len(sources)
+    first_parts = list(itertools.accumulate((len(source.parts()) for source in sources), initial=0))[:-1]
     readers = [
-        Reader(source, settings, order.random(), of_reader)
-        for source, of_reader in zip(sources, of_readers, strict=True)
+        Reader(source, settings, order.random(), first_part, of_reader)
+        for source, first_part, of_reader in zip(sources, first_parts, of_readers, strict=True)
     ]
     of_buffer = random.Random(order.random())
     rows = Mix(readers, weights, order, most=max_rows, state=of_rows or None)
@@ -106,7 +115,9 @@ def stream_documents(
 
 
 class DocumentStream:
-    """``{"input_ids": int32 [tokens], "mask": int8 [tokens]}`` of one document after another.
+    """One document after another.
+
+    Each is ``{"input_ids": int32 [tokens], "mask": int8 [tokens], "origin": Origin}``.
 
     Args:
         rows: what documents are made of.
@@ -121,10 +132,10 @@ class DocumentStream:
         self._counts = counts
         self._waiting = deque(document_of(each) for each in waiting)
 
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         return self
 
-    def __next__(self) -> dict[str, np.ndarray]:
+    def __next__(self) -> dict[str, Any]:
         while not self._waiting:
             some = list(itertools.islice(self._rows, _ROWS_AT_A_TIME))
             if not some:
@@ -137,25 +148,39 @@ class DocumentStream:
         shuffled, waiting = self._rows.state(), list(self._waiting)
         return lambda: {"shuffled": shuffled(), "waiting": [plain_document(each) for each in waiting]}
 
-    def _encode(self, rows: list[Any]) -> None:
-        for documents in self._encoder.documents(rows):
+    def _encode(self, rows: list[Rendered]) -> None:
+        encoded = self._encoder.documents([segments for _, segments in rows])
+        for (origin, _), documents in zip(rows, encoded, strict=True):
             self._counts["rows_read"] += 1
             for document in documents:
                 if document.status == Status.KEPT:
-                    self._waiting.append({"input_ids": document.input_ids, "mask": document.mask})
+                    kept = {"input_ids": document.input_ids, "mask": document.mask, "origin": origin}
+                    self._waiting.append(kept)
                 else:
                     self._counts[_DROPPED[document.status]] += 1
 
 
-def plain_document(document: dict[str, np.ndarray]) -> list[list[int]]:
+def plain_document(document: dict[str, Any]) -> list[list[int]]:
     """A stream's document as JSON keeps it."""
-    return [document["input_ids"].tolist(), document["mask"].tolist()]
+    return [document["input_ids"].tolist(), document["mask"].tolist(), list(document["origin"])]
 
 
-def document_of(kept: list[list[int]]) -> dict[str, np.ndarray]:
+def document_of(kept: list[list[int]]) -> dict[str, Any]:
     """What `plain_document` was made of."""
-    ids, mask = kept
-    return {"input_ids": np.array(ids, dtype=np.int32), "mask": np.array(mask, dtype=np.int8)}
+    ids, mask, (part, number) = kept
+    return {
+        "input_ids": np.array(ids, dtype=np.int32),
+        "mask": np.array(mask, dtype=np.int8),
+        "origin": (part, number),
+    }
+
+
+def name_parts(
+    *, dataset_name: list[str], dataset_config: str | None = None, dataset_split: str = "train"
+) -> list[str]:
+    """Names of what the origins of a stream's rows count in: each file, or a hub data set."""
+    sources = [find_source(name, config=dataset_config, split=dataset_split) for name in dataset_name]
+    return [part for source in sources for part in source.parts()]
 
 
 def recognise_stream(

@@ -18,6 +18,7 @@ import numpy as np
 
 from falcon_qlora.data.documents import Documents, Reading
 from falcon_qlora.data.encode import Change, Encoder, Status
+from falcon_qlora.data.origins import RowNames
 from falcon_qlora.data.selection import checked_weights, draw, hold_out, is_fraction
 from falcon_qlora.data.sources import find_source
 from falcon_qlora.errors import UserError
@@ -77,6 +78,7 @@ class Corpus:
         target_counts: int64 ``[documents]``, target tokens; the first token of a document is never one.
         fingerprint: hexadecimal hash of the documents in their order.
         statistics: what became of the rows.
+        names: of the rows, by `row`.
         sources: how each source was read.
     """
 
@@ -85,6 +87,7 @@ class Corpus:
     target_counts: np.ndarray
     fingerprint: str
     statistics: Statistics
+    names: RowNames
     sources: tuple[SourceUse, ...] = ()
 
 
@@ -224,6 +227,10 @@ def _corpus(
         target_counts=targets,
         fingerprint=fingerprint,
         statistics=statistics,
+        names=RowNames(
+            [name for part in parts for name in part.source.parts()],
+            [count for part in parts for count in part.rows_of_parts],
+        ),
         sources=uses,
     )
 

@@ -15,6 +15,7 @@ from falcon_qlora.methods.folder import read_record
 from falcon_qlora.methods.full import Full
 from falcon_qlora.methods.interface import remember
 from falcon_qlora.methods.lora import Lora, open_lora
+from falcon_qlora.methods.names import check_may_open
 from falcon_qlora.methods.saved import SavedAdapter, read_adapter
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.quantize import QuantizeMode
@@ -39,7 +40,9 @@ def load_adapter(
 
     Args:
         path: the adapter's folder; or, of full fine-tuning, the model's, which needs no base.
-        base_model: a loaded model, or the name of one; the one that the adapter names where None.
+        base_model: a loaded model, or the name of one; the one that the adapter names where None. A folder
+            outside of the adapter's own is opened without its name here only where the adapter tells what
+            lies in it, as one does that was trained on this machine.
         quantize_mode: how to load the base, see `load_model`; so too the next four. Where None, as the
             folder's record says; where that says nothing, ``4bit``.
         device: where to load it.
@@ -49,7 +52,8 @@ def load_adapter(
         trainable: to train on; else for inference.
 
     Raises:
-        UserError: if the folder holds no adapter or a damaged one, or names a base that cannot be loaded.
+        UserError: if the folder holds no adapter or a damaged one, or names a base that cannot be loaded
+            or is not to be opened on its word.
     """
     path = Path(path)
     record = read_record(path)
@@ -60,9 +64,8 @@ def load_adapter(
     elif base_model is None:
         base_model = record.get("base_model")
         if not base_model:
-            raise UserError(
-                f"{path}/adapter_config.json names no base model. Name it with --model_name_or_path."
-            )
+            raise UserError(f"{path}/adapter_config.json names no base model. Name it as base_model.")
+        check_may_open(base_model, "base model", record, path, say_so="base_model=FOLDER")
     saved = read_adapter(path) if record["method"] != Full.name else None
     if isinstance(base_model, str):
         if double_quantization is None:

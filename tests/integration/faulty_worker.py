@@ -10,6 +10,7 @@
     {"do": "memory", "step": 3, "rank": 1, "most": 2}             no memory for more than 2 documents at once
     {"do": "hog", "step": 3, "rank": 1, "leave_gib": 4}           all but so much of the GPU's memory is taken
     {"do": "nan", "step": 3, "rank": 0}                           the loss is not a number; also "gradient"
+    {"do": "poison", "word": "xyzzy"}                             so it is of what holds this word
     {"do": "odd", "step": 3, "rank": 1}                           a trained number is not what the others have
     {"do": "disk", "step": 4, "bytes": 100000}                    no file can be larger while step 4 is saved
     {"do": "full", "bytes": 100000, "times": 1}                   so often while the adapter is written
@@ -40,6 +41,7 @@ import torch
 from falcon_qlora import distributed
 from falcon_qlora import step as step_module
 from falcon_qlora.checkpoint import write
+from falcon_qlora.models.tokenizer import load_tokenizer
 from falcon_qlora.run_directory import RunDirectory
 from falcon_qlora.train import main
 from falcon_qlora.trainer import FalconTrainer
@@ -112,6 +114,9 @@ def faulty_sum_of_losses(model: Any, batch: Any) -> torch.Tensor:
     loss = sum_of_losses(model, batch)
     if faults("nan"):
         loss = loss * float("nan")
+    for fault in faults("poison"):
+        if fault["word"] in load_tokenizer("tiny").decode(batch.input_ids[0]):
+            loss = loss * float("nan")
     if faults("gradient"):
         loss.register_hook(lambda gradient: gradient * float("inf"))
     return loss

@@ -16,6 +16,7 @@ import falcon_qlora
 from falcon_qlora import step
 from falcon_qlora.data.batches import MicroBatch
 from falcon_qlora.data.tokenize import prepare_corpora
+from falcon_qlora.errors import UserError
 from falcon_qlora.methods.lora import attach_lora
 from falcon_qlora.methods.registry import load_adapter
 from falcon_qlora.models.load import load_model
@@ -220,3 +221,38 @@ def test_early_stopping_needs_no_checkpoint(tmp_path: Path) -> None:
     settings = {"learning_rate": 0.0, "eval_split": 0.3, "eval_steps": 1, "early_stopping": 1}
     run = fine_tune(tmp_path, **settings, save_strategy="no")
     assert json.loads((run / "summary.json").read_text())["steps"] == 2
+
+
+@pytest.mark.parametrize("relative", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_python_opens_a_base_on_this_machine_only_for_who_can_tell_what_is_in_it(
+    relative: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = shutil.copytree(tiny_path(), tmp_path / "base")
+    run = fine_tune(
+        tmp_path,
+        model_name_or_path="./base" if relative else base,
+        output_dir=tmp_path / "run",
+        max_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    for folder in (run / "adapter", run / "checkpoints" / "step-1"):
+        assert load_adapter(folder, device="cpu").name_or_path
+    record = run / "adapter" / "falcon_qlora.json"
+    told = json.loads(record.read_text())
+    for crafted in (
+        told | {"base_fingerprint": "0" * 64},
+        {name: told[name] for name in told.keys() - {"base_fingerprint"}},
+        told | {"base_model": "/etc"},
+        told | {"base_model": "../../elsewhere"},
+        told | {"base_model": "~root/model"},
+    ):
+        record.write_text(json.dumps(crafted))
+        with pytest.raises(UserError, match=r"a folder of this machine, .* say so: base_model=FOLDER"):
+            load_adapter(run / "adapter", device="cpu")
+    assert load_adapter(run / "adapter", base_model=str(base), device="cpu") is not None
+    # PEFT's own file alone, as it comes from anywhere.
+    record.unlink()
+    with pytest.raises(UserError, match=r"base'?, a folder of this machine"):
+        load_adapter(run / "adapter", device="cpu")

@@ -449,13 +449,13 @@ def test_a_merge_is_measured_in_16_bits_unless_a_flag_says_otherwise(tmp_path, c
 
     def loss(*more: str) -> tuple[float, str]:
         assert cli.main([*words, *more, "--results", str(tmp_path / "figures.json")]) == 0
-        return json.loads((tmp_path / "figures.json").read_text())["loss"], capsys.readouterr().out
+        return json.loads((tmp_path / "figures.json").read_text())["loss"], capsys.readouterr().err
 
     before, said = loss()
     assert "is a merge" not in said
     (model / "certificate.json").write_text("{}")
     merged, said = loss()
-    assert f"{model} is a merge and measured in 16 bits" in said
+    assert f"{model} is a merge and opened in 16 bits" in said
     (tmp_path / "run.yaml").write_text("quantize_mode: 4bit\n")  # as a run's settings have it
     assert loss("--config", str(tmp_path / "run.yaml"))[0] == merged
     quantized, said = loss("-q", "4bit")
@@ -468,6 +468,16 @@ def test_a_merge_is_measured_in_16_bits_unless_a_flag_says_otherwise(tmp_path, c
     ]
     with torch.no_grad():
         assert merged == pytest.approx(plain(ids, labels=ids).loss.item(), abs=1e-4)
+
+    def answer(*more: str) -> str:
+        words = ["generate", "-m", str(model), "--prompt", "A river runs", "--max_new_tokens", "40"]
+        assert cli.main([*words, "--compute_dtype", "fp32", *more]) == 0
+        return capsys.readouterr().out
+
+    ids = tokenizer("A river runs", return_tensors="pt")["input_ids"]
+    expected = plain.generate(ids, max_new_tokens=40, do_sample=False)[0, ids.shape[1] :]
+    text = tokenizer.decode(expected, skip_special_tokens=True)
+    assert answer().strip() == text.strip() != answer("-q", "4bit").strip()
 
 
 @pytest.mark.slow

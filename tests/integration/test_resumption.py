@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import falcon_qlora
+from falcon_qlora.config import parse
 from falcon_qlora.errors import UserError
 from tests.integration.runs import metrics, write_jsonl
 
@@ -115,3 +119,30 @@ def test_a_stream_goes_on_over_the_same_rows_elsewhere(stopped, data):
     (data / "more/a.jsonl").rename(data / "more/_.jsonl")
     falcon_qlora.train(resume=run, dataset_name=[data / "rows.jsonl", data / "more"])
     assert metrics(run)[-1]["step"] == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["a\nb: 1\r\t'x' \\n #", pytest.param("\x1b[31m\x07\u2028é", marks=pytest.mark.slow)]
+)
+def test_a_path_of_odd_characters_is_in_the_record_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = os.fsdecode(name.encode() + b"\xe9\xff.jsonl")
+    write_jsonl(Path(rows), [{"text": f"{n} and {n} is {2 * n}."} for n in range(20)])
+    settings: dict[str, Any] = {"model_name_or_path": "tiny", "max_length": 32, "report_to": "none"}
+    settings |= {"dataset_name": rows, "max_steps": 2, "save_steps": 1}
+    run = falcon_qlora.train(**settings, output_dir=name)
+    header, *lines = (run / "config.yaml").read_text(encoding="utf-8").split("\n")
+    assert header.startswith("# Run again:  falcon-qlora train --config ")
+    assert lines[0].startswith("model_name_or_path: ")
+    words = header.removeprefix("# Run again:  ").removesuffix(" --output_dir NEW_FOLDER")
+    typed = subprocess.run(["bash", "-c", f"printf '%s\\0' {words}"], capture_output=True, check=True).stdout
+    assert typed.decode().split("\0")[:-1] == ["falcon-qlora", "train", "--config", f"{name}/config.yaml"]
+    assert parse(["--resume", str(run)]).data.dataset_name == [rows]
+    assert json.loads((run / "data.json").read_text())["sources"][0]["name"] == rows
+    falcon_qlora.train(resume=run, max_steps=4)
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
+    with pytest.raises(UserError, match=r"'caf\\xe9': not a name in UTF-8"):
+        falcon_qlora.train(**settings, output_dir=os.fsdecode(b"caf\xe9"))
+    assert not Path(os.fsdecode(b"caf\xe9")).exists()

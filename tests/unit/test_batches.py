@@ -100,7 +100,11 @@ class Documents:
             raise StopIteration
         row = self.dataset[self.given]
         self.given += 1
-        return {"input_ids": np.array(row["input_ids"], np.int32), "mask": np.array(row["mask"], np.int8)}
+        return {
+            "input_ids": np.array(row["input_ids"], np.int32),
+            "mask": np.array(row["mask"], np.int8),
+            "origin": (0, self.given),
+        }
 
     def state(self) -> Any:
         state = {"given": self.given}
@@ -134,6 +138,7 @@ def test_a_stream_goes_on_with_any_step(padding: str | None) -> None:
             share.step,
             share.epoch,
             share.global_targets,
+            share.origins,
             [batch.input_ids.tolist() for batch in share.micro_batches],
             [batch.targets.tolist() for batch in share.micro_batches],
         )

@@ -229,7 +229,7 @@ class TestRefusedAtOnce:
             (["train", "--nnodes", "x"], "neither a number of nodes nor MIN:MAX"),
             (["train", "--max_restarts", "-1"], "at least 0"),
             (["trian"], "did you mean train?"),
-            (["-m", "tiny", "--output_dir", "a b"], "falcon-qlora train -m tiny --output_dir 'a b'"),
+            (["-m", "tiny", "--output_dir", "a b"], "such as: falcon-qlora train, then the same flags"),
             (["eval", "-m", "tiny", "--results", "/"], "--results /: this is a folder; name a file"),
             (["bench", "--csv", "/"], "error: --csv /: this is a folder; name a file"),
         ],
@@ -282,6 +282,27 @@ class TestCommandLine:
     def test_nothing_given_shows_the_help_and_is_an_error(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main([]) == 2
         assert "COMMAND" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("words", "told"),
+        [
+            ("--hub_token hf_SeCrEt0123", "name a command before the flags"),
+            ("--hub_token=hf_SeCrEt0123 -m tiny", "such as: falcon-qlora train"),
+            ("--dataset_name https://me:SeCrEt0123@host/rows.jsonl", "name a command before the flags"),
+            ("hf_SeCrEt0123 --hub_token", "unknown command; there are train, data"),
+            ("https://me:SeCrEt0123@host/model", "unknown command; there are"),
+            ("SeCrEt0123456789abcdef0123456789abcdef01", "unknown command; there are"),
+            ("trian --hub_token hf_SeCrEt0123", "unknown command trian (did you mean train?)"),
+            ("wandb-SeCrEt0123", "unknown command; there are"),
+        ],
+    )
+    def test_what_was_typed_without_a_command_is_not_repeated(
+        self, words: str, told: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert cli.main(words.split()) == 2
+        shown = capsys.readouterr()
+        assert told in shown.err
+        assert "SeCrEt" not in shown.err + shown.out
 
     def test_every_verb_has_its_module(self) -> None:
         folder = Path(cli.__file__).with_name("commands")

@@ -1,5 +1,6 @@
 """What the configuration refuses, and how it says so."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import yaml
 
 from falcon_qlora import __main__ as cli
 from falcon_qlora import config
+from falcon_qlora.commands.train import LaunchArguments
 from falcon_qlora.errors import UserError
 
 
@@ -139,3 +141,55 @@ def test_an_address_that_is_refused_is_repeated_without_its_password(
         said = capsys.readouterr().err
         assert "https://host/rows.jsonl?page=2&X-Amz-Signature=removed&token=removed" in said
         assert "SECRET" not in said
+
+
+opened: set[str] = set()
+sys.addaudithook(lambda event, args: opened.add(str(args[0])) if event == "open" else None)
+
+
+@pytest.mark.parametrize("key", ["recipe", "config"])
+def test_the_settings_of_a_run_have_no_other_file_opened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    """A run's folder may come from anywhere."""
+    other = tmp_path / "other.yaml"
+    other.write_text("a_secret: 1\n")
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step-2").mkdir(parents=True)
+    (run / "adapter").mkdir()
+    (run / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "tiny"}')
+    file = run / "config.yaml"
+    write(file, **config.parse(["-m", "tiny", "--max_steps", "9"]).resolved() | {key: str(other)})
+    opened.clear()
+    for words in (
+        ["train", "--resume", str(run)],
+        ["train", "--resume", str(run / "checkpoints" / "step-2")],
+        ["train", "--config", str(file), "--resume", str(run)],
+        ["train", "--config", str(file), "--output_dir", str(tmp_path / "new")],
+        ["eval", "--adapter", str(run), "--dataset_name", "sample"],
+    ):
+        assert cli.main(words) == 2, words
+        told = capsys.readouterr().err
+        assert f"{key} in {file}" in told
+        assert "a_secret" not in told
+    cli.main(["inspect", str(run)])
+    assert str(file) in opened
+    assert str(other) not in opened
+    if key == "recipe":
+        # What the user names is opened, and a recipe of the package may be named anywhere.
+        assert "unknown key a_secret" in refusal("--resume", str(run), "--recipe", str(other))
+        write(file, recipe="lambda-7b-4bit")
+        assert config.parse(["--resume", str(run)]).lora.lora_dropout == 0.1
+
+
+def test_settings_are_checked_together_with_those_of_the_run_that_goes_on(tmp_path: Path) -> None:
+    """By the launcher too, which has settings of its own."""
+    before = config.parse(["-m", "tiny", "--method", "full", "--max_steps", "9"])
+    (tmp_path / "checkpoints").mkdir()
+    write(tmp_path / "config.yaml", **before.resolved())
+    words = ["--resume", str(tmp_path), "--sharding", "fsdp", "--gpus", "2"]
+    launch = config.parse(words, extra_arguments=LaunchArguments)
+    assert (launch.method.method, launch.run.sharding, launch.extra.gpus) == ("full", "fsdp", 2)
+    write(tmp_path / "config.yaml", **config.parse(["-m", "tiny"]).resolved())
+    with pytest.raises(UserError, match="--sharding fsdp is for --method full"):
+        config.parse(words, extra_arguments=LaunchArguments)

@@ -27,11 +27,11 @@ def report(step: int, loss: float, bad: bool = False) -> StepReport:
 
 def test_only_bad_steps_in_a_row_end_a_run() -> None:
     said: list[str] = []
-    steps = BadSteps(most=3, rows_of=lambda step: f"rows {step}", say=said.append)
+    steps = BadSteps(most=3, rows_of=lambda report: f"rows {report.step}", say=said.append)
     for step, bad in enumerate([True, True, False, True, True]):
         steps.see(report(step, 1.0, bad))
     assert (steps.total, len(said)) == (4, 4)
-    again = BadSteps(most=3, rows_of=lambda step: f"rows {step}", say=said.append)
+    again = BadSteps(most=3, rows_of=lambda report: f"rows {report.step}", say=said.append)
     again.load_state(steps.state())
     with pytest.raises(UserError, match=r"3 steps in a row.*the last one step 6 \(rows 5\)"):
         again.see(report(5, 1.0, True))
@@ -39,7 +39,7 @@ def test_only_bad_steps_in_a_row_end_a_run() -> None:
 
 def test_a_loss_that_jumps_is_told_and_one_that_wavers_is_not() -> None:
     said: list[str] = []
-    steps = BadSteps(most=0, rows_of=lambda step: "rows 7", say=said.append)
+    steps = BadSteps(most=0, rows_of=lambda report: "rows 7", say=said.append)
     for step, noise in enumerate(np.random.default_rng(0).normal(0, 0.1, 200)):
         steps.see(report(step, 2.0 + float(noise)))
     assert said == []
@@ -51,11 +51,12 @@ def test_reports_come_a_step_late_and_notes_are_what_any_process_says() -> None:
     one = Notes(loss=torch.tensor(0.25), halvings=1).tensor()
     other = Notes(loss=torch.tensor(0.5), stop=True, halvings=3).tensor()
     reports = Reports()
-    reports.put(4, one + other, torch.tensor(False))
+    origins = ((0, 7), (1, 2))
+    reports.put(4, one + other, torch.tensor(False), origins)
     assert reports.take() == []
     reports.put(5, one, torch.tensor(True))
     agreed = Agreed(loss=0.75, stop=True, save=False, halvings=3)
-    assert reports.take() == [StepReport(step=4, agreed=agreed, bad=False)]
+    assert reports.take() == [StepReport(step=4, agreed=agreed, bad=False, origins=origins)]
     (last,) = reports.take(newest=True)
     assert (last.step, last.bad, last.agreed.halvings) == (5, True, 1)
 

@@ -1,0 +1,43 @@
+"""What a training run prints is worth less than the run: what cannot be written is dropped."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from typing import Any, TextIO
+
+
+class _Lossy(io.FileIO):
+    """A file that drops what it cannot take: on a full disk, or in a pipe that nobody reads any more."""
+
+    def write(self, data: Any) -> int:
+        try:
+            written = super().write(data)
+        except OSError:
+            written = None
+        return memoryview(data).nbytes if written is None else written
+
+
+def drop_what_cannot_be_written() -> None:
+    """Have this process's standard output and error drop what cannot be written, for as long as it cannot.
+
+    Streams that someone has put in their place are left alone.
+    """
+    if sys.stdout is sys.__stdout__:
+        sys.stdout = _lossy(sys.stdout, 1)
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _lossy(sys.stderr, 2)
+
+
+def _lossy(stream: TextIO | None, descriptor: int) -> TextIO:
+    if stream is None:  # closed before Python began
+        return open(os.devnull, "w", encoding="utf-8")  # for as long as the process lives
+    assert isinstance(stream, io.TextIOWrapper)
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Lossy(descriptor, "w", closefd=False)),
+        encoding=stream.encoding,
+        # A path may hold what the terminal's encoding has no signs for.
+        errors="backslashreplace" if stream.errors == "strict" else stream.errors,
+        line_buffering=stream.line_buffering or stream.write_through,
+    )

@@ -1,0 +1,100 @@
+"""A run whose output cannot be written, on a full disk or as nobody reads it any more, trains on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.runs import ENVIRONMENT, metrics, write_jsonl
+
+TEXTS = [{"text": f"{n} and {n} is {2 * n}."} for n in range(20)]
+
+
+def start(output: Path, gpus: int, **streams: Any) -> subprocess.Popen[str]:
+    rows = write_jsonl(output.parent / "rows.jsonl", TEXTS)
+    words = ["-m", "tiny", "--max_length", "32", "-b", "1", "--max_steps", "6", "--save_steps", "3"]
+    words += ["--dataset_name", str(rows), "--report_to", "none", "--gpus", str(gpus)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "falcon_qlora", "train", *words, "--output_dir", str(output)],
+        env=os.environ | ENVIRONMENT,
+        text=True,
+        **streams,
+    )
+
+
+def assert_whole(output: Path) -> None:
+    assert [line["step"] for line in metrics(output)] == [1, 2, 3, 4, 5, 6]
+    for name in ("summary.json", "adapter/adapter_model.safetensors", "checkpoints/step-6/manifest.json"):
+        assert (output / name).is_file(), name
+
+
+PRINTS = """
+import sys
+from falcon_qlora.output import drop_what_cannot_be_written
+drop_what_cannot_be_written()
+for stream in (sys.stdout, sys.stderr):
+    print("x" * 100_000, file=stream, flush=True)
+    print("left in the buffer", file=stream)
+open(sys.argv[1], "w").close()
+"""
+
+
+def test_a_process_goes_on_and_ends_well(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", PRINTS]
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([*words, tmp_path / "full"], stdout=full, stderr=full).returncode == 0
+    reading, writing = os.pipe()
+    os.close(reading)
+    assert subprocess.run([*words, tmp_path / "pipe"], stdout=writing, stderr=writing).returncode == 0
+    os.close(writing)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "pipe"]
+    whole = subprocess.run([*words, tmp_path / "whole"], capture_output=True, text=True)
+    assert whole.stdout == whole.stderr == "x" * 100_000 + "\nleft in the buffer\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_output_onto_a_full_disk(tmp_path: Path, gpus: int) -> None:
+    with open("/dev/full", "w") as full:
+        process = start(tmp_path / "run", gpus, stdout=full, stderr=full)
+        assert process.wait(timeout=240) == 0
+    assert_whole(tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpus", [1, 2])
+@pytest.mark.parametrize("errors", [subprocess.PIPE, subprocess.STDOUT])
+def test_output_into_a_pipe_whose_reader_leaves(tmp_path: Path, gpus: int, errors: int) -> None:
+    process = start(tmp_path / "run", gpus, stdout=subprocess.PIPE, stderr=errors)
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == "falcon-qlora"
+    process.stdout.close()
+    told = process.stderr.read() if process.stderr is not None else ""
+    assert (process.wait(timeout=240), told) == (0, "")
+    assert_whole(tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&-"])
+def test_output_that_was_closed_before(tmp_path: Path, closed: str) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", TEXTS)
+    words = f"-m tiny --max_length 32 -b 1 --max_steps 6 --save_steps 3 --report_to none --gpus 1 {closed}"
+    line = f"{sys.executable} -m falcon_qlora train --dataset_name {rows} --output_dir run {words}"
+    result = subprocess.run(line, shell=True, cwd=tmp_path, env=os.environ | ENVIRONMENT, timeout=240)
+    assert result.returncode == 0
+    assert_whole(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_refusal_that_cannot_be_told_is_still_one(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        words = ["-m", "falcon_qlora", "train", "-m", "no/such/model", "--gpus", "1", "--output_dir", "run"]
+        result = subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, env=os.environ | ENVIRONMENT, stderr=full, timeout=240
+        )
+    assert result.returncode == 2
