@@ -7,6 +7,7 @@ nothing else here opens it.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
 import fcntl
@@ -86,19 +87,17 @@ class RunLock:
         self._file, self._handle = file, handle
         now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
         about = {"host": socket.gethostname(), "process": os.getpid(), "since": now}
-        try:
+        with contextlib.suppress(OSError):  # of a full disk; the lock holds all the same
             os.ftruncate(handle, 0)
             os.pwrite(handle, json.dumps(about).encode(), 0)
-        except OSError:
-            pass  # on a full disk; the lock holds all the same
         return True
 
     def release(self) -> None:
         """Let others train there."""
         if self._handle is None or self._file is None:
             return
-        # Before the lock goes, so that never another's is removed.
-        self._file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder may have turned read-only
+            self._file.unlink()  # before the lock goes, so that never another's is removed
         os.close(self._handle)
         self._file = self._handle = None
 

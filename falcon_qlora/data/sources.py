@@ -19,25 +19,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from falcon_qlora import sample_data
-from falcon_qlora.data.files import SUFFIXES, Row, data_suffix, iterate_rows
+from falcon_qlora.data.files import Row, data_suffix, iterate_rows
+from falcon_qlora.data.folders import files_of_folder, kinds
 from falcon_qlora.data.origins import Origin
 from falcon_qlora.errors import UserError, nearest
 
 PACKAGED = "sample"
 
-# What in a file's name says which split it belongs to.
-_SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "test": "test",
-    "testing": "test",
-    "eval": "test",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-}
-_METADATA_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _SAMPLE_ROWS = 1000
 _WRITE_ROWS = 2000
 _TABLE = ["json", "place", "part"]
@@ -114,10 +102,10 @@ def find_source(name: str, *, config: str | None = None, split: str = "train") -
     if name == PACKAGED and not path.exists():
         path = sample_data.path()
     if path.is_dir():
-        return LocalSource(name, tuple(_files_of_folder(path, name, split)))
+        return LocalSource(name, tuple(files_of_folder(path, name, split)))
     if path.is_file():
         if data_suffix(path) is None:
-            raise UserError(f"{name}: not a kind of file that holds rows; those are {_kinds()}")
+            raise UserError(f"{name}: not a kind of file that holds rows; those are {kinds()}")
         if split != "train":
             raise UserError(
                 f"{name}: a single file has no split {split!r}; name another file, or hold out a fraction"
@@ -379,38 +367,10 @@ def _hub_errors(source: HubSource) -> Iterator[None]:
             f"data set ({_first_line(error)}).\n"
             "To run offline: run `falcon-qlora prepare` with the same flags on a machine that reaches the "
             "hub, bring its Hugging Face cache (HF_HOME, by default ~/.cache/huggingface) here and set "
-            f"HF_HUB_OFFLINE=1; or name a local {_kinds()} file or a folder of them"
+            f"HF_HUB_OFFLINE=1; or name a local {kinds()} file or a folder of them"
         ) from None
     except (ValueError, FileNotFoundError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"--dataset_name {name} ({flags}): {_first_line(error)}") from None
-
-
-def _files_of_folder(folder: Path, name: str, split: str) -> Sequence[Path]:
-    files = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        and data_suffix(path) is not None
-        and path.name not in _METADATA_FILES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
-    if not files:
-        raise UserError(f"{name}: the folder holds no {_kinds()} file")
-    splits = {path: _split_of(path.relative_to(folder)) for path in files}
-    # Without a word for the split in its name a file is for training.
-    chosen = [path for path in files if (splits[path] or "train") == split]
-    if not chosen:
-        there = sorted({of or "train" for of in splits.values()})
-        raise UserError(
-            f"{name}: no file of the folder is named as one of split {split!r}{nearest(split, there)}; "
-            f"there are files for {', '.join(there)}"
-        )
-    return chosen
-
-
-def _split_of(path: Path) -> str | None:
-    words = re.split(r"[^a-z]+", str(path).lower())
-    return next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), None)
 
 
 def _looks_like_path(name: str) -> bool:
@@ -422,10 +382,6 @@ def _looks_like_path(name: str) -> bool:
 def _plain(place: str) -> str:
     """A place whose path may hold bytes that are no UTF-8."""
     return place.encode(errors="backslashreplace").decode()
-
-
-def _kinds() -> str:
-    return ", ".join(SUFFIXES[:-1]) + f" or {SUFFIXES[-1]}"
 
 
 def _first_line(error: object) -> str:
