@@ -104,6 +104,7 @@ class TestSeveralProcesses:
         assert status == 2
         assert "the hub cannot be reached" in only_message(errors)
 
+    @pytest.mark.slow
     def test_a_rejected_key_of_weights_and_biases(self, processes: Processes) -> None:
         key = "0123456789" * 4
         with rejecting_server() as address:

@@ -12,6 +12,7 @@ from falcon_qlora.bench.scaling import Row, Work, measure
 from tests.integration.runs import ENVIRONMENT
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_global_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -61,6 +61,7 @@ def test_adamw_stays_within_its_tolerance(rows: Path, tmp_path: Path) -> None:
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_losses_and_another_does_not(rows: Path, tmp_path: Path) -> None:
     settings = [*exact(rows), "-q", "4bit", "-b", "4", "--steps", "6", "--lora_dropout", "0.1"]
     first = train(tmp_path / "first", *settings)
