@@ -11,9 +11,10 @@ import falcon_qlora.models.quantize  # noqa: F401  # isort: skip  # before trl i
 import torch
 from torch import nn
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
-from falcon_qlora.checkpoint import process_state
+from falcon_qlora.checkpoint import forms, process_state
 from falcon_qlora.checkpoint.optimizer_parts import has_parts, read_own_rows
 from falcon_qlora.checkpoint.resume import read_process
 from falcon_qlora.checkpoint.verify import fault
@@ -23,6 +24,7 @@ from falcon_qlora.meter import Meter
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.sharded import is_sharded
 from falcon_qlora.terminal import note
+from falcon_qlora.untrusted import read_json
 
 
 class ResumableTrainer(SFTTrainer):
@@ -123,19 +125,34 @@ class ResumableTrainer(SFTTrainer):
         if checkpoint is None:
             return
         folder = Path(checkpoint)
-        process_state.check_plain(folder / SCHEDULER_NAME, dict)
+        scheduled = process_state.check_plain(folder / SCHEDULER_NAME, dict)
         if is_sharded(self.model) or has_parts(folder):
             with process_state.reading(folder / "optimizer-*.pt"):
                 read_own_rows(self.optimizer, folder)
+            self._check_schedule(folder, scheduled, None)
             with process_state.reading(folder / SCHEDULER_NAME):
                 self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
         else:
-            process_state.check_plain(folder / OPTIMIZER_NAME, dict)
+            kept = process_state.check_plain(folder / OPTIMIZER_NAME, dict)
+            with process_state.reading(folder / OPTIMIZER_NAME):
+                forms.check_optimizer(kept, getattr(self.optimizer, "optimizer", self.optimizer))
+            self._check_schedule(folder, scheduled, [group["lr"] for group in kept["param_groups"]])
             with process_state.reading(folder / OPTIMIZER_NAME):
                 super()._load_optimizer_and_scheduler(checkpoint)
 
+    def _check_schedule(self, folder: Path, kept: dict[str, Any], rates: list[float] | None) -> None:
+        # The scaler of fp16 leaves steps out, and then so does the schedule.
+        step = self.state.global_step if self.accelerator.scaler is None else None
+        with process_state.reading(folder / SCHEDULER_NAME):
+            forms.check_scheduler(kept, self.lr_scheduler, step=step, rates=rates)
+
     def _load_scaler(self, checkpoint: str | None) -> None:
-        with process_state.reading(Path(checkpoint or "", SCALER_NAME)):
+        file = Path(checkpoint or "", SCALER_NAME)
+        if self.accelerator.scaler is not None and file.is_file():
+            kept = process_state.check_plain(file, dict)
+            with process_state.reading(file):
+                forms.check_scaler(kept, self.accelerator.scaler)
+        with process_state.reading(file):
             super()._load_scaler(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -148,7 +165,10 @@ class ResumableTrainer(SFTTrainer):
         if checkpoint is None:
             return super()._init_training_state(max_steps, steps_an_epoch, epochs, checkpoint, trial)
         folder = Path(checkpoint)
+        stateful = [*self.callback_handler.callbacks, self.control]
         with process_state.reading(folder / TRAINER_STATE_NAME):
+            told = read_json(folder / TRAINER_STATE_NAME)["stateful_callbacks"]
+            forms.check_callbacks(told, [each for each in stateful if isinstance(each, ExportableState)])
             place = super()._init_training_state(max_steps, steps_an_epoch, epochs, checkpoint, trial)
         self._resumed, self._states_file = self._read_process(checkpoint), folder / process_state.STATES
         cursor = process_state.load_cursor(folder)
@@ -163,7 +183,10 @@ class ResumableTrainer(SFTTrainer):
     def _read_process(self, checkpoint: str) -> dict[str, Any]:
         accelerator = self.accelerator
         return read_process(
-            Path(checkpoint), process=accelerator.process_index, processes=accelerator.num_processes
+            Path(checkpoint),
+            process=accelerator.process_index,
+            processes=accelerator.num_processes,
+            step=self.state.global_step,
         )
 
     def _find_best_again(self) -> None:
