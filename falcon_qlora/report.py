@@ -246,6 +246,11 @@ def _rows(compared: Sequence[Compared]) -> list[Row]:
 def _row(run: Compared) -> Row:
     if run.reason is not None:
         return Row(method=run.method, reason=run.reason)
+    with of_a_run(run.folder):
+        return _row_of(run)
+
+
+def _row_of(run: Compared) -> Row:
     directory = RunDirectory(run.folder)
     summary, metrics = directory.read_summary(), directory.read_metrics()
     config = directory.read_config()

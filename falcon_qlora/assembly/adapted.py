@@ -10,7 +10,7 @@ from typing import Any
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.errors import UserError
 from falcon_qlora.run_directory import RunDirectory
-from falcon_qlora.untrusted import read_json
+from falcon_qlora.untrusted import read_json, refuse_links
 
 _WHOLE = "full"  # the method that leaves a model, no adapter
 
@@ -130,7 +130,10 @@ def run_of(folder: Path) -> RunDirectory | None:
     candidates = [absolute.parent] if absolute.name == "adapter" else []
     if absolute.parent.name == "checkpoints":
         candidates.append(absolute.parent.parent)
-    return next((RunDirectory(path) for path in candidates if (path / "config.yaml").is_file()), None)
+    run = next((RunDirectory(path) for path in candidates if (path / "config.yaml").is_file()), None)
+    if run is not None:
+        refuse_links(run.path)
+    return run
 
 
 def parse_with_run(

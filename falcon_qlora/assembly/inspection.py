@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from huggingface_hub import try_to_load_from_cache
 from transformers import FalconConfig
 
@@ -30,9 +29,10 @@ from falcon_qlora.models.checkpoints import RANDOM, parameter_reader, parse_rand
 from falcon_qlora.models.locate import is_on_hub, packaged_folder
 from falcon_qlora.models.tensor_files import tensor_hash
 from falcon_qlora.run_directory import RunDirectory
-from falcon_qlora.untrusted import file_beside, read_json
+from falcon_qlora.untrusted import file_beside, read_json, read_yaml, refuse_links
 
 _STATE = "trainer_state.json"
+_LARGEST_BESIDE_BYTES = 2**30  # of what lies beside a merge's weights
 # What a checkpoint's torch files may hold beside tensors: random states are NumPy's.
 _HARMLESS = ("numpy.", "_codecs.encode")
 
@@ -81,6 +81,8 @@ def inspect_folder(folder: Path) -> Inspection:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder.")
+    if any((folder / name).is_file() for name in (CERTIFICATE, _STATE, CONFIG, RECORD, "config.yaml")):
+        refuse_links(folder)  # a model's files may be links: they are named by who reads them
     if (folder / CERTIFICATE).is_file():
         return _merge(folder)
     if (folder / _STATE).is_file():
@@ -96,7 +98,7 @@ def inspect_folder(folder: Path) -> Inspection:
 
 def _run(run: RunDirectory) -> Inspection:
     found = Inspection("run")
-    config = found.attempt(lambda: _read_yaml(run.config_file)) or {}
+    config = found.attempt(lambda: read_yaml(run.config_file)) or {}
     for label, name in _OF_RUNS.items():
         found.add(label, config.get(name))
     if config.get("method") == Lora.name:
@@ -278,6 +280,8 @@ def _file_faults(certificate: Path, files: Any) -> Iterator[str]:
         file = file_beside(certificate, name)
         if not file.is_file():
             yield f"{file} is missing"
+        elif file.stat().st_size > _LARGEST_BESIDE_BYTES:
+            yield f"{file} has {file.stat().st_size:,} bytes, which no such file needs"
         elif sha256(file) != expected:
             yield f"{file} is not what the certificate is about: it was altered"
 
@@ -323,15 +327,3 @@ def _torch_file_faults(file: Path) -> list[str]:
     except Exception as error:  # torch raises many kinds for a damaged file
         return [f"{file} is damaged: {' '.join(str(error).split())[:200]}"]
     return [f"{file} is damaged: {altered} in it was altered"] if altered else []
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} is not valid: no settings in it")
-    return content

@@ -62,6 +62,8 @@ def check_trainer_state(checkpoint: Path) -> None:
         for name in ("epoch", "total_flos", "best_metric"):
             if state.get(name) is not None and not _is_number(state[name]):
                 raise ValueError(f"{name} is {str(state[name])[:40]!r}")
+        if not isinstance(state.get("best_model_checkpoint"), str | None):
+            raise ValueError("best_model_checkpoint is no path")
         for name in _SWITCHES:
             if not isinstance(state.get(name, False), bool):
                 raise ValueError(f"{name} is {str(state[name])[:40]!r}")

@@ -191,6 +191,7 @@ class ResumableTrainer(SFTTrainer):
 
     def _find_best_again(self) -> None:
         """The best checkpoint by its step: the folder may have been moved, or something happened to it."""
+        self.state.best_model_checkpoint = None  # as it is called there
         if self.state.best_global_step:
             best = self.run_folder / "checkpoints" / f"step-{self.state.best_global_step}"
             self.state.best_model_checkpoint = None if fault(best) else str(best)

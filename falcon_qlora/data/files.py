@@ -11,6 +11,7 @@ import gzip
 import itertools
 import json
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -58,10 +59,10 @@ def iterate_rows(path: Path, *, skip: int = 0) -> Iterator[tuple[str, Row]]:
         raise UserError(
             f"{path}: not text in UTF-8 ({error.reason}); convert it, for example with iconv"
         ) from None
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: damaged gzip file: {error}") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror or _in_one_line(error)}") from None
 
 
 def _open(path: Path, newline: str | None = None) -> TextIO:
@@ -109,6 +110,8 @@ def _json_lines(path: Path, skip: int) -> Iterator[tuple[str, Row]]:
                     f"{place}: not valid JSON: {error.msg} at column {error.colno}; "
                     "a .jsonl file has one whole object on every line"
                 ) from None
+            except (ValueError, RecursionError) as error:  # of a number too long, or lists too deep
+                raise UserError(f"{place}: not valid JSON: {error}") from None
             yield place, _row(value, place)
 
 
@@ -166,6 +169,8 @@ class _Values:
                 if self._ended or not cut_off:
                     self._fail(error.msg, error.pos)
                 self._more()
+            except (ValueError, RecursionError) as error:  # of a number too long, or lists too deep
+                self._fail(str(error))
             else:
                 return value
 
@@ -237,8 +242,12 @@ def _parquet_rows(path: Path, skip: int) -> Iterator[tuple[str, Row]]:
                     for row in batch.slice(left_out).to_pylist():
                         number += 1
                         yield f"{path} row {number}", row
-    except pa.ArrowException as error:
-        raise UserError(f"{path}: not a valid Parquet file: {error}") from None
+    except (pa.ArrowException, OverflowError) as error:
+        raise UserError(f"{path}: not a valid Parquet file: {_in_one_line(error)}") from None
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _row(value: Any, place: str) -> Row:

@@ -75,20 +75,20 @@ DATA = ["rows.jsonl", "rows.ndjson", "rows.jsonl.gz", "rows.json", "wrapped.json
 @given(data=st.data(), name=st.sampled_from(DATA))
 def test_rows(good, scratch, tokenizer, data, name):
     folder = fresh_copy(good, scratch)
-    change(data.draw, folder / name)
+    change(data.draw, folder / name, named_by_user=True)
 
     def read() -> None:
         corpus, _ = prepare_corpora(dataset_name=[str(folder / name)], max_length=32, tokenizer=tokenizer, tokenizer_fingerprint="x", cache_dir=scratch / "cache")
         assert corpus.lengths.sum() > 0
 
-    read_or_refused(folder, read)
+    read_or_refused(folder, read, lines=9)  # which columns each format needs
 
 
 @fuzz(60)
 @given(data=st.data(), name=st.sampled_from(["settings.yaml", "recipe.yaml"]))
 def test_settings(good, scratch, data, name):
     folder = fresh_copy(good, scratch)
-    change(data.draw, folder / name)
+    change(data.draw, folder / name, named_by_user=True)
     flag = "--config" if name == "settings.yaml" else "--recipe"
     read_or_refused(folder, lambda: parse([flag, str(folder / name)]))
 
@@ -97,7 +97,7 @@ def test_settings(good, scratch, data, name):
 @given(data=st.data())
 def test_prompts(good, scratch, data):
     folder = fresh_copy(good, scratch)
-    change(data.draw, folder / "prompts.json")
+    change(data.draw, folder / "prompts.json", named_by_user=True)
     read_or_refused(folder, lambda: _prompts(GenerateArguments(prompt_file=str(folder / "prompts.json"))))
 
 
@@ -105,7 +105,7 @@ def test_prompts(good, scratch, data):
 @given(data=st.data())
 def test_templates(good, scratch, data):
     folder = fresh_copy(good, scratch)
-    change(data.draw, folder / "template.jinja")
+    change(data.draw, folder / "template.jinja", named_by_user=True)
     turns = [Turn("user", "a"), Turn("assistant", "b")]
 
     def read() -> None:
@@ -120,7 +120,7 @@ def test_templates(good, scratch, data):
 @given(data=st.data())
 def test_bench_csv(good, scratch, data):
     folder = fresh_copy(good, scratch)
-    change(data.draw, folder / "bench.csv")
+    change(data.draw, folder / "bench.csv", named_by_user=True)
 
     def read() -> None:
         check_csv(folder / "bench.csv")
