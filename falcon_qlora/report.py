@@ -15,6 +15,7 @@ from typing import Any
 from falcon_qlora import charts
 from falcon_qlora.files import replaced, write_text
 from falcon_qlora.run_directory import RunDirectory
+from falcon_qlora.untrusted import of_a_run
 
 FULL = "full"
 GB = 1e9

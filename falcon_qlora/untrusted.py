@@ -90,7 +90,11 @@ def parse_yaml(text: str, origin: str) -> dict[Any, Any]:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{origin}{line}: not valid YAML: {' '.join(str(error.problem).split())}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the second of dates and numbers that are none
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # the second of dates and numbers that are none
         raise UserError(f"{origin}: not valid YAML: {' '.join(str(error).split())[:200]}") from None
     if content is None:
         return {}

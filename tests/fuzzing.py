@@ -1,7 +1,7 @@
 """Files changed at random, and what their reader may do then: read them, or refuse them in one line.
 
-`FUZZ_TIMES=100` in the environment gives each property so many times its examples, and `FUZZ_SEED=random` other
-ones each time; without them a run of the tests has always the same.
+`FUZZ_TIMES=100` in the environment gives each property so many times its examples, and `FUZZ_SEED=random`
+other ones each time; without them a run of the tests has always the same.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _other_value(draw: Any, value: Any, values: st.SearchStrategy[Any]) -> Any:
 
 
 def with_bytes_changed(draw: Any, file: Path) -> None:
-    """A few bytes are others, most of them at the beginning, where the structure is; or the end is missing."""
+    """A few bytes are others, often at the beginning, where the structure is; or the end is missing."""
     content = bytearray(file.read_bytes()) or bytearray(b"x")
     within = draw(st.sampled_from([3000, len(content)]))
     for _ in range(draw(st.integers(1, 3))):
@@ -164,7 +164,9 @@ def with_content_changed(draw: Any, file: Path) -> None:
     elif suffix == ".jsonl":
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         lines = _changed(draw, lines, JSON)
-        file.write_text("".join(json.dumps(line) + "\n" for line in (lines if isinstance(lines, list) else [])))
+        file.write_text(
+            "".join(json.dumps(line) + "\n" for line in (lines if isinstance(lines, list) else []))
+        )
     elif suffix == ".safetensors":
         _change_header(draw, file)
     else:

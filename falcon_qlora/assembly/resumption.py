@@ -182,11 +182,13 @@ def _compare_settings(configuration: Configuration, checkpoint: Path, manifest: 
 
 def _batch_of(settings: dict[str, Any], processes: int) -> Any:
     """Sequences of a step in a run with these settings; None where they do not say."""
-    factors = [settings.get(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")]
     whole = settings.get("global_batch_size")
-    if whole is not None or not all(isinstance(factor, int) for factor in factors):
-        return whole
-    return factors[0] * factors[1] * processes
+    each, pieces = (
+        settings.get(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
+    )
+    if whole is None and isinstance(each, int) and isinstance(pieces, int):
+        return each * pieces * processes
+    return whole
 
 
 def _say_what_differs(configuration: Configuration, processes: int) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from falcon_qlora.models.sharded import local_tensor
+
 # Of a parameter's shape, whatever else an optimizer keeps.
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "state1", "state2")
 _NEVER_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq")
@@ -24,13 +26,14 @@ _MOST_HALVINGS = 30
 _COUNTS_OF_BAD_STEPS = ("total", "in_a_row", "steps")
 
 
-def check_optimizer(kept: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+def check_optimizer(kept: dict[str, Any], optimizer: Any) -> None:
     """Refuse an optimizer's state that is not of these parameters and settings.
 
     Args:
         kept: what `optimizer.state_dict()` was when it was saved; of a sharded model, of its own rows.
-        optimizer: that takes it up.
+        optimizer: that takes it up, perhaps in Accelerate's wrapper.
     """
+    optimizer = getattr(optimizer, "optimizer", optimizer)
     fresh = optimizer.state_dict()["param_groups"]
     groups, states = kept["param_groups"], kept["state"]
     _require(isinstance(groups, list) and len(groups) == len(fresh), "param_groups")
@@ -78,6 +81,7 @@ def _check_moment(name: Any, value: Any, parameter: Tensor) -> None:
         _require(_is_number(number) and number >= 0, name)
     elif name in _MOMENTS and value is not None:
         _require(isinstance(value, Tensor) and value.shape == parameter.shape, f"the shape of {name}")
+        value = local_tensor(value)
         if name.startswith("state"):
             _require(value.dtype in (torch.uint8, torch.float32), name)
             return

@@ -135,7 +135,7 @@ class ResumableTrainer(SFTTrainer):
         else:
             kept = process_state.check_plain(folder / OPTIMIZER_NAME, dict)
             with process_state.reading(folder / OPTIMIZER_NAME):
-                forms.check_optimizer(kept, getattr(self.optimizer, "optimizer", self.optimizer))
+                forms.check_optimizer(kept, self.optimizer)
             self._check_schedule(folder, scheduled, [group["lr"] for group in kept["param_groups"]])
             with process_state.reading(folder / OPTIMIZER_NAME):
                 super()._load_optimizer_and_scheduler(checkpoint)

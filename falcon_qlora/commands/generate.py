@@ -208,7 +208,7 @@ def _prompts(wanted: GenerateArguments) -> list[str] | None:
     try:
         prompts = json.loads(read_text(Path(wanted.prompt_file), may_be_pipe=True))
     except UserError as error:
-        raise UserError(f"--prompt_file: {error}") from None
+        raise UserError(f"{name}: cannot be read: {error}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{name}: not valid JSON: {error}") from None
     if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
@@ -231,7 +231,9 @@ def _template(
 
     name, dataset_format = given("template"), given("dataset_format")
     if dataset_format not in ("auto", *FORMATS):
-        raise UserError(f"{trained}: it was trained on rows of format {dataset_format[:40]!r}, which is not known")
+        raise UserError(
+            f"{trained}: it was trained on rows of format {dataset_format[:40]!r}, which is not known"
+        )
     if name == "auto":
         name = "none" if dataset_format == "auto" else resolve_template("auto", dataset_format)
     elif name not in TEMPLATES and "template" not in configuration.explicit:

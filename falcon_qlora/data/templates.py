@@ -327,7 +327,7 @@ def get_template(name: str, special_tokens: Mapping[str, str] | None = None) -> 
         try:
             text = read_text(path, limit_bytes=_TEMPLATE_LIMIT_BYTES)
         except UserError as error:
-            raise UserError(f"--template: {error}") from None
+            raise UserError(f"--template {name}: cannot be read: {error}") from None
         return JinjaTemplate(name, text, dict(special_tokens or {}))
     raise UserError(
         f"--template {name}: no such template{nearest(name, ('auto', *TEMPLATES))}; "

@@ -71,7 +71,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     A whole model also has ``quantize_mode``, which is 16bit where it was not told: nothing else trains.
 
     Raises:
-        UserError: if it holds nothing that was trained, or its files cannot be read, are links to others or are
+        UserError: if it holds nothing that was trained, or its files cannot be read, are links to others' or
             not of this form.
     """
     refuse_links(folder)

@@ -6,14 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import falcon_qlora
 from falcon_qlora.checkpoint.verify import describe_file
-from falcon_qlora.trainer import FalconTrainer
-from tests.fuzzing import change, fresh_copy, fuzz, guarded, read_or_refused
+from tests.fuzzing import change, fresh_copy, fuzz, read_or_refused
 from tests.integration.conftest import STEP
 
 
@@ -44,6 +42,7 @@ def go_on(run: Path) -> Any:
 
 
 NAMES = "manifest.json trainer_state.json processes.pt optimizer.pt scheduler.pt stream.json.gz adapter_model.safetensors adapter_config.json falcon_qlora.json".split()
+
 
 @fuzz(20)
 @given(data=st.data(), name=st.sampled_from(NAMES))

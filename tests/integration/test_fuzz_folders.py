@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +11,12 @@ from hypothesis import strategies as st
 
 from falcon_qlora import __main__ as cli
 from falcon_qlora.assembly import adapted, held_out
-from falcon_qlora.assembly.inspection import inspect_folder
 from falcon_qlora.bench.scaling import read_run
 from falcon_qlora.commands import eval as evaluating
-from falcon_qlora.commands import generate, merge
+from falcon_qlora.commands import generate
 from falcon_qlora.config.configuration import parse
-from falcon_qlora.errors import UserError
 from falcon_qlora.run_directory import RunDirectory
-from tests.fuzzing import change, fresh_copy, fuzz, guarded, read_or_refused
+from tests.fuzzing import change, fresh_copy, fuzz, read_or_refused
 
 RUN_FILES = [
     "config.yaml",
@@ -44,7 +40,10 @@ def files_in(folder: Path) -> list[str]:
 
 
 @fuzz(60)
-@given(data=st.data(), name=st.sampled_from(["run", "full", "streamed", "merged", "run/adapter", "streamed/checkpoints/step-2"]))
+@given(
+    data=st.data(),
+    name=st.sampled_from(["run", "full", "streamed", "merged", "run/adapter", "streamed/checkpoints/step-2"]),
+)
 def test_inspect(written, scratch, capsys, data, name):
     folder = fresh_copy(written / name, scratch)
     file = folder / data.draw(st.sampled_from(files_in(folder)))
@@ -67,7 +66,9 @@ def test_inspect(written, scratch, capsys, data, name):
 # What `generate`, `eval` and `merge` do before the model is loaded.
 def before_generate(folder: Path) -> None:
     adapter = adapted.adapter_folder(str(folder))
-    configuration = parse(["--prompt", "x", "--adapter", str(folder)], extra_arguments=generate.GenerateArguments)
+    configuration = parse(
+        ["--prompt", "x", "--adapter", str(folder)], extra_arguments=generate.GenerateArguments
+    )
     record = adapted.read_trained(configuration, adapter, named=configuration.explicit)
     generate._template(configuration, record)
 
@@ -75,7 +76,9 @@ def before_generate(folder: Path) -> None:
 def before_eval(folder: Path) -> None:
     adapter = adapted.adapter_folder(str(folder))
     run = adapted.run_of(adapter)
-    configuration, named = adapted.parse_with_run(["--adapter", str(folder)], run, extra_arguments=evaluating.EvalArguments)
+    configuration, named = adapted.parse_with_run(
+        ["--adapter", str(folder)], run, extra_arguments=evaluating.EvalArguments
+    )
     record = adapted.read_trained(configuration, adapter, named=named)
     held_out.data_record(run)
     adapted.tokenizer_of(configuration, record)
@@ -84,15 +87,21 @@ def before_eval(folder: Path) -> None:
 def bench(folder: Path) -> None:
     try:
         read_run(None, RunDirectory(folder), warmup=0)
-    except Exception as e:
+    except Exception:
         raise
+
+
 COMMANDS = [before_generate, before_eval]
+
 
 @fuzz(60)
 @given(data=st.data(), command=st.sampled_from(COMMANDS), name=st.sampled_from(["run", "full"]))
 def test_before(written, scratch, data, command, name):
     folder = fresh_copy(written / name, scratch)
-    file = folder / data.draw(st.sampled_from([*RUN_FILES, *(f"adapter/{f}" for f in files_in(folder/"adapter"))]))
-    if not file.exists(): return
+    file = folder / data.draw(
+        st.sampled_from([*RUN_FILES, *(f"adapter/{f}" for f in files_in(folder / "adapter"))])
+    )
+    if not file.exists():
+        return
     change(data.draw, file)
     read_or_refused(folder, lambda: command(folder))

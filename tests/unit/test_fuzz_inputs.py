@@ -16,14 +16,12 @@ from falcon_qlora.bench.records import COLUMNS, append_csv, check_csv
 from falcon_qlora.commands.generate import GenerateArguments, _prompts
 from falcon_qlora.config.configuration import parse
 from falcon_qlora.config.parser import RECIPES
-from falcon_qlora.data.files import iterate_rows
-from falcon_qlora.data.sources import find_source
 from falcon_qlora.data.templates import Turn, get_template
 from falcon_qlora.data.tokenize import prepare_corpora
-from tests.fuzzing import JSON, change, fresh_copy, fuzz, read_or_refused
+from tests.fuzzing import change, fresh_copy, fuzz, read_or_refused
 from tests.small_tokenizer import small_tokenizer
 
-ROWS = [{"instruction": f"Say {n}.", "input": "", "output": f"It is {n}, \"so\"."} for n in range(5)]
+ROWS = [{"instruction": f"Say {n}.", "input": "", "output": f'It is {n}, "so".'} for n in range(5)]
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}Q: {{ message['content'] }}\n"
     "{% else %}A: {% generation %}{{ message['content'] }}{% endgeneration %}\n{% endif %}{% endfor %}"
@@ -34,7 +32,9 @@ TEMPLATE = (
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("good")
-    settings = "model_name_or_path: tiny\nlearning_rate: 1e-4\nlora_target_modules: [dense]\nrecipe: default\n"
+    settings = (
+        "model_name_or_path: tiny\nlearning_rate: 1e-4\nlora_target_modules: [dense]\nrecipe: default\n"
+    )
     settings += "lr_scheduler_kwargs: {a: 1}\ndataset_name: [sample]\nlora_r: 8\npacking: true\n"
     (folder / "settings.yaml").write_text(settings)
     (folder / "recipe.yaml").write_text((RECIPES / "default.yaml").read_text())
@@ -78,7 +78,13 @@ def test_rows(good, scratch, tokenizer, data, name):
     change(data.draw, folder / name, named_by_user=True)
 
     def read() -> None:
-        corpus, _ = prepare_corpora(dataset_name=[str(folder / name)], max_length=32, tokenizer=tokenizer, tokenizer_fingerprint="x", cache_dir=scratch / "cache")
+        corpus, _ = prepare_corpora(
+            dataset_name=[str(folder / name)],
+            max_length=32,
+            tokenizer=tokenizer,
+            tokenizer_fingerprint="x",
+            cache_dir=scratch / "cache",
+        )
         assert corpus.lengths.sum() > 0
 
     read_or_refused(folder, read, lines=9)  # which columns each format needs
