@@ -294,14 +294,24 @@ class _Watch:
         return readable
 
 
-def read_or_refused(folder: Path, read: Callable[[], Any], *, lines: int = 1) -> Any:
-    """What `read` returns; None where it refuses `folder` in so many lines, the first naming a file there."""
+def read_or_refused(
+    folder: Path, read: Callable[[], Any], *, lines: int = 1, or_about: tuple[str, ...] = ()
+) -> Any:
+    """What `read` returns; None where it refuses `folder`.
+
+    Args:
+        folder: from `fresh_copy`.
+        read: may raise a `UserError` alone.
+        lines: its message has at most so many, and the first names a file of the folder,
+        or_about: or begins with one of these.
+    """
     with guarded(folder):
         try:
             return read()
         except UserError as error:
             told = str(error)
     assert len(told.splitlines()) <= lines, f"not one line: {told!r}"
-    assert folder.name in told.splitlines()[0], f"names no file: {told!r}"
+    first = told.splitlines()[0]
+    assert folder.name in first or first.startswith(or_about), f"names no file: {told!r}"
     assert len(told) < 2000 + 4 * len(str(folder)), f"tells too much: {told[:3000]!r}"
     return None

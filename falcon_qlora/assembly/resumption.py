@@ -20,7 +20,7 @@ from falcon_qlora.errors import UserError
 from falcon_qlora.files import plain
 from falcon_qlora.run_directory import RunDirectory
 from falcon_qlora.terminal import note
-from falcon_qlora.untrusted import read_yaml
+from falcon_qlora.untrusted import read_yaml, refuse_links
 
 # A run that goes on with another value of one of these is another run.
 _DECISIVE = (
@@ -99,6 +99,8 @@ def _find(directory: RunDirectory, named: Path | None, *, fallback: Path | None)
 
 
 def _refuse_if_not_whole(checkpoint: Path) -> None:
+    if checkpoint.is_dir():
+        refuse_links(checkpoint)
     wrong = verify.fault(checkpoint)
     if wrong is not None:
         other, _ = verify.newest_whole(checkpoint.parent)

@@ -19,6 +19,7 @@ from falcon_qlora.models.sharded import local_tensor
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "state1", "state2")
 _NEVER_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq")
 _OF_ADAM = {"step", "exp_avg", "exp_avg_sq"}
+_OF_DEVICES = ("foreach", "fused", "capturable")
 # Of bitsandbytes, whose kernels trust them: the values that 8 bits stand for, and a scale for each block.
 _CODES, _BLOCK = 256, 256
 # More would make pieces of less than one sequence.
@@ -49,6 +50,7 @@ def check_optimizer(kept: dict[str, Any], optimizer: Any) -> None:
         _require(state.keys() >= required, f"the state of parameter {index}")
         if "state1" in state and state["state1"].dtype == torch.uint8:
             _require(state.keys() >= {"qmap1", "absmax1"}, f"the state of parameter {index}")
+        _require(not required or isinstance(state["step"], Tensor), f"the state of parameter {index}")
         for name, value in state.items():
             _check_moment(name, value, parameters[index])
 
@@ -67,19 +69,19 @@ def _check_group(group: Any, wanted: dict[str, Any]) -> None:
     for name, value in wanted.items():
         if name == "lr":
             _require(isinstance(value, Tensor) or _is_number(group["lr"]), "lr")
-        elif isinstance(value, int | float | tuple) and not isinstance(value, bool):
+        elif name in _OF_DEVICES:
+            _require(group.get(name) in (None, True, False), name)
+        elif not isinstance(value, Tensor) and (name in group or not isinstance(value, bool | None)):
+            # Releases of PyTorch have added switches.
             if group[name] != value:
-                raise ValueError(f"{name} is {str(group[name])[:40]} in it and {value} in this run")
-        elif name in group and not isinstance(value, Tensor) and name != "params":
-            # Switches, which differ between devices and releases of PyTorch.
-            _require(group[name] is None or isinstance(group[name], bool | str), name)
+                raise ValueError(f"{name} is {str(group[name])[:40]} in it and {str(value)[:40]} in this run")
 
 
 def _check_moment(name: Any, value: Any, parameter: Tensor) -> None:
     if name == "step":
         number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
         _require(_is_number(number) and number >= 0, name)
-    elif name in _MOMENTS and value is not None:
+    elif name in _MOMENTS and (value is not None or name != "momentum_buffer"):
         _require(isinstance(value, Tensor) and value.shape == parameter.shape, f"the shape of {name}")
         value = local_tensor(value)
         if name.startswith("state"):
