@@ -31,18 +31,19 @@ def read_text(file: Path, *, limit_bytes: int = JSON_LIMIT_BYTES, may_be_pipe: b
         UserError: if it is not there, no file, too large or not UTF-8.
     """
     try:
-        mode = file.stat().st_mode
-        if not stat.S_ISREG(mode) and not (may_be_pipe and stat.S_ISFIFO(mode)):
+        about = file.stat()
+        if not stat.S_ISREG(about.st_mode) and not (may_be_pipe and stat.S_ISFIFO(about.st_mode)):
             raise UserError(f"{file} is not a file.")
+        too_large = about.st_size > limit_bytes
         with file.open("rb") as opened:
-            content = opened.read(limit_bytes + 1)
+            content = b"" if too_large else opened.read(limit_bytes + 1)
     except FileNotFoundError:
         raise UserError(f"{file} is not there.") from None
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}.") from None
     except ValueError as error:  # of a name that none can have
         raise UserError(f"{str(file)!r} cannot be read: {error}.") from None
-    if len(content) > limit_bytes:
+    if too_large or len(content) > limit_bytes:
         raise UserError(f"{file} has more than {limit_bytes:,} bytes, which no such file needs.")
     try:
         return content.decode("utf-8")
@@ -166,6 +167,7 @@ def refuse_links(folder: Path) -> None:
 @contextlib.contextmanager
 def of_a_run(folder: Path) -> Iterator[None]:
     """Turn what goes wrong where the figures of a run's files are used into a `UserError` that names it."""
+    refuse_links(folder)
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:

@@ -45,6 +45,8 @@ def check_optimizer(kept: dict[str, Any], optimizer: Any) -> None:
     # Steps that came to nothing leave none at all.
     _require(not states or states.keys() == set(range(len(parameters))), "state, of other parameters")
     required = _OF_ADAM if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) else set()
+    if required and any(group["amsgrad"] for group in fresh):
+        required = required | {"max_exp_avg_sq"}
     for index, state in states.items():
         state = _unpacked(state)
         _require(state.keys() >= required, f"the state of parameter {index}")
@@ -71,10 +73,10 @@ def _check_group(group: Any, wanted: dict[str, Any]) -> None:
             _require(isinstance(value, Tensor) or _is_number(group["lr"]), "lr")
         elif name in _OF_DEVICES:
             _require(group.get(name) in (None, True, False), name)
-        elif not isinstance(value, Tensor) and (name in group or not isinstance(value, bool | None)):
-            # Releases of PyTorch have added switches.
-            if group[name] != value:
-                raise ValueError(f"{name} is {str(group[name])[:40]} in it and {str(value)[:40]} in this run")
+        elif isinstance(value, Tensor) or (name not in group and isinstance(value, bool | None)):
+            continue  # releases of PyTorch have added switches
+        elif group[name] != value:
+            raise ValueError(f"{name} is {str(group[name])[:40]} in it and {str(value)[:40]} in this run")
 
 
 def _check_moment(name: Any, value: Any, parameter: Tensor) -> None:

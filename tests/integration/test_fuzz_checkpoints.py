@@ -59,14 +59,18 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @fuzz(5)
-@given(data=st.data(), name=st.sampled_from([*FILES, *OF_THE_RUN]), streamed=st.booleans())
-def test_resume(written, scratch, data, name, streamed):
-    run = fresh_copy(written / ("streamed" if streamed else "run"), scratch)
+@given(
+    data=st.data(),
+    name=st.sampled_from([*FILES, *OF_THE_RUN, "model.safetensors"]),
+    kind=st.sampled_from(["run", "streamed", "full"]),
+)
+def test_resume(written, scratch, data, name, kind):
+    run = fresh_copy(written / kind, scratch)
     file = (run if name in OF_THE_RUN else checkpoint_of(run)) / name
     if not file.exists():
         return
     change(data.draw, file)
-    if name in FILES[1:]:
+    if name not in OF_THE_RUN and name != "manifest.json":
         with_true_manifest(checkpoint_of(run))
     read_or_refused(run, lambda: go_on(run), or_about=ABOUT)
 
@@ -144,7 +148,9 @@ def in_parts(checkpoint: Path) -> None:
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     for index, name in enumerate(PARTS):
         state = {
-            number: {key: value.chunk(2)[index].clone() if value.dim() else value for key, value in of.items()}
+            number: {
+                key: value.chunk(2)[index].clone() if value.dim() else value for key, value in of.items()
+            }
             for number, of in whole["state"].items()
         }
         torch.save({**whole, "state": state}, checkpoint / name)

@@ -6,7 +6,6 @@ import csv
 import gzip
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -63,73 +62,87 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("scratch")
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return small_tokenizer()
-
-
 DATA = ["rows.jsonl", "rows.ndjson", "rows.jsonl.gz", "rows.json", "wrapped.json", "rows.csv", "rows.parquet"]
+EXPRESSIONS = ["{{ 1 / 0 }}", "{{ messages + 1 }}", "{{ 'a' * 10 ** 15 }}", "{{ x.y.z }}"]
+EXPRESSIONS += ["{% include '/etc/passwd' %}", "{{ ''.__class__.__mro__ }}", "{% for i in range(10 ** 9) %}"]
+DEEP, LONG = "[" * 100_000, "9" * 5000
 
 
-@fuzz(100)
-@given(data=st.data(), name=st.sampled_from(DATA))
-def test_rows(good, scratch, tokenizer, data, name):
-    folder = fresh_copy(good, scratch)
-    change(data.draw, folder / name, named_by_user=True)
-
-    def read() -> None:
-        corpus, _ = prepare_corpora(
-            dataset_name=[str(folder / name)],
-            max_length=32,
-            tokenizer=tokenizer,
-            tokenizer_fingerprint="x",
-            cache_dir=scratch / "cache",
-        )
-        assert corpus.lengths.sum() > 0
-
-    read_or_refused(folder, read, lines=9)  # which columns each format needs
+def read_rows(file: Path) -> None:
+    corpus, _ = prepare_corpora(
+        dataset_name=[str(file)],
+        max_length=32,
+        tokenizer=small_tokenizer(),
+        tokenizer_fingerprint="small",
+        cache_dir=file.parent.parent / "cache",
+    )
+    assert corpus.lengths.sum() > 0
 
 
-@fuzz(60)
-@given(data=st.data(), name=st.sampled_from(["settings.yaml", "recipe.yaml"]))
-def test_settings(good, scratch, data, name):
-    folder = fresh_copy(good, scratch)
-    change(data.draw, folder / name, named_by_user=True)
-    flag = "--config" if name == "settings.yaml" else "--recipe"
-    read_or_refused(folder, lambda: parse([flag, str(folder / name)]))
+def read_settings(file: Path) -> None:
+    parse(["--config" if file.name == "settings.yaml" else "--recipe", str(file)])
 
 
-@fuzz(30)
-@given(data=st.data())
-def test_prompts(good, scratch, data):
-    folder = fresh_copy(good, scratch)
-    change(data.draw, folder / "prompts.json", named_by_user=True)
-    read_or_refused(folder, lambda: _prompts(GenerateArguments(prompt_file=str(folder / "prompts.json"))))
+def read_prompts(file: Path) -> None:
+    assert _prompts(GenerateArguments(prompt_file=str(file)))
 
 
-@fuzz(60)
-@given(data=st.data())
-def test_templates(good, scratch, data):
-    folder = fresh_copy(good, scratch)
-    change(data.draw, folder / "template.jinja", named_by_user=True)
+def read_template(file: Path) -> None:
+    template = get_template(str(file))
     turns = [Turn("user", "a"), Turn("assistant", "b")]
-
-    def read() -> None:
-        template = get_template(str(folder / "template.jinja"))
-        template.segments(turns)
-        template.prompt(turns[:1])
-
-    read_or_refused(folder, read)
+    assert all(segment.text or segment.end for segment in template.segments(turns))
+    template.prompt(turns[:1])
 
 
-@fuzz(30)
-@given(data=st.data())
-def test_bench_csv(good, scratch, data):
+def read_figures(file: Path) -> None:
+    check_csv(file)
+    append_csv(file, [dict.fromkeys(COLUMNS, 1)])
+
+
+READERS = {
+    **dict.fromkeys(DATA, read_rows),
+    "settings.yaml": read_settings,
+    "recipe.yaml": read_settings,
+    "prompts.json": read_prompts,
+    "template.jinja": read_template,
+    "bench.csv": read_figures,
+}
+# Which columns each format needs is told line by line.
+LINES = 9
+
+
+@fuzz(150)
+@given(data=st.data(), name=st.sampled_from(sorted(READERS)))
+def test_files_that_a_user_names(good, scratch, data, name):
     folder = fresh_copy(good, scratch)
-    change(data.draw, folder / "bench.csv", named_by_user=True)
+    change(data.draw, folder / name, named_by_user=True)
+    lines = LINES if name in DATA else 1
+    read_or_refused(folder, lambda: READERS[name](folder / name), lines=lines, or_about=("--", "unknown"))
 
-    def read() -> None:
-        check_csv(folder / "bench.csv")
-        append_csv(folder / "bench.csv", [dict.fromkeys(COLUMNS, 1)])
 
-    read_or_refused(folder, read)
+@pytest.mark.parametrize("name", READERS)
+def test_what_is_good_is_read(good, tmp_path, name):
+    READERS[name](fresh_copy(good, tmp_path) / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("template.jinja", expression) for expression in EXPRESSIONS),
+        *((name, text) for name in ("rows.jsonl", "rows.json", "prompts.json") for text in (DEEP, LONG)),
+        *(("rows.jsonl", f'{{"text": {text}}}') for text in (DEEP, LONG)),
+        ("settings.yaml", DEEP),
+        ("settings.yaml", "max_steps: 2001-99-99"),
+        ("settings.yaml", "a: &a [x, x]\nb: &b [*a, *a]\ndataset_name: [*b, *b]"),
+        ("settings.yaml", f"max_steps: {LONG}"),
+    ],
+)
+def test_what_is_seldom_come_by(good, tmp_path, name, content):
+    folder = fresh_copy(good, tmp_path)
+    (folder / name).write_text(content)
+
+    def read() -> bool:
+        READERS[name](folder / name)
+        return True
+
+    assert read_or_refused(folder, read, or_about=("--", "max_steps")) is None
