@@ -34,16 +34,17 @@ def read_text(file: Path, *, limit_bytes: int = JSON_LIMIT_BYTES, may_be_pipe: b
         about = file.stat()
         if not stat.S_ISREG(about.st_mode) and not (may_be_pipe and stat.S_ISFIFO(about.st_mode)):
             raise UserError(f"{file} is not a file.")
-        too_large = about.st_size > limit_bytes
+        if about.st_size > limit_bytes:
+            raise UserError(f"{file} has {about.st_size:,} bytes, which no such file needs; it was not read.")
         with file.open("rb") as opened:
-            content = b"" if too_large else opened.read(limit_bytes + 1)
+            content = opened.read(limit_bytes + 1)
     except FileNotFoundError:
         raise UserError(f"{file} is not there.") from None
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}.") from None
     except ValueError as error:  # of a name that none can have
         raise UserError(f"{str(file)!r} cannot be read: {error}.") from None
-    if too_large or len(content) > limit_bytes:
+    if len(content) > limit_bytes:  # of a pipe, whose size nobody knows
         raise UserError(f"{file} has more than {limit_bytes:,} bytes, which no such file needs.")
     try:
         return content.decode("utf-8")

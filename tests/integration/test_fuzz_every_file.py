@@ -131,7 +131,7 @@ def test_many_more_examples():
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *paths],
         cwd=REPOSITORY,
-        env={**os.environ, "FUZZ_TIMES": "4"},
+        env={**os.environ, "FUZZ_TIMES": "6"},
         capture_output=True,
         text=True,
     )

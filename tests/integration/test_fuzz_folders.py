@@ -60,7 +60,7 @@ def run_command(folder: Path, words: list[str], capsys: Any) -> tuple[int, str]:
     return status, said
 
 
-@fuzz(60)
+@fuzz(20)
 @given(data=st.data(), name=st.sampled_from(FOLDERS))
 def test_inspect(written, scratch, capsys, data, name):
     folder = fresh_copy(written / name, scratch)
@@ -74,7 +74,7 @@ def test_inspect(written, scratch, capsys, data, name):
         assert status == 2, said
 
 
-@fuzz(8)
+@fuzz(2)
 @given(data=st.data(), verb=st.sampled_from(["generate", "eval", "merge"]))
 def test_commands(written, scratch, capsys, data, verb):
     folder = fresh_copy(written / "run", scratch)
@@ -131,7 +131,7 @@ def record(folder: Path) -> None:
     directory.write_tracker_record("wandb", {"id": "x"})
 
 
-@fuzz(60)
+@fuzz(15)
 @given(
     data=st.data(),
     read=st.sampled_from([before_generate, before_eval, compare, bench, record]),

@@ -44,7 +44,7 @@ def tokens_of(folder: Path) -> tuple[str, Any, list[str]]:
     return corpus.fingerprint, (corpus.dataset.to_dict(), corpus.lengths.tolist(), statistics), said
 
 
-@fuzz(30)
+@fuzz(10)
 @given(data=st.data(), name=st.sampled_from(FILES), anywhere=st.booleans())
 def test_no_damage_of_the_cache_changes_the_tokens(good, tmp_path_factory, data, name, anywhere):
     folder = fresh_copy(good, tmp_path_factory.getbasetemp() / "cache")

@@ -111,7 +111,7 @@ READERS = {
 LINES = 9
 
 
-@fuzz(150)
+@fuzz(60)
 @given(data=st.data(), name=st.sampled_from(sorted(READERS)))
 def test_files_that_a_user_names(good, scratch, data, name):
     folder = fresh_copy(good, scratch)

@@ -43,7 +43,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("scratch")
 
 
-@fuzz(40)
+@fuzz(15)
 @given(data=st.data(), name=st.sampled_from(TOKENIZER))
 def test_tokenizer(good, scratch, data, name):
     folder = fresh_copy(good, scratch)
@@ -58,7 +58,7 @@ def test_tokenizer(good, scratch, data, name):
     read_or_refused(folder, read)
 
 
-@fuzz(30)
+@fuzz(12)
 @given(data=st.data(), name=st.sampled_from(COPIED))
 def test_what_a_merge_takes_from_it(good, scratch, data, name):
     folder = fresh_copy(good, scratch)
@@ -77,7 +77,7 @@ def test_what_a_merge_takes_from_it(good, scratch, data, name):
     read_or_refused(folder, read)
 
 
-@fuzz(20)
+@fuzz(8)
 @given(data=st.data())
 def test_torch_files(good, scratch, data):
     folder = fresh_copy(good, scratch)
