@@ -258,7 +258,7 @@ def _row_of(run: Compared) -> Row:
     samples, tokens = summary["samples"], summary["tokens"]
     speed = summary["tokens_per_second"]
     late_speed = _speed_after_first(metrics) or speed
-    peak, total = summary["peak_memory_gib"], summary["total_peak_memory_gib"]
+    peak, total = float(summary["peak_memory_gib"]), float(summary["total_peak_memory_gib"])
     losses = {line["step"]: line["eval_loss"] for line in metrics if line.get("eval_loss") is not None}
     after = losses.get(max(losses, default=0))
     if config.get("load_best_model_at_end"):

@@ -61,6 +61,8 @@ def read_json(file: Path, *, limit_bytes: int = JSON_LIMIT_BYTES) -> dict[str, A
     text = read_text(file, limit_bytes=limit_bytes)
     try:
         content = json.loads(text, parse_constant=_no_such_number)
+        if "\\u" in text:
+            json.dumps(content, ensure_ascii=False).encode()  # halves of characters cannot be written again
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(content, dict):

@@ -5,6 +5,7 @@ Nothing is executed and nothing downloaded: what lies in the folder is read as o
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -90,7 +91,13 @@ def inspect_folder(folder: Path) -> Inspection:
     if any((folder / file).is_file() for file in (CONFIG, RECORD)):
         return _finished(folder)
     if (folder / "config.json").is_file():
-        return _model(folder)
+        found = _model(folder)
+        # Of a run of which only the model is left to be seen; other tools' manifests are not of this form.
+        with contextlib.suppress(ValueError):
+            verify.read_manifest(folder)
+            wrong = verify.fault(folder)
+            found.faults += [f"{folder}: {wrong}"] if wrong is not None else []
+        return found
     if RunDirectory(folder).holds_run():
         return _run(RunDirectory(folder))
     raise UserError(f"{folder}: no run, checkpoint, adapter, merge or model lies there.")

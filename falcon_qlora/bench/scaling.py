@@ -288,7 +288,7 @@ def read_run(row: Row, directory: RunDirectory, *, warmup: int) -> Measured:
         samples_per_second=samples / seconds,
         step_seconds=seconds / steps,
         step_range=(min(each), max(each)),
-        peak_gb=summary["peak_memory_gib"] * 2**30 / 1e9,
+        peak_gb=float(summary["peak_memory_gib"]) * 2**30 / 1e9,
         kept=kept,
     )
 

@@ -23,6 +23,8 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 Row = dict[str, Any]
 
 _CHUNK = 1 << 20
+_LONGEST = 1 << 26
+_TOO_LONG = f"a line or value of more than {_LONGEST:,} characters: this is no row"
 _WRAPPERS = ("data", "rows", "examples", "train")
 
 
@@ -100,7 +102,8 @@ def _json_values(path: Path) -> Iterator[tuple[str, Row]]:
 
 def _json_lines(path: Path, skip: int) -> Iterator[tuple[str, Row]]:
     with _open(path) as handle:
-        rows = ((number, line) for number, line in enumerate(handle, start=1) if line.strip())
+        lines = enumerate(_lines(path, handle), start=1)
+        rows = ((number, line) for number, line in lines if line.strip())
         for number, line in itertools.islice(rows, skip, None):
             place = f"{path}:{number}"
             try:
@@ -113,6 +116,17 @@ def _json_lines(path: Path, skip: int) -> Iterator[tuple[str, Row]]:
             except (ValueError, RecursionError) as error:  # of a number too long, or lists too deep
                 raise UserError(f"{place}: not valid JSON: {error}") from None
             yield place, _row(value, place)
+
+
+def _lines(path: Path, handle: TextIO) -> Iterator[str]:
+    """The lines of a file, which is no text where one has no end."""
+    for number in itertools.count(1):
+        line = handle.readline(_LONGEST)
+        if len(line) == _LONGEST:
+            raise UserError(f"{path}:{number}: {_TOO_LONG}")
+        if not line:
+            return
+        yield line
 
 
 class _Values:
@@ -188,6 +202,8 @@ class _Values:
     def _more(self) -> None:
         self._line_here()
         self._text = self._text[self._position :]
+        if len(self._text) > _LONGEST:
+            raise UserError(f"{self._path}:{self._line}: {_TOO_LONG}")
         self._position = self._counted = 0
         # Doubling, so that one large value is not decoded again for every small piece of it.
         piece = self._handle.read(max(_CHUNK, len(self._text)))
@@ -208,7 +224,7 @@ class _Values:
 def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with _open(path, newline="") as handle:
-        reader = csv.reader(handle, strict=True)
+        reader = csv.reader(_lines(path, handle), strict=True)
         try:
             header = next(reader, [])
             line = reader.line_num + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from falcon_qlora.bench.scaling import Row, read_run
 from falcon_qlora.commands import eval as evaluating
 from falcon_qlora.commands import generate
 from falcon_qlora.config.configuration import parse
+from falcon_qlora.data.templates import template_fingerprint
 from falcon_qlora.methods.registry import load_adapter  # noqa: F401  # imported before memory is limited
 from falcon_qlora.report import Compared, Comparison
 from falcon_qlora.run_directory import RunDirectory
 from falcon_qlora.untrusted import of_a_run, refuse_links
-from tests.fuzzing import change, fresh_copy, fuzz, read_or_refused
+from tests.fuzzing import SECRET, change, fresh_copy, fuzz, read_or_refused
 
 OF_A_RUN = [
     *("config.yaml", "data.json", "summary.json", "kernels.json", "metrics.jsonl", "environment.json"),
@@ -150,3 +152,47 @@ def test_readers(written, scratch, data, read, name):
 @pytest.mark.parametrize("read", [before_generate, before_eval, compare, bench, record])
 def test_what_is_good_is_read(written, tmp_path, read):
     read(fresh_copy(written / "run", tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.yaml",
+        "data.json",
+        "adapter/adapter_config.json",
+        "adapter/tokenizer.json",
+        "trainer_state.json",
+    ],
+)
+def test_a_link_out_of_the_folder_is_not_followed(written, tmp_path, capsys, name):
+    folder = fresh_copy(written / "run", tmp_path)
+    file = folder / ("checkpoints/step-2" if name == "trainer_state.json" else ".") / name
+    file.rename(folder.parent / SECRET)
+    file.symlink_to(folder.parent / SECRET)
+    status, said = run_command(folder, ["inspect", str(file.parent)], capsys)
+    assert (status, "is a link that leads out of" in said) == (2, True)
+    if "checkpoints" not in file.parts:
+        words = ["merge", "--adapter", str(folder), "--out", str(folder.parent / "out")]
+        status, said = run_command(folder, words, capsys)
+        assert (status, "is a link that leads out of" in said) == (2, True)
+    # A folder may be one: checkpoints lie on another disk at times.
+    file.unlink()
+    (folder.parent / SECRET).rename(file)
+    (folder / "checkpoints").rename(folder.parent / "elsewhere")
+    (folder / "checkpoints").symlink_to(folder.parent / "elsewhere")
+    assert run_command(folder, ["inspect", str(folder)], capsys)[0] == 0
+
+
+def test_a_template_of_this_machine_is_not_opened_for_an_adapter(written, tmp_path, capsys):
+    folder = fresh_copy(written / "run", tmp_path)
+    file = folder / "adapter" / "falcon_qlora.json"
+    (folder.parent / "mine.jinja").write_text("{{ messages[0]['content'] }}")
+    record = json.loads(file.read_text()) | {"template": str(folder.parent / "mine.jinja")}
+    file.write_text(json.dumps(record))
+    words = ["generate", "--adapter", str(folder), "--prompt", "x", "--max_new_tokens", "1"]
+    status, said = run_command(folder, words, capsys)
+    assert (status, "does not tell what lies there now" in said) == (2, True)
+    assert run_command(folder, [*words, "--template", record["template"]], capsys)[0] == 0
+    # Who has had it open may name it, as a run on this machine.
+    file.write_text(json.dumps(record | {"template_fingerprint": template_fingerprint(record["template"])}))
+    assert run_command(folder, words, capsys)[0] == 0
