@@ -204,3 +204,14 @@ def test_each_value_of_the_torch_files_matters(written, tmp_path, trainer, name)
         taken = read_or_refused(run, lambda: take_up(trainer, checkpoint))
         # What PyTorch has come to write of late is not asked for.
         assert not taken or key.startswith("_"), key
+
+
+@pytest.mark.parametrize("name", ["step", "processes", "global_batch", "data_fingerprint", "resumable"])
+def test_each_value_of_the_manifest_matters(written, tmp_path, name):
+    run = fresh_copy(written / "run", tmp_path)
+    file = checkpoint_of(run) / "manifest.json"
+    manifest = json.loads(file.read_text())
+    others = {"data_fingerprint": "0" * 64, "resumable": False}
+    manifest[name] = others[name] if name in others else manifest[name] + 1
+    file.write_text(json.dumps(manifest))
+    assert read_or_refused(run, lambda: go_on(run), or_about=ABOUT) is None

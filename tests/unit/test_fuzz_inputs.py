@@ -65,6 +65,10 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 DATA = ["rows.jsonl", "rows.ndjson", "rows.jsonl.gz", "rows.json", "wrapped.json", "rows.csv", "rows.parquet"]
 EXPRESSIONS = ["{{ 1 / 0 }}", "{{ messages + 1 }}", "{{ 'a' * 10 ** 15 }}", "{{ x.y.z }}"]
 EXPRESSIONS += ["{% include '/etc/passwd' %}", "{{ ''.__class__.__mro__ }}", "{% for i in range(10 ** 9) %}"]
+# Of this many, written out, no memory holds the last.
+ALIASES = ["a0: &a0 [x, x]", *(f"a{n + 1}: &a{n + 1} [*a{n}, *a{n}]" for n in range(60))]
+TORN = bytearray(gzip.compress(json.dumps(ROWS).encode() * 9))
+TORN[40:60] = bytes(20)
 DEEP, LONG = "[" * 100_000, "9" * 5000
 
 
@@ -133,13 +137,15 @@ def test_what_is_good_is_read(good, tmp_path, name):
         *(("rows.jsonl", f'{{"text": {text}}}') for text in (DEEP, LONG)),
         ("settings.yaml", DEEP),
         ("settings.yaml", "max_steps: 2001-99-99"),
-        ("settings.yaml", "a: &a [x, x]\nb: &b [*a, *a]\ndataset_name: [*b, *b]"),
+        ("settings.yaml", f"lr_scheduler_kwargs: {{{', '.join(ALIASES)}}}"),
+        ("settings.yaml", "lr_scheduler_kwargs: {a: &a [x], b: *a}"),
+        ("rows.jsonl.gz", bytes(TORN)),
         ("settings.yaml", f"max_steps: {LONG}"),
     ],
 )
 def test_what_is_seldom_come_by(good, tmp_path, name, content):
     folder = fresh_copy(good, tmp_path)
-    (folder / name).write_text(content)
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
     def read() -> bool:
         READERS[name](folder / name)
