@@ -15,6 +15,7 @@ from typing import Any
 from falcon_qlora import charts
 from falcon_qlora.files import replaced, write_text
 from falcon_qlora.run_directory import RunDirectory
+from falcon_qlora.untrusted import of_a_run
 
 FULL = "full"
 GB = 1e9
@@ -246,13 +247,18 @@ def _rows(compared: Sequence[Compared]) -> list[Row]:
 def _row(run: Compared) -> Row:
     if run.reason is not None:
         return Row(method=run.method, reason=run.reason)
+    with of_a_run(run.folder):
+        return _row_of(run)
+
+
+def _row_of(run: Compared) -> Row:
     directory = RunDirectory(run.folder)
     summary, metrics = directory.read_summary(), directory.read_metrics()
     config = directory.read_config()
     samples, tokens = summary["samples"], summary["tokens"]
     speed = summary["tokens_per_second"]
     late_speed = _speed_after_first(metrics) or speed
-    peak, total = summary["peak_memory_gib"], summary["total_peak_memory_gib"]
+    peak, total = float(summary["peak_memory_gib"]), float(summary["total_peak_memory_gib"])
     losses = {line["step"]: line["eval_loss"] for line in metrics if line.get("eval_loss") is not None}
     after = losses.get(max(losses, default=0))
     if config.get("load_best_model_at_end") and summary["best_eval_loss"] is not None:

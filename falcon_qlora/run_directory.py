@@ -40,6 +40,7 @@ from falcon_qlora.errors import UserError
 from falcon_qlora.files import plain, quoted, replaced, replaced_folder, try_to_write, write_json, write_text
 from falcon_qlora.run_lock import LOCK
 from falcon_qlora.summary import Summary
+from falcon_qlora.untrusted import read_json, read_text, read_yaml
 
 RUNS = Path("runs")
 
@@ -72,6 +73,8 @@ _FOLDERS = ("checkpoints", "adapter", "tensorboard", "wandb", "flight_record")
 # What only a run that has started leaves behind: these make a folder one that "holds a run".
 _SIGNS = ("config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "adapter")
 _LAUNCHER = ".launcher"
+_LARGEST_FIGURE = 1e300
+_METRICS_LIMIT_BYTES = 2**30  # a line of some hundred bytes for each of more steps than any run has
 
 
 class RunDirectory:
@@ -135,19 +138,19 @@ class RunDirectory:
 
     def write_config(self, resolved: Mapping[str, Any]) -> None:
         """Write everything a re-run needs; the caller leaves secrets out."""
-        text = yaml.safe_dump(plain(resolved), sort_keys=False, allow_unicode=True, width=110)
+        text = yaml.dump(plain(resolved), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
         config = quoted(str(self.config_file))
         header = f"# Run again:  falcon-qlora train --config {config} --output_dir NEW_FOLDER\n"
         write_text(self.config_file, header + text)
 
     def read_config(self) -> dict[str, Any]:
-        return yaml.safe_load(self.config_file.read_text(encoding="utf-8")) or {}
+        return read_yaml(self.config_file)
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         write_json(self.environment_file, environment)
 
     def read_environment(self) -> dict[str, Any]:
-        return json.loads(self.environment_file.read_text(encoding="utf-8"))
+        return read_json(self.environment_file)
 
     def write_data(self, record: Mapping[str, Any]) -> None:
         """Write where the rows came from and what became of them."""
@@ -160,7 +163,7 @@ class RunDirectory:
         write_json(self.summary_file, asdict(summary) if isinstance(summary, Summary) else summary)
 
     def read_summary(self) -> dict[str, Any]:
-        return json.loads(self.summary_file.read_text(encoding="utf-8"))
+        return read_json(self.summary_file)
 
     # Metrics
 
@@ -222,16 +225,19 @@ class RunDirectory:
 
     def tracker_record(self, tracker: str) -> dict[str, Any]:
         """What a tracker needs to go on with the same run ({} where there is none yet)."""
-        try:
-            return json.loads(self.trackers_file.read_text(encoding="utf-8")).get(tracker, {})
-        except FileNotFoundError:
-            return {}
+        record = read_json(self.trackers_file).get(tracker) if self.trackers_file.exists() else None
+        return record if isinstance(record, dict) else {}
 
     def write_tracker_record(self, tracker: str, record: Mapping[str, Any]) -> None:
-        everything: dict[str, Any] = {}
-        if self.trackers_file.exists():
-            everything = json.loads(self.trackers_file.read_text(encoding="utf-8"))
+        everything = read_json(self.trackers_file) if self.trackers_file.exists() else {}
         write_json(self.trackers_file, {**everything, tracker: dict(record)})
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes a list out as often as it is there: aliases are not read."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 def is_record(file: Path) -> bool:
@@ -266,14 +272,21 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     if not file.exists():
         return records
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in read_text(file, limit_bytes=_METRICS_LIMIT_BYTES).splitlines():
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+        if _is_of_a_step(record):
             records.append(record)
     return records
+
+
+def _is_of_a_step(record: Any) -> bool:
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        return False
+    figures = [record[name] for name in METRICS_FIELDS if record.get(name) is not None]
+    return all(isinstance(each, int | float) and abs(each) < _LARGEST_FIGURE for each in figures)
 
 
 def choose(

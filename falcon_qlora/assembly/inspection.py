@@ -5,6 +5,7 @@ Nothing is executed and nothing downloaded: what lies in the folder is read as o
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from huggingface_hub import try_to_load_from_cache
 from transformers import FalconConfig
 
@@ -30,9 +30,10 @@ from falcon_qlora.models.checkpoints import RANDOM, parameter_reader, parse_rand
 from falcon_qlora.models.locate import is_on_hub, packaged_folder
 from falcon_qlora.models.tensor_files import tensor_hash
 from falcon_qlora.run_directory import RunDirectory
-from falcon_qlora.untrusted import file_beside, read_json
+from falcon_qlora.untrusted import file_beside, read_json, read_yaml, refuse_links
 
 _STATE = "trainer_state.json"
+_LARGEST_BESIDE_BYTES = 2**30  # of what lies beside a merge's weights
 # What a checkpoint's torch files may hold beside tensors: random states are NumPy's.
 _HARMLESS = ("numpy.", "_codecs.encode")
 
@@ -74,10 +75,15 @@ class Inspection:
 
 
 def _text(value: Any) -> str:
-    """As a reader wants it: lists without brackets, numbers without digits that say nothing."""
+    """As a reader wants it: lists without brackets, numbers without digits that say nothing.
+
+    What would be no sign on a terminal but a command to it is written out.
+    """
     if isinstance(value, list):
         return ", ".join(map(_text, value))
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in str(value))
 
 
 def inspect_folder(folder: Path) -> Inspection:
@@ -88,6 +94,8 @@ def inspect_folder(folder: Path) -> Inspection:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder.")
+    if any((folder / name).is_file() for name in (CERTIFICATE, _STATE, CONFIG, RECORD, "config.yaml")):
+        refuse_links(folder)  # a model's files may be links: they are named by who reads them
     if (folder / CERTIFICATE).is_file():
         return _merge(folder)
     if (folder / _STATE).is_file():
@@ -95,7 +103,13 @@ def inspect_folder(folder: Path) -> Inspection:
     if any((folder / file).is_file() for file in (CONFIG, RECORD)):
         return _finished(folder)
     if (folder / "config.json").is_file():
-        return _model(folder)
+        found = _model(folder)
+        # Of a run of which only the model is left to be seen; other tools' manifests are not of this form.
+        with contextlib.suppress(ValueError):
+            verify.read_manifest(folder)
+            wrong = verify.fault(folder)
+            found.faults += [f"{folder}: {wrong}"] if wrong is not None else []
+        return found
     if RunDirectory(folder).holds_run():
         return _run(RunDirectory(folder))
     raise UserError(f"{folder}: no run, checkpoint, adapter, merge or model lies there.")
@@ -103,7 +117,7 @@ def inspect_folder(folder: Path) -> Inspection:
 
 def _run(run: RunDirectory) -> Inspection:
     found = Inspection("run")
-    config = found.attempt(lambda: _read_yaml(run.config_file)) or {}
+    config = found.attempt(lambda: read_yaml(run.config_file)) or {}
     for label, name in _OF_RUNS.items():
         found.add(label, config.get(name))
     if config.get("method") == Lora.name:
@@ -289,6 +303,8 @@ def _file_faults(certificate: Path, files: Any) -> Iterator[str]:
         file = file_beside(certificate, name)
         if not file.is_file():
             yield f"{file} is missing"
+        elif file.stat().st_size > _LARGEST_BESIDE_BYTES:
+            yield f"{file} has {file.stat().st_size:,} bytes, which no such file needs"
         elif sha256(file) != expected:
             yield f"{file} is not what the certificate is about: it was altered"
 
@@ -334,15 +350,3 @@ def _torch_file_faults(file: Path) -> list[str]:
     except Exception as error:  # torch raises many kinds for a damaged file
         return [f"{file} is damaged: {' '.join(str(error).split())[:200]}"]
     return [f"{file} is damaged: {altered} in it was altered"] if altered else []
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} is not valid: no settings in it")
-    return content

@@ -23,6 +23,7 @@ from falcon_qlora.checkpoint.verify import newest_whole, write_manifest
 from falcon_qlora.checkpoint.write import disk_errors, last_complete, not_kept, require_same_replicas
 from falcon_qlora.config import Configuration
 from falcon_qlora.data.batches import TrainingSteps
+from falcon_qlora.data.templates import template_fingerprint
 from falcon_qlora.environment import collect_environment
 from falcon_qlora.errors import UserError
 from falcon_qlora.files import write_json
@@ -163,6 +164,7 @@ def describe_adapter(
                 settings.tokenizer_name_or_path or settings.model_name_or_path
             ),
             "template": data.template,
+            "template_fingerprint": template_fingerprint(data.template),
             "dataset_format": data.dataset_format,
             "method": configuration.method.method,
             "lora_slices": configuration.lora.lora_slices if configuration.method.method == "lora" else None,

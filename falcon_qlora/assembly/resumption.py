@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from falcon_qlora import distributed
 from falcon_qlora.assembly import sharding
 from falcon_qlora.assembly.rows import TrainingData, global_batch
 from falcon_qlora.checkpoint import verify
+from falcon_qlora.checkpoint.process_state import load_states
 from falcon_qlora.checkpoint.resume import check_trainer_state
 from falcon_qlora.checkpoint.write import set_aside_after
 from falcon_qlora.config import Configuration
@@ -21,6 +19,7 @@ from falcon_qlora.errors import UserError
 from falcon_qlora.files import plain, quoted
 from falcon_qlora.run_directory import RunDirectory
 from falcon_qlora.terminal import note
+from falcon_qlora.untrusted import read_yaml, refuse_links
 
 # A run that goes on with another value of one of these is another run.
 _DECISIVE = (
@@ -101,6 +100,8 @@ def _find(directory: RunDirectory, named: Path | None, *, fallback: Path | None)
 
 
 def _refuse_if_not_whole(checkpoint: Path) -> None:
+    if checkpoint.is_dir():
+        refuse_links(checkpoint)
     wrong = verify.fault(checkpoint)
     if wrong is not None:
         other, _ = verify.newest_whole(checkpoint.parent)
@@ -111,15 +112,22 @@ def _refuse_if_not_whole(checkpoint: Path) -> None:
         raise UserError(
             f"--resume {checkpoint}: it was saved with --save_only_model, without the optimizer's state"
         )
+    check_trainer_state(checkpoint)
+    # What else says the same of it.
+    known = {"step": int(checkpoint.name.removeprefix("step-")), "processes": len(load_states(checkpoint))}
     for name in ("step", "processes", "global_batch"):
         value = manifest.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(
-                f"--resume {checkpoint}: its {verify.MANIFEST} is not what training wrote ({name} is "
-                f"{str(value)[:40]!r}). Go on from another checkpoint (--resume CHECKPOINT), or start the "
-                "run again with --overwrite"
-            )
-    check_trainer_state(checkpoint)
+        fits = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if not fits or value != known.get(name, value):
+            raise _not_what_training_wrote(checkpoint, name, value)
+
+
+def _not_what_training_wrote(checkpoint: Path, name: str, value: Any) -> UserError:
+    return UserError(
+        f"--resume {checkpoint}: its {verify.MANIFEST} is not what training wrote ({name} is "
+        f"{str(value)[:40]!r}). Go on from another checkpoint (--resume CHECKPOINT), or start the run again "
+        "with --overwrite"
+    )
 
 
 def adopt(configuration: Configuration, checkpoint: str | None) -> None:
@@ -140,16 +148,18 @@ def adopt(configuration: Configuration, checkpoint: str | None) -> None:
     if global_batch(configuration) != batch:
         note(f"a step stays {batch} sequences, as the run began")
     run.global_batch_size = batch
-    _compare_settings(configuration, Path(checkpoint))
+    _compare_settings(configuration, Path(checkpoint), manifest)
     _say_what_differs(configuration, manifest["processes"])
 
 
-def _compare_settings(configuration: Configuration, checkpoint: Path) -> None:
-    before: dict[str, Any] = {}
-    with contextlib.suppress(OSError, yaml.YAMLError):
-        before = yaml.safe_load((checkpoint.parent.parent / "config.yaml").read_text(encoding="utf-8")) or {}
+def _compare_settings(configuration: Configuration, checkpoint: Path, manifest: dict[str, Any]) -> None:
+    file = RunDirectory(checkpoint.parent.parent).config_file
+    before = read_yaml(file) if file.exists() else {}
     if not before:
         return
+    batch = _batch_of(before, manifest["processes"])
+    if batch not in (None, manifest["global_batch"]):
+        raise _not_what_training_wrote(checkpoint, "global_batch", manifest["global_batch"])
     if before.get("optim") == sharding.OPTIMIZER and sharding.has_unsuitable_optimizer_of_recipe(
         configuration
     ):
@@ -171,6 +181,17 @@ def _compare_settings(configuration: Configuration, checkpoint: Path) -> None:
                 "it another run. Leave it as it was, or start a new run"
             )
         note(f"{name} was {was} and is {is_now} now: {_MAY_CHANGE[name]}")
+
+
+def _batch_of(settings: dict[str, Any], processes: int) -> Any:
+    """Sequences of a step in a run with these settings; None where they do not say."""
+    whole = settings.get("global_batch_size")
+    each, pieces = (
+        settings.get(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
+    )
+    if whole is None and isinstance(each, int) and isinstance(pieces, int):
+        return each * pieces * processes
+    return whole
 
 
 def _say_what_differs(configuration: Configuration, processes: int) -> None:

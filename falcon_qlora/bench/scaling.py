@@ -7,7 +7,6 @@ imports, loading and saving, are kept beside them.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -24,6 +23,7 @@ from typing import Any, Literal
 from falcon_qlora.bench.texts import UNEVEN_LONGEST
 from falcon_qlora.errors import UserError, nearest
 from falcon_qlora.run_directory import RunDirectory
+from falcon_qlora.untrusted import of_a_run, read_json
 
 Name = Literal["recipe", "ours", "ours-fp8"]
 NAMES: dict[Name, str] = {
@@ -221,7 +221,8 @@ def measure(
         if status:
             say(f"{shlex.join(['falcon-qlora', *command])}\n{printed[-3000:]}")
             return Measured(row=row, failure=reason(status, printed), command_seconds=seconds)
-        measured = read_run(row, RunDirectory(output), warmup=warmup)
+        with of_a_run(output):
+            measured = read_run(row, RunDirectory(output), warmup=warmup)
     measured.command_seconds = seconds
     return measured
 
@@ -264,9 +265,9 @@ def read_run(row: Row, directory: RunDirectory, *, warmup: int) -> Measured:
     summary = directory.read_summary()
     kept = {
         "summary": summary,
-        "environment": json.loads(directory.environment_file.read_text()),
-        "data": json.loads(directory.data_file.read_text()),
-        "kernels": json.loads(directory.kernels_file.read_text()),
+        "environment": directory.read_environment(),
+        "data": read_json(directory.data_file),
+        "kernels": read_json(directory.kernels_file),
         "last": lines[-1] if lines else {},
     }
     before = [{"step": 0, "tokens": 0}, *lines]
@@ -287,7 +288,7 @@ def read_run(row: Row, directory: RunDirectory, *, warmup: int) -> Measured:
         samples_per_second=samples / seconds,
         step_seconds=seconds / steps,
         step_range=(min(each), max(each)),
-        peak_gb=summary["peak_memory_gib"] * 2**30 / 1e9,
+        peak_gb=float(summary["peak_memory_gib"]) * 2**30 / 1e9,
         kept=kept,
     )
 

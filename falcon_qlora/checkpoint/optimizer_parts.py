@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from falcon_qlora.checkpoint.forms import check_optimizer
 from falcon_qlora.checkpoint.verify import describe_file
 from falcon_qlora.models.sharded import from_own_rows, local_tensor, own_rows
 
@@ -65,7 +66,7 @@ def read_own_rows(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
         checkpoint: verified.
 
     Raises:
-        RuntimeError: if the state is of other parameters.
+        RuntimeError, ValueError, TypeError, LookupError: if the state is of other parameters or settings.
     """
     files = sorted(checkpoint.glob("optimizer-*-of-*.pt")) or [checkpoint / _OF_REPLICA]
     # Mapped: of the other processes' parts nothing is read but the rows that are taken.
@@ -78,7 +79,9 @@ def read_own_rows(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
         }
         for index, of_parameter in parts[0]["state"].items()
     }
-    optimizer.load_state_dict({"state": state, "param_groups": parts[0]["param_groups"]})
+    whole = {"state": state, "param_groups": parts[0]["param_groups"]}
+    check_optimizer(whole, optimizer)
+    optimizer.load_state_dict(whole)
 
 
 def _own(parameter: Tensor, pieces: list[Any], name: str) -> Any:

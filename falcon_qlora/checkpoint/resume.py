@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
+from falcon_qlora.checkpoint.forms import check_process
 from falcon_qlora.checkpoint.process_state import STATES, load_states, reading
 from falcon_qlora.untrusted import read_json
 
-_COUNTS = ("global_step", "num_input_tokens_seen", "best_global_step")
+_COUNTS = ("global_step", "num_input_tokens_seen", "best_global_step", "max_steps", "num_train_epochs")
+_INTERVALS = ("logging_steps", "eval_steps", "save_steps")  # a share of the steps was made a number of them
+_SWITCHES = ("is_local_process_zero", "is_world_process_zero", "is_hyper_param_search")
 
 
-def read_process(checkpoint: Path, *, process: int, processes: int) -> dict[str, Any]:
+def read_process(checkpoint: Path, *, process: int, processes: int, step: int) -> dict[str, Any]:
     """What this process had remembered: `random` (see `process_state`), and what else the trainer keeps.
 
     With another number of processes there is no `random`, and of the `loss` since the last log line each has
     the mean over those that there were.
+
+    Raises:
+        UserError: if it is not what processes remember at `step`.
     """
     states = load_states(checkpoint)
+    with reading(checkpoint / STATES):
+        for state in states:
+            check_process(state, step=step)
     if len(states) == processes:
         return states[process]
     rest = {name: value for name, value in states[0].items() if name != "random"}
@@ -45,6 +55,20 @@ def check_trainer_state(checkpoint: Path) -> None:
             value = state.get(name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
                 raise ValueError(f"{name} is {str(value)[:40]!r}")
+        for name in _INTERVALS:
+            value = state.get(name)
+            if value is not None and (not _is_number(value) or value < 0):
+                raise ValueError(f"{name} is {str(value)[:40]!r}")
+        for name in ("epoch", "total_flos"):
+            if state.get(name) is not None and not _is_number(state[name]):
+                raise ValueError(f"{name} is {str(state[name])[:40]!r}")
+        if not isinstance(state.get("best_metric"), float | int | None):  # not finite, where a model broke
+            raise ValueError("best_metric is no number")
+        if not isinstance(state.get("best_model_checkpoint"), str | None):
+            raise ValueError("best_model_checkpoint is no path")
+        for name in _SWITCHES:
+            if not isinstance(state.get(name, False), bool):
+                raise ValueError(f"{name} is {str(state[name])[:40]!r}")
         if f"step-{state.get('global_step')}" != checkpoint.name:
             raise ValueError(f"global_step is {state.get('global_step')} in {checkpoint.name}")
         for name, kind in (("log_history", list), ("stateful_callbacks", dict)):
@@ -54,3 +78,7 @@ def check_trainer_state(checkpoint: Path) -> None:
             isinstance(line, dict) and isinstance(line.get("step"), int) for line in state["log_history"]
         ):
             raise ValueError("log_history holds a line without a step")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from transformers import EarlyStoppingCallback
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTTrainer
 
-from falcon_qlora.checkpoint import process_state
+from falcon_qlora.checkpoint import forms, process_state
 from falcon_qlora.checkpoint.optimizer_parts import has_parts, read_own_rows
 from falcon_qlora.checkpoint.resume import read_process
 from falcon_qlora.checkpoint.verify import fault
@@ -25,6 +26,7 @@ from falcon_qlora.meter import Meter
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.sharded import is_sharded
 from falcon_qlora.terminal import note
+from falcon_qlora.untrusted import read_json
 
 _Best = tuple[float | None, int | None, str | None]
 _NONE_YET: _Best = (None, None, None)
@@ -155,19 +157,34 @@ class ResumableTrainer(SFTTrainer):
         if checkpoint is None:
             return
         folder = Path(checkpoint)
-        process_state.check_plain(folder / SCHEDULER_NAME, dict)
+        scheduled = process_state.check_plain(folder / SCHEDULER_NAME, dict)
         if is_sharded(self.model) or has_parts(folder):
             with process_state.reading(folder / "optimizer-*.pt"):
                 read_own_rows(self.optimizer, folder)
+            self._check_schedule(folder, scheduled, None)
             with process_state.reading(folder / SCHEDULER_NAME):
                 self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
         else:
-            process_state.check_plain(folder / OPTIMIZER_NAME, dict)
+            kept = process_state.check_plain(folder / OPTIMIZER_NAME, dict)
+            with process_state.reading(folder / OPTIMIZER_NAME):
+                forms.check_optimizer(kept, self.optimizer)
+            self._check_schedule(folder, scheduled, [group["lr"] for group in kept["param_groups"]])
             with process_state.reading(folder / OPTIMIZER_NAME):
                 super()._load_optimizer_and_scheduler(checkpoint)
 
+    def _check_schedule(self, folder: Path, kept: dict[str, Any], rates: list[float] | None) -> None:
+        # The scaler of fp16 leaves steps out, and then so does the schedule.
+        step = self.state.global_step if self.accelerator.scaler is None else None
+        with process_state.reading(folder / SCHEDULER_NAME):
+            forms.check_scheduler(kept, self.lr_scheduler, step=step, rates=rates)
+
     def _load_scaler(self, checkpoint: str | None) -> None:
-        with process_state.reading(Path(checkpoint or "", SCALER_NAME)):
+        file = Path(checkpoint or "", SCALER_NAME)
+        if self.accelerator.scaler is not None and file.is_file():
+            kept = process_state.check_plain(file, dict)
+            with process_state.reading(file):
+                forms.check_scaler(kept, self.accelerator.scaler)
+        with process_state.reading(file):
             super()._load_scaler(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -181,7 +198,10 @@ class ResumableTrainer(SFTTrainer):
             return super()._init_training_state(max_steps, steps_an_epoch, epochs, checkpoint, trial)
         folder = Path(checkpoint)
         wanted = self._early_stopping()
+        stateful = [*self.callback_handler.callbacks, self.control]
         with process_state.reading(folder / TRAINER_STATE_NAME):
+            told = read_json(folder / TRAINER_STATE_NAME, not_finite=True)["stateful_callbacks"]
+            forms.check_callbacks(told, [each for each in stateful if isinstance(each, ExportableState)])
             place = super()._init_training_state(max_steps, steps_an_epoch, epochs, checkpoint, trial)
         stopping = self._early_stopping()
         if stopping is not None and wanted is not None:
@@ -205,11 +225,15 @@ class ResumableTrainer(SFTTrainer):
     def _read_process(self, checkpoint: str) -> dict[str, Any]:
         accelerator = self.accelerator
         return read_process(
-            Path(checkpoint), process=accelerator.process_index, processes=accelerator.num_processes
+            Path(checkpoint),
+            process=accelerator.process_index,
+            processes=accelerator.num_processes,
+            step=self.state.global_step,
         )
 
     def _find_best_again(self) -> None:
         """The best checkpoint by its step: the folder may have been moved, or something happened to it."""
+        self.state.best_model_checkpoint = None  # as it is called there
         if self.state.best_global_step:
             best = self.run_folder / "checkpoints" / f"step-{self.state.best_global_step}"
             wrong = fault(best)

@@ -10,7 +10,7 @@ from typing import Any
 
 from falcon_qlora.errors import UserError
 from falcon_qlora.files import sha256, write_json
-from falcon_qlora.untrusted import read_json
+from falcon_qlora.untrusted import leads_out, read_json
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -73,8 +73,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(files, dict) or not all(map(_describes_a_file, files.values())):
         raise ValueError(f"its {MANIFEST} lists no files")
     for name in files:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise ValueError(f"its {MANIFEST} names a file outside of it: {name}")
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
+            raise ValueError(f"its {MANIFEST} names a file outside of it: {name[:80]!r}")
     return manifest
 
 
@@ -94,8 +94,13 @@ def fault(folder: Path) -> str | None:
         return str(error)
     for name, entry in manifest["files"].items():
         path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
+        try:
+            if leads_out(path, folder):
+                return f"{name} is a link that leads out of it"
+            if not path.is_file():
+                return f"{name[:80]} is missing"
+        except OSError as error:
+            return f"{name[:80]}: {error.strerror}"
         if path.stat().st_size != entry["bytes"]:
             return f"{name} has {path.stat().st_size:,} bytes instead of {entry['bytes']:,}"
     with ThreadPoolExecutor(_AT_ONCE) as threads:

@@ -206,11 +206,13 @@ def _prompts(wanted: GenerateArguments) -> list[str] | None:
     if not wanted.prompt_file:
         return wanted.prompt
     name = f"--prompt_file {wanted.prompt_file}"
+    from falcon_qlora.untrusted import read_text
+
     try:
-        prompts = json.loads(Path(wanted.prompt_file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{name}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
+        prompts = json.loads(read_text(Path(wanted.prompt_file), may_be_pipe=True))
+    except UserError as error:
+        raise UserError(f"{name}: cannot be read: {error}") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{name}: not valid JSON: {error}") from None
     if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
         raise UserError(f'{name}: must hold a JSON list of texts, such as ["Who are you?"]')
@@ -221,16 +223,28 @@ def _template(
     configuration: Configuration, record: dict[str, Any], special_tokens: dict[str, str] | None = None
 ) -> Template:
     """The template that a flag names, else the adapter's; a base alone goes on from the prompt as it is."""
-    from falcon_qlora.data.formats import resolve_template
-    from falcon_qlora.data.templates import get_template
+    from falcon_qlora.data.formats import FORMATS, resolve_template
+    from falcon_qlora.data.templates import TEMPLATES, get_template, template_fingerprint
 
-    data = configuration.data
+    data, trained = configuration.data, f"--adapter {configuration.extra.adapter}"
 
     def given(name: str) -> str:
         value = getattr(data, name) if name in configuration.explicit else record.get(name)
         return value or "auto"
 
     name, dataset_format = given("template"), given("dataset_format")
+    if dataset_format not in ("auto", *FORMATS):
+        raise UserError(
+            f"{trained}: it was trained on rows of format {dataset_format[:40]!r}, which is not known"
+        )
     if name == "auto":
         name = "none" if dataset_format == "auto" else resolve_template("auto", dataset_format)
+    elif name not in TEMPLATES and "template" not in configuration.explicit:
+        # As a base model's folder: the adapter's files may come from anywhere.
+        told = record.get("template_fingerprint")
+        if not isinstance(told, str) or told != template_fingerprint(name):
+            raise UserError(
+                f"{trained} names {name[:200]!r}, a file of this machine, as its template, and does not tell "
+                "what lies there now. If that is right, say so: --template FILE"
+            )
     return get_template(name, special_tokens)

@@ -25,6 +25,7 @@ from falcon_qlora.config.library import RENAMED, SECRETS
 from falcon_qlora.config.parser import RECIPES, FalconParser, Layer, lay_over, recipe_file, recipe_names
 from falcon_qlora.errors import UserError, without_credentials
 from falcon_qlora.run_directory import is_record
+from falcon_qlora.untrusted import refuse_links
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -153,7 +154,10 @@ def _settings_of_the_run(flags: Mapping[str, Any]) -> str | None:
     if folder.parent.name == "checkpoints":
         folder = folder.parent.parent
     file = folder / "config.yaml"
-    return str(file) if file.is_file() else None
+    if not file.is_file():
+        return None
+    refuse_links(folder)
+    return str(file)
 
 
 def _by_rank(layers: list[Layer]) -> list[Layer]:

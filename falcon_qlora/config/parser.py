@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from trl.scripts.utils import TrlParser
 
 from falcon_qlora.config.arguments import OUR_ARGUMENTS
 from falcon_qlora.config.library import NOT_TAKEN, SECRETS, LibraryField, library_fields
 from falcon_qlora.errors import UserError, nearest
+from falcon_qlora.untrusted import YAML_LIMIT_BYTES, parse_yaml, read_text
 
 NUMBERS = ("a whole number", "a number")
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -329,40 +329,10 @@ def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
 
 
 def _read_mapping(path: Path, origin: str) -> dict[Any, Any]:
-    try:
-        text = path.expanduser().read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    try:
-        content = yaml.load(text, Loader=_StrictLoader)
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{origin}{line}: not valid YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{origin}: not valid YAML: {error}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"{origin}: expected lines of `setting: value`, found a {type(content).__name__}")
-    return content
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word; here that is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, typing.Hashable):
-                if key in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"{key} is given twice", key_node.start_mark
-                    )
-                seen.add(key)
-        return super().construct_mapping(node, deep)
+    file = path.expanduser()
+    if not file.exists():
+        raise UserError(f"there is no file {path}")
+    return parse_yaml(read_text(file, limit_bytes=YAML_LIMIT_BYTES, may_be_pipe=True), origin)
 
 
 def lay_over(layers: Iterable[Layer], names: Iterable[str]) -> dict[str, tuple[Any, Layer]]:

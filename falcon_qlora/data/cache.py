@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -72,6 +73,16 @@ def entry(directory: Path | None, key: str, fill: Callable[[Path], None]) -> Pat
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def remove(folder: Path) -> None:
+    """Take an entry out of the cache, at once and as a whole; another process may do so too."""
+    with contextlib.suppress(FileNotFoundError):
+        unwanted = Path(tempfile.mkdtemp(prefix=f"{folder.name[:8]}.", suffix=".part", dir=folder.parent))
+        try:
+            folder.rename(unwanted / folder.name)
+        finally:
+            shutil.rmtree(unwanted, ignore_errors=True)
 
 
 def _remove_abandoned(directory: Path) -> None:

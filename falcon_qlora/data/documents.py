@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,9 +19,12 @@ from falcon_qlora.data.formats import recognise, renamed_columns, render, resolv
 from falcon_qlora.data.sources import Source, quiet_datasets, row_of
 from falcon_qlora.data.templates import Template, get_template
 from falcon_qlora.errors import UserError
+from falcon_qlora.files import sha256, write_json
+from falcon_qlora.untrusted import read_json
 
 # Raised whenever the same rows and settings would give other tokens than before, or an entry holds more.
 _VERSION = 2
+_META = "meta.json"
 _ROWS_PER_PROCESS = 2000
 _FEATURES = datasets.Features(
     {
@@ -115,9 +117,18 @@ class Reading:
             }
         )
         rows_to_documents = _RowsToDocuments(self.encoder, source.name, row_format, template, columns)
-        entry = cache.entry(
-            self.cache_dir, key, lambda folder: self._fill(folder, key, source, max_rows, rows_to_documents)
-        )
+
+        def fill(folder: Path) -> None:
+            self._fill(folder, key, source, max_rows, rows_to_documents)
+
+        entry = cache.entry(self.cache_dir, key, fill)
+        wrong = _damage(entry)
+        if wrong is not None:
+            self.progress(
+                f"{entry} is not what was written there ({wrong}): {source.name} is tokenized again"
+            )
+            cache.remove(entry)
+            entry = cache.entry(self.cache_dir, key, fill)
         return _open(entry, source, row_format, template.name)
 
     def _fill(
@@ -147,8 +158,11 @@ class Reading:
             "content": _content_hash(documents),
             "source": source.name,
             "rows": source.rows_of_parts(rows),
+            "files": {
+                file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in _files(folder)
+            },
         }
-        (folder / "meta.json").write_text(json.dumps(meta))
+        write_json(folder / _META, {**meta, "key": cache.key_of(meta)})
         del rows, documents
         (folder / "rows.arrow").unlink(missing_ok=True)
 
@@ -191,17 +205,44 @@ def load_template(template: str, row_format: str, tokenizer: Any) -> Template:
     return get_template(resolve_template(template, row_format), special_tokens)
 
 
+def _files(folder: Path) -> list[Path]:
+    """One for each process that tokenized, in the order of the rows."""
+    return sorted(folder.glob("documents*.arrow"))
+
+
+def _damage(folder: Path) -> str | None:
+    """What of an entry is not what was written; None where all is.
+
+    Reading it takes no longer than reading the rows does, which tells their hash each time.
+    """
+    try:
+        meta = read_json(folder / _META)
+        if meta.pop("key", None) != cache.key_of(meta):
+            return f"{_META} was altered, or is of another release"
+        sizes = {file: file.stat().st_size for file in _files(folder) if file.is_file()}
+        if {file.name: size for file, size in sizes.items()} != {
+            name: entry["bytes"] for name, entry in meta["files"].items()
+        }:
+            return "its files are of other sizes"
+        if any(sha256(file) != meta["files"][file.name]["sha256"] for file in sizes):
+            return "its files were altered"
+    except UserError as error:
+        return str(error)
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    return None
+
+
 def _open(folder: Path, source: Source, row_format: str, template: str) -> Documents:
-    # One file for each process that tokenized, in the order of the rows.
-    files = sorted(folder.glob("documents*.arrow"))
     with quiet_datasets():
-        dataset = datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
+        parts = [datasets.Dataset.from_file(str(file)) for file in _files(folder)]
+        dataset = datasets.concatenate_datasets(parts)
     numbers = {
         name: np.asarray(dataset.data.column(name).to_numpy())
         for name in _FEATURES
         if name not in ("input_ids", "mask")
     }
-    meta = json.loads((folder / "meta.json").read_text())
+    meta = read_json(folder / _META)
     return Documents(
         source=source,
         format=row_format,

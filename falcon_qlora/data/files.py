@@ -11,6 +11,7 @@ import gzip
 import itertools
 import json
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,6 +23,8 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 Row = dict[str, Any]
 
 _CHUNK = 1 << 20
+_LONGEST = 1 << 26
+_TOO_LONG = f"a line or value of more than {_LONGEST:,} characters: this is no row"
 _WRAPPERS = ("data", "rows", "examples", "train")
 
 
@@ -58,10 +61,10 @@ def iterate_rows(path: Path, *, skip: int = 0) -> Iterator[tuple[str, Row]]:
         raise UserError(
             f"{path}: not text in UTF-8 ({error.reason}); convert it, for example with iconv"
         ) from None
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: damaged gzip file: {error}") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror or _in_one_line(error)}") from None
 
 
 def _open(path: Path, newline: str | None = None) -> TextIO:
@@ -99,7 +102,8 @@ def _json_values(path: Path) -> Iterator[tuple[str, Row]]:
 
 def _json_lines(path: Path, skip: int) -> Iterator[tuple[str, Row]]:
     with _open(path) as handle:
-        rows = ((number, line) for number, line in enumerate(handle, start=1) if line.strip())
+        lines = enumerate(_lines(path, handle), start=1)
+        rows = ((number, line) for number, line in lines if line.strip())
         for number, line in itertools.islice(rows, skip, None):
             place = f"{path}:{number}"
             try:
@@ -109,7 +113,20 @@ def _json_lines(path: Path, skip: int) -> Iterator[tuple[str, Row]]:
                     f"{place}: not valid JSON: {error.msg} at column {error.colno}; "
                     "a .jsonl file has one whole object on every line"
                 ) from None
+            except (ValueError, RecursionError) as error:  # of a number too long, or lists too deep
+                raise UserError(f"{place}: not valid JSON: {error}") from None
             yield place, _row(value, place)
+
+
+def _lines(path: Path, handle: TextIO) -> Iterator[str]:
+    """The lines of a file, which is no text where one has no end."""
+    for number in itertools.count(1):
+        line = handle.readline(_LONGEST)
+        if len(line) == _LONGEST:
+            raise UserError(f"{path}:{number}: {_TOO_LONG}")
+        if not line:
+            return
+        yield line
 
 
 class _Values:
@@ -166,6 +183,8 @@ class _Values:
                 if self._ended or not cut_off:
                     self._fail(error.msg, error.pos)
                 self._more()
+            except (ValueError, RecursionError) as error:  # of a number too long, or lists too deep
+                self._fail(str(error))
             else:
                 return value
 
@@ -183,6 +202,8 @@ class _Values:
     def _more(self) -> None:
         self._line_here()
         self._text = self._text[self._position :]
+        if len(self._text) > _LONGEST:
+            raise UserError(f"{self._path}:{self._line}: {_TOO_LONG}")
         self._position = self._counted = 0
         # Doubling, so that one large value is not decoded again for every small piece of it.
         piece = self._handle.read(max(_CHUNK, len(self._text)))
@@ -203,7 +224,7 @@ class _Values:
 def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with _open(path, newline="") as handle:
-        reader = csv.reader(handle, strict=True)
+        reader = csv.reader(_lines(path, handle), strict=True)
         try:
             header = next(reader, [])
             line = reader.line_num + 1
@@ -237,8 +258,12 @@ def _parquet_rows(path: Path, skip: int) -> Iterator[tuple[str, Row]]:
                     for row in batch.slice(left_out).to_pylist():
                         number += 1
                         yield f"{path} row {number}", row
-    except pa.ArrowException as error:
-        raise UserError(f"{path}: not a valid Parquet file: {error}") from None
+    except (pa.ArrowException, OverflowError) as error:
+        raise UserError(f"{path}: not a valid Parquet file: {_in_one_line(error)}") from None
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _row(value: Any, place: str) -> Row:

@@ -14,8 +14,17 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from falcon_qlora.errors import UserError, nearest
+from falcon_qlora.files import sha256
+from falcon_qlora.untrusted import read_text
 
 Role = Literal["system", "user", "assistant"]
+
+_TEMPLATE_LIMIT_BYTES = 2**20
+# What comes of an expression that does not suit what it is about; and of one that asks for too much.
+_OF_EXPRESSIONS = (
+    *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
+    *(RecursionError, MemoryError),
+)
 
 TEMPLATES = ("alpaca", "guanaco", "falcon-instruct", "none")
 
@@ -292,8 +301,9 @@ class JinjaTemplate:
             )
         except jinja2.TemplateSyntaxError:
             raise
-        except jinja2.TemplateError as error:
-            raise UserError(f"{self.name}: the template refuses a conversation: {error}") from None
+        except (jinja2.TemplateError, *_OF_EXPRESSIONS) as error:
+            told = " ".join(str(error).split())[:300] or type(error).__name__
+            raise UserError(f"{self.name}: the template refuses a conversation: {told}") from None
         if check_only:
             return "", None
         texts, spans = rendered
@@ -315,12 +325,17 @@ def get_template(name: str, special_tokens: Mapping[str, str] | None = None) -> 
     path = Path(name).expanduser()
     if path.suffix in (".jinja", ".jinja2", ".j2") or "/" in name:
         try:
-            return JinjaTemplate(name, path.read_text(encoding="utf-8"), dict(special_tokens or {}))
-        except OSError as error:
-            raise UserError(f"--template {name}: cannot be read: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise UserError(f"--template {name}: not text in UTF-8") from None
+            text = read_text(path, limit_bytes=_TEMPLATE_LIMIT_BYTES)
+        except UserError as error:
+            raise UserError(f"--template {name}: cannot be read: {error}") from None
+        return JinjaTemplate(name, text, dict(special_tokens or {}))
     raise UserError(
         f"--template {name}: no such template{nearest(name, ('auto', *TEMPLATES))}; "
         f"there are auto, {', '.join(TEMPLATES)}, or a path to a .jinja file"
     )
+
+
+def template_fingerprint(name: str) -> str | None:
+    """A hash of the file that a template's name means; None for the names of `TEMPLATES`, or no file."""
+    path = Path(name).expanduser()
+    return sha256(path) if name not in _WRITTEN and path.is_file() else None

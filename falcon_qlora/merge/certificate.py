@@ -143,7 +143,8 @@ def licence_of(base_model: str, folder: Path | None) -> str | None:
     """The base's licence: as its model card says, else as it is known of the published models."""
     card = folder / "README.md" if folder is not None else None
     if card is not None and card.is_file():
-        match = _LICENCE.match(card.read_text(encoding="utf-8", errors="replace")[:_CARD_LIMIT])
+        with card.open(encoding="utf-8", errors="replace") as opened:
+            match = _LICENCE.match(opened.read(_CARD_LIMIT))
         if match:
             return match[1]
     return "apache-2.0" if _APACHE.fullmatch(base_model) else None

@@ -17,7 +17,7 @@ from transformers import FalconForCausalLM
 from falcon_qlora.errors import UserError
 from falcon_qlora.files import replaced, write_json
 from falcon_qlora.methods.interface import attached_names
-from falcon_qlora.untrusted import read_json
+from falcon_qlora.untrusted import read_json, refuse_links
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 RECORD = "falcon_qlora.json"
@@ -71,8 +71,10 @@ def read_record(folder: Path) -> dict[str, Any]:
     A whole model also has ``quantize_mode``, which is 16bit where it was not told: nothing else trains.
 
     Raises:
-        UserError: if it holds nothing that was trained, or its files cannot be read or are not of this form.
+        UserError: if it holds nothing that was trained, or its files cannot be read, are links to others' or
+            not of this form.
     """
+    refuse_links(folder)
     record = _read_record_of_run(folder / RECORD)
     file = folder / CONFIG
     if not file.is_file():

@@ -11,6 +11,7 @@ from typing import Any
 
 from falcon_qlora.errors import UserError
 from falcon_qlora.run_directory import RunDirectory
+from falcon_qlora.untrusted import refuse_links
 
 
 def may_open(name: str, what: str, record: dict[str, Any], folder: Path) -> bool:
@@ -65,7 +66,10 @@ def run_of(folder: Path) -> RunDirectory | None:
     candidates = [absolute.parent] if absolute.name == "adapter" else []
     if absolute.parent.name == "checkpoints":
         candidates.append(absolute.parent.parent)
-    return next((RunDirectory(path) for path in candidates if (path / "config.yaml").is_file()), None)
+    run = next((RunDirectory(path) for path in candidates if (path / "config.yaml").is_file()), None)
+    if run is not None:
+        refuse_links(run.path)
+    return run
 
 
 def _lies_within(path: Path, folder: Path) -> bool:

@@ -9,6 +9,7 @@ from falcon_qlora.errors import UserError
 from falcon_qlora.files import sha256
 from falcon_qlora.models.checkpoints import RANDOM, weight_files
 from falcon_qlora.models.locate import packaged_folder
+from falcon_qlora.untrusted import read_text
 
 _SAMPLES = 16  # places of a file, evenly spread: weights that were changed anywhere much differ in one
 _SAMPLE_BYTES = 2**14
@@ -36,7 +37,7 @@ def model_fingerprint(name: str) -> str | None:
         return None
     digest = hashlib.sha256()
     try:
-        digest.update((folder / "config.json").read_bytes())
+        digest.update(read_text(folder / "config.json").encode())
         for file in weight_files(folder):
             size = file.stat().st_size
             digest.update(f"{file.name} {size}".encode())

@@ -9,6 +9,11 @@ from typing import Any
 from falcon_qlora.errors import UserError
 from falcon_qlora.models.checkpoints import RANDOM
 from falcon_qlora.models.locate import is_on_hub, packaged_folder
+from falcon_qlora.untrusted import read_json, read_text
+
+_SETTINGS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_CHAT_TEMPLATE = "chat_template.jinja"
+_TEMPLATE_LIMIT_BYTES = 2**20
 
 # Random weights come without a tokenizer: take the one of the shape's namesake.
 _TOKENIZER_OF_PRESET = {
@@ -39,19 +44,30 @@ def load_tokenizer(
     folder = find_tokenizer(
         model_name_or_path, tokenizer_name_or_path=tokenizer_name_or_path, revision=revision
     )
+    _check_files(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        tokenizer("Try it out.", add_special_tokens=False)
+    except Exception as error:  # the tokenizers' have no class of their own, and any comes of other values
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
         raise UserError(
-            f"the tokenizer of {name} cannot be loaded: {reason}\n"
-            "Give a folder that holds tokenizer.json (--tokenizer_name_or_path)"
+            f"the tokenizer of {name} cannot be loaded: {reason}. Give a folder that holds a whole "
+            "tokenizer.json (--tokenizer_name_or_path)"
         ) from None
     if not tokenizer.is_fast:
         raise UserError(f"{name} has no fast tokenizer (tokenizer.json), which the mask of answers needs")
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no end token, without which answers cannot end")
     return tokenizer
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse what Transformers would read whatever it is, and however large."""
+    for name in _SETTINGS:
+        if (folder / name).exists():
+            read_json(folder / name)
+    if (folder / _CHAT_TEMPLATE).exists():
+        read_text(folder / _CHAT_TEMPLATE, limit_bytes=_TEMPLATE_LIMIT_BYTES)
 
 
 def find_tokenizer(

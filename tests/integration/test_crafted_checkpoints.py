@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -19,16 +18,10 @@ import falcon_qlora
 from falcon_qlora import __main__ as cli
 from falcon_qlora.checkpoint.verify import describe_file
 from falcon_qlora.errors import UserError
+from tests.fuzzing import EXPLODED, Bomb
 from tests.integration.runs import write_jsonl
 
 STEP = 2
-
-
-class Bomb:
-    """Runs a command where it is unpickled."""
-
-    def __reduce__(self) -> Any:
-        return os.system, ("touch exploded",)
 
 
 def train(folder: Path, **settings: Any) -> Path:
@@ -77,7 +70,7 @@ def refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, craft: C
     with_true_manifest(checkpoint_of(copy), **(changes if isinstance(changes, dict) else {}))
     with pytest.raises(UserError) as error:
         falcon_qlora.train(resume=copy, max_steps=STEP + 1)
-    assert not (tmp_path / "exploded").exists()
+    assert not (tmp_path / EXPLODED).exists()
     return str(error.value)
 
 

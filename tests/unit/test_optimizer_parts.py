@@ -59,7 +59,7 @@ def optimizer(kind: str, *, used: bool) -> torch.optim.Optimizer:
         # Not the step's own: their last bits depend on how many there are in a row.
         for state in made.state_dict()["state"].values():
             for value in state.values():
-                value.copy_(cut(torch.randn(value.shape, generator=generator)) if value.dim() else 3.0)
+                value.copy_(cut(torch.rand(value.shape, generator=generator)) if value.dim() else 3.0)
     return made
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import pickle
 import shutil
 import struct
@@ -13,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -30,18 +28,12 @@ from falcon_qlora.models.load import load_model
 from falcon_qlora.models.prefix import prefixes
 from falcon_qlora.models.tiny import tiny_path
 from falcon_qlora.untrusted import file_beside, read_json
+from tests.fuzzing import EXPLODED, JSON, Bomb, change, fresh_copy, fuzz, guarded, read_or_refused
 from tests.layouts import LAYOUTS, tiny_model
 
 WEIGHTS = "adapter_model.safetensors"
 SETTINGS = "adapter_config.json"
 COMMANDS = ["merge --out out", "generate --prompt x", "eval --dataset_name sample"]
-
-
-class Bomb:
-    """Runs a command where it is unpickled."""
-
-    def __reduce__(self) -> Any:
-        return os.system, ("touch exploded",)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +64,7 @@ def folder(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     copy = shutil.copytree(good, tmp_path / "copy")
     yield copy
-    assert not (tmp_path / "exploded").exists(), "a crafted file was executed"
+    assert not (tmp_path / EXPLODED).exists(), "a crafted file was executed"
 
 
 def change_json(file: Path, **changes: Any) -> None:
@@ -311,95 +303,56 @@ def test_names_of_files_and_large_or_deep_json(tmp_path):
         read_json(tmp_path / "large.json", limit_bytes=101)
 
 
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.sampled_from([0, -1, 2**31, 2**63, 10**40])
-    | st.floats(allow_nan=True)
-    | st.text(max_size=12)
-    | st.sampled_from(
-        ["", "../x", "/etc/passwd", "falcon", "default", "\x00", "random:falcon-7b?hidden_size=9"]
-    ),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
-    max_leaves=6,
-)
-FUZZ = settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("scratch")
 
 
-def with_key_changed(draw: Any, file: Path) -> None:
-    content = json.loads(file.read_text())
-    for _ in range(draw(st.integers(1, 2))):
-        key = draw(st.sampled_from([*content, "auto_map", "rope_scaling", "quantization_config", "unknown"]))
-        if draw(st.booleans()):
-            content[key] = draw(JSON)
-        else:
-            content.pop(key, None)
-    file.write_text(json.dumps(content))
+def fuzzed(draw: Any, folder: Path, *, named_by_user: bool = False) -> Path:
+    """The folder, with one of its files changed."""
+    files = sorted(path for path in folder.iterdir() if path.suffix != ".md")
+    change(draw, draw(st.sampled_from(files)), named_by_user=named_by_user)
+    return folder
 
 
-def with_bytes_changed(draw: Any, file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    # Where the structure is: the header.
-    for _ in range(draw(st.integers(1, 3))):
-        content[draw(st.integers(0, min(len(content), 3000) - 1))] = draw(st.integers(0, 255))
-    file.write_bytes(bytes(content[: draw(st.sampled_from([len(content), len(content) // 2, 9, 0]))]))
-
-
-def fuzzed(draw: Any, good: Path, scratch: Path, name: str) -> Path:
-    """A copy in which one file has been changed."""
-    copy = scratch / "copy"
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(good / name, copy)
-    file = draw(st.sampled_from(sorted(path for path in copy.iterdir() if path.suffix != ".md")))
-    by_key = file.suffix == ".json" and draw(st.booleans())
-    (with_key_changed if by_key else with_bytes_changed)(draw, file)
-    return copy
-
-
-@FUZZ
+@fuzz(60)
 @given(data=st.data(), name=st.sampled_from(["adapter", "adapter_v2"]))
-def test_no_adapter_makes_the_reader_crash(good, tmp_path, data, name):
-    adapter = fuzzed(data.draw, good, tmp_path, name)
-    try:
+def test_no_adapter_makes_the_reader_crash(good, scratch, data, name):
+    adapter = fuzzed(data.draw, fresh_copy(good / name, scratch))
+
+    def check() -> bool:
         saved = read_adapter(adapter)
         saved.check(tiny_model("falcon-7b").config)
         zero_tensors(saved, tiny_model("falcon-7b").config)
-    except UserError:
-        return
-    # What is let through, opens.
-    load_adapter(adapter, base_model=tiny_model("falcon-7b"))
+        return True
+
+    if read_or_refused(adapter, check):
+        # What is let through, opens.
+        with guarded(adapter):
+            load_adapter(adapter, base_model=tiny_model("falcon-7b"))
 
 
-@FUZZ
+@fuzz(60)
 @given(data=st.data(), name=st.sampled_from(["adapter", "adapter_v2", "model"]))
-def test_no_folder_makes_inspect_crash(good, tmp_path, data, name):
-    folder = fuzzed(data.draw, good, tmp_path, name)
-    with contextlib.suppress(UserError):
-        inspect_folder(folder)
+def test_no_folder_makes_inspect_crash(good, scratch, data, name):
+    folder = fuzzed(data.draw, fresh_copy(good / name, scratch), named_by_user=name == "model")
+    read_or_refused(folder, lambda: inspect_folder(folder))
 
 
-@FUZZ
+@fuzz(60)
 @given(data=st.data())
-def test_no_model_makes_the_loader_crash(good, tmp_path, data):
-    folder = fuzzed(data.draw, good, tmp_path, "model")
-    with contextlib.suppress(UserError):
-        load_model(str(folder), device="cpu", quantize_mode="16bit")
+def test_no_model_makes_the_loader_crash(good, scratch, data):
+    folder = fuzzed(data.draw, fresh_copy(good / "model", scratch), named_by_user=True)
+    read_or_refused(folder, lambda: load_model(str(folder), device="cpu", quantize_mode="16bit"))
 
 
-@FUZZ
+@fuzz(60)
 @given(certificate=JSON)
-def test_no_certificate_makes_inspect_crash(good, tmp_path, certificate):
-    copy = tmp_path / "copy"
-    if not copy.exists():
-        shutil.copytree(good / "model", copy)
-    (copy / "certificate.json").write_text(json.dumps(certificate))
-    assert inspect_folder(copy).faults
+def test_no_certificate_makes_inspect_crash(good, scratch, certificate):
+    folder = fresh_copy(good / "model", scratch)
+    (folder / "certificate.json").write_text(json.dumps(certificate))
+    found = read_or_refused(folder, lambda: inspect_folder(folder))
+    assert found.faults
 
 
 def test_the_layouts_of_the_corpus_are_read_when_nothing_is_wrong(folder):
