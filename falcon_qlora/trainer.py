@@ -44,6 +44,10 @@ def trainer_arguments(training: SFTConfig, *, total_steps: int) -> SFTConfig:
         training: the user's settings.
         total_steps: optimizer steps of the run.
     """
+    if training.n_gpu > 1:
+        # Else Transformers' DataParallel, for one process without a launcher.
+        note(f"one of {training.n_gpu} GPUs is used: this is one process. falcon-qlora train uses all")
+        training._n_gpu = 1
     training.max_steps = total_steps
     training.gradient_accumulation_steps = 1
     training.packing = training.padding_free = False

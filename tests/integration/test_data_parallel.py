@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from trl import SFTConfig
 
 from tests.integration.runs import summary, train, write_jsonl
+from tests.integration.test_adapter import fine_tune
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +71,13 @@ def test_the_same_seed_gives_the_same_losses_and_another_does_not(rows: Path, tm
     other = train(tmp_path / "other", *settings, "--seed", "7")
     assert [line["loss"] for line in first] == [line["loss"] for line in again]
     assert [line["loss"] for line in first] != [line["loss"] for line in other]
+
+
+def test_one_process_takes_one_gpu_of_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Transformers would wrap the model in DataParallel, which TRL refuses."""
+    monkeypatch.setattr(SFTConfig, "n_gpu", property(lambda self: getattr(self, "_n_gpu", 2) or 2))
+    run = fine_tune(tmp_path, max_steps=1)
+    assert summary(run)["steps"] == 1
+    assert "one of 2 GPUs is used" in capsys.readouterr().out
