@@ -37,8 +37,8 @@ class SampleAnswers(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        title = "before training" if state.global_step == 0 else f"at step {state.global_step}"
-        self._answer(title, state, kwargs["model"])
+        if state.global_step == 0:  # a run that goes on has answered where it was evaluated
+            self._answer("before training", state, kwargs["model"])
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

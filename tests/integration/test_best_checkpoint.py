@@ -6,6 +6,7 @@ At a learning rate of zero all evaluations are the same to the last bit: none is
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 import signal
 from pathlib import Path
@@ -30,6 +31,7 @@ def test_a_run_that_saves_its_best_alone_is_saved_where_it_is_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings: dict[str, Any] = {**SAME, "save_strategy": "best", "eval_strategy": "steps", "max_steps": 4}
+    settings["generate_samples"] = 1
     with monkeypatch.context() as patch:
         patch.setattr(interrupts, "asked_to_stop", lambda: signal.SIGTERM)
         run = fine_tune(tmp_path, **settings)
@@ -38,6 +40,8 @@ def test_a_run_that_saves_its_best_alone_is_saved_where_it_is_stopped(
     fine_tune(tmp_path, **settings, resume="latest")
     assert (summary(run)["steps"], summary(run)["best_step"]) == (4, 1)
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
+    answers = (run / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(answer)["step"] for answer in answers] == [0, 1, 2, 3, 4]
 
 
 def test_the_best_is_one_that_was_saved(tmp_path: Path) -> None:
