@@ -175,7 +175,7 @@ ADAPTER = "adapter_model.safetensors"
         ("run/checkpoints/step-4/optimizer.pt", poison, "optimizer.pt would run posix.system"),
         ("run/checkpoints/step-4/trainer_state.json", cut, "trainer_state.json is not valid JSON"),
         ("run/summary.json", cut, "summary.json is not valid JSON"),
-        ("run/config.yaml", lambda f: f.write_text("a: [1"), "config.yaml is not valid YAML"),
+        ("run/config.yaml", lambda f: f.write_text("a: [1"), "config.yaml, line 1: not valid YAML"),
         ("merged/certificate.json", cut, "certificate.json is not valid JSON"),
         ("merged/model-00002-of-*.safetensors", alter_last_byte, "it was altered"),
         ("merged/model-00002-of-*.safetensors", Path.unlink, "which is not there"),
