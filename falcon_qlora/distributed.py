@@ -69,8 +69,20 @@ def restart_count() -> int:
 
 
 def launch_id() -> str:
-    """torchrun's name for this job, the same over its restarts; without torchrun empty."""
-    return os.environ.get("TORCHELASTIC_RUN_ID", "")
+    """What this launch is called: the same over torchrun's restarts, another for every new command.
+
+    torchrun's own name for the job, or where it was given none its agent's process, our parent.
+    """
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    if job != "none":
+        return job
+    agent = os.getppid()
+    try:
+        # A container gives every launch the same process number; they do not start at the same moment.
+        started = Path(f"/proc/{agent}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        started = ""
+    return f"{socket.gethostname()} {agent} {started}".rstrip()
 
 
 def local_device() -> torch.device:

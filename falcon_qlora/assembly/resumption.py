@@ -62,11 +62,11 @@ def checkpoint_to_resume(configuration: Configuration, directory: RunDirectory) 
     named = None
     if resume and resume != "latest" and Path(resume).parent.name == "checkpoints":
         named = Path(resume)
-    if restarted and configuration.run.overwrite and not _is_of_this_launch(directory):
+    if restarted and _is_of_this_launch(directory):
+        named = None  # we have come further
+    elif restarted and configuration.run.overwrite:
         return None  # it failed before it came to replace the old run
-    found = distributed.from_main_process(
-        lambda: _find(directory, None if restarted else named, fallback=named)
-    )
+    found = distributed.from_main_process(lambda: _find(directory, named))
     if found is None and resume and not restarted:
         raise UserError(f"--resume: {directory} holds no checkpoint yet; start it again with --overwrite")
     return found
@@ -80,19 +80,18 @@ def _is_of_this_launch(directory: RunDirectory) -> bool:
     return distributed.from_main_process(compare)
 
 
-def _find(directory: RunDirectory, named: Path | None, *, fallback: Path | None) -> str | None:
+def _find(directory: RunDirectory, named: Path | None) -> str | None:
     if named is not None:
         _refuse_if_not_whole(named)
         return str(named)
     whole, faulty = verify.newest_whole(directory.checkpoints)
     for path, wrong in faulty:
         note(f"{path} is passed over: {wrong}")
-    if whole is None and faulty and not fallback:
+    if whole is None and faulty:
         raise UserError(
             f"--resume: no checkpoint in {directory.checkpoints} is whole; start the run again with "
             "--overwrite"
         )
-    whole = whole or fallback
     if whole is None:
         return None
     _refuse_if_not_whole(whole)

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import secrets
 import signal
 import sys
 import tempfile
@@ -216,7 +217,7 @@ def _torchrun_flags(launch: LaunchArguments, processes: int) -> list[str]:
     if launch.nnodes == "1" and launch.rdzv_endpoint is None and launch.master_addr is None:
         # Any free port, and the name that resolves on every machine.
         given |= {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "localhost"}
-        given["rdzv_id"] = launch.rdzv_id or f"falcon-qlora-{os.getpid()}"
+        given["rdzv_id"] = launch.rdzv_id or f"falcon-qlora-{secrets.token_hex(8)}"
     return flags + [
         f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None
     ]

@@ -3,6 +3,7 @@
     {"do": "signal", "step": 3, "rank": 1, "number": 15}          this process gets a signal as step 3 begins
     {"do": "signal", ..., "to": "launcher"}                       the launcher gets it
     {"do": "kill", "step": 3, "rank": 1, "where": "step"}         kill -9; also "computing", "save", "saved"
+    {"do": "kill", "where": "loading", "restart": 0}              before it has read or written anything
     {"do": "kill", ..., "where": "part"}                          in its own part of a sharded checkpoint
     {"do": "later", "step": 3, ..., "number": 9, "seconds": 0.2}  a signal so long after step 3 began
     {"do": "late", "rank": 0, "seconds": 2}                       comes to the others so much later
@@ -202,4 +203,6 @@ RunDirectory.write_folder = faulty_write_folder  # type: ignore[method-assign,as
 if __name__ == "__main__":
     for each in faults("late"):
         time.sleep(each["seconds"])
+    if faults("kill", where="loading"):
+        die()
     main()

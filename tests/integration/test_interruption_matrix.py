@@ -174,6 +174,21 @@ def test_torchruns_restarts_resume_by_themselves(processes: Processes, whole: Pa
     assert_same_run(processes.folder / "restarted", whole)
 
 
+def test_restarts_of_a_run_that_goes_on_from_an_older_checkpoint(processes: Processes, whole: Path) -> None:
+    """Restarted before it came to the older one it goes on from that; after that, from where it had come to."""
+    settings = [*LONG, "--save_total_limit", "20"]
+    assert run(processes, *settings, "--output_dir", "older")[0] == 0
+    faults = [
+        {"do": "kill", "where": "loading", "rank": 1, "restart": 0},
+        {"do": "kill", "where": "step", "step": 15, "rank": 0, "restart": 1},
+    ]
+    words = ["--resume", "older/checkpoints/step-10", "--max_restarts", "2"]
+    status, output, errors = run(processes, *settings, *words, faults=faults)
+    assert (status, "error:" in errors) == (0, False), (output, errors)
+    assert re.findall(r"going on from step (\d+)", output) == ["10", "14"]
+    assert_same_run(processes.folder / "older", whole)
+
+
 @pytest.mark.parametrize(
     ("fault", "told"),
     [

@@ -54,6 +54,20 @@ def test_a_replica_lies_on_the_gpu_of_its_local_index_on_any_node(monkeypatch: p
     assert distributed.local_device() == torch.device("cuda", 1)
 
 
+def test_a_launch_is_told_from_every_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 7")
+    assert distributed.launch_id() == "job 7"
+    # What torchrun puts there when it was given no name: then its agent's process tells, our parent.
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    told = [sys.executable, "-c", "from falcon_qlora import distributed; print(distributed.launch_id())"]
+    twice = [sys.executable, "-c", f"import subprocess; [subprocess.run({told!r}, check=True) for _ in '12']"]
+    names = [
+        subprocess.run(twice, capture_output=True, text=True, check=True).stdout.splitlines() for _ in "12"
+    ]
+    assert len(names[0]) == len(names[1]) == 2
+    assert names[0][0] == names[0][1] != names[1][0] == names[1][1]
+
+
 def test_replicas_that_differ_by_little_are_found(tmp_path: Path) -> None:
     script = tmp_path / "replicas.py"
     script.write_text(REPLICAS)
