@@ -175,7 +175,7 @@ def test_torchruns_restarts_resume_by_themselves(processes: Processes, whole: Pa
 
 
 def test_restarts_of_a_run_that_goes_on_from_an_older_checkpoint(processes: Processes, whole: Path) -> None:
-    """Restarted before it came to the older one it goes on from that; after that, from where it had come to."""
+    """Restarted before it has taken that up, it goes on from there; later, from where it has come to."""
     settings = [*LONG, "--save_total_limit", "20"]
     assert run(processes, *settings, "--output_dir", "older")[0] == 0
     faults = [

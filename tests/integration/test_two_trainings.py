@@ -21,8 +21,9 @@ from tests.integration.runs import command, metrics, summary
 ROWS = [{"text": f"{n} and {n} is {2 * n}."} for n in range(40)]
 # A checkpoint of rank 8 takes a few megabytes: all that are kept must fit the disk that a test finds.
 WORDS = (
-    "-m tiny --max_length 32 -b 1 --lora_r 8 --save_steps 20 --save_total_limit 100 --logging_steps 1 --report_to none "
-    "--dataset_name rows.jsonl --learning_rate 1e-4 --lr_scheduler_type constant --output_dir run"
+    "-m tiny --max_length 32 -b 1 --lora_r 8 --save_steps 20 --save_total_limit 100 --logging_steps 1 "
+    "--report_to none --dataset_name rows.jsonl --learning_rate 1e-4 --lr_scheduler_type constant "
+    "--output_dir run"
 ).split()
 
 pytestmark = pytest.mark.slow
