@@ -117,6 +117,12 @@ class _Speaker:
         from falcon_qlora.data.templates import Turn
         from falcon_qlora.methods.interface import method_of
 
+        if (ending := _ending(self._template)) and prompt.rstrip().endswith(ending):
+            print(
+                f"note: the prompt ends with {ending!r}, which template {self._template.name} writes around it "
+                "once more; --template none takes it as it is",
+                file=sys.stderr,
+            )
         turns = [Turn("user", prompt)]
         if not self._wanted.compare:
             self._print("", turns)
@@ -161,6 +167,14 @@ class _Speaker:
             text = text + piece if text else piece.lstrip()
         print(flush=True)
         return text.strip()
+
+
+def _ending(template: Template) -> str:
+    """What a template writes between a question and its answer, without spaces around it."""
+    from falcon_qlora.data.templates import Turn
+
+    question = "Why?"
+    return template.prompt([Turn("user", question)]).rpartition(question)[2].strip()
 
 
 def prompt_ids(template: Template, turns: list[Turn], tokenizer: Any) -> list[int]:

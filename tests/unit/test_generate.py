@@ -204,7 +204,22 @@ def test_command_answers_with_the_adapters_own_settings(
         == 0
     )
     expected = generate_batch(tiny, tokenizer, ["### Human: x### Assistant:"], max_new_tokens=12)[0]
-    assert capsys.readouterr().out.strip() == expected.strip()
+    told = capsys.readouterr()
+    assert (told.out.strip(), told.err) == (expected.strip(), "")
+
+
+@pytest.mark.parametrize("template", ["alpaca", "guanaco", "falcon-instruct"])
+def test_a_prompt_that_holds_the_template_already(
+    template: str, adapter: Path, capsys: pytest.CaptureFixture[str], tiny: Any, tokenizer: Any
+) -> None:
+    whole = get_template(template).prompt([Turn("user", "Name a bird.")])
+    words = ["--adapter", str(adapter), "--prompt", whole, "--max_new_tokens", "8"]
+    assert generate.main([*words, "--template", template]) == 0
+    assert f"which template {template} writes around it once more" in capsys.readouterr().err
+    assert generate.main([*words, "--template", "none"]) == 0
+    told = capsys.readouterr()
+    expected = generate_batch(tiny, tokenizer, [whole], max_new_tokens=8)[0]
+    assert (told.out.strip(), told.err) == (expected.strip(), "")
 
 
 def test_a_base_of_other_content_than_it_was_trained_on_must_be_named(
