@@ -119,8 +119,8 @@ class _Speaker:
 
         if (ending := _ending(self._template)) and prompt.rstrip().endswith(ending):
             print(
-                f"note: the prompt ends with {ending!r}, which template {self._template.name} writes around it "
-                "once more; --template none takes it as it is",
+                f"note: the prompt ends with {ending!r}, which template {self._template.name} writes around "
+                "it once more; --template none takes it as it is",
                 file=sys.stderr,
             )
         turns = [Turn("user", prompt)]
