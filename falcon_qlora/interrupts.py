@@ -1,7 +1,8 @@
 """Signals that ask a run to stop: the first has it save and end, a second ends it at once.
 
     interrupts.install()              # in a process of the command line, before anything else
-    interrupts.training_begins()      # from here on there is something to save
+    interrupts.training_begins(say)   # from here on there is something to save
+    interrupts.all_have_begun()       # on the other processes as well
     interrupts.asked_to_stop()        # the signal, or None
 
 Python runs its handlers between two instructions of the main thread, which may be waiting in a collective for
@@ -96,6 +97,13 @@ def training_begins(say: Callable[[str], None]) -> None:
     """
     _requests.say = say
     _requests.training = True
+
+
+def all_have_begun() -> None:
+    """Have the launcher pass signals on: `training_begins` was called on every process.
+
+    Before that one of them would end by a signal that the others take for a request.
+    """
     _leave_for_launcher(launcher_folder.TRAINING, "")
 
 

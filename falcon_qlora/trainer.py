@@ -269,8 +269,9 @@ class FalconTrainer(ResumableTrainer):
                 self._seconds_before = self.meter.seconds
                 self.bad_steps.load_state(kept["bad_steps"])
                 self._reports.load_state(kept["reports"])
-        distributed.remember_siblings()
         interrupts.training_begins(note)
+        distributed.remember_siblings()  # which waits for all processes
+        interrupts.all_have_begun()
         if self._watchdog is not None:
             self._watchdog.start()
         self._saved_at = time.monotonic()

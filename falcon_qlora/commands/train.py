@@ -99,6 +99,7 @@ class _StopOnce:
     def __init__(self, folder: Path):
         self._folder = folder
         self._asked_at: float | None = None
+        self._asked_with: int | None = None
 
     def __call__(self, number: int, frame: Any) -> None:
         from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -108,7 +109,7 @@ class _StopOnce:
             (self._folder / launcher_folder.STOPPING).touch()
         workers = _children()
         if self._asked_at is None and workers and (self._folder / launcher_folder.TRAINING).exists():
-            self._asked_at = time.monotonic()
+            self._asked_at, self._asked_with = time.monotonic(), number
             _send(workers, number)
             return
         if self._asked_at is not None:
@@ -116,6 +117,16 @@ class _StopOnce:
                 return
             _send(workers, signal.SIGKILL)
         raise SignalException("asked to stop", sigval=signal.Signals(number))
+
+    def ended(self, error: ChildFailedError) -> int | None:
+        """The exit status if the workers ended by the request alone, without anything to save; else None."""
+        if self._asked_with is None:
+            return None
+        numbers = {self._asked_with, signal.SIGTERM}  # with SIGTERM the agent ends those that are left
+        by_request = {128 + number for number in numbers} | {-number for number in numbers}
+        if all(failure.exitcode in by_request for failure in error.failures.values()):
+            return 128 + self._asked_with
+        return None
 
 
 def _children() -> list[int]:
@@ -151,7 +162,8 @@ def _launch(torchrun_argv: list[str], folder: Path) -> int:
     try:
         elastic_launch(config=launch_config, entrypoint=command)(*arguments)
     except ChildFailedError as error:
-        return _status(error, folder)
+        status = _status(error, folder)
+        return stop.ended(error) or status
     except SignalException as error:
         return 128 + error.sigval
     finally:

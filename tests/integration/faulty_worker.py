@@ -7,6 +7,8 @@
     {"do": "kill", ..., "where": "part"}                          in its own part of a sharded checkpoint
     {"do": "later", "step": 3, ..., "number": 9, "seconds": 0.2}  a signal so long after step 3 began
     {"do": "late", "rank": 0, "seconds": 2}                       comes to the others so much later
+    {"do": "slow_start", "rank": 1}                               two seconds late as training begins
+    {"do": "early", "rank": 0, "to": "launcher", "number": 15}    a signal before anything is read or written
     {"do": "slow", "step": 4, "rank": 0}                          the save of step 4 takes two seconds
     {"do": "memory", "step": 3, "rank": 1, "most": 2}             no memory for more than 2 documents at once
     {"do": "hog", "step": 3, "rank": 1, "leave_gib": 4}           all but so much of the GPU's memory is taken
@@ -39,7 +41,7 @@ from typing import Any
 
 import torch
 
-from falcon_qlora import distributed
+from falcon_qlora import distributed, interrupts
 from falcon_qlora import step as step_module
 from falcon_qlora.checkpoint import write
 from falcon_qlora.models.tokenizer import load_tokenizer
@@ -97,6 +99,15 @@ def faulty_training_step(self: Any, *arguments: Any, **named: Any) -> Any:
     if faults("kill", where="step"):
         die()
     return training_step(self, *arguments, **named)
+
+
+training_begins = interrupts.training_begins
+
+
+def faulty_training_begins(say: Any) -> None:
+    if faults("slow_start"):
+        time.sleep(2)
+    training_begins(say)
 
 
 sum_of_losses = step_module.sum_of_losses
@@ -192,6 +203,7 @@ def faulty_write_folder(self: RunDirectory, target: Path) -> Iterator[Path]:
 if rooms := faults("room"):
     shutil.disk_usage = lambda path: SimpleNamespace(free=rooms[0]["bytes"])  # type: ignore[assignment,misc]
 
+interrupts.training_begins = faulty_training_begins
 FalconTrainer._save_checkpoint = faulty_save_checkpoint  # type: ignore[method-assign]
 FalconTrainer.training_step = faulty_training_step  # type: ignore[method-assign]
 step_module.sum_of_losses = faulty_sum_of_losses
@@ -203,6 +215,9 @@ RunDirectory.write_folder = faulty_write_folder  # type: ignore[method-assign,as
 if __name__ == "__main__":
     for each in faults("late"):
         time.sleep(each["seconds"])
+    for each in faults("early"):
+        os.kill(target_of(each), each["number"])
+        time.sleep(2)
     if faults("kill", where="loading"):
         die()
     main()

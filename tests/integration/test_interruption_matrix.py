@@ -160,6 +160,29 @@ def test_a_signal_that_comes_twice_within_a_moment_is_one(processes: Processes) 
     assert newest_step(processes, "doubled") in (3, 4)
 
 
+def test_a_signal_while_one_process_is_late_to_begin(processes: Processes) -> None:
+    faults = [
+        {"do": "slow_start", "rank": 1},
+        {"do": "signal", "step": 1, "rank": 0, "to": "launcher", "number": signal.SIGTERM},
+    ]
+    status, output, errors = run(processes, *LONG, "--output_dir", "begun", faults=faults)
+    assert (status, errors) == (0, "")
+    assert "stopped at step" in output
+    assert newest_step(processes, "begun") in (1, 2)
+
+
+def test_a_signal_while_the_processes_start_again(processes: Processes) -> None:
+    faults = [
+        {"do": "kill", "step": 5, "rank": 1, "where": "step", "restart": 0},
+        {"do": "early", "rank": 0, "to": "launcher", "number": signal.SIGINT, "restart": 1},
+    ]
+    words = ["--output_dir", "again", "--max_restarts", "2"]
+    status, output, errors = run(processes, *LONG, *words, faults=faults)
+    assert status == 128 + signal.SIGINT, (output, errors)
+    assert re.fullmatch(r"the last complete checkpoint is again/checkpoints/step-4; go on with: .*\n", errors)
+    assert newest_step(processes, "again") == 4
+
+
 def test_torchruns_restarts_resume_by_themselves(processes: Processes, whole: Path) -> None:
     faults = [
         {"do": "kill", "step": 5 + 3 * each, "rank": each % 2, "where": "step", "restart": each}
