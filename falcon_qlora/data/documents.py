@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 from falcon_qlora.data import cache
 from falcon_qlora.data.encode import Encoder
 from falcon_qlora.data.formats import recognise, renamed_columns, render, resolve_template
+from falcon_qlora.data.processes import run_each
 from falcon_qlora.data.sources import Source, quiet_datasets, row_of
 from falcon_qlora.data.templates import Template, get_template
 from falcon_qlora.errors import UserError
@@ -25,7 +26,7 @@ from falcon_qlora.untrusted import read_json
 # Raised whenever the same rows and settings would give other tokens than before, or an entry holds more.
 _VERSION = 2
 _META = "meta.json"
-_ROWS_PER_PROCESS = 2000
+_ROWS_PER_PROCESS = 4000
 _FEATURES = datasets.Features(
     {
         "input_ids": datasets.List(datasets.Value("int32")),
@@ -141,19 +142,12 @@ class Reading:
         processes = _processes(self.num_proc, len(rows))
         in_processes = f" in {processes} processes" if processes > 1 else ""
         self.progress(f"tokenizing {len(rows):,} rows of {source.name}{in_processes}")
-        with quiet_datasets(), _no_threads_in_tokenizers(processes > 1):
-            documents = rows.map(
-                work,
-                batched=True,
-                with_indices=True,
-                remove_columns=rows.column_names,
-                features=_FEATURES,
-                num_proc=processes if processes > 1 else None,
-                cache_file_name=str(folder / "documents.arrow"),
-                load_from_cache_file=False,
-                new_fingerprint=key[:32],
-                desc="tokenizing",
-            )
+        parts = [_Part(rows, work, folder, key[:32], each, processes) for each in range(processes)]
+        if processes > 1:
+            run_each(parts)
+        else:
+            parts[0]()
+        documents = _read(folder)
         meta = {
             "content": _content_hash(documents),
             "source": source.name,
@@ -163,22 +157,52 @@ class Reading:
             },
         }
         write_json(folder / _META, {**meta, "key": cache.key_of(meta)})
-        del rows, documents
+        del rows, parts, documents
         (folder / "rows.arrow").unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
+class _Part:
+    """The work of one process: its share of the rows, tokenized into a file of its own."""
+
+    rows: datasets.Dataset
+    work: _RowsToDocuments
+    folder: Path
+    fingerprint: str
+    index: int
+    processes: int
+
+    def __call__(self) -> None:
+        of_all = f"_{self.index:05d}_of_{self.processes:05d}" if self.processes > 1 else ""
+        first, end = (len(self.rows) * each // self.processes for each in (self.index, self.index + 1))
+        with quiet_datasets(bars=self.index == 0):
+            self.rows.select(range(first, end)).map(
+                dataclasses.replace(self.work, first=first),
+                batched=True,
+                with_indices=True,
+                remove_columns=self.rows.column_names,
+                features=_FEATURES,
+                cache_file_name=str(self.folder / f"documents{of_all}.arrow"),
+                load_from_cache_file=False,
+                new_fingerprint=self.fingerprint,
+                desc="tokenizing",
+            )
+
+
+@dataclass(frozen=True)
 class _RowsToDocuments:
-    """The function that `datasets.map` runs, picklable for its processes."""
+    """The function that `datasets.map` runs."""
 
     encoder: Encoder
     source: str
     format: str
     template: Template
     columns: dict[str, str]
+    first: int = 0
 
-    def __call__(self, batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
+    def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         segments = []
+        numbers = [self.first + index for index in indices]
         for index, number in enumerate(numbers):
             place, row = row_of(batch, index, self.source, number)
             segments.append(render(row, self.format, self.template, columns=self.columns, place=place))
@@ -233,10 +257,15 @@ def _damage(folder: Path) -> str | None:
     return None
 
 
-def _open(folder: Path, source: Source, row_format: str, template: str) -> Documents:
+def _read(folder: Path) -> datasets.Dataset:
     with quiet_datasets():
-        parts = [datasets.Dataset.from_file(str(file)) for file in _files(folder)]
-        dataset = datasets.concatenate_datasets(parts)
+        return datasets.concatenate_datasets(
+            [datasets.Dataset.from_file(str(file)) for file in _files(folder)]
+        )
+
+
+def _open(folder: Path, source: Source, row_format: str, template: str) -> Documents:
+    dataset = _read(folder)
     numbers = {
         name: np.asarray(dataset.data.column(name).to_numpy())
         for name in _FEATURES
@@ -257,23 +286,8 @@ def _open(folder: Path, source: Source, row_format: str, template: str) -> Docum
 
 def _processes(asked: int | None, rows: int) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # Starting a process costs as much as some thousand rows do.
+    # Starting one takes a second, in which another tokenizes some thousand rows.
     return max(min(asked, rows) if asked else min(cores, rows // _ROWS_PER_PROCESS), 1)
-
-
-@contextlib.contextmanager
-def _no_threads_in_tokenizers(several_processes: bool) -> Iterator[None]:
-    """Tokenizers run threads of their own, which do not survive a fork and say so on every one."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    if several_processes:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        yield
-    finally:
-        if several_processes:
-            os.environ.pop("TOKENIZERS_PARALLELISM")
-            if before is not None:
-                os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 def _content_hash(dataset: datasets.Dataset) -> str:

@@ -316,20 +316,20 @@ def row_of(batch: dict[str, list[Any]], index: int, source: str, number: int) ->
 
 
 @contextlib.contextmanager
-def quiet_datasets() -> Iterator[None]:
+def quiet_datasets(*, bars: bool = True) -> Iterator[None]:
     """No retry notices, as what fails is raised anyway; and progress bars only where a person sees them."""
     import datasets
 
     hub_logger = logging.getLogger("huggingface_hub")
-    level, bars = hub_logger.level, datasets.are_progress_bars_disabled()
+    level, disabled = hub_logger.level, datasets.are_progress_bars_disabled()
     hub_logger.setLevel(logging.ERROR)
-    if not sys.stderr.isatty():
+    if not (bars and sys.stderr.isatty()):
         datasets.disable_progress_bars()
     try:
         yield
     finally:
         hub_logger.setLevel(level)
-        if not bars and datasets.are_progress_bars_disabled():
+        if not disabled and datasets.are_progress_bars_disabled():
             datasets.enable_progress_bars()
 
 

@@ -1,0 +1,101 @@
+"""Tokenizing in several processes that share nothing with this one: each is a Python begun anew.
+
+A fork copies the locks that other threads hold (those of a process group, of CUDA, of libraries) and nobody
+frees them in the copy; `datasets.map(num_proc=…)` forks, and now and then it waits for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from types import ModuleType
+from typing import Any
+
+from falcon_qlora.errors import UserError
+
+
+def run_each(tasks: Sequence[Callable[[], None]]) -> None:
+    """Run each task in a process of its own, all at once, and wait for them.
+
+    None outlives this process, however it ends, nor this call: the first failure ends them all.
+
+    Args:
+        tasks: what `pickle` can write; nothing of them may be defined in a script.
+
+    Raises:
+        UserError: if a process ended without a word, as by the system when memory runs out.
+        Exception: what a task raised, the first that is known.
+    """
+    context = multiprocessing.get_context("spawn")
+    running: dict[Any, Any] = {}
+    try:
+        for task in tasks:
+            result, told = context.Pipe(duplex=False)
+            process = context.Process(target=_work, args=(told, pickle.dumps(task)), daemon=True)
+            with told, _without_main():
+                process.start()
+            running[result] = process
+        waiting = list(running)
+        while waiting:
+            for ready in wait(waiting):
+                waiting.remove(ready)
+                _outcome(ready, running[ready])
+    finally:
+        for result, process in running.items():
+            process.kill()
+            process.join()
+            result.close()
+
+
+def _outcome(result: Any, process: Any) -> None:
+    try:
+        error = result.recv()
+    except EOFError:
+        process.join()
+        raise UserError(
+            f"a process that tokenized ended without a word (status {process.exitcode}), "
+            "perhaps for want of memory; --dataset_num_proc 1 tokenizes in this process"
+        ) from None
+    if error is not None:
+        raise error
+
+
+def _work(told: Connection, task: bytes) -> None:
+    # Ctrl-C goes to all processes of a terminal; the one that waits for this one ends it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process is a thread of its own already
+    try:
+        pickle.loads(task)()
+    except Exception as error:
+        if not isinstance(error, UserError):
+            error.add_note(traceback.format_exc())
+        told.send(error)
+    else:
+        told.send(None)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """A process begun anew would run the user's script once more, to find in it what tasks may refer to."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main

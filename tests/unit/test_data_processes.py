@@ -1,0 +1,90 @@
+"""Tokenizing in several processes: none is a fork, none is waited for in vain, none is left behind."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from falcon_qlora.data.processes import run_each
+from falcon_qlora.errors import UserError
+from tests.unit.test_cli import assert_gone
+
+SLEEP = functools.partial(time.sleep, 600)
+
+# Without `if __name__ == "__main__"`.
+SCRIPT = """
+import os, sys, threading
+print("the script runs", flush=True)
+os.register_at_fork(before=lambda: print("a fork", flush=True))
+from tests.unit.test_data_tokenize import alpaca, prepare, write
+from pathlib import Path
+folder = Path(sys.argv[1])
+corpus, _ = prepare(folder, write(folder / "a.jsonl", alpaca(9)), num_proc=2)
+print(len(corpus.dataset), "documents,", threading.active_count(), "thread")
+"""
+
+
+def test_a_script_runs_once_and_nothing_is_forked(tmp_path: Path, repository: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, script, tmp_path],
+        env=os.environ | {"PYTHONPATH": str(repository)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.stdout, done.stderr) == ("the script runs\n9 documents, 1 thread\n", "")
+    assert len(list((tmp_path / "cache").glob("*/documents_*.arrow"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("task", "error", "said"),
+    [
+        (functools.partial(int, "x"), ValueError, "invalid literal"),
+        (
+            functools.partial(os._exit, 9),
+            UserError,
+            r"ended without a word \(status 9\).*--dataset_num_proc 1",
+        ),
+    ],
+)
+def test_one_that_fails_ends_all(task: Any, error: type[Exception], said: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(error, match=said):
+        run_each([SLEEP, task, SLEEP])
+    assert time.monotonic() - began < 60
+
+
+def test_none_outlives_a_process_that_was_killed(tmp_path: Path, repository: Path) -> None:
+    code = (
+        "import functools, os, time\n"
+        "from falcon_qlora.data.processes import run_each\n"
+        "print(os.getpid(), flush=True)\n"
+        "run_each([functools.partial(time.sleep, 600)] * 2)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=repository
+    ) as parent:
+        assert parent.stdout is not None
+        parent.stdout.readline()
+        children: list[int] = []
+        deadline = time.monotonic() + 60
+        while len(children) < 2 and time.monotonic() < deadline:
+            listed = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text()
+            children = [
+                int(pid)
+                for pid in listed.split()
+                if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            ]
+            time.sleep(0.05)
+        parent.kill()
+        parent.wait()
+        assert_gone(children, within_s=60)
