@@ -76,11 +76,21 @@ def _work(told: Connection, task: bytes) -> None:
     try:
         pickle.loads(task)()
     except Exception as error:
-        if not isinstance(error, UserError):
-            error.add_note(traceback.format_exc())
-        told.send(error)
+        told.send(_as_told(error))
     else:
         told.send(None)
+
+
+def _as_told(error: Exception) -> Exception:
+    """The error with where it was raised, in a form that comes through a pipe."""
+    if isinstance(error, UserError):
+        return error
+    error.add_note(traceback.format_exc())
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(traceback.format_exc())
+    return error
 
 
 def _end_with_parent() -> None:

@@ -18,6 +18,18 @@ from tests.unit.test_cli import assert_gone
 
 SLEEP = functools.partial(time.sleep, 600)
 
+
+class OddError(Exception):
+    """`pickle` can write it, and not read it."""
+
+    def __init__(self, first: str, second: str):
+        super().__init__(first + second)
+
+
+def raise_odd() -> None:
+    raise OddError("o", "dd")
+
+
 # Without `if __name__ == "__main__"`.
 SCRIPT = """
 import os, sys, threading
@@ -49,6 +61,7 @@ def test_a_script_runs_once_and_nothing_is_forked(tmp_path: Path, repository: Pa
     ("task", "error", "said"),
     [
         (functools.partial(int, "x"), ValueError, "invalid literal"),
+        (raise_odd, RuntimeError, "in raise_odd"),
         (
             functools.partial(os._exit, 9),
             UserError,
