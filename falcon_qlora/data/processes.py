@@ -19,6 +19,8 @@ from multiprocessing.connection import Connection, wait
 from types import ModuleType
 from typing import Any
 
+import datasets
+
 from falcon_qlora.errors import UserError
 
 
@@ -73,6 +75,8 @@ def _work(told: Connection, task: bytes) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process is a thread of its own already
+    # Its own is shared between processes, and left behind by one that is ended.
+    datasets.utils.tqdm.set_lock(threading.RLock())
     try:
         pickle.loads(task)()
     except Exception as error:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from falcon_qlora.data.processes import run_each
@@ -30,16 +31,41 @@ def raise_odd() -> None:
     raise OddError("o", "dd")
 
 
+def show_a_bar(shown: Path) -> None:
+    datasets.utils.tqdm([], disable=True)
+    shown.touch()
+    time.sleep(600)
+
+
+def fail_after(shown: Path) -> None:
+    while not shown.exists():
+        time.sleep(0.05)
+    raise ValueError("after the bar")
+
+
 # Without `if __name__ == "__main__"`.
 SCRIPT = """
 import os, sys, threading
 print("the script runs", flush=True)
 os.register_at_fork(before=lambda: print("a fork", flush=True))
-from tests.unit.test_data_tokenize import alpaca, prepare, write
+from functools import partial
 from pathlib import Path
+from falcon_qlora.data.processes import run_each
+from falcon_qlora.errors import UserError
+from tests.unit.test_data_processes import fail_after, show_a_bar
+from tests.unit.test_data_tokenize import alpaca, prepare, write
 folder = Path(sys.argv[1])
 corpus, _ = prepare(folder, write(folder / "a.jsonl", alpaca(9)), num_proc=2)
 print(len(corpus.dataset), "documents,", threading.active_count(), "thread")
+rows = [*alpaca(9), {"instruction": ["x"], "output": "y"}]
+try:
+    prepare(folder, write(folder / "b.jsonl", rows), num_proc=2)
+except UserError as error:
+    print(error)
+try:
+    run_each([partial(show_a_bar, folder / "bar"), partial(fail_after, folder / "bar")])
+except ValueError as error:
+    print(error)
 """
 
 
@@ -53,7 +79,10 @@ def test_a_script_runs_once_and_nothing_is_forked(tmp_path: Path, repository: Pa
         text=True,
         timeout=120,
     )
-    assert (done.stdout, done.stderr) == ("the script runs\n9 documents, 1 thread\n", "")
+    said = ["the script runs", "9 documents, 1 thread"]
+    said.append(f"{tmp_path}/b.jsonl:10: column instruction: expected text, found a list")
+    said.append("after the bar")
+    assert (done.stdout.splitlines(), done.stderr) == (said, "")
     assert len(list((tmp_path / "cache").glob("*/documents_*.arrow"))) == 2
 
 
