@@ -19,8 +19,6 @@ from multiprocessing.connection import Connection, wait
 from types import ModuleType
 from typing import Any
 
-import datasets
-
 from falcon_qlora.errors import UserError
 
 
@@ -75,6 +73,8 @@ def _work(told: Connection, task: bytes) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process is a thread of its own already
+    import datasets  # which takes a moment, in which Ctrl-C comes as well
+
     # Its own is shared between processes, and left behind by one that is ended.
     datasets.utils.tqdm.set_lock(threading.RLock())
     try:
