@@ -6,11 +6,13 @@ numbers go as plain lines, at most some fifty of them. What cannot be written th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from textwrap import indent
+from threading import Timer
 from typing import Any
 
 from rich.console import Console
@@ -21,6 +23,7 @@ from falcon_qlora import distributed
 from falcon_qlora.files import quoted
 
 _LABEL_WIDTH = 11
+_PATIENCE_SECONDS = 5.0
 
 
 @lru_cache(maxsize=1)
@@ -32,6 +35,31 @@ def console() -> Console:
 def note(message: str) -> None:
     """One line that a user should see, above the progress bar."""
     console().print(Text(f"note: {message}", style="yellow"), soft_wrap=True)
+
+
+@contextmanager
+def patience(seconds: float = _PATIENCE_SECONDS) -> Iterator[Callable[[str], None]]:
+    """Give a function that is told what is done from now on, and says it to the user if it takes long.
+
+    Args:
+        seconds: after which it is said.
+    """
+    timers: list[Timer] = []
+
+    def doing(message: str) -> None:
+        for timer in timers:
+            timer.cancel()
+        timers[:] = [
+            Timer(seconds, console().print, [Text(f"{message} …", style="dim")], {"soft_wrap": True})
+        ]
+        timers[0].daemon = True
+        timers[0].start()
+
+    try:
+        yield doing
+    finally:
+        for timer in timers:
+            timer.cancel()
 
 
 @dataclass(kw_only=True)

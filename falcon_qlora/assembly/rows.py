@@ -15,6 +15,7 @@ from falcon_qlora.data.batches import DocumentReader, StreamingSteps, TrainingSt
 from falcon_qlora.data.origins import RowNames
 from falcon_qlora.data.plan import Plan
 from falcon_qlora.errors import UserError
+from falcon_qlora.terminal import patience
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,10 @@ def training_data(configuration: Configuration, tokenizer: Any) -> TrainingData:
     if configuration.data.streaming:
         return _streamed_data(configuration, tokenizer)
     data, run = configuration.data, configuration.run
-    corpus, held_out = distributed.main_process_first(lambda: corpora(configuration, tokenizer))
+    with patience() as doing:
+        corpus, held_out = distributed.main_process_first(
+            lambda: corpora(configuration, tokenizer, progress=doing)
+        )
     plan = make_plan(configuration, corpus)
     total_steps = run.max_steps if run.max_steps > 0 else plan.steps(run.num_train_epochs)
     steps = TrainingSteps(

@@ -28,21 +28,24 @@ def model_with_adapter(configuration: Configuration, tokenizer: Any) -> Any:
     from falcon_qlora.models.load import load_model
     from falcon_qlora.models.locate import open_checkpoint
     from falcon_qlora.models.tokenizer import check_vocabulary
+    from falcon_qlora.terminal import patience
 
     settings = configuration.model
     # Downloads what is missing.
     distributed.main_process_first(
         lambda: open_checkpoint(settings.model_name_or_path, revision=settings.model_revision)
     )
-    model = load_model(
-        settings.model_name_or_path,
-        quantize_mode=settings.quantize_mode,
-        compute_dtype=settings.compute_dtype,
-        double_quantization=settings.double_quantization,
-        norms_in_float32=settings.norms_in_float32,
-        llm_int8_threshold=settings.llm_int8_threshold,
-        revision=settings.model_revision,
-    )
+    with patience() as doing:
+        doing(f"loading {settings.model_name_or_path}")
+        model = load_model(
+            settings.model_name_or_path,
+            quantize_mode=settings.quantize_mode,
+            compute_dtype=settings.compute_dtype,
+            double_quantization=settings.double_quantization,
+            norms_in_float32=settings.norms_in_float32,
+            llm_int8_threshold=settings.llm_int8_threshold,
+            revision=settings.model_revision,
+        )
     check_vocabulary(tokenizer, model.config.vocab_size, name=settings.model_name_or_path)
     trained = configured_method(configuration).attach(model, seed=configuration.run.seed)
     enable_packing(trained)

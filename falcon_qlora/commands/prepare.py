@@ -43,7 +43,7 @@ def prepare(configuration: Configuration) -> None:
     from falcon_qlora.models.checkpoints import read_folder_config
     from falcon_qlora.models.locate import find_folder
     from falcon_qlora.models.tokenizer import check_vocabulary
-    from falcon_qlora.terminal import console, note
+    from falcon_qlora.terminal import console, note, patience
 
     settings, data = configuration.model, configuration.data
     name = settings.model_name_or_path
@@ -55,7 +55,8 @@ def prepare(configuration: Configuration) -> None:
     if data.streaming:
         note("--streaming reads rows during training: rows from the hub will need the network then")
     else:
-        corpus, held_out = rows.corpora(configuration, tokenizer)
+        with patience() as doing:
+            corpus, held_out = rows.corpora(configuration, tokenizer, progress=doing)
         console().print(
             f"data: {len(corpus.lengths):,} documents, {int(corpus.lengths.sum()):,} tokens"
             + (f"; held out {len(held_out.lengths):,} documents" if held_out is not None else "")

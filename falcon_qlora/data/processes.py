@@ -15,9 +15,12 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from types import ModuleType
 from typing import Any
+
+import datasets
 
 from falcon_qlora.errors import UserError
 
@@ -40,7 +43,7 @@ def run_each(tasks: Sequence[Callable[[], None]]) -> None:
         for task in tasks:
             result, told = context.Pipe(duplex=False)
             process = context.Process(target=_work, args=(told, pickle.dumps(task)), daemon=True)
-            with told, _without_main():
+            with told, _without_main(), _deaf_to_ctrl_c():
                 process.start()
             running[result] = process
         waiting = list(running)
@@ -69,12 +72,8 @@ def _outcome(result: Any, process: Any) -> None:
 
 
 def _work(told: Connection, task: bytes) -> None:
-    # Ctrl-C goes to all processes of a terminal; the one that waits for this one ends it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process is a thread of its own already
-    import datasets  # which takes a moment, in which Ctrl-C comes as well
-
     # Its own is shared between processes, and left behind by one that is ended.
     datasets.utils.tqdm.set_lock(threading.RLock())
     try:
@@ -113,3 +112,14 @@ def _without_main() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
+
+
+@contextlib.contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """It goes to all processes of a terminal; the one that waits for the others ends them."""
+    resource_tracker.ensure_running()  # which would have it heard again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,6 +143,18 @@ def test_a_loss_that_is_not_finite_is_shown(capsys: pytest.CaptureFixture[str]) 
     callback.on_train_begin(None, state, None)
     callback.on_log(None, state, None, logs={"loss": float("nan")})
     assert "loss nan" in capsys.readouterr().out
+
+
+def test_what_takes_long_is_said_and_what_does_not_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    with terminal.patience(0.2) as doing:
+        doing("reading [a]")
+        doing("tokenizing 5 rows")
+        time.sleep(1)
+        doing("loading tiny")
+    with terminal.patience(0.2):
+        pass
+    time.sleep(0.5)
+    assert capsys.readouterr().out == "tokenizing 5 rows …\n"
 
 
 def test_a_terminal_gets_one_bar_that_ends_full(monkeypatch: pytest.MonkeyPatch) -> None:
