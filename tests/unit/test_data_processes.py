@@ -43,6 +43,11 @@ def fail_after(shown: Path) -> None:
     raise ValueError("after the bar")
 
 
+def leave_pid(folder: Path) -> None:
+    (folder / str(os.getpid())).touch()
+    time.sleep(600)
+
+
 # Without `if __name__ == "__main__"`.
 SCRIPT = """
 import os, sys, threading
@@ -107,25 +112,16 @@ def test_one_that_fails_ends_all(task: Any, error: type[Exception], said: str) -
 
 def test_none_outlives_a_process_that_was_killed(tmp_path: Path, repository: Path) -> None:
     code = (
-        "import functools, os, time\n"
+        "from functools import partial\n"
+        "from pathlib import Path\n"
         "from falcon_qlora.data.processes import run_each\n"
-        "print(os.getpid(), flush=True)\n"
-        "run_each([functools.partial(time.sleep, 600)] * 2)\n"
+        "from tests.unit.test_data_processes import leave_pid\n"
+        f"run_each([partial(leave_pid, Path({str(tmp_path)!r}))] * 2)\n"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=repository
-    ) as parent:
-        assert parent.stdout is not None
-        parent.stdout.readline()
-        children: list[int] = []
+    with subprocess.Popen([sys.executable, "-c", code], cwd=repository) as parent:
         deadline = time.monotonic() + 60
-        while len(children) < 2 and time.monotonic() < deadline:
-            listed = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text()
-            children = [
-                int(pid)
-                for pid in listed.split()
-                if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-            ]
+        while len(children := [int(file.name) for file in tmp_path.iterdir()]) < 2:
+            assert time.monotonic() < deadline
             time.sleep(0.05)
         parent.kill()
         parent.wait()
