@@ -44,22 +44,24 @@ def patience(seconds: float = _PATIENCE_SECONDS) -> Iterator[Callable[[str], Non
     Args:
         seconds: after which it is said.
     """
-    timers: list[Timer] = []
+    timer: Timer | None = None
+
+    def stop() -> None:
+        if timer is not None:
+            timer.cancel()
 
     def doing(message: str) -> None:
-        for timer in timers:
-            timer.cancel()
-        timers[:] = [
-            Timer(seconds, console().print, [Text(f"{message} …", style="dim")], {"soft_wrap": True})
-        ]
-        timers[0].daemon = True
-        timers[0].start()
+        nonlocal timer
+        stop()
+        line = Text(f"{message} …", style="dim")
+        timer = Timer(seconds, lambda: console().print(line, soft_wrap=True))
+        timer.daemon = True
+        timer.start()
 
     try:
         yield doing
     finally:
-        for timer in timers:
-            timer.cancel()
+        stop()
 
 
 @dataclass(kw_only=True)

@@ -1,7 +1,7 @@
 """Tokenizing in several processes that share nothing with this one: each is a Python begun anew.
 
 A fork copies the locks that other threads hold (those of a process group, of CUDA, of libraries) and nobody
-frees them in the copy; `datasets.map(num_proc=…)` forks, and now and then it waits for ever.
+frees them in the copy; `datasets.map(num_proc=…)` forks, and may wait for ever.
 """
 
 from __future__ import annotations
