@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from falcon_qlora.common.version import VERSION as __version__
+
 __all__ = ["__version__", "apply_fast_path", "load_adapter", "load_model", "train"]
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from falcon_qlora.methods.registry import load_adapter
-    from falcon_qlora.models.fast import apply_fast_path
+    from falcon_qlora.models.fast_path import apply_fast_path
     from falcon_qlora.models.load import load_model
 
 
@@ -28,11 +29,11 @@ def train(**settings: Any) -> Path:
     Raises:
         UserError: for what the user can mend.
     """
-    from falcon_qlora import allocator
+    from falcon_qlora.common import allocator
 
     allocator.use_expandable_segments()
     from falcon_qlora.config import parse
-    from falcon_qlora.training import train as train_configured
+    from falcon_qlora.training.run import train as train_configured
 
     argv: list[str] = []
     for name, value in settings.items():
@@ -59,7 +60,7 @@ def __getattr__(name: str) -> Any:
 
         return load_adapter
     if name == "apply_fast_path":
-        from falcon_qlora.models.fast import apply_fast_path
+        from falcon_qlora.models.fast_path import apply_fast_path
 
         return apply_fast_path
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

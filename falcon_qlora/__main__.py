@@ -8,7 +8,7 @@ import re
 import sys
 import traceback
 
-from falcon_qlora.errors import EXIT_BUG, EXIT_USER_ERROR, UserError, message_of, nearest
+from falcon_qlora.common.errors import EXIT_BUG, EXIT_USER_ERROR, UserError, message_of, nearest
 
 EXIT_INTERRUPTED = 130
 _VERB_LIKE = re.compile(r"[A-Za-z_-]{1,16}")  # no token, key or address

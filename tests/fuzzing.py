@@ -26,7 +26,7 @@ import yaml
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from falcon_qlora.errors import UserError
+from falcon_qlora.common.errors import UserError
 
 SECONDS = 20
 _ROOM_BYTES = 2**32

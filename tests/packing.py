@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from falcon_qlora.methods.lora import attach_lora
-from falcon_qlora.models.attention import Sequences
+from falcon_qlora.models.packed_attention import Sequences
 
 
 def packed(docs):

@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 _COLLECT = (
-    "import json; from falcon_qlora.environment import collect_environment; "
+    "import json; from falcon_qlora.run_folder.environment import collect_environment; "
     "print(json.dumps(collect_environment()))"
 )
 

@@ -17,7 +17,7 @@ from falcon_qlora.bench.clock import GpuLog
 from falcon_qlora.bench.runners import build
 from falcon_qlora.bench.settings import Document, Runner, Settings
 from falcon_qlora.bench.variants import Impossible, Pace, Variant
-from falcon_qlora.errors import UserError
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.models.falcon import parameter_count
 from falcon_qlora.models.load import free_bytes, load_model
 from falcon_qlora.models.locate import open_checkpoint

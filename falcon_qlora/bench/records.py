@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from falcon_qlora.errors import UserError
-from falcon_qlora.files import check_writable
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.files import check_writable
 
 COLUMNS = tuple(
     "date commit gpu gpus driver torch model variant quantize_mode compute_dtype checkpointing "

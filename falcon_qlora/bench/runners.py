@@ -15,9 +15,9 @@ from falcon_qlora.bench.variants import Impossible, Variant
 from falcon_qlora.data.batches import MicroBatch, collate
 from falcon_qlora.kernels import fp8
 from falcon_qlora.models.activations import set_checkpointing
-from falcon_qlora.models.fast import apply_fast_path, keep_fp8_weights, remove_fast_path
+from falcon_qlora.models.fast_path import apply_fast_path, keep_fp8_weights, remove_fast_path
 from falcon_qlora.models.forward import disable_packing, enable_packing
-from falcon_qlora.step import sum_of_losses
+from falcon_qlora.step.global_batch import sum_of_losses
 
 
 @contextmanager

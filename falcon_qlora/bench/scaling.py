@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from falcon_qlora.bench.texts import UNEVEN_LONGEST
-from falcon_qlora.errors import UserError, nearest
-from falcon_qlora.run_directory import RunDirectory
-from falcon_qlora.untrusted import of_a_run, read_json
+from falcon_qlora.common.errors import UserError, nearest
+from falcon_qlora.common.untrusted import of_a_run, read_json
+from falcon_qlora.run_folder.directory import RunDirectory
 
 Name = Literal["recipe", "ours", "ours-fp8"]
 NAMES: dict[Name, str] = {

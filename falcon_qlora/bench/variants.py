@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from falcon_qlora.errors import UserError, nearest
+from falcon_qlora.common.errors import UserError, nearest
 
 Engine = Literal["ours", "stock", "litgpt"]
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from falcon_qlora.checkpoint.forms import check_optimizer
-from falcon_qlora.checkpoint.verify import describe_file
+from falcon_qlora.checkpoint.manifest import describe_file
+from falcon_qlora.checkpoint.read import check_optimizer
 from falcon_qlora.models.sharded import from_own_rows, local_tensor, own_rows
 
 _OF_REPLICA = "optimizer.pt"

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch.distributed import DistError
 
-from falcon_qlora.errors import UserError
+from falcon_qlora.common.errors import UserError
 
 STATES = "processes.pt"
 CURSOR = "stream.json.gz"

@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from falcon_qlora.checkpoint.forms import check_process
 from falcon_qlora.checkpoint.process_state import STATES, load_states, reading
-from falcon_qlora.untrusted import read_json
+from falcon_qlora.checkpoint.read import check_process
+from falcon_qlora.common.untrusted import read_json
 
 _COUNTS = ("global_step", "num_input_tokens_seen", "best_global_step", "max_steps", "num_train_epochs")
 _INTERVALS = ("logging_steps", "eval_steps", "save_steps")  # a share of the steps was made a number of them

@@ -17,14 +17,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from falcon_qlora import distributed
-from falcon_qlora.checkpoint.gate import AdapterFaultError, check_adapter
+from falcon_qlora.checkpoint.adapter_check import AdapterFaultError, check_adapter
+from falcon_qlora.checkpoint.manifest import newest_whole, step_folders, write_manifest
 from falcon_qlora.checkpoint.optimizer_parts import write_part
 from falcon_qlora.checkpoint.process_state import STATES, save_cursor
-from falcon_qlora.checkpoint.verify import newest_whole, step_folders, write_manifest
-from falcon_qlora.errors import UserError
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.sharded import is_sharded, take_part
+from falcon_qlora.processes import distributed
 
 _REPLACED = "replaced-step-"
 

@@ -16,9 +16,9 @@ from falcon_qlora.bench.records import append_csv, check_csv
 from falcon_qlora.bench.scaling import NAMES
 from falcon_qlora.bench.variants import VARIANTS, Pace, Variant, choose
 from falcon_qlora.commands.bench_arguments import BenchArguments, names, numbers, said_of_broken
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.files import check_writable
 from falcon_qlora.config import Configuration, parse
-from falcon_qlora.errors import UserError
-from falcon_qlora.files import check_writable
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     pace = _pace(configuration, sizes)
 
     # Only now: a wrong flag is told at once.
-    from falcon_qlora.quiet import quiet_libraries
+    from falcon_qlora.terminal.library_logging import quiet_libraries
 
     quiet_libraries()
     for name in _BY_VARIANT:
@@ -90,13 +90,13 @@ def _bench(
 ) -> int:
     import torch
 
-    from falcon_qlora import distributed
     from falcon_qlora.bench.clock import GpuLog
     from falcon_qlora.bench.devices import free_memory, product_ceiling
     from falcon_qlora.bench.measure import Bench
     from falcon_qlora.bench.settings import Settings
     from falcon_qlora.bench.table import Machine, markdown, points, rows
-    from falcon_qlora.environment import collect_environment
+    from falcon_qlora.processes import distributed
+    from falcon_qlora.run_folder.environment import collect_environment
 
     wanted: BenchArguments = configuration.extra
     length = _document_tokens(configuration)
@@ -141,7 +141,7 @@ def _bench(
     if wanted.csv:
         append_csv(Path(wanted.csv), made)
     if wanted.plot:
-        from falcon_qlora.charts import draw_speed_and_memory
+        from falcon_qlora.terminal.charts import draw_speed_and_memory
 
         draw_speed_and_memory(
             points(made), Path(wanted.plot), title=f"{machine.gpu}, {length}-token documents"
@@ -197,9 +197,9 @@ def _entries(
 
 
 def _corpus(configuration: Configuration, model: str, length: int) -> Any:
-    from falcon_qlora.assembly import rows
     from falcon_qlora.models.locate import open_checkpoint
     from falcon_qlora.models.tokenizer import check_vocabulary
+    from falcon_qlora.training import rows
 
     configuration.model.model_name_or_path = model
     configuration.data.max_length = length

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dataclasses import field as setting
 from typing import Literal
 
-from falcon_qlora.errors import UserError
+from falcon_qlora.common.errors import UserError
 
 
 @dataclass(kw_only=True)

@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Self
 
-from falcon_qlora import config, report
-from falcon_qlora.assembly import comparison
-from falcon_qlora.assembly.comparison import METHODS, Planned
+from falcon_qlora import config
 from falcon_qlora.commands.train import LaunchArguments
+from falcon_qlora.common.errors import EXIT_BUG, EXIT_USER_ERROR, UserError
+from falcon_qlora.compare import plan, report
+from falcon_qlora.compare.plan import METHODS, Planned
 from falcon_qlora.config import Configuration
-from falcon_qlora.errors import EXIT_BUG, EXIT_USER_ERROR, UserError
-from falcon_qlora.launcher_folder import STOP_SIGNALS
-from falcon_qlora.run_directory import RunDirectory, choose
+from falcon_qlora.processes.launcher import STOP_SIGNALS
+from falcon_qlora.run_folder.directory import RunDirectory, choose
 
 _REASON_LINES = 50
 _OUT_OF_MEMORY = re.compile(r"out ?of ?memory", re.IGNORECASE)
@@ -59,18 +59,18 @@ _NOT_TAKEN = {
 
 def main(argv: list[str]) -> int:
     """Run the command and return its exit status."""
-    given = {comparison.name_of(flag) for flag in comparison.in_flags(argv)}
+    given = {plan.name_of(flag) for flag in plan.in_flags(argv)}
     for flag, instead in _NOT_TAKEN.items():
         if flag in given:
             raise UserError(f"--{flag} is not taken: {instead}")
     asked = config.parse(
-        comparison.for_any_method(argv),
+        plan.for_any_method(argv),
         extra_arguments=CompareArguments,
         program="falcon-qlora compare",
         description="Train by several methods in turn on the same rows; write a table and pictures.",
     )
     ours: CompareArguments = asked.extra
-    planned = comparison.plan(
+    planned = plan.plan(
         argv,
         names=ours.methods,
         recipes=ours.recipes,
@@ -123,22 +123,22 @@ def _configurations(planned: list[Planned]) -> tuple[dict[str, Configuration], d
         except UserError as error:
             refused[method.name] = str(error)
             continue
-        if reason := comparison.why_not(method.name, configuration):
+        if reason := plan.why_not(method.name, configuration):
             refused[method.name] = reason
         else:
             found[method.name] = configuration
     if not found:
         raise UserError(next(iter(refused.values())))
-    comparison.check_same_rows(found)
+    plan.check_same_rows(found)
     return found, refused
 
 
 def _has_shapes_of_7b(configuration: Configuration) -> bool:
     """Whether the reference's figures are of this model; also refuses one that is no Falcon, at once."""
-    from falcon_qlora.quiet import quiet_libraries
+    from falcon_qlora.terminal.library_logging import quiet_libraries
 
     quiet_libraries()
-    from falcon_qlora.assembly.preflight import read_config
+    from falcon_qlora.training.preflight import read_config
 
     model = read_config(configuration)
     shapes = (model.hidden_size, model.num_hidden_layers, model.num_attention_heads, model.vocab_size)
@@ -156,7 +156,7 @@ def _check_earlier(folder: Path, configurations: dict[str, Configuration], gpus:
         if not directory.holds_run():
             continue
         advice = f"give --overwrite, remove {directory}, or name another folder"
-        if not comparison.read_alike(directory.path, configuration):
+        if not plan.read_alike(directory.path, configuration):
             raise UserError(f"{directory} holds a run with other settings: {advice}")
         if directory.summary_file.exists() and gpus not in (None, directory.read_summary()["world_size"]):
             raise UserError(f"{directory} holds a run of another number of processes: {advice}")
@@ -212,7 +212,7 @@ def _train(method: Planned, folder: Path, child: _Child, *, overwrite: bool) -> 
     elif directory.summary_file.exists():
         print(f"trained already: {directory}", flush=True)
         return 0, None
-    elif comparison.can_go_on(directory):
+    elif plan.can_go_on(directory):
         words += ["--resume"]
     elif directory.holds_run():
         words += ["--overwrite", "true"]

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.config import Configuration, parse
-from falcon_qlora.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,12 +46,12 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--show {wanted.show}: must be 0 or more")
 
     # Only now: a wrong flag is told at once.
-    from falcon_qlora.quiet import quiet_libraries
+    from falcon_qlora.terminal.library_logging import quiet_libraries
 
     quiet_libraries()
 
-    from falcon_qlora.assembly.rows import load_tokenizer
-    from falcon_qlora.terminal import console
+    from falcon_qlora.terminal.console import console
+    from falcon_qlora.training.rows import load_tokenizer
 
     tokenizer = load_tokenizer(configuration)
     if configuration.data.streaming:
@@ -64,8 +64,8 @@ def main(argv: list[str]) -> int:
 def _report_corpora(
     configuration: Configuration, tokenizer: Any, console: Console, wanted: DataReportArguments
 ) -> None:
-    from falcon_qlora.assembly import rows
     from falcon_qlora.data import report
+    from falcon_qlora.training import rows
 
     corpus, held_out = rows.corpora(
         configuration,
@@ -91,9 +91,9 @@ def _report_stream(
 ) -> None:
     import numpy as np
 
-    from falcon_qlora.assembly import rows
     from falcon_qlora.data import report
     from falcon_qlora.data.stream import stream_documents
+    from falcon_qlora.training import rows
 
     counts: Counter[str] = Counter()
     stream = stream_documents(
@@ -144,8 +144,8 @@ def _report_lengths(
 
 
 def _efficiency(configuration: Configuration, corpus: Corpus) -> float:
-    from falcon_qlora.assembly.rows import make_plan
     from falcon_qlora.data.report import fill
+    from falcon_qlora.training.rows import make_plan
 
     data, run = configuration.data, configuration.run
     return fill(

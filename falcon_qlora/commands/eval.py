@@ -15,7 +15,10 @@ from dataclasses import field as setting
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from falcon_qlora.assembly.adapted import (
+from falcon_qlora.common.errors import UserError, nearest
+from falcon_qlora.common.files import check_writable
+from falcon_qlora.config import Configuration, parse
+from falcon_qlora.inference.base_and_adapter import (
     adapter_folder,
     load_adapted,
     load_measured,
@@ -24,14 +27,10 @@ from falcon_qlora.assembly.adapted import (
     record_of_merge,
     tokenizer_of,
 )
-from falcon_qlora.config import Configuration, parse
-from falcon_qlora.errors import UserError, nearest
-from falcon_qlora.files import check_writable
-from falcon_qlora.methods.names import run_of
 
 if TYPE_CHECKING:
-    from falcon_qlora.assembly.held_out import HeldOutText
-    from falcon_qlora.run_directory import RunDirectory
+    from falcon_qlora.run_folder.directory import RunDirectory
+    from falcon_qlora.training.held_out import HeldOutText
 
 _HOW: dict[str, Any] = {
     "program": "falcon-qlora eval",
@@ -68,13 +67,13 @@ def main(argv: list[str]) -> int:
     if wanted.results:
         check_writable(Path(wanted.results), "--results")
     folder = adapter_folder(wanted.adapter) if wanted.adapter else None
-    run = run_of(folder) if folder is not None else None
+    run = RunDirectory.of_adapter(folder) if folder is not None else None
     configuration, named = parse_with_run(argv, run, extra_arguments=EvalArguments, **_HOW)
     if not wanted.tasks and "dataset_name" not in named and configuration.data.eval_split is None:
         raise UserError("which text? Name it with --dataset_name FILE")
 
     # Only now: a wrong flag is told at once.
-    from falcon_qlora.quiet import quiet_libraries
+    from falcon_qlora.terminal.library_logging import quiet_libraries
 
     quiet_libraries()
     if folder is None:
@@ -88,7 +87,7 @@ def main(argv: list[str]) -> int:
         figures = _measure(configuration, folder, record, run, all_rows=rows_are_named)
     _tell(figures)
     if wanted.results:
-        from falcon_qlora.files import write_json
+        from falcon_qlora.common.files import write_json
 
         write_json(Path(wanted.results), figures)
     return 0
@@ -102,9 +101,9 @@ def _measure(
     *,
     all_rows: bool,
 ) -> dict[str, Any]:
-    from falcon_qlora.assembly.held_out import held_out_text, rows_of
-    from falcon_qlora.assembly.kernels import described
-    from falcon_qlora.evaluation import batches_of, mean_loss, predictions, token_losses
+    from falcon_qlora.inference.evaluation import batches_of, mean_loss, predictions, token_losses
+    from falcon_qlora.models.choose_kernels import described
+    from falcon_qlora.training.held_out import held_out_text, rows_of
 
     tokenizer = tokenizer_of(configuration, record)
     text: HeldOutText
@@ -150,7 +149,7 @@ def _run_tasks(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from falcon_qlora.terminal import note
+    from falcon_qlora.terminal.console import note
 
     manager = TaskManager()
     asked = [name for word in words for name in word.split(",") if name]
@@ -186,7 +185,7 @@ def _run_tasks(
 
 
 def _tell(figures: dict[str, Any]) -> None:
-    from falcon_qlora.terminal import print_plain
+    from falcon_qlora.terminal.console import print_plain
 
     width = max(len(name) for name in figures) + 2
     for name, value in figures.items():

@@ -13,9 +13,14 @@ from dataclasses import field as setting
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from falcon_qlora.assembly.adapted import adapter_folder, load_adapted, read_trained, record_of_merge
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.config import Configuration, parse
-from falcon_qlora.errors import UserError
+from falcon_qlora.inference.base_and_adapter import (
+    adapter_folder,
+    load_adapted,
+    read_trained,
+    record_of_merge,
+)
 
 if TYPE_CHECKING:
     from falcon_qlora.data.templates import Template, Turn
@@ -65,7 +70,7 @@ def main(argv: list[str]) -> int:
     prompts = _prompts(wanted)
 
     # Only now: a wrong flag is told at once.
-    from falcon_qlora.quiet import quiet_libraries
+    from falcon_qlora.terminal.library_logging import quiet_libraries
 
     quiet_libraries()
     if folder is None:
@@ -148,7 +153,7 @@ class _Speaker:
             turns.append(Turn("assistant", self._print("falcon: " if person else "", turns)))
 
     def _print(self, name: str, turns: list[Turn]) -> str:
-        from falcon_qlora.generation import generate_stream
+        from falcon_qlora.inference.generation import generate_stream
 
         print(name, end="", flush=True)
         text = ""
@@ -220,7 +225,7 @@ def _prompts(wanted: GenerateArguments) -> list[str] | None:
     if not wanted.prompt_file:
         return wanted.prompt
     name = f"--prompt_file {wanted.prompt_file}"
-    from falcon_qlora.untrusted import read_text
+    from falcon_qlora.common.untrusted import read_text
 
     try:
         prompts = json.loads(read_text(Path(wanted.prompt_file), may_be_pipe=True))

@@ -15,8 +15,10 @@ from dataclasses import field as setting
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import falcon_qlora
-from falcon_qlora.assembly.adapted import (
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.version import VERSION
+from falcon_qlora.config import Configuration, parse
+from falcon_qlora.inference.base_and_adapter import (
     adapter_folder,
     base_model,
     given,
@@ -26,14 +28,11 @@ from falcon_qlora.assembly.adapted import (
     tokenizer_name,
     tokenizer_of,
 )
-from falcon_qlora.config import Configuration, parse
-from falcon_qlora.errors import UserError
-from falcon_qlora.methods.names import run_of
 
 if TYPE_CHECKING:
     from falcon_qlora.merge.build import Request
     from falcon_qlora.merge.certificate import Certificate, Origin
-    from falcon_qlora.run_directory import RunDirectory
+    from falcon_qlora.run_folder.directory import RunDirectory
 
 _HOW: dict[str, Any] = {
     "program": "falcon-qlora merge",
@@ -86,15 +85,15 @@ def main(argv: list[str]) -> int:
     assert wanted.adapter is not None
     assert wanted.out is not None
     folder = adapter_folder(wanted.adapter)
-    run = run_of(folder)
+    run = RunDirectory.of_adapter(folder)
     configuration, named = parse_with_run(argv, run, extra_arguments=MergeArguments, **_HOW)
     hub = _hub_settings(configuration, named)
 
     # Only now: a wrong flag is told at once.
-    from falcon_qlora.quiet import quiet_libraries
+    from falcon_qlora.terminal.library_logging import quiet_libraries
 
     quiet_libraries()
-    from falcon_qlora.files import remove_leftovers
+    from falcon_qlora.common.files import remove_leftovers
     from falcon_qlora.merge.folder import check_disk, check_out
     from falcon_qlora.methods.folder import read_record
 
@@ -121,12 +120,12 @@ def _merge(
     run: RunDirectory | None,
     record: dict[str, Any],
 ) -> Certificate:
-    from falcon_qlora.assembly.held_out import held_out_text
-    from falcon_qlora.evaluation import batches_of, mean_loss, predictions, token_losses
+    from falcon_qlora.inference.evaluation import batches_of, mean_loss, predictions, token_losses
     from falcon_qlora.merge import build
     from falcon_qlora.merge.certificate import HeldOut
     from falcon_qlora.models.tokenizer import check_vocabulary
-    from falcon_qlora.terminal import note
+    from falcon_qlora.terminal.console import note
+    from falcon_qlora.training.held_out import held_out_text
 
     tokenizer = tokenizer_of(configuration, record)
     check_vocabulary(tokenizer, request.checkpoint.config.vocab_size, name=request.checkpoint.name)
@@ -163,7 +162,6 @@ def _merge(
 def _request(
     configuration: Configuration, wanted: MergeArguments, folder: Path, record: dict[str, Any]
 ) -> Request:
-    from falcon_qlora.distributed import local_device
     from falcon_qlora.merge.build import Request
     from falcon_qlora.merge.folder import shard_bytes
     from falcon_qlora.merge.tensors import Quantization
@@ -172,6 +170,7 @@ def _request(
     from falcon_qlora.models.load import resolve_compute_dtype
     from falcon_qlora.models.locate import find_folder, open_checkpoint
     from falcon_qlora.models.tokenizer import find_tokenizer
+    from falcon_qlora.processes.distributed import local_device
 
     adapter = read_adapter(folder)
     name, revision = base_model(configuration, record), configuration.model.model_revision
@@ -213,8 +212,8 @@ def _request(
 def _origin(
     configuration: Configuration, request: Request, run: RunDirectory | None, record: dict[str, Any]
 ) -> Origin:
-    from falcon_qlora.assembly.held_out import data_record
     from falcon_qlora.merge.certificate import Origin, commit_of, licence_of
+    from falcon_qlora.training.held_out import data_record
 
     config = request.checkpoint.config
     resolved = configuration.resolved() if run is not None else {}
@@ -231,12 +230,12 @@ def _origin(
         data_fingerprint=fingerprint if isinstance(fingerprint, str) else None,
         settings={name: resolved[name] for name in _SHOWN_SETTINGS if resolved.get(name) is not None},
         adapter=_described(request),
-        falcon_qlora=falcon_qlora.__version__,
+        falcon_qlora=VERSION,
     )
 
 
 def _described(request: Request) -> dict[str, Any]:
-    from falcon_qlora.files import sha256
+    from falcon_qlora.common.files import sha256
     from falcon_qlora.merge.tensors import lora_of
     from falcon_qlora.methods.folder import TENSORS
 
@@ -268,7 +267,7 @@ def _check_recorded_loss(
     configuration: Configuration, request: Request, run: RunDirectory, loss: float
 ) -> None:
     """Compare the adapter's loss on what its run held out with what the run noted."""
-    from falcon_qlora.untrusted import read_json
+    from falcon_qlora.common.untrusted import read_json
 
     is_the_best = configuration.trainer.get("load_best_model_at_end")
     if not is_the_best or request.adapter.folder.name != run.adapter.name or not run.summary_file.is_file():
@@ -311,7 +310,7 @@ def _check_method(record: dict[str, Any], folder: Path) -> None:
 
 
 def _tell(certificate: Certificate, out: Path) -> None:
-    from falcon_qlora.terminal import print_plain
+    from falcon_qlora.terminal.console import print_plain
 
     print_plain(
         f"held-out loss  {certificate.adapter_loss:.4f} of {certificate.origin.quantization} base and adapter"
@@ -328,6 +327,6 @@ def _tell(certificate: Certificate, out: Path) -> None:
 
 def _push(out: Path, *, model_id: str, **how: Any) -> None:
     from falcon_qlora.models.hub import push_folder
-    from falcon_qlora.terminal import print_plain
+    from falcon_qlora.terminal.console import print_plain
 
     print_plain(f"uploaded to {push_folder(out, model_id, **how)}")

@@ -26,14 +26,14 @@ def main(argv: list[str]) -> int:
         description="Count the model's parameters and those that a method trains, without loading anything.",
     )
     # Only now: a wrong flag is told at once.
-    from falcon_qlora.quiet import quiet_libraries
+    from falcon_qlora.terminal.library_logging import quiet_libraries
 
     quiet_libraries()
 
-    from falcon_qlora.assembly.method import configured_method
-    from falcon_qlora.assembly.preflight import read_config
     from falcon_qlora.methods.interface import trainable_count
-    from falcon_qlora.terminal import console
+    from falcon_qlora.terminal.console import console
+    from falcon_qlora.training.method import configured_method
+    from falcon_qlora.training.preflight import read_config
 
     config, method = read_config(configuration), configured_method(configuration)
     trainable = trainable_count(method, config)

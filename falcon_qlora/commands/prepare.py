@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
         description="Download the model and the data, tokenize and cache, so that training needs no network.",
     )
     # Only now: a wrong flag is told at once.
-    from falcon_qlora.quiet import quiet_libraries
+    from falcon_qlora.terminal.library_logging import quiet_libraries
 
     quiet_libraries()
     prepare(configuration)
@@ -39,11 +39,11 @@ def prepare(configuration: Configuration) -> None:
     Raises:
         UserError: for what would also stop the run, or where the disk is too small.
     """
-    from falcon_qlora.assembly import rows
     from falcon_qlora.models.checkpoints import read_folder_config
     from falcon_qlora.models.locate import find_folder
     from falcon_qlora.models.tokenizer import check_vocabulary
-    from falcon_qlora.terminal import console, note, patience
+    from falcon_qlora.terminal.console import console, note, patience
+    from falcon_qlora.training import rows
 
     settings, data = configuration.model, configuration.data
     name = settings.model_name_or_path
@@ -77,7 +77,7 @@ def _downloads(configuration: Configuration) -> list[Download]:
     from falcon_qlora.data.sources import HubSource, find_source
     from falcon_qlora.models.hub import Unreachable, plan_dataset, plan_model
     from falcon_qlora.models.locate import is_on_hub
-    from falcon_qlora.terminal import note
+    from falcon_qlora.terminal.console import note
 
     settings, data = configuration.model, configuration.data
     downloads = []

@@ -15,8 +15,8 @@ from falcon_qlora.bench.machine import driver, machine
 from falcon_qlora.bench.records import append_csv
 from falcon_qlora.bench.scaling import Measured, Row, Work
 from falcon_qlora.commands.bench_arguments import BenchArguments, names, numbers, said_of_broken
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.config import Configuration
-from falcon_qlora.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -220,7 +220,7 @@ class _Bench:
 
     def finish(self) -> None:
         from falcon_qlora.bench.scaling_table import markdown, series, versions
-        from falcon_qlora.charts import draw_scaling
+        from falcon_qlora.terminal.charts import draw_scaling
 
         machine = self.machine["gpu"] + (f", driver {self.machine['driver']}" if self.visible else "")
         libraries = ", ".join(f"{name} {version}" for name, version in versions(self.measured).items())

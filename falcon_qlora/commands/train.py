@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from falcon_qlora import config, launcher_folder
-from falcon_qlora.errors import EXIT_BUG, EXIT_HANGING, EXIT_USER_ERROR, UserError
-from falcon_qlora.launcher_folder import SAME_REQUEST_SECONDS, STOP_SIGNALS
-from falcon_qlora.output import drop_what_cannot_be_written
+from falcon_qlora import config
+from falcon_qlora.common.errors import EXIT_BUG, EXIT_HANGING, EXIT_USER_ERROR, UserError
+from falcon_qlora.processes import launcher
+from falcon_qlora.processes.launcher import SAME_REQUEST_SECONDS, STOP_SIGNALS
+from falcon_qlora.terminal.output import drop_what_cannot_be_written
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -71,7 +72,7 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
     processes = _processes(launch.gpus)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
     with tempfile.TemporaryDirectory(prefix="falcon_qlora_") as folder:
-        os.environ[launcher_folder.VARIABLE] = folder
+        os.environ[launcher.VARIABLE] = folder
         words = [
             *_torchrun_flags(launch, processes),
             f"--log-dir={folder}",
@@ -84,7 +85,7 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
         try:
             return _launch(words, Path(folder))
         finally:
-            del os.environ[launcher_folder.VARIABLE]
+            del os.environ[launcher.VARIABLE]
 
 
 class _StopOnce:
@@ -106,9 +107,9 @@ class _StopOnce:
 
         # The agent restarts workers that have failed; these find the mark and end.
         with contextlib.suppress(OSError):
-            (self._folder / launcher_folder.STOPPING).touch()
+            (self._folder / launcher.STOPPING).touch()
         workers = _children()
-        if self._asked_at is None and workers and (self._folder / launcher_folder.TRAINING).exists():
+        if self._asked_at is None and workers and (self._folder / launcher.TRAINING).exists():
             self._asked_at, self._asked_with = time.monotonic(), number
             _send(workers, number)
             return
@@ -186,7 +187,7 @@ def _status(error: ChildFailedError, folder: Path) -> int:
             hint = "; out of CPU memory?" if name == "SIGKILL" else ""
             print(f"error: process {rank} was ended by {name}{hint}", file=sys.stderr)
             break
-    go_on = folder / launcher_folder.GO_ON
+    go_on = folder / launcher.GO_ON
     if go_on.exists():
         print(go_on.read_text(encoding="utf-8"), file=sys.stderr)
     return EXIT_BUG

@@ -14,7 +14,7 @@ import sys
 import threading
 from typing import Any
 
-from falcon_qlora import launcher_folder
+from falcon_qlora.processes import launcher
 
 _PR_SET_PDEATHSIG = 1
 _INTERRUPT_SECONDS = 5.0
@@ -22,10 +22,10 @@ _INTERRUPT_SECONDS = 5.0
 
 def main() -> None:
     """Run the module named first, with the words that follow, as ``python -m`` would."""
-    launcher, module = int(sys.argv[1]), sys.argv[2]
+    parent, module = int(sys.argv[1]), sys.argv[2]
     sys.argv[:] = sys.argv[2:]
-    _end_with(launcher)
-    stopping = launcher_folder.mark(launcher_folder.STOPPING)
+    _end_with(parent)
+    stopping = launcher.mark(launcher.STOPPING)
     if stopping is not None and stopping.exists():
         os._exit(128 + signal.SIGTERM)  # restarted by an agent that does not know that it is to stop
     signal.signal(signal.SIGINT, _interrupt)
@@ -43,12 +43,12 @@ def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _end_with(launcher: int) -> None:
+def _end_with(parent: int) -> None:
     """Have this process killed when the launcher ends. Linux only; elsewhere nothing is done."""
     if not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != launcher:
+    if os.getppid() != parent:
         os._exit(1)
 
 

@@ -7,9 +7,9 @@ what a recipe says); within one layer they contradict each other and the user is
 import math
 from typing import Any
 
+from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.config.library import library_fields
 from falcon_qlora.config.parser import Layer
-from falcon_qlora.errors import UserError, nearest
 
 Values = dict[str, Any]
 Laid = dict[str, tuple[Any, Layer]]

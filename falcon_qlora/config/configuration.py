@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from falcon_qlora.common.errors import UserError, without_credentials
+from falcon_qlora.common.record_files import is_record
+from falcon_qlora.common.untrusted import refuse_links
 from falcon_qlora.config import checks
 from falcon_qlora.config.arguments import (
     OUR_ARGUMENTS,
@@ -23,9 +26,6 @@ from falcon_qlora.config.arguments import (
 from falcon_qlora.config.help import print_help
 from falcon_qlora.config.library import RENAMED, SECRETS
 from falcon_qlora.config.parser import RECIPES, FalconParser, Layer, lay_over, recipe_file, recipe_names
-from falcon_qlora.errors import UserError, without_credentials
-from falcon_qlora.run_directory import is_record
-from falcon_qlora.untrusted import refuse_links
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -231,7 +231,7 @@ def _start_process_group(values: dict[str, Any]) -> None:
     import torch.distributed as dist
     from accelerate import PartialState
 
-    from falcon_qlora import distributed
+    from falcon_qlora.processes import distributed
 
     seconds = float(values.get("ddp_timeout") or _GROUP_SECONDS)
     store = None if dist.is_initialized() else distributed.fresh_store(seconds)

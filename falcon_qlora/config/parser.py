@@ -17,10 +17,10 @@ from typing import Any
 
 from trl.scripts.utils import TrlParser
 
+from falcon_qlora.common.errors import UserError, nearest
+from falcon_qlora.common.untrusted import YAML_LIMIT_BYTES, parse_yaml, read_text
 from falcon_qlora.config.arguments import OUR_ARGUMENTS
 from falcon_qlora.config.library import NOT_TAKEN, SECRETS, LibraryField, library_fields
-from falcon_qlora.errors import UserError, nearest
-from falcon_qlora.untrusted import YAML_LIMIT_BYTES, parse_yaml, read_text
 
 NUMBERS = ("a whole number", "a number")
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"

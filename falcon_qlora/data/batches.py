@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.cursor import State
 from falcon_qlora.data.origins import Origin
 from falcon_qlora.data.plan import Plan, deal, fitting
 from falcon_qlora.data.stream import DocumentStream, document_of, plain_document
-from falcon_qlora.errors import UserError
 
 Cursor = dict[str, Any]
 """Where a stream's next step begins, in plain values that JSON keeps."""

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from falcon_qlora.errors import UserError
-from falcon_qlora.files import user_cache
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.files import user_cache
 
 _ABANDONED_SECONDS = 7 * 24 * 3600
 

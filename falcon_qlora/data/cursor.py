@@ -13,12 +13,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.documents import load_template
 from falcon_qlora.data.formats import recognise, renamed_columns, render
 from falcon_qlora.data.origins import Origin
 from falcon_qlora.data.sources import Rows, Source
 from falcon_qlora.data.templates import Segment, Template
-from falcon_qlora.errors import UserError
 
 State = dict[str, Any]
 Rendered = tuple[Origin, list[Segment]]

@@ -13,15 +13,15 @@ from typing import Any
 import datasets
 import numpy as np
 
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.files import sha256, write_json
+from falcon_qlora.common.untrusted import read_json
 from falcon_qlora.data import cache
 from falcon_qlora.data.encode import Encoder
 from falcon_qlora.data.formats import recognise, renamed_columns, render, resolve_template
 from falcon_qlora.data.processes import run_each
 from falcon_qlora.data.sources import Source, quiet_datasets, row_of
 from falcon_qlora.data.templates import Template, get_template
-from falcon_qlora.errors import UserError
-from falcon_qlora.files import sha256, write_json
-from falcon_qlora.untrusted import read_json
 
 # Raised whenever the same rows and settings would give other tokens than before, or an entry holds more.
 _VERSION = 2

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.templates import Segment
-from falcon_qlora.errors import UserError
 
 
 class Status(enum.IntEnum):

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from falcon_qlora.errors import UserError
+from falcon_qlora.common.errors import UserError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 

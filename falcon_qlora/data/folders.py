@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.data.files import SUFFIXES, data_suffix
-from falcon_qlora.errors import UserError, nearest
 
 # What in a file's name says which split it belongs to.
 _SPLIT_WORDS = {

@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.data.templates import Role, Segment, Template, Turn, guanaco_segments
-from falcon_qlora.errors import UserError, nearest
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import Any
 
 import datasets
 
-from falcon_qlora.errors import UserError
+from falcon_qlora.common.errors import UserError
 
 
 def run_each(tasks: Sequence[Callable[[], None]]) -> None:

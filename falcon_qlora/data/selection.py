@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from falcon_qlora.errors import UserError
+from falcon_qlora.common.errors import UserError
 
 _HOLD_OUT, _DRAW = 1, 2
 

@@ -18,11 +18,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from falcon_qlora import sample_data
+from falcon_qlora.common.errors import UserError, nearest
+from falcon_qlora.data import sample_data
 from falcon_qlora.data.files import Row, data_suffix, iterate_rows
 from falcon_qlora.data.folders import files_of_folder, kinds
 from falcon_qlora.data.origins import Origin
-from falcon_qlora.errors import UserError, nearest
 
 PACKAGED = "sample"
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.files import sha256
 from falcon_qlora.data.cursor import (
     ROWS_TO_RECOGNISE,
     Mix,
@@ -26,8 +28,6 @@ from falcon_qlora.data.encode import Encoder, Status
 from falcon_qlora.data.formats import resolve_template
 from falcon_qlora.data.selection import checked_weights
 from falcon_qlora.data.sources import HubSource, LocalSource, find_source
-from falcon_qlora.errors import UserError
-from falcon_qlora.files import sha256
 
 _ROWS_AT_A_TIME = 64
 # A stream's files may be larger than what a start can wait for: those of a source below the first are hashed

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from falcon_qlora.errors import UserError, nearest
-from falcon_qlora.files import sha256
-from falcon_qlora.untrusted import read_text
+from falcon_qlora.common.errors import UserError, nearest
+from falcon_qlora.common.files import sha256
+from falcon_qlora.common.untrusted import read_text
 
 Role = Literal["system", "user", "assistant"]
 

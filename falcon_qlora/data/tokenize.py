@@ -16,12 +16,12 @@ from typing import Any
 import datasets
 import numpy as np
 
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.documents import Documents, Reading
 from falcon_qlora.data.encode import Change, Encoder, Status
 from falcon_qlora.data.origins import RowNames
 from falcon_qlora.data.selection import checked_weights, draw, hold_out, is_fraction
 from falcon_qlora.data.sources import find_source
-from falcon_qlora.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from falcon_qlora.files import user_cache
+from falcon_qlora.common.files import user_cache
 
 
 def usable(module: str) -> bool:

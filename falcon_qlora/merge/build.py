@@ -9,16 +9,16 @@ from pathlib import Path
 
 import torch
 
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.files import replaced_folder, sha256
 from falcon_qlora.data.batches import MicroBatch
-from falcon_qlora.errors import UserError
-from falcon_qlora.evaluation import (
+from falcon_qlora.inference.evaluation import (
     Predictions,
     divergence,
     folder_predictions,
     mean_loss,
     token_losses,
 )
-from falcon_qlora.files import replaced_folder, sha256
 from falcon_qlora.merge.card import write_card
 from falcon_qlora.merge.certificate import Certificate, HeldOut, Measured, Origin
 from falcon_qlora.merge.folder import (

@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from falcon_qlora.files import write_text
+from falcon_qlora.common.files import write_text
 from falcon_qlora.merge.certificate import Certificate
-from falcon_qlora.model_card import names_hub_dataset, names_hub_model, table
+from falcon_qlora.run_folder.model_card import names_hub_dataset, names_hub_model, table
 
 _ONTO = {"16bit": "the original 16-bit base", "dequantized": "what the quantized base stands for"}
 

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from falcon_qlora.files import write_json
+from falcon_qlora.common.files import write_json
+from falcon_qlora.common.record_files import CERTIFICATE
+from falcon_qlora.common.untrusted import read_json
 from falcon_qlora.merge.tensors import Onto
-from falcon_qlora.untrusted import read_json
 
-CERTIFICATE = "certificate.json"
 _FORMAT = 1
 _CARD_LIMIT = 2**16
 _LICENCE = re.compile(r"---\n(?:[^\n]*\n)*?license: *([\w.-]+) *\n")

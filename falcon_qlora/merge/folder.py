@@ -17,11 +17,11 @@ import transformers
 from torch import Tensor
 from transformers import FalconConfig
 
-from falcon_qlora.errors import UserError
-from falcon_qlora.files import try_to_write, write_json
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.files import try_to_write, write_json
+from falcon_qlora.common.untrusted import read_json
 from falcon_qlora.models.load import empty_model
 from falcon_qlora.models.tensor_files import write_model
-from falcon_qlora.untrusted import read_json
 
 GIB = 2**30
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import FalconConfig, FalconForCausalLM
 
-from falcon_qlora.errors import UserError
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.methods.folder import restore_adapter, write_adapter
 from falcon_qlora.methods.interface import ParameterGroup, remember
 from falcon_qlora.models.prefix import PREFIX, add_prefix, prefixes

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import FalconForCausalLM
 
-from falcon_qlora.errors import UserError
-from falcon_qlora.files import replaced, write_json
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.files import replaced, write_json
+from falcon_qlora.common.untrusted import read_json, refuse_links
 from falcon_qlora.methods.interface import attached_names
-from falcon_qlora.untrusted import read_json, refuse_links
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 RECORD = "falcon_qlora.json"

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import FalconConfig, FalconForCausalLM
 
-from falcon_qlora.errors import UserError
-from falcon_qlora.files import write_json
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.files import write_json
 from falcon_qlora.methods.folder import RECORD
 from falcon_qlora.methods.interface import ParameterGroup, remember
 from falcon_qlora.models.falcon import base_parameter_kinds

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import FalconConfig, FalconForCausalLM
 from transformers.models.falcon.modeling_falcon import FalconAttention
 
-from falcon_qlora.errors import UserError, nearest
+from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.methods.folder import TENSORS
 from falcon_qlora.methods.interface import ParameterGroup, remember
 from falcon_qlora.methods.slices import SLICES, SlicedUp, slice_rows

@@ -9,9 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from falcon_qlora.errors import UserError
-from falcon_qlora.run_directory import RunDirectory
-from falcon_qlora.untrusted import refuse_links
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.record_files import run_of
 
 
 def may_open(name: str, what: str, record: dict[str, Any], folder: Path) -> bool:
@@ -23,8 +22,8 @@ def may_open(name: str, what: str, record: dict[str, Any], folder: Path) -> bool
         record: what `folder` says of itself.
         folder: with the trained tensors.
     """
-    # Here, as it imports torch: commands that need `run_of` are not to wait for it before they start.
-    from falcon_qlora.models.identity import model_fingerprint, named_folder, tokenizer_fingerprint
+    # Here, as it imports torch, for which commands are not to wait before they start.
+    from falcon_qlora.models.fingerprint import model_fingerprint, named_folder, tokenizer_fingerprint
 
     path = named_folder(name)
     if path is None or _lies_within(path, folder):
@@ -49,7 +48,7 @@ def check_may_open(name: str, what: str, record: dict[str, Any], folder: Path, *
     Raises:
         UserError: saying how to have it opened.
     """
-    from falcon_qlora.models.identity import named_folder
+    from falcon_qlora.models.fingerprint import named_folder
 
     if not may_open(name, what, record, folder):
         raise UserError(
@@ -60,20 +59,8 @@ def check_may_open(name: str, what: str, record: dict[str, Any], folder: Path, *
     return None if path is None or _lies_within(path, folder) else path
 
 
-def run_of(folder: Path) -> RunDirectory | None:
-    """The run whose adapter, or a checkpoint of which, lies in `folder`; None for an adapter by itself."""
-    absolute = folder.absolute()
-    candidates = [absolute.parent] if absolute.name == "adapter" else []
-    if absolute.parent.name == "checkpoints":
-        candidates.append(absolute.parent.parent)
-    run = next((RunDirectory(path) for path in candidates if (path / "config.yaml").is_file()), None)
-    if run is not None:
-        refuse_links(run.path)
-    return run
-
-
 def _lies_within(path: Path, folder: Path) -> bool:
     """Whether a path lies in a trained folder, or in the run that it is of."""
     run = run_of(folder)
-    roots = [folder] if run is None else [folder, run.path]
+    roots = [folder] if run is None else [folder, run]
     return any(path.resolve().is_relative_to(root.resolve()) for root in roots)

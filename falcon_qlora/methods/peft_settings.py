@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from falcon_qlora.errors import UserError
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.untrusted import read_json
 from falcon_qlora.methods.lora import Lora, checked_slices
 from falcon_qlora.models.falcon import LINEARS
-from falcon_qlora.untrusted import read_json
 
 # Settings of PEFT's that are read here, or that change nothing.
 _KNOWN = frozenset(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import FalconForCausalLM
 
-from falcon_qlora.errors import UserError
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.methods.adapter import Adapter
 from falcon_qlora.methods.adapter_v2 import AdapterV2
 from falcon_qlora.methods.folder import read_record

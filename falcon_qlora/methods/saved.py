@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import FalconConfig
 
-from falcon_qlora.errors import UserError, nearest
+from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.methods.adapter import Adapter
 from falcon_qlora.methods.adapter_v2 import AdapterV2
 from falcon_qlora.methods.folder import CONFIG, TENSORS, read_record

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from falcon_qlora.models.attention import split_heads
+from falcon_qlora.models.packed_attention import split_heads
 
 SLICES = ("query", "key", "value")
 

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.falcon.modeling_falcon import FalconDecoderLayer
 
 from falcon_qlora.kernels.offload import Offload
-from falcon_qlora.models.fast import Keep, set_keep
+from falcon_qlora.models.fast_path import Keep, set_keep
 
 Checkpointing = Literal["none", "selective", "full", "offload"]
 

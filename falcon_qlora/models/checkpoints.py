@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from transformers import FalconConfig, FalconForCausalLM
 
-from falcon_qlora.errors import UserError, nearest
+from falcon_qlora.common.errors import UserError, nearest
+from falcon_qlora.common.untrusted import file_beside, read_json
 from falcon_qlora.models.falcon import PRESETS, preset_config, read_config
 from falcon_qlora.models.tensor_files import read_tensor, stored_tensors
-from falcon_qlora.untrusted import file_beside, read_json
 
 RANDOM = "random:"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import FalconConfig
 
-from falcon_qlora.errors import UserError
+from falcon_qlora.common.errors import UserError
 
 PRESETS: dict[str, dict[str, Any]] = {
     "falcon-rw-1b": {

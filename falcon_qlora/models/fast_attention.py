@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from falcon_qlora.kernels import flash_attention, prefix
-from falcon_qlora.models.attention import Sequences, _takes_varlen, packed_attention
+from falcon_qlora.models.packed_attention import Sequences, _takes_varlen, packed_attention
 
 AttentionKernel = Literal["FlashAttention-4", "variable-length kernel", "padded batches"]
 

@@ -18,7 +18,7 @@ from transformers import FalconForCausalLM, FalconModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutput
 from transformers.models.falcon.modeling_falcon import FalconAttention
 
-from falcon_qlora.models.attention import Sequences, alibi_bias, packed_attention_forward
+from falcon_qlora.models.packed_attention import Sequences, alibi_bias, packed_attention_forward
 from falcon_qlora.models.scaled import head_loss
 
 _BEFORE = "_forward_before_packing"

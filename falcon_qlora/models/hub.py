@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from falcon_qlora.errors import UserError
+from falcon_qlora.common.errors import UserError
 
 GIB = 2**30
 

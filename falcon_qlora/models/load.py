@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, FalconConfig, FalconForCausalLM
 from transformers.models.falcon.modeling_falcon import FalconRotaryEmbedding
 
-from falcon_qlora.distributed import local_device
-from falcon_qlora.errors import UserError
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.models.falcon import expected_linears, linear_shapes
 from falcon_qlora.models.locate import open_checkpoint
 from falcon_qlora.models.quantize import (
@@ -32,6 +31,7 @@ from falcon_qlora.models.quantize import (
     is_quantized_linear,
 )
 from falcon_qlora.models.sizes import check_fits
+from falcon_qlora.processes.distributed import local_device
 
 # FP8 is the fast path's: the model, and LoRA, are in bfloat16.
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import FalconForCausalLM
 from transformers.models.falcon.modeling_falcon import FalconAttention, rotate_half
 
-from falcon_qlora.models.attention import _one_for_each_query_head, split_heads
+from falcon_qlora.models.packed_attention import _one_for_each_query_head, split_heads
 
 PREFIX = "prefix_attention"
 

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import FalconForCausalLM
 
-from falcon_qlora.files import write_json
+from falcon_qlora.common.files import write_json
 from falcon_qlora.models import zero3
 from falcon_qlora.models.activations import blocks_of
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import FalconConfig
 
-from falcon_qlora.errors import UserError
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.models.falcon import linear_parameter_count, linear_shapes, parameter_count
 from falcon_qlora.models.quantize import NF4_BLOCK, NF4_NESTED_BLOCK, QuantizeMode
 

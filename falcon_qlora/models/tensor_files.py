@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from falcon_qlora.errors import UserError
-from falcon_qlora.files import write_json
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.files import write_json
 
 _NAME_OF_DTYPE = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _INDEX = "model.safetensors.index.json"

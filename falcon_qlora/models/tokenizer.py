@@ -6,10 +6,10 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from falcon_qlora.errors import UserError
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.untrusted import read_json, read_text
 from falcon_qlora.models.checkpoints import RANDOM
 from falcon_qlora.models.locate import is_on_hub, packaged_folder
-from falcon_qlora.untrusted import read_json, read_text
 
 _SETTINGS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _CHAT_TEMPLATE = "chat_template.jinja"

@@ -8,7 +8,7 @@ Random weights in 4 bits, a prompt of 128 tokens, 64 new ones, one at a time beh
 # ruff: noqa: E402
 from __future__ import annotations
 
-from falcon_qlora import allocator
+from falcon_qlora.common import allocator
 
 allocator.use_expandable_segments()  # before torch is loaded
 

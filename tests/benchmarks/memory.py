@@ -11,7 +11,7 @@ environment variable OUT names, else in the current one.
 # ruff: noqa: E402
 from __future__ import annotations
 
-from falcon_qlora import allocator
+from falcon_qlora.common import allocator
 
 allocator.use_expandable_segments()  # before torch is loaded
 
@@ -38,13 +38,13 @@ from falcon_qlora.bench.rows import made_up
 from falcon_qlora.bench.settings import Settings, adapted
 from falcon_qlora.bench.variants import VARIANTS
 from falcon_qlora.data.batches import MicroBatch, collate
-from falcon_qlora.memory import Step
 from falcon_qlora.models.activations import Checkpointing, set_checkpointing
 from falcon_qlora.models.falcon import parameter_count
-from falcon_qlora.models.fast import apply_fast_path
+from falcon_qlora.models.fast_path import apply_fast_path
 from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.load import load_model
-from falcon_qlora.step import sum_of_losses
+from falcon_qlora.models.step_memory import Step
+from falcon_qlora.step.global_batch import sum_of_losses
 from tests.benchmarks.fast_path import DOCUMENT, count_waits, distances
 
 GB = 1e9

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from falcon_qlora.models.activations import set_checkpointing
-from falcon_qlora.models.fast import apply_fast_path
+from falcon_qlora.models.fast_path import apply_fast_path
 from tests.layouts import documents
 from tests.packing import packed
 from tests.unit.test_fast_path import adapted, step

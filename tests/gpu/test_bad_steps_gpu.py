@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from falcon_qlora import trainer
-from falcon_qlora.errors import UserError
-from falcon_qlora.step import accumulate_gradients
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.step.global_batch import accumulate_gradients
+from falcon_qlora.training import trainer
 from tests.integration.runs import summary
 from tests.integration.test_kernels_flag import fine_tune
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from falcon_qlora.kernels import ops
-from falcon_qlora.models.fast import apply_fast_path
+from falcon_qlora.models.fast_path import apply_fast_path
 from tests.layouts import MODES, documents, plain_float32, tiny_model
 from tests.packing import packed
 from tests.unit.test_fast_adapters import NAMES, assert_same, attached, distance, on_packed, truth

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from falcon_qlora.kernels import ops
-from falcon_qlora.models.fast import apply_fast_path, remove_fast_path
+from falcon_qlora.models.fast_path import apply_fast_path, remove_fast_path
 from falcon_qlora.models.forward import enable_packing
 from tests.layouts import documents, plain_float32, tiny_model
 from tests.packing import gradients, one_by_one, packed, with_adapter

@@ -10,7 +10,7 @@ from falcon_qlora.methods.adapter_v2 import AdapterV2
 from falcon_qlora.methods.full import Full
 from falcon_qlora.methods.interface import trainable_names
 from falcon_qlora.methods.lora import Lora
-from falcon_qlora.models.fast import apply_fast_path
+from falcon_qlora.models.fast_path import apply_fast_path
 from falcon_qlora.models.forward import enable_packing
 from tests.layouts import LAYOUTS, MODES, documents, tiny_model
 from tests.packing import gradients, packed

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from falcon_qlora.models.attention import _takes_varlen
 from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.load import load_model, verify_quantized
+from falcon_qlora.models.packed_attention import _takes_varlen
 from tests.integration.runs import summary, train, write_jsonl
 from tests.layouts import LAYOUTS, documents, plain_float32, tiny_model
 from tests.packing import gradients, one_by_one, packed, with_adapter

@@ -41,13 +41,13 @@ from typing import Any
 
 import torch
 
-from falcon_qlora import distributed, interrupts
-from falcon_qlora import step as step_module
 from falcon_qlora.checkpoint import write
 from falcon_qlora.models.tokenizer import load_tokenizer
-from falcon_qlora.run_directory import RunDirectory
+from falcon_qlora.processes import distributed, stop_signals
+from falcon_qlora.run_folder.directory import RunDirectory
+from falcon_qlora.step import global_batch as step_module
 from falcon_qlora.train import main
-from falcon_qlora.trainer import FalconTrainer
+from falcon_qlora.training.trainer import FalconTrainer
 
 FAULTS = json.loads(os.environ.get("FAULTS", "[]"))
 now = 0
@@ -101,7 +101,7 @@ def faulty_training_step(self: Any, *arguments: Any, **named: Any) -> Any:
     return training_step(self, *arguments, **named)
 
 
-training_begins = interrupts.training_begins
+training_begins = stop_signals.training_begins
 
 
 def faulty_training_begins(say: Any) -> None:
@@ -203,7 +203,7 @@ def faulty_write_folder(self: RunDirectory, target: Path) -> Iterator[Path]:
 if rooms := faults("room"):
     shutil.disk_usage = lambda path: SimpleNamespace(free=rooms[0]["bytes"])  # type: ignore[assignment,misc]
 
-interrupts.training_begins = faulty_training_begins
+stop_signals.training_begins = faulty_training_begins
 FalconTrainer._save_checkpoint = faulty_save_checkpoint  # type: ignore[method-assign]
 FalconTrainer.training_step = faulty_training_step  # type: ignore[method-assign]
 step_module.sum_of_losses = faulty_sum_of_losses

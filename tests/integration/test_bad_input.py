@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from falcon_qlora import __main__ as cli
-from falcon_qlora import distributed, training
 from falcon_qlora.commands import train as launcher
 from falcon_qlora.config import parse
-from falcon_qlora.quiet import quiet_libraries
+from falcon_qlora.processes import distributed
+from falcon_qlora.terminal.library_logging import quiet_libraries
+from falcon_qlora.training import run
 from tests.integration.refusals import PLAIN, ROWS, contents, folder, only_message, train
 from tests.integration.runs import write_jsonl
 
@@ -52,7 +53,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     def launch(torchrun_argv: list[str], folder: Path) -> int:
         quiet_libraries()
         words = torchrun_argv[torchrun_argv.index("falcon_qlora.train") + 1 :]
-        return distributed.exit_status(lambda: training.train(parse(words)))
+        return distributed.exit_status(lambda: run.train(parse(words)))
 
     monkeypatch.setattr(launcher, "_launch", launch)
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 import falcon_qlora
-from falcon_qlora import step, trainer
-from falcon_qlora.checkpoint.verify import fault
-from falcon_qlora.errors import UserError
+from falcon_qlora.checkpoint.manifest import fault
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.models.tokenizer import load_tokenizer
-from falcon_qlora.step import accumulate_gradients
+from falcon_qlora.step import global_batch
+from falcon_qlora.step.global_batch import accumulate_gradients
+from falcon_qlora.training import trainer
 from tests.integration.interrupted import assert_same_run, at_work, run
 from tests.integration.runs import summary, write_jsonl
 from tests.integration.test_kernels_flag import fine_tune
@@ -109,14 +110,14 @@ def rows_with_poison(path: Path, poisoned: set[int], count: int) -> str:
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss of what holds the word is not a number."""
-    whole = step.sum_of_losses
+    whole = global_batch.sum_of_losses
     tokenizer = load_tokenizer("tiny")
 
     def poisoned(model: Any, batch: Any) -> torch.Tensor:
         loss = whole(model, batch)
         return loss * torch.nan if POISON in tokenizer.decode(batch.input_ids[0]) else loss
 
-    monkeypatch.setattr(step, "sum_of_losses", poisoned)
+    monkeypatch.setattr(global_batch, "sum_of_losses", poisoned)
 
 
 def named(output: str) -> list[str]:

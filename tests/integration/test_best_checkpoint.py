@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 import falcon_qlora
-from falcon_qlora import interrupts
 from falcon_qlora.checkpoint import write
+from falcon_qlora.processes import stop_signals
 from tests.integration.runs import metrics, summary
 from tests.integration.test_adapter import fine_tune
 
@@ -33,7 +33,7 @@ def test_a_run_that_saves_its_best_alone_is_saved_where_it_is_stopped(
     settings: dict[str, Any] = {**SAME, "save_strategy": "best", "eval_strategy": "steps", "max_steps": 4}
     settings["generate_samples"] = 1
     with monkeypatch.context() as patch:
-        patch.setattr(interrupts, "asked_to_stop", lambda: signal.SIGTERM)
+        patch.setattr(stop_signals, "asked_to_stop", lambda: signal.SIGTERM)
         run = fine_tune(tmp_path, **settings)
     assert checkpoints(run) == ["step-1", "step-2"]
     assert not (run / "adapter").exists()

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from falcon_qlora.assembly import activations
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.config import parse
-from falcon_qlora.errors import UserError
-from falcon_qlora.memory import allocated_optimizer_bytes
+from falcon_qlora.models.step_memory import allocated_optimizer_bytes
+from falcon_qlora.training import activations
 from tests.integration.runs import command, metrics, summary
 from tests.integration.test_kernels_flag import fine_tune
 
@@ -98,7 +98,7 @@ def test_a_trial_that_does_not_fit_says_what_to_change(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(activations, "warms_up", lambda device: True)
-    monkeypatch.setattr("falcon_qlora.step.sum_of_losses", too_much)
+    monkeypatch.setattr("falcon_qlora.step.global_batch.sum_of_losses", too_much)
     with pytest.raises(
         UserError, match=r"does not fit.*--checkpointing full, or --checkpointing offload, or.* -b"
     ):
@@ -122,7 +122,7 @@ def test_segments_expand_unless_the_user_says_how(
 ) -> None:
     import os
 
-    from falcon_qlora.allocator import use_expandable_segments
+    from falcon_qlora.common.allocator import use_expandable_segments
 
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from falcon_qlora import config
-from falcon_qlora.assembly import comparison
 from falcon_qlora.commands import compare
-from falcon_qlora.errors import UserError
-from falcon_qlora.run_directory import RunDirectory
-from falcon_qlora.sample_data import path as sample_rows
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.compare import plan
+from falcon_qlora.data.sample_data import path as sample_rows
+from falcon_qlora.run_folder.directory import RunDirectory
 from tests.integration.processes import Processes
 from tests.integration.runs import command, metrics, summary
 
@@ -89,7 +89,7 @@ def test_only_the_method_that_is_missing_is_trained(
 
 @pytest.mark.slow
 def test_all_methods_learn_and_one_that_cannot_run_says_why(tmp_path: Path) -> None:
-    names = list(comparison.METHODS)
+    names = list(plan.METHODS)
     rows = run(tmp_path, names)
     check_rows(tmp_path, rows)
     assert [row["method"] for row in rows] == names
@@ -205,16 +205,16 @@ def test_a_run_that_went_on_is_the_one_it_was(tmp_path: Path) -> None:
     adopted = config.parse([*words, "--global_batch_size", "6"])
     for went_on, same in ((adopted, True), (config.parse([*words, "--learning_rate", "1"]), False)):
         RunDirectory(tmp_path).write_config(went_on.resolved())
-        assert comparison.read_alike(tmp_path, asked) is same
+        assert plan.read_alike(tmp_path, asked) is same
     replaced = config.parse([*words, "--recipe", "lit-full", "--optim", "adamw_torch_fused"])
     RunDirectory(tmp_path).write_config(replaced.resolved())
-    assert comparison.read_alike(tmp_path, config.parse([*words, "--recipe", "lit-full"]))
+    assert plan.read_alike(tmp_path, config.parse([*words, "--recipe", "lit-full"]))
     named = ["--recipe", "lit-full", "--optim", "adamw_bnb_8bit"]
-    assert not comparison.read_alike(tmp_path, config.parse([*words, *named]))
+    assert not plan.read_alike(tmp_path, config.parse([*words, *named]))
 
 
 def test_flags_of_one_method_reach_that_one_alone() -> None:
-    planned = comparison.plan(
+    planned = plan.plan(
         "--lora_target_modules dense query_key_value --adapter_first_block=0 --sharding fsdp -s -1".split(),
         names=["lora, full ,", "adapter"],
         recipes=["full=my.yaml"],

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import falcon_qlora
 from falcon_qlora import __main__ as cli
-from falcon_qlora.checkpoint.verify import describe_file
-from falcon_qlora.errors import UserError
+from falcon_qlora.checkpoint.manifest import describe_file
+from falcon_qlora.common.errors import UserError
 from tests.fuzzing import EXPLODED, Bomb
 from tests.integration.runs import write_jsonl
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from falcon_qlora.assembly import record
 from falcon_qlora.methods.lora import Lora
-from falcon_qlora.run_directory import RunDirectory
+from falcon_qlora.run_folder.directory import RunDirectory
+from falcon_qlora.training import record
 from tests.integration.interrupted import ROWS, SETTINGS, at_work, run
 from tests.integration.runs import metrics, room_for
 from tests.integration.test_adapter import fine_tune

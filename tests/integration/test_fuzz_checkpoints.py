@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import falcon_qlora
-from falcon_qlora.assembly import resumption
-from falcon_qlora.checkpoint.verify import describe_file
+from falcon_qlora.checkpoint.manifest import describe_file
 from falcon_qlora.config.configuration import parse
-from falcon_qlora.run_directory import RunDirectory
-from falcon_qlora.trainer import FalconTrainer
+from falcon_qlora.run_folder.directory import RunDirectory
+from falcon_qlora.training import resume
+from falcon_qlora.training.trainer import FalconTrainer
 from tests.fuzzing import change, fresh_copy, fuzz, read_or_refused
 from tests.integration.conftest import STEP
 
@@ -87,8 +87,8 @@ def test_before_anything_is_loaded(written, scratch, data, name):
 
     def begin() -> Any:
         configuration = parse(["--resume", str(run), "--report_to", "none"])
-        checkpoint = resumption.checkpoint_to_resume(configuration, RunDirectory(run))
-        resumption.adopt(configuration, checkpoint)
+        checkpoint = resume.checkpoint_to_resume(configuration, RunDirectory(run))
+        resume.adopt(configuration, checkpoint)
         return configuration
 
     configuration = read_or_refused(run, begin, or_about=ABOUT)
@@ -117,7 +117,7 @@ def trainer(written: Path, tmp_path_factory: pytest.TempPathFactory) -> FalconTr
 
 def take_up(trainer: FalconTrainer, checkpoint: Path) -> bool:
     """What Transformers' loop does with a checkpoint up to the first step, and then a step."""
-    resumption._refuse_if_not_whole(checkpoint)
+    resume._refuse_if_not_whole(checkpoint)
     trainer._load_from_checkpoint(str(checkpoint))
     trainer._init_training_state(STEP + 1, STEP + 1, 1, str(checkpoint), None)
     trainer._load_optimizer_and_scheduler(str(checkpoint))

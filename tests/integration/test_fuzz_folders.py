@@ -11,17 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from falcon_qlora import __main__ as cli
-from falcon_qlora.assembly import adapted, held_out
 from falcon_qlora.bench.scaling import Row, read_run
 from falcon_qlora.commands import eval as evaluating
 from falcon_qlora.commands import generate
+from falcon_qlora.common.untrusted import of_a_run, refuse_links
+from falcon_qlora.compare.report import Compared, Comparison
 from falcon_qlora.config.configuration import parse
 from falcon_qlora.data.templates import template_fingerprint
-from falcon_qlora.methods.names import run_of
+from falcon_qlora.inference import base_and_adapter
 from falcon_qlora.methods.registry import load_adapter  # noqa: F401  # imported before memory is limited
-from falcon_qlora.report import Compared, Comparison
-from falcon_qlora.run_directory import RunDirectory
-from falcon_qlora.untrusted import of_a_run, refuse_links
+from falcon_qlora.run_folder.directory import RunDirectory
+from falcon_qlora.training import held_out
 from tests.fuzzing import SECRET, change, fresh_copy, fuzz, read_or_refused
 
 OF_A_RUN = [
@@ -94,20 +94,22 @@ def test_commands(written, scratch, capsys, data, verb):
 def before_generate(folder: Path) -> None:
     words = ["--prompt", "x", "--adapter", str(folder)]
     configuration = parse(words, extra_arguments=generate.GenerateArguments)
-    record = adapted.read_trained(
-        configuration, adapted.adapter_folder(str(folder)), named=configuration.explicit
+    record = base_and_adapter.read_trained(
+        configuration, base_and_adapter.adapter_folder(str(folder)), named=configuration.explicit
     )
     generate._template(configuration, record)
 
 
 def before_eval(folder: Path) -> None:
-    adapter = adapted.adapter_folder(str(folder))
-    run = run_of(adapter)
+    adapter = base_and_adapter.adapter_folder(str(folder))
+    run = RunDirectory.of_adapter(adapter)
     words = ["--adapter", str(folder)]
-    configuration, named = adapted.parse_with_run(words, run, extra_arguments=evaluating.EvalArguments)
-    record = adapted.read_trained(configuration, adapter, named=named)
+    configuration, named = base_and_adapter.parse_with_run(
+        words, run, extra_arguments=evaluating.EvalArguments
+    )
+    record = base_and_adapter.read_trained(configuration, adapter, named=named)
     held_out.data_record(run)
-    adapted.tokenizer_of(configuration, record)
+    base_and_adapter.tokenizer_of(configuration, record)
 
 
 def compare(folder: Path) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from falcon_qlora.checkpoint.verify import fault
-from falcon_qlora.errors import UserError
+from falcon_qlora.checkpoint.manifest import fault
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.methods.adapter_v2 import AdapterV2
 from falcon_qlora.methods.lora import Lora
 from tests.integration.interrupted import assert_same_run

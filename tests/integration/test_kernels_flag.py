@@ -10,7 +10,7 @@ import pytest
 
 import falcon_qlora
 from falcon_qlora import __main__ as cli
-from falcon_qlora.errors import UserError
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.kernels import fp8
 from tests.integration.runs import metrics
 

@@ -35,7 +35,7 @@ def assert_whole(output: Path) -> None:
 
 PRINTS = """
 import sys
-from falcon_qlora.output import drop_what_cannot_be_written
+from falcon_qlora.terminal.output import drop_what_cannot_be_written
 drop_what_cannot_be_written()
 for stream in (sys.stdout, sys.stderr):
     print("x" * 100_000, file=stream, flush=True)

@@ -284,8 +284,8 @@ def test_a_merge_comes_with_its_certificate_and_the_better_is_kept(run, tmp_path
 
 
 def _held_out_documents(run: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    from falcon_qlora.assembly import rows
     from falcon_qlora.config import parse
+    from falcon_qlora.training import rows
 
     corpus = rows.corpora(parse(["--config", str(run / "config.yaml")]), load_tokenizer("tiny"))[1]
     return [(torch.tensor([row["input_ids"]]), torch.tensor(row["mask"]).bool()) for row in corpus.dataset]

@@ -14,7 +14,7 @@ SCRIPT = """
 import json, resource, sys
 from pathlib import Path
 import torch
-from falcon_qlora.evaluation import folder_predictions
+from falcon_qlora.inference.evaluation import folder_predictions
 from falcon_qlora.data.batches import collate
 from falcon_qlora.merge.folder import write_configuration, write_weights
 from falcon_qlora.merge.tensors import Quantization, merged_tensors

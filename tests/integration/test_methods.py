@@ -13,16 +13,16 @@ from safetensors.torch import load_file
 
 import falcon_qlora
 from falcon_qlora import __main__ as cli
-from falcon_qlora.assembly import rows
-from falcon_qlora.assembly import trainer as builder
-from falcon_qlora.assembly.preflight import choose_trackers
 from falcon_qlora.commands import generate, params
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.config import parse
-from falcon_qlora.errors import UserError
+from falcon_qlora.data.sample_data import path as sample_rows
 from falcon_qlora.methods.interface import trainable_names
 from falcon_qlora.methods.registry import METHODS
-from falcon_qlora.run_directory import RunDirectory
-from falcon_qlora.sample_data import path as sample_rows
+from falcon_qlora.run_folder.directory import RunDirectory
+from falcon_qlora.training import build as builder
+from falcon_qlora.training import rows
+from falcon_qlora.training.preflight import choose_trackers
 from tests.integration.runs import command, metrics, summary, train
 from tests.integration.test_adapter import fine_tune
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 import falcon_qlora
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.config import parse
-from falcon_qlora.errors import UserError
 from tests.integration.runs import metrics, write_jsonl
 
 ROWS = [{"instruction": f"Say {number}.", "output": f"It is {number}."} for number in range(12)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from falcon_qlora.checkpoint.verify import newest_whole
+from falcon_qlora.checkpoint.manifest import newest_whole
 from tests.integration.interrupted import ROWS, assert_same_run, at_work, run
 from tests.integration.processes import Processes
 from tests.integration.runs import metrics, summary

@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from falcon_qlora.assembly import resumption, sharding
-from falcon_qlora.checkpoint import verify
+from falcon_qlora.checkpoint import manifest
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.config import parse
-from falcon_qlora.errors import UserError
+from falcon_qlora.data.sample_data import path as sample_rows
 from falcon_qlora.models import sharded
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.tiny import tiny_path
-from falcon_qlora.run_directory import RunDirectory
-from falcon_qlora.sample_data import path as sample_rows
+from falcon_qlora.run_folder.directory import RunDirectory
+from falcon_qlora.training import resume, sharding
 from tests.integration.interrupted import assert_same_run
 from tests.integration.runs import command, train
 
@@ -140,9 +140,9 @@ def test_a_run_that_took_another_optimizer_than_its_recipes_goes_on_with_it(tmp_
     checkpoint = tmp_path / "checkpoints" / "step-1"
     checkpoint.mkdir(parents=True)
     batch = configuration.run.global_batch_size
-    verify.write_manifest(checkpoint, {"global_batch": batch, "processes": 1})
+    manifest.write_manifest(checkpoint, {"global_batch": batch, "processes": 1})
     going_on = parse(words)
-    resumption.adopt(going_on, str(checkpoint))
+    resume.adopt(going_on, str(checkpoint))
     assert going_on.optimizer == "adamw_torch_fused"
     with pytest.raises(UserError, match="optim was adamw_torch_fused"):
-        resumption.adopt(parse([*words, "--optim", "adamw_bnb_8bit"]), str(checkpoint))
+        resume.adopt(parse([*words, "--optim", "adamw_bnb_8bit"]), str(checkpoint))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from falcon_qlora.watchdog import Watchdog
+from falcon_qlora.processes.watchdog import Watchdog
 from tests.integration.test_adapter import fine_tune
 
 

@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from falcon_qlora import distributed
-from falcon_qlora.assembly.sharding import shard_if_wanted
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.config import parse
-from falcon_qlora.errors import UserError
 from falcon_qlora.models import zero3
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.tiny import tiny_path
+from falcon_qlora.processes import distributed
+from falcon_qlora.training.sharding import shard_if_wanted
 from tests.integration.processes import Processes
 from tests.integration.runs import command, metrics, summary, train
 from tests.integration.test_sharding import SETTINGS

@@ -22,7 +22,7 @@ from triton.runtime import driver
 
 from falcon_qlora.kernels import fp8, ops, rotary
 from falcon_qlora.kernels.low_rank import Dropout
-from falcon_qlora.models.fast import apply_fast_path
+from falcon_qlora.models.fast_path import apply_fast_path
 from tests.kernels.compile_ahead import name_of
 from tests.layouts import documents, tiny_model
 from tests.packing import packed

@@ -3,7 +3,7 @@
 import pytest
 
 from falcon_qlora.kernels import fp8, ops
-from falcon_qlora.models.fast import apply_fast_path
+from falcon_qlora.models.fast_path import apply_fast_path
 from tests.layouts import documents, tiny_model
 from tests.packing import packed
 from tests.unit.test_fast_adapters import attached, on_packed

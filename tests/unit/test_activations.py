@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from falcon_qlora.kernels.offload import Offload, _Moved
-from falcon_qlora.memory import Step
 from falcon_qlora.models.activations import set_checkpointing
-from falcon_qlora.models.fast import apply_fast_path
+from falcon_qlora.models.fast_path import apply_fast_path
+from falcon_qlora.models.step_memory import Step
 from tests.layouts import documents
 from tests.packing import gradients, packed
 from tests.unit.test_fast_path import LENGTHS, adapted, step

@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from falcon_qlora.checkpoint.gate import AdapterFaultError, check_adapter
+from falcon_qlora.checkpoint.adapter_check import AdapterFaultError, check_adapter
 from falcon_qlora.methods.adapter import Adapter
 from falcon_qlora.methods.adapter_v2 import AdapterV2
 from falcon_qlora.methods.full import Full
 from falcon_qlora.methods.interface import method_of, trainable_names
 from falcon_qlora.methods.lora import Lora, attach_lora
-from falcon_qlora.models.fast import apply_fast_path
+from falcon_qlora.models.fast_path import apply_fast_path
 from falcon_qlora.models.forward import enable_packing
 from tests.layouts import MODES, tiny_model
 

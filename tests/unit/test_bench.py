@@ -20,10 +20,10 @@ from falcon_qlora.bench.runners import build
 from falcon_qlora.bench.settings import Settings, adapted
 from falcon_qlora.bench.table import Machine, points, ratio_interval, rows
 from falcon_qlora.bench.variants import VARIANTS, Impossible
-from falcon_qlora.charts import draw_speed_and_memory
 from falcon_qlora.models.falcon import expected_linears
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.quantize import bnb
+from falcon_qlora.terminal.charts import draw_speed_and_memory
 from tests.layouts import LAYOUTS, VOCABULARY, plain_float32
 from tests.packing import one_by_one
 

@@ -15,10 +15,10 @@ from falcon_qlora.bench.records import COLUMNS
 from falcon_qlora.bench.scaling import Measured, Row, Work, read_run, reason
 from falcon_qlora.bench.scaling_table import PUBLISHED
 from falcon_qlora.bench.whole_run import whole_runs
-from falcon_qlora.charts import draw_scaling
 from falcon_qlora.config import parse
 from falcon_qlora.models.tokenizer import load_tokenizer
-from falcon_qlora.run_directory import RunDirectory
+from falcon_qlora.run_folder.directory import RunDirectory
+from falcon_qlora.terminal.charts import draw_scaling
 
 HALF_A_MINUTE = 30.0
 

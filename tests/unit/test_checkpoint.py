@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from falcon_qlora.checkpoint.verify import MANIFEST, fault, newest_whole, write_manifest
+from falcon_qlora.checkpoint.manifest import MANIFEST, fault, newest_whole, write_manifest
 from falcon_qlora.checkpoint.write import _rotate, set_aside_after
 
 

@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from falcon_qlora import distributed
-from falcon_qlora.assembly.activations import Activations, choose_activations
-from falcon_qlora.assembly.kernels import choose_kernels
-from falcon_qlora.assembly.method import configured_method
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.kernels import fp8
 from falcon_qlora.kernels.fp8_block import Fp8
 from falcon_qlora.models.activations import blocks_of
+from falcon_qlora.models.choose_kernels import choose_kernels
 from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.load import load_model
+from falcon_qlora.processes import distributed
+from falcon_qlora.training.activations import Activations, choose_activations
+from falcon_qlora.training.method import configured_method
 
 GIB = 2**30
 # Layers enough for a share of them, and micro batches whose activations are what matters.
@@ -40,7 +40,9 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Choose:
     def chosen(flags: str, free: int) -> tuple[Activations, Any]:
         configuration = parse([*SETTINGS.split(), *flags.split()])
         model = _model(configuration)
-        kernels = choose_kernels(configuration.model, model)
+        kernels = choose_kernels(
+            model, kernels=configuration.model.kernels, compute_dtype=configuration.model.compute_dtype
+        )
         with monkeypatch.context() as gpu:
             gpu.setattr(distributed, "local_device", lambda: torch.device("cuda", 0))
             gpu.setattr(torch.cuda, "empty_cache", lambda: None)

@@ -17,8 +17,8 @@ import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from falcon_qlora import __main__ as cli
-from falcon_qlora import launcher_folder
 from falcon_qlora.commands import train
+from falcon_qlora.processes.launcher import TRAINING
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -198,7 +198,7 @@ class TestLauncher:
         monkeypatch.setattr(train, "_children", lambda: [7])
         monkeypatch.setattr(train, "_send", lambda pids, number: sent.append((*pids, number)))
         monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-        (tmp_path / launcher_folder.TRAINING).touch()
+        (tmp_path / TRAINING).touch()
         stop = train._StopOnce(tmp_path)
         for _ in range(3):
             stop(signal.SIGINT, None)

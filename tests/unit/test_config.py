@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from falcon_qlora import config
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.config import library
 from falcon_qlora.config.arguments import OUR_ARGUMENTS
 from falcon_qlora.config.help import COMMON
 from falcon_qlora.config.parser import RECIPES, recipe_names
-from falcon_qlora.errors import UserError
 
 
 def resolved(*argv: str) -> dict:

@@ -9,7 +9,7 @@ import yaml
 from falcon_qlora import __main__ as cli
 from falcon_qlora import config
 from falcon_qlora.commands.train import LaunchArguments
-from falcon_qlora.errors import UserError
+from falcon_qlora.common.errors import UserError
 
 
 def refusal(*argv: str) -> str:

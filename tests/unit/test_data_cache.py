@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.data import cache
-from falcon_qlora.errors import UserError
 
 
 def fill(folder: Path) -> None:

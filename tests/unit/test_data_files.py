@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.data import files
 from falcon_qlora.data.files import iterate_rows
 from falcon_qlora.data.sources import HubSource, LocalSource, find_source
-from falcon_qlora.errors import UserError
 
 ROWS = [{"instruction": f"say {n}", "output": f"line\n{n} é 🦙", "n": n} for n in range(7)]
 
@@ -207,7 +207,7 @@ def test_what_is_not_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_packaged_rows_have_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from falcon_qlora import sample_data
+    from falcon_qlora.data import sample_data
 
     monkeypatch.chdir(tmp_path)
     rows = write(tmp_path / "packaged.jsonl", '{"text": "x"}\n')

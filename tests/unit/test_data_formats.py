@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.formats import COLUMNS, recognise, renamed_columns, render, resolve_template
 from falcon_qlora.data.templates import TEMPLATES, Segment, Template, Turn, get_template
-from falcon_qlora.errors import UserError
 
 CHAT = {
     "messages": [

@@ -13,8 +13,8 @@ from typing import Any
 import datasets
 import pytest
 
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.processes import run_each
-from falcon_qlora.errors import UserError
 from tests.unit.test_cli import assert_gone
 
 SLEEP = functools.partial(time.sleep, 600)
@@ -56,7 +56,7 @@ os.register_at_fork(before=lambda: print("a fork", flush=True))
 from functools import partial
 from pathlib import Path
 from falcon_qlora.data.processes import run_each
-from falcon_qlora.errors import UserError
+from falcon_qlora.common.errors import UserError
 from tests.unit.test_data_processes import fail_after, show_a_bar
 from tests.unit.test_data_tokenize import alpaca, prepare, write
 folder = Path(sys.argv[1])

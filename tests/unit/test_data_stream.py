@@ -19,11 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.data import files, sources
 from falcon_qlora.data import stream as streams
 from falcon_qlora.data.stream import stream_documents
 from falcon_qlora.data.tokenize import prepare_corpora
-from falcon_qlora.errors import UserError
 from tests.small_tokenizer import small_tokenizer
 
 

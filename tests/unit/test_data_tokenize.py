@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.encode import Document, Encoder, Status
 from falcon_qlora.data.templates import Segment
 from falcon_qlora.data.tokenize import Corpus, prepare_corpora
-from falcon_qlora.errors import UserError
 from tests.small_tokenizer import END, small_tokenizer
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from falcon_qlora import distributed
+from falcon_qlora.processes import distributed
 
 REPLICAS = """
 import torch

@@ -5,12 +5,12 @@ import torch
 from torch.testing import assert_close
 
 from falcon_qlora.kernels import fp8
-from falcon_qlora.memory import Step
 from falcon_qlora.methods.adapter import Adapter
 from falcon_qlora.methods.adapter_v2 import AdapterV2
 from falcon_qlora.methods.interface import method_of
-from falcon_qlora.models.fast import apply_fast_path, remove_fast_path
+from falcon_qlora.models.fast_path import apply_fast_path, remove_fast_path
 from falcon_qlora.models.forward import enable_packing, falcon_of
+from falcon_qlora.models.step_memory import Step
 from tests.layouts import MODES, documents, plain_float32, tiny_model
 from tests.packing import gradients, one_by_one, packed, with_adapter
 from tests.unit.test_activations import kept_bytes, saved  # noqa: F401

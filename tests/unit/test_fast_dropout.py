@@ -7,9 +7,9 @@ from torch.testing import assert_close
 
 from falcon_qlora.kernels import dropout
 from falcon_qlora.kernels.low_rank import Dropout
-from falcon_qlora.models import fast
+from falcon_qlora.models import fast_path
 from falcon_qlora.models.falcon import LINEARS
-from falcon_qlora.models.fast import apply_fast_path
+from falcon_qlora.models.fast_path import apply_fast_path
 from falcon_qlora.models.forward import enable_packing
 from tests.layouts import MODES, documents, plain_float32, tiny_model
 from tests.packing import packed, with_adapter
@@ -119,7 +119,7 @@ def test_products_that_compute_gelu_are_used_forward_alone(drawn, monkeypatch):
     model = with_dropout(adapted("falcon-7b"))
     plain = adapted("falcon-7b")
     products = GeluProductsInPyTorch()
-    monkeypatch.setattr(fast, "_gelu_products", lambda falcon: products)
+    monkeypatch.setattr(fast_path, "_gelu_products", lambda falcon: products)
     report = apply_fast_path(model)
     assert "GELU: in products forward, PyTorch backward" in next(iter(report.values()))
     arguments = packed(documents(LENGTHS))

@@ -12,11 +12,11 @@ from falcon_qlora.kernels import block as kernel
 from falcon_qlora.kernels.frozen_linear import Workspace
 from falcon_qlora.kernels.gelu_products import GeluProducts
 from falcon_qlora.methods.lora import attach_lora
-from falcon_qlora.models import fast
-from falcon_qlora.models.attention import Sequences
+from falcon_qlora.models import fast_path
 from falcon_qlora.models.falcon import LINEARS
-from falcon_qlora.models.fast import apply_fast_path, block_facts, decide, remove_fast_path
+from falcon_qlora.models.fast_path import apply_fast_path, block_facts, decide, remove_fast_path
 from falcon_qlora.models.forward import enable_packing
+from falcon_qlora.models.packed_attention import Sequences
 from tests.layouts import LAYOUTS, MODES, documents, plain_float32, tiny_model
 from tests.packing import gradients, one_by_one, packed, with_adapter
 
@@ -151,7 +151,7 @@ def test_gelu_in_the_epilogues_of_products(layout, targets, monkeypatch):
     arguments = packed(documents(LENGTHS))
     reference = step(model, arguments)
     products = GeluProductsInPyTorch()
-    monkeypatch.setattr(fast, "_gelu_products", lambda falcon: products)
+    monkeypatch.setattr(fast_path, "_gelu_products", lambda falcon: products)
     apply_fast_path(model)
     assert_same(step(model, arguments), reference)
     assert products.calls == 4

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from falcon_qlora.assembly.activations import _keep_fp8_weights
-from falcon_qlora.errors import UserError
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.kernels import fp8
 from falcon_qlora.kernels.block import Block
-from falcon_qlora.memory import Step
-from falcon_qlora.models import fast
+from falcon_qlora.models import fast_path
 from falcon_qlora.models.falcon import LINEARS
-from falcon_qlora.models.fast import apply_fast_path, decide, fp8_weight_bytes, keep_fp8_weights
+from falcon_qlora.models.fast_path import apply_fast_path, decide, fp8_weight_bytes, keep_fp8_weights
 from falcon_qlora.models.forward import enable_packing
+from falcon_qlora.models.step_memory import Step
+from falcon_qlora.training.activations import _keep_fp8_weights
 from tests.layouts import LAYOUTS, MODES, documents, tiny_model
 from tests.packing import packed
 from tests.unit.test_fast_path import FAST_LAYOUTS, LENGTHS, adapted, assert_same, facts, step
@@ -111,7 +111,7 @@ def test_what_is_not_kept_is_computed_again(layout, keep, emulated, monkeypatch)
     apply_fast_path(model, fp8_products=True)
     arguments = packed(documents(LENGTHS))
     reference = step(model, arguments)
-    monkeypatch.setattr(fast, "Block", partial(Block, keep=keep))
+    monkeypatch.setattr(fast_path, "Block", partial(Block, keep=keep))
     assert_same(step(model, arguments), reference, 1e-6)
 
 

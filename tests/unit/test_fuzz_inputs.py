@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from falcon_qlora import run_lock
 from falcon_qlora.bench.records import COLUMNS, append_csv, check_csv
 from falcon_qlora.commands.generate import GenerateArguments, _prompts
 from falcon_qlora.config.configuration import parse
 from falcon_qlora.config.parser import RECIPES
 from falcon_qlora.data.templates import Turn, get_template
 from falcon_qlora.data.tokenize import prepare_corpora
+from falcon_qlora.run_folder import lock
 from tests.fuzzing import JSON, change, fresh_copy, fuzz, read_or_refused
 from tests.small_tokenizer import small_tokenizer
 
@@ -78,7 +78,7 @@ DEEP, LONG = "[" * 100_000, "9" * 5000
 def test_what_a_lock_tells_of_its_holder(scratch, content):
     """One short line whatever the file of a held lock holds."""
     (scratch / "lock").write_bytes(content)
-    told = run_lock._holder(scratch / "lock")
+    told = lock._holder(scratch / "lock")
     assert told.isprintable()
     assert len(told) < 300
 

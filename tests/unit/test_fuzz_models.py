@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from falcon_qlora.files import write_json
+from falcon_qlora.common.files import write_json
 from falcon_qlora.merge.certificate import licence_of
 from falcon_qlora.merge.folder import copy_tokenizer, write_configuration, write_generation_config
-from falcon_qlora.models.identity import model_fingerprint
+from falcon_qlora.models.fingerprint import model_fingerprint
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.tokenizer import check_vocabulary, load_tokenizer, tokenizer_fingerprint
 from tests.fuzzing import change, fresh_copy, fuzz, read_or_refused

@@ -14,11 +14,11 @@ from transformers import FalconConfig, FalconForCausalLM
 
 from falcon_qlora import __main__ as cli
 from falcon_qlora.commands import generate
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.templates import Turn, get_template
-from falcon_qlora.errors import UserError
-from falcon_qlora.generation import choose_tokens, generate_batch, generate_stream
+from falcon_qlora.inference.generation import choose_tokens, generate_batch, generate_stream
 from falcon_qlora.methods.lora import attach_lora
-from falcon_qlora.models.identity import model_fingerprint
+from falcon_qlora.models.fingerprint import model_fingerprint
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.tiny import tiny_path
 from falcon_qlora.models.tokenizer import load_tokenizer
@@ -274,7 +274,7 @@ def test_chat_keeps_what_was_said(
         asked.append(prompt)
         return iter([" An", " owl."])
 
-    monkeypatch.setattr("falcon_qlora.generation.generate_stream", spy)
+    monkeypatch.setattr("falcon_qlora.inference.generation.generate_stream", spy)
     monkeypatch.setattr("sys.stdin", io.StringIO("Name a bird.\nAnother!\n\n"))
     assert generate.main(["--adapter", str(adapter), "--chat", "--template", "falcon-instruct"]) == 0
     assert capsys.readouterr().out == "An owl.\nAn owl.\n"

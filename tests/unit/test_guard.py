@@ -13,12 +13,12 @@ import torch
 from torch._C import _distributed_c10d
 from torch.distributed.flight_recorder.components.loader import read_dump
 
-from falcon_qlora.assembly.preflight import predicted_bytes
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.batches import collate
-from falcon_qlora.errors import UserError
-from falcon_qlora.guard import BadSteps, Reports, StepReport
-from falcon_qlora.step import Agreed, Notes, halved
-from falcon_qlora.watchdog import describe, record_collectives, write_record
+from falcon_qlora.processes.watchdog import describe, record_collectives, write_record
+from falcon_qlora.step.global_batch import Agreed, Notes, halved
+from falcon_qlora.training.agreed_flags import BadSteps, Reports, StepReport
+from falcon_qlora.training.preflight import predicted_bytes
 
 
 def report(step: int, loss: float, bad: bool = False) -> StepReport:

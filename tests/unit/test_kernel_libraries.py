@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from falcon_qlora.assembly.kernels import choose_kernels
 from falcon_qlora.bench.rows import made_up
 from falcon_qlora.bench.runners import build
 from falcon_qlora.bench.settings import Settings
@@ -15,7 +14,8 @@ from falcon_qlora.config import parse
 from falcon_qlora.kernels import flash_attention, fp8
 from falcon_qlora.kernels.gelu_products import GeluProducts
 from falcon_qlora.kernels.libraries import usable
-from falcon_qlora.models import fast, fast_attention
+from falcon_qlora.models import fast_attention, fast_path
+from falcon_qlora.models.choose_kernels import choose_kernels
 from tests.layouts import VOCABULARY, tiny_model
 from tests.unit.test_fast_path import adapted
 
@@ -66,7 +66,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a Hopper GPU that has both libraries, as far as choosing goes."""
     monkeypatch.setattr(fast_attention, "_takes_varlen", lambda *_: True)
     monkeypatch.setattr(flash_attention, "flash_attention_4", object)
-    monkeypatch.setattr(fast, "_gelu_products", lambda falcon: GeluProducts(print, print))
+    monkeypatch.setattr(fast_path, "_gelu_products", lambda falcon: GeluProducts(print, print))
 
 
 WITH, WITHOUT = ("FlashAttention-4", "in products"), ("variable-length kernel", "PyTorch")
@@ -79,7 +79,9 @@ WITH, WITHOUT = ("FlashAttention-4", "in products"), ("variable-length kernel", 
     ids=str,
 )
 def test_portable_kernels_are_pytorchs_and_tritons(flags: list[str], expected: tuple[str, str]) -> None:
-    report = choose_kernels(parse(flags).model, adapted("falcon-7b", "4bit", compute_dtype="bf16"))
+    settings = parse(flags).model
+    model = adapted("falcon-7b", "4bit", compute_dtype="bf16")
+    report = choose_kernels(model, kernels=settings.kernels, compute_dtype=settings.compute_dtype)
     attention, gelu = expected
     said = f"fast (attention: {attention}, weights: NF4 dequantized, GELU: {gelu}, between: PyTorch)"
     assert list(report.values()) == [said] * 2

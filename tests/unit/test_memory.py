@@ -9,7 +9,10 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from falcon_qlora.memory import (
+from falcon_qlora.models.activations import Checkpointing
+from falcon_qlora.models.falcon import lora_parameter_count, parameter_count, preset_config
+from falcon_qlora.models.sizes import weight_bytes
+from falcon_qlora.models.step_memory import (
     GIB,
     Step,
     allocated_optimizer_bytes,
@@ -17,9 +20,6 @@ from falcon_qlora.memory import (
     gathered_bytes,
     optimizer_bytes,
 )
-from falcon_qlora.models.activations import Checkpointing
-from falcon_qlora.models.falcon import lora_parameter_count, parameter_count, preset_config
-from falcon_qlora.models.sizes import weight_bytes
 
 FALCON_7B = preset_config("falcon-7b")
 TRAINABLE = lora_parameter_count(FALCON_7B, r=64)
@@ -77,7 +77,7 @@ def test_a_step_on_the_fast_path_takes_what_was_measured() -> None:
 
 @pytest.mark.parametrize(("name", "goal_gb"), [("falcon-7b", 7.0), ("falcon-40b", 32.0)])
 def test_the_smallest_setting_is_what_the_table_says_and_within_the_goal(name: str, goal_gb: float) -> None:
-    import falcon_qlora.memory
+    import falcon_qlora.models.step_memory
 
     one = step(name, optimizer_bytes=allocated_optimizer_bytes("paged_adamw_8bit"))
     embedding = 2 * one.config.vocab_size * one.config.hidden_size
@@ -85,7 +85,9 @@ def test_the_smallest_setting_is_what_the_table_says_and_within_the_goal(name: s
     assert sum(parts.values()) == pytest.approx(in_all(one, "offload"), rel=1e-6)
     assert in_all(one, "offload") < goal_gb * 1e9
     table = [
-        line.strip("| ").split(" | ") for line in falcon_qlora.memory.__doc__.splitlines() if "| " in line
+        line.strip("| ").split(" | ")
+        for line in falcon_qlora.models.step_memory.__doc__.splitlines()
+        if "| " in line
     ]
     column = table[0].index("7B" if name == "falcon-7b" else "40B") + 1
     said = [float(row[column]) for row in table if row[-1][0].isdigit() and row[-1] != "40B"]

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import falcon_qlora
-from falcon_qlora.errors import UserError
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.methods.adapter import Adapter
 from falcon_qlora.methods.adapter_v2 import AdapterV2
 from falcon_qlora.methods.folder import RECORD, TENSORS
@@ -19,7 +19,7 @@ from falcon_qlora.methods.interface import method_of, trainable_count, trainable
 from falcon_qlora.methods.lora import Lora
 from falcon_qlora.methods.registry import METHODS
 from falcon_qlora.models.falcon import PRESETS, parameter_count, preset_config
-from falcon_qlora.models.fast import apply_fast_path
+from falcon_qlora.models.fast_path import apply_fast_path
 from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.quantize import holds_quantized_weight
 from tests.layouts import LAYOUTS, MODES, documents, plain_float32, tiny_model

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import FalconForCausalLM
 
-from falcon_qlora.errors import UserError
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.models.falcon import (
     LINEARS,
     PRESETS,

@@ -15,7 +15,7 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import FalconForCausalLM
 
-from falcon_qlora.errors import UserError
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.models import load, quantize
 from falcon_qlora.models.falcon import expected_linears, preset_config
 from falcon_qlora.models.load import load_model, quantization_of, resolve_compute_dtype, verify_quantized

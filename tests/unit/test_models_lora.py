@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from falcon_qlora.errors import UserError
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.methods.lora import attach_lora
 from falcon_qlora.methods.registry import load_adapter
 from falcon_qlora.models.falcon import LINEARS, linear_shapes

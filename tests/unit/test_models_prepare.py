@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from falcon_qlora.commands import prepare
-from falcon_qlora.errors import UserError
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.models import hub
 from falcon_qlora.models.tiny import tiny_path
 

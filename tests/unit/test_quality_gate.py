@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from falcon_qlora import sample_data
+from falcon_qlora.data import sample_data
 from falcon_qlora.kernels import ops
 from falcon_qlora.models.tiny import tiny_path
 from falcon_qlora.models.tokenizer import load_tokenizer

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from falcon_qlora import charts, report
-from falcon_qlora.report import Compared, Comparison
-from falcon_qlora.run_directory import RunDirectory
-from falcon_qlora.summary import Summary
+from falcon_qlora.compare import report
+from falcon_qlora.compare.report import Compared, Comparison
+from falcon_qlora.run_folder.directory import RunDirectory
+from falcon_qlora.run_folder.summary import Summary
+from falcon_qlora.terminal import charts
 
 GIB = 2**30
 

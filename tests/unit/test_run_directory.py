@@ -17,12 +17,12 @@ import torch
 import yaml
 from PIL import Image
 
-from falcon_qlora.environment import collect_environment, without_secrets
-from falcon_qlora.errors import UserError
-from falcon_qlora.files import replaced, replaced_folder, write_json
-from falcon_qlora.model_card import ModelCard
-from falcon_qlora.run_directory import METRICS_FIELDS, RunDirectory, choose
-from falcon_qlora.summary import Summary
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.files import replaced, replaced_folder, write_json
+from falcon_qlora.run_folder.directory import METRICS_FIELDS, RunDirectory, choose
+from falcon_qlora.run_folder.environment import collect_environment, without_secrets
+from falcon_qlora.run_folder.model_card import ModelCard
+from falcon_qlora.run_folder.summary import Summary
 
 NOON = datetime.datetime(2026, 1, 2, 12, 0, 0)
 SUMMARY = Summary(
@@ -247,7 +247,7 @@ def test_what_a_killed_process_left_of_a_folder_goes_and_what_a_living_one_fills
 ) -> None:
     code = (
         "import os, pathlib, sys\n"
-        "from falcon_qlora.files import replaced_folder\n"
+        "from falcon_qlora.common.files import replaced_folder\n"
         "with replaced_folder(pathlib.Path(sys.argv[1])) as folder:\n"
         "    (folder / 'half').write_text('a')\n"
         "    os.kill(os.getpid(), 9)\n"

@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 
-from falcon_qlora.errors import UserError
-from falcon_qlora.run_lock import RunLock
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.run_folder.lock import RunLock
 
 HOLDER = """
 import multiprocessing, pathlib, sys, time
-from falcon_qlora.run_lock import RunLock
+from falcon_qlora.run_folder.lock import RunLock
 with RunLock(print) as lock:
     lock.take(pathlib.Path(sys.argv[1]))
     lock.take(pathlib.Path(sys.argv[1]) / ".." / pathlib.Path(sys.argv[1]).name)

@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from falcon_qlora import progress, quiet, terminal
-from falcon_qlora.progress import ProgressCallback
-from falcon_qlora.terminal import StartSummary, duration, print_answers, print_end, print_start
+from falcon_qlora.terminal import console, library_logging
+from falcon_qlora.terminal.console import StartSummary, duration, print_answers, print_end, print_start
+from falcon_qlora.training import progress
+from falcon_qlora.training.progress import ProgressCallback
 
 SUMMARY = {
     "steps": 120,
@@ -37,9 +38,9 @@ SUMMARY = {
 
 @pytest.fixture(autouse=True)
 def fresh_console() -> Iterator[None]:
-    terminal.console.cache_clear()
+    console.console.cache_clear()
     yield
-    terminal.console.cache_clear()
+    console.console.cache_clear()
 
 
 def _run(steps: int, *, log_every: int = 1, start: int = 0, evaluate_at: tuple[int, ...] = ()) -> None:
@@ -146,12 +147,12 @@ def test_a_loss_that_is_not_finite_is_shown(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_what_takes_long_is_said_and_what_does_not_is_not(capsys: pytest.CaptureFixture[str]) -> None:
-    with terminal.patience(0.2) as doing:
+    with console.patience(0.2) as doing:
         doing("reading [a]")
         doing("tokenizing 5 rows")
         time.sleep(1)
         doing("loading tiny")
-    with terminal.patience(0.2):
+    with console.patience(0.2):
         pass
     time.sleep(0.5)
     assert capsys.readouterr().out == "tokenizing 5 rows …\n"
@@ -181,7 +182,7 @@ def test_other_processes_print_nothing(
     print_start(StartSummary(model="tiny"))
     _run(5)
     print_end(SUMMARY, [])
-    terminal.note("nothing")
+    console.note("nothing")
     assert capsys.readouterr().out == ""
 
 
@@ -193,23 +194,23 @@ def test_durations_are_readable(seconds: float, text: str) -> None:
 
 
 def test_libraries_are_silenced_and_the_users_settings_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in quiet.ENVIRONMENT:
+    for name in library_logging.ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "info")
     with warnings.catch_warnings():
-        quiet.quiet_libraries()
+        library_logging.quiet_libraries()
         assert logging.getLogger("bitsandbytes").level == logging.ERROR
     import os
 
     assert os.environ["TRANSFORMERS_VERBOSITY"] == "info"
     assert os.environ["DATASETS_VERBOSITY"] == "error"
-    for name in quiet.ENVIRONMENT:
+    for name in library_logging.ENVIRONMENT:
         monkeypatch.setenv(name, "x")  # so that the originals come back
 
 
 def test_importing_the_libraries_prints_nothing() -> None:
     code = (
-        "from falcon_qlora.quiet import quiet_libraries; quiet_libraries()\n"
+        "from falcon_qlora.terminal.library_logging import quiet_libraries; quiet_libraries()\n"
         "import torch, transformers, trl, peft, bitsandbytes, accelerate, datasets, wandb\n"
         "from falcon_qlora import tracking, progress"
     )

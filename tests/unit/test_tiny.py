@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, Falc
 
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.tiny import held_out_documents, tiny_path
-from falcon_qlora.models.tiny_train import configuration, held_out_loss, window_logits
+from tests.tiny_model.train import configuration, held_out_loss, window_logits
 
 PARTS = ("documentation", "generated")
 
@@ -125,8 +125,8 @@ def test_training_forward_equals_transformers_forward() -> None:
 
 
 def test_sample_rows_are_written_anew_alike_and_do_not_answer_the_prompts(tmp_path: Any) -> None:
-    from falcon_qlora import sample_data
-    from falcon_qlora.sample_data.__main__ import main
+    from falcon_qlora.data import sample_data
+    from tests.sample_rows.__main__ import main
 
     main(["build", "--out", str(tmp_path)])
     for file in (sample_data.path(), sample_data.prompts_path()):
@@ -147,7 +147,7 @@ def test_sample_rows_are_written_anew_alike_and_do_not_answer_the_prompts(tmp_pa
 def test_generated_documents_are_the_same_for_the_same_seed_and_end_in_sentences() -> None:
     from itertools import islice
 
-    from falcon_qlora.models.tiny_english import write_documents
+    from tests.tiny_model.english import write_documents
 
     first, again, other = (list(islice(write_documents(seed), 200)) for seed in (0, 0, 1))
     assert first == again != other

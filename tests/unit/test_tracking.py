@@ -12,9 +12,10 @@ import pytest
 import wandb
 from transformers import TrainerCallback
 
-from falcon_qlora import terminal, tracking
-from falcon_qlora.errors import UserError
-from falcon_qlora.run_directory import RunDirectory
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.run_folder import tracking
+from falcon_qlora.run_folder.directory import RunDirectory
+from falcon_qlora.terminal import console
 
 KEY = "0123456789" * 4
 EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
@@ -24,7 +25,7 @@ EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
 def fresh_wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each test starts W&B anew: it keeps the settings it first saw."""
     monkeypatch.delenv("WANDB_MODE")
-    terminal.console.cache_clear()
+    console.console.cache_clear()
     yield
     wandb.teardown()
 

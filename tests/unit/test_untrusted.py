@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from falcon_qlora import __main__ as cli
-from falcon_qlora.assembly.inspection import inspect_folder
-from falcon_qlora.errors import UserError
+from falcon_qlora.commands.inspection import inspect_folder
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.untrusted import file_beside, read_json
 from falcon_qlora.merge.folder import write_configuration, write_weights
 from falcon_qlora.methods.adapter_v2 import AdapterV2
 from falcon_qlora.methods.interface import method_of
@@ -27,7 +28,6 @@ from falcon_qlora.methods.saved import read_adapter, zero_tensors
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.prefix import prefixes
 from falcon_qlora.models.tiny import tiny_path
-from falcon_qlora.untrusted import file_beside, read_json
 from tests.fuzzing import EXPLODED, JSON, Bomb, change, fresh_copy, fuzz, guarded, read_or_refused
 from tests.layouts import LAYOUTS, tiny_model
 

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from falcon_qlora.errors import EXIT_USER_ERROR, UserError
+from falcon_qlora.common.errors import EXIT_USER_ERROR, UserError
 from falcon_qlora.models.tiny import held_out_documents, tiny_path
 from falcon_qlora.models.tokenizer import load_tokenizer
 from tests.benchmarks.quality import workers

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM
 
-from falcon_qlora.errors import UserError
-from falcon_qlora.models.tiny_train import WINDOW, Settings, fit, untrained
+from falcon_qlora.common.errors import UserError
 from tests.benchmarks.quality.sizes import Size
+from tests.tiny_model.train import WINDOW, Settings, fit, untrained
 
 OUTLIER_CHANNELS, OUTLIER_FACTOR = 4, 50.0
 _HELD_OUT = 2**16

@@ -25,7 +25,7 @@ from random import Random
 import numpy as np
 from tokenizers import Tokenizer
 
-from falcon_qlora.errors import EXIT_USER_ERROR, UserError
+from falcon_qlora.common.errors import EXIT_USER_ERROR, UserError
 
 SUFFIXES = {".py", ".pyi", ".md", ".rst", ".txt", ".h", ".hpp", ".cuh", ".c", ".cc", ".cpp", ".cu", ".pod"}
 DOCUMENT_BYTES = (400, 400_000)

@@ -19,9 +19,9 @@ from falcon_qlora.data.encode import Document, Encoder, Status
 from falcon_qlora.data.files import iterate_rows
 from falcon_qlora.data.formats import render
 from falcon_qlora.data.plan import Plan
-from falcon_qlora.models.fast import remove_fast_path
+from falcon_qlora.models.fast_path import remove_fast_path
 from falcon_qlora.models.tokenizer import load_tokenizer
-from falcon_qlora.step import sum_of_losses
+from falcon_qlora.step.global_batch import sum_of_losses
 from tests.benchmarks.quality.mutants import MUTANTS
 from tests.benchmarks.quality.variants import PathName, Variant, autocast, build
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.falcon.modeling_falcon import FalconDecoderLayer
 
-from falcon_qlora.models.attention import Sequences
+from falcon_qlora.models.packed_attention import Sequences
 
 _aten = torch.ops.aten
 # Which argument is the left factor, the activations.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from falcon_qlora.models.tiny_train import Settings
 from tests.benchmarks.quality.learning import Schedule
 from tests.benchmarks.quality.variants import VARIANTS
 from tests.layouts import LAYOUTS, VOCABULARY
+from tests.tiny_model.train import Settings
 
 SHAPES = ("falcon-7b", "falcon-11b", "falcon-40b")
 

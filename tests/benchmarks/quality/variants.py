@@ -11,7 +11,7 @@ from transformers import FalconForCausalLM
 
 from falcon_qlora.kernels import fp8
 from falcon_qlora.methods.lora import attach_lora
-from falcon_qlora.models.fast import apply_fast_path
+from falcon_qlora.models.fast_path import apply_fast_path
 from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.quantize import QuantizeMode, dequantized_weight, is_quantized_linear

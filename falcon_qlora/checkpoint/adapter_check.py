@@ -1,0 +1,185 @@
+"""Proof that an adapter on the disk is the one in memory, whole and trained."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.data.batches import MicroBatch, collate
+from falcon_qlora.methods.folder import TENSORS, attached_tensors
+from falcon_qlora.methods.full import Full
+from falcon_qlora.methods.interface import method_of
+from falcon_qlora.methods.lora import Lora
+from falcon_qlora.methods.saved import SavedAdapter, read_adapter, zero_tensors
+from falcon_qlora.models.checkpoints import parameter_reader, read_folder_config
+from falcon_qlora.models.forward import enable_packing, falcon_of
+from falcon_qlora.models.sharded import local_tensor, own_parts
+from falcon_qlora.models.tensor_files import read_tensor
+from falcon_qlora.step.global_batch import sum_of_losses
+from falcon_qlora.terminal.console import note
+
+from peft import PeftModel, get_peft_model_state_dict  # isort: skip  # after bitsandbytes, see models/quantize.py
+
+_PROBE = "probe"
+_PROBE_LENGTHS = (24, 40)
+
+
+class AdapterFaultError(RuntimeError):
+    """A saved adapter is not what it should be; the message says in what."""
+
+
+def check_adapter(
+    folder: Path,
+    model: nn.Module,
+    *,
+    probe: MicroBatch | None = None,
+    trained: bool | None = None,
+) -> None:
+    """Compare what lies in a folder with the model it was saved from.
+
+    All expected tensors are there, with the right shapes, finite, equal to those in memory and, if `trained`,
+    none of an adapter's zero throughout; the settings are those of the model's method. LoRA, whose scale is
+    in no tensor, is also opened again by PEFT beside the model's own, and gives the same loss on a probe. The
+    model and the random generators are left as they were; packing is enabled on a model with LoRA.
+
+    Args:
+        folder: that the model's method saved into.
+        model: with a method attached.
+        probe: what the losses are of; a few made-up tokens where None.
+        trained: whether an optimizer step with a learning rate above zero has been done. Where that is not
+            known, a tensor is taken for lost if it is zero while others of its kind are not.
+
+    Raises:
+        AdapterFaultError: naming the first thing that is wrong.
+    """
+    try:
+        if isinstance(method_of(model), Full):
+            _check_whole(folder, model)
+        else:
+            _check_tensors(folder, model, trained=trained)
+    except UserError as error:
+        raise AdapterFaultError(str(error).rstrip(".")) from None
+    if isinstance(model, PeftModel):
+        _check_loss(folder, model, probe or _made_up(model))
+
+
+def _check_tensors(folder: Path, model: nn.Module, *, trained: bool | None) -> None:
+    saved = read_adapter(folder)
+    config: Any = model.config
+    saved.check(config)
+    _check_equal(saved, model)
+    if not isinstance(saved.method, Lora) and saved.method != method_of(model):
+        raise AdapterFaultError(
+            f"{folder} is of {saved.method.describe()}; the model in memory is of "
+            f"{method_of(model).describe()}"
+        )
+    zero = [] if trained is False else zero_tensors(saved, config)
+    if trained is None:
+        moved = {_kind(name) for name in saved.method.saved_shapes(config).keys() - set(zero)}
+        zero = [name for name in zero if _kind(name) in moved]
+    if zero:
+        raise AdapterFaultError(f"{folder}: training has not moved {zero[0]} ({len(zero)} such tensors)")
+
+
+def _kind(name: str) -> str:
+    return ".".join(name.split(".")[-2:])
+
+
+def _check_equal(saved: SavedAdapter, model: nn.Module) -> None:
+    file = saved.folder / TENSORS
+    if isinstance(model, PeftModel):
+        in_memory = get_peft_model_state_dict(model, save_embedding_layers=False)
+    else:
+        in_memory = attached_tensors(model)
+    config: Any = model.config
+    expected = saved.method.saved_shapes(config)
+    for name, tensor in in_memory.items():
+        if name not in expected:
+            raise AdapterFaultError(f"{file} lacks {name}, which the model in memory has")
+        _compare(file, name, read_tensor(file, name), tensor)
+    for name in expected:
+        if name not in in_memory:
+            raise AdapterFaultError(f"{file} has {name}, which the model in memory has not")
+
+
+def _check_whole(folder: Path, model: Any) -> None:
+    read = parameter_reader(folder, read_folder_config(folder))
+    for name, parameter in model.named_parameters():
+        stored = read(name).to(local_tensor(parameter).device)  # where comparing is quick
+        if not torch.isfinite(stored).all():
+            raise AdapterFaultError(f"{folder}: {name} holds numbers that are not finite")
+        mine, expected = own_parts(parameter, stored)  # of a sharded model: its parts go out one by one
+        _compare(folder, name, expected, mine)
+
+
+def _compare(place: Path, name: str, stored: Tensor, in_memory: Tensor) -> None:
+    if stored.dtype != in_memory.dtype or not torch.equal(stored.to(in_memory.device), in_memory.detach()):
+        raise AdapterFaultError(f"{place}: {name} is not what the model in memory has")
+
+
+def _check_loss(folder: Path, peft_model: PeftModel, probe: MicroBatch) -> None:
+    enable_packing(peft_model)
+    device = falcon_of(peft_model).lm_head.weight.device
+    try:
+        with _left_as_it_was(peft_model, device), torch.no_grad():
+            found, expected = _losses(folder, peft_model, probe.to(device), device)
+    except torch.OutOfMemoryError:
+        note(f"{folder}: no memory is left to open the adapter beside the model's: no losses were compared")
+        return
+    # Whether the model is of any use is not asked here: where its loss is not a number, so is the other's.
+    if not (math.isclose(found, expected, rel_tol=1e-5) or (math.isnan(found) and math.isnan(expected))):
+        raise AdapterFaultError(
+            f"{folder} opened again gives the loss {found / len(probe.targets):.6g} on a probe, the model in "
+            f"memory {expected / len(probe.targets):.6g}"
+        )
+
+
+def _losses(
+    folder: Path, peft_model: PeftModel, batch: MicroBatch, device: torch.device
+) -> tuple[float, float]:
+    """Of the folder's adapter, put beside the model's, and of the model's."""
+    expected = sum_of_losses(peft_model.eval(), batch).item()
+    try:
+        # Not with low_cpu_mem_usage: PEFT would round the adapter to the base's dtype.
+        peft_model.load_adapter(str(folder), _PROBE, torch_device=str(device))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever PEFT raises: the adapter does not open
+        raise AdapterFaultError(f"{folder} cannot be opened again: {error}") from error
+    peft_model.set_adapter(_PROBE)
+    return sum_of_losses(peft_model.eval(), batch).item(), expected
+
+
+@contextlib.contextmanager
+def _left_as_it_was(peft_model: PeftModel, device: torch.device) -> Iterator[None]:
+    """Take the probe's adapter out again, with all that adding it changed, random generators included."""
+    training: dict[nn.Module, bool] = {module: module.training for module in peft_model.modules()}
+    trainable = {parameter: parameter.requires_grad for parameter in peft_model.parameters()}
+    active = peft_model.active_adapter
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        peft_model.set_adapter(active)
+        if _PROBE in peft_model.peft_config:
+            peft_model.delete_adapter(_PROBE)
+        for parameter, needed in trainable.items():
+            parameter.requires_grad_(needed)
+        for module, was_training in training.items():
+            module.training = was_training
+
+
+def _made_up(peft_model: Any) -> MicroBatch:
+    """Two short documents of tokens that spread over the vocabulary."""
+    vocabulary = peft_model.config.vocab_size
+    generator = np.random.default_rng(0)
+    documents = [generator.integers(0, vocabulary, length) for length in _PROBE_LENGTHS]
+    return collate(documents, [np.ones(length, dtype=np.int8) for length in _PROBE_LENGTHS])

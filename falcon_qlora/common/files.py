@@ -1,0 +1,193 @@
+"""Writing files that are whole or not there, whatever stops the process meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from falcon_qlora.common.errors import UserError
+
+# In the names of folders that are on their way to another's place, or out of it.
+_PARTIAL, _REPLACED = "-partial-", "-replaced-"
+
+
+def user_cache(name: str) -> Path:
+    """Where this user's files of a kind are kept between runs; the folder need not exist."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "falcon_qlora" / name
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write `file` whole or not at all."""
+    with replaced(file) as temporary:
+        # Bytes of a path that are no UTF-8 become what JSON and YAML read back as them.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def write_json(file: Path, record: Mapping[str, Any]) -> None:
+    """Write `file` as indented JSON, whole or not at all; numbers that are not finite become null."""
+    write_text(file, json.dumps(plain(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def replaced(file: Path) -> Iterator[Path]:
+    """Yield a path beside `file` that takes its place at the end, if anything was written there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.stem}-{os.getpid()}{file.suffix}")
+    try:
+        yield temporary
+        if temporary.exists():
+            _flush(temporary)
+            os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes `target`'s place when the block ends without an error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target)
+    with _held_folder(f".{target.name}{_PARTIAL}", target.parent) as temporary:
+        temporary.chmod(0o755)
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        if target.exists():
+            # A folder cannot replace a full one in one move: the old one steps aside first.
+            with _held_folder(f".{target.name}{_REPLACED}", target.parent) as aside:
+                try:
+                    os.replace(target, aside / target.name)
+                    os.replace(temporary, target)
+                except BaseException:
+                    if not target.exists():
+                        os.replace(aside / target.name, target)
+                    raise
+        else:
+            os.replace(temporary, target)
+        _flush(target.parent)
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove what a process that was killed in `replaced_folder` has left beside `target`."""
+    if not target.parent.is_dir():
+        return
+    ours = re.compile(rf"\.{re.escape(target.name)}({_PARTIAL}|{_REPLACED})\w{{8}}")
+    for path in [path for path in target.parent.iterdir() if ours.fullmatch(path.name)]:
+        with contextlib.suppress(OSError), _held(path):  # who lives still holds it
+            if target.exists() or _PARTIAL in path.name:  # else it holds the only one there is
+                shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held_folder(prefix: str, parent: Path) -> Iterator[Path]:
+    """A new folder, locked as long as this process lives, and removed at the end if it is still there."""
+    path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # some network file systems lock no folders
+            stack.enter_context(_held(path))
+        yield path
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """A lock on `folder`, which ends with the process; an OSError where another has it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def try_to_write(folder: Path) -> None:
+    """Raise an OSError if `folder`, or where it would be made, cannot be written."""
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    with tempfile.TemporaryFile(dir=there):
+        pass
+
+
+def check_writable(file: Path, flag: str) -> None:
+    """Refuse a file that cannot be written, before the work begins whose results it is for.
+
+    Args:
+        file: Which need not exist, nor its folder.
+        flag: That named it.
+
+    Raises:
+        UserError: naming both.
+    """
+    try:
+        if file.is_dir():
+            raise UserError(f"{flag} {file}: this is a folder; name a file")
+        if file.exists():
+            with file.open("ab"):
+                pass
+        else:
+            try_to_write(file.parent)
+    except OSError as error:
+        raise UserError(f"{flag} {file}: cannot write there ({error.strerror})") from None
+
+
+def quoted(word: str) -> str:
+    """`word` for a shell, on one line and in plain characters whatever it holds."""
+    if word.isprintable():
+        return shlex.quote(word)
+    named = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "'": "\\'", "\\": "\\\\"}
+    escaped = (
+        named.get(sign)
+        or (sign if sign.isprintable() else "".join(f"\\x{byte:02x}" for byte in os.fsencode(sign)))
+        for sign in word
+    )
+    return f"$'{''.join(escaped)}'"
+
+
+def sha256(file: Path) -> str:
+    """The hash of a file's content, in hexadecimal."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold `path`'s bytes before anything points to them."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass  # some network file systems refuse for folders; the rename is still ordered
+    finally:
+        os.close(handle)
+
+
+def plain(value: Any) -> Any:
+    """`value` in JSON's own types."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    if isinstance(value, bool | int | str) or value is None:
+        # Subclasses (string enums among them) become the plain type.
+        return value if value is None or isinstance(value, bool) else _builtin(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if hasattr(value, "tolist"):  # an array, a tensor, or a scalar of one
+        return plain(value.tolist())
+    return str(value)
+
+
+def _builtin(value: int | str) -> int | str:
+    inner = getattr(value, "value", value)  # an enum's
+    return str.__str__(inner) if isinstance(inner, str) else int(inner)

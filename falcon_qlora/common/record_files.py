@@ -1,0 +1,30 @@
+"""Files by whose names a folder tells what it is, whatever else is in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from falcon_qlora.common.untrusted import refuse_links
+
+SETTINGS = "config.yaml"  # of a run
+CERTIFICATE = "certificate.json"  # of a merge
+# What only a run that has started leaves behind: these make a folder one that "holds a run".
+SIGNS_OF_A_RUN = (SETTINGS, "metrics.jsonl", "summary.json", "checkpoints", "adapter")
+
+
+def is_record(file: Path) -> bool:
+    """Whether a file of settings is a run's own, and no one else's that happens to be called so."""
+    others = set(SIGNS_OF_A_RUN) - {SETTINGS}
+    return file.name == SETTINGS and any((file.parent / sign).exists() for sign in others)
+
+
+def run_of(folder: Path) -> Path | None:
+    """The run whose adapter, or a checkpoint of which, lies in `folder`; None for an adapter by itself."""
+    absolute = folder.absolute()
+    candidates = [absolute.parent] if absolute.name == "adapter" else []
+    if absolute.parent.name == "checkpoints":
+        candidates.append(absolute.parent.parent)
+    run = next((path for path in candidates if (path / SETTINGS).is_file()), None)
+    if run is not None:
+        refuse_links(run)
+    return run

@@ -1,0 +1,206 @@
+"""Which command trains each of several methods on the same rows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from falcon_qlora.checkpoint import manifest
+from falcon_qlora.common.errors import UserError, nearest
+from falcon_qlora.common.files import plain
+from falcon_qlora.config import Configuration
+from falcon_qlora.run_folder.directory import RunDirectory
+from falcon_qlora.training import sharding
+
+# Name → what --method takes, and the recipe that has the settings.
+METHODS = {
+    "adapter": ("adapter", "lit-adapter"),
+    "adapter_v2": ("adapter_v2", "lit-adapter-v2"),
+    "lora": ("lora", "lit-lora"),
+    "qlora": ("lora", "lit-qlora"),
+    "full": ("full", "lit-full"),
+}
+
+# What all must have alike, so that a row is the same text and a step the same rows.
+_SHARED = (
+    "model_name_or_path dataset_name dataset_weights dataset_config dataset_train_split dataset_format "
+    "template train_on append_end_token max_length overlong packing padding train_sampling_strategy "
+    "eval_split streaming max_rows num_train_epochs max_steps seed"
+).split()
+_OF_METHODS = {
+    "lora_": ("lora", "qlora"),
+    "use_rslora": ("lora", "qlora"),
+    "use_dora": ("lora", "qlora"),
+    "adapter_": ("adapter", "adapter_v2"),
+    "sharding": ("full",),
+}
+# Those that the method which is read before there is one does not take.
+_NOT_OF_ANY = ("adapter_", "sharding")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """How one method is trained.
+
+    Attributes:
+        name: of METHODS.
+        recipe: that has its settings where no flag says otherwise.
+        words: the command line after ``falcon-qlora train``, but for where it writes.
+    """
+
+    name: str
+    recipe: str
+    words: list[str]
+
+
+def plan(
+    argv: Sequence[str],
+    *,
+    names: Sequence[str],
+    recipes: Sequence[str],
+    learning_rates: Sequence[str],
+    not_for_training: Sequence[str],
+) -> list[Planned]:
+    """The command line of each method.
+
+    Args:
+        argv: as the user gave it.
+        names: of METHODS, in order; a word may hold several with commas between.
+        recipes: ``METHOD=RECIPE`` for those that are not to take their own.
+        learning_rates: ``METHOD=RATE``, likewise.
+        not_for_training: flags that `train` does not get.
+
+    Raises:
+        UserError: for a method that is not known.
+    """
+    chosen = [_known(name, "--methods") for name in split(names)]
+    if not chosen:
+        raise UserError(f"--methods names none; give some of {', '.join(METHODS)}")
+    recipe_of, rate_of = _pairs(recipes, "--recipes"), _pairs(learning_rates, "--learning_rates")
+    for flag, pairs in (("--recipes", recipe_of), ("--learning_rates", rate_of)):
+        for name in pairs.keys() - set(chosen):
+            raise UserError(f"{flag}: {name} is not among --methods")
+    flags = [flag for flag in in_flags(argv) if name_of(flag) not in not_for_training]
+    given = {name_of(flag) for flag in flags}
+    for words in flags:
+        if not any(_concerns(words, name) for name in chosen):
+            raise UserError(f"--{name_of(words)} does nothing with --methods {','.join(chosen)}")
+    planned = []
+    for name in dict.fromkeys(chosen):
+        method, recipe = METHODS[name]
+        own = [flag for flag in flags if _concerns(flag, name)]
+        if "dataset_name" in given and name not in recipe_of:
+            # The recipes say what the reference's rows are; these are others.
+            own += [[f"--{what}", "auto"] for what in ("dataset_format", "template") if what not in given]
+        if name in rate_of:
+            own = [flag for flag in own if name_of(flag) != "learning_rate"]
+            own.append(["--learning_rate", rate_of[name]])
+        words = ["--recipe", recipe_of.get(name, recipe), "--method", method]
+        planned.append(
+            Planned(
+                name=name,
+                recipe=recipe_of.get(name, recipe),
+                words=words + [word for flag in own for word in flag],
+            )
+        )
+    return planned
+
+
+def for_any_method(argv: Sequence[str]) -> list[str]:
+    """A command line that is read to learn what is compared, before there is a method."""
+    flags = [flag for flag in in_flags(argv) if not name_of(flag).startswith(_NOT_OF_ANY)]
+    return ["--recipe", METHODS["lora"][1], *(word for flag in flags for word in flag)]
+
+
+def check_same_rows(configurations: dict[str, Configuration]) -> None:
+    """Check that all methods take the same steps over the same rows.
+
+    Raises:
+        UserError: naming the setting in which two differ.
+    """
+    (first, expected), *others = ((name, _rows_of(each)) for name, each in configurations.items())
+    for name, rows in others:
+        for setting, value in rows.items():
+            if value != expected[setting]:
+                raise UserError(
+                    f"{setting} is {expected[setting]} with {first} and {value} with {name}, but all methods "
+                    f"must see the same rows: give it as a flag, or recipes that agree"
+                )
+
+
+def why_not(name: str, configuration: Configuration) -> str | None:
+    """Why a configuration is not the method of this name."""
+    if name == "qlora" and configuration.model.quantize_mode == "16bit":
+        return "QLoRA is LoRA on a quantized base, and --quantize_mode is 16bit"
+    return None
+
+
+def split(words: Sequence[str]) -> list[str]:
+    return [part.strip() for word in words for part in word.split(",") if part.strip()]
+
+
+def in_flags(argv: Sequence[str]) -> list[list[str]]:
+    """The words of a command line, those of one flag together."""
+    flags: list[list[str]] = []
+    for word in argv:
+        if not flags or re.match(r"--?[A-Za-z]", word):
+            flags.append([])
+        flags[-1].append(word)
+    return flags
+
+
+def name_of(flag: Sequence[str]) -> str:
+    return flag[0].partition("=")[0].lstrip("-").replace("-", "_")
+
+
+def read_alike(run: Path, configuration: Configuration) -> bool:
+    """Whether the run in this folder was made with this configuration."""
+    directory = RunDirectory(run)
+    if not directory.config_file.exists():
+        return False
+    before, now = directory.read_config(), plain(configuration.resolved())
+    if (
+        sharding.has_unsuitable_optimizer_of_recipe(configuration)
+        and before.get("optim") == sharding.OPTIMIZER
+    ):
+        del before["optim"], now["optim"]
+    if configuration.run.global_batch_size is None:
+        # A run that went on has written down what the size of its steps had come to.
+        for settings in (before, now):
+            for name in ("global_batch_size", "gradient_accumulation_steps"):
+                settings.pop(name, None)
+    return before == now
+
+
+def can_go_on(directory: RunDirectory) -> bool:
+    """Whether a run has a whole checkpoint with all that training needs."""
+    checkpoint, _ = manifest.newest_whole(directory.checkpoints)
+    return checkpoint is not None and bool(manifest.read_manifest(checkpoint).get("resumable"))
+
+
+def _rows_of(configuration: Configuration) -> dict[str, object]:
+    resolved, run = configuration.resolved(), configuration.run
+    batch = run.global_batch_size or run.per_device_train_batch_size * run.gradient_accumulation_steps
+    return {name: resolved[name] for name in _SHARED} | {"global_batch_size": batch}
+
+
+def _concerns(flag: Sequence[str], name: str) -> bool:
+    return all(name in methods for prefix, methods in _OF_METHODS.items() if name_of(flag).startswith(prefix))
+
+
+def _pairs(words: Sequence[str], flag: str) -> dict[str, str]:
+    pairs = {}
+    for word in split(words):
+        name, equals, value = word.partition("=")
+        if not equals or not value:
+            raise UserError(f"{flag}: {word!r} is not METHOD=VALUE, such as {next(iter(METHODS))}=...")
+        pairs[_known(name, flag)] = value
+    return pairs
+
+
+def _known(name: str, flag: str) -> str:
+    if name not in METHODS:
+        raise UserError(f"{flag}: {name!r} is not one of {', '.join(METHODS)}{nearest(name, METHODS)}")
+    return name

@@ -1,0 +1,275 @@
+"""Loss, perplexity and divergence on text: of a loaded model, or of a model's folder a block at a time.
+
+Shape legend: T tokens of a batch laid end to end, N positions that are measured, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.models.falcon.modeling_falcon import FalconRotaryEmbedding
+
+from falcon_qlora.data.batches import DocumentReader, MicroBatch, filled_up
+from falcon_qlora.data.plan import deal_evaluation
+from falcon_qlora.models.checkpoints import parameter_reader, read_folder_config
+from falcon_qlora.models.forward import block_arguments, enable_packing, falcon_of, run_blocks
+from falcon_qlora.models.load import empty_model
+from falcon_qlora.models.packed_attention import Sequences
+from falcon_qlora.models.scaled import ScaleAndBias, scale_and_bias_of
+
+_CHUNK = 1024  # positions whose logits exist at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """What a model thinks of every measured position, as far as it takes to measure it.
+
+    Attributes:
+        hidden: ``[N, H]``, behind the final norm.
+        head: ``[V, H]``.
+        vectors: that scale and shift what the head computes, where a method trained any.
+        targets: int64 ``[N]``, the tokens that came.
+        answers: bool ``[N]``, whether the token is one that training would count.
+    """
+
+    hidden: Tensor
+    head: Tensor
+    vectors: ScaleAndBias | None
+    targets: Tensor
+    answers: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divergence:
+    """How far one model is from another on the same positions.
+
+    Attributes:
+        kl: mean Kullback-Leibler divergence from the first model to the second, nats a token.
+        largest_kl: of a single position.
+        same_top_token: share of positions at which both find the same token the likeliest.
+    """
+
+    kl: float
+    largest_kl: float
+    same_top_token: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Held-out documents and how a run goes through them.
+
+    Args:
+        reader: of the held-out corpus, packed.
+        lengths: ``[documents]``, tokens.
+        target_tokens: over the whole corpus.
+        micro_batch: sequences of `max_length` in one forward.
+        max_length: tokens.
+    """
+
+    reader: DocumentReader
+    lengths: np.ndarray
+    target_tokens: int
+    micro_batch: int
+    max_length: int
+
+    def share(self, process: int, processes: int, *, even: bool) -> Iterator[MicroBatch]:
+        """One process's micro batches, on the host; `even`: as many as any has, some without targets."""
+        dealt = deal_evaluation(
+            self.lengths, processes=processes, micro_batch=self.micro_batch, max_length=self.max_length
+        )
+        parts = filled_up(dealt[process], max(map(len, dealt)) if even else 0)
+        return map(self.reader.micro_batch, parts)
+
+
+def batches_of(corpus: Any, *, max_tokens: int, most_tokens: int | None = None) -> list[MicroBatch]:
+    """The documents of a `Corpus` in their order, packed into batches.
+
+    Args:
+        corpus: tokenized documents.
+        max_tokens: in one batch; a longer document is a batch of its own.
+        most_tokens: stop before there are more than this; at least one document is taken.
+    """
+    reader = DocumentReader(corpus.dataset, padding=None, max_length=max_tokens, padding_id=0)
+    lengths = corpus.lengths
+    if most_tokens is not None:
+        lengths = lengths[: max(int(np.searchsorted(np.cumsum(lengths), most_tokens, side="right")), 1)]
+    batches: list[MicroBatch] = []
+    start = tokens = 0
+    for index, length in enumerate(lengths):
+        if index > start and tokens + length > max_tokens:
+            batches.append(reader.micro_batch(np.arange(start, index)))
+            start, tokens = index, 0
+        tokens += int(length)
+    return [*batches, reader.micro_batch(np.arange(start, len(lengths)))]
+
+
+@torch.no_grad()
+def predictions(model: nn.Module, batches: Sequence[MicroBatch], *, answers_only: bool) -> Predictions:
+    """Run a loaded model.
+
+    Args:
+        model: a Falcon, as it is or inside PEFT's wrapper; packing is enabled on it.
+        batches: from `batches_of`, on the host.
+        answers_only: measure only what training would count; else every token but each document's first.
+    """
+    enable_packing(model)
+    falcon = falcon_of(model)
+    device = falcon.lm_head.weight.device
+    hidden, places = [], [_measured(batch, answers_only) for batch in batches]
+    for batch, (positions, _, _) in zip(batches, places, strict=True):
+        states = run_blocks(falcon.transformer, batch.input_ids.to(device), _sequences(batch, device))
+        hidden.append(falcon.transformer.ln_f(states[0].index_select(0, positions.to(device))))
+    vectors = scale_and_bias_of(falcon.lm_head)
+    return _predictions(hidden, falcon.lm_head.weight, places, device, vectors=vectors)
+
+
+@torch.no_grad()
+def folder_predictions(
+    folder: Path,
+    batches: Sequence[MicroBatch],
+    *,
+    answers_only: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Predictions:
+    """Run the unquantized model of a folder, of which one block at a time is in memory.
+
+    Args:
+        folder: of a model.
+        batches: as for `predictions`, which this equals.
+        answers_only: as there.
+        device: where it is computed.
+        dtype: in which it is computed.
+    """
+    config = read_folder_config(folder)
+    model = empty_model(config, dtype=dtype)
+    enable_packing(model)
+    read = parameter_reader(folder, config)
+    transformer = model.transformer
+    transformer.rotary_emb = FalconRotaryEmbedding(config).to(device)
+
+    def fill(module: nn.Module, prefix: str) -> None:
+        for name, _ in list(module.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            tensor = read(f"{prefix}{name}").to(device, dtype, copy=True)
+            setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+
+    def empty(module: nn.Module) -> None:
+        module.to("meta")
+
+    fill(transformer.word_embeddings, "transformer.word_embeddings.")
+    packed = [_sequences(batch, device) for batch in batches]
+    states = [transformer.word_embeddings(batch.input_ids.to(device)) for batch in batches]
+    if not config.tie_word_embeddings:
+        empty(transformer.word_embeddings)
+    for index, block in enumerate(transformer.h):
+        fill(block, f"transformer.h.{index}.")
+        for place, sequences in enumerate(packed):
+            arguments = block_arguments(transformer, states[place], sequences)
+            states[place] = block(states[place], **arguments)[0]
+        empty(block)
+    fill(transformer.ln_f, "transformer.ln_f.")
+    if config.tie_word_embeddings:
+        head = transformer.word_embeddings.weight
+    else:
+        fill(model.lm_head, "lm_head.")
+        head = model.lm_head.weight
+    places = [_measured(batch, answers_only) for batch in batches]
+    hidden = [
+        transformer.ln_f(state[0].index_select(0, positions.to(device)))
+        for state, (positions, _, _) in zip(states, places, strict=True)
+    ]
+    return _predictions(hidden, head, places, device)
+
+
+@torch.no_grad()
+def token_losses(predicted: Predictions) -> Tensor:
+    """Cross entropy of every measured position in nats: float32 ``[N]``, on the host."""
+    losses = [
+        nn.functional.cross_entropy(_logits(predicted, rows), predicted.targets[rows], reduction="none")
+        for rows in _chunks(predicted)
+    ]
+    return torch.cat(losses).cpu() if losses else torch.empty(0)
+
+
+@torch.no_grad()
+def divergence(first: Predictions, second: Predictions) -> Divergence:
+    """How far `second` is from `first`.
+
+    Raises:
+        ValueError: if they are not of the same positions.
+    """
+    if not torch.equal(first.targets, second.targets):
+        raise ValueError("the predictions are of different texts")
+    kls, same = [], []
+    for rows in _chunks(first):
+        ours = nn.functional.log_softmax(_logits(first, rows), dim=-1)
+        theirs = nn.functional.log_softmax(_logits(second, rows), dim=-1)
+        kls.append((ours.exp() * (ours - theirs)).sum(-1))
+        same.append(ours.argmax(-1) == theirs.argmax(-1))
+    kl = torch.cat(kls).double()
+    return Divergence(
+        kl=kl.mean().item(),
+        largest_kl=kl.max().item(),
+        same_top_token=torch.cat(same).double().mean().item(),
+    )
+
+
+def mean_loss(losses: Tensor) -> float:
+    """The mean of `token_losses`, summed in float64; NaN of none."""
+    return losses.double().mean().item() if len(losses) else math.nan
+
+
+def _chunks(predicted: Predictions) -> Iterator[slice]:
+    for start in range(0, len(predicted.targets), _CHUNK):
+        yield slice(start, start + _CHUNK)
+
+
+def _logits(predicted: Predictions, rows: slice) -> Tensor:
+    logits = predicted.hidden[rows] @ predicted.head.T
+    return (logits if predicted.vectors is None else predicted.vectors(logits)).float()
+
+
+def _sequences(batch: MicroBatch, device: torch.device) -> Sequences:
+    return Sequences(
+        cu_seqlens=batch.cu_seqlens.to(device),
+        position_ids=batch.position_ids.to(device),
+        lengths=batch.lengths,
+        max_length=max(batch.lengths),
+    )
+
+
+def _measured(batch: MicroBatch, answers_only: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions that are measured, the tokens that follow them, and which of those training would count."""
+    counted = torch.zeros(batch.input_ids.shape[1], dtype=torch.bool)
+    counted[batch.target_positions] = True
+    if answers_only:
+        return batch.target_positions, batch.targets, torch.ones_like(batch.targets, dtype=torch.bool)
+    last = torch.zeros_like(counted)
+    last[batch.cu_seqlens[1:].long() - 1] = True
+    positions = torch.nonzero(~last).squeeze(1)
+    return positions, batch.input_ids[0, positions + 1], counted[positions]
+
+
+def _predictions(
+    hidden: list[Tensor],
+    head: Tensor,
+    places: list[tuple[Tensor, Tensor, Tensor]],
+    device: torch.device,
+    *,
+    vectors: ScaleAndBias | None = None,
+) -> Predictions:
+    return Predictions(
+        hidden=torch.cat(hidden).to(head.dtype),
+        head=head,
+        vectors=vectors,
+        targets=torch.cat([targets for _, targets, _ in places]).to(device),
+        answers=torch.cat([answers for _, _, answers in places]),
+    )

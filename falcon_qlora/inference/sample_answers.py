@@ -1,0 +1,68 @@
+"""Sample answers before, during and after training, so that a person sees what the loss means."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from falcon_qlora.run_folder.backlog import Backlog
+from falcon_qlora.run_folder.directory import append_lines
+from falcon_qlora.terminal.console import print_answers
+
+
+class SampleAnswers(TrainerCallback):
+    """Has the model answer a few prompts before training, at each evaluation, and at the end.
+
+    The main process answers, greedily, while the others wait for it in the next step.
+
+    Args:
+        prompts: pairs of what to show and the token ids to continue.
+        tokenizer: turns the answers into text.
+        file: a JSON Lines file that gets every answer.
+        max_new_tokens: of one answer.
+    """
+
+    def __init__(
+        self, prompts: list[tuple[str, list[int]]], tokenizer: Any, file: Path, *, max_new_tokens: int = 48
+    ):
+        self._prompts = prompts
+        self._tokenizer = tokenizer
+        self._file = file
+        self._append = Backlog(append_lines, file.name)
+        self._max_new_tokens = max_new_tokens
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:  # a run that goes on has answered where it was evaluated
+            self._answer("before training", state, kwargs["model"])
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step < state.max_steps:
+            self._answer(f"at step {state.global_step}", state, kwargs["model"])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._answer("after training", state, kwargs["model"])
+
+    def _answer(self, title: str, state: TrainerState, model: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        from falcon_qlora.inference.generation import generate_batch
+
+        answers = generate_batch(
+            model, self._tokenizer, [ids for _, ids in self._prompts], max_new_tokens=self._max_new_tokens
+        )
+        shown = [(prompt, answer) for (prompt, _), answer in zip(self._prompts, answers, strict=True)]
+        print_answers(title, shown)
+        records = (
+            {"step": state.global_step, "prompt": prompt, "answer": answer} for prompt, answer in shown
+        )
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        self._append(self._file, "".join(lines))

@@ -1,0 +1,126 @@
+"""Signals that ask a run to stop: the first has it save and end, a second ends it at once.
+
+    interrupts.install()              # in a process of the command line, before anything else
+    interrupts.training_begins(say)   # from here on there is something to save
+    interrupts.all_have_begun()       # on the other processes as well
+    interrupts.asked_to_stop()        # the signal, or None
+
+Python runs its handlers between two instructions of the main thread, which may be waiting in a collective for
+a process that is gone. So a thread of its own reads the signals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from falcon_qlora.processes import distributed, launcher
+from falcon_qlora.processes.launcher import SAME_REQUEST_SECONDS, STOP_SIGNALS
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved what it could.
+
+    Attributes:
+        step: steps done.
+        failure: why there is no checkpoint of it, or None.
+    """
+
+    def __init__(self, step: int, failure: str | None):
+        super().__init__(f"stopped at step {step}")
+        self.step = step
+        self.failure = failure
+
+
+class _Requests:
+    def __init__(self) -> None:
+        self.training = False
+        self.first: int | None = None
+        self.at = 0.0
+        self.say: Callable[[str], None] = lambda text: None
+
+    def receive(self, number: int) -> None:
+        """Take in a signal; called by the thread."""
+        if not self.training:
+            return
+        if distributed.sibling_died():
+            # torchrun ends the others of a process that failed. There is nothing more to be saved.
+            os._exit(128 + number)
+        if self.first is None:
+            self.first, self.at = number, time.monotonic()
+            name = signal.Signals(number).name
+            self.say(f"{name}: a checkpoint is saved at the end of a step, then the run ends; again: at once")
+        elif time.monotonic() - self.at > SAME_REQUEST_SECONDS:
+            os._exit(128 + number)
+
+
+_requests = _Requests()
+
+
+def install() -> None:
+    """Take the signals of this process; in its main thread."""
+    before = signal.getsignal(signal.SIGINT)
+
+    def handle(number: int, frame: Any) -> None:
+        if _requests.training:
+            return
+        if number == signal.SIGINT and callable(before):
+            before(number, frame)
+        else:
+            os._exit(128 + number)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, handle)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_read, args=[reader], name="signals", daemon=True).start()
+
+
+def _read(reader: int) -> None:
+    while True:
+        for number in os.read(reader, 64):
+            if number in STOP_SIGNALS:
+                _requests.receive(number)
+
+
+def training_begins(say: Callable[[str], None]) -> None:
+    """From here on a signal has the run save and end.
+
+    Args:
+        say: prints a line to the user.
+    """
+    _requests.say = say
+    _requests.training = True
+
+
+def all_have_begun() -> None:
+    """Have the launcher pass signals on: `training_begins` was called on every process.
+
+    Before that one of them would end by a signal that the others take for a request.
+    """
+    _leave_for_launcher(launcher.TRAINING, "")
+
+
+def asked_to_stop() -> signal.Signals | None:
+    """The signal that this process was asked with."""
+    return None if _requests.first is None else signal.Signals(_requests.first)
+
+
+def tell_launcher(text: str) -> None:
+    """Have the launcher say `text` if the processes end by an error: how to go on."""
+    _leave_for_launcher(launcher.GO_ON, text)
+
+
+def _leave_for_launcher(name: str, text: str) -> None:
+    file = launcher.mark(name)
+    if file is not None and distributed.is_local_main_process():
+        part = file.with_name(f".{name}")
+        with contextlib.suppress(OSError):  # no run ends for want of room in the launcher's folder
+            part.write_text(text, encoding="utf-8")
+            part.rename(file)

@@ -1,0 +1,414 @@
+"""The run directory: the record of a run, and what every later command reads.
+
+    config.yaml        the resolved configuration; `--config` takes it back
+    environment.json   versions, GPUs, commit
+    data.json          fingerprint, rows read, dropped, truncated, tokens
+    kernels.json       module → kernel, or the reason it was left alone
+    metrics.jsonl      one line a log step
+    summary.json       the run in a few numbers
+    loss.png           the losses and the learning rate
+    checkpoints/step-N/
+    adapter/           what was trained, with a model card
+    samples.jsonl      the sample answers at each evaluation, where they were asked for
+    trackers.json      under which id each tracker knows the run
+    tensorboard/, wandb/   what those trackers write themselves
+    flight_record/     where a run hung: NCCL's last collectives, a file a process
+
+The main process writes; a file appears whole or not at all, whatever happens meanwhile.
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.files import (
+    plain,
+    quoted,
+    replaced,
+    replaced_folder,
+    try_to_write,
+    write_json,
+    write_text,
+)
+from falcon_qlora.common.record_files import SIGNS_OF_A_RUN, run_of
+from falcon_qlora.common.untrusted import read_json, read_text, read_yaml
+from falcon_qlora.run_folder.lock import LOCK
+from falcon_qlora.run_folder.summary import Summary
+from falcon_qlora.terminal import charts
+
+RUNS = Path("runs")
+
+METRICS_FIELDS = (
+    "step",
+    "epoch",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "tokens",
+    "tokens_per_second",
+    "samples_per_second_512",
+    "peak_memory_gib",
+    "packing_efficiency",
+    "eval_loss",
+)
+
+_FILES = (
+    "config.yaml",
+    "environment.json",
+    "data.json",
+    "kernels.json",
+    "metrics.jsonl",
+    "summary.json",
+    "loss.png",
+    "samples.jsonl",
+    "trackers.json",
+)
+_FOLDERS = ("checkpoints", "adapter", "tensorboard", "wandb", "flight_record")
+_LAUNCHER = ".launcher"
+_LARGEST_FIGURE = 1e300
+_METRICS_LIMIT_BYTES = 2**30  # a line of some hundred bytes for each of more steps than any run has
+
+
+class RunDirectory:
+    """One run's folder: where each file is, and how it is written.
+
+    Args:
+        path: The folder; made at the first write.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config_file = self.path / "config.yaml"
+        self.environment_file = self.path / "environment.json"
+        self.data_file = self.path / "data.json"
+        self.kernels_file = self.path / "kernels.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.summary_file = self.path / "summary.json"
+        self.loss_picture = self.path / "loss.png"
+        self.trackers_file = self.path / "trackers.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    # What a run is made of
+
+    @classmethod
+    def of_adapter(cls, folder: Path) -> RunDirectory | None:
+        """The run whose adapter or checkpoint lies in `folder`; None for an adapter by itself."""
+        run = run_of(folder)
+        return None if run is None else cls(run)
+
+    def holds_run(self) -> bool:
+        """Whether a run has written here."""
+        return any((self.path / sign).exists() for sign in SIGNS_OF_A_RUN)
+
+    def contents(self) -> list[Path]:
+        """The files and folders of the run that exist, in the order in which a person wants them."""
+        order = ("adapter", "loss.png", "metrics.jsonl", "summary.json", "checkpoints")
+        names = (*order, *(name for name in (*_FILES, *_FOLDERS) if name not in order))
+        return [self.path / name for name in names if (self.path / name).exists()]
+
+    def clear(self, *, keep: Collection[str] = ()) -> None:
+        """Remove an earlier run's files, and nothing else that lies in the folder.
+
+        For `--overwrite`: call it when the new run is sure to start, so that a bad flag costs nothing.
+
+        Args:
+            keep: names of files and folders that stay, as the new run writes there already.
+        """
+        for name in set(_FILES) - set(keep):
+            (self.path / name).unlink(missing_ok=True)
+        for name in set(_FOLDERS) - set(keep):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
+    def remove_if_empty(self) -> None:
+        """Remove the folder of a run that never started: only its marks and its trackers' files are there."""
+        marks = {_LAUNCHER, LOCK, self.trackers_file.name, "wandb"}
+        if self.path.is_dir() and {entry.name for entry in self.path.iterdir()} <= marks:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    # Records
+
+    def write_config(self, resolved: Mapping[str, Any]) -> None:
+        """Write everything a re-run needs; the caller leaves secrets out."""
+        text = yaml.dump(plain(resolved), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+        config = quoted(str(self.config_file))
+        header = f"# Run again:  falcon-qlora train --config {config} --output_dir NEW_FOLDER\n"
+        write_text(self.config_file, header + text)
+
+    def read_config(self) -> dict[str, Any]:
+        return read_yaml(self.config_file)
+
+    def write_environment(self, environment: Mapping[str, Any]) -> None:
+        write_json(self.environment_file, environment)
+
+    def read_environment(self) -> dict[str, Any]:
+        return read_json(self.environment_file)
+
+    def write_data(self, record: Mapping[str, Any]) -> None:
+        """Write where the rows came from and what became of them."""
+        write_json(self.data_file, record)
+
+    def write_kernels(self, record: Mapping[str, Any]) -> None:
+        write_json(self.kernels_file, record)
+
+    def write_summary(self, summary: Summary | Mapping[str, Any]) -> None:
+        write_json(self.summary_file, asdict(summary) if isinstance(summary, Summary) else summary)
+
+    def read_summary(self) -> dict[str, Any]:
+        return read_json(self.summary_file)
+
+    # Metrics
+
+    def append_metrics(self, step: int, logs: Mapping[str, Any]) -> None:
+        """Append one line for `step`: those of METRICS_FIELDS that `logs` has, if it has any.
+
+        A number that is not finite becomes null: JSON has no name for it.
+
+        Raises:
+            OSError: if it cannot be written; the file is then as it was.
+        """
+        record = {"step": step} | {name: logs[name] for name in METRICS_FIELDS[1:] if name in logs}
+        if not record.keys() - {"step", "epoch"}:
+            return
+        line = json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n"
+        append_lines(self.metrics_file, line)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The log steps so far; a last line cut short by a crash is left out."""
+        return read_metrics(self.metrics_file)
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Forget the log steps and sample answers after `step`: a run that resumes there does them again."""
+        for file in (self.metrics_file, self.path / "samples.jsonl"):
+            if file.exists():
+                kept = [record for record in read_metrics(file) if record["step"] <= step]
+                lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in kept]
+                write_text(file, "".join(lines))
+
+    def draw_loss(self, title: str = "") -> Path | None:
+        """Draw `loss.png` from the metrics; None where there is no loss to draw yet."""
+        with replaced(self.loss_picture) as temporary:
+            drawn = charts.draw_loss(self.read_metrics(), temporary, title=title)
+            if not drawn:
+                temporary.unlink(missing_ok=True)
+        return self.loss_picture if drawn else None
+
+    # Folders
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step}"
+
+    def checkpoint_steps(self) -> list[int]:
+        """The steps with a checkpoint, rising."""
+        if not self.checkpoints.is_dir():
+            return []
+        found = (re.fullmatch(r"step-(\d+)", entry.name) for entry in self.checkpoints.iterdir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def write_folder(self, target: Path) -> AbstractContextManager[Path]:
+        """An empty folder that takes `target`'s place when the block ends without an error.
+
+        Args:
+            target: `directory.adapter`, `directory.checkpoint(step)` or another path in the run directory.
+        """
+        return replaced_folder(target)
+
+    # Trackers
+
+    def tracker_record(self, tracker: str) -> dict[str, Any]:
+        """What a tracker needs to go on with the same run ({} where there is none yet)."""
+        record = read_json(self.trackers_file).get(tracker) if self.trackers_file.exists() else None
+        return record if isinstance(record, dict) else {}
+
+    def write_tracker_record(self, tracker: str, record: Mapping[str, Any]) -> None:
+        everything = read_json(self.trackers_file) if self.trackers_file.exists() else {}
+        write_json(self.trackers_file, {**everything, tracker: dict(record)})
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes a list out as often as it is there: aliases are not read."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def append_lines(file: Path, lines: str) -> None:
+    """Add whole lines in one write, so that a reader beside a running job sees no half of one.
+
+    Raises:
+        OSError: if they cannot all be written; the file is then as it was.
+    """
+    content = lines.encode()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        before = os.fstat(handle).st_size
+        if os.write(handle, content) < len(content):  # as much as the disk had room for
+            os.ftruncate(handle, before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+    finally:
+        os.close(handle)
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """Read a `metrics.jsonl`; [] where there is none.
+
+    A last line cut short by a crash is left out, as is any other that is no record of a step.
+    """
+    records: list[dict[str, Any]] = []
+    if not file.exists():
+        return records
+    for line in read_text(file, limit_bytes=_METRICS_LIMIT_BYTES).splitlines():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if _is_of_a_step(record):
+            records.append(record)
+    return records
+
+
+def _is_of_a_step(record: Any) -> bool:
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        return False
+    figures = [record[name] for name in METRICS_FIELDS if record.get(name) is not None]
+    return all(isinstance(each, int | float) and abs(each) < _LARGEST_FIGURE for each in figures)
+
+
+def choose(
+    output_dir: str | Path | None,
+    *,
+    model: str,
+    settings: str,
+    resume: bool | str | Path = False,
+    overwrite: bool = False,
+    restarted: bool = False,
+    make: bool = True,
+    root: Path = RUNS,
+    now: datetime.datetime | None = None,
+) -> Path:
+    """Decide where a run writes. The main process calls it, and the others are told.
+
+    Args:
+        output_dir: The folder the user named; None for a fresh one under `root`.
+        model: What is trained; the last part of a path or hub id goes into the fresh folder's name.
+        settings: A few words that tell runs of one model apart, such as ``4bit-lora64``.
+        resume: ``--resume``: True for the run in `output_dir`, or a run directory or one of its checkpoints.
+        overwrite: ``--overwrite``: `output_dir` may hold a run; RunDirectory.clear removes it later.
+        restarted: torchrun has restarted this group of processes: what they wrote before is theirs.
+        make: Make the folder. Else it is only checked that it could be, and the name of a fresh one may still
+            be taken by another run.
+        root: Where fresh folders are made.
+        now: The time in a fresh folder's name.
+
+    Raises:
+        UserError: if the named folder holds a run and nothing says what to do with it, is a file, or is not
+            that of the run to resume, or if there is no such run.
+    """
+    resumed_from = _run_of(Path(resume)) if isinstance(resume, str | Path) else None
+    if output_dir is None and resumed_from is not None:
+        return resumed_from
+    if output_dir is None:
+        if resume:
+            newest = _newest(root)
+            hint = f", for example --resume {shlex.quote(str(newest))}" if newest else ""
+            raise UserError(f"--resume: which run? Name its folder with --output_dir or --resume PATH{hint}")
+        return _fresh(root, model, settings, restarted, make, now or datetime.datetime.now())
+    path = Path(output_dir)
+    if any("\udc80" <= sign <= "\udcff" for sign in str(path)):
+        raise UserError(
+            f"--output_dir {quoted(str(path))}: not a name in UTF-8, and safetensors files can be written "
+            "under no other; name another folder"
+        )
+    if resumed_from is not None and resumed_from.resolve() != path.resolve():
+        raise UserError(
+            f"--resume {resume}: a run goes on in its own folder, {resumed_from}, and --output_dir {path} is "
+            "another; leave --output_dir out"
+        )
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--output_dir {path}: this is a file; name a folder")
+    if RunDirectory(path).holds_run() and not (resume or overwrite or restarted):
+        raise UserError(
+            f"--output_dir {path}: this folder holds a run already. Go on with it (--resume), replace it "
+            "(--overwrite), or name another folder"
+        )
+    try:
+        if make:
+            path.mkdir(parents=True, exist_ok=True)
+        try_to_write(path)
+    except OSError as error:
+        raise UserError(f"--output_dir {path}: cannot write there ({error.strerror})") from error
+    return path
+
+
+def _fresh(
+    root: Path, model: str, settings: str, restarted: bool, make: bool, now: datetime.datetime
+) -> Path:
+    # The agent of torchrun, this process's parent, outlives its restarts: by it a restarted run finds the
+    # folder it was given the first time.
+    launcher = f"{socket.gethostname()} {os.getppid()}"
+    if restarted:
+        marks = sorted(root.glob(f"*/{_LAUNCHER}"), key=lambda mark: mark.stat().st_mtime, reverse=True)
+        for mark in marks:
+            if mark.read_text(encoding="utf-8") == launcher:
+                return mark.parent
+    name = f"{now:%Y%m%d-%H%M%S}-{_short(model)}-{_slug(settings)}".rstrip("-")
+    for attempt in range(1, 1000):
+        path = root / (name if attempt == 1 else f"{name}-{attempt}")
+        try:
+            if not make:
+                try_to_write(path)
+                return path
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot write there ({error.strerror}); name a folder with --output_dir"
+            ) from error
+        (path / _LAUNCHER).write_text(launcher, encoding="utf-8")
+        return path
+    raise UserError(f"{root}: too many runs named {name}; name a folder with --output_dir")
+
+
+def _run_of(path: Path) -> Path:
+    """The run directory that `path`, a run directory or a checkpoint in one, belongs to."""
+    if path.parent.name == "checkpoints" and path.is_dir():
+        return path.parent.parent
+    if RunDirectory(path).holds_run():
+        return path
+    raise UserError(f"--resume {path}: no run there (looked for config.yaml, checkpoints/, metrics.jsonl)")
+
+
+def _newest(root: Path) -> Path | None:
+    runs = [entry for entry in root.glob("*") if entry.is_dir() and RunDirectory(entry).holds_run()]
+    return max(runs, key=lambda entry: entry.stat().st_mtime, default=None)
+
+
+def _short(model: str) -> str:
+    return _slug(model.rstrip("/").split("/")[-1])
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.") or "run"

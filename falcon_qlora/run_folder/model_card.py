@@ -1,0 +1,209 @@
+"""The README.md of an adapter: what it is, how it was trained, how it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from falcon_qlora.common.files import write_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What the card says.
+
+    Attributes:
+        base_model: Hub id, path or label (``tiny``, ``random:falcon-7b``) of the model the adapter is for.
+        method: What was trained, as `--method` takes it.
+        base_layout: What that is, such as ``falcon-7b layout, 32 blocks``.
+        base_is_random: Its weights are random: the adapter is a test of the machinery, and says so.
+        datasets: What `--dataset_name` named.
+        settings: Setting → value, in the order in which they are shown.
+        data: What became of the rows: label → count.
+        summary: The fields of `summary.json`.
+        template: The prompt template of the rows, to be used again when the model is asked.
+        prompt_example: One rendered prompt, up to where the model goes on.
+        version: The release of falcon_qlora.
+    """
+
+    base_model: str
+    method: str = "lora"
+    base_layout: str = ""
+    base_is_random: bool = False
+    datasets: Sequence[str] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    template: str = ""
+    prompt_example: str = ""
+    version: str = ""
+
+    def write(self, adapter: Path) -> Path:
+        """Write the card into the adapter's folder, in place of PEFT's empty form."""
+        file = adapter / "README.md"
+        write_text(file, self.render())
+        return file
+
+    def render(self) -> str:
+        """The card: the hub's metadata as front matter, then Markdown."""
+        sections = [
+            f"---\n{yaml.safe_dump(self._metadata(), sort_keys=False, allow_unicode=True)}---\n",
+            self._introduction(),
+            self._usage(),
+            table("Settings", "setting", self.settings),
+            table("Data", "rows and tokens", self.data),
+            table("Result", "measure", self._result()),
+        ]
+        return "\n".join(section for section in sections if section)
+
+    def _metadata(self) -> dict[str, Any]:
+        libraries = {"lora": "peft", "full": "transformers"}
+        metadata: dict[str, Any] = {
+            "library_name": libraries.get(self.method, "falcon-qlora"),
+            "pipeline_tag": "text-generation",
+        }
+        if names_hub_model(self.base_model):
+            relation = "finetune" if self.method == "full" else "adapter"
+            metadata |= {"base_model": self.base_model, "base_model_relation": relation}
+        on_hub = [name for name in self.datasets if names_hub_dataset(name)]
+        if on_hub:
+            metadata["datasets"] = on_hub
+        tags = {"lora": ["lora", "qlora", "peft"]}.get(self.method, [self.method.replace("_", "-")])
+        return metadata | {"tags": ["falcon", *tags, "falcon-qlora"]}
+
+    def _introduction(self) -> str:
+        quantized = self.settings.get("quantize_mode", "")
+        base = f"`{self.base_model}`" + (f" ({self.base_layout})" if self.base_layout else "")
+        title, what = _TITLES[self.method]
+        text = f"# {title} {self.base_model}\n\n{what} {base}"
+        held = quantized and self.method != "full"
+        text += f", trained on the base model held in {quantized}" if held else ""
+        text += f" with falcon_qlora {self.version}".rstrip() + ".\n"
+        if self.base_is_random:
+            text += (
+                "\n**The base model's weights are random**: this shows that and how fast the training runs, "
+                "and is of no other use.\n"
+            )
+        return text
+
+    def _usage(self) -> str:
+        text = "## Use\n\n"
+        if self.method == "full":
+            text += (
+                "A whole model, which Transformers opens as any (`ADAPTER` is this folder or its hub id):\n\n"
+                f"```python\n{_WHOLE_EXAMPLE}```\n\n"
+                "With falcon_qlora (`ADAPTER` is this folder):\n\n"
+            )
+        elif self.method != "lora":
+            text += (
+                "PEFT has no such method; falcon_qlora opens it on the base model, quantized or not\n"
+                "(`ADAPTER` is this folder or a copy of it). It cannot be merged into the base's weights.\n\n"
+            )
+        elif not self.base_is_random:
+            text += (
+                "With plain Transformers and PEFT (`ADAPTER` is this folder or its hub id):\n\n"
+                f"```python\n{self._plain_example()}```\n\n"
+                "Transformers does not quantize Falcon's own linear layers: for a quantized base use\n"
+                "falcon_qlora, which does:\n\n"
+            )
+        text += (
+            "```python\n"
+            "import falcon_qlora\n\n"
+            'model = falcon_qlora.load_adapter("ADAPTER")\n'
+            "```\n\n"
+            '```\nfalcon-qlora generate --adapter ADAPTER --prompt "…"\n```\n'
+        )
+        if self.template:
+            text += f"\nIt was trained with the prompt template `{self.template}`; ask it in the same form"
+            text += ".\n" if not self.prompt_example else f":\n\n{_fenced(self.prompt_example)}\n"
+        return text
+
+    def _plain_example(self) -> str:
+        packaged = self.base_model == "tiny"
+        base = "tiny_path()" if packaged else f'"{self.base_model}"'
+        return (
+            "from peft import PeftModel\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            + ("\nfrom falcon_qlora.models.tiny import tiny_path\n" if packaged else "")
+            + f'\nbase = AutoModelForCausalLM.from_pretrained({base}, dtype="bfloat16")\n'
+            'model = PeftModel.from_pretrained(base, "ADAPTER")\n'
+            f"tokenizer = AutoTokenizer.from_pretrained({base})\n"
+        )
+
+    def _result(self) -> dict[str, Any]:
+        names = {
+            "steps": "optimizer steps",
+            "first_loss": "training loss, first",
+            "final_loss": "training loss, last",
+            "best_eval_loss": "best loss on held-out data",
+            "trainable_parameters": "trainable parameters",
+            "total_parameters": "parameters of base and adapter",
+            "train_seconds": "seconds",
+            "tokens_per_second": "tokens/s",
+            "peak_memory_gib": "peak memory on one device, GiB",
+            "world_size": "devices",
+        }
+        return {
+            label: self.summary[name] for name, label in names.items() if self.summary.get(name) is not None
+        }
+
+
+_WHOLE_EXAMPLE = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("ADAPTER", dtype="bfloat16")
+tokenizer = AutoTokenizer.from_pretrained("ADAPTER")
+"""
+
+_TITLES = {
+    "lora": ("LoRA adapter for", "A LoRA adapter for"),
+    "adapter": ("Adapter for", "A learned prefix in attention (Adapter) for"),
+    "adapter_v2": (
+        "Adapter v2 for",
+        "A learned prefix in attention, scales and biases of the linears, and norms (Adapter v2) for",
+    ),
+    "full": ("Fine-tuned", "All weights, fine-tuned, of"),
+}
+
+
+def names_hub_model(name: str) -> bool:
+    """Whether a base model's name can be one of the hub's."""
+    a_name = name.count("/") == 1 and not name.startswith((".", "/", "~", "random:"))
+    return a_name and not Path(name).exists()
+
+
+def names_hub_dataset(name: str) -> bool:
+    """Whether a data set's name can be one of the hub's: local files are nothing to a reader elsewhere."""
+    return name.count("/") <= 1 and "." not in name.split("/")[-1]
+
+
+def table(title: str, label: str, rows: Mapping[str, Any]) -> str:
+    """A section with a two-column table; nothing where there are no rows."""
+    if not rows:
+        return ""
+    lines = [f"| {name} | {_cell(value)} |" for name, value in rows.items()]
+    return "\n".join([f"## {title}\n", f"| {label} | |", "|---|---|", *lines, ""])
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(_cell(item) for item in value)
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _fenced(text: str) -> str:
+    # Longer than any fence inside, so that the text stays text.
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}text\n{text}\n{fence}"

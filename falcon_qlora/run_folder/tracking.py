@@ -1,0 +1,323 @@
+"""Trackers: Weights & Biases, TensorBoard, Trackio and what else Transformers knows.
+
+They run on the main process alone. What is wrong with them before the run is an error (a package that is
+not there, a key that is rejected); whatever they do once it has started never stops it.
+
+    trackers = choose("wandb")                           # early: nothing is loaded yet
+    trackers.start(directory=..., config=..., run_name=...)
+    trainer = FalconTrainer(..., callbacks=[trackers.callback])
+    trackers.finish(summary=..., adapter=...)
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    WandbCallback,
+    WandbLogModel,
+    get_available_reporting_integrations,
+)
+
+from falcon_qlora.common.errors import UserError, nearest
+from falcon_qlora.common.files import plain
+from falcon_qlora.processes import distributed
+from falcon_qlora.run_folder.directory import RunDirectory
+from falcon_qlora.run_folder.environment import without_secrets
+from falcon_qlora.terminal.console import note
+from falcon_qlora.terminal.library_logging import ENVIRONMENT
+
+PROJECT = "falcon-qlora"
+
+# A tracker that fails this often in a row is not asked again: its time-outs would slow every step.
+_PATIENCE = 3
+_FINISH_SECONDS = 120.0
+_REJECTED = re.compile(
+    r"error 40[13]\b|invalid|not logged in|permission denied|unauthorized|forbidden", re.IGNORECASE
+)
+
+
+def choose(report_to: str | Iterable[str] | None) -> Trackers:
+    """Check the trackers a user asked for, W&B's key included.
+
+    Args:
+        report_to: Names as in TrainingArguments.report_to; None or ``"none"`` for no tracker, ``"all"``
+            for every one that is installed.
+
+    Raises:
+        UserError: if a name is unknown, its package is not installed, or W&B rejects the key. On the main
+            process only; the others get no trackers.
+    """
+    if not distributed.is_main_process():
+        return Trackers([], wandb_mode="disabled")
+    names = _names(report_to)
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = [*sorted(INTEGRATION_TO_CALLBACK), "none", "all"]
+            raise UserError(
+                f"--report_to {name}: no such tracker{nearest(name, known)}; known: {', '.join(known)}"
+            )
+        if name not in get_available_reporting_integrations():
+            raise UserError(f"--report_to {name}: it is not installed; pip install {name}")
+    mode, reason = _wandb_mode() if "wandb" in names else ("disabled", "")
+    return Trackers(names, wandb_mode=mode, wandb_reason=reason)
+
+
+class Trackers:
+    """The trackers of one run.
+
+    Attributes:
+        callback: Give it to the trainer, whose own `report_to` must then be ``"none"``.
+        lines: Where each tracker writes, for the start summary.
+    """
+
+    def __init__(self, names: list[str], *, wandb_mode: str, wandb_reason: str = ""):
+        self.names = names
+        self.lines: list[str] = []
+        self.callback = TrackersCallback()
+        self._wandb_mode = wandb_mode
+        self._wandb_reason = wandb_reason
+        self._wandb_run: Any = None
+        self._wandb_ours = False
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """Names of what `start` has written in the run directory."""
+        return ("wandb", "trackers.json") if self._wandb_run is not None else ()
+
+    def start(
+        self,
+        *,
+        directory: RunDirectory,
+        config: Mapping[str, Any],
+        run_name: str | None = None,
+        resume: bool = False,
+    ) -> None:
+        """Open the run at each tracker.
+
+        Args:
+            directory: The run directory: local files go into it, and the ids by which a resumed run is
+                continued.
+            config: The resolved configuration, without secrets.
+            run_name: The run's name at the trackers; the run directory's where None.
+            resume: Go on with the runs that `directory` knows.
+        """
+        name = run_name or directory.path.resolve().name
+        for tracker in self.names:
+            if tracker == "wandb":
+                self._start_wandb(directory, config, name, resume)
+                continue
+            callback = INTEGRATION_TO_CALLBACK[tracker]()
+            if tracker == "tensorboard" and callback.logging_dir is None:
+                callback.logging_dir = str(directory.path / "tensorboard")
+                where = shlex.quote(str(callback.logging_dir))
+                self.lines.append(f"TensorBoard: tensorboard --logdir {where}")
+            else:
+                self.lines.append({"trackio": "Trackio: trackio show"}.get(tracker, tracker))
+            self.callback.add(tracker, callback)
+
+    def finish(
+        self, *, summary: Mapping[str, Any] | None = None, adapter: Path | None = None, exit_status: int = 0
+    ) -> None:
+        """Close the runs; never raises.
+
+        Args:
+            summary: The fields of `summary.json`, shown in W&B's run summary.
+            adapter: The adapter's folder, uploaded if WANDB_LOG_MODEL asks for it.
+            exit_status: 0 if the run went well.
+        """
+        run, self._wandb_run = self._wandb_run, None
+        if run is None:
+            return
+        try:
+            import wandb
+
+            run.summary.update(plain(summary or {}))
+            if adapter is not None and os.environ.get("WANDB_LOG_MODEL", "false").lower() in (
+                "true",
+                "end",
+                "checkpoint",
+            ):
+                artifact = wandb.Artifact(name=f"adapter-{run.id}", type="model")
+                artifact.add_dir(str(adapter))
+                run.log_artifact(artifact)
+            if self._wandb_ours:
+                run.finish(exit_code=exit_status)
+                # Waits for W&B's own process, which writes the last of a run after it is finished.
+                wandb.teardown()
+        except Exception as error:
+            note(f"W&B could not close the run ({_short(error)}); nothing of the training is lost")
+
+    def _start_wandb(
+        self, directory: RunDirectory, config: Mapping[str, Any], name: str, resume: bool
+    ) -> None:
+        if self._wandb_mode == "disabled":
+            self.lines.append(f"W&B: off ({self._wandb_reason})")
+            return
+        import wandb
+
+        self._wandb_ours = wandb.run is None
+        known = directory.tracker_record("wandb") if resume else {}
+        try:
+            run = wandb.run or self._init_wandb(directory, config, name, known)
+        except Exception as error:
+            if self._wandb_mode != "online":
+                self.lines.append(f"W&B: off, it could not start ({_short(error)})")
+                return
+            if _REJECTED.search(str(error)):
+                raise UserError(
+                    f"W&B refused the run: {_short(error)}. Check WANDB_ENTITY and WANDB_PROJECT, or use "
+                    "--report_to none"
+                ) from error
+            self._wandb_mode, self._wandb_reason = "offline", f"no connection: {_short(error)}"
+            run = self._init_wandb(directory, config, name, known)
+        self._wandb_run = run
+        directory.write_tracker_record("wandb", {"id": run.id, "project": run.project, "entity": run.entity})
+        self.callback.add("W&B", _WandbCallback())
+        if self._wandb_mode == "offline":
+            folder = Path(run.settings.sync_dir)
+            if folder.is_relative_to(Path.cwd()):
+                folder = folder.relative_to(Path.cwd())
+            self.lines.append(f"W&B: offline ({self._wandb_reason}); upload with  wandb sync {folder}")
+        else:
+            self.lines.append(f"W&B: {run.url}")
+
+    def _init_wandb(
+        self, directory: RunDirectory, config: Mapping[str, Any], name: str, known: Mapping[str, Any]
+    ) -> Any:
+        import wandb
+
+        settings = wandb.Settings(
+            silent=True,
+            # Captured output would hold the progress bar, and its capture garbles it.
+            console="off",
+            finish_timeout=_FINISH_SECONDS,
+            # W&B records the command line: not where a token stands in it.
+            x_disable_meta=without_secrets(sys.argv) != sys.argv,
+        )
+        online = self._wandb_mode == "online"
+        folder = os.environ.get("WANDB_DIR") or str(directory.path)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return wandb.init(
+            project=os.environ.get("WANDB_PROJECT") or known.get("project") or PROJECT,
+            entity=os.environ.get("WANDB_ENTITY") or known.get("entity") or None,
+            name=os.environ.get("WANDB_NAME") or name,
+            id=os.environ.get("WANDB_RUN_ID") or known.get("id"),
+            # Offline the id alone makes it one run, once it is uploaded.
+            resume="allow" if online and known and "WANDB_RESUME" not in os.environ else None,
+            config=plain(config),
+            allow_val_change=True,
+            dir=folder,
+            mode=self._wandb_mode,
+            settings=settings,
+        )
+
+
+class TrackersCallback(TrainerCallback):
+    """Passes the trainer's events on to the trackers and keeps their failures from it."""
+
+    def __init__(self) -> None:
+        self._trackers: list[tuple[str, TrainerCallback]] = []
+        self._failures: dict[str, int] = {}
+        self._told: set[str] = set()
+
+    def add(self, name: str, tracker: TrainerCallback) -> None:
+        self._trackers.append((name, tracker))
+
+    def pass_on(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give `event` to each tracker; warn once of one that raises, and drop it when it keeps on."""
+        for name, tracker in list(self._trackers):
+            try:
+                # A copy each: some take out of the logs what they do not show.
+                own = {**kwargs, "logs": dict(kwargs["logs"])} if kwargs.get("logs") else kwargs
+                getattr(tracker, event)(args, state, control, **own)
+                self._failures[name] = 0
+            except Exception as error:
+                self._failures[name] = self._failures.get(name, 0) + 1
+                if name not in self._told:
+                    self._told.add(name)
+                    note(f"{name} failed ({_short(error)}); the training goes on")
+                if self._failures[name] >= _PATIENCE:
+                    self._trackers.remove((name, tracker))
+
+
+def _pass_on(event: str) -> Callable[..., None]:
+    def method(self: TrackersCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.pass_on(event, args, state, control, **kwargs)
+
+    method.__name__ = event
+    return method
+
+
+for _event in [name for name in dir(TrainerCallback) if name.startswith("on_")]:
+    setattr(TrackersCallback, _event, _pass_on(_event))
+
+
+class _WandbCallback(WandbCallback):
+    """Transformers' own, for a run that is open already and has its configuration."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Its upload builds a second trainer; ours is in Trackers.finish.
+        self._log_model = WandbLogModel.FALSE
+
+    def setup(self, args: Any, state: Any, model: Any, **kwargs: Any) -> None:
+        self._initialized = True
+        self._wandb.define_metric("train/global_step")
+        self._wandb.define_metric("*", step_metric="train/global_step", step_sync=True)
+
+
+def _names(report_to: str | Iterable[str] | None) -> list[str]:
+    names = [report_to] if isinstance(report_to, str) else list(report_to or [])
+    if "all" in names:
+        names = list(get_available_reporting_integrations())
+    return list(dict.fromkeys(name for name in names if name not in ("none", "")))
+
+
+def _wandb_mode() -> tuple[str, str]:
+    """How W&B will run: ``online``, ``offline`` or ``disabled``, and why."""
+    # Before W&B is imported: its background process reads these when it starts.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", ENVIRONMENT["WANDB_ERROR_REPORTING"])
+    import wandb
+
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes"):
+        return "disabled", "WANDB_DISABLED is set"
+    mode = wandb.setup(settings=wandb.Settings(silent=True)).settings.mode
+    if mode == "disabled":
+        return "disabled", "W&B's mode is disabled"
+    if mode in ("offline", "dryrun"):
+        return "offline", "W&B's mode is offline"
+    try:
+        found = verify_wandb_key()
+    except wandb.errors.AuthenticationError as error:
+        if _REJECTED.search(str(error)):
+            raise UserError(
+                f"W&B rejected the key: {_short(error)}. Log in again (wandb login --relogin) or set another "
+                "WANDB_API_KEY; or run without it: WANDB_MODE=offline, or --report_to none"
+            ) from error
+        return "offline", "its server cannot be reached"
+    return ("online", "") if found else ("offline", "no key; wandb login stores one")
+
+
+def verify_wandb_key() -> bool:
+    """Have W&B's server check the key it would use; False where there is no key.
+
+    Raises:
+        wandb.errors.AuthenticationError: if the key is rejected or the server cannot be reached.
+    """
+    import wandb
+
+    return wandb.login(verify=True, prompt=False)
+
+
+def _short(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]

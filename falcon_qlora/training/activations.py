@@ -1,0 +1,200 @@
+"""What the blocks keep for the backward pass, chosen before the run and tried before its first step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.config import Configuration
+from falcon_qlora.models.choose_kernels import runs_fast
+from falcon_qlora.processes import distributed
+
+if TYPE_CHECKING:
+    from falcon_qlora.data.batches import MicroBatch
+    from falcon_qlora.models.activations import Checkpointing
+    from falcon_qlora.models.step_memory import Step
+    from falcon_qlora.training.trainer import FalconTrainer
+
+_DESCRIPTIONS: dict[Checkpointing, str] = {
+    "none": "kept",
+    "selective": "the largest recomputed",
+    "full": "recomputed",
+    "offload": "recomputed from inputs in CPU memory",
+}
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What was chosen.
+
+    Attributes:
+        blocks: one a block.
+        predicted_gib: what the process's peak will be, GiB; None on the CPU.
+        fp8_weights_kept: whether there was room for the frozen weights in FP8, so that they are made once.
+    """
+
+    blocks: list[Checkpointing]
+    predicted_gib: float | None = None
+    fp8_weights_kept: bool = False
+
+    def described(self) -> str:
+        """For the terminal, such as ``activations: kept; recomputed in 12 of 60 blocks``."""
+        counts = Counter(self.blocks)
+        (first, _), *rest = [(what, counts[what]) for what in _DESCRIPTIONS if what in counts]
+        told = [f"activations: {_DESCRIPTIONS[first]}"]
+        told += [f"{_DESCRIPTIONS[what]} in {count} of {len(self.blocks)} blocks" for what, count in rest]
+        if self.fp8_weights_kept:
+            told.append("weights kept in FP8")
+        if self.predicted_gib is not None:
+            told.append(f"{self.predicted_gib:.1f} GiB predicted on one device")
+        return "; ".join(told)
+
+
+def choose_activations(configuration: Configuration, model: Any, kernels: dict[str, str]) -> Activations:
+    """Set what each block keeps: as `--checkpointing` says, on auto as much as there is memory for.
+
+    Args:
+        kernels: from `choose_kernels`.
+
+    Raises:
+        UserError: if ``--checkpointing selective`` meets a block on the reference path.
+    """
+    from falcon_qlora.models.activations import blocks_of, set_checkpointing
+
+    wanted = configuration.run.checkpointing
+    count = len(blocks_of(model))
+    left = [what for what in kernels.values() if not runs_fast(what)] if kernels else ["--kernels off"]
+    if wanted == "selective" and left:
+        raise UserError(
+            f"--checkpointing selective is the fast path's, and {len(left) if kernels else count} of {count} "
+            f"blocks run on the reference path ({left[0].removeprefix('reference: ')}); "
+            "give --checkpointing full, none or auto"
+        )
+    blocks: list[Checkpointing] = ["none" if wanted == "auto" else wanted] * count
+    device = distributed.local_device()
+    predicted, kept = None, False
+    if device.type == "cuda":
+        step = _step(configuration, model, fast=not left)
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(device)[0]
+        if wanted == "auto":
+            blocks = step.choose(free)
+        kept = _keep_fp8_weights(model, step, blocks, free)
+        predicted = (torch.cuda.memory_allocated(device) + step.bytes(blocks)) / 2**30
+    set_checkpointing(model, blocks)
+    return Activations(blocks, predicted, kept)
+
+
+def _keep_fp8_weights(model: Any, step: Step, blocks: list[Checkpointing], free_bytes: int) -> bool:
+    """Keep the frozen weights in FP8 where all activations are kept and there is room for them too."""
+    from falcon_qlora.models.fast_path import fp8_weight_bytes, keep_fp8_weights
+
+    needed = fp8_weight_bytes(model)
+    if not needed or set(blocks) != {"none"} or not step.fits(blocks, free_bytes, beside=needed):
+        return False
+    keep_fp8_weights(model)
+    return True
+
+
+def _step(configuration: Configuration, model: Any, *, fast: bool) -> Step:
+    from falcon_qlora.models import step_memory
+    from falcon_qlora.models.sharded import is_sharded, local_count
+
+    run, config = configuration.run, model.config
+    a_micro_batch = run.per_device_train_batch_size * distributed.world_size()
+    several = run.gradient_accumulation_steps > 1 or (run.global_batch_size or 0) > a_micro_batch
+    whole = configuration.method.method == "full"
+    trainable_bytes = model.dtype.itemsize if whole else 4
+    return step_memory.Step(
+        config=config,
+        tokens=run.per_device_train_batch_size * configuration.data.max_length,
+        trainable=local_count(model),
+        trainable_bytes=trainable_bytes,
+        gradients_stay=several or (distributed.world_size() > 1 and not is_sharded(model)),
+        all_trained=whole,
+        gathered=step_memory.gathered_bytes(config, trainable_bytes) if is_sharded(model) else 0,
+        fast=fast,
+        lora_rank=configuration.lora.lora_r if configuration.method.method == "lora" else 0,
+        lora_dropout=configuration.lora.lora_dropout > 0,
+        scaled=configuration.method.method == "adapter_v2",
+        value_bytes=model.dtype.itemsize,
+        optimizer_bytes=step_memory.allocated_optimizer_bytes(
+            configuration.optimizer,
+            trainable_bytes,
+            embedded=step_memory.embedded_share(config) if whole else 0.0,
+        ),
+    )
+
+
+def warm_up(trainer: FalconTrainer, configuration: Configuration) -> None:
+    """On a GPU, run the largest micro batch of the run once, forward and backward, and forget the gradients.
+
+    So memory that will not do is found before the first step, and PyTorch's allocator begins with the largest
+    pieces it will need. Nothing that the run computes from is changed: no parameter, no random state. Of a
+    stream the largest is not known.
+
+    Raises:
+        UserError: if the GPU's memory does not do.
+    """
+    from falcon_qlora.models.zero3 import is_zero3
+    from falcon_qlora.step.global_batch import sum_of_losses
+
+    device = trainer.args.device
+    # ZeRO-3 shares the model out together with its optimizer, when the training starts.
+    tries = warms_up(device) and not is_zero3(trainer.model)
+    batch = largest_micro_batch(trainer) if tries else None
+    if batch is None:
+        return
+    model = trainer.model
+    was_training = model.training
+    model.train()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), trainer.accelerator.autocast():
+            loss = sum_of_losses(model, batch.to(device))
+        loss.backward()
+    except torch.OutOfMemoryError as error:
+        raise UserError(_too_large(configuration, sum(batch.lengths))) from error
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train(was_training)
+    distributed.wait_for_all()  # nothing is written where another process lacks memory
+
+
+def warms_up(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def largest_micro_batch(trainer: FalconTrainer) -> MicroBatch | None:
+    """Of this process's share of the step with the most tokens; padded, with the longest document."""
+    from falcon_qlora.data.batches import TrainingSteps
+
+    steps = trainer.steps
+    if not isinstance(steps, TrainingSteps):
+        return None
+    plan = steps.plan
+    first = plan.epoch(0)[: len(steps)]
+    largest = max(
+        range(len(first)),
+        key=lambda n: plan.lengths[first[n]].sum() if plan.packed else plan.lengths[first[n]].max(),
+    )
+    return max(steps[largest].micro_batches, key=lambda batch: sum(batch.lengths))
+
+
+def _too_large(configuration: Configuration, tokens: int) -> str:
+    run = configuration.run
+    advice = [
+        f"--checkpointing {smaller}"
+        for smaller in ("full", "offload")
+        if run.checkpointing not in (smaller, "auto", "offload")
+    ]
+    if run.per_device_train_batch_size > 1:
+        advice.append(f"a smaller -b than {run.per_device_train_batch_size}")
+    advice += [f"a smaller --max_length than {configuration.data.max_length:,}"]
+    return (
+        f"The largest micro batch of the run, {tokens:,} tokens, does not fit into the GPU's memory. "
+        f"Give {', or '.join(advice)}."
+    )

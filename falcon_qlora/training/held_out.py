@@ -1,0 +1,104 @@
+"""The text on which a model is measured after training."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.untrusted import read_json
+from falcon_qlora.config import Configuration
+from falcon_qlora.data.selection import is_fraction
+from falcon_qlora.run_folder.directory import RunDirectory
+from falcon_qlora.training import rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutText:
+    """Tokenized documents.
+
+    Attributes:
+        dataset: with the columns ``input_ids`` and ``mask``.
+        lengths: int64 ``[documents]``, tokens.
+        fingerprint: of the documents.
+        source: what they are, for a person.
+        is_the_runs_own: whether they are what the run held out itself.
+    """
+
+    dataset: Any
+    lengths: np.ndarray
+    fingerprint: str
+    source: str
+    is_the_runs_own: bool = False
+
+
+def held_out_text(configuration: Configuration, tokenizer: Any, run: RunDirectory | None) -> HeldOutText:
+    """What ``--eval_split`` names, or the run held out; without either, text that comes with the package.
+
+    Raises:
+        UserError: for data that cannot be found or read.
+    """
+    data = configuration.data
+    split = data.eval_split
+    if split is None:
+        return packaged_text(tokenizer, data.max_length)
+    try:
+        if is_fraction(split):
+            corpus = rows.corpora(configuration, tokenizer)[1]
+            source = f"{split} of the rows of {', '.join(data.dataset_name)}"
+        else:
+            corpus = rows.held_out_alone(configuration, tokenizer)
+            source = f"{split} of {', '.join(data.dataset_name)}" if split.startswith("split:") else split
+    except UserError as error:
+        raise UserError(f"{error}\nThat is the held-out text; --eval_split FILE names another.") from None
+    return HeldOutText(
+        dataset=corpus.dataset,
+        lengths=corpus.lengths,
+        fingerprint=corpus.fingerprint,
+        source=source,
+        is_the_runs_own=run is not None and _recorded_fingerprint(run) == corpus.fingerprint,
+    )
+
+
+def rows_of(configuration: Configuration, tokenizer: Any) -> HeldOutText:
+    """All rows that ``--dataset_name`` names."""
+    corpus = rows.corpora(configuration, tokenizer, eval_split=None)[0]
+    return HeldOutText(
+        dataset=corpus.dataset,
+        lengths=corpus.lengths,
+        fingerprint=corpus.fingerprint,
+        source=", ".join(configuration.data.dataset_name),
+    )
+
+
+def packaged_text(tokenizer: Any, max_length: int) -> HeldOutText:
+    """English prose and documentation that comes with the package: of any use only where nothing else is."""
+    import datasets
+
+    from falcon_qlora.models.tiny import held_out_documents
+
+    pieces: list[list[int]] = []
+    for text in (text for texts in held_out_documents().values() for text in texts):
+        ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        pieces += [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
+    pieces = [piece for piece in pieces if len(piece) > 1]
+    masks = [[0, *[1] * (len(piece) - 1)] for piece in pieces]
+    return HeldOutText(
+        dataset=datasets.Dataset.from_dict({"input_ids": pieces, "mask": masks}),
+        lengths=np.array([len(piece) for piece in pieces], dtype=np.int64),
+        fingerprint=hashlib.sha256(repr(pieces).encode()).hexdigest(),
+        source="text that comes with falcon_qlora (Python's documentation and simple English)",
+    )
+
+
+def data_record(run: RunDirectory | None) -> dict[str, Any]:
+    """What a run's data.json says; {} where there is none."""
+    return read_json(run.data_file) if run is not None and run.data_file.is_file() else {}
+
+
+def _recorded_fingerprint(run: RunDirectory) -> str | None:
+    held_out = data_record(run).get("held_out")
+    return held_out.get("fingerprint") if isinstance(held_out, dict) else None

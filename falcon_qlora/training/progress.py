@@ -1,0 +1,163 @@
+"""The progress bar of a training run, as a callback of Transformers' loop."""
+
+from __future__ import annotations
+
+import atexit
+import math
+import time
+from collections import deque
+from typing import Any
+
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
+from transformers import TrainerCallback
+
+from falcon_qlora.processes import distributed
+from falcon_qlora.terminal.console import console, duration, print_plain
+
+# Without a terminal: at most this many lines for a run, but one at least each half minute.
+_PLAIN_LINES = 50
+_PLAIN_SECONDS = 30.0
+_RECENT_STEPS = 20
+
+
+class ProgressCallback(TrainerCallback):
+    """Shows step, loss, tokens/s, memory and time left; replaces Transformers' own callback.
+
+    The numbers are those the trainer logs: `loss`, `tokens_per_second`, `peak_memory_gib`, `eval_loss`.
+    """
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._shown: dict[str, float] = {}
+        self._best: float | None = None
+        self._step = 0
+        self._last_step = 0
+        self._printed_step = -1
+        self._printed_at = 0.0
+        self._times: deque[tuple[int, float]] = deque(maxlen=_RECENT_STEPS + 1)
+        self._evaluated = 0
+
+    def close(self) -> None:
+        """Take the bar off the terminal; safe to call at any time, and again."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+            atexit.unregister(self.close)
+
+    # Events of the loop
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not distributed.is_main_process():
+            return
+        self._step, self._last_step = state.global_step, state.max_steps
+        self._times.append((self._step, time.monotonic()))
+        self._printed_at = time.monotonic()
+        if not console().is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[numbers]}"),
+            console=console(),
+            auto_refresh=True,
+            refresh_per_second=5,
+        )
+        self._task = self._progress.add_task(
+            self._counter(), total=self._last_step, completed=self._step, numbers=""
+        )
+        self._progress.start()
+        # Rich hides the cursor until the bar stops, which a process that is killed never comes to.
+        console().show_cursor(True)
+        # A traceback must not be drawn over.
+        atexit.register(self.close)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not distributed.is_main_process():
+            return
+        self._step = state.global_step
+        self._times.append((self._step, time.monotonic()))
+        self._refresh(self._counter())
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not distributed.is_main_process() or not logs:
+            return
+        names = ("loss", "tokens_per_second", "peak_memory_gib", "learning_rate", "eval_loss")
+        self._shown |= {name: float(logs[name]) for name in names if logs.get(name) is not None}
+        self._step = max(self._step, state.global_step)
+        self._refresh(self._counter())
+        if "eval_loss" in logs:
+            self._print_evaluation(float(logs["eval_loss"]))
+        elif "loss" in logs and self._progress is None:
+            self._print_line()
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if not distributed.is_main_process():
+            return
+        self._evaluated += 1
+        self._refresh(f"evaluating, batch {self._evaluated}")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._evaluated = 0
+        self._refresh(self._counter())
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._progress is None and self._shown and self._printed_step != self._step:
+            self._print_line(force=True)
+        self.close()
+
+    # What is shown
+
+    def _counter(self) -> str:
+        return f"step {self._step:,}/{self._last_step:,}"
+
+    def _numbers(self) -> list[str]:
+        shown = self._shown
+        numbers = []
+        if "loss" in shown:
+            numbers.append(f"loss {_loss(shown['loss'])}")
+        if "tokens_per_second" in shown:
+            numbers.append(f"{shown['tokens_per_second']:,.0f} tokens/s")
+        if shown.get("peak_memory_gib"):
+            numbers.append(f"{shown['peak_memory_gib']:.2f} GiB")
+        left = self._seconds_left()
+        if left is not None:
+            numbers.append(f"{duration(left)} left")
+        return numbers
+
+    def _seconds_left(self) -> float | None:
+        # From the last steps, not from the start: the first ones warm up.
+        first_step, first_time = self._times[0] if self._times else (0, 0.0)
+        if not self._times or self._step <= first_step or self._step >= self._last_step:
+            return None
+        speed = (self._times[-1][1] - first_time) / (self._times[-1][0] - first_step)
+        return speed * (self._last_step - self._step)
+
+    def _refresh(self, description: str) -> None:
+        if self._progress is not None:
+            self._progress.update(
+                self._task, completed=self._step, description=description, numbers="  ".join(self._numbers())
+            )
+
+    def _print_line(self, force: bool = False) -> None:
+        now = time.monotonic()
+        enough = self._step - self._printed_step >= math.ceil(self._last_step / _PLAIN_LINES)
+        first_or_last = self._printed_step < 0 or self._step >= self._last_step
+        if force or enough or first_or_last or now - self._printed_at >= _PLAIN_SECONDS:
+            counter = self._counter().ljust(len(f"step {self._last_step:,}/{self._last_step:,}"))
+            print_plain("  ".join([counter, *self._numbers()]))
+            self._printed_step, self._printed_at = self._step, now
+
+    def _print_evaluation(self, loss: float) -> None:
+        better = self._best is None or loss < self._best
+        self._best = loss if better else self._best
+        text = f"step {self._step:,}: held-out loss {_loss(loss)}"
+        console().print(Text(text + (", the best so far" if better else ""), style="green" if better else ""))
+
+
+def _loss(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:.3e}"

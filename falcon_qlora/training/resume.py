@@ -1,0 +1,263 @@
+"""Going on with a run: which checkpoint, with the batch and the settings it had, or why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from falcon_qlora.checkpoint import manifest
+from falcon_qlora.checkpoint.process_state import load_states
+from falcon_qlora.checkpoint.resume import check_trainer_state
+from falcon_qlora.checkpoint.write import set_aside_after
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.files import plain, quoted
+from falcon_qlora.common.untrusted import read_yaml, refuse_links
+from falcon_qlora.config import Configuration
+from falcon_qlora.config.library import library_fields
+from falcon_qlora.data.stream import changed_source
+from falcon_qlora.processes import distributed
+from falcon_qlora.run_folder.directory import RunDirectory
+from falcon_qlora.terminal.console import note
+from falcon_qlora.training import sharding
+from falcon_qlora.training.rows import TrainingData, global_batch
+
+# A run that goes on with another value of one of these is another run.
+_DECISIVE = (
+    "model_name_or_path model_revision quantize_mode double_quantization norms_in_float32 llm_int8_threshold "
+    "compute_dtype "
+    "tokenizer_name_or_path template train_on append_end_token max_length overlong packing padding streaming "
+    "train_sampling_strategy method adapter_prefix_length adapter_first_block lora_r lora_alpha lora_dropout "
+    "lora_target_modules lora_slices use_rslora use_dora optim optim_args learning_rate lr_scheduler_type "
+    "lr_scheduler_kwargs warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
+    "neftune_noise_alpha seed"
+).split()
+# Of a stream too, whose documents nobody has counted; else the fingerprint of the data tells.
+_DECISIVE_FOR_STREAMS = (
+    "dataset_weights dataset_config dataset_train_split dataset_format text_column instruction_column "
+    "input_column output_column prompt_column completion_column messages_column conversations_column max_rows"
+).split()
+# These may be changed, and what follows from them is said.
+_MAY_CHANGE = {
+    "max_steps": "the learning rate goes on differently",
+    "num_train_epochs": "the learning rate goes on differently",
+    "kernels": "the losses agree up to rounding",
+    "per_device_train_batch_size": "the losses agree up to rounding, and with dropout not even so",
+    "eval_split": "held-out losses before and after are of other rows, also where the best is chosen by them",
+    "sharding": "the losses agree up to rounding",
+    "tf32": "the losses agree up to rounding",
+}
+
+
+def checkpoint_to_resume(configuration: Configuration, directory: RunDirectory) -> str | None:
+    """The checkpoint to go on from, verified, or None for a run from the start.
+
+    One that is torn or altered is named and passed over for the one before.
+
+    Raises:
+        UserError: if there is none to go on from, or the one that was named is not whole.
+    """
+    resume, restarted = configuration.run.resume, distributed.restart_count() > 0
+    if not resume and not restarted:
+        return None
+    named = None
+    if resume and resume != "latest" and Path(resume).parent.name == "checkpoints":
+        named = Path(resume)
+    if restarted and _is_of_this_launch(directory):
+        named = None  # we have come further
+    elif restarted and configuration.run.overwrite:
+        return None  # it failed before it came to replace the old run
+    found = distributed.from_main_process(lambda: _find(directory, named))
+    if found is None and resume and not restarted:
+        raise UserError(f"--resume: {directory} holds no checkpoint yet; start it again with --overwrite")
+    return found
+
+
+def _is_of_this_launch(directory: RunDirectory) -> bool:
+    def compare() -> bool:
+        newest = manifest.newest_whole(directory.checkpoints)[0]
+        return newest is not None and manifest.read_manifest(newest).get("launch") == distributed.launch_id()
+
+    return distributed.from_main_process(compare)
+
+
+def _find(directory: RunDirectory, named: Path | None) -> str | None:
+    if named is not None:
+        _refuse_if_not_whole(named)
+        return str(named)
+    whole, faulty = manifest.newest_whole(directory.checkpoints)
+    for path, wrong in faulty:
+        note(f"{path} is passed over: {wrong}")
+    if whole is None and faulty:
+        raise UserError(
+            f"--resume: no checkpoint in {directory.checkpoints} is whole; start the run again with "
+            "--overwrite"
+        )
+    if whole is None:
+        return None
+    _refuse_if_not_whole(whole)
+    return str(whole)
+
+
+def _refuse_if_not_whole(checkpoint: Path) -> None:
+    if checkpoint.is_dir():
+        refuse_links(checkpoint)
+    wrong = manifest.fault(checkpoint)
+    if wrong is not None:
+        other, _ = manifest.newest_whole(checkpoint.parent)
+        hint = f"; {other} is whole" if other else ""
+        raise UserError(f"--resume {checkpoint}: {wrong}{hint}")
+    record = manifest.read_manifest(checkpoint)
+    if not record.get("resumable"):
+        raise UserError(
+            f"--resume {checkpoint}: it was saved with --save_only_model, without the optimizer's state"
+        )
+    check_trainer_state(checkpoint)
+    # What else says the same of it.
+    known = {"step": int(checkpoint.name.removeprefix("step-")), "processes": len(load_states(checkpoint))}
+    for name in ("step", "processes", "global_batch"):
+        value = record.get(name)
+        fits = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if not fits or value != known.get(name, value):
+            raise _not_what_training_wrote(checkpoint, name, value)
+
+
+def _not_what_training_wrote(checkpoint: Path, name: str, value: Any) -> UserError:
+    return UserError(
+        f"--resume {checkpoint}: its {manifest.MANIFEST} is not what training wrote ({name} is "
+        f"{str(value)[:40]!r}). Go on from another checkpoint (--resume CHECKPOINT), or start the run again "
+        "with --overwrite"
+    )
+
+
+def adopt(configuration: Configuration, checkpoint: str | None) -> None:
+    """Take over the size of a step from the run that goes on, and refuse settings that make it another run.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    if checkpoint is None:
+        return
+    record = manifest.read_manifest(Path(checkpoint))
+    run, batch = configuration.run, record["global_batch"]
+    if run.global_batch_size not in (None, batch):
+        raise UserError(
+            f"--global_batch_size {run.global_batch_size}: the run that goes on has steps of {batch} "
+            "sequences; leave the flag out"
+        )
+    if global_batch(configuration) != batch:
+        note(f"a step stays {batch} sequences, as the run began")
+    run.global_batch_size = batch
+    _compare_settings(configuration, Path(checkpoint), record)
+    _say_what_differs(configuration, record["processes"])
+
+
+def _compare_settings(configuration: Configuration, checkpoint: Path, record: dict[str, Any]) -> None:
+    file = RunDirectory(checkpoint.parent.parent).config_file
+    before = read_yaml(file) if file.exists() else {}
+    if not before:
+        return
+    batch = _batch_of(before, record["processes"])
+    if batch not in (None, record["global_batch"]):
+        raise _not_what_training_wrote(checkpoint, "global_batch", record["global_batch"])
+    if before.get("optim") == sharding.OPTIMIZER and sharding.has_unsuitable_optimizer_of_recipe(
+        configuration
+    ):
+        sharding.take_optimizer(configuration)
+    now = plain(configuration.resolved())
+    defaults = {name: setting.default for name, setting in library_fields().items()}
+    of_streams = _DECISIVE_FOR_STREAMS if configuration.data.streaming else ()
+    for name in (*_DECISIVE, *of_streams, *_MAY_CHANGE):
+        # One of the library's is not written down where it was not given; one of ours not by a release that
+        # did not have it.
+        if name not in defaults and not (name in before and name in now):
+            continue
+        was, is_now = (settings.get(name, defaults.get(name)) for settings in (before, now))
+        if was == is_now:
+            continue
+        if name not in _MAY_CHANGE:
+            raise UserError(
+                f"--resume: {name} was {was} in the run that goes on and is {is_now} now, which would make "
+                "it another run. Leave it as it was, or start a new run"
+            )
+        note(f"{name} was {was} and is {is_now} now: {_MAY_CHANGE[name]}")
+
+
+def _batch_of(settings: dict[str, Any], processes: int) -> Any:
+    """Sequences of a step in a run with these settings; None where they do not say."""
+    whole = settings.get("global_batch_size")
+    each, pieces = (
+        settings.get(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
+    )
+    if whole is None and isinstance(each, int) and isinstance(pieces, int):
+        return each * pieces * processes
+    return whole
+
+
+def _say_what_differs(configuration: Configuration, processes: int) -> None:
+    if processes == distributed.world_size():
+        return
+    changed = f"going on with {distributed.world_size()} instead of {processes} processes: the same documents"
+    changed += " make each step"
+    if configuration.lora.lora_dropout:
+        note(f"{changed}, but dropout draws anew, so the losses will differ from an uninterrupted run's")
+    else:
+        note(f"{changed}, and the losses agree up to the rounding of sums taken in another order")
+
+
+def check_data(data: TrainingData, checkpoint: str | None) -> None:
+    """Refuse to go on over other documents than the run began with.
+
+    Raises:
+        UserError: if the rows or their tokens are others.
+    """
+    if checkpoint is None:
+        return
+    record = manifest.read_manifest(Path(checkpoint))
+    if data.record.get("streaming"):
+        changed = _changed_stream(record.get("stream"), data.record)
+    else:
+        changed = _changed_documents(record.get("data_fingerprint"), data.record.get("fingerprint"))
+    if changed is not None:
+        raise UserError(
+            f"--resume: the data is not what the run began with{changed}. Bring the old data back, or start "
+            "a new run"
+        )
+
+
+def _changed_documents(before: Any, now: Any) -> str | None:
+    if before == now:
+        return None
+    return (
+        " (its rows, or what became of them, have changed): fingerprint "
+        f"{str(now)[:12]} instead of {str(before)[:12]}"
+    )
+
+
+def _changed_stream(before: dict[str, Any] | None, now: dict[str, Any]) -> str | None:
+    if before is None:
+        note("the checkpoint does not say what was streamed: whether the data has changed is not known")
+        return None
+    for name in ("template", "tokenizer"):
+        if before[name] != now[name]:
+            return f": its {name} has changed"
+    source = changed_source(before["sources"], now["sources"])
+    return None if source is None else f": {source}"
+
+
+def forget_after(directory: RunDirectory, step: int) -> None:
+    """Cut the record back to a step: what came after it is done again. On the main process."""
+    directory.drop_metrics_after(step)
+    for path in set_aside_after(directory.checkpoints, step):
+        note(f"{path} is after step {step:,} and set aside until the run has come there again")
+
+
+def step_of(checkpoint: str) -> int:
+    return int(checkpoint.rstrip("/").rsplit("-", 1)[1])
+
+
+def how_to_go_on(directory: RunDirectory) -> str:
+    """The command that goes on with a run."""
+    words = ["falcon-qlora", "train", "--config", str(directory.config_file), "--resume", str(directory)]
+    if distributed.world_size() > 1 and distributed.world_size() == distributed.local_world_size():
+        words += ["--gpus", str(distributed.world_size())]
+    return " ".join(map(quoted, words))

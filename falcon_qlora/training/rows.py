@@ -1,0 +1,281 @@
+"""From the configuration to what a run trains on: tokenizer, rows, documents, steps.
+
+What these call takes plain parameters; the configuration as a whole goes no further than here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.config import Configuration
+from falcon_qlora.data.batches import DocumentReader, StreamingSteps, TrainingSteps
+from falcon_qlora.data.origins import RowNames
+from falcon_qlora.data.plan import Plan
+from falcon_qlora.processes import distributed
+from falcon_qlora.terminal.console import patience
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """What a run trains on.
+
+    Attributes:
+        steps: one `Share` an optimizer step, for this process.
+        total_steps: optimizer steps of the run.
+        epochs: passes over the data in them; None for a stream.
+        dataset: the tokenized documents, of a stream only its first: what TRL looks at.
+        names: of the rows that documents are made of.
+        statistics: what became of the rows; None for a stream.
+        held_out: the held-out documents, or None.
+        record: what data.json says.
+        dataset_format: of the rows, as recognised.
+        template: that wrote them.
+        efficiency: real tokens in a step over its room, on average; None for a stream.
+        notes: what else happened to the rows, for the terminal.
+    """
+
+    steps: TrainingSteps | StreamingSteps
+    total_steps: int
+    epochs: float | None
+    dataset: Any
+    names: RowNames
+    statistics: Any
+    held_out: Any
+    record: dict[str, Any]
+    dataset_format: str
+    template: str
+    efficiency: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def load_tokenizer(configuration: Configuration) -> Any:
+    """The tokenizer; the main process downloads it."""
+    from falcon_qlora.models import tokenizer
+
+    model = configuration.model
+    return distributed.main_process_first(
+        lambda: tokenizer.load_tokenizer(
+            model.model_name_or_path,
+            tokenizer_name_or_path=model.tokenizer_name_or_path,
+            revision=model.model_revision,
+        )
+    )
+
+
+def corpora(configuration: Configuration, tokenizer: Any, **changes: Any) -> tuple[Any, Any]:
+    """The tokenized documents to train on, and those held out or None; from the cache where they are there.
+
+    Args:
+        changes: arguments of `prepare_corpora` that replace the configuration's.
+    """
+    from falcon_qlora.data.tokenize import prepare_corpora
+    from falcon_qlora.models.tokenizer import tokenizer_fingerprint
+
+    data, run = configuration.data, configuration.run
+    settings = row_settings(configuration) | {
+        "eval_split": data.eval_split,
+        "tokenizer": tokenizer,
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "seed": run.seed,
+        "num_proc": data.dataset_num_proc,
+        "cache_dir": Path(data.cache_dir) if data.cache_dir else None,
+        "max_rows": data.max_rows,
+    }
+    return prepare_corpora(**settings | changes)
+
+
+def make_plan(configuration: Configuration, corpus: Any) -> Plan:
+    """The order of a run over `corpus`."""
+    data = configuration.data
+    return Plan(
+        lengths=corpus.lengths,
+        fingerprint=corpus.fingerprint,
+        seed=configuration.run.seed,
+        global_batch=global_batch(configuration),
+        max_length=data.max_length,
+        packed=data.packing,
+        order=data.train_sampling_strategy,
+    )
+
+
+def training_data(configuration: Configuration, tokenizer: Any) -> TrainingData:
+    """Rows, tokens, and which of them make each step."""
+    if configuration.data.streaming:
+        return _streamed_data(configuration, tokenizer)
+    data, run = configuration.data, configuration.run
+    with patience() as doing:
+        corpus, held_out = distributed.main_process_first(
+            lambda: corpora(configuration, tokenizer, progress=doing)
+        )
+    plan = make_plan(configuration, corpus)
+    total_steps = run.max_steps if run.max_steps > 0 else plan.steps(run.num_train_epochs)
+    steps = TrainingSteps(
+        DocumentReader(
+            corpus.dataset,
+            padding=None if data.packing else data.padding,
+            max_length=data.max_length,
+            padding_id=tokenizer.eos_token_id,
+        ),
+        plan,
+        corpus.target_counts,
+        steps=total_steps,
+        micro_batch=run.per_device_train_batch_size,
+        process=distributed.process_index(),
+        processes=distributed.world_size(),
+        even=_may_be_sharded(configuration),
+    )
+    epoch, place = plan.locate(total_steps)
+    first_epoch = plan.epoch(0)
+    room = len(first_epoch) * plan.global_batch * plan.max_length
+    record: dict[str, Any] = {
+        "fingerprint": corpus.fingerprint,
+        **corpus.statistics.to_dict(),
+        "sources": [use.to_dict() for use in corpus.sources],
+    }
+    if held_out is not None:
+        record["held_out"] = {"fingerprint": held_out.fingerprint, **held_out.statistics.to_dict()}
+    return TrainingData(
+        steps=steps,
+        total_steps=total_steps,
+        epochs=epoch + place / len(plan.epoch(epoch)),
+        dataset=corpus.dataset,
+        names=corpus.names,
+        statistics=corpus.statistics,
+        held_out=held_out,
+        record=record,
+        dataset_format=corpus.sources[0].format,
+        template=corpus.sources[0].template,
+        efficiency=float(corpus.lengths.sum()) / room if data.packing else None,
+        notes=_what_happened(corpus.statistics),
+    )
+
+
+def _streamed_data(configuration: Configuration, tokenizer: Any) -> TrainingData:
+    """Rows that are read as they are needed; held-out rows, being few, are tokenized ahead as always."""
+    import datasets
+
+    from falcon_qlora.data.cursor import State
+    from falcon_qlora.data.documents import load_template
+    from falcon_qlora.data.stream import (
+        DocumentStream,
+        describe_sources,
+        name_parts,
+        recognise_stream,
+        stream_documents,
+    )
+    from falcon_qlora.models.tokenizer import tokenizer_fingerprint
+
+    data, run = configuration.data, configuration.run
+    settings = row_settings(configuration) | {"max_rows": data.max_rows}
+
+    def documents(epoch: int, state: State | None = None, **changes: Any) -> DocumentStream:
+        known = {"tokenizer": tokenizer, "seed": run.seed, "epoch": epoch, "state": state}
+        return stream_documents(**settings, **known, **changes)
+
+    held_out = None
+    if data.eval_split is not None:
+        held_out = distributed.main_process_first(lambda: held_out_alone(configuration, tokenizer))
+    of_sources: dict[str, Any] = {
+        "dataset_name": data.dataset_name,
+        "dataset_config": data.dataset_config,
+        "dataset_split": data.dataset_train_split,
+    }
+    dataset_format, template = distributed.main_process_first(
+        lambda: recognise_stream(
+            **of_sources,
+            dataset_format=data.dataset_format,
+            columns=data.columns(),
+            template=data.template,
+        )
+    )
+    sources = distributed.from_main_process(lambda: describe_sources(**of_sources))
+    first = next(documents(0, shuffle_buffer=1), None)
+    if first is None:
+        raise UserError(f"{', '.join(data.dataset_name)}: no row has an answer to train on")
+    steps = StreamingSteps(
+        documents,
+        steps=run.max_steps,
+        global_batch=global_batch(configuration),
+        micro_batch=run.per_device_train_batch_size,
+        max_length=data.max_length,
+        padding=None if data.packing else data.padding,
+        padding_id=tokenizer.eos_token_id,
+        process=distributed.process_index(),
+        processes=distributed.world_size(),
+        even=_may_be_sharded(configuration),
+    )
+    return TrainingData(
+        steps=steps,
+        total_steps=run.max_steps,
+        epochs=None,
+        dataset=datasets.Dataset.from_list([first]),
+        names=RowNames(name_parts(**of_sources)),
+        statistics=None,
+        held_out=held_out,
+        record={
+            "streaming": True,
+            "sources": sources,
+            "template": load_template(template, dataset_format, tokenizer).identity,
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+        },
+        dataset_format=dataset_format,
+        template=template,
+        notes=["streamed: rows are read as they are needed"],
+    )
+
+
+def _may_be_sharded(configuration: Configuration) -> bool:
+    """Whether a forward may take all processes, so that each must have as many."""
+    return configuration.method.method == "full"
+
+
+def held_out_alone(configuration: Configuration, tokenizer: Any) -> Any:
+    """The held-out documents, of a file or another split, without tokenizing what is trained on."""
+    split = configuration.data.eval_split
+    assert split is not None
+    changes: dict[str, Any] = {"dataset_name": [split], "dataset_weights": None}
+    if split.startswith("split:"):
+        changes = {"dataset_split": split.removeprefix("split:"), "dataset_weights": None}
+    return corpora(configuration, tokenizer, eval_split=None, **changes)[0]
+
+
+def _what_happened(statistics: Any) -> list[str]:
+    told = {
+        "rows_dropped_empty": "dropped (empty answer)",
+        "rows_dropped_masked": "dropped (no answer left)",
+        "rows_dropped_overlong": "dropped (too long)",
+        "rows_truncated": "truncated",
+        "rows_split": "split",
+        "rows_duplicate": "duplicate",
+    }
+    counted = [(getattr(statistics, name), what) for name, what in told.items()]
+    return [f"{count:,} {what}" for count, what in counted if count]
+
+
+def global_batch(configuration: Configuration) -> int:
+    """Sequences of one optimizer step, over all processes and micro batches."""
+    run = configuration.run
+    if run.global_batch_size is not None:
+        return run.global_batch_size
+    return run.per_device_train_batch_size * distributed.world_size() * run.gradient_accumulation_steps
+
+
+def row_settings(configuration: Configuration) -> dict[str, Any]:
+    """What decides which documents rows become: arguments that every reader of rows takes."""
+    data = configuration.data
+    return {
+        "dataset_name": data.dataset_name,
+        "dataset_weights": data.dataset_weights,
+        "dataset_config": data.dataset_config,
+        "dataset_split": data.dataset_train_split,
+        "dataset_format": data.dataset_format,
+        "columns": data.columns(),
+        "template": data.template,
+        "train_on": data.train_on,
+        "append_end_token": data.append_end_token,
+        "overlong": data.overlong,
+        "max_length": data.max_length,
+    }

@@ -1,0 +1,127 @@
+"""Whether a model is trained in parts, one on each process, or as a replica on each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.config import Configuration
+from falcon_qlora.processes import distributed
+
+if TYPE_CHECKING:
+    from transformers import FalconConfig
+
+# The optimizer of a sharded model: its state is sharded too.
+OPTIMIZER = "adamw_torch_fused"
+# What a step needs beyond weights, gradients and the optimizer's state is not counted: this is left for it.
+_USABLE_SHARE = 0.8
+
+
+def shard_if_wanted(configuration: Configuration, model: Any) -> list[str]:
+    """Shard a model of full fine-tuning over the processes as `--sharding` says.
+
+    Returns:
+        What the user is told of it; nothing where the model stays a replica.
+
+    Raises:
+        UserError: if it cannot be sharded so.
+    """
+    if not _wanted(configuration, model.config):
+        return []
+    from falcon_qlora.models import sharded, zero3
+
+    sharding = f"the model is sharded over the {distributed.world_size()} processes"
+    notes = []
+    if has_unsuitable_optimizer_of_recipe(configuration):
+        notes.append(
+            f"recipe {configuration.run.recipe}'s {configuration.optimizer} does not work on a sharded "
+            f"model: {OPTIMIZER} takes its place"
+        )
+        take_optimizer(configuration)
+    _check(configuration)
+    if configuration.run.sharding == "zero3":
+        _check_zero3(configuration)
+        zero3.mark(model)
+        sharding += "; its checkpoints hold the weights alone and cannot be resumed"
+    else:
+        sharded.shard(model, distributed.local_device())
+    return [sharding, *notes]
+
+
+def has_unsuitable_optimizer_of_recipe(configuration: Configuration) -> bool:
+    """Whether a recipe, and not the user, names an optimizer that does not work on a sharded model."""
+    of_recipe = configuration.explicit.get("optim") == f"recipe {configuration.run.recipe}"
+    return of_recipe and _is_unsuitable(configuration.trainer["optim"])
+
+
+def take_optimizer(configuration: Configuration) -> None:
+    """Have the run take the optimizer of sharded models, and record that."""
+    from transformers.training_args import OptimizerNames
+
+    configuration.trainer["optim"] = OPTIMIZER
+    configuration.training.optim = OptimizerNames(OPTIMIZER)
+
+
+def _is_unsuitable(optim: str) -> bool:
+    # bitsandbytes' own.
+    return any(word in optim for word in ("bnb", "8bit", "paged"))
+
+
+def _wanted(configuration: Configuration, config: FalconConfig) -> bool:
+    wanted, processes = configuration.run.sharding, distributed.world_size()
+    named = wanted in ("fsdp", "zero3")
+    if named and processes == 1:
+        raise UserError(
+            f"--sharding {wanted} shares a model out to several processes, and there is one: give more "
+            "--gpus, or --sharding none"
+        )
+    if wanted != "auto":
+        return named
+    device = distributed.local_device()
+    if processes == 1 or configuration.method.method != "full" or device.type != "cuda":
+        return False
+    import torch
+
+    here = (
+        _replica_bytes(configuration, config)
+        > _USABLE_SHARE * torch.cuda.get_device_properties(device).total_memory
+    )
+    return any(distributed.gather_objects(here))
+
+
+def _replica_bytes(configuration: Configuration, config: FalconConfig) -> int:
+    """Weights, gradients and optimizer state of a replica."""
+    from falcon_qlora.models.falcon import parameter_count
+    from falcon_qlora.models.load import resolve_compute_dtype
+    from falcon_qlora.models.step_memory import allocated_optimizer_bytes, embedded_share
+
+    each = resolve_compute_dtype(configuration.model.compute_dtype, distributed.local_device()).itemsize
+    states = allocated_optimizer_bytes(configuration.optimizer, each, embedded=embedded_share(config))
+    return int(parameter_count(config) * (2 * each + states))
+
+
+def _check(configuration: Configuration) -> None:
+    optim = configuration.optimizer
+    if _is_unsuitable(optim):
+        raise UserError(
+            f"--optim {optim}: bitsandbytes' optimizers do not work on a sharded model; give --optim "
+            f"{OPTIMIZER}, whose state is sharded too, or --sharding none"
+        )
+    if configuration.run.generate_samples:
+        raise UserError("--generate_samples is not possible while the model is sharded: give --sharding none")
+
+
+def _check_zero3(configuration: Configuration) -> None:
+    """DeepSpeed's engine holds weights of one dtype, and an optimizer's state that no resuming reads."""
+    assert configuration.training is not None
+    if configuration.model.norms_in_float32:
+        raise UserError(
+            "--norms_in_float32: --sharding zero3 keeps all weights in one dtype, with float32 ones beside "
+            "them that the optimizer steps on; leave the flag out"
+        )
+    if configuration.run.resume:
+        raise UserError(
+            "--resume: checkpoints of --sharding zero3 hold the weights and no optimizer state, so the run "
+            "cannot go on; train on from its adapter/ folder as -m, or give --sharding fsdp"
+        )
+    configuration.training.save_only_model = True
