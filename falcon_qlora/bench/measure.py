@@ -17,13 +17,13 @@ from falcon_qlora.bench.clock import GpuLog
 from falcon_qlora.bench.runners import build
 from falcon_qlora.bench.settings import Document, Runner, Settings
 from falcon_qlora.bench.variants import Impossible, Pace, Variant
-from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.errors import UserError, one_line
+from falcon_qlora.common.quantities import GB
 from falcon_qlora.models.falcon import parameter_count
 from falcon_qlora.models.load import free_bytes, load_model
 from falcon_qlora.models.locate import open_checkpoint
 from falcon_qlora.models.sizes import weight_bytes
 
-GB = 1e9
 LARGEST_BATCHES = (64, 48, 32, 16, 8, 4, 2, 1)
 # All quantizations of a model are kept loaded together up to this share of the GPU: past it they would decide
 # which batches fit.
@@ -197,7 +197,7 @@ class Bench:
             try:
                 self._bases[base] = self._loaded(base)
             except (UserError, Impossible, torch.OutOfMemoryError) as error:
-                failure = _one_line(error)
+                failure = one_line(error)
             if failure:
                 devices.free_memory()
                 for result in members:
@@ -248,12 +248,12 @@ class Bench:
             tokens = max(sum(len(ids) for ids, _ in batch) for batch in batches)
             failure = f"out of memory with {tokens:,} tokens a micro batch"
         except (Impossible, UserError) as error:
-            failure = _one_line(error)
+            failure = one_line(error)
         except Exception as error:
             # The other rows are not lost for one that breaks.
-            failure = f"failed: {type(error).__name__}: {_one_line(error)}"
+            failure = f"failed: {type(error).__name__}: {one_line(error)}"
             if any(sign in str(error) for sign in _OUT_OF_MEMORY):
-                failure = f"out of memory ({_one_line(error)})"
+                failure = f"out of memory ({one_line(error)})"
         # Only here: the exception held what the step had on the device.
         devices.free_memory()
         if failure:
@@ -306,7 +306,3 @@ def _steps(runner: Runner, prepared: Sequence[Any], first: int, count: int) -> l
 
 def _mode(base: str) -> Any:
     return "4bit" if base == "litgpt" else base
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

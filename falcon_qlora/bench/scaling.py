@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from falcon_qlora.bench.texts import UNEVEN_LONGEST
 from falcon_qlora.common.errors import UserError, nearest
+from falcon_qlora.common.quantities import GB, GIB
 from falcon_qlora.common.untrusted import of_a_run, read_json
 from falcon_qlora.run_folder.directory import RunDirectory
 
@@ -288,7 +289,7 @@ def read_run(row: Row, directory: RunDirectory, *, warmup: int) -> Measured:
         samples_per_second=samples / seconds,
         step_seconds=seconds / steps,
         step_range=(min(each), max(each)),
-        peak_gb=float(summary["peak_memory_gib"]) * 2**30 / 1e9,
+        peak_gb=float(summary["peak_memory_gib"]) * GIB / GB,
         kept=kept,
     )
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from falcon_qlora.checkpoint.manifest import describe_file
 from falcon_qlora.checkpoint.read import check_optimizer
+from falcon_qlora.common.errors import first_line
 from falcon_qlora.models.sharded import from_own_rows, local_tensor, own_rows
 
 _OF_REPLICA = "optimizer.pt"
@@ -54,7 +55,7 @@ def write_part(
         torch.save({"state": state, "param_groups": whole["param_groups"]}, file)
     except RuntimeError as error:
         # What torch makes of a disk that is full.
-        raise OSError(0, str(error).splitlines()[0]) from error
+        raise OSError(0, first_line(error)) from error
     return {file.name: describe_file(file)}
 
 

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch.distributed import DistError
 
-from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.errors import UserError, one_line
 
 STATES = "processes.pt"
 CURSOR = "stream.json.gz"
@@ -84,7 +84,7 @@ def reading(file: Path) -> Iterator[None]:
         raise
     except (pickle.UnpicklingError, SafetensorError, *_OF_CONTENT) as error:
         # Of a pickle torch advises to open it all the same.
-        told = "" if isinstance(error, pickle.UnpicklingError) else " ".join(str(error).split())[:200]
+        told = "" if isinstance(error, pickle.UnpicklingError) else one_line(error)
         told = told or "it holds more than plain values and tensors"
         raise UserError(
             f"{file} cannot be taken up: {told}. It is not what training wrote, or of another run. Go on "

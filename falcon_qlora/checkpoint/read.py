@@ -7,12 +7,12 @@ for `process_state.reading` to tell with the file.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from falcon_qlora.common.untrusted import is_count, is_number
 from falcon_qlora.models.sharded import local_tensor
 
 # Of a parameter's shape, whatever else an optimizer keeps.
@@ -70,7 +70,7 @@ def _check_group(group: Any, wanted: dict[str, Any]) -> None:
     _require(isinstance(group, dict) and list(group["params"]) == wanted["params"], "params")
     for name, value in wanted.items():
         if name == "lr":
-            _require(isinstance(value, Tensor) or _is_number(group["lr"]), "lr")
+            _require(isinstance(value, Tensor) or is_number(group["lr"]), "lr")
         elif name in _OF_DEVICES:
             _require(group.get(name) in (None, True, False), name)
         elif isinstance(value, Tensor) or (name not in group and isinstance(value, bool | None)):
@@ -82,7 +82,7 @@ def _check_group(group: Any, wanted: dict[str, Any]) -> None:
 def _check_moment(name: Any, value: Any, parameter: Tensor) -> None:
     if name == "step":
         number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-        _require(_is_number(number) and number >= 0, name)
+        _require(is_number(number) and number >= 0, name)
     elif name in _MOMENTS and (value is not None or name != "momentum_buffer"):
         _require(isinstance(value, Tensor) and value.shape == parameter.shape, f"the shape of {name}")
         value = local_tensor(value)
@@ -110,13 +110,13 @@ def check_scheduler(
     fresh = scheduler.state_dict()
     for name, value in kept.items():
         _require(name in fresh, f"{str(name)[:40]!r}")
-        alike = _is_number(value) if _is_number(fresh[name]) else type(value) is type(fresh[name])
+        alike = is_number(value) if is_number(fresh[name]) else type(value) is type(fresh[name])
         _require(alike or fresh[name] is None, name)
     for name in ("base_lrs", "lr_lambdas"):
         if name in fresh and kept[name] != fresh[name]:
             raise ValueError(f"{name} is {str(kept[name])[:40]} in it and {fresh[name]} in this run")
     last = kept["_last_lr"]
-    _require(len(last) == len(fresh["_last_lr"]) and all(map(_is_number, last)), "_last_lr")
+    _require(len(last) == len(fresh["_last_lr"]) and all(map(is_number, last)), "_last_lr")
     _require(rates is None or last == rates, "_last_lr")
     place = kept["last_epoch"]
     _require(isinstance(place, int) and (place >= 0 if step is None else place == step), "last_epoch")
@@ -127,7 +127,7 @@ def check_scaler(kept: dict[str, Any], scaler: Any) -> None:
     fresh = scaler.state_dict()
     _require(kept.keys() == fresh.keys(), "what it keeps")
     for name, value in fresh.items():
-        _require(_is_number(kept[name]) and kept[name] >= 0, name)
+        _require(is_number(kept[name]) and kept[name] >= 0, name)
         if name in ("growth_factor", "backoff_factor", "growth_interval"):
             _require(kept[name] == value, name)
     _require(not fresh or kept["scale"] > 0, "scale")
@@ -136,23 +136,23 @@ def check_scaler(kept: dict[str, Any], scaler: Any) -> None:
 def check_process(state: dict[str, Any], *, step: int) -> None:
     """Refuse what no process remembers of a run at this step."""
     _require(isinstance(state["random"], dict), "random")
-    _require(_is_number(state["loss"]), "loss")
-    _require(_is_number(state["counted"]) and 0 <= state["counted"] <= step, "counted")
-    _require(_is_count(state["last_logged"]) and state["last_logged"] <= step, "last_logged")
-    _require(_is_count(state["halvings"]) and state["halvings"] <= _MOST_HALVINGS, "halvings")
+    _require(is_number(state["loss"]), "loss")
+    _require(is_number(state["counted"]) and 0 <= state["counted"] <= step, "counted")
+    _require(is_count(state["last_logged"]) and state["last_logged"] <= step, "last_logged")
+    _require(is_count(state["halvings"]) and state["halvings"] <= _MOST_HALVINGS, "halvings")
     for name in ("now", "last"):
         numbers = state["meter"][name]
-        fits = len(numbers) == 4 and all(map(_is_count, numbers[:3])) and _is_number(numbers[3])
+        fits = len(numbers) == 4 and all(map(is_count, numbers[:3])) and is_number(numbers[3])
         _require(fits and numbers[3] >= 0, f"meter {name}")
     bad_steps = state["bad_steps"]
-    _require(all(_is_count(bad_steps[name]) for name in _COUNTS_OF_BAD_STEPS), "bad_steps")
+    _require(all(is_count(bad_steps[name]) for name in _COUNTS_OF_BAD_STEPS), "bad_steps")
     _require(bad_steps["total"] <= step and bad_steps["in_a_row"] <= bad_steps["total"], "bad_steps")
-    _require(_is_number(bad_steps["mean"]) and _is_number(bad_steps["variance"]), "bad_steps")
+    _require(is_number(bad_steps["mean"]) and is_number(bad_steps["variance"]), "bad_steps")
     _require(bad_steps["variance"] >= 0, "bad_steps")
     for of_step, values, origins in state["reports"]:
-        _require(_is_count(of_step) and of_step < step, "reports")
+        _require(is_count(of_step) and of_step < step, "reports")
         _require(all(isinstance(value, float) for value in values), "reports")
-        _require(all(_is_count(part) and _is_count(number) for part, number in origins), "reports")
+        _require(all(is_count(part) and is_count(number) for part, number in origins), "reports")
 
 
 def check_callbacks(kept: dict[str, Any], callbacks: list[Any]) -> None:
@@ -168,17 +168,9 @@ def check_callbacks(kept: dict[str, Any], callbacks: list[Any]) -> None:
             for part, expected in callback.state().items():
                 _require(state[part].keys() == expected.keys(), type(callback).__name__)
                 for name, value in expected.items():
-                    alike = _is_number(state[part][name]) if _is_number(value) else False
+                    alike = is_number(state[part][name]) if is_number(value) else False
                     alike |= type(state[part][name]) is type(value)
                     _require(alike, f"{type(callback).__name__} {name}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _require(fits: Any, what: str) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
 from falcon_qlora.checkpoint.process_state import STATES, load_states, reading
 from falcon_qlora.checkpoint.read import check_process
-from falcon_qlora.common.untrusted import read_json
+from falcon_qlora.common.untrusted import is_count, is_number, read_json
 
 _COUNTS = ("global_step", "num_input_tokens_seen", "best_global_step", "max_steps", "num_train_epochs")
 _INTERVALS = ("logging_steps", "eval_steps", "save_steps")  # a share of the steps was made a number of them
@@ -53,14 +52,14 @@ def check_trainer_state(checkpoint: Path) -> None:
             raise ValueError(f"{name[:40]!r} is not known")
         for name in _COUNTS:
             value = state.get(name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            if value is not None and not is_count(value):
                 raise ValueError(f"{name} is {str(value)[:40]!r}")
         for name in _INTERVALS:
             value = state.get(name)
-            if value is not None and (not _is_number(value) or value < 0):
+            if value is not None and (not is_number(value) or value < 0):
                 raise ValueError(f"{name} is {str(value)[:40]!r}")
         for name in ("epoch", "total_flos"):
-            if state.get(name) is not None and not _is_number(state[name]):
+            if state.get(name) is not None and not is_number(state[name]):
                 raise ValueError(f"{name} is {str(state[name])[:40]!r}")
         if not isinstance(state.get("best_metric"), float | int | None):  # not finite, where a model broke
             raise ValueError("best_metric is no number")
@@ -78,7 +77,3 @@ def check_trainer_state(checkpoint: Path) -> None:
             isinstance(line, dict) and isinstance(line.get("step"), int) for line in state["log_history"]
         ):
             raise ValueError("log_history holds a line without a step")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

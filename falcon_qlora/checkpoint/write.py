@@ -21,7 +21,7 @@ from falcon_qlora.checkpoint.adapter_check import AdapterFaultError, check_adapt
 from falcon_qlora.checkpoint.manifest import newest_whole, step_folders, write_manifest
 from falcon_qlora.checkpoint.optimizer_parts import write_part
 from falcon_qlora.checkpoint.process_state import STATES, save_cursor
-from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.errors import UserError, first_line, reason_of
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.sharded import is_sharded, take_part
 from falcon_qlora.processes import distributed
@@ -64,7 +64,7 @@ def save_checkpoint(
             work()
         except OSError as error:
             _remove_unfinished(checkpoints)
-            return error.strerror or str(error)
+            return reason_of(error)
         except AdapterFaultError as error:
             _remove_unfinished(checkpoints)
             raise UserError(not_kept(error, checkpoints, step=trainer_state.global_step)) from None
@@ -128,11 +128,11 @@ def disk_errors() -> Iterator[None]:
     try:
         yield
     except (SafetensorError, RuntimeError) as error:
-        raise OSError(0, str(error).splitlines()[0]) from error
+        raise OSError(0, first_line(error)) from error
     except Exception as error:
         if type(error) is not Exception:
             raise
-        raise OSError(0, str(error).splitlines()[0]) from error  # the tokenizers' have no class of their own
+        raise OSError(0, first_line(error)) from error  # the tokenizers' have no class of their own
 
 
 def set_aside_after(checkpoints: Path, step: int) -> list[Path]:
@@ -167,7 +167,7 @@ def _write_parts(trainer: Any, partial: Path) -> tuple[str | None, dict[str, Any
         for name in part:
             _flush(partial / name)
     except OSError as error:
-        failure = f"process {process}: {error.strerror or error}"
+        failure = f"process {process}: {reason_of(error)}"
     trainer.saving(False)
     distributed.wait_for_all()  # a disk may be much slower than another, and a collective has a time limit
     everyone = distributed.gather_objects((failure, part))

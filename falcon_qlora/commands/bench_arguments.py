@@ -8,6 +8,7 @@ from dataclasses import field as setting
 from typing import Literal
 
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.quantities import counted
 
 
 @dataclass(kw_only=True)
@@ -112,4 +113,4 @@ def numbers(flag: str, given: Sequence[str]) -> list[int]:
 
 def said_of_broken(rows: int) -> str:
     """What is said at the end, where rows of the table broke."""
-    return f"{rows} {'row' if rows == 1 else 'rows'} broke; the table says how"
+    return f"{counted(rows, 'row')} broke; the table says how"

@@ -15,7 +15,7 @@ from dataclasses import field as setting
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from falcon_qlora.common.errors import UserError, nearest
+from falcon_qlora.common.errors import UserError, first_line, nearest
 from falcon_qlora.common.files import check_writable
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.inference.base_and_adapter import (
@@ -173,8 +173,7 @@ def _run_tasks(
             log_samples=False,
         )
     except OSError as error:  # as which the hub's and datasets' errors come
-        told = str(error).strip().splitlines()[:1]
-        raise UserError(f"--tasks {','.join(asked)}: the data cannot be read ({''.join(told)})") from None
+        raise UserError(f"--tasks {','.join(asked)}: the data cannot be read ({first_line(error)})") from None
     # A metric's name ends with that of the filter on the answers.
     return {
         f"{task} {name.removesuffix(',none')}": value

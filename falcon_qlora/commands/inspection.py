@@ -17,7 +17,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import FalconConfig
 
 from falcon_qlora.checkpoint import manifest
-from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.errors import UserError, one_line
 from falcon_qlora.common.files import sha256
 from falcon_qlora.common.record_files import CERTIFICATE
 from falcon_qlora.common.untrusted import file_beside, read_json, read_yaml, refuse_links
@@ -348,5 +348,5 @@ def _torch_file_faults(file: Path) -> list[str]:
         with zipfile.ZipFile(file) as archive:
             altered = archive.testzip()
     except Exception as error:  # torch raises many kinds for a damaged file
-        return [f"{file} is damaged: {' '.join(str(error).split())[:200]}"]
+        return [f"{file} is damaged: {one_line(error)}"]
     return [f"{file} is damaged: {altered} in it was altered"] if altered else []

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from falcon_qlora.common.quantities import gib
 from falcon_qlora.config import Configuration, parse
 
 if TYPE_CHECKING:
     from falcon_qlora.models.hub import Download
-
-GIB = 2**30
 
 # The files as they come, the rows as Arrow tables, and their tokens.
 _COPIES_OF_A_DATA_SET = 3
@@ -95,7 +94,7 @@ def _downloads(configuration: Configuration) -> list[Download]:
 
 def _described(download: Download) -> str:
     return (
-        f"{download.kind} {download.repository}: {download.total_bytes / GIB:.2f} GiB, "
-        f"{download.missing_bytes / GIB:.2f} GiB to download; "
-        f"{download.free_bytes / GIB:.1f} GiB free in {download.cache}"
+        f"{download.kind} {download.repository}: {gib(download.total_bytes)}, "
+        f"{gib(download.missing_bytes)} to download; "
+        f"{gib(download.free_bytes, 1)} free in {download.cache}"
     )

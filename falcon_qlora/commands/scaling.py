@@ -16,6 +16,7 @@ from falcon_qlora.bench.records import append_csv
 from falcon_qlora.bench.scaling import Measured, Row, Work
 from falcon_qlora.commands.bench_arguments import BenchArguments, names, numbers, said_of_broken
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.quantities import counted
 from falcon_qlora.config import Configuration
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ class _Bench:
     def _measure(self, row: Row, steps: int, warmup: int, environment: dict[str, str]) -> Measured:
         if time.monotonic() >= self.until:
             raise _Over
-        gpus = f"{row.gpus} {'GPU' if row.gpus == 1 else 'GPUs'}"
+        gpus = counted(row.gpus, "GPU")
         self.say(f"row {len(self.rows) + 1}: {row.model} {row.quantize_mode}, {row.label}, {gpus}")
         if self.visible and row.gpus > self.visible:
             return Measured(row=row, failure=f"not run: the GPUs of this machine: {self.visible}")

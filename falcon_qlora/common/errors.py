@@ -55,6 +55,21 @@ def message_of(error: Exception) -> str | None:
     return f"error: {error.strerror}" if error.errno in _OF_A_DISK else None
 
 
+def one_line(error: object, *, limit: int = 300) -> str:
+    """What `error` says on one line of at most `limit` characters; its class's name where it says nothing."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def first_line(error: object, *, limit: int = 300) -> str:
+    """The first line of what `error` says, for those whose others are advice to programmers."""
+    return one_line(next(iter(str(error).strip().splitlines()), type(error).__name__), limit=limit)
+
+
+def reason_of(error: OSError) -> str:
+    """Why the system refuses something, such as ``No space left on device``."""
+    return error.strerror or one_line(error)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean X?)"`` for the known name closest to `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

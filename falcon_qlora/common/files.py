@@ -115,9 +115,17 @@ def _held(folder: Path) -> Iterator[None]:
 
 def try_to_write(folder: Path) -> None:
     """Raise an OSError if `folder`, or where it would be made, cannot be written."""
-    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    with tempfile.TemporaryFile(dir=there):
+    with tempfile.TemporaryFile(dir=_nearest_existing(folder)):
         pass
+
+
+def free_bytes(folder: Path) -> int:
+    """What is free on the disk of `folder`, or of where it would be made."""
+    return shutil.disk_usage(_nearest_existing(folder)).free
+
+
+def _nearest_existing(folder: Path) -> Path:
+    return next(each for each in (folder, *folder.absolute().parents) if each.exists())
 
 
 def check_writable(file: Path, flag: str) -> None:

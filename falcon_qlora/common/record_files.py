@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from falcon_qlora.common.untrusted import refuse_links
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.untrusted import is_count, refuse_links
 
 SETTINGS = "config.yaml"  # of a run
 CERTIFICATE = "certificate.json"  # of a merge
 # What only a run that has started leaves behind: these make a folder one that "holds a run".
 SIGNS_OF_A_RUN = (SETTINGS, "metrics.jsonl", "summary.json", "checkpoints", "adapter")
+
+
+def check_format(record: Mapping[str, Any], what: str, newest: int = 1) -> None:
+    """Refuse a record of a form that came after this program; one without a number is of the first.
+
+    Args:
+        record: what was read.
+        what: the file it is of, for the message.
+        newest: the newest form that is read.
+
+    Raises:
+        UserError: if its ``format`` is a larger number, or none at all.
+    """
+    found = record.get("format", 1)
+    if not is_count(found, least=1):
+        raise UserError(f"{what}: format {str(found)[:40]!r} is not a number from 1")
+    if found > newest:
+        raise UserError(f"{what}: format {found} is newer than this falcon_qlora reads; update it")
 
 
 def is_record(file: Path) -> bool:

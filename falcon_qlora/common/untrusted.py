@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import stat
+import sys
 from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
-from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.errors import UserError, one_line
 
 # Beyond any configuration, index or tokenizer that a model comes with.
 JSON_LIMIT_BYTES = 2**26
@@ -98,13 +99,13 @@ def parse_yaml(text: str, origin: str) -> dict[Any, Any]:
         content = yaml.load(text, Loader=_StrictLoader)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{origin}{line}: not valid YAML: {' '.join(str(error.problem).split())}") from None
+        raise UserError(f"{origin}{line}: not valid YAML: {one_line(error.problem)}") from None
     except (
         yaml.YAMLError,
         ValueError,
         RecursionError,
     ) as error:  # the second of dates and numbers that are none
-        raise UserError(f"{origin}: not valid YAML: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{origin}: not valid YAML: {one_line(error)}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -137,6 +138,21 @@ class _StrictLoader(yaml.SafeLoader):
                     )
                 seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def is_count(value: Any, *, least: int = 0, most: int | None = None) -> bool:
+    """Whether `value` is a whole number from `least` to `most`; True and False are none."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole and value >= least and (most is None or value <= most)
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a number that a float can hold: finite, and neither True nor False."""
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and abs(value) <= sys.float_info.max  # whole numbers of any length are read from JSON
+    )
 
 
 def _no_such_number(name: str) -> NoReturn:
@@ -179,7 +195,7 @@ def of_a_run(folder: Path) -> Iterator[None]:
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        told = one_line(f"{type(error).__name__}: {error}")
         raise UserError(f"{folder}: its files are not what a run writes ({told}); run it again.") from None
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from falcon_qlora.common.files import replaced, write_text
+from falcon_qlora.common.quantities import GB, GIB
 from falcon_qlora.common.untrusted import of_a_run
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal import charts
 
 FULL = "full"
-GB = 1e9
 
 TABLE, CSV = "comparison.md", "comparison.csv"
 TIME_PICTURE, MEMORY_PICTURE = "training-time.png", "memory-requirements.png"
@@ -271,8 +271,8 @@ def _row_of(run: Compared) -> Row:
         samples=samples,
         seconds=tokens / speed if speed else None,
         seconds_per_1000_samples=1000 * tokens / samples / late_speed if samples and late_speed else None,
-        peak_memory_gb=peak * 2**30 / GB,
-        total_peak_memory_gb=total * 2**30 / GB,
+        peak_memory_gb=peak * GIB / GB,
+        total_peak_memory_gb=total * GIB / GB,
         eval_loss_before=losses.get(0),
         eval_loss_after=after,
         disk_bytes=sum(file.stat().st_size for file in directory.adapter.glob("*.safetensors")),

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.untrusted import is_count
 from falcon_qlora.data.documents import load_template
 from falcon_qlora.data.formats import recognise, renamed_columns, render
 from falcon_qlora.data.origins import Origin
@@ -287,7 +288,7 @@ def check_cursor(cursor: Any, *, step: int, vocabulary: int) -> None:
         ValueError, TypeError, LookupError: saying what is wrong, more or less.
     """
     numbers = [cursor[name] for name in ("step", "epoch", "began")]
-    _require(all(map(_is_count, numbers)) and cursor["began"] <= cursor["step"] == step, "step")
+    _require(all(map(is_count, numbers)) and cursor["began"] <= cursor["step"] == step, "step")
     for document in cursor["waiting"]:
         _check_document(document, vocabulary)
     stream = cursor["stream"]
@@ -304,12 +305,12 @@ def check_cursor(cursor: Any, *, step: int, vocabulary: int) -> None:
     count = len(rows["readers"])
     _require(count > 0, "rows.readers")
     for name in ("waiting", "turn"):
-        _require(all(_is_count(index) and index < count for index in rows[name]), f"rows.{name}")
-    _require(_is_count(rows["given"]), "rows.given")
+        _require(all(is_count(index) and index < count for index in rows[name]), f"rows.{name}")
+    _require(is_count(rows["given"]), "rows.given")
     for reader in rows["readers"]:
         _check_format(reader["format"])
         position = reader["position"]
-        _require(isinstance(position, list) and len(position) == 2 and _is_count(position[0]), "position")
+        _require(isinstance(position, list) and len(position) == 2 and is_count(position[0]), "position")
     for origin, row in shuffled["buffer"] or ():
         _check_origin(origin, "buffer")
         for text, train, end in row:
@@ -320,12 +321,12 @@ def _check_document(document: Any, vocabulary: int) -> None:
     ids, mask, origin = document
     _check_origin(origin, "waiting")
     _require(len(ids) == len(mask) > 0, "waiting")
-    _require(all(_is_count(token) and token < vocabulary for token in ids), "waiting")
+    _require(all(is_count(token) and token < vocabulary for token in ids), "waiting")
     _require(all(value in (0, 1) for value in mask), "waiting")
 
 
 def _check_origin(origin: Any, where: str) -> None:
-    _require(len(origin) == 2 and all(map(_is_count, origin)), where)
+    _require(len(origin) == 2 and all(map(is_count, origin)), where)
 
 
 def _check_format(row_format: Any) -> None:
@@ -333,10 +334,6 @@ def _check_format(row_format: Any) -> None:
         name, columns = row_format
         _require(isinstance(name, str), "format")
         _require(all(isinstance(text, str) for pair in columns.items() for text in pair), "format")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _require(fits: bool, what: str) -> None:

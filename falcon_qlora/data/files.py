@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.errors import UserError, one_line, reason_of
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 
@@ -64,7 +64,7 @@ def iterate_rows(path: Path, *, skip: int = 0) -> Iterator[tuple[str, Row]]:
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: damaged gzip file: {error}") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or _in_one_line(error)}") from None
+        raise UserError(f"{path}: cannot be read: {reason_of(error)}") from None
 
 
 def _open(path: Path, newline: str | None = None) -> TextIO:
@@ -259,11 +259,7 @@ def _parquet_rows(path: Path, skip: int) -> Iterator[tuple[str, Row]]:
                         number += 1
                         yield f"{path} row {number}", row
     except (pa.ArrowException, OverflowError) as error:
-        raise UserError(f"{path}: not a valid Parquet file: {_in_one_line(error)}") from None
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+        raise UserError(f"{path}: not a valid Parquet file: {one_line(error)}") from None
 
 
 def _row(value: Any, place: str) -> Row:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from falcon_qlora.common.errors import UserError, nearest
+from falcon_qlora.common.errors import UserError, first_line, nearest
 from falcon_qlora.data import sample_data
 from falcon_qlora.data.files import Row, data_suffix, iterate_rows
 from falcon_qlora.data.folders import files_of_folder, kinds
@@ -349,11 +349,11 @@ def _hub_errors(source: HubSource) -> Iterator[None]:
     except datasets.exceptions.DatasetNotFoundError as error:
         raise UserError(
             f"--dataset_name {name}: no such data set on the hub, nor a file or folder of that name here; "
-            f"a private or gated one needs `hf auth login` first ({_first_line(error)})"
+            f"a private or gated one needs `hf auth login` first ({first_line(error)})"
         ) from None
     except datasets.exceptions.DatasetGenerationError as error:
         raise UserError(
-            f"--dataset_name {name}: cannot be read ({_first_line(error.__cause__ or error)})"
+            f"--dataset_name {name}: cannot be read ({first_line(error.__cause__ or error)})"
         ) from None
     except (
         ConnectionError,
@@ -364,13 +364,13 @@ def _hub_errors(source: HubSource) -> Iterator[None]:
     ) as error:
         raise UserError(
             f"--dataset_name {name}: the hub cannot be reached, and this machine's cache does not have the "
-            f"data set ({_first_line(error)}).\n"
+            f"data set ({first_line(error)}).\n"
             "To run offline: run `falcon-qlora prepare` with the same flags on a machine that reaches the "
             "hub, bring its Hugging Face cache (HF_HOME, by default ~/.cache/huggingface) here and set "
             f"HF_HUB_OFFLINE=1; or name a local {kinds()} file or a folder of them"
         ) from None
     except (ValueError, FileNotFoundError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"--dataset_name {name} ({flags}): {_first_line(error)}") from None
+        raise UserError(f"--dataset_name {name} ({flags}): {first_line(error)}") from None
 
 
 def _looks_like_path(name: str) -> bool:
@@ -382,7 +382,3 @@ def _looks_like_path(name: str) -> bool:
 def _plain(place: str) -> str:
     """A place whose path may hold bytes that are no UTF-8."""
     return place.encode(errors="backslashreplace").decode()
-
-
-def _first_line(error: object) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

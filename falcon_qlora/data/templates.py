@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from falcon_qlora.common.errors import UserError, nearest
+from falcon_qlora.common.errors import UserError, nearest, one_line
 from falcon_qlora.common.files import sha256
 from falcon_qlora.common.untrusted import read_text
 
@@ -302,7 +302,7 @@ class JinjaTemplate:
         except jinja2.TemplateSyntaxError:
             raise
         except (jinja2.TemplateError, *_OF_EXPRESSIONS) as error:
-            told = " ".join(str(error).split())[:300] or type(error).__name__
+            told = one_line(error)
             raise UserError(f"{self.name}: the template refuses a conversation: {told}") from None
         if check_only:
             return "", None

@@ -18,12 +18,12 @@ from torch import Tensor
 from transformers import FalconConfig
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.common.files import try_to_write, write_json
+from falcon_qlora.common.files import free_bytes, try_to_write, write_json
+from falcon_qlora.common.quantities import gib
 from falcon_qlora.common.untrusted import read_json
 from falcon_qlora.models.load import empty_model
 from falcon_qlora.models.tensor_files import write_model
 
-GIB = 2**30
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 _TOKENIZER_FILES = (
@@ -153,11 +153,10 @@ def check_disk(out: Path, needed: int) -> None:
     Raises:
         UserError: saying how much is missing.
     """
-    folder = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(out)
     if needed > free:
         raise UserError(
-            f"--out {out}: the merge needs {needed / GIB:.2f} GiB there, {free / GIB:.2f} GiB are free. Free "
+            f"--out {out}: the merge needs {gib(needed)} there, {gib(free)} are free. Free "
             "some, name a folder on another disk, or with --base 16bit or dequantized make one merge instead "
             "of two to compare."
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.common.untrusted import read_json
+from falcon_qlora.common.untrusted import is_count, is_number, read_json
 from falcon_qlora.methods.lora import Lora, checked_slices
 from falcon_qlora.models.falcon import LINEARS
 
@@ -62,9 +62,8 @@ def _refuse_what_is_not_trained_here(settings: dict[str, Any], source: Path) -> 
 
 
 def _number(settings: dict[str, Any], name: str, source: Path, *, largest: int, whole: bool = False) -> Any:
-    value = settings.get(name)
-    kind = int if whole else int | float
-    if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value <= largest:
+    value: Any = settings.get(name)
+    if not (is_count if whole else is_number)(value) or not 0 < value <= largest:
         raise UserError(f"{source}: {name} is {str(value)[:40]!r}; expected a number up to {largest:,}")
     return value
 
@@ -72,7 +71,7 @@ def _number(settings: dict[str, Any], name: str, source: Path, *, largest: int, 
 def _dropout(value: Any, source: Path) -> float:
     if value is None:
         return 0.0
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
+    if not is_number(value) or not 0 <= value < 1:
         raise UserError(f"{source}: lora_dropout is {str(value)[:40]!r}; expected 0 to below 1")
     return float(value)
 

@@ -16,6 +16,7 @@ import torch
 from transformers import FalconConfig
 
 from falcon_qlora.common.errors import UserError, nearest
+from falcon_qlora.common.untrusted import is_count
 from falcon_qlora.methods.adapter import Adapter
 from falcon_qlora.methods.adapter_v2 import AdapterV2
 from falcon_qlora.methods.folder import CONFIG, TENSORS, read_record
@@ -130,7 +131,7 @@ def _method(folder: Path, record: dict[str, Any]) -> Lora | Adapter | AdapterV2:
         raise UserError(f"{folder / CONFIG}: settings must be {', '.join(sorted(expected))}")
     for key, smallest in {"prefix_length": 1, "first_block": 0}.items():
         value = settings[key]
-        if isinstance(value, bool) or not isinstance(value, int) or not smallest <= value <= _LARGEST:
+        if not is_count(value, least=smallest, most=_LARGEST):
             raise UserError(
                 f"{folder / CONFIG}: {key} is {str(value)[:40]!r}; expected {smallest} to {_LARGEST:,}"
             )

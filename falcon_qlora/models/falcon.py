@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import FalconConfig
 
-from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.errors import UserError, one_line
+from falcon_qlora.common.untrusted import is_count
 
 PRESETS: dict[str, dict[str, Any]] = {
     "falcon-rw-1b": {
@@ -164,7 +165,7 @@ def read_config(raw: dict[str, Any], *, source: str = "config.json") -> FalconCo
         _try_out(config)
         return config
     except Exception as error:  # its checks raise errors of several libraries
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"{source}: not the configuration of a Falcon: {reason}") from None
 
 
@@ -185,7 +186,7 @@ def _try_out(config: FalconConfig) -> None:
 def _check_sizes(settings: dict[str, Any], source: str) -> None:
     for name, largest in _LARGEST.items():
         value = settings.get(name, 1)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
+        if not is_count(value, least=1, most=largest):
             raise UserError(f"{source}: {name} is {str(value)[:40]!r}; expected 1 to {largest:,}")
     heads = settings["num_attention_heads"]
     if settings["hidden_size"] % heads:

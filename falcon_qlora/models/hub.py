@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +14,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from falcon_qlora.common.errors import UserError
-
-GIB = 2**30
+from falcon_qlora.common.errors import UserError, first_line
+from falcon_qlora.common.files import free_bytes
+from falcon_qlora.common.quantities import gib
 
 _SIDE_FILES = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
@@ -68,8 +67,8 @@ class Download:
         needed = copies * self.missing_bytes
         if needed > self.free_bytes:
             raise UserError(
-                f"{self.repository} needs {needed / GIB:.1f} GiB more in {self.cache}, where "
-                f"{self.free_bytes / GIB:.1f} GiB are free: {(needed - self.free_bytes) / GIB:.1f} GiB too "
+                f"{self.repository} needs {gib(needed, 1)} more in {self.cache}, where "
+                f"{gib(self.free_bytes, 1)} are free: {gib(needed - self.free_bytes, 1)} too "
                 "little. Free some, or set HF_HOME to a folder on a larger disk."
             )
 
@@ -93,7 +92,7 @@ def fetch_model(repository: str, *, revision: str | None = None) -> Path:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(download.files)))
     except (HTTPError, OSError) as error:
         raise UserError(
-            f"The download of {repository} stopped: {_first_line(error)}. What has arrived is kept; run "
+            f"The download of {repository} stopped: {first_line(error)}. What has arrived is kept; run "
             "the same command again to go on."
         ) from None
 
@@ -111,7 +110,7 @@ def fetch_tokenizer(repository: str, *, revision: str | None = None) -> Path:
     except Unreachable as error:
         why = str(error)
     except (HTTPError, OSError) as error:
-        why = f"the hub cannot be reached ({_first_line(error)})"
+        why = f"the hub cannot be reached ({first_line(error)})"
     try:
         folder = snapshot_download(
             repository, revision=revision, allow_patterns=["tokenizer.json"], local_files_only=True
@@ -168,7 +167,7 @@ def _sizes(repository: str, kind: str, revision: str | None) -> tuple[dict[str, 
             f"There is no {kind} {repository!r}: no such folder here, and none on the hub that you can see."
         ) from None
     except (HTTPError, OSError) as error:
-        raise Unreachable(f"the hub cannot be reached ({_first_line(error)})") from error
+        raise Unreachable(f"the hub cannot be reached ({first_line(error)})") from error
     return {file.rfilename: file.size or 0 for file in info.siblings or []}, info.sha
 
 
@@ -188,7 +187,7 @@ def _download(
         files=tuple(sizes),
         total_bytes=sum(sizes.values()),
         missing_bytes=sum(size for name, size in sizes.items() if not is_cached(name)),
-        free_bytes=shutil.disk_usage(_nearest_existing(cache)).free,
+        free_bytes=free_bytes(cache),
         cache=cache,
     )
 
@@ -214,7 +213,7 @@ def push_folder(
         )
     except (HTTPError, OSError, ValueError) as error:
         raise UserError(
-            f"{folder} is written, but was not uploaded to {repository}: {_first_line(error)}. Log in with "
+            f"{folder} is written, but was not uploaded to {repository}: {first_line(error)}. Log in with "
             f"`hf auth login`, then: hf upload {repository} {folder}"
         ) from None
     return str(url)
@@ -269,14 +268,3 @@ def _not_cached(what: str, why: str) -> str:
         "prepare, with the same flags), bring the cache (HF_HOME) here and set HF_HUB_OFFLINE=1; or name a "
         "local folder."
     )
-
-
-def _nearest_existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]

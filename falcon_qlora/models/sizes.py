@@ -5,10 +5,9 @@ from __future__ import annotations
 from transformers import FalconConfig
 
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.quantities import gib
 from falcon_qlora.models.falcon import linear_parameter_count, linear_shapes, parameter_count
 from falcon_qlora.models.quantize import NF4_BLOCK, NF4_NESTED_BLOCK, QuantizeMode
-
-GIB = 2**30
 
 
 def weight_bytes(
@@ -72,8 +71,8 @@ def check_fits(
     lower = {"16bit": "8bit or 4bit", "8bit": "4bit"}.get(quantize_mode)
     advice = f"Use --quantize_mode {lower}, a" if lower else "Use a"
     raise UserError(
-        f"The model does not fit: its weights in {quantize_mode} take {weights / GIB:.1f} GiB"
-        + (f" and the adapter {adapter / GIB:.1f} GiB" if trainable else "")
-        + f", the GPU has {free_bytes / GIB:.1f} GiB free: {(need - free_bytes) / GIB:.1f} GiB too little. "
+        f"The model does not fit: its weights in {quantize_mode} take {gib(weights, 1)}"
+        + (f" and the adapter {gib(adapter, 1)}" if trainable else "")
+        + f", the GPU has {gib(free_bytes, 1)} free: {gib(need - free_bytes, 1)} too little. "
         f"{advice} smaller model, or a GPU with more memory free."
     )

@@ -36,8 +36,6 @@ from falcon_qlora.kernels.cross_entropy import default_chunk_tokens
 from falcon_qlora.models.activations import Checkpointing
 from falcon_qlora.models.falcon import linear_shapes, norms_per_block, parameter_count
 
-GIB = 2**30
-
 # Measured: the reference path also keeps the outputs of norms and GELU, and copies of inputs.
 _REFERENCE_FACTOR, _ALL_TRAINED_FACTOR = 1.9, 2.0
 # The libraries' workspaces, and what the allocator rounds up.

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.errors import UserError, first_line
 from falcon_qlora.common.untrusted import read_json, read_text
 from falcon_qlora.models.checkpoints import RANDOM
 from falcon_qlora.models.locate import is_on_hub, packaged_folder
@@ -49,7 +49,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         tokenizer("Try it out.", add_special_tokens=False)
     except Exception as error:  # the tokenizers' have no class of their own, and any comes of other values
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+        reason = first_line(error)
         raise UserError(
             f"the tokenizer of {name} cannot be loaded: {reason}. Give a folder that holds a whole "
             "tokenizer.json (--tokenizer_name_or_path)"

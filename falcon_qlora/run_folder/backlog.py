@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from falcon_qlora.common.errors import reason_of
 from falcon_qlora.terminal.console import note
 
 
@@ -32,7 +33,7 @@ class Backlog:
         except OSError as error:
             if not self._told:
                 note(
-                    f"{self._what} cannot be written ({error.strerror or error}). The training goes on; what "
+                    f"{self._what} cannot be written ({reason_of(error)}). The training goes on; what "
                     "is missing there is added once that works again"
                 )
             self._told = True

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from falcon_qlora.common.quantities import GIB
+
 _PACKAGES = (
     "falcon-qlora",
     "torch",
@@ -103,7 +105,7 @@ def _gpus() -> list[dict[str, Any]]:
     return [
         {
             "name": gpu.name,
-            "memory_gib": round(gpu.total_memory / 2**30, 2),
+            "memory_gib": round(gpu.total_memory / GIB, 2),
             "compute_capability": f"{gpu.major}.{gpu.minor}",
         }
         for gpu in properties

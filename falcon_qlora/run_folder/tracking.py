@@ -27,7 +27,7 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
-from falcon_qlora.common.errors import UserError, nearest
+from falcon_qlora.common.errors import UserError, first_line, nearest
 from falcon_qlora.common.files import plain
 from falcon_qlora.processes import distributed
 from falcon_qlora.run_folder.directory import RunDirectory
@@ -154,7 +154,7 @@ class Trackers:
                 # Waits for W&B's own process, which writes the last of a run after it is finished.
                 wandb.teardown()
         except Exception as error:
-            note(f"W&B could not close the run ({_short(error)}); nothing of the training is lost")
+            note(f"W&B could not close the run ({first_line(error)}); nothing of the training is lost")
 
     def _start_wandb(
         self, directory: RunDirectory, config: Mapping[str, Any], name: str, resume: bool
@@ -170,14 +170,14 @@ class Trackers:
             run = wandb.run or self._init_wandb(directory, config, name, known)
         except Exception as error:
             if self._wandb_mode != "online":
-                self.lines.append(f"W&B: off, it could not start ({_short(error)})")
+                self.lines.append(f"W&B: off, it could not start ({first_line(error)})")
                 return
             if _REJECTED.search(str(error)):
                 raise UserError(
-                    f"W&B refused the run: {_short(error)}. Check WANDB_ENTITY and WANDB_PROJECT, or use "
+                    f"W&B refused the run: {first_line(error)}. Check WANDB_ENTITY and WANDB_PROJECT, or use "
                     "--report_to none"
                 ) from error
-            self._wandb_mode, self._wandb_reason = "offline", f"no connection: {_short(error)}"
+            self._wandb_mode, self._wandb_reason = "offline", f"no connection: {first_line(error)}"
             run = self._init_wandb(directory, config, name, known)
         self._wandb_run = run
         directory.write_tracker_record("wandb", {"id": run.id, "project": run.project, "entity": run.entity})
@@ -244,7 +244,7 @@ class TrackersCallback(TrainerCallback):
                 self._failures[name] = self._failures.get(name, 0) + 1
                 if name not in self._told:
                     self._told.add(name)
-                    note(f"{name} failed ({_short(error)}); the training goes on")
+                    note(f"{name} failed ({first_line(error)}); the training goes on")
                 if self._failures[name] >= _PATIENCE:
                     self._trackers.remove((name, tracker))
 
@@ -300,8 +300,8 @@ def _wandb_mode() -> tuple[str, str]:
     except wandb.errors.AuthenticationError as error:
         if _REJECTED.search(str(error)):
             raise UserError(
-                f"W&B rejected the key: {_short(error)}. Log in again (wandb login --relogin) or set another "
-                "WANDB_API_KEY; or run without it: WANDB_MODE=offline, or --report_to none"
+                f"W&B rejected the key: {first_line(error)}. Log in again (wandb login --relogin) or set "
+                "another WANDB_API_KEY; or run without it: WANDB_MODE=offline, or --report_to none"
             ) from error
         return "offline", "its server cannot be reached"
     return ("online", "") if found else ("offline", "no key; wandb login stores one")
@@ -316,8 +316,3 @@ def verify_wandb_key() -> bool:
     import wandb
 
     return wandb.login(verify=True, prompt=False)
-
-
-def _short(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]

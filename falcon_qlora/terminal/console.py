@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from falcon_qlora.common.files import quoted
+from falcon_qlora.common.quantities import counted, duration
 from falcon_qlora.processes import distributed
 
 _LABEL_WIDTH = 11
@@ -158,7 +159,7 @@ class StartSummary:
 
     def _devices(self) -> str:
         if self.device.upper() == "CPU":
-            text = f"CPU, {_processes(self.world_size)}"
+            text = f"CPU, {counted(self.world_size, 'process', 'processes')}"
         else:
             text = f"{self.world_size} × {self.device}"
         return _join(text, f"{self.nodes} machines" if self.nodes > 1 else "")
@@ -255,16 +256,6 @@ def print_answers(title: str, answers: Sequence[tuple[str, str]]) -> None:
     out.print()
 
 
-def duration(seconds: float) -> str:
-    """``42 s``, ``3 min 05 s`` or ``2 h 07 min``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600:,} h {whole % 3600 // 60:02d} min"
-
-
 def _print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
     out = console()
     out.print(Text(title, style="bold"))
@@ -301,10 +292,6 @@ def _gib(amount: float | None, where: str) -> str:
 def _split(summary: Mapping[str, Any]) -> str:
     parts = summary.get("micro_batch_parts", 1)
     return f"it ran out, and micro batches were split in {parts}" if parts > 1 else ""
-
-
-def _processes(count: int) -> str:
-    return f"{count} process{'' if count == 1 else 'es'}"
 
 
 def _path(path: Path) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.quantities import GIB
 from falcon_qlora.config import Configuration
 from falcon_qlora.models.choose_kernels import runs_fast
 from falcon_qlora.processes import distributed
@@ -84,7 +85,7 @@ def choose_activations(configuration: Configuration, model: Any, kernels: dict[s
         if wanted == "auto":
             blocks = step.choose(free)
         kept = _keep_fp8_weights(model, step, blocks, free)
-        predicted = (torch.cuda.memory_allocated(device) + step.bytes(blocks)) / 2**30
+        predicted = (torch.cuda.memory_allocated(device) + step.bytes(blocks)) / GIB
     set_checkpointing(model, blocks)
     return Activations(blocks, predicted, kept)
 

@@ -6,12 +6,13 @@ A run that is refused leaves no folder and takes nothing from one that is there.
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.files import free_bytes
+from falcon_qlora.common.quantities import gib
 from falcon_qlora.config import Configuration
 from falcon_qlora.processes import distributed
 from falcon_qlora.run_folder import directory
@@ -21,7 +22,6 @@ from falcon_qlora.run_folder.lock import RunLock
 if TYPE_CHECKING:
     from falcon_qlora.run_folder.tracking import Trackers
 
-GIB = 2**30
 # The record beside the weights, with room to spare for what the disk itself takes.
 _SMALL_FILES = 16 * 2**20
 
@@ -202,15 +202,12 @@ def _saves(training: Any, steps: int) -> int:
 
 
 def _check_room(directory: RunDirectory, needed: int) -> None:
-    folder = next(
-        folder for folder in (directory.path, *directory.path.absolute().parents) if folder.exists()
-    )
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(directory.path)
     # What an earlier part of the run has written is replaced.
     written = (path.stat().st_size for path in directory.checkpoints.rglob("*") if path.is_file())
     if needed > free + sum(written):
         raise UserError(
-            f"{directory}: the run's checkpoints will take {needed / GIB:.2f} GiB and {free / GIB:.2f} GiB "
+            f"{directory}: the run's checkpoints will take {gib(needed)} and {gib(free)} "
             "are free there. Name another folder with --output_dir, or keep fewer with --save_total_limit"
         )
 

@@ -12,8 +12,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 from transformers import TrainerCallback
 
+from falcon_qlora.common.quantities import duration
 from falcon_qlora.processes import distributed
-from falcon_qlora.terminal.console import console, duration, print_plain
+from falcon_qlora.terminal.console import console, print_plain
 
 # Without a terminal: at most this many lines for a run, but one at least each half minute.
 _PLAIN_LINES = 50

@@ -15,8 +15,9 @@ import torch
 from falcon_qlora.checkpoint.adapter_check import AdapterFaultError, check_adapter
 from falcon_qlora.checkpoint.manifest import newest_whole, write_manifest
 from falcon_qlora.checkpoint.write import disk_errors, last_complete, not_kept, require_same_replicas
-from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.errors import UserError, reason_of
 from falcon_qlora.common.files import write_json
+from falcon_qlora.common.quantities import GIB
 from falcon_qlora.common.version import VERSION
 from falcon_qlora.config import Configuration
 from falcon_qlora.data.batches import TrainingSteps
@@ -28,7 +29,7 @@ from falcon_qlora.models.falcon import parameter_count
 from falcon_qlora.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from falcon_qlora.models.quantize import is_quantized_linear
 from falcon_qlora.models.sharded import is_sharded, take_part, whole_shape
-from falcon_qlora.models.sizes import GIB, weight_bytes
+from falcon_qlora.models.sizes import weight_bytes
 from falcon_qlora.processes import distributed
 from falcon_qlora.processes.stop_signals import Stopped
 from falcon_qlora.run_folder.directory import RunDirectory
@@ -282,7 +283,7 @@ def _keep_adapter(
         except OSError as error:
             if is_sharded(model) and not took_part:
                 take_part(model)  # the others do
-            return error.strerror or str(error)
+            return reason_of(error)
         except AdapterFaultError as error:
             told = not_kept(error, directory.checkpoints, step=trainer.state.global_step)
             raise UserError(told) from None
@@ -307,7 +308,7 @@ def _told_if_not_written(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        console.note(f"{file} could not be written ({error.strerror or error})")
+        console.note(f"{file} could not be written ({reason_of(error)})")
 
 
 def stop(

@@ -11,7 +11,7 @@ from falcon_qlora.checkpoint.resume import check_trainer_state
 from falcon_qlora.checkpoint.write import set_aside_after
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import plain, quoted
-from falcon_qlora.common.untrusted import read_yaml, refuse_links
+from falcon_qlora.common.untrusted import is_count, read_yaml, refuse_links
 from falcon_qlora.config import Configuration
 from falcon_qlora.config.library import library_fields
 from falcon_qlora.data.stream import changed_source
@@ -116,8 +116,7 @@ def _refuse_if_not_whole(checkpoint: Path) -> None:
     known = {"step": int(checkpoint.name.removeprefix("step-")), "processes": len(load_states(checkpoint))}
     for name in ("step", "processes", "global_batch"):
         value = record.get(name)
-        fits = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        if not fits or value != known.get(name, value):
+        if not is_count(value, least=1) or value != known.get(name, value):
             raise _not_what_training_wrote(checkpoint, name, value)
 
 

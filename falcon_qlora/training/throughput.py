@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from falcon_qlora.common.quantities import GIB
+
 REFERENCE_SAMPLE_POSITIONS = 512
 
 
@@ -80,7 +82,7 @@ def rates(*, tokens: int, positions: int, capacity: int, seconds: float) -> dict
 def peak_memory_gib() -> float:
     """GiB this process reserved on its GPU at the most; without one, its peak resident memory."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_reserved() / 2**30
+        return torch.cuda.max_memory_reserved() / GIB
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

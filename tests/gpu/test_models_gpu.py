@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from falcon_qlora.common.quantities import GIB
 from falcon_qlora.kernels.cross_entropy import chunked_cross_entropy, cross_entropy_reference
 from falcon_qlora.methods.lora import attach_lora
 from falcon_qlora.models import packed_attention as attention
@@ -15,7 +16,7 @@ from falcon_qlora.models.falcon import expected_linears, preset_config
 from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.packed_attention import Sequences, alibi_bias, packed_attention
-from falcon_qlora.models.sizes import GIB, largest_weight_bytes, weight_bytes
+from falcon_qlora.models.sizes import largest_weight_bytes, weight_bytes
 from tests.layouts import LAYOUTS, MODES, documents, plain_float32, tiny_model
 from tests.packing import gradients, one_by_one, packed, with_adapter
 

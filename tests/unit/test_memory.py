@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+from falcon_qlora.common.quantities import GIB
 from falcon_qlora.models.activations import Checkpointing
 from falcon_qlora.models.falcon import lora_parameter_count, parameter_count, preset_config
 from falcon_qlora.models.sizes import weight_bytes
 from falcon_qlora.models.step_memory import (
-    GIB,
     Step,
     allocated_optimizer_bytes,
     embedded_share,

@@ -10,11 +10,11 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.quantities import GIB
 from falcon_qlora.models import hub, locate
 from falcon_qlora.models.tiny import tiny_path
 from falcon_qlora.models.tokenizer import load_tokenizer
 
-GIB = 2**30
 FILES = {
     "README.md": 9000,
     "config.json": 1000,
@@ -62,7 +62,7 @@ def fake_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "not" / "there" / "yet"))
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     fake.disk = 100 * GIB
-    monkeypatch.setattr(hub.shutil, "disk_usage", lambda _: SimpleNamespace(free=fake.disk))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=fake.disk))
     fake.config = {
         "model_type": "falcon",
         "hidden_size": 64,

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from falcon_qlora.common.quantities import duration
 from falcon_qlora.terminal import console, library_logging
-from falcon_qlora.terminal.console import StartSummary, duration, print_answers, print_end, print_start
+from falcon_qlora.terminal.console import StartSummary, print_answers, print_end, print_start
 from falcon_qlora.training import progress
 from falcon_qlora.training.progress import ProgressCallback
 
@@ -212,7 +213,7 @@ def test_importing_the_libraries_prints_nothing() -> None:
     code = (
         "from falcon_qlora.terminal.library_logging import quiet_libraries; quiet_libraries()\n"
         "import torch, transformers, trl, peft, bitsandbytes, accelerate, datasets, wandb\n"
-        "from falcon_qlora import tracking, progress"
+        "from falcon_qlora.run_folder import tracking; from falcon_qlora.training import progress"
     )
     result: Any = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == result.stderr == ""

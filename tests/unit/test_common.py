@@ -1,0 +1,65 @@
+"""The small helpers that every floor uses."""
+
+from __future__ import annotations
+
+import errno
+import math
+
+import pytest
+
+from falcon_qlora.common.errors import UserError, first_line, one_line, reason_of
+from falcon_qlora.common.quantities import counted, gib
+from falcon_qlora.common.record_files import check_format
+from falcon_qlora.common.untrusted import is_count, is_number
+
+
+@pytest.mark.parametrize("value", [True, False, 1.0, "1", None, -1, [1]])
+def test_what_is_no_count(value: object) -> None:
+    assert not is_count(value)
+
+
+def test_a_count_has_its_ends() -> None:
+    assert is_count(0)
+    assert not is_count(0, least=1)
+    assert is_count(7, least=7, most=7)
+    assert not is_count(8, most=7)
+
+
+@pytest.mark.parametrize("value", [True, "1", None, math.nan, math.inf, -math.inf, 10**400])
+def test_what_is_no_number(value: object) -> None:
+    assert not is_number(value)
+
+
+def test_numbers_are_whole_or_not() -> None:
+    assert all(map(is_number, (0, -3, 2.5, 1e308)))
+
+
+def test_an_error_becomes_one_line_or_its_first() -> None:
+    error = ValueError("  no such\n   thing\nread the manual ")
+    assert one_line(error) == "no such thing read the manual"
+    assert first_line(error) == "no such"
+    assert one_line(ValueError("x" * 1000), limit=50) == "x" * 50
+    assert one_line(KeyboardInterrupt()) == first_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+
+
+def test_the_systems_reason_comes_first() -> None:
+    assert reason_of(OSError(errno.ENOSPC, "No space left on device")) == "No space left on device"
+    assert reason_of(OSError("torn\noff")) == "torn off"
+
+
+def test_quantities_carry_their_units() -> None:
+    assert gib(3 * 2**29) == "1.50 GiB"
+    assert gib(2**30, 1) == "1.0 GiB"
+    assert counted(1, "GPU") == "1 GPU"
+    assert counted(2000, "process", "processes") == "2,000 processes"
+
+
+def test_a_record_of_a_later_form_is_refused_in_one_sentence() -> None:
+    for old in ({}, {"format": 1}):
+        check_format(old, "summary.json")
+    check_format({"format": 2}, "summary.json", newest=2)
+    with pytest.raises(UserError, match=r"^a/summary.json: format 2 is newer than this falcon_qlora reads;"):
+        check_format({"format": 2}, "a/summary.json")
+    for strange in (0, True, "1", None, {}):
+        with pytest.raises(UserError, match="is not a number from 1"):
+            check_format({"format": strange}, "summary.json")
