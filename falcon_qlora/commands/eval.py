@@ -102,7 +102,7 @@ def _measure(
     all_rows: bool,
 ) -> dict[str, Any]:
     from falcon_qlora.inference.evaluation import batches_of, mean_loss, predictions, token_losses
-    from falcon_qlora.models.choose_kernels import described
+    from falcon_qlora.models.fast_path import described
     from falcon_qlora.training.held_out import held_out_text, rows_of
 
     tokenizer = tokenizer_of(configuration, record)

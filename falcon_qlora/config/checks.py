@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 from falcon_qlora.common.errors import UserError, nearest
+from falcon_qlora.common.fp8 import fp8_excludes
 from falcon_qlora.config.library import library_fields
 from falcon_qlora.config.parser import Layer
 
@@ -92,14 +93,10 @@ def check(values: Values, where: dict[str, str]) -> None:
     _check_data(values, name)
     if values["report_to"] != ["none"] and "none" in values["report_to"]:
         raise UserError(f"{name('report_to')}: none goes with no other tracker")
-    if values["compute_dtype"] == "fp8" and values["kernels"] == "off":
-        raise UserError(
-            f"{name('compute_dtype')} fp8 is part of what {name('kernels')} off leaves out; give one of them"
-        )
-    if values["compute_dtype"] == "fp8" and values["lora_dropout"]:
-        raise UserError(
-            f"{name('compute_dtype')} fp8 does not go with LoRA dropout; give {name('lora_dropout')} 0"
-        )
+    if values["compute_dtype"] == "fp8":
+        excluded = fp8_excludes(kernels=values["kernels"], lora_dropout=values["lora_dropout"])
+        if excluded is not None:
+            raise UserError(f"{name('compute_dtype')}: {excluded}")
     if values["resume"] and values["overwrite"]:
         raise UserError("--resume goes on with a run and --overwrite replaces it; give one of them")
     if values["resume"] == "latest" and values["output_dir"] is None:

@@ -191,7 +191,7 @@ def load_measured(
     Raises:
         UserError: if ``--kernels required`` or FP8 meets a block, or a device, that cannot.
     """
-    from falcon_qlora.models.choose_kernels import choose_kernels, runs_fast
+    from falcon_qlora.models.fast_path import choose_kernels, runs_fast
     from falcon_qlora.models.forward import enable_packing
 
     model, _ = load_adapted(configuration, folder, record)

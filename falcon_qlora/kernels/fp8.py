@@ -22,11 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from falcon_qlora.common.fp8 import fp8_excludes
 from falcon_qlora.kernels import ops
 from falcon_qlora.kernels.fp8_rows import DTYPE, LARGEST, Rows, largest_row
 from falcon_qlora.kernels.low_rank import LowRank
-
-CAPABILITY = (8, 9)  # of the first GPUs that have it
 
 _emulated = False
 
@@ -46,17 +45,11 @@ def why_not(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str | 
     """Why FP8 products beside activations in `dtype` cannot run on `device`; None where they can."""
     if _emulated:
         return None
-    if device.type != "cuda":
-        return f"there is no FP8 on the {device.type.upper()}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability >= CAPABILITY:
-        if dtype == torch.bfloat16:
-            return None
-        return f"FP8 products give bfloat16, and the model computes in {str(dtype).removeprefix('torch.')}"
-    return (
-        f"{torch.cuda.get_device_name(device)} has no FP8: its compute capability is "
-        f"{capability[0]}.{capability[1]}, and FP8 begins at {CAPABILITY[0]}.{CAPABILITY[1]}"
-    )
+    named: dict[str, Any] = {"device": device.type}
+    if device.type == "cuda":
+        named["device"] = torch.cuda.get_device_name(device)
+        named["capability"] = torch.cuda.get_device_capability(device)
+    return fp8_excludes(dtype=str(dtype).removeprefix("torch."), **named)
 
 
 def product(x: Rows, weight: Rows, dtype: torch.dtype) -> Tensor:

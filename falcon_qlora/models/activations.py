@@ -24,10 +24,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.models.falcon.modeling_falcon import FalconDecoderLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from falcon_qlora.kernels.offload import Offload
-from falcon_qlora.models.fast_path import Keep, set_keep
+from falcon_qlora.models.blocks.fast_block import Keep, set_keep
 
 Checkpointing = Literal["none", "selective", "full", "offload"]
 
@@ -39,9 +39,9 @@ _KEEP: dict[Checkpointing, Keep] = {
 }
 
 
-def blocks_of(model: nn.Module) -> list[FalconDecoderLayer]:
+def blocks_of(model: nn.Module) -> list[GradientCheckpointingLayer]:
     """The blocks of `model`, in order."""
-    return [module for module in model.modules() if isinstance(module, FalconDecoderLayer)]
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def set_checkpointing(model: nn.Module, checkpointing: Sequence[Checkpointing]) -> None:

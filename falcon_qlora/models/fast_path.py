@@ -1,76 +1,183 @@
-"""The fast path: a loaded model's blocks run as single autograd functions over packed documents.
+"""Which kernels run: a pure function of layout, GPU and settings, and its answer put on a model's blocks.
 
-`apply_fast_path` gives single blocks another ``forward``, reversibly; nothing is changed at import. A block
-whose layout or adapter the fast path does not know keeps its own, and so does a call without packed
-documents. PEFT's modules stay where they are: their matrices are read at every call, and get the gradients.
+`decide` is that function; its answers, one a block, are kernels.json. A block that it leaves alone keeps its
+own ``forward``, and so does a call without packed documents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from functools import partial
-from types import MethodType
-from typing import Any, Literal
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from transformers import FalconForCausalLM
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.falcon.modeling_falcon import FalconDecoderLayer
+from torch import nn
+from transformers import PreTrainedModel
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.kernels import fp8, ops
-from falcon_qlora.kernels.block import Block, Norm, Products, run_block
+from falcon_qlora.common.fp8 import fp8_excludes
+from falcon_qlora.kernels import flash_attention, fp8, ops, prefix
+from falcon_qlora.kernels.block import Block
 from falcon_qlora.kernels.dequantized import DequantizedProducts
 from falcon_qlora.kernels.fp8_block import Fp8
-from falcon_qlora.kernels.frozen_linear import Adapter, Projection, Workspace, project
+from falcon_qlora.kernels.frozen_linear import Workspace
 from falcon_qlora.kernels.gelu_products import GeluProducts, gelu_products
-from falcon_qlora.kernels.low_rank import Dropout
 from falcon_qlora.kernels.offload import Offload
 from falcon_qlora.kernels.scaled_products import ScaledProducts
-from falcon_qlora.models.fast_attention import (
-    AttentionKernel,
-    PackedAttention,
-    PrefixedAttention,
-    choose_attention,
-)
-from falcon_qlora.models.fast_facts import (
-    UnknownAdapter,
-    active_adapter,
-    base_of,
-    block_facts,
-    decide,
-    dropout_of,
-    linears_of,
+from falcon_qlora.models.activations import blocks_of
+from falcon_qlora.models.blocks import falcon
+from falcon_qlora.models.blocks.attention import AttentionKernel
+from falcon_qlora.models.blocks.fast_block import (
+    BlockFacts,
+    Family,
+    Keep,
+    MakeProducts,
+    State,
+    install,
+    restore,
+    state_of,
 )
 from falcon_qlora.models.forward import enable_packing, pack_batches
-from falcon_qlora.models.packed_attention import Sequences, split_heads
-from falcon_qlora.models.prefix import prefix_of
-from falcon_qlora.models.scaled import scale_and_bias_of
+from falcon_qlora.models.packed_attention import _takes_varlen
 
-_BEFORE = "_forward_before_fast_path"
-_STATE = "_fast_path_state"
-# Older releases of Transformers recompute in ``__call__``, which comes before our forward anyway.
-_RECOMPUTES_IN_CALL = "__call__" in vars(GradientCheckpointingLayer)
+_FAMILIES = {"falcon": cast(Family, falcon)}
+"""Families with fast blocks, by their configuration's ``model_type``."""
 
-Keep = Literal["all", "attention", "input", "offload"]
-"""What a block keeps for its backward pass, see `Block.keep`; ``offload``: its input, in CPU memory."""
+_REFERENCE = "reference path: "
 
 
-MakeProducts = Callable[[Block, Sequence[Adapter]], Products]
+def decide(
+    facts: BlockFacts | None,
+    *,
+    triton: bool,
+    attention: AttentionKernel,
+    gelu_in_products: bool = False,
+    fp8_products: bool = False,
+) -> dict[str, str]:
+    """Say what runs where in a block, and why.
+
+    Args:
+        facts: of the block; None where its family has no fast block.
+        triton: whether Triton's forms of the operations between the products can run.
+        attention: from `choose_attention`.
+        gelu_in_products: whether GELU is computed in the epilogues of products.
+        fp8_products: whether the frozen products are to run in FP8.
+
+    Returns:
+        ``block``: ``fast`` or ``reference``. With ``reference`` also ``reason``; with ``fast`` what computes
+        ``attention``, ``weights``, ``GELU`` and ``between`` (norms, rotation), and ``prefix`` and ``scales``
+        where there are any.
+    """
+    reason = _why_not(facts, fp8_products)
+    if facts is None or reason is not None:
+        return {"block": "reference", "reason": reason or ""}
+    small = "Triton" if triton else "PyTorch"
+    stored = {"4bit": "NF4 dequantized", "8bit": "int8 dequantized", "16bit": "as stored"}
+    if fp8_products:
+        stored = {"4bit": "NF4 dequantized to FP8", "8bit": "int8 dequantized to FP8", "16bit": "in FP8"}
+    in_products = "in products"
+    if facts.lora_dropout:
+        in_products += f" forward, {small} backward"
+    ways = {
+        "block": "fast",
+        "attention": attention,
+        "weights": stored[facts.quantize_mode],
+        "GELU": in_products if gelu_in_products and not facts.scaled else small,
+        "between": small,
+    }
+    if facts.prefix_rows:
+        ways["prefix"] = small if facts.prefix_rows <= prefix.MOST_ROWS else "PyTorch"
+    if facts.scaled:
+        ways["scales"] = small
+    return ways
 
 
-@dataclass
-class _State:
-    """A fast block's own: what it keeps and runs on, and what it shares with the model's others."""
+def _why_not(facts: BlockFacts | None, fp8_products: bool) -> str | None:
+    if facts is None:
+        return "no fast block for this layout yet"
+    if facts.alibi:
+        return "positions by ALiBi"
+    if not facts.parallel:
+        return "attention and feed-forward are not parallel"
+    if facts.biases:
+        return "linears with biases"
+    if facts.activation != "gelu":
+        return f"activation {facts.activation}"
+    if facts.hidden_dropout:
+        return f"hidden dropout {facts.hidden_dropout:g}"
+    if facts.dtype not in (torch.bfloat16, torch.float32):
+        return f"computes in {str(facts.dtype).removeprefix('torch.')}"
+    if facts.lora_unknown:
+        return facts.lora_unknown
+    if facts.trainable:
+        return f"trains more than LoRA: {facts.trainable[0]}"
+    if fp8_products:
+        return fp8_excludes(
+            lora_dropout=facts.lora_dropout, scales=facts.scaled, prefix=bool(facts.prefix_rows)
+        )
+    return None
 
-    keep: Keep
-    workspace: Workspace
-    offload: Offload
-    attention: AttentionKernel
-    products: MakeProducts = DequantizedProducts
+
+def choose_attention(
+    device: torch.device, dtype: torch.dtype, head_dim: int, *, libraries: bool
+) -> AttentionKernel:
+    """The fastest kernel there is.
+
+    Args:
+        device: of the model.
+        dtype: of the activations.
+        head_dim: D.
+        libraries: whether optional libraries are used.
+    """
+    if not _takes_varlen(device, dtype, head_dim, 0.0):
+        return "padded batches"
+    # On an H200 its gradients were wrong for heads of 8 and 16; Falcon's have 64 or 128.
+    if libraries and head_dim in (64, 128) and flash_attention.flash_attention_4() is not None:
+        return "FlashAttention-4"
+    return "variable-length kernel"
+
+
+def choose_kernels(model: Any, *, kernels: str, compute_dtype: str) -> dict[str, str]:
+    """Put the fast path on the blocks that it knows.
+
+    Args:
+        model: with packing enabled.
+        kernels, compute_dtype: the settings of these names.
+
+    Returns:
+        For every block's name what runs, or why it was left alone; {} with ``--kernels off``.
+
+    Raises:
+        UserError: if ``--kernels required`` or FP8 meets a block, or a device, that cannot.
+    """
+    if kernels == "off":
+        return {}
+    in_fp8 = compute_dtype == "fp8"
+    report = apply_fast_path(model, fp8_products=in_fp8, libraries=kernels != "portable")
+    left = [f"{name} runs on the {what}" for name, what in report.items() if not runs_fast(what)]
+    if left and (kernels == "required" or in_fp8):
+        asked = "--kernels required" if kernels == "required" else "--compute_dtype fp8 needs fast kernels"
+        raise UserError(f"{asked}: {left[0]} ({len(left)} of {len(report)} blocks)")
+    return report
+
+
+def runs_fast(what: str) -> bool:
+    """Whether an entry of `choose_kernels` says that a block runs on the fast path."""
+    return not what.startswith("reference")  # runs of before wrote "reference: " and the reason
+
+
+def reason_left_alone(what: str) -> str:
+    """Why a block does not run on the fast path, from its entry."""
+    return what.removeprefix(_REFERENCE)
+
+
+def described(kernels: dict[str, str]) -> str:
+    """What `choose_kernels` says, in a line."""
+    if not kernels:
+        return "the reference path"
+    ways = Counter(kernels.values())
+    return "; ".join(f"{count} of {len(kernels)} blocks {what}" for what, count in ways.items())
 
 
 def apply_fast_path(
@@ -89,7 +196,7 @@ def apply_fast_path(
     a fast block keeps its input and is not run as a whole again.
 
     Args:
-        model: a ``FalconForCausalLM`` from `load_model`, as it is or inside PEFT's wrapper.
+        model: a model from `load_model`, as it is or inside PEFT's wrapper.
         keep: what the blocks keep for the backward pass; one for all, or one a block.
         fp8_products: multiply by the frozen weights in FP8 (e4m3), with LoRA beside it in bfloat16.
         libraries: whether to use FlashAttention-4 and quack-kernels where they are installed and the GPU is
@@ -101,23 +208,24 @@ def apply_fast_path(
     Raises:
         UserError: if FP8 is asked for where it cannot run.
     """
-    falcon = next((m for m in model.modules() if isinstance(m, FalconForCausalLM)), None)
-    if falcon is None:
-        raise TypeError(f"no FalconForCausalLM in {type(model).__name__}")
-    reason = fp8.why_not(falcon.device, falcon.dtype) if fp8_products else None
+    base = _base_of(model)
+    device, dtype = base.device, base.dtype
+    reason = fp8.why_not(device, dtype) if fp8_products else None
     if reason is not None:
         raise UserError(f"{reason}. Use --compute_dtype auto.")
-    enable_packing(falcon)
-    pack_batches(falcon)
+    enable_packing(model)
+    pack_batches(model)
+    family = _FAMILIES.get(base.config.model_type)
     workspace, offload = Workspace(), Offload()
-    gelu = _gelu_products(falcon) if libraries and not fp8_products else None
+    gelu = _gelu_products(base) if libraries and not fp8_products else None
+    names = {module: name for name, module in base.named_modules()}
+    blocks = blocks_of(base)
     report = {}
-    blocks = [(n, block) for n, block in falcon.named_modules() if isinstance(block, FalconDecoderLayer)]
     keeps = [keep] * len(blocks) if isinstance(keep, str) else keep
-    for (name, block), kept in zip(blocks, keeps, strict=True):
-        facts = block_facts(block, falcon.dtype)
-        device = falcon.device
-        attention = choose_attention(device, facts.dtype, facts.head_dim, libraries=libraries)
+    for block, kept in zip(blocks, keeps, strict=True):
+        facts = family.block_facts(block, dtype) if family is not None else None
+        head_dim = 0 if facts is None else facts.head_dim
+        attention = choose_attention(device, dtype, head_dim, libraries=libraries)
         decision = decide(
             facts,
             triton=ops.triton_runs_on(device),
@@ -125,21 +233,57 @@ def apply_fast_path(
             gelu_in_products=gelu is not None,
             fp8_products=fp8_products,
         )
-        if decision["block"] == "reference":
-            report[name] = f"reference: {decision['reason']}"
-            _restore(block)
+        report[names[block]] = _told(decision)
+        if family is None or facts is None:
             continue
-        ways = ", ".join(f"{part}: {way}" for part, way in decision.items() if part != "block")
-        report[name] = f"fast ({ways})"
+        if decision["block"] == "reference":
+            restore(block, family.block_forward)
+            continue
         products: MakeProducts = partial(DequantizedProducts, gelu_products=gelu)
         if facts.scaled:
             products = ScaledProducts
-        _replace(block, _State(kept, workspace, offload, attention, products))
+        state = State(kept, workspace, offload, attention, products)
+        install(block, family.block_forward, state)
         if fp8_products:
-            parts = _block_and_adapters(block, kept)
-            assert parts is not None
-            getattr(block, _STATE).products = Fp8.measure(parts[0])
+            state.products = Fp8.measure(_block(family, block, state))
     return report
+
+
+def _told(decision: dict[str, str]) -> str:
+    if decision["block"] == "reference":
+        return f"{_REFERENCE}{decision['reason']}"
+    return f"fast ({', '.join(f'{part}: {way}' for part, way in decision.items() if part != 'block')})"
+
+
+def _base_of(model: nn.Module) -> PreTrainedModel:
+    """The model itself, inside whatever wraps it."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise TypeError(f"no model of Transformers in {type(model).__name__}")
+
+
+def _block(family: Family, block: nn.Module, state: State) -> Block:
+    parts = family.block_and_adapters(block, state)
+    assert parts is not None
+    return parts[0]
+
+
+def _gelu_products(base: PreTrainedModel) -> GeluProducts | None:
+    return gelu_products() if base.device.type == "cuda" and base.dtype == torch.bfloat16 else None
+
+
+def remove_fast_path(model: nn.Module) -> None:
+    """Undo `apply_fast_path`; the model still takes packed documents.
+
+    Raises:
+        RuntimeError: if something else has wrapped a block's forward since; undo that first.
+    """
+    pack_batches(model, on=False)
+    family = _FAMILIES.get(_base_of(model).config.model_type)
+    if family is not None:
+        for block in blocks_of(model):
+            restore(block, family.block_forward)
 
 
 def fp8_weight_bytes(model: nn.Module) -> int:
@@ -158,154 +302,8 @@ def keep_fp8_weights(model: nn.Module) -> None:
 
 
 def _fp8_blocks(model: nn.Module) -> Iterator[tuple[Fp8, Block]]:
-    for module in model.modules():
-        state: _State | None = getattr(module, _STATE, None)
-        if state is not None and isinstance(state.products, Fp8):
-            parts = _block_and_adapters(module, "all")
-            assert parts is not None
-            yield state.products, parts[0]
-
-
-def _gelu_products(falcon: FalconForCausalLM) -> GeluProducts | None:
-    return gelu_products() if falcon.device.type == "cuda" and falcon.dtype == torch.bfloat16 else None
-
-
-def remove_fast_path(model: nn.Module) -> None:
-    """Undo `apply_fast_path`; the model still takes packed documents.
-
-    Raises:
-        RuntimeError: if something else has wrapped a block's forward since; undo that first.
-    """
-    pack_batches(model, on=False)
-    for block in model.modules():
-        if isinstance(block, FalconDecoderLayer):
-            _restore(block)
-
-
-def set_keep(block: nn.Module, keep: Keep) -> bool:
-    """Change what a block keeps for its backward pass; False where it is no fast one."""
-    state: _State | None = getattr(block, _STATE, None)
-    if state is not None:
-        state.keep = keep
-    return state is not None
-
-
-def _replace(block: FalconDecoderLayer, state: _State) -> None:
-    setattr(block, _STATE, state)
-    if hasattr(block, _BEFORE):
-        return
-    setattr(block, _BEFORE, block.__dict__.get("forward"))
-    block.forward = MethodType(_block_forward, block)
-
-
-def _restore(block: FalconDecoderLayer) -> None:
-    if not hasattr(block, _BEFORE):
-        return
-    if getattr(block.forward, "__func__", None) is not _block_forward:
-        raise RuntimeError(f"the forward of {type(block).__name__} was wrapped after apply_fast_path")
-    before = getattr(block, _BEFORE)
-    delattr(block, _BEFORE)
-    delattr(block, _STATE)
-    del block.forward
-    if before is not None:
-        block.forward = before
-
-
-def _norms(block: FalconDecoderLayer) -> tuple[Norm, ...]:
-    config = block.config
-    two = config.new_decoder_architecture and config.num_ln_in_parallel_attn == 2
-    modules = (block.ln_attn, block.ln_mlp) if two else (block.input_layernorm,)
-    return tuple(Norm(module.weight, module.bias, module.eps) for module in modules)
-
-
-def _block_and_adapters(module: FalconDecoderLayer, keep: Keep) -> tuple[Block, list[Adapter]] | None:
-    """What the function needs, as the modules say now; None where they say what it cannot do."""
-    state: _State = getattr(module, _STATE)
-    projections, adapters = [], []
-    for linear in linears_of(module):
-        base = base_of(linear)
-        try:
-            name = active_adapter(linear)
-        except UnknownAdapter:
-            return None
-        adapter: Adapter = (None, None)
-        rank, scaling, dropout = 0, 1.0, None
-        if name is not None:
-            p = dropout_of(linear, name) if linear.training else 0.0
-            if p and isinstance(state.products, Fp8):
-                return None
-            dropout = Dropout.draw(p) if p else None
-            adapter = (linear.lora_A[name].weight, linear.lora_B[name].weight)
-            rank, scaling = linear.lora_A[name].out_features, linear.scaling[name]
-        vectors = scale_and_bias_of(base)
-        if (vectors is not None) != (state.products is ScaledProducts):
-            return None
-        if vectors is not None:
-            if rank or not vectors.enabled:
-                return None
-            adapter = (vectors.scale, vectors.bias)
-        if rank and prefix_of(module.self_attention) is not None:
-            return None
-        projections.append(Projection(base, base.out_features, base.in_features, rank, scaling, dropout))
-        adapters.append(adapter)
-    norms = _norms(module)
-    if state.products is ScaledProducts:
-        adapters += [(norm.weight, norm.bias) for norm in norms]
-    query_key_value, dense_h_to_4h, dense_4h_to_h, dense = projections
-    block = Block(
-        norms=norms,
-        query_key_value=query_key_value,
-        dense_h_to_4h=dense_h_to_4h,
-        dense_4h_to_h=dense_4h_to_h,
-        dense=dense,
-        kv_heads=module.self_attention.num_kv_heads,
-        head_dim=module.self_attention.head_dim,
-        workspace=state.workspace,
-        products=state.products,
-        keep="input" if keep == "offload" else keep,
-    )
-    return block, adapters
-
-
-def _block_forward(
-    self: FalconDecoderLayer,
-    hidden_states: Tensor,
-    alibi: Tensor | None = None,
-    attention_mask: Sequences | Tensor | None = None,
-    *args: Any,
-    position_embeddings: tuple[Tensor, Tensor] | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    state: _State = getattr(self, _STATE)
-    keep = state.keep
-    if self.gradient_checkpointing and self.training and not _RECOMPUTES_IN_CALL and keep != "offload":
-        keep = "input"
-    parts = _block_and_adapters(self, keep) if isinstance(attention_mask, Sequences) else None
-    if parts is None:
-        before = getattr(self, _BEFORE) or partial(type(self).forward, self)
-        kwargs["position_embeddings"] = position_embeddings
-        return before(hidden_states, alibi, attention_mask, *args, **kwargs)
-    assert isinstance(attention_mask, Sequences)
-    assert position_embeddings is not None
-    # Not ``[0]``: its gradient would be written into zeros, row by row.
-    hidden, (cosine, sine) = hidden_states.squeeze(0), (each[0] for each in position_embeddings)
-    attention = _attention(self, parts[0], PackedAttention(attention_mask, state.attention), hidden.dtype)
-    with state.offload.moving(hidden) if keep == "offload" else nullcontext():
-        output = run_block(hidden, cosine, sine, parts[0], attention, parts[1])
-    return output.unsqueeze(0), None
-
-
-def _attention(
-    module: FalconDecoderLayer, block: Block, attention: PackedAttention, dtype: torch.dtype
-) -> PackedAttention | PrefixedAttention:
-    """With the block's prefix, where it has one that acts."""
-    prefix = prefix_of(module.self_attention)
-    if prefix is None or not prefix.enabled:
-        return attention
-    # Not through the module: in 8 bits it would round what goes in, and wait for the GPU.
-    fused = project(prefix.prefix.to(dtype), block.query_key_value, block.workspace)
-    vectors = scale_and_bias_of(module.self_attention.query_key_value)
-    if vectors is not None:
-        fused = vectors(fused)
-    _, key, value = split_heads(fused, module.self_attention)
-    return PrefixedAttention(attention, key, value, prefix.gate)
+    family = _FAMILIES.get(_base_of(model).config.model_type)
+    for block in blocks_of(model):
+        state = state_of(block)
+        if family is not None and state is not None and isinstance(state.products, Fp8):
+            yield state.products, _block(family, block, state)

@@ -11,7 +11,7 @@ import torch
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.quantities import GIB
 from falcon_qlora.config import Configuration
-from falcon_qlora.models.choose_kernels import runs_fast
+from falcon_qlora.models.fast_path import reason_left_alone, runs_fast
 from falcon_qlora.processes import distributed
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def choose_activations(configuration: Configuration, model: Any, kernels: dict[s
     if wanted == "selective" and left:
         raise UserError(
             f"--checkpointing selective is the fast path's, and {len(left) if kernels else count} of {count} "
-            f"blocks run on the reference path ({left[0].removeprefix('reference: ')}); "
+            f"blocks run on the reference path ({reason_left_alone(left[0])}); "
             "give --checkpointing full, none or auto"
         )
     blocks: list[Checkpointing] = ["none" if wanted == "auto" else wanted] * count

@@ -24,8 +24,8 @@ from falcon_qlora.data.batches import TrainingSteps
 from falcon_qlora.data.templates import template_fingerprint
 from falcon_qlora.methods.folder import RECORD
 from falcon_qlora.methods.interface import method_of
-from falcon_qlora.models.choose_kernels import described
 from falcon_qlora.models.falcon import parameter_count
+from falcon_qlora.models.fast_path import described
 from falcon_qlora.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from falcon_qlora.models.quantize import is_quantized_linear
 from falcon_qlora.models.sharded import is_sharded, take_part, whole_shape
@@ -81,7 +81,7 @@ def write_start(
     directory.write_config(configuration.resolved())
     directory.write_environment(collect_environment(world_size=distributed.world_size()))
     directory.write_data(data.record)
-    directory.write_kernels(kernels or {"all blocks": "reference: --kernels off"})
+    directory.write_kernels(kernels or {"all blocks": "reference path: --kernels off"})
 
 
 def counts(model: Any) -> dict[str, int]:

@@ -32,7 +32,7 @@ def train(configuration: Configuration) -> Path:
 
 
 def _train(configuration: Configuration, lock: RunLock) -> Path:
-    from falcon_qlora.models.choose_kernels import choose_kernels
+    from falcon_qlora.models.fast_path import choose_kernels
     from falcon_qlora.processes.stop_signals import Stopped
     from falcon_qlora.terminal import console
     from falcon_qlora.training import build as builder

@@ -52,7 +52,7 @@ def test_the_fast_path_trains_what_the_reference_path_trains(
     assert len(kernels) == 5
     assert all(what.startswith("fast") for what in kernels.values())
     assert json.loads((runs["off"] / "kernels.json").read_text()) == {
-        "all blocks": "reference: --kernels off"
+        "all blocks": "reference path: --kernels off"
     }
 
 
@@ -162,7 +162,7 @@ def test_eval_and_merge_measure_what_the_run_measured(
 def test_what_cannot_run_fast_says_why_and_is_refused_where_it_must(tmp_path: Path) -> None:
     run = fine_tune(tmp_path / "run", use_dora=True, max_steps=1)
     kernels = json.loads((run / "kernels.json").read_text())
-    assert set(kernels.values()) == {"reference: Dora instead of plain LoRA"}
+    assert set(kernels.values()) == {"reference path: Dora instead of plain LoRA"}
     with pytest.raises(
         UserError, match=r"--kernels required: .*Dora instead of plain LoRA \(5 of 5 blocks\)"
     ):

@@ -12,7 +12,7 @@ from falcon_qlora.config import Configuration, parse
 from falcon_qlora.kernels import fp8
 from falcon_qlora.kernels.fp8_block import Fp8
 from falcon_qlora.models.activations import blocks_of
-from falcon_qlora.models.choose_kernels import choose_kernels
+from falcon_qlora.models.fast_path import choose_kernels
 from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.load import load_model
 from falcon_qlora.processes import distributed

@@ -158,17 +158,17 @@ def test_where_it_cannot_run_the_report_says_why(trained):
     if not trained:
         for model in models:
             model.requires_grad_(False)
-    assert set(apply_fast_path(models[0]).values()) == {"reference: positions by ALiBi"}
+    assert set(apply_fast_path(models[0]).values()) == {"reference path: positions by ALiBi"}
     with fp8.emulated():
         report = list(apply_fast_path(models[1], fp8_products=True).values())
     assert report[0].startswith("fast")
-    assert report[1] == "reference: attention looks at a learned prefix (Adapter), which does not go with FP8"
+    assert report[1] == "reference path: fp8 does not go with a learned prefix in attention (Adapter)"
     model = attached("adapter_v2", tiny_model("falcon-7b"))
     if not trained:
         model.requires_grad_(False)
     with fp8.emulated():
         reasons = set(apply_fast_path(model, fp8_products=True).values())
-    assert reasons == {"reference: scales and biases on the linears (Adapter v2), which do not go with FP8"}
+    assert reasons == {"reference path: fp8 does not go with scales and biases on the linears (Adapter v2)"}
 
 
 def test_lora_beside_a_prefix_takes_the_reference_path():
@@ -176,11 +176,11 @@ def test_lora_beside_a_prefix_takes_the_reference_path():
     report = apply_fast_path(with_adapter(model))
     assert [line.split(" (")[0] for line in report.values()] == [
         "fast",
-        "reference: LoRA where attention looks at a learned prefix",
+        "reference path: LoRA where attention looks at a learned prefix",
     ]
     model = attached("adapter_v2", tiny_model("falcon-7b"))
     reasons = {line.split(" (")[0] for line in apply_fast_path(with_adapter(model)).values()}
-    assert reasons == {"reference: LoRA beside scales and biases on the linears"}
+    assert reasons == {"reference path: LoRA beside scales and biases on the linears"}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -13,8 +13,9 @@ from falcon_qlora.kernels.frozen_linear import Workspace
 from falcon_qlora.kernels.gelu_products import GeluProducts
 from falcon_qlora.methods.lora import attach_lora
 from falcon_qlora.models import fast_path
+from falcon_qlora.models.blocks.falcon import block_facts
 from falcon_qlora.models.falcon import LINEARS
-from falcon_qlora.models.fast_path import apply_fast_path, block_facts, decide, remove_fast_path
+from falcon_qlora.models.fast_path import apply_fast_path, decide, remove_fast_path
 from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.packed_attention import Sequences
 from tests.layouts import LAYOUTS, MODES, documents, plain_float32, tiny_model
@@ -426,7 +427,7 @@ def test_adapters_switched_off_or_merged_are_respected(calls):
 )
 def test_what_it_does_not_know_is_left_alone_with_the_reason(layout, settings, reason, calls):
     model = adapted(layout, **settings)
-    assert set(apply_fast_path(model).values()) == {f"reference: {reason}"}
+    assert set(apply_fast_path(model).values()) == {f"reference path: {reason}"}
     assert not any("forward" in vars(m) for m in model.modules() if isinstance(m, FalconDecoderLayer))
     model(**packed(documents(LENGTHS))).loss.backward()
     assert calls["forward"] == 0
@@ -465,7 +466,7 @@ def facts(**changes):
 
 
 def test_decide_says_what_runs():
-    given = facts(dtype=torch.bfloat16, device_type="cuda")
+    given = facts(dtype=torch.bfloat16)
     assert decide(given, triton=True, attention="variable-length kernel") == {
         "block": "fast",
         "attention": "variable-length kernel",
@@ -496,7 +497,10 @@ def test_decide_says_why_not(changes, reason):
 def test_fp8_goes_with_no_dropout():
     given = facts(lora_dropout=0.05)
     decision = decide(given, triton=True, attention="variable-length kernel", fp8_products=True)
-    assert decision == {"block": "reference", "reason": "LoRA dropout 0.05, which does not go with FP8"}
+    assert decision == {
+        "block": "reference",
+        "reason": "fp8 does not go with LoRA dropout 0.05: set --lora_dropout 0",
+    }
     assert decide(given, triton=True, attention="variable-length kernel")["block"] == "fast"
 
 

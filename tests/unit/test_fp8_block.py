@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
@@ -12,8 +11,6 @@ from torch.testing import assert_close
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.kernels import fp8
-from falcon_qlora.kernels.block import Block
-from falcon_qlora.models import fast_path
 from falcon_qlora.models.falcon import LINEARS
 from falcon_qlora.models.fast_path import apply_fast_path, decide, fp8_weight_bytes, keep_fp8_weights
 from falcon_qlora.models.forward import enable_packing
@@ -106,12 +103,12 @@ def test_lora_on_some_linears_with_ranks_of_any_size(layout, settings, exact):
 
 @pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b"])
 @pytest.mark.parametrize("keep", ["attention", "input"])
-def test_what_is_not_kept_is_computed_again(layout, keep, emulated, monkeypatch):
+def test_what_is_not_kept_is_computed_again(layout, keep, emulated):
     model = adapted(layout, "4bit")
     apply_fast_path(model, fp8_products=True)
     arguments = packed(documents(LENGTHS))
     reference = step(model, arguments)
-    monkeypatch.setattr(fast_path, "Block", partial(Block, keep=keep))
+    apply_fast_path(model, fp8_products=True, keep=keep)
     assert_same(step(model, arguments), reference, 1e-6)
 
 
@@ -221,7 +218,7 @@ def test_an_adapter_larger_than_the_base_does_not_overflow(emulated):
 
 
 def test_decide_says_so():
-    given = facts(dtype=torch.bfloat16, device_type="cuda")
+    given = facts(dtype=torch.bfloat16)
     said = decide(given, triton=True, attention="variable-length kernel", fp8_products=True)
     assert said["weights"] == "NF4 dequantized to FP8"
 

@@ -14,8 +14,8 @@ from falcon_qlora.config import parse
 from falcon_qlora.kernels import flash_attention, fp8
 from falcon_qlora.kernels.gelu_products import GeluProducts
 from falcon_qlora.kernels.libraries import usable
-from falcon_qlora.models import fast_attention, fast_path
-from falcon_qlora.models.choose_kernels import choose_kernels
+from falcon_qlora.models import fast_path
+from falcon_qlora.models.fast_path import choose_kernels
 from tests.layouts import VOCABULARY, tiny_model
 from tests.unit.test_fast_path import adapted
 
@@ -64,9 +64,9 @@ def test_older_gpus_and_missing_libraries_have_none(on_hopper: pytest.MonkeyPatc
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a Hopper GPU that has both libraries, as far as choosing goes."""
-    monkeypatch.setattr(fast_attention, "_takes_varlen", lambda *_: True)
+    monkeypatch.setattr(fast_path, "_takes_varlen", lambda *_: True)
     monkeypatch.setattr(flash_attention, "flash_attention_4", object)
-    monkeypatch.setattr(fast_path, "_gelu_products", lambda falcon: GeluProducts(print, print))
+    monkeypatch.setattr(fast_path, "_gelu_products", lambda base: GeluProducts(print, print))
 
 
 WITH, WITHOUT = ("FlashAttention-4", "in products"), ("variable-length kernel", "PyTorch")

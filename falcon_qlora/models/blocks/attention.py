@@ -1,6 +1,6 @@
 """Attention within documents as the fast blocks call it: forward and backward apart, with what lies between.
 
-Shapes: T tokens of all documents, Q query heads, K key/value heads, D head size.
+Shapes: the letters of `kernels`, and P rows of a learned prefix.
 """
 
 from __future__ import annotations
@@ -13,28 +13,9 @@ import torch
 from torch import Tensor
 
 from falcon_qlora.kernels import flash_attention, prefix
-from falcon_qlora.models.packed_attention import Sequences, _takes_varlen, packed_attention
+from falcon_qlora.models.packed_attention import Sequences, packed_attention
 
 AttentionKernel = Literal["FlashAttention-4", "variable-length kernel", "padded batches"]
-
-
-def choose_attention(
-    device: torch.device, dtype: torch.dtype, head_dim: int, *, libraries: bool
-) -> AttentionKernel:
-    """The fastest kernel there is.
-
-    Args:
-        device: of the model.
-        dtype: of the activations.
-        head_dim: D.
-        libraries: whether optional libraries are used.
-    """
-    if not _takes_varlen(device, dtype, head_dim, 0.0):
-        return "padded batches"
-    # On an H200 its gradients were wrong for heads of 8 and 16; Falcon's have 64 or 128.
-    if libraries and head_dim in (64, 128) and flash_attention.flash_attention_4() is not None:
-        return "FlashAttention-4"
-    return "variable-length kernel"
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +76,8 @@ class PrefixedAttention:
 
     Attributes:
         attention: without the prefix.
-        key: ``[P, K, D]``, of the prefix, in the dtype of the activations.
-        value: ``[P, K, D]``.
+        key: ``[P, G, D]``, of the prefix, in the dtype of the activations.
+        value: ``[P, G, D]``.
         gate: float32 ``[Q]``.
     """
 

@@ -1,0 +1,198 @@
+"""Falcon's fast block: its modules as `kernels.block` takes them, and its ``forward``.
+
+That function is the parallel block with rotary positions and no biases: all layouts but rw-1b's.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.falcon.modeling_falcon import FalconDecoderLayer
+
+from falcon_qlora.common.fp8 import fp8_excludes
+from falcon_qlora.kernels.block import Block, Norm, run_block
+from falcon_qlora.kernels.frozen_linear import Adapter, Projection, project
+from falcon_qlora.kernels.low_rank import Dropout
+from falcon_qlora.kernels.scaled_products import ScaledProducts
+from falcon_qlora.models.blocks.attention import PackedAttention, PrefixedAttention
+from falcon_qlora.models.blocks.fast_block import (
+    BlockFacts,
+    State,
+    UnknownAdapter,
+    active_adapter,
+    base_of,
+    dropout_of,
+    forward_before,
+    lora_parameters,
+    quantize_mode_of,
+    runs_in_fp8,
+    state_of,
+)
+from falcon_qlora.models.packed_attention import Sequences, split_heads
+from falcon_qlora.models.prefix import prefix_of
+from falcon_qlora.models.scaled import scale_and_bias_of
+
+# Older releases of Transformers recompute in ``__call__``, which comes before our forward anyway.
+_RECOMPUTES_IN_CALL = "__call__" in vars(GradientCheckpointingLayer)
+
+
+def block_facts(block: FalconDecoderLayer, dtype: torch.dtype) -> BlockFacts:
+    """See `Family.block_facts`."""
+    config = block.config
+    linears = _linears_of(block)
+    added = prefix_of(block.self_attention)
+    vectors = [scale_and_bias_of(base_of(linear)) for linear in linears]
+    scaled = all(each is not None for each in vectors)
+    known = {id(p) for linear in linears for p in lora_parameters(linear)}
+    known |= {id(p) for p in (added.parameters() if added is not None else ())}
+    if scaled:
+        norms = [module for module in block.modules() if isinstance(module, nn.LayerNorm)]
+        known |= {id(p) for module in [*vectors, *norms] if module is not None for p in module.parameters()}
+    dropouts, unknown = [0.0], _more_than_lora(block)
+    for linear in linears:
+        try:
+            active = active_adapter(linear)
+        except UnknownAdapter as error:
+            unknown = unknown or str(error)
+            continue
+        if active is not None:
+            dropouts.append(dropout_of(linear, active))
+    return BlockFacts(
+        alibi=config.alibi,
+        parallel=config.parallel_attn or config.new_decoder_architecture,
+        biases=any(base_of(linear).bias is not None for linear in linears),
+        activation=config.activation,
+        hidden_dropout=config.hidden_dropout,
+        trainable=tuple(n for n, p in block.named_parameters() if p.requires_grad and id(p) not in known),
+        dtype=dtype,
+        head_dim=block.self_attention.head_dim,
+        quantize_mode=quantize_mode_of(base_of(linears[0])),
+        lora_dropout=max(dropouts),
+        lora_unknown=unknown,
+        prefix_rows=0 if added is None else len(added.prefix),
+        scaled=scaled,
+    )
+
+
+def _more_than_lora(block: FalconDecoderLayer) -> str | None:
+    """What acts in a block beside LoRA, trainable or not."""
+    linears = _linears_of(block)
+    vectors = [scale_and_bias_of(base_of(linear)) is not None for linear in linears]
+    if any(vectors) and not all(vectors):
+        return "scales and biases on some of the linears"
+    if any(base_of(linear) is not linear for linear in linears):
+        if any(vectors):
+            return "LoRA beside scales and biases on the linears (Adapter v2)"
+        if prefix_of(block.self_attention) is not None:
+            return "LoRA where attention looks at a learned prefix (Adapter)"
+    return None
+
+
+def _linears_of(block: FalconDecoderLayer) -> list[Any]:
+    """In the order of ``Block.projections``."""
+    attention, mlp = block.self_attention, block.mlp
+    return [attention.query_key_value, mlp.dense_h_to_4h, mlp.dense_4h_to_h, attention.dense]
+
+
+def _norms(block: FalconDecoderLayer) -> tuple[Norm, ...]:
+    config = block.config
+    two = config.new_decoder_architecture and config.num_ln_in_parallel_attn == 2
+    modules = (block.ln_attn, block.ln_mlp) if two else (block.input_layernorm,)
+    return tuple(Norm(module.weight, module.bias, module.eps) for module in modules)
+
+
+def block_and_adapters(module: FalconDecoderLayer, state: State) -> tuple[Block, list[Adapter]] | None:
+    """See `Family.block_and_adapters`."""
+    prefix, scaled = prefix_of(module.self_attention), state.products is ScaledProducts
+    projections, adapters = [], []
+    for linear in _linears_of(module):
+        try:
+            projection, adapter = _projection(linear, state)
+        except UnknownAdapter:
+            return None
+        vectors = scale_and_bias_of(projection.layer)
+        if (vectors is not None) != scaled or (projection.rank and prefix is not None):
+            return None
+        if vectors is not None:
+            if projection.rank or not vectors.enabled:
+                return None
+            adapter = (vectors.scale, vectors.bias)
+        projections.append(projection)
+        adapters.append(adapter)
+    norms = _norms(module)
+    if scaled:
+        adapters += [(norm.weight, norm.bias) for norm in norms]
+    keep = "input" if state.keep == "offload" else state.keep
+    if module.gradient_checkpointing and module.training and not _RECOMPUTES_IN_CALL:
+        keep = "input"
+    attention = module.self_attention
+    block = Block(
+        norms, *projections, attention.num_kv_heads, attention.head_dim, state.workspace, state.products, keep
+    )
+    return block, adapters
+
+
+def _projection(linear: Any, state: State) -> tuple[Projection, Adapter]:
+    """A linear with the LoRA that acts on it.
+
+    Raises:
+        UnknownAdapter: if that is more than the products can do.
+    """
+    base, name = base_of(linear), active_adapter(linear)
+    if name is None:
+        return Projection(base, base.out_features, base.in_features), (None, None)
+    p = dropout_of(linear, name) if linear.training else 0.0
+    if runs_in_fp8(state) and fp8_excludes(lora_dropout=p):
+        raise UnknownAdapter("LoRA dropout")
+    a, b = linear.lora_A[name], linear.lora_B[name]
+    dropout = Dropout.draw(p) if p else None
+    projection = Projection(
+        base, base.out_features, base.in_features, a.out_features, linear.scaling[name], dropout
+    )
+    return projection, (a.weight, b.weight)
+
+
+def block_forward(
+    self: FalconDecoderLayer,
+    hidden_states: Tensor,
+    alibi: Tensor | None = None,
+    attention_mask: Sequences | Tensor | None = None,
+    *args: Any,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """See `Family.block_forward`: fast where the call has packed documents, else as before."""
+    state = state_of(self)
+    assert state is not None
+    parts = block_and_adapters(self, state) if isinstance(attention_mask, Sequences) else None
+    if parts is None:
+        kwargs["position_embeddings"] = position_embeddings
+        return forward_before(self)(hidden_states, alibi, attention_mask, *args, **kwargs)
+    assert isinstance(attention_mask, Sequences)
+    assert position_embeddings is not None
+    # Not ``[0]``: its gradient would be written into zeros, row by row.
+    hidden, (cosine, sine) = hidden_states.squeeze(0), (each[0] for each in position_embeddings)
+    attention = _attention(self, parts[0], PackedAttention(attention_mask, state.attention), hidden.dtype)
+    with state.offload.moving(hidden) if state.keep == "offload" else nullcontext():
+        output = run_block(hidden, cosine, sine, parts[0], attention, parts[1])
+    return output.unsqueeze(0), None
+
+
+def _attention(
+    module: FalconDecoderLayer, block: Block, attention: PackedAttention, dtype: torch.dtype
+) -> PackedAttention | PrefixedAttention:
+    """With the block's prefix, where it has one that acts."""
+    prefix = prefix_of(module.self_attention)
+    if prefix is None or not prefix.enabled:
+        return attention
+    # Not through the module: in 8 bits it would round what goes in, and wait for the GPU.
+    fused = project(prefix.prefix.to(dtype), block.query_key_value, block.workspace)
+    vectors = scale_and_bias_of(module.self_attention.query_key_value)
+    if vectors is not None:
+        fused = vectors(fused)
+    _, key, value = split_heads(fused, module.self_attention)
+    return PrefixedAttention(attention, key, value, prefix.gate)

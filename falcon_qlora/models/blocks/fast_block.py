@@ -1,0 +1,187 @@
+"""What every family's fast blocks share: what is decided on, what a block holds, and how it takes its place.
+
+A block gets another ``forward`` as an instance, reversibly: nothing is changed at import. PEFT's modules stay
+where they are: their matrices are read at every call, and get the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import MethodType
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+
+from falcon_qlora.kernels.block import Block, Products
+from falcon_qlora.kernels.dequantized import DequantizedProducts
+from falcon_qlora.kernels.fp8_block import Fp8
+from falcon_qlora.kernels.frozen_linear import Adapter, Workspace
+from falcon_qlora.kernels.offload import Offload
+from falcon_qlora.models.blocks.attention import AttentionKernel
+from falcon_qlora.models.quantize import QuantizeMode, bnb
+
+from peft.tuners.lora import LoraLayer  # isort: skip  # after bitsandbytes, see models/quantize.py
+
+_BEFORE = "_forward_before_fast_path"
+_STATE = "_fast_path_state"
+
+Keep = Literal["all", "attention", "input", "offload"]
+"""What a block keeps for its backward pass, see `Block.keep`; ``offload``: its input, in CPU memory."""
+
+MakeProducts = Callable[[Block, Sequence[Adapter]], Products]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockFacts:
+    """What `fast_path.decide` has to know about a block.
+
+    Attributes:
+        alibi: positions by ALiBi rather than by rotation.
+        parallel: attention and feed-forward both start from the block's input.
+        biases: whether any linear has one.
+        activation: of the feed-forward layer.
+        hidden_dropout: on the block's output.
+        trainable: names of trainable parameters that are of no adapter; Adapter v2's has the norms.
+        dtype: of the activations.
+        head_dim: size of a head.
+        quantize_mode: how the linears are stored.
+        lora_dropout: the largest of the active adapters'.
+        lora_unknown: what about the adapters is not plain LoRA, or None.
+        prefix_rows: P of a learned prefix, 0 without one.
+        scaled: whether learned vectors scale and shift the linears' outputs.
+    """
+
+    alibi: bool
+    parallel: bool
+    biases: bool
+    activation: str
+    hidden_dropout: float
+    trainable: tuple[str, ...]
+    dtype: torch.dtype
+    head_dim: int
+    quantize_mode: QuantizeMode
+    lora_dropout: float
+    lora_unknown: str | None
+    prefix_rows: int = 0
+    scaled: bool = False
+
+
+@dataclass
+class State:
+    """A fast block's own: what it keeps and runs on, and what it shares with the model's others."""
+
+    keep: Keep
+    workspace: Workspace
+    offload: Offload
+    attention: AttentionKernel
+    products: MakeProducts = DequantizedProducts
+
+
+class Family(Protocol):
+    """What ``blocks/<family>.py`` gives."""
+
+    def block_facts(self, block: Any, dtype: torch.dtype) -> BlockFacts:
+        """Read off a block what is decided on; `dtype` is that of the activations."""
+
+    def block_and_adapters(self, module: Any, state: State) -> tuple[Block, list[Adapter]] | None:
+        """What `kernels.block` needs, as the modules say now; None where they say what it cannot do."""
+
+    def block_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        """The fast block's ``forward``, with the arguments of the block's own."""
+
+
+def state_of(block: nn.Module) -> State | None:
+    """What a fast block holds; None where it is no fast one."""
+    return getattr(block, _STATE, None)
+
+
+def set_keep(block: nn.Module, keep: Keep) -> bool:
+    """Change what a block keeps for its backward pass; False where it is no fast one."""
+    state = state_of(block)
+    if state is not None:
+        state.keep = keep
+    return state is not None
+
+
+def install(block: nn.Module, forward: Callable[..., Any], state: State) -> None:
+    """Run `block` by `forward`, which finds `state` on it."""
+    setattr(block, _STATE, state)
+    if not hasattr(block, _BEFORE):
+        setattr(block, _BEFORE, block.__dict__.get("forward"))
+        block.forward = MethodType(forward, block)  # type: ignore[method-assign]
+
+
+def restore(block: nn.Module, forward: Callable[..., Any]) -> None:
+    """Undo `install`.
+
+    Raises:
+        RuntimeError: if something else has wrapped the block's forward since.
+    """
+    if not hasattr(block, _BEFORE):
+        return
+    if getattr(block.forward, "__func__", None) is not forward:
+        raise RuntimeError(f"the forward of {type(block).__name__} was wrapped after apply_fast_path")
+    before = getattr(block, _BEFORE)
+    delattr(block, _BEFORE)
+    delattr(block, _STATE)
+    del block.forward
+    if before is not None:
+        block.forward = before  # type: ignore[method-assign]
+
+
+def forward_before(block: nn.Module) -> Callable[..., Any]:
+    """The ``forward`` that `install` replaced."""
+    return getattr(block, _BEFORE) or partial(type(block).forward, block)
+
+
+class UnknownAdapter(Exception):
+    """An adapter that is more than two matrices."""
+
+
+def active_adapter(linear: Any) -> str | None:
+    """The name of the one adapter that adds to `linear`'s output, None where there is none."""
+    if not isinstance(linear, LoraLayer) or linear.disable_adapters or linear.merged:
+        return None
+    names = [name for name in linear.active_adapters if name in linear.lora_A]
+    if not names:
+        return None
+    if len(names) > 1:
+        raise UnknownAdapter(f"{len(names)} adapters are active")
+    if names[0] in linear.lora_variant:
+        variant = type(linear.lora_variant[names[0]]).__name__.removesuffix("LinearVariant")
+        raise UnknownAdapter(f"{variant} instead of plain LoRA")
+    if linear.lora_bias[names[0]]:
+        raise UnknownAdapter("LoRA with a bias")
+    return names[0]
+
+
+def dropout_of(linear: Any, name: str) -> float:
+    """The dropout of an adapter's input."""
+    return getattr(linear.lora_dropout[name], "p", 0.0)  # an nn.Identity where there is none
+
+
+def lora_parameters(linear: Any) -> list[nn.Parameter]:
+    """LoRA's matrices on a linear; none where it has none."""
+    if not isinstance(linear, LoraLayer):
+        return []
+    return [*linear.lora_A.parameters(), *linear.lora_B.parameters()]
+
+
+def base_of(linear: Any) -> Any:
+    """The frozen linear itself."""
+    return linear.get_base_layer() if isinstance(linear, LoraLayer) else linear
+
+
+def quantize_mode_of(base: nn.Module) -> QuantizeMode:
+    """How a frozen linear is stored."""
+    if isinstance(base, bnb.nn.Linear4bit):
+        return "4bit"
+    return "8bit" if isinstance(base, bnb.nn.Linear8bitLt) else "16bit"
+
+
+def runs_in_fp8(state: State) -> bool:
+    """Whether the block's frozen products are FP8's."""
+    return isinstance(state.products, Fp8)
