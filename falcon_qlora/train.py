@@ -14,7 +14,7 @@ from falcon_qlora.common import allocator
 allocator.use_expandable_segments()  # before torch is loaded
 
 from falcon_qlora.config import parse  # noqa: E402
-from falcon_qlora.processes import distributed, stop_signals, watchdog  # noqa: E402
+from falcon_qlora.processes import endings, ranks, stop_signals, watchdog  # noqa: E402
 from falcon_qlora.terminal.library_logging import quiet_libraries  # noqa: E402
 from falcon_qlora.terminal.output import drop_what_cannot_be_written  # noqa: E402
 
@@ -23,10 +23,10 @@ def main() -> None:
     drop_what_cannot_be_written()
     stop_signals.install()
     watchdog.record_collectives()
-    quiet_libraries(progress_bars=distributed.is_main_process())
+    quiet_libraries(progress_bars=ranks.is_main_process())
     from falcon_qlora.training.run import train
 
-    distributed.leave(distributed.exit_status(lambda: train(parse(sys.argv[1:]))))
+    endings.leave(endings.exit_status(lambda: train(parse(sys.argv[1:]))))
 
 
 if __name__ == "__main__":

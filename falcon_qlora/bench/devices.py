@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-
-
-def free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def synchronize(device: torch.device) -> None:

@@ -23,6 +23,7 @@ from falcon_qlora.models.falcon import parameter_count
 from falcon_qlora.models.load import free_bytes, load_model
 from falcon_qlora.models.locate import open_checkpoint
 from falcon_qlora.models.sizes import weight_bytes
+from falcon_qlora.processes.devices import free_memory
 
 LARGEST_BATCHES = (64, 48, 32, 16, 8, 4, 2, 1)
 # All quantizations of a model are kept loaded together up to this share of the GPU: past it they would decide
@@ -149,7 +150,7 @@ class Bench:
             self.interrupted = True
             self._say("interrupted: the table has what was measured by now")
             self._bases.clear()
-            devices.free_memory()
+            free_memory()
         for result in self.results:
             if not result.seconds and result.failure is None:
                 result.failure = "not measured: interrupted"
@@ -175,7 +176,7 @@ class Bench:
                     if result.failure is None:
                         self._turn(result, turn)
             self._bases.clear()
-            devices.free_memory()
+            free_memory()
             if number:
                 for result in members:
                     result.note("not in the same rounds as the first row")
@@ -199,7 +200,7 @@ class Bench:
             except (UserError, Impossible, torch.OutOfMemoryError) as error:
                 failure = one_line(error)
             if failure:
-                devices.free_memory()
+                free_memory()
                 for result in members:
                     if result.entry.variant.base == base:
                         result.failure = failure
@@ -241,7 +242,7 @@ class Bench:
     def _attempt(self, result: Result, batches: Sequence[Sequence[Document]], turn: int) -> str | None:
         """One turn; None, or why there was none."""
         failure = None
-        devices.free_memory()
+        free_memory()
         try:
             self._measure(result, batches, turn)
         except torch.OutOfMemoryError:
@@ -255,7 +256,7 @@ class Bench:
             if any(sign in str(error) for sign in _OUT_OF_MEMORY):
                 failure = f"out of memory ({one_line(error)})"
         # Only here: the exception held what the step had on the device.
-        devices.free_memory()
+        free_memory()
         if failure:
             self._say(f"{result.model} {result.entry.variant.name}: {failure}")
         return failure

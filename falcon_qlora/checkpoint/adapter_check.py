@@ -23,6 +23,7 @@ from falcon_qlora.models.checkpoints import parameter_reader, read_folder_config
 from falcon_qlora.models.forward import enable_packing, falcon_of
 from falcon_qlora.models.sharded import local_tensor, own_parts
 from falcon_qlora.models.tensor_files import read_tensor
+from falcon_qlora.processes import devices
 from falcon_qlora.step.global_batch import sum_of_losses
 from falcon_qlora.terminal.console import note
 
@@ -165,7 +166,7 @@ def _left_as_it_was(peft_model: PeftModel, device: torch.device) -> Iterator[Non
     trainable = {parameter: parameter.requires_grad for parameter in peft_model.parameters()}
     active = peft_model.active_adapter
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with devices.draws_undone(device):
             yield
     finally:
         peft_model.set_adapter(active)

@@ -24,7 +24,7 @@ from falcon_qlora.checkpoint.process_state import STATES, save_cursor
 from falcon_qlora.common.errors import UserError, first_line, reason_of
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.sharded import is_sharded, take_part
-from falcon_qlora.processes import distributed
+from falcon_qlora.processes import agreement, ranks
 
 _REPLACED = "replaced-step-"
 
@@ -54,7 +54,7 @@ def save_checkpoint(
     if not is_sharded(trainer.model):
         trained = (parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
         require_same_replicas(trained, checkpoints, step=trainer.state.global_step)
-    states = distributed.gather_objects(state)
+    states = agreement.gather_objects(state)
     trainer_state = trainer.state
     if trainer_state.best_global_step == trainer_state.global_step:
         trainer_state.best_model_checkpoint = str(checkpoints / f"step-{trainer_state.global_step}")
@@ -71,15 +71,15 @@ def save_checkpoint(
         return None
 
     partial = checkpoints / f".step-{trainer_state.global_step}.partial"
-    failure = distributed.from_main_process(lambda: try_to(lambda: _begin(partial)))
+    failure = agreement.from_main_process(lambda: try_to(lambda: _begin(partial)))
     parts: dict[str, Any] = {}
     if failure is None and is_sharded(trainer.model) and not trainer.args.save_only_model:
         failure, parts = _write_parts(trainer, partial)
     if failure is None:
-        trainer.saving(distributed.is_main_process())
-        if is_sharded(trainer.model) and not distributed.is_main_process():
+        trainer.saving(ranks.is_main_process())
+        if is_sharded(trainer.model) and not ranks.is_main_process():
             take_part(trainer.model)
-        failure = distributed.from_main_process(
+        failure = agreement.from_main_process(
             lambda: try_to(lambda: _write(trainer, partial, states, record, parts))
         )
     return failure
@@ -99,9 +99,9 @@ def require_same_replicas(tensors: Iterable[Tensor], checkpoints: Path, *, step:
         UserError: naming the processes and the last good checkpoint.
     """
     try:
-        distributed.check_replicas(tensors)
-    except distributed.ReplicasDifferError as error:
-        last = distributed.from_main_process(lambda: last_complete(checkpoints))
+        agreement.check_replicas(tensors)
+    except agreement.ReplicasDifferError as error:
+        last = agreement.from_main_process(lambda: last_complete(checkpoints))
         raise UserError(
             f"step {step:,}: the replicas differ: {error}. Nothing was saved: look at the GPUs of these "
             f"processes and their memory. {last}"
@@ -160,19 +160,19 @@ def _write_parts(trainer: Any, partial: Path) -> tuple[str | None, dict[str, Any
     Returns:
         Why that failed on one of them, or None; what the manifest says of the parts. On all alike.
     """
-    process, failure, part = distributed.process_index(), None, {}
+    process, failure, part = ranks.process_index(), None, {}
     trainer.saving(True)
     try:
-        part = write_part(trainer.optimizer, partial, process=process, processes=distributed.world_size())
+        part = write_part(trainer.optimizer, partial, process=process, processes=ranks.world_size())
         for name in part:
             _flush(partial / name)
     except OSError as error:
         failure = f"process {process}: {reason_of(error)}"
     trainer.saving(False)
-    distributed.wait_for_all()  # a disk may be much slower than another, and a collective has a time limit
-    everyone = distributed.gather_objects((failure, part))
+    agreement.wait_for_all()  # a disk may be much slower than another, and a collective has a time limit
+    everyone = agreement.gather_objects((failure, part))
     failure = next((theirs for theirs, _ in everyone if theirs), None)
-    if failure is not None and distributed.is_main_process():
+    if failure is not None and ranks.is_main_process():
         _remove_unfinished(partial.parent)
     return failure, {name: about for _, theirs in everyone for name, about in theirs.items()}
 

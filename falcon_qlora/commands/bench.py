@@ -21,8 +21,6 @@ from falcon_qlora.common.files import check_writable
 from falcon_qlora.config import Configuration, parse
 
 if TYPE_CHECKING:
-    import torch
-
     from falcon_qlora.bench.measure import Entry, Result
 
 _DOCUMENT_TOKENS = 512
@@ -91,16 +89,16 @@ def _bench(
     import torch
 
     from falcon_qlora.bench.clock import GpuLog
-    from falcon_qlora.bench.devices import free_memory, product_ceiling
+    from falcon_qlora.bench.devices import product_ceiling
     from falcon_qlora.bench.measure import Bench
     from falcon_qlora.bench.settings import Settings
     from falcon_qlora.bench.table import Machine, markdown, points, rows
-    from falcon_qlora.processes import distributed
+    from falcon_qlora.processes import devices
     from falcon_qlora.run_folder.environment import collect_environment
 
     wanted: BenchArguments = configuration.extra
     length = _document_tokens(configuration)
-    device = distributed.local_device()
+    device = devices.local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     settings = Settings(
@@ -121,7 +119,7 @@ def _bench(
             for dtype in {variant.compute_dtype for variant in variants}:
                 ceiling = product_ceiling(device, bench.config.hidden_size, sizes[0], dtype)
                 ceilings[model, dtype] = ceiling
-                free_memory()
+                devices.free_memory()
                 if ceiling:
                     _say(f"{model}: a plain {dtype} product runs at {ceiling:,.3g} TFLOP/s")
             results += bench.run()
@@ -131,7 +129,7 @@ def _bench(
         log.close()
     machine = Machine(
         commit=wanted.commit or (collect_environment()["commit"] or "")[:7],
-        gpu=_device_name(device),
+        gpu=devices.name_of(device),
         driver=log.driver,
         torch=torch.__version__,
         ceilings=ceilings,
@@ -251,12 +249,6 @@ def _check_litgpt() -> None:
         raise UserError(
             "--against litgpt: LitGPT is not installed; pip install litgpt, or leave the flag out"
         )
-
-
-def _device_name(device: torch.device) -> str:
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def _say(message: str) -> None:

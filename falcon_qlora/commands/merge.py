@@ -170,7 +170,7 @@ def _request(
     from falcon_qlora.models.load import resolve_compute_dtype
     from falcon_qlora.models.locate import find_folder, open_checkpoint
     from falcon_qlora.models.tokenizer import find_tokenizer
-    from falcon_qlora.processes.distributed import local_device
+    from falcon_qlora.processes.devices import local_device
 
     adapter = read_adapter(folder)
     name, revision = base_model(configuration, record), configuration.model.model_revision

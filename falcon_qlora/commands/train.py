@@ -209,9 +209,9 @@ def _check(launch: LaunchArguments) -> None:
 
 
 def _processes(gpus: int | None) -> int:
-    import torch
+    from falcon_qlora.processes.devices import visible_gpus
 
-    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    visible = visible_gpus()
     if visible and gpus is not None and gpus > visible:
         raise UserError(
             f"--gpus {gpus}: this machine shows {visible} (see CUDA_VISIBLE_DEVICES and nvidia-smi)"

@@ -231,18 +231,18 @@ def _start_process_group(values: dict[str, Any]) -> None:
     import torch.distributed as dist
     from accelerate import PartialState
 
-    from falcon_qlora.processes import distributed
+    from falcon_qlora.processes import agreement, ranks
 
     seconds = float(values.get("ddp_timeout") or _GROUP_SECONDS)
-    store = None if dist.is_initialized() else distributed.fresh_store(seconds)
+    store = None if dist.is_initialized() else agreement.fresh_store(seconds)
     if store is not None:
         PartialState(
             cpu=values["use_cpu"],
             backend=values.get("ddp_backend"),
             timeout=datetime.timedelta(seconds=seconds),
             store=store,
-            rank=distributed.process_index(),
-            world_size=distributed.world_size(),
+            rank=ranks.process_index(),
+            world_size=ranks.world_size(),
         )
 
 

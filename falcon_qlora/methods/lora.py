@@ -19,6 +19,7 @@ from falcon_qlora.methods.interface import ParameterGroup, remember
 from falcon_qlora.methods.slices import SLICES, SlicedUp, slice_rows
 from falcon_qlora.models.falcon import LINEARS, expected_linears, linear_shapes, lora_parameter_count
 from falcon_qlora.models.load import quantization_of
+from falcon_qlora.processes import devices
 
 # After bitsandbytes, see models/quantize.py.
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict  # isort: skip
@@ -179,8 +180,7 @@ def attach_lora(
         use_rslora=use_rslora,
         use_dora=use_dora,
     )
-    devices = [model.device] if model.device.type == "cuda" else []
-    with _told_quantized(model), torch.random.fork_rng(devices):
+    with _told_quantized(model), devices.draws_undone(model.device):
         torch.manual_seed(seed)
         peft_model = get_peft_model(model, method.peft_config())
     if method.slices:

@@ -31,7 +31,7 @@ from falcon_qlora.models.quantize import (
     is_quantized_linear,
 )
 from falcon_qlora.models.sizes import check_fits
-from falcon_qlora.processes.distributed import local_device
+from falcon_qlora.processes import devices
 
 # FP8 is the fast path's: the model, and LoRA, are in bfloat16.
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
@@ -88,7 +88,7 @@ def load_model(
             here.
         RuntimeError: if a linear that should be quantized is not, or another is.
     """
-    device = _resolve_device(device)
+    device = devices.resolve(device)
     dtype = resolve_compute_dtype(compute_dtype, device)
     check_mode_runs_on(quantize_mode, dtype, device)
     checkpoint = open_checkpoint(model_name_or_path, revision=revision, seed=seed)
@@ -125,7 +125,7 @@ def resolve_compute_dtype(
         return _DTYPES[compute_dtype]
     if compute_dtype != "auto":
         raise UserError(f"compute_dtype {compute_dtype!r} is none of auto, {', '.join(_DTYPES)}.")
-    if _resolve_device(device).type != "cuda":
+    if devices.resolve(device).type != "cuda":
         return torch.float32
     has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if has_bfloat16 else torch.float16
@@ -155,13 +155,6 @@ def verify_quantized(model: nn.Module, quantize_mode: QuantizeMode) -> None:
                 )
         elif is_quantized_linear(module):
             raise RuntimeError(f"{name} is quantized and should not be")
-
-
-def _resolve_device(device: torch.device | str | None) -> torch.device:
-    device = local_device() if device is None else torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
 
 
 def check_mode_runs_on(mode: str, dtype: torch.dtype, device: torch.device) -> None:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from falcon_qlora.processes import distributed, launcher
+from falcon_qlora.processes import endings, launcher, ranks
 from falcon_qlora.processes.launcher import SAME_REQUEST_SECONDS, STOP_SIGNALS
 
 
@@ -48,7 +48,7 @@ class _Requests:
         """Take in a signal; called by the thread."""
         if not self.training:
             return
-        if distributed.sibling_died():
+        if endings.sibling_died():
             # torchrun ends the others of a process that failed. There is nothing more to be saved.
             os._exit(128 + number)
         if self.first is None:
@@ -119,7 +119,7 @@ def tell_launcher(text: str) -> None:
 
 def _leave_for_launcher(name: str, text: str) -> None:
     file = launcher.mark(name)
-    if file is not None and distributed.is_local_main_process():
+    if file is not None and ranks.is_local_main_process():
         part = file.with_name(f".{name}")
         with contextlib.suppress(OSError):  # no run ends for want of room in the launcher's folder
             part.write_text(text, encoding="utf-8")

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch._C import _distributed_c10d
 
 from falcon_qlora.common.errors import EXIT_HANGING
-from falcon_qlora.processes import distributed
+from falcon_qlora.processes import agreement, ranks
 
 _ANSWER_SECONDS = 3.0
 # Beyond the time allowed: where not even the watching thread gets to run.
@@ -113,7 +113,7 @@ def write_record(folder: Path) -> Path | None:
         with contextlib.suppress(Exception):
             record = dump()
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{_RECORD_PREFIX}{distributed.process_index()}").write_bytes(record)
+            (folder / f"{_RECORD_PREFIX}{ranks.process_index()}").write_bytes(record)
             written.set()
 
     # By a thread of its own: it may wait for what hangs.
@@ -129,19 +129,19 @@ def tell(place: tuple[int, int, str], stack: str, still: float, *, record: Path 
     """
     where = f"NCCL's last collectives are in {record}; torchfrtrace reads them" if record else ""
     mine = json.dumps([*place, stack])
-    if distributed.world_size() == 1:
+    if ranks.world_size() == 1:
         _print(describe({0: mine}, 1, still), where)
         return
-    prefix = f"falcon_qlora/hang/{distributed.restart_count()}"
-    store = distributed.connect(timeout_seconds=10 * _ANSWER_SECONDS)
-    store.set(f"{prefix}/{distributed.process_index()}", mine)
+    prefix = f"falcon_qlora/hang/{ranks.restart_count()}"
+    store = agreement.connect(timeout_seconds=10 * _ANSWER_SECONDS)
+    store.set(f"{prefix}/{ranks.process_index()}", mine)
     if store.add(prefix, 1) == 1:
         time.sleep(3 * _ANSWER_SECONDS)  # the others may have come to a stop a little later
         answers = {}
-        for process in range(distributed.world_size()):
+        for process in range(ranks.world_size()):
             if store.check([f"{prefix}/{process}"]):
                 answers[process] = store.get(f"{prefix}/{process}").decode()
-        _print(describe(answers, distributed.world_size(), still), where)
+        _print(describe(answers, ranks.world_size(), still), where)
         store.set(f"{prefix}/told", "")
     else:
         store.wait([f"{prefix}/told"])

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from falcon_qlora.common.quantities import GIB
+from falcon_qlora.processes.devices import visible_gpus
 
 _PACKAGES = (
     "falcon-qlora",
@@ -99,9 +100,7 @@ def _commit(folder: Path) -> str | None:
 
 
 def _gpus() -> list[dict[str, Any]]:
-    if not torch.cuda.is_available():
-        return []
-    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    properties = [torch.cuda.get_device_properties(index) for index in range(visible_gpus())]
     return [
         {
             "name": gpu.name,

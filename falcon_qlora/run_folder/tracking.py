@@ -29,7 +29,7 @@ from transformers.integrations.integration_utils import (
 
 from falcon_qlora.common.errors import UserError, first_line, nearest
 from falcon_qlora.common.files import plain
-from falcon_qlora.processes import distributed
+from falcon_qlora.processes import ranks
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.run_folder.environment import without_secrets
 from falcon_qlora.terminal.console import note
@@ -56,7 +56,7 @@ def choose(report_to: str | Iterable[str] | None) -> Trackers:
         UserError: if a name is unknown, its package is not installed, or W&B rejects the key. On the main
             process only; the others get no trackers.
     """
-    if not distributed.is_main_process():
+    if not ranks.is_main_process():
         return Trackers([], wandb_mode="disabled")
     names = _names(report_to)
     for name in names:

@@ -7,7 +7,6 @@ sharded model they exchange weights and gradients: there memory that runs out en
 
 from __future__ import annotations
 
-import gc
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from torch import nn
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.batches import MicroBatch, Share
 from falcon_qlora.models.packed_attention import Sequences
+from falcon_qlora.processes.devices import free_memory
 
 # Every gradient begins at a multiple of 256 bytes, as if it had a tensor of its own.
 _ALIGNMENT = 64
@@ -271,7 +271,7 @@ def accumulate_gradients(
             return loss, halvings
         # The failed pass is gone from the stack by now, and with it what it held.
         reduction.clear()
-        _free_memory()
+        free_memory()
         if halvings == MOST_HALVINGS or all(len(batch.lengths) == 1 for batch in batches):
             longest = max(length for batch in batches for length in batch.lengths)
             raise UserError(
@@ -307,14 +307,8 @@ def evaluated(
         except torch.OutOfMemoryError:
             if not can_retry or halvings == MOST_HALVINGS or len(pieces) == len(batch.lengths):
                 raise
-        _free_memory()
+        free_memory()
         halvings += 1
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _backward_each(

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from falcon_qlora.common.files import quoted
 from falcon_qlora.common.quantities import counted, duration
-from falcon_qlora.processes import distributed
+from falcon_qlora.processes import ranks
 
 _LABEL_WIDTH = 11
 _PATIENCE_SECONDS = 5.0
@@ -30,7 +30,7 @@ _PATIENCE_SECONDS = 5.0
 @lru_cache(maxsize=1)
 def console() -> Console:
     """The terminal of the run: standard output on the main process, nowhere on the others."""
-    return Console(quiet=not distributed.is_main_process(), highlight=False)
+    return Console(quiet=not ranks.is_main_process(), highlight=False)
 
 
 def note(message: str) -> None:

@@ -12,7 +12,7 @@ from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.quantities import GIB
 from falcon_qlora.config import Configuration
 from falcon_qlora.models.fast_path import reason_left_alone, runs_fast
-from falcon_qlora.processes import distributed
+from falcon_qlora.processes import agreement, devices, ranks
 
 if TYPE_CHECKING:
     from falcon_qlora.data.batches import MicroBatch
@@ -76,7 +76,7 @@ def choose_activations(configuration: Configuration, model: Any, kernels: dict[s
             "give --checkpointing full, none or auto"
         )
     blocks: list[Checkpointing] = ["none" if wanted == "auto" else wanted] * count
-    device = distributed.local_device()
+    device = devices.local_device()
     predicted, kept = None, False
     if device.type == "cuda":
         step = _step(configuration, model, fast=not left)
@@ -106,7 +106,7 @@ def _step(configuration: Configuration, model: Any, *, fast: bool) -> Step:
     from falcon_qlora.models.sharded import is_sharded, local_count
 
     run, config = configuration.run, model.config
-    a_micro_batch = run.per_device_train_batch_size * distributed.world_size()
+    a_micro_batch = run.per_device_train_batch_size * ranks.world_size()
     several = run.gradient_accumulation_steps > 1 or (run.global_batch_size or 0) > a_micro_batch
     whole = configuration.method.method == "full"
     trainable_bytes = model.dtype.itemsize if whole else 4
@@ -115,7 +115,7 @@ def _step(configuration: Configuration, model: Any, *, fast: bool) -> Step:
         tokens=run.per_device_train_batch_size * configuration.data.max_length,
         trainable=local_count(model),
         trainable_bytes=trainable_bytes,
-        gradients_stay=several or (distributed.world_size() > 1 and not is_sharded(model)),
+        gradients_stay=several or (ranks.world_size() > 1 and not is_sharded(model)),
         all_trained=whole,
         gathered=step_memory.gathered_bytes(config, trainable_bytes) if is_sharded(model) else 0,
         fast=fast,
@@ -154,7 +154,7 @@ def warm_up(trainer: FalconTrainer, configuration: Configuration) -> None:
     was_training = model.training
     model.train()
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), trainer.accelerator.autocast():
+        with devices.draws_undone(device), trainer.accelerator.autocast():
             loss = sum_of_losses(model, batch.to(device))
         loss.backward()
     except torch.OutOfMemoryError as error:
@@ -162,7 +162,7 @@ def warm_up(trainer: FalconTrainer, configuration: Configuration) -> None:
     finally:
         model.zero_grad(set_to_none=True)
         model.train(was_training)
-    distributed.wait_for_all()  # nothing is written where another process lacks memory
+    agreement.wait_for_all()  # nothing is written where another process lacks memory
 
 
 def warms_up(device: torch.device) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.config import Configuration
 from falcon_qlora.data.batches import DocumentReader
-from falcon_qlora.processes import distributed, stop_signals
+from falcon_qlora.processes import agreement, ranks, stop_signals
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.training.resume import how_to_go_on
 from falcon_qlora.training.rows import TrainingData, global_batch
@@ -32,7 +32,7 @@ def model_with_adapter(configuration: Configuration, tokenizer: Any) -> Any:
 
     settings = configuration.model
     # Downloads what is missing.
-    distributed.main_process_first(
+    agreement.main_process_first(
         lambda: open_checkpoint(settings.model_name_or_path, revision=settings.model_revision)
     )
     with patience() as doing:
@@ -146,7 +146,7 @@ def build_trainer(
             "global_batch": global_batch(configuration),
             "data_fingerprint": data.record.get("fingerprint"),
             "stream": data.record if settings.streaming else None,
-            "launch": distributed.launch_id(),
+            "launch": ranks.launch_id(),
         },
         on_saved=lambda checkpoint: stop_signals.tell_launcher(
             f"the last complete checkpoint is {checkpoint}; go on with:  {how_to_go_on(directory)}"

@@ -14,7 +14,7 @@ from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import free_bytes
 from falcon_qlora.common.quantities import gib
 from falcon_qlora.config import Configuration
-from falcon_qlora.processes import distributed
+from falcon_qlora.processes import agreement, devices, ranks
 from falcon_qlora.run_folder import directory
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.run_folder.lock import RunLock
@@ -32,9 +32,7 @@ def find_folder(configuration: Configuration, lock: RunLock) -> RunDirectory:
     Args:
         lock: taken by the main process on a folder that is there.
     """
-    return RunDirectory(
-        distributed.from_main_process(lambda: _choose_folder(configuration, lock, make=False))
-    )
+    return RunDirectory(agreement.from_main_process(lambda: _choose_folder(configuration, lock, make=False)))
 
 
 @contextlib.contextmanager
@@ -44,12 +42,12 @@ def run_folder(configuration: Configuration, lock: RunLock) -> Iterator[RunDirec
     Args:
         lock: taken on it by the main process.
     """
-    path = distributed.from_main_process(lambda: _choose_folder(configuration, lock, make=True))
+    path = agreement.from_main_process(lambda: _choose_folder(configuration, lock, make=True))
     directory = RunDirectory(path)
     try:
         yield directory
     except BaseException:
-        if distributed.is_main_process():
+        if ranks.is_main_process():
             directory.remove_if_empty()
         raise
 
@@ -66,7 +64,7 @@ def _choose_folder(configuration: Configuration, lock: RunLock, *, make: bool) -
         settings=settings,
         resume=True if run.resume == "latest" else (run.resume or False),
         overwrite=run.overwrite,
-        restarted=distributed.restart_count() > 0,
+        restarted=ranks.restart_count() > 0,
         make=make,
     )
     if path.is_dir():
@@ -93,13 +91,13 @@ def check_model(configuration: Configuration) -> None:
     if configuration.run.sharding == "zero3":
         check_installed()
     settings = configuration.model
-    device = distributed.local_device()
+    device = devices.local_device()
     dtype = resolve_compute_dtype(settings.compute_dtype, device)
     check_mode_runs_on(settings.quantize_mode, dtype, device)
     reason = fp8.why_not(device) if settings.compute_dtype == "fp8" else None
     if reason is not None:
         raise UserError(f"--compute_dtype fp8: {reason}. Use --compute_dtype auto.")
-    config = distributed.from_main_process(lambda: read_config(configuration))
+    config = agreement.from_main_process(lambda: read_config(configuration))
     trainable = trainable_count(configured_method(configuration), config)
     if device.type != "cuda":
         return
@@ -160,7 +158,7 @@ def check_disk(configuration: Configuration, directory: RunDirectory, model: Any
         limit=training.save_total_limit,
         keeps_best=training.load_best_model_at_end,
     )
-    distributed.from_main_process(lambda: _check_room(directory, needed))
+    agreement.from_main_process(lambda: _check_room(directory, needed))
 
 
 def predicted_bytes(

@@ -13,7 +13,7 @@ from rich.text import Text
 from transformers import TrainerCallback
 
 from falcon_qlora.common.quantities import duration
-from falcon_qlora.processes import distributed
+from falcon_qlora.processes import ranks
 from falcon_qlora.terminal.console import console, print_plain
 
 # Without a terminal: at most this many lines for a run, but one at least each half minute.
@@ -50,7 +50,7 @@ class ProgressCallback(TrainerCallback):
     # Events of the loop
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not distributed.is_main_process():
+        if not ranks.is_main_process():
             return
         self._step, self._last_step = state.global_step, state.max_steps
         self._times.append((self._step, time.monotonic()))
@@ -76,14 +76,14 @@ class ProgressCallback(TrainerCallback):
         atexit.register(self.close)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not distributed.is_main_process():
+        if not ranks.is_main_process():
             return
         self._step = state.global_step
         self._times.append((self._step, time.monotonic()))
         self._refresh(self._counter())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not distributed.is_main_process() or not logs:
+        if not ranks.is_main_process() or not logs:
             return
         names = ("loss", "tokens_per_second", "peak_memory_gib", "learning_rate", "eval_loss")
         self._shown |= {name: float(logs[name]) for name in names if logs.get(name) is not None}
@@ -97,7 +97,7 @@ class ProgressCallback(TrainerCallback):
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
     ) -> None:
-        if not distributed.is_main_process():
+        if not ranks.is_main_process():
             return
         self._evaluated += 1
         self._refresh(f"evaluating, batch {self._evaluated}")

@@ -10,8 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from falcon_qlora.checkpoint.adapter_check import AdapterFaultError, check_adapter
 from falcon_qlora.checkpoint.manifest import newest_whole, write_manifest
 from falcon_qlora.checkpoint.write import disk_errors, last_complete, not_kept, require_same_replicas
@@ -30,7 +28,7 @@ from falcon_qlora.models.fingerprint import model_fingerprint, tokenizer_fingerp
 from falcon_qlora.models.quantize import is_quantized_linear
 from falcon_qlora.models.sharded import is_sharded, take_part, whole_shape
 from falcon_qlora.models.sizes import weight_bytes
-from falcon_qlora.processes import distributed
+from falcon_qlora.processes import agreement, devices, ranks
 from falcon_qlora.processes.stop_signals import Stopped
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.run_folder.environment import collect_environment
@@ -70,16 +68,16 @@ def write_start(
         kernels: block → what runs it, for kernels.json.
         checkpoint: that the run goes on from; what was logged after it is forgotten, as it is done again.
     """
-    if not distributed.is_main_process():
+    if not ranks.is_main_process():
         return
     if checkpoint is not None:
         forget_after(directory, step_of(checkpoint))
     elif configuration.run.overwrite:
         directory.clear(keep=trackers.written)
-    elif distributed.restart_count():
+    elif ranks.restart_count():
         forget_after(directory, 0)
     directory.write_config(configuration.resolved())
-    directory.write_environment(collect_environment(world_size=distributed.world_size()))
+    directory.write_environment(collect_environment(world_size=ranks.world_size()))
     directory.write_data(data.record)
     directory.write_kernels(kernels or {"all blocks": "reference path: --kernels off"})
 
@@ -113,7 +111,6 @@ def start_summary(
         notes: to end with, beside what follows from the configuration.
     """
     settings, run, rows = configuration.model, configuration.run, configuration.data
-    device = distributed.local_device()
     counted = counts(model)
     statistics = data.statistics
     micro_batch = run.per_device_train_batch_size
@@ -130,9 +127,9 @@ def start_summary(
         kernels=described(kernels) if kernels else "off: the reference path",
         activations=activations.described(),
         method=method_of(model).describe(),
-        world_size=distributed.world_size(),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        nodes=distributed.world_size() // distributed.local_world_size(),
+        world_size=ranks.world_size(),
+        device=devices.name_of(devices.local_device()),
+        nodes=ranks.world_size() // ranks.local_world_size(),
         documents=statistics.documents if statistics else None,
         tokens=statistics.tokens if statistics else None,
         target_tokens=statistics.target_tokens if statistics else None,
@@ -208,8 +205,8 @@ def finish(
     if not is_sharded(model):
         held = itertools.chain(model.parameters(), model.buffers())
         require_same_replicas(held, directory.checkpoints, step=trainer.state.global_step)
-    peaks = distributed.gather_objects(peak_memory_gib())
-    reductions = distributed.gather_objects(round(trainer.reduction_share(), 4))
+    peaks = agreement.gather_objects(peak_memory_gib())
+    reductions = agreement.gather_objects(round(trainer.reduction_share(), 4))
     lines: list[dict[str, Any]] = []
     with _told_if_not_written(directory.summary_file):
         lines = directory.read_metrics()
@@ -232,7 +229,7 @@ def finish(
         samples_per_second_512=totals.get("samples_per_second_512", 0.0),
         peak_memory_gib=max(peaks),
         total_peak_memory_gib=sum(peaks),
-        world_size=distributed.world_size(),
+        world_size=ranks.world_size(),
         best_eval_loss=best[0],
         best_step=best[1],
         bad_steps=trainer.bad_steps.total,
@@ -244,7 +241,7 @@ def finish(
         **counts(model),
     )
     _keep_adapter(configuration, directory, trainer, data, asdict(summary))
-    if distributed.is_main_process():
+    if ranks.is_main_process():
         with _told_if_not_written(directory.summary_file):
             directory.write_summary(summary)
         with _told_if_not_written(directory.loss_picture):
@@ -290,15 +287,15 @@ def _keep_adapter(
         return None
 
     for tries_left in (1, 0):
-        if is_sharded(model) and not distributed.is_main_process():
+        if is_sharded(model) and not ranks.is_main_process():
             take_part(model)
-        failure = distributed.from_main_process(write)
+        failure = agreement.from_main_process(write)
         if failure is None:
             return
         if tries_left:
             console.note(f"the adapter could not be written ({failure}): it is tried once more in a moment")
             time.sleep(_PAUSE_SECONDS)
-    last = distributed.from_main_process(lambda: last_complete(directory.checkpoints))
+    last = agreement.from_main_process(lambda: last_complete(directory.checkpoints))
     raise UserError(f"all steps are done, but {directory.adapter} could not be written ({failure}). {last}")
 
 
@@ -324,12 +321,12 @@ def stop(
         UserError: if it could not be saved there.
     """
     trackers.finish(exit_status=int(stopped.failure is not None))
-    if distributed.is_main_process():
+    if ranks.is_main_process():
         with contextlib.suppress(OSError):
             directory.draw_loss()
     where = f"stopped at step {stopped.step:,} of {steps:,}"
     if stopped.failure is not None:
-        whole = distributed.from_main_process(lambda: newest_whole(directory.checkpoints)[0])
+        whole = agreement.from_main_process(lambda: newest_whole(directory.checkpoints)[0])
         last = f"the last complete checkpoint is {whole}" if whole else "there is no complete checkpoint"
         raise UserError(f"{where}, but the checkpoint could not be saved ({stopped.failure}); {last}")
     if not resumable:

@@ -15,7 +15,7 @@ from falcon_qlora.common.untrusted import is_count, read_yaml, refuse_links
 from falcon_qlora.config import Configuration
 from falcon_qlora.config.library import library_fields
 from falcon_qlora.data.stream import changed_source
-from falcon_qlora.processes import distributed
+from falcon_qlora.processes import agreement, ranks
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal.console import note
 from falcon_qlora.training import sharding
@@ -56,7 +56,7 @@ def checkpoint_to_resume(configuration: Configuration, directory: RunDirectory) 
     Raises:
         UserError: if there is none to go on from, or the one that was named is not whole.
     """
-    resume, restarted = configuration.run.resume, distributed.restart_count() > 0
+    resume, restarted = configuration.run.resume, ranks.restart_count() > 0
     if not resume and not restarted:
         return None
     named = None
@@ -66,7 +66,7 @@ def checkpoint_to_resume(configuration: Configuration, directory: RunDirectory) 
         named = None  # we have come further
     elif restarted and configuration.run.overwrite:
         return None  # it failed before it came to replace the old run
-    found = distributed.from_main_process(lambda: _find(directory, named))
+    found = agreement.from_main_process(lambda: _find(directory, named))
     if found is None and resume and not restarted:
         raise UserError(f"--resume: {directory} holds no checkpoint yet; start it again with --overwrite")
     return found
@@ -75,9 +75,9 @@ def checkpoint_to_resume(configuration: Configuration, directory: RunDirectory) 
 def _is_of_this_launch(directory: RunDirectory) -> bool:
     def compare() -> bool:
         newest = manifest.newest_whole(directory.checkpoints)[0]
-        return newest is not None and manifest.read_manifest(newest).get("launch") == distributed.launch_id()
+        return newest is not None and manifest.read_manifest(newest).get("launch") == ranks.launch_id()
 
-    return distributed.from_main_process(compare)
+    return agreement.from_main_process(compare)
 
 
 def _find(directory: RunDirectory, named: Path | None) -> str | None:
@@ -193,9 +193,9 @@ def _batch_of(settings: dict[str, Any], processes: int) -> Any:
 
 
 def _say_what_differs(configuration: Configuration, processes: int) -> None:
-    if processes == distributed.world_size():
+    if processes == ranks.world_size():
         return
-    changed = f"going on with {distributed.world_size()} instead of {processes} processes: the same documents"
+    changed = f"going on with {ranks.world_size()} instead of {processes} processes: the same documents"
     changed += " make each step"
     if configuration.lora.lora_dropout:
         note(f"{changed}, but dropout draws anew, so the losses will differ from an uninterrupted run's")
@@ -257,6 +257,6 @@ def step_of(checkpoint: str) -> int:
 def how_to_go_on(directory: RunDirectory) -> str:
     """The command that goes on with a run."""
     words = ["falcon-qlora", "train", "--config", str(directory.config_file), "--resume", str(directory)]
-    if distributed.world_size() > 1 and distributed.world_size() == distributed.local_world_size():
-        words += ["--gpus", str(distributed.world_size())]
+    if ranks.world_size() > 1 and ranks.world_size() == ranks.local_world_size():
+        words += ["--gpus", str(ranks.world_size())]
     return " ".join(map(quoted, words))

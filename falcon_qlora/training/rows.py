@@ -14,7 +14,7 @@ from falcon_qlora.config import Configuration
 from falcon_qlora.data.batches import DocumentReader, StreamingSteps, TrainingSteps
 from falcon_qlora.data.origins import RowNames
 from falcon_qlora.data.plan import Plan
-from falcon_qlora.processes import distributed
+from falcon_qlora.processes import agreement, ranks
 from falcon_qlora.terminal.console import patience
 
 
@@ -56,7 +56,7 @@ def load_tokenizer(configuration: Configuration) -> Any:
     from falcon_qlora.models import tokenizer
 
     model = configuration.model
-    return distributed.main_process_first(
+    return agreement.main_process_first(
         lambda: tokenizer.load_tokenizer(
             model.model_name_or_path,
             tokenizer_name_or_path=model.tokenizer_name_or_path,
@@ -107,7 +107,7 @@ def training_data(configuration: Configuration, tokenizer: Any) -> TrainingData:
         return _streamed_data(configuration, tokenizer)
     data, run = configuration.data, configuration.run
     with patience() as doing:
-        corpus, held_out = distributed.main_process_first(
+        corpus, held_out = agreement.main_process_first(
             lambda: corpora(configuration, tokenizer, progress=doing)
         )
     plan = make_plan(configuration, corpus)
@@ -123,8 +123,8 @@ def training_data(configuration: Configuration, tokenizer: Any) -> TrainingData:
         corpus.target_counts,
         steps=total_steps,
         micro_batch=run.per_device_train_batch_size,
-        process=distributed.process_index(),
-        processes=distributed.world_size(),
+        process=ranks.process_index(),
+        processes=ranks.world_size(),
         even=_may_be_sharded(configuration),
     )
     epoch, place = plan.locate(total_steps)
@@ -177,13 +177,13 @@ def _streamed_data(configuration: Configuration, tokenizer: Any) -> TrainingData
 
     held_out = None
     if data.eval_split is not None:
-        held_out = distributed.main_process_first(lambda: held_out_alone(configuration, tokenizer))
+        held_out = agreement.main_process_first(lambda: held_out_alone(configuration, tokenizer))
     of_sources: dict[str, Any] = {
         "dataset_name": data.dataset_name,
         "dataset_config": data.dataset_config,
         "dataset_split": data.dataset_train_split,
     }
-    dataset_format, template = distributed.main_process_first(
+    dataset_format, template = agreement.main_process_first(
         lambda: recognise_stream(
             **of_sources,
             dataset_format=data.dataset_format,
@@ -191,7 +191,7 @@ def _streamed_data(configuration: Configuration, tokenizer: Any) -> TrainingData
             template=data.template,
         )
     )
-    sources = distributed.from_main_process(lambda: describe_sources(**of_sources))
+    sources = agreement.from_main_process(lambda: describe_sources(**of_sources))
     first = next(documents(0, shuffle_buffer=1), None)
     if first is None:
         raise UserError(f"{', '.join(data.dataset_name)}: no row has an answer to train on")
@@ -203,8 +203,8 @@ def _streamed_data(configuration: Configuration, tokenizer: Any) -> TrainingData
         max_length=data.max_length,
         padding=None if data.packing else data.padding,
         padding_id=tokenizer.eos_token_id,
-        process=distributed.process_index(),
-        processes=distributed.world_size(),
+        process=ranks.process_index(),
+        processes=ranks.world_size(),
         even=_may_be_sharded(configuration),
     )
     return TrainingData(
@@ -260,7 +260,7 @@ def global_batch(configuration: Configuration) -> int:
     run = configuration.run
     if run.global_batch_size is not None:
         return run.global_batch_size
-    return run.per_device_train_batch_size * distributed.world_size() * run.gradient_accumulation_steps
+    return run.per_device_train_batch_size * ranks.world_size() * run.gradient_accumulation_steps
 
 
 def row_settings(configuration: Configuration) -> dict[str, Any]:

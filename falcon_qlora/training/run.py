@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from falcon_qlora.config import Configuration
-from falcon_qlora.processes import distributed
+from falcon_qlora.processes import agreement, endings, ranks
 
 if TYPE_CHECKING:
     from falcon_qlora.run_folder.lock import RunLock
 
 
 def train(configuration: Configuration) -> Path:
-    """Fine-tune as `configuration` says, as one of `distributed.world_size()` processes.
+    """Fine-tune as `configuration` says, as one of `ranks.world_size()` processes.
 
     Returns:
         The run directory.
@@ -26,7 +26,7 @@ def train(configuration: Configuration) -> Path:
     from falcon_qlora.terminal.console import note
 
     # The processes that torchrun ends before it starts others may take a while to go.
-    patience = 60.0 if distributed.restart_count() else 0.5
+    patience = 60.0 if ranks.restart_count() else 0.5
     with RunLock(note, patience_seconds=patience) as lock:
         return _train(configuration, lock)
 
@@ -56,7 +56,7 @@ def _train(configuration: Configuration, lock: RunLock) -> Path:
     notes = shard_if_wanted(configuration, model)
     activations = choose_activations(configuration, model, kernels)
     preflight.check_disk(configuration, directory, model, steps=data.total_steps)
-    distributed.wait_for_all()  # nothing is written before every process has come so far
+    agreement.wait_for_all()  # nothing is written before every process has come so far
     with preflight.run_folder(configuration, lock) as directory:
         trainer = builder.build_trainer(
             configuration,
@@ -68,7 +68,7 @@ def _train(configuration: Configuration, lock: RunLock) -> Path:
             describe_adapter=functools.partial(record.describe_adapter, configuration, data),
         )
         warm_up(trainer, configuration)
-        going_on = checkpoint is not None or distributed.restart_count() > 0
+        going_on = checkpoint is not None or ranks.restart_count() > 0
         preflight.start_trackers(configuration, directory, trackers, resume=going_on)
         record.write_start(configuration, directory, data, trackers, kernels, checkpoint)
     console.print_start(
@@ -88,7 +88,7 @@ def _train(configuration: Configuration, lock: RunLock) -> Path:
     trainer.args.eval_on_start &= checkpoint is None  # a run that goes on has been evaluated at its start
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
-        distributed.forget_siblings()
+        endings.forget_siblings()
         record.finish(configuration, directory, trainer, data, trackers, activations)
     except Stopped as stopped:
         resumable = not trainer.args.save_only_model

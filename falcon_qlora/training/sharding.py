@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.config import Configuration
-from falcon_qlora.processes import distributed
+from falcon_qlora.processes import agreement, devices, ranks
 
 if TYPE_CHECKING:
     from transformers import FalconConfig
@@ -30,7 +30,7 @@ def shard_if_wanted(configuration: Configuration, model: Any) -> list[str]:
         return []
     from falcon_qlora.models import sharded, zero3
 
-    sharding = f"the model is sharded over the {distributed.world_size()} processes"
+    sharding = f"the model is sharded over the {ranks.world_size()} processes"
     notes = []
     if has_unsuitable_optimizer_of_recipe(configuration):
         notes.append(
@@ -44,7 +44,7 @@ def shard_if_wanted(configuration: Configuration, model: Any) -> list[str]:
         zero3.mark(model)
         sharding += "; its checkpoints hold the weights alone and cannot be resumed"
     else:
-        sharded.shard(model, distributed.local_device())
+        sharded.shard(model, devices.local_device())
     return [sharding, *notes]
 
 
@@ -68,7 +68,7 @@ def _is_unsuitable(optim: str) -> bool:
 
 
 def _wanted(configuration: Configuration, config: FalconConfig) -> bool:
-    wanted, processes = configuration.run.sharding, distributed.world_size()
+    wanted, processes = configuration.run.sharding, ranks.world_size()
     named = wanted in ("fsdp", "zero3")
     if named and processes == 1:
         raise UserError(
@@ -77,7 +77,7 @@ def _wanted(configuration: Configuration, config: FalconConfig) -> bool:
         )
     if wanted != "auto":
         return named
-    device = distributed.local_device()
+    device = devices.local_device()
     if processes == 1 or configuration.method.method != "full" or device.type != "cuda":
         return False
     import torch
@@ -86,7 +86,7 @@ def _wanted(configuration: Configuration, config: FalconConfig) -> bool:
         _replica_bytes(configuration, config)
         > _USABLE_SHARE * torch.cuda.get_device_properties(device).total_memory
     )
-    return any(distributed.gather_objects(here))
+    return any(agreement.gather_objects(here))
 
 
 def _replica_bytes(configuration: Configuration, config: FalconConfig) -> int:
@@ -95,7 +95,7 @@ def _replica_bytes(configuration: Configuration, config: FalconConfig) -> int:
     from falcon_qlora.models.load import resolve_compute_dtype
     from falcon_qlora.models.step_memory import allocated_optimizer_bytes, embedded_share
 
-    each = resolve_compute_dtype(configuration.model.compute_dtype, distributed.local_device()).itemsize
+    each = resolve_compute_dtype(configuration.model.compute_dtype, devices.local_device()).itemsize
     states = allocated_optimizer_bytes(configuration.optimizer, each, embedded=embedded_share(config))
     return int(parameter_count(config) * (2 * each + states))
 

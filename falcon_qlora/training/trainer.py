@@ -23,7 +23,7 @@ from falcon_qlora.inference.evaluation import Evaluation
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models import zero3
 from falcon_qlora.models.sharded import is_sharded
-from falcon_qlora.processes import distributed, stop_signals
+from falcon_qlora.processes import agreement, endings, stop_signals
 from falcon_qlora.processes.stop_signals import Stopped
 from falcon_qlora.processes.watchdog import Watchdog
 from falcon_qlora.step.global_batch import Notes, Reduction, ShardedReduction, accumulate_gradients, evaluated
@@ -270,7 +270,7 @@ class FalconTrainer(ResumableTrainer):
                 self.bad_steps.load_state(kept["bad_steps"])
                 self._reports.load_state(kept["reports"])
         stop_signals.training_begins(note)
-        distributed.remember_siblings()  # which waits for all processes
+        endings.remember_siblings()  # which waits for all processes
         stop_signals.all_have_begun()
         if self._watchdog is not None:
             self._watchdog.start()
@@ -288,7 +288,7 @@ class FalconTrainer(ResumableTrainer):
             Stopped, UserError: on every process.
         """
         if self._ending is not None:
-            last = distributed.from_main_process(lambda: last_complete(self.run_folder / "checkpoints"))
+            last = agreement.from_main_process(lambda: last_complete(self.run_folder / "checkpoints"))
             raise UserError(f"{self._ending}. {last}")
         if self._stopping and self.state.global_step < self.state.max_steps:
             raise Stopped(self.state.global_step, self._save_failure)

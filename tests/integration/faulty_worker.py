@@ -43,7 +43,7 @@ import torch
 
 from falcon_qlora.checkpoint import write
 from falcon_qlora.models.tokenizer import load_tokenizer
-from falcon_qlora.processes import distributed, stop_signals
+from falcon_qlora.processes import ranks, stop_signals
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.step import global_batch as step_module
 from falcon_qlora.train import main
@@ -57,7 +57,7 @@ hogs: list[torch.Tensor] = []
 def faults(do: str, **more: Any) -> list[dict[str, Any]]:
     """The faults of this kind that fall on this process now."""
     wanted = {"do": do, **more}
-    here, attempt = distributed.process_index(), distributed.restart_count()
+    here, attempt = ranks.process_index(), ranks.restart_count()
     return [
         each
         for each in FAULTS
@@ -150,7 +150,7 @@ save_checkpoint = FalconTrainer._save_checkpoint
 
 
 def faulty_save_checkpoint(self: Any, *arguments: Any) -> None:
-    if not distributed.is_main_process() and faults("kill", where="save"):
+    if not ranks.is_main_process() and faults("kill", where="save"):
         threading.Timer(1.0, die).start()
     save_checkpoint(self, *arguments)
 

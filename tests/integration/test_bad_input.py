@@ -16,7 +16,7 @@ import torch
 from falcon_qlora import __main__ as cli
 from falcon_qlora.commands import train as launcher
 from falcon_qlora.config import parse
-from falcon_qlora.processes import distributed
+from falcon_qlora.processes import devices, endings
 from falcon_qlora.terminal.library_logging import quiet_libraries
 from falcon_qlora.training import run
 from tests.integration.refusals import PLAIN, ROWS, contents, folder, only_message, train
@@ -53,7 +53,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     def launch(torchrun_argv: list[str], folder: Path) -> int:
         quiet_libraries()
         words = torchrun_argv[torchrun_argv.index("falcon_qlora.train") + 1 :]
-        return distributed.exit_status(lambda: run.train(parse(words)))
+        return endings.exit_status(lambda: run.train(parse(words)))
 
     monkeypatch.setattr(launcher, "_launch", launch)
 
@@ -172,7 +172,7 @@ class TestModel:
         assert "no linear 'query_key' (did you mean query_key_value?)" in message
 
     def test_that_exceeds_the_gpu(self, refused: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(distributed, "local_device", lambda: torch.device("cuda", 0))
+        monkeypatch.setattr(devices, "local_device", lambda: torch.device("cuda", 0))
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 * GIB, 80 * GIB))
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
@@ -187,7 +187,7 @@ class TestModel:
         assert "--quantize_mode 4bit" in message
 
     def test_8bit_on_a_gpu_that_has_none(self, refused: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(distributed, "local_device", lambda: torch.device("cuda", 0))
+        monkeypatch.setattr(devices, "local_device", lambda: torch.device("cuda", 0))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 0))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla V100")
         message = refused(*train("-q", "8bit", "--compute_dtype", "fp32"))

@@ -26,13 +26,13 @@ def processes(folder: Path) -> Iterator[Processes]:
 
 # Loading fails on the second process alone, as where another program fills its GPU.
 ONE_FAILS = """
-from falcon_qlora.processes import distributed
+from falcon_qlora.processes import ranks
 from falcon_qlora.training import build
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.train import main
 load = build.model_with_adapter
 def fail(*arguments):
-    if distributed.process_index() == 1:
+    if ranks.process_index() == 1:
         raise UserError("its GPU is full")
     return load(*arguments)
 build.model_with_adapter = fail

@@ -72,7 +72,8 @@ READERS = {
     "config/library.py": None,
     "commands/train.py": None,
     "data/stream.py": None,  # hashes what `data/files.py` reads
-    "processes/distributed.py": None,
+    "processes/ranks.py": None,
+    "processes/endings.py": None,
     "common/files.py": None,
     "models/tiny.py": None,
     "data/sample_data/__init__.py": None,

@@ -20,7 +20,7 @@ from falcon_qlora.config import parse
 from falcon_qlora.models import zero3
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.tiny import tiny_path
-from falcon_qlora.processes import distributed
+from falcon_qlora.processes import ranks
 from falcon_qlora.training.sharding import shard_if_wanted
 from tests.integration.processes import Processes
 from tests.integration.runs import command, metrics, summary, train
@@ -175,7 +175,7 @@ def test_it_needs_several_processes_and_all_weights_trained(flags: list[str], me
 )
 def test_what_it_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch, flag: str, message: str) -> None:
     words = f"-m tiny --method full --sharding zero3 --eval_split 0.05 --report_to none {flag}".split()
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
     with pytest.raises(UserError, match=message):
         shard_if_wanted(parse(words), tiny())
 

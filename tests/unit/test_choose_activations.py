@@ -15,7 +15,7 @@ from falcon_qlora.models.activations import blocks_of
 from falcon_qlora.models.fast_path import choose_kernels
 from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.load import load_model
-from falcon_qlora.processes import distributed
+from falcon_qlora.processes import devices
 from falcon_qlora.training.activations import Activations, choose_activations
 from falcon_qlora.training.method import configured_method
 
@@ -44,7 +44,7 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Choose:
             model, kernels=configuration.model.kernels, compute_dtype=configuration.model.compute_dtype
         )
         with monkeypatch.context() as gpu:
-            gpu.setattr(distributed, "local_device", lambda: torch.device("cuda", 0))
+            gpu.setattr(devices, "local_device", lambda: torch.device("cuda", 0))
             gpu.setattr(torch.cuda, "empty_cache", lambda: None)
             gpu.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * GIB))
             gpu.setattr(torch.cuda, "memory_allocated", lambda device: kept(model))

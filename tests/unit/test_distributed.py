@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from falcon_qlora.processes import distributed
+from falcon_qlora.processes import devices, endings, ranks
 
 REPLICAS = """
 import torch
 import torch.distributed as dist
-from falcon_qlora import distributed
+from falcon_qlora.processes import agreement, endings
 
 dist.init_process_group("gloo")
 large = torch.zeros(2**22 + 7, dtype=torch.uint8)
@@ -26,9 +26,9 @@ def same(told, change):
     if dist.get_rank() == 1:
         change()
     try:
-        distributed.check_replicas([large, trained, packed, *others])
+        agreement.check_replicas([large, trained, packed, *others])
         found = "the same"
-    except distributed.ReplicasDifferError as error:
+    except agreement.ReplicasDifferError as error:
         found = error
     if dist.get_rank() == 0:
         print(f"{told}: {found}")
@@ -42,24 +42,24 @@ same("1, -2, 1", lambda: packed[10:13].add_(torch.tensor([1, 254, 1], dtype=torc
 same("the last byte", lambda: large[-1:].fill_(1))
 same("byte 65520", lambda: large[65520:65521].fill_(1))
 same("nothing again", lambda: None)
-distributed.leave(0)
+endings.leave(0)
 """
 
 
 def test_a_replica_lies_on_the_gpu_of_its_local_index_on_any_node(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "9")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert distributed.local_device() == torch.device("cpu")
+    assert devices.local_device() == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert distributed.local_device() == torch.device("cuda", 1)
+    assert devices.local_device() == torch.device("cuda", 1)
 
 
 def test_a_launch_is_told_from_every_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 7")
-    assert distributed.launch_id() == "job 7"
+    assert ranks.launch_id() == "job 7"
     # What torchrun puts there when it was given no name: then its agent's process tells, our parent.
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    told = [sys.executable, "-c", "from falcon_qlora import distributed; print(distributed.launch_id())"]
+    told = [sys.executable, "-c", "from falcon_qlora.processes import ranks; print(ranks.launch_id())"]
     twice = [sys.executable, "-c", f"import subprocess; [subprocess.run({told!r}, check=True) for _ in '12']"]
     names = [
         subprocess.run(twice, capture_output=True, text=True, check=True).stdout.splitlines() for _ in "12"
@@ -85,5 +85,5 @@ def test_replicas_that_differ_by_little_are_found(tmp_path: Path) -> None:
 def test_a_file_that_the_system_refuses_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert distributed.exit_status(lambda: tmp_path.write_text("x")) == 1
+    assert endings.exit_status(lambda: tmp_path.write_text("x")) == 1
     assert capsys.readouterr().err == f"error: {tmp_path}: Is a directory\n"

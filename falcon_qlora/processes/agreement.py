@@ -1,0 +1,196 @@
+"""What the processes agree on, and how one waits for another.
+
+Nothing here starts a process group: Accelerate does. Waiting is done on torchrun's key-value store and not in
+a collective, so it cannot run into NCCL's timeout however long one process downloads or tokenizes.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import itertools
+import os
+import pickle
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from falcon_qlora.common.errors import EXIT_BUG, EXIT_USER_ERROR, UserError
+from falcon_qlora.processes.ranks import is_main_process, process_index, world_size
+
+T = TypeVar("T")
+
+_WAIT_LIMIT = datetime.timedelta(days=7)
+_LOOK_SECONDS = 0.02
+_PIECE_BYTES = 2**22
+_SCATTER = 0x1E3779B97F4A7C15  # odd, its bits without a pattern: the golden ratio's
+# Every process comes to the same waits in the same order; each has a key of its own in the store.
+_numbers = itertools.count(1)
+
+
+class PeerError(Exception):
+    """Another process has met an error and has reported it; this one leaves quietly."""
+
+    def __init__(self, exit_status: int):
+        super().__init__("another process reported the error")
+        self.exit_status = exit_status
+
+
+class ReplicasDifferError(Exception):
+    """Processes that must hold the same do not; the message says which."""
+
+
+def from_main_process(make: Callable[[], T]) -> T:
+    """Run `make` on the main process alone and return its (small, picklable) result on every process.
+
+    Without a process group every process makes its own.
+
+    Raises:
+        PeerError: on the other processes, where the main process failed.
+    """
+    if not _in_group():
+        return make()
+    key = f"falcon_qlora/from_main/{next(_numbers)}"
+    store = dist.distributed_c10d._get_default_store()
+    if not is_main_process():
+        store.wait([key], _WAIT_LIMIT)
+        status, result = pickle.loads(store.get(key))
+        if status:
+            raise PeerError(status)
+        return result
+    try:
+        result = make()
+    except BaseException as error:
+        status = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_BUG
+        store.set(key, pickle.dumps((status, None)))  # type: ignore[arg-type]
+        raise
+    store.set(key, pickle.dumps((0, result)))  # type: ignore[arg-type]
+    return result
+
+
+def main_process_first(work: Callable[[], T]) -> T:
+    """Run `work` on the main process, then on the others once it is done; return each one's own result.
+
+    Meant for work that fills a cache: the first call does it, the later ones find it. Without a process
+    group every process runs `work` at once.
+
+    Raises:
+        PeerError: on the other processes, where the main process failed.
+    """
+    if _in_group() and not is_main_process():
+        from_main_process(work)
+        return work()
+    own: list[T] = []
+    from_main_process(lambda: own.append(work()))
+    return own[0]
+
+
+def wait_for_all() -> None:
+    """Return once every process has come here."""
+    if not _in_group():
+        return
+    key = f"falcon_qlora/all/{next(_numbers)}"
+    store = dist.distributed_c10d._get_default_store()
+    if store.add(f"{key}/arrived", 1) == world_size():
+        store.set(key, "")
+    store.wait([key], _WAIT_LIMIT)
+
+
+def _in_group() -> bool:
+    return world_size() > 1 and dist.is_initialized()
+
+
+def gather_objects(mine: T) -> list[T]:
+    """Each process's (small, picklable) object, by process index."""
+    if not _in_group():
+        return [mine]
+    everyone: list[Any] = [None] * world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def check_replicas(tensors: Iterable[torch.Tensor]) -> None:
+    """See that all processes hold the same bytes; every process calls this.
+
+    Each tensor is summed up on its device, so that little is copied out and exchanged.
+
+    Raises:
+        ReplicasDifferError: on every process, if one of them holds something else.
+    """
+    if world_size() == 1:
+        return
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(str(_checksums(tensor)).encode())
+    everyone = gather_objects(digest.hexdigest())
+    odd = [index for index, theirs in enumerate(everyone) if theirs != everyone[0]]
+    if odd:
+        raise ReplicasDifferError(f"processes {odd} do not hold what process 0 holds")
+
+
+def _checksums(tensor: torch.Tensor) -> list[int]:
+    """A sum over the bytes of each piece of `tensor`, modulo 2^64: any one byte that differs shows."""
+    whole = _bytes_of(tensor)
+    # A weight for each place, odd and scattered, so that exchanged bytes show; in pieces, so that little
+    # memory is taken.
+    weights = torch.arange(1, min(len(whole), _PIECE_BYTES) + 1, device=whole.device)
+    weights *= _SCATTER
+    weights ^= weights >> 29
+    weights |= 1
+    sums = [(piece * weights[: len(piece)]).sum() for piece in whole.split(_PIECE_BYTES)]
+    return torch.stack(sums).tolist()
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().flatten().view(torch.uint8)
+
+
+def fresh_store(timeout_seconds: float) -> dist.Store | None:
+    """torchrun's store as if nothing had been written there yet, for the process group.
+
+    torchrun keeps one store over its restarts, with what the processes before have written: some of the new
+    ones would read their addresses, and wait for processes that are gone. Nodes do not count restarts alike,
+    so the processes agree on a name: each shows a number of its own, and the main process answers to every
+    number that it sees, old ones too, until all have said that they heard.
+
+    Returns:
+        None where the main process makes a store each time, or there is one process.
+
+    Raises:
+        RuntimeError: if the processes do not all come in time.
+    """
+    if world_size() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    store, mine, prefix = connect(timeout_seconds), uuid.uuid4().hex, "falcon_qlora/meet"
+    if not is_main_process():
+        store.set(f"{prefix}/{process_index()}", mine)
+        name = store.get(f"{prefix}/answer/{mine}").decode()
+        store.set(f"{prefix}/{name}/{process_index()}", "")
+        return dist.PrefixStore(name, store)
+    away, deadline = set(range(1, world_size())), time.monotonic() + timeout_seconds
+    while away:
+        for process in sorted(away):
+            if store.check([f"{prefix}/{process}"]):
+                store.set(f"{prefix}/answer/{store.get(f'{prefix}/{process}').decode()}", mine)
+            if store.check([f"{prefix}/{mine}/{process}"]):
+                away.remove(process)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"processes {sorted(away)} did not come within {timeout_seconds:.0f} s")
+        time.sleep(_LOOK_SECONDS)
+    return dist.PrefixStore(mine, store)
+
+
+def connect(timeout_seconds: float) -> dist.TCPStore:
+    """A connection of one's own to the processes' store, for a thread or before there is a process group.
+
+    Raises:
+        RuntimeError: if there is no answer.
+        KeyError: if torchrun has not started this process.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    limit = datetime.timedelta(seconds=timeout_seconds)
+    return dist.TCPStore(address, port, is_master=False, timeout=limit)

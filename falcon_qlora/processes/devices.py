@@ -1,0 +1,47 @@
+"""Which device a process computes on, and what is asked of any."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import AbstractContextManager
+
+import torch
+
+from falcon_qlora.processes.ranks import local_process_index
+
+
+def local_device() -> torch.device:
+    """The device of this process's replica: the GPU of its local index, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_process_index())
+
+
+def resolve(device: torch.device | str | None) -> torch.device:
+    """The device that is meant: this process's for None, the current GPU for ``cuda``."""
+    device = local_device() if device is None else torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def name_of(device: torch.device) -> str:
+    """What `device` is called, such as ``NVIDIA H200``; ``CPU``."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def visible_gpus() -> int:
+    """How many GPUs this process can use."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def free_memory() -> None:
+    """Give back what nothing holds any more, PyTorch's cache on the GPU included."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def draws_undone(device: torch.device) -> AbstractContextManager[None]:
+    """Put the random generators of the CPU and of `device` back as they were, at the block's end."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])

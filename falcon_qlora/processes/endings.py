@@ -1,0 +1,128 @@
+"""How a process ends: its exit status, one message over all processes, and the death of another."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from falcon_qlora.common.errors import EXIT_BUG, EXIT_USER_ERROR, UserError, message_of
+from falcon_qlora.processes.agreement import PeerError, connect, gather_objects
+from falcon_qlora.processes.ranks import is_main_process, restart_count, world_size
+
+_REPORT_LIMIT = datetime.timedelta(seconds=10)
+
+_siblings: list[int] = []
+
+
+def remember_siblings() -> None:
+    """Learn which processes of this machine train together with this one."""
+    namespace = os.readlink("/proc/self/ns/pid") if sys.platform.startswith("linux") else ""
+    here = (socket.gethostname(), namespace, os.getppid())
+    everyone = gather_objects((here, os.getpid()))
+    _siblings[:] = [pid for place, pid in everyone if place == here and pid != os.getpid()]
+
+
+def forget_siblings() -> None:
+    """From here on each process may end by itself."""
+    _siblings.clear()
+
+
+def sibling_died() -> bool:
+    """Whether one of the processes that `remember_siblings` found is gone."""
+    return not all(_lives(pid) for pid in _siblings)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        if sys.platform.startswith("linux"):
+            # What has ended and is not yet collected by its parent is a zombie.
+            stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+            return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True
+
+
+def exit_status(work: Callable[[], object]) -> int:
+    """Run `work` and return the status to exit with, having said what went wrong once over all processes.
+
+    What the user can mend is one line and status 2, a file or memory that the system refuses one line and
+    status 1, a bug a traceback and status 1. Of errors that several processes meet, the first to be reported
+    is printed: the others mostly follow from it.
+    """
+    try:
+        work()
+    except PeerError as error:
+        _report(None)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130
+    except UserError as error:
+        _report(f"error: {error}\n")
+        return EXIT_USER_ERROR
+    except Exception as error:
+        if _siblings and _waits_for_death():
+            return EXIT_BUG  # what follows from another's death says nothing more; the launcher tells of it
+        told = message_of(error)
+        _report(f"{told}\n" if told else traceback.format_exc())
+        return EXIT_BUG
+    return 0
+
+
+def _waits_for_death(seconds: float = 0.5) -> bool:
+    """Whether a sibling is gone, or is so within a moment: a connection ends shortly before its process."""
+    deadline = time.monotonic() + seconds
+    while not sibling_died():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def leave(status: int) -> None:
+    """End this process at once.
+
+    After an error without goodbyes: the others may be waiting in a collective. After a success without the
+    interpreter's own end, in which threads of native libraries are sometimes taken down while they run and
+    abort the process: everything that a run writes is written by then.
+    """
+    if status == 0 and dist.is_initialized() and torch.cuda.is_available():
+        dist.destroy_process_group()  # NCCL asks for it
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _report(message: str | None) -> None:
+    """Print `message`, if no process has printed one yet; return once it is printed.
+
+    A process that left earlier would have torchrun's agent end the others, the one that prints among them.
+    It goes by a connection of its own to the agent's store: there may be no process group yet.
+
+    Args:
+        message: None where another process has one.
+    """
+    key = f"falcon_qlora/reported/{restart_count()}"
+    store = None
+    if world_size() > 1:
+        with contextlib.suppress(RuntimeError, KeyError):
+            store = connect(_REPORT_LIMIT.total_seconds())
+    alone = store is None and is_main_process()
+    if message is not None and (alone or (store is not None and store.add(key, 1) == 1)):
+        print(message, end="", file=sys.stderr, flush=True)
+        if store is not None:
+            store.set(f"{key}/printed", "")
+    elif store is not None:
+        with contextlib.suppress(RuntimeError):
+            store.wait([f"{key}/printed"], _REPORT_LIMIT)
