@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from falcon_qlora.bench.settings import Document
-from falcon_qlora.data.plan import Plan
+from falcon_qlora.data.packing import Plan
 
 
 def made_up(count: int, length: int, vocabulary: int, *, seed: int) -> list[Document]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from falcon_qlora.bench.settings import Document, Runner, Settings, adapted
 from falcon_qlora.bench.variants import Impossible, Variant
-from falcon_qlora.data.batches import MicroBatch, collate
+from falcon_qlora.data.packing import MicroBatch, collate
 from falcon_qlora.kernels import fp8
 from falcon_qlora.models.activations import set_checkpointing
 from falcon_qlora.models.fast_path import apply_fast_path, keep_fp8_weights, remove_fast_path

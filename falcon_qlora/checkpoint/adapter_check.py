@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.data.batches import MicroBatch, collate
+from falcon_qlora.data.packing import MicroBatch, collate
 from falcon_qlora.methods.folder import TENSORS, attached_tensors
 from falcon_qlora.methods.full import Full
 from falcon_qlora.methods.interface import method_of

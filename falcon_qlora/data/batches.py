@@ -1,64 +1,24 @@
-"""From document indexes to the tensors one process computes on.
-
-Shape legend: T tokens of a micro batch laid end to end, D documents, N target tokens.
-"""
+"""A run as a sequence of steps: of each, the micro batches that this process computes."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.cursor import State
 from falcon_qlora.data.origins import Origin
-from falcon_qlora.data.plan import Plan, deal, fitting
+from falcon_qlora.data.packing import MicroBatch, Plan, collate, deal, fitting
 from falcon_qlora.data.stream import DocumentStream, document_of, plain_document
 
 Cursor = dict[str, Any]
 """Where a stream's next step begins, in plain values that JSON keeps."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MicroBatch:
-    """What one forward computes: documents laid end to end in one row.
-
-    A padded batch is the same thing with the padding inside the documents, at their ends, where a causal
-    model cannot see it.
-
-    Attributes:
-        input_ids: int64 ``[1, T]``.
-        position_ids: int64 ``[1, T]``, restarting at 0 in every document.
-        cu_seqlens: int32 ``[D + 1]``, where the documents begin and, last, T.
-        target_positions: int64 ``[N]``, positions whose next token is a target.
-        targets: int64 ``[N]``, those next tokens.
-        lengths: the documents' tokens, padding included, on the host.
-        tokens: real tokens, padding not counted.
-    """
-
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    cu_seqlens: torch.Tensor
-    target_positions: torch.Tensor
-    targets: torch.Tensor
-    lengths: tuple[int, ...]
-    tokens: int
-
-    def _each_tensor(self, change: Any) -> MicroBatch:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: change(v) for k, v in tensors.items() if isinstance(v, torch.Tensor)})
-
-    def to(self, device: torch.device) -> MicroBatch:
-        return self._each_tensor(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> MicroBatch:
-        return self._each_tensor(lambda tensor: tensor.pin_memory())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,43 +52,6 @@ class Share:
         return replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])
 
 
-def collate(
-    documents: Sequence[np.ndarray],
-    masks: Sequence[np.ndarray],
-    *,
-    pad_to: int | None = None,
-    padding_id: int = 0,
-) -> MicroBatch:
-    """Lay documents end to end.
-
-    Args:
-        documents: each int ``[length]``, token ids.
-        masks: each ``[length]``, 1 where the token is a training target.
-        pad_to: pad every document to this many positions; None packs.
-        padding_id: the token to pad with. Padding is never a target, whatever its id.
-    """
-    lengths = [pad_to or len(document) for document in documents]
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    total = int(starts[-1])
-    ids = np.full(total, padding_id, dtype=np.int64)
-    is_target = np.zeros(total, dtype=bool)
-    for start, document, mask in zip(starts[:-1], documents, masks, strict=True):
-        ids[start : start + len(document)] = document
-        is_target[start : start + len(document)] = mask
-    is_target[starts[:-1]] = False  # nothing precedes a document's first token
-    predicted = np.flatnonzero(is_target)
-    positions = np.arange(total) - np.repeat(starts[:-1], lengths)
-    return MicroBatch(
-        input_ids=torch.from_numpy(ids)[None],
-        position_ids=torch.from_numpy(positions)[None],
-        cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
-        target_positions=torch.from_numpy(predicted - 1),
-        targets=torch.from_numpy(ids[predicted]),
-        lengths=tuple(lengths),
-        tokens=sum(len(document) for document in documents),
-    )
-
-
 class DocumentReader:
     """Reads documents of a tokenized corpus by index.
 
@@ -140,9 +63,10 @@ class DocumentReader:
     """
 
     def __init__(self, dataset: Any, *, padding: str | None, max_length: int, padding_id: int):
+        self.packed = padding is None
+        self.max_length = max_length
         self._dataset = dataset.with_format("numpy", columns=["input_ids", "mask"])
         self._padding = padding
-        self._max_length = max_length
         self._padding_id = padding_id
 
     def micro_batch(self, documents: np.ndarray) -> MicroBatch:
@@ -162,7 +86,70 @@ class DocumentReader:
     def _padded_length(self, longest: int) -> int | None:
         if self._padding is None:
             return None
-        return self._max_length if self._padding == "max_length" else longest
+        return self.max_length if self._padding == "max_length" else longest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dealing:
+    """Which part of every global batch this process computes, and in which pieces.
+
+    Attributes:
+        micro_batch: sequences in one micro batch.
+        process: this process's index.
+        processes: how many there are.
+        even: whether every process has as many micro batches as any, if need be without a document.
+    """
+
+    micro_batch: int
+    process: int
+    processes: int
+    even: bool = False
+
+    def share(
+        self,
+        documents: np.ndarray,
+        reader: DocumentReader,
+        *,
+        lengths: np.ndarray,
+        targets: int,
+        step: int,
+        epoch: float,
+        global_batch: int,
+    ) -> Share:
+        """This process's share of a step.
+
+        Args:
+            documents: int64, the step's documents.
+            reader: of the corpus.
+            lengths: ``[documents of the corpus]``, tokens.
+            targets: target tokens of the step.
+            step, epoch: as in `Share`.
+            global_batch: sequences of the step.
+        """
+        shares = deal(
+            documents,
+            lengths,
+            processes=self.processes,
+            micro_batch=self.micro_batch,
+            max_length=reader.max_length,
+            packed=reader.packed,
+        )
+        parts = filled_up(shares[self.process], max(map(len, shares)) if self.even else 1)
+        positions = sum(reader.positions(lengths[part]) for share in shares for part in share)
+        return Share(
+            micro_batches=[reader.micro_batch(part) for part in parts],
+            step=step,
+            epoch=epoch,
+            global_targets=targets,
+            global_tokens=int(lengths[documents].sum()),
+            global_positions=positions,
+            global_capacity=global_batch * reader.max_length if reader.packed else positions,
+        )
+
+
+def filled_up(parts: list[np.ndarray], count: int) -> list[np.ndarray]:
+    """At least `count` parts: without documents where there are no more."""
+    return parts + [np.array([], dtype=np.int64)] * (count - len(parts))
 
 
 class TrainingSteps(Dataset[Share]):
@@ -173,10 +160,7 @@ class TrainingSteps(Dataset[Share]):
         plan: which documents make a step.
         target_counts: ``[documents]``, target tokens of each document.
         steps: length of the run.
-        micro_batch: sequences in one micro batch.
-        process: this process's index.
-        processes: how many there are.
-        even: whether every process has as many micro batches as any, if need be without a document.
+        dealing: what of a step is this process's.
     """
 
     def __init__(
@@ -186,19 +170,13 @@ class TrainingSteps(Dataset[Share]):
         target_counts: np.ndarray,
         *,
         steps: int,
-        micro_batch: int,
-        process: int,
-        processes: int,
-        even: bool = False,
+        dealing: Dealing,
     ):
         self.plan = plan
-        self._even = even
         self._reader = reader
         self._target_counts = target_counts
         self._steps = steps
-        self._micro_batch = micro_batch
-        self._process = process
-        self._processes = processes
+        self._dealing = dealing
 
     def __len__(self) -> int:
         return self._steps
@@ -209,64 +187,15 @@ class TrainingSteps(Dataset[Share]):
         epoch, place = self.plan.locate(step)
         of_epoch = self.plan.epoch(epoch)
         documents = of_epoch[place]
-        return _share(
+        return self._dealing.share(
             documents,
             self._reader,
-            self.plan.lengths,
-            int(self._target_counts[documents].sum()),
+            lengths=self.plan.lengths,
+            targets=int(self._target_counts[documents].sum()),
             step=step,
             epoch=epoch + (place + 1) / len(of_epoch),
             global_batch=self.plan.global_batch,
-            micro_batch=self._micro_batch,
-            max_length=self.plan.max_length,
-            packed=self.plan.packed,
-            process=self._process,
-            processes=self._processes,
-            even=self._even,
         )
-
-
-def _share(
-    documents: np.ndarray,
-    reader: DocumentReader,
-    lengths: np.ndarray,
-    targets: int,
-    *,
-    step: int,
-    epoch: float,
-    global_batch: int,
-    micro_batch: int,
-    max_length: int,
-    packed: bool,
-    process: int,
-    processes: int,
-    even: bool,
-) -> Share:
-    shares = deal(
-        documents,
-        lengths,
-        processes=processes,
-        micro_batch=micro_batch,
-        max_length=max_length,
-        packed=packed,
-    )
-    least = max(map(len, shares)) if even else 1
-    parts = filled_up(shares[process], least)
-    positions = sum(reader.positions(lengths[part]) for share in shares for part in share)
-    return Share(
-        micro_batches=[reader.micro_batch(part) for part in parts],
-        step=step,
-        epoch=epoch,
-        global_targets=targets,
-        global_tokens=int(lengths[documents].sum()),
-        global_positions=positions,
-        global_capacity=global_batch * max_length if packed else positions,
-    )
-
-
-def filled_up(parts: list[np.ndarray], count: int) -> list[np.ndarray]:
-    """At least `count` parts: without documents where there are no more."""
-    return parts + [np.array([], dtype=np.int64)] * (count - len(parts))
 
 
 class StreamingSteps(IterableDataset[Share | None]):
@@ -277,10 +206,10 @@ class StreamingSteps(IterableDataset[Share | None]):
 
     Args:
         stream: called with the epoch and a state of `DocumentStream`, or None, opens the stream there.
-        global_batch, max_length, packed: as in `Plan`.
-        padding, padding_id: as in `DocumentReader`.
-        even: as in `TrainingSteps`.
         steps: length of the run; the stream is opened again where it ends before.
+        global_batch, max_length: as in `Plan`.
+        padding, padding_id: as in `DocumentReader`.
+        dealing: what of a step is this process's.
 
     Raises:
         UserError: if the stream has no document.
@@ -292,24 +221,18 @@ class StreamingSteps(IterableDataset[Share | None]):
         *,
         steps: int,
         global_batch: int,
-        micro_batch: int,
         max_length: int,
         padding: str | None,
         padding_id: int,
-        process: int,
-        processes: int,
-        even: bool = False,
+        dealing: Dealing,
     ):
         self._stream = stream
-        self._even = even
         self._steps = steps
         self._global_batch = global_batch
-        self._micro_batch = micro_batch
         self._max_length = max_length
         self._padding = padding
         self._padding_id = padding_id
-        self._process = process
-        self._processes = processes
+        self._dealing = dealing
         self._cursor: Cursor = {"step": 0, "epoch": 0, "began": 0, "stream": None, "waiting": []}
 
     def go_on(self, cursor: Cursor) -> None:
@@ -365,20 +288,14 @@ class StreamingSteps(IterableDataset[Share | None]):
         )
         lengths = np.array([len(document["input_ids"]) for document in documents], dtype=np.int64)
         targets = sum(int(np.sum(document["mask"][1:])) for document in documents)
-        share = _share(
+        share = self._dealing.share(
             np.arange(len(documents)),
             reader,
-            lengths,
-            targets,
+            lengths=lengths,
+            targets=targets,
             step=step,
             epoch=float(epoch),
             global_batch=self._global_batch,
-            micro_batch=self._micro_batch,
-            max_length=self._max_length,
-            packed=self._padding is None,
-            process=self._process,
-            processes=self._processes,
-            even=self._even,
         )
         return replace(share, origins=tuple(document["origin"] for document in documents))
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.falcon.modeling_falcon import FalconRotaryEmbedding
 
-from falcon_qlora.data.batches import DocumentReader, MicroBatch, filled_up
-from falcon_qlora.data.plan import deal_evaluation
+from falcon_qlora.data.batches import DocumentReader, filled_up
+from falcon_qlora.data.packing import MicroBatch, deal
 from falcon_qlora.models.checkpoints import parameter_reader, read_folder_config
 from falcon_qlora.models.forward import block_arguments, enable_packing, falcon_of, run_blocks
 from falcon_qlora.models.load import empty_model
@@ -81,8 +81,12 @@ class Evaluation:
 
     def share(self, process: int, processes: int, *, even: bool) -> Iterator[MicroBatch]:
         """One process's micro batches, on the host; `even`: as many as any has, some without targets."""
-        dealt = deal_evaluation(
-            self.lengths, processes=processes, micro_batch=self.micro_batch, max_length=self.max_length
+        dealt = deal(
+            np.arange(len(self.lengths)),
+            self.lengths,
+            processes=processes,
+            micro_batch=self.micro_batch,
+            max_length=self.max_length,
         )
         parts = filled_up(dealt[process], max(map(len, dealt)) if even else 0)
         return map(self.reader.micro_batch, parts)

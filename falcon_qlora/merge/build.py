@@ -11,7 +11,7 @@ import torch
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import replaced_folder, sha256
-from falcon_qlora.data.batches import MicroBatch
+from falcon_qlora.data.packing import MicroBatch
 from falcon_qlora.inference.evaluation import (
     Predictions,
     divergence,

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import nn
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.data.batches import MicroBatch, Share
+from falcon_qlora.data.batches import Share
+from falcon_qlora.data.packing import MicroBatch
 from falcon_qlora.models.packed_attention import Sequences
 from falcon_qlora.processes.devices import free_memory
 

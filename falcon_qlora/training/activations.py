@@ -15,7 +15,7 @@ from falcon_qlora.models.fast_path import reason_left_alone, runs_fast
 from falcon_qlora.processes import agreement, devices, ranks
 
 if TYPE_CHECKING:
-    from falcon_qlora.data.batches import MicroBatch
+    from falcon_qlora.data.packing import MicroBatch
     from falcon_qlora.models.activations import Checkpointing
     from falcon_qlora.models.step_memory import Step
     from falcon_qlora.training.trainer import FalconTrainer

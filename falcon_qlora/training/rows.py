@@ -11,9 +11,9 @@ from typing import Any
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.config import Configuration
-from falcon_qlora.data.batches import DocumentReader, StreamingSteps, TrainingSteps
+from falcon_qlora.data.batches import Dealing, DocumentReader, StreamingSteps, TrainingSteps
 from falcon_qlora.data.origins import RowNames
-from falcon_qlora.data.plan import Plan
+from falcon_qlora.data.packing import Plan
 from falcon_qlora.processes import agreement, ranks
 from falcon_qlora.terminal.console import patience
 
@@ -122,10 +122,7 @@ def training_data(configuration: Configuration, tokenizer: Any) -> TrainingData:
         plan,
         corpus.target_counts,
         steps=total_steps,
-        micro_batch=run.per_device_train_batch_size,
-        process=ranks.process_index(),
-        processes=ranks.world_size(),
-        even=_may_be_sharded(configuration),
+        dealing=_dealing(configuration),
     )
     epoch, place = plan.locate(total_steps)
     first_epoch = plan.epoch(0)
@@ -199,13 +196,10 @@ def _streamed_data(configuration: Configuration, tokenizer: Any) -> TrainingData
         documents,
         steps=run.max_steps,
         global_batch=global_batch(configuration),
-        micro_batch=run.per_device_train_batch_size,
         max_length=data.max_length,
         padding=None if data.packing else data.padding,
         padding_id=tokenizer.eos_token_id,
-        process=ranks.process_index(),
-        processes=ranks.world_size(),
-        even=_may_be_sharded(configuration),
+        dealing=_dealing(configuration),
     )
     return TrainingData(
         steps=steps,
@@ -227,9 +221,14 @@ def _streamed_data(configuration: Configuration, tokenizer: Any) -> TrainingData
     )
 
 
-def _may_be_sharded(configuration: Configuration) -> bool:
-    """Whether a forward may take all processes, so that each must have as many."""
-    return configuration.method.method == "full"
+def _dealing(configuration: Configuration) -> Dealing:
+    return Dealing(
+        micro_batch=configuration.run.per_device_train_batch_size,
+        process=ranks.process_index(),
+        processes=ranks.world_size(),
+        # A forward of sharded weights takes all processes, so that each must have as many.
+        even=configuration.method.method == "full",
+    )
 
 
 def held_out_alone(configuration: Configuration, tokenizer: Any) -> Any:

@@ -37,7 +37,7 @@ from falcon_qlora.bench.devices import synchronize
 from falcon_qlora.bench.rows import made_up
 from falcon_qlora.bench.settings import Settings, adapted
 from falcon_qlora.bench.variants import VARIANTS
-from falcon_qlora.data.batches import MicroBatch, collate
+from falcon_qlora.data.packing import MicroBatch, collate
 from falcon_qlora.models.activations import Checkpointing, set_checkpointing
 from falcon_qlora.models.falcon import parameter_count
 from falcon_qlora.models.fast_path import apply_fast_path

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import falcon_qlora
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.data.batches import MicroBatch
+from falcon_qlora.data.packing import MicroBatch
 from falcon_qlora.data.tokenize import prepare_corpora
 from falcon_qlora.methods.lora import attach_lora
 from falcon_qlora.methods.registry import load_adapter

@@ -15,7 +15,7 @@ import json, resource, sys
 from pathlib import Path
 import torch
 from falcon_qlora.inference.evaluation import folder_predictions
-from falcon_qlora.data.batches import collate
+from falcon_qlora.data.packing import collate
 from falcon_qlora.merge.folder import write_configuration, write_weights
 from falcon_qlora.merge.tensors import Quantization, merged_tensors
 from falcon_qlora.methods.saved import read_adapter

@@ -9,8 +9,8 @@ import datasets
 import numpy as np
 import pytest
 
-from falcon_qlora.data.batches import DocumentReader, StreamingSteps, TrainingSteps, collate
-from falcon_qlora.data.plan import Plan
+from falcon_qlora.data.batches import Dealing, DocumentReader, StreamingSteps, TrainingSteps
+from falcon_qlora.data.packing import Plan, collate
 
 DOCUMENTS = [np.array([5, 6, 7]), np.array([8, 9]), np.array([4, 11, 11, 11])]
 MASKS = [np.array([1, 1, 1]), np.array([0, 1]), np.array([0, 0, 1, 1])]
@@ -56,9 +56,7 @@ def steps(process: int, processes: int, padding: str | None = None) -> TrainingS
         plan,
         lengths - 1,
         steps=2 * plan.steps(1),
-        micro_batch=2,
-        process=process,
-        processes=processes,
+        dealing=Dealing(micro_batch=2, process=process, processes=processes),
     )
 
 
@@ -125,12 +123,10 @@ def test_a_stream_goes_on_with_any_step(padding: str | None) -> None:
             stream,  # type: ignore[arg-type]
             steps=20,
             global_batch=6,
-            micro_batch=2,
             max_length=32,
             padding=padding,
             padding_id=0,
-            process=0,
-            processes=1,
+            dealing=Dealing(micro_batch=2, process=0, processes=1),
         )
 
     def content(share: Any) -> Any:
@@ -166,12 +162,10 @@ def test_a_stream_makes_full_steps_of_every_document_in_turn():
                 lambda epoch, state: Documents(dataset, state),
                 steps=9,
                 global_batch=6,
-                micro_batch=2,
                 max_length=32,
                 padding=None,
                 padding_id=0,
-                process=process,
-                processes=processes,
+                dealing=Dealing(micro_batch=2, process=process, processes=processes),
             )
         )
 

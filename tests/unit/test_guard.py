@@ -14,7 +14,7 @@ from torch._C import _distributed_c10d
 from torch.distributed.flight_recorder.components.loader import read_dump
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.data.batches import collate
+from falcon_qlora.data.packing import collate
 from falcon_qlora.processes.watchdog import describe, record_collectives, write_record
 from falcon_qlora.step.global_batch import Agreed, Notes, halved
 from falcon_qlora.training.agreed_flags import BadSteps, Reports, StepReport

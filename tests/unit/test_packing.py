@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from falcon_qlora.data.plan import Plan, deal
+from falcon_qlora.data.packing import Plan, deal
 
 LENGTHS = st.lists(st.integers(1, 64), min_size=1, max_size=200).map(lambda x: np.array(x, dtype=np.int64))
 

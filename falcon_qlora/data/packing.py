@@ -1,17 +1,26 @@
-"""Which documents make step n, and which process computes which of them.
+"""Which documents make step n, which process computes which of them, and how they lie in a micro batch.
 
-Membership is a pure function of the corpus's fingerprint, the seed, the step and the global batch: it
-does not depend on how many processes there are, so to resume is to remember a step. How a global batch
-is dealt to processes and cut into micro batches only balances the work.
+From top to bottom: `Plan` orders a corpus and cuts it into steps; `deal` gives the documents of a step to
+processes and cuts each share into micro batches; `collate` lays the documents of one end to end, with their
+boundaries in `cu_seqlens`, across which the model does not look.
+
+Which documents make a step is a pure function of the corpus's fingerprint, the seed, the step and the global
+batch: it does not depend on how many processes there are, so to resume is to remember a step. How a global
+batch is dealt and cut only balances the work.
+
+Shape legend: T tokens of a micro batch laid end to end, D documents, N target tokens.
 """
 
 from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
+import torch
 
 _MEGABATCH = 50
 
@@ -158,15 +167,6 @@ def deal(
     return [_micro_batches(share, lengths, capacity) for share in shares]
 
 
-def deal_evaluation(
-    lengths: np.ndarray, *, processes: int, micro_batch: int, max_length: int
-) -> list[list[np.ndarray]]:
-    """Deal a whole held-out corpus: like `deal`, packed, with every document exactly once."""
-    return deal(
-        np.arange(len(lengths)), lengths, processes=processes, micro_batch=micro_batch, max_length=max_length
-    )
-
-
 def _micro_batches(share: np.ndarray, lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
     if len(share) == 0:
         return []
@@ -218,3 +218,76 @@ def _fits(lengths: np.ndarray, bins: int, capacity: int) -> bool:
             return False
         insort(free, free.pop(place) - length)
     return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """What one forward computes: documents laid end to end in one row.
+
+    A padded batch is the same thing with the padding inside the documents, at their ends, where a causal
+    model cannot see it.
+
+    Attributes:
+        input_ids: int64 ``[1, T]``.
+        position_ids: int64 ``[1, T]``, restarting at 0 in every document.
+        cu_seqlens: int32 ``[D + 1]``, where the documents begin and, last, T.
+        target_positions: int64 ``[N]``, positions whose next token is a target.
+        targets: int64 ``[N]``, those next tokens.
+        lengths: the documents' tokens, padding included, on the host.
+        tokens: real tokens, padding not counted.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    target_positions: torch.Tensor
+    targets: torch.Tensor
+    lengths: tuple[int, ...]
+    tokens: int
+
+    def _each_tensor(self, change: Any) -> MicroBatch:
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: change(v) for k, v in tensors.items() if isinstance(v, torch.Tensor)})
+
+    def to(self, device: torch.device) -> MicroBatch:
+        return self._each_tensor(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> MicroBatch:
+        return self._each_tensor(lambda tensor: tensor.pin_memory())
+
+
+def collate(
+    documents: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray],
+    *,
+    pad_to: int | None = None,
+    padding_id: int = 0,
+) -> MicroBatch:
+    """Lay documents end to end.
+
+    Args:
+        documents: each int ``[length]``, token ids.
+        masks: each ``[length]``, 1 where the token is a training target.
+        pad_to: pad every document to this many positions; None packs.
+        padding_id: the token to pad with. Padding is never a target, whatever its id.
+    """
+    lengths = [pad_to or len(document) for document in documents]
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    total = int(starts[-1])
+    ids = np.full(total, padding_id, dtype=np.int64)
+    is_target = np.zeros(total, dtype=bool)
+    for start, document, mask in zip(starts[:-1], documents, masks, strict=True):
+        ids[start : start + len(document)] = document
+        is_target[start : start + len(document)] = mask
+    is_target[starts[:-1]] = False  # nothing precedes a document's first token
+    predicted = np.flatnonzero(is_target)
+    positions = np.arange(total) - np.repeat(starts[:-1], lengths)
+    return MicroBatch(
+        input_ids=torch.from_numpy(ids)[None],
+        position_ids=torch.from_numpy(positions)[None],
+        cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
+        target_positions=torch.from_numpy(predicted - 1),
+        targets=torch.from_numpy(ids[predicted]),
+        lengths=tuple(lengths),
+        tokens=sum(len(document) for document in documents),
+    )
