@@ -80,6 +80,18 @@ def repository() -> Path:
     return REPOSITORY
 
 
+@pytest.fixture
+def unwritten_memory_is_nan() -> Iterator[None]:
+    """Fill what ``torch.empty`` and its like give with NaN, and whole numbers with the largest there is.
+
+    It is PyTorch's own switch, for tests of code that writes its outputs itself: results that depend on what
+    was in memory before are then wrong in every run.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def no_network() -> Iterator[None]:
     """Let sockets of the tests reach this machine alone."""

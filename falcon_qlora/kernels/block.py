@@ -1,8 +1,5 @@
 """A whole Falcon block with frozen weights and an adapter, forward and backward, as one autograd function.
 
-Shapes: T tokens of all documents, H hidden size, W width of the fused query, key and value, F feed-forward
-size, Q query heads, K key/value heads, D head size, R columns for LoRA's ranks.
-
 The block's parallel forms: ``y = x + dense(attention(n1)) + 4h_to_h(gelu(h_to_4h(n2)))`` with n1 and n2 two
 norms of x, or one and the same.
 
@@ -41,10 +38,10 @@ class Attention(Protocol):
     def tensors(self) -> tuple[Tensor, ...]: ...
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """``[T, Q, D]``, ``[T, K, D]``, ``[T, K, D]`` → what `output` and `backward` need beside them."""
+        """``[T, Q, D]``, ``[T, G, D]``, ``[T, G, D]`` → what `output` and `backward` need beside them."""
 
     def output(self, query: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
-        """``[T, Q, D]``, from the queries ``[T, K, Q/K, D]`` and what `forward` gave."""
+        """``[T, Q, D]``, from the queries ``[T, G, Q/G, D]`` and what `forward` gave."""
 
     def backward(
         self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, kept: tuple[Tensor, ...]
@@ -142,11 +139,11 @@ class Block:
 
     Attributes:
         norms: one, or attention's and the feed-forward's.
-        query_key_value: K groups of query heads, a key head and a value head each.
+        query_key_value: G groups of query heads, a key head and a value head each.
         dense_h_to_4h: before GELU.
         dense_4h_to_h: after GELU.
         dense: after attention.
-        kv_heads: K.
+        kv_heads: G.
         head_dim: D.
         workspace: shared by all blocks of a model.
         products: how the linears are multiplied, given the block and the adapters' matrices.
@@ -171,7 +168,7 @@ class Block:
         return self.query_key_value, self.dense_h_to_4h, self.dense_4h_to_h, self.dense
 
     def heads(self, fused: Tensor) -> Tensor:
-        """``[T, W]`` → ``[T, K, Q/K + 2, D]``, a view."""
+        """``[T, W]`` → ``[T, G, Q/G + 2, D]``, a view."""
         return fused.unflatten(1, (self.kv_heads, -1, self.head_dim))
 
 

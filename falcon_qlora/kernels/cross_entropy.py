@@ -1,9 +1,7 @@
 """Cross entropy of an output head without keeping the logits.
 
-Shapes: N target tokens, H hidden size, V vocabulary.
-
 With a vocabulary of 65,024 the float32 logits of 16,384 tokens take 4 GiB, and their gradient as much again.
-Here at most `chunk_tokens` rows of them exist at a time: the gradient for the hidden states is taken in the
+Here at most `CHUNK_TOKENS` rows of them exist at a time: the gradient for the hidden states is taken in the
 forward pass, while a chunk's logits are there, so nothing is multiplied twice. Their gradient takes their
 memory.
 
@@ -16,40 +14,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from falcon_qlora.kernels import ops
 from falcon_qlora.kernels.scale_shift import scale_backward, scale_shift
 
-DEFAULT_CHUNK_TOKENS = 1024
-_LEAST_CHUNK_TOKENS, _CHUNKS = 128, 8
+CHUNK_TOKENS = 1024
 
 
-def default_chunk_tokens(tokens: int) -> int:
-    """How many rows of logits exist at a time, of `tokens` in all.
-
-    An eighth, so that a small batch's logits take no more than a block's backward does: at 10 bytes each,
-    1,024 rows are 0.67 GB.
-    """
-    return min(max(_LEAST_CHUNK_TOKENS, -(-tokens // _CHUNKS)), DEFAULT_CHUNK_TOKENS)
-
-
-def cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """What `chunked_cross_entropy` computes, in plain PyTorch.
-
-    Args:
-        hidden: ``[N, H]``.
-        weight: ``[V, H]``.
-        targets: int64 ``[N]``.
-
-    Returns:
-        float32 scalar: the sum of the N cross entropies.
-    """
-    hidden, weight = _in_one_dtype(hidden, weight)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return F.cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")
+def logit_rows(tokens: int) -> int:
+    """How many rows of logits exist at a time, of `tokens` in all: at 10 bytes a logit, 1,024 are 0.67 GB."""
+    return min(tokens, CHUNK_TOKENS)
 
 
 def chunked_cross_entropy(
@@ -58,7 +34,7 @@ def chunked_cross_entropy(
     targets: Tensor,
     *,
     vectors: tuple[Tensor, Tensor] | None = None,
-    chunk_tokens: int | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> Tensor:
     """Sum of the cross entropies of `targets` under the logits ``hidden @ weight.T``.
 
@@ -69,13 +45,12 @@ def chunked_cross_entropy(
         weight: ``[V, H]``; gets a gradient where it requires one.
         targets: int64 ``[N]``, each in ``[0, V)``.
         vectors: scale and bias of the logits, float32 ``[V]`` each, or None.
-        chunk_tokens: how many rows of logits exist at a time; None for `default_chunk_tokens`.
+        chunk_tokens: how many rows of logits exist at a time.
 
     Returns:
         float32 scalar, connected to `hidden`, `weight` and `vectors`.
     """
     hidden, weight = _in_one_dtype(hidden, weight)
-    chunk_tokens = chunk_tokens or default_chunk_tokens(len(hidden))
     scale, bias = vectors or (None, None)
     return _ChunkedCrossEntropy.apply(hidden, weight, targets, scale, bias, chunk_tokens)
 

@@ -1,7 +1,5 @@
 """A block's products in the dtype of its activations, with weights dequantized into it.
 
-Shapes: T tokens, H hidden size, F feed-forward size, R columns for LoRA's ranks.
-
 Products are few and large, see `frozen_linear`: query_key_value and h_to_4h are one where there is one norm,
 and so are dense and 4h_to_h, with the block's input as addend. Weights are dequantized for every product,
 each time into the same memory. With `GeluProducts` the products on either side of GELU are separate ones that

@@ -1,7 +1,5 @@
 """Dropout of what LoRA reads, without a mask in memory: a hash of place and seed says what is kept.
 
-Shapes: T tokens, N features, R columns of LoRA's rank.
-
 The backward pass asks the hash again. Two rounds of MurmurHash3's 32-bit finalizer, one for each half of the
 seed, go over a value's place in its matrix; a value is left out where the result is below p of its range.
 """
@@ -18,7 +16,7 @@ from falcon_qlora.kernels.low_rank import HASH_BITS, Dropout
 
 
 def drop(x: Tensor, dropout: Dropout | None) -> Tensor:
-    """``[T, N]``, rows any distance apart, with values left out; None leaves out none, and copies nothing."""
+    """``[T, C]``, rows any distance apart, with values left out; None leaves out none, and copies nothing."""
     return x if dropout is None else _form(x).drop(x, dropout)
 
 
@@ -26,9 +24,9 @@ def add_dropped(x: Tensor, left: Tensor, right: Tensor, dropout: Dropout | None)
     """Add ``left @ right`` to `x` where `drop` keeps a value, with its factor, in place.
 
     Args:
-        x: ``[T, N]``, rows any distance apart.
+        x: ``[T, C]``, rows any distance apart.
         left: ``[T, R]``, likewise.
-        right: ``[R, N]``, in the dtype of `left`.
+        right: ``[R, C]``, in the dtype of `left`.
         dropout: None leaves out none.
 
     Returns:
@@ -50,7 +48,7 @@ class _Plain:
 
 
 def _factors(x: Tensor, dropout: Dropout) -> Tensor:
-    """float32 ``[T, N]``: 0 where a value is left out, else 1 / (1 - p)."""
+    """float32 ``[T, C]``: 0 where a value is left out, else 1 / (1 - p)."""
     places = torch.arange(x.numel(), device=x.device).view(x.shape)
     kept = _mixed(_mixed(places ^ dropout.low) ^ dropout.high) >= dropout.threshold
     return kept.float() / (1.0 - dropout.p)
@@ -66,8 +64,4 @@ def _mixed(h: Tensor) -> Tensor:
 
 
 def _form(x: Tensor) -> Any:
-    if not ops.triton_runs_on(x.device):
-        return _Plain
-    from falcon_qlora.kernels import dropout_triton
-
-    return dropout_triton
+    return ops.form(_Plain, "dropout_triton", x)

@@ -1,7 +1,4 @@
-"""`dropout`'s operations, each in one pass over its matrix.
-
-Shapes: T tokens, N features, R columns of LoRA's rank.
-"""
+"""`dropout`'s operations, each in one pass over its matrix."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # (a kernel's arguments are what Triton makes of them)
@@ -14,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from falcon_qlora.kernels.low_rank import Dropout, LowRank
-from falcon_qlora.kernels.low_rank_triton import low_rank_arguments, low_rank_tile, tile
+from falcon_qlora.kernels.low_rank_triton import low_rank_arguments, low_rank_tile, tile, tiles
 
 _BLOCK, _BLOCK_WARPS = 2048, 4
 _TILE = 64, 128, 8  # tokens and features, and warps
@@ -39,11 +36,10 @@ def add_dropped(x: Tensor, left: Tensor, right: Tensor, dropout: Dropout) -> Ten
     assert x.stride(1) == 1
     if x.numel():
         left, right, options = low_rank_arguments(LowRank(left, right), x)
-        tile_tokens, tile_features, warps = _TILE
-        tiles = (triton.cdiv(features, tile_features) * triton.cdiv(tokens, tile_tokens),)
-        _add_dropped[tiles](
+        grid, how = tiles(x, _TILE)
+        _add_dropped[grid](
             x, left, right, x.stride(0), left.stride(0), *right.stride(), left.shape[1], tokens, features,
-            *_hashed(dropout), TOKENS=tile_tokens, FEATURES=tile_features, num_warps=warps, **options,
+            *_hashed(dropout), **how, **options,
         )  # fmt: skip
     return x
 
@@ -71,10 +67,10 @@ def _kept(place, low, high, threshold):
 
 @triton.jit(do_not_specialize=["low", "high", "threshold"])  # they differ from call to call
 def _drop(
-    x_ptr,  # [T, N], rows x_stride apart
-    out_ptr,  # [T, N]
+    x_ptr,  # [T, C], rows x_stride apart
+    out_ptr,  # [T, C]
     x_stride,
-    features,  # N
+    features,  # C
     low,
     high,
     threshold,
@@ -92,16 +88,16 @@ def _drop(
 
 @triton.jit(do_not_specialize=["tokens", "low", "high", "threshold"])
 def _add_dropped(
-    x_ptr,  # [T, N], rows x_stride apart
+    x_ptr,  # [T, C], rows x_stride apart
     left_ptr,  # [T, R], rows left_stride apart
-    right_ptr,  # [R, N], any strides
+    right_ptr,  # [R, C], any strides
     x_stride,
     left_stride,
     right_stride,
     right_feature_stride,
     rank,  # R
     tokens,  # T
-    features,  # N
+    features,  # C
     low,
     high,
     threshold,

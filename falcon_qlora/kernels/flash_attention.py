@@ -1,7 +1,4 @@
-"""FlashAttention-4 over packed documents, where that optional library is installed.
-
-Shapes: T tokens of all documents, Q query heads, K key/value heads, D head size.
-"""
+"""FlashAttention-4 over packed documents, where that optional library is installed."""
 
 from __future__ import annotations
 
@@ -32,8 +29,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: 
 
     Args:
         query: ``[T, Q, D]``, bfloat16; rows may be any distance apart, as in `key` and `value`.
-        key: ``[T, K, D]``.
-        value: ``[T, K, D]``.
+        key: ``[T, G, D]``.
+        value: ``[T, G, D]``.
         starts: int32 ``[documents + 1]``.
         longest: tokens of the longest document.
 

@@ -1,7 +1,5 @@
 """Products in FP8 (e4m3), and the operations that bring their operands into it, behind one seam.
 
-Shapes: T tokens, K features in, N features out, F feed-forward size, R columns for LoRA's ranks.
-
 e4m3 has four significant bits: a rounding moves a value by up to 2^-4 of itself, whatever the scale, as long
 as it does not come out below 2^-6 of 448. From the largest value down that leaves a factor of 2^14.8 in which
 the scale does not matter. So a frozen weight has one scale, and where the largest of a row would take another
@@ -13,9 +11,8 @@ to say, or else the tensors' device's. Outputs in FP8 come with their rows' scal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,6 +23,8 @@ from falcon_qlora.common.fp8 import fp8_excludes
 from falcon_qlora.kernels import ops
 from falcon_qlora.kernels.fp8_rows import DTYPE, LARGEST, Rows, largest_row
 from falcon_qlora.kernels.low_rank import LowRank
+
+_STEEPEST = 1.13  # GELU's derivative is nowhere larger
 
 _emulated = False
 
@@ -56,12 +55,12 @@ def product(x: Rows, weight: Rows, dtype: torch.dtype) -> Tensor:
     """``x @ weightᵀ``.
 
     Args:
-        x: ``[T, K]``.
-        weight: ``[N, K]``, with a scale for every row.
+        x: ``[T, I]``.
+        weight: ``[O, I]``, with a scale for every row.
         dtype: of the result; bfloat16 where it is not emulated.
 
     Returns:
-        ``[T, N]``.
+        ``[T, O]``.
     """
     if _emulated:
         return (x.float() @ weight.float().T).to(dtype)
@@ -76,7 +75,7 @@ def product(x: Rows, weight: Rows, dtype: torch.dtype) -> Tensor:
 
 
 def quantize_rows(x: Tensor) -> tuple[Rows, Tensor]:
-    """``[T, K]`` into FP8, a row's largest value onto the largest there is.
+    """``[T, C]`` into FP8, a row's largest value onto the largest there is.
 
     Args:
         x: rows may be any distance apart.
@@ -84,7 +83,7 @@ def quantize_rows(x: Tensor) -> tuple[Rows, Tensor]:
     Returns:
         the rows, and the Euclidean length of each in float32 ``[T]``.
     """
-    return _form("quantize_rows", x)(x)
+    return ops.form(_Plain, "fp8_quantize", x).quantize_rows(x)
 
 
 def quantize_weight(layer: Any, scale: Tensor, out: Tensor, transpose: bool) -> Tensor:
@@ -99,7 +98,7 @@ def quantize_weight(layer: Any, scale: Tensor, out: Tensor, transpose: bool) -> 
     Returns:
         `out`.
     """
-    return _form("quantize_weight", layer.weight)(layer, scale, out, transpose)
+    return ops.form(_Plain, "fp8_quantize", layer.weight).quantize_weight(layer, scale, out, transpose)
 
 
 def gelu(x: Tensor, low: LowRank | None, bound: Tensor) -> tuple[Rows, Tensor]:
@@ -113,7 +112,7 @@ def gelu(x: Tensor, low: LowRank | None, bound: Tensor) -> tuple[Rows, Tensor]:
     Returns:
         the output in FP8, and in `x`'s dtype ``[T, F]``.
     """
-    return _form("gelu", x)(x, low, bound)
+    return ops.form(_Plain, "fp8_gelu", x).gelu(x, low, bound)
 
 
 def gelu_backward(
@@ -131,34 +130,16 @@ def gelu_backward(
     Returns:
         the gradient in FP8 and in `x`'s dtype ``[T, F]``, and the output ``[T, F]``.
     """
-    return _form("gelu_backward", x)(grad, low_grad, x, low, bound)
+    return ops.form(_Plain, "fp8_gelu", x).gelu_backward(grad, low_grad, x, low, bound)
 
 
 def add(x: Tensor, low: LowRank | None, addends: tuple[Tensor, ...] = ()) -> Tensor:
-    """Add what LoRA adds, and up to two more ``[T, N]``, to `x` ``[T, N]`` in place, rounding once.
+    """Add what LoRA adds, and up to two more ``[T, C]``, to `x` ``[T, C]`` in place, rounding once.
 
     Returns:
         `x`.
     """
-    return _form("add", x)(x, low, addends)
-
-
-def _form(operation: str, tensor: Tensor) -> Callable[..., Any]:
-    forms = _triton_forms() if ops.triton_runs_on(tensor.device) else _REFERENCE
-    return forms[operation]
-
-
-@lru_cache
-def _triton_forms() -> dict[str, Callable[..., Any]]:
-    from falcon_qlora.kernels import fp8_gelu, fp8_quantize
-
-    return {
-        "quantize_rows": fp8_quantize.quantize_rows,
-        "quantize_weight": fp8_quantize.quantize_weight,
-        "gelu": fp8_gelu.gelu,
-        "gelu_backward": fp8_gelu.gelu_backward,
-        "add": fp8_quantize.add,
-    }
+    return ops.form(_Plain, "fp8_quantize", x).add(x, low, addends)
 
 
 def _to_fp8(x: Tensor, scales: Tensor) -> Rows:
@@ -171,19 +152,6 @@ def _scales(largest: Tensor) -> Tensor:
     return torch.where(largest > 0, largest / LARGEST, torch.ones_like(largest))
 
 
-def _quantize_rows(x: Tensor) -> tuple[Rows, Tensor]:
-    wide = x.float()
-    return _to_fp8(wide, _scales(wide.abs().amax(1))), wide.norm(dim=1)
-
-
-def _quantize_weight(layer: Any, scale: Tensor, out: Tensor, transpose: bool) -> Tensor:
-    weight = ops.dequantize(
-        layer, torch.empty(out.shape[::-1] if transpose else out.shape, device=out.device)
-    )
-    values = (weight.T if transpose else weight) / scale
-    return out.copy_(values.clamp_(-LARGEST, LARGEST))
-
-
 def _added(x: Tensor, low: LowRank | None) -> Tensor:
     return x.float() if low is None else x.float() + low.left.float() @ low.right.float()
 
@@ -194,30 +162,35 @@ def _bound(bound: Tensor, low: LowRank | None) -> Tensor:
     return bound + low.left.float().norm(dim=1) * largest_row(low.right.T)
 
 
-def _gelu(x: Tensor, low: LowRank | None, bound: Tensor) -> tuple[Rows, Tensor]:
-    y = F.gelu(_added(x, low))
-    return _to_fp8(y, _scales(_bound(bound, low))), y.to(x.dtype)
+class _Plain:
+    """The reference."""
 
+    @staticmethod
+    def quantize_rows(x: Tensor) -> tuple[Rows, Tensor]:
+        wide = x.float()
+        return _to_fp8(wide, _scales(wide.abs().amax(1))), wide.norm(dim=1)
 
-def _gelu_backward(
-    grad: Tensor, low_grad: LowRank | None, x: Tensor, low: LowRank | None, bound: Tensor
-) -> tuple[Rows, Tensor, Tensor]:
-    wide = _added(x, low)
-    dx = torch.ops.aten.gelu_backward(_added(grad, low_grad), wide)
-    scales = _scales(STEEPEST * _bound(bound, low_grad))
-    return _to_fp8(dx, scales), dx.to(x.dtype), F.gelu(wide).to(x.dtype)
+    @staticmethod
+    def quantize_weight(layer: Any, scale: Tensor, out: Tensor, transpose: bool) -> Tensor:
+        shape = out.shape[::-1] if transpose else out.shape
+        weight = ops.dequantize(layer, torch.empty(shape, device=out.device))
+        values = (weight.T if transpose else weight) / scale
+        return out.copy_(values.clamp_(-LARGEST, LARGEST))
 
+    @staticmethod
+    def gelu(x: Tensor, low: LowRank | None, bound: Tensor) -> tuple[Rows, Tensor]:
+        y = F.gelu(_added(x, low))
+        return _to_fp8(y, _scales(_bound(bound, low))), y.to(x.dtype)
 
-def _add(x: Tensor, low: LowRank | None, addends: tuple[Tensor, ...]) -> Tensor:
-    return x.copy_(sum(addends, start=_added(x, low)))
+    @staticmethod
+    def gelu_backward(
+        grad: Tensor, low_grad: LowRank | None, x: Tensor, low: LowRank | None, bound: Tensor
+    ) -> tuple[Rows, Tensor, Tensor]:
+        wide = _added(x, low)
+        dx = torch.ops.aten.gelu_backward(_added(grad, low_grad), wide)
+        scales = _scales(_STEEPEST * _bound(bound, low_grad))
+        return _to_fp8(dx, scales), dx.to(x.dtype), F.gelu(wide).to(x.dtype)
 
-
-STEEPEST = 1.13  # GELU's derivative is nowhere larger
-
-_REFERENCE: dict[str, Callable[..., Any]] = {
-    "quantize_rows": _quantize_rows,
-    "quantize_weight": _quantize_weight,
-    "gelu": _gelu,
-    "gelu_backward": _gelu_backward,
-    "add": _add,
-}
+    @staticmethod
+    def add(x: Tensor, low: LowRank | None, addends: tuple[Tensor, ...]) -> Tensor:
+        return x.copy_(sum(addends, start=_added(x, low)))

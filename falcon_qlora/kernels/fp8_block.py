@@ -1,7 +1,5 @@
 """A block's products in FP8, with LoRA beside them in the dtype of the activations.
 
-Shapes: T tokens, H hidden size, F feed-forward size, R columns for LoRA's ranks.
-
 Every linear is a product of its own: operands have a scale a row, and what is quantized together would share
 it. A frozen weight is brought into FP8 for every product, in the orientation that it reads, each time into
 the same memory. LoRA's part is added where the product's output is read next, see `fp8_gelu`; so what is kept

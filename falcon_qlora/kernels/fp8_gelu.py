@@ -1,7 +1,5 @@
 """GELU between FP8 products, with LoRA's part of its input and of its output's gradient added on the way.
 
-Shapes: T tokens, F feed-forward size, R columns for LoRA's ranks.
-
 The tensors here are a block's largest, and adding LoRA's part to one in a pass of its own takes a quarter of
 its product's time. So the product's output stays without it, and who reads it adds it: a small product a
 tile. Rows are quantized by bounds, as a program sees a part of a row: with the length of LoRA's `left` and
@@ -19,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from falcon_qlora.kernels.fp8_rows import DTYPE, Rows, largest_row
-from falcon_qlora.kernels.gelu import _distribution
+from falcon_qlora.kernels.gelu import gelu_and_slope
 from falcon_qlora.kernels.low_rank import LowRank
-from falcon_qlora.kernels.low_rank_triton import low_rank_arguments, low_rank_tile, tile
+from falcon_qlora.kernels.low_rank_triton import low_rank_arguments, low_rank_tile, tile, tiles
 
 # Tokens and features of a tile, and warps: what leaves room for two programs and more on a multiprocessor.
 _FORWARD = 64, 128, 8
@@ -34,8 +32,8 @@ def gelu(x: Tensor, low: LowRank | None, bound: Tensor) -> tuple[Rows, Tensor]:
     values, scales, y = _empty(x)
     if x.numel():
         left, right, rank = low_rank_arguments(low, x)
-        tiles, options = _tiles(x, _FORWARD)
-        _gelu[tiles](
+        grid, options = tiles(x, _FORWARD)
+        _gelu[grid](
             x, y, values, scales, bound, left, right, _longest(low, bound),
             x.stride(0), bound.stride(0), left.stride(0), *right.stride(), left.shape[1], tokens, features,
             **rank, **options,
@@ -53,8 +51,8 @@ def gelu_backward(
     if x.numel():
         left, right, rank = low_rank_arguments(low, x)
         of_left, of_right, of_rank = low_rank_arguments(low_grad, x)
-        tiles, options = _tiles(x, _BACKWARD)
-        _gelu_backward[tiles](
+        grid, options = tiles(x, _BACKWARD)
+        _gelu_backward[grid](
             grad, x, dx, values, scales, bound, left, right, of_left, of_right, _longest(low_grad, bound),
             x.stride(0), bound.stride(0), left.stride(0), *right.stride(), left.shape[1],
             of_left.stride(0), *of_right.stride(), of_left.shape[1], tokens, features,
@@ -69,12 +67,6 @@ def _empty(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     values = torch.empty(x.shape, dtype=DTYPE, device=x.device)
     scales = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     return values, scales, torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _tiles(x: Tensor, tile: tuple[int, int, int]) -> tuple[tuple[int], dict[str, int]]:
-    tokens, features, warps = tile
-    count = triton.cdiv(x.shape[0], tokens) * triton.cdiv(x.shape[1], features)
-    return (count,), {"TOKENS": tokens, "FEATURES": features, "num_warps": warps}
 
 
 def _longest(low: LowRank | None, unused: Tensor) -> Tensor:
@@ -119,8 +111,7 @@ def _gelu(
     tl.store(
         scales_ptr + token, scale, mask=in_tokens & (tl.program_id(0) % tl.cdiv(features, FEATURES) == 0)
     )
-    below, _ = _distribution(x)
-    y = x * below
+    y, _ = gelu_and_slope(x)
     at = row * features + feature[None, :]
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
     values = tl.clamp(y * (1.0 / scale)[:, None], -448.0, 448.0)
@@ -181,9 +172,9 @@ def _gelu_backward(
     tl.store(
         scales_ptr + token, scale, mask=in_tokens & (tl.program_id(0) % tl.cdiv(features, FEATURES) == 0)
     )
-    below, bell = _distribution(x)
-    tl.store(grad_ptr + at, (x * below).to(grad_ptr.dtype.element_ty), mask=mask)
-    dx = grad * (below + x * bell * 0.3989422804014327)  # 1 / sqrt(2π)
+    y, slope = gelu_and_slope(x)
+    tl.store(grad_ptr + at, y.to(grad_ptr.dtype.element_ty), mask=mask)
+    dx = grad * slope
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     values = tl.clamp(dx * (1.0 / scale)[:, None], -448.0, 448.0)
     tl.store(values_ptr + at, values.to(values_ptr.dtype.element_ty), mask=mask)

@@ -1,7 +1,4 @@
-"""Rows and frozen weights into FP8, and sums with LoRA's part, one launch each.
-
-Shapes: T tokens, K features of a row, O and I rows and columns of a weight, R columns for LoRA's ranks.
-"""
+"""Rows and frozen weights into FP8, and sums with LoRA's part, one launch each."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # (a kernel's arguments are what Triton makes of them)
@@ -18,7 +15,7 @@ from torch import Tensor
 from falcon_qlora.kernels import nf4
 from falcon_qlora.kernels.fp8_rows import DTYPE, Rows
 from falcon_qlora.kernels.low_rank import LowRank
-from falcon_qlora.kernels.low_rank_triton import low_rank_arguments, low_rank_tile, tile
+from falcon_qlora.kernels.low_rank_triton import low_rank_arguments, low_rank_tile, tile, tiles
 
 _LANES_A_THREAD = 32
 _MOST_WARPS = 16
@@ -53,8 +50,8 @@ def quantize_weight(layer: Any, scale: Tensor, out: Tensor, transpose: bool) -> 
 
         plain = dequantize_4bit(weight.data, state)
     rows, columns = plain.shape
-    tiles = (triton.cdiv(columns, _TILE), triton.cdiv(rows, _TILE))
-    _quantize_weight[tiles](
+    grid = (triton.cdiv(columns, _TILE), triton.cdiv(rows, _TILE))
+    _quantize_weight[grid](
         plain, factors, scale, out, plain.stride(0), out.stride(0), rows, columns,
         INT8=weight.dtype == torch.int8, TRANSPOSE=transpose, TILE=_TILE, num_warps=_TILE_WARPS,
     )  # fmt: skip
@@ -69,12 +66,11 @@ def add(x: Tensor, low: LowRank | None, addends: tuple[Tensor, ...]) -> Tensor:
     first, second = (*addends, x, x)[:2]
     assert all(matrix.stride(1) == 1 and matrix.shape == x.shape for matrix in (x, first, second))
     left, right, options = low_rank_arguments(low, x)
-    sum_tokens, sum_features, warps = _SUM
-    tiles = (triton.cdiv(features, sum_features) * triton.cdiv(tokens, sum_tokens),)
-    _add[tiles](
+    grid, how = tiles(x, _SUM)
+    _add[grid](
         x, first, second, left, right, x.stride(0), first.stride(0), second.stride(0),
         left.stride(0), *right.stride(), left.shape[1], tokens, features,
-        ADDENDS=len(addends), TOKENS=sum_tokens, FEATURES=sum_features, num_warps=warps, **options,
+        ADDENDS=len(addends), **how, **options,
     )  # fmt: skip
     return x
 
@@ -86,13 +82,13 @@ def _row_options(features: int) -> dict[str, int]:
 
 @triton.jit
 def _quantize_rows(
-    x_ptr,  # [T, K], rows x_stride apart
-    values_ptr,  # fp8 [T, K]
+    x_ptr,  # [T, C], rows x_stride apart
+    values_ptr,  # fp8 [T, C]
     scales_ptr,  # float32 [T]
     lengths_ptr,  # float32 [T]
     x_stride,
-    features,  # K
-    LANES: tl.constexpr,  # ≥ K
+    features,  # C
+    LANES: tl.constexpr,  # ≥ C
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, LANES)
@@ -142,11 +138,11 @@ def _quantize_weight(
 
 @triton.jit(do_not_specialize=["tokens"])  # one compilation for all numbers of them
 def _add(
-    x_ptr,  # [T, K], rows x_stride apart
-    first_ptr,  # [T, K], rows first_stride apart; used where ADDENDS > 0
-    second_ptr,  # [T, K], rows second_stride apart; used where ADDENDS > 1
+    x_ptr,  # [T, C], rows x_stride apart
+    first_ptr,  # [T, C], rows first_stride apart; used where ADDENDS > 0
+    second_ptr,  # [T, C], rows second_stride apart; used where ADDENDS > 1
     left_ptr,  # [T, R], rows left_stride apart; used where RANK, and so the next
-    right_ptr,  # [R, K], any strides
+    right_ptr,  # [R, C], any strides
     x_stride,
     first_stride,
     second_stride,
@@ -155,7 +151,7 @@ def _add(
     right_feature_stride,
     rank,  # R
     tokens,  # T
-    features,  # K
+    features,  # C
     ADDENDS: tl.constexpr,
     RANK: tl.constexpr,  # a power of 2 ≥ R, or 0
     TOKENS: tl.constexpr,

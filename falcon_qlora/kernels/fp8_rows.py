@@ -1,7 +1,4 @@
-"""What FP8's operations take and give: matrices in e4m3 with scales.
-
-Shapes: T tokens, K and N features.
-"""
+"""What FP8's operations take and give: matrices in e4m3 with scales."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ LARGEST = 448.0
 
 
 class Rows(NamedTuple):
-    """A matrix in FP8 with a scale for every row: ``[T, K]`` and float32 ``[T]``."""
+    """A matrix in FP8 with a scale for every row: ``[T, C]`` and float32 ``[T]``."""
 
     values: Tensor
     scales: Tensor
@@ -26,5 +23,5 @@ class Rows(NamedTuple):
 
 
 def largest_row(matrix: Tensor) -> Tensor:
-    """The Euclidean length of the longest row of ``[N, K]``, float32 ``[]``."""
+    """The Euclidean length of the longest row of ``[O, I]``, float32 ``[]``."""
     return torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float32).amax()

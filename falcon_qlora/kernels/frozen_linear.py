@@ -1,7 +1,5 @@
 """Frozen linears with LoRA, several as one product.
 
-Shapes: T tokens, R columns for the ranks of a group's LoRA.
-
 Linears that share their input are one product, and so are those whose outputs are added up. LoRA rides along:
 with t = x Aᵀ, ``x Wᵀ + s t Bᵀ`` is ``[x | t] [W | sB]ᵀ``, and with u = s dy B, the input's gradient
 ``dy W + u A`` is ``[dy | u] [W ; A]``. So no pass over a large activation is LoRA's own. Weights are
@@ -308,12 +306,12 @@ def project(rows: Tensor, projection: Projection, workspace: Workspace) -> Tenso
     """A frozen linear by itself, without LoRA.
 
     Args:
-        rows: ``[N, in]``, in the dtype to compute in.
+        rows: ``[P, in]``, in the dtype to compute in.
         projection: the linear.
         workspace: for its dequantized weight, forward and again backward.
 
     Returns:
-        ``[N, out]``, connected to `rows`.
+        ``[P, out]``, connected to `rows`.
     """
     return _Project.apply(rows, projection, workspace)
 
@@ -339,13 +337,13 @@ def dequantized(projection: Projection, workspace: Workspace, like: Tensor) -> T
 
 
 def room_behind(like: Tensor, columns: int) -> Tensor:
-    """An empty tensor like ``[T, N]`` with room for `columns` more in every row, which `_with_room` finds."""
+    """An empty tensor like ``[T, C]`` with room for `columns` more in every row, which `_with_room` finds."""
     tokens, width = like.shape
     return like.new_empty(tokens, width + columns)[:, :width]
 
 
 def _with_room(x: Tensor, columns: int) -> Tensor:
-    """``[T, N]`` with `columns` more in every row: `x` itself where it is `room_behind`'s, else a copy."""
+    """``[T, C]`` with `columns` more in every row: `x` itself where it is `room_behind`'s, else a copy."""
     tokens, width = x.shape
     row = width + columns
     whole = x.untyped_storage().nbytes() == tokens * row * x.element_size() and x.storage_offset() == 0

@@ -1,7 +1,5 @@
 """Exact GELU, x·Φ(x), and its gradient with the output once more.
 
-Shapes: T tokens, F feed-forward size.
-
 The error function of the CUDA library takes more instructions than the bytes of an element leave time for.
 Here the normal distribution's tail Φ(-|x|) is exp(-x²/2) times a polynomial in 1 / (1 + 0.28 |x|): before
 rounding off by at most 1.7e-8, and by 6e-5 of itself up to |x| = 5, where ``0.5 * (1 + erf)`` in float32 has
@@ -13,48 +11,24 @@ one digit left. The exponential is the one that the gradient needs as well.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from falcon_qlora.kernels.rows import check_rows, contiguous_rows
 
 # Tuned on the sizes of Falcon's feed-forward layers.
 _BLOCK = 2048
 _WARPS = 4
 
 
-def gelu_reference(x: Tensor) -> Tensor:
-    """What `gelu` computes, in plain PyTorch."""
-    return x * _below(x)
-
-
-def gelu_backward_reference(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What `gelu_backward` computes, in plain PyTorch."""
-    density = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-    return grad * (_below(x) + x * density), gelu_reference(x)
-
-
-def _below(x: Tensor) -> Tensor:
-    """Φ(x)."""
-    return 0.5 * torch.special.erfc(-x / math.sqrt(2))
-
-
 def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """Exact GELU.
-
-    Args:
-        x: ``[T, F]``; rows may be any distance apart, and so in every tensor here.
-        out: ``[T, F]`` to write into, or None; may be `x`.
-
-    Returns:
-        ``[T, F]`` in `x`'s dtype, or `out` in its own.
-    """
-    x = _with_rows(x)
+    """`ops.gelu` in one pass; `out` may be `x`."""
+    x = contiguous_rows(x)
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _check(x, out)
+    check_rows(x, out)
     if x.numel():
         block, options = _block(x)
         _gelu[(x.shape[0] * triton.cdiv(x.shape[1], block),)](
@@ -66,23 +40,18 @@ def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
 def gelu_backward(
     grad: Tensor, x: Tensor, out: Tensor | None = None, *, output: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The input's gradient of `gelu`, and its output once more, in one pass.
+    """`ops.gelu_backward` in one pass.
 
     Args:
-        grad: ``[T, F]``, of the output.
-        x: ``[T, F]``, the input.
-        out: ``[T, F]`` to write the gradient into, or None; may be `grad` or `x`.
-        output: ``[T, F]`` to write the output into, or None; may be `grad` or `x`, where `out` is not.
-
-    Returns:
-        the gradient ``[T, F]`` and gelu(x) ``[T, F]``.
+        grad, x, out: as there; `out` may be either of the others.
+        output: ``[T, F]`` to write GELU's output into, or None; may be `grad` or `x`, where `out` is not.
     """
-    grad, x = _with_rows(grad), _with_rows(x)
+    grad, x = contiguous_rows(grad), contiguous_rows(x)
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if output is None:
         output = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _check(x, grad, out, output)
+    check_rows(x, grad, out, output)
     if x.numel():
         block, options = _block(x)
         _gelu_backward[(x.shape[0] * triton.cdiv(x.shape[1], block),)](
@@ -92,27 +61,14 @@ def gelu_backward(
     return out, output
 
 
-def _with_rows(matrix: Tensor) -> Tensor:
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
-
-
-def _check(x: Tensor, *others: Tensor) -> None:
-    for other in others:
-        if other.shape != x.shape or (other.stride(1) != 1 and other.shape[1] > 1):
-            raise ValueError(
-                f"expected {tuple(x.shape)} with a contiguous last dimension, not {tuple(other.shape)} with "
-                f"strides {other.stride()}"
-            )
-
-
 def _block(x: Tensor) -> tuple[int, dict[str, int]]:
     block = min(_BLOCK, triton.next_power_of_2(x.shape[1]))
     return block, {"BLOCK": block, "num_warps": _WARPS}
 
 
 @triton.jit
-def _distribution(x):
-    """Φ(x) and exp(-x²/2)."""
+def gelu_and_slope(x):
+    """x·Φ(x), and its derivative."""
     bell = tl.exp2(x * x * -0.7213475204444817)  # log2(e) / 2
     root = tl.rsqrt(1.0 + 0.28 * tl.abs(x))
     t = root * root  # a quotient would take eight instructions more
@@ -123,7 +79,8 @@ def _distribution(x):
     tail = tail * t + 0.06524945047965712
     tail = tail * t + 0.11688326508352777
     tail *= t * bell
-    return tl.where(x > 0, 1.0 - tail, tail), bell
+    below = tl.where(x > 0, 1.0 - tail, tail)  # Φ(x)
+    return x * below, below + x * bell * 0.3989422804014327  # 1 / sqrt(2π)
 
 
 @triton.jit
@@ -140,8 +97,8 @@ def _gelu(
     column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = column < features
     x = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
-    below, _ = _distribution(x)
-    tl.store(y_ptr + row * y_stride + column, (x * below).to(y_ptr.dtype.element_ty), mask=mask)
+    y, _ = gelu_and_slope(x)
+    tl.store(y_ptr + row * y_stride + column, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -163,7 +120,6 @@ def _gelu_backward(
     mask = column < features
     grad = tl.load(grad_ptr + row * grad_stride + column, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
-    below, bell = _distribution(x)
-    dx = grad * (below + x * bell * 0.3989422804014327)  # 1 / sqrt(2π)
-    tl.store(dx_ptr + row * dx_stride + column, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    tl.store(y_ptr + row * y_stride + column, (x * below).to(y_ptr.dtype.element_ty), mask=mask)
+    y, slope = gelu_and_slope(x)
+    tl.store(dx_ptr + row * dx_stride + column, (grad * slope).to(dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + row * y_stride + column, y.to(y_ptr.dtype.element_ty), mask=mask)

@@ -1,7 +1,5 @@
 """Products whose epilogue computes exact GELU, by quack-kernels, where that optional library is installed.
 
-Shapes: T tokens, K what is summed over, F feed-forward size.
-
 GELU by itself reads and writes the largest activations once more in each direction. In the epilogue of the
 product next to it, it is free.
 """
@@ -29,8 +27,8 @@ class GeluProducts:
         """Write ``x @ weight`` and its GELU.
 
         Args:
-            x: ``[T, K]``.
-            weight: ``[K, F]``, contiguous along either dimension.
+            x: ``[T, C]``.
+            weight: ``[C, F]``, contiguous along either dimension.
             before: ``[T, F]`` to write the product into; rows may be any distance apart, as everywhere here.
             after: ``[T, F]`` to write its GELU into.
         """
@@ -42,8 +40,8 @@ class GeluProducts:
         """Write the gradient of what went into GELU, and GELU's output again.
 
         Args:
-            grad: ``[T, K]``, of the output of the linear after GELU.
-            weight: ``[K, F]``, of that linear.
+            grad: ``[T, C]``, of the output of the linear after GELU.
+            weight: ``[C, F]``, of that linear.
             before: ``[T, F]``, what went into GELU.
             of_before: ``[T, F]`` to write its gradient into.
             after: ``[T, F]`` to write GELU's output into.

@@ -1,14 +1,10 @@
-"""Dequantization of LLM.int8()'s weights: rows of int8, each with one scale.
-
-Shapes: N rows (output features), K columns (input features).
-"""
+"""Dequantization of LLM.int8()'s weights: rows of int8, each with one scale."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # (a kernel's arguments are what Triton makes of them)
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,18 +13,13 @@ _BLOCK = 2048
 _WARPS = 4
 
 
-def dequantize_int8_reference(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """What `dequantize_int8` computes, in plain PyTorch."""
-    return (weight.float() * (scales.float() / 127.0)[:, None]).to(dtype)
-
-
 def dequantize_int8(weight: Tensor, scales: Tensor, out: Tensor) -> Tensor:
     """Write ``weight * scales / 127``, computed in float32 and rounded once.
 
     Args:
-        weight: int8 ``[N, K]``, contiguous.
-        scales: float32 ``[N]``, the largest absolute value of each row.
-        out: ``[N, K]`` to write into; rows may be any distance apart.
+        weight: int8 ``[O, I]``, contiguous.
+        scales: float32 ``[O]``, the largest absolute value of each row.
+        out: ``[O, I]`` to write into; rows may be any distance apart.
 
     Returns:
         `out`.
@@ -45,9 +36,9 @@ def dequantize_int8(weight: Tensor, scales: Tensor, out: Tensor) -> Tensor:
 
 @triton.jit
 def _dequantize(
-    int8_ptr,  # int8 [N, K]
-    scales_ptr,  # float32 [N]
-    out_ptr,  # [N, K], rows out_stride apart
+    int8_ptr,  # int8 [O, I]
+    scales_ptr,  # float32 [O]
+    out_ptr,  # [O, I], rows out_stride apart
     out_stride,
     columns,
     BLOCK: tl.constexpr,

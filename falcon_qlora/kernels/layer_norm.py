@@ -1,7 +1,5 @@
 """Layer norm, one or two over the same input, and its gradient for the input.
 
-Shapes: T tokens, H hidden size.
-
 Weights and biases are frozen: they get no gradient, so the backward pass is one read of what it needs and one
 write. Two norms over one input (Falcon-40B's attention and MLP norms) differ in weight and bias alone: they
 share the statistics, and their gradients meet before the sums over a row. Sums are taken in float32, of a row
@@ -18,47 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from falcon_qlora.kernels.rows import contiguous_rows
+
 _LANES_A_THREAD = {"forward": 32, "backward": 16}
 _MOST_WARPS = 16
-
-
-def layer_norm_reference(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `layer_norm` computes, in plain PyTorch."""
-    wide = x.double() if x.dtype == torch.float64 else x.float()
-    mean = wide.mean(-1)
-    rstd = torch.rsqrt(wide.var(-1, correction=0) + eps)
-    normalized = (wide - mean[:, None]) * rstd[:, None]
-    return (normalized * weight + bias).to(x.dtype), mean, rstd
-
-
-def layer_norm_backward_reference(
-    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, addend: Tensor | None = None
-) -> Tensor:
-    """What `layer_norm_backward` computes, in plain PyTorch."""
-    normalized = (x.to(mean.dtype) - mean[:, None]) * rstd[:, None]
-    scaled = grad.to(mean.dtype) * weight
-    of_statistics = scaled.mean(-1, True) + normalized * (scaled * normalized).mean(-1, True)
-    dx = rstd[:, None] * (scaled - of_statistics)
-    return (dx if addend is None else dx + addend).to(x.dtype)
 
 
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Layer norm of every row.
-
-    Args:
-        x: ``[T, H]``; rows may be any distance apart.
-        weight: ``[H]``.
-        bias: ``[H]``.
-        eps: added to the variance.
-        out: ``[T, H]`` to write the result into, or None.
-
-    Returns:
-        result ``[T, H]`` in `x`'s dtype; mean and reciprocal standard deviation, float32 ``[T]``.
-    """
+    """`ops.layer_norm` in one pass."""
     (y,), mean, rstd = _forward(x, [(weight, bias)], eps, [out])
     return y, mean, rstd
 
@@ -84,20 +51,7 @@ def layer_norm_backward(
     addend: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The input's gradient of `layer_norm`.
-
-    Args:
-        grad: ``[T, H]``, of the result.
-        x: ``[T, H]``, the input.
-        mean: float32 ``[T]``.
-        rstd: float32 ``[T]``.
-        weight: ``[H]``.
-        addend: ``[T, H]``, added before rounding (the gradient that goes around the norm), or None.
-        out: ``[T, H]`` to write into, or None; may be `grad` or `addend`.
-
-    Returns:
-        ``[T, H]`` in `x`'s dtype.
-    """
+    """`ops.layer_norm_backward` in one pass; `out` may be `grad` or `addend`."""
     return _backward([(grad, weight)], x, mean, rstd, addend, out)
 
 
@@ -119,7 +73,7 @@ def two_layer_norms_backward(
 def _forward(
     x: Tensor, norms: list[tuple[Tensor, Tensor]], eps: float, outs: list[Tensor | None]
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    x = _with_rows(x)
+    x = contiguous_rows(x)
     tokens, hidden = x.shape
     results = [torch.empty_like(x, memory_format=torch.contiguous_format) if y is None else y for y in outs]
     assert all(y.shape == x.shape and y.stride(1) == 1 for y in results)
@@ -143,12 +97,12 @@ def _backward(
     addend: Tensor | None,
     out: Tensor | None,
 ) -> Tensor:
-    x = _with_rows(x)
+    x = contiguous_rows(x)
     tokens, hidden = x.shape
     (grad_1, weight_1), (grad_2, weight_2) = [
-        (_with_rows(grad), weight) for grad, weight in (norms[0], norms[-1])
+        (contiguous_rows(grad), weight) for grad, weight in (norms[0], norms[-1])
     ]
-    added = x if addend is None else _with_rows(addend)
+    added = x if addend is None else contiguous_rows(addend)
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
     assert out.stride(1) == 1
@@ -160,10 +114,6 @@ def _backward(
             TWO=len(norms) == 2, ADD=addend is not None, **_row_options(hidden, "backward"),
         )  # fmt: skip
     return out
-
-
-def _with_rows(matrix: Tensor) -> Tensor:
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def _row_options(hidden: int, direction: str) -> dict[str, int]:

@@ -12,7 +12,7 @@ _SEED = 2**31  # seeds below it stay whole numbers of 32 bits to a kernel
 
 
 class LowRank(NamedTuple):
-    """What LoRA adds to a matrix ``[T, N]``: ``left @ right``, ``[T, R]`` and ``[R, N]`` of any strides."""
+    """What LoRA adds to a matrix ``[T, C]``: ``left @ right``, ``[T, R]`` and ``[R, C]`` of any strides."""
 
     left: Tensor
     right: Tensor

@@ -1,7 +1,4 @@
-"""What LoRA adds to a matrix, a tile at a time, for kernels that read or write that matrix anyway.
-
-Shapes: T tokens, N features, R columns for LoRA's ranks.
-"""
+"""What LoRA adds to a matrix, a tile at a time, for kernels that read or write that matrix anyway."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # (a kernel's arguments are what Triton makes of them)
@@ -25,6 +22,13 @@ def low_rank_arguments(low: LowRank | None, like: Tensor) -> tuple[Tensor, Tenso
         return like, like, {"RANK": 0}
     assert low.left.stride(1) == 1
     return *low, {"RANK": max(triton.next_power_of_2(low.left.shape[1]), 16)}
+
+
+def tiles(x: Tensor, tile: tuple[int, int, int]) -> tuple[tuple[int], dict[str, int]]:
+    """The programs that go over a matrix, and how: `tile` is their tokens, features and warps."""
+    tokens, features, warps = tile
+    count = triton.cdiv(x.shape[0], tokens) * triton.cdiv(x.shape[1], features)
+    return (count,), {"TOKENS": tokens, "FEATURES": features, "num_warps": warps}
 
 
 @triton.jit

@@ -1,7 +1,6 @@
 """NF4 weights back into floating point, in one launch, where and how a product reads them.
 
-Shapes: O rows (out features), I columns (in features), N = O·I weights, B = ceil(N / 64) blocks,
-S = ceil(B / 256) blocks of scales.
+Shapes: B = ceil(O·I / 64) blocks of weights, S = ceil(B / 256) blocks of scales.
 
 The layout is bitsandbytes': the weight row by row, two 4-bit codes a byte, the earlier weight in the high
 nibble; one scale for 64 weights. Under double quantization the scales are 8-bit codes themselves, with one
@@ -31,19 +30,6 @@ _WARPS = 4
 _TILE_ROWS, _TILE_WORDS = 64, 8  # transposed: 64 × 64 weights a program
 
 
-def dequantize_nf4_reference(packed: Tensor, state: Any) -> Tensor:
-    """What `dequantize_nf4` computes, in plain PyTorch and in float32: ``[O, I]``."""
-    bytes_ = packed.view(torch.uint8).reshape(-1)
-    codes = torch.stack([bytes_ >> 4, bytes_ & 15], dim=-1).reshape(-1).int()  # [N], one more where N is odd
-    scales = state.absmax
-    if state.nested:
-        nested = state.state2.absmax.repeat_interleave(_NESTED_BLOCK)[: scales.numel()]
-        scales = state.state2.code[scales.int()] * nested + state.offset
-    weights = state.shape.numel()
-    scales = scales.float().repeat_interleave(_BLOCK)[:weights]
-    return (state.code[codes[:weights]] * scales).view(state.shape)
-
-
 def can_dequantize_nf4(state: Any) -> bool:
     """Whether `dequantize_nf4` takes weights of this bitsandbytes ``QuantState``."""
     if state.quant_type != "nf4" or state.blocksize != _BLOCK or len(state.shape) != 2:
@@ -61,7 +47,7 @@ def dequantize_nf4(
     Bit for bit what bitsandbytes gives in `out`'s dtype: the scale in float32, one product, one rounding.
 
     Args:
-        packed: uint8 ``[N / 2, 1]``, a ``Params4bit``'s data.
+        packed: uint8 ``[O·I / 2, 1]``, a ``Params4bit``'s data.
         state: its bitsandbytes ``QuantState``, whose tensors lie on the same device.
         out: ``[O, I]``, or ``[I, O]`` with `transpose`, bfloat16, float16, float32, or FP8 (e4m3) with
             `scale`. The last dimension is contiguous; rows may be any distance apart, so it can be a part of
@@ -87,7 +73,7 @@ def dequantize_nf4(
             f"out must be {expected} with a contiguous last dimension, not {tuple(out.shape)} with strides "
             f"{out.stride()}"
         )
-    words = packed.view(-1).view(torch.uint8).view(torch.int32)  # [N / 8]
+    words = packed.view(-1).view(torch.uint8).view(torch.int32)  # [O·I / 8]
     nested = state.state2 if state.nested else None
     scales = (
         state.absmax,
@@ -145,7 +131,7 @@ def _weights(word, scale, code_ptr):
 
 @triton.jit
 def _dequantize_rows(
-    word_ptr,  # int32 [N / 8]
+    word_ptr,  # int32 [O·I / 8]
     code_ptr,  # float32 [16]
     absmax_ptr,  # uint8 [B] if NESTED, else float32 [B]
     offset_ptr,  # float32 []; any where not NESTED, and so the next two
@@ -154,7 +140,7 @@ def _dequantize_rows(
     scale_ptr,  # float32 []; used where SCALED
     out_ptr,  # [O, I], rows out_stride apart
     out_stride,
-    words,  # N / 8
+    words,  # O·I / 8
     row_words,  # I / 8
     NESTED: tl.constexpr,
     SCALED: tl.constexpr,

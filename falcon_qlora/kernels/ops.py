@@ -1,7 +1,5 @@
 """The operations between a block's large products, behind one seam.
 
-Shapes: T tokens, H hidden size, F feed-forward size, K key/value heads, G heads in a group, D head size.
-
 Each operation has a plain PyTorch form, its reference. `using` chooses between the forms by name; without it
 the best one runs that the tensors' device has. Outputs may be slices of larger tensors: a product then reads
 them where they lie.
@@ -9,6 +7,7 @@ them where they lie.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -94,23 +93,22 @@ def layer_norm_backward(
 
 
 def copy_rows(x: Tensor, out: Tensor) -> Tensor:
-    """Copy ``[T, N]`` into `out`, of the same shape and dtype; either may be a slice with longer rows."""
+    """Copy ``[T, C]`` into `out`, of the same shape and dtype; either may be a slice with longer rows."""
     return _form("copy_rows", x)(x, out)
 
 
-def rotate_(heads: Tensor, cosine: Tensor, sine: Tensor, inverse: bool = False) -> Tensor:
+def rotate_(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotary embedding in place: the first and second halves of each head are the coordinates of D/2 planes.
 
     Args:
-        heads: ``[T, K, G, D]``, any strides with the last one 1.
+        heads: ``[T, G, Q/G + 2, D]``, any strides with the last one 1.
         cosine: ``[T, D]``, both halves equal.
         sine: ``[T, D]``.
-        inverse: rotate back; takes the output's gradient to the input's.
 
     Returns:
         `heads`.
     """
-    return _form("rotate_", heads)(heads, cosine, sine, inverse)
+    return _form("rotate_", heads)(heads, cosine, sine)
 
 
 def rotate_join(
@@ -119,12 +117,12 @@ def rotate_join(
     """Rotate the gradients of queries and keys back and put them, with the values', beside each other.
 
     Args:
-        query: ``[T, K (G - 2), D]``, the gradient of the rotated queries.
-        key: ``[T, K, D]``, of the rotated keys.
-        value: ``[T, K, D]``.
+        query: ``[T, Q, D]``, the gradient of the rotated queries.
+        key: ``[T, G, D]``, of the rotated keys.
+        value: ``[T, G, D]``.
         cosine: ``[T, D]``, both halves equal.
         sine: ``[T, D]``.
-        out: ``[T, K, G, D]`` to write into, any strides with the last one 1.
+        out: ``[T, G, Q/G + 2, D]`` to write into, any strides with the last one 1.
 
     Returns:
         `out`.
@@ -169,19 +167,28 @@ def triton_runs_on(device: torch.device) -> bool:
     """Whether Triton's forms are taken for tensors on `device`."""
     if _forced is not None:
         return _forced == "triton"
-    return device.type == "cuda" and bool(_triton_forms())
+    return device.type == "cuda" and _triton_is_installed()
+
+
+def form(plain: Any, module: str, tensor: Tensor) -> Any:
+    """Where an operation's functions are: `plain`, or the module of Triton's forms where these are taken."""
+    if not triton_runs_on(tensor.device):
+        return plain
+    return importlib.import_module(f"{__package__}.{module}")
+
+
+@lru_cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _form(operation: str, tensor: Tensor) -> Callable[..., Any]:
-    reference = _REFERENCE[operation]
-    return _triton_forms().get(operation, reference) if triton_runs_on(tensor.device) else reference
+    return (_triton_forms() if triton_runs_on(tensor.device) else _REFERENCE)[operation]
 
 
 @lru_cache
 def _triton_forms() -> dict[str, Callable[..., Any]]:
-    """Triton's forms, in which one call is one kernel; none where Triton is not installed."""
-    if importlib.util.find_spec("triton") is None:
-        return {}
+    """Triton's forms, in which one call is one kernel."""
     from falcon_qlora.kernels import gelu, int8, layer_norm, nf4, rotary, rows, softmax
 
     def dequantize(layer: Any, out: Tensor | None) -> Tensor:
@@ -267,13 +274,11 @@ def _layer_norm_backward(
     return result.to(x.dtype) if out is None else out.copy_(result)
 
 
-def _rotate_(heads: Tensor, cosine: Tensor, sine: Tensor, inverse: bool) -> Tensor:
+def _rotate_(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     half = heads.shape[-1] // 2
     first, second = heads[..., :half].float(), heads[..., half:].float()
     cosine = cosine[:, None, None, :half].float()
     sine = sine[:, None, None, :half].float()
-    if inverse:
-        sine = -sine
     rotated = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
     return heads.copy_(rotated)
 
@@ -284,7 +289,7 @@ def _rotate_join(
     out[:, :, :-2] = query.unflatten(1, (out.shape[1], -1))
     out[:, :, -2] = key
     out[:, :, -1] = value
-    _rotate_(out[:, :, :-1], cosine, sine, inverse=True)
+    _rotate_(out[:, :, :-1], cosine, -sine)
     return out
 
 

@@ -1,7 +1,5 @@
 """What queries read from a learned prefix, added to attention's output: forward and backward.
 
-Shapes: T tokens, P prefix rows, K key/value heads, G query heads of each, Q = K·G query heads, D head size.
-
 Every query attends to all P rows in a softmax of their own; what it reads, times its head's gate, is added.
 So with a = softmax(q kᵀ / √D), output + gate · a v. The backward pass computes a again from the queries: it
 needs nothing that was not kept for attention itself. With c = dy vᵀ and δ = Σ a c, the gate's gradient is δ
@@ -28,10 +26,10 @@ def add(query: Tensor, output: Tensor, key: Tensor, value: Tensor, gate: Tensor)
     """Add what the queries read.
 
     Args:
-        query: ``[T, K, G, D]``, rotated; the last stride is 1, the others are free, as everywhere here.
+        query: ``[T, G, Q/G, D]``, rotated; the last stride is 1, the others are free, as everywhere here.
         output: ``[T, Q, D]``, attention's own.
-        key: ``[P, K, D]``.
-        value: ``[P, K, D]``.
+        key: ``[P, G, D]``.
+        value: ``[P, G, D]``.
         gate: float32 ``[Q]``.
 
     Returns:
@@ -48,8 +46,8 @@ def add_backward(
     Args:
         grad: ``[T, Q, D]``, of the sum.
         query: as in `add`, and so the next three.
-        key: ``[P, K, D]``.
-        value: ``[P, K, D]``.
+        key: ``[P, G, D]``.
+        value: ``[P, G, D]``.
         gate: float32 ``[Q]``.
         of_query: ``[T, Q, D]``, to which the queries' gradient is added; may be overwritten.
 
@@ -74,10 +72,10 @@ class _Plain:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         kv_heads, scale = key.shape[1], 1.0 / math.sqrt(query.shape[-1])
         attention = _attention(query, key)
-        of_output = grad.unflatten(1, (kv_heads, -1)).float()  # [T, K, G, D]
+        of_output = grad.unflatten(1, (kv_heads, -1)).float()  # [T, G, Q/G, D]
         gate = gate.view(kv_heads, -1, 1)
         along = torch.einsum("tkgd,pkd->tkgp", of_output, value.float())
-        of_gate = (attention * along).sum(-1)  # [T, K, G]
+        of_gate = (attention * along).sum(-1)  # [T, G, Q/G]
         of_scores = scale * gate * attention * (along - of_gate[..., None])
         added = torch.einsum("tkgp,pkd->tkgd", of_scores, key.float())
         of_key = torch.einsum("tkgp,tkgd->pkd", of_scores, query.float())
@@ -87,14 +85,10 @@ class _Plain:
 
 
 def _attention(query: Tensor, key: Tensor) -> Tensor:
-    """``[T, K, G, P]``, float32."""
+    """``[T, G, Q/G, P]``, float32."""
     scores = torch.einsum("tkgd,pkd->tkgp", query.float(), key.float())
     return (scores / math.sqrt(query.shape[-1])).softmax(-1)
 
 
 def _form(query: Tensor, key: Tensor) -> Any:
-    if not ops.triton_runs_on(query.device) or key.shape[0] > MOST_ROWS:
-        return _Plain
-    from falcon_qlora.kernels import prefix_triton
-
-    return prefix_triton
+    return _Plain if key.shape[0] > MOST_ROWS else ops.form(_Plain, "prefix_triton", query)

@@ -1,8 +1,6 @@
 """What queries read from a prefix, see `prefix`, in one pass over the queries in each direction.
 
-Shapes: T tokens, P prefix rows, K key/value heads, G query heads of each, Q = K·G query heads, D head size.
-
-The T·G queries of a key/value head are the rows of products with its keys and values, which stay in
+The T·Q/G queries of a key/value head are the rows of products with its keys and values, which stay in
 registers. A backward program goes through many rows and adds up the gradients of its head's keys and values;
 the programs' sums are added up at the end, in a fixed order.
 """
@@ -102,11 +100,11 @@ def _softmax(query, key, prefix, scale, PREFIX: tl.constexpr):
 
 @triton.jit(do_not_specialize=["queries"])  # it differs from one micro batch to the next
 def _add_read(
-    query_ptr,  # [T, K, G, D], by its strides
+    query_ptr,  # [T, G, Q/G, D], by its strides
     output_ptr,  # [T, Q, D], by its strides
     result_ptr,  # [T, Q, D], by its strides
-    key_ptr,  # [P, K, D], by its strides
-    value_ptr,  # [P, K, D], by its strides
+    key_ptr,  # [P, G, D], by its strides
+    value_ptr,  # [P, G, D], by its strides
     gate_ptr,  # float32 [Q]
     query_token,
     query_kv,
@@ -119,8 +117,8 @@ def _add_read(
     key_head,
     value_row,
     value_head,
-    queries,  # T G
-    group,  # G
+    queries,  # T Q/G
+    group,  # Q/G
     prefix,  # P
     scale,
     HEAD: tl.constexpr,  # D
@@ -150,13 +148,13 @@ def _add_read(
 @triton.jit(do_not_specialize=["queries"])
 def _add_read_backward(
     grad_ptr,  # [T, Q, D], by its strides
-    query_ptr,  # [T, K, G, D], by its strides
-    key_ptr,  # [P, K, D], by its strides
-    value_ptr,  # [P, K, D], by its strides
+    query_ptr,  # [T, G, Q/G, D], by its strides
+    key_ptr,  # [P, G, D], by its strides
+    value_ptr,  # [P, G, D], by its strides
     gate_ptr,  # float32 [Q]
     of_query_ptr,  # [T, Q, D], by its strides
     of_gate_ptr,  # float32 [T, Q]
-    sums_ptr,  # float32 [programs, 2, P, K, D]
+    sums_ptr,  # float32 [programs, 2, P, G, D]
     grad_token,
     grad_head,
     query_token,
@@ -173,8 +171,8 @@ def _add_read_backward(
     sums_row,
     sums_head,
     of_gate_token,
-    queries,  # T G
-    group,  # G
+    queries,  # T Q/G
+    group,  # Q/G
     prefix,  # P
     scale,
     HEAD: tl.constexpr,  # D

@@ -1,8 +1,7 @@
-"""Rotary embedding of the fused projection's heads: in place, or on the way to or from attention.
+"""Rotary embedding of the fused projection's heads in place, and back on the way from attention.
 
-Shapes: T tokens, K key/value heads, G heads of a group, the last two its key and its value, Q = K·(G - 2)
-query heads, D head size. The fused projection is ``[T, K, G, D]`` in every Falcon with rotary embedding: 7B,
-which has one key head, is one group of 71 query heads, its key and its value.
+The fused projection is ``[T, G, Q/G + 2, D]`` in every Falcon with rotary embedding: groups of query heads,
+the last two of each its key and its value. 7B, which has one key head, is one group of 71 query heads.
 
 As in Transformers, the first and second half of a head are the coordinates of D/2 planes, and cosines and
 sines come twice, one time for each half. Everything is turned in float32 and rounded once. A rotation's
@@ -14,7 +13,6 @@ gradient is the opposite rotation: nothing has to be kept for it.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,67 +23,17 @@ _HEADS_A_PROGRAM = 8
 _WARPS = 4
 
 
-def rotate_reference(heads: Tensor, cosine: Tensor, sine: Tensor, inverse: bool = False) -> Tensor:
-    """``[T, ..., D]`` heads rotated by ``[T, D]``, in plain PyTorch and in float32 or wider."""
-    dtype = torch.promote_types(heads.dtype, torch.float32)
-    first, second = heads.to(dtype).chunk(2, dim=-1)
-    shape = (heads.shape[0], *[1] * (heads.dim() - 2), -1)
-    cosine, sine = (part.to(dtype).chunk(2, dim=-1)[0].view(shape) for part in (cosine, sine))
-    sine = -sine if inverse else sine
-    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
-
-
-def rotate_(heads: Tensor, cosine: Tensor, sine: Tensor, inverse: bool = False) -> Tensor:
-    """Rotate every one of `heads` in place.
-
-    Args:
-        heads: ``[T, K, G, D]`` without the values; the last stride is 1, the others are free.
-        cosine: ``[T, D]``, float32 or as `heads`; so too `sine`.
-        sine: ``[T, D]``.
-        inverse: rotate back.
-
-    Returns:
-        `heads`.
-    """
-    _launch(heads, (heads, heads, heads), cosine, sine, inverse, "in place")
+def rotate_(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """`ops.rotate_` in one pass."""
+    _launch(heads, (heads, heads, heads), cosine, sine, join=False)
     return heads
-
-
-def rotate_split(fused: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Take the fused projection apart, queries and keys rotated.
-
-    Args:
-        fused: ``[T, K, G, D]``; the last stride is 1, the others are free.
-        cosine: ``[T, D]``, float32 or as `fused`; so too `sine`.
-        sine: ``[T, D]``.
-
-    Returns:
-        query ``[T, Q, D]``, key ``[T, K, D]``, value ``[T, K, D]``, each contiguous.
-    """
-    tokens, kv_heads, group, head_dim = fused.shape
-    query = fused.new_empty(tokens, kv_heads * (group - 2), head_dim)
-    key, value = (fused.new_empty(tokens, kv_heads, head_dim) for _ in range(2))
-    _launch(fused, (query, key, value), cosine, sine, False, "split")
-    return query, key, value
 
 
 def rotate_join(
     query: Tensor, key: Tensor, value: Tensor, cosine: Tensor, sine: Tensor, out: Tensor
 ) -> Tensor:
-    """The gradient of `rotate_split`: gather the parts' gradients, rotated back, into one.
-
-    Args:
-        query: ``[T, Q, D]``, a gradient; the last stride is 1, the others are free, as in all these.
-        key: ``[T, K, D]``.
-        value: ``[T, K, D]``.
-        cosine: ``[T, D]``; so too `sine`.
-        sine: ``[T, D]``.
-        out: ``[T, K, G, D]`` to write into.
-
-    Returns:
-        `out`.
-    """
-    _launch(out, (query, key, value), cosine, sine, True, "join")
+    """`ops.rotate_join` in one pass; all may have any strides with the last one 1."""
+    _launch(out, (query, key, value), cosine, sine, join=True)
     return out
 
 
@@ -94,11 +42,11 @@ def _launch(
     parts: tuple[Tensor, Tensor, Tensor],
     cosine: Tensor,
     sine: Tensor,
-    inverse: bool,
-    way: str,
+    *,
+    join: bool,
 ) -> None:
     tokens, kv_heads, group, head_dim = fused.shape
-    if way != "in place":
+    if join:
         expected = (kv_heads * (group - 2), kv_heads, kv_heads)
         for part, heads in zip(parts, expected, strict=True):
             if part.shape != (tokens, heads, head_dim):
@@ -114,7 +62,7 @@ def _launch(
         fused, query, key, value, cosine, sine,
         *fused.stride()[:3], *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
         cosine.stride(0), sine.stride(0), tokens, kv_heads, group,
-        WAY={"in place": 0, "split": 1, "join": 2}[way], INVERSE=inverse,
+        JOIN=join,
         HALF=head_dim // 2, LANES=triton.next_power_of_2(head_dim // 2),
         TOKENS=_TOKENS_A_PROGRAM, HEADS=_HEADS_A_PROGRAM, num_warps=_WARPS,
     )  # fmt: skip
@@ -132,10 +80,10 @@ def _store(ptr, offset, values, mask):
 
 @triton.jit(do_not_specialize=["tokens"])  # it differs from one micro batch to the next
 def _rotate(
-    fused_ptr,  # [T, K, G, D], by its strides
-    query_ptr,  # [T, K (G - 2), D], by its strides; not used in place, and so the next two
-    key_ptr,  # [T, K, D], by its strides
-    value_ptr,  # [T, K, D], by its strides
+    fused_ptr,  # [T, G, Q/G + 2, D], by its strides
+    query_ptr,  # [T, Q, D], by its strides; not used in place, and so the next two
+    key_ptr,  # [T, G, D], by its strides
+    value_ptr,  # [T, G, D], by its strides
     cosine_ptr,  # [T, D], rows cosine_stride apart
     sine_ptr,  # [T, D], rows sine_stride apart
     fused_token,
@@ -150,10 +98,9 @@ def _rotate(
     cosine_stride,
     sine_stride,
     tokens,  # T
-    kv_heads,  # K
-    group,  # G
-    WAY: tl.constexpr,  # 0 in place, 1 fused to parts, 2 parts to fused
-    INVERSE: tl.constexpr,
+    kv_heads,  # G
+    group,  # Q/G + 2
+    JOIN: tl.constexpr,  # parts to fused, rotated back; else in place
     HALF: tl.constexpr,  # D / 2
     LANES: tl.constexpr,  # HALF, up to a power of two
     TOKENS: tl.constexpr,
@@ -168,7 +115,7 @@ def _rotate(
     row = token.to(tl.int64)
     cosine = _load(cosine_ptr, row[:, None] * cosine_stride + lane[None, :], row_mask)[:, None, :]
     sine = _load(sine_ptr, row[:, None] * sine_stride + lane[None, :], row_mask)[:, None, :]
-    if INVERSE:
+    if JOIN:
         sine = -sine
 
     kv_head, member = head // group, head % group
@@ -176,14 +123,13 @@ def _rotate(
     mask = mask & (lane < HALF)[None, None, :]
     row, lane = row[:, None, None], lane[None, None, :]
     at_fused = row * fused_token + (kv_head * fused_kv + member * fused_head)[None, :, None] + lane
-    if WAY:
+    if JOIN:
         of_query = mask & (member < group - 2)[None, :, None]
         of_key = mask & (member == group - 2)[None, :, None]
         of_value = mask & (member == group - 1)[None, :, None]
         at_query = row * query_token + ((kv_head * (group - 2) + member) * query_head)[None, :, None] + lane
         at_key = row * key_token + (kv_head * key_head)[None, :, None] + lane
         at_value = row * value_token + (kv_head * value_head)[None, :, None] + lane
-    if WAY == 2:
         # Each head is in one of the three; the other two give zeros without reading.
         first = _load(query_ptr, at_query, of_query) + _load(key_ptr, at_key, of_key)
         first += _load(value_ptr, at_value, of_value)
@@ -194,16 +140,8 @@ def _rotate(
         second = _load(fused_ptr, at_fused + HALF, mask)
     turned_first = first * cosine - second * sine
     turned_second = second * cosine + first * sine
-    if WAY:
+    if JOIN:
         turned_first = tl.where(of_value, first, turned_first)
         turned_second = tl.where(of_value, second, turned_second)
-    if WAY == 1:
-        _store(query_ptr, at_query, turned_first, of_query)
-        _store(query_ptr, at_query + HALF, turned_second, of_query)
-        _store(key_ptr, at_key, turned_first, of_key)
-        _store(key_ptr, at_key + HALF, turned_second, of_key)
-        _store(value_ptr, at_value, turned_first, of_value)
-        _store(value_ptr, at_value + HALF, turned_second, of_value)
-    else:
-        _store(fused_ptr, at_fused, turned_first, mask)
-        _store(fused_ptr, at_fused + HALF, turned_second, mask)
+    _store(fused_ptr, at_fused, turned_first, mask)
+    _store(fused_ptr, at_fused + HALF, turned_second, mask)

@@ -1,7 +1,4 @@
-"""Copying rows into a slice of longer rows, or out of one, at the memory's speed.
-
-Shapes: T tokens, N columns.
-"""
+"""Rows as kernels take them, any distance apart; and copying them into longer rows at the memory's speed."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # (a kernel's arguments are what Triton makes of them)
@@ -16,8 +13,23 @@ _BLOCK = 2048
 _WARPS = 4
 
 
+def contiguous_rows(matrix: Tensor) -> Tensor:
+    """The matrix itself where its rows are contiguous, else a copy."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def check_rows(x: Tensor, *others: Tensor) -> None:
+    """Raise ValueError unless all have the shape of the first, and contiguous rows."""
+    for each in (x, *others):
+        if each.shape != x.shape or (each.stride(1) != 1 and each.shape[1] > 1):
+            raise ValueError(
+                f"expected {tuple(x.shape)} with a contiguous last dimension, not {tuple(each.shape)} with "
+                f"strides {each.stride()}"
+            )
+
+
 def copy_rows(x: Tensor, out: Tensor) -> Tensor:
-    """Copy `x` into `out`, both ``[T, N]`` of one dtype, rows any distance apart. Returns `out`."""
+    """Copy `x` into `out`, both ``[T, C]`` of one dtype, rows any distance apart. Returns `out`."""
     assert x.shape == out.shape
     assert x.stride(1) == out.stride(1) == 1
     if x.numel():
@@ -28,8 +40,8 @@ def copy_rows(x: Tensor, out: Tensor) -> Tensor:
 
 @triton.jit
 def _copy(
-    x_ptr,  # [T, N]
-    out_ptr,  # [T, N]
+    x_ptr,  # [T, C]
+    out_ptr,  # [T, C]
     x_stride,
     out_stride,
     columns,

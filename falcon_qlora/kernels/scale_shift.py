@@ -1,7 +1,5 @@
 """Outputs of linears times a learned scale, shifted by a learned bias, ``s (z + b)``; and trained norms.
 
-Shapes: T tokens, N columns.
-
 All in float32 and rounded once: folded into bfloat16 weights, small updates of a scale would be lost. The
 gradients of vectors are sums over tokens, taken in float32 in a fixed order.
 """
@@ -21,11 +19,11 @@ def scale_shift(x: Tensor, scale: Tensor, bias: Tensor, out: Tensor, gelu: Tenso
     """Write ``scale * (x + bias)``, and its exact GELU where asked for.
 
     Args:
-        x: ``[T, N]``; rows may be any distance apart, and so in every tensor here.
-        scale: float32 ``[N]``.
-        bias: float32 ``[N]``.
-        out: ``[T, N]`` to write into; may be `x`.
-        gelu: ``[T, N]`` to write GELU of the result into, or None.
+        x: ``[T, C]``; rows may be any distance apart, and so in every tensor here.
+        scale: float32 ``[C]``.
+        bias: float32 ``[C]``.
+        out: ``[T, C]`` to write into; may be `x`.
+        gelu: ``[T, C]`` to write GELU of the result into, or None.
 
     Returns:
         `out`.
@@ -39,12 +37,12 @@ def add_scaled(
     """Add two scaled and shifted outputs to `x`.
 
     Args:
-        x: ``[T, N]``.
-        first: an output ``[T, N]``, its scale and its bias, float32 ``[N]`` each; so too `second`.
+        x: ``[T, C]``.
+        first: an output ``[T, C]``, its scale and its bias, float32 ``[C]`` each; so too `second`.
         second: the other.
 
     Returns:
-        ``[T, N]`` in `x`'s dtype.
+        ``[T, C]`` in `x`'s dtype.
     """
     return _form(x).add_scaled(x, first, second)
 
@@ -53,14 +51,14 @@ def scale_backward(grad: Tensor, x: Tensor, scale: Tensor, out: Tensor, *, throu
     """Write the gradient of what was scaled, and sum up what the vectors' gradients need.
 
     Args:
-        grad: ``[T, N]``, of the result of `scale_shift`, or of its GELU where `through_gelu`.
-        x: ``[T, N]``; where `through_gelu`, the result of `scale_shift`.
-        scale: float32 ``[N]``.
-        out: ``[T, N]`` to write the gradient times `scale` into; may be `grad` or `x`.
+        grad: ``[T, C]``, of the result of `scale_shift`, or of its GELU where `through_gelu`.
+        x: ``[T, C]``; where `through_gelu`, the result of `scale_shift`.
+        scale: float32 ``[C]``.
+        out: ``[T, C]`` to write the gradient times `scale` into; may be `grad` or `x`.
         through_gelu: whether `grad` first goes back through GELU.
 
     Returns:
-        float32 ``[2, N]``: sums over tokens of the result's gradient times `x`, and of the gradient.
+        float32 ``[2, C]``: sums over tokens of the result's gradient times `x`, and of the gradient.
     """
     return _form(x).scale_backward(grad, x, scale, out, through_gelu)
 
@@ -69,13 +67,13 @@ def norm_gradients(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tenso
     """The gradients of a layer norm's weight and bias.
 
     Args:
-        grad: ``[T, N]``, of the norm's output.
-        x: ``[T, N]``, its input.
+        grad: ``[T, C]``, of the norm's output.
+        x: ``[T, C]``, its input.
         mean: float32 ``[T]``, from the forward pass; so too `rstd`.
         rstd: float32 ``[T]``.
 
     Returns:
-        float32 ``[2, N]``.
+        float32 ``[2, C]``.
     """
     return _form(x).norm_gradients(grad, x, mean, rstd)
 
@@ -115,8 +113,4 @@ class _Plain:
 
 
 def _form(x: Tensor) -> Any:
-    if not ops.triton_runs_on(x.device):
-        return _Plain
-    from falcon_qlora.kernels import scale_shift_triton
-
-    return scale_shift_triton
+    return ops.form(_Plain, "scale_shift_triton", x)

@@ -1,7 +1,5 @@
 """Scaling and shifting of outputs, and the sums over tokens that come back, see `scale_shift`.
 
-Shapes: T tokens, N columns.
-
 Programs take tiles of few tokens and many columns, so that vectors are read once for several tokens. Those
 that sum up go down their columns through a part of the tokens; the parts' sums are added up at the end.
 """
@@ -18,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from falcon_qlora.kernels.gelu import _distribution
+from falcon_qlora.kernels.gelu import gelu_and_slope
+from falcon_qlora.kernels.rows import check_rows
 
 _TILE: dict[str, Any] = {"TOKENS": 8, "COLUMNS": 512, "num_warps": 4}
 _SUMS_TILE: dict[str, Any] = {"TOKENS": 8, "COLUMNS": 256, "num_warps": 4}
@@ -29,7 +28,7 @@ _PROGRAMS = 1056
 def scale_shift(x: Tensor, scale: Tensor, bias: Tensor, out: Tensor, gelu: Tensor | None) -> Tensor:
     """See `scale_shift.scale_shift`."""
     after = out if gelu is None else gelu
-    _check(x, out, after)
+    check_rows(x, out, after)
     if x.numel():
         _scale_shift[_grid(x)](
             x, scale, bias, out, after, x.stride(0), out.stride(0), after.stride(0), *x.shape,
@@ -42,7 +41,7 @@ def add_scaled(
     x: Tensor, first: tuple[Tensor, Tensor, Tensor], second: tuple[Tensor, Tensor, Tensor]
 ) -> Tensor:
     """See `scale_shift.add_scaled`."""
-    _check(x, first[0], second[0])
+    check_rows(x, first[0], second[0])
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
         _add_scaled[_grid(x)](
@@ -54,13 +53,13 @@ def add_scaled(
 
 def scale_backward(grad: Tensor, x: Tensor, scale: Tensor, out: Tensor, through_gelu: bool) -> Tensor:
     """See `scale_shift.scale_backward`."""
-    _check(x, grad, out)
+    check_rows(x, grad, out)
     return _sum(grad, x, (scale, scale, scale), out, {"GELU": through_gelu, "NORM": False})
 
 
 def norm_gradients(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     """See `scale_shift.norm_gradients`."""
-    _check(x, grad)
+    check_rows(x, grad)
     return _sum(grad, x, (mean, mean, rstd), grad, {"GELU": False, "NORM": True})
 
 
@@ -83,15 +82,6 @@ def _grid(x: Tensor) -> tuple[int, int]:
     return triton.cdiv(x.shape[1], _TILE["COLUMNS"]), triton.cdiv(x.shape[0], _TILE["TOKENS"])
 
 
-def _check(x: Tensor, *others: Tensor) -> None:
-    for other in (x, *others):
-        if other.shape != x.shape or (other.stride(1) != 1 and other.shape[1] > 1):
-            raise ValueError(
-                f"expected {tuple(x.shape)} with a contiguous last dimension, not {tuple(other.shape)} with "
-                f"strides {other.stride()}"
-            )
-
-
 @triton.jit
 def _tile(first, tokens, columns, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
     """Rows ``[TOKENS, 1]`` from `first` on, the program's columns ``[1, COLUMNS]``, and which exist."""
@@ -107,16 +97,16 @@ def _load(ptr, offset, mask):
 
 @triton.jit(do_not_specialize=["tokens"])  # it differs from one micro batch to the next
 def _scale_shift(
-    x_ptr,  # [T, N], rows x_stride apart
-    scale_ptr,  # float32 [N]
-    bias_ptr,  # float32 [N]
-    out_ptr,  # [T, N], rows out_stride apart
-    gelu_ptr,  # [T, N], rows gelu_stride apart; used where GELU
+    x_ptr,  # [T, C], rows x_stride apart
+    scale_ptr,  # float32 [C]
+    bias_ptr,  # float32 [C]
+    out_ptr,  # [T, C], rows out_stride apart
+    gelu_ptr,  # [T, C], rows gelu_stride apart; used where GELU
     x_stride,
     out_stride,
     gelu_stride,
     tokens,  # T
-    columns,  # N
+    columns,  # C
     GELU: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -127,28 +117,26 @@ def _scale_shift(
     y = (scale * (_load(x_ptr, row * x_stride + column, mask) + bias)).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * out_stride + column, y, mask=mask)
     if GELU:
-        wide = y.to(tl.float32)
-        below, _ = _distribution(wide)
-        after = (wide * below).to(gelu_ptr.dtype.element_ty)
-        tl.store(gelu_ptr + row * gelu_stride + column, after, mask=mask)
+        after, _ = gelu_and_slope(y.to(tl.float32))
+        tl.store(gelu_ptr + row * gelu_stride + column, after.to(gelu_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _add_scaled(
-    x_ptr,  # [T, N], rows x_stride apart
-    first_ptr,  # [T, N], rows first_stride apart
-    first_scale_ptr,  # float32 [N]
-    first_bias_ptr,  # float32 [N]
-    second_ptr,  # [T, N], rows second_stride apart
-    second_scale_ptr,  # float32 [N]
-    second_bias_ptr,  # float32 [N]
-    out_ptr,  # [T, N], rows out_stride apart
+    x_ptr,  # [T, C], rows x_stride apart
+    first_ptr,  # [T, C], rows first_stride apart
+    first_scale_ptr,  # float32 [C]
+    first_bias_ptr,  # float32 [C]
+    second_ptr,  # [T, C], rows second_stride apart
+    second_scale_ptr,  # float32 [C]
+    second_bias_ptr,  # float32 [C]
+    out_ptr,  # [T, C], rows out_stride apart
     x_stride,
     first_stride,
     second_stride,
     out_stride,
     tokens,  # T
-    columns,  # N
+    columns,  # C
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -164,18 +152,18 @@ def _add_scaled(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _sum_columns(
-    grad_ptr,  # [T, N], rows grad_stride apart
-    x_ptr,  # [T, N], rows x_stride apart
-    scale_ptr,  # float32 [N]; not used where NORM
+    grad_ptr,  # [T, C], rows grad_stride apart
+    x_ptr,  # [T, C], rows x_stride apart
+    scale_ptr,  # float32 [C]; not used where NORM
     mean_ptr,  # float32 [T]; used where NORM
     rstd_ptr,  # float32 [T]; used where NORM
-    out_ptr,  # [T, N], rows out_stride apart; not used where NORM
-    sums_ptr,  # float32 [parts, 2, N]
+    out_ptr,  # [T, C], rows out_stride apart; not used where NORM
+    sums_ptr,  # float32 [parts, 2, C]
     grad_stride,
     x_stride,
     out_stride,
     tokens,  # T
-    columns,  # N
+    columns,  # C
     GELU: tl.constexpr,
     NORM: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -191,8 +179,8 @@ def _sum_columns(
         x = _load(x_ptr, row * x_stride + place, mask)
         grad = _load(grad_ptr, row * grad_stride + place, mask)
         if GELU:
-            below, bell = _distribution(x)
-            grad *= below + x * bell * 0.3989422804014327  # 1 / sqrt(2π)
+            _, slope = gelu_and_slope(x)
+            grad *= slope
         if NORM:
             x = (x - _load(mean_ptr, row, row < tokens)) * _load(rstd_ptr, row, row < tokens)
         else:

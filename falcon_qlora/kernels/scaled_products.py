@@ -1,8 +1,5 @@
 """A block's products where learned vectors scale and shift each linear's output, and norms are trained.
 
-Shapes: T tokens, H hidden size, W width of the fused query, key and value, F feed-forward size, N outputs of
-a linear.
-
 A linear gives ``s (z + b)``, with z its product. dense and 4h_to_h have scales of their own, so they are two
 products here, added up with the block's input in one pass. Vectors act in float32 on what the products give.
 
@@ -24,7 +21,7 @@ from falcon_qlora.kernels.dequantized import DequantizedProducts
 from falcon_qlora.kernels.frozen_linear import Adapter, Projection, dequantized
 from falcon_qlora.kernels.scale_shift import add_scaled, norm_gradients, scale_backward, scale_shift
 
-Vectors = tuple[Tensor, Tensor]  # scale and bias, float32 [N] each
+Vectors = tuple[Tensor, Tensor]  # scale and bias, float32 [O] each
 
 
 class ScaledProducts:

@@ -1,7 +1,4 @@
-"""Cross entropy of rows of logits, and its gradient in their place.
-
-Shapes: N tokens, V vocabulary.
-"""
+"""Cross entropy of rows of logits, and its gradient in their place."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # (a kernel's arguments are what Triton makes of them)
@@ -17,26 +14,8 @@ _BLOCK = 8192
 _WARPS = 8
 
 
-def cross_entropy_reference(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """What `cross_entropy_` computes, in plain PyTorch: the losses, and the gradient of each one's logits."""
-    probabilities = logits.float().softmax(-1)
-    losses = -logits.float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-    gradient = probabilities.scatter_add(-1, targets[:, None], -torch.ones_like(losses[:, None]))
-    return losses, gradient.to(logits.dtype)
-
-
 def cross_entropy_(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
-    """Cross entropies, computed in float32.
-
-    Args:
-        logits: ``[N, V]``, rows any distance apart; with `with_gradient` the softmax minus the one-hot target
-            takes their place.
-        targets: int64 ``[N]``.
-        with_gradient: whether to write the gradient.
-
-    Returns:
-        float32 ``[N]``.
-    """
+    """`ops.cross_entropy_` in two passes over a row, which may lie any distance from the next."""
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     if logits.shape[0]:
         _cross_entropy[(logits.shape[0],)](

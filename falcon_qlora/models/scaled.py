@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from falcon_qlora.kernels.cross_entropy import DEFAULT_CHUNK_TOKENS, chunked_cross_entropy
+from falcon_qlora.kernels.cross_entropy import chunked_cross_entropy
 
 SCALE_AND_BIAS = "scale_and_bias"
 
@@ -60,20 +60,17 @@ def scale_and_bias_of(linear: nn.Module) -> ScaleAndBias | None:
     return getattr(linear, SCALE_AND_BIAS, None)
 
 
-def head_loss(
-    hidden: Tensor, head: Any, targets: Tensor, *, chunk_tokens: int = DEFAULT_CHUNK_TOKENS
-) -> Tensor:
+def head_loss(hidden: Tensor, head: Any, targets: Tensor) -> Tensor:
     """Sum of the cross entropies of `targets` under the head's logits, few of which exist at a time.
 
     Args:
         hidden: ``[N, H]``; N may be 0.
         head: the model's output head, with or without learned vectors.
         targets: int64 ``[N]``.
-        chunk_tokens: how many rows of logits exist at a time.
 
     Returns:
         float32 scalar.
     """
     learned = scale_and_bias_of(head)
     vectors = None if learned is None or not learned.enabled else (learned.scale, learned.bias)
-    return chunked_cross_entropy(hidden, head.weight, targets, vectors=vectors, chunk_tokens=chunk_tokens)
+    return chunked_cross_entropy(hidden, head.weight, targets, vectors=vectors)

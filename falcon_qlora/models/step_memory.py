@@ -32,7 +32,7 @@ from itertools import pairwise
 
 from transformers import FalconConfig
 
-from falcon_qlora.kernels.cross_entropy import default_chunk_tokens
+from falcon_qlora.kernels.cross_entropy import logit_rows
 from falcon_qlora.models.activations import Checkpointing
 from falcon_qlora.models.falcon import linear_shapes, norms_per_block, parameter_count
 
@@ -196,7 +196,7 @@ class Step:
 
     def _head(self) -> int:
         """The head's turn: three tensors of the hidden size, a piece of the logits, the weight's gradient."""
-        logits = default_chunk_tokens(self.tokens) * self.config.vocab_size * (2 * 4 + self.value_bytes)
+        logits = logit_rows(self.tokens) * self.config.vocab_size * (2 * 4 + self.value_bytes)
         gradient = self.config.vocab_size * self.config.hidden_size * (4 + self.value_bytes)
         hidden = 3 * self.tokens * self.config.hidden_size * self.value_bytes
         return int(hidden + logits + (gradient if self.all_trained else 0))

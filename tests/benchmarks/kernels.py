@@ -137,14 +137,10 @@ def norm_cases(sizes: Sizes, tokens: int) -> Iterator[Case]:
         return tuple(F.layer_norm(wide, hidden, w.double(), b.double(), EPS) for w, b in norms[:count])
 
     def backward_reference(count: int) -> tuple[Tensor, ...]:
-        wide = x[:ROWS].double()
-        _, m, r = layer_norm.layer_norm_reference(wide, *(t.double() for t in norms[0]), EPS)
-        dx = add[:ROWS].double()
-        for grad, weight in zip(grads[:count], weights, strict=False):
-            dx = layer_norm.layer_norm_backward_reference(
-                grad[:ROWS].double(), wide, m, r, weight.double(), dx
-            )
-        return (dx,)
+        wide = x[:ROWS].double().requires_grad_()
+        results = [F.layer_norm(wide, hidden, w.double(), b.double(), EPS) for w, b in norms[:count]]
+        (dx,) = torch.autograd.grad(results, wide, [grad[:ROWS].double() for grad in grads[:count]])
+        return (dx + add[:ROWS].double(),)
 
     forward: dict[int, Callable[[], tuple[Tensor, ...]]] = {
         1: lambda: layer_norm.layer_norm(x, *norms[0], EPS)[:1],
@@ -180,19 +176,16 @@ def rotary_cases(sizes: Sizes, tokens: int) -> Iterator[Case]:
     angles = torch.cat([angles, angles], dim=-1)
     cosine, sine = angles.cos(), angles.sin()
     halves = cosine.bfloat16()[:, None], sine.bfloat16()[:, None]
-    parts = rotary.rotate_split(fused, cosine, sine)
     target = fused.clone()
 
     def apart(heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return heads[:, :, :-2].flatten(1, 2), heads[:, :, -2], heads[:, :, -1]
 
+    parts = tuple(part.contiguous() for part in apart(fused))
+
     def turned(heads: Tensor, sign: int = 1) -> Tensor:
         first, second = heads.chunk(2, dim=-1)
         return heads * halves[0] + torch.cat([-second, first], dim=-1) * (sign * halves[1])
-
-    def split_theirs() -> tuple[Tensor, ...]:
-        query, key, value = apart(fused)
-        return turned(query), turned(key), value.contiguous()
 
     def join_theirs() -> tuple[Tensor, ...]:
         query, key, value = parts
@@ -200,19 +193,16 @@ def rotary_cases(sizes: Sizes, tokens: int) -> Iterator[Case]:
         back = torch.cat([query, turned(key, -1).unsqueeze(2), value.unsqueeze(2)], dim=2)
         return (back,)
 
-    def reference(heads: Tensor, inverse: bool) -> Tensor:
-        return rotary.rotate_reference(
-            heads[:ROWS].double(), cosine[:ROWS].double(), sine[:ROWS].double(), inverse
-        )
-
-    def split_reference() -> tuple[Tensor, ...]:
-        query, key, value = apart(fused[:ROWS])
-        return reference(query, False), reference(key, False), value.double()
+    def back(heads: Tensor) -> Tensor:
+        """Rotated back, in float64."""
+        first, second = heads[:ROWS].double().chunk(2, dim=-1)
+        c, s = (each[:ROWS, None, : head_dim // 2].double() for each in (cosine, sine))
+        return torch.cat([first * c + second * s, second * c - first * s], dim=-1)
 
     def join_reference() -> tuple[Tensor, ...]:
-        query, key, value = (part[:ROWS] for part in parts)
-        query = reference(query, True).unflatten(1, (kv_heads, -1))
-        return (torch.cat([query, reference(key, True).unsqueeze(2), value.double().unsqueeze(2)], dim=2),)
+        query, key, value = parts
+        query = back(query).unflatten(1, (kv_heads, -1))
+        return (torch.cat([query, back(key).unsqueeze(2), value[:ROWS].double().unsqueeze(2)], dim=2),)
 
     def in_place() -> tuple[Tensor, ...]:
         return (rotary.rotate_(target[:, :, :-1], cosine, sine),)
@@ -226,12 +216,10 @@ def rotary_cases(sizes: Sizes, tokens: int) -> Iterator[Case]:
     tunables: dict[str, list[Any]] = {
         "_TOKENS_A_PROGRAM": [4, 8, 16], "_HEADS_A_PROGRAM": [8], "_WARPS": [2, 4, 8],
     }  # fmt: skip
-    yield Case(f"rotate, split {shown}", lambda: rotary.rotate_split(fused, cosine, sine), split_theirs,
-               split_reference, moved, rotary, tunables)  # fmt: skip
     out = torch.empty(shape, device=DEVICE, dtype=torch.bfloat16)
     yield Case(f"rotate, join {shown}", lambda: (rotary.rotate_join(*parts, cosine, sine, out),), join_theirs,
                join_reference, moved, rotary, tunables)  # fmt: skip
-    # Its results change with every call: right where the others are, as they share the kernel.
+    # Its results change with every call: right where the other is, as they share the kernel.
     yield Case(f"rotate in place {shown}", in_place, in_place_theirs, tuple, moved * (1 - 1 / group), rotary,
                tunables)  # fmt: skip
 
@@ -244,15 +232,18 @@ def gelu_cases(sizes: Sizes, tokens: int) -> Iterator[Case]:
     def backward_theirs() -> tuple[Tensor, ...]:
         return torch.ops.aten.gelu_backward(grad, x), F.gelu(x)
 
+    def wide() -> tuple[Tensor, Tensor]:
+        return grad[:ROWS].double(), x[:ROWS].double()
+
     shape = f"[{tokens}, {sizes.wide}]"
     tunables = {"_BLOCK": [1024, 2048, 4096], "_WARPS": [4, 8]}
     yield Case(
         f"gelu {shape}", lambda: (gelu.gelu(x, output),), lambda: (F.gelu(x),),
-        lambda: (gelu.gelu_reference(x[:ROWS].double()),), 4 * x.numel(), gelu, tunables,
+        lambda: (F.gelu(wide()[1]),), 4 * x.numel(), gelu, tunables,
     )  # fmt: skip
     yield Case(
         f"gelu, backward {shape}", lambda: gelu.gelu_backward(grad, x, dx, output=output), backward_theirs,
-        lambda: gelu.gelu_backward_reference(grad[:ROWS].double(), x[:ROWS].double()),
+        lambda: (torch.ops.aten.gelu_backward(*wide()), F.gelu(wide()[1])),
         8 * x.numel(), gelu, tunables,
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from falcon_qlora.common.quantities import GIB
-from falcon_qlora.kernels.cross_entropy import chunked_cross_entropy, cross_entropy_reference
+from falcon_qlora.kernels.cross_entropy import chunked_cross_entropy
 from falcon_qlora.methods.lora import attach_lora
 from falcon_qlora.models import packed_attention as attention
 from falcon_qlora.models.falcon import expected_linears, preset_config
@@ -19,6 +19,7 @@ from falcon_qlora.models.packed_attention import Sequences, alibi_bias, packed_a
 from falcon_qlora.models.sizes import largest_weight_bytes, weight_bytes
 from tests.layouts import LAYOUTS, MODES, documents, plain_float32, tiny_model
 from tests.packing import gradients, one_by_one, packed, with_adapter
+from tests.unit.test_cross_entropy import reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -155,7 +156,7 @@ def test_cross_entropy_at_falcons_vocabulary_keeps_no_logits(dtype):
     hidden = torch.randn(3000, 512, device="cuda", dtype=dtype, requires_grad=True)
     weight = torch.randn(65024, 512, device="cuda", dtype=dtype) * 0.05
     targets = torch.randint(0, 65024, (3000,), device="cuda")
-    expected = cross_entropy_reference(hidden, weight, targets)
+    expected = reference(hidden, weight, targets)
     expected_gradient = torch.autograd.grad(expected, hidden)[0]
     del expected
     torch.cuda.empty_cache()
@@ -164,7 +165,7 @@ def test_cross_entropy_at_falcons_vocabulary_keeps_no_logits(dtype):
     loss = chunked_cross_entropy(hidden, weight, targets)
     gradient = torch.autograd.grad(loss, hidden)[0]
     assert torch.cuda.max_memory_allocated() - before < 1.2 * GIB
-    assert_close(loss, cross_entropy_reference(hidden, weight, targets), rtol=1e-5, atol=1e-2)
+    assert_close(loss, reference(hidden, weight, targets), rtol=1e-5, atol=1e-2)
     assert relative(gradient, expected_gradient) < {torch.float32: 1e-4}.get(dtype, 1e-2)
 
 

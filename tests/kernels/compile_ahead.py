@@ -90,8 +90,8 @@ def plain_variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
         yield dropout_triton._add_dropped, {"RANK": rank, **tile}
     tile = {"TOKENS": rotary._TOKENS_A_PROGRAM, "HEADS": rotary._HEADS_A_PROGRAM, "num_warps": rotary._WARPS}
     for half in (32, 64):  # 11B's heads are twice as large as the others'
-        for way in range(3):
-            yield rotary._rotate, {"WAY": way, "INVERSE": way == 2, "HALF": half, "LANES": half, **tile}
+        for join in (False, True):
+            yield rotary._rotate, {"JOIN": join, "HALF": half, "LANES": half, **tile}
 
 
 def nf4_variants(nested: bool, scaled: bool) -> Iterator[tuple[JITFunction, dict[str, Any]]]:

@@ -44,6 +44,11 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture(autouse=True)
+def poisoned(unwritten_memory_is_nan: None) -> None:
+    """No kernel reads what nothing wrote."""
+
+
 @pytest.fixture(autouse=True, scope="session")
 def rounded_to_nearest() -> Iterator[None]:
     """Round in the interpreter as GPUs do: by itself it cuts bits off, carrying none into the exponent."""

@@ -15,12 +15,11 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from falcon_qlora.kernels import fp8, ops, rotary
+from falcon_qlora.kernels import fp8, ops
 from falcon_qlora.kernels.low_rank import Dropout
 from falcon_qlora.models.fast_path import apply_fast_path
 from tests.kernels.compile_ahead import name_of
@@ -67,12 +66,6 @@ def step(model: Any, lengths: list[int]) -> None:
     model(**packed(documents(lengths))).loss.backward()
 
 
-def split(lengths: list[int]) -> None:
-    """What no block calls."""
-    fused, angles = torch.empty(sum(lengths), 2, 4, 16), torch.empty(sum(lengths), 16)
-    rotary.rotate_split(fused, angles, angles)
-
-
 def main() -> None:
     driver.set_active(Driver())
     asked: dict[str, set[str]] = defaultdict(set)
@@ -92,7 +85,6 @@ def main() -> None:
             again.extend([k, name, sum(lengths)] for k, keys in asked.items() if len(keys) != before.get(k))
 
     with ops.using("triton"):
-        compare("rotate_split", split)
         for name, model, in_fp8 in models():
             with fp8.emulated() if in_fp8 else nullcontext():
                 report = apply_fast_path(model, fp8_products=in_fp8)

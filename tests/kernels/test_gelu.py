@@ -9,7 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from falcon_qlora.kernels.gelu import gelu, gelu_backward, gelu_backward_reference, gelu_reference
+from falcon_qlora.kernels.gelu import gelu, gelu_backward
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (3, 7), (2, 256), (5, 300), (2, 4100)]
@@ -83,7 +83,7 @@ def test_slices_are_read_and_written_where_they_lie(device: torch.device) -> Non
 def test_the_tail_is_more_exact_than_float32s_error_function(device: torch.device) -> None:
     x = -torch.linspace(0, 13, 2001, dtype=torch.float32, device=device)[None]
     y = gelu(x).double()
-    expected = gelu_reference(x.double())
+    expected = x.double() * 0.5 * torch.special.erfc(-x.double() / 2**0.5)
     assert (y - expected).abs().max() < 1e-7
     near = x > -5
     assert ((y - expected).abs() <= 1e-4 * expected.abs())[near].all()
@@ -96,11 +96,3 @@ def test_no_tokens(device: torch.device) -> None:
     x = torch.empty(0, 64, device=device)
     assert gelu(x).shape == (0, 64)
     assert gelu_backward(x, x)[0].shape == (0, 64)
-
-
-def test_the_references_are_pytorchs_gelu(device: torch.device) -> None:
-    x, grad = _inputs((5, 300), torch.float64, device)
-    y, dx = _expected(x, grad)
-    reference_dx, reference_y = gelu_backward_reference(grad, x)
-    torch.testing.assert_close(reference_y, y)
-    torch.testing.assert_close(reference_dx, dx)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from falcon_qlora.kernels.int8 import dequantize_int8, dequantize_int8_reference
+from falcon_qlora.kernels.int8 import dequantize_int8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -14,7 +14,7 @@ def test_it_writes_what_the_rows_stand_for_and_nothing_beside_them(rows, columns
     scales = (0.1 + torch.rand(rows, generator=generator)).to(device)
     room = torch.full((rows, columns + 5), 7.0, dtype=dtype, device=device)
     dequantize_int8(weight, scales, room[:, 2 : 2 + columns])
-    expected = dequantize_int8_reference(weight, scales, dtype)
+    expected = (weight.float() * (scales / 127)[:, None]).to(dtype)
     torch.testing.assert_close(
         room[:, 2 : 2 + columns], expected, rtol=2**-8 if dtype != torch.float32 else 1e-6, atol=0
     )

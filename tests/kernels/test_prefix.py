@@ -7,14 +7,14 @@ from torch.testing import assert_close
 
 from falcon_qlora.kernels import ops, prefix
 
-# T, K, G, D, P: 7B's one key head, groups, one key head a query head, odd sizes, one row, more than a tile.
+# T, G, Q/G, D, P: 7B's one key head, groups, one key head a query head, odd sizes, one row, more than a tile.
 SHAPES = [(5, 1, 71, 64, 10), (21, 2, 4, 16, 10), (9, 3, 1, 8, 5), (3, 2, 29, 48, 1), (40, 1, 5, 128, 33)]
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
 FORMS = ["torch", "triton"]
 
 
 def inputs(shape, dtype, device):
-    """Query ``[T, K, G, D]`` as it lies in the fused projection, output, key, value, gate and gradients."""
+    """Query ``[T, G, Q/G, D]`` as it lies in the fused projection, output, key, value, gate and gradients."""
     tokens, kv_heads, group, head_dim, rows = shape
     generator = torch.Generator().manual_seed(tokens)
 

@@ -13,6 +13,8 @@ from tests.layouts import documents
 from tests.packing import gradients, packed
 from tests.unit.test_fast_path import LENGTHS, adapted, step
 
+pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
+
 MODES = ["none", "selective", "full", "offload"]
 KEEPS = ["all", "attention", "input", "offload"]
 

@@ -17,6 +17,8 @@ from tests.unit.test_activations import kept_bytes, saved  # noqa: F401
 from tests.unit.test_fast_path import FAST_LAYOUTS, calls  # noqa: F401
 from tests.unit.test_methods import away_from_start
 
+pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
+
 LENGTHS = [7, 40, 1, 12]
 METHODS = {"adapter": Adapter, "adapter_v2": AdapterV2}
 NAMES = ["adapter", "adapter_v2"]

@@ -23,6 +23,8 @@ from tests.unit.test_fast_path import (
     step,
 )
 
+pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
+
 P = 0.4
 
 

@@ -21,6 +21,8 @@ from falcon_qlora.models.packed_attention import Sequences
 from tests.layouts import LAYOUTS, MODES, documents, plain_float32, tiny_model
 from tests.packing import gradients, one_by_one, packed, with_adapter
 
+pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
+
 FAST_LAYOUTS = [layout for layout in LAYOUTS if layout != "falcon-rw-1b"]
 LENGTHS = [7, 40, 1, 12]
 

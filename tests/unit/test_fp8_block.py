@@ -20,6 +20,8 @@ from tests.layouts import LAYOUTS, MODES, documents, tiny_model
 from tests.packing import packed
 from tests.unit.test_fast_path import FAST_LAYOUTS, LENGTHS, adapted, assert_same, facts, step
 
+pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
+
 # e4m3 rounds by up to 2^-4 of a value, in the mean square by 2^-4 / 3^0.5 / 1.5; a product has two factors.
 PRODUCT_ERROR = 2**-4 / 3**0.5 / 1.5 * 2**0.5
 # The way to a gradient leads through some six products one after the other, forward and back through two
