@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from falcon_qlora.models.activations import set_checkpointing
+from falcon_qlora.models.blocks.attention import PackedAttention
+from falcon_qlora.models.falcon import preset_config
 from falcon_qlora.models.fast_path import apply_fast_path
+from falcon_qlora.models.packed_attention import Sequences
+from falcon_qlora.models.step_memory import Step
 from tests.layouts import documents
 from tests.packing import packed
 from tests.unit.test_fast_path import adapted, step
@@ -49,3 +53,20 @@ def test_an_offloading_step_waits_for_nothing():
         model(**arguments).loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_attentions_backward_takes_what_the_memory_model_counts():
+    config, tokens = preset_config("falcon-7b"), 8192
+    query, grad = (torch.randn(tokens, 71, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    key, value = (torch.randn(tokens, 1, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    sequences = Sequences.from_lengths([tokens // 2] * 2, "cuda")
+    attention = PackedAttention(sequences, "variable-length kernel")
+    kept = attention.forward(query, key, value)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    attention.backward(grad, query, key, value, kept)
+    taken = torch.cuda.max_memory_allocated() - before
+    one = Step(config=config, tokens=tokens, trainable=0, fast=True)
+    joined = config.hidden_size + config.ffn_hidden_size
+    counted = 2 * tokens * (one.working_values("none")[2] - joined)
+    assert 0.9 * counted < taken < 1.15 * counted

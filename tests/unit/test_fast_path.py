@@ -6,16 +6,20 @@ import dataclasses
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.falcon.modeling_falcon import FalconDecoderLayer
 
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.fp8 import fp8_excludes
 from falcon_qlora.kernels import block as kernel
+from falcon_qlora.kernels import fp8
 from falcon_qlora.kernels.frozen_linear import Workspace
 from falcon_qlora.kernels.gelu_products import GeluProducts
 from falcon_qlora.methods.lora import attach_lora
 from falcon_qlora.models import fast_path
 from falcon_qlora.models.blocks.falcon import block_facts
 from falcon_qlora.models.falcon import LINEARS
-from falcon_qlora.models.fast_path import apply_fast_path, decide, remove_fast_path
+from falcon_qlora.models.fast_path import apply_fast_path, choose_kernels, decide, remove_fast_path
 from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.packed_attention import Sequences
 from tests.layouts import LAYOUTS, MODES, documents, plain_float32, tiny_model
@@ -435,6 +439,32 @@ def test_what_it_does_not_know_is_left_alone_with_the_reason(layout, settings, r
     assert calls["forward"] == 0
 
 
+@pytest.mark.parametrize(
+    ("kernels", "compute_dtype", "asked"),
+    [
+        ("auto", "auto", None),
+        ("required", "auto", "--kernels required"),
+        ("auto", "fp8", "--compute_dtype fp8 needs fast kernels"),
+    ],
+)
+def test_a_family_without_a_fast_block_takes_the_reference_path(kernels, compute_dtype, asked, monkeypatch):
+    for name in ("enable_packing", "pack_batches"):
+        monkeypatch.setattr(fast_path, name, lambda model: None)
+    sizes = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+    reason = "no fast block for this layout yet"
+    with fp8.emulated():
+        if asked is not None:
+            with pytest.raises(UserError) as refused:
+                choose_kernels(model, kernels=kernels, compute_dtype=compute_dtype)
+            left = f"model.layers.0 runs on the reference path: {reason} (2 of 2 blocks)"
+            assert str(refused.value) == f"{asked}: {left}"
+            return
+        report = choose_kernels(model, kernels=kernels, compute_dtype=compute_dtype)
+    assert report == {f"model.layers.{n}": f"reference path: {reason}" for n in range(2)}
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 def test_an_adapter_that_changes_later_is_not_computed_wrongly(calls):
     model = adapted("falcon-7b")
     apply_fast_path(model)
@@ -496,13 +526,19 @@ def test_decide_says_why_not(changes, reason):
     assert decision == {"block": "reference", "reason": reason}
 
 
-def test_fp8_goes_with_no_dropout():
-    given = facts(lora_dropout=0.05)
+@pytest.mark.parametrize(
+    ("changes", "asked"),
+    [
+        ({"lora_dropout": 0.05}, {"lora_dropout": 0.05}),
+        ({"scaled": True}, {"scales": True}),
+        ({"prefix_rows": 5}, {"prefix": True}),
+    ],
+)
+def test_what_fp8_excludes_is_told_of_a_block_in_the_words_of_the_one_who_decides(changes, asked):
+    given = facts(**changes)
     decision = decide(given, triton=True, attention="variable-length kernel", fp8_products=True)
-    assert decision == {
-        "block": "reference",
-        "reason": "fp8 does not go with LoRA dropout 0.05: set --lora_dropout 0",
-    }
+    assert decision == {"block": "reference", "reason": fp8_excludes(**asked)}
+    assert "fp8 does not go with" in decision["reason"]
     assert decide(given, triton=True, attention="variable-length kernel")["block"] == "fast"
 
 

@@ -10,8 +10,10 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from falcon_qlora.common.quantities import GIB
+from falcon_qlora.kernels import ops
 from falcon_qlora.models.activations import Checkpointing
 from falcon_qlora.models.falcon import lora_parameter_count, parameter_count, preset_config
+from falcon_qlora.models.scaled import head_loss
 from falcon_qlora.models.sizes import weight_bytes
 from falcon_qlora.models.step_memory import (
     Step,
@@ -73,6 +75,34 @@ def test_a_step_on_the_fast_path_takes_what_was_measured() -> None:
         found[name, setting] = predicted / float(row["peak_allocated_gb"])
     assert len(found) == 10
     assert all(0.98 < ratio < 1.15 for ratio in found.values()), found
+
+
+def test_attentions_backward_is_counted_as_flashattention_2_allocates_it() -> None:
+    # Gradients of query, key and value in bfloat16 and for every query head, that of the query in float32
+    # too; tests/gpu measures it. Beside them lie the two parts of what was joined.
+    one = step()
+    heads = one.config.num_attention_heads * 64
+    joined = one.config.hidden_size + one.config.ffn_hidden_size
+    beside = 2 * (one.working_values("none")[2] - joined)
+    assert beside == heads * (3 * 2 + 4)
+
+
+@pytest.mark.parametrize("tokens", [40, 1000, 1024, 2500])
+def test_the_head_has_as_many_rows_of_logits_at_a_time_as_are_counted(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, losses = [], ops.cross_entropy_
+    monkeypatch.setattr(
+        ops, "cross_entropy_", lambda logits, *rest: rows.append(len(logits)) or losses(logits, *rest)
+    )
+    hidden = torch.randn(tokens, 8, requires_grad=True)
+    head_loss(hidden, torch.nn.Linear(8, 32, bias=False), torch.zeros(tokens, dtype=torch.int64))
+    few, more = (
+        Step(config=preset_config("falcon-7b", vocab_size=words), tokens=tokens, trainable=0, fast=True)
+        for words in (1000, 2000)
+    )
+    # Logits in float32, their gradient, and both in bfloat16.
+    assert more._head() - few._head() == max(rows) * 1000 * (4 + 4 + 2)
 
 
 @pytest.mark.parametrize(("name", "goal_gb"), [("falcon-7b", 7.0), ("falcon-40b", 32.0)])
