@@ -6,20 +6,25 @@ seed, go over a value's place in its matrix; a value is left out where the resul
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from falcon_qlora.kernels import ops
-from falcon_qlora.kernels.low_rank import HASH_BITS, Dropout
+from falcon_qlora.kernels.low_rank import HASH_BITS, NO_DROPOUT, Dropout
 
 
 def drop(x: Tensor, dropout: Dropout | None) -> Tensor:
     """``[T, C]``, rows any distance apart, with values left out; None leaves out none, and copies nothing."""
-    return x if dropout is None else _form(x).drop(x, dropout)
+    return x if dropout is None else dropped(x, dropout)
 
 
+@ops.or_triton("dropout_triton")
+def dropped(x: Tensor, dropout: Dropout) -> Tensor:
+    """A copy of ``[T, C]`` with values left out."""
+    return (x.float() * _factors(x, dropout)).to(x.dtype)
+
+
+@ops.or_triton("dropout_triton")
 def add_dropped(x: Tensor, left: Tensor, right: Tensor, dropout: Dropout | None) -> Tensor:
     """Add ``left @ right`` to `x` where `drop` keeps a value, with its factor, in place.
 
@@ -32,19 +37,7 @@ def add_dropped(x: Tensor, left: Tensor, right: Tensor, dropout: Dropout | None)
     Returns:
         `x`.
     """
-    return _form(x).add_dropped(x, left, right, dropout or Dropout(0.0, 2, 2))
-
-
-class _Plain:
-    """The reference."""
-
-    @staticmethod
-    def drop(x: Tensor, dropout: Dropout) -> Tensor:
-        return (x.float() * _factors(x, dropout)).to(x.dtype)
-
-    @staticmethod
-    def add_dropped(x: Tensor, left: Tensor, right: Tensor, dropout: Dropout) -> Tensor:
-        return x.copy_(x.float() + _factors(x, dropout) * (left.float() @ right.float()))
+    return x.copy_(x.float() + _factors(x, dropout or NO_DROPOUT) * (left.float() @ right.float()))
 
 
 def _factors(x: Tensor, dropout: Dropout) -> Tensor:
@@ -61,7 +54,3 @@ def _mixed(h: Tensor) -> Tensor:
     h = ((h ^ (h >> 16)) * 0x85EBCA6B) & mask
     h = ((h ^ (h >> 13)) * 0xC2B2AE35) & mask
     return h ^ (h >> 16)
-
-
-def _form(x: Tensor) -> Any:
-    return ops.form(_Plain, "dropout_triton", x)

@@ -10,15 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from falcon_qlora.kernels.low_rank import Dropout, LowRank
+from falcon_qlora.kernels.low_rank import NO_DROPOUT, Dropout, LowRank
 from falcon_qlora.kernels.low_rank_triton import low_rank_arguments, low_rank_tile, tile, tiles
 
 _BLOCK, _BLOCK_WARPS = 2048, 4
 _TILE = 64, 128, 8  # tokens and features, and warps
 
 
-def drop(x: Tensor, dropout: Dropout) -> Tensor:
-    """See `dropout.drop`."""
+def dropped(x: Tensor, dropout: Dropout) -> Tensor:
+    """See `dropout.dropped`."""
     tokens, features = x.shape
     out = torch.empty(tokens, features, dtype=x.dtype, device=x.device)
     assert x.stride(1) == 1
@@ -30,7 +30,7 @@ def drop(x: Tensor, dropout: Dropout) -> Tensor:
     return out
 
 
-def add_dropped(x: Tensor, left: Tensor, right: Tensor, dropout: Dropout) -> Tensor:
+def add_dropped(x: Tensor, left: Tensor, right: Tensor, dropout: Dropout | None) -> Tensor:
     """See `dropout.add_dropped`."""
     tokens, features = x.shape
     assert x.stride(1) == 1
@@ -39,7 +39,7 @@ def add_dropped(x: Tensor, left: Tensor, right: Tensor, dropout: Dropout) -> Ten
         grid, how = tiles(x, _TILE)
         _add_dropped[grid](
             x, left, right, x.stride(0), left.stride(0), *right.stride(), left.shape[1], tokens, features,
-            *_hashed(dropout), **how, **options,
+            *_hashed(dropout or NO_DROPOUT), **how, **options,
         )  # fmt: skip
     return x
 

@@ -74,6 +74,7 @@ def product(x: Rows, weight: Rows, dtype: torch.dtype) -> Tensor:
     )
 
 
+@ops.or_triton("fp8_quantize")
 def quantize_rows(x: Tensor) -> tuple[Rows, Tensor]:
     """``[T, C]`` into FP8, a row's largest value onto the largest there is.
 
@@ -83,9 +84,11 @@ def quantize_rows(x: Tensor) -> tuple[Rows, Tensor]:
     Returns:
         the rows, and the Euclidean length of each in float32 ``[T]``.
     """
-    return ops.form(_Plain, "fp8_quantize", x).quantize_rows(x)
+    wide = x.float()
+    return _to_fp8(wide, _scales(wide.abs().amax(1))), wide.norm(dim=1)
 
 
+@ops.or_triton("fp8_quantize")
 def quantize_weight(layer: Any, scale: Tensor, out: Tensor, transpose: bool) -> Tensor:
     """The frozen weight that `layer` stands for in FP8, divided by `scale`.
 
@@ -98,9 +101,13 @@ def quantize_weight(layer: Any, scale: Tensor, out: Tensor, transpose: bool) -> 
     Returns:
         `out`.
     """
-    return ops.form(_Plain, "fp8_quantize", layer.weight).quantize_weight(layer, scale, out, transpose)
+    shape = out.shape[::-1] if transpose else out.shape
+    weight = ops.dequantize(layer, torch.empty(shape, device=out.device))
+    values = (weight.T if transpose else weight) / scale
+    return out.copy_(values.clamp_(-LARGEST, LARGEST))
 
 
+@ops.or_triton("fp8_gelu")
 def gelu(x: Tensor, low: LowRank | None, bound: Tensor) -> tuple[Rows, Tensor]:
     """Exact GELU of the sum of `x` and what LoRA adds to it.
 
@@ -112,9 +119,11 @@ def gelu(x: Tensor, low: LowRank | None, bound: Tensor) -> tuple[Rows, Tensor]:
     Returns:
         the output in FP8, and in `x`'s dtype ``[T, F]``.
     """
-    return ops.form(_Plain, "fp8_gelu", x).gelu(x, low, bound)
+    y = F.gelu(_added(x, low))
+    return _to_fp8(y, _scales(_bound(bound, low))), y.to(x.dtype)
 
 
+@ops.or_triton("fp8_gelu")
 def gelu_backward(
     grad: Tensor, low_grad: LowRank | None, x: Tensor, low: LowRank | None, bound: Tensor
 ) -> tuple[Rows, Tensor, Tensor]:
@@ -130,16 +139,20 @@ def gelu_backward(
     Returns:
         the gradient in FP8 and in `x`'s dtype ``[T, F]``, and the output ``[T, F]``.
     """
-    return ops.form(_Plain, "fp8_gelu", x).gelu_backward(grad, low_grad, x, low, bound)
+    wide = _added(x, low)
+    dx = torch.ops.aten.gelu_backward(_added(grad, low_grad), wide)
+    scales = _scales(_STEEPEST * _bound(bound, low_grad))
+    return _to_fp8(dx, scales), dx.to(x.dtype), F.gelu(wide).to(x.dtype)
 
 
+@ops.or_triton("fp8_quantize")
 def add(x: Tensor, low: LowRank | None, addends: tuple[Tensor, ...] = ()) -> Tensor:
     """Add what LoRA adds, and up to two more ``[T, C]``, to `x` ``[T, C]`` in place, rounding once.
 
     Returns:
         `x`.
     """
-    return ops.form(_Plain, "fp8_quantize", x).add(x, low, addends)
+    return x.copy_(sum(addends, start=_added(x, low)))
 
 
 def _to_fp8(x: Tensor, scales: Tensor) -> Rows:
@@ -160,37 +173,3 @@ def _bound(bound: Tensor, low: LowRank | None) -> Tensor:
     if low is None:
         return bound
     return bound + low.left.float().norm(dim=1) * largest_row(low.right.T)
-
-
-class _Plain:
-    """The reference."""
-
-    @staticmethod
-    def quantize_rows(x: Tensor) -> tuple[Rows, Tensor]:
-        wide = x.float()
-        return _to_fp8(wide, _scales(wide.abs().amax(1))), wide.norm(dim=1)
-
-    @staticmethod
-    def quantize_weight(layer: Any, scale: Tensor, out: Tensor, transpose: bool) -> Tensor:
-        shape = out.shape[::-1] if transpose else out.shape
-        weight = ops.dequantize(layer, torch.empty(shape, device=out.device))
-        values = (weight.T if transpose else weight) / scale
-        return out.copy_(values.clamp_(-LARGEST, LARGEST))
-
-    @staticmethod
-    def gelu(x: Tensor, low: LowRank | None, bound: Tensor) -> tuple[Rows, Tensor]:
-        y = F.gelu(_added(x, low))
-        return _to_fp8(y, _scales(_bound(bound, low))), y.to(x.dtype)
-
-    @staticmethod
-    def gelu_backward(
-        grad: Tensor, low_grad: LowRank | None, x: Tensor, low: LowRank | None, bound: Tensor
-    ) -> tuple[Rows, Tensor, Tensor]:
-        wide = _added(x, low)
-        dx = torch.ops.aten.gelu_backward(_added(grad, low_grad), wide)
-        scales = _scales(_STEEPEST * _bound(bound, low_grad))
-        return _to_fp8(dx, scales), dx.to(x.dtype), F.gelu(wide).to(x.dtype)
-
-    @staticmethod
-    def add(x: Tensor, low: LowRank | None, addends: tuple[Tensor, ...]) -> Tensor:
-        return x.copy_(sum(addends, start=_added(x, low)))

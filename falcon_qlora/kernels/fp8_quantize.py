@@ -58,7 +58,7 @@ def quantize_weight(layer: Any, scale: Tensor, out: Tensor, transpose: bool) -> 
     return out
 
 
-def add(x: Tensor, low: LowRank | None, addends: tuple[Tensor, ...]) -> Tensor:
+def add(x: Tensor, low: LowRank | None, addends: tuple[Tensor, ...] = ()) -> Tensor:
     """`fp8.add` in one pass."""
     tokens, features = x.shape
     if not tokens or (low is None and not addends):

@@ -43,14 +43,14 @@ def gelu_backward(
     """`ops.gelu_backward` in one pass.
 
     Args:
-        grad, x, out: as there; `out` may be either of the others.
-        output: ``[T, F]`` to write GELU's output into, or None; may be `grad` or `x`, where `out` is not.
+        grad, x, out: as there; `out` may be `x`, and `grad` where `output` is not.
+        output: ``[T, F]`` to write GELU's output into; None for `grad`. May be `x`, where `out` is not.
     """
     grad, x = contiguous_rows(grad), contiguous_rows(x)
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if output is None:
-        output = torch.empty_like(x, memory_format=torch.contiguous_format)
+        output = grad  # its memory is free when it has been read
     check_rows(x, grad, out, output)
     if x.numel():
         block, options = _block(x)

@@ -41,3 +41,6 @@ class Dropout(NamedTuple):
     def threshold(self) -> int:
         """Hashes below it are left out."""
         return min(round(self.p * 2**HASH_BITS), 2**HASH_BITS - 1)
+
+
+NO_DROPOUT = Dropout(0.0, 2, 2)

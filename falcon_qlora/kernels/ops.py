@@ -11,14 +11,16 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
-from typing import Any, Literal
+from functools import lru_cache, wraps
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Implementation = Literal["torch", "triton"]
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 _forced: Implementation | None = None
 
@@ -34,6 +36,45 @@ def using(implementation: Implementation | None) -> Iterator[None]:
         _forced = before
 
 
+def triton_runs_on(device: torch.device) -> bool:
+    """Whether Triton's forms are taken for tensors on `device`."""
+    if _forced is not None:
+        return _forced == "triton"
+    return device.type == "cuda" and _triton_is_installed()
+
+
+@lru_cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def or_triton(
+    module: str, where: Callable[..., bool] = lambda *_: True
+) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """What is decorated is an operation's plain form; Triton's is the function of that name in `module`.
+
+    Triton's is called where it is taken for the device of the first argument, a tensor or a layer, and where
+    it can do it: `where` is asked with the positional arguments.
+    """
+
+    def decorate(plain: Callable[_P, _R]) -> Callable[_P, _R]:
+        @lru_cache
+        def in_triton() -> Callable[_P, _R]:
+            return getattr(importlib.import_module(f"{__package__}.{module}"), plain.__name__)
+
+        @wraps(plain)
+        def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            first: Any = args[0]
+            tensor = first if isinstance(first, Tensor) else first.weight
+            in_its_form = triton_runs_on(tensor.device) and where(*args)
+            return (in_triton() if in_its_form else plain)(*args, **kwargs)
+
+        return run
+
+    return decorate
+
+
+@or_triton("dequantize_triton")
 def dequantize(layer: Any, out: Tensor | None = None) -> Tensor:
     """The frozen weight that `layer` stands for.
 
@@ -44,9 +85,20 @@ def dequantize(layer: Any, out: Tensor | None = None) -> Tensor:
     Returns:
         ``[out, in]``, in `out`'s dtype, else in the dtype the weight was quantized from (int8: bfloat16).
     """
-    return _form("dequantize", layer.weight)(layer, out)
+    weight = layer.weight
+    if weight.dtype == torch.int8:
+        if out is None:
+            out = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
+        return torch.mul(weight.data, (int8_scales(layer).float() / 127.0)[:, None], out=out)
+    plain = weight.data
+    if getattr(weight, "quant_state", None) is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        plain = dequantize_4bit(plain, weight.quant_state)
+    return plain if out is None else out.copy_(plain)
 
 
+@or_triton("layer_norm")
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,9 +115,15 @@ def layer_norm(
         the output ``[T, H]`` in `x`'s dtype, the mean and the reciprocal of the standard deviation, float32
         ``[T]`` each.
     """
-    return _form("layer_norm", x)(x, weight, bias, eps, out)
+    if weight.dtype == x.dtype:
+        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+    else:
+        y, mean, rstd = torch.native_layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps)
+    y = y.to(x.dtype) if out is None else out.copy_(y)
+    return y, mean.flatten().float(), rstd.flatten().float()
 
 
+@or_triton("layer_norm")
 def layer_norm_backward(
     grad: Tensor,
     x: Tensor,
@@ -89,14 +147,27 @@ def layer_norm_backward(
     Returns:
         ``[T, H]`` in `x`'s dtype.
     """
-    return _form("layer_norm_backward", x)(grad, x, mean, rstd, weight, addend, out)
+    if x.is_cuda and weight.dtype == x.dtype:
+        result = torch.ops.aten.native_layer_norm_backward(
+            grad, x, x.shape[-1:], mean[:, None], rstd[:, None], weight, None, [True, False, False]
+        )[0]
+    else:
+        normal = (x.float() - mean[:, None]) * rstd[:, None]
+        scaled = grad.float() * weight.float()
+        along = (scaled * normal).mean(-1, keepdim=True)
+        result = (scaled - scaled.mean(-1, keepdim=True) - normal * along) * rstd[:, None]
+    if addend is not None:
+        result += addend
+    return result.to(x.dtype) if out is None else out.copy_(result)
 
 
+@or_triton("rows")
 def copy_rows(x: Tensor, out: Tensor) -> Tensor:
     """Copy ``[T, C]`` into `out`, of the same shape and dtype; either may be a slice with longer rows."""
-    return _form("copy_rows", x)(x, out)
+    return out.copy_(x)
 
 
+@or_triton("rotary")
 def rotate_(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotary embedding in place: the first and second halves of each head are the coordinates of D/2 planes.
 
@@ -108,9 +179,15 @@ def rotate_(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     Returns:
         `heads`.
     """
-    return _form("rotate_", heads)(heads, cosine, sine)
+    half = heads.shape[-1] // 2
+    first, second = heads[..., :half].float(), heads[..., half:].float()
+    cosine = cosine[:, None, None, :half].float()
+    sine = sine[:, None, None, :half].float()
+    rotated = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+    return heads.copy_(rotated)
 
 
+@or_triton("rotary")
 def rotate_join(
     query: Tensor, key: Tensor, value: Tensor, cosine: Tensor, sine: Tensor, out: Tensor
 ) -> Tensor:
@@ -127,14 +204,21 @@ def rotate_join(
     Returns:
         `out`.
     """
-    return _form("rotate_join", out)(query, key, value, cosine, sine, out)
+    out[:, :, :-2] = query.unflatten(1, (out.shape[1], -1))
+    out[:, :, -2] = key
+    out[:, :, -1] = value
+    rotate_(out[:, :, :-1], cosine, -sine)
+    return out
 
 
+@or_triton("gelu")
 def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
     """Exact GELU of ``[T, F]``, into `out` (also a slice with longer rows) where given."""
-    return _form("gelu", x)(x, out)
+    y = F.gelu(x)
+    return y if out is None else out.copy_(y)
 
 
+@or_triton("gelu")
 def gelu_backward(grad: Tensor, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The input's gradient of `gelu`, and its output once more.
 
@@ -146,9 +230,11 @@ def gelu_backward(grad: Tensor, x: Tensor, out: Tensor | None = None) -> tuple[T
     Returns:
         the gradient ``[T, F]`` and gelu(x) ``[T, F]``, both in `x`'s dtype.
     """
-    return _form("gelu_backward", x)(grad, x, out)
+    result, output = torch.ops.aten.gelu_backward(grad, x), F.gelu(x)
+    return (result if out is None else out.copy_(result)), output
 
 
+@or_triton("softmax")
 def cross_entropy_(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
     """Cross entropies of rows of logits, computed in float32.
 
@@ -160,150 +246,6 @@ def cross_entropy_(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tens
     Returns:
         float32 ``[N]``.
     """
-    return _form("cross_entropy_", logits)(logits, targets, with_gradient)
-
-
-def triton_runs_on(device: torch.device) -> bool:
-    """Whether Triton's forms are taken for tensors on `device`."""
-    if _forced is not None:
-        return _forced == "triton"
-    return device.type == "cuda" and _triton_is_installed()
-
-
-def form(plain: Any, module: str, tensor: Tensor) -> Any:
-    """Where an operation's functions are: `plain`, or the module of Triton's forms where these are taken."""
-    if not triton_runs_on(tensor.device):
-        return plain
-    return importlib.import_module(f"{__package__}.{module}")
-
-
-@lru_cache
-def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _form(operation: str, tensor: Tensor) -> Callable[..., Any]:
-    return (_triton_forms() if triton_runs_on(tensor.device) else _REFERENCE)[operation]
-
-
-@lru_cache
-def _triton_forms() -> dict[str, Callable[..., Any]]:
-    """Triton's forms, in which one call is one kernel."""
-    from falcon_qlora.kernels import gelu, int8, layer_norm, nf4, rotary, rows, softmax
-
-    def dequantize(layer: Any, out: Tensor | None) -> Tensor:
-        if layer.weight.dtype == torch.int8:
-            weight = layer.weight.data
-            if out is None:
-                out = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
-            return int8.dequantize_int8(weight, _int8_scales(layer), out)
-        state = getattr(layer.weight, "quant_state", None)
-        if state is None or not nf4.can_dequantize_nf4(state):
-            return _dequantize(layer, out)
-        if out is None:
-            out = torch.empty(state.shape, dtype=state.dtype, device=layer.weight.device)
-        return nf4.dequantize_nf4(layer.weight.data, state, out)
-
-    def gelu_backward(grad: Tensor, x: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
-        return gelu.gelu_backward(grad, x, out, output=grad)  # the gradient's memory is free now
-
-    return {
-        "dequantize": dequantize,
-        "layer_norm": layer_norm.layer_norm,
-        "layer_norm_backward": layer_norm.layer_norm_backward,
-        "copy_rows": rows.copy_rows,
-        "rotate_": rotary.rotate_,
-        "rotate_join": rotary.rotate_join,
-        "gelu": gelu.gelu,
-        "gelu_backward": gelu_backward,
-        "cross_entropy_": softmax.cross_entropy_,
-    }
-
-
-def _dequantize(layer: Any, out: Tensor | None) -> Tensor:
-    weight = layer.weight
-    if weight.dtype == torch.int8:
-        if out is None:
-            out = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
-        return torch.mul(weight.data, (_int8_scales(layer).float() / 127.0)[:, None], out=out)
-    plain = weight.data
-    if getattr(weight, "quant_state", None) is not None:
-        from bitsandbytes.functional import dequantize_4bit
-
-        plain = dequantize_4bit(plain, weight.quant_state)
-    return plain if out is None else out.copy_(plain)
-
-
-def _int8_scales(layer: Any) -> Tensor:
-    # bitsandbytes moves the scales from the weight to the layer's state when the layer first runs.
-    scales: Tensor = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
-    return scales
-
-
-def _layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    if weight.dtype == x.dtype:
-        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
-    else:
-        y, mean, rstd = torch.native_layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps)
-    y = y.to(x.dtype) if out is None else out.copy_(y)
-    return y, mean.flatten().float(), rstd.flatten().float()
-
-
-def _layer_norm_backward(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    addend: Tensor | None,
-    out: Tensor | None,
-) -> Tensor:
-    if x.is_cuda and weight.dtype == x.dtype:
-        result = torch.ops.aten.native_layer_norm_backward(
-            grad, x, x.shape[-1:], mean[:, None], rstd[:, None], weight, None, [True, False, False]
-        )[0]
-    else:
-        normal = (x.float() - mean[:, None]) * rstd[:, None]
-        scaled = grad.float() * weight.float()
-        along = (scaled * normal).mean(-1, keepdim=True)
-        result = (scaled - scaled.mean(-1, keepdim=True) - normal * along) * rstd[:, None]
-    if addend is not None:
-        result += addend
-    return result.to(x.dtype) if out is None else out.copy_(result)
-
-
-def _rotate_(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    half = heads.shape[-1] // 2
-    first, second = heads[..., :half].float(), heads[..., half:].float()
-    cosine = cosine[:, None, None, :half].float()
-    sine = sine[:, None, None, :half].float()
-    rotated = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
-    return heads.copy_(rotated)
-
-
-def _rotate_join(
-    query: Tensor, key: Tensor, value: Tensor, cosine: Tensor, sine: Tensor, out: Tensor
-) -> Tensor:
-    out[:, :, :-2] = query.unflatten(1, (out.shape[1], -1))
-    out[:, :, -2] = key
-    out[:, :, -1] = value
-    _rotate_(out[:, :, :-1], cosine, -sine)
-    return out
-
-
-def _gelu(x: Tensor, out: Tensor | None) -> Tensor:
-    y = F.gelu(x)
-    return y if out is None else out.copy_(y)
-
-
-def _gelu_backward(grad: Tensor, x: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
-    result, output = torch.ops.aten.gelu_backward(grad, x), F.gelu(x)
-    return (result if out is None else out.copy_(result)), output
-
-
-def _cross_entropy_(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
     x, target = logits.float(), targets[:, None]
     log_normalizer = torch.logsumexp(x, dim=-1, keepdim=True)
     losses = (log_normalizer - x.gather(-1, target))[:, 0]
@@ -315,14 +257,7 @@ def _cross_entropy_(logits: Tensor, targets: Tensor, with_gradient: bool) -> Ten
     return losses
 
 
-_REFERENCE: dict[str, Callable[..., Any]] = {
-    "dequantize": _dequantize,
-    "layer_norm": _layer_norm,
-    "layer_norm_backward": _layer_norm_backward,
-    "copy_rows": lambda x, out: out.copy_(x),
-    "rotate_": _rotate_,
-    "rotate_join": _rotate_join,
-    "gelu": _gelu,
-    "gelu_backward": _gelu_backward,
-    "cross_entropy_": _cross_entropy_,
-}
+def int8_scales(layer: Any) -> Tensor:
+    # bitsandbytes moves the scales from the weight to the layer's state when the layer first runs.
+    scales: Tensor = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+    return scales

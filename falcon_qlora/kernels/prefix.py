@@ -11,7 +11,6 @@ All in float32 and rounded once: a gate rounded to bfloat16 would move in steps.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +21,11 @@ from falcon_qlora.kernels import ops
 MOST_ROWS = 64
 
 
+def _few_rows(first: Tensor, second: Tensor, key: Tensor, *others: Tensor) -> bool:
+    return key.shape[0] <= MOST_ROWS
+
+
+@ops.or_triton("prefix_triton", where=_few_rows)
 def add(query: Tensor, output: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
     """Add what the queries read.
 
@@ -35,9 +39,12 @@ def add(query: Tensor, output: Tensor, key: Tensor, value: Tensor, gate: Tensor)
     Returns:
         ``[T, Q, D]`` in `output`'s dtype.
     """
-    return _form(query, key).add(query, output, key, value, gate)
+    read = torch.einsum("tkgp,pkd->tkgd", _attention(query, key), value.float())
+    added = output.float() + gate[:, None] * read.flatten(1, 2)
+    return added.to(output.dtype)
 
 
+@ops.or_triton("prefix_triton", where=_few_rows)
 def add_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, of_query: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -54,41 +61,21 @@ def add_backward(
     Returns:
         the sum for the queries ``[T, Q, D]``, and the gradients of key, value and gate in float32.
     """
-    return _form(query, key).add_backward(grad, query, key, value, gate, of_query)
-
-
-class _Plain:
-    """The reference."""
-
-    @staticmethod
-    def add(query: Tensor, output: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
-        read = torch.einsum("tkgp,pkd->tkgd", _attention(query, key), value.float())
-        added = output.float() + gate[:, None] * read.flatten(1, 2)
-        return added.to(output.dtype)
-
-    @staticmethod
-    def add_backward(
-        grad: Tensor, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, of_query: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        kv_heads, scale = key.shape[1], 1.0 / math.sqrt(query.shape[-1])
-        attention = _attention(query, key)
-        of_output = grad.unflatten(1, (kv_heads, -1)).float()  # [T, G, Q/G, D]
-        gate = gate.view(kv_heads, -1, 1)
-        along = torch.einsum("tkgd,pkd->tkgp", of_output, value.float())
-        of_gate = (attention * along).sum(-1)  # [T, G, Q/G]
-        of_scores = scale * gate * attention * (along - of_gate[..., None])
-        added = torch.einsum("tkgp,pkd->tkgd", of_scores, key.float())
-        of_key = torch.einsum("tkgp,tkgd->pkd", of_scores, query.float())
-        of_value = torch.einsum("tkgp,tkgd->pkd", gate * attention, of_output)
-        of_query = (of_query.float() + added.flatten(1, 2)).to(of_query.dtype)
-        return of_query, of_key, of_value, of_gate.sum(0).flatten()
+    kv_heads, scale = key.shape[1], 1.0 / math.sqrt(query.shape[-1])
+    attention = _attention(query, key)
+    of_output = grad.unflatten(1, (kv_heads, -1)).float()  # [T, G, Q/G, D]
+    gate = gate.view(kv_heads, -1, 1)
+    along = torch.einsum("tkgd,pkd->tkgp", of_output, value.float())
+    of_gate = (attention * along).sum(-1)  # [T, G, Q/G]
+    of_scores = scale * gate * attention * (along - of_gate[..., None])
+    added = torch.einsum("tkgp,pkd->tkgd", of_scores, key.float())
+    of_key = torch.einsum("tkgp,tkgd->pkd", of_scores, query.float())
+    of_value = torch.einsum("tkgp,tkgd->pkd", gate * attention, of_output)
+    of_query = (of_query.float() + added.flatten(1, 2)).to(of_query.dtype)
+    return of_query, of_key, of_value, of_gate.sum(0).flatten()
 
 
 def _attention(query: Tensor, key: Tensor) -> Tensor:
     """``[T, G, Q/G, P]``, float32."""
     scores = torch.einsum("tkgd,pkd->tkgp", query.float(), key.float())
     return (scores / math.sqrt(query.shape[-1])).softmax(-1)
-
-
-def _form(query: Tensor, key: Tensor) -> Any:
-    return _Plain if key.shape[0] > MOST_ROWS else ops.form(_Plain, "prefix_triton", query)

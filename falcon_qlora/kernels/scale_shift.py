@@ -6,8 +6,6 @@ gradients of vectors are sums over tokens, taken in float32 in a fixed order.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +13,7 @@ from torch import Tensor
 from falcon_qlora.kernels import ops
 
 
+@ops.or_triton("scale_shift_triton")
 def scale_shift(x: Tensor, scale: Tensor, bias: Tensor, out: Tensor, gelu: Tensor | None = None) -> Tensor:
     """Write ``scale * (x + bias)``, and its exact GELU where asked for.
 
@@ -28,9 +27,13 @@ def scale_shift(x: Tensor, scale: Tensor, bias: Tensor, out: Tensor, gelu: Tenso
     Returns:
         `out`.
     """
-    return _form(x).scale_shift(x, scale, bias, out, gelu)
+    out.copy_(scale * (x.float() + bias))
+    if gelu is not None:
+        gelu.copy_(F.gelu(out))
+    return out
 
 
+@ops.or_triton("scale_shift_triton")
 def add_scaled(
     x: Tensor, first: tuple[Tensor, Tensor, Tensor], second: tuple[Tensor, Tensor, Tensor]
 ) -> Tensor:
@@ -44,9 +47,13 @@ def add_scaled(
     Returns:
         ``[T, C]`` in `x`'s dtype.
     """
-    return _form(x).add_scaled(x, first, second)
+    total = x.float()
+    for output, scale, bias in (first, second):
+        total = total + scale * (output.float() + bias)
+    return total.to(x.dtype)
 
 
+@ops.or_triton("scale_shift_triton")
 def scale_backward(grad: Tensor, x: Tensor, scale: Tensor, out: Tensor, *, through_gelu: bool) -> Tensor:
     """Write the gradient of what was scaled, and sum up what the vectors' gradients need.
 
@@ -60,9 +67,15 @@ def scale_backward(grad: Tensor, x: Tensor, scale: Tensor, out: Tensor, *, throu
     Returns:
         float32 ``[2, C]``: sums over tokens of the result's gradient times `x`, and of the gradient.
     """
-    return _form(x).scale_backward(grad, x, scale, out, through_gelu)
+    wide, x = grad.float(), x.float()
+    if through_gelu:
+        wide = torch.ops.aten.gelu_backward(wide, x)
+    sums = torch.stack([(wide * x).sum(0), wide.sum(0)])
+    out.copy_(wide * scale)
+    return sums
 
 
+@ops.or_triton("scale_shift_triton")
 def norm_gradients(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     """The gradients of a layer norm's weight and bias.
 
@@ -75,42 +88,5 @@ def norm_gradients(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tenso
     Returns:
         float32 ``[2, C]``.
     """
-    return _form(x).norm_gradients(grad, x, mean, rstd)
-
-
-class _Plain:
-    """The reference."""
-
-    @staticmethod
-    def scale_shift(x: Tensor, scale: Tensor, bias: Tensor, out: Tensor, gelu: Tensor | None) -> Tensor:
-        out.copy_(scale * (x.float() + bias))
-        if gelu is not None:
-            gelu.copy_(F.gelu(out))
-        return out
-
-    @staticmethod
-    def add_scaled(
-        x: Tensor, first: tuple[Tensor, Tensor, Tensor], second: tuple[Tensor, Tensor, Tensor]
-    ) -> Tensor:
-        total = x.float()
-        for output, scale, bias in (first, second):
-            total = total + scale * (output.float() + bias)
-        return total.to(x.dtype)
-
-    @staticmethod
-    def scale_backward(grad: Tensor, x: Tensor, scale: Tensor, out: Tensor, through_gelu: bool) -> Tensor:
-        wide, x = grad.float(), x.float()
-        if through_gelu:
-            wide = torch.ops.aten.gelu_backward(wide, x)
-        sums = torch.stack([(wide * x).sum(0), wide.sum(0)])
-        out.copy_(wide * scale)
-        return sums
-
-    @staticmethod
-    def norm_gradients(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-        wide, normal = grad.float(), (x.float() - mean[:, None]) * rstd[:, None]
-        return torch.stack([(wide * normal).sum(0), wide.sum(0)])
-
-
-def _form(x: Tensor) -> Any:
-    return ops.form(_Plain, "scale_shift_triton", x)
+    wide, normal = grad.float(), (x.float() - mean[:, None]) * rstd[:, None]
+    return torch.stack([(wide * normal).sum(0), wide.sum(0)])

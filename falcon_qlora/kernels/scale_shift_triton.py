@@ -25,7 +25,7 @@ _SUMS_TILE: dict[str, Any] = {"TOKENS": 8, "COLUMNS": 256, "num_warps": 4}
 _PROGRAMS = 1056
 
 
-def scale_shift(x: Tensor, scale: Tensor, bias: Tensor, out: Tensor, gelu: Tensor | None) -> Tensor:
+def scale_shift(x: Tensor, scale: Tensor, bias: Tensor, out: Tensor, gelu: Tensor | None = None) -> Tensor:
     """See `scale_shift.scale_shift`."""
     after = out if gelu is None else gelu
     check_rows(x, out, after)

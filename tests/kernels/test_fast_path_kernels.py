@@ -7,10 +7,11 @@ from falcon_qlora.models.fast_path import apply_fast_path
 from tests.layouts import documents, tiny_model
 from tests.packing import packed
 from tests.unit.test_fast_adapters import attached, on_packed
-from tests.unit.test_fast_path import FAST_LAYOUTS, adapted, assert_same, step
+from tests.unit.test_fast_path import adapted, assert_same, step
 
 
-@pytest.mark.parametrize("layout", FAST_LAYOUTS)
+# One query head's keys for all, groups under one norm, and under two.
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-11b", "falcon-40b"])
 def test_loss_and_adapter_gradients_are_the_same_with_either_form(layout, device):
     model = adapted(layout, "4bit", device=device.type, compute_dtype="fp32")
     apply_fast_path(model)
@@ -23,7 +24,7 @@ def test_loss_and_adapter_gradients_are_the_same_with_either_form(layout, device
     assert_same(results[1], results[0])
 
 
-@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b"])
+@pytest.mark.parametrize("layout", ["falcon-11b", "falcon-40b"])
 def test_with_fp8_products_it_is_as_near_with_either_form(layout, device):
     model = adapted(layout, "4bit", device=device.type, compute_dtype="fp32", r=5)
     arguments = packed(documents([5, 17, 1], device=device.type))
@@ -40,8 +41,7 @@ def test_with_fp8_products_it_is_as_near_with_either_form(layout, device):
     assert 0.5 < distances[1] / distances[0] < 1.5, distances
 
 
-@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b"])
-@pytest.mark.parametrize("name", ["adapter", "adapter_v2"])
+@pytest.mark.parametrize(("name", "layout"), [("adapter", "falcon-11b"), ("adapter_v2", "falcon-40b")])
 def test_with_an_adapter_loss_and_gradients_are_the_same_with_either_form(name, layout, device):
     model = attached(name, tiny_model(layout, "4bit", device.type, "fp32"))
     docs = documents([5, 17, 1], device=device.type)

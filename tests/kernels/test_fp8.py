@@ -17,7 +17,6 @@ from falcon_qlora.kernels.fp8_rows import DTYPE, LARGEST, Rows
 from falcon_qlora.kernels.low_rank import LowRank
 
 DTYPES = [torch.bfloat16, torch.float32]
-SHAPES = [(1, 16), (3, 48), (70, 144), (130, 272)]
 
 
 def both(operation: Any, *arguments: Any) -> tuple[Any, Any]:
@@ -57,7 +56,7 @@ def assert_same_rows(ours: Rows, theirs: Rows) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 16), (3, 48), (9, 272)], ids=str)
 def test_rows_are_quantized_to_the_nearest(shape: tuple[int, int], dtype: torch.dtype) -> None:
     x = random(*shape, dtype=dtype)
     x[0] = 0
@@ -104,8 +103,7 @@ def test_weights_of_every_storage(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rank", [0, 1, 5, 16, 40, 200])
-@pytest.mark.parametrize("addends", [0, 1, 2])
+@pytest.mark.parametrize(("addends", "rank"), [(0, 1), (0, 40), (1, 5), (1, 200), (2, 0), (2, 16)], ids=str)
 def test_sums_with_the_low_rank_part(addends: int, rank: int, dtype: torch.dtype) -> None:
     x = random(70, 272, dtype=dtype)
     others = tuple(random(70, 272, seed=n + 1, dtype=dtype) for n in range(addends))
@@ -119,8 +117,11 @@ def test_sums_with_the_low_rank_part(addends: int, rank: int, dtype: torch.dtype
     torch.testing.assert_close(theirs.float(), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("rank", [0, 5, 16, 150])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "rank"),
+    [((1, 16), 0), ((3, 48), 5), ((70, 144), 150), ((130, 144), 16), ((9, 272), 0)],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gelu_and_its_gradient(dtype: torch.dtype, shape: tuple[int, int], rank: int) -> None:
     x, grad = (2 * random(*shape, seed=seed, dtype=dtype) for seed in (1, 2))

@@ -13,9 +13,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from falcon_qlora.kernels.rotary import rotate_, rotate_join
 
 # T, G, Q/G + 2, D: 7B's 71 query heads on one, groups as in 11B, 40B and 180B, and a head size of 3·16.
-LAYOUTS = [(3, 1, 73, 64), (17, 4, 6, 64), (3, 2, 18, 128), (2, 2, 31, 64), (9, 2, 3, 48), (1, 1, 3, 2)]
+LAYOUTS = [(3, 1, 73, 64), (9, 4, 6, 64), (3, 2, 18, 128), (2, 2, 31, 64), (9, 2, 3, 48), (1, 1, 3, 2)]
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-DTYPES = list(TOLERANCES)
 
 
 def _inputs(
@@ -55,8 +54,11 @@ def _close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=4 * tolerance)
 
 
-@pytest.mark.parametrize("angles_dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "angles_dtype"),
+    [*((dtype, torch.float32) for dtype in TOLERANCES), (torch.bfloat16,) * 2],
+    ids=str,
+)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_in_place_it_is_transformers_rotation(
     layout: tuple[int, int, int, int], dtype: torch.dtype, angles_dtype: torch.dtype, device: torch.device
@@ -71,7 +73,7 @@ def test_in_place_it_is_transformers_rotation(
     assert torch.equal(fused[:, :, -1], value)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_join_is_its_gradient(
     layout: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from falcon_qlora.kernels import ops, scale_shift
 
-SHAPES = [(1, 5), (7, 600), (21, 256), (40, 1030)]
+SHAPES = [(1, 5), (7, 600), (21, 256), (17, 1030)]
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
 FORMS = ["torch", "triton"]
 

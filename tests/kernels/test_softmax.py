@@ -28,9 +28,9 @@ def test_losses_and_gradients_are_those_of_float32(form, vocabulary, dtype, devi
     with ops.using(form):
         found = ops.cross_entropy_(logits, targets, True)
     torch.testing.assert_close(found, losses.detach(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(
-        logits, gradient.to(dtype), rtol=1e-5 if dtype == torch.float32 else 2**-8, atol=1e-7
-    )
+    # Rounded once, so off by half a step at most.
+    tolerance = 1e-5 if dtype == torch.float32 else 1.01 * 2**-8
+    torch.testing.assert_close(logits.float(), gradient, rtol=tolerance, atol=1e-7)
 
 
 def test_large_and_infinite_logits_stay_finite(device):
