@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.common.version import VERSION as __version__
@@ -32,21 +31,10 @@ def train(**settings: Any) -> Path:
     from falcon_qlora.common import allocator
 
     allocator.use_expandable_segments()
-    from falcon_qlora.config import parse
+    from falcon_qlora.config import configure
     from falcon_qlora.training.run import train as train_configured
 
-    argv: list[str] = []
-    for name, value in settings.items():
-        if value is None:
-            continue
-        values = value if isinstance(value, list | tuple) else [value]
-        argv += [f"--{name}", *(_as_word(each) for each in values)]
-    return train_configured(parse(argv))
-
-
-def _as_word(value: Any) -> str:
-    """`value` as it stands on a command line."""
-    return json.dumps(value) if isinstance(value, bool | dict) else str(value)
+    return train_configured(configure({name: value for name, value in settings.items() if value is not None}))
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -22,6 +22,7 @@ from falcon_qlora.common.errors import EXIT_BUG, EXIT_USER_ERROR, UserError
 from falcon_qlora.compare import plan, report
 from falcon_qlora.compare.plan import METHODS, Planned
 from falcon_qlora.config import Configuration
+from falcon_qlora.config.settings import setting
 from falcon_qlora.processes.launcher import STOP_SIGNALS
 from falcon_qlora.run_folder.directory import RunDirectory, choose
 
@@ -35,17 +36,13 @@ class CompareArguments(LaunchArguments):
 
     _argument_group_name = "Comparison, and the processes of each run"
 
-    methods: list[str] = field(
-        default_factory=lambda: list(METHODS),
-        metadata={"help": "Methods to train by, in this order, also with commas between."},
+    methods: list[str] = setting(
+        list(METHODS), "Methods to train by, in this order, also with commas between."
     )
-    recipes: list[str] = field(
-        default_factory=list,
-        metadata={"help": "METHOD=RECIPE: the settings of a method; unset: those of its recipe lit-*."},
+    recipes: list[str] = setting(
+        [], "METHOD=RECIPE: the settings of a method; unset: those of its recipe lit-*."
     )
-    learning_rates: list[str] = field(
-        default_factory=list, metadata={"help": "METHOD=RATE: a learning rate for one method."}
-    )
+    learning_rates: list[str] = setting([], "METHOD=RATE: a learning rate for one method.")
 
 
 # What compare itself heeds: all of its own settings but those that say which processes are started.
@@ -59,19 +56,19 @@ _NOT_TAKEN = {
 
 def main(argv: list[str]) -> int:
     """Run the command and return its exit status."""
-    given = {plan.name_of(flag) for flag in plan.in_flags(argv)}
-    for flag, instead in _NOT_TAKEN.items():
-        if flag in given:
-            raise UserError(f"--{flag} is not taken: {instead}")
-    asked = config.parse(
-        plan.for_any_method(argv),
+    given = config.read_flags(
+        argv,
         extra_arguments=CompareArguments,
         program="falcon-qlora compare",
         description="Train by several methods in turn on the same rows; write a table and pictures.",
     )
+    for name, instead in _NOT_TAKEN.items():
+        if name in given:
+            raise UserError(f"--{name} is not taken: {instead}")
+    asked = config.configure(plan.for_any_method(given), extra_arguments=CompareArguments)
     ours: CompareArguments = asked.extra
     planned = plan.plan(
-        argv,
+        given,
         names=ours.methods,
         recipes=ours.recipes,
         learning_rates=ours.learning_rates,
@@ -116,10 +113,10 @@ def _configurations(planned: list[Planned]) -> tuple[dict[str, Configuration], d
     refused: dict[str, str] = {}
     for method in planned:
         try:
-            configuration = config.parse(method.words, extra_arguments=LaunchArguments)
+            configuration = config.configure(method.settings, extra_arguments=LaunchArguments)
             if configuration.data.eval_split is not None:
-                method.words.extend(["--eval_on_start", "true"])
-                configuration = config.parse(method.words, extra_arguments=LaunchArguments)
+                method.settings["eval_on_start"] = True
+                configuration = config.configure(method.settings, extra_arguments=LaunchArguments)
         except UserError as error:
             refused[method.name] = str(error)
             continue
@@ -206,19 +203,19 @@ def _train(method: Planned, folder: Path, child: _Child, *, overwrite: bool) -> 
     A run that was cut off goes on from its last whole checkpoint; one without any begins again.
     """
     directory = RunDirectory(_run_folder(folder, method.name))
-    words = ["--output_dir", str(directory)]
+    where: dict[str, Any] = {"output_dir": str(directory)}
     if overwrite:
-        words += ["--overwrite", "true"]
+        where["overwrite"] = True
     elif directory.summary_file.exists():
         print(f"trained already: {directory}", flush=True)
         return 0, None
     elif plan.can_go_on(directory):
-        words += ["--resume"]
+        where["resume"] = "latest"
     elif directory.holds_run():
-        words += ["--overwrite", "true"]
+        where["overwrite"] = True
     if child.asked is not None:
         return 128 + child.asked, None
-    command = [sys.executable, "-m", "falcon_qlora", "train", *method.words, *words]
+    command = [sys.executable, "-m", "falcon_qlora", "train", *config.as_words(method.settings | where)]
     status, told = child.run(command)
     if child.asked is not None and (status or not directory.summary_file.exists()):
         return 128 + child.asked, None
@@ -246,7 +243,7 @@ def _compared(method: Planned, folder: Path, reason: str | None) -> report.Compa
     return report.Compared(
         method=method.name,
         folder=_run_folder(folder, method.name),
-        recipe=method.recipe,
+        recipe=method.settings["recipe"],
         command=shlex.join(["falcon-qlora", "train", *method.words]),
         reason=reason,
     )

@@ -14,12 +14,13 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from falcon_qlora import config
 from falcon_qlora.common.errors import EXIT_BUG, EXIT_HANGING, EXIT_USER_ERROR, UserError
+from falcon_qlora.config.settings import setting
 from falcon_qlora.processes import launcher
 from falcon_qlora.processes.launcher import SAME_REQUEST_SECONDS, STOP_SIGNALS
 from falcon_qlora.terminal.output import drop_what_cannot_be_written
@@ -37,21 +38,20 @@ class LaunchArguments:
 
     _argument_group_name = "Processes"
 
-    gpus: int | None = field(
-        default=None,
-        metadata={
-            "help": "Processes to start on this node, one a GPU; unset: every visible GPU. Without GPUs: 1."
-        },
+    gpus: int | None = setting(
+        None,
+        "Processes to start on this node, one a GPU; unset: every visible GPU. Without GPUs: 1.",
+        least=1,
     )
-    nnodes: str = field(default="1", metadata={"help": "Nodes, or MIN:MAX."})
-    node_rank: int | None = field(default=None, metadata={"help": "This node's index, with --master_addr."})
-    master_addr: str | None = field(default=None, metadata={"help": "Address of the first node."})
-    master_port: int | None = field(default=None, metadata={"help": "Free port on the first node."})
-    rdzv_backend: str | None = field(default=None, metadata={"help": "How nodes meet, such as c10d."})
-    rdzv_endpoint: str | None = field(default=None, metadata={"help": "Where nodes meet: HOST:PORT."})
-    rdzv_id: str | None = field(default=None, metadata={"help": "Name of this job, the same on every node."})
-    rdzv_conf: str | None = field(default=None, metadata={"help": "More for the backend: key=value,…"})
-    max_restarts: int = field(default=0, metadata={"help": "Restarts after a process has failed."})
+    nnodes: str = setting("1", "Nodes, or MIN:MAX.")
+    node_rank: int | None = setting(None, "This node's index, with --master_addr.", least=0)
+    master_addr: str | None = setting(None, "Address of the first node.")
+    master_port: int | None = setting(None, "Free port on the first node.", least=0, below=2**16)
+    rdzv_backend: str | None = setting(None, "How nodes meet, such as c10d.")
+    rdzv_endpoint: str | None = setting(None, "Where nodes meet: HOST:PORT.")
+    rdzv_id: str | None = setting(None, "Name of this job, the same on every node.")
+    rdzv_conf: str | None = setting(None, "More for the backend: key=value,…")
+    max_restarts: int = setting(0, "Restarts after a process has failed.", least=0)
 
 
 def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
@@ -67,7 +67,8 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
     drop_what_cannot_be_written()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise UserError("falcon-qlora train starts torchrun itself; under torchrun run -m falcon_qlora.train")
-    launch: LaunchArguments = config.parse(argv, extra_arguments=LaunchArguments).extra
+    given = config.read_flags(argv, extra_arguments=LaunchArguments)
+    launch: LaunchArguments = config.configure(given, extra_arguments=LaunchArguments).extra
     _check(launch)
     processes = _processes(launch.gpus)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
@@ -80,7 +81,7 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
             "falcon_qlora.commands.worker",
             str(os.getpid()),
             worker_module,
-            *_without_launch_flags(argv),
+            *config.as_words({name: value for name, value in given.items() if not hasattr(launch, name)}),
         ]
         try:
             return _launch(words, Path(folder))
@@ -194,10 +195,6 @@ def _status(error: ChildFailedError, folder: Path) -> int:
 
 
 def _check(launch: LaunchArguments) -> None:
-    if launch.gpus is not None and launch.gpus < 1:
-        raise UserError(f"--gpus: {launch.gpus} is too small; at least 1")
-    if launch.max_restarts < 0:
-        raise UserError(f"--max_restarts: {launch.max_restarts} is too small; at least 0")
     counts = launch.nnodes.split(":")
     if len(counts) > 2 or not all(count.isdecimal() and int(count) > 0 for count in counts):
         raise UserError(f"--nnodes: {launch.nnodes!r} is neither a number of nodes nor MIN:MAX")
@@ -234,22 +231,3 @@ def _torchrun_flags(launch: LaunchArguments, processes: int) -> list[str]:
     return flags + [
         f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None
     ]
-
-
-def _without_launch_flags(argv: list[str]) -> list[str]:
-    """The words for the workers. Every flag of ours takes one value."""
-    ours = {
-        f"--{spelling}" for item in dataclasses.fields(LaunchArguments) for spelling in _spellings(item.name)
-    }
-    rest: list[str] = []
-    words = iter(argv)
-    for word in words:
-        if word in ours:
-            next(words)
-        elif word.split("=")[0] not in ours:
-            rest.append(word)
-    return rest
-
-
-def _spellings(name: str) -> tuple[str, str]:
-    return name, name.replace("_", "-")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from falcon_qlora.checkpoint import manifest
 from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.files import plain
-from falcon_qlora.config import Configuration
+from falcon_qlora.config import Configuration, as_words
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.training import sharding
 
@@ -46,31 +46,34 @@ class Planned:
 
     Attributes:
         name: of METHODS.
-        recipe: that has its settings where no flag says otherwise.
-        words: the command line after ``falcon-qlora train``, but for where it writes.
+        settings: that `train` is given, but for where it writes; the recipe has the others.
     """
 
     name: str
-    recipe: str
-    words: list[str]
+    settings: dict[str, Any]
+
+    @property
+    def words(self) -> list[str]:
+        """The command line after ``falcon-qlora train``."""
+        return as_words(self.settings)
 
 
 def plan(
-    argv: Sequence[str],
+    given: Mapping[str, Any],
     *,
     names: Sequence[str],
     recipes: Sequence[str],
     learning_rates: Sequence[str],
     not_for_training: Sequence[str],
 ) -> list[Planned]:
-    """The command line of each method.
+    """The settings of each method.
 
     Args:
-        argv: as the user gave it.
+        given: the settings that the user gave, by name.
         names: of METHODS, in order; a word may hold several with commas between.
         recipes: ``METHOD=RECIPE`` for those that are not to take their own.
         learning_rates: ``METHOD=RATE``, likewise.
-        not_for_training: flags that `train` does not get.
+        not_for_training: settings that `train` does not get.
 
     Raises:
         UserError: for a method that is not known.
@@ -82,36 +85,28 @@ def plan(
     for flag, pairs in (("--recipes", recipe_of), ("--learning_rates", rate_of)):
         for name in pairs.keys() - set(chosen):
             raise UserError(f"{flag}: {name} is not among --methods")
-    flags = [flag for flag in in_flags(argv) if name_of(flag) not in not_for_training]
-    given = {name_of(flag) for flag in flags}
-    for words in flags:
-        if not any(_concerns(words, name) for name in chosen):
-            raise UserError(f"--{name_of(words)} does nothing with --methods {','.join(chosen)}")
+    for_training = {key: value for key, value in given.items() if key not in not_for_training}
+    for key in for_training:
+        if not any(_concerns(key, name) for name in chosen):
+            raise UserError(f"--{key} does nothing with --methods {','.join(chosen)}")
     planned = []
     for name in dict.fromkeys(chosen):
         method, recipe = METHODS[name]
-        own = [flag for flag in flags if _concerns(flag, name)]
+        settings = {"recipe": recipe_of.get(name, recipe), "method": method}
+        settings |= {key: value for key, value in for_training.items() if _concerns(key, name)}
         if "dataset_name" in given and name not in recipe_of:
             # The recipes say what the reference's rows are; these are others.
-            own += [[f"--{what}", "auto"] for what in ("dataset_format", "template") if what not in given]
+            settings = {"dataset_format": "auto", "template": "auto"} | settings
         if name in rate_of:
-            own = [flag for flag in own if name_of(flag) != "learning_rate"]
-            own.append(["--learning_rate", rate_of[name]])
-        words = ["--recipe", recipe_of.get(name, recipe), "--method", method]
-        planned.append(
-            Planned(
-                name=name,
-                recipe=recipe_of.get(name, recipe),
-                words=words + [word for flag in own for word in flag],
-            )
-        )
+            settings["learning_rate"] = rate_of[name]
+        planned.append(Planned(name=name, settings=settings))
     return planned
 
 
-def for_any_method(argv: Sequence[str]) -> list[str]:
-    """A command line that is read to learn what is compared, before there is a method."""
-    flags = [flag for flag in in_flags(argv) if not name_of(flag).startswith(_NOT_OF_ANY)]
-    return ["--recipe", METHODS["lora"][1], *(word for flag in flags for word in flag)]
+def for_any_method(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that are read to learn what is compared, before there is a method."""
+    taken = {name: value for name, value in given.items() if not name.startswith(_NOT_OF_ANY)}
+    return {"recipe": METHODS["lora"][1], **taken}
 
 
 def check_same_rows(configurations: dict[str, Configuration]) -> None:
@@ -139,20 +134,6 @@ def why_not(name: str, configuration: Configuration) -> str | None:
 
 def split(words: Sequence[str]) -> list[str]:
     return [part.strip() for word in words for part in word.split(",") if part.strip()]
-
-
-def in_flags(argv: Sequence[str]) -> list[list[str]]:
-    """The words of a command line, those of one flag together."""
-    flags: list[list[str]] = []
-    for word in argv:
-        if not flags or re.match(r"--?[A-Za-z]", word):
-            flags.append([])
-        flags[-1].append(word)
-    return flags
-
-
-def name_of(flag: Sequence[str]) -> str:
-    return flag[0].partition("=")[0].lstrip("-").replace("-", "_")
 
 
 def read_alike(run: Path, configuration: Configuration) -> bool:
@@ -186,8 +167,8 @@ def _rows_of(configuration: Configuration) -> dict[str, object]:
     return {name: resolved[name] for name in _SHARED} | {"global_batch_size": batch}
 
 
-def _concerns(flag: Sequence[str], name: str) -> bool:
-    return all(name in methods for prefix, methods in _OF_METHODS.items() if name_of(flag).startswith(prefix))
+def _concerns(setting: str, name: str) -> bool:
+    return all(name in methods for prefix, methods in _OF_METHODS.items() if setting.startswith(prefix))
 
 
 def _pairs(words: Sequence[str], flag: str) -> dict[str, str]:

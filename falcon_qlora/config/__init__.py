@@ -5,6 +5,17 @@ imports neither torch nor Transformers; the trainer's own settings are built whe
 """
 
 from falcon_qlora.config.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments
-from falcon_qlora.config.configuration import Configuration, parse
+from falcon_qlora.config.configuration import Configuration, configure, parse, read_flags
+from falcon_qlora.config.parser import as_words
 
-__all__ = ["Configuration", "DataArguments", "LoraArguments", "ModelArguments", "RunArguments", "parse"]
+__all__ = [
+    "Configuration",
+    "DataArguments",
+    "LoraArguments",
+    "ModelArguments",
+    "RunArguments",
+    "as_words",
+    "configure",
+    "parse",
+    "read_flags",
+]

@@ -5,18 +5,10 @@ A default here is what holds where no recipe, file or flag says otherwise; `reci
 for the reader and a test keeps the two the same.
 """
 
-# ruff: noqa: RUF009 (every call of _setting makes a fresh dataclasses.field)
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-
-def _setting(default: Any, text: str, *aliases: str, **more: Any) -> Any:
-    metadata = {"help": text, **more}
-    if aliases:
-        metadata["aliases"] = list(aliases)
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+from falcon_qlora.config.settings import setting
 
 
 @dataclass(kw_only=True)
@@ -25,32 +17,32 @@ class ModelArguments:
 
     _argument_group_name = "Model"
 
-    model_name_or_path: str = _setting(
+    model_name_or_path: str = setting(
         "ybelkada/falcon-7b-sharded-bf16",
         "Base model: a hub id, a local folder, `tiny` (packaged), or `random:falcon-7b` (made up).",
         "-m",
         "--model_name",
     )
-    quantize_mode: Literal["4bit", "8bit", "16bit"] = _setting(
+    quantize_mode: Literal["4bit", "8bit", "16bit"] = setting(
         "4bit", "Storage of the frozen base weights: NF4, LLM.int8(), or not quantized.", "-q"
     )
-    tokenizer_name_or_path: str | None = _setting(
+    tokenizer_name_or_path: str | None = setting(
         None, "Take the tokenizer from this folder or hub id; unset: the model's own."
     )
-    model_revision: str | None = _setting(None, "Branch, tag or commit of the base model on the hub.")
-    compute_dtype: Literal["auto", "bf16", "fp16", "fp32", "fp8"] = _setting(
+    model_revision: str | None = setting(None, "Branch, tag or commit of the base model on the hub.")
+    compute_dtype: Literal["auto", "bf16", "fp16", "fp32", "fp8"] = setting(
         "auto",
         "Compute in this type; auto: bf16 where the GPU has it, else fp16; fp32 on the CPU. fp8: train "
         "and measure with the frozen weights' products in FP8 and all else in bf16.",
     )
-    double_quantization: bool = _setting(
+    double_quantization: bool = setting(
         True, "4bit: quantize the quantization constants too; saves 0.37 bits a weight."
     )
-    norms_in_float32: bool = _setting(False, "Keep the norms' weights in float32.")
-    llm_int8_threshold: float = _setting(
-        6.0, "8bit: activations above this are multiplied in 16 bits; 0: none."
+    norms_in_float32: bool = setting(False, "Keep the norms' weights in float32.")
+    llm_int8_threshold: float = setting(
+        6.0, "8bit: activations above this are multiplied in 16 bits; 0: none.", least=0
     )
-    kernels: Literal["auto", "portable", "off", "required"] = _setting(
+    kernels: Literal["auto", "portable", "off", "required"] = setting(
         "auto",
         "Blocks as single functions with kernels of our own: where they can, without optional libraries, "
         "never, or else an error.",
@@ -63,56 +55,58 @@ class DataArguments:
 
     _argument_group_name = "Data"
 
-    dataset_name: list[str] = _setting(
+    dataset_name: list[str] = setting(
         ["timdettmers/openassistant-guanaco"],
         "Hub id, or a .jsonl, .json, .csv or .parquet file, or a folder of them; one or several.",
     )
-    dataset_weights: list[float] | None = _setting(None, "Proportions in which several datasets are drawn.")
-    dataset_config: str | None = _setting(None, "Configuration (subset) of a hub dataset.")
-    dataset_train_split: str = _setting("train", "Split to train on.")
-    dataset_format: Literal["auto", "text", "alpaca", "prompt_completion", "chat", "sharegpt"] = _setting(
+    dataset_weights: list[float] | None = setting(
+        None, "Proportions in which several datasets are drawn.", above=0
+    )
+    dataset_config: str | None = setting(None, "Configuration (subset) of a hub dataset.")
+    dataset_train_split: str = setting("train", "Split to train on.")
+    dataset_format: Literal["auto", "text", "alpaca", "prompt_completion", "chat", "sharegpt"] = setting(
         "auto", "What the columns hold; auto: recognised by their names."
     )
-    text_column: str | None = _setting(None, "Column to read instead of `text`.")
-    instruction_column: str | None = _setting(None, "Column to read instead of `instruction`.")
-    input_column: str | None = _setting(None, "Column to read instead of `input`.")
-    output_column: str | None = _setting(None, "Column to read instead of `output`.")
-    prompt_column: str | None = _setting(None, "Column to read instead of `prompt`.")
-    completion_column: str | None = _setting(None, "Column to read instead of `completion`.")
-    messages_column: str | None = _setting(None, "Column to read instead of `messages`.")
-    conversations_column: str | None = _setting(None, "Column to read instead of `conversations`.")
-    template: str = _setting(
+    text_column: str | None = setting(None, "Column to read instead of `text`.")
+    instruction_column: str | None = setting(None, "Column to read instead of `instruction`.")
+    input_column: str | None = setting(None, "Column to read instead of `input`.")
+    output_column: str | None = setting(None, "Column to read instead of `output`.")
+    prompt_column: str | None = setting(None, "Column to read instead of `prompt`.")
+    completion_column: str | None = setting(None, "Column to read instead of `completion`.")
+    messages_column: str | None = setting(None, "Column to read instead of `messages`.")
+    conversations_column: str | None = setting(None, "Column to read instead of `conversations`.")
+    template: str = setting(
         "auto",
         "How a row becomes text: auto, alpaca, guanaco, falcon-instruct, none, or a .jinja chat template.",
     )
-    train_on: Literal["answers", "all"] = _setting(
+    train_on: Literal["answers", "all"] = setting(
         "answers", "Loss on the answers, where the format has prompts, or on all of the text."
     )
-    append_end_token: bool = _setting(True, "End every answer with the end token.")
-    max_length: int = _setting(2048, "Longest sequence, in tokens.")
-    overlong: Literal["split", "truncate", "drop"] = _setting(
+    append_end_token: bool = setting(True, "End every answer with the end token.")
+    max_length: int = setting(2048, "Longest sequence, in tokens.", least=2)
+    overlong: Literal["split", "truncate", "drop"] = setting(
         "split", "What is done with a document longer than --max_length."
     )
-    packing: bool = _setting(
+    packing: bool = setting(
         True, "Lay documents end to end (attention stays within each) instead of padding."
     )
-    padding: Literal["longest", "max_length"] = _setting(
+    padding: Literal["longest", "max_length"] = setting(
         "longest", "Without packing: pad to the longest of the batch, or always to --max_length."
     )
-    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = _setting(
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = setting(
         "random", "Order of the documents; group_by_length needs --packing false."
     )
-    eval_split: str | None = _setting(
+    eval_split: str | None = setting(
         None, "Held-out rows: a fraction (0.05), a file or hub id, or split:NAME of the same dataset."
     )
-    streaming: bool = _setting(
+    streaming: bool = setting(
         False, "Read rows as they are needed, for data larger than the disk; needs --max_steps."
     )
-    max_rows: int | None = _setting(None, "Use only this many rows.")
-    dataset_num_proc: int | None = _setting(
-        None, "Processes that tokenize; unset: chosen by the number of cores."
+    max_rows: int | None = setting(None, "Use only this many rows.", least=1)
+    dataset_num_proc: int | None = setting(
+        None, "Processes that tokenize; unset: chosen by the number of cores.", least=1
     )
-    cache_dir: str | None = _setting(None, "Where tokenized data is cached; unset: the user's cache folder.")
+    cache_dir: str | None = setting(None, "Where tokenized data is cached; unset: the user's cache folder.")
 
     def columns(self) -> dict[str, str]:
         """Standard column name to the name the user's data has for it, for those that were renamed."""
@@ -136,13 +130,13 @@ class MethodArguments:
 
     _argument_group_name = "Method"
 
-    method: Literal["lora", "adapter", "adapter_v2", "full"] = _setting(
+    method: Literal["lora", "adapter", "adapter_v2", "full"] = setting(
         "lora",
         "What is trained: LoRA; a prefix in attention (Adapter); that, and scales, biases and norms "
         "(Adapter v2); every weight.",
     )
-    adapter_prefix_length: int = _setting(10, "Adapter: rows of the prefix in each block.")
-    adapter_first_block: int = _setting(2, "Adapter: the first block that has a prefix.")
+    adapter_prefix_length: int = setting(10, "Adapter: rows of the prefix in each block.", least=1)
+    adapter_first_block: int = setting(2, "Adapter: the first block that has a prefix.", least=0)
 
 
 @dataclass(kw_only=True)
@@ -151,19 +145,19 @@ class LoraArguments:
 
     _argument_group_name = "LoRA"
 
-    lora_r: int = _setting(64, "Rank.")
-    lora_alpha: int = _setting(16, "Scale: the update is multiplied by alpha / r.")
-    lora_dropout: float = _setting(0.0, "Dropout before the low-rank product.")
-    lora_target_modules: list[str] | None = _setting(
+    lora_r: int = setting(64, "Rank.", least=1)
+    lora_alpha: int = setting(16, "Scale: the update is multiplied by alpha / r.", least=1)
+    lora_dropout: float = setting(0.0, "Dropout before the low-rank product.", least=0, below=1)
+    lora_target_modules: list[str] | None = setting(
         None, "Linear layers to adapt, by name; unset: all four of every block."
     )
-    lora_slices: list[str] | None = _setting(
+    lora_slices: list[str] | None = setting(
         None,
         "Adapt these slices of query_key_value, each with rank lora_r, and nothing else.",
         choices=["query", "key", "value"],
     )
-    use_rslora: bool = _setting(False, "Scale by alpha / sqrt(r) instead (rank-stabilised LoRA).")
-    use_dora: bool = _setting(False, "Train magnitude and direction apart (DoRA).")
+    use_rslora: bool = setting(False, "Scale by alpha / sqrt(r) instead (rank-stabilised LoRA).")
+    use_dora: bool = setting(False, "Train magnitude and direction apart (DoRA).")
 
 
 @dataclass(kw_only=True)
@@ -172,54 +166,65 @@ class RunArguments:
 
     _argument_group_name = "Run"
 
-    recipe: str = _setting("default", "Ready settings: a name (see --help) or a YAML file.")
-    output_dir: str | None = _setting(None, "Run directory; unset: a fresh one under runs/.")
-    resume: str | None = _setting(
-        None, "Go on from the newest checkpoint of --output_dir, or from this one.", nargs="?", const="latest"
+    recipe: str = setting("default", "Ready settings: a name (see --help) or a YAML file.")
+    output_dir: str | None = setting(None, "Run directory; unset: a fresh one under runs/.")
+    config: str | None = setting(None, "Settings from a YAML file, such as the config.yaml of a run.")
+    resume: str | None = setting(
+        None, "Go on from the newest checkpoint of --output_dir, or from this one.", alone="latest"
     )
-    overwrite: bool = _setting(False, "Replace the run that --output_dir holds.")
-    num_train_epochs: float = _setting(1.0, "Passes over the data.")
-    max_steps: int = _setting(
+    overwrite: bool = setting(False, "Replace the run that --output_dir holds.")
+    num_train_epochs: float = setting(1.0, "Passes over the data.", above=0)
+    max_steps: int = setting(
         -1, "Optimizer steps; wins over the number of epochs where positive.", "-s", "--steps"
     )
-    per_device_train_batch_size: int = _setting(
-        4, "Sequences of --max_length on each device at a time.", "-b", "--batch_size_per_device"
+    per_device_train_batch_size: int = setting(
+        4, "Sequences of --max_length on each device at a time.", "-b", "--batch_size_per_device", least=1
     )
-    gradient_accumulation_steps: int = _setting(1, "Micro batches to an optimizer step, on each device.")
-    global_batch_size: int | None = _setting(
+    gradient_accumulation_steps: int = setting(
+        1, "Micro batches to an optimizer step, on each device.", least=1
+    )
+    global_batch_size: int | None = setting(
         None,
         "Sequences of --max_length to a step over all devices, instead of --gradient_accumulation_steps.",
+        least=1,
     )
-    checkpointing: Literal["auto", "none", "selective", "full", "offload"] = _setting(
+    checkpointing: Literal["auto", "none", "selective", "full", "offload"] = setting(
         "auto",
         "What blocks compute again in the backward pass: none; selective: the largest activation; full: all; "
         "offload: all, from inputs in CPU memory; auto: as little as memory allows, block by block.",
     )
-    save_every_minutes: float = _setting(
-        0.0, "Save a checkpoint too whenever so many minutes have passed since the last; 0: never."
+    save_every_minutes: float = setting(
+        0.0, "Save a checkpoint too whenever so many minutes have passed since the last; 0: never.", least=0
     )
-    max_bad_steps: int = _setting(
+    max_bad_steps: int = setting(
         10,
         "Stop after so many steps in a row whose loss or gradient is not finite (each is skipped); 0: never.",
+        least=0,
     )
-    hang_minutes: float = _setting(
-        15.0, "End the run, and say which process hangs, where one does not move for so long; 0: never."
+    hang_minutes: float = setting(
+        15.0,
+        "End the run, and say which process hangs, where one does not move for so long; 0: never.",
+        least=0,
     )
-    sharding: Literal["auto", "none", "fsdp", "zero3"] = _setting(
+    sharding: Literal["auto", "none", "fsdp", "zero3"] = setting(
         "auto",
         "Full fine-tuning on several processes: a replica on each, or its parts shared out by PyTorch (fsdp) "
         "or by DeepSpeed, which keeps float32 weights beside bf16 ones (zero3); auto: fsdp where a replica "
         "with its optimizer does not fit a GPU.",
     )
-    early_stopping: int = _setting(0, "Stop after this many evaluations without a better loss; 0: never.")
-    generate_samples: int = _setting(0, "Sample answers to generate at each evaluation.")
-    sample_prompts: list[str] | None = _setting(
+    early_stopping: int = setting(
+        0, "Stop after this many evaluations without a better loss; 0: never.", least=0
+    )
+    generate_samples: int = setting(0, "Sample answers to generate at each evaluation.", least=0)
+    sample_prompts: list[str] | None = setting(
         None, "Prompts for those; unset: taken from the held-out rows."
     )
-    report_to: list[str] = _setting(
+    report_to: list[str] = setting(
         ["wandb"], "Trackers to report to.", choices=["wandb", "tensorboard", "trackio", "none"]
     )
-    seed: int = _setting(42, "Decides the order of the data, the adapter's start and dropout.")
+    seed: int = setting(
+        42, "Decides the order of the data, the adapter's start and dropout.", least=0, below=2**32
+    )
 
 
 OUR_ARGUMENTS = (ModelArguments, DataArguments, MethodArguments, LoraArguments, RunArguments)

@@ -9,42 +9,12 @@ from typing import Any
 
 from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.fp8 import fp8_excludes
-from falcon_qlora.config.library import library_fields
 from falcon_qlora.config.parser import Layer
 
 Values = dict[str, Any]
 Laid = dict[str, tuple[Any, Layer]]
 
 TEMPLATES = ("auto", "alpaca", "guanaco", "falcon-instruct", "none")
-
-_AT_LEAST: dict[str, float] = {
-    "max_length": 2,
-    "lora_r": 1,
-    "lora_alpha": 1,
-    "adapter_prefix_length": 1,
-    "adapter_first_block": 0,
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "global_batch_size": 1,
-    "max_rows": 1,
-    "dataset_num_proc": 1,
-    "save_total_limit": 1,
-    "early_stopping": 0,
-    "max_bad_steps": 0,
-    "save_every_minutes": 0,
-    "hang_minutes": 0,
-    "generate_samples": 0,
-    "lora_dropout": 0,
-    "llm_int8_threshold": 0,
-    "max_grad_norm": 0,
-    "warmup_steps": 0,
-    "weight_decay": 0,
-    "learning_rate": 0,
-    "adam_epsilon": 0,
-}
-_ABOVE_ZERO = ("num_train_epochs", "logging_steps", "eval_steps", "save_steps")
-_BELOW_ONE = ("lora_dropout", "adam_beta1", "adam_beta2")
 
 
 def settle(values: Values, laid: Laid) -> None:
@@ -81,7 +51,10 @@ def check(values: Values, where: dict[str, str]) -> None:
     def name(setting: str) -> str:
         return where.get(setting, f"--{setting}")
 
-    _check_numbers(values, name)
+    for setting in ("logging_steps", "eval_steps", "save_steps", "warmup_steps"):
+        value = values.get(setting)
+        if value is not None and value > 1 and value != int(value):
+            raise UserError(f"{name(setting)}: {value} is neither a number of steps nor a ratio below 1")
     if values["max_steps"] < 1 and values["max_steps"] != -1:
         raise UserError(f"{name('max_steps')}: must be at least 1, or -1 for whole epochs")
     template = values["template"]
@@ -264,35 +237,10 @@ def _is_multiple(large: float, small: float) -> bool:
     return (large < 1) == (small < 1) and math.isclose(large / small, round(large / small), abs_tol=1e-6)
 
 
-def _check_numbers(values: Values, name: Any) -> None:
-    for setting, value in values.items():
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, float) and not math.isfinite(number):
-                raise UserError(f"{name(setting)}: {number} is not a finite number")
-    for setting, least in _AT_LEAST.items():
-        if values.get(setting) is not None and values[setting] < least:
-            raise UserError(f"{name(setting)}: {values[setting]} is too small; at least {least:g}")
-    for setting in _ABOVE_ZERO:
-        if values.get(setting) is not None and values[setting] <= 0:
-            raise UserError(f"{name(setting)}: {values[setting]} is too small; it must be above 0")
-    for setting in _BELOW_ONE:
-        if values.get(setting) is not None and values[setting] >= 1:
-            raise UserError(f"{name(setting)}: {values[setting]} is too large; it must be below 1")
-    for setting in ("logging_steps", "eval_steps", "save_steps", "warmup_steps"):
-        value = values.get(setting)
-        if value is not None and value > 1 and value != int(value):
-            raise UserError(f"{name(setting)}: {value} is neither a number of steps nor a ratio below 1")
-
-
 def _check_data(values: Values, name: Any) -> None:
     weights, datasets = values["dataset_weights"], values["dataset_name"]
-    if weights is not None:
-        if len(weights) != len(datasets):
-            raise UserError(
-                f"{name('dataset_weights')}: {len(weights)} for {len(datasets)} of --dataset_name"
-            )
-        if any(weight <= 0 for weight in weights):
-            raise UserError(f"{name('dataset_weights')}: a weight must be above 0")
+    if weights is not None and len(weights) != len(datasets):
+        raise UserError(f"{name('dataset_weights')}: {len(weights)} for {len(datasets)} of --dataset_name")
     if values["streaming"] and values["max_steps"] < 1:
         raise UserError(
             f"{name('streaming')}: a stream has no length; say how long to train with --max_steps"
@@ -315,8 +263,3 @@ def _check_data(values: Values, name: Any) -> None:
         )
     if values["eval_split"] and not 0 < fraction < 1:
         raise UserError(f"{name('eval_split')}: {values['eval_split']} is not a fraction between 0 and 1")
-
-
-def trainer_values(values: Values) -> Values:
-    """Those of the values that SFTConfig has a field for."""
-    return {name: value for name, value in values.items() if name in library_fields()}

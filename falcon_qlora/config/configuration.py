@@ -24,14 +24,21 @@ from falcon_qlora.config.arguments import (
     RunArguments,
 )
 from falcon_qlora.config.help import print_help
-from falcon_qlora.config.library import RENAMED, SECRETS
-from falcon_qlora.config.parser import RECIPES, FalconParser, Layer, lay_over, recipe_file, recipe_names
+from falcon_qlora.config.parser import (
+    RECIPES,
+    FalconParser,
+    Layer,
+    lay_over,
+    recipe_file,
+    recipe_names,
+)
+from falcon_qlora.config.trainer_arguments import SHARED
 
 if TYPE_CHECKING:
     from trl import SFTConfig
 
 # Where this run writes and whether it goes on with another is not part of what a re-run needs.
-_NOT_RECORDED = frozenset({"output_dir", "resume", "overwrite"})
+_NOT_RECORDED = frozenset({"output_dir", "config", "resume", "overwrite"})
 _GROUP_SECONDS = 1800.0  # Transformers' own default of ddp_timeout
 
 
@@ -92,47 +99,66 @@ class Configuration:
         return {
             name: _without_credentials(copy.deepcopy(value))
             for name, value in record.items()
-            if name not in _NOT_RECORDED and name not in SECRETS
+            if name not in _NOT_RECORDED and not _parser(None).settings[name].secret
         }
 
 
-def parse(
+def parse(argv: list[str], *, extra_arguments: type | None = None, **help_page: str) -> Configuration:
+    """Read a command line: `configure` with what `read_flags` finds."""
+    settings = read_flags(argv, extra_arguments=extra_arguments, **help_page)
+    return configure(settings, extra_arguments=extra_arguments)
+
+
+def read_flags(
     argv: list[str],
     *,
     extra_arguments: type | None = None,
     program: str = "falcon-qlora train",
     description: str = "Fine-tune a quantized Falcon with LoRA on every GPU.",
-) -> Configuration:
-    """Read a command line.
+) -> dict[str, Any]:
+    """The settings that a command line gives, by name.
 
     Args:
-        argv: the words after the command. With `--resume` and no `--config`, what is not given is as it was
-            in the run that goes on.
+        argv: the words after the command.
         extra_arguments: a dataclass of settings that only this command has (flags only).
         program: the command as the user types it, for the help page.
         description: one line on what it does, for the help page.
 
     Raises:
-        UserError: for anything the user can mend; the message names the flag or the file and key.
+        UserError: for anything the user can mend; the message names the flag.
         SystemExit: with status 0 after `--help` or `--help-all`.
     """
-    parser = FalconParser(extra_arguments)
-    recipe_default = parser.read_file(RECIPES / "default.yaml", "recipe default", rank=0)
+    parser = _parser(extra_arguments)
     if any(word in ("-h", "--help", "--help-all", "--help_all") for word in argv):
         everything = any(word in ("--help-all", "--help_all") for word in argv)
-        print_help(parser, recipe_default.values, program, description, everything=everything)
+        print_help(parser, _default_recipe(parser).values, program, description, everything=everything)
         raise SystemExit(0)
-    flags, config_file = parser.read_flags(argv)
-    layers = [recipe_default, flags]
+    return parser.read_flags(argv)
+
+
+def configure(settings: Mapping[str, Any], *, extra_arguments: type | None = None) -> Configuration:
+    """The configuration in which these settings win over those of files and recipes.
+
+    Args:
+        settings: by name, as flags would give them; `config` is a file of more. With `resume` and no
+            `config`, what is not given is as it was in the run that goes on.
+        extra_arguments: as for `read_flags`.
+
+    Raises:
+        UserError: for anything the user can mend; the message names the flag or the file and key.
+    """
+    parser = _parser(extra_arguments)
+    flags = parser.read_settings(settings)
+    layers = [_default_recipe(parser), flags]
+    config_file = flags.values.get("config")
     of_run = config_file is not None and is_record(Path(config_file))
     if config_file is None:
         config_file = _settings_of_the_run(flags.values)
         of_run = True
     if config_file is not None:
         layers.append(parser.read_file(Path(config_file), config_file, rank=2))
-    named_by = next((layer for layer in reversed(_by_rank(layers)) if "recipe" in layer.values), None)
-    recipe = named_by.values["recipe"] if named_by is not None else "default"
-    if of_run and named_by is not None and named_by.rank == 2 and recipe not in recipe_names():
+    recipe, named_by = lay_over(layers).get("recipe", ("default", flags))
+    if of_run and named_by.rank == 2 and recipe not in recipe_names():
         raise UserError(
             f"recipe in {named_by.origin}: the settings of a run are complete and name no other file; "
             f"{recipe!r} is not opened. Take the line out, or name the recipe with --recipe"
@@ -142,7 +168,16 @@ def parse(
         if "recipe" in layer.values:
             raise UserError(f"recipe {recipe} names a recipe itself; it is laid over the default one only")
         layers.append(layer)
-    return _configuration(parser, layers, recipe, extra_arguments)
+    return _configuration(parser, lay_over(layers), recipe, extra_arguments)
+
+
+@functools.cache
+def _parser(extra_arguments: type | None) -> FalconParser:
+    return FalconParser(extra_arguments)
+
+
+def _default_recipe(parser: FalconParser) -> Layer:
+    return parser.read_file(RECIPES / "default.yaml", "recipe default", rank=0)
 
 
 def _settings_of_the_run(flags: Mapping[str, Any]) -> str | None:
@@ -160,28 +195,24 @@ def _settings_of_the_run(flags: Mapping[str, Any]) -> str | None:
     return str(file)
 
 
-def _by_rank(layers: list[Layer]) -> list[Layer]:
-    return sorted(layers, key=lambda layer: layer.rank)
-
-
 def _configuration(
-    parser: FalconParser, layers: list[Layer], recipe: str, extra_arguments: type | None
+    parser: FalconParser, laid: checks.Laid, recipe: str, extra_arguments: type | None
 ) -> Configuration:
-    laid = lay_over(layers, parser.settings)
     ours = {field.name for arguments in OUR_ARGUMENTS for field in dataclasses.fields(arguments)}
     values = {name: copy.deepcopy(parser.settings[name].default) for name in ours}
     values |= {name: value for name, (value, _) in laid.items() if name not in parser.extra_names}
     values["recipe"] = recipe
+    extra = {name: laid[name][0] for name in parser.extra_names if name in laid}
     given = {name: layer for name, (_, layer) in laid.items() if layer.rank > 0}
     checks.settle(values, laid)
-    checks.check(values, {name: layer.where(name) for name, layer in given.items()})
+    where = {name: layer.where(name) for name, layer in given.items()}
+    for name, value in (values | extra).items():
+        parser.settings[name].check_bounds(value, where.get(name, f"--{name}"))
+    checks.check(values, where)
 
     def make(arguments: type) -> Any:
         return arguments(**{field.name: values[field.name] for field in dataclasses.fields(arguments)})
 
-    extra = None
-    if extra_arguments is not None:
-        extra = extra_arguments(**{name: laid[name][0] for name in parser.extra_names if name in laid})
     return Configuration(
         model=make(ModelArguments),
         data=make(DataArguments),
@@ -189,7 +220,7 @@ def _configuration(
         lora=make(LoraArguments),
         run=make(RunArguments),
         trainer={name: value for name, value in values.items() if name not in ours},
-        extra=extra,
+        extra=extra_arguments(**extra) if extra_arguments else None,
         explicit={name: layer.origin for name, layer in given.items()},
     )
 
@@ -206,7 +237,7 @@ def _build_training(configuration: Configuration) -> SFTConfig:
         raise UserError("--compute_dtype fp16 needs a GPU; on the CPU leave it at auto, or give fp32 or bf16")
     values = dict(configuration.trainer)
     for group in (configuration.data, configuration.run):
-        values |= checks.trainer_values(dataclasses.asdict(group))
+        values |= {name: value for name, value in vars(group).items() if name in SHARED}
     values |= {
         "packing": False,
         "padding_free": False,
@@ -215,10 +246,6 @@ def _build_training(configuration: Configuration) -> SFTConfig:
         "fp16": compute_dtype == "fp16",
         "use_cpu": not on_gpu,
     }
-    has = {field.name for field in dataclasses.fields(SFTConfig)}
-    for old, new in RENAMED.items():
-        if new in has and old in values:
-            values[new] = values.pop(old)
     _start_process_group(values)
     try:
         return SFTConfig(**copy.deepcopy(values))

@@ -6,7 +6,8 @@ import shutil
 import textwrap
 from typing import Any
 
-from falcon_qlora.config.parser import FalconParser, Setting, recipe_names
+from falcon_qlora.config.parser import FalconParser, recipe_names
+from falcon_qlora.config.settings import Setting
 
 COMMON = (
     "model_name_or_path",
@@ -22,6 +23,7 @@ COMMON = (
     "lora_alpha",
     "lora_dropout",
     "recipe",
+    "config",
     "output_dir",
     "resume",
     "num_train_epochs",
@@ -52,9 +54,6 @@ def print_help(
             lines += _describe(setting, defaults.get(setting.name, setting.default), width, everything)
         lines.append("")
     lines += [
-        "Files:",
-        *_two_columns("--config FILE", "Settings from a YAML file, such as the config.yaml of a run.", width),
-        "",
         f"Recipes: {', '.join(recipe_names())}.",
         "Flags win over --config, which wins over --recipe, which wins over the default recipe.",
     ]
@@ -64,14 +63,13 @@ def print_help(
 
 
 def _describe(setting: Setting, default: Any, width: int, everything: bool) -> list[str]:
-    flags = [flag for flag in setting.flags if flag.startswith(("--no_", "--")) is False]
-    flags += [flag for flag in setting.flags if flag.startswith("--") and "-" not in flag[2:]]
-    if not everything:
-        flags = [flag for flag in flags if not flag.startswith("--no_")]
-    text = setting.help.replace("%%", "%")
+    flags = [flag for flag in setting.flags if not flag.startswith("--")]
+    long = (*setting.flags, *setting.flags_off) if everything else setting.flags
+    flags += [flag for flag in long if flag.startswith("--") and "-" not in flag[2:]]
+    text = setting.help
     if setting.choices:
         text += f" One of {', '.join(str(choice) for choice in setting.choices)}."
-    if default is not None and default != []:
+    if default not in (None, []):
         text += f" (default: {_shown(default)})"
     return _two_columns(", ".join(flags), text, width)
 

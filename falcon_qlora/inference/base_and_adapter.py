@@ -121,7 +121,7 @@ def parse_with_run(
     """
     configuration = parse(argv, **how)
     named = configuration.explicit.keys()
-    if run is None or any(word == "--config" or word.startswith("--config=") for word in argv):
+    if run is None or configuration.run.config is not None:
         return configuration, named
     return parse(["--config", str(run.config_file), *argv], **how), named
 

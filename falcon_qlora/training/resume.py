@@ -13,7 +13,8 @@ from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import plain, quoted
 from falcon_qlora.common.untrusted import is_count, read_yaml, refuse_links
 from falcon_qlora.config import Configuration
-from falcon_qlora.config.library import library_fields
+from falcon_qlora.config.settings import settings_of
+from falcon_qlora.config.trainer_arguments import TrainerArguments
 from falcon_qlora.data.stream import changed_source
 from falcon_qlora.processes import agreement, ranks
 from falcon_qlora.run_folder.directory import RunDirectory
@@ -163,7 +164,7 @@ def _compare_settings(configuration: Configuration, checkpoint: Path, record: di
     ):
         sharding.take_optimizer(configuration)
     now = plain(configuration.resolved())
-    defaults = {name: setting.default for name, setting in library_fields().items()}
+    defaults = {setting.name: setting.default for setting in settings_of(TrainerArguments)}
     of_streams = _DECISIVE_FOR_STREAMS if configuration.data.streaming else ()
     for name in (*_DECISIVE, *of_streams, *_MAY_CHANGE):
         # One of the library's is not written down where it was not given; one of ours not by a release that

@@ -214,19 +214,19 @@ def test_a_run_that_went_on_is_the_one_it_was(tmp_path: Path) -> None:
 
 
 def test_flags_of_one_method_reach_that_one_alone() -> None:
+    words = "--lora_target_modules dense query_key_value --adapter_first_block=0 --sharding fsdp -s -1"
     planned = plan.plan(
-        "--lora_target_modules dense query_key_value --adapter_first_block=0 --sharding fsdp -s -1".split(),
+        config.read_flags(words.split()),
         names=["lora, full ,", "adapter"],
         recipes=["full=my.yaml"],
         learning_rates=["lora=0.5"],
         not_for_training=[],
     )
-    words = {method.name: method.words for method in planned}
-    assert words == {
+    assert {method.name: method.words for method in planned} == {
         "lora": (
-            "--recipe lit-lora --method lora --lora_target_modules dense query_key_value -s -1 "
+            "--recipe lit-lora --method lora --lora_target_modules dense query_key_value --max_steps -1 "
             "--learning_rate 0.5"
         ).split(),
-        "full": "--recipe my.yaml --method full --sharding fsdp -s -1".split(),
-        "adapter": "--recipe lit-adapter --method adapter --adapter_first_block=0 -s -1".split(),
+        "full": "--recipe my.yaml --method full --sharding fsdp --max_steps -1".split(),
+        "adapter": "--recipe lit-adapter --method adapter --adapter_first_block 0 --max_steps -1".split(),
     }

@@ -134,7 +134,7 @@ class TestLauncher:
         status, output, errors = launcher.run(*argv, OMP_NUM_THREADS="3")
         assert (status, errors) == (0, "")
         lines = sorted(output.splitlines())
-        flags = "['--run_name', 'fine', '-q', '8bit']"
+        flags = "['--run_name', 'fine', '--quantize_mode', '8bit']"
         assert re.fullmatch(rf"rank=0 pid=\d+ \['2', '0', '2', '3'\] {re.escape(flags)}", lines[0])
         assert re.fullmatch(rf"rank=1 pid=\d+ \['2', '1', '2', '3'\] {re.escape(flags)}", lines[1])
         assert_gone(worker_pids(output))

@@ -1,8 +1,11 @@
 """The configuration: what wins, what is refused and how it is said, and the reference's recipes."""
 
 import dataclasses
+import enum
 import json
 import re
+import types
+import typing
 from pathlib import Path
 
 import pytest
@@ -10,10 +13,11 @@ import yaml
 
 from falcon_qlora import config
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.config import library
 from falcon_qlora.config.arguments import OUR_ARGUMENTS
 from falcon_qlora.config.help import COMMON
 from falcon_qlora.config.parser import RECIPES, recipe_names
+from falcon_qlora.config.settings import Setting, settings_of
+from falcon_qlora.config.trainer_arguments import INSTEAD, SHARED, TrainerArguments
 
 
 def resolved(*argv: str) -> dict:
@@ -422,45 +426,53 @@ class TestHelp:
 
     def test_help_all_has_every_flag(self, capsys: pytest.CaptureFixture[str]) -> None:
         text = self.shown(capsys, "--help-all")
-        ours = {field.name for arguments in OUR_ARGUMENTS for field in dataclasses.fields(arguments)}
-        assert all(f"--{name}" in text for name in ours | set(library.library_fields()))
+        taken = {
+            field.name for each in (*OUR_ARGUMENTS, TrainerArguments) for field in dataclasses.fields(each)
+        }
+        assert all(f"--{name}" in text for name in taken)
 
 
-class TestLibrary:
-    """SFTConfig's fields as read from its source text, and the class itself."""
+class TestForwarded:
+    """The settings that TRL's trainer is given, against the installed SFTConfig."""
 
-    def test_source_text_says_what_the_class_says(self) -> None:
-        from_source, from_class = library.fields_from_source(), library.fields_from_class()
-        assert from_source.keys() == from_class.keys()
-        for name, field in from_source.items():
-            # The one default that is computed.
-            ignored = {"default": None} if name == "optim" else {}
-            assert dataclasses.replace(field, **ignored) == dataclasses.replace(
-                from_class[name], **ignored
-            ), name
+    FIELDS = tuple(settings_of(TrainerArguments))
 
-    def test_every_field_of_the_class_is_either_taken_or_refused_with_a_reason(self) -> None:
+    @staticmethod
+    def of_the_class() -> dict[str, tuple[set[str], tuple[str, ...] | None, object]]:
+        """Field → the names of its types, its choices and its default."""
         from trl import SFTConfig
 
-        names = {field.name for field in dataclasses.fields(SFTConfig)}
-        assert (
-            names - set(library.RENAMED.values())
-            <= library.library_fields().keys() | library.NOT_TAKEN.keys()
-        )
+        found = {}
+        hints = typing.get_type_hints(SFTConfig)
+        for field in dataclasses.fields(SFTConfig):
+            hint = hints[field.name]
+            union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+            members = typing.get_args(hint) if union else (hint,)
+            kinds = {(typing.get_origin(member) or member).__name__ for member in members}
+            enums = [each for each in members if isinstance(each, type) and issubclass(each, enum.Enum)]
+            choices = [item.value for item in enums[0]] if enums else field.metadata.get("choices")
+            default = field.default
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            found[field.name] = (
+                kinds,
+                tuple(choices) if choices else None,
+                getattr(default, "value", default),
+            )
+        return found
 
-    def test_the_class_is_imported_where_the_text_cannot_be_read(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def unreadable() -> dict:
-            raise LookupError
+    @pytest.mark.parametrize("ours", FIELDS, ids=lambda each: each.name)
+    def test_name_type_and_default_are_the_librarys(self, ours: Setting) -> None:
+        kinds, choices, default = self.of_the_class()[ours.name]
+        assert ("list" if ours.is_list else ours.kind.__name__) in kinds
+        assert ours.optional == ("NoneType" in kinds)
+        assert (ours.default, ours.choices) == (default, choices)
 
-        expected = library.library_fields()
-        monkeypatch.setattr(library, "fields_from_source", unreadable)
-        library.library_fields.cache_clear()
-        try:
-            assert library.library_fields().keys() == expected.keys()
-        finally:
-            library.library_fields.cache_clear()
+    def test_what_the_trainer_shares_with_us_and_what_is_not_taken(self) -> None:
+        library = self.of_the_class().keys()
+        ours = {field.name for arguments in OUR_ARGUMENTS for field in dataclasses.fields(arguments)}
+        assert ours & library == set(SHARED)
+        assert not INSTEAD.keys() & (ours | {field.name for field in self.FIELDS})
 
 
 class TestTraining:

@@ -55,7 +55,7 @@ def write(path: Path, **settings: object) -> str:
         (["--recipe", "lambda-7b"], ["unknown recipe lambda-7b", "did you mean lambda-7b-"]),
         (["--recipe", "no/such.yaml"], ["there is no file no/such.yaml"]),
         (["--config", "no/such.yaml"], ["there is no file no/such.yaml"]),
-        (["--config"], ["--config needs a YAML file"]),
+        (["--config"], ["--config: expected one argument"]),
         (["--config", "a", "--config=b"], ["--config is given twice"]),
         (["--trust_remote_code"], ["--trust_remote_code is not taken", "never"]),
         (["--load-in-4bit", "true"], ["use --quantize_mode 4bit"]),

@@ -1,0 +1,184 @@
+"""One setting: under which flags it is given, what it accepts, and within which bounds.
+
+A setting is a field of a dataclass; `setting` makes such a field, `settings_of` reads them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from falcon_qlora.common.errors import UserError, nearest
+
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number"}
+_TRUTH = dict.fromkeys(("yes", "true", "t", "y", "1"), True) | dict.fromkeys(
+    ("no", "false", "f", "n", "0"), False
+)
+
+
+def setting(default: Any, text: str, *aliases: str, **more: Any) -> Any:
+    """A field of a dataclass of settings.
+
+    Args:
+        default: what holds where nothing else says otherwise.
+        text: for the help page.
+        aliases: further flags.
+        more: fields of `Setting`: bounds, choices, `alone`, `secret`.
+    """
+    metadata = {"help": text, "aliases": aliases, **more}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What one setting accepts, from whatever source it comes.
+
+    Attributes:
+        flags: that give it a value.
+        flags_off: that stand alone and switch it off.
+        kind: bool, int, float, str or dict; of a list, that of its items.
+        optional: whether None is a value.
+        alone: what its flag means without a value; None: it needs one.
+        least, above, below: bounds of a number.
+        secret: its value is neither recorded nor repeated in a message.
+    """
+
+    name: str
+    flags: tuple[str, ...]
+    flags_off: tuple[str, ...]
+    kind: type
+    is_list: bool
+    optional: bool
+    default: Any
+    help: str
+    group: str
+    choices: tuple[str, ...] | None = None
+    alone: Any = None
+    least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    secret: bool = False
+
+    def read(self, value: Any, where: str) -> Any:
+        """Convert and check a value from a flag, a file or a caller.
+
+        Raises:
+            UserError: if it has the wrong type or is not one of the choices.
+        """
+        if value is None:
+            if self.optional:
+                return None
+            raise UserError(f"{where}: needs a value ({self._type_name})")
+        if self.kind is dict:
+            return _read_dict(value, where)
+        if self.is_list:
+            items = list(value) if isinstance(value, list | tuple) else [value]
+            if not items:
+                raise UserError(f"{where}: the list is empty")
+            return [self._read_one(item, where) for item in items]
+        if value is True and isinstance(self.alone, str):
+            return self.alone
+        return self._read_one(value, where)
+
+    def check_bounds(self, value: Any, where: str) -> None:
+        """Check a converted value against the bounds.
+
+        Raises:
+            UserError: if it lies outside.
+        """
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            if not math.isfinite(number):
+                raise UserError(f"{where}: {number} is not a finite number")
+            if self.least is not None and number < self.least:
+                raise UserError(f"{where}: {number} is too small; at least {self.least:g}")
+            if self.above is not None and number <= self.above:
+                raise UserError(f"{where}: {number} is too small; it must be above {self.above:g}")
+            if self.below is not None and number >= self.below:
+                raise UserError(f"{where}: {number} is too large; it must be below {self.below:g}")
+
+    @property
+    def _type_name(self) -> str:
+        return _NAMES.get(self.kind, "text")
+
+    def _read_one(self, value: Any, where: str) -> Any:
+        if isinstance(value, dict | list | tuple) or (isinstance(value, bool) and self.kind in (int, float)):
+            raise UserError(f"{where}: {self._shown(value)} is not {self._type_name}")
+        if isinstance(value, bool) and self.kind is str:
+            # YAML reads a bare no as false.
+            value = "no" if value is False and "no" in (self.choices or ()) else str(value).lower()
+        text = str(value)
+        if self.optional and not self.is_list and self.kind is not str and text.lower() in ("none", "null"):
+            return None
+        try:
+            converted = _TRUTH[text.lower()] if self.kind is bool else self.kind(text)
+        except (ValueError, KeyError):
+            raise UserError(f"{where}: {self._shown(text)} is not {self._type_name}") from None
+        if self.choices is not None and converted not in self.choices:
+            raise UserError(
+                f"{where}: {text!r} is not one of {', '.join(self.choices)}{nearest(text, self.choices)}"
+            )
+        return converted
+
+    def _shown(self, value: Any) -> str:
+        return "what is given" if self.secret else repr(value)
+
+
+def settings_of(arguments: type) -> Iterator[Setting]:
+    """The settings that a dataclass has as its fields."""
+    hints = typing.get_type_hints(arguments)
+    group = getattr(arguments, "_argument_group_name", "This command")
+    for field in dataclasses.fields(arguments):
+        more = dict(field.metadata)
+        hint, optional = _without_none(hints[field.name])
+        is_list = typing.get_origin(hint) is list
+        kind = typing.get_args(hint)[0] if is_list else hint
+        if typing.get_origin(kind) is typing.Literal:
+            more["choices"], kind = typing.get_args(kind), str
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if kind is bool:
+            more.setdefault("alone", True)
+        yield Setting(
+            name=field.name,
+            flags=(*_spellings(field.name), *more.pop("aliases", ())),
+            flags_off=_spellings(f"no_{field.name}") if default is True else (),
+            kind=typing.get_origin(kind) or kind,
+            is_list=is_list,
+            optional=optional,
+            default=default,
+            help=more.pop("help", ""),
+            group=group,
+            **more,
+        )
+
+
+def _without_none(hint: Any) -> tuple[Any, bool]:
+    """What a type is but for None, and whether it may be None."""
+    if typing.get_origin(hint) not in (types.UnionType, typing.Union):
+        return hint, False
+    (inner,) = (member for member in typing.get_args(hint) if member is not type(None))
+    return inner, True
+
+
+def _spellings(name: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
+
+
+def _read_dict(value: Any, where: str) -> Any:
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: {value!r} is not a mapping (as a flag: JSON, such as '{{\"key\": 1}}')")
+    return value
