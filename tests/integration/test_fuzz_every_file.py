@@ -69,7 +69,7 @@ READERS = {
     "run_folder/directory.py": folders.test_readers,
     "run_folder/lock.py": test_fuzz_inputs.test_what_a_lock_tells_of_its_holder,
     "common/untrusted.py": test_untrusted.test_no_model_makes_the_loader_crash,
-    "config/library.py": None,
+    "config/settings.py": None,
     "commands/train.py": None,
     "data/stream.py": None,  # hashes what `data/files.py` reads
     "processes/ranks.py": None,
