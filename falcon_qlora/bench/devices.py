@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from falcon_qlora.kernels import fp8
+
 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
@@ -55,7 +57,7 @@ def product_ceiling(device: torch.device, hidden: int, tokens: int, dtype: str =
         tokens: rows of the product.
         dtype: ``bf16``, or ``fp8`` with a scale for each row, as far as the GPU has it; else None.
     """
-    if dtype == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
+    if dtype == "fp8" and fp8.why_not(device) is not None:
         return None
     x = torch.randn(tokens, hidden, device=device, dtype=torch.bfloat16)
     weight = torch.randn(5 * hidden, hidden, device=device, dtype=torch.bfloat16)

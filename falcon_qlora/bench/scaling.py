@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from falcon_qlora.bench.texts import UNEVEN_LONGEST
 from falcon_qlora.common.errors import UserError, nearest
+from falcon_qlora.common.fp8 import fp8_excludes
 from falcon_qlora.common.quantities import GB, GIB
 from falcon_qlora.common.untrusted import of_a_run, read_json
 from falcon_qlora.run_folder.directory import RunDirectory
@@ -212,7 +213,7 @@ def measure(
         environment: variables set for the command beside ours.
     """
     if not on_gpu and row.name == "ours-fp8":
-        return Measured(row=row, failure="not run: there is no FP8 on the CPU")
+        return Measured(row=row, failure=f"not run: {fp8_excludes(device='cpu')}")
     with tempfile.TemporaryDirectory(prefix="falcon_qlora_") as folder:
         output = Path(folder) / "run"
         command = row.command(output, steps=steps, on_gpu=on_gpu)

@@ -122,7 +122,7 @@ class Fp8Products:
             normal = norm(hidden)[0]
             low_rank += self._into_low_rank(linears, [normal] * len(linears))
             rows, _ = fp8.quantize_rows(normal)
-            projected += [self._forward(linear, rows, hidden.dtype) for linear in linears]
+            projected += [self._product(linear, rows, hidden.dtype) for linear in linears]
         fp8.add(projected[0], self._added((0,), low_rank[0]))
         return projected, low_rank
 
@@ -131,7 +131,7 @@ class Fp8Products:
 
     def project_h_to_4h(self, hidden: Tensor) -> Tensor:
         rows, _ = fp8.quantize_rows(self.block.norms[-1](hidden)[0])
-        return self._forward(1, rows, hidden.dtype)
+        return self._product(1, rows, hidden.dtype)
 
     def leave(
         self, before_gelu: Tensor, attended: Tensor, low_in: Sequence[Tensor], hidden: Tensor
@@ -140,8 +140,8 @@ class Fp8Products:
         attended = attended.flatten(1)
         low = torch.cat(self._into_low_rank((2, 3), [after_gelu, attended]), dim=1)
         del after_gelu
-        output = self._forward(2, rows, hidden.dtype)
-        of_attended = self._forward(3, fp8.quantize_rows(attended)[0], hidden.dtype)
+        output = self._product(2, rows, hidden.dtype)
+        of_attended = self._product(3, fp8.quantize_rows(attended)[0], hidden.dtype)
         return fp8.add(output, self._added((2, 3), low), (of_attended, hidden)), low
 
     def low_rank(
@@ -160,10 +160,10 @@ class Fp8Products:
     ) -> tuple[Tensor, Tensor, tuple[Rows, Tensor], list[Tensor | None]]:
         rows, lengths = fp8.quantize_rows(grad)
         low_grad = self._out_of_low_rank((2, 3), [grad, grad])
-        of_attended = self._backward(3, rows, grad.dtype)
+        of_attended = self._product(3, rows, grad.dtype, transpose=True)
         fp8.add(of_attended, self._added_backward((3,), low_grad[1]))
         of_before, of_before_gelu, after_gelu = fp8.gelu_backward(
-            self._backward(2, rows, grad.dtype),
+            self._product(2, rows, grad.dtype, transpose=True),
             self._added_backward((2,), low_grad[0]),
             before_gelu,
             self._added((1,), low_in[1]),
@@ -200,8 +200,11 @@ class Fp8Products:
             if addend is None:
                 continue
             of_normal = [
-                self._backward(
-                    linear, fp8.quantize_rows(of_fused)[0] if linear == 0 else of_before, hidden.dtype
+                self._product(
+                    linear,
+                    fp8.quantize_rows(of_fused)[0] if linear == 0 else of_before,
+                    hidden.dtype,
+                    transpose=True,
                 )
                 for linear in linears
             ]
@@ -215,15 +218,11 @@ class Fp8Products:
         bound = self.frozen.before_gelu.expand(before_gelu.shape[0])
         return fp8.gelu(before_gelu, self._added((1,), low_in[1]), bound)
 
-    def _forward(self, linear: int, rows: Rows, dtype: torch.dtype) -> Tensor:
-        """``[T, in]`` → ``[T, out]``, without LoRA."""
-        weight = Rows(self._weight(linear, rows, False), self.frozen.weights[linear].of_rows)
-        return fp8.product(rows, weight, dtype)
-
-    def _backward(self, linear: int, rows: Rows, dtype: torch.dtype) -> Tensor:
-        """``[T, out]`` → ``[T, in]``, without LoRA."""
-        weight = Rows(self._weight(linear, rows, True), self.frozen.weights[linear].of_columns)
-        return fp8.product(rows, weight, dtype)
+    def _product(self, linear: int, rows: Rows, dtype: torch.dtype, transpose: bool = False) -> Tensor:
+        """``[T, in]`` → ``[T, out]``, or back with the transposed weight; without LoRA."""
+        weight = self.frozen.weights[linear]
+        scales = weight.of_columns if transpose else weight.of_rows
+        return fp8.product(rows, Rows(self._weight(linear, rows, transpose), scales), dtype)
 
     def _weight(self, linear: int, rows: Rows, transpose: bool) -> Tensor:
         """The one that is kept, or one made into the workspace."""

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from falcon_qlora.kernels.rows import read
+
 # Tuned on Falcon's heads. All but 7B have 8 groups, so that 8 divides their heads.
 _TOKENS_A_PROGRAM = 8
 _HEADS_A_PROGRAM = 8
@@ -69,11 +71,6 @@ def _launch(
 
 
 @triton.jit
-def _load(ptr, offset, mask):
-    return tl.load(ptr + offset, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _store(ptr, offset, values, mask):
     tl.store(ptr + offset, values.to(ptr.dtype.element_ty), mask=mask)
 
@@ -113,8 +110,8 @@ def _rotate(
     lane = tl.arange(0, LANES)
     row_mask = (token < tokens)[:, None] & (lane < HALF)[None, :]
     row = token.to(tl.int64)
-    cosine = _load(cosine_ptr, row[:, None] * cosine_stride + lane[None, :], row_mask)[:, None, :]
-    sine = _load(sine_ptr, row[:, None] * sine_stride + lane[None, :], row_mask)[:, None, :]
+    cosine = read(cosine_ptr, row[:, None] * cosine_stride + lane[None, :], row_mask)[:, None, :]
+    sine = read(sine_ptr, row[:, None] * sine_stride + lane[None, :], row_mask)[:, None, :]
     if JOIN:
         sine = -sine
 
@@ -131,13 +128,13 @@ def _rotate(
         at_key = row * key_token + (kv_head * key_head)[None, :, None] + lane
         at_value = row * value_token + (kv_head * value_head)[None, :, None] + lane
         # Each head is in one of the three; the other two give zeros without reading.
-        first = _load(query_ptr, at_query, of_query) + _load(key_ptr, at_key, of_key)
-        first += _load(value_ptr, at_value, of_value)
-        second = _load(query_ptr, at_query + HALF, of_query) + _load(key_ptr, at_key + HALF, of_key)
-        second += _load(value_ptr, at_value + HALF, of_value)
+        first = read(query_ptr, at_query, of_query) + read(key_ptr, at_key, of_key)
+        first += read(value_ptr, at_value, of_value)
+        second = read(query_ptr, at_query + HALF, of_query) + read(key_ptr, at_key + HALF, of_key)
+        second += read(value_ptr, at_value + HALF, of_value)
     else:
-        first = _load(fused_ptr, at_fused, mask)
-        second = _load(fused_ptr, at_fused + HALF, mask)
+        first = read(fused_ptr, at_fused, mask)
+        second = read(fused_ptr, at_fused + HALF, mask)
     turned_first = first * cosine - second * sine
     turned_second = second * cosine + first * sine
     if JOIN:

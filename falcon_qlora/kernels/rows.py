@@ -39,6 +39,12 @@ def copy_rows(x: Tensor, out: Tensor) -> Tensor:
 
 
 @triton.jit
+def read(ptr, offset, mask):
+    """In float32, zeros where nothing is read."""
+    return tl.load(ptr + offset, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _copy(
     x_ptr,  # [T, C]
     out_ptr,  # [T, C]

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from falcon_qlora.kernels.gelu import gelu_and_slope
-from falcon_qlora.kernels.rows import check_rows
+from falcon_qlora.kernels.rows import check_rows, read
 
 _TILE: dict[str, Any] = {"TOKENS": 8, "COLUMNS": 512, "num_warps": 4}
 _SUMS_TILE: dict[str, Any] = {"TOKENS": 8, "COLUMNS": 256, "num_warps": 4}
@@ -90,11 +90,6 @@ def _tile(first, tokens, columns, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
     return row.to(tl.int64), column, (row < tokens) & (column < columns)
 
 
-@triton.jit
-def _load(ptr, offset, mask):
-    return tl.load(ptr + offset, mask=mask, other=0.0).to(tl.float32)
-
-
 @triton.jit(do_not_specialize=["tokens"])  # it differs from one micro batch to the next
 def _scale_shift(
     x_ptr,  # [T, C], rows x_stride apart
@@ -112,9 +107,9 @@ def _scale_shift(
     COLUMNS: tl.constexpr,
 ):
     row, column, mask = _tile(tl.program_id(1) * TOKENS, tokens, columns, TOKENS, COLUMNS)
-    scale = _load(scale_ptr, column, column < columns)
-    bias = _load(bias_ptr, column, column < columns)
-    y = (scale * (_load(x_ptr, row * x_stride + column, mask) + bias)).to(out_ptr.dtype.element_ty)
+    scale = read(scale_ptr, column, column < columns)
+    bias = read(bias_ptr, column, column < columns)
+    y = (scale * (read(x_ptr, row * x_stride + column, mask) + bias)).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * out_stride + column, y, mask=mask)
     if GELU:
         after, _ = gelu_and_slope(y.to(tl.float32))
@@ -142,11 +137,11 @@ def _add_scaled(
 ):
     row, column, mask = _tile(tl.program_id(1) * TOKENS, tokens, columns, TOKENS, COLUMNS)
     inside = column < columns
-    first = _load(first_ptr, row * first_stride + column, mask) + _load(first_bias_ptr, column, inside)
-    second = _load(second_ptr, row * second_stride + column, mask) + _load(second_bias_ptr, column, inside)
-    total = _load(x_ptr, row * x_stride + column, mask)
-    total += _load(first_scale_ptr, column, inside) * first
-    total += _load(second_scale_ptr, column, inside) * second
+    first = read(first_ptr, row * first_stride + column, mask) + read(first_bias_ptr, column, inside)
+    second = read(second_ptr, row * second_stride + column, mask) + read(second_bias_ptr, column, inside)
+    total = read(x_ptr, row * x_stride + column, mask)
+    total += read(first_scale_ptr, column, inside) * first
+    total += read(second_scale_ptr, column, inside) * second
     tl.store(out_ptr + row * out_stride + column, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -173,16 +168,16 @@ def _sum_columns(
     total = tl.zeros([TOKENS, COLUMNS], tl.float32)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     if not NORM:
-        scale = _load(scale_ptr, column, column < columns)[None, :]
+        scale = read(scale_ptr, column, column < columns)[None, :]
     for first in range(tl.program_id(1) * TOKENS, tokens, tl.num_programs(1) * TOKENS):
         row, place, mask = _tile(first, tokens, columns, TOKENS, COLUMNS)
-        x = _load(x_ptr, row * x_stride + place, mask)
-        grad = _load(grad_ptr, row * grad_stride + place, mask)
+        x = read(x_ptr, row * x_stride + place, mask)
+        grad = read(grad_ptr, row * grad_stride + place, mask)
         if GELU:
             _, slope = gelu_and_slope(x)
             grad *= slope
         if NORM:
-            x = (x - _load(mean_ptr, row, row < tokens)) * _load(rstd_ptr, row, row < tokens)
+            x = (x - read(mean_ptr, row, row < tokens)) * read(rstd_ptr, row, row < tokens)
         else:
             out = out_ptr + row * out_stride + place
             tl.store(out, (grad * scale).to(out_ptr.dtype.element_ty), mask=mask)

@@ -19,7 +19,7 @@ The smallest setting, 8,192 tokens, LoRA r 64, 4 bits, ``offload``, paged 8-bit 
 | libraries' own, and rounding | 0.27 | 0.27 |
 | together | 6.66 | 28.64 |
 
-`Step.smallest_parts` gives these rows, and a test compares them. The optimizer's state lies in pageable
+A test compares these rows. The optimizer's state lies in pageable
 memory outside of PyTorch's. The head's turn comes when no block is at work, and takes less: 1,024 tokens'
 logits, as float32 twice and as bfloat16, are 0.67 GB.
 """
@@ -140,23 +140,6 @@ class Step:
             return inputs, projected + self._all_of_a_block(), joined + max(hidden + rank, attention)
         rest = hidden + max(joined + at_gelu, hidden + attention)
         return inputs, projected, rest + self._products_kept()
-
-    def smallest_parts(self, weights: int, embedding: int) -> dict[str, int]:
-        """The rows of this module's table, in bytes, given those of the loaded model."""
-        inputs, projected, rest = (
-            int(each * self.tokens * self.value_bytes) for each in self.working_values("offload")
-        )
-        return {
-            "weights": weights,
-            "embedding": embedding,
-            "adapter": self.trainable_bytes * self.trainable,
-            "gradients": self.trainable_bytes * self.trainable,
-            "dequantized": self._weights(),
-            "inputs": inputs,
-            "projections": projected,
-            "joined": rest,
-            "libraries": _UNCOUNTED_BYTES,
-        }
 
     def _sizes(self) -> tuple[int, int, int, int]:
         """Hidden size, widths of query_key_value and h_to_4h, and a group's columns for LoRA."""

@@ -26,8 +26,10 @@ def assert_no_gradient_changed(ours, expected, tolerance=1e-5):
         torch.testing.assert_close(ours[name], gradient, rtol=0, atol=scale, msg=name)
 
 
-@pytest.mark.parametrize(("compute_dtype", "tolerance"), [("fp32", 1e-5), ("bf16", 1e-2)])
-@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b", "falcon-11b"])
+@pytest.mark.parametrize(
+    ("layout", "compute_dtype", "tolerance"),
+    [("falcon-7b", "fp32", 1e-5), ("falcon-40b", "bf16", 1e-2), ("falcon-11b", "fp32", 1e-5)],
+)
 def test_no_way_to_keep_changes_a_gradient(layout, compute_dtype, tolerance):
     model = adapted(layout, "4bit", compute_dtype=compute_dtype)
     arguments = packed(documents(LENGTHS))

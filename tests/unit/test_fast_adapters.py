@@ -11,10 +11,10 @@ from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.fast_path import apply_fast_path, remove_fast_path
 from falcon_qlora.models.forward import enable_packing, falcon_of
 from falcon_qlora.models.step_memory import Step
-from tests.layouts import MODES, documents, plain_float32, tiny_model
+from tests.layouts import documents, plain_float32, tiny_model
 from tests.packing import gradients, one_by_one, packed, with_adapter
 from tests.unit.test_activations import kept_bytes, saved  # noqa: F401
-from tests.unit.test_fast_path import FAST_LAYOUTS, calls  # noqa: F401
+from tests.unit.test_fast_path import LAYOUTS_AND_MODES, calls  # noqa: F401
 from tests.unit.test_methods import away_from_start
 
 pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
@@ -75,8 +75,7 @@ def assert_same(ours, theirs, tolerance=1e-4):
         assert_close(ours[1][name], gradient, rtol=tolerance, atol=tolerance * scale, msg=name)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("layout", FAST_LAYOUTS)
+@pytest.mark.parametrize(("layout", "mode"), LAYOUTS_AND_MODES)
 @pytest.mark.parametrize("name", NAMES)
 def test_loss_and_every_gradient_equal_each_document_alone(name, layout, mode, calls):  # noqa: F811
     base = tiny_model(layout, mode)
@@ -92,8 +91,15 @@ def test_loss_and_every_gradient_equal_each_document_alone(name, layout, mode, c
     assert calls == {"forward": 4, "backward": 2}
 
 
-@pytest.mark.parametrize("keep", ["attention", "input", "offload"])
-@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b"])
+@pytest.mark.parametrize(
+    ("layout", "keep"),
+    [
+        ("falcon-7b", "input"),
+        ("falcon-7b", "offload"),
+        ("falcon-40b", "attention"),
+        ("falcon-40b", "input"),
+    ],
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_kept_changes_no_gradient(name, layout, keep, calls):  # noqa: F811
     model = attached(name, tiny_model(layout, "4bit"), first_block=1)
@@ -119,8 +125,7 @@ def test_what_is_saved_is_what_the_memory_model_counts(name, layout, saved):  # 
         assert (kept[way] - kept["offload"]) / 300 == pytest.approx(predicted, rel=0.01), way
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b"])
+@pytest.mark.parametrize(("layout", "autocast"), [("falcon-7b", True), ("falcon-40b", False)])
 @pytest.mark.parametrize("name", NAMES)
 def test_in_bfloat16_gradients_are_as_near_to_float32_as_on_the_reference_path(name, layout, autocast):
     base = tiny_model(layout, "4bit", compute_dtype="bf16")

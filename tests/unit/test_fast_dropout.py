@@ -11,10 +11,10 @@ from falcon_qlora.models import fast_path
 from falcon_qlora.models.falcon import LINEARS
 from falcon_qlora.models.fast_path import apply_fast_path
 from falcon_qlora.models.forward import enable_packing
-from tests.layouts import MODES, documents, plain_float32, tiny_model
+from tests.layouts import documents, plain_float32, tiny_model
 from tests.packing import packed, with_adapter
 from tests.unit.test_fast_path import (
-    FAST_LAYOUTS,
+    LAYOUTS_AND_MODES,
     LENGTHS,
     GeluProductsInPyTorch,
     adapted,
@@ -69,9 +69,15 @@ def fast_order():
 
 
 @pytest.mark.parametrize(
-    ("mode", "keep"), [*((mode, "all") for mode in MODES), ("4bit", "attention"), ("4bit", "input")]
+    ("layout", "mode", "keep"),
+    [
+        *((layout, mode, "all") for layout, mode in LAYOUTS_AND_MODES),
+        ("falcon-7b", "4bit", "attention"),
+        ("falcon-40b", "4bit", "attention"),
+        ("falcon-7b", "4bit", "input"),
+        ("falcon-40b", "4bit", "input"),
+    ],
 )
-@pytest.mark.parametrize("layout", FAST_LAYOUTS)
 def test_loss_and_gradients_are_pefts_with_the_same_values_left_out(layout, mode, keep, drawn, calls):  # noqa: F811
     base = tiny_model(layout, mode)
     plain = with_adapter(plain_float32(base))

@@ -1,6 +1,7 @@
 """Falcon's fast block: its modules as `kernels.block` takes them, and its ``forward``.
 
-That function is the parallel block with rotary positions and no biases: all layouts but rw-1b's.
+That function is the parallel block with rotary positions and no biases: all layouts but rw-1b's. Blocks here
+are Transformers' ``FalconDecoderLayer``, inside which PEFT has put its layers.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.falcon.modeling_falcon import FalconDecoderLayer
 
 from falcon_qlora.common.fp8 import fp8_excludes
 from falcon_qlora.kernels.block import Block, Norm, run_block
@@ -40,7 +40,7 @@ from falcon_qlora.models.scaled import scale_and_bias_of
 _RECOMPUTES_IN_CALL = "__call__" in vars(GradientCheckpointingLayer)
 
 
-def block_facts(block: FalconDecoderLayer, dtype: torch.dtype) -> BlockFacts:
+def block_facts(block: Any, dtype: torch.dtype) -> BlockFacts:
     """See `Family.block_facts`."""
     config = block.config
     linears = _linears_of(block)
@@ -78,7 +78,7 @@ def block_facts(block: FalconDecoderLayer, dtype: torch.dtype) -> BlockFacts:
     )
 
 
-def _more_than_lora(block: FalconDecoderLayer) -> str | None:
+def _more_than_lora(block: Any) -> str | None:
     """What acts in a block beside LoRA, trainable or not."""
     linears = _linears_of(block)
     vectors = [scale_and_bias_of(base_of(linear)) is not None for linear in linears]
@@ -92,20 +92,20 @@ def _more_than_lora(block: FalconDecoderLayer) -> str | None:
     return None
 
 
-def _linears_of(block: FalconDecoderLayer) -> list[Any]:
+def _linears_of(block: Any) -> list[Any]:
     """In the order of ``Block.projections``."""
     attention, mlp = block.self_attention, block.mlp
     return [attention.query_key_value, mlp.dense_h_to_4h, mlp.dense_4h_to_h, attention.dense]
 
 
-def _norms(block: FalconDecoderLayer) -> tuple[Norm, ...]:
+def _norms(block: Any) -> tuple[Norm, ...]:
     config = block.config
     two = config.new_decoder_architecture and config.num_ln_in_parallel_attn == 2
     modules = (block.ln_attn, block.ln_mlp) if two else (block.input_layernorm,)
     return tuple(Norm(module.weight, module.bias, module.eps) for module in modules)
 
 
-def block_and_adapters(module: FalconDecoderLayer, state: State) -> tuple[Block, list[Adapter]] | None:
+def block_and_adapters(module: Any, state: State) -> tuple[Block, list[Adapter]] | None:
     """See `Family.block_and_adapters`."""
     prefix, scaled = prefix_of(module.self_attention), state.products is ScaledProducts
     projections, adapters = [], []
@@ -157,7 +157,7 @@ def _projection(linear: Any, state: State) -> tuple[Projection, Adapter]:
 
 
 def block_forward(
-    self: FalconDecoderLayer,
+    self: Any,
     hidden_states: Tensor,
     alibi: Tensor | None = None,
     attention_mask: Sequences | Tensor | None = None,
@@ -183,7 +183,7 @@ def block_forward(
 
 
 def _attention(
-    module: FalconDecoderLayer, block: Block, attention: PackedAttention, dtype: torch.dtype
+    module: Any, block: Block, attention: PackedAttention, dtype: torch.dtype
 ) -> PackedAttention | PrefixedAttention:
     """With the block's prefix, where it has one that acts."""
     prefix = prefix_of(module.self_attention)
