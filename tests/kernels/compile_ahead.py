@@ -60,21 +60,19 @@ def variants(capability: int) -> Iterator[tuple[JITFunction, dict[str, Any]]]:
 def plain_variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
     for kernel in (gelu._gelu, gelu._gelu_backward):
         yield kernel, {"BLOCK": gelu._BLOCK, "num_warps": gelu._WARPS}
-    for hidden in (4544, 8192, 14848):
-        for two in (False, True):
-            options = layer_norm._row_options(hidden, "forward")
-            yield layer_norm._layer_norm, {"TWO": two, **options}
-            options = layer_norm._row_options(hidden, "backward")
-            yield layer_norm._layer_norm_backward, {"TWO": two, "ADD": True, **options}
-    for nested in (False, True):
-        yield from nf4_variants(nested, scaled=False)
+    for hidden, two in ((4544, False), (8192, True), (14848, True)):  # 7B has one norm a block
+        options = layer_norm._row_options(hidden, "forward")
+        yield layer_norm._layer_norm, {"TWO": two, **options}
+        options = layer_norm._row_options(hidden, "backward")
+        yield layer_norm._layer_norm_backward, {"TWO": two, "ADD": True, **options}
+    yield from nf4_variants(scaled=False)
     yield int8._dequantize, {"BLOCK": int8._BLOCK, "num_warps": int8._WARPS}
     yield rows._copy, {"BLOCK": rows._BLOCK, "num_warps": rows._WARPS}
     yield (
         softmax._cross_entropy,
         {"GRADIENT": True, "BLOCK": softmax._BLOCK, "num_warps": softmax._WARPS},
     )
-    for head_dim, prefix_rows in ((64, 10), (64, 64), (128, 10)):
+    for head_dim, prefix_rows in ((64, 64), (128, 10)):
         heads = torch.empty(1, 1, 1, head_dim), torch.empty(prefix_rows, 1, head_dim)
         yield prefix_triton._add_read, prefix_triton._options(*heads, "forward")
         yield prefix_triton._add_read_backward, prefix_triton._options(*heads, "backward")
@@ -86,7 +84,7 @@ def plain_variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
     yield scale_shift_triton._add_scaled, dict(scale_shift_triton._TILE)
     yield dropout_triton._drop, {"BLOCK": dropout_triton._BLOCK, "num_warps": dropout_triton._BLOCK_WARPS}
     tile = dict(zip(("TOKENS", "FEATURES", "num_warps"), dropout_triton._TILE, strict=True))
-    for rank in (16, 64, 128, 512):
+    for rank in (16, 128, 512):  # the largest in pieces
         yield dropout_triton._add_dropped, {"RANK": rank, **tile}
     tile = {"TOKENS": rotary._TOKENS_A_PROGRAM, "HEADS": rotary._HEADS_A_PROGRAM, "num_warps": rotary._WARPS}
     for half in (32, 64):  # 11B's heads are twice as large as the others'
@@ -94,16 +92,17 @@ def plain_variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
             yield rotary._rotate, {"JOIN": join, "HALF": half, "LANES": half, **tile}
 
 
-def nf4_variants(nested: bool, scaled: bool) -> Iterator[tuple[JITFunction, dict[str, Any]]]:
-    options = {"NESTED": nested, "SCALED": scaled, "num_warps": nf4._WARPS, "enable_fp_fusion": False}
-    for contiguous in (False, True):
-        yield nf4._dequantize_rows, {"CONTIGUOUS": contiguous, "WORDS": nf4._WORDS_A_PROGRAM, **options}
-    yield nf4._dequantize_transposed, {"ROWS": nf4._TILE_ROWS, "WORDS": nf4._TILE_WORDS, **options}
+def nf4_variants(scaled: bool) -> Iterator[tuple[JITFunction, dict[str, Any]]]:
+    options = {"SCALED": scaled, "num_warps": nf4._WARPS, "enable_fp_fusion": False}
+    words = {"WORDS": nf4._WORDS_A_PROGRAM, **options}
+    for nested, contiguous in ((True, False), (True, True), (False, True)):
+        yield nf4._dequantize_rows, {"NESTED": nested, "CONTIGUOUS": contiguous, **words}
+    tile = {"ROWS": nf4._TILE_ROWS, "WORDS": nf4._TILE_WORDS, **options}
+    yield nf4._dequantize_transposed, {"NESTED": True, **tile}
 
 
 def fp8_variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
-    for nested in (False, True):
-        yield from nf4_variants(nested, scaled=True)
+    yield from nf4_variants(scaled=True)
     for features in (4544, 8192, 14848):
         yield fp8_quantize._quantize_rows, fp8_quantize._row_options(features)
     for is_int8 in (False, True):
@@ -111,9 +110,9 @@ def fp8_variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
             tile = {"TILE": fp8_quantize._TILE, "num_warps": fp8_quantize._TILE_WARPS}
             yield fp8_quantize._quantize_weight, {"INT8": is_int8, "TRANSPOSE": transpose, **tile}
     tile = dict(zip(("TOKENS", "FEATURES", "num_warps"), fp8_quantize._SUM, strict=True))
-    for addends, rank in ((0, 64), (1, 128), (2, 128), (2, 1024), (2, 0)):
+    for addends, rank in ((0, 64), (1, 128), (2, 1024), (2, 0)):
         yield fp8_quantize._add, {"ADDENDS": addends, "RANK": rank, **tile}
-    for rank in (0, 16, 64, 512):
+    for rank in (0, 64, 512):
         tile = dict(zip(("TOKENS", "FEATURES", "num_warps"), fp8_gelu._FORWARD, strict=True))
         yield fp8_gelu._gelu, {"RANK": rank, **tile}
         tile = dict(zip(("TOKENS", "FEATURES", "num_warps"), fp8_gelu._BACKWARD, strict=True))
