@@ -213,7 +213,7 @@ def measure(
         environment: variables set for the command beside ours.
     """
     if not on_gpu and row.name == "ours-fp8":
-        return Measured(row=row, failure=f"not run: {fp8_excludes(device='cpu')}")
+        return Measured(row=row, failure=f"not run: {fp8_excludes(device='cpu', capability=None)}")
     with tempfile.TemporaryDirectory(prefix="falcon_qlora_") as folder:
         output = Path(folder) / "run"
         command = row.command(output, steps=steps, on_gpu=on_gpu)

@@ -14,7 +14,7 @@ def fp8_excludes(
     prefix: bool = False,
     dtype: str = "bfloat16",
     device: str = "cuda",
-    capability: tuple[int, int] = FIRST_CAPABILITY,
+    capability: tuple[int, int] | None = FIRST_CAPABILITY,
 ) -> str | None:
     """The first of these that FP8 products do not go with; what is not known yet is left out.
 
@@ -24,15 +24,15 @@ def fp8_excludes(
         scales: whether learned vectors scale and shift the linears' outputs (Adapter v2).
         prefix: whether attention looks at a learned prefix (Adapter).
         dtype: of the activations, by PyTorch's name.
-        device: the device's type, or the name of a CUDA GPU.
-        capability: of a CUDA GPU.
+        device: the name of a CUDA GPU, or another device's type.
+        capability: of a CUDA GPU; None for another device.
 
     Returns:
         A clause that names it and what to do, or None where FP8 can run.
     """
     if kernels == "off":
         return "fp8 needs fast kernels: drop --kernels off"
-    if device in ("cpu", "mps", "xpu"):
+    if capability is None:
         return f"there is no FP8 on the {device.upper()}"
     if capability < FIRST_CAPABILITY:
         has, needs = (".".join(map(str, each)) for each in (capability, FIRST_CAPABILITY))

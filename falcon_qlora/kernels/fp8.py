@@ -44,7 +44,7 @@ def why_not(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str | 
     """Why FP8 products beside activations in `dtype` cannot run on `device`; None where they can."""
     if _emulated:
         return None
-    named: dict[str, Any] = {"device": device.type}
+    named: dict[str, Any] = {"device": device.type, "capability": None}
     if device.type == "cuda":
         named["device"] = torch.cuda.get_device_name(device)
         named["capability"] = torch.cuda.get_device_capability(device)

@@ -120,8 +120,6 @@ class _Group:
             add_dropped(of_x, u, a.to(of_x.dtype), self.projections[index].dropout)
 
     def _pair(self, index: int, grad_a: Tensor, grad_b: Tensor) -> list[Tensor | None]:
-        if not self.projections[index].rank:
-            return [None, None]
         return [grad_a, grad_b.mul_(self.projections[index].scaling)]
 
 

@@ -140,7 +140,7 @@ def test_auto_computes_again_no_more_than_memory_demands(fast: bool) -> None:
     assert one.choose(200 * GIB) == ["none"] * LAYERS
     assert one.choose(GIB) == ["offload"] * LAYERS
     seen = set()
-    for tenth in range(20, 600, 4):
+    for tenth in range(20, 600, 9):
         free = tenth * GIB // 10
         blocks = one.choose(free)
         seen |= set(blocks)

@@ -129,9 +129,18 @@ def block_and_adapters(module: Any, state: State) -> tuple[Block, list[Adapter]]
     keep = "input" if state.keep == "offload" else state.keep
     if module.gradient_checkpointing and module.training and not _RECOMPUTES_IN_CALL:
         keep = "input"
-    attention = module.self_attention
+    query_key_value, dense_h_to_4h, dense_4h_to_h, dense = projections
     block = Block(
-        norms, *projections, attention.num_kv_heads, attention.head_dim, state.workspace, state.products, keep
+        norms=norms,
+        query_key_value=query_key_value,
+        dense_h_to_4h=dense_h_to_4h,
+        dense_4h_to_h=dense_4h_to_h,
+        dense=dense,
+        kv_heads=module.self_attention.num_kv_heads,
+        head_dim=module.self_attention.head_dim,
+        workspace=state.workspace,
+        products=state.products,
+        keep=keep,
     )
     return block, adapters
 
