@@ -1,5 +1,6 @@
-"""Paired benchmarks: variants of one training step in turn, on the same rows, in one process.
+"""Paired benchmarks: variants of one training step in turn on the same rows; whole commands on several GPUs.
 
-`variants.py` names them, `runners.py` builds one, `measure.py` times them in rounds, `table.py` writes what
-was found. `stock.py` and `litgpt.py` are the peers.
+Of steps `variants.py` names what there is, `runners.py` builds one, `measure.py` times them in rounds. Of
+commands `scaling.py` does all of it. `tables.py` writes what was found. Other tools' recipes, which can be
+entered beside ours, are in ``tests/benchmarks``.
 """

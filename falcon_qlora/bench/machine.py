@@ -1,31 +1,142 @@
-"""What the machine is, found out without a context on its GPUs: that would take the runs' memory."""
+"""What the machine is, and what its GPU does while something is timed: clock, power and temperature."""
 
 from __future__ import annotations
 
 import functools
 import json
-import shutil
 import subprocess
 import sys
-from typing import Any
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    import torch
+
+_PERIOD_MS = 200
 _COLLECT = (
     "import json; from falcon_qlora.run_folder.environment import collect_environment; "
     "print(json.dumps(collect_environment()))"
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What rows were measured on.
+
+    Attributes:
+        commit: of this project.
+        gpu: its name, or CPU.
+        gpus: how many there are.
+        driver: its version, or empty.
+        torch: PyTorch's version.
+    """
+
+    commit: str
+    gpu: str
+    gpus: int
+    driver: str
+    torch: str
+
+    @classmethod
+    def of(cls, environment: Mapping[str, Any], commit: str | None) -> Machine:
+        """From what `collect_environment` finds; a `commit` that is given wins."""
+        gpus = environment["gpus"]
+        driver = _nvidia_smi("--query-gpu=driver_version") if gpus else ""
+        return cls(
+            commit=commit or (environment["commit"] or "")[:7],
+            gpu=gpus[0]["name"] if gpus else "CPU",
+            gpus=len(gpus),
+            driver=driver.partition("\n")[0].strip(),
+            torch=environment["packages"]["torch"],
+        )
+
+
 @functools.cache
-def machine() -> dict[str, Any]:
-    """What `collect_environment` finds, in a process of its own."""
+def environment_of_a_child() -> dict[str, Any]:
+    """What `collect_environment` finds in a process of its own: a context on the GPUs takes runs' memory."""
     result = subprocess.run([sys.executable, "-c", _COLLECT], stdout=subprocess.PIPE, text=True, check=True)
     return dict(json.loads(result.stdout.splitlines()[-1]))
 
 
-def driver() -> str:
-    """The GPUs' driver; empty without one."""
-    if shutil.which("nvidia-smi") is None:
+def _command(*words: str) -> list[str]:
+    return ["nvidia-smi", "--format=csv,noheader,nounits", *words]
+
+
+def _nvidia_smi(*words: str) -> str:
+    try:
+        return subprocess.run(_command(*words), capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
         return ""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    return result.stdout.partition("\n")[0].strip() if result.returncode == 0 else ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One reading: seconds of `time.perf_counter`, MHz, W, °C."""
+
+    at: float
+    sm_mhz: float
+    watts: float
+    celsius: float
+
+
+class GpuLog:
+    """Reads the state of one GPU in the background; on a CPU, or without nvidia-smi, there is nothing."""
+
+    def __init__(self, device: torch.device):
+        self._samples: list[Sample] = []
+        self._process: subprocess.Popen[str] | None = None
+        if device.type != "cuda":
+            return
+        import torch
+
+        uuid = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
+        query = "--query-gpu=clocks.sm,power.draw,temperature.gpu"
+        try:
+            self._process = subprocess.Popen(
+                _command(f"--id=GPU-{uuid}", query, f"--loop-ms={_PERIOD_MS}"),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+        except OSError:
+            return
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+
+    @contextmanager
+    def window(self) -> Iterator[list[Sample]]:
+        """Within the block samples are taken; after it they are in the list that was yielded."""
+        found: list[Sample] = []
+        started = time.perf_counter()
+        yield found
+        ended = time.perf_counter()
+        found += [each for each in self._samples if started <= each.at <= ended]
+
+    def _read(self) -> None:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            try:
+                clock, power, temperature = (float(part) for part in line.split(","))
+            except ValueError:
+                continue  # a reading this GPU does not have
+            self._samples.append(Sample(time.perf_counter(), clock, power, temperature))
+
+
+def summary(samples: list[Sample]) -> str:
+    """The means over all samples, or an empty string."""
+    if not samples:
+        return ""
+    count = len(samples)
+    clock = sum(sample.sm_mhz for sample in samples) / count
+    power = sum(sample.watts for sample in samples) / count
+    temperature = sum(sample.celsius for sample in samples) / count
+    return f"SM {clock:.0f} MHz, {power:.0f} W, {temperature:.0f} °C"

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from falcon_qlora.bench import devices
-from falcon_qlora.bench.clock import GpuLog
-from falcon_qlora.bench.runners import build
-from falcon_qlora.bench.settings import Document, Runner, Settings
+from falcon_qlora.bench.documents import Document
+from falcon_qlora.bench.machine import GpuLog, Sample
+from falcon_qlora.bench.runners import Runner, Settings, build
 from falcon_qlora.bench.variants import Impossible, Pace, Variant
 from falcon_qlora.common.errors import UserError, one_line
 from falcon_qlora.common.quantities import GB
@@ -66,9 +66,11 @@ class Result:
             process's resident memory.
         loss: of the first step.
         micro_batch_tokens: room of a micro batch.
+        documents: of a micro batch, where the largest that fits was looked for.
+        states_of_gpu: while it was timed.
         notes: for the reader.
         failure: why there are no figures, or None.
-        kept: what the variant's builds and turns hand on to the next.
+        kept: what the variant's builds hand on to the next.
     """
 
     model: str
@@ -80,6 +82,8 @@ class Result:
     peak_allocated_gb: float = 0.0
     peak_reserved_gb: float = 0.0
     loss: float | None = None
+    documents: int = 0
+    states_of_gpu: list[Sample] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     failure: str | None = None
     micro_batch_tokens: int
@@ -182,60 +186,52 @@ class Bench:
                     result.note("not in the same rounds as the first row")
 
     def _groups(self) -> list[list[str]]:
-        bases = list(dict.fromkeys(result.entry.variant.base for result in self.results))
-        if self._device.type != "cuda":
-            return [bases]
-        sizes = {base: weight_bytes(self.config, _mode(base)) for base in bases}
-        if sum(sizes.values()) <= _SHARE_FOR_BASES * free_bytes(self._device):
-            return [bases]
-        return [[base] for base in bases]
+        variants = {result.entry.variant.base: result.entry.variant for result in self.results}
+        sizes = [weight_bytes(self.config, variant.quantize_mode) for variant in variants.values()]
+        if self._device.type != "cuda" or sum(sizes) <= _SHARE_FOR_BASES * free_bytes(self._device):
+            return [list(variants)]
+        return [[base] for base in variants]
 
     def _load(self, group: Sequence[str], members: Sequence[Result]) -> None:
         for base in group:
             started = time.perf_counter()
             before = devices.allocated(self._device)
+            on_it = [result for result in members if result.entry.variant.base == base]
             failure = None
             try:
-                self._bases[base] = self._loaded(base)
+                self._bases[base] = self._loaded(on_it[0].entry.variant)
             except (UserError, Impossible, torch.OutOfMemoryError) as error:
                 failure = one_line(error)
             if failure:
                 free_memory()
-                for result in members:
-                    if result.entry.variant.base == base:
-                        result.failure = failure
+                for result in on_it:
+                    result.failure = failure
                 continue
             self._base_bytes[base] = devices.allocated(self._device) - before
             self._say(f"{self._model} in {base}: loaded in {time.perf_counter() - started:.1f} s")
 
-    def _loaded(self, base: str) -> Any:
-        if base == "litgpt":
-            from falcon_qlora.bench import litgpt
-
-            return litgpt.load(self._model, self._settings, self._device)
+    def _loaded(self, variant: Variant) -> Any:
+        if variant.engine and variant.engine.load:
+            return variant.engine.load(self._model, self._settings, self._device)
         return load_model(
             self._model,
-            quantize_mode=_mode(base),
+            quantize_mode=variant.quantize_mode,
             device=self._device,
             compute_dtype="bf16",
             seed=self._settings.seed,
         )
 
     def _turn(self, result: Result, turn: int) -> None:
-        variant = result.entry.variant
-        if not variant.largest_batch:
+        if not result.entry.variant.largest_batch:
             result.failure = self._attempt(result, result.entry.batches, turn)
             return
         documents = result.entry.batches[0]
-        if turn:
-            result.failure = self._attempt(result, [documents[: result.kept["documents"]]], turn)
-            return
         # Memory is what is searched for; a CPU has plenty, and would be driven into its swap.
         tried = LARGEST_BATCHES if self._device.type == "cuda" else LARGEST_BATCHES[3:]
-        for count in tried:
-            result.kept["documents"] = count
+        for count in [result.documents] if turn else tried:
+            result.documents = count
             result.failure = self._attempt(result, [documents[:count]], turn)
-            if result.failure is None or not result.failure.startswith("out of memory"):
+            if turn or result.failure is None or not result.failure.startswith("out of memory"):
                 return
             result.note(f"batch {count} is out of memory")
 
@@ -293,8 +289,7 @@ class Bench:
         result.seconds.append(seconds)
         result.tokens.append(sum(len(ids) for batch in timed for ids, _ in batch))
         result.steps.append(steps)
-        if state:
-            result.kept.setdefault("states_of_gpu", []).append(state)
+        result.states_of_gpu += state
         self._say(
             f"{result.model} {variant.name}, {result.micro_batch_tokens:,} tokens, round {turn + 1}: "
             f"{1e3 * seconds / steps:,.0f} ms a step, {result.tokens[-1] / seconds:,.0f} tokens/s"
@@ -303,7 +298,3 @@ class Bench:
 
 def _steps(runner: Runner, prepared: Sequence[Any], first: int, count: int) -> list[torch.Tensor]:
     return [runner.step(prepared[(first + step) % len(prepared)]) for step in range(count)]
-
-
-def _mode(base: str) -> Any:
-    return "4bit" if base == "litgpt" else base

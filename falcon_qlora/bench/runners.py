@@ -5,19 +5,72 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from falcon_qlora.bench.settings import Document, Runner, Settings, adapted
+from falcon_qlora.bench.documents import Document
 from falcon_qlora.bench.variants import Impossible, Variant
 from falcon_qlora.data.packing import MicroBatch, collate
 from falcon_qlora.kernels import fp8
+from falcon_qlora.methods.lora import attach_lora
 from falcon_qlora.models.activations import set_checkpointing
 from falcon_qlora.models.fast_path import apply_fast_path, keep_fp8_weights, remove_fast_path
 from falcon_qlora.models.forward import disable_packing, enable_packing
 from falcon_qlora.step.global_batch import sum_of_losses
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What every variant has in common.
+
+    Attributes:
+        r, alpha: of LoRA on all four linears.
+        max_length: positions of a padded document.
+        seed: of the adapter.
+        max_grad_norm: gradients are clipped to it; the first reference's.
+        learning_rate: of AdamW.
+    """
+
+    r: int = 64
+    alpha: float = 16
+    max_length: int = 512
+    seed: int = 0
+    max_grad_norm: float = 0.3
+    learning_rate: float = 2e-4
+
+
+class Runner(Protocol):
+    """A model that is ready to train.
+
+    Attributes:
+        notes: what a reader of its row should know, such as that it fell back.
+    """
+
+    notes: list[str]
+
+    def prepare(self, documents: Sequence[Document]) -> Any:
+        """One micro batch of these documents, on the device, as `step` takes it."""
+        ...
+
+    def step(self, inputs: Any) -> Tensor:
+        """Forward, backward, clipping and the optimizer's step; the mean loss over the target tokens."""
+        ...
+
+
+def adapted(base: Any, variant: Variant, settings: Settings) -> Any:
+    """LoRA on all linears of `base`, whose second matrices are not zero, the same for every variant."""
+    with base.device:  # made where they will be: on the CPU it takes seconds, and every turn does it again
+        model = attach_lora(
+            base, r=settings.r, alpha=settings.alpha, dropout=variant.lora_dropout, seed=settings.seed
+        )
+    generator = torch.Generator(device=base.device).manual_seed(settings.seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.01, generator=generator)
+    return model
 
 
 @contextmanager
@@ -26,25 +79,19 @@ def build(variant: Variant, base: Any, settings: Settings, kept: dict[str, Any])
 
     Args:
         variant: what to build.
-        base: from `load_model` in the variant's quantization (LitGPT: from `litgpt.load`).
+        base: from `load_model` in the variant's quantization, or from its engine's `load`.
         settings: common to all variants.
         kept: the variant's own, empty at first and handed in again whenever it is built again.
 
     Raises:
         Impossible: if this machine, version or model cannot run it.
     """
-    if variant.engine == "litgpt":
-        from falcon_qlora.bench.litgpt import LitgptRunner
-
-        yield LitgptRunner(base, variant, settings, kept)
+    if variant.engine:
+        with variant.engine.build(variant, base, settings, kept) as runner:
+            yield runner
         return
-    if variant.engine == "stock":
-        from falcon_qlora.bench.stock import stock_runner
-
-        with stock_runner(base, variant, settings, kept) as stock:
-            yield stock
-        return
-    _refuse(variant, base.device)
+    if variant.compute_dtype == "fp8" and (reason := fp8.why_not(base.device)):
+        raise Impossible(reason)
     model = adapted(base, variant, settings)
     try:
         enable_packing(model)
@@ -70,13 +117,6 @@ def build(variant: Variant, base: Any, settings: Settings, kept: dict[str, Any])
         remove_fast_path(model)
         disable_packing(model)
         model.unload()
-
-
-def _refuse(variant: Variant, device: torch.device) -> None:
-    if variant.compute_dtype == "fp8":
-        reason = fp8.why_not(device)
-        if reason is not None:
-            raise Impossible(reason)
 
 
 @dataclass

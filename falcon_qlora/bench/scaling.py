@@ -15,26 +15,57 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from falcon_qlora.bench.texts import UNEVEN_LONGEST
+from falcon_qlora.bench.documents import UNEVEN_LONGEST
 from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.fp8 import fp8_excludes
 from falcon_qlora.common.quantities import GB, GIB
 from falcon_qlora.common.untrusted import of_a_run, read_json
 from falcon_qlora.run_folder.directory import RunDirectory
 
-Name = Literal["recipe", "ours", "ours-fp8"]
-NAMES: dict[Name, str] = {
-    "recipe": "the data-parallel QLoRA guide's recipe (--recipe lambda-7b-4bit and kin)",
-    "ours": "the default recipe",
-    "ours-fp8": "the default recipe with --compute_dtype fp8",
-}
 _REASON_LETTERS = 240
 _EXCEPTION = re.compile(r"^(?:\[rank\d+\]:\s*)?[\w.]*(?:Error|Exception|Interrupt)\b")
+# What a first run leaves for the next, beside the tokenized rows.
+_COMPILED = {
+    "TRITON_CACHE_DIR": "triton",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": "flash_attention",
+    "QUACK_CACHE_DIR": "quack",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What a row runs; ``tests/benchmarks/against.py`` enters the 2023 guide's recipe into `COMMANDS`.
+
+    Attributes:
+        what: one line for a reader.
+        flags: of `falcon-qlora train`.
+        compute_dtype: that it computes in on a GPU.
+        checkpointing: what it does where no flag says otherwise.
+        recipe: names another recipe than the default one, for a model and a quantization. That one pads or
+            cuts every row to `Work.document` tokens, and has its own method, checkpointing and kernels.
+    """
+
+    what: str
+    flags: tuple[str, ...] = ()
+    compute_dtype: str = "bf16"
+    checkpointing: str = "auto"
+    recipe: Callable[[str, str], str] | None = None
+
+
+COMMANDS = {
+    "ours": Command(what="the default recipe"),
+    "ours-fp8": Command(
+        what="the default recipe with --compute_dtype fp8",
+        flags=("--compute_dtype", "fp8"),
+        compute_dtype="fp8",
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +74,7 @@ class Work:
 
     Attributes:
         tokens: of a micro batch on each GPU.
-        document: tokens that the recipe pads or cuts every row to.
+        document: tokens that another recipe than ours pads or cuts every row to.
         global_tokens: of a step over all GPUs; None: one micro batch on each.
     """
 
@@ -52,33 +83,26 @@ class Work:
     global_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("recipe", "ours"):
-            positions = self.sequence(name)
+        for positions in (self.document, self.packed):
             for flag, tokens in (("--tokens", self.tokens), ("--global_tokens", self.global_tokens)):
                 if tokens is not None and (tokens < positions or tokens % positions):
                     raise UserError(
                         f"{flag} {tokens}: must be a multiple of {positions}, the positions of a sequence"
                     )
 
-    def sequence(self, name: str) -> int:
-        """Positions of one sequence: ours are longer, as documents share them."""
-        if name == "recipe":
-            return self.document
+    @property
+    def packed(self) -> int:
+        """Positions of one sequence of ours: they are longer, as documents share them."""
         return max(self.document, min(UNEVEN_LONGEST, self.tokens))
 
     def step_tokens(self, gpus: int) -> int:
         return self.global_tokens or gpus * self.tokens
 
-    def step_rows(self, gpus: int) -> int:
-        """Rows of a step of the recipe."""
-        return self.step_tokens(gpus) // self.document
-
-    def flags(self, name: str) -> list[str]:
-        """The flags of `falcon-qlora train` that make it so."""
-        sequence = self.sequence(name)
-        words = ["--max_length", str(sequence), "-b", str(self.tokens // sequence)]
+    def flags(self, positions: int) -> list[str]:
+        """The flags of `falcon-qlora train` that make it so, by sequences of so many positions."""
+        words = ["--max_length", str(positions), "-b", str(self.tokens // positions)]
         if self.global_tokens is not None:
-            words += ["--global_batch_size", str(self.global_tokens // sequence)]
+            words += ["--global_batch_size", str(self.global_tokens // positions)]
         return words
 
     def described(self) -> str:
@@ -91,7 +115,7 @@ class Row:
     """One row of the table: which command, on how many GPUs.
 
     Attributes:
-        name: which of `NAMES`.
+        name: which of `COMMANDS`.
         model: as `--model_name_or_path` takes it.
         quantize_mode: of the base.
         gpus: processes, one a GPU.
@@ -100,7 +124,7 @@ class Row:
         caches: "cold" or "warm", where a run is timed as a whole.
     """
 
-    name: Name
+    name: str
     model: str
     quantize_mode: str
     gpus: int
@@ -109,46 +133,43 @@ class Row:
     caches: str = ""
 
     @property
+    def command(self) -> Command:
+        return COMMANDS[self.name]
+
+    @property
     def recipe(self) -> str | None:
-        """The recipe's name, where it is the guide's."""
-        if self.name != "recipe":
-            return None
-        size = "40b" if "40b" in self.model.lower() else "7b"
-        return f"lambda-{size}-{'8bit' if self.quantize_mode == '8bit' else '4bit'}"
+        """The recipe's name, where it is not the default one."""
+        return self.command.recipe and self.command.recipe(self.model, self.quantize_mode)
 
     @property
     def label(self) -> str:
         return (self.recipe or self.name) + (f", {self.caches} caches" if self.caches else "")
 
-    def command(self, output: Path, *, steps: int, on_gpu: bool) -> list[str]:
-        """The words after ``falcon-qlora``."""
+    def words(self, output: Path, *, steps: int, on_gpu: bool) -> list[str]:
+        """The command line after ``falcon-qlora``."""
         words = ["train", "--gpus", str(self.gpus), "-m", self.model, "-q", self.quantize_mode]
         if self.recipe is not None:
             words += ["--recipe", self.recipe]
-            # The guide's fp16 is for GPUs alone.
+            # A recipe's fp16 is for GPUs alone.
             words += [] if on_gpu else ["--compute_dtype", "auto"]
-        if self.name == "ours-fp8":
-            words += ["--compute_dtype", "fp8"]
-        words += [*self.work.flags(self.name), "--max_steps", str(steps), *self.flags]
+        positions = self.work.document if self.recipe else self.work.packed
+        words += [*self.command.flags, *self.work.flags(positions), "--max_steps", str(steps), *self.flags]
         return [*words, "--save_strategy", "no", "--report_to", "none", "--output_dir", str(output)]
 
 
-def choose(names: Sequence[str] | None) -> list[Name]:
+def choose(names: Sequence[str] | None) -> list[str]:
     """The rows of these names, in this order; all for None.
 
     Raises:
         UserError: for an unknown name.
     """
-    chosen: list[Name] = []
-    for name in dict.fromkeys(NAMES if names is None else names):
-        known = next((each for each in NAMES if each == name), None)
-        if known is None:
+    for name in names or ():
+        if name not in COMMANDS:
             raise UserError(
-                f"--variants: with --gpus there is no {name!r}{nearest(name, NAMES)}; there are "
-                f"{', '.join(NAMES)}"
+                f"--variants: with --gpus there is no {name!r}{nearest(name, COMMANDS)}; there are "
+                f"{', '.join(COMMANDS)}"
             )
-        chosen.append(known)
-    return chosen
+    return list(dict.fromkeys(COMMANDS if names is None else names))
 
 
 @dataclass(kw_only=True)
@@ -212,11 +233,11 @@ def measure(
         say: told the end of what a failed command printed.
         environment: variables set for the command beside ours.
     """
-    if not on_gpu and row.name == "ours-fp8":
+    if not on_gpu and row.command.compute_dtype == "fp8":
         return Measured(row=row, failure=f"not run: {fp8_excludes(device='cpu', capability=None)}")
     with tempfile.TemporaryDirectory(prefix="falcon_qlora_") as folder:
         output = Path(folder) / "run"
-        command = row.command(output, steps=steps, on_gpu=on_gpu)
+        command = row.words(output, steps=steps, on_gpu=on_gpu)
         started = time.perf_counter()
         status, printed = _run(command, {**os.environ, **(environment or {})})
         seconds = time.perf_counter() - started
@@ -300,3 +321,33 @@ def _interval(earlier: Mapping[str, Any], line: Mapping[str, Any]) -> tuple[int,
     tokens = line["tokens"] - earlier["tokens"]
     seconds = tokens / line["tokens_per_second"]
     return line["step"] - earlier["step"], tokens, line["samples_per_second_512"] * seconds, seconds
+
+
+Run = Callable[[Row, int, int, dict[str, str]], Measured]
+"""Measures a row over so many steps, the first ones not counted, with these variables set."""
+
+
+def whole_runs(rows: Sequence[Row], *, steps: int, warmup: int, run: Run) -> Iterator[tuple[Measured, str]]:
+    """Time each row's command in full, twice: with caches of its own that are empty, and then filled.
+
+    Args:
+        rows: what to run.
+        steps: optimizer steps, all of them.
+        warmup: steps at the beginning whose speed does not count.
+        run: see `Run`.
+
+    Yields:
+        What was measured, and a note on it.
+    """
+    for row in rows:
+        with tempfile.TemporaryDirectory(prefix="falcon_qlora_") as folder:
+            for caches in ("cold", "warm"):
+                cached, variables = with_caches(replace(row, caches=caches), Path(folder))
+                measured = run(cached, steps, min(warmup, steps - 1), variables)
+                yield measured, "from the command to the adapter on disk, no checkpoints between"
+
+
+def with_caches(row: Row, folder: Path) -> tuple[Row, dict[str, str]]:
+    """`row` with its tokenized rows in `folder`, and the variables that put compiled kernels there too."""
+    cached = replace(row, flags=(*row.flags, "--cache_dir", str(folder / "rows")))
+    return cached, {name: str(folder / place) for name, place in _COMPILED.items()}

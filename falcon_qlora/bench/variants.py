@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from falcon_qlora.common.errors import UserError, nearest
-
-Engine = Literal["ours", "stock", "litgpt"]
 
 
 class Impossible(Exception):
     """A variant that cannot run on this machine, in this version or of this model; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """Another tool's training step; ``tests/benchmarks/against.py`` enters some into `VARIANTS`.
+
+    Attributes:
+        name: the tool's.
+        build: in the place of `runners.build`, with its arguments.
+        load: makes weights of its own from a model's name, `Settings` and the device; None: they are those of
+            `load_model`.
+    """
+
+    name: str
+    build: Callable[..., AbstractContextManager[Any]]
+    load: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,37 +38,35 @@ class Variant:
     Attributes:
         name: as `--variants` takes it.
         what: one line for a reader.
-        engine: whose training step: this project's, TRL's, or LitGPT's.
         quantize_mode: how the frozen weights are stored.
         compute_dtype: of the frozen products.
         checkpointing: what becomes of activations between forward and backward.
         kernels: ``auto`` runs the fast blocks, ``off`` the reference path.
         libraries: whether optional kernel libraries may be used where they are installed.
         lora_dropout: before the low-rank product.
-        largest_batch: whether the micro batch is the largest that fits, whatever ``--tokens`` says.
         keep_fp8: the frozen weights are made in FP8 once, as training does where there is room.
         padding: None packs; ``longest`` and ``max_length`` pad the same rows instead.
-        compiled: LitGPT's model through ``torch.compile``.
+        engine: another tool's; None: this project's step.
+        largest_batch: whether the micro batch is the largest that fits, whatever ``--tokens`` says.
     """
 
     name: str
     what: str
-    engine: Engine = "ours"
     quantize_mode: Literal["4bit", "8bit", "16bit"] = "4bit"
     compute_dtype: Literal["bf16", "fp8"] = "bf16"
     checkpointing: Literal["none", "selective", "full", "offload"] = "none"
     kernels: Literal["auto", "off"] = "auto"
     libraries: bool = True
-    keep_fp8: bool = False
     lora_dropout: float = 0.0
-    largest_batch: bool = False
+    keep_fp8: bool = False
     padding: Literal["longest", "max_length"] | None = None
-    compiled: bool = False
+    engine: Engine | None = None
+    largest_batch: bool = False
 
     @property
     def base(self) -> str:
         """Names the weights it runs on: variants with the same ones share them."""
-        return "litgpt" if self.engine == "litgpt" else self.quantize_mode
+        return self.engine.name if self.engine and self.engine.load else self.quantize_mode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,29 +90,7 @@ class Pace:
         return math.ceil(self.steps / self.rounds)
 
 
-def _stock() -> Iterable[Variant]:
-    for mode in ("4bit", "8bit", "16bit"):
-        name = "stock" if mode == "4bit" else f"stock-{mode}"
-        yield Variant(
-            name=name,
-            what=f"Transformers + PEFT + TRL in {mode}, the 2023 recipe: padded, recomputing, dropout 0.1",
-            engine="stock",
-            quantize_mode=mode,
-            checkpointing="full",
-            kernels="off",
-            lora_dropout=0.1,
-        )
-        yield Variant(
-            name=f"{name}-fast",
-            what=f"Transformers + PEFT + TRL in {mode}, as fast as flags make it, largest batch",
-            engine="stock",
-            quantize_mode=mode,
-            kernels="off",
-            largest_batch=True,
-        )
-
-
-def _ours() -> Iterable[Variant]:
+def _ours() -> Iterator[Variant]:
     for mode in ("4bit", "8bit", "16bit"):
         suffix = "" if mode == "4bit" else f"-{mode}"
         yield Variant(
@@ -153,7 +144,7 @@ def _ours() -> Iterable[Variant]:
         )
 
 
-DATA_VARIANTS = (
+ON_DATA = (
     Variant(name="packed", what="real rows laid end to end (needs --dataset_name)"),
     Variant(
         name="padded-512", what="the same rows, each padded to --max_length, 512 here", padding="max_length"
@@ -162,50 +153,30 @@ DATA_VARIANTS = (
         name="padded-longest", what="the same rows, padded to the longest of the batch", padding="longest"
     ),
 )
-LITGPT_VARIANTS = (
-    Variant(name="litgpt", what="LitGPT, nf4-dq, padded, eager (needs litgpt)", engine="litgpt"),
-    Variant(
-        name="litgpt-compiled",
-        what="the same through torch.compile (needs litgpt)",
-        engine="litgpt",
-        compiled=True,
-    ),
-)
-VARIANTS = {variant.name: variant for variant in (*_stock(), *_ours(), *DATA_VARIANTS, *LITGPT_VARIANTS)}
-_NOT_ON_DATA = "is measured on made-up documents; leave --dataset_name out"
-DEFAULT = ("stock", "stock-fast", "reference-full", "reference", "ours", "ours-full")
+VARIANTS = {variant.name: variant for variant in (*_ours(), *ON_DATA)}
+DEFAULT = ["reference-full", "reference", "ours", "ours-full"]
 
 
-def choose(names: list[str] | None, *, on_data: bool, against: str | None = None) -> list[Variant]:
+def choose(names: list[str] | None, *, on_data: bool) -> list[Variant]:
     """The variants of these names, in this order; the usual ones for None.
 
     Args:
         names: as given, each once or more.
         on_data: whether real rows were given.
-        against: ``litgpt`` adds its variants at the end.
 
     Raises:
         UserError: for an unknown name, or a variant that does not go with what is measured on.
     """
     if names is None:
-        chosen = list(DATA_VARIANTS) if on_data else [VARIANTS[name] for name in DEFAULT]
-    else:
-        chosen = [_named(name, on_data=on_data) for name in dict.fromkeys(names)]
-    if against == "litgpt":
-        if on_data:
-            raise UserError(f"--against litgpt {_NOT_ON_DATA}")
-        chosen += [variant for variant in LITGPT_VARIANTS if variant not in chosen]
-    return chosen
-
-
-def _named(name: str, *, on_data: bool) -> Variant:
-    if name not in VARIANTS:
-        raise UserError(
-            f"--variants: there is no {name!r}{nearest(name, VARIANTS)}; --list_variants shows all"
-        )
-    variant = VARIANTS[name]
-    if on_data and variant.engine != "ours":
-        raise UserError(f"--variants {name} {_NOT_ON_DATA}")
-    if not on_data and variant in DATA_VARIANTS:
-        raise UserError(f"--variants {name} needs real rows: give --dataset_name")
-    return variant
+        return list(ON_DATA) if on_data else [VARIANTS[name] for name in DEFAULT]
+    for name in names:
+        if name not in VARIANTS:
+            raise UserError(
+                f"--variants: there is no {name!r}{nearest(name, VARIANTS)}; --list_variants shows all"
+            )
+        variant = VARIANTS[name]
+        if on_data and variant.engine:
+            raise UserError(f"--variants {name} is measured on made-up documents; leave --dataset_name out")
+        if not on_data and variant in ON_DATA:
+            raise UserError(f"--variants {name} needs real rows: give --dataset_name")
+    return [VARIANTS[name] for name in dict.fromkeys(names)]

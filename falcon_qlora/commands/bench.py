@@ -9,35 +9,107 @@ import math
 import re
 import signal
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field as setting
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from falcon_qlora.bench.records import append_csv, check_csv
-from falcon_qlora.bench.scaling import NAMES
+from falcon_qlora.bench import scaling
+from falcon_qlora.bench.tables import append_csv, check_csv
 from falcon_qlora.bench.variants import VARIANTS, Pace, Variant, choose
-from falcon_qlora.commands.bench_arguments import BenchArguments, names, numbers, said_of_broken
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import check_writable
+from falcon_qlora.common.quantities import counted
 from falcon_qlora.config import Configuration, parse
 
 if TYPE_CHECKING:
     from falcon_qlora.bench.measure import Entry, Result
 
 _DOCUMENT_TOKENS = 512
-_BY_VARIANT = (
-    "quantize_mode",
-    "compute_dtype",
-    "checkpointing",
-    "kernels",
-    "lora_dropout",
-    "packing",
-    "padding",
-)
-_WITH_GPUS = ("quantize_modes", "fixed", "global_tokens", "lengths", "whole_run")
+_BY_VARIANT = "quantize_mode compute_dtype checkpointing kernels lora_dropout packing padding".split()
+_WITH_GPUS = "quantize_modes fixed global_tokens lengths whole_run".split()
 
 
-def main(argv: list[str]) -> int:
-    """Run the command and return its exit status."""
+@dataclass(kw_only=True)
+class BenchArguments:
+    """What is compared, how long, and where the figures go."""
+
+    _argument_group_name = "Benchmark"
+
+    models: list[str] | None = setting(
+        default=None,
+        metadata={
+            "help": "Models, also with commas between; unset: --model_name_or_path, else random:falcon-7b."
+        },
+    )
+    variants: list[str] | None = setting(
+        default=None,
+        metadata={
+            "help": "What to compare, in the table's order, also with commas between; unset: the usual."
+        },
+    )
+    list_variants: bool = setting(default=False, metadata={"help": "Show the variants there are, and end."})
+    tokens: list[str] = setting(
+        default_factory=lambda: ["8192"],
+        metadata={"help": "Tokens of a micro batch, one or several."},
+    )
+    whole_run: bool = setting(
+        default=False,
+        metadata={
+            "help": "With --gpus: time whole runs of 200 --steps of 16,384 --tokens, to the adapter on disk, "
+            "with cold and warm caches."
+        },
+    )
+    rounds: int = setting(default=5, metadata={"help": "How often every variant has its turn."})
+    warmup: int | None = setting(
+        default=None, metadata={"help": "Untimed steps before the timed ones; unset: 3, with --gpus 10."}
+    )
+    gpus: list[str] | None = setting(
+        default=None,
+        metadata={
+            "help": "Run the real command on so many GPUs, one after the other (1,2,4,8), 20 timed --steps "
+            "each. --variants are then ours, ours-fp8."
+        },
+    )
+    quantize_modes: list[str] | None = setting(
+        default=None, metadata={"help": "With --gpus: how bases are stored, one or several."}
+    )
+    fixed: Literal["work", "global"] = setting(
+        default="work",
+        metadata={
+            "help": "With --gpus: each GPU has the same work on any number of them, or a step has "
+            "--global_tokens over all."
+        },
+    )
+    global_tokens: int = setting(default=131072, metadata={"help": "Of a step with --fixed global."})
+    lengths: Literal["even", "uneven"] = setting(
+        default="even",
+        metadata={
+            "help": "With --gpus and made-up rows: documents of --max_length tokens, or uneven as guanaco's."
+        },
+    )
+    minutes: float | None = setting(
+        default=None,
+        metadata={"help": "Begin no further round of a model, with --gpus no further row, after this long."},
+    )
+    csv: str | None = setting(default=None, metadata={"help": "Append a row a variant to this CSV."})
+    plot: str | None = setting(
+        default=None,
+        metadata={"help": "PNG of tokens/s against peak memory; with --gpus of samples/s over GPUs."},
+    )
+    commit: str | None = setting(
+        default=None, metadata={"help": "For the record, where this is no checkout."}
+    )
+
+
+def main(argv: list[str], *, whole_runs: Any = scaling.whole_runs) -> int:
+    """Run the command and return its exit status.
+
+    Args:
+        argv: the words after ``falcon-qlora bench``.
+        whole_runs: what ``--whole_run`` does, in the place of `scaling.whole_runs`.
+    """
     configuration = parse(
         argv,
         extra_arguments=BenchArguments,
@@ -48,21 +120,24 @@ def main(argv: list[str]) -> int:
     wanted: BenchArguments = configuration.extra
     if wanted.list_variants:
         print("\n".join(f"{variant.name:<30} {variant.what}" for variant in VARIANTS.values()))
-        print("\n".join(["", "with --gpus:", *(f"{name:<30} {what}" for name, what in NAMES.items())]))
+        commands = (f"{name:<30} {command.what}" for name, command in scaling.COMMANDS.items())
+        print("\n".join(["", "with --gpus:", *commands]))
         return 0
-    _check_files(wanted)
+    if wanted.csv:
+        check_csv(Path(wanted.csv))
+    if wanted.plot:
+        check_writable(Path(wanted.plot), "--plot")
+    models = _models(configuration)
     if wanted.gpus is not None:
-        from falcon_qlora.commands import scaling
+        from falcon_qlora.commands.scaling import run
 
-        return scaling.run(configuration, _models(configuration), _say)
+        return run(configuration, models, whole_runs, _say)
     for name in _WITH_GPUS:
         if name in configuration.explicit:
             raise UserError(f"--{name} is for --gpus; give both, such as --gpus 1,2")
     on_data = "dataset_name" in configuration.explicit
     chosen = None if wanted.variants is None else names("--variants", wanted.variants)
-    variants = choose(chosen, on_data=on_data, against=wanted.against)
-    if wanted.against == "litgpt":
-        _check_litgpt()
+    variants = choose(chosen, on_data=on_data)
     sizes = numbers("--tokens", wanted.tokens)
     pace = _pace(configuration, sizes)
 
@@ -73,32 +148,40 @@ def main(argv: list[str]) -> int:
     for name in _BY_VARIANT:
         if configuration.explicit.get(name) == "flag":
             _say(f"--{name} is set by each variant; the flag changes nothing here")
-    return _bench(configuration, variants, sizes, pace, on_data=on_data)
+    return _bench(configuration, models, variants, sizes, pace, on_data=on_data)
 
 
-def _check_files(wanted: BenchArguments) -> None:
-    if wanted.csv:
-        check_csv(Path(wanted.csv))
-    if wanted.plot:
-        check_writable(Path(wanted.plot), "--plot")
+def status_of(failures: Sequence[str | None]) -> int:
+    """The exit status where rows failed for these reasons; what broke is said."""
+    broken = sum((failure or "").startswith("failed:") for failure in failures)
+    if broken:
+        _say(f"{counted(broken, 'row')} broke; the table says how")
+    return 1 if broken else 0
 
 
 def _bench(
-    configuration: Configuration, variants: list[Variant], sizes: list[int], pace: Pace, *, on_data: bool
+    configuration: Configuration,
+    models: list[str],
+    variants: list[Variant],
+    sizes: list[int],
+    pace: Pace,
+    *,
+    on_data: bool,
 ) -> int:
     import torch
 
-    from falcon_qlora.bench.clock import GpuLog
     from falcon_qlora.bench.devices import product_ceiling
+    from falcon_qlora.bench.machine import GpuLog, Machine
     from falcon_qlora.bench.measure import Bench
-    from falcon_qlora.bench.settings import Settings
-    from falcon_qlora.bench.table import Machine, markdown, points, rows
-    from falcon_qlora.processes import devices
+    from falcon_qlora.bench.runners import Settings
+    from falcon_qlora.bench.tables import points, rows_of_steps, steps_in_markdown
+    from falcon_qlora.processes.devices import free_memory, local_device
     from falcon_qlora.run_folder.environment import collect_environment
+    from falcon_qlora.terminal.charts import draw_speed_and_memory
 
     wanted: BenchArguments = configuration.extra
     length = _document_tokens(configuration)
-    device = devices.local_device()
+    device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     settings = Settings(
@@ -113,13 +196,13 @@ def _bench(
     results: list[Result] = []
     ceilings: dict[tuple[str, str], float | None] = {}
     try:
-        for model in _models(configuration):
+        for model in models:
             entries = _entries(configuration, model, variants, sizes, pace, on_data=on_data)
             bench = Bench(model, entries, settings=settings, pace=pace, device=device, log=log, say=_say)
             for dtype in {variant.compute_dtype for variant in variants}:
                 ceiling = product_ceiling(device, bench.config.hidden_size, sizes[0], dtype)
                 ceilings[model, dtype] = ceiling
-                devices.free_memory()
+                free_memory()
                 if ceiling:
                     _say(f"{model}: a plain {dtype} product runs at {ceiling:,.3g} TFLOP/s")
             results += bench.run()
@@ -127,29 +210,17 @@ def _bench(
                 break
     finally:
         log.close()
-    machine = Machine(
-        commit=wanted.commit or (collect_environment()["commit"] or "")[:7],
-        gpu=devices.name_of(device),
-        driver=log.driver,
-        torch=torch.__version__,
-        ceilings=ceilings,
-    )
-    made = rows(results, machine)
-    print(markdown(made), flush=True)
+    machine = Machine.of(collect_environment(), wanted.commit)
+    made = rows_of_steps(results, machine, ceilings)
+    print(steps_in_markdown(made), flush=True)
     if wanted.csv:
         append_csv(Path(wanted.csv), made)
     if wanted.plot:
-        from falcon_qlora.terminal.charts import draw_speed_and_memory
-
-        draw_speed_and_memory(
-            points(made), Path(wanted.plot), title=f"{machine.gpu}, {length}-token documents"
-        )
-    broken = [result for result in results if (result.failure or "").startswith("failed:")]
-    if broken:
-        _say(said_of_broken(len(broken)))
-    if bench.interrupted:
-        return 130
-    return 1 if broken else 0
+        title = f"{machine.gpu}, {length}-token documents"
+        peers = [variant.name for variant in variants if variant.engine]
+        draw_speed_and_memory(points(made), Path(wanted.plot), peers=peers, title=title)
+    status = status_of([result.failure for result in results])
+    return 130 if bench.interrupted else status
 
 
 def _entries(
@@ -161,7 +232,7 @@ def _entries(
     *,
     on_data: bool,
 ) -> list[Entry]:
-    from falcon_qlora.bench import rows
+    from falcon_qlora.bench.documents import in_batches, made_up, same_rows
     from falcon_qlora.bench.measure import LARGEST_BATCHES, Entry
     from falcon_qlora.models.locate import open_checkpoint
 
@@ -170,7 +241,7 @@ def _entries(
     if on_data:
         corpus = _corpus(configuration, model, length)
         for tokens in sizes:
-            packed, padded = rows.same_rows(
+            packed, padded = same_rows(
                 corpus,
                 tokens=tokens,
                 max_length=length,
@@ -183,11 +254,11 @@ def _entries(
         return entries
     vocabulary = open_checkpoint(model).config.vocab_size
     count = max(2 * max(sizes) // length, max(LARGEST_BATCHES))
-    documents = rows.made_up(count, length, vocabulary, seed=configuration.run.seed)
+    documents = made_up(count, length, vocabulary, seed=configuration.run.seed)
     for variant in variants:
-        # The peers' way has one batch size; ours is measured at every size.
-        for tokens in sizes[:1] if variant.engine != "ours" else sizes:
-            batches = rows.in_batches(documents, tokens // length)
+        # Another tool's way has one batch size; ours is measured at every size.
+        for tokens in sizes[:1] if variant.engine else sizes:
+            batches = in_batches(documents, tokens // length)
             if variant.largest_batch:
                 batches = [documents]
             entries.append(Entry(variant=variant, tokens=tokens, batches=batches))
@@ -242,15 +313,31 @@ def _pace(configuration: Configuration, sizes: list[int]) -> Pace:
     return Pace(rounds=min(wanted.rounds, steps), steps=steps, warmup=warmup, minutes=minutes)
 
 
-def _check_litgpt() -> None:
-    from falcon_qlora.bench.settings import is_installed
-
-    if not is_installed("litgpt"):
-        raise UserError(
-            "--against litgpt: LitGPT is not installed; pip install litgpt, or leave the flag out"
-        )
-
-
 def _say(message: str) -> None:
     # The table alone goes to standard output.
     print(f"- {message}", file=sys.stderr, flush=True)
+
+
+def names(flag: str, given: Sequence[str]) -> list[str]:
+    """What a flag names, in words or with commas between; each once.
+
+    Raises:
+        UserError: if it names nothing.
+    """
+    found = [part.strip() for word in given for part in word.split(",") if part.strip()]
+    if not found:
+        raise UserError(f"{flag}: names none")
+    return list(dict.fromkeys(found))
+
+
+def numbers(flag: str, given: Sequence[str]) -> list[int]:
+    """The whole numbers above 0 that a flag names; each once.
+
+    Raises:
+        UserError: if it names nothing, or something else.
+    """
+    found = names(flag, given)
+    for word in found:
+        if not word.isdecimal() or int(word) < 1:
+            raise UserError(f"{flag}: {word!r} is not a whole number above 0")
+    return list(dict.fromkeys(int(word) for word in found))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,12 +61,19 @@ def draw_loss(metrics: Sequence[Mapping[str, Any]], file: Path, *, title: str = 
     return True
 
 
-def draw_speed_and_memory(points: Sequence[tuple[str, float, float]], file: Path, *, title: str = "") -> bool:
+def draw_speed_and_memory(
+    points: Sequence[tuple[str, float, float]],
+    file: Path,
+    *,
+    peers: Collection[str] = (),
+    title: str = "",
+) -> bool:
     """Draw tokens/s against peak memory as a PNG; points of one label are joined.
 
     Args:
         points: label, GB (10^9 bytes) and tokens/s.
         file: The PNG to write.
+        peers: The last words of the labels that get another colour.
         title: A line above the picture.
 
     Returns:
@@ -82,10 +89,8 @@ def draw_speed_and_memory(points: Sequence[tuple[str, float, float]], file: Path
     # Names beside the points would lie upon each other: they have numbers, the fastest the first.
     fastest_first = sorted(series.items(), key=lambda item: -max(speed for _, speed in item[1]))
     for number, (label, unsorted) in enumerate(fastest_first, start=1):
-        # Whose row it is shows in the colour: the peers' names begin so.
-        peer = any(word.startswith(("stock", "litgpt")) for word in label.split())
         memory, speeds = zip(*sorted(unsorted), strict=True)
-        color = _EVAL if peer else _SMOOTH
+        color = _EVAL if label.split()[-1] in peers else _SMOOTH
         axes.plot(
             memory, speeds, color=color, marker="o", markersize=5, linewidth=1, label=f"{number}  {label}"
         )

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from falcon_qlora.bench.devices import synchronize
-from falcon_qlora.bench.rows import made_up
-from falcon_qlora.bench.runners import OwnRunner, build
-from falcon_qlora.bench.settings import Settings, adapted
+from falcon_qlora.bench.documents import made_up
+from falcon_qlora.bench.runners import OwnRunner, Settings, adapted, build
 from falcon_qlora.bench.variants import VARIANTS, Variant
 from falcon_qlora.kernels import fp8, ops
 from falcon_qlora.models.forward import enable_packing

@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 
 from falcon_qlora.bench.devices import synchronize
-from falcon_qlora.bench.rows import made_up
-from falcon_qlora.bench.runners import build
-from falcon_qlora.bench.settings import Settings
+from falcon_qlora.bench.documents import made_up
+from falcon_qlora.bench.runners import Settings, build
 from falcon_qlora.bench.variants import VARIANTS
 from falcon_qlora.kernels import fp8, fp8_gelu, fp8_quantize, gelu, layer_norm, nf4, ops, rotary, rows
 from falcon_qlora.kernels.fp8_rows import DTYPE, Rows

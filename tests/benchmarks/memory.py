@@ -34,8 +34,8 @@ import torch
 from torch import Tensor
 
 from falcon_qlora.bench.devices import synchronize
-from falcon_qlora.bench.rows import made_up
-from falcon_qlora.bench.settings import Settings, adapted
+from falcon_qlora.bench.documents import made_up
+from falcon_qlora.bench.runners import Settings, adapted
 from falcon_qlora.bench.variants import VARIANTS
 from falcon_qlora.data.packing import MicroBatch, collate
 from falcon_qlora.models.activations import Checkpointing, set_checkpointing

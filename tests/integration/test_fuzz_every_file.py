@@ -42,7 +42,7 @@ READERS = {
     "training/held_out.py": folders.test_commands,
     "commands/inspection.py": folders.test_inspect,
     "training/resume.py": checkpoints.test_before_anything_is_loaded,
-    "bench/records.py": test_fuzz_inputs.test_files_that_a_user_names,
+    "bench/tables.py": test_fuzz_inputs.test_files_that_a_user_names,
     "bench/scaling.py": folders.test_readers,
     "checkpoint/optimizer_parts.py": checkpoints.test_what_is_taken_up,
     "checkpoint/process_state.py": checkpoints.test_what_is_taken_up,
@@ -80,7 +80,6 @@ READERS = {
     "processes/watchdog.py": None,
     "bench/devices.py": None,
     "bench/machine.py": None,
-    "bench/stock.py": None,
     "run_folder/model_card.py": None,
     "merge/card.py": None,
 }

@@ -10,17 +10,22 @@ import numpy as np
 import pytest
 
 from falcon_qlora.__main__ import main
-from falcon_qlora.bench import scaling, texts
-from falcon_qlora.bench.records import COLUMNS
+from falcon_qlora.bench import documents, scaling
 from falcon_qlora.bench.scaling import Measured, Row, Work, read_run, reason
-from falcon_qlora.bench.scaling_table import PUBLISHED
-from falcon_qlora.bench.whole_run import whole_runs
+from falcon_qlora.bench.tables import COLUMNS
 from falcon_qlora.config import parse
 from falcon_qlora.models.tokenizer import load_tokenizer
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal.charts import draw_scaling
+from tests.benchmarks import recipe
 
 HALF_A_MINUTE = 30.0
+
+
+@pytest.fixture(autouse=True)
+def the_guides_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tests/benchmarks/against.py enters it beside ours."""
+    monkeypatch.setitem(scaling.COMMANDS, "recipe", recipe.COMMAND)
 
 
 def row(name="ours", gpus=1, model="random:falcon-7b", mode="4bit", work=None, flags=()):
@@ -28,24 +33,29 @@ def row(name="ours", gpus=1, model="random:falcon-7b", mode="4bit", work=None, f
 
 
 def kept(**more):
-    summary = {"total_parameters": 1100, "trainable_parameters": 100, "first_loss": 2.0, "final_loss": 1.0}
+    summary = {
+        "total_parameters": 7_000_000_100,
+        "trainable_parameters": 100,
+        "first_loss": 2.0,
+        "final_loss": 1.0,
+    }
     packages = {"torch": "2.0", "peft": "1.0"}
     return {"summary": summary, "environment": {"packages": packages}, "kernels": {}, "last": {}, **more}
 
 
 def test_texts_have_as_many_tokens_as_asked(tmp_path: Path) -> None:
     tokenizer = load_tokenizer("tiny")
-    lengths = texts.uneven_lengths(200, 256, seed=3)
-    texts.write_texts(tmp_path / "rows.jsonl", tokenizer, lengths, seed=3)
+    lengths = documents.uneven_lengths(200, 256, seed=3)
+    documents.write_texts(tmp_path / "rows.jsonl", tokenizer, lengths, seed=3)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     found = [len(tokenizer(row["text"])["input_ids"]) + 1 for row in rows]  # and the end token
     assert found == lengths.tolist()
-    texts.write_texts(tmp_path / "again.jsonl", load_tokenizer("tiny"), lengths, seed=3)
+    documents.write_texts(tmp_path / "again.jsonl", load_tokenizer("tiny"), lengths, seed=3)
     assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "rows.jsonl").read_bytes()
 
 
 def test_uneven_lengths_are_guanacos() -> None:
-    lengths = texts.uneven_lengths(5000, 2048, seed=1)
+    lengths = documents.uneven_lengths(5000, 2048, seed=1)
     assert lengths.mean() == pytest.approx(324, abs=1)
     assert lengths.max() == 2048
     # Of a log-normal distribution the logarithms are normal: as many below the mean as above.
@@ -58,14 +68,14 @@ def test_uneven_lengths_are_guanacos() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "mode", "recipe"),
+    ("model", "mode", "name"),
     [("tiiuae/Falcon-40B", "8bit", "lambda-40b-8bit"), ("random:falcon-7b", "4bit", "lambda-7b-4bit")],
 )
-def test_the_guides_row_is_its_recipe_setting_for_setting(model: str, mode: str, recipe: str) -> None:
-    words = row("recipe", 8, model, mode).command(Path("out"), steps=30, on_gpu=True)
+def test_the_guides_row_is_its_recipe_setting_for_setting(model: str, mode: str, name: str) -> None:
+    words = row("recipe", 8, model, mode).words(Path("out"), steps=30, on_gpu=True)
     assert words[:3] == ["train", "--gpus", "8"]
     got = parse([*words[3:]]).resolved()
-    expected = parse(["--recipe", recipe]).resolved()
+    expected = parse(["--recipe", name]).resolved()
     differing = {name for name in expected if got[name] != expected[name]}
     assert differing == {"model_name_or_path", "max_steps", "report_to"}
     assert got["per_device_train_batch_size"] == 16
@@ -75,8 +85,8 @@ def test_the_guides_row_is_its_recipe_setting_for_setting(model: str, mode: str,
 @pytest.mark.parametrize("gpus", [1, 8])
 def test_the_same_work_for_both(gpus: int) -> None:
     for work, expected in ((Work(), 8192 * gpus), (Work(global_tokens=131072), 131072)):
-        for name in scaling.NAMES:
-            words = row(name, gpus, work=work).command(Path("out"), steps=3, on_gpu=True)
+        for name in scaling.COMMANDS:
+            words = row(name, gpus, work=work).words(Path("out"), steps=3, on_gpu=True)
             got = parse(words[3:])
             micro = got.run.per_device_train_batch_size * got.data.max_length
             assert micro == 8192
@@ -189,21 +199,6 @@ def test_scaling_is_to_one_gpu_and_what_broke_has_a_row(
     assert all("--lora_r 4" in flags for flags in asked.values())
 
 
-def test_the_published_table_stands_first(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    stand_in(monkeypatch, [])
-    model = ("--models", "random:falcon-40b", "--tokenizer_name_or_path", "tiny")
-    assert main([*BENCH, *model, "--gpus", "1", "--quantize_modes", "8bit"]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert lines[2:4] == [
-        "| published in 2023, A100 80GB SXM4 | 1 | 0.36 |  | 1.00x |  |  |  |",
-        "| published in 2023, A100 80GB SXM4 | 8 | 2.85 |  | 7.92x |  |  |  |",
-    ]
-    assert len(lines) == 2 + 2 + 3
-    assert PUBLISHED["7b", "4bit"]["H100 80GB SXM5"] == {1: 6.7, 8: 55.423}
-
-
 def test_rows_are_appended_below_a_last_line_without_its_newline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,8 +238,8 @@ def test_a_whole_run_counts_the_steps_left_out(tmp_path: Path) -> None:
         seconds = (20.0 if row.caches == "cold" else 10.0) if ours else HALF_A_MINUTE
         return Measured(row=row, command_seconds=seconds, step_seconds=2.0, kept=found)
 
-    recipe = row("recipe", 1, work=Work(tokens=8192))
-    found = list(whole_runs([row("ours")], recipe, steps=200, share=0.1, warmup=10, run=run))
+    rows = [row("recipe"), row("ours")]
+    found = list(recipe.whole_runs(rows, steps=200, share=0.1, warmup=10, run=run))
     # 2.5 passes over 1,000 rows, 16 at a time: 157 steps, of which 16 are run.
     assert seen == [
         ("ours", 200, 10, False, False),
@@ -268,8 +263,8 @@ def test_a_whole_run_counts_the_steps_left_out(tmp_path: Path) -> None:
         (("--gpus", "1", "--quantize_modes", "2bit"), "--quantize_modes: '2bit' is not one of 4bit, 8bit"),
         (("--gpus", "1", "--tokens", "1000"), "--tokens 1000: must be a multiple of 512"),
         (("--gpus", "1", "--fixed", "global", "--global_tokens", "3000"), "--global_tokens 3000: must be a"),
-        (("--gpus", "1", "--whole_run", "2"), "--whole_run 2: the share of the recipe's steps"),
-        (("--gpus", "1", "--whole_run", "0.1", "--variants", "recipe"), "--variants needs ours"),
+        (("--gpus", "1", "--whole_run", "--cache_dir", "rows"), "--whole_run begins with an empty cache"),
+        (("--gpus", "1", "--whole_run", "--variants", "recipe"), "--variants needs ours"),
         (("--lengths", "uneven"), "--lengths is for --gpus"),
     ],
 )

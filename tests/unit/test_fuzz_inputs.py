@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from falcon_qlora.bench.records import COLUMNS, append_csv, check_csv
+from falcon_qlora.bench.tables import COLUMNS, append_csv, check_csv
 from falcon_qlora.commands.generate import GenerateArguments, _prompts
 from falcon_qlora.config.configuration import parse
 from falcon_qlora.config.parser import RECIPES

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from falcon_qlora.bench.rows import made_up
-from falcon_qlora.bench.runners import build
-from falcon_qlora.bench.settings import Settings
+from falcon_qlora.bench.documents import made_up
+from falcon_qlora.bench.runners import Settings, build
 from falcon_qlora.bench.variants import VARIANTS
 from falcon_qlora.config import parse
 from falcon_qlora.kernels import flash_attention, fp8

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from falcon_qlora.bench.settings import Document, Settings, adapted
-from falcon_qlora.bench.variants import Variant
+from falcon_qlora.bench.documents import Document
+from falcon_qlora.bench.runners import Settings, adapted
+from falcon_qlora.bench.variants import Engine, Variant
 from falcon_qlora.models.falcon import expected_linears
 from falcon_qlora.models.load import SameDtypeLayerNorm, quantization_of
 from falcon_qlora.models.quantize import holds_quantized_weight
@@ -29,10 +30,32 @@ _IGNORED = -100
 _WEIGHTS = {"4bit": "NF4, doubly quantized", "8bit": "int8", "16bit": "bfloat16"}
 
 
+def variants() -> Iterator[Variant]:
+    """The 2023 recipe on today's libraries, and the same as fast as flags make it."""
+    engine = Engine(name="stock", build=build)
+    for mode in ("4bit", "8bit", "16bit"):
+        name = "stock" if mode == "4bit" else f"stock-{mode}"
+        yield Variant(
+            name=name,
+            what=f"Transformers + PEFT + TRL in {mode}, the 2023 recipe: padded, recomputing, dropout 0.1",
+            engine=engine,
+            quantize_mode=mode,
+            checkpointing="full",
+            kernels="off",
+            lora_dropout=0.1,
+        )
+        yield Variant(
+            name=f"{name}-fast",
+            what=f"Transformers + PEFT + TRL in {mode}, as fast as flags make it, largest batch",
+            engine=engine,
+            quantize_mode=mode,
+            kernels="off",
+            largest_batch=True,
+        )
+
+
 @contextmanager
-def stock_runner(
-    base: Any, variant: Variant, settings: Settings, kept: dict[str, Any]
-) -> Iterator[StockRunner]:
+def build(variant: Variant, base: Any, settings: Settings, kept: dict[str, Any]) -> Iterator[StockRunner]:
     """Put PEFT and TRL on `base` as their users would; take them off again when the block ends."""
     norms = _plain_norms(base)
     recompute = variant.checkpointing == "full"

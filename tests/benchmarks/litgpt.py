@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from falcon_qlora.bench.settings import Document, Settings
-from falcon_qlora.bench.variants import Impossible, Variant
+from falcon_qlora.bench.documents import Document
+from falcon_qlora.bench.runners import Settings
+from falcon_qlora.bench.variants import Engine, Impossible, Variant
 from falcon_qlora.models.checkpoints import RANDOM
 
 _HEAD_CHUNK = 128  # as LitGPT's own fine-tuning calls it
@@ -73,10 +76,10 @@ def load(name: str, settings: Settings, device: torch.device) -> LitgptBase:
 class LitgptRunner:
     """LitGPT's fine-tuning step, eager or compiled."""
 
-    def __init__(self, base: LitgptBase, variant: Variant, settings: Settings, kept: dict[str, Any]):
+    def __init__(self, base: LitgptBase, settings: Settings, *, compiled: bool):
         self._base, self._settings = base, settings
         self._model = base.model
-        if variant.compiled:
+        if compiled:
             if base.compiled is None:
                 base.compiled = torch.compile(base.model)
             self._model = base.compiled
@@ -97,3 +100,28 @@ class LitgptRunner:
         self._base.optimizer.step()
         self._base.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
+
+
+@contextmanager
+def _build(
+    variant: Variant, base: LitgptBase, settings: Settings, kept: dict[str, Any], *, compiled: bool
+) -> Iterator[LitgptRunner]:
+    yield LitgptRunner(base, settings, compiled=compiled)
+
+
+def _engine(*, compiled: bool) -> Engine:
+    return Engine(name="litgpt", build=functools.partial(_build, compiled=compiled), load=load)
+
+
+VARIANTS = (
+    Variant(
+        name="litgpt",
+        what="LitGPT, nf4-dq, padded, eager (needs litgpt)",
+        engine=_engine(compiled=False),
+    ),
+    Variant(
+        name="litgpt-compiled",
+        what="the same through torch.compile (needs litgpt)",
+        engine=_engine(compiled=True),
+    ),
+)

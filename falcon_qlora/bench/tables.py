@@ -1,0 +1,347 @@
+"""What was found, of steps and of whole commands: as rows of one CSV and as Markdown."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from falcon_qlora.bench.machine import Machine, summary
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.files import check_writable
+
+if TYPE_CHECKING:
+    from falcon_qlora.bench.measure import Result
+    from falcon_qlora.bench.scaling import Measured
+
+Row = dict[str, Any]
+COLUMNS = tuple(
+    "date commit gpu gpus driver torch model variant quantize_mode compute_dtype checkpointing "
+    "micro_batch_tokens tokens_per_second samples_per_second_512 tflops_4n ceiling_share peak_allocated_gb "
+    "peak_reserved_gb step_ms ratio_to_first note".split()
+)
+_HEADER_BYTES = 10_000  # beyond that of the bench's columns
+_SAMPLE_TOKENS = 512
+_CONFIDENCE = 0.95
+_OF_STEPS = (
+    "variant",
+    "base",
+    "tokens a micro batch",
+    "tokens/s",
+    "512-token samples/s",
+    "TFLOP/s by 4N",
+    "of the ceiling",
+    "peak GB allocated",
+    "reserved",
+    "ms a step",
+    "ratio",
+    "95% interval",
+)
+_OF_COMMANDS = (
+    "recipe",
+    "GPUs",
+    "512-token samples/s",
+    "tokens/s",
+    "scaling",
+    "peak GB a GPU",
+    "ms a step",
+    "whole command, s",
+)
+_VERSIONS = ("torch", "transformers", "trl", "peft", "bitsandbytes")
+
+
+def check_csv(file: Path) -> None:
+    """Refuse a file that rows cannot be appended to, or that has other columns.
+
+    Raises:
+        UserError: naming the file.
+    """
+    check_writable(file, "--csv")
+    if not file.exists():
+        return
+    with file.open("rb") as opened:
+        first = opened.readline(_HEADER_BYTES)
+    # What is no text has other columns, too.
+    if first and first.decode(errors="replace").strip() != ",".join(COLUMNS):
+        raise UserError(f"--csv {file}: its columns are not the bench's; name another file")
+
+
+def append_csv(file: Path, rows: Sequence[Row]) -> None:
+    """Add the rows at the end of `file`, which is made where it is not there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    written = file.stat().st_size if file.exists() else 0
+    with file.open("a", newline="", encoding="utf-8") as opened:
+        if written and not _ends_with_a_line(file):
+            opened.write("\n")  # an editor left it out: the first row would be the end of the last line
+        writer = csv.DictWriter(opened, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        if not written:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def _ends_with_a_line(file: Path) -> bool:
+    with file.open("rb") as opened:
+        opened.seek(-1, os.SEEK_END)
+        return opened.read() == b"\n"
+
+
+def rows_of_steps(
+    results: Sequence[Result], machine: Machine, ceilings: Mapping[tuple[str, str], float | None]
+) -> list[Row]:
+    """One row a result: the CSV's columns, and ``interval``. Ratios are to the model's first row.
+
+    Args:
+        results: of one device.
+        machine: where.
+        ceilings: model and compute dtype to TFLOP/s of a plain product of its shapes, or None.
+    """
+    made = []
+    firsts: dict[str, Result | None] = {}
+    for result in results:
+        first = firsts.setdefault(result.model, None if result.failure else result)
+        ceiling = ceilings.get((result.model, result.entry.variant.compute_dtype))
+        made.append(_row_of_steps(result, first, machine, ceiling))
+    return made
+
+
+def _row_of_steps(result: Result, first: Result | None, machine: Machine, ceiling: float | None) -> Row:
+    variant = result.entry.variant
+    row = _new_row(machine) | {
+        "gpus": 1,
+        "model": result.model,
+        "variant": variant.name,
+        "quantize_mode": variant.quantize_mode,
+        "compute_dtype": variant.compute_dtype,
+        "checkpointing": variant.checkpointing,
+        "micro_batch_tokens": result.micro_batch_tokens,
+        "interval": "",
+    }
+    notes = [f"not run: {result.failure}"] if result.failure else []
+    if not result.failure:
+        speed = result.tokens_per_second
+        teraflops = 4 * result.parameters * speed / 1e12
+        row |= {
+            "tokens_per_second": round(speed),
+            "samples_per_second_512": round(speed / _SAMPLE_TOKENS, 1),
+            "tflops_4n": _digits(teraflops),
+            "ceiling_share": round(teraflops / ceiling, 3) if ceiling else "",
+            "peak_allocated_gb": round(result.peak_allocated_gb, 2),
+            "peak_reserved_gb": round(result.peak_reserved_gb, 2),
+            "step_ms": round(result.step_ms, 1),
+        }
+        if first is not None:
+            row["ratio_to_first"] = _ratio(speed, first.tokens_per_second)
+            if interval := ratio_interval(first, result):
+                row["interval"] = f"{interval[0]:.3f}–{interval[1]:.3f}"
+                notes.append(f"95% interval {row['interval']}")
+        if result.loss is not None:
+            notes.append(f"first loss {result.loss:.4f}")
+        notes.append(f"{sum(result.steps)} steps in {len(result.seconds)} rounds")
+        if ceiling:
+            notes.append(f"product ceiling {_digits(ceiling)} TFLOP/s")
+        if not machine.gpus:
+            notes.append("memory is the process's")
+        if clocks := summary(result.states_of_gpu):
+            notes.append(clocks)
+    row["note"] = "; ".join([*notes, *result.notes])
+    return row
+
+
+def row_of_command(
+    measured: Measured, one_gpu: Measured | None, *, machine: Machine, notes: Sequence[str]
+) -> Row:
+    """The columns of the CSV, and ``command_seconds``.
+
+    Args:
+        measured: what was run.
+        one_gpu: the same on one GPU, which `ratio_to_first` is to.
+        machine: where.
+        notes: put behind what the run itself says.
+    """
+    row = measured.row
+    made = _new_row(machine) | {
+        "gpus": row.gpus,
+        "model": row.model,
+        "variant": row.label,
+        "quantize_mode": row.quantize_mode,
+        "compute_dtype": row.command.compute_dtype if machine.gpus else "fp32",
+        "checkpointing": _flag(row.flags, "--checkpointing") or row.command.checkpointing,
+        "micro_batch_tokens": row.work.tokens,
+        "command_seconds": round(measured.command_seconds, 1),
+    }
+    said = [measured.failure] if measured.failure else []
+    if not measured.failure:
+        speed = measured.tokens_per_second
+        made |= {
+            "tokens_per_second": round(speed),
+            "samples_per_second_512": round(measured.samples_per_second, 2),
+            "tflops_4n": round(4 * measured.parameters * speed / 1e12, 3),
+            "peak_reserved_gb": round(measured.peak_gb, 2),
+            "step_ms": round(1e3 * measured.step_seconds, 1),
+        }
+        if one_gpu is not None:
+            made["ratio_to_first"] = _ratio(speed, one_gpu.tokens_per_second)
+            said.append("ratio to one GPU")
+        low, high = (f"{1e3 * seconds:,.0f}" for seconds in measured.step_range)
+        last, of_run = measured.kept["last"], measured.kept["summary"]
+        said += [
+            f"{measured.timed_steps} of {measured.steps} steps timed, {low} to {high} ms each",
+            f"packing efficiency {last.get('packing_efficiency', 1.0):.3f}",
+            f"loss {of_run['first_loss']:.4f} to {of_run['final_loss']:.4f}",
+        ]
+        if measured.kernels:
+            said.append(measured.kernels)
+        if shares := of_run.get("reduction_shares"):
+            each = ", ".join(f"{share:.1%}" for share in shares)
+            said.append(f"adding up gradients, share of each process's time, waiting included: {each}")
+    if measured.command_seconds:
+        said.append(f"command_seconds {measured.command_seconds:.1f}")
+    made["note"] = "; ".join([*said, row.work.described(), *notes])
+    return made
+
+
+def _new_row(machine: Machine) -> Row:
+    return dict.fromkeys(COLUMNS, "") | {
+        "date": datetime.date.today().isoformat(),
+        "commit": machine.commit,
+        "gpu": machine.gpu,
+        "driver": machine.driver,
+        "torch": machine.torch,
+    }
+
+
+def _ratio(speed: float, first: float) -> float:
+    """Of the speeds as they are shown, so that a reader who divides finds the same."""
+    return round(round(speed) / round(first), 3)
+
+
+def ratio_interval(first: Result, result: Result) -> tuple[float, float] | None:
+    """95 % interval of the ratio of speeds, from the rounds as pairs; None where there are too few of them.
+
+    Student's t on the logarithms of the ratios of each round.
+    """
+    from scipy import stats
+
+    logs = [
+        math.log((tokens / seconds) / (first_tokens / first_seconds))
+        for tokens, seconds, first_tokens, first_seconds in zip(
+            result.tokens, result.seconds, first.tokens, first.seconds, strict=False
+        )
+    ]
+    if result is first or len(logs) < 2:
+        return None
+    found = stats.ttest_1samp(logs, 0.0).confidence_interval(_CONFIDENCE)
+    return math.exp(found.low), math.exp(found.high)
+
+
+def _digits(value: float) -> float:
+    """Three significant digits at least, whole numbers from 100 on."""
+    return round(value) if value >= 100 else float(f"{value:.3g}")
+
+
+def _flag(words: Sequence[str], name: str) -> str | None:
+    return words[words.index(name) + 1] if name in words else None
+
+
+def versions(measured: Sequence[Measured]) -> dict[str, str]:
+    """Of the libraries, as the first run that got so far recorded them."""
+    for each in measured:
+        if "environment" in each.kept:
+            packages = each.kept["environment"]["packages"]
+            return {name: packages[name] for name in _VERSIONS if name in packages}
+    return {}
+
+
+def steps_in_markdown(rows: Sequence[Row]) -> str:
+    """A table for each model, with its notes below."""
+    return _markdown(
+        rows,
+        _OF_STEPS,
+        heading=lambda row: row["model"],
+        start=lambda row: [row["variant"], row["quantize_mode"], f"{row['micro_batch_tokens']:,}"],
+        figures=lambda row: [
+            f"{row['tokens_per_second']:,}",
+            f"{row['samples_per_second_512']:g}",
+            f"{row['tflops_4n']:g}",
+            f"{row['ceiling_share']:.1%}" if row["ceiling_share"] != "" else "",
+            f"{row['peak_allocated_gb']:.2f}",
+            f"{row['peak_reserved_gb']:.2f}",
+            f"{row['step_ms']:,.1f}",
+            f"{row['ratio_to_first']:.3f}x" if row["ratio_to_first"] != "" else "",
+            row["interval"],
+        ],
+        note_of=lambda row: f"{row['variant']}, {row['micro_batch_tokens']:,} tokens",
+    )
+
+
+def commands_in_markdown(rows: Sequence[Row], *, caption: str) -> str:
+    """A table for each model and quantization, with its notes below."""
+    counted = "Samples are 512 computed positions, padding included, as in 2023; tokens are real ones."
+    tables = _markdown(
+        rows,
+        _OF_COMMANDS,
+        heading=lambda row: f"{row['model']}, {row['quantize_mode']}",
+        start=lambda row: [row["variant"], str(row["gpus"])],
+        figures=lambda row: [
+            f"{row['samples_per_second_512']:.2f}",
+            f"{row['tokens_per_second']:,}",
+            f"{row['ratio_to_first']:.3f}x" if row["ratio_to_first"] != "" else "",
+            f"{row['peak_reserved_gb']:.1f}",
+            f"{row['step_ms']:,.1f}",
+            f"{row['command_seconds']:.0f}",
+        ],
+        note_of=lambda row: f"{row['variant']}, GPUs {row['gpus']}",
+    )
+    return f"{caption}\n{counted}\n\n{tables}".rstrip()
+
+
+def _markdown(
+    rows: Sequence[Row],
+    titles: Sequence[str],
+    *,
+    heading: Callable[[Row], str],
+    start: Callable[[Row], list[str]],
+    figures: Callable[[Row], list[str]],
+    note_of: Callable[[Row], str],
+) -> str:
+    """A table for the rows of each heading, notes below; in place of figures, why there are none."""
+    lines = []
+    for section in dict.fromkeys(heading(row) for row in rows):
+        of_section = [row for row in rows if heading(row) == section]
+        lines += [f"### {section}", "", f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+        for row in of_section:
+            why = row["note"].partition("; ")[0].replace("|", "/")
+            cells = start(row) + ([why] if row["tokens_per_second"] == "" else figures(row))
+            lines.append(f"| {' | '.join([*cells, *[''] * (len(titles) - len(cells))])} |")
+        lines += ["", *(f"- {note_of(row)}: {row['note']}" for row in of_section), ""]
+    return "\n".join(lines).rstrip()
+
+
+def points(rows: Sequence[Row]) -> list[tuple[str, float, float]]:
+    """Label, peak GB allocated and tokens/s of each row that has figures; the label is the variant's."""
+    many_models = len({row["model"] for row in rows}) > 1
+    return [
+        (
+            (f"{row['model'].partition('?')[0]} " if many_models else "") + row["variant"],
+            row["peak_allocated_gb"],
+            row["tokens_per_second"],
+        )
+        for row in rows
+        if row["tokens_per_second"] != ""
+    ]
+
+
+def series(rows: Sequence[Row]) -> dict[str, list[tuple[int, float]]]:
+    """Label to GPUs and samples/s, of each recipe that has figures."""
+    many = len({(row["model"], row["quantize_mode"]) for row in rows}) > 1
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        if row["tokens_per_second"] == "":
+            continue
+        label = f"{row['model']} {row['quantize_mode']}, {row['variant']}" if many else row["variant"]
+        found.setdefault(label, []).append((row["gpus"], row["samples_per_second_512"]))
+    return found
