@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -61,17 +61,13 @@ def product_ceiling(device: torch.device, hidden: int, tokens: int, dtype: str =
         return None
     x = torch.randn(tokens, hidden, device=device, dtype=torch.bfloat16)
     weight = torch.randn(5 * hidden, hidden, device=device, dtype=torch.bfloat16)
-
-    def product() -> Callable[[], torch.Tensor]:
-        if dtype == "bf16":
-            return lambda: x @ weight.T
-        rows, columns = (torch.ones(n, 1, device=device) for n in (len(x), len(weight)))
+    multiply = functools.partial(torch.matmul, x, weight.T)
+    if dtype == "fp8":
+        rows, columns = (torch.ones(count, 1, device=device) for count in (len(x), len(weight)))
         x8, weight8 = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
-        return lambda: torch._scaled_mm(
-            x8, weight8.T, rows, columns.T, out_dtype=torch.bfloat16, use_fast_accum=True
-        )
-
-    multiply = product()
+        scales = {"scale_a": rows, "scale_b": columns.T}
+        more = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+        multiply = functools.partial(torch._scaled_mm, x8, weight8.T, **scales, **more)
     operations = 2 * x.numel() * weight.shape[0]
     repeat = max(1, int(6e14 / operations)) if device.type == "cuda" else 1
     seconds = math.inf

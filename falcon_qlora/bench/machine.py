@@ -11,7 +11,9 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 if TYPE_CHECKING:
     import torch
@@ -73,8 +75,7 @@ def _nvidia_smi(*words: str) -> str:
         return ""
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """One reading: seconds of `time.perf_counter`, MHz, W, °C."""
 
     at: float
@@ -135,8 +136,5 @@ def summary(samples: list[Sample]) -> str:
     """The means over all samples, or an empty string."""
     if not samples:
         return ""
-    count = len(samples)
-    clock = sum(sample.sm_mhz for sample in samples) / count
-    power = sum(sample.watts for sample in samples) / count
-    temperature = sum(sample.celsius for sample in samples) / count
+    _, clock, power, temperature = np.mean(samples, axis=0)
     return f"SM {clock:.0f} MHz, {power:.0f} W, {temperature:.0f} °C"

@@ -28,29 +28,12 @@ _HEADER_BYTES = 10_000  # beyond that of the bench's columns
 _SAMPLE_TOKENS = 512
 _CONFIDENCE = 0.95
 _OF_STEPS = (
-    "variant",
-    "base",
-    "tokens a micro batch",
-    "tokens/s",
-    "512-token samples/s",
-    "TFLOP/s by 4N",
-    "of the ceiling",
-    "peak GB allocated",
-    "reserved",
-    "ms a step",
-    "ratio",
-    "95% interval",
-)
+    "variant | base | tokens a micro batch | tokens/s | 512-token samples/s | TFLOP/s by 4N | of the ceiling"
+    " | peak GB allocated | reserved | ms a step | ratio | 95% interval"
+).split(" | ")
 _OF_COMMANDS = (
-    "recipe",
-    "GPUs",
-    "512-token samples/s",
-    "tokens/s",
-    "scaling",
-    "peak GB a GPU",
-    "ms a step",
-    "whole command, s",
-)
+    "recipe | GPUs | 512-token samples/s | tokens/s | scaling | peak GB a GPU | ms a step | whole command, s"
+).split(" | ")
 _VERSIONS = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -9,6 +10,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from falcon_qlora.common.errors import UserError, nearest
+
+Mode = Literal["4bit", "8bit", "16bit"]
+Dtype = Literal["bf16", "fp8"]
+Checkpointing = Literal["none", "selective", "full", "offload"]
+_MODES: tuple[Mode, ...] = ("4bit", "8bit", "16bit")
+_DTYPES: tuple[Dtype, ...] = ("bf16", "fp8")
+_RECOMPUTING: tuple[Checkpointing, ...] = ("selective", "full", "offload")
 
 
 class Impossible(Exception):
@@ -52,9 +60,9 @@ class Variant:
 
     name: str
     what: str
-    quantize_mode: Literal["4bit", "8bit", "16bit"] = "4bit"
-    compute_dtype: Literal["bf16", "fp8"] = "bf16"
-    checkpointing: Literal["none", "selective", "full", "offload"] = "none"
+    quantize_mode: Mode = "4bit"
+    compute_dtype: Dtype = "bf16"
+    checkpointing: Checkpointing = "none"
     kernels: Literal["auto", "off"] = "auto"
     libraries: bool = True
     lora_dropout: float = 0.0
@@ -91,57 +99,25 @@ class Pace:
 
 
 def _ours() -> Iterator[Variant]:
-    for mode in ("4bit", "8bit", "16bit"):
+    for mode in _MODES:
         suffix = "" if mode == "4bit" else f"-{mode}"
-        yield Variant(
-            name=f"reference{suffix}",
-            what=f"packed, {mode}, without fast blocks (--kernels off)",
-            quantize_mode=mode,
-            kernels="off",
-        )
-        yield Variant(
-            name=f"reference{suffix}-full",
-            what=f"the same, recomputing every block, {mode}",
-            quantize_mode=mode,
-            kernels="off",
-            checkpointing="full",
-        )
-        for dtype in ("bf16", "fp8"):
+        stored = functools.partial(Variant, quantize_mode=mode)
+        name, what = f"reference{suffix}", f"packed, {mode}, without fast blocks (--kernels off)"
+        yield stored(name=name, what=what, kernels="off")
+        what = f"the same, recomputing every block, {mode}"
+        yield stored(name=f"{name}-full", what=what, kernels="off", checkpointing="full")
+        for dtype in _DTYPES:
+            computed = functools.partial(stored, compute_dtype=dtype)
             name = f"ours{suffix}" if dtype == "bf16" else f"ours{suffix}-fp8"
-            yield Variant(
-                name=name,
-                what=f"packed, {mode}, fast blocks, products in {dtype}",
-                quantize_mode=mode,
-                compute_dtype=dtype,
-            )
-            for checkpointing in ("selective", "full", "offload"):
-                yield Variant(
-                    name=f"{name}-{checkpointing}",
-                    what=f"the same with --checkpointing {checkpointing}, {mode}, {dtype}",
-                    quantize_mode=mode,
-                    compute_dtype=dtype,
-                    checkpointing=checkpointing,
-                )
-            yield Variant(
-                name=f"{name}-no-libraries",
-                what=f"with PyTorch and Triton alone, {mode}, {dtype}",
-                quantize_mode=mode,
-                compute_dtype=dtype,
-                libraries=False,
-            )
-        yield Variant(
-            name=f"ours{suffix}-fp8-kept",
-            what=f"products in fp8, with weights kept in FP8, {mode}",
-            quantize_mode=mode,
-            compute_dtype="fp8",
-            keep_fp8=True,
-        )
-        yield Variant(
-            name=f"ours{suffix}-dropout",
-            what=f"with LoRA dropout 0.1, {mode}",
-            quantize_mode=mode,
-            lora_dropout=0.1,
-        )
+            yield computed(name=name, what=f"packed, {mode}, fast blocks, products in {dtype}")
+            for how in _RECOMPUTING:
+                what = f"the same with --checkpointing {how}, {mode}, {dtype}"
+                yield computed(name=f"{name}-{how}", what=what, checkpointing=how)
+            what = f"with PyTorch and Triton alone, {mode}, {dtype}"
+            yield computed(name=f"{name}-no-libraries", what=what, libraries=False)
+        what = f"products in fp8, with weights kept in FP8, {mode}"
+        yield stored(name=f"ours{suffix}-fp8-kept", what=what, compute_dtype="fp8", keep_fp8=True)
+        yield stored(name=f"ours{suffix}-dropout", what=f"with LoRA dropout 0.1, {mode}", lora_dropout=0.1)
 
 
 ON_DATA = (

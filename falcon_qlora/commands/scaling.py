@@ -112,8 +112,11 @@ class _Bench:
         cache = [] if own else ["--cache_dir", str(folder / "cache")]
         if "dataset_name" in given:
             return cache
+        from falcon_qlora.training.rows import load_tokenizer
+
         file = folder / f"rows-{len(list(folder.glob('rows-*')))}.jsonl"
-        tokenizer = _tokenizer(self.configuration, model)
+        self.configuration.model.model_name_or_path = model
+        tokenizer = load_tokenizer(self.configuration)
         try:
             documents.write_texts(file, tokenizer, self._lengths(), seed=self.configuration.run.seed)
         except ValueError as error:
@@ -230,17 +233,6 @@ def _modes(configuration: Configuration) -> list[str]:
         if mode not in MODES:
             raise UserError(f"--quantize_modes: {mode!r} is not one of {', '.join(MODES)}")
     return modes
-
-
-def _tokenizer(configuration: Configuration, model: str) -> Any:
-    from falcon_qlora.models.tokenizer import load_tokenizer
-
-    settings = configuration.model
-    return load_tokenizer(
-        model,
-        tokenizer_name_or_path=settings.tokenizer_name_or_path,
-        revision=settings.model_revision,
-    )
 
 
 def _words(value: Any) -> list[str]:

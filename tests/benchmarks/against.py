@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from falcon_qlora.bench import variants
 from falcon_qlora.bench.scaling import COMMANDS
@@ -23,16 +25,22 @@ from tests.benchmarks import litgpt, recipe, stock
 PEERS = {variant.name: variant for variant in (*stock.variants(), *litgpt.VARIANTS)}
 
 
-def enter() -> None:
-    """Put the other tools' variants into the tables of the bench."""
+@contextmanager
+def entered() -> Iterator[None]:
+    """Within the block the other tools' variants are in the tables of the bench."""
     variants.VARIANTS.update(PEERS)
     variants.DEFAULT[:0] = ["stock", "stock-fast"]
     COMMANDS["recipe"] = recipe.COMMAND
+    try:
+        yield
+    finally:
+        for name in PEERS:
+            del variants.VARIANTS[name]
+        del variants.DEFAULT[:2], COMMANDS["recipe"]
 
 
 def main(argv: list[str]) -> int:
     """Run the command and return its exit status."""
-    enter()
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe_share", type=float, default=0.05)
     own, rest = parser.parse_known_args(argv)
@@ -41,7 +49,8 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--recipe_share {own.recipe_share:g}: must be above 0 and at most 1")
         if "--gpus" in rest:
             print(recipe.published(), "\n", sep="", flush=True)
-        return bench.main(rest, whole_runs=functools.partial(recipe.whole_runs, share=own.recipe_share))
+        with entered():
+            return bench.main(rest, whole_runs=functools.partial(recipe.whole_runs, share=own.recipe_share))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from falcon_qlora.__main__ import main
 from falcon_qlora.bench.scaling import Row, Work, measure
+from tests.benchmarks import against
 from tests.integration.runs import ENVIRONMENT
 
 
@@ -23,7 +23,7 @@ def test_two_processes_share_the_global_batch(
     pace = ("--steps", "3", "--warmup", "1")
     file = tmp_path / "records.csv"
     # Not in a process of its own, which would take long to import the libraries.
-    status = main(["bench", "--models", "tiny", "--lora_r", "4", *size, *rows, *pace, "--csv", str(file)])
+    status = against.main(["--models", "tiny", "--lora_r", "4", *size, *rows, *pace, "--csv", str(file)])
     assert status == 0
     with file.open(newline="") as opened:
         recipe, ours, fp8 = csv.DictReader(opened)

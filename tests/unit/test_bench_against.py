@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from falcon_qlora.bench import scaling, variants
+from falcon_qlora.bench import variants
 from falcon_qlora.bench.documents import made_up
 from falcon_qlora.bench.runners import Settings, adapted, build
 from falcon_qlora.bench.variants import Impossible
@@ -119,17 +119,6 @@ def test_what_litgpt_does_not_know_cannot_run(monkeypatch: pytest.MonkeyPatch) -
         litgpt.load("random:falcon-rw-1b", SETTINGS, torch.device("cuda", 0))
 
 
-@pytest.fixture
-def tables_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the command enters is taken out again."""
-    for table in (variants.VARIANTS, scaling.COMMANDS):
-        for name in [*against.PEERS, "recipe"]:
-            monkeypatch.setitem(table, name, None)
-            monkeypatch.delitem(table, name)
-    monkeypatch.setattr(variants, "DEFAULT", [*variants.DEFAULT])
-
-
-@pytest.mark.usefixtures("tables_of_its_own")
 def test_the_guides_table_stands_first_and_its_recipe_is_a_row(capsys: pytest.CaptureFixture[str]) -> None:
     assert against.main(["--gpus", "1", "--variants", "recipe,stocks"]) == 2
     output, told = capsys.readouterr()
@@ -140,7 +129,6 @@ def test_the_guides_table_stands_first_and_its_recipe_is_a_row(capsys: pytest.Ca
     assert output.count("| Falcon-") == 10
 
 
-@pytest.mark.usefixtures("tables_of_its_own")
 @pytest.mark.parametrize(
     ("flags", "told"),
     [

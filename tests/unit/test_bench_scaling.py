@@ -13,6 +13,7 @@ from falcon_qlora.__main__ import main
 from falcon_qlora.bench import documents, scaling
 from falcon_qlora.bench.scaling import Measured, Row, Work, read_run, reason
 from falcon_qlora.bench.tables import COLUMNS
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.config import parse
 from falcon_qlora.models.tokenizer import load_tokenizer
 from falcon_qlora.run_folder.directory import RunDirectory
@@ -161,6 +162,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, calls: list[Row], *, fails: tuple[
             kept=kept(),
         )
 
+    machine = {"commit": "0f" * 20, "gpus": [], "packages": {"torch": "2.0"}}
+    monkeypatch.setattr("falcon_qlora.commands.scaling.environment_of_a_child", lambda: machine)
     monkeypatch.setattr(scaling, "measure", measure)
 
 
@@ -225,6 +228,21 @@ def test_no_row_begins_after_the_minutes(
     assert "0 minutes are over" in capsys.readouterr().err
 
 
+def test_ours_alone_is_timed_whole_with_cold_and_warm_caches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Row] = []
+    stand_in(monkeypatch, calls)
+    file = tmp_path / "a.csv"
+    asked = ("--gpus", "1", "--variants", "ours", "--whole_run", "--csv", str(file))
+    assert main(["bench", "--models", "tiny", "--steps", "3", "--tokens", "2048", *asked]) == 0
+    with file.open(newline="") as opened:
+        labels = [row["variant"] for row in csv.DictReader(opened)]
+    assert labels == ["ours, cold caches", "ours, warm caches"]
+    (cache, again) = (call.flags[call.flags.index("--cache_dir") + 1] for call in calls)
+    assert cache == again
+
+
 def test_a_whole_run_counts_the_steps_left_out(tmp_path: Path) -> None:
     seen = []
 
@@ -251,6 +269,8 @@ def test_a_whole_run_counts_the_steps_left_out(tmp_path: Path) -> None:
     assert "157 steps over the same rows as ours; 16 of them run, the seconds of the others extra" in note
     assert "ours, cold caches 15.60x as fast (20.0 s)" in note
     assert "31.20x as fast as the recipe (312.0 s)" in found[2][1]
+    with pytest.raises(UserError, match="--variants needs ours"):
+        list(recipe.whole_runs(rows[:1], steps=200, share=0.1, warmup=10, run=run))
 
 
 @pytest.mark.parametrize(
@@ -264,7 +284,6 @@ def test_a_whole_run_counts_the_steps_left_out(tmp_path: Path) -> None:
         (("--gpus", "1", "--tokens", "1000"), "--tokens 1000: must be a multiple of 512"),
         (("--gpus", "1", "--fixed", "global", "--global_tokens", "3000"), "--global_tokens 3000: must be a"),
         (("--gpus", "1", "--whole_run", "--cache_dir", "rows"), "--whole_run begins with an empty cache"),
-        (("--gpus", "1", "--whole_run", "--variants", "recipe"), "--variants needs ours"),
         (("--lengths", "uneven"), "--lengths is for --gpus"),
     ],
 )

@@ -36,23 +36,38 @@ def gate(out, *flags):
     return status, json.loads((out / "quality.json").read_text())
 
 
-def test_it_passes_the_fast_path_and_rejects_every_mutant(tmp_path, capsys):
-    status, found = gate(tmp_path, "--tiny", "--parts", "a", "b")
+def passed(out, *flags):
+    """What the gate found, where it has to pass and to reject every mutant."""
+    status, found = gate(out, "--tiny", *flags)
     assert status == 0
     assert found["failures"] == {}
-    assert found["skipped"].keys() <= {"4bit-fp8"}
-    ran = set(VARIANTS) - set(found["skipped"])
-    assert len(found["kernel"]) == 3 * len(ran)
-    assert len(found["model"]) == 2 * len(ran)
     for comparison in found["kernel"] + found["model"]:
         assert comparison["mutants"].keys() == MUTANTS.keys()
         assert all(comparison["mutants"].values()), comparison
         bound = 1e-4 if comparison["variant"].endswith("fp32") else 0.05
         for of_group in comparison["distances"]["fast"].values():
             assert 0 < max(of_group.values()) < bound
+    return found
+
+
+def test_it_passes_the_fast_path_and_rejects_every_mutant(tmp_path, capsys):
+    found = passed(tmp_path, "--parts", "a")
+    assert found["skipped"].keys() <= {"4bit-fp8"}
+    assert len(found["kernel"]) == 3 * len(set(VARIANTS) - set(found["skipped"]))
     report = (tmp_path / "quality.md").read_text()
     assert report.startswith("# Quality gate: passed")
     assert report in capsys.readouterr().out
+
+
+def test_so_it_does_on_a_trained_model(tmp_path):
+    assert len(passed(tmp_path, "--parts", "b", "--variants", "4bit-fp32")["model"]) == 2
+
+
+@pytest.mark.slow
+def test_so_it_does_on_a_trained_model_in_bfloat16(tmp_path):
+    """Minutes, where processors compute in bfloat16 by halves."""
+    found = passed(tmp_path, "--parts", "b", "--variants", "4bit", "8bit", "16bit", "--minutes_b", "20")
+    assert len(found["model"]) == 2 * 3
 
 
 def test_a_slightly_wrong_function_fails(tmp_path, monkeypatch):
