@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import statistics
 import subprocess
 import sys
 import threading
@@ -12,8 +13,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
 
 if TYPE_CHECKING:
     import torch
@@ -136,5 +135,5 @@ def summary(samples: list[Sample]) -> str:
     """The means over all samples, or an empty string."""
     if not samples:
         return ""
-    _, clock, power, temperature = np.mean(samples, axis=0)
+    _, clock, power, temperature = map(statistics.fmean, zip(*samples, strict=True))
     return f"SM {clock:.0f} MHz, {power:.0f} W, {temperature:.0f} °C"

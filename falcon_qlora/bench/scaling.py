@@ -20,13 +20,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from falcon_qlora.bench.documents import UNEVEN_LONGEST
 from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.fp8 import fp8_excludes
 from falcon_qlora.common.quantities import GB, GIB
 from falcon_qlora.common.untrusted import of_a_run, read_json
 from falcon_qlora.run_folder.directory import RunDirectory
 
+_PACKED = 2048  # positions of a sequence of ours: the longest documents of guanaco fit
 _REASON_LETTERS = 240
 _EXCEPTION = re.compile(r"^(?:\[rank\d+\]:\s*)?[\w.]*(?:Error|Exception|Interrupt)\b")
 # What a first run leaves for the next, beside the tokenized rows.
@@ -93,7 +93,7 @@ class Work:
     @property
     def packed(self) -> int:
         """Positions of one sequence of ours: they are longer, as documents share them."""
-        return max(self.document, min(UNEVEN_LONGEST, self.tokens))
+        return max(self.document, min(_PACKED, self.tokens))
 
     def step_tokens(self, gpus: int) -> int:
         return self.global_tokens or gpus * self.tokens

@@ -11,7 +11,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from dataclasses import field as setting
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +21,7 @@ from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import check_writable
 from falcon_qlora.common.quantities import counted
 from falcon_qlora.config import Configuration, parse
+from falcon_qlora.config.settings import setting
 
 if TYPE_CHECKING:
     from falcon_qlora.bench.measure import Entry, Result
@@ -38,69 +38,45 @@ class BenchArguments:
     _argument_group_name = "Benchmark"
 
     models: list[str] | None = setting(
-        default=None,
-        metadata={
-            "help": "Models, also with commas between; unset: --model_name_or_path, else random:falcon-7b."
-        },
+        None, "Models, also with commas between; unset: --model_name_or_path, else random:falcon-7b."
     )
     variants: list[str] | None = setting(
-        default=None,
-        metadata={
-            "help": "What to compare, in the table's order, also with commas between; unset: the usual."
-        },
+        None, "What to compare, in the table's order, also with commas between; unset: the usual."
     )
-    list_variants: bool = setting(default=False, metadata={"help": "Show the variants there are, and end."})
-    tokens: list[str] = setting(
-        default_factory=lambda: ["8192"],
-        metadata={"help": "Tokens of a micro batch, one or several."},
-    )
+    list_variants: bool = setting(False, "Show the variants there are, and end.")
+    tokens: list[str] = setting(["8192"], "Tokens of a micro batch, one or several.")
     whole_run: bool = setting(
-        default=False,
-        metadata={
-            "help": "With --gpus: time whole runs of 200 --steps of 16,384 --tokens, to the adapter on disk, "
-            "with cold and warm caches."
-        },
+        False,
+        "With --gpus: time whole runs of 200 --steps of 16,384 --tokens, to the adapter on disk, with cold "
+        "and warm caches.",
     )
-    rounds: int = setting(default=5, metadata={"help": "How often every variant has its turn."})
+    rounds: int = setting(5, "How often every variant has its turn.", least=1)
     warmup: int | None = setting(
-        default=None, metadata={"help": "Untimed steps before the timed ones; unset: 3, with --gpus 10."}
+        None, "Untimed steps before the timed ones; unset: 3, with --gpus 10.", least=0
     )
     gpus: list[str] | None = setting(
-        default=None,
-        metadata={
-            "help": "Run the real command on so many GPUs, one after the other (1,2,4,8), 20 timed --steps "
-            "each. --variants are then ours, ours-fp8."
-        },
+        None,
+        "Run the real command on so many GPUs, one after the other (1,2,4,8), 20 timed --steps each. "
+        "--variants are then ours, ours-fp8.",
     )
-    quantize_modes: list[str] | None = setting(
-        default=None, metadata={"help": "With --gpus: how bases are stored, one or several."}
-    )
+    quantize_modes: list[str] | None = setting(None, "With --gpus: how bases are stored, one or several.")
     fixed: Literal["work", "global"] = setting(
-        default="work",
-        metadata={
-            "help": "With --gpus: each GPU has the same work on any number of them, or a step has "
-            "--global_tokens over all."
-        },
+        "work",
+        "With --gpus: each GPU has the same work on any number of them, or a step has --global_tokens over "
+        "all.",
     )
-    global_tokens: int = setting(default=131072, metadata={"help": "Of a step with --fixed global."})
+    global_tokens: int = setting(131072, "Of a step with --fixed global.")
     lengths: Literal["even", "uneven"] = setting(
-        default="even",
-        metadata={
-            "help": "With --gpus and made-up rows: documents of --max_length tokens, or uneven as guanaco's."
-        },
+        "even", "With --gpus and made-up rows: documents of --max_length tokens, or uneven as guanaco's."
     )
     minutes: float | None = setting(
-        default=None,
-        metadata={"help": "Begin no further round of a model, with --gpus no further row, after this long."},
+        None, "Begin no further round of a model, with --gpus no further row, after this long."
     )
-    csv: str | None = setting(default=None, metadata={"help": "Append a row a variant to this CSV."})
+    csv: str | None = setting(None, "Append a row a variant to this CSV.")
     plot: str | None = setting(
-        default=None,
-        metadata={"help": "PNG of tokens/s against peak memory; with --gpus of samples/s over GPUs."},
+        None, "PNG of tokens/s against peak memory; with --gpus of samples/s over GPUs."
     )
-    commit: str | None = setting(
-        default=None, metadata={"help": "For the record, where this is no checkout."}
-    )
+    commit: str | None = setting(None, "For the record, where this is no checkout.")
 
 
 def main(argv: list[str], *, whole_runs: Any = scaling.whole_runs) -> int:
@@ -299,9 +275,8 @@ def _models(configuration: Configuration) -> list[str]:
 def _pace(configuration: Configuration, sizes: list[int]) -> Pace:
     wanted: BenchArguments = configuration.extra
     warmup = 3 if wanted.warmup is None else wanted.warmup
-    for name, value in (("rounds", wanted.rounds), ("warmup", warmup)):
-        if value < 1:
-            raise UserError(f"--{name} {value}: must be at least 1")
+    if warmup < 1:
+        raise UserError(f"--warmup {warmup}: must be at least 1")
     length = _document_tokens(configuration)
     for tokens in sizes:
         if tokens % length:

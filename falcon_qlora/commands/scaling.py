@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 import time
@@ -18,7 +17,7 @@ from falcon_qlora.bench.tables import append_csv, commands_in_markdown, row_of_c
 from falcon_qlora.commands.bench import BenchArguments, names, numbers, status_of
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.quantities import counted
-from falcon_qlora.config import Configuration
+from falcon_qlora.config import Configuration, as_words
 
 MODES = ("4bit", "8bit", "16bit")
 WARMUP = 10
@@ -131,24 +130,22 @@ class _Bench:
         count = math.ceil(total / documents.uneven_mean(longest))
         return documents.uneven_lengths(count, longest, seed=self.configuration.run.seed)
 
-    def _passed_on(self, name: str) -> Iterator[str]:
+    def _passed_on(self, name: str) -> list[str]:
         """What the user gave for the runs, as flags again."""
         configuration = self.configuration
         given, another = configuration.explicit, scaling.COMMANDS[name].recipe is not None
-        groups = (configuration.model, configuration.data, configuration.lora, configuration.run)
+        left_out = _SET | _NO_PART | (_OURS if another else frozenset())
+        groups = [getattr(configuration, name) for name in ("model", "data", "method", "lora", "run")]
         values = {field.name: getattr(group, field.name) for group in groups for field in fields(group)}
         values |= configuration.trainer
-        if "logging_steps" not in given:
-            yield from ("--logging_steps", "1")
+        passed = {} if "logging_steps" in given else {"logging_steps": 1}
         if another and "dataset_name" in given:  # by itself the recipe takes only text
-            for setting in ("dataset_format", "template"):
-                if setting not in given:
-                    yield from (f"--{setting}", "auto")
+            passed |= {"dataset_format": "auto", "template": "auto"}
         for setting, origin in given.items():
-            unset = origin.startswith("recipe ") or values.get(setting) is None
-            if unset or setting in _SET | _NO_PART or (another and setting in _OURS):
-                continue
-            yield from (f"--{setting}", *_words(values[setting]))
+            value = values.get(setting)
+            if value is not None and setting not in left_out and not origin.startswith("recipe "):
+                passed[setting] = value
+        return as_words(passed)
 
     def _measure(self, row: Row, steps: int, warmup: int, environment: dict[str, str]) -> Measured:
         if time.monotonic() >= self.until:
@@ -233,12 +230,3 @@ def _modes(configuration: Configuration) -> list[str]:
         if mode not in MODES:
             raise UserError(f"--quantize_modes: {mode!r} is not one of {', '.join(MODES)}")
     return modes
-
-
-def _words(value: Any) -> list[str]:
-    """A setting's value as the words of a flag."""
-    if isinstance(value, list):
-        return [str(item) for item in value]
-    if isinstance(value, bool):
-        return [str(value).lower()]
-    return [json.dumps(value) if isinstance(value, dict) else str(value)]

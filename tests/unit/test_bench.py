@@ -154,7 +154,7 @@ def test_a_picture_has_a_point_for_each_row_with_figures(tmp_path: Path) -> None
         (["--variants", "packed"], "give --dataset_name"),
         (["--tokens", "8192,many"], "'many' is not a whole number"),
         (["--tokens", "100"], "whole documents of 512 tokens"),
-        (["--rounds", "0"], "--rounds 0: must be at least 1"),
+        (["--rounds", "0"], "--rounds: 0 is too small; at least 1"),
     ],
 )
 def test_a_wrong_flag_is_told(flags: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:

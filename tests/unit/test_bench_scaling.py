@@ -177,6 +177,7 @@ def test_scaling_is_to_one_gpu_and_what_broke_has_a_row(
     stand_in(monkeypatch, calls, fails=(2,))
     files = ("--csv", str(tmp_path / "a.csv"), "--plot", str(tmp_path / "a.png"))
     flags = ("--gpus", "4,1,2", "--variants", "ours,recipe", "--lora_r", "4", "--checkpointing", "full")
+    flags += ("--method", "lora")
     assert main([*BENCH, *flags, *files]) == 1  # as two rows broke
     with (tmp_path / "a.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -197,8 +198,9 @@ def test_scaling_is_to_one_gpu_and_what_broke_has_a_row(
     assert "| ours | 2 | failed: out of memory |" in output
     # What the user asks of ours is not put into the guide's recipe; what the runs share is.
     asked = {call.name: " ".join(call.flags) for call in calls}
-    assert "--checkpointing full" in asked["ours"]
-    assert "--checkpointing" not in asked["recipe"]
+    for words in ("--checkpointing full", "--method lora"):
+        assert words in asked["ours"]
+        assert words not in asked["recipe"]
     assert all("--lora_r 4" in flags for flags in asked.values())
 
 
