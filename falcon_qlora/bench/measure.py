@@ -19,7 +19,7 @@ from falcon_qlora.bench.runners import Runner, Settings, build
 from falcon_qlora.bench.variants import Impossible, Pace, Variant
 from falcon_qlora.common.errors import UserError, one_line
 from falcon_qlora.common.quantities import GB
-from falcon_qlora.models.falcon import parameter_count
+from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.load import free_bytes, load_model
 from falcon_qlora.models.locate import open_checkpoint
 from falcon_qlora.models.sizes import weight_bytes
@@ -130,7 +130,7 @@ class Bench:
         say: Callable[[str], None],
     ):
         self.config = open_checkpoint(model).config
-        parameters = parameter_count(self.config)
+        parameters = layout_of(self.config).parameter_count()
         self.results = [
             Result(model=model, parameters=parameters, entry=entry, micro_batch_tokens=entry.tokens)
             for entry in entries

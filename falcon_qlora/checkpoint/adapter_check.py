@@ -20,7 +20,8 @@ from falcon_qlora.methods.interface import method_of
 from falcon_qlora.methods.lora import Lora
 from falcon_qlora.methods.saved import SavedAdapter, read_adapter, zero_tensors
 from falcon_qlora.models.checkpoints import parameter_reader, read_folder_config
-from falcon_qlora.models.forward import enable_packing, falcon_of
+from falcon_qlora.models.forward import enable_packing
+from falcon_qlora.models.layouts import falcon_of
 from falcon_qlora.models.sharded import local_tensor, own_parts
 from falcon_qlora.models.tensor_files import read_tensor
 from falcon_qlora.processes import devices
@@ -128,7 +129,7 @@ def _compare(place: Path, name: str, stored: Tensor, in_memory: Tensor) -> None:
 
 def _check_loss(folder: Path, peft_model: PeftModel, probe: MicroBatch) -> None:
     enable_packing(peft_model)
-    device = falcon_of(peft_model).lm_head.weight.device
+    device = falcon_of(peft_model).get_output_embeddings().weight.device
     try:
         with _left_as_it_was(peft_model, device), torch.no_grad():
             found, expected = _losses(folder, peft_model, probe.to(device), device)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from transformers import FalconConfig
+from transformers import PreTrainedConfig
 
 from falcon_qlora.checkpoint import manifest
 from falcon_qlora.common.errors import UserError, one_line
@@ -239,7 +239,7 @@ def _described(lora: Lora) -> str:
     )
 
 
-def base_config(name: str) -> FalconConfig | None:
+def base_config(name: str) -> PreTrainedConfig | None:
     """The configuration of a model named by an adapter, where it is on this machine.
 
     Raises:
@@ -324,7 +324,7 @@ def _collect(found: Inspection, faults: Iterator[str]) -> None:
         found.faults.append(fault)
 
 
-def _tensor_faults(folder: Path, config: FalconConfig) -> Iterator[str]:
+def _tensor_faults(folder: Path, config: PreTrainedConfig) -> Iterator[str]:
     read = parameter_reader(folder, config)
     for name, shape in parameter_shapes(config).items():
         try:

@@ -12,7 +12,7 @@ from falcon_qlora.config import parse
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from transformers import FalconConfig
+    from transformers import PreTrainedConfig
 
     from falcon_qlora.methods.interface import Method
 
@@ -47,14 +47,14 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _of_model(config: FalconConfig) -> Table:
-    from falcon_qlora.models.falcon import base_parameter_kinds, parameter_count
+def _of_model(config: PreTrainedConfig) -> Table:
+    from falcon_qlora.models.layouts import layout_of
 
     table = _table()
-    for kind, count in base_parameter_kinds(config).items():
+    for kind, count in layout_of(config).base_parameter_kinds().items():
         table.add_row(kind, f"{count:,}")
     table.add_section()
-    total, head = parameter_count(config), config.vocab_size * config.hidden_size
+    total, head = layout_of(config).parameter_count(), config.vocab_size * config.hidden_size
     if config.tie_word_embeddings:
         table.add_row("together, the embedding being the output head too", f"{total:,}")
         table.add_row("with the output head counted apart", f"{total + head:,}")
@@ -63,8 +63,8 @@ def _of_model(config: FalconConfig) -> Table:
     return table
 
 
-def _of_method(method: Method, config: FalconConfig) -> Table:
-    from falcon_qlora.models.falcon import parameter_count
+def _of_method(method: Method, config: PreTrainedConfig) -> Table:
+    from falcon_qlora.models.layouts import layout_of
 
     table = _table()
     groups = method.parameter_groups(config)
@@ -73,7 +73,7 @@ def _of_method(method: Method, config: FalconConfig) -> Table:
     table.add_section()
     trained = sum(group.count for group in groups)
     table.add_row("trained", f"{trained:,}")
-    table.add_row("of the base's, %", f"{100 * trained / parameter_count(config):.4f}")
+    table.add_row("of the base's, %", f"{100 * trained / layout_of(config).parameter_count():.4f}")
     return table
 
 

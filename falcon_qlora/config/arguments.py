@@ -149,11 +149,11 @@ class LoraArguments:
     lora_alpha: int = setting(16, "Scale: the update is multiplied by alpha / r.", least=1)
     lora_dropout: float = setting(0.0, "Dropout before the low-rank product.", least=0, below=1)
     lora_target_modules: list[str] | None = setting(
-        None, "Linear layers to adapt, by name; unset: all four of every block."
+        None, "Linear layers to adapt, by name; unset: all of every block."
     )
     lora_slices: list[str] | None = setting(
         None,
-        "Adapt these slices of query_key_value, each with rank lora_r, and nothing else.",
+        "Adapt these slices of the projection that is all three, each with rank lora_r, and nothing else.",
         choices=["query", "key", "value"],
     )
     use_rslora: bool = setting(False, "Scale by alpha / sqrt(r) instead (rank-stabilised LoRA).")

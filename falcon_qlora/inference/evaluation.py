@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.models.falcon.modeling_falcon import FalconRotaryEmbedding
 
 from falcon_qlora.data.batches import DocumentReader, filled_up
 from falcon_qlora.data.packing import MicroBatch, deal
 from falcon_qlora.models.checkpoints import parameter_reader, read_folder_config
-from falcon_qlora.models.forward import block_arguments, enable_packing, falcon_of, run_blocks
+from falcon_qlora.models.forward import enable_packing, final_norm, run_block, run_blocks
+from falcon_qlora.models.layouts import falcon_of, layout_of
 from falcon_qlora.models.load import empty_model
 from falcon_qlora.models.packed_attention import Sequences
 from falcon_qlora.models.scaled import ScaleAndBias, scale_and_bias_of
@@ -119,19 +119,19 @@ def predictions(model: nn.Module, batches: Sequence[MicroBatch], *, answers_only
     """Run a loaded model.
 
     Args:
-        model: a Falcon, as it is or inside PEFT's wrapper; packing is enabled on it.
+        model: as it is or inside PEFT's wrapper; packing is enabled on it.
         batches: from `batches_of`, on the host.
         answers_only: measure only what training would count; else every token but each document's first.
     """
     enable_packing(model)
     falcon = falcon_of(model)
-    device = falcon.lm_head.weight.device
+    head, norm = falcon.get_output_embeddings(), final_norm(falcon.base_model)
+    device = head.weight.device
     hidden, places = [], [_measured(batch, answers_only) for batch in batches]
     for batch, (positions, _, _) in zip(batches, places, strict=True):
-        states = run_blocks(falcon.transformer, batch.input_ids.to(device), _sequences(batch, device))
-        hidden.append(falcon.transformer.ln_f(states[0].index_select(0, positions.to(device))))
-    vectors = scale_and_bias_of(falcon.lm_head)
-    return _predictions(hidden, falcon.lm_head.weight, places, device, vectors=vectors)
+        states = run_blocks(falcon.base_model, batch.input_ids.to(device), _sequences(batch, device))
+        hidden.append(norm(states[0].index_select(0, positions.to(device))))
+    return _predictions(hidden, head.weight, places, device, vectors=scale_and_bias_of(head))
 
 
 @torch.no_grad()
@@ -156,38 +156,36 @@ def folder_predictions(
     model = empty_model(config, dtype=dtype)
     enable_packing(model)
     read = parameter_reader(folder, config)
-    transformer = model.transformer
-    transformer.rotary_emb = FalconRotaryEmbedding(config).to(device)
+    layout, backbone = layout_of(config), model.base_model
+    backbone.rotary_emb = layout.rotary_embedding().to(device)
 
-    def fill(module: nn.Module, prefix: str) -> None:
+    def fill(name: str) -> nn.Module:
+        module, prefix = model.get_submodule(name), f"{name}."
         for name, _ in list(module.named_parameters()):
             owner, _, leaf = name.rpartition(".")
             tensor = read(f"{prefix}{name}").to(device, dtype, copy=True)
             setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+        return module
 
     def empty(module: nn.Module) -> None:
         module.to("meta")
 
-    fill(transformer.word_embeddings, "transformer.word_embeddings.")
+    embedding = fill(f"{layout.backbone}.{layout.embedding}")
     packed = [_sequences(batch, device) for batch in batches]
-    states = [transformer.word_embeddings(batch.input_ids.to(device)) for batch in batches]
+    states = [embedding(batch.input_ids.to(device)) for batch in batches]
     if not config.tie_word_embeddings:
-        empty(transformer.word_embeddings)
-    for index, block in enumerate(transformer.h):
-        fill(block, f"transformer.h.{index}.")
+        empty(embedding)
+    for index in range(config.num_hidden_layers):
+        block = fill(f"{layout.backbone}.{layout.blocks}.{index}")
         for place, sequences in enumerate(packed):
-            arguments = block_arguments(transformer, states[place], sequences)
-            states[place] = block(states[place], **arguments)[0]
+            arguments = layout.block_arguments(backbone, states[place], sequences)
+            states[place] = run_block(block, states[place], arguments)
         empty(block)
-    fill(transformer.ln_f, "transformer.ln_f.")
-    if config.tie_word_embeddings:
-        head = transformer.word_embeddings.weight
-    else:
-        fill(model.lm_head, "lm_head.")
-        head = model.lm_head.weight
+    norm = fill(f"{layout.backbone}.{layout.final_norm}")
+    head: Any = (embedding if config.tie_word_embeddings else fill(layout.head)).weight
     places = [_measured(batch, answers_only) for batch in batches]
     hidden = [
-        transformer.ln_f(state[0].index_select(0, positions.to(device)))
+        norm(state[0].index_select(0, positions.to(device)))
         for state, (positions, _, _) in zip(states, places, strict=True)
     ]
     return _predictions(hidden, head, places, device)

@@ -1,4 +1,4 @@
-"""A merged model's folder: weights, configuration and tokenizer as Falcon's published checkpoints have them.
+"""A merged model's folder: weights, configuration and tokenizer as the published checkpoints have them.
 
 vLLM, llama.cpp and Transformers of any release read these; what Transformers 5 would write itself they do
 not all read (its tokenizer class, and for Falcon-7B a number of key/value heads that llama.cpp takes at its
@@ -15,12 +15,13 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import FalconConfig
+from transformers import PreTrainedConfig
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import free_bytes, try_to_write, write_json
 from falcon_qlora.common.quantities import gib
 from falcon_qlora.common.untrusted import read_json
+from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.load import empty_model
 from falcon_qlora.models.tensor_files import write_model
 
@@ -35,40 +36,17 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-_CONFIG_KEYS = (
-    "activation",
-    "alibi",
-    "attention_dropout",
-    "bias",
-    "bos_token_id",
-    "eos_token_id",
-    "ffn_hidden_size",
-    "hidden_dropout",
-    "hidden_size",
-    "initializer_range",
-    "layer_norm_epsilon",
-    "max_position_embeddings",
-    "multi_query",
-    "new_decoder_architecture",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "parallel_attn",
-    "tie_word_embeddings",
-    "vocab_size",
-)
 
 
-def parameter_shapes(config: FalconConfig) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     """Name → shape of what a folder of this model holds; a head tied to the embedding is not stored."""
-    shapes = {name: tuple(p.shape) for name, p in empty_model(config, dtype=torch.float32).named_parameters()}
-    if config.tie_word_embeddings:
-        shapes.pop("lm_head.weight", None)
-    return shapes
+    tied, model = layout_of(config).tied, empty_model(config, dtype=torch.float32)
+    return {name: tuple(p.shape) for name, p in model.named_parameters() if name not in tied}
 
 
 def write_weights(
     folder: Path,
-    config: FalconConfig,
+    config: PreTrainedConfig,
     tensors: Iterable[tuple[str, Tensor]],
     *,
     dtype: torch.dtype,
@@ -80,32 +58,22 @@ def write_weights(
     )
 
 
-def write_configuration(folder: Path, config: FalconConfig, dtype: torch.dtype) -> None:
+def write_configuration(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> None:
     write_json(folder / "config.json", published_config(config, dtype))
 
 
-def published_config(config: FalconConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """``config.json`` in the names and the form of the published Falcons."""
-    record: dict[str, Any] = {"architectures": ["FalconForCausalLM"], "model_type": "falcon"}
-    record |= {name: getattr(config, name) for name in _CONFIG_KEYS}
-    if config.new_decoder_architecture:
-        # Only there: it is read as the number of key/value heads, which in the other layouts it is not.
-        record["num_kv_heads"] = config.num_kv_heads
-        record["num_ln_in_parallel_attn"] = config.num_ln_in_parallel_attn
+def published_config(config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """``config.json`` in the names and the form of the published models."""
+    record = layout_of(config).published_config()
     if config.pad_token_id is not None:
         record["pad_token_id"] = config.pad_token_id
-    if not config.alibi:
-        rope = dict(config.rope_parameters)
-        record["rope_theta"] = rope.pop("rope_theta", 10000.0)
-        if rope.get("rope_type", "default") != "default":
-            record["rope_scaling"] = rope
     record["torch_dtype"] = str(dtype).removeprefix("torch.")
     record["use_cache"] = True
     record["transformers_version"] = transformers.__version__
     return dict(sorted(record.items(), key=lambda item: item[0]))
 
 
-def write_generation_config(folder: Path, config: FalconConfig, base: Path | None) -> None:
+def write_generation_config(folder: Path, config: PreTrainedConfig, base: Path | None) -> None:
     """The base model's, where it has one; else what its configuration says of beginning and end."""
     source = base / "generation_config.json" if base is not None else None
     if source is not None and source.is_file():

@@ -13,7 +13,7 @@ from falcon_qlora.methods.folder import TENSORS
 from falcon_qlora.methods.lora import Lora
 from falcon_qlora.methods.saved import SavedAdapter
 from falcon_qlora.models.checkpoints import Checkpoint
-from falcon_qlora.models.falcon import expected_linears
+from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.load import empty_model
 from falcon_qlora.models.quantize import (
     QuantizeMode,
@@ -64,7 +64,7 @@ def merged_tensors(
     """
     lora, dtype = lora_of(adapter), quantization.compute_dtype
     model = empty_model(checkpoint.config, dtype=dtype)
-    linears = set(expected_linears(checkpoint.config))
+    linears = set(layout_of(checkpoint.config).expected_linears())
     for name, tensor in checkpoint.tensors(model, device, dtype):
         module, _, leaf = name.rpartition(".")
         if leaf != "weight" or module not in linears:
@@ -109,7 +109,7 @@ def _merged(weight: Tensor, adapter: SavedAdapter, module: str) -> Tensor:
         holder = nn.ModuleDict({"linear": nn.Linear(into, out, bias=False)})
     holder["linear"].weight = nn.Parameter(weight, requires_grad=False)
     lora = lora_of(adapter)
-    config = lora.peft_config(target_modules=["linear"], lora_dropout=0.0, init_lora_weights=False)
+    config = lora.peft_config(["linear"], lora_dropout=0.0, init_lora_weights=False)
     inject_adapter_in_model(config, holder)
     layer: Any = holder["linear"]
     parts = {"lora_A": ".weight", "lora_B": ".weight"}

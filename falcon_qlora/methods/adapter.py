@@ -13,11 +13,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import FalconConfig, FalconForCausalLM
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.methods.folder import restore_adapter, write_adapter
 from falcon_qlora.methods.interface import ParameterGroup, remember
+from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.prefix import PREFIX, add_prefix, prefixes
 from falcon_qlora.models.quantize import holds_quantized_weight
 
@@ -38,35 +39,35 @@ class Adapter:
     title: ClassVar[str] = "Adapter"
     trains_in_float32: ClassVar[bool] = True
     why_not_merged: ClassVar[str | None] = (
-        "attention reads the learned prefix in a softmax of its own, which no weights of a Falcon express"
+        "attention reads the learned prefix in a softmax of its own, which no weights of the model express"
     )
 
     def describe(self) -> str:
         return f"{self.title}, prefix of {self.prefix_length} in every block from {self.first_block} on"
 
-    def parameter_groups(self, config: FalconConfig) -> list[ParameterGroup]:
+    def parameter_groups(self, config: PreTrainedConfig) -> list[ParameterGroup]:
         return prefix_groups(config, length=self.prefix_length, first_block=self.first_block)
 
-    def saved_shapes(self, config: FalconConfig) -> dict[str, tuple[int, ...]]:
+    def saved_shapes(self, config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
         """Name in the file → shape, of every tensor of a saved adapter of a model of `config`."""
         return prefix_shapes(config, length=self.prefix_length, first_block=self.first_block)
 
-    def attach(self, model: FalconForCausalLM, *, seed: int = 0) -> FalconForCausalLM:
+    def attach(self, model: PreTrainedModel, *, seed: int = 0) -> PreTrainedModel:
         add_prefixes(model, length=self.prefix_length, first_block=self.first_block, seed=seed)
         remember(model, self)
         return model.train()
 
-    def save(self, model: FalconForCausalLM, folder: Path) -> None:
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
         write_adapter(folder, model, self.name, asdict(self))
 
-    def restore(self, model: FalconForCausalLM, folder: Path) -> None:
+    def restore(self, model: PreTrainedModel, folder: Path) -> None:
         restore_adapter(folder, model)
 
-    def disabled(self, model: FalconForCausalLM) -> AbstractContextManager[None]:
+    def disabled(self, model: PreTrainedModel) -> AbstractContextManager[None]:
         return switched_off(prefixes(model))
 
 
-def prefix_groups(config: FalconConfig, *, length: int, first_block: int) -> list[ParameterGroup]:
+def prefix_groups(config: PreTrainedConfig, *, length: int, first_block: int) -> list[ParameterGroup]:
     """What the prefixes of a model of this configuration are.
 
     Raises:
@@ -84,7 +85,7 @@ def prefix_groups(config: FalconConfig, *, length: int, first_block: int) -> lis
     ]
 
 
-def prefix_shapes(config: FalconConfig, *, length: int, first_block: int) -> dict[str, tuple[int, ...]]:
+def prefix_shapes(config: PreTrainedConfig, *, length: int, first_block: int) -> dict[str, tuple[int, ...]]:
     """Name → shape, of the prefixes and gates of a model of this configuration.
 
     Raises:
@@ -92,25 +93,28 @@ def prefix_shapes(config: FalconConfig, *, length: int, first_block: int) -> dic
     """
     prefix_groups(config, length=length, first_block=first_block)  # refuses what cannot be
     shapes: dict[str, tuple[int, ...]] = {}
+    layout = layout_of(config)
     for block in range(first_block, config.num_hidden_layers):
-        name = f"transformer.h.{block}.self_attention.{PREFIX}"
+        name = f"{layout.backbone}.{layout.blocks}.{block}.{layout.attention}.{PREFIX}"
         shapes[f"{name}.prefix"] = (length, config.hidden_size)
         shapes[f"{name}.gate"] = (config.num_attention_heads,)
     return shapes
 
 
-def add_prefixes(model: FalconForCausalLM, *, length: int, first_block: int, seed: int) -> None:
+def add_prefixes(model: PreTrainedModel, *, length: int, first_block: int, seed: int) -> None:
     """Add a prefix to every block from `first_block` on, the same on every process."""
     prefix_groups(model.config, length=length, first_block=first_block)  # refuses what cannot be
     generator = torch.Generator().manual_seed(seed)
-    for block in model.transformer.h[first_block:]:
+    layout = layout_of(model.config)
+    for block in getattr(model.base_model, layout.blocks)[first_block:]:
         # Of the size that a norm would hand to the projection.
         rows = torch.randn(length, model.config.hidden_size, generator=generator)
-        add_prefix(block.self_attention, rows.to(model.device))
+        add_prefix(getattr(block, layout.attention), rows.to(model.device))
         # LLM.int8() gives out a view made inside its autograd function. The block adds to this one in place,
         # which autograd forbids where a gradient passes.
-        if holds_quantized_weight(block.mlp.dense_4h_to_h, "8bit"):
-            block.mlp.dense_4h_to_h.register_forward_hook(_in_memory_of_its_own)
+        last = block.get_submodule(list(layout.linears.values())[-1])
+        if holds_quantized_weight(last, "8bit"):
+            last.register_forward_hook(_in_memory_of_its_own)
 
 
 def _in_memory_of_its_own(module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:

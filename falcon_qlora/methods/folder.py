@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import FalconForCausalLM
+from transformers import PreTrainedModel
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import replaced, write_json
@@ -24,7 +24,7 @@ RECORD = "falcon_qlora.json"
 _TEXTS = ("base_model", "quantize_mode", "tokenizer", "template", "dataset_format", "method")
 
 
-def write_adapter(folder: Path, model: FalconForCausalLM, method: str, settings: dict[str, Any]) -> None:
+def write_adapter(folder: Path, model: PreTrainedModel, method: str, settings: dict[str, Any]) -> None:
     """Write what a method added to `model`.
 
     Args:
@@ -45,7 +45,7 @@ def attached_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameters[name].detach() for name in attached_names(model)}
 
 
-def restore_adapter(folder: Path, model: FalconForCausalLM) -> None:
+def restore_adapter(folder: Path, model: PreTrainedModel) -> None:
     """Put the tensors of a folder into a model to which its method is attached.
 
     Raises:

@@ -13,13 +13,13 @@ from typing import ClassVar
 
 import torch
 from safetensors.torch import load_file
-from transformers import FalconConfig, FalconForCausalLM
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import write_json
 from falcon_qlora.methods.folder import RECORD
 from falcon_qlora.methods.interface import ParameterGroup, remember
-from falcon_qlora.models.falcon import base_parameter_kinds
+from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.load import quantization_of
 from falcon_qlora.models.sharded import fill, save_whole, whole_shape
 
@@ -36,11 +36,11 @@ class Full:
     def describe(self) -> str:
         return "full: every weight"
 
-    def parameter_groups(self, config: FalconConfig) -> list[ParameterGroup]:
-        kinds = base_parameter_kinds(config)
+    def parameter_groups(self, config: PreTrainedConfig) -> list[ParameterGroup]:
+        kinds = layout_of(config).base_parameter_kinds()
         return [ParameterGroup(kind=kind, count=count, of_base=True) for kind, count in kinds.items()]
 
-    def attach(self, model: FalconForCausalLM, *, seed: int = 0) -> FalconForCausalLM:
+    def attach(self, model: PreTrainedModel, *, seed: int = 0) -> PreTrainedModel:
         mode = quantization_of(model)
         if mode != "16bit":
             raise UserError(
@@ -59,11 +59,11 @@ class Full:
         remember(model, self)
         return model.train()
 
-    def save(self, model: FalconForCausalLM, folder: Path) -> None:
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
         save_whole(model, folder)
         write_json(folder / RECORD, {"method": self.name, "base_model": model.name_or_path})
 
-    def restore(self, model: FalconForCausalLM, folder: Path) -> None:
+    def restore(self, model: PreTrainedModel, folder: Path) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         missing = set(parameters)
         for file in sorted(folder.glob("model*.safetensors")):
@@ -73,10 +73,9 @@ class Full:
                     raise RuntimeError(f"{folder} does not fit this model: {name}")
                 fill(parameters[name], tensor)
             missing -= tensors.keys()
-        if model.config.tie_word_embeddings:
-            missing.discard("lm_head.weight")
+        missing -= layout_of(model.config).tied
         if missing:
             raise RuntimeError(f"{folder} does not fit this model: {min(missing)} is not there")
 
-    def disabled(self, model: FalconForCausalLM) -> AbstractContextManager[None]:
+    def disabled(self, model: PreTrainedModel) -> AbstractContextManager[None]:
         raise UserError("the base's weights are gone where all were trained: ask the base model by itself")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from torch import nn
-from transformers import FalconConfig, FalconForCausalLM
+from transformers import PreTrainedConfig, PreTrainedModel
 
 _METHOD, _NAMES = "_method", "_method_trains"
 
@@ -54,15 +54,15 @@ class Method(Protocol):
         """The method and its settings in one line."""
         ...
 
-    def parameter_groups(self, config: FalconConfig) -> list[ParameterGroup]:
+    def parameter_groups(self, config: PreTrainedConfig) -> list[ParameterGroup]:
         """What is trained on a model of this configuration; needs no model.
 
         Raises:
-            UserError: if the settings do not suit any Falcon.
+            UserError: if the settings do not suit the model.
         """
         ...
 
-    def attach(self, model: FalconForCausalLM, *, seed: int) -> nn.Module:
+    def attach(self, model: PreTrainedModel, *, seed: int) -> nn.Module:
         """Make a model from `load_model` trainable: it computes what it did until a step is taken.
 
         Raises:
@@ -91,7 +91,7 @@ class Method(Protocol):
         ...
 
 
-def trainable_count(method: Method, config: FalconConfig) -> int:
+def trainable_count(method: Method, config: PreTrainedConfig) -> int:
     """How many parameters a method trains on a model of this configuration."""
     return sum(group.count for group in method.parameter_groups(config))
 

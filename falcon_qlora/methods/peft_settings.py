@@ -8,7 +8,7 @@ from typing import Any
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.untrusted import is_count, is_number, read_json
 from falcon_qlora.methods.lora import Lora, checked_slices
-from falcon_qlora.models.falcon import LINEARS
+from falcon_qlora.models.layouts import LINEARS
 
 # Settings of PEFT's that are read here, or that change nothing.
 _KNOWN = frozenset(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import FalconForCausalLM
+from transformers import PreTrainedModel
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.methods.adapter import Adapter
@@ -28,7 +28,7 @@ METHODS: dict[str, type[Lora] | type[Adapter] | type[AdapterV2] | type[Full]] = 
 def load_adapter(
     path: str | Path,
     *,
-    base_model: FalconForCausalLM | str | None = None,
+    base_model: PreTrainedModel | str | None = None,
     quantize_mode: QuantizeMode | None = None,
     device: torch.device | str | None = None,
     compute_dtype: torch.dtype | str = "auto",
@@ -81,14 +81,14 @@ def load_adapter(
     return _whole(base_model, trainable) if saved is None else _opened(base_model, saved, trainable)
 
 
-def _whole(model: FalconForCausalLM, trainable: bool) -> nn.Module:
+def _whole(model: PreTrainedModel, trainable: bool) -> nn.Module:
     if trainable:
         return Full().attach(model)
     remember(model, Full())
     return model
 
 
-def _opened(base: FalconForCausalLM, saved: SavedAdapter, trainable: bool) -> nn.Module:
+def _opened(base: PreTrainedModel, saved: SavedAdapter, trainable: bool) -> nn.Module:
     saved.check(base.config)
     method = saved.method
     if isinstance(method, Lora):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import FalconConfig
+from transformers import PreTrainedConfig
 
 from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.untrusted import is_count
@@ -47,7 +47,7 @@ class SavedAdapter:
     base_model: str | None
     record: dict[str, Any]
 
-    def faults(self, config: FalconConfig) -> Iterator[str]:
+    def faults(self, config: PreTrainedConfig) -> Iterator[str]:
         """What keeps its tensors from being those of a trained adapter of a model of `config`.
 
         Raises:
@@ -67,7 +67,7 @@ class SavedAdapter:
             f"{name} belongs to no {what} of the model" for name in sorted(stored.keys() - expected.keys())
         )
 
-    def check(self, config: FalconConfig) -> None:
+    def check(self, config: PreTrainedConfig) -> None:
         """Raise a `UserError` for the first of `faults`."""
         for fault in self.faults(config):
             raise UserError(f"{self.folder / TENSORS}: {fault}. The adapter is damaged or of another model.")
@@ -82,13 +82,13 @@ def _value_faults(name: str, stored: StoredTensor) -> Iterator[str]:
         yield f"{name} holds numbers that are not finite"
 
 
-def zero_tensors(adapter: SavedAdapter, config: FalconConfig) -> list[str]:
+def zero_tensors(adapter: SavedAdapter, config: PreTrainedConfig) -> list[str]:
     """Names of its tensors that are zero throughout: those that training never moved, or that were lost."""
     names = adapter.method.saved_shapes(config)
     return [name for name in names if not read_tensor(adapter.folder / TENSORS, name).any()]
 
 
-def is_untrained(adapter: SavedAdapter, config: FalconConfig, zero: Collection[str]) -> bool:
+def is_untrained(adapter: SavedAdapter, config: PreTrainedConfig, zero: Collection[str]) -> bool:
     """Whether it computes what the base does, as all that its method starts at zero is among `zero`."""
     started = [name for name in adapter.method.saved_shapes(config) if name.endswith(_STARTED_AT_ZERO)]
     return all(name in zero for name in started)

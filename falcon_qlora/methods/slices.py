@@ -1,4 +1,4 @@
-"""LoRA on slices of Falcon's fused projection: to PEFT one adapter, of which only some blocks are trained.
+"""LoRA on slices of a fused projection: to PEFT one adapter, of which only some blocks are trained.
 
 Rank r on each of n slices is rank ``n * r`` on the whole projection, whose second matrix is zero but for the
 rows of slice i in the columns ``i * r`` to ``(i + 1) * r``. Those blocks alone are parameters; what is saved
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from falcon_qlora.models.packed_attention import split_heads
+from falcon_qlora.models.layouts.base import Layout
 
 SLICES = ("query", "key", "value")
 
@@ -68,9 +68,8 @@ class SlicedUp(nn.Module):
             raise RuntimeError(f"{prefix}weight is trained outside the slices {', '.join(self._slices)}")
 
 
-def slice_rows(attention: Any) -> dict[str, Tensor]:
-    """Which outputs of a block's fused projection are queries, keys and values: int64 each, in order."""
-    linear = attention.query_key_value
+def slice_rows(layout: Layout, attention: Any, linear: Any) -> dict[str, Tensor]:
+    """Which outputs of an attention's fused projection are queries, keys and values: int64 each, in order."""
     places = torch.arange(linear.out_features, device=linear.weight.device)
-    heads = split_heads(places[None], attention)
+    heads = layout.split(attention, places[None])
     return {name: each.flatten() for name, each in zip(SLICES, heads, strict=True)}

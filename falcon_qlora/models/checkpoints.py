@@ -15,11 +15,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import FalconConfig, FalconForCausalLM
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.untrusted import file_beside, read_json
-from falcon_qlora.models.falcon import PRESETS, preset_config, read_config
+from falcon_qlora.models.layouts import PRESETS, layout_of, layout_of_preset, preset_config, read_config
+from falcon_qlora.models.layouts.base import Layout
 from falcon_qlora.models.tensor_files import read_tensor, stored_tensors
 
 RANDOM = "random:"
@@ -32,20 +33,20 @@ class Checkpoint(Protocol):
     def name(self) -> str: ...
 
     @property
-    def config(self) -> FalconConfig: ...
+    def config(self) -> PreTrainedConfig: ...
 
     def tensors(
-        self, model: FalconForCausalLM, device: torch.device, dtype: torch.dtype
+        self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype
     ) -> Iterator[tuple[str, Tensor]]:
         """Each of the empty `model`'s parameters once, under its full name; any device and floating dtype."""
         ...
 
 
-def read_folder_config(folder: Path, *, source: str | None = None) -> FalconConfig:
+def read_folder_config(folder: Path, *, source: str | None = None) -> PreTrainedConfig:
     """Read ``config.json`` of a model folder; `source` is what messages call it.
 
     Raises:
-        UserError: if there is none, it is not JSON, or the model is not a classic Falcon.
+        UserError: if there is none, it is not JSON, or the model is of no known layout.
     """
     path = folder / "config.json"
     if not path.exists():
@@ -59,21 +60,22 @@ class RandomCheckpoint:
     """A published shape with random weights, generated on the device one tensor at a time."""
 
     name: str
-    config: FalconConfig
+    config: PreTrainedConfig
     seed: int
 
     def tensors(
-        self, model: FalconForCausalLM, device: torch.device, dtype: torch.dtype
+        self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype
     ) -> Iterator[tuple[str, Tensor]]:
         generator = torch.Generator(device).manual_seed(self.seed)
+        layout = layout_of(self.config)
         # A list: the parameters are replaced as they come.
         for name, parameter in list(model.named_parameters()):
-            if name == "lm_head.weight" and self.config.tie_word_embeddings:
+            if name in layout.tied:
                 continue
             module, _, leaf = name.rpartition(".")
             if leaf == "bias":
                 yield name, torch.zeros(parameter.shape, dtype=dtype, device=device)
-            elif module.rpartition(".")[2].startswith(("ln_", "input_layernorm", "post_attention_layernorm")):
+            elif isinstance(model.get_submodule(module), layout.norm_class):
                 yield name, torch.ones(parameter.shape, dtype=dtype, device=device)
             else:
                 weight = torch.empty(parameter.shape, dtype=dtype, device=device)
@@ -93,13 +95,14 @@ def parse_random(name: str, seed: int) -> RandomCheckpoint:
         raise UserError(
             f"{name}: no preset {preset!r}{nearest(preset, PRESETS)}. There are {', '.join(PRESETS)}."
         )
-    known = set(FalconConfig().to_dict()) | {"rope_theta"}
+    layout = layout_of_preset(preset)
+    known = set(layout.config_class().to_dict()) | {"rope_theta"}
     overrides = {}
     for item in filter(None, query.split(",")):
         key, separator, text = item.partition("=")
         if not separator or key not in known | {"seed"}:
             raise UserError(
-                f"{name}: {item!r} is not KEY=VALUE of a Falcon configuration{nearest(key, known)}."
+                f"{name}: {item!r} is not KEY=VALUE of a {layout.family} configuration{nearest(key, known)}."
             )
         try:
             overrides[key] = json.loads(text.lower())
@@ -118,26 +121,25 @@ class FolderCheckpoint:
     """A folder with ``config.json`` and ``.safetensors`` or ``.bin`` files."""
 
     name: str
-    config: FalconConfig
+    config: PreTrainedConfig
     folder: Path
 
     def tensors(
-        self, model: FalconForCausalLM, device: torch.device, dtype: torch.dtype
+        self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype
     ) -> Iterator[tuple[str, Tensor]]:
-        wanted = set(dict(model.named_parameters()))
-        if self.config.tie_word_embeddings:
-            wanted.discard("lm_head.weight")
-        for name, (path, stored_name) in _places(self.folder, tied=self.config.tie_word_embeddings).items():
+        layout = layout_of(self.config)
+        wanted = set(dict(model.named_parameters())) - layout.tied
+        for name, (path, stored_name) in _places(self.folder, layout).items():
             if name in wanted:
                 yield name, _read(path, stored_name)
 
 
-def parameter_reader(folder: Path, config: FalconConfig) -> Callable[[str], Tensor]:
+def parameter_reader(folder: Path, config: PreTrainedConfig) -> Callable[[str], Tensor]:
     """A function from the name of one of the model's parameters to its tensor in the folder's files.
 
     It raises a `UserError` where there is none.
     """
-    places = _places(folder, tied=config.tie_word_embeddings)
+    places = _places(folder, layout_of(config))
 
     def read(name: str) -> Tensor:
         if name not in places:
@@ -147,25 +149,24 @@ def parameter_reader(folder: Path, config: FalconConfig) -> Callable[[str], Tens
     return read
 
 
-def _places(folder: Path, *, tied: bool) -> dict[str, tuple[Path, str]]:
+def _places(folder: Path, layout: Layout) -> dict[str, tuple[Path, str]]:
     """For every parameter its file and its name there, in the files' order."""
     names = {path: _names_in(path) for path in weight_files(folder)}
     stored = {name for inside in names.values() for name in inside}
     places: dict[str, tuple[Path, str]] = {}
     for path, inside in names.items():
         for name in inside:
-            places.setdefault(_parameter_name(name, stored, tied=tied), (path, name))
+            places.setdefault(_parameter_name(name, stored, layout), (path, name))
     return places
 
 
-_EMBEDDING = "transformer.word_embeddings.weight"
-
-
-def _parameter_name(stored: str, everything: set[str], *, tied: bool) -> str:
+def _parameter_name(stored: str, everything: set[str], layout: Layout) -> str:
     """The parameter that a stored tensor is, whether or not it was saved with the model's prefix."""
-    name = stored if stored.startswith(("transformer.", "lm_head.")) else f"transformer.{stored}"
-    if tied and name == "lm_head.weight" and _EMBEDDING not in everything:
-        return _EMBEDDING  # of two tied tensors the files may hold either
+    prefixes = (f"{layout.backbone}.", f"{layout.head}.")
+    name = stored if stored.startswith(prefixes) else f"{layout.backbone}.{stored}"
+    embedding = f"{layout.backbone}.{layout.embedding}.weight"
+    if name in layout.tied and embedding not in everything:
+        return embedding  # of two tied tensors the files may hold either
     return name
 
 

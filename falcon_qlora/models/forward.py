@@ -8,17 +8,18 @@ with ``sequences``; nothing is changed at import, and generation or plain use of
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from itertools import pairwise
 from types import MethodType
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
-from transformers import FalconForCausalLM, FalconModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutput
-from transformers.models.falcon.modeling_falcon import FalconAttention
 
-from falcon_qlora.models.packed_attention import Sequences, alibi_bias, packed_attention_forward
+from falcon_qlora.models.layouts import falcon_of, layout_of
+from falcon_qlora.models.packed_attention import Sequences, packed_attention, rotate
 from falcon_qlora.models.scaled import head_loss
 
 _BEFORE = "_forward_before_packing"
@@ -34,15 +35,14 @@ def enable_packing(model: nn.Module) -> None:
     ``sequences`` the model runs as it did.
 
     Args:
-        model: a ``FalconForCausalLM``, as it is or inside PEFT's wrapper.
+        model: of a known layout, as it is or inside PEFT's wrapper.
     """
     falcon = falcon_of(model)
     if hasattr(falcon, _BEFORE):
         return
-    for module in falcon.modules():
-        if isinstance(module, FalconAttention):
-            _replace_forward(module, _attention_forward)
-    _replace_forward(falcon, _model_forward)
+    for module in _attentions(falcon):
+        _replace_forward(module, _attention_forward)
+    _replace_forward(falcon, _like(_model_forward, layout_of(falcon.config).model_class))
 
 
 def pack_batches(model: nn.Module, *, on: bool = True) -> None:
@@ -56,11 +56,12 @@ def pack_batches(model: nn.Module, *, on: bool = True) -> None:
     otherwise (a cache, all hidden states, a mask with holes) runs as it did. A call waits for the GPU once,
     to learn where the documents lie.
     """
-    transformer = falcon_of(model).transformer
-    if on and not hasattr(transformer, _BEFORE):
-        _replace_forward(transformer, _transformer_forward)
-    elif not on and hasattr(transformer, _BEFORE):
-        _restore_forward(transformer, _transformer_forward)
+    backbone = falcon_of(model).base_model
+    forward = _like(_backbone_forward, layout_of(backbone.config).backbone_class)
+    if on and not hasattr(backbone, _BEFORE):
+        _replace_forward(backbone, forward)
+    elif not on and hasattr(backbone, _BEFORE):
+        _restore_forward(backbone, forward)
 
 
 def disable_packing(model: nn.Module) -> None:
@@ -73,18 +74,14 @@ def disable_packing(model: nn.Module) -> None:
     if not hasattr(falcon, _BEFORE):
         return
     pack_batches(falcon, on=False)
-    _restore_forward(falcon, _model_forward)
-    for module in falcon.modules():
-        if isinstance(module, FalconAttention):
-            _restore_forward(module, _attention_forward)
+    _restore_forward(falcon, _like(_model_forward, layout_of(falcon.config).model_class))
+    for module in _attentions(falcon):
+        _restore_forward(module, _attention_forward)
 
 
-def falcon_of(model: nn.Module) -> FalconForCausalLM:
-    """The Falcon itself, inside whatever wraps it."""
-    for module in model.modules():
-        if isinstance(module, FalconForCausalLM):
-            return module
-    raise TypeError(f"no FalconForCausalLM in {type(model).__name__}")
+def _attentions(falcon: Any) -> list[nn.Module]:
+    kind = layout_of(falcon.config).attention_class
+    return [module for module in falcon.modules() if isinstance(module, kind)]
 
 
 def _replace_forward(module: nn.Module, forward: Any) -> None:
@@ -108,10 +105,19 @@ def _call_before(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(module).forward(module, *args, **kwargs) if before is None else before(*args, **kwargs)
 
 
-# Keeps the signature: `generate` checks its arguments against it.
-@functools.wraps(FalconForCausalLM.forward)
+@functools.cache
+def _like(forward: Callable[..., Any], kind: Any) -> Callable[..., Any]:
+    """`forward` with the signature of a class's own, against which `generate` checks its arguments."""
+
+    @functools.wraps(kind.forward)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
+    return method
+
+
 def _model_forward(
-    self: FalconForCausalLM,
+    self: Any,
     input_ids: Tensor | None = None,
     *args: Any,
     sequences: Sequences | None = None,
@@ -127,18 +133,16 @@ def _model_forward(
         raise ValueError(
             f"input_ids {list(input_ids.shape)} and sequences of {sum(sequences.lengths)} tokens differ"
         )
-    hidden = run_blocks(self.transformer, input_ids, sequences)
+    hidden = run_blocks(self.base_model, input_ids, sequences)
+    norm, head = final_norm(self.base_model), self.get_output_embeddings()
     if targets is None:
-        return CausalLMOutput(logits=self.lm_head(self.transformer.ln_f(hidden)))
+        return CausalLMOutput(logits=head(norm(hidden)))
     assert target_positions is not None
-    hidden = self.transformer.ln_f(hidden[0].index_select(0, target_positions))
-    return CausalLMOutput(loss=head_loss(hidden, self.lm_head, targets))
+    hidden = norm(hidden[0].index_select(0, target_positions))
+    return CausalLMOutput(loss=head_loss(hidden, head, targets))
 
 
-@functools.wraps(FalconModel.forward)
-def _transformer_forward(
-    self: FalconModel, input_ids: Tensor | None = None, *args: Any, **kwargs: Any
-) -> Any:
+def _backbone_forward(self: Any, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
     documents = None
     if input_ids is not None and input_ids.numel() and not args and _may_be_packed(self, kwargs):
         documents = _documents_of(input_ids, kwargs.get("attention_mask"), kwargs.get("position_ids"))
@@ -146,7 +150,7 @@ def _transformer_forward(
         return _call_before(self, input_ids, *args, **kwargs)
     flat, sequences = documents
     packed = input_ids.flatten().index_select(0, flat)[None]
-    hidden = self.ln_f(run_blocks(self, packed, sequences))[0]
+    hidden = final_norm(self)(run_blocks(self, packed, sequences))[0]
     if len(flat) < input_ids.numel():
         hidden = hidden.new_zeros(input_ids.numel(), hidden.shape[1]).index_copy(0, flat, hidden)
     hidden = hidden.view(*input_ids.shape, -1)
@@ -155,7 +159,7 @@ def _transformer_forward(
     return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
 
 
-def _may_be_packed(self: FalconModel, kwargs: dict[str, Any]) -> bool:
+def _may_be_packed(self: Any, kwargs: dict[str, Any]) -> bool:
     given = {name for name, value in kwargs.items() if value is not None and value is not False}
     no_cache = kwargs.get("use_cache") is False or (self.training and torch.is_grad_enabled())
     return no_cache and given <= {"attention_mask", "position_ids", "use_cache", "return_dict"}
@@ -196,53 +200,41 @@ def _refuse_what_packing_cannot_do(args: tuple[Any, ...], kwargs: dict[str, Any]
         )
 
 
-def run_blocks(transformer: Any, input_ids: Tensor, sequences: Sequences) -> Tensor:
+def run_blocks(backbone: Any, input_ids: Tensor, sequences: Sequences) -> Tensor:
     """Embed and run every block: ``[1, T]`` → ``[1, T, hidden]``, before the final norm."""
-    hidden = transformer.word_embeddings(input_ids)
-    arguments = block_arguments(transformer, hidden, sequences)
-    for block in transformer.h:
-        hidden = block(hidden, **arguments)[0]
+    hidden, layout = backbone.get_input_embeddings()(input_ids), layout_of(backbone.config)
+    arguments = layout.block_arguments(backbone, hidden, sequences)
+    for block in getattr(backbone, layout.blocks):
+        hidden = run_block(block, hidden, arguments)
     return hidden
 
 
-def block_arguments(transformer: Any, hidden: Tensor, sequences: Sequences) -> dict[str, Any]:
-    """What every block takes beside the hidden states ``[1, T, hidden]`` of packed documents."""
-    alibi = alibi_bias(sequences, transformer.num_heads, hidden.dtype) if transformer.use_alibi else None
-    return {
-        "alibi": alibi,
-        # A block hands its attention mask to its attention untouched: there the packed forward finds the
-        # documents.
-        "attention_mask": sequences,
-        "position_ids": sequences.position_ids,
-        "use_cache": False,
-        "position_embeddings": transformer.rotary_emb(hidden, position_ids=sequences.position_ids),
-    }
+def final_norm(backbone: Any) -> nn.Module:
+    """What comes between the last block and the head."""
+    norm: nn.Module = getattr(backbone, layout_of(backbone.config).final_norm)
+    return norm
 
 
-def _attention_forward(
-    self: FalconAttention,
-    hidden_states: Tensor,
-    alibi: Tensor | None,
-    attention_mask: Sequences | Tensor | None,
-    position_ids: Tensor | None = None,
-    layer_past: Any = None,
-    use_cache: bool = False,
-    output_attentions: bool = False,
-    position_embeddings: tuple[Tensor, Tensor] | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    if not isinstance(attention_mask, Sequences):
-        return _call_before(
-            self,
-            hidden_states,
-            alibi=alibi,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            layer_past=layer_past,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            position_embeddings=position_embeddings,
-            **kwargs,
-        )
-    assert position_embeddings is not None
-    return packed_attention_forward(self, hidden_states, attention_mask, position_embeddings, alibi), None
+def run_block(block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """Run one block of packed documents ``[1, T, hidden]``; `arguments` are `Layout.block_arguments`."""
+    output = block(hidden, **arguments)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    sequences = kwargs.get("attention_mask")
+    if not isinstance(sequences, Sequences):
+        return _call_before(self, hidden_states, *args, **kwargs)
+    layout, bias = layout_of(self.config), kwargs.get("alibi")
+    query, key, value = layout.heads(self, hidden_states)
+    if bias is None:
+        cosine, sine = (each[0].unsqueeze(1) for each in kwargs["position_embeddings"])
+        query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
+    dropout = layout.attention_dropout(self) if self.training else 0.0
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    output = packed_attention(query, key, value, sequences, bias=bias, dropout=dropout)
+    output = getattr(self, layout.output_projection)(rearrange(output, "t heads d -> 1 t (heads d)"))
+    return output, None

@@ -80,7 +80,7 @@ def fetch_model(repository: str, *, revision: str | None = None) -> Path:
     the hub cannot be reached, the cache is used.
 
     Raises:
-        UserError: if the model does not exist, may not be read, is no classic Falcon, does not fit on the
+        UserError: if the model does not exist, may not be read, is of no known layout, does not fit on the
             disk, or is neither in the cache nor to be had.
     """
     try:
@@ -121,10 +121,10 @@ def fetch_tokenizer(repository: str, *, revision: str | None = None) -> Path:
 
 
 def plan_model(repository: str, *, revision: str | None = None) -> Download:
-    """Ask the hub which files loading a model needs, how large they are, and whether it is a classic Falcon.
+    """Ask the hub which files loading a model needs, how large they are, and whether it can be loaded.
 
     Raises:
-        UserError: if the model does not exist, may not be read, or is no classic Falcon.
+        UserError: if the model does not exist, may not be read, or is of no known layout.
         Unreachable: if the hub does not answer.
     """
     sizes, commit = _sizes(repository, "model", revision)

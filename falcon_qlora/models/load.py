@@ -1,4 +1,4 @@
-"""Load a Falcon with every linear of every block quantized, or raise.
+"""Load a model with every linear of every block quantized, or raise.
 
 The model is built on the meta device; then its tensors come one at a time, from files or from a random
 generator, go to the device and are quantized there. So the CPU never holds more than a few tensors, whatever
@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, FalconConfig, FalconForCausalLM
-from transformers.models.falcon.modeling_falcon import FalconRotaryEmbedding
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.models.falcon import expected_linears, linear_shapes
+from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.locate import open_checkpoint
 from falcon_qlora.models.quantize import (
     NF4_BLOCK,
@@ -37,22 +36,6 @@ from falcon_qlora.processes import devices
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
 
 
-class SameDtypeLayerNorm(nn.LayerNorm):
-    """A layer norm whose arithmetic is float32 and whose output has its input's dtype, under autocast too.
-
-    PyTorch's own returns float32 under autocast. The linears keep their input's dtype, so the whole residual
-    stream would be float32: twice the memory and, in 8 bits, a third of the speed.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        with torch.autocast(input.device.type, enabled=False):
-            # The CPU's kernel takes float32 weights beside another input, and gives what it gives with
-            # weights of the input's dtype.
-            if self.weight.dtype == input.dtype or input.device.type == "cpu":
-                return super().forward(input).to(input.dtype)
-            return super().forward(input.float()).to(input.dtype)
-
-
 def load_model(
     model_name_or_path: str,
     *,
@@ -64,8 +47,8 @@ def load_model(
     llm_int8_threshold: float = 6.0,
     revision: str | None = None,
     seed: int = 0,
-) -> FalconForCausalLM:
-    """Load a Falcon onto one device, its blocks' linears quantized, frozen and in evaluation mode.
+) -> PreTrainedModel:
+    """Load a model onto one device, its blocks' linears quantized, frozen and in evaluation mode.
 
     Args:
         model_name_or_path: ``tiny`` (packaged), ``random:<preset>`` (a published shape with random weights,
@@ -84,7 +67,7 @@ def load_model(
         seed: of random weights.
 
     Raises:
-        UserError: if the model cannot be found, is no classic Falcon, does not fit, or the mode cannot run
+        UserError: if the model cannot be found, is of no known layout, does not fit, or the mode cannot run
             here.
         RuntimeError: if a linear that should be quantized is not, or another is.
     """
@@ -144,7 +127,7 @@ def verify_quantized(model: nn.Module, quantize_mode: QuantizeMode) -> None:
         RuntimeError: naming the first layer that is not as it should be.
     """
     modules = dict(model.named_modules())
-    expected = set() if quantize_mode == "16bit" else set(expected_linears(model.config))
+    expected = set() if quantize_mode == "16bit" else set(layout_of(model.config).expected_linears())
     for name in sorted(expected - modules.keys()):
         raise RuntimeError(f"{name} should be quantized and is not there")
     for name, module in modules.items():
@@ -180,12 +163,12 @@ def check_mode_runs_on(mode: str, dtype: torch.dtype, device: torch.device) -> N
         raise UserError(f"{name} has no bfloat16. Use --compute_dtype auto or fp16.")
 
 
-def _check_shapes_quantize_on(config: FalconConfig, mode: QuantizeMode, device: torch.device) -> None:
+def _check_shapes_quantize_on(config: PreTrainedConfig, mode: QuantizeMode, device: torch.device) -> None:
     # bitsandbytes' CPU kernel reads blocks as if each row of a weight began a new one. Every published Falcon
     # has rows of whole blocks.
     if mode != "4bit" or device.type != "cpu":
         return
-    for name, (_, into) in linear_shapes(config).items():
+    for name, (_, into) in layout_of(config).linear_shapes().items():
         if into % NF4_BLOCK:
             raise UserError(
                 f"4bit on the CPU needs linears whose inputs are a multiple of {NF4_BLOCK}; {name} has "
@@ -194,21 +177,22 @@ def _check_shapes_quantize_on(config: FalconConfig, mode: QuantizeMode, device: 
 
 
 def empty_model(
-    config: FalconConfig,
+    config: PreTrainedConfig,
     *,
     dtype: torch.dtype,
     quantize_mode: QuantizeMode = "16bit",
     double_quantization: bool = True,
     norms_in_float32: bool = False,
     llm_int8_threshold: float = 6.0,
-) -> FalconForCausalLM:
+) -> PreTrainedModel:
     """Build the model on the meta device, with the layers it will have; arguments as for `load_model`."""
     config.dtype = dtype
     config._attn_implementation = "sdpa"
+    layout = layout_of(config)
     with torch.device("meta"):
-        model = FalconForCausalLM(config)
+        model = layout.model_class(config)
         if quantize_mode != "16bit":
-            for name in expected_linears(config):
+            for name in layout.expected_linears():
                 linear = model.get_submodule(name)
                 quantized = empty_quantized_linear(
                     linear,
@@ -219,14 +203,14 @@ def empty_model(
                 )
                 model.set_submodule(name, quantized)
         for name, module in list(model.named_modules()):
-            if isinstance(module, nn.LayerNorm):
-                norm = SameDtypeLayerNorm(module.normalized_shape, eps=module.eps)
+            if isinstance(module, layout.norm_class):
+                norm = layout.norm(module)
                 model.set_submodule(name, norm.float() if norms_in_float32 else norm.to(dtype))
     return model
 
 
 def _fill(
-    model: FalconForCausalLM,
+    model: PreTrainedModel,
     tensors: Iterator[tuple[str, Tensor]],
     device: torch.device,
     dtype: torch.dtype,
@@ -234,9 +218,8 @@ def _fill(
     source: str,
 ) -> None:
     """Put each named tensor where it belongs, quantized where its layer is."""
-    missing = dict(model.named_parameters())
-    if model.config.tie_word_embeddings:
-        missing.pop("lm_head.weight", None)
+    layout = layout_of(model.config)
+    missing = {name: p for name, p in model.named_parameters() if name not in layout.tied}
     for name, tensor in tensors:
         wanted = missing.pop(name)
         if tuple(tensor.shape) != tuple(wanted.shape):
@@ -250,7 +233,7 @@ def _fill(
         if leaf == "weight" and is_quantized_linear(module):
             fill_quantized_weight(module, tensor.to(dtype))
         else:
-            kept = wanted.dtype if isinstance(module, SameDtypeLayerNorm) else dtype
+            kept = wanted.dtype if isinstance(module, layout.norm_class) else dtype
             # A copy where nothing else makes one: the tensor may be a view into a file.
             tensor = tensor.to(kept, copy=tensor.device.type == "cpu")
             setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
@@ -263,7 +246,7 @@ def _fill(
 
 
 def _finish(
-    model: FalconForCausalLM,
+    model: PreTrainedModel,
     name: str,
     mode: QuantizeMode,
     device: torch.device,
@@ -272,7 +255,7 @@ def _finish(
     llm_int8_threshold: float,
 ) -> None:
     """What the tensors do not bring: buffers, the tied head, and what other libraries read from a model."""
-    model.transformer.rotary_emb = FalconRotaryEmbedding(model.config).to(device)
+    model.base_model.rotary_emb = layout_of(model.config).rotary_embedding().to(device)
     model.tie_weights()
     model.requires_grad_(False)
     model.eval()
@@ -296,7 +279,7 @@ def _finish(
 
 def quantization_of(model: Any) -> QuantizeMode:
     """How the blocks of a model from `load_model` are stored."""
-    first = model.get_submodule(expected_linears(model.config)[0])
+    first = model.get_submodule(layout_of(model.config).expected_linears()[0])
     if not is_quantized_linear(first):
         return "16bit"
     return "4bit" if holds_quantized_weight(first, "4bit") else "8bit"

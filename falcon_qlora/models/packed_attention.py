@@ -19,9 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
-from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb, build_alibi_tensor
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -111,69 +109,11 @@ def _group_by_length(lengths: tuple[int, ...], device: torch.device) -> tuple[Pa
     return tuple(groups)
 
 
-def split_heads(fused: Tensor, attention: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Take a Falcon block's fused projection apart, without copying keys and values out to every query head.
-
-    Args:
-        fused: ``[T, width]``, the output of ``query_key_value``.
-        attention: the ``FalconAttention`` it belongs to, which knows the layout.
-
-    Returns:
-        query ``[T, Q, D]``, key ``[T, K, D]``, value ``[T, K, D]``.
-    """
-    head_dim = attention.head_dim
-    if attention.new_decoder_architecture:
-        groups = rearrange(fused, "t (k group d) -> t k group d", k=attention.num_kv_heads, d=head_dim)
-        query = rearrange(groups[:, :, :-2], "t k group d -> t (k group) d")
-        return query, groups[:, :, -2], groups[:, :, -1]
-    if attention.multi_query:
-        heads = rearrange(fused, "t (heads d) -> t heads d", d=head_dim)
-        return heads[:, :-2], heads[:, -2:-1], heads[:, -1:]
-    query, key, value = rearrange(fused, "t (heads three d) -> three t heads d", three=3, d=head_dim)
-    return query, key, value
-
-
-def alibi_bias(sequences: Sequences, heads: int, dtype: torch.dtype) -> Tensor:
-    """What ALiBi adds to the unscaled scores of each key, rounded as in Transformers: ``[T, heads]``."""
-    positions = sequences.position_ids[0]
-    ones = torch.ones((1, sequences.max_length), dtype=torch.int64, device=positions.device)
-    bias_HL = build_alibi_tensor(ones, heads, dtype)[:, 0]
-    return bias_HL.T[positions]
-
-
-def packed_attention_forward(
-    attention: Any,
-    hidden_states: Tensor,
-    sequences: Sequences,
-    position_embeddings: tuple[Tensor, Tensor],
-    bias: Tensor | None,
-) -> Tensor:
-    """A Falcon block's self-attention, within documents.
-
-    Args:
-        attention: the ``FalconAttention``.
-        hidden_states: ``[1, T, hidden]``, after the norm.
-        sequences: where the documents lie.
-        position_embeddings: cosines and sines ``[1, T, D]``, each document's own.
-        bias: ``[T, Q]`` from `alibi_bias` in a layout with ALiBi, else None.
-
-    Returns:
-        ``[1, T, hidden]``, after the output projection.
-    """
-    query, key, value = split_heads(attention.query_key_value(hidden_states)[0], attention)
-    dropout = 0.0
-    if bias is None:
-        cosine, sine = position_embeddings
-        query, key = apply_rotary_pos_emb(query, key, cosine[0], sine[0])
-    elif attention.training:
-        # As in Transformers, which drops attention probabilities in its ALiBi layouts only.
-        dropout = attention.attention_dropout.p
-    device_type = query.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    output = packed_attention(query, key, value, sequences, bias=bias, dropout=dropout)
-    return attention.dense(rearrange(output, "t heads d -> 1 t (heads d)"))
+def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotate ``[T, heads, D]`` by its tokens' positions: cosines and sines ``[T, 1, D]``."""
+    half = heads.shape[-1] // 2
+    turned = torch.cat((-heads[..., half:], heads[..., :half]), dim=-1)
+    return (heads * cosine) + (turned * sine)
 
 
 def packed_attention(

@@ -1,15 +1,15 @@
-"""A learned prefix that a Falcon block's attention also looks at, gated per head (LLaMA-Adapter).
+"""A learned prefix that a block's attention also looks at, gated per head (LLaMA-Adapter).
 
 Shapes: T tokens (of all rows or documents), P prefix rows, Q query heads, K key/value heads, D head size.
 
-The prefix goes through the block's own fused projection without a norm; its keys are not rotated. Every token
+The prefix goes through the block's own projections without a norm; its keys are not rotated. Every token
 attends to all P rows in a softmax of their own, whatever its place in its document, so packed documents,
 padded batches and a single token behind a cache are the same to it. What it reads, times a gate per head, is
 added to the attention's output before the output projection.
 
-The prefix hangs on the modules that every way through the reference block calls (the fused projection, the
-output projection): the packed forward and Transformers' own need not know of it. Fast blocks call none of
-them, and compute the same in `kernels.prefix`.
+The prefix hangs on the modules that every way through the reference block calls (the projection that gives
+the queries, the output projection): the packed forward and Transformers' own need not know of it. Fast
+blocks call none of them, and compute the same in `kernels.prefix`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import FalconForCausalLM
-from transformers.models.falcon.modeling_falcon import FalconAttention, rotate_half
 
-from falcon_qlora.models.packed_attention import _one_for_each_query_head, split_heads
+from falcon_qlora.models.layouts import layout_of
+from falcon_qlora.models.packed_attention import _one_for_each_query_head, rotate
 
 PREFIX = "prefix_attention"
 
@@ -74,21 +73,21 @@ class PrefixAttention(nn.Module):
     def _begin(self, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._rotation = None if kwargs.get("alibi") is not None else kwargs["position_embeddings"]
 
-    def _keep_query(self, linear: nn.Module, args: tuple[Any, ...], fused: Tensor) -> None:
+    def _keep_query(self, linear: nn.Module, args: tuple[Any, ...], projected: Tensor) -> None:
         if self.enabled and not self._projecting:
-            self._query = fused
+            self._query = projected
 
-    def _add(self, dense: nn.Module, args: tuple[Tensor, ...], attention: Any) -> tuple[Tensor, ...] | None:
+    def _add(self, linear: nn.Module, args: tuple[Tensor, ...], attention: Any) -> tuple[Tensor, ...] | None:
         if self._query is None:
             return None
-        fused, self._query = self._query, None
-        query = split_heads(fused.flatten(0, 1), attention)[0]
+        projected, self._query = self._query, None
+        query = layout_of(attention.config).split(attention, projected.flatten(0, 1))[0]
         if self._rotation is not None:
-            shape = (*fused.shape[:2], attention.head_dim)
+            shape = (*projected.shape[:2], attention.head_dim)
             cosine, sine = (each.expand(shape).reshape(-1, 1, shape[-1]) for each in self._rotation)
-            query = query * cosine + rotate_half(query) * sine
+            query = rotate(query, cosine, sine)
             self._rotation = None
-        key, value = self._keys_and_values(attention, fused.dtype)
+        key, value = self._keys_and_values(attention, projected.dtype)
         output = args[0]
         together = self(output.reshape(query.shape), query.to(output.dtype), *_in(output.dtype, key, value))
         return (together.reshape(output.shape),)
@@ -97,35 +96,37 @@ class PrefixAttention(nn.Module):
         # Anew in every call: kept from one without gradients, they would leave the prefix without any.
         self._projecting = True
         try:
-            fused = attention.query_key_value(self.prefix.to(dtype)[None])[0]
+            _, key, value = layout_of(attention.config).heads(attention, self.prefix.to(dtype)[None])
         finally:
             self._projecting = False
-        return split_heads(fused, attention)[1:]
+        return key, value
 
 
 class _AddPrefix:
     """The hook on the output projection, which also needs the attention that it belongs to."""
 
-    def __init__(self, prefix: PrefixAttention, attention: FalconAttention):
+    def __init__(self, prefix: PrefixAttention, attention: nn.Module):
         self._prefix = prefix
         self._attention = attention
 
-    def __call__(self, dense: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        return self._prefix._add(dense, args, self._attention)
+    def __call__(self, linear: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        return self._prefix._add(linear, args, self._attention)
 
 
-def add_prefix(attention: FalconAttention, rows: Tensor) -> PrefixAttention:
+def add_prefix(attention: Any, rows: Tensor) -> PrefixAttention:
     """Let a block's attention look at a prefix.
 
     Args:
         attention: of a block whose linears are as they will stay.
         rows: float32 ``[P, hidden]``, the prefix's start, on the attention's device.
     """
-    prefix = PrefixAttention(rows, attention.num_heads)
+    layout = layout_of(attention.config)
+    prefix = PrefixAttention(rows, attention.config.num_attention_heads)
     setattr(attention, PREFIX, prefix)
     attention.register_forward_pre_hook(prefix._begin, with_kwargs=True)
-    attention.query_key_value.register_forward_hook(prefix._keep_query)
-    attention.dense.register_forward_pre_hook(_AddPrefix(prefix, attention))
+    getattr(attention, layout.query_projection).register_forward_hook(prefix._keep_query)
+    output = getattr(attention, layout.output_projection)
+    output.register_forward_pre_hook(_AddPrefix(prefix, attention))
     return prefix
 
 
@@ -134,7 +135,7 @@ def prefix_of(attention: nn.Module) -> PrefixAttention | None:
     return getattr(attention, PREFIX, None)
 
 
-def prefixes(model: FalconForCausalLM) -> list[PrefixAttention]:
+def prefixes(model: nn.Module) -> list[PrefixAttention]:
     """Those of a model's blocks, in order."""
     return [module for module in model.modules() if isinstance(module, PrefixAttention)]
 

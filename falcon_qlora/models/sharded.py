@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import FalconForCausalLM
+from transformers import PreTrainedModel
 
 from falcon_qlora.common.files import write_json
 from falcon_qlora.models import zero3
@@ -75,7 +75,7 @@ def take_part(model: nn.Module) -> None:
         pass
 
 
-def save_whole(model: FalconForCausalLM, folder: Path, *, file_bytes: int = 5 * 10**9) -> None:
+def save_whole(model: PreTrainedModel, folder: Path, *, file_bytes: int = 5 * 10**9) -> None:
     """Write a model as Transformers would, holding one file's tensors at a time.
 
     Args:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from transformers import FalconConfig
+from transformers import PreTrainedConfig
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.quantities import gib
-from falcon_qlora.models.falcon import linear_parameter_count, linear_shapes, parameter_count
+from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.quantize import NF4_BLOCK, NF4_NESTED_BLOCK, QuantizeMode
 
 
 def weight_bytes(
-    config: FalconConfig,
+    config: PreTrainedConfig,
     quantize_mode: QuantizeMode,
     *,
     double_quantization: bool = True,
@@ -25,26 +25,21 @@ def weight_bytes(
         double_quantization: whether NF4's scales are quantized too.
         compute_bytes: bytes a value of the compute dtype takes.
     """
-    linears = linear_parameter_count(config)
-    rest = (parameter_count(config) - linears) * compute_bytes
+    layout = layout_of(config)
+    linears = layout.linear_parameter_count()
+    rest = (layout.parameter_count() - linears) * compute_bytes
     if quantize_mode == "16bit":
         return linears * compute_bytes + rest
     if quantize_mode == "8bit":
-        rows = config.num_hidden_layers * sum(out for out, _ in linear_shapes(config).values())
+        rows = config.num_hidden_layers * layout.outputs_per_block()
         return linears + 4 * rows + rest
     scales = linears // NF4_BLOCK
     scale_bytes = scales + 4 * (scales // NF4_NESTED_BLOCK) if double_quantization else 4 * scales
     return linears // 2 + scale_bytes + rest
 
 
-def largest_weight_bytes(config: FalconConfig, *, compute_bytes: int = 2) -> int:
-    """Bytes of the largest single weight before it is quantized: what loading needs beyond the model."""
-    sizes = [out * into for out, into in linear_shapes(config).values()]
-    return compute_bytes * max(*sizes, config.vocab_size * config.hidden_size)
-
-
 def check_fits(
-    config: FalconConfig,
+    config: PreTrainedConfig,
     quantize_mode: QuantizeMode,
     *,
     trainable: int,

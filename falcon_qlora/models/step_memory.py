@@ -30,11 +30,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from transformers import FalconConfig
+from transformers import PreTrainedConfig
 
 from falcon_qlora.kernels.cross_entropy import logit_rows
 from falcon_qlora.models.activations import Checkpointing
-from falcon_qlora.models.falcon import linear_shapes, norms_per_block, parameter_count
+from falcon_qlora.models.layouts import layout_of
 
 # Measured: the reference path also keeps the outputs of norms and GELU, and copies of inputs.
 _REFERENCE_FACTOR, _ALL_TRAINED_FACTOR = 1.9, 2.0
@@ -66,7 +66,7 @@ class Step:
         optimizer_bytes: of the optimizer's state for one parameter, as far as PyTorch's allocator holds it.
     """
 
-    config: FalconConfig
+    config: PreTrainedConfig
     tokens: int
     trainable: int
     fast: bool
@@ -142,9 +142,11 @@ class Step:
         return inputs, projected, rest + self._products_kept()
 
     def _sizes(self) -> tuple[int, int, int, int]:
-        """Hidden size, widths of query_key_value and h_to_4h, and a group's columns for LoRA."""
-        shapes = linear_shapes(self.config)
-        fused, wide = shapes["query_key_value"][0], shapes["dense_h_to_4h"][0]
+        """Hidden size, widths of what attention and feed-forward begin with, a group's columns for LoRA."""
+        layout = layout_of(self.config)
+        shapes = layout.linear_shapes()
+        fused = sum(shapes[name][0] for name in layout.attention_inputs)
+        wide = sum(shapes[name][0] for name in layout.feed_forward_inputs)
         return self.config.hidden_size, fused, wide, 2 * self.lora_rank
 
     def _all_of_a_block(self) -> float:
@@ -173,7 +175,7 @@ class Step:
     def _weights(self) -> int:
         """Of one group, dequantized beside its LoRA: see `kernels.frozen_linear`."""
         hidden, fused, wide, rank = self._sizes()
-        shared = norms_per_block(self.config) == 1
+        shared = layout_of(self.config).norms_per_block == 1
         into = (fused + wide if shared else wide) * hidden
         return int(max(into, (hidden + wide) * hidden) + rank * (hidden + wide)) * self.value_bytes
 
@@ -185,14 +187,14 @@ class Step:
         return int(hidden + logits + (gradient if self.all_trained else 0))
 
 
-def gathered_bytes(config: FalconConfig, value_bytes: int) -> int:
+def gathered_bytes(config: PreTrainedConfig, value_bytes: int) -> int:
     """What PyTorch's fully_shard holds beside a process's own part, at the most.
 
     The embedding and its gradient are whole from a micro batch's beginning to its end. Of blocks there are
     two, the one at work and the next, each with the buffer that it came in, and gradients on their way.
     """
     embedding = config.vocab_size * config.hidden_size
-    block = (parameter_count(config) - embedding) // config.num_hidden_layers
+    block = (layout_of(config).parameter_count() - embedding) // config.num_hidden_layers
     return value_bytes * (2 * embedding + 7 * block)
 
 
@@ -214,9 +216,9 @@ def optimizer_bytes(optim: str, value_bytes: int = 4, *, embedded: float = 0.0) 
     return states * (4 if in_float32 else value_bytes)
 
 
-def embedded_share(config: FalconConfig) -> float:
+def embedded_share(config: PreTrainedConfig) -> float:
     """Share of a model's parameters that are its embedding's; a head tied to it is counted once."""
-    return config.vocab_size * config.hidden_size / parameter_count(config)
+    return config.vocab_size * config.hidden_size / layout_of(config).parameter_count()
 
 
 def allocated_optimizer_bytes(optim: str, value_bytes: int = 4, *, embedded: float = 0.0) -> float:

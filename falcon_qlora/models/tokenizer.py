@@ -9,20 +9,12 @@ from typing import Any
 from falcon_qlora.common.errors import UserError, first_line
 from falcon_qlora.common.untrusted import read_json, read_text
 from falcon_qlora.models.checkpoints import RANDOM
+from falcon_qlora.models.layouts import PRESETS, layout_of_preset
 from falcon_qlora.models.locate import is_on_hub, packaged_folder
 
 _SETTINGS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _CHAT_TEMPLATE = "chat_template.jinja"
 _TEMPLATE_LIMIT_BYTES = 2**20
-
-# Random weights come without a tokenizer: take the one of the shape's namesake.
-_TOKENIZER_OF_PRESET = {
-    "falcon-rw-1b": "tiiuae/falcon-rw-1b",
-    "falcon-7b": "tiiuae/falcon-7b",
-    "falcon-11b": "tiiuae/falcon-11B",
-    "falcon-40b": "tiiuae/falcon-40b",
-    "falcon-180b": "tiiuae/falcon-180B",
-}
 
 
 def load_tokenizer(
@@ -80,7 +72,9 @@ def find_tokenizer(
     """
     name = tokenizer_name_or_path or model_name_or_path
     if name.startswith(RANDOM):
-        name = _TOKENIZER_OF_PRESET.get(name.removeprefix(RANDOM).partition("?")[0], name)
+        # Random weights come without a tokenizer: take the one of the shape's namesake.
+        preset = name.removeprefix(RANDOM).partition("?")[0]
+        name = layout_of_preset(preset).tokenizers[preset] if preset in PRESETS else name
     if is_on_hub(name):
         from falcon_qlora.models.hub import fetch_tokenizer
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.models.forward import falcon_of
+from falcon_qlora.models.layouts import falcon_of
 
 _MARK = "_falcon_qlora_zero3"
 # Numbers whose gradients are sent together; a larger parameter's go alone.
@@ -108,7 +108,7 @@ def start(model: nn.Module, optimizer: Optimizer, *, max_grad_norm: float) -> tu
     deepspeed = _imported(on_cpu=next(model.parameters()).device.type == "cpu")
     falcon = falcon_of(model)
     # The loss reads the head's weight and does not call the head, which would bring it together.
-    deepspeed.zero.register_external_parameter(falcon, falcon.lm_head.weight)
+    deepspeed.zero.register_external_parameter(falcon, falcon.get_output_embeddings().weight)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,

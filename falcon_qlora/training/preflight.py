@@ -73,7 +73,7 @@ def _choose_folder(configuration: Configuration, lock: RunLock, *, make: bool) -
 
 
 def check_model(configuration: Configuration) -> None:
-    """Refuse a model that is no classic Falcon or exceeds the GPU, before its weights are downloaded.
+    """Refuse a model of no known layout or that exceeds the GPU, before its weights are downloaded.
 
     Raises:
         UserError: also if there is no such model, the hub cannot be reached, or DeepSpeed is not installed
@@ -114,7 +114,7 @@ def read_config(configuration: Configuration) -> Any:
     """The base model's configuration, without its weights.
 
     Raises:
-        UserError: if there is no such model, or it is no classic Falcon.
+        UserError: if there is no such model, or it is of no known layout.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HTTPError

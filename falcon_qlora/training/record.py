@@ -22,9 +22,9 @@ from falcon_qlora.data.batches import TrainingSteps
 from falcon_qlora.data.templates import template_fingerprint
 from falcon_qlora.methods.folder import RECORD
 from falcon_qlora.methods.interface import method_of
-from falcon_qlora.models.falcon import parameter_count
 from falcon_qlora.models.fast_path import described
 from falcon_qlora.models.fingerprint import model_fingerprint, tokenizer_fingerprint
+from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.quantize import is_quantized_linear
 from falcon_qlora.models.sharded import is_sharded, take_part, whole_shape
 from falcon_qlora.models.sizes import weight_bytes
@@ -88,7 +88,7 @@ def counts(model: Any) -> dict[str, int]:
     groups = [group for group in method_of(model).parameter_groups(model.config) if not group.of_base]
     return {
         "trainable_parameters": trainable,
-        "total_parameters": parameter_count(model.config) + sum(group.count for group in groups),
+        "total_parameters": layout_of(model.config).parameter_count() + sum(group.count for group in groups),
         "quantized_linears": sum(is_quantized_linear(module) for module in model.modules()),
     }
 

@@ -9,7 +9,7 @@ from falcon_qlora.config import Configuration
 from falcon_qlora.processes import agreement, devices, ranks
 
 if TYPE_CHECKING:
-    from transformers import FalconConfig
+    from transformers import PreTrainedConfig
 
 # The optimizer of a sharded model: its state is sharded too.
 OPTIMIZER = "adamw_torch_fused"
@@ -67,7 +67,7 @@ def _is_unsuitable(optim: str) -> bool:
     return any(word in optim for word in ("bnb", "8bit", "paged"))
 
 
-def _wanted(configuration: Configuration, config: FalconConfig) -> bool:
+def _wanted(configuration: Configuration, config: PreTrainedConfig) -> bool:
     wanted, processes = configuration.run.sharding, ranks.world_size()
     named = wanted in ("fsdp", "zero3")
     if named and processes == 1:
@@ -89,15 +89,15 @@ def _wanted(configuration: Configuration, config: FalconConfig) -> bool:
     return any(agreement.gather_objects(here))
 
 
-def _replica_bytes(configuration: Configuration, config: FalconConfig) -> int:
+def _replica_bytes(configuration: Configuration, config: PreTrainedConfig) -> int:
     """Weights, gradients and optimizer state of a replica."""
-    from falcon_qlora.models.falcon import parameter_count
+    from falcon_qlora.models.layouts import layout_of
     from falcon_qlora.models.load import resolve_compute_dtype
     from falcon_qlora.models.step_memory import allocated_optimizer_bytes, embedded_share
 
     each = resolve_compute_dtype(configuration.model.compute_dtype, devices.local_device()).itemsize
     states = allocated_optimizer_bytes(configuration.optimizer, each, embedded=embedded_share(config))
-    return int(parameter_count(config) * (2 * each + states))
+    return int(layout_of(config).parameter_count() * (2 * each + states))
 
 
 def _check(configuration: Configuration) -> None:

@@ -39,9 +39,9 @@ from falcon_qlora.bench.runners import Settings, adapted
 from falcon_qlora.bench.variants import VARIANTS
 from falcon_qlora.data.packing import MicroBatch, collate
 from falcon_qlora.models.activations import Checkpointing, set_checkpointing
-from falcon_qlora.models.falcon import parameter_count
 from falcon_qlora.models.fast_path import apply_fast_path
 from falcon_qlora.models.forward import enable_packing
+from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.step_memory import Step
 from falcon_qlora.step.global_batch import sum_of_losses
@@ -145,7 +145,7 @@ def measure(model: Any, variant: Variant, tokens: int, r: int, timed: int) -> di
 
 
 def table(label: str, model: Any, rows: list[Variant], arguments: argparse.Namespace) -> None:
-    timed = 6 if parameter_count(model.config) < 2e10 else 3
+    timed = 6 if layout_of(model.config).parameter_count() < 2e10 else 3
     lines, first = [], None
     for variant in rows:
         try:
@@ -197,7 +197,7 @@ def record(
         "micro_batch_tokens": arguments.tokens,
         "tokens_per_second": round(speed),
         "samples_per_second_512": round(speed / 512, 1),
-        "tflops_4n": round(4 * parameter_count(model.config) * speed / 1e12),
+        "tflops_4n": round(4 * layout_of(model.config).parameter_count() * speed / 1e12),
         "ceiling_share": "",
         "peak_allocated_gb": round(found["allocated"], 2),
         "peak_reserved_gb": round(found["reserved"], 2),

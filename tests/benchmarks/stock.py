@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerFast
 from falcon_qlora.bench.documents import Document
 from falcon_qlora.bench.runners import Settings, adapted
 from falcon_qlora.bench.variants import Engine, Variant
-from falcon_qlora.models.falcon import expected_linears
-from falcon_qlora.models.load import SameDtypeLayerNorm, quantization_of
+from falcon_qlora.models.layouts import layout_of
+from falcon_qlora.models.layouts.falcon import SameDtypeLayerNorm
+from falcon_qlora.models.load import quantization_of
 from falcon_qlora.models.quantize import holds_quantized_weight
 from falcon_qlora.models.tiny import tiny_path
 
@@ -145,7 +146,7 @@ def verify_quantized_under_lora(model: Any, variant: Variant) -> None:
     if variant.quantize_mode == "16bit":
         return
     falcon = model.get_base_model()
-    for name in expected_linears(falcon.config):
+    for name in layout_of(falcon.config).expected_linears():
         if not holds_quantized_weight(falcon.get_submodule(name).get_base_layer(), variant.quantize_mode):
             raise RuntimeError(f"{name} was left unquantized in the stock variant")
 

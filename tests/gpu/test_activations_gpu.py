@@ -7,8 +7,8 @@ import torch
 
 from falcon_qlora.models.activations import set_checkpointing
 from falcon_qlora.models.blocks.attention import PackedAttention
-from falcon_qlora.models.falcon import preset_config
 from falcon_qlora.models.fast_path import apply_fast_path
+from falcon_qlora.models.layouts import preset_config
 from falcon_qlora.models.packed_attention import Sequences
 from falcon_qlora.models.step_memory import Step
 from tests.layouts import documents

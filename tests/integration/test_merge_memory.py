@@ -19,7 +19,7 @@ from falcon_qlora.data.packing import collate
 from falcon_qlora.merge.folder import write_configuration, write_weights
 from falcon_qlora.merge.tensors import Quantization, merged_tensors
 from falcon_qlora.methods.saved import read_adapter
-from falcon_qlora.models.falcon import expected_linears, linear_shapes
+from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.locate import open_checkpoint
 import numpy as np
 from safetensors.torch import save_file
@@ -31,12 +31,12 @@ checkpoint = open_checkpoint(name)
 adapter = folder / "adapter"
 adapter.mkdir()
 tensors = {}
-for module in expected_linears(checkpoint.config):
-    out, into = linear_shapes(checkpoint.config)[module.rpartition(".")[2]]
+for module in layout_of(checkpoint.config).expected_linears():
+    out, into = layout_of(checkpoint.config).linear_shapes()[module.rpartition(".")[2]]
     tensors[f"base_model.model.{module}.lora_A.weight"] = torch.full((2, into), 0.01)
     tensors[f"base_model.model.{module}.lora_B.weight"] = torch.full((out, 2), 0.01)
 save_file(tensors, adapter / "adapter_model.safetensors")
-targets = list(linear_shapes(checkpoint.config))
+targets = list(layout_of(checkpoint.config).linear_shapes())
 settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": targets}
 (adapter / "adapter_config.json").write_text(json.dumps(settings))
 del tensors

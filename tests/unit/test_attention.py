@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from falcon_qlora.models.packed_attention import Sequences, alibi_bias, packed_attention
+from falcon_qlora.models.layouts.falcon import alibi_bias
+from falcon_qlora.models.packed_attention import Sequences, packed_attention
 
 lengths_of_documents = st.lists(st.integers(1, 200), min_size=1, max_size=30)
 

@@ -19,7 +19,7 @@ from falcon_qlora.bench.measure import Entry, Result
 from falcon_qlora.bench.runners import Settings, build
 from falcon_qlora.bench.tables import points, ratio_interval, rows_of_steps
 from falcon_qlora.bench.variants import VARIANTS
-from falcon_qlora.models.falcon import parameter_count
+from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.locate import open_checkpoint
 from falcon_qlora.terminal.charts import draw_speed_and_memory
@@ -123,7 +123,7 @@ def test_a_step_as_fast_as_plain_products_has_the_whole_ceiling(monkeypatch: pyt
     hidden = 71 * 64
     weights = 32 * hidden * ((71 + 2) * 64 + hidden + 4 * hidden + 4 * hidden) + 65024 * hidden
     step = result("ours", [1.0])
-    step.parameters = parameter_count(open_checkpoint("random:falcon-7b").config)
+    step.parameters = layout_of(open_checkpoint("random:falcon-7b").config).parameter_count()
     # Forward, and backward to the inputs: a multiplication and an addition a weight and token each.
     step.seconds = [2 * 2 * weights * step.tokens[0] / 700e12]
     (row,) = rows_of_steps([step], MACHINE, {("random:falcon-7b", "bf16"): ceiling})

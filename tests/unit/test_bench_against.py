@@ -14,7 +14,7 @@ from falcon_qlora.bench import variants
 from falcon_qlora.bench.documents import made_up
 from falcon_qlora.bench.runners import Settings, adapted, build
 from falcon_qlora.bench.variants import Impossible
-from falcon_qlora.models.falcon import expected_linears
+from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.quantize import bnb
 from tests.benchmarks import against, litgpt
@@ -38,7 +38,7 @@ def gradients(model):
 def test_the_stock_variant_is_huggingfaces_forward_on_quantized_layers(mode: str, name: str) -> None:
     base = base_model(mode)
     with build(VARIANTS[name], base, SETTINGS, {}) as runner:
-        for linear in expected_linears(base.config):
+        for linear in layout_of(base.config).expected_linears():
             assert type(base.get_submodule(linear).get_base_layer()) is LAYERS[mode]
         patched = [n for n, module in base.named_modules() if n and "forward" in vars(module)]
         assert patched == []
@@ -56,7 +56,7 @@ def test_stock_recomputes_and_drops_as_the_recipe_did() -> None:
     base = base_model()
     with build(VARIANTS["stock"], base, SETTINGS, {}) as runner:
         assert base.is_gradient_checkpointing
-        linear = base.get_submodule(expected_linears(base.config)[0])
+        linear = base.get_submodule(layout_of(base.config).expected_linears()[0])
         assert linear.lora_dropout["default"].p == 0.1
         assert runner.trainer.args.max_grad_norm == 0.3
 

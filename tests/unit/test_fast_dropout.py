@@ -8,9 +8,9 @@ from torch.testing import assert_close
 from falcon_qlora.kernels import dropout
 from falcon_qlora.kernels.low_rank import Dropout
 from falcon_qlora.models import fast_path
-from falcon_qlora.models.falcon import LINEARS
 from falcon_qlora.models.fast_path import apply_fast_path
 from falcon_qlora.models.forward import enable_packing
+from falcon_qlora.models.layouts.falcon import Falcon
 from tests.layouts import documents, plain_float32, tiny_model
 from tests.packing import packed, with_adapter
 from tests.unit.test_fast_path import (
@@ -109,7 +109,7 @@ def test_it_leaves_out_others_each_time_and_none_in_evaluation(drawn):
     assert_close(plain(**arguments).loss, without, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("targets", [[name] for name in LINEARS], ids="-".join)
+@pytest.mark.parametrize("targets", [[name] for name in Falcon.linears], ids="-".join)
 def test_dropout_on_one_linear_alone(targets, drawn):
     model = with_dropout(adapted("falcon-40b", "4bit", target_modules=targets, r=5))
     reference = adapted("falcon-40b", "4bit", target_modules=targets, r=5)

@@ -18,9 +18,9 @@ from falcon_qlora.kernels.gelu_products import GeluProducts
 from falcon_qlora.methods.lora import attach_lora
 from falcon_qlora.models import fast_path
 from falcon_qlora.models.blocks.falcon import block_facts
-from falcon_qlora.models.falcon import LINEARS
 from falcon_qlora.models.fast_path import apply_fast_path, choose_kernels, decide, remove_fast_path
 from falcon_qlora.models.forward import enable_packing
+from falcon_qlora.models.layouts.falcon import Falcon
 from falcon_qlora.models.packed_attention import Sequences
 from tests.layouts import LAYOUTS, documents, plain_float32, tiny_model
 from tests.packing import gradients, one_by_one, packed, with_adapter
@@ -115,7 +115,7 @@ def test_with_and_without_it_a_model_computes_the_same(layout, mode):
 @pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b"])
 @pytest.mark.parametrize(
     "targets",
-    [[name] for name in LINEARS] + [["query_key_value", "dense"], ["dense_h_to_4h", "dense_4h_to_h"]],
+    [[name] for name in Falcon.linears] + [["query_key_value", "dense"], ["dense_h_to_4h", "dense_4h_to_h"]],
     ids="-".join,
 )
 def test_lora_on_some_linears(layout, targets, calls):
@@ -156,7 +156,7 @@ class GeluProductsInPyTorch(GeluProducts):
         after.copy_(torch.nn.functional.gelu(before))
 
 
-@pytest.mark.parametrize("targets", [LINEARS, ["dense_4h_to_h", "query_key_value"]], ids="-".join)
+@pytest.mark.parametrize("targets", [[*Falcon.linears], ["dense_4h_to_h", "query_key_value"]], ids="-".join)
 @pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b"])
 def test_gelu_in_the_epilogues_of_products(layout, targets, monkeypatch):
     model = adapted(layout, "4bit", target_modules=targets)

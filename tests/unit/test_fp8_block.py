@@ -11,9 +11,9 @@ from torch.testing import assert_close
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.kernels import fp8
-from falcon_qlora.models.falcon import LINEARS
 from falcon_qlora.models.fast_path import apply_fast_path, decide, fp8_weight_bytes, keep_fp8_weights
 from falcon_qlora.models.forward import enable_packing
+from falcon_qlora.models.layouts.falcon import Falcon
 from falcon_qlora.models.step_memory import Step
 from falcon_qlora.training.activations import _keep_fp8_weights
 from tests.layouts import LAYOUTS, documents, tiny_model
@@ -87,7 +87,7 @@ def test_but_for_rounding_it_is_the_same(layout, mode, exact):
 @pytest.mark.parametrize(
     "settings",
     [
-        *({"target_modules": [name], "r": 5} for name in LINEARS),
+        *({"target_modules": [name], "r": 5} for name in Falcon.linears),
         {"target_modules": ["query_key_value", "dense"], "r": 1},
         {"target_modules": ["dense_h_to_4h", "dense_4h_to_h"], "r": 17, "use_rslora": True},
     ],

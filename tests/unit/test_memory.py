@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from falcon_qlora.common.quantities import GIB
 from falcon_qlora.kernels import ops
 from falcon_qlora.models.activations import Checkpointing
-from falcon_qlora.models.falcon import lora_parameter_count, parameter_count, preset_config
+from falcon_qlora.models.layouts import layout_of, preset_config
 from falcon_qlora.models.scaled import head_loss
 from falcon_qlora.models.sizes import weight_bytes
 from falcon_qlora.models.step_memory import (
@@ -25,7 +25,7 @@ from falcon_qlora.models.step_memory import (
 )
 
 FALCON_7B = preset_config("falcon-7b")
-TRAINABLE = lora_parameter_count(FALCON_7B, r=64)
+TRAINABLE = layout_of(FALCON_7B).lora_parameter_count(r=64)
 LAYERS = FALCON_7B.num_hidden_layers
 ORDER: list[Checkpointing] = ["none", "selective", "full", "offload"]
 
@@ -37,7 +37,8 @@ LEFT_OVER = 3.7e9
 
 def step(name: str = "falcon-7b", **settings: object) -> Step:
     config = preset_config(name)
-    given = {"tokens": 8192, "trainable": lora_parameter_count(config, r=64), "fast": True, "lora_rank": 64}
+    trainable = layout_of(config).lora_parameter_count(r=64)
+    given = {"tokens": 8192, "trainable": trainable, "fast": True, "lora_rank": 64}
     return Step(config=config, **given | settings)  # type: ignore[arg-type]
 
 
@@ -192,7 +193,7 @@ FULL = [
 def test_full_fine_tuning_takes_what_was_measured(
     tokens: int, to_a_step: int, gpus: int, optim: str, measured_gib: float
 ) -> None:
-    whole = parameter_count(FALCON_7B)
+    whole = layout_of(FALCON_7B).parameter_count()
     one = step(
         tokens=tokens,
         trainable=whole // gpus,

@@ -18,9 +18,9 @@ from falcon_qlora.methods.full import Full
 from falcon_qlora.methods.interface import method_of, trainable_count, trainable_names
 from falcon_qlora.methods.lora import Lora
 from falcon_qlora.methods.registry import METHODS
-from falcon_qlora.models.falcon import PRESETS, parameter_count, preset_config
 from falcon_qlora.models.fast_path import apply_fast_path
 from falcon_qlora.models.forward import enable_packing
+from falcon_qlora.models.layouts import PRESETS, layout_of, preset_config
 from falcon_qlora.models.quantize import holds_quantized_weight
 from tests.layouts import LAYOUTS, MODES, documents, plain_float32, tiny_model
 from tests.packing import gradients, packed
@@ -446,7 +446,7 @@ def test_falcon_7b_trains_as_many_parameters_as_published(name):
     method, count = PUBLISHED[name]
     assert trainable_count(method, preset_config("falcon-7b")) == count
     untied = preset_config("falcon-7b", tie_word_embeddings=False)
-    assert parameter_count(untied) == 7_217_189_760
+    assert layout_of(untied).parameter_count() == 7_217_189_760
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -458,7 +458,7 @@ def test_the_counts_and_the_saved_shapes_are_those_of_the_tensors(tmp_path, pres
     assert sum(shapes.values()) == trainable_count(method, model.config)
     groups = method.parameter_groups(model.config)
     total = sum(p.numel() for p in model.parameters())
-    assert total == parameter_count(model.config) + sum(g.count for g in groups if not g.of_base)
+    assert total == layout_of(model.config).parameter_count() + sum(g.count for g in groups if not g.of_base)
     method.save(model, tmp_path)
     saved = {name: tuple(each.shape) for name, each in load_file(tmp_path / TENSORS).items()}
     dtype = model.config.dtype

@@ -2,20 +2,10 @@
 
 import pytest
 import torch
-from transformers import FalconForCausalLM
+from transformers import AutoModelForCausalLM
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.models.falcon import (
-    LINEARS,
-    PRESETS,
-    expected_linears,
-    flops_per_token,
-    linear_parameter_count,
-    linear_shapes,
-    parameter_count,
-    preset_config,
-    read_config,
-)
+from falcon_qlora.models.layouts import PRESETS, layout_of, preset_config, read_config
 from falcon_qlora.models.sizes import check_fits, weight_bytes
 
 PARAMETERS = {
@@ -24,6 +14,10 @@ PARAMETERS = {
     "falcon-11b": 11_102_822_400,
     "falcon-40b": 41_303_293_952,
     "falcon-180b": 178_557_088_768,
+    "falcon3-1b": 1_669_408_768,
+    "falcon3-3b": 3_227_655_168,
+    "falcon3-7b": 7_455_550_464,
+    "falcon3-10b": 10_305_653_760,
 }
 
 OLD_7B = {
@@ -75,27 +69,24 @@ OLD_RW_1B = {
 @pytest.mark.parametrize("preset", PRESETS)
 def test_counts_and_shapes_are_those_of_the_model_that_transformers_builds(preset):
     config = preset_config(preset)
+    layout = layout_of(config)
     with torch.device("meta"):
-        model = FalconForCausalLM(config)
-    assert parameter_count(config) == sum(p.numel() for p in model.parameters())
-    assert parameter_count(config) == PARAMETERS[preset]
-    linears = dict.fromkeys(expected_linears(config))
+        model = AutoModelForCausalLM.from_config(config)
+    assert layout.parameter_count() == sum(p.numel() for p in model.parameters())
+    assert layout.parameter_count() == PARAMETERS[preset]
+    linears = dict.fromkeys(layout.expected_linears())
     assert set(linears) == {
         name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"
     }
-    assert linear_parameter_count(config) == sum(model.get_submodule(n).weight.numel() for n in linears)
-    for name in list(linears)[: len(LINEARS)]:
-        shape = linear_shapes(config)[name.rpartition(".")[2]]
+    assert layout.linear_parameter_count() == sum(model.get_submodule(n).weight.numel() for n in linears)
+    for name in list(linears)[: len(layout.linears)]:
+        shape = layout.linear_shapes()[name.rpartition(".")[2]]
         assert tuple(model.get_submodule(name).weight.shape) == shape
 
 
 @pytest.mark.parametrize(("preset", "trainable"), [("falcon-7b", 130_547_712), ("falcon-40b", 444_334_080)])
 def test_lora_on_all_four_linears_has_the_reference_guides_counts(preset, trainable):
-    config = preset_config(preset)
-    rank = 64
-    assert (
-        config.num_hidden_layers * sum(rank * (o + i) for o, i in linear_shapes(config).values()) == trainable
-    )
+    assert layout_of(preset_config(preset)).lora_parameter_count(r=64) == trainable
 
 
 @pytest.mark.parametrize(
@@ -114,7 +105,7 @@ def test_a_current_configuration_is_read_as_transformers_reads_it():
 
 @pytest.mark.parametrize(
     ("model_type", "named"),
-    [("llama", "Falcon3"), ("falcon_h1", "Falcon-H1"), ("falcon_mamba", "Falcon-Mamba"), ("gpt2", "gpt2")],
+    [("falcon_h1", "Falcon-H1"), ("falcon_mamba", "Falcon-Mamba"), ("gpt2", "gpt2")],
 )
 def test_other_models_are_refused_as_what_they_are(model_type, named):
     with pytest.raises(UserError, match=named):
@@ -127,9 +118,9 @@ def test_a_configuration_without_sizes_is_refused():
 
 
 def test_flops_are_two_a_weight_and_grow_with_the_document():
-    config = preset_config("falcon-7b")
-    assert flops_per_token(config) == 2 * (linear_parameter_count(config) + 65024 * 4544)
-    assert flops_per_token(config, 2048) > flops_per_token(config)
+    layout = layout_of(preset_config("falcon-7b"))
+    assert layout.flops_per_token() == 2 * (layout.linear_parameter_count() + 65024 * 4544)
+    assert layout.flops_per_token(2048) > layout.flops_per_token()
 
 
 def test_weight_bytes_are_ordered_and_near_what_is_known():

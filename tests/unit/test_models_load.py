@@ -17,7 +17,7 @@ from transformers import FalconForCausalLM
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.models import load, quantize
-from falcon_qlora.models.falcon import expected_linears, preset_config
+from falcon_qlora.models.layouts import layout_of, preset_config
 from falcon_qlora.models.load import load_model, quantization_of, resolve_compute_dtype, verify_quantized
 from falcon_qlora.models.quantize import dequantized_weight
 from tests.layouts import LAYOUTS, MODES, documents, plain_float32, tiny_model
@@ -40,7 +40,7 @@ def test_exactly_the_blocks_linears_are_quantized(layout, mode):
     model = tiny_model(layout, mode)
     kinds = {"4bit": bnb.nn.Linear4bit, "8bit": bnb.nn.Linear8bitLt}
     quantized = {n for n, m in model.named_modules() if isinstance(m, tuple(kinds.values()))}
-    assert quantized == (set() if mode == "16bit" else set(expected_linears(model.config)))
+    assert quantized == (set() if mode == "16bit" else set(layout_of(model.config).expected_linears()))
     assert quantization_of(model) == mode
     for name in quantized:
         module = model.get_submodule(name)
@@ -56,7 +56,7 @@ def test_exactly_the_blocks_linears_are_quantized(layout, mode):
 def test_quantized_weights_stand_for_the_original_ones(mode):
     original = tiny_model("falcon-7b")
     model = tiny_model("falcon-7b", mode)
-    for name in expected_linears(model.config):
+    for name in layout_of(model.config).expected_linears():
         exact, stored = original.get_submodule(name).weight, dequantized_weight(model.get_submodule(name))
         assert (stored - exact).norm() / exact.norm() < {"4bit": 0.12, "8bit": 0.02}[mode]
     assert_close(model.transformer.word_embeddings.weight, original.transformer.word_embeddings.weight)
@@ -65,13 +65,13 @@ def test_quantized_weights_stand_for_the_original_ones(mode):
 @pytest.mark.parametrize("double", [True, False])
 def test_double_quantization_is_on_or_off(double):
     model = load_model(LAYOUTS["falcon-7b"], device="cpu", double_quantization=double)
-    states = [model.get_submodule(n).weight.quant_state for n in expected_linears(model.config)]
+    states = [model.get_submodule(n).weight.quant_state for n in layout_of(model.config).expected_linears()]
     assert all(state.nested == double and state.quant_type == "nf4" for state in states)
 
 
 def test_a_layer_left_alone_is_an_error_that_names_it():
     model = tiny_model("falcon-7b", "4bit")
-    names = expected_linears(model.config)
+    names = layout_of(model.config).expected_linears()
     model.set_submodule(names[5], nn.Linear(192, 192))
     with pytest.raises(RuntimeError, match=f"{names[5]} was left unquantized"):
         verify_quantized(model, "4bit")
@@ -249,7 +249,7 @@ def test_norms_in_float32_keep_the_compute_dtype_around_them():
 
 def test_evaluating_between_two_trainings_changes_no_quantized_weight():
     model = tiny_model("falcon-7b", "4bit")
-    name = expected_linears(model.config)[0]
+    name = layout_of(model.config).expected_linears()[0]
     before = model.get_submodule(name).weight.data.clone()
     with torch.no_grad():
         model.eval()(documents([9])[0][None])

@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.methods.lora import attach_lora
 from falcon_qlora.methods.registry import load_adapter
-from falcon_qlora.models.falcon import LINEARS, linear_shapes
+from falcon_qlora.models.layouts.falcon import Falcon
 from tests.layouts import LAYOUTS, MODES, documents, plain_float32, tiny_model
 
 
@@ -37,14 +37,14 @@ def randomized(model, seed=0):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_adapters_are_float32_on_all_four_linears_and_the_rest_is_frozen(layout, mode):
     base = tiny_model(layout, mode, compute_dtype="bf16")
-    shapes = linear_shapes(base.config)
+    shapes = Falcon(base.config).linear_shapes()
     model = attach_lora(base, r=4)
     parameters = trainable(model)
     assert all("lora_" in name and p.dtype == torch.float32 for name, p in parameters.items())
     assert sum(p.numel() for p in parameters.values()) == 2 * sum(4 * (o + i) for o, i in shapes.values())
     layer = {"4bit": Linear4bit, "8bit": Linear8bitLt}.get(mode)
     if layer:
-        assert sum(isinstance(m, layer) for m in model.modules()) == 2 * len(LINEARS)
+        assert sum(isinstance(m, layer) for m in model.modules()) == 2 * len(Falcon.linears)
     assert not getattr(model, "is_loaded_in_4bit", False)
     assert not getattr(model, "is_loaded_in_8bit", False)
 

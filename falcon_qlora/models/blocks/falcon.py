@@ -32,7 +32,8 @@ from falcon_qlora.models.blocks.fast_block import (
     runs_in_fp8,
     state_of,
 )
-from falcon_qlora.models.packed_attention import Sequences, split_heads
+from falcon_qlora.models.layouts.falcon import split_heads
+from falcon_qlora.models.packed_attention import Sequences
 from falcon_qlora.models.prefix import prefix_of
 from falcon_qlora.models.scaled import scale_and_bias_of
 

@@ -1,0 +1,75 @@
+"""Families of models: one file each, entered in `LAYOUTS`; nothing else names a family's modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.models.layouts.base import Layout
+from falcon_qlora.models.layouts.falcon import Falcon
+from falcon_qlora.models.layouts.llama import Llama
+
+LAYOUTS: tuple[type[Layout], ...] = (Falcon, Llama)
+_BY_TYPE = {model_type: layout for layout in LAYOUTS for model_type in layout.model_types}
+_BY_PRESET = {preset: layout for layout in LAYOUTS for preset in layout.presets}
+
+PRESETS = tuple(_BY_PRESET)
+"""Names of the published shapes."""
+
+LINEARS = tuple(name for layout in LAYOUTS for name in layout.linears)
+"""The linears of any family's blocks, by the last part of their name."""
+
+_KNOWN_OTHERS = {
+    "falcon_h1": "a Falcon-H1",
+    "falcon_mamba": "a Falcon-Mamba",
+    "mamba": "a Mamba",
+}
+
+
+def layout_of(config: PreTrainedConfig) -> Layout:
+    """The layout of a model of this configuration."""
+    return _BY_TYPE[config.model_type](config)
+
+
+def layout_of_preset(preset: str) -> type[Layout]:
+    """The family of one of `PRESETS`."""
+    return _BY_PRESET[preset]
+
+
+def preset_config(preset: str, **overrides: Any) -> PreTrainedConfig:
+    """The configuration of a published model, with single values replaced."""
+    layout = layout_of_preset(preset)
+    return layout.config_class(**{**layout.presets[preset], **overrides})
+
+
+def read_config(raw: dict[str, Any], *, source: str = "config.json") -> PreTrainedConfig:
+    """Turn a published ``config.json`` into a configuration, old names (RefinedWeb) included.
+
+    Args:
+        raw: the parsed file.
+        source: where it was read, for messages.
+
+    Raises:
+        UserError: if the model is of no family that is trained here, or `Layout.read` refuses it.
+    """
+    model_type = raw.get("model_type")
+    layout = _BY_TYPE.get(model_type) if isinstance(model_type, str) else None
+    if layout is None:
+        what = _KNOWN_OTHERS.get(str(model_type), f"of type {model_type!r}")
+        families = "; ".join(f"{each.family} ({each.published})" for each in LAYOUTS)
+        raise UserError(
+            f"{source}: this model is {what}. falcon_qlora trains {families}, and their fine-tunes."
+        )
+    return layout.read(raw, source)
+
+
+def falcon_of(model: nn.Module) -> PreTrainedModel:
+    """The model itself, of any family, inside whatever wraps it."""
+    classes = tuple(layout.model_class for layout in LAYOUTS)
+    for module in model.modules():
+        if isinstance(module, classes):
+            return module
+    raise TypeError(f"no model of a known layout in {type(model).__name__}")

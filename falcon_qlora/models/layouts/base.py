@@ -1,0 +1,269 @@
+"""What the package has to know of a family of models, and the counts that follow from it.
+
+A family is a subclass of `Layout` in a file of its own, entered in `layouts.LAYOUTS`. With that alone it is
+loaded, quantized, trained and merged on the reference path; its fast path may come later.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from falcon_qlora.common.errors import UserError, one_line
+from falcon_qlora.common.untrusted import is_count
+from falcon_qlora.models.packed_attention import Sequences
+
+
+class Layout(ABC):
+    """A model's layout: the facts of its family, and of one configuration.
+
+    Modules are named as in Transformers' model; a linear of a block also by the last part of its name alone.
+
+    Args:
+        config: of the model.
+
+    Attributes:
+        family: what a reader knows it by.
+        published: some published models, for messages.
+        model_types: of configurations, the first of them as Transformers has it now.
+        presets: name → arguments of `config_class`, of the published models' shapes.
+        tokenizers: preset → hub model whose tokenizer goes with it.
+        kept: settings of a configuration that are read; the rest changes nothing.
+        largest: setting → far more than any published model has.
+        config_class, model_class, backbone_class, block_class, attention_class, norm_class: Transformers'.
+        embedding, blocks, final_norm: names of these modules within the backbone.
+        head: name of the output head.
+        attention: name of the attention within a block.
+        linears: last part of the name → name within the block, of every linear that is quantized and adapted,
+            in the order of the model.
+        attention_inputs: those of `linears` that read what attention reads.
+        feed_forward_inputs: those that read what the feed-forward layer reads.
+        query_projection: the one whose output holds the queries.
+        output_projection: the one that attention ends with.
+        fused: the one that is queries, keys and values at once, or None.
+    """
+
+    family: ClassVar[str]
+    published: ClassVar[str]
+    model_types: ClassVar[tuple[str, ...]]
+    presets: ClassVar[dict[str, dict[str, Any]]]
+    tokenizers: ClassVar[dict[str, str]]
+    kept: ClassVar[tuple[str, ...]]
+    largest: ClassVar[dict[str, int]]
+    config_class: ClassVar[type[PreTrainedConfig]]
+    model_class: ClassVar[type[PreTrainedModel]]
+    backbone_class: ClassVar[type[PreTrainedModel]]
+    block_class: ClassVar[type[nn.Module]]
+    attention_class: ClassVar[type[nn.Module]]
+    norm_class: ClassVar[type[nn.Module]]
+    embedding: ClassVar[str]
+    blocks: ClassVar[str]
+    final_norm: ClassVar[str]
+    head: ClassVar[str] = "lm_head"
+    attention: ClassVar[str]
+    linears: ClassVar[dict[str, str]]
+    attention_inputs: ClassVar[tuple[str, ...]]
+    feed_forward_inputs: ClassVar[tuple[str, ...]]
+    query_projection: ClassVar[str]
+    output_projection: ClassVar[str]
+    fused: ClassVar[str | None] = None
+
+    def __init__(self, config: PreTrainedConfig):
+        self.config = config
+
+    @classmethod
+    @abstractmethod
+    def read(cls, raw: dict[str, Any], source: str) -> PreTrainedConfig:
+        """Turn a published ``config.json`` of the family into a configuration, whatever its age.
+
+        Args:
+            raw: the parsed file.
+            source: where it was read, for messages.
+
+        Raises:
+            UserError: if it is not complete, or of a kind that is not computed exactly here.
+        """
+
+    @abstractmethod
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """``(out, in)`` of each linear of a block, by the last part of its name."""
+
+    @property
+    @abstractmethod
+    def norms_per_block(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def norm_vectors(self) -> int:
+        """Parameters of a norm, as vectors of the hidden size."""
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether the blocks' linears have them."""
+        return False
+
+    @abstractmethod
+    def norm(self, module: nn.Module) -> nn.Module:
+        """What takes the place of a norm: it computes in float32, and its output has its input's dtype.
+
+        Linears keep their input's dtype: after a norm that gave out float32 the whole residual stream would
+        be float32, twice the memory and, in 8 bits, a third of the speed.
+        """
+
+    @abstractmethod
+    def rotary_embedding(self) -> nn.Module:
+        """A fresh one: its buffers are in no file, and empty in a model that was built on the meta device."""
+
+    @abstractmethod
+    def heads(self, attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Project ``[1, T, hidden]``: query ``[T, Q, D]``, key and value ``[T, K, D]``, not rotated."""
+
+    @abstractmethod
+    def split(self, attention: Any, projected: Tensor) -> tuple[Tensor, ...]:
+        """What `query_projection` gave, ``[T, width]``, in heads.
+
+        Returns:
+            query ``[T, Q, D]``; and of a `fused` projection key and value ``[T, K, D]``, nothing copied.
+        """
+
+    @abstractmethod
+    def attention_dropout(self, attention: Any) -> float:
+        """Probability with which Transformers drops an attention weight while training."""
+
+    @abstractmethod
+    def published_config(self) -> dict[str, Any]:
+        """``config.json`` in the names and the form of the published models, as any release reads it."""
+
+    def block_arguments(self, backbone: Any, hidden: Tensor, sequences: Sequences) -> dict[str, Any]:
+        """What every block takes beside the hidden states ``[1, T, hidden]`` of packed documents."""
+        return {
+            # A block hands its attention mask to its attention untouched: there the packed forward finds the
+            # documents.
+            "attention_mask": sequences,
+            "position_ids": sequences.position_ids,
+            "use_cache": False,
+            "position_embeddings": backbone.rotary_emb(hidden, position_ids=sequences.position_ids),
+        }
+
+    @classmethod
+    def checked(cls, settings: dict[str, Any], source: str) -> PreTrainedConfig:
+        """A configuration of those `settings` that are `kept`.
+
+        Raises:
+            UserError: if one is missing, too large, or none that Transformers takes.
+        """
+        missing = [
+            n for n in ("hidden_size", "num_hidden_layers", "num_attention_heads") if n not in settings
+        ]
+        if missing:
+            raise UserError(f"{source}: {', '.join(missing)} missing; is the file complete?")
+        kept = {name: settings[name] for name in cls.kept if settings.get(name) is not None}
+        for name, largest in cls.largest.items():
+            value = kept.get(name, 1)
+            if not is_count(value, least=1, most=largest):
+                raise UserError(f"{source}: {name} is {str(value)[:40]!r}; expected 1 to {largest:,}")
+        if kept["hidden_size"] % kept["num_attention_heads"]:
+            raise UserError(
+                f"{source}: hidden_size {kept['hidden_size']} is no multiple of "
+                f"{kept['num_attention_heads']} attention heads"
+            )
+        try:
+            config = cls.config_class(**kept)
+            cls(config)._try_out()
+            return config
+        except Exception as error:  # its checks raise errors of several libraries
+            reason = one_line(error)
+            raise UserError(f"{source}: not the configuration of a {cls.family}: {reason}") from None
+
+    @abstractmethod
+    def _try_out(self) -> None:
+        """Use the settings that the configuration's own checks let pass whatever they are."""
+
+    @property
+    def backbone(self) -> str:
+        """Name of the part of the model that is all but the head."""
+        return self.model_class.base_model_prefix
+
+    @property
+    def tied(self) -> set[str]:
+        """Parameters that files need not hold: the head's, where it is the embedding's."""
+        return {f"{self.head}.weight"} if self.config.tie_word_embeddings else set()
+
+    @property
+    def head_dim(self) -> int:
+        return getattr(self.config, "head_dim", None) or (
+            self.config.hidden_size // self.config.num_attention_heads
+        )
+
+    def linears_of(self, names: Iterable[str]) -> list[str]:
+        """Full names of these linears of every block, given by the last part of their name, in order."""
+        wanted = set(names)
+        return [
+            f"{self.backbone}.{self.blocks}.{block}.{module}"
+            for block in range(self.config.num_hidden_layers)
+            for name, module in self.linears.items()
+            if name in wanted
+        ]
+
+    def expected_linears(self) -> list[str]:
+        """Full names of every linear of every block, in order; never the output head."""
+        return self.linears_of(self.linears)
+
+    def linear_parameter_count(self) -> int:
+        """Weights of every linear of every block: what is quantized."""
+        return self.config.num_hidden_layers * sum(out * into for out, into in self.linear_shapes().values())
+
+    def outputs_per_block(self) -> int:
+        """Outputs of all linears of a block."""
+        return sum(out for out, _ in self.linear_shapes().values())
+
+    def norm_parameter_count(self) -> int:
+        norms = self.config.num_hidden_layers * self.norms_per_block + 1
+        return self.norm_vectors * self.config.hidden_size * norms
+
+    def base_parameter_kinds(self) -> dict[str, int]:
+        """Parameters by kind; no output head where it is tied to the embedding."""
+        blocks = self.config.num_hidden_layers
+        kinds = {name: blocks * out * into for name, (out, into) in self.linear_shapes().items()}
+        if self.has_biases:
+            kinds["biases"] = blocks * self.outputs_per_block()
+        kinds["norms"] = self.norm_parameter_count()
+        kinds["embedding"] = self.config.vocab_size * self.config.hidden_size
+        if not self.config.tie_word_embeddings:
+            kinds["output head"] = kinds["embedding"]
+        return kinds
+
+    def parameter_count(self) -> int:
+        """All parameters, a head tied to the embedding counted once."""
+        return sum(self.base_parameter_kinds().values())
+
+    def flops_per_token(self, sequence_length: int = 0) -> int:
+        """Floating-point operations of one token's forward pass, the output head included.
+
+        Args:
+            sequence_length: tokens of the document, for the attention's share (causal: half of them on
+                average).
+        """
+        head = self.config.vocab_size * self.config.hidden_size
+        width = self.config.num_attention_heads * self.head_dim
+        attention = 2 * self.config.num_hidden_layers * width * sequence_length // 2
+        return 2 * (self.linear_parameter_count() + head + attention)
+
+    def lora_parameter_count(self, *, r: int, target_modules: Iterable[str] | None = None) -> int:
+        """Trainable parameters of LoRA of rank `r` on these linears of every block, on all for None."""
+        shapes = self.linear_shapes()
+        names = set(self.linears if target_modules is None else target_modules)
+        return self.config.num_hidden_layers * r * sum(sum(shapes[name]) for name in names)
+
+
+def published_rotation(config: PreTrainedConfig) -> dict[str, Any]:
+    """The settings of rotary positions, as files from before Transformers 5 have them."""
+    rope = dict(config.rope_parameters)
+    record: dict[str, Any] = {"rope_theta": rope.pop("rope_theta", 10000.0)}
+    if rope.get("rope_type", "default") != "default":
+        record["rope_scaling"] = rope
+    return record

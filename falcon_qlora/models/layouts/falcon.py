@@ -1,0 +1,315 @@
+"""Falcon: the five layouts of ``FalconForCausalLM``, from rw-1b to 180B, and Falcon2's 11B."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from transformers import FalconConfig, FalconForCausalLM, FalconModel
+from transformers.activations import get_activation
+from transformers.models.falcon.modeling_falcon import (
+    FalconAttention,
+    FalconDecoderLayer,
+    FalconRotaryEmbedding,
+    build_alibi_tensor,
+)
+
+from falcon_qlora.models.layouts.base import Layout, published_rotation
+from falcon_qlora.models.packed_attention import Sequences
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "falcon-rw-1b": {
+        "vocab_size": 50304,
+        "hidden_size": 2048,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "alibi": True,
+        "bias": True,
+        "multi_query": False,
+        "parallel_attn": False,
+        "new_decoder_architecture": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "falcon-7b": {
+        "vocab_size": 65024,
+        "hidden_size": 4544,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 71,
+        "multi_query": True,
+        "parallel_attn": True,
+        "new_decoder_architecture": False,
+    },
+    "falcon-11b": {
+        "vocab_size": 65024,
+        "hidden_size": 4096,
+        "num_hidden_layers": 60,
+        "num_attention_heads": 32,
+        "num_kv_heads": 8,
+        "num_ln_in_parallel_attn": 1,
+        "new_decoder_architecture": True,
+        "parallel_attn": True,
+        "max_position_embeddings": 8192,
+        "rope_theta": 500042.0,
+        "tie_word_embeddings": False,
+    },
+    "falcon-40b": {
+        "vocab_size": 65024,
+        "hidden_size": 8192,
+        "num_hidden_layers": 60,
+        "num_attention_heads": 128,
+        "num_kv_heads": 8,
+        "new_decoder_architecture": True,
+        "parallel_attn": True,
+    },
+    "falcon-180b": {
+        "vocab_size": 65024,
+        "hidden_size": 14848,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 232,
+        "num_kv_heads": 8,
+        "new_decoder_architecture": True,
+        "parallel_attn": True,
+    },
+}
+
+# Names that the configurations published before Falcon joined Transformers give to the same things.
+_OLD_NAMES = {
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_head_kv": "num_kv_heads",
+    "n_embed": "hidden_size",
+}
+_KEPT = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_kv_heads",
+    "num_ln_in_parallel_attn",
+    "layer_norm_epsilon",
+    "initializer_range",
+    "hidden_dropout",
+    "attention_dropout",
+    "alibi",
+    "new_decoder_architecture",
+    "multi_query",
+    "parallel_attn",
+    "bias",
+    "max_position_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "ffn_hidden_size",
+    "activation",
+    "tie_word_embeddings",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+)
+
+# As published; `published_config` adds what is in some files only.
+_PUBLISHED = (
+    "activation",
+    "alibi",
+    "attention_dropout",
+    "bias",
+    "bos_token_id",
+    "eos_token_id",
+    "ffn_hidden_size",
+    "hidden_dropout",
+    "hidden_size",
+    "initializer_range",
+    "layer_norm_epsilon",
+    "max_position_embeddings",
+    "multi_query",
+    "new_decoder_architecture",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "parallel_attn",
+    "tie_word_embeddings",
+    "vocab_size",
+)
+
+
+class SameDtypeLayerNorm(nn.LayerNorm):
+    """A layer norm whose arithmetic is float32 and whose output has its input's dtype, under autocast too.
+
+    PyTorch's own returns float32 under autocast.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            # The CPU's kernel takes float32 weights beside another input, and gives what it gives with
+            # weights of the input's dtype.
+            if self.weight.dtype == input.dtype or input.device.type == "cpu":
+                return super().forward(input).to(input.dtype)
+            return super().forward(input.float()).to(input.dtype)
+
+
+class Falcon(Layout):
+    """Queries, keys and values are one projection; attention and feed-forward are parallel but in rw."""
+
+    family = "Falcon"
+    published = "tiiuae/falcon-rw-1b, falcon-7b, falcon-11B, falcon-40b, falcon-180B"
+    model_types = ("falcon", "RefinedWeb", "RefinedWebModel")
+    presets = _PRESETS
+    tokenizers = {
+        "falcon-rw-1b": "tiiuae/falcon-rw-1b",
+        "falcon-7b": "tiiuae/falcon-7b",
+        "falcon-11b": "tiiuae/falcon-11B",
+        "falcon-40b": "tiiuae/falcon-40b",
+        "falcon-180b": "tiiuae/falcon-180B",
+    }
+    kept = _KEPT
+    largest = {
+        "vocab_size": 2**24,
+        "hidden_size": 2**18,
+        "num_hidden_layers": 2**12,
+        "num_attention_heads": 2**14,
+        "num_kv_heads": 2**14,
+        "ffn_hidden_size": 2**20,
+        "max_position_embeddings": 2**28,
+    }
+    config_class = FalconConfig
+    model_class = FalconForCausalLM
+    backbone_class = FalconModel
+    block_class = FalconDecoderLayer
+    attention_class = FalconAttention
+    norm_class = nn.LayerNorm
+    embedding = "word_embeddings"
+    blocks = "h"
+    final_norm = "ln_f"
+    attention = "self_attention"
+    linears = {
+        "query_key_value": "self_attention.query_key_value",
+        "dense": "self_attention.dense",
+        "dense_h_to_4h": "mlp.dense_h_to_4h",
+        "dense_4h_to_h": "mlp.dense_4h_to_h",
+    }
+    attention_inputs = ("query_key_value",)
+    feed_forward_inputs = ("dense_h_to_4h",)
+    query_projection = "query_key_value"
+    output_projection = "dense"
+    fused = "query_key_value"
+
+    @classmethod
+    def read(cls, raw: dict[str, Any], source: str) -> FalconConfig:
+        settings = {_OLD_NAMES.get(name, name): value for name, value in raw.items()}
+        if raw["model_type"] != "falcon":
+            # The old code had no such switch: it took the 40B block wherever key/value heads were counted.
+            settings.setdefault("new_decoder_architecture", "n_head_kv" in raw)
+            settings.setdefault("multi_query", settings["new_decoder_architecture"])
+            settings.setdefault("parallel_attn", False)
+        if settings.get("new_decoder_architecture"):
+            settings["parallel_attn"] = True  # always so there; some files say otherwise and were never read
+        return cls.checked(settings, source)
+
+    def _try_out(self) -> None:
+        config = self.config
+        if config.new_decoder_architecture and config.num_attention_heads % config.num_kv_heads:
+            raise ValueError(
+                f"{config.num_attention_heads} attention heads are no multiple of {config.num_kv_heads}"
+            )
+        get_activation(config.activation)
+        nn.Dropout(config.hidden_dropout)
+        nn.Dropout(config.attention_dropout)
+        nn.LayerNorm(1, eps=float(config.layer_norm_epsilon))
+        if not config.alibi:
+            self.rotary_embedding()
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        config = self.config
+        if config.new_decoder_architecture:
+            kv_heads = config.num_kv_heads
+        else:
+            kv_heads = 1 if config.multi_query else config.num_attention_heads
+        hidden, wide = config.hidden_size, config.ffn_hidden_size
+        return {
+            "query_key_value": ((config.num_attention_heads + 2 * kv_heads) * self.head_dim, hidden),
+            "dense": (hidden, hidden),
+            "dense_h_to_4h": (wide, hidden),
+            "dense_4h_to_h": (hidden, wide),
+        }
+
+    @property
+    def norms_per_block(self) -> int:
+        config = self.config
+        if config.new_decoder_architecture:
+            return 2 if config.num_ln_in_parallel_attn in (None, 2) else 1
+        return 1 if config.parallel_attn else 2
+
+    @property
+    def norm_vectors(self) -> int:
+        return 2
+
+    @property
+    def has_biases(self) -> bool:
+        return bool(self.config.bias)
+
+    def norm(self, module: nn.Module) -> nn.Module:
+        assert isinstance(module, nn.LayerNorm)
+        return SameDtypeLayerNorm(module.normalized_shape, eps=module.eps)
+
+    def rotary_embedding(self) -> nn.Module:
+        return FalconRotaryEmbedding(self.config)
+
+    def block_arguments(self, backbone: Any, hidden: Tensor, sequences: Sequences) -> dict[str, Any]:
+        alibi = None
+        if self.config.alibi:
+            alibi = alibi_bias(sequences, self.config.num_attention_heads, hidden.dtype)
+        return {"alibi": alibi, **super().block_arguments(backbone, hidden, sequences)}
+
+    def heads(self, attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return split_heads(attention.query_key_value(hidden)[0], attention)
+
+    def split(self, attention: Any, projected: Tensor) -> tuple[Tensor, ...]:
+        return split_heads(projected, attention)
+
+    def attention_dropout(self, attention: Any) -> float:
+        # In its layouts with ALiBi only.
+        return attention.attention_dropout.p if self.config.alibi else 0.0
+
+    def published_config(self) -> dict[str, Any]:
+        config = self.config
+        record: dict[str, Any] = {"architectures": ["FalconForCausalLM"], "model_type": "falcon"}
+        record |= {name: getattr(config, name) for name in _PUBLISHED}
+        if config.new_decoder_architecture:
+            # Only there: it is read as the number of key/value heads, which in the other layouts it is not.
+            record["num_kv_heads"] = config.num_kv_heads
+            record["num_ln_in_parallel_attn"] = config.num_ln_in_parallel_attn
+        if not config.alibi:
+            record |= published_rotation(config)
+        return record
+
+
+def split_heads(fused: Tensor, attention: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Take a block's fused projection apart, without copying keys and values out to every query head.
+
+    Args:
+        fused: ``[T, width]``, the output of ``query_key_value``.
+        attention: the ``FalconAttention`` it belongs to, which knows the layout.
+
+    Returns:
+        query ``[T, Q, D]``, key ``[T, K, D]``, value ``[T, K, D]``.
+    """
+    head_dim = attention.head_dim
+    if attention.new_decoder_architecture:
+        groups = rearrange(fused, "t (k group d) -> t k group d", k=attention.num_kv_heads, d=head_dim)
+        query = rearrange(groups[:, :, :-2], "t k group d -> t (k group) d")
+        return query, groups[:, :, -2], groups[:, :, -1]
+    if attention.multi_query:
+        heads = rearrange(fused, "t (heads d) -> t heads d", d=head_dim)
+        return heads[:, :-2], heads[:, -2:-1], heads[:, -1:]
+    query, key, value = rearrange(fused, "t (heads three d) -> three t heads d", three=3, d=head_dim)
+    return query, key, value
+
+
+def alibi_bias(sequences: Sequences, heads: int, dtype: torch.dtype) -> Tensor:
+    """What ALiBi adds to the unscaled scores of each key, rounded as in Transformers: ``[T, heads]``."""
+    positions = sequences.position_ids[0]
+    ones = torch.ones((1, sequences.max_length), dtype=torch.int64, device=positions.device)
+    bias_HL = build_alibi_tensor(ones, heads, dtype)[:, 0]
+    return bias_HL.T[positions]

@@ -1,0 +1,208 @@
+"""Falcon3: ``LlamaForCausalLM``.
+
+A configuration does not say whether a Llama is a Falcon3 or a fine-tune of one. So every Llama is taken that
+is computed exactly as Falcon3 is: SwiGLU, linears without biases, rotary positions that are not scaled. Any
+other is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from einops import rearrange
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.models.layouts.base import Layout, published_rotation
+
+_FALCON3 = {
+    "vocab_size": 131072,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1000042.0,
+    "bos_token_id": 11,
+    "eos_token_id": 11,
+}
+# As published; `published_config` adds what is in some files only.
+_PUBLISHED = (
+    "attention_bias",
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "head_dim",
+    "hidden_act",
+    "hidden_size",
+    "initializer_range",
+    "intermediate_size",
+    "max_position_embeddings",
+    "mlp_bias",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "vocab_size",
+)
+
+
+class SameDtypeRMSNorm(LlamaRMSNorm):
+    """A norm whose arithmetic is float32 and whose output has its input's dtype, whatever its weight's is."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.weight.dtype == hidden_states.dtype:
+            return super().forward(hidden_states)
+        return super().forward(hidden_states.float()).to(hidden_states.dtype)
+
+
+class Llama(Layout):
+    """Queries, keys and values are apart; attention and feed-forward follow one another."""
+
+    family = "Falcon3"
+    published = "tiiuae/Falcon3-1B-Base, Falcon3-3B-Base, Falcon3-7B-Base, Falcon3-10B-Base"
+    model_types = ("llama",)
+    presets = {
+        "falcon3-1b": {
+            **_FALCON3,
+            "num_hidden_layers": 18,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_attention_heads": 8,
+            "max_position_embeddings": 8192,
+        },
+        "falcon3-3b": {
+            **_FALCON3,
+            "num_hidden_layers": 22,
+            "hidden_size": 3072,
+            "intermediate_size": 9216,
+            "num_attention_heads": 12,
+        },
+        "falcon3-7b": {
+            **_FALCON3,
+            "num_hidden_layers": 28,
+            "hidden_size": 3072,
+            "intermediate_size": 23040,
+            "num_attention_heads": 12,
+        },
+        "falcon3-10b": {
+            **_FALCON3,
+            "num_hidden_layers": 40,
+            "hidden_size": 3072,
+            "intermediate_size": 23040,
+            "num_attention_heads": 12,
+        },
+    }
+    tokenizers = {preset: f"tiiuae/Falcon3-{preset.partition('-')[2].upper()}-Base" for preset in presets}
+    kept = (*_PUBLISHED, "pad_token_id", "rope_theta", "rope_scaling", "rope_parameters")
+    largest = {
+        "vocab_size": 2**24,
+        "hidden_size": 2**18,
+        "intermediate_size": 2**20,
+        "num_hidden_layers": 2**12,
+        "num_attention_heads": 2**14,
+        "num_key_value_heads": 2**14,
+        "head_dim": 2**12,
+        "max_position_embeddings": 2**28,
+    }
+    config_class = LlamaConfig
+    model_class = LlamaForCausalLM
+    backbone_class = LlamaModel
+    block_class = LlamaDecoderLayer
+    attention_class = LlamaAttention
+    norm_class = LlamaRMSNorm
+    embedding = "embed_tokens"
+    blocks = "layers"
+    final_norm = "norm"
+    attention = "self_attn"
+    linears = {
+        "q_proj": "self_attn.q_proj",
+        "k_proj": "self_attn.k_proj",
+        "v_proj": "self_attn.v_proj",
+        "o_proj": "self_attn.o_proj",
+        "gate_proj": "mlp.gate_proj",
+        "up_proj": "mlp.up_proj",
+        "down_proj": "mlp.down_proj",
+    }
+    attention_inputs = ("q_proj", "k_proj", "v_proj")
+    feed_forward_inputs = ("gate_proj", "up_proj")
+    query_projection = "q_proj"
+    output_projection = "o_proj"
+
+    @classmethod
+    def read(cls, raw: dict[str, Any], source: str) -> LlamaConfig:
+        config = cls.checked(raw, source)
+        rope = config.rope_parameters["rope_type"]
+        other = {
+            f"its activation is {config.hidden_act}": config.hidden_act != "silu",
+            "its linears have biases": config.attention_bias or config.mlp_bias,
+            f"its rotary positions are scaled ({rope})": rope != "default",
+        }
+        for what in (what for what, is_so in other.items() if is_so):
+            raise UserError(f"{source}: this Llama is not as {cls.family} is, which is trained here: {what}")
+        return config
+
+    def _try_out(self) -> None:
+        config = self.config
+        if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
+            raise ValueError(
+                f"heads: {config.num_attention_heads} of {config.head_dim}, {config.num_key_value_heads} for keys"
+            )
+        nn.Dropout(config.attention_dropout)
+        self.norm(LlamaRMSNorm(1, eps=float(config.rms_norm_eps)))
+        self.rotary_embedding()
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        config = self.config
+        hidden, wide = config.hidden_size, config.intermediate_size
+        queries, keys = (
+            heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
+        )
+        return {
+            "q_proj": (queries, hidden),
+            "k_proj": (keys, hidden),
+            "v_proj": (keys, hidden),
+            "o_proj": (hidden, queries),
+            "gate_proj": (wide, hidden),
+            "up_proj": (wide, hidden),
+            "down_proj": (hidden, wide),
+        }
+
+    @property
+    def norms_per_block(self) -> int:
+        return 2
+
+    @property
+    def norm_vectors(self) -> int:
+        return 1
+
+    def norm(self, module: nn.Module) -> nn.Module:
+        assert isinstance(module, LlamaRMSNorm)
+        return SameDtypeRMSNorm(len(module.weight), eps=module.variance_epsilon)
+
+    def rotary_embedding(self) -> nn.Module:
+        return LlamaRotaryEmbedding(self.config)
+
+    def heads(self, attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = (
+            rearrange(linear(hidden), "1 t (heads d) -> t heads d", d=attention.head_dim)
+            for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        return query, key, value
+
+    def split(self, attention: Any, projected: Tensor) -> tuple[Tensor, ...]:
+        return (rearrange(projected, "t (heads d) -> t heads d", d=attention.head_dim),)
+
+    def attention_dropout(self, attention: Any) -> float:
+        return float(attention.attention_dropout)
+
+    def published_config(self) -> dict[str, Any]:
+        record: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+        record |= {name: getattr(self.config, name) for name in _PUBLISHED}
+        return record | published_rotation(self.config)
