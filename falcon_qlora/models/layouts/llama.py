@@ -150,10 +150,11 @@ class Llama(Layout):
 
     def _try_out(self) -> None:
         config = self.config
-        if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
-            raise ValueError(
-                f"heads: {config.num_attention_heads} of {config.head_dim}, {config.num_key_value_heads} for keys"
-            )
+        heads, keys = config.num_attention_heads, config.num_key_value_heads
+        if heads % keys:
+            raise ValueError(f"{heads} attention heads are no multiple of {keys}")
+        if config.head_dim % 2:
+            raise ValueError(f"head_dim {config.head_dim} is odd, and rotation goes by pairs")
         nn.Dropout(config.attention_dropout)
         self.norm(LlamaRMSNorm(1, eps=float(config.rms_norm_eps)))
         self.rotary_embedding()
