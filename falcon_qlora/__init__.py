@@ -11,7 +11,7 @@ __all__ = ["__version__", "apply_fast_path", "load_adapter", "load_model", "trai
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from falcon_qlora.methods.registry import load_adapter
+    from falcon_qlora.methods.open_adapter import load_adapter
     from falcon_qlora.models.fast_path import apply_fast_path
     from falcon_qlora.models.load import load_model
 
@@ -44,7 +44,7 @@ def __getattr__(name: str) -> Any:
 
         return load_model
     if name == "load_adapter":
-        from falcon_qlora.methods.registry import load_adapter
+        from falcon_qlora.methods.open_adapter import load_adapter
 
         return load_adapter
     if name == "apply_fast_path":

@@ -14,11 +14,8 @@ from torch import Tensor, nn
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.packing import MicroBatch, collate
-from falcon_qlora.methods.folder import TENSORS, attached_tensors
-from falcon_qlora.methods.full import Full
+from falcon_qlora.methods.adapter_folder import TENSORS, SavedAdapter, read_adapter
 from falcon_qlora.methods.interface import method_of
-from falcon_qlora.methods.lora import Lora
-from falcon_qlora.methods.saved import SavedAdapter, read_adapter, zero_tensors
 from falcon_qlora.models.checkpoints import parameter_reader, read_folder_config
 from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.layouts import falcon_of
@@ -28,7 +25,7 @@ from falcon_qlora.processes import devices
 from falcon_qlora.step.global_batch import sum_of_losses
 from falcon_qlora.terminal.console import note
 
-from peft import PeftModel, get_peft_model_state_dict  # isort: skip  # after bitsandbytes, see models/quantize.py
+from peft import PeftModel  # isort: skip  # after bitsandbytes, see models/quantize.py
 
 _PROBE = "probe"
 _PROBE_LENGTHS = (24, 40)
@@ -63,7 +60,7 @@ def check_adapter(
         AdapterFaultError: naming the first thing that is wrong.
     """
     try:
-        if isinstance(method_of(model), Full):
+        if method_of(model).is_whole:
             _check_whole(folder, model)
         else:
             _check_tensors(folder, model, trained=trained)
@@ -78,12 +75,13 @@ def _check_tensors(folder: Path, model: nn.Module, *, trained: bool | None) -> N
     config: Any = model.config
     saved.check(config)
     _check_equal(saved, model)
-    if not isinstance(saved.method, Lora) and saved.method != method_of(model):
+    # PEFT's file says less than the method; what it says is tried out, see _check_loss.
+    if saved.method.opened_by != "peft" and saved.method != method_of(model):
         raise AdapterFaultError(
             f"{folder} is of {saved.method.describe()}; the model in memory is of "
             f"{method_of(model).describe()}"
         )
-    zero = [] if trained is False else zero_tensors(saved, config)
+    zero = [] if trained is False else saved.zero_tensors(config)
     if trained is None:
         moved = {_kind(name) for name in saved.method.saved_shapes(config).keys() - set(zero)}
         zero = [name for name in zero if _kind(name) in moved]
@@ -97,10 +95,7 @@ def _kind(name: str) -> str:
 
 def _check_equal(saved: SavedAdapter, model: nn.Module) -> None:
     file = saved.folder / TENSORS
-    if isinstance(model, PeftModel):
-        in_memory = get_peft_model_state_dict(model, save_embedding_layers=False)
-    else:
-        in_memory = attached_tensors(model)
+    in_memory = method_of(model).saved_tensors(model)
     config: Any = model.config
     expected = saved.method.saved_shapes(config)
     for name, tensor in in_memory.items():

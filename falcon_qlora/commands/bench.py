@@ -20,8 +20,9 @@ from falcon_qlora.bench.variants import VARIANTS, Pace, Variant, choose
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import check_writable
 from falcon_qlora.common.quantities import counted
+from falcon_qlora.common.settings import setting
 from falcon_qlora.config import Configuration, parse
-from falcon_qlora.config.settings import setting
+from falcon_qlora.methods.lora import Lora
 
 if TYPE_CHECKING:
     from falcon_qlora.bench.measure import Entry, Result
@@ -160,9 +161,12 @@ def _bench(
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    lora = configuration.method
+    if not isinstance(lora, Lora):
+        raise UserError(f"--method {lora.name}: the variants are of LoRA; --gpus measures the other methods")
     settings = Settings(
-        r=configuration.lora.lora_r,
-        alpha=configuration.lora.lora_alpha,
+        r=lora.r,
+        alpha=lora.alpha,
         max_length=length,
         seed=configuration.run.seed,
     )

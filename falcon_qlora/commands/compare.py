@@ -19,10 +19,10 @@ from typing import IO, Any, Self
 from falcon_qlora import config
 from falcon_qlora.commands.train import LaunchArguments
 from falcon_qlora.common.errors import EXIT_BUG, EXIT_USER_ERROR, UserError
+from falcon_qlora.common.settings import setting
 from falcon_qlora.compare import plan, report
 from falcon_qlora.compare.plan import METHODS, Planned
 from falcon_qlora.config import Configuration
-from falcon_qlora.config.settings import setting
 from falcon_qlora.processes.launcher import STOP_SIGNALS
 from falcon_qlora.run_folder.directory import RunDirectory, choose
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
-from dataclasses import field as setting
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.settings import setting
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.inference.base_and_adapter import (
     adapter_folder,
@@ -21,6 +21,7 @@ from falcon_qlora.inference.base_and_adapter import (
     read_trained,
     record_of_merge,
 )
+from falcon_qlora.methods.table import is_whole
 
 if TYPE_CHECKING:
     from falcon_qlora.data.templates import Template, Turn
@@ -32,27 +33,15 @@ class GenerateArguments:
 
     _argument_group_name = "Generation"
 
-    adapter: str | None = setting(
-        default=None, metadata={"help": "Folder of a trained adapter, or of the run that made it."}
-    )
-    prompt: list[str] | None = setting(
-        default=None, metadata={"help": "What to answer, one or several; unset: standard input."}
-    )
-    prompt_file: str | None = setting(
-        default=None, metadata={"help": "A JSON list of prompts to answer one after another."}
-    )
-    chat: bool = setting(
-        default=False, metadata={"help": "Talk in turns; an empty line or the end of input ends it."}
-    )
-    compare: bool = setting(
-        default=False, metadata={"help": "Answer without the adapter first, then with it."}
-    )
-    max_new_tokens: int = setting(default=256, metadata={"help": "Longest answer, in tokens."})
-    temperature: float = setting(
-        default=0.0, metadata={"help": "0: the likeliest token each time; above 0: draw with --seed."}
-    )
+    adapter: str | None = setting(None, "Folder of a trained adapter, or of the run that made it.")
+    prompt: list[str] | None = setting(None, "What to answer, one or several; unset: standard input.")
+    prompt_file: str | None = setting(None, "A JSON list of prompts to answer one after another.")
+    chat: bool = setting(False, "Talk in turns; an empty line or the end of input ends it.")
+    compare: bool = setting(False, "Answer without the adapter first, then with it.")
+    max_new_tokens: int = setting(256, "Longest answer, in tokens.", least=1)
+    temperature: float = setting(0.0, "0: the likeliest token each time; above 0: draw with --seed.", least=0)
     top_p: float = setting(
-        default=1.0, metadata={"help": "Draw from the likeliest tokens that together have this probability."}
+        1.0, "Draw from the likeliest tokens that together have this probability.", above=0, most=1
     )
 
 
@@ -77,7 +66,7 @@ def main(argv: list[str]) -> int:
         record = record_of_merge(configuration)
     else:
         record = read_trained(configuration, folder, named=configuration.explicit)
-    if wanted.compare and record["method"] == "full":
+    if wanted.compare and is_whole(record):
         raise UserError(
             f"--compare: {folder} is a whole fine-tuned model without its base inside; ask "
             f"{record.get('base_model')} by itself, as --model_name_or_path without --adapter"
@@ -212,12 +201,6 @@ def _check(wanted: GenerateArguments) -> None:
         raise UserError("--chat asks for its own prompts: leave out --prompt, --prompt_file and --compare")
     if wanted.compare and not wanted.adapter:
         raise UserError("--compare needs --adapter: it answers without the adapter and with it")
-    if wanted.max_new_tokens < 1:
-        raise UserError(f"--max_new_tokens {wanted.max_new_tokens}: must be at least 1")
-    if wanted.temperature < 0:
-        raise UserError(f"--temperature {wanted.temperature}: must not be negative")
-    if not 0 < wanted.top_p <= 1:
-        raise UserError(f"--top_p {wanted.top_p}: must be above 0 and at most 1")
 
 
 def _prompts(wanted: GenerateArguments) -> list[str] | None:

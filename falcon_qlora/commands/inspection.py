@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,11 @@ from falcon_qlora.checkpoint import manifest
 from falcon_qlora.common.errors import UserError, one_line
 from falcon_qlora.common.files import sha256
 from falcon_qlora.common.record_files import CERTIFICATE
-from falcon_qlora.common.untrusted import file_beside, read_json, read_yaml, refuse_links
+from falcon_qlora.common.untrusted import file_beside, is_count, read_json, read_yaml, refuse_links
 from falcon_qlora.merge.folder import parameter_shapes
-from falcon_qlora.methods.folder import CONFIG, RECORD, TENSORS, read_record
-from falcon_qlora.methods.full import Full
-from falcon_qlora.methods.lora import Lora
-from falcon_qlora.methods.names import may_open
-from falcon_qlora.methods.saved import is_untrained, may_be_zero, read_adapter, zero_tensors
+from falcon_qlora.methods.adapter_folder import CONFIG, RECORD, TENSORS, read_adapter, read_record
+from falcon_qlora.methods.open_adapter import may_open
+from falcon_qlora.methods.table import method_from, method_named
 from falcon_qlora.models.checkpoints import RANDOM, parameter_reader, parse_random, read_folder_config
 from falcon_qlora.models.locate import is_on_hub, packaged_folder
 from falcon_qlora.models.tensor_files import tensor_hash
@@ -65,6 +63,11 @@ class Inspection:
         if value not in (None, "", [], {}):
             self.rows.append((label, _text(value)))
 
+    def tell(self, source: dict[str, Any], labels: dict[str, str]) -> None:
+        """Add those values of `source` that `labels` name: key → label."""
+        for key, label in labels.items():
+            self.add(label, source.get(key))
+
     def attempt(self, check: Callable[[], Any]) -> Any:
         """The check's result; None where it raises, which is then a fault."""
         try:
@@ -72,6 +75,17 @@ class Inspection:
         except UserError as error:
             self.faults.append(str(error))
             return None
+
+    def collect(self, faults: Iterable[str], file: Path | None = None) -> bool:
+        """Add faults, of a file where it is not in their text, and whatever ends their search; any at all?"""
+        before = len(self.faults)
+        self.attempt(lambda: self.faults.extend(faults if file is None else (f"{file}: {f}" for f in faults)))
+        return len(self.faults) > before
+
+    def check_manifest(self, folder: Path) -> None:
+        wrong = manifest.fault(folder)
+        if wrong is not None:
+            self.faults.append(f"{folder}: {wrong}")
 
 
 def _text(value: Any) -> str:
@@ -98,17 +112,14 @@ def inspect_folder(folder: Path) -> Inspection:
         refuse_links(folder)  # a model's files may be links: they are named by who reads them
     if (folder / CERTIFICATE).is_file():
         return _merge(folder)
-    if (folder / _STATE).is_file():
-        return _checkpoint(folder)
-    if any((folder / file).is_file() for file in (CONFIG, RECORD)):
-        return _finished(folder)
+    if any((folder / file).is_file() for file in (_STATE, CONFIG, RECORD)):
+        return _left_by_training(folder)
     if (folder / "config.json").is_file():
         found = _model(folder)
         # Of a run of which only the model is left to be seen; other tools' manifests are not of this form.
         with contextlib.suppress(ValueError):
             manifest.read_manifest(folder)
-            wrong = manifest.fault(folder)
-            found.faults += [f"{folder}: {wrong}"] if wrong is not None else []
+            found.check_manifest(folder)
         return found
     if RunDirectory(folder).holds_run():
         return _run(RunDirectory(folder))
@@ -118,25 +129,28 @@ def inspect_folder(folder: Path) -> Inspection:
 def _run(run: RunDirectory) -> Inspection:
     found = Inspection("run")
     config = found.attempt(lambda: read_yaml(run.config_file)) or {}
-    for label, name in _OF_RUNS.items():
-        found.add(label, config.get(name))
-    if config.get("method") == Lora.name:
-        found.add("LoRA rank", config.get("lora_r"))
+    if config:
+        method = found.attempt(lambda: method_from(config, run.config_file))
+        found.add("method", method and method.describe())
+    found.tell(config, _OF_RUNS)
     if run.data_file.is_file():
-        _describe_data(found, run.data_file)
+        data = found.attempt(lambda: read_json(run.data_file)) or {}
+        counts = [f"{data[name]:,} {name}" for name in ("documents", "tokens") if is_count(data.get(name))]
+        found.add("data", ", ".join(counts))
+        found.add("data's hash", data.get("fingerprint"))
     if run.summary_file.is_file():
         summary = found.attempt(lambda: read_json(run.summary_file)) or {}
-        found.add("steps", summary.get("steps"))
+        losses = [_text(summary.get(name)) for name in ("first_loss", "final_loss")]
         if summary.get("first_loss") is not None:  # none was logged in a run shorter than --logging_steps
-            found.add("loss", f"{_text(summary['first_loss'])} → {_text(summary.get('final_loss'))}")
-        found.add("best held out", summary.get("best_eval_loss"))
+            summary["loss"] = " → ".join(losses)
+        found.tell(summary, {"steps": "steps", "loss": "loss", "best_eval_loss": "best held out"})
         if not run.adapter.is_dir():
             found.faults.append(f"{run.adapter} is missing, though the run was finished")
     else:
         found.add("state", "not finished")
     parts = [run.adapter] if run.adapter.is_dir() else []
     for part in [*parts, *(run.checkpoint(step) for step in run.checkpoint_steps())]:
-        inside = _checkpoint(part) if (part / _STATE).is_file() else _finished(part)
+        inside = _left_by_training(part)
         if not part.is_dir():
             continue  # a run that goes on has made room for the next
         found.faults += inside.faults
@@ -147,57 +161,36 @@ def _run(run: RunDirectory) -> Inspection:
 
 
 _OF_RUNS = {
-    "base model": "model_name_or_path",
-    "stored in": "quantize_mode",
-    "method": "method",
-    "trained on": "dataset_name",
+    "model_name_or_path": "base model",
+    "quantize_mode": "stored in",
+    "dataset_name": "trained on",
     "template": "template",
-    "learning rate": "learning_rate",
+    "learning_rate": "learning rate",
 }
 
 
-def _describe_data(found: Inspection, file: Path) -> None:
-    data = found.attempt(lambda: read_json(file)) or {}
-    counts = [f"{data[name]:,} {name}" for name in ("documents", "tokens") if isinstance(data.get(name), int)]
-    found.add("data", ", ".join(counts))
-    found.add("data's hash", data.get("fingerprint"))
-
-
-def _checkpoint(folder: Path) -> Inspection:
-    found = _trained(folder)
-    found.kind = "checkpoint"
-    state = found.attempt(lambda: read_json(folder / _STATE)) or {}
-    found.add("step", state.get("global_step"))
-    found.add("epoch", state.get("epoch"))
-    for file in sorted([*folder.glob("*.pt"), *folder.glob("*.pth"), *folder.glob("*.bin")]):
-        found.faults += _torch_file_faults(file)
-    wrong = manifest.fault(folder)
-    if wrong is not None:
-        found.faults.append(f"{folder}: {wrong}")
-    return found
-
-
-def _finished(folder: Path) -> Inspection:
-    """What a run left at its end; other tools' adapters, and those of before, have no manifest."""
-    found = _trained(folder)
-    wrong = manifest.fault(folder) if (folder / manifest.MANIFEST).is_file() else None
-    if wrong is not None:
-        found.faults.append(f"{folder}: {wrong}")
-    return found
-
-
-def _trained(folder: Path) -> Inspection:
-    """What a method left: an adapter, or a whole model."""
+def _left_by_training(folder: Path) -> Inspection:
+    """A checkpoint, or what a run left at its end."""
     whole = not (folder / CONFIG).is_file() and (folder / "config.json").is_file()
-    return _trained_model(folder) if whole else _adapter(folder)
+    found = _trained_model(folder) if whole else _adapter(folder)
+    if (folder / _STATE).is_file():
+        found.kind = "checkpoint"
+        state = found.attempt(lambda: read_json(folder / _STATE)) or {}
+        found.tell(state, {"global_step": "step", "epoch": "epoch"})
+        for file in sorted([*folder.glob("*.pt"), *folder.glob("*.pth"), *folder.glob("*.bin")]):
+            found.faults += _torch_file_faults(file)
+    elif not (folder / manifest.MANIFEST).is_file():
+        return found  # other tools' adapters, and those of before, have none
+    found.check_manifest(folder)
+    return found
 
 
 def _trained_model(folder: Path) -> Inspection:
     found = _model(folder)
     record = found.attempt(lambda: read_record(folder)) or {}
-    found.add("made from", record.get("base_model"))
-    found.add("method", Full().describe())
-    found.add("template", record.get("template"))
+    if record:
+        found.add("method", method_named(record["method"], folder).title)
+    found.tell(record, {"base_model": "made from", "template": "template"})
     return found
 
 
@@ -207,36 +200,21 @@ def _adapter(folder: Path) -> Inspection:
     if adapter is None:
         return found
     found.add("base model", adapter.base_model)
-    found.add("trained in", adapter.record.get("quantize_mode"))
-    found.add("template", adapter.record.get("template"))
-    if isinstance(adapter.method, Lora):
-        found.add("LoRA", _described(adapter.method))
-    else:
-        found.add("method", adapter.method.describe())
+    found.tell(adapter.record, {"quantize_mode": "trained in", "template": "template"})
+    found.add("method", adapter.method.describe())
     base = adapter.base_model or ""
     is_open = may_open(base, "base model", adapter.record, folder)
     config = found.attempt(lambda: base_config(base)) if is_open else None
     if config is None:
         found.add("note", "the base model's configuration is not here: the tensors were not compared with it")
-        return found
-    faults = found.attempt(lambda: list(adapter.faults(config)))
-    if faults:
-        found.faults += [f"{folder / TENSORS}: {fault}" for fault in faults]
-    elif faults is not None:
-        zero = zero_tensors(adapter, config)
-        found.trained = not is_untrained(adapter, config, zero)
-        lost = zero if found.trained else [name for name in zero if not may_be_zero(name)]
-        found.faults += [
-            f"{folder / TENSORS}: {name} is zero throughout: lost, or never trained" for name in lost
-        ]
+    elif not found.collect(adapter.faults(config), folder / TENSORS):
+        zero = adapter.zero_tensors(config)
+        found.trained = adapter.is_trained(config, zero)
+        lost = adapter.lost_tensors(config, zero)
+        found.collect(
+            (f"{name} is zero throughout: lost, or never trained" for name in lost), folder / TENSORS
+        )
     return found
-
-
-def _described(lora: Lora) -> str:
-    variant = " DoRA" * lora.use_dora + " rsLoRA" * lora.use_rslora
-    return (
-        f"r {lora.r}, alpha {lora.alpha:g}{variant}, on {', '.join(lora.slices or lora.target_modules or ())}"
-    )
 
 
 def base_config(name: str) -> PreTrainedConfig | None:
@@ -263,12 +241,7 @@ def _merge(folder: Path) -> Inspection:
     found.kind = "merge"
     certificate = found.attempt(lambda: read_json(folder / CERTIFICATE)) or {}
     origin = certificate.get("origin")
-    if isinstance(origin, dict):
-        found.add("base model", origin.get("base_model"))
-        found.add("trained on", origin.get("datasets"))
-        found.add("data's hash", origin.get("data_fingerprint"))
-        found.add("template", origin.get("template"))
-        found.add("licence", origin.get("licence"))
+    found.tell(origin if isinstance(origin, dict) else {}, _OF_MERGES)
     found.add("merged onto", certificate.get("merged_onto"))
     measured = certificate.get("merges")
     kept = measured.get(certificate.get("merged_onto")) if isinstance(measured, dict) else None
@@ -283,8 +256,17 @@ def _merge(folder: Path) -> Inspection:
     elif not found.faults:
         found.faults += _hash_faults(folder, hashes)
     if "files" in certificate:  # certificates of before say nothing of them
-        found.attempt(lambda: _collect(found, _file_faults(folder / CERTIFICATE, certificate["files"])))
+        found.collect(_file_faults(folder / CERTIFICATE, certificate["files"]))
     return found
+
+
+_OF_MERGES = {
+    "base_model": "base model",
+    "datasets": "trained on",
+    "data_fingerprint": "data's hash",
+    "template": "template",
+    "licence": "licence",
+}
 
 
 def _hash_faults(folder: Path, hashes: dict[str, Any]) -> Iterator[str]:
@@ -315,13 +297,8 @@ def _model(folder: Path) -> Inspection:
     if config is None:
         return found
     found.add("layout", f"{config.num_hidden_layers} blocks of {config.hidden_size}")
-    found.attempt(lambda: _collect(found, _tensor_faults(folder, config)))
+    found.collect(_tensor_faults(folder, config))
     return found
-
-
-def _collect(found: Inspection, faults: Iterator[str]) -> None:
-    for fault in faults:
-        found.faults.append(fault)
 
 
 def _tensor_faults(folder: Path, config: PreTrainedConfig) -> Iterator[str]:

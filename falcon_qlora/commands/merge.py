@@ -39,9 +39,8 @@ _HOW: dict[str, Any] = {
     "description": "Merge a trained adapter into its base model, with proof of what that did to it.",
 }
 _SHOWN_SETTINGS = (
-    "quantize_mode double_quantization compute_dtype lora_r lora_alpha lora_dropout lora_target_modules "
-    "lora_slices use_rslora use_dora max_length packing train_on num_train_epochs max_steps optim "
-    "learning_rate lr_scheduler_type seed"
+    "quantize_mode double_quantization compute_dtype max_length packing train_on num_train_epochs max_steps "
+    "optim learning_rate lr_scheduler_type seed"
 ).split()
 
 
@@ -95,7 +94,7 @@ def main(argv: list[str]) -> int:
     quiet_libraries()
     from falcon_qlora.common.files import remove_leftovers
     from falcon_qlora.merge.folder import check_disk, check_out
-    from falcon_qlora.methods.folder import read_record
+    from falcon_qlora.methods.adapter_folder import read_record
 
     _check_method(read_record(folder), folder)
     record = read_trained(configuration, folder, named=named)
@@ -165,7 +164,7 @@ def _request(
     from falcon_qlora.merge.build import Request
     from falcon_qlora.merge.folder import shard_bytes
     from falcon_qlora.merge.tensors import Quantization
-    from falcon_qlora.methods.saved import read_adapter, zero_tensors
+    from falcon_qlora.methods.adapter_folder import read_adapter
     from falcon_qlora.models.checkpoints import RANDOM
     from falcon_qlora.models.load import resolve_compute_dtype
     from falcon_qlora.models.locate import find_folder, open_checkpoint
@@ -176,7 +175,7 @@ def _request(
     name, revision = base_model(configuration, record), configuration.model.model_revision
     checkpoint = open_checkpoint(name, revision=revision)
     adapter.check(checkpoint.config)
-    zero = zero_tensors(adapter, checkpoint.config)
+    zero = adapter.zero_tensors(checkpoint.config)
     if zero:
         raise UserError(
             f"{folder}: {len(zero)} of its tensors are zero throughout, the first {zero[0]}: the adapter is "
@@ -217,6 +216,7 @@ def _origin(
 
     config = request.checkpoint.config
     resolved = configuration.resolved() if run is not None else {}
+    shown = [*configuration.method.flags(), *_SHOWN_SETTINGS]
     fingerprint = data_record(run).get("fingerprint")
     return Origin(
         base_model=request.checkpoint.name,
@@ -228,7 +228,7 @@ def _origin(
         template=record.get("template"),
         datasets=list(resolved.get("dataset_name", [])),
         data_fingerprint=fingerprint if isinstance(fingerprint, str) else None,
-        settings={name: resolved[name] for name in _SHOWN_SETTINGS if resolved.get(name) is not None},
+        settings={name: resolved[name] for name in shown if resolved.get(name) is not None},
         adapter=_described(request),
         falcon_qlora=VERSION,
     )
@@ -236,19 +236,11 @@ def _origin(
 
 def _described(request: Request) -> dict[str, Any]:
     from falcon_qlora.common.files import sha256
-    from falcon_qlora.merge.tensors import lora_of
-    from falcon_qlora.methods.folder import TENSORS
+    from falcon_qlora.methods.adapter_folder import TENSORS
 
-    lora = lora_of(request.adapter)
-    return {
-        "r": lora.r,
-        "alpha": lora.alpha,
-        "linears": list(lora.target_modules or ()),
-        **({"slices": list(lora.slices)} if lora.slices else {}),
-        "rslora": lora.use_rslora,
-        "dora": lora.use_dora,
-        "sha256": sha256(request.adapter.folder / TENSORS),
-    }
+    adapter = request.adapter
+    given = {name: value for name, value in adapter.method.settings().items() if value is not None}
+    return {"method": adapter.method.name, **given, "sha256": sha256(adapter.folder / TENSORS)}
 
 
 def _check(wanted: MergeArguments) -> None:
@@ -299,10 +291,10 @@ def _hub_settings(configuration: Configuration, named: Collection[str]) -> dict[
 
 
 def _check_method(record: dict[str, Any], folder: Path) -> None:
-    from falcon_qlora.methods.registry import METHODS
+    from falcon_qlora.methods.table import method_named
 
-    method = METHODS.get(record["method"]) if isinstance(record["method"], str) else None
-    if method is not None and method.why_not_merged is not None:
+    method = method_named(record["method"], folder)
+    if method.why_not_merged is not None:
         raise UserError(
             f"{folder} was trained with {method.title} and cannot be merged: {method.why_not_merged}. Use it "
             "as it is: falcon-qlora generate and falcon_qlora.load_adapter open it."

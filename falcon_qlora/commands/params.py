@@ -12,9 +12,6 @@ from falcon_qlora.config import parse
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from transformers import PreTrainedConfig
-
-    from falcon_qlora.methods.interface import Method
 
 
 def main(argv: list[str]) -> int:
@@ -30,57 +27,40 @@ def main(argv: list[str]) -> int:
 
     quiet_libraries()
 
-    from falcon_qlora.methods.interface import trainable_count
+    from falcon_qlora.models.layouts import layout_of
     from falcon_qlora.terminal.console import console
-    from falcon_qlora.training.method import configured_method
     from falcon_qlora.training.preflight import read_config
 
-    config, method = read_config(configuration), configured_method(configuration)
-    trainable = trainable_count(method, config)
+    config, method = read_config(configuration), configuration.method
+    layout, groups = layout_of(config), method.parameter_groups(config)
+    total = layout.parameter_count()
+    trained = sum(group.count for group in groups)
+    totals = {"together": f"{total:,}"}
+    if config.tie_word_embeddings:
+        head = config.vocab_size * config.hidden_size
+        totals = {"together, the embedding being the output head too": f"{total:,}"}
+        totals["with the output head counted apart"] = f"{total + head:,}"
     console().print(f"Model: {configuration.model.model_name_or_path}", markup=False, highlight=False)
-    console().print(_of_model(config))
+    console().print(_table(layout.base_parameter_kinds(), totals))
     console().print(f"\nTrained: {method.describe()}", markup=False, highlight=False)
-    console().print(_of_method(method, config))
+    kinds = {group.kind + " (the base's own)" * group.of_base: group.count for group in groups}
+    share = {"trained": f"{trained:,}", "of the base's, %": f"{100 * trained / total:.4f}"}
+    console().print(_table(kinds, share))
     console().print()
     # For scripts: apart from the tables, and as it is on every terminal.
-    print(f"trainable_parameters={trainable}")
+    print(f"trainable_parameters={trained}")
     return 0
 
 
-def _of_model(config: PreTrainedConfig) -> Table:
-    from falcon_qlora.models.layouts import layout_of
-
-    table = _table()
-    for kind, count in layout_of(config).base_parameter_kinds().items():
-        table.add_row(kind, f"{count:,}")
-    table.add_section()
-    total, head = layout_of(config).parameter_count(), config.vocab_size * config.hidden_size
-    if config.tie_word_embeddings:
-        table.add_row("together, the embedding being the output head too", f"{total:,}")
-        table.add_row("with the output head counted apart", f"{total + head:,}")
-    else:
-        table.add_row("together", f"{total:,}")
-    return table
-
-
-def _of_method(method: Method, config: PreTrainedConfig) -> Table:
-    from falcon_qlora.models.layouts import layout_of
-
-    table = _table()
-    groups = method.parameter_groups(config)
-    for group in groups:
-        table.add_row(group.kind + (" (the base's own)" if group.of_base else ""), f"{group.count:,}")
-    table.add_section()
-    trained = sum(group.count for group in groups)
-    table.add_row("trained", f"{trained:,}")
-    table.add_row("of the base's, %", f"{100 * trained / layout_of(config).parameter_count():.4f}")
-    return table
-
-
-def _table() -> Table:
+def _table(counts: dict[str, int], totals: dict[str, str]) -> Table:
     from rich.table import Table
 
     table = Table(show_edge=False)
     table.add_column("parameters")
     table.add_column("count", justify="right")
+    for kind, count in counts.items():
+        table.add_row(kind, f"{count:,}")
+    table.add_section()
+    for label, total in totals.items():
+        table.add_row(label, total)
     return table

@@ -135,8 +135,9 @@ class _Bench:
         configuration = self.configuration
         given, another = configuration.explicit, scaling.COMMANDS[name].recipe is not None
         left_out = _SET | _NO_PART | (_OURS if another else frozenset())
-        groups = [getattr(configuration, name) for name in ("model", "data", "method", "lora", "run")]
+        groups = (configuration.model, configuration.data, configuration.run)
         values = {field.name: getattr(group, field.name) for group in groups for field in fields(group)}
+        values |= {"method": configuration.method.name, **configuration.method.flags()}
         values |= configuration.trainer
         passed = {} if "logging_steps" in given else {"logging_steps": 1}
         if another and "dataset_name" in given:  # by itself the recipe takes only text

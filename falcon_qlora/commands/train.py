@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from falcon_qlora import config
 from falcon_qlora.common.errors import EXIT_BUG, EXIT_HANGING, EXIT_USER_ERROR, UserError
-from falcon_qlora.config.settings import setting
+from falcon_qlora.common.settings import setting
 from falcon_qlora.processes import launcher
 from falcon_qlora.processes.launcher import SAME_REQUEST_SECONDS, STOP_SIGNALS
 from falcon_qlora.terminal.output import drop_what_cannot_be_written

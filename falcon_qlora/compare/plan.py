@@ -11,6 +11,7 @@ from falcon_qlora.checkpoint import manifest
 from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.files import plain
 from falcon_qlora.config import Configuration, as_words
+from falcon_qlora.methods import table as methods
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.training import sharding
 
@@ -29,15 +30,6 @@ _SHARED = (
     "template train_on append_end_token max_length overlong packing padding train_sampling_strategy "
     "eval_split streaming max_rows num_train_epochs max_steps seed"
 ).split()
-_OF_METHODS = {
-    "lora_": ("lora", "qlora"),
-    "use_rslora": ("lora", "qlora"),
-    "use_dora": ("lora", "qlora"),
-    "adapter_": ("adapter", "adapter_v2"),
-    "sharding": ("full",),
-}
-# Those that the method which is read before there is one does not take.
-_NOT_OF_ANY = ("adapter_", "sharding")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +97,7 @@ def plan(
 
 def for_any_method(given: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that are read to learn what is compared, before there is a method."""
-    taken = {name: value for name, value in given.items() if not name.startswith(_NOT_OF_ANY)}
+    taken = {name: value for name, value in given.items() if _concerns(name, "lora")}
     return {"recipe": METHODS["lora"][1], **taken}
 
 
@@ -142,6 +134,9 @@ def read_alike(run: Path, configuration: Configuration) -> bool:
     if not directory.config_file.exists():
         return False
     before, now = directory.read_config(), plain(configuration.resolved())
+    # Runs of before wrote down the settings of all methods.
+    for flag in methods.method_settings().keys() - configuration.method.flags().keys():
+        before.pop(flag, None)
     if (
         sharding.has_unsuitable_optimizer_of_recipe(configuration)
         and before.get("optim") == sharding.OPTIMIZER
@@ -168,7 +163,10 @@ def _rows_of(configuration: Configuration) -> dict[str, object]:
 
 
 def _concerns(setting: str, name: str) -> bool:
-    return all(name in methods for prefix, methods in _OF_METHODS.items() if setting.startswith(prefix))
+    method = methods.METHODS[METHODS[name][0]]
+    if setting == "sharding":
+        return method.is_whole
+    return setting not in methods.method_settings() or setting in method().flags()
 
 
 def _pairs(words: Sequence[str], flag: str) -> dict[str, str]:

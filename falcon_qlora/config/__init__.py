@@ -4,14 +4,13 @@ Flags win over `--config FILE`, which wins over `--recipe NAME`, which wins over
 imports neither torch nor Transformers; the trainer's own settings are built when first asked for.
 """
 
-from falcon_qlora.config.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments
+from falcon_qlora.config.arguments import DataArguments, ModelArguments, RunArguments
 from falcon_qlora.config.configuration import Configuration, configure, parse, read_flags
 from falcon_qlora.config.parser import as_words
 
 __all__ = [
     "Configuration",
     "DataArguments",
-    "LoraArguments",
     "ModelArguments",
     "RunArguments",
     "as_words",

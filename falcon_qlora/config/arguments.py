@@ -2,13 +2,15 @@
 
 Names are TRL's and Transformers' where those have one; the first reference's flags are aliases of them.
 A default here is what holds where no recipe, file or flag says otherwise; `recipes/default.yaml` repeats it
-for the reader and a test keeps the two the same.
+for the reader and a test keeps the two the same. The settings of the methods are the methods' own fields.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from falcon_qlora.config.settings import setting
+from falcon_qlora.common.settings import Setting, setting, settings_of
+from falcon_qlora.methods.table import METHODS, method_settings
 
 
 @dataclass(kw_only=True)
@@ -126,38 +128,11 @@ class DataArguments:
 
 @dataclass(kw_only=True)
 class MethodArguments:
-    """What is trained."""
+    """Which method; its settings are the method's own."""
 
     _argument_group_name = "Method"
 
-    method: Literal["lora", "adapter", "adapter_v2", "full"] = setting(
-        "lora",
-        "What is trained: LoRA; a prefix in attention (Adapter); that, and scales, biases and norms "
-        "(Adapter v2); every weight.",
-    )
-    adapter_prefix_length: int = setting(10, "Adapter: rows of the prefix in each block.", least=1)
-    adapter_first_block: int = setting(2, "Adapter: the first block that has a prefix.", least=0)
-
-
-@dataclass(kw_only=True)
-class LoraArguments:
-    """The low-rank adapter."""
-
-    _argument_group_name = "LoRA"
-
-    lora_r: int = setting(64, "Rank.", least=1)
-    lora_alpha: int = setting(16, "Scale: the update is multiplied by alpha / r.", least=1)
-    lora_dropout: float = setting(0.0, "Dropout before the low-rank product.", least=0, below=1)
-    lora_target_modules: list[str] | None = setting(
-        None, "Linear layers to adapt, by name; unset: all of every block."
-    )
-    lora_slices: list[str] | None = setting(
-        None,
-        "Adapt these slices of the projection that is all three, each with rank lora_r, and nothing else.",
-        choices=["query", "key", "value"],
-    )
-    use_rslora: bool = setting(False, "Scale by alpha / sqrt(r) instead (rank-stabilised LoRA).")
-    use_dora: bool = setting(False, "Train magnitude and direction apart (DoRA).")
+    method: str = setting("lora", "What is trained.")
 
 
 @dataclass(kw_only=True)
@@ -227,4 +202,15 @@ class RunArguments:
     )
 
 
-OUR_ARGUMENTS = (ModelArguments, DataArguments, MethodArguments, LoraArguments, RunArguments)
+def our_settings() -> list[Setting]:
+    """All settings that are not the trainer's own, in the order of the help page."""
+    (method,) = settings_of(MethodArguments)
+    told = "; ".join(f"{name}: {each.trains}" for name, each in METHODS.items())
+    method = dataclasses.replace(method, help=f"What is trained. {told}.", choices=tuple(METHODS))
+    return [
+        *settings_of(ModelArguments),
+        *settings_of(DataArguments),
+        method,
+        *method_settings().values(),
+        *settings_of(RunArguments),
+    ]

@@ -9,7 +9,9 @@ from typing import Any
 
 from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.fp8 import fp8_excludes
+from falcon_qlora.common.settings import settings_of
 from falcon_qlora.config.parser import Layer
+from falcon_qlora.methods.table import METHODS, method_from, method_settings
 
 Values = dict[str, Any]
 Laid = dict[str, tuple[Any, Layer]]
@@ -67,7 +69,8 @@ def check(values: Values, where: dict[str, str]) -> None:
     if values["report_to"] != ["none"] and "none" in values["report_to"]:
         raise UserError(f"{name('report_to')}: none goes with no other tracker")
     if values["compute_dtype"] == "fp8":
-        excluded = fp8_excludes(kernels=values["kernels"], lora_dropout=values["lora_dropout"])
+        of_method = method_from(values, name("method")).fp8_facts()
+        excluded = fp8_excludes(kernels=values["kernels"], **of_method)
         if excluded is not None:
             raise UserError(f"{name('compute_dtype')}: {excluded}")
     if values["resume"] and values["overwrite"]:
@@ -124,35 +127,30 @@ def _settle_compute_dtype(values: Values, laid: Laid) -> None:
 
 
 def _settle_method(values: Values, laid: Laid) -> None:
-    """Full fine-tuning needs an unquantized base; a flag of another method than the one trained misleads."""
-    method, of_method = values["method"], _rank(laid, "method")
-    if method == "full" and values["quantize_mode"] != "16bit":
+    """What the method needs of the base; a flag of another method than the one trained misleads."""
+    method, of_method = METHODS[values["method"]], _rank(laid, "method")
+    if method.needs_16bit and values["quantize_mode"] != "16bit":
         if _rank(laid, "quantize_mode") >= of_method:
             raise UserError(
                 f"{laid['quantize_mode'][1].where('quantize_mode')} is {values['quantize_mode']}, but "
-                "--method full trains every weight, and quantized weights cannot take a step: give "
-                "--quantize_mode 16bit, or train an adapter on the quantized base, such as --method lora"
+                f"--method {method.name} {method.needs_16bit}: give --quantize_mode 16bit, or train an "
+                "adapter on the quantized base, such as --method lora"
             )
         values["quantize_mode"] = "16bit"
-    if values["sharding"] in ("fsdp", "zero3") and method != "full":
+    if values["sharding"] in ("fsdp", "zero3") and not method.is_whole:
         raise UserError(
             f"--sharding {values['sharding']} is for --method full: the base of an adapter is a whole "
             "replica on every GPU"
         )
-    linears, slices = _rank(laid, "lora_target_modules"), _rank(laid, "lora_slices")
-    if linears > slices:
-        values["lora_slices"] = None
-    elif slices > linears:
-        values["lora_target_modules"] = None
-    of_others = {
-        "lora": ("adapter_",),
-        "adapter": ("lora_", "use_rslora", "use_dora"),
-        "adapter_v2": ("lora_", "use_rslora", "use_dora"),
-        "full": ("lora_", "use_rslora", "use_dora", "adapter_"),
-    }[method]
+    own = {each.name: each for each in settings_of(method)}
+    for name, each in own.items():
+        if each.alternative is not None:
+            mine, other = _rank(laid, name), _rank(laid, each.alternative)
+            if mine != other:
+                values[name if other > mine else each.alternative] = None
     for name, (_, layer) in laid.items():
-        if layer.origin == "flag" and name.startswith(of_others):
-            raise UserError(f"--{name} does nothing with --method {method}")
+        if layer.origin == "flag" and name in method_settings() and name not in own:
+            raise UserError(f"--{name} does nothing with --method {method.name}")
 
 
 def _settle_checkpointing(values: Values, laid: Laid) -> None:

@@ -15,14 +15,7 @@ from falcon_qlora.common.errors import UserError, without_credentials
 from falcon_qlora.common.record_files import is_record
 from falcon_qlora.common.untrusted import refuse_links
 from falcon_qlora.config import checks
-from falcon_qlora.config.arguments import (
-    OUR_ARGUMENTS,
-    DataArguments,
-    LoraArguments,
-    MethodArguments,
-    ModelArguments,
-    RunArguments,
-)
+from falcon_qlora.config.arguments import DataArguments, ModelArguments, RunArguments, our_settings
 from falcon_qlora.config.help import print_help
 from falcon_qlora.config.parser import (
     RECIPES,
@@ -33,6 +26,8 @@ from falcon_qlora.config.parser import (
     recipe_names,
 )
 from falcon_qlora.config.trainer_arguments import SHARED
+from falcon_qlora.methods.interface import Method
+from falcon_qlora.methods.table import METHODS, method_from
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -49,8 +44,7 @@ class Configuration:
     Attributes:
         model: which base model, how quantized.
         data: which rows, how they become sequences. `data.packing` is the user's; TRL's own stays off.
-        method: what is trained.
-        lora: the low-rank adapter, where that is the method.
+        method: what is trained, with its settings.
         run: length, batch, seed, where it writes. Where `run.global_batch_size` is set it decides the size of
             a step, and `run.gradient_accumulation_steps` is 1.
         trainer: SFTConfig's other settings that the recipe, a file or a flag gives.
@@ -61,8 +55,7 @@ class Configuration:
 
     model: ModelArguments
     data: DataArguments
-    method: MethodArguments
-    lora: LoraArguments
+    method: Method
     run: RunArguments
     trainer: dict[str, Any]
     extra: Any
@@ -88,10 +81,8 @@ class Configuration:
 
     def resolved(self) -> dict[str, Any]:
         """Every setting a re-run needs, for `config.yaml` and trackers: plain values, no secrets."""
-        record: dict[str, Any] = {}
-        for group in (self.model, self.data, self.method, self.lora, self.run):
-            record |= {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
-        record |= self.trainer
+        of_method = {"method": self.method.name, **self.method.flags()}
+        record = {**vars(self.model), **vars(self.data), **of_method, **vars(self.run), **self.trainer}
         if self.run.global_batch_size is not None:
             del record["gradient_accumulation_steps"]
         if self.run.recipe not in recipe_names():
@@ -171,8 +162,12 @@ def configure(settings: Mapping[str, Any], *, extra_arguments: type | None = Non
     return _configuration(parser, lay_over(layers), recipe, extra_arguments)
 
 
-@functools.cache
 def _parser(extra_arguments: type | None) -> FalconParser:
+    return _parser_with(extra_arguments, tuple(METHODS))
+
+
+@functools.cache
+def _parser_with(extra_arguments: type | None, methods: tuple[str, ...]) -> FalconParser:
     return FalconParser(extra_arguments)
 
 
@@ -198,7 +193,7 @@ def _settings_of_the_run(flags: Mapping[str, Any]) -> str | None:
 def _configuration(
     parser: FalconParser, laid: checks.Laid, recipe: str, extra_arguments: type | None
 ) -> Configuration:
-    ours = {field.name for arguments in OUR_ARGUMENTS for field in dataclasses.fields(arguments)}
+    ours = {each.name for each in our_settings()}
     values = {name: copy.deepcopy(parser.settings[name].default) for name in ours}
     values |= {name: value for name, (value, _) in laid.items() if name not in parser.extra_names}
     values["recipe"] = recipe
@@ -216,8 +211,7 @@ def _configuration(
     return Configuration(
         model=make(ModelArguments),
         data=make(DataArguments),
-        method=make(MethodArguments),
-        lora=make(LoraArguments),
+        method=method_from(values, "--method"),
         run=make(RunArguments),
         trainer={name: value for name, value in values.items() if name not in ours},
         extra=extra_arguments(**extra) if extra_arguments else None,

@@ -6,8 +6,8 @@ import shutil
 import textwrap
 from typing import Any
 
+from falcon_qlora.common.settings import Setting
 from falcon_qlora.config.parser import FalconParser, recipe_names
-from falcon_qlora.config.settings import Setting
 
 COMMON = (
     "model_name_or_path",

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from falcon_qlora.common.errors import UserError, nearest
+from falcon_qlora.common.settings import settings_of
 from falcon_qlora.common.untrusted import YAML_LIMIT_BYTES, parse_yaml, read_text
-from falcon_qlora.config.arguments import OUR_ARGUMENTS
-from falcon_qlora.config.settings import settings_of
+from falcon_qlora.config.arguments import our_settings
 from falcon_qlora.config.trainer_arguments import INSTEAD, TrainerArguments
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -67,7 +67,7 @@ class FalconParser(argparse.ArgumentParser):
     def __init__(self, extra_arguments: type | None = None):
         super().__init__(allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
         extra = {each.name: each for each in settings_of(extra_arguments)} if extra_arguments else {}
-        shared = [each for arguments in (*OUR_ARGUMENTS, TrainerArguments) for each in settings_of(arguments)]
+        shared = [*our_settings(), *settings_of(TrainerArguments)]
         self.extra_names = extra.keys()
         self.settings = {each.name: each for each in shared} | extra
         for each in self.settings.values():

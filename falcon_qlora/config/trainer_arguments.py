@@ -7,7 +7,7 @@ forwarded fields are named here once more. A test compares their types and defau
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from falcon_qlora.config.settings import setting
+from falcon_qlora.common.settings import setting
 
 _LogLevel = Literal["detail", "debug", "info", "warning", "error", "critical", "passive"]
 _Optimizer = Literal[

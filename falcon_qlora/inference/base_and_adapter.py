@@ -10,9 +10,8 @@ from typing import Any
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.untrusted import read_json
 from falcon_qlora.config import Configuration, parse
+from falcon_qlora.methods.table import is_whole
 from falcon_qlora.run_folder.directory import RunDirectory
-
-_WHOLE = "full"  # the method that leaves a model, no adapter
 
 
 def adapter_folder(name: str) -> Path:
@@ -40,10 +39,10 @@ def read_trained(configuration: Configuration, folder: Path, *, named: Collectio
         UserError: if its files cannot be read, the user names a base for a whole model, or the files name
             what `check_names` refuses.
     """
-    from falcon_qlora.methods.folder import read_record
+    from falcon_qlora.methods.adapter_folder import read_record
 
     record = read_record(folder)
-    if record["method"] == _WHOLE:
+    if is_whole(record):
         if "model_name_or_path" in named:
             raise UserError(
                 f"--model_name_or_path: {folder} holds a whole model, there is no base to put it on"
@@ -92,7 +91,7 @@ def check_names(
         UserError: if the files name another folder outside of theirs, or no base model.
     """
     base, tokenizer = base_model(configuration, record), tokenizer_name(configuration, record)
-    if record["method"] == _WHOLE:
+    if is_whole(record):
         tokenizer = tokenizer or base
     elif not base:
         raise UserError(f"{folder} names no base model. Name it with --model_name_or_path.")
@@ -103,7 +102,7 @@ def check_names(
 
 
 def _check_name(name: str, what: str, flag: str, record: dict[str, Any], folder: Path) -> None:
-    from falcon_qlora.methods.names import check_may_open
+    from falcon_qlora.methods.open_adapter import check_may_open
 
     path = check_may_open(name, what, record, folder, say_so=f"{flag} FOLDER")
     if path is not None:
@@ -153,11 +152,11 @@ def load_adapted(
         folder: from `adapter_folder`.
         record: from `read_trained`, {} without a folder.
     """
-    from falcon_qlora.methods.registry import load_adapter
+    from falcon_qlora.methods.open_adapter import load_adapter
     from falcon_qlora.models.load import load_model
 
     settings = configuration.model
-    whole = folder is not None and record["method"] == _WHOLE
+    whole = folder is not None and is_whole(record)
     model = load_model(
         str(folder) if whole else base_model(configuration, record),
         quantize_mode=given(configuration, record, "quantize_mode", "quantize_mode"),

@@ -30,7 +30,7 @@ from falcon_qlora.merge.folder import (
     write_weights,
 )
 from falcon_qlora.merge.tensors import Onto, Quantization, merged_tensors
-from falcon_qlora.methods.saved import SavedAdapter
+from falcon_qlora.methods.adapter_folder import SavedAdapter
 from falcon_qlora.models.checkpoints import Checkpoint, parameter_reader
 from falcon_qlora.models.tensor_files import tensor_hash
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from falcon_qlora.methods.folder import TENSORS
-from falcon_qlora.methods.lora import Lora
-from falcon_qlora.methods.saved import SavedAdapter
+from falcon_qlora.methods.adapter_folder import SavedAdapter
 from falcon_qlora.models.checkpoints import Checkpoint
 from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.load import empty_model
@@ -21,9 +19,6 @@ from falcon_qlora.models.quantize import (
     empty_quantized_linear,
     fill_quantized_weight,
 )
-from falcon_qlora.models.tensor_files import read_tensor
-
-from peft import inject_adapter_in_model  # isort: skip  # after bitsandbytes, see models/quantize.py
 
 Onto = Literal["16bit", "dequantized"]
 
@@ -57,12 +52,12 @@ def merged_tensors(
 
     Args:
         checkpoint: the base model.
-        adapter: LoRA, checked against the base's configuration.
+        adapter: of a method that can be merged, checked against the base's configuration.
         onto: the base as it is published, or what its quantized weights stand for.
         quantization: of the latter.
         device: where it is computed.
     """
-    lora, dtype = lora_of(adapter), quantization.compute_dtype
+    dtype = quantization.compute_dtype
     model = empty_model(checkpoint.config, dtype=dtype)
     linears = set(layout_of(checkpoint.config).expected_linears())
     for name, tensor in checkpoint.tensors(model, device, dtype):
@@ -74,15 +69,7 @@ def merged_tensors(
         del tensor
         if onto == "dequantized" and quantization.mode != "16bit":
             weight = _stored_and_read(weight.to(dtype), quantization)
-        weight = weight.float()
-        changed = module.rpartition(".")[2] in (lora.target_modules or ())
-        yield name, _merged(weight, adapter, module) if changed else weight
-
-
-def lora_of(adapter: SavedAdapter) -> Lora:
-    """The settings of an adapter that can be merged, which LoRA's alone can."""
-    assert isinstance(adapter.method, Lora)
-    return adapter.method
+        yield name, adapter.method.merged_weight(weight.float(), module, adapter.folder, checkpoint.config)
 
 
 def _stored_and_read(weight: Tensor, quantization: Quantization) -> Tensor:
@@ -99,26 +86,3 @@ def _stored_and_read(weight: Tensor, quantization: Quantization) -> Tensor:
         )
     fill_quantized_weight(layer, weight)
     return dequantized_weight(layer)
-
-
-@torch.no_grad()
-def _merged(weight: Tensor, adapter: SavedAdapter, module: str) -> Tensor:
-    """PEFT's own merge, of this one linear: float32 ``[out, in]``."""
-    out, into = weight.shape
-    with torch.device("meta"):
-        holder = nn.ModuleDict({"linear": nn.Linear(into, out, bias=False)})
-    holder["linear"].weight = nn.Parameter(weight, requires_grad=False)
-    lora = lora_of(adapter)
-    config = lora.peft_config(["linear"], lora_dropout=0.0, init_lora_weights=False)
-    inject_adapter_in_model(config, holder)
-    layer: Any = holder["linear"]
-    parts = {"lora_A": ".weight", "lora_B": ".weight"}
-    if lora.use_dora:
-        parts["lora_magnitude_vector"] = ""
-    for name, end in parts.items():
-        tensor = read_tensor(adapter.folder / TENSORS, f"base_model.model.{module}.{name}{end}").float()
-        part = getattr(layer, name)["default"]
-        part.weight = nn.Parameter(tensor.to(weight.device), requires_grad=False)
-    layer.merge(safe_merge=True)
-    merged: Tensor = layer.get_base_layer().weight.data
-    return merged

@@ -6,41 +6,51 @@ smaller than a weight is lost in rounding; float32 loses none and takes twice th
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
-
-import torch
-from safetensors.torch import load_file
-from transformers import PreTrainedConfig, PreTrainedModel
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.common.files import write_json
-from falcon_qlora.methods.folder import RECORD
-from falcon_qlora.methods.interface import ParameterGroup, remember
-from falcon_qlora.models.layouts import layout_of
-from falcon_qlora.models.load import quantization_of
-from falcon_qlora.models.sharded import fill, save_whole, whole_shape
+from falcon_qlora.methods.interface import Method, ParameterGroup, remember
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
-class Full:
+class Full(Method):
     """Train everything."""
 
     name: ClassVar[str] = "full"
     title: ClassVar[str] = "Full fine-tuning"
+    trains: ClassVar[str] = "every weight"
+    opened_by: ClassVar[str] = "transformers"
+    is_whole: ClassVar[bool] = True
     trains_in_float32: ClassVar[bool] = False
+    needs_16bit: ClassVar[str | None] = "trains every weight, and quantized weights cannot take a step"
     why_not_merged: ClassVar[str | None] = "there is nothing apart: what is saved is a whole model already"
 
-    def describe(self) -> str:
-        return "full: every weight"
+    @classmethod
+    def read_folder(cls, folder: Path, record: dict[str, Any]) -> NoReturn:
+        raise UserError(f"{folder} holds a whole model, not an adapter.")
+
+    def step_memory(self) -> dict[str, Any]:
+        return {"all_trained": True}
 
     def parameter_groups(self, config: PreTrainedConfig) -> list[ParameterGroup]:
+        from falcon_qlora.models.layouts import layout_of
+
         kinds = layout_of(config).base_parameter_kinds()
         return [ParameterGroup(kind=kind, count=count, of_base=True) for kind, count in kinds.items()]
 
+    def saved_shapes(self, config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+        raise AssertionError("a whole model is read as a model, see models/checkpoints.py")
+
     def attach(self, model: PreTrainedModel, *, seed: int = 0) -> PreTrainedModel:
+        import torch
+
+        from falcon_qlora.models.load import quantization_of
+
         mode = quantization_of(model)
         if mode != "16bit":
             raise UserError(
@@ -60,10 +70,18 @@ class Full:
         return model.train()
 
     def save(self, model: PreTrainedModel, folder: Path) -> None:
+        from falcon_qlora.methods.adapter_folder import write_record
+        from falcon_qlora.models.sharded import save_whole
+
         save_whole(model, folder)
-        write_json(folder / RECORD, {"method": self.name, "base_model": model.name_or_path})
+        write_record(folder, {"method": self.name, "base_model": model.name_or_path})
 
     def restore(self, model: PreTrainedModel, folder: Path) -> None:
+        from safetensors.torch import load_file
+
+        from falcon_qlora.models.layouts import layout_of
+        from falcon_qlora.models.sharded import fill, whole_shape
+
         parameters = dict(model.named_parameters(remove_duplicate=False))
         missing = set(parameters)
         for file in sorted(folder.glob("model*.safetensors")):
@@ -77,5 +95,8 @@ class Full:
         if missing:
             raise RuntimeError(f"{folder} does not fit this model: {min(missing)} is not there")
 
-    def disabled(self, model: PreTrainedModel) -> AbstractContextManager[None]:
-        raise UserError("the base's weights are gone where all were trained: ask the base model by itself")
+    def open(self, base: PreTrainedModel, folder: Path, *, trainable: bool) -> PreTrainedModel:
+        if trainable:
+            return self.attach(base)
+        remember(base, self)
+        return base

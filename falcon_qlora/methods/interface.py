@@ -1,16 +1,36 @@
-"""What every way to train has in common."""
+"""What a way to train is: one file with one dataclass, whose fields are its settings, named in `table.py`.
+
+The fields say everything that others tell or ask of a setting: its flag and help, how the start summary and
+`inspect` show it, what the model card and the adapter's record hold, what a resume compares.
+
+This module and the methods import neither torch nor PEFT before something is trained: `--help` reads them.
+"""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import math
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.settings import setting as setting_of_any
+from falcon_qlora.common.settings import settings_of
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _METHOD, _NAMES = "_method", "_method_trains"
+
+
+def setting(default: Any, text: str, *, name: str, label: str, decisive: bool = True, **more: Any) -> Any:
+    """A field of a method, see `common.settings.Setting`; `name` is that of its flag."""
+    return setting_of_any(default, text, name=name, label=label, decisive=decisive, **more)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,51 +48,155 @@ class ParameterGroup:
     of_base: bool = False
 
 
-class Method(Protocol):
-    """A way to train a loaded model; its settings are its fields.
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """A way to train a loaded model.
+
+    A method has `saved_shapes`, `kinds` and `attach`. The rest is what holds for one whose parameters are
+    saved by their names in the model.
 
     Attributes:
         name: as `--method` takes it.
         title: as a reader knows it.
+        trains: what is trained, in a few words.
+        opened_by: what opens what it saves: ``falcon-qlora`` alone, ``peft``, or ``transformers``.
+        is_whole: what it saves is a whole model, not an adapter; then its parameters may be sharded.
         trains_in_float32: whether the trainable parameters are float32 whatever the base.
+        needs_16bit: why the base must not be quantized, or None if it may.
         why_not_merged: why what was trained cannot become part of the base's own weights, or None if it can.
+        kinds: end of a saved tensor's name → its kind as a user knows it; the first that fits.
+        kinds_of_base: those kinds that are parameters of the base model.
+        starts_at_zero: ends of the names of its tensors that are zero before they are trained.
     """
 
-    @property
-    def name(self) -> str: ...
+    name: ClassVar[str]
+    title: ClassVar[str]
+    trains: ClassVar[str]
+    opened_by: ClassVar[str] = "falcon-qlora"
+    is_whole: ClassVar[bool] = False
+    trains_in_float32: ClassVar[bool] = True
+    needs_16bit: ClassVar[str | None] = None
+    why_not_merged: ClassVar[str | None] = "only LoRA's products are added to the base's weights"
+    kinds: ClassVar[dict[str, str]] = {}
+    kinds_of_base: ClassVar[tuple[str, ...]] = ()
+    starts_at_zero: ClassVar[tuple[str, ...]] = ()
 
-    @property
-    def title(self) -> str: ...
+    @classmethod
+    def read(cls, values: Mapping[str, Any], where: object, *, by_flag: bool = False) -> Self:
+        """The method with these settings, and the defaults of those that are not given.
 
-    @property
-    def trains_in_float32(self) -> bool: ...
+        Args:
+            values: from a file that others may have written, or from the command line.
+            where: whence they are, for messages.
+            by_flag: they go by their flags' names, among others; else by the fields'.
 
-    @property
-    def why_not_merged(self) -> str | None: ...
+        Raises:
+            UserError: for a value that cannot be.
+        """
+        settings: dict[str, Any] = {}
+        for each in settings_of(cls):
+            key = each.name if by_flag else each.field
+            if key in values:
+                value = each.read(values[key], f"{where}: {key}")
+                each.check_bounds(value, f"{where}: {key}")
+                settings[each.field] = tuple(value) if isinstance(value, list) else value
+        return cls(**settings)
+
+    @classmethod
+    def read_folder(cls, folder: Path, record: dict[str, Any]) -> Self:
+        """The method with the settings of an adapter that it saved.
+
+        Args:
+            folder: the adapter's.
+            record: from `read_record`.
+
+        Raises:
+            UserError: if it is none that is trained here.
+        """
+        settings, expected = record["settings"], {each.field for each in settings_of(cls)}
+        where = folder / "adapter_config.json"
+        if not isinstance(settings, dict) or settings.keys() != expected:
+            raise UserError(f"{where}: settings must be {', '.join(sorted(expected)) or 'empty'}")
+        return cls.read(settings, where)
+
+    def settings(self) -> dict[str, Any]:
+        """Its settings as plain values, by their fields' names."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()
+        }
+
+    def flags(self) -> dict[str, Any]:
+        """`settings` by their flags' names."""
+        values = self.settings()
+        return {each.name: values[each.field] for each in settings_of(type(self))}
 
     def describe(self) -> str:
         """The method and its settings in one line."""
-        ...
+        told = [each.told(getattr(self, each.field)) for each in settings_of(type(self))]
+        return f"{self.title} {', '.join(filter(None, told))}".strip()
 
-    def parameter_groups(self, config: PreTrainedConfig) -> list[ParameterGroup]:
-        """What is trained on a model of this configuration; needs no model.
+    @property
+    def short(self) -> str:
+        """What the name of a run's folder tells of it."""
+        return self.name
+
+    @property
+    def draws(self) -> bool:
+        """Whether a step draws random numbers."""
+        return False
+
+    def fp8_facts(self) -> dict[str, Any]:
+        """What of it FP8 products may exclude: arguments of `fp8_excludes`."""
+        return {}
+
+    def step_memory(self) -> dict[str, Any]:
+        """What the prediction of a step's memory must know of it: arguments of `step_memory.Step`."""
+        return {}
+
+    @abstractmethod
+    def saved_shapes(self, config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+        """Name in the file → shape, of every tensor that is saved of a model of `config`; needs no model.
 
         Raises:
             UserError: if the settings do not suit the model.
         """
-        ...
 
-    def attach(self, model: PreTrainedModel, *, seed: int) -> nn.Module:
+    def parameter_groups(self, config: PreTrainedConfig) -> list[ParameterGroup]:
+        """What is trained on a model of this configuration.
+
+        Raises:
+            UserError: as `saved_shapes`.
+        """
+        counts: Counter[str] = Counter()
+        for name, shape in self.saved_shapes(config).items():
+            counts[self.kind(name)] += math.prod(shape)
+        return [
+            ParameterGroup(kind=kind, count=count, of_base=kind in self.kinds_of_base)
+            for kind, count in counts.items()
+        ]
+
+    def kind(self, name: str) -> str:
+        """The kind of the tensor of this name in the file."""
+        return next(kind for end, kind in self.kinds.items() if name.endswith(end))
+
+    @abstractmethod
+    def attach(self, model: PreTrainedModel, *, seed: int = 0) -> Any:
         """Make a model from `load_model` trainable: it computes what it did until a step is taken.
 
         Raises:
             UserError: if the method cannot train this model.
         """
-        ...
+
+    def saved_tensors(self, model: Any) -> dict[str, Tensor]:
+        """What is trained of a model, by the names in the file."""
+        parameters = dict(model.named_parameters())
+        return {name: parameters[name].detach() for name in attached_names(model)}
 
     def save(self, model: Any, folder: Path) -> None:
         """Write what is trained into a folder that says by itself what it is."""
-        ...
+        from falcon_qlora.methods.adapter_folder import write_adapter
+
+        write_adapter(folder, model, self)
 
     def restore(self, model: Any, folder: Path) -> None:
         """Put what `save` wrote into a model to which the same method is attached.
@@ -80,7 +204,37 @@ class Method(Protocol):
         Raises:
             RuntimeError: if it does not fit.
         """
-        ...
+        from falcon_qlora.methods.adapter_folder import fitting_tensors
+
+        self.put(model, fitting_tensors(folder, self.saved_tensors(model)))
+
+    def put(self, model: Any, tensors: dict[str, Tensor]) -> None:
+        """Put tensors like those of `saved_tensors` into a model."""
+        for name, tensor in tensors.items():
+            model.get_parameter(name).data.copy_(tensor)
+
+    def open(self, base: PreTrainedModel, folder: Path, *, trainable: bool) -> Any:
+        """Put a saved adapter, which was checked, on its base.
+
+        Args:
+            base: from `load_model`.
+            folder: the adapter's.
+            trainable: to train on; else for inference.
+        """
+        model = self.attach(base, seed=0)
+        self.restore(model, folder)
+        return model if trainable else model.requires_grad_(False).eval()
+
+    def merged_weight(self, weight: Tensor, module: str, folder: Path, config: PreTrainedConfig) -> Tensor:
+        """A weight of the base with what was learned for it; only of methods that can be merged.
+
+        Args:
+            weight: float32 ``[out, in]``; may be changed in place.
+            module: the full name of its linear.
+            folder: the saved adapter's.
+            config: of the base.
+        """
+        raise AssertionError(f"{self.title} cannot be merged: {self.why_not_merged}")
 
     def disabled(self, model: Any) -> AbstractContextManager[None]:
         """Have the model compute what the base does.
@@ -88,7 +242,7 @@ class Method(Protocol):
         Raises:
             UserError: if the base's weights are no longer there.
         """
-        ...
+        raise UserError("the base's own weights were trained: ask the base model by itself")
 
 
 def trainable_count(method: Method, config: PreTrainedConfig) -> int:
@@ -117,3 +271,16 @@ def attached_names(model: nn.Module) -> list[str]:
     """Names of the parameters that a model's method trains, also where they are frozen now."""
     names: list[str] = getattr(model, _NAMES)
     return names
+
+
+@contextmanager
+def switched_off(modules: Iterable[Any]) -> Iterator[None]:
+    """Have these modules, which have a switch `enabled`, do nothing."""
+    modules = list(modules)
+    for module in modules:
+        module.enabled = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.enabled = True

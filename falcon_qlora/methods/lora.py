@@ -1,88 +1,191 @@
-"""LoRA, PEFT's own, on a quantized base: float32 adapters that plain PEFT opens."""
+"""LoRA, PEFT's own, on a quantized model: float32 adapters that plain PEFT opens.
+
+This file has the settings and what follows from them; what is done to a model is in lora_layers.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+import re
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
-
-import torch
-from safetensors.torch import load_file
-from transformers import PreTrainedConfig, PreTrainedModel
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from falcon_qlora.common.errors import UserError, nearest
-from falcon_qlora.methods.folder import TENSORS
-from falcon_qlora.methods.interface import ParameterGroup, remember
-from falcon_qlora.methods.slices import SLICES, SlicedUp, slice_rows
-from falcon_qlora.models.layouts import LAYOUTS, layout_of
-from falcon_qlora.models.load import quantization_of
-from falcon_qlora.processes import devices
+from falcon_qlora.common.untrusted import is_count, is_number, read_json
+from falcon_qlora.methods.interface import Method, ParameterGroup, setting
 
-# After bitsandbytes, see models/quantize.py.
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict  # isort: skip
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+SLICES = ("query", "key", "value")
+# Settings of PEFT's that are read here, or that change nothing.
+_KNOWN = frozenset(
+    "peft_type task_type peft_version inference_mode base_model_name_or_path revision r lora_alpha "
+    "lora_dropout target_modules use_rslora use_dora init_lora_weights bias "
+    "qalora_group_size megatron_core".split()
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lora:
+class Lora(Method):
     """Train two low-rank matrices on each of some linears.
 
-    Args: those of `attach_lora`.
-
     Raises:
-        UserError: for targets or slices that no model has, or that do not go together.
+        UserError: for slices that no model has, or settings that do not go together.
     """
 
-    r: int = 64
-    alpha: float = 16
-    dropout: float = 0.0
-    target_modules: tuple[str, ...] | None = None
-    slices: tuple[str, ...] | None = None
-    use_rslora: bool = False
-    use_dora: bool = False
+    r: int = setting(64, "Rank.", name="lora_r", label="r {}", least=1)
+    alpha: int = setting(
+        16,
+        "Scale: the update is multiplied by alpha / r.",
+        name="lora_alpha",
+        label="alpha {}",
+        least=1,
+    )
+    dropout: float = setting(
+        0.0,
+        "Dropout before the low-rank product.",
+        name="lora_dropout",
+        label="dropout {}",
+        least=0,
+        below=1,
+    )
+    target_modules: tuple[str, ...] | None = setting(
+        None,
+        "Linear layers to adapt, by name; unset: all of every block.",
+        name="lora_target_modules",
+        label="on {}",
+    )
+    slices: tuple[str, ...] | None = setting(
+        None,
+        "Adapt these slices of the projection that is all three, each with rank lora_r, and nothing else.",
+        name="lora_slices",
+        label="on {}",
+        choices=SLICES,
+        alternative="lora_target_modules",
+    )
+    use_rslora: bool = setting(
+        False,
+        "Scale by alpha / sqrt(r) instead (rank-stabilised LoRA).",
+        name="use_rslora",
+        label="rsLoRA",
+    )
+    use_dora: bool = setting(
+        False, "Train magnitude and direction apart (DoRA).", name="use_dora", label="DoRA"
+    )
 
     name: ClassVar[str] = "lora"
     title: ClassVar[str] = "LoRA"
-    trains_in_float32: ClassVar[bool] = True
+    trains: ClassVar[str] = "low-rank matrices beside the linears"
+    opened_by: ClassVar[str] = "peft"
     why_not_merged: ClassVar[str | None] = None
+    starts_at_zero: ClassVar[tuple[str, ...]] = (".lora_B.weight",)
 
     def __post_init__(self) -> None:
-        checked_targets(self.target_modules, self.slices)
-        if self.slices and (self.use_rslora or self.use_dora):
+        for name in self.slices or ():
+            if name not in SLICES:
+                raise UserError(
+                    f"lora_slices: {name!r} is not one of {', '.join(SLICES)}{nearest(name, SLICES)}"
+                )
+        if not self.slices:
+            return
+        if self.use_rslora or self.use_dora:
             raise UserError("--lora_slices goes with neither --use_rslora nor --use_dora")
+        # In the projection's own order.
+        object.__setattr__(self, "slices", tuple(name for name in SLICES if name in self.slices))
 
-    def describe(self) -> str:
-        where = f" on {', '.join(self.slices)}" if self.slices else ""
-        return f"LoRA r {self.r}, alpha {self.alpha:g}, dropout {self.dropout:g}{where}"
+    @classmethod
+    def read_folder(cls, folder: Path, record: dict[str, Any]) -> Lora:
+        return read_lora(folder / "adapter_config.json", slices=record.get("lora_slices"))
 
-    def parameter_groups(self, config: PreTrainedConfig) -> list[ParameterGroup]:
-        targets, layout = self.targets(config), layout_of(config)
-        if self.slices:
-            return _slice_groups(config, checked_slices(self.slices), self.r)
-        shapes = layout.linear_shapes()
-        groups = [
-            ParameterGroup(
-                kind=f"LoRA on {name}", count=layout.lora_parameter_count(r=self.r, target_modules=[name])
-            )
-            for name in targets
-        ]
-        if self.use_dora:
-            magnitudes = config.num_hidden_layers * sum(shapes[name][0] for name in targets)
-            groups.append(ParameterGroup(kind="DoRA magnitudes", count=magnitudes))
-        return groups
+    @property
+    def short(self) -> str:
+        return f"{self.name}{self.r}"
 
-    def targets(self, config: PreTrainedConfig) -> list[str]:
-        """The linears of a model of `config` that are adapted, see `checked_targets`."""
-        return checked_targets(self.target_modules, self.slices, config)
+    @property
+    def draws(self) -> bool:
+        return self.dropout > 0
 
     @property
     def saved_rank(self) -> int:
         """Rank of the matrices as PEFT has them: slices of rank r are one adapter of their joint rank."""
         return self.r * (len(self.slices or ()) or 1)
 
+    def fp8_facts(self) -> dict[str, Any]:
+        return {"lora_dropout": self.dropout}
+
+    def step_memory(self) -> dict[str, Any]:
+        return {"lora_rank": self.r, "lora_dropout": self.dropout > 0}
+
+    def targets(self, config: PreTrainedConfig) -> list[str]:
+        """The linears of a model of `config` that are adapted, by the last part of their name.
+
+        Raises:
+            UserError: for a name that its blocks do not have, or slices of what is not one projection.
+        """
+        from falcon_qlora.models.layouts import layout_of
+
+        layout = layout_of(config)
+        linears, wanted = list(layout.linears), list(self.target_modules or ("all-linear",))
+        if self.slices and layout.fused is None:
+            raise UserError(
+                "--lora_slices trains slices of a projection that is queries, keys and values at once, and "
+                f"{layout.family} has three: name those that are meant as --lora_target_modules"
+            )
+        if self.slices and self.target_modules not in (None, (layout.fused,)):
+            raise UserError(
+                f"--lora_slices trains slices of {layout.fused} alone: leave out --lora_target_modules"
+            )
+        if self.slices or wanted == ["all-linear"]:
+            return [layout.fused] if self.slices and layout.fused else linears
+        for name in wanted:
+            if name not in linears:
+                raise UserError(
+                    f"lora_target_modules: the blocks have no linear {name!r}{nearest(name, linears)}. "
+                    f"{layout.family}'s: {', '.join(linears)}."
+                )
+        return wanted
+
+    def parameter_groups(self, config: PreTrainedConfig) -> list[ParameterGroup]:
+        from falcon_qlora.models.layouts import layout_of
+
+        if not self.slices:
+            return super().parameter_groups(config)
+        # Of the matrices that are saved, blocks are trained.
+        (projection,) = self.targets(config)
+        fused, hidden = layout_of(config).linear_shapes()[projection]
+        rows = {"query": hidden, "key": (fused - hidden) // 2, "value": (fused - hidden) // 2}
+        blocks = config.num_hidden_layers
+        return [
+            ParameterGroup(kind=f"LoRA on {name}", count=blocks * self.r * (hidden + rows[name]))
+            for name in self.slices
+        ]
+
+    def kind(self, name: str) -> str:
+        return "DoRA magnitudes" if name.endswith("magnitude_vector") else f"LoRA on {name.split('.')[-3]}"
+
+    def saved_shapes(self, config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+        from falcon_qlora.models.layouts import layout_of
+
+        shapes: dict[str, tuple[int, ...]] = {}
+        layout = layout_of(config)
+        linears = layout.linear_shapes()
+        for module in layout.linears_of(self.targets(config)):
+            out, into = linears[module.rpartition(".")[2]]
+            prefix = f"base_model.model.{module}.lora_"
+            shapes[f"{prefix}A.weight"] = (self.saved_rank, into)
+            shapes[f"{prefix}B.weight"] = (out, self.saved_rank)
+            if self.use_dora:
+                shapes[f"{prefix}magnitude_vector"] = (out,)
+        return shapes
+
     def peft_config(self, target_modules: list[str], **other: Any) -> LoraConfig:
         """These settings on linears of these names, and `other`, as PEFT takes them."""
+        from falcon_qlora.methods.lora_layers import LoraConfig
+
         settings = {
             "r": self.saved_rank,
             # So that the scale of slices too is alpha / r.
@@ -96,219 +199,99 @@ class Lora:
         }
         return LoraConfig(**settings | other)
 
-    def saved_shapes(self, config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-        """Name in the file → shape, of every tensor of a saved adapter of a model of `config`."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        layout = layout_of(config)
-        linears = layout.linear_shapes()
-        for module in layout.linears_of(self.targets(config)):
-            out, into = linears[module.rpartition(".")[2]]
-            prefix = f"base_model.model.{module}.lora_"
-            shapes[f"{prefix}A.weight"] = (self.saved_rank, into)
-            shapes[f"{prefix}B.weight"] = (out, self.saved_rank)
-            if self.use_dora:
-                shapes[f"{prefix}magnitude_vector"] = (out,)
-        return shapes
-
     def attach(self, model: PreTrainedModel, *, seed: int = 0) -> PeftModel:
-        return attach_lora(
-            model,
-            r=self.r,
-            alpha=self.alpha,
-            dropout=self.dropout,
-            target_modules=self.target_modules,
-            slices=self.slices,
-            use_rslora=self.use_rslora,
-            use_dora=self.use_dora,
-            seed=seed,
-        )
+        from falcon_qlora.methods.lora_layers import add_lora
+
+        return add_lora(model, self, seed=seed)
+
+    def saved_tensors(self, model: PeftModel) -> dict[str, Tensor]:
+        from falcon_qlora.methods.lora_layers import get_peft_model_state_dict
+
+        tensors: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+        return tensors
 
     def save(self, model: PeftModel, folder: Path) -> None:
         # Not the embeddings, which are never trained: PEFT would ask the hub whether they were.
         model.save_pretrained(folder, save_embedding_layers=False)
 
-    def restore(self, model: PeftModel, folder: Path) -> None:
-        tensors = load_file(folder / TENSORS)
-        for name in sorted(tensors.keys() ^ self.saved_shapes(model.config).keys()):
-            raise RuntimeError(f"{folder} does not fit this model: {name} is in one of them only")
+    def put(self, model: PeftModel, tensors: dict[str, Tensor]) -> None:
+        from falcon_qlora.methods.lora_layers import set_peft_model_state_dict
+
         set_peft_model_state_dict(model, tensors)
+
+    def open(self, base: PreTrainedModel, folder: Path, *, trainable: bool) -> PeftModel:
+        from falcon_qlora.methods.lora_layers import open_lora
+
+        return open_lora(base, folder, self, trainable=trainable)
+
+    def merged_weight(self, weight: Tensor, module: str, folder: Path, config: PreTrainedConfig) -> Tensor:
+        from falcon_qlora.methods.lora_layers import merged_weight
+
+        adapted = module.rpartition(".")[2] in self.targets(config)
+        return merged_weight(self, weight, module, folder) if adapted else weight
 
     def disabled(self, model: PeftModel) -> AbstractContextManager[None]:
         return model.disable_adapter()
 
 
-def attach_lora(
-    model: PreTrainedModel,
-    *,
-    r: int = 64,
-    alpha: float = 16,
-    dropout: float = 0.0,
-    target_modules: Sequence[str] | None = None,
-    slices: Sequence[str] | None = None,
-    use_rslora: bool = False,
-    use_dora: bool = False,
-    seed: int = 0,
-) -> PeftModel:
-    """Add trainable low-rank matrices to a loaded model, in float32, and freeze the rest.
+def attach_lora(model: PreTrainedModel, *, seed: int = 0, **settings: Any) -> PeftModel:
+    """`Lora` with these settings, whose names may come as lists, attached to a model from `load_model`."""
+    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    return Lora(**plain).attach(model, seed=seed)
+
+
+def read_lora(file: Path, *, slices: list[str] | None) -> Lora:
+    """The LoRA that PEFT's settings in `file`, which others may have written, are of.
 
     Args:
-        model: from `load_model`.
-        r: rank.
-        alpha: the product is scaled by alpha / r, or alpha / sqrt(r) with rsLoRA.
-        dropout: probability of dropping an input of the low-rank product.
-        target_modules: of the blocks' linears, by the last part of their name; all where None.
-        slices: of ``query``, ``key``, ``value``: train rank `r` on each of these slices of the projection
-            that is all three, and nothing else.
-        use_rslora: scale by the root of the rank.
-        use_dora: train magnitudes and directions apart.
-        seed: of the random matrices, the same on every process.
-
-    Returns:
-        The model inside PEFT's wrapper, in training mode.
+        file: PEFT's ``adapter_config.json``.
+        slices: of the fused projection, where only they were trained, which PEFT knows nothing of.
 
     Raises:
-        UserError: for targets or slices that the model does not have, or that do not go together.
+        UserError: if it is not what is trained here.
     """
-    method = Lora(
-        r=r,
-        alpha=alpha,
-        dropout=dropout,
-        target_modules=tuple(target_modules) if target_modules else None,
-        slices=checked_slices(slices) if slices else None,
-        use_rslora=use_rslora,
-        use_dora=use_dora,
+    settings = read_json(file)
+    if settings.get("peft_type") != "LORA":
+        raise UserError(f"{file}: peft_type is {settings.get('peft_type')!r}; only LORA can be read.")
+    _refuse_what_is_not_trained_here(settings, file)
+    r, alpha, dropout, targets = (
+        settings.get(name) for name in ("r", "lora_alpha", "lora_dropout", "target_modules")
     )
-    with _told_quantized(model), devices.draws_undone(model.device):
-        torch.manual_seed(seed)
-        peft_model = get_peft_model(model, method.peft_config(method.targets(model.config)))
-    if method.slices:
-        _train_slices(peft_model, method.slices, r)
-    _train_in_float32(peft_model)
-    remember(peft_model, method)
-    return peft_model.train()
-
-
-def open_lora(model: PreTrainedModel, folder: Path, method: Lora, *, trainable: bool) -> PeftModel:
-    """Put a saved adapter on its base.
-
-    Args:
-        model: from `load_model`.
-        folder: the adapter's, checked.
-        method: with the settings that were read of it: its file's own do not reach PEFT.
-        trainable: to train on; else for inference.
-
-    Raises:
-        UserError: if weights were trained outside the slices that the adapter is said to be of.
-    """
-    targets = method.targets(model.config)
-    config = method.peft_config(targets, base_model_name_or_path=model.name_or_path)
-    with _told_quantized(model):
-        peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
-    if method.slices and trainable:
-        _train_slices(peft_model, method.slices, method.r)
-        try:
-            method.restore(peft_model, folder)
-        except RuntimeError as error:
-            raise UserError(f"{folder}: {error}") from None
-    _train_in_float32(peft_model)
-    remember(peft_model, method)
-    return peft_model.train(trainable)
-
-
-def checked_targets(
-    target_modules: Sequence[str] | None,
-    slices: Sequence[str] | None = None,
-    config: PreTrainedConfig | None = None,
-) -> list[str]:
-    """The linears that `target_modules` names, by the last part of their name; all of them for None.
-
-    Args:
-        target_modules, slices: as for `attach_lora`.
-        config: of the model; None takes what the blocks of any family have.
-
-    Raises:
-        UserError: for a name that the blocks do not have, or another than that of the sliced projection.
-    """
-    layouts = LAYOUTS if config is None else (type(layout_of(config)),)
-    if slices:
-        fused = [layout.fused for layout in layouts if layout.fused]
-        if not fused:
-            raise UserError(
-                f"--lora_slices trains slices of a projection that is queries, keys and values at once, and "
-                f"{layouts[0].family} has three: name those that are meant as --lora_target_modules"
-            )
-        if target_modules and (len(target_modules) > 1 or target_modules[0] not in fused):
-            raise UserError(
-                f"--lora_slices trains slices of {fused[0]} alone: leave out --lora_target_modules"
-            )
-        return fused
-    linears = [name for layout in layouts for name in layout.linears]
-    if not target_modules or list(target_modules) == ["all-linear"]:
-        return linears
-    for name in target_modules:
-        if name not in linears:
-            there = "; ".join(f"{layout.family}'s: {', '.join(layout.linears)}" for layout in layouts)
-            raise UserError(
-                f"lora_target_modules: the blocks have no linear {name!r}{nearest(name, linears)}. {there}."
-            )
-    return list(target_modules)
-
-
-def checked_slices(slices: Sequence[str]) -> tuple[str, ...]:
-    """The slices by their names, in the projection's own order.
-
-    Raises:
-        UserError: for a name that is none.
-    """
-    for name in slices:
-        if name not in SLICES:
-            raise UserError(f"lora_slices: {name!r} is not one of {', '.join(SLICES)}{nearest(name, SLICES)}")
-    return tuple(name for name in SLICES if name in slices)
-
-
-def _slice_groups(config: PreTrainedConfig, slices: tuple[str, ...], r: int) -> list[ParameterGroup]:
-    layout = layout_of(config)
-    assert layout.fused is not None
-    fused, hidden = layout.linear_shapes()[layout.fused]
-    rows = {"query": hidden, "key": (fused - hidden) // 2, "value": (fused - hidden) // 2}
-    blocks = config.num_hidden_layers
-    return [
-        ParameterGroup(kind=f"LoRA on {name}", count=blocks * r * (hidden + rows[name])) for name in slices
-    ]
-
-
-def _train_slices(peft_model: PeftModel, slices: tuple[str, ...], r: int) -> None:
-    """Replace the second matrices by their blocks for `slices`."""
-    layout = layout_of(peft_model.config)
-    assert layout.fused is not None
-    for attention in peft_model.modules():
-        if isinstance(attention, layout.attention_class):
-            layer = getattr(attention, layout.fused)
-            rows = slice_rows(layout, attention, layer)
-            layer.lora_B["default"] = SlicedUp({name: rows[name] for name in slices}, layer.out_features, r)
-
-
-@contextmanager
-def _told_quantized(model: PreTrainedModel) -> Iterator[None]:
-    """Say to PEFT, and to it alone, that the model is quantized.
-
-    PEFT chooses its layers for bitsandbytes by these attributes. TRL, where it sees them later, casts every
-    trainable parameter to bfloat16, in which small updates are lost.
-    """
-    mode = quantization_of(model)
-    told: dict[str, Any] = {"4bit": {"is_loaded_in_4bit": True}, "8bit": {"is_loaded_in_8bit": True}}.get(
-        mode, {}
+    fits = {
+        "r": is_count(r, least=1, most=2**16),
+        "lora_alpha": is_number(alpha) and 0 < alpha <= 2**20,
+        "lora_dropout": dropout is None or (is_number(dropout) and 0 <= dropout < 1),
+        "target_modules": isinstance(targets, list)
+        and bool(targets)
+        and all(isinstance(name, str) and re.fullmatch(r"\w+", name) for name in targets),
+    }
+    for name in fits:
+        if not fits[name]:
+            told = str(settings.get(name))[:80]
+            raise UserError(f"{file}: {name} is {told!r}, which is not what LoRA here takes")
+    parts = len(set(slices)) if slices else 1
+    if r % parts:
+        raise UserError(f"{file}: r is {r}, which {parts} slices cannot share")
+    return Lora(
+        r=r // parts,
+        alpha=alpha / parts if alpha % parts else alpha // parts,
+        dropout=float(dropout or 0),
+        # PEFT writes a set: in any order. Slices say of what they are.
+        target_modules=None if slices and len(targets) == 1 else tuple(sorted(set(targets))),
+        slices=tuple(slices) if slices else None,
+        use_rslora=settings.get("use_rslora") is True,
+        use_dora=settings.get("use_dora") is True,
     )
-    for name, value in told.items():
-        setattr(model, name, value)
-    try:
-        yield
-    finally:
-        for name in told:
-            delattr(model, name)
 
 
-def _train_in_float32(peft_model: PeftModel) -> None:
-    for parameter in peft_model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+def _refuse_what_is_not_trained_here(settings: dict[str, Any], source: Path) -> None:
+    for name, value in settings.items():
+        if name not in _KNOWN and value:
+            raise UserError(f"{source}: {name} is set to {str(value)[:80]!r}, which is not read here.")
+    if settings.get("bias") not in (None, "none"):
+        raise UserError(f"{source}: bias is {settings['bias']!r}; adapters that train biases are not read.")
+    if settings.get("init_lora_weights") not in (None, True, False, "gaussian"):
+        raise UserError(
+            f"{source}: init_lora_weights is {str(settings['init_lora_weights'])[:80]!r}, by which opening "
+            "the adapter would change the base model."
+        )

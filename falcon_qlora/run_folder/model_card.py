@@ -19,27 +19,27 @@ class ModelCard:
     Attributes:
         base_model: Hub id, path or label (``tiny``, ``random:falcon-7b``) of the model the adapter is for.
         method: What was trained, as `--method` takes it.
-        base_layout: What that is, such as ``falcon-7b layout, 32 blocks``.
+        title, trains, opened_by: As the method says, see `Method`.
         base_is_random: Its weights are random: the adapter is a test of the machinery, and says so.
         datasets: What `--dataset_name` named.
         settings: Setting → value, in the order in which they are shown.
         data: What became of the rows: label → count.
         summary: The fields of `summary.json`.
         template: The prompt template of the rows, to be used again when the model is asked.
-        prompt_example: One rendered prompt, up to where the model goes on.
         version: The release of falcon_qlora.
     """
 
     base_model: str
-    method: str = "lora"
-    base_layout: str = ""
+    method: str
+    title: str
+    trains: str
+    opened_by: str
     base_is_random: bool = False
     datasets: Sequence[str] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     summary: Mapping[str, Any] = field(default_factory=dict)
     template: str = ""
-    prompt_example: str = ""
     version: str = ""
 
     def write(self, adapter: Path) -> Path:
@@ -60,29 +60,30 @@ class ModelCard:
         ]
         return "\n".join(section for section in sections if section)
 
+    @property
+    def _is_whole(self) -> bool:
+        return self.opened_by == "transformers"
+
     def _metadata(self) -> dict[str, Any]:
-        libraries = {"lora": "peft", "full": "transformers"}
-        metadata: dict[str, Any] = {
-            "library_name": libraries.get(self.method, "falcon-qlora"),
-            "pipeline_tag": "text-generation",
-        }
+        metadata: dict[str, Any] = {"library_name": self.opened_by, "pipeline_tag": "text-generation"}
         if names_hub_model(self.base_model):
-            relation = "finetune" if self.method == "full" else "adapter"
+            relation = "finetune" if self._is_whole else "adapter"
             metadata |= {"base_model": self.base_model, "base_model_relation": relation}
         on_hub = [name for name in self.datasets if names_hub_dataset(name)]
         if on_hub:
             metadata["datasets"] = on_hub
-        tags = {"lora": ["lora", "qlora", "peft"]}.get(self.method, [self.method.replace("_", "-")])
+        tags = [self.method.replace("_", "-"), *(["qlora", "peft"] if self.opened_by == "peft" else [])]
         return metadata | {"tags": ["falcon", *tags, "falcon-qlora"]}
 
     def _introduction(self) -> str:
         quantized = self.settings.get("quantize_mode", "")
-        base = f"`{self.base_model}`" + (f" ({self.base_layout})" if self.base_layout else "")
-        title, what = _TITLES[self.method]
-        text = f"# {title} {self.base_model}\n\n{what} {base}"
-        held = quantized and self.method != "full"
-        text += f", trained on the base model held in {quantized}" if held else ""
-        text += f" with falcon_qlora {self.version}".rstrip() + ".\n"
+        held = f" on the base model held in {quantized}" if quantized and not self._is_whole else ""
+        text = (
+            f"# {self.title} {'of' if self._is_whole else 'for'} {self.base_model}\n\n"
+            f"{self.title} ({self.trains}) of `{self.base_model}`, trained{held} with falcon_qlora "
+            f"{self.version}".rstrip()
+        )
+        text += ".\n"
         if self.base_is_random:
             text += (
                 "\n**The base model's weights are random**: this shows that and how fast the training runs, "
@@ -92,13 +93,13 @@ class ModelCard:
 
     def _usage(self) -> str:
         text = "## Use\n\n"
-        if self.method == "full":
+        if self._is_whole:
             text += (
                 "A whole model, which Transformers opens as any (`ADAPTER` is this folder or its hub id):\n\n"
                 f"```python\n{_WHOLE_EXAMPLE}```\n\n"
                 "With falcon_qlora (`ADAPTER` is this folder):\n\n"
             )
-        elif self.method != "lora":
+        elif self.opened_by != "peft":
             text += (
                 "PEFT has no such method; falcon_qlora opens it on the base model, quantized or not\n"
                 "(`ADAPTER` is this folder or a copy of it). It cannot be merged into the base's weights.\n\n"
@@ -118,8 +119,7 @@ class ModelCard:
             '```\nfalcon-qlora generate --adapter ADAPTER --prompt "…"\n```\n'
         )
         if self.template:
-            text += f"\nIt was trained with the prompt template `{self.template}`; ask it in the same form"
-            text += ".\n" if not self.prompt_example else f":\n\n{_fenced(self.prompt_example)}\n"
+            text += f"\nIt was trained with the prompt template `{self.template}`; ask it in the same form.\n"
         return text
 
     def _plain_example(self) -> str:
@@ -135,39 +135,28 @@ class ModelCard:
         )
 
     def _result(self) -> dict[str, Any]:
-        names = {
-            "steps": "optimizer steps",
-            "first_loss": "training loss, first",
-            "final_loss": "training loss, last",
-            "best_eval_loss": "best loss on held-out data",
-            "trainable_parameters": "trainable parameters",
-            "total_parameters": "parameters of base and adapter",
-            "train_seconds": "seconds",
-            "tokens_per_second": "tokens/s",
-            "peak_memory_gib": "peak memory on one device, GiB",
-            "world_size": "devices",
-        }
-        return {
-            label: self.summary[name] for name, label in names.items() if self.summary.get(name) is not None
-        }
+        known = {label: self.summary.get(name) for name, label in _RESULTS.items()}
+        return {label: value for label, value in known.items() if value is not None}
 
 
+_RESULTS = {
+    "steps": "optimizer steps",
+    "first_loss": "training loss, first",
+    "final_loss": "training loss, last",
+    "best_eval_loss": "best loss on held-out data",
+    "trainable_parameters": "trainable parameters",
+    "total_parameters": "parameters of base and adapter",
+    "train_seconds": "seconds",
+    "tokens_per_second": "tokens/s",
+    "peak_memory_gib": "peak memory on one device, GiB",
+    "world_size": "devices",
+}
 _WHOLE_EXAMPLE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("ADAPTER", dtype="bfloat16")
 tokenizer = AutoTokenizer.from_pretrained("ADAPTER")
 """
-
-_TITLES = {
-    "lora": ("LoRA adapter for", "A LoRA adapter for"),
-    "adapter": ("Adapter for", "A learned prefix in attention (Adapter) for"),
-    "adapter_v2": (
-        "Adapter v2 for",
-        "A learned prefix in attention, scales and biases of the linears, and norms (Adapter v2) for",
-    ),
-    "full": ("Fine-tuned", "All weights, fine-tuned, of"),
-}
 
 
 def names_hub_model(name: str) -> bool:
@@ -199,11 +188,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(_cell(item) for item in value)
     return str(value).replace("|", "\\|").replace("\n", " ")
-
-
-def _fenced(text: str) -> str:
-    # Longer than any fence inside, so that the text stays text.
-    fence = "```"
-    while fence in text:
-        fence += "`"
-    return f"{fence}text\n{text}\n{fence}"

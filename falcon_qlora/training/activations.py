@@ -108,25 +108,22 @@ def _step(configuration: Configuration, model: Any, *, fast: bool) -> Step:
     run, config = configuration.run, model.config
     a_micro_batch = run.per_device_train_batch_size * ranks.world_size()
     several = run.gradient_accumulation_steps > 1 or (run.global_batch_size or 0) > a_micro_batch
-    whole = configuration.method.method == "full"
-    trainable_bytes = model.dtype.itemsize if whole else 4
+    method = configuration.method
+    trainable_bytes = 4 if method.trains_in_float32 else model.dtype.itemsize
     return step_memory.Step(
         config=config,
         tokens=run.per_device_train_batch_size * configuration.data.max_length,
         trainable=local_count(model),
         trainable_bytes=trainable_bytes,
         gradients_stay=several or (ranks.world_size() > 1 and not is_sharded(model)),
-        all_trained=whole,
         gathered=step_memory.gathered_bytes(config, trainable_bytes) if is_sharded(model) else 0,
         fast=fast,
-        lora_rank=configuration.lora.lora_r if configuration.method.method == "lora" else 0,
-        lora_dropout=configuration.lora.lora_dropout > 0,
-        scaled=configuration.method.method == "adapter_v2",
+        **method.step_memory(),
         value_bytes=model.dtype.itemsize,
         optimizer_bytes=step_memory.allocated_optimizer_bytes(
             configuration.optimizer,
             trainable_bytes,
-            embedded=step_memory.embedded_share(config) if whole else 0.0,
+            embedded=step_memory.embedded_share(config) if method.is_whole else 0.0,
         ),
     )
 

@@ -28,7 +28,6 @@ def model_with_adapter(configuration: Configuration, tokenizer: Any) -> Any:
     from falcon_qlora.models.locate import open_checkpoint
     from falcon_qlora.models.tokenizer import check_vocabulary
     from falcon_qlora.terminal.console import patience
-    from falcon_qlora.training.method import configured_method
 
     settings = configuration.model
     # Downloads what is missing.
@@ -47,7 +46,7 @@ def model_with_adapter(configuration: Configuration, tokenizer: Any) -> Any:
             revision=settings.model_revision,
         )
     check_vocabulary(tokenizer, model.config.vocab_size, name=settings.model_name_or_path)
-    trained = configured_method(configuration).attach(model, seed=configuration.run.seed)
+    trained = configuration.method.attach(model, seed=configuration.run.seed)
     enable_packing(trained)
     return trained
 

@@ -54,10 +54,7 @@ def run_folder(configuration: Configuration, lock: RunLock) -> Iterator[RunDirec
 
 def _choose_folder(configuration: Configuration, lock: RunLock, *, make: bool) -> str:
     run, model = configuration.run, configuration.model
-    method = configuration.method.method
-    settings = f"{model.quantize_mode}-{method}" + (
-        str(configuration.lora.lora_r) if method == "lora" else ""
-    )
+    settings = f"{model.quantize_mode}-{configuration.method.short}"
     path = directory.choose(
         run.output_dir,
         model=model.model_name_or_path,
@@ -86,7 +83,6 @@ def check_model(configuration: Configuration) -> None:
     from falcon_qlora.models.load import check_mode_runs_on, resolve_compute_dtype
     from falcon_qlora.models.sizes import check_fits
     from falcon_qlora.models.zero3 import check_installed
-    from falcon_qlora.training.method import configured_method
 
     if configuration.run.sharding == "zero3":
         check_installed()
@@ -98,7 +94,7 @@ def check_model(configuration: Configuration) -> None:
     if reason is not None:
         raise UserError(f"--compute_dtype fp8: {reason}. Use --compute_dtype auto.")
     config = agreement.from_main_process(lambda: read_config(configuration))
-    trainable = trainable_count(configured_method(configuration), config)
+    trainable = trainable_count(configuration.method, config)
     if device.type != "cuda":
         return
     check_fits(
@@ -152,7 +148,7 @@ def check_disk(configuration: Configuration, directory: RunDirectory, model: Any
     needed = predicted_bytes(
         trainable,
         bytes_each=trained[0].element_size(),
-        embedded=embedded_share(model.config) if configuration.method.method == "full" else 0.0,
+        embedded=embedded_share(model.config) if configuration.method.is_whole else 0.0,
         optimizer=configuration.optimizer,
         saves=_saves(training, steps),
         limit=training.save_total_limit,

@@ -14,13 +14,12 @@ from falcon_qlora.checkpoint.adapter_check import AdapterFaultError, check_adapt
 from falcon_qlora.checkpoint.manifest import newest_whole, write_manifest
 from falcon_qlora.checkpoint.write import disk_errors, last_complete, not_kept, require_same_replicas
 from falcon_qlora.common.errors import UserError, reason_of
-from falcon_qlora.common.files import write_json
 from falcon_qlora.common.quantities import GIB
 from falcon_qlora.common.version import VERSION
 from falcon_qlora.config import Configuration
 from falcon_qlora.data.batches import TrainingSteps
 from falcon_qlora.data.templates import template_fingerprint
-from falcon_qlora.methods.folder import RECORD
+from falcon_qlora.methods.adapter_folder import write_record
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.fast_path import described
 from falcon_qlora.models.fingerprint import model_fingerprint, tokenizer_fingerprint
@@ -45,13 +44,6 @@ from falcon_qlora.training.trainer import FalconTrainer
 
 # Before a disk that failed is tried again.
 _PAUSE_SECONDS = 3.0
-_OF_PREFIX = "adapter_prefix_length adapter_first_block"
-_SETTINGS = {
-    "lora": "lora_r lora_alpha lora_dropout lora_target_modules lora_slices",
-    "adapter": _OF_PREFIX,
-    "adapter_v2": _OF_PREFIX,
-    "full": "",
-}
 
 
 def write_start(
@@ -150,9 +142,9 @@ def describe_adapter(
     configuration: Configuration, data: TrainingData, folder: Path, summary: dict[str, Any] | None = None
 ) -> None:
     """Complete an adapter's folder: its model card, and what `generate` must know to open and ask it."""
-    settings, rows = configuration.model, configuration.data
-    write_json(
-        folder / RECORD,
+    settings, rows, method = configuration.model, configuration.data, configuration.method
+    write_record(
+        folder,
         {
             "base_model": settings.model_name_or_path,
             "base_fingerprint": model_fingerprint(settings.model_name_or_path),
@@ -165,18 +157,21 @@ def describe_adapter(
             "template": data.template,
             "template_fingerprint": template_fingerprint(data.template),
             "dataset_format": data.dataset_format,
-            "method": configuration.method.method,
-            "lora_slices": configuration.lora.lora_slices if configuration.method.method == "lora" else None,
+            "method": method.name,
+            **method.flags(),
         },
     )
     resolved = configuration.resolved()
     shown = (
-        f"method quantize_mode double_quantization compute_dtype {_SETTINGS[configuration.method.method]} "
-        "max_length packing train_on optim learning_rate lr_scheduler_type warmup_steps max_grad_norm seed"
+        f"method quantize_mode double_quantization compute_dtype {' '.join(method.flags())} max_length "
+        "packing train_on optim learning_rate lr_scheduler_type warmup_steps max_grad_norm seed"
     ).split()
     ModelCard(
         base_model=settings.model_name_or_path,
-        method=configuration.method.method,
+        method=method.name,
+        title=method.title,
+        trains=method.trains,
+        opened_by=method.opened_by,
         base_is_random=settings.model_name_or_path.startswith("random:"),
         datasets=rows.dataset_name,
         settings={name: resolved[name] for name in shown if resolved.get(name) is not None},

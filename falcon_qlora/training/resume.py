@@ -11,9 +11,9 @@ from falcon_qlora.checkpoint.resume import check_trainer_state
 from falcon_qlora.checkpoint.write import set_aside_after
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import plain, quoted
+from falcon_qlora.common.settings import settings_of
 from falcon_qlora.common.untrusted import is_count, read_yaml, refuse_links
 from falcon_qlora.config import Configuration
-from falcon_qlora.config.settings import settings_of
 from falcon_qlora.config.trainer_arguments import TrainerArguments
 from falcon_qlora.data.stream import changed_source
 from falcon_qlora.processes import agreement, ranks
@@ -27,10 +27,8 @@ _DECISIVE = (
     "model_name_or_path model_revision quantize_mode double_quantization norms_in_float32 llm_int8_threshold "
     "compute_dtype "
     "tokenizer_name_or_path template train_on append_end_token max_length overlong packing padding streaming "
-    "train_sampling_strategy method adapter_prefix_length adapter_first_block lora_r lora_alpha lora_dropout "
-    "lora_target_modules lora_slices use_rslora use_dora optim optim_args learning_rate lr_scheduler_type "
-    "lr_scheduler_kwargs warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
-    "neftune_noise_alpha seed"
+    "train_sampling_strategy method optim optim_args learning_rate lr_scheduler_type lr_scheduler_kwargs "
+    "warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm neftune_noise_alpha seed"
 ).split()
 # Of a stream too, whose documents nobody has counted; else the fingerprint of the data tells.
 _DECISIVE_FOR_STREAMS = (
@@ -166,7 +164,8 @@ def _compare_settings(configuration: Configuration, checkpoint: Path, record: di
     now = plain(configuration.resolved())
     defaults = {setting.name: setting.default for setting in settings_of(TrainerArguments)}
     of_streams = _DECISIVE_FOR_STREAMS if configuration.data.streaming else ()
-    for name in (*_DECISIVE, *of_streams, *_MAY_CHANGE):
+    of_method = [each.name for each in settings_of(type(configuration.method)) if each.decisive]
+    for name in (*_DECISIVE, *of_method, *of_streams, *_MAY_CHANGE):
         # One of the library's is not written down where it was not given; one of ours not by a release that
         # did not have it.
         if name not in defaults and not (name in before and name in now):
@@ -198,7 +197,7 @@ def _say_what_differs(configuration: Configuration, processes: int) -> None:
         return
     changed = f"going on with {ranks.world_size()} instead of {processes} processes: the same documents"
     changed += " make each step"
-    if configuration.lora.lora_dropout:
+    if configuration.method.draws:
         note(f"{changed}, but dropout draws anew, so the losses will differ from an uninterrupted run's")
     else:
         note(f"{changed}, and the losses agree up to the rounding of sums taken in another order")

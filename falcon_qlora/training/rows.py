@@ -227,7 +227,7 @@ def _dealing(configuration: Configuration) -> Dealing:
         process=ranks.process_index(),
         processes=ranks.world_size(),
         # A forward of sharded weights takes all processes, so that each must have as many.
-        even=configuration.method.method == "full",
+        even=configuration.method.is_whole,
     )
 
 

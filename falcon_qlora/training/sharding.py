@@ -78,7 +78,7 @@ def _wanted(configuration: Configuration, config: PreTrainedConfig) -> bool:
     if wanted != "auto":
         return named
     device = devices.local_device()
-    if processes == 1 or configuration.method.method != "full" or device.type != "cuda":
+    if processes == 1 or not configuration.method.is_whole or device.type != "cuda":
         return False
     import torch
 

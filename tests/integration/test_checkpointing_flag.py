@@ -108,9 +108,9 @@ def test_a_trial_that_does_not_fit_says_what_to_change(
 
 def test_the_recipe_for_the_smallest_setting_is_what_the_arithmetic_is_of() -> None:
     configuration = parse(["--recipe", "smallest"])
-    run, lora = configuration.run, configuration.lora
+    run = configuration.run
     assert run.per_device_train_batch_size * configuration.data.max_length == 8192
-    assert (run.checkpointing, lora.lora_r) == ("offload", 64)
+    assert (run.checkpointing, configuration.method.r) == ("offload", 64)
     assert allocated_optimizer_bytes(configuration.optimizer) == 0
 
 

@@ -19,7 +19,7 @@ from falcon_qlora.compare.report import Compared, Comparison
 from falcon_qlora.config.configuration import parse
 from falcon_qlora.data.templates import template_fingerprint
 from falcon_qlora.inference import base_and_adapter
-from falcon_qlora.methods.registry import load_adapter  # noqa: F401  # imported before memory is limited
+from falcon_qlora.methods.open_adapter import load_adapter  # noqa: F401  # imported before memory is limited
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.training import held_out
 from tests.fuzzing import SECRET, change, fresh_copy, fuzz, read_or_refused

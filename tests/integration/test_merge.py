@@ -25,10 +25,9 @@ from falcon_qlora.merge import build
 from falcon_qlora.merge import tensors as merge_tensors
 from falcon_qlora.merge.folder import published_config, write_configuration, write_weights
 from falcon_qlora.merge.tensors import Quantization, merged_tensors
-from falcon_qlora.methods.folder import RECORD
+from falcon_qlora.methods.adapter_folder import RECORD, read_adapter
 from falcon_qlora.methods.lora import attach_lora
-from falcon_qlora.methods.registry import load_adapter
-from falcon_qlora.methods.saved import read_adapter
+from falcon_qlora.methods.open_adapter import load_adapter
 from falcon_qlora.models import hub
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.locate import open_checkpoint

@@ -18,7 +18,7 @@ from falcon_qlora.inference.evaluation import folder_predictions
 from falcon_qlora.data.packing import collate
 from falcon_qlora.merge.folder import write_configuration, write_weights
 from falcon_qlora.merge.tensors import Quantization, merged_tensors
-from falcon_qlora.methods.saved import read_adapter
+from falcon_qlora.methods.adapter_folder import read_adapter
 from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.locate import open_checkpoint
 import numpy as np

@@ -18,7 +18,7 @@ from falcon_qlora.common.errors import UserError
 from falcon_qlora.config import parse
 from falcon_qlora.data.sample_data import path as sample_rows
 from falcon_qlora.methods.interface import trainable_names
-from falcon_qlora.methods.registry import METHODS
+from falcon_qlora.methods.table import METHODS
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.training import build as builder
 from falcon_qlora.training import rows

@@ -110,7 +110,7 @@ def first(tensors: dict[str, torch.Tensor], part: str) -> str:
         (lambda t: t[first(t, "lora_B")].view(-1)[3:4].add_(1e-6), "not what the model in memory has"),
         (lambda t: t.update({first(t, "lora_A"): torch.zeros(3, 192)}), "has the shape"),
         (lambda t: t.update({first(t, "lora_A"): t[first(t, "lora_A")].double()}), "not what the model in"),
-        (lambda t: t.update({"base_model.model.other": torch.ones(3)}), "belongs to no linear"),
+        (lambda t: t.update({"base_model.model.other": torch.ones(3)}), "belongs to no part"),
     ],
 )
 def test_altered_tensors_are_named(tmp_path, model, how, match):

@@ -17,7 +17,6 @@ from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.load import load_model
 from falcon_qlora.processes import devices
 from falcon_qlora.training.activations import Activations, choose_activations
-from falcon_qlora.training.method import configured_method
 
 GIB = 2**30
 # Layers enough for a share of them, and micro batches whose activations are what matters.
@@ -61,7 +60,7 @@ def _model(configuration: Configuration) -> Any:
         compute_dtype=settings.compute_dtype,
         device="cpu",
     )
-    model = configured_method(configuration).attach(base, seed=0)
+    model = configuration.method.attach(base, seed=0)
     enable_packing(model)
     return model
 

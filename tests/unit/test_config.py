@@ -13,10 +13,10 @@ import yaml
 
 from falcon_qlora import config
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.config.arguments import OUR_ARGUMENTS
+from falcon_qlora.common.settings import Setting, settings_of
+from falcon_qlora.config.arguments import our_settings
 from falcon_qlora.config.help import COMMON
 from falcon_qlora.config.parser import RECIPES, recipe_names
-from falcon_qlora.config.settings import Setting, settings_of
 from falcon_qlora.config.trainer_arguments import INSTEAD, SHARED, TrainerArguments
 
 
@@ -27,6 +27,9 @@ def resolved(*argv: str) -> dict:
 def write(path: Path, **settings: object) -> str:
     path.write_text(yaml.safe_dump(settings))
     return str(path)
+
+
+PREFIX = {"adapter_prefix_length": 10, "adapter_first_block": 2}
 
 
 class TestRecipes:
@@ -112,8 +115,11 @@ class TestRecipes:
     @pytest.mark.parametrize(
         ("recipe", "method"),
         [
-            ("lit-adapter", {"method": "adapter", "learning_rate": 9e-3, "weight_decay": 0.02}),
-            ("lit-adapter-v2", {"method": "adapter_v2", "learning_rate": 3e-3, "weight_decay": 0.02}),
+            ("lit-adapter", PREFIX | {"method": "adapter", "learning_rate": 9e-3, "weight_decay": 0.02}),
+            (
+                "lit-adapter-v2",
+                PREFIX | {"method": "adapter_v2", "learning_rate": 3e-3, "weight_decay": 0.02},
+            ),
             (
                 "lit-lora",
                 {"method": "lora", "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.05}
@@ -134,8 +140,6 @@ class TestRecipes:
         expected = self.LIT | method
         assert {name: settings[name] for name in expected} == expected
         assert round(float(settings["eval_split"]) * 51_760) == 2_000
-        prefix = (settings["adapter_prefix_length"], settings["adapter_first_block"])
-        assert prefix == (10, 2)
 
     @pytest.mark.parametrize(
         ("recipe", "rate"),
@@ -208,9 +212,7 @@ class TestRecipes:
         assert {name: settings[name] for name in expected} == expected
 
     def test_default_recipe_says_what_the_dataclasses_say(self) -> None:
-        defaults = {}
-        for arguments in OUR_ARGUMENTS:
-            defaults |= dataclasses.asdict(arguments())
+        defaults = {each.name: each.default for each in our_settings()}
         recipe = yaml.safe_load((RECIPES / "default.yaml").read_text())
         recipe |= {"dataset_name": [recipe["dataset_name"]], "report_to": [recipe["report_to"]]}
         shared = defaults.keys() & recipe.keys()
@@ -231,8 +233,8 @@ class TestPrecedence:
         file = write(tmp_path / "c.yaml", max_steps=11, lora_r=12)
         configuration = config.parse(["--recipe", "lambda-7b-4bit", "--config", file, "-s", "13"])
         assert configuration.run.max_steps == 13
-        assert configuration.lora.lora_r == 12
-        assert configuration.lora.lora_dropout == 0.1
+        assert configuration.method.r == 12
+        assert configuration.method.dropout == 0.1
         assert configuration.trainer["adam_beta2"] == 0.999
         assert configuration.explicit["max_steps"] == "flag"
         assert configuration.explicit["lora_r"] == file
@@ -426,9 +428,7 @@ class TestHelp:
 
     def test_help_all_has_every_flag(self, capsys: pytest.CaptureFixture[str]) -> None:
         text = self.shown(capsys, "--help-all")
-        taken = {
-            field.name for each in (*OUR_ARGUMENTS, TrainerArguments) for field in dataclasses.fields(each)
-        }
+        taken = {each.name for each in (*our_settings(), *settings_of(TrainerArguments))}
         assert all(f"--{name}" in text for name in taken)
 
 
@@ -470,7 +470,7 @@ class TestForwarded:
 
     def test_what_the_trainer_shares_with_us_and_what_is_not_taken(self) -> None:
         library = self.of_the_class().keys()
-        ours = {field.name for arguments in OUR_ARGUMENTS for field in dataclasses.fields(arguments)}
+        ours = {each.name for each in our_settings()}
         assert ours & library == set(SHARED)
         assert not INSTEAD.keys() & (ours | {field.name for field in self.FIELDS})
 
@@ -541,6 +541,6 @@ def test_a_run_is_gone_on_with_by_its_folder_alone(tmp_path: Path) -> None:
         assert again.resolved() == {**before.resolved(), "max_steps": 12}
     # A file that is named says it all, and a run without one is left to the flags.
     other = write(tmp_path / "other.yaml", lora_r=16)
-    assert config.parse(["--resume", str(tmp_path), "--config", str(other)]).lora.lora_r == 16
+    assert config.parse(["--resume", str(tmp_path), "--config", str(other)]).method.r == 16
     (tmp_path / "config.yaml").unlink()
-    assert config.parse(["--resume", str(tmp_path)]).lora.lora_r == config.parse([]).lora.lora_r
+    assert config.parse(["--resume", str(tmp_path)]).method == config.parse([]).method

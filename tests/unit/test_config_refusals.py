@@ -179,7 +179,7 @@ def test_the_settings_of_a_run_have_no_other_file_opened(
         # What the user names is opened, and a recipe of the package may be named anywhere.
         assert "unknown key a_secret" in refusal("--resume", str(run), "--recipe", str(other))
         write(file, recipe="lambda-7b-4bit")
-        assert config.parse(["--resume", str(run)]).lora.lora_dropout == 0.1
+        assert config.parse(["--resume", str(run)]).method.dropout == 0.1
 
 
 def test_settings_are_checked_together_with_those_of_the_run_that_goes_on(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_settings_are_checked_together_with_those_of_the_run_that_goes_on(tmp_pa
     write(tmp_path / "config.yaml", **before.resolved())
     words = ["--resume", str(tmp_path), "--sharding", "fsdp", "--gpus", "2"]
     launch = config.parse(words, extra_arguments=LaunchArguments)
-    assert (launch.method.method, launch.run.sharding, launch.extra.gpus) == ("full", "fsdp", 2)
+    assert (launch.method.name, launch.run.sharding, launch.extra.gpus) == ("full", "fsdp", 2)
     write(tmp_path / "config.yaml", **config.parse(["-m", "tiny"]).resolved())
     with pytest.raises(UserError, match="--sharding fsdp is for --method full"):
         config.parse(words, extra_arguments=LaunchArguments)

@@ -13,7 +13,7 @@ import torch
 
 from falcon_qlora import __main__ as cli
 from falcon_qlora.methods.lora import attach_lora
-from falcon_qlora.methods.registry import load_adapter
+from falcon_qlora.methods.open_adapter import load_adapter
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.tokenizer import load_tokenizer
 

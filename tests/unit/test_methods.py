@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 import falcon_qlora
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.methods.adapter import Adapter
+from falcon_qlora.methods.adapter_folder import RECORD, TENSORS
 from falcon_qlora.methods.adapter_v2 import AdapterV2
-from falcon_qlora.methods.folder import RECORD, TENSORS
 from falcon_qlora.methods.full import Full
 from falcon_qlora.methods.interface import method_of, trainable_count, trainable_names
 from falcon_qlora.methods.lora import Lora
-from falcon_qlora.methods.registry import METHODS
+from falcon_qlora.methods.table import METHODS
 from falcon_qlora.models.fast_path import apply_fast_path
 from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.layouts import PRESETS, layout_of, preset_config

@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.methods.lora import attach_lora
-from falcon_qlora.methods.registry import load_adapter
+from falcon_qlora.methods.open_adapter import load_adapter
 from falcon_qlora.models.layouts.falcon import Falcon
 from tests.layouts import LAYOUTS, MODES, documents, plain_float32, tiny_model
 

@@ -19,6 +19,9 @@ from PIL import Image
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import replaced, replaced_folder, write_json
+from falcon_qlora.methods.full import Full
+from falcon_qlora.methods.interface import Method
+from falcon_qlora.methods.lora import Lora
 from falcon_qlora.run_folder.directory import METRICS_FIELDS, RunDirectory, choose
 from falcon_qlora.run_folder.environment import collect_environment, without_secrets
 from falcon_qlora.run_folder.model_card import ModelCard
@@ -338,8 +341,17 @@ def test_secrets_in_a_command_line_are_hidden(argv: list[str], shown: list[str])
     assert without_secrets(argv) == shown
 
 
+def about(method: type[Method]) -> dict[str, str]:
+    names = {"title": method.title, "trains": method.trains, "opened_by": method.opened_by}
+    return {"method": method.name, **names}
+
+
+LORA = about(Lora)
+
+
 def test_the_card_has_the_hubs_metadata_and_how_to_load_it(tmp_path: Path) -> None:
     card = ModelCard(
+        **LORA,
         base_model="tiiuae/falcon-7b",
         datasets=["timdettmers/openassistant-guanaco", "my/rows.jsonl"],
         settings={"quantize_mode": "4bit", "lora_r": 64},
@@ -366,7 +378,7 @@ def test_the_code_in_a_card_runs(tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     base = AutoModelForCausalLM.from_pretrained(tiny_path())
     peft.get_peft_model(base, peft.LoraConfig(target_modules=["dense"])).save_pretrained(adapter)
-    text = ModelCard(base_model="tiny").write(adapter).read_text()
+    text = ModelCard(**LORA, base_model="tiny").write(adapter).read_text()
     code = text.split("```python\n")[1].split("```")[0].replace('"ADAPTER"', repr(str(adapter)))
     names: dict[str, object] = {}
     exec(code, names)
@@ -378,7 +390,7 @@ def test_the_code_in_a_whole_models_card_runs(tmp_path: Path) -> None:
 
     from falcon_qlora.models.tiny import tiny_path
 
-    text = ModelCard(base_model="tiny", method="full").render()
+    text = ModelCard(**about(Full), base_model="tiny").render()
     blocks = [part.split("```")[0].replace("ADAPTER", str(tiny_path())) for part in text.split("```python\n")]
     names: dict[str, object] = {}
     exec(blocks[1], names)
@@ -388,6 +400,6 @@ def test_the_code_in_a_whole_models_card_runs(tmp_path: Path) -> None:
 
 
 def test_a_card_over_random_weights_says_so_and_names_no_hub_model() -> None:
-    text = ModelCard(base_model="random:falcon-7b", base_is_random=True).render()
+    text = ModelCard(**LORA, base_model="random:falcon-7b", base_is_random=True).render()
     assert "weights are random" in text
     assert "base_model" not in yaml.safe_load(text.split("---\n")[1])

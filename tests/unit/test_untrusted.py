@@ -20,11 +20,11 @@ from falcon_qlora.commands.inspection import inspect_folder
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.untrusted import file_beside, read_json
 from falcon_qlora.merge.folder import write_configuration, write_weights
+from falcon_qlora.methods.adapter_folder import read_adapter
 from falcon_qlora.methods.adapter_v2 import AdapterV2
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.methods.lora import attach_lora
-from falcon_qlora.methods.registry import load_adapter
-from falcon_qlora.methods.saved import read_adapter, zero_tensors
+from falcon_qlora.methods.open_adapter import load_adapter
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.prefix import prefixes
 from falcon_qlora.models.tiny import tiny_path
@@ -76,7 +76,7 @@ def open_everything(adapter: Path) -> None:
     saved = read_adapter(adapter)
     base = tiny_model("falcon-7b")
     saved.check(base.config)
-    zero_tensors(saved, base.config)
+    saved.zero_tensors(base.config)
     load_adapter(adapter, base_model=base)
 
 
@@ -123,10 +123,10 @@ class TestCraftedAdapters:
             ({"settings": None}, "settings must be"),
             ({"settings": {"prefix_length": 3}}, "settings must be"),
             ({"settings": {"prefix_length": 3, "first_block": 1, "name": "x"}}, "settings must be"),
-            ({"settings": {"prefix_length": 10**12, "first_block": 1}}, "prefix_length is"),
-            ({"settings": {"prefix_length": 0, "first_block": 1}}, "prefix_length is"),
-            ({"settings": {"prefix_length": 3, "first_block": -1}}, "first_block is"),
-            ({"settings": {"prefix_length": 3, "first_block": True}}, "first_block is"),
+            ({"settings": {"prefix_length": 10**12, "first_block": 1}}, "has the shape"),
+            ({"settings": {"prefix_length": 0, "first_block": 1}}, "prefix_length: 0 is too small"),
+            ({"settings": {"prefix_length": 3, "first_block": -1}}, "first_block: -1 is too small"),
+            ({"settings": {"prefix_length": 3, "first_block": True}}, "first_block: True is not a whole"),
             ({"settings": {"prefix_length": 3, "first_block": 2}}, "no block would have"),
             ({"settings": {"prefix_length": 4, "first_block": 1}}, "has the shape"),
             ({"settings": {"prefix_length": 3, "first_block": 0}}, "is missing"),
@@ -140,8 +140,8 @@ class TestCraftedAdapters:
     @pytest.mark.parametrize(
         ("slices", "told"),
         [
-            ("query", "lora_slices is a str"),
-            ([1], "lora_slices is a list"),
+            ("query", "slices of query_key_value alone"),
+            ([1], "lora_slices: '1' is not one of"),
             (["querry"], "did you mean query"),
             (["query", "key", "value"], "cannot share"),
             (["query", "value"], "slices of query_key_value alone"),
@@ -323,7 +323,7 @@ def test_no_adapter_makes_the_reader_crash(good, scratch, data, name):
     def check() -> bool:
         saved = read_adapter(adapter)
         saved.check(tiny_model("falcon-7b").config)
-        zero_tensors(saved, tiny_model("falcon-7b").config)
+        saved.zero_tensors(tiny_model("falcon-7b").config)
         return True
 
     if read_or_refused(adapter, check):

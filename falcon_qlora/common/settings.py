@@ -1,6 +1,7 @@
 """One setting: under which flags it is given, what it accepts, and within which bounds.
 
-A setting is a field of a dataclass; `setting` makes such a field, `settings_of` reads them.
+A setting is a field of a dataclass, of a command's arguments or of a method; `setting` makes such a field,
+`settings_of` reads them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def setting(default: Any, text: str, *aliases: str, **more: Any) -> Any:
         default: what holds where nothing else says otherwise.
         text: for the help page.
         aliases: further flags.
-        more: fields of `Setting`: bounds, choices, `alone`, `secret`.
+        more: other fields of `Setting`.
     """
     metadata = {"help": text, "aliases": aliases, **more}
     if isinstance(default, list):
@@ -42,16 +43,23 @@ class Setting:
     """What one setting accepts, from whatever source it comes.
 
     Attributes:
+        name: in configurations, and of its flag.
+        field: of the dataclass; the name, unless that was given.
         flags: that give it a value.
         flags_off: that stand alone and switch it off.
         kind: bool, int, float, str or dict; of a list, that of its items.
         optional: whether None is a value.
         alone: what its flag means without a value; None: it needs one.
-        least, above, below: bounds of a number.
+        least, above, most, below: bounds of a number.
         secret: its value is neither recorded nor repeated in a message.
+        label: how a reader is told of it, ``{}`` being the value, such as ``alpha {}``.
+        decisive: a run that goes on with another value is another run.
+        alternative: name of a setting that takes its place. The one of the higher layer (flag, file, recipe)
+            unseats the other.
     """
 
     name: str
+    field: str
     flags: tuple[str, ...]
     flags_off: tuple[str, ...]
     kind: type
@@ -64,8 +72,12 @@ class Setting:
     alone: Any = None
     least: float | None = None
     above: float | None = None
+    most: float | None = None
     below: float | None = None
     secret: bool = False
+    label: str = "{}"
+    decisive: bool = False
+    alternative: str | None = None
 
     def read(self, value: Any, where: str) -> Any:
         """Convert and check a value from a flag, a file or a caller.
@@ -103,8 +115,17 @@ class Setting:
                 raise UserError(f"{where}: {number} is too small; at least {self.least:g}")
             if self.above is not None and number <= self.above:
                 raise UserError(f"{where}: {number} is too small; it must be above {self.above:g}")
+            if self.most is not None and number > self.most:
+                raise UserError(f"{where}: {number} is too large; at most {self.most:g}")
             if self.below is not None and number >= self.below:
                 raise UserError(f"{where}: {number} is too large; it must be below {self.below:g}")
+
+    def told(self, value: Any) -> str:
+        """`value` for a reader; "" for a switch that is off, or what is not given."""
+        if value is None or value is False:
+            return ""
+        shown = ", ".join(value) if isinstance(value, list | tuple) else value
+        return self.label.format(f"{shown:g}" if isinstance(shown, float) else shown)
 
     @property
     def _type_name(self) -> str:
@@ -138,9 +159,9 @@ def settings_of(arguments: type) -> Iterator[Setting]:
     hints = typing.get_type_hints(arguments)
     group = getattr(arguments, "_argument_group_name", "This command")
     for field in dataclasses.fields(arguments):
-        more = dict(field.metadata)
+        more = {"group": group, "name": field.name, **field.metadata}
         hint, optional = _without_none(hints[field.name])
-        is_list = typing.get_origin(hint) is list
+        is_list = typing.get_origin(hint) in (list, tuple)
         kind = typing.get_args(hint)[0] if is_list else hint
         if typing.get_origin(kind) is typing.Literal:
             more["choices"], kind = typing.get_args(kind), str
@@ -148,15 +169,14 @@ def settings_of(arguments: type) -> Iterator[Setting]:
         if kind is bool:
             more.setdefault("alone", True)
         yield Setting(
-            name=field.name,
-            flags=(*_spellings(field.name), *more.pop("aliases", ())),
-            flags_off=_spellings(f"no_{field.name}") if default is True else (),
+            field=field.name,
+            flags=(*_spellings(more["name"]), *more.pop("aliases", ())),
+            flags_off=_spellings(f"no_{more['name']}") if default is True else (),
             kind=typing.get_origin(kind) or kind,
             is_list=is_list,
             optional=optional,
             default=default,
             help=more.pop("help", ""),
-            group=group,
             **more,
         )
 

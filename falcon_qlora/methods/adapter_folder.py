@@ -1,0 +1,187 @@
+"""How an adapter lies on the disk, and reading one as a folder that others may have written.
+
+PEFT's names, so that everything that handles adapters finds its way: ``adapter_config.json`` says what it is,
+``adapter_model.safetensors`` holds the tensors, in float32, by their names in the model. Beside them
+``falcon_qlora.json`` says how it was trained.
+
+What opens adapters takes more than is trained here: PEFT's own reader pickled weights, modules imported by a
+name in the configuration, patterns compiled from it, starting values that change the base. What is let pass
+by `read_adapter` and `SavedAdapter.check` is safe to hand on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.files import replaced, write_json
+from falcon_qlora.common.record_files import check_format
+from falcon_qlora.common.untrusted import read_json, refuse_links
+from falcon_qlora.methods.interface import Method
+from falcon_qlora.methods.table import is_whole, method_named, method_settings
+from falcon_qlora.models.tensor_files import StoredTensor, read_tensor, stored_tensors
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+RECORD = "falcon_qlora.json"
+FORMAT = 1  # of the record
+_TEXTS = ("base_model", "quantize_mode", "tokenizer", "template", "dataset_format", "method")
+
+
+def write_adapter(folder: Path, model: Any, method: Method) -> None:
+    """Write what a method trains of `model` into `folder`, which is there."""
+    tensors = {name: each.cpu().contiguous() for name, each in method.saved_tensors(model).items()}
+    with replaced(folder / TENSORS) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    about = {"method": method.name, "base_model_name_or_path": model.name_or_path}
+    write_json(folder / CONFIG, {**about, "settings": method.settings()})
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write how what lies in `folder` was trained, for `read_record`."""
+    write_json(folder / RECORD, {"format": FORMAT, **record})
+
+
+def fitting_tensors(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a folder.
+
+    Raises:
+        RuntimeError: if their names and shapes are not those of `expected`.
+    """
+    tensors = load_file(folder / TENSORS)
+    for name in sorted(tensors.keys() ^ expected.keys()):
+        raise RuntimeError(f"{folder} does not fit this model: {name} is in one of them only")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise RuntimeError(
+                f"{folder} does not fit this model: {name} is {list(tensor.shape)} there and "
+                f"{list(expected[name].shape)} here"
+            )
+    return tensors
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What the folder says about itself: ``method`` always, ``base_model`` unless it was never told.
+
+    A whole model also has ``quantize_mode``, which is 16bit where it was not told: nothing else trains.
+
+    Raises:
+        UserError: if it holds nothing that was trained, or its files cannot be read, are links to others' or
+            not of this form.
+    """
+    refuse_links(folder)
+    record = _read_record_of_run(folder / RECORD)
+    file = folder / CONFIG
+    if not file.is_file():
+        if not is_whole(record):
+            raise UserError(f"{folder} holds no adapter (no {CONFIG}).")
+        return {**record, "quantize_mode": record.get("quantize_mode") or "16bit"}
+    config = read_json(file)
+    base_model = config.get("base_model_name_or_path")
+    if not isinstance(base_model, str | None):
+        raise UserError(f"{file}: base_model_name_or_path is {str(base_model)[:40]!r}; expected a name")
+    # What the adapter itself says goes before the record of a run.
+    said = {**record, "method": config.get("method", "lora"), "settings": config.get("settings", {})}
+    if base_model:
+        said.setdefault("base_model", base_model)
+    return said
+
+
+def _read_record_of_run(file: Path) -> dict[str, Any]:
+    record, settings = read_json(file) if file.is_file() else {}, method_settings()
+    check_format(record, str(file), FORMAT)
+    for name, value in record.items():
+        if name in settings:
+            record[name] = settings[name].read(value, f"{file}: {name}")
+            continue
+        fits = isinstance(value, str if name in _TEXTS else str | bool | int | float)
+        if not fits and value is not None:
+            raise UserError(f"{file}: {name} is a {type(value).__name__}, which is not what training writes")
+    return record
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedAdapter:
+    """An adapter in a folder, its settings checked.
+
+    Attributes:
+        folder: where it lies.
+        method: that trained it, with its settings.
+        base_model: name of the model it was trained on, as its files say.
+        record: what the folder says about itself, see `read_record`.
+    """
+
+    folder: Path
+    method: Method
+    base_model: str | None
+    record: dict[str, Any]
+
+    def faults(self, config: PreTrainedConfig) -> Iterator[str]:
+        """What keeps its tensors from being those of a trained adapter of a model of `config`.
+
+        Raises:
+            UserError: if the file cannot be read, or the settings do not suit such a model.
+        """
+        stored = stored_tensors(self.folder / TENSORS)
+        expected = self.method.saved_shapes(config)
+        for name, shape in expected.items():
+            if name not in stored:
+                yield f"{name} is missing"
+            elif stored[name].shape != shape:
+                yield f"{name} has the shape {list(stored[name].shape)}, expected {list(shape)}"
+            else:
+                yield from _value_faults(name, stored[name])
+        yield from (
+            f"{name} belongs to no part of the model" for name in sorted(stored.keys() - expected.keys())
+        )
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Raise a `UserError` for the first of `faults`."""
+        for fault in self.faults(config):
+            raise UserError(f"{self.folder / TENSORS}: {fault}. The adapter is damaged or of another model.")
+
+    def zero_tensors(self, config: PreTrainedConfig) -> list[str]:
+        """Names of those that are zero throughout: that training never moved, or that were lost."""
+        names = self.method.saved_shapes(config)
+        return [name for name in names if not read_tensor(self.folder / TENSORS, name).any()]
+
+    def is_trained(self, config: PreTrainedConfig, zero: list[str]) -> bool:
+        """False if it computes what the base does: all that its method starts at zero is among `zero`."""
+        names = self.method.saved_shapes(config)
+        started = {name for name in names if name.endswith(self.method.starts_at_zero)}
+        return not started or not started <= set(zero)
+
+    def lost_tensors(self, config: PreTrainedConfig, zero: list[str]) -> list[str]:
+        """Those of `zero` that are not so because they, or a base's bias, started so."""
+        if self.is_trained(config, zero):
+            return zero
+        return [name for name in zero if not name.endswith((*self.method.starts_at_zero, ".bias"))]
+
+
+def _value_faults(name: str, stored: StoredTensor) -> Iterator[str]:
+    if not stored.dtype.startswith(("F16", "BF16", "F32", "F64")):
+        yield f"{name} holds {stored.dtype}, not floating-point numbers"
+    elif not torch.isfinite(read_tensor(stored.file, name)).all():
+        yield f"{name} holds numbers that are not finite"
+
+
+def read_adapter(folder: Path) -> SavedAdapter:
+    """Open an adapter's folder; of its weights only that they are there is checked.
+
+    Raises:
+        UserError: if it holds none, or one that is not what a method here trains.
+    """
+    record = read_record(folder)
+    method = method_named(record["method"], folder).read_folder(folder, record)
+    if not (folder / TENSORS).is_file():
+        other = next((path.name for path in sorted(folder.glob("adapter_model*"))), None)
+        found = f"{other} is there, and only safetensors are opened" if other else "the weights are gone"
+        raise UserError(f"{folder} has no {TENSORS}: {found}.")
+    return SavedAdapter(folder=folder, method=method, base_model=record.get("base_model"), record=record)

@@ -1,0 +1,197 @@
+"""PEFT's layers on a loaded model, and LoRA on slices of a fused projection.
+
+To PEFT the slices are one adapter, of which only some blocks are trained: rank r on each of n slices is rank
+``n * r`` on the whole projection, whose second matrix is zero but for the rows of slice i in the columns
+``i * r`` to ``(i + 1) * r``. Those blocks alone are parameters; what is saved is the whole matrix, so plain
+PEFT opens it as it opens any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.methods.adapter_folder import TENSORS
+from falcon_qlora.methods.interface import remember
+from falcon_qlora.methods.lora import SLICES, Lora
+from falcon_qlora.models.layouts import layout_of
+from falcon_qlora.models.layouts.base import Layout
+from falcon_qlora.models.load import quantization_of
+from falcon_qlora.models.tensor_files import read_tensor
+from falcon_qlora.processes import devices
+
+# After bitsandbytes, see models/quantize.py.
+from peft import (  # isort: skip
+    LoraConfig as LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict as get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict as set_peft_model_state_dict,
+)
+
+
+class SlicedUp(nn.Module):
+    """The second matrix of such an adapter; takes the place of PEFT's ``nn.Linear``.
+
+    Args:
+        rows: for each slice's name the rows of the projection's output that belong to it, int64.
+        out_features: of the whole projection.
+        r: rank of each slice.
+
+    Attributes:
+        query, key, value: those that are there: float32 ``[rows, r]``, zero at the start.
+    """
+
+    bias = None
+
+    def __init__(self, rows: dict[str, Tensor], out_features: int, r: int):
+        super().__init__()
+        self.in_features, self.out_features, self.r = r * len(rows), out_features, r
+        self._slices = tuple(rows)
+        for name, of_slice in rows.items():
+            start = torch.zeros(len(of_slice), r, device=of_slice.device)
+            self.register_parameter(name, nn.Parameter(start))
+            self.register_buffer(f"_rows_of_{name}", of_slice, persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole matrix ``[out_features, n * r]``."""
+        whole = getattr(self, self._slices[0]).new_zeros(self.out_features, self.in_features)
+        for place, name in enumerate(self._slices):
+            sides = (place * self.r, (len(self._slices) - 1 - place) * self.r)
+            whole = whole.index_copy(0, getattr(self, f"_rows_of_{name}"), F.pad(getattr(self, name), sides))
+        return whole
+
+    def forward(self, low: Tensor) -> Tensor:
+        return F.linear(low, self.weight)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        if f"{prefix}weight" not in state_dict:
+            return
+        whole = state_dict[f"{prefix}weight"]
+        with torch.no_grad():
+            for place, name in enumerate(self._slices):
+                rows = whole[getattr(self, f"_rows_of_{name}").to(whole.device)]
+                getattr(self, name).copy_(rows[:, place * self.r : (place + 1) * self.r])
+        if not torch.equal(self.weight.to(whole), whole):
+            raise RuntimeError(f"{prefix}weight is trained outside the slices {', '.join(self._slices)}")
+
+
+def slice_rows(layout: Layout, attention: Any, linear: Any) -> dict[str, Tensor]:
+    """Which outputs of an attention's fused projection are queries, keys and values: int64 each, in order."""
+    places = torch.arange(linear.out_features, device=linear.weight.device)
+    heads = layout.split(attention, places[None])
+    return {name: each.flatten() for name, each in zip(SLICES, heads, strict=True)}
+
+
+def add_lora(model: PreTrainedModel, method: Lora, *, seed: int) -> PeftModel:
+    """Add trainable low-rank matrices to a loaded model, in float32, and freeze the rest.
+
+    Args:
+        model: from `load_model`.
+        method: what is added.
+        seed: of the random matrices, the same on every process.
+
+    Returns:
+        The model inside PEFT's wrapper, in training mode.
+    """
+    with _told_quantized(model), devices.draws_undone(model.device):
+        torch.manual_seed(seed)
+        peft_model = get_peft_model(model, method.peft_config(method.targets(model.config)))
+    _train_slices(peft_model, method)
+    return _finished(peft_model, method)
+
+
+def open_lora(model: PreTrainedModel, folder: Path, method: Lora, *, trainable: bool) -> PeftModel:
+    """Put a saved adapter on its base.
+
+    Args:
+        model: from `load_model`.
+        folder: the adapter's, checked.
+        method: with the settings that were read of it: its file's own do not reach PEFT.
+        trainable: to train on; else for inference.
+
+    Raises:
+        UserError: if weights were trained outside the slices that the adapter is said to be of.
+    """
+    targets = method.targets(model.config)
+    config = method.peft_config(targets, base_model_name_or_path=model.name_or_path)
+    with _told_quantized(model):
+        peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
+    if method.slices and trainable:
+        _train_slices(peft_model, method)
+        try:
+            method.restore(peft_model, folder)
+        except RuntimeError as error:
+            raise UserError(f"{folder}: {error}") from None
+    return _finished(peft_model, method).train(trainable)
+
+
+@torch.no_grad()
+def merged_weight(method: Lora, weight: Tensor, module: str, folder: Path) -> Tensor:
+    """PEFT's own merge, of this one linear: float32 ``[out, in]``."""
+    out, into = weight.shape
+    with torch.device("meta"):
+        holder = nn.ModuleDict({"linear": nn.Linear(into, out, bias=False)})
+    holder["linear"].weight = nn.Parameter(weight, requires_grad=False)
+    config = method.peft_config(["linear"], lora_dropout=0.0, init_lora_weights=False)
+    inject_adapter_in_model(config, holder)
+    layer: Any = holder["linear"]
+    parts = {"lora_A": ".weight", "lora_B": ".weight"}
+    if method.use_dora:
+        parts["lora_magnitude_vector"] = ""
+    for name, end in parts.items():
+        tensor = read_tensor(folder / TENSORS, f"base_model.model.{module}.{name}{end}").float()
+        part = getattr(layer, name)["default"]
+        part.weight = nn.Parameter(tensor.to(weight.device), requires_grad=False)
+    layer.merge(safe_merge=True)
+    merged: Tensor = layer.get_base_layer().weight.data
+    return merged
+
+
+def _train_slices(peft_model: PeftModel, method: Lora) -> None:
+    """Replace the second matrices by their blocks for the method's slices, where it has some."""
+    layout = layout_of(peft_model.config)
+    for attention in peft_model.modules():
+        if method.slices and layout.fused and isinstance(attention, layout.attention_class):
+            layer = getattr(attention, layout.fused)
+            rows = slice_rows(layout, attention, layer)
+            blocks = {name: rows[name] for name in method.slices}
+            layer.lora_B["default"] = SlicedUp(blocks, layer.out_features, method.r)
+
+
+@contextmanager
+def _told_quantized(model: PreTrainedModel) -> Iterator[None]:
+    """Say to PEFT, and to it alone, that the model is quantized.
+
+    PEFT chooses its layers for bitsandbytes by these attributes. TRL, where it sees them later, casts every
+    trainable parameter to bfloat16, in which small updates are lost.
+    """
+    told = {"4bit": "is_loaded_in_4bit", "8bit": "is_loaded_in_8bit"}.get(quantization_of(model))
+    if told is not None:
+        setattr(model, told, True)
+    try:
+        yield
+    finally:
+        if told is not None:
+            delattr(model, told)
+
+
+def _finished(peft_model: PeftModel, method: Lora) -> PeftModel:
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    remember(peft_model, method)
+    return peft_model.train()
