@@ -199,10 +199,10 @@ def _adapter(folder: Path) -> Inspection:
     adapter = found.attempt(lambda: read_adapter(folder))
     if adapter is None:
         return found
-    found.add("base model", adapter.base_model)
-    found.tell(adapter.record, {"quantize_mode": "trained in", "template": "template"})
+    labels = {"base_model": "base model", "quantize_mode": "trained in", "template": "template"}
+    found.tell(adapter.record, labels)
     found.add("method", adapter.method.describe())
-    base = adapter.base_model or ""
+    base = adapter.record.get("base_model") or ""
     is_open = may_open(base, "base model", adapter.record, folder)
     config = found.attempt(lambda: base_config(base)) if is_open else None
     if config is None:

@@ -114,13 +114,11 @@ class SavedAdapter:
     Attributes:
         folder: where it lies.
         method: that trained it, with its settings.
-        base_model: name of the model it was trained on, as its files say.
         record: what the folder says about itself, see `read_record`.
     """
 
     folder: Path
     method: Method
-    base_model: str | None
     record: dict[str, Any]
 
     def faults(self, config: PreTrainedConfig) -> Iterator[str]:
@@ -184,4 +182,4 @@ def read_adapter(folder: Path) -> SavedAdapter:
         other = next((path.name for path in sorted(folder.glob("adapter_model*"))), None)
         found = f"{other} is there, and only safetensors are opened" if other else "the weights are gone"
         raise UserError(f"{folder} has no {TENSORS}: {found}.")
-    return SavedAdapter(folder=folder, method=method, base_model=record.get("base_model"), record=record)
+    return SavedAdapter(folder=folder, method=method, record=record)

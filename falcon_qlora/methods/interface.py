@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-_METHOD, _NAMES = "_method", "_method_trains"
+_METHOD = "_method"
 
 
 def setting(default: Any, text: str, *, name: str, label: str, decisive: bool = True, **more: Any) -> Any:
@@ -189,8 +189,7 @@ class Method(ABC):
 
     def saved_tensors(self, model: Any) -> dict[str, Tensor]:
         """What is trained of a model, by the names in the file."""
-        parameters = dict(model.named_parameters())
-        return {name: parameters[name].detach() for name in attached_names(model)}
+        return {name: model.get_parameter(name).detach() for name in self.saved_shapes(model.config)}
 
     def save(self, model: Any, folder: Path) -> None:
         """Write what is trained into a folder that says by itself what it is."""
@@ -256,21 +255,14 @@ def trainable_names(model: nn.Module) -> list[str]:
 
 
 def remember(model: nn.Module, method: Method) -> None:
-    """Note on a model, of which now only that is trainable, what was attached to it."""
+    """Note on a model what was attached to it."""
     setattr(model, _METHOD, method)
-    setattr(model, _NAMES, trainable_names(model))
 
 
 def method_of(model: nn.Module) -> Method:
     """The method that `attach` or `load_adapter` put on a model."""
     method: Method = getattr(model, _METHOD)
     return method
-
-
-def attached_names(model: nn.Module) -> list[str]:
-    """Names of the parameters that a model's method trains, also where they are frozen now."""
-    names: list[str] = getattr(model, _NAMES)
-    return names
 
 
 @contextmanager

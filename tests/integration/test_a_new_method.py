@@ -131,19 +131,21 @@ def plain_base() -> Any:
     return AutoModelForCausalLM.from_pretrained(tiny_path(), dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("use", ["use_dora", "use_rslora"])
 def test_what_a_lora_is_scaled_by_is_told_everywhere(
-    tmp_path: Path, use: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = fine_tune(tmp_path, lora_r=2, **{use: True}, max_steps=1)
-    label = {"use_dora": "DoRA", "use_rslora": "rsLoRA"}[use]
-    assert f"LoRA r 2, alpha 16, dropout 0, {label}" in capsys.readouterr().out
-    assert f"| {use} | yes |" in (run / "adapter" / "README.md").read_text()
+    settings = {"lora_r": 2, "use_dora": True, "use_rslora": True}
+    run = fine_tune(tmp_path, **settings, max_steps=1)
+    assert "LoRA r 2, alpha 16, dropout 0, rsLoRA, DoRA" in capsys.readouterr().out
+    card = (run / "adapter" / "README.md").read_text()
     for folder in (run, run / "adapter"):
         assert cli.main(["inspect", str(folder)]) == 0
-        assert label in capsys.readouterr().out
-    with refused(f"{use} was True in the run that goes on and is False now"):
-        fine_tune(tmp_path, lora_r=2, **{use: False}, max_steps=2, output_dir=run, resume="latest")
+        told = capsys.readouterr().out
+        assert "rsLoRA, DoRA" in told
+    for use in ("use_dora", "use_rslora"):
+        assert f"| {use} | yes |" in card
+        with refused(f"{use} was True in the run that goes on and is False now"):
+            fine_tune(tmp_path, **settings | {use: False}, max_steps=2, output_dir=run, resume="latest")
 
 
 def test_a_record_of_a_later_form_is_refused(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from transformers import Trainer, TrainingArguments
 
 from falcon_qlora.common.quantities import GIB
 from falcon_qlora.kernels import ops
+from falcon_qlora.methods.interface import trainable_count
+from falcon_qlora.methods.lora import Lora
 from falcon_qlora.models.activations import Checkpointing
 from falcon_qlora.models.layouts import layout_of, preset_config
 from falcon_qlora.models.scaled import head_loss
@@ -25,7 +27,7 @@ from falcon_qlora.models.step_memory import (
 )
 
 FALCON_7B = preset_config("falcon-7b")
-TRAINABLE = layout_of(FALCON_7B).lora_parameter_count(r=64)
+TRAINABLE = trainable_count(Lora(r=64), FALCON_7B)
 LAYERS = FALCON_7B.num_hidden_layers
 ORDER: list[Checkpointing] = ["none", "selective", "full", "offload"]
 
@@ -37,7 +39,7 @@ LEFT_OVER = 3.7e9
 
 def step(name: str = "falcon-7b", **settings: object) -> Step:
     config = preset_config(name)
-    trainable = layout_of(config).lora_parameter_count(r=64)
+    trainable = trainable_count(Lora(r=64), config)
     given = {"tokens": 8192, "trainable": trainable, "fast": True, "lora_rank": 64}
     return Step(config=config, **given | settings)  # type: ignore[arg-type]
 

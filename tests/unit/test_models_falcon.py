@@ -5,6 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.methods.interface import trainable_count
+from falcon_qlora.methods.lora import Lora
 from falcon_qlora.models.layouts import PRESETS, layout_of, preset_config, read_config
 from falcon_qlora.models.sizes import check_fits, weight_bytes
 
@@ -86,7 +88,7 @@ def test_counts_and_shapes_are_those_of_the_model_that_transformers_builds(prese
 
 @pytest.mark.parametrize(("preset", "trainable"), [("falcon-7b", 130_547_712), ("falcon-40b", 444_334_080)])
 def test_lora_on_all_four_linears_has_the_reference_guides_counts(preset, trainable):
-    assert layout_of(preset_config(preset)).lora_parameter_count(r=64) == trainable
+    assert trainable_count(Lora(r=64), preset_config(preset)) == trainable
 
 
 @pytest.mark.parametrize(

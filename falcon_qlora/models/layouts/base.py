@@ -253,12 +253,6 @@ class Layout(ABC):
         attention = 2 * self.config.num_hidden_layers * width * sequence_length // 2
         return 2 * (self.linear_parameter_count() + head + attention)
 
-    def lora_parameter_count(self, *, r: int, target_modules: Iterable[str] | None = None) -> int:
-        """Trainable parameters of LoRA of rank `r` on these linears of every block, on all for None."""
-        shapes = self.linear_shapes()
-        names = set(self.linears if target_modules is None else target_modules)
-        return self.config.num_hidden_layers * r * sum(sum(shapes[name]) for name in names)
-
 
 def published_rotation(config: PreTrainedConfig) -> dict[str, Any]:
     """The settings of rotary positions, as files from before Transformers 5 have them."""
