@@ -76,7 +76,7 @@ class Method(ABC):
     is_whole: ClassVar[bool] = False
     trains_in_float32: ClassVar[bool] = True
     needs_16bit: ClassVar[str | None] = None
-    why_not_merged: ClassVar[str | None] = "only LoRA's products are added to the base's weights"
+    why_not_merged: ClassVar[str | None] = "what it trains is no sum that the base's weights could take"
     kinds: ClassVar[dict[str, str]] = {}
     kinds_of_base: ClassVar[tuple[str, ...]] = ()
     starts_at_zero: ClassVar[tuple[str, ...]] = ()

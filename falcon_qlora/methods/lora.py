@@ -129,25 +129,27 @@ class Lora(Method):
         from falcon_qlora.models.layouts import layout_of
 
         layout = layout_of(config)
-        linears, wanted = list(layout.linears), list(self.target_modules or ("all-linear",))
-        if self.slices and layout.fused is None:
-            raise UserError(
-                "--lora_slices trains slices of a projection that is queries, keys and values at once, and "
-                f"{layout.family} has three: name those that are meant as --lora_target_modules"
-            )
-        if self.slices and self.target_modules not in (None, (layout.fused,)):
-            raise UserError(
-                f"--lora_slices trains slices of {layout.fused} alone: leave out --lora_target_modules"
-            )
-        if self.slices or wanted == ["all-linear"]:
-            return [layout.fused] if self.slices and layout.fused else linears
-        for name in wanted:
+        linears = list(layout.linears)
+        if self.slices:
+            if layout.fused is None:
+                raise UserError(
+                    "--lora_slices trains slices of a projection that is queries, keys and values at once, "
+                    f"and {layout.family} has three: name those that are meant as --lora_target_modules"
+                )
+            if self.target_modules not in (None, (layout.fused,)):
+                raise UserError(
+                    f"--lora_slices trains slices of {layout.fused} alone: leave out --lora_target_modules"
+                )
+            return [layout.fused]
+        if self.target_modules in (None, ("all-linear",)):
+            return linears
+        for name in self.target_modules or ():
             if name not in linears:
                 raise UserError(
                     f"lora_target_modules: the blocks have no linear {name!r}{nearest(name, linears)}. "
                     f"{layout.family}'s: {', '.join(linears)}."
                 )
-        return wanted
+        return list(self.target_modules or ())
 
     def parameter_groups(self, config: PreTrainedConfig) -> list[ParameterGroup]:
         from falcon_qlora.models.layouts import layout_of
