@@ -59,7 +59,13 @@ class Norms(Method):
 
 
 NORM = "transformer.h.4.input_layernorm.weight"
-FLAGS = {"method": "norms", "norm_blocks": 1, "norm_biases": True, "learning_rate": 0.05}
+FLAGS = {
+    "method": "norms",
+    "norm_blocks": 1,
+    "norm_biases": True,
+    "learning_rate": 0.05,
+    "lr_scheduler_type": "constant",
+}
 
 
 @pytest.fixture(autouse=True)
