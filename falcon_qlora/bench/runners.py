@@ -18,7 +18,7 @@ from falcon_qlora.methods.lora import attach_lora
 from falcon_qlora.models.activations import set_checkpointing
 from falcon_qlora.models.fast_path import apply_fast_path, keep_fp8_weights, remove_fast_path
 from falcon_qlora.models.forward import disable_packing, enable_packing
-from falcon_qlora.step.global_batch import sum_of_losses
+from falcon_qlora.step.loss import sum_of_losses
 
 
 @dataclass(frozen=True, kw_only=True)

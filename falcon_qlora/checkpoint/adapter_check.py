@@ -22,7 +22,7 @@ from falcon_qlora.models.layouts import falcon_of
 from falcon_qlora.models.sharded import local_tensor, own_parts
 from falcon_qlora.models.tensor_files import read_tensor
 from falcon_qlora.processes import devices
-from falcon_qlora.step.global_batch import sum_of_losses
+from falcon_qlora.step.loss import sum_of_losses
 from falcon_qlora.terminal.console import note
 
 from peft import PeftModel  # isort: skip  # after bitsandbytes, see models/quantize.py

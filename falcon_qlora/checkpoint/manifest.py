@@ -10,6 +10,7 @@ from typing import Any
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import sha256, write_json
+from falcon_qlora.common.record_files import check_format
 from falcon_qlora.common.untrusted import leads_out, read_json
 
 MANIFEST = "manifest.json"
@@ -67,8 +68,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = read_json(folder / MANIFEST)
     except UserError:
         raise ValueError(f"its {MANIFEST} is missing or cannot be read") from None
-    if manifest.get("format") != _FORMAT:
-        raise ValueError(f"its {MANIFEST} is of another format")
+    try:
+        check_format(manifest, f"its {MANIFEST}", newest=_FORMAT)
+    except UserError as error:
+        raise ValueError(str(error)) from None
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(map(_describes_a_file, files.values())):
         raise ValueError(f"its {MANIFEST} lists no files")

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from falcon_qlora.checkpoint.manifest import describe_file
+from falcon_qlora.checkpoint.process_state import OPTIMIZER
 from falcon_qlora.checkpoint.read import check_optimizer
 from falcon_qlora.common.errors import first_line
 from falcon_qlora.models.sharded import from_own_rows, local_tensor, own_rows
-
-_OF_REPLICA = "optimizer.pt"
 
 
 def part_name(process: int, processes: int) -> str:
@@ -69,7 +68,7 @@ def read_own_rows(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
     Raises:
         RuntimeError, ValueError, TypeError, LookupError: if the state is of other parameters or settings.
     """
-    files = sorted(checkpoint.glob("optimizer-*-of-*.pt")) or [checkpoint / _OF_REPLICA]
+    files = sorted(checkpoint.glob("optimizer-*-of-*.pt")) or [checkpoint / OPTIMIZER]
     # Mapped: of the other processes' parts nothing is read but the rows that are taken.
     parts = [torch.load(file, map_location="cpu", mmap=True, weights_only=True) for file in files]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -20,6 +20,11 @@ from torch.distributed import DistError
 
 from falcon_qlora.common.errors import UserError, one_line
 
+# The files of a checkpoint, as Transformers calls them where it has them too.
+OPTIMIZER = "optimizer.pt"
+SCHEDULER = "scheduler.pt"
+SCALER = "scaler.pt"
+TRAINER_STATE = "trainer_state.json"
 STATES = "processes.pt"
 CURSOR = "stream.json.gz"
 # Unpacked, a cursor may have so many bytes, or so many times those of the file: no text shrinks further
@@ -92,14 +97,19 @@ def reading(file: Path) -> Iterator[None]:
         ) from None
 
 
-def check_plain(file: Path, kind: type) -> Any:
-    """What a torch file holds, mapped: its tensors are not read yet.
+def check_plain(file: Path, kind: type, *, mapped: bool = True) -> Any:
+    """What a torch file holds.
+
+    Args:
+        file: to read.
+        kind: what it must hold.
+        mapped: its tensors are not read yet, and need the file.
 
     Raises:
         UserError: if it holds anything but a `kind` of plain values and tensors.
     """
     with reading(file):
-        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        content = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
         if not isinstance(content, kind):
             raise TypeError(f"it holds a {type(content).__name__}, not a {kind.__name__}")
         return content

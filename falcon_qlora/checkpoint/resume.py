@@ -6,9 +6,32 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from falcon_qlora.checkpoint.process_state import STATES, load_states, reading
-from falcon_qlora.checkpoint.read import check_process
+import torch
+
+from falcon_qlora.checkpoint.optimizer_parts import has_parts, read_own_rows
+from falcon_qlora.checkpoint.process_state import (
+    CURSOR,
+    OPTIMIZER,
+    SCALER,
+    SCHEDULER,
+    STATES,
+    TRAINER_STATE,
+    check_plain,
+    load_cursor,
+    load_states,
+    reading,
+    restore_random_states,
+    seed_anew,
+)
+from falcon_qlora.checkpoint.read import (
+    check_callbacks,
+    check_optimizer,
+    check_process,
+    check_scaler,
+    check_scheduler,
+)
 from falcon_qlora.common.untrusted import is_count, is_number, read_json
+from falcon_qlora.data.cursor import check_cursor
 
 _COUNTS = ("global_step", "num_input_tokens_seen", "best_global_step", "max_steps", "num_train_epochs")
 _INTERVALS = ("logging_steps", "eval_steps", "save_steps")  # a share of the steps was made a number of them
@@ -35,17 +58,88 @@ def read_process(checkpoint: Path, *, process: int, processes: int, step: int) -
         return rest | {"loss": sum(state["loss"] for state in states) / len(states)}
 
 
+def take_up_random_states(checkpoint: Path, *, seed: int, process: int, processes: int, step: int) -> None:
+    """Draw on from where this process was, or anew from `seed` where there is no such process."""
+    kept = read_process(checkpoint, process=process, processes=processes, step=step)
+    if "random" in kept:
+        with reading(checkpoint / STATES):
+            restore_random_states(kept["random"])
+    else:
+        seed_anew(seed, step=step, process=process)
+
+
+def read_cursor(checkpoint: Path, *, step: int, vocabulary: int) -> dict[str, Any] | None:
+    """Where a stream's next step begins; None where there is none.
+
+    Raises:
+        UserError: if it is not what a stream has written at `step`.
+    """
+    cursor = load_cursor(checkpoint)
+    if cursor is not None:
+        with reading(checkpoint / CURSOR):
+            check_cursor(cursor, step=step, vocabulary=vocabulary)
+    return cursor
+
+
+def load_optimizer(
+    checkpoint: Path, *, optimizer: Any, scheduler: Any, scaler: Any, step: int, sharded: bool
+) -> None:
+    """Take up the optimizer's state and the schedule's, and see that the scaler's can be.
+
+    Args:
+        checkpoint: verified.
+        optimizer: over the same parameters, with the settings of the run that goes on.
+        scheduler: of its learning rate.
+        scaler: of gradients in fp16, or None; Transformers loads it.
+        step: of the checkpoint.
+        sharded: whether each process has a part of the model.
+
+    Raises:
+        UserError: if a file holds anything else, or is of another run.
+    """
+    # The scaler of fp16 leaves steps out, and then so does the schedule.
+    place = step if scaler is None else None
+    schedule = check_plain(checkpoint / SCHEDULER, dict)
+    if sharded or has_parts(checkpoint):
+        with reading(checkpoint / "optimizer-*.pt"):
+            read_own_rows(optimizer, checkpoint)
+        with reading(checkpoint / SCHEDULER):
+            check_scheduler(schedule, scheduler, step=place)
+    else:
+        kept = check_plain(checkpoint / OPTIMIZER, dict, mapped=False)
+        with reading(checkpoint / OPTIMIZER):
+            check_optimizer(kept, optimizer)
+        with reading(checkpoint / SCHEDULER):
+            rates = [group["lr"] for group in kept["param_groups"]]
+            check_scheduler(schedule, scheduler, step=place, rates=rates)
+        with reading(checkpoint / OPTIMIZER):
+            optimizer.load_state_dict(kept)
+    with reading(checkpoint / SCHEDULER):
+        scheduler.load_state_dict(torch.load(checkpoint / SCHEDULER, weights_only=True))
+    file = checkpoint / SCALER
+    if file.is_file():
+        of_scaler = check_plain(file, dict)
+        with reading(file):
+            if scaler is None:
+                raise ValueError("it is of a run in fp16, and this one is not")
+            check_scaler(of_scaler, scaler)
+
+
+def check_stateful(checkpoint: Path, callbacks: list[Any]) -> None:
+    """Refuse a trainer's state that would set anything in a callback but what it has told of itself."""
+    told = read_json(checkpoint / TRAINER_STATE, not_finite=True)["stateful_callbacks"]
+    check_callbacks(told, callbacks)
+
+
 def check_trainer_state(checkpoint: Path) -> None:
     """Refuse a trainer's state of another form, or of another step than its folder's.
 
     Raises:
         UserError: naming the file.
     """
-    # Here, as it imports PEFT, which bitsandbytes must come before: see models/quantize.py.
-    from transformers.trainer import TRAINER_STATE_NAME
     from transformers.trainer_callback import TrainerState
 
-    file = checkpoint / TRAINER_STATE_NAME
+    file = checkpoint / TRAINER_STATE
     state = read_json(file, not_finite=True)  # the logged loss and gradient of a step that was skipped
     with reading(file):
         for name in state.keys() - {field.name for field in dataclasses.fields(TrainerState)}:

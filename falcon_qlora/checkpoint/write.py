@@ -1,88 +1,22 @@
-"""Writing a checkpoint so that a folder with its final name is always complete.
-
-The main process writes all of it: one disk, one failure, and nothing to agree on but the outcome. Of a
-sharded model each process first writes its part of the optimizer's state, which is more than the rest.
-"""
+"""How folders of checkpoints come, are named and go, so that one with its final name is always complete."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from falcon_qlora.checkpoint.adapter_check import AdapterFaultError, check_adapter
-from falcon_qlora.checkpoint.manifest import newest_whole, step_folders, write_manifest
-from falcon_qlora.checkpoint.optimizer_parts import write_part
-from falcon_qlora.checkpoint.process_state import STATES, save_cursor
-from falcon_qlora.common.errors import UserError, first_line, reason_of
-from falcon_qlora.methods.interface import method_of
-from falcon_qlora.models.sharded import is_sharded, take_part
-from falcon_qlora.processes import agreement, ranks
+from falcon_qlora.checkpoint.adapter_check import AdapterFaultError
+from falcon_qlora.checkpoint.manifest import newest_whole, step_folders
+from falcon_qlora.common.errors import UserError, first_line
+from falcon_qlora.processes import agreement
 
 _REPLACED = "replaced-step-"
-
-
-def save_checkpoint(
-    trainer: Any, checkpoints: Path, *, state: dict[str, Any], record: dict[str, Any]
-) -> str | None:
-    """Write ``step-N`` with the adapter, optimizer, schedule, every process's state and the trainer's.
-
-    The folder is filled under another name, described by a manifest, flushed to the disk and renamed. Only
-    then the oldest beyond `save_total_limit` go, never the best one.
-
-    Args:
-        trainer: a Transformers Trainer after an optimizer step; every process calls this.
-        checkpoints: the folder to write into.
-        state: this process's own.
-        record: what the manifest says besides the step and the number of processes.
-
-    Returns:
-        None, or why it could not be written (the disk is full, the folder cannot be written); what was there
-        before is untouched then.
-
-    Raises:
-        UserError: if the processes' replicas differ, or if what then lies there is not what is in memory;
-            it is not kept.
-    """
-    if not is_sharded(trainer.model):
-        trained = (parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
-        require_same_replicas(trained, checkpoints, step=trainer.state.global_step)
-    states = agreement.gather_objects(state)
-    trainer_state = trainer.state
-    if trainer_state.best_global_step == trainer_state.global_step:
-        trainer_state.best_model_checkpoint = str(checkpoints / f"step-{trainer_state.global_step}")
-
-    def try_to(work: Callable[[], None]) -> str | None:
-        try:
-            work()
-        except OSError as error:
-            _remove_unfinished(checkpoints)
-            return reason_of(error)
-        except AdapterFaultError as error:
-            _remove_unfinished(checkpoints)
-            raise UserError(not_kept(error, checkpoints, step=trainer_state.global_step)) from None
-        return None
-
-    partial = checkpoints / f".step-{trainer_state.global_step}.partial"
-    failure = agreement.from_main_process(lambda: try_to(lambda: _begin(partial)))
-    parts: dict[str, Any] = {}
-    if failure is None and is_sharded(trainer.model) and not trainer.args.save_only_model:
-        failure, parts = _write_parts(trainer, partial)
-    if failure is None:
-        trainer.saving(ranks.is_main_process())
-        if is_sharded(trainer.model) and not ranks.is_main_process():
-            take_part(trainer.model)
-        failure = agreement.from_main_process(
-            lambda: try_to(lambda: _write(trainer, partial, states, record, parts))
-        )
-    return failure
 
 
 def require_same_replicas(tensors: Iterable[Tensor], checkpoints: Path, *, step: int) -> None:
@@ -140,7 +74,7 @@ def set_aside_after(checkpoints: Path, step: int) -> list[Path]:
 
     They stay until the run has passed them, so that nothing is lost before it is there again.
     """
-    _remove_unfinished(checkpoints)
+    remove_unfinished(checkpoints)
     later = [path for number, path in step_folders(checkpoints) if number > step]
     for path in later:
         aside = path.with_name(f"{_REPLACED}{path.name.removeprefix('step-')}")
@@ -149,78 +83,26 @@ def set_aside_after(checkpoints: Path, step: int) -> list[Path]:
     return later
 
 
-def _begin(partial: Path) -> None:
-    _remove_unfinished(partial.parent)
+def begin(partial: Path) -> None:
+    """Make the empty folder that is to become a checkpoint."""
+    remove_unfinished(partial.parent)
     partial.mkdir(parents=True)
 
 
-def _write_parts(trainer: Any, partial: Path) -> tuple[str | None, dict[str, Any]]:
-    """Write the optimizer's state, each process its own part.
-
-    Returns:
-        Why that failed on one of them, or None; what the manifest says of the parts. On all alike.
-    """
-    process, failure, part = ranks.process_index(), None, {}
-    trainer.saving(True)
-    try:
-        part = write_part(trainer.optimizer, partial, process=process, processes=ranks.world_size())
-        for name in part:
-            _flush(partial / name)
-    except OSError as error:
-        failure = f"process {process}: {reason_of(error)}"
-    trainer.saving(False)
-    agreement.wait_for_all()  # a disk may be much slower than another, and a collective has a time limit
-    everyone = agreement.gather_objects((failure, part))
-    failure = next((theirs for theirs, _ in everyone if theirs), None)
-    if failure is not None and ranks.is_main_process():
-        _remove_unfinished(partial.parent)
-    return failure, {name: about for _, theirs in everyone for name, about in theirs.items()}
-
-
-def _write(
-    trainer: Any,
-    partial: Path,
-    states: list[dict[str, Any]],
-    record: dict[str, Any],
-    parts: dict[str, Any],
-) -> None:
-    step, checkpoints = trainer.state.global_step, partial.parent
-    final = checkpoints / f"step-{step}"
-    with disk_errors():
-        method_of(trainer.model).save(trainer.model, partial)
-        trainer.describe_adapter(partial)
-        if not trainer.args.save_only_model:
-            trainer._save_optimizer_and_scheduler(str(partial))
-            trainer._save_scaler(str(partial))
-            torch.save(states, partial / STATES)
-            if trainer.share.cursor is not None:
-                save_cursor(partial, trainer.share.cursor())
-    check_adapter(partial, trainer.model)
-    _save_trainer_state(trainer, partial)
-    about = {"step": step, "processes": len(states), "resumable": not trainer.args.save_only_model}
-    write_manifest(partial, about | record, parts)
+def put_in_place(partial: Path, final: Path) -> None:
+    """Flush a folder that is complete to the disk and give it its name."""
     for path in partial.rglob("*"):
-        _flush(path)
+        flush(path)
     if final.exists():
         # A folder cannot replace a full one in one move: the old one steps aside first.
-        aside = checkpoints / f".step-{step}.old"
-        final.rename(aside)
+        final.rename(final.with_name(f".{final.name}.old"))
     partial.rename(final)
-    _flush(checkpoints)
-    _remove_unfinished(checkpoints)
-    _rotate(checkpoints, step, trainer.args.save_total_limit, trainer.state.best_model_checkpoint)
+    flush(final.parent)
+    remove_unfinished(final.parent)
 
 
-def _save_trainer_state(trainer: Any, folder: Path) -> None:
-    from transformers.trainer_callback import ExportableState
-
-    for callback in [*trainer.callback_handler.callbacks, trainer.control]:
-        if isinstance(callback, ExportableState):
-            trainer.state.stateful_callbacks[type(callback).__name__] = callback.state()
-    trainer.state.save_to_json(str(folder / "trainer_state.json"))
-
-
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have the disk hold what was written to a file, or a folder's names."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -231,12 +113,14 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _remove_unfinished(checkpoints: Path) -> None:
+def remove_unfinished(checkpoints: Path) -> None:
+    """Remove what a save that did not come to its end has left."""
     for path in checkpoints.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _rotate(checkpoints: Path, step: int, limit: int | None, best: str | None) -> None:
+def rotate(checkpoints: Path, step: int, limit: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints beyond `limit`, but the best, and what was set aside until `step`."""
     for path in checkpoints.glob(f"{_REPLACED}*"):
         if int(path.name.removeprefix(_REPLACED)) <= step:
             shutil.rmtree(path, ignore_errors=True)

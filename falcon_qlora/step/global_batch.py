@@ -1,362 +1,206 @@
-"""One optimizer step of one process: micro batches, a loss weighed by tokens, one reduction at the end.
+"""One optimizer step of one process: micro-batches, a loss weighed by tokens, one reduction, clipping.
 
-Forward and backward passes exchange nothing. So a process that runs out of memory can do its share again in
-smaller pieces while the others wait for it in the reduction, which also carries what all must agree on. Of a
-sharded model they exchange weights and gradients: there memory that runs out ends the run.
+What every process must agree on travels with the gradients. Whether the step counts is known on the device
+alone: nobody waits for it, but with optimizers that cannot leave a step out by themselves.
 """
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.batches import Share
-from falcon_qlora.data.packing import MicroBatch
-from falcon_qlora.models.packed_attention import Sequences
-from falcon_qlora.processes.devices import free_memory
-
-# Every gradient begins at a multiple of 256 bytes, as if it had a tensor of its own.
-_ALIGNMENT = 64
-MOST_HALVINGS = 8
-NOTES = 3 + MOST_HALVINGS
-
-
-@dataclass(frozen=True, kw_only=True)
-class Notes:
-    """What a process tells the others with its gradients.
-
-    Attributes:
-        loss: its part of the global batch's mean loss.
-        stop: it was asked to stop.
-        save: it wants a checkpoint.
-        halvings: how often it had to halve its micro batches for want of memory.
-    """
-
-    loss: torch.Tensor
-    stop: bool = False
-    save: bool = False
-    halvings: int = 0
-
-    def tensor(self) -> torch.Tensor:
-        """float32 ``[NOTES]``, to be added up over the processes; made without waiting."""
-        reached = [float(count < self.halvings) for count in range(MOST_HALVINGS)]
-        rest = torch.tensor([float(self.stop), float(self.save), *reached])
-        if self.loss.is_cuda:
-            rest = rest.pin_memory().to(self.loss.device, non_blocking=True)
-        return torch.cat([self.loss.detach().float().reshape(1), rest])
+from falcon_qlora.models import zero3
+from falcon_qlora.models.sharded import is_sharded
+from falcon_qlora.processes import stop_signals
+from falcon_qlora.step.agreed import Agreed, Notes, Reports
+from falcon_qlora.step.bad_steps import BadSteps
+from falcon_qlora.step.loss import accumulate_gradients
+from falcon_qlora.step.reduction import Reduction, ShardedReduction
+from falcon_qlora.terminal.console import note
 
 
-@dataclass(frozen=True, kw_only=True)
-class Agreed:
-    """The notes of all processes together: the loss is the sum, the rest is what any of them says."""
-
-    loss: float
-    stop: bool
-    save: bool
-    halvings: int
-
-    # Where the notes hold what was wished for.
-    WISHES: ClassVar[slice] = slice(1, 3)
-
-    @staticmethod
-    def of(values: Sequence[float]) -> Agreed:
-        """Read a summed `Notes.tensor`, on the host."""
-        loss, stop, save, *reached = values
-        return Agreed(
-            loss=loss, stop=stop > 0, save=save > 0, halvings=sum(processes > 0 for processes in reached)
-        )
-
-
-class ReductionClock:
-    """How long reductions take on this process, waiting for the slowest included; nobody waits for it.
-
-    Attributes:
-        seconds: of those whose end the host has seen.
-    """
-
-    def __init__(self, device: torch.device):
-        self.seconds = 0.0
-        self._on_gpu = device.type == "cuda"
-        self._running: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
-        self._began = 0.0
-
-    def start(self) -> None:
-        if not self._on_gpu:
-            self._began = time.perf_counter()
-            return
-        while self._running and self._running[0][1].query():
-            self._take()
-        self._running.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
-        self._running[-1][0].record()
-
-    def stop(self) -> None:
-        if self._on_gpu:
-            self._running[-1][1].record()
-        else:
-            self.seconds += time.perf_counter() - self._began
-
-    def finish(self) -> float:
-        """The seconds of all, waited for."""
-        while self._running:
-            self._running[0][1].synchronize()
-            self._take()
-        return self.seconds
-
-    def _take(self) -> None:
-        began, ended = self._running.popleft()
-        self.seconds += began.elapsed_time(ended) / 1e3
-
-
-class Reduction:
-    """Adds up gradients and notes over the processes, once a step.
-
-    The gradients of a dtype lie in one buffer that is laid out alike in every run. DistributedDataParallel
-    regroups its buckets after a run's first step, which changes the order of sums over three processes or
-    more: a resumed run would differ from an uninterrupted one in the last bits.
+class Step:
+    """From a process's share of a global batch to gradients that the optimizer can step on, or must not.
 
     Args:
-        parameters: the trainable ones.
+        model: with packing enabled and a method attached.
+        device: of this process.
         processes: how many train together.
+        max_grad_norm: to which gradients are clipped; 0: not at all.
+        bad_steps: counts the steps that come to nothing.
+        wants_save: whether this process wants a checkpoint now.
+        at: told where the step has come to; see `Watchdog.at`.
 
     Attributes:
-        weight: of a process's loss in the gradients that come out.
-        can_retry: whether a process can do its share again while the others wait.
-        clock: times it.
-    """
-
-    can_retry: ClassVar[bool] = True
-
-    def __init__(self, parameters: list[nn.Parameter], *, processes: int):
-        self._parameters = parameters
-        self._processes = processes
-        self.weight = 1
-        self.clock = ReductionClock(parameters[0].device)
-        self._flat: dict[torch.dtype, torch.Tensor] = {}
-        self._views: list[torch.Tensor] = []
-        if processes > 1:
-            starts, totals = [], {torch.float32: 0}
-            for parameter in parameters:
-                start = totals.setdefault(parameter.dtype, 0)
-                starts.append(start)
-                totals[parameter.dtype] = start + -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
-            # The notes travel behind float32's gradients: one collective a step, where those are all.
-            totals[torch.float32] += NOTES
-            device = parameters[0].device
-            self._flat = {
-                dtype: torch.zeros(total, dtype=dtype, device=device) for dtype, total in totals.items()
-            }
-            self._views = [
-                self._flat[parameter.dtype][start : start + parameter.numel()].view_as(parameter)
-                for start, parameter in zip(starts, parameters, strict=True)
-            ]
-
-    def share_parameters(self) -> None:
-        """Give every process the main process's parameters, which are the same already if all is well."""
-        if self._processes > 1:
-            for parameter in self._parameters:
-                dist.broadcast(parameter.data, src=0)
-
-    def clear(self) -> None:
-        """Forget the gradients of this process."""
-        if not self._flat:
-            for parameter in self._parameters:
-                parameter.grad = None
-            return
-        for flat in self._flat.values():
-            flat.zero_()
-        for parameter, view in zip(self._parameters, self._views, strict=True):
-            parameter.grad = view
-
-    def __call__(self, notes: torch.Tensor) -> torch.Tensor:
-        """Leave the sum over the processes in the gradients; return that of `notes`."""
-        if not self._flat:
-            return notes
-        carrier = self._flat[torch.float32]
-        carrier[-NOTES:] = notes
-        self.clock.start()
-        for flat in self._flat.values():
-            dist.all_reduce(flat)
-        self.clock.stop()
-        return carrier[-NOTES:].clone()
-
-
-class ShardedReduction(Reduction):
-    """Adds up the notes alone: a sharded model's backward pass leaves the mean of the gradients."""
-
-    can_retry: ClassVar[bool] = False
-
-    def __init__(self, parameters: list[nn.Parameter], *, processes: int):
-        super().__init__(parameters, processes=1)  # no buffers, and no process has another's parameters
-        self.weight = processes
-
-    def __call__(self, notes: torch.Tensor) -> torch.Tensor:
-        """Return the sum of `notes` over the processes."""
-        self.clock.start()
-        dist.all_reduce(notes)
-        self.clock.stop()
-        return notes
-
-
-def sum_of_losses(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
-    """The sum of the cross entropies of `batch`'s targets: a float32 scalar with a gradient.
-
-    Args:
-        model: with packing enabled, possibly wrapped by PEFT.
-        batch: on the model's device.
-    """
-    sequences = Sequences(
-        cu_seqlens=batch.cu_seqlens,
-        position_ids=batch.position_ids,
-        lengths=batch.lengths,
-        max_length=max(batch.lengths),
-    )
-    output = model(
-        input_ids=batch.input_ids,
-        sequences=sequences,
-        target_positions=batch.target_positions,
-        targets=batch.targets,
-    )
-    return output.loss
-
-
-def accumulate_gradients(
-    model: nn.Module,
-    share: Share,
-    *,
-    device: torch.device,
-    reduction: Reduction,
-    backward: Callable[[torch.Tensor], None],
-    halvings: int = 0,
-) -> tuple[torch.Tensor, int]:
-    """Leave in the trainable parameters this process's part of the gradient of the global batch's mean loss.
-
-    The loss of every micro batch is divided by the target tokens of the whole global batch, so a token
-    weighs the same on whatever process and in whatever micro batch it is. Where memory runs out, the micro
-    batches are halved and all of them are done again, unless the model is sharded.
-
-    Args:
-        model: as Accelerate prepared it.
-        share: this process's part of the step.
-        device: of the model.
+        halvings: how often every micro-batch is halved for want of memory.
+        gradient_norm: of the last step, before clipping: a scalar on the device.
+        counted: steps whose loss was finite, since whoever reads it set it to zero: a scalar on the device.
+        reports: what the processes agreed on.
         reduction: holds the gradients.
-        backward: Accelerate's, which scales the loss in fp16.
-        halvings: how often to halve the micro batches from the start.
-
-    Returns:
-        A float32 scalar, detached: the sum over the processes is the global batch's mean loss. And the
-        halvings it took.
-
-    Raises:
-        UserError: if memory runs out with a single document.
-        torch.OutOfMemoryError: if it runs out and the model is sharded: each forward takes all processes.
     """
 
-    def backward_of(loss: torch.Tensor) -> None:
-        backward(loss * reduction.weight if reduction.weight != 1 else loss)
+    gradient_norm: Tensor
 
-    while True:
-        batches = [part for batch in share.micro_batches for part in halved(batch, halvings)]
-        reduction.clear()
-        loss = _backward_each(
-            model, batches, 1 / share.global_targets, device, backward_of, can_fail=reduction.can_retry
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        device: torch.device,
+        processes: int,
+        max_grad_norm: float,
+        bad_steps: BadSteps,
+        wants_save: Callable[[], bool],
+        at: Callable[[int, int, str], None],
+    ):
+        self.halvings = 0
+        self.counted = torch.zeros((), device=device)
+        self.reports = Reports()
+        self.bad_steps = bad_steps
+        self._sharded = is_sharded(model)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.reduction = (ShardedReduction if self._sharded else Reduction)(trained, processes=processes)
+        self._device = device
+        self._processes = processes
+        self._max_grad_norm = max_grad_norm
+        self._wants_save = wants_save
+        self._at = at
+        self._optimizer: Any = None
+        self._accelerator: Any = None
+        self._backward: Callable[[Tensor], None]
+
+    def begin(self, optimizer: Any, accelerator: Any, backward: Callable[[Tensor], None]) -> None:
+        """Take up what the loop has prepared, and the processes' parameters as one.
+
+        Args:
+            optimizer: PyTorch's or ZeRO-3's.
+            accelerator: Accelerate's, which clips, and whose scaler there is in fp16.
+            backward: Accelerate's, which scales the loss in fp16, or ZeRO-3's.
+        """
+        self._optimizer, self._accelerator, self._backward = optimizer, accelerator, backward
+        self.counted.zero_()
+        self.reduction.share_parameters()
+
+    def __call__(self, model: nn.Module, share: Share) -> Tensor:
+        """Leave the clipped gradients of the global batch's mean loss in the parameters.
+
+        Args:
+            model: as the loop prepared it, in training mode.
+            share: this process's part of the global batch.
+
+        Returns:
+            A float32 scalar, detached, whose mean over the processes is the global batch's mean loss; zero
+            where that is not finite.
+
+        Raises:
+            UserError, torch.OutOfMemoryError: see `accumulate_gradients`.
+        """
+        self._at(share.step + 1, 1, "computing")
+        loss, halvings = accumulate_gradients(
+            model,
+            share,
+            device=self._device,
+            reduction=self.reduction,
+            backward=self._backward,
+            halvings=self.halvings,
         )
-        if loss is not None:
-            return loss, halvings
-        # The failed pass is gone from the stack by now, and with it what it held.
-        reduction.clear()
-        free_memory()
-        if halvings == MOST_HALVINGS or all(len(batch.lengths) == 1 for batch in batches):
-            longest = max(length for batch in batches for length in batch.lengths)
+        stop = stop_signals.asked_to_stop() is not None
+        notes = Notes(loss=loss, stop=stop, save=self._wants_save(), halvings=halvings)
+        self._at(share.step + 1, 2, "adding up the gradients")
+        agreed = self.reduction(notes.tensor())
+        whole = agreed[0].isfinite()
+        self.gradient_norm = self._clip(model)
+        bad = ~whole
+        if self._scaler is None or self._scaler.get_scale() < 1:
+            # In fp16 the scaler meets gradients that overflow: it does no such step and halves its scale. At
+            # such a scale nothing overflows that is a number.
+            bad |= ~self.gradient_norm.isfinite()
+        self.reports.put(share.step, agreed, bad, share.origins)
+        self._leave_out(model, bad)
+        self.counted += whole
+        return torch.where(whole, loss * self._processes, 0.0)
+
+    @property
+    def _scaler(self) -> Any:
+        return self._accelerator.scaler
+
+    @property
+    def _in_zero3(self) -> bool:
+        return isinstance(self._optimizer, zero3.Zero3Optimizer)
+
+    def _clip(self, model: nn.Module) -> Tensor:
+        """Clip the gradients; return their norm before that."""
+        if self._in_zero3:  # whose engine clips
+            return self._optimizer.gradient_norm()
+        norm = self._accelerator.clip_grad_norm_(model.parameters(), self._max_grad_norm or float("inf"))
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model
+
+    def _leave_out(self, model: nn.Module, bad: Tensor) -> None:
+        """Have the optimizer change nothing where `bad` is true."""
+        told = getattr(self._optimizer, "_step_supports_amp_scaling", False)
+        told &= self._in_zero3 or not self._sharded
+        if self._scaler is None and told:
+            # The fused optimizers change nothing where this is 1: nobody waits for the device.
+            self._optimizer.found_inf = bad.float()
+        elif bool(bad):
+            # The others have no such switch, and on zeros weights and moments would still decay: the host
+            # waits to know. A step of bitsandbytes' waits anyway, after every parameter.
+            model.zero_grad(set_to_none=True)
+
+    def heed(self) -> list[Agreed]:
+        """Take in what the processes agreed on in the steps before the newest.
+
+        Raises:
+            UserError: if too many steps in a row were bad; on every process alike.
+        """
+        heeded = []
+        for report in self.reports.take():
+            agreed = report.agreed
+            if agreed.halvings > self.halvings:
+                self.halvings = agreed.halvings
+                note(
+                    f"out of memory at step {report.step + 1}: it was done again in smaller pieces. From "
+                    f"here on every micro batch is split in {2**self.halvings} on all processes; the global "
+                    "batch stays the same"
+                )
+            heeded.append(agreed)
+            self.bad_steps.see(report)
+        return heeded
+
+    def finish(self, steps: int) -> None:
+        """Take in the last step's report, which no step follows.
+
+        Args:
+            steps: of the run until here.
+
+        Raises:
+            UserError: if too many steps in a row were bad, or all were.
+        """
+        for report in self.reports.take(newest=True):
+            self.bad_steps.see(report)
+        if 0 < steps <= self.bad_steps.total:
             raise UserError(
-                f"out of memory at step {share.step + 1} with a single document of {longest:,} tokens, which "
-                "cannot be split: lower --max_length, or give --checkpointing full"
+                f"all {steps:,} steps had a loss or gradient that is not finite and were "
+                "skipped: nothing was learned, and no adapter is written. Look at the rows above and the "
+                "base model; lower --learning_rate, or compute in bf16 or fp32"
             )
-        halvings += 1
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {
+            "counted": float(self.counted),
+            "halvings": self.halvings,
+            "bad_steps": self.bad_steps.state(),
+            "reports": self.reports.state(),
+        }
 
-@torch.no_grad()
-def evaluated(
-    model: nn.Module, batch: MicroBatch, *, device: torch.device, halvings: int = 0, can_retry: bool = True
-) -> torch.Tensor:
-    """The sum of the cross entropies of `batch`'s targets: a float64 scalar.
-
-    Args:
-        model: in evaluation mode.
-        batch: on the host. Where memory runs out, it is done again in halves.
-        device: of the model.
-        halvings: how often to halve it from the start.
-        can_retry: false of a sharded model: each forward takes all processes.
-
-    Raises:
-        torch.OutOfMemoryError: if memory runs out with a single document, or none can be tried again.
-    """
-    while True:
-        pieces = halved(batch, halvings)
-        total = torch.zeros((), device=device, dtype=torch.float64)
-        try:
-            for piece in pieces:
-                total += sum_of_losses(model, piece.to(device)).double()
-            return total
-        except torch.OutOfMemoryError:
-            if not can_retry or halvings == MOST_HALVINGS or len(pieces) == len(batch.lengths):
-                raise
-        free_memory()
-        halvings += 1
-
-
-def _backward_each(
-    model: nn.Module,
-    batches: list[MicroBatch],
-    weight: float,
-    device: torch.device,
-    backward: Callable[[torch.Tensor], None],
-    *,
-    can_fail: bool,
-) -> torch.Tensor | None:
-    """The sum of the weighted losses; None where memory runs out and that `can_fail`."""
-    total = torch.zeros((), device=device)
-    try:
-        for batch in batches:
-            loss = sum_of_losses(model, batch.to(device)) * weight
-            backward(loss)
-            total += loss.detach()
-    except torch.OutOfMemoryError:
-        if not can_fail:
-            raise
-        return None
-    return total
-
-
-def halved(batch: MicroBatch, times: int) -> list[MicroBatch]:
-    """`batch` in up to 2^times parts of whole documents with about the same number of positions each."""
-    documents = len(batch.lengths)
-    if times == 0 or documents == 1:
-        return [batch]
-    starts = batch.cu_seqlens.tolist()
-    middle = min(range(1, documents), key=lambda place: abs(2 * starts[place] - starts[-1]))
-    parts = (_documents(batch, starts, 0, middle), _documents(batch, starts, middle, documents))
-    return [smaller for part in parts for smaller in halved(part, times - 1)]
-
-
-def _documents(batch: MicroBatch, starts: list[int], first: int, last: int) -> MicroBatch:
-    begin, end = starts[first], starts[last]
-    within = (batch.target_positions >= begin) & (batch.target_positions < end)
-    changes: dict[str, Any] = {
-        "input_ids": batch.input_ids[:, begin:end],
-        "position_ids": batch.position_ids[:, begin:end],
-        "cu_seqlens": batch.cu_seqlens[first : last + 1] - begin,
-        "target_positions": batch.target_positions[within] - begin,
-        "targets": batch.targets[within],
-        "lengths": batch.lengths[first:last],
-        # Which of the positions are padding is not known here, and nothing in a step asks.
-        "tokens": min(batch.tokens, end - begin),
-    }
-    return replace(batch, **changes)
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self.counted.fill_(state["counted"])
+        self.halvings = state["halvings"]
+        self.bad_steps.load_state(state["bad_steps"])
+        self.reports.load_state(state["reports"])

@@ -139,7 +139,7 @@ def warm_up(trainer: FalconTrainer, configuration: Configuration) -> None:
         UserError: if the GPU's memory does not do.
     """
     from falcon_qlora.models.zero3 import is_zero3
-    from falcon_qlora.step.global_batch import sum_of_losses
+    from falcon_qlora.step.loss import sum_of_losses
 
     device = trainer.args.device
     # ZeRO-3 shares the model out together with its optimizer, when the training starts.

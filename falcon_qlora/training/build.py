@@ -5,6 +5,7 @@ What these call takes plain parameters; the configuration as a whole goes no fur
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +14,13 @@ from falcon_qlora.config import Configuration
 from falcon_qlora.data.batches import DocumentReader
 from falcon_qlora.processes import agreement, ranks, stop_signals
 from falcon_qlora.run_folder.directory import RunDirectory
+from falcon_qlora.terminal.console import note
 from falcon_qlora.training.resume import how_to_go_on
 from falcon_qlora.training.rows import TrainingData, global_batch
 
 if TYPE_CHECKING:
+    from trl import SFTConfig
+
     from falcon_qlora.run_folder.tracking import Trackers
     from falcon_qlora.training.trainer import FalconTrainer
 
@@ -81,6 +85,43 @@ def sample_prompts(
     return asked
 
 
+def trainer_arguments(training: SFTConfig, *, total_steps: int) -> SFTConfig:
+    """The user's settings with what this trainer needs whatever they are.
+
+    Micro-batches and clipping are the step's, so the loop sees no accumulation, no packing, no preparing of
+    data and no `max_grad_norm`; what blocks compute again is chosen elsewhere too, see `models.activations`.
+
+    Args:
+        training: the user's settings.
+        total_steps: optimizer steps of the run.
+    """
+    training = copy.copy(training)
+    if training.n_gpu > 1:
+        # Else Transformers' DataParallel, for one process without a launcher.
+        note(f"one of {training.n_gpu} GPUs is used: this is one process. falcon-qlora train uses all")
+        training._n_gpu = 1
+    training.max_steps = total_steps
+    training.max_grad_norm = 0.0
+    training.gradient_accumulation_steps = 1
+    training.packing = training.padding_free = False
+    training.dataset_kwargs = {"skip_prepare_dataset": True}
+    training.remove_unused_columns = False
+    training.include_num_input_tokens_seen = "no"
+    training.average_tokens_across_devices = False
+    training.disable_tqdm = True
+    training.log_level = training.log_level_replica = "error"  # the trainer sets it for all of Transformers
+    training.report_to = []  # trackers come as callbacks
+    training.restore_callback_states_from_checkpoint = True  # how long early stopping has waited
+    # Transformers renames the first to the second.
+    training.gradient_checkpointing = training.activation_checkpointing = False
+    training.gradient_checkpointing_kwargs = training.activation_checkpointing_kwargs = None
+    training.load_best_model_at_end = training.eval_strategy != "no" and training.load_best_model_at_end
+    if training.load_best_model_at_end:
+        training.metric_for_best_model = "eval_loss"
+        training.greater_is_better = False
+    return training
+
+
 def build_trainer(
     configuration: Configuration,
     directory: RunDirectory,
@@ -98,11 +139,12 @@ def build_trainer(
     """
     from transformers import EarlyStoppingCallback
 
+    from falcon_qlora.checkpoint.checkpointer import Checkpointer
     from falcon_qlora.inference.evaluation import Evaluation
     from falcon_qlora.inference.sample_answers import SampleAnswers
     from falcon_qlora.training.callbacks import MetricsWriter
     from falcon_qlora.training.progress import ProgressCallback
-    from falcon_qlora.training.trainer import FalconTrainer, trainer_arguments
+    from falcon_qlora.training.trainer import FalconTrainer
 
     training, run, settings = configuration.training, configuration.run, configuration.data
     training.output_dir = str(directory.path)
@@ -130,18 +172,10 @@ def build_trainer(
         callbacks.append(
             SampleAnswers(prompts[: run.generate_samples], tokenizer, directory.path / "samples.jsonl")
         )
-    return FalconTrainer(
-        model,
-        trainer_arguments(training, total_steps=data.total_steps),
-        steps=data.steps,
-        corpus=data.dataset,
-        names=data.names,
-        evaluation=evaluation,
-        run_folder=directory.path,
-        tokenizer=tokenizer,
+    checkpointer = Checkpointer(
+        directory.checkpoints,
         describe_adapter=describe_adapter,
-        callbacks=callbacks,
-        checkpoint_record={
+        record={
             "global_batch": global_batch(configuration),
             "data_fingerprint": data.record.get("fingerprint"),
             "stream": data.record if settings.streaming else None,
@@ -150,7 +184,22 @@ def build_trainer(
         on_saved=lambda checkpoint: stop_signals.tell_launcher(
             f"the last complete checkpoint is {checkpoint}; go on with:  {how_to_go_on(directory)}"
         ),
+        every_minutes=run.save_every_minutes,
+        limit=training.save_total_limit,
+        weights_only=training.save_only_model,
+    )
+    return FalconTrainer(
+        model,
+        trainer_arguments(training, total_steps=data.total_steps),
+        steps=data.steps,
+        corpus=data.dataset,
+        names=data.names,
+        evaluation=evaluation,
+        run_folder=directory.path,
+        checkpointer=checkpointer,
+        tokenizer=tokenizer,
+        callbacks=callbacks,
+        max_grad_norm=training.max_grad_norm or 0.0,
         max_bad_steps=run.max_bad_steps,
-        save_every_minutes=run.save_every_minutes,
         hang_minutes=run.hang_minutes,
     )

@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from falcon_qlora.data.batches import Share
 from falcon_qlora.run_folder.backlog import Backlog
-from falcon_qlora.training.throughput import Meter
+
+if TYPE_CHECKING:
+    from falcon_qlora.training.trainer import FalconTrainer
 
 
-class Loop(Protocol):
-    """What the trainer does where its loop comes to these places."""
+class StepKeeper(DefaultFlowCallback):
+    """Keeps count of tokens and of the epoch of the plan, and tells the trainer where the loop is.
 
-    share: Share
-    meter: Meter
+    It takes the place of the callback that decides when to log, evaluate and save. To the loop the whole run
+    is one epoch; what is to be done once an epoch is done where those of the plan end.
+    """
 
-    def before_training(self) -> None: ...
-    def after_step(self, control: TrainerControl) -> None: ...
-    def end_if_asked(self) -> None: ...
-    def finish_reports(self) -> None: ...
-
-
-class StepKeeper(TrainerCallback):
-    """Keeps count of tokens and of the epoch of the plan, and tells the trainer where the loop is."""
-
-    def __init__(self, trainer: Loop):
+    def __init__(self, trainer: FalconTrainer):
         self._trainer = trainer
 
     def on_train_begin(
@@ -45,9 +38,15 @@ class StepKeeper(TrainerCallback):
         self._trainer.meter.add(
             tokens=share.global_tokens, positions=share.global_positions, capacity=share.global_capacity
         )
+        super().on_step_end(args, state, control)
         if share.epoch.is_integer() or state.global_step == state.max_steps:
-            _end_epoch(args, state, control)
+            super().on_epoch_end(args, state, control)
         self._trainer.after_step(control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        pass  # the loop's, with which the run ends
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -60,14 +59,7 @@ class StepKeeper(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._trainer.meter.pause()
-        self._trainer.finish_reports()
-
-
-def _end_epoch(args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-    """Do what is to be done once an epoch: to the loop, which sees steps, the whole run is one."""
-    control.should_log |= args.logging_strategy == "epoch"
-    control.should_evaluate |= args.eval_strategy == "epoch" and args.eval_delay <= (state.epoch or 0)
-    control.should_save |= args.save_strategy == "epoch"
+        self._trainer.step.finish(state.global_step)
 
 
 class MetricsWriter(TrainerCallback):

@@ -26,7 +26,7 @@ from falcon_qlora.bench.variants import VARIANTS, Variant
 from falcon_qlora.kernels import fp8, ops
 from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.load import load_model
-from falcon_qlora.step.global_batch import sum_of_losses
+from falcon_qlora.step.loss import sum_of_losses
 from tests.layouts import plain_float32
 
 DOCUMENT = 512

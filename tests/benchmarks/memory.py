@@ -44,7 +44,7 @@ from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.step_memory import Step
-from falcon_qlora.step.global_batch import sum_of_losses
+from falcon_qlora.step.loss import sum_of_losses
 from tests.benchmarks.fast_path import DOCUMENT, count_waits, distances
 
 GB = 1e9

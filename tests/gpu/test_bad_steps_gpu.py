@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.step.global_batch import accumulate_gradients
-from falcon_qlora.training import trainer
+from falcon_qlora.step import global_batch
+from falcon_qlora.step.loss import accumulate_gradients
 from tests.integration.runs import summary
 from tests.integration.test_kernels_flag import fine_tune
 
@@ -32,7 +32,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, number: float, steps: set[int]) -> No
             next(p for p in model.parameters() if p.requires_grad).grad.fill_(number)  # type: ignore[union-attr]
         return result
 
-    monkeypatch.setattr(trainer, "accumulate_gradients", faulty)
+    monkeypatch.setattr(global_batch, "accumulate_gradients", faulty)
 
 
 @pytest.mark.parametrize("norm", [1.0, 0.0])

@@ -41,11 +41,12 @@ from typing import Any
 
 import torch
 
-from falcon_qlora.checkpoint import write
+from falcon_qlora.checkpoint import checkpointer
+from falcon_qlora.checkpoint.checkpointer import Checkpointer
 from falcon_qlora.models.tokenizer import load_tokenizer
 from falcon_qlora.processes import ranks, stop_signals
 from falcon_qlora.run_folder.directory import RunDirectory
-from falcon_qlora.step import global_batch as step_module
+from falcon_qlora.step import loss as step_module
 from falcon_qlora.train import main
 from falcon_qlora.training.trainer import FalconTrainer
 
@@ -134,7 +135,7 @@ def faulty_sum_of_losses(model: Any, batch: Any) -> torch.Tensor:
     return loss
 
 
-write_manifest = write.write_manifest
+write_manifest = checkpointer.write_manifest
 
 
 def faulty_write_manifest(*arguments: Any) -> None:
@@ -169,7 +170,7 @@ def disk(do: str = "disk") -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-write_checkpoint = write._write
+write_checkpoint = Checkpointer._write
 
 
 def faulty_write(*arguments: Any) -> None:
@@ -179,7 +180,7 @@ def faulty_write(*arguments: Any) -> None:
         die()
 
 
-write_part = write.write_part
+write_part = checkpointer.write_part
 
 
 def faulty_write_part(optimizer: Any, folder: Path, **named: Any) -> Any:
@@ -207,9 +208,9 @@ stop_signals.training_begins = faulty_training_begins
 FalconTrainer._save_checkpoint = faulty_save_checkpoint  # type: ignore[method-assign]
 FalconTrainer.training_step = faulty_training_step  # type: ignore[method-assign]
 step_module.sum_of_losses = faulty_sum_of_losses
-write.write_manifest = faulty_write_manifest
-write._write = faulty_write
-write.write_part = faulty_write_part
+checkpointer.write_manifest = faulty_write_manifest
+Checkpointer._write = faulty_write  # type: ignore[method-assign]
+checkpointer.write_part = faulty_write_part
 RunDirectory.write_folder = faulty_write_folder  # type: ignore[method-assign,assignment]
 
 if __name__ == "__main__":

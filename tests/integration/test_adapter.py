@@ -21,7 +21,7 @@ from falcon_qlora.methods.open_adapter import load_adapter
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.tiny import tiny_path
 from falcon_qlora.models.tokenizer import load_tokenizer, tokenizer_fingerprint
-from falcon_qlora.step import global_batch
+from falcon_qlora.step import loss as step_loss
 from tests.integration.runs import metrics, write_jsonl
 
 TEXTS = [
@@ -131,14 +131,14 @@ def test_an_evaluation_whose_memory_runs_out_is_done_in_smaller_pieces(
 ) -> None:
     settings = {"learning_rate": 0.0, "eval_split": 0.7, "eval_steps": 1, "max_steps": 1}
     whole = fine_tune(tmp_path, **settings)
-    real = global_batch.sum_of_losses
+    real = step_loss.sum_of_losses
 
     def scarce(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
         if not torch.is_grad_enabled() and len(batch.lengths) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory (in a test)")
         return real(model, batch)
 
-    monkeypatch.setattr(global_batch, "sum_of_losses", scarce)
+    monkeypatch.setattr(step_loss, "sum_of_losses", scarce)
     pieces = fine_tune(tmp_path, **settings, output_dir=tmp_path / "pieces")
     assert metrics(pieces)[-1]["eval_loss"] == pytest.approx(metrics(whole)[-1]["eval_loss"], rel=1e-6)
 

@@ -17,10 +17,10 @@ from falcon_qlora.checkpoint.manifest import fault
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.models.tokenizer import load_tokenizer
 from falcon_qlora.step import global_batch
-from falcon_qlora.step.global_batch import accumulate_gradients
-from falcon_qlora.training import trainer
+from falcon_qlora.step import loss as step_loss
+from falcon_qlora.step.loss import accumulate_gradients
 from tests.integration.interrupted import assert_same_run, at_work, run
-from tests.integration.runs import summary, write_jsonl
+from tests.integration.runs import metrics, summary, write_jsonl
 from tests.integration.test_kernels_flag import fine_tune
 
 BAD = 2
@@ -41,7 +41,7 @@ def test_a_bad_step_changes_nothing(optimizer: str, tmp_path: Path, monkeypatch:
                 parameter.grad.fill_(torch.nan)  # type: ignore[union-attr]
         return loss, halvings
 
-    monkeypatch.setattr(trainer, "accumulate_gradients", faulty)
+    monkeypatch.setattr(global_batch, "accumulate_gradients", faulty)
     settings: dict[str, Any] = {"optim": optimizer, "max_steps": 4, "max_rows": 40, "max_length": 64}
     settings |= {
         "eval_split": None,
@@ -64,7 +64,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> None:
         loss, halvings = accumulate_gradients(model, share, **words)
         return loss * torch.nan if share.step + 1 in bad else loss, halvings
 
-    monkeypatch.setattr(trainer, "accumulate_gradients", faulty)
+    monkeypatch.setattr(global_batch, "accumulate_gradients", faulty)
 
 
 @pytest.mark.slow
@@ -93,6 +93,21 @@ def test_a_run_without_a_good_step_leaves_no_adapter(tmp_path: Path, monkeypatch
     assert not (tmp_path / "run" / "adapter").exists()
 
 
+def test_the_mean_loss_is_of_the_steps_that_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses: list[float] = []
+
+    def noted(model: Any, share: Any, **words: Any) -> Any:
+        loss, halvings = accumulate_gradients(model, share, **words)
+        losses.append(float(loss))
+        return loss * torch.nan if share.step == 1 else loss, halvings
+
+    monkeypatch.setattr(global_batch, "accumulate_gradients", noted)
+    settings: dict[str, Any] = {"max_steps": 3, "logging_steps": 3, "max_rows": 40, "max_length": 64}
+    run = fine_tune(tmp_path / "run", **settings, eval_split=None, eval_steps=None, save_strategy="no")
+    (line,) = metrics(run)
+    assert line["loss"] == pytest.approx((losses[0] + losses[2]) / 2, rel=1e-6)
+
+
 def rows_with_poison(path: Path, poisoned: set[int], count: int) -> str:
     """A file of rows, of which those of these numbers (from 1) hold a word that no other has."""
     rows = [
@@ -110,14 +125,14 @@ def rows_with_poison(path: Path, poisoned: set[int], count: int) -> str:
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss of what holds the word is not a number."""
-    whole = global_batch.sum_of_losses
+    whole = step_loss.sum_of_losses
     tokenizer = load_tokenizer("tiny")
 
     def poisoned(model: Any, batch: Any) -> torch.Tensor:
         loss = whole(model, batch)
         return loss * torch.nan if POISON in tokenizer.decode(batch.input_ids[0]) else loss
 
-    monkeypatch.setattr(global_batch, "sum_of_losses", poisoned)
+    monkeypatch.setattr(step_loss, "sum_of_losses", poisoned)
 
 
 def named(output: str) -> list[str]:

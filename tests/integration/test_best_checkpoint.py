@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import falcon_qlora
-from falcon_qlora.checkpoint import write
+from falcon_qlora.checkpoint.checkpointer import Checkpointer, Snapshot
 from falcon_qlora.processes import stop_signals
 from tests.integration.runs import metrics, summary
 from tests.integration.test_adapter import fine_tune
@@ -52,14 +52,14 @@ def test_the_best_is_one_that_was_saved(tmp_path: Path) -> None:
 
 
 def test_the_best_is_none_that_could_not_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = write._write
+    real = Checkpointer._write
 
-    def full(trainer: Any, *arguments: Any) -> None:
-        if trainer.state.global_step == 1:
+    def full(self: Checkpointer, snapshot: Snapshot, *arguments: Any) -> None:
+        if snapshot.step == 1:
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(trainer, *arguments)
+        real(self, snapshot, *arguments)
 
-    monkeypatch.setattr(write, "_write", full)
+    monkeypatch.setattr(Checkpointer, "_write", full)
     run = fine_tune(tmp_path, **SAME, max_steps=3, save_steps=1)
     assert checkpoints(run) == ["step-2", "step-3"]
     assert summary(run)["best_step"] == 2

@@ -98,7 +98,7 @@ def test_a_trial_that_does_not_fit_says_what_to_change(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(activations, "warms_up", lambda device: True)
-    monkeypatch.setattr("falcon_qlora.step.global_batch.sum_of_losses", too_much)
+    monkeypatch.setattr("falcon_qlora.step.loss.sum_of_losses", too_much)
     with pytest.raises(
         UserError, match=r"does not fit.*--checkpointing full, or --checkpointing offload, or.* -b"
     ):

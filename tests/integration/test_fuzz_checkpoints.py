@@ -122,9 +122,10 @@ def take_up(trainer: FalconTrainer, checkpoint: Path) -> bool:
     trainer._init_training_state(STEP + 1, STEP + 1, 1, str(checkpoint), None)
     trainer._load_optimizer_and_scheduler(str(checkpoint))
     trainer._load_scaler(str(checkpoint))
-    trainer._load_rng_state(str(checkpoint))
     trainer.before_training()
-    share = next(each for each in trainer.steps if each is not None)
+    [share], _ = trainer.get_batch_samples(
+        iter(each for each in trainer.steps if each), 1, trainer.args.device
+    )
     assert share.step == STEP
     for parameter in trainer.model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -132,7 +133,7 @@ def take_up(trainer: FalconTrainer, checkpoint: Path) -> bool:
     trainer.lr_scheduler.step()
     trainer.store_flos()
     trainer.meter.interval()
-    trainer.finish_reports()
+    trainer.step.finish(STEP + 1)
     return True
 
 

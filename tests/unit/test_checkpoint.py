@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from falcon_qlora.checkpoint.manifest import MANIFEST, fault, newest_whole, write_manifest
-from falcon_qlora.checkpoint.write import _rotate, set_aside_after
+from falcon_qlora.checkpoint.write import rotate, set_aside_after
 
 
 def make(folder: Path, step: int) -> Path:
@@ -72,6 +72,18 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     assert told in wrong
 
 
+def test_a_manifest_of_a_later_form_is_refused_and_one_without_a_number_is_of_the_first(
+    tmp_path: Path,
+) -> None:
+    path = make(tmp_path, 9)
+    manifest = json.loads((path / MANIFEST).read_text())
+    assert manifest["format"] == 1
+    for number, told in ((None, None), (2, "format 2 is newer than this falcon_qlora reads; update it")):
+        manifest["format"] = number
+        (path / MANIFEST).write_text(json.dumps({k: v for k, v in manifest.items() if v is not None}))
+        assert fault(path) == (told and f"its {MANIFEST}: {told}")
+
+
 @pytest.mark.parametrize(
     ("limit", "best", "left"),
     [(None, None, [1, 2, 3, 10]), (2, None, [3, 10]), (1, None, [10]), (2, 1, [1, 10]), (1, 2, [2, 10])],
@@ -81,7 +93,7 @@ def test_the_newest_and_the_best_stay(
 ) -> None:
     for step in (1, 2, 3, 10):
         make(tmp_path, step)
-    _rotate(tmp_path, 10, limit, str(tmp_path / f"step-{best}") if best else None)
+    rotate(tmp_path, 10, limit, str(tmp_path / f"step-{best}") if best else None)
     assert sorted(int(path.name.split("-")[1]) for path in tmp_path.iterdir()) == left
 
 
@@ -92,5 +104,5 @@ def test_checkpoints_after_the_one_gone_on_from_stay_until_they_are_made_again(t
     assert [path.name for path in set_aside_after(tmp_path, 3)] == ["step-6", "step-9"]
     assert newest_whole(tmp_path)[0] == tmp_path / "step-3"
     make(tmp_path, 6)
-    _rotate(tmp_path, 6, 2, None)
+    rotate(tmp_path, 6, 2, None)
     assert {path.name for path in tmp_path.iterdir()} == {"step-3", "step-6", "replaced-step-9"}

@@ -16,8 +16,9 @@ from torch.distributed.flight_recorder.components.loader import read_dump
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.packing import collate
 from falcon_qlora.processes.watchdog import describe, record_collectives, write_record
-from falcon_qlora.step.global_batch import Agreed, Notes, halved
-from falcon_qlora.training.agreed_flags import BadSteps, Reports, StepReport
+from falcon_qlora.step.agreed import Agreed, Notes, Reports, StepReport
+from falcon_qlora.step.bad_steps import BadSteps
+from falcon_qlora.step.micro_batches import halved
 from falcon_qlora.training.preflight import predicted_bytes
 
 

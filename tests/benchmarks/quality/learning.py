@@ -20,7 +20,7 @@ from falcon_qlora.data.formats import render
 from falcon_qlora.data.packing import MicroBatch, Plan, collate
 from falcon_qlora.models.fast_path import remove_fast_path
 from falcon_qlora.models.tokenizer import load_tokenizer
-from falcon_qlora.step.global_batch import sum_of_losses
+from falcon_qlora.step.loss import sum_of_losses
 from tests.benchmarks.quality.mutants import MUTANTS
 from tests.benchmarks.quality.variants import PathName, Variant, autocast, build
 

@@ -1,0 +1,131 @@
+"""What the processes agree on in a step, read a step late, so that the host need not wait for the device.
+
+Of every step the device keeps a few numbers: the global loss, whether it or the gradient is not finite, what
+any process asked for. They travel with the gradients, are copied to the host behind the step, and are read
+when the next one is on its way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from falcon_qlora.data.origins import Origin
+from falcon_qlora.step.micro_batches import MOST_HALVINGS
+
+NOTES = 3 + MOST_HALVINGS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Notes:
+    """What a process tells the others with its gradients.
+
+    Attributes:
+        loss: its part of the global batch's mean loss.
+        stop: it was asked to stop.
+        save: it wants a checkpoint.
+        halvings: how often it had to halve its micro batches for want of memory.
+    """
+
+    loss: torch.Tensor
+    stop: bool = False
+    save: bool = False
+    halvings: int = 0
+
+    def tensor(self) -> torch.Tensor:
+        """float32 ``[NOTES]``, to be added up over the processes; made without waiting."""
+        reached = [float(count < self.halvings) for count in range(MOST_HALVINGS)]
+        rest = torch.tensor([float(self.stop), float(self.save), *reached])
+        if self.loss.is_cuda:
+            rest = rest.pin_memory().to(self.loss.device, non_blocking=True)
+        return torch.cat([self.loss.detach().float().reshape(1), rest])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreed:
+    """The notes of all processes together: the loss is the sum, the rest is what any of them says."""
+
+    loss: float
+    stop: bool
+    save: bool
+    halvings: int
+
+    # Where the notes hold what was wished for.
+    WISHES: ClassVar[slice] = slice(1, 3)
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Agreed:
+        """Read a summed `Notes.tensor`, on the host."""
+        loss, stop, save, *reached = values
+        return Agreed(
+            loss=loss, stop=stop > 0, save=save > 0, halvings=sum(processes > 0 for processes in reached)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """One step as all processes see it.
+
+    Attributes:
+        step: from 0.
+        agreed: loss and wishes.
+        bad: whether the loss or the gradient was not finite, so that the step changed nothing.
+        origins: of a stream, the rows that made the step.
+    """
+
+    step: int
+    agreed: Agreed
+    bad: bool
+    origins: tuple[Origin, ...] = ()
+
+
+class Reports:
+    """Keeps the newest step's report on its way to the host and hands out the one before."""
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[int, torch.Tensor, Any, tuple[Origin, ...]]] = []
+
+    def put(
+        self, step: int, notes: torch.Tensor, bad: torch.Tensor, origins: tuple[Origin, ...] = ()
+    ) -> None:
+        """Take up a step's summed notes and its bad flag, both on the device; of a stream, also its rows."""
+        values = torch.cat([bad.float().reshape(1), notes])
+        if not values.is_cuda:
+            self._pending.append((step, values, None, origins))
+            return
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        self._pending.append((step, host, copied, origins))
+
+    def take(self, *, newest: bool = False) -> list[StepReport]:
+        """The reports of the steps before the newest; with `newest`, its too, which waits for the device."""
+        kept = 0 if newest else 1
+        ready = self._pending[: len(self._pending) - kept]
+        self._pending = self._pending[len(ready) :]
+        reports = []
+        for step, values, copied, origins in ready:
+            if copied is not None:
+                copied.synchronize()
+            bad, *notes = values.tolist()
+            reports.append(StepReport(step=step, agreed=Agreed.of(notes), bad=bad > 0, origins=origins))
+        return reports
+
+    def state(self) -> list[tuple[int, list[float], list[Origin]]]:
+        """The reports not yet handed out, for a checkpoint."""
+        for _, _, copied, _ in self._pending:
+            if copied is not None:
+                copied.synchronize()
+        return [(step, values.tolist(), list(origins)) for step, values, _, origins in self._pending]
+
+    def load_state(self, state: list[tuple[int, list[float], list[Origin]]]) -> None:
+        """Go on from what `state` returned, without what was wished for then: it has been heeded."""
+        for step, values, origins in state:
+            kept = torch.tensor(values)
+            kept[1 + Agreed.WISHES.start : 1 + Agreed.WISHES.stop] = 0
+            known = tuple((int(part), int(number)) for part, number in origins)
+            self._pending.append((step, kept, None, known))

@@ -1,0 +1,146 @@
+"""Sums over the processes, once a step, in buffers that are laid out alike in every run."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from falcon_qlora.step.agreed import NOTES
+
+# Every gradient begins at a multiple of 256 bytes, as if it had a tensor of its own.
+_ALIGNMENT = 64
+
+
+class ReductionClock:
+    """How long reductions take on this process, waiting for the slowest included; nobody waits for it.
+
+    Attributes:
+        seconds: of those whose end the host has seen.
+    """
+
+    def __init__(self, device: torch.device):
+        self.seconds = 0.0
+        self._on_gpu = device.type == "cuda"
+        self._running: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._began = 0.0
+
+    def start(self) -> None:
+        if not self._on_gpu:
+            self._began = time.perf_counter()
+            return
+        while self._running and self._running[0][1].query():
+            self._take()
+        self._running.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+        self._running[-1][0].record()
+
+    def stop(self) -> None:
+        if self._on_gpu:
+            self._running[-1][1].record()
+        else:
+            self.seconds += time.perf_counter() - self._began
+
+    def finish(self) -> float:
+        """The seconds of all, waited for."""
+        while self._running:
+            self._running[0][1].synchronize()
+            self._take()
+        return self.seconds
+
+    def _take(self) -> None:
+        began, ended = self._running.popleft()
+        self.seconds += began.elapsed_time(ended) / 1e3
+
+
+class Reduction:
+    """Adds up gradients and notes over the processes, once a step.
+
+    The gradients of a dtype lie in one buffer that is laid out alike in every run. DistributedDataParallel
+    regroups its buckets after a run's first step, which changes the order of sums over three processes or
+    more: a resumed run would differ from an uninterrupted one in the last bits.
+
+    Args:
+        parameters: the trainable ones.
+        processes: how many train together.
+
+    Attributes:
+        weight: of a process's loss in the gradients that come out.
+        can_retry: whether a process can do its share again while the others wait.
+        clock: times it.
+    """
+
+    can_retry: ClassVar[bool] = True
+
+    def __init__(self, parameters: list[nn.Parameter], *, processes: int):
+        self._parameters = parameters
+        self._processes = processes
+        self.weight = 1
+        self.clock = ReductionClock(parameters[0].device)
+        self._flat: dict[torch.dtype, torch.Tensor] = {}
+        self._views: list[torch.Tensor] = []
+        if processes > 1:
+            starts, totals = [], {torch.float32: 0}
+            for parameter in parameters:
+                start = totals.setdefault(parameter.dtype, 0)
+                starts.append(start)
+                totals[parameter.dtype] = start + -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
+            # The notes travel behind float32's gradients: one collective a step, where those are all.
+            totals[torch.float32] += NOTES
+            device = parameters[0].device
+            self._flat = {
+                dtype: torch.zeros(total, dtype=dtype, device=device) for dtype, total in totals.items()
+            }
+            self._views = [
+                self._flat[parameter.dtype][start : start + parameter.numel()].view_as(parameter)
+                for start, parameter in zip(starts, parameters, strict=True)
+            ]
+
+    def share_parameters(self) -> None:
+        """Give every process the main process's parameters, which are the same already if all is well."""
+        if self._processes > 1:
+            for parameter in self._parameters:
+                dist.broadcast(parameter.data, src=0)
+
+    def clear(self) -> None:
+        """Forget the gradients of this process."""
+        if not self._flat:
+            for parameter in self._parameters:
+                parameter.grad = None
+            return
+        for flat in self._flat.values():
+            flat.zero_()
+        for parameter, view in zip(self._parameters, self._views, strict=True):
+            parameter.grad = view
+
+    def __call__(self, notes: torch.Tensor) -> torch.Tensor:
+        """Leave the sum over the processes in the gradients; return that of `notes`."""
+        if not self._flat:
+            return notes
+        carrier = self._flat[torch.float32]
+        carrier[-NOTES:] = notes
+        self.clock.start()
+        for flat in self._flat.values():
+            dist.all_reduce(flat)
+        self.clock.stop()
+        return carrier[-NOTES:].clone()
+
+
+class ShardedReduction(Reduction):
+    """Adds up the notes alone: a sharded model's backward pass leaves the mean of the gradients."""
+
+    can_retry: ClassVar[bool] = False
+
+    def __init__(self, parameters: list[nn.Parameter], *, processes: int):
+        super().__init__(parameters, processes=1)  # no buffers, and no process has another's parameters
+        self.weight = processes
+
+    def __call__(self, notes: torch.Tensor) -> torch.Tensor:
+        """Return the sum of `notes` over the processes."""
+        self.clock.start()
+        dist.all_reduce(notes)
+        self.clock.stop()
+        return notes

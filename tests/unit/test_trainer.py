@@ -1,0 +1,88 @@
+"""What the trainer replaces of Transformers' own, and what it takes up of a run that goes on."""
+
+from __future__ import annotations
+
+import inspect
+import multiprocessing
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from falcon_qlora.training.trainer import OVERRIDDEN, FalconTrainer  # isort: skip  # before transformers
+
+from transformers import Trainer
+from trl import SFTTrainer
+
+from falcon_qlora.checkpoint.process_state import seed_anew
+from falcon_qlora.step.agreed import Notes, Reports
+from falcon_qlora.step.reduction import Reduction
+
+
+def test_every_private_method_that_is_replaced_is_listed() -> None:
+    inherited = set(dir(SFTTrainer))
+    own = {name for name in vars(FalconTrainer) if name.startswith("_") and not name.startswith("__")}
+    assert own & inherited == set(OVERRIDDEN)
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN)
+def test_what_is_replaced_takes_what_is_relied_on(name: str) -> None:
+    relied_on = OVERRIDDEN[name].split()
+    _, *theirs = inspect.signature(getattr(Trainer, name)).parameters.values()
+    assert [each.name for each in theirs[: len(relied_on)]] == relied_on
+    assert all(each.default is not inspect.Parameter.empty for each in theirs[len(relied_on) :])
+    _, *ours = inspect.signature(getattr(FalconTrainer, name)).parameters
+    assert len(ours) == len(relied_on)
+
+
+def test_a_wish_to_stop_has_been_heeded_when_a_run_goes_on() -> None:
+    before, after = Reports(), Reports()
+    notes = Notes(loss=torch.tensor(0.5), stop=True, save=True, halvings=2).tensor()
+    before.put(7, notes, torch.tensor(False))
+    after.load_state(before.state())
+    (report,) = after.take(newest=True)
+    assert (report.step, report.agreed.loss, report.agreed.halvings) == (7, 0.5, 2)
+    assert not report.agreed.stop
+    assert not report.agreed.save
+
+
+def test_draws_begun_anew_are_of_their_step_and_process_alone() -> None:
+    def draws(seed: int, step: int, process: int) -> tuple[Any, ...]:
+        seed_anew(seed, step=step, process=process)
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    kept = torch.random.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        assert draws(1, 2, 3) == draws(1, 2, 3)
+        others = [draws(1, 2, 3), draws(1, 4, 3), draws(1, 2, 0), draws(5, 2, 3)]
+        for of_a_generator in zip(*others, strict=True):
+            assert len(set(of_a_generator)) == len(others)
+    finally:
+        torch.random.set_rng_state(kept[0])
+        np.random.set_state(kept[1])
+        random.setstate(kept[2])
+
+
+def _share(rank: int, file: Path, held: Any) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    parameters = [nn.Parameter(torch.full((3,), float(rank + 1))), nn.Parameter(torch.eye(2) * rank)]
+    Reduction(parameters, processes=2).share_parameters()
+    held.put([rank, [parameter.tolist() for parameter in parameters]])
+    dist.barrier()
+
+
+def test_every_process_begins_with_the_main_process_parameters(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    held: Any = context.SimpleQueue()
+    processes = [context.Process(target=_share, args=(rank, tmp_path / "store", held)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    found = dict(held.get() for _ in processes)
+    for process in processes:
+        process.join(30)
+    assert found[0] == found[1] == [[1.0, 1.0, 1.0], [[0.0, 0.0], [0.0, 0.0]]]
