@@ -166,10 +166,9 @@ def _request(
     from falcon_qlora.merge.tensors import Quantization
     from falcon_qlora.methods.adapter_folder import read_adapter
     from falcon_qlora.models.checkpoints import RANDOM
-    from falcon_qlora.models.load import resolve_compute_dtype
     from falcon_qlora.models.locate import find_folder, open_checkpoint
     from falcon_qlora.models.tokenizer import find_tokenizer
-    from falcon_qlora.processes.devices import local_device
+    from falcon_qlora.processes import devices
 
     adapter = read_adapter(folder)
     name, revision = base_model(configuration, record), configuration.model.model_revision
@@ -181,7 +180,7 @@ def _request(
             f"{folder}: {len(zero)} of its tensors are zero throughout, the first {zero[0]}: the adapter is "
             "damaged, or was never trained."
         )
-    device = local_device()
+    device = devices.local_device()
     mode = given(configuration, record, "quantize_mode", "quantize_mode")
     candidates = ["16bit", "dequantized"] if wanted.base == "auto" else [wanted.base]
     return Request(
@@ -196,7 +195,7 @@ def _request(
         quantization=Quantization(
             mode=mode,
             double=given(configuration, record, "double_quantization", "double_quantization"),
-            compute_dtype=resolve_compute_dtype(configuration.model.compute_dtype, device),
+            compute_dtype=devices.compute_dtype(configuration.model.compute_dtype, device),
         ),
         # Of a base that was not quantized both are the same.
         candidates=candidates[:1] if mode == "16bit" else candidates,  # type: ignore[arg-type]

@@ -223,11 +223,11 @@ def _build_training(configuration: Configuration) -> SFTConfig:
     import torch
     from trl import SFTConfig
 
+    from falcon_qlora.processes import devices
+
     on_gpu = torch.cuda.is_available()
-    compute_dtype = configuration.model.compute_dtype
-    if compute_dtype == "auto":
-        compute_dtype = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if on_gpu else "fp32"
-    if compute_dtype == "fp16" and not on_gpu:
+    dtype = devices.compute_dtype(configuration.model.compute_dtype)
+    if dtype == torch.float16 and not on_gpu:
         raise UserError("--compute_dtype fp16 needs a GPU; on the CPU leave it at auto, or give fp32 or bf16")
     values = dict(configuration.trainer)
     for group in (configuration.data, configuration.run):
@@ -236,8 +236,8 @@ def _build_training(configuration: Configuration) -> SFTConfig:
         "packing": False,
         "padding_free": False,
         "gradient_accumulation_steps": 1,
-        "bf16": compute_dtype in ("bf16", "fp8"),
-        "fp16": compute_dtype == "fp16",
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
         "use_cpu": not on_gpu,
     }
     _start_process_group(values)

@@ -32,9 +32,6 @@ from falcon_qlora.models.quantize import (
 from falcon_qlora.models.sizes import check_fits
 from falcon_qlora.processes import devices
 
-# FP8 is the fast path's: the model, and LoRA, are in bfloat16.
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
-
 
 def load_model(
     model_name_or_path: str,
@@ -72,7 +69,7 @@ def load_model(
         RuntimeError: if a linear that should be quantized is not, or another is.
     """
     device = devices.resolve(device)
-    dtype = resolve_compute_dtype(compute_dtype, device)
+    dtype = devices.compute_dtype(compute_dtype, device)
     check_mode_runs_on(quantize_mode, dtype, device)
     checkpoint = open_checkpoint(model_name_or_path, revision=revision, seed=seed)
     _check_shapes_quantize_on(checkpoint.config, quantize_mode, device)
@@ -96,22 +93,6 @@ def load_model(
     _finish(model, checkpoint.name, quantize_mode, device, dtype, double_quantization, llm_int8_threshold)
     verify_quantized(model, quantize_mode)
     return model
-
-
-def resolve_compute_dtype(
-    compute_dtype: torch.dtype | str, device: torch.device | str | None = None
-) -> torch.dtype:
-    """The activations' dtype that `compute_dtype` (see `load_model`) means on `device`."""
-    if isinstance(compute_dtype, torch.dtype):
-        return compute_dtype
-    if compute_dtype in _DTYPES:
-        return _DTYPES[compute_dtype]
-    if compute_dtype != "auto":
-        raise UserError(f"compute_dtype {compute_dtype!r} is none of auto, {', '.join(_DTYPES)}.")
-    if devices.resolve(device).type != "cuda":
-        return torch.float32
-    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bfloat16 else torch.float16
 
 
 def free_bytes(device: torch.device) -> int:

@@ -7,7 +7,11 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.processes.ranks import local_process_index
+
+# FP8 is the fast path's: the model, and LoRA, are in bfloat16.
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
 
 
 def local_device() -> torch.device:
@@ -23,6 +27,27 @@ def resolve(device: torch.device | str | None) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def compute_dtype(wanted: torch.dtype | str, device: torch.device | str | None = None) -> torch.dtype:
+    """The activations' dtype, of the model and of the trainer alike.
+
+    Args:
+        wanted: a dtype, ``bf16``, ``fp16``, ``fp32``, ``fp8``, or ``auto``: bfloat16 where the GPU computes
+            in it, float16 on other GPUs, float32 on the CPU.
+        device: this process's own where None.
+    """
+    if isinstance(wanted, torch.dtype):
+        return wanted
+    if wanted in _DTYPES:
+        return _DTYPES[wanted]
+    if wanted != "auto":
+        raise UserError(f"compute_dtype {wanted!r} is none of auto, {', '.join(_DTYPES)}.")
+    if resolve(device).type != "cuda":
+        return torch.float32
+    # Older GPUs emulate it, many times slower.
+    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bfloat16 else torch.float16
 
 
 def name_of(device: torch.device) -> str:

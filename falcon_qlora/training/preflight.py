@@ -80,7 +80,7 @@ def check_model(configuration: Configuration) -> None:
 
     from falcon_qlora.kernels import fp8
     from falcon_qlora.methods.interface import trainable_count
-    from falcon_qlora.models.load import check_mode_runs_on, resolve_compute_dtype
+    from falcon_qlora.models.load import check_mode_runs_on
     from falcon_qlora.models.sizes import check_fits
     from falcon_qlora.models.zero3 import check_installed
 
@@ -88,7 +88,7 @@ def check_model(configuration: Configuration) -> None:
         check_installed()
     settings = configuration.model
     device = devices.local_device()
-    dtype = resolve_compute_dtype(settings.compute_dtype, device)
+    dtype = devices.compute_dtype(settings.compute_dtype, device)
     check_mode_runs_on(settings.quantize_mode, dtype, device)
     reason = fp8.why_not(device) if settings.compute_dtype == "fp8" else None
     if reason is not None:

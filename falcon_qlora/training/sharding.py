@@ -92,10 +92,9 @@ def _wanted(configuration: Configuration, config: PreTrainedConfig) -> bool:
 def _replica_bytes(configuration: Configuration, config: PreTrainedConfig) -> int:
     """Weights, gradients and optimizer state of a replica."""
     from falcon_qlora.models.layouts import layout_of
-    from falcon_qlora.models.load import resolve_compute_dtype
     from falcon_qlora.models.step_memory import allocated_optimizer_bytes, embedded_share
 
-    each = resolve_compute_dtype(configuration.model.compute_dtype, devices.local_device()).itemsize
+    each = devices.compute_dtype(configuration.model.compute_dtype).itemsize
     states = allocated_optimizer_bytes(configuration.optimizer, each, embedded=embedded_share(config))
     return int(layout_of(config).parameter_count() * (2 * each + states))
 

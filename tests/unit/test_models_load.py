@@ -18,8 +18,9 @@ from transformers import FalconForCausalLM
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.models import load, quantize
 from falcon_qlora.models.layouts import layout_of, preset_config
-from falcon_qlora.models.load import load_model, quantization_of, resolve_compute_dtype, verify_quantized
+from falcon_qlora.models.load import load_model, quantization_of, verify_quantized
 from falcon_qlora.models.quantize import dequantized_weight
+from falcon_qlora.processes import devices
 from tests.layouts import LAYOUTS, MODES, documents, plain_float32, tiny_model
 
 
@@ -288,8 +289,8 @@ def test_what_cannot_run_here_is_refused():
     with pytest.raises(UserError, match="none of 4bit"):
         load_model(LAYOUTS["falcon-7b"], device="cpu", quantize_mode="3bit")
     with pytest.raises(UserError, match="none of auto"):
-        resolve_compute_dtype("float", "cpu")
-    assert resolve_compute_dtype("auto", "cpu") == torch.float32
+        devices.compute_dtype("float", "cpu")
+    assert devices.compute_dtype("auto", "cpu") == torch.float32
 
 
 def run_python(code: str, **environment: str) -> str:

@@ -20,6 +20,8 @@ from transformers import Trainer
 from trl import SFTTrainer
 
 from falcon_qlora.checkpoint.process_state import seed_anew
+from falcon_qlora.config import parse
+from falcon_qlora.processes import devices
 from falcon_qlora.step.agreed import Notes, Reports
 from falcon_qlora.step.reduction import Reduction
 
@@ -38,6 +40,26 @@ def test_what_is_replaced_takes_what_is_relied_on(name: str) -> None:
     assert all(each.default is not inspect.Parameter.empty for each in theirs[len(relied_on) :])
     _, *ours = inspect.signature(getattr(FalconTrainer, name)).parameters
     assert len(ours) == len(relied_on)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "emulates", "expected"),
+    [("auto", True, torch.float16), ("auto", False, torch.bfloat16), ("fp32", True, torch.float32)],
+)
+def test_the_trainer_computes_in_the_models_dtype(
+    monkeypatch: pytest.MonkeyPatch, wanted: str, emulates: bool, expected: torch.dtype
+) -> None:
+    """A T4 emulates bfloat16, which PyTorch counts unless it is asked not to."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or not emulates
+    )
+    monkeypatch.setattr("trl.SFTConfig", lambda **settings: given.update(settings))
+    configuration = parse(["-m", "tiny", "--compute_dtype", wanted])
+    assert configuration.training is None
+    assert devices.compute_dtype(wanted) == expected
+    assert (given["fp16"], given["bf16"]) == (expected == torch.float16, expected == torch.bfloat16)
 
 
 def test_a_wish_to_stop_has_been_heeded_when_a_run_goes_on() -> None:
