@@ -252,9 +252,9 @@ def _corpus(configuration: Configuration, model: str, length: int) -> Any:
 
     configuration.model.model_name_or_path = model
     configuration.data.max_length = length
-    tokenizer = rows.load_tokenizer(configuration)
+    tokenizer = rows.load_tokenizer(configuration.model)
     check_vocabulary(tokenizer, open_checkpoint(model).config.vocab_size, name=model)
-    corpus, _ = rows.corpora(configuration, tokenizer)
+    corpus, _ = rows.corpora(configuration.data, tokenizer, seed=configuration.run.seed)
     return corpus
 
 

@@ -135,9 +135,10 @@ def _has_shapes_of_7b(configuration: Configuration) -> bool:
     from falcon_qlora.terminal.library_logging import quiet_libraries
 
     quiet_libraries()
-    from falcon_qlora.training.preflight import read_config
+    from falcon_qlora.models.locate import find_config
 
-    model = read_config(configuration)
+    settings = configuration.model
+    model = find_config(settings.model_name_or_path, revision=settings.model_revision)
     shapes = (model.hidden_size, model.num_hidden_layers, model.num_attention_heads, model.vocab_size)
     return shapes == (4544, 32, 71, 65_024)
 

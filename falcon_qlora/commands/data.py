@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     from falcon_qlora.terminal.console import console
     from falcon_qlora.training.rows import load_tokenizer
 
-    tokenizer = load_tokenizer(configuration)
+    tokenizer = load_tokenizer(configuration.model)
     if configuration.data.streaming:
         _report_stream(configuration, tokenizer, console(), wanted)
     else:
@@ -68,8 +68,9 @@ def _report_corpora(
     from falcon_qlora.training import rows
 
     corpus, held_out = rows.corpora(
-        configuration,
+        configuration.data,
         tokenizer,
+        seed=configuration.run.seed,
         progress=lambda message: console.print(f"{message} …", style="dim", markup=False),
     )
     shown = [corpus.dataset[index] for index in report.spread(len(corpus.lengths), wanted.show)]
@@ -97,7 +98,7 @@ def _report_stream(
 
     counts: Counter[str] = Counter()
     stream = stream_documents(
-        **rows.row_settings(configuration),
+        **rows.row_settings(configuration.data),
         tokenizer=tokenizer,
         seed=configuration.run.seed,
         max_rows=configuration.data.max_rows,
@@ -149,7 +150,7 @@ def _efficiency(configuration: Configuration, corpus: Corpus) -> float:
 
     data, run = configuration.data, configuration.run
     return fill(
-        make_plan(configuration, corpus),
+        make_plan(data, run, corpus),
         micro_batch=run.per_device_train_batch_size,
         padding=None if data.packing else data.padding,
     )

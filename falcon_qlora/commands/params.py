@@ -28,10 +28,11 @@ def main(argv: list[str]) -> int:
     quiet_libraries()
 
     from falcon_qlora.models.layouts import layout_of
+    from falcon_qlora.models.locate import find_config
     from falcon_qlora.terminal.console import console
-    from falcon_qlora.training.preflight import read_config
 
-    config, method = read_config(configuration), configuration.method
+    settings, method = configuration.model, configuration.method
+    config = find_config(settings.model_name_or_path, revision=settings.model_revision)
     layout, groups = layout_of(config), method.parameter_groups(config)
     total = layout.parameter_count()
     trained = sum(group.count for group in groups)

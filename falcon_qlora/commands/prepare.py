@@ -50,12 +50,12 @@ def prepare(configuration: Configuration) -> None:
         console().print(_described(download))
         download.check_disk(copies=_COPIES_OF_A_DATA_SET if download.kind == "dataset" else 1)
 
-    tokenizer = rows.load_tokenizer(configuration)
+    tokenizer = rows.load_tokenizer(configuration.model)
     if data.streaming:
         note("--streaming reads rows during training: rows from the hub will need the network then")
     else:
         with patience() as doing:
-            corpus, held_out = rows.corpora(configuration, tokenizer, progress=doing)
+            corpus, held_out = rows.corpora(data, tokenizer, seed=configuration.run.seed, progress=doing)
         console().print(
             f"data: {len(corpus.lengths):,} documents, {int(corpus.lengths.sum()):,} tokens"
             + (f"; held out {len(held_out.lengths):,} documents" if held_out is not None else "")

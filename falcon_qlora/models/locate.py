@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.models.checkpoints import (
@@ -14,6 +16,9 @@ from falcon_qlora.models.checkpoints import (
     read_folder_config,
 )
 from falcon_qlora.models.tiny import tiny_path
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -41,6 +46,26 @@ def find_folder(model_name_or_path: str, *, revision: str | None = None) -> Path
 
         return fetch_model(model_name_or_path, revision=revision)
     return packaged_folder(model_name_or_path) or Path(model_name_or_path).expanduser()
+
+
+def find_config(name: str, *, revision: str | None = None) -> PreTrainedConfig:
+    """The base model's configuration, without its weights.
+
+    Raises:
+        UserError: if there is no such model, or it is of no known layout.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HTTPError
+
+    from falcon_qlora.models.hub import Unreachable, plan_model
+
+    if is_on_hub(name):
+        # Without the hub the cache may hold the model, or it is said how to bring it there.
+        with contextlib.suppress(Unreachable, HTTPError, OSError):
+            plan_model(name, revision=revision).check_disk()
+            file = Path(hf_hub_download(name, "config.json", revision=revision))
+            return read_folder_config(file.parent, source=name)
+    return open_checkpoint(name, revision=revision).config
 
 
 def is_on_hub(model_name_or_path: str) -> bool:

@@ -11,6 +11,7 @@ import torch
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.quantities import GIB
 from falcon_qlora.config import Configuration
+from falcon_qlora.config.arguments import RunArguments
 from falcon_qlora.models.fast_path import reason_left_alone, runs_fast
 from falcon_qlora.processes import agreement, devices, ranks
 
@@ -128,12 +129,16 @@ def _step(configuration: Configuration, model: Any, *, fast: bool) -> Step:
     )
 
 
-def warm_up(trainer: FalconTrainer, configuration: Configuration) -> None:
+def warm_up(trainer: FalconTrainer, run: RunArguments, *, max_length: int) -> None:
     """On a GPU, run the largest micro batch of the run once, forward and backward, and forget the gradients.
 
     So memory that will not do is found before the first step, and PyTorch's allocator begins with the largest
     pieces it will need. Nothing that the run computes from is changed: no parameter, no random state. Of a
     stream the largest is not known.
+
+    Args:
+        run: what to change where memory does not do, and
+        max_length: tokens of a sequence; so too.
 
     Raises:
         UserError: if the GPU's memory does not do.
@@ -155,7 +160,7 @@ def warm_up(trainer: FalconTrainer, configuration: Configuration) -> None:
             loss = sum_of_losses(model, batch.to(device))
         loss.backward()
     except torch.OutOfMemoryError as error:
-        raise UserError(_too_large(configuration, sum(batch.lengths))) from error
+        raise UserError(_too_large(run, max_length, sum(batch.lengths))) from error
     finally:
         model.zero_grad(set_to_none=True)
         model.train(was_training)
@@ -182,8 +187,7 @@ def largest_micro_batch(trainer: FalconTrainer) -> MicroBatch | None:
     return max(steps[largest].micro_batches, key=lambda batch: sum(batch.lengths))
 
 
-def _too_large(configuration: Configuration, tokens: int) -> str:
-    run = configuration.run
+def _too_large(run: RunArguments, max_length: int, tokens: int) -> str:
     advice = [
         f"--checkpointing {smaller}"
         for smaller in ("full", "offload")
@@ -191,7 +195,7 @@ def _too_large(configuration: Configuration, tokens: int) -> str:
     ]
     if run.per_device_train_batch_size > 1:
         advice.append(f"a smaller -b than {run.per_device_train_batch_size}")
-    advice += [f"a smaller --max_length than {configuration.data.max_length:,}"]
+    advice += [f"a smaller --max_length than {max_length:,}"]
     return (
         f"The largest micro batch of the run, {tokens:,} tokens, does not fit into the GPU's memory. "
         f"Give {', or '.join(advice)}."

@@ -1,7 +1,4 @@
-"""From the configuration to the model with its adapter and the trainer around it.
-
-What these call takes plain parameters; the configuration as a whole goes no further than here.
-"""
+"""From the settings to the model with its adapter, and to the trainer around it."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from falcon_qlora.config import Configuration
+from falcon_qlora.config.arguments import ModelArguments, RunArguments
 from falcon_qlora.data.batches import DocumentReader
 from falcon_qlora.processes import agreement, ranks, stop_signals
 from falcon_qlora.run_folder.directory import RunDirectory
@@ -21,11 +18,12 @@ from falcon_qlora.training.rows import TrainingData, global_batch
 if TYPE_CHECKING:
     from trl import SFTConfig
 
+    from falcon_qlora.methods.interface import Method
     from falcon_qlora.run_folder.tracking import Trackers
     from falcon_qlora.training.trainer import FalconTrainer
 
 
-def model_with_adapter(configuration: Configuration, tokenizer: Any) -> Any:
+def model_with_adapter(settings: ModelArguments, method: Method, tokenizer: Any, *, seed: int) -> Any:
     """The replica on this process's device, made trainable by the method, ready for packed documents."""
     from falcon_qlora.models.forward import enable_packing
     from falcon_qlora.models.load import load_model
@@ -33,7 +31,6 @@ def model_with_adapter(configuration: Configuration, tokenizer: Any) -> Any:
     from falcon_qlora.models.tokenizer import check_vocabulary
     from falcon_qlora.terminal.console import patience
 
-    settings = configuration.model
     # Downloads what is missing.
     agreement.main_process_first(
         lambda: open_checkpoint(settings.model_name_or_path, revision=settings.model_revision)
@@ -50,23 +47,21 @@ def model_with_adapter(configuration: Configuration, tokenizer: Any) -> Any:
             revision=settings.model_revision,
         )
     check_vocabulary(tokenizer, model.config.vocab_size, name=settings.model_name_or_path)
-    trained = configuration.method.attach(model, seed=configuration.run.seed)
+    trained = method.attach(model, seed=seed)
     enable_packing(trained)
     return trained
 
 
-def sample_prompts(
-    configuration: Configuration, data: TrainingData, tokenizer: Any
-) -> list[tuple[str, list[int]]]:
+def sample_prompts(run: RunArguments, data: TrainingData, tokenizer: Any) -> list[tuple[str, list[int]]]:
     """What sample answers are asked for: a text to show and its token ids, a prompt a pair.
 
     The user's prompts, written with the rows' template; without any, the prompts of the first held-out rows.
     """
     from falcon_qlora.data.templates import Turn, get_template
 
-    if configuration.run.sample_prompts:
+    if run.sample_prompts:
         template = get_template(data.template, tokenizer.special_tokens_map)
-        prompts = configuration.run.sample_prompts
+        prompts = run.sample_prompts
         texts = [template.prompt([Turn("user", prompt)]) for prompt in prompts]
         return [
             (prompt, tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -74,9 +69,7 @@ def sample_prompts(
         ]
     if data.held_out is None:
         return []
-    rows = data.held_out.dataset.select(
-        range(min(len(data.held_out.lengths), configuration.run.generate_samples))
-    )
+    rows = data.held_out.dataset.select(range(min(len(data.held_out.lengths), run.generate_samples)))
     asked = []
     for row in rows:
         first_target = next((place for place, target in enumerate(row["mask"]) if target and place), 1)
@@ -123,9 +116,11 @@ def trainer_arguments(training: SFTConfig, *, total_steps: int) -> SFTConfig:
 
 
 def build_trainer(
-    configuration: Configuration,
+    training: SFTConfig,
+    run: RunArguments,
     directory: RunDirectory,
     *,
+    max_length: int,
     tokenizer: Any,
     data: TrainingData,
     model: Any,
@@ -135,6 +130,8 @@ def build_trainer(
     """The trainer with everything that listens to it.
 
     Args:
+        training: the settings of TRL's trainer.
+        max_length: tokens of a sequence.
         describe_adapter: completes an adapter's folder after it is written.
     """
     from transformers import EarlyStoppingCallback
@@ -146,7 +143,6 @@ def build_trainer(
     from falcon_qlora.training.progress import ProgressCallback
     from falcon_qlora.training.trainer import FalconTrainer
 
-    training, run, settings = configuration.training, configuration.run, configuration.data
     training.output_dir = str(directory.path)
     training.run_name = training.run_name or directory.path.name  # Trackio asks the trainer for it
     evaluation = None
@@ -155,20 +151,20 @@ def build_trainer(
             reader=DocumentReader(
                 data.held_out.dataset,
                 padding=None,
-                max_length=settings.max_length,
+                max_length=max_length,
                 padding_id=tokenizer.eos_token_id,
             ),
             lengths=data.held_out.lengths,
             target_tokens=int(data.held_out.target_counts.sum()),
             micro_batch=min(training.per_device_eval_batch_size, run.per_device_train_batch_size),
-            max_length=settings.max_length,
+            max_length=max_length,
         )
     callbacks: list[Any] = [MetricsWriter(directory.append_metrics), trackers.callback, ProgressCallback()]
     if run.early_stopping and evaluation is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=run.early_stopping))
         training.metric_for_best_model, training.greater_is_better = "eval_loss", False  # kept or not
     if run.generate_samples:
-        prompts = sample_prompts(configuration, data, tokenizer)
+        prompts = sample_prompts(run, data, tokenizer)
         callbacks.append(
             SampleAnswers(prompts[: run.generate_samples], tokenizer, directory.path / "samples.jsonl")
         )
@@ -176,9 +172,9 @@ def build_trainer(
         directory.checkpoints,
         describe_adapter=describe_adapter,
         record={
-            "global_batch": global_batch(configuration),
+            "global_batch": global_batch(run),
             "data_fingerprint": data.record.get("fingerprint"),
-            "stream": data.record if settings.streaming else None,
+            "stream": data.record if data.record.get("streaming") else None,
             "launch": ranks.launch_id(),
         },
         on_saved=lambda checkpoint: stop_signals.tell_launcher(

@@ -47,10 +47,10 @@ def held_out_text(configuration: Configuration, tokenizer: Any, run: RunDirector
         return packaged_text(tokenizer, data.max_length)
     try:
         if is_fraction(split):
-            corpus = rows.corpora(configuration, tokenizer)[1]
+            corpus = rows.corpora(data, tokenizer, seed=configuration.run.seed)[1]
             source = f"{split} of the rows of {', '.join(data.dataset_name)}"
         else:
-            corpus = rows.held_out_alone(configuration, tokenizer)
+            corpus = rows.held_out_alone(data, tokenizer, seed=configuration.run.seed)
             source = f"{split} of {', '.join(data.dataset_name)}" if split.startswith("split:") else split
     except UserError as error:
         raise UserError(f"{error}\nThat is the held-out text; --eval_split FILE names another.") from None
@@ -65,7 +65,7 @@ def held_out_text(configuration: Configuration, tokenizer: Any, run: RunDirector
 
 def rows_of(configuration: Configuration, tokenizer: Any) -> HeldOutText:
     """All rows that ``--dataset_name`` names."""
-    corpus = rows.corpora(configuration, tokenizer, eval_split=None)[0]
+    corpus = rows.corpora(configuration.data, tokenizer, seed=configuration.run.seed, eval_split=None)[0]
     return HeldOutText(
         dataset=corpus.dataset,
         lengths=corpus.lengths,

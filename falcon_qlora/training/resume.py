@@ -47,7 +47,7 @@ _MAY_CHANGE = {
 }
 
 
-def checkpoint_to_resume(configuration: Configuration, directory: RunDirectory) -> str | None:
+def checkpoint_to_resume(directory: RunDirectory, *, resume: str | None, overwrite: bool) -> str | None:
     """The checkpoint to go on from, verified, or None for a run from the start.
 
     One that is torn or altered is named and passed over for the one before.
@@ -55,7 +55,7 @@ def checkpoint_to_resume(configuration: Configuration, directory: RunDirectory) 
     Raises:
         UserError: if there is none to go on from, or the one that was named is not whole.
     """
-    resume, restarted = configuration.run.resume, ranks.restart_count() > 0
+    restarted = ranks.restart_count() > 0
     if not resume and not restarted:
         return None
     named = None
@@ -63,7 +63,7 @@ def checkpoint_to_resume(configuration: Configuration, directory: RunDirectory) 
         named = Path(resume)
     if restarted and _is_of_this_launch(directory):
         named = None  # we have come further
-    elif restarted and configuration.run.overwrite:
+    elif restarted and overwrite:
         return None  # it failed before it came to replace the old run
     found = agreement.from_main_process(lambda: _find(directory, named))
     if found is None and resume and not restarted:
@@ -127,14 +127,12 @@ def _not_what_training_wrote(checkpoint: Path, name: str, value: Any) -> UserErr
     )
 
 
-def adopt(configuration: Configuration, checkpoint: str | None) -> None:
+def adopt(configuration: Configuration, checkpoint: str) -> None:
     """Take over the size of a step from the run that goes on, and refuse settings that make it another run.
 
     Raises:
         UserError: naming the setting.
     """
-    if checkpoint is None:
-        return
     record = manifest.read_manifest(Path(checkpoint))
     run, batch = configuration.run, record["global_batch"]
     if run.global_batch_size not in (None, batch):
@@ -142,11 +140,11 @@ def adopt(configuration: Configuration, checkpoint: str | None) -> None:
             f"--global_batch_size {run.global_batch_size}: the run that goes on has steps of {batch} "
             "sequences; leave the flag out"
         )
-    if global_batch(configuration) != batch:
+    if global_batch(run) != batch:
         note(f"a step stays {batch} sequences, as the run began")
     run.global_batch_size = batch
     _compare_settings(configuration, Path(checkpoint), record)
-    _say_what_differs(configuration, record["processes"])
+    _say_what_differs(record["processes"], draws=configuration.method.draws)
 
 
 def _compare_settings(configuration: Configuration, checkpoint: Path, record: dict[str, Any]) -> None:
@@ -192,12 +190,12 @@ def _batch_of(settings: dict[str, Any], processes: int) -> Any:
     return whole
 
 
-def _say_what_differs(configuration: Configuration, processes: int) -> None:
+def _say_what_differs(processes: int, *, draws: bool) -> None:
     if processes == ranks.world_size():
         return
     changed = f"going on with {ranks.world_size()} instead of {processes} processes: the same documents"
     changed += " make each step"
-    if configuration.method.draws:
+    if draws:
         note(f"{changed}, but dropout draws anew, so the losses will differ from an uninterrupted run's")
     else:
         note(f"{changed}, and the losses agree up to the rounding of sums taken in another order")

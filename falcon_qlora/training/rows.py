@@ -1,7 +1,4 @@
-"""From the configuration to what a run trains on: tokenizer, rows, documents, steps.
-
-What these call takes plain parameters; the configuration as a whole goes no further than here.
-"""
+"""From the settings to what a run trains on: tokenizer, rows, documents, steps."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.config import Configuration
+from falcon_qlora.config.arguments import DataArguments, ModelArguments, RunArguments
 from falcon_qlora.data.batches import Dealing, DocumentReader, StreamingSteps, TrainingSteps
 from falcon_qlora.data.origins import RowNames
 from falcon_qlora.data.packing import Plan
@@ -51,11 +48,10 @@ class TrainingData:
     notes: list[str] = field(default_factory=list)
 
 
-def load_tokenizer(configuration: Configuration) -> Any:
+def load_tokenizer(model: ModelArguments) -> Any:
     """The tokenizer; the main process downloads it."""
     from falcon_qlora.models import tokenizer
 
-    model = configuration.model
     return agreement.main_process_first(
         lambda: tokenizer.load_tokenizer(
             model.model_name_or_path,
@@ -65,21 +61,21 @@ def load_tokenizer(configuration: Configuration) -> Any:
     )
 
 
-def corpora(configuration: Configuration, tokenizer: Any, **changes: Any) -> tuple[Any, Any]:
+def corpora(data: DataArguments, tokenizer: Any, *, seed: int, **changes: Any) -> tuple[Any, Any]:
     """The tokenized documents to train on, and those held out or None; from the cache where they are there.
 
     Args:
-        changes: arguments of `prepare_corpora` that replace the configuration's.
+        seed: of the choice of held-out rows.
+        changes: arguments of `prepare_corpora` that replace the settings.
     """
     from falcon_qlora.data.tokenize import prepare_corpora
     from falcon_qlora.models.tokenizer import tokenizer_fingerprint
 
-    data, run = configuration.data, configuration.run
-    settings = row_settings(configuration) | {
+    settings = row_settings(data) | {
         "eval_split": data.eval_split,
         "tokenizer": tokenizer,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-        "seed": run.seed,
+        "seed": seed,
         "num_proc": data.dataset_num_proc,
         "cache_dir": Path(data.cache_dir) if data.cache_dir else None,
         "max_rows": data.max_rows,
@@ -87,30 +83,34 @@ def corpora(configuration: Configuration, tokenizer: Any, **changes: Any) -> tup
     return prepare_corpora(**settings | changes)
 
 
-def make_plan(configuration: Configuration, corpus: Any) -> Plan:
+def make_plan(data: DataArguments, run: RunArguments, corpus: Any) -> Plan:
     """The order of a run over `corpus`."""
-    data = configuration.data
     return Plan(
         lengths=corpus.lengths,
         fingerprint=corpus.fingerprint,
-        seed=configuration.run.seed,
-        global_batch=global_batch(configuration),
+        seed=run.seed,
+        global_batch=global_batch(run),
         max_length=data.max_length,
         packed=data.packing,
         order=data.train_sampling_strategy,
     )
 
 
-def training_data(configuration: Configuration, tokenizer: Any) -> TrainingData:
-    """Rows, tokens, and which of them make each step."""
-    if configuration.data.streaming:
-        return _streamed_data(configuration, tokenizer)
-    data, run = configuration.data, configuration.run
+def training_data(
+    data: DataArguments, run: RunArguments, tokenizer: Any, *, together: bool = False
+) -> TrainingData:
+    """Rows, tokens, and which of them make each step.
+
+    Args:
+        together: a forward may take all processes, so that each must have as many.
+    """
+    if data.streaming:
+        return _streamed_data(data, run, tokenizer, together=together)
     with patience() as doing:
         corpus, held_out = agreement.main_process_first(
-            lambda: corpora(configuration, tokenizer, progress=doing)
+            lambda: corpora(data, tokenizer, seed=run.seed, progress=doing)
         )
-    plan = make_plan(configuration, corpus)
+    plan = make_plan(data, run, corpus)
     total_steps = run.max_steps if run.max_steps > 0 else plan.steps(run.num_train_epochs)
     steps = TrainingSteps(
         DocumentReader(
@@ -122,7 +122,7 @@ def training_data(configuration: Configuration, tokenizer: Any) -> TrainingData:
         plan,
         corpus.target_counts,
         steps=total_steps,
-        dealing=_dealing(configuration),
+        dealing=_dealing(run, together=together),
     )
     epoch, place = plan.locate(total_steps)
     first_epoch = plan.epoch(0)
@@ -150,7 +150,7 @@ def training_data(configuration: Configuration, tokenizer: Any) -> TrainingData:
     )
 
 
-def _streamed_data(configuration: Configuration, tokenizer: Any) -> TrainingData:
+def _streamed_data(data: DataArguments, run: RunArguments, tokenizer: Any, *, together: bool) -> TrainingData:
     """Rows that are read as they are needed; held-out rows, being few, are tokenized ahead as always."""
     import datasets
 
@@ -165,8 +165,7 @@ def _streamed_data(configuration: Configuration, tokenizer: Any) -> TrainingData
     )
     from falcon_qlora.models.tokenizer import tokenizer_fingerprint
 
-    data, run = configuration.data, configuration.run
-    settings = row_settings(configuration) | {"max_rows": data.max_rows}
+    settings = row_settings(data) | {"max_rows": data.max_rows}
 
     def documents(epoch: int, state: State | None = None, **changes: Any) -> DocumentStream:
         known = {"tokenizer": tokenizer, "seed": run.seed, "epoch": epoch, "state": state}
@@ -174,7 +173,7 @@ def _streamed_data(configuration: Configuration, tokenizer: Any) -> TrainingData
 
     held_out = None
     if data.eval_split is not None:
-        held_out = agreement.main_process_first(lambda: held_out_alone(configuration, tokenizer))
+        held_out = agreement.main_process_first(lambda: held_out_alone(data, tokenizer, seed=run.seed))
     of_sources: dict[str, Any] = {
         "dataset_name": data.dataset_name,
         "dataset_config": data.dataset_config,
@@ -195,11 +194,11 @@ def _streamed_data(configuration: Configuration, tokenizer: Any) -> TrainingData
     steps = StreamingSteps(
         documents,
         steps=run.max_steps,
-        global_batch=global_batch(configuration),
+        global_batch=global_batch(run),
         max_length=data.max_length,
         padding=None if data.packing else data.padding,
         padding_id=tokenizer.eos_token_id,
-        dealing=_dealing(configuration),
+        dealing=_dealing(run, together=together),
     )
     return TrainingData(
         steps=steps,
@@ -221,24 +220,24 @@ def _streamed_data(configuration: Configuration, tokenizer: Any) -> TrainingData
     )
 
 
-def _dealing(configuration: Configuration) -> Dealing:
+def _dealing(run: RunArguments, *, together: bool) -> Dealing:
     return Dealing(
-        micro_batch=configuration.run.per_device_train_batch_size,
+        micro_batch=run.per_device_train_batch_size,
         process=ranks.process_index(),
         processes=ranks.world_size(),
         # A forward of sharded weights takes all processes, so that each must have as many.
-        even=configuration.method.is_whole,
+        even=together,
     )
 
 
-def held_out_alone(configuration: Configuration, tokenizer: Any) -> Any:
+def held_out_alone(data: DataArguments, tokenizer: Any, *, seed: int) -> Any:
     """The held-out documents, of a file or another split, without tokenizing what is trained on."""
-    split = configuration.data.eval_split
+    split = data.eval_split
     assert split is not None
     changes: dict[str, Any] = {"dataset_name": [split], "dataset_weights": None}
     if split.startswith("split:"):
         changes = {"dataset_split": split.removeprefix("split:"), "dataset_weights": None}
-    return corpora(configuration, tokenizer, eval_split=None, **changes)[0]
+    return corpora(data, tokenizer, seed=seed, eval_split=None, **changes)[0]
 
 
 def _what_happened(statistics: Any) -> list[str]:
@@ -254,17 +253,15 @@ def _what_happened(statistics: Any) -> list[str]:
     return [f"{count:,} {what}" for count, what in counted if count]
 
 
-def global_batch(configuration: Configuration) -> int:
+def global_batch(run: RunArguments) -> int:
     """Sequences of one optimizer step, over all processes and micro batches."""
-    run = configuration.run
     if run.global_batch_size is not None:
         return run.global_batch_size
     return run.per_device_train_batch_size * ranks.world_size() * run.gradient_accumulation_steps
 
 
-def row_settings(configuration: Configuration) -> dict[str, Any]:
+def row_settings(data: DataArguments) -> dict[str, Any]:
     """What decides which documents rows become: arguments that every reader of rows takes."""
-    data = configuration.data
     return {
         "dataset_name": data.dataset_name,
         "dataset_weights": data.dataset_weights,

@@ -35,67 +35,85 @@ def _train(configuration: Configuration, lock: RunLock) -> Path:
     from falcon_qlora.models.fast_path import choose_kernels
     from falcon_qlora.processes.stop_signals import Stopped
     from falcon_qlora.terminal import console
-    from falcon_qlora.training import build as builder
-    from falcon_qlora.training import preflight, record, resume, rows
+    from falcon_qlora.training import build, finish, preflight, record, resume, rows
     from falcon_qlora.training.activations import choose_activations, warm_up
+    from falcon_qlora.training.disk import check_disk
     from falcon_qlora.training.sharding import shard_if_wanted
 
-    assert configuration.training is not None  # built here: it starts the process group
-    directory = preflight.find_folder(configuration, lock)
-    checkpoint = resume.checkpoint_to_resume(configuration, directory)
-    resume.adopt(configuration, checkpoint)
-    trackers = preflight.choose_trackers(configuration)
-    preflight.check_model(configuration)
-    tokenizer = rows.load_tokenizer(configuration)
-    data = rows.training_data(configuration, tokenizer)
-    resume.check_data(data, checkpoint)
-    model = builder.model_with_adapter(configuration, tokenizer)
-    kernels = choose_kernels(
-        model, kernels=configuration.model.kernels, compute_dtype=configuration.model.compute_dtype
-    )
+    base, run, training = configuration.model, configuration.run, configuration.training
+    max_length, whole = configuration.data.max_length, configuration.method.method == "full"
+    start = preflight.check(configuration, lock)
+
+    tokenizer = rows.load_tokenizer(base)
+    data = rows.training_data(configuration.data, run, tokenizer, together=whole)
+    resume.check_data(data, start.checkpoint)
+
+    model = build.model_with_adapter(base, start.method, tokenizer, seed=run.seed)
+    kernels = choose_kernels(model, kernels=base.kernels, compute_dtype=base.compute_dtype)
     notes = shard_if_wanted(configuration, model)
     activations = choose_activations(configuration, model, kernels)
-    preflight.check_disk(configuration, directory, model, steps=data.total_steps)
+
+    check_disk(
+        start.directory,
+        model,
+        training,
+        optimizer=configuration.optimizer,
+        whole=whole,
+        steps=data.total_steps,
+    )
     agreement.wait_for_all()  # nothing is written before every process has come so far
-    with preflight.run_folder(configuration, lock) as directory:
-        trainer = builder.build_trainer(
-            configuration,
+    describe_adapter = functools.partial(record.describe_adapter, configuration, data)
+    with start.run_folder() as directory:
+        trainer = build.build_trainer(
+            training,
+            run,
             directory,
+            max_length=max_length,
             tokenizer=tokenizer,
             data=data,
             model=model,
-            trackers=trackers,
-            describe_adapter=functools.partial(record.describe_adapter, configuration, data),
+            trackers=start.trackers,
+            describe_adapter=describe_adapter,
         )
-        warm_up(trainer, configuration)
-        going_on = checkpoint is not None or ranks.restart_count() > 0
-        preflight.start_trackers(configuration, directory, trackers, resume=going_on)
-        record.write_start(configuration, directory, data, trackers, kernels, checkpoint)
+        warm_up(trainer, run, max_length=max_length)
+        start.trackers.start(
+            directory=directory,
+            config=configuration.resolved(),
+            run_name=configuration.trainer.get("run_name"),
+            resume=start.goes_on,
+        )
+        record.write_start(configuration, directory, data, start.trackers, kernels, start.checkpoint)
     console.print_start(
         record.start_summary(
             configuration,
             directory,
             data,
             model,
-            tracking=trackers.lines,
+            tracking=start.trackers.lines,
             kernels=kernels,
             activations=activations,
-            checkpoint=checkpoint,
+            checkpoint=start.checkpoint,
             notes=notes,
         )
     )
 
-    trainer.args.eval_on_start &= checkpoint is None  # a run that goes on has been evaluated at its start
+    trainer.args.eval_on_start &= start.checkpoint is None  # a run that goes on was evaluated at its start
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=start.checkpoint)
         endings.forget_siblings()
-        record.finish(configuration, directory, trainer, data, trackers, activations)
+        finish.finish(
+            directory,
+            trainer,
+            start.trackers,
+            describe_adapter=describe_adapter,
+            title=base.model_name_or_path,
+            predicted_gib=activations.predicted_gib,
+        )
     except Stopped as stopped:
         resumable = not trainer.args.save_only_model
-        record.stop(directory, stopped, trackers, steps=data.total_steps, resumable=resumable)
-        return directory.path
+        finish.stop(directory, stopped, start.trackers, steps=data.total_steps, resumable=resumable)
     except BaseException:
         # The process may end without the goodbyes that trackers wait for.
-        trackers.finish(exit_status=1)
+        start.trackers.finish(exit_status=1)
         raise
     return directory.path

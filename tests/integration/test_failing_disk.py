@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from falcon_qlora.methods.lora import Lora
 from falcon_qlora.run_folder.directory import RunDirectory
-from falcon_qlora.training import record
+from falcon_qlora.training import finish
 from tests.integration.interrupted import ROWS, SETTINGS, at_work, run
 from tests.integration.runs import metrics, room_for
 from tests.integration.test_adapter import fine_tune
@@ -47,7 +47,7 @@ def test_a_disk_that_fails_for_a_while_costs_nothing(
             (folder.parent / name / "in the way").mkdir(parents=True)
 
     monkeypatch.setattr(Lora, "save", save_and_be_in_the_way)
-    monkeypatch.setattr(record, "_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(finish, "_PAUSE_SECONDS", 0.0)
     (tmp_path / "run" / "samples.jsonl").mkdir(parents=True)
     folder = fine_tune(tmp_path, logging_steps=1, save_strategy="no", generate_samples=1, eval_split=0.3)
     assert [line["step"] for line in metrics(folder)] == [1, 2, 3]

@@ -87,8 +87,9 @@ def test_before_anything_is_loaded(written, scratch, data, name):
 
     def begin() -> Any:
         configuration = parse(["--resume", str(run), "--report_to", "none"])
-        checkpoint = resume.checkpoint_to_resume(configuration, RunDirectory(run))
-        resume.adopt(configuration, checkpoint)
+        checkpoint = resume.checkpoint_to_resume(RunDirectory(run), resume=str(run), overwrite=False)
+        if checkpoint is not None:
+            resume.adopt(configuration, checkpoint)
         return configuration
 
     configuration = read_or_refused(run, begin, or_about=ABOUT)

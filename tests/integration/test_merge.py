@@ -286,7 +286,8 @@ def _held_out_documents(run: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
     from falcon_qlora.config import parse
     from falcon_qlora.training import rows
 
-    corpus = rows.corpora(parse(["--config", str(run / "config.yaml")]), load_tokenizer("tiny"))[1]
+    settings = parse(["--config", str(run / "config.yaml")])
+    corpus = rows.corpora(settings.data, load_tokenizer("tiny"), seed=settings.run.seed)[1]
     return [(torch.tensor([row["input_ids"]]), torch.tensor(row["mask"]).bool()) for row in corpus.dataset]
 
 

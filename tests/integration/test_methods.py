@@ -19,10 +19,10 @@ from falcon_qlora.config import parse
 from falcon_qlora.data.sample_data import path as sample_rows
 from falcon_qlora.methods.interface import trainable_names
 from falcon_qlora.methods.table import METHODS
+from falcon_qlora.run_folder import tracking
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.training import build as builder
 from falcon_qlora.training import rows
-from falcon_qlora.training.preflight import choose_trackers
 from tests.integration.runs import command, metrics, summary, train
 from tests.integration.test_adapter import fine_tune
 
@@ -159,14 +159,18 @@ def test_no_weight_decay_acts_on_the_scales_biases_and_norms_of_adapter_v2(tmp_p
     )
     configuration = parse([*words.split(), "--eval_split", "0.1", "--steps", "2", "--report_to", "none"])
     assert configuration.training.weight_decay == 0.02
-    tokenizer = rows.load_tokenizer(configuration)
+    tokenizer = rows.load_tokenizer(configuration.model)
     trainer = builder.build_trainer(
-        configuration,
+        configuration.training,
+        configuration.run,
         RunDirectory(tmp_path),
+        max_length=configuration.data.max_length,
         tokenizer=tokenizer,
-        data=rows.training_data(configuration, tokenizer),
-        model=builder.model_with_adapter(configuration, tokenizer),
-        trackers=choose_trackers(configuration),
+        data=rows.training_data(configuration.data, configuration.run, tokenizer),
+        model=builder.model_with_adapter(
+            configuration.model, configuration.method, tokenizer, seed=configuration.run.seed
+        ),
+        trackers=tracking.choose("none"),
         describe_adapter=lambda folder: None,
     )
     trainer.create_optimizer()

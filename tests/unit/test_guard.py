@@ -19,7 +19,7 @@ from falcon_qlora.processes.watchdog import describe, record_collectives, write_
 from falcon_qlora.step.agreed import Agreed, Notes, Reports, StepReport
 from falcon_qlora.step.bad_steps import BadSteps
 from falcon_qlora.step.micro_batches import halved
-from falcon_qlora.training.preflight import predicted_bytes
+from falcon_qlora.training.disk import predicted_bytes
 
 
 def report(step: int, loss: float, bad: bool = False) -> StepReport:

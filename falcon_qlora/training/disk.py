@@ -1,0 +1,98 @@
+"""Whether the disk has room for what a run will write."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.files import free_bytes
+from falcon_qlora.common.quantities import gib
+from falcon_qlora.processes import agreement
+from falcon_qlora.run_folder.directory import RunDirectory
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
+
+# The record beside the weights, with room to spare for what the disk itself takes.
+_SMALL_FILES = 16 * 2**20
+
+
+def check_disk(
+    directory: RunDirectory, model: Any, training: SFTConfig, *, optimizer: str, whole: bool, steps: int
+) -> None:
+    """Refuse a disk on which the run's checkpoints have no room.
+
+    Args:
+        directory: where they will be.
+        model: with its trainable parameters.
+        training: what says how often is saved, and how many are kept.
+        optimizer: by the trainer's name.
+        whole: whether all parameters of the model are trained.
+        steps: of the run.
+
+    Raises:
+        UserError: with what is needed and what is free.
+    """
+    from falcon_qlora.models.step_memory import embedded_share
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = sum(parameter.numel() for parameter in trained)
+    needed = predicted_bytes(
+        trainable,
+        bytes_each=trained[0].element_size(),
+        embedded=embedded_share(model.config) if whole else 0.0,
+        optimizer=optimizer,
+        saves=_saves(training, steps),
+        limit=training.save_total_limit,
+        keeps_best=training.load_best_model_at_end,
+    )
+    agreement.from_main_process(lambda: _check_room(directory, needed))
+
+
+def predicted_bytes(
+    trainable: int,
+    *,
+    optimizer: str,
+    saves: int,
+    limit: int | None,
+    keeps_best: bool = False,
+    bytes_each: int = 4,
+    embedded: float = 0.0,
+) -> int:
+    """Bytes of the checkpoints that lie on the disk at once, and of the adapter at the end.
+
+    Args:
+        trainable: parameters.
+        optimizer: by the trainer's name.
+        saves: checkpoints in the whole run.
+        limit: how many are kept; the new one is whole before an old one goes.
+        keeps_best: whether the best stays beyond the limit.
+        bytes_each: of a parameter.
+        embedded: share of the parameters that are an embedding's.
+    """
+    from falcon_qlora.models.step_memory import optimizer_bytes
+
+    state = optimizer_bytes(optimizer, bytes_each, embedded=embedded)
+    at_once = saves if limit is None else min(saves, limit + 1 + keeps_best)
+    weights = int(trainable * bytes_each)
+    return at_once * (weights + int(trainable * state) + _SMALL_FILES) + weights + _SMALL_FILES
+
+
+def _saves(training: Any, steps: int) -> int:
+    if training.save_strategy == "no":
+        return 0
+    if training.save_strategy != "steps":
+        return 1 + int(training.num_train_epochs)
+    every = training.save_steps if training.save_steps >= 1 else max(steps * training.save_steps, 1)
+    return max(int(steps / every), 1)
+
+
+def _check_room(directory: RunDirectory, needed: int) -> None:
+    free = free_bytes(directory.path)
+    # What an earlier part of the run has written is replaced.
+    written = (path.stat().st_size for path in directory.checkpoints.rglob("*") if path.is_file())
+    if needed > free + sum(written):
+        raise UserError(
+            f"{directory}: the run's checkpoints will take {gib(needed)} and {gib(free)} "
+            "are free there. Name another folder with --output_dir, or keep fewer with --save_total_limit"
+        )

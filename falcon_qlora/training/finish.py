@@ -1,0 +1,188 @@
+"""How a run ends: the adapter and the summary are written, or it is said where it has come to."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from falcon_qlora.checkpoint.adapter_check import AdapterFaultError, check_adapter
+from falcon_qlora.checkpoint.manifest import newest_whole, write_manifest
+from falcon_qlora.checkpoint.write import disk_errors, last_complete, not_kept, require_same_replicas
+from falcon_qlora.common.errors import UserError, reason_of
+from falcon_qlora.data.batches import TrainingSteps
+from falcon_qlora.methods.interface import method_of
+from falcon_qlora.models.sharded import is_sharded, take_part
+from falcon_qlora.processes import agreement, ranks
+from falcon_qlora.processes.stop_signals import Stopped
+from falcon_qlora.run_folder.directory import RunDirectory
+from falcon_qlora.run_folder.summary import Summary
+from falcon_qlora.run_folder.tracking import Trackers
+from falcon_qlora.terminal import console
+from falcon_qlora.training.record import counts
+from falcon_qlora.training.resume import how_to_go_on
+from falcon_qlora.training.throughput import peak_memory_gib
+from falcon_qlora.training.trainer import FalconTrainer
+
+# Before a disk that failed is tried again.
+_PAUSE_SECONDS = 3.0
+
+
+def finish(
+    directory: RunDirectory,
+    trainer: FalconTrainer,
+    trackers: Trackers,
+    *,
+    describe_adapter: Callable[[Path, dict[str, Any]], None],
+    title: str,
+    predicted_gib: float | None,
+) -> Summary:
+    """Prove that the replicas agree, write the adapter and the summary, and say what was written.
+
+    Args:
+        describe_adapter: completes an adapter's folder, given the summary.
+        title: of the picture of losses.
+        predicted_gib: what a process's peak memory was to be; None on the CPU.
+
+    Raises:
+        UserError: if the replicas differ, if the adapter cannot be written, or if as it lies on the disk it
+            is not the one in memory; it is not kept.
+    """
+    model = trainer.model
+    if not is_sharded(model):
+        held = itertools.chain(model.parameters(), model.buffers())
+        require_same_replicas(held, directory.checkpoints, step=trainer.state.global_step)
+    peaks = agreement.gather_objects(peak_memory_gib())
+    reductions = agreement.gather_objects(round(trainer.reduction_share(), 4))
+    lines: list[dict[str, Any]] = []
+    with _told_if_not_written(directory.summary_file):
+        lines = directory.read_metrics()
+    losses = [line["loss"] for line in lines if "loss" in line]
+    evaluations = [
+        (line["eval_loss"], line["step"])
+        for line in lines
+        if line.get("eval_loss") is not None and line["step"] > 0  # before, there is nothing to keep
+    ]
+    best: tuple[float | None, int | None] = min(evaluations, default=(None, None))
+    if trainer.args.load_best_model_at_end:  # of the adapter that is kept
+        best = trainer.state.best_metric, trainer.state.best_global_step
+    totals = trainer.meter.total()
+    summary = Summary(
+        steps=trainer.state.global_step,
+        first_loss=losses[0] if losses else None,
+        final_loss=losses[-1] if losses else None,
+        train_seconds=trainer.meter.seconds,
+        tokens_per_second=totals.get("tokens_per_second", 0.0),
+        samples_per_second_512=totals.get("samples_per_second_512", 0.0),
+        peak_memory_gib=max(peaks),
+        total_peak_memory_gib=sum(peaks),
+        world_size=ranks.world_size(),
+        best_eval_loss=best[0],
+        best_step=best[1],
+        bad_steps=trainer.step.bad_steps.total,
+        micro_batch_parts=2**trainer.step.halvings,
+        tokens=trainer.state.num_input_tokens_seen,
+        samples=_samples(trainer),
+        predicted_peak_memory_gib=predicted_gib,
+        reduction_shares=reductions if len(reductions) > 1 else None,
+        **counts(model),
+    )
+    _keep_adapter(directory, trainer, lambda folder: describe_adapter(folder, asdict(summary)))
+    if ranks.is_main_process():
+        with _told_if_not_written(directory.summary_file):
+            directory.write_summary(summary)
+        with _told_if_not_written(directory.loss_picture):
+            directory.draw_loss(title=title)
+        console.print_end(asdict(summary), directory.contents(), adapter=directory.adapter)
+    trackers.finish(summary=asdict(summary), adapter=directory.adapter)
+    return summary
+
+
+def _keep_adapter(
+    directory: RunDirectory, trainer: FalconTrainer, describe_adapter: Callable[[Path], None]
+) -> None:
+    """Write the adapter's folder; where the disk fails, once more after a while.
+
+    Raises:
+        UserError: see `finish`; on all processes alike.
+    """
+    model = trainer.model
+
+    def write() -> str | None:
+        took_part = False
+        try:
+            with directory.write_folder(directory.adapter) as folder:
+                took_part = True
+                with disk_errors():
+                    method_of(model).save(model, folder)
+                    trainer.processing_class.save_pretrained(folder)
+                    describe_adapter(folder)
+                check_adapter(folder, model, trained=trainer.has_learned())
+                # A model card is there to be written on.
+                write_manifest(folder, {"step": trainer.state.global_step}, leave_out=["README.md"])
+        except OSError as error:
+            if is_sharded(model) and not took_part:
+                take_part(model)  # the others do
+            return reason_of(error)
+        except AdapterFaultError as error:
+            told = not_kept(error, directory.checkpoints, step=trainer.state.global_step)
+            raise UserError(told) from None
+        return None
+
+    for tries_left in (1, 0):
+        if is_sharded(model) and not ranks.is_main_process():
+            take_part(model)
+        failure = agreement.from_main_process(write)
+        if failure is None:
+            return
+        if tries_left:
+            console.note(f"the adapter could not be written ({failure}): it is tried once more in a moment")
+            time.sleep(_PAUSE_SECONDS)
+    last = agreement.from_main_process(lambda: last_complete(directory.checkpoints))
+    raise UserError(f"all steps are done, but {directory.adapter} could not be written ({failure}). {last}")
+
+
+@contextlib.contextmanager
+def _told_if_not_written(file: Path) -> Iterator[None]:
+    """The adapter is worth more than what is said about it."""
+    try:
+        yield
+    except OSError as error:
+        console.note(f"{file} could not be written ({reason_of(error)})")
+
+
+def stop(
+    directory: RunDirectory, stopped: Stopped, trackers: Trackers, *, steps: int, resumable: bool
+) -> None:
+    """Say where a run that was asked to stop has come to, and how it goes on.
+
+    Args:
+        steps: of the whole run.
+        resumable: whether its checkpoints hold the optimizer's state.
+
+    Raises:
+        UserError: if it could not be saved there.
+    """
+    trackers.finish(exit_status=int(stopped.failure is not None))
+    if ranks.is_main_process():
+        with contextlib.suppress(OSError):
+            directory.draw_loss()
+    where = f"stopped at step {stopped.step:,} of {steps:,}"
+    if stopped.failure is not None:
+        whole = agreement.from_main_process(lambda: newest_whole(directory.checkpoints)[0])
+        last = f"the last complete checkpoint is {whole}" if whole else "there is no complete checkpoint"
+        raise UserError(f"{where}, but the checkpoint could not be saved ({stopped.failure}); {last}")
+    if not resumable:
+        kept = directory.checkpoint(stopped.step)
+        console.print_plain(f"{where}. {kept} holds the weights alone: the run cannot go on")
+        return
+    console.print_plain(f"{where}. Go on with:  {how_to_go_on(directory)}")
+
+
+def _samples(trainer: FalconTrainer) -> int | None:
+    plan = trainer.steps.plan if isinstance(trainer.steps, TrainingSteps) else None
+    return plan.documents_until(trainer.state.global_step) if plan is not None else None
