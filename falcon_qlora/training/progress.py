@@ -38,7 +38,6 @@ class ProgressCallback(TrainerCallback):
         self._printed_step = -1
         self._printed_at = 0.0
         self._times: deque[tuple[int, float]] = deque(maxlen=_RECENT_STEPS + 1)
-        self._evaluated = 0
 
     def close(self) -> None:
         """Take the bar off the terminal; safe to call at any time, and again."""
@@ -93,18 +92,6 @@ class ProgressCallback(TrainerCallback):
             self._print_evaluation(float(logs["eval_loss"]))
         elif "loss" in logs and self._progress is None:
             self._print_line()
-
-    def on_prediction_step(
-        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
-    ) -> None:
-        if not ranks.is_main_process():
-            return
-        self._evaluated += 1
-        self._refresh(f"evaluating, batch {self._evaluated}")
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._evaluated = 0
-        self._refresh(self._counter())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._progress is None and self._shown and self._printed_step != self._step:

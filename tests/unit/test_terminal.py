@@ -55,9 +55,7 @@ def _run(steps: int, *, log_every: int = 1, start: int = 0, evaluate_at: tuple[i
             logs = {"loss": 3.0 / step, "tokens_per_second": 1234.5, "peak_memory_gib": 2.5}
             callback.on_log(None, state, None, logs=logs)
         if step in evaluate_at:
-            callback.on_prediction_step(None, state, None)
             callback.on_log(None, state, None, logs={"eval_loss": 2.0 / step})
-            callback.on_evaluate(None, state, None)
     callback.on_train_end(None, state, None)
 
 
