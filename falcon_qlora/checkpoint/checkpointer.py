@@ -85,9 +85,9 @@ class Checkpointer:
         every_minutes: save whenever so long has passed since the last time; 0: never.
         limit: how many are kept beside the best one; None: all.
         weights_only: leave out what a run needs to go on.
+        at: told the step, the phase and what is done there; see `Watchdog.at`.
 
     Attributes:
-        at: told the step, the phase and what is done there (see `Watchdog.at`); whoever owns this sets it.
         saved_step: of the newest checkpoint that was tried, or gone on from.
         failure: why that could not be written, or None.
     """
@@ -102,6 +102,7 @@ class Checkpointer:
         every_minutes: float = 0.0,
         limit: int | None = None,
         weights_only: bool = False,
+        at: Callable[[int, int, str], None],
     ):
         self.folder = folder
         self.weights_only = weights_only
@@ -112,7 +113,7 @@ class Checkpointer:
         self._on_saved = on_saved
         self._every_seconds = every_minutes * 60
         self._limit = limit
-        self.at: Callable[[int, int, str], None] = lambda step, phase, what: None
+        self._at = at
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -169,7 +170,7 @@ class Checkpointer:
 
     def _arrive(self, step: int, *, writes: bool) -> None:
         """This process writes to a checkpoint, or waits for another that does."""
-        self.at(step, 6 if writes else 7, "saving a checkpoint" if writes else "awaiting the save")
+        self._at(step, 6 if writes else 7, "saving a checkpoint" if writes else "awaiting the save")
 
     def _save(self, snapshot: Snapshot) -> str | None:
         model, state = snapshot.model, snapshot.state

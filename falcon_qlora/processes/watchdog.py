@@ -48,7 +48,7 @@ class Watchdog:
     """Watches this process's main thread.
 
     Args:
-        seconds: how long it may stay in one place.
+        seconds: how long it may stay in one place; 0: for ever.
         record: the folder that gets NCCL's record if it hangs.
     """
 
@@ -58,15 +58,17 @@ class Watchdog:
         self._place = (0, 0, "starting")
         self._moved = time.monotonic()
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
         self._moved = time.monotonic()
-        self._thread.start()
+        if self._seconds:
+            self._ended.clear()
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def stop(self) -> None:
-        self._ended.set()
-        faulthandler.cancel_dump_traceback_later()
+        if self._seconds:
+            self._ended.set()
+            faulthandler.cancel_dump_traceback_later()
 
     def at(self, step: int, phase: int, what: str) -> None:
         """The main thread has come to a place.

@@ -95,8 +95,6 @@ def trainer_arguments(training: SFTConfig, *, total_steps: int) -> SFTConfig:
         training._n_gpu = 1
     training.max_steps = total_steps
     training.max_grad_norm = 0.0
-    training.gradient_accumulation_steps = 1
-    training.packing = training.padding_free = False
     training.dataset_kwargs = {"skip_prepare_dataset": True}
     training.remove_unused_columns = False
     training.include_num_input_tokens_seen = "no"
@@ -139,6 +137,7 @@ def build_trainer(
     from falcon_qlora.checkpoint.checkpointer import Checkpointer
     from falcon_qlora.inference.evaluation import Evaluation
     from falcon_qlora.inference.sample_answers import SampleAnswers
+    from falcon_qlora.processes.watchdog import Watchdog
     from falcon_qlora.training.callbacks import MetricsWriter
     from falcon_qlora.training.progress import ProgressCallback
     from falcon_qlora.training.trainer import FalconTrainer
@@ -168,6 +167,7 @@ def build_trainer(
         callbacks.append(
             SampleAnswers(prompts[: run.generate_samples], tokenizer, directory.path / "samples.jsonl")
         )
+    watchdog = Watchdog(run.hang_minutes * 60, directory.path / "flight_record")
     checkpointer = Checkpointer(
         directory.checkpoints,
         describe_adapter=describe_adapter,
@@ -183,6 +183,7 @@ def build_trainer(
         every_minutes=run.save_every_minutes,
         limit=training.save_total_limit,
         weights_only=training.save_only_model,
+        at=watchdog.at,
     )
     return FalconTrainer(
         model,
@@ -191,11 +192,10 @@ def build_trainer(
         corpus=data.dataset,
         names=data.names,
         evaluation=evaluation,
-        run_folder=directory.path,
         checkpointer=checkpointer,
+        watchdog=watchdog,
         tokenizer=tokenizer,
         callbacks=callbacks,
         max_grad_norm=training.max_grad_norm or 0.0,
         max_bad_steps=run.max_bad_steps,
-        hang_minutes=run.hang_minutes,
     )

@@ -82,13 +82,12 @@ class FalconTrainer(SFTTrainer):
         corpus: the tokenized documents, which TRL wants to see.
         names: of the data's rows.
         evaluation: held-out documents, or None.
-        run_folder: where a record goes of what hangs.
-        checkpointer: saves; what it wants to know of the loop's place is set here.
+        checkpointer: saves.
+        watchdog: told where the loop is; it watches while there is training.
         tokenizer: of the documents.
         callbacks: Transformers' kind.
         max_grad_norm: to which gradients are clipped; 0: not at all.
         max_bad_steps: stop at so many steps in a row whose loss or gradient is not finite; 0: never.
-        hang_minutes: end with a message where a process does not move for so long; 0: never.
     """
 
     optimizer: Any  # PyTorch's or ZeRO-3's, in Accelerate's wrapper once the training has begun
@@ -102,13 +101,12 @@ class FalconTrainer(SFTTrainer):
         corpus: Any,
         names: RowNames,
         evaluation: Evaluation | None,
-        run_folder: Path,
         checkpointer: Checkpointer,
+        watchdog: Watchdog,
         tokenizer: Any,
         callbacks: list[TrainerCallback],
         max_grad_norm: float = 1.0,
         max_bad_steps: int = 0,
-        hang_minutes: float = 0.0,
     ):
         self.steps = steps
         self.names = names
@@ -120,7 +118,7 @@ class FalconTrainer(SFTTrainer):
         self._first_learning_step: int | None = None
         self._ending: UserError | None = None
         self._stopping = False
-        self._watchdog = Watchdog(hang_minutes * 60, run_folder / "flight_record") if hang_minutes else None
+        self._watchdog = watchdog
         self._seconds_before = 0.0
         self._best_before = _NONE_YET
         self._resumed: tuple[Path, dict[str, Any]] | None = None
@@ -148,9 +146,8 @@ class FalconTrainer(SFTTrainer):
             max_grad_norm=max_grad_norm,
             bad_steps=BadSteps(most=max_bad_steps, rows_of=self._rows_of, say=note),
             wants_save=checkpointer.is_due,
-            at=self._at,
+            at=watchdog.at,
         )
-        checkpointer.at = self._at
         self._backward: Callable[..., Any] = self.accelerator.backward
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
@@ -167,8 +164,7 @@ class FalconTrainer(SFTTrainer):
         try:
             return super().train(*args, **kwargs)
         finally:
-            if self._watchdog is not None:
-                self._watchdog.stop()
+            self._watchdog.stop()
 
     def get_train_dataloader(self) -> DataLoader:
         streaming = isinstance(self.steps, IterableDataset)
@@ -184,7 +180,7 @@ class FalconTrainer(SFTTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Share], num_batches: int, device: torch.device
     ) -> tuple[list[Share], None]:
-        self._at(self.state.global_step + 1, 0, "reading data")
+        self._watchdog.at(self.state.global_step + 1, 0, "reading data")
         share = next(epoch_iterator, None)
         if self._random is not None:  # after reading, for which the loop has drawn some numbers
             take_up_random_states(self._random, seed=self.args.seed, **self._place())
@@ -219,14 +215,13 @@ class FalconTrainer(SFTTrainer):
         stop_signals.training_begins(note)
         endings.remember_siblings()  # which waits for all processes
         stop_signals.all_have_begun()
-        if self._watchdog is not None:
-            self._watchdog.start()
+        self._watchdog.start()
         self.checkpointer.start_clock()
         self.meter.resume()
 
     def after_step(self, control: TrainerControl) -> None:
         """Heed what the processes agreed on in the step before this one, which has just ended."""
-        self._at(self.state.global_step, 3, "waiting for the device")
+        self._watchdog.at(self.state.global_step, 3, "waiting for the device")
         try:
             for agreed in self.step.heed():
                 control.should_save |= agreed.save or agreed.stop
@@ -247,10 +242,6 @@ class FalconTrainer(SFTTrainer):
             raise UserError(f"{self._ending}. {last}")
         if self._stopping and self.state.global_step < self.state.max_steps:
             raise Stopped(self.state.global_step, self.checkpointer.failure)
-
-    def _at(self, step: int, phase: int, what: str) -> None:
-        if self._watchdog is not None:
-            self._watchdog.at(step, phase, what)
 
     # Checkpoints
 
@@ -417,11 +408,11 @@ class FalconTrainer(SFTTrainer):
         total = torch.zeros((), device=self.args.device, dtype=torch.float64)
         sharded, place = is_sharded(self.model), self.accelerator.process_index
         for batch in evaluation.share(place, self.accelerator.num_processes, even=sharded):
-            self._at(self.state.global_step, 4, "evaluating")
+            self._watchdog.at(self.state.global_step, 4, "evaluating")
             total += evaluated(
                 self.model, batch, device=self.args.device, halvings=self.step.halvings, can_retry=not sharded
             )
-        self._at(self.state.global_step, 5, "adding up the evaluation")
+        self._watchdog.at(self.state.global_step, 5, "adding up the evaluation")
         loss = float(self.accelerator.reduce(total)) / evaluation.target_tokens
         self.model.train(was_training)
         metrics = {

@@ -50,7 +50,7 @@ def with_true_manifest(checkpoint: Path) -> None:
 
 
 def go_on(run: Path) -> Path:
-    return falcon_qlora.train(resume=run, max_steps=STEP + 1)
+    return falcon_qlora.train(resume=run, max_steps=STEP + 1, hang_minutes=0)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,6 @@ def trainer(written: Path, tmp_path_factory: pytest.TempPathFactory) -> FalconTr
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FalconTrainer, "train", caught_and_trained)
         go_on(run)
-    caught[0]._watchdog = None  # its thread cannot begin again
     return caught[0]
 
 

@@ -47,7 +47,6 @@ READERS = {
     "checkpoint/optimizer_parts.py": checkpoints.test_what_is_taken_up,
     "checkpoint/process_state.py": checkpoints.test_what_is_taken_up,
     "checkpoint/resume.py": checkpoints.test_before_anything_is_loaded,
-    "training/resumable_trainer.py": checkpoints.test_what_is_taken_up,
     "checkpoint/manifest.py": checkpoints.test_before_anything_is_loaded,
     "commands/generate.py": test_fuzz_inputs.test_files_that_a_user_names,
     "commands/merge.py": folders.test_commands,
