@@ -7,9 +7,8 @@ when the next one is on its way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -44,25 +43,8 @@ class Notes:
         return torch.cat([self.loss.detach().float().reshape(1), rest])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Agreed:
-    """The notes of all processes together: the loss is the sum, the rest is what any of them says."""
-
-    loss: float
-    stop: bool
-    save: bool
-    halvings: int
-
-    # Where the notes hold what was wished for.
-    WISHES: ClassVar[slice] = slice(1, 3)
-
-    @staticmethod
-    def of(values: Sequence[float]) -> Agreed:
-        """Read a summed `Notes.tensor`, on the host."""
-        loss, stop, save, *reached = values
-        return Agreed(
-            loss=loss, stop=stop > 0, save=save > 0, halvings=sum(processes > 0 for processes in reached)
-        )
+# Where a summed `Notes.tensor` holds what was wished for.
+_WISHES = slice(1, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +53,20 @@ class StepReport:
 
     Attributes:
         step: from 0.
-        agreed: loss and wishes.
+        loss: of the global batch.
+        stop: one of them was asked to stop.
+        save: one of them wants a checkpoint.
+        halvings: the most that one of them needed.
         bad: whether the loss or the gradient was not finite, so that the step changed nothing.
         origins: of a stream, the rows that made the step.
     """
 
     step: int
-    agreed: Agreed
-    bad: bool
+    loss: float
+    stop: bool = False
+    save: bool = False
+    halvings: int = 0
+    bad: bool = False
     origins: tuple[Origin, ...] = ()
 
 
@@ -111,8 +99,17 @@ class Reports:
         for step, values, copied, origins in ready:
             if copied is not None:
                 copied.synchronize()
-            bad, *notes = values.tolist()
-            reports.append(StepReport(step=step, agreed=Agreed.of(notes), bad=bad > 0, origins=origins))
+            bad, loss, stop, save, *reached = values.tolist()
+            report = StepReport(
+                step=step,
+                loss=loss,
+                stop=stop > 0,
+                save=save > 0,
+                halvings=sum(processes > 0 for processes in reached),
+                bad=bad > 0,
+                origins=origins,
+            )
+            reports.append(report)
         return reports
 
     def state(self) -> list[tuple[int, list[float], list[Origin]]]:
@@ -126,6 +123,6 @@ class Reports:
         """Go on from what `state` returned, without what was wished for then: it has been heeded."""
         for step, values, origins in state:
             kept = torch.tensor(values)
-            kept[1 + Agreed.WISHES.start : 1 + Agreed.WISHES.stop] = 0
+            kept[1:][_WISHES] = 0
             known = tuple((int(part), int(number)) for part, number in origins)
             self._pending.append((step, kept, None, known))

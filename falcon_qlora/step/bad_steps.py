@@ -56,7 +56,7 @@ class BadSteps:
             )
 
     def _see_loss(self, report: StepReport) -> None:
-        loss = report.agreed.loss
+        loss = report.loss
         above = max(_SPIKE_DEVIATIONS * self._variance**0.5, _SPIKE_SHARE * abs(self._mean))
         if self._steps >= _SPIKE_AFTER_STEPS and loss > self._mean + above:
             self._say(

@@ -17,7 +17,7 @@ from falcon_qlora.data.batches import Share
 from falcon_qlora.models import zero3
 from falcon_qlora.models.sharded import is_sharded
 from falcon_qlora.processes import stop_signals
-from falcon_qlora.step.agreed import Agreed, Notes, Reports
+from falcon_qlora.step.agreed import Notes, Reports, StepReport
 from falcon_qlora.step.bad_steps import BadSteps
 from falcon_qlora.step.loss import accumulate_gradients
 from falcon_qlora.step.reduction import Reduction, ShardedReduction
@@ -151,25 +151,23 @@ class Step:
             # waits to know. A step of bitsandbytes' waits anyway, after every parameter.
             model.zero_grad(set_to_none=True)
 
-    def heed(self) -> list[Agreed]:
+    def heed(self) -> list[StepReport]:
         """Take in what the processes agreed on in the steps before the newest.
 
         Raises:
             UserError: if too many steps in a row were bad; on every process alike.
         """
-        heeded = []
-        for report in self.reports.take():
-            agreed = report.agreed
-            if agreed.halvings > self.halvings:
-                self.halvings = agreed.halvings
+        reports = self.reports.take()
+        for report in reports:
+            if report.halvings > self.halvings:
+                self.halvings = report.halvings
                 note(
                     f"out of memory at step {report.step + 1}: it was done again in smaller pieces. From "
                     f"here on every micro batch is split in {2**self.halvings} on all processes; the global "
                     "batch stays the same"
                 )
-            heeded.append(agreed)
             self.bad_steps.see(report)
-        return heeded
+        return reports
 
     def finish(self, steps: int) -> None:
         """Take in the last step's report, which no step follows.

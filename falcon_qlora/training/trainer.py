@@ -223,10 +223,10 @@ class FalconTrainer(SFTTrainer):
         """Heed what the processes agreed on in the step before this one, which has just ended."""
         self._watchdog.at(self.state.global_step, 3, "waiting for the device")
         try:
-            for agreed in self.step.heed():
-                control.should_save |= agreed.save or agreed.stop
-                control.should_training_stop |= agreed.stop
-                self._stopping |= agreed.stop
+            for report in self.step.heed():
+                control.should_save |= report.save or report.stop
+                control.should_training_stop |= report.stop
+                self._stopping |= report.stop
         except UserError as error:  # on every process alike; what was learned before is saved first
             self._ending = error
             control.should_save = control.should_training_stop = True

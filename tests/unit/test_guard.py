@@ -16,14 +16,14 @@ from torch.distributed.flight_recorder.components.loader import read_dump
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.packing import collate
 from falcon_qlora.processes.watchdog import describe, record_collectives, write_record
-from falcon_qlora.step.agreed import Agreed, Notes, Reports, StepReport
+from falcon_qlora.step.agreed import Notes, Reports, StepReport
 from falcon_qlora.step.bad_steps import BadSteps
 from falcon_qlora.step.micro_batches import halved
 from falcon_qlora.training.disk import predicted_bytes
 
 
 def report(step: int, loss: float, bad: bool = False) -> StepReport:
-    return StepReport(step=step, agreed=Agreed(loss=loss, stop=False, save=False, halvings=0), bad=bad)
+    return StepReport(step=step, loss=loss, bad=bad)
 
 
 def test_only_bad_steps_in_a_row_end_a_run() -> None:
@@ -56,10 +56,9 @@ def test_reports_come_a_step_late_and_notes_are_what_any_process_says() -> None:
     reports.put(4, one + other, torch.tensor(False), origins)
     assert reports.take() == []
     reports.put(5, one, torch.tensor(True))
-    agreed = Agreed(loss=0.75, stop=True, save=False, halvings=3)
-    assert reports.take() == [StepReport(step=4, agreed=agreed, bad=False, origins=origins)]
+    assert reports.take() == [StepReport(step=4, loss=0.75, stop=True, halvings=3, origins=origins)]
     (last,) = reports.take(newest=True)
-    assert (last.step, last.bad, last.agreed.halvings) == (5, True, 1)
+    assert (last.step, last.bad, last.halvings) == (5, True, 1)
 
 
 @pytest.mark.parametrize("times", [1, 2, 8])

@@ -68,9 +68,9 @@ def test_a_wish_to_stop_has_been_heeded_when_a_run_goes_on() -> None:
     before.put(7, notes, torch.tensor(False))
     after.load_state(before.state())
     (report,) = after.take(newest=True)
-    assert (report.step, report.agreed.loss, report.agreed.halvings) == (7, 0.5, 2)
-    assert not report.agreed.stop
-    assert not report.agreed.save
+    assert (report.step, report.loss, report.halvings) == (7, 0.5, 2)
+    assert not report.stop
+    assert not report.save
 
 
 def test_draws_begun_anew_are_of_their_step_and_process_alone() -> None:
