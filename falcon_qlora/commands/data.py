@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
 
-    from falcon_qlora.data.tokenize import Corpus
+    from falcon_qlora.data.corpus import Corpus
 
 # Of a stream, which may have no end, so many documents are looked at.
 _STREAMED_DOCUMENTS = 1000

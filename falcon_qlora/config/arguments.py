@@ -105,9 +105,7 @@ class DataArguments:
         False, "Read rows as they are needed, for data larger than the disk; needs --max_steps."
     )
     max_rows: int | None = setting(None, "Use only this many rows.", least=1)
-    dataset_num_proc: int | None = setting(
-        None, "Processes that tokenize; unset: chosen by the number of cores.", least=1
-    )
+    dataset_num_proc: int | None = setting(None, "Threads that tokenize; unset: one a core.", least=1)
     cache_dir: str | None = setting(None, "Where tokenized data is cached; unset: the user's cache folder.")
 
     def columns(self) -> dict[str, str]:

@@ -13,10 +13,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.untrusted import is_count
-from falcon_qlora.data.documents import load_template
-from falcon_qlora.data.formats import recognise, renamed_columns, render
+from falcon_qlora.data.formats import load_template, recognise, render
 from falcon_qlora.data.origins import Origin
 from falcon_qlora.data.sources import Rows, Source
 from falcon_qlora.data.templates import Segment, Template
@@ -25,21 +23,6 @@ State = dict[str, Any]
 Rendered = tuple[Origin, list[Segment]]
 
 ROWS_TO_RECOGNISE = 100
-
-
-def recognise_rows(
-    head: list[tuple[str, Any]], dataset_format: str, columns: dict[str, str], name: str
-) -> tuple[str, dict[str, str]]:
-    """The format of rows, and their renamed columns.
-
-    Raises:
-        UserError: if there is no row, or the columns fit no format.
-    """
-    if not head:
-        raise UserError(f"{name}: the data is empty, there is no row in it")
-    found = {column for _, row in head for column in row}
-    renamed = renamed_columns(found, columns, name)
-    return recognise(found, columns=renamed, dataset_format=dataset_format, source=name), renamed
 
 
 class Reader:
@@ -113,11 +96,11 @@ class Reader:
                 if found is None:
                     break
                 self._head.append((position, found))
-            self._format = recognise_rows(
-                [(place, row) for _, (place, row, _) in self._head],
-                self._settings["dataset_format"],
-                self._settings["columns"],
-                self._source.name,
+            self._format = recognise(
+                {column for _, (_, row, _) in self._head for column in row},
+                columns=self._settings["columns"],
+                dataset_format=self._settings["dataset_format"],
+                source=self._source.name,
             )
         name, tokenizer = self._settings["template"], self._settings["tokenizer"]
         self._template = load_template(name, self._format[0], tokenizer)

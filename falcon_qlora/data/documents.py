@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import hashlib
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import sha256, write_json
 from falcon_qlora.common.untrusted import read_json
 from falcon_qlora.data import cache
-from falcon_qlora.data.encode import Encoder
-from falcon_qlora.data.formats import recognise, renamed_columns, render, resolve_template
-from falcon_qlora.data.processes import run_each
-from falcon_qlora.data.sources import Source, quiet_datasets, row_of
-from falcon_qlora.data.templates import Template, get_template
+from falcon_qlora.data.formats import load_template, recognise, render
+from falcon_qlora.data.sources import Source, quiet_datasets
+from falcon_qlora.data.templates import Segment
+from falcon_qlora.data.tokens import Document, Encoder
 
 # Raised whenever the same rows and settings would give other tokens than before, or an entry holds more.
 _VERSION = 2
 _META = "meta.json"
-_ROWS_PER_PROCESS = 4000
+# Enough to keep the tokenizer's threads at work, and few enough that Ctrl-C need not wait for them.
+_ROWS_AT_A_TIME = 256
 _FEATURES = datasets.Features(
     {
         "input_ids": datasets.List(datasets.Value("int32")),
@@ -83,7 +85,7 @@ class Documents:
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How rows are read and tokenized; the arguments are those of `tokenize.prepare_corpora`."""
+    """How rows are read and tokenized; the arguments are those of `corpus.prepare_corpora`."""
 
     encoder: Encoder
     tokenizer_fingerprint: str
@@ -96,11 +98,12 @@ class Reading:
 
     def documents(self, source: Source, max_rows: int | None) -> Documents:
         """The documents of `source`, tokenized now if they never were."""
-        found = source.columns()
-        if not found:
-            raise UserError(f"{source.name}: the data is empty, there is no row in it")
-        columns = renamed_columns(found, self.columns, source.name)
-        row_format = recognise(found, columns=columns, dataset_format=self.dataset_format, source=source.name)
+        row_format, columns = recognise(
+            source.columns(),
+            columns=self.columns,
+            dataset_format=self.dataset_format,
+            source=source.name,
+        )
         template = load_template(self.template, row_format, self.encoder.tokenizer)
         key = cache.key_of(
             {
@@ -117,10 +120,15 @@ class Reading:
                 "max_length": self.encoder.max_length,
             }
         )
-        rows_to_documents = _RowsToDocuments(self.encoder, source.name, row_format, template, columns)
 
         def fill(folder: Path) -> None:
-            self._fill(folder, key, source, max_rows, rows_to_documents)
+            self.progress(f"reading {source.name}")
+            counts = source.rows_of_parts(max_rows)
+            rows = (
+                render(row, row_format, template, columns=columns, place=place)
+                for place, row in source.rows(max_rows)
+            )
+            self._fill(folder, source, counts, rows)
 
         entry = cache.entry(self.cache_dir, key, fill)
         wrong = _damage(entry)
@@ -133,104 +141,77 @@ class Reading:
         return _open(entry, source, row_format, template.name)
 
     def _fill(
-        self, folder: Path, key: str, source: Source, max_rows: int | None, work: _RowsToDocuments
+        self, folder: Path, source: Source, rows_of_parts: list[int], rows: Iterator[list[Segment]]
     ) -> None:
-        self.progress(f"reading {source.name}")
-        rows = source.table(folder, max_rows)
-        if len(rows) == 0:
+        total = sum(rows_of_parts)
+        if total == 0:
             raise UserError(f"{source.name}: the data is empty, there is no row in it")
-        processes = _processes(self.num_proc, len(rows))
-        in_processes = f" in {processes} processes" if processes > 1 else ""
-        self.progress(f"tokenizing {len(rows):,} rows of {source.name}{in_processes}")
-        parts = [_Part(rows, work, folder, key[:32], each, processes) for each in range(processes)]
-        if processes > 1:
-            run_each(parts)
-        else:
-            parts[0]()
-        documents = _read(folder)
+        self.progress(f"tokenizing {total:,} rows of {source.name}")
+        with quiet_datasets(), _tokenizer_threads(self.num_proc):
+            shown = datasets.utils.tqdm(rows, desc="tokenizing", total=total, unit=" rows")
+            _write(folder / "documents.arrow", self.encoder, iter(shown))
         meta = {
-            "content": _content_hash(documents),
+            "content": _content_hash(_read(folder)),
             "source": source.name,
-            "rows": source.rows_of_parts(rows),
+            "rows": rows_of_parts,
             "files": {
                 file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in _files(folder)
             },
         }
         write_json(folder / _META, {**meta, "key": cache.key_of(meta)})
-        del rows, parts, documents
-        (folder / "rows.arrow").unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """The work of one process: its share of the rows, tokenized into a file of its own."""
+@contextlib.contextmanager
+def _tokenizer_threads(count: int | None) -> Iterator[None]:
+    """Let the tokenizer use threads of its own: `count`, or None for one a core.
 
-    rows: datasets.Dataset
-    work: _RowsToDocuments
-    folder: Path
-    fingerprint: str
-    index: int
-    processes: int
-
-    def __call__(self) -> None:
-        of_all = f"_{self.index:05d}_of_{self.processes:05d}" if self.processes > 1 else ""
-        first, end = (len(self.rows) * each // self.processes for each in (self.index, self.index + 1))
-        with quiet_datasets(bars=self.index == 0):
-            self.rows.select(range(first, end)).map(
-                dataclasses.replace(self.work, first=first),
-                batched=True,
-                with_indices=True,
-                remove_columns=self.rows.column_names,
-                features=_FEATURES,
-                cache_file_name=str(self.folder / f"documents{of_all}.arrow"),
-                load_from_cache_file=False,
-                new_fingerprint=self.fingerprint,
-                desc="tokenizing",
-            )
+    Elsewhere they stay off. A data loader's workers are forks, in which they would wait for ever.
+    """
+    before = os.environ.get("TOKENIZERS_PARALLELISM", "false")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false" if count == 1 else "true"
+    if count is not None:
+        os.environ["RAYON_NUM_THREADS"] = str(count)  # read once in a process, as the first thread begins
+    try:
+        yield
+    finally:
+        os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
-@dataclass(frozen=True)
-class _RowsToDocuments:
-    """The function that `datasets.map` runs."""
-
-    encoder: Encoder
-    source: str
-    format: str
-    template: Template
-    columns: dict[str, str]
-    first: int = 0
-
-    def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        segments = []
-        numbers = [self.first + index for index in indices]
-        for index, number in enumerate(numbers):
-            place, row = row_of(batch, index, self.source, number)
-            segments.append(render(row, self.format, self.template, columns=self.columns, place=place))
-        columns: dict[str, list[Any]] = {name: [] for name in _FEATURES}
-        for number, documents in zip(numbers, self.encoder.documents(segments), strict=True):
-            for document in documents:
-                columns["input_ids"].append(document.input_ids)
-                columns["mask"].append(document.mask)
-                columns["row"].append(number)
-                columns["status"].append(int(document.status))
-                columns["change"].append(int(document.change))
-                columns["targets"].append(document.targets)
-                columns["content"].append(document.content)
-        return columns
+def _write(file: Path, encoder: Encoder, rows: Iterator[list[Segment]]) -> None:
+    schema = _FEATURES.arrow_schema
+    first = 0
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        while some := list(itertools.islice(rows, _ROWS_AT_A_TIME)):
+            numbered = [
+                (number, document)
+                for number, documents in enumerate(encoder.documents(some), start=first)
+                for document in documents
+            ]
+            writer.write_batch(pa.record_batch(_columns(numbered), schema=schema))
+            first += len(some)
 
 
-def load_template(template: str, row_format: str, tokenizer: Any) -> Template:
-    """The template that `--template` means for rows of this format, with the tokenizer's special tokens."""
-    special_tokens = {
-        name: getattr(tokenizer, name)
-        for name in ("bos_token", "eos_token")
-        if getattr(tokenizer, name) is not None
-    }
-    return get_template(resolve_template(template, row_format), special_tokens)
+def _columns(numbered: Sequence[tuple[int, Document]]) -> list[pa.Array]:
+    """Documents with the numbers of their rows, as columns in the order of `_FEATURES`."""
+    documents = [document for _, document in numbered]
+    return [
+        _lists([document.input_ids for document in documents]),
+        _lists([document.mask for document in documents]),
+        pa.array([number for number, _ in numbered], pa.int64()),
+        pa.array([int(document.status) for document in documents], pa.int8()),
+        pa.array([int(document.change) for document in documents], pa.int8()),
+        pa.array([document.targets for document in documents], pa.int64()),
+        pa.array([document.content for document in documents], pa.int64()),
+    ]
+
+
+def _lists(arrays: list[np.ndarray]) -> pa.Array:
+    ends = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(ends), pa.array(np.concatenate(arrays)))
 
 
 def _files(folder: Path) -> list[Path]:
-    """One for each process that tokenized, in the order of the rows."""
+    """One; of earlier releases one for each process that tokenized, in the order of the rows."""
     return sorted(folder.glob("documents*.arrow"))
 
 
@@ -284,12 +265,6 @@ def _open(folder: Path, source: Source, row_format: str, template: str) -> Docum
     )
 
 
-def _processes(asked: int | None, rows: int) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # Starting one takes a second, in which another tokenizes some thousand rows.
-    return max(min(asked, rows) if asked else min(cores, rows // _ROWS_PER_PROCESS), 1)
-
-
 def _content_hash(dataset: datasets.Dataset) -> str:
     digest = hashlib.sha256()
     for batch in dataset.with_format("arrow").iter(batch_size=1000):
@@ -302,7 +277,5 @@ def _content_hash(dataset: datasets.Dataset) -> str:
 
 
 def _lengths(dataset: datasets.Dataset) -> np.ndarray:
-    import pyarrow.compute
-
-    lengths = pyarrow.compute.list_value_length(dataset.data.column("input_ids"))
+    lengths = pc.list_value_length(dataset.data.column("input_ids"))
     return np.asarray(lengths.to_numpy(), dtype=np.int64)

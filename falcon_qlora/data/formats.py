@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
 from falcon_qlora.common.errors import UserError, nearest
-from falcon_qlora.data.templates import Role, Segment, Template, Turn, guanaco_segments
+from falcon_qlora.data.templates import Role, Segment, Template, Turn, get_template, guanaco_segments
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,9 @@ _SYNONYMS = {
     "messages": ("conversation", "dialog", "dialogue", "chat", "turns"),
 }
 
+# Numbers and dates, in a column of Parquet, are text as Python writes them.
+_AS_TEXT = (str, int, float, decimal.Decimal, datetime.date, datetime.time, datetime.timedelta)
+
 _SPEAKERS: dict[str, Role] = {
     "human": "user",
     "user": "user",
@@ -63,55 +68,46 @@ _SPEAKERS: dict[str, Role] = {
 }
 
 
-def renamed_columns(found: Collection[str], columns: Mapping[str, str], source: str) -> dict[str, str]:
-    """Which of the renamed columns this data has.
-
-    Of several data sets one may have a column under the name that a flag gives, another under its own name.
-
-    Args:
-        found: the columns that the data has.
-        columns: standard column name → its name in the data, as the flags give them.
-        source: names the data in messages.
-
-    Raises:
-        UserError: for a renamed column that is there under neither name.
-    """
-    for standard, given in columns.items():
-        if given not in found and standard not in found:
-            raise UserError(
-                f"--{standard}_column {given}: {source} has no such column{nearest(given, found)}; "
-                f"it has {_listed(found)}"
-            )
-    return {standard: given for standard, given in columns.items() if given in found}
-
-
 def recognise(
     found: Collection[str],
     *,
     columns: Mapping[str, str],
     dataset_format: str = "auto",
     source: str = "the data",
-) -> str:
-    """Which format rows with these columns are in.
+) -> tuple[str, dict[str, str]]:
+    """Which format rows with these columns are in, and which of the renamed columns they have.
+
+    Of several data sets one may have a column under the name that a flag gives, another under its own name.
 
     Args:
-        found: the columns that the data has.
-        columns: standard column name → its name in the data, from `renamed_columns`.
+        found: the columns that the data has; none where there is no row.
+        columns: standard column name → its name in the data, as the flags give them.
         dataset_format: the user's word for it, or ``"auto"``.
         source: names the data in messages.
 
     Returns:
-        A key of `FORMATS`.
+        A key of `FORMATS`, and those of `columns` that the data has.
 
     Raises:
-        UserError: if the columns fit no format, or not the one that was named.
+        UserError: if the data is empty, a renamed column is there under neither name, or the columns fit no
+            format, or not the one that was named.
     """
+    if not found:
+        raise UserError(f"{source}: the data is empty, there is no row in it")
+    for standard, given in columns.items():
+        if given not in found and standard not in found:
+            raise UserError(
+                f"--{standard}_column {given}: {source} has no such column{nearest(given, found)}; "
+                f"it has {_listed(found)}"
+            )
+    renamed = {standard: given for standard, given in columns.items() if given in found}
+    missing = {name: _missing(each, found, renamed) for name, each in FORMATS.items()}
     if dataset_format == "auto":
-        fitting = [name for name, each in FORMATS.items() if _missing(each, found, columns) == []]
+        fitting = [name for name in FORMATS if not missing[name]]
         # A renamed column says which format is meant where the columns fit several.
-        fitting.sort(key=lambda name: not set(FORMATS[name].required) & set(columns))
+        fitting.sort(key=lambda name: not set(FORMATS[name].required) & set(renamed))
         if fitting:
-            return fitting[0]
+            return fitting[0], renamed
         needs = "\n".join(f"  {name}: {each.description}" for name, each in FORMATS.items())
         raise UserError(
             f"{source}: the columns fit no format.\nIt has {_listed(found)}. The formats need\n{needs}\n"
@@ -123,14 +119,13 @@ def recognise(
             f"--dataset_format {dataset_format}: no such format{nearest(dataset_format, FORMATS)}; "
             f"there are auto, {', '.join(FORMATS)}"
         )
-    missing = _missing(FORMATS[dataset_format], found, columns)
-    if missing:
+    if lacking := missing[dataset_format]:
         raise UserError(
             f"{source}: format {dataset_format} needs {FORMATS[dataset_format].description}; "
-            f"there is no column {_listed(missing)}. It has {_listed(found)}. "
-            f"Name the column with --{missing[0]}_column, or another format with --dataset_format."
+            f"there is no column {_listed(lacking)}. It has {_listed(found)}. "
+            f"Name the column with --{lacking[0]}_column, or another format with --dataset_format."
         )
-    return dataset_format
+    return dataset_format, renamed
 
 
 def resolve_template(template: str, dataset_format: str) -> str:
@@ -152,6 +147,14 @@ def resolve_template(template: str, dataset_format: str) -> str:
             f"use --template {FORMATS[dataset_format].template}"
         )
     return template
+
+
+def load_template(template: str, row_format: str, tokenizer: Any) -> Template:
+    """The template that `--template` means for rows of this format, with the tokenizer's special tokens."""
+    special_tokens = {
+        name: token for name in ("bos_token", "eos_token") if (token := getattr(tokenizer, name)) is not None
+    }
+    return get_template(resolve_template(template, row_format), special_tokens)
 
 
 def render(
@@ -247,7 +250,7 @@ def _text(value: Any, place: str) -> str:
         isinstance(part, Mapping) and part.get("type") == "text" for part in value
     ):
         value = "".join(_text(part.get("text"), place) for part in value)
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if isinstance(value, bool) or not isinstance(value, _AS_TEXT):
         raise UserError(f"{place}: expected text, found {_kind(value)}")
     text = str(value)
     try:

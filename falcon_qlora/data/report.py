@@ -15,8 +15,8 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from falcon_qlora.data.corpus import Corpus, Statistics
 from falcon_qlora.data.packing import Plan, deal
-from falcon_qlora.data.tokenize import Corpus, Statistics
 
 Ints = Sequence[int] | np.ndarray
 

@@ -48,56 +48,54 @@ def checked_weights(weights: list[float] | None, names: list[str]) -> list[float
     return weights
 
 
-def hold_out(parts: Sequence[tuple[np.ndarray, np.ndarray]], fraction: float, seed: int) -> list[np.ndarray]:
+def hold_out(kept: np.ndarray, content: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """Choose the held-out documents; rows of the same content together, so that none of them is trained on.
 
     Args:
-        parts: for each source ``(kept, content)``: bool ``[documents]`` and int64 ``[documents]``, the hash
-            of the row that a document is of.
+        kept: bool ``[documents]``, those with something to train on.
+        content: int64 ``[documents]``, the hash of the row that a document is of.
         fraction: of the different rows to hold out; at least one, and one is left.
         seed: of the choice, which does not depend on the order of the rows.
 
     Returns:
-        bool ``[documents]`` for each source.
+        bool ``[documents]``.
 
     Raises:
         UserError: if there are fewer than two different rows.
     """
-    contents = np.unique(np.concatenate([content[kept] for kept, content in parts]))
+    contents = np.unique(content[kept])
     if len(contents) < 2:
         raise UserError(
             f"--eval_split {fraction}: {len(contents)} different rows are too few to hold some out"
         )
     count = min(max(round(fraction * len(contents)), 1), len(contents) - 1)
-    chosen = np.random.default_rng([seed, _HOLD_OUT]).permutation(contents)[:count]
-    return [np.isin(content, chosen) for _, content in parts]
+    return np.isin(content, np.random.default_rng([seed, _HOLD_OUT]).permutation(contents)[:count])
 
 
-def draw(rows: Sequence[np.ndarray], weights: Sequence[float] | None, seed: int) -> list[np.ndarray]:
+def draw(source: np.ndarray, row: np.ndarray, weights: Sequence[float] | None, seed: int) -> np.ndarray:
     """Choose which documents one epoch has, and how often.
 
     Args:
-        rows: for each source int64 ``[documents]``, ascending: the row that a document is of.
+        source: ``[documents]``, ascending: the index of a document's source.
+        row: int64 ``[documents]``, ascending: the row that it is of, counted through all sources.
         weights: in which proportion rows of the sources are drawn; None takes every document once. The number
             of rows stays what it was. A source that has fewer rows than its share is repeated whole, and what
             is left of the share is a random choice of its rows.
         seed: of that choice.
 
     Returns:
-        For each source int64 indexes of its documents, ascending within each repetition.
+        int64 indexes of documents, source by source, ascending within each repetition.
     """
     if weights is None:
-        return [np.arange(len(row)) for row in rows]
-    different = [np.unique(row) for row in rows]
-    total = sum(len(each) for each in different)
-    shares = np.array(weights, dtype=np.float64) / np.sum(weights)
+        return np.arange(len(row))
+    total, shares = len(np.unique(row)), np.array(weights, dtype=np.float64) / np.sum(weights)
     drawn = []
-    for index, (row, unique) in enumerate(zip(rows, different, strict=True)):
-        if len(unique) == 0:
-            drawn.append(np.zeros(0, dtype=np.int64))
+    for index, share in enumerate(shares):
+        documents = np.flatnonzero(source == index)
+        rows = np.unique(row[documents])
+        if len(rows) == 0:
             continue
-        whole, rest = divmod(max(round(total * shares[index]), 1), len(unique))
-        some = np.random.default_rng([seed, _DRAW, index]).choice(unique, size=rest, replace=False)
-        repeated = [np.arange(len(row))] * whole
-        drawn.append(np.concatenate([*repeated, np.flatnonzero(np.isin(row, some))]).astype(np.int64))
-    return drawn
+        whole, rest = divmod(max(round(total * share), 1), len(rows))
+        some = np.random.default_rng([seed, _DRAW, index]).choice(rows, size=rest, replace=False)
+        drawn += [documents] * whole + [documents[np.isin(row[documents], some)]]
+    return np.concatenate([np.zeros(0, dtype=np.int64), *drawn])

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import hashlib
 import itertools
-import json
 import logging
 import random
 import re
@@ -15,8 +14,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
-
-import numpy as np
 
 from falcon_qlora.common.errors import UserError, first_line, nearest
 from falcon_qlora.data import sample_data
@@ -27,8 +24,7 @@ from falcon_qlora.data.origins import Origin
 PACKAGED = "sample"
 
 _SAMPLE_ROWS = 1000
-_WRITE_ROWS = 2000
-_TABLE = ["json", "place", "part"]
+_BATCH_ROWS = 1000
 
 
 class Rows(Protocol):
@@ -78,12 +74,12 @@ class Source(Protocol):
         """The columns that rows have."""
         ...
 
-    def table(self, folder: Path, max_rows: int | None) -> Any:
-        """The rows as a `datasets.Dataset`; what has to be written for it is written in `folder`."""
+    def rows(self, max_rows: int | None) -> Iterator[tuple[str, Row]]:
+        """``(place, row)`` in their order, of a hub data set from its copy on disk."""
         ...
 
-    def rows_of_parts(self, table: Any) -> list[int]:
-        """How many rows of its `table` are of each of its parts."""
+    def rows_of_parts(self, max_rows: int | None) -> list[int]:
+        """How many of these rows are of each part; to count them is to read them once."""
         ...
 
 
@@ -227,25 +223,13 @@ class LocalSource:
             found.update(dict.fromkeys(row))
         return list(found)
 
-    def table(self, folder: Path, max_rows: int | None) -> Any:
-        """Every row as one piece of JSON: a type for each column would have to fit all rows of all files."""
-        import datasets
-        import pyarrow as pa
+    def rows(self, max_rows: int | None) -> Iterator[tuple[str, Row]]:
+        return itertools.islice(self.read(), max_rows)
 
-        schema = pa.schema(list(zip(_TABLE, (pa.large_string(), pa.string(), pa.int64()), strict=True)))
-        path = folder / "rows.arrow"
-        rows = self.read()
-        every = ((json.dumps(row, default=str), _plain(place), rows.origin()[0]) for place, row in rows)
-        lines = itertools.islice(every, max_rows)
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            while some := list(itertools.islice(lines, _WRITE_ROWS)):
-                columns = [list(column) for column in zip(*some, strict=True)]
-                writer.write_batch(pa.record_batch(columns, schema=schema))
-        return datasets.Dataset.from_file(str(path))
-
-    def rows_of_parts(self, table: Any) -> list[int]:
-        parts = table.data.column("part").to_numpy()
-        counts: list[int] = np.bincount(parts, minlength=len(self.files)).tolist()
+    def rows_of_parts(self, max_rows: int | None) -> list[int]:
+        counts, rows = [0] * len(self.files), self.read()
+        for _ in itertools.islice(rows, max_rows):
+            counts[rows.origin()[0]] += 1
         return counts
 
 
@@ -281,12 +265,19 @@ class HubSource:
     def columns(self) -> list[str]:
         return list(self._load(streaming=False).column_names)
 
-    def table(self, folder: Path, max_rows: int | None) -> Any:
+    def rows(self, max_rows: int | None) -> Iterator[tuple[str, Row]]:
+        number = 0
+        for batch in self._head(max_rows).iter(batch_size=_BATCH_ROWS):
+            for values in zip(*batch.values(), strict=True):
+                number += 1
+                yield f"{self.name} row {number}", dict(zip(batch, values, strict=True))
+
+    def rows_of_parts(self, max_rows: int | None) -> list[int]:
+        return [len(self._head(max_rows))]
+
+    def _head(self, max_rows: int | None) -> Any:
         dataset = self._load(streaming=False)
         return dataset if max_rows is None else dataset.select(range(min(max_rows, len(dataset))))
-
-    def rows_of_parts(self, table: Any) -> list[int]:
-        return [len(table)]
 
     def _load(self, *, streaming: bool) -> Any:
         with _hub_errors(self), quiet_datasets():
@@ -301,29 +292,15 @@ def _load_dataset(name: str, config: str | None, split: str, streaming: bool) ->
     return datasets.load_dataset(name, config, split=split, streaming=streaming)
 
 
-def row_of(batch: dict[str, list[Any]], index: int, source: str, number: int) -> tuple[str, Row]:
-    """``(place, row)`` of one row of a batch of `Source.table`.
-
-    Args:
-        batch: columns.
-        index: in the batch.
-        source: the source's name, for the place.
-        number: of the row in the source, from 0, for the place.
-    """
-    if list(batch) == _TABLE:
-        return batch["place"][index], json.loads(batch["json"][index])
-    return f"{source} row {number + 1}", {name: values[index] for name, values in batch.items()}
-
-
 @contextlib.contextmanager
-def quiet_datasets(*, bars: bool = True) -> Iterator[None]:
+def quiet_datasets() -> Iterator[None]:
     """No retry notices, as what fails is raised anyway; and progress bars only where a person sees them."""
     import datasets
 
     hub_logger = logging.getLogger("huggingface_hub")
     level, disabled = hub_logger.level, datasets.are_progress_bars_disabled()
     hub_logger.setLevel(logging.ERROR)
-    if not (bars and sys.stderr.isatty()):
+    if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
         yield
@@ -377,8 +354,3 @@ def _looks_like_path(name: str) -> bool:
     if data_suffix(Path(name)) is not None or name.endswith(".parquet.gz"):
         return True
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or re.fullmatch(r"[\w./-]+", name) is None
-
-
-def _plain(place: str) -> str:
-    """A place whose path may hold bytes that are no UTF-8."""
-    return place.encode(errors="backslashreplace").decode()

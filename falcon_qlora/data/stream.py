@@ -22,12 +22,11 @@ from falcon_qlora.data.cursor import (
     Rendered,
     Shuffled,
     State,
-    recognise_rows,
 )
-from falcon_qlora.data.encode import Encoder, Status
-from falcon_qlora.data.formats import resolve_template
+from falcon_qlora.data.formats import recognise, resolve_template
 from falcon_qlora.data.selection import checked_weights
 from falcon_qlora.data.sources import HubSource, LocalSource, find_source
+from falcon_qlora.data.tokens import Encoder, Status
 
 _ROWS_AT_A_TIME = 64
 # A stream's files may be larger than what a start can wait for: those of a source below the first are hashed
@@ -198,8 +197,13 @@ def recognise_stream(
         UserError: if the data is empty, or its columns fit no format.
     """
     source = find_source(dataset_name[0], config=dataset_config, split=dataset_split)
-    head = list(itertools.islice(source.read(), ROWS_TO_RECOGNISE))
-    row_format = recognise_rows(head, dataset_format, columns or {}, source.name)[0]
+    head = itertools.islice(source.read(), ROWS_TO_RECOGNISE)
+    row_format, _ = recognise(
+        {column for _, row in head for column in row},
+        columns=columns or {},
+        dataset_format=dataset_format,
+        source=source.name,
+    )
     return row_format, resolve_template(template, row_format)
 
 

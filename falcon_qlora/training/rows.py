@@ -68,7 +68,7 @@ def corpora(data: DataArguments, tokenizer: Any, *, seed: int, **changes: Any) -
         seed: of the choice of held-out rows.
         changes: arguments of `prepare_corpora` that replace the settings.
     """
-    from falcon_qlora.data.tokenize import prepare_corpora
+    from falcon_qlora.data.corpus import prepare_corpora
     from falcon_qlora.models.tokenizer import tokenizer_fingerprint
 
     settings = row_settings(data) | {
@@ -155,7 +155,7 @@ def _streamed_data(data: DataArguments, run: RunArguments, tokenizer: Any, *, to
     import datasets
 
     from falcon_qlora.data.cursor import State
-    from falcon_qlora.data.documents import load_template
+    from falcon_qlora.data.formats import load_template
     from falcon_qlora.data.stream import (
         DocumentStream,
         describe_sources,

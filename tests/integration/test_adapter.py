@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import falcon_qlora
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.data.corpus import prepare_corpora
 from falcon_qlora.data.packing import MicroBatch
-from falcon_qlora.data.tokenize import prepare_corpora
 from falcon_qlora.methods.lora import attach_lora
 from falcon_qlora.methods.open_adapter import load_adapter
 from falcon_qlora.models.load import load_model

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.data.formats import COLUMNS, recognise, renamed_columns, render, resolve_template
+from falcon_qlora.data.formats import COLUMNS, recognise, render, resolve_template
 from falcon_qlora.data.templates import TEMPLATES, Segment, Template, Turn, get_template
 
 CHAT = {
@@ -44,7 +44,7 @@ def written(row: dict[str, Any], dataset_format: str, template: str) -> str:
 
 def test_formats_are_recognised_by_their_columns() -> None:
     def found(*columns: str, **renamed: str) -> str:
-        return recognise(columns, columns=renamed)
+        return recognise(columns, columns=renamed)[0]
 
     assert found("text") == "text"
     assert found("id", "instruction", "output") == "alpaca"
@@ -77,10 +77,10 @@ def test_named_format_and_renamed_columns_must_be_there() -> None:
     with pytest.raises(UserError, match=r"format alpaca needs .*no column output"):
         recognise(["instruction", "text"], columns={}, dataset_format="alpaca")
     with pytest.raises(UserError, match=r"--text_column contnt: .*did you mean content\?"):
-        renamed_columns(["content"], {"text": "contnt"}, "rows.csv")
+        recognise(["content"], columns={"text": "contnt"}, source="rows.csv")
     # Of several data sets one may have the standard name.
-    assert renamed_columns(["text"], {"text": "content"}, "rows.csv") == {}
-    assert renamed_columns(["content"], {"text": "content"}, "rows.csv") == {"text": "content"}
+    assert recognise(["text"], columns={"text": "content"}) == ("text", {})
+    assert recognise(["content"], columns={"text": "content"}) == ("text", {"text": "content"})
     with pytest.raises(UserError, match=r"no such format \(did you mean alpaca\?\)"):
         recognise(["text"], columns={}, dataset_format="alpacca")
     assert set(COLUMNS) == {

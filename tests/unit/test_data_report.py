@@ -11,8 +11,8 @@ from rich.console import Console
 
 from falcon_qlora.__main__ import main
 from falcon_qlora.data import report
+from falcon_qlora.data.corpus import prepare_corpora
 from falcon_qlora.data.packing import Plan
-from falcon_qlora.data.tokenize import prepare_corpora
 from tests.small_tokenizer import END, small_tokenizer
 
 

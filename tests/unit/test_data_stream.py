@@ -22,8 +22,8 @@ import pytest
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data import files, sources
 from falcon_qlora.data import stream as streams
+from falcon_qlora.data.corpus import prepare_corpora
 from falcon_qlora.data.stream import stream_documents
-from falcon_qlora.data.tokenize import prepare_corpora
 from tests.small_tokenizer import small_tokenizer
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from falcon_qlora.data.tokenize import prepare_corpora
+from falcon_qlora.data.corpus import prepare_corpora
 from tests.fuzzing import change, fresh_copy, fuzz, read_or_refused, with_bytes_changed
 from tests.small_tokenizer import small_tokenizer
 

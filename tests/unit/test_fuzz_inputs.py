@@ -15,8 +15,8 @@ from falcon_qlora.bench.tables import COLUMNS, append_csv, check_csv
 from falcon_qlora.commands.generate import GenerateArguments, _prompts
 from falcon_qlora.config.configuration import parse
 from falcon_qlora.config.parser import RECIPES
+from falcon_qlora.data.corpus import prepare_corpora
 from falcon_qlora.data.templates import Turn, get_template
-from falcon_qlora.data.tokenize import prepare_corpora
 from falcon_qlora.run_folder import lock
 from tests.fuzzing import JSON, change, fresh_copy, fuzz, read_or_refused
 from tests.small_tokenizer import small_tokenizer

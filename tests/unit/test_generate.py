@@ -176,7 +176,7 @@ def test_same_seed_same_answer_and_another_seed_another(tiny: Any, tokenizer: An
 
 @pytest.mark.parametrize("template", ["alpaca", "guanaco", "falcon-instruct"])
 def test_prompt_is_the_beginning_of_what_training_sees(template: str, tokenizer: Any) -> None:
-    from falcon_qlora.data.encode import Encoder
+    from falcon_qlora.data.tokens import Encoder
 
     turns = [Turn("user", "Hello."), Turn("assistant", "!?"), Turn("user", "Who are you?")]
     prompt = generate.prompt_ids(get_template(template), turns, tokenizer)

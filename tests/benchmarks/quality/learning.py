@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from falcon_qlora.data.documents import load_template
-from falcon_qlora.data.encode import Document, Encoder, Status
 from falcon_qlora.data.files import iterate_rows
-from falcon_qlora.data.formats import render
+from falcon_qlora.data.formats import load_template, render
 from falcon_qlora.data.packing import MicroBatch, Plan, collate
+from falcon_qlora.data.tokens import Document, Encoder, Status
 from falcon_qlora.models.fast_path import remove_fast_path
 from falcon_qlora.models.tokenizer import load_tokenizer
 from falcon_qlora.step.loss import sum_of_losses

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.data.encode import Document, Encoder, Status
+from falcon_qlora.data.corpus import Corpus, prepare_corpora
 from falcon_qlora.data.templates import Segment
-from falcon_qlora.data.tokenize import Corpus, prepare_corpora
+from falcon_qlora.data.tokens import Document, Encoder, Status
 from tests.small_tokenizer import END, small_tokenizer
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -251,19 +252,37 @@ def test_edited_rows_are_tokenized_again(tmp_path: Path) -> None:
     assert "new" in texts(after)[0]
 
 
-def test_several_processes_give_what_one_gives(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", [*alpaca(50), {"instruction": "x", "output": ""}])
-    one_process, _ = prepare(tmp_path, path, num_proc=1, cache_dir=tmp_path / "one")
-    two, _ = prepare(tmp_path, path, num_proc=2, cache_dir=tmp_path / "two")
-    assert two.fingerprint == one_process.fingerprint
-    assert two.statistics == one_process.statistics
-    assert texts(two) == texts(one_process)
+def test_threads_give_what_one_gives_and_are_off_again_where_a_loader_forks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "a.jsonl", [*alpaca(600), {"instruction": "x", "output": ""}])
+    heard: list[str | None] = []
+    real = Encoder.documents
+
+    def documents(self: Encoder, rows: Any) -> Any:
+        heard.append(os.environ.get("TOKENIZERS_PARALLELISM"))
+        return real(self, rows)
+
+    monkeypatch.setattr(Encoder, "documents", documents)
+    alone, _ = prepare(tmp_path, path, num_proc=1, cache_dir=tmp_path / "one")
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM")
+    threads, _ = prepare(tmp_path, path, cache_dir=tmp_path / "all")
+    assert heard == ["false"] * 3 + ["true"] * 3
+    assert threads.fingerprint == alone.fingerprint
+    assert threads.statistics == alone.statistics
+    assert texts(threads) == texts(alone)
+    child = os.fork()
+    if child == 0:
+        small_tokenizer()(["a b"] * 99)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert capfd.readouterr().err == ""
 
 
-def test_errors_in_a_worker_process_keep_their_message(tmp_path: Path) -> None:
+def test_a_row_that_cannot_be_read_is_named_and_leaves_no_entry(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [*alpaca(9), {"instruction": ["x"], "output": "y"}]
     with pytest.raises(UserError, match=r"a.jsonl:10: column instruction: expected text, found a list"):
-        prepare(tmp_path, write(tmp_path / "a.jsonl", rows), num_proc=2)
+        prepare(tmp_path, write(tmp_path / "a.jsonl", rows))
     assert list((tmp_path / "cache").iterdir()) == []
 
 

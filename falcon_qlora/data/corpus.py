@@ -18,10 +18,10 @@ import numpy as np
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.documents import Documents, Reading
-from falcon_qlora.data.encode import Change, Encoder, Status
 from falcon_qlora.data.origins import RowNames
 from falcon_qlora.data.selection import checked_weights, draw, hold_out, is_fraction
 from falcon_qlora.data.sources import find_source
+from falcon_qlora.data.tokens import Change, Encoder, Status
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,123 +164,151 @@ def prepare_corpora(
     )
     limits = _shares(max_rows, len(dataset_name))
     sources = [find_source(name, config=dataset_config, split=dataset_split) for name in dataset_name]
-    parts = [work.documents(source, limit) for source, limit in zip(sources, limits, strict=True)]
+    documents = _joined(
+        [work.documents(source, limit) for source, limit in zip(sources, limits, strict=True)]
+    )
     weights = checked_weights(dataset_weights, dataset_name)
+    everything = np.ones(len(documents.row), bool)
     if eval_split is None:
-        return _corpus(parts, [part.row >= 0 for part in parts], weights, seed), None
+        return _corpus(documents, everything, weights, seed), None
     if is_fraction(eval_split):
-        kept = [(part.status == Status.KEPT, part.content) for part in parts]
-        held_out = hold_out(kept, float(eval_split), seed)
-        train = _corpus(parts, [~each for each in held_out], weights, seed)
-        return train, _corpus(parts, held_out, None, seed)
+        held_out = hold_out(documents.status == Status.KEPT, documents.content, float(eval_split), seed)
+        return _corpus(documents, ~held_out, weights, seed), _corpus(documents, held_out, None, seed)
     if eval_split.startswith("split:"):
         split = eval_split.removeprefix("split:")
         others = [find_source(name, config=dataset_config, split=split) for name in dataset_name]
     else:
         is_file = Path(eval_split).expanduser().is_file()  # which has no splits
         others = [find_source(eval_split, config=dataset_config, split="train" if is_file else dataset_split)]
-    train = _corpus(parts, [part.row >= 0 for part in parts], weights, seed)
-    parts = [work.documents(source, None) for source in others]
-    return train, _corpus(parts, [part.row >= 0 for part in parts], None, seed)
+    train = _corpus(documents, everything, weights, seed)
+    documents = _joined([work.documents(source, None) for source in others])
+    return train, _corpus(documents, np.ones(len(documents.row), bool), None, seed)
 
 
-def _corpus(
-    parts: list[Documents], chosen: list[np.ndarray], weights: list[float] | None, seed: int
-) -> Corpus:
-    """A corpus of the chosen documents of every part.
+@dataclass(frozen=True, kw_only=True)
+class _Joined:
+    """The documents of all sources one after another; arrays are ``[documents]``.
+
+    Attributes:
+        parts: of each source.
+        source: the index of the source.
+        row: of the source row, counted through all sources.
+        status, change, targets, content, lengths: as in `Documents`.
+    """
+
+    parts: list[Documents]
+    source: np.ndarray
+    row: np.ndarray
+    status: np.ndarray
+    change: np.ndarray
+    targets: np.ndarray
+    content: np.ndarray
+    lengths: np.ndarray
+
+    def rows(self, chosen: np.ndarray) -> int:
+        """How many rows the chosen documents, a mask or indexes, are of."""
+        return len(np.unique(self.row[chosen]))
+
+
+def _joined(parts: list[Documents]) -> _Joined:
+    first_rows = np.cumsum([0, *[part.rows for part in parts]])
+    names = ("status", "change", "targets", "content", "lengths")
+    return _Joined(
+        parts=parts,
+        source=np.repeat(np.arange(len(parts)), [len(part.row) for part in parts]),
+        row=np.concatenate([part.row + first for part, first in zip(parts, first_rows, strict=False)]),
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names},
+    )
+
+
+def _corpus(documents: _Joined, chosen: np.ndarray, weights: list[float] | None, seed: int) -> Corpus:
+    """A corpus of the chosen documents.
 
     Args:
-        parts: one a source.
-        chosen: bool ``[documents]`` for each part; a row is chosen with all its documents or not at all.
-        weights: as `prepare_corpora` takes them, one a part.
+        documents: of all sources.
+        chosen: bool ``[documents]``; a row is chosen with all its documents or not at all.
+        weights: as `prepare_corpora` takes them.
         seed: of the draw.
     """
-    kept = [
-        np.flatnonzero(pick & (part.status == Status.KEPT)) for part, pick in zip(parts, chosen, strict=True)
-    ]
-    rows = [part.row[documents] for part, documents in zip(parts, kept, strict=True)]
-    drawn = [documents[order] for documents, order in zip(kept, draw(rows, weights, seed), strict=True)]
-    lengths = np.concatenate([part.lengths[each] for part, each in zip(parts, drawn, strict=True)])
-    targets = np.concatenate([part.targets[each] for part, each in zip(parts, drawn, strict=True)])
-    statistics = _statistics(parts, chosen, lengths, targets)
-    if len(lengths) == 0:
-        raise UserError(_nothing_left(parts, statistics))
+    kept = np.flatnonzero(chosen & (documents.status == Status.KEPT))
+    drawn = kept[draw(documents.source[kept], documents.row[kept], weights, seed)]
+    statistics = _statistics(documents, chosen, drawn)
+    if len(drawn) == 0:
+        raise UserError(_nothing_left(documents.parts, statistics))
     digest = hashlib.sha256()
-    for part, each in zip(parts, drawn, strict=True):
-        digest.update(part.fingerprint.encode() + each.tobytes())
+    first = 0
+    for index, part in enumerate(documents.parts):
+        of_part = drawn[documents.source[drawn] == index] - first
+        digest.update(part.fingerprint.encode() + of_part.tobytes())
+        first += len(part.row)
     fingerprint = digest.hexdigest()
-    uses = tuple(
+    return Corpus(
+        dataset=_dataset(documents, drawn, fingerprint),
+        lengths=documents.lengths[drawn],
+        target_counts=documents.targets[drawn],
+        fingerprint=fingerprint,
+        statistics=statistics,
+        names=RowNames(
+            [name for part in documents.parts for name in part.source.parts()],
+            [count for part in documents.parts for count in part.rows_of_parts],
+        ),
+        sources=_uses(documents, chosen, kept, drawn),
+    )
+
+
+def _dataset(documents: _Joined, drawn: np.ndarray, fingerprint: str) -> datasets.Dataset:
+    tables, first = [], 0
+    for part in documents.parts:
+        table = part.dataset
+        if first:
+            rows = documents.row[first : first + len(part.row)]
+            table = table.remove_columns("row").add_column("row", rows, new_fingerprint=part.fingerprint)
+        tables.append(table)
+        first += len(part.row)
+    whole = datasets.concatenate_datasets(tables)
+    if len(drawn) == len(whole) and (np.diff(drawn) == 1).all():
+        return whole
+    return whole.select(drawn, new_fingerprint=fingerprint[:32])
+
+
+def _uses(
+    documents: _Joined, chosen: np.ndarray, kept: np.ndarray, drawn: np.ndarray
+) -> tuple[SourceUse, ...]:
+    # A row's first document is drawn as often as the row.
+    firsts = kept[np.diff(documents.row[kept], prepend=-1) > 0]
+    rows_drawn = drawn[np.isin(drawn, firsts)]
+    return tuple(
         SourceUse(
             part.source.name,
             part.format,
             part.template,
-            rows_read=_count_rows(part.row[pick]),
-            rows_kept=_count_rows(part.row[documents]),
-            # A row's first document is drawn as often as the row.
-            rows_drawn=int(np.isin(each, _first_documents(part.row, each)).sum()),
+            rows_read=documents.rows(chosen & (documents.source == index)),
+            rows_kept=documents.rows(kept[documents.source[kept] == index]),
+            rows_drawn=int((documents.source[rows_drawn] == index).sum()),
         )
-        for part, pick, documents, each in zip(parts, chosen, kept, drawn, strict=True)
-    )
-    return Corpus(
-        dataset=_dataset(parts, drawn, fingerprint),
-        lengths=lengths,
-        target_counts=targets,
-        fingerprint=fingerprint,
-        statistics=statistics,
-        names=RowNames(
-            [name for part in parts for name in part.source.parts()],
-            [count for part in parts for count in part.rows_of_parts],
-        ),
-        sources=uses,
+        for index, part in enumerate(documents.parts)
     )
 
 
-def _dataset(parts: list[Documents], drawn: list[np.ndarray], fingerprint: str) -> datasets.Dataset:
-    documents = np.cumsum([0, *[len(part.dataset) for part in parts]])
-    rows = np.cumsum([0, *[part.rows for part in parts]])
-    tables = []
-    for part, offset in zip(parts, rows, strict=False):
-        table = part.dataset
-        if offset:
-            table = table.remove_columns("row").add_column(
-                "row", part.row + offset, new_fingerprint=part.fingerprint
-            )
-        tables.append(table)
-    whole = datasets.concatenate_datasets(tables)
-    indices = np.concatenate([each + offset for each, offset in zip(drawn, documents, strict=False)])
-    if len(indices) == len(whole) and (np.diff(indices) == 1).all():
-        return whole
-    return whole.select(indices, new_fingerprint=fingerprint[:32])
-
-
-def _statistics(
-    parts: list[Documents], chosen: list[np.ndarray], lengths: np.ndarray, targets: np.ndarray
-) -> Statistics:
-    def count(of: Callable[[Documents], np.ndarray]) -> int:
-        return sum(_count_rows(part.row[pick & of(part)]) for part, pick in zip(parts, chosen, strict=True))
-
+def _statistics(documents: _Joined, chosen: np.ndarray, drawn: np.ndarray) -> Statistics:
+    status, change = documents.status, documents.change
+    kept = chosen & (status == Status.KEPT)
     # One entry a row, the first of its documents; rows without an answer are no duplicates of each other.
-    contents = [
-        part.content[pick & (np.diff(part.row, prepend=-1) > 0) & (part.content != 0)]
-        for part, pick in zip(parts, chosen, strict=True)
-    ]
-    all_contents = np.concatenate(contents)
+    first = np.diff(documents.row, prepend=-1) > 0
+    contents = documents.content[chosen & first & (documents.content != 0)]
     return Statistics(
-        rows_read=count(lambda part: part.row >= 0),
-        rows_dropped_empty=count(lambda part: part.status == Status.EMPTY),
-        rows_dropped_masked=count(lambda part: part.status == Status.MASKED),
-        rows_dropped_overlong=count(lambda part: part.status == Status.OVERLONG),
-        rows_truncated=count(lambda part: (part.change == Change.TRUNCATED) & (part.status == Status.KEPT)),
-        rows_split=count(lambda part: (part.change == Change.SPLIT) & (part.status == Status.KEPT)),
-        rows_duplicate=len(all_contents) - len(np.unique(all_contents)),
-        documents_dropped_masked=sum(
-            int((pick & (part.status == Status.MASKED_PIECE)).sum())
-            for part, pick in zip(parts, chosen, strict=True)
-        ),
-        documents=len(lengths),
-        tokens=int(lengths.sum()),
-        target_tokens=int(targets.sum()),
-        longest=int(lengths.max(initial=0)),
+        rows_read=documents.rows(chosen),
+        rows_dropped_empty=documents.rows(chosen & (status == Status.EMPTY)),
+        rows_dropped_masked=documents.rows(chosen & (status == Status.MASKED)),
+        rows_dropped_overlong=documents.rows(chosen & (status == Status.OVERLONG)),
+        rows_truncated=documents.rows(kept & (change == Change.TRUNCATED)),
+        rows_split=documents.rows(kept & (change == Change.SPLIT)),
+        rows_duplicate=len(contents) - len(np.unique(contents)),
+        documents_dropped_masked=int((chosen & (status == Status.MASKED_PIECE)).sum()),
+        documents=len(drawn),
+        tokens=int(documents.lengths[drawn].sum()),
+        target_tokens=int(documents.targets[drawn].sum()),
+        longest=int(documents.lengths[drawn].max(initial=0)),
     )
 
 
@@ -305,13 +333,3 @@ def _shares(max_rows: int | None, count: int) -> list[int | None]:
     if max_rows < 1:
         raise UserError(f"--max_rows {max_rows}: must be at least 1")
     return [max(max_rows // count + (index < max_rows % count), 1) for index in range(count)]
-
-
-def _count_rows(row: np.ndarray) -> int:
-    return len(np.unique(row))
-
-
-def _first_documents(row: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """Of every drawn row, its first drawn document."""
-    documents = np.unique(drawn)
-    return documents[np.diff(row[documents], prepend=-1) > 0]
