@@ -15,13 +15,15 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.data.documents import Documents, Reading
+from falcon_qlora.data.documents import Documents, Tokenizing
 from falcon_qlora.data.origins import RowNames
-from falcon_qlora.data.selection import checked_weights, draw, hold_out, is_fraction
-from falcon_qlora.data.sources import find_source
-from falcon_qlora.data.tokens import Change, Encoder, Status
+from falcon_qlora.data.selection import draw, hold_out, is_fraction
+from falcon_qlora.data.settings import RowSettings
+from falcon_qlora.data.sources import Source, find_source
+from falcon_qlora.data.tokens import Change, Status
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,17 +95,6 @@ class Corpus:
 
 def prepare_corpora(
     *,
-    dataset_name: list[str],
-    dataset_weights: list[float] | None = None,
-    dataset_config: str | None = None,
-    dataset_split: str = "train",
-    dataset_format: str = "auto",
-    columns: dict[str, str] | None = None,
-    template: str = "auto",
-    train_on: str = "answers",
-    append_end_token: bool = True,
-    overlong: str = "split",
-    max_length: int,
     eval_split: str | None = None,
     tokenizer: Any,
     tokenizer_fingerprint: str,
@@ -112,31 +103,24 @@ def prepare_corpora(
     cache_dir: Path | None = None,
     max_rows: int | None = None,
     progress: Callable[[str], None] | None = None,
+    **rows: Any,
 ) -> tuple[Corpus, Corpus | None]:
     """Tokenize what was not tokenized before, and open the training corpus and the held-out one.
 
+    Weights decide in which proportion one epoch draws rows of the data sets. An epoch has as many rows as
+    without them; rows of a source are repeated or left out as its share demands.
+
     Args:
-        dataset_name: hub ids, files or folders.
-        dataset_weights: in which proportion one epoch draws rows of them. An epoch has as many rows as
-            without weights; rows of a source are repeated or left out as its share demands.
-        dataset_config: configuration of hub data sets.
-        dataset_split: split to train on.
-        dataset_format: a key of `formats.FORMATS`, or ``"auto"``.
-        columns: standard column name → its name in the data, for those that differ.
-        template: a name of `templates.TEMPLATES`, a ``.jinja`` file, or ``"auto"``.
-        train_on: ``"answers"`` or ``"all"``.
-        append_end_token: whether the end token follows every answer.
-        overlong: ``"split"``, ``"truncate"`` or ``"drop"``, for what is longer than `max_length`.
-        max_length: tokens.
         eval_split: a fraction of the rows, ``split:NAME`` of the same data sets, or a hub id, file or folder;
             None holds nothing out.
         tokenizer: a fast tokenizer.
         tokenizer_fingerprint: identifies the tokenizer.
         seed: of the held-out rows and of the draw by weights.
-        num_proc: processes that tokenize; None: chosen by rows and cores.
+        num_proc: threads that tokenize; None: one a core.
         cache_dir: of the tokenized documents; None: the user's.
         max_rows: read only so many rows, evenly from the data sets.
         progress: called with a line about what is being done, where it takes time.
+        rows: what decides which documents rows become, as `RowSettings` takes it.
 
     Returns:
         The training corpus, and the held-out one where `eval_split` asks for it.
@@ -144,43 +128,32 @@ def prepare_corpora(
     Raises:
         UserError: for data that cannot be found or read, or that leaves nothing to train on.
     """
-    encoder = Encoder(
+    settings = RowSettings(**rows)
+    work = Tokenizing(
+        settings=settings,
         tokenizer=tokenizer,
-        train_on=train_on,
-        append_end_token=append_end_token,
-        overlong=overlong,
-        max_length=max_length,
-    )
-    encoder.check()
-    work = Reading(
-        encoder=encoder,
         tokenizer_fingerprint=tokenizer_fingerprint,
-        dataset_format=dataset_format,
-        columns=dict(columns or {}),
-        template=template,
         num_proc=num_proc,
         cache_dir=cache_dir,
         progress=progress or (lambda message: None),
     )
-    limits = _shares(max_rows, len(dataset_name))
-    sources = [find_source(name, config=dataset_config, split=dataset_split) for name in dataset_name]
-    documents = _joined(
-        [work.documents(source, limit) for source, limit in zip(sources, limits, strict=True)]
-    )
-    weights = checked_weights(dataset_weights, dataset_name)
+    limits = _shares(max_rows, len(settings.dataset_name))
+    documents = _joined(list(map(work.documents, settings.sources(), limits)))
     everything = np.ones(len(documents.row), bool)
-    if eval_split is None:
-        return _corpus(documents, everything, weights, seed), None
-    if is_fraction(eval_split):
+    weights = settings.dataset_weights
+    if eval_split is not None and is_fraction(eval_split):
         held_out = hold_out(documents.status == Status.KEPT, documents.content, float(eval_split), seed)
         return _corpus(documents, ~held_out, weights, seed), _corpus(documents, held_out, None, seed)
-    if eval_split.startswith("split:"):
-        split = eval_split.removeprefix("split:")
-        others = [find_source(name, config=dataset_config, split=split) for name in dataset_name]
-    else:
+    others: list[Source] = []
+    if eval_split is not None and eval_split.startswith("split:"):
+        others = settings.sources(eval_split.removeprefix("split:"))
+    elif eval_split is not None:
         is_file = Path(eval_split).expanduser().is_file()  # which has no splits
-        others = [find_source(eval_split, config=dataset_config, split="train" if is_file else dataset_split)]
+        split = "train" if is_file else settings.dataset_split
+        others = [find_source(eval_split, config=settings.dataset_config, split=split)]
     train = _corpus(documents, everything, weights, seed)
+    if not others:
+        return train, None
     documents = _joined([work.documents(source, None) for source in others])
     return train, _corpus(documents, np.ones(len(documents.row), bool), None, seed)
 
@@ -191,19 +164,22 @@ class _Joined:
 
     Attributes:
         parts: of each source.
+        dataset: of them all.
         source: the index of the source.
         row: of the source row, counted through all sources.
-        status, change, targets, content, lengths: as in `Documents`.
+        lengths: tokens.
+        status, change, targets, content: as in `Documents.dataset`.
     """
 
     parts: list[Documents]
+    dataset: datasets.Dataset
     source: np.ndarray
     row: np.ndarray
+    lengths: np.ndarray
     status: np.ndarray
     change: np.ndarray
     targets: np.ndarray
     content: np.ndarray
-    lengths: np.ndarray
 
     def rows(self, chosen: np.ndarray) -> int:
         """How many rows the chosen documents, a mask or indexes, are of."""
@@ -211,13 +187,20 @@ class _Joined:
 
 
 def _joined(parts: list[Documents]) -> _Joined:
-    first_rows = np.cumsum([0, *[part.rows for part in parts]])
-    names = ("status", "change", "targets", "content", "lengths")
+    dataset = datasets.concatenate_datasets([part.dataset for part in parts])
+
+    def column(name: str) -> np.ndarray:
+        return np.asarray(dataset.data.column(name).to_numpy())
+
+    source = np.repeat(np.arange(len(parts)), [len(part.dataset) for part in parts])
+    first_rows = np.cumsum([0, *[sum(part.rows_of_parts) for part in parts]])
     return _Joined(
         parts=parts,
-        source=np.repeat(np.arange(len(parts)), [len(part.row) for part in parts]),
-        row=np.concatenate([part.row + first for part, first in zip(parts, first_rows, strict=False)]),
-        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names},
+        dataset=dataset,
+        source=source,
+        row=column("row") + first_rows[source],
+        lengths=pc.list_value_length(dataset.data.column("input_ids")).to_numpy().astype(np.int64),
+        **{name: column(name) for name in ("status", "change", "targets", "content")},
     )
 
 
@@ -240,7 +223,7 @@ def _corpus(documents: _Joined, chosen: np.ndarray, weights: list[float] | None,
     for index, part in enumerate(documents.parts):
         of_part = drawn[documents.source[drawn] == index] - first
         digest.update(part.fingerprint.encode() + of_part.tobytes())
-        first += len(part.row)
+        first += len(part.dataset)
     fingerprint = digest.hexdigest()
     return Corpus(
         dataset=_dataset(documents, drawn, fingerprint),
@@ -257,15 +240,11 @@ def _corpus(documents: _Joined, chosen: np.ndarray, weights: list[float] | None,
 
 
 def _dataset(documents: _Joined, drawn: np.ndarray, fingerprint: str) -> datasets.Dataset:
-    tables, first = [], 0
-    for part in documents.parts:
-        table = part.dataset
-        if first:
-            rows = documents.row[first : first + len(part.row)]
-            table = table.remove_columns("row").add_column("row", rows, new_fingerprint=part.fingerprint)
-        tables.append(table)
-        first += len(part.row)
-    whole = datasets.concatenate_datasets(tables)
+    whole = documents.dataset.select_columns(["input_ids", "mask", "row"])
+    if len(documents.parts) > 1:
+        whole = whole.remove_columns("row").add_column(
+            "row", documents.row, new_fingerprint=documents.dataset._fingerprint
+        )
     if len(drawn) == len(whole) and (np.diff(drawn) == 1).all():
         return whole
     return whole.select(drawn, new_fingerprint=fingerprint[:32])

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from falcon_qlora.common.untrusted import is_count
-from falcon_qlora.data.formats import load_template, recognise, render
+from falcon_qlora.data.formats import render
 from falcon_qlora.data.origins import Origin
+from falcon_qlora.data.settings import RowSettings
 from falcon_qlora.data.sources import Rows, Source
 from falcon_qlora.data.templates import Segment, Template
 
@@ -30,17 +31,25 @@ class Reader:
 
     Args:
         source: whose rows.
-        settings: `dataset_format`, `columns`, `template` and `tokenizer` as `stream_documents` takes them.
+        settings: how they are read.
+        tokenizer: whose special tokens a template may write.
         seed: of the order of the files.
         first_part: the source's first part, in the origin of its rows.
         state: of a reader of the same source, settings and seed.
     """
 
     def __init__(
-        self, source: Source, settings: State, seed: float, first_part: int, state: State | None = None
+        self,
+        source: Source,
+        settings: RowSettings,
+        tokenizer: Any,
+        seed: float,
+        first_part: int,
+        state: State | None = None,
     ):
         self._source = source
         self._settings = settings
+        self._tokenizer = tokenizer
         self._first_part = first_part
         self._order = random.Random(seed)
         self._format: tuple[str, dict[str, str]] | None = None
@@ -96,17 +105,12 @@ class Reader:
                 if found is None:
                     break
                 self._head.append((position, found))
-            self._format = recognise(
-                {column for _, (_, row, _) in self._head for column in row},
-                columns=self._settings["columns"],
-                dataset_format=self._settings["dataset_format"],
-                source=self._source.name,
-            )
-        name, tokenizer = self._settings["template"], self._settings["tokenizer"]
-        self._template = load_template(name, self._format[0], tokenizer)
+            columns = {column for _, (_, row, _) in self._head for column in row}
+            self._format = self._settings.recognise(columns, self._source.name)
+        self._template = self._settings.load_template(self._format[0], self._tokenizer)
 
 
-class Mix:
+class Mix(Iterator[Rendered]):
     """The rows of several readers: drawn in proportions, or in turn.
 
     Args:
@@ -139,9 +143,6 @@ class Mix:
             restore(order, state["order"])
             self._given, self._waiting, self._turn = state["given"], state["waiting"], state["turn"]
             self._ended = state["ended"]
-
-    def __iter__(self) -> Iterator[Rendered]:
-        return self
 
     def __next__(self) -> Rendered:
         row = None
@@ -185,7 +186,7 @@ class Mix:
             reader.restart()
 
 
-class Shuffled:
+class Shuffled(Iterator[Rendered]):
     """Rows drawn from a buffer that is kept full.
 
     Args:
@@ -209,9 +210,6 @@ class Shuffled:
                     ((part, number), [Segment(*each) for each in row])
                     for (part, number), row in state["buffer"]
                 ]
-
-    def __iter__(self) -> Iterator[Rendered]:
-        return self
 
     def __next__(self) -> Rendered:
         if self._size <= 1:

@@ -9,17 +9,18 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import sha256, write_json
 from falcon_qlora.common.untrusted import read_json
 from falcon_qlora.data import cache
-from falcon_qlora.data.formats import load_template, recognise, render
+from falcon_qlora.data.formats import render
+from falcon_qlora.data.settings import RowSettings
 from falcon_qlora.data.sources import Source, quiet_datasets
 from falcon_qlora.data.templates import Segment
 from falcon_qlora.data.tokens import Document, Encoder
@@ -47,21 +48,16 @@ class Documents:
     """The cached documents of one source, in the order of its rows.
 
     A row of which nothing is kept has one document without tokens, whose status says why.
-    Arrays are ``[documents]``.
 
     Attributes:
         source: whose rows they are.
         format: a key of `formats.FORMATS`.
         template: the template's name.
-        dataset: columns `input_ids`, `mask`, `row`.
+        dataset: columns `input_ids` and `mask`; `row`, the index of the source row; `status`, an
+            `tokens.Status`; `change`, a `tokens.Change`; `targets`, target tokens; `content`, a hash of the
+            whole row, 0 where it has no answer.
         fingerprint: hexadecimal hash of the documents.
         rows_of_parts: how many rows each of the source's parts has.
-        row: int64, the index of the source row.
-        status: int8, an `encode.Status`.
-        change: int8, an `encode.Change`.
-        targets: int64, target tokens.
-        content: int64, a hash of the whole row; 0 where it has no answer.
-        lengths: int64, tokens.
     """
 
     source: Source
@@ -70,41 +66,24 @@ class Documents:
     dataset: datasets.Dataset
     fingerprint: str
     rows_of_parts: list[int]
-    row: np.ndarray
-    status: np.ndarray
-    change: np.ndarray
-    targets: np.ndarray
-    content: np.ndarray
-    lengths: np.ndarray
-
-    @property
-    def rows(self) -> int:
-        """How many rows the source has."""
-        return int(self.row[-1]) + 1 if len(self.row) else 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
-    """How rows are read and tokenized; the arguments are those of `corpus.prepare_corpora`."""
+class Tokenizing:
+    """How rows are tokenized; the arguments are those of `corpus.prepare_corpora`."""
 
-    encoder: Encoder
+    settings: RowSettings
+    tokenizer: Any
     tokenizer_fingerprint: str
-    dataset_format: str
-    columns: dict[str, str]
-    template: str
     num_proc: int | None
     cache_dir: Path | None
     progress: Callable[[str], None]
 
     def documents(self, source: Source, max_rows: int | None) -> Documents:
         """The documents of `source`, tokenized now if they never were."""
-        row_format, columns = recognise(
-            source.columns(),
-            columns=self.columns,
-            dataset_format=self.dataset_format,
-            source=source.name,
-        )
-        template = load_template(self.template, row_format, self.encoder.tokenizer)
+        settings, encoder = self.settings, self.settings.encoder(self.tokenizer)
+        row_format, columns = settings.recognise(source.columns(), source.name)
+        template = settings.load_template(row_format, self.tokenizer)
         key = cache.key_of(
             {
                 "version": _VERSION,
@@ -114,10 +93,10 @@ class Reading:
                 "columns": columns,
                 "template": template.identity,
                 "tokenizer": self.tokenizer_fingerprint,
-                "train_on": self.encoder.train_on,
-                "append_end_token": self.encoder.append_end_token,
-                "overlong": self.encoder.overlong,
-                "max_length": self.encoder.max_length,
+                "train_on": settings.train_on,
+                "append_end_token": settings.append_end_token,
+                "overlong": settings.overlong,
+                "max_length": settings.max_length,
             }
         )
 
@@ -128,7 +107,7 @@ class Reading:
                 render(row, row_format, template, columns=columns, place=place)
                 for place, row in source.rows(max_rows)
             )
-            self._fill(folder, source, counts, rows)
+            self._fill(folder, source, counts, encoder, rows)
 
         entry = cache.entry(self.cache_dir, key, fill)
         wrong = _damage(entry)
@@ -138,10 +117,16 @@ class Reading:
             )
             cache.remove(entry)
             entry = cache.entry(self.cache_dir, key, fill)
-        return _open(entry, source, row_format, template.name)
+        meta = read_json(entry / _META)
+        return Documents(source, row_format, template.name, _read(entry), meta["content"], meta["rows"])
 
     def _fill(
-        self, folder: Path, source: Source, rows_of_parts: list[int], rows: Iterator[list[Segment]]
+        self,
+        folder: Path,
+        source: Source,
+        rows_of_parts: list[int],
+        encoder: Encoder,
+        rows: Iterator[list[Segment]],
     ) -> None:
         total = sum(rows_of_parts)
         if total == 0:
@@ -149,7 +134,7 @@ class Reading:
         self.progress(f"tokenizing {total:,} rows of {source.name}")
         with quiet_datasets(), _tokenizer_threads(self.num_proc):
             shown = datasets.utils.tqdm(rows, desc="tokenizing", total=total, unit=" rows")
-            _write(folder / "documents.arrow", self.encoder, iter(shown))
+            _write(folder / "documents.arrow", encoder, iter(shown))
         meta = {
             "content": _content_hash(_read(folder)),
             "source": source.name,
@@ -245,26 +230,6 @@ def _read(folder: Path) -> datasets.Dataset:
         )
 
 
-def _open(folder: Path, source: Source, row_format: str, template: str) -> Documents:
-    dataset = _read(folder)
-    numbers = {
-        name: np.asarray(dataset.data.column(name).to_numpy())
-        for name in _FEATURES
-        if name not in ("input_ids", "mask")
-    }
-    meta = read_json(folder / _META)
-    return Documents(
-        source=source,
-        format=row_format,
-        template=template,
-        dataset=dataset.select_columns(["input_ids", "mask", "row"]),
-        fingerprint=meta["content"],
-        rows_of_parts=meta["rows"],
-        lengths=_lengths(dataset),
-        **numbers,
-    )
-
-
 def _content_hash(dataset: datasets.Dataset) -> str:
     digest = hashlib.sha256()
     for batch in dataset.with_format("arrow").iter(batch_size=1000):
@@ -274,8 +239,3 @@ def _content_hash(dataset: datasets.Dataset) -> str:
             digest.update(column.flatten().to_numpy(zero_copy_only=False).tobytes())
         digest.update(batch.column("row").to_numpy().tobytes())
     return digest.hexdigest()
-
-
-def _lengths(dataset: datasets.Dataset) -> np.ndarray:
-    lengths = pc.list_value_length(dataset.data.column("input_ids"))
-    return np.asarray(lengths.to_numpy(), dtype=np.int64)

@@ -29,25 +29,6 @@ def is_fraction(eval_split: str) -> bool:
     return True
 
 
-def checked_weights(weights: list[float] | None, names: list[str]) -> list[float] | None:
-    """The weights, which must be as many as the data sets, and above 0.
-
-    Raises:
-        UserError: if they are not.
-    """
-    if weights is None:
-        return None
-    if len(weights) != len(names):
-        raise UserError(
-            f"--dataset_weights has {len(weights)} numbers, but --dataset_name has {len(names)} data sets"
-        )
-    if not all(0 < weight < float("inf") for weight in weights):
-        raise UserError(
-            f"--dataset_weights {' '.join(map(str, weights))}: every weight must be a number above 0"
-        )
-    return weights
-
-
 def hold_out(kept: np.ndarray, content: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """Choose the held-out documents; rows of the same content together, so that none of them is trained on.
 

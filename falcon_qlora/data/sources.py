@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import functools
 import hashlib
@@ -27,22 +28,16 @@ _SAMPLE_ROWS = 1000
 _BATCH_ROWS = 1000
 
 
-class Rows(Protocol):
-    """Rows one by one, and which is next."""
+class Rows(Iterator[tuple[str, Row]]):
+    """``(place, row)`` one by one, and which is next."""
 
-    def __iter__(self) -> Iterator[tuple[str, Row]]: ...
-
-    def __next__(self) -> tuple[str, Row]:
-        """``(place, row)``."""
-        ...
-
+    @abc.abstractmethod
     def position(self) -> Any:
         """Where the next row is, in plain values that JSON keeps; `Source.read` takes it."""
-        ...
 
+    @abc.abstractmethod
     def origin(self) -> Origin:
         """Which of the source's parts the row given last is of, and which row of it."""
-        ...
 
 
 class Source(Protocol):
@@ -119,7 +114,7 @@ def find_source(name: str, *, config: str | None = None, split: str = "train") -
     return HubSource(name, config, split)
 
 
-class _LocalRows:
+class _LocalRows(Rows):
     """The rows of files one after another, from row `row` of file `file` on, both from 0.
 
     Args:
@@ -132,9 +127,6 @@ class _LocalRows:
         self._file = file
         self._row = row
         self._open: Iterator[tuple[str, Row]] | None = None
-
-    def __iter__(self) -> Iterator[tuple[str, Row]]:
-        return self
 
     def __next__(self) -> tuple[str, Row]:
         while self._file < len(self._order):
@@ -154,7 +146,7 @@ class _LocalRows:
         return self._order[self._file], self._row
 
 
-class _HubRows:
+class _HubRows(Rows):
     """The rows of a streamed `datasets.IterableDataset`, from one of its states on.
 
     Args:
@@ -169,9 +161,6 @@ class _HubRows:
         if state is not None:
             stream.load_state_dict(state)
         self._rows = iter(stream)
-
-    def __iter__(self) -> Iterator[tuple[str, Row]]:
-        return self
 
     def __next__(self) -> tuple[str, Row]:
         with _hub_errors(self._source):

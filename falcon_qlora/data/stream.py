@@ -24,7 +24,7 @@ from falcon_qlora.data.cursor import (
     State,
 )
 from falcon_qlora.data.formats import recognise, resolve_template
-from falcon_qlora.data.selection import checked_weights
+from falcon_qlora.data.settings import RowSettings
 from falcon_qlora.data.sources import HubSource, LocalSource, find_source
 from falcon_qlora.data.tokens import Encoder, Status
 
@@ -43,17 +43,6 @@ _DROPPED = {
 
 def stream_documents(
     *,
-    dataset_name: list[str],
-    dataset_weights: list[float] | None = None,
-    dataset_config: str | None = None,
-    dataset_split: str = "train",
-    dataset_format: str = "auto",
-    columns: dict[str, str] | None = None,
-    template: str = "auto",
-    train_on: str = "answers",
-    append_end_token: bool = True,
-    overlong: str = "split",
-    max_length: int,
     tokenizer: Any,
     seed: int = 0,
     epoch: int = 0,
@@ -61,59 +50,47 @@ def stream_documents(
     max_rows: int | None = None,
     counts: Counter[str] | None = None,
     state: State | None = None,
+    **rows: Any,
 ) -> DocumentStream:
     """The documents of one pass over the data, as they are read: the same for the same seed and epoch.
 
-    Files and shards are read in another order every epoch, and rows are drawn from a buffer.
+    Files and shards are read in another order every epoch, and rows are drawn from a buffer. Of several data
+    sets with weights, one that ends before the others have ended once starts again. Without weights they take
+    turns, and one that ends leaves.
 
     Args:
-        dataset_name, dataset_config, dataset_split, dataset_format, columns, template, train_on,
-            append_end_token, overlong, max_length, tokenizer: as in `tokenize.prepare_corpora`.
-        dataset_weights: in which proportion rows of several data sets are drawn. One that ends before the
-            others have ended once starts again. Without weights they take turns, and one that ends leaves.
+        tokenizer: a fast tokenizer.
         seed: of the order.
         epoch: of the order, from 0.
         shuffle_buffer: rows to draw from; 1 leaves them in order.
         max_rows: end after so many rows.
-        counts: gets `rows_read` and, by the names of `tokenize.Statistics`, what was dropped.
+        counts: gets `rows_read` and, by the names of `corpus.Statistics`, what was dropped.
         state: of a stream with the same arguments: go on from there, without reading again what was read.
+        rows: what decides which documents rows become, as `RowSettings` takes it.
 
     Raises:
         UserError: for data that cannot be found; when it is read, for data that cannot be, or has no row.
     """
-    encoder = Encoder(
-        tokenizer=tokenizer,
-        train_on=train_on,
-        append_end_token=append_end_token,
-        overlong=overlong,
-        max_length=max_length,
-    )
-    encoder.check()
-    weights = checked_weights(dataset_weights, dataset_name)
+    settings = RowSettings(**rows)
+    encoder = settings.encoder(tokenizer)
     # Of this seed and epoch alone, so that a pass can be repeated.
     order = random.Random(f"{seed} {epoch}")
-    settings = {
-        "dataset_format": dataset_format,
-        "columns": dict(columns or {}),
-        "template": template,
-        "tokenizer": tokenizer,
-    }
-    sources = [find_source(name, config=dataset_config, split=dataset_split) for name in dataset_name]
+    sources = settings.sources()
     of_rows: State = state["shuffled"]["rows"] if state else {}
     of_readers = of_rows.get("readers") or [None] * len(sources)
     first_parts = list(itertools.accumulate((len(source.parts()) for source in sources), initial=0))[:-1]
     readers = [
-        Reader(source, settings, order.random(), first_part, of_reader)
+        Reader(source, settings, tokenizer, order.random(), first_part, of_reader)
         for source, first_part, of_reader in zip(sources, first_parts, of_readers, strict=True)
     ]
     of_buffer = random.Random(order.random())
-    rows = Mix(readers, weights, order, most=max_rows, state=of_rows or None)
-    shuffled = Shuffled(rows, shuffle_buffer, of_buffer, state["shuffled"] if state else None)
+    mix = Mix(readers, settings.dataset_weights, order, most=max_rows, state=of_rows or None)
+    shuffled = Shuffled(mix, shuffle_buffer, of_buffer, state["shuffled"] if state else None)
     waiting = state["waiting"] if state else []
     return DocumentStream(shuffled, encoder, Counter() if counts is None else counts, waiting)
 
 
-class DocumentStream:
+class DocumentStream(Iterator[dict[str, Any]]):
     """One document after another.
 
     Each is ``{"input_ids": int32 [tokens], "mask": int8 [tokens], "origin": Origin}``.
@@ -130,9 +107,6 @@ class DocumentStream:
         self._encoder = encoder
         self._counts = counts
         self._waiting = deque(document_of(each) for each in waiting)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self
 
     def __next__(self) -> dict[str, Any]:
         while not self._waiting:

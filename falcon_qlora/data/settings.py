@@ -1,0 +1,86 @@
+"""What decides which documents rows become, for a corpus and for a stream alike."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.data.formats import load_template, recognise
+from falcon_qlora.data.sources import Source, find_source
+from falcon_qlora.data.templates import Template
+from falcon_qlora.data.tokens import Encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSettings:
+    """How rows are found, read and tokenized.
+
+    Args:
+        dataset_name: hub ids, files or folders.
+        dataset_weights: in which proportion rows of them are drawn; None takes each row once.
+        dataset_config: configuration of hub data sets.
+        dataset_split: split to train on.
+        dataset_format: a key of `formats.FORMATS`, or ``"auto"``.
+        columns: standard column name → its name in the data, for those that differ.
+        template: a name of `templates.TEMPLATES`, a ``.jinja`` file, or ``"auto"``.
+        train_on: ``"answers"`` or ``"all"``.
+        append_end_token: whether the end token follows every answer.
+        overlong: ``"split"``, ``"truncate"`` or ``"drop"``, for what is longer than `max_length`.
+        max_length: tokens.
+
+    Raises:
+        UserError: for weights that are not as many as the data sets, or not above 0.
+    """
+
+    dataset_name: list[str]
+    dataset_weights: list[float] | None = None
+    dataset_config: str | None = None
+    dataset_split: str = "train"
+    dataset_format: str = "auto"
+    columns: dict[str, str] = field(default_factory=dict)
+    template: str = "auto"
+    train_on: str = "answers"
+    append_end_token: bool = True
+    overlong: str = "split"
+    max_length: int
+
+    def __post_init__(self) -> None:
+        weights = self.dataset_weights
+        if weights is None:
+            return
+        if len(weights) != len(self.dataset_name):
+            raise UserError(
+                f"--dataset_weights has {len(weights)} numbers, "
+                f"but --dataset_name has {len(self.dataset_name)} data sets"
+            )
+        if not all(0 < weight < float("inf") for weight in weights):
+            raise UserError(
+                f"--dataset_weights {' '.join(map(str, weights))}: every weight must be a number above 0"
+            )
+
+    def sources(self, split: str | None = None) -> list[Source]:
+        """What `dataset_name` means, of `dataset_split` or of another split."""
+        split = self.dataset_split if split is None else split
+        return [find_source(name, config=self.dataset_config, split=split) for name in self.dataset_name]
+
+    def recognise(self, found: Collection[str], source: str) -> tuple[str, dict[str, str]]:
+        """As `formats.recognise`, of rows with the columns that were found."""
+        return recognise(found, columns=self.columns, dataset_format=self.dataset_format, source=source)
+
+    def load_template(self, row_format: str, tokenizer: Any) -> Template:
+        """As `formats.load_template`."""
+        return load_template(self.template, row_format, tokenizer)
+
+    def encoder(self, tokenizer: Any) -> Encoder:
+        """What makes documents of rendered rows, with settings that can work."""
+        encoder = Encoder(
+            tokenizer=tokenizer,
+            train_on=self.train_on,
+            append_end_token=self.append_end_token,
+            overlong=self.overlong,
+            max_length=self.max_length,
+        )
+        encoder.check()
+        return encoder
