@@ -290,7 +290,7 @@ def read_run(row: Row, directory: RunDirectory, *, warmup: int) -> Measured:
         "summary": summary,
         "environment": directory.read_environment(),
         "data": read_json(directory.data_file),
-        "kernels": read_json(directory.kernels_file),
+        "kernels": directory.read_kernels(),
         "last": lines[-1] if lines else {},
     }
     before = [{"step": 0, "tokens": 0}, *lines]

@@ -15,16 +15,15 @@ from dataclasses import field as setting
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from falcon_qlora.commands.opening import parse_with_run, source_of
 from falcon_qlora.common.errors import UserError, first_line, nearest
 from falcon_qlora.common.files import check_writable
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.inference.base_and_adapter import (
+    Source,
     adapter_folder,
     load_adapted,
     load_measured,
-    parse_with_run,
-    read_trained,
-    record_of_merge,
     tokenizer_of,
 )
 from falcon_qlora.run_folder.directory import RunDirectory
@@ -76,15 +75,12 @@ def main(argv: list[str]) -> int:
     from falcon_qlora.terminal.library_logging import quiet_libraries
 
     quiet_libraries()
-    if folder is None:
-        record = record_of_merge(configuration)
-    else:
-        record = read_trained(configuration, folder, named=named)
+    source, _ = source_of(configuration, folder, named=named)
     if wanted.tasks:
-        figures = _run_tasks(configuration, folder, record, wanted.tasks)
+        figures = _run_tasks(configuration, source, wanted.tasks)
     else:
         rows_are_named = "dataset_name" in named and "eval_split" not in named
-        figures = _measure(configuration, folder, record, run, all_rows=rows_are_named)
+        figures = _measure(configuration, source, run, all_rows=rows_are_named)
     _tell(figures)
     if wanted.results:
         from falcon_qlora.common.files import write_json
@@ -95,8 +91,7 @@ def main(argv: list[str]) -> int:
 
 def _measure(
     configuration: Configuration,
-    folder: Path | None,
-    record: dict[str, Any],
+    source: Source,
     run: RunDirectory | None,
     *,
     all_rows: bool,
@@ -105,7 +100,7 @@ def _measure(
     from falcon_qlora.models.fast_path import described
     from falcon_qlora.training.held_out import held_out_text, rows_of
 
-    tokenizer = tokenizer_of(configuration, record)
+    tokenizer = tokenizer_of(source)
     text: HeldOutText
     text = rows_of(configuration, tokenizer) if all_rows else held_out_text(configuration, tokenizer, run)
     batches = batches_of(
@@ -113,7 +108,7 @@ def _measure(
         max_tokens=configuration.data.max_length * configuration.run.per_device_train_batch_size,
         most_tokens=configuration.extra.most_tokens,
     )
-    model, kernels = load_measured(configuration, folder, record, run)
+    model, kernels = load_measured(source, run)
     losses, counted = [], []
     for batch in batches:
         predicted = predictions(model, [batch], answers_only=False)
@@ -141,9 +136,7 @@ def _joined(parts: list[Any]) -> Any:
     return torch.cat(parts)
 
 
-def _run_tasks(
-    configuration: Configuration, folder: Path | None, record: dict[str, Any], words: list[str]
-) -> dict[str, Any]:
+def _run_tasks(configuration: Configuration, source: Source, words: list[str]) -> dict[str, Any]:
     """The figures of tasks by their names; a word may hold several with commas between."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -159,7 +152,7 @@ def _run_tasks(
             raise UserError(f"--tasks: lm-evaluation-harness has no {name!r}{known}")
     if configuration.model.compute_dtype == "fp8":
         note("the tasks are computed in bfloat16: FP8 products are for packed documents")
-    model, tokenizer = load_adapted(configuration, folder, record)
+    model, tokenizer = load_adapted(source)
     try:
         found = lm_eval.simple_evaluate(
             model=HFLM(

@@ -12,15 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from falcon_qlora.commands.opening import source_of
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.settings import setting
 from falcon_qlora.config import Configuration, parse
-from falcon_qlora.inference.base_and_adapter import (
-    adapter_folder,
-    load_adapted,
-    read_trained,
-    record_of_merge,
-)
+from falcon_qlora.inference.base_and_adapter import adapter_folder, load_adapted
 from falcon_qlora.methods.table import is_whole
 
 if TYPE_CHECKING:
@@ -62,10 +58,7 @@ def main(argv: list[str]) -> int:
     from falcon_qlora.terminal.library_logging import quiet_libraries
 
     quiet_libraries()
-    if folder is None:
-        record = record_of_merge(configuration)
-    else:
-        record = read_trained(configuration, folder, named=configuration.explicit)
+    source, record = source_of(configuration, folder, named=configuration.explicit)
     if wanted.compare and is_whole(record):
         raise UserError(
             f"--compare: {folder} is a whole fine-tuned model without its base inside; ask "
@@ -75,7 +68,7 @@ def main(argv: list[str]) -> int:
     if configuration.model.compute_dtype == "fp8":
         # Not among the answers.
         print("note: computed in bfloat16: FP8 products are for packed documents", file=sys.stderr)
-    model, tokenizer = load_adapted(configuration, folder, record)
+    model, tokenizer = load_adapted(source)
     template = _template(configuration, record, tokenizer.special_tokens_map)
     speaker = _Speaker(model, tokenizer, template, wanted, seed=configuration.run.seed)
     if wanted.chat:

@@ -15,19 +15,11 @@ from dataclasses import field as setting
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from falcon_qlora.commands.opening import parse_with_run, source_of
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.version import VERSION
 from falcon_qlora.config import Configuration, parse
-from falcon_qlora.inference.base_and_adapter import (
-    adapter_folder,
-    base_model,
-    given,
-    load_measured,
-    parse_with_run,
-    read_trained,
-    tokenizer_name,
-    tokenizer_of,
-)
+from falcon_qlora.inference.base_and_adapter import Source, adapter_folder, load_measured, tokenizer_of
 from falcon_qlora.run_folder.directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -97,15 +89,15 @@ def main(argv: list[str]) -> int:
     from falcon_qlora.methods.adapter_folder import read_record
 
     _check_method(read_record(folder), folder)
-    record = read_trained(configuration, folder, named=named)
+    source, record = source_of(configuration, folder, named=named)
     out = Path(wanted.out)
     check_out(out, overwrite=configuration.run.overwrite)
-    request = _request(configuration, wanted, folder, record)
+    request = _request(source, wanted, folder)
     from falcon_qlora.merge.build import needed_bytes
 
     remove_leftovers(out)
     check_disk(out, needed_bytes(request))
-    certificate = _merge(configuration, request, out, run, record)
+    certificate = _merge(configuration, source, request, out, run, record)
     _tell(certificate, out)
     if hub is not None:
         _push(out, **hub)
@@ -114,6 +106,7 @@ def main(argv: list[str]) -> int:
 
 def _merge(
     configuration: Configuration,
+    source: Source,
     request: Request,
     out: Path,
     run: RunDirectory | None,
@@ -126,7 +119,7 @@ def _merge(
     from falcon_qlora.terminal.console import note
     from falcon_qlora.training.held_out import held_out_text
 
-    tokenizer = tokenizer_of(configuration, record)
+    tokenizer = tokenizer_of(source)
     check_vocabulary(tokenizer, request.checkpoint.config.vocab_size, name=request.checkpoint.name)
     text = held_out_text(configuration, tokenizer, run)
     if configuration.data.eval_split is None:
@@ -139,7 +132,7 @@ def _merge(
         max_tokens=configuration.data.max_length * configuration.run.per_device_train_batch_size,
         most_tokens=configuration.extra.held_out_tokens,
     )
-    model, _ = load_measured(configuration, request.adapter.folder, record, run)
+    model, _ = load_measured(source, run)
     reference = predictions(model, batches, answers_only=True)
     del model
     gc.collect()
@@ -158,9 +151,7 @@ def _merge(
     return build.merge(request, out, origin=origin, held_out=held_out, batches=batches, reference=reference)
 
 
-def _request(
-    configuration: Configuration, wanted: MergeArguments, folder: Path, record: dict[str, Any]
-) -> Request:
+def _request(source: Source, wanted: MergeArguments, folder: Path) -> Request:
     from falcon_qlora.merge.build import Request
     from falcon_qlora.merge.folder import shard_bytes
     from falcon_qlora.merge.tensors import Quantization
@@ -171,7 +162,7 @@ def _request(
     from falcon_qlora.processes import devices
 
     adapter = read_adapter(folder)
-    name, revision = base_model(configuration, record), configuration.model.model_revision
+    name, revision = source.model, source.revision
     checkpoint = open_checkpoint(name, revision=revision)
     adapter.check(checkpoint.config)
     zero = adapter.zero_tensors(checkpoint.config)
@@ -181,24 +172,23 @@ def _request(
             "damaged, or was never trained."
         )
     device = devices.local_device()
-    mode = given(configuration, record, "quantize_mode", "quantize_mode")
     candidates = ["16bit", "dequantized"] if wanted.base == "auto" else [wanted.base]
     return Request(
         checkpoint=checkpoint,
         base_folder=None if name.startswith(RANDOM) else find_folder(name, revision=revision),
         tokenizer_folder=find_tokenizer(
             name,
-            tokenizer_name_or_path=tokenizer_name(configuration, record),
+            tokenizer_name_or_path=source.tokenizer,
             revision=revision,
         ),
         adapter=adapter,
         quantization=Quantization(
-            mode=mode,
-            double=given(configuration, record, "double_quantization", "double_quantization"),
-            compute_dtype=devices.compute_dtype(configuration.model.compute_dtype, device),
+            mode=source.quantize_mode,
+            double=source.double_quantization,
+            compute_dtype=devices.compute_dtype(source.compute_dtype, device),
         ),
         # Of a base that was not quantized both are the same.
-        candidates=candidates[:1] if mode == "16bit" else candidates,  # type: ignore[arg-type]
+        candidates=candidates[:1] if source.quantize_mode == "16bit" else candidates,  # type: ignore[arg-type]
         dtype=wanted.dtype,
         max_shard_bytes=shard_bytes(wanted.max_shard_size),
         max_loss_increase=wanted.max_loss_increase,
@@ -258,12 +248,10 @@ def _check_recorded_loss(
     configuration: Configuration, request: Request, run: RunDirectory, loss: float
 ) -> None:
     """Compare the adapter's loss on what its run held out with what the run noted."""
-    from falcon_qlora.common.untrusted import read_json
-
     is_the_best = configuration.trainer.get("load_best_model_at_end")
     if not is_the_best or request.adapter.folder.name != run.adapter.name or not run.summary_file.is_file():
         return
-    recorded = read_json(run.summary_file).get("best_eval_loss")
+    recorded = run.read_summary().get("best_eval_loss")
     if isinstance(recorded, float) and not loss <= recorded + request.max_loss_increase:
         raise UserError(
             f"{request.adapter.folder} gives the loss {loss:.4f} on what its run held out, the run noted "

@@ -45,7 +45,7 @@ from falcon_qlora.common.files import (
     write_json,
     write_text,
 )
-from falcon_qlora.common.record_files import SIGNS_OF_A_RUN, run_of
+from falcon_qlora.common.record_files import SIGNS_OF_A_RUN, check_format, run_of
 from falcon_qlora.common.untrusted import read_json, read_text, read_yaml
 from falcon_qlora.run_folder.lock import LOCK
 from falcon_qlora.run_folder.summary import Summary
@@ -81,6 +81,7 @@ _FILES = (
 _FOLDERS = ("checkpoints", "adapter", "tensorboard", "wandb", "flight_record")
 _LAUNCHER = ".launcher"
 _LARGEST_FIGURE = 1e300
+_FORMAT = 1  # of environment.json, kernels.json and summary.json; without a number they are of the first
 _METRICS_LIMIT_BYTES = 2**30  # a line of some hundred bytes for each of more steps than any run has
 
 
@@ -160,23 +161,27 @@ class RunDirectory:
         return read_yaml(self.config_file)
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
-        write_json(self.environment_file, environment)
+        _write_record(self.environment_file, environment)
 
     def read_environment(self) -> dict[str, Any]:
-        return read_json(self.environment_file)
+        return _read_record(self.environment_file)
 
     def write_data(self, record: Mapping[str, Any]) -> None:
         """Write where the rows came from and what became of them."""
         write_json(self.data_file, record)
 
     def write_kernels(self, record: Mapping[str, Any]) -> None:
-        write_json(self.kernels_file, record)
+        _write_record(self.kernels_file, record)
+
+    def read_kernels(self) -> dict[str, Any]:
+        """For each block's name what ran it, or why it was left alone."""
+        return _read_record(self.kernels_file)
 
     def write_summary(self, summary: Summary | Mapping[str, Any]) -> None:
-        write_json(self.summary_file, asdict(summary) if isinstance(summary, Summary) else summary)
+        _write_record(self.summary_file, asdict(summary) if isinstance(summary, Summary) else summary)
 
     def read_summary(self) -> dict[str, Any]:
-        return read_json(self.summary_file)
+        return _read_record(self.summary_file)
 
     # Metrics
 
@@ -244,6 +249,22 @@ class RunDirectory:
     def write_tracker_record(self, tracker: str, record: Mapping[str, Any]) -> None:
         everything = read_json(self.trackers_file) if self.trackers_file.exists() else {}
         write_json(self.trackers_file, {**everything, tracker: dict(record)})
+
+
+def _write_record(file: Path, record: Mapping[str, Any]) -> None:
+    write_json(file, {"format": _FORMAT, **record})
+
+
+def _read_record(file: Path) -> dict[str, Any]:
+    """What `_write_record` has written, the number of its form taken out again.
+
+    Raises:
+        UserError: if it cannot be read, or is of a form that came later.
+    """
+    record = read_json(file)
+    check_format(record, str(file), _FORMAT)
+    record.pop("format", None)
+    return record
 
 
 class _Dumper(yaml.SafeDumper):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from falcon_qlora import __main__ as cli
 from falcon_qlora.bench.scaling import Row, read_run
 from falcon_qlora.commands import eval as evaluating
-from falcon_qlora.commands import generate
+from falcon_qlora.commands import generate, opening
 from falcon_qlora.common.untrusted import of_a_run, refuse_links
 from falcon_qlora.compare.report import Compared, Comparison
 from falcon_qlora.config.configuration import parse
@@ -94,7 +94,7 @@ def test_commands(written, scratch, capsys, data, verb):
 def before_generate(folder: Path) -> None:
     words = ["--prompt", "x", "--adapter", str(folder)]
     configuration = parse(words, extra_arguments=generate.GenerateArguments)
-    record = base_and_adapter.read_trained(
+    _, record = opening.source_of(
         configuration, base_and_adapter.adapter_folder(str(folder)), named=configuration.explicit
     )
     generate._template(configuration, record)
@@ -104,12 +104,10 @@ def before_eval(folder: Path) -> None:
     adapter = base_and_adapter.adapter_folder(str(folder))
     run = RunDirectory.of_adapter(adapter)
     words = ["--adapter", str(folder)]
-    configuration, named = base_and_adapter.parse_with_run(
-        words, run, extra_arguments=evaluating.EvalArguments
-    )
-    record = base_and_adapter.read_trained(configuration, adapter, named=named)
+    configuration, named = opening.parse_with_run(words, run, extra_arguments=evaluating.EvalArguments)
+    source, _ = opening.source_of(configuration, adapter, named=named)
     held_out.data_record(run)
-    base_and_adapter.tokenizer_of(configuration, record)
+    base_and_adapter.tokenizer_of(source)
 
 
 def compare(folder: Path) -> None:

@@ -193,6 +193,23 @@ def test_summary_has_the_documented_fields(tmp_path: Path) -> None:
     assert documented <= directory.read_summary().keys()
 
 
+RECORDS = ("summary", "environment", "kernels")
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_record_tells_its_form_and_a_later_one_is_refused(tmp_path: Path, name: str) -> None:
+    directory, file = RunDirectory(tmp_path), tmp_path / f"{name}.json"
+    getattr(directory, f"write_{name}")({"steps": 3})
+    read = getattr(directory, f"read_{name}")
+    assert json.loads(file.read_text()) == {"format": 1, "steps": 3}
+    assert read() == {"steps": 3}
+    write_json(file, {"steps": 3})  # as releases before wrote it
+    assert read() == {"steps": 3}
+    write_json(file, {"format": 2, "steps": 3})
+    with pytest.raises(UserError, match=rf"{name}\.json: format 2 is newer than this falcon_qlora reads"):
+        read()
+
+
 def test_metrics_are_one_line_a_log_step_with_the_documented_fields(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
     directory.append_metrics(1, dict.fromkeys(METRICS_FIELDS, 1.0) | {"other": 5})
