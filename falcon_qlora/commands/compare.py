@@ -24,7 +24,8 @@ from falcon_qlora.compare import plan, report
 from falcon_qlora.compare.plan import METHODS, Planned
 from falcon_qlora.config import Configuration
 from falcon_qlora.processes.launcher import STOP_SIGNALS
-from falcon_qlora.run_folder.directory import RunDirectory, choose
+from falcon_qlora.run_folder.choose import choose
+from falcon_qlora.run_folder.directory import RunDirectory
 
 _REASON_LINES = 50
 _OUT_OF_MEMORY = re.compile(r"out ?of ?memory", re.IGNORECASE)

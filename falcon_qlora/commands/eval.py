@@ -96,6 +96,8 @@ def _measure(
     *,
     all_rows: bool,
 ) -> dict[str, Any]:
+    import torch
+
     from falcon_qlora.inference.evaluation import batches_of, mean_loss, predictions, token_losses
     from falcon_qlora.models.fast_path import described
     from falcon_qlora.training.held_out import held_out_text, rows_of
@@ -114,7 +116,7 @@ def _measure(
         predicted = predictions(model, [batch], answers_only=False)
         losses.append(token_losses(predicted))
         counted.append(predicted.answers)
-    every, answers = _joined(losses), _joined(counted)
+    every, answers = torch.cat(losses), torch.cat(counted)
     loss = mean_loss(every)
     return {
         "text": text.source,
@@ -128,12 +130,6 @@ def _measure(
         "computed_in": str(model.dtype).removeprefix("torch."),
         "kernels": described(kernels),
     }
-
-
-def _joined(parts: list[Any]) -> Any:
-    import torch
-
-    return torch.cat(parts)
 
 
 def _run_tasks(configuration: Configuration, source: Source, words: list[str]) -> dict[str, Any]:

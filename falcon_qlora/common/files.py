@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import fcntl
 import hashlib
 import json
@@ -48,7 +49,7 @@ def replaced(file: Path) -> Iterator[Path]:
     try:
         yield temporary
         if temporary.exists():
-            _flush(temporary)
+            flush(temporary)
             os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
@@ -62,22 +63,26 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     with _held_folder(f".{target.name}{_PARTIAL}", target.parent) as temporary:
         temporary.chmod(0o755)
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _flush(file)
-        if target.exists():
-            # A folder cannot replace a full one in one move: the old one steps aside first.
-            with _held_folder(f".{target.name}{_REPLACED}", target.parent) as aside:
-                try:
-                    os.replace(target, aside / target.name)
-                    os.replace(temporary, target)
-                except BaseException:
-                    if not target.exists():
-                        os.replace(aside / target.name, target)
-                    raise
-        else:
-            os.replace(temporary, target)
-        _flush(target.parent)
+        put_in_place(temporary, target)
+
+
+def put_in_place(filled: Path, target: Path) -> None:
+    """Have a folder take `target`'s place beside it, once the disk holds all that is in it."""
+    for path in filled.rglob("*"):
+        flush(path)
+    if target.exists():
+        # A folder cannot replace a full one in one move: the old one steps aside first.
+        with _held_folder(f".{target.name}{_REPLACED}", target.parent) as aside:
+            try:
+                os.replace(target, aside / target.name)
+                os.replace(filled, target)
+            except BaseException:
+                if not target.exists():
+                    os.replace(aside / target.name, target)
+                raise
+    else:
+        os.replace(filled, target)
+    flush(target.parent)
 
 
 def remove_leftovers(target: Path) -> None:
@@ -89,6 +94,22 @@ def remove_leftovers(target: Path) -> None:
         with contextlib.suppress(OSError), _held(path):  # who lives still holds it
             if target.exists() or _PARTIAL in path.name:  # else it holds the only one there is
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold `path`'s bytes before anything points to them.
+
+    Raises:
+        OSError: if the disk cannot, of a file.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if path.is_file():  # some network file systems refuse for folders; the rename is still ordered
+            raise
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -169,33 +190,20 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
-    """Have the disk hold `path`'s bytes before anything points to them."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass  # some network file systems refuse for folders; the rename is still ordered
-    finally:
-        os.close(handle)
-
-
 def plain(value: Any) -> Any:
     """`value` in JSON's own types."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [plain(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
-    if isinstance(value, bool | int | str) or value is None:
-        # Subclasses (string enums among them) become the plain type.
-        return value if value is None or isinstance(value, bool) else _builtin(value)
+    if isinstance(value, enum.Enum):
+        return plain(value.value)
+    if isinstance(value, bool | None):
+        return value
+    if isinstance(value, int | str):
+        return int(value) if isinstance(value, int) else str(value)  # subclasses become the plain type
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if hasattr(value, "tolist"):  # an array, a tensor, or a scalar of one
         return plain(value.tolist())
     return str(value)
-
-
-def _builtin(value: int | str) -> int | str:
-    inner = getattr(value, "value", value)  # an enum's
-    return str.__str__(inner) if isinstance(inner, str) else int(inner)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +32,7 @@ def draw_loss(metrics: Sequence[Mapping[str, Any]], file: Path, *, title: str = 
     rate = _series(metrics, "learning_rate")
     if not train and not held_out:
         return False
-    figure = _figure()
+    figure = _figure(title)
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     if train:
         steps, values = zip(*train, strict=True)
@@ -55,10 +55,7 @@ def draw_loss(metrics: Sequence[Mapping[str, Any]], file: Path, *, title: str = 
     rates.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     rates.set_xlabel("step")
     rates.grid(alpha=0.3)
-    if title:
-        figure.suptitle(title, fontsize=11)
-    _write(figure, file)
-    return True
+    return _write(figure, file)
 
 
 def draw_speed_and_memory(
@@ -84,8 +81,7 @@ def draw_speed_and_memory(
     series: dict[str, list[tuple[float, float]]] = {}
     for label, memory_gb, speed in points:
         series.setdefault(label, []).append((memory_gb, speed))
-    figure = _figure(width=10)
-    axes = figure.subplots()
+    figure, axes = _axes(title, width=10)
     # Names beside the points would lie upon each other: they have numbers, the fastest the first.
     fastest_first = sorted(series.items(), key=lambda item: -max(speed for _, speed in item[1]))
     for number, (label, unsorted) in enumerate(fastest_first, start=1):
@@ -103,11 +99,8 @@ def draw_speed_and_memory(
     axes.set_ylabel("tokens/s")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.set_title(title, fontsize=11)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8, handlelength=1)
-    _write(figure, file)
-    return True
+    return _write(figure, file)
 
 
 def draw_scaling(series: Mapping[str, Sequence[tuple[int, float]]], file: Path, *, title: str = "") -> bool:
@@ -123,8 +116,7 @@ def draw_scaling(series: Mapping[str, Sequence[tuple[int, float]]], file: Path, 
     """
     if not series:
         return False
-    figure = _figure()
-    axes = figure.subplots()
+    figure, axes = _axes(title)
     counts = sorted({gpus for points in series.values() for gpus, _ in points})
     for label, unsorted in series.items():
         points = sorted(unsorted)
@@ -138,11 +130,8 @@ def draw_scaling(series: Mapping[str, Sequence[tuple[int, float]]], file: Path, 
     axes.set_xticks(counts)
     axes.set_xlim(0, 1.05 * counts[-1])
     axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
-    axes.set_title(title, fontsize=11)
-    _write(figure, file)
-    return True
+    return _write(figure, file)
 
 
 def draw_bars(
@@ -162,8 +151,7 @@ def draw_bars(
     series = {name: bars for name, bars in series.items() if bars}
     if not series:
         return False
-    figure = _figure()
-    axes = figure.subplots()
+    figure, axes = _axes(title, grid="y")
     labels = list(dict.fromkeys(label for bars in series.values() for label, _, _ in bars))
     width = 0.8 / len(series)
     for place, ((name, bars), color) in enumerate(
@@ -175,16 +163,20 @@ def draw_bars(
     axes.set_xticks(range(len(labels)), labels)
     axes.set_ylabel(axis)
     axes.margins(y=0.12)
-    axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     if len(series) > 1:
         axes.legend(frameon=False)
-    axes.set_title(title, fontsize=11)
-    _write(figure, file)
-    return True
+    return _write(figure, file)
 
 
-def _figure(width: float = 8) -> Figure:
+def _axes(title: str, *, width: float = 8, grid: Literal["both", "y"] = "both") -> tuple[Figure, Any]:
+    figure = _figure(title, width)
+    axes = figure.subplots()
+    axes.grid(axis=grid, alpha=0.3)
+    return figure, axes
+
+
+def _figure(title: str, width: float = 8) -> Figure:
     # Without this, the first picture on a machine announces that fonts are being looked for.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -192,12 +184,15 @@ def _figure(width: float = 8) -> Figure:
 
     figure = Figure(figsize=(width, 5.2), layout="constrained")
     FigureCanvasAgg(figure)
+    if title:
+        figure.suptitle(title, fontsize=11)
     return figure
 
 
-def _write(figure: Figure, file: Path) -> None:
+def _write(figure: Figure, file: Path) -> bool:
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=130, format="png")
+    return True
 
 
 def _series(metrics: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:

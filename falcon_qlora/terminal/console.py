@@ -187,16 +187,13 @@ def print_start(summary: StartSummary) -> None:
     console().print()
 
 
-def print_end(
-    summary: Mapping[str, Any], contents: Sequence[Path], *, adapter: Path | None = None, stopped: str = ""
-) -> None:
+def print_end(summary: Mapping[str, Any], contents: Sequence[Path], *, adapter: Path) -> None:
     """Print what came of the run and the path of everything written.
 
     Args:
         summary: The fields of `summary.json`.
         contents: What was written: `RunDirectory.contents()`.
         adapter: The adapter's folder, to say how it is tried.
-        stopped: Why the run ended before its last step, if it did.
     """
     losses = ""
     if summary.get("first_loss") is not None and summary.get("final_loss") is not None:
@@ -206,7 +203,7 @@ def print_end(
         best = f"best on held-out data {summary['best_eval_loss']:.4g}"
         best += f" at step {summary['best_step']:,}" if summary.get("best_step") is not None else ""
     rows = [
-        ("steps", _join(f"{summary['steps']:,} in {duration(summary['train_seconds'])}", stopped)),
+        ("steps", f"{summary['steps']:,} in {duration(summary['train_seconds'])}"),
         ("loss", _join(losses, best)),
         (
             "speed",
@@ -219,14 +216,10 @@ def print_end(
         ("processes", _reductions(summary)),
         ("skipped", f"{summary['bad_steps']:,} steps, not finite" if summary.get("bad_steps") else ""),
         *[("wrote" if index == 0 else "", _path(path)) for index, path in enumerate(contents)],
-        ("try it", _try_it(adapter) if adapter else ""),
+        ("try it", f'falcon-qlora generate --adapter {quoted(str(adapter))} --prompt "…"'),
     ]
     console().print()
     _print_rows("done", rows)
-
-
-def _try_it(adapter: Path) -> str:
-    return f'falcon-qlora generate --adapter {quoted(str(adapter))} --prompt "…"'
 
 
 def _reductions(summary: Mapping[str, Any]) -> str:

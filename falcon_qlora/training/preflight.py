@@ -14,7 +14,8 @@ from falcon_qlora.common.errors import UserError
 from falcon_qlora.config import Configuration
 from falcon_qlora.config.arguments import ModelArguments
 from falcon_qlora.processes import agreement, devices, ranks
-from falcon_qlora.run_folder import directory, tracking
+from falcon_qlora.run_folder import choose as folders
+from falcon_qlora.run_folder import tracking
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.run_folder.lock import RunLock
 from falcon_qlora.training import resume
@@ -70,7 +71,7 @@ def check(configuration: Configuration, lock: RunLock) -> Start:
     run, model, method = configuration.run, configuration.model, configuration.method
 
     def choose(make: bool) -> str:
-        path = directory.choose(
+        path = folders.choose(
             run.output_dir,
             model=model.model_name_or_path,
             settings=f"{model.quantize_mode}-{method.short}",

@@ -38,7 +38,6 @@ NEVER_READ = ["*/loss.png", "*/checkpoints/*/README.md", "*/adapter/README.md"]
 # Modules that read files, and what changes those at random; None where they are the package's own, the
 # system's, or what the same process has just written.
 READERS = {
-    "inference/base_and_adapter.py": folders.test_commands,
     "training/held_out.py": folders.test_commands,
     "commands/inspection.py": folders.test_inspect,
     "training/resume.py": checkpoints.test_before_anything_is_loaded,
@@ -49,7 +48,6 @@ READERS = {
     "checkpoint/resume.py": checkpoints.test_before_anything_is_loaded,
     "checkpoint/manifest.py": checkpoints.test_before_anything_is_loaded,
     "commands/generate.py": test_fuzz_inputs.test_files_that_a_user_names,
-    "commands/merge.py": folders.test_commands,
     "config/parser.py": test_fuzz_inputs.test_files_that_a_user_names,
     "data/documents.py": test_fuzz_cache.test_no_damage_of_the_cache_changes_the_tokens,
     "data/files.py": test_fuzz_inputs.test_files_that_a_user_names,
@@ -66,6 +64,7 @@ READERS = {
     "models/tensor_files.py": test_untrusted.test_no_model_makes_the_loader_crash,
     "models/tokenizer.py": test_fuzz_models.test_tokenizer,
     "run_folder/directory.py": folders.test_readers,
+    "run_folder/choose.py": None,
     "run_folder/lock.py": test_fuzz_inputs.test_what_a_lock_tells_of_its_holder,
     "common/untrusted.py": test_untrusted.test_no_model_makes_the_loader_crash,
     "common/settings.py": None,

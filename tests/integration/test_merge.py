@@ -246,7 +246,8 @@ def test_a_merge_comes_with_its_certificate_and_the_better_is_kept(run, tmp_path
     assert certificate["origin"]["licence"] == "apache-2.0"
     assert certificate["origin"]["settings"]["lora_r"] == 8
     summary = json.loads((run / "summary.json").read_text())
-    assert certificate["adapter_loss"] == pytest.approx(summary["best_eval_loss"], rel=1e-6)
+    # Measured in other batches than in the run: float32 sums differ from the sixth digit on.
+    assert certificate["adapter_loss"] == pytest.approx(summary["best_eval_loss"], rel=1e-5)
 
     reference = load_adapter(run / "adapter", base_model="tiny", device="cpu")
     merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()

@@ -22,7 +22,8 @@ from falcon_qlora.common.files import replaced, replaced_folder, write_json
 from falcon_qlora.methods.full import Full
 from falcon_qlora.methods.interface import Method
 from falcon_qlora.methods.lora import Lora
-from falcon_qlora.run_folder.directory import METRICS_FIELDS, RunDirectory, choose
+from falcon_qlora.run_folder.choose import choose
+from falcon_qlora.run_folder.directory import METRICS_FIELDS, RunDirectory
 from falcon_qlora.run_folder.environment import collect_environment, without_secrets
 from falcon_qlora.run_folder.model_card import ModelCard
 from falcon_qlora.run_folder.summary import Summary

@@ -180,7 +180,7 @@ def test_other_processes_print_nothing(
     monkeypatch.setenv("RANK", "1")
     print_start(StartSummary(model="tiny"))
     _run(5)
-    print_end(SUMMARY, [])
+    print_end(SUMMARY, [], adapter=Path("a"))
     console.note("nothing")
     assert capsys.readouterr().out == ""
 

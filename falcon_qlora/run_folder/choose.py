@@ -1,0 +1,134 @@
+"""Which folder a run writes into: the one that is named, a fresh one, or that of the run it goes on with."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+import shlex
+import socket
+from pathlib import Path
+
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.files import quoted, try_to_write
+from falcon_qlora.run_folder.directory import LAUNCHER, RunDirectory
+
+RUNS = Path("runs")
+
+
+def choose(
+    output_dir: str | Path | None,
+    *,
+    model: str,
+    settings: str,
+    resume: bool | str | Path = False,
+    overwrite: bool = False,
+    restarted: bool = False,
+    make: bool = True,
+    root: Path = RUNS,
+    now: datetime.datetime | None = None,
+) -> Path:
+    """Decide where a run writes. The main process calls it, and the others are told.
+
+    Args:
+        output_dir: The folder the user named; None for a fresh one under `root`.
+        model: What is trained; the last part of a path or hub id goes into the fresh folder's name.
+        settings: A few words that tell runs of one model apart, such as ``4bit-lora64``.
+        resume: ``--resume``: True for the run in `output_dir`, or a run directory or one of its checkpoints.
+        overwrite: ``--overwrite``: `output_dir` may hold a run; RunDirectory.clear removes it later.
+        restarted: torchrun has restarted this group of processes: what they wrote before is theirs.
+        make: Make the folder. Else it is only checked that it could be, and the name of a fresh one may still
+            be taken by another run.
+        root: Where fresh folders are made.
+        now: The time in a fresh folder's name.
+
+    Raises:
+        UserError: if the named folder holds a run and nothing says what to do with it, is a file, or is not
+            that of the run to resume, or if there is no such run.
+    """
+    resumed_from = _run_of(Path(resume)) if isinstance(resume, str | Path) else None
+    if output_dir is None and resumed_from is not None:
+        return resumed_from
+    if output_dir is None:
+        if resume:
+            newest = _newest(root)
+            hint = f", for example --resume {shlex.quote(str(newest))}" if newest else ""
+            raise UserError(f"--resume: which run? Name its folder with --output_dir or --resume PATH{hint}")
+        return _fresh(root, model, settings, restarted, make, now or datetime.datetime.now())
+    path = Path(output_dir)
+    if any("\udc80" <= sign <= "\udcff" for sign in str(path)):
+        raise UserError(
+            f"--output_dir {quoted(str(path))}: not a name in UTF-8, and safetensors files can be written "
+            "under no other; name another folder"
+        )
+    if resumed_from is not None and resumed_from.resolve() != path.resolve():
+        raise UserError(
+            f"--resume {resume}: a run goes on in its own folder, {resumed_from}, and --output_dir {path} is "
+            "another; leave --output_dir out"
+        )
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--output_dir {path}: this is a file; name a folder")
+    if RunDirectory(path).holds_run() and not (resume or overwrite or restarted):
+        raise UserError(
+            f"--output_dir {path}: this folder holds a run already. Go on with it (--resume), replace it "
+            "(--overwrite), or name another folder"
+        )
+    try:
+        if make:
+            path.mkdir(parents=True, exist_ok=True)
+        try_to_write(path)
+    except OSError as error:
+        raise UserError(f"--output_dir {path}: cannot write there ({error.strerror})") from error
+    return path
+
+
+def _fresh(
+    root: Path, model: str, settings: str, restarted: bool, make: bool, now: datetime.datetime
+) -> Path:
+    # The agent of torchrun, this process's parent, outlives its restarts: by it a restarted run finds the
+    # folder it was given the first time.
+    launcher = f"{socket.gethostname()} {os.getppid()}"
+    if restarted:
+        marks = sorted(root.glob(f"*/{LAUNCHER}"), key=lambda mark: mark.stat().st_mtime, reverse=True)
+        for mark in marks:
+            if mark.read_text(encoding="utf-8") == launcher:
+                return mark.parent
+    name = f"{now:%Y%m%d-%H%M%S}-{_short(model)}-{_slug(settings)}".rstrip("-")
+    for attempt in range(1, 1000):
+        path = root / (name if attempt == 1 else f"{name}-{attempt}")
+        try:
+            if not make:
+                try_to_write(path)
+                return path
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot write there ({error.strerror}); name a folder with --output_dir"
+            ) from error
+        (path / LAUNCHER).write_text(launcher, encoding="utf-8")
+        return path
+    raise UserError(f"{root}: too many runs named {name}; name a folder with --output_dir")
+
+
+def _run_of(path: Path) -> Path:
+    """The run directory that `path`, a run directory or a checkpoint in one, belongs to."""
+    if path.parent.name == "checkpoints" and path.is_dir():
+        return path.parent.parent
+    if RunDirectory(path).holds_run():
+        return path
+    raise UserError(f"--resume {path}: no run there (looked for config.yaml, checkpoints/, metrics.jsonl)")
+
+
+def _newest(root: Path) -> Path | None:
+    runs = [entry for entry in root.glob("*") if entry.is_dir() and RunDirectory(entry).holds_run()]
+    return max(runs, key=lambda entry: entry.stat().st_mtime, default=None)
+
+
+def _short(model: str) -> str:
+    return _slug(model.rstrip("/").split("/")[-1])
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.") or "run"
