@@ -10,7 +10,7 @@ Letters of shapes, here and in all of the package:
 | G | key/value heads, so groups of query heads | W | width of the fused query, key and value, (Q + 2G)·D |
 | D | head size | P | rows of a learned prefix |
 | R | columns for LoRA's ranks | O, I | rows (out) and columns (in) of a weight |
-| C | columns of a matrix of any width | | |
+| C | columns of a matrix of any width | L | tokens of the longest document |
 
 From the bottom up: an operation's plain form is its reference, in `ops`, `fp8`, `dropout`, `prefix` and
 `scale_shift`, which choose between it and Triton's form, in a file of its own. `frozen_linear` multiplies by

@@ -1,6 +1,6 @@
 """Exact attention within each of several documents laid end to end.
 
-Shapes: T tokens of all documents, Q query heads, K key/value heads, D head size, L longest document.
+Shapes: T tokens of all documents, Q query heads, G key/value heads, D head size, L longest document.
 
 Two ways compute the same: on recent GPUs one variable-length kernel over the packed tokens; anywhere else the
 documents are laid out as right-padded batches for PyTorch's own causal attention. Neither builds a mask.
@@ -129,8 +129,8 @@ def packed_attention(
 
     Args:
         query: ``[T, Q, D]``.
-        key: ``[T, K, D]``.
-        value: ``[T, K, D]``.
+        key: ``[T, G, D]``.
+        value: ``[T, G, D]``.
         sequences: where the documents lie.
         bias: ``[T, Q]``, added to every score of a key before scaling, or None.
         dropout: probability of dropping an attention weight.
@@ -163,7 +163,7 @@ def _bias_as_a_coordinate(
 
 
 def _one_for_each_query_head(heads: Tensor, query_heads: int) -> Tensor:
-    """``[..., K, D]`` → ``[..., Q, D]``, a view where K is 1."""
+    """``[..., G, D]`` → ``[..., Q, D]``, a view where G is 1."""
     kv_heads = heads.shape[-2]
     if kv_heads == query_heads:
         return heads

@@ -1,6 +1,6 @@
 """A learned prefix that a block's attention also looks at, gated per head (LLaMA-Adapter).
 
-Shapes: T tokens (of all rows or documents), P prefix rows, Q query heads, K key/value heads, D head size.
+Shapes: T tokens (of all rows or documents), P prefix rows, Q query heads, G key/value heads, D head size.
 
 The prefix goes through the block's own projections without a norm; its keys are not rotated. Every token
 attends to all P rows in a softmax of their own, whatever its place in its document, so packed documents,
@@ -55,8 +55,8 @@ class PrefixAttention(nn.Module):
         Args:
             attention_output: ``[T, Q, D]``.
             query: ``[T, Q, D]``, rotated where the layout rotates.
-            key: ``[P, K, D]``, of the prefix.
-            value: ``[P, K, D]``, of the prefix.
+            key: ``[P, G, D]``, of the prefix.
+            value: ``[P, G, D]``, of the prefix.
 
         Returns:
             ``[T, Q, D]``, in the dtype of `attention_output`.

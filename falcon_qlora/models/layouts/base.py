@@ -120,14 +120,14 @@ class Layout(ABC):
 
     @abstractmethod
     def heads(self, attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Project ``[1, T, hidden]``: query ``[T, Q, D]``, key and value ``[T, K, D]``, not rotated."""
+        """Project ``[1, T, hidden]``: query ``[T, Q, D]``, key and value ``[T, G, D]``, not rotated."""
 
     @abstractmethod
     def split(self, attention: Any, projected: Tensor) -> tuple[Tensor, ...]:
         """What `query_projection` gave, ``[T, width]``, in heads.
 
         Returns:
-            query ``[T, Q, D]``; and of a `fused` projection key and value ``[T, K, D]``, nothing copied.
+            query ``[T, Q, D]``; and of a `fused` projection key and value ``[T, G, D]``, nothing copied.
         """
 
     @abstractmethod

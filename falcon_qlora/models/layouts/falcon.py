@@ -293,7 +293,7 @@ def split_heads(fused: Tensor, attention: Any) -> tuple[Tensor, Tensor, Tensor]:
         attention: the ``FalconAttention`` it belongs to, which knows the layout.
 
     Returns:
-        query ``[T, Q, D]``, key ``[T, K, D]``, value ``[T, K, D]``.
+        query ``[T, Q, D]``, key ``[T, G, D]``, value ``[T, G, D]``.
     """
     head_dim = attention.head_dim
     if attention.new_decoder_architecture:
