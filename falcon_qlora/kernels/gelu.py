@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from falcon_qlora.kernels.rows import check_rows, contiguous_rows
+from falcon_qlora.kernels.rows import check_rows, contiguous_rows, read, row_part
 
 # Tuned on the sizes of Falcon's feed-forward layers.
 _BLOCK = 2048
@@ -92,11 +92,8 @@ def _gelu(
     features,  # F
     BLOCK: tl.constexpr,
 ):
-    blocks = tl.cdiv(features, BLOCK)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    mask = column < features
-    x = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
+    row, column, mask = row_part(features, BLOCK)
+    x = read(x_ptr, row * x_stride + column, mask)
     y, _ = gelu_and_slope(x)
     tl.store(y_ptr + row * y_stride + column, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -114,12 +111,9 @@ def _gelu_backward(
     features,  # F
     BLOCK: tl.constexpr,
 ):
-    blocks = tl.cdiv(features, BLOCK)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    mask = column < features
-    grad = tl.load(grad_ptr + row * grad_stride + column, mask=mask, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
+    row, column, mask = row_part(features, BLOCK)
+    grad = read(grad_ptr, row * grad_stride + column, mask)
+    x = read(x_ptr, row * x_stride + column, mask)
     y, slope = gelu_and_slope(x)
     tl.store(dx_ptr + row * dx_stride + column, (grad * slope).to(dx_ptr.dtype.element_ty), mask=mask)
     tl.store(y_ptr + row * y_stride + column, y.to(y_ptr.dtype.element_ty), mask=mask)

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from falcon_qlora.kernels.rows import row_part
+
 _BLOCK = 2048
 _WARPS = 4
 
@@ -43,10 +45,7 @@ def _dequantize(
     columns,
     BLOCK: tl.constexpr,
 ):
-    blocks = tl.cdiv(columns, BLOCK)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    places = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < columns
+    row, places, inside = row_part(columns, BLOCK)
     scale = tl.load(scales_ptr + row).to(tl.float32) / 127.0
     values = tl.load(int8_ptr + row * columns + places, mask=inside, other=0).to(tl.float32)
     tl.store(out_ptr + row * out_stride + places, (values * scale).to(out_ptr.dtype.element_ty), mask=inside)

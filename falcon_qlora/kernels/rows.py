@@ -45,6 +45,15 @@ def read(ptr, offset, mask):
 
 
 @triton.jit
+def row_part(columns, BLOCK: tl.constexpr):
+    """This program's row, its columns in it, and which of these there are; programs go along rows."""
+    blocks = tl.cdiv(columns, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    return row, column, column < columns
+
+
+@triton.jit
 def _copy(
     x_ptr,  # [T, C]
     out_ptr,  # [T, C]

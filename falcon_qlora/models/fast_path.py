@@ -97,16 +97,8 @@ def decide(
 def _why_not(facts: BlockFacts | None, fp8_products: bool) -> str | None:
     if facts is None:
         return "no fast block for this layout yet"
-    if facts.alibi:
-        return "positions by ALiBi"
-    if not facts.parallel:
-        return "attention and feed-forward are not parallel"
-    if facts.biases:
-        return "linears with biases"
-    if facts.activation != "gelu":
-        return f"activation {facts.activation}"
-    if facts.hidden_dropout:
-        return f"hidden dropout {facts.hidden_dropout:g}"
+    if facts.unlike:
+        return facts.unlike
     if facts.dtype not in (torch.bfloat16, torch.float32):
         return f"computes in {str(facts.dtype).removeprefix('torch.')}"
     if facts.lora_unknown:

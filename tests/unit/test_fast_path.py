@@ -521,10 +521,28 @@ def test_decide_says_what_runs():
     ("changes", "reason"),
     [
         ({"alibi": True}, "positions by ALiBi"),
-        ({"parallel": False}, "attention and feed-forward are not parallel"),
-        ({"biases": True}, "linears with biases"),
+        ({"parallel_attn": False}, "attention and feed-forward are not parallel"),
         ({"activation": "relu"}, "activation relu"),
         ({"hidden_dropout": 0.1}, "hidden dropout 0.1"),
+    ],
+)
+def test_a_falcon_unlike_the_fast_block_is_told_by_what_is_different(changes, reason):
+    block = fast_path.blocks_of(adapted("falcon-7b"))[0]
+    for name, value in changes.items():
+        setattr(block.config, name, value)
+    assert block_facts(block, torch.float32).unlike == reason
+
+
+def test_and_so_is_one_with_biases():
+    block = fast_path.blocks_of(adapted("falcon-7b"))[0]
+    block.mlp.dense_h_to_4h.base_layer.bias = torch.nn.Parameter(torch.zeros(768), requires_grad=False)
+    assert block_facts(block, torch.float32).unlike == "linears with biases"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"unlike": "positions by ALiBi"}, "positions by ALiBi"),
         ({"dtype": torch.float16}, "computes in float16"),
         ({"trainable": ("ln_attn.weight",)}, "trains more than LoRA: ln_attn.weight"),
         ({"lora_unknown": "2 adapters are active"}, "2 adapters are active"),

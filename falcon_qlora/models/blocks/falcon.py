@@ -43,7 +43,6 @@ _RECOMPUTES_IN_CALL = "__call__" in vars(GradientCheckpointingLayer)
 
 def block_facts(block: Any, dtype: torch.dtype) -> BlockFacts:
     """See `Family.block_facts`."""
-    config = block.config
     linears = _linears_of(block)
     added = prefix_of(block.self_attention)
     vectors = [scale_and_bias_of(base_of(linear)) for linear in linears]
@@ -63,11 +62,7 @@ def block_facts(block: Any, dtype: torch.dtype) -> BlockFacts:
         if active is not None:
             dropouts.append(dropout_of(linear, active))
     return BlockFacts(
-        alibi=config.alibi,
-        parallel=config.parallel_attn or config.new_decoder_architecture,
-        biases=any(base_of(linear).bias is not None for linear in linears),
-        activation=config.activation,
-        hidden_dropout=config.hidden_dropout,
+        unlike=_unlike(block),
         trainable=tuple(n for n, p in block.named_parameters() if p.requires_grad and id(p) not in known),
         dtype=dtype,
         head_dim=block.self_attention.head_dim,
@@ -77,6 +72,19 @@ def block_facts(block: Any, dtype: torch.dtype) -> BlockFacts:
         prefix_rows=0 if added is None else len(added.prefix),
         scaled=scaled,
     )
+
+
+def _unlike(block: Any) -> str | None:
+    config = block.config
+    if config.alibi:
+        return "positions by ALiBi"
+    if not (config.parallel_attn or config.new_decoder_architecture):
+        return "attention and feed-forward are not parallel"
+    if any(base_of(linear).bias is not None for linear in _linears_of(block)):
+        return "linears with biases"
+    if config.activation != "gelu":
+        return f"activation {config.activation}"
+    return f"hidden dropout {config.hidden_dropout:g}" if config.hidden_dropout else None
 
 
 def _more_than_lora(block: Any) -> str | None:

@@ -39,11 +39,7 @@ class BlockFacts:
     """What `fast_path.decide` has to know about a block.
 
     Attributes:
-        alibi: positions by ALiBi rather than by rotation.
-        parallel: attention and feed-forward both start from the block's input.
-        biases: whether any linear has one.
-        activation: of the feed-forward layer.
-        hidden_dropout: on the block's output.
+        unlike: what of the block its family's fast form does not compute, or None.
         trainable: names of trainable parameters that are of no adapter; Adapter v2's has the norms.
         dtype: of the activations.
         head_dim: size of a head.
@@ -54,11 +50,7 @@ class BlockFacts:
         scaled: whether learned vectors scale and shift the linears' outputs.
     """
 
-    alibi: bool
-    parallel: bool
-    biases: bool
-    activation: str
-    hidden_dropout: float
+    unlike: str | None
     trainable: tuple[str, ...]
     dtype: torch.dtype
     head_dim: int
