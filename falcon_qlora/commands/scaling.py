@@ -115,7 +115,7 @@ class _Bench:
 
         file = folder / f"rows-{len(list(folder.glob('rows-*')))}.jsonl"
         self.configuration.model.model_name_or_path = model
-        tokenizer = load_tokenizer(self.configuration)
+        tokenizer = load_tokenizer(self.configuration.model)
         try:
             documents.write_texts(file, tokenizer, self._lengths(), seed=self.configuration.run.seed)
         except ValueError as error:
@@ -139,7 +139,7 @@ class _Bench:
         values = {field.name: getattr(group, field.name) for group in groups for field in fields(group)}
         values |= {"method": configuration.method.name, **configuration.method.flags()}
         values |= configuration.trainer
-        passed = {} if "logging_steps" in given else {"logging_steps": 1}
+        passed: dict[str, Any] = {} if "logging_steps" in given else {"logging_steps": 1}
         if another and "dataset_name" in given:  # by itself the recipe takes only text
             passed |= {"dataset_format": "auto", "template": "auto"}
         for setting, origin in given.items():

@@ -41,14 +41,14 @@ def _train(configuration: Configuration, lock: RunLock) -> Path:
     from falcon_qlora.training.sharding import shard_if_wanted
 
     base, run, training = configuration.model, configuration.run, configuration.training
-    max_length, whole = configuration.data.max_length, configuration.method.method == "full"
+    max_length, method = configuration.data.max_length, configuration.method
     start = preflight.check(configuration, lock)
 
     tokenizer = rows.load_tokenizer(base)
-    data = rows.training_data(configuration.data, run, tokenizer, together=whole)
+    data = rows.training_data(configuration.data, run, tokenizer, together=method.is_whole)
     resume.check_data(data, start.checkpoint)
 
-    model = build.model_with_adapter(base, start.method, tokenizer, seed=run.seed)
+    model = build.model_with_adapter(base, method, tokenizer, seed=run.seed)
     kernels = choose_kernels(model, kernels=base.kernels, compute_dtype=base.compute_dtype)
     notes = shard_if_wanted(configuration, model)
     activations = choose_activations(configuration, model, kernels)
@@ -58,7 +58,7 @@ def _train(configuration: Configuration, lock: RunLock) -> Path:
         model,
         training,
         optimizer=configuration.optimizer,
-        whole=whole,
+        whole=method.is_whole,
         steps=data.total_steps,
     )
     agreement.wait_for_all()  # nothing is written before every process has come so far
