@@ -1,4 +1,4 @@
-"""Tiny Falcons of every layout, and the model that Transformers itself makes of the same weights."""
+"""Tiny models of every layout, and the model that Transformers itself makes of the same weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 
 import torch
 from torch import Tensor
-from transformers import FalconForCausalLM
+from transformers import PreTrainedModel
 
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.quantize import QuantizeMode, dequantized_weight, is_quantized_linear
@@ -20,23 +20,29 @@ LAYOUTS = {
     "falcon-40b": f"random:falcon-40b?{_SMALL},hidden_size=64,num_attention_heads=8,num_kv_heads=2",
     "falcon-180b": f"random:falcon-180b?{_SMALL},hidden_size=192,num_attention_heads=6,num_kv_heads=2",
 }
+# Half of the heads share keys, and a head is not hidden / heads, as in no other.
+_FALCON3 = "hidden_size=64,intermediate_size=128,num_attention_heads=4,num_key_value_heads=2,head_dim=32"
+FAMILIES = {**LAYOUTS, "falcon3": f"random:falcon3-1b?{_SMALL},{_FALCON3}"}
+UNTIED = ("falcon-11b", "falcon3")  # layouts whose head is not the embedding
 MODES: tuple[QuantizeMode, ...] = ("4bit", "8bit", "16bit")
 
 
 def tiny_model(
     layout: str, mode: QuantizeMode = "16bit", device: str = "cpu", compute_dtype: str = "auto"
-) -> FalconForCausalLM:
-    return load_model(LAYOUTS[layout], quantize_mode=mode, device=device, compute_dtype=compute_dtype, seed=1)
+) -> PreTrainedModel:
+    return load_model(
+        FAMILIES[layout], quantize_mode=mode, device=device, compute_dtype=compute_dtype, seed=1
+    )
 
 
-def plain_float32(model: FalconForCausalLM, device: str | torch.device = "cpu") -> FalconForCausalLM:
+def plain_float32(model: PreTrainedModel, device: str | torch.device = "cpu") -> PreTrainedModel:
     """Transformers' own float32 model with the weights that `model` stands for, on `device`."""
     config = copy.deepcopy(model.config)
     config.dtype = torch.float32
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device(device):
-        plain = FalconForCausalLM(config).float().eval()
+        plain = type(model)(config).float().eval()
     quantized = {
         f"{name}.weight": dequantized_weight(module).to(device, torch.float32)
         for name, module in model.named_modules()

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from falcon_qlora.checkpoint import manifest
 from falcon_qlora.common.errors import UserError, one_line
 from falcon_qlora.common.files import sha256
-from falcon_qlora.common.record_files import CERTIFICATE
+from falcon_qlora.common.record_files import CERTIFICATE, check_format
 from falcon_qlora.common.untrusted import file_beside, is_count, read_json, read_yaml, refuse_links
 from falcon_qlora.merge.folder import parameter_shapes
 from falcon_qlora.methods.adapter_folder import CONFIG, RECORD, TENSORS, read_adapter, read_record
@@ -239,7 +239,9 @@ def base_config(name: str) -> PreTrainedConfig | None:
 def _merge(folder: Path) -> Inspection:
     found = _model(folder)
     found.kind = "merge"
-    certificate = found.attempt(lambda: read_json(folder / CERTIFICATE)) or {}
+    certificate = found.attempt(lambda: _certificate(folder / CERTIFICATE))
+    if certificate is None:
+        return found
     origin = certificate.get("origin")
     found.tell(origin if isinstance(origin, dict) else {}, _OF_MERGES)
     found.add("merged onto", certificate.get("merged_onto"))
@@ -267,6 +269,12 @@ _OF_MERGES = {
     "template": "template",
     "licence": "licence",
 }
+
+
+def _certificate(file: Path) -> dict[str, Any]:
+    certificate = read_json(file)
+    check_format(certificate, str(file))
+    return certificate
 
 
 def _hash_faults(folder: Path, hashes: dict[str, Any]) -> Iterator[str]:

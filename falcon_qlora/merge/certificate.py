@@ -10,7 +10,6 @@ from typing import Any
 
 from falcon_qlora.common.files import write_json
 from falcon_qlora.common.record_files import CERTIFICATE
-from falcon_qlora.common.untrusted import read_json
 from falcon_qlora.merge.tensors import Onto
 
 _FORMAT = 1
@@ -148,12 +147,3 @@ def licence_of(base_model: str, folder: Path | None) -> str | None:
         if match:
             return match[1]
     return "apache-2.0" if _APACHE.fullmatch(base_model) else None
-
-
-def read_certificate(folder: Path) -> dict[str, Any]:
-    """A certificate as it was written.
-
-    Raises:
-        UserError: if it is not there or not readable.
-    """
-    return read_json(folder / CERTIFICATE)

@@ -108,8 +108,8 @@ class ModelCard:
             text += (
                 "With plain Transformers and PEFT (`ADAPTER` is this folder or its hub id):\n\n"
                 f"```python\n{self._plain_example()}```\n\n"
-                "Transformers does not quantize Falcon's own linear layers: for a quantized base use\n"
-                "falcon_qlora, which does:\n\n"
+                "For a quantized base use falcon_qlora (of a classic Falcon, Transformers' own quantization\n"
+                "leaves the linear layers as they are):\n\n"
             )
         text += (
             "```python\n"

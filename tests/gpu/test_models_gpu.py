@@ -18,7 +18,7 @@ from falcon_qlora.models.layouts.falcon import alibi_bias
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.packed_attention import Sequences, packed_attention
 from falcon_qlora.models.sizes import weight_bytes
-from tests.layouts import LAYOUTS, MODES, documents, plain_float32, tiny_model
+from tests.layouts import FAMILIES, LAYOUTS, MODES, documents, plain_float32, tiny_model
 from tests.packing import gradients, one_by_one, packed, with_adapter
 from tests.unit.test_cross_entropy import reference
 
@@ -62,7 +62,7 @@ def test_the_variable_length_kernel_computes_what_float32_does(heads, kv_heads, 
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", FAMILIES)
 def test_exactly_the_blocks_linears_are_quantized_on_the_gpu(layout, mode):
     model = tiny_model(layout, mode, device="cuda")
     assert {t.device.type for t in [*model.parameters(), *model.buffers()]} == {"cuda"}
@@ -71,7 +71,7 @@ def test_exactly_the_blocks_linears_are_quantized_on_the_gpu(layout, mode):
     assert {model.get_submodule(n).weight.dtype for n in linears} == {stored}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", FAMILIES)
 def test_in_float32_loss_and_gradients_equal_each_document_alone(layout):
     base = tiny_model(layout, "4bit", device="cuda", compute_dtype="fp32")
     plain = with_adapter(plain_float32(base))
@@ -89,7 +89,7 @@ def test_in_float32_loss_and_gradients_equal_each_document_alone(layout):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", FAMILIES)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_in_bfloat16_they_are_as_close_as_bfloat16_is(layout, mode, autocast):
     base = tiny_model(layout, mode, device="cuda", compute_dtype="bf16")
@@ -112,7 +112,7 @@ def test_in_bfloat16_they_are_as_close_as_bfloat16_is(layout, mode, autocast):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("mode", ["4bit", "16bit"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", FAMILIES)
 def test_changing_one_document_leaves_the_others_as_they_were(layout, mode, checkpointing):
     model = with_adapter(tiny_model(layout, mode, device="cuda", compute_dtype="bf16"))
     enable_packing(model)

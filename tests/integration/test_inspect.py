@@ -139,6 +139,10 @@ class _Bomb:
         return os.system, ("touch exploded",)
 
 
+def change_json(**values: Any) -> Callable[[Path], None]:
+    return lambda file: file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
 def poison(file: Path) -> None:
     torch.save({"state": _Bomb()}, file)
 
@@ -177,6 +181,7 @@ ADAPTER = "adapter_model.safetensors"
         ("run/summary.json", cut, "summary.json is not valid JSON"),
         ("run/config.yaml", lambda f: f.write_text("a: [1"), "config.yaml, line 1: not valid YAML"),
         ("merged/certificate.json", cut, "certificate.json is not valid JSON"),
+        ("merged/certificate.json", change_json(format=2), "format 2 is newer than this falcon_qlora reads"),
         ("merged/model-00002-of-*.safetensors", alter_last_byte, "it was altered"),
         ("merged/model-00002-of-*.safetensors", Path.unlink, "which is not there"),
         ("merged/model-00002-of-*.safetensors", cut, "safetensors is damaged"),
@@ -193,10 +198,6 @@ def test_damage_is_named(copy, capsys, monkeypatch, file, damage, told):
     assert told in said
     assert "not whole" in said
     assert not (copy / "exploded").exists()
-
-
-def change_json(**values: Any) -> Callable[[Path], None]:
-    return lambda file: file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 def treble_lora_b(tensors: dict[str, torch.Tensor]) -> None:

@@ -35,7 +35,7 @@ from falcon_qlora.models.tiny import tiny_path
 from falcon_qlora.models.tokenizer import load_tokenizer
 from tests.integration.refusals import contents, only_message
 from tests.integration.runs import room_for, write_jsonl
-from tests.layouts import LAYOUTS, documents, plain_float32, tiny_model
+from tests.layouts import FAMILIES, UNTIED, documents, plain_float32, tiny_model
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -153,7 +153,7 @@ def test_the_merge_is_pefts_own_in_plain_transformers(tmp_path, variant, base):
     assert len(changed) >= len(load_file(adapter / "adapter_model.safetensors")) // 3 > 0
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", FAMILIES)
 def test_names_and_configuration_are_the_published_ones(tmp_path, layout):
     """What vLLM's and llama.cpp's readers of Falcon take from a folder, and that Transformers agrees."""
     base = tiny_model(layout)
@@ -161,7 +161,7 @@ def test_names_and_configuration_are_the_published_ones(tmp_path, layout):
     adapter = random_adapter(tmp_path / "adapter", base)
     out = tmp_path / "out"
     out.mkdir()
-    checkpoint = open_checkpoint(LAYOUTS[layout], seed=1)
+    checkpoint = open_checkpoint(FAMILIES[layout], seed=1)
     stream = merged_tensors(
         checkpoint,
         read_adapter(adapter),
@@ -182,12 +182,16 @@ def test_names_and_configuration_are_the_published_ones(tmp_path, layout):
         with safe_open(shard, framework="pt") as file:
             assert file.metadata() == {"format": "pt"}
     names = set(weights_of(out))
-    assert "transformer.word_embeddings.weight" in names
-    assert "transformer.h.1.self_attention.query_key_value.weight" in names
-    assert ("lm_head.weight" in names) == (layout == "falcon-11b")
+    assert names >= (
+        {"model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.weight"}
+        if layout == "falcon3"
+        else {"transformer.word_embeddings.weight", "transformer.h.1.self_attention.query_key_value.weight"}
+    )
+    assert ("lm_head.weight" in names) == (layout in UNTIED)
 
     raw = json.loads((out / "config.json").read_text())
-    assert (raw["model_type"], raw["architectures"]) == ("falcon", ["FalconForCausalLM"])
+    kind = "Llama" if layout == "falcon3" else "Falcon"
+    assert (raw["model_type"], raw["architectures"]) == (kind.lower(), [f"{kind}ForCausalLM"])
     # llama.cpp: as many key/value heads as num_kv_heads says, or one; the fused weight in such groups.
     if layout in ("falcon-7b", "falcon-11b", "falcon-40b", "falcon-180b"):
         kv_heads = raw.get("num_kv_heads") or 1
@@ -251,17 +255,19 @@ def test_a_merge_comes_with_its_certificate_and_the_better_is_kept(run, tmp_path
 
     reference = load_adapter(run / "adapter", base_model="tiny", device="cpu")
     merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
-    loss, kl, count = 0.0, 0.0, 0
+    loss, kl, same, count = 0.0, 0.0, 0, 0
     for ids, mask in _held_out_documents(run):
         with torch.no_grad():
             theirs = merged(ids).logits[0, :-1].log_softmax(-1)[mask[1:]]
             ours = reference(ids).logits[0, :-1].log_softmax(-1)[mask[1:]]
         loss -= theirs.gather(-1, ids[0, 1:][mask[1:]][:, None]).sum().item()
         kl += (ours.exp() * (ours - theirs)).sum().item()
+        same += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
         count += len(theirs)
     assert count == held_out["target_tokens"]
     assert kept["loss"] == pytest.approx(loss / count, rel=1e-4)
     assert kept["kl_divergence"] == pytest.approx(kl / count, rel=1e-2, abs=1e-6)
+    assert kept["same_top_token"] == pytest.approx(same / count, abs=1.5 / count)  # one may be a tie
 
     card = (out / "README.md").read_text()
     assert "license: apache-2.0" in card

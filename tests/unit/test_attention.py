@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from falcon_qlora.models import packed_attention as attention
 from falcon_qlora.models.layouts.falcon import alibi_bias
 from falcon_qlora.models.packed_attention import Sequences, packed_attention
 
@@ -94,3 +95,20 @@ def test_attention_weights_are_dropped_when_asked():
     dropped = packed_attention(query, query, value, sequences, dropout=0.5)
     assert_close(kept, value)
     assert not torch.allclose(dropped, value)
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "taken"),
+    [
+        ((9, 0), 256, True),
+        ((8, 0), 256, True),
+        ((8, 9), 256, False),
+        ((8, 9), 128, True),
+        ((7, 5), 64, False),
+    ],
+)
+def test_wide_heads_take_the_kernel_only_where_it_was_tried(capability, head_dim, taken, monkeypatch):
+    monkeypatch.setattr(attention, "_varlen_attn", lambda *args: None)
+    monkeypatch.setattr(attention, "_capability", lambda device: capability)
+    device = torch.device("cuda")
+    assert attention._takes_varlen(device, torch.bfloat16, head_dim, 0.0) == taken

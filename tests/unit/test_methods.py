@@ -22,7 +22,7 @@ from falcon_qlora.models.fast_path import apply_fast_path
 from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.layouts import PRESETS, layout_of, preset_config
 from falcon_qlora.models.quantize import holds_quantized_weight
-from tests.layouts import LAYOUTS, MODES, documents, plain_float32, tiny_model
+from tests.layouts import FAMILIES, LAYOUTS, MODES, documents, plain_float32, tiny_model
 from tests.packing import gradients, packed
 
 LENGTHS = [7, 40, 1, 12]
@@ -212,7 +212,7 @@ def test_adapter_v2s_linears_are_their_definition(layout):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("layout", ["falcon-rw-1b", "falcon-7b", "falcon-11b", "falcon-40b"])
+@pytest.mark.parametrize("layout", ["falcon-rw-1b", "falcon-7b", "falcon-11b", "falcon-40b", "falcon3"])
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_packed_gives_the_loss_and_gradients_of_each_document_alone(name, layout, mode):
     model = attached(name, layout, mode)
@@ -236,7 +236,7 @@ def test_packed_gives_the_loss_and_gradients_of_each_document_alone(name, layout
             assert_close(gradient, alone[n], rtol=1e-3, atol=2e-4, msg=n)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", FAMILIES)
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_cache_and_a_padded_batch_change_nothing(name, layout):
     model = attached(name, layout).eval()

@@ -21,7 +21,7 @@ from falcon_qlora.models.layouts import layout_of, preset_config
 from falcon_qlora.models.load import load_model, quantization_of, verify_quantized
 from falcon_qlora.models.quantize import dequantized_weight
 from falcon_qlora.processes import devices
-from tests.layouts import LAYOUTS, MODES, documents, plain_float32, tiny_model
+from tests.layouts import FAMILIES, LAYOUTS, MODES, UNTIED, documents, plain_float32, tiny_model
 
 
 def save_plain(folder: Path, layout="falcon-7b", dtype=torch.float32, **options) -> FalconForCausalLM:
@@ -36,7 +36,7 @@ def load_here(folder, **options):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", FAMILIES)
 def test_exactly_the_blocks_linears_are_quantized(layout, mode):
     model = tiny_model(layout, mode)
     kinds = {"4bit": bnb.nn.Linear4bit, "8bit": bnb.nn.Linear8bitLt}
@@ -49,8 +49,8 @@ def test_exactly_the_blocks_linears_are_quantized(layout, mode):
         assert module.weight.dtype == {"4bit": torch.uint8, "8bit": torch.int8}[mode]
     assert not any(p.requires_grad for p in model.parameters())
     assert not model.training
-    tied = model.lm_head.weight is model.transformer.word_embeddings.weight
-    assert tied == (layout != "falcon-11b")
+    tied = model.lm_head.weight is model.get_input_embeddings().weight
+    assert tied == (layout not in UNTIED)
 
 
 @pytest.mark.parametrize("mode", ["4bit", "8bit"])
@@ -88,14 +88,14 @@ def test_a_quantized_layer_that_was_never_filled_is_an_error(monkeypatch):
         tiny_model("falcon-7b", "4bit")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", FAMILIES)
 def test_a_folder_gives_the_model_that_transformers_loads(tmp_path, layout):
     plain = save_plain(tmp_path, layout)
     model = load_here(tmp_path, quantize_mode="16bit")
     ids = documents([11])[0][None]
     assert_close(model(ids).logits, plain(ids).logits)
-    inverse = model.transformer.rotary_emb.inv_freq
-    assert_close(inverse, plain.transformer.rotary_emb.inv_freq)
+    inverse = model.base_model.rotary_emb.inv_freq
+    assert_close(inverse, plain.base_model.rotary_emb.inv_freq)
     assert inverse.dtype == torch.float32
 
 

@@ -16,8 +16,8 @@ from trl import SFTConfig, SFTTrainer
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.methods.lora import attach_lora
 from falcon_qlora.methods.open_adapter import load_adapter
-from falcon_qlora.models.layouts.falcon import Falcon
-from tests.layouts import LAYOUTS, MODES, documents, plain_float32, tiny_model
+from falcon_qlora.models.layouts import layout_of
+from tests.layouts import FAMILIES, LAYOUTS, MODES, documents, plain_float32, tiny_model
 
 
 def trainable(model):
@@ -34,17 +34,17 @@ def randomized(model, seed=0):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_adapters_are_float32_on_all_four_linears_and_the_rest_is_frozen(layout, mode):
+@pytest.mark.parametrize("layout", FAMILIES)
+def test_adapters_are_float32_on_all_linears_and_the_rest_is_frozen(layout, mode):
     base = tiny_model(layout, mode, compute_dtype="bf16")
-    shapes = Falcon(base.config).linear_shapes()
+    shapes = layout_of(base.config).linear_shapes()
     model = attach_lora(base, r=4)
     parameters = trainable(model)
     assert all("lora_" in name and p.dtype == torch.float32 for name, p in parameters.items())
     assert sum(p.numel() for p in parameters.values()) == 2 * sum(4 * (o + i) for o, i in shapes.values())
     layer = {"4bit": Linear4bit, "8bit": Linear8bitLt}.get(mode)
     if layer:
-        assert sum(isinstance(m, layer) for m in model.modules()) == 2 * len(Falcon.linears)
+        assert sum(isinstance(m, layer) for m in model.modules()) == 2 * len(shapes)
     assert not getattr(model, "is_loaded_in_4bit", False)
     assert not getattr(model, "is_loaded_in_8bit", False)
 
@@ -89,7 +89,7 @@ def test_the_seed_decides_the_start_and_nothing_else_is_drawn_from():
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", FAMILIES)
 def test_a_saved_adapter_opens_in_plain_peft_with_the_same_logits(tmp_path, layout, options):
     base = tiny_model(layout, "16bit")
     plain_float32(base).save_pretrained(tmp_path / "base")
