@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from falcon_qlora.common.errors import UserError, one_line
 from falcon_qlora.common.untrusted import is_count
@@ -55,8 +55,8 @@ class Layout(ABC):
     kept: ClassVar[tuple[str, ...]]
     largest: ClassVar[dict[str, int]]
     config_class: ClassVar[type[PreTrainedConfig]]
-    model_class: ClassVar[type[PreTrainedModel]]
-    backbone_class: ClassVar[type[PreTrainedModel]]
+    model_class: ClassVar[Any]
+    backbone_class: ClassVar[Any]
     block_class: ClassVar[type[nn.Module]]
     attention_class: ClassVar[type[nn.Module]]
     norm_class: ClassVar[type[nn.Module]]
