@@ -149,7 +149,7 @@ def _run(run: RunDirectory) -> Inspection:
     else:
         found.add("state", "not finished")
     parts = [run.adapter] if run.adapter.is_dir() else []
-    for part in [*parts, *(run.checkpoint(step) for step in run.checkpoint_steps())]:
+    for part in [*parts, *(folder for _, folder in manifest.step_folders(run.checkpoints))]:
         inside = _left_by_training(part)
         if not part.is_dir():
             continue  # a run that goes on has made room for the next

@@ -22,7 +22,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shutil
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
@@ -216,13 +215,6 @@ class RunDirectory:
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step}"
-
-    def checkpoint_steps(self) -> list[int]:
-        """The steps with a checkpoint, rising."""
-        if not self.checkpoints.is_dir():
-            return []
-        found = (re.fullmatch(r"step-(\d+)", entry.name) for entry in self.checkpoints.iterdir())
-        return sorted(int(match[1]) for match in found if match)
 
     def write_folder(self, target: Path) -> AbstractContextManager[Path]:
         """An empty folder that takes `target`'s place when the block ends without an error.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import os
 import shlex
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -306,13 +308,38 @@ def test_a_folder_that_cannot_take_the_place_of_another_leaves_it(
     assert [path.name for path in tmp_path.rglob("*")] == ["merged", "old"]
 
 
-def test_checkpoints_are_found_by_step_and_half_written_ones_are_not(tmp_path: Path) -> None:
-    directory = RunDirectory(tmp_path)
-    for step in (2, 10):
-        with directory.write_folder(directory.checkpoint(step)) as folder:
-            (folder / "state").write_text("x")
-            assert step not in directory.checkpoint_steps()
-    assert directory.checkpoint_steps() == [2, 10]
+def test_what_the_disk_does_not_take_comes_to_no_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, folder = tmp_path / "summary.json", tmp_path / "adapter"
+    write_json(file, {"steps": 1})
+
+    def fsync(handle: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output"):
+        write_json(file, {"steps": 2})
+    with pytest.raises(OSError, match="Input/output"), replaced_folder(folder) as filled:
+        (filled / "weights").write_text("x")
+    assert json.loads(file.read_text()) == {"steps": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_a_file_system_that_flushes_no_folders_is_one_to_write_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flush = os.fsync
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with replaced_folder(tmp_path / "adapter") as filled:
+        (filled / "weights").write_text("x")
+    assert (tmp_path / "adapter" / "weights").read_text() == "x"
 
 
 def test_the_loss_is_drawn(tmp_path: Path) -> None:
