@@ -30,14 +30,13 @@ from falcon_qlora.checkpoint.process_state import (
 from falcon_qlora.checkpoint.write import (
     begin,
     disk_errors,
-    flush,
     not_kept,
-    put_in_place,
     remove_unfinished,
     require_same_replicas,
     rotate,
 )
 from falcon_qlora.common.errors import UserError, reason_of
+from falcon_qlora.common.files import flush, put_in_place
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.sharded import is_sharded, take_part
 from falcon_qlora.processes import agreement, ranks

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -87,30 +86,6 @@ def begin(partial: Path) -> None:
     """Make the empty folder that is to become a checkpoint."""
     remove_unfinished(partial.parent)
     partial.mkdir(parents=True)
-
-
-def put_in_place(partial: Path, final: Path) -> None:
-    """Flush a folder that is complete to the disk and give it its name."""
-    for path in partial.rglob("*"):
-        flush(path)
-    if final.exists():
-        # A folder cannot replace a full one in one move: the old one steps aside first.
-        final.rename(final.with_name(f".{final.name}.old"))
-    partial.rename(final)
-    flush(final.parent)
-    remove_unfinished(final.parent)
-
-
-def flush(path: Path) -> None:
-    """Have the disk hold what was written to a file, or a folder's names."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError:
-        if path.is_file():  # some network file systems refuse for folders; the rename is still ordered
-            raise
-    finally:
-        os.close(handle)
 
 
 def remove_unfinished(checkpoints: Path) -> None:
