@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from textwrap import indent
@@ -20,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from falcon_qlora.common.files import quoted
-from falcon_qlora.common.quantities import counted, duration
+from falcon_qlora.common.quantities import duration
 from falcon_qlora.processes import ranks
 
 _LABEL_WIDTH = 11
@@ -65,124 +64,10 @@ def patience(seconds: float = _PATIENCE_SECONDS) -> Iterator[Callable[[str], Non
         stop()
 
 
-@dataclass(kw_only=True)
-class StartSummary:
-    """What is about to be trained; what is None or empty is left out.
-
-    Attributes:
-        model: The name or path it was asked for by.
-        layout: What it is, such as ``falcon-7b layout, 32 blocks``.
-        total_parameters: All parameters, quantized ones counted unpacked, the adapter included.
-        trainable_parameters: Those that will be trained.
-        quantize_mode: ``4bit``, ``8bit`` or ``16bit``.
-        quantization: More about it, such as ``NF4, double quantization, computing in bf16``.
-        quantized_linears: How many linear layers are quantized.
-        model_gib: What the weights take on one device, GiB.
-        kernels: What runs the blocks.
-        activations: What of the blocks' activations is kept for the backward pass.
-        method: The adapter, such as ``LoRA r 64, alpha 16, dropout 0``.
-        world_size: Processes, one replica in each.
-        device: What a replica runs on, such as ``NVIDIA H200`` or ``CPU``.
-        nodes: Machines.
-        documents: Tokenized documents to train on; None for a stream.
-        tokens: Tokens in them.
-        target_tokens: Tokens in them that the loss counts.
-        data_notes: What else happened to the rows, such as ``12 dropped (empty)``.
-        eval_documents: Held-out documents.
-        steps: Optimizer steps.
-        epochs: Passes over the data.
-        batch: What one step takes, such as ``8 × 4 × 2,048 tokens``.
-        packing_efficiency: Real tokens in a micro batch over its room, 0 to 1.
-        tracking: Where the trackers write, a line each.
-        output_dir: The run directory.
-        resumed_step: The step the run goes on from.
-        notes: Lines to end with.
-    """
-
-    model: str
-    layout: str = ""
-    total_parameters: int | None = None
-    trainable_parameters: int | None = None
-    quantize_mode: str = ""
-    quantization: str = ""
-    quantized_linears: int | None = None
-    model_gib: float | None = None
-    kernels: str = ""
-    activations: str = ""
-    method: str = ""
-    world_size: int = 1
-    device: str = "CPU"
-    nodes: int = 1
-    documents: int | None = None
-    tokens: int | None = None
-    target_tokens: int | None = None
-    data_notes: list[str] = field(default_factory=list)
-    eval_documents: int | None = None
-    steps: int | None = None
-    epochs: float | None = None
-    batch: str = ""
-    packing_efficiency: float | None = None
-    tracking: list[str] = field(default_factory=list)
-    output_dir: str | Path | None = None
-    resumed_step: int | None = None
-    notes: list[str] = field(default_factory=list)
-
-    def rows(self) -> list[tuple[str, str]]:
-        """Label and text of each line."""
-        return [
-            ("model", _join(self.model, self.layout, _count(self.total_parameters, "parameters"))),
-            ("quantized", self._quantized()),
-            ("kernels", self.kernels),
-            ("memory", self.activations),
-            ("training", _join(self.method, self._share())),
-            ("devices", self._devices()),
-            ("data", self._data()),
-            ("held out", _count(self.eval_documents, "documents")),
-            ("steps", self._steps()),
-            *[("tracking" if index == 0 else "", line) for index, line in enumerate(self.tracking)],
-            ("writes to", str(self.output_dir) if self.output_dir else ""),
-        ]
-
-    def _quantized(self) -> str:
-        if self.quantize_mode == "16bit":
-            return _join("no: 16bit", self.quantization, _gib(self.model_gib, "on each device"))
-        linears = _count(self.quantized_linears, "linear layers")
-        return _join(self.quantize_mode, self.quantization, linears, _gib(self.model_gib, "on each device"))
-
-    def _share(self) -> str:
-        if self.trainable_parameters is None:
-            return ""
-        if not self.total_parameters:
-            return f"{self.trainable_parameters:,} trainable parameters"
-        percent = 100 * self.trainable_parameters / self.total_parameters
-        return f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters ({percent:.2f}%)"
-
-    def _devices(self) -> str:
-        if self.device.upper() == "CPU":
-            text = f"CPU, {counted(self.world_size, 'process', 'processes')}"
-        else:
-            text = f"{self.world_size} × {self.device}"
-        return _join(text, f"{self.nodes} machines" if self.nodes > 1 else "")
-
-    def _data(self) -> str:
-        tokens = _count(self.tokens, "tokens")
-        if tokens and self.target_tokens is not None:
-            tokens += f", {self.target_tokens:,} of them in the loss"
-        return _join(_count(self.documents, "documents"), tokens, *self.data_notes)
-
-    def _steps(self) -> str:
-        epochs = f"{self.epochs:.3g} epoch{'' if self.epochs == 1 else 's'}" if self.epochs else ""
-        packed = (
-            "" if self.packing_efficiency is None else f"packed {100 * self.packing_efficiency:.0f}% full"
-        )
-        resumed = "" if self.resumed_step is None else f"going on from step {self.resumed_step:,}"
-        return _join(_count(self.steps, ""), epochs, self.batch, packed, resumed)
-
-
-def print_start(summary: StartSummary) -> None:
-    """Print what is about to be trained."""
-    _print_rows("falcon-qlora", summary.rows())
-    for line in summary.notes:
+def print_start(rows: Sequence[tuple[str, str]], notes: Sequence[str]) -> None:
+    """Print what is about to be trained: label and text of each line, those without a text left out."""
+    _print_rows("falcon-qlora", rows)
+    for line in notes:
         note(line)
     console().print()
 
@@ -204,15 +89,15 @@ def print_end(summary: Mapping[str, Any], contents: Sequence[Path], *, adapter: 
         best += f" at step {summary['best_step']:,}" if summary.get("best_step") is not None else ""
     rows = [
         ("steps", f"{summary['steps']:,} in {duration(summary['train_seconds'])}"),
-        ("loss", _join(losses, best)),
+        ("loss", joined(losses, best)),
         (
             "speed",
-            _join(
+            joined(
                 f"{summary['tokens_per_second']:,.0f} tokens/s",
                 f"{summary['samples_per_second_512']:,.3g} samples/s of 512 tokens",
             ),
         ),
-        ("memory", _join(_gib(summary.get("peak_memory_gib"), "at most on one device"), _split(summary))),
+        ("memory", joined(_gib(summary.get("peak_memory_gib"), "at most on one device"), _split(summary))),
         ("processes", _reductions(summary)),
         ("skipped", f"{summary['bad_steps']:,} steps, not finite" if summary.get("bad_steps") else ""),
         *[("wrote" if index == 0 else "", _path(path)) for index, path in enumerate(contents)],
@@ -270,12 +155,9 @@ def print_plain(line: str) -> None:
     console().print(Text(line), soft_wrap=True)
 
 
-def _join(*parts: str) -> str:
-    return " · ".join(part for part in parts if part)
-
-
-def _count(number: int | None, unit: str) -> str:
-    return "" if number is None else f"{number:,} {unit}".rstrip()
+def joined(*parts: object) -> str:
+    """The texts among `parts`, on one line."""
+    return " · ".join(part for part in parts if isinstance(part, str) and part)
 
 
 def _gib(amount: float | None, where: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from falcon_qlora.common.quantities import GIB
+from falcon_qlora.common.quantities import counted, gib
 from falcon_qlora.common.version import VERSION
 from falcon_qlora.config import Configuration
 from falcon_qlora.data.templates import template_fingerprint
@@ -22,7 +22,7 @@ from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.run_folder.environment import collect_environment
 from falcon_qlora.run_folder.model_card import ModelCard
 from falcon_qlora.run_folder.tracking import Trackers
-from falcon_qlora.terminal.console import StartSummary
+from falcon_qlora.terminal.console import joined
 from falcon_qlora.training.activations import Activations
 from falcon_qlora.training.resume import forget_after, step_of
 from falcon_qlora.training.rows import TrainingData, global_batch
@@ -67,7 +67,7 @@ def counts(model: Any) -> dict[str, int]:
     }
 
 
-def start_summary(
+def start_rows(
     configuration: Configuration,
     directory: RunDirectory,
     data: TrainingData,
@@ -77,47 +77,72 @@ def start_summary(
     kernels: dict[str, str],
     activations: Activations,
     checkpoint: str | None,
-    notes: list[str],
-) -> StartSummary:
-    """What the terminal shows before the first step.
-
-    Args:
-        notes: to end with, beside what follows from the configuration.
-    """
-    settings, run, rows = configuration.model, configuration.run, configuration.data
-    counted = counts(model)
-    statistics = data.statistics
-    micro_batch = run.per_device_train_batch_size
-    sequences = global_batch(run)
-    return StartSummary(
-        model=settings.model_name_or_path,
-        layout=f"{model.config.num_hidden_layers} blocks of {model.config.hidden_size}",
-        total_parameters=counted["total_parameters"],
-        trainable_parameters=counted["trainable_parameters"],
-        quantize_mode=settings.quantize_mode,
-        quantization=_quantization(configuration, model),
-        quantized_linears=counted["quantized_linears"],
-        model_gib=_weights_gib(configuration, model),
-        kernels=described(kernels) if kernels else "off: the reference path",
-        activations=activations.described(),
-        method=method_of(model).describe(),
-        world_size=ranks.world_size(),
-        device=devices.name_of(devices.local_device()),
-        nodes=ranks.world_size() // ranks.local_world_size(),
-        documents=statistics.documents if statistics else None,
-        tokens=statistics.tokens if statistics else None,
-        target_tokens=statistics.target_tokens if statistics else None,
-        data_notes=data.notes,
-        eval_documents=len(data.held_out.lengths) if data.held_out is not None else None,
-        steps=data.total_steps,
-        epochs=data.epochs,
-        batch=f"{sequences} × {rows.max_length:,} tokens a step, {micro_batch} at a time on each device",
-        packing_efficiency=data.efficiency,
-        tracking=tracking,
-        output_dir=directory.path,
-        resumed_step=step_of(checkpoint) if checkpoint else None,
-        notes=[*_notes(configuration), *notes],
-    )
+) -> list[tuple[str, str]]:
+    """What the terminal shows before the first step: labels and texts."""
+    settings, run, known = configuration.model, configuration.run, data.statistics
+    sizes, device, processes = counts(model), devices.local_device(), ranks.world_size()
+    trainable, total = sizes["trainable_parameters"], sizes["total_parameters"]
+    quantized = settings.quantize_mode != "16bit"
+    nodes = processes // ranks.local_world_size()
+    batch = f"{global_batch(run)} × {configuration.data.max_length:,} tokens a step"
+    return [
+        (
+            "model",
+            joined(
+                settings.model_name_or_path,
+                f"{model.config.num_hidden_layers} blocks of {model.config.hidden_size}",
+                f"{total:,} parameters",
+            ),
+        ),
+        (
+            "quantized",
+            joined(
+                settings.quantize_mode if quantized else "no: 16bit",
+                _quantization(configuration, model),
+                quantized and f"{sizes['quantized_linears']:,} linear layers",
+                f"{gib(_weight_bytes(configuration, model))} on each device",
+            ),
+        ),
+        ("kernels", described(kernels) if kernels else "off: the reference path"),
+        ("memory", activations.described()),
+        (
+            "training",
+            joined(
+                method_of(model).describe(),
+                f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2f}%)",
+            ),
+        ),
+        (
+            "devices",
+            joined(
+                f"CPU, {counted(processes, 'process', 'processes')}"
+                if device.type == "cpu"
+                else f"{processes} × {devices.name_of(device)}",
+                nodes > 1 and f"{nodes} machines",
+            ),
+        ),
+        (
+            "data",
+            joined(
+                known and f"{known.documents:,} documents",
+                known and f"{known.tokens:,} tokens, {known.target_tokens:,} of them in the loss",
+                *data.notes,
+            ),
+        ),
+        ("held out", f"{len(data.held_out.lengths):,} documents" if data.held_out is not None else ""),
+        (
+            "steps",
+            joined(
+                f"{data.total_steps:,}",
+                data.epochs and f"{data.epochs:.3g} epoch{'' if data.epochs == 1 else 's'}",
+                f"{batch}, {run.per_device_train_batch_size} at a time on each device",
+                None if data.efficiency is None else f"packed {100 * data.efficiency:.0f}% full",
+                checkpoint and f"going on from step {step_of(checkpoint):,}",
+            ),
+        ),
+        *[("tracking" if index == 0 else "", line) for index, line in enumerate(tracking)],
+        ("writes to", str(directory)),
+    ]
 
 
 def describe_adapter(
@@ -164,15 +189,14 @@ def describe_adapter(
     ).write(folder)
 
 
-def _weights_gib(configuration: Configuration, model: Any) -> float:
+def _weight_bytes(configuration: Configuration, model: Any) -> int:
     settings = configuration.model
-    taken = weight_bytes(
+    return weight_bytes(
         model.config,
         settings.quantize_mode,
         double_quantization=settings.double_quantization,
         compute_bytes=model.dtype.itemsize,
     )
-    return taken / GIB
 
 
 def _quantization(configuration: Configuration, model: Any) -> str:
@@ -183,7 +207,8 @@ def _quantization(configuration: Configuration, model: Any) -> str:
     return f"LLM.int8(), {computing}" if settings.quantize_mode == "8bit" else computing
 
 
-def _notes(configuration: Configuration) -> list[str]:
+def start_notes(configuration: Configuration) -> list[str]:
+    """What a user should know of the run before its first step."""
     if not configuration.model.model_name_or_path.startswith("random:"):
         return []
     return ["the base model's weights are random: speed and memory are real, losses and answers mean nothing"]

@@ -84,7 +84,7 @@ def _train(configuration: Configuration, lock: RunLock) -> Path:
         )
         record.write_start(configuration, directory, data, start.trackers, kernels, start.checkpoint)
     console.print_start(
-        record.start_summary(
+        record.start_rows(
             configuration,
             directory,
             data,
@@ -93,8 +93,8 @@ def _train(configuration: Configuration, lock: RunLock) -> Path:
             kernels=kernels,
             activations=activations,
             checkpoint=start.checkpoint,
-            notes=notes,
-        )
+        ),
+        notes=[*record.start_notes(configuration), *notes],
     )
 
     trainer.args.eval_on_start &= start.checkpoint is None  # a run that goes on was evaluated at its start

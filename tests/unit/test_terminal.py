@@ -16,13 +16,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
+from transformers import AutoModelForCausalLM
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from falcon_qlora.common.quantities import duration
+from falcon_qlora.config import parse
+from falcon_qlora.methods.lora import attach_lora
+from falcon_qlora.models.load import load_model
+from falcon_qlora.models.tiny import tiny_path
+from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal import console, library_logging
-from falcon_qlora.terminal.console import StartSummary, print_answers, print_end, print_start
+from falcon_qlora.terminal.console import print_answers, print_end, print_start
 from falcon_qlora.training import progress
+from falcon_qlora.training.activations import Activations
 from falcon_qlora.training.progress import ProgressCallback
+from falcon_qlora.training.record import start_rows
 
 SUMMARY = {
     "steps": 120,
@@ -59,37 +69,64 @@ def _run(steps: int, *, log_every: int = 1, start: int = 0, evaluate_at: tuple[i
     callback.on_train_end(None, state, None)
 
 
-def test_the_start_summary_shows_what_is_known_and_leaves_out_the_rest(
+def test_what_is_about_to_be_trained_is_told_in_whole_lines_and_what_is_not_known_left_out(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    summary = StartSummary(
-        model="tiny",
-        quantize_mode="4bit",
-        quantization="NF4",
-        quantized_linears=16,
-        trainable_parameters=1_000,
-        total_parameters=200_000,
-        world_size=2,
-        documents=90,
-        tokens=12_345,
-        target_tokens=2_345,
-        tracking=["W&B: offline (no key)"],
-        output_dir="runs/a",
+    path = "runs/" + "long [a] " * 25 + "end"
+    print_start([("model", "tiny"), ("held out", ""), ("writes to", path)], ["a note"])
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title == "falcon-qlora"
+    assert lines == ["  model      tiny", f"  writes to  {path}", "note: a note", ""]
+
+
+def test_a_run_tells_what_it_trains_on_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters as PEFT counts them on Hugging Face's model."""
+    plain = AutoModelForCausalLM.from_pretrained(tiny_path())
+    linears = [name for name, each in plain.transformer.named_modules() if type(each) is FalconLinear]
+    targets = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+    peft = get_peft_model(plain, LoraConfig(r=4, target_modules=targets))
+    trainable, total = peft.get_nb_trainable_parameters()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    data = SimpleNamespace(
+        statistics=SimpleNamespace(documents=90, tokens=12_345, target_tokens=2_345),
+        notes=["12 dropped"],
+        held_out=None,
+        total_steps=1_000,
+        epochs=1,
+        efficiency=0.934,
     )
-    print_start(summary)
-    output = capsys.readouterr().out
-    for part in (
-        "model      tiny",
-        "4bit · NF4 · 16 linear layers",
-        "1,000 of 200,000 parameters (0.50%)",
-        "CPU, 2 processes",
-        "90 documents · 12,345 tokens, 2,345 of them in the loss",
+    told = dict(
+        start_rows(
+            parse(["-m", "tiny", "-b", "3", "--max_length", "2048", "--dataset_name", "sample"]),
+            RunDirectory(tmp_path),
+            data,
+            attach_lora(load_model("tiny", device="cpu"), r=4, alpha=8),
+            tracking=["W&B: offline (no key)", "TensorBoard"],
+            kernels={},
+            activations=Activations(["none"], None, False),
+            checkpoint="checkpoints/step-7",
+        )
+    )
+    assert told["model"].startswith("tiny · ")
+    assert told["model"].endswith(f" · {total:,} parameters")
+    assert told["quantized"].startswith("4bit · NF4, double quantization, computing in float32 · ")
+    assert f" · {len(linears)} linear layers · " in told["quantized"]
+    assert told["training"].endswith(
+        f" · {trainable:,} of {total:,} parameters ({100 * trainable / total:.2f}%)"
+    )
+    assert told["devices"] == "CPU, 2 processes · 2 machines"
+    assert told["data"] == "90 documents · 12,345 tokens, 2,345 of them in the loss · 12 dropped"
+    assert told["held out"] == ""
+    assert told["steps"] == (
+        "1,000 · 1 epoch · 6 × 2,048 tokens a step, 3 at a time on each device · packed 93% full · going on "
+        "from step 7"
+    )
+    assert (told["tracking"], told[""], told["writes to"]) == (
         "W&B: offline (no key)",
-        "writes to  runs/a",
-    ):
-        assert part in output
-    assert "held out" not in output
-    assert "None" not in output
+        "TensorBoard",
+        str(tmp_path),
+    )
 
 
 def test_the_end_summary_names_the_path_of_everything_written(
@@ -178,7 +215,7 @@ def test_other_processes_print_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    print_start(StartSummary(model="tiny"))
+    print_start([("model", "tiny")], [])
     _run(5)
     print_end(SUMMARY, [], adapter=Path("a"))
     console.note("nothing")
