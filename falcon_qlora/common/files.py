@@ -56,21 +56,29 @@ def replaced(file: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replaced_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes `target`'s place when the block ends without an error."""
+def replaced_folder(target: Path, *, first_wins: bool = False) -> Iterator[Path]:
+    """Yield an empty folder that takes `target`'s place when the block ends without an error.
+
+    Args:
+        first_wins: several processes do so at once, each with the same: what one has put there stays.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(target)
     with _held_folder(f".{target.name}{_PARTIAL}", target.parent) as temporary:
         temporary.chmod(0o755)
         yield temporary
-        put_in_place(temporary, target)
+        put_in_place(temporary, target, first_wins=first_wins)
 
 
-def put_in_place(filled: Path, target: Path) -> None:
-    """Have a folder take `target`'s place beside it, once the disk holds all that is in it."""
+def put_in_place(filled: Path, target: Path, *, first_wins: bool = False) -> None:
+    """Have a folder take `target`'s place beside it, once the disk holds all that is in it.
+
+    Args:
+        first_wins: leave what another process has put there meanwhile.
+    """
     for path in filled.rglob("*"):
         flush(path)
-    if target.exists():
+    if target.exists() and not first_wins:
         # A folder cannot replace a full one in one move: the old one steps aside first.
         with _held_folder(f".{target.name}{_REPLACED}", target.parent) as aside:
             try:
@@ -81,7 +89,11 @@ def put_in_place(filled: Path, target: Path) -> None:
                     os.replace(aside / target.name, target)
                 raise
     else:
-        os.replace(filled, target)
+        try:
+            os.replace(filled, target)
+        except OSError:
+            if not (first_wins and target.is_dir()):
+                raise
     flush(target.parent)
 
 
@@ -115,20 +127,23 @@ def flush(path: Path) -> None:
 @contextlib.contextmanager
 def _held_folder(prefix: str, parent: Path) -> Iterator[Path]:
     """A new folder, locked as long as this process lives, and removed at the end if it is still there."""
-    path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     with contextlib.ExitStack() as stack:
+        while True:
+            path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            with contextlib.suppress(OSError):  # some network file systems lock no folders
+                stack.enter_context(_held(path, wait=True))
+            if path.exists():  # else another process took it for a leftover before it was locked
+                break
         stack.callback(shutil.rmtree, path, ignore_errors=True)
-        with contextlib.suppress(OSError):  # some network file systems lock no folders
-            stack.enter_context(_held(path))
         yield path
 
 
 @contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
+def _held(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """A lock on `folder`, which ends with the process; an OSError where another has it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(handle)

@@ -53,19 +53,28 @@ class Share:
 
 
 class DocumentReader:
-    """Reads documents of a tokenized corpus by index.
+    """Reads tokenized documents by index.
 
     Args:
-        dataset: with the columns ``input_ids`` and ``mask``.
+        documents: those of a corpus, or a list of ``{"input_ids": int [tokens], "mask": [tokens]}``.
         padding: None packs; ``"longest"`` and ``"max_length"`` pad.
         max_length: what ``"max_length"`` pads to.
         padding_id: token id to pad with.
     """
 
-    def __init__(self, dataset: Any, *, padding: str | None, max_length: int, padding_id: int):
+    def __init__(
+        self,
+        documents: datasets.Dataset | list[dict[str, Any]],
+        *,
+        padding: str | None,
+        max_length: int,
+        padding_id: int,
+    ):
         self.packed = padding is None
         self.max_length = max_length
-        self._dataset = dataset.with_format("numpy", columns=["input_ids", "mask"])
+        if isinstance(documents, datasets.Dataset):
+            documents = documents.with_format("numpy", columns=["input_ids", "mask"])
+        self._documents = documents
         self._padding = padding
         self._padding_id = padding_id
 
@@ -73,8 +82,12 @@ class DocumentReader:
         """The micro batch of these documents; of none, a single padding token without a target."""
         if len(documents) == 0:
             return collate([np.array([self._padding_id])], [np.array([0])], padding_id=self._padding_id)
-        rows = self._dataset[documents.tolist()]
-        ids, masks = list(rows["input_ids"]), list(rows["mask"])
+        if isinstance(self._documents, list):
+            some = [self._documents[index] for index in documents]
+            ids, masks = [each["input_ids"] for each in some], [each["mask"] for each in some]
+        else:
+            rows = self._documents[documents.tolist()]
+            ids, masks = list(rows["input_ids"]), list(rows["mask"])
         pad_to = self._padded_length(max(len(document) for document in ids))
         return collate(ids, masks, pad_to=pad_to, padding_id=self._padding_id)
 
@@ -281,7 +294,7 @@ class StreamingSteps(IterableDataset[Share | None]):
 
     def _share(self, documents: list[dict[str, Any]], step: int, epoch: int) -> Share:
         reader = DocumentReader(
-            datasets.Dataset.from_list(documents),
+            documents,
             padding=self._padding,
             max_length=self._max_length,
             padding_id=self._padding_id,

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
 import shutil
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.common.files import user_cache
+from falcon_qlora.common.files import remove_leftovers, replaced_folder, user_cache
 
-_ABANDONED_SECONDS = 7 * 24 * 3600
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 def default_directory() -> Path:
@@ -29,16 +27,22 @@ def key_of(parts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def entry(directory: Path | None, key: str, fill: Callable[[Path], None]) -> Path:
-    """The folder of this key, made by `fill` where there is none.
+def entry(
+    directory: Path | None,
+    key: str,
+    fill: Callable[[Path], None],
+    is_whole: Callable[[Path], bool] = lambda entry: True,
+) -> Path:
+    """The folder of this key, made by `fill` where there is none, or one that is not whole.
 
-    An entry is either whole or not there: it is filled under another name and renamed. Several processes may
-    fill the same entry at once; the first to finish wins, and the others use what it left.
+    An entry is filled under another name and renamed. Several processes may fill the same entry at once; the
+    first to finish wins, and the others use what it left.
 
     Args:
         directory: of the cache; None is the user's.
         key: from `key_of`.
         fill: writes the entry's files into the empty folder that it is given.
+        is_whole: whether an entry is still what was written.
 
     Raises:
         UserError: if the folder cannot be written.
@@ -46,50 +50,21 @@ def entry(directory: Path | None, key: str, fill: Callable[[Path], None]) -> Pat
     directory = default_directory() if directory is None else directory
     target = directory / key[:32]
     if target.is_dir():
-        return target
+        if is_whole(target):
+            return target
+        shutil.rmtree(target, ignore_errors=True)
+    for left in directory.glob(".*-partial-*"):  # by processes that were killed
+        remove_leftovers(directory / left.name[1:].partition("-")[0])
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f"{key[:8]}.", suffix=".part", dir=directory))
+        with replaced_folder(target, first_wins=True) as folder:
+            fill(folder)
     except OSError as error:
-        raise UserError(
-            f"the cache folder {directory} cannot be written: {error.strerror}; "
-            "name another one with --cache_dir"
-        ) from None
-    _remove_abandoned(directory)
-    try:
-        fill(scratch)
-        try:
-            scratch.chmod(0o755)  # a temporary folder is closed to others, a shared cache is not
-            scratch.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        what = (
+            "is full; free some space or" if error.errno in _FULL else f"cannot be written: {error.strerror};"
+        )
+        if error.errno in (*_FULL, *_NOT_WRITABLE):
             raise UserError(
-                f"the cache folder {directory} is full; free some space or name another one with --cache_dir"
+                f"the cache folder {directory} {what} name another one with --cache_dir"
             ) from None
         raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return target
-
-
-def remove(folder: Path) -> None:
-    """Take an entry out of the cache, at once and as a whole; another process may do so too."""
-    with contextlib.suppress(FileNotFoundError):
-        unwanted = Path(tempfile.mkdtemp(prefix=f"{folder.name[:8]}.", suffix=".part", dir=folder.parent))
-        try:
-            folder.rename(unwanted / folder.name)
-        finally:
-            shutil.rmtree(unwanted, ignore_errors=True)
-
-
-def _remove_abandoned(directory: Path) -> None:
-    """Remove what killed processes have left unfinished for days."""
-    for scratch in directory.glob("*.part"):
-        try:
-            if time.time() - scratch.stat().st_mtime > _ABANDONED_SECONDS:
-                shutil.rmtree(scratch, ignore_errors=True)
-        except OSError:
-            continue  # another process was faster

@@ -109,14 +109,14 @@ class Tokenizing:
             )
             self._fill(folder, source, counts, encoder, rows)
 
-        entry = cache.entry(self.cache_dir, key, fill)
-        wrong = _damage(entry)
-        if wrong is not None:
-            self.progress(
-                f"{entry} is not what was written there ({wrong}): {source.name} is tokenized again"
-            )
-            cache.remove(entry)
-            entry = cache.entry(self.cache_dir, key, fill)
+        def is_whole(entry: Path) -> bool:
+            if (wrong := _damage(entry)) is not None:
+                self.progress(
+                    f"{entry} is not what was written there ({wrong}): {source.name} is tokenized again"
+                )
+            return wrong is None
+
+        entry = cache.entry(self.cache_dir, key, fill, is_whole)
         meta = read_json(entry / _META)
         return Documents(source, row_format, template.name, _read(entry), meta["content"], meta["rows"])
 

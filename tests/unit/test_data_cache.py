@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -72,14 +72,25 @@ def test_a_full_disk_is_the_user_s_to_mend(tmp_path: Path) -> None:
         cache.entry(tmp_path, "k" * 64, full)
 
 
-def test_what_was_abandoned_long_ago_is_removed(tmp_path: Path) -> None:
-    for name, age in (("old.part", 30), ("new.part", 1)):
-        (tmp_path / name).mkdir()
-        then = time.time() - age * 24 * 3600
-        os.utime(tmp_path / name, (then, then))
+def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
+    left, held = tmp_path / ".abc-partial-abcdefgh", tmp_path / ".def-partial-abcdefgh"
+    left.mkdir()
+    held.mkdir()
+    handle = os.open(held, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)  # as the process does that fills it
     cache.entry(tmp_path, "k" * 64, fill)
-    assert not (tmp_path / "old.part").exists()
-    assert (tmp_path / "new.part").exists()
+    os.close(handle)
+    assert not left.exists()
+    assert held.exists()
+
+
+def test_an_entry_that_is_not_whole_is_made_again(tmp_path: Path) -> None:
+    made = cache.entry(tmp_path, "k" * 64, fill)
+    (made / "content").write_text("damaged")
+    whole = lambda entry: (entry / "content").read_text() == "x"  # noqa: E731
+    assert cache.entry(tmp_path, "k" * 64, fill, whole) == made
+    assert whole(made)
+    assert list(tmp_path.iterdir()) == [made]
 
 
 def test_the_user_s_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ def test_the_second_call_tokenizes_nothing_and_gives_the_same(
     told: list[str] = []
     first, _ = prepare(tmp_path, path, progress=told.append)
     assert any("tokenizing 12 rows" in line for line in told)
-    assert [each.name for each in (tmp_path / "cache").iterdir() if each.suffix == ".part"] == []
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
     def fail(*args: Any) -> None:
         raise AssertionError("tokenized again")
@@ -313,6 +313,21 @@ def test_what_happened_to_the_rows_is_counted(tmp_path: Path) -> None:
     )
     dropped = counts("drop")
     assert dropped.items() >= {**common, "rows_dropped_overlong": 2, "documents": 2}.items()
+
+
+def test_a_blank_answer_in_written_text_is_never_trained(tmp_path: Path) -> None:
+    blank = "### Human: Who?### Assistant: {}### Human: And you?### Assistant: I"
+    for white in ("", " ", "\n \t"):
+        rows = [
+            {"text": blank.format(white)},
+            {"text": f"### Human: Who?### Assistant:{white}"},
+            {"text": f"### Human: Who?### Assistant:{white}### Human: Hm.### Assistant: {white}"},
+        ]
+        corpus, _ = prepare(tmp_path, write(tmp_path / "a.jsonl", rows), template="guanaco")
+        (row,) = corpus.dataset
+        trained = [i for i, target in zip(row["input_ids"], row["mask"], strict=True) if target]
+        assert small_tokenizer().decode(trained) == f" I{END}"
+        assert corpus.statistics.rows_dropped_masked == 2
 
 
 @pytest.mark.parametrize(
