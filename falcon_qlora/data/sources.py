@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import datetime
 import functools
 import hashlib
 import itertools
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from falcon_qlora.common.errors import UserError, first_line, nearest
+from falcon_qlora.common.files import sha256
 from falcon_qlora.data import sample_data
 from falcon_qlora.data.files import Row, data_suffix, iterate_rows
 from falcon_qlora.data.folders import files_of_folder, kinds
@@ -25,6 +27,10 @@ from falcon_qlora.data.origins import Origin
 PACKAGED = "sample"
 
 _SAMPLE_ROWS = 1000
+# A stream's files may be larger than what a start can wait for: those of a source below the first are hashed
+# whole, a second or two of reading; of larger ones so many bytes at either end, with size and time.
+_HASHED_WHOLE_BYTES = 10**9
+_HASHED_END_BYTES = 10**6
 _BATCH_ROWS = 1000
 
 
@@ -67,6 +73,10 @@ class Source(Protocol):
 
     def columns(self) -> list[str]:
         """The columns that rows have."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What a stream reads, in plain values: each file with its size and hash, a hub data set's commit."""
         ...
 
     def rows(self, max_rows: int | None) -> Iterator[tuple[str, Row]]:
@@ -199,6 +209,13 @@ class LocalSource:
                 raise UserError(f"{path}: cannot be read: {error.strerror}") from None
         return digest.hexdigest()
 
+    def describe(self) -> dict[str, Any]:
+        try:
+            whole = sum(path.stat().st_size for path in self.files) < _HASHED_WHOLE_BYTES
+            return {"name": self.name, "files": [_describe_file(path, whole) for path in self.files]}
+        except OSError as error:
+            raise UserError(f"{error.filename or self.name}: cannot be read: {error.strerror}") from None
+
     def read(self, shuffle_files: random.Random | None = None, position: Any = None) -> Rows:
         order = list(range(len(self.files)))
         if shuffle_files is not None:
@@ -237,12 +254,12 @@ class HubSource:
         # The builder derives it from the repository's commit, configuration and split.
         return f"{self.name} {self.config} {self.split} {self._load(streaming=False)._fingerprint}"
 
-    def commit(self) -> str:
-        """That of the repository whose rows are read."""
+    def describe(self) -> dict[str, Any]:
         import datasets
 
         with _hub_errors(self), quiet_datasets():
-            return str(datasets.load_dataset_builder(self.name, self.config).hash)
+            commit = str(datasets.load_dataset_builder(self.name, self.config).hash)
+        return {"name": self.name, "commit": commit}
 
     def read(self, shuffle_files: random.Random | None = None, position: Any = None) -> Rows:
         stream = self._load(streaming=True)
@@ -271,6 +288,20 @@ class HubSource:
     def _load(self, *, streaming: bool) -> Any:
         with _hub_errors(self), quiet_datasets():
             return _load_dataset(self.name, self.config, self.split, streaming)
+
+
+def _describe_file(path: Path, whole: bool) -> dict[str, Any]:
+    about = path.stat()
+    described: dict[str, Any] = {"file": str(path), "bytes": about.st_size}
+    if whole:
+        return described | {"sha256": sha256(path)}
+    with path.open("rb") as opened:
+        digest = hashlib.sha256(opened.read(_HASHED_END_BYTES))
+        opened.seek(-min(_HASHED_END_BYTES, about.st_size), 2)
+        digest.update(opened.read())
+    # Whole seconds: some file systems keep no more.
+    modified = datetime.datetime.fromtimestamp(int(about.st_mtime), datetime.UTC).isoformat()
+    return described | {"modified": modified, "sha256_of_ends": digest.hexdigest()}
 
 
 @functools.lru_cache(maxsize=8)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import hashlib
 import itertools
 import random
 from collections import Counter, deque
@@ -13,8 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from falcon_qlora.common.errors import UserError
-from falcon_qlora.common.files import sha256
 from falcon_qlora.data.cursor import (
     ROWS_TO_RECOGNISE,
     Mix,
@@ -23,16 +19,11 @@ from falcon_qlora.data.cursor import (
     Shuffled,
     State,
 )
-from falcon_qlora.data.formats import recognise, resolve_template
+from falcon_qlora.data.formats import resolve_template
 from falcon_qlora.data.settings import RowSettings
-from falcon_qlora.data.sources import HubSource, LocalSource, find_source
 from falcon_qlora.data.tokens import Encoder, Status
 
 _ROWS_AT_A_TIME = 64
-# A stream's files may be larger than what a start can wait for: those of a source below the first are hashed
-# whole, a second or two of reading; of larger ones so many bytes at either end, with size and time.
-_HASHED_WHOLE_BYTES = 10**9
-_HASHED_END_BYTES = 10**6
 _DROPPED = {
     Status.EMPTY: "rows_dropped_empty",
     Status.MASKED: "rows_dropped_masked",
@@ -148,80 +139,20 @@ def document_of(kept: list[list[int]]) -> dict[str, Any]:
     }
 
 
-def name_parts(
-    *, dataset_name: list[str], dataset_config: str | None = None, dataset_split: str = "train"
-) -> list[str]:
-    """Names of what the origins of a stream's rows count in: each file, or a hub data set."""
-    sources = [find_source(name, config=dataset_config, split=dataset_split) for name in dataset_name]
-    return [part for source in sources for part in source.parts()]
-
-
-def recognise_stream(
-    *,
-    dataset_name: list[str],
-    dataset_config: str | None = None,
-    dataset_split: str = "train",
-    dataset_format: str = "auto",
-    columns: dict[str, str] | None = None,
-    template: str = "auto",
-) -> tuple[str, str]:
+def recognise_stream(settings: RowSettings) -> tuple[str, str]:
     """The format and the template of the first data set's rows, by the columns of its first ones.
 
     Raises:
         UserError: if the data is empty, or its columns fit no format.
     """
-    source = find_source(dataset_name[0], config=dataset_config, split=dataset_split)
+    source = settings.sources()[0]
     head = itertools.islice(source.read(), ROWS_TO_RECOGNISE)
-    row_format, _ = recognise(
-        {column for _, row in head for column in row},
-        columns=columns or {},
-        dataset_format=dataset_format,
-        source=source.name,
-    )
-    return row_format, resolve_template(template, row_format)
-
-
-def describe_sources(
-    *, dataset_name: list[str], dataset_config: str | None = None, dataset_split: str = "train"
-) -> list[State]:
-    """What rows are read from, in plain values: each file with its size and hash, a hub data set's commit.
-
-    Raises:
-        UserError: for data that cannot be found or read.
-    """
-    return [
-        _describe_source(find_source(name, config=dataset_config, split=dataset_split))
-        for name in dataset_name
-    ]
-
-
-def _describe_source(source: Any) -> State:
-    if isinstance(source, HubSource):
-        return {"name": source.name, "commit": source.commit()}
-    assert isinstance(source, LocalSource)
-    try:
-        whole = sum(path.stat().st_size for path in source.files) < _HASHED_WHOLE_BYTES
-        return {"name": source.name, "files": [_describe_file(path, whole) for path in source.files]}
-    except OSError as error:
-        raise UserError(f"{error.filename or source.name}: cannot be read: {error.strerror}") from None
-
-
-def _describe_file(path: Path, whole: bool) -> State:
-    about = path.stat()
-    described: State = {"file": str(path), "bytes": about.st_size}
-    if whole:
-        return described | {"sha256": sha256(path)}
-    with path.open("rb") as opened:
-        digest = hashlib.sha256(opened.read(_HASHED_END_BYTES))
-        opened.seek(-min(_HASHED_END_BYTES, about.st_size), 2)
-        digest.update(opened.read())
-    # Whole seconds: some file systems keep no more.
-    modified = datetime.datetime.fromtimestamp(int(about.st_mtime), datetime.UTC).isoformat()
-    return described | {"modified": modified, "sha256_of_ends": digest.hexdigest()}
+    row_format, _ = settings.recognise({column for _, row in head for column in row}, source.name)
+    return row_format, resolve_template(settings.template, row_format)
 
 
 def changed_source(before: list[State], now: list[State]) -> str | None:
-    """What differs between two descriptions of sources, with its file; None where rows are the same.
+    """What differs between sources as `Source.describe` told them, with its file; None where nothing does.
 
     Where the files lie does not matter, nor what they are called.
     """

@@ -156,13 +156,8 @@ def _streamed_data(data: DataArguments, run: RunArguments, tokenizer: Any, *, to
 
     from falcon_qlora.data.cursor import State
     from falcon_qlora.data.formats import load_template
-    from falcon_qlora.data.stream import (
-        DocumentStream,
-        describe_sources,
-        name_parts,
-        recognise_stream,
-        stream_documents,
-    )
+    from falcon_qlora.data.settings import RowSettings
+    from falcon_qlora.data.stream import DocumentStream, recognise_stream, stream_documents
     from falcon_qlora.models.tokenizer import tokenizer_fingerprint
 
     settings = row_settings(data) | {"max_rows": data.max_rows}
@@ -174,20 +169,9 @@ def _streamed_data(data: DataArguments, run: RunArguments, tokenizer: Any, *, to
     held_out = None
     if data.eval_split is not None:
         held_out = agreement.main_process_first(lambda: held_out_alone(data, tokenizer, seed=run.seed))
-    of_sources: dict[str, Any] = {
-        "dataset_name": data.dataset_name,
-        "dataset_config": data.dataset_config,
-        "dataset_split": data.dataset_train_split,
-    }
-    dataset_format, template = agreement.main_process_first(
-        lambda: recognise_stream(
-            **of_sources,
-            dataset_format=data.dataset_format,
-            columns=data.columns(),
-            template=data.template,
-        )
-    )
-    sources = agreement.from_main_process(lambda: describe_sources(**of_sources))
+    rows = RowSettings(**row_settings(data))
+    dataset_format, template = agreement.main_process_first(lambda: recognise_stream(rows))
+    sources = agreement.from_main_process(lambda: [source.describe() for source in rows.sources()])
     first = next(documents(0, shuffle_buffer=1), None)
     if first is None:
         raise UserError(f"{', '.join(data.dataset_name)}: no row has an answer to train on")
@@ -205,7 +189,7 @@ def _streamed_data(data: DataArguments, run: RunArguments, tokenizer: Any, *, to
         total_steps=run.max_steps,
         epochs=None,
         dataset=datasets.Dataset.from_list([first]),
-        names=RowNames(name_parts(**of_sources)),
+        names=RowNames([part for source in rows.sources() for part in source.parts()]),
         statistics=None,
         held_out=held_out,
         record={

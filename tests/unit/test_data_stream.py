@@ -23,6 +23,7 @@ from falcon_qlora.common.errors import UserError
 from falcon_qlora.data import files, sources
 from falcon_qlora.data import stream as streams
 from falcon_qlora.data.corpus import prepare_corpora
+from falcon_qlora.data.sources import find_source
 from falcon_qlora.data.stream import stream_documents
 from tests.small_tokenizer import small_tokenizer
 
@@ -228,13 +229,13 @@ class TestDescription:
     def test_a_small_source_is_hashed_whole_and_a_large_one_at_its_ends(self, tmp_path, monkeypatch):
         file = tmp_path / "rows.jsonl"
         file.write_bytes(b"a" * 10 + b"b" * 10 + b"c" * 10)
-        (small,) = streams.describe_sources(dataset_name=[str(file)])
+        small = find_source(str(file)).describe()
         whole = hashlib.sha256(file.read_bytes()).hexdigest()
         assert small["files"] == [{"file": str(file), "bytes": 30, "sha256": whole}]
-        monkeypatch.setattr(streams, "_HASHED_WHOLE_BYTES", 30)
-        monkeypatch.setattr(streams, "_HASHED_END_BYTES", 10)
+        monkeypatch.setattr(sources, "_HASHED_WHOLE_BYTES", 30)
+        monkeypatch.setattr(sources, "_HASHED_END_BYTES", 10)
         os.utime(file, (0, 86400))
-        before = streams.describe_sources(dataset_name=[str(file)])
+        before = [find_source(str(file)).describe()]
         ends = hashlib.sha256(b"a" * 10 + b"c" * 10).hexdigest()
         about = {"modified": "1970-01-02T00:00:00+00:00", "sha256_of_ends": ends}
         assert before[0]["files"] == [{"file": str(file), "bytes": 30, **about}]
@@ -245,14 +246,14 @@ class TestDescription:
         ):
             file.write_bytes(content)
             os.utime(file, (0, when))
-            found = streams.changed_source(before, streams.describe_sources(dataset_name=[str(file)]))
+            found = streams.changed_source(before, [find_source(str(file)).describe()])
             assert found is None if told is None else told in found
 
     def test_a_data_set_of_the_hub_is_known_by_its_commit(self, monkeypatch):
         def at(commit: str) -> list[Any]:
             builder = SimpleNamespace(hash=commit)
             monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, config: builder)
-            return streams.describe_sources(dataset_name=["some/data"])
+            return [find_source("some/data").describe()]
 
         assert at("c0ffee") == [{"name": "some/data", "commit": "c0ffee"}]
         assert streams.changed_source(at("c0ffee"), at("c0ffee")) is None
