@@ -69,7 +69,6 @@ READERS = {
     "common/untrusted.py": test_untrusted.test_no_model_makes_the_loader_crash,
     "common/settings.py": None,
     "commands/train.py": None,
-    "data/stream.py": None,  # hashes what `data/files.py` reads
     "processes/ranks.py": None,
     "processes/endings.py": None,
     "common/files.py": None,
