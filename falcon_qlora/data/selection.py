@@ -70,7 +70,7 @@ def draw(source: np.ndarray, row: np.ndarray, weights: Sequence[float] | None, s
     if weights is None:
         return np.arange(len(row))
     total, shares = len(np.unique(row)), np.array(weights, dtype=np.float64) / np.sum(weights)
-    drawn = []
+    drawn: list[np.ndarray] = []
     for index, share in enumerate(shares):
         documents = np.flatnonzero(source == index)
         rows = np.unique(row[documents])
