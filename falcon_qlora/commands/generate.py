@@ -70,7 +70,9 @@ def main(argv: list[str]) -> int:
         print("note: computed in bfloat16: FP8 products are for packed documents", file=sys.stderr)
     model, tokenizer = load_adapted(source)
     template = _template(configuration, record, tokenizer.special_tokens_map)
-    speaker = _Speaker(model, tokenizer, template, wanted, seed=configuration.run.seed)
+    speaker = _Speaker(
+        model=model, tokenizer=tokenizer, template=template, wanted=wanted, seed=configuration.run.seed
+    )
     if wanted.chat:
         speaker.chat()
         return 0
@@ -81,40 +83,38 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+@dataclass(kw_only=True)
 class _Speaker:
     """A loaded model, and how it is spoken to.
 
-    Args:
+    Attributes:
         template: writes the prompts.
         wanted: the command's settings.
         seed: of the draws.
     """
 
-    def __init__(
-        self, model: Any, tokenizer: Any, template: Template, wanted: GenerateArguments, *, seed: int
-    ):
-        self._model = model
-        self._tokenizer = tokenizer
-        self._template = template
-        self._wanted = wanted
-        self._seed = seed
+    model: Any
+    tokenizer: Any
+    template: Template
+    wanted: GenerateArguments
+    seed: int
 
     def answer(self, prompt: str) -> None:
         """Print the answer to one prompt as it comes."""
         from falcon_qlora.data.templates import Turn
         from falcon_qlora.methods.interface import method_of
 
-        if (ending := _ending(self._template)) and prompt.rstrip().endswith(ending):
+        if (ending := _ending(self.template)) and prompt.rstrip().endswith(ending):
             print(
-                f"note: the prompt ends with {ending!r}, which template {self._template.name} writes around "
+                f"note: the prompt ends with {ending!r}, which template {self.template.name} writes around "
                 "it once more; --template none takes it as it is",
                 file=sys.stderr,
             )
         turns = [Turn("user", prompt)]
-        if not self._wanted.compare:
+        if not self.wanted.compare:
             self._print("", turns)
             return
-        with method_of(self._model).disabled(self._model):
+        with method_of(self.model).disabled(self.model):
             self._print("base:    ", turns)
         self._print("adapter: ", turns)
 
@@ -140,13 +140,13 @@ class _Speaker:
         print(name, end="", flush=True)
         text = ""
         pieces = generate_stream(
-            self._model,
-            self._tokenizer,
-            prompt_ids(self._template, turns, self._tokenizer),
-            max_new_tokens=self._wanted.max_new_tokens,
-            temperature=self._wanted.temperature,
-            top_p=self._wanted.top_p,
-            seed=self._seed,
+            self.model,
+            self.tokenizer,
+            prompt_ids(self.template, turns, self.tokenizer),
+            max_new_tokens=self.wanted.max_new_tokens,
+            temperature=self.wanted.temperature,
+            top_p=self.wanted.top_p,
+            seed=self.seed,
         )
         for piece in pieces:
             # The space that a template leaves between its marker and the answer is not for reading.

@@ -99,7 +99,40 @@ class Lora(Method):
 
     @classmethod
     def read_folder(cls, folder: Path, record: dict[str, Any]) -> Lora:
-        return read_lora(folder / "adapter_config.json", slices=record.get("lora_slices"))
+        # Of slices PEFT knows nothing.
+        file, slices = folder / "adapter_config.json", record.get("lora_slices")
+        settings = read_json(file)
+        if settings.get("peft_type") != "LORA":
+            raise UserError(f"{file}: peft_type is {settings.get('peft_type')!r}; only LORA can be read.")
+        _refuse_what_is_not_trained_here(settings, file)
+        r, alpha, dropout, targets = (
+            settings.get(name) for name in ("r", "lora_alpha", "lora_dropout", "target_modules")
+        )
+        fits = {
+            "r": is_count(r, least=1, most=2**16),
+            "lora_alpha": is_number(alpha) and 0 < alpha <= 2**20,
+            "lora_dropout": dropout is None or (is_number(dropout) and 0 <= dropout < 1),
+            "target_modules": isinstance(targets, list)
+            and bool(targets)
+            and all(isinstance(name, str) and re.fullmatch(r"\w+", name) for name in targets),
+        }
+        for name in fits:
+            if not fits[name]:
+                told = str(settings.get(name))[:80]
+                raise UserError(f"{file}: {name} is {told!r}, which is not what LoRA here takes")
+        parts = len(set(slices)) if slices else 1
+        if r % parts:
+            raise UserError(f"{file}: r is {r}, which {parts} slices cannot share")
+        return cls(
+            r=r // parts,
+            alpha=alpha / parts if alpha % parts else alpha // parts,
+            dropout=float(dropout or 0),
+            # PEFT writes a set: in any order. Slices say of what they are.
+            target_modules=None if slices and len(targets) == 1 else tuple(sorted(set(targets))),
+            slices=tuple(slices) if slices else None,
+            use_rslora=settings.get("use_rslora") is True,
+            use_dora=settings.get("use_dora") is True,
+        )
 
     @property
     def short(self) -> str:
@@ -240,50 +273,6 @@ def attach_lora(model: PreTrainedModel, *, seed: int = 0, **settings: Any) -> Pe
     """`Lora` with these settings, whose names may come as lists, attached to a model from `load_model`."""
     plain = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
     return Lora(**plain).attach(model, seed=seed)
-
-
-def read_lora(file: Path, *, slices: list[str] | None) -> Lora:
-    """The LoRA that PEFT's settings in `file`, which others may have written, are of.
-
-    Args:
-        file: PEFT's ``adapter_config.json``.
-        slices: of the fused projection, where only they were trained, which PEFT knows nothing of.
-
-    Raises:
-        UserError: if it is not what is trained here.
-    """
-    settings = read_json(file)
-    if settings.get("peft_type") != "LORA":
-        raise UserError(f"{file}: peft_type is {settings.get('peft_type')!r}; only LORA can be read.")
-    _refuse_what_is_not_trained_here(settings, file)
-    r, alpha, dropout, targets = (
-        settings.get(name) for name in ("r", "lora_alpha", "lora_dropout", "target_modules")
-    )
-    fits = {
-        "r": is_count(r, least=1, most=2**16),
-        "lora_alpha": is_number(alpha) and 0 < alpha <= 2**20,
-        "lora_dropout": dropout is None or (is_number(dropout) and 0 <= dropout < 1),
-        "target_modules": isinstance(targets, list)
-        and bool(targets)
-        and all(isinstance(name, str) and re.fullmatch(r"\w+", name) for name in targets),
-    }
-    for name in fits:
-        if not fits[name]:
-            told = str(settings.get(name))[:80]
-            raise UserError(f"{file}: {name} is {told!r}, which is not what LoRA here takes")
-    parts = len(set(slices)) if slices else 1
-    if r % parts:
-        raise UserError(f"{file}: r is {r}, which {parts} slices cannot share")
-    return Lora(
-        r=r // parts,
-        alpha=alpha / parts if alpha % parts else alpha // parts,
-        dropout=float(dropout or 0),
-        # PEFT writes a set: in any order. Slices say of what they are.
-        target_modules=None if slices and len(targets) == 1 else tuple(sorted(set(targets))),
-        slices=tuple(slices) if slices else None,
-        use_rslora=settings.get("use_rslora") is True,
-        use_dora=settings.get("use_dora") is True,
-    )
 
 
 def _refuse_what_is_not_trained_here(settings: dict[str, Any], source: Path) -> None:
