@@ -105,16 +105,15 @@ class Lora(Method):
         if settings.get("peft_type") != "LORA":
             raise UserError(f"{file}: peft_type is {settings.get('peft_type')!r}; only LORA can be read.")
         _refuse_what_is_not_trained_here(settings, file)
-        r, alpha, dropout, targets = (
-            settings.get(name) for name in ("r", "lora_alpha", "lora_dropout", "target_modules")
-        )
+        names = ("r", "lora_alpha", "lora_dropout", "target_modules")
+        given: list[Any] = [settings.get(name) for name in names]
+        r, alpha, dropout, targets = given
+        are_names = isinstance(targets, list) and all(re.fullmatch(r"\w+", str(each)) for each in targets)
         fits = {
             "r": is_count(r, least=1, most=2**16),
             "lora_alpha": is_number(alpha) and 0 < alpha <= 2**20,
             "lora_dropout": dropout is None or (is_number(dropout) and 0 <= dropout < 1),
-            "target_modules": isinstance(targets, list)
-            and bool(targets)
-            and all(isinstance(name, str) and re.fullmatch(r"\w+", name) for name in targets),
+            "target_modules": are_names and all(isinstance(each, str) for each in targets) and targets,
         }
         for name in fits:
             if not fits[name]:
@@ -271,7 +270,9 @@ class Lora(Method):
 
 def attach_lora(model: PreTrainedModel, *, seed: int = 0, **settings: Any) -> PeftModel:
     """`Lora` with these settings, whose names may come as lists, attached to a model from `load_model`."""
-    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    plain: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
+    }
     return Lora(**plain).attach(model, seed=seed)
 
 

@@ -78,11 +78,12 @@ def load_adapter(
             double_quantization=double_quantization,
             revision=revision,
         )
+    model: Any = base_model
     if saved is not None:
-        saved.check(base_model.config)
+        saved.check(model.config)
     method = METHODS[record["method"]]() if saved is None else saved.method
-    model: nn.Module = method.open(base_model, path, trainable=trainable)
-    return model
+    opened: nn.Module = method.open(model, path, trainable=trainable)
+    return opened
 
 
 def may_open(name: str, what: str, record: dict[str, Any], folder: Path) -> bool:
