@@ -10,8 +10,8 @@ import torch
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.quantities import GIB
-from falcon_qlora.config import Configuration
 from falcon_qlora.config.arguments import RunArguments
+from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.fast_path import reason_left_alone, runs_fast
 from falcon_qlora.processes import agreement, devices, ranks
 
@@ -56,10 +56,16 @@ class Activations:
         return "; ".join(told)
 
 
-def choose_activations(configuration: Configuration, model: Any, kernels: dict[str, str]) -> Activations:
+def choose_activations(
+    run: RunArguments, model: Any, kernels: dict[str, str], *, max_length: int, optimizer: str
+) -> Activations:
     """Set what each block keeps: as `--checkpointing` says, on auto as much as there is memory for.
 
     Args:
+        run: says so, and how many sequences a micro-batch and a step have.
+        model: with a method attached.
+        max_length: tokens of a sequence.
+        optimizer: by the trainer's name.
         kernels: from `choose_kernels`.
 
     Raises:
@@ -67,7 +73,7 @@ def choose_activations(configuration: Configuration, model: Any, kernels: dict[s
     """
     from falcon_qlora.models.activations import blocks_of, set_checkpointing
 
-    wanted = configuration.run.checkpointing
+    wanted = run.checkpointing
     count = len(blocks_of(model))
     left = [what for what in kernels.values() if not runs_fast(what)] if kernels else ["--kernels off"]
     if wanted == "selective" and left:
@@ -80,7 +86,7 @@ def choose_activations(configuration: Configuration, model: Any, kernels: dict[s
     device = devices.local_device()
     predicted, kept = None, False
     if device.type == "cuda":
-        step = _step(configuration, model, fast=not left)
+        step = _step(run, model, max_length=max_length, optimizer=optimizer, fast=not left)
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(device)[0]
         if wanted == "auto":
@@ -102,18 +108,17 @@ def _keep_fp8_weights(model: Any, step: Step, blocks: list[Checkpointing], free_
     return True
 
 
-def _step(configuration: Configuration, model: Any, *, fast: bool) -> Step:
+def _step(run: RunArguments, model: Any, *, max_length: int, optimizer: str, fast: bool) -> Step:
     from falcon_qlora.models import step_memory
     from falcon_qlora.models.sharded import is_sharded, local_count
 
-    run, config = configuration.run, model.config
+    config, method = model.config, method_of(model)
     a_micro_batch = run.per_device_train_batch_size * ranks.world_size()
     several = run.gradient_accumulation_steps > 1 or (run.global_batch_size or 0) > a_micro_batch
-    method = configuration.method
     trainable_bytes = 4 if method.trains_in_float32 else model.dtype.itemsize
     return step_memory.Step(
         config=config,
-        tokens=run.per_device_train_batch_size * configuration.data.max_length,
+        tokens=run.per_device_train_batch_size * max_length,
         trainable=local_count(model),
         trainable_bytes=trainable_bytes,
         gradients_stay=several or (ranks.world_size() > 1 and not is_sharded(model)),
@@ -122,7 +127,7 @@ def _step(configuration: Configuration, model: Any, *, fast: bool) -> Step:
         **method.step_memory(),
         value_bytes=model.dtype.itemsize,
         optimizer_bytes=step_memory.allocated_optimizer_bytes(
-            configuration.optimizer,
+            optimizer,
             trainable_bytes,
             embedded=step_memory.embedded_share(config) if method.is_whole else 0.0,
         ),

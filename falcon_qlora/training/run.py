@@ -51,7 +51,9 @@ def _train(configuration: Configuration, lock: RunLock) -> Path:
     model = build.model_with_adapter(base, method, tokenizer, seed=run.seed)
     kernels = choose_kernels(model, kernels=base.kernels, compute_dtype=base.compute_dtype)
     notes = shard_if_wanted(configuration, model)
-    activations = choose_activations(configuration, model, kernels)
+    activations = choose_activations(
+        run, model, kernels, max_length=max_length, optimizer=configuration.optimizer
+    )
 
     check_disk(
         start.directory,

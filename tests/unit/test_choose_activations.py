@@ -42,12 +42,20 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Choose:
         kernels = choose_kernels(
             model, kernels=configuration.model.kernels, compute_dtype=configuration.model.compute_dtype
         )
+        optimizer = configuration.optimizer  # of the trainer's settings, made for this machine
         with monkeypatch.context() as gpu:
             gpu.setattr(devices, "local_device", lambda: torch.device("cuda", 0))
             gpu.setattr(torch.cuda, "empty_cache", lambda: None)
             gpu.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * GIB))
             gpu.setattr(torch.cuda, "memory_allocated", lambda device: kept(model))
-            return choose_activations(configuration, model, kernels), model
+            activations = choose_activations(
+                configuration.run,
+                model,
+                kernels,
+                max_length=configuration.data.max_length,
+                optimizer=optimizer,
+            )
+        return activations, model
 
     return chosen
 
