@@ -13,38 +13,30 @@ from typing import Any
 import torch
 
 from falcon_qlora.data.origins import Origin
-from falcon_qlora.step.micro_batches import MOST_HALVINGS
 
+MOST_HALVINGS = 8  # of micro-batches, for want of memory
 NOTES = 3 + MOST_HALVINGS
+# Where the notes hold what was wished for.
+_WISHES = slice(1, 3)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Notes:
-    """What a process tells the others with its gradients.
+def notes(loss: torch.Tensor, *, stop: bool = False, save: bool = False, halvings: int = 0) -> torch.Tensor:
+    """What a process tells the others with its gradients, to be added up; made without waiting.
 
-    Attributes:
+    Args:
         loss: its part of the global batch's mean loss.
         stop: it was asked to stop.
         save: it wants a checkpoint.
-        halvings: how often it had to halve its micro batches for want of memory.
+        halvings: how often it had to halve its micro-batches.
+
+    Returns:
+        float32 ``[NOTES]``.
     """
-
-    loss: torch.Tensor
-    stop: bool = False
-    save: bool = False
-    halvings: int = 0
-
-    def tensor(self) -> torch.Tensor:
-        """float32 ``[NOTES]``, to be added up over the processes; made without waiting."""
-        reached = [float(count < self.halvings) for count in range(MOST_HALVINGS)]
-        rest = torch.tensor([float(self.stop), float(self.save), *reached])
-        if self.loss.is_cuda:
-            rest = rest.pin_memory().to(self.loss.device, non_blocking=True)
-        return torch.cat([self.loss.detach().float().reshape(1), rest])
-
-
-# Where a summed `Notes.tensor` holds what was wished for.
-_WISHES = slice(1, 3)
+    reached = [float(count < halvings) for count in range(MOST_HALVINGS)]
+    rest = torch.tensor([float(stop), float(save), *reached])
+    if loss.is_cuda:
+        rest = rest.pin_memory().to(loss.device, non_blocking=True)
+    return torch.cat([loss.detach().float().reshape(1), rest])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from falcon_qlora.data.batches import Share
 from falcon_qlora.models import zero3
 from falcon_qlora.models.sharded import is_sharded
 from falcon_qlora.processes import stop_signals
-from falcon_qlora.step.agreed import Notes, Reports, StepReport
+from falcon_qlora.step.agreed import Reports, StepReport, notes
 from falcon_qlora.step.bad_steps import BadSteps
 from falcon_qlora.step.loss import accumulate_gradients
 from falcon_qlora.step.reduction import Reduction, ShardedReduction
@@ -109,9 +109,9 @@ class Step:
             halvings=self.halvings,
         )
         stop = stop_signals.asked_to_stop() is not None
-        notes = Notes(loss=loss, stop=stop, save=self._wants_save(), halvings=halvings)
+        told = notes(loss, stop=stop, save=self._wants_save(), halvings=halvings)
         self._at(share.step + 1, 2, "adding up the gradients")
-        agreed = self.reduction(notes.tensor())
+        agreed = self.reduction(told)
         whole = agreed[0].isfinite()
         self.gradient_norm = self._clip(model)
         bad = ~whole

@@ -7,7 +7,9 @@ gradients: there memory that runs out ends the run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +19,7 @@ from falcon_qlora.data.batches import Share
 from falcon_qlora.data.packing import MicroBatch
 from falcon_qlora.models.packed_attention import Sequences
 from falcon_qlora.processes.devices import free_memory
-from falcon_qlora.step.micro_batches import MOST_HALVINGS, halved
+from falcon_qlora.step.agreed import MOST_HALVINGS
 from falcon_qlora.step.reduction import Reduction
 
 
@@ -54,9 +56,9 @@ def accumulate_gradients(
 ) -> tuple[torch.Tensor, int]:
     """Leave in the trainable parameters this process's part of the gradient of the global batch's mean loss.
 
-    The loss of every micro batch is divided by the target tokens of the whole global batch, so a token
-    weighs the same on whatever process and in whatever micro batch it is. Where memory runs out, the micro
-    batches are halved and all of them are done again, unless the model is sharded.
+    The loss of every micro-batch is divided by the target tokens of the whole global batch, so a token
+    weighs the same on whatever process and in whatever micro-batch it is. Where memory runs out, the
+    micro-batches are halved and all of them are retried, unless the model is sharded.
 
     Args:
         model: as Accelerate prepared it.
@@ -64,7 +66,7 @@ def accumulate_gradients(
         device: of the model.
         reduction: holds the gradients.
         backward: Accelerate's, which scales the loss in fp16.
-        halvings: how often to halve the micro batches from the start.
+        halvings: how often to halve the micro-batches from the start.
 
     Returns:
         A float32 scalar, detached: the sum over the processes is the global batch's mean loss. And the
@@ -75,27 +77,27 @@ def accumulate_gradients(
         torch.OutOfMemoryError: if it runs out and the model is sharded: each forward takes all processes.
     """
 
-    def backward_of(loss: torch.Tensor) -> None:
-        backward(loss * reduction.weight if reduction.weight != 1 else loss)
+    def backward_each(batches: list[MicroBatch]) -> torch.Tensor:
+        reduction.clear()
+        total = torch.zeros((), device=device)
+        for batch in batches:
+            loss = sum_of_losses(model, batch.to(device)) * (1 / share.global_targets)
+            backward(loss * reduction.weight if reduction.weight != 1 else loss)
+            total += loss.detach()
+        return total
 
-    while True:
-        batches = [part for batch in share.micro_batches for part in halved(batch, halvings)]
-        reduction.clear()
-        loss = _backward_each(
-            model, batches, 1 / share.global_targets, device, backward_of, can_fail=reduction.can_retry
+    try:
+        return _retried(
+            backward_each, share.micro_batches, halvings, can_retry=reduction.can_retry, undo=reduction.clear
         )
-        if loss is not None:
-            return loss, halvings
-        # The failed pass is gone from the stack by now, and with it what it held.
-        reduction.clear()
-        free_memory()
-        if halvings == MOST_HALVINGS or all(len(batch.lengths) == 1 for batch in batches):
-            longest = max(length for batch in batches for length in batch.lengths)
-            raise UserError(
-                f"out of memory at step {share.step + 1} with a single document of {longest:,} tokens, which "
-                "cannot be split: lower --max_length, or give --checkpointing full"
-            )
-        halvings += 1
+    except torch.OutOfMemoryError:
+        if not reduction.can_retry:
+            raise
+    longest = max(length for batch in share.micro_batches for length in batch.lengths)
+    raise UserError(
+        f"out of memory at step {share.step + 1} with a single document of {longest:,} tokens, which "
+        "cannot be split: lower --max_length, or give --checkpointing full"
+    )
 
 
 @torch.no_grad()
@@ -106,7 +108,7 @@ def evaluated(
 
     Args:
         model: in evaluation mode.
-        batch: on the host. Where memory runs out, it is done again in halves.
+        batch: on the host. Where memory runs out, it is retried in halves.
         device: of the model.
         halvings: how often to halve it from the start.
         can_retry: false of a sharded model: each forward takes all processes.
@@ -114,38 +116,67 @@ def evaluated(
     Raises:
         torch.OutOfMemoryError: if memory runs out with a single document, or none can be tried again.
     """
-    while True:
-        pieces = halved(batch, halvings)
+
+    def add_up(batches: list[MicroBatch]) -> torch.Tensor:
         total = torch.zeros((), device=device, dtype=torch.float64)
+        for each in batches:
+            total += sum_of_losses(model, each.to(device)).double()
+        return total
+
+    return _retried(add_up, [batch], halvings, can_retry=can_retry)[0]
+
+
+def _retried(
+    work: Callable[[list[MicroBatch]], torch.Tensor],
+    batches: Sequence[MicroBatch],
+    halvings: int,
+    *,
+    can_retry: bool,
+    undo: Callable[[], None] = lambda: None,
+) -> tuple[torch.Tensor, int]:
+    """Do `work` on the batches, in halves of halves where memory runs out.
+
+    Returns:
+        What it returns, and how often they were halved.
+
+    Raises:
+        torch.OutOfMemoryError: where they cannot be halved again.
+    """
+    while True:
+        parts = [part for batch in batches for part in halved(batch, halvings)]
         try:
-            for piece in pieces:
-                total += sum_of_losses(model, piece.to(device)).double()
-            return total
+            return work(parts), halvings
         except torch.OutOfMemoryError:
-            if not can_retry or halvings == MOST_HALVINGS or len(pieces) == len(batch.lengths):
+            if not can_retry or halvings == MOST_HALVINGS or all(len(part.lengths) == 1 for part in parts):
                 raise
+        # The failed pass is gone from the stack by now, and with it what it held.
+        undo()
         free_memory()
         halvings += 1
 
 
-def _backward_each(
-    model: nn.Module,
-    batches: list[MicroBatch],
-    weight: float,
-    device: torch.device,
-    backward: Callable[[torch.Tensor], None],
-    *,
-    can_fail: bool,
-) -> torch.Tensor | None:
-    """The sum of the weighted losses; None where memory runs out and that `can_fail`."""
-    total = torch.zeros((), device=device)
-    try:
-        for batch in batches:
-            loss = sum_of_losses(model, batch.to(device)) * weight
-            backward(loss)
-            total += loss.detach()
-    except torch.OutOfMemoryError:
-        if not can_fail:
-            raise
-        return None
-    return total
+def halved(batch: MicroBatch, times: int) -> list[MicroBatch]:
+    """`batch` in up to 2^times parts of whole documents with about the same number of positions each."""
+    documents = len(batch.lengths)
+    if times == 0 or documents == 1:
+        return [batch]
+    starts = batch.cu_seqlens.tolist()
+    middle = min(range(1, documents), key=lambda place: abs(2 * starts[place] - starts[-1]))
+    parts = (_documents(batch, starts, 0, middle), _documents(batch, starts, middle, documents))
+    return [smaller for part in parts for smaller in halved(part, times - 1)]
+
+
+def _documents(batch: MicroBatch, starts: list[int], first: int, last: int) -> MicroBatch:
+    begin, end = starts[first], starts[last]
+    within = (batch.target_positions >= begin) & (batch.target_positions < end)
+    changes: dict[str, Any] = {
+        "input_ids": batch.input_ids[:, begin:end],
+        "position_ids": batch.position_ids[:, begin:end],
+        "cu_seqlens": batch.cu_seqlens[first : last + 1] - begin,
+        "target_positions": batch.target_positions[within] - begin,
+        "targets": batch.targets[within],
+        "lengths": batch.lengths[first:last],
+        # Which of the positions are padding is not known here, and nothing in a step asks.
+        "tokens": min(batch.tokens, end - begin),
+    }
+    return replace(batch, **changes)

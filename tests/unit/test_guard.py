@@ -16,9 +16,9 @@ from torch.distributed.flight_recorder.components.loader import read_dump
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.packing import collate
 from falcon_qlora.processes.watchdog import describe, record_collectives, write_record
-from falcon_qlora.step.agreed import Notes, Reports, StepReport
+from falcon_qlora.step.agreed import Reports, StepReport, notes
 from falcon_qlora.step.bad_steps import BadSteps
-from falcon_qlora.step.micro_batches import halved
+from falcon_qlora.step.loss import halved
 from falcon_qlora.training.disk import predicted_bytes
 
 
@@ -49,8 +49,8 @@ def test_a_loss_that_jumps_is_told_and_one_that_wavers_is_not() -> None:
 
 
 def test_reports_come_a_step_late_and_notes_are_what_any_process_says() -> None:
-    one = Notes(loss=torch.tensor(0.25), halvings=1).tensor()
-    other = Notes(loss=torch.tensor(0.5), stop=True, halvings=3).tensor()
+    one = notes(torch.tensor(0.25), halvings=1)
+    other = notes(torch.tensor(0.5), stop=True, halvings=3)
     reports = Reports()
     origins = ((0, 7), (1, 2))
     reports.put(4, one + other, torch.tensor(False), origins)

@@ -22,7 +22,7 @@ from trl import SFTTrainer
 from falcon_qlora.checkpoint.process_state import seed_anew
 from falcon_qlora.config import parse
 from falcon_qlora.processes import devices
-from falcon_qlora.step.agreed import Notes, Reports
+from falcon_qlora.step.agreed import Reports, notes
 from falcon_qlora.step.reduction import Reduction
 
 
@@ -64,8 +64,8 @@ def test_the_trainer_computes_in_the_models_dtype(
 
 def test_a_wish_to_stop_has_been_heeded_when_a_run_goes_on() -> None:
     before, after = Reports(), Reports()
-    notes = Notes(loss=torch.tensor(0.5), stop=True, save=True, halvings=2).tensor()
-    before.put(7, notes, torch.tensor(False))
+    told = notes(torch.tensor(0.5), stop=True, save=True, halvings=2)
+    before.put(7, told, torch.tensor(False))
     after.load_state(before.state())
     (report,) = after.take(newest=True)
     assert (report.step, report.loss, report.halvings) == (7, 0.5, 2)
