@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from falcon_qlora.common.errors import UserError
@@ -24,8 +25,6 @@ from falcon_qlora.models.tensor_files import read_tensor
 from falcon_qlora.processes import devices
 from falcon_qlora.step.loss import sum_of_losses
 from falcon_qlora.terminal.console import note
-
-from peft import PeftModel  # isort: skip  # after bitsandbytes, see models/quantize.py
 
 _PROBE = "probe"
 _PROBE_LENGTHS = (24, 40)

@@ -20,7 +20,7 @@ from falcon_qlora.checkpoint import manifest
 from falcon_qlora.common.errors import UserError, one_line
 from falcon_qlora.common.files import sha256
 from falcon_qlora.common.record_files import CERTIFICATE, check_format
-from falcon_qlora.common.untrusted import file_beside, is_count, read_json, read_yaml, refuse_links
+from falcon_qlora.common.untrusted import file_beside, is_count, read_json, refuse_links
 from falcon_qlora.merge.folder import parameter_shapes
 from falcon_qlora.methods.adapter_folder import CONFIG, RECORD, TENSORS, read_adapter, read_record
 from falcon_qlora.methods.open_adapter import may_open
@@ -128,7 +128,7 @@ def inspect_folder(folder: Path) -> Inspection:
 
 def _run(run: RunDirectory) -> Inspection:
     found = Inspection("run")
-    config = found.attempt(lambda: read_yaml(run.config_file)) or {}
+    config = found.attempt(run.read_config) or {}
     if config:
         method = found.attempt(lambda: method_from(config, run.config_file))
         found.add("method", method and method.describe())

@@ -33,6 +33,12 @@ def check_format(record: Mapping[str, Any], what: str, newest: int = 1) -> None:
         raise UserError(f"{what}: format {found} is newer than this falcon_qlora reads; update it")
 
 
+def without_format(record: Mapping[str, Any], what: str, newest: int = 1) -> dict[str, Any]:
+    """A record without the number of its form, which `check_format` has checked."""
+    check_format(record, what, newest)
+    return {name: value for name, value in record.items() if name != "format"}
+
+
 def is_record(file: Path) -> bool:
     """Whether a file of settings is a run's own, and no one else's that happens to be called so."""
     others = set(SIGNS_OF_A_RUN) - {SETTINGS}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from falcon_qlora.common.errors import UserError, nearest
+from falcon_qlora.common.record_files import without_format
 from falcon_qlora.common.settings import settings_of
 from falcon_qlora.common.untrusted import YAML_LIMIT_BYTES, parse_yaml, read_text
 from falcon_qlora.config.arguments import our_settings
@@ -47,10 +48,14 @@ class _Once(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
         _, earlier = getattr(namespace, self.dest, (None, option_string))
         if _spelled(earlier) != _spelled(option_string):
-            raise UserError(f"{earlier} and {option_string} are the same setting; give one of them")
+            raise _same(earlier, option_string)
         if self.dest == "config" and hasattr(namespace, "config"):
             raise UserError("--config is given twice; give one file")
         setattr(namespace, self.dest, (self.const if self.nargs == 0 else values, option_string))
+
+
+def _same(earlier: str, flag: str) -> UserError:
+    return UserError(f"{earlier} and {flag} are the same setting; give one of them")
 
 
 def _spelled(flag: str) -> str:
@@ -116,12 +121,14 @@ class FalconParser(argparse.ArgumentParser):
             UserError: for an unknown name, or a value that does not fit.
         """
         values: dict[str, Any] = {}
+        named: dict[str, str] = {}
         for key, value in given.items():
             name = self.key_of.get(key)
             if name is None:
                 raise self._unknown(f"--{key}")
-            if name in values:
-                raise UserError(f"--{key} is given twice, as {name} too; give one of them")
+            if name in named:
+                raise _same(named[name], f"--{key}")
+            named[name] = f"--{key}"
             values[name] = self.settings[name].read(value, f"--{key}")
         return Layer(origin=FLAG, values=values, rank=3)
 
@@ -133,7 +140,10 @@ class FalconParser(argparse.ArgumentParser):
         """
         flags_only = {"config", *self.extra_names}
         values: dict[str, Any] = {}
-        for key, value in _read_mapping(path, origin).items():
+        content = _read_mapping(path, origin)
+        if isinstance(content.get("format"), int):  # a run's; else an unknown key
+            content = without_format(content, origin)
+        for key, value in content.items():
             canonical = _spelled(str(key))
             if canonical in INSTEAD:
                 raise UserError(f"{key} in {origin} is not taken: {INSTEAD[canonical]}")
@@ -163,9 +173,8 @@ def as_words(settings: Mapping[str, Any]) -> list[str]:
     words: list[str] = []
     for name, value in settings.items():
         first, *others = map(_as_word, value if isinstance(value, list) else [value])
-        # A number below 0 is no flag.
-        one = re.match(r"-[^\d.]", first)
-        words += [f"--{name}={first}", *others] if one else [f"--{name}", first, *others]
+        words += [f"--{name}={first}"] if first.startswith("-") else [f"--{name}", first]
+        words += others
     return words
 
 

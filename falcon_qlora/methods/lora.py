@@ -218,7 +218,7 @@ class Lora(Method):
 
     def peft_config(self, target_modules: list[str], **other: Any) -> LoraConfig:
         """These settings on linears of these names, and `other`, as PEFT takes them."""
-        from falcon_qlora.methods.lora_layers import LoraConfig
+        from peft import LoraConfig
 
         settings = {
             "r": self.saved_rank,
@@ -239,7 +239,7 @@ class Lora(Method):
         return add_lora(model, self, seed=seed)
 
     def saved_tensors(self, model: PeftModel) -> dict[str, Tensor]:
-        from falcon_qlora.methods.lora_layers import get_peft_model_state_dict
+        from peft import get_peft_model_state_dict
 
         tensors: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
         return tensors
@@ -249,7 +249,7 @@ class Lora(Method):
         model.save_pretrained(folder, save_embedding_layers=False)
 
     def put(self, model: PeftModel, tensors: dict[str, Tensor]) -> None:
-        from falcon_qlora.methods.lora_layers import set_peft_model_state_dict
+        from peft import set_peft_model_state_dict
 
         set_peft_model_state_dict(model, tensors)
 

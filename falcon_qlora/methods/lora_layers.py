@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -27,16 +28,6 @@ from falcon_qlora.models.layouts.base import Layout
 from falcon_qlora.models.load import quantization_of
 from falcon_qlora.models.tensor_files import read_tensor
 from falcon_qlora.processes import devices
-
-# After bitsandbytes, see models/quantize.py.
-from peft import (  # isort: skip
-    LoraConfig as LoraConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict as get_peft_model_state_dict,
-    inject_adapter_in_model,
-    set_peft_model_state_dict as set_peft_model_state_dict,
-)
 
 
 class SlicedUp(nn.Module):

@@ -1,16 +1,12 @@
-"""bitsandbytes' layers, filled from plain weights on any device.
-
-Import this module before anything that imports bitsandbytes (PEFT, TRL): on some CPUs bitsandbytes looks for
-a kernel on the network when it is imported, and warns when it finds none.
-"""
+"""bitsandbytes' layers, filled from plain weights on any device."""
 
 from __future__ import annotations
 
 import functools
 import logging
-import sys
 from typing import Any, Literal
 
+import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
@@ -21,25 +17,8 @@ NF4_NESTED_BLOCK = 256  # scales that share one scale, under double quantization
 _CPU_SLICE = 2**16  # weights quantized at a time on the CPU; a multiple of the block
 
 
-def _import_bitsandbytes() -> Any:
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    level, hub_kernels = logger.level, sys.modules.get("kernels", ...)
-    logger.setLevel(logging.CRITICAL)
-    sys.modules["kernels"] = None  # type: ignore[assignment]  # importing it raises ImportError
-    try:
-        import bitsandbytes
-    finally:
-        logger.setLevel(level)
-        if hub_kernels is ...:
-            del sys.modules["kernels"]
-        else:
-            sys.modules["kernels"] = hub_kernels  # type: ignore[assignment]
-    # It says at every call that LLM.int8() quantizes from float16, which is so by design.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    return bitsandbytes
-
-
-bnb = _import_bitsandbytes()
+# It says at every call that LLM.int8() quantizes from float16, which is so by design.
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def empty_quantized_linear(

@@ -39,7 +39,7 @@ from falcon_qlora.common.files import (
     write_json,
     write_text,
 )
-from falcon_qlora.common.record_files import SIGNS_OF_A_RUN, check_format, run_of
+from falcon_qlora.common.record_files import SIGNS_OF_A_RUN, run_of, without_format
 from falcon_qlora.common.untrusted import read_json, read_text, read_yaml
 from falcon_qlora.run_folder.lock import LOCK
 from falcon_qlora.run_folder.summary import Summary
@@ -73,7 +73,7 @@ _FILES = (
 _FOLDERS = ("checkpoints", "adapter", "tensorboard", "wandb", "flight_record")
 LAUNCHER = ".launcher"  # in a fresh folder: which launcher made it
 _LARGEST_FIGURE = 1e300
-_FORMAT = 1  # of environment.json, kernels.json and summary.json; without a number they are of the first
+_FORMAT = 1  # of config.yaml, environment.json, kernels.json and summary.json; without a number they are of the first
 _METRICS_LIMIT_BYTES = 2**30  # a line of some hundred bytes for each of more steps than any run has
 
 
@@ -144,13 +144,19 @@ class RunDirectory:
 
     def write_config(self, resolved: Mapping[str, Any]) -> None:
         """Write everything a re-run needs; the caller leaves secrets out."""
-        text = yaml.dump(plain(resolved), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+        record = {"format": _FORMAT, **plain(resolved)}
+        text = yaml.dump(record, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
         config = quoted(str(self.config_file))
         header = f"# Run again:  falcon-qlora train --config {config} --output_dir NEW_FOLDER\n"
         write_text(self.config_file, header + text)
 
     def read_config(self) -> dict[str, Any]:
-        return read_yaml(self.config_file)
+        """The settings of the run.
+
+        Raises:
+            UserError: if they cannot be read, or were written by a later release in another form.
+        """
+        return without_format(read_yaml(self.config_file), str(self.config_file), _FORMAT)
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         _write_record(self.environment_file, environment)
@@ -246,10 +252,7 @@ def _read_record(file: Path) -> dict[str, Any]:
     Raises:
         UserError: if it cannot be read, or is of a form that came later.
     """
-    record = read_json(file)
-    check_format(record, str(file), _FORMAT)
-    record.pop("format", None)
-    return record
+    return without_format(read_json(file), str(file), _FORMAT)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -12,7 +12,7 @@ from falcon_qlora.checkpoint.write import set_aside_after
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import plain, quoted
 from falcon_qlora.common.settings import settings_of
-from falcon_qlora.common.untrusted import is_count, read_yaml, refuse_links
+from falcon_qlora.common.untrusted import is_count, refuse_links
 from falcon_qlora.config import Configuration
 from falcon_qlora.config.trainer_arguments import TrainerArguments
 from falcon_qlora.data.stream import changed_source
@@ -148,8 +148,8 @@ def adopt(configuration: Configuration, checkpoint: str) -> None:
 
 
 def _compare_settings(configuration: Configuration, checkpoint: Path, record: dict[str, Any]) -> None:
-    file = RunDirectory(checkpoint.parent.parent).config_file
-    before = read_yaml(file) if file.exists() else {}
+    run = RunDirectory(checkpoint.parent.parent)
+    before = run.read_config() if run.config_file.exists() else {}
     if not before:
         return
     batch = _batch_of(before, record["processes"])

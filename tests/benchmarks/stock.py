@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
 
 from falcon_qlora.bench.documents import Document
 from falcon_qlora.bench.runners import Settings, adapted
@@ -24,8 +25,6 @@ from falcon_qlora.models.layouts.falcon import SameDtypeLayerNorm
 from falcon_qlora.models.load import quantization_of
 from falcon_qlora.models.quantize import holds_quantized_weight
 from falcon_qlora.models.tiny import tiny_path
-
-from trl import SFTConfig, SFTTrainer  # isort: skip  # after bitsandbytes, see models/quantize.py
 
 _IGNORED = -100
 _WEIGHTS = {"4bit": "NF4, doubly quantized", "8bit": "int8", "16bit": "bfloat16"}

@@ -224,9 +224,9 @@ def test_flags_of_one_method_reach_that_one_alone() -> None:
     )
     assert {method.name: method.words for method in planned} == {
         "lora": (
-            "--recipe lit-lora --method lora --lora_target_modules dense query_key_value --max_steps -1 "
+            "--recipe lit-lora --method lora --lora_target_modules dense query_key_value --max_steps=-1 "
             "--learning_rate 0.5"
         ).split(),
-        "full": "--recipe my.yaml --method full --sharding fsdp --max_steps -1".split(),
-        "adapter": "--recipe lit-adapter --method adapter --adapter_first_block 0 --max_steps -1".split(),
+        "full": "--recipe my.yaml --method full --sharding fsdp --max_steps=-1".split(),
+        "adapter": "--recipe lit-adapter --method adapter --adapter_first_block 0 --max_steps=-1".split(),
     }

@@ -1,15 +1,18 @@
 """What the configuration refuses, and how it says so."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
+import falcon_qlora
 from falcon_qlora import __main__ as cli
 from falcon_qlora import config
 from falcon_qlora.commands.train import LaunchArguments
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.run_folder.directory import RunDirectory
 
 
 def refusal(*argv: str) -> str:
@@ -44,6 +47,32 @@ def write(path: Path, **settings: object) -> str:
         (["--optim", "adamw_torhc"], ["did you mean adamw_torch?"]),
         (["--report_to", "wandb", "tensorbord"], ["did you mean tensorboard?"]),
         (["--template", "alpacca"], ["did you mean alpaca?"]),
+        (["--hang_minutes", "-1"], ["--hang_minutes: -1.0 is too small; at least 0"]),
+        (["--save_every_minutes", "-0.5"], ["--save_every_minutes", "at least 0"]),
+        (["--max_bad_steps", "-1"], ["--max_bad_steps", "at least 0"]),
+        (["--early_stopping", "-1"], ["--early_stopping", "at least 0"]),
+        (["--generate_samples", "-1"], ["--generate_samples", "at least 0"]),
+        (["--max_length", "1"], ["--max_length: 1 is too small; at least 2"]),
+        (["--global_batch_size", "0"], ["--global_batch_size", "at least 1"]),
+        (["--per_device_eval_batch_size", "0"], ["--per_device_eval_batch_size", "at least 1"]),
+        (["--max_rows", "0"], ["--max_rows", "at least 1"]),
+        (["--save_total_limit", "0"], ["--save_total_limit", "at least 1"]),
+        (["--lora_r", "0"], ["--lora_r", "at least 1"]),
+        (["--lora_dropout", "-0.1"], ["--lora_dropout", "at least 0"]),
+        (["--llm_int8_threshold", "-1"], ["--llm_int8_threshold", "at least 0"]),
+        (["--learning_rate=-1e-4"], ["--learning_rate: -0.0001 is too small; at least 0"]),
+        (["--weight_decay", "-1"], ["--weight_decay", "at least 0"]),
+        (["--max_grad_norm", "-1"], ["--max_grad_norm", "at least 0"]),
+        (["--warmup_steps", "-1"], ["--warmup_steps", "at least 0"]),
+        (["--warmup_steps", "2.5"], ["--warmup_steps", "neither a number of steps nor a ratio"]),
+        (["--adam_beta1", "1"], ["--adam_beta1: 1.0 is too large; it must be below 1"]),
+        (["--adam_beta2", "-1"], ["--adam_beta2", "at least 0"]),
+        (["--adam_epsilon", "-1"], ["--adam_epsilon", "at least 0"]),
+        (["--num_train_epochs", "0"], ["--num_train_epochs", "above 0"]),
+        (["--logging_steps", "0"], ["--logging_steps", "above 0"]),
+        (["--save_steps", "0"], ["--save_steps", "above 0"]),
+        (["--eval_steps", "0"], ["--eval_steps", "above 0"]),
+        (["--seed", "-1"], ["--seed", "at least 0"]),
         (["--max_steps", "many"], ["--max_steps: 'many' is not a whole number"]),
         (["--learning_rate", "nan"], ["--learning_rate", "finite"]),
         (["--lora_dropout", "1"], ["--lora_dropout", "below 1"]),
@@ -63,8 +92,8 @@ def write(path: Path, **settings: object) -> str:
         (["--bf16", "--fp16"], ["choose one with --compute_dtype"]),
         (["--bf16", "--compute_dtype", "fp16"], ["--bf16 is true, but --compute_dtype is fp16"]),
         (["--fp16", "false", "--compute_dtype", "fp16"], ["--fp16 is false"]),
-        (["--compute_dtype", "fp8", "--kernels", "off"], ["--compute_dtype fp8", "--kernels off"]),
-        (["--compute_dtype", "fp8", "--lora_dropout", "0.1"], ["--compute_dtype fp8", "--lora_dropout 0"]),
+        (["--compute_dtype", "fp8", "--kernels", "off"], ["--compute_dtype", "drop --kernels off"]),
+        (["--compute_dtype", "fp8", "--lora_dropout", "0.1"], ["--compute_dtype", "set --lora_dropout 0"]),
         (["--compute_dtype", "fp8", "--fp16"], ["--fp16 is true, but --compute_dtype is fp8"]),
         (["--global_batch_size", "8", "--gradient_accumulation_steps", "2"], ["give one of them"]),
         (["--train_sampling_strategy", "group_by_length"], ["--packing false"]),
@@ -116,6 +145,63 @@ def test_files_are_refused_naming_the_file_and_the_key(tmp_path: Path, text: str
     file.write_text(text)
     message = refusal("--config", str(file))
     assert all(part in message for part in [*parts, str(file)]), message
+
+
+def test_the_settings_of_a_later_release_are_refused(tmp_path: Path) -> None:
+    """Each with the number of its form; those of before have none."""
+    before = config.parse(["-m", "tiny", "--lora_r", "4"]).resolved()
+    RunDirectory(tmp_path).write_config(before)
+    file = tmp_path / "config.yaml"
+    assert "format: 1\n" in file.read_text()
+    assert config.parse(["--config", str(file)]).resolved() == before
+    file.write_text(file.read_text().replace("format: 1", "format: 2"))
+    told = f"{file}: format 2 is newer than this falcon_qlora reads; update it"
+    assert refusal("--config", str(file)) == refusal("--resume", str(tmp_path)) == told
+    with pytest.raises(UserError, match="format 2 is newer"):
+        RunDirectory(tmp_path).read_config()
+    assert "unknown key format" in refusal("--config", write(tmp_path / "mine.yaml", format="alpaca"))
+
+
+@pytest.mark.parametrize(
+    ("given", "argv"),
+    [
+        ({"lora_target_modules": "dense"}, ["--lora_target_modules", "dense"]),
+        ({"dataset_name": ("a", Path("b"))}, ["--dataset_name", "a", "b"]),
+        ({"cache_dir": Path("x/y"), "lora_r": 8}, ["--cache_dir", "x/y", "--lora_r", "8"]),
+        ({"packing": False, "streaming": True, "steps": 3}, ["--no_packing", "--streaming", "-s", "3"]),
+        ({"learning_rate": "1e-3"}, ["--learning_rate", "1e-3"]),
+        ({"lr_scheduler_kwargs": {"a": [1]}}, ["--lr_scheduler_kwargs", '{"a": [1]}']),
+        ({"resume": True, "output_dir": "x"}, ["--resume", "--output_dir", "x"]),
+        ({"sample_prompts": ["-x"], "eval_split": 0.5, "generate_samples": 1},
+         ["--sample_prompts=-x", "--eval_split", "0.5", "--generate_samples", "1"]),
+        ({"config": "no/such.yaml"}, ["--config", "no/such.yaml"]),
+        ({"quantise_mode": "4bit"}, ["--quantise_mode", "4bit"]),
+        ({"packing": "maybe"}, ["--packing", "maybe"]),
+        ({"max_steps": 2.5}, ["--max_steps", "2.5"]),
+        ({"padding_free": True}, ["--padding_free"]),
+        ({"hang_minutes": -1}, ["--hang_minutes", "-1"]),
+    ],
+)  # fmt: skip
+def test_settings_of_a_call_are_what_flags_are(given: dict[str, object], argv: list[str]) -> None:
+    def outcome(make: Callable[[], config.Configuration]) -> object:
+        try:
+            return make()
+        except UserError as error:
+            return str(error)
+
+    assert outcome(lambda: config.configure(given)) == outcome(lambda: config.parse(argv))
+    if given.keys() - {"config", "quantise_mode", "padding_free"} and "maybe" not in argv:
+        again = config.as_words(config.read_flags(argv)) if "2.5" not in argv else argv
+        assert outcome(lambda: config.parse(again)) == outcome(lambda: config.parse(argv))
+
+
+def test_what_is_none_in_a_call_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[config.Configuration] = []
+    monkeypatch.setattr("falcon_qlora.training.run.train", called.append)
+    falcon_qlora.train(model_name_or_path="tiny", max_steps=None, recipe="lambda-7b-4bit")
+    assert called == [config.parse(["-m", "tiny", "--recipe", "lambda-7b-4bit"])]
+    with pytest.raises(UserError, match="same setting"):
+        falcon_qlora.train(model_name="a", model_name_or_path="b")
 
 
 def test_keys_of_a_recipe_are_checked(tmp_path: Path) -> None:

@@ -13,9 +13,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-
-from falcon_qlora.training.trainer import OVERRIDDEN, FalconTrainer  # isort: skip  # before transformers
-
 from transformers import Trainer
 from trl import SFTTrainer
 
@@ -24,6 +21,7 @@ from falcon_qlora.config import parse
 from falcon_qlora.processes import devices
 from falcon_qlora.step.agreed import Reports, notes
 from falcon_qlora.step.reduction import Reduction
+from falcon_qlora.training.trainer import OVERRIDDEN, FalconTrainer
 
 
 def test_every_private_method_that_is_replaced_is_listed() -> None:

@@ -13,6 +13,7 @@ from types import MethodType
 from typing import Any, Literal, Protocol
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from falcon_qlora.kernels.block import Block, Products
@@ -22,8 +23,6 @@ from falcon_qlora.kernels.frozen_linear import Adapter, Workspace
 from falcon_qlora.kernels.offload import Offload
 from falcon_qlora.models.blocks.attention import AttentionKernel
 from falcon_qlora.models.quantize import QuantizeMode, bnb
-
-from peft.tuners.lora import LoraLayer  # isort: skip  # after bitsandbytes, see models/quantize.py
 
 _BEFORE = "_forward_before_fast_path"
 _STATE = "_fast_path_state"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from peft import PeftModel
 from transformers import FalconForCausalLM
 
 from falcon_qlora.kernels import fp8
@@ -16,8 +17,6 @@ from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.quantize import QuantizeMode, dequantized_weight, is_quantized_linear
 from tests.layouts import plain_float32
-
-from peft import PeftModel  # isort: skip  # after bitsandbytes, see models/quantize.py
 
 PathName = Literal["stock", "fast"]
 R, ALPHA = 16, 32

@@ -1,0 +1,48 @@
+"""bitsandbytes imported without what it does on the side.
+
+On some CPUs it asks, while it is imported, the package `kernels` for a kernel from the network, which would
+compute other bits, and warns where there is none. PEFT and TRL import it too, whichever of them comes first.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.util import spec_from_file_location
+from types import ModuleType
+
+ASKS = "bitsandbytes.backends.cpu.ops"
+
+
+class _Loader(SourceFileLoader):
+    def exec_module(self, module: ModuleType) -> None:
+        logger = logging.getLogger(ASKS)
+        level, hub_kernels = logger.level, sys.modules.get("kernels", ...)
+        logger.setLevel(logging.CRITICAL)
+        sys.modules["kernels"] = None  # type: ignore[assignment]  # importing it raises ImportError
+        try:
+            super().exec_module(module)
+        finally:
+            logger.setLevel(level)
+            if hub_kernels is ...:
+                del sys.modules["kernels"]
+            else:
+                sys.modules["kernels"] = hub_kernels  # type: ignore[assignment]
+
+
+class _Finder(PathFinder):
+    @classmethod
+    def find_spec(
+        cls, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        found = super().find_spec(fullname, path, target) if fullname == ASKS else None
+        if found is None or found.origin is None:
+            return None
+        return spec_from_file_location(fullname, found.origin, loader=_Loader(fullname, found.origin))
+
+
+def install() -> None:
+    """Have Python load that one module so. Imports nothing; what is imported already stays as it is."""
+    sys.meta_path.insert(0, _Finder)
