@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.common import bitsandbytes_import
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
     from falcon_qlora.methods.open_adapter import load_adapter
     from falcon_qlora.models.fast_path import apply_fast_path
     from falcon_qlora.models.load import load_model
+
+_IMPORTED_FROM = {
+    "apply_fast_path": "falcon_qlora.models.fast_path",
+    "load_adapter": "falcon_qlora.methods.open_adapter",
+    "load_model": "falcon_qlora.models.load",
+}
 
 
 def train(**settings: Any) -> Path:
@@ -42,16 +49,6 @@ def train(**settings: Any) -> Path:
 
 def __getattr__(name: str) -> Any:
     # Loaded when first used: importing the package for its command line stays fast.
-    if name == "load_model":
-        from falcon_qlora.models.load import load_model
-
-        return load_model
-    if name == "load_adapter":
-        from falcon_qlora.methods.open_adapter import load_adapter
-
-        return load_adapter
-    if name == "apply_fast_path":
-        from falcon_qlora.models.fast_path import apply_fast_path
-
-        return apply_fast_path
+    if name in _IMPORTED_FROM:
+        return getattr(importlib.import_module(_IMPORTED_FROM[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

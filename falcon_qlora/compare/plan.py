@@ -10,7 +10,7 @@ from typing import Any
 from falcon_qlora.checkpoint import manifest
 from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.files import plain
-from falcon_qlora.config import Configuration, as_words
+from falcon_qlora.config import Configuration, as_words, to_be_written
 from falcon_qlora.methods import table as methods
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.training import sharding
@@ -46,8 +46,8 @@ class Planned:
 
     @property
     def words(self) -> list[str]:
-        """The command line after ``falcon-qlora train``."""
-        return as_words(self.settings)
+        """The command line after ``falcon-qlora train``, as it may be written down."""
+        return as_words(to_be_written(self.settings))
 
 
 def plan(

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from falcon_qlora.common.files import replaced, write_text
 from falcon_qlora.common.quantities import GB, GIB
@@ -36,6 +36,10 @@ class Published:
     @property
     def seconds_per_1000_samples(self) -> float:
         return 1000 * self.seconds / self.samples
+
+    @property
+    def total_peak_memory_gb(self) -> float:
+        return self.peak_memory_gb * self.gpus
 
 
 PUBLISHED = {
@@ -96,8 +100,7 @@ class Row:
     reason: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bar:
+class Bar(NamedTuple):
     """A bar of a picture: its height, and what stands above it."""
 
     label: str
@@ -123,76 +126,46 @@ class Comparison:
 
     def on_gpus(self) -> bool:
         """Whether the runs were made on GPUs; if not, memory is what the processes held on the CPU."""
-        done = [run.folder / "environment.json" for run in self.compared if run.reason is None]
-        return any(RunDirectory(file.parent).read_environment().get("gpus") for file in done)
+        done = [RunDirectory(run.folder) for run in self.compared if run.reason is None]
+        return any(directory.read_environment().get("gpus") for directory in done)
 
     def time_bars(self) -> dict[str, list[Bar]]:
         """Series → its bars: seconds per 1,000 samples."""
-        series = {
-            "this comparison": [
-                Bar(
-                    label=row.method,
-                    height=row.seconds_per_1000_samples,
-                    text=f"{row.seconds_per_1000_samples:.3g} s",
-                )
-                for row in self.rows
-                if row.seconds_per_1000_samples is not None
-            ]
-        }
-        if self.published:
-            series["June 2023, A100"] = [
-                Bar(
-                    label=row.method,
-                    height=PUBLISHED[row.method].seconds_per_1000_samples,
-                    text=f"{PUBLISHED[row.method].seconds_per_1000_samples:.3g} s",
-                )
-                for row in self.rows
-                if row.method in PUBLISHED
-            ]
-        return series
+        return self._bars(
+            lambda of: of.seconds_per_1000_samples, lambda of: f"{of.seconds_per_1000_samples:.3g} s"
+        )
 
     def memory_bars(self) -> dict[str, list[Bar]]:
         """Series → its bars: peak memory of all processes, GB."""
-        series = {
-            "this comparison": [
-                Bar(
-                    label=row.method,
-                    height=row.total_peak_memory_gb,
-                    text=_of_gpus(row.peak_memory_gb, row.gpus),
-                )
-                for row in self.rows
-                if row.total_peak_memory_gb is not None and row.peak_memory_gb is not None
-            ]
+        return self._bars(lambda of: of.total_peak_memory_gb, _of_gpus)
+
+    def _bars(
+        self, height: Callable[[Row | Published], float | None], text: Callable[[Row | Published], str]
+    ) -> dict[str, list[Bar]]:
+        figures: dict[str, list[tuple[str, Row | Published]]] = {
+            "this comparison": [(row.method, row) for row in self.rows]
         }
         if self.published:
-            known = [(row.method, PUBLISHED[row.method]) for row in self.rows if row.method in PUBLISHED]
-            series["June 2023, A100"] = [
-                Bar(
-                    label=method,
-                    height=of.peak_memory_gb * of.gpus,
-                    text=_of_gpus(of.peak_memory_gb, of.gpus),
-                )
-                for method, of in known
-            ]
-        return series
+            known = [row.method for row in self.rows if row.method in PUBLISHED]
+            figures["June 2023, A100"] = [(method, PUBLISHED[method]) for method in known]
+        return {
+            series: [Bar(method, high, text(of)) for method, of in each if (high := height(of)) is not None]
+            for series, each in figures.items()
+        }
 
     def write(self, folder: Path) -> list[Path]:
         """Write the table, the CSV file and the pictures; returns what was written."""
         write_text(folder / TABLE, self.markdown())
         write_text(folder / CSV, self.csv())
         where = "GPUs" if self.on_gpus() else "processes"
+        memory = f"peak memory, GB, all {where} together"
         pictures = {
             TIME_PICTURE: (self.time_bars(), "seconds per 1,000 samples", "Training time"),
-            MEMORY_PICTURE: (
-                self.memory_bars(),
-                f"peak memory, GB, all {where} together",
-                "Memory requirements",
-            ),
+            MEMORY_PICTURE: (self.memory_bars(), memory, "Memory requirements"),
         }
         for name, (series, axis, title) in pictures.items():
-            drawn = {label: [(b.label, b.height, b.text) for b in bars] for label, bars in series.items()}
             with replaced(folder / name) as temporary:
-                charts.draw_bars(drawn, temporary, axis=axis, title=f"{title}: {self.title}")
+                charts.draw_bars(series, temporary, axis=axis, title=f"{title}: {self.title}")
         names = (TABLE, CSV, TIME_PICTURE, MEMORY_PICTURE)
         return [folder / name for name in names if (folder / name).exists()]
 
@@ -294,8 +267,8 @@ def _speed_after_first(metrics: Sequence[Mapping[str, Any]]) -> float | None:
     return tokens / seconds
 
 
-def _of_gpus(gb: float | None, gpus: int | None) -> str:
-    return f"{gb:.2f}" if gpus in (None, 1) else f"{gpus} × {gb:.2f}"
+def _of_gpus(of: Row | Published) -> str:
+    return f"{of.peak_memory_gb:.2f}" if of.gpus in (None, 1) else f"{of.gpus} × {of.peak_memory_gb:.2f}"
 
 
 def _cells(row: Row, count: int) -> list[str]:
@@ -338,7 +311,7 @@ def _published_table() -> list[str]:
     ]
     return lines + [
         f"| {method} | {of.gpus} | {of.samples:,} | {_duration(of.seconds)} | "
-        f"{of.seconds_per_1000_samples:.4g} | {of.peak_memory_gb:.2f} | {of.peak_memory_gb * of.gpus:.2f} |"
+        f"{of.seconds_per_1000_samples:.4g} | {of.peak_memory_gb:.2f} | {of.total_peak_memory_gb:.2f} |"
         for method, of in PUBLISHED.items()
     ]
 

@@ -5,7 +5,7 @@ imports neither torch nor Transformers; the trainer's own settings are built whe
 """
 
 from falcon_qlora.config.arguments import DataArguments, ModelArguments, RunArguments
-from falcon_qlora.config.configuration import Configuration, configure, parse, read_flags
+from falcon_qlora.config.configuration import Configuration, configure, parse, read_flags, to_be_written
 from falcon_qlora.config.parser import as_words
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "configure",
     "parse",
     "read_flags",
+    "to_be_written",
 ]

@@ -110,18 +110,10 @@ class DataArguments:
 
     def columns(self) -> dict[str, str]:
         """Standard column name to the name the user's data has for it, for those that were renamed."""
-        standard = (
-            "text",
-            "instruction",
-            "input",
-            "output",
-            "prompt",
-            "completion",
-            "messages",
-            "conversations",
+        named = (
+            (name.removesuffix("_column"), given) for name, given in vars(self).items() if "_column" in name
         )
-        named = {name: getattr(self, f"{name}_column") for name in standard}
-        return {name: given for name, given in named.items() if given is not None}
+        return {standard: given for standard, given in named if given is not None}
 
 
 @dataclass(kw_only=True)

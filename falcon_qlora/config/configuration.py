@@ -87,11 +87,7 @@ class Configuration:
             del record["gradient_accumulation_steps"]
         if self.run.recipe not in recipe_names():
             del record["recipe"]
-        return {
-            name: _without_credentials(copy.deepcopy(value))
-            for name, value in record.items()
-            if name not in _NOT_RECORDED and not _parser(None).settings[name].secret
-        }
+        return to_be_written({name: value for name, value in record.items() if name not in _NOT_RECORDED})
 
 
 def parse(argv: list[str], *, extra_arguments: type | None = None, **help_page: str) -> Configuration:
@@ -265,6 +261,13 @@ def _start_process_group(values: dict[str, Any]) -> None:
             rank=ranks.process_index(),
             world_size=ranks.world_size(),
         )
+
+
+def to_be_written(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of these settings without secrets, and without credentials in addresses."""
+    known = _parser(None).settings
+    shown = (name for name in settings if name not in known or not known[name].secret)
+    return {name: _without_credentials(copy.deepcopy(settings[name])) for name in shown}
 
 
 def _without_credentials(value: Any) -> Any:

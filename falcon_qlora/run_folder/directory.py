@@ -73,7 +73,7 @@ _FILES = (
 _FOLDERS = ("checkpoints", "adapter", "tensorboard", "wandb", "flight_record")
 LAUNCHER = ".launcher"  # in a fresh folder: which launcher made it
 _LARGEST_FIGURE = 1e300
-_FORMAT = 1  # of config.yaml, environment.json, kernels.json and summary.json; without a number they are of the first
+_FORMAT = 1  # of settings, environment, kernels and summary; without a number they are of the first
 _METRICS_LIMIT_BYTES = 2**30  # a line of some hundred bytes for each of more steps than any run has
 
 

@@ -215,6 +215,7 @@ def test_a_run_that_went_on_is_the_one_it_was(tmp_path: Path) -> None:
 
 def test_flags_of_one_method_reach_that_one_alone() -> None:
     words = "--lora_target_modules dense query_key_value --adapter_first_block=0 --sharding fsdp -s -1"
+    words += " --hub_token=SECRET"
     planned = plan.plan(
         config.read_flags(words.split()),
         names=["lora, full ,", "adapter"],
