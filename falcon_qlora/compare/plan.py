@@ -85,10 +85,10 @@ def plan(
     for name in dict.fromkeys(chosen):
         method, recipe = METHODS[name]
         settings = {"recipe": recipe_of.get(name, recipe), "method": method}
-        settings |= {key: value for key, value in for_training.items() if _concerns(key, name)}
         if "dataset_name" in given and name not in recipe_of:
             # The recipes say what the reference's rows are; these are others.
-            settings = {"dataset_format": "auto", "template": "auto"} | settings
+            settings |= {"dataset_format": "auto", "template": "auto"}
+        settings |= {key: value for key, value in for_training.items() if _concerns(key, name)}
         if name in rate_of:
             settings["learning_rate"] = rate_of[name]
         planned.append(Planned(name=name, settings=settings))
