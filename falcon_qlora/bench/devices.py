@@ -65,9 +65,15 @@ def product_ceiling(device: torch.device, hidden: int, tokens: int, dtype: str =
     if dtype == "fp8":
         rows, columns = (torch.ones(count, 1, device=device) for count in (len(x), len(weight)))
         x8, weight8 = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
-        scales = {"scale_a": rows, "scale_b": columns.T}
-        more = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
-        multiply = functools.partial(torch._scaled_mm, x8, weight8.T, **scales, **more)
+        multiply = functools.partial(
+            torch._scaled_mm,
+            x8,
+            weight8.T,
+            scale_a=rows,
+            scale_b=columns.T,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
     operations = 2 * x.numel() * weight.shape[0]
     repeat = max(1, int(6e14 / operations)) if device.type == "cuda" else 1
     seconds = math.inf

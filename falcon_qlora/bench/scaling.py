@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -207,12 +206,6 @@ class Measured:
         """Of the base, the head counted once."""
         return int(self.kept["summary"]["total_parameters"] - self.kept["summary"]["trainable_parameters"])
 
-    @property
-    def kernels(self) -> str:
-        """What ran the blocks, a word or two for each way."""
-        ways = Counter(self.kept.get("kernels", {}).values())
-        return "; ".join(f"{count} blocks: {what}" for what, count in ways.items())
-
 
 def measure(
     row: Row,
@@ -238,30 +231,26 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="falcon_qlora_") as folder:
         output = Path(folder) / "run"
         command = row.words(output, steps=steps, on_gpu=on_gpu)
+        # The command ends when this process does, however that is.
+        tied = [sys.executable, "-m", "falcon_qlora.commands.worker", str(os.getpid()), "falcon_qlora"]
         started = time.perf_counter()
-        status, printed = _run(command, {**os.environ, **(environment or {})})
+        result = subprocess.run(
+            [*tied, *command],
+            env={**os.environ, **(environment or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
         seconds = time.perf_counter() - started
-        if status:
-            say(f"{shlex.join(['falcon-qlora', *command])}\n{printed[-3000:]}")
-            return Measured(row=row, failure=reason(status, printed), command_seconds=seconds)
+        if result.returncode:
+            say(f"{shlex.join(['falcon-qlora', *command])}\n{result.stdout[-3000:]}")
+            failure = reason(result.returncode, result.stdout)
+            return Measured(row=row, failure=failure, command_seconds=seconds)
         with of_a_run(output):
             measured = read_run(row, RunDirectory(output), warmup=warmup)
     measured.command_seconds = seconds
     return measured
-
-
-def _run(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
-    """Exit status and what was printed. The command ends when this process does, however that is."""
-    tied = [sys.executable, "-m", "falcon_qlora.commands.worker", str(os.getpid()), "falcon_qlora"]
-    result = subprocess.run(
-        [*tied, *command],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
-    return result.returncode, result.stdout
 
 
 def reason(status: int, printed: str) -> str:

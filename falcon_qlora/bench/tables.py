@@ -6,6 +6,7 @@ import csv
 import datetime
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,6 @@ _OF_STEPS = (
 _OF_COMMANDS = (
     "recipe | GPUs | 512-token samples/s | tokens/s | scaling | peak GB a GPU | ms a step | whole command, s"
 ).split(" | ")
-_VERSIONS = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 
 
 def check_csv(file: Path) -> None:
@@ -176,8 +176,8 @@ def row_of_command(
             f"packing efficiency {last.get('packing_efficiency', 1.0):.3f}",
             f"loss {of_run['first_loss']:.4f} to {of_run['final_loss']:.4f}",
         ]
-        if measured.kernels:
-            said.append(measured.kernels)
+        ways = Counter(measured.kept["kernels"].values())
+        said += [f"{count} blocks: {what}" for what, count in ways.items()]
         if shares := of_run.get("reduction_shares"):
             each = ", ".join(f"{share:.1%}" for share in shares)
             said.append(f"adding up gradients, share of each process's time, waiting included: {each}")
@@ -228,15 +228,6 @@ def _digits(value: float) -> float:
 
 def _flag(words: Sequence[str], name: str) -> str | None:
     return words[words.index(name) + 1] if name in words else None
-
-
-def versions(measured: Sequence[Measured]) -> dict[str, str]:
-    """Of the libraries, as the first run that got so far recorded them."""
-    for each in measured:
-        if "environment" in each.kept:
-            packages = each.kept["environment"]["packages"]
-            return {name: packages[name] for name in _VERSIONS if name in packages}
-    return {}
 
 
 def steps_in_markdown(rows: Sequence[Row]) -> str:

@@ -13,12 +13,13 @@ from typing import Any
 from falcon_qlora.bench import documents, scaling
 from falcon_qlora.bench.machine import Machine, environment_of_a_child
 from falcon_qlora.bench.scaling import Measured, Row, Work
-from falcon_qlora.bench.tables import append_csv, commands_in_markdown, row_of_command, series, versions
+from falcon_qlora.bench.tables import append_csv, commands_in_markdown, row_of_command, series
 from falcon_qlora.commands.bench import BenchArguments, names, numbers, status_of
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.quantities import counted
 from falcon_qlora.config import Configuration, as_words
 
+_VERSIONS = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 MODES = ("4bit", "8bit", "16bit")
 WARMUP = 10
 STEPS = 20
@@ -191,7 +192,9 @@ class _Bench:
         from falcon_qlora.terminal.charts import draw_scaling
 
         machine = self.machine.gpu + (f", driver {self.machine.driver}" if self.machine.gpus else "")
-        libraries = ", ".join(f"{name} {version}" for name, version in versions(self.measured).items())
+        runs = (each.kept["environment"]["packages"] for each in self.measured if "environment" in each.kept)
+        packages: dict[str, str] = next(runs, {})
+        libraries = ", ".join(f"{name} {packages[name]}" for name in _VERSIONS if name in packages)
         caption = "; ".join(part for part in (machine, libraries) if part)
         what = f"{self.work.described()}, {self._documents()}"
         print(commands_in_markdown(self.rows, caption=f"{caption}; {what}."), flush=True)

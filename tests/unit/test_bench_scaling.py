@@ -190,6 +190,8 @@ def test_scaling_is_to_one_gpu_and_what_broke_has_a_row(
         ("lambda-7b-4bit", "2", ""),
         ("lambda-7b-4bit", "4", "3.9"),
     ]
+    # 4 operations a parameter and token, of 7 billion parameters without the trained ones.
+    assert [row["tflops_4n"] for row in rows[:3]] == ["2.8", "", "10.92"]
     assert [row["note"].startswith("failed: out of memory; ") for row in rows] == [False, True, False] * 2
     assert all("command_seconds 4.0" in row["note"] for row in rows if row["gpus"] != "2")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
