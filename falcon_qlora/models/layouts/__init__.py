@@ -19,9 +19,6 @@ _BY_PRESET = {preset: layout for layout in LAYOUTS for preset in layout.presets}
 PRESETS = tuple(_BY_PRESET)
 """Names of the published shapes."""
 
-LINEARS = tuple(name for layout in LAYOUTS for name in layout.linears)
-"""The linears of any family's blocks, by the last part of their name."""
-
 _KNOWN_OTHERS = {
     "falcon_h1": "a Falcon-H1",
     "falcon_mamba": "a Falcon-Mamba",

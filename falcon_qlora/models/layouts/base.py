@@ -17,6 +17,18 @@ from falcon_qlora.common.errors import UserError, one_line
 from falcon_qlora.common.untrusted import is_count
 from falcon_qlora.models.packed_attention import Sequences
 
+# Far beyond any published model: what is larger is a mistake, or meant to exhaust the machine.
+_LARGEST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**18,
+    "num_hidden_layers": 2**12,
+    **dict.fromkeys(("num_attention_heads", "num_kv_heads", "num_key_value_heads", "head_dim"), 2**14),
+    **dict.fromkeys(("ffn_hidden_size", "intermediate_size"), 2**20),
+    "max_position_embeddings": 2**28,
+}
+OPTIONAL = ("pad_token_id", "rope_theta", "rope_scaling", "rope_parameters")
+"""Settings that some files of any family have."""
+
 
 class Layout(ABC):
     """A model's layout: the facts of its family, and of one configuration.
@@ -33,7 +45,6 @@ class Layout(ABC):
         presets: name → arguments of `config_class`, of the published models' shapes.
         tokenizers: preset → hub model whose tokenizer goes with it.
         kept: settings of a configuration that are read; the rest changes nothing.
-        largest: setting → far more than any published model has.
         config_class, model_class, backbone_class, block_class, attention_class, norm_class: Transformers'.
         embedding, blocks, final_norm: names of these modules within the backbone.
         head: name of the output head.
@@ -53,7 +64,6 @@ class Layout(ABC):
     presets: ClassVar[dict[str, dict[str, Any]]]
     tokenizers: ClassVar[dict[str, str]]
     kept: ClassVar[tuple[str, ...]]
-    largest: ClassVar[dict[str, int]]
     config_class: ClassVar[type[PreTrainedConfig]]
     model_class: ClassVar[Any]
     backbone_class: ClassVar[Any]
@@ -162,7 +172,7 @@ class Layout(ABC):
         if missing:
             raise UserError(f"{source}: {', '.join(missing)} missing; is the file complete?")
         kept = {name: settings[name] for name in cls.kept if settings.get(name) is not None}
-        for name, largest in cls.largest.items():
+        for name, largest in _LARGEST.items():
             value = kept.get(name, 1)
             if not is_count(value, least=1, most=largest):
                 raise UserError(f"{source}: {name} is {str(value)[:40]!r}; expected 1 to {largest:,}")

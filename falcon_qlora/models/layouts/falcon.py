@@ -16,7 +16,7 @@ from transformers.models.falcon.modeling_falcon import (
     build_alibi_tensor,
 )
 
-from falcon_qlora.models.layouts.base import Layout, published_rotation
+from falcon_qlora.models.layouts.base import OPTIONAL, Layout, published_rotation
 from falcon_qlora.models.packed_attention import Sequences
 
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -82,55 +82,12 @@ _OLD_NAMES = {
     "n_head_kv": "num_kv_heads",
     "n_embed": "hidden_size",
 }
-_KEPT = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_kv_heads",
-    "num_ln_in_parallel_attn",
-    "layer_norm_epsilon",
-    "initializer_range",
-    "hidden_dropout",
-    "attention_dropout",
-    "alibi",
-    "new_decoder_architecture",
-    "multi_query",
-    "parallel_attn",
-    "bias",
-    "max_position_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "ffn_hidden_size",
-    "activation",
-    "tie_word_embeddings",
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-)
-
-# As published; `published_config` adds what is in some files only.
-_PUBLISHED = (
-    "activation",
-    "alibi",
-    "attention_dropout",
-    "bias",
-    "bos_token_id",
-    "eos_token_id",
-    "ffn_hidden_size",
-    "hidden_dropout",
-    "hidden_size",
-    "initializer_range",
-    "layer_norm_epsilon",
-    "max_position_embeddings",
-    "multi_query",
-    "new_decoder_architecture",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "parallel_attn",
-    "tie_word_embeddings",
-    "vocab_size",
+# In every published file; `published_config` adds what is in some only.
+_PUBLISHED = tuple(
+    "activation alibi attention_dropout bias bos_token_id eos_token_id ffn_hidden_size hidden_dropout "
+    "hidden_size initializer_range layer_norm_epsilon max_position_embeddings multi_query "
+    "new_decoder_architecture num_attention_heads num_hidden_layers parallel_attn tie_word_embeddings "
+    "vocab_size".split()
 )
 
 
@@ -163,16 +120,7 @@ class Falcon(Layout):
         "falcon-40b": "tiiuae/falcon-40b",
         "falcon-180b": "tiiuae/falcon-180B",
     }
-    kept = _KEPT
-    largest = {
-        "vocab_size": 2**24,
-        "hidden_size": 2**18,
-        "num_hidden_layers": 2**12,
-        "num_attention_heads": 2**14,
-        "num_kv_heads": 2**14,
-        "ffn_hidden_size": 2**20,
-        "max_position_embeddings": 2**28,
-    }
+    kept = (*_PUBLISHED, "num_kv_heads", "num_ln_in_parallel_attn", *OPTIONAL)
     config_class = FalconConfig
     model_class = FalconForCausalLM
     backbone_class = FalconModel

@@ -20,37 +20,30 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.models.layouts.base import Layout, published_rotation
+from falcon_qlora.models.layouts.base import OPTIONAL, Layout, published_rotation
 
-_FALCON3 = {
-    "vocab_size": 131072,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "max_position_embeddings": 32768,
-    "rope_theta": 1000042.0,
-    "bos_token_id": 11,
-    "eos_token_id": 11,
-}
-# As published; `published_config` adds what is in some files only.
-_PUBLISHED = (
-    "attention_bias",
-    "attention_dropout",
-    "bos_token_id",
-    "eos_token_id",
-    "head_dim",
-    "hidden_act",
-    "hidden_size",
-    "initializer_range",
-    "intermediate_size",
-    "max_position_embeddings",
-    "mlp_bias",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "vocab_size",
+# In every published file; `published_config` adds what is in some only.
+_PUBLISHED = tuple(
+    "attention_bias attention_dropout bos_token_id eos_token_id head_dim hidden_act hidden_size "
+    "initializer_range intermediate_size max_position_embeddings mlp_bias num_attention_heads "
+    "num_hidden_layers num_key_value_heads rms_norm_eps tie_word_embeddings vocab_size".split()
 )
+
+
+def _falcon3(blocks: int, hidden: int, wide: int, heads: int, positions: int = 32768) -> dict[str, Any]:
+    return {
+        "vocab_size": 131072,
+        "num_hidden_layers": blocks,
+        "hidden_size": hidden,
+        "intermediate_size": wide,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": positions,
+        "rope_theta": 1000042.0,
+        "bos_token_id": 11,
+        "eos_token_id": 11,
+    }
 
 
 class SameDtypeRMSNorm(LlamaRMSNorm):
@@ -69,48 +62,13 @@ class Llama(Layout):
     published = "tiiuae/Falcon3-1B-Base, Falcon3-3B-Base, Falcon3-7B-Base, Falcon3-10B-Base"
     model_types = ("llama",)
     presets = {
-        "falcon3-1b": {
-            **_FALCON3,
-            "num_hidden_layers": 18,
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "num_attention_heads": 8,
-            "max_position_embeddings": 8192,
-        },
-        "falcon3-3b": {
-            **_FALCON3,
-            "num_hidden_layers": 22,
-            "hidden_size": 3072,
-            "intermediate_size": 9216,
-            "num_attention_heads": 12,
-        },
-        "falcon3-7b": {
-            **_FALCON3,
-            "num_hidden_layers": 28,
-            "hidden_size": 3072,
-            "intermediate_size": 23040,
-            "num_attention_heads": 12,
-        },
-        "falcon3-10b": {
-            **_FALCON3,
-            "num_hidden_layers": 40,
-            "hidden_size": 3072,
-            "intermediate_size": 23040,
-            "num_attention_heads": 12,
-        },
+        "falcon3-1b": _falcon3(18, 2048, 8192, 8, positions=8192),
+        "falcon3-3b": _falcon3(22, 3072, 9216, 12),
+        "falcon3-7b": _falcon3(28, 3072, 23040, 12),
+        "falcon3-10b": _falcon3(40, 3072, 23040, 12),
     }
     tokenizers = {preset: f"tiiuae/Falcon3-{preset.partition('-')[2].upper()}-Base" for preset in presets}
-    kept = (*_PUBLISHED, "pad_token_id", "rope_theta", "rope_scaling", "rope_parameters")
-    largest = {
-        "vocab_size": 2**24,
-        "hidden_size": 2**18,
-        "intermediate_size": 2**20,
-        "num_hidden_layers": 2**12,
-        "num_attention_heads": 2**14,
-        "num_key_value_heads": 2**14,
-        "head_dim": 2**12,
-        "max_position_embeddings": 2**28,
-    }
+    kept = (*_PUBLISHED, *OPTIONAL)
     config_class = LlamaConfig
     model_class = LlamaForCausalLM
     backbone_class = LlamaModel
