@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import re
 import sys
 import traceback
 
 from falcon_qlora.common.errors import EXIT_BUG, EXIT_USER_ERROR, UserError, message_of, nearest
+from falcon_qlora.common.version import VERSION
 
 EXIT_INTERRUPTED = 130
 _VERB_LIKE = re.compile(r"[A-Za-z_-]{1,16}")  # no token, key or address
@@ -55,7 +55,7 @@ def _run(words: list[str]) -> int:
         print(_help())
         return 0 if words else EXIT_USER_ERROR
     if words[0] in ("--version", "-V"):
-        print(f"falcon-qlora {_version()}")
+        print(f"falcon-qlora {VERSION}")
         return 0
     verb, *rest = words
     if verb.startswith("-"):
@@ -79,13 +79,6 @@ def _help() -> str:
         "  --version  print the version\n\n"
         "Try: falcon-qlora train -m tiny --gpus 1"
     )
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("falcon-qlora")
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+import falcon_qlora
+
 # What a CUDA build of torch brings along; torch itself pins these.
 _BROUGHT_BY_TORCH = ("nvidia-", "cuda-")
 
@@ -60,6 +62,19 @@ def test_every_dependency_is_pinned_within_its_bounds(
     for line in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
         requirement = Requirement(line)
         assert pins[canonicalize_name(requirement.name)] in requirement.specifier, line
+
+
+def test_libraries_whose_private_methods_are_overridden_are_bounded_from_above(
+    project: dict[str, Any], pins: dict[str, Version]
+) -> None:
+    bounded = {Requirement(line).name: Requirement(line).specifier for line in project["dependencies"]}
+    for name in ("accelerate", "peft", "transformers", "trl"):
+        tried = pins[name]
+        assert not bounded[name].contains(f"{tried.major}.{tried.minor + 1}.0"), name
+
+
+def test_the_version_is_told_once(project: dict[str, Any]) -> None:
+    assert project["version"] == falcon_qlora.__version__
 
 
 def test_what_the_dependencies_bring_along_is_pinned_too(pins: dict[str, Version]) -> None:
