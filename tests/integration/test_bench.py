@@ -99,7 +99,7 @@ def test_all_start_from_the_same_loss(measured: tuple[str, Path]) -> None:
     notes = [line for line in measured[0].splitlines() if "first loss" in line]
     losses = [float(line.partition("first loss ")[2].partition(";")[0]) for line in notes]
     assert len(losses) == 3
-    # Of random weights: the uniform distribution's. A little apart: other tokens, dropout, 8 bits.
+    # Of random weights: the uniform distribution's. A little apart: other tokens, 8 bits.
     assert losses == pytest.approx([math.log(512)] * 3, rel=0.02)
 
 
