@@ -31,10 +31,10 @@ from falcon_qlora.training import build
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.train import main
 load = build.model_with_adapter
-def fail(*arguments):
+def fail(*arguments, **settings):
     if ranks.process_index() == 1:
         raise UserError("its GPU is full")
-    return load(*arguments)
+    return load(*arguments, **settings)
 build.model_with_adapter = fail
 main()
 """

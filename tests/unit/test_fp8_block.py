@@ -16,7 +16,7 @@ from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.layouts.falcon import Falcon
 from falcon_qlora.models.step_memory import Step
 from falcon_qlora.training.activations import _keep_fp8_weights
-from tests.layouts import LAYOUTS, documents, tiny_model
+from tests.layouts import FAMILIES, documents, tiny_model
 from tests.packing import packed
 from tests.unit.test_fast_path import LAYOUTS_AND_MODES, LENGTHS, adapted, assert_same, facts, step
 
@@ -44,9 +44,9 @@ def exact(emulated, monkeypatch):
 @pytest.fixture
 def tame(monkeypatch):
     """Weights with which attention does not choose single tokens: errors are not magnified on the way."""
-    for layout, label in LAYOUTS.items():
+    for layout, label in FAMILIES.items():
         monkeypatch.setitem(
-            LAYOUTS, layout, label.replace("initializer_range=0.15", "initializer_range=0.05")
+            FAMILIES, layout, label.replace("initializer_range=0.15", "initializer_range=0.05")
         )
 
 

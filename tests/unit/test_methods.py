@@ -20,7 +20,7 @@ from falcon_qlora.methods.lora import Lora
 from falcon_qlora.methods.table import METHODS
 from falcon_qlora.models.fast_path import apply_fast_path
 from falcon_qlora.models.forward import enable_packing
-from falcon_qlora.models.layouts import PRESETS, layout_of, preset_config
+from falcon_qlora.models.layouts import layout_of, preset_config
 from falcon_qlora.models.quantize import holds_quantized_weight
 from tests.layouts import FAMILIES, LAYOUTS, MODES, documents, plain_float32, tiny_model
 from tests.packing import gradients, packed
@@ -449,11 +449,18 @@ def test_falcon_7b_trains_as_many_parameters_as_published(name):
     assert layout_of(untied).parameter_count() == 7_217_189_760
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("name", METHODS_TO_TRY)
-def test_the_counts_and_the_saved_shapes_are_those_of_the_tensors(tmp_path, preset, name):
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        (layout, name)
+        for layout in FAMILIES
+        for name in METHODS_TO_TRY
+        if not (layout == "falcon3" and "slices" in name)  # its projections are not fused
+    ],
+)
+def test_the_counts_and_the_saved_shapes_are_those_of_the_tensors(tmp_path, layout, name):
     method = METHODS_TO_TRY[name]
-    model = method.attach(tiny_model(preset))
+    model = method.attach(tiny_model(layout))
     shapes = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
     assert sum(shapes.values()) == trainable_count(method, model.config)
     groups = method.parameter_groups(model.config)

@@ -117,7 +117,7 @@ def test_size_and_free_disk_are_checked_before_any_weights_come(fake_hub):
 
 @pytest.mark.parametrize(
     ("model_type", "named"),
-    [("llama", "Falcon3"), ("falcon_h1", "Falcon-H1"), ("falcon_mamba", "Falcon-Mamba")],
+    [("gpt2", "gpt2"), ("falcon_h1", "Falcon-H1"), ("falcon_mamba", "Falcon-Mamba")],
 )
 def test_other_models_are_refused_before_any_weights_come(fake_hub, model_type, named):
     fake_hub.config = {"model_type": model_type}
