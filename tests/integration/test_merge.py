@@ -23,11 +23,10 @@ import falcon_qlora
 from falcon_qlora import __main__ as cli
 from falcon_qlora.commands import merge as merging
 from falcon_qlora.merge import build
-from falcon_qlora.merge import tensors as merge_tensors
 from falcon_qlora.merge.folder import published_config, write_configuration, write_weights
 from falcon_qlora.merge.tensors import Quantization, merged_tensors
 from falcon_qlora.methods.adapter_folder import RECORD, read_adapter
-from falcon_qlora.methods.lora import attach_lora
+from falcon_qlora.methods.lora import Lora, attach_lora
 from falcon_qlora.methods.open_adapter import load_adapter
 from falcon_qlora.models import hub
 from falcon_qlora.models.load import load_model
@@ -321,11 +320,13 @@ class TestDamage:
         assert "Nothing was kept" in message
 
     def test_a_linear_that_is_left_out(self, run, tmp_path, capsys, monkeypatch):
-        real = merge_tensors._merged
+        real = Lora.merged_weight
         monkeypatch.setattr(
-            merge_tensors,
-            "_merged",
-            lambda weight, adapter, module: weight if ".0." in module else real(weight, adapter, module),
+            Lora,
+            "merged_weight",
+            lambda self, weight, module, *more: (
+                weight if ".0." in module else real(self, weight, module, *more)
+            ),
         )
         words = ("--base", "dequantized", "--max_loss_increase", "0.005", "--max_kl_divergence", "0.005")
         assert "worse than the adapter" in self.refused(run, tmp_path / "merged", capsys, *words)
