@@ -40,7 +40,6 @@ NEVER_READ = ["*/loss.png", "*/checkpoints/*/README.md", "*/adapter/README.md"]
 READERS = {
     "training/held_out.py": folders.test_commands,
     "commands/inspection.py": folders.test_inspect,
-    "training/resume.py": checkpoints.test_before_anything_is_loaded,
     "bench/tables.py": test_fuzz_inputs.test_files_that_a_user_names,
     "bench/scaling.py": folders.test_readers,
     "checkpoint/optimizer_parts.py": checkpoints.test_what_is_taken_up,
