@@ -84,7 +84,9 @@ def test_so_it_does_with_adapters(tmp_path: Path, method: str, rate: float) -> N
 def test_fp8_trains_what_bfloat16_trains(tmp_path: Path) -> None:
     with fp8.emulated():
         runs = {
-            dtype: fine_tune(tmp_path / dtype, compute_dtype=dtype, lora_dropout=0)
+            dtype: fine_tune(
+                tmp_path / dtype, compute_dtype=dtype, lora_dropout=0, max_steps=5, eval_steps=5, max_rows=80
+            )
             for dtype in ("bf16", "fp8")
         }
         with pytest.raises(UserError, match=r"fp8 does not go with LoRA dropout"):
