@@ -66,8 +66,8 @@ def test_so_it_does_on_a_trained_model(tmp_path):
 @pytest.mark.slow
 def test_so_it_does_on_a_trained_model_in_bfloat16(tmp_path):
     """Minutes, where processors compute in bfloat16 by halves."""
-    found = passed(tmp_path, "--parts", "b", "--variants", "4bit", "8bit", "16bit", "--minutes_b", "20")
-    assert len(found["model"]) == 2 * 3
+    found = passed(tmp_path, "--parts", "b", "--variants", "4bit", "--minutes_b", "20")
+    assert len(found["model"]) == 2
 
 
 def test_a_slightly_wrong_function_fails(tmp_path, monkeypatch):
