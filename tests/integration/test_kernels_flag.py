@@ -34,8 +34,8 @@ def fine_tune(output: Path, **settings: object) -> Path:
     return falcon_qlora.train(**defaults | settings)
 
 
-# Products in bfloat16 take processors that have none ten times as long as in float32: those runs are short. In
-# bfloat16 the reference path adds LoRA to outputs that have been rounded, which swallows a part of its update.
+# Products in bfloat16 take processors that have none ten times as long as in float32: those runs are short.
+# There the reference path adds LoRA to outputs that have been rounded, which swallows a part of its update.
 @pytest.mark.parametrize(
     ("compute_dtype", "quantize_mode", "rel", "steps"),
     [
