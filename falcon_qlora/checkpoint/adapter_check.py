@@ -34,24 +34,18 @@ class AdapterFaultError(RuntimeError):
     """A saved adapter is not what it should be; the message says in what."""
 
 
-def check_adapter(
-    folder: Path,
-    model: nn.Module,
-    *,
-    probe: MicroBatch | None = None,
-    trained: bool | None = None,
-) -> None:
+def check_adapter(folder: Path, model: nn.Module, *, trained: bool | None = None) -> None:
     """Compare what lies in a folder with the model it was saved from.
 
     All expected tensors are there, with the right shapes, finite, equal to those in memory and, if `trained`,
     none of an adapter's zero throughout; the settings are those of the model's method. LoRA, whose scale is
-    in no tensor, is also opened again by PEFT beside the model's own, and gives the same loss on a probe. The
-    model and the random generators are left as they were; packing is enabled on a model with LoRA.
+    in no tensor, is also opened again by PEFT beside the model's own, and gives the same loss on a few
+    made-up tokens. The model and the random generators are left as they were; packing is enabled on a model
+    with LoRA.
 
     Args:
         folder: that the model's method saved into.
         model: with a method attached.
-        probe: what the losses are of; a few made-up tokens where None.
         trained: whether an optimizer step with a learning rate above zero has been done. Where that is not
             known, a tensor is taken for lost if it is zero while others of its kind are not.
 
@@ -66,7 +60,7 @@ def check_adapter(
     except UserError as error:
         raise AdapterFaultError(str(error).rstrip(".")) from None
     if isinstance(model, PeftModel):
-        _check_loss(folder, model, probe or _made_up(model))
+        _check_loss(folder, model)
 
 
 def _check_tensors(folder: Path, model: nn.Module, *, trained: bool | None) -> None:
@@ -121,8 +115,9 @@ def _compare(place: Path, name: str, stored: Tensor, in_memory: Tensor) -> None:
         raise AdapterFaultError(f"{place}: {name} is not what the model in memory has")
 
 
-def _check_loss(folder: Path, peft_model: PeftModel, probe: MicroBatch) -> None:
+def _check_loss(folder: Path, peft_model: PeftModel) -> None:
     enable_packing(peft_model)
+    probe = _made_up(peft_model)
     device = falcon_of(peft_model).get_output_embeddings().weight.device
     try:
         with _left_as_it_was(peft_model, device), torch.no_grad():

@@ -16,12 +16,8 @@ from torch import Tensor
 from falcon_qlora.checkpoint.manifest import describe_file
 from falcon_qlora.checkpoint.process_state import OPTIMIZER
 from falcon_qlora.checkpoint.read import check_optimizer
-from falcon_qlora.common.errors import first_line
+from falcon_qlora.checkpoint.write import disk_errors
 from falcon_qlora.models.sharded import from_own_rows, local_tensor, own_rows
-
-
-def part_name(process: int, processes: int) -> str:
-    return f"optimizer-{process + 1:05}-of-{processes:05}.pt"
 
 
 def has_parts(checkpoint: Path) -> bool:
@@ -45,16 +41,13 @@ def write_part(
         index: {name: local_tensor(value) for name, value in of_parameter.items()}
         for index, of_parameter in whole["state"].items()
     }
-    file = folder / part_name(process, processes)
+    file = folder / f"optimizer-{process + 1:05}-of-{processes:05}.pt"
     if not folder.is_dir():
         raise OSError(
             0, f"{folder} is not there: a sharded run's machines must share the folder it writes to"
         )
-    try:
+    with disk_errors():
         torch.save({"state": state, "param_groups": whole["param_groups"]}, file)
-    except RuntimeError as error:
-        # What torch makes of a disk that is full.
-        raise OSError(0, first_line(error)) from error
     return {file.name: describe_file(file)}
 
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch.distributed import DistError
 
 from falcon_qlora.common.errors import UserError, one_line
+from falcon_qlora.data.cursor import check_cursor
 
 # The files of a checkpoint, as Transformers calls them where it has them too.
 OPTIMIZER = "optimizer.pt"
@@ -134,11 +135,12 @@ def save_cursor(checkpoint: Path, cursor: dict[str, Any]) -> None:
         json.dump(cursor, handle)
 
 
-def load_cursor(checkpoint: Path) -> dict[str, Any] | None:
+def read_cursor(checkpoint: Path, *, step: int, vocabulary: int) -> dict[str, Any] | None:
     """What `save_cursor` wrote; None where there is none, and a stream is read again from its start.
 
     Raises:
-        UserError: if it is damaged, no JSON, or would unpack to far more than rows and documents do.
+        UserError: if it is damaged, no JSON, would unpack to far more than rows and documents do, or is not
+            what a stream has written at `step`.
     """
     file = checkpoint / CURSOR
     if not file.is_file():
@@ -150,4 +152,5 @@ def load_cursor(checkpoint: Path) -> dict[str, Any] | None:
         if len(content) > most:
             raise ValueError(f"unpacked it has more than {most:,} bytes")
         cursor: dict[str, Any] = json.loads(content)
+        check_cursor(cursor, step=step, vocabulary=vocabulary)
     return cursor

@@ -6,18 +6,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from falcon_qlora.checkpoint.optimizer_parts import has_parts, read_own_rows
 from falcon_qlora.checkpoint.process_state import (
-    CURSOR,
     OPTIMIZER,
     SCALER,
     SCHEDULER,
     STATES,
     TRAINER_STATE,
     check_plain,
-    load_cursor,
     load_states,
     reading,
     restore_random_states,
@@ -31,7 +27,6 @@ from falcon_qlora.checkpoint.read import (
     check_scheduler,
 )
 from falcon_qlora.common.untrusted import is_count, is_number, read_json
-from falcon_qlora.data.cursor import check_cursor
 
 _COUNTS = ("global_step", "num_input_tokens_seen", "best_global_step", "max_steps", "num_train_epochs")
 _INTERVALS = ("logging_steps", "eval_steps", "save_steps")  # a share of the steps was made a number of them
@@ -68,19 +63,6 @@ def take_up_random_states(checkpoint: Path, *, seed: int, process: int, processe
         seed_anew(seed, step=step, process=process)
 
 
-def read_cursor(checkpoint: Path, *, step: int, vocabulary: int) -> dict[str, Any] | None:
-    """Where a stream's next step begins; None where there is none.
-
-    Raises:
-        UserError: if it is not what a stream has written at `step`.
-    """
-    cursor = load_cursor(checkpoint)
-    if cursor is not None:
-        with reading(checkpoint / CURSOR):
-            check_cursor(cursor, step=step, vocabulary=vocabulary)
-    return cursor
-
-
 def load_optimizer(
     checkpoint: Path, *, optimizer: Any, scheduler: Any, scaler: Any, step: int, sharded: bool
 ) -> None:
@@ -101,21 +83,18 @@ def load_optimizer(
     place = step if scaler is None else None
     schedule = check_plain(checkpoint / SCHEDULER, dict)
     if sharded or has_parts(checkpoint):
+        rates = None
         with reading(checkpoint / "optimizer-*.pt"):
             read_own_rows(optimizer, checkpoint)
-        with reading(checkpoint / SCHEDULER):
-            check_scheduler(schedule, scheduler, step=place)
     else:
         kept = check_plain(checkpoint / OPTIMIZER, dict, mapped=False)
         with reading(checkpoint / OPTIMIZER):
             check_optimizer(kept, optimizer)
-        with reading(checkpoint / SCHEDULER):
             rates = [group["lr"] for group in kept["param_groups"]]
-            check_scheduler(schedule, scheduler, step=place, rates=rates)
-        with reading(checkpoint / OPTIMIZER):
             optimizer.load_state_dict(kept)
     with reading(checkpoint / SCHEDULER):
-        scheduler.load_state_dict(torch.load(checkpoint / SCHEDULER, weights_only=True))
+        check_scheduler(schedule, scheduler, step=place, rates=rates)
+        scheduler.load_state_dict(schedule)
     file = checkpoint / SCALER
     if file.is_file():
         of_scaler = check_plain(file, dict)
@@ -144,17 +123,11 @@ def check_trainer_state(checkpoint: Path) -> None:
     with reading(file):
         for name in state.keys() - {field.name for field in dataclasses.fields(TrainerState)}:
             raise ValueError(f"{name[:40]!r} is not known")
-        for name in _COUNTS:
+        for name in (*_COUNTS, *_INTERVALS, "epoch", "total_flos"):
             value = state.get(name)
-            if value is not None and not is_count(value):
+            fits = is_count(value) if name in _COUNTS else is_number(value)
+            if value is not None and (not fits or (name in _INTERVALS and value < 0)):
                 raise ValueError(f"{name} is {str(value)[:40]!r}")
-        for name in _INTERVALS:
-            value = state.get(name)
-            if value is not None and (not is_number(value) or value < 0):
-                raise ValueError(f"{name} is {str(value)[:40]!r}")
-        for name in ("epoch", "total_flos"):
-            if state.get(name) is not None and not is_number(state[name]):
-                raise ValueError(f"{name} is {str(state[name])[:40]!r}")
         if not isinstance(state.get("best_metric"), float | int | None):  # not finite, where a model broke
             raise ValueError("best_metric is no number")
         if not isinstance(state.get("best_model_checkpoint"), str | None):

@@ -100,11 +100,8 @@ def parse_yaml(text: str, origin: str) -> dict[Any, Any]:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{origin}{line}: not valid YAML: {one_line(error.problem)}") from None
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # the second of dates and numbers that are none
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # ValueError: of dates and numbers that are none.
         raise UserError(f"{origin}: not valid YAML: {one_line(error)}") from None
     if content is None:
         return {}

@@ -134,7 +134,7 @@ def check_replicas(tensors: Iterable[torch.Tensor]) -> None:
 
 def _checksums(tensor: torch.Tensor) -> list[int]:
     """A sum over the bytes of each piece of `tensor`, modulo 2^64: any one byte that differs shows."""
-    whole = _bytes_of(tensor)
+    whole = tensor.detach().contiguous().flatten().view(torch.uint8)
     # A weight for each place, odd and scattered, so that exchanged bytes show; in pieces, so that little
     # memory is taken.
     weights = torch.arange(1, min(len(whole), _PIECE_BYTES) + 1, device=whole.device)
@@ -143,10 +143,6 @@ def _checksums(tensor: torch.Tensor) -> list[int]:
     weights |= 1
     sums = [(piece * weights[: len(piece)]).sum() for piece in whole.split(_PIECE_BYTES)]
     return torch.stack(sums).tolist()
-
-
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().flatten().view(torch.uint8)
 
 
 def fresh_store(timeout_seconds: float) -> dist.Store | None:

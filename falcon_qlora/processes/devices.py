@@ -50,11 +50,6 @@ def compute_dtype(wanted: torch.dtype | str, device: torch.device | str | None =
     return torch.bfloat16 if has_bfloat16 else torch.float16
 
 
-def name_of(device: torch.device) -> str:
-    """What `device` is called, such as ``NVIDIA H200``; ``CPU``."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
 def visible_gpus() -> int:
     """How many GPUs this process can use."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -34,10 +34,6 @@ def is_main_process() -> bool:
     return process_index() == 0
 
 
-def is_local_main_process() -> bool:
-    return local_process_index() == 0
-
-
 def restart_count() -> int:
     """How often torchrun has restarted this group of processes."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

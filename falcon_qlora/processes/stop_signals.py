@@ -119,7 +119,7 @@ def tell_launcher(text: str) -> None:
 
 def _leave_for_launcher(name: str, text: str) -> None:
     file = launcher.mark(name)
-    if file is not None and ranks.is_local_main_process():
+    if file is not None and ranks.local_process_index() == 0:
         part = file.with_name(f".{name}")
         with contextlib.suppress(OSError):  # no run ends for want of room in the launcher's folder
             part.write_text(text, encoding="utf-8")

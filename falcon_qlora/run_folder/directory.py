@@ -24,21 +24,13 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from falcon_qlora.common.files import (
-    plain,
-    quoted,
-    replaced,
-    replaced_folder,
-    write_json,
-    write_text,
-)
+from falcon_qlora.common.files import plain, quoted, replaced, write_json, write_text
 from falcon_qlora.common.record_files import SIGNS_OF_A_RUN, run_of, without_format
 from falcon_qlora.common.untrusted import read_json, read_text, read_yaml
 from falcon_qlora.run_folder.lock import LOCK
@@ -103,8 +95,6 @@ class RunDirectory:
     def __str__(self) -> str:
         return str(self.path)
 
-    # What a run is made of
-
     @classmethod
     def of_adapter(cls, folder: Path) -> RunDirectory | None:
         """The run whose adapter or checkpoint lies in `folder`; None for an adapter by itself."""
@@ -139,8 +129,6 @@ class RunDirectory:
         marks = {LAUNCHER, LOCK, self.trackers_file.name, "wandb"}
         if self.path.is_dir() and {entry.name for entry in self.path.iterdir()} <= marks:
             shutil.rmtree(self.path, ignore_errors=True)
-
-    # Records
 
     def write_config(self, resolved: Mapping[str, Any]) -> None:
         """Write everything a re-run needs; the caller leaves secrets out."""
@@ -181,8 +169,6 @@ class RunDirectory:
     def read_summary(self) -> dict[str, Any]:
         return _read_record(self.summary_file)
 
-    # Metrics
-
     def append_metrics(self, step: int, logs: Mapping[str, Any]) -> None:
         """Append one line for `step`: those of METRICS_FIELDS that `logs` has, if it has any.
 
@@ -209,28 +195,13 @@ class RunDirectory:
                 lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in kept]
                 write_text(file, "".join(lines))
 
-    def draw_loss(self, title: str = "") -> Path | None:
-        """Draw `loss.png` from the metrics; None where there is no loss to draw yet."""
+    def draw_loss(self, title: str = "") -> None:
+        """Draw `loss.png` from the metrics, if there is a loss to draw."""
         with replaced(self.loss_picture) as temporary:
-            drawn = charts.draw_loss(self.read_metrics(), temporary, title=title)
-            if not drawn:
-                temporary.unlink(missing_ok=True)
-        return self.loss_picture if drawn else None
-
-    # Folders
+            charts.draw_loss(self.read_metrics(), temporary, title=title)
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step}"
-
-    def write_folder(self, target: Path) -> AbstractContextManager[Path]:
-        """An empty folder that takes `target`'s place when the block ends without an error.
-
-        Args:
-            target: `directory.adapter`, `directory.checkpoint(step)` or another path in the run directory.
-        """
-        return replaced_folder(target)
-
-    # Trackers
 
     def tracker_record(self, tracker: str) -> dict[str, Any]:
         """What a tracker needs to go on with the same run ({} where there is none yet)."""

@@ -16,22 +16,19 @@ _EVAL = "#d1495b"
 _RATE = "#5b8c5a"
 
 
-def draw_loss(metrics: Sequence[Mapping[str, Any]], file: Path, *, title: str = "") -> bool:
+def draw_loss(metrics: Sequence[Mapping[str, Any]], file: Path, *, title: str = "") -> None:
     """Draw the training loss, the held-out loss and the learning rate over the steps as a PNG.
 
     Args:
         metrics: The lines of `metrics.jsonl`.
         file: The PNG to write.
         title: A line above the picture.
-
-    Returns:
-        Whether there was a loss to draw.
     """
     train = _series(metrics, "loss")
     held_out = _series(metrics, "eval_loss")
     rate = _series(metrics, "learning_rate")
     if not train and not held_out:
-        return False
+        return
     figure = _figure(title)
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     if train:
@@ -55,7 +52,7 @@ def draw_loss(metrics: Sequence[Mapping[str, Any]], file: Path, *, title: str = 
     rates.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     rates.set_xlabel("step")
     rates.grid(alpha=0.3)
-    return _write(figure, file)
+    _write(figure, file)
 
 
 def draw_speed_and_memory(
@@ -64,7 +61,7 @@ def draw_speed_and_memory(
     *,
     peers: Collection[str] = (),
     title: str = "",
-) -> bool:
+) -> None:
     """Draw tokens/s against peak memory as a PNG; points of one label are joined.
 
     Args:
@@ -72,12 +69,9 @@ def draw_speed_and_memory(
         file: The PNG to write.
         peers: The last words of the labels that get another colour.
         title: A line above the picture.
-
-    Returns:
-        Whether there was anything to draw.
     """
     if not points:
-        return False
+        return
     series: dict[str, list[tuple[float, float]]] = {}
     for label, memory_gb, speed in points:
         series.setdefault(label, []).append((memory_gb, speed))
@@ -100,22 +94,19 @@ def draw_speed_and_memory(
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8, handlelength=1)
-    return _write(figure, file)
+    _write(figure, file)
 
 
-def draw_scaling(series: Mapping[str, Sequence[tuple[int, float]]], file: Path, *, title: str = "") -> bool:
+def draw_scaling(series: Mapping[str, Sequence[tuple[int, float]]], file: Path, *, title: str = "") -> None:
     """Draw samples/s over GPUs as a PNG, each with the line that its fewest GPUs would give ideally.
 
     Args:
         series: label to GPUs and samples/s.
         file: The PNG to write.
         title: A line above the picture.
-
-    Returns:
-        Whether there was anything to draw.
     """
     if not series:
-        return False
+        return
     figure, axes = _axes(title)
     counts = sorted({gpus for points in series.values() for gpus, _ in points})
     for label, unsorted in series.items():
@@ -131,12 +122,12 @@ def draw_scaling(series: Mapping[str, Sequence[tuple[int, float]]], file: Path, 
     axes.set_xlim(0, 1.05 * counts[-1])
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8)
-    return _write(figure, file)
+    _write(figure, file)
 
 
 def draw_bars(
     series: Mapping[str, Sequence[tuple[str, float, str]]], file: Path, *, axis: str, title: str = ""
-) -> bool:
+) -> None:
     """Draw bars as a PNG, those of one label from every series beside each other.
 
     Args:
@@ -144,13 +135,10 @@ def draw_bars(
         file: The PNG to write.
         axis: What the heights are, with their unit.
         title: A line above the picture.
-
-    Returns:
-        Whether there was anything to draw.
     """
     series = {name: bars for name, bars in series.items() if bars}
     if not series:
-        return False
+        return
     figure, axes = _axes(title, grid="y")
     labels = list(dict.fromkeys(label for bars in series.values() for label, _, _ in bars))
     width = 0.8 / len(series)
@@ -166,7 +154,7 @@ def draw_bars(
     axes.set_axisbelow(True)
     if len(series) > 1:
         axes.legend(frameon=False)
-    return _write(figure, file)
+    _write(figure, file)
 
 
 def _axes(title: str, *, width: float = 8, grid: Literal["both", "y"] = "both") -> tuple[Figure, Any]:
@@ -189,10 +177,9 @@ def _figure(title: str, width: float = 8) -> Figure:
     return figure
 
 
-def _write(figure: Figure, file: Path) -> bool:
+def _write(figure: Figure, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=130, format="png")
-    return True
 
 
 def _series(metrics: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:

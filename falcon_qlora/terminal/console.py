@@ -87,6 +87,9 @@ def print_end(summary: Mapping[str, Any], contents: Sequence[Path], *, adapter: 
     if summary.get("best_eval_loss") is not None:
         best = f"best on held-out data {summary['best_eval_loss']:.4g}"
         best += f" at step {summary['best_step']:,}" if summary.get("best_step") is not None else ""
+    peak = summary.get("peak_memory_gib")
+    memory = f"{peak:.2f} GiB at most on one device" if peak else ""
+    written = [f"{path}/" if path.is_dir() else str(path) for path in contents]
     rows = [
         ("steps", f"{summary['steps']:,} in {duration(summary['train_seconds'])}"),
         ("loss", joined(losses, best)),
@@ -97,10 +100,10 @@ def print_end(summary: Mapping[str, Any], contents: Sequence[Path], *, adapter: 
                 f"{summary['samples_per_second_512']:,.3g} samples/s of 512 tokens",
             ),
         ),
-        ("memory", joined(_gib(summary.get("peak_memory_gib"), "at most on one device"), _split(summary))),
+        ("memory", joined(memory, _split(summary))),
         ("processes", _reductions(summary)),
         ("skipped", f"{summary['bad_steps']:,} steps, not finite" if summary.get("bad_steps") else ""),
-        *[("wrote" if index == 0 else "", _path(path)) for index, path in enumerate(contents)],
+        *[("" if index else "wrote", path) for index, path in enumerate(written)],
         ("try it", f'falcon-qlora generate --adapter {quoted(str(adapter))} --prompt "…"'),
     ]
     console().print()
@@ -160,14 +163,6 @@ def joined(*parts: object) -> str:
     return " · ".join(part for part in parts if isinstance(part, str) and part)
 
 
-def _gib(amount: float | None, where: str) -> str:
-    return "" if not amount else f"{amount:.2f} GiB {where}"
-
-
 def _split(summary: Mapping[str, Any]) -> str:
     parts = summary.get("micro_batch_parts", 1)
     return f"it ran out, and micro batches were split in {parts}" if parts > 1 else ""
-
-
-def _path(path: Path) -> str:
-    return f"{path}/" if path.is_dir() else str(path)

@@ -68,11 +68,7 @@ def quiet_libraries(*, progress_bars: bool = True) -> None:
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
         warnings.simplefilter("ignore", category)
-    _import_without_greeting()
-
-
-def _import_without_greeting() -> None:
-    """Import the module of Transformers that prints a line while it is, on every process."""
+    # This module of Transformers prints a line while it is imported, on every process.
     if os.environ.get("WANDB_MODE") == "offline":
         with contextlib.redirect_stdout(io.StringIO()):
             importlib.import_module("transformers.integrations.integration_utils")

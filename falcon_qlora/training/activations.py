@@ -98,7 +98,6 @@ def choose_activations(
 
 
 def _keep_fp8_weights(model: Any, step: Step, blocks: list[Checkpointing], free_bytes: int) -> bool:
-    """Keep the frozen weights in FP8 where all activations are kept and there is room for them too."""
     from falcon_qlora.models.fast_path import fp8_weight_bytes, keep_fp8_weights
 
     needed = fp8_weight_bytes(model)

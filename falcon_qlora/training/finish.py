@@ -14,6 +14,7 @@ from falcon_qlora.checkpoint.adapter_check import AdapterFaultError, check_adapt
 from falcon_qlora.checkpoint.manifest import newest_whole, write_manifest
 from falcon_qlora.checkpoint.write import disk_errors, last_complete, not_kept, require_same_replicas
 from falcon_qlora.common.errors import UserError, reason_of
+from falcon_qlora.common.files import replaced_folder
 from falcon_qlora.data.batches import TrainingSteps
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.sharded import is_sharded, take_part
@@ -40,7 +41,7 @@ def finish(
     describe_adapter: Callable[[Path, dict[str, Any]], None],
     title: str,
     predicted_gib: float | None,
-) -> Summary:
+) -> None:
     """Prove that the replicas agree, write the adapter and the summary, and say what was written.
 
     Args:
@@ -71,6 +72,7 @@ def finish(
     if trainer.args.load_best_model_at_end:  # of the adapter that is kept
         best = trainer.state.best_metric, trainer.state.best_global_step
     totals = trainer.meter.total()
+    plan = trainer.steps.plan if isinstance(trainer.steps, TrainingSteps) else None
     summary = Summary(
         steps=trainer.state.global_step,
         first_loss=losses[0] if losses else None,
@@ -86,7 +88,7 @@ def finish(
         bad_steps=trainer.step.bad_steps.total,
         micro_batch_parts=2**trainer.step.halvings,
         tokens=trainer.state.num_input_tokens_seen,
-        samples=_samples(trainer),
+        samples=plan.documents_until(trainer.state.global_step) if plan is not None else None,
         predicted_peak_memory_gib=predicted_gib,
         reduction_shares=reductions if len(reductions) > 1 else None,
         **counts(model),
@@ -99,7 +101,6 @@ def finish(
             directory.draw_loss(title=title)
         console.print_end(asdict(summary), directory.contents(), adapter=directory.adapter)
     trackers.finish(summary=asdict(summary), adapter=directory.adapter)
-    return summary
 
 
 def _keep_adapter(
@@ -115,7 +116,7 @@ def _keep_adapter(
     def write() -> str | None:
         took_part = False
         try:
-            with directory.write_folder(directory.adapter) as folder:
+            with replaced_folder(directory.adapter) as folder:
                 took_part = True
                 with disk_errors():
                     method_of(model).save(model, folder)
@@ -181,8 +182,3 @@ def stop(
         console.print_plain(f"{where}. {kept} holds the weights alone: the run cannot go on")
         return
     console.print_plain(f"{where}. Go on with:  {how_to_go_on(directory)}")
-
-
-def _samples(trainer: FalconTrainer) -> int | None:
-    plan = trainer.steps.plan if isinstance(trainer.steps, TrainingSteps) else None
-    return plan.documents_until(trainer.state.global_step) if plan is not None else None

@@ -54,12 +54,13 @@ def held_out_text(configuration: Configuration, tokenizer: Any, run: RunDirector
             source = f"{split} of {', '.join(data.dataset_name)}" if split.startswith("split:") else split
     except UserError as error:
         raise UserError(f"{error}\nThat is the held-out text; --eval_split FILE names another.") from None
+    recorded = data_record(run).get("held_out")
     return HeldOutText(
         dataset=corpus.dataset,
         lengths=corpus.lengths,
         fingerprint=corpus.fingerprint,
         source=source,
-        is_the_runs_own=run is not None and _recorded_fingerprint(run) == corpus.fingerprint,
+        is_the_runs_own=isinstance(recorded, dict) and recorded.get("fingerprint") == corpus.fingerprint,
     )
 
 
@@ -97,8 +98,3 @@ def packaged_text(tokenizer: Any, max_length: int) -> HeldOutText:
 def data_record(run: RunDirectory | None) -> dict[str, Any]:
     """What a run's data.json says; {} where there is none."""
     return read_json(run.data_file) if run is not None and run.data_file.is_file() else {}
-
-
-def _recorded_fingerprint(run: RunDirectory) -> str | None:
-    held_out = data_record(run).get("held_out")
-    return held_out.get("fingerprint") if isinstance(held_out, dict) else None

@@ -46,8 +46,6 @@ class ProgressCallback(TrainerCallback):
             self._progress = None
             atexit.unregister(self.close)
 
-    # Events of the loop
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not ranks.is_main_process():
             return
@@ -97,8 +95,6 @@ class ProgressCallback(TrainerCallback):
         if self._progress is None and self._shown and self._printed_step != self._step:
             self._print_line(force=True)
         self.close()
-
-    # What is shown
 
     def _counter(self) -> str:
         return f"step {self._step:,}/{self._last_step:,}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from falcon_qlora.common.quantities import counted, gib
 from falcon_qlora.common.version import VERSION
 from falcon_qlora.config import Configuration
@@ -83,6 +85,12 @@ def start_rows(
     sizes, device, processes = counts(model), devices.local_device(), ranks.world_size()
     trainable, total = sizes["trainable_parameters"], sizes["total_parameters"]
     quantized = settings.quantize_mode != "16bit"
+    weights = weight_bytes(
+        model.config,
+        settings.quantize_mode,
+        double_quantization=settings.double_quantization,
+        compute_bytes=model.dtype.itemsize,
+    )
     nodes = processes // ranks.local_world_size()
     batch = f"{global_batch(run)} × {configuration.data.max_length:,} tokens a step"
     return [
@@ -100,7 +108,7 @@ def start_rows(
                 settings.quantize_mode if quantized else "no: 16bit",
                 _quantization(configuration, model),
                 quantized and f"{sizes['quantized_linears']:,} linear layers",
-                f"{gib(_weight_bytes(configuration, model))} on each device",
+                f"{gib(weights)} on each device",
             ),
         ),
         ("kernels", described(kernels) if kernels else "off: the reference path"),
@@ -117,7 +125,7 @@ def start_rows(
             joined(
                 f"CPU, {counted(processes, 'process', 'processes')}"
                 if device.type == "cpu"
-                else f"{processes} × {devices.name_of(device)}",
+                else f"{processes} × {torch.cuda.get_device_name(device)}",
                 nodes > 1 and f"{nodes} machines",
             ),
         ),
@@ -187,16 +195,6 @@ def describe_adapter(
         template=data.template,
         version=VERSION,
     ).write(folder)
-
-
-def _weight_bytes(configuration: Configuration, model: Any) -> int:
-    settings = configuration.model
-    return weight_bytes(
-        model.config,
-        settings.quantize_mode,
-        double_quantization=settings.double_quantization,
-        compute_bytes=model.dtype.itemsize,
-    )
 
 
 def _quantization(configuration: Configuration, model: Any) -> str:

@@ -213,21 +213,14 @@ def check_data(data: TrainingData, checkpoint: str | None) -> None:
     if data.record.get("streaming"):
         changed = _changed_stream(record.get("stream"), data.record)
     else:
-        changed = _changed_documents(record.get("data_fingerprint"), data.record.get("fingerprint"))
+        before, now = record.get("data_fingerprint"), data.record.get("fingerprint")
+        told = f"fingerprint {str(now)[:12]} instead of {str(before)[:12]}"
+        changed = f" (its rows, or what became of them, have changed): {told}" if before != now else None
     if changed is not None:
         raise UserError(
             f"--resume: the data is not what the run began with{changed}. Bring the old data back, or start "
             "a new run"
         )
-
-
-def _changed_documents(before: Any, now: Any) -> str | None:
-    if before == now:
-        return None
-    return (
-        " (its rows, or what became of them, have changed): fingerprint "
-        f"{str(now)[:12]} instead of {str(before)[:12]}"
-    )
 
 
 def _changed_stream(before: dict[str, Any] | None, now: dict[str, Any]) -> str | None:

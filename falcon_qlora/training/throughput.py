@@ -45,21 +45,19 @@ class Meter:
         if self._since is not None:
             self.pause()
             self.resume()
-        now = (self.tokens, self.positions, self.capacity, self.seconds)
-        tokens, positions, capacity, seconds = (a - b for a, b in zip(now, self._last, strict=True))
-        self._last = now
-        return rates(tokens=int(tokens), positions=int(positions), capacity=int(capacity), seconds=seconds)
+        since, self._last = self._last, self._now()
+        return _rates(*(a - b for a, b in zip(self._last, since, strict=True)))
 
     def total(self) -> dict[str, float]:
         """Rates over the whole run."""
-        return rates(
-            tokens=self.tokens, positions=self.positions, capacity=self.capacity, seconds=self.seconds
-        )
+        return _rates(*self._now())
+
+    def _now(self) -> tuple[int, int, int, float]:
+        return self.tokens, self.positions, self.capacity, self.seconds
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; the meter is paused."""
-        now = [self.tokens, self.positions, self.capacity, self.seconds]
-        return {"now": now, "last": list(self._last)}
+        return {"now": list(self._now()), "last": list(self._last)}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned."""
@@ -68,7 +66,7 @@ class Meter:
         self._last = (tokens, positions, capacity, seconds)
 
 
-def rates(*, tokens: int, positions: int, capacity: int, seconds: float) -> dict[str, float]:
+def _rates(tokens: float, positions: float, capacity: float, seconds: float) -> dict[str, float]:
     """Tokens/s count real tokens; samples/s count 512 computed positions, as the 2023 reference did."""
     if seconds <= 0:
         return {}

@@ -30,7 +30,6 @@ from falcon_qlora.checkpoint.checkpointer import Checkpointer, Snapshot
 from falcon_qlora.checkpoint.resume import (
     check_stateful,
     load_optimizer,
-    read_cursor,
     read_process,
     take_up_random_states,
 )
@@ -196,8 +195,6 @@ class FalconTrainer(SFTTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> torch.Tensor:
         return self.step.gradient_norm  # the step has clipped
 
-    # Where the loop comes to
-
     def before_training(self) -> None:
         """Take up what a checkpoint has kept beside the weights, and the processes' parameters as one."""
         self._stopping, self._ending = False, None
@@ -241,8 +238,6 @@ class FalconTrainer(SFTTrainer):
             raise UserError(f"{self._ending}. {last}")
         if self._stopping and self.state.global_step < self.state.max_steps:
             raise Stopped(self.state.global_step, self.checkpointer.failure)
-
-    # Checkpoints
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Whether the model is saved after this evaluation, where the best alone are.
@@ -321,7 +316,9 @@ class FalconTrainer(SFTTrainer):
                 place = (num_train_epochs, 0)  # it had come to its end
         self._resumed = folder / process_state.STATES, read_process(folder, **self._place())
         self._random = folder
-        cursor = read_cursor(folder, step=self.state.global_step, vocabulary=self.model.config.vocab_size)
+        cursor = process_state.read_cursor(
+            folder, step=self.state.global_step, vocabulary=self.model.config.vocab_size
+        )
         if cursor is not None:
             assert isinstance(self.steps, StreamingSteps)
             self.steps.go_on(cursor)
@@ -354,8 +351,6 @@ class FalconTrainer(SFTTrainer):
 
     def _load_best_model(self) -> None:
         method_of(self.model).restore(self.model, Path(self.state.best_model_checkpoint))
-
-    # What is told of the run
 
     def reduction_share(self) -> float:
         """Of this start's training time, what went into adding up gradients, waiting for others included."""

@@ -45,9 +45,9 @@ from falcon_qlora.checkpoint import checkpointer
 from falcon_qlora.checkpoint.checkpointer import Checkpointer
 from falcon_qlora.models.tokenizer import load_tokenizer
 from falcon_qlora.processes import ranks, stop_signals
-from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.step import loss as step_module
 from falcon_qlora.train import main
+from falcon_qlora.training import finish
 from falcon_qlora.training.trainer import FalconTrainer
 
 FAULTS = json.loads(os.environ.get("FAULTS", "[]"))
@@ -192,12 +192,12 @@ def faulty_write_part(optimizer: Any, folder: Path, **named: Any) -> Any:
     return described
 
 
-write_folder = RunDirectory.write_folder
+replaced_folder = finish.replaced_folder
 
 
 @contextlib.contextmanager
-def faulty_write_folder(self: RunDirectory, target: Path) -> Iterator[Path]:
-    with disk("full"), write_folder(self, target) as folder:
+def faulty_replaced_folder(target: Path) -> Iterator[Path]:
+    with disk("full"), replaced_folder(target) as folder:
         yield folder
 
 
@@ -211,7 +211,7 @@ step_module.sum_of_losses = faulty_sum_of_losses
 checkpointer.write_manifest = faulty_write_manifest
 Checkpointer._write = faulty_write  # type: ignore[method-assign]
 checkpointer.write_part = faulty_write_part
-RunDirectory.write_folder = faulty_write_folder  # type: ignore[method-assign,assignment]
+finish.replaced_folder = faulty_replaced_folder  # type: ignore[assignment]
 
 if __name__ == "__main__":
     for each in faults("late"):

@@ -252,16 +252,16 @@ def test_a_write_that_fails_leaves_the_earlier_file(tmp_path: Path) -> None:
 
 
 def test_a_folder_replaces_another_only_when_it_is_whole(tmp_path: Path) -> None:
-    directory = RunDirectory(tmp_path)
-    with directory.write_folder(directory.adapter) as folder:
+    adapter = tmp_path / "adapter"
+    with replaced_folder(adapter) as folder:
         (folder / "weights").write_text("old")
-    with pytest.raises(RuntimeError, match="stopped"), directory.write_folder(directory.adapter) as folder:
+    with pytest.raises(RuntimeError, match="stopped"), replaced_folder(adapter) as folder:
         (folder / "weights").write_text("half")
         raise RuntimeError("stopped")
-    assert (directory.adapter / "weights").read_text() == "old"
-    with directory.write_folder(directory.adapter) as folder:
+    assert (adapter / "weights").read_text() == "old"
+    with replaced_folder(adapter) as folder:
         (folder / "weights").write_text("new")
-    assert (directory.adapter / "weights").read_text() == "new"
+    assert (adapter / "weights").read_text() == "new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["adapter"]
 
 
@@ -344,12 +344,12 @@ def test_a_file_system_that_flushes_no_folders_is_one_to_write_to(
 
 def test_the_loss_is_drawn(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
-    assert directory.draw_loss() is None
+    directory.draw_loss()
     assert not directory.loss_picture.exists()
     for step in range(1, 41):
         directory.append_metrics(step, {"loss": 3 / step, "learning_rate": 1e-4})
     directory.append_metrics(40, {"eval_loss": 0.5})
-    assert directory.draw_loss("a run") == directory.loss_picture
+    directory.draw_loss("a run")
     with Image.open(directory.loss_picture) as picture:
         assert picture.format == "PNG"
         assert min(picture.size) > 300
