@@ -16,25 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from falcon_qlora.checkpoint import process_state, write
 from falcon_qlora.checkpoint.adapter_check import AdapterFaultError, check_adapter
 from falcon_qlora.checkpoint.manifest import fault, write_manifest
 from falcon_qlora.checkpoint.optimizer_parts import write_part
-from falcon_qlora.checkpoint.process_state import (
-    OPTIMIZER,
-    SCALER,
-    SCHEDULER,
-    STATES,
-    TRAINER_STATE,
-    save_cursor,
-)
-from falcon_qlora.checkpoint.write import (
-    begin,
-    disk_errors,
-    not_kept,
-    remove_unfinished,
-    require_same_replicas,
-    rotate,
-)
 from falcon_qlora.common.errors import UserError, reason_of
 from falcon_qlora.common.files import flush, put_in_place
 from falcon_qlora.methods.interface import method_of
@@ -175,12 +160,12 @@ class Checkpointer:
         model, state = snapshot.model, snapshot.state
         if not is_sharded(model):
             trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
-            require_same_replicas(trained, self.folder, step=snapshot.step)
+            write.require_same_replicas(trained, self.folder, step=snapshot.step)
         processes = agreement.gather_objects(snapshot.process)
         if state.best_global_step == snapshot.step:
             state.best_model_checkpoint = str(self.checkpoint(snapshot.step))
         partial = self.folder / f".step-{snapshot.step}.partial"
-        failure = self._on_main_process(lambda: begin(partial), snapshot.step)
+        failure = self._on_main_process(lambda: write.begin(partial), snapshot.step)
         parts: dict[str, Any] = {}
         if failure is None and is_sharded(model) and not self.weights_only:
             failure, parts = self._write_parts(snapshot, partial)
@@ -200,11 +185,11 @@ class Checkpointer:
             try:
                 work()
             except OSError as error:
-                remove_unfinished(self.folder)
+                write.remove_unfinished(self.folder)
                 return reason_of(error)
             except AdapterFaultError as error:
-                remove_unfinished(self.folder)
-                raise UserError(not_kept(error, self.folder, step=step)) from None
+                write.remove_unfinished(self.folder)
+                raise UserError(write.not_kept(error, self.folder, step=step)) from None
             return None
 
         return agreement.from_main_process(try_to)
@@ -229,28 +214,28 @@ class Checkpointer:
         everyone = agreement.gather_objects((failure, part))
         failure = next((theirs for theirs, _ in everyone if theirs), None)
         if failure is not None and ranks.is_main_process():
-            remove_unfinished(self.folder)
+            write.remove_unfinished(self.folder)
         return failure, {name: about for _, theirs in everyone for name, about in theirs.items()}
 
     def _write(
         self, snapshot: Snapshot, partial: Path, processes: list[dict[str, Any]], parts: dict[str, Any]
     ) -> None:
         """Fill the folder, check it and give it its name; on the main process."""
-        with disk_errors():
+        with write.disk_errors():
             method_of(snapshot.model).save(snapshot.model, partial)
             self._describe_adapter(partial)
             if not self.weights_only:
                 if not parts:
-                    torch.save(snapshot.optimizer.state_dict(), partial / OPTIMIZER)
-                torch.save(snapshot.scheduler.state_dict(), partial / SCHEDULER)
+                    torch.save(snapshot.optimizer.state_dict(), partial / process_state.OPTIMIZER)
+                torch.save(snapshot.scheduler.state_dict(), partial / process_state.SCHEDULER)
                 if snapshot.scaler is not None:
-                    torch.save(snapshot.scaler.state_dict(), partial / SCALER)
-                torch.save(processes, partial / STATES)
+                    torch.save(snapshot.scaler.state_dict(), partial / process_state.SCALER)
+                torch.save(processes, partial / process_state.STATES)
                 if snapshot.cursor is not None:
-                    save_cursor(partial, snapshot.cursor())
+                    process_state.save_cursor(partial, snapshot.cursor())
         check_adapter(partial, snapshot.model)
-        snapshot.state.save_to_json(str(partial / TRAINER_STATE))
+        snapshot.state.save_to_json(str(partial / process_state.TRAINER_STATE))
         about = {"step": snapshot.step, "processes": len(processes), "resumable": not self.weights_only}
         write_manifest(partial, about | self._record, parts)
         put_in_place(partial, self.checkpoint(snapshot.step))
-        rotate(self.folder, snapshot.step, self._limit, snapshot.state.best_model_checkpoint)
+        write.rotate(self.folder, snapshot.step, self._limit, snapshot.state.best_model_checkpoint)

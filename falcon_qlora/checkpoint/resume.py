@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from falcon_qlora.checkpoint import read
 from falcon_qlora.checkpoint.optimizer_parts import has_parts, read_own_rows
 from falcon_qlora.checkpoint.process_state import (
     OPTIMIZER,
@@ -18,13 +19,6 @@ from falcon_qlora.checkpoint.process_state import (
     reading,
     restore_random_states,
     seed_anew,
-)
-from falcon_qlora.checkpoint.read import (
-    check_callbacks,
-    check_optimizer,
-    check_process,
-    check_scaler,
-    check_scheduler,
 )
 from falcon_qlora.common.untrusted import is_count, is_number, read_json
 
@@ -45,7 +39,7 @@ def read_process(checkpoint: Path, *, process: int, processes: int, step: int) -
     states = load_states(checkpoint)
     with reading(checkpoint / STATES):
         for state in states:
-            check_process(state, step=step)
+            read.check_process(state, step=step)
     if len(states) == processes:
         return states[process]
     rest = {name: value for name, value in states[0].items() if name != "random"}
@@ -89,11 +83,11 @@ def load_optimizer(
     else:
         kept = check_plain(checkpoint / OPTIMIZER, dict, mapped=False)
         with reading(checkpoint / OPTIMIZER):
-            check_optimizer(kept, optimizer)
+            read.check_optimizer(kept, optimizer)
             rates = [group["lr"] for group in kept["param_groups"]]
             optimizer.load_state_dict(kept)
     with reading(checkpoint / SCHEDULER):
-        check_scheduler(schedule, scheduler, step=place, rates=rates)
+        read.check_scheduler(schedule, scheduler, step=place, rates=rates)
         scheduler.load_state_dict(schedule)
     file = checkpoint / SCALER
     if file.is_file():
@@ -101,13 +95,13 @@ def load_optimizer(
         with reading(file):
             if scaler is None:
                 raise ValueError("it is of a run in fp16, and this one is not")
-            check_scaler(of_scaler, scaler)
+            read.check_scaler(of_scaler, scaler)
 
 
 def check_stateful(checkpoint: Path, callbacks: list[Any]) -> None:
     """Refuse a trainer's state that would set anything in a callback but what it has told of itself."""
     told = read_json(checkpoint / TRAINER_STATE, not_finite=True)["stateful_callbacks"]
-    check_callbacks(told, callbacks)
+    read.check_callbacks(told, callbacks)
 
 
 def check_trainer_state(checkpoint: Path) -> None:

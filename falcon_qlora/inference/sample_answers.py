@@ -8,8 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from falcon_qlora.run_folder.backlog import Backlog
-from falcon_qlora.run_folder.directory import append_lines
+from falcon_qlora.run_folder.directory import Backlog, append_lines
 from falcon_qlora.terminal.console import print_answers
 
 

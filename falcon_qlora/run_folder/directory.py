@@ -23,19 +23,22 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from falcon_qlora.common.errors import reason_of
 from falcon_qlora.common.files import plain, quoted, replaced, write_json, write_text
 from falcon_qlora.common.record_files import SIGNS_OF_A_RUN, run_of, without_format
 from falcon_qlora.common.untrusted import read_json, read_text, read_yaml
 from falcon_qlora.run_folder.lock import LOCK
 from falcon_qlora.run_folder.summary import Summary
 from falcon_qlora.terminal import charts
+from falcon_qlora.terminal.console import note
 
 METRICS_FIELDS = (
     "step",
@@ -231,6 +234,35 @@ class _Dumper(yaml.SafeDumper):
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+
+class Backlog:
+    """Writes what a run could do without: an OSError is told once, and what waits goes with the next.
+
+    Args:
+        write: what is called; all or nothing of one call is written.
+        what: for the message, such as a file's name.
+    """
+
+    def __init__(self, write: Callable[..., None], what: str):
+        self._write = write
+        self._what = what
+        self._waiting: deque[tuple[Any, ...]] = deque()
+        self._told = False
+
+    def __call__(self, *arguments: Any) -> None:
+        self._waiting.append(arguments)
+        try:
+            while self._waiting:
+                self._write(*self._waiting[0])
+                self._waiting.popleft()
+        except OSError as error:
+            if not self._told:
+                note(
+                    f"{self._what} cannot be written ({reason_of(error)}). The training goes on; what "
+                    "is missing there is added once that works again"
+                )
+            self._told = True
 
 
 def append_lines(file: Path, lines: str) -> None:

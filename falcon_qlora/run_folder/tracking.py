@@ -141,11 +141,8 @@ class Trackers:
             import wandb
 
             run.summary.update(plain(summary or {}))
-            if adapter is not None and os.environ.get("WANDB_LOG_MODEL", "false").lower() in (
-                "true",
-                "end",
-                "checkpoint",
-            ):
+            wanted = os.environ.get("WANDB_LOG_MODEL", "false").lower() in ("true", "end", "checkpoint")
+            if adapter is not None and wanted:
                 artifact = wandb.Artifact(name=f"adapter-{run.id}", type="model")
                 artifact.add_dir(str(adapter))
                 run.log_artifact(artifact)

@@ -69,9 +69,6 @@ class Step:
         self._max_grad_norm = max_grad_norm
         self._wants_save = wants_save
         self._at = at
-        self._optimizer: Any = None
-        self._accelerator: Any = None
-        self._backward: Callable[[Tensor], None]
 
     def begin(self, optimizer: Any, accelerator: Any, backward: Callable[[Tensor], None]) -> None:
         """Take up what the loop has prepared, and the processes' parameters as one.
@@ -82,6 +79,8 @@ class Step:
             backward: Accelerate's, which scales the loss in fp16, or ZeRO-3's.
         """
         self._optimizer, self._accelerator, self._backward = optimizer, accelerator, backward
+        self._scaler: Any = accelerator.scaler
+        self._in_zero3 = isinstance(optimizer, zero3.Zero3Optimizer)
         self.counted.zero_()
         self.reduction.share_parameters()
 
@@ -123,14 +122,6 @@ class Step:
         self._leave_out(model, bad)
         self.counted += whole
         return torch.where(whole, loss * self._processes, 0.0)
-
-    @property
-    def _scaler(self) -> Any:
-        return self._accelerator.scaler
-
-    @property
-    def _in_zero3(self) -> bool:
-        return isinstance(self._optimizer, zero3.Zero3Optimizer)
 
     def _clip(self, model: nn.Module) -> Tensor:
         """Clip the gradients; return their norm before that."""

@@ -11,7 +11,7 @@ from falcon_qlora.config.arguments import ModelArguments, RunArguments
 from falcon_qlora.data.batches import DocumentReader
 from falcon_qlora.processes import agreement, ranks, stop_signals
 from falcon_qlora.run_folder.directory import RunDirectory
-from falcon_qlora.terminal.console import note
+from falcon_qlora.terminal.console import note, patience
 from falcon_qlora.training.resume import how_to_go_on
 from falcon_qlora.training.rows import TrainingData, global_batch
 
@@ -29,7 +29,6 @@ def model_with_adapter(settings: ModelArguments, method: Method, tokenizer: Any,
     from falcon_qlora.models.load import load_model
     from falcon_qlora.models.locate import open_checkpoint
     from falcon_qlora.models.tokenizer import check_vocabulary
-    from falcon_qlora.terminal.console import patience
 
     # Downloads what is missing.
     agreement.main_process_first(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState
 
-from falcon_qlora.run_folder.backlog import Backlog
+from falcon_qlora.run_folder.directory import Backlog
 
 if TYPE_CHECKING:
     from falcon_qlora.training.trainer import FalconTrainer

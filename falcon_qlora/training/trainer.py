@@ -25,14 +25,8 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTConfig, SFTTrainer
 
-from falcon_qlora.checkpoint import process_state
+from falcon_qlora.checkpoint import process_state, resume
 from falcon_qlora.checkpoint.checkpointer import Checkpointer, Snapshot
-from falcon_qlora.checkpoint.resume import (
-    check_stateful,
-    load_optimizer,
-    read_process,
-    take_up_random_states,
-)
 from falcon_qlora.checkpoint.write import last_complete
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.batches import Share, StreamingSteps, TrainingSteps
@@ -181,7 +175,7 @@ class FalconTrainer(SFTTrainer):
         self._watchdog.at(self.state.global_step + 1, 0, "reading data")
         share = next(epoch_iterator, None)
         if self._random is not None:  # after reading, for which the loop has drawn some numbers
-            take_up_random_states(self._random, seed=self.args.seed, **self._place())
+            resume.take_up_random_states(self._random, seed=self.args.seed, **self._place())
             self._random = None
         return ([] if share is None else [share]), None
 
@@ -307,14 +301,14 @@ class FalconTrainer(SFTTrainer):
         folder = Path(resume_from_checkpoint)
         wanted = self._early_stopping()
         with process_state.reading(folder / process_state.TRAINER_STATE):
-            check_stateful(folder, self._stateful())
+            resume.check_stateful(folder, self._stateful())
             place = super()._init_training_state(*known)
         stopping = self._early_stopping()
         if stopping is not None and wanted is not None:
             stopping.early_stopping_patience = wanted.early_stopping_patience  # not what it was
             if stopping.early_stopping_patience_counter >= stopping.early_stopping_patience:
                 place = (num_train_epochs, 0)  # it had come to its end
-        self._resumed = folder / process_state.STATES, read_process(folder, **self._place())
+        self._resumed = folder / process_state.STATES, resume.read_process(folder, **self._place())
         self._random = folder
         cursor = process_state.read_cursor(
             folder, step=self.state.global_step, vocabulary=self.model.config.vocab_size
@@ -340,7 +334,7 @@ class FalconTrainer(SFTTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            load_optimizer(
+            resume.load_optimizer(
                 Path(checkpoint),
                 optimizer=self.optimizer,
                 scheduler=self.lr_scheduler,
