@@ -6,20 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from falcon_qlora.checkpoint import read
+from falcon_qlora.checkpoint import process_state, read
 from falcon_qlora.checkpoint.optimizer_parts import has_parts, read_own_rows
-from falcon_qlora.checkpoint.process_state import (
-    OPTIMIZER,
-    SCALER,
-    SCHEDULER,
-    STATES,
-    TRAINER_STATE,
-    check_plain,
-    load_states,
-    reading,
-    restore_random_states,
-    seed_anew,
-)
 from falcon_qlora.common.untrusted import is_count, is_number, read_json
 
 _COUNTS = ("global_step", "num_input_tokens_seen", "best_global_step", "max_steps", "num_train_epochs")
@@ -36,14 +24,14 @@ def read_process(checkpoint: Path, *, process: int, processes: int, step: int) -
     Raises:
         UserError: if it is not what processes remember at `step`.
     """
-    states = load_states(checkpoint)
-    with reading(checkpoint / STATES):
+    states = process_state.load_states(checkpoint)
+    with process_state.reading(checkpoint / process_state.STATES):
         for state in states:
             read.check_process(state, step=step)
     if len(states) == processes:
         return states[process]
     rest = {name: value for name, value in states[0].items() if name != "random"}
-    with reading(checkpoint / STATES):
+    with process_state.reading(checkpoint / process_state.STATES):
         return rest | {"loss": sum(state["loss"] for state in states) / len(states)}
 
 
@@ -51,10 +39,10 @@ def take_up_random_states(checkpoint: Path, *, seed: int, process: int, processe
     """Draw on from where this process was, or anew from `seed` where there is no such process."""
     kept = read_process(checkpoint, process=process, processes=processes, step=step)
     if "random" in kept:
-        with reading(checkpoint / STATES):
-            restore_random_states(kept["random"])
+        with process_state.reading(checkpoint / process_state.STATES):
+            process_state.restore_random_states(kept["random"])
     else:
-        seed_anew(seed, step=step, process=process)
+        process_state.seed_anew(seed, step=step, process=process)
 
 
 def load_optimizer(
@@ -75,24 +63,24 @@ def load_optimizer(
     """
     # The scaler of fp16 leaves steps out, and then so does the schedule.
     place = step if scaler is None else None
-    schedule = check_plain(checkpoint / SCHEDULER, dict)
+    schedule = process_state.check_plain(checkpoint / process_state.SCHEDULER, dict)
     if sharded or has_parts(checkpoint):
         rates = None
-        with reading(checkpoint / "optimizer-*.pt"):
+        with process_state.reading(checkpoint / "optimizer-*.pt"):
             read_own_rows(optimizer, checkpoint)
     else:
-        kept = check_plain(checkpoint / OPTIMIZER, dict, mapped=False)
-        with reading(checkpoint / OPTIMIZER):
+        kept = process_state.check_plain(checkpoint / process_state.OPTIMIZER, dict, mapped=False)
+        with process_state.reading(checkpoint / process_state.OPTIMIZER):
             read.check_optimizer(kept, optimizer)
             rates = [group["lr"] for group in kept["param_groups"]]
             optimizer.load_state_dict(kept)
-    with reading(checkpoint / SCHEDULER):
+    with process_state.reading(checkpoint / process_state.SCHEDULER):
         read.check_scheduler(schedule, scheduler, step=place, rates=rates)
         scheduler.load_state_dict(schedule)
-    file = checkpoint / SCALER
+    file = checkpoint / process_state.SCALER
     if file.is_file():
-        of_scaler = check_plain(file, dict)
-        with reading(file):
+        of_scaler = process_state.check_plain(file, dict)
+        with process_state.reading(file):
             if scaler is None:
                 raise ValueError("it is of a run in fp16, and this one is not")
             read.check_scaler(of_scaler, scaler)
@@ -100,7 +88,7 @@ def load_optimizer(
 
 def check_stateful(checkpoint: Path, callbacks: list[Any]) -> None:
     """Refuse a trainer's state that would set anything in a callback but what it has told of itself."""
-    told = read_json(checkpoint / TRAINER_STATE, not_finite=True)["stateful_callbacks"]
+    told = read_json(checkpoint / process_state.TRAINER_STATE, not_finite=True)["stateful_callbacks"]
     read.check_callbacks(told, callbacks)
 
 
@@ -112,9 +100,9 @@ def check_trainer_state(checkpoint: Path) -> None:
     """
     from transformers.trainer_callback import TrainerState
 
-    file = checkpoint / TRAINER_STATE
+    file = checkpoint / process_state.TRAINER_STATE
     state = read_json(file, not_finite=True)  # the logged loss and gradient of a step that was skipped
-    with reading(file):
+    with process_state.reading(file):
         for name in state.keys() - {field.name for field in dataclasses.fields(TrainerState)}:
             raise ValueError(f"{name[:40]!r} is not known")
         for name in (*_COUNTS, *_INTERVALS, "epoch", "total_flos"):

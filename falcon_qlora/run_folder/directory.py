@@ -221,11 +221,7 @@ def _write_record(file: Path, record: Mapping[str, Any]) -> None:
 
 
 def _read_record(file: Path) -> dict[str, Any]:
-    """What `_write_record` has written, the number of its form taken out again.
-
-    Raises:
-        UserError: if it cannot be read, or is of a form that came later.
-    """
+    """What `_write_record` has written, the number of its form taken out again."""
     return without_format(read_json(file), str(file), _FORMAT)
 
 

@@ -63,14 +63,7 @@ class MetricsWriter(TrainerCallback):
         self._append = Backlog(append, "metrics.jsonl")
         self._held: tuple[int, dict[str, Any]] | None = None
 
-    def on_log(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs or not {"loss", "eval_loss"} & logs.keys():
             return
         if self._held is not None and self._held[0] == state.global_step:

@@ -106,11 +106,7 @@ def finish(
 def _keep_adapter(
     directory: RunDirectory, trainer: FalconTrainer, describe_adapter: Callable[[Path], None]
 ) -> None:
-    """Write the adapter's folder; where the disk fails, once more after a while.
-
-    Raises:
-        UserError: see `finish`; on all processes alike.
-    """
+    """Write the adapter's folder; where the disk fails, once more after a while."""
     model = trainer.model
 
     def write() -> str | None:

@@ -94,12 +94,7 @@ def check(configuration: Configuration, lock: RunLock) -> Start:
 
 
 def _check_model(settings: ModelArguments, method: Method, *, sharding: str) -> None:
-    """Refuse a model of no known layout or that exceeds the GPU, before its weights are downloaded.
-
-    Raises:
-        UserError: also if there is no such model, the hub cannot be reached, or DeepSpeed is not installed
-            and should shard it.
-    """
+    """Refuse a model of no known layout or that exceeds the GPU, before its weights are downloaded."""
     import torch
 
     from falcon_qlora.kernels import fp8
