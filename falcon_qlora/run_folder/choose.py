@@ -93,7 +93,8 @@ def _fresh(
         for mark in marks:
             if mark.read_text(encoding="utf-8") == launcher:
                 return mark.parent
-    name = f"{now:%Y%m%d-%H%M%S}-{_short(model)}-{_slug(settings)}".rstrip("-")
+    short = _slug(model.rstrip("/").split("/")[-1])
+    name = f"{now:%Y%m%d-%H%M%S}-{short}-{_slug(settings)}".rstrip("-")
     for attempt in range(1, 1000):
         path = root / (name if attempt == 1 else f"{name}-{attempt}")
         try:
@@ -124,10 +125,6 @@ def _run_of(path: Path) -> Path:
 def _newest(root: Path) -> Path | None:
     runs = [entry for entry in root.glob("*") if entry.is_dir() and RunDirectory(entry).holds_run()]
     return max(runs, key=lambda entry: entry.stat().st_mtime, default=None)
-
-
-def _short(model: str) -> str:
-    return _slug(model.rstrip("/").split("/")[-1])
 
 
 def _slug(text: str) -> str:

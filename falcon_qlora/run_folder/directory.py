@@ -25,7 +25,6 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,6 @@ from falcon_qlora.common.files import plain, quoted, replaced, write_json, write
 from falcon_qlora.common.record_files import SIGNS_OF_A_RUN, run_of, without_format
 from falcon_qlora.common.untrusted import read_json, read_text, read_yaml
 from falcon_qlora.run_folder.lock import LOCK
-from falcon_qlora.run_folder.summary import Summary
 from falcon_qlora.terminal import charts
 from falcon_qlora.terminal.console import note
 
@@ -166,8 +164,8 @@ class RunDirectory:
         """For each block's name what ran it, or why it was left alone."""
         return _read_record(self.kernels_file)
 
-    def write_summary(self, summary: Summary | Mapping[str, Any]) -> None:
-        _write_record(self.summary_file, asdict(summary) if isinstance(summary, Summary) else summary)
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        _write_record(self.summary_file, summary)
 
     def read_summary(self) -> dict[str, Any]:
         return _read_record(self.summary_file)

@@ -93,14 +93,15 @@ def finish(
         reduction_shares=reductions if len(reductions) > 1 else None,
         **counts(model),
     )
-    _keep_adapter(directory, trainer, lambda folder: describe_adapter(folder, asdict(summary)))
+    figures = asdict(summary)
+    _keep_adapter(directory, trainer, lambda folder: describe_adapter(folder, figures))
     if ranks.is_main_process():
         with _told_if_not_written(directory.summary_file):
-            directory.write_summary(summary)
+            directory.write_summary(figures)
         with _told_if_not_written(directory.loss_picture):
             directory.draw_loss(title=title)
-        console.print_end(asdict(summary), directory.contents(), adapter=directory.adapter)
-    trackers.finish(summary=asdict(summary), adapter=directory.adapter)
+        console.print_end(figures, directory.contents(), adapter=directory.adapter)
+    trackers.finish(summary=figures, adapter=directory.adapter)
 
 
 def _keep_adapter(

@@ -43,22 +43,24 @@ def make_run(folder: Path, *, speeds: list[float], gpus: int, evaluations: dict[
     directory.write_environment({"gpus": [{"name": "a GPU"}] * gpus})
     seconds = sum(100 / speed for speed in speeds)
     directory.write_summary(
-        Summary(
-            steps=len(speeds),
-            first_loss=1.0,
-            final_loss=1.0,
-            train_seconds=seconds,
-            tokens_per_second=100 * len(speeds) / seconds,
-            samples_per_second_512=1.0,
-            peak_memory_gib=10e9 / GIB,
-            total_peak_memory_gib=gpus * 10e9 / GIB,
-            trainable_parameters=1_365_330,
-            total_parameters=6_923_086_034,
-            quantized_linears=0,
-            world_size=gpus,
-            best_eval_loss=min(evaluations.values()),
-            tokens=100 * len(speeds),
-            samples=4 * len(speeds),
+        vars(
+            Summary(
+                steps=len(speeds),
+                first_loss=1.0,
+                final_loss=1.0,
+                train_seconds=seconds,
+                tokens_per_second=100 * len(speeds) / seconds,
+                samples_per_second_512=1.0,
+                peak_memory_gib=10e9 / GIB,
+                total_peak_memory_gib=gpus * 10e9 / GIB,
+                trainable_parameters=1_365_330,
+                total_parameters=6_923_086_034,
+                quantized_linears=0,
+                world_size=gpus,
+                best_eval_loss=min(evaluations.values()),
+                tokens=100 * len(speeds),
+                samples=4 * len(speeds),
+            )
         )
     )
     directory.adapter.mkdir()

@@ -179,7 +179,7 @@ def test_config_is_yaml_that_reads_back_equal(tmp_path: Path) -> None:
 
 def test_summary_has_the_documented_fields(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
-    directory.write_summary(SUMMARY)
+    directory.write_summary(vars(SUMMARY))
     documented = {
         "steps",
         "first_loss",
