@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -49,13 +50,15 @@ def entry(
     """
     directory = default_directory() if directory is None else directory
     target = directory / key[:32]
-    if target.is_dir():
-        if is_whole(target):
-            return target
-        shutil.rmtree(target, ignore_errors=True)
+    damaged = target.is_dir()
+    if damaged and is_whole(target):
+        return target
     for left in directory.glob(".*-partial-*"):  # by processes that were killed
         remove_leftovers(directory / left.name[1:].partition("-")[0])
     try:
+        if damaged:  # where it cannot be removed, it would win over the new one
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(target)
         with replaced_folder(target, first_wins=True) as folder:
             fill(folder)
     except OSError as error:

@@ -93,6 +93,19 @@ def test_an_entry_that_is_not_whole_is_made_again(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [made]
 
 
+def test_a_damaged_entry_that_cannot_be_removed_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cache.entry(tmp_path, "k" * 64, fill)
+
+    def refuse(folder: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(cache.shutil, "rmtree", refuse)
+    with pytest.raises(UserError, match=r"cannot be written: .*--cache_dir"):
+        cache.entry(tmp_path, "k" * 64, fill, lambda entry: False)
+
+
 def test_the_user_s_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache.default_directory() == tmp_path / "falcon_qlora" / "data"
