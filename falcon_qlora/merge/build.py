@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.common.files import replaced_folder, sha256
+from falcon_qlora.common.files import replaced_folder, sha256, write_text
 from falcon_qlora.data.packing import MicroBatch
 from falcon_qlora.inference.evaluation import (
     Predictions,
@@ -19,7 +19,7 @@ from falcon_qlora.inference.evaluation import (
     mean_loss,
     token_losses,
 )
-from falcon_qlora.merge.card import write_card
+from falcon_qlora.merge import card
 from falcon_qlora.merge.certificate import Certificate, HeldOut, Measured, Origin
 from falcon_qlora.merge.folder import (
     DTYPES,
@@ -123,7 +123,7 @@ def merge(
             },
         )
         certificate.write(folder)
-        write_card(folder, certificate)
+        write_text(folder / "README.md", card.render(certificate))
     return certificate
 
 

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from falcon_qlora.common.files import write_text
 from falcon_qlora.merge.certificate import Certificate
 from falcon_qlora.run_folder.model_card import names_hub_dataset, names_hub_model, table
 
 _ONTO = {"16bit": "the original 16-bit base", "dequantized": "what the quantized base stands for"}
-
-
-def write_card(folder: Path, certificate: Certificate) -> None:
-    write_text(folder / "README.md", render(certificate))
 
 
 def render(certificate: Certificate) -> str:

@@ -120,15 +120,8 @@ class Certificate:
     tensors: Mapping[str, str]
     files: Mapping[str, str]
 
-    @property
-    def kept(self) -> Measured:
-        return self.merges[self.merged_onto]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"format": _FORMAT, **asdict(self)}
-
     def write(self, folder: Path) -> None:
-        write_json(folder / CERTIFICATE, self.to_dict())
+        write_json(folder / CERTIFICATE, {"format": _FORMAT, **asdict(self)})
 
 
 def commit_of(folder: Path | None) -> str | None:
