@@ -52,6 +52,7 @@ class Share:
         return replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])
 
 
+@dataclass(eq=False)
 class DocumentReader:
     """Reads tokenized documents by index.
 
@@ -62,34 +63,31 @@ class DocumentReader:
         padding_id: token id to pad with.
     """
 
-    def __init__(
-        self,
-        documents: datasets.Dataset | list[dict[str, Any]],
-        *,
-        padding: str | None,
-        max_length: int,
-        padding_id: int,
-    ):
-        self.packed = padding is None
-        self.max_length = max_length
-        if isinstance(documents, datasets.Dataset):
-            documents = documents.with_format("numpy", columns=["input_ids", "mask"])
-        self._documents = documents
-        self._padding = padding
-        self._padding_id = padding_id
+    documents: datasets.Dataset | list[dict[str, Any]]
+    padding: str | None
+    max_length: int
+    padding_id: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.documents, datasets.Dataset):
+            self.documents = self.documents.with_format("numpy", columns=["input_ids", "mask"])
+
+    @property
+    def packed(self) -> bool:
+        return self.padding is None
 
     def micro_batch(self, documents: np.ndarray) -> MicroBatch:
         """The micro batch of these documents; of none, a single padding token without a target."""
         if len(documents) == 0:
-            return collate([np.array([self._padding_id])], [np.array([0])], padding_id=self._padding_id)
-        if isinstance(self._documents, list):
-            some = [self._documents[index] for index in documents]
+            return collate([np.array([self.padding_id])], [np.array([0])], padding_id=self.padding_id)
+        if isinstance(self.documents, list):
+            some = [self.documents[index] for index in documents]
             ids, masks = [each["input_ids"] for each in some], [each["mask"] for each in some]
         else:
-            rows = self._documents[documents.tolist()]
+            rows = self.documents[documents.tolist()]
             ids, masks = list(rows["input_ids"]), list(rows["mask"])
         pad_to = self._padded_length(max(len(document) for document in ids))
-        return collate(ids, masks, pad_to=pad_to, padding_id=self._padding_id)
+        return collate(ids, masks, pad_to=pad_to, padding_id=self.padding_id)
 
     def positions(self, lengths: np.ndarray) -> int:
         """Positions the model computes for one micro batch of documents of these lengths."""
@@ -97,9 +95,9 @@ class DocumentReader:
         return int(lengths.sum()) if pad_to is None else pad_to * len(lengths)
 
     def _padded_length(self, longest: int) -> int | None:
-        if self._padding is None:
+        if self.packed:
             return None
-        return self.max_length if self._padding == "max_length" else longest
+        return self.max_length if self.padding == "max_length" else longest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +163,7 @@ def filled_up(parts: list[np.ndarray], count: int) -> list[np.ndarray]:
     return parts + [np.array([], dtype=np.int64)] * (count - len(parts))
 
 
+@dataclass(eq=False)
 class TrainingSteps(Dataset[Share]):
     """The whole run as a sequence: item n is this process's share of step n.
 
@@ -176,41 +175,33 @@ class TrainingSteps(Dataset[Share]):
         dealing: what of a step is this process's.
     """
 
-    def __init__(
-        self,
-        reader: DocumentReader,
-        plan: Plan,
-        target_counts: np.ndarray,
-        *,
-        steps: int,
-        dealing: Dealing,
-    ):
-        self.plan = plan
-        self._reader = reader
-        self._target_counts = target_counts
-        self._steps = steps
-        self._dealing = dealing
+    reader: DocumentReader
+    plan: Plan
+    target_counts: np.ndarray
+    steps: int
+    dealing: Dealing
 
     def __len__(self) -> int:
-        return self._steps
+        return self.steps
 
     def __getitem__(self, step: int) -> Share:
-        if not 0 <= step < self._steps:
+        if not 0 <= step < self.steps:
             raise IndexError(step)
         epoch, place = self.plan.locate(step)
         of_epoch = self.plan.epoch(epoch)
         documents = of_epoch[place]
-        return self._dealing.share(
+        return self.dealing.share(
             documents,
-            self._reader,
+            self.reader,
             lengths=self.plan.lengths,
-            targets=int(self._target_counts[documents].sum()),
+            targets=int(self.target_counts[documents].sum()),
             step=step,
             epoch=epoch + (place + 1) / len(of_epoch),
             global_batch=self.plan.global_batch,
         )
 
 
+@dataclass(eq=False)
 class StreamingSteps(IterableDataset[Share | None]):
     """`TrainingSteps` over documents that arrive one by one and are never held as a whole.
 
@@ -228,24 +219,15 @@ class StreamingSteps(IterableDataset[Share | None]):
         UserError: if the stream has no document.
     """
 
-    def __init__(
-        self,
-        stream: Callable[[int, State | None], DocumentStream],
-        *,
-        steps: int,
-        global_batch: int,
-        max_length: int,
-        padding: str | None,
-        padding_id: int,
-        dealing: Dealing,
-    ):
-        self._stream = stream
-        self._steps = steps
-        self._global_batch = global_batch
-        self._max_length = max_length
-        self._padding = padding
-        self._padding_id = padding_id
-        self._dealing = dealing
+    stream: Callable[[int, State | None], DocumentStream]
+    steps: int
+    global_batch: int
+    max_length: int
+    padding: str | None
+    padding_id: int
+    dealing: Dealing
+
+    def __post_init__(self) -> None:
         self._cursor: Cursor = {"step": 0, "epoch": 0, "began": 0, "stream": None, "waiting": []}
 
     def go_on(self, cursor: Cursor) -> None:
@@ -255,36 +237,36 @@ class StreamingSteps(IterableDataset[Share | None]):
     def __iter__(self) -> Iterator[Share | None]:
         step, epoch, began = (self._cursor[name] for name in ("step", "epoch", "began"))
         waiting = [document_of(each) for each in self._cursor["waiting"]]
-        documents = self._stream(epoch, self._cursor["stream"])
+        documents = self.stream(epoch, self._cursor["stream"])
         yield from itertools.repeat(None, step)
-        while step < self._steps:
+        while step < self.steps:
             for batch in self._global_batches(documents, waiting):
                 share = self._share(batch, step, epoch)
                 step += 1
                 cursor = _cursor(step, epoch, began, documents, waiting)
                 yield share if get_worker_info() else replace(share, cursor=cursor)
-                if step == self._steps:
+                if step == self.steps:
                     return
             if step == began:
                 raise UserError("the stream holds no document with anything to train on")
             epoch, began = epoch + 1, step
-            documents = self._stream(epoch, None)
+            documents = self.stream(epoch, None)
 
     def _global_batches(
         self, documents: DocumentStream, waiting: list[dict[str, Any]]
     ) -> Iterator[list[dict[str, Any]]]:
         """Yield each step's documents; those in `waiting` come first, and what is left over is kept there."""
         tokens = sum(len(each["input_ids"]) for each in waiting)
-        budget = self._global_batch * self._max_length
+        budget = self.global_batch * self.max_length
         for document in documents:
             waiting.append(document)
             tokens += len(document["input_ids"])
-            full = len(waiting) == self._global_batch if self._padding else tokens > budget
+            full = len(waiting) == self.global_batch if self.padding else tokens > budget
             if full:
                 count = len(waiting)
-                if not self._padding:
+                if not self.padding:
                     lengths = np.array([len(each["input_ids"]) for each in waiting[:-1]])
-                    count = fitting(lengths, self._global_batch, self._max_length)
+                    count = fitting(lengths, self.global_batch, self.max_length)
                 batch, waiting[:] = waiting[:count], waiting[count:]
                 tokens = sum(len(each["input_ids"]) for each in waiting)
                 yield batch
@@ -295,20 +277,20 @@ class StreamingSteps(IterableDataset[Share | None]):
     def _share(self, documents: list[dict[str, Any]], step: int, epoch: int) -> Share:
         reader = DocumentReader(
             documents,
-            padding=self._padding,
-            max_length=self._max_length,
-            padding_id=self._padding_id,
+            padding=self.padding,
+            max_length=self.max_length,
+            padding_id=self.padding_id,
         )
         lengths = np.array([len(document["input_ids"]) for document in documents], dtype=np.int64)
         targets = sum(int(np.sum(document["mask"][1:])) for document in documents)
-        share = self._dealing.share(
+        share = self.dealing.share(
             np.arange(len(documents)),
             reader,
             lengths=lengths,
             targets=targets,
             step=step,
             epoch=float(epoch),
-            global_batch=self._global_batch,
+            global_batch=self.global_batch,
         )
         return replace(share, origins=tuple(document["origin"] for document in documents))
 
