@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.settings import setting
 from falcon_qlora.config import Configuration, parse
 
 if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
-
-    from falcon_qlora.data.corpus import Corpus
 
 # Of a stream, which may have no end, so many documents are looked at.
 _STREAMED_DOCUMENTS = 1000
@@ -27,10 +26,8 @@ class DataReportArguments:
 
     _argument_group_name = "Report"
 
-    show: int = field(default=3, metadata={"help": "How many documents to show in full."})
-    png: str | None = field(
-        default=None, metadata={"help": "File for the picture of lengths; unset: a new one under runs/data/."}
-    )
+    show: int = setting(3, "How many documents to show in full.")
+    png: str | None = setting(None, "File for the picture of lengths; unset: a new one under runs/data/.")
 
 
 def main(argv: list[str]) -> int:
@@ -74,13 +71,16 @@ def _report_corpora(
         progress=lambda message: console.print(f"{message} …", style="dim", markup=False),
     )
     shown = [corpus.dataset[index] for index in report.spread(len(corpus.lengths), wanted.show)]
-    console.print(
-        report.preview(
-            [(row["input_ids"], row["mask"]) for row in shown], tokenizer, color=_has_color(console)
-        )
-    )
+    documents = [(row["input_ids"], row["mask"]) for row in shown]
+    console.print(report.preview(documents, tokenizer, color=_has_color(console)))
     console.print()
-    console.print(report.summary(corpus, title="training", efficiency=_efficiency(configuration, corpus)))
+    data, run = configuration.data, configuration.run
+    efficiency = report.fill(
+        rows.make_plan(data, run, corpus),
+        micro_batch=run.per_device_train_batch_size,
+        padding=None if data.packing else data.padding,
+    )
+    console.print(report.summary(corpus, title="training", efficiency=efficiency))
     if held_out is not None:
         console.print()
         console.print(report.summary(held_out, title="held out"))
@@ -142,18 +142,6 @@ def _report_lengths(
             f"{file}: the picture cannot be written ({error.strerror}); name a file with --png"
         ) from None
     console.print(f"\nwrote {file}", soft_wrap=True)
-
-
-def _efficiency(configuration: Configuration, corpus: Corpus) -> float:
-    from falcon_qlora.data.report import fill
-    from falcon_qlora.training.rows import make_plan
-
-    data, run = configuration.data, configuration.run
-    return fill(
-        make_plan(data, run, corpus),
-        micro_batch=run.per_device_train_batch_size,
-        padding=None if data.packing else data.padding,
-    )
 
 
 def _has_color(console: Console) -> bool:

@@ -11,12 +11,12 @@ import math
 import shlex
 from collections.abc import Collection
 from dataclasses import dataclass
-from dataclasses import field as setting
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from falcon_qlora.commands.opening import parse_with_run, source_of
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.settings import setting
 from falcon_qlora.common.version import VERSION
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.inference.base_and_adapter import Source, adapter_folder, load_measured, tokenizer_of
@@ -42,31 +42,22 @@ class MergeArguments:
 
     _argument_group_name = "Merge"
 
-    adapter: str | None = setting(
-        default=None, metadata={"help": "Folder of a trained adapter, or of the run that made it."}
-    )
-    out: str | None = setting(default=None, metadata={"help": "Folder to write; must not exist."})
+    adapter: str | None = setting(None, "Folder of a trained adapter, or of the run that made it.")
+    out: str | None = setting(None, "Folder to write; must not exist.")
     base: Literal["auto", "16bit", "dequantized"] = setting(
-        default="auto",
-        metadata={
-            "help": "Merge onto the original base, or onto what its quantized weights stand for; auto: both, "
-            "and keep the one of the lower loss."
-        },
+        "auto",
+        "Merge onto the original base, or onto what its quantized weights stand for; auto: both, "
+        "and keep the one of the lower loss.",
     )
-    dtype: Literal["bf16", "fp16", "fp32"] = setting(
-        default="bf16", metadata={"help": "Store the merged weights in this type."}
-    )
-    max_shard_size: str = setting(default="5GB", metadata={"help": "Largest weights file, such as 500MB."})
+    dtype: Literal["bf16", "fp16", "fp32"] = setting("bf16", "Store the merged weights in this type.")
+    max_shard_size: str = setting("5GB", "Largest weights file, such as 500MB.")
     max_loss_increase: float = setting(
-        default=0.02,
-        metadata={"help": "Refuse a merge whose held-out loss is above the adapter's by more, nats a token."},
+        0.02, "Refuse a merge whose held-out loss is above the adapter's by more, nats a token."
     )
     max_kl_divergence: float = setting(
-        default=0.1, metadata={"help": "Refuse a merge further than this from the adapter, nats a token."}
+        0.1, "Refuse a merge further than this from the adapter, nats a token."
     )
-    held_out_tokens: int = setting(
-        default=16384, metadata={"help": "Measure on at most so many tokens of the held-out text."}
-    )
+    held_out_tokens: int = setting(16384, "Measure on at most so many tokens of the held-out text.")
 
 
 def main(argv: list[str]) -> int:
