@@ -52,11 +52,9 @@ class Runner(Protocol):
 
     def prepare(self, documents: Sequence[Document]) -> Any:
         """One micro batch of these documents, on the device, as `step` takes it."""
-        ...
 
     def step(self, inputs: Any) -> Tensor:
         """Forward, backward, clipping and the optimizer's step; the mean loss over the target tokens."""
-        ...
 
 
 def adapted(base: Any, variant: Variant, settings: Settings) -> Any:

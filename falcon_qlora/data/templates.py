@@ -77,20 +77,16 @@ class Template(Protocol):
     @property
     def name(self) -> str:
         """As the user gave it."""
-        ...
 
     @property
     def identity(self) -> str:
         """Changes whenever the text it writes may change."""
-        ...
 
     def segments(self, turns: Sequence[Turn]) -> list[Segment]:
         """The whole conversation, with the answers marked."""
-        ...
 
     def prompt(self, turns: Sequence[Turn]) -> str:
         """The text up to where the assistant's next answer begins."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -112,8 +108,8 @@ class _Written:
         return "".join(segment.text for segment in self.write(turns)) + self.answer_header
 
 
-def _said(turn: Turn, separator: str = "\n") -> str:
-    return f"{turn.text}{separator}{turn.context}" if turn.context else turn.text
+def _said(turn: Turn) -> str:
+    return f"{turn.text}\n{turn.context}" if turn.context else turn.text
 
 
 def _write_alpaca(turns: Sequence[Turn]) -> list[Segment]:
@@ -130,10 +126,10 @@ def _write_alpaca(turns: Sequence[Turn]) -> list[Segment]:
                 before = f"{default if opening is None else opening}\n\n"
             else:
                 before = "\n\n"
-            body = f"### Instruction:\n{turn.text}\n\n"
+            body = f"### Instruction:\n{turn.text}"
             if turn.context:
-                body += f"### Input:\n{turn.context}\n\n"
-            segments.append(Segment(before + body.removesuffix("\n\n"), train=False))
+                body += f"\n\n### Input:\n{turn.context}"
+            segments.append(Segment(before + body, train=False))
             first = False
         else:
             segments.append(Segment("\n\n### Response:", train=False))
