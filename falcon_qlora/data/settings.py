@@ -74,13 +74,11 @@ class RowSettings:
         return load_template(self.template, row_format, tokenizer)
 
     def encoder(self, tokenizer: Any) -> Encoder:
-        """What makes documents of rendered rows, with settings that can work."""
-        encoder = Encoder(
+        """What makes documents of rendered rows."""
+        return Encoder(
             tokenizer=tokenizer,
             train_on=self.train_on,
             append_end_token=self.append_end_token,
             overlong=self.overlong,
             max_length=self.max_length,
         )
-        encoder.check()
-        return encoder

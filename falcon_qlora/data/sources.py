@@ -52,15 +52,12 @@ class Source(Protocol):
     @property
     def name(self) -> str:
         """As the user gave it."""
-        ...
 
     def parts(self) -> list[str]:
         """Names of what rows are counted in: each file, or the data set."""
-        ...
 
     def identity(self) -> str:
         """A hash of the content."""
-        ...
 
     def read(self, shuffle_files: random.Random | None = None, position: Any = None) -> Rows:
         """The rows one by one, without holding them.
@@ -69,23 +66,18 @@ class Source(Protocol):
             shuffle_files: draws the order of files or shards.
             position: to begin at, of rows that were read in the same order; None for the first.
         """
-        ...
 
     def columns(self) -> list[str]:
         """The columns that rows have."""
-        ...
 
     def describe(self) -> dict[str, Any]:
         """What a stream reads, in plain values: each file with its size and hash, a hub data set's commit."""
-        ...
 
     def rows(self, max_rows: int | None) -> Iterator[tuple[str, Row]]:
         """``(place, row)`` in their order, of a hub data set from its copy on disk."""
-        ...
 
     def rows_of_parts(self, max_rows: int | None) -> list[int]:
         """How many of these rows are of each part; to count them is to read them once."""
-        ...
 
 
 def find_source(name: str, *, config: str | None = None, split: str = "train") -> Source:
@@ -124,6 +116,7 @@ def find_source(name: str, *, config: str | None = None, split: str = "train") -
     return HubSource(name, config, split)
 
 
+@dataclass(eq=False)
 class _LocalRows(Rows):
     """The rows of files one after another, from row `row` of file `file` on, both from 0.
 
@@ -131,29 +124,28 @@ class _LocalRows(Rows):
         order: in which the files are read, by index.
     """
 
-    def __init__(self, files: Sequence[Path], order: Sequence[int], file: int, row: int):
-        self._files = files
-        self._order = order
-        self._file = file
-        self._row = row
-        self._open: Iterator[tuple[str, Row]] | None = None
+    files: Sequence[Path]
+    order: Sequence[int]
+    file: int
+    row: int
+    opened: Iterator[tuple[str, Row]] | None = None
 
     def __next__(self) -> tuple[str, Row]:
-        while self._file < len(self._order):
-            if self._open is None:
-                self._open = iterate_rows(self._files[self._order[self._file]], skip=self._row)
-            found = next(self._open, None)
+        while self.file < len(self.order):
+            if self.opened is None:
+                self.opened = iterate_rows(self.files[self.order[self.file]], skip=self.row)
+            found = next(self.opened, None)
             if found is not None:
-                self._row += 1
+                self.row += 1
                 return found
-            self._file, self._row, self._open = self._file + 1, 0, None
+            self.file, self.row, self.opened = self.file + 1, 0, None
         raise StopIteration
 
     def position(self) -> list[int]:
-        return [self._file, self._row]
+        return [self.file, self.row]
 
     def origin(self) -> Origin:
-        return self._order[self._file], self._row
+        return self.order[self.file], self.row
 
 
 class _HubRows(Rows):

@@ -71,6 +71,9 @@ class Encoder:
         append_end_token: whether the end token follows every answer.
         overlong: ``"split"``, ``"truncate"`` or ``"drop"``.
         max_length: tokens of a document at most, the end token included.
+
+    Raises:
+        UserError: for settings that cannot work.
     """
 
     tokenizer: Any
@@ -79,8 +82,7 @@ class Encoder:
     overlong: str
     max_length: int
 
-    def check(self) -> None:
-        """Raise a `UserError` for settings that cannot work."""
+    def __post_init__(self) -> None:
         if self.max_length < 2:
             raise UserError(
                 f"--max_length {self.max_length}: a sequence needs at least 2 tokens to predict one"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +129,11 @@ def training_data(
     room = len(first_epoch) * plan.global_batch * plan.max_length
     record: dict[str, Any] = {
         "fingerprint": corpus.fingerprint,
-        **corpus.statistics.to_dict(),
-        "sources": [use.to_dict() for use in corpus.sources],
+        **asdict(corpus.statistics),
+        "sources": [asdict(use) for use in corpus.sources],
     }
     if held_out is not None:
-        record["held_out"] = {"fingerprint": held_out.fingerprint, **held_out.statistics.to_dict()}
+        record["held_out"] = {"fingerprint": held_out.fingerprint, **asdict(held_out.statistics)}
     return TrainingData(
         steps=steps,
         total_steps=total_steps,

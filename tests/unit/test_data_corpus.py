@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def test_pieces_and_rows_without_a_target_are_dropped() -> None:
 
 def test_settings_that_cannot_work() -> None:
     with pytest.raises(UserError, match="--max_length 1"):
-        encoder(max_length=1).check()
+        encoder(max_length=1)
 
 
 # Corpora
@@ -300,7 +301,7 @@ def test_what_happened_to_the_rows_is_counted(tmp_path: Path) -> None:
     def counts(overlong: str) -> dict[str, int]:
         corpus, _ = prepare(tmp_path, path, max_length=30, overlong=overlong)
         assert corpus.statistics.documents == len(corpus.dataset)
-        return corpus.statistics.to_dict()
+        return asdict(corpus.statistics)
 
     common = {"rows_read": 6, "rows_dropped_empty": 2, "rows_duplicate": 1}
     split = counts("split")

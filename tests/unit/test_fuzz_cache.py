@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def tokens_of(folder: Path) -> tuple[str, Any, list[str]]:
         cache_dir=folder / "cache",
         progress=said.append,
     )
-    statistics = corpus.statistics.to_dict()
+    statistics = asdict(corpus.statistics)
     return corpus.fingerprint, (corpus.dataset.to_dict(), corpus.lengths.tolist(), statistics), said
 
 
