@@ -102,6 +102,7 @@ class Result:
             self.notes.append(text)
 
 
+@dataclass(eq=False)
 class Bench:
     """One model's variants on one device.
 
@@ -118,27 +119,22 @@ class Bench:
         interrupted: whether `run` was.
     """
 
-    def __init__(
-        self,
-        model: str,
-        entries: Sequence[Entry],
-        *,
-        settings: Settings,
-        pace: Pace,
-        device: torch.device,
-        log: GpuLog,
-        say: Callable[[str], None],
-    ):
-        self.config = open_checkpoint(model).config
+    model: str
+    entries: Sequence[Entry]
+    settings: Settings
+    pace: Pace
+    device: torch.device
+    log: GpuLog
+    say: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        self.config = open_checkpoint(self.model).config
         parameters = layout_of(self.config).parameter_count()
         self.results = [
-            Result(model=model, parameters=parameters, entry=entry, micro_batch_tokens=entry.tokens)
-            for entry in entries
+            Result(model=self.model, parameters=parameters, entry=entry, micro_batch_tokens=entry.tokens)
+            for entry in self.entries
         ]
-        self._model = model
-        self._settings, self._pace, self._device = settings, pace, device
-        self._log, self._say = log, say
-        self._deadline = time.perf_counter() + 60 * pace.minutes
+        self._deadline = time.perf_counter() + 60 * self.pace.minutes
         self._bases: dict[str, Any] = {}
         self._base_bytes: dict[str, int] = {}
         self.interrupted = False
@@ -152,7 +148,7 @@ class Bench:
             self._measure_all()
         except KeyboardInterrupt:
             self.interrupted = True
-            self._say("interrupted: the table has what was measured by now")
+            self.say("interrupted: the table has what was measured by now")
             self._bases.clear()
             free_memory()
         for result in self.results:
@@ -164,16 +160,16 @@ class Bench:
         groups = self._groups()
         if len(groups) > 1:
             kinds = ", then ".join(" with ".join(group) for group in groups)
-            self._say(
-                f"{self._model}: not all its weights fit together, so they are loaded in turn ({kinds}); "
+            self.say(
+                f"{self.model}: not all its weights fit together, so they are loaded in turn ({kinds}); "
                 "only variants on the same weights alternate"
             )
         for number, group in enumerate(groups):
             members = [result for result in self.results if result.entry.variant.base in group]
             self._load(group, members)
-            for turn in range(self._pace.rounds):
+            for turn in range(self.pace.rounds):
                 if turn and time.perf_counter() > self._deadline:
-                    self._say(f"the time is up after {turn} of {self._pace.rounds} rounds")
+                    self.say(f"the time is up after {turn} of {self.pace.rounds} rounds")
                     break
                 # There and back: none is always first.
                 for result in members if turn % 2 == 0 else reversed(members):
@@ -188,14 +184,14 @@ class Bench:
     def _groups(self) -> list[list[str]]:
         variants = {result.entry.variant.base: result.entry.variant for result in self.results}
         sizes = [weight_bytes(self.config, variant.quantize_mode) for variant in variants.values()]
-        if self._device.type != "cuda" or sum(sizes) <= _SHARE_FOR_BASES * free_bytes(self._device):
+        if self.device.type != "cuda" or sum(sizes) <= _SHARE_FOR_BASES * free_bytes(self.device):
             return [list(variants)]
         return [[base] for base in variants]
 
     def _load(self, group: Sequence[str], members: Sequence[Result]) -> None:
         for base in group:
             started = time.perf_counter()
-            before = devices.allocated(self._device)
+            before = devices.allocated(self.device)
             on_it = [result for result in members if result.entry.variant.base == base]
             failure = None
             try:
@@ -207,18 +203,18 @@ class Bench:
                 for result in on_it:
                     result.failure = failure
                 continue
-            self._base_bytes[base] = devices.allocated(self._device) - before
-            self._say(f"{self._model} in {base}: loaded in {time.perf_counter() - started:.1f} s")
+            self._base_bytes[base] = devices.allocated(self.device) - before
+            self.say(f"{self.model} in {base}: loaded in {time.perf_counter() - started:.1f} s")
 
     def _loaded(self, variant: Variant) -> Any:
         if variant.engine and variant.engine.load:
-            return variant.engine.load(self._model, self._settings, self._device)
+            return variant.engine.load(self.model, self.settings, self.device)
         return load_model(
-            self._model,
+            self.model,
             quantize_mode=variant.quantize_mode,
-            device=self._device,
+            device=self.device,
             compute_dtype="bf16",
-            seed=self._settings.seed,
+            seed=self.settings.seed,
         )
 
     def _turn(self, result: Result, turn: int) -> None:
@@ -227,7 +223,7 @@ class Bench:
             return
         documents = result.entry.batches[0]
         # Memory is what is searched for; a CPU has plenty, and would be driven into its swap.
-        tried = LARGEST_BATCHES if self._device.type == "cuda" else LARGEST_BATCHES[3:]
+        tried = LARGEST_BATCHES if self.device.type == "cuda" else LARGEST_BATCHES[3:]
         for count in [result.documents] if turn else tried:
             result.documents = count
             result.failure = self._attempt(result, [documents[:count]], turn)
@@ -254,15 +250,15 @@ class Bench:
         # Only here: the exception held what the step had on the device.
         free_memory()
         if failure:
-            self._say(f"{result.model} {result.entry.variant.name}: {failure}")
+            self.say(f"{result.model} {result.entry.variant.name}: {failure}")
         return failure
 
     def _measure(self, result: Result, batches: Sequence[Sequence[Document]], turn: int) -> None:
-        variant, pace = result.entry.variant, self._pace
+        variant, pace = result.entry.variant, self.pace
         base = self._bases[variant.base]
-        others = devices.allocated(self._device) - self._base_bytes[variant.base]
-        devices.reset_peak(self._device)
-        with build(variant, base, self._settings, result.kept) as runner:
+        others = devices.allocated(self.device) - self._base_bytes[variant.base]
+        devices.reset_peak(self.device)
+        with build(variant, base, self.settings, result.kept) as runner:
             prepared = [runner.prepare(batch) for batch in batches]
             steps = len(prepared) if result.entry.whole else pace.steps_a_round
             warmup = max(1, pace.warmup - (1 if turn else 0))
@@ -270,17 +266,17 @@ class Bench:
                 warmup = max(warmup, len(prepared))  # every shape has been seen
             first = turn * steps
             loss = _steps(runner, prepared, 0, warmup)[0]
-            devices.synchronize(self._device)
-            with self._log.window() as state:
+            devices.synchronize(self.device)
+            with self.log.window() as state:
                 started = time.perf_counter()
                 _steps(runner, prepared, first, steps)
-                devices.synchronize(self._device)
+                devices.synchronize(self.device)
                 seconds = time.perf_counter() - started
             timed = [batches[(first + step) % len(batches)] for step in range(steps)]
             for note in runner.notes:
                 result.note(note)
             del prepared
-        allocated, reserved = devices.peaks(self._device)
+        allocated, reserved = devices.peaks(self.device)
         result.peak_allocated_gb = max(result.peak_allocated_gb, (allocated - others) / GB)
         result.peak_reserved_gb = max(result.peak_reserved_gb, (reserved - others) / GB)
         result.loss = float(loss) if result.loss is None else result.loss
@@ -290,7 +286,7 @@ class Bench:
         result.tokens.append(sum(len(ids) for batch in timed for ids, _ in batch))
         result.steps.append(steps)
         result.states_of_gpu += state
-        self._say(
+        self.say(
             f"{result.model} {variant.name}, {result.micro_batch_tokens:,} tokens, round {turn + 1}: "
             f"{1e3 * seconds / steps:,.0f} ms a step, {result.tokens[-1] / seconds:,.0f} tokens/s"
         )

@@ -11,6 +11,7 @@ import itertools
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 from falcon_qlora.common.untrusted import is_count
@@ -26,6 +27,7 @@ Rendered = tuple[Origin, list[Segment]]
 ROWS_TO_RECOGNISE = 100
 
 
+@dataclass(eq=False)
 class Reader:
     """One source's rows, rendered; it can start again where they end.
 
@@ -35,30 +37,25 @@ class Reader:
         tokenizer: whose special tokens a template may write.
         seed: of the order of the files.
         first_part: the source's first part, in the origin of its rows.
-        state: of a reader of the same source, settings and seed.
+        before: the state of a reader of the same source, settings and seed.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        settings: RowSettings,
-        tokenizer: Any,
-        seed: float,
-        first_part: int,
-        state: State | None = None,
-    ):
-        self._source = source
-        self._settings = settings
-        self._tokenizer = tokenizer
-        self._first_part = first_part
+    source: Source
+    settings: RowSettings
+    tokenizer: Any
+    seed: InitVar[float]
+    first_part: int
+    before: InitVar[State | None] = None
+
+    def __post_init__(self, seed: float, before: State | None) -> None:
         self._order = random.Random(seed)
         self._format: tuple[str, dict[str, str]] | None = None
         self.ended = False
         self.restart()
-        if state is not None:
-            self.ended = state["ended"]
-            restore(self._order, state["began"])
-            self._begin(state["position"], state["format"])
+        if before is not None:
+            self.ended = before["ended"]
+            restore(self._order, before["began"])
+            self._begin(before["position"], before["format"])
 
     def next(self) -> Rendered | None:
         """The next row, or None at the end."""
@@ -72,7 +69,7 @@ class Reader:
         assert self._template is not None
         (row_format, columns), (place, row, (part, number)) = self._format, found
         segments = render(row, row_format, self._template, columns=columns, place=place)
-        return (self._first_part + part, number), segments
+        return (self.first_part + part, number), segments
 
     def restart(self) -> None:
         self._begin(None, None)
@@ -88,7 +85,7 @@ class Reader:
 
     def _begin(self, position: Any, row_format: list[Any] | None) -> None:
         self._began = self._order.getstate()  # of the order of the files in this pass
-        self._rows: Rows = self._source.read(self._order, position)
+        self._rows: Rows = self.source.read(self._order, position)
         self._head: deque[tuple[Any, tuple[str, Any, Origin]]] = deque()  # with the position of each
         self._template: Template | None = None
         self._format = (row_format[0], row_format[1]) if row_format else None
@@ -106,10 +103,11 @@ class Reader:
                     break
                 self._head.append((position, found))
             columns = {column for _, (_, row, _) in self._head for column in row}
-            self._format = self._settings.recognise(columns, self._source.name)
-        self._template = self._settings.load_template(self._format[0], self._tokenizer)
+            self._format = self.settings.recognise(columns, self.source.name)
+        self._template = self.settings.load_template(self._format[0], self.tokenizer)
 
 
+@dataclass(eq=False)
 class Mix(Iterator[Rendered]):
     """The rows of several readers: drawn in proportions, or in turn.
 
@@ -119,35 +117,29 @@ class Mix(Iterator[Rendered]):
             turns, and one that ends leaves.
         order: of the draws.
         most: end after so many rows.
-        state: of a mix of the same.
+        before: the state of a mix of the same.
     """
 
-    def __init__(
-        self,
-        readers: list[Reader],
-        weights: list[float] | None,
-        order: random.Random,
-        *,
-        most: int | None = None,
-        state: State | None = None,
-    ):
-        self._readers = readers
-        self._weights = weights
-        self._order = order
-        self._most = most
+    readers: list[Reader]
+    weights: list[float] | None
+    order: random.Random
+    most: int | None
+    before: InitVar[State | None]
+
+    def __post_init__(self, before: State | None) -> None:
         self._given = 0
-        self._waiting = list(range(len(readers)))
+        self._waiting = list(range(len(self.readers)))
         self._turn: list[int] = []
         self._ended = False
-        if state is not None:
-            restore(order, state["order"])
-            self._given, self._waiting, self._turn = state["given"], state["waiting"], state["turn"]
-            self._ended = state["ended"]
+        if before is not None:
+            restore(self.order, before["order"])
+            self._given, self._waiting, self._turn = before["given"], before["waiting"], before["turn"]
+            self._ended = before["ended"]
 
     def __next__(self) -> Rendered:
         row = None
-        if not self._ended and (self._most is None or self._given < self._most):
-            row = self._in_turn() if self._weights is None else self._drawn(self._weights)
+        if not self._ended and (self.most is None or self._given < self.most):
+            row = self._in_turn() if self.weights is None else self._drawn(self.weights)
         if row is None:
             self._ended = True
             raise StopIteration
@@ -156,12 +148,12 @@ class Mix(Iterator[Rendered]):
 
     def state(self) -> State:
         return {
-            "order": plain(self._order.getstate()),
+            "order": plain(self.order.getstate()),
             "given": self._given,
             "waiting": list(self._waiting),
             "turn": list(self._turn),
             "ended": self._ended,
-            "readers": [reader.state() for reader in self._readers],
+            "readers": [reader.state() for reader in self.readers],
         }
 
     def _in_turn(self) -> Rendered | None:
@@ -169,7 +161,7 @@ class Mix(Iterator[Rendered]):
             if not self._turn:
                 self._turn = list(self._waiting)
             index = self._turn.pop(0)
-            row = self._readers[index].next()
+            row = self.readers[index].next()
             if row is not None:
                 return row
             self._waiting.remove(index)
@@ -177,15 +169,16 @@ class Mix(Iterator[Rendered]):
 
     def _drawn(self, weights: list[float]) -> Rendered | None:
         while True:
-            reader = self._order.choices(self._readers, weights)[0]
+            reader = self.order.choices(self.readers, weights)[0]
             row = reader.next()
             if row is not None:
                 return row
-            if all(each.ended for each in self._readers):
+            if all(each.ended for each in self.readers):
                 return None
             reader.restart()
 
 
+@dataclass(eq=False)
 class Shuffled(Iterator[Rendered]):
     """Rows drawn from a buffer that is kept full.
 
@@ -193,36 +186,38 @@ class Shuffled(Iterator[Rendered]):
         rows: to draw from.
         size: of the buffer; 1 leaves the order.
         order: of the draws.
-        state: of a shuffle of the same.
+        before: the state of a shuffle of the same.
     """
 
-    def __init__(self, rows: Mix, size: int, order: random.Random, state: State | None = None):
-        self._rows = rows
-        self._size = size
-        self._order = order
+    rows: Mix
+    size: int
+    order: random.Random
+    before: InitVar[State | None]
+
+    def __post_init__(self, before: State | None) -> None:
         self._buffer: list[Rendered] | None = None
         self._draining = False
-        if state is not None:
-            restore(order, state["order"])
-            self._draining = state["draining"]
-            if state["buffer"] is not None:
+        if before is not None:
+            restore(self.order, before["order"])
+            self._draining = before["draining"]
+            if before["buffer"] is not None:
                 self._buffer = [
                     ((part, number), [Segment(*each) for each in row])
-                    for (part, number), row in state["buffer"]
+                    for (part, number), row in before["buffer"]
                 ]
 
     def __next__(self) -> Rendered:
-        if self._size <= 1:
-            return next(self._rows)
+        if self.size <= 1:
+            return next(self.rows)
         if self._buffer is None:
-            self._buffer = list(itertools.islice(self._rows, self._size))
+            self._buffer = list(itertools.islice(self.rows, self.size))
         if not self._draining:
-            row = next(self._rows, None)
+            row = next(self.rows, None)
             if row is not None:
-                place = self._order.randrange(len(self._buffer))
+                place = self.order.randrange(len(self._buffer))
                 drawn, self._buffer[place] = self._buffer[place], row
                 return drawn
-            self._order.shuffle(self._buffer)
+            self.order.shuffle(self._buffer)
             self._buffer.reverse()  # taken from its end
             self._draining = True
         if not self._buffer:
@@ -231,7 +226,7 @@ class Shuffled(Iterator[Rendered]):
 
     def state(self) -> Callable[[], State]:
         """What `state` is elsewhere, when called: what is buffered is many rows, and seldom asked for."""
-        rows, order = self._rows.state(), plain(self._order.getstate())
+        rows, order = self.rows.state(), plain(self.order.getstate())
         buffer, draining = None if self._buffer is None else list(self._buffer), self._draining
 
         def state() -> State:

@@ -75,7 +75,7 @@ def stream_documents(
         for source, first_part, of_reader in zip(sources, first_parts, of_readers, strict=True)
     ]
     of_buffer = random.Random(order.random())
-    mix = Mix(readers, settings.dataset_weights, order, most=max_rows, state=of_rows or None)
+    mix = Mix(readers, settings.dataset_weights, order, max_rows, of_rows or None)
     shuffled = Shuffled(mix, shuffle_buffer, of_buffer, state["shuffled"] if state else None)
     waiting = state["waiting"] if state else []
     return DocumentStream(shuffled, encoder, Counter() if counts is None else counts, waiting)
