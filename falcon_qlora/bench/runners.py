@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -125,13 +125,11 @@ class OwnRunner:
     variant: Variant
     settings: Settings
     notes: list[str]
-    _parameters: list[Tensor] = field(init=False)
-    _optimizer: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         on_gpu = self.model.device.type == "cuda"
-        self._optimizer = torch.optim.AdamW(
+        self._optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             self._parameters, lr=self.settings.learning_rate, weight_decay=0.0, fused=on_gpu
         )
         self.model.train()

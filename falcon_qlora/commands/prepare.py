@@ -47,7 +47,11 @@ def prepare(configuration: Configuration) -> None:
     settings, data = configuration.model, configuration.data
     name = settings.model_name_or_path
     for download in _downloads(configuration):
-        console().print(_described(download))
+        console().print(
+            f"{download.kind} {download.repository}: {gib(download.total_bytes)}, "
+            f"{gib(download.missing_bytes)} to download; "
+            f"{gib(download.free_bytes, 1)} free in {download.cache}"
+        )
         download.check_disk(copies=_COPIES_OF_A_DATA_SET if download.kind == "dataset" else 1)
 
     tokenizer = rows.load_tokenizer(configuration.model)
@@ -90,11 +94,3 @@ def _downloads(configuration: Configuration) -> list[Download]:
     except Unreachable as error:
         note(f"{error}: going on with what the caches hold")
     return downloads
-
-
-def _described(download: Download) -> str:
-    return (
-        f"{download.kind} {download.repository}: {gib(download.total_bytes)}, "
-        f"{gib(download.missing_bytes)} to download; "
-        f"{gib(download.free_bytes, 1)} free in {download.cache}"
-    )

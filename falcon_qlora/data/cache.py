@@ -18,11 +18,6 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
-def default_directory() -> Path:
-    """The user's cache folder for tokenized data."""
-    return user_cache("data")
-
-
 def key_of(parts: dict[str, Any]) -> str:
     """A hexadecimal hash of `parts`, which JSON must be able to write."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -48,7 +43,7 @@ def entry(
     Raises:
         UserError: if the folder cannot be written.
     """
-    directory = default_directory() if directory is None else directory
+    directory = user_cache("data") if directory is None else directory
     target = directory / key[:32]
     damaged = target.is_dir()
     if damaged and is_whole(target):

@@ -27,12 +27,11 @@ from falcon_qlora.merge.folder import (
     parameter_shapes,
     write_configuration,
     write_generation_config,
-    write_weights,
 )
 from falcon_qlora.merge.tensors import Onto, Quantization, merged_tensors
 from falcon_qlora.methods.adapter_folder import SavedAdapter
 from falcon_qlora.models.checkpoints import Checkpoint, parameter_reader
-from falcon_qlora.models.tensor_files import tensor_hash
+from falcon_qlora.models.tensor_files import tensor_hash, write_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +135,9 @@ def _write(request: Request, folder: Path, onto: Onto) -> dict[str, str]:
         quantization=request.quantization,
         device=request.device,
     )
-    hashes = write_weights(folder, config, tensors, dtype=dtype, max_shard_bytes=request.max_shard_bytes)
+    hashes = write_model(
+        folder, parameter_shapes(config), tensors, dtype=dtype, max_shard_bytes=request.max_shard_bytes
+    )
     write_configuration(folder, config, dtype)
     write_generation_config(folder, config, request.base_folder)
     copy_tokenizer(folder, request.tokenizer_folder)

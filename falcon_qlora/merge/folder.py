@@ -8,22 +8,20 @@ word).
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import PreTrainedConfig
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import free_bytes, try_to_write, write_json
 from falcon_qlora.common.quantities import gib
+from falcon_qlora.common.record_files import CERTIFICATE
 from falcon_qlora.common.untrusted import read_json
 from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.load import empty_model
-from falcon_qlora.models.tensor_files import write_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -42,20 +40,6 @@ def parameter_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     """Name → shape of what a folder of this model holds; a head tied to the embedding is not stored."""
     tied, model = layout_of(config).tied, empty_model(config, dtype=torch.float32)
     return {name: tuple(p.shape) for name, p in model.named_parameters() if name not in tied}
-
-
-def write_weights(
-    folder: Path,
-    config: PreTrainedConfig,
-    tensors: Iterable[tuple[str, Tensor]],
-    *,
-    dtype: torch.dtype,
-    max_shard_bytes: int,
-) -> dict[str, str]:
-    """Write the model's tensors; returns name → hash, see `write_model`."""
-    return write_model(
-        folder, parameter_shapes(config), tensors, dtype=dtype, max_shard_bytes=max_shard_bytes
-    )
 
 
 def write_configuration(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> None:
@@ -145,5 +129,5 @@ def check_out(out: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"--out {out}: it is there already. Name another folder, or replace it (--overwrite)")
-    if not out.is_dir() or (any(out.iterdir()) and not (out / "certificate.json").is_file()):
+    if not out.is_dir() or (any(out.iterdir()) and not (out / CERTIFICATE).is_file()):
         raise UserError(f"--out {out}: holds something else than a merge, which --overwrite does not replace")

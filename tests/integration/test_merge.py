@@ -23,7 +23,7 @@ import falcon_qlora
 from falcon_qlora import __main__ as cli
 from falcon_qlora.commands import merge as merging
 from falcon_qlora.merge import build
-from falcon_qlora.merge.folder import published_config, write_configuration, write_weights
+from falcon_qlora.merge.folder import parameter_shapes, published_config, write_configuration
 from falcon_qlora.merge.tensors import Quantization, merged_tensors
 from falcon_qlora.methods.adapter_folder import RECORD, read_adapter
 from falcon_qlora.methods.lora import Lora, attach_lora
@@ -31,6 +31,7 @@ from falcon_qlora.methods.open_adapter import load_adapter
 from falcon_qlora.models import hub
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.locate import open_checkpoint
+from falcon_qlora.models.tensor_files import write_model
 from falcon_qlora.models.tiny import tiny_path
 from falcon_qlora.models.tokenizer import load_tokenizer
 from tests.integration.refusals import contents, only_message
@@ -169,7 +170,9 @@ def test_names_and_configuration_are_the_published_ones(tmp_path, layout):
         quantization=Quantization(mode="16bit", double=True, compute_dtype=torch.float32),
         device=torch.device("cpu"),
     )
-    write_weights(out, checkpoint.config, stream, dtype=torch.float32, max_shard_bytes=100_000)
+    write_model(
+        out, parameter_shapes(checkpoint.config), stream, dtype=torch.float32, max_shard_bytes=100_000
+    )
     write_configuration(out, checkpoint.config, torch.float32)
     opened = PeftModel.from_pretrained(plain, adapter).eval()
     ids = documents([12])[0][None]
@@ -335,7 +338,7 @@ class TestDamage:
         "value", [0.01, *(pytest.param(each, marks=pytest.mark.slow) for each in (60.0, math.nan))]
     )
     def test_a_weight_altered_on_the_disk(self, run, tmp_path, capsys, monkeypatch, value):
-        real = build.write_weights
+        real = build.write_model
 
         def altering(folder: Path, *args: Any, **how: Any) -> Any:
             hashes = real(folder, *args, **how)
@@ -344,7 +347,7 @@ class TestDamage:
             save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
             return hashes
 
-        monkeypatch.setattr(build, "write_weights", altering)
+        monkeypatch.setattr(build, "write_model", altering)
         message = self.refused(run, tmp_path / "merged", capsys, "--base", "dequantized")
         assert "h.2.mlp.dense_4h_to_h.weight lies on the disk otherwise than it was written" in message
 

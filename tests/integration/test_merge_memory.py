@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from falcon_qlora.inference.evaluation import folder_predictions
 from falcon_qlora.data.packing import collate
-from falcon_qlora.merge.folder import write_configuration, write_weights
+from falcon_qlora.merge.folder import parameter_shapes, write_configuration
+from falcon_qlora.models.tensor_files import write_model
 from falcon_qlora.merge.tensors import Quantization, merged_tensors
 from falcon_qlora.methods.adapter_folder import read_adapter
 from falcon_qlora.models.layouts import layout_of
@@ -52,7 +53,7 @@ def go(out):
     stream = merged_tensors(
         checkpoint, read_adapter(adapter), onto=sys.argv[3], quantization=quantization, device=cpu
     )
-    write_weights(out, checkpoint.config, stream, dtype=torch.float32, max_shard_bytes=10**10)
+    write_model(out, parameter_shapes(checkpoint.config), stream, dtype=torch.float32, max_shard_bytes=10**10)
     write_configuration(out, checkpoint.config, torch.float32)
     folder_predictions(out, batches, answers_only=True, device=cpu, dtype=torch.float32)
 

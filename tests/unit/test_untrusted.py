@@ -19,7 +19,7 @@ from falcon_qlora import __main__ as cli
 from falcon_qlora.commands.inspection import inspect_folder
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.untrusted import file_beside, read_json
-from falcon_qlora.merge.folder import write_configuration, write_weights
+from falcon_qlora.merge.folder import parameter_shapes, write_configuration
 from falcon_qlora.methods.adapter_folder import read_adapter
 from falcon_qlora.methods.adapter_v2 import AdapterV2
 from falcon_qlora.methods.interface import method_of
@@ -27,6 +27,7 @@ from falcon_qlora.methods.lora import attach_lora
 from falcon_qlora.methods.open_adapter import load_adapter
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.prefix import prefixes
+from falcon_qlora.models.tensor_files import write_model
 from falcon_qlora.models.tiny import tiny_path
 from tests.fuzzing import EXPLODED, JSON, Bomb, change, fresh_copy, fuzz, guarded, read_or_refused
 from tests.layouts import LAYOUTS, tiny_model
@@ -44,7 +45,13 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = base.config
     tensors = {name: p.detach() for name, p in base.named_parameters() if name != "lm_head.weight"}
     (folder / "model").mkdir()
-    write_weights(folder / "model", config, tensors.items(), dtype=torch.float32, max_shard_bytes=600_000)
+    write_model(
+        folder / "model",
+        parameter_shapes(config),
+        tensors.items(),
+        dtype=torch.float32,
+        max_shard_bytes=600_000,
+    )
     write_configuration(folder / "model", config, torch.float32)
     assert (folder / "model" / "model.safetensors.index.json").is_file()
     model = attach_lora(base, r=4)
