@@ -191,10 +191,13 @@ def _request(source: Source, wanted: MergeArguments, folder: Path) -> Request:
 def _origin(
     configuration: Configuration, request: Request, run: RunDirectory | None, record: dict[str, Any]
 ) -> Origin:
+    from falcon_qlora.common.files import sha256
     from falcon_qlora.merge.certificate import Origin, commit_of, licence_of
+    from falcon_qlora.methods.adapter_folder import TENSORS
     from falcon_qlora.training.held_out import data_record
 
-    config = request.checkpoint.config
+    config, adapter = request.checkpoint.config, request.adapter
+    given = {name: value for name, value in adapter.method.settings().items() if value is not None}
     resolved = configuration.resolved() if run is not None else {}
     shown = [*configuration.method.flags(), *_SHOWN_SETTINGS]
     fingerprint = data_record(run).get("fingerprint")
@@ -209,18 +212,9 @@ def _origin(
         datasets=list(resolved.get("dataset_name", [])),
         data_fingerprint=fingerprint if isinstance(fingerprint, str) else None,
         settings={name: resolved[name] for name in shown if resolved.get(name) is not None},
-        adapter=_described(request),
+        adapter={"method": adapter.method.name, **given, "sha256": sha256(adapter.folder / TENSORS)},
         falcon_qlora=VERSION,
     )
-
-
-def _described(request: Request) -> dict[str, Any]:
-    from falcon_qlora.common.files import sha256
-    from falcon_qlora.methods.adapter_folder import TENSORS
-
-    adapter = request.adapter
-    given = {name: value for name, value in adapter.method.settings().items() if value is not None}
-    return {"method": adapter.method.name, **given, "sha256": sha256(adapter.folder / TENSORS)}
 
 
 def _check(wanted: MergeArguments) -> None:
