@@ -19,7 +19,7 @@ from falcon_qlora.methods.adapter_folder import TENSORS, SavedAdapter, read_adap
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.checkpoints import parameter_reader, read_folder_config
 from falcon_qlora.models.forward import enable_packing
-from falcon_qlora.models.layouts import falcon_of
+from falcon_qlora.models.layouts import causal_lm_in
 from falcon_qlora.models.sharded import local_tensor, own_parts
 from falcon_qlora.models.tensor_files import read_tensor
 from falcon_qlora.processes import devices
@@ -118,7 +118,7 @@ def _compare(place: Path, name: str, stored: Tensor, in_memory: Tensor) -> None:
 def _check_loss(folder: Path, peft_model: PeftModel) -> None:
     enable_packing(peft_model)
     probe = _made_up(peft_model)
-    device = falcon_of(peft_model).get_output_embeddings().weight.device
+    device = causal_lm_in(peft_model).get_output_embeddings().weight.device
     try:
         with _left_as_it_was(peft_model, device), torch.no_grad():
             found, expected = _losses(folder, peft_model, probe.to(device), device)

@@ -19,7 +19,7 @@ from falcon_qlora.data.batches import DocumentReader, filled_up
 from falcon_qlora.data.packing import MicroBatch, deal
 from falcon_qlora.models.checkpoints import parameter_reader, read_folder_config
 from falcon_qlora.models.forward import enable_packing, final_norm, run_block, run_blocks
-from falcon_qlora.models.layouts import falcon_of, layout_of
+from falcon_qlora.models.layouts import causal_lm_in, layout_of
 from falcon_qlora.models.load import empty_model
 from falcon_qlora.models.packed_attention import Sequences
 from falcon_qlora.models.scaled import ScaleAndBias, scale_and_bias_of
@@ -124,7 +124,7 @@ def predictions(model: nn.Module, batches: Sequence[MicroBatch], *, answers_only
         answers_only: measure only what training would count; else every token but each document's first.
     """
     enable_packing(model)
-    falcon = falcon_of(model)
+    falcon = causal_lm_in(model)
     head, norm = falcon.get_output_embeddings(), final_norm(falcon.base_model)
     device = head.weight.device
     hidden, places = [], [_measured(batch, answers_only) for batch in batches]

@@ -50,16 +50,11 @@ def chunked_cross_entropy(
     Returns:
         float32 scalar, connected to `hidden`, `weight` and `vectors`.
     """
-    hidden, weight = _in_one_dtype(hidden, weight)
-    scale, bias = vectors or (None, None)
-    return _ChunkedCrossEntropy.apply(hidden, weight, targets, scale, bias, chunk_tokens)
-
-
-def _in_one_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     device_type = hidden.device.type
     in_autocast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if in_autocast else weight.dtype
-    return hidden.to(dtype), weight.to(dtype)
+    scale, bias = vectors or (None, None)
+    return _ChunkedCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), targets, scale, bias, chunk_tokens)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from falcon_qlora.kernels import nf4
+from falcon_qlora.kernels import nf4, ops
 from falcon_qlora.kernels.fp8_rows import DTYPE, Rows
 from falcon_qlora.kernels.low_rank import LowRank
 from falcon_qlora.kernels.low_rank_triton import low_rank_arguments, low_rank_tile, tile, tiles
@@ -44,7 +44,7 @@ def quantize_weight(layer: Any, scale: Tensor, out: Tensor, transpose: bool) -> 
         return nf4.dequantize_nf4(weight.data, state, out, transpose=transpose, scale=scale)
     plain, factors = weight.data, scale
     if weight.dtype == torch.int8:
-        factors = (weight.SCB if weight.SCB is not None else layer.state.SCB).float()
+        factors = ops.int8_scales(layer).float()
     elif state is not None:
         from bitsandbytes.functional import dequantize_4bit
 

@@ -39,7 +39,7 @@ from falcon_qlora.models.blocks.fast_block import (
     state_of,
 )
 from falcon_qlora.models.forward import enable_packing, pack_batches
-from falcon_qlora.models.layouts import falcon_of
+from falcon_qlora.models.layouts import causal_lm_in
 from falcon_qlora.models.packed_attention import _takes_varlen
 
 _FAMILIES = {"falcon": cast(Family, falcon)}
@@ -201,7 +201,7 @@ def apply_fast_path(
     Raises:
         UserError: if FP8 is asked for where it cannot run.
     """
-    base = falcon_of(model)
+    base = causal_lm_in(model)
     device, dtype = base.device, base.dtype
     reason = fp8.why_not(device, dtype) if fp8_products else None
     if reason is not None:
@@ -265,7 +265,7 @@ def remove_fast_path(model: nn.Module) -> None:
         RuntimeError: if something else has wrapped a block's forward since; undo that first.
     """
     pack_batches(model, on=False)
-    family = _FAMILIES.get(falcon_of(model).config.model_type)
+    family = _FAMILIES.get(causal_lm_in(model).config.model_type)
     if family is not None:
         for block in blocks_of(model):
             restore(block, family.block_forward)
@@ -287,7 +287,7 @@ def keep_fp8_weights(model: nn.Module) -> None:
 
 
 def _fp8_blocks(model: nn.Module) -> Iterator[tuple[Fp8, Block]]:
-    family = _FAMILIES.get(falcon_of(model).config.model_type)
+    family = _FAMILIES.get(causal_lm_in(model).config.model_type)
     for block in blocks_of(model):
         state = state_of(block)
         if family is not None and state is not None and isinstance(state.products, Fp8):

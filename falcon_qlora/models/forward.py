@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutput
 
-from falcon_qlora.models.layouts import falcon_of, layout_of
+from falcon_qlora.models.layouts import causal_lm_in, layout_of
 from falcon_qlora.models.packed_attention import Sequences, packed_attention, rotate
 from falcon_qlora.models.scaled import head_loss
 
@@ -37,12 +37,12 @@ def enable_packing(model: nn.Module) -> None:
     Args:
         model: of a known layout, as it is or inside PEFT's wrapper.
     """
-    falcon = falcon_of(model)
-    if hasattr(falcon, _BEFORE):
+    base = causal_lm_in(model)
+    if hasattr(base, _BEFORE):
         return
-    for module in _attentions(falcon):
+    for module in _attentions(base):
         _replace_forward(module, _attention_forward)
-    _replace_forward(falcon, _like(_model_forward, layout_of(falcon.config).model_class))
+    _replace_forward(base, _like(_model_forward, layout_of(base.config).model_class))
 
 
 def pack_batches(model: nn.Module, *, on: bool = True) -> None:
@@ -56,7 +56,7 @@ def pack_batches(model: nn.Module, *, on: bool = True) -> None:
     otherwise (a cache, all hidden states, a mask with holes) runs as it did. A call waits for the GPU once,
     to learn where the documents lie.
     """
-    backbone = falcon_of(model).base_model
+    backbone = causal_lm_in(model).base_model
     forward = _like(_backbone_forward, layout_of(backbone.config).backbone_class)
     if on and not hasattr(backbone, _BEFORE):
         _replace_forward(backbone, forward)
@@ -70,18 +70,18 @@ def disable_packing(model: nn.Module) -> None:
     Raises:
         RuntimeError: if something else has wrapped a forward since; undo that first.
     """
-    falcon = falcon_of(model)
-    if not hasattr(falcon, _BEFORE):
+    base = causal_lm_in(model)
+    if not hasattr(base, _BEFORE):
         return
-    pack_batches(falcon, on=False)
-    _restore_forward(falcon, _like(_model_forward, layout_of(falcon.config).model_class))
-    for module in _attentions(falcon):
+    pack_batches(base, on=False)
+    _restore_forward(base, _like(_model_forward, layout_of(base.config).model_class))
+    for module in _attentions(base):
         _restore_forward(module, _attention_forward)
 
 
-def _attentions(falcon: Any) -> list[nn.Module]:
-    kind = layout_of(falcon.config).attention_class
-    return [module for module in falcon.modules() if isinstance(module, kind)]
+def _attentions(base: Any) -> list[nn.Module]:
+    kind = layout_of(base.config).attention_class
+    return [module for module in base.modules() if isinstance(module, kind)]
 
 
 def _replace_forward(module: nn.Module, forward: Any) -> None:

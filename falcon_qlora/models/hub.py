@@ -38,7 +38,6 @@ class Download:
     Attributes:
         repository: its id.
         kind: ``model`` or ``dataset``.
-        revision: branch, tag or commit; None for the main branch.
         files: names of the files.
         total_bytes: of all of them.
         missing_bytes: of those not in the cache yet.
@@ -48,7 +47,6 @@ class Download:
 
     repository: str
     kind: str
-    revision: str | None
     files: tuple[str, ...]
     total_bytes: int
     missing_bytes: int
@@ -129,7 +127,7 @@ def plan_model(repository: str, *, revision: str | None = None) -> Download:
     """
     sizes, commit = _sizes(repository, "model", revision)
     files = wanted_files(list(sizes), repository)
-    download = _download(repository, "model", revision, {name: sizes[name] for name in files}, commit)
+    download = _download(repository, "model", {name: sizes[name] for name in files}, commit)
     if download.missing_bytes:
         _check_kind(repository, revision)
     return download
@@ -145,7 +143,7 @@ def plan_dataset(repository: str, *, config: str | None = None) -> Download:
     sizes, commit = _sizes(repository, "dataset", None)
     data = {name: size for name, size in sizes.items() if not _NO_DATA.search(name)}
     named = {name: size for name, size in data.items() if config is not None and config in Path(name).parts}
-    return _download(repository, "dataset", None, named or data, commit)
+    return _download(repository, "dataset", named or data, commit)
 
 
 def _sizes(repository: str, kind: str, revision: str | None) -> tuple[dict[str, int], str | None]:
@@ -171,9 +169,7 @@ def _sizes(repository: str, kind: str, revision: str | None) -> tuple[dict[str, 
     return {file.rfilename: file.size or 0 for file in info.siblings or []}, info.sha
 
 
-def _download(
-    repository: str, kind: str, revision: str | None, sizes: dict[str, int], commit: str | None
-) -> Download:
+def _download(repository: str, kind: str, sizes: dict[str, int], commit: str | None) -> Download:
     cache = Path(constants.HF_HUB_CACHE).expanduser()
 
     def is_cached(name: str) -> bool:
@@ -183,7 +179,6 @@ def _download(
     return Download(
         repository=repository,
         kind=kind,
-        revision=revision,
         files=tuple(sizes),
         total_bytes=sum(sizes.values()),
         missing_bytes=sum(size for name, size in sizes.items() if not is_cached(name)),

@@ -28,6 +28,7 @@ from falcon_qlora.models.quantize import (
     fill_quantized_weight,
     holds_quantized_weight,
     is_quantized_linear,
+    quantize_mode_of,
 )
 from falcon_qlora.models.sizes import check_fits
 from falcon_qlora.processes import devices
@@ -260,7 +261,4 @@ def _finish(
 
 def quantization_of(model: Any) -> QuantizeMode:
     """How the blocks of a model from `load_model` are stored."""
-    first = model.get_submodule(layout_of(model.config).expected_linears()[0])
-    if not is_quantized_linear(first):
-        return "16bit"
-    return "4bit" if holds_quantized_weight(first, "4bit") else "8bit"
+    return quantize_mode_of(model.get_submodule(layout_of(model.config).expected_linears()[0]))

@@ -14,6 +14,7 @@ blocks call none of them, and compute the same in `kernels.prefix`.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,7 +90,8 @@ class PrefixAttention(nn.Module):
             self._rotation = None
         key, value = self._keys_and_values(attention, projected.dtype)
         output = args[0]
-        together = self(output.reshape(query.shape), query.to(output.dtype), *_in(output.dtype, key, value))
+        query, key, value = (each.to(output.dtype) for each in (query, key, value))
+        together = self(output.reshape(query.shape), query, key, value)
         return (together.reshape(output.shape),)
 
     def _keys_and_values(self, attention: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -100,17 +102,6 @@ class PrefixAttention(nn.Module):
         finally:
             self._projecting = False
         return key, value
-
-
-class _AddPrefix:
-    """The hook on the output projection, which also needs the attention that it belongs to."""
-
-    def __init__(self, prefix: PrefixAttention, attention: nn.Module):
-        self._prefix = prefix
-        self._attention = attention
-
-    def __call__(self, linear: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        return self._prefix._add(linear, args, self._attention)
 
 
 def add_prefix(attention: Any, rows: Tensor) -> PrefixAttention:
@@ -126,7 +117,7 @@ def add_prefix(attention: Any, rows: Tensor) -> PrefixAttention:
     attention.register_forward_pre_hook(prefix._begin, with_kwargs=True)
     getattr(attention, layout.query_projection).register_forward_hook(prefix._keep_query)
     output = getattr(attention, layout.output_projection)
-    output.register_forward_pre_hook(_AddPrefix(prefix, attention))
+    output.register_forward_pre_hook(partial(prefix._add, attention=attention))
     return prefix
 
 
@@ -138,7 +129,3 @@ def prefix_of(attention: nn.Module) -> PrefixAttention | None:
 def prefixes(model: nn.Module) -> list[PrefixAttention]:
     """Those of a model's blocks, in order."""
     return [module for module in model.modules() if isinstance(module, PrefixAttention)]
-
-
-def _in(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(tensor.to(dtype) for tensor in tensors)

@@ -10,6 +10,8 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
+from falcon_qlora.kernels.ops import int8_scales
+
 QuantizeMode = Literal["4bit", "8bit", "16bit"]
 
 NF4_BLOCK = 64  # weights that share one scale
@@ -98,8 +100,15 @@ def _quantize_nf4(weight: Tensor, nested: bool) -> tuple[Tensor, Any]:
     return packed, state
 
 
+def quantize_mode_of(linear: nn.Module) -> QuantizeMode:
+    """How a frozen linear is stored."""
+    if isinstance(linear, bnb.nn.Linear4bit):
+        return "4bit"
+    return "8bit" if isinstance(linear, bnb.nn.Linear8bitLt) else "16bit"
+
+
 def is_quantized_linear(module: nn.Module) -> bool:
-    return isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
+    return quantize_mode_of(module) != "16bit"
 
 
 def holds_quantized_weight(module: nn.Module, mode: QuantizeMode) -> bool:
@@ -126,6 +135,5 @@ def dequantized_weight(layer: nn.Linear) -> Tensor:
     if isinstance(layer, bnb.nn.Linear4bit):
         return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     if isinstance(layer, bnb.nn.Linear8bitLt):
-        scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
-        return layer.weight.data.float() * (scales.float() / 127.0).unsqueeze(1)
+        return layer.weight.data.float() * (int8_scales(layer).float() / 127.0).unsqueeze(1)
     return layer.weight.data

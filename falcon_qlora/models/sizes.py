@@ -60,9 +60,9 @@ def check_fits(
     """
     weights = weight_bytes(config, quantize_mode, double_quantization=double_quantization)
     adapter = 4 * trainable
-    if weights + adapter <= free_bytes:
-        return
     need = weights + adapter
+    if need <= free_bytes:
+        return
     lower = {"16bit": "8bit or 4bit", "8bit": "4bit"}.get(quantize_mode)
     advice = f"Use --quantize_mode {lower}, a" if lower else "Use a"
     raise UserError(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.models.layouts import falcon_of
+from falcon_qlora.models.layouts import causal_lm_in
 
 _MARK = "_falcon_qlora_zero3"
 # Numbers whose gradients are sent together; a larger parameter's go alone.
@@ -106,14 +106,14 @@ def start(model: nn.Module, optimizer: Optimizer, *, max_grad_norm: float) -> tu
         The engine, a module to train through; forward and backward must be its own. And the optimizer.
     """
     deepspeed = _imported(on_cpu=next(model.parameters()).device.type == "cpu")
-    falcon = falcon_of(model)
+    base = causal_lm_in(model)
     # The loss reads the head's weight and does not call the head, which would bring it together.
-    deepspeed.zero.register_external_parameter(falcon, falcon.get_output_embeddings().weight)
+    deepspeed.zero.register_external_parameter(base, base.get_output_embeddings().weight)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
         dist_init_required=False,
-        config=_settings(falcon.dtype, max_grad_norm=max_grad_norm),
+        config=_settings(base.dtype, max_grad_norm=max_grad_norm),
     )
     # Micro batches are counted by the trainer: a step is one whenever it is asked for.
     engine.set_gradient_accumulation_boundary(True)

@@ -9,7 +9,7 @@ from falcon_qlora.methods.adapter import Adapter
 from falcon_qlora.methods.adapter_v2 import AdapterV2
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.fast_path import apply_fast_path, remove_fast_path
-from falcon_qlora.models.forward import enable_packing, falcon_of
+from falcon_qlora.models.forward import causal_lm_in, enable_packing
 from falcon_qlora.models.step_memory import Step
 from tests.layouts import documents, plain_float32, tiny_model
 from tests.packing import gradients, one_by_one, packed, with_adapter
@@ -41,7 +41,7 @@ def step(model, run):
         output.retain_grad()
 
     model.zero_grad()
-    hook = falcon_of(model).transformer.word_embeddings.register_forward_hook(wants_gradient)
+    hook = causal_lm_in(model).transformer.word_embeddings.register_forward_hook(wants_gradient)
     try:
         loss = run(model)
         loss.backward()

@@ -25,7 +25,6 @@ def steps(monkeypatch):
             return hub.Download(
                 repository=name,
                 kind=kind,
-                revision=None,
                 files=("a",),
                 total_bytes=missing,
                 missing_bytes=missing,

@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from falcon_qlora.common.fp8 import fp8_excludes
 from falcon_qlora.kernels.block import Block, Norm, run_block
+from falcon_qlora.kernels.fp8_block import Fp8
 from falcon_qlora.kernels.frozen_linear import Adapter, Projection, project
 from falcon_qlora.kernels.low_rank import Dropout
 from falcon_qlora.kernels.scaled_products import ScaledProducts
@@ -28,13 +29,12 @@ from falcon_qlora.models.blocks.fast_block import (
     dropout_of,
     forward_before,
     lora_parameters,
-    quantize_mode_of,
-    runs_in_fp8,
     state_of,
 )
 from falcon_qlora.models.layouts.falcon import split_heads
 from falcon_qlora.models.packed_attention import Sequences
 from falcon_qlora.models.prefix import prefix_of
+from falcon_qlora.models.quantize import quantize_mode_of
 from falcon_qlora.models.scaled import scale_and_bias_of
 
 # Older releases of Transformers recompute in ``__call__``, which comes before our forward anyway.
@@ -164,7 +164,7 @@ def _projection(linear: Any, state: State) -> tuple[Projection, Adapter]:
     if name is None:
         return Projection(base, base.out_features, base.in_features), (None, None)
     p = dropout_of(linear, name) if linear.training else 0.0
-    if runs_in_fp8(state) and fp8_excludes(lora_dropout=p):
+    if isinstance(state.products, Fp8) and fp8_excludes(lora_dropout=p):
         raise UnknownAdapter("LoRA dropout")
     a, b = linear.lora_A[name], linear.lora_B[name]
     dropout = Dropout.draw(p) if p else None

@@ -18,11 +18,10 @@ from torch import nn
 
 from falcon_qlora.kernels.block import Block, Products
 from falcon_qlora.kernels.dequantized import DequantizedProducts
-from falcon_qlora.kernels.fp8_block import Fp8
 from falcon_qlora.kernels.frozen_linear import Adapter, Workspace
 from falcon_qlora.kernels.offload import Offload
 from falcon_qlora.models.blocks.attention import AttentionKernel
-from falcon_qlora.models.quantize import QuantizeMode, bnb
+from falcon_qlora.models.quantize import QuantizeMode
 
 _BEFORE = "_forward_before_fast_path"
 _STATE = "_fast_path_state"
@@ -164,15 +163,3 @@ def lora_parameters(linear: Any) -> list[nn.Parameter]:
 def base_of(linear: Any) -> Any:
     """The frozen linear itself."""
     return linear.get_base_layer() if isinstance(linear, LoraLayer) else linear
-
-
-def quantize_mode_of(base: nn.Module) -> QuantizeMode:
-    """How a frozen linear is stored."""
-    if isinstance(base, bnb.nn.Linear4bit):
-        return "4bit"
-    return "8bit" if isinstance(base, bnb.nn.Linear8bitLt) else "16bit"
-
-
-def runs_in_fp8(state: State) -> bool:
-    """Whether the block's frozen products are FP8's."""
-    return isinstance(state.products, Fp8)

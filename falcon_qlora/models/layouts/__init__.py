@@ -63,8 +63,8 @@ def read_config(raw: dict[str, Any], *, source: str = "config.json") -> PreTrain
     return layout.read(raw, source)
 
 
-def falcon_of(model: nn.Module) -> PreTrainedModel:
-    """The model itself, of any family, inside whatever wraps it."""
+def causal_lm_in(model: nn.Module) -> PreTrainedModel:
+    """The causal language model, of any family, inside whatever wraps it."""
     classes = tuple(layout.model_class for layout in LAYOUTS)
     for module in model.modules():
         if isinstance(module, classes):

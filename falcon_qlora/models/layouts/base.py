@@ -45,7 +45,7 @@ class Layout(ABC):
         presets: name → arguments of `config_class`, of the published models' shapes.
         tokenizers: preset → hub model whose tokenizer goes with it.
         kept: settings of a configuration that are read; the rest changes nothing.
-        config_class, model_class, backbone_class, block_class, attention_class, norm_class: Transformers'.
+        config_class, model_class, backbone_class, attention_class, norm_class: Transformers'.
         embedding, blocks, final_norm: names of these modules within the backbone.
         head: name of the output head.
         attention: name of the attention within a block.
@@ -67,7 +67,6 @@ class Layout(ABC):
     config_class: ClassVar[type[PreTrainedConfig]]
     model_class: ClassVar[Any]
     backbone_class: ClassVar[Any]
-    block_class: ClassVar[type[nn.Module]]
     attention_class: ClassVar[type[nn.Module]]
     norm_class: ClassVar[type[nn.Module]]
     embedding: ClassVar[str]
@@ -203,12 +202,6 @@ class Layout(ABC):
         """Parameters that files need not hold: the head's, where it is the embedding's."""
         return {f"{self.head}.weight"} if self.config.tie_word_embeddings else set()
 
-    @property
-    def head_dim(self) -> int:
-        return getattr(self.config, "head_dim", None) or (
-            self.config.hidden_size // self.config.num_attention_heads
-        )
-
     def linears_of(self, names: Iterable[str]) -> list[str]:
         """Full names of these linears of every block, given by the last part of their name, in order."""
         wanted = set(names)
@@ -231,17 +224,13 @@ class Layout(ABC):
         """Outputs of all linears of a block."""
         return sum(out for out, _ in self.linear_shapes().values())
 
-    def norm_parameter_count(self) -> int:
-        norms = self.config.num_hidden_layers * self.norms_per_block + 1
-        return self.norm_vectors * self.config.hidden_size * norms
-
     def base_parameter_kinds(self) -> dict[str, int]:
         """Parameters by kind; no output head where it is tied to the embedding."""
         blocks = self.config.num_hidden_layers
         kinds = {name: blocks * out * into for name, (out, into) in self.linear_shapes().items()}
         if self.has_biases:
             kinds["biases"] = blocks * self.outputs_per_block()
-        kinds["norms"] = self.norm_parameter_count()
+        kinds["norms"] = self.norm_vectors * self.config.hidden_size * (blocks * self.norms_per_block + 1)
         kinds["embedding"] = self.config.vocab_size * self.config.hidden_size
         if not self.config.tie_word_embeddings:
             kinds["output head"] = kinds["embedding"]
@@ -250,18 +239,6 @@ class Layout(ABC):
     def parameter_count(self) -> int:
         """All parameters, a head tied to the embedding counted once."""
         return sum(self.base_parameter_kinds().values())
-
-    def flops_per_token(self, sequence_length: int = 0) -> int:
-        """Floating-point operations of one token's forward pass, the output head included.
-
-        Args:
-            sequence_length: tokens of the document, for the attention's share (causal: half of them on
-                average).
-        """
-        head = self.config.vocab_size * self.config.hidden_size
-        width = self.config.num_attention_heads * self.head_dim
-        attention = 2 * self.config.num_hidden_layers * width * sequence_length // 2
-        return 2 * (self.linear_parameter_count() + head + attention)
 
 
 def published_rotation(config: PreTrainedConfig) -> dict[str, Any]:

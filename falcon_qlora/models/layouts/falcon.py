@@ -11,7 +11,6 @@ from transformers import FalconConfig, FalconForCausalLM, FalconModel
 from transformers.activations import get_activation
 from transformers.models.falcon.modeling_falcon import (
     FalconAttention,
-    FalconDecoderLayer,
     FalconRotaryEmbedding,
     build_alibi_tensor,
 )
@@ -124,7 +123,6 @@ class Falcon(Layout):
     config_class = FalconConfig
     model_class = FalconForCausalLM
     backbone_class = FalconModel
-    block_class = FalconDecoderLayer
     attention_class = FalconAttention
     norm_class = nn.LayerNorm
     embedding = "word_embeddings"
@@ -176,7 +174,7 @@ class Falcon(Layout):
             kv_heads = 1 if config.multi_query else config.num_attention_heads
         hidden, wide = config.hidden_size, config.ffn_hidden_size
         return {
-            "query_key_value": ((config.num_attention_heads + 2 * kv_heads) * self.head_dim, hidden),
+            "query_key_value": ((config.num_attention_heads + 2 * kv_heads) * config.head_dim, hidden),
             "dense": (hidden, hidden),
             "dense_h_to_4h": (wide, hidden),
             "dense_4h_to_h": (hidden, wide),

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
-    LlamaDecoderLayer,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
@@ -72,7 +71,6 @@ class Llama(Layout):
     config_class = LlamaConfig
     model_class = LlamaForCausalLM
     backbone_class = LlamaModel
-    block_class = LlamaDecoderLayer
     attention_class = LlamaAttention
     norm_class = LlamaRMSNorm
     embedding = "embed_tokens"
