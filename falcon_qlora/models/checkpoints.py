@@ -11,7 +11,6 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,22 +23,6 @@ from falcon_qlora.models.layouts.base import Layout
 from falcon_qlora.models.tensor_files import read_tensor, stored_tensors
 
 RANDOM = "random:"
-
-
-class Checkpoint(Protocol):
-    """A named model whose tensors can be streamed."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def config(self) -> PreTrainedConfig: ...
-
-    def tensors(
-        self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Each of the empty `model`'s parameters once, under its full name; any device and floating dtype."""
-        ...
 
 
 def read_folder_config(folder: Path, *, source: str | None = None) -> PreTrainedConfig:
@@ -66,6 +49,7 @@ class RandomCheckpoint:
     def tensors(
         self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype
     ) -> Iterator[tuple[str, Tensor]]:
+        """Each of the empty `model`'s parameters once, under its full name; any device and floating dtype."""
         generator = torch.Generator(device).manual_seed(self.seed)
         layout = layout_of(self.config)
         # A list: the parameters are replaced as they come.
@@ -127,11 +111,16 @@ class FolderCheckpoint:
     def tensors(
         self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype
     ) -> Iterator[tuple[str, Tensor]]:
+        """See `RandomCheckpoint.tensors`."""
         layout = layout_of(self.config)
         wanted = set(dict(model.named_parameters())) - layout.tied
         for name, (path, stored_name) in _places(self.folder, layout).items():
             if name in wanted:
                 yield name, _read(path, stored_name)
+
+
+Checkpoint = RandomCheckpoint | FolderCheckpoint
+"""A named model whose tensors can be streamed."""
 
 
 def parameter_reader(folder: Path, config: PreTrainedConfig) -> Callable[[str], Tensor]:

@@ -23,9 +23,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from falcon_qlora.common.files import write_json
 from falcon_qlora.models import zero3
 from falcon_qlora.models.activations import blocks_of
+from falcon_qlora.models.tensor_files import split_into_files, write_index
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
@@ -83,7 +83,11 @@ def save_whole(model: PreTrainedModel, folder: Path, *, file_bytes: int = 5 * 10
         folder: which exists.
         file_bytes: the most that a file's tensors take, unless one alone takes more.
     """
-    files, total = _files(model, file_bytes)
+    sizes = {
+        name: whole_shape(parameter).numel() * parameter.element_size()
+        for name, parameter in model.named_parameters()
+    }
+    files = split_into_files(sizes, file_bytes)
     tensors = whole_tensors(model, wanted=True)
     try:
         for file, names in files.items():
@@ -95,29 +99,7 @@ def save_whole(model: PreTrainedModel, folder: Path, *, file_bytes: int = 5 * 10
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
-    if len(files) > 1:
-        places = {name: file for file, names in files.items() for name in names}
-        write_json(
-            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places}
-        )
-
-
-def _files(model: nn.Module, file_bytes: int) -> tuple[dict[str, list[str]], int]:
-    """Which parameters go into which file, in the model's order, and the bytes of all."""
-    parts: list[list[str]] = [[]]
-    total = filled = 0
-    for name, parameter in model.named_parameters():
-        size = whole_shape(parameter).numel() * parameter.element_size()
-        if parts[-1] and filled + size > file_bytes:
-            parts.append([])
-            filled = 0
-        parts[-1].append(name)
-        filled += size
-        total += size
-    if len(parts) == 1:
-        return {"model.safetensors": parts[0]}, total
-    count = len(parts)
-    return {f"model-{n:05}-of-{count:05}.safetensors": names for n, names in enumerate(parts, 1)}, total
+    write_index(folder, files, sum(sizes.values()))
 
 
 def fill(parameter: nn.Parameter, whole: Tensor) -> None:

@@ -113,10 +113,6 @@ class Step:
                     return blocks
         return blocks
 
-    def activation_bytes_per_token(self, checkpointing: Checkpointing) -> float:
-        """Bytes that one token's activations take from the forward to the backward pass, over all blocks."""
-        return self.config.num_hidden_layers * self._kept(checkpointing)
-
     def working_values(self, checkpointing: Checkpointing) -> tuple[float, float, float]:
         """Values a token that exist while a fast block's backward runs and are not kept, at the worst moment.
 
@@ -155,6 +151,7 @@ class Step:
         return factor * self._kept_fast("none") / self.value_bytes
 
     def _kept(self, checkpointing: Checkpointing) -> float:
+        """Bytes of a block that one token's activations take from the forward to the backward pass."""
         if checkpointing == "offload":
             return 0.0
         if checkpointing == "full":

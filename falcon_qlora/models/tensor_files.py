@@ -112,18 +112,10 @@ def _lay_out(
 ) -> dict[str, tuple[Path, int]]:
     """Write the files' headers and the index; returns each tensor's file and the place of its first byte."""
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
+    shards = split_into_files(sizes, max_shard_bytes)
     places: dict[str, tuple[Path, int]] = {}
-    for number, names in enumerate(shards, start=1):
-        numbered = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
-        file = folder / f"model{numbered}.safetensors"
+    for file_name, names in shards.items():
+        file = folder / file_name
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name in names:
@@ -143,12 +135,35 @@ def _lay_out(
         for name in names:
             places[name] = (file, offset)
             offset += sizes[name]
-    if len(shards) > 1:
-        weight_map = {name: file.name for name, (file, _) in places.items()}
-        write_json(
-            folder / _INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        )
+    write_index(folder, shards, sum(sizes.values()))
     return places
+
+
+def split_into_files(sizes: Mapping[str, int], most_bytes: int) -> dict[str, list[str]]:
+    """Which tensors go into which file, in their order: none takes more, unless one tensor alone does.
+
+    Args:
+        sizes: bytes of each tensor.
+        most_bytes: of a file's tensors.
+    """
+    parts: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if parts[-1] and filled + size > most_bytes:
+            parts.append([])
+            filled = 0
+        parts[-1].append(name)
+        filled += size
+    if len(parts) == 1:
+        return {"model.safetensors": parts[0]}
+    return {f"model-{n:05}-of-{len(parts):05}.safetensors": names for n, names in enumerate(parts, 1)}
+
+
+def write_index(folder: Path, files: Mapping[str, list[str]], total_bytes: int) -> None:
+    """Write the index of several files; a single one needs none."""
+    if len(files) > 1:
+        weight_map = {name: file for file, names in files.items() for name in names}
+        write_json(folder / _INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
 
 
 @contextlib.contextmanager

@@ -128,7 +128,7 @@ def test_what_is_saved_is_what_the_memory_model_counts(layout, saved):
     one = Step(config=config, tokens=300, trainable=0, fast=True, lora_rank=8, value_bytes=4)
     # Attention's statistics are the GPU kernel's; cosines, sines, and what the head keeps are in all of them.
     for mode in MODES[:3]:
-        predicted = one.activation_bytes_per_token(mode)
+        predicted = 2 * one._kept(mode)
         if mode != "full":
             predicted -= 2 * 4 * config.num_attention_heads
         assert (kept[mode] - kept["offload"]) / 300 == pytest.approx(predicted, rel=0.01), mode

@@ -121,7 +121,7 @@ def test_what_is_saved_is_what_the_memory_model_counts(name, layout, saved):  # 
     # Attention's statistics are the GPU kernel's; cosines, sines, and what the head keeps are in all of them.
     statistics = 2 * 4 * config.num_attention_heads
     for way, of_kernel in (("none", statistics), ("selective", statistics), ("full", 0)):
-        predicted = one.activation_bytes_per_token(way) - of_kernel
+        predicted = 2 * one._kept(way) - of_kernel
         assert (kept[way] - kept["offload"]) / 300 == pytest.approx(predicted, rel=0.01), way
 
 
