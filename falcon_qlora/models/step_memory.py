@@ -148,7 +148,9 @@ class Step:
     def _all_of_a_block(self) -> float:
         """Values a token that a reference block keeps."""
         factor = _ALL_TRAINED_FACTOR if self.all_trained else _REFERENCE_FACTOR
-        return factor * self._kept_fast("none") / self.value_bytes
+        layout = layout_of(self.config)
+        copied = 4 * self.config.hidden_size * layout.norms_per_block if layout.norm_keeps_float32 else 0
+        return (factor * self._kept_fast("none") + copied) / self.value_bytes
 
     def _kept(self, checkpointing: Checkpointing) -> float:
         """Bytes of a block that one token's activations take from the forward to the backward pass."""

@@ -46,6 +46,7 @@ class Layout(ABC):
         tokenizers: preset → hub model whose tokenizer goes with it.
         kept: settings of a configuration that are read; the rest changes nothing.
         config_class, model_class, backbone_class, attention_class, norm_class: Transformers'.
+        norm_keeps_float32: whether a norm keeps its input in float32 for the backward pass.
         embedding, blocks, final_norm: names of these modules within the backbone.
         head: name of the output head.
         attention: name of the attention within a block.
@@ -69,6 +70,7 @@ class Layout(ABC):
     backbone_class: ClassVar[Any]
     attention_class: ClassVar[type[nn.Module]]
     norm_class: ClassVar[type[nn.Module]]
+    norm_keeps_float32: ClassVar[bool] = False
     embedding: ClassVar[str]
     blocks: ClassVar[str]
     final_norm: ClassVar[str]

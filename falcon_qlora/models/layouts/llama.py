@@ -73,6 +73,7 @@ class Llama(Layout):
     backbone_class = LlamaModel
     attention_class = LlamaAttention
     norm_class = LlamaRMSNorm
+    norm_keeps_float32 = True
     embedding = "embed_tokens"
     blocks = "layers"
     final_norm = "norm"
