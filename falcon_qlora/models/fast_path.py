@@ -40,7 +40,7 @@ from falcon_qlora.models.blocks.fast_block import (
 )
 from falcon_qlora.models.forward import enable_packing, pack_batches
 from falcon_qlora.models.layouts import causal_lm_in
-from falcon_qlora.models.packed_attention import _takes_varlen
+from falcon_qlora.models.packed_attention import takes_varlen
 
 _FAMILIES = {"falcon": cast(Family, falcon)}
 """Families with fast blocks, by their configuration's ``model_type``."""
@@ -123,7 +123,7 @@ def choose_attention(
         head_dim: D.
         libraries: whether optional libraries are used.
     """
-    if not _takes_varlen(device, dtype, head_dim, 0.0):
+    if not takes_varlen(device, dtype, head_dim, 0.0):
         return "padded batches"
     # On an H200 its gradients were wrong for heads of 8 and 16; Falcon's have 64 or 128.
     if libraries and head_dim in (64, 128) and flash_attention.flash_attention_4() is not None:

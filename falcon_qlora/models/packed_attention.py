@@ -142,7 +142,7 @@ def packed_attention(
     scale = 1.0 / math.sqrt(head_dim)
     if bias is not None:
         query, key, value = _bias_as_a_coordinate(query, key, value, bias)
-    if _takes_varlen(query.device, query.dtype, query.shape[-1], dropout):
+    if takes_varlen(query.device, query.dtype, query.shape[-1], dropout):
         output = _varlen(query, key, value, sequences, scale)
     else:
         output = _padded(query, key, value, sequences, scale, dropout)
@@ -153,7 +153,7 @@ def _bias_as_a_coordinate(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     heads = query.shape[1]
-    key, value = _one_for_each_query_head(key, heads), _one_for_each_query_head(value, heads)
+    key, value = one_for_each_query_head(key, heads), one_for_each_query_head(value, heads)
     width = 8 - query.shape[-1] % 8  # at least one; the kernels want multiples of eight
     ones = query.new_zeros(width)
     ones[0] = 1
@@ -162,7 +162,7 @@ def _bias_as_a_coordinate(
     return query, torch.cat([key, column], dim=-1), F.pad(value, (0, width))
 
 
-def _one_for_each_query_head(heads: Tensor, query_heads: int) -> Tensor:
+def one_for_each_query_head(heads: Tensor, query_heads: int) -> Tensor:
     """``[..., G, D]`` → ``[..., Q, D]``, a view where G is 1."""
     kv_heads = heads.shape[-2]
     if kv_heads == query_heads:
@@ -175,7 +175,7 @@ def _one_for_each_query_head(heads: Tensor, query_heads: int) -> Tensor:
 _WIDEST_HEAD = {(8, 6): 192, (8, 9): 192, (12, 0): 192}
 
 
-def _takes_varlen(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float) -> bool:
+def takes_varlen(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float) -> bool:
     return (
         _varlen_attn is not None
         and device.type == "cuda"
@@ -228,5 +228,5 @@ def _pad(packed: Tensor, group: PaddedGroup, query_heads: int) -> Tensor:
     """``[T, heads, D]`` → ``[documents, Q, L, D]``."""
     batch = packed.new_zeros(group.documents * group.length, *packed.shape[1:])
     batch = batch.index_copy(0, group.slots, packed.index_select(0, group.tokens))
-    batch = _one_for_each_query_head(batch, query_heads)
+    batch = one_for_each_query_head(batch, query_heads)
     return batch.unflatten(0, (group.documents, group.length)).transpose(1, 2)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from falcon_qlora.models.layouts import layout_of
-from falcon_qlora.models.packed_attention import _one_for_each_query_head, rotate
+from falcon_qlora.models.packed_attention import one_for_each_query_head, rotate
 
 PREFIX = "prefix_attention"
 
@@ -63,7 +63,7 @@ class PrefixAttention(nn.Module):
             ``[T, Q, D]``, in the dtype of `attention_output`.
         """
         heads = query.shape[1]
-        key, value = _one_for_each_query_head(key, heads), _one_for_each_query_head(value, heads)
+        key, value = one_for_each_query_head(key, heads), one_for_each_query_head(value, heads)
         query, key, value = (each.transpose(0, 1)[None] for each in (query, key, value))
         read = F.scaled_dot_product_attention(query, key, value)[0].transpose(0, 1)
         # In float32 and rounded once: a gate rounded to bfloat16 would move in steps.

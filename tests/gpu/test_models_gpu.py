@@ -50,8 +50,8 @@ def test_the_variable_length_kernel_computes_what_float32_does(heads, kv_heads, 
     sequences = Sequences.from_lengths(LENGTHS, "cuda")
     bias = alibi_bias(sequences, heads, dtype) if with_alibi else None
     width = head_dim + 8 if with_alibi else head_dim
-    assert attention._takes_varlen(torch.device("cuda", 0), dtype, width, 0.0)
-    assert not attention._takes_varlen(torch.device("cuda", 0), torch.float32, width, 0.0)
+    assert attention.takes_varlen(torch.device("cuda", 0), dtype, width, 0.0)
+    assert not attention.takes_varlen(torch.device("cuda", 0), torch.float32, width, 0.0)
     output = packed_attention(*inputs, sequences, bias=bias)
     expected = packed_attention(*exact, sequences, bias=None if bias is None else bias.float())
     upstream = torch.randn_like(expected)

@@ -10,7 +10,7 @@ import torch
 
 from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.load import load_model, verify_quantized
-from falcon_qlora.models.packed_attention import _takes_varlen
+from falcon_qlora.models.packed_attention import takes_varlen
 from tests.integration.runs import summary, train, write_jsonl
 from tests.layouts import LAYOUTS, documents, plain_float32, tiny_model
 from tests.packing import gradients, one_by_one, packed, with_adapter
@@ -28,7 +28,7 @@ def distance(ours: torch.Tensor, truth: torch.Tensor) -> float:
 def test_the_variable_length_kernel_runs_and_is_as_near_to_float32_as_stock_bfloat16(layout: str) -> None:
     base = tiny_model(layout, "4bit", device="cuda", compute_dtype="bf16")
     head_dim = base.config.head_dim + (8 if base.config.alibi else 0)
-    assert _takes_varlen(torch.device("cuda", 0), torch.bfloat16, head_dim, 0.0)
+    assert takes_varlen(torch.device("cuda", 0), torch.bfloat16, head_dim, 0.0)
     truth = with_adapter(plain_float32(base))
     stock = copy.deepcopy(truth).to("cuda", torch.bfloat16)
     model = with_adapter(base)

@@ -63,7 +63,7 @@ def test_older_gpus_and_missing_libraries_have_none(on_hopper: pytest.MonkeyPatc
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a Hopper GPU that has both libraries, as far as choosing goes."""
-    monkeypatch.setattr(fast_path, "_takes_varlen", lambda *_: True)
+    monkeypatch.setattr(fast_path, "takes_varlen", lambda *_: True)
     monkeypatch.setattr(flash_attention, "flash_attention_4", object)
     monkeypatch.setattr(fast_path, "_gelu_products", lambda base: GeluProducts(print, print))
 

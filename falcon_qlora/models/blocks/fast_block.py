@@ -17,7 +17,6 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from falcon_qlora.kernels.block import Block, Products
-from falcon_qlora.kernels.dequantized import DequantizedProducts
 from falcon_qlora.kernels.frozen_linear import Adapter, Workspace
 from falcon_qlora.kernels.offload import Offload
 from falcon_qlora.models.blocks.attention import AttentionKernel
@@ -67,7 +66,7 @@ class State:
     workspace: Workspace
     offload: Offload
     attention: AttentionKernel
-    products: MakeProducts = DequantizedProducts
+    products: MakeProducts
 
 
 class Family(Protocol):
