@@ -109,7 +109,7 @@ class Setting:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
-            if not math.isfinite(number):
+            if isinstance(number, float) and not math.isfinite(number):  # an int may be too large to ask
                 raise UserError(f"{where}: {number} is not a finite number")
             if self.least is not None and number < self.least:
                 raise UserError(f"{where}: {number} is too small; at least {self.least:g}")
