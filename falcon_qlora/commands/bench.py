@@ -23,6 +23,7 @@ from falcon_qlora.common.quantities import counted
 from falcon_qlora.common.settings import setting
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.methods.lora import Lora
+from falcon_qlora.terminal.library_logging import quiet_libraries
 
 if TYPE_CHECKING:
     from falcon_qlora.bench.measure import Entry, Result
@@ -119,8 +120,6 @@ def main(argv: list[str], *, whole_runs: Any = scaling.whole_runs) -> int:
     pace = _pace(configuration, sizes)
 
     # Only now: a wrong flag is told at once.
-    from falcon_qlora.terminal.library_logging import quiet_libraries
-
     quiet_libraries()
     for name in _BY_VARIANT:
         if configuration.explicit.get(name) == "flag":

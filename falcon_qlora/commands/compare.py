@@ -26,6 +26,7 @@ from falcon_qlora.config import Configuration
 from falcon_qlora.processes.launcher import STOP_SIGNALS
 from falcon_qlora.run_folder.choose import choose
 from falcon_qlora.run_folder.directory import RunDirectory
+from falcon_qlora.terminal.library_logging import quiet_libraries
 
 _REASON_LINES = 50
 _OUT_OF_MEMORY = re.compile(r"out ?of ?memory", re.IGNORECASE)
@@ -133,8 +134,6 @@ def _configurations(planned: list[Planned]) -> tuple[dict[str, Configuration], d
 
 def _has_shapes_of_7b(configuration: Configuration) -> bool:
     """Whether the reference's figures are of this model; also refuses one that is no Falcon, at once."""
-    from falcon_qlora.terminal.library_logging import quiet_libraries
-
     quiet_libraries()
     from falcon_qlora.models.locate import find_config
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.settings import setting
 from falcon_qlora.config import Configuration, parse
+from falcon_qlora.terminal.library_logging import quiet_libraries
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,24 +44,19 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--show {wanted.show}: must be 0 or more")
 
     # Only now: a wrong flag is told at once.
-    from falcon_qlora.terminal.library_logging import quiet_libraries
-
     quiet_libraries()
-
     from falcon_qlora.terminal.console import console
     from falcon_qlora.training.rows import load_tokenizer
 
     tokenizer = load_tokenizer(configuration.model)
     if configuration.data.streaming:
-        _report_stream(configuration, tokenizer, console(), wanted)
+        _report_stream(configuration, tokenizer, console())
     else:
-        _report_corpora(configuration, tokenizer, console(), wanted)
+        _report_corpora(configuration, tokenizer, console())
     return 0
 
 
-def _report_corpora(
-    configuration: Configuration, tokenizer: Any, console: Console, wanted: DataReportArguments
-) -> None:
+def _report_corpora(configuration: Configuration, tokenizer: Any, console: Console) -> None:
     from falcon_qlora.data import report
     from falcon_qlora.training import rows
 
@@ -70,7 +66,7 @@ def _report_corpora(
         seed=configuration.run.seed,
         progress=lambda message: console.print(f"{message} …", style="dim", markup=False),
     )
-    shown = [corpus.dataset[index] for index in report.spread(len(corpus.lengths), wanted.show)]
+    shown = [corpus.dataset[index] for index in report.spread(len(corpus.lengths), configuration.extra.show)]
     documents = [(row["input_ids"], row["mask"]) for row in shown]
     console.print(report.preview(documents, tokenizer, color=_has_color(console)))
     console.print()
@@ -84,12 +80,10 @@ def _report_corpora(
     if held_out is not None:
         console.print()
         console.print(report.summary(held_out, title="held out"))
-    _report_lengths(configuration, corpus.lengths, console, wanted, name=corpus.fingerprint[:12])
+    _report_lengths(configuration, corpus.lengths, console, name=corpus.fingerprint[:12])
 
 
-def _report_stream(
-    configuration: Configuration, tokenizer: Any, console: Console, wanted: DataReportArguments
-) -> None:
+def _report_stream(configuration: Configuration, tokenizer: Any, console: Console) -> None:
     import numpy as np
 
     from falcon_qlora.data import report
@@ -109,7 +103,7 @@ def _report_stream(
         raise UserError(
             f"{', '.join(configuration.data.dataset_name)}: nothing is left to train on ({dict(counts)})"
         )
-    console.print(report.preview(documents[: wanted.show], tokenizer, color=_has_color(console)))
+    console.print(report.preview(documents[: configuration.extra.show], tokenizer, color=_has_color(console)))
     lengths = np.array([len(ids) for ids, _ in documents], dtype=np.int64)
     targets = sum(int(mask[1:].sum()) for _, mask in documents)
     tokens = int(lengths.sum())
@@ -118,18 +112,15 @@ def _report_stream(
     )
     for name, count in counts.items():
         console.print(f"{name.replace('_', ' ')}: {count:,}")
-    _report_lengths(configuration, lengths, console, wanted, name="stream")
+    _report_lengths(configuration, lengths, console, name="stream")
 
 
 def _report_lengths(
-    configuration: Configuration,
-    lengths: np.ndarray,
-    console: Console,
-    wanted: DataReportArguments,
-    *,
-    name: str,
+    configuration: Configuration, lengths: np.ndarray, console: Console, *, name: str
 ) -> None:
     from falcon_qlora.data import report
+
+    wanted: DataReportArguments = configuration.extra
 
     console.print()
     console.print(report.histogram_text(lengths))

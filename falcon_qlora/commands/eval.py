@@ -11,13 +11,13 @@ import importlib.util
 import json
 import math
 from dataclasses import dataclass
-from dataclasses import field as setting
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.commands.opening import parse_with_run, source_of
 from falcon_qlora.common.errors import UserError, first_line, nearest
 from falcon_qlora.common.files import check_writable
+from falcon_qlora.common.settings import setting
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.inference.base_and_adapter import (
     Source,
@@ -27,6 +27,7 @@ from falcon_qlora.inference.base_and_adapter import (
     tokenizer_of,
 )
 from falcon_qlora.run_folder.directory import RunDirectory
+from falcon_qlora.terminal.library_logging import quiet_libraries
 
 if TYPE_CHECKING:
     from falcon_qlora.training.held_out import HeldOutText
@@ -43,17 +44,12 @@ class EvalArguments:
 
     _argument_group_name = "Evaluation"
 
-    adapter: str | None = setting(
-        default=None, metadata={"help": "Folder of a trained adapter, or of the run that made it."}
-    )
-    most_tokens: int | None = setting(
-        default=None, metadata={"help": "Measure on at most so many tokens; unset: all."}
-    )
+    adapter: str | None = setting(None, "Folder of a trained adapter, or of the run that made it.")
+    most_tokens: int | None = setting(None, "Measure on at most so many tokens; unset: all.")
     tasks: list[str] | None = setting(
-        default=None,
-        metadata={"help": "Run these tasks of lm-evaluation-harness instead, such as arc_easy,hellaswag."},
+        None, "Run these tasks of lm-evaluation-harness instead, such as arc_easy,hellaswag."
     )
-    results: str | None = setting(default=None, metadata={"help": "JSON file to write the figures to."})
+    results: str | None = setting(None, "JSON file to write the figures to.")
 
 
 def main(argv: list[str]) -> int:
@@ -72,8 +68,6 @@ def main(argv: list[str]) -> int:
         raise UserError("which text? Name it with --dataset_name FILE")
 
     # Only now: a wrong flag is told at once.
-    from falcon_qlora.terminal.library_logging import quiet_libraries
-
     quiet_libraries()
     source, _ = source_of(configuration, folder, named=named)
     if wanted.tasks:

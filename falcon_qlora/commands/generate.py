@@ -18,6 +18,7 @@ from falcon_qlora.common.settings import setting
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.inference.base_and_adapter import adapter_folder, load_adapted
 from falcon_qlora.methods.table import is_whole
+from falcon_qlora.terminal.library_logging import quiet_libraries
 
 if TYPE_CHECKING:
     from falcon_qlora.data.templates import Template, Turn
@@ -55,8 +56,6 @@ def main(argv: list[str]) -> int:
     prompts = _prompts(wanted)
 
     # Only now: a wrong flag is told at once.
-    from falcon_qlora.terminal.library_logging import quiet_libraries
-
     quiet_libraries()
     source, record = source_of(configuration, folder, named=configuration.explicit)
     if wanted.compare and is_whole(record):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from falcon_qlora.common.errors import EXIT_USER_ERROR, UserError
+from falcon_qlora.terminal.library_logging import quiet_libraries
 
 _HELP = """falcon-qlora inspect DIR
 
@@ -25,8 +26,6 @@ def main(argv: list[str]) -> int:
         raise UserError("name one folder: falcon-qlora inspect DIR")
 
     # Only now: a wrong flag is told at once.
-    from falcon_qlora.terminal.library_logging import quiet_libraries
-
     quiet_libraries()
     from falcon_qlora.commands.inspection import inspect_folder
     from falcon_qlora.terminal.console import print_plain

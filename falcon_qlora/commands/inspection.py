@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from falcon_qlora.checkpoint import manifest
 from falcon_qlora.common.errors import UserError, one_line
 from falcon_qlora.common.files import sha256
-from falcon_qlora.common.record_files import CERTIFICATE, check_format
+from falcon_qlora.common.record_files import CERTIFICATE, without_format
 from falcon_qlora.common.untrusted import file_beside, is_count, read_json, refuse_links
 from falcon_qlora.merge.folder import parameter_shapes
 from falcon_qlora.methods.adapter_folder import CONFIG, RECORD, TENSORS, read_adapter, read_record
@@ -238,8 +238,8 @@ def base_config(name: str) -> PreTrainedConfig | None:
 
 def _merge(folder: Path) -> Inspection:
     found = _model(folder)
-    found.kind = "merge"
-    certificate = found.attempt(lambda: _certificate(folder / CERTIFICATE))
+    found.kind, file = "merge", folder / CERTIFICATE
+    certificate = found.attempt(lambda: without_format(read_json(file), str(file)))
     if certificate is None:
         return found
     origin = certificate.get("origin")
@@ -269,12 +269,6 @@ _OF_MERGES = {
     "template": "template",
     "licence": "licence",
 }
-
-
-def _certificate(file: Path) -> dict[str, Any]:
-    certificate = read_json(file)
-    check_format(certificate, str(file))
-    return certificate
 
 
 def _hash_faults(folder: Path, hashes: dict[str, Any]) -> Iterator[str]:

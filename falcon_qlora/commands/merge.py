@@ -21,6 +21,7 @@ from falcon_qlora.common.version import VERSION
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.inference.base_and_adapter import Source, adapter_folder, load_measured, tokenizer_of
 from falcon_qlora.run_folder.directory import RunDirectory
+from falcon_qlora.terminal.library_logging import quiet_libraries
 
 if TYPE_CHECKING:
     from falcon_qlora.merge.build import Request
@@ -46,8 +47,8 @@ class MergeArguments:
     out: str | None = setting(None, "Folder to write; must not exist.")
     base: Literal["auto", "16bit", "dequantized"] = setting(
         "auto",
-        "Merge onto the original base, or onto what its quantized weights stand for; auto: both, "
-        "and keep the one of the lower loss.",
+        "Merge onto the original base, or onto what its quantized weights stand for; auto: both, and keep "
+        "the one of the lower loss.",
     )
     dtype: Literal["bf16", "fp16", "fp32"] = setting("bf16", "Store the merged weights in this type.")
     max_shard_size: str = setting("5GB", "Largest weights file, such as 500MB.")
@@ -72,8 +73,6 @@ def main(argv: list[str]) -> int:
     hub = _hub_settings(configuration, named)
 
     # Only now: a wrong flag is told at once.
-    from falcon_qlora.terminal.library_logging import quiet_libraries
-
     quiet_libraries()
     from falcon_qlora.common.files import remove_leftovers
     from falcon_qlora.merge.folder import check_disk, check_out
@@ -91,7 +90,10 @@ def main(argv: list[str]) -> int:
     certificate = _merge(configuration, source, request, out, run, record)
     _tell(certificate, out)
     if hub is not None:
-        _push(out, **hub)
+        from falcon_qlora.models.hub import push_folder
+        from falcon_qlora.terminal.console import print_plain
+
+        print_plain(f"uploaded to {push_folder(out, **hub)}")
     return 0
 
 
@@ -197,7 +199,6 @@ def _origin(
     from falcon_qlora.training.held_out import data_record
 
     config, adapter = request.checkpoint.config, request.adapter
-    given = {name: value for name, value in adapter.method.settings().items() if value is not None}
     resolved = configuration.resolved() if run is not None else {}
     shown = [*configuration.method.flags(), *_SHOWN_SETTINGS]
     fingerprint = data_record(run).get("fingerprint")
@@ -212,7 +213,11 @@ def _origin(
         datasets=list(resolved.get("dataset_name", [])),
         data_fingerprint=fingerprint if isinstance(fingerprint, str) else None,
         settings={name: resolved[name] for name in shown if resolved.get(name) is not None},
-        adapter={"method": adapter.method.name, **given, "sha256": sha256(adapter.folder / TENSORS)},
+        adapter={
+            "method": adapter.method.name,
+            **{name: value for name, value in adapter.method.settings().items() if value is not None},
+            "sha256": sha256(adapter.folder / TENSORS),
+        },
         falcon_qlora=VERSION,
     )
 
@@ -259,7 +264,7 @@ def _hub_settings(configuration: Configuration, named: Collection[str]) -> dict[
         raise UserError("--push_to_hub needs to know where to: --hub_model_id NAME/MODEL")
     others = {"private": "hub_private_repo", "token": "hub_token", "revision": "hub_revision"}
     how = {word: settings.get(name) if name in named else None for word, name in others.items()}
-    return {"model_id": settings["hub_model_id"], **how}
+    return {"repository": settings["hub_model_id"], **how}
 
 
 def _check_method(record: dict[str, Any], folder: Path) -> None:
@@ -287,10 +292,3 @@ def _tell(certificate: Certificate, out: Path) -> None:
             f"{each.kl_divergence:.5f}, same likeliest token {100 * each.same_top_token:.1f} %{kept}"
         )
     print_plain(f"wrote {out}/ ({certificate.dtype}); serve it: vllm serve {shlex.quote(str(out))}")
-
-
-def _push(out: Path, *, model_id: str, **how: Any) -> None:
-    from falcon_qlora.models.hub import push_folder
-    from falcon_qlora.terminal.console import print_plain
-
-    print_plain(f"uploaded to {push_folder(out, model_id, **how)}")

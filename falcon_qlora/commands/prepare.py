@@ -1,4 +1,8 @@
-"""``falcon-qlora prepare``: everything a run needs from the network, ahead of it."""
+"""``falcon-qlora prepare``: everything a run needs from the network, ahead of it.
+
+Sizes and free space come first, then the small things in which a mistake shows (tokenizer, data), then the
+weights.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from falcon_qlora.common.quantities import gib
 from falcon_qlora.config import Configuration, parse
+from falcon_qlora.terminal.library_logging import quiet_libraries
 
 if TYPE_CHECKING:
     from falcon_qlora.models.hub import Download
@@ -22,22 +27,7 @@ def main(argv: list[str]) -> int:
         description="Download the model and the data, tokenize and cache, so that training needs no network.",
     )
     # Only now: a wrong flag is told at once.
-    from falcon_qlora.terminal.library_logging import quiet_libraries
-
     quiet_libraries()
-    prepare(configuration)
-    return 0
-
-
-def prepare(configuration: Configuration) -> None:
-    """Fill the caches that a run with this configuration reads.
-
-    Sizes and free space come first, then the small things in which a mistake shows (tokenizer, data), then
-    the weights.
-
-    Raises:
-        UserError: for what would also stop the run, or where the disk is too small.
-    """
     from falcon_qlora.models.checkpoints import read_folder_config
     from falcon_qlora.models.locate import find_folder
     from falcon_qlora.models.tokenizer import check_vocabulary
@@ -73,6 +63,7 @@ def prepare(configuration: Configuration) -> None:
         check_vocabulary(tokenizer, read_folder_config(folder).vocab_size, name=name)
         console().print(f"model: {name} is in {folder}", soft_wrap=True)
     console().print("ready: the same flags now train without a network (HF_HUB_OFFLINE=1)")
+    return 0
 
 
 def _downloads(configuration: Configuration) -> list[Download]:

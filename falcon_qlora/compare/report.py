@@ -6,9 +6,10 @@ Everything comes from the run directories; no model is loaded and no model code 
 from __future__ import annotations
 
 import csv
+import functools
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,10 +120,18 @@ class Comparison:
     title: str
     compared: Sequence[Compared]
     published: bool = False
-    rows: list[Row] = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rows", _rows(self.compared))
+    @functools.cached_property
+    def rows(self) -> list[Row]:
+        """A line for each of what is compared."""
+        rows = [_row(run) for run in self.compared]
+        full = next((row.seconds_per_1000_samples for row in rows if row.method == FULL), None)
+        return [
+            replace(row, time_ratio_to_full=row.seconds_per_1000_samples / full)
+            if full and row.seconds_per_1000_samples
+            else row
+            for row in rows
+        ]
 
     def on_gpus(self) -> bool:
         """Whether the runs were made on GPUs; if not, memory is what the processes held on the CPU."""
@@ -204,17 +213,6 @@ class Comparison:
         for run in self.compared:
             lines += [f"- {run.method}: recipe {run.recipe}{_settings(run)}", f"  `{run.command}`"]
         return "\n".join(lines) + "\n"
-
-
-def _rows(compared: Sequence[Compared]) -> list[Row]:
-    rows = [_row(run) for run in compared]
-    full = next((row.seconds_per_1000_samples for row in rows if row.method == FULL), None)
-    return [
-        Row(**asdict(row) | {"time_ratio_to_full": row.seconds_per_1000_samples / full})
-        if full and row.seconds_per_1000_samples
-        else row
-        for row in rows
-    ]
 
 
 def _row(run: Compared) -> Row:

@@ -71,7 +71,33 @@ class Configuration:
         Raises:
             UserError: if this machine or TRL cannot do what is asked.
         """
-        return _build_training(self)
+        import torch
+        from trl import SFTConfig
+
+        from falcon_qlora.processes import devices
+
+        on_gpu = torch.cuda.is_available()
+        dtype = devices.compute_dtype(self.model.compute_dtype)
+        if dtype == torch.float16 and not on_gpu:
+            raise UserError(
+                "--compute_dtype fp16 needs a GPU; on the CPU leave it at auto, or give fp32 or bf16"
+            )
+        values = dict(self.trainer)
+        for group in (self.data, self.run):
+            values |= {name: value for name, value in vars(group).items() if name in SHARED}
+        values |= {
+            "packing": False,
+            "padding_free": False,
+            "gradient_accumulation_steps": 1,
+            "bf16": dtype == torch.bfloat16,
+            "fp16": dtype == torch.float16,
+            "use_cpu": not on_gpu,
+        }
+        _start_process_group(values)
+        try:
+            return SFTConfig(**copy.deepcopy(values))
+        except ValueError as error:
+            raise UserError(f"the trainer's settings do not go together: {error}") from None
 
     @property
     def optimizer(self) -> str:
@@ -213,34 +239,6 @@ def _configuration(
         extra=extra_arguments(**extra) if extra_arguments else None,
         explicit={name: layer.origin for name, layer in given.items()},
     )
-
-
-def _build_training(configuration: Configuration) -> SFTConfig:
-    import torch
-    from trl import SFTConfig
-
-    from falcon_qlora.processes import devices
-
-    on_gpu = torch.cuda.is_available()
-    dtype = devices.compute_dtype(configuration.model.compute_dtype)
-    if dtype == torch.float16 and not on_gpu:
-        raise UserError("--compute_dtype fp16 needs a GPU; on the CPU leave it at auto, or give fp32 or bf16")
-    values = dict(configuration.trainer)
-    for group in (configuration.data, configuration.run):
-        values |= {name: value for name, value in vars(group).items() if name in SHARED}
-    values |= {
-        "packing": False,
-        "padding_free": False,
-        "gradient_accumulation_steps": 1,
-        "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16,
-        "use_cpu": not on_gpu,
-    }
-    _start_process_group(values)
-    try:
-        return SFTConfig(**copy.deepcopy(values))
-    except ValueError as error:
-        raise UserError(f"the trainer's settings do not go together: {error}") from None
 
 
 def _start_process_group(values: dict[str, Any]) -> None:

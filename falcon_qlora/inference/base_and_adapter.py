@@ -84,10 +84,7 @@ def read_trained(folder: Path, *, named: Collection[str]) -> dict[str, Any]:
 def check_names(
     record: dict[str, Any], folder: Path, *, base: str, tokenizer: str | None, named: Collection[str]
 ) -> None:
-    """Let a folder of this machine be read only where the user names it, or one who has had it open.
-
-    The files of an adapter or its run may come from anywhere. One that training wrote here tells the content
-    of the folders that it names; such a folder is opened, and named to the user.
+    """Let a folder of this machine be read only where the user names it, or as `check_may_open` has it.
 
     Args:
         record, folder, named: as of `read_trained`.

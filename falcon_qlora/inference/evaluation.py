@@ -167,20 +167,17 @@ def folder_predictions(
             setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
         return module
 
-    def empty(module: nn.Module) -> None:
-        module.to("meta")
-
     embedding = fill(f"{layout.backbone}.{layout.embedding}")
     packed = [_sequences(batch, device) for batch in batches]
     states = [embedding(batch.input_ids.to(device)) for batch in batches]
     if not config.tie_word_embeddings:
-        empty(embedding)
+        embedding.to("meta")
     for index in range(config.num_hidden_layers):
         block = fill(f"{layout.backbone}.{layout.blocks}.{index}")
         for place, sequences in enumerate(packed):
             arguments = layout.block_arguments(backbone, states[place], sequences)
             states[place] = run_block(block, states[place], arguments)
-        empty(block)
+        block.to("meta")
     norm = fill(f"{layout.backbone}.{layout.final_norm}")
     head: Any = (embedding if config.tie_word_embeddings else fill(layout.head)).weight
     places = [_measured(batch, answers_only) for batch in batches]
