@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from falcon_qlora.methods.lora import Lora
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.quantize import QuantizeMode, dequantized_weight, is_quantized_linear
 
@@ -33,6 +35,16 @@ def tiny_model(
     return load_model(
         FAMILIES[layout], quantize_mode=mode, device=device, compute_dtype=compute_dtype, seed=1
     )
+
+
+def attach_lora(model: PreTrainedModel, *, seed: int = 0, **settings: Any) -> Any:
+    """`Lora` with these settings, whose names may come as lists, on a loaded model."""
+    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    return Lora(**plain).attach(model, seed=seed)
+
+
+def trainable_names(model: nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def plain_float32(model: PreTrainedModel, device: str | torch.device = "cpu") -> PreTrainedModel:

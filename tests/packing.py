@@ -5,8 +5,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from falcon_qlora.methods.lora import attach_lora
 from falcon_qlora.models.packed_attention import Sequences
+from tests.layouts import attach_lora
 
 
 def packed(docs):

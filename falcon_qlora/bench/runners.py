@@ -14,7 +14,7 @@ from falcon_qlora.bench.documents import Document
 from falcon_qlora.bench.variants import Impossible, Variant
 from falcon_qlora.data.packing import MicroBatch, collate
 from falcon_qlora.kernels import fp8
-from falcon_qlora.methods.lora import attach_lora
+from falcon_qlora.methods.lora import Lora
 from falcon_qlora.models.activations import set_checkpointing
 from falcon_qlora.models.fast_path import apply_fast_path, keep_fp8_weights, remove_fast_path
 from falcon_qlora.models.forward import disable_packing, enable_packing
@@ -60,9 +60,8 @@ class Runner(Protocol):
 def adapted(base: Any, variant: Variant, settings: Settings) -> Any:
     """LoRA on all linears of `base`, whose second matrices are not zero, the same for every variant."""
     with base.device:  # made where they will be: on the CPU it takes seconds, and every turn does it again
-        model = attach_lora(
-            base, r=settings.r, alpha=settings.alpha, dropout=variant.lora_dropout, seed=settings.seed
-        )
+        method = Lora(r=settings.r, alpha=settings.alpha, dropout=variant.lora_dropout)
+        model = method.attach(base, seed=settings.seed)
     generator = torch.Generator(device=base.device).manual_seed(settings.seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -249,11 +249,6 @@ def trainable_count(method: Method, config: PreTrainedConfig) -> int:
     return sum(group.count for group in method.parameter_groups(config))
 
 
-def trainable_names(model: nn.Module) -> list[str]:
-    """Names of a model's trainable parameters, in its order."""
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
 def remember(model: nn.Module, method: Method) -> None:
     """Note on a model what was attached to it."""
     setattr(model, _METHOD, method)

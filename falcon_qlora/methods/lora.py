@@ -268,14 +268,6 @@ class Lora(Method):
         return model.disable_adapter()
 
 
-def attach_lora(model: PreTrainedModel, *, seed: int = 0, **settings: Any) -> PeftModel:
-    """`Lora` with these settings, whose names may come as lists, attached to a model from `load_model`."""
-    plain: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
-    }
-    return Lora(**plain).attach(model, seed=seed)
-
-
 def _refuse_what_is_not_trained_here(settings: dict[str, Any], source: Path) -> None:
     for name, value in settings.items():
         if name not in _KNOWN and value:

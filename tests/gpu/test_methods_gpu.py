@@ -8,11 +8,10 @@ import torch
 from falcon_qlora.methods.adapter import Adapter
 from falcon_qlora.methods.adapter_v2 import AdapterV2
 from falcon_qlora.methods.full import Full
-from falcon_qlora.methods.interface import trainable_names
 from falcon_qlora.methods.lora import Lora
 from falcon_qlora.models.fast_path import apply_fast_path
 from falcon_qlora.models.forward import enable_packing
-from tests.layouts import LAYOUTS, MODES, documents, tiny_model
+from tests.layouts import LAYOUTS, MODES, documents, tiny_model, trainable_names
 from tests.packing import gradients, packed
 
 pytestmark = pytest.mark.gpu

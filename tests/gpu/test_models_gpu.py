@@ -10,7 +10,6 @@ from torch.testing import assert_close
 
 from falcon_qlora.common.quantities import GIB
 from falcon_qlora.kernels.cross_entropy import chunked_cross_entropy
-from falcon_qlora.methods.lora import attach_lora
 from falcon_qlora.models import packed_attention as attention
 from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.layouts import layout_of, preset_config
@@ -18,7 +17,7 @@ from falcon_qlora.models.layouts.falcon import alibi_bias
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.packed_attention import Sequences, packed_attention
 from falcon_qlora.models.sizes import weight_bytes
-from tests.layouts import FAMILIES, LAYOUTS, MODES, documents, plain_float32, tiny_model
+from tests.layouts import FAMILIES, LAYOUTS, MODES, attach_lora, documents, plain_float32, tiny_model
 from tests.packing import gradients, one_by_one, packed, with_adapter
 from tests.unit.test_cross_entropy import reference
 

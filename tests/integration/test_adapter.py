@@ -16,13 +16,13 @@ import falcon_qlora
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.corpus import prepare_corpora
 from falcon_qlora.data.packing import MicroBatch
-from falcon_qlora.methods.lora import attach_lora
 from falcon_qlora.methods.open_adapter import load_adapter
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.tiny import tiny_path
 from falcon_qlora.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from falcon_qlora.step import loss as step_loss
 from tests.integration.runs import metrics, write_jsonl
+from tests.layouts import attach_lora
 
 TEXTS = [
     "The cat sleeps.",

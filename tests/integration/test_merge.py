@@ -26,7 +26,7 @@ from falcon_qlora.merge import build
 from falcon_qlora.merge.folder import parameter_shapes, published_config, write_configuration
 from falcon_qlora.merge.tensors import Quantization, merged_tensors
 from falcon_qlora.methods.adapter_folder import RECORD, read_adapter
-from falcon_qlora.methods.lora import Lora, attach_lora
+from falcon_qlora.methods.lora import Lora
 from falcon_qlora.methods.open_adapter import load_adapter
 from falcon_qlora.models import hub
 from falcon_qlora.models.load import load_model
@@ -36,7 +36,7 @@ from falcon_qlora.models.tiny import tiny_path
 from falcon_qlora.models.tokenizer import load_tokenizer
 from tests.integration.refusals import contents, only_message
 from tests.integration.runs import room_for, write_jsonl
-from tests.layouts import FAMILIES, UNTIED, documents, plain_float32, tiny_model
+from tests.layouts import FAMILIES, UNTIED, attach_lora, documents, plain_float32, tiny_model
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},

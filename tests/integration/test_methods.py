@@ -17,7 +17,6 @@ from falcon_qlora.commands import generate, params
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.config import parse
 from falcon_qlora.data.sample_data import path as sample_rows
-from falcon_qlora.methods.interface import trainable_names
 from falcon_qlora.methods.table import METHODS
 from falcon_qlora.run_folder import tracking
 from falcon_qlora.run_folder.directory import RunDirectory
@@ -25,6 +24,7 @@ from falcon_qlora.training import build as builder
 from falcon_qlora.training import rows
 from tests.integration.runs import command, metrics, summary, train
 from tests.integration.test_adapter import fine_tune
+from tests.layouts import trainable_names
 
 # Two processes, and a quantized base where the method has one.
 RUNS = {

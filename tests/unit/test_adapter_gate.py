@@ -17,11 +17,11 @@ from falcon_qlora.checkpoint.adapter_check import AdapterFaultError, check_adapt
 from falcon_qlora.methods.adapter import Adapter
 from falcon_qlora.methods.adapter_v2 import AdapterV2
 from falcon_qlora.methods.full import Full
-from falcon_qlora.methods.interface import method_of, trainable_names
-from falcon_qlora.methods.lora import Lora, attach_lora
+from falcon_qlora.methods.interface import method_of
+from falcon_qlora.methods.lora import Lora
 from falcon_qlora.models.fast_path import apply_fast_path
 from falcon_qlora.models.forward import enable_packing
-from tests.layouts import MODES, tiny_model
+from tests.layouts import MODES, attach_lora, tiny_model, trainable_names
 
 WEIGHTS = "adapter_model.safetensors"
 

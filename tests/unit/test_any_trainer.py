@@ -13,10 +13,9 @@ from trl import SFTConfig, SFTTrainer
 
 import falcon_qlora
 from falcon_qlora.kernels import block as kernel
-from falcon_qlora.methods.lora import attach_lora
 from falcon_qlora.models.fast_path import remove_fast_path
 from falcon_qlora.models.tokenizer import load_tokenizer
-from tests.layouts import documents, tiny_model
+from tests.layouts import attach_lora, documents, tiny_model
 
 LENGTHS = [7, 40, 1, 12]
 

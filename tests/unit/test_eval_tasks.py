@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from falcon_qlora import __main__ as cli
-from falcon_qlora.methods.lora import attach_lora
 from falcon_qlora.methods.open_adapter import load_adapter
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.tokenizer import load_tokenizer
+from tests.layouts import attach_lora
 
 TEXT = "The opposite of hot is cold."
 

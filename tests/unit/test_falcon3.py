@@ -11,13 +11,12 @@ from transformers import LlamaConfig
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.methods.adapter import Adapter
 from falcon_qlora.methods.full import Full
-from falcon_qlora.methods.lora import attach_lora
 from falcon_qlora.models.fast_path import choose_kernels
 from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.layouts import preset_config, read_config
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.step_memory import Step
-from tests.layouts import FAMILIES, documents, plain_float32, tiny_model
+from tests.layouts import FAMILIES, attach_lora, documents, plain_float32, tiny_model
 from tests.packing import one_by_one, packed
 
 LENGTHS = [9, 14, 1]

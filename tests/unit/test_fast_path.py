@@ -15,14 +15,13 @@ from falcon_qlora.kernels import block as kernel
 from falcon_qlora.kernels import fp8
 from falcon_qlora.kernels.frozen_linear import Workspace
 from falcon_qlora.kernels.gelu_products import GeluProducts
-from falcon_qlora.methods.lora import attach_lora
 from falcon_qlora.models import fast_path
 from falcon_qlora.models.blocks.falcon import block_facts
 from falcon_qlora.models.fast_path import apply_fast_path, choose_kernels, decide, remove_fast_path
 from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.layouts.falcon import Falcon
 from falcon_qlora.models.packed_attention import Sequences
-from tests.layouts import LAYOUTS, documents, plain_float32, tiny_model
+from tests.layouts import LAYOUTS, attach_lora, documents, plain_float32, tiny_model
 from tests.packing import gradients, one_by_one, packed, with_adapter
 
 pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")

@@ -17,11 +17,11 @@ from falcon_qlora.commands import generate
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.templates import Turn, get_template
 from falcon_qlora.inference.generation import choose_tokens, generate_batch, generate_stream
-from falcon_qlora.methods.lora import attach_lora
 from falcon_qlora.models.fingerprint import model_fingerprint
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.tiny import tiny_path
 from falcon_qlora.models.tokenizer import load_tokenizer
+from tests.layouts import attach_lora
 
 PROMPTS = ["Question: What is the opposite of hot?\nAnswer:", "One day Anna", "The capital of", ""]
 

@@ -15,14 +15,14 @@ from falcon_qlora.methods.adapter import Adapter
 from falcon_qlora.methods.adapter_folder import RECORD, TENSORS
 from falcon_qlora.methods.adapter_v2 import AdapterV2
 from falcon_qlora.methods.full import Full
-from falcon_qlora.methods.interface import method_of, trainable_count, trainable_names
+from falcon_qlora.methods.interface import method_of, trainable_count
 from falcon_qlora.methods.lora import Lora
 from falcon_qlora.methods.table import METHODS
 from falcon_qlora.models.fast_path import apply_fast_path
 from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.layouts import layout_of, preset_config
 from falcon_qlora.models.quantize import holds_quantized_weight
-from tests.layouts import FAMILIES, LAYOUTS, MODES, documents, plain_float32, tiny_model
+from tests.layouts import FAMILIES, LAYOUTS, MODES, documents, plain_float32, tiny_model, trainable_names
 from tests.packing import gradients, packed
 
 LENGTHS = [7, 40, 1, 12]

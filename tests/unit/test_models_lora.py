@@ -14,10 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.methods.lora import attach_lora
 from falcon_qlora.methods.open_adapter import load_adapter
 from falcon_qlora.models.layouts import layout_of
-from tests.layouts import FAMILIES, LAYOUTS, MODES, documents, plain_float32, tiny_model
+from tests.layouts import FAMILIES, LAYOUTS, MODES, attach_lora, documents, plain_float32, tiny_model
 
 
 def trainable(model):

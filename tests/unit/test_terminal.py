@@ -23,7 +23,6 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from falcon_qlora.common.quantities import duration
 from falcon_qlora.config import parse
-from falcon_qlora.methods.lora import attach_lora
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.tiny import tiny_path
 from falcon_qlora.run_folder.directory import RunDirectory
@@ -33,6 +32,7 @@ from falcon_qlora.training import progress
 from falcon_qlora.training.activations import Activations
 from falcon_qlora.training.progress import ProgressCallback
 from falcon_qlora.training.record import start_rows
+from tests.layouts import attach_lora
 
 SUMMARY = {
     "steps": 120,

@@ -23,14 +23,13 @@ from falcon_qlora.merge.folder import parameter_shapes, write_configuration
 from falcon_qlora.methods.adapter_folder import read_adapter
 from falcon_qlora.methods.adapter_v2 import AdapterV2
 from falcon_qlora.methods.interface import method_of
-from falcon_qlora.methods.lora import attach_lora
 from falcon_qlora.methods.open_adapter import load_adapter
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.prefix import prefixes
 from falcon_qlora.models.tensor_files import write_model
 from falcon_qlora.models.tiny import tiny_path
 from tests.fuzzing import EXPLODED, JSON, Bomb, change, fresh_copy, fuzz, guarded, read_or_refused
-from tests.layouts import LAYOUTS, tiny_model
+from tests.layouts import LAYOUTS, attach_lora, tiny_model
 
 WEIGHTS = "adapter_model.safetensors"
 SETTINGS = "adapter_config.json"

@@ -11,12 +11,11 @@ from peft import PeftModel
 from transformers import FalconForCausalLM
 
 from falcon_qlora.kernels import fp8
-from falcon_qlora.methods.lora import attach_lora
 from falcon_qlora.models.fast_path import apply_fast_path
 from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.quantize import QuantizeMode, dequantized_weight, is_quantized_linear
-from tests.layouts import plain_float32
+from tests.layouts import attach_lora, plain_float32
 
 PathName = Literal["stock", "fast"]
 R, ALPHA = 16, 32
