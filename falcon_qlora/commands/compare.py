@@ -122,8 +122,8 @@ def _configurations(planned: list[Planned]) -> tuple[dict[str, Configuration], d
         except UserError as error:
             refused[method.name] = str(error)
             continue
-        if reason := plan.why_not(method.name, configuration):
-            refused[method.name] = reason
+        if method.name == "qlora" and configuration.model.quantize_mode == "16bit":
+            refused[method.name] = "QLoRA is LoRA on a quantized base, and --quantize_mode is 16bit"
         else:
             found[method.name] = configuration
     if not found:

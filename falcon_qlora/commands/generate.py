@@ -84,13 +84,7 @@ def main(argv: list[str]) -> int:
 
 @dataclass(kw_only=True)
 class _Speaker:
-    """A loaded model, and how it is spoken to.
-
-    Attributes:
-        template: writes the prompts.
-        wanted: the command's settings.
-        seed: of the draws.
-    """
+    """A loaded model, and how it is spoken to."""
 
     model: Any
     tokenizer: Any

@@ -253,9 +253,6 @@ def _hub_settings(configuration: Configuration, named: Collection[str]) -> dict[
     """Where to upload to and how; None unless a flag asks for it.
 
     That the run was uploaded, as its settings say, is no wish to upload its merge too.
-
-    Raises:
-        UserError: if no flag says where to.
     """
     settings, explicit = configuration.trainer, configuration.explicit
     if explicit.get("push_to_hub") != "flag" or not settings["push_to_hub"]:

@@ -106,7 +106,6 @@ class _Bench:
                         )
 
     def _data(self, model: str, folder: Path) -> list[str]:
-        """The flags for the rows."""
         given = self.configuration.explicit
         own = "cache_dir" in given or self.wanted.whole_run
         cache = [] if own else ["--cache_dir", str(folder / "cache")]

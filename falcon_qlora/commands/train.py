@@ -71,7 +71,8 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
     launch: LaunchArguments = config.configure(given, extra_arguments=LaunchArguments).extra
     _check(launch)
     processes = _processes(launch.gpus)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     with tempfile.TemporaryDirectory(prefix="falcon_qlora_") as folder:
         os.environ[launcher.VARIABLE] = folder
         words = [
@@ -214,10 +215,6 @@ def _processes(gpus: int | None) -> int:
             f"--gpus {gpus}: this machine shows {visible} (see CUDA_VISIBLE_DEVICES and nvidia-smi)"
         )
     return gpus or visible or 1
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _torchrun_flags(launch: LaunchArguments, processes: int) -> list[str]:

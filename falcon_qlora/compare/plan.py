@@ -117,13 +117,6 @@ def check_same_rows(configurations: dict[str, Configuration]) -> None:
                 )
 
 
-def why_not(name: str, configuration: Configuration) -> str | None:
-    """Why a configuration is not the method of this name."""
-    if name == "qlora" and configuration.model.quantize_mode == "16bit":
-        return "QLoRA is LoRA on a quantized base, and --quantize_mode is 16bit"
-    return None
-
-
 def split(words: Sequence[str]) -> list[str]:
     return [part.strip() for word in words for part in word.split(",") if part.strip()]
 

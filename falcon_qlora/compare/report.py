@@ -219,35 +219,31 @@ def _row(run: Compared) -> Row:
     if run.reason is not None:
         return Row(method=run.method, reason=run.reason)
     with of_a_run(run.folder):
-        return _row_of(run)
-
-
-def _row_of(run: Compared) -> Row:
-    directory = RunDirectory(run.folder)
-    summary, metrics = directory.read_summary(), directory.read_metrics()
-    config = directory.read_config()
-    samples, tokens = summary["samples"], summary["tokens"]
-    speed = summary["tokens_per_second"]
-    late_speed = _speed_after_first(metrics) or speed
-    peak, total = float(summary["peak_memory_gib"]), float(summary["total_peak_memory_gib"])
-    losses = {line["step"]: line["eval_loss"] for line in metrics if line.get("eval_loss") is not None}
-    after = losses.get(max(losses, default=0))
-    if config.get("load_best_model_at_end") and summary["best_eval_loss"] is not None:
-        after = summary["best_eval_loss"]
-    return Row(
-        method=run.method,
-        base=str(config["quantize_mode"]),
-        trainable_parameters=summary["trainable_parameters"],
-        gpus=summary["world_size"],
-        samples=samples,
-        seconds=tokens / speed if speed else None,
-        seconds_per_1000_samples=1000 * tokens / samples / late_speed if samples and late_speed else None,
-        peak_memory_gb=peak * GIB / GB,
-        total_peak_memory_gb=total * GIB / GB,
-        eval_loss_before=losses.get(0),
-        eval_loss_after=after,
-        disk_bytes=sum(file.stat().st_size for file in directory.adapter.glob("*.safetensors")),
-    )
+        directory = RunDirectory(run.folder)
+        summary, metrics = directory.read_summary(), directory.read_metrics()
+        config = directory.read_config()
+        samples, tokens = summary["samples"], summary["tokens"]
+        speed = summary["tokens_per_second"]
+        late_speed = _speed_after_first(metrics) or speed
+        peak, total = float(summary["peak_memory_gib"]), float(summary["total_peak_memory_gib"])
+        losses = {line["step"]: line["eval_loss"] for line in metrics if line.get("eval_loss") is not None}
+        after = losses.get(max(losses, default=0))
+        if config.get("load_best_model_at_end") and summary["best_eval_loss"] is not None:
+            after = summary["best_eval_loss"]
+        return Row(
+            method=run.method,
+            base=str(config["quantize_mode"]),
+            trainable_parameters=summary["trainable_parameters"],
+            gpus=summary["world_size"],
+            samples=samples,
+            seconds=tokens / speed if speed else None,
+            seconds_per_1000_samples=1000 * tokens / samples / late_speed if samples and late_speed else None,
+            peak_memory_gb=peak * GIB / GB,
+            total_peak_memory_gb=total * GIB / GB,
+            eval_loss_before=losses.get(0),
+            eval_loss_after=after,
+            disk_bytes=sum(file.stat().st_size for file in directory.adapter.glob("*.safetensors")),
+        )
 
 
 def _speed_after_first(metrics: Sequence[Mapping[str, Any]]) -> float | None:

@@ -92,11 +92,6 @@ class Adapter(Method):
                 last.register_forward_hook(_in_memory_of_its_own)
 
     def _blocks(self, config: PreTrainedConfig) -> range:
-        """Those that have a prefix.
-
-        Raises:
-            UserError: if none has.
-        """
         blocks = range(self.first_block, config.num_hidden_layers)
         if not blocks:
             raise UserError(

@@ -95,7 +95,6 @@ def may_open(name: str, what: str, record: dict[str, Any], folder: Path) -> bool
         record: what `folder` says of itself.
         folder: with the trained tensors.
     """
-
     from falcon_qlora.models.fingerprint import model_fingerprint, named_folder, tokenizer_fingerprint
 
     path = named_folder(name)
