@@ -11,6 +11,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from falcon_qlora.run_folder.directory import Backlog, append_lines
 from falcon_qlora.terminal.console import print_answers
 
+_MOST_NEW_TOKENS = 48  # of one answer
+
 
 class SampleAnswers(TrainerCallback):
     """Has the model answer a few prompts before training, at each evaluation, and at the end.
@@ -21,17 +23,13 @@ class SampleAnswers(TrainerCallback):
         prompts: pairs of what to show and the token ids to continue.
         tokenizer: turns the answers into text.
         file: a JSON Lines file that gets every answer.
-        max_new_tokens: of one answer.
     """
 
-    def __init__(
-        self, prompts: list[tuple[str, list[int]]], tokenizer: Any, file: Path, *, max_new_tokens: int = 48
-    ):
+    def __init__(self, prompts: list[tuple[str, list[int]]], tokenizer: Any, file: Path):
         self._prompts = prompts
         self._tokenizer = tokenizer
         self._file = file
         self._append = Backlog(append_lines, file.name)
-        self._max_new_tokens = max_new_tokens
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -56,7 +54,7 @@ class SampleAnswers(TrainerCallback):
         from falcon_qlora.inference.generation import generate_batch
 
         answers = generate_batch(
-            model, self._tokenizer, [ids for _, ids in self._prompts], max_new_tokens=self._max_new_tokens
+            model, self._tokenizer, [ids for _, ids in self._prompts], max_new_tokens=_MOST_NEW_TOKENS
         )
         shown = [(prompt, answer) for (prompt, _), answer in zip(self._prompts, answers, strict=True)]
         print_answers(title, shown)

@@ -28,7 +28,6 @@ class Adapter(Method):
         name="adapter_prefix_length",
         label="prefix of {}",
         least=1,
-        most=2**16,
     )
     first_block: int = setting(
         2,
@@ -36,7 +35,6 @@ class Adapter(Method):
         name="adapter_first_block",
         label="from block {} on",
         least=0,
-        most=2**16,
     )
 
     name: ClassVar[str] = "adapter"

@@ -130,6 +130,7 @@ class TestCraftedAdapters:
             ({"settings": {"prefix_length": 3}}, "settings must be"),
             ({"settings": {"prefix_length": 3, "first_block": 1, "name": "x"}}, "settings must be"),
             ({"settings": {"prefix_length": 10**12, "first_block": 1}}, "has the shape"),
+            ({"settings": {"prefix_length": 10**400, "first_block": 1}}, "has the shape"),
             ({"settings": {"prefix_length": 0, "first_block": 1}}, "prefix_length: 0 is too small"),
             ({"settings": {"prefix_length": 3, "first_block": -1}}, "first_block: -1 is too small"),
             ({"settings": {"prefix_length": 3, "first_block": True}}, "first_block: True is not a whole"),
