@@ -140,7 +140,10 @@ class FalconParser(argparse.ArgumentParser):
         """
         flags_only = {"config", *self.extra_names}
         values: dict[str, Any] = {}
-        content = _read_mapping(path, origin)
+        file = path.expanduser()
+        if not file.exists():
+            raise UserError(f"there is no file {path}")
+        content = parse_yaml(read_text(file, limit_bytes=YAML_LIMIT_BYTES, may_be_pipe=True), origin)
         if isinstance(content.get("format"), int):  # a run's; else an unknown key
             content = without_format(content, origin)
         for key, value in content.items():
@@ -202,13 +205,6 @@ def recipe_file(recipe: str) -> Path:
         raise UserError(f"--recipe: there is no file {recipe}")
     names = recipe_names()
     raise UserError(f"unknown recipe {recipe}{nearest(recipe, names)}; there are {', '.join(names)}")
-
-
-def _read_mapping(path: Path, origin: str) -> dict[Any, Any]:
-    file = path.expanduser()
-    if not file.exists():
-        raise UserError(f"there is no file {path}")
-    return parse_yaml(read_text(file, limit_bytes=YAML_LIMIT_BYTES, may_be_pipe=True), origin)
 
 
 def lay_over(layers: Iterable[Layer]) -> dict[str, tuple[Any, Layer]]:
