@@ -93,7 +93,7 @@ def test_fp8_trains_what_bfloat16_trains(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"fp8 does not go with LoRA dropout"):
             fine_tune(tmp_path / "refused", compute_dtype="fp8", lora_dropout=0.1)
     losses = [metrics(run)[-1]["eval_loss"] for run in runs.values()]
-    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)  # after five steps, when it still falls fast
     assert losses[1] != losses[0]
     kernels = RunDirectory(runs["fp8"]).read_kernels()
     assert all("weights: NF4 dequantized to FP8" in what for what in kernels.values())
