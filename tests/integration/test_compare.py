@@ -133,7 +133,7 @@ def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM])
 def test_a_signal_ends_it_with_what_it_started_and_the_same_command_goes_on(
     tmp_path: Path, number: signal.Signals
 ) -> None:
