@@ -132,7 +132,7 @@ CRAFTED = {
     "the manifest: no batch": (lambda _: {"global_batch": None}, "global_batch is 'None'"),
     "the manifest: a negative batch": (lambda _: {"global_batch": -3}, "global_batch is '-3'"),
     "the manifest: processes": (lambda _: {"processes": "x"}, "processes is 'x'"),
-    "the adapter: other shapes": (other_shapes, "size mismatch"),
+    "the adapter: other shapes": (other_shapes, "does not fit this model: "),
 }
 
 
