@@ -1,6 +1,7 @@
-"""`falcon-qlora train`: check the flags, then run `falcon_qlora.train` once a GPU through torchrun's API.
+"""`falcon-qlora train`: check the flags, then run `falcon_qlora.train` once a GPU.
 
 The flags are read before torch is imported and before any process starts, so a mistyped one is told at once.
+Several processes are torchrun's, through its API; one needs no agent, and then nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import logging
 import os
 import secrets
 import signal
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from falcon_qlora import config
 from falcon_qlora.common.errors import EXIT_BUG, EXIT_HANGING, EXIT_USER_ERROR, UserError
@@ -25,11 +28,11 @@ from falcon_qlora.processes import launcher
 from falcon_qlora.processes.launcher import SAME_REQUEST_SECONDS, STOP_SIGNALS
 from falcon_qlora.terminal.output import drop_what_cannot_be_written
 
-if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
 # What torchrun's agent ends the workers on. The signals that ask a run to stop are the launcher's own.
 _AGENT_SIGNALS = "SIGHUP,SIGQUIT"
+_WORKER = "falcon_qlora.commands.worker"
+# What a worker that is ended has to leave in, as torchrun's agent gives it.
+_LEAVE_SECONDS = 30
 
 
 @dataclass(kw_only=True)
@@ -75,17 +78,13 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     with tempfile.TemporaryDirectory(prefix="falcon_qlora_") as folder:
         os.environ[launcher.VARIABLE] = folder
-        words = [
-            *_torchrun_flags(launch, processes),
-            f"--log-dir={folder}",
-            "--module",
-            "falcon_qlora.commands.worker",
-            str(os.getpid()),
-            worker_module,
-            *config.as_words({name: value for name, value in given.items() if not hasattr(launch, name)}),
-        ]
+        flags = config.as_words({name: value for name, value in given.items() if not hasattr(launch, name)})
+        words = [_WORKER, str(os.getpid()), worker_module, *flags]
         try:
-            return _launch(words, Path(folder))
+            if processes == 1 and _on_one_node(launch) and launch.max_restarts == 0:
+                return _run_one(words, Path(folder))
+            agent = [*_torchrun_flags(launch, processes), f"--log-dir={folder}", "--module"]
+            return _launch([*agent, *words], Path(folder))
         finally:
             del os.environ[launcher.VARIABLE]
 
@@ -97,16 +96,16 @@ class _StopOnce:
 
     Args:
         folder: where the workers leave a mark when there is something to save.
+        ended: what to raise for a signal that ends everything.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, ended: Callable[[signal.Signals], BaseException]):
         self._folder = folder
+        self._ended = ended
         self._asked_at: float | None = None
         self._asked_with: int | None = None
 
     def __call__(self, number: int, frame: Any) -> None:
-        from torch.distributed.elastic.multiprocessing.api import SignalException
-
         # The agent restarts workers that have failed; these find the mark and end.
         with contextlib.suppress(OSError):
             (self._folder / launcher.STOPPING).touch()
@@ -119,17 +118,19 @@ class _StopOnce:
             if time.monotonic() - self._asked_at <= SAME_REQUEST_SECONDS:
                 return
             _send(workers, signal.SIGKILL)
-        raise SignalException("asked to stop", sigval=signal.Signals(number))
+        raise self._ended(signal.Signals(number))
 
-    def ended(self, error: ChildFailedError) -> int | None:
-        """The exit status if the workers ended by the request alone, without anything to save; else None."""
+    def status(self, codes: Mapping[int, int]) -> int | None:
+        """The exit status if the workers ended by the request alone, without anything to save; else None.
+
+        Args:
+            codes: rank → exit status of the workers that failed.
+        """
         if self._asked_with is None:
             return None
         numbers = {self._asked_with, signal.SIGTERM}  # with SIGTERM the agent ends those that are left
         by_request = {128 + number for number in numbers} | {-number for number in numbers}
-        if all(failure.exitcode in by_request for failure in error.failures.values()):
-            return 128 + self._asked_with
-        return None
+        return 128 + self._asked_with if by_request.issuperset(codes.values()) else None
 
 
 def _children() -> list[int]:
@@ -149,6 +150,40 @@ def _send(processes: list[int], number: int) -> None:
             os.kill(process, number)
 
 
+class _Ended(BaseException):
+    """Raised where a signal comes in, to end the worker."""
+
+    def __init__(self, number: signal.Signals):
+        self.number = number
+
+
+def _run_one(words: list[str], folder: Path) -> int:
+    """Run the only worker and turn how it ended into an exit status.
+
+    Args:
+        words: its module and what that is given.
+        folder: of the marks that the launcher and the worker leave for each other.
+    """
+    with _signals_to(_StopOnce(folder, _Ended)) as stop:
+        worker = None
+        try:
+            # In a session of its own: Ctrl-C comes to the launcher alone, which passes it on.
+            worker = subprocess.Popen([sys.executable, "-u", "-m", *words], start_new_session=True)
+            code = worker.wait()
+        except _Ended as asked:
+            if worker is not None:
+                worker.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired, _Ended):
+                    worker.wait(_LEAVE_SECONDS)
+                worker.kill()
+                worker.wait()
+            return 128 + asked.number
+    if code == 0:
+        return 0
+    status = _status({0: code}, folder)
+    return stop.status({0: code}) or status
+
+
 def _launch(torchrun_argv: list[str], folder: Path) -> int:
     """Run torchrun's agent in this process and turn how it ended into an exit status."""
     from torch.distributed import run
@@ -160,32 +195,39 @@ def _launch(torchrun_argv: list[str], folder: Path) -> int:
     # The agent reports every failure at length; the workers have said what there is to say.
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
-    stop = _StopOnce(folder)
-    handlers = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:
-        elastic_launch(config=launch_config, entrypoint=command)(*arguments)
+        with _signals_to(_StopOnce(folder, lambda number: SignalException("asked to stop", number))) as stop:
+            elastic_launch(config=launch_config, entrypoint=command)(*arguments)
     except ChildFailedError as error:
-        status = _status(error, folder)
-        return stop.ended(error) or status
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        status = _status(codes, folder)
+        return stop.status(codes) or status
     except SignalException as error:
         return 128 + error.sigval
     finally:
         logging.disable(disabled)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     return 0
 
 
-def _status(error: ChildFailedError, folder: Path) -> int:
-    """The exit status that stands for those of the failed workers."""
-    failures = error.failures.values()
-    if any(failure.exitcode == EXIT_USER_ERROR for failure in failures):
+@contextlib.contextmanager
+def _signals_to(stop: _StopOnce) -> Iterator[_StopOnce]:
+    """Have `stop` handle what asks a run to stop."""
+    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _status(codes: Mapping[int, int], folder: Path) -> int:
+    """The exit status that stands for those of the failed workers, by rank."""
+    if EXIT_USER_ERROR in codes.values():
         return EXIT_USER_ERROR
-    hung = any(failure.exitcode == EXIT_HANGING for failure in failures)
-    for rank, failure in sorted(error.failures.items()) if not hung else ():
+    for rank, code in sorted(codes.items()) if EXIT_HANGING not in codes.values() else ():
         # Nothing in the worker could say so itself.
-        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
-            name = signal.Signals(-failure.exitcode).name
+        if code < 0 and code != -signal.SIGTERM:
+            name = signal.Signals(-code).name
             hint = "; out of CPU memory?" if name == "SIGKILL" else ""
             print(f"error: process {rank} was ended by {name}{hint}", file=sys.stderr)
             break
@@ -206,10 +248,12 @@ def _check(launch: LaunchArguments) -> None:
         )
 
 
-def _processes(gpus: int | None) -> int:
-    from falcon_qlora.processes.devices import visible_gpus
+def _on_one_node(launch: LaunchArguments) -> bool:
+    return launch.nnodes == "1" and launch.rdzv_endpoint is None and launch.master_addr is None
 
-    visible = visible_gpus()
+
+def _processes(gpus: int | None) -> int:
+    visible = launcher.visible_gpus()
     if visible and gpus is not None and gpus > visible:
         raise UserError(
             f"--gpus {gpus}: this machine shows {visible} (see CUDA_VISIBLE_DEVICES and nvidia-smi)"
@@ -221,7 +265,7 @@ def _torchrun_flags(launch: LaunchArguments, processes: int) -> list[str]:
     flags = [f"--nproc-per-node={processes}", f"--signals-to-handle={_AGENT_SIGNALS}"]
     given = dataclasses.asdict(launch)
     del given["gpus"]
-    if launch.nnodes == "1" and launch.rdzv_endpoint is None and launch.master_addr is None:
+    if _on_one_node(launch):
         # Any free port, and the name that resolves on every machine.
         given |= {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "localhost"}
         given["rdzv_id"] = launch.rdzv_id or f"falcon-qlora-{secrets.token_hex(8)}"

@@ -50,11 +50,6 @@ def compute_dtype(wanted: torch.dtype | str, device: torch.device | str | None =
     return torch.bfloat16 if has_bfloat16 else torch.float16
 
 
-def visible_gpus() -> int:
-    """How many GPUs this process can use."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
 def free_memory() -> None:
     """Give back what nothing holds any more, PyTorch's cache on the GPU included."""
     gc.collect()

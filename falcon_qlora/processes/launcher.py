@@ -5,7 +5,10 @@ Imports no torch: the processes read it before they set up what torch reads when
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
 import os
+import runpy
 import signal
 from pathlib import Path
 
@@ -23,3 +26,22 @@ def mark(name: str) -> Path | None:
     """Where this process, or the launcher that started it, has its mark; None without a launcher."""
     folder = os.environ.get(VARIABLE)
     return Path(folder) / name if folder else None
+
+
+def visible_gpus() -> int:
+    """How many GPUs the driver shows to this process, as CUDA_VISIBLE_DEVICES says.
+
+    Returns:
+        0 where there is no driver, or PyTorch is built without CUDA.
+    """
+    torch = importlib.util.find_spec("torch")
+    if torch is None or torch.origin is None:
+        return 0
+    if runpy.run_path(str(Path(torch.origin).with_name("version.py")))["cuda"] is None:
+        return 0
+    count = ctypes.c_int()
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    return 0 if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) else count.value

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from falcon_qlora.common.quantities import GIB
-from falcon_qlora.processes.devices import visible_gpus
 
 _PACKAGES = (
     "falcon-qlora",
@@ -100,7 +99,7 @@ def _commit(folder: Path) -> str | None:
 
 
 def _gpus() -> list[dict[str, Any]]:
-    properties = [torch.cuda.get_device_properties(index) for index in range(visible_gpus())]
+    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return [
         {
             "name": gpu.name,

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from falcon_qlora import __main__ as cli
 from falcon_qlora.commands import train
@@ -24,16 +23,16 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 STAND_IN = """
 import os, signal, sys, time
-rank = int(os.environ["RANK"])
+rank = int(os.environ.get("RANK", 0))
 mode = sys.argv[sys.argv.index("--run_name") + 1]
 names = ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
 # One write a line: the ranks share the launcher's output.
-sys.stdout.write(f"rank={rank} pid={os.getpid()} {[os.environ[n] for n in names]} {sys.argv[1:]}\\n")
+sys.stdout.write(f"rank={rank} pid={os.getpid()} {[os.environ.get(n) for n in names]} {sys.argv[1:]}\\n")
 sys.stdout.flush()
 if mode == "patient":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-if rank == 1:
+if rank == int(os.environ.get("WORLD_SIZE", 1)) - 1:
     if mode == "user":
         sys.stderr.write("error: mend this\\n")
         sys.exit(2)
@@ -51,7 +50,9 @@ from falcon_qlora import __main__ as cli
 from falcon_qlora.commands import train
 standard = train.main
 train.main = lambda argv: standard(argv, worker_module="stand_in")
-sys.exit(cli.main(["train", *sys.argv[1:]]))
+status = cli.main(["train", *sys.argv[1:]])
+assert ("torch" in sys.modules) == ("1" not in sys.argv), "one process needs no torch in its launcher"
+sys.exit(status)
 """
 
 
@@ -142,18 +143,24 @@ class TestLauncher:
 
     def test_one_process_without_gpus_and_a_share_of_the_cores(self, launcher: Launcher) -> None:
         del launcher.environment["OMP_NUM_THREADS"]
-        status, output, _ = launcher.run("--run_name", "fine")
-        assert status == 0
-        assert f"['1', '0', '1', '{len(os.sched_getaffinity(0))}']" in output
+        status, output, errors = launcher.run("--gpus", "1", "--run_name", "fine")
+        assert (status, errors) == (0, "")
+        assert f"[None, None, None, '{len(os.sched_getaffinity(0))}'] ['--run_name', 'fine']" in output
 
-    def test_what_the_user_can_mend_is_status_2_and_one_message(self, launcher: Launcher) -> None:
-        status, output, errors = launcher.run("--gpus", "2", "--run_name", "user")
+    @pytest.mark.parametrize("processes", ["1", "2"])
+    def test_what_the_user_can_mend_is_status_2_and_one_message(
+        self, launcher: Launcher, processes: str
+    ) -> None:
+        status, output, errors = launcher.run("--gpus", processes, "--run_name", "user")
         assert (status, errors) == (2, "error: mend this\n")
         assert_gone(worker_pids(output))
         assert list(launcher.temporary.iterdir()) == []
 
-    def test_a_bug_is_status_1_and_the_workers_own_traceback(self, launcher: Launcher) -> None:
-        status, output, errors = launcher.run("--gpus", "2", "--run_name", "bug")
+    @pytest.mark.parametrize("processes", ["1", "2"])
+    def test_a_bug_is_status_1_and_the_workers_own_traceback(
+        self, launcher: Launcher, processes: str
+    ) -> None:
+        status, output, errors = launcher.run("--gpus", processes, "--run_name", "bug")
         assert status == 1
         assert errors.startswith("Traceback")
         assert errors.endswith("RuntimeError: a bug\n")
@@ -161,28 +168,34 @@ class TestLauncher:
         assert "elastic" not in errors
         assert_gone(worker_pids(output))
 
-    def test_a_worker_that_was_killed_is_named(self, launcher: Launcher) -> None:
-        status, output, errors = launcher.run("--gpus", "2", "--run_name", "killed")
-        assert (status, errors) == (1, "error: process 1 was ended by SIGKILL; out of CPU memory?\n")
+    @pytest.mark.parametrize("processes", [1, 2])
+    def test_a_worker_that_was_killed_is_named(self, launcher: Launcher, processes: int) -> None:
+        status, output, errors = launcher.run("--gpus", str(processes), "--run_name", "killed")
+        last = processes - 1
+        assert (status, errors) == (1, f"error: process {last} was ended by SIGKILL; out of CPU memory?\n")
         assert_gone(worker_pids(output))
 
+    @pytest.mark.parametrize("processes", [1, 2])
     @pytest.mark.parametrize(
         ("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)]
     )
-    def test_a_signal_stops_every_process(self, launcher: Launcher, number: int, expected: int) -> None:
-        process = launcher.start("--gpus", "2", "--run_name", "wait")
-        pids = worker_pids(read_lines(process, 2))
-        assert len(pids) == 2
+    def test_a_signal_stops_every_process(
+        self, launcher: Launcher, number: int, expected: int, processes: int
+    ) -> None:
+        process = launcher.start("--gpus", str(processes), "--run_name", "wait")
+        pids = worker_pids(read_lines(process, processes))
+        assert len(pids) == processes
         process.send_signal(number)
         _, errors = process.communicate(timeout=30)
         assert (process.returncode, errors) == (expected, "")
         assert_gone(pids)
 
+    @pytest.mark.parametrize("processes", [1, 2])
     def test_an_insistent_ctrl_c_does_not_wait_for_workers_that_do_not_listen(
-        self, launcher: Launcher
+        self, launcher: Launcher, processes: int
     ) -> None:
-        process = launcher.start("--gpus", "2", "--run_name", "patient")
-        pids = worker_pids(read_lines(process, 2))
+        process = launcher.start("--gpus", str(processes), "--run_name", "patient")
+        pids = worker_pids(read_lines(process, processes))
         for _ in range(3):
             time.sleep(0.5)
             process.send_signal(signal.SIGINT)
@@ -199,17 +212,20 @@ class TestLauncher:
         monkeypatch.setattr(train, "_send", lambda pids, number: sent.append((*pids, number)))
         monkeypatch.setattr(time, "monotonic", lambda: next(clock))
         (tmp_path / TRAINING).touch()
-        stop = train._StopOnce(tmp_path)
+        stop = train._StopOnce(tmp_path, train._Ended)
         for _ in range(3):
             stop(signal.SIGINT, None)
         assert sent == [(7, signal.SIGINT)]
-        with pytest.raises(SignalException):
+        with pytest.raises(train._Ended):
             stop(signal.SIGTERM, None)
         assert sent == [(7, signal.SIGINT), (7, signal.SIGKILL)]
 
-    def test_a_launcher_that_is_killed_takes_its_workers_with_it(self, launcher: Launcher) -> None:
-        process = launcher.start("--gpus", "2", "--run_name", "patient")
-        pids = worker_pids(read_lines(process, 2))
+    @pytest.mark.parametrize("processes", [1, 2])
+    def test_a_launcher_that_is_killed_takes_its_workers_with_it(
+        self, launcher: Launcher, processes: int
+    ) -> None:
+        process = launcher.start("--gpus", str(processes), "--run_name", "patient")
+        pids = worker_pids(read_lines(process, processes))
         process.kill()
         process.wait()
         assert_gone(pids)
