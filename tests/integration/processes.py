@@ -11,6 +11,7 @@ import time
 import uuid
 from pathlib import Path
 
+from tests.integration.forks import Popen
 from tests.integration.refusals import contents
 from tests.integration.runs import ENVIRONMENT
 
@@ -23,7 +24,7 @@ class Processes:
         self._mark = f"falcon-qlora-test-{uuid.uuid4().hex}"
 
     def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+        return Popen(
             [sys.executable, "-m", *command],
             cwd=self.folder,
             env=os.environ | ENVIRONMENT | {"MARK": self._mark} | environment,
@@ -43,7 +44,7 @@ class Processes:
         return process.returncode, output, errors
 
     def none_left(self, within_s: float = 5.0) -> bool:
-        """Whether every process that inherited this object's environment is gone."""
+        """Whether every process that inherited this object's environment, or its folder, is gone."""
         deadline = time.monotonic() + within_s
         while self._left() and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -52,8 +53,11 @@ class Processes:
     def _left(self) -> list[Path]:
         found = []
         for process in Path("/proc").glob("[0-9]*"):
+            if process.name == str(os.getpid()):
+                continue
             with contextlib.suppress(OSError):  # gone meanwhile, or another user's
-                if self._mark.encode() in (process / "environ").read_bytes():
+                marked = self._mark.encode() in (process / "environ").read_bytes()
+                if marked or (process / "cwd").readlink() == self.folder.resolve():
                     found.append(process)
         return found
 

@@ -14,18 +14,26 @@ from typing import Any
 
 import pytest
 
+from tests.integration.forks import Popen
+
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "NO_COLOR": "1"}
 
 
 def command(*arguments: str | Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """``falcon-qlora ARGUMENTS`` as a user would run it."""
-    return subprocess.run(
+    process = Popen(
         [sys.executable, "-m", "falcon_qlora", *map(str, arguments)],
         env={**os.environ, **ENVIRONMENT},
-        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout,
     )
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
 def train(output: Path, *arguments: str | Path, gpus: int = 1) -> list[dict[str, Any]]:
