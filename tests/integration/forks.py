@@ -32,24 +32,9 @@ from pathlib import Path
 from typing import Any
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
-# What our own code, or the system, reads anew in each process; of any other name that differs a library may
-# have made up its mind while it was imported.
-_READ_LATE = (
-    *("FAULTS", "MARK", "FALCON_QLORA_LAUNCHER", "XDG_CACHE_HOME", "NO_COLOR", "PYTHONPATH", "COLUMNS"),
-    *(
-        "TMPDIR",
-        "PYTEST_CURRENT_TEST",
-        "WANDB_MODE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-    ),
-    *("LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE"),
-    "OMP_NUM_THREADS",
-)
-_PREFIXES_READ_LATE = ("TORCHELASTIC_", "TORCH_NCCL_")
+# What libraries, or Python, read once, as they are loaded. Where one of these differs there is no fork.
+_READ_EARLY = ("HF_", "TRITON", "CUDA", "LC_", "LANG", "PYTHONIOENCODING", "PYTHONUTF8", "ACCELERATE", "BNB_")
+_READ_LATE = ("HF_HUB_VERBOSITY", "HF_HUB_DISABLE_TELEMETRY")
 _LIBRARIES = (
     *("falcon_qlora.training.run", "falcon_qlora.training.build", "falcon_qlora.training.finish"),
     *("falcon_qlora.training.trainer", "falcon_qlora.training.preflight", "falcon_qlora.commands.compare"),
@@ -108,11 +93,11 @@ def _is_module(words: list[str]) -> bool:
 def _can_fork(environment: dict[str, str]) -> bool:
     if not sys.platform.startswith("linux") or os.environ.get("FORKS") == "0":
         return False
+    _start.update({} if _start else os.environ)
     return all(
-        name in _READ_LATE
-        or name.startswith(_PREFIXES_READ_LATE)
-        or environment.get(name) == _start.get(name)
+        environment.get(name) == _start.get(name)
         for name in {*environment, *_start}
+        if name.startswith(_READ_EARLY) and name not in _READ_LATE
     )
 
 
@@ -164,7 +149,8 @@ class _LazyServer:
 
 
 _server: _LazyServer | None = _LazyServer()
-_start = dict(os.environ)
+# As it was when the first process was wanted.
+_start: dict[str, str] = {}
 
 
 def _serve(descriptor: int, parent: int) -> None:
@@ -206,7 +192,7 @@ def _serve(descriptor: int, parent: int) -> None:
 
 def _become(request: dict[str, Any], streams: list[int]) -> None:
     """Be the process that was asked for: run its module to its end. Does not return."""
-    global _server, _start
+    global _server
     status = 1
     try:
         libc = ctypes.CDLL(None)
@@ -226,7 +212,8 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
         os.environ.clear()
         os.environ.update(request["environment"])
         os.chdir(request["folder"])
-        _server, _start = None, dict(os.environ)
+        _server = None
+        _start.update(os.environ)
         # What a launcher is about, which is not its worker's.
         tempfile.tempdir = None
         logging.disable(logging.NOTSET)

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 import falcon_qlora
-from tests.conftest import REPOSITORY
 from tests.integration import test_fuzz_checkpoints as checkpoints
 from tests.integration import test_fuzz_folders as folders
 from tests.unit import test_fuzz_cache, test_fuzz_inputs, test_fuzz_models, test_untrusted
@@ -125,7 +124,7 @@ def test_many_more_examples():
     paths = [str(module.__file__) for module in files]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *paths],
-        cwd=REPOSITORY,
+        cwd=Path(__file__).resolve().parents[2],
         env={**os.environ, "FUZZ_TIMES": "6"},
         capture_output=True,
         text=True,
