@@ -1,7 +1,9 @@
 """bitsandbytes imported without what it does on the side.
 
 On some CPUs it asks, while it is imported, the package `kernels` for a kernel from the network, which would
-compute other bits, and warns where there is none. PEFT and TRL import it too, whichever of them comes first.
+compute other bits, and warns where there is none. And it wraps in `torch.compile` what no device with kernels
+of its own calls, for which PyTorch loads its compiler: seconds. PEFT and TRL import it too, whichever of them
+comes first.
 """
 
 from __future__ import annotations
@@ -14,9 +16,12 @@ from importlib.util import spec_from_file_location
 from types import ModuleType
 
 ASKS = "bitsandbytes.backends.cpu.ops"
+COMPILES = "bitsandbytes.backends.default.ops"
 
 
-class _Loader(SourceFileLoader):
+class _Alone(SourceFileLoader):
+    """Loads `ASKS`: there is no package `kernels`."""
+
     def exec_module(self, module: ModuleType) -> None:
         logger = logging.getLogger(ASKS)
         level, hub_kernels = logger.level, sys.modules.get("kernels", ...)
@@ -32,17 +37,36 @@ class _Loader(SourceFileLoader):
                 sys.modules["kernels"] = hub_kernels  # type: ignore[assignment]
 
 
+class _Uncompiled(SourceFileLoader):
+    """Loads `COMPILES`, which takes its functions as they are where they cannot be compiled."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        import torch
+
+        compile_ = torch.compile
+        torch.compile = None  # type: ignore[assignment]
+        try:
+            super().exec_module(module)
+        finally:
+            torch.compile = compile_
+
+
+_LOADERS = {ASKS: _Alone, COMPILES: _Uncompiled}
+
+
 class _Finder(PathFinder):
     @classmethod
     def find_spec(
         cls, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        found = super().find_spec(fullname, path, target) if fullname == ASKS else None
+        found = super().find_spec(fullname, path, target) if fullname in _LOADERS else None
         if found is None or found.origin is None:
             return None
-        return spec_from_file_location(fullname, found.origin, loader=_Loader(fullname, found.origin))
+        return spec_from_file_location(
+            fullname, found.origin, loader=_LOADERS[fullname](fullname, found.origin)
+        )
 
 
 def install() -> None:
-    """Have Python load that one module so. Imports nothing; what is imported already stays as it is."""
+    """Have Python load those two modules so. Imports nothing; what is imported already stays as it is."""
     sys.meta_path.insert(0, _Finder)

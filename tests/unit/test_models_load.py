@@ -305,7 +305,7 @@ def run_python(code: str, **environment: str) -> str:
     return result.stdout
 
 
-def test_importing_and_running_asks_no_kernel_hub_and_says_nothing(tmp_path):
+def test_importing_and_running_asks_no_kernel_hub_compiles_nothing_and_says_nothing(tmp_path):
     (tmp_path / "kernels.py").write_text("def get_kernel(*_, **__): raise SystemExit('the hub was asked')")
     run_python(
         """
@@ -314,6 +314,8 @@ def test_importing_and_running_asks_no_kernel_hub_and_says_nothing(tmp_path):
         import peft
         small = "num_hidden_layers=1,hidden_size=64,num_attention_heads=4,vocab_size=64"
         model = load_model(f"random:falcon-7b?{small}")
+        from bitsandbytes.backends.default import ops
+        assert not hasattr(ops._dequantize_4bit_compute, "__wrapped__"), "compiled"
         """,
         PYTHONPATH=f"{tmp_path}:{Path(__file__).parents[2]}",
     )
