@@ -7,7 +7,6 @@ with; flags say otherwise.
 from __future__ import annotations
 
 import gc
-import math
 import shlex
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -53,20 +52,20 @@ class MergeArguments:
     dtype: Literal["bf16", "fp16", "fp32"] = setting("bf16", "Store the merged weights in this type.")
     max_shard_size: str = setting("5GB", "Largest weights file, such as 500MB.")
     max_loss_increase: float = setting(
-        0.02, "Refuse a merge whose held-out loss is above the adapter's by more, nats a token."
+        0.02, "Refuse a merge whose held-out loss is above the adapter's by more, nats a token.", least=0
     )
     max_kl_divergence: float = setting(
-        0.1, "Refuse a merge further than this from the adapter, nats a token."
+        0.1, "Refuse a merge further than this from the adapter, nats a token.", least=0
     )
-    held_out_tokens: int = setting(16384, "Measure on at most so many tokens of the held-out text.")
+    held_out_tokens: int = setting(16384, "Measure on at most so many tokens of the held-out text.", least=2)
 
 
 def main(argv: list[str]) -> int:
     """Run the command and return its exit status."""
     wanted: MergeArguments = parse(argv, extra_arguments=MergeArguments, **_HOW).extra
-    _check(wanted)
-    assert wanted.adapter is not None
-    assert wanted.out is not None
+    if not wanted.adapter or not wanted.out:
+        missing = "out" if wanted.adapter else "adapter"
+        raise UserError(f"--{missing} is needed: falcon-qlora merge --adapter DIR --out DIR")
     folder = adapter_folder(wanted.adapter)
     run = RunDirectory.of_adapter(folder)
     configuration, named = parse_with_run(argv, run, extra_arguments=MergeArguments, **_HOW)
@@ -147,7 +146,6 @@ def _merge(
 def _request(source: Source, wanted: MergeArguments, folder: Path) -> Request:
     from falcon_qlora.merge.build import Request
     from falcon_qlora.merge.folder import shard_bytes
-    from falcon_qlora.merge.tensors import Quantization
     from falcon_qlora.methods.adapter_folder import read_adapter
     from falcon_qlora.models.checkpoints import RANDOM
     from falcon_qlora.models.locate import find_folder, open_checkpoint
@@ -169,17 +167,11 @@ def _request(source: Source, wanted: MergeArguments, folder: Path) -> Request:
     return Request(
         checkpoint=checkpoint,
         base_folder=None if name.startswith(RANDOM) else find_folder(name, revision=revision),
-        tokenizer_folder=find_tokenizer(
-            name,
-            tokenizer_name_or_path=source.tokenizer,
-            revision=revision,
-        ),
+        tokenizer_folder=find_tokenizer(name, tokenizer_name_or_path=source.tokenizer, revision=revision),
         adapter=adapter,
-        quantization=Quantization(
-            mode=source.quantize_mode,
-            double=source.double_quantization,
-            compute_dtype=devices.compute_dtype(source.compute_dtype, device),
-        ),
+        quantize_mode=source.quantize_mode,
+        double_quantization=source.double_quantization,
+        compute_dtype=devices.compute_dtype(source.compute_dtype, device),
         # Of a base that was not quantized both are the same.
         candidates=candidates[:1] if source.quantize_mode == "16bit" else candidates,  # type: ignore[arg-type]
         dtype=wanted.dtype,
@@ -208,7 +200,7 @@ def _origin(
         base_commit=commit_of(request.base_folder),
         base_layout=f"{config.num_hidden_layers} blocks of {config.hidden_size}",
         licence=licence_of(request.checkpoint.name, request.base_folder),
-        quantization=request.quantization.mode,
+        quantization=request.quantize_mode,
         template=record.get("template"),
         datasets=list(resolved.get("dataset_name", [])),
         data_fingerprint=fingerprint if isinstance(fingerprint, str) else None,
@@ -220,18 +212,6 @@ def _origin(
         },
         falcon_qlora=VERSION,
     )
-
-
-def _check(wanted: MergeArguments) -> None:
-    for name in ("adapter", "out"):
-        if not getattr(wanted, name):
-            raise UserError(f"--{name} is needed: falcon-qlora merge --adapter DIR --out DIR")
-    for name in ("max_loss_increase", "max_kl_divergence"):
-        value = getattr(wanted, name)
-        if math.isnan(value) or value < 0:
-            raise UserError(f"--{name} {value}: must be 0 or more")
-    if wanted.held_out_tokens < 2:
-        raise UserError(f"--held_out_tokens {wanted.held_out_tokens}: must be at least 2")
 
 
 def _check_recorded_loss(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.record_files import CERTIFICATE
 from falcon_qlora.config import Configuration, parse
-from falcon_qlora.inference.base_and_adapter import Source, check_names, is_merge, read_trained
+from falcon_qlora.inference.base_and_adapter import Source
 from falcon_qlora.methods.table import is_whole
 from falcon_qlora.run_folder.directory import RunDirectory
 
@@ -32,16 +35,32 @@ def source_of(
 ) -> tuple[Source, dict[str, Any]]:
     """What is opened, a flag or a file going before what the folder says; and the folder's record.
 
+    Another folder of this machine is read only where the user names it, or as `check_may_open` has it.
+
     Args:
         configuration: with the settings of the run, where there is one.
         folder: from `adapter_folder`; None for the model alone.
         named: settings that the user named.
 
     Raises:
-        UserError: as `read_trained` and `check_names`.
+        UserError: if the folder's files cannot be read, or name no base model or one that must not be opened;
+            or if the user names a base for a whole model.
     """
+    from falcon_qlora.methods.adapter_folder import read_record
+    from falcon_qlora.methods.open_adapter import check_may_open
+
     settings, explicit = configuration.model, configuration.explicit
-    record = {} if folder is None else read_trained(folder, named=named)
+    record = {} if folder is None else read_record(folder)
+    whole = is_whole(record)
+    if folder is not None and whole:
+        if "model_name_or_path" in named:
+            raise UserError(
+                f"--model_name_or_path: {folder} holds a whole model, there is no base to put it on"
+            )
+        has_its_own = (folder / "tokenizer.json").is_file()
+        record["tokenizer"] = (
+            str(folder) if has_its_own else record.get("tokenizer") or record.get("base_model")
+        )
 
     def given(name: str, recorded: str) -> Any:
         value = getattr(settings, name)
@@ -50,15 +69,23 @@ def source_of(
     base = given("model_name_or_path", "base_model")
     tokenizer = given("tokenizer_name_or_path", "tokenizer")
     mode = given("quantize_mode", "quantize_mode")
-    whole = False
-    if folder is not None:
-        check_names(record, folder, base=base, tokenizer=tokenizer, named=named)
-        whole = is_whole(record)
-    elif explicit.get("quantize_mode") != "flag" and is_merge(base):
-        mode = "16bit"  # whatever a run's settings file says of how its base was stored
+    if folder is None:
+        if explicit.get("quantize_mode") != "flag" and _is_merge(base):
+            mode = "16bit"  # whatever a run's settings file says of how its base was stored
+    else:
+        if not base and not whole:
+            raise UserError(f"{folder} names no base model. Name it with --model_name_or_path.")
+        tokenizer = tokenizer or (base if whole else None)
+        opened = {} if whole else {"model_name_or_path": ("base model", base)}
+        opened["tokenizer_name_or_path"] = ("tokenizer", tokenizer)
+        for flag, (what, name) in opened.items():
+            if name and flag not in named:
+                path = check_may_open(name, what, record, folder, say_so=f"--{flag} FOLDER")
+                if path is not None:
+                    _note(f"the {what} is {path}, which {folder} names")
     return Source(
         model=str(folder) if whole else base,
-        tokenizer=tokenizer or base if whole else tokenizer,
+        tokenizer=tokenizer,
         revision=settings.model_revision,
         quantize_mode=mode,
         compute_dtype=settings.compute_dtype,
@@ -69,3 +96,19 @@ def source_of(
         kernels_are_named="flag" in {explicit.get("kernels"), explicit.get("compute_dtype")},
         adapter=None if whole else folder,
     ), record
+
+
+def _is_merge(name: str) -> bool:
+    """Whether a model's name is the folder of a merge; then it is said to be opened as it was certified."""
+    from falcon_qlora.models.fingerprint import named_folder
+
+    folder = named_folder(name)
+    if folder is None or not (folder / CERTIFICATE).is_file():
+        return False
+    _note(f"{folder} is a merge and opened in 16 bits, as it was made; -q 4bit quantizes it first")
+    return True
+
+
+def _note(message: str) -> None:
+    # Not among a command's answers.
+    print(f"note: {message}", file=sys.stderr)

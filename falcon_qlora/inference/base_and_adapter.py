@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.common.record_files import CERTIFICATE
-from falcon_qlora.methods.table import is_whole
 from falcon_qlora.run_folder.directory import RunDirectory
 
 
@@ -54,78 +50,6 @@ def adapter_folder(name: str) -> Path:
         if any((folder / file).is_file() for file in ("adapter_config.json", "falcon_qlora.json")):
             return folder
     raise UserError(f"--adapter {name}: holds no adapter (no adapter_config.json there or in adapter/)")
-
-
-def read_trained(folder: Path, *, named: Collection[str]) -> dict[str, Any]:
-    """What `read_record` says of a trained folder; a whole model is its own base.
-
-    Args:
-        folder: from `adapter_folder`.
-        named: settings that the user named.
-
-    Raises:
-        UserError: if its files cannot be read, or the user names a base for a whole model.
-    """
-    from falcon_qlora.methods.adapter_folder import read_record
-
-    record = read_record(folder)
-    if is_whole(record):
-        if "model_name_or_path" in named:
-            raise UserError(
-                f"--model_name_or_path: {folder} holds a whole model, there is no base to put it on"
-            )
-        if (folder / "tokenizer.json").is_file():
-            record["tokenizer"] = str(folder)
-        else:
-            record["tokenizer"] = record.get("tokenizer") or record.get("base_model")
-    return record
-
-
-def check_names(
-    record: dict[str, Any], folder: Path, *, base: str, tokenizer: str | None, named: Collection[str]
-) -> None:
-    """Let a folder of this machine be read only where the user names it, or as `check_may_open` has it.
-
-    Args:
-        record, folder, named: as of `read_trained`.
-        base, tokenizer: what will be opened.
-
-    Raises:
-        UserError: if the files name another folder outside of theirs, or no base model.
-    """
-    whole = is_whole(record)
-    if not whole and not base:
-        raise UserError(f"{folder} names no base model. Name it with --model_name_or_path.")
-    if not whole and "model_name_or_path" not in named:
-        _check_name(base, "base model", "--model_name_or_path", record, folder)
-    # A whole model's is its base's where it has none of its own.
-    tokenizer = tokenizer or (base if whole else None)
-    if tokenizer and "tokenizer_name_or_path" not in named:
-        _check_name(tokenizer, "tokenizer", "--tokenizer_name_or_path", record, folder)
-
-
-def _check_name(name: str, what: str, flag: str, record: dict[str, Any], folder: Path) -> None:
-    from falcon_qlora.methods.open_adapter import check_may_open
-
-    path = check_may_open(name, what, record, folder, say_so=f"{flag} FOLDER")
-    if path is not None:
-        # Not among a command's answers.
-        print(f"note: the {what} is {path}, which {folder} names", file=sys.stderr)
-
-
-def is_merge(name: str) -> bool:
-    """Whether a model's name is the folder of a merge; then it is said to be opened as it was certified."""
-    from falcon_qlora.models.fingerprint import named_folder
-
-    folder = named_folder(name)
-    if folder is None or not (folder / CERTIFICATE).is_file():
-        return False
-    # Not among a command's answers.
-    print(
-        f"note: {folder} is a merge and opened in 16 bits, as it was made; -q 4bit quantizes it first",
-        file=sys.stderr,
-    )
-    return True
 
 
 def load_adapted(source: Source) -> tuple[Any, Any]:

@@ -47,21 +47,6 @@ class Predictions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Divergence:
-    """How far one model is from another on the same positions.
-
-    Attributes:
-        kl: mean Kullback-Leibler divergence from the first model to the second, nats a token.
-        largest_kl: of a single position.
-        same_top_token: share of positions at which both find the same token the likeliest.
-    """
-
-    kl: float
-    largest_kl: float
-    same_top_token: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """Held-out documents and how a run goes through them.
 
@@ -199,8 +184,12 @@ def token_losses(predicted: Predictions) -> Tensor:
 
 
 @torch.no_grad()
-def divergence(first: Predictions, second: Predictions) -> Divergence:
+def divergence(first: Predictions, second: Predictions) -> dict[str, float]:
     """How far `second` is from `first`.
+
+    Returns:
+        ``kl_divergence``, the mean Kullback-Leibler divergence in nats a token; ``largest_kl_divergence``, of
+        a single position; ``same_top_token``, the share of positions with the same likeliest token.
 
     Raises:
         ValueError: if they are not of the same positions.
@@ -214,11 +203,11 @@ def divergence(first: Predictions, second: Predictions) -> Divergence:
         kls.append((ours.exp() * (ours - theirs)).sum(-1))
         same.append(ours.argmax(-1) == theirs.argmax(-1))
     kl = torch.cat(kls).double()
-    return Divergence(
-        kl=kl.mean().item(),
-        largest_kl=kl.max().item(),
-        same_top_token=torch.cat(same).double().mean().item(),
-    )
+    return {
+        "kl_divergence": kl.mean().item(),
+        "largest_kl_divergence": kl.max().item(),
+        "same_top_token": torch.cat(same).double().mean().item(),
+    }
 
 
 def mean_loss(losses: Tensor) -> float:

@@ -28,9 +28,10 @@ from falcon_qlora.merge.folder import (
     write_configuration,
     write_generation_config,
 )
-from falcon_qlora.merge.tensors import Onto, Quantization, merged_tensors
+from falcon_qlora.merge.tensors import Onto, merged_tensors
 from falcon_qlora.methods.adapter_folder import SavedAdapter
 from falcon_qlora.models.checkpoints import Checkpoint, parameter_reader
+from falcon_qlora.models.quantize import QuantizeMode
 from falcon_qlora.models.tensor_files import tensor_hash, write_model
 
 
@@ -43,7 +44,7 @@ class Request:
         base_folder: where it lies, None for random weights.
         tokenizer_folder: whose tokenizer files go with the merge.
         adapter: checked against the base.
-        quantization: of the base while the adapter was trained.
+        quantize_mode, double_quantization, compute_dtype: of the base while the adapter was trained.
         candidates: the bases to merge onto, of which the better merge is kept.
         dtype: ``bf16``, ``fp16`` or ``fp32``.
         max_shard_bytes: of a weights file.
@@ -56,7 +57,9 @@ class Request:
     base_folder: Path | None
     tokenizer_folder: Path
     adapter: SavedAdapter
-    quantization: Quantization
+    quantize_mode: QuantizeMode
+    double_quantization: bool
+    compute_dtype: torch.dtype
     candidates: Sequence[Onto]
     dtype: str
     max_shard_bytes: int
@@ -100,7 +103,17 @@ def merge(
         for onto in request.candidates:
             (folder / onto).mkdir()
             hashes[onto] = _write(request, folder / onto, onto)
-            measured[onto] = _measure(request, folder / onto, batches, reference, adapter_loss)
+            predicted = folder_predictions(
+                folder / onto,
+                batches,
+                answers_only=True,
+                device=request.device,
+                dtype=request.compute_dtype,
+            )
+            loss = mean_loss(token_losses(predicted))
+            measured[onto] = Measured(
+                loss=loss, loss_increase=loss - adapter_loss, **divergence(reference, predicted)
+            )
             _check_stored(request, folder / onto, hashes[onto])
         best = _choose(request, measured, adapter_loss)
         for file in (folder / best).iterdir():
@@ -132,7 +145,9 @@ def _write(request: Request, folder: Path, onto: Onto) -> dict[str, str]:
         request.checkpoint,
         request.adapter,
         onto=onto,
-        quantization=request.quantization,
+        quantize_mode=request.quantize_mode,
+        double_quantization=request.double_quantization,
+        compute_dtype=request.compute_dtype,
         device=request.device,
     )
     hashes = write_model(
@@ -142,32 +157,6 @@ def _write(request: Request, folder: Path, onto: Onto) -> dict[str, str]:
     write_generation_config(folder, config, request.base_folder)
     copy_tokenizer(folder, request.tokenizer_folder)
     return hashes
-
-
-def _measure(
-    request: Request,
-    folder: Path,
-    batches: Sequence[MicroBatch],
-    reference: Predictions,
-    adapter_loss: float,
-) -> Measured:
-    """Run the merge as it lies on the disk."""
-    predicted = folder_predictions(
-        folder,
-        batches,
-        answers_only=True,
-        device=request.device,
-        dtype=request.quantization.compute_dtype,
-    )
-    loss = mean_loss(token_losses(predicted))
-    distance = divergence(reference, predicted)
-    return Measured(
-        loss=loss,
-        loss_increase=loss - adapter_loss,
-        kl_divergence=distance.kl,
-        largest_kl_divergence=distance.largest_kl,
-        same_top_token=distance.same_top_token,
-    )
 
 
 def _check_stored(request: Request, folder: Path, hashes: dict[str, str]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from falcon_qlora.merge.certificate import Certificate
+from falcon_qlora.merge.folder import DTYPES
 from falcon_qlora.run_folder.model_card import names_hub_dataset, names_hub_model, table
 
 _ONTO = {"16bit": "the original 16-bit base", "dequantized": "what the quantized base stands for"}
@@ -57,19 +58,17 @@ def _introduction(certificate: Certificate) -> str:
 
 
 def _usage(certificate: Certificate) -> str:
+    dtype = str(DTYPES[certificate.dtype]).removeprefix("torch.")
     text = (
         "## Use\n\n```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("MODEL", dtype="{_TORCH_NAME[certificate.dtype]}")\n'
+        f'model = AutoModelForCausalLM.from_pretrained("MODEL", dtype="{dtype}")\n'
         'tokenizer = AutoTokenizer.from_pretrained("MODEL")\n```\n\n'
         "```\nvllm serve MODEL\npython convert_hf_to_gguf.py MODEL    # llama.cpp\n```\n"
     )
     if certificate.origin.template:
         text += f"\nIt was trained with the prompt template `{certificate.origin.template}`.\n"
     return text
-
-
-_TORCH_NAME = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def _proof(certificate: Certificate) -> str:

@@ -51,26 +51,19 @@ def published_config(config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, 
     record = layout_of(config).published_config()
     if config.pad_token_id is not None:
         record["pad_token_id"] = config.pad_token_id
-    record["torch_dtype"] = str(dtype).removeprefix("torch.")
-    record["use_cache"] = True
+    record |= {"torch_dtype": str(dtype).removeprefix("torch."), "use_cache": True}
     record["transformers_version"] = transformers.__version__
-    return dict(sorted(record.items(), key=lambda item: item[0]))
+    return dict(sorted(record.items()))
 
 
 def write_generation_config(folder: Path, config: PreTrainedConfig, base: Path | None) -> None:
     """The base model's, where it has one; else what its configuration says of beginning and end."""
     source = base / "generation_config.json" if base is not None else None
+    record: dict[str, Any] = {"_from_model_config": True}
+    record |= {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     if source is not None and source.is_file():
-        write_json(folder / "generation_config.json", read_json(source))
-        return
-    write_json(
-        folder / "generation_config.json",
-        {
-            "_from_model_config": True,
-            "bos_token_id": config.bos_token_id,
-            "eos_token_id": config.eos_token_id,
-        },
-    )
+        record = read_json(source)
+    write_json(folder / "generation_config.json", record)
 
 
 def copy_tokenizer(folder: Path, source: Path) -> None:

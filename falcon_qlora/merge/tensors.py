@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -23,27 +22,14 @@ from falcon_qlora.models.quantize import (
 Onto = Literal["16bit", "dequantized"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Quantization:
-    """How the base was stored while the adapter was trained.
-
-    Attributes:
-        mode: ``4bit``, ``8bit`` or ``16bit``.
-        double: whether NF4's scales were quantized too.
-        compute_dtype: what the weights were before they were quantized.
-    """
-
-    mode: QuantizeMode
-    double: bool
-    compute_dtype: torch.dtype
-
-
 def merged_tensors(
     checkpoint: Checkpoint,
     adapter: SavedAdapter,
     *,
     onto: Onto,
-    quantization: Quantization,
+    quantize_mode: QuantizeMode,
+    double_quantization: bool,
+    compute_dtype: torch.dtype,
     device: torch.device,
 ) -> Iterator[tuple[str, Tensor]]:
     """Every parameter of the merged model once, in the order in which the base's come.
@@ -54,35 +40,28 @@ def merged_tensors(
         checkpoint: the base model.
         adapter: of a method that can be merged, checked against the base's configuration.
         onto: the base as it is published, or what its quantized weights stand for.
-        quantization: of the latter.
+        quantize_mode, double_quantization: how the latter's were stored while the adapter was trained.
+        compute_dtype: what the weights were before they were quantized.
         device: where it is computed.
     """
-    dtype = quantization.compute_dtype
-    model = empty_model(checkpoint.config, dtype=dtype)
+    model = empty_model(checkpoint.config, dtype=compute_dtype)
     linears = set(layout_of(checkpoint.config).expected_linears())
-    for name, tensor in checkpoint.tensors(model, device, dtype):
+    for name, tensor in checkpoint.tensors(model, device, compute_dtype):
         module, _, leaf = name.rpartition(".")
         if leaf != "weight" or module not in linears:
             yield name, tensor
             continue
         weight = tensor.to(device)
         del tensor
-        if onto == "dequantized" and quantization.mode != "16bit":
-            weight = _stored_and_read(weight.to(dtype), quantization)
+        if onto == "dequantized" and quantize_mode != "16bit":
+            with torch.device("meta"):
+                layer = empty_quantized_linear(
+                    nn.Linear(weight.shape[1], weight.shape[0], bias=False),
+                    quantize_mode,
+                    compute_dtype=compute_dtype,
+                    double_quantization=double_quantization,
+                    llm_int8_threshold=0.0,
+                )
+            fill_quantized_weight(layer, weight.to(compute_dtype))
+            weight = dequantized_weight(layer)
         yield name, adapter.method.merged_weight(weight.float(), module, adapter.folder, checkpoint.config)
-
-
-def _stored_and_read(weight: Tensor, quantization: Quantization) -> Tensor:
-    """`weight` ``[out, in]`` as it is after quantization."""
-    assert quantization.mode != "16bit"
-    with torch.device("meta"):
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-        layer = empty_quantized_linear(
-            linear,
-            quantization.mode,
-            compute_dtype=quantization.compute_dtype,
-            double_quantization=quantization.double,
-            llm_int8_threshold=0.0,
-        )
-    fill_quantized_weight(layer, weight)
-    return dequantized_weight(layer)

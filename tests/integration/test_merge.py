@@ -24,7 +24,7 @@ from falcon_qlora import __main__ as cli
 from falcon_qlora.commands import merge as merging
 from falcon_qlora.merge import build
 from falcon_qlora.merge.folder import parameter_shapes, published_config, write_configuration
-from falcon_qlora.merge.tensors import Quantization, merged_tensors
+from falcon_qlora.merge.tensors import merged_tensors
 from falcon_qlora.methods.adapter_folder import RECORD, read_adapter
 from falcon_qlora.methods.lora import Lora
 from falcon_qlora.methods.open_adapter import load_adapter
@@ -167,7 +167,9 @@ def test_names_and_configuration_are_the_published_ones(tmp_path, layout):
         checkpoint,
         read_adapter(adapter),
         onto="16bit",
-        quantization=Quantization(mode="16bit", double=True, compute_dtype=torch.float32),
+        quantize_mode="16bit",
+        double_quantization=True,
+        compute_dtype=torch.float32,
         device=torch.device("cpu"),
     )
     write_model(

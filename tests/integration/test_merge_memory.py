@@ -18,7 +18,7 @@ from falcon_qlora.inference.evaluation import folder_predictions
 from falcon_qlora.data.packing import collate
 from falcon_qlora.merge.folder import parameter_shapes, write_configuration
 from falcon_qlora.models.tensor_files import write_model
-from falcon_qlora.merge.tensors import Quantization, merged_tensors
+from falcon_qlora.merge.tensors import merged_tensors
 from falcon_qlora.methods.adapter_folder import read_adapter
 from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.locate import open_checkpoint
@@ -41,7 +41,7 @@ targets = list(layout_of(checkpoint.config).linear_shapes())
 settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": targets}
 (adapter / "adapter_config.json").write_text(json.dumps(settings))
 del tensors
-quantization = Quantization(mode="4bit", double=True, compute_dtype=torch.float32)
+stored = {"quantize_mode": "4bit", "double_quantization": True, "compute_dtype": torch.float32}
 batches = [collate([np.arange(64)], [np.ones(64)])]
 cpu = torch.device("cpu")
 
@@ -51,7 +51,7 @@ def peak():
 def go(out):
     out.mkdir()
     stream = merged_tensors(
-        checkpoint, read_adapter(adapter), onto=sys.argv[3], quantization=quantization, device=cpu
+        checkpoint, read_adapter(adapter), onto=sys.argv[3], **stored, device=cpu
     )
     write_model(out, parameter_shapes(checkpoint.config), stream, dtype=torch.float32, max_shard_bytes=10**10)
     write_configuration(out, checkpoint.config, torch.float32)
