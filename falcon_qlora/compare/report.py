@@ -18,37 +18,10 @@ from falcon_qlora.common.quantities import GB, GIB
 from falcon_qlora.common.untrusted import of_a_run
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal import charts
-
-FULL = "full"
+from falcon_qlora.terminal.tables import markdown_table
 
 TABLE, CSV = "comparison.md", "comparison.csv"
 TIME_PICTURE, MEMORY_PICTURE = "training-time.png", "memory-requirements.png"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Published:
-    """What the comparison of June 2023 measured for Falcon-7B on A100 GPUs; GB is 10^9 bytes."""
-
-    samples: int
-    seconds: int
-    peak_memory_gb: float
-    gpus: int
-
-    @property
-    def seconds_per_1000_samples(self) -> float:
-        return 1000 * self.seconds / self.samples
-
-    @property
-    def total_peak_memory_gb(self) -> float:
-        return self.peak_memory_gb * self.gpus
-
-
-PUBLISHED = {
-    "adapter": Published(samples=52_000, seconds=4140, peak_memory_gb=16.20, gpus=1),
-    "adapter_v2": Published(samples=52_000, seconds=5160, peak_memory_gb=16.97, gpus=1),
-    "lora": Published(samples=52_000, seconds=4140, peak_memory_gb=16.27, gpus=1),
-    FULL: Published(samples=300_000, seconds=31_920, peak_memory_gb=39.45, gpus=6),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +74,27 @@ class Row:
     reason: str | None = None
 
 
+def _published(method: str, samples: int, seconds: int, peak_memory_gb: float, gpus: int = 1) -> Row:
+    return Row(
+        method=method,
+        gpus=gpus,
+        samples=samples,
+        seconds=seconds,
+        seconds_per_1000_samples=1000 * seconds / samples,
+        peak_memory_gb=peak_memory_gb,
+        total_peak_memory_gb=peak_memory_gb * gpus,
+    )
+
+
+# What the comparison of June 2023 measured for Falcon-7B on A100 GPUs.
+PUBLISHED = [
+    _published("adapter", 52_000, 4140, 16.20),
+    _published("adapter_v2", 52_000, 5160, 16.97),
+    _published("lora", 52_000, 4140, 16.27),
+    _published("full", 300_000, 31_920, 39.45, gpus=6),
+]
+
+
 class Bar(NamedTuple):
     """A bar of a picture: its height, and what stands above it."""
 
@@ -125,7 +119,7 @@ class Comparison:
     def rows(self) -> list[Row]:
         """A line for each of what is compared."""
         rows = [_row(run) for run in self.compared]
-        full = next((row.seconds_per_1000_samples for row in rows if row.method == FULL), None)
+        full = next((row.seconds_per_1000_samples for row in rows if row.method == "full"), None)
         return [
             replace(row, time_ratio_to_full=row.seconds_per_1000_samples / full)
             if full and row.seconds_per_1000_samples
@@ -140,26 +134,22 @@ class Comparison:
 
     def time_bars(self) -> dict[str, list[Bar]]:
         """Series → its bars: seconds per 1,000 samples."""
-        return self._bars(
-            lambda of: of.seconds_per_1000_samples, lambda of: f"{of.seconds_per_1000_samples:.3g} s"
-        )
+        return self._bars("seconds_per_1000_samples", lambda row: f"{row.seconds_per_1000_samples:.3g} s")
 
     def memory_bars(self) -> dict[str, list[Bar]]:
         """Series → its bars: peak memory of all processes, GB."""
-        return self._bars(lambda of: of.total_peak_memory_gb, _of_gpus)
+        return self._bars("total_peak_memory_gb", _of_gpus)
 
-    def _bars(
-        self, height: Callable[[Row | Published], float | None], text: Callable[[Row | Published], str]
-    ) -> dict[str, list[Bar]]:
-        figures: dict[str, list[tuple[str, Row | Published]]] = {
-            "this comparison": [(row.method, row) for row in self.rows]
-        }
+    def _bars(self, height: str, text: Callable[[Row], str]) -> dict[str, list[Bar]]:
+        figures = {"this comparison": self.rows}
         if self.published:
-            known = [row.method for row in self.rows if row.method in PUBLISHED]
-            figures["June 2023, A100"] = [(method, PUBLISHED[method]) for method in known]
+            methods = {row.method for row in self.rows}
+            figures["June 2023, A100"] = [row for row in PUBLISHED if row.method in methods]
         return {
-            series: [Bar(method, high, text(of)) for method, of in each if (high := height(of)) is not None]
-            for series, each in figures.items()
+            series: [
+                Bar(row.method, high, text(row)) for row in rows if (high := getattr(row, height)) is not None
+            ]
+            for series, rows in figures.items()
         }
 
     def write(self, folder: Path) -> list[Path]:
@@ -189,14 +179,11 @@ class Comparison:
     def markdown(self) -> str:
         """The table, with what it counts and where every method's settings are from below it."""
         each = "GPU" if self.on_gpus() else "process"
-        titles = (
-            f"method | base | trainable parameters | {each}{'s' if each == 'GPU' else 'es'} | samples | "
-            f"time | s per 1,000 samples | ratio to full | peak GB a {each} | in total | "
-            "evaluation loss before | after | on disk, MB"
-        ).split(" | ")
-        lines = [f"# {self.title}", "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-        lines += [f"| {' | '.join(_cells(row, len(titles)))} |" for row in self.rows]
-        lines += [
+        cells = [_cells(row, each) for row in self.rows]
+        lines = [
+            f"# {self.title}",
+            "",
+            *markdown_table(list(cells[0]), [list(row.values()) for row in cells]),
             "",
             "A sample is a row of the data as it was tokenized. Time is that of the training loop, without "
             "evaluations and saving; the seconds per 1,000 samples leave out the first logged interval, in "
@@ -208,7 +195,10 @@ class Comparison:
             ),
         ]
         if self.published:
-            lines += ["", *_published_table()]
+            titles = "method|GPUs|samples|time|s per 1,000 samples|peak GB a GPU|in total".split("|")
+            figures = [[_cells(row, "GPU")[title] for title in titles] for row in PUBLISHED]
+            lines += ["", "As published in June 2023 (Lit-Parrot, Falcon-7B in bf16, A100 GPUs):", ""]
+            lines += markdown_table(titles, figures)
         lines += ["", "## Settings", ""]
         for run in self.compared:
             lines += [f"- {run.method}: recipe {run.recipe}{_settings(run)}", f"  `{run.command}`"]
@@ -261,29 +251,28 @@ def _speed_after_first(metrics: Sequence[Mapping[str, Any]]) -> float | None:
     return tokens / seconds
 
 
-def _of_gpus(of: Row | Published) -> str:
-    return f"{of.peak_memory_gb:.2f}" if of.gpus in (None, 1) else f"{of.gpus} × {of.peak_memory_gb:.2f}"
+def _of_gpus(row: Row) -> str:
+    return f"{row.peak_memory_gb:.2f}" if row.gpus == 1 else f"{row.gpus} × {row.peak_memory_gb:.2f}"
 
 
-def _cells(row: Row, count: int) -> list[str]:
-    if row.reason is not None:
-        cells = [row.method, f"not run: {' '.join(row.reason.split()).replace('|', '/')}"]
-        return cells + [""] * (count - len(cells))
-    return [
-        row.method,
-        row.base or "",
-        f"{row.trainable_parameters:,}",
-        f"{row.gpus}",
-        _number(row.samples, ","),
-        _duration(row.seconds),
-        _number(row.seconds_per_1000_samples, ".4g"),
-        _number(row.time_ratio_to_full, ".2f"),
-        _number(row.peak_memory_gb, ".2f"),
-        _number(row.total_peak_memory_gb, ".2f"),
-        _number(row.eval_loss_before, ".4f"),
-        _number(row.eval_loss_after, ".4f"),
-        _number(row.disk_bytes / 1e6 if row.disk_bytes is not None else None, ",.2f"),
-    ]
+def _cells(row: Row, each: str) -> dict[str, str]:
+    """Title → text; `each` is what memory is counted for, a GPU or a process."""
+    why = None if row.reason is None else f"not run: {' '.join(row.reason.split()).replace('|', '/')}"
+    return {
+        "method": row.method,
+        "base": why or row.base or "",
+        "trainable parameters": _number(row.trainable_parameters, ","),
+        "GPUs" if each == "GPU" else "processes": _number(row.gpus, "d"),
+        "samples": _number(row.samples, ","),
+        "time": _duration(row.seconds),
+        "s per 1,000 samples": _number(row.seconds_per_1000_samples, ".4g"),
+        "ratio to full": _number(row.time_ratio_to_full, ".2f"),
+        f"peak GB a {each}": _number(row.peak_memory_gb, ".2f"),
+        "in total": _number(row.total_peak_memory_gb, ".2f"),
+        "evaluation loss before": _number(row.eval_loss_before, ".4f"),
+        "after": _number(row.eval_loss_after, ".4f"),
+        "on disk, MB": _number(row.disk_bytes and row.disk_bytes / 1e6, ",.2f"),
+    }
 
 
 def _settings(run: Compared) -> str:
@@ -294,20 +283,6 @@ def _settings(run: Compared) -> str:
         f"; learning rate {config['learning_rate']:g} ({config['lr_scheduler_type']}), {config['optim']}, "
         f"{config['compute_dtype']}"
     )
-
-
-def _published_table() -> list[str]:
-    lines = [
-        "As published in June 2023 (Lit-Parrot, Falcon-7B in bf16, A100 GPUs):",
-        "",
-        "| method | GPUs | samples | time | s per 1,000 samples | peak GB a GPU | in total |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    return lines + [
-        f"| {method} | {of.gpus} | {of.samples:,} | {_duration(of.seconds)} | "
-        f"{of.seconds_per_1000_samples:.4g} | {of.peak_memory_gb:.2f} | {of.total_peak_memory_gb:.2f} |"
-        for method, of in PUBLISHED.items()
-    ]
 
 
 def _number(value: float | None, form: str) -> str:

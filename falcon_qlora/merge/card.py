@@ -9,6 +9,7 @@ import yaml
 from falcon_qlora.merge.certificate import Certificate
 from falcon_qlora.merge.folder import DTYPES
 from falcon_qlora.run_folder.model_card import names_hub_dataset, names_hub_model, table
+from falcon_qlora.terminal.tables import markdown_table
 
 _ONTO = {"16bit": "the original 16-bit base", "dequantized": "what the quantized base stands for"}
 
@@ -73,20 +74,17 @@ def _usage(certificate: Certificate) -> str:
 
 def _proof(certificate: Certificate) -> str:
     held_out = certificate.held_out
-    lines = [
-        "## What the merge did\n",
-        f"Measured on {held_out.target_tokens:,} tokens of {held_out.source}; see `certificate.json`.\n",
-        "| | loss | more than the adapter | KL divergence | same likeliest token |",
-        "|---|---|---|---|---|",
-        f"| quantized base and adapter | {certificate.adapter_loss:.4f} | | | |",
-    ]
+    rows = [["quantized base and adapter", f"{certificate.adapter_loss:.4f}"]]
     for onto, measured in certificate.merges.items():
         kept = " (this one)" if onto == certificate.merged_onto else ""
-        lines.append(
-            f"| merged onto {_ONTO[onto]}{kept} | {measured.loss:.4f} | {measured.loss_increase:+.4f} | "
-            f"{measured.kl_divergence:.5f} | {100 * measured.same_top_token:.1f} % |"
-        )
-    return "\n".join([*lines, ""])
+        losses = [f"{measured.loss:.4f}", f"{measured.loss_increase:+.4f}"]
+        distances = [f"{measured.kl_divergence:.5f}", f"{100 * measured.same_top_token:.1f} %"]
+        rows.append([f"merged onto {_ONTO[onto]}{kept}", *losses, *distances])
+    titles = ["", "loss", "more than the adapter", "KL divergence", "same likeliest token"]
+    measured_on = (
+        f"Measured on {held_out.target_tokens:,} tokens of {held_out.source}; see `certificate.json`."
+    )
+    return "\n".join(["## What the merge did\n", measured_on, "", *markdown_table(titles, rows), ""])
 
 
 def _origin(certificate: Certificate) -> dict[str, Any]:
