@@ -61,15 +61,12 @@ def same_rows(
         global_batch=sequences,
         max_length=max_length,
     )
-    packed = [_read(corpus, plan.documents(step)) for step in range(batches)]
+    table = corpus.dataset.with_format("numpy", columns=["input_ids", "mask"])
+    found = (table[plan.documents(step).tolist()] for step in range(batches))
+    packed = [list(zip(each["input_ids"], each["mask"], strict=True)) for each in found]
     rows = [document for batch in packed for document in batch]
     padded = [rows[start : start + sequences] for start in range(0, len(rows), sequences)]
     return packed, padded
-
-
-def _read(corpus: Any, indexes: np.ndarray) -> list[Document]:
-    found = corpus.dataset.with_format("numpy", columns=["input_ids", "mask"])[indexes.tolist()]
-    return list(zip(found["input_ids"], found["mask"], strict=True))
 
 
 def uneven_mean(longest: int) -> float:

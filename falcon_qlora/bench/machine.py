@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,8 +45,11 @@ class Machine:
     @classmethod
     def of(cls, environment: Mapping[str, Any], commit: str | None) -> Machine:
         """From what `collect_environment` finds; a `commit` that is given wins."""
-        gpus = environment["gpus"]
-        driver = _nvidia_smi("--query-gpu=driver_version") if gpus else ""
+        gpus, driver = environment["gpus"], ""
+        if gpus:
+            with suppress(OSError, subprocess.SubprocessError):
+                query = _command("--query-gpu=driver_version")
+                driver = subprocess.check_output(query, stderr=subprocess.DEVNULL, text=True, timeout=60)
         return cls(
             commit=commit or (environment["commit"] or "")[:7],
             gpu=gpus[0]["name"] if gpus else "CPU",
@@ -65,13 +68,6 @@ def environment_of_a_child() -> dict[str, Any]:
 
 def _command(*words: str) -> list[str]:
     return ["nvidia-smi", "--format=csv,noheader,nounits", *words]
-
-
-def _nvidia_smi(*words: str) -> str:
-    try:
-        return subprocess.run(_command(*words), capture_output=True, text=True, timeout=60, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""
 
 
 class Sample(NamedTuple):

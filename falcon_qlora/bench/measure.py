@@ -6,13 +6,13 @@ A variant is built anew in every round and taken down at its end: what it holds 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from falcon_qlora.bench import devices
+from falcon_qlora.bench import devices, say
 from falcon_qlora.bench.documents import Document
 from falcon_qlora.bench.machine import GpuLog, Sample
 from falcon_qlora.bench.runners import Runner, Settings, build
@@ -113,7 +113,6 @@ class Bench:
         pace: how long.
         device: where.
         log: the GPU's clock and power.
-        say: told what is going on.
 
     Attributes:
         interrupted: whether `run` was.
@@ -125,7 +124,6 @@ class Bench:
     pace: Pace
     device: torch.device
     log: GpuLog
-    say: Callable[[str], None]
 
     def __post_init__(self) -> None:
         self.config = open_checkpoint(self.model).config
@@ -148,7 +146,7 @@ class Bench:
             self._measure_all()
         except KeyboardInterrupt:
             self.interrupted = True
-            self.say("interrupted: the table has what was measured by now")
+            say("interrupted: the table has what was measured by now")
             self._bases.clear()
             free_memory()
         for result in self.results:
@@ -160,7 +158,7 @@ class Bench:
         groups = self._groups()
         if len(groups) > 1:
             kinds = ", then ".join(" with ".join(group) for group in groups)
-            self.say(
+            say(
                 f"{self.model}: not all its weights fit together, so they are loaded in turn ({kinds}); "
                 "only variants on the same weights alternate"
             )
@@ -169,7 +167,7 @@ class Bench:
             self._load(group, members)
             for turn in range(self.pace.rounds):
                 if turn and time.perf_counter() > self._deadline:
-                    self.say(f"the time is up after {turn} of {self.pace.rounds} rounds")
+                    say(f"the time is up after {turn} of {self.pace.rounds} rounds")
                     break
                 # There and back: none is always first.
                 for result in members if turn % 2 == 0 else reversed(members):
@@ -204,7 +202,7 @@ class Bench:
                     result.failure = failure
                 continue
             self._base_bytes[base] = devices.allocated(self.device) - before
-            self.say(f"{self.model} in {base}: loaded in {time.perf_counter() - started:.1f} s")
+            say(f"{self.model} in {base}: loaded in {time.perf_counter() - started:.1f} s")
 
     def _loaded(self, variant: Variant) -> Any:
         if variant.engine and variant.engine.load:
@@ -250,7 +248,7 @@ class Bench:
         # Only here: the exception held what the step had on the device.
         free_memory()
         if failure:
-            self.say(f"{result.model} {result.entry.variant.name}: {failure}")
+            say(f"{result.model} {result.entry.variant.name}: {failure}")
         return failure
 
     def _measure(self, result: Result, batches: Sequence[Sequence[Document]], turn: int) -> None:
@@ -286,7 +284,7 @@ class Bench:
         result.tokens.append(sum(len(ids) for batch in timed for ids, _ in batch))
         result.steps.append(steps)
         result.states_of_gpu += state
-        self.say(
+        say(
             f"{result.model} {variant.name}, {result.micro_batch_tokens:,} tokens, round {turn + 1}: "
             f"{1e3 * seconds / steps:,.0f} ms a step, {result.tokens[-1] / seconds:,.0f} tokens/s"
         )

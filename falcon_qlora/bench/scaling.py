@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from falcon_qlora.bench import say
 from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.fp8 import fp8_excludes
 from falcon_qlora.common.quantities import GB, GIB
@@ -213,17 +214,15 @@ def measure(
     steps: int,
     warmup: int,
     on_gpu: bool,
-    say: Callable[[str], None],
     environment: Mapping[str, str] | None = None,
 ) -> Measured:
-    """Run the command of `row` and read what it left.
+    """Run the command of `row` and read what it left, or say the end of what it printed where it failed.
 
     Args:
         row: what to run.
         steps: optimizer steps, all of them.
         warmup: the first ones, which are not counted.
         on_gpu: whether the processes find GPUs.
-        say: told the end of what a failed command printed.
         environment: variables set for the command beside ours.
     """
     if not on_gpu and row.command.compute_dtype == "fp8":

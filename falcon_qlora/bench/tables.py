@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import csv
 import datetime
+import itertools
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.bench.machine import Machine, summary
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import check_writable
+from falcon_qlora.terminal.tables import markdown_table
 
 if TYPE_CHECKING:
     from falcon_qlora.bench.measure import Result
@@ -28,13 +31,31 @@ COLUMNS = tuple(
 _HEADER_BYTES = 10_000  # beyond that of the bench's columns
 _SAMPLE_TOKENS = 512
 _CONFIDENCE = 0.95
-_OF_STEPS = (
-    "variant | base | tokens a micro batch | tokens/s | 512-token samples/s | TFLOP/s by 4N | of the ceiling"
-    " | peak GB allocated | reserved | ms a step | ratio | 95% interval"
-).split(" | ")
-_OF_COMMANDS = (
-    "recipe | GPUs | 512-token samples/s | tokens/s | scaling | peak GB a GPU | ms a step | whole command, s"
-).split(" | ")
+# Title → column, and how it is shown.
+_OF_STEPS = {
+    "variant": ("variant", "{}"),
+    "base": ("quantize_mode", "{}"),
+    "tokens a micro batch": ("micro_batch_tokens", "{:,}"),
+    "tokens/s": ("tokens_per_second", "{:,}"),
+    "512-token samples/s": ("samples_per_second_512", "{:g}"),
+    "TFLOP/s by 4N": ("tflops_4n", "{:g}"),
+    "of the ceiling": ("ceiling_share", "{:.1%}"),
+    "peak GB allocated": ("peak_allocated_gb", "{:.2f}"),
+    "reserved": ("peak_reserved_gb", "{:.2f}"),
+    "ms a step": ("step_ms", "{:,.1f}"),
+    "ratio": ("ratio_to_first", "{:.3f}x"),
+    "95% interval": ("interval", "{}"),
+}
+_OF_COMMANDS = {
+    "recipe": ("variant", "{}"),
+    "GPUs": ("gpus", "{}"),
+    "512-token samples/s": ("samples_per_second_512", "{:.2f}"),
+    "tokens/s": ("tokens_per_second", "{:,}"),
+    "scaling": ("ratio_to_first", "{:.3f}x"),
+    "peak GB a GPU": ("peak_reserved_gb", "{:.1f}"),
+    "ms a step": ("step_ms", "{:,.1f}"),
+    "whole command, s": ("command_seconds", "{:.0f}"),
+}
 
 
 def check_csv(file: Path) -> None:
@@ -146,13 +167,14 @@ def row_of_command(
         notes: put behind what the run itself says.
     """
     row = measured.row
+    flags = dict(itertools.pairwise(row.flags))
     made = _new_row(machine) | {
         "gpus": row.gpus,
         "model": row.model,
         "variant": row.label,
         "quantize_mode": row.quantize_mode,
         "compute_dtype": row.command.compute_dtype if machine.gpus else "fp32",
-        "checkpointing": _flag(row.flags, "--checkpointing") or row.command.checkpointing,
+        "checkpointing": flags.get("--checkpointing", row.command.checkpointing),
         "micro_batch_tokens": row.work.tokens,
         "command_seconds": round(measured.command_seconds, 1),
     }
@@ -190,10 +212,7 @@ def row_of_command(
 def _new_row(machine: Machine) -> Row:
     return dict.fromkeys(COLUMNS, "") | {
         "date": datetime.date.today().isoformat(),
-        "commit": machine.commit,
-        "gpu": machine.gpu,
-        "driver": machine.driver,
-        "torch": machine.torch,
+        **asdict(machine),
     }
 
 
@@ -226,29 +245,10 @@ def _digits(value: float) -> float:
     return round(value) if value >= 100 else float(f"{value:.3g}")
 
 
-def _flag(words: Sequence[str], name: str) -> str | None:
-    return words[words.index(name) + 1] if name in words else None
-
-
 def steps_in_markdown(rows: Sequence[Row]) -> str:
     """A table for each model, with its notes below."""
     return _markdown(
-        rows,
-        _OF_STEPS,
-        heading=lambda row: row["model"],
-        start=lambda row: [row["variant"], row["quantize_mode"], f"{row['micro_batch_tokens']:,}"],
-        figures=lambda row: [
-            f"{row['tokens_per_second']:,}",
-            f"{row['samples_per_second_512']:g}",
-            f"{row['tflops_4n']:g}",
-            f"{row['ceiling_share']:.1%}" if row["ceiling_share"] != "" else "",
-            f"{row['peak_allocated_gb']:.2f}",
-            f"{row['peak_reserved_gb']:.2f}",
-            f"{row['step_ms']:,.1f}",
-            f"{row['ratio_to_first']:.3f}x" if row["ratio_to_first"] != "" else "",
-            row["interval"],
-        ],
-        note_of=lambda row: f"{row['variant']}, {row['micro_batch_tokens']:,} tokens",
+        rows, _OF_STEPS, heading="{model}", label="{variant}, {micro_batch_tokens:,} tokens", figures_from=3
     )
 
 
@@ -258,40 +258,35 @@ def commands_in_markdown(rows: Sequence[Row], *, caption: str) -> str:
     tables = _markdown(
         rows,
         _OF_COMMANDS,
-        heading=lambda row: f"{row['model']}, {row['quantize_mode']}",
-        start=lambda row: [row["variant"], str(row["gpus"])],
-        figures=lambda row: [
-            f"{row['samples_per_second_512']:.2f}",
-            f"{row['tokens_per_second']:,}",
-            f"{row['ratio_to_first']:.3f}x" if row["ratio_to_first"] != "" else "",
-            f"{row['peak_reserved_gb']:.1f}",
-            f"{row['step_ms']:,.1f}",
-            f"{row['command_seconds']:.0f}",
-        ],
-        note_of=lambda row: f"{row['variant']}, GPUs {row['gpus']}",
+        heading="{model}, {quantize_mode}",
+        label="{variant}, GPUs {gpus}",
+        figures_from=2,
     )
     return f"{caption}\n{counted}\n\n{tables}".rstrip()
 
 
 def _markdown(
     rows: Sequence[Row],
-    titles: Sequence[str],
+    columns: Mapping[str, tuple[str, str]],
     *,
-    heading: Callable[[Row], str],
-    start: Callable[[Row], list[str]],
-    figures: Callable[[Row], list[str]],
-    note_of: Callable[[Row], str],
+    heading: str,
+    label: str,
+    figures_from: int,
 ) -> str:
     """A table for the rows of each heading, notes below; in place of figures, why there are none."""
+    sections: dict[str, list[Row]] = {}
+    for row in rows:
+        sections.setdefault(heading.format_map(row), []).append(row)
     lines = []
-    for section in dict.fromkeys(heading(row) for row in rows):
-        of_section = [row for row in rows if heading(row) == section]
-        lines += [f"### {section}", "", f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    for section, of_section in sections.items():
+        cells = []
         for row in of_section:
-            why = row["note"].partition("; ")[0].replace("|", "/")
-            cells = start(row) + ([why] if row["tokens_per_second"] == "" else figures(row))
-            lines.append(f"| {' | '.join([*cells, *[''] * (len(titles) - len(cells))])} |")
-        lines += ["", *(f"- {note_of(row)}: {row['note']}" for row in of_section), ""]
+            shown = ["" if row[name] == "" else form.format(row[name]) for name, form in columns.values()]
+            if row["tokens_per_second"] == "":
+                shown[figures_from:] = [row["note"].partition("; ")[0].replace("|", "/")]
+            cells.append(shown)
+        lines += [f"### {section}", "", *markdown_table(list(columns), cells), ""]
+        lines += [*(f"- {label.format_map(row)}: {row['note']}" for row in of_section), ""]
     return "\n".join(lines).rstrip()
 
 

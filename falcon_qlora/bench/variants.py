@@ -7,16 +7,13 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from falcon_qlora.common.errors import UserError, nearest
 
 Mode = Literal["4bit", "8bit", "16bit"]
 Dtype = Literal["bf16", "fp8"]
 Checkpointing = Literal["none", "selective", "full", "offload"]
-_MODES: tuple[Mode, ...] = ("4bit", "8bit", "16bit")
-_DTYPES: tuple[Dtype, ...] = ("bf16", "fp8")
-_RECOMPUTING: tuple[Checkpointing, ...] = ("selective", "full", "offload")
 
 
 class Impossible(Exception):
@@ -99,18 +96,18 @@ class Pace:
 
 
 def _ours() -> Iterator[Variant]:
-    for mode in _MODES:
+    for mode in get_args(Mode):
         suffix = "" if mode == "4bit" else f"-{mode}"
         stored = functools.partial(Variant, quantize_mode=mode)
         name, what = f"reference{suffix}", f"packed, {mode}, without fast blocks (--kernels off)"
         yield stored(name=name, what=what, kernels="off")
         what = f"the same, recomputing every block, {mode}"
         yield stored(name=f"{name}-full", what=what, kernels="off", checkpointing="full")
-        for dtype in _DTYPES:
+        for dtype in get_args(Dtype):
             computed = functools.partial(stored, compute_dtype=dtype)
             name = f"ours{suffix}" if dtype == "bf16" else f"ours{suffix}-fp8"
             yield computed(name=name, what=f"packed, {mode}, fast blocks, products in {dtype}")
-            for how in _RECOMPUTING:
+            for how in get_args(Checkpointing)[1:]:
                 what = f"the same with --checkpointing {how}, {mode}, {dtype}"
                 yield computed(name=f"{name}-{how}", what=what, checkpointing=how)
             what = f"with PyTorch and Triton alone, {mode}, {dtype}"

@@ -8,15 +8,15 @@ from __future__ import annotations
 import math
 import re
 import signal
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from falcon_qlora.bench import scaling
+from falcon_qlora.bench import say, scaling
 from falcon_qlora.bench.tables import append_csv, check_csv
 from falcon_qlora.bench.variants import VARIANTS, Pace, Variant, choose
+from falcon_qlora.commands.words import names, numbers
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import check_writable
 from falcon_qlora.common.quantities import counted
@@ -109,13 +109,12 @@ def main(argv: list[str], *, whole_runs: Any = scaling.whole_runs) -> int:
     if wanted.gpus is not None:
         from falcon_qlora.commands.scaling import run
 
-        return run(configuration, models, whole_runs, _say)
+        return run(configuration, models, whole_runs)
     for name in _WITH_GPUS:
         if name in configuration.explicit:
             raise UserError(f"--{name} is for --gpus; give both, such as --gpus 1,2")
-    on_data = "dataset_name" in configuration.explicit
     chosen = None if wanted.variants is None else names("--variants", wanted.variants)
-    variants = choose(chosen, on_data=on_data)
+    variants = choose(chosen, on_data="dataset_name" in configuration.explicit)
     sizes = numbers("--tokens", wanted.tokens)
     pace = _pace(configuration, sizes)
 
@@ -123,15 +122,15 @@ def main(argv: list[str], *, whole_runs: Any = scaling.whole_runs) -> int:
     quiet_libraries()
     for name in _BY_VARIANT:
         if configuration.explicit.get(name) == "flag":
-            _say(f"--{name} is set by each variant; the flag changes nothing here")
-    return _bench(configuration, models, variants, sizes, pace, on_data=on_data)
+            say(f"--{name} is set by each variant; the flag changes nothing here")
+    return _bench(configuration, models, variants, sizes, pace)
 
 
 def status_of(failures: Sequence[str | None]) -> int:
     """The exit status where rows failed for these reasons; what broke is said."""
     broken = sum((failure or "").startswith("failed:") for failure in failures)
     if broken:
-        _say(f"{counted(broken, 'row')} broke; the table says how")
+        say(f"{counted(broken, 'row')} broke; the table says how")
     return 1 if broken else 0
 
 
@@ -141,8 +140,6 @@ def _bench(
     variants: list[Variant],
     sizes: list[int],
     pace: Pace,
-    *,
-    on_data: bool,
 ) -> int:
     import torch
 
@@ -163,12 +160,7 @@ def _bench(
     lora = configuration.method
     if not isinstance(lora, Lora):
         raise UserError(f"--method {lora.name}: the variants are of LoRA; --gpus measures the other methods")
-    settings = Settings(
-        r=lora.r,
-        alpha=lora.alpha,
-        max_length=length,
-        seed=configuration.run.seed,
-    )
+    settings = Settings(r=lora.r, alpha=lora.alpha, max_length=length, seed=configuration.run.seed)
     # A time limit's SIGTERM leaves the table, as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     log = GpuLog(device)
@@ -176,14 +168,14 @@ def _bench(
     ceilings: dict[tuple[str, str], float | None] = {}
     try:
         for model in models:
-            entries = _entries(configuration, model, variants, sizes, pace, on_data=on_data)
-            bench = Bench(model, entries, settings=settings, pace=pace, device=device, log=log, say=_say)
+            entries = _entries(configuration, model, variants, sizes, pace)
+            bench = Bench(model, entries, settings=settings, pace=pace, device=device, log=log)
             for dtype in {variant.compute_dtype for variant in variants}:
                 ceiling = product_ceiling(device, bench.config.hidden_size, sizes[0], dtype)
                 ceilings[model, dtype] = ceiling
                 free_memory()
                 if ceiling:
-                    _say(f"{model}: a plain {dtype} product runs at {ceiling:,.3g} TFLOP/s")
+                    say(f"{model}: a plain {dtype} product runs at {ceiling:,.3g} TFLOP/s")
             results += bench.run()
             if bench.interrupted:
                 break
@@ -208,8 +200,6 @@ def _entries(
     variants: list[Variant],
     sizes: list[int],
     pace: Pace,
-    *,
-    on_data: bool,
 ) -> list[Entry]:
     from falcon_qlora.bench.documents import in_batches, made_up, same_rows
     from falcon_qlora.bench.measure import LARGEST_BATCHES, Entry
@@ -217,7 +207,7 @@ def _entries(
 
     length = _document_tokens(configuration)
     entries = []
-    if on_data:
+    if "dataset_name" in configuration.explicit:
         corpus = _corpus(configuration, model, length)
         for tokens in sizes:
             packed, padded = same_rows(
@@ -289,33 +279,3 @@ def _pace(configuration: Configuration, sizes: list[int]) -> Pace:
     steps = configuration.run.max_steps if "max_steps" in configuration.explicit else 10
     minutes = math.inf if wanted.minutes is None else wanted.minutes
     return Pace(rounds=min(wanted.rounds, steps), steps=steps, warmup=warmup, minutes=minutes)
-
-
-def _say(message: str) -> None:
-    # The table alone goes to standard output.
-    print(f"- {message}", file=sys.stderr, flush=True)
-
-
-def names(flag: str, given: Sequence[str]) -> list[str]:
-    """What a flag names, in words or with commas between; each once.
-
-    Raises:
-        UserError: if it names nothing.
-    """
-    found = [part.strip() for word in given for part in word.split(",") if part.strip()]
-    if not found:
-        raise UserError(f"{flag}: names none")
-    return list(dict.fromkeys(found))
-
-
-def numbers(flag: str, given: Sequence[str]) -> list[int]:
-    """The whole numbers above 0 that a flag names; each once.
-
-    Raises:
-        UserError: if it names nothing, or something else.
-    """
-    found = names(flag, given)
-    for word in found:
-        if not word.isdecimal() or int(word) < 1:
-            raise UserError(f"{flag}: {word!r} is not a whole number above 0")
-    return list(dict.fromkeys(int(word) for word in found))

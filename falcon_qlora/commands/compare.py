@@ -18,6 +18,7 @@ from typing import IO, Any, Self
 
 from falcon_qlora import config
 from falcon_qlora.commands.train import LaunchArguments
+from falcon_qlora.commands.words import split
 from falcon_qlora.common.errors import EXIT_BUG, EXIT_USER_ERROR, UserError
 from falcon_qlora.common.settings import setting
 from falcon_qlora.compare import plan, report
@@ -71,9 +72,9 @@ def main(argv: list[str]) -> int:
     ours: CompareArguments = asked.extra
     planned = plan.plan(
         given,
-        names=ours.methods,
-        recipes=ours.recipes,
-        learning_rates=ours.learning_rates,
+        names=split(ours.methods),
+        recipes=split(ours.recipes),
+        learning_rates=split(ours.learning_rates),
         not_for_training=_OWN,
     )
     configurations, refused = _configurations(planned)

@@ -27,7 +27,7 @@ class DataReportArguments:
 
     _argument_group_name = "Report"
 
-    show: int = setting(3, "How many documents to show in full.")
+    show: int = setting(3, "How many documents to show in full.", least=0)
     png: str | None = setting(None, "File for the picture of lengths; unset: a new one under runs/data/.")
 
 
@@ -39,10 +39,6 @@ def main(argv: list[str]) -> int:
         program="falcon-qlora data",
         description="Show what the model will see: rendered rows, lengths, what is dropped.",
     )
-    wanted: DataReportArguments = configuration.extra
-    if wanted.show < 0:
-        raise UserError(f"--show {wanted.show}: must be 0 or more")
-
     # Only now: a wrong flag is told at once.
     quiet_libraries()
     from falcon_qlora.terminal.console import console

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.commands.opening import parse_with_run, source_of
+from falcon_qlora.commands.words import split
 from falcon_qlora.common.errors import UserError, first_line, nearest
 from falcon_qlora.common.files import check_writable
 from falcon_qlora.common.settings import setting
@@ -45,7 +46,7 @@ class EvalArguments:
     _argument_group_name = "Evaluation"
 
     adapter: str | None = setting(None, "Folder of a trained adapter, or of the run that made it.")
-    most_tokens: int | None = setting(None, "Measure on at most so many tokens; unset: all.")
+    most_tokens: int | None = setting(None, "Measure on at most so many tokens; unset: all.", least=2)
     tasks: list[str] | None = setting(
         None, "Run these tasks of lm-evaluation-harness instead, such as arc_easy,hellaswag."
     )
@@ -55,8 +56,6 @@ class EvalArguments:
 def main(argv: list[str]) -> int:
     """Run the command and return its exit status."""
     wanted: EvalArguments = parse(argv, extra_arguments=EvalArguments, **_HOW).extra
-    if wanted.most_tokens is not None and wanted.most_tokens < 2:
-        raise UserError(f"--most_tokens {wanted.most_tokens}: must be at least 2")
     if wanted.tasks and importlib.util.find_spec("lm_eval") is None:
         raise UserError("--tasks needs lm-evaluation-harness: pip install 'falcon-qlora[lm-eval]'")
     if wanted.results:
@@ -127,7 +126,7 @@ def _measure(
 
 
 def _run_tasks(configuration: Configuration, source: Source, words: list[str]) -> dict[str, Any]:
-    """The figures of tasks by their names; a word may hold several with commas between."""
+    """The figures of tasks by their names."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -135,7 +134,7 @@ def _run_tasks(configuration: Configuration, source: Source, words: list[str]) -
     from falcon_qlora.terminal.console import note
 
     manager = TaskManager()
-    asked = [name for word in words for name in word.split(",") if name]
+    asked = split(words)
     for name in asked:
         if not manager.match_tasks([name]):
             known = nearest(name, manager.all_tasks)

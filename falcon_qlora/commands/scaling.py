@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from falcon_qlora.bench import documents, scaling
+from falcon_qlora.bench import documents, say, scaling
 from falcon_qlora.bench.machine import Machine, environment_of_a_child
 from falcon_qlora.bench.scaling import Measured, Row, Work
 from falcon_qlora.bench.tables import append_csv, commands_in_markdown, row_of_command, series
-from falcon_qlora.commands.bench import BenchArguments, names, numbers, status_of
+from falcon_qlora.bench.variants import Mode
+from falcon_qlora.commands.bench import BenchArguments, status_of
+from falcon_qlora.commands.words import names, numbers
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.quantities import counted
 from falcon_qlora.config import Configuration, as_words
 
 _VERSIONS = ("torch", "transformers", "trl", "peft", "bitsandbytes")
-MODES = ("4bit", "8bit", "16bit")
 WARMUP = 10
 STEPS = 20
 # Where whole runs are timed.
@@ -38,19 +40,18 @@ _NO_PART = frozenset(
 _OURS = frozenset({"method", "checkpointing", "kernels"})
 
 
-def run(configuration: Configuration, models: list[str], whole_runs: Any, say: Callable[[str], None]) -> int:
+def run(configuration: Configuration, models: list[str], whole_runs: Any) -> int:
     """Measure every row in turn; print the table, keep the CSV and draw the picture.
 
     Args:
         configuration: of the command, with `BenchArguments` as its own.
         models: to measure.
         whole_runs: `scaling.whole_runs`, or what takes its place.
-        say: told the progress.
 
     Returns:
         The exit status: 0, or 1 where a row broke.
     """
-    bench = _Bench(configuration, models, say)
+    bench = _Bench(configuration, models)
     for name, origin in configuration.explicit.items():
         if origin == "flag" and name in _NO_PART:
             say(f"--{name} has no part with --gpus; the flag changes nothing here")
@@ -61,8 +62,8 @@ def run(configuration: Configuration, models: list[str], whole_runs: Any, say: C
 
 
 class _Bench:
-    def __init__(self, configuration: Configuration, models: list[str], say: Callable[[str], None]):
-        self.configuration, self.models, self.say = configuration, models, say
+    def __init__(self, configuration: Configuration, models: list[str]):
+        self.configuration, self.models = configuration, models
         self.wanted: BenchArguments = configuration.extra
         wanted, given = self.wanted, configuration.explicit
         self.names = scaling.choose(None if wanted.variants is None else names("--variants", wanted.variants))
@@ -92,18 +93,14 @@ class _Bench:
             for measured, note in found:
                 self._add(measured, note)
         except _Over:
-            self.say(f"what follows is not begun, as {self.wanted.minutes:g} minutes are over")
+            say(f"what follows is not begun, as {self.wanted.minutes:g} minutes are over")
 
     def _planned(self, folder: Path) -> Iterator[Row]:
         for model in self.models:
             data = self._data(model, folder)
-            for mode in self.modes:
-                for name in self.names:
-                    flags = (*data, *self._passed_on(name))
-                    for gpus in self.gpus:
-                        yield Row(
-                            name=name, model=model, quantize_mode=mode, gpus=gpus, work=self.work, flags=flags
-                        )
+            for mode, name, gpus in itertools.product(self.modes, self.names, self.gpus):
+                flags = (*data, *self._passed_on(name))
+                yield Row(name=name, model=model, quantize_mode=mode, gpus=gpus, work=self.work, flags=flags)
 
     def _data(self, model: str, folder: Path) -> list[str]:
         given = self.configuration.explicit
@@ -151,24 +148,20 @@ class _Bench:
     def _measure(self, row: Row, steps: int, warmup: int, environment: dict[str, str]) -> Measured:
         if time.monotonic() >= self.until:
             raise _Over
-        self.say(
+        say(
             f"row {len(self.rows) + 1}: {row.model} {row.quantize_mode}, {row.label}, "
             f"{counted(row.gpus, 'GPU')}"
         )
         visible = self.machine.gpus
         if visible and row.gpus > visible:
             return Measured(row=row, failure=f"not run: the GPUs of this machine: {visible}")
-        return scaling.measure(
-            row, steps=steps, warmup=warmup, on_gpu=visible > 0, say=self.say, environment=environment
-        )
+        return scaling.measure(row, steps=steps, warmup=warmup, on_gpu=visible > 0, environment=environment)
 
     def _add(self, measured: Measured, note: str) -> None:
+        self.measured.append(measured)
         one = next((each for each in self.measured if _same_on_one_gpu(each, measured)), None)
-        if one is None and measured.row.gpus == 1:
-            one = measured
         notes = [self._documents(), *filter(None, [note])]
         made = row_of_command(measured, one, machine=self.machine, notes=notes)
-        self.measured.append(measured)
         self.rows.append(made)
         if self.wanted.csv:
             append_csv(Path(self.wanted.csv), [made])
@@ -176,7 +169,7 @@ class _Bench:
         if said is None:
             said = f"{made['tokens_per_second']:,} tokens/s, {made['samples_per_second_512']} samples/s"
             said += f", {made['ratio_to_first']}x of one GPU" if one else ""
-        self.say(f"  {said}; {measured.command_seconds:.1f} s")
+        say(f"  {said}; {measured.command_seconds:.1f} s")
 
     def _documents(self) -> str:
         if "dataset_name" in self.configuration.explicit:
@@ -228,8 +221,8 @@ def _modes(configuration: Configuration) -> list[str]:
     given = configuration.extra.quantize_modes
     if given is None:
         return [configuration.model.quantize_mode]
-    modes = names("--quantize_modes", given)
+    modes, known = names("--quantize_modes", given), get_args(Mode)
     for mode in modes:
-        if mode not in MODES:
-            raise UserError(f"--quantize_modes: {mode!r} is not one of {', '.join(MODES)}")
+        if mode not in known:
+            raise UserError(f"--quantize_modes: {mode!r} is not one of {', '.join(known)}")
     return modes

@@ -62,7 +62,7 @@ def plan(
 
     Args:
         given: the settings that the user gave, by name.
-        names: of METHODS, in order; a word may hold several with commas between.
+        names: of METHODS, in order, each once.
         recipes: ``METHOD=RECIPE`` for those that are not to take their own.
         learning_rates: ``METHOD=RATE``, likewise.
         not_for_training: settings that `train` does not get.
@@ -70,7 +70,7 @@ def plan(
     Raises:
         UserError: for a method that is not known.
     """
-    chosen = [_known(name, "--methods") for name in split(names)]
+    chosen = [_known(name, "--methods") for name in names]
     if not chosen:
         raise UserError(f"--methods names none; give some of {', '.join(METHODS)}")
     recipe_of, rate_of = _pairs(recipes, "--recipes"), _pairs(learning_rates, "--learning_rates")
@@ -82,7 +82,7 @@ def plan(
         if not any(_concerns(key, name) for name in chosen):
             raise UserError(f"--{key} does nothing with --methods {','.join(chosen)}")
     planned = []
-    for name in dict.fromkeys(chosen):
+    for name in chosen:
         method, recipe = METHODS[name]
         settings = {"recipe": recipe_of.get(name, recipe), "method": method}
         if "dataset_name" in given and name not in recipe_of:
@@ -115,10 +115,6 @@ def check_same_rows(configurations: dict[str, Configuration]) -> None:
                     f"{setting} is {expected[setting]} with {first} and {value} with {name}, but all methods "
                     f"must see the same rows: give it as a flag, or recipes that agree"
                 )
-
-
-def split(words: Sequence[str]) -> list[str]:
-    return [part.strip() for word in words for part in word.split(",") if part.strip()]
 
 
 def read_alike(run: Path, configuration: Configuration) -> bool:
@@ -164,7 +160,7 @@ def _concerns(setting: str, name: str) -> bool:
 
 def _pairs(words: Sequence[str], flag: str) -> dict[str, str]:
     pairs = {}
-    for word in split(words):
+    for word in words:
         name, equals, value = word.partition("=")
         if not equals or not value:
             raise UserError(f"{flag}: {word!r} is not METHOD=VALUE, such as {next(iter(METHODS))}=...")

@@ -14,6 +14,7 @@ import pytest
 
 from falcon_qlora import config
 from falcon_qlora.commands import compare
+from falcon_qlora.commands.words import split
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.compare import plan
 from falcon_qlora.data.sample_data import path as sample_rows
@@ -218,7 +219,7 @@ def test_flags_of_one_method_reach_that_one_alone() -> None:
     words += " --hub_token=SECRET"
     planned = plan.plan(
         config.read_flags(words.split()),
-        names=["lora, full ,", "adapter"],
+        names=split(["lora, full ,", "adapter"]),
         recipes=["full=my.yaml"],
         learning_rates=["lora=0.5"],
         not_for_training=[],

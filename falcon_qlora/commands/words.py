@@ -1,0 +1,37 @@
+"""Flags that take several words, also with commas between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from falcon_qlora.common.errors import UserError
+
+
+def split(given: Sequence[str]) -> list[str]:
+    """What the words name, each once."""
+    return list(dict.fromkeys(part.strip() for word in given for part in word.split(",") if part.strip()))
+
+
+def names(flag: str, given: Sequence[str]) -> list[str]:
+    """What a flag names, each once.
+
+    Raises:
+        UserError: if it names nothing.
+    """
+    found = split(given)
+    if not found:
+        raise UserError(f"{flag}: names none")
+    return found
+
+
+def numbers(flag: str, given: Sequence[str]) -> list[int]:
+    """The whole numbers above 0 that a flag names; each once.
+
+    Raises:
+        UserError: if it names nothing, or something else.
+    """
+    found = names(flag, given)
+    for word in found:
+        if not word.isdecimal() or int(word) < 1:
+            raise UserError(f"{flag}: {word!r} is not a whole number above 0")
+    return list(dict.fromkeys(map(int, found)))
