@@ -6,16 +6,17 @@ import itertools
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.settings import setting
 from falcon_qlora.config import Configuration, parse
+from falcon_qlora.terminal.console import console
 from falcon_qlora.terminal.library_logging import quiet_libraries
 
 if TYPE_CHECKING:
     import numpy as np
-    from rich.console import Console
+    from rich.console import RenderableType
 
 # Of a stream, which may have no end, so many documents are looked at.
 _STREAMED_DOCUMENTS = 1000
@@ -41,48 +42,68 @@ def main(argv: list[str]) -> int:
     )
     # Only now: a wrong flag is told at once.
     quiet_libraries()
-    from falcon_qlora.terminal.console import console
+    from falcon_qlora.data import report
     from falcon_qlora.training.rows import load_tokenizer
 
     tokenizer = load_tokenizer(configuration.model)
-    if configuration.data.streaming:
-        _report_stream(configuration, tokenizer, console())
-    else:
-        _report_corpora(configuration, tokenizer, console())
+    look = _look_at_stream if configuration.data.streaming else _look_at_corpora
+    documents, told, lengths, name = look(configuration, tokenizer)
+    out = console()
+    out.print(report.preview(documents, tokenizer, color=out.is_terminal and not out.no_color))
+    for part in told:
+        out.print()
+        out.print(part)
+    out.print()
+    out.print(report.histogram_text(lengths))
+    wanted: DataReportArguments = configuration.extra
+    file = Path(wanted.png) if wanted.png else Path("runs") / "data" / f"{name}.png"
+    title = ", ".join(Path(each).name for each in configuration.data.dataset_name)
+    try:
+        report.draw_histogram(lengths, configuration.data.max_length, file, title=title)
+    except OSError as error:
+        raise UserError(
+            f"{file}: the picture cannot be written ({error.strerror}); name a file with --png"
+        ) from None
+    out.print(f"\nwrote {file}", soft_wrap=True)
     return 0
 
 
-def _report_corpora(configuration: Configuration, tokenizer: Any, console: Console) -> None:
+class _Look(NamedTuple):
+    """What is shown of rows: some documents, what is told of all, their lengths, and the picture's name."""
+
+    documents: list[tuple[Any, Any]]
+    told: list[RenderableType]
+    lengths: np.ndarray
+    name: str
+
+
+def _look_at_corpora(configuration: Configuration, tokenizer: Any) -> _Look:
     from falcon_qlora.data import report
     from falcon_qlora.training import rows
 
+    data, run = configuration.data, configuration.run
     corpus, held_out = rows.corpora(
-        configuration.data,
+        data,
         tokenizer,
-        seed=configuration.run.seed,
-        progress=lambda message: console.print(f"{message} …", style="dim", markup=False),
+        seed=run.seed,
+        progress=lambda message: console().print(f"{message} …", style="dim", markup=False),
     )
     shown = [corpus.dataset[index] for index in report.spread(len(corpus.lengths), configuration.extra.show)]
-    documents = [(row["input_ids"], row["mask"]) for row in shown]
-    console.print(report.preview(documents, tokenizer, color=_has_color(console)))
-    console.print()
-    data, run = configuration.data, configuration.run
     efficiency = report.fill(
         rows.make_plan(data, run, corpus),
         micro_batch=run.per_device_train_batch_size,
         padding=None if data.packing else data.padding,
     )
-    console.print(report.summary(corpus, title="training", efficiency=efficiency))
+    told: list[RenderableType] = [report.summary(corpus, title="training", efficiency=efficiency)]
     if held_out is not None:
-        console.print()
-        console.print(report.summary(held_out, title="held out"))
-    _report_lengths(configuration, corpus.lengths, console, name=corpus.fingerprint[:12])
+        told.append(report.summary(held_out, title="held out"))
+    documents = [(row["input_ids"], row["mask"]) for row in shown]
+    return _Look(documents, told, corpus.lengths, corpus.fingerprint[:12])
 
 
-def _report_stream(configuration: Configuration, tokenizer: Any, console: Console) -> None:
+def _look_at_stream(configuration: Configuration, tokenizer: Any) -> _Look:
     import numpy as np
 
-    from falcon_qlora.data import report
     from falcon_qlora.data.stream import stream_documents
     from falcon_qlora.training import rows
 
@@ -99,37 +120,8 @@ def _report_stream(configuration: Configuration, tokenizer: Any, console: Consol
         raise UserError(
             f"{', '.join(configuration.data.dataset_name)}: nothing is left to train on ({dict(counts)})"
         )
-    console.print(report.preview(documents[: configuration.extra.show], tokenizer, color=_has_color(console)))
     lengths = np.array([len(ids) for ids, _ in documents], dtype=np.int64)
     targets = sum(int(mask[1:].sum()) for _, mask in documents)
-    tokens = int(lengths.sum())
-    console.print(
-        f"\nthe stream's first {len(documents):,} documents: {tokens:,} tokens, {targets:,} trained"
-    )
-    for name, count in counts.items():
-        console.print(f"{name.replace('_', ' ')}: {count:,}")
-    _report_lengths(configuration, lengths, console, name="stream")
-
-
-def _report_lengths(
-    configuration: Configuration, lengths: np.ndarray, console: Console, *, name: str
-) -> None:
-    from falcon_qlora.data import report
-
-    wanted: DataReportArguments = configuration.extra
-
-    console.print()
-    console.print(report.histogram_text(lengths))
-    file = Path(wanted.png) if wanted.png else Path("runs") / "data" / f"{name}.png"
-    title = ", ".join(Path(each).name for each in configuration.data.dataset_name)
-    try:
-        report.draw_histogram(lengths, configuration.data.max_length, file, title=title)
-    except OSError as error:
-        raise UserError(
-            f"{file}: the picture cannot be written ({error.strerror}); name a file with --png"
-        ) from None
-    console.print(f"\nwrote {file}", soft_wrap=True)
-
-
-def _has_color(console: Console) -> bool:
-    return console.is_terminal and not console.no_color
+    first = f"the stream's first {len(documents):,} documents: {lengths.sum():,} tokens, {targets:,} trained"
+    told = "\n".join([first, *(f"{name.replace('_', ' ')}: {count:,}" for name, count in counts.items())])
+    return _Look(documents[: configuration.extra.show], [told], lengths, "stream")

@@ -12,12 +12,12 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from falcon_qlora.commands.opening import parse_with_run, source_of
 from falcon_qlora.commands.words import split
 from falcon_qlora.common.errors import UserError, first_line, nearest
-from falcon_qlora.common.files import check_writable
+from falcon_qlora.common.files import check_writable, write_json
 from falcon_qlora.common.settings import setting
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.inference.base_and_adapter import (
@@ -28,10 +28,8 @@ from falcon_qlora.inference.base_and_adapter import (
     tokenizer_of,
 )
 from falcon_qlora.run_folder.directory import RunDirectory
+from falcon_qlora.terminal.console import note, print_plain
 from falcon_qlora.terminal.library_logging import quiet_libraries
-
-if TYPE_CHECKING:
-    from falcon_qlora.training.held_out import HeldOutText
 
 _HOW: dict[str, Any] = {
     "program": "falcon-qlora eval",
@@ -76,8 +74,6 @@ def main(argv: list[str]) -> int:
         figures = _measure(configuration, source, run, all_rows=rows_are_named)
     _tell(figures)
     if wanted.results:
-        from falcon_qlora.common.files import write_json
-
         write_json(Path(wanted.results), figures)
     return 0
 
@@ -96,7 +92,6 @@ def _measure(
     from falcon_qlora.training.held_out import held_out_text, rows_of
 
     tokenizer = tokenizer_of(source)
-    text: HeldOutText
     text = rows_of(configuration, tokenizer) if all_rows else held_out_text(configuration, tokenizer, run)
     batches = batches_of(
         text,
@@ -131,8 +126,6 @@ def _run_tasks(configuration: Configuration, source: Source, words: list[str]) -
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from falcon_qlora.terminal.console import note
-
     manager = TaskManager()
     asked = split(words)
     for name in asked:
@@ -166,8 +159,6 @@ def _run_tasks(configuration: Configuration, source: Source, words: list[str]) -
 
 
 def _tell(figures: dict[str, Any]) -> None:
-    from falcon_qlora.terminal.console import print_plain
-
     width = max(len(name) for name in figures) + 2
     for name, value in figures.items():
         shown = f"{value:.4f}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)

@@ -10,18 +10,18 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from falcon_qlora.commands.opening import source_of
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.settings import setting
+from falcon_qlora.common.untrusted import read_text
 from falcon_qlora.config import Configuration, parse
+from falcon_qlora.data.formats import FORMATS, resolve_template
+from falcon_qlora.data.templates import TEMPLATES, Template, Turn, get_template, template_fingerprint
 from falcon_qlora.inference.base_and_adapter import adapter_folder, load_adapted
 from falcon_qlora.methods.table import is_whole
 from falcon_qlora.terminal.library_logging import quiet_libraries
-
-if TYPE_CHECKING:
-    from falcon_qlora.data.templates import Template, Turn
 
 
 @dataclass(kw_only=True)
@@ -94,7 +94,6 @@ class _Speaker:
 
     def answer(self, prompt: str) -> None:
         """Print the answer to one prompt as it comes."""
-        from falcon_qlora.data.templates import Turn
         from falcon_qlora.methods.interface import method_of
 
         if (ending := _ending(self.template)) and prompt.rstrip().endswith(ending):
@@ -113,8 +112,6 @@ class _Speaker:
 
     def chat(self) -> None:
         """Answer line after line, each with all turns before it."""
-        from falcon_qlora.data.templates import Turn
-
         turns: list[Turn] = []
         person = sys.stdin.isatty()
         while True:
@@ -151,8 +148,6 @@ class _Speaker:
 
 def _ending(template: Template) -> str:
     """What a template writes between a question and its answer, without spaces around it."""
-    from falcon_qlora.data.templates import Turn
-
     question = "Why?"
     return template.prompt([Turn("user", question)]).rpartition(question)[2].strip()
 
@@ -163,21 +158,19 @@ def prompt_ids(template: Template, turns: list[Turn], tokenizer: Any) -> list[in
     As in training, an end token follows every answer before it, and answers are tokenized apart from what
     precedes them.
     """
+
+    def encoded(part: str) -> list[int]:
+        return list(tokenizer(part, add_special_tokens=False)["input_ids"])
+
     text = template.prompt(turns)
     ids: list[int] = []
     start = end = 0
     for segment in template.segments(turns):
         if segment.end:
-            ids += _encode(tokenizer, text[start:end]) + _encode(tokenizer, segment.text)
-            ids.append(tokenizer.eos_token_id)
+            ids += [*encoded(text[start:end]), *encoded(segment.text), tokenizer.eos_token_id]
             start = end + len(segment.text)
         end += len(segment.text)
-    return ids + _encode(tokenizer, text[start:])
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+    return ids + encoded(text[start:])
 
 
 def _check(wanted: GenerateArguments) -> None:
@@ -194,8 +187,6 @@ def _prompts(wanted: GenerateArguments) -> list[str] | None:
     if not wanted.prompt_file:
         return wanted.prompt
     name = f"--prompt_file {wanted.prompt_file}"
-    from falcon_qlora.common.untrusted import read_text
-
     try:
         prompts = json.loads(read_text(Path(wanted.prompt_file), may_be_pipe=True))
     except UserError as error:
@@ -211,9 +202,6 @@ def _template(
     configuration: Configuration, record: dict[str, Any], special_tokens: dict[str, str] | None = None
 ) -> Template:
     """The template that a flag names, else the adapter's; a base alone goes on from the prompt as it is."""
-    from falcon_qlora.data.formats import FORMATS, resolve_template
-    from falcon_qlora.data.templates import TEMPLATES, get_template, template_fingerprint
-
     data, trained = configuration.data, f"--adapter {configuration.extra.adapter}"
 
     def given(name: str) -> str:

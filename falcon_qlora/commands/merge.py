@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from falcon_qlora.commands.opening import parse_with_run, source_of
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.files import remove_leftovers, sha256
 from falcon_qlora.common.settings import setting
 from falcon_qlora.common.version import VERSION
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.inference.base_and_adapter import Source, adapter_folder, load_measured, tokenizer_of
+from falcon_qlora.methods.table import method_named
 from falcon_qlora.run_folder.directory import RunDirectory
+from falcon_qlora.terminal.console import note, print_plain
 from falcon_qlora.terminal.library_logging import quiet_libraries
 
 if TYPE_CHECKING:
@@ -73,24 +76,26 @@ def main(argv: list[str]) -> int:
 
     # Only now: a wrong flag is told at once.
     quiet_libraries()
-    from falcon_qlora.common.files import remove_leftovers
+    from falcon_qlora.merge.build import needed_bytes
     from falcon_qlora.merge.folder import check_disk, check_out
     from falcon_qlora.methods.adapter_folder import read_record
 
-    _check_method(read_record(folder), folder)
+    method = method_named(read_record(folder)["method"], folder)
+    if method.why_not_merged is not None:
+        raise UserError(
+            f"{folder} was trained with {method.title} and cannot be merged: {method.why_not_merged}. Use it "
+            "as it is: falcon-qlora generate and falcon_qlora.load_adapter open it."
+        )
     source, record = source_of(configuration, folder, named=named)
     out = Path(wanted.out)
     check_out(out, overwrite=configuration.run.overwrite)
     request = _request(source, wanted, folder)
-    from falcon_qlora.merge.build import needed_bytes
-
     remove_leftovers(out)
     check_disk(out, needed_bytes(request))
     certificate = _merge(configuration, source, request, out, run, record)
     _tell(certificate, out)
     if hub is not None:
         from falcon_qlora.models.hub import push_folder
-        from falcon_qlora.terminal.console import print_plain
 
         print_plain(f"uploaded to {push_folder(out, **hub)}")
     return 0
@@ -108,7 +113,6 @@ def _merge(
     from falcon_qlora.merge import build
     from falcon_qlora.merge.certificate import HeldOut
     from falcon_qlora.models.tokenizer import check_vocabulary
-    from falcon_qlora.terminal.console import note
     from falcon_qlora.training.held_out import held_out_text
 
     tokenizer = tokenizer_of(source)
@@ -185,7 +189,6 @@ def _request(source: Source, wanted: MergeArguments, folder: Path) -> Request:
 def _origin(
     configuration: Configuration, request: Request, run: RunDirectory | None, record: dict[str, Any]
 ) -> Origin:
-    from falcon_qlora.common.files import sha256
     from falcon_qlora.merge.certificate import Origin, commit_of, licence_of
     from falcon_qlora.methods.adapter_folder import TENSORS
     from falcon_qlora.training.held_out import data_record
@@ -244,20 +247,7 @@ def _hub_settings(configuration: Configuration, named: Collection[str]) -> dict[
     return {"repository": settings["hub_model_id"], **how}
 
 
-def _check_method(record: dict[str, Any], folder: Path) -> None:
-    from falcon_qlora.methods.table import method_named
-
-    method = method_named(record["method"], folder)
-    if method.why_not_merged is not None:
-        raise UserError(
-            f"{folder} was trained with {method.title} and cannot be merged: {method.why_not_merged}. Use it "
-            "as it is: falcon-qlora generate and falcon_qlora.load_adapter open it."
-        )
-
-
 def _tell(certificate: Certificate, out: Path) -> None:
-    from falcon_qlora.terminal.console import print_plain
-
     print_plain(
         f"held-out loss  {certificate.adapter_loss:.4f} of {certificate.origin.quantization} base and adapter"
         f", on {certificate.held_out.target_tokens:,} tokens of {certificate.held_out.source}"

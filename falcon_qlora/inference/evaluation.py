@@ -6,7 +6,7 @@ Shape legend: T tokens of a batch laid end to end, N positions that are measured
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,11 +112,11 @@ def predictions(model: nn.Module, batches: Sequence[MicroBatch], *, answers_only
     falcon = causal_lm_in(model)
     head, norm = falcon.get_output_embeddings(), final_norm(falcon.base_model)
     device = head.weight.device
-    hidden, places = [], [_measured(batch, answers_only) for batch in batches]
-    for batch, (positions, _, _) in zip(batches, places, strict=True):
-        states = run_blocks(falcon.base_model, batch.input_ids.to(device), _sequences(batch, device))
-        hidden.append(norm(states[0].index_select(0, positions.to(device))))
-    return _predictions(hidden, head.weight, places, device, vectors=scale_and_bias_of(head))
+    states = (
+        run_blocks(falcon.base_model, batch.input_ids.to(device), _sequences(batch, device))
+        for batch in batches
+    )
+    return _predictions(states, norm, head.weight, batches, answers_only, vectors=scale_and_bias_of(head))
 
 
 @torch.no_grad()
@@ -165,12 +165,7 @@ def folder_predictions(
         block.to("meta")
     norm = fill(f"{layout.backbone}.{layout.final_norm}")
     head: Any = (embedding if config.tie_word_embeddings else fill(layout.head)).weight
-    places = [_measured(batch, answers_only) for batch in batches]
-    hidden = [
-        norm(state[0].index_select(0, positions.to(device)))
-        for state, (positions, _, _) in zip(states, places, strict=True)
-    ]
-    return _predictions(hidden, head, places, device)
+    return _predictions(states, norm, head, batches, answers_only)
 
 
 @torch.no_grad()
@@ -247,17 +242,24 @@ def _measured(batch: MicroBatch, answers_only: bool) -> tuple[Tensor, Tensor, Te
 
 
 def _predictions(
-    hidden: list[Tensor],
+    states: Iterable[Tensor],
+    norm: nn.Module,
     head: Tensor,
-    places: list[tuple[Tensor, Tensor, Tensor]],
-    device: torch.device,
+    batches: Sequence[MicroBatch],
+    answers_only: bool,
     *,
     vectors: ScaleAndBias | None = None,
 ) -> Predictions:
+    """Of the states ``[1, T, H]`` of each batch behind the last block, one batch after the other."""
+    positions, targets, answers = zip(*(_measured(batch, answers_only) for batch in batches), strict=True)
+    hidden = [
+        norm(state[0].index_select(0, places.to(head.device)))
+        for state, places in zip(states, positions, strict=True)
+    ]
     return Predictions(
         hidden=torch.cat(hidden).to(head.dtype),
         head=head,
         vectors=vectors,
-        targets=torch.cat([targets for _, targets, _ in places]).to(device),
-        answers=torch.cat([answers for _, _, answers in places]),
+        targets=torch.cat(targets).to(head.device),
+        answers=torch.cat(answers),
     )

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
+from falcon_qlora.inference.generation import generate_batch
 from falcon_qlora.run_folder.directory import Backlog, append_lines
 from falcon_qlora.terminal.console import print_answers
 
@@ -31,28 +32,20 @@ class SampleAnswers(TrainerCallback):
         self._file = file
         self._append = Backlog(append_lines, file.name)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:  # a run that goes on has answered where it was evaluated
             self._answer("before training", state, kwargs["model"])
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step < state.max_steps:
             self._answer(f"at step {state.global_step}", state, kwargs["model"])
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._answer("after training", state, kwargs["model"])
 
     def _answer(self, title: str, state: TrainerState, model: Any) -> None:
         if not state.is_world_process_zero:
             return
-        from falcon_qlora.inference.generation import generate_batch
-
         answers = generate_batch(
             model, self._tokenizer, [ids for _, ids in self._prompts], max_new_tokens=_MOST_NEW_TOKENS
         )
