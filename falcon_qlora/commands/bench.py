@@ -106,6 +106,8 @@ def main(argv: list[str], *, whole_runs: Any = scaling.whole_runs) -> int:
     if wanted.plot:
         check_writable(Path(wanted.plot), "--plot")
     models = _models(configuration)
+    if "max_length" not in configuration.explicit:
+        configuration.data.max_length = _DOCUMENT_TOKENS
     if wanted.gpus is not None:
         from falcon_qlora.commands.scaling import run
 
@@ -153,7 +155,7 @@ def _bench(
     from falcon_qlora.terminal.charts import draw_speed_and_memory
 
     wanted: BenchArguments = configuration.extra
-    length = _document_tokens(configuration)
+    length = configuration.data.max_length
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -204,51 +206,33 @@ def _entries(
     from falcon_qlora.bench.documents import in_batches, made_up, same_rows
     from falcon_qlora.bench.measure import LARGEST_BATCHES, Entry
     from falcon_qlora.models.locate import open_checkpoint
+    from falcon_qlora.models.tokenizer import check_vocabulary
+    from falcon_qlora.training import rows
 
-    length = _document_tokens(configuration)
+    length, seed = configuration.data.max_length, configuration.run.seed
+    vocabulary = open_checkpoint(model).config.vocab_size
     entries = []
     if "dataset_name" in configuration.explicit:
-        corpus = _corpus(configuration, model, length)
+        configuration.model.model_name_or_path = model
+        tokenizer = rows.load_tokenizer(configuration.model)
+        check_vocabulary(tokenizer, vocabulary, name=model)
+        corpus, _ = rows.corpora(configuration.data, tokenizer, seed=seed)
         for tokens in sizes:
             packed, padded = same_rows(
-                corpus,
-                tokens=tokens,
-                max_length=length,
-                batches=pace.steps_a_round,
-                seed=configuration.run.seed,
+                corpus, tokens=tokens, max_length=length, batches=pace.steps_a_round, seed=seed
             )
             for variant in variants:
                 batches = packed if variant.padding is None else padded
                 entries.append(Entry(variant=variant, tokens=tokens, batches=batches, whole=True))
         return entries
-    vocabulary = open_checkpoint(model).config.vocab_size
     count = max(2 * max(sizes) // length, max(LARGEST_BATCHES))
-    documents = made_up(count, length, vocabulary, seed=configuration.run.seed)
+    documents = made_up(count, length, vocabulary, seed=seed)
     for variant in variants:
         # Another tool's way has one batch size; ours is measured at every size.
         for tokens in sizes[:1] if variant.engine else sizes:
-            batches = in_batches(documents, tokens // length)
-            if variant.largest_batch:
-                batches = [documents]
+            batches = [documents] if variant.largest_batch else in_batches(documents, tokens // length)
             entries.append(Entry(variant=variant, tokens=tokens, batches=batches))
     return entries
-
-
-def _corpus(configuration: Configuration, model: str, length: int) -> Any:
-    from falcon_qlora.models.locate import open_checkpoint
-    from falcon_qlora.models.tokenizer import check_vocabulary
-    from falcon_qlora.training import rows
-
-    configuration.model.model_name_or_path = model
-    configuration.data.max_length = length
-    tokenizer = rows.load_tokenizer(configuration.model)
-    check_vocabulary(tokenizer, open_checkpoint(model).config.vocab_size, name=model)
-    corpus, _ = rows.corpora(configuration.data, tokenizer, seed=configuration.run.seed)
-    return corpus
-
-
-def _document_tokens(configuration: Configuration) -> int:
-    return configuration.data.max_length if "max_length" in configuration.explicit else _DOCUMENT_TOKENS
 
 
 def _models(configuration: Configuration) -> list[str]:
@@ -270,7 +254,7 @@ def _pace(configuration: Configuration, sizes: list[int]) -> Pace:
     warmup = 3 if wanted.warmup is None else wanted.warmup
     if warmup < 1:
         raise UserError(f"--warmup {warmup}: must be at least 1")
-    length = _document_tokens(configuration)
+    length = configuration.data.max_length
     for tokens in sizes:
         if tokens % length:
             raise UserError(

@@ -206,13 +206,12 @@ def _same_on_one_gpu(each: Measured, measured: Measured) -> bool:
 
 def _work(configuration: Configuration) -> Work:
     wanted: BenchArguments = configuration.extra
-    given = configuration.explicit
     sizes = numbers("--tokens", wanted.tokens)
     if len(sizes) > 1:
         raise UserError("--tokens: with --gpus one size of a micro batch, please")
     return Work(
-        tokens=WHOLE_TOKENS if wanted.whole_run and "tokens" not in given else sizes[0],
-        document=configuration.data.max_length if "max_length" in given else Work.document,
+        tokens=WHOLE_TOKENS if wanted.whole_run and "tokens" not in configuration.explicit else sizes[0],
+        document=configuration.data.max_length,
         global_tokens=wanted.global_tokens if wanted.fixed == "global" else None,
     )
 

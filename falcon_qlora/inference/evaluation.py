@@ -113,7 +113,9 @@ def predictions(model: nn.Module, batches: Sequence[MicroBatch], *, answers_only
     head, norm = falcon.get_output_embeddings(), final_norm(falcon.base_model)
     device = head.weight.device
     states = (
-        run_blocks(falcon.base_model, batch.input_ids.to(device), _sequences(batch, device))
+        run_blocks(
+            falcon.base_model, batch.input_ids.to(device), Sequences.from_lengths(batch.lengths, device)
+        )
         for batch in batches
     )
     return _predictions(states, norm, head.weight, batches, answers_only, vectors=scale_and_bias_of(head))
@@ -153,7 +155,7 @@ def folder_predictions(
         return module
 
     embedding = fill(f"{layout.backbone}.{layout.embedding}")
-    packed = [_sequences(batch, device) for batch in batches]
+    packed = [Sequences.from_lengths(batch.lengths, device) for batch in batches]
     states = [embedding(batch.input_ids.to(device)) for batch in batches]
     if not config.tie_word_embeddings:
         embedding.to("meta")
@@ -218,15 +220,6 @@ def _chunks(predicted: Predictions) -> Iterator[slice]:
 def _logits(predicted: Predictions, rows: slice) -> Tensor:
     logits = predicted.hidden[rows] @ predicted.head.T
     return (logits if predicted.vectors is None else predicted.vectors(logits)).float()
-
-
-def _sequences(batch: MicroBatch, device: torch.device) -> Sequences:
-    return Sequences(
-        cu_seqlens=batch.cu_seqlens.to(device),
-        position_ids=batch.position_ids.to(device),
-        lengths=batch.lengths,
-        max_length=max(batch.lengths),
-    )
 
 
 def _measured(batch: MicroBatch, answers_only: bool) -> tuple[Tensor, Tensor, Tensor]:

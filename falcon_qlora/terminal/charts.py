@@ -33,24 +33,20 @@ def draw_loss(metrics: Sequence[Mapping[str, Any]], file: Path, *, title: str = 
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     if train:
         steps, values = zip(*train, strict=True)
-        smoothed = _smooth(values)
         many = len(values) > 20
         losses.plot(steps, values, color=_TRAIN if many else _SMOOTH, linewidth=1.2, label="training")
         if many:
-            losses.plot(steps, smoothed, color=_SMOOTH, linewidth=1.8, label="training, smoothed")
+            losses.plot(steps, _smooth(values), color=_SMOOTH, linewidth=1.8, label="training, smoothed")
     if held_out:
-        steps, values = zip(*held_out, strict=True)
-        losses.plot(steps, values, color=_EVAL, linewidth=1.5, marker="o", markersize=4, label="held out")
+        losses.plot(*zip(*held_out, strict=True), color=_EVAL, marker="o", markersize=4, label="held out")
     losses.set_ylabel("loss (nats per target token)")
     losses.grid(alpha=0.3)
     losses.legend(frameon=False)
     if rate:
-        steps, values = zip(*rate, strict=True)
-        rates.plot(steps, values, color=_RATE, linewidth=1.5)
-    rates.set_ylabel("learning rate")
+        rates.plot(*zip(*rate, strict=True), color=_RATE)
+    rates.set(xlabel="step", ylabel="learning rate")
     rates.set_ylim(bottom=0)
     rates.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
-    rates.set_xlabel("step")
     rates.grid(alpha=0.3)
     _write(figure, file)
 
@@ -75,7 +71,7 @@ def draw_speed_and_memory(
     series: dict[str, list[tuple[float, float]]] = {}
     for label, memory_gb, speed in points:
         series.setdefault(label, []).append((memory_gb, speed))
-    figure, axes = _axes(title, width=10)
+    figure, axes = _axes(title, "peak memory allocated, GB", "tokens/s", width=10)
     # Names beside the points would lie upon each other: they have numbers, the fastest the first.
     fastest_first = sorted(series.items(), key=lambda item: -max(speed for _, speed in item[1]))
     for number, (label, unsorted) in enumerate(fastest_first, start=1):
@@ -89,8 +85,6 @@ def draw_speed_and_memory(
         axes.annotate(
             str(number), (memory[0], speeds[0]), xytext=offset, textcoords="offset points", fontsize=8
         )
-    axes.set_xlabel("peak memory allocated, GB")
-    axes.set_ylabel("tokens/s")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8, handlelength=1)
@@ -107,7 +101,7 @@ def draw_scaling(series: Mapping[str, Sequence[tuple[int, float]]], file: Path, 
     """
     if not series:
         return
-    figure, axes = _axes(title)
+    figure, axes = _axes(title, "GPUs", "samples/s (512 tokens)")
     counts = sorted({gpus for points in series.values() for gpus, _ in points})
     for label, unsorted in series.items():
         points = sorted(unsorted)
@@ -116,8 +110,6 @@ def draw_scaling(series: Mapping[str, Sequence[tuple[int, float]]], file: Path, 
         ideal = [speed * gpus / fewest for gpus in (0, counts[-1])]
         axes.plot([0, counts[-1]], ideal, color=line.get_color(), linestyle=":", linewidth=1)
     axes.plot([], [], color="black", linestyle=":", linewidth=1, label="ideal")
-    axes.set_xlabel("GPUs")
-    axes.set_ylabel("samples/s (512 tokens)")
     axes.set_xticks(counts)
     axes.set_xlim(0, 1.05 * counts[-1])
     axes.set_ylim(bottom=0)
@@ -139,7 +131,7 @@ def draw_bars(
     series = {name: bars for name, bars in series.items() if bars}
     if not series:
         return
-    figure, axes = _axes(title, grid="y")
+    figure, axes = _axes(title, "", axis, grid="y")
     labels = list(dict.fromkeys(label for bars in series.values() for label, _, _ in bars))
     width = 0.8 / len(series)
     for place, ((name, bars), color) in enumerate(
@@ -149,7 +141,6 @@ def draw_bars(
         drawn = axes.bar(middles, [height for _, height, _ in bars], width * 0.95, color=color, label=name)
         axes.bar_label(drawn, [text for _, _, text in bars], padding=2, fontsize=8)
     axes.set_xticks(range(len(labels)), labels)
-    axes.set_ylabel(axis)
     axes.margins(y=0.12)
     axes.set_axisbelow(True)
     if len(series) > 1:
@@ -157,9 +148,12 @@ def draw_bars(
     _write(figure, file)
 
 
-def _axes(title: str, *, width: float = 8, grid: Literal["both", "y"] = "both") -> tuple[Figure, Any]:
+def _axes(
+    title: str, along: str, up: str, *, width: float = 8, grid: Literal["both", "y"] = "both"
+) -> tuple[Figure, Any]:
     figure = _figure(title, width)
     axes = figure.subplots()
+    axes.set(xlabel=along, ylabel=up)
     axes.grid(axis=grid, alpha=0.3)
     return figure, axes
 

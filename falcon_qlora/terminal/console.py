@@ -80,46 +80,36 @@ def print_end(summary: Mapping[str, Any], contents: Sequence[Path], *, adapter: 
         contents: What was written: `RunDirectory.contents()`.
         adapter: The adapter's folder, to say how it is tried.
     """
-    losses = ""
+    losses = best = reduced = memory = ""
     if summary.get("first_loss") is not None and summary.get("final_loss") is not None:
         losses = f"{summary['first_loss']:.4g} → {summary['final_loss']:.4g}"
-    best = ""
     if summary.get("best_eval_loss") is not None:
         best = f"best on held-out data {summary['best_eval_loss']:.4g}"
         best += f" at step {summary['best_step']:,}" if summary.get("best_step") is not None else ""
-    peak = summary.get("peak_memory_gib")
-    memory = f"{peak:.2f} GiB at most on one device" if peak else ""
+    if peak := summary.get("peak_memory_gib"):
+        memory = f"{peak:.2f} GiB at most on one device"
+    if (parts := summary.get("micro_batch_parts", 1)) > 1:
+        memory = joined(memory, f"it ran out, and micro batches were split in {parts}")
+    if shares := summary.get("reduction_shares"):
+        slowest = shares.index(min(shares))
+        reduced = (
+            f"adding up gradients took {min(shares):.1%} of the time of the slowest (process {slowest}), "
+            f"{max(shares):.1%} of the fastest, which waited"
+        )
+    speed = f"{summary['tokens_per_second']:,.0f} tokens/s"
     written = [f"{path}/" if path.is_dir() else str(path) for path in contents]
     rows = [
         ("steps", f"{summary['steps']:,} in {duration(summary['train_seconds'])}"),
         ("loss", joined(losses, best)),
-        (
-            "speed",
-            joined(
-                f"{summary['tokens_per_second']:,.0f} tokens/s",
-                f"{summary['samples_per_second_512']:,.3g} samples/s of 512 tokens",
-            ),
-        ),
-        ("memory", joined(memory, _split(summary))),
-        ("processes", _reductions(summary)),
+        ("speed", joined(speed, f"{summary['samples_per_second_512']:,.3g} samples/s of 512 tokens")),
+        ("memory", memory),
+        ("processes", reduced),
         ("skipped", f"{summary['bad_steps']:,} steps, not finite" if summary.get("bad_steps") else ""),
         *[("" if index else "wrote", path) for index, path in enumerate(written)],
         ("try it", f'falcon-qlora generate --adapter {quoted(str(adapter))} --prompt "…"'),
     ]
     console().print()
     _print_rows("done", rows)
-
-
-def _reductions(summary: Mapping[str, Any]) -> str:
-    """How long the processes waited for each other, of several."""
-    shares = summary.get("reduction_shares")
-    if not shares:
-        return ""
-    slowest = shares.index(min(shares))
-    return (
-        f"adding up gradients took {min(shares):.1%} of the time of the slowest (process {slowest}), "
-        f"{max(shares):.1%} of the fastest, which waited"
-    )
 
 
 def print_answers(title: str, answers: Sequence[tuple[str, str]]) -> None:
@@ -161,8 +151,3 @@ def print_plain(line: str) -> None:
 def joined(*parts: object) -> str:
     """The texts among `parts`, on one line."""
     return " · ".join(part for part in parts if isinstance(part, str) and part)
-
-
-def _split(summary: Mapping[str, Any]) -> str:
-    parts = summary.get("micro_batch_parts", 1)
-    return f"it ran out, and micro batches were split in {parts}" if parts > 1 else ""
