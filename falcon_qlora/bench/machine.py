@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -70,13 +70,8 @@ def _command(*words: str) -> list[str]:
     return ["nvidia-smi", "--format=csv,noheader,nounits", *words]
 
 
-class Sample(NamedTuple):
-    """One reading: seconds of `time.perf_counter`, MHz, W, °C."""
-
-    at: float
-    sm_mhz: float
-    watts: float
-    celsius: float
+Sample = tuple[float, float, float, float]
+"""One reading: seconds of `time.perf_counter`, MHz of the SMs, W, °C."""
 
 
 class GpuLog:
@@ -114,7 +109,7 @@ class GpuLog:
         started = time.perf_counter()
         yield found
         ended = time.perf_counter()
-        found += [each for each in self._samples if started <= each.at <= ended]
+        found += [each for each in self._samples if started <= each[0] <= ended]
 
     def _read(self) -> None:
         assert self._process is not None
@@ -124,7 +119,7 @@ class GpuLog:
                 clock, power, temperature = (float(part) for part in line.split(","))
             except ValueError:
                 continue  # a reading this GPU does not have
-            self._samples.append(Sample(time.perf_counter(), clock, power, temperature))
+            self._samples.append((time.perf_counter(), clock, power, temperature))
 
 
 def summary(samples: list[Sample]) -> str:

@@ -191,15 +191,13 @@ class Bench:
             started = time.perf_counter()
             before = devices.allocated(self.device)
             on_it = [result for result in members if result.entry.variant.base == base]
-            failure = None
             try:
                 self._bases[base] = self._loaded(on_it[0].entry.variant)
             except (UserError, Impossible, torch.OutOfMemoryError) as error:
-                failure = one_line(error)
-            if failure:
-                free_memory()
                 for result in on_it:
-                    result.failure = failure
+                    result.failure = one_line(error)
+            if base not in self._bases:
+                free_memory()  # only here: the exception held what was loaded
                 continue
             self._base_bytes[base] = devices.allocated(self.device) - before
             say(f"{self.model} in {base}: loaded in {time.perf_counter() - started:.1f} s")

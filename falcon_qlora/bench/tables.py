@@ -6,7 +6,6 @@ import csv
 import datetime
 import itertools
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -77,20 +76,14 @@ def check_csv(file: Path) -> None:
 def append_csv(file: Path, rows: Sequence[Row]) -> None:
     """Add the rows at the end of `file`, which is made where it is not there."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    written = file.stat().st_size if file.exists() else 0
+    written = file.read_bytes() if file.exists() else b""
     with file.open("a", newline="", encoding="utf-8") as opened:
-        if written and not _ends_with_a_line(file):
+        if written and not written.endswith(b"\n"):
             opened.write("\n")  # an editor left it out: the first row would be the end of the last line
         writer = csv.DictWriter(opened, COLUMNS, extrasaction="ignore", lineterminator="\n")
         if not written:
             writer.writeheader()
         writer.writerows(rows)
-
-
-def _ends_with_a_line(file: Path) -> bool:
-    with file.open("rb") as opened:
-        opened.seek(-1, os.SEEK_END)
-        return opened.read() == b"\n"
 
 
 def rows_of_steps(

@@ -71,11 +71,10 @@ def main(argv: list[str]) -> int:
     asked = config.configure(plan.for_any_method(given), extra_arguments=CompareArguments)
     ours: CompareArguments = asked.extra
     planned = plan.plan(
-        given,
+        {name: value for name, value in given.items() if name not in _OWN},
         names=split(ours.methods),
         recipes=split(ours.recipes),
         learning_rates=split(ours.learning_rates),
-        not_for_training=_OWN,
     )
     configurations, refused = _configurations(planned)
     first = next(iter(configurations.values()))
@@ -101,7 +100,13 @@ def main(argv: list[str]) -> int:
                 failed |= status == EXIT_BUG and not _OUT_OF_MEMORY.search(reason or "")
             if reason is not None:
                 print(f"{method.name} is left out: {reason}", flush=True)
-            done.append(_compared(method, folder, reason))
+            command = shlex.join(["falcon-qlora", "train", *method.words])
+            where, recipe = _run_folder(folder, method.name), method.settings["recipe"]
+            done.append(
+                report.Compared(
+                    method=method.name, folder=where, recipe=recipe, command=command, reason=reason
+                )
+            )
             made = report.Comparison(title=f"Methods compared on {model}", compared=done, published=published)
             written = made.write(folder)
     print(f"\n{made.markdown()}\nWritten: {', '.join(map(str, written))}", flush=True)
@@ -228,9 +233,9 @@ def _train(method: Planned, folder: Path, child: _Child, *, overwrite: bool) -> 
 
 def _pass_on(stream: IO[bytes], told: list[str]) -> None:
     for line in stream:
-        sys.stderr.write(line.decode(errors="replace"))
-        sys.stderr.flush()
-        told.append(line.decode(errors="replace").rstrip())
+        text = line.decode(errors="replace")
+        print(text, end="", file=sys.stderr, flush=True)
+        told.append(text.rstrip())
         del told[:-_REASON_LINES]
 
 
@@ -239,13 +244,3 @@ def _reason(told: list[str]) -> str:
     errors = [line for line in told if line.startswith("error: ")]
     lines = [line for line in told if line.strip() and not line.startswith(" ")]
     return errors[-1].removeprefix("error: ") if errors else (lines or ["it ended without a word"])[-1]
-
-
-def _compared(method: Planned, folder: Path, reason: str | None) -> report.Compared:
-    return report.Compared(
-        method=method.name,
-        folder=_run_folder(folder, method.name),
-        recipe=method.settings["recipe"],
-        command=shlex.join(["falcon-qlora", "train", *method.words]),
-        reason=reason,
-    )

@@ -19,22 +19,11 @@ from falcon_qlora.commands.words import split
 from falcon_qlora.common.errors import UserError, first_line, nearest
 from falcon_qlora.common.files import check_writable, write_json
 from falcon_qlora.common.settings import setting
-from falcon_qlora.config import Configuration, parse
-from falcon_qlora.inference.base_and_adapter import (
-    Source,
-    adapter_folder,
-    load_adapted,
-    load_measured,
-    tokenizer_of,
-)
+from falcon_qlora.config import Configuration
+from falcon_qlora.inference.base_and_adapter import Source, load_adapted, load_measured, tokenizer_of
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal.console import note, print_plain
 from falcon_qlora.terminal.library_logging import quiet_libraries
-
-_HOW: dict[str, Any] = {
-    "program": "falcon-qlora eval",
-    "description": "Perplexity and answer loss of a base model, an adapter or a merge.",
-}
 
 
 @dataclass(kw_only=True)
@@ -53,14 +42,17 @@ class EvalArguments:
 
 def main(argv: list[str]) -> int:
     """Run the command and return its exit status."""
-    wanted: EvalArguments = parse(argv, extra_arguments=EvalArguments, **_HOW).extra
+    configuration, named, folder, run = parse_with_run(
+        argv,
+        extra_arguments=EvalArguments,
+        program="falcon-qlora eval",
+        description="Perplexity and answer loss of a base model, an adapter or a merge.",
+    )
+    wanted: EvalArguments = configuration.extra
     if wanted.tasks and importlib.util.find_spec("lm_eval") is None:
         raise UserError("--tasks needs lm-evaluation-harness: pip install 'falcon-qlora[lm-eval]'")
     if wanted.results:
         check_writable(Path(wanted.results), "--results")
-    folder = adapter_folder(wanted.adapter) if wanted.adapter else None
-    run = RunDirectory.of_adapter(folder) if folder is not None else None
-    configuration, named = parse_with_run(argv, run, extra_arguments=EvalArguments, **_HOW)
     if not wanted.tasks and "dataset_name" not in named and configuration.data.eval_split is None:
         raise UserError("which text? Name it with --dataset_name FILE")
 

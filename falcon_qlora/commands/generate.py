@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from falcon_qlora.commands.opening import source_of
+from falcon_qlora.commands.opening import note_aside, source_of
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.settings import setting
 from falcon_qlora.common.untrusted import read_text
@@ -65,8 +65,7 @@ def main(argv: list[str]) -> int:
         )
     _template(configuration, record)  # one that is not there is told before the model is loaded
     if configuration.model.compute_dtype == "fp8":
-        # Not among the answers.
-        print("note: computed in bfloat16: FP8 products are for packed documents", file=sys.stderr)
+        note_aside("computed in bfloat16: FP8 products are for packed documents")
     model, tokenizer = load_adapted(source)
     template = _template(configuration, record, tokenizer.special_tokens_map)
     speaker = _Speaker(
@@ -97,10 +96,9 @@ class _Speaker:
         from falcon_qlora.methods.interface import method_of
 
         if (ending := _ending(self.template)) and prompt.rstrip().endswith(ending):
-            print(
-                f"note: the prompt ends with {ending!r}, which template {self.template.name} writes around "
-                "it once more; --template none takes it as it is",
-                file=sys.stderr,
+            note_aside(
+                f"the prompt ends with {ending!r}, which template {self.template.name} writes around it once "
+                "more; --template none takes it as it is"
             )
         turns = [Turn("user", prompt)]
         if not self.wanted.compare:

@@ -82,11 +82,6 @@ class Inspection:
         self.attempt(lambda: self.faults.extend(faults if file is None else (f"{file}: {f}" for f in faults)))
         return len(self.faults) > before
 
-    def check_manifest(self, folder: Path) -> None:
-        wrong = manifest.fault(folder)
-        if wrong is not None:
-            self.faults.append(f"{folder}: {wrong}")
-
 
 def _text(value: Any) -> str:
     """As a reader wants it: lists without brackets, numbers without digits that say nothing.
@@ -119,7 +114,7 @@ def inspect_folder(folder: Path) -> Inspection:
         # Of a run of which only the model is left to be seen; other tools' manifests are not of this form.
         with contextlib.suppress(ValueError):
             manifest.read_manifest(folder)
-            found.check_manifest(folder)
+            found.collect(filter(None, [manifest.fault(folder)]), folder)
         return found
     if RunDirectory(folder).holds_run():
         return _run(RunDirectory(folder))
@@ -181,7 +176,7 @@ def _left_by_training(folder: Path) -> Inspection:
             found.faults += _torch_file_faults(file)
     elif not (folder / manifest.MANIFEST).is_file():
         return found  # other tools' adapters, and those of before, have none
-    found.check_manifest(folder)
+    found.collect(filter(None, [manifest.fault(folder)]), folder)
     return found
 
 

@@ -18,8 +18,8 @@ from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import remove_leftovers, sha256
 from falcon_qlora.common.settings import setting
 from falcon_qlora.common.version import VERSION
-from falcon_qlora.config import Configuration, parse
-from falcon_qlora.inference.base_and_adapter import Source, adapter_folder, load_measured, tokenizer_of
+from falcon_qlora.config import Configuration
+from falcon_qlora.inference.base_and_adapter import Source, load_measured, tokenizer_of
 from falcon_qlora.methods.table import method_named
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal.console import note, print_plain
@@ -29,10 +29,6 @@ if TYPE_CHECKING:
     from falcon_qlora.merge.build import Request
     from falcon_qlora.merge.certificate import Certificate, Origin
 
-_HOW: dict[str, Any] = {
-    "program": "falcon-qlora merge",
-    "description": "Merge a trained adapter into its base model, with proof of what that did to it.",
-}
 _SHOWN_SETTINGS = (
     "quantize_mode double_quantization compute_dtype max_length packing train_on num_train_epochs max_steps "
     "optim learning_rate lr_scheduler_type seed"
@@ -65,13 +61,16 @@ class MergeArguments:
 
 def main(argv: list[str]) -> int:
     """Run the command and return its exit status."""
-    wanted: MergeArguments = parse(argv, extra_arguments=MergeArguments, **_HOW).extra
-    if not wanted.adapter or not wanted.out:
-        missing = "out" if wanted.adapter else "adapter"
+    configuration, named, folder, run = parse_with_run(
+        argv,
+        extra_arguments=MergeArguments,
+        program="falcon-qlora merge",
+        description="Merge a trained adapter into its base model, with proof of what that did to it.",
+    )
+    wanted: MergeArguments = configuration.extra
+    if folder is None or not wanted.out:
+        missing = "out" if folder else "adapter"
         raise UserError(f"--{missing} is needed: falcon-qlora merge --adapter DIR --out DIR")
-    folder = adapter_folder(wanted.adapter)
-    run = RunDirectory.of_adapter(folder)
-    configuration, named = parse_with_run(argv, run, extra_arguments=MergeArguments, **_HOW)
     hub = _hub_settings(configuration, named)
 
     # Only now: a wrong flag is told at once.

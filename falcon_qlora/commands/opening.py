@@ -10,24 +10,29 @@ from typing import Any
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.record_files import CERTIFICATE
 from falcon_qlora.config import Configuration, parse
-from falcon_qlora.inference.base_and_adapter import Source
+from falcon_qlora.inference.base_and_adapter import Source, adapter_folder
 from falcon_qlora.methods.table import is_whole
 from falcon_qlora.run_folder.directory import RunDirectory
 
 
 def parse_with_run(
-    argv: list[str], run: RunDirectory | None, **how: Any
-) -> tuple[Configuration, Collection[str]]:
-    """Read a command line over the settings of a run, unless it names a file of settings itself.
+    argv: list[str], **how: Any
+) -> tuple[Configuration, Collection[str], Path | None, RunDirectory | None]:
+    """Read a command line over the settings of the run that made ``--adapter``, where they are at hand.
+
+    A file of settings that the command line names goes before the run's.
 
     Returns:
-        The configuration, and which settings the user gave: by flags, a recipe or a file that flags name.
+        The configuration; which settings the user gave by flags, a recipe or a file that flags name; the
+        adapter's folder and its run, None where there is none.
     """
     configuration = parse(argv, **how)
-    named = configuration.explicit.keys()
-    if run is None or configuration.run.config is not None:
-        return configuration, named
-    return parse(["--config", str(run.config_file), *argv], **how), named
+    named, adapter = configuration.explicit.keys(), configuration.extra.adapter
+    folder = adapter_folder(adapter) if adapter else None
+    run = RunDirectory.of_adapter(folder) if folder is not None else None
+    if run is not None and configuration.run.config is None:
+        configuration = parse(["--config", str(run.config_file), *argv], **how)
+    return configuration, named, folder, run
 
 
 def source_of(
@@ -82,7 +87,7 @@ def source_of(
             if name and flag not in named:
                 path = check_may_open(name, what, record, folder, say_so=f"--{flag} FOLDER")
                 if path is not None:
-                    _note(f"the {what} is {path}, which {folder} names")
+                    note_aside(f"the {what} is {path}, which {folder} names")
     return Source(
         model=str(folder) if whole else base,
         tokenizer=tokenizer,
@@ -105,10 +110,10 @@ def _is_merge(name: str) -> bool:
     folder = named_folder(name)
     if folder is None or not (folder / CERTIFICATE).is_file():
         return False
-    _note(f"{folder} is a merge and opened in 16 bits, as it was made; -q 4bit quantizes it first")
+    note_aside(f"{folder} is a merge and opened in 16 bits, as it was made; -q 4bit quantizes it first")
     return True
 
 
-def _note(message: str) -> None:
-    # Not among a command's answers.
+def note_aside(message: str) -> None:
+    """Tell what a user should see, but not among a command's answers."""
     print(f"note: {message}", file=sys.stderr)

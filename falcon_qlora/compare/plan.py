@@ -56,16 +56,14 @@ def plan(
     names: Sequence[str],
     recipes: Sequence[str],
     learning_rates: Sequence[str],
-    not_for_training: Sequence[str],
 ) -> list[Planned]:
     """The settings of each method.
 
     Args:
-        given: the settings that the user gave, by name.
+        given: the settings for training that the user gave, by name.
         names: of METHODS, in order, each once.
         recipes: ``METHOD=RECIPE`` for those that are not to take their own.
         learning_rates: ``METHOD=RATE``, likewise.
-        not_for_training: settings that `train` does not get.
 
     Raises:
         UserError: for a method that is not known.
@@ -77,8 +75,7 @@ def plan(
     for flag, pairs in (("--recipes", recipe_of), ("--learning_rates", rate_of)):
         for name in pairs.keys() - set(chosen):
             raise UserError(f"{flag}: {name} is not among --methods")
-    for_training = {key: value for key, value in given.items() if key not in not_for_training}
-    for key in for_training:
+    for key in given:
         if not any(_concerns(key, name) for name in chosen):
             raise UserError(f"--{key} does nothing with --methods {','.join(chosen)}")
     planned = []
@@ -88,7 +85,7 @@ def plan(
         if "dataset_name" in given and name not in recipe_of:
             # The recipes say what the reference's rows are; these are others.
             settings |= {"dataset_format": "auto", "template": "auto"}
-        settings |= {key: value for key, value in for_training.items() if _concerns(key, name)}
+        settings |= {key: value for key, value in given.items() if _concerns(key, name)}
         if name in rate_of:
             settings["learning_rate"] = rate_of[name]
         planned.append(Planned(name=name, settings=settings))

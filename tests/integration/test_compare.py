@@ -222,7 +222,6 @@ def test_flags_of_one_method_reach_that_one_alone() -> None:
         names=split(["lora, full ,", "adapter"]),
         recipes=["full=my.yaml"],
         learning_rates=["lora=0.5"],
-        not_for_training=[],
     )
     assert {method.name: method.words for method in planned} == {
         "lora": (

@@ -101,10 +101,10 @@ def before_generate(folder: Path) -> None:
 
 
 def before_eval(folder: Path) -> None:
-    adapter = base_and_adapter.adapter_folder(str(folder))
-    run = RunDirectory.of_adapter(adapter)
     words = ["--adapter", str(folder)]
-    configuration, named = opening.parse_with_run(words, run, extra_arguments=evaluating.EvalArguments)
+    configuration, named, adapter, run = opening.parse_with_run(
+        words, extra_arguments=evaluating.EvalArguments
+    )
     source, _ = opening.source_of(configuration, adapter, named=named)
     held_out.data_record(run)
     base_and_adapter.tokenizer_of(source)
