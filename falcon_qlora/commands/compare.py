@@ -14,17 +14,16 @@ import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any
 
 from falcon_qlora import config
-from falcon_qlora.commands.train import LaunchArguments
+from falcon_qlora.commands.train import LaunchArguments, stop_signals_to
 from falcon_qlora.commands.words import split
 from falcon_qlora.common.errors import EXIT_BUG, EXIT_USER_ERROR, UserError
 from falcon_qlora.common.settings import setting
 from falcon_qlora.compare import plan, report
 from falcon_qlora.compare.plan import METHODS, Planned
 from falcon_qlora.config import Configuration
-from falcon_qlora.processes.launcher import STOP_SIGNALS
 from falcon_qlora.run_folder.choose import choose
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal.library_logging import quiet_libraries
@@ -86,7 +85,9 @@ def main(argv: list[str]) -> int:
         _check_earlier(folder, configurations, ours.gpus)
     done: list[report.Compared] = []
     failed = False
-    with _Child() as child:
+    child = _Child()
+    # All along: a signal between two methods, too, must find how to go on told.
+    with stop_signals_to(child.take):
         for number, method in enumerate(planned, 1):
             print(f"\n{method.name} ({number} of {len(planned)})", flush=True)
             reason: str | None = refused.get(method.name)
@@ -172,18 +173,8 @@ class _Child:
     def __init__(self) -> None:
         self.asked: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._handlers: dict[int, Any] = {}
 
-    def __enter__(self) -> Self:
-        # All along: a signal between two methods, too, must find how to go on told.
-        self._handlers = {number: signal.signal(number, self._take) for number in STOP_SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, earlier in self._handlers.items():
-            signal.signal(number, earlier)
-
-    def _take(self, number: int, frame: Any) -> None:
+    def take(self, number: int, frame: Any) -> None:
         self.asked = number
         # Ctrl-C reaches the child as well; what it makes of it decides.
         if self._process is not None and number != signal.SIGINT:

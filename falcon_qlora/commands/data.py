@@ -6,7 +6,7 @@ import itertools
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.settings import setting
@@ -17,6 +17,8 @@ from falcon_qlora.terminal.library_logging import quiet_libraries
 if TYPE_CHECKING:
     import numpy as np
     from rich.console import RenderableType
+
+    _Look = tuple[list[tuple[Any, Any]], list[RenderableType], np.ndarray, str]
 
 # Of a stream, which may have no end, so many documents are looked at.
 _STREAMED_DOCUMENTS = 1000
@@ -68,16 +70,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-class _Look(NamedTuple):
-    """What is shown of rows: some documents, what is told of all, their lengths, and the picture's name."""
-
-    documents: list[tuple[Any, Any]]
-    told: list[RenderableType]
-    lengths: np.ndarray
-    name: str
-
-
 def _look_at_corpora(configuration: Configuration, tokenizer: Any) -> _Look:
+    """Some documents, what is told of all, their lengths, and the picture's name."""
     from falcon_qlora.data import report
     from falcon_qlora.training import rows
 
@@ -98,7 +92,7 @@ def _look_at_corpora(configuration: Configuration, tokenizer: Any) -> _Look:
     if held_out is not None:
         told.append(report.summary(held_out, title="held out"))
     documents = [(row["input_ids"], row["mask"]) for row in shown]
-    return _Look(documents, told, corpus.lengths, corpus.fingerprint[:12])
+    return documents, told, corpus.lengths, corpus.fingerprint[:12]
 
 
 def _look_at_stream(configuration: Configuration, tokenizer: Any) -> _Look:
@@ -124,4 +118,4 @@ def _look_at_stream(configuration: Configuration, tokenizer: Any) -> _Look:
     targets = sum(int(mask[1:].sum()) for _, mask in documents)
     first = f"the stream's first {len(documents):,} documents: {lengths.sum():,} tokens, {targets:,} trained"
     told = "\n".join([first, *(f"{name.replace('_', ' ')}: {count:,}" for name, count in counts.items())])
-    return _Look(documents[: configuration.extra.show], [told], lengths, "stream")
+    return documents[: configuration.extra.show], [told], lengths, "stream"

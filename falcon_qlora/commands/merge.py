@@ -188,20 +188,20 @@ def _request(source: Source, wanted: MergeArguments, folder: Path) -> Request:
 def _origin(
     configuration: Configuration, request: Request, run: RunDirectory | None, record: dict[str, Any]
 ) -> Origin:
-    from falcon_qlora.merge.certificate import Origin, commit_of, licence_of
+    from falcon_qlora.merge.certificate import Origin, licence_of
     from falcon_qlora.methods.adapter_folder import TENSORS
     from falcon_qlora.training.held_out import data_record
 
-    config, adapter = request.checkpoint.config, request.adapter
+    config, adapter, base = request.checkpoint.config, request.adapter, request.base_folder
     resolved = configuration.resolved() if run is not None else {}
     shown = [*configuration.method.flags(), *_SHOWN_SETTINGS]
     fingerprint = data_record(run).get("fingerprint")
     return Origin(
         base_model=request.checkpoint.name,
         base_revision=configuration.model.model_revision,
-        base_commit=commit_of(request.base_folder),
+        base_commit=base.name if base is not None and base.parent.name == "snapshots" else None,
         base_layout=f"{config.num_hidden_layers} blocks of {config.hidden_size}",
-        licence=licence_of(request.checkpoint.name, request.base_folder),
+        licence=licence_of(request.checkpoint.name, base),
         quantization=request.quantize_mode,
         template=record.get("template"),
         datasets=list(resolved.get("dataset_name", [])),

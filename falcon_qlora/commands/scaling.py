@@ -7,7 +7,6 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -132,8 +131,7 @@ class _Bench:
         configuration = self.configuration
         given, another = configuration.explicit, scaling.COMMANDS[name].recipe is not None
         left_out = _SET | _NO_PART | (_OURS if another else frozenset())
-        groups = (configuration.model, configuration.data, configuration.run)
-        values = {field.name: getattr(group, field.name) for group in groups for field in fields(group)}
+        values = vars(configuration.model) | vars(configuration.data) | vars(configuration.run)
         values |= {"method": configuration.method.name, **configuration.method.flags()}
         values |= configuration.trainer
         passed: dict[str, Any] = {} if "logging_steps" in given else {"logging_steps": 1}

@@ -89,6 +89,17 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
             del os.environ[launcher.VARIABLE]
 
 
+@contextlib.contextmanager
+def stop_signals_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Within the block `handler` gets the signals that ask a process to stop."""
+    earlier = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, before in earlier.items():
+            signal.signal(number, before)
+
+
 class _StopOnce:
     """Passes the first signal on to the workers, which save and end; the second ends everything at once.
 
@@ -164,8 +175,8 @@ def _run_one(words: list[str], folder: Path) -> int:
         words: its module and what that is given.
         folder: of the marks that the launcher and the worker leave for each other.
     """
-    with _signals_to(_StopOnce(folder, _Ended)) as stop:
-        worker = None
+    worker, stop = None, _StopOnce(folder, _Ended)
+    with stop_signals_to(stop):
         try:
             # In a session of its own: Ctrl-C comes to the launcher alone, which passes it on.
             worker = subprocess.Popen([sys.executable, "-u", "-m", *words], start_new_session=True)
@@ -195,8 +206,9 @@ def _launch(torchrun_argv: list[str], folder: Path) -> int:
     # The agent reports every failure at length; the workers have said what there is to say.
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
+    stop = _StopOnce(folder, lambda number: SignalException("asked to stop", number))
     try:
-        with _signals_to(_StopOnce(folder, lambda number: SignalException("asked to stop", number))) as stop:
+        with stop_signals_to(stop):
             elastic_launch(config=launch_config, entrypoint=command)(*arguments)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
@@ -207,17 +219,6 @@ def _launch(torchrun_argv: list[str], folder: Path) -> int:
     finally:
         logging.disable(disabled)
     return 0
-
-
-@contextlib.contextmanager
-def _signals_to(stop: _StopOnce) -> Iterator[_StopOnce]:
-    """Have `stop` handle what asks a run to stop."""
-    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _status(codes: Mapping[int, int], folder: Path) -> int:

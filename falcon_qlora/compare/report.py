@@ -165,8 +165,7 @@ class Comparison:
         for name, (series, axis, title) in pictures.items():
             with replaced(folder / name) as temporary:
                 charts.draw_bars(series, temporary, axis=axis, title=f"{title}: {self.title}")
-        names = (TABLE, CSV, TIME_PICTURE, MEMORY_PICTURE)
-        return [folder / name for name in names if (folder / name).exists()]
+        return [folder / name for name in (TABLE, CSV, *pictures) if (folder / name).exists()]
 
     def csv(self) -> str:
         """Every row with all digits."""

@@ -124,13 +124,6 @@ class Certificate:
         write_json(folder / CERTIFICATE, {"format": _FORMAT, **asdict(self)})
 
 
-def commit_of(folder: Path | None) -> str | None:
-    """The commit of a folder in the hub's cache."""
-    if folder is None or folder.parent.name != "snapshots":
-        return None
-    return folder.name
-
-
 def licence_of(base_model: str, folder: Path | None) -> str | None:
     """The base's licence: as its model card says, else as it is known of the published models."""
     card = folder / "README.md" if folder is not None else None

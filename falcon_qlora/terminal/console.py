@@ -7,7 +7,7 @@ numbers go as plain lines, at most some fifty of them. What cannot be written th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from textwrap import indent
@@ -44,24 +44,17 @@ def patience(seconds: float = _PATIENCE_SECONDS) -> Iterator[Callable[[str], Non
     Args:
         seconds: after which it is said.
     """
-    timer: Timer | None = None
+    with ExitStack() as running:
 
-    def stop() -> None:
-        if timer is not None:
-            timer.cancel()
+        def doing(message: str) -> None:
+            running.close()
+            line = Text(f"{message} …", style="dim")
+            timer = Timer(seconds, lambda: console().print(line, soft_wrap=True))
+            timer.daemon = True
+            timer.start()
+            running.callback(timer.cancel)
 
-    def doing(message: str) -> None:
-        nonlocal timer
-        stop()
-        line = Text(f"{message} …", style="dim")
-        timer = Timer(seconds, lambda: console().print(line, soft_wrap=True))
-        timer.daemon = True
-        timer.start()
-
-    try:
         yield doing
-    finally:
-        stop()
 
 
 def print_start(rows: Sequence[tuple[str, str]], notes: Sequence[str]) -> None:
