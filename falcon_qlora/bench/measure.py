@@ -19,7 +19,6 @@ from falcon_qlora.bench.runners import Runner, Settings, build
 from falcon_qlora.bench.variants import Impossible, Pace, Variant
 from falcon_qlora.common.errors import UserError, one_line
 from falcon_qlora.common.quantities import GB
-from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.load import free_bytes, load_model
 from falcon_qlora.models.locate import open_checkpoint
 from falcon_qlora.models.sizes import weight_bytes
@@ -33,39 +32,24 @@ _SHARE_FOR_BASES = 0.25
 _OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One row to be measured.
-
-    Attributes:
-        variant: what.
-        tokens: of a micro batch.
-        batches: documents of each micro batch, taken in turn. For a variant that looks for the largest batch,
-            a single one of all documents there are.
-        whole: whether a round goes through all batches once instead of some steps.
-    """
-
-    variant: Variant
-    tokens: int
-    batches: Sequence[Sequence[Document]]
-    whole: bool = False
-
-
 @dataclass(kw_only=True)
 class Result:
-    """What became of an entry.
+    """A row that is measured, and what became of it.
 
     Attributes:
         model: its name.
         parameters: of the model, the head counted once.
-        entry: what was measured.
+        variant: what.
+        batches: documents of each micro batch, taken in turn. For a variant that looks for the largest batch,
+            one batch with as many documents as are ever tried.
+        micro_batch_tokens: room of a micro batch.
+        whole: whether a round goes through all batches once instead of some steps.
         seconds: of each round.
         tokens: real tokens of each round.
         steps: optimizer steps of each round.
         peak_allocated_gb, peak_reserved_gb: GB (10^9), the largest of all rounds; on the CPU both are the
             process's resident memory.
         loss: of the first step.
-        micro_batch_tokens: room of a micro batch.
         documents: of a micro batch, where the largest that fits was looked for.
         states_of_gpu: while it was timed.
         notes: for the reader.
@@ -75,7 +59,10 @@ class Result:
 
     model: str
     parameters: int
-    entry: Entry
+    variant: Variant
+    batches: Sequence[Sequence[Document]]
+    micro_batch_tokens: int
+    whole: bool = False
     seconds: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
@@ -86,7 +73,6 @@ class Result:
     states_of_gpu: list[Sample] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     failure: str | None = None
-    micro_batch_tokens: int
     kept: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -108,7 +94,7 @@ class Bench:
 
     Args:
         model: a name, see `load_model`.
-        entries: what to measure, in the order of the table.
+        results: what to measure, in the order of the table.
         settings: common to all variants.
         pace: how long.
         device: where.
@@ -119,7 +105,7 @@ class Bench:
     """
 
     model: str
-    entries: Sequence[Entry]
+    results: list[Result]
     settings: Settings
     pace: Pace
     device: torch.device
@@ -127,18 +113,13 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.config = open_checkpoint(self.model).config
-        parameters = layout_of(self.config).parameter_count()
-        self.results = [
-            Result(model=self.model, parameters=parameters, entry=entry, micro_batch_tokens=entry.tokens)
-            for entry in self.entries
-        ]
         self._deadline = time.perf_counter() + 60 * self.pace.minutes
         self._bases: dict[str, Any] = {}
         self._base_bytes: dict[str, int] = {}
         self.interrupted = False
 
     def run(self) -> list[Result]:
-        """Measure everything; the results in the order of the entries.
+        """Measure everything; the results in the order of the table.
 
         A KeyboardInterrupt ends it: what was measured by then is in the results, and `interrupted` is set.
         """
@@ -163,7 +144,7 @@ class Bench:
                 "only variants on the same weights alternate"
             )
         for number, group in enumerate(groups):
-            members = [result for result in self.results if result.entry.variant.base in group]
+            members = [result for result in self.results if result.variant.base in group]
             self._load(group, members)
             for turn in range(self.pace.rounds):
                 if turn and time.perf_counter() > self._deadline:
@@ -180,7 +161,7 @@ class Bench:
                     result.note("not in the same rounds as the first row")
 
     def _groups(self) -> list[list[str]]:
-        variants = {result.entry.variant.base: result.entry.variant for result in self.results}
+        variants = {result.variant.base: result.variant for result in self.results}
         sizes = [weight_bytes(self.config, variant.quantize_mode) for variant in variants.values()]
         if self.device.type != "cuda" or sum(sizes) <= _SHARE_FOR_BASES * free_bytes(self.device):
             return [list(variants)]
@@ -190,9 +171,9 @@ class Bench:
         for base in group:
             started = time.perf_counter()
             before = devices.allocated(self.device)
-            on_it = [result for result in members if result.entry.variant.base == base]
+            on_it = [result for result in members if result.variant.base == base]
             try:
-                self._bases[base] = self._loaded(on_it[0].entry.variant)
+                self._bases[base] = self._loaded(on_it[0].variant)
             except (UserError, Impossible, torch.OutOfMemoryError) as error:
                 for result in on_it:
                     result.failure = one_line(error)
@@ -214,10 +195,10 @@ class Bench:
         )
 
     def _turn(self, result: Result, turn: int) -> None:
-        if not result.entry.variant.largest_batch:
-            result.failure = self._attempt(result, result.entry.batches, turn)
+        if not result.variant.largest_batch:
+            result.failure = self._attempt(result, result.batches, turn)
             return
-        documents = result.entry.batches[0]
+        documents = result.batches[0]
         # Memory is what is searched for; a CPU has plenty, and would be driven into its swap.
         tried = LARGEST_BATCHES if self.device.type == "cuda" else LARGEST_BATCHES[3:]
         for count in [result.documents] if turn else tried:
@@ -246,19 +227,19 @@ class Bench:
         # Only here: the exception held what the step had on the device.
         free_memory()
         if failure:
-            say(f"{result.model} {result.entry.variant.name}: {failure}")
+            say(f"{result.model} {result.variant.name}: {failure}")
         return failure
 
     def _measure(self, result: Result, batches: Sequence[Sequence[Document]], turn: int) -> None:
-        variant, pace = result.entry.variant, self.pace
+        variant, pace = result.variant, self.pace
         base = self._bases[variant.base]
         others = devices.allocated(self.device) - self._base_bytes[variant.base]
         devices.reset_peak(self.device)
         with build(variant, base, self.settings, result.kept) as runner:
             prepared = [runner.prepare(batch) for batch in batches]
-            steps = len(prepared) if result.entry.whole else pace.steps_a_round
+            steps = len(prepared) if result.whole else pace.steps_a_round
             warmup = max(1, pace.warmup - (1 if turn else 0))
-            if result.entry.whole:
+            if result.whole:
                 warmup = max(warmup, len(prepared))  # every shape has been seen
             first = turn * steps
             loss = _steps(runner, prepared, 0, warmup)[0]
@@ -276,7 +257,7 @@ class Bench:
         result.peak_allocated_gb = max(result.peak_allocated_gb, (allocated - others) / GB)
         result.peak_reserved_gb = max(result.peak_reserved_gb, (reserved - others) / GB)
         result.loss = float(loss) if result.loss is None else result.loss
-        if not result.entry.whole:
+        if not result.whole:
             result.micro_batch_tokens = sum(len(ids) for ids, _ in batches[0])
         result.seconds.append(seconds)
         result.tokens.append(sum(len(ids) for batch in timed for ids, _ in batch))

@@ -100,13 +100,13 @@ def rows_of_steps(
     firsts: dict[str, Result | None] = {}
     for result in results:
         first = firsts.setdefault(result.model, None if result.failure else result)
-        ceiling = ceilings.get((result.model, result.entry.variant.compute_dtype))
+        ceiling = ceilings.get((result.model, result.variant.compute_dtype))
         made.append(_row_of_steps(result, first, machine, ceiling))
     return made
 
 
 def _row_of_steps(result: Result, first: Result | None, machine: Machine, ceiling: float | None) -> Row:
-    variant = result.entry.variant
+    variant = result.variant
     row = _new_row(machine) | {
         "gpus": 1,
         "model": result.model,

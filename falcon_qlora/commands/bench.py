@@ -5,6 +5,7 @@ With ``--gpus`` whole commands on several GPUs instead, see `commands.scaling`.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import signal
@@ -26,7 +27,7 @@ from falcon_qlora.methods.lora import Lora
 from falcon_qlora.terminal.library_logging import quiet_libraries
 
 if TYPE_CHECKING:
-    from falcon_qlora.bench.measure import Entry, Result
+    from falcon_qlora.bench.measure import Result
 
 _DOCUMENT_TOKENS = 512
 _BY_VARIANT = "quantize_mode compute_dtype checkpointing kernels lora_dropout packing padding".split()
@@ -170,8 +171,8 @@ def _bench(
     ceilings: dict[tuple[str, str], float | None] = {}
     try:
         for model in models:
-            entries = _entries(configuration, model, variants, sizes, pace)
-            bench = Bench(model, entries, settings=settings, pace=pace, device=device, log=log)
+            rows = _rows(configuration, model, variants, sizes, pace)
+            bench = Bench(model, rows, settings=settings, pace=pace, device=device, log=log)
             for dtype in {variant.compute_dtype for variant in variants}:
                 ceiling = product_ceiling(device, bench.config.hidden_size, sizes[0], dtype)
                 ceilings[model, dtype] = ceiling
@@ -196,26 +197,28 @@ def _bench(
     return 130 if bench.interrupted else status
 
 
-def _entries(
+def _rows(
     configuration: Configuration,
     model: str,
     variants: list[Variant],
     sizes: list[int],
     pace: Pace,
-) -> list[Entry]:
+) -> list[Result]:
     from falcon_qlora.bench.documents import in_batches, made_up, same_rows
-    from falcon_qlora.bench.measure import LARGEST_BATCHES, Entry
+    from falcon_qlora.bench.measure import LARGEST_BATCHES, Result
+    from falcon_qlora.models.layouts import layout_of
     from falcon_qlora.models.locate import open_checkpoint
     from falcon_qlora.models.tokenizer import check_vocabulary
     from falcon_qlora.training import rows
 
     length, seed = configuration.data.max_length, configuration.run.seed
-    vocabulary = open_checkpoint(model).config.vocab_size
-    entries = []
+    config = open_checkpoint(model).config
+    row = functools.partial(Result, model=model, parameters=layout_of(config).parameter_count())
+    made = []
     if "dataset_name" in configuration.explicit:
         configuration.model.model_name_or_path = model
         tokenizer = rows.load_tokenizer(configuration.model)
-        check_vocabulary(tokenizer, vocabulary, name=model)
+        check_vocabulary(tokenizer, config.vocab_size, name=model)
         corpus, _ = rows.corpora(configuration.data, tokenizer, seed=seed)
         for tokens in sizes:
             packed, padded = same_rows(
@@ -223,16 +226,16 @@ def _entries(
             )
             for variant in variants:
                 batches = packed if variant.padding is None else padded
-                entries.append(Entry(variant=variant, tokens=tokens, batches=batches, whole=True))
-        return entries
+                made.append(row(variant=variant, micro_batch_tokens=tokens, batches=batches, whole=True))
+        return made
     count = max(2 * max(sizes) // length, max(LARGEST_BATCHES))
-    documents = made_up(count, length, vocabulary, seed=seed)
+    documents = made_up(count, length, config.vocab_size, seed=seed)
     for variant in variants:
         # Another tool's way has one batch size; ours is measured at every size.
         for tokens in sizes[:1] if variant.engine else sizes:
             batches = [documents] if variant.largest_batch else in_batches(documents, tokens // length)
-            entries.append(Entry(variant=variant, tokens=tokens, batches=batches))
-    return entries
+            made.append(row(variant=variant, micro_batch_tokens=tokens, batches=batches))
+    return made
 
 
 def _models(configuration: Configuration) -> list[str]:

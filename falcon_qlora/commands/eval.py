@@ -64,7 +64,11 @@ def main(argv: list[str]) -> int:
     else:
         rows_are_named = "dataset_name" in named and "eval_split" not in named
         figures = _measure(configuration, source, run, all_rows=rows_are_named)
-    _tell(figures)
+    width = max(len(name) for name in figures) + 2
+    for name, value in figures.items():
+        shown = f"{value:.4f}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+        label = name if " " in name else name.replace("_", " ")  # a task's name stays as it is
+        print_plain(f"{label.ljust(width)}{shown}")
     if wanted.results:
         write_json(Path(wanted.results), figures)
     return 0
@@ -148,11 +152,3 @@ def _run_tasks(configuration: Configuration, source: Source, words: list[str]) -
         for name, value in numbers.items()
         if isinstance(value, int | float)
     }
-
-
-def _tell(figures: dict[str, Any]) -> None:
-    width = max(len(name) for name in figures) + 2
-    for name, value in figures.items():
-        shown = f"{value:.4f}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
-        label = name if " " in name else name.replace("_", " ")  # a task's name stays as it is
-        print_plain(f"{label.ljust(width)}{shown}")

@@ -70,8 +70,18 @@ class _Bench:
             raise UserError("--whole_run begins with an empty cache; leave --cache_dir out")
         assert wanted.gpus is not None
         self.gpus = sorted(numbers("--gpus", wanted.gpus))
-        self.modes = _modes(configuration)
-        self.work = _work(configuration)
+        self.modes = names("--quantize_modes", wanted.quantize_modes or [configuration.model.quantize_mode])
+        for mode in self.modes:
+            if mode not in (known := get_args(Mode)):
+                raise UserError(f"--quantize_modes: {mode!r} is not one of {', '.join(known)}")
+        tokens, *more = numbers("--tokens", wanted.tokens)
+        if more:
+            raise UserError("--tokens: with --gpus one size of a micro batch, please")
+        self.work = Work(
+            tokens=WHOLE_TOKENS if wanted.whole_run and "tokens" not in given else tokens,
+            document=configuration.data.max_length,
+            global_tokens=wanted.global_tokens if wanted.fixed == "global" else None,
+        )
         self.warmup = WARMUP if wanted.warmup is None else wanted.warmup
         asked = configuration.run.max_steps if "max_steps" in given else None
         # Those of a whole run all count.
@@ -79,6 +89,7 @@ class _Bench:
         self.machine = Machine.of(environment_of_a_child(), wanted.commit)
         self.until = math.inf if wanted.minutes is None else time.monotonic() + 60 * wanted.minutes
         self.measured: list[Measured] = []
+        self.on_one_gpu: dict[tuple[str, str, str], Measured] = {}
         self.rows: list[dict[str, Any]] = []
 
     def measure_all(self, folder: Path, whole_runs: Any) -> None:
@@ -156,8 +167,12 @@ class _Bench:
         return scaling.measure(row, steps=steps, warmup=warmup, on_gpu=visible > 0, environment=environment)
 
     def _add(self, measured: Measured, note: str) -> None:
+        row = measured.row
         self.measured.append(measured)
-        one = next((each for each in self.measured if _same_on_one_gpu(each, measured)), None)
+        recipe = (row.label, row.model, row.quantize_mode)
+        if row.gpus == 1 and measured.failure is None:
+            self.on_one_gpu.setdefault(recipe, measured)
+        one = self.on_one_gpu.get(recipe)
         notes = [self._documents(), *filter(None, [note])]
         made = row_of_command(measured, one, machine=self.machine, notes=notes)
         self.rows.append(made)
@@ -194,32 +209,3 @@ class _Bench:
 
 class _Over(Exception):
     """The minutes are over before a row has begun."""
-
-
-def _same_on_one_gpu(each: Measured, measured: Measured) -> bool:
-    a, b = each.row, measured.row
-    same = (a.label, a.model, a.quantize_mode) == (b.label, b.model, b.quantize_mode)
-    return same and a.gpus == 1 and each.failure is None
-
-
-def _work(configuration: Configuration) -> Work:
-    wanted: BenchArguments = configuration.extra
-    sizes = numbers("--tokens", wanted.tokens)
-    if len(sizes) > 1:
-        raise UserError("--tokens: with --gpus one size of a micro batch, please")
-    return Work(
-        tokens=WHOLE_TOKENS if wanted.whole_run and "tokens" not in configuration.explicit else sizes[0],
-        document=configuration.data.max_length,
-        global_tokens=wanted.global_tokens if wanted.fixed == "global" else None,
-    )
-
-
-def _modes(configuration: Configuration) -> list[str]:
-    given = configuration.extra.quantize_modes
-    if given is None:
-        return [configuration.model.quantize_mode]
-    modes, known = names("--quantize_modes", given), get_args(Mode)
-    for mode in modes:
-        if mode not in known:
-            raise UserError(f"--quantize_modes: {mode!r} is not one of {', '.join(known)}")
-    return modes

@@ -15,7 +15,7 @@ from falcon_qlora.__main__ import main
 from falcon_qlora.bench import devices, runners
 from falcon_qlora.bench.documents import made_up, same_rows
 from falcon_qlora.bench.machine import Machine
-from falcon_qlora.bench.measure import Entry, Result
+from falcon_qlora.bench.measure import Result
 from falcon_qlora.bench.runners import Settings, build
 from falcon_qlora.bench.tables import points, ratio_interval, rows_of_steps
 from falcon_qlora.bench.variants import VARIANTS
@@ -87,12 +87,12 @@ def test_the_same_rows_are_packed_and_padded() -> None:
 
 
 def result(name: str, speeds: list[float], tokens: int = 8192, failure: str | None = None) -> Result:
-    entry = Entry(variant=VARIANTS[name], tokens=tokens, batches=[])
     return Result(
         model="random:falcon-7b",
         parameters=7_000_000_000,
         micro_batch_tokens=tokens,
-        entry=entry,
+        variant=VARIANTS[name],
+        batches=[],
         seconds=[tokens / speed for speed in speeds],
         tokens=[tokens] * len(speeds),
         steps=[1] * len(speeds),
