@@ -15,7 +15,7 @@ import torch
 from falcon_qlora.bench import devices, say
 from falcon_qlora.bench.documents import Document
 from falcon_qlora.bench.machine import GpuLog, Sample
-from falcon_qlora.bench.runners import Runner, Settings, build
+from falcon_qlora.bench.runners import OwnRunner, Settings, build
 from falcon_qlora.bench.variants import Impossible, Pace, Variant
 from falcon_qlora.common.errors import UserError, one_line
 from falcon_qlora.common.quantities import GB
@@ -269,5 +269,5 @@ class Bench:
         )
 
 
-def _steps(runner: Runner, prepared: Sequence[Any], first: int, count: int) -> list[torch.Tensor]:
+def _steps(runner: OwnRunner, prepared: Sequence[Any], first: int, count: int) -> list[torch.Tensor]:
     return [runner.step(prepared[(first + step) % len(prepared)]) for step in range(count)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,22 +41,6 @@ class Settings:
     learning_rate: float = 2e-4
 
 
-class Runner(Protocol):
-    """A model that is ready to train.
-
-    Attributes:
-        notes: what a reader of its row should know, such as that it fell back.
-    """
-
-    notes: list[str]
-
-    def prepare(self, documents: Sequence[Document]) -> Any:
-        """One micro batch of these documents, on the device, as `step` takes it."""
-
-    def step(self, inputs: Any) -> Tensor:
-        """Forward, backward, clipping and the optimizer's step; the mean loss over the target tokens."""
-
-
 def adapted(base: Any, variant: Variant, settings: Settings) -> Any:
     """LoRA on all linears of `base`, whose second matrices are not zero, the same for every variant."""
     with base.device:  # made where they will be: on the CPU it takes seconds, and every turn does it again
@@ -71,7 +55,7 @@ def adapted(base: Any, variant: Variant, settings: Settings) -> Any:
 
 
 @contextmanager
-def build(variant: Variant, base: Any, settings: Settings, kept: dict[str, Any]) -> Iterator[Runner]:
+def build(variant: Variant, base: Any, settings: Settings, kept: dict[str, Any]) -> Iterator[OwnRunner]:
     """Make `variant` of a loaded base model; the base is as it was when the block ends.
 
     Args:
@@ -118,7 +102,11 @@ def build(variant: Variant, base: Any, settings: Settings, kept: dict[str, Any])
 
 @dataclass
 class OwnRunner:
-    """This project's step: one micro batch, packed or padded, as the trainer computes it."""
+    """This project's step: one micro batch, packed or padded, as the trainer computes it.
+
+    Attributes:
+        notes: what a reader of its row should know, such as that it fell back.
+    """
 
     model: Any
     variant: Variant
@@ -134,6 +122,7 @@ class OwnRunner:
         self.model.train()
 
     def prepare(self, documents: Sequence[Document]) -> MicroBatch:
+        """One micro batch of these documents, on the device, as `step` takes it."""
         pad_to = None
         if self.variant.padding is not None:
             longest = max(len(ids) for ids, _ in documents)
@@ -146,6 +135,7 @@ class OwnRunner:
             return sum_of_losses(self.model, inputs) / len(inputs.targets)
 
     def step(self, inputs: MicroBatch) -> Tensor:
+        """Forward, backward, clipping and the optimizer's step; the mean loss over the target tokens."""
         loss = self.loss(inputs)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._parameters, self.settings.max_grad_norm)

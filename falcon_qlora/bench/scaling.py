@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from falcon_qlora.bench import say
-from falcon_qlora.common.errors import UserError, nearest
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.fp8 import fp8_excludes
 from falcon_qlora.common.quantities import GB, GIB
 from falcon_qlora.common.untrusted import of_a_run, read_json
@@ -155,21 +155,6 @@ class Row:
         positions = self.work.document if self.recipe else self.work.packed
         words += [*self.command.flags, *self.work.flags(positions), "--max_steps", str(steps), *self.flags]
         return [*words, "--save_strategy", "no", "--report_to", "none", "--output_dir", str(output)]
-
-
-def choose(names: Sequence[str] | None) -> list[str]:
-    """The rows of these names, in this order; all for None.
-
-    Raises:
-        UserError: for an unknown name.
-    """
-    for name in names or ():
-        if name not in COMMANDS:
-            raise UserError(
-                f"--variants: with --gpus there is no {name!r}{nearest(name, COMMANDS)}; there are "
-                f"{', '.join(COMMANDS)}"
-            )
-    return list(dict.fromkeys(COMMANDS if names is None else names))
 
 
 @dataclass(kw_only=True)

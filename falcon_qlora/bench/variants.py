@@ -26,7 +26,8 @@ class Engine:
 
     Attributes:
         name: the tool's.
-        build: in the place of `runners.build`, with its arguments.
+        build: in the place of `runners.build`, with its arguments; what it yields has `prepare`, `step` and
+            `notes` as `runners.OwnRunner` has them.
         load: makes weights of its own from a model's name, `Settings` and the device; None: they are those of
             `load_model`.
     """

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from falcon_qlora import config
+from falcon_qlora.checkpoint import manifest
 from falcon_qlora.commands.train import LaunchArguments, stop_signals_to
 from falcon_qlora.commands.words import split
 from falcon_qlora.common.errors import EXIT_BUG, EXIT_USER_ERROR, UserError
@@ -207,10 +208,12 @@ def _train(method: Planned, folder: Path, child: _Child, *, overwrite: bool) -> 
     elif directory.summary_file.exists():
         print(f"trained already: {directory}", flush=True)
         return 0, None
-    elif plan.can_go_on(directory):
-        where["resume"] = "latest"
-    elif directory.holds_run():
-        where["overwrite"] = True
+    else:
+        checkpoint, _ = manifest.newest_whole(directory.checkpoints)
+        if checkpoint is not None and manifest.read_manifest(checkpoint).get("resumable"):
+            where["resume"] = "latest"
+        elif directory.holds_run():
+            where["overwrite"] = True
     if child.asked is not None:
         return 128 + child.asked, None
     command = [sys.executable, "-m", "falcon_qlora", "train", *config.as_words(method.settings | where)]

@@ -51,7 +51,12 @@ def main(argv: list[str]) -> int:
         description="Answer prompts with a quantized Falcon and a trained adapter.",
     )
     wanted: GenerateArguments = configuration.extra
-    _check(wanted)
+    if wanted.prompt and wanted.prompt_file:
+        raise UserError("--prompt and --prompt_file: give one of them")
+    if wanted.chat and (wanted.prompt or wanted.prompt_file or wanted.compare):
+        raise UserError("--chat asks for its own prompts: leave out --prompt, --prompt_file and --compare")
+    if wanted.compare and not wanted.adapter:
+        raise UserError("--compare needs --adapter: it answers without the adapter and with it")
     folder = adapter_folder(wanted.adapter) if wanted.adapter else None
     prompts = _prompts(wanted)
 
@@ -169,15 +174,6 @@ def prompt_ids(template: Template, turns: list[Turn], tokenizer: Any) -> list[in
             start = end + len(segment.text)
         end += len(segment.text)
     return ids + encoded(text[start:])
-
-
-def _check(wanted: GenerateArguments) -> None:
-    if wanted.prompt and wanted.prompt_file:
-        raise UserError("--prompt and --prompt_file: give one of them")
-    if wanted.chat and (wanted.prompt or wanted.prompt_file or wanted.compare):
-        raise UserError("--chat asks for its own prompts: leave out --prompt, --prompt_file and --compare")
-    if wanted.compare and not wanted.adapter:
-        raise UserError("--compare needs --adapter: it answers without the adapter and with it")
 
 
 def _prompts(wanted: GenerateArguments) -> list[str] | None:

@@ -21,13 +21,12 @@ from falcon_qlora.common.errors import UserError, one_line
 from falcon_qlora.common.files import sha256
 from falcon_qlora.common.record_files import CERTIFICATE, without_format
 from falcon_qlora.common.untrusted import file_beside, is_count, read_json, refuse_links
-from falcon_qlora.merge.folder import parameter_shapes
+from falcon_qlora.merge.folder import altered_tensors, parameter_shapes
 from falcon_qlora.methods.adapter_folder import CONFIG, RECORD, TENSORS, read_adapter, read_record
 from falcon_qlora.methods.open_adapter import may_open
 from falcon_qlora.methods.table import method_from, method_named
 from falcon_qlora.models.checkpoints import RANDOM, parameter_reader, parse_random, read_folder_config
 from falcon_qlora.models.locate import is_on_hub, packaged_folder
-from falcon_qlora.models.tensor_files import tensor_hash
 from falcon_qlora.run_folder.directory import RunDirectory
 
 _STATE = "trainer_state.json"
@@ -251,7 +250,8 @@ def _merge(folder: Path) -> Inspection:
     if not isinstance(hashes, dict):
         found.faults.append(f"{folder / CERTIFICATE} lists no tensors")
     elif not found.faults:
-        found.faults += _hash_faults(folder, hashes)
+        for name in altered_tensors(folder, read_folder_config(folder), hashes):
+            found.faults.append(f"{name} is not what the certificate is about: it was altered")
     if "files" in certificate:  # certificates of before say nothing of them
         found.collect(_file_faults(folder / CERTIFICATE, certificate["files"]))
     return found
@@ -264,14 +264,6 @@ _OF_MERGES = {
     "template": "template",
     "licence": "licence",
 }
-
-
-def _hash_faults(folder: Path, hashes: dict[str, Any]) -> Iterator[str]:
-    config = read_folder_config(folder)
-    read = parameter_reader(folder, config)
-    for name in parameter_shapes(config):
-        if tensor_hash(read(name)) != hashes.get(name):
-            yield f"{name} is not what the certificate is about: it was altered"
 
 
 def _file_faults(certificate: Path, files: Any) -> Iterator[str]:

@@ -12,12 +12,12 @@ from typing import Any, get_args
 
 from falcon_qlora.bench import documents, say, scaling
 from falcon_qlora.bench.machine import Machine, environment_of_a_child
-from falcon_qlora.bench.scaling import Measured, Row, Work
+from falcon_qlora.bench.scaling import COMMANDS, Measured, Row, Work
 from falcon_qlora.bench.tables import append_csv, commands_in_markdown, row_of_command, series
 from falcon_qlora.bench.variants import Mode
 from falcon_qlora.commands.bench import BenchArguments, status_of
 from falcon_qlora.commands.words import names, numbers
-from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.quantities import counted
 from falcon_qlora.config import Configuration, as_words
 
@@ -65,7 +65,13 @@ class _Bench:
         self.configuration, self.models = configuration, models
         self.wanted: BenchArguments = configuration.extra
         wanted, given = self.wanted, configuration.explicit
-        self.names = scaling.choose(None if wanted.variants is None else names("--variants", wanted.variants))
+        self.names = names("--variants", wanted.variants or list(COMMANDS))
+        for name in self.names:
+            if name not in COMMANDS:
+                raise UserError(
+                    f"--variants: with --gpus there is no {name!r}{nearest(name, COMMANDS)}; there are "
+                    f"{', '.join(COMMANDS)}"
+                )
         if wanted.whole_run and "cache_dir" in given:
             raise UserError("--whole_run begins with an empty cache; leave --cache_dir out")
         assert wanted.gpus is not None
@@ -140,7 +146,7 @@ class _Bench:
     def _passed_on(self, name: str) -> list[str]:
         """What the user gave for the runs, as flags again."""
         configuration = self.configuration
-        given, another = configuration.explicit, scaling.COMMANDS[name].recipe is not None
+        given, another = configuration.explicit, COMMANDS[name].recipe is not None
         left_out = _SET | _NO_PART | (_OURS if another else frozenset())
         values = vars(configuration.model) | vars(configuration.data) | vars(configuration.run)
         values |= {"method": configuration.method.name, **configuration.method.flags()}

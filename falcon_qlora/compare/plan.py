@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from falcon_qlora.checkpoint import manifest
 from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.files import plain
 from falcon_qlora.config import Configuration, as_words, to_be_written
@@ -134,12 +133,6 @@ def read_alike(run: Path, configuration: Configuration) -> bool:
             for name in ("global_batch_size", "gradient_accumulation_steps"):
                 settings.pop(name, None)
     return before == now
-
-
-def can_go_on(directory: RunDirectory) -> bool:
-    """Whether a run has a whole checkpoint with all that training needs."""
-    checkpoint, _ = manifest.newest_whole(directory.checkpoints)
-    return checkpoint is not None and bool(manifest.read_manifest(checkpoint).get("resumable"))
 
 
 def _rows_of(configuration: Configuration) -> dict[str, object]:

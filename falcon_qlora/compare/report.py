@@ -11,7 +11,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from falcon_qlora.common.files import replaced, write_text
 from falcon_qlora.common.quantities import GB, GIB
@@ -19,6 +19,9 @@ from falcon_qlora.common.untrusted import of_a_run
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal import charts
 from falcon_qlora.terminal.tables import markdown_table
+
+Bar = tuple[str, float, str]
+"""A bar of a picture: its label, its height, and what stands above it."""
 
 TABLE, CSV = "comparison.md", "comparison.csv"
 TIME_PICTURE, MEMORY_PICTURE = "training-time.png", "memory-requirements.png"
@@ -95,14 +98,6 @@ PUBLISHED = [
 ]
 
 
-class Bar(NamedTuple):
-    """A bar of a picture: its height, and what stands above it."""
-
-    label: str
-    height: float
-    text: str
-
-
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """The rows and what they were made from.
@@ -147,7 +142,7 @@ class Comparison:
             figures["June 2023, A100"] = [row for row in PUBLISHED if row.method in methods]
         return {
             series: [
-                Bar(row.method, high, text(row)) for row in rows if (high := getattr(row, height)) is not None
+                (row.method, high, text(row)) for row in rows if (high := getattr(row, height)) is not None
             ]
             for series, rows in figures.items()
         }

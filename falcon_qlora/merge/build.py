@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.common.files import replaced_folder, sha256, write_text
+from falcon_qlora.common.files import replaced_folder, sha256, write_json, write_text
+from falcon_qlora.common.record_files import CERTIFICATE
 from falcon_qlora.data.packing import MicroBatch
 from falcon_qlora.inference.evaluation import (
     Predictions,
@@ -20,9 +21,10 @@ from falcon_qlora.inference.evaluation import (
     token_losses,
 )
 from falcon_qlora.merge import card
-from falcon_qlora.merge.certificate import Certificate, HeldOut, Measured, Origin
+from falcon_qlora.merge.certificate import FORMAT, Certificate, HeldOut, Measured, Origin
 from falcon_qlora.merge.folder import (
     DTYPES,
+    altered_tensors,
     copy_tokenizer,
     parameter_shapes,
     write_configuration,
@@ -30,9 +32,9 @@ from falcon_qlora.merge.folder import (
 )
 from falcon_qlora.merge.tensors import Onto, merged_tensors
 from falcon_qlora.methods.adapter_folder import SavedAdapter
-from falcon_qlora.models.checkpoints import Checkpoint, parameter_reader
+from falcon_qlora.models.checkpoints import Checkpoint
 from falcon_qlora.models.quantize import QuantizeMode
-from falcon_qlora.models.tensor_files import tensor_hash, write_model
+from falcon_qlora.models.tensor_files import write_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +116,11 @@ def merge(
             measured[onto] = Measured(
                 loss=loss, loss_increase=loss - adapter_loss, **divergence(reference, predicted)
             )
-            _check_stored(request, folder / onto, hashes[onto])
+            # Read back: what lies on the disk is what was computed.
+            for name in altered_tensors(folder / onto, request.checkpoint.config, hashes[onto]):
+                raise UserError(
+                    f"{name} lies on the disk otherwise than it was written: is the disk in order?"
+                )
         best = _choose(request, measured, adapter_loss)
         for file in (folder / best).iterdir():
             file.rename(folder / file.name)
@@ -134,7 +140,7 @@ def merge(
                 file.name: sha256(file) for file in sorted(folder.iterdir()) if file.suffix != ".safetensors"
             },
         )
-        certificate.write(folder)
+        write_json(folder / CERTIFICATE, {"format": FORMAT, **asdict(certificate)})
         write_text(folder / "README.md", card.render(certificate))
     return certificate
 
@@ -157,14 +163,6 @@ def _write(request: Request, folder: Path, onto: Onto) -> dict[str, str]:
     write_generation_config(folder, config, request.base_folder)
     copy_tokenizer(folder, request.tokenizer_folder)
     return hashes
-
-
-def _check_stored(request: Request, folder: Path, hashes: dict[str, str]) -> None:
-    """Read every tensor back: what lies on the disk is what was computed."""
-    read = parameter_reader(folder, request.checkpoint.config)
-    for name, expected in hashes.items():
-        if tensor_hash(read(name)) != expected:
-            raise UserError(f"{name} lies on the disk otherwise than it was written: is the disk in order?")
 
 
 def _choose(request: Request, measured: dict[Onto, Measured], adapter_loss: float) -> Onto:

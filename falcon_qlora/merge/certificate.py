@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from falcon_qlora.common.files import write_json
-from falcon_qlora.common.record_files import CERTIFICATE
 from falcon_qlora.merge.tensors import Onto
 
-_FORMAT = 1
+FORMAT = 1
 _CARD_LIMIT = 2**16
 _LICENCE = re.compile(r"---\n(?:[^\n]*\n)*?license: *([\w.-]+) *\n")
 _APACHE = re.compile(
@@ -119,9 +117,6 @@ class Certificate:
     max_kl_divergence: float
     tensors: Mapping[str, str]
     files: Mapping[str, str]
-
-    def write(self, folder: Path) -> None:
-        write_json(folder / CERTIFICATE, {"format": _FORMAT, **asdict(self)})
 
 
 def licence_of(base_model: str, folder: Path | None) -> str | None:

@@ -8,6 +8,7 @@ word).
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from falcon_qlora.common.files import free_bytes, try_to_write, write_json
 from falcon_qlora.common.quantities import gib
 from falcon_qlora.common.record_files import CERTIFICATE
 from falcon_qlora.common.untrusted import read_json
+from falcon_qlora.models.checkpoints import parameter_reader
 from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.load import empty_model
+from falcon_qlora.models.tensor_files import tensor_hash
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -40,6 +43,12 @@ def parameter_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     """Name → shape of what a folder of this model holds; a head tied to the embedding is not stored."""
     tied, model = layout_of(config).tied, empty_model(config, dtype=torch.float32)
     return {name: tuple(p.shape) for name, p in model.named_parameters() if name not in tied}
+
+
+def altered_tensors(folder: Path, config: PreTrainedConfig, hashes: Mapping[str, Any]) -> Iterator[str]:
+    """The names of the tensors in the folder of a model whose bytes are not those of `hashes`."""
+    read = parameter_reader(folder, config)
+    return (name for name in parameter_shapes(config) if tensor_hash(read(name)) != hashes.get(name))
 
 
 def write_configuration(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> None:

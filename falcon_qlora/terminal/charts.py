@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,8 +29,7 @@ def draw_loss(metrics: Sequence[Mapping[str, Any]], file: Path, *, title: str = 
     rate = _series(metrics, "learning_rate")
     if not train and not held_out:
         return
-    figure = _figure(title)
-    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    figure, (losses, rates) = _figure(title, nrows=2, sharex=True, height_ratios=[3, 1])
     if train:
         steps, values = zip(*train, strict=True)
         many = len(values) > 20
@@ -40,14 +39,12 @@ def draw_loss(metrics: Sequence[Mapping[str, Any]], file: Path, *, title: str = 
     if held_out:
         losses.plot(*zip(*held_out, strict=True), color=_EVAL, marker="o", markersize=4, label="held out")
     losses.set_ylabel("loss (nats per target token)")
-    losses.grid(alpha=0.3)
     losses.legend(frameon=False)
     if rate:
         rates.plot(*zip(*rate, strict=True), color=_RATE)
     rates.set(xlabel="step", ylabel="learning rate")
     rates.set_ylim(bottom=0)
     rates.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
-    rates.grid(alpha=0.3)
     _write(figure, file)
 
 
@@ -71,7 +68,8 @@ def draw_speed_and_memory(
     series: dict[str, list[tuple[float, float]]] = {}
     for label, memory_gb, speed in points:
         series.setdefault(label, []).append((memory_gb, speed))
-    figure, axes = _axes(title, "peak memory allocated, GB", "tokens/s", width=10)
+    figure, axes = _figure(title, width=10)
+    axes.set(xlabel="peak memory allocated, GB", ylabel="tokens/s")
     # Names beside the points would lie upon each other: they have numbers, the fastest the first.
     fastest_first = sorted(series.items(), key=lambda item: -max(speed for _, speed in item[1]))
     for number, (label, unsorted) in enumerate(fastest_first, start=1):
@@ -101,7 +99,8 @@ def draw_scaling(series: Mapping[str, Sequence[tuple[int, float]]], file: Path, 
     """
     if not series:
         return
-    figure, axes = _axes(title, "GPUs", "samples/s (512 tokens)")
+    figure, axes = _figure(title)
+    axes.set(xlabel="GPUs", ylabel="samples/s (512 tokens)")
     counts = sorted({gpus for points in series.values() for gpus, _ in points})
     for label, unsorted in series.items():
         points = sorted(unsorted)
@@ -131,7 +130,9 @@ def draw_bars(
     series = {name: bars for name, bars in series.items() if bars}
     if not series:
         return
-    figure, axes = _axes(title, "", axis, grid="y")
+    figure, axes = _figure(title)
+    axes.grid(visible=False, axis="x")
+    axes.set_ylabel(axis)
     labels = list(dict.fromkeys(label for bars in series.values() for label, _, _ in bars))
     width = 0.8 / len(series)
     for place, ((name, bars), color) in enumerate(
@@ -148,27 +149,19 @@ def draw_bars(
     _write(figure, file)
 
 
-def _axes(
-    title: str, along: str, up: str, *, width: float = 8, grid: Literal["both", "y"] = "both"
-) -> tuple[Figure, Any]:
-    figure = _figure(title, width)
-    axes = figure.subplots()
-    axes.set(xlabel=along, ylabel=up)
-    axes.grid(axis=grid, alpha=0.3)
-    return figure, axes
-
-
-def _figure(title: str, width: float = 8) -> Figure:
+def _figure(title: str, *, width: float = 8, **layout: Any) -> tuple[Figure, Any]:
+    """A figure and what `Figure.subplots` makes of `layout`, each with a grid."""
     # Without this, the first picture on a machine announces that fonts are being looked for.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, 5.2), layout="constrained")
-    FigureCanvasAgg(figure)
     if title:
         figure.suptitle(title, fontsize=11)
-    return figure
+    axes = figure.subplots(**layout)
+    for each in figure.axes:
+        each.grid(alpha=0.3)
+    return figure, axes
 
 
 def _write(figure: Figure, file: Path) -> None:
