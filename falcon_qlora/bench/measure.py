@@ -237,7 +237,7 @@ class Bench:
         devices.reset_peak(self.device)
         with build(variant, base, self.settings, result.kept) as runner:
             prepared = [runner.prepare(batch) for batch in batches]
-            steps = len(prepared) if result.whole else pace.steps_a_round
+            steps = len(prepared) if result.whole else pace.steps
             warmup = max(1, pace.warmup - (1 if turn else 0))
             if result.whole:
                 warmup = max(warmup, len(prepared))  # every shape has been seen

@@ -187,11 +187,6 @@ class Measured:
     peak_gb: float = 0.0
     kept: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def parameters(self) -> int:
-        """Of the base, the head counted once."""
-        return int(self.kept["summary"]["total_parameters"] - self.kept["summary"]["trainable_parameters"])
-
 
 def measure(
     row: Row,

@@ -174,10 +174,12 @@ def row_of_command(
     said = [measured.failure] if measured.failure else []
     if not measured.failure:
         speed = measured.tokens_per_second
+        last, of_run = measured.kept["last"], measured.kept["summary"]
+        parameters = of_run["total_parameters"] - of_run["trainable_parameters"]
         made |= {
             "tokens_per_second": round(speed),
             "samples_per_second_512": round(measured.samples_per_second, 2),
-            "tflops_4n": round(4 * measured.parameters * speed / 1e12, 3),
+            "tflops_4n": round(4 * parameters * speed / 1e12, 3),
             "peak_reserved_gb": round(measured.peak_gb, 2),
             "step_ms": round(1e3 * measured.step_seconds, 1),
         }
@@ -185,7 +187,6 @@ def row_of_command(
             made["ratio_to_first"] = _ratio(speed, one_gpu.tokens_per_second)
             said.append("ratio to one GPU")
         low, high = (f"{1e3 * seconds:,.0f}" for seconds in measured.step_range)
-        last, of_run = measured.kept["last"], measured.kept["summary"]
         said += [
             f"{measured.timed_steps} of {measured.steps} steps timed, {low} to {high} ms each",
             f"packing efficiency {last.get('packing_efficiency', 1.0):.3f}",

@@ -81,19 +81,15 @@ class Pace:
 
     Attributes:
         rounds: how often every variant has its turn.
-        steps: timed steps of a variant, over all rounds.
+        steps: timed steps of a variant in a round.
         warmup: untimed steps before the timed ones of a first round; later ones have one less.
         minutes: after these no further round begins.
     """
 
     rounds: int = 5
-    steps: int = 10
+    steps: int = 2
     warmup: int = 3
     minutes: float = math.inf
-
-    @property
-    def steps_a_round(self) -> int:
-        return math.ceil(self.steps / self.rounds)
 
 
 def _ours() -> Iterator[Variant]:

@@ -222,7 +222,7 @@ def _rows(
         corpus, _ = rows.corpora(configuration.data, tokenizer, seed=seed)
         for tokens in sizes:
             packed, padded = same_rows(
-                corpus, tokens=tokens, max_length=length, batches=pace.steps_a_round, seed=seed
+                corpus, tokens=tokens, max_length=length, batches=pace.steps, seed=seed
             )
             for variant in variants:
                 batches = packed if variant.padding is None else padded
@@ -265,4 +265,5 @@ def _pace(configuration: Configuration, sizes: list[int]) -> Pace:
             )
     steps = configuration.run.max_steps if "max_steps" in configuration.explicit else 10
     minutes = math.inf if wanted.minutes is None else wanted.minutes
-    return Pace(rounds=min(wanted.rounds, steps), steps=steps, warmup=warmup, minutes=minutes)
+    rounds = min(wanted.rounds, steps)
+    return Pace(rounds=rounds, steps=math.ceil(steps / rounds), warmup=warmup, minutes=minutes)

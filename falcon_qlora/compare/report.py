@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import functools
 import io
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -232,17 +233,14 @@ def _row(run: Compared) -> Row:
 
 def _speed_after_first(metrics: Sequence[Mapping[str, Any]]) -> float | None:
     """Tokens/s over all logged intervals but the first, or over that where there is no other."""
-    intervals, before = [], 0
-    for line in metrics:
-        if line.get("tokens_per_second"):
-            tokens = line["tokens"] - before
-            intervals.append((tokens, tokens / line["tokens_per_second"]))
-            before = line["tokens"]
+    lines = [{"tokens": 0}, *(line for line in metrics if line.get("tokens_per_second"))]
+    intervals = [
+        (line["tokens"] - before["tokens"], line["tokens_per_second"])
+        for before, line in itertools.pairwise(lines)
+    ]
     later = intervals[1:] or intervals
-    if not later:
-        return None
-    tokens, seconds = (sum(values) for values in zip(*later, strict=True))
-    return tokens / seconds
+    seconds = sum(tokens / speed for tokens, speed in later)
+    return sum(tokens for tokens, _ in later) / seconds if later else None
 
 
 def _of_gpus(row: Row) -> str:
