@@ -31,12 +31,6 @@ def made_up(count: int, length: int, vocabulary: int, *, seed: int) -> list[Docu
     return [(row, np.ones(length, dtype=bool)) for row in ids]
 
 
-def in_batches(documents: Sequence[Document], size: int) -> list[list[Document]]:
-    """Batches of `size` documents, in order; a smaller one only where it is the only one."""
-    batches = [list(documents[start : start + size]) for start in range(0, len(documents), size)]
-    return [batch for batch in batches if len(batch) == size] or batches
-
-
 def same_rows(
     corpus: Any, *, tokens: int, max_length: int, batches: int, seed: int
 ) -> tuple[list[list[Document]], list[list[Document]]]:

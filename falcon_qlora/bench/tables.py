@@ -7,7 +7,7 @@ import datetime
 import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -284,27 +284,30 @@ def _markdown(
     return "\n".join(lines).rstrip()
 
 
-def points(rows: Sequence[Row]) -> list[tuple[str, float, float]]:
-    """Label, peak GB allocated and tokens/s of each row that has figures; the label is the variant's."""
-    many_models = len({row["model"] for row in rows}) > 1
-    return [
-        (
-            (f"{row['model'].partition('?')[0]} " if many_models else "") + row["variant"],
-            row["peak_allocated_gb"],
-            row["tokens_per_second"],
-        )
-        for row in rows
-        if row["tokens_per_second"] != ""
-    ]
+Series = dict[str, list[tuple[float, float]]]
 
 
-def series(rows: Sequence[Row]) -> dict[str, list[tuple[int, float]]]:
-    """Label to GPUs and samples/s, of each recipe that has figures."""
-    many = len({(row["model"], row["quantize_mode"]) for row in rows}) > 1
-    found: dict[str, list[tuple[int, float]]] = {}
+def speed_over_memory(rows: Sequence[Row]) -> Series:
+    """Label → peak GB allocated and tokens/s, of each variant that has figures."""
+    return _series(
+        rows,
+        "peak_allocated_gb",
+        "tokens_per_second",
+        lambda row: f"{row['model'].partition('?')[0]} ",
+    )
+
+
+def speed_over_gpus(rows: Sequence[Row]) -> Series:
+    """Label → GPUs and samples/s, of each recipe that has figures."""
+    return _series(rows, "gpus", "samples_per_second_512", "{model} {quantize_mode}, ".format_map)
+
+
+def _series(rows: Sequence[Row], x: str, y: str, kind: Callable[[Row], str]) -> Series:
+    """The label is the variant's name, behind its kind where there are several."""
+    many = len({kind(row) for row in rows}) > 1
+    found: Series = {}
     for row in rows:
-        if row["tokens_per_second"] == "":
-            continue
-        label = f"{row['model']} {row['quantize_mode']}, {row['variant']}" if many else row["variant"]
-        found.setdefault(label, []).append((row["gpus"], row["samples_per_second_512"]))
+        if row["tokens_per_second"] != "":
+            label = (kind(row) if many else "") + row["variant"]
+            found.setdefault(label, []).append((row[x], row[y]))
     return found

@@ -150,7 +150,7 @@ def _bench(
     from falcon_qlora.bench.machine import GpuLog, Machine
     from falcon_qlora.bench.measure import Bench
     from falcon_qlora.bench.runners import Settings
-    from falcon_qlora.bench.tables import points, rows_of_steps, steps_in_markdown
+    from falcon_qlora.bench.tables import rows_of_steps, speed_over_memory, steps_in_markdown
     from falcon_qlora.processes.devices import free_memory, local_device
     from falcon_qlora.run_folder.environment import collect_environment
     from falcon_qlora.terminal.charts import draw_speed_and_memory
@@ -192,7 +192,7 @@ def _bench(
     if wanted.plot:
         title = f"{machine.gpu}, {length}-token documents"
         peers = [variant.name for variant in variants if variant.engine]
-        draw_speed_and_memory(points(made), Path(wanted.plot), peers=peers, title=title)
+        draw_speed_and_memory(speed_over_memory(made), Path(wanted.plot), peers=peers, title=title)
     status = status_of([result.failure for result in results])
     return 130 if bench.interrupted else status
 
@@ -204,7 +204,7 @@ def _rows(
     sizes: list[int],
     pace: Pace,
 ) -> list[Result]:
-    from falcon_qlora.bench.documents import in_batches, made_up, same_rows
+    from falcon_qlora.bench.documents import made_up, same_rows
     from falcon_qlora.bench.measure import LARGEST_BATCHES, Result
     from falcon_qlora.models.layouts import layout_of
     from falcon_qlora.models.locate import open_checkpoint
@@ -233,7 +233,8 @@ def _rows(
     for variant in variants:
         # Another tool's way has one batch size; ours is measured at every size.
         for tokens in sizes[:1] if variant.engine else sizes:
-            batches = [documents] if variant.largest_batch else in_batches(documents, tokens // length)
+            size = len(documents) if variant.largest_batch else tokens // length
+            batches = [documents[at : at + size] for at in range(0, len(documents) - size + 1, size)]
             made.append(row(variant=variant, micro_batch_tokens=tokens, batches=batches))
     return made
 

@@ -11,10 +11,9 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from falcon_qlora import config
 from falcon_qlora.checkpoint import manifest
@@ -187,12 +186,13 @@ class _Child:
         if self.asked is not None:
             self._process.send_signal(self.asked)  # while it was being started
         told: list[str] = []
-        assert self._process.stderr is not None
-        reader = threading.Thread(target=_pass_on, args=(self._process.stderr, told), daemon=True)
-        reader.start()
+        for line in self._process.stderr or ():
+            text = line.decode(errors="replace")
+            print(text, end="", file=sys.stderr, flush=True)
+            told.append(text.rstrip())
+            del told[:-_REASON_LINES]
         status = self._process.wait()
         self._process = None
-        reader.join()
         return (128 - status if status < 0 else status), told
 
 
@@ -223,14 +223,6 @@ def _train(method: Planned, folder: Path, child: _Child, *, overwrite: bool) -> 
     if status == 0 and not directory.summary_file.exists():
         return 128 + signal.SIGINT, None  # asked to stop by another, it has saved itself and ended in order
     return status, _reason(told) if status else None
-
-
-def _pass_on(stream: IO[bytes], told: list[str]) -> None:
-    for line in stream:
-        text = line.decode(errors="replace")
-        print(text, end="", file=sys.stderr, flush=True)
-        told.append(text.rstrip())
-        del told[:-_REASON_LINES]
 
 
 def _reason(told: list[str]) -> str:

@@ -13,7 +13,7 @@ from typing import Any, get_args
 from falcon_qlora.bench import documents, say, scaling
 from falcon_qlora.bench.machine import Machine, environment_of_a_child
 from falcon_qlora.bench.scaling import COMMANDS, Measured, Row, Work
-from falcon_qlora.bench.tables import append_csv, commands_in_markdown, row_of_command, series
+from falcon_qlora.bench.tables import append_csv, commands_in_markdown, row_of_command, speed_over_gpus
 from falcon_qlora.bench.variants import Mode
 from falcon_qlora.commands.bench import BenchArguments, status_of
 from falcon_qlora.commands.words import names, numbers
@@ -210,7 +210,9 @@ class _Bench:
         what = f"{self.work.described()}, {self._documents()}"
         print(commands_in_markdown(self.rows, caption=f"{caption}; {what}."), flush=True)
         if self.wanted.plot:
-            draw_scaling(series(self.rows), Path(self.wanted.plot), title=f"{self.machine.gpu}: {what}")
+            draw_scaling(
+                speed_over_gpus(self.rows), Path(self.wanted.plot), title=f"{self.machine.gpu}: {what}"
+            )
 
 
 class _Over(Exception):

@@ -49,25 +49,22 @@ def draw_loss(metrics: Sequence[Mapping[str, Any]], file: Path, *, title: str = 
 
 
 def draw_speed_and_memory(
-    points: Sequence[tuple[str, float, float]],
+    series: Mapping[str, Sequence[tuple[float, float]]],
     file: Path,
     *,
     peers: Collection[str] = (),
     title: str = "",
 ) -> None:
-    """Draw tokens/s against peak memory as a PNG; points of one label are joined.
+    """Draw tokens/s against peak memory as a PNG; the points of a label are joined.
 
     Args:
-        points: label, GB (10^9 bytes) and tokens/s.
+        series: label to GB (10^9 bytes) and tokens/s.
         file: The PNG to write.
         peers: The last words of the labels that get another colour.
         title: A line above the picture.
     """
-    if not points:
+    if not series:
         return
-    series: dict[str, list[tuple[float, float]]] = {}
-    for label, memory_gb, speed in points:
-        series.setdefault(label, []).append((memory_gb, speed))
     figure, axes = _figure(title, width=10)
     axes.set(xlabel="peak memory allocated, GB", ylabel="tokens/s")
     # Names beside the points would lie upon each other: they have numbers, the fastest the first.
@@ -89,7 +86,7 @@ def draw_speed_and_memory(
     _write(figure, file)
 
 
-def draw_scaling(series: Mapping[str, Sequence[tuple[int, float]]], file: Path, *, title: str = "") -> None:
+def draw_scaling(series: Mapping[str, Sequence[tuple[float, float]]], file: Path, *, title: str = "") -> None:
     """Draw samples/s over GPUs as a PNG, each with the line that its fewest GPUs would give ideally.
 
     Args:

@@ -17,7 +17,7 @@ from falcon_qlora.bench.documents import made_up, same_rows
 from falcon_qlora.bench.machine import Machine
 from falcon_qlora.bench.measure import Result
 from falcon_qlora.bench.runners import Settings, build
-from falcon_qlora.bench.tables import points, ratio_interval, rows_of_steps
+from falcon_qlora.bench.tables import ratio_interval, rows_of_steps, speed_over_memory
 from falcon_qlora.bench.variants import VARIANTS
 from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.load import load_model
@@ -139,9 +139,9 @@ def test_a_picture_has_a_point_for_each_row_with_figures(tmp_path: Path) -> None
         result("ours-fp8", [], failure="fp8 needs a GPU"),
     ]
     made = rows_of_steps(results, MACHINE, {})
-    assert points(made) == [("reference", 10.0, 100), ("ours", 10.0, 200), ("ours", 10.0, 220)]
+    assert speed_over_memory(made) == {"reference": [(10.0, 100)], "ours": [(10.0, 200), (10.0, 220)]}
     assert made[1]["tflops_4n"] == pytest.approx(4 * 7e9 * 200 / 1e12)
-    draw_speed_and_memory(points(made), tmp_path / "picture.png")
+    draw_speed_and_memory(speed_over_memory(made), tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
