@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -95,7 +95,7 @@ class GpuLog:
             )
         except OSError:
             return
-        threading.Thread(target=self._read, daemon=True).start()
+        threading.Thread(target=self._read, args=[self._process.stdout], daemon=True).start()
 
     def close(self) -> None:
         if self._process is not None:
@@ -111,10 +111,8 @@ class GpuLog:
         ended = time.perf_counter()
         found += [each for each in self._samples if started <= each[0] <= ended]
 
-    def _read(self) -> None:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
+    def _read(self, lines: Iterable[str]) -> None:
+        for line in lines:
             try:
                 clock, power, temperature = (float(part) for part in line.split(","))
             except ValueError:

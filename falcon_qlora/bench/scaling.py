@@ -7,6 +7,7 @@ imports, loading and saving, are kept beside them.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -261,12 +262,13 @@ def read_run(row: Row, directory: RunDirectory, *, warmup: int) -> Measured:
         "kernels": directory.read_kernels(),
         "last": lines[-1] if lines else {},
     }
-    before = [{"step": 0, "tokens": 0}, *lines]
-    intervals = [
-        _interval(earlier, line)
-        for earlier, line in zip(before, lines, strict=False)
-        if earlier["step"] >= warmup
-    ]
+    intervals = []
+    for earlier, line in itertools.pairwise([{"step": 0, "tokens": 0}, *lines]):
+        if earlier["step"] >= warmup:
+            tokens = line["tokens"] - earlier["tokens"]
+            spent = tokens / line["tokens_per_second"]
+            computed = line["samples_per_second_512"] * spent
+            intervals.append((line["step"] - earlier["step"], tokens, computed, spent))
     if not intervals:
         return Measured(row=row, failure=f"not measured: no step was logged after the first {warmup}")
     steps, tokens, samples, seconds = (sum(column) for column in zip(*intervals, strict=True))
@@ -282,13 +284,6 @@ def read_run(row: Row, directory: RunDirectory, *, warmup: int) -> Measured:
         peak_gb=float(summary["peak_memory_gib"]) * GIB / GB,
         kept=kept,
     )
-
-
-def _interval(earlier: Mapping[str, Any], line: Mapping[str, Any]) -> tuple[int, float, float, float]:
-    """Steps, tokens, 512-position samples and seconds between two log lines."""
-    tokens = line["tokens"] - earlier["tokens"]
-    seconds = tokens / line["tokens_per_second"]
-    return line["step"] - earlier["step"], tokens, line["samples_per_second_512"] * seconds, seconds
 
 
 Run = Callable[[Row, int, int, dict[str, str]], Measured]

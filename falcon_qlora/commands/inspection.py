@@ -221,9 +221,7 @@ def base_config(name: str) -> PreTrainedConfig | None:
         return parse_random(name, 0).config
     if not name:
         return None
-    folder = packaged_folder(name)
-    if folder is None and Path(name).is_dir():
-        folder = Path(name)
+    folder = packaged_folder(name) or (Path(name) if Path(name).is_dir() else None)
     if folder is None and is_on_hub(name):
         cached = try_to_load_from_cache(name, "config.json")
         folder = Path(cached).parent if isinstance(cached, str) else None

@@ -51,8 +51,8 @@ class SampleAnswers(TrainerCallback):
         )
         shown = [(prompt, answer) for (prompt, _), answer in zip(self._prompts, answers, strict=True)]
         print_answers(title, shown)
-        records = (
+        records = [
             {"step": state.global_step, "prompt": prompt, "answer": answer} for prompt, answer in shown
-        )
+        ]
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         self._append(self._file, "".join(lines))
