@@ -290,10 +290,7 @@ Series = dict[str, list[tuple[float, float]]]
 def speed_over_memory(rows: Sequence[Row]) -> Series:
     """Label → peak GB allocated and tokens/s, of each variant that has figures."""
     return _series(
-        rows,
-        "peak_allocated_gb",
-        "tokens_per_second",
-        lambda row: f"{row['model'].partition('?')[0]} ",
+        rows, "peak_allocated_gb", "tokens_per_second", lambda row: f"{row['model'].partition('?')[0]} "
     )
 
 

@@ -138,11 +138,7 @@ def status_of(failures: Sequence[str | None]) -> int:
 
 
 def _bench(
-    configuration: Configuration,
-    models: list[str],
-    variants: list[Variant],
-    sizes: list[int],
-    pace: Pace,
+    configuration: Configuration, models: list[str], variants: list[Variant], sizes: list[int], pace: Pace
 ) -> int:
     import torch
 
@@ -198,11 +194,7 @@ def _bench(
 
 
 def _rows(
-    configuration: Configuration,
-    model: str,
-    variants: list[Variant],
-    sizes: list[int],
-    pace: Pace,
+    configuration: Configuration, model: str, variants: list[Variant], sizes: list[int], pace: Pace
 ) -> list[Result]:
     from falcon_qlora.bench.documents import made_up, same_rows
     from falcon_qlora.bench.measure import LARGEST_BATCHES, Result

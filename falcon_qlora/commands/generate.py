@@ -106,12 +106,10 @@ class _Speaker:
                 "more; --template none takes it as it is"
             )
         turns = [Turn("user", prompt)]
-        if not self.wanted.compare:
-            self._print("", turns)
-            return
-        with method_of(self.model).disabled(self.model):
-            self._print("base:    ", turns)
-        self._print("adapter: ", turns)
+        if self.wanted.compare:
+            with method_of(self.model).disabled(self.model):
+                self._print("base:    ", turns)
+        self._print("adapter: " if self.wanted.compare else "", turns)
 
     def chat(self) -> None:
         """Answer line after line, each with all turns before it."""

@@ -20,8 +20,7 @@ from falcon_qlora.inference.evaluation import (
     mean_loss,
     token_losses,
 )
-from falcon_qlora.merge import card
-from falcon_qlora.merge.certificate import FORMAT, Certificate, HeldOut, Measured, Origin
+from falcon_qlora.merge.certificate import FORMAT, Certificate, HeldOut, Measured, Origin, card
 from falcon_qlora.merge.folder import (
     DTYPES,
     altered_tensors,
@@ -141,7 +140,7 @@ def merge(
             },
         )
         write_json(folder / CERTIFICATE, {"format": FORMAT, **asdict(certificate)})
-        write_text(folder / "README.md", card.render(certificate))
+        write_text(folder / "README.md", card(certificate))
     return certificate
 
 

@@ -76,7 +76,6 @@ READERS = {
     "bench/devices.py": None,
     "bench/machine.py": None,
     "run_folder/model_card.py": None,
-    "merge/card.py": None,
 }
 _READS = re.compile(
     r"\b(read_(json|yaml|text|bytes)|parse_yaml|torch\.load|load_file|safe_open|from_pretrained|load_dataset|"
