@@ -30,40 +30,26 @@ def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
     check_rows(x, out)
     if x.numel():
-        block, options = _block(x)
-        _gelu[(x.shape[0] * triton.cdiv(x.shape[1], block),)](
-            x, out, x.stride(0), out.stride(0), x.shape[1], **options
-        )
+        grid, options = _programs(x)
+        _gelu[grid](x, out, x.stride(0), out.stride(0), x.shape[1], **options)
     return out
 
 
-def gelu_backward(
-    grad: Tensor, x: Tensor, out: Tensor | None = None, *, output: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """`ops.gelu_backward` in one pass.
-
-    Args:
-        grad, x, out: as there; `out` may be `x`, and `grad` where `output` is not.
-        output: ``[T, F]`` to write GELU's output into; None for `grad`. May be `x`, where `out` is not.
-    """
+def gelu_backward(grad: Tensor, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`ops.gelu_backward` in one pass; GELU's output takes the place of `grad`, and `out` may be `x`."""
     grad, x = contiguous_rows(grad), contiguous_rows(x)
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if output is None:
-        output = grad  # its memory is free when it has been read
-    check_rows(x, grad, out, output)
+    check_rows(x, grad, out)
     if x.numel():
-        block, options = _block(x)
-        _gelu_backward[(x.shape[0] * triton.cdiv(x.shape[1], block),)](
-            grad, x, out, output,
-            grad.stride(0), x.stride(0), out.stride(0), output.stride(0), x.shape[1], **options,
-        )  # fmt: skip
-    return out, output
+        grid, options = _programs(x)
+        _gelu_backward[grid](grad, x, out, grad.stride(0), x.stride(0), out.stride(0), x.shape[1], **options)
+    return out, grad
 
 
-def _block(x: Tensor) -> tuple[int, dict[str, int]]:
+def _programs(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
     block = min(_BLOCK, triton.next_power_of_2(x.shape[1]))
-    return block, {"BLOCK": block, "num_warps": _WARPS}
+    return (x.shape[0] * triton.cdiv(x.shape[1], block),), {"BLOCK": block, "num_warps": _WARPS}
 
 
 @triton.jit
@@ -100,14 +86,12 @@ def _gelu(
 
 @triton.jit
 def _gelu_backward(
-    grad_ptr,  # [T, F], rows grad_stride apart
+    grad_ptr,  # [T, F], rows grad_stride apart; takes GELU's output
     x_ptr,  # [T, F], rows x_stride apart
     dx_ptr,  # [T, F], rows dx_stride apart
-    y_ptr,  # [T, F], rows y_stride apart
     grad_stride,
     x_stride,
     dx_stride,
-    y_stride,
     features,  # F
     BLOCK: tl.constexpr,
 ):
@@ -116,4 +100,4 @@ def _gelu_backward(
     x = read(x_ptr, row * x_stride + column, mask)
     y, slope = gelu_and_slope(x)
     tl.store(dx_ptr + row * dx_stride + column, (grad * slope).to(dx_ptr.dtype.element_ty), mask=mask)
-    tl.store(y_ptr + row * y_stride + column, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(grad_ptr + row * grad_stride + column, y.to(grad_ptr.dtype.element_ty), mask=mask)
