@@ -254,12 +254,12 @@ def read_run(row: Row, directory: RunDirectory, *, warmup: int) -> Measured:
         warmup: steps that are not counted; log intervals that begin before their end are not either.
     """
     lines = [line for line in directory.read_metrics() if "tokens_per_second" in line]
-    summary = directory.read_summary()
+    summary = directory.read("summary")
     kept = {
         "summary": summary,
-        "environment": directory.read_environment(),
+        "environment": directory.read("environment"),
         "data": read_json(directory.data_file),
-        "kernels": directory.read_kernels(),
+        "kernels": directory.read("kernels"),
         "last": lines[-1] if lines else {},
     }
     intervals = []

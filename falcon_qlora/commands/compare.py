@@ -163,7 +163,7 @@ def _check_earlier(folder: Path, configurations: dict[str, Configuration], gpus:
         advice = f"give --overwrite, remove {directory}, or name another folder"
         if not plan.read_alike(directory.path, configuration):
             raise UserError(f"{directory} holds a run with other settings: {advice}")
-        if directory.summary_file.exists() and gpus not in (None, directory.read_summary()["world_size"]):
+        if directory.summary_file.exists() and gpus not in (None, directory.read("summary")["world_size"]):
             raise UserError(f"{directory} holds a run of another number of processes: {advice}")
 
 

@@ -133,7 +133,7 @@ def _run(run: RunDirectory) -> Inspection:
         found.add("data", ", ".join(counts))
         found.add("data's hash", data.get("fingerprint"))
     if run.summary_file.is_file():
-        summary = found.attempt(run.read_summary) or {}
+        summary = found.attempt(lambda: run.read("summary")) or {}
         losses = [_text(summary.get(name)) for name in ("first_loss", "final_loss")]
         if summary.get("first_loss") is not None:  # none was logged in a run shorter than --logging_steps
             summary["loss"] = " → ".join(losses)

@@ -223,7 +223,7 @@ def _check_recorded_loss(
     is_the_best = configuration.trainer.get("load_best_model_at_end")
     if not is_the_best or request.adapter.folder.name != run.adapter.name or not run.summary_file.is_file():
         return
-    recorded = run.read_summary().get("best_eval_loss")
+    recorded = run.read("summary").get("best_eval_loss")
     if isinstance(recorded, float) and not loss <= recorded + request.max_loss_increase:
         raise UserError(
             f"{request.adapter.folder} gives the loss {loss:.4f} on what its run held out, the run noted "

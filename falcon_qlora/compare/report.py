@@ -126,7 +126,7 @@ class Comparison:
     def on_gpus(self) -> bool:
         """Whether the runs were made on GPUs; if not, memory is what the processes held on the CPU."""
         done = [RunDirectory(run.folder) for run in self.compared if run.reason is None]
-        return any(directory.read_environment().get("gpus") for directory in done)
+        return any(directory.read("environment").get("gpus") for directory in done)
 
     def time_bars(self) -> dict[str, list[Bar]]:
         """Series → its bars: seconds per 1,000 samples."""
@@ -205,7 +205,7 @@ def _row(run: Compared) -> Row:
         return Row(method=run.method, reason=run.reason)
     with of_a_run(run.folder):
         directory = RunDirectory(run.folder)
-        summary, metrics = directory.read_summary(), directory.read_metrics()
+        summary, metrics = directory.read("summary"), directory.read_metrics()
         config = directory.read_config()
         samples, tokens = summary["samples"], summary["tokens"]
         speed = summary["tokens_per_second"]

@@ -93,7 +93,7 @@ def load_measured(source: Source, run: RunDirectory | None) -> tuple[Any, dict[s
 
     model, _ = load_adapted(source)
     enable_packing(model)
-    recorded = run.read_kernels() if run is not None and run.kernels_file.is_file() else {}
+    recorded = run.read("kernels") if run is not None and run.kernels_file.is_file() else {}
     left_alone = recorded and not any(runs_fast(str(what)) for what in recorded.values())
     if left_alone and not source.kernels_are_named:
         # Not always what would be chosen here: what is frozen now was trained then.

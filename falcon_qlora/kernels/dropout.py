@@ -13,20 +13,15 @@ from falcon_qlora.kernels import ops
 from falcon_qlora.kernels.low_rank import HASH_BITS, NO_DROPOUT, Dropout
 
 
-def drop(x: Tensor, dropout: Dropout | None) -> Tensor:
-    """``[T, C]``, rows any distance apart, with values left out; None leaves out none, and copies nothing."""
-    return x if dropout is None else dropped(x, dropout)
-
-
 @ops.or_triton("dropout_triton")
 def dropped(x: Tensor, dropout: Dropout) -> Tensor:
-    """A copy of ``[T, C]`` with values left out."""
+    """A copy of ``[T, C]``, rows any distance apart, with values left out."""
     return (x.float() * _factors(x, dropout)).to(x.dtype)
 
 
 @ops.or_triton("dropout_triton")
 def add_dropped(x: Tensor, left: Tensor, right: Tensor, dropout: Dropout | None) -> Tensor:
-    """Add ``left @ right`` to `x` where `drop` keeps a value, with its factor, in place.
+    """Add ``left @ right`` to `x` where `dropped` keeps a value, with its factor, in place.
 
     Args:
         x: ``[T, C]``, rows any distance apart.

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from falcon_qlora.kernels import ops
-from falcon_qlora.kernels.dropout import add_dropped, drop
+from falcon_qlora.kernels.dropout import add_dropped, dropped
 from falcon_qlora.kernels.low_rank import Dropout
 
 Adapter = tuple[Tensor | None, Tensor | None]  # A [r, in] and B [out, r], float32
@@ -104,7 +104,8 @@ class _Group:
 
     def _read(self, index: int, x: Tensor) -> Tensor:
         """What one linear's LoRA reads of `x`, ``[T, in]``."""
-        return drop(x, self.projections[index].dropout)
+        dropout = self.projections[index].dropout
+        return x if dropout is None else dropped(x, dropout)
 
     def _put_t(self, index: int, x: Tensor, low: Tensor) -> None:
         """Write one linear's t into its columns of ``[T, R]``."""

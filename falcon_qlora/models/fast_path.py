@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, cast
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,7 +31,6 @@ from falcon_qlora.models.blocks import falcon
 from falcon_qlora.models.blocks.attention import AttentionKernel
 from falcon_qlora.models.blocks.fast_block import (
     BlockFacts,
-    Family,
     Keep,
     MakeProducts,
     State,
@@ -42,8 +42,8 @@ from falcon_qlora.models.forward import enable_packing, pack_batches
 from falcon_qlora.models.layouts import causal_lm_in
 from falcon_qlora.models.packed_attention import takes_varlen
 
-_FAMILIES = {"falcon": cast(Family, falcon)}
-"""Families with fast blocks, by their configuration's ``model_type``."""
+_FAMILIES: dict[str, ModuleType] = {"falcon": falcon}
+"""Families with fast blocks, by their configuration's ``model_type``: each gives what `falcon` does."""
 
 _REFERENCE = "reference path: "
 
@@ -238,7 +238,7 @@ def apply_fast_path(
         state = State(kept, workspace, offload, attention, products)
         install(block, family.block_forward, state)
         if fp8_products:
-            state.products = Fp8.measure(_block(family, block, state))
+            state.products = Fp8.measure(family.block_and_adapters(block, state)[0])
     return report
 
 
@@ -246,12 +246,6 @@ def _told(decision: dict[str, str]) -> str:
     if decision["block"] == "reference":
         return f"{_REFERENCE}{decision['reason']}"
     return f"fast ({', '.join(f'{part}: {way}' for part, way in decision.items() if part != 'block')})"
-
-
-def _block(family: Family, block: nn.Module, state: State) -> Block:
-    parts = family.block_and_adapters(block, state)
-    assert parts is not None
-    return parts[0]
 
 
 def _gelu_products(base: PreTrainedModel) -> GeluProducts | None:
@@ -291,4 +285,4 @@ def _fp8_blocks(model: nn.Module) -> Iterator[tuple[Fp8, Block]]:
     for block in blocks_of(model):
         state = state_of(block)
         if family is not None and state is not None and isinstance(state.products, Fp8):
-            yield state.products, _block(family, block, state)
+            yield state.products, family.block_and_adapters(block, state)[0]

@@ -22,7 +22,7 @@ from falcon_qlora.models.layouts import causal_lm_in, layout_of
 from falcon_qlora.models.packed_attention import Sequences, packed_attention, rotate
 from falcon_qlora.models.scaled import head_loss
 
-_BEFORE = "_forward_before_packing"
+_BEFORE = "_replaced_forward"
 
 
 def enable_packing(model: nn.Module) -> None:
@@ -38,11 +38,11 @@ def enable_packing(model: nn.Module) -> None:
         model: of a known layout, as it is or inside PEFT's wrapper.
     """
     base = causal_lm_in(model)
-    if hasattr(base, _BEFORE):
+    if forward_is_replaced(base):
         return
     for module in _attentions(base):
-        _replace_forward(module, _attention_forward)
-    _replace_forward(base, _like(_model_forward, layout_of(base.config).model_class))
+        replace_forward(module, _attention_forward)
+    replace_forward(base, _like(_model_forward, layout_of(base.config).model_class))
 
 
 def pack_batches(model: nn.Module, *, on: bool = True) -> None:
@@ -58,10 +58,10 @@ def pack_batches(model: nn.Module, *, on: bool = True) -> None:
     """
     backbone = causal_lm_in(model).base_model
     forward = _like(_backbone_forward, layout_of(backbone.config).backbone_class)
-    if on and not hasattr(backbone, _BEFORE):
-        _replace_forward(backbone, forward)
-    elif not on and hasattr(backbone, _BEFORE):
-        _restore_forward(backbone, forward)
+    if on and not forward_is_replaced(backbone):
+        replace_forward(backbone, forward)
+    elif not on and forward_is_replaced(backbone):
+        restore_forward(backbone, forward, "enable_packing")
 
 
 def disable_packing(model: nn.Module) -> None:
@@ -71,12 +71,12 @@ def disable_packing(model: nn.Module) -> None:
         RuntimeError: if something else has wrapped a forward since; undo that first.
     """
     base = causal_lm_in(model)
-    if not hasattr(base, _BEFORE):
+    if not forward_is_replaced(base):
         return
     pack_batches(base, on=False)
-    _restore_forward(base, _like(_model_forward, layout_of(base.config).model_class))
+    restore_forward(base, _like(_model_forward, layout_of(base.config).model_class), "enable_packing")
     for module in _attentions(base):
-        _restore_forward(module, _attention_forward)
+        restore_forward(module, _attention_forward, "enable_packing")
 
 
 def _attentions(base: Any) -> list[nn.Module]:
@@ -84,15 +84,26 @@ def _attentions(base: Any) -> list[nn.Module]:
     return [module for module in base.modules() if isinstance(module, kind)]
 
 
-def _replace_forward(module: nn.Module, forward: Any) -> None:
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Have this one module run by `forward`, which may call `forward_before`."""
     # Bound methods and plain attributes, not closures: the model can still be deep-copied.
     setattr(module, _BEFORE, module.__dict__.get("forward"))
     module.forward = MethodType(forward, module)  # type: ignore[method-assign]
 
 
-def _restore_forward(module: nn.Module, forward: Any) -> None:
+def forward_is_replaced(module: nn.Module) -> bool:
+    """Whether `replace_forward` was called on a module, and not undone."""
+    return hasattr(module, _BEFORE)
+
+
+def restore_forward(module: nn.Module, forward: Callable[..., Any], since: str) -> None:
+    """Undo `replace_forward`, which the function `since` has called.
+
+    Raises:
+        RuntimeError: if something else has wrapped the module's forward since.
+    """
     if getattr(module.forward, "__func__", None) is not forward:
-        raise RuntimeError(f"the forward of {type(module).__name__} was wrapped after enable_packing")
+        raise RuntimeError(f"the forward of {type(module).__name__} was wrapped after {since}")
     before = getattr(module, _BEFORE)
     delattr(module, _BEFORE)
     del module.forward
@@ -100,9 +111,9 @@ def _restore_forward(module: nn.Module, forward: Any) -> None:
         module.forward = before  # type: ignore[method-assign]
 
 
-def _call_before(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    before = getattr(module, _BEFORE)
-    return type(module).forward(module, *args, **kwargs) if before is None else before(*args, **kwargs)
+def forward_before(module: nn.Module) -> Callable[..., Any]:
+    """The ``forward`` that `replace_forward` replaced."""
+    return getattr(module, _BEFORE) or functools.partial(type(module).forward, module)
 
 
 @functools.cache
@@ -126,7 +137,7 @@ def _model_forward(
     **kwargs: Any,
 ) -> Any:
     if sequences is None:
-        return _call_before(self, input_ids, *args, **kwargs)
+        return forward_before(self)(input_ids, *args, **kwargs)
     _refuse_what_packing_cannot_do(args, kwargs)
     assert input_ids is not None
     if input_ids.shape != sequences.position_ids.shape:
@@ -147,7 +158,7 @@ def _backbone_forward(self: Any, input_ids: Tensor | None = None, *args: Any, **
     if input_ids is not None and input_ids.numel() and not args and _may_be_packed(self, kwargs):
         documents = _documents_of(input_ids, kwargs.get("attention_mask"), kwargs.get("position_ids"))
     if input_ids is None or documents is None:
-        return _call_before(self, input_ids, *args, **kwargs)
+        return forward_before(self)(input_ids, *args, **kwargs)
     flat, sequences = documents
     packed = input_ids.flatten().index_select(0, flat)[None]
     hidden = final_norm(self)(run_blocks(self, packed, sequences))[0]
@@ -224,7 +235,7 @@ def run_block(block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Te
 def _attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     sequences = kwargs.get("attention_mask")
     if not isinstance(sequences, Sequences):
-        return _call_before(self, hidden_states, *args, **kwargs)
+        return forward_before(self)(hidden_states, *args, **kwargs)
     layout, bias = layout_of(self.config), kwargs.get("alibi")
     query, key, value = layout.heads(self, hidden_states)
     if bias is None:

@@ -91,7 +91,7 @@ def load_model(
         llm_int8_threshold=llm_int8_threshold,
     )
     _fill(model, checkpoint.tensors(model, device, dtype), device, dtype, source=checkpoint.name)
-    _finish(model, checkpoint.name, quantize_mode, device, dtype, double_quantization, llm_int8_threshold)
+    _finish(model, checkpoint.name, device)
     verify_quantized(model, quantize_mode)
     return model
 
@@ -188,6 +188,16 @@ def empty_model(
             if isinstance(module, layout.norm_class):
                 norm = layout.norm(module)
                 model.set_submodule(name, norm.float() if norms_in_float32 else norm.to(dtype))
+    if quantize_mode != "16bit":
+        # Read by model cards; says how the weights are stored.
+        model.config.quantization_config = BitsAndBytesConfig(
+            load_in_4bit=quantize_mode == "4bit",
+            load_in_8bit=quantize_mode == "8bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=double_quantization,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_threshold=llm_int8_threshold,
+        )
     return model
 
 
@@ -227,15 +237,7 @@ def _fill(
         )
 
 
-def _finish(
-    model: PreTrainedModel,
-    name: str,
-    mode: QuantizeMode,
-    device: torch.device,
-    dtype: torch.dtype,
-    double_quantization: bool,
-    llm_int8_threshold: float,
-) -> None:
+def _finish(model: PreTrainedModel, name: str, device: torch.device) -> None:
     """What the tensors do not bring: buffers, the tied head, and what other libraries read from a model."""
     model.base_model.rotary_emb = layout_of(model.config).rotary_embedding().to(device)
     model.tie_weights()
@@ -244,16 +246,6 @@ def _finish(
     model.config.use_cache = True
     model.config.name_or_path = model.name_or_path = name
     model.hf_device_map = {"": device.index if device.type == "cuda" else "cpu"}
-    if mode != "16bit":
-        # Read by model cards; says how the weights are stored.
-        model.config.quantization_config = BitsAndBytesConfig(
-            load_in_4bit=mode == "4bit",
-            load_in_8bit=mode == "8bit",
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=double_quantization,
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_threshold=llm_int8_threshold,
-        )
     for tensor_name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.device != device:
             raise RuntimeError(f"{tensor_name} is on {tensor.device}, not on {device}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -20,13 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-
-    _varlen_attn: Callable[..., Any] | None = varlen_attn
-except ImportError:
-    _varlen_attn = None
+from torch.nn.attention.varlen import varlen_attn
 
 
 @dataclass(frozen=True)
@@ -177,8 +171,7 @@ _WIDEST_HEAD = {(8, 6): 192, (8, 9): 192, (12, 0): 192}
 
 def takes_varlen(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float) -> bool:
     return (
-        _varlen_attn is not None
-        and device.type == "cuda"
+        device.type == "cuda"
         and dtype in (torch.bfloat16, torch.float16)
         and head_dim % 8 == 0
         and dropout == 0.0
@@ -194,16 +187,14 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 @lru_cache
 def _varlen_options() -> dict[str, Any]:
-    assert _varlen_attn is not None
     # Newer releases must be told that heads are shared; those before have no such argument.
-    shared = {"enable_gqa": True} if "enable_gqa" in inspect.signature(_varlen_attn).parameters else {}
+    shared = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     return {"window_size": (-1, 0), **shared}
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float) -> Tensor:
-    assert _varlen_attn is not None
     starts, longest = sequences.cu_seqlens, sequences.max_length
-    return _varlen_attn(query, key, value, starts, starts, longest, longest, scale=scale, **_varlen_options())
+    return varlen_attn(query, key, value, starts, starts, longest, longest, scale=scale, **_varlen_options())
 
 
 def _padded(

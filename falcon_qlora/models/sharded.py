@@ -46,9 +46,9 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule) or zero3.is_zero3(model)
 
 
-def whole_shape(parameter: Tensor) -> torch.Size:
-    """The shape of all parts of a parameter together."""
-    return zero3.whole_shape(parameter)  # a DTensor says it by itself
+def whole_shape(parameter: Any) -> torch.Size:
+    """The shape of all parts of a parameter together; a DTensor says it by itself."""
+    return torch.Size(parameter.ds_shape) if zero3.is_part(parameter) else parameter.shape
 
 
 def whole_tensors(model: nn.Module, *, wanted: bool) -> Iterator[tuple[str, Tensor]]:

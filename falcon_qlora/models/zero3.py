@@ -105,8 +105,12 @@ def start(model: nn.Module, optimizer: Optimizer, *, max_grad_norm: float) -> tu
     Returns:
         The engine, a module to train through; forward and backward must be its own. And the optimizer.
     """
-    deepspeed = _imported(on_cpu=next(model.parameters()).device.type == "cpu")
+    import deepspeed
+
     base = causal_lm_in(model)
+    if base.device.type == "cpu":
+        # It would compile an extension for sums over processes, which takes minutes and a compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # The loss reads the head's weight and does not call the head, which would bring it together.
     deepspeed.zero.register_external_parameter(base, base.get_output_embeddings().weight)
     engine, *_ = deepspeed.initialize(
@@ -137,23 +141,9 @@ def _settings(dtype: torch.dtype, *, max_grad_norm: float) -> dict[str, Any]:
     }
 
 
-def _imported(*, on_cpu: bool) -> Any:
-    import deepspeed
-
-    if on_cpu:
-        # It would compile an extension for sums over processes, which takes minutes and a compiler.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
-
-
 def is_part(parameter: Tensor) -> bool:
     """Whether the engine has taken a parameter."""
     return hasattr(parameter, "ds_tensor")
-
-
-def whole_shape(parameter: Any) -> torch.Size:
-    """Of a parameter, whole or in parts."""
-    return torch.Size(parameter.ds_shape) if is_part(parameter) else parameter.shape
 
 
 def read_whole(parameter: nn.Parameter) -> Tensor:

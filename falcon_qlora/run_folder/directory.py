@@ -26,7 +26,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -64,6 +64,7 @@ _FILES = (
     "trackers.json",
 )
 _FOLDERS = ("checkpoints", "adapter", "tensorboard", "wandb", "flight_record")
+Record = Literal["environment", "kernels", "summary"]
 LAUNCHER = ".launcher"  # in a fresh folder: which launcher made it
 _LARGEST_FIGURE = 1e300
 _FORMAT = 1  # of settings, environment, kernels and summary; without a number they are of the first
@@ -80,7 +81,6 @@ class RunDirectory:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.config_file = self.path / "config.yaml"
-        self.environment_file = self.path / "environment.json"
         self.data_file = self.path / "data.json"
         self.kernels_file = self.path / "kernels.json"
         self.metrics_file = self.path / "metrics.jsonl"
@@ -147,28 +147,18 @@ class RunDirectory:
         """
         return without_format(read_yaml(self.config_file), str(self.config_file), _FORMAT)
 
-    def write_environment(self, environment: Mapping[str, Any]) -> None:
-        _write_record(self.environment_file, environment)
+    def write(self, name: Record, record: Mapping[str, Any]) -> None:
+        """Write a record, with the number of its form."""
+        write_json(self.path / f"{name}.json", {"format": _FORMAT, **record})
 
-    def read_environment(self) -> dict[str, Any]:
-        return _read_record(self.environment_file)
+    def read(self, name: Record) -> dict[str, Any]:
+        """What `write` has written, the number of its form taken out again.
 
-    def write_data(self, record: Mapping[str, Any]) -> None:
-        """Write where the rows came from and what became of them."""
-        write_json(self.data_file, record)
-
-    def write_kernels(self, record: Mapping[str, Any]) -> None:
-        _write_record(self.kernels_file, record)
-
-    def read_kernels(self) -> dict[str, Any]:
-        """For each block's name what ran it, or why it was left alone."""
-        return _read_record(self.kernels_file)
-
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
-        _write_record(self.summary_file, summary)
-
-    def read_summary(self) -> dict[str, Any]:
-        return _read_record(self.summary_file)
+        Raises:
+            UserError: if it cannot be read, or was written by a later release in another form.
+        """
+        file = self.path / f"{name}.json"
+        return without_format(read_json(file), str(file), _FORMAT)
 
     def append_metrics(self, step: int, logs: Mapping[str, Any]) -> None:
         """Append one line for `step`: those of METRICS_FIELDS that `logs` has, if it has any.
@@ -212,15 +202,6 @@ class RunDirectory:
     def write_tracker_record(self, tracker: str, record: Mapping[str, Any]) -> None:
         everything = read_json(self.trackers_file) if self.trackers_file.exists() else {}
         write_json(self.trackers_file, {**everything, tracker: dict(record)})
-
-
-def _write_record(file: Path, record: Mapping[str, Any]) -> None:
-    write_json(file, {"format": _FORMAT, **record})
-
-
-def _read_record(file: Path) -> dict[str, Any]:
-    """What `_write_record` has written, the number of its form taken out again."""
-    return without_format(read_json(file), str(file), _FORMAT)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -1,9 +1,9 @@
-"""Trackers: Weights & Biases, TensorBoard, Trackio and what else Transformers knows.
+"""Trackers: Weights & Biases, TensorBoard and Trackio.
 
 They run on the main process alone. What is wrong with them before the run is an error (a package that is
 not there, a key that is rejected); whatever they do once it has started never stops it.
 
-    trackers = choose("wandb")                           # early: nothing is loaded yet
+    trackers = choose(["wandb"])                         # early: nothing is loaded yet
     trackers.start(directory=..., config=..., run_name=...)
     trainer = FalconTrainer(..., callbacks=[trackers.callback])
     trackers.finish(summary=..., adapter=...)
@@ -15,7 +15,8 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
-from falcon_qlora.common.errors import UserError, first_line, nearest
+from falcon_qlora.common.errors import UserError, first_line
 from falcon_qlora.common.files import plain
 from falcon_qlora.processes import ranks
 from falcon_qlora.run_folder.directory import RunDirectory
@@ -45,26 +46,20 @@ _REJECTED = re.compile(
 )
 
 
-def choose(report_to: str | Iterable[str] | None) -> Trackers:
+def choose(report_to: Sequence[str]) -> Trackers:
     """Check the trackers a user asked for, W&B's key included.
 
     Args:
-        report_to: Names as in TrainingArguments.report_to; None or ``"none"`` for no tracker, ``"all"``
-            for every one that is installed.
+        report_to: Names that `--report_to` takes; ``none`` is no tracker.
 
     Raises:
-        UserError: if a name is unknown, its package is not installed, or W&B rejects the key. On the main
-            process only; the others get no trackers.
+        UserError: if a package is not installed, or W&B rejects the key. On the main process only; the
+            others get no trackers.
     """
     if not ranks.is_main_process():
         return Trackers([], wandb_mode="disabled")
-    names = _names(report_to)
+    names = [name for name in dict.fromkeys(report_to) if name != "none"]
     for name in names:
-        if name not in INTEGRATION_TO_CALLBACK:
-            known = [*sorted(INTEGRATION_TO_CALLBACK), "none", "all"]
-            raise UserError(
-                f"--report_to {name}: no such tracker{nearest(name, known)}; known: {', '.join(known)}"
-            )
         if name not in get_available_reporting_integrations():
             raise UserError(f"--report_to {name}: it is not installed; pip install {name}")
     mode, reason = _wandb_mode() if "wandb" in names else ("disabled", "")
@@ -218,8 +213,8 @@ class Trackers:
         )
 
 
-class TrackersCallback(TrainerCallback):
-    """Passes the trainer's events on to the trackers and keeps their failures from it."""
+class TrackersCallback:
+    """Passes all of the trainer's events on to the trackers and keeps their failures from it."""
 
     def __init__(self) -> None:
         self._trackers: list[tuple[str, TrainerCallback]] = []
@@ -229,7 +224,12 @@ class TrackersCallback(TrainerCallback):
     def add(self, name: str, tracker: TrainerCallback) -> None:
         self._trackers.append((name, tracker))
 
-    def pass_on(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def __getattr__(self, event: str) -> Any:
+        if not event.startswith("on_"):
+            raise AttributeError(event)
+        return partial(self._pass_on, event)
+
+    def _pass_on(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give `event` to each tracker; warn once of one that raises, and drop it when it keeps on."""
         for name, tracker in list(self._trackers):
             try:
@@ -246,18 +246,6 @@ class TrackersCallback(TrainerCallback):
                     self._trackers.remove((name, tracker))
 
 
-def _pass_on(event: str) -> Callable[..., None]:
-    def method(self: TrackersCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.pass_on(event, args, state, control, **kwargs)
-
-    method.__name__ = event
-    return method
-
-
-for _event in [name for name in dir(TrainerCallback) if name.startswith("on_")]:
-    setattr(TrackersCallback, _event, _pass_on(_event))
-
-
 class _WandbCallback(WandbCallback):
     """Transformers' own, for a run that is open already and has its configuration."""
 
@@ -270,13 +258,6 @@ class _WandbCallback(WandbCallback):
         self._initialized = True
         self._wandb.define_metric("train/global_step")
         self._wandb.define_metric("*", step_metric="train/global_step", step_sync=True)
-
-
-def _names(report_to: str | Iterable[str] | None) -> list[str]:
-    names = [report_to] if isinstance(report_to, str) else list(report_to or [])
-    if "all" in names:
-        names = list(get_available_reporting_integrations())
-    return list(dict.fromkeys(name for name in names if name not in ("none", "")))
 
 
 def _wandb_mode() -> tuple[str, str]:
@@ -293,7 +274,7 @@ def _wandb_mode() -> tuple[str, str]:
     if mode in ("offline", "dryrun"):
         return "offline", "W&B's mode is offline"
     try:
-        found = verify_wandb_key()
+        found = wandb.login(verify=True, prompt=False)  # its server checks the key
     except wandb.errors.AuthenticationError as error:
         if _REJECTED.search(str(error)):
             raise UserError(
@@ -302,14 +283,3 @@ def _wandb_mode() -> tuple[str, str]:
             ) from error
         return "offline", "its server cannot be reached"
     return ("online", "") if found else ("offline", "no key; wandb login stores one")
-
-
-def verify_wandb_key() -> bool:
-    """Have W&B's server check the key it would use; False where there is no key.
-
-    Raises:
-        wandb.errors.AuthenticationError: if the key is rejected or the server cannot be reached.
-    """
-    import wandb
-
-    return wandb.login(verify=True, prompt=False)

@@ -97,7 +97,7 @@ def finish(
     _keep_adapter(directory, trainer, lambda folder: describe_adapter(folder, figures))
     if ranks.is_main_process():
         with _told_if_not_written(directory.summary_file):
-            directory.write_summary(figures)
+            directory.write("summary", figures)
         with _told_if_not_written(directory.loss_picture):
             directory.draw_loss(title=title)
         console.print_end(figures, directory.contents(), adapter=directory.adapter)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from falcon_qlora.common.files import write_json
 from falcon_qlora.common.quantities import counted, gib
 from falcon_qlora.common.version import VERSION
 from falcon_qlora.config import Configuration
@@ -53,9 +54,9 @@ def write_start(
     elif ranks.restart_count():
         forget_after(directory, 0)
     directory.write_config(configuration.resolved())
-    directory.write_environment(collect_environment(world_size=ranks.world_size()))
-    directory.write_data(data.record)
-    directory.write_kernels(kernels or {"all blocks": "reference path: --kernels off"})
+    directory.write("environment", collect_environment(world_size=ranks.world_size()))
+    write_json(directory.data_file, data.record)
+    directory.write("kernels", kernels or {"all blocks": "reference path: --kernels off"})
 
 
 def counts(model: Any) -> dict[str, int]:

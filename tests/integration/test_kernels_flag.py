@@ -58,10 +58,10 @@ def test_the_fast_path_trains_what_the_reference_path_trains(
     for one, other in zip(off[:4], auto[:4], strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=rel)
     assert auto[-1]["eval_loss"] == pytest.approx(off[-1]["eval_loss"], rel=rel)
-    kernels = RunDirectory(runs["auto"]).read_kernels()
+    kernels = RunDirectory(runs["auto"]).read("kernels")
     assert len(kernels) == 5
     assert all(what.startswith("fast") for what in kernels.values())
-    assert RunDirectory(runs["off"]).read_kernels() == {"all blocks": "reference path: --kernels off"}
+    assert RunDirectory(runs["off"]).read("kernels") == {"all blocks": "reference path: --kernels off"}
 
 
 @pytest.mark.parametrize(("method", "rate"), [("adapter", 1e-1), ("adapter_v2", 1e-2)])
@@ -75,7 +75,7 @@ def test_so_it_does_with_adapters(tmp_path: Path, method: str, rate: float) -> N
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
         assert other.get("eval_loss", 0) == pytest.approx(one.get("eval_loss", 0), rel=1e-4)
-    kernels = list(RunDirectory(runs["auto"]).read_kernels().values())
+    kernels = list(RunDirectory(runs["auto"]).read("kernels").values())
     assert len(kernels) == 5
     assert all(what.startswith("fast") for what in kernels)
     assert [("prefix: PyTorch" in what) for what in kernels] == [False, False, True, True, True]
@@ -94,7 +94,7 @@ def test_fp8_trains_what_bfloat16_trains(tmp_path: Path) -> None:
     losses = [metrics(run)[-1]["eval_loss"] for run in runs.values()]
     assert losses[1] == pytest.approx(losses[0], rel=0.03)  # after five steps, when it still falls fast
     assert losses[1] != losses[0]
-    kernels = RunDirectory(runs["fp8"]).read_kernels()
+    kernels = RunDirectory(runs["fp8"]).read("kernels")
     assert all("weights: NF4 dequantized to FP8" in what for what in kernels.values())
     with pytest.raises(UserError, match="--compute_dtype fp8: there is no FP8 on the CPU"):
         fine_tune(tmp_path / "refused", compute_dtype="fp8")
@@ -171,7 +171,7 @@ def test_eval_and_merge_measure_what_the_run_measured(
 
 def test_what_cannot_run_fast_says_why_and_is_refused_where_it_must(tmp_path: Path) -> None:
     run = fine_tune(tmp_path / "run", use_dora=True, max_steps=1)
-    kernels = RunDirectory(run).read_kernels()
+    kernels = RunDirectory(run).read("kernels")
     assert set(kernels.values()) == {"reference path: Dora instead of plain LoRA"}
     with pytest.raises(
         UserError, match=r"--kernels required: .*Dora instead of plain LoRA \(5 of 5 blocks\)"

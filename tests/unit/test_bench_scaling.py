@@ -14,6 +14,7 @@ from falcon_qlora.bench import documents, scaling
 from falcon_qlora.bench.scaling import Measured, Row, Work, read_run, reason
 from falcon_qlora.bench.tables import COLUMNS
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.files import write_json
 from falcon_qlora.config import parse
 from falcon_qlora.models.tokenizer import load_tokenizer
 from falcon_qlora.run_folder.directory import RunDirectory
@@ -99,10 +100,10 @@ def test_the_same_work_for_both(gpus: int) -> None:
 
 def test_speeds_are_those_of_the_steps_after_the_first(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
-    directory.write_summary({"steps": 5, "peak_memory_gib": 10.0})
-    directory.write_environment({})
-    directory.write_data({})
-    directory.write_kernels({})
+    directory.write("summary", {"steps": 5, "peak_memory_gib": 10.0})
+    directory.write("environment", {})
+    write_json(directory.data_file, {})
+    directory.write("kernels", {})
     # Steps 1 and 2 took ten seconds each; 3 and 4 two seconds each, 5 four, of 600 tokens in 1,024 positions.
     seconds = {1: 10, 2: 10, 4: 4, 5: 4}
     steps = {1: 1, 2: 1, 4: 2, 5: 1}

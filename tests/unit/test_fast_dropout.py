@@ -36,7 +36,7 @@ class SameOnes(torch.nn.Module):
         self.wanted, self.p = wanted, wanted.p
 
     def forward(self, x):
-        kept = dropout.drop(torch.ones_like(x[0]), self.wanted)
+        kept = dropout.dropped(torch.ones_like(x[0]), self.wanted)
         return x * kept
 
 

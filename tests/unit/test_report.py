@@ -40,9 +40,10 @@ def make_run(folder: Path, *, speeds: list[float], gpus: int, evaluations: dict[
             "compute_dtype": "bf16",
         }
     )
-    directory.write_environment({"gpus": [{"name": "a GPU"}] * gpus})
+    directory.write("environment", {"gpus": [{"name": "a GPU"}] * gpus})
     seconds = sum(100 / speed for speed in speeds)
-    directory.write_summary(
+    directory.write(
+        "summary",
         vars(
             Summary(
                 steps=len(speeds),
@@ -61,7 +62,7 @@ def make_run(folder: Path, *, speeds: list[float], gpus: int, evaluations: dict[
                 tokens=100 * len(speeds),
                 samples=4 * len(speeds),
             )
-        )
+        ),
     )
     directory.adapter.mkdir()
     (directory.adapter / "adapter_model.safetensors").write_bytes(bytes(2_500_000))

@@ -179,7 +179,7 @@ def test_config_is_yaml_that_reads_back_equal(tmp_path: Path) -> None:
 
 def test_summary_has_the_documented_fields(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
-    directory.write_summary(vars(SUMMARY))
+    directory.write("summary", vars(SUMMARY))
     documented = {
         "steps",
         "first_loss",
@@ -193,7 +193,7 @@ def test_summary_has_the_documented_fields(tmp_path: Path) -> None:
         "quantized_linears",
         "world_size",
     }
-    assert documented <= directory.read_summary().keys()
+    assert documented <= directory.read("summary").keys()
 
 
 RECORDS = ("summary", "environment", "kernels")
@@ -202,15 +202,14 @@ RECORDS = ("summary", "environment", "kernels")
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_record_tells_its_form_and_a_later_one_is_refused(tmp_path: Path, name: str) -> None:
     directory, file = RunDirectory(tmp_path), tmp_path / f"{name}.json"
-    getattr(directory, f"write_{name}")({"steps": 3})
-    read = getattr(directory, f"read_{name}")
+    directory.write(name, {"steps": 3})
     assert json.loads(file.read_text()) == {"format": 1, "steps": 3}
-    assert read() == {"steps": 3}
+    assert directory.read(name) == {"steps": 3}
     write_json(file, {"steps": 3})  # as releases before wrote it
-    assert read() == {"steps": 3}
+    assert directory.read(name) == {"steps": 3}
     write_json(file, {"format": 2, "steps": 3})
     with pytest.raises(UserError, match=rf"{name}\.json: format 2 is newer than this falcon_qlora reads"):
-        read()
+        directory.read(name)
 
 
 def test_metrics_are_one_line_a_log_step_with_the_documented_fields(tmp_path: Path) -> None:
@@ -357,7 +356,7 @@ def test_the_loss_is_drawn(tmp_path: Path) -> None:
 
 def test_contents_lists_what_exists(tmp_path: Path) -> None:
     directory = _holding_run(tmp_path)
-    directory.write_environment(collect_environment(world_size=2))
+    directory.write("environment", collect_environment(world_size=2))
     assert {path.name for path in directory.contents()} == {
         "config.yaml",
         "metrics.jsonl",

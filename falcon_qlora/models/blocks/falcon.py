@@ -27,10 +27,10 @@ from falcon_qlora.models.blocks.fast_block import (
     active_adapter,
     base_of,
     dropout_of,
-    forward_before,
     lora_parameters,
     state_of,
 )
+from falcon_qlora.models.forward import forward_before
 from falcon_qlora.models.layouts.falcon import split_heads
 from falcon_qlora.models.packed_attention import Sequences
 from falcon_qlora.models.prefix import prefix_of
@@ -42,7 +42,7 @@ _RECOMPUTES_IN_CALL = "__call__" in vars(GradientCheckpointingLayer)
 
 
 def block_facts(block: Any, dtype: torch.dtype) -> BlockFacts:
-    """See `Family.block_facts`."""
+    """Read off a block what is decided on; `dtype` is that of the activations."""
     linears = _linears_of(block)
     added = prefix_of(block.self_attention)
     vectors = [scale_and_bias_of(base_of(linear)) for linear in linears]
@@ -115,7 +115,7 @@ def _norms(block: Any) -> tuple[Norm, ...]:
 
 
 def block_and_adapters(module: Any, state: State) -> tuple[Block, list[Adapter]] | None:
-    """See `Family.block_and_adapters`."""
+    """What `kernels.block` needs, as the modules say now; None where they say what it cannot do."""
     prefix, scaled = prefix_of(module.self_attention), state.products is ScaledProducts
     projections, adapters = [], []
     for linear in _linears_of(module):
@@ -183,7 +183,7 @@ def block_forward(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """See `Family.block_forward`: fast where the call has packed documents, else as before."""
+    """The block's ``forward``: fast where the call has packed documents, else as before."""
     state = state_of(self)
     assert state is not None
     parts = block_and_adapters(self, state) if isinstance(attention_mask, Sequences) else None

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from types import MethodType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -20,9 +18,9 @@ from falcon_qlora.kernels.block import Block, Products
 from falcon_qlora.kernels.frozen_linear import Adapter, Workspace
 from falcon_qlora.kernels.offload import Offload
 from falcon_qlora.models.blocks.attention import AttentionKernel
+from falcon_qlora.models.forward import forward_is_replaced, replace_forward, restore_forward
 from falcon_qlora.models.quantize import QuantizeMode
 
-_BEFORE = "_forward_before_fast_path"
 _STATE = "_fast_path_state"
 
 Keep = Literal["all", "attention", "input", "offload"]
@@ -69,19 +67,6 @@ class State:
     products: MakeProducts
 
 
-class Family(Protocol):
-    """What ``blocks/<family>.py`` gives."""
-
-    def block_facts(self, block: Any, dtype: torch.dtype) -> BlockFacts:
-        """Read off a block what is decided on; `dtype` is that of the activations."""
-
-    def block_and_adapters(self, module: Any, state: State) -> tuple[Block, list[Adapter]] | None:
-        """What `kernels.block` needs, as the modules say now; None where they say what it cannot do."""
-
-    def block_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        """The fast block's ``forward``, with the arguments of the block's own."""
-
-
 def state_of(block: nn.Module) -> State | None:
     """What a fast block holds; None where it is no fast one."""
     return getattr(block, _STATE, None)
@@ -98,9 +83,8 @@ def set_keep(block: nn.Module, keep: Keep) -> bool:
 def install(block: nn.Module, forward: Callable[..., Any], state: State) -> None:
     """Run `block` by `forward`, which finds `state` on it."""
     setattr(block, _STATE, state)
-    if not hasattr(block, _BEFORE):
-        setattr(block, _BEFORE, block.__dict__.get("forward"))
-        block.forward = MethodType(forward, block)  # type: ignore[method-assign]
+    if not forward_is_replaced(block):
+        replace_forward(block, forward)
 
 
 def restore(block: nn.Module, forward: Callable[..., Any]) -> None:
@@ -109,21 +93,9 @@ def restore(block: nn.Module, forward: Callable[..., Any]) -> None:
     Raises:
         RuntimeError: if something else has wrapped the block's forward since.
     """
-    if not hasattr(block, _BEFORE):
-        return
-    if getattr(block.forward, "__func__", None) is not forward:
-        raise RuntimeError(f"the forward of {type(block).__name__} was wrapped after apply_fast_path")
-    before = getattr(block, _BEFORE)
-    delattr(block, _BEFORE)
-    delattr(block, _STATE)
-    del block.forward
-    if before is not None:
-        block.forward = before  # type: ignore[method-assign]
-
-
-def forward_before(block: nn.Module) -> Callable[..., Any]:
-    """The ``forward`` that `install` replaced."""
-    return getattr(block, _BEFORE) or partial(type(block).forward, block)
+    if forward_is_replaced(block):
+        restore_forward(block, forward, "apply_fast_path")
+        delattr(block, _STATE)
 
 
 class UnknownAdapter(Exception):

@@ -46,6 +46,7 @@ class Layout(ABC):
         tokenizers: preset → hub model whose tokenizer goes with it.
         kept: settings of a configuration that are read; the rest changes nothing.
         config_class, model_class, backbone_class, attention_class, norm_class: Transformers'.
+        norm_vectors: parameters of a norm, as vectors of the hidden size.
         norm_keeps_float32: whether a norm keeps its input in float32 for the backward pass.
         embedding, blocks, final_norm: names of these modules within the backbone.
         head: name of the output head.
@@ -70,6 +71,7 @@ class Layout(ABC):
     backbone_class: ClassVar[Any]
     attention_class: ClassVar[type[nn.Module]]
     norm_class: ClassVar[type[nn.Module]]
+    norm_vectors: ClassVar[int]
     norm_keeps_float32: ClassVar[bool] = False
     embedding: ClassVar[str]
     blocks: ClassVar[str]
@@ -106,11 +108,6 @@ class Layout(ABC):
     @property
     @abstractmethod
     def norms_per_block(self) -> int: ...
-
-    @property
-    @abstractmethod
-    def norm_vectors(self) -> int:
-        """Parameters of a norm, as vectors of the hidden size."""
 
     @property
     def has_biases(self) -> bool:

@@ -18,61 +18,18 @@ from transformers.models.falcon.modeling_falcon import (
 from falcon_qlora.models.layouts.base import OPTIONAL, Layout, published_rotation
 from falcon_qlora.models.packed_attention import Sequences
 
-_PRESETS: dict[str, dict[str, Any]] = {
-    "falcon-rw-1b": {
-        "vocab_size": 50304,
-        "hidden_size": 2048,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 32,
-        "alibi": True,
-        "bias": True,
-        "multi_query": False,
-        "parallel_attn": False,
-        "new_decoder_architecture": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    "falcon-7b": {
+
+def _falcon(blocks: int, hidden: int, heads: int, **more: Any) -> dict[str, Any]:
+    return {
         "vocab_size": 65024,
-        "hidden_size": 4544,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 71,
-        "multi_query": True,
+        "num_hidden_layers": blocks,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
         "parallel_attn": True,
-        "new_decoder_architecture": False,
-    },
-    "falcon-11b": {
-        "vocab_size": 65024,
-        "hidden_size": 4096,
-        "num_hidden_layers": 60,
-        "num_attention_heads": 32,
-        "num_kv_heads": 8,
-        "num_ln_in_parallel_attn": 1,
-        "new_decoder_architecture": True,
-        "parallel_attn": True,
-        "max_position_embeddings": 8192,
-        "rope_theta": 500042.0,
-        "tie_word_embeddings": False,
-    },
-    "falcon-40b": {
-        "vocab_size": 65024,
-        "hidden_size": 8192,
-        "num_hidden_layers": 60,
-        "num_attention_heads": 128,
-        "num_kv_heads": 8,
-        "new_decoder_architecture": True,
-        "parallel_attn": True,
-    },
-    "falcon-180b": {
-        "vocab_size": 65024,
-        "hidden_size": 14848,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 232,
-        "num_kv_heads": 8,
-        "new_decoder_architecture": True,
-        "parallel_attn": True,
-    },
-}
+        "new_decoder_architecture": "num_kv_heads" in more,
+        **more,
+    }
+
 
 # Names that the configurations published before Falcon joined Transformers give to the same things.
 _OLD_NAMES = {
@@ -111,7 +68,33 @@ class Falcon(Layout):
     family = "Falcon"
     published = "tiiuae/falcon-rw-1b, falcon-7b, falcon-11B, falcon-40b, falcon-180B"
     model_types = ("falcon", "RefinedWeb", "RefinedWebModel")
-    presets = _PRESETS
+    presets = {
+        "falcon-rw-1b": _falcon(
+            24,
+            2048,
+            32,
+            vocab_size=50304,
+            alibi=True,
+            bias=True,
+            multi_query=False,
+            parallel_attn=False,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+        "falcon-7b": _falcon(32, 4544, 71, multi_query=True),
+        "falcon-11b": _falcon(
+            60,
+            4096,
+            32,
+            num_kv_heads=8,
+            num_ln_in_parallel_attn=1,
+            max_position_embeddings=8192,
+            rope_theta=500042.0,
+            tie_word_embeddings=False,
+        ),
+        "falcon-40b": _falcon(60, 8192, 128, num_kv_heads=8),
+        "falcon-180b": _falcon(80, 14848, 232, num_kv_heads=8),
+    }
     tokenizers = {
         "falcon-rw-1b": "tiiuae/falcon-rw-1b",
         "falcon-7b": "tiiuae/falcon-7b",
@@ -125,6 +108,7 @@ class Falcon(Layout):
     backbone_class = FalconModel
     attention_class = FalconAttention
     norm_class = nn.LayerNorm
+    norm_vectors = 2
     embedding = "word_embeddings"
     blocks = "h"
     final_norm = "ln_f"
@@ -186,10 +170,6 @@ class Falcon(Layout):
         if config.new_decoder_architecture:
             return 2 if config.num_ln_in_parallel_attn in (None, 2) else 1
         return 1 if config.parallel_attn else 2
-
-    @property
-    def norm_vectors(self) -> int:
-        return 2
 
     @property
     def has_biases(self) -> bool:

@@ -73,6 +73,7 @@ class Llama(Layout):
     backbone_class = LlamaModel
     attention_class = LlamaAttention
     norm_class = LlamaRMSNorm
+    norm_vectors = 1
     norm_keeps_float32 = True
     embedding = "embed_tokens"
     blocks = "layers"
@@ -135,10 +136,6 @@ class Llama(Layout):
     @property
     def norms_per_block(self) -> int:
         return 2
-
-    @property
-    def norm_vectors(self) -> int:
-        return 1
 
     def norm(self, module: nn.Module) -> nn.Module:
         assert isinstance(module, LlamaRMSNorm)
