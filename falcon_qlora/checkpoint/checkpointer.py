@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,7 @@ class Snapshot:
         return self.state.global_step
 
 
+@dataclass(eq=False)
 class Checkpointer:
     """Writes a run's checkpoints whole or not at all; every process has one and calls it.
 
@@ -66,38 +67,29 @@ class Checkpointer:
         describe_adapter: called with an adapter's folder after it is written, to complete it.
         record: what every manifest says besides the step and the number of processes.
         on_saved: called with a checkpoint's folder once it is whole.
+        at: told the step, the phase and what is done there; see `Watchdog.at`.
         every_minutes: save whenever so long has passed since the last time; 0: never.
         limit: how many are kept beside the best one; None: all.
         weights_only: leave out what a run needs to go on.
-        at: told the step, the phase and what is done there; see `Watchdog.at`.
 
     Attributes:
         saved_step: of the newest checkpoint that was tried, or gone on from.
         failure: why that could not be written, or None.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        describe_adapter: Callable[[Path], None],
-        record: dict[str, Any],
-        on_saved: Callable[[Path], None],
-        every_minutes: float = 0.0,
-        limit: int | None = None,
-        weights_only: bool = False,
-        at: Callable[[int, int, str], None],
-    ):
-        self.folder = folder
-        self.weights_only = weights_only
-        self.saved_step = -1
-        self.failure: str | None = None
-        self._describe_adapter = describe_adapter
-        self._record = record
-        self._on_saved = on_saved
-        self._every_seconds = every_minutes * 60
-        self._limit = limit
-        self._at = at
+    folder: Path
+    _: KW_ONLY
+    describe_adapter: Callable[[Path], None]
+    record: dict[str, Any]
+    on_saved: Callable[[Path], None]
+    at: Callable[[int, int, str], None]
+    every_minutes: float = 0.0
+    limit: int | None = None
+    weights_only: bool = False
+    saved_step: int = field(default=-1, init=False)
+    failure: str | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -106,9 +98,9 @@ class Checkpointer:
 
     def is_due(self) -> bool:
         """Whether the clock asks for a save, on the main process."""
-        if not self._every_seconds or not ranks.is_main_process():
+        if not self.every_minutes or not ranks.is_main_process():
             return False
-        if time.monotonic() - self._since < self._every_seconds:
+        if time.monotonic() - self._since < 60 * self.every_minutes:
             return False
         self.start_clock()
         return True
@@ -135,7 +127,7 @@ class Checkpointer:
         self.saved_step = snapshot.step
         self.start_clock()
         if self.failure is None:
-            self._on_saved(self.checkpoint(snapshot.step))
+            self.on_saved(self.checkpoint(snapshot.step))
             return True
         note(
             f"step {snapshot.step}: the checkpoint could not be saved ({self.failure}). The training "
@@ -154,7 +146,7 @@ class Checkpointer:
 
     def _arrive(self, step: int, *, writes: bool) -> None:
         """This process writes to a checkpoint, or waits for another that does."""
-        self._at(step, 6 if writes else 7, "saving a checkpoint" if writes else "awaiting the save")
+        self.at(step, 6 if writes else 7, "saving a checkpoint" if writes else "awaiting the save")
 
     def _save(self, snapshot: Snapshot) -> str | None:
         model, state = snapshot.model, snapshot.state
@@ -223,7 +215,7 @@ class Checkpointer:
         """Fill the folder, check it and give it its name; on the main process."""
         with write.disk_errors():
             method_of(snapshot.model).save(snapshot.model, partial)
-            self._describe_adapter(partial)
+            self.describe_adapter(partial)
             if not self.weights_only:
                 if not parts:
                     torch.save(snapshot.optimizer.state_dict(), partial / process_state.OPTIMIZER)
@@ -236,6 +228,6 @@ class Checkpointer:
         check_adapter(partial, snapshot.model)
         snapshot.state.save_to_json(str(partial / process_state.TRAINER_STATE))
         about = {"step": snapshot.step, "processes": len(processes), "resumable": not self.weights_only}
-        write_manifest(partial, about | self._record, parts)
+        write_manifest(partial, about | self.record, parts)
         put_in_place(partial, self.checkpoint(snapshot.step))
-        write.rotate(self.folder, snapshot.step, self._limit, snapshot.state.best_model_checkpoint)
+        write.rotate(self.folder, snapshot.step, self.limit, snapshot.state.best_model_checkpoint)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch.distributed import DistError
+from transformers import set_seed
 
 from falcon_qlora.common.errors import UserError, one_line
 from falcon_qlora.data.cursor import check_cursor
@@ -72,10 +73,7 @@ def seed_anew(seed: int, *, step: int, process: int) -> None:
         process: its index.
     """
     digest = hashlib.sha256(f"{seed} {step} {process}".encode()).digest()
-    fresh = int.from_bytes(digest[:4], "little")
-    random.seed(fresh)
-    np.random.seed(fresh)
-    torch.manual_seed(fresh)
+    set_seed(int.from_bytes(digest[:4], "little"))
 
 
 @contextmanager

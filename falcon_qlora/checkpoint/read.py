@@ -37,29 +37,29 @@ def check_optimizer(kept: dict[str, Any], optimizer: Any) -> None:
     optimizer = getattr(optimizer, "optimizer", optimizer)
     fresh = optimizer.state_dict()["param_groups"]
     groups, states = kept["param_groups"], kept["state"]
-    _require(isinstance(groups, list) and len(groups) == len(fresh), "param_groups")
+    require(isinstance(groups, list) and len(groups) == len(fresh), "param_groups")
     for group, wanted in zip(groups, fresh, strict=True):
         _check_group(group, wanted)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    _require(isinstance(states, dict), "state")
+    require(isinstance(states, dict), "state")
     # Steps that came to nothing leave none at all.
-    _require(not states or states.keys() == set(range(len(parameters))), "state, of other parameters")
+    require(not states or states.keys() == set(range(len(parameters))), "state, of other parameters")
     required = _OF_ADAM if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) else set()
     if required and any(group["amsgrad"] for group in fresh):
         required = required | {"max_exp_avg_sq"}
     for index, state in states.items():
         state = _unpacked(state)
-        _require(state.keys() >= required, f"the state of parameter {index}")
+        require(state.keys() >= required, f"the state of parameter {index}")
         if "state1" in state and state["state1"].dtype == torch.uint8:
-            _require(state.keys() >= {"qmap1", "absmax1"}, f"the state of parameter {index}")
-        _require(not required or isinstance(state["step"], Tensor), f"the state of parameter {index}")
+            require(state.keys() >= {"qmap1", "absmax1"}, f"the state of parameter {index}")
+        require(not required or isinstance(state["step"], Tensor), f"the state of parameter {index}")
         for name, value in state.items():
             _check_moment(name, value, parameters[index])
 
 
 def _unpacked(state: Any) -> dict[str, Any]:
     """A parameter's state without the folder in it that bitsandbytes hides its own tensors in."""
-    _require(isinstance(state, dict), "state")
+    require(isinstance(state, dict), "state")
     unpacked: dict[str, Any] = {}
     for name, value in state.items():
         unpacked |= value if isinstance(value, dict) else {name: value}
@@ -67,12 +67,12 @@ def _unpacked(state: Any) -> dict[str, Any]:
 
 
 def _check_group(group: Any, wanted: dict[str, Any]) -> None:
-    _require(isinstance(group, dict) and list(group["params"]) == wanted["params"], "params")
+    require(isinstance(group, dict) and list(group["params"]) == wanted["params"], "params")
     for name, value in wanted.items():
         if name == "lr":
-            _require(isinstance(value, Tensor) or is_number(group["lr"]), "lr")
+            require(isinstance(value, Tensor) or is_number(group["lr"]), "lr")
         elif name in _OF_DEVICES:
-            _require(group.get(name) in (None, True, False), name)
+            require(group.get(name) in (None, True, False), name)
         elif isinstance(value, Tensor) or (name not in group and isinstance(value, bool | None)):
             continue  # releases of PyTorch have added switches
         elif group[name] != value:
@@ -82,18 +82,18 @@ def _check_group(group: Any, wanted: dict[str, Any]) -> None:
 def _check_moment(name: Any, value: Any, parameter: Tensor) -> None:
     if name == "step":
         number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-        _require(is_number(number) and number >= 0, name)
+        require(is_number(number) and number >= 0, name)
     elif name in _MOMENTS and (value is not None or name != "momentum_buffer"):
-        _require(isinstance(value, Tensor) and value.shape == parameter.shape, f"the shape of {name}")
+        require(isinstance(value, Tensor) and value.shape == parameter.shape, f"the shape of {name}")
         value = local_tensor(value)
         if name.startswith("state"):
-            _require(value.dtype in (torch.uint8, torch.float32), name)
+            require(value.dtype in (torch.uint8, torch.float32), name)
             return
-        _require(value.is_floating_point() and bool(value.isfinite().all()), name)
-        _require(name not in _NEVER_NEGATIVE or not bool((value < 0).any()), name)
+        require(value.is_floating_point() and bool(value.isfinite().all()), name)
+        require(name not in _NEVER_NEGATIVE or not bool((value < 0).any()), name)
     elif name in ("qmap1", "qmap2", "absmax1", "absmax2"):
         size = _CODES if name.startswith("qmap") else -(-parameter.numel() // _BLOCK)
-        _require(value.shape == (size,) and value.dtype == torch.float32, name)
+        require(value.shape == (size,) and value.dtype == torch.float32, name)
 
 
 def check_scheduler(
@@ -109,70 +109,52 @@ def check_scheduler(
     """
     fresh = scheduler.state_dict()
     for name, value in kept.items():
-        _require(name in fresh, f"{str(name)[:40]!r}")
+        require(name in fresh, f"{str(name)[:40]!r}")
         alike = is_number(value) if is_number(fresh[name]) else type(value) is type(fresh[name])
-        _require(alike or fresh[name] is None, name)
+        require(alike or fresh[name] is None, name)
     for name in ("base_lrs", "lr_lambdas"):
         if name in fresh and kept[name] != fresh[name]:
             raise ValueError(f"{name} is {str(kept[name])[:40]} in it and {fresh[name]} in this run")
     last = kept["_last_lr"]
-    _require(len(last) == len(fresh["_last_lr"]) and all(map(is_number, last)), "_last_lr")
-    _require(rates is None or last == rates, "_last_lr")
+    require(len(last) == len(fresh["_last_lr"]) and all(map(is_number, last)), "_last_lr")
+    require(rates is None or last == rates, "_last_lr")
     place = kept["last_epoch"]
-    _require(isinstance(place, int) and (place >= 0 if step is None else place == step), "last_epoch")
+    require(isinstance(place, int) and (place >= 0 if step is None else place == step), "last_epoch")
 
 
 def check_scaler(kept: dict[str, Any], scaler: Any) -> None:
     """Refuse what is not the state of a scaler of gradients."""
     fresh = scaler.state_dict()
-    _require(kept.keys() == fresh.keys(), "what it keeps")
+    require(kept.keys() == fresh.keys(), "what it keeps")
     for name, value in fresh.items():
-        _require(is_number(kept[name]) and kept[name] >= 0, name)
+        require(is_number(kept[name]) and kept[name] >= 0, name)
         if name in ("growth_factor", "backoff_factor", "growth_interval"):
-            _require(kept[name] == value, name)
-    _require(not fresh or kept["scale"] > 0, "scale")
+            require(kept[name] == value, name)
+    require(not fresh or kept["scale"] > 0, "scale")
 
 
 def check_process(state: dict[str, Any], *, step: int) -> None:
     """Refuse what no process remembers of a run at this step."""
-    _require(isinstance(state["random"], dict), "random")
-    _require(is_number(state["loss"]), "loss")
-    _require(is_number(state["counted"]) and 0 <= state["counted"] <= step, "counted")
-    _require(is_count(state["last_logged"]) and state["last_logged"] <= step, "last_logged")
-    _require(is_count(state["halvings"]) and state["halvings"] <= _MOST_HALVINGS, "halvings")
+    require(isinstance(state["random"], dict), "random")
+    require(is_number(state["loss"]), "loss")
+    require(is_number(state["counted"]) and 0 <= state["counted"] <= step, "counted")
+    require(is_count(state["last_logged"]) and state["last_logged"] <= step, "last_logged")
+    require(is_count(state["halvings"]) and state["halvings"] <= _MOST_HALVINGS, "halvings")
     for name in ("now", "last"):
         numbers = state["meter"][name]
         fits = len(numbers) == 4 and all(map(is_count, numbers[:3])) and is_number(numbers[3])
-        _require(fits and numbers[3] >= 0, f"meter {name}")
+        require(fits and numbers[3] >= 0, f"meter {name}")
     bad_steps = state["bad_steps"]
-    _require(all(is_count(bad_steps[name]) for name in _COUNTS_OF_BAD_STEPS), "bad_steps")
-    _require(bad_steps["total"] <= step and bad_steps["in_a_row"] <= bad_steps["total"], "bad_steps")
-    _require(is_number(bad_steps["mean"]) and is_number(bad_steps["variance"]), "bad_steps")
-    _require(bad_steps["variance"] >= 0, "bad_steps")
+    require(all(is_count(bad_steps[name]) for name in _COUNTS_OF_BAD_STEPS), "bad_steps")
+    require(bad_steps["total"] <= step and bad_steps["in_a_row"] <= bad_steps["total"], "bad_steps")
+    require(is_number(bad_steps["mean"]) and is_number(bad_steps["variance"]), "bad_steps")
+    require(bad_steps["variance"] >= 0, "bad_steps")
     for of_step, values, origins in state["reports"]:
-        _require(is_count(of_step) and of_step < step, "reports")
-        _require(all(isinstance(value, float) for value in values), "reports")
-        _require(all(is_count(part) and is_count(number) for part, number in origins), "reports")
+        require(is_count(of_step) and of_step < step, "reports")
+        require(all(isinstance(value, float) for value in values), "reports")
+        require(all(is_count(part) and is_count(number) for part, number in origins), "reports")
 
 
-def check_callbacks(kept: dict[str, Any], callbacks: list[Any]) -> None:
-    """Refuse what would set anything in a callback but what it has told of itself.
-
-    Args:
-        kept: `stateful_callbacks` of a trainer's state.
-        callbacks: of the trainer, those with a state.
-    """
-    for callback in callbacks:
-        told = kept.get(type(callback).__name__)
-        for state in told if isinstance(told, list) else [told] if told is not None else []:
-            for part, expected in callback.state().items():
-                _require(state[part].keys() == expected.keys(), type(callback).__name__)
-                for name, value in expected.items():
-                    alike = is_number(state[part][name]) if is_number(value) else False
-                    alike |= type(state[part][name]) is type(value)
-                    _require(alike, f"{type(callback).__name__} {name}")
-
-
-def _require(fits: Any, what: str) -> None:
+def require(fits: Any, what: str) -> None:
     if not fits:
         raise ValueError(f"{what} is not what training writes")

@@ -87,9 +87,21 @@ def load_optimizer(
 
 
 def check_stateful(checkpoint: Path, callbacks: list[Any]) -> None:
-    """Refuse a trainer's state that would set anything in a callback but what it has told of itself."""
-    told = read_json(checkpoint / process_state.TRAINER_STATE, not_finite=True)["stateful_callbacks"]
-    read.check_callbacks(told, callbacks)
+    """Refuse a trainer's state that would set anything in a callback but what it has told of itself.
+
+    Args:
+        checkpoint: that the state is of.
+        callbacks: of the trainer, those with a state.
+    """
+    kept = read_json(checkpoint / process_state.TRAINER_STATE, not_finite=True)["stateful_callbacks"]
+    for callback in callbacks:
+        name, told = type(callback).__name__, kept.get(type(callback).__name__)
+        for state in told if isinstance(told, list) else [told] if told is not None else []:
+            for part, expected in callback.state().items():
+                read.require(state[part].keys() == expected.keys(), name)
+                for key, value in expected.items():
+                    number = is_number(value) and is_number(state[part][key])
+                    read.require(number or type(state[part][key]) is type(value), f"{name} {key}")
 
 
 def check_trainer_state(checkpoint: Path) -> None:

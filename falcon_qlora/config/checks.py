@@ -104,21 +104,19 @@ def _settle_compute_dtype(values: Values, laid: Laid) -> None:
     given = {name: laid[name] for name in ("bf16", "fp16") if name in laid and laid[name][0] is not None}
     for name in ("bf16", "fp16"):
         values.pop(name, None)
-    dtype_layer = laid["compute_dtype"][1] if "compute_dtype" in laid else None
-    named = dtype_layer is not None and dtype_layer.rank > 0 and values["compute_dtype"] != "auto"
+    chosen = values["compute_dtype"]
+    named = 0 if chosen == "auto" else _rank(laid, "compute_dtype")
     top = max((layer.rank for _, layer in given.values()), default=0)
     wanted = [name for name, (value, layer) in given.items() if value and layer.rank == top]
     if len(wanted) == 2:
         raise UserError("bf16 and fp16 are both on; choose one with --compute_dtype")
     for name, (value, layer) in given.items():
-        if named and dtype_layer is not None:
-            chosen = values["compute_dtype"]
-            if layer.rank == dtype_layer.rank and value != (chosen == name):
-                raise UserError(
-                    f"{layer.where(name)} is {str(value).lower()}, but "
-                    f"{dtype_layer.where('compute_dtype')} is {chosen}; give --compute_dtype alone"
-                )
-    if named and dtype_layer is not None and dtype_layer.rank >= top:
+        if named and layer.rank == named and value != (chosen == name):
+            raise UserError(
+                f"{layer.where(name)} is {str(value).lower()}, but "
+                f"{laid['compute_dtype'][1].where('compute_dtype')} is {chosen}; give --compute_dtype alone"
+            )
+    if named and named >= top:
         return
     if wanted:
         values["compute_dtype"] = wanted[0]

@@ -27,7 +27,7 @@ from falcon_qlora.config.parser import (
 )
 from falcon_qlora.config.trainer_arguments import SHARED
 from falcon_qlora.methods.interface import Method
-from falcon_qlora.methods.table import METHODS, method_from
+from falcon_qlora.methods.table import method_from
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -141,7 +141,7 @@ def read_flags(
         UserError: for anything the user can mend; the message names the flag.
         SystemExit: with status 0 after `--help` or `--help-all`.
     """
-    parser = _parser(extra_arguments)
+    parser = FalconParser(extra_arguments)
     if any(word in ("-h", "--help", "--help-all", "--help_all") for word in argv):
         everything = any(word in ("--help-all", "--help_all") for word in argv)
         print_help(parser, _default_recipe(parser).values, program, description, everything=everything)
@@ -160,7 +160,7 @@ def configure(settings: Mapping[str, Any], *, extra_arguments: type | None = Non
     Raises:
         UserError: for anything the user can mend; the message names the flag or the file and key.
     """
-    parser = _parser(extra_arguments)
+    parser = FalconParser(extra_arguments)
     flags = parser.read_settings(settings)
     layers = [_default_recipe(parser), flags]
     config_file = flags.values.get("config")
@@ -182,15 +182,6 @@ def configure(settings: Mapping[str, Any], *, extra_arguments: type | None = Non
             raise UserError(f"recipe {recipe} names a recipe itself; it is laid over the default one only")
         layers.append(layer)
     return _configuration(parser, lay_over(layers), recipe, extra_arguments)
-
-
-def _parser(extra_arguments: type | None) -> FalconParser:
-    return _parser_with(extra_arguments, tuple(METHODS))
-
-
-@functools.cache
-def _parser_with(extra_arguments: type | None, methods: tuple[str, ...]) -> FalconParser:
-    return FalconParser(extra_arguments)
 
 
 def _default_recipe(parser: FalconParser) -> Layer:
@@ -263,7 +254,7 @@ def _start_process_group(values: dict[str, Any]) -> None:
 
 def to_be_written(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of these settings without secrets, and without credentials in addresses."""
-    known = _parser(None).settings
+    known = FalconParser().settings
     shown = (name for name in settings if name not in known or not known[name].secret)
     return {name: _without_credentials(copy.deepcopy(settings[name])) for name in shown}
 

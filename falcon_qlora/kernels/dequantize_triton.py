@@ -1,8 +1,5 @@
 """Frozen weights of every storage back into floating point: `ops.dequantize` by the kernels that can."""
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# (a kernel's arguments are what Triton makes of them)
-
 from __future__ import annotations
 
 from typing import Any

@@ -26,14 +26,9 @@ class DequantizedProducts:
         self, block: Block, adapters: Sequence[Adapter], gelu_products: GeluProducts | None = None
     ) -> None:
         self.block, self.adapters, self.gelu_products = block, adapters, gelu_products
-        first, last = block.projections[:2], block.projections[2:]
-        if len(block.norms) == 1:
-            self.into = [SharedInput(first, adapters[:2], block.workspace)]
-        else:
-            self.into = [
-                SharedInput(first[i : i + 1], adapters[i : i + 1], block.workspace) for i in range(2)
-            ]
-        self.out_of = SharedOutput(last, adapters[2:], block.workspace)
+        groups = [slice(0, 2)] if len(block.norms) == 1 else [slice(0, 1), slice(1, 2)]
+        self.into = [SharedInput(block.projections[each], adapters[each], block.workspace) for each in groups]
+        self.out_of = SharedOutput(block.projections[2:], adapters[2:], block.workspace)
         self.outputs = self.inputs = len(self.into)
         self._joined: Tensor | None = None  # from `enter`, where its product has filled in GELU's output
         self._free: list[Tensor] | None = None  # outputs with room for LoRA, which gradients may overwrite

@@ -1,8 +1,5 @@
 """`dropout`'s operations, each in one pass over its matrix."""
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# (a kernel's arguments are what Triton makes of them)
-
 from __future__ import annotations
 
 import torch
@@ -109,10 +106,8 @@ def _add_dropped(
     token, feature, in_tokens, in_features = tile(tokens, features, TOKENS, FEATURES)
     mask = in_tokens[:, None] & in_features[None, :]
     row = token.to(tl.int64)[:, None]
-    added, _ = low_rank_tile(
-        left_ptr, right_ptr, left_stride, right_stride, right_feature_stride, rank, token, in_tokens,
-        feature, in_features, RANK,
-    )  # fmt: skip
+    factors = left_ptr, right_ptr, left_stride, right_stride, right_feature_stride, rank
+    added, _ = low_rank_tile(factors, token, in_tokens, feature, in_features, RANK)
     kept = _kept((row * features + feature[None, :]).to(tl.uint32), low, high, threshold)
     x_ptr += row * x_stride + feature[None, :]
     x = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)

@@ -6,9 +6,6 @@ tile. Rows are quantized by bounds, as a program sees a part of a row: with the 
 the longest column of its `right`, what LoRA adds is bounded too.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# (a kernel's arguments are what Triton makes of them)
-
 from __future__ import annotations
 
 import torch
@@ -101,10 +98,8 @@ def _gelu(
     x = tl.load(x_ptr + row * x_stride + feature[None, :], mask=mask, other=0.0).to(tl.float32)
     bound = tl.load(bound_ptr + token * bound_stride, mask=in_tokens, other=0.0)
     if RANK:
-        low, length = low_rank_tile(
-            left_ptr, right_ptr, left_stride, right_stride, right_feature_stride, rank, token, in_tokens,
-            feature, in_features, RANK,
-        )  # fmt: skip
+        factors = left_ptr, right_ptr, left_stride, right_stride, right_feature_stride, rank
+        low, length = low_rank_tile(factors, token, in_tokens, feature, in_features, RANK)
         x += low
         bound += length * tl.load(longest_ptr)
     scale = tl.where(bound > 0, bound / 448.0, 1.0)
@@ -156,16 +151,12 @@ def _gelu_backward(
     grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
     bound = tl.load(bound_ptr + token * bound_stride, mask=in_tokens, other=0.0)
     if RANK:
-        low, _ = low_rank_tile(
-            left_ptr, right_ptr, left_stride, right_stride, right_feature_stride, rank, token, in_tokens,
-            feature, in_features, RANK,
-        )  # fmt: skip
+        factors = left_ptr, right_ptr, left_stride, right_stride, right_feature_stride, rank
+        low, _ = low_rank_tile(factors, token, in_tokens, feature, in_features, RANK)
         x += low
     if OF_RANK:
-        low, length = low_rank_tile(
-            of_left_ptr, of_right_ptr, of_left_stride, of_right_stride, of_right_feature_stride, of_rank,
-            token, in_tokens, feature, in_features, OF_RANK,
-        )  # fmt: skip
+        factors = of_left_ptr, of_right_ptr, of_left_stride, of_right_stride, of_right_feature_stride, of_rank
+        low, length = low_rank_tile(factors, token, in_tokens, feature, in_features, OF_RANK)
         grad += low
         bound += length * tl.load(longest_ptr)
     scale = tl.where(bound > 0, bound * (1.13 / 448.0), 1.0)

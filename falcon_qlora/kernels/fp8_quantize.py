@@ -1,8 +1,5 @@
 """Rows and frozen weights into FP8, and sums with LoRA's part, one launch each."""
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# (a kernel's arguments are what Triton makes of them)
-
 from __future__ import annotations
 
 from typing import Any
@@ -16,6 +13,7 @@ from falcon_qlora.kernels import nf4, ops
 from falcon_qlora.kernels.fp8_rows import DTYPE, Rows
 from falcon_qlora.kernels.low_rank import LowRank
 from falcon_qlora.kernels.low_rank_triton import low_rank_arguments, low_rank_tile, tile, tiles
+from falcon_qlora.kernels.rows import contiguous_rows
 
 _LANES_A_THREAD = 32
 _MOST_WARPS = 16
@@ -25,8 +23,7 @@ _SUM = 64, 128, 8  # tokens and features of a tile, and warps
 
 def quantize_rows(x: Tensor) -> tuple[Rows, Tensor]:
     """`fp8.quantize_rows` in one pass: a row is held in registers."""
-    if x.stride(1) != 1:
-        x = x.contiguous()
+    x = contiguous_rows(x)
     tokens, features = x.shape
     values = torch.empty(tokens, features, dtype=DTYPE, device=x.device)
     scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
@@ -167,9 +164,7 @@ def _add(
     if ADDENDS > 1:
         x += tl.load(second_ptr + row * second_stride + feature[None, :], mask=mask, other=0.0).to(tl.float32)
     if RANK:
-        low, _ = low_rank_tile(
-            left_ptr, right_ptr, left_stride, right_stride, right_feature_stride, rank, token, in_tokens,
-            feature, in_features, RANK,
-        )  # fmt: skip
+        factors = left_ptr, right_ptr, left_stride, right_stride, right_feature_stride, rank
+        low, _ = low_rank_tile(factors, token, in_tokens, feature, in_features, RANK)
         x += low
     tl.store(x_ptr, x.to(x_ptr.dtype.element_ty), mask=mask)

@@ -120,9 +120,6 @@ class _Group:
             u = low_grad[:, self.ranks[index]]
             add_dropped(of_x, u, a.to(of_x.dtype), self.projections[index].dropout)
 
-    def _pair(self, index: int, grad_a: Tensor, grad_b: Tensor) -> list[Tensor | None]:
-        return [grad_a, grad_b.mul_(self.projections[index].scaling)]
-
 
 class SharedInput(_Group):
     """Linears of one input: their outputs lie side by side.
@@ -187,7 +184,7 @@ class SharedInput(_Group):
             low_grad = extended[:, self.width + rank.start : self.width + rank.stop]
             torch.mm(grad, self._scaled_b(index, extended), out=low_grad)
             of_a = mm_float32(low_grad.T, self._read(index, x))
-            results += self._pair(index, of_a, mm_float32(grad.T, low[:, rank]))
+            results += [of_a, mm_float32(grad.T, low[:, rank]).mul_(projection.scaling)]
         return results
 
     def input_gradient(self, extended: Tensor) -> Tensor:
@@ -292,10 +289,10 @@ class SharedOutput(_Group):
         all_b = mm_float32(grad.T, low)  # [H, R]
         results: list[Tensor | None] = []
         for index, x in enumerate(inputs):
-            rank = self.ranks[index]
-            if self.projections[index].rank:
+            rank, projection = self.ranks[index], self.projections[index]
+            if projection.rank:
                 of_a = mm_float32(low_grad[:, rank].T, self._read(index, x))
-                results += self._pair(index, of_a, all_b[:, rank].contiguous())
+                results += [of_a, all_b[:, rank].contiguous().mul_(projection.scaling)]
             else:
                 results += [None, None]
         return results

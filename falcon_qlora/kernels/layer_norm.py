@@ -4,9 +4,6 @@ Weight and bias are frozen: they get no gradient, so the backward pass is one re
 write. Sums are taken in float32, of a row that is held in registers: no second read.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# (a kernel's arguments are what Triton makes of them)
-
 from __future__ import annotations
 
 import torch
@@ -14,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from falcon_qlora.kernels.rows import contiguous_rows
+from falcon_qlora.kernels.rows import contiguous_rows, read
 
 _LANES_A_THREAD = {"forward": 32, "backward": 16}
 _MOST_WARPS = 16
@@ -82,14 +79,10 @@ def _row_options(hidden: int, direction: str) -> dict[str, int]:
 
 
 @triton.jit
-def _load(ptr, column, hidden):
-    return tl.load(ptr + column, mask=column < hidden, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _store_norm(y_ptr, weight_ptr, bias_ptr, normalized, column, hidden):
-    y = normalized * _load(weight_ptr, column, hidden) + _load(bias_ptr, column, hidden)
-    tl.store(y_ptr + column, y.to(y_ptr.dtype.element_ty), mask=column < hidden)
+    inside = column < hidden
+    y = normalized * read(weight_ptr, column, inside) + read(bias_ptr, column, inside)
+    tl.store(y_ptr + column, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -111,11 +104,11 @@ def _layer_norm(
     x_ptr += row * x_stride
     y_ptr += row * y_stride
     column = tl.arange(0, MAIN)
-    x = _load(x_ptr, column, hidden)
+    x = read(x_ptr, column, column < hidden)
     total = tl.sum(x, 0)
     if TAIL:
         column_t = MAIN + tl.arange(0, TAIL)
-        x_t = _load(x_ptr, column_t, hidden)
+        x_t = read(x_ptr, column_t, column_t < hidden)
         total += tl.sum(x_t, 0)
     mean = total / hidden
     x = tl.where(column < hidden, x - mean, 0.0)
@@ -134,7 +127,7 @@ def _layer_norm(
 @triton.jit
 def _store_gradient(dx_ptr, add_ptr, dx, column, hidden, ADD: tl.constexpr):
     if ADD:
-        dx += _load(add_ptr, column, hidden)
+        dx += read(add_ptr, column, column < hidden)
     tl.store(dx_ptr + column, dx.to(dx_ptr.dtype.element_ty), mask=column < hidden)
 
 
@@ -165,14 +158,14 @@ def _layer_norm_backward(
     rstd = tl.load(rstd_ptr + row)
     column = tl.arange(0, MAIN)
     # Beyond H the scaled gradient is zero, and so is what it adds to the sums.
-    scaled = _load(grad_ptr, column, hidden) * _load(weight_ptr, column, hidden)
-    normalized = (_load(x_ptr, column, hidden) - mean) * rstd
+    scaled = read(grad_ptr, column, column < hidden) * read(weight_ptr, column, column < hidden)
+    normalized = (read(x_ptr, column, column < hidden) - mean) * rstd
     of_mean = tl.sum(scaled, 0)
     of_rstd = tl.sum(scaled * normalized, 0)
     if TAIL:
         column_t = MAIN + tl.arange(0, TAIL)
-        scaled_t = _load(grad_ptr, column_t, hidden) * _load(weight_ptr, column_t, hidden)
-        normalized_t = (_load(x_ptr, column_t, hidden) - mean) * rstd
+        scaled_t = read(grad_ptr, column_t, column_t < hidden) * read(weight_ptr, column_t, column_t < hidden)
+        normalized_t = (read(x_ptr, column_t, column_t < hidden) - mean) * rstd
         of_mean += tl.sum(scaled_t, 0)
         of_rstd += tl.sum(scaled_t * normalized_t, 0)
     of_mean = of_mean / hidden

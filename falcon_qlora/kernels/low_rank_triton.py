@@ -1,8 +1,5 @@
 """What LoRA adds to a matrix, a tile at a time, for kernels that read or write that matrix anyway."""
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# (a kernel's arguments are what Triton makes of them)
-
 from __future__ import annotations
 
 import triton
@@ -41,37 +38,26 @@ def tile(tokens, features, TOKENS: tl.constexpr, FEATURES: tl.constexpr):
 
 
 @triton.jit
-def low_rank_tile(
-    left_ptr, right_ptr, left_stride, right_stride, right_feature_stride, rank, token, in_tokens, feature,
-    in_features, RANK: tl.constexpr,
-):  # fmt: skip
-    """``left @ right`` of a tile in float32, and each of its rows' length in `left` and nothing more."""
+def low_rank_tile(low, token, in_tokens, feature, in_features, RANK: tl.constexpr):
+    """``left @ right`` of a tile in float32, and each of its rows' length in `left` and nothing more.
+
+    `low` is both pointers, the strides of `left`'s rows, of `right`'s rows and of its columns, and the rank.
+    """
     if RANK <= _WHOLE:
-        product, squares = _columns(
-            left_ptr, right_ptr, left_stride, right_stride, right_feature_stride, rank, token, in_tokens,
-            feature, in_features, 0, RANK,
-        )  # fmt: skip
+        product, squares = _columns(low, token, in_tokens, feature, in_features, 0, RANK)
     else:
-        product, squares = _columns(
-            left_ptr, right_ptr, left_stride, right_stride, right_feature_stride, rank, token, in_tokens,
-            feature, in_features, 0, _PIECE,
-        )  # fmt: skip
+        product, squares = _columns(low, token, in_tokens, feature, in_features, 0, _PIECE)
         for start in tl.range(_PIECE, RANK, _PIECE, num_stages=1):
-            more, more_squares = _columns(
-                left_ptr, right_ptr, left_stride, right_stride, right_feature_stride, rank, token, in_tokens,
-                feature, in_features, start, _PIECE,
-            )  # fmt: skip
+            more, more_squares = _columns(low, token, in_tokens, feature, in_features, start, _PIECE)
             product += more
             squares += more_squares
     return product, tl.sqrt(squares)
 
 
 @triton.jit
-def _columns(
-    left_ptr, right_ptr, left_stride, right_stride, right_feature_stride, rank, token, in_tokens, feature,
-    in_features, start, COLUMNS: tl.constexpr,
-):  # fmt: skip
+def _columns(low, token, in_tokens, feature, in_features, start, COLUMNS: tl.constexpr):
     """What some columns of `left` and rows of `right` give, and those columns' squares, summed."""
+    left_ptr, right_ptr, left_stride, right_stride, right_feature_stride, rank = low
     index = start + tl.arange(0, COLUMNS)
     mask = in_tokens[:, None] & (index < rank)[None, :]
     left = tl.load(

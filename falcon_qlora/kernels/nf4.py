@@ -8,9 +8,6 @@ float32 scale for 256 of them, plus one offset for all. A weight moves 0.5 bytes
 those bytes should cost time, so nothing between them is stored.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# (a kernel's arguments are what Triton makes of them)
-
 from __future__ import annotations
 
 from typing import Any

@@ -5,9 +5,6 @@ registers. A backward program goes through many rows and adds up the gradients o
 the programs' sums are added up at the end, in a fixed order.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# (a kernel's arguments are what Triton makes of them)
-
 from __future__ import annotations
 
 import math
@@ -32,8 +29,7 @@ def add(query: Tensor, output: Tensor, key: Tensor, value: Tensor, gate: Tensor)
     options = _options(query, key, "forward")
     _add_read[(triton.cdiv(rows, options["ROWS"]), query.shape[1])](
         query, output, result, key, value, gate,
-        *query.stride()[:3], *output.stride()[:2], *result.stride()[:2],
-        *key.stride()[:2], *value.stride()[:2],
+        *query.stride()[:3], *output.stride()[:2], *key.stride()[:2], *value.stride()[:2],
         rows, query.shape[2], key.shape[0], 1.0 / math.sqrt(query.shape[-1]), **options,
     )  # fmt: skip
     return result
@@ -52,8 +48,7 @@ def add_backward(
     _add_read_backward[(programs, kv_heads)](
         grad, query, key, value, gate, of_query, of_gate, sums,
         *grad.stride()[:2], *query.stride()[:3], *key.stride()[:2], *value.stride()[:2],
-        *of_query.stride()[:2], *sums.stride()[:4], of_gate.stride(0),
-        rows, group, key.shape[0], 1.0 / math.sqrt(query.shape[-1]), **options,
+        *of_query.stride()[:2], rows, group, key.shape[0], 1.0 / math.sqrt(query.shape[-1]), **options,
     )  # fmt: skip
     of_key, of_value = sums.sum(0)
     return of_query, of_key, of_value, of_gate.sum(0)
@@ -102,7 +97,7 @@ def _softmax(query, key, prefix, scale, PREFIX: tl.constexpr):
 def _add_read(
     query_ptr,  # [T, G, Q/G, D], by its strides
     output_ptr,  # [T, Q, D], by its strides
-    result_ptr,  # [T, Q, D], by its strides
+    result_ptr,  # [T, Q, D]
     key_ptr,  # [P, G, D], by its strides
     value_ptr,  # [P, G, D], by its strides
     gate_ptr,  # float32 [Q]
@@ -111,8 +106,6 @@ def _add_read(
     query_head,
     output_token,
     output_head,
-    result_token,
-    result_head,
     key_row,
     key_head,
     value_row,
@@ -141,7 +134,7 @@ def _add_read(
     gate = tl.load(gate_ptr + head, mask=(row < queries)[:, None], other=0.0)
     output = tl.load(output_ptr + token * output_token + head * output_head + lane, mask=mask, other=0.0)
     result = output.to(tl.float32) + gate * read
-    at_result = token * result_token + head * result_head + lane
+    at_result = (token * (tl.num_programs(1) * group) + head) * HEAD + lane
     tl.store(result_ptr + at_result, result.to(result_ptr.dtype.element_ty), mask=mask)
 
 
@@ -166,11 +159,6 @@ def _add_read_backward(
     value_head,
     of_query_token,
     of_query_head,
-    sums_program,
-    sums_half,
-    sums_row,
-    sums_head,
-    of_gate_token,
     queries,  # T Q/G
     group,  # Q/G
     prefix,  # P
@@ -180,7 +168,7 @@ def _add_read_backward(
     PREFIX: tl.constexpr,  # P, up to a power of two
     ROWS: tl.constexpr,
 ):
-    kv_head = tl.program_id(1)
+    kv_head, kv_heads = tl.program_id(1), tl.num_programs(1)
     lane = tl.arange(0, LANES)[None, :]
     key = _load_prefix(key_ptr + kv_head * key_head, key_row, prefix, HEAD, LANES, PREFIX)
     value = _load_prefix(value_ptr + kv_head * value_head, value_row, prefix, HEAD, LANES, PREFIX)
@@ -199,7 +187,7 @@ def _add_read_backward(
         weights = _softmax(query, key, prefix, scale, PREFIX)
         along = tl.dot(grad, tl.trans(value), input_precision="ieee")
         of_gate = tl.sum(weights * along, 1)[:, None]
-        tl.store(of_gate_ptr + token * of_gate_token + head, of_gate, mask=inside)
+        tl.store(of_gate_ptr + token * (kv_heads * group) + head, of_gate, mask=inside)
         weights *= gate
         of_scores = (weights * (along - of_gate) * scale).to(key.dtype)
         at_of_query = token * of_query_token + head * of_query_head + lane
@@ -210,6 +198,6 @@ def _add_read_backward(
         of_value += tl.dot(tl.trans(weights.to(grad.dtype)), grad, input_precision="ieee")
     row = tl.arange(0, PREFIX)[:, None]
     mask = (row < prefix) & (lane < HEAD)
-    sums_ptr += tl.program_id(0) * sums_program + kv_head * sums_head
-    tl.store(sums_ptr + row * sums_row + lane, of_key, mask=mask)
-    tl.store(sums_ptr + sums_half + row * sums_row + lane, of_value, mask=mask)
+    at = ((tl.program_id(0) * 2 * prefix + row) * kv_heads + kv_head) * HEAD + lane
+    tl.store(sums_ptr + at, of_key, mask=mask)
+    tl.store(sums_ptr + at + prefix * kv_heads * HEAD, of_value, mask=mask)

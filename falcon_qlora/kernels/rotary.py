@@ -8,9 +8,6 @@ sines come twice, one time for each half. Everything is turned in float32 and ro
 gradient is the opposite rotation: nothing has to be kept for it.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# (a kernel's arguments are what Triton makes of them)
-
 from __future__ import annotations
 
 import triton

@@ -1,8 +1,5 @@
 """Rows as kernels take them, any distance apart; and copying them into longer rows at the memory's speed."""
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# (a kernel's arguments are what Triton makes of them)
-
 from __future__ import annotations
 
 import triton

@@ -4,9 +4,6 @@ Programs take tiles of few tokens and many columns, so that vectors are read onc
 that sum up go down their columns through a part of the tokens; the parts' sums are added up at the end.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# (a kernel's arguments are what Triton makes of them)
-
 from __future__ import annotations
 
 from typing import Any

@@ -11,6 +11,7 @@ is. Where s is 0 nothing is left of z, and the scale's gradient is given as 0. O
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -36,11 +37,7 @@ class ScaledProducts:
 
     def __init__(self, block: Block, trained: Sequence[Adapter]) -> None:
         self.block = block
-        vectors: list[Vectors] = []
-        for scale, bias in trained[:4]:
-            assert scale is not None
-            assert bias is not None
-            vectors.append((scale, bias))
+        vectors = cast(Sequence[Vectors], trained[:4])
         self.of_fused, self.of_h_to_4h, self.of_4h_to_h, self.of_dense = vectors
         self.frozen = DequantizedProducts(block, [(None, None)] * 4)
         self.outputs = self.frozen.outputs

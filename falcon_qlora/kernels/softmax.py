@@ -1,8 +1,5 @@
 """Cross entropy of rows of logits, and its gradient in their place."""
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# (a kernel's arguments are what Triton makes of them)
-
 from __future__ import annotations
 
 import torch

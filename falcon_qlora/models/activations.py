@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from falcon_qlora.kernels.offload import Offload
-from falcon_qlora.models.blocks.fast_block import Keep, set_keep
+from falcon_qlora.models.blocks.fast_block import Keep, state_of
 
 Checkpointing = Literal["none", "selective", "full", "offload"]
 
@@ -56,7 +56,9 @@ def set_checkpointing(model: nn.Module, checkpointing: Sequence[Checkpointing]) 
     """
     offload = Offload()
     for index, (block, wanted) in enumerate(zip(blocks_of(model), checkpointing, strict=True)):
-        if set_keep(block, _KEEP[wanted]):
+        fast = state_of(block)
+        if fast is not None:
+            fast.keep = _KEEP[wanted]
             continue
         if wanted == "selective":
             raise ValueError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
@@ -109,13 +111,7 @@ def fetch_tokenizer(repository: str, *, revision: str | None = None) -> Path:
         why = str(error)
     except (HTTPError, OSError) as error:
         why = f"the hub cannot be reached ({first_line(error)})"
-    try:
-        folder = snapshot_download(
-            repository, revision=revision, allow_patterns=["tokenizer.json"], local_files_only=True
-        )
-    except (HTTPError, OSError):
-        raise UserError(_not_cached(f"The tokenizer of {repository} is not in the cache", why)) from None
-    return Path(folder)
+    return _cached(repository, revision, "tokenizer.json", f"The tokenizer of {repository}", why)
 
 
 def plan_model(repository: str, *, revision: str | None = None) -> Download:
@@ -129,7 +125,11 @@ def plan_model(repository: str, *, revision: str | None = None) -> Download:
     files = wanted_files(list(sizes), repository)
     download = _download(repository, "model", {name: sizes[name] for name in files}, commit)
     if download.missing_bytes:
-        _check_kind(repository, revision)
+        from falcon_qlora.models.checkpoints import read_folder_config
+
+        with contextlib.suppress(HTTPError, OSError):  # reported by the download that follows
+            path = hf_hub_download(repository, "config.json", revision=revision)
+            read_folder_config(Path(path).parent, source=repository)
     return download
 
 
@@ -171,17 +171,13 @@ def _sizes(repository: str, kind: str, revision: str | None) -> tuple[dict[str, 
 
 def _download(repository: str, kind: str, sizes: dict[str, int], commit: str | None) -> Download:
     cache = Path(constants.HF_HUB_CACHE).expanduser()
-
-    def is_cached(name: str) -> bool:
-        found = try_to_load_from_cache(repository, name, revision=commit, repo_type=kind)
-        return isinstance(found, str)
-
+    find = partial(try_to_load_from_cache, repository, revision=commit, repo_type=kind)
     return Download(
         repository=repository,
         kind=kind,
         files=tuple(sizes),
         total_bytes=sum(sizes.values()),
-        missing_bytes=sum(size for name, size in sizes.items() if not is_cached(name)),
+        missing_bytes=sum(size for name, size in sizes.items() if not isinstance(find(name), str)),
         free_bytes=free_bytes(cache),
         cache=cache,
     )
@@ -227,34 +223,26 @@ def wanted_files(names: list[str], repository: str) -> list[str]:
     raise UserError(f"{repository} holds no weights (model*.safetensors or pytorch_model*.bin).")
 
 
-def _check_kind(repository: str, revision: str | None) -> None:
-    from falcon_qlora.models.checkpoints import read_folder_config
-
-    try:
-        path = hf_hub_download(repository, "config.json", revision=revision)
-    except (HTTPError, OSError):
-        return  # reported by the download that follows
-    read_folder_config(Path(path).parent, source=repository)
-
-
 def _cached_model(repository: str, revision: str | None, why: str) -> Path:
     from falcon_qlora.models.checkpoints import weight_files
 
+    folder = _cached(repository, revision, "config.json", repository, why)
     try:
-        folder = Path(
-            snapshot_download(
-                repository,
-                revision=revision,
-                allow_patterns=["config.json"],
-                local_files_only=True,
-            )
-        )
         weight_files(folder)
-    except (HTTPError, OSError):
-        raise UserError(_not_cached(f"{repository} is not in the cache", why)) from None
     except UserError:
         raise UserError(_not_cached(f"{repository} is in the cache in part only", why)) from None
     return folder
+
+
+def _cached(repository: str, revision: str | None, needed: str, what: str, why: str) -> Path:
+    """The folder of the cache that holds the file `needed`."""
+    try:
+        folder = snapshot_download(
+            repository, revision=revision, allow_patterns=[needed], local_files_only=True
+        )
+    except (HTTPError, OSError):
+        raise UserError(_not_cached(f"{what} is not in the cache", why)) from None
+    return Path(folder)
 
 
 def _not_cached(what: str, why: str) -> str:

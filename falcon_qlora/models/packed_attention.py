@@ -47,14 +47,6 @@ class Sequences:
         positions = torch.cat([torch.arange(length) for length in lengths])[None]
         return cls(starts.to(device), positions.to(device), tuple(map(int, lengths)), max(lengths))
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Sequences:
-        return Sequences(
-            self.cu_seqlens.to(device, non_blocking=non_blocking),
-            self.position_ids.to(device, non_blocking=non_blocking),
-            self.lengths,
-            self.max_length,
-        )
-
     @cached_property
     def padded_groups(self) -> tuple[PaddedGroup, ...]:
         """The documents in groups of similar length, each at most half padding; the same for every block."""
@@ -137,7 +129,10 @@ def packed_attention(
     if bias is not None:
         query, key, value = _bias_as_a_coordinate(query, key, value, bias)
     if takes_varlen(query.device, query.dtype, query.shape[-1], dropout):
-        output = _varlen(query, key, value, sequences, scale)
+        starts, longest = sequences.cu_seqlens, sequences.max_length
+        output = varlen_attn(
+            query, key, value, starts, starts, longest, longest, scale=scale, **_varlen_options()
+        )
     else:
         output = _padded(query, key, value, sequences, scale, dropout)
     return output[..., :head_dim]
@@ -190,11 +185,6 @@ def _varlen_options() -> dict[str, Any]:
     # Newer releases must be told that heads are shared; those before have no such argument.
     shared = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     return {"window_size": (-1, 0), **shared}
-
-
-def _varlen(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float) -> Tensor:
-    starts, longest = sequences.cu_seqlens, sequences.max_length
-    return varlen_attn(query, key, value, starts, starts, longest, longest, scale=scale, **_varlen_options())
 
 
 def _padded(

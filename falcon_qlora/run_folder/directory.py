@@ -52,18 +52,23 @@ METRICS_FIELDS = (
     "eval_loss",
 )
 
-_FILES = (
+# What a run writes, in the order in which a person wants it.
+_CONTENTS = (
+    "adapter",
+    "loss.png",
+    "metrics.jsonl",
+    "summary.json",
+    "checkpoints",
     "config.yaml",
     "environment.json",
     "data.json",
     "kernels.json",
-    "metrics.jsonl",
-    "summary.json",
-    "loss.png",
     "samples.jsonl",
     "trackers.json",
+    "tensorboard",
+    "wandb",
+    "flight_record",
 )
-_FOLDERS = ("checkpoints", "adapter", "tensorboard", "wandb", "flight_record")
 Record = Literal["environment", "kernels", "summary"]
 LAUNCHER = ".launcher"  # in a fresh folder: which launcher made it
 _LARGEST_FIGURE = 1e300
@@ -108,9 +113,7 @@ class RunDirectory:
 
     def contents(self) -> list[Path]:
         """The files and folders of the run that exist, in the order in which a person wants them."""
-        order = ("adapter", "loss.png", "metrics.jsonl", "summary.json", "checkpoints")
-        names = (*order, *(name for name in (*_FILES, *_FOLDERS) if name not in order))
-        return [self.path / name for name in names if (self.path / name).exists()]
+        return [self.path / name for name in _CONTENTS if (self.path / name).exists()]
 
     def clear(self, *, keep: Collection[str] = ()) -> None:
         """Remove an earlier run's files, and nothing else that lies in the folder.
@@ -120,10 +123,11 @@ class RunDirectory:
         Args:
             keep: names of files and folders that stay, as the new run writes there already.
         """
-        for name in set(_FILES) - set(keep):
-            (self.path / name).unlink(missing_ok=True)
-        for name in set(_FOLDERS) - set(keep):
-            shutil.rmtree(self.path / name, ignore_errors=True)
+        for path in (self.path / name for name in _CONTENTS if name not in keep):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def remove_if_empty(self) -> None:
         """Remove the folder of a run that never started: only its marks and its trackers' files are there."""
@@ -133,8 +137,8 @@ class RunDirectory:
 
     def write_config(self, resolved: Mapping[str, Any]) -> None:
         """Write everything a re-run needs; the caller leaves secrets out."""
-        record = {"format": _FORMAT, **plain(resolved)}
-        text = yaml.dump(record, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+        record = {"format": _FORMAT, **plain(resolved)}  # a list is another each time: no aliases
+        text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True, width=110)
         config = quoted(str(self.config_file))
         header = f"# Run again:  falcon-qlora train --config {config} --output_dir NEW_FOLDER\n"
         write_text(self.config_file, header + text)
@@ -191,9 +195,6 @@ class RunDirectory:
         with replaced(self.loss_picture) as temporary:
             charts.draw_loss(self.read_metrics(), temporary, title=title)
 
-    def checkpoint(self, step: int) -> Path:
-        return self.checkpoints / f"step-{step}"
-
     def tracker_record(self, tracker: str) -> dict[str, Any]:
         """What a tracker needs to go on with the same run ({} where there is none yet)."""
         record = read_json(self.trackers_file).get(tracker) if self.trackers_file.exists() else None
@@ -202,13 +203,6 @@ class RunDirectory:
     def write_tracker_record(self, tracker: str, record: Mapping[str, Any]) -> None:
         everything = read_json(self.trackers_file) if self.trackers_file.exists() else {}
         write_json(self.trackers_file, {**everything, tracker: dict(record)})
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes a list out as often as it is there: aliases are not read."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
 
 
 class Backlog:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from falcon_qlora.common.quantities import GIB
+from falcon_qlora.processes import ranks
 
 _PACKAGES = (
     "falcon-qlora",
@@ -35,12 +36,8 @@ _SECRET = re.compile(r"(token|secret|password|credential|api[_-]?key)", re.IGNOR
 _HIDDEN = "<hidden>"
 
 
-def collect_environment(*, world_size: int = 1) -> dict[str, Any]:
-    """Versions, devices, commit and command line of this process.
-
-    Args:
-        world_size: Processes that train together.
-    """
+def collect_environment() -> dict[str, Any]:
+    """Versions, devices, commit and command line of this process."""
     return {
         "falcon_qlora": _version("falcon-qlora"),
         "commit": _commit(Path(__file__).parent),
@@ -53,7 +50,7 @@ def collect_environment(*, world_size: int = 1) -> dict[str, Any]:
         "gpus": _gpus(),
         "cpu_threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
-        "world_size": world_size,
+        "world_size": ranks.world_size(),
     }
 
 

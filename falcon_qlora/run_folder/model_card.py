@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from falcon_qlora.common.files import write_text
+from falcon_qlora.common.version import VERSION
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +21,11 @@ class ModelCard:
         base_model: Hub id, path or label (``tiny``, ``random:falcon-7b``) of the model the adapter is for.
         method: What was trained, as `--method` takes it.
         title, trains, opened_by: As the method says, see `Method`.
-        base_is_random: Its weights are random: the adapter is a test of the machinery, and says so.
         datasets: What `--dataset_name` named.
         settings: Setting → value, in the order in which they are shown.
         data: What became of the rows: label → count.
         summary: The fields of `summary.json`.
         template: The prompt template of the rows, to be used again when the model is asked.
-        version: The release of falcon_qlora.
     """
 
     base_model: str
@@ -34,13 +33,11 @@ class ModelCard:
     title: str
     trains: str
     opened_by: str
-    base_is_random: bool = False
     datasets: Sequence[str] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     summary: Mapping[str, Any] = field(default_factory=dict)
     template: str = ""
-    version: str = ""
 
     def write(self, adapter: Path) -> Path:
         """Write the card into the adapter's folder, in place of PEFT's empty form."""
@@ -64,6 +61,11 @@ class ModelCard:
     def _is_whole(self) -> bool:
         return self.opened_by == "transformers"
 
+    @property
+    def _base_is_random(self) -> bool:
+        """The adapter is a test of the machinery then, and says so."""
+        return self.base_model.startswith("random:")
+
     def _metadata(self) -> dict[str, Any]:
         metadata: dict[str, Any] = {"library_name": self.opened_by, "pipeline_tag": "text-generation"}
         if names_hub_model(self.base_model):
@@ -80,11 +82,10 @@ class ModelCard:
         held = f" on the base model held in {quantized}" if quantized and not self._is_whole else ""
         text = (
             f"# {self.title} {'of' if self._is_whole else 'for'} {self.base_model}\n\n"
-            f"{self.title} ({self.trains}) of `{self.base_model}`, trained{held} with falcon_qlora "
-            f"{self.version}".rstrip()
+            f"{self.title} ({self.trains}) of `{self.base_model}`, trained{held} with "
+            f"falcon_qlora {VERSION}.\n"
         )
-        text += ".\n"
-        if self.base_is_random:
+        if self._base_is_random:
             text += (
                 "\n**The base model's weights are random**: this shows that and how fast the training runs, "
                 "and is of no other use.\n"
@@ -104,7 +105,7 @@ class ModelCard:
                 "PEFT has no such method; falcon_qlora opens it on the base model, quantized or not\n"
                 "(`ADAPTER` is this folder or a copy of it). It cannot be merged into the base's weights.\n\n"
             )
-        elif not self.base_is_random:
+        elif not self._base_is_random:
             text += (
                 "With plain Transformers and PEFT (`ADAPTER` is this folder or its hub id):\n\n"
                 f"```python\n{self._plain_example()}```\n\n"

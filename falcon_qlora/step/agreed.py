@@ -72,15 +72,12 @@ class Reports:
         self, step: int, notes: torch.Tensor, bad: torch.Tensor, origins: tuple[Origin, ...] = ()
     ) -> None:
         """Take up a step's summed notes and its bad flag, both on the device; of a stream, also its rows."""
-        values = torch.cat([bad.float().reshape(1), notes])
-        if not values.is_cuda:
-            self._pending.append((step, values, None, origins))
-            return
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        host.copy_(values, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-        self._pending.append((step, host, copied, origins))
+        values, copied = torch.cat([bad.float().reshape(1), notes]), None
+        if values.is_cuda:
+            on_device, values = values, torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            values.copy_(on_device, non_blocking=True)
+            copied = torch.cuda.current_stream().record_event()
+        self._pending.append((step, values, copied, origins))
 
     def take(self, *, newest: bool = False) -> list[StepReport]:
         """The reports of the steps before the newest; with `newest`, its too, which waits for the device."""

@@ -175,7 +175,7 @@ def stop(
         last = f"the last complete checkpoint is {whole}" if whole else "there is no complete checkpoint"
         raise UserError(f"{where}, but the checkpoint could not be saved ({stopped.failure}); {last}")
     if not resumable:
-        kept = directory.checkpoint(stopped.step)
+        kept = directory.checkpoints / f"step-{stopped.step}"
         console.print_plain(f"{where}. {kept} holds the weights alone: the run cannot go on")
         return
     console.print_plain(f"{where}. Go on with:  {how_to_go_on(directory)}")

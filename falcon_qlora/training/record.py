@@ -9,7 +9,6 @@ import torch
 
 from falcon_qlora.common.files import write_json
 from falcon_qlora.common.quantities import counted, gib
-from falcon_qlora.common.version import VERSION
 from falcon_qlora.config import Configuration
 from falcon_qlora.data.templates import template_fingerprint
 from falcon_qlora.methods.adapter_folder import write_record
@@ -54,7 +53,7 @@ def write_start(
     elif ranks.restart_count():
         forget_after(directory, 0)
     directory.write_config(configuration.resolved())
-    directory.write("environment", collect_environment(world_size=ranks.world_size()))
+    directory.write("environment", collect_environment())
     write_json(directory.data_file, data.record)
     directory.write("kernels", kernels or {"all blocks": "reference path: --kernels off"})
 
@@ -188,13 +187,11 @@ def describe_adapter(
         title=method.title,
         trains=method.trains,
         opened_by=method.opened_by,
-        base_is_random=settings.model_name_or_path.startswith("random:"),
         datasets=rows.dataset_name,
         settings={name: resolved[name] for name in shown if resolved.get(name) is not None},
         data={name: value for name, value in data.record.items() if isinstance(value, int)},
         summary=summary or {},
         template=data.template,
-        version=VERSION,
     ).write(folder)
 
 

@@ -103,16 +103,16 @@ def test_a_file_in_the_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
 
 def test_resume_takes_a_run_or_one_of_its_checkpoints(tmp_path: Path) -> None:
     directory = _holding_run(tmp_path / "mine")
-    directory.checkpoint(10).mkdir(parents=True)
+    (directory.checkpoints / "step-10").mkdir(parents=True)
     assert _choose(None, tmp_path, resume=directory.path) == directory.path
-    assert _choose(None, tmp_path, resume=str(directory.checkpoint(10))) == directory.path
+    assert _choose(None, tmp_path, resume=str(directory.checkpoints / "step-10")) == directory.path
 
 
 def test_resume_of_a_run_in_the_folder_of_another_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
     directory, other = _holding_run(tmp_path / "mine"), _holding_run(tmp_path / "other")
-    directory.checkpoint(10).mkdir(parents=True)
+    (directory.checkpoints / "step-10").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    for resume in (directory.path, directory.checkpoint(10)):
+    for resume in (directory.path, (directory.checkpoints / "step-10")):
         assert _choose(Path("mine"), tmp_path, resume=resume) == Path("mine")
         for elsewhere in (other.path, tmp_path / "new"):
             with pytest.raises(UserError, match=r"its own folder, .*mine, and --output_dir .*leave"):
@@ -130,7 +130,7 @@ def test_resume_of_nothing_is_an_error_and_names_the_newest_run(tmp_path: Path) 
 
 def test_overwrite_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
     directory = _holding_run(tmp_path)
-    directory.checkpoint(3).mkdir(parents=True)
+    (directory.checkpoints / "step-3").mkdir(parents=True)
     (tmp_path / "notes.txt").write_text("mine")
     directory.clear()
     assert [entry.name for entry in tmp_path.iterdir()] == ["notes.txt"]
@@ -356,7 +356,7 @@ def test_the_loss_is_drawn(tmp_path: Path) -> None:
 
 def test_contents_lists_what_exists(tmp_path: Path) -> None:
     directory = _holding_run(tmp_path)
-    directory.write("environment", collect_environment(world_size=2))
+    directory.write("environment", collect_environment())
     assert {path.name for path in directory.contents()} == {
         "config.yaml",
         "metrics.jsonl",
@@ -366,7 +366,8 @@ def test_contents_lists_what_exists(tmp_path: Path) -> None:
 
 def test_environment_names_versions_and_hides_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["train", "--hub_token", "hf_abc", "--max_tokens", "5"])
-    environment = collect_environment(world_size=2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    environment = collect_environment()
     assert environment["packages"]["torch"] == torch.__version__
     assert environment["world_size"] == 2
     assert "hf_abc" not in json.dumps(environment)
@@ -444,6 +445,6 @@ def test_the_code_in_a_whole_models_card_runs(tmp_path: Path) -> None:
 
 
 def test_a_card_over_random_weights_says_so_and_names_no_hub_model() -> None:
-    text = ModelCard(**LORA, base_model="random:falcon-7b", base_is_random=True).render()
+    text = ModelCard(**LORA, base_model="random:falcon-7b").render()
     assert "weights are random" in text
     assert "base_model" not in yaml.safe_load(text.split("---\n")[1])

@@ -69,19 +69,17 @@ class PackedAttention:
 
 
 @dataclass(frozen=True, eq=False)
-class PrefixedAttention:
+class PrefixedAttention(PackedAttention):
     """Attention within documents that also looks at a learned prefix, see `kernels.prefix`.
 
     The sum is not kept: attention's backward needs its own output alone, and the prefix's the queries.
 
     Attributes:
-        attention: without the prefix.
         key: ``[P, G, D]``, of the prefix, in the dtype of the activations.
         value: ``[P, G, D]``.
         gate: float32 ``[Q]``.
     """
 
-    attention: PackedAttention
     key: Tensor
     value: Tensor
     gate: Tensor
@@ -90,16 +88,13 @@ class PrefixedAttention:
     def tensors(self) -> tuple[Tensor, ...]:
         return self.key, self.value, self.gate
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        return self.attention.forward(query, key, value)
-
     def output(self, query: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
         return prefix.add(query, kept[0], *self.tensors)
 
     def backward(
         self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, kept: tuple[Tensor, ...]
     ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
-        (of_query, of_key, of_value), _ = self.attention.backward(grad, query, key, value, kept)
+        (of_query, of_key, of_value), _ = super().backward(grad, query, key, value, kept)
         groups = query.unflatten(1, (key.shape[1], -1))
         of_query, *own = prefix.add_backward(grad, groups, self.key, self.value, self.gate, of_query)
         return (of_query, of_key, of_value), tuple(own)

@@ -200,9 +200,7 @@ def block_forward(
     return output.unsqueeze(0), None
 
 
-def _attention(
-    module: Any, block: Block, attention: PackedAttention, dtype: torch.dtype
-) -> PackedAttention | PrefixedAttention:
+def _attention(module: Any, block: Block, attention: PackedAttention, dtype: torch.dtype) -> PackedAttention:
     """With the block's prefix, where it has one that acts."""
     prefix = prefix_of(module.self_attention)
     if prefix is None or not prefix.enabled:
@@ -213,4 +211,4 @@ def _attention(
     if vectors is not None:
         fused = vectors(fused)
     _, key, value = split_heads(fused, module.self_attention)
-    return PrefixedAttention(attention, key, value, prefix.gate)
+    return PrefixedAttention(attention.sequences, attention.kernel, key, value, prefix.gate)

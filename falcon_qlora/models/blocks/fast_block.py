@@ -72,14 +72,6 @@ def state_of(block: nn.Module) -> State | None:
     return getattr(block, _STATE, None)
 
 
-def set_keep(block: nn.Module, keep: Keep) -> bool:
-    """Change what a block keeps for its backward pass; False where it is no fast one."""
-    state = state_of(block)
-    if state is not None:
-        state.keep = keep
-    return state is not None
-
-
 def install(block: nn.Module, forward: Callable[..., Any], state: State) -> None:
     """Run `block` by `forward`, which finds `state` on it."""
     setattr(block, _STATE, state)
