@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import spec_from_file_location
 from types import ModuleType
+from typing import Any
 
 ASKS = "bitsandbytes.backends.cpu.ops"
 COMPILES = "bitsandbytes.backends.default.ops"
@@ -41,10 +42,9 @@ class _Uncompiled(SourceFileLoader):
     """Loads `COMPILES`, which takes its functions as they are where they cannot be compiled."""
 
     def exec_module(self, module: ModuleType) -> None:
-        import torch
-
+        torch: Any = sys.modules["torch"]  # which bitsandbytes has imported by now
         compile_ = torch.compile
-        torch.compile = None  # type: ignore[assignment]
+        torch.compile = None
         try:
             super().exec_module(module)
         finally:
