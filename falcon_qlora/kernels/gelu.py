@@ -6,6 +6,9 @@ rounding off by at most 1.7e-8, and by 6e-5 of itself up to |x| = 5, where ``0.5
 one digit left. The exponential is the one that the gradient needs as well.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (a kernel's arguments are what Triton makes of them)
+
 from __future__ import annotations
 
 import torch
@@ -27,26 +30,40 @@ def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
     check_rows(x, out)
     if x.numel():
-        grid, options = _programs(x)
-        _gelu[grid](x, out, x.stride(0), out.stride(0), x.shape[1], **options)
+        block, options = _block(x)
+        _gelu[(x.shape[0] * triton.cdiv(x.shape[1], block),)](
+            x, out, x.stride(0), out.stride(0), x.shape[1], **options
+        )
     return out
 
 
-def gelu_backward(grad: Tensor, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`ops.gelu_backward` in one pass; GELU's output takes the place of `grad`, and `out` may be `x`."""
+def gelu_backward(
+    grad: Tensor, x: Tensor, out: Tensor | None = None, *, output: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`ops.gelu_backward` in one pass.
+
+    Args:
+        grad, x, out: as there; `out` may be `x`, and `grad` where `output` is not.
+        output: ``[T, F]`` to write GELU's output into; None for `grad`. May be `x`, where `out` is not.
+    """
     grad, x = contiguous_rows(grad), contiguous_rows(x)
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    check_rows(x, grad, out)
+    if output is None:
+        output = grad  # its memory is free when it has been read
+    check_rows(x, grad, out, output)
     if x.numel():
-        grid, options = _programs(x)
-        _gelu_backward[grid](grad, x, out, grad.stride(0), x.stride(0), out.stride(0), x.shape[1], **options)
-    return out, grad
+        block, options = _block(x)
+        _gelu_backward[(x.shape[0] * triton.cdiv(x.shape[1], block),)](
+            grad, x, out, output,
+            grad.stride(0), x.stride(0), out.stride(0), output.stride(0), x.shape[1], **options,
+        )  # fmt: skip
+    return out, output
 
 
-def _programs(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
+def _block(x: Tensor) -> tuple[int, dict[str, int]]:
     block = min(_BLOCK, triton.next_power_of_2(x.shape[1]))
-    return (x.shape[0] * triton.cdiv(x.shape[1], block),), {"BLOCK": block, "num_warps": _WARPS}
+    return block, {"BLOCK": block, "num_warps": _WARPS}
 
 
 @triton.jit
@@ -83,12 +100,14 @@ def _gelu(
 
 @triton.jit
 def _gelu_backward(
-    grad_ptr,  # [T, F], rows grad_stride apart; takes GELU's output
+    grad_ptr,  # [T, F], rows grad_stride apart
     x_ptr,  # [T, F], rows x_stride apart
     dx_ptr,  # [T, F], rows dx_stride apart
+    y_ptr,  # [T, F], rows y_stride apart
     grad_stride,
     x_stride,
     dx_stride,
+    y_stride,
     features,  # F
     BLOCK: tl.constexpr,
 ):
@@ -97,4 +116,4 @@ def _gelu_backward(
     x = read(x_ptr, row * x_stride + column, mask)
     y, slope = gelu_and_slope(x)
     tl.store(dx_ptr + row * dx_stride + column, (grad * slope).to(dx_ptr.dtype.element_ty), mask=mask)
-    tl.store(grad_ptr + row * grad_stride + column, y.to(grad_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + row * y_stride + column, y.to(y_ptr.dtype.element_ty), mask=mask)

@@ -1,8 +1,13 @@
-"""Layer norm, and its gradient for the input.
+"""Layer norm, one or two over the same input, and its gradient for the input.
 
-Weight and bias are frozen: they get no gradient, so the backward pass is one read of what it needs and one
-write. Sums are taken in float32, of a row that is held in registers: no second read.
+Weights and biases are frozen: they get no gradient, so the backward pass is one read of what it needs and one
+write. Two norms over one input (Falcon-40B's attention and MLP norms) differ in weight and bias alone: they
+share the statistics, and their gradients meet before the sums over a row. Sums are taken in float32, of a row
+that is held in registers: no second read.
 """
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (a kernel's arguments are what Triton makes of them)
 
 from __future__ import annotations
 
@@ -11,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from falcon_qlora.kernels.rows import contiguous_rows, read
+from falcon_qlora.kernels.rows import contiguous_rows
 
 _LANES_A_THREAD = {"forward": 32, "backward": 16}
 _MOST_WARPS = 16
@@ -21,20 +26,20 @@ def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.layer_norm` in one pass."""
-    x = contiguous_rows(x)
-    tokens, hidden = x.shape
-    if out is None:
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    assert out.shape == x.shape
-    assert out.stride(1) == 1
-    mean = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    rstd = torch.empty_like(mean)
-    if tokens:
-        _layer_norm[(tokens,)](
-            x, weight, bias, out, mean, rstd, x.stride(0), out.stride(0), hidden, eps,
-            **_row_options(hidden, "forward"),
-        )  # fmt: skip
-    return out, mean, rstd
+    (y,), mean, rstd = _forward(x, [(weight, bias)], eps, [out])
+    return y, mean, rstd
+
+
+def two_layer_norms(
+    x: Tensor, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, bias_2: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two layer norms of the same rows, as `layer_norm`'s.
+
+    Returns:
+        both results ``[T, H]``, and the statistics they share, float32 ``[T]``.
+    """
+    (y_1, y_2), mean, rstd = _forward(x, [(weight_1, bias_1), (weight_2, bias_2)], eps, [None, None])
+    return y_1, y_2, mean, rstd
 
 
 def layer_norm_backward(
@@ -47,18 +52,66 @@ def layer_norm_backward(
     out: Tensor | None = None,
 ) -> Tensor:
     """`ops.layer_norm_backward` in one pass; `out` may be `grad` or `addend`."""
-    grad, x = contiguous_rows(grad), contiguous_rows(x)
+    return _backward([(grad, weight)], x, mean, rstd, addend, out)
+
+
+def two_layer_norms_backward(
+    grad_1: Tensor,
+    grad_2: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight_1: Tensor,
+    weight_2: Tensor,
+    addend: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The input's gradient of `two_layer_norms`: the sum of what comes through both, as above."""
+    return _backward([(grad_1, weight_1), (grad_2, weight_2)], x, mean, rstd, addend, out)
+
+
+def _forward(
+    x: Tensor, norms: list[tuple[Tensor, Tensor]], eps: float, outs: list[Tensor | None]
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    x = contiguous_rows(x)
     tokens, hidden = x.shape
+    results = [torch.empty_like(x, memory_format=torch.contiguous_format) if y is None else y for y in outs]
+    assert all(y.shape == x.shape and y.stride(1) == 1 for y in results)
+    mean = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    (weight_1, bias_1), (weight_2, bias_2) = norms[0], norms[-1]
+    if tokens:
+        _layer_norm[(tokens,)](
+            x, weight_1, bias_1, weight_2, bias_2, results[0], results[-1], mean, rstd,
+            x.stride(0), results[0].stride(0), results[-1].stride(0), hidden, eps,
+            TWO=len(norms) == 2, **_row_options(hidden, "forward"),
+        )  # fmt: skip
+    return results, mean, rstd
+
+
+def _backward(
+    norms: list[tuple[Tensor, Tensor]],
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    addend: Tensor | None,
+    out: Tensor | None,
+) -> Tensor:
+    x = contiguous_rows(x)
+    tokens, hidden = x.shape
+    (grad_1, weight_1), (grad_2, weight_2) = [
+        (contiguous_rows(grad), weight) for grad, weight in (norms[0], norms[-1])
+    ]
     added = x if addend is None else contiguous_rows(addend)
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
     assert out.stride(1) == 1
-    assert all(t.shape == x.shape for t in (grad, added, out))
+    assert all(t.shape == x.shape for t in (grad_1, grad_2, added, out))
     if tokens:
         _layer_norm_backward[(tokens,)](
-            grad, x, mean, rstd, weight, added, out,
-            grad.stride(0), x.stride(0), added.stride(0), out.stride(0), hidden,
-            ADD=addend is not None, **_row_options(hidden, "backward"),
+            grad_1, grad_2, x, mean, rstd, weight_1, weight_2, added, out,
+            grad_1.stride(0), grad_2.stride(0), x.stride(0), added.stride(0), out.stride(0), hidden,
+            TWO=len(norms) == 2, ADD=addend is not None, **_row_options(hidden, "backward"),
         )  # fmt: skip
     return out
 
@@ -79,36 +132,46 @@ def _row_options(hidden: int, direction: str) -> dict[str, int]:
 
 
 @triton.jit
+def _load(ptr, column, hidden):
+    return tl.load(ptr + column, mask=column < hidden, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _store_norm(y_ptr, weight_ptr, bias_ptr, normalized, column, hidden):
-    inside = column < hidden
-    y = normalized * read(weight_ptr, column, inside) + read(bias_ptr, column, inside)
-    tl.store(y_ptr + column, y.to(y_ptr.dtype.element_ty), mask=inside)
+    y = normalized * _load(weight_ptr, column, hidden) + _load(bias_ptr, column, hidden)
+    tl.store(y_ptr + column, y.to(y_ptr.dtype.element_ty), mask=column < hidden)
 
 
 @triton.jit
 def _layer_norm(
     x_ptr,  # [T, H], rows x_stride apart
-    weight_ptr,  # [H]
-    bias_ptr,  # [H]
-    y_ptr,  # [T, H], rows y_stride apart
+    weight_1_ptr,  # [H]
+    bias_1_ptr,  # [H]
+    weight_2_ptr,  # [H]; used where TWO, and so the next
+    bias_2_ptr,  # [H]
+    y_1_ptr,  # [T, H], rows y_1_stride apart
+    y_2_ptr,  # [T, H], rows y_2_stride apart; used where TWO
     mean_ptr,  # float32 [T]
     rstd_ptr,  # float32 [T]
     x_stride,
-    y_stride,
+    y_1_stride,
+    y_2_stride,
     hidden,  # H
     eps,
+    TWO: tl.constexpr,
     MAIN: tl.constexpr,  # H ≤ MAIN + TAIL
     TAIL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
-    y_ptr += row * y_stride
+    y_1_ptr += row * y_1_stride
+    y_2_ptr += row * y_2_stride
     column = tl.arange(0, MAIN)
-    x = read(x_ptr, column, column < hidden)
+    x = _load(x_ptr, column, hidden)
     total = tl.sum(x, 0)
     if TAIL:
         column_t = MAIN + tl.arange(0, TAIL)
-        x_t = read(x_ptr, column_t, column_t < hidden)
+        x_t = _load(x_ptr, column_t, hidden)
         total += tl.sum(x_t, 0)
     mean = total / hidden
     x = tl.where(column < hidden, x - mean, 0.0)
@@ -119,38 +182,57 @@ def _layer_norm(
     rstd = 1.0 / tl.sqrt(squares / hidden + eps)
     tl.store(mean_ptr + row, mean)
     tl.store(rstd_ptr + row, rstd)
-    _store_norm(y_ptr, weight_ptr, bias_ptr, x * rstd, column, hidden)
+    _store_norm(y_1_ptr, weight_1_ptr, bias_1_ptr, x * rstd, column, hidden)
+    if TWO:
+        _store_norm(y_2_ptr, weight_2_ptr, bias_2_ptr, x * rstd, column, hidden)
     if TAIL:
-        _store_norm(y_ptr, weight_ptr, bias_ptr, x_t * rstd, column_t, hidden)
+        _store_norm(y_1_ptr, weight_1_ptr, bias_1_ptr, x_t * rstd, column_t, hidden)
+        if TWO:
+            _store_norm(y_2_ptr, weight_2_ptr, bias_2_ptr, x_t * rstd, column_t, hidden)
+
+
+@triton.jit
+def _scaled_gradient(
+    grad_1_ptr, grad_2_ptr, weight_1_ptr, weight_2_ptr, column, hidden, TWO: tl.constexpr
+):  # fmt: skip
+    scaled = _load(grad_1_ptr, column, hidden) * _load(weight_1_ptr, column, hidden)
+    if TWO:
+        scaled += _load(grad_2_ptr, column, hidden) * _load(weight_2_ptr, column, hidden)
+    return scaled
 
 
 @triton.jit
 def _store_gradient(dx_ptr, add_ptr, dx, column, hidden, ADD: tl.constexpr):
     if ADD:
-        dx += read(add_ptr, column, column < hidden)
+        dx += _load(add_ptr, column, hidden)
     tl.store(dx_ptr + column, dx.to(dx_ptr.dtype.element_ty), mask=column < hidden)
 
 
 @triton.jit
 def _layer_norm_backward(
-    grad_ptr,  # [T, H], rows grad_stride apart
+    grad_1_ptr,  # [T, H], rows grad_1_stride apart
+    grad_2_ptr,  # [T, H], rows grad_2_stride apart; used where TWO
     x_ptr,  # [T, H], rows x_stride apart
     mean_ptr,  # float32 [T]
     rstd_ptr,  # float32 [T]
-    weight_ptr,  # [H]
+    weight_1_ptr,  # [H]
+    weight_2_ptr,  # [H]; used where TWO
     add_ptr,  # [T, H], rows add_stride apart; used where ADD
     dx_ptr,  # [T, H], rows dx_stride apart
-    grad_stride,
+    grad_1_stride,
+    grad_2_stride,
     x_stride,
     add_stride,
     dx_stride,
     hidden,  # H
+    TWO: tl.constexpr,
     ADD: tl.constexpr,
     MAIN: tl.constexpr,  # H ≤ MAIN + TAIL
     TAIL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    grad_ptr += row * grad_stride
+    grad_1_ptr += row * grad_1_stride
+    grad_2_ptr += row * grad_2_stride
     x_ptr += row * x_stride
     add_ptr += row * add_stride
     dx_ptr += row * dx_stride
@@ -158,14 +240,14 @@ def _layer_norm_backward(
     rstd = tl.load(rstd_ptr + row)
     column = tl.arange(0, MAIN)
     # Beyond H the scaled gradient is zero, and so is what it adds to the sums.
-    scaled = read(grad_ptr, column, column < hidden) * read(weight_ptr, column, column < hidden)
-    normalized = (read(x_ptr, column, column < hidden) - mean) * rstd
+    scaled = _scaled_gradient(grad_1_ptr, grad_2_ptr, weight_1_ptr, weight_2_ptr, column, hidden, TWO)
+    normalized = (_load(x_ptr, column, hidden) - mean) * rstd
     of_mean = tl.sum(scaled, 0)
     of_rstd = tl.sum(scaled * normalized, 0)
     if TAIL:
         column_t = MAIN + tl.arange(0, TAIL)
-        scaled_t = read(grad_ptr, column_t, column_t < hidden) * read(weight_ptr, column_t, column_t < hidden)
-        normalized_t = (read(x_ptr, column_t, column_t < hidden) - mean) * rstd
+        scaled_t = _scaled_gradient(grad_1_ptr, grad_2_ptr, weight_1_ptr, weight_2_ptr, column_t, hidden, TWO)
+        normalized_t = (_load(x_ptr, column_t, hidden) - mean) * rstd
         of_mean += tl.sum(scaled_t, 0)
         of_rstd += tl.sum(scaled_t * normalized_t, 0)
     of_mean = of_mean / hidden

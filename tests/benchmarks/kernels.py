@@ -112,40 +112,57 @@ def norm_cases(sizes: Sizes, tokens: int) -> Iterator[Case]:
     def make(*shape: int) -> Tensor:
         return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
 
-    x, add, grad = (make(tokens, *hidden) for _ in range(3))
-    weight, bias = make(*hidden), make(*hidden)
-    _, mean, rstd = layer_norm.layer_norm(x, weight, bias, EPS)
-    _, their_mean, their_rstd = torch.native_layer_norm(x, hidden, weight, bias, EPS)
+    x, add, grads = make(tokens, *hidden), make(tokens, *hidden), [make(tokens, *hidden) for _ in range(2)]
+    norms = [(make(*hidden), make(*hidden)) for _ in range(2)]
+    _, mean, rstd = layer_norm.layer_norm(x, *norms[0], EPS)
+    _, their_mean, their_rstd = torch.native_layer_norm(x, hidden, *norms[0], EPS)
+    weights = [weight for weight, _ in norms]
 
-    def forward_theirs() -> tuple[Tensor, ...]:
-        return (F.layer_norm(x, hidden, weight, bias, EPS),)
+    def forward_theirs(count: int) -> tuple[Tensor, ...]:
+        return tuple(F.layer_norm(x, hidden, *norm, EPS) for norm in norms[:count])
 
-    def backward_theirs() -> tuple[Tensor, ...]:
-        dx, _, _ = torch.ops.aten.native_layer_norm_backward(
-            grad, x, hidden, their_mean, their_rstd, weight, None, [True, False, False]
-        )
-        return (add + dx,)
+    def backward_theirs(count: int) -> tuple[Tensor, ...]:
+        dx = add
+        for grad, (weight, _) in zip(grads[:count], norms, strict=False):
+            dx = (
+                dx
+                + torch.ops.aten.native_layer_norm_backward(
+                    grad, x, hidden, their_mean, their_rstd, weight, None, [True, False, False]
+                )[0]
+            )
+        return (dx,)
 
-    def forward_reference() -> tuple[Tensor, ...]:
-        return (F.layer_norm(x[:ROWS].double(), hidden, weight.double(), bias.double(), EPS),)
+    def forward_reference(count: int) -> tuple[Tensor, ...]:
+        wide = x[:ROWS].double()
+        return tuple(F.layer_norm(wide, hidden, w.double(), b.double(), EPS) for w, b in norms[:count])
 
-    def backward_reference() -> tuple[Tensor, ...]:
+    def backward_reference(count: int) -> tuple[Tensor, ...]:
         wide = x[:ROWS].double().requires_grad_()
-        result = F.layer_norm(wide, hidden, weight.double(), bias.double(), EPS)
-        (dx,) = torch.autograd.grad(result, wide, grad[:ROWS].double())
+        results = [F.layer_norm(wide, hidden, w.double(), b.double(), EPS) for w, b in norms[:count]]
+        (dx,) = torch.autograd.grad(results, wide, [grad[:ROWS].double() for grad in grads[:count]])
         return (dx + add[:ROWS].double(),)
 
+    forward: dict[int, Callable[[], tuple[Tensor, ...]]] = {
+        1: lambda: layer_norm.layer_norm(x, *norms[0], EPS)[:1],
+        2: lambda: layer_norm.two_layer_norms(x, *norms[0], *norms[1], EPS)[:2],
+    }
+    backward: dict[int, Callable[[], tuple[Tensor, ...]]] = {
+        1: lambda: (layer_norm.layer_norm_backward(grads[0], x, mean, rstd, weights[0], add),),
+        2: lambda: (layer_norm.two_layer_norms_backward(*grads, x, mean, rstd, *weights, add),),
+    }
     lanes = [{"forward": n, "backward": n} for n in (8, 16, 32)]
-    shape = f"[{tokens}, {sizes.hidden}]"
-    yield Case(
-        f"norm {shape}", lambda: layer_norm.layer_norm(x, weight, bias, EPS)[:1], forward_theirs,
-        forward_reference, 4 * x.numel(), layer_norm, {"_LANES_A_THREAD": lanes},
-    )  # fmt: skip
-    yield Case(
-        f"norm, backward {shape}",
-        lambda: (layer_norm.layer_norm_backward(grad, x, mean, rstd, weight, add),), backward_theirs,
-        backward_reference, 8 * x.numel(), layer_norm, {"_LANES_A_THREAD": lanes},
-    )  # fmt: skip
+    for count, one in ((1, "norm"), (2, "two norms")):
+        shape = f"[{tokens}, {sizes.hidden}]"
+        yield Case(
+            f"{one} {shape}", forward[count], lambda n=count: forward_theirs(n),
+            lambda n=count: forward_reference(n), 2 * x.numel() * (1 + count),
+            layer_norm, {"_LANES_A_THREAD": lanes},
+        )  # fmt: skip
+        yield Case(
+            f"{one}, backward {shape}", backward[count], lambda n=count: backward_theirs(n),
+            lambda n=count: backward_reference(n), 2 * x.numel() * (3 + count),
+            layer_norm, {"_LANES_A_THREAD": lanes},
+        )  # fmt: skip
 
 
 def rotary_cases(sizes: Sizes, tokens: int) -> Iterator[Case]:
@@ -208,10 +225,9 @@ def rotary_cases(sizes: Sizes, tokens: int) -> Iterator[Case]:
 
 
 def gelu_cases(sizes: Sizes, tokens: int) -> Iterator[Case]:
-    x, grad, own_grad, dx = (
+    x, grad, output, dx = (
         torch.randn(tokens, sizes.wide, device=DEVICE, dtype=torch.bfloat16) for _ in range(4)
     )
-    output = torch.empty_like(x)
 
     def backward_theirs() -> tuple[Tensor, ...]:
         return torch.ops.aten.gelu_backward(grad, x), F.gelu(x)
@@ -225,9 +241,9 @@ def gelu_cases(sizes: Sizes, tokens: int) -> Iterator[Case]:
         f"gelu {shape}", lambda: (gelu.gelu(x, output),), lambda: (F.gelu(x),),
         lambda: (F.gelu(wide()[1]),), 4 * x.numel(), gelu, tunables,
     )  # fmt: skip
-    # It takes the memory of what it is given, so its gradient changes with every call.
     yield Case(
-        f"gelu, backward {shape}", lambda: gelu.gelu_backward(own_grad, x, dx), backward_theirs, tuple,
+        f"gelu, backward {shape}", lambda: gelu.gelu_backward(grad, x, dx, output=output), backward_theirs,
+        lambda: (torch.ops.aten.gelu_backward(*wide()), F.gelu(wide()[1])),
         8 * x.numel(), gelu, tunables,
     )  # fmt: skip
 

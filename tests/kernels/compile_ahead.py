@@ -23,11 +23,11 @@ from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
 from falcon_qlora.kernels import (
-    dequantize_triton,
     dropout_triton,
     fp8_gelu,
     fp8_quantize,
     gelu,
+    int8,
     layer_norm,
     nf4,
     prefix_triton,
@@ -37,7 +37,7 @@ from falcon_qlora.kernels import (
     softmax,
 )
 
-MODULES: tuple[ModuleType, ...] = (dequantize_triton, gelu, layer_norm, nf4, rotary, rows, softmax)
+MODULES: tuple[ModuleType, ...] = (gelu, int8, layer_norm, nf4, rotary, rows, softmax)
 MODULES += (dropout_triton, prefix_triton, scale_shift_triton)
 FP8_MODULES: tuple[ModuleType, ...] = (fp8_gelu, fp8_quantize)
 FP8_CAPABILITY = 89
@@ -60,12 +60,13 @@ def variants(capability: int) -> Iterator[tuple[JITFunction, dict[str, Any]]]:
 def plain_variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
     for kernel in (gelu._gelu, gelu._gelu_backward):
         yield kernel, {"BLOCK": gelu._BLOCK, "num_warps": gelu._WARPS}
-    for hidden in (4544, 8192, 14848):
-        yield layer_norm._layer_norm, layer_norm._row_options(hidden, "forward")
-        yield layer_norm._layer_norm_backward, {"ADD": True, **layer_norm._row_options(hidden, "backward")}
+    for hidden, two in ((4544, False), (8192, True), (14848, True)):  # 7B has one norm a block
+        options = layer_norm._row_options(hidden, "forward")
+        yield layer_norm._layer_norm, {"TWO": two, **options}
+        options = layer_norm._row_options(hidden, "backward")
+        yield layer_norm._layer_norm_backward, {"TWO": two, "ADD": True, **options}
     yield from nf4_variants(scaled=False)
-    options = {"BLOCK": dequantize_triton._BLOCK, "num_warps": dequantize_triton._WARPS}
-    yield dequantize_triton._dequantize_int8, options
+    yield int8._dequantize, {"BLOCK": int8._BLOCK, "num_warps": int8._WARPS}
     yield rows._copy, {"BLOCK": rows._BLOCK, "num_warps": rows._WARPS}
     yield (
         softmax._cross_entropy,

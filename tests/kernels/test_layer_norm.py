@@ -9,7 +9,12 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from falcon_qlora.kernels.layer_norm import layer_norm, layer_norm_backward
+from falcon_qlora.kernels.layer_norm import (
+    layer_norm,
+    layer_norm_backward,
+    two_layer_norms,
+    two_layer_norms_backward,
+)
 
 EPS = 1e-5
 # 4,544 and 1,100 are held in two parts, 14,848 is the widest Falcon.
@@ -29,14 +34,20 @@ class Case:
             return (torch.randn(shape, generator=generator) + offset).to(device, dtype)
 
         self.x = make(tokens, hidden, offset=1.5)
-        self.weight, self.bias = make(hidden, offset=1.0), make(hidden)
-        self.dy, self.add = make(tokens, hidden), make(tokens, hidden)
+        self.weights = [make(hidden, offset=1.0), make(hidden, offset=1.0)]
+        self.biases = [make(hidden), make(hidden)]
+        self.dy = [make(tokens, hidden), make(tokens, hidden)]
+        self.add = make(tokens, hidden)
 
-    def expected(self, with_add: bool) -> tuple[Tensor, Tensor]:
+    def expected(self, norms: int, with_add: bool) -> tuple[list[Tensor], Tensor]:
         x = self.x.double().requires_grad_()
-        y = F.layer_norm(x, x.shape[1:], self.weight.double(), self.bias.double(), EPS)
-        (dx,) = torch.autograd.grad(y, x, self.dy.double())
-        return y.detach(), dx + self.add.double() if with_add else dx
+        hidden = (x.shape[1],)
+        results = [
+            F.layer_norm(x, hidden, self.weights[i].double(), self.biases[i].double(), EPS)
+            for i in range(norms)
+        ]
+        (dx,) = torch.autograd.grad(results, x, [dy.double() for dy in self.dy[:norms]])
+        return [y.detach() for y in results], dx + self.add.double() if with_add else dx
 
 
 def _close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
@@ -52,9 +63,9 @@ def _close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("hidden", WIDTHS)
 def test_one_norm_and_its_gradient(hidden: int, dtype: torch.dtype, device: torch.device) -> None:
     case = Case(3, hidden, dtype, device)
-    y, mean, rstd = layer_norm(case.x, case.weight, case.bias, EPS)
-    dx = layer_norm_backward(case.dy, case.x, mean, rstd, case.weight)
-    expected_y, expected_dx = case.expected(with_add=False)
+    y, mean, rstd = layer_norm(case.x, case.weights[0], case.biases[0], EPS)
+    dx = layer_norm_backward(case.dy[0], case.x, mean, rstd, case.weights[0])
+    (expected_y,), expected_dx = case.expected(1, with_add=False)
     _close(y, expected_y, dtype)
     if hidden > 1:  # a row of one value has no variance, and rstd of 300 makes noise of rounding
         _close(dx, expected_dx, dtype)
@@ -62,16 +73,31 @@ def test_one_norm_and_its_gradient(hidden: int, dtype: torch.dtype, device: torc
     assert mean.dtype == rstd.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden", WIDTHS[1:])
+def test_two_norms_share_statistics_and_gradients(
+    hidden: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    case = Case(2, hidden, dtype, device)
+    (w1, w2), (b1, b2) = case.weights, case.biases
+    y1, y2, mean, rstd = two_layer_norms(case.x, w1, b1, w2, b2, EPS)
+    dx = two_layer_norms_backward(case.dy[0], case.dy[1], case.x, mean, rstd, w1, w2, addend=case.add)
+    (expected_1, expected_2), expected_dx = case.expected(2, with_add=True)
+    _close(y1, expected_1, dtype)
+    _close(y2, expected_2, dtype)
+    _close(dx, expected_dx, dtype)
+
+
 @pytest.mark.parametrize("hidden", [71, 1100])
 def test_the_residual_gradient_is_added_before_rounding(hidden: int, device: torch.device) -> None:
     case = Case(3, hidden, torch.bfloat16, device)
-    _, mean, rstd = layer_norm(case.x, case.weight, case.bias, EPS)
-    dx = layer_norm_backward(case.dy, case.x, mean, rstd, case.weight, addend=case.add)
-    _close(dx, case.expected(with_add=True)[1], torch.bfloat16)
-    for out in (case.dy.clone(), case.add.clone()):
+    _, mean, rstd = layer_norm(case.x, case.weights[0], case.biases[0], EPS)
+    dx = layer_norm_backward(case.dy[0], case.x, mean, rstd, case.weights[0], addend=case.add)
+    _close(dx, case.expected(1, with_add=True)[1], torch.bfloat16)
+    for out in (case.dy[0].clone(), case.add.clone()):
         # In place of either input.
-        dy, add = (out, case.add) if torch.equal(out, case.dy) else (case.dy, out)
-        again = layer_norm_backward(dy, case.x, mean, rstd, case.weight, addend=add, out=out)
+        dy, add = (out, case.add) if torch.equal(out, case.dy[0]) else (case.dy[0], out)
+        again = layer_norm_backward(dy, case.x, mean, rstd, case.weights[0], addend=add, out=out)
         assert again is out
         assert torch.equal(out, dx)
 
@@ -79,9 +105,9 @@ def test_the_residual_gradient_is_added_before_rounding(hidden: int, device: tor
 @pytest.mark.parametrize("hidden", [71, 1100])
 def test_rows_may_lie_apart_or_across(hidden: int, device: torch.device) -> None:
     case = Case(3, hidden, torch.bfloat16, device)
-    weight, bias = case.weight, case.bias
+    weight, bias = case.weights[0], case.biases[0]
     y, mean, rstd = layer_norm(case.x, weight, bias, EPS)
-    dx = layer_norm_backward(case.dy, case.x, mean, rstd, weight, addend=case.add)
+    dx = layer_norm_backward(case.dy[0], case.x, mean, rstd, weight, addend=case.add)
 
     def apart(matrix: Tensor) -> Tensor:
         return torch.cat([torch.full_like(matrix, torch.nan), matrix], 1)[:, hidden:]
@@ -90,13 +116,13 @@ def test_rows_may_lie_apart_or_across(hidden: int, device: torch.device) -> None
         return matrix.T.contiguous().T
 
     for laid in (apart, across):
-        x, dy, add = laid(case.x), laid(case.dy), laid(case.add)
+        x, dy, add = laid(case.x), laid(case.dy[0]), laid(case.add)
         assert torch.equal(layer_norm(x, weight, bias, EPS)[0], y)
         assert torch.equal(layer_norm_backward(dy, x, mean, rstd, weight, addend=add), dx)
     buffer = torch.zeros(3, hidden + 9, dtype=torch.bfloat16, device=device)
     layer_norm(case.x, weight, bias, EPS, out=buffer[:, 4:-5])
     assert torch.equal(buffer[:, 4:-5], y)
-    layer_norm_backward(case.dy, case.x, mean, rstd, weight, addend=case.add, out=buffer[:, 4:-5])
+    layer_norm_backward(case.dy[0], case.x, mean, rstd, weight, addend=case.add, out=buffer[:, 4:-5])
     assert torch.equal(buffer[:, 4:-5], dx)
     assert not buffer[:, :4].any()
     assert not buffer[:, -5:].any()
@@ -104,18 +130,18 @@ def test_rows_may_lie_apart_or_across(hidden: int, device: torch.device) -> None
 
 def test_float32_weights_with_bfloat16_tokens(device: torch.device) -> None:
     case = Case(3, 71, torch.bfloat16, device)
-    weight, bias = case.weight.float() * 1.001, case.bias.float() * 1.001
+    weight, bias = case.weights[0].float() * 1.001, case.biases[0].float() * 1.001
     y, mean, rstd = layer_norm(case.x, weight, bias, EPS)
     expected = F.layer_norm(case.x.double(), (71,), weight.double(), bias.double(), EPS)
     _close(y, expected, torch.bfloat16)
-    assert layer_norm_backward(case.dy, case.x, mean, rstd, weight).dtype == torch.bfloat16
+    assert layer_norm_backward(case.dy[0], case.x, mean, rstd, weight).dtype == torch.bfloat16
 
 
 def test_no_tokens(device: torch.device) -> None:
     case = Case(0, 64, torch.float32, device)
-    y, mean, rstd = layer_norm(case.x, case.weight, case.bias, EPS)
+    y, mean, rstd = layer_norm(case.x, case.weights[0], case.biases[0], EPS)
     assert y.shape == (0, 64)
-    assert layer_norm_backward(case.dy, case.x, mean, rstd, case.weight).shape == (0, 64)
+    assert layer_norm_backward(case.dy[0], case.x, mean, rstd, case.weights[0]).shape == (0, 64)
 
 
 def test_a_large_mean_costs_no_precision(device: torch.device) -> None:
