@@ -26,8 +26,11 @@ class DequantizedProducts:
         self, block: Block, adapters: Sequence[Adapter], gelu_products: GeluProducts | None = None
     ) -> None:
         self.block, self.adapters, self.gelu_products = block, adapters, gelu_products
-        groups = [slice(0, 2)] if len(block.norms) == 1 else [slice(0, 1), slice(1, 2)]
-        self.into = [SharedInput(block.projections[each], adapters[each], block.workspace) for each in groups]
+        groups = [(0, 2)] if len(block.norms) == 1 else [(0, 1), (1, 2)]
+        self.into = [
+            SharedInput(block.projections[first:last], adapters[first:last], block.workspace)
+            for first, last in groups
+        ]
         self.out_of = SharedOutput(block.projections[2:], adapters[2:], block.workspace)
         self.outputs = self.inputs = len(self.into)
         self._joined: Tensor | None = None  # from `enter`, where its product has filled in GELU's output

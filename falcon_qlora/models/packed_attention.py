@@ -130,7 +130,7 @@ def packed_attention(
         query, key, value = _bias_as_a_coordinate(query, key, value, bias)
     if takes_varlen(query.device, query.dtype, query.shape[-1], dropout):
         starts, longest = sequences.cu_seqlens, sequences.max_length
-        output = varlen_attn(
+        output: Any = varlen_attn(
             query, key, value, starts, starts, longest, longest, scale=scale, **_varlen_options()
         )
     else:
