@@ -5,7 +5,7 @@
 is `subprocess.Popen` in all but where the ten seconds of importing go. What runs is the module as
 ``python -m`` runs it, in a process of its own with its own words, environment, folder, session and streams;
 so are the workers that the launcher starts. Where a process needs what is read while libraries load (another
-`HF_HOME`, say), or ``FORKS=0`` is in the environment of the tests, it is started as ever.
+`HF_HOME`, say), a GPU is there, or ``FORKS=0`` is in the environment of the tests, it is started as ever.
 """
 
 from __future__ import annotations
@@ -91,7 +91,12 @@ def _is_module(words: list[str]) -> bool:
 
 
 def _can_fork(environment: dict[str, str]) -> bool:
-    if not sys.platform.startswith("linux") or os.environ.get("FORKS") == "0":
+    # What has asked the CUDA driver anything, as a launcher does, can have no fork that computes on a GPU.
+    if (
+        not sys.platform.startswith("linux")
+        or os.environ.get("FORKS") == "0"
+        or Path("/dev/nvidiactl").exists()
+    ):
         return False
     _start.update({} if _start else os.environ)
     return all(
