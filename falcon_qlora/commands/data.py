@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     out.print(report.histogram_text(lengths))
     wanted: DataReportArguments = configuration.extra
     file = Path(wanted.png) if wanted.png else Path("runs") / "data" / f"{name}.png"
-    title = ", ".join(Path(each).name for each in configuration.data.dataset_name)
+    title = ", ".join(Path(each).name or each for each in configuration.data.dataset_name)
     try:
         report.draw_histogram(lengths, configuration.data.max_length, file, title=title)
     except OSError as error:
@@ -98,7 +98,9 @@ def _look_at_corpora(configuration: Configuration, tokenizer: Any) -> _Look:
 def _look_at_stream(configuration: Configuration, tokenizer: Any) -> _Look:
     import numpy as np
 
-    from falcon_qlora.data.stream import stream_documents
+    from falcon_qlora.data import report
+    from falcon_qlora.data.settings import RowSettings
+    from falcon_qlora.data.stream import recognise_source, stream_documents
     from falcon_qlora.training import rows
 
     counts: Counter[str] = Counter()
@@ -116,6 +118,13 @@ def _look_at_stream(configuration: Configuration, tokenizer: Any) -> _Look:
         )
     lengths = np.array([len(ids) for ids, _ in documents], dtype=np.int64)
     targets = sum(int(mask[1:].sum()) for _, mask in documents)
-    first = f"the stream's first {len(documents):,} documents: {lengths.sum():,} tokens, {targets:,} trained"
-    told = "\n".join([first, *(f"{name.replace('_', ' ')}: {count:,}" for name, count in counts.items())])
-    return documents[: configuration.extra.show], [told], lengths, "stream"
+    settings, told = RowSettings(**rows.row_settings(configuration.data)), []
+    for source in settings.sources():
+        row_format, template = recognise_source(settings, source)
+        told.append((source.name, f"format {row_format}, template {template}"))
+        told += [("note", note) for note in source.notes()]
+    told += [(name.replace("_", " "), f"{count:,}") for name, count in counts.items()]
+    told += [("documents", f"{len(documents):,}"), ("tokens", f"{lengths.sum():,}")]
+    told.append(("trained tokens", f"{targets:,} ({targets / lengths.sum():.1%})"))
+    table = report.labelled(f"the stream's first {len(documents):,} documents", told)
+    return documents[: configuration.extra.show], [table], lengths, "stream"

@@ -60,6 +60,11 @@ def one_line(error: object, *, limit: int = 300) -> str:
     return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
+def printable(text: str) -> str:
+    """`text` with what a terminal would obey, or could not show, written as escapes."""
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+
+
 def first_line(error: object, *, limit: int = 300) -> str:
     """The first line of what `error` says, for those whose others are advice to programmers."""
     return one_line(next(iter(str(error).strip().splitlines()), type(error).__name__), limit=limit)

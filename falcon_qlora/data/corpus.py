@@ -53,6 +53,7 @@ class SourceUse:
     """How one source was read: the format recognised and the template that writes it.
 
     `rows_kept` are those of which something is left to train on; weights may draw more of them or less.
+    `notes` are `Source.notes`.
     """
 
     name: str
@@ -61,6 +62,7 @@ class SourceUse:
     rows_read: int
     rows_kept: int
     rows_drawn: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +260,7 @@ def _uses(
             rows_read=documents.rows(chosen & (documents.source == index)),
             rows_kept=documents.rows(kept[documents.source[kept] == index]),
             rows_drawn=int((documents.source[rows_drawn] == index).sum()),
+            notes=tuple(part.source.notes()),
         )
         for index, part in enumerate(documents.parts)
     )

@@ -7,31 +7,34 @@ guess. Here a row is an object of its own, and what is wrong with it is said wit
 from __future__ import annotations
 
 import csv
-import gzip
 import itertools
-import json
+import math
+import re
 import sys
-import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from falcon_qlora.common.errors import UserError, one_line, reason_of
+from falcon_qlora.common.errors import UserError, one_line
+from falcon_qlora.data.json_rows import Row, iterate_json, json_remarks
+from falcon_qlora.data.text_files import COMPRESSED, encoding_of, lines, open_text, told_with_file
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
-Row = dict[str, Any]
-
-_CHUNK = 1 << 20
-_LONGEST = 1 << 26
-_TOO_LONG = f"a line or value of more than {_LONGEST:,} characters: this is no row"
-_WRAPPERS = ("data", "rows", "examples", "train")
+_SEPARATORS = ",;\t|"
+_LINES_OF_A_HEADER = 20
+_ROWS_LOOKED_AT = 1000
+# How Python and pandas write a number that is missing into a file where everything is text.
+_NAN = {"nan", "NaN"}
+# Types of Parquet whose values may need `tidied`, by their names.
+_UNTIDY = re.compile("float|double|binary")
 
 
 def data_suffix(path: Path) -> str | None:
-    """The suffix that says what `path` holds, without ``.gz``; None for what is not data."""
+    """The suffix that says what `path` holds, without that of its compression; None for what is not data."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    compressed = suffixes[-1:] == [".gz"]
+    compressed = bool(suffixes) and suffixes[-1] in COMPRESSED
     if compressed:
         suffixes.pop()
     last = suffixes[-1] if suffixes else ""
@@ -43,6 +46,8 @@ def data_suffix(path: Path) -> str | None:
 def iterate_rows(path: Path, *, skip: int = 0) -> Iterator[tuple[str, Row]]:
     """Yield ``(place, row)`` for every row of a file; a place is ``path:line``.
 
+    A value that is missing is None, however it is written; a number that is not finite ends the reading.
+
     Args:
         skip: leave out so many rows at the beginning, without a look into them where the kind of file allows.
 
@@ -50,195 +55,110 @@ def iterate_rows(path: Path, *, skip: int = 0) -> Iterator[tuple[str, Row]]:
         UserError: at the row that cannot be read.
     """
     suffix = data_suffix(path)
-    try:
+    with told_with_file(path):
         if suffix == ".parquet":
             yield from _parquet_rows(path, skip)
-        elif suffix == ".csv":
+        elif suffix in (".csv", ".tsv"):
             yield from itertools.islice(_csv_rows(path), skip, None)
         else:
-            yield from _json_rows(path, skip, lines=suffix != ".json")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not text in UTF-8 ({error.reason}); convert it, for example with iconv"
-        ) from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}: damaged gzip file: {error}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {reason_of(error)}") from None
+            yield from iterate_json(path, skip, by_line=suffix != ".json")
 
 
-def _open(path: Path, newline: str | None = None) -> TextIO:
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
-    return path.open(encoding="utf-8-sig", newline=newline)
+def remarks(path: Path) -> list[str]:
+    """How a file is read where that is not the plain way of its kind; from its beginning alone."""
+    suffix, told = data_suffix(path), []
+    if suffix == ".parquet":
+        return told
+    with told_with_file(path):
+        if (encoding := encoding_of(path)) != "utf-8-sig":
+            told.append(f"read as {encoding.upper()}")
+        told += _csv_remarks(path) if suffix in (".csv", ".tsv") else json_remarks(path)
+    return told
 
 
-def _json_rows(path: Path, skip: int, *, lines: bool) -> Iterator[tuple[str, Row]]:
-    with _open(path) as handle:
-        first = _first_character(handle)
-    if lines and first != "[":
-        yield from _json_lines(path, skip)
-    else:
-        yield from itertools.islice(_json_values(path), skip, None)
+def tidied(value: Any, place: str) -> Any:
+    """A value as rows have it, whatever library it comes from: NaN is None, and bytes of text are text.
 
-
-def _json_values(path: Path) -> Iterator[tuple[str, Row]]:
-    with _open(path) as handle:
-        values = _Values(path, handle).read()
-        # One object that wraps the rows is told from a file of one row, and from objects one after another.
-        head = list(itertools.islice(values, 2))
-        if len(head) == 1:
-            line, only = head[0]
-            wrapped = [
-                only[key] for key in _WRAPPERS if isinstance(only, dict) and isinstance(only.get(key), list)
-            ]
-            if len(wrapped) == 1:
-                head = [(line, value) for value in wrapped[0]]
-        for line, value in head:
-            yield f"{path}:{line}", _row(value, f"{path}:{line}")
-        for line, value in values:
-            yield f"{path}:{line}", _row(value, f"{path}:{line}")
-
-
-def _json_lines(path: Path, skip: int) -> Iterator[tuple[str, Row]]:
-    with _open(path) as handle:
-        lines = enumerate(_lines(path, handle), start=1)
-        rows = ((number, line) for number, line in lines if line.strip())
-        for number, line in itertools.islice(rows, skip, None):
-            place = f"{path}:{number}"
-            try:
-                value = json.loads(line.strip())
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{place}: not valid JSON: {error.msg} at column {error.colno}; "
-                    "a .jsonl file has one whole object on every line"
-                ) from None
-            except (ValueError, RecursionError) as error:  # of a number too long, or lists too deep
-                raise UserError(f"{place}: not valid JSON: {error}") from None
-            yield place, _row(value, place)
-
-
-def _lines(path: Path, handle: TextIO) -> Iterator[str]:
-    """The lines of a file, which is no text where one has no end."""
-    for number in itertools.count(1):
-        line = handle.readline(_LONGEST)
-        if len(line) == _LONGEST:
-            raise UserError(f"{path}:{number}: {_TOO_LONG}")
-        if not line:
-            return
-        yield line
-
-
-class _Values:
-    """The JSON values of a file, an array's elements or values one after another, without holding the file.
-
-    Args:
-        path: for messages.
-        handle: open at the beginning.
+    Raises:
+        UserError: for an infinite number.
     """
-
-    def __init__(self, path: Path, handle: TextIO):
-        self._path = path
-        self._handle = handle
-        self._text = ""
-        self._position = 0
-        self._line = 1  # at `_counted`, up to which line breaks have been counted
-        self._counted = 0
-        self._ended = False
-
-    def read(self) -> Iterator[tuple[int, Any]]:
-        """Yield ``(line, value)``."""
-        array = self._next() == "["
-        if array:
-            self._position += 1
-        expect_value = not array
-        while character := self._next():
-            if array and character == "]" and not expect_value:
-                self._position += 1
-                if self._next():
-                    self._fail("something follows the array's closing bracket")
-                return
-            line = self._line_here()
-            value = self._decode()
-            yield line, value
-            expect_value = False
-            if array:
-                following = self._next()
-                if following == ",":
-                    self._position += 1
-                    expect_value = True
-                elif following and following != "]":
-                    self._fail("expected a comma or the array's closing bracket")
-        if array:
-            self._fail("the array's closing bracket is missing")
-
-    def _decode(self) -> Any:
-        decoder = json.JSONDecoder()
-        while True:
-            try:
-                value, self._position = decoder.raw_decode(self._text, self._position)
-            except json.JSONDecodeError as error:
-                # A value that the window cuts off fails at its end, or where its last string begins.
-                cut_off = error.msg.startswith("Unterminated string") or error.pos > len(self._text) - 16
-                if self._ended or not cut_off:
-                    self._fail(error.msg, error.pos)
-                self._more()
-            except (ValueError, RecursionError) as error:  # of a number too long, or lists too deep
-                self._fail(str(error))
-            else:
-                return value
-
-    def _next(self) -> str:
-        """The next character that is not white space, left unread; empty at the end."""
-        while True:
-            while self._position < len(self._text) and self._text[self._position] in " \t\r\n":
-                self._position += 1
-            if self._position < len(self._text):
-                return self._text[self._position]
-            if self._ended:
-                return ""
-            self._more()
-
-    def _more(self) -> None:
-        self._line_here()
-        self._text = self._text[self._position :]
-        if len(self._text) > _LONGEST:
-            raise UserError(f"{self._path}:{self._line}: {_TOO_LONG}")
-        self._position = self._counted = 0
-        # Doubling, so that one large value is not decoded again for every small piece of it.
-        piece = self._handle.read(max(_CHUNK, len(self._text)))
-        self._ended = not piece
-        self._text += piece
-
-    def _line_here(self) -> int:
-        self._line += self._text.count("\n", self._counted, self._position)
-        self._counted = self._position
-        return self._line
-
-    def _fail(self, message: str, position: int | None = None) -> None:
-        at = self._position if position is None else position
-        line = self._line_here() + self._text.count("\n", self._position, at)
-        raise UserError(f"{self._path}:{line}: not valid JSON: {message}")
+    if isinstance(value, float):
+        if math.isinf(value):
+            raise UserError(f"{place}: the number is infinite; write null for what is missing, or a text")
+        return None if math.isnan(value) else value
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value  # refused where it is to be trained
+    if isinstance(value, dict):
+        return {key: tidied(each, place) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [tidied(each, place) for each in value]
+    return value
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with _open(path, newline="") as handle:
-        reader = csv.reader(_lines(path, handle), strict=True)
+    separator = _separator(path)
+    with open_text(path, newline="") as handle:
+        reader = csv.reader(lines(path, handle), delimiter=separator, strict=True)
         try:
-            header = next(reader, [])
+            header = next(filter(None, reader), [])
+            _check_names(header, f"{path}:{reader.line_num}")
             line = reader.line_num + 1
             for fields in reader:
                 if fields:
                     if len(fields) != len(header):
                         raise UserError(
-                            f"{path}:{line}: {len(fields)} fields, but the header has {len(header)} columns; "
-                            "put double quotes around fields with commas or line breaks"
+                            f"{path}:{line}: {len(fields)} fields, but the header has {len(header)} columns "
+                            f"({_separated(separator)}); put double quotes around fields that hold this or "
+                            "line breaks"
                         )
-                    yield f"{path}:{line}", dict(zip(header, fields, strict=True))
+                    values = (None if field in _NAN else field for field in fields)
+                    yield f"{path}:{line}", dict(zip(header, values, strict=True))
                 line = reader.line_num + 1
         except csv.Error as error:
             raise UserError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
+
+
+def _csv_remarks(path: Path) -> list[str]:
+    separator, told = _separator(path), []
+    if separator != _usual_separator(path):
+        told.append(f"read as {_separated(separator)}")
+    if any(None in row.values() for _, row in itertools.islice(_csv_rows(path), _ROWS_LOOKED_AT)):
+        told.append("fields that are nan are read as missing")
+    return told
+
+
+def _separator(path: Path) -> str:
+    """What the header's columns are separated by: what stands in it most often, outside of quotes."""
+    with open_text(path, newline="") as handle:
+        header = "".join(itertools.islice(lines(path, handle), _LINES_OF_A_HEADER)).lstrip("\r\n")
+    counts, quoted = dict.fromkeys(_SEPARATORS, 0.0), False
+    for character in header:
+        if character == '"':
+            quoted = not quoted
+        elif character in "\r\n" and not quoted:
+            break
+        elif character in counts and not quoted:
+            counts[character] += 1
+    counts[_usual_separator(path)] += 0.5  # where there are as many of two, or none
+    return max(counts, key=counts.__getitem__)
+
+
+def _usual_separator(path: Path) -> str:
+    return "\t" if data_suffix(path) == ".tsv" else ","
+
+
+def _separated(separator: str) -> str:
+    return "separated by tabs" if separator == "\t" else f"separated by {separator!r}"
+
+
+def _check_names(names: Sequence[str], place: str) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(f"{place}: several columns have the name {twice[0]!r}; rename or remove all but one")
 
 
 def _parquet_rows(path: Path, skip: int) -> Iterator[tuple[str, Row]]:
@@ -248,6 +168,8 @@ def _parquet_rows(path: Path, skip: int) -> Iterator[tuple[str, Row]]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
+            _check_names(file.schema_arrow.names, str(path))
+            untidy = [field.name for field in file.schema_arrow if _UNTIDY.search(str(field.type))]
             for group in range(file.num_row_groups):
                 if number + (rows := file.metadata.row_group(group).num_rows) <= skip:
                     number += rows
@@ -257,19 +179,9 @@ def _parquet_rows(path: Path, skip: int) -> Iterator[tuple[str, Row]]:
                     number += left_out
                     for row in batch.slice(left_out).to_pylist():
                         number += 1
-                        yield f"{path} row {number}", row
-    except (pa.ArrowException, OverflowError) as error:
+                        place = f"{path} row {number}"
+                        for name in untidy:
+                            row[name] = tidied(row[name], f"{place}: column {name}")
+                        yield place, row
+    except (pa.ArrowException, OverflowError, ValueError) as error:
         raise UserError(f"{path}: not a valid Parquet file: {one_line(error)}") from None
-
-
-def _row(value: Any, place: str) -> Row:
-    if not isinstance(value, dict):
-        raise UserError(f"{place}: expected a JSON object with named columns, found {type(value).__name__}")
-    return value
-
-
-def _first_character(handle: TextIO) -> str:
-    while piece := handle.read(4096):
-        if piece.strip():
-            return piece.lstrip()[0]
-    return ""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import textwrap
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from falcon_qlora.common.errors import printable
 from falcon_qlora.data.corpus import Corpus, Statistics
 from falcon_qlora.data.packing import Plan, deal
 
@@ -77,12 +80,13 @@ def summary(corpus: Corpus, *, title: str, efficiency: float | None = None) -> T
         rows.append(
             (use.name, f"{use.rows_read:,} rows{drawn}: format {use.format}, template {use.template}")
         )
+        rows += [("note", note) for note in use.notes]
     rows += statistics_rows(corpus.statistics)
     rows.append(("tokens in a document", _quantiles(corpus.lengths)))
     if efficiency is not None:
         rows.append(("packing efficiency", f"{efficiency:.1%} of the computed positions are real tokens"))
     rows.append(("fingerprint", corpus.fingerprint[:16]))
-    return _table(title, rows)
+    return labelled(title, rows)
 
 
 def statistics_rows(statistics: Statistics) -> list[tuple[str, str]]:
@@ -139,11 +143,19 @@ def fill(plan: Plan, *, micro_batch: int, padding: str | None) -> float:
 
 
 def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
-    """How many documents have `first` to `last` tokens, in steps of a round number: those three of each."""
-    longest = int(lengths.max(initial=1))
-    width = _round_width(longest / _BINS)
-    counts = np.bincount(lengths // width, minlength=longest // width + 1)
-    return [(index * width, (index + 1) * width - 1, int(count)) for index, count in enumerate(counts)]
+    """How many documents have `first` to `last` tokens: those three of each step.
+
+    Steps are of a round number, or where a few documents are many times longer, each twice the one before.
+    """
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    if _has_long_tail(lengths):
+        edges = [2**power for power in range(shortest.bit_length() - 1, longest.bit_length() + 1)]
+    else:
+        width = _round_width(longest / _BINS)
+        edges = list(range(shortest // width * width, longest + width + 1, width))
+    counts = np.histogram(lengths, edges)[0]
+    steps = zip(itertools.pairwise(edges), counts.tolist(), strict=True)
+    return [(first, end - 1, count) for (first, end), count in steps]
 
 
 def histogram_text(lengths: np.ndarray) -> Table:
@@ -172,9 +184,13 @@ def draw_histogram(lengths: np.ndarray, max_length: int, file: Path, *, title: s
     figure = Figure(figsize=(8, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    longest = int(lengths.max(initial=1))
-    width = _round_width(longest / 60)
-    axes.hist(lengths, bins=list(range(0, longest + width + 1, width)), color="#1f5aa6")
+    longest = int(lengths.max())
+    if _has_long_tail(lengths):
+        axes.hist(lengths, bins=np.geomspace(lengths.min(), longest + 1, 60), color="#1f5aa6")
+        axes.set_xscale("log")
+    else:
+        width = _round_width(longest / 60)
+        axes.hist(lengths, bins=list(range(0, longest + width + 1, width)), color="#1f5aa6")
     if longest > max_length / 2:
         axes.axvline(max_length, color="#d1495b", linewidth=1.2, linestyle="--", label="maximum length")
     axes.axvline(float(lengths.mean()), color="#e0a030", linewidth=1.2, label=f"mean {lengths.mean():.0f}")
@@ -183,9 +199,13 @@ def draw_histogram(lengths: np.ndarray, max_length: int, file: Path, *, title: s
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     if title:
-        axes.set_title(title, fontsize=11)
+        # A name is no formula, and may have signs that the font lacks.
+        title = textwrap.fill(printable(title), 85, max_lines=2, placeholder=" …")
+        axes.set_title(title, fontsize=11, parse_math=False)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=130, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)
+        figure.savefig(file, dpi=130, format="png")
 
 
 def spread(count: int, wanted: int) -> list[int]:
@@ -219,6 +239,11 @@ def _quantiles(lengths: np.ndarray) -> str:
     )
 
 
+def _has_long_tail(lengths: np.ndarray) -> bool:
+    """Whether half of the documents would be in the first of the steps."""
+    return bool(lengths.max() > _BINS * np.median(lengths))
+
+
 def _round_width(width: float) -> int:
     """The next larger of 1, 2, 5, 10, 20, 50, …"""
     power = 10 ** math.floor(math.log10(max(width, 1)))
@@ -229,12 +254,13 @@ def _count(count: int) -> str:
     return f"{count:,}" if count else "none"
 
 
-def _table(title: str, rows: list[tuple[str, str]]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.title = Text(title, style="bold")
-    table.title_justify = "left"
-    table.add_column(style="cyan", overflow="fold")
-    table.add_column(overflow="fold")
+def labelled(title: str, rows: list[tuple[str, str]]) -> Table:
+    """Labels and texts under a title."""
+    grid = Table.grid(padding=(0, 2))
+    grid.title = Text(title, style="bold")
+    grid.title_justify = "left"
+    grid.add_column(style="cyan", overflow="fold")
+    grid.add_column(overflow="fold")
     for label, text in rows:
-        table.add_row(label, Text(text))
-    return table
+        grid.add_row(Text(printable(label)), Text(printable(text)))
+    return grid

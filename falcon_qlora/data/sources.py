@@ -20,13 +20,15 @@ from typing import Any, Protocol
 from falcon_qlora.common.errors import UserError, first_line, nearest
 from falcon_qlora.common.files import sha256
 from falcon_qlora.data import sample_data
-from falcon_qlora.data.files import Row, data_suffix, iterate_rows
-from falcon_qlora.data.folders import files_of_folder, kinds
+from falcon_qlora.data.files import data_suffix, iterate_rows, remarks, tidied
+from falcon_qlora.data.folders import cure_of, files_of_folder, kinds, listed
+from falcon_qlora.data.json_rows import Row
 from falcon_qlora.data.origins import Origin
 
 PACKAGED = "sample"
 
 _SAMPLE_ROWS = 1000
+_ROWS_LOOKED_AT = 100  # of each file, for notes
 # A stream's files may be larger than what a start can wait for: those of a source below the first are hashed
 # whole, a second or two of reading; of larger ones so many bytes at either end, with size and time.
 _HASHED_WHOLE_BYTES = 10**9
@@ -73,6 +75,9 @@ class Source(Protocol):
     def describe(self) -> dict[str, Any]:
         """What a stream reads, in plain values: each file with its size and hash, a hub data set's commit."""
 
+    def notes(self) -> list[str]:
+        """What is left out, and what is read in a special way, by name; from the beginning of each file."""
+
     def rows(self, max_rows: int | None) -> Iterator[tuple[str, Row]]:
         """``(place, row)`` in their order, of a hub data set from its copy on disk."""
 
@@ -95,10 +100,12 @@ def find_source(name: str, *, config: str | None = None, split: str = "train") -
     if name == PACKAGED and not path.exists():
         path = sample_data.path()
     if path.is_dir():
-        return LocalSource(name, tuple(files_of_folder(path, name, split)))
+        files, notes = files_of_folder(path, name, split)
+        return LocalSource(name, tuple(files), tuple(notes))
     if path.is_file():
         if data_suffix(path) is None:
-            raise UserError(f"{name}: not a kind of file that holds rows; those are {kinds()}")
+            what = cure_of(path) or "not a kind of file that holds rows"
+            raise UserError(f"{name}: {what}. Rows are read from {kinds()}")
         if split != "train":
             raise UserError(
                 f"{name}: a single file has no split {split!r}; name another file, or hold out a fraction"
@@ -170,7 +177,8 @@ class _HubRows(Rows):
         if row is None:
             raise StopIteration
         self._number += 1
-        return f"{self._source.name} row {self._number}", row
+        place = f"{self._source.name} row {self._number}"
+        return place, tidied(row, place)
 
     def position(self) -> list[Any]:
         return [self._number, self._stream.state_dict()]
@@ -185,6 +193,7 @@ class LocalSource:
 
     name: str
     files: tuple[Path, ...]
+    left_out: tuple[str, ...] = ()
 
     def parts(self) -> list[str]:
         packaged = self.files == (sample_data.path(),)
@@ -213,6 +222,23 @@ class LocalSource:
         if shuffle_files is not None:
             shuffle_files.shuffle(order)
         return _LocalRows(self.files, order, *(position or (0, 0)))
+
+    def notes(self) -> list[str]:
+        told: dict[str, list[str]] = {}
+        columns: dict[str, list[str]] = {}
+        for path in self.files:
+            found: dict[str, None] = {}
+            for _, row in itertools.islice(iterate_rows(path), _ROWS_LOOKED_AT):
+                found.update(dict.fromkeys(row))
+            for remark in remarks(path) if found else ["holds no row"]:
+                told.setdefault(remark, []).append(str(path))
+            if found:
+                columns.setdefault(", ".join(sorted(found)), []).append(str(path))
+        notes = [*self.left_out, *(f"{listed(names)}: {remark}" for remark, names in told.items())]
+        if len(columns) > 1:
+            told_apart = "; ".join(f"{listed(names)}: {found}" for found, names in columns.items())
+            notes.append(f"{self.name}: the files' columns differ: {told_apart}")
+        return notes
 
     def columns(self) -> list[str]:
         # Rows may lack columns that others have, so one row is not enough.
@@ -253,6 +279,9 @@ class HubSource:
             commit = str(datasets.load_dataset_builder(self.name, self.config).hash)
         return {"name": self.name, "commit": commit}
 
+    def notes(self) -> list[str]:
+        return []
+
     def read(self, shuffle_files: random.Random | None = None, position: Any = None) -> Rows:
         stream = self._load(streaming=True)
         if shuffle_files is not None:
@@ -268,7 +297,8 @@ class HubSource:
         for batch in self._head(max_rows).iter(batch_size=_BATCH_ROWS):
             for values in zip(*batch.values(), strict=True):
                 number += 1
-                yield f"{self.name} row {number}", dict(zip(batch, values, strict=True))
+                place = f"{self.name} row {number}"
+                yield place, tidied(dict(zip(batch, values, strict=True)), place)
 
     def rows_of_parts(self, max_rows: int | None) -> list[int]:
         return [len(self._head(max_rows))]
@@ -363,6 +393,6 @@ def _hub_errors(source: HubSource) -> Iterator[None]:
 
 
 def _looks_like_path(name: str) -> bool:
-    if data_suffix(Path(name)) is not None or name.endswith(".parquet.gz"):
+    if data_suffix(Path(name)) is not None or cure_of(Path(name)) is not None:
         return True
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or re.fullmatch(r"[\w./-]+", name) is None

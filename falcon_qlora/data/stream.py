@@ -21,6 +21,7 @@ from falcon_qlora.data.cursor import (
 )
 from falcon_qlora.data.formats import resolve_template
 from falcon_qlora.data.settings import RowSettings
+from falcon_qlora.data.sources import Source
 from falcon_qlora.data.tokens import Encoder, Status
 
 _ROWS_AT_A_TIME = 64
@@ -145,7 +146,11 @@ def recognise_stream(settings: RowSettings) -> tuple[str, str]:
     Raises:
         UserError: if the data is empty, or its columns fit no format.
     """
-    source = settings.sources()[0]
+    return recognise_source(settings, settings.sources()[0])
+
+
+def recognise_source(settings: RowSettings, source: Source) -> tuple[str, str]:
+    """As `recognise_stream`, of any data set."""
     head = itertools.islice(source.read(), ROWS_TO_RECOGNISE)
     row_format, _ = settings.recognise({column for _, row in head for column in row}, source.name)
     return row_format, resolve_template(settings.template, row_format)

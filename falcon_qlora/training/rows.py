@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.errors import UserError, printable
 from falcon_qlora.config.arguments import DataArguments, ModelArguments, RunArguments
 from falcon_qlora.data.batches import Dealing, DocumentReader, StreamingSteps, TrainingSteps
 from falcon_qlora.data.origins import RowNames
@@ -146,7 +147,7 @@ def training_data(
         dataset_format=corpus.sources[0].format,
         template=corpus.sources[0].template,
         efficiency=float(corpus.lengths.sum()) / room if data.packing else None,
-        notes=_what_happened(corpus.statistics),
+        notes=[*_what_happened(corpus.statistics), *_source_notes([corpus, held_out])],
     )
 
 
@@ -171,7 +172,9 @@ def _streamed_data(data: DataArguments, run: RunArguments, tokenizer: Any, *, to
         held_out = agreement.main_process_first(lambda: held_out_alone(data, tokenizer, seed=run.seed))
     rows = RowSettings(**row_settings(data))
     dataset_format, template = agreement.main_process_first(lambda: recognise_stream(rows))
-    sources = agreement.from_main_process(lambda: [source.describe() for source in rows.sources()])
+    sources = agreement.from_main_process(
+        lambda: [source.describe() | {"notes": source.notes()} for source in rows.sources()]
+    )
     first = next(documents(0, shuffle_buffer=1), None)
     if first is None:
         raise UserError(f"{', '.join(data.dataset_name)}: no row has an answer to train on")
@@ -200,7 +203,10 @@ def _streamed_data(data: DataArguments, run: RunArguments, tokenizer: Any, *, to
         },
         dataset_format=dataset_format,
         template=template,
-        notes=["streamed: rows are read as they are needed"],
+        notes=[
+            "streamed: rows are read as they are needed",
+            *_source_notes([held_out], [note for source in sources for note in source["notes"]]),
+        ],
     )
 
 
@@ -222,6 +228,12 @@ def held_out_alone(data: DataArguments, tokenizer: Any, *, seed: int) -> Any:
     if split.startswith("split:"):
         changes = {"dataset_split": split.removeprefix("split:"), "dataset_weights": None}
     return corpora(data, tokenizer, seed=seed, eval_split=None, **changes)[0]
+
+
+def _source_notes(corpora: Sequence[Any], streamed: Sequence[str] = ()) -> list[str]:
+    """What was left out of files and folders, or read in a special way, each told once."""
+    notes = [note for corpus in corpora if corpus for use in corpus.sources for note in use.notes]
+    return [printable(note) for note in dict.fromkeys([*streamed, *notes])]
 
 
 def _what_happened(statistics: Any) -> list[str]:

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.data import files
+from falcon_qlora.data import json_rows
 from falcon_qlora.data.files import iterate_rows
 from falcon_qlora.data.sources import HubSource, LocalSource, find_source
 
@@ -52,7 +52,7 @@ def test_json_array_gives_the_line_of_every_row(tmp_path: Path) -> None:
 def test_json_array_is_read_in_pieces_of_any_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    monkeypatch.setattr(files, "_CHUNK", chunk)
+    monkeypatch.setattr(json_rows, "_CHUNK", chunk)
     path = write(tmp_path / "rows.json", json.dumps(ROWS, indent=1))
     assert rows_of(path) == ROWS
     broken = write(tmp_path / "broken.json", json.dumps(ROWS, indent=1).replace('"n": 5', '"n" 5'))

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.data import files, sources
+from falcon_qlora.data import json_rows, sources
 from falcon_qlora.data import stream as streams
 from falcon_qlora.data.corpus import prepare_corpora
 from falcon_qlora.data.sources import find_source
@@ -184,9 +184,9 @@ def test_what_lies_behind_a_state_is_not_read_again(tmp_path: Path, monkeypatch:
         next(stream)
     state = stream.state()()
     rest = plain(stream)
-    parsed: list[str] = []
-    real = json.loads
-    monkeypatch.setattr(files.json, "loads", lambda text: (parsed.append(text), real(text))[1])
+    parsed: list[Any] = []
+    real = json_rows._parsed
+    monkeypatch.setattr(json_rows, "_parsed", lambda *line: (parsed.append(line), real(*line))[1])
     assert plain(stream_documents(**common, state=state)) == rest
     # What was buffered, or made into documents, comes out of the state.
     assert len(parsed) < len(rest) == 100
