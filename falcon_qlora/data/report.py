@@ -170,7 +170,8 @@ def histogram_text(lengths: np.ndarray) -> Table:
     table.add_column(justify="right")
     for first, last, count in bins:
         bar = "█" * math.ceil(_BAR_WIDTH * count / most)
-        table.add_row(f"{first:,}–{last:,}", Text(bar, style="blue"), f"{count:,}")
+        step = f"{first:,}–{last:,}" if last > first else f"{first:,}"
+        table.add_row(step, Text(bar, style="blue"), f"{count:,}")
     return table
 
 

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data import json_rows
 from falcon_qlora.data.files import iterate_rows
+from falcon_qlora.data.folders import files_of_folder
 from falcon_qlora.data.sources import HubSource, LocalSource, find_source
+from tests.fuzzing import fuzz
 
+NAN_ROW = {"a": None, "b": [{"c": None}, None]}
+NAN_READ = "fields that are nan are read as missing"
+BY_INDEX = "read as rows by their index"
+UNDER_DATA = "read as the rows under 'data'; not read: 'test'"
+COLUMNS = "read as columns, not rows"
+CHAT = '{"messages": [{"role": "user", "content": "x"}], "tools": [{"a": 1}]}'
+PACKED = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+PACKED[".zst"] = lambda content: pa.Codec("zstd").compress(content, asbytes=True)
 ROWS = [{"instruction": f"say {n}", "output": f"line\n{n} é 🦙", "n": n} for n in range(7)]
 
 
@@ -95,11 +110,147 @@ def test_gzip_csv_parquet(tmp_path: Path) -> None:
         ("a.csv", 'text\n"x\n', r"a.csv:\d+: not valid CSV"),
         ("a.parquet", "no parquet", r"a.parquet: not a valid Parquet file"),
         ("a.jsonl.gz", "no gzip", r"a.jsonl.gz: damaged gzip file"),
+        ("a.csv.bz2", "no bzip2", r"a.csv.bz2: damaged bzip2 file"),
+        ("a.json.xz", "no xz", r"a.json.xz: damaged xz file"),
+        ("a.jsonl.zst", "no zstd", r"a.jsonl.zst: damaged zstd file"),
+        # What Python reads and would train otherwise than it is meant.
+        ("a.jsonl", '{"a": 1}\n{"a": Infinity}', r"a.jsonl:2: .*Infinity is no value of JSON; write null"),
+        ("a.json", '[{"a": 1},\n {"a": {"b": [-Infinity]}}]', r"a.json:2: .*-Infinity is no value of JSON"),
+        ("a.json", '[{"a": 1},\n {"a": 1e999}]', r"a.json:2: .*1e999 is too large"),
+        ("a.jsonl", '{"a": 1}\n{"a": 1, "a": 2}', r"a.jsonl:2: .*the key 'a' stands twice"),
+        ("a.json", '[{"a": 1},\n {"b": {"c": 1, "c": 1}}]', r"a.json:2: .*the key 'c' stands twice"),
+        ("a.csv", "a,b,a\n1,2,3\n", r"a.csv:1: several columns have the name 'a'"),
+        ("a.tsv", "\na\ta\n1\t2\n", r"a.tsv:2: several columns have the name 'a'"),
+        ("a.csv", "a;b\n1;2;3\n", r"a.csv:2: 3 fields.*\(separated by ';'\)"),
+        (
+            "a.json",
+            '{"a": [1, 2], "b": [1]}',
+            r"a.json:1: .*unequal lengths \('a' 2, 'b' 1\).*records",
+        ),
+        ("a.json", '{"a": {"0": 1}, "b": {"1": 1}}', r"a.json:1: .*unequal indexes.*orient=.records"),
+        (
+            "a.json",
+            '\n{"columns": ["a"], "index": [0], "data": [[1]]}',
+            r"a.json:2: .*split.*records",
+        ),
     ],
 )
 def test_malformed_files_are_told_with_their_line(tmp_path: Path, name: str, content: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         rows_of(write(tmp_path / name, content))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rows", "remarks"),
+    [
+        # As Python and pandas write a number that is missing; a key that is absent stays absent.
+        ("a.json", '[{"a": NaN, "b": [{"c": NaN}, null]}, {"b": "NaN"}]', [NAN_ROW, {"b": "NaN"}], []),
+        ("a.jsonl", '{"a": NaN, "b": [{"c": NaN}, null]}\n', [NAN_ROW], []),
+        ("a.csv", "a,b\nnan,NaN\nNA,\n", [{"a": None, "b": None}, {"a": "NA", "b": ""}], [NAN_READ]),
+        # Columns, from pandas and by hand, in files of either kind.
+        (
+            "a.json",
+            '{"a": ["x", "y"], "b": [1, NaN]}',
+            [{"a": "x", "b": 1}, {"a": "y", "b": None}],
+            [COLUMNS],
+        ),
+        ("a.jsonl", '{"a": ["x", "y"]}\n\n', [{"a": "x"}, {"a": "y"}], [COLUMNS]),
+        ("a.json", '{"a": {"0": "x", "7": "y"}}', [{"a": "x"}, {"a": "y"}], [COLUMNS]),
+        (
+            "a.json",
+            '{"0": {"a": "x"}, "1": {"a": "y"}}',
+            [{"a": "x"}, {"a": "y"}],
+            [BY_INDEX],
+        ),
+        ("a.json", '[{"a": ["x", "y"]}]', [{"a": ["x", "y"]}], []),
+        # One chat is one row, however much its lists look like columns.
+        ("a.json", CHAT, [json.loads(CHAT)], []),
+        ("a.jsonl", CHAT, [json.loads(CHAT)], []),
+        (
+            "a.json",
+            '{"data": [{"a": 1}], "test": [{"a": 2}]}',
+            [{"a": 1}],
+            [UNDER_DATA],
+        ),
+        # Separators are told from the header, outside of its quotes.
+        ("a.csv", '"a,,,";b\n"1;2";3,5\n', [{"a,,,": "1;2", "b": "3,5"}], ["read as separated by ';'"]),
+        ("a.csv", "a\tb\n1,0\t2\n", [{"a": "1,0", "b": "2"}], ["read as separated by tabs"]),
+        ("a.csv", "\r\na|b\r\n1|2\r\n", [{"a": "1", "b": "2"}], ["read as separated by '|'"]),
+        ("a.csv", "a\n1;2\n", [{"a": "1;2"}], []),
+        ("a.csv", '"a\nb;;",c\n1;,2\n', [{"a\nb;;": "1;", "c": "2"}], []),
+        ("a.tsv", "a\tb\n1,0\t2\n", [{"a": "1,0", "b": "2"}], []),
+        ("a.tsv", "a\n1, 2\n", [{"a": "1, 2"}], []),
+        ("a.tsv", "a,b\n1,2\n", [{"a": "1", "b": "2"}], ["read as separated by ','"]),
+    ],
+)
+def test_what_is_written_in_another_way(
+    tmp_path: Path, name: str, content: str, rows: list[Any], remarks: list[str]
+) -> None:
+    path = write(tmp_path / name, content)
+    assert rows_of(path) == rows
+    assert find_source(str(path)).notes() == [f"{path}: {remark}" for remark in remarks]
+    for skip in range(len(rows) + 1):
+        assert [row for _, row in iterate_rows(path, skip=skip)] == rows[skip:]
+    # The same in UTF-16, as Excel writes it.
+    path.write_bytes(content.encode("utf-16"))
+    assert rows_of(path) == rows
+    assert find_source(str(path)).notes() == [f"{path}: {each}" for each in ["read as UTF-16", *remarks]]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_compressed_files_are_read_or_refused_by_name(tmp_path: Path, suffix: str) -> None:
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS * 200)
+    path = tmp_path / f"rows.jsonl{suffix}"
+    path.write_bytes(PACKED[suffix](lines.encode()))
+    assert rows_of(path) == ROWS * 200
+    assert find_source(str(path)).notes() == []
+    # As archives that are appended to have it.
+    path.write_bytes(path.read_bytes() * 2)
+    assert rows_of(path) == ROWS * 400
+    whole = PACKED[suffix](lines.encode())
+    for cut in (20, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(UserError, match=rf"rows.jsonl{suffix}: damaged"):
+            rows_of(path)
+
+
+def test_values_of_parquet(tmp_path: Path) -> None:
+    nan = float("nan")
+    table = pa.table(
+        {
+            "text": pa.array([b"caf\xc3\xa9", b"\xff"]),
+            "number": pa.array([nan, 1.5]),
+            "nested": pa.array([{"list": [nan, 1.0], "half": None}, None]),
+        }
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert rows_of(tmp_path / "a.parquet") == [
+        {"text": "café", "number": None, "nested": {"list": [None, 1.0], "half": None}},
+        {"text": b"\xff", "number": 1.5, "nested": None},  # refused where it is trained
+    ]
+    pyarrow.parquet.write_table(pa.table({"a": [[1.0], [float("-inf")]]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a.parquet row 2: column a: the number is infinite; write null"):
+        rows_of(tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pa.table([[1], [2]], names=["a", "a"]), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a.parquet: several columns have the name 'a'"):
+        rows_of(tmp_path / "a.parquet")
+
+
+def test_missing_values_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"a": [float("nan"), 1.0], "b": [[{"c": float("nan")}], []]})
+
+    def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> Any:
+        return rows.to_iterable_dataset() if streaming else rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = find_source("hub/missing-values")
+    wanted = [{"a": None, "b": [{"c": None}]}, {"a": 1.0, "b": []}]
+    assert [row for _, row in source.rows(None)] == [row for _, row in source.read()] == wanted
+    rows = datasets.Dataset.from_dict({"a": [float("inf")]})
+    with pytest.raises(UserError, match="hub/infinite row 1: the number is infinite"):
+        list(find_source("hub/infinite").rows(None))
 
 
 def test_text_that_is_not_utf8(tmp_path: Path) -> None:
@@ -114,8 +265,27 @@ def test_missing_file_names_its_neighbour(tmp_path: Path) -> None:
         find_source(str(tmp_path / "trian.jsonl"))
     with pytest.raises(UserError, match=r"file not found: .*nor is there a folder"):
         find_source(str(tmp_path / "nowhere" / "rows.json"))
-    with pytest.raises(UserError, match=r"notes.txt: not a kind of file"):
-        find_source(str(write(tmp_path / "notes.txt", "x")))
+    with pytest.raises(UserError, match=r"file not found: .*book.xlsx"):
+        find_source("book.xlsx")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("a.txt", r'plain text has no rows; write each document as a line {"text": "…"} of a .jsonl file'),
+        ("a.xlsx", "a workbook of Excel; save its sheet as CSV"),
+        ("a.docx", "a Word document has no rows"),
+        ("a.txt.gz", "plain text has no rows"),
+        ("a.parquet.gz", "Parquet is compressed in itself; unpack the file"),
+        ("a.bin", "not a kind of file that holds rows"),
+    ],
+)
+def test_files_without_rows_are_refused_by_what_they_are(tmp_path: Path, name: str, said: str) -> None:
+    with pytest.raises(UserError, match=rf"{name}: {said}"):
+        find_source(str(write(tmp_path / name, "x")))
+    with pytest.raises(UserError) as error:
+        find_source(str(tmp_path))
+    assert f"not read, of no kind that holds rows: {name}" in str(error.value)
 
 
 def test_hub_ids_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,6 +319,15 @@ def test_folders_are_read_by_split_and_without_metadata(tmp_path: Path) -> None:
     assert names("train") == ["more.csv", "train-0.jsonl", "train-1.jsonl"]
     assert names("test") == ["test.jsonl"]
     assert names("validation") == ["valid.jsonl"]
+    assert find_source(str(tmp_path)).notes() == [
+        f"{tmp_path}: not read, a description of a data set: dataset_info.json",
+        f"{tmp_path}: not read, hidden: .hidden.json",
+        f"{tmp_path}: not read, of no kind that holds rows: README.md",
+        f"{tmp_path}: not read, of split test by the name: test.jsonl",
+        f"{tmp_path}: not read, of split validation by the name: data/valid.jsonl",
+        ", ".join(str(tmp_path / name) for name in ("more.csv", "train-0.jsonl", "train-1.jsonl"))
+        + ": holds no row",
+    ]
     with pytest.raises(
         UserError, match=r"split 'tests' \(did you mean test\?\); there are files for test, train"
     ):
@@ -156,6 +335,123 @@ def test_folders_are_read_by_split_and_without_metadata(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"the folder holds no .jsonl"):
         find_source(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("driving_test_questions.jsonl", "train"),
+        ("web_dev_answers.csv", "train"),
+        ("contest.jsonl", "train"),
+        ("test-00000-of-00001.parquet", "test"),
+        ("data/test/x.jsonl.zst", "test"),
+        ("rows.dev.json.gz", "validation"),
+        ("x_test_v2.jsonl", "test"),
+        ("train/test_questions.jsonl", "train"),
+    ],
+)
+def test_a_split_is_a_names_first_or_last_word(tmp_path: Path, name: str, split: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    files, notes = files_of_folder(tmp_path, "data", split)
+    assert files == [path]
+    told = f"data: of split train, though a word in the name is for another: {name}"
+    assert notes == ([told] if split == "train" and name != "contest.jsonl" else [])
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    for path in (folder / "z" / "a.jsonl", elsewhere / "in" / "b.jsonl", elsewhere / "c.jsonl"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, '{"text": "x"}\n')
+    links = {
+        "a": "z",
+        "inner": elsewhere / "in",
+        "outer": elsewhere,
+        "self": ".",
+        "up": "..",
+        "gone": "x",
+    }
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
+    (elsewhere / "back").symlink_to(folder)
+    (elsewhere / "round").symlink_to(elsewhere)
+    source = find_source(str(folder))
+    assert source.parts() == [str(folder / each) for each in ("inner/b.jsonl", "outer/c.jsonl", "z/a.jsonl")]
+    assert source.notes() == [
+        f"{folder}: not read, a broken link: gone",
+        f"{folder}: not read, a folder that is read by another name: a, outer/in",
+        f"{folder}: not read, a link to a folder that it lies in: self, up, outer/back, outer/round",
+    ]
+
+
+def test_files_with_other_columns_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", '{"instruction": "x", "output": "y"}\n')
+    write(tmp_path / "b.jsonl", '{"text": "x"}\n')
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    told = f"{tmp_path}: the files' columns differ: {a}: instruction, output; {b}: text"
+    assert find_source(str(tmp_path)).notes() == [told]
+
+
+KINDS = [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".bin", ""]
+FATES = ["whole"] * 8 + ["cut", "empty", "link", "broken", "linked folder"]
+
+
+@fuzz(80)
+@given(
+    files=st.lists(
+        st.tuples(
+            st.sampled_from(["", "sub", "sub/deep", "val", ".hidden", "up"]),
+            st.sampled_from(["a", "train", "test-", "driving_test_x", "x_dev", ".h", "é $b$", "\x1b[31m"]),
+            st.sampled_from(KINDS),
+            st.sampled_from(["", "", *PACKED]),
+            st.sampled_from(FATES),
+        ),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_every_file_of_a_folder_is_read_or_named_or_refused(files):
+    with tempfile.TemporaryDirectory() as top:
+        folder, elsewhere = Path(top, "data"), Path(top, "elsewhere")
+        elsewhere.mkdir()
+        written = {}
+        for number, (place, stem, kind, packing, fate) in enumerate(files):
+            path = folder / place / f"{stem}{number}{kind}{packing}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = PACKED[packing](content_of(kind, f"row {number}"))
+            if fate == "linked folder":
+                path, target = path.parent / f"folder{number}" / path.name, elsewhere / str(number)
+                target.mkdir()
+                path.parent.symlink_to(target)
+            elif fate in ("link", "broken"):
+                path.symlink_to(elsewhere / path.name)
+            if fate != "broken":
+                path.write_bytes({"cut": content[: len(content) // 2], "empty": b""}.get(fate, content))
+            written[f"row {number}"] = path
+        read, told, refused = set(), "", False
+        try:
+            source = find_source(str(folder))
+            read = {row["text"] for _, row in source.read()}
+            told = "\n".join(source.notes())
+        except UserError as error:
+            told, refused = str(error), True
+        named = []
+        for text, path in written.items():
+            inside = path.relative_to(folder)
+            named.append(text in read or str(".hidden" if inside.parts[0] == ".hidden" else inside) in told)
+        # What is refused is one of the files, or all of them where none is of the split.
+        assert any(named) or "there are files for" in told if refused else all(named)
+
+
+def content_of(kind: str, text: str) -> bytes:
+    if kind == ".parquet":
+        sink = pa.BufferOutputStream()
+        pyarrow.parquet.write_table(pa.table({"text": [text]}), sink)
+        return sink.getvalue().to_pybytes()
+    tables = {".csv": f"text;b\n{text};\n", ".tsv": f"text\tb\n{text}\t\n"}
+    return tables.get(kind, json.dumps({"text": text})).encode()
 
 
 def test_identity_is_of_the_content(tmp_path: Path) -> None:

@@ -10,10 +10,14 @@ import pytest
 from rich.console import Console
 
 from falcon_qlora.__main__ import main
+from falcon_qlora.config import parse
 from falcon_qlora.data import report
 from falcon_qlora.data.corpus import prepare_corpora
 from falcon_qlora.data.packing import Plan
+from falcon_qlora.training.rows import training_data
 from tests.small_tokenizer import END, small_tokenizer
+
+LONG_TAIL = [*range(1, 60)] * 9 + [2000, 100_000]
 
 
 def printed(what: object) -> str:
@@ -47,14 +51,30 @@ def test_long_documents_show_beginning_and_end() -> None:
     assert f"{len(ids) - 600:,} tokens more" in text
 
 
-@pytest.mark.parametrize("lengths", [[1], [5, 5, 5], list(range(1, 2049)), [100_000, 3]])
+@pytest.mark.parametrize("lengths", [[1], [777], [5, 5, 5], list(range(1, 2049)), [100_000, 3], LONG_TAIL])
 def test_histogram_counts_every_document_once(lengths: list[int]) -> None:
     bins = report.histogram(np.array(lengths))
     assert sum(count for _, _, count in bins) == len(lengths)
     assert len(bins) <= 18
+    assert bins[0][2] > 0
+    assert bins[-1][2] > 0
     for first, last, count in bins:
         assert count == sum(first <= length <= last for length in lengths)
     assert printed(report.histogram_text(np.array(lengths)))
+
+
+def test_a_long_tail_leaves_the_others_told_apart() -> None:
+    bins = report.histogram(np.array(LONG_TAIL))
+    assert max(count for _, _, count in bins) < len(LONG_TAIL) * 0.6
+
+
+# Of a file that is named so, matplotlib would read a formula, and a terminal an order.
+@pytest.mark.parametrize("title", ["a$b_$.jsonl", "$\\frac{$", "\x1b[1m\x00\ud800", "数据" * 99, "x y " * 99])
+@pytest.mark.filterwarnings("error")
+def test_pictures_of_any_name(tmp_path: Path, title: str) -> None:
+    for lengths in ([1], LONG_TAIL):
+        report.draw_histogram(np.array(lengths), 2048, tmp_path / "a.png", title=title)
+        assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_fill_is_tokens_over_positions() -> None:
@@ -73,14 +93,19 @@ def test_fill_is_tokens_over_positions() -> None:
 
 def test_summary_tells_what_became_of_the_rows(tmp_path: Path) -> None:
     rows = [{"text": "one two"}, {"text": "one two"}, {"text": ""}, {"text": "x" * 50}]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    corpus, _ = prepare_corpora(
-        dataset_name=[str(tmp_path / "a.jsonl")],
-        max_length=20,
-        tokenizer=small_tokenizer(),
-        tokenizer_fingerprint="small",
-        cache_dir=tmp_path / "cache",
-    )
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "\x1b[31m.bin").touch()
+    for _ in ("tokenized", "from the cache"):
+        corpus, _ = prepare_corpora(
+            dataset_name=[str(folder)],
+            max_length=20,
+            tokenizer=small_tokenizer(),
+            tokenizer_fingerprint="small",
+            cache_dir=tmp_path / "cache",
+        )
+        assert corpus.sources[0].notes == (f"{folder}: not read, of no kind that holds rows: \x1b[31m.bin",)
     told = " ".join(printed(report.summary(corpus, title="training", efficiency=0.5)).split())
     for said in (
         "4 rows: format text, template none",
@@ -89,6 +114,7 @@ def test_summary_tells_what_became_of_the_rows(tmp_path: Path) -> None:
         "truncated none",
         "duplicates 1 (kept)",
         "50.0% of the computed positions",
+        r"of no kind that holds rows: \x1b[31m.bin",
     ):
         assert said in told
 
@@ -99,9 +125,13 @@ def test_the_command(
     monkeypatch.chdir(tmp_path)
     small_tokenizer().save_pretrained(tmp_path / "tokenizer")
     rows = [{"question": f"say {n}", "answer": f"it is {n}"} for n in range(30)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "rows" / "more.csv").write_text("question;answer\nsay 30;it is 30\n")
+    (tmp_path / "rows" / "test.jsonl").touch()
+    notes = ["of split test by the name: test.jsonl", "more.csv: read as separated by ';'"]
     flags = ["data", "-m", "tiny", "--tokenizer_name_or_path", str(tmp_path / "tokenizer")]
-    flags += ["--dataset_name", "rows.jsonl", "--cache_dir", str(tmp_path / "cache"), "--max_length", "128"]
+    flags += ["--dataset_name", "rows", "--cache_dir", str(tmp_path / "cache"), "--max_length", "128"]
     assert main(flags) == 2
     assert "the columns fit no format" in capsys.readouterr().err
     flags += ["--instruction_column", "question", "--output_column", "answer"]
@@ -110,9 +140,13 @@ def test_the_command(
     assert f"### Response:⟦it is 0{END}⟧" in told or "### Response:⟦it is 1" in told
     assert "format alpaca, template alpaca" in told
     assert "held out" in told
+    assert all(note in told for note in notes)
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
     assert main([*flags, "--streaming", "--max_steps", "3", "--show", "1"]) == 0
-    assert "the stream's first 30 documents" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "the stream's first 31 documents" in told
+    assert "format alpaca, template alpaca" in told
+    assert all(note in told for note in notes)
     assert list((tmp_path / "runs" / "data").glob("*.png"))
     assert main([*flags, "--show", "-1"]) == 2
 
@@ -125,3 +159,20 @@ def test_the_command_reads_missing_files_as_the_user_s_error(
     flags = ["data", "-m", "tiny", "--tokenizer_name_or_path", "tokenizer", "--dataset_name", "nowhere.jsonl"]
     assert main(flags) == 2
     assert "error: file not found: nowhere.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_a_run_and_its_record_name_what_is_not_read(tmp_path: Path, streaming: str) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "a.csv").write_text("prompt;completion\nx; y\n")
+    (folder / "\x1b[31m.bin").touch()
+    flags = ["--dataset_name", str(folder), "--cache_dir", str(tmp_path / "cache")]
+    configuration = parse([*flags, "--max_steps", "1", "--streaming", streaming])
+    data = training_data(configuration.data, configuration.run, small_tokenizer())
+    told = [
+        f"{folder}: not read, of no kind that holds rows: \x1b[31m.bin",
+        f"{folder / 'a.csv'}: read as separated by ';'",
+    ]
+    assert list(data.record["sources"][0]["notes"]) == told
+    assert data.notes[-2:] == [told[0].replace("\x1b", r"\x1b"), told[1]]
