@@ -59,7 +59,7 @@ class DataArguments:
 
     dataset_name: list[str] = setting(
         ["timdettmers/openassistant-guanaco"],
-        "Hub id, or a .jsonl, .json, .csv or .parquet file, or a folder of them; one or several.",
+        "Hub id, or a .jsonl, .json, .csv, .tsv or .parquet file, or a folder of them; one or several.",
     )
     dataset_weights: list[float] | None = setting(
         None, "Proportions in which several datasets are drawn.", above=0

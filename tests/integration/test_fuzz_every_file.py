@@ -49,6 +49,7 @@ READERS = {
     "config/parser.py": test_fuzz_inputs.test_files_that_a_user_names,
     "data/documents.py": test_fuzz_cache.test_no_damage_of_the_cache_changes_the_tokens,
     "data/files.py": test_fuzz_inputs.test_files_that_a_user_names,
+    "data/text_files.py": test_fuzz_inputs.test_files_that_a_user_names,
     "data/sources.py": test_fuzz_inputs.test_files_that_a_user_names,
     "data/templates.py": test_fuzz_inputs.test_files_that_a_user_names,
     "merge/certificate.py": test_fuzz_models.test_what_a_merge_takes_from_it,

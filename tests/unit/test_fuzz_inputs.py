@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import json
+import lzma
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,15 +48,16 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "rows.jsonl").write_text(lines)
     (folder / "rows.ndjson").write_text(lines)
     (folder / "rows.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (folder / "rows.ndjson.bz2").write_bytes(bz2.compress(lines.encode()))
+    (folder / "rows.jsonl.xz").write_bytes(lzma.compress(lines.encode()))
+    (folder / "rows.jsonl.zst").write_bytes(pa.Codec("zstd").compress(lines.encode(), asbytes=True))
     (folder / "rows.json").write_text(json.dumps(ROWS, indent=1))
+    (folder / "columns.json").write_text(json.dumps({name: [row[name] for row in ROWS] for name in ROWS[0]}))
     (folder / "wrapped.json").write_text(json.dumps({"data": ROWS}))
     with (folder / "rows.csv").open("w", newline="") as opened:
         writer = csv.DictWriter(opened, list(ROWS[0]))
         writer.writeheader()
         writer.writerows(ROWS)
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     pq.write_table(pa.Table.from_pylist(ROWS), folder / "rows.parquet")
     append_csv(folder / "bench.csv", [dict.fromkeys(COLUMNS, 1)])
     return folder
@@ -63,7 +68,16 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("scratch")
 
 
-DATA = ["rows.jsonl", "rows.ndjson", "rows.jsonl.gz", "rows.json", "wrapped.json", "rows.csv", "rows.parquet"]
+DATA = ["rows.ndjson.bz2", "rows.jsonl.xz", "rows.jsonl.zst", "columns.json"]
+DATA += [
+    "rows.jsonl",
+    "rows.ndjson",
+    "rows.jsonl.gz",
+    "rows.json",
+    "wrapped.json",
+    "rows.csv",
+    "rows.parquet",
+]
 EXPRESSIONS = ["{{ 1 / 0 }}", "{{ messages + 1 }}", "{{ 'a' * 10 ** 15 }}", "{{ x.y.z }}"]
 EXPRESSIONS += ["{% include '/etc/passwd' %}", "{{ ''.__class__.__mro__ }}", "{% for i in range(10 ** 9) %}"]
 # Of this many, written out, no memory holds the last.
