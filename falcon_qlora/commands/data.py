@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.errors import UserError, printable
 from falcon_qlora.common.settings import setting
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.terminal.console import console
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
         raise UserError(
             f"{file}: the picture cannot be written ({error.strerror}); name a file with --png"
         ) from None
-    out.print(f"\nwrote {file}", soft_wrap=True)
+    out.print(f"\nwrote {printable(str(file))}", soft_wrap=True, markup=False)
     return 0
 
 
@@ -80,7 +80,7 @@ def _look_at_corpora(configuration: Configuration, tokenizer: Any) -> _Look:
         data,
         tokenizer,
         seed=run.seed,
-        progress=lambda message: console().print(f"{message} …", style="dim", markup=False),
+        progress=lambda message: console().print(f"{printable(message)} …", style="dim", markup=False),
     )
     shown = [corpus.dataset[index] for index in report.spread(len(corpus.lengths), configuration.extra.show)]
     efficiency = report.fill(

@@ -17,7 +17,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedConfig
 
 from falcon_qlora.checkpoint import manifest
-from falcon_qlora.common.errors import UserError, one_line
+from falcon_qlora.common.errors import UserError, one_line, printable
 from falcon_qlora.common.files import sha256
 from falcon_qlora.common.record_files import CERTIFICATE, without_format
 from falcon_qlora.common.untrusted import file_beside, is_count, read_json, refuse_links
@@ -91,7 +91,7 @@ def _text(value: Any) -> str:
         return ", ".join(map(_text, value))
     if isinstance(value, float):
         return f"{value:.5g}"
-    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in str(value))
+    return printable(str(value))
 
 
 def inspect_folder(folder: Path) -> Inspection:

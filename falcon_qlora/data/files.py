@@ -66,7 +66,8 @@ def iterate_rows(path: Path, *, skip: int = 0) -> Iterator[tuple[str, Row]]:
 
 def remarks(path: Path) -> list[str]:
     """How a file is read where that is not the plain way of its kind; from its beginning alone."""
-    suffix, told = data_suffix(path), []
+    suffix = data_suffix(path)
+    told: list[str] = []
     if suffix == ".parquet":
         return told
     with told_with_file(path):

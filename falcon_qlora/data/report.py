@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import re
 import textwrap
 import warnings
 from collections.abc import Iterable, Sequence
@@ -27,6 +28,8 @@ _TRAINED = "bold green"
 _PROMPT = "dim"
 # Where there is no colour, what is trained stands between these.
 _OPEN, _CLOSE = "⟦", "⟧"
+# What a terminal would obey; not line breaks and tabs.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _SHOWN_TOKENS = 600
 _BINS = 16
 _BAR_WIDTH = 40
@@ -187,7 +190,7 @@ def draw_histogram(lengths: np.ndarray, max_length: int, file: Path, *, title: s
     axes = figure.subplots()
     longest = int(lengths.max())
     if _has_long_tail(lengths):
-        axes.hist(lengths, bins=np.geomspace(lengths.min(), longest + 1, 60), color="#1f5aa6")
+        axes.hist(lengths, bins=np.geomspace(lengths.min(), longest + 1, 60).tolist(), color="#1f5aa6")
         axes.set_xscale("log")
     else:
         width = _round_width(longest / 60)
@@ -222,6 +225,7 @@ def _append(text: Text, ids: Ints, trained: np.ndarray, tokenizer: Any, color: b
     bounds = [0, *(np.flatnonzero(np.diff(trained.astype(np.int8))) + 1).tolist(), len(ids)]
     for start, end in itertools.pairwise(bounds):
         words = tokenizer.decode(list(ids[start:end]), skip_special_tokens=False)
+        words = _CONTROL.sub(lambda sign: ascii(sign[0])[1:-1], words)
         if trained[start] and not color:
             words = f"{_OPEN}{words}{_CLOSE}"
         text.append(words, style=_TRAINED if trained[start] else _PROMPT)

@@ -38,6 +38,8 @@ def test_the_trained_part_is_set_off() -> None:
     assert [str(colored)[span.start : span.end] for span in colored.spans if "green" in str(span.style)] == [
         f" yes é{END}"
     ]
+    order = report.document_text(tokenizer("\x1b[31m\ta\n")["input_ids"], [0] * 99, tokenizer, color=False)
+    assert str(order) == "\\x1b[31m\ta\n"
     # Nothing predicts the first token, whatever the mask says of it.
     everything = report.document_text(ids, [1] * len(ids), tokenizer, color=False)
     assert not str(everything).startswith("⟦")
