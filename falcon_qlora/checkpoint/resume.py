@@ -6,6 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
 from falcon_qlora.checkpoint import process_state, read
 from falcon_qlora.checkpoint.optimizer_parts import has_parts, read_own_rows
 from falcon_qlora.common.untrusted import is_count, is_number, read_json
@@ -77,6 +80,7 @@ def load_optimizer(
     with process_state.reading(checkpoint / process_state.SCHEDULER):
         read.check_scheduler(schedule, scheduler, step=place, rates=rates)
         scheduler.load_state_dict(schedule)
+        _take_up_rates(scheduler)
     file = checkpoint / process_state.SCALER
     if file.is_file():
         of_scaler = process_state.check_plain(file, dict)
@@ -84,6 +88,20 @@ def load_optimizer(
             if scaler is None:
                 raise ValueError("it is of a run in fp16, and this one is not")
             read.check_scaler(of_scaler, scaler)
+
+
+def _take_up_rates(scheduler: Any) -> None:
+    """Set the rates of the next step by the schedule of now: the run may have become longer since."""
+    if not isinstance(scheduler, LambdaLR):
+        return  # of what has happened, not of the step alone
+    factors = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    rates = [base * factor(scheduler.last_epoch) for base, factor in factors]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    scheduler._last_lr = rates
 
 
 def check_stateful(checkpoint: Path, callbacks: list[Any]) -> None:

@@ -44,6 +44,7 @@ from falcon_qlora.step.global_batch import Step
 from falcon_qlora.step.loss import evaluated
 from falcon_qlora.terminal.console import note
 from falcon_qlora.training.callbacks import StepKeeper
+from falcon_qlora.training.schedule import schedule
 from falcon_qlora.training.throughput import Meter, peak_memory_gib
 
 # Methods of Transformers' Trainer that are no interface, with the parameters that are relied on: a release
@@ -141,6 +142,10 @@ class FalconTrainer(SFTTrainer):
             at=watchdog.at,
         )
         self._backward: Callable[..., Any] = self.accelerator.backward
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        self.lr_scheduler = schedule(self.args, optimizer or self.optimizer, steps=num_training_steps)
+        return self.lr_scheduler
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         # Not in DistributedDataParallel: the step, or a sharded model itself, adds up gradients.
