@@ -123,13 +123,18 @@ def check_replicas(tensors: Iterable[torch.Tensor]) -> None:
     """
     if world_size() == 1:
         return
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(str(_checksums(tensor)).encode())
-    everyone = gather_objects(digest.hexdigest())
+    everyone = gather_objects(checksum(tensors))
     odd = [index for index, theirs in enumerate(everyone) if theirs != everyone[0]]
     if odd:
         raise ReplicasDifferError(f"processes {odd} do not hold what process 0 holds")
+
+
+def checksum(tensors: Iterable[torch.Tensor]) -> str:
+    """A hash of the bytes that this process holds."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(str(_checksums(tensor)).encode())
+    return digest.hexdigest()
 
 
 def _checksums(tensor: torch.Tensor) -> list[int]:

@@ -40,6 +40,7 @@ class Step:
         halvings: how often every micro-batch is halved for want of memory.
         gradient_norm: of the last step, before clipping: a scalar on the device.
         counted: steps whose loss was finite, since whoever reads it set it to zero: a scalar on the device.
+        reached: whether a step that counts had a gradient other than zero: a scalar on the device.
         reports: what the processes agreed on.
         reduction: holds the gradients.
     """
@@ -59,6 +60,7 @@ class Step:
     ):
         self.halvings = 0
         self.counted = torch.zeros((), device=device)
+        self.reached = torch.zeros((), device=device, dtype=torch.bool)
         self.reports = Reports()
         self.bad_steps = bad_steps
         self._sharded = is_sharded(model)
@@ -118,6 +120,7 @@ class Step:
             # In fp16 the scaler meets gradients that overflow: it does no such step and halves its scale. At
             # such a scale nothing overflows that is a number.
             bad |= ~self.gradient_norm.isfinite()
+        self.reached |= (self.gradient_norm > 0) & self.gradient_norm.isfinite() & ~bad
         self.reports.put(share.step, agreed, bad, share.origins)
         self._leave_out(model, bad)
         self.counted += whole

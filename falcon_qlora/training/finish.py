@@ -24,6 +24,7 @@ from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.run_folder.summary import Summary
 from falcon_qlora.run_folder.tracking import Trackers
 from falcon_qlora.terminal import console
+from falcon_qlora.training.moved import require_moved
 from falcon_qlora.training.record import counts
 from falcon_qlora.training.resume import how_to_go_on
 from falcon_qlora.training.throughput import peak_memory_gib
@@ -50,13 +51,14 @@ def finish(
         predicted_gib: what a process's peak memory was to be; None on the CPU.
 
     Raises:
-        UserError: if the replicas differ, if the adapter cannot be written, or if as it lies on the disk it
-            is not the one in memory; it is not kept.
+        UserError: if the replicas differ, if nothing was trained, if the adapter cannot be written, or if as
+            it lies on the disk it is not the one in memory; it is not kept.
     """
     model = trainer.model
     if not is_sharded(model):
         held = itertools.chain(model.parameters(), model.buffers())
         require_same_replicas(held, directory.checkpoints, step=trainer.state.global_step)
+    require_moved(trainer)
     peaks = agreement.gather_objects(peak_memory_gib())
     reductions = agreement.gather_objects(round(trainer.reduction_share(), 4))
     lines: list[dict[str, Any]] = []

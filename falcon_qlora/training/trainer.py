@@ -44,6 +44,7 @@ from falcon_qlora.step.global_batch import Step
 from falcon_qlora.step.loss import evaluated
 from falcon_qlora.terminal.console import note
 from falcon_qlora.training.callbacks import StepKeeper
+from falcon_qlora.training.moved import footprint
 from falcon_qlora.training.schedule import schedule
 from falcon_qlora.training.throughput import Meter, peak_memory_gib
 
@@ -142,6 +143,8 @@ class FalconTrainer(SFTTrainer):
             at=watchdog.at,
         )
         self._backward: Callable[..., Any] = self.accelerator.backward
+        self._began_at = 0
+        self._at_start = footprint(model)  # a run that goes on takes up its weights later
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         self.lr_scheduler = schedule(self.args, optimizer or self.optimizer, steps=num_training_steps)
@@ -197,7 +200,7 @@ class FalconTrainer(SFTTrainer):
     def before_training(self) -> None:
         """Take up what a checkpoint has kept beside the weights, and the processes' parameters as one."""
         self._stopping, self._ending = False, None
-        self._logged_step = self.state.global_step
+        self._logged_step = self._began_at = self.state.global_step
         self.step.begin(self.optimizer.optimizer, self.accelerator, self._backward)
         if self._resumed is not None:
             (file, kept), self._resumed = self._resumed, None
@@ -355,6 +358,21 @@ class FalconTrainer(SFTTrainer):
         """Of this start's training time, what went into adding up gradients, waiting for others included."""
         seconds = self.meter.seconds - self._seconds_before
         return self.step.reduction.clock.finish() / seconds if seconds > 0 else 0.0
+
+    @property
+    def steps_of_this_start(self) -> int:
+        return self.state.global_step - self._began_at
+
+    @property
+    def had_a_rate(self) -> bool:
+        """Whether a step of this start had a learning rate above 0."""
+        return self._first_learning_step is not None
+
+    def is_as_it_was(self) -> bool:
+        """Whether what is trained of the model lies on this process as it did before the run's first step."""
+        if zero3.is_zero3(self.model):  # which has the weights elsewhere than they were
+            return not self._began_at and not (self.had_a_rate and bool(self.step.reached))
+        return footprint(self.model) == self._at_start
 
     def has_learned(self) -> bool | None:
         """True where the weights that the model has now have taken a step; None where that is not known."""

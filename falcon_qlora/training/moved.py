@@ -1,0 +1,74 @@
+"""Whether a run has trained anything, and if not, why."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.methods.interface import method_of
+from falcon_qlora.models.sharded import local_tensor
+from falcon_qlora.processes import agreement
+
+if TYPE_CHECKING:
+    from falcon_qlora.training.trainer import FalconTrainer
+
+
+def footprint(model: nn.Module) -> str:
+    """A hash of every trained number that lies on this process; after the same steps it is the same."""
+    return agreement.checksum(map(local_tensor, _trained(model)))
+
+
+def require_moved(trainer: FalconTrainer) -> None:
+    """Refuse to hand out as trained what is as it was at the start; every process calls this.
+
+    Every number is compared, by a checksum. An adapter whose tensors that start at zero are all still zero
+    computes what the base does, whatever became of its others by weight decay.
+
+    Raises:
+        UserError: that says why.
+    """
+    model = trainer.model
+    same = agreement.gather_objects(trainer.is_as_it_was())
+    if not all(same) and not _is_still_zero(model):
+        return
+    raise UserError(
+        f"nothing was trained: after {trainer.state.global_step:,} steps all that {method_of(model).title} "
+        f"trains is as it was at the start. {_why(trainer)}. No adapter is written"
+    )
+
+
+def _trained(model: nn.Module) -> list[Tensor]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _is_still_zero(model: nn.Module) -> bool:
+    method = method_of(model)
+    if method.is_whole or not method.starts_at_zero:
+        return False
+    tensors = method.saved_tensors(model).items()
+    return not any(bool(tensor.any()) for name, tensor in tensors if name.endswith(method.starts_at_zero))
+
+
+def _why(trainer: FalconTrainer) -> str:
+    args, bad = trainer.args, trainer.step.bad_steps.total
+    if not trainer.steps_of_this_start:
+        return "It was so at the checkpoint already, and no step was left"
+    if not trainer.had_a_rate:
+        return (
+            "The learning rate was 0 in every step: look at --learning_rate "
+            f"({args.learning_rate:g}), --lr_scheduler_type and --warmup_steps"
+        )
+    if not bool(trainer.step.reached):
+        skipped = f"; {bad:,} steps were skipped as non-finite" if bad else ""
+        fp16 = ". In fp16 gradients may overflow: give --compute_dtype bf16 or fp32" if args.fp16 else ""
+        return (
+            f"No step had a finite gradient other than zero{skipped}: the loss reaches nothing that is "
+            f"trained{fp16}"
+        )
+    dtype = str(_trained(trainer.model)[0].dtype).removeprefix("torch.")
+    return (
+        f"Every update was lost in rounding, as the weights are {dtype}: raise --learning_rate "
+        f"({args.learning_rate:g}) or look at the gradients"
+    )
