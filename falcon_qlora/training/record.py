@@ -203,8 +203,20 @@ def _quantization(configuration: Configuration, model: Any) -> str:
     return f"LLM.int8(), {computing}" if settings.quantize_mode == "8bit" else computing
 
 
-def start_notes(configuration: Configuration) -> list[str]:
+def start_notes(configuration: Configuration, data: TrainingData, model: Any) -> list[str]:
     """What a user should know of the run before its first step."""
-    if not configuration.model.model_name_or_path.startswith("random:"):
-        return []
-    return ["the base model's weights are random: speed and memory are real, losses and answers mean nothing"]
+    notes, longest = [], configuration.data.max_length
+    if configuration.model.model_name_or_path.startswith("random:"):
+        notes.append(
+            "the base model's weights are random: speed and memory are real, losses and answers mean nothing"
+        )
+    positions = model.config.max_position_embeddings
+    if longest > positions:
+        told = (
+            f"--max_length {longest:,} is beyond the {positions:,} positions that the model was made for "
+            f"(max_position_embeddings): {layout_of(model.config).position_limit}"
+        )
+        if data.statistics is not None:
+            told += f". The longest document has {data.statistics.longest:,} tokens"
+        notes.append(told)
+    return notes

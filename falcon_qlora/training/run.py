@@ -96,7 +96,7 @@ def _train(configuration: Configuration, lock: RunLock) -> Path:
             activations=activations,
             checkpoint=start.checkpoint,
         ),
-        notes=[*record.start_notes(configuration), *notes],
+        notes=[*record.start_notes(configuration, data, model), *notes],
     )
 
     trainer.args.eval_on_start &= start.checkpoint is None  # a run that goes on was evaluated at its start

@@ -6,6 +6,7 @@ import inspect
 import multiprocessing
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,11 @@ from trl import SFTTrainer
 
 from falcon_qlora.checkpoint.process_state import seed_anew
 from falcon_qlora.config import parse
+from falcon_qlora.models.layouts import preset_config
 from falcon_qlora.processes import devices
 from falcon_qlora.step.agreed import Reports, notes
 from falcon_qlora.step.reduction import Reduction
+from falcon_qlora.training.record import start_notes
 from falcon_qlora.training.trainer import OVERRIDDEN, FalconTrainer
 
 
@@ -106,3 +109,25 @@ def test_every_process_begins_with_the_main_process_parameters(tmp_path: Path) -
     for process in processes:
         process.join(30)
     assert found[0] == found[1] == [[1.0, 1.0, 1.0], [[0.0, 0.0], [0.0, 0.0]]]
+
+
+@pytest.mark.parametrize(
+    ("preset", "positions", "told"),
+    [
+        ("falcon-7b", 2048, "rotary positions beyond were never trained"),
+        ("falcon-rw-1b", 2048, "ALiBi has no limit"),
+        ("falcon3-7b", 32768, "rotary positions beyond were never trained"),
+    ],
+)
+def test_sequences_beyond_the_models_positions_are_told(preset: str, positions: int, told: str) -> None:
+    model = SimpleNamespace(config=preset_config(preset))
+    data: Any = SimpleNamespace(statistics=SimpleNamespace(longest=3000))
+    at_most, beyond = (
+        start_notes(parse(["-m", "tiny", "--max_length", str(length)]), data, model)
+        for length in (positions, positions + 1)
+    )
+    assert at_most == []
+    (note,) = beyond
+    assert f"--max_length {positions + 1:,} is beyond the {positions:,} positions" in note
+    assert told in note
+    assert note.endswith("The longest document has 3,000 tokens")

@@ -235,6 +235,11 @@ class Layout(ABC):
             kinds["output head"] = kinds["embedding"]
         return kinds
 
+    @property
+    def position_limit(self) -> str:
+        """What becomes of a document of more positions than the model was made for."""
+        return "rotary positions beyond were never trained, and answers there may be nonsense"
+
     def parameter_count(self) -> int:
         """All parameters, a head tied to the embedding counted once."""
         return sum(self.base_parameter_kinds().values())

@@ -150,6 +150,12 @@ class Falcon(Layout):
         if not config.alibi:
             self.rotary_embedding()
 
+    @property
+    def position_limit(self) -> str:
+        return (
+            "ALiBi has no limit, but none was trained beyond" if self.config.alibi else super().position_limit
+        )
+
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         config = self.config
         if config.new_decoder_architecture:
