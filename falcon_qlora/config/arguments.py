@@ -62,7 +62,7 @@ class DataArguments:
         "Hub id, or a .jsonl, .json, .csv, .tsv or .parquet file, or a folder of them; one or several.",
     )
     dataset_weights: list[float] | None = setting(
-        None, "Proportions in which several datasets are drawn.", above=0
+        None, "Proportions in which several datasets are drawn, in each epoch anew.", above=0
     )
     dataset_config: str | None = setting(None, "Configuration (subset) of a hub dataset.")
     dataset_train_split: str = setting("train", "Split to train on.")

@@ -40,7 +40,9 @@ class TrainerArguments:
         None, 'More for the schedule, as JSON: {"num_cycles": 1} for cosine_with_restarts.'
     )
     warmup_steps: float = setting(
-        0, "Steps in which the learning rate rises from 0, or their share.", least=0
+        0,
+        "Steps in which the learning rate rises from 0, or their share; the first has the second's rate.",
+        least=0,
     )
     optim: _Optimizer = setting("adamw_torch_fused", "Optimizer.")
     optim_args: str | None = setting(None, "More for the optimizer: key=value,…")

@@ -7,6 +7,7 @@ so that another seed, fraction or weight tokenizes nothing.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class Statistics:
     """What became of the rows.
 
     `rows_*` count rows of the data, each once; `documents`, `tokens`, `target_tokens` and `longest` are of
-    what one epoch draws, which weights may repeat.
+    what the first epoch draws, which weights may repeat. Later epochs draw as many rows.
     """
 
     rows_read: int
@@ -78,6 +79,7 @@ class Corpus:
         statistics: what became of the rows.
         names: of the rows, by `row`.
         sources: how each source was read.
+        draw: gives the documents of an epoch, from 0, as often as weights draw them; None: each once.
     """
 
     dataset: datasets.Dataset
@@ -87,6 +89,7 @@ class Corpus:
     statistics: Statistics
     names: RowNames
     sources: tuple[SourceUse, ...] = ()
+    draw: Callable[[int], np.ndarray] | None = None
 
 
 def prepare_corpora(
@@ -103,8 +106,8 @@ def prepare_corpora(
 ) -> tuple[Corpus, Corpus | None]:
     """Tokenize what was not tokenized before, and open the training corpus and the held-out one.
 
-    Weights decide in which proportion one epoch draws rows of the data sets. An epoch has as many rows as
-    without them; rows of a source are repeated or left out as its share demands.
+    Weights decide in which proportion an epoch draws rows of the data sets. An epoch has as many rows as
+    without them; rows of a source are repeated or left out as its share demands, in each epoch others.
 
     Args:
         eval_split: a fraction of the rows, ``split:NAME`` of the same data sets, or a hub id, file or folder;
@@ -210,21 +213,25 @@ def _corpus(documents: _Joined, chosen: np.ndarray, weights: list[float] | None,
         seed: of the draw.
     """
     kept = np.flatnonzero(chosen & (documents.status == Status.KEPT))
-    drawn = kept[draw(documents.source[kept], documents.row[kept], weights, seed)]
+    drawn, of_epoch = kept, None
+    if weights is not None:
+        of_epoch = functools.partial(draw, documents.source[kept], documents.row[kept], weights, seed)
+        drawn = kept[of_epoch(0)]
     statistics = _statistics(documents, chosen, drawn)
     if len(drawn) == 0:
         raise UserError(_nothing_left(documents.parts, statistics))
     digest = hashlib.sha256()
     first = 0
     for index, part in enumerate(documents.parts):
-        of_part = drawn[documents.source[drawn] == index] - first
-        digest.update(part.fingerprint.encode() + of_part.tobytes())
+        digest.update(part.fingerprint.encode())
+        for some in (drawn,) if weights is None else (drawn, kept):
+            digest.update((some[documents.source[some] == index] - first).tobytes())
         first += len(part.dataset)
     fingerprint = digest.hexdigest()
     return Corpus(
-        dataset=_dataset(documents, drawn, fingerprint),
-        lengths=documents.lengths[drawn],
-        target_counts=documents.targets[drawn],
+        dataset=_dataset(documents, kept, fingerprint),
+        lengths=documents.lengths[kept],
+        target_counts=documents.targets[kept],
         fingerprint=fingerprint,
         statistics=statistics,
         names=RowNames(
@@ -232,18 +239,19 @@ def _corpus(documents: _Joined, chosen: np.ndarray, weights: list[float] | None,
             [count for part in documents.parts for count in part.rows_of_parts],
         ),
         sources=_uses(documents, chosen, kept, drawn),
+        draw=of_epoch,
     )
 
 
-def _dataset(documents: _Joined, drawn: np.ndarray, fingerprint: str) -> datasets.Dataset:
+def _dataset(documents: _Joined, kept: np.ndarray, fingerprint: str) -> datasets.Dataset:
     whole = documents.dataset.select_columns(["input_ids", "mask", "row"])
     if len(documents.parts) > 1:
         whole = whole.remove_columns("row").add_column(
             "row", documents.row, new_fingerprint=documents.dataset._fingerprint
         )
-    if len(drawn) == len(whole) and (np.diff(drawn) == 1).all():
+    if len(kept) == len(whole):
         return whole
-    return whole.select(drawn, new_fingerprint=fingerprint[:32])
+    return whole.select(kept, new_fingerprint=fingerprint[:32])
 
 
 def _uses(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -40,6 +40,7 @@ class Plan:
         packed: whether documents are laid end to end.
         order: ``"random"``, ``"sequential"`` or ``"group_by_length"`` (documents of similar length
             meet in one batch, as in Transformers' sampler of that name).
+        draw: gives the documents of an epoch (from 0), a pure function; None: every document once.
 
     Raises:
         ValueError: if a document is longer than `max_length`.
@@ -52,6 +53,7 @@ class Plan:
     max_length: int
     packed: bool = True
     order: str = "random"
+    draw: Callable[[int], np.ndarray] | None = None
     _epochs: dict[int, list[np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
     _step_counts: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
 
@@ -84,7 +86,8 @@ class Plan:
     def documents_until(self, step: int) -> int:
         """How many documents the steps before `step` hold, a document again in every pass."""
         epoch, place = self.locate(step)
-        return epoch * len(self.lengths) + sum(len(documents) for documents in self.epoch(epoch)[:place])
+        before = sum(len(self._drawn(earlier)) for earlier in range(epoch))
+        return before + sum(len(documents) for documents in self.epoch(epoch)[:place])
 
     def steps(self, epochs: float) -> int:
         """Optimizer steps in `epochs` passes; of a part of a pass, that part of its steps, rounded up."""
@@ -99,12 +102,16 @@ class Plan:
             self._step_counts[epoch] = len(self.epoch(epoch))
         return self._step_counts[epoch]
 
+    def _drawn(self, epoch: int) -> np.ndarray:
+        return np.arange(len(self.lengths)) if self.draw is None else self.draw(epoch)
+
     def _ordered(self, epoch: int) -> np.ndarray:
-        documents = len(self.lengths)
+        drawn = self._drawn(epoch)
         if self.order == "sequential":
-            return np.arange(documents)
+            return drawn
+        documents = len(drawn)
         entropy = [self.seed, epoch, int(self.fingerprint[:16] or "0", 16)]
-        order = np.random.default_rng(np.random.SeedSequence(entropy)).permutation(documents)
+        order = drawn[np.random.default_rng(np.random.SeedSequence(entropy)).permutation(documents)]
         if self.order == "random":
             return order
         size = self.global_batch * max(min(documents // (self.global_batch * 4), _MEGABATCH), 1)

@@ -126,10 +126,11 @@ def fill(plan: Plan, *, micro_batch: int, padding: str | None) -> float:
         padding: None for packed; ``"longest"`` of the micro batch, or ``"max_length"``.
     """
     steps = plan.epoch(0)
+    drawn = np.concatenate(steps)
     if padding is None:
         positions = len(steps) * plan.global_batch * plan.max_length
     elif padding == "max_length":
-        positions = len(plan.lengths) * plan.max_length
+        positions = len(drawn) * plan.max_length
     else:
         positions = 0
         for documents in steps:
@@ -142,7 +143,7 @@ def fill(plan: Plan, *, micro_batch: int, padding: str | None) -> float:
                 packed=False,
             )[0]:
                 positions += len(part) * int(plan.lengths[part].max())
-    return float(plan.lengths.sum()) / positions
+    return float(plan.lengths[drawn].sum()) / positions
 
 
 def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:

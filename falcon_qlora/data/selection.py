@@ -53,22 +53,21 @@ def hold_out(kept: np.ndarray, content: np.ndarray, fraction: float, seed: int) 
     return np.isin(content, np.random.default_rng([seed, _HOLD_OUT]).permutation(contents)[:count])
 
 
-def draw(source: np.ndarray, row: np.ndarray, weights: Sequence[float] | None, seed: int) -> np.ndarray:
-    """Choose which documents one epoch has, and how often.
+def draw(source: np.ndarray, row: np.ndarray, weights: Sequence[float], seed: int, epoch: int) -> np.ndarray:
+    """Choose which documents an epoch has, and how often; each epoch anew, and as many rows.
 
     Args:
         source: ``[documents]``, ascending: the index of a document's source.
         row: int64 ``[documents]``, ascending: the row that it is of, counted through all sources.
-        weights: in which proportion rows of the sources are drawn; None takes every document once. The number
-            of rows stays what it was. A source that has fewer rows than its share is repeated whole, and what
-            is left of the share is a random choice of its rows.
+        weights: in which proportion rows of the sources are drawn. The number of rows stays what it was. A
+            source that has fewer rows than its share is repeated whole, and what is left of the share is a
+            random choice of its rows.
         seed: of that choice.
+        epoch: from 0.
 
     Returns:
         int64 indexes of documents, source by source, ascending within each repetition.
     """
-    if weights is None:
-        return np.arange(len(row))
     total, shares = len(np.unique(row)), np.array(weights, dtype=np.float64) / np.sum(weights)
     drawn: list[np.ndarray] = []
     for index, share in enumerate(shares):
@@ -77,6 +76,8 @@ def draw(source: np.ndarray, row: np.ndarray, weights: Sequence[float] | None, s
         if len(rows) == 0:
             continue
         whole, rest = divmod(max(round(total * share), 1), len(rows))
-        some = np.random.default_rng([seed, _DRAW, index]).choice(rows, size=rest, replace=False)
+        # Without its number where it is 0: the draw that releases before made for all epochs.
+        entropy = [seed, _DRAW, index, *[epoch] * (epoch > 0)]
+        some = np.random.default_rng(entropy).choice(rows, size=rest, replace=False)
         drawn += [documents] * whole + [documents[np.isin(row[documents], some)]]
     return np.concatenate([np.zeros(0, dtype=np.int64), *drawn])

@@ -12,7 +12,7 @@ from falcon_qlora.data.batches import DocumentReader
 from falcon_qlora.processes import agreement, ranks, stop_signals
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal.console import note, patience
-from falcon_qlora.training.resume import how_to_go_on
+from falcon_qlora.training.resume import DRAWING, how_to_go_on
 from falcon_qlora.training.rows import TrainingData, global_batch
 
 if TYPE_CHECKING:
@@ -175,6 +175,7 @@ def build_trainer(
             "data_fingerprint": data.record.get("fingerprint"),
             "stream": data.record if data.record.get("streaming") else None,
             "launch": ranks.launch_id(),
+            "drawing": DRAWING,
         },
         on_saved=lambda checkpoint: stop_signals.tell_launcher(
             f"the last complete checkpoint is {checkpoint}; go on with:  {how_to_go_on(directory)}"

@@ -14,6 +14,7 @@ from falcon_qlora.common.files import plain, quoted
 from falcon_qlora.common.settings import settings_of
 from falcon_qlora.common.untrusted import is_count, refuse_links
 from falcon_qlora.config import Configuration
+from falcon_qlora.config.arguments import DataArguments
 from falcon_qlora.config.trainer_arguments import TrainerArguments
 from falcon_qlora.data.stream import changed_source
 from falcon_qlora.processes import agreement, ranks
@@ -35,6 +36,9 @@ _DECISIVE_FOR_STREAMS = (
     "dataset_weights dataset_config dataset_train_split dataset_format text_column instruction_column "
     "input_column output_column prompt_column completion_column messages_column conversations_column max_rows"
 ).split()
+# How a run draws, which its checkpoints say from 2 on. Before, weighted rows were drawn once for all epochs,
+# and NEFTune's noise was by the length of a micro-batch.
+DRAWING = 2
 # These may be changed, and what follows from them is said.
 _MAY_CHANGE = {
     "max_steps": "the learning rate goes on differently",
@@ -144,7 +148,20 @@ def adopt(configuration: Configuration, checkpoint: str) -> None:
         note(f"a step stays {batch} sequences, as the run began")
     run.global_batch_size = batch
     _compare_settings(configuration, Path(checkpoint), record)
-    _say_what_differs(record["processes"], draws=configuration.method.draws)
+    noise = configuration.trainer.get("neftune_noise_alpha") is not None
+    if record.get("drawing") != DRAWING:
+        _refuse_other_drawing(configuration.data, noise=noise)
+    _say_what_differs(record["processes"], draws=configuration.method.draws or noise)
+
+
+def _refuse_other_drawing(data: DataArguments, *, noise: bool) -> None:
+    told = None
+    if data.dataset_weights is not None and not data.streaming:
+        told = "drew the rows by --dataset_weights once for all epochs, and they are drawn anew in each now"
+    elif noise and data.packing:
+        told = "had --neftune_noise_alpha by the length of a micro-batch, and it is by each document's now"
+    if told is not None:
+        raise UserError(f"--resume: the run that goes on {told}. Start a new run")
 
 
 def _compare_settings(configuration: Configuration, checkpoint: Path, record: dict[str, Any]) -> None:
@@ -196,7 +213,10 @@ def _say_what_differs(processes: int, *, draws: bool) -> None:
     changed = f"going on with {ranks.world_size()} instead of {processes} processes: the same documents"
     changed += " make each step"
     if draws:
-        note(f"{changed}, but dropout draws anew, so the losses will differ from an uninterrupted run's")
+        note(
+            f"{changed}, but dropout and noise are drawn anew, so the losses will differ from an "
+            "uninterrupted run's"
+        )
     else:
         note(f"{changed}, and the losses agree up to the rounding of sums taken in another order")
 

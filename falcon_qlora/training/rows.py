@@ -94,6 +94,7 @@ def make_plan(data: DataArguments, run: RunArguments, corpus: Any) -> Plan:
         max_length=data.max_length,
         packed=data.packing,
         order=data.train_sampling_strategy,
+        draw=corpus.draw,
     )
 
 
@@ -146,7 +147,7 @@ def training_data(
         record=record,
         dataset_format=corpus.sources[0].format,
         template=corpus.sources[0].template,
-        efficiency=float(corpus.lengths.sum()) / room if data.packing else None,
+        efficiency=corpus.statistics.tokens / room if data.packing else None,
         notes=[*_what_happened(corpus.statistics), *_source_notes([corpus, held_out])],
     )
 

@@ -42,6 +42,7 @@ from falcon_qlora.step.agreed import StepReport
 from falcon_qlora.step.bad_steps import BadSteps
 from falcon_qlora.step.global_batch import Step
 from falcon_qlora.step.loss import evaluated
+from falcon_qlora.step.neftune import add_noise
 from falcon_qlora.terminal.console import note
 from falcon_qlora.training.callbacks import StepKeeper
 from falcon_qlora.training.moved import footprint
@@ -143,6 +144,9 @@ class FalconTrainer(SFTTrainer):
             at=watchdog.at,
         )
         self._backward: Callable[..., Any] = self.accelerator.backward
+        if self.neftune_noise_alpha is not None:
+            add_noise(model, self.neftune_noise_alpha)
+            self.neftune_noise_alpha = None  # else Transformers adds its own
         self._began_at = 0
         self._at_start = footprint(model)  # a run that goes on takes up its weights later
 

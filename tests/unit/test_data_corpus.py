@@ -406,21 +406,29 @@ def test_weights_draw_in_their_proportion(tmp_path: Path) -> None:
     first = write(tmp_path / "a.jsonl", alpaca(30, "first"))
     second = write(tmp_path / "b.jsonl", alpaca(10, "second"))
     corpus, _ = prepare(tmp_path, first, second, dataset_weights=[1.0, 3.0])
-    drawn = texts(corpus)
-    assert sum("first" in text for text in drawn) == 10
-    assert sum("second" in text for text in drawn) == 30
-    assert len({text for text in drawn if "second" in text}) == 10
+    assert corpus.draw is not None
+    every = texts(corpus)
+    assert len(every) == 40
+    epochs = [corpus.draw(epoch) for epoch in range(8)]
+    for drawn in epochs:
+        assert sum("first" in every[index] for index in drawn) == 10
+        assert sum("second" in every[index] for index in drawn) == 30
+        assert len({every[index] for index in drawn if "second" in every[index]}) == 10
+    assert len({tuple(drawn) for drawn in epochs}) == 8
+    # By 10 of 30 rows in each of 8 epochs, (2/3)^8 of them are left out: one or two; by one draw for all, 20.
+    assert len({index for drawn in epochs for index in drawn}) >= 36
+    assert corpus.statistics.documents == len(epochs[0])
+    assert corpus.statistics.tokens == corpus.lengths[epochs[0]].sum()
+    assert corpus.statistics.target_tokens == corpus.target_counts[epochs[0]].sum()
     assert [use.rows_drawn for use in corpus.sources] == [10, 30]
     assert [use.rows_read for use in corpus.sources] == [30, 10]
     # Rows are counted through all sources.
-    assert set(corpus.dataset["row"]) <= set(range(40))
-    assert {
-        row["row"] >= 30 for row, text in zip(corpus.dataset, drawn, strict=True) if "second" in text
-    } == {True}
+    assert corpus.dataset["row"][:] == list(range(40))
     again, _ = prepare(tmp_path, first, second, dataset_weights=[1.0, 3.0])
     other, _ = prepare(tmp_path, first, second, dataset_weights=[1.0, 3.0], seed=1)
     assert again.fingerprint == corpus.fingerprint != other.fingerprint
     plain, _ = prepare(tmp_path, first, second)
+    assert plain.draw is None
     assert texts(plain) == texts(prepare(tmp_path, first)[0]) + texts(prepare(tmp_path, second)[0])
 
 

@@ -1,5 +1,7 @@
 """Which documents make a step, and how they are dealt, whatever the lengths."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -26,6 +28,23 @@ def plan(lengths: np.ndarray, **changes) -> Plan:
 def test_an_epoch_has_every_document_once(lengths, order, packed):
     steps = plan(lengths, order=order, packed=packed).epoch(0)
     assert sorted(np.concatenate(steps).tolist()) == list(range(len(lengths)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(LENGTHS, st.sampled_from(["random", "sequential", "group_by_length"]), st.booleans())
+def test_an_epoch_has_what_is_drawn_for_it_as_often(lengths, order, packed):
+    def draw(epoch):
+        return np.random.default_rng(epoch).integers(0, len(lengths), len(lengths) + epoch)
+
+    drawn = plan(lengths, order=order, packed=packed, draw=draw)
+    steps = [drawn.steps(epochs) for epochs in (1, 2, 3)]
+    made = [drawn.documents(step) for step in range(steps[-1])]
+    for epoch, (first, last) in enumerate(itertools.pairwise([0, *steps])):
+        assert sorted(np.concatenate(made[first:last])) == sorted(draw(epoch))
+    assert drawn.documents_until(steps[-1]) == sum(map(len, made))
+    # Asked for the last step alone, as a resumed run does.
+    again = plan(lengths, order=order, packed=packed, draw=draw)
+    assert (again.documents(steps[-1] - 1) == made[-1]).all()
 
 
 @settings(max_examples=60, deadline=None)
