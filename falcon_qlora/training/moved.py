@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.quantities import counted
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.sharded import local_tensor
 from falcon_qlora.processes import agreement
@@ -34,8 +35,8 @@ def require_moved(trainer: FalconTrainer) -> None:
     if not all(same) and not _is_still_zero(model):
         return
     raise UserError(
-        f"nothing was trained: after {trainer.state.global_step:,} steps all that {method_of(model).title} "
-        f"trains is as it was at the start. {_why(trainer)}. No adapter is written"
+        f"nothing was trained: after {counted(trainer.state.global_step, 'step')} all that "
+        f"{method_of(model).title} trains is as it was at the start. {_why(trainer)}. No adapter is written"
     )
 
 
