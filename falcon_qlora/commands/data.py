@@ -99,17 +99,20 @@ def _look_at_stream(configuration: Configuration, tokenizer: Any) -> _Look:
     import numpy as np
 
     from falcon_qlora.data import report
+    from falcon_qlora.data.account import Account
     from falcon_qlora.data.settings import RowSettings
     from falcon_qlora.data.stream import recognise_source, stream_documents
     from falcon_qlora.training import rows
 
     counts: Counter[str] = Counter()
+    account = Account()
     stream = stream_documents(
         **rows.row_settings(configuration.data),
         tokenizer=tokenizer,
         seed=configuration.run.seed,
         max_rows=configuration.data.max_rows,
         counts=counts,
+        account=account,
     )
     documents = [(each["input_ids"], each["mask"]) for each in itertools.islice(stream, _STREAMED_DOCUMENTS)]
     if not documents:
@@ -120,9 +123,10 @@ def _look_at_stream(configuration: Configuration, tokenizer: Any) -> _Look:
     targets = sum(int(mask[1:].sum()) for _, mask in documents)
     settings, told = RowSettings(**rows.row_settings(configuration.data)), []
     for source in settings.sources():
-        row_format, template = recognise_source(settings, source)
+        row_format, template = recognise_source(settings, source, tokenizer)
         told.append((source.name, f"format {row_format}, template {template}"))
         told += [("note", note) for note in source.notes()]
+    told += [("note", line) for line in account.told(template)]
     told += [(name.replace("_", " "), f"{count:,}") for name, count in counts.items()]
     told += [("documents", f"{len(documents):,}"), ("tokens", f"{lengths.sum():,}")]
     told.append(("trained tokens", f"{targets:,} ({targets / lengths.sum():.1%})"))

@@ -17,8 +17,15 @@ from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.settings import setting
 from falcon_qlora.common.untrusted import read_text
 from falcon_qlora.config import Configuration, parse
-from falcon_qlora.data.formats import FORMATS, resolve_template
-from falcon_qlora.data.templates import TEMPLATES, Template, Turn, get_template, template_fingerprint
+from falcon_qlora.data.formats import AUTO, BY_FORMAT, FORMATS, resolve_template
+from falcon_qlora.data.templates import (
+    TEMPLATES,
+    TOKENIZER,
+    Template,
+    Turn,
+    get_template,
+    template_fingerprint,
+)
 from falcon_qlora.inference.base_and_adapter import adapter_folder, load_adapted
 from falcon_qlora.methods.table import is_whole
 from falcon_qlora.terminal.library_logging import quiet_libraries
@@ -68,11 +75,12 @@ def main(argv: list[str]) -> int:
             f"--compare: {folder} is a whole fine-tuned model without its base inside; ask "
             f"{record.get('base_model')} by itself, as --model_name_or_path without --adapter"
         )
-    _template(configuration, record)  # one that is not there is told before the model is loaded
+    _template(configuration, record, None)  # one that is not there is told before the model is loaded
     if configuration.model.compute_dtype == "fp8":
         note_aside("computed in bfloat16: FP8 products are for packed documents")
     model, tokenizer = load_adapted(source)
-    template = _template(configuration, record, tokenizer.special_tokens_map)
+    template = _template(configuration, record, tokenizer)
+    assert template is not None
     speaker = _Speaker(
         model=model, tokenizer=tokenizer, template=template, wanted=wanted, seed=configuration.run.seed
     )
@@ -190,10 +198,11 @@ def _prompts(wanted: GenerateArguments) -> list[str] | None:
     return prompts
 
 
-def _template(
-    configuration: Configuration, record: dict[str, Any], special_tokens: dict[str, str] | None = None
-) -> Template:
-    """The template that a flag names, else the adapter's; a base alone goes on from the prompt as it is."""
+def _template(configuration: Configuration, record: dict[str, Any], tokenizer: Any) -> Template | None:
+    """The template that a flag names, else the adapter's; a base alone goes on from the prompt as it is.
+
+    None where that is the tokenizer's own, and there is no tokenizer yet.
+    """
     data, trained = configuration.data, f"--adapter {configuration.extra.adapter}"
 
     def given(name: str) -> str:
@@ -205,8 +214,8 @@ def _template(
         raise UserError(
             f"{trained}: it was trained on rows of format {dataset_format[:40]!r}, which is not known"
         )
-    if name == "auto":
-        name = "none" if dataset_format == "auto" else resolve_template("auto", dataset_format)
+    if name in (AUTO, BY_FORMAT):
+        name = "none" if dataset_format == "auto" else resolve_template(name, dataset_format, tokenizer)
     elif name not in TEMPLATES and "template" not in configuration.explicit:
         # As a base model's folder: the adapter's files may come from anywhere.
         told = record.get("template_fingerprint")
@@ -215,4 +224,6 @@ def _template(
                 f"{trained} names {name[:200]!r}, a file of this machine, as its template, and does not tell "
                 "what lies there now. If that is right, say so: --template FILE"
             )
-    return get_template(name, special_tokens)
+    if tokenizer is None:
+        return None if name == TOKENIZER else get_template(name)
+    return get_template(name, tokenizer.special_tokens_map, tokenizer.chat_template)

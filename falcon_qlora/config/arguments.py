@@ -79,7 +79,8 @@ class DataArguments:
     conversations_column: str | None = setting(None, "Column to read instead of `conversations`.")
     template: str = setting(
         "auto",
-        "How a row becomes text: auto, alpaca, guanaco, falcon-instruct, none, or a .jinja chat template.",
+        "How a row becomes text: alpaca, guanaco, falcon-instruct, none, tokenizer (its own chat template), "
+        "a .jinja file; format: as its format; auto: tokenizer for chats if it has one, else format.",
     )
     train_on: Literal["answers", "all"] = setting(
         "answers", "Loss on the answers, where the format has prompts, or on all of the text."

@@ -16,7 +16,7 @@ from falcon_qlora.methods.table import METHODS, method_from, method_settings
 Values = dict[str, Any]
 Laid = dict[str, tuple[Any, Layer]]
 
-TEMPLATES = ("auto", "alpaca", "guanaco", "falcon-instruct", "none")
+TEMPLATES = ("auto", "format", "alpaca", "guanaco", "falcon-instruct", "none", "tokenizer")
 
 
 def settle(values: Values, laid: Laid) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.data.account import Account
 from falcon_qlora.data.documents import Documents, Tokenizing
 from falcon_qlora.data.origins import RowNames
 from falcon_qlora.data.selection import draw, hold_out, is_fraction
@@ -37,6 +38,7 @@ class Statistics:
 
     rows_read: int
     rows_dropped_empty: int
+    rows_dropped_missing: int
     rows_dropped_masked: int
     rows_dropped_overlong: int
     rows_truncated: int
@@ -54,7 +56,7 @@ class SourceUse:
     """How one source was read: the format recognised and the template that writes it.
 
     `rows_kept` are those of which something is left to train on; weights may draw more of them or less.
-    `notes` are `Source.notes`.
+    `notes` are `Source.notes`; `account` is `account.Account.plain` of all its rows, held-out ones too.
     """
 
     name: str
@@ -64,6 +66,11 @@ class SourceUse:
     rows_kept: int
     rows_drawn: int
     notes: tuple[str, ...] = ()
+    account: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def told(self) -> list[str]:
+        """What to say of its rows: what is not read, and what was altered."""
+        return Account.from_plain(self.account).told(self.template)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +276,7 @@ def _uses(
             rows_kept=documents.rows(kept[documents.source[kept] == index]),
             rows_drawn=int((documents.source[rows_drawn] == index).sum()),
             notes=tuple(part.source.notes()),
+            account=part.account.plain(),
         )
         for index, part in enumerate(documents.parts)
     )
@@ -283,6 +291,7 @@ def _statistics(documents: _Joined, chosen: np.ndarray, drawn: np.ndarray) -> St
     return Statistics(
         rows_read=documents.rows(chosen),
         rows_dropped_empty=documents.rows(chosen & (status == Status.EMPTY)),
+        rows_dropped_missing=documents.rows(chosen & (status == Status.MISSING)),
         rows_dropped_masked=documents.rows(chosen & (status == Status.MASKED)),
         rows_dropped_overlong=documents.rows(chosen & (status == Status.OVERLONG)),
         rows_truncated=documents.rows(kept & (change == Change.TRUNCATED)),
@@ -298,8 +307,10 @@ def _statistics(documents: _Joined, chosen: np.ndarray, drawn: np.ndarray) -> St
 
 def _nothing_left(parts: list[Documents], statistics: Statistics) -> str:
     names = ", ".join(part.source.name for part in parts)
+    lacking = dict.fromkeys(name for part in parts for name in part.account.missing)
     reasons = [
         (statistics.rows_dropped_empty, "have an empty answer"),
+        (statistics.rows_dropped_missing, f"lack {', '.join(lacking)}"),
         (statistics.rows_dropped_masked, "have no answer token within --max_length"),
         (statistics.rows_dropped_overlong, "are longer than --max_length and --overlong is drop"),
     ]

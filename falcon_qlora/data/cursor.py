@@ -15,10 +15,12 @@ from dataclasses import InitVar, dataclass
 from typing import Any
 
 from falcon_qlora.common.untrusted import is_count
+from falcon_qlora.data.account import Account
 from falcon_qlora.data.formats import render
 from falcon_qlora.data.origins import Origin
 from falcon_qlora.data.settings import RowSettings
 from falcon_qlora.data.sources import Rows, Source
+from falcon_qlora.data.special_text import SpecialText
 from falcon_qlora.data.templates import Segment, Template
 
 State = dict[str, Any]
@@ -37,6 +39,7 @@ class Reader:
         tokenizer: whose special tokens a template may write.
         seed: of the order of the files.
         first_part: the source's first part, in the origin of its rows.
+        account: gets what of the rows is not read, lacking or altered.
         before: the state of a reader of the same source, settings and seed.
     """
 
@@ -45,10 +48,12 @@ class Reader:
     tokenizer: Any
     seed: InitVar[float]
     first_part: int
+    account: Account
     before: InitVar[State | None] = None
 
     def __post_init__(self, seed: float, before: State | None) -> None:
         self._order = random.Random(seed)
+        self._special = SpecialText(self.tokenizer)
         self._format: tuple[str, dict[str, str]] | None = None
         self.ended = False
         self.restart()
@@ -68,7 +73,15 @@ class Reader:
         assert self._format is not None
         assert self._template is not None
         (row_format, columns), (place, row, (part, number)) = self._format, found
-        segments = render(row, row_format, self._template, columns=columns, place=place)
+        segments = render(
+            row,
+            row_format,
+            self._template,
+            columns=columns,
+            place=place,
+            special=self._special,
+            account=self.account,
+        )
         return (self.first_part + part, number), segments
 
     def restart(self) -> None:

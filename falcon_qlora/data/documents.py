@@ -19,9 +19,11 @@ from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import sha256, write_json
 from falcon_qlora.common.untrusted import read_json
 from falcon_qlora.data import cache
+from falcon_qlora.data.account import Account
 from falcon_qlora.data.formats import render
 from falcon_qlora.data.settings import RowSettings
 from falcon_qlora.data.sources import Source, quiet_datasets
+from falcon_qlora.data.special_text import SpecialText
 from falcon_qlora.data.templates import Segment
 from falcon_qlora.data.tokens import Document, Encoder
 
@@ -55,9 +57,10 @@ class Documents:
         template: the template's name.
         dataset: columns `input_ids` and `mask`; `row`, the index of the source row; `status`, an
             `tokens.Status`; `change`, a `tokens.Change`; `targets`, target tokens; `content`, a hash of the
-            whole row, 0 where it has no answer.
+            whole row, 0 where it has none.
         fingerprint: hexadecimal hash of the documents.
         rows_of_parts: how many rows each of the source's parts has.
+        account: what of the rows was not read, lacking or altered.
     """
 
     source: Source
@@ -66,6 +69,7 @@ class Documents:
     dataset: datasets.Dataset
     fingerprint: str
     rows_of_parts: list[int]
+    account: Account
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +107,20 @@ class Tokenizing:
         def fill(folder: Path) -> None:
             self.progress(f"reading {source.name}")
             counts = source.rows_of_parts(max_rows)
+            account, special = Account(), SpecialText(self.tokenizer)
             rows = (
-                render(row, row_format, template, columns=columns, place=place)
+                render(
+                    row,
+                    row_format,
+                    template,
+                    columns=columns,
+                    place=place,
+                    special=special,
+                    account=account,
+                )
                 for place, row in source.rows(max_rows)
             )
-            self._fill(folder, source, counts, encoder, rows)
+            self._fill(folder, source, counts, encoder, rows, account)
 
         def is_whole(entry: Path) -> bool:
             if (wrong := _damage(entry)) is not None:
@@ -118,7 +131,15 @@ class Tokenizing:
 
         entry = cache.entry(self.cache_dir, key, fill, is_whole)
         meta = read_json(entry / _META)
-        return Documents(source, row_format, template.name, _read(entry), meta["content"], meta["rows"])
+        return Documents(
+            source,
+            row_format,
+            template.name,
+            _read(entry),
+            meta["content"],
+            meta["rows"],
+            Account.from_plain(meta["account"]),
+        )
 
     def _fill(
         self,
@@ -127,6 +148,7 @@ class Tokenizing:
         rows_of_parts: list[int],
         encoder: Encoder,
         rows: Iterator[list[Segment]],
+        account: Account,
     ) -> None:
         total = sum(rows_of_parts)
         if total == 0:
@@ -134,11 +156,12 @@ class Tokenizing:
         self.progress(f"tokenizing {total:,} rows of {source.name}")
         with quiet_datasets(), _tokenizer_threads(self.num_proc):
             shown = datasets.utils.tqdm(rows, desc="tokenizing", total=total, unit=" rows")
-            _write(folder / "documents.arrow", encoder, iter(shown))
+            _write(folder / "documents.arrow", encoder, iter(shown), account)
         meta = {
             "content": _content_hash(_read(folder)),
             "source": source.name,
             "rows": rows_of_parts,
+            "account": account.plain(),
             "files": {
                 file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in _files(folder)
             },
@@ -162,14 +185,14 @@ def _tokenizer_threads(count: int | None) -> Iterator[None]:
         os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
-def _write(file: Path, encoder: Encoder, rows: Iterator[list[Segment]]) -> None:
+def _write(file: Path, encoder: Encoder, rows: Iterator[list[Segment]], account: Account) -> None:
     schema = _FEATURES.arrow_schema
     first = 0
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         while some := list(itertools.islice(rows, _ROWS_AT_A_TIME)):
             numbered = [
                 (number, document)
-                for number, documents in enumerate(encoder.documents(some), start=first)
+                for number, documents in enumerate(encoder.documents(some, account), start=first)
                 for document in documents
             ]
             writer.write_batch(pa.record_batch(_columns(numbered), schema=schema))

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
-import datetime
-import decimal
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, get_args
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from falcon_qlora.common.errors import UserError, nearest
-from falcon_qlora.data.templates import Role, Segment, Template, Turn, get_template, guanaco_segments
+from falcon_qlora.data.account import Account, count
+from falcon_qlora.data.conversation import (
+    Missing,
+    listed,
+    masked_roles,
+    text_of,
+    tools_of,
+    turns_of_history,
+    turns_of_messages,
+    with_system,
+)
+from falcon_qlora.data.special_text import SpecialText, is_marked
+from falcon_qlora.data.templates import (
+    LACKING,
+    REASONING,
+    TOKENIZER,
+    Segment,
+    Template,
+    Turn,
+    get_template,
+    guanaco_segments,
+)
+
+_SYSTEM = ("system", "system_prompt")
+_OF_CHATS = (*_SYSTEM, "tools", "mask")
+_OF_ALPACA = (*_SYSTEM, "tools", "history")
 
 
 @dataclass(frozen=True)
@@ -18,7 +41,8 @@ class Format:
 
     Attributes:
         required: columns it needs.
-        optional: columns it reads where they are there.
+        optional: columns it reads where they are there, under a name that a flag may give.
+        also: columns it reads where they are there, under these names.
         template: what `--template auto` means for it.
         description: for messages.
     """
@@ -27,14 +51,19 @@ class Format:
     optional: tuple[str, ...]
     template: str
     description: str
+    also: tuple[str, ...] = ()
 
 
 # In the order in which they are tried: a row with both `messages` and `text` is a chat.
 FORMATS: dict[str, Format] = {
-    "chat": Format(("messages",), (), "falcon-instruct", "messages: a list of {role, content}"),
-    "sharegpt": Format(("conversations",), (), "falcon-instruct", "conversations: a list of {from, value}"),
+    "chat": Format(
+        ("messages",), (), "falcon-instruct", "messages: a list of {role, content} or {from, value}"
+    ),
+    "sharegpt": Format(
+        ("conversations",), (), "falcon-instruct", "conversations: a list of {from, value} or {role, content}"
+    ),
     "alpaca": Format(
-        ("instruction", "output"), ("input",), "alpaca", "instruction and output, perhaps input"
+        ("instruction", "output"), ("input",), "alpaca", "instruction and output, perhaps input", _OF_ALPACA
     ),
     "prompt_completion": Format(("prompt", "completion"), (), "none", "prompt and completion"),
     "text": Format(("text",), (), "none", "text"),
@@ -45,27 +74,18 @@ COLUMNS = tuple(column for each in FORMATS.values() for column in (*each.require
 # Other names that data in the wild has for our columns, to be able to suggest the flag.
 _SYNONYMS = {
     "output": ("response", "answer", "target", "label", "completion"),
-    "completion": ("response", "answer", "output", "chosen"),
+    "completion": ("response", "answer", "output"),
     "instruction": ("question", "query", "prompt"),
     "prompt": ("question", "query", "instruction", "context"),
     "text": ("content", "document", "body"),
     "messages": ("conversation", "dialog", "dialogue", "chat", "turns"),
 }
 
-# Numbers and dates, in a column of Parquet, are text as Python writes them.
-_AS_TEXT = (str, int, float, decimal.Decimal, datetime.date, datetime.time, datetime.timedelta)
+_CHATS = ("chat", "sharegpt")
 
-_SPEAKERS: dict[str, Role] = {
-    "human": "user",
-    "user": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "system": "system",
-}
+# What `--template` may say besides a template: the tokenizer's own for chats where it has one, else the
+# format's; the format's in any case, as `auto` was in the settings of earlier runs.
+AUTO, BY_FORMAT = "auto", "format"
 
 
 def recognise(
@@ -98,10 +118,18 @@ def recognise(
         if given not in found and standard not in found:
             raise UserError(
                 f"--{standard}_column {given}: {source} has no such column{nearest(given, found)}; "
-                f"it has {_listed(found)}"
+                f"it has {listed(found)}"
             )
     renamed = {standard: given for standard, given in columns.items() if given in found}
     missing = {name: _missing(each, found, renamed) for name, each in FORMATS.items()}
+    if dataset_format == "auto" and not renamed and {"chosen", "rejected"} <= set(found):
+        raise UserError(
+            f"{source}: pairs of a chosen and a rejected answer (it has {listed(found)}). Preferences are "
+            "not trained here, answers are. To train on the chosen ones, name their column: "
+            "--completion_column chosen beside a column prompt, --output_column chosen beside instruction, "
+            "--messages_column chosen where they are lists of messages, --text_column chosen where they are "
+            "whole texts"
+        )
     if dataset_format == "auto":
         fitting = [name for name in FORMATS if not missing[name]]
         # A renamed column says which format is meant where the columns fit several.
@@ -110,7 +138,7 @@ def recognise(
             return fitting[0], renamed
         needs = "\n".join(f"  {name}: {each.description}" for name, each in FORMATS.items())
         raise UserError(
-            f"{source}: the columns fit no format.\nIt has {_listed(found)}. The formats need\n{needs}\n"
+            f"{source}: the columns fit no format.\nIt has {listed(found)}. The formats need\n{needs}\n"
             "Name your columns with --text_column, --instruction_column, --output_column and so on"
             f"{_suggest(found)}."
         )
@@ -122,19 +150,26 @@ def recognise(
     if lacking := missing[dataset_format]:
         raise UserError(
             f"{source}: format {dataset_format} needs {FORMATS[dataset_format].description}; "
-            f"there is no column {_listed(lacking)}. It has {_listed(found)}. "
+            f"there is no column {listed(lacking)}. It has {listed(found)}. "
             f"Name the column with --{lacking[0]}_column, or another format with --dataset_format."
         )
     return dataset_format, renamed
 
 
-def resolve_template(template: str, dataset_format: str) -> str:
+def resolve_template(template: str, dataset_format: str, tokenizer: Any = None) -> str:
     """The name of the template that `--template` means for rows of this format.
+
+    Args:
+        template: as the user gave it.
+        dataset_format: a key of `FORMATS`.
+        tokenizer: whose own chat template `auto` means for chats, if it has one.
 
     Raises:
         UserError: if that template cannot write rows of this format.
     """
-    if template == "auto":
+    if template == AUTO and dataset_format in _CHATS and getattr(tokenizer, "chat_template", None):
+        return TOKENIZER
+    if template in (AUTO, BY_FORMAT):
         return FORMATS[dataset_format].template
     if dataset_format == "text" and template not in ("none", "guanaco"):
         raise UserError(
@@ -151,10 +186,8 @@ def resolve_template(template: str, dataset_format: str) -> str:
 
 def load_template(template: str, row_format: str, tokenizer: Any) -> Template:
     """The template that `--template` means for rows of this format, with the tokenizer's special tokens."""
-    special_tokens = {
-        name: token for name in ("bos_token", "eos_token") if (token := getattr(tokenizer, name)) is not None
-    }
-    return get_template(resolve_template(template, row_format), special_tokens)
+    name = resolve_template(template, row_format, tokenizer)
+    return get_template(name, tokenizer.special_tokens_map, tokenizer.chat_template)
 
 
 def render(
@@ -164,6 +197,8 @@ def render(
     *,
     columns: Mapping[str, str] | None = None,
     place: str = "a row",
+    special: SpecialText | None = None,
+    account: Account | None = None,
 ) -> list[Segment]:
     """Write one row.
 
@@ -173,92 +208,168 @@ def render(
         template: as `resolve_template` chose it.
         columns: standard column name → its name in the row, for those that differ.
         place: names the row in messages, for example ``data.jsonl:17``.
+        special: marks text that reads like a special token, which is to stay text under a template.
+        account: gets what is not read, lacking or altered.
 
     Returns:
-        Segments which, laid end to end, are the row's text; none where the row has no answer to learn.
+        Segments which, laid end to end, are the row's text; none where the row has no answer to learn;
+        `LACKING` where it lacks what it cannot be trained without.
 
     Raises:
-        UserError: if a value is not of the kind that the format needs.
+        UserError: if a value is not of the kind that the format needs, or the template cannot write it whole.
     """
-    names = columns or {}
+    account = Account() if account is None else account
+    reader = _Reader(row, columns or {}, place, account)
+    known = FORMATS[dataset_format]
+    missing = [reader.name(column) for column in known.required if reader.peek(column) is None]
+    segments = LACKING
+    try:
+        if dataset_format == "text" and not missing:
+            segments = _raw(reader, template, special)
+        elif not missing:
+            segments = _conversation(reader, dataset_format, template, special)
+    except Missing as other:
+        missing = [str(other)]
+    if missing:
+        account.missing.update(missing)
+        reader.read.update(map(reader.name, (*known.required, *known.optional, *known.also)))
+    for name, value in row.items():
+        if value is not None and name not in reader.read:
+            count(account.columns, name)
+    return segments
 
-    def value(column: str) -> Any:
-        return row.get(names.get(column, column))
 
-    def text(column: str) -> str:
-        return _text(value(column), f"{place}: column {names.get(column, column)}")
+class _Reader:
+    """Reads columns of one row, and knows which it has read.
 
-    if dataset_format == "text":
-        content = text("text")
-        if not content.strip():
-            return []
-        if template.name == "guanaco":
-            return guanaco_segments(content)
-        return [Segment(content, train=True, end=True)]
-    if dataset_format == "alpaca":
-        turns = [Turn("user", text("instruction"), context=text("input")), Turn("assistant", text("output"))]
-    elif dataset_format == "prompt_completion":
-        turns = [Turn("user", text("prompt")), Turn("assistant", text("completion"))]
+    Args:
+        row, columns, place, account: as `render` takes them.
+    """
+
+    def __init__(self, row: Mapping[str, Any], columns: Mapping[str, str], place: str, account: Account):
+        self._row = row
+        self._columns = columns
+        self.place = place
+        self.account = account
+        self.read: set[str] = set()
+
+    def name(self, column: str) -> str:
+        """What the data calls a column."""
+        return self._columns.get(column, column)
+
+    def where(self, column: str) -> str:
+        """Names the column in messages."""
+        return f"{self.place}: column {self.name(column)}"
+
+    def value(self, column: str) -> Any:
+        self.read.add(self.name(column))
+        return self.peek(column)
+
+    def peek(self, column: str) -> Any:
+        """A value that is not read with this."""
+        return self._row.get(self.name(column))
+
+    def text(self, column: str) -> str:
+        return text_of(self.value(column), self.where(column))
+
+    def optional_text(self, column: str) -> str:
+        """A text, empty where there is none."""
+        value = self.value(column)
+        return "" if value is None else text_of(value, self.where(column))
+
+
+def _raw(reader: _Reader, template: Template, special: SpecialText | None) -> list[Segment]:
+    text = reader.text("text")
+    if not text.strip():
+        return []
+    if special is not None and is_marked(special.mark(text)):
+        count(reader.account.rows, "special_tokens")
+    if template.name == "guanaco":
+        return guanaco_segments(text)
+    return [Segment(text, train=True, end=True)]
+
+
+def _conversation(
+    reader: _Reader, dataset_format: str, template: Template, special: SpecialText | None
+) -> list[Segment]:
+    tools: list[Any] | None = None
+    if dataset_format == "prompt_completion":
+        turns = _prompt_and_completion(reader)
     else:
-        column = FORMATS[dataset_format].required[0]
-        turns = _turns(value(column), dataset_format, f"{place}: column {names.get(column, column)}")
-    if not any(turn.role == "assistant" and turn.text.strip() for turn in turns):
-        return []
-    try:
-        return template.segments(turns)
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from None
-
-
-def _turns(value: Any, dataset_format: str, place: str) -> list[Turn]:
-    """Messages as turns. An empty answer is not learned, nor one of `weight` 0; both stay as context."""
-    role_key, text_key = ("role", "content") if dataset_format == "chat" else ("from", "value")
-    if value is None:
-        return []
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise UserError(f"{place}: expected a list of messages, found {_kind(value)}")
-    turns = []
-    for number, message in enumerate(value, start=1):
-        where = f"{place}: message {number}"
-        if not isinstance(message, Mapping) or role_key not in message:
-            raise UserError(f"{where}: expected {{{role_key}, {text_key}}}, found {_kind(message)}")
-        name = message[role_key]
-        role = _role(name, dataset_format)
-        if role is None:
-            known = get_args(Role) if dataset_format == "chat" else tuple(_SPEAKERS)
-            raise UserError(
-                f"{where}: unknown {role_key} {name!r}{nearest(str(name), known)}; "
-                f"known are {', '.join(known)}"
-            )
-        content = _text(message.get(text_key), where)
-        trained = bool(content.strip()) and message.get("weight") != 0
-        turns.append(Turn(role, content, train=trained))
-    return turns
-
-
-def _role(name: Any, dataset_format: str) -> Role | None:
-    if dataset_format == "sharegpt":
-        return _SPEAKERS.get(str(name).lower())
-    # OpenAI's newer name for system.
-    return {"developer": "system", **{role: role for role in get_args(Role)}}.get(str(name))
-
-
-def _text(value: Any, place: str) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, list) and all(
-        isinstance(part, Mapping) and part.get("type") == "text" for part in value
+        turns = _alpaca(reader) if dataset_format == "alpaca" else _messages(reader, dataset_format)
+        prompts = [reader.optional_text(column) for column in _SYSTEM]
+        turns = with_system(turns, prompts)
+        tools = tools_of(reader.value("tools"), reader.where("tools"))
+    if not any(
+        turn.role == "assistant" and (turn.text.strip() or turn.held("tool_calls", *REASONING))
+        for turn in turns
     ):
-        value = "".join(_text(part.get("text"), place) for part in value)
-    if isinstance(value, bool) or not isinstance(value, _AS_TEXT):
-        raise UserError(f"{place}: expected text, found {_kind(value)}")
-    text = str(value)
+        return []
+    rows = reader.account.rows
+    if special is not None:
+        if template.name == "none":  # which writes what the row says as it is, its special tokens too
+            rows["special_tokens"] += [_marked(turn, special) for turn in turns] != turns
+        else:
+            plain = [_without_end(turn, special.end) for turn in turns], tools
+            turns, tools = [_marked(turn, special) for turn in plain[0]], special.mark(tools)
+            rows["special_text"] += (turns, tools) != plain
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        # JSON may spell half of a surrogate pair, which is no character.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+        unread = template.unread(turns, tools)
+        segments = template.segments(turns, tools)
+    except UserError as error:
+        raise UserError(f"{reader.place}: {error}") from None
+    for name in unread:
+        count(reader.account.message_keys, name)
+    whole = "".join(segment.text for segment in segments)
+    rows["altered"] += not all(text in whole for turn in turns for text in (turn.text, turn.context))
+    return segments
+
+
+def _alpaca(reader: _Reader) -> list[Turn]:
+    return [
+        *turns_of_history(reader.value("history"), reader.where("history")),
+        Turn("user", reader.text("instruction"), context=reader.optional_text("input")),
+        Turn("assistant", reader.text("output")),
+    ]
+
+
+def _prompt_and_completion(reader: _Reader) -> list[Turn]:
+    if str(reader.peek("label")).lower() in ("true", "false"):
+        raise UserError(
+            f"{reader.where('label')} is true or false: rows of KTO, whose completions are good or bad. "
+            "Preferences are not trained here, answers are: put the rows whose label is true into a file "
+            "without the column label"
+        )
+    return [Turn("user", reader.text("prompt")), Turn("assistant", reader.text("completion"))]
+
+
+def _messages(reader: _Reader, dataset_format: str) -> list[Turn]:
+    column = FORMATS[dataset_format].required[0]
+    turns = turns_of_messages(reader.value(column), reader.where(column), reader.account.message_keys)
+    mask = reader.peek("mask")
+    masked = None if mask is None else masked_roles(mask, reader.where("mask"))
+    if masked is None:
+        return turns
+    if "user" in masked or not any(turn.role == "user" for turn in turns):
+        reader.value("mask")  # else it asks for a loss on what the user says, and counts as not read
+    return [replace(turn, train=turn.train and turn.role not in masked) for turn in turns]
+
+
+def _marked(turn: Turn, special: SpecialText) -> Turn:
+    return replace(
+        turn,
+        text=special.mark(turn.text),
+        context=special.mark(turn.context),
+        fields=special.mark(turn.fields),
+    )
+
+
+def _without_end(turn: Turn, end_token: str) -> Turn:
+    """An answer without the end token that its row spells at its end: it is written after every answer."""
+    text = turn.text.rstrip()
+    if turn.role != "assistant" or not text.endswith(end_token):
+        return turn
+    return replace(turn, text=text.removesuffix(end_token))
 
 
 def _missing(each: Format, found: Collection[str], columns: Mapping[str, str]) -> list[str]:
@@ -271,17 +382,3 @@ def _suggest(found: Collection[str]) -> str:
             if synonym in found and synonym not in COLUMNS:
                 return f", for example --{standard}_column {synonym}"
     return ""
-
-
-def _listed(names: Collection[str]) -> str:
-    if not names:
-        return "no columns"
-    shown = sorted(names)
-    return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return f"an object with {_listed([str(key) for key in value])}"
-    kinds = {list: "a list", bool: "true or false", str: "text", int: "a number", float: "a number"}
-    return kinds.get(type(value), f"{type(value).__name__}")

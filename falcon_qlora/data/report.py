@@ -83,7 +83,7 @@ def summary(corpus: Corpus, *, title: str, efficiency: float | None = None) -> T
         rows.append(
             (use.name, f"{use.rows_read:,} rows{drawn}: format {use.format}, template {use.template}")
         )
-        rows += [("note", note) for note in use.notes]
+        rows += [("note", note) for note in (*use.notes, *use.told())]
     rows += statistics_rows(corpus.statistics)
     rows.append(("tokens in a document", _quantiles(corpus.lengths)))
     if efficiency is not None:
@@ -96,6 +96,7 @@ def statistics_rows(statistics: Statistics) -> list[tuple[str, str]]:
     """The counts as ``(label, text)``; what did not happen is told in one word."""
     dropped = {
         "empty answer": statistics.rows_dropped_empty,
+        "a column missing": statistics.rows_dropped_missing,
         "no answer token within the maximum length": statistics.rows_dropped_masked,
         "longer than the maximum length": statistics.rows_dropped_overlong,
     }

@@ -24,7 +24,7 @@ class RowSettings:
         dataset_split: split to train on.
         dataset_format: a key of `formats.FORMATS`, or ``"auto"``.
         columns: standard column name → its name in the data, for those that differ.
-        template: a name of `templates.TEMPLATES`, a ``.jinja`` file, or ``"auto"``.
+        template: a name of `templates.TEMPLATES`, a ``.jinja`` file, ``"auto"`` or ``"format"``.
         train_on: ``"answers"`` or ``"all"``.
         append_end_token: whether the end token follows every answer.
         overlong: ``"split"``, ``"truncate"`` or ``"drop"``, for what is longer than `max_length`.

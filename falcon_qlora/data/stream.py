@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from falcon_qlora.data.account import Account
 from falcon_qlora.data.cursor import (
     ROWS_TO_RECOGNISE,
     Mix,
@@ -27,6 +28,7 @@ from falcon_qlora.data.tokens import Encoder, Status
 _ROWS_AT_A_TIME = 64
 _DROPPED = {
     Status.EMPTY: "rows_dropped_empty",
+    Status.MISSING: "rows_dropped_missing",
     Status.MASKED: "rows_dropped_masked",
     Status.OVERLONG: "rows_dropped_overlong",
     Status.MASKED_PIECE: "documents_dropped_masked",
@@ -41,6 +43,7 @@ def stream_documents(
     shuffle_buffer: int = 10_000,
     max_rows: int | None = None,
     counts: Counter[str] | None = None,
+    account: Account | None = None,
     state: State | None = None,
     **rows: Any,
 ) -> DocumentStream:
@@ -57,6 +60,7 @@ def stream_documents(
         shuffle_buffer: rows to draw from; 1 leaves them in order.
         max_rows: end after so many rows.
         counts: gets `rows_read` and, by the names of `corpus.Statistics`, what was dropped.
+        account: gets what of the rows was not read, lacking or altered.
         state: of a stream with the same arguments: go on from there, without reading again what was read.
         rows: what decides which documents rows become, as `RowSettings` takes it.
 
@@ -71,15 +75,16 @@ def stream_documents(
     of_rows: State = state["shuffled"]["rows"] if state else {}
     of_readers = of_rows.get("readers") or [None] * len(sources)
     first_parts = list(itertools.accumulate((len(source.parts()) for source in sources), initial=0))[:-1]
+    account = Account() if account is None else account
     readers = [
-        Reader(source, settings, tokenizer, order.random(), first_part, of_reader)
+        Reader(source, settings, tokenizer, order.random(), first_part, account, of_reader)
         for source, first_part, of_reader in zip(sources, first_parts, of_readers, strict=True)
     ]
     of_buffer = random.Random(order.random())
     mix = Mix(readers, settings.dataset_weights, order, max_rows, of_rows or None)
     shuffled = Shuffled(mix, shuffle_buffer, of_buffer, state["shuffled"] if state else None)
     waiting = state["waiting"] if state else []
-    return DocumentStream(shuffled, encoder, Counter() if counts is None else counts, waiting)
+    return DocumentStream(shuffled, encoder, Counter() if counts is None else counts, waiting, account)
 
 
 class DocumentStream(Iterator[dict[str, Any]]):
@@ -92,12 +97,21 @@ class DocumentStream(Iterator[dict[str, Any]]):
         encoder: makes them, of some rows at a time.
         counts: gets what became of the rows.
         waiting: documents to begin with, as `state` has them.
+        account: of the rows.
     """
 
-    def __init__(self, rows: Shuffled, encoder: Encoder, counts: Counter[str], waiting: list[Any]):
+    def __init__(
+        self,
+        rows: Shuffled,
+        encoder: Encoder,
+        counts: Counter[str],
+        waiting: list[Any],
+        account: Account,
+    ):
         self._rows = rows
         self._encoder = encoder
         self._counts = counts
+        self._account = account
         self._waiting = deque(document_of(each) for each in waiting)
 
     def __next__(self) -> dict[str, Any]:
@@ -114,7 +128,7 @@ class DocumentStream(Iterator[dict[str, Any]]):
         return lambda: {"shuffled": shuffled(), "waiting": [plain_document(each) for each in waiting]}
 
     def _encode(self, rows: list[Rendered]) -> None:
-        encoded = self._encoder.documents([segments for _, segments in rows])
+        encoded = self._encoder.documents([segments for _, segments in rows], self._account)
         for (origin, _), documents in zip(rows, encoded, strict=True):
             self._counts["rows_read"] += 1
             for document in documents:
@@ -140,20 +154,20 @@ def document_of(kept: list[list[int]]) -> dict[str, Any]:
     }
 
 
-def recognise_stream(settings: RowSettings) -> tuple[str, str]:
+def recognise_stream(settings: RowSettings, tokenizer: Any) -> tuple[str, str]:
     """The format and the template of the first data set's rows, by the columns of its first ones.
 
     Raises:
         UserError: if the data is empty, or its columns fit no format.
     """
-    return recognise_source(settings, settings.sources()[0])
+    return recognise_source(settings, settings.sources()[0], tokenizer)
 
 
-def recognise_source(settings: RowSettings, source: Source) -> tuple[str, str]:
+def recognise_source(settings: RowSettings, source: Source, tokenizer: Any) -> tuple[str, str]:
     """As `recognise_stream`, of any data set."""
     head = itertools.islice(source.read(), ROWS_TO_RECOGNISE)
     row_format, _ = settings.recognise({column for _, row in head for column in row}, source.name)
-    return row_format, resolve_template(settings.template, row_format)
+    return row_format, resolve_template(settings.template, row_format, tokenizer)
 
 
 def changed_source(before: list[State], now: list[State]) -> str | None:

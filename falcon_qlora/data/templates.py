@@ -6,27 +6,25 @@ so that the mask follows from the same code that writes the text and cannot drif
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from falcon_qlora.common.errors import UserError, nearest, one_line
+from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.files import sha256
 from falcon_qlora.common.untrusted import read_text
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
+
+# Keys under which a message holds what the model thought before it answered.
+REASONING = ("reasoning_content", "reasoning", "thinking")
 
 _TEMPLATE_LIMIT_BYTES = 2**20
-# What comes of an expression that does not suit what it is about; and of one that asks for too much.
-_OF_EXPRESSIONS = (
-    *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
-    *(RecursionError, MemoryError),
-)
 
-TEMPLATES = ("alpaca", "guanaco", "falcon-instruct", "none")
+TOKENIZER = "tokenizer"  # the tokenizer's own chat template
+TEMPLATES = ("alpaca", "guanaco", "falcon-instruct", "none", TOKENIZER)
 
 _ALPACA_OPENING = (
     "Below is an instruction that describes a task{}. "
@@ -48,12 +46,24 @@ class Turn:
         text: what is said.
         context: Alpaca's `input`: what the instruction is about.
         train: of an assistant's turn, whether the loss is to count it.
+        fields: what else the message holds, for a chat template in Jinja: tool calls, reasoning, names.
+            A `content` of None there stands for a message without text.
     """
 
     role: Role
     text: str
     context: str = ""
     train: bool = True
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def said(self) -> str:
+        """Its text, with the context."""
+        return f"{self.text}\n{self.context}" if self.context else self.text
+
+    def held(self, *names: str) -> list[str]:
+        """Those of these fields that hold something."""
+        return [name for name in names if self.fields.get(name) not in (None, "", [], {})]
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,11 @@ class Segment:
     end: bool = False
 
 
+# In place of the segments of a row that lacks what it cannot be trained without; of one whose answer is empty
+# there are none.
+LACKING = [Segment("", train=False)]
+
+
 class Template(Protocol):
     """What writes a conversation."""
 
@@ -82,8 +97,15 @@ class Template(Protocol):
     def identity(self) -> str:
         """Changes whenever the text it writes may change."""
 
-    def segments(self, turns: Sequence[Turn]) -> list[Segment]:
-        """The whole conversation, with the answers marked."""
+    def segments(self, turns: Sequence[Turn], tools: Sequence[Any] | None = None) -> list[Segment]:
+        """The whole conversation, with the answers marked.
+
+        Raises:
+            UserError: for a conversation that it cannot write whole.
+        """
+
+    def unread(self, turns: Sequence[Turn], tools: Sequence[Any] | None = None) -> list[str]:
+        """The names of fields that it leaves out, once for each turn that has them."""
 
     def prompt(self, turns: Sequence[Turn]) -> str:
         """The text up to where the assistant's next answer begins."""
@@ -101,15 +123,29 @@ class _Written:
     def identity(self) -> str:
         return f"{self.name}/1"
 
-    def segments(self, turns: Sequence[Turn]) -> list[Segment]:
+    def segments(self, turns: Sequence[Turn], tools: Sequence[Any] | None = None) -> list[Segment]:
+        if tools:
+            raise cannot_write(self.name, "the tools of a row")
+        for number, turn in enumerate(turns, start=1):
+            if held := turn.held("tool_calls", *REASONING):
+                raise cannot_write(self.name, f"{held[0]} (of message {number})")
+            if turn.role == "tool":
+                raise cannot_write(self.name, f"what a tool says (message {number})")
         return [segment for segment in self.write(turns) if segment.text or segment.end]
+
+    def unread(self, turns: Sequence[Turn], tools: Sequence[Any] | None = None) -> list[str]:
+        return [name for turn in turns for name in turn.held(*turn.fields)]
 
     def prompt(self, turns: Sequence[Turn]) -> str:
         return "".join(segment.text for segment in self.write(turns)) + self.answer_header
 
 
-def _said(turn: Turn) -> str:
-    return f"{turn.text}\n{turn.context}" if turn.context else turn.text
+def cannot_write(name: str, what: str) -> UserError:
+    """The refusal of a row that a template would leave something out of."""
+    return UserError(
+        f"template {name} cannot write {what}. Use --template tokenizer with a tokenizer whose chat template "
+        "can, or a .jinja file that can; or take it out of the rows"
+    )
 
 
 def _write_alpaca(turns: Sequence[Turn]) -> list[Segment]:
@@ -119,7 +155,9 @@ def _write_alpaca(turns: Sequence[Turn]) -> list[Segment]:
     first = True
     for turn in turns:
         if turn.role == "system":
-            opening = turn.text
+            if segments:
+                raise cannot_write("alpaca", "a system message after the first other one")
+            opening = turn.text if opening is None else f"{opening}\n\n{turn.text}"
         elif turn.role == "user":
             if first:
                 default = _ALPACA_WITH_INPUT if turn.context else _ALPACA_WITHOUT_INPUT
@@ -144,7 +182,7 @@ def _write_guanaco(turns: Sequence[Turn]) -> list[Segment]:
         if turn.role == "system":
             segments.append(Segment(f"{turn.text}\n", train=False))
         elif turn.role == "user":
-            segments.append(Segment(f"{_GUANACO_HUMAN} {_said(turn)}", train=False))
+            segments.append(Segment(f"{_GUANACO_HUMAN} {turn.said}", train=False))
         else:
             segments.append(Segment(_GUANACO_ASSISTANT, train=False))
             segments.append(Segment(f" {turn.text}", train=turn.train, end=True))
@@ -152,9 +190,12 @@ def _write_guanaco(turns: Sequence[Turn]) -> list[Segment]:
 
 
 def _write_falcon_instruct(turns: Sequence[Turn]) -> list[Segment]:
-    """As the chat template published with Falcon-7B-instruct writes.
+    """As the chat template in the tokenizer_config.json of tiiuae/falcon-7b-instruct writes.
 
-    It strips every message and halves the line breaks of empty lines, since an empty line separates turns.
+    A system message comes first, stripped; every other one is ``'\\n\\n' + message['role'].title() + ': ' +
+    message['content'].strip().replace('\\r\\n', '\\n').replace('\\n\\n', '\\n')``. So white
+    space at the ends of messages goes, and the line breaks of empty lines are halved, since an empty line
+    separates turns. Rows that this changes are counted.
     """
 
     def published(text: str) -> str:
@@ -165,7 +206,7 @@ def _write_falcon_instruct(turns: Sequence[Turn]) -> list[Segment]:
         if turn.role == "system":
             segments.append(Segment(turn.text.strip(), train=False))
         elif turn.role == "user":
-            segments.append(Segment(f"\n\nUser: {published(_said(turn))}", train=False))
+            segments.append(Segment(f"\n\nUser: {published(turn.said)}", train=False))
         else:
             segments.append(Segment("\n\nAssistant:", train=False))
             segments.append(Segment(f" {published(turn.text)}", train=turn.train, end=True))
@@ -177,7 +218,7 @@ def _write_plain(turns: Sequence[Turn]) -> list[Segment]:
     return [
         Segment(turn.text, train=turn.train, end=True)
         if turn.role == "assistant"
-        else Segment(_said(turn), train=False)
+        else Segment(turn.said, train=False)
         for turn in turns
     ]
 
@@ -206,118 +247,31 @@ def guanaco_segments(text: str) -> list[Segment]:
     return segments
 
 
-@dataclass(frozen=True)
-class JinjaTemplate:
-    """A chat template in Jinja, as tokenizers publish them, over `messages` with OpenAI's roles.
-
-    Answers are what ``{% generation %}`` marks. Without that, an answer is what the template adds when the
-    assistant's message joins the messages before it (rendered with `add_generation_prompt`).
-
-    Args:
-        name: as the user gave it, for messages.
-        text: the template.
-        special_tokens: names such as ``eos_token`` and what they stand for.
-
-    Raises:
-        UserError: if the template is not valid Jinja, refuses a conversation, or writes a conversation's
-            beginning differently once more messages follow.
-    """
-
-    name: str
-    text: str
-    special_tokens: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        import jinja2
-
-        try:
-            self._render([], check_only=True)
-        except jinja2.TemplateSyntaxError as error:
-            raise UserError(
-                f"{self.name}:{error.lineno}: not a valid Jinja template: {error.message}"
-            ) from None
-
-    @property
-    def identity(self) -> str:
-        return (
-            f"jinja/1/{hashlib.sha256(self.text.encode()).hexdigest()}/{sorted(self.special_tokens.items())}"
-        )
-
-    def segments(self, turns: Sequence[Turn]) -> list[Segment]:
-        messages = [{"role": turn.role, "content": _said(turn)} for turn in turns]
-        answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
-        text, marked = self._render(messages)
-        if marked is None:
-            marked = [self._span(messages, index, text) for index in answers]
-        elif len(marked) != len(answers):
-            raise UserError(
-                f"{self.name}: {{% generation %}} marks {len(marked)} answers in a conversation "
-                f"of {len(answers)}; put it around the assistant's content and nothing else"
-            )
-        segments: list[Segment] = []
-        position = 0
-        for (start, end), index in zip(marked, answers, strict=True):
-            segments.append(Segment(text[position:start], train=False))
-            segments.append(Segment(text[start:end], train=turns[index].train, end=True))
-            position = end
-        segments.append(Segment(text[position:], train=False))
-        return [segment for segment in segments if segment.text or segment.end]
-
-    def prompt(self, turns: Sequence[Turn]) -> str:
-        messages = [{"role": turn.role, "content": _said(turn)} for turn in turns]
-        return self._render(messages, add_generation_prompt=True)[0]
-
-    def _span(self, messages: list[dict[str, str]], index: int, text: str) -> tuple[int, int]:
-        before = self._render(messages[:index], add_generation_prompt=True)[0]
-        after = self._render(messages[: index + 1])[0]
-        if not (text.startswith(after) and after.startswith(before)):
-            raise UserError(
-                f"{self.name}: the answers cannot be told from the prompts, because the template writes the "
-                "beginning of a conversation differently once more messages follow; put {% generation %} and "
-                "{% endgeneration %} around the assistant's content in the template"
-            )
-        return len(before), len(after)
-
-    def _render(
-        self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False, check_only: bool = False
-    ) -> tuple[str, list[tuple[int, int]] | None]:
-        import jinja2
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        marks = re.search(r"{%-?\s*generation\s*-?%}", self.text) is not None
-        conversations: list[list[dict[str, str]]] = [] if check_only else [messages]
-        try:
-            # Sandboxed: a template comes from a file that anyone may have written.
-            rendered: Any = render_jinja_template(
-                conversations=conversations,
-                chat_template=self.text,
-                return_assistant_tokens_mask=marks,
-                add_generation_prompt=add_generation_prompt,
-                **dict(self.special_tokens),
-            )
-        except jinja2.TemplateSyntaxError:
-            raise
-        except (jinja2.TemplateError, *_OF_EXPRESSIONS) as error:
-            told = one_line(error)
-            raise UserError(f"{self.name}: the template refuses a conversation: {told}") from None
-        if check_only:
-            return "", None
-        texts, spans = rendered
-        return texts[0], [tuple(span) for span in spans[0]] if marks else None
-
-
-def get_template(name: str, special_tokens: Mapping[str, str] | None = None) -> Template:
+def get_template(
+    name: str, special_tokens: Mapping[str, str] | None = None, chat_template: Any = None
+) -> Template:
     """The template of this name, or of this ``.jinja`` file.
 
     Args:
         name: one of `TEMPLATES` or a path.
         special_tokens: what a Jinja template may refer to, for example ``{"eos_token": "<|endoftext|>"}``.
+        chat_template: the tokenizer's own: a text, or texts by the names ``default`` and ``tool_use``.
 
     Raises:
         UserError: if there is no such template.
     """
+    from falcon_qlora.data.jinja_template import JinjaTemplate
+
     if name in _WRITTEN:
         return _WRITTEN[name]
+    if name == TOKENIZER:
+        by_name = chat_template if isinstance(chat_template, dict) else {"default": chat_template}
+        if not isinstance(by_name.get("default"), str):
+            raise UserError(
+                "--template tokenizer: the tokenizer has no chat template of its own; name one of "
+                f"{', '.join(_WRITTEN)}, or a .jinja file"
+            )
+        return JinjaTemplate(name, by_name["default"], dict(special_tokens or {}), by_name.get("tool_use"))
     path = Path(name).expanduser()
     if path.suffix in (".jinja", ".jinja2", ".j2") or "/" in name:
         try:
@@ -334,4 +288,4 @@ def get_template(name: str, special_tokens: Mapping[str, str] | None = None) -> 
 def template_fingerprint(name: str) -> str | None:
     """A hash of the file that a template's name means; None for the names of `TEMPLATES`, or no file."""
     path = Path(name).expanduser()
-    return sha256(path) if name not in _WRITTEN and path.is_file() else None
+    return sha256(path) if name not in TEMPLATES and path.is_file() else None

@@ -2,13 +2,14 @@
 
 The tokens are those of the text, prompts and answers tokenized apart from each other: when the model is
 asked, its prompt ends there too. A token is a target if it starts in an answer. The end token is an id of its
-own after every answer, not text.
+own after every answer, not text. What `special_text` has marked is tokenized apart, as text.
 """
 
 from __future__ import annotations
 
 import enum
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,16 @@ from typing import Any
 import numpy as np
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.data.templates import Segment
+from falcon_qlora.data.account import Account
+from falcon_qlora.data.special_text import split, unmarked
+from falcon_qlora.data.templates import LACKING, Segment
+
+# Of a prompt's end and an answer's beginning, what shows whether the tokenizer would join them.
+_BORDER = 24
+
+
+Part = tuple[str, bool]
+"""A text that is tokenized apart from others, and whether what reads like a special token in it is text."""
 
 
 class Status(enum.IntEnum):
@@ -27,6 +37,7 @@ class Status(enum.IntEnum):
     MASKED = 2  # the row has no target token
     OVERLONG = 3  # the row is too long, and such rows are dropped
     MASKED_PIECE = 4  # a piece of a split row without a target token
+    MISSING = 5  # the row lacks what it cannot be trained without
 
 
 class Change(enum.IntEnum):
@@ -46,7 +57,7 @@ class Document:
         mask: int8 ``[tokens]``, 1 where the token is a target.
         status: whether it is kept, or why not.
         change: what was done to its row.
-        content: a hash of the whole row's tokens and mask; 0 where the row has no answer.
+        content: a hash of the whole row's tokens and mask; 0 where the row has none.
     """
 
     input_ids: np.ndarray
@@ -92,14 +103,26 @@ class Encoder:
                 "the tokenizer has no end token to append; give it one, or use --append_end_token false"
             )
 
-    def documents(self, rows: Sequence[list[Segment]]) -> list[list[Document]]:
-        """The documents of each row, in order: at least one for every row."""
-        pieces = [piece for row in rows for piece in self._pieces(row)]
-        encoded = iter(self._encode(pieces))
+    def documents(
+        self, rows: Sequence[list[Segment]], account: Account | None = None
+    ) -> list[list[Document]]:
+        """The documents of each row, in order: at least one for every row.
+
+        Args:
+            rows: as `formats.render` writes them.
+            account: gets how many rows the tokenizer would have joined prompt and answer of.
+        """
+        whole = [[] if row == LACKING else row for row in rows]
+        pieces = [self._pieces(row) for row in whole]
+        parts = [[_parts(piece) for piece in of_row] for of_row in pieces]
+        if account is not None:
+            account.rows["joined"] += self._joined(parts)
+        encoded = iter(self._encode([each for of_row in parts for each in of_row]))
         result = []
-        for row in rows:
-            ids, mask = self._assemble(row, [next(encoded) for _ in self._pieces(row)])
-            result.append(self._limit(ids, mask) if row else [_none(Status.EMPTY)])
+        for row, of_row in zip(rows, pieces, strict=True):
+            ids, mask = self._assemble(of_row, [next(encoded) for _ in of_row])
+            nothing = _none(Status.MISSING if row == LACKING else Status.EMPTY)
+            result.append(self._limit(ids, mask) if of_row else [nothing])
         return result
 
     def _pieces(self, row: list[Segment]) -> list[list[Segment]]:
@@ -111,32 +134,43 @@ class Encoder:
                 pieces.append([])
         return pieces
 
-    def _encode(self, pieces: list[list[Segment]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _encode(self, pieces: list[list[Part]]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Ids and the characters at which the tokens start, int ``[tokens]`` each, of every piece.
 
         What precedes an answer is tokenized apart from it, as it is when the model is asked: no token spans
         the two.
         """
-        parts = [_cut_before_answers(piece) for piece in pieces]
-        encoded = iter(self._tokenize([text for part in parts for text in part]))
+        parts = [part for piece in pieces for part in piece]
+        encoded = {
+            literal: iter(
+                self._tokenize([text for text, is_literal in parts if is_literal == literal], literal)
+            )
+            for literal in (False, True)
+        }
         result = []
-        for part in parts:
-            ids, starts, offset = [], [], 0
-            for text in part:
-                part_ids, part_starts = next(encoded)
+        for piece in pieces:
+            ids, starts, offset = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)], 0
+            for text, literal in piece:
+                part_ids, part_starts = next(encoded[literal])
                 ids.append(part_ids)
                 starts.append(part_starts + offset)
                 offset += len(text)
             result.append((np.concatenate(ids), np.concatenate(starts)))
         return result
 
-    def _tokenize(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Ids and the characters at which the tokens start, int ``[tokens]`` each, of every text."""
+    def _tokenize(self, texts: list[str], literal: bool = False) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Ids and the characters at which the tokens start, int ``[tokens]`` each, of every text.
+
+        Args:
+            texts: to tokenize.
+            literal: whether what reads like a special token is text.
+        """
         if not texts:
             return []
         encoded = self.tokenizer(
             texts,
             add_special_tokens=False,
+            split_special_tokens=literal,
             return_offsets_mapping=True,
             return_attention_mask=False,
             return_token_type_ids=False,
@@ -150,11 +184,32 @@ class Encoder:
             for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
         ]
 
+    def _joined(self, rows: list[list[list[Part]]]) -> int:
+        """How many rows have a token that would span a prompt and its answer, were they one text."""
+        borders = [
+            {
+                (before[-_BORDER:], after[:_BORDER])
+                for piece in row
+                for (before, of_text), (after, to_text) in itertools.pairwise(piece)
+                if before and after and not (of_text or to_text)
+            }
+            for row in rows
+        ]
+        different = sorted(set().union(*borders))
+        texts = [text for before, after in different for text in (before + after, before, after)]
+        ids = [encoded.tolist() for encoded, _ in self._tokenize(texts)]
+        joined = {
+            border
+            for border, whole, before, after in zip(different, ids[::3], ids[1::3], ids[2::3], strict=True)
+            if whole != before + after
+        }
+        return sum(not border.isdisjoint(joined) for border in borders)
+
     def _assemble(
-        self, row: list[Segment], encoded: list[tuple[np.ndarray, np.ndarray]]
+        self, pieces: list[list[Segment]], encoded: list[tuple[np.ndarray, np.ndarray]]
     ) -> tuple[np.ndarray, np.ndarray]:
         all_ids, all_masks = [np.zeros(0, np.int32)], [np.zeros(0, np.int8)]
-        for piece, (ids, starts) in zip(self._pieces(row), encoded, strict=True):
+        for piece, (ids, starts) in zip(pieces, encoded, strict=True):
             mask = np.ones(len(ids), np.int8) if self.train_on == "all" else _mask(piece, starts)
             all_ids.append(ids)
             all_masks.append(mask)
@@ -200,18 +255,19 @@ def _none(status: Status, change: Change = Change.NONE, content: int = 0) -> Doc
     return Document(np.zeros(0, np.int32), np.zeros(0, np.int8), status, change, content)
 
 
-def _cut_before_answers(piece: list[Segment]) -> list[str]:
+def _parts(piece: list[Segment]) -> list[Part]:
+    """The texts of a piece that are tokenized apart: cut before answers, and around what is to stay text."""
     texts, train_before = [""], True
     for segment in piece:
         if segment.train and not train_before:
             texts.append("")
         texts[-1] += segment.text
         train_before = segment.train
-    return texts
+    return [part for text in texts for part in split(text)]
 
 
 def _mask(piece: list[Segment], starts: np.ndarray) -> np.ndarray:
-    lengths = [len(segment.text) for segment in piece]
+    lengths = [len(unmarked(segment.text)) for segment in piece]
     ends = np.cumsum(lengths)
     of_token = np.searchsorted(ends, starts, side="right").clip(max=len(piece) - 1)
     return np.array([segment.train for segment in piece], np.int8)[of_token]

@@ -59,7 +59,7 @@ def sample_prompts(run: RunArguments, data: TrainingData, tokenizer: Any) -> lis
     from falcon_qlora.data.templates import Turn, get_template
 
     if run.sample_prompts:
-        template = get_template(data.template, tokenizer.special_tokens_map)
+        template = get_template(data.template, tokenizer.special_tokens_map, tokenizer.chat_template)
         prompts = run.sample_prompts
         texts = [template.prompt([Turn("user", prompt)]) for prompt in prompts]
         return [

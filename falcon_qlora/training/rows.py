@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from falcon_qlora.data.origins import RowNames
 from falcon_qlora.data.packing import Plan
 from falcon_qlora.processes import agreement, ranks
 from falcon_qlora.terminal.console import patience
+
+_SURVEYED_ROWS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +150,11 @@ def training_data(
         dataset_format=corpus.sources[0].format,
         template=corpus.sources[0].template,
         efficiency=corpus.statistics.tokens / room if data.packing else None,
-        notes=[*_what_happened(corpus.statistics), *_source_notes([corpus, held_out])],
+        notes=[
+            *_what_happened(corpus.statistics),
+            *_what_is_said(corpus.sources),
+            *_source_notes([corpus, held_out]),
+        ],
     )
 
 
@@ -166,16 +172,18 @@ def _streamed_data(data: DataArguments, run: RunArguments, tokenizer: Any, *, to
 
     def documents(epoch: int, state: State | None = None, **changes: Any) -> DocumentStream:
         known = {"tokenizer": tokenizer, "seed": run.seed, "epoch": epoch, "state": state}
-        return stream_documents(**settings, **known, **changes)
+        return stream_documents(**settings | known | changes)
 
     held_out = None
     if data.eval_split is not None:
         held_out = agreement.main_process_first(lambda: held_out_alone(data, tokenizer, seed=run.seed))
     rows = RowSettings(**row_settings(data))
-    dataset_format, template = agreement.main_process_first(lambda: recognise_stream(rows))
+    dataset_format, template = agreement.main_process_first(lambda: recognise_stream(rows, tokenizer))
     sources = agreement.from_main_process(
         lambda: [source.describe() | {"notes": source.notes()} for source in rows.sources()]
     )
+    surveyed = min(_SURVEYED_ROWS, data.max_rows or _SURVEYED_ROWS)
+    account, told = agreement.from_main_process(lambda: _survey(documents, surveyed, template))
     first = next(documents(0, shuffle_buffer=1), None)
     if first is None:
         raise UserError(f"{', '.join(data.dataset_name)}: no row has an answer to train on")
@@ -201,14 +209,31 @@ def _streamed_data(data: DataArguments, run: RunArguments, tokenizer: Any, *, to
             "sources": sources,
             "template": load_template(template, dataset_format, tokenizer).identity,
             "tokenizer": tokenizer_fingerprint(tokenizer),
+            "account": account,
         },
         dataset_format=dataset_format,
         template=template,
         notes=[
             "streamed: rows are read as they are needed",
+            f"format {dataset_format}, template {template}",
+            *told,
             *_source_notes([held_out], [note for source in sources for note in source["notes"]]),
         ],
     )
+
+
+def _survey(
+    documents: Callable[..., Iterator[Any]], rows: int, template: str
+) -> tuple[dict[str, Any], list[str]]:
+    """What the first rows of a stream hold that is not read, for data.json and for the terminal."""
+    from falcon_qlora.data.account import Account
+
+    account = Account()
+    stream = documents(0, shuffle_buffer=1, max_rows=rows, account=account)
+    for _ in stream:
+        pass
+    told = [f"of the first {rows:,} rows: {line}" for line in account.told(template)]
+    return {"of_first_rows": rows, **account.plain()}, told
 
 
 def _dealing(run: RunArguments, *, together: bool) -> Dealing:
@@ -240,6 +265,7 @@ def _source_notes(corpora: Sequence[Any], streamed: Sequence[str] = ()) -> list[
 def _what_happened(statistics: Any) -> list[str]:
     told = {
         "rows_dropped_empty": "dropped (empty answer)",
+        "rows_dropped_missing": "dropped (a column missing)",
         "rows_dropped_masked": "dropped (no answer left)",
         "rows_dropped_overlong": "dropped (too long)",
         "rows_truncated": "truncated",
@@ -248,6 +274,13 @@ def _what_happened(statistics: Any) -> list[str]:
     }
     counted = [(getattr(statistics, name), what) for name, what in told.items()]
     return [f"{count:,} {what}" for count, what in counted if count]
+
+
+def _what_is_said(sources: Sequence[Any]) -> list[str]:
+    """How the rows were read, and what of them was not."""
+    lines = dict.fromkeys(f"format {use.format}, template {use.template}" for use in sources)
+    told = [(use.name, line) for use in sources for line in use.told()]
+    return [*lines, *(f"{name}: {line}" if len(sources) > 1 else line for name, line in told)]
 
 
 def global_batch(run: RunArguments) -> int:

@@ -20,7 +20,8 @@ from falcon_qlora.data.templates import Segment
 from falcon_qlora.data.tokens import Document, Encoder, Status
 from tests.small_tokenizer import END, small_tokenizer
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+_ABOVE = [folder / "shared" / "data" for folder in Path(__file__).resolve().parents]
+SHARED = next((folder for folder in _ABOVE if folder.is_dir()), _ABOVE[0])
 
 
 def encoder(**changes: Any) -> Encoder:
@@ -55,7 +56,7 @@ def test_tokens_are_those_of_the_whole_text(prompt: str, answer: str, more: str)
     """Whatever the segments, an answer's tokens are those that start in it, and the end token follows."""
     tokenizer = small_tokenizer()
     row = [*prompt_and_answer(prompt, answer), Segment(more, train=False)]
-    ids, mask = encoder()._assemble(row, encoder()._tokenize([prompt + answer, more]))
+    ids, mask = encoder()._assemble(encoder()._pieces(row), encoder()._tokenize([prompt + answer, more]))
     first = tokenizer(prompt + answer)["input_ids"]
     assert ids[: len(first)].tolist() == first
     if not answer.rstrip().endswith(END):
@@ -196,6 +197,29 @@ def test_a_corpus_has_every_row_in_order(tmp_path: Path) -> None:
     assert corpus.dataset.features["input_ids"] == datasets.List(datasets.Value("int32"))
 
 
+def test_what_is_not_read_or_lacking_is_counted_and_told_from_the_cache_too(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "Name a colour.", "output": "Blue.", "id": 1},
+        {"question": "Name a planet.", "answer": "Mars."},
+        {"prompt": "Name a tree.", "output": "Oak."},
+        {"instruction": f"What is {END}?", "input": None, "output": "An end.", "id": 0},
+        {"instruction": "Say nothing.", "output": ""},
+    ]
+    path = write(tmp_path / "a.jsonl", rows)
+    for _ in range(2):
+        corpus, _ = prepare(tmp_path, path)
+        assert (corpus.statistics.rows_dropped_missing, corpus.statistics.rows_dropped_empty) == (2, 1)
+        assert corpus.statistics.documents == 2
+        assert corpus.sources[0].account["columns"] == {"id": 2, "question": 1, "answer": 1, "prompt": 1}
+        assert corpus.sources[0].told() == [
+            "columns not read: id (2 rows), question (1 row), answer (1 row), prompt (1 row)",
+            "dropped rows lack: instruction (2 rows), output (1 row)",
+            "1 row holds text that looks like special tokens; it stays text",
+        ]
+    with pytest.raises(UserError, match=r"Of 1 rows .* 1 lack instruction, output"):
+        prepare(tmp_path, write(tmp_path / "b.jsonl", [{"instruction": None, "output": None}]))
+
+
 def test_the_first_token_of_a_document_counts_as_no_target(tmp_path: Path) -> None:
     corpus, _ = prepare(
         tmp_path, write(tmp_path / "a.jsonl", [{"text": "one two"}, {"text": "x" * 50}]), max_length=20
@@ -260,9 +284,9 @@ def test_threads_give_what_one_gives_and_are_off_again_where_a_loader_forks(
     heard: list[str | None] = []
     real = Encoder.documents
 
-    def documents(self: Encoder, rows: Any) -> Any:
+    def documents(self: Encoder, rows: Any, account: Any = None) -> Any:
         heard.append(os.environ.get("TOKENIZERS_PARALLELISM"))
-        return real(self, rows)
+        return real(self, rows, account)
 
     monkeypatch.setattr(Encoder, "documents", documents)
     alone, _ = prepare(tmp_path, path, num_proc=1, cache_dir=tmp_path / "one")

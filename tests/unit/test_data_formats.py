@@ -203,7 +203,11 @@ def test_jinja_template_knows_the_special_tokens(tmp_path: Path) -> None:
             "{{ raise_exception('roles must alternate') }}",
             r"a row: .*refuses a conversation: roles must alternate",
         ),
-        ("{{ messages[-1].content }}", r"the answers cannot be told from the prompts"),
+        ("{{ messages[-1].content }}", r"a row: .*cannot write message 1 \(system\), which it leaves out"),
+        (
+            "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}",
+            r"the answers cannot be told from the prompts",
+        ),
         ("{{ ''.__class__.__mro__ }}{{ cycler.__init__.__globals__ }}", r"refuses a conversation"),
     ],
 )
@@ -217,7 +221,7 @@ def test_unknown_templates() -> None:
         get_template("alpacca")
     with pytest.raises(UserError, match=r"nowhere.jinja: cannot be read"):
         get_template("nowhere.jinja")
-    for template in TEMPLATES:
+    for template in set(TEMPLATES) - {"tokenizer"}:
         assert get_template(template).name == template
 
 
@@ -236,14 +240,10 @@ def test_templates_fit_formats() -> None:
     ("row", "dataset_format"),
     [
         ({"text": "  \n"}, "text"),
-        ({"text": None}, "text"),
         ({"instruction": "a", "output": " "}, "alpaca"),
-        ({"prompt": "a"}, "prompt_completion"),
-        ({"messages": None}, "chat"),
         ({"messages": []}, "chat"),
         ({"messages": [{"role": "user", "content": "a"}]}, "chat"),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}, "chat"),
-        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]}, "chat"),
     ],
 )
 def test_rows_without_an_answer_have_no_segments(row: dict[str, Any], dataset_format: str) -> None:
@@ -269,16 +269,16 @@ def test_empty_answers_and_weight_zero_stay_context_among_others() -> None:
     [
         ({"messages": "hello"}, "chat", r"place:3: column messages: expected a list of messages, found text"),
         (
-            {"messages": [{"from": "human"}]},
+            {"messages": [{"speaker": "human"}]},
             "chat",
-            r"message 1: expected \{role, content\}, found an object",
+            r"message 1: expected \{role, content\} or \{from, value\}, found an object",
         ),
         (
             {"messages": [{"role": "asistant", "content": ""}]},
             "chat",
             r"'asistant' \(did you mean assistant\?\)",
         ),
-        ({"conversations": [{"from": "tool", "value": "x"}]}, "sharegpt", r"unknown from 'tool'"),
+        ({"conversations": [{"from": "elf", "value": "x"}]}, "sharegpt", r"unknown from 'elf'"),
         ({"text": ["a"]}, "text", r"place:3: column text: expected text, found a list"),
         ({"text": True}, "text", r"expected text, found true or false"),
     ],

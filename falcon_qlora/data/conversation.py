@@ -1,0 +1,220 @@
+"""A row's messages as turns of a conversation: who speaks, what is said, what is learned."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import json
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from falcon_qlora.common.errors import UserError, nearest, one_line
+from falcon_qlora.data.account import count
+from falcon_qlora.data.special_text import clean
+from falcon_qlora.data.templates import REASONING, Role, Turn
+
+# Numbers and dates, in a column of Parquet, are text as Python writes them.
+_AS_TEXT = (str, int, float, decimal.Decimal, datetime.date, datetime.time, datetime.timedelta)
+
+_CALLS = ("function_call", "tool_call")
+_ROLES: dict[str, Role] = {
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", *_CALLS), "assistant"),
+    # developer: OpenAI's newer name for system.
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("tool", "observation", "function", "tool_response", "ipython"), "tool"),
+}
+_ROLE_KEYS, _TEXT_KEYS = ("role", "from"), ("content", "value")
+
+
+class Missing(Exception):
+    """A row lacks what it cannot be trained without; the message is the column's name."""
+
+
+def turns_of_messages(value: Any, place: str, message_keys: Counter[str]) -> list[Turn]:
+    """The turns of a list of {role, content} or {from, value}, in any mixture.
+
+    An empty answer is not learned, nor one of `weight` 0 or `train` false; both stay as context.
+
+    Args:
+        value: the column.
+        place: names it in messages.
+        message_keys: gets keys that are not read.
+
+    Raises:
+        UserError: for what is no list of such messages.
+        Missing: if a message's text is null.
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise UserError(f"{place}: expected a list of messages, found {kind(value)}")
+    turns = []
+    for number, message in enumerate(value, start=1):
+        turns.append(_turn(message, f"{place}: message {number}", message_keys))
+    return turns
+
+
+def _turn(message: Any, where: str, message_keys: Counter[str]) -> Turn:
+    if not isinstance(message, Mapping) or not (role_key := _first(_ROLE_KEYS, message)):
+        raise UserError(f"{where}: expected {{role, content}} or {{from, value}}, found {kind(message)}")
+    fields = {str(key): clean(each) for key, each in message.items() if each is not None}
+    name = str(fields.pop(role_key, None))
+    role = _ROLES.get(name.lower())
+    if role is None:
+        raise UserError(
+            f"{where}: unknown {role_key} {name!r}{nearest(name, _ROLES)}; known are {', '.join(_ROLES)}"
+        )
+    text_key = _first(_TEXT_KEYS, message)
+    content = fields.pop(text_key, None) if text_key else None
+    if name.lower() in _CALLS:
+        fields["tool_calls"], content = _calls(content, where), None
+    elif role == "assistant" and "function_call" in fields:  # as OpenAI's messages had it before tool_calls
+        fields.setdefault("tool_calls", _calls(fields.pop("function_call"), where))
+    says_more = bool(fields.get("tool_calls")) or any(fields.get(key) for key in REASONING)
+    if content is None and not says_more:
+        if text_key is None:
+            raise UserError(
+                f"{where}: it has no text: there is neither content nor value nor tool_calls in "
+                f"{kind(message)}"
+            )
+        raise Missing("text of a message")
+    for part in content if isinstance(content, list) else ():
+        for key in set(part) - {"type", "text"} if isinstance(part, Mapping) else ():
+            if part[key] is not None:
+                count(message_keys, f"{key} of a part")
+    wanted = _weight(fields, where)
+    if role != "assistant" and wanted:
+        count(message_keys, f"weight or train of a {role}'s message")
+    text = "" if content is None else text_of(content, where)
+    if content is None:
+        fields["content"] = None
+    return Turn(role, text, train=(bool(text.strip()) or says_more) and wanted is not False, fields=fields)
+
+
+def _first(keys: Sequence[str], message: Mapping[Any, Any]) -> str | None:
+    """The first key with a value, else the first that is there at all."""
+    there = [key for key in keys if key in message]
+    return next((key for key in there if message[key] is not None), there[0] if there else None)
+
+
+def _weight(fields: dict[str, Any], where: str) -> bool | None:
+    """What `weight` and `train` say of a message, which leave `fields`; None where neither is there."""
+    said = {key: fields.pop(key) for key in ("weight", "train") if key in fields}
+    for key, value in said.items():
+        if value not in (0, 1):  # true and false among them
+            raise UserError(
+                f"{where}: {key} is {one_line(value, limit=40)!r}; it can be 0 or 1, or false or true: "
+                "a message is learned or it is not"
+            )
+    return all(said.values()) if said else None
+
+
+def _calls(value: Any, where: str) -> list[dict[str, Any]]:
+    """ShareGPT's function_call, one or several as JSON text, in the form of OpenAI's tool_calls."""
+    found = _json(value, f"{where}: a function call")
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
+        raise UserError(f"{where}: expected a function call {{name, arguments}}, found {kind(found)}")
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def tools_of(value: Any, place: str) -> list[Any] | None:
+    """The `tools` of a row: a list, or the JSON text of one.
+
+    Raises:
+        UserError: for anything else.
+    """
+    if value is None or value == "":
+        return None
+    found = _json(value, place)
+    if found is not None and not isinstance(found, list):
+        raise UserError(f"{place}: expected a list of tools, or the JSON text of one, found {kind(found)}")
+    return found
+
+
+def _json(value: Any, place: str) -> Any:
+    if not isinstance(value, str):
+        return clean(value)
+    try:
+        return clean(json.loads(value))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: expected JSON, found other text ({one_line(error)})") from None
+
+
+def turns_of_history(value: Any, place: str) -> list[Turn]:
+    """LLaMA-Factory's `history`: a list of [user's message, answer] of earlier turns, which are learned too.
+
+    Raises:
+        UserError: for anything else.
+        Missing: if one of them is null.
+    """
+    if value is None:
+        return []
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise UserError(f"{place}: expected a list of [user, assistant], found {kind(value)}")
+    turns = []
+    for number, pair in enumerate(value, start=1):
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise UserError(f"{place}: pair {number}: expected [user, assistant], found {kind(pair)}")
+        if None in pair:
+            raise Missing("text of history")
+        user, answer = (text_of(each, f"{place}: pair {number}") for each in pair)
+        turns += [Turn("user", user), Turn("assistant", answer, train=bool(answer.strip()))]
+    return turns
+
+
+def masked_roles(value: Any, place: str) -> set[Role] | None:
+    """The roles whose turns NeMo's `mask` leaves out of the loss; None where the column is of another kind.
+
+    Raises:
+        UserError: for the name of a role that is not known.
+    """
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return None
+    for name in names:
+        if name.lower() not in _ROLES:
+            raise UserError(
+                f"{place}: unknown role {name!r}{nearest(name, _ROLES)}: it names the role whose turns are "
+                f"not trained; known are {', '.join(_ROLES)}"
+            )
+    return {_ROLES[name.lower()] for name in names}
+
+
+def with_system(turns: list[Turn], prompts: Collection[str]) -> list[Turn]:
+    """`turns` after the system prompts that stand beside them, but not twice what they begin with."""
+    said = {turn.text for turn in turns if turn.role == "system"}
+    different = [prompt for prompt in dict.fromkeys(prompts) if prompt.strip() and prompt not in said]
+    return [*(Turn("system", prompt) for prompt in different), *turns]
+
+
+def text_of(value: Any, place: str) -> str:
+    """A value as text: texts, lists of text parts, numbers and dates.
+
+    Raises:
+        UserError: for anything else.
+    """
+    if isinstance(value, list) and all(
+        isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        for part in value
+    ):
+        value = "".join(part["text"] for part in value)
+    if isinstance(value, bool) or not isinstance(value, _AS_TEXT):
+        raise UserError(f"{place}: expected text, found {kind(value)}")
+    return str(clean(str(value)))
+
+
+def kind(value: Any) -> str:
+    """What `value` is, for a message."""
+    if isinstance(value, Mapping):
+        return f"an object with {listed([str(key) for key in value])}"
+    kinds = {list: "a list", bool: "true or false", str: "text", int: "a number", float: "a number"}
+    return "null" if value is None else kinds.get(type(value), f"{type(value).__name__}")
+
+
+def listed(names: Collection[str]) -> str:
+    """Names of columns or keys, for a message."""
+    if not names:
+        return "no columns"
+    shown = sorted(names)
+    return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")

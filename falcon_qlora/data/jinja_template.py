@@ -1,0 +1,255 @@
+"""A chat template in Jinja, as tokenizers publish them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from falcon_qlora.common.errors import UserError, one_line
+from falcon_qlora.data.special_text import is_marked, unmarked
+from falcon_qlora.data.templates import REASONING, Segment, Turn, cannot_write
+
+# What comes of an expression that does not suit what it is about; and of one that asks for too much.
+_OF_EXPRESSIONS = (
+    *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
+    *(RecursionError, MemoryError),
+)
+_MUST_BE_WRITTEN = ("tool_calls", *REASONING)
+# At the end of a message's text, it shows whether the text is written. Nothing escapes or strips it.
+_PROBE = "Qz7{}zQ"
+
+Messages = list[dict[str, Any]]
+Tools = Sequence[Any] | None
+
+
+@dataclass(frozen=True)
+class JinjaTemplate:
+    """A chat template over `messages` with OpenAI's roles, and `tools`.
+
+    Answers are what ``{% generation %}`` marks, with the end token if that follows. Without marks, an answer
+    is what the template adds when the assistant's message joins the messages before it (rendered with
+    `add_generation_prompt`), up to the end token if that is written.
+
+    Args:
+        name: as the user gave it, for messages.
+        text: the template.
+        special_tokens: names such as ``eos_token`` and what they stand for.
+        tool_use: another template, for rows with `tools`.
+
+    Raises:
+        UserError: if the template is not valid Jinja.
+    """
+
+    name: str
+    text: str
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    tool_use: str | None = None
+    _unread: dict[Any, frozenset[str]] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        import jinja2
+
+        for tools in (None, []):
+            try:
+                self._render([], tools, check_only=True)
+            except jinja2.TemplateSyntaxError as error:
+                raise UserError(
+                    f"{self.name}:{error.lineno}: not a valid Jinja template: {error.message}"
+                ) from None
+
+    @property
+    def identity(self) -> str:
+        texts = self.text if self.tool_use is None else f"{self.text}\0{self.tool_use}"
+        return f"jinja/2/{hashlib.sha256(texts.encode()).hexdigest()}/{sorted(self.special_tokens.items())}"
+
+    def segments(self, turns: Sequence[Turn], tools: Tools = None) -> list[Segment]:
+        messages = [_message(turn) for turn in turns]
+        answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+        messages, text, marked = self._render_whole(messages, tools)
+        if marked is None:
+            marked = [self._span(messages, tools, index, text) for index in answers]
+        elif len(marked) != len(answers):
+            raise UserError(
+                f"{self.name}: {{% generation %}} marks {len(marked)} answers in a conversation "
+                f"of {len(answers)}; put it around the assistant's content and nothing else"
+            )
+        segments: list[Segment] = []
+        position = 0
+        for (start, end), index in zip(marked, answers, strict=True):
+            segments.append(Segment(text[position:start], train=False))
+            answer = self._answer(text[start:end], text[end:], train=turns[index].train)
+            segments += answer
+            position = start + sum(len(segment.text) for segment in answer)
+        segments.append(Segment(text[position:], train=False))
+        return [segment for segment in segments if segment.text or segment.end]
+
+    def unread(self, turns: Sequence[Turn], tools: Tools = None) -> list[str]:
+        """As `Template.unread` says.
+
+        Raises:
+            UserError: if it leaves out a message, its tool calls, its reasoning, or the tools.
+        """
+        # What a template writes depends on these; to try it with every row would take as long as all else.
+        shape = (
+            *((turn.role, bool(turn.said), frozenset(turn.held(*turn.fields))) for turn in turns),
+            tools is not None and bool(tools),
+        )
+        if shape not in self._unread:
+            self._unread[shape] = self._leaves_out([_message(turn) for turn in turns], tools)
+        unread = self._unread[shape]
+        return [name for turn in turns for name in turn.held(*turn.fields) if name in unread]
+
+    def prompt(self, turns: Sequence[Turn]) -> str:
+        return self._render([_message(turn) for turn in turns], None, add_generation_prompt=True)[0]
+
+    def _answer(self, answer: str, after: str, *, train: bool) -> list[Segment]:
+        """An answer's segments, of which the last ends with the end token if the template writes it."""
+        end_token = self.special_tokens.get("eos_token")
+        if not end_token:
+            return [Segment(answer, train=train, end=True)]
+        stripped = answer.rstrip()
+        if stripped.endswith(end_token):
+            return [Segment(stripped, train=train, end=True)]
+        space = after[: len(after) - len(after.lstrip())]
+        if not after.startswith(space + end_token):
+            return [Segment(answer, train=train, end=True)]
+        if not space:
+            return [Segment(answer + end_token, train=train, end=True)]
+        return [
+            Segment(answer, train=train),
+            Segment(space, train=False),
+            Segment(end_token, train=train, end=True),
+        ]
+
+    def _render_whole(
+        self, messages: Messages, tools: Tools
+    ) -> tuple[Messages, str, list[tuple[int, int]] | None]:
+        """The messages as they can be rendered, and what `_render` makes of them.
+
+        Raises:
+            UserError: if the template takes apart text that is to stay text.
+        """
+        text, marked = self._render(messages, tools)
+        if any(message["content"] is None for message in messages) and "None" in text:
+            # Where null would be written as a word, it is written as nothing.
+            filled = [message | {"content": message["content"] or ""} for message in messages]
+            other, marked_other = self._render(filled, tools)
+            if other.count("None") < text.count("None"):
+                messages, text, marked = filled, other, marked_other
+        if is_marked(text) or any(map(_has_marks, (messages, tools))):
+            plain = self._render(_without_marks(messages), _without_marks(tools))[0]
+            if unmarked(text) != plain:
+                raise UserError(
+                    f"template {self.name} cannot write as text what reads like special tokens in this row "
+                    "(such as <|endoftext|> in a message); take it out of the row"
+                )
+        return messages, text, marked
+
+    def _leaves_out(self, messages: Messages, tools: Tools) -> frozenset[str]:
+        """The fields that no message's text shows."""
+        text = self._render(messages, tools)[0]
+        probed = [
+            message | ({"content": message["content"] + _PROBE.format(index)} if message["content"] else {})
+            for index, message in enumerate(messages)
+        ]
+        shown = self._render(probed, tools)[0]
+        for index, message in enumerate(messages):
+            if message["content"] and shown.count(_PROBE.format(index)) <= text.count(_PROBE.format(index)):
+                raise cannot_write(self.name, f"message {index + 1} ({message['role']}), which it leaves out")
+        if tools and self._render(messages, [])[0] == text:
+            raise cannot_write(self.name, "the tools of a row")
+        unread = set()
+        for name in sorted({name for message in messages for name in message} - {"role", "content"}):
+            without = [_without(message, name) for message in messages]
+            if self._render(without, tools)[0] == text:
+                unread.add(name)
+        for name in _MUST_BE_WRITTEN:
+            if name in unread and any(message.get(name) for message in messages):
+                self._check_last(messages, tools, name)
+        return frozenset(unread)
+
+    def _check_last(self, messages: Messages, tools: Tools, name: str) -> None:
+        """Refuse a template that does not write a field even of the last message: some write only that."""
+        index = max(index for index, message in enumerate(messages) if message.get(name))
+        head = messages[: index + 1]
+        others = [other for other in REASONING if name in REASONING and other != name and head[-1].get(other)]
+        if (
+            others
+            or self._render(head, tools)[0] != self._render([*head[:-1], _without(head[-1], name)], tools)[0]
+        ):
+            return
+        raise cannot_write(self.name, f"{name} (of message {index + 1})")
+
+    def _span(self, messages: Messages, tools: Tools, index: int, text: str) -> tuple[int, int]:
+        before = self._render(messages[:index], tools, add_generation_prompt=True)[0]
+        after = self._render(messages[: index + 1], tools)[0]
+        if not (text.startswith(after) and after.startswith(before)):
+            raise UserError(
+                f"{self.name}: the answers cannot be told from the prompts, because the template writes the "
+                "beginning of a conversation differently once more messages follow; put {% generation %} and "
+                "{% endgeneration %} around the assistant's content in the template"
+            )
+        return len(before), len(after)
+
+    def _render(
+        self,
+        messages: Messages,
+        tools: Tools,
+        *,
+        add_generation_prompt: bool = False,
+        check_only: bool = False,
+    ) -> tuple[str, list[tuple[int, int]] | None]:
+        import jinja2
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        template = self.text if tools is None or self.tool_use is None else self.tool_use
+        marks = re.search(r"{%-?\s*generation\s*-?%}", template) is not None
+        try:
+            # Sandboxed: a template comes from a file that anyone may have written.
+            rendered: Any = render_jinja_template(
+                conversations=[] if check_only else [messages],
+                tools=tools,
+                chat_template=template,
+                return_assistant_tokens_mask=marks,
+                add_generation_prompt=add_generation_prompt,
+                **dict(self.special_tokens),
+            )
+        except jinja2.TemplateSyntaxError:
+            raise
+        except (jinja2.TemplateError, *_OF_EXPRESSIONS) as error:
+            told = one_line(error)
+            raise UserError(
+                f"{self.name}: the template refuses a conversation: {told}. Another one may take it: "
+                "--template falcon-instruct, or a .jinja file"
+            ) from None
+        if check_only:
+            return "", None
+        texts, spans = rendered
+        return texts[0], [tuple(span) for span in spans[0]] if marks else None
+
+
+def _message(turn: Turn) -> dict[str, Any]:
+    return {"role": turn.role, "content": turn.said, **turn.fields}
+
+
+def _without(message: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in message.items() if key != name}
+
+
+def _has_marks(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_marks, value.values()))
+    if isinstance(value, list):
+        return any(map(_has_marks, value))
+    return isinstance(value, str) and is_marked(value)
+
+
+def _without_marks(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_marks(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_marks(each) for each in value]
+    return unmarked(value) if isinstance(value, str) else value

@@ -1,0 +1,504 @@
+"""Everything that a row says is trained as Transformers and TRL would, or named, or refused."""
+
+from __future__ import annotations
+
+import json
+import types
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.data.account import Account
+from falcon_qlora.data.formats import load_template, recognise, render
+from falcon_qlora.data.special_text import SpecialText
+from falcon_qlora.data.templates import LACKING, Template, get_template
+from falcon_qlora.data.tokens import Document, Encoder, Status
+from tests.small_tokenizer import END, small_tokenizer
+
+_ABOVE = [folder / "shared" / "data" for folder in Path(__file__).resolve().parents]
+SHARED = next((folder for folder in _ABOVE if folder.is_dir()), _ABOVE[0])
+
+# With marks, tools and reasoning, as TRL's templates for training have them.
+CHATML = """
+{%- if tools %}{{ '<|im_start|>tools\n' }}{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}{{ '<|im_end|>\n' }}{% endif %}
+{%- for m in messages %}
+{{- '<|im_start|>' + m.role + '\n' }}
+{%- if m.role == 'assistant' %}{% generation %}
+{%- if m.reasoning_content %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}
+{%- if m.content %}{{ m.content }}{% endif %}
+{%- for call in m.tool_calls or [] %}{{ '<call>' + call.function | tojson + '</call>' }}{% endfor %}
+{{- eos_token }}{% endgeneration %}{{ '\n' }}
+{%- else %}{{ m.content + '<|im_end|>\n' }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+UNMARKED = CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+ASKED = {"role": "user", "content": "Weather in Oslo?"}
+
+
+def tokenizers() -> list[Any]:
+    found = [small_tokenizer()]
+    if (SHARED / "falcon-tokenizer").is_dir():
+        from transformers import AutoTokenizer
+
+        found.append(AutoTokenizer.from_pretrained(SHARED / "falcon-tokenizer"))
+    return found
+
+
+def with_template(tokenizer: Any, chat_template: Any) -> Any:
+    import copy
+
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def encode(rows: list[list[Any]], tokenizer: Any, account: Account | None = None) -> list[Document]:
+    encoder = Encoder(
+        tokenizer=tokenizer, train_on="answers", append_end_token=True, overlong="split", max_length=9999
+    )
+    return [documents[0] for documents in encoder.documents(rows, account)]
+
+
+def written(
+    row: dict[str, Any], template: Template | str = "guanaco", *, account: Account | None = None
+) -> str:
+    """The row's text as it is recognised, with answers in brackets."""
+    if isinstance(template, str):
+        template = get_template(template)
+    row_format, _ = recognise(row, columns={})
+    segments = render(row, row_format, template, account=account, place="f.jsonl:3")
+    return "".join(f"[{s.text}]" if s.train else s.text for s in segments)
+
+
+# As Transformers and TRL
+
+
+MESSAGES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40) | st.sampled_from(
+    [
+        "🦅🇳🇴 é",
+        "你好，世界",
+        "مرحبا بالعالم",
+        "def f():\n\n    return 1\n",
+        "  \n\n x \t\n",
+        "1234567",
+        "''\"<<>>",
+    ]
+)
+
+
+@st.composite
+def chats(draw: st.DrawFn) -> dict[str, Any]:
+    text = MESSAGES.filter(lambda each: bool(each.strip()))
+    messages = [{"role": "system", "content": draw(text)}] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 3))):
+        messages.append({"role": "user", "content": draw(text)})
+        if draw(st.booleans()):
+            call = {"type": "function", "function": {"name": "f", "arguments": {"x": draw(text)}}}
+            messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
+            messages.append({"role": "tool", "content": draw(text)})
+        answer = {"role": "assistant", "content": draw(text)}
+        messages.append(answer | ({"reasoning_content": draw(text)} if draw(st.booleans()) else {}))
+    return {"messages": messages} | ({"tools": TOOLS} if draw(st.booleans()) else {})
+
+
+@pytest.mark.parametrize("tokenizer", tokenizers(), ids=lambda each: str(len(each)))
+@pytest.mark.parametrize("chat_template", [CHATML, UNMARKED], ids=["marked", "unmarked"])
+def test_ids_and_masks_are_those_of_transformers(tokenizer: Any, chat_template: str) -> None:
+    marked = with_template(tokenizer, CHATML)
+    mine = with_template(tokenizer, chat_template)
+    template, special = load_template("auto", "chat", mine), SpecialText(mine)
+
+    @given(chats())
+    @settings(max_examples=40, deadline=None)
+    def check(row: dict[str, Any]) -> None:
+        said = json.dumps(row, ensure_ascii=False)
+        account = Account()
+        segments = render(row, "chat", template, special=special, account=account)
+        (document,) = encode([segments], mine, account)
+        if any(token in said for token in mine.all_special_tokens):
+            theirs = marked.apply_chat_template(
+                row["messages"], tools=row.get("tools"), sanitize_control_tokens=True
+            )
+            assert account.rows["special_text"] == 1
+        else:
+            theirs = marked.apply_chat_template(
+                row["messages"], tools=row.get("tools"), return_assistant_tokens_mask=True
+            )
+            if not account.rows["joined"]:
+                assert document.mask.tolist() == theirs["assistant_masks"]
+        if not account.rows["joined"]:
+            assert document.input_ids.tolist() == theirs["input_ids"]
+        assert account == Account(rows=account.rows)
+
+    check()
+
+
+def test_prompts_and_completions_are_tokenized_as_trl_does() -> None:
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [
+        {"prompt": "Add 1 and 2.\n", "completion": "3"},
+        {"prompt": "Name a bird. 🦅 ", "completion": "鳥 طائر\n\n  x = 1\n"},
+        {"prompt": "Which planet is red?", "completion": " Mars."},
+    ]
+    if (SHARED / "gsm8k_train.json").is_file():
+        gsm8k = json.loads((SHARED / "gsm8k_train.json").read_text())[:100]
+        rows += [{"prompt": f"{row['instruction']}\n", "completion": row["output"]} for row in gsm8k]
+    for tokenizer in tokenizers():
+        trainer = types.SimpleNamespace(_tokenizer=tokenizer, chat_template=None, completion_only_loss=True)
+        theirs = SFTTrainer._prepare_dataset(
+            trainer,  # type: ignore[arg-type]
+            datasets.Dataset.from_list(rows),
+            tokenizer,
+            SFTConfig(max_length=None, report_to="none", use_cpu=True, bf16=False),
+            packing=False,
+            formatting_func=None,
+            dataset_name="train",
+        )
+        template = get_template("none")
+        joined = 0
+        for row, expected in zip(rows, theirs, strict=True):
+            account = Account()
+            (mine,) = encode([render(row, "prompt_completion", template)], tokenizer, account)
+            joined += account.rows["joined"]
+            if not account.rows["joined"]:
+                assert mine.input_ids.tolist() == expected["input_ids"]
+                assert mine.mask.tolist() == [int(label != -100) for label in expected["labels"]]
+        assert joined <= len(rows) // 10
+
+
+def test_the_end_token_is_learned_and_nothing_after_it() -> None:
+    answer = "{% if m.role == 'assistant' %}ANSWER{% else %}{{ m.content + eos_token + '\\n' }}{% endif %}"
+    whole = "{% for m in messages %}{{ m.role + ':\\n' }}" + answer + "{% endfor %}"
+    whole += "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
+    for said in (
+        "{{ m.content + eos_token + '\\n' }}",
+        "{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token + '\\n' }}",
+        "{% generation %}{{ m.content }}{% endgeneration %}{{ '\\n' + eos_token + '\\n' }}",
+        "{% generation %}{{ m.content + eos_token + '\\n' }}{% endgeneration %}",
+    ):
+        chat_template = whole.replace("ANSWER", said)
+        tokenizer = with_template(small_tokenizer(), chat_template)
+        messages = [{"role": role, "content": "the"} for role in ("user", "assistant") * 2]
+        segments = render({"messages": messages}, "chat", load_template("tokenizer", "chat", tokenizer))
+        (document,) = encode([segments], tokenizer)
+        assert document.input_ids.tolist() == tokenizer.apply_chat_template(messages)["input_ids"]
+        trained = [i for i, target in zip(document.input_ids, document.mask, strict=True) if target]
+        assert tokenizer.decode(trained) == f"the{END}the{END}"
+
+
+def test_which_template_auto_means() -> None:
+    plain, own = (
+        small_tokenizer(),
+        with_template(small_tokenizer(), {"default": CHATML, "tool_use": UNMARKED}),
+    )
+    assert load_template("auto", "chat", plain).name == "falcon-instruct"
+    assert load_template("auto", "sharegpt", own).name == "tokenizer"
+    assert load_template("auto", "alpaca", own).name == "alpaca"
+    assert load_template("format", "chat", own).name == "falcon-instruct"
+    with pytest.raises(UserError, match="no chat template of its own"):
+        load_template("tokenizer", "chat", plain)
+    other = with_template(small_tokenizer(), {"default": "{{ messages }}", "tool_use": CHATML})
+    row = {"messages": [ASKED, {"role": "assistant", "content": "Cold."}], "tools": TOOLS}
+    assert "[Cold." in written(row, load_template("auto", "chat", other))
+
+
+# Special tokens in what users say
+
+
+@pytest.mark.parametrize("tokenizer", tokenizers(), ids=lambda each: str(len(each)))
+def test_only_templates_make_special_tokens(tokenizer: Any) -> None:
+    end = tokenizer.eos_token
+    special, account = SpecialText(tokenizer), Account()
+    row = {"instruction": f"What is {end}?", "output": f"{end} ends a text."}
+    segments = render(row, "alpaca", get_template("alpaca"), special=special, account=account)
+    (document,) = encode([segments], tokenizer)
+    assert document.input_ids.tolist().count(tokenizer.eos_token_id) == 1
+    assert (document.input_ids[-1], document.mask[-1]) == (tokenizer.eos_token_id, 1)
+    assert tokenizer.decode(document.input_ids).count(end) == 3
+    assert account.rows["special_text"] == 1
+    plain = tokenizer(end, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert plain == document.input_ids[document.mask == 1][: len(plain)].tolist()
+    # An answer's own end token at its end is the end token, and rows without a template are as they say.
+    spelled = {"instruction": "a", "output": f"the{end}"}
+    (document,) = encode([render(spelled, "alpaca", get_template("alpaca"), special=special)], tokenizer)
+    assert document.input_ids.tolist().count(tokenizer.eos_token_id) == 1
+    raw = render({"text": f"a{end}b"}, "text", get_template("none"), special=special, account=account)
+    assert encode([raw], tokenizer)[0].input_ids.tolist().count(tokenizer.eos_token_id) == 2
+    assert account.rows["special_tokens"] == 1
+
+
+def test_a_template_that_escapes_special_text_is_refused() -> None:
+    tokenizer = with_template(
+        small_tokenizer(), "{% for m in messages %}{{ m.content | tojson(ensure_ascii=True) }}{% endfor %}"
+    )
+    row = {"messages": [{"role": "user", "content": END}, {"role": "assistant", "content": "a"}]}
+    template = load_template("tokenizer", "chat", tokenizer)
+    with pytest.raises(UserError, match=r"f.jsonl:3: .*as text what reads like special tokens"):
+        render(row, "chat", template, special=SpecialText(tokenizer), place="f.jsonl:3")
+
+
+# What rows look like in the wild
+
+
+PIRATE, RED, MARS = "Answer like a pirate.", "Which planet is red?", "Arr, Mars."
+TURNS = [{"role": "user", "content": RED}, {"role": "assistant", "content": MARS}]
+SHARED_TURNS = [{"from": "human", "value": RED}, {"from": "gpt", "value": MARS}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"system": PIRATE, "messages": TURNS},
+        {"system_prompt": PIRATE, "messages": TURNS},
+        {"system": PIRATE, "messages": [{"role": "System", "content": PIRATE}, *TURNS]},
+        {"system": PIRATE, "system_prompt": PIRATE, "messages": TURNS},
+        {"system": PIRATE, "conversations": SHARED_TURNS},
+        {"conversations": [{"role": "developer", "content": PIRATE}, *TURNS]},
+        {"messages": [{"from": "system", "value": PIRATE}, *SHARED_TURNS]},
+        {"messages": [{"role": "system", "content": PIRATE}, SHARED_TURNS[0], TURNS[1]]},
+        {"system": PIRATE, "instruction": RED, "input": "", "output": MARS, "history": []},
+        {"system": PIRATE, "instruction": RED, "input": None, "output": MARS},
+        {"system": PIRATE, "mask": "User", "conversations": SHARED_TURNS},
+    ],
+)
+def test_the_same_conversation_however_it_is_spelled(row: dict[str, Any]) -> None:
+    account = Account()
+    assert written(row, account=account) == f"{PIRATE}\n### Human: {RED}### Assistant:[ {MARS}]"
+    assert account == Account()
+
+
+def test_history_is_learned_before_the_question() -> None:
+    row = {"instruction": "And blue?", "output": "Neptune.", "history": [[RED, MARS], ("Why?", "Iron.")]}
+    assert written(row) == (
+        f"### Human: {RED}### Assistant:[ {MARS}]### Human: Why?### Assistant:[ Iron.]"
+        "### Human: And blue?### Assistant:[ Neptune.]"
+    )
+
+
+@pytest.mark.parametrize(
+    "said", [{"weight": 0}, {"train": False}, {"weight": 1, "train": False}, {"weight": 0.0}]
+)
+def test_answers_that_are_not_to_be_learned_are_context(said: dict[str, Any]) -> None:
+    row = {"messages": [TURNS[0], {**TURNS[1], **said}, TURNS[0], {**TURNS[1], "train": True, "weight": 1}]}
+    assert written(row).count(f" {MARS}") == 2
+    assert written(row).count(f"[ {MARS}]") == 1
+
+
+def test_nemos_mask_names_who_is_not_learned() -> None:
+    turns = [*SHARED_TURNS, *SHARED_TURNS]
+    assert written({"mask": "Assistant", "conversations": turns}).count("[") == 0
+    account = Account()
+    assert written({"mask": "System", "conversations": turns}, account=account).count("[") == 2
+    assert account.columns == {"mask": 1}  # a loss on the user's turns is not to be had
+    with pytest.raises(
+        UserError, match=r"f.jsonl:3: column mask: unknown role 'Usr' \(did you mean user\?\)"
+    ):
+        written({"mask": "Usr", "conversations": turns})
+
+
+SHOWS = with_template(small_tokenizer(), CHATML)
+
+
+def test_tools_calls_and_reasoning_reach_the_template() -> None:
+    template = load_template("auto", "chat", SHOWS)
+    called = "<call>" + json.dumps(CALL["function"]) + "</call>"
+    answer = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    for tools in (TOOLS, json.dumps(TOOLS)):
+        text = written({"messages": [ASKED, answer], "tools": tools}, template)
+        assert json.dumps(TOOLS[0]) in text
+        assert f"[{called}{END}]" in text
+    for name in ("tool", "function", "observation"):
+        text = written({"messages": [ASKED, answer, {"role": name, "content": "3"}, TURNS[1]]}, template)
+        assert "<|im_start|>tool\n3<|im_end|>" in text
+    sharegpt = [
+        {"from": "human", "value": "Weather?"},
+        {"from": "function_call", "value": json.dumps(CALL["function"])},
+        {"from": "observation", "value": "3"},
+        {"from": "gpt", "value": "Cold."},
+    ]
+    assert f"[{called}{END}]" in written({"conversations": sharegpt}, template)
+    old = {"role": "assistant", "content": None, "function_call": CALL["function"]}
+    assert f"[{called}{END}]" in written({"messages": [ASKED, old]}, template)
+    thought = {"role": "assistant", "reasoning_content": "I add.", "content": "4"}
+    assert f"[<think>I add.</think>4{END}]" in written({"messages": [ASKED, thought]}, template)
+
+
+@pytest.mark.parametrize(
+    ("messages", "more", "what"),
+    [
+        ([ASKED, {"role": "assistant", "content": None, "tool_calls": [CALL]}], {}, "tool_calls"),
+        ([ASKED, {"role": "assistant", "content": "Hm.", "tool_calls": [CALL]}, *TURNS], {}, "tool_calls"),
+        ([ASKED, {"role": "assistant", "reasoning_content": "r", "content": "4"}], {}, "reasoning_content"),
+        (TURNS, {"tools": TOOLS}, "tools"),
+        ([ASKED, {"role": "tool", "content": "3 degrees"}, TURNS[1]], {}, "tool"),
+    ],
+)
+@pytest.mark.parametrize("template", ["alpaca", "falcon-instruct", "guanaco", "jinja"])
+def test_a_template_that_leaves_something_out_is_refused(
+    messages: list[Any], more: dict[str, Any], what: str, template: str
+) -> None:
+    text = (
+        "{% for m in messages if m.role != 'tool' %}{{ m.role + ': ' + (m.content or '') }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    chosen = (
+        load_template("tokenizer", "chat", with_template(small_tokenizer(), text))
+        if template == "jinja"
+        else get_template(template)
+    )
+    with pytest.raises(UserError, match=rf"f.jsonl:3: .*cannot write .*{what}.*--template tokenizer"):
+        written({"messages": messages, **more}, chosen)
+
+
+def test_reasoning_that_a_template_writes_of_the_last_answer_alone_is_named() -> None:
+    text = CHATML.replace("if m.reasoning_content", "if m.reasoning_content and loop.last")
+    thought = {"role": "assistant", "reasoning_content": "I add.", "content": "4"}
+    account = Account()
+    template = load_template("auto", "chat", with_template(small_tokenizer(), text))
+    written({"messages": [ASKED, thought, ASKED, TURNS[1]]}, template, account=account)
+    assert account.message_keys == {"reasoning_content": 1}
+
+
+def test_null_is_not_trained_as_a_word() -> None:
+    text = CHATML.replace("{%- if m.content %}{{ m.content }}{% endif %}", "{{ m.content }}")
+    template = load_template("auto", "chat", with_template(small_tokenizer(), text))
+    assert "None" not in written(
+        {"messages": [ASKED, {"role": "assistant", "content": None, "tool_calls": [CALL]}]}, template
+    )
+
+
+# What is lacking
+
+
+@pytest.mark.parametrize(
+    ("row", "row_format", "lacks"),
+    [
+        ({"instruction": "Add.", "response": "2"}, "alpaca", ["output"]),
+        ({"instruction": None, "output": "2"}, "alpaca", ["instruction"]),
+        ({"question": "a", "answer": "b"}, "alpaca", ["instruction", "output"]),
+        ({"prompt": "a", "completion": None}, "prompt_completion", ["completion"]),
+        ({"prompt": "a"}, "prompt_completion", ["completion"]),
+        ({"text": None}, "text", ["text"]),
+        ({"messages": None}, "chat", ["messages"]),
+        ({"messages": [ASKED, {"role": "assistant", "content": None}]}, "chat", ["text of a message"]),
+        ({"messages": [{"role": "user", "content": None}, TURNS[1]]}, "chat", ["text of a message"]),
+        ({"instruction": "a", "output": "b", "history": [["a", None]]}, "alpaca", ["text of history"]),
+    ],
+)
+def test_rows_that_lack_something_are_counted_apart(
+    row: dict[str, Any], row_format: str, lacks: list[str]
+) -> None:
+    account = Account()
+    segments = render(row, row_format, get_template("guanaco"), account=account)
+    assert segments == LACKING
+    assert sorted(account.missing) == sorted(lacks)
+    assert encode([segments], small_tokenizer())[0].status == Status.MISSING
+    assert set(account.columns) == {"response", "question", "answer"} & set(row)
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({"role": "user", "text": "a"}, r"it has no text: .* an object with role, text"),
+        ({"from": "human"}, r"it has no text"),
+        ({"content": "a"}, r"expected \{role, content\} or \{from, value\}"),
+        ({"role": "user", "content": "a", "weight": 0.5}, r"weight is '0.5'; it can be 0 or 1"),
+        ({"role": "assistant", "content": "a", "train": "no"}, r"train is 'no'"),
+        ({"from": "function_call", "value": "call weather"}, r"a function call: expected JSON"),
+        ({"from": "function_call", "value": '{"city": 1}'}, r"expected a function call \{name, arguments\}"),
+    ],
+)
+def test_messages_that_cannot_be_read_are_refused_with_their_place(message: Any, said: str) -> None:
+    with pytest.raises(UserError, match=rf"^f.jsonl:3: column messages: message 1: {said}"):
+        written({"messages": [message]})
+
+
+def test_preferences_are_not_trained_as_answers() -> None:
+    for found in (
+        ["chosen", "rejected"],
+        ["prompt", "chosen", "rejected"],
+        ["messages", "chosen", "rejected"],
+    ):
+        with pytest.raises(UserError, match=r"pairs of a chosen and a rejected answer.*--completion_column"):
+            recognise(found, columns={})
+    columns = {"completion": "chosen"}
+    assert recognise(["prompt", "chosen", "rejected"], columns=columns) == ("prompt_completion", columns)
+    account = Account()
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    template = get_template("none")
+    assert render(row, "prompt_completion", template, columns=columns, account=account)[-1].text == "b"
+    assert account.columns == {"rejected": 1}
+    for label in (True, False, "False"):
+        with pytest.raises(UserError, match=r"f.jsonl:3: column label is true or false: rows of KTO"):
+            written({"prompt": "a", "completion": "b", "label": label}, "none")
+    assert written({"prompt": "a", "completion": "b", "label": "maths"}, "none", account=account) == "a[b]"
+    assert account.columns == {"rejected": 1, "label": 1}
+
+
+# Nothing is left out without a word
+
+
+NAMES = st.sampled_from(
+    "id source instruction input output text system history prompt completion conversations weight".split()
+)
+VALUES = st.text("abcdefgh", min_size=5, max_size=9).map(lambda word: f"<{word}>")
+
+
+@given(
+    st.dictionaries(NAMES, VALUES, max_size=8),
+    st.lists(
+        st.dictionaries(
+            st.sampled_from(["name", "id", "rating", "role", "content", "from", "value"]), VALUES
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    st.sampled_from(["guanaco", "alpaca", "falcon-instruct", "shows"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_every_value_is_written_named_or_refused(row: dict[str, Any], extras: list[Any], name: str) -> None:
+    messages = []
+    for number, extra in enumerate(extras):
+        role, said = (("user", "assistant")[number % 2], f"<{number}>")
+        messages.append({**extra, "role": role, "content": said})
+    row = {**row, "messages": messages, "tools": None, "mask": None}
+    template = load_template("auto", "chat", SHOWS) if name == "shows" else get_template(name)
+    account = Account()
+    segments = render(row, "chat", template, account=account)
+    text = "".join(segment.text for segment in segments)
+    for column, value in row.items():
+        if isinstance(value, str):
+            assert value in text or account.columns[column] or not segments, column
+    for message in messages:
+        for key, value in message.items():
+            assert key == "role" or value in text or account.message_keys[key] or not segments, key
+
+
+def test_what_a_template_alters_is_counted() -> None:
+    code = {"messages": [ASKED, {"role": "assistant", "content": "Sure:\n\n```\nx\n\n\ny\n```\n"}]}
+    for template, altered in (("falcon-instruct", 1), ("guanaco", 0), ("alpaca", 0)):
+        account = Account()
+        written(code, template, account=account)
+        assert account.rows["altered"] == altered
+    with pytest.raises(UserError, match="alpaca cannot write a system message after"):
+        written({"messages": [*TURNS, {"role": "system", "content": PIRATE}, *TURNS]}, "alpaca")
+
+
+def test_names_of_columns_are_told_escaped_and_not_without_end() -> None:
+    account = Account()
+    for number in range(2000):
+        render({"text": "a", f"key\x1b[31m{number}": 1}, "text", get_template("none"), account=account)
+    (told,) = account.told("none")
+    assert "\x1b" not in told
+    assert len(account.columns) == 1001
+    assert len(told) < 2000
+    assert Account.from_plain(json.loads(json.dumps(account.plain()))) == account
