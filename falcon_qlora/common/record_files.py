@@ -10,6 +10,7 @@ from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.untrusted import is_count, refuse_links
 
 SETTINGS = "config.yaml"  # of a run
+SETTINGS_FORMAT = 2  # without a number they are of the first
 CERTIFICATE = "certificate.json"  # of a merge
 # What only a run that has started leaves behind: these make a folder one that "holds a run".
 SIGNS_OF_A_RUN = (SETTINGS, "metrics.jsonl", "summary.json", "checkpoints", "adapter")
@@ -37,6 +38,19 @@ def without_format(record: Mapping[str, Any], what: str, newest: int = 1) -> dic
     """A record without the number of its form, which `check_format` has checked."""
     check_format(record, what, newest)
     return {name: value for name, value in record.items() if name != "format"}
+
+
+def settings_of_run(record: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """A run's recorded settings, without the number of their form, as they are to be given now.
+
+    Raises:
+        UserError: if they are of a later release's form.
+    """
+    settings = without_format(record, what, newest=SETTINGS_FORMAT)
+    if record.get("format", 1) < 2 and settings.get("template") == "auto":
+        # The tokenizer's own chat template was none of what `auto` could mean.
+        settings["template"] = "format"
+    return settings
 
 
 def is_record(file: Path) -> bool:

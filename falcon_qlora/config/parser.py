@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from falcon_qlora.common.errors import UserError, nearest
-from falcon_qlora.common.record_files import without_format
+from falcon_qlora.common.record_files import is_record, settings_of_run
 from falcon_qlora.common.settings import settings_of
 from falcon_qlora.common.untrusted import YAML_LIMIT_BYTES, parse_yaml, read_text
 from falcon_qlora.config.arguments import our_settings
@@ -144,8 +144,8 @@ class FalconParser(argparse.ArgumentParser):
         if not file.exists():
             raise UserError(f"there is no file {path}")
         content = parse_yaml(read_text(file, limit_bytes=YAML_LIMIT_BYTES, may_be_pipe=True), origin)
-        if isinstance(content.get("format"), int):  # a run's; else an unknown key
-            content = without_format(content, origin)
+        if isinstance(content.get("format"), int) or is_record(file):  # a run's; else an unknown key
+            content = settings_of_run(content, origin)
         for key, value in content.items():
             canonical = _spelled(str(key))
             if canonical in INSTEAD:

@@ -32,7 +32,13 @@ import yaml
 
 from falcon_qlora.common.errors import reason_of
 from falcon_qlora.common.files import plain, quoted, replaced, write_json, write_text
-from falcon_qlora.common.record_files import SIGNS_OF_A_RUN, run_of, without_format
+from falcon_qlora.common.record_files import (
+    SETTINGS_FORMAT,
+    SIGNS_OF_A_RUN,
+    run_of,
+    settings_of_run,
+    without_format,
+)
 from falcon_qlora.common.untrusted import read_json, read_text, read_yaml
 from falcon_qlora.run_folder.lock import LOCK
 from falcon_qlora.terminal import charts
@@ -72,7 +78,7 @@ _CONTENTS = (
 Record = Literal["environment", "kernels", "summary"]
 LAUNCHER = ".launcher"  # in a fresh folder: which launcher made it
 _LARGEST_FIGURE = 1e300
-_FORMAT = 1  # of settings, environment, kernels and summary; without a number they are of the first
+_FORMAT = 1  # of environment, kernels and summary; without a number they are of the first
 _METRICS_LIMIT_BYTES = 2**30  # a line of some hundred bytes for each of more steps than any run has
 
 
@@ -137,7 +143,7 @@ class RunDirectory:
 
     def write_config(self, resolved: Mapping[str, Any]) -> None:
         """Write everything a re-run needs; the caller leaves secrets out."""
-        record = {"format": _FORMAT, **plain(resolved)}  # a list is another each time: no aliases
+        record = {"format": SETTINGS_FORMAT, **plain(resolved)}  # a list is another each time: no aliases
         text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True, width=110)
         config = quoted(str(self.config_file))
         header = f"# Run again:  falcon-qlora train --config {config} --output_dir NEW_FOLDER\n"
@@ -149,7 +155,7 @@ class RunDirectory:
         Raises:
             UserError: if they cannot be read, or were written by a later release in another form.
         """
-        return without_format(read_yaml(self.config_file), str(self.config_file), _FORMAT)
+        return settings_of_run(read_yaml(self.config_file), str(self.config_file))
 
     def write(self, name: Record, record: Mapping[str, Any]) -> None:
         """Write a record, with the number of its form."""

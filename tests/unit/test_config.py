@@ -538,7 +538,8 @@ def test_a_run_is_gone_on_with_by_its_folder_alone(tmp_path: Path) -> None:
         ["--resume", str(checkpoint)],
     ):
         again = config.parse([*words, "--max_steps", "12"])
-        assert again.resolved() == {**before.resolved(), "max_steps": 12}
+        # Of the first form of settings, whose `auto` did not mean the tokenizer's own chat template.
+        assert again.resolved() == {**before.resolved(), "max_steps": 12, "template": "format"}
     # A file that is named says it all, and a run without one is left to the flags.
     other = write(tmp_path / "other.yaml", lora_r=16)
     assert config.parse(["--resume", str(tmp_path), "--config", str(other)]).method.r == 16

@@ -152,12 +152,12 @@ def test_the_settings_of_a_later_release_are_refused(tmp_path: Path) -> None:
     before = config.parse(["-m", "tiny", "--lora_r", "4"]).resolved()
     RunDirectory(tmp_path).write_config(before)
     file = tmp_path / "config.yaml"
-    assert "format: 1\n" in file.read_text()
+    assert "format: 2\n" in file.read_text()
     assert config.parse(["--config", str(file)]).resolved() == before
-    file.write_text(file.read_text().replace("format: 1", "format: 2"))
-    told = f"{file}: format 2 is newer than this falcon_qlora reads; update it"
+    file.write_text(file.read_text().replace("format: 2", "format: 3"))
+    told = f"{file}: format 3 is newer than this falcon_qlora reads; update it"
     assert refusal("--config", str(file)) == refusal("--resume", str(tmp_path)) == told
-    with pytest.raises(UserError, match="format 2 is newer"):
+    with pytest.raises(UserError, match="format 3 is newer"):
         RunDirectory(tmp_path).read_config()
     assert "unknown key format" in refusal("--config", write(tmp_path / "mine.yaml", format="alpaca"))
 

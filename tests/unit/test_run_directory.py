@@ -171,7 +171,7 @@ def test_config_is_yaml_that_reads_back_equal(tmp_path: Path) -> None:
     resolved = {"seed": 1, "learning_rate": 2e-4, "dataset_name": ["a", "b"], "bf16": True, "warmup": None}
     directory.write_config(resolved)
     assert directory.read_config() == resolved
-    assert yaml.safe_load(directory.config_file.read_text()) == {"format": 1, **resolved}
+    assert yaml.safe_load(directory.config_file.read_text()) == {"format": 2, **resolved}
     first, _, command = directory.config_file.read_text().splitlines()[0].partition("falcon-qlora ")
     assert first == "# Run again:  "
     assert shlex.split(command)[:3] == ["train", "--config", str(directory.config_file)]
