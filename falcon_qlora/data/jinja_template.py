@@ -52,9 +52,9 @@ class JinjaTemplate:
     def __post_init__(self) -> None:
         import jinja2
 
-        for tools in (None, []):
+        for without_tools in (True, False):
             try:
-                self._render([], tools, check_only=True)
+                self._render([], None if without_tools else [], check_only=True)
             except jinja2.TemplateSyntaxError as error:
                 raise UserError(
                     f"{self.name}:{error.lineno}: not a valid Jinja template: {error.message}"

@@ -144,9 +144,9 @@ class FalconTrainer(SFTTrainer):
             at=watchdog.at,
         )
         self._backward: Callable[..., Any] = self.accelerator.backward
-        if self.neftune_noise_alpha is not None:
-            add_noise(model, self.neftune_noise_alpha)
-            self.neftune_noise_alpha = None  # else Transformers adds its own
+        if self.args.neftune_noise_alpha is not None:
+            add_noise(model, self.args.neftune_noise_alpha)
+            self.neftune_noise_alpha: float | None = None  # else Transformers adds its own
         self._began_at = 0
         self._at_start = footprint(model)  # a run that goes on takes up its weights later
 
