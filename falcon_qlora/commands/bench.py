@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from falcon_qlora.bench.measure import Result
 
 _DOCUMENT_TOKENS = 512
-_BY_VARIANT = "quantize_mode compute_dtype checkpointing kernels lora_dropout packing padding".split()
+_BY_VARIANT = "quantize_mode compute_dtype checkpointing kernels lora_dropout packing padding adapter".split()
 _WITH_GPUS = "quantize_modes fixed global_tokens lengths whole_run".split()
 
 

@@ -52,6 +52,7 @@ _OWN = ("methods", "recipes", "learning_rates", "output_dir", "overwrite")
 _NOT_TAKEN = {
     "recipe": "every method has its own: give --recipes METHOD=RECIPE",
     "method": "give --methods",
+    "adapter": "each method begins with a fresh one",
     "resume": "compare goes on by itself where it stopped: give the same --output_dir",
 }
 

@@ -45,8 +45,10 @@ def main(argv: list[str]) -> int:
     # Only now: a wrong flag is told at once.
     quiet_libraries()
     from falcon_qlora.data import report
+    from falcon_qlora.training import start_adapter
     from falcon_qlora.training.rows import load_tokenizer
 
+    start_adapter.adopt(configuration)
     tokenizer = load_tokenizer(configuration.model)
     look = _look_at_stream if configuration.data.streaming else _look_at_corpora
     documents, told, lengths, name = look(configuration, tokenizer)

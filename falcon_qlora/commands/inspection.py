@@ -22,7 +22,7 @@ from falcon_qlora.common.files import sha256
 from falcon_qlora.common.record_files import CERTIFICATE, without_format
 from falcon_qlora.common.untrusted import file_beside, is_count, read_json, refuse_links
 from falcon_qlora.merge.folder import altered_tensors, parameter_shapes
-from falcon_qlora.methods.adapter_folder import CONFIG, RECORD, TENSORS, read_adapter, read_record
+from falcon_qlora.methods.adapter_folder import CONFIG, RECORD, read_adapter, read_record
 from falcon_qlora.methods.open_adapter import may_open
 from falcon_qlora.methods.table import method_from, method_named
 from falcon_qlora.models.checkpoints import RANDOM, parameter_reader, parse_random, read_folder_config
@@ -201,13 +201,11 @@ def _adapter(folder: Path) -> Inspection:
     config = found.attempt(lambda: base_config(base)) if is_open else None
     if config is None:
         found.add("note", "the base model's configuration is not here: the tensors were not compared with it")
-    elif not found.collect(adapter.faults(config), folder / TENSORS):
+    elif not found.collect(adapter.faults(config), adapter.file):
         zero = adapter.zero_tensors(config)
         found.trained = adapter.is_trained(config, zero)
         lost = adapter.lost_tensors(config, zero)
-        found.collect(
-            (f"{name} is zero throughout: lost, or never trained" for name in lost), folder / TENSORS
-        )
+        found.collect((f"{name} is zero throughout: lost, or never trained" for name in lost), adapter.file)
     return found
 
 

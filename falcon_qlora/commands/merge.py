@@ -189,19 +189,25 @@ def _origin(
     configuration: Configuration, request: Request, run: RunDirectory | None, record: dict[str, Any]
 ) -> Origin:
     from falcon_qlora.merge.certificate import Origin, licence_of
-    from falcon_qlora.methods.adapter_folder import TENSORS
+    from falcon_qlora.methods.open_adapter import is_as_recorded
+    from falcon_qlora.models.fingerprint import model_fingerprint
     from falcon_qlora.training.held_out import data_record
 
+    name, revision = request.checkpoint.name, configuration.model.model_revision
     config, adapter, base = request.checkpoint.config, request.adapter, request.base_folder
     resolved = configuration.resolved() if run is not None else {}
     shown = [*configuration.method.flags(), *_SHOWN_SETTINGS]
     fingerprint = data_record(run).get("fingerprint")
     return Origin(
-        base_model=request.checkpoint.name,
-        base_revision=configuration.model.model_revision,
+        base_model=name,
+        base_revision=revision,
         base_commit=base.name if base is not None and base.parent.name == "snapshots" else None,
+        base_fingerprint=model_fingerprint(name, revision=revision),
+        adapter_base=record.get("base_model"),
+        adapter_base_fingerprint=record.get("base_fingerprint"),
+        is_the_adapters_base=is_as_recorded(name, "base model", record, revision=revision),
         base_layout=f"{config.num_hidden_layers} blocks of {config.hidden_size}",
-        licence=licence_of(request.checkpoint.name, base),
+        licence=licence_of(name, base),
         quantization=request.quantize_mode,
         template=record.get("template"),
         datasets=list(resolved.get("dataset_name", [])),
@@ -210,7 +216,7 @@ def _origin(
         adapter={
             "method": adapter.method.name,
             **{name: value for name, value in adapter.method.settings().items() if value is not None},
-            "sha256": sha256(adapter.folder / TENSORS),
+            "sha256": sha256(adapter.file),
         },
         falcon_qlora=VERSION,
     )

@@ -11,6 +11,7 @@ from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.record_files import CERTIFICATE
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.inference.base_and_adapter import Source, adapter_folder
+from falcon_qlora.inference.which_base import base_note
 from falcon_qlora.methods.table import is_whole
 from falcon_qlora.run_folder.directory import RunDirectory
 
@@ -88,6 +89,8 @@ def source_of(
                 path = check_may_open(name, what, record, folder, say_so=f"--{flag} FOLDER")
                 if path is not None:
                     note_aside(f"the {what} is {path}, which {folder} names")
+        if not whole:
+            _say_whether_other(record, folder, base, settings.model_revision)
     return Source(
         model=str(folder) if whole else base,
         tokenizer=tokenizer,
@@ -101,6 +104,16 @@ def source_of(
         kernels_are_named="flag" in {explicit.get("kernels"), explicit.get("compute_dtype")},
         adapter=None if whole else folder,
     ), record
+
+
+def _say_whether_other(record: dict[str, Any], folder: Path, base: str, revision: str | None) -> None:
+    from falcon_qlora.models.locate import open_checkpoint
+
+    if record.get("base_model") not in (None, base):
+        open_checkpoint(base, revision=revision)  # what is missing is downloaded, as it will be opened
+    told = base_note(record, folder, base, revision=revision)
+    if told is not None:
+        note_aside(told)
 
 
 def _is_merge(name: str) -> bool:

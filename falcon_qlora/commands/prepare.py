@@ -32,8 +32,9 @@ def main(argv: list[str]) -> int:
     from falcon_qlora.models.locate import find_folder
     from falcon_qlora.models.tokenizer import check_vocabulary
     from falcon_qlora.terminal.console import console, note, patience
-    from falcon_qlora.training import rows
+    from falcon_qlora.training import rows, start_adapter
 
+    start_adapter.adopt(configuration)
     settings, data = configuration.model, configuration.data
     name = settings.model_name_or_path
     for download in _downloads(configuration):

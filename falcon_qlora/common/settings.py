@@ -56,6 +56,7 @@ class Setting:
         decisive: a run that goes on with another value is another run.
         alternative: name of a setting that takes its place. The one of the higher layer (flag, file, recipe)
             unseats the other.
+        in_weights: of a method: with another value what it has trained would be, or compute, something else.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Setting:
     label: str = "{}"
     decisive: bool = False
     alternative: str | None = None
+    in_weights: bool = True
 
     def read(self, value: Any, where: str) -> Any:
         """Convert and check a value from a flag, a file or a caller.

@@ -133,6 +133,14 @@ class RunArguments:
     _argument_group_name = "Run"
 
     recipe: str = setting("default", "Ready settings: a name (see --help) or a YAML file.")
+    adapter: str | None = setting(
+        None,
+        "Begin with this trained adapter: folder of a run, its adapter or a checkpoint, or PEFT's. Its "
+        "method and settings are taken over.",
+    )
+    adapter_sha256: str | None = setting(
+        None, "Refuse an --adapter whose weights have another SHA-256; the settings of a run note it."
+    )
     output_dir: str | None = setting(None, "Run directory; unset: a fresh one under runs/.")
     config: str | None = setting(None, "Settings from a YAML file, such as the config.yaml of a run.")
     resume: str | None = setting(

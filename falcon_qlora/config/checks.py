@@ -73,6 +73,8 @@ def check(values: Values, where: dict[str, str]) -> None:
         excluded = fp8_excludes(kernels=values["kernels"], **of_method)
         if excluded is not None:
             raise UserError(f"{name('compute_dtype')}: {excluded}")
+    if values["adapter_sha256"] and not values["adapter"]:
+        raise UserError(f"{name('adapter_sha256')} is of the weights that --adapter names; give that too")
     if values["resume"] and values["overwrite"]:
         raise UserError("--resume goes on with a run and --overwrite replaces it; give one of them")
     if values["resume"] == "latest" and values["output_dir"] is None:

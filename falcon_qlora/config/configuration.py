@@ -25,6 +25,7 @@ from falcon_qlora.config.parser import (
     recipe_file,
     recipe_names,
 )
+from falcon_qlora.config.paths import settings_of_run, with_absolute_paths
 from falcon_qlora.config.trainer_arguments import SHARED
 from falcon_qlora.methods.interface import Method
 from falcon_qlora.methods.table import method_from
@@ -169,7 +170,11 @@ def configure(settings: Mapping[str, Any], *, extra_arguments: type | None = Non
         config_file = _settings_of_the_run(flags.values)
         of_run = True
     if config_file is not None:
-        layers.append(parser.read_file(Path(config_file), config_file, rank=2))
+        layer = parser.read_file(Path(config_file), config_file, rank=2)
+        if of_run:
+            values = settings_of_run(layer.values, Path(config_file).expanduser().parent)
+            layer = dataclasses.replace(layer, values=values)
+        layers.append(layer)
     recipe, named_by = lay_over(layers).get("recipe", ("default", flags))
     if of_run and named_by.rank == 2 and recipe not in recipe_names():
         raise UserError(
@@ -217,6 +222,7 @@ def _configuration(
     for name, value in (values | extra).items():
         parser.settings[name].check_bounds(value, where.get(name, f"--{name}"))
     checks.check(values, where)
+    values = with_absolute_paths(values)
 
     def make(arguments: type) -> Any:
         return arguments(**{field.name: values[field.name] for field in dataclasses.fields(arguments)})

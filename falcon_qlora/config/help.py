@@ -11,8 +11,8 @@ from falcon_qlora.config.parser import FalconParser, recipe_names
 
 COMMON = (
     "model_name_or_path quantize_mode dataset_name dataset_format template train_on max_length eval_split "
-    "method lora_r lora_alpha lora_dropout recipe config output_dir resume num_train_epochs max_steps "
-    "per_device_train_batch_size global_batch_size report_to seed learning_rate"
+    "method lora_r lora_alpha lora_dropout recipe adapter config output_dir resume num_train_epochs "
+    "max_steps per_device_train_batch_size global_batch_size report_to seed learning_rate"
 ).split()
 _FLAG_COLUMN = 42
 

@@ -67,6 +67,7 @@ class FalconParser(argparse.ArgumentParser):
 
     Args:
         extra_arguments: a dataclass of settings that only this command has; flags only, not keys of files.
+            One of the name of a shared setting takes its place.
     """
 
     def __init__(self, extra_arguments: type | None = None):
@@ -74,6 +75,7 @@ class FalconParser(argparse.ArgumentParser):
         extra = {each.name: each for each in settings_of(extra_arguments)} if extra_arguments else {}
         shared = [*our_settings(), *settings_of(TrainerArguments)]
         self.extra_names = extra.keys()
+        self._hidden = extra.keys() & {each.name for each in shared}
         self.settings = {each.name: each for each in shared} | extra
         for each in self.settings.values():
             nargs = "+" if each.is_list else "?" if each.alone is not None else None
@@ -151,6 +153,8 @@ class FalconParser(argparse.ArgumentParser):
             if canonical in INSTEAD:
                 raise UserError(f"{key} in {origin} is not taken: {INSTEAD[canonical]}")
             name = self.key_of.get(canonical)
+            if name in self._hidden:
+                continue  # what a run began with says nothing to who opens what came of it
             if name in flags_only:
                 raise UserError(f"{key} in {origin}: can only be given as the flag --{name}")
             if name is None:

@@ -35,6 +35,10 @@ class Origin:
         base_model: name of the base.
         base_revision: branch, tag or commit it was asked for by; None for the main branch, or a folder.
         base_commit: the commit that was read, where it came from the hub.
+        base_fingerprint: what tells its content, see `model_fingerprint`.
+        adapter_base: name of the base that the adapter was trained on, as its folder says.
+        adapter_base_fingerprint: what tells that one's content; None where its folder does not say.
+        is_the_adapters_base: whether both are the same by content; None where that cannot be known.
         base_layout: such as ``32 blocks of 4544``.
         licence: the base's, as an identifier of the hub's; None where it is not known.
         quantization: how the base was stored in training, such as ``4bit``.
@@ -49,6 +53,10 @@ class Origin:
     base_model: str
     base_revision: str | None = None
     base_commit: str | None = None
+    base_fingerprint: str | None = None
+    adapter_base: str | None = None
+    adapter_base_fingerprint: str | None = None
+    is_the_adapters_base: bool | None = None
     base_layout: str = ""
     licence: str | None = None
     quantization: str
@@ -177,6 +185,8 @@ def _introduction(certificate: Certificate) -> str:
     )
     if origin.base_model.startswith("random:"):
         text += "\n**The base model's weights are random**: this is a test of the machinery.\n"
+    if origin.is_the_adapters_base is False:
+        text += f"\n**The adapter was trained on another base**, `{origin.adapter_base}`.\n"
     if origin.licence is None:
         text += "\nThe base model's licence holds; it could not be read here.\n"
     return text

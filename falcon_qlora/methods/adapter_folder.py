@@ -1,8 +1,8 @@
 """How an adapter lies on the disk, and reading one as a folder that others may have written.
 
 PEFT's names, so that everything that handles adapters finds its way: ``adapter_config.json`` says what it is,
-``adapter_model.safetensors`` holds the tensors, in float32, by their names in the model. Beside them
-``falcon_qlora.json`` says how it was trained.
+``adapter_model.safetensors`` holds the tensors, in float32, by their names in the model (of 2023
+``adapter_model.bin``, which is read). Beside them ``falcon_qlora.json`` says how it was trained.
 
 What opens adapters takes more than is trained here: PEFT's own reader pickled weights, modules imported by a
 name in the configuration, patterns compiled from it, starting values that change the base. What is let pass
@@ -17,19 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import replaced, write_json
-from falcon_qlora.common.record_files import check_format
+from falcon_qlora.common.record_files import check_format, run_of
+from falcon_qlora.common.recorded_paths import absolute_name, started_in
 from falcon_qlora.common.untrusted import read_json, refuse_links
 from falcon_qlora.methods.interface import Method
 from falcon_qlora.methods.table import is_whole, method_named, method_settings
 from falcon_qlora.models.tensor_files import StoredTensor, read_tensor, stored_tensors
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, TENSORS, TORCH_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 RECORD = "falcon_qlora.json"
 FORMAT = 1  # of the record
 _TEXTS = ("base_model", "quantize_mode", "tokenizer", "template", "dataset_format", "method")
@@ -55,7 +56,8 @@ def fitting_tensors(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, T
     Raises:
         RuntimeError: if their names and shapes are not those of `expected`.
     """
-    tensors = load_file(folder / TENSORS)
+    file = tensors_file(folder)
+    tensors = {name: read_tensor(file, name) for name in stored_tensors(file)}
     for name in sorted(tensors.keys() ^ expected.keys()):
         raise RuntimeError(f"{folder} does not fit this model: {name} is in one of them only")
     for name, tensor in tensors.items():
@@ -65,6 +67,12 @@ def fitting_tensors(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, T
                 f"{list(expected[name].shape)} here"
             )
     return tensors
+
+
+def tensors_file(folder: Path) -> Path:
+    """The file with an adapter's tensors; safetensors where there are both, as PEFT has it."""
+    old = folder / TORCH_FILE
+    return old if old.is_file() and not (folder / TENSORS).is_file() else folder / TENSORS
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -77,7 +85,12 @@ def read_record(folder: Path) -> dict[str, Any]:
             not of this form.
     """
     refuse_links(folder)
-    record = _read_record_of_run(folder / RECORD)
+    record, run = _read_record_of_run(folder / RECORD), run_of(folder)
+    root = None if run is None else started_in(run)
+    for name in ("base_model", "tokenizer"):
+        # Records of before have paths relative to where the run was started.
+        if root is not None and record.get(name) not in (None, "tiny"):
+            record[name] = absolute_name(record[name], root)
     file = folder / CONFIG
     if not file.is_file():
         if not is_whole(record):
@@ -121,13 +134,18 @@ class SavedAdapter:
     method: Method
     record: dict[str, Any]
 
+    @property
+    def file(self) -> Path:
+        """With its tensors."""
+        return tensors_file(self.folder)
+
     def faults(self, config: PreTrainedConfig) -> Iterator[str]:
         """What keeps its tensors from being those of a trained adapter of a model of `config`.
 
         Raises:
             UserError: if the file cannot be read, or the settings do not suit such a model.
         """
-        stored = stored_tensors(self.folder / TENSORS)
+        stored = stored_tensors(self.file)
         expected = self.method.saved_shapes(config)
         for name, shape in expected.items():
             if name not in stored:
@@ -143,12 +161,12 @@ class SavedAdapter:
     def check(self, config: PreTrainedConfig) -> None:
         """Raise a `UserError` for the first of `faults`."""
         for fault in self.faults(config):
-            raise UserError(f"{self.folder / TENSORS}: {fault}. The adapter is damaged or of another model.")
+            raise UserError(f"{self.file}: {fault}. The adapter is damaged or of another model.")
 
     def zero_tensors(self, config: PreTrainedConfig) -> list[str]:
         """Names of those that are zero throughout: that training never moved, or that were lost."""
         names = self.method.saved_shapes(config)
-        return [name for name in names if not read_tensor(self.folder / TENSORS, name).any()]
+        return [name for name in names if not read_tensor(self.file, name).any()]
 
     def is_trained(self, config: PreTrainedConfig, zero: list[str]) -> bool:
         """False if it computes what the base does: all that its method starts at zero is among `zero`."""
@@ -178,8 +196,8 @@ def read_adapter(folder: Path) -> SavedAdapter:
     """
     record = read_record(folder)
     method = method_named(record["method"], folder).read_folder(folder, record)
-    if not (folder / TENSORS).is_file():
+    if not tensors_file(folder).is_file():
         other = next((path.name for path in sorted(folder.glob("adapter_model*"))), None)
-        found = f"{other} is there, and only safetensors are opened" if other else "the weights are gone"
+        found = f"{other} is there, and is not read" if other else "the weights are gone"
         raise UserError(f"{folder} has no {TENSORS}: {found}.")
     return SavedAdapter(folder=folder, method=method, record=record)

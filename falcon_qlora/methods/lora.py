@@ -25,8 +25,10 @@ SLICES = ("query", "key", "value")
 _KNOWN = frozenset(
     "peft_type task_type peft_version inference_mode base_model_name_or_path revision r lora_alpha "
     "lora_dropout target_modules use_rslora use_dora init_lora_weights bias "
-    "qalora_group_size megatron_core".split()
+    "qalora_group_size megatron_core auto_mapping".split()
 )
+# Of a pattern that others may have written: what it can cost grows with each.
+_MOST_REPEATS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,7 @@ class Lora(Method):
         label="dropout {}",
         least=0,
         below=1,
+        in_weights=False,
     )
     target_modules: tuple[str, ...] | None = setting(
         None,
@@ -108,12 +111,14 @@ class Lora(Method):
         names = ("r", "lora_alpha", "lora_dropout", "target_modules")
         given: list[Any] = [settings.get(name) for name in names]
         r, alpha, dropout, targets = given
-        are_names = isinstance(targets, list) and all(re.fullmatch(r"\w+", str(each)) for each in targets)
+        if isinstance(targets, str | list):
+            targets = _target_names(targets, folder)
+        are_names = isinstance(targets, list)
         fits = {
             "r": is_count(r, least=1, most=2**16),
             "lora_alpha": is_number(alpha) and 0 < alpha <= 2**20,
             "lora_dropout": dropout is None or (is_number(dropout) and 0 <= dropout < 1),
-            "target_modules": are_names and all(isinstance(each, str) for each in targets) and targets,
+            "target_modules": are_names and targets,
         }
         for name in fits:
             if not fits[name]:
@@ -124,7 +129,7 @@ class Lora(Method):
             raise UserError(f"{file}: r is {r}, which {parts} slices cannot share")
         return cls(
             r=r // parts,
-            alpha=alpha / parts if alpha % parts else alpha // parts,
+            alpha=alpha / parts if alpha % parts else int(alpha // parts),
             dropout=float(dropout or 0),
             # PEFT writes a set: in any order. Slices say of what they are.
             target_modules=None if slices and len(targets) == 1 else tuple(sorted(set(targets))),
@@ -266,6 +271,48 @@ class Lora(Method):
 
     def disabled(self, model: PeftModel) -> AbstractContextManager[None]:
         return model.disable_adapter()
+
+
+def _target_names(spelled: str | list[Any], folder: Path) -> list[str] | None:
+    """The last parts of the names of the linears that an adapter is on.
+
+    PEFT takes for `target_modules` beside those: ``all-linear``, a pattern for whole names, ends of names of
+    several parts. The tensors' own names tell which linears were found by it; every one must be, as PEFT
+    opens no other.
+
+    Args:
+        spelled: as its configuration has it.
+        folder: of the adapter.
+
+    Returns:
+        None if it is no spelling of the linears that it holds tensors of.
+    """
+    if isinstance(spelled, list):
+        if not all(isinstance(each, str) for each in spelled):
+            return None
+        if all(re.fullmatch(r"\w+", each) for each in spelled):
+            return spelled
+    from falcon_qlora.methods.adapter_folder import tensors_file
+    from falcon_qlora.models.tensor_files import stored_tensors
+
+    names = {
+        name.removeprefix("base_model.model.").rpartition(".lora_")[0]
+        for name in stored_tensors(tensors_file(folder))
+    }
+    if isinstance(spelled, list):
+        found = all(name.endswith(tuple(f".{each}" for each in spelled)) or name in spelled for name in names)
+    elif spelled.lower() == "all-linear":
+        found = True
+    else:
+        # Repeats of repeats take for ever on the wrong name.
+        repeats = len(re.findall(r"[*+{]", spelled))
+        if len(spelled) > 1000 or repeats > _MOST_REPEATS or re.search(r"\)[*+{]|\\\d|\(\?\(", spelled):
+            return None
+        try:
+            found = all(re.fullmatch(spelled, name) for name in names)
+        except (re.error, RecursionError, OverflowError):
+            return None
+    return sorted({name.rpartition(".")[2] for name in names}) if found and all(names) else None
 
 
 def _refuse_what_is_not_trained_here(settings: dict[str, Any], source: Path) -> None:

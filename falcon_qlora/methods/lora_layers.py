@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.methods.adapter_folder import TENSORS
+from falcon_qlora.methods.adapter_folder import tensors_file
 from falcon_qlora.methods.interface import remember
 from falcon_qlora.methods.lora import SLICES, Lora
 from falcon_qlora.models.layouts import layout_of
@@ -144,7 +144,7 @@ def merged_weight(method: Lora, weight: Tensor, module: str, folder: Path) -> Te
     if method.use_dora:
         parts["lora_magnitude_vector"] = ""
     for name, end in parts.items():
-        tensor = read_tensor(folder / TENSORS, f"base_model.model.{module}.{name}{end}").float()
+        tensor = read_tensor(tensors_file(folder), f"base_model.model.{module}.{name}{end}").float()
         part = getattr(layer, name)["default"]
         part.weight = nn.Parameter(tensor.to(weight.device), requires_grad=False)
     layer.merge(safe_merge=True)

@@ -95,16 +95,51 @@ def may_open(name: str, what: str, record: dict[str, Any], folder: Path) -> bool
         record: what `folder` says of itself.
         folder: with the trained tensors.
     """
-    from falcon_qlora.models.fingerprint import model_fingerprint, named_folder, tokenizer_fingerprint
+    from falcon_qlora.models.fingerprint import named_folder
 
     path = named_folder(name)
-    if path is None or _lies_within(path, folder):
-        return True
-    base = what == "base model"
-    told = record.get("base_fingerprint" if base else "tokenizer_fingerprint")
-    return isinstance(told, str) and told == (
-        model_fingerprint(name) if base else tokenizer_fingerprint(name)
-    )
+    return path is None or _lies_within(path, folder) or is_as_recorded(name, what, record) is True
+
+
+def is_as_recorded(
+    name: str, what: str, record: dict[str, Any], *, revision: str | None = None
+) -> bool | None:
+    """Whether the model `name` has the content that a record tells; None where either is not known.
+
+    Args:
+        name: of a model.
+        what: ``base model`` or ``tokenizer``.
+        record: of what was trained.
+        revision: of a base model on the hub.
+    """
+    from falcon_qlora.models.fingerprint import is_fingerprint_of, tokenizer_fingerprint
+
+    if what == "base model":
+        return is_fingerprint_of(record.get("base_fingerprint"), name, revision=revision)
+    told, found = record.get("tokenizer_fingerprint"), tokenizer_fingerprint(name)
+    return None if told is None or found is None else told == found
+
+
+def check_is_there(name: str, what: str, record: dict[str, Any], folder: Path, *, say_so: str) -> None:
+    """Refuse the name of a folder that is gone, which on the hub would mean something else.
+
+    Args:
+        name, what, record, folder: as for `may_open`.
+        say_so: how the user names another.
+
+    Raises:
+        UserError: naming the folder.
+    """
+    from falcon_qlora.models.fingerprint import named_folder, tells_of_folder
+    from falcon_qlora.models.locate import packaged_folder
+
+    path = named_folder(name)
+    if path is None and packaged_folder(name) is None:
+        told = record.get("base_fingerprint" if what == "base model" else "tokenizer_fingerprint")
+        path = Path(name) if tells_of_folder(told) else None
+    if path is not None and not path.expanduser().exists():
+        relative = "" if path.is_absolute() else " (a path from the folder in which the run was started)"
+        raise UserError(f"The {what} folder {name}{relative}, recorded in {folder}, is gone; give {say_so}.")
 
 
 def check_may_open(name: str, what: str, record: dict[str, Any], folder: Path, *, say_so: str) -> Path | None:
@@ -122,6 +157,7 @@ def check_may_open(name: str, what: str, record: dict[str, Any], folder: Path, *
     """
     from falcon_qlora.models.fingerprint import named_folder
 
+    check_is_there(name, what, record, folder, say_so=say_so)
     if not may_open(name, what, record, folder):
         raise UserError(
             f"{folder} names {name!r}, a folder of this machine, as its {what}, and does not tell what lies "

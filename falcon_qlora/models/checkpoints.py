@@ -6,8 +6,6 @@ Files are read one tensor at a time and let go again, so that memory stays bound
 from __future__ import annotations
 
 import json
-import pickle
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +31,10 @@ def read_folder_config(folder: Path, *, source: str | None = None) -> PreTrained
     """
     path = folder / "config.json"
     if not path.exists():
+        if any((each / "adapter_config.json").is_file() for each in (folder, folder / "adapter")):
+            raise UserError(
+                f"{folder} holds an adapter, not a model: name it with --adapter, and its base with -m."
+            )
         raise UserError(f"{folder} holds no config.json: it is not a model's folder.")
     raw = read_json(path)
     return read_config(raw, source=source or str(path))
@@ -116,7 +118,7 @@ class FolderCheckpoint:
         wanted = set(dict(model.named_parameters())) - layout.tied
         for name, (path, stored_name) in _places(self.folder, layout).items():
             if name in wanted:
-                yield name, _read(path, stored_name)
+                yield name, read_tensor(path, stored_name)
 
 
 Checkpoint = RandomCheckpoint | FolderCheckpoint
@@ -133,14 +135,14 @@ def parameter_reader(folder: Path, config: PreTrainedConfig) -> Callable[[str], 
     def read(name: str) -> Tensor:
         if name not in places:
             raise UserError(f"{folder} lacks {name}. Is the copy complete?")
-        return _read(*places[name])
+        return read_tensor(*places[name])
 
     return read
 
 
 def _places(folder: Path, layout: Layout) -> dict[str, tuple[Path, str]]:
     """For every parameter its file and its name there, in the files' order."""
-    names = {path: _names_in(path) for path in weight_files(folder)}
+    names = {path: list(stored_tensors(path)) for path in weight_files(folder)}
     stored = {name for inside in names.values() for name in inside}
     places: dict[str, tuple[Path, str]] = {}
     for path, inside in names.items():
@@ -187,27 +189,3 @@ def _files_in_index(index: Path) -> set[Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} is not valid: it has no weight_map.")
     return {file_beside(index, name) for name in weight_map.values()}
-
-
-def _names_in(path: Path) -> list[str]:
-    if path.suffix == ".bin":
-        return [name for name, value in _open_torch_file(path).items() if isinstance(value, Tensor)]
-    return list(stored_tensors(path))
-
-
-def _read(path: Path, name: str) -> Tensor:
-    return _open_torch_file(path)[name] if path.suffix == ".bin" else read_tensor(path, name)
-
-
-def _open_torch_file(path: Path) -> dict[str, Tensor]:
-    # Files from before PyTorch 1.6 cannot be read in part.
-    mapped = zipfile.is_zipfile(path)
-    try:
-        content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(f"{path} holds more than tensors, or is damaged; it was not opened.") from None
-    except (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError) as error:
-        raise UserError(f"{path} is damaged: {error}. Copy or download it again.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a model's tensors.")
-    return content

@@ -5,14 +5,21 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
+
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import sha256
 from falcon_qlora.common.untrusted import read_text
 from falcon_qlora.models.checkpoints import RANDOM, weight_files
 from falcon_qlora.models.locate import packaged_folder
 
-_SAMPLES = 16  # places of a file, evenly spread: weights that were changed anywhere much differ in one
+# Of a file up to the first size every byte counts; of a larger one so many places, evenly spread.
+_WHOLE_BYTES = 2**26
+_SAMPLES = 64
 _SAMPLE_BYTES = 2**14
+# Fingerprints without it are of before: of folders alone, and of 16 places of every file.
+_FORM = "2:"
+_SAMPLES_BEFORE = 16
 
 
 def named_folder(name: str) -> Path | None:
@@ -27,23 +34,63 @@ def named_folder(name: str) -> Path | None:
     return path if is_path else None
 
 
-def model_fingerprint(name: str) -> str | None:
-    """A hash of the configuration and of samples of the weights; None where `name` is no folder of a model.
+def model_fingerprint(name: str, *, revision: str | None = None) -> str | None:
+    """What tells a model's content: a hash of its configuration and its weights, of large files by samples.
 
-    Who does not have the files cannot tell it.
+    A model of random weights is what its name says. Who does not have the files of another cannot tell it.
+
+    Args:
+        name: of a model.
+        revision: of one on the hub, which is looked for in the cache alone.
+
+    Returns:
+        None where its files are not on this machine.
     """
-    folder = named_folder(name)
+    if name.startswith(RANDOM):
+        return f"{_FORM}{hashlib.sha256(name.encode()).hexdigest()}"
+    folder = packaged_folder(name) or named_folder(name)
     if folder is None:
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+        folder = Path(cached).parent if isinstance(cached, str) else None
+    told = None if folder is None else _hash(folder, samples=_SAMPLES, whole_bytes=_WHOLE_BYTES)
+    return None if told is None else f"{_FORM}{told}"
+
+
+def is_fingerprint_of(told: object, name: str, *, revision: str | None = None) -> bool | None:
+    """Whether a record tells the content of the model `name`; None where either is not known."""
+    if not isinstance(told, str):
         return None
+    if told.startswith(_FORM):
+        found = model_fingerprint(name, revision=revision)
+    else:
+        folder = packaged_folder(name) or named_folder(name)
+        found = None if folder is None else _hash(folder, samples=_SAMPLES_BEFORE, whole_bytes=0)
+    return None if found is None else told == found
+
+
+def tells_of_folder(told: object) -> bool:
+    """Whether a record of a model's content can be of nothing but a folder, as those of before are."""
+    return isinstance(told, str) and not told.startswith(_FORM)
+
+
+def shown(told: object) -> str:
+    """A fingerprint for a reader: its first digits."""
+    return str(told).removeprefix(_FORM)[:12]
+
+
+def _hash(folder: Path, *, samples: int, whole_bytes: int) -> str | None:
     digest = hashlib.sha256()
     try:
         digest.update(read_text(folder / "config.json").encode())
         for file in weight_files(folder):
             size = file.stat().st_size
             digest.update(f"{file.name} {size}".encode())
+            if size <= whole_bytes:
+                digest.update(sha256(file).encode())
+                continue
             with file.open("rb") as opened:
-                for sample in range(_SAMPLES):
-                    opened.seek(max(size - _SAMPLE_BYTES, 0) * sample // (_SAMPLES - 1))
+                for sample in range(samples):
+                    opened.seek(max(size - _SAMPLE_BYTES, 0) * sample // (samples - 1))
                     digest.update(opened.read(_SAMPLE_BYTES))
     except (OSError, UserError):
         return None

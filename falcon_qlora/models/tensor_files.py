@@ -1,4 +1,7 @@
-"""Safetensors files a tensor at a time: reading what is there, and writing a model without holding it."""
+"""Files of tensors, one at a time: reading what is there, and writing a model without holding it.
+
+What is written is safetensors; torch files are read too, as what came before them.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import contextlib
 import hashlib
 import json
 import math
+import pickle
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +22,12 @@ from torch import Tensor
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import write_json
 
-_NAME_OF_DTYPE = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+_NAME_OF_DTYPE = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
 _INDEX = "model.safetensors.index.json"
 
 
@@ -34,10 +44,15 @@ def stored_tensors(file: Path) -> dict[str, StoredTensor]:
     """What a file holds, by name; of the data itself nothing is read.
 
     Raises:
-        UserError: if the file is not there, is cut short, or is no safetensors file.
+        UserError: if the file is not there, is cut short, or holds anything else.
     """
     if not file.is_file():
         raise UserError(f"{file} is not there.")
+    if file.suffix == ".bin":
+        return {
+            name: StoredTensor(file, _NAME_OF_DTYPE.get(each.dtype, str(each.dtype)), tuple(each.shape))
+            for name, each in _open_torch_file(file).items()
+        }
     try:
         with safe_open(file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
@@ -55,11 +70,30 @@ def read_tensor(file: Path, name: str) -> Tensor:
     Raises:
         UserError: if the file is damaged.
     """
+    if file.suffix == ".bin":
+        return _open_torch_file(file)[name]
     try:
         with safe_open(file, framework="pt") as opened:
             return opened.get_tensor(name)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{file} is damaged: {error}. Copy or download it again.") from None
+
+
+def _open_torch_file(file: Path) -> dict[str, Tensor]:
+    # Files from before PyTorch 1.6 cannot be read in part.
+    mapped = zipfile.is_zipfile(file)
+    try:
+        content = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{file} holds more than tensors, or is damaged; it was not opened.") from None
+    except (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError) as error:
+        raise UserError(f"{file} is damaged: {error}. Copy or download it again.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds a {type(content).__name__}, not a model's tensors.")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
+            raise UserError(f"{file} holds more than plain tensors ({str(name)[:40]!r}); it was not opened.")
+    return content
 
 
 def tensor_hash(tensor: Tensor) -> str:

@@ -26,6 +26,7 @@ class ModelCard:
         data: What became of the rows: label → count.
         summary: The fields of `summary.json`.
         template: The prompt template of the rows, to be used again when the model is asked.
+        began_from: Folder of the adapter that the training began from, and the SHA-256 of its weights.
     """
 
     base_model: str
@@ -38,6 +39,7 @@ class ModelCard:
     data: Mapping[str, Any] = field(default_factory=dict)
     summary: Mapping[str, Any] = field(default_factory=dict)
     template: str = ""
+    began_from: tuple[str, str] | None = None
 
     def write(self, adapter: Path) -> Path:
         """Write the card into the adapter's folder, in place of PEFT's empty form."""
@@ -85,6 +87,11 @@ class ModelCard:
             f"{self.title} ({self.trains}) of `{self.base_model}`, trained{held} with "
             f"falcon_qlora {VERSION}.\n"
         )
+        if self.began_from is not None:
+            folder, checksum = self.began_from
+            text += (
+                f"\nThe training began from the adapter in `{folder}` (SHA-256 of its weights: {checksum}).\n"
+            )
         if self._base_is_random:
             text += (
                 "\n**The base model's weights are random**: this shows that and how fast the training runs, "

@@ -32,6 +32,8 @@ class Summary:
         predicted_peak_memory_gib: What `peak_memory_gib` was expected to be, on a GPU.
         reduction_shares: Of each process's time in training, what it spent adding up gradients, waiting for
             the slowest included (which has the least), since the run was last started; None of one process.
+        adapter: Folder of the adapter that the run began from, where it did.
+        adapter_sha256: Of that one's weights.
     """
 
     steps: int
@@ -54,3 +56,5 @@ class Summary:
     total_peak_memory_gib: float | None = None
     predicted_peak_memory_gib: float | None = None
     reduction_shares: list[float] | None = None
+    adapter: str | None = None
+    adapter_sha256: str | None = None

@@ -23,8 +23,14 @@ if TYPE_CHECKING:
     from falcon_qlora.training.trainer import FalconTrainer
 
 
-def model_with_adapter(settings: ModelArguments, method: Method, tokenizer: Any, *, seed: int) -> Any:
-    """The replica on this process's device, made trainable by the method, ready for packed documents."""
+def model_with_adapter(
+    settings: ModelArguments, method: Method, tokenizer: Any, *, seed: int, adapter: str | None = None
+) -> Any:
+    """The replica on this process's device, made trainable by the method, ready for packed documents.
+
+    Args:
+        adapter: the folder of one that the method has trained, to begin from; None for a fresh one.
+    """
     from falcon_qlora.models.forward import enable_packing
     from falcon_qlora.models.load import load_model
     from falcon_qlora.models.locate import open_checkpoint
@@ -46,7 +52,10 @@ def model_with_adapter(settings: ModelArguments, method: Method, tokenizer: Any,
             revision=settings.model_revision,
         )
     check_vocabulary(tokenizer, model.config.vocab_size, name=settings.model_name_or_path)
-    trained = method.attach(model, seed=seed)
+    if adapter is None:
+        trained = method.attach(model, seed=seed)
+    else:
+        trained = method.open(model, Path(adapter), trainable=True)
     enable_packing(trained)
     return trained
 

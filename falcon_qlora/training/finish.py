@@ -42,6 +42,7 @@ def finish(
     describe_adapter: Callable[[Path, dict[str, Any]], None],
     title: str,
     predicted_gib: float | None,
+    began_from: dict[str, str | None],
 ) -> None:
     """Prove that the replicas agree, write the adapter and the summary, and say what was written.
 
@@ -49,6 +50,7 @@ def finish(
         describe_adapter: completes an adapter's folder, given the summary.
         title: of the picture of losses.
         predicted_gib: what a process's peak memory was to be; None on the CPU.
+        began_from: those fields of the summary.
 
     Raises:
         UserError: if the replicas differ, if nothing was trained, if the adapter cannot be written, or if as
@@ -93,6 +95,7 @@ def finish(
         samples=plan.documents_until(trainer.state.global_step) if plan is not None else None,
         predicted_peak_memory_gib=predicted_gib,
         reduction_shares=reductions if len(reductions) > 1 else None,
+        **began_from,
         **counts(model),
     )
     figures = asdict(summary)

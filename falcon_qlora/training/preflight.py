@@ -18,7 +18,7 @@ from falcon_qlora.run_folder import choose as folders
 from falcon_qlora.run_folder import tracking
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.run_folder.lock import RunLock
-from falcon_qlora.training import resume
+from falcon_qlora.training import base, resume, start_adapter
 
 if TYPE_CHECKING:
     from falcon_qlora.methods.interface import Method
@@ -60,7 +60,8 @@ class Start:
 def check(configuration: Configuration, lock: RunLock) -> Start:
     """Find the folder, the checkpoint to go on from and the base model, and refuse what cannot be.
 
-    Of a run that goes on the configuration takes over the size of a step.
+    Of a run that goes on the configuration takes over the size of a step; of an adapter that it begins from
+    the method and the base.
 
     Args:
         lock: taken by the main process on the run's folder.
@@ -68,7 +69,12 @@ def check(configuration: Configuration, lock: RunLock) -> Start:
     Raises:
         UserError: for what the user can mend.
     """
-    run, model, method = configuration.run, configuration.model, configuration.method
+    run, model = configuration.run, configuration.model
+    if run.resume:
+        start_adapter.name_alike(configuration)
+    else:
+        start_adapter.adopt(configuration)
+    method = configuration.method
 
     def choose(make: bool) -> str:
         path = folders.choose(
@@ -88,6 +94,7 @@ def check(configuration: Configuration, lock: RunLock) -> Start:
     checkpoint = resume.checkpoint_to_resume(found, resume=run.resume, overwrite=run.overwrite)
     if checkpoint is not None:
         resume.adopt(configuration, checkpoint)
+    base.check_recorded_folders(model, checkpoint)
     trackers = tracking.choose(run.report_to)
     _check_model(model, method, sharding=run.sharding)
     return Start(found, checkpoint, trackers, choose)

@@ -14,7 +14,7 @@ from falcon_qlora.data.templates import template_fingerprint
 from falcon_qlora.methods.adapter_folder import write_record
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.fast_path import described
-from falcon_qlora.models.fingerprint import model_fingerprint, tokenizer_fingerprint
+from falcon_qlora.models.fingerprint import tokenizer_fingerprint
 from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.quantize import is_quantized_linear
 from falcon_qlora.models.sharded import whole_shape
@@ -117,6 +117,7 @@ def start_rows(
             "training",
             joined(
                 method_of(model).describe(),
+                run.adapter and f"begun from {run.adapter}",
                 f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2f}%)",
             ),
         ),
@@ -154,15 +155,26 @@ def start_rows(
 
 
 def describe_adapter(
-    configuration: Configuration, data: TrainingData, folder: Path, summary: dict[str, Any] | None = None
+    configuration: Configuration,
+    data: TrainingData,
+    base_fingerprint: str | None,
+    folder: Path,
+    summary: dict[str, Any] | None = None,
 ) -> None:
-    """Complete an adapter's folder: its model card, and what `generate` must know to open and ask it."""
+    """Complete an adapter's folder: its model card, and what `generate` must know to open and ask it.
+
+    Args:
+        base_fingerprint: from `check_base`.
+        folder: with what was trained.
+        summary: of the run, once it is done.
+    """
     settings, rows, method = configuration.model, configuration.data, configuration.method
+    run = configuration.run
     write_record(
         folder,
         {
             "base_model": settings.model_name_or_path,
-            "base_fingerprint": model_fingerprint(settings.model_name_or_path),
+            "base_fingerprint": base_fingerprint,
             "quantize_mode": settings.quantize_mode,
             "double_quantization": settings.double_quantization,
             "tokenizer": settings.tokenizer_name_or_path,
@@ -174,6 +186,8 @@ def describe_adapter(
             "dataset_format": data.dataset_format,
             "method": method.name,
             **method.flags(),
+            "began_from": run.adapter,
+            "began_from_sha256": run.adapter_sha256,
         },
     )
     resolved = configuration.resolved()
@@ -192,6 +206,7 @@ def describe_adapter(
         data={name: value for name, value in data.record.items() if isinstance(value, int)},
         summary=summary or {},
         template=data.template,
+        began_from=(run.adapter, run.adapter_sha256 or "") if run.adapter else None,
     ).write(folder)
 
 

@@ -15,8 +15,11 @@ from falcon_qlora.common.settings import settings_of
 from falcon_qlora.common.untrusted import is_count, refuse_links
 from falcon_qlora.config import Configuration
 from falcon_qlora.config.arguments import DataArguments
+from falcon_qlora.config.paths import settings_of_run, with_absolute_paths
 from falcon_qlora.config.trainer_arguments import TrainerArguments
 from falcon_qlora.data.stream import changed_source
+from falcon_qlora.methods.adapter_folder import RECORD, read_record
+from falcon_qlora.methods.open_adapter import is_as_recorded
 from falcon_qlora.processes import agreement, ranks
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal.console import note
@@ -25,8 +28,8 @@ from falcon_qlora.training.rows import TrainingData, global_batch
 
 # A run that goes on with another value of one of these is another run.
 _DECISIVE = (
-    "model_name_or_path model_revision quantize_mode double_quantization norms_in_float32 llm_int8_threshold "
-    "compute_dtype "
+    "adapter adapter_sha256 model_name_or_path model_revision quantize_mode double_quantization "
+    "norms_in_float32 llm_int8_threshold compute_dtype "
     "tokenizer_name_or_path template train_on append_end_token max_length overlong packing padding streaming "
     "train_sampling_strategy method optim optim_args learning_rate lr_scheduler_type lr_scheduler_kwargs "
     "warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm neftune_noise_alpha seed"
@@ -166,9 +169,11 @@ def _refuse_other_drawing(data: DataArguments, *, noise: bool) -> None:
 
 def _compare_settings(configuration: Configuration, checkpoint: Path, record: dict[str, Any]) -> None:
     run = RunDirectory(checkpoint.parent.parent)
-    before = run.read_config() if run.config_file.exists() else {}
+    before = settings_of_run(run.read_config(), run.path) if run.config_file.exists() else {}
     if not before:
         return
+    # A release that did not know of adapters to begin from began from none.
+    before = {"adapter": None, "adapter_sha256": None} | with_absolute_paths(before)
     batch = _batch_of(before, record["processes"])
     if batch not in (None, record["global_batch"]):
         raise _not_what_training_wrote(checkpoint, "global_batch", record["global_batch"])
@@ -188,12 +193,23 @@ def _compare_settings(configuration: Configuration, checkpoint: Path, record: di
         was, is_now = (settings.get(name, defaults.get(name)) for settings in (before, now))
         if was == is_now:
             continue
+        if _has_only_moved(name, is_now, checkpoint):
+            note(f"{name} was {was} and is {is_now} now: the content is the same")
+            continue
         if name not in _MAY_CHANGE:
             raise UserError(
                 f"--resume: {name} was {was} in the run that goes on and is {is_now} now, which would make "
                 "it another run. Leave it as it was, or start a new run"
             )
         note(f"{name} was {was} and is {is_now} now: {_MAY_CHANGE[name]}")
+
+
+def _has_only_moved(name: str, is_now: Any, checkpoint: Path) -> bool:
+    """Whether a base or a tokenizer is what it was, in another place."""
+    what = {"model_name_or_path": "base model", "tokenizer_name_or_path": "tokenizer"}.get(name)
+    if what is None or is_now is None or not (checkpoint / RECORD).is_file():
+        return False
+    return is_as_recorded(is_now, what, read_record(checkpoint)) is True
 
 
 def _batch_of(settings: dict[str, Any], processes: int) -> Any:

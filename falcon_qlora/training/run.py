@@ -37,18 +37,21 @@ def _train(configuration: Configuration, lock: RunLock) -> Path:
     from falcon_qlora.terminal import console
     from falcon_qlora.training import build, finish, preflight, record, resume, rows
     from falcon_qlora.training.activations import choose_activations, warm_up
+    from falcon_qlora.training.base import check_base
     from falcon_qlora.training.disk import check_disk
     from falcon_qlora.training.sharding import shard_if_wanted
 
     base, run, training = configuration.model, configuration.run, configuration.training
-    max_length, method = configuration.data.max_length, configuration.method
     start = preflight.check(configuration, lock)
+    max_length, method = configuration.data.max_length, configuration.method
+    begin_from = run.adapter if start.checkpoint is None else None
 
     tokenizer = rows.load_tokenizer(base)
     data = rows.training_data(configuration.data, run, tokenizer, together=method.is_whole)
     resume.check_data(data, start.checkpoint)
 
-    model = build.model_with_adapter(base, method, tokenizer, seed=run.seed)
+    fingerprint = check_base(base, checkpoint=start.checkpoint, adapter=begin_from)
+    model = build.model_with_adapter(base, method, tokenizer, seed=run.seed, adapter=begin_from)
     kernels = choose_kernels(model, kernels=base.kernels, compute_dtype=base.compute_dtype)
     notes = shard_if_wanted(configuration, model)
     activations = choose_activations(
@@ -64,7 +67,7 @@ def _train(configuration: Configuration, lock: RunLock) -> Path:
         steps=data.total_steps,
     )
     agreement.wait_for_all()  # nothing is written before every process has come so far
-    describe_adapter = functools.partial(record.describe_adapter, configuration, data)
+    describe_adapter = functools.partial(record.describe_adapter, configuration, data, fingerprint)
     with start.run_folder() as directory:
         trainer = build.build_trainer(
             training,
@@ -110,6 +113,7 @@ def _train(configuration: Configuration, lock: RunLock) -> Path:
             describe_adapter=describe_adapter,
             title=base.model_name_or_path,
             predicted_gib=activations.predicted_gib,
+            began_from={"adapter": run.adapter, "adapter_sha256": run.adapter_sha256},
         )
     except Stopped as stopped:
         resumable = not trainer.args.save_only_model

@@ -396,9 +396,13 @@ class Extra:
 def test_a_commands_own_flags(tmp_path: Path) -> None:
     configuration = config.parse(["--adapter", "a", "-m", "tiny"], extra_arguments=Extra)
     assert configuration.extra == Extra(adapter="a", temperature=0.7)
-    assert "adapter" not in configuration.resolved()
+    # A shared setting of the same name is another: what a run began with.
+    assert configuration.resolved()["adapter"] is None
     file = write(tmp_path / "c.yaml", adapter="a")
-    with pytest.raises(UserError, match="only be given as the flag --adapter"):
+    assert config.parse(["--config", file], extra_arguments=Extra).extra.adapter is None
+    assert config.parse(["--config", file]).run.adapter == "a"
+    file = write(tmp_path / "d.yaml", temperature=0.5)
+    with pytest.raises(UserError, match="only be given as the flag --temperature"):
         config.parse(["--config", file], extra_arguments=Extra)
     with pytest.raises(UserError, match="did you mean --adapter"):
         config.parse(["--adaptr", "a"], extra_arguments=Extra)

@@ -91,12 +91,17 @@ class TestCraftedAdapters:
         ("changes", "told"),
         [
             ({"peft_type": "PREFIX_TUNING"}, "only LORA"),
-            ({"auto_mapping": {"base_model_class": "X", "parent_library": "os"}}, "auto_mapping is set"),
             ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "megatron_config is set"),
             ({"modules_to_save": ["lm_head"]}, "modules_to_save is set"),
             ({"layer_replication": [[0, 10**9]]}, "layer_replication is set"),
             ({"rank_pattern": {"(a+)+$": 10**6}}, "rank_pattern is set"),
             ({"target_modules": "(a+)+$"}, "target_modules is"),
+            ({"target_modules": ".*.*.*.*.*.*x"}, "target_modules is"),  # in a time that grows with each
+            ({"target_modules": r"(.*)\1\1"}, "target_modules is"),
+            ({"target_modules": "("}, "target_modules is"),
+            ({"target_modules": [".*"]}, "target_modules is"),
+            ({"target_modules": [["dense"]]}, "target_modules is"),
+            ({"target_modules": r".*\.0\..*"}, "target_modules is"),  # which PEFT would open in part
             ({"target_modules": ["../../etc"]}, "target_modules is"),
             ({"exclude_modules": "(x+)+$"}, "exclude_modules is set"),
             ({"init_lora_weights": "pissa"}, "would change the base model"),
@@ -159,11 +164,35 @@ class TestCraftedAdapters:
         with pytest.raises(UserError, match=told):
             open_everything(folder / "adapter")
 
+    def test_modules_that_would_be_imported_by_name_are_not(self, folder, monkeypatch):
+        (Path("evil_module.py")).write_text("raise SystemExit('imported')")
+        monkeypatch.syspath_prepend(".")
+        mapping = {"base_model_class": "X", "parent_library": "evil_module"}
+        change_json(folder / "adapter" / SETTINGS, auto_mapping=mapping)
+        open_everything(folder / "adapter")
+
     @pytest.mark.parametrize("name", ["adapter", "adapter_v2"])
-    def test_pickled_weights_are_not_opened(self, folder, name):
+    @pytest.mark.parametrize(
+        ("change", "told"),
+        [
+            (lambda good: {"a": Bomb()}, "holds more than tensors"),
+            (lambda good: good | {"a": [1]}, "holds more than plain tensors"),
+            (lambda good: good | {1: torch.zeros(1)}, "holds more than plain tensors"),
+            (lambda good: list(good), "holds a list"),
+            (lambda good: good | {"a": torch.zeros(1).expand(2**40)}, "a belongs to no part"),
+            (lambda good: {key: each.expand(2**40, *each.shape) for key, each in good.items()}, "shape"),
+            (lambda good: {key: each.to_sparse() for key, each in good.items()}, "plain tensors"),
+            (lambda good: {key: each * float("nan") for key, each in good.items()}, "not finite"),
+        ],
+    )
+    def test_torch_files(self, folder, name, change, told):
+        good = load_file(folder / name / WEIGHTS)
         (folder / name / WEIGHTS).unlink()
-        torch.save({"a": Bomb()}, folder / name / "adapter_model.bin")
-        with pytest.raises(UserError, match=r"adapter_model\.bin is there, and only safetensors are opened"):
+        torch.save(change(good), folder / name / "adapter_model.bin")
+        with pytest.raises(UserError, match=told):
+            load_adapter(folder / name, base_model=tiny_model("falcon-7b"))
+        (folder / name / "adapter_model.bin").write_bytes(b"PK\3\4" + bytes(100))
+        with pytest.raises(UserError, match="damaged"):
             load_adapter(folder / name, base_model=tiny_model("falcon-7b"))
 
     @pytest.mark.parametrize("name", ["adapter", "adapter_v2"])
@@ -216,7 +245,11 @@ class TestCraftedAdapters:
         words = command.split()
         assert cli.main([words[0], "--adapter", str(folder / "adapter"), *words[1:]]) == 2
         said = capsys.readouterr().err
-        assert f"{name!r}, a folder of this machine, as its base model" in said
+        if name in ("/etc", "mine"):
+            assert f"{name}', a folder of this machine, as its base model" in said
+        else:
+            assert f"The base model folder {name}" in said
+            assert "is gone" in said
         assert "--model_name_or_path FOLDER" in said
 
     @pytest.mark.parametrize(

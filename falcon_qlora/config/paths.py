@@ -1,0 +1,43 @@
+"""Settings that name files and folders, made to mean the same from anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from falcon_qlora.common.recorded_paths import absolute_name, started_in
+
+_MODELS = ("model_name_or_path", "tokenizer_name_or_path")
+_OTHERS = ("adapter", "template", "dataset_name", "eval_split", "cache_dir")
+
+
+def with_absolute_paths(settings: Mapping[str, Any], root: Path | None = None) -> dict[str, Any]:
+    """These settings with every name of a file or folder that is there as its absolute path.
+
+    Args:
+        settings: by name.
+        root: what relative paths are relative to; None for the current folder.
+    """
+    found = dict(settings)
+    for setting in (*_MODELS, *_OTHERS):
+        value = found.get(setting)
+        if isinstance(value, list):
+            found[setting] = [_absolute(setting, each, root) for each in value]
+        elif value is not None:
+            found[setting] = _absolute(setting, value, root)
+    return found
+
+
+def settings_of_run(settings: Mapping[str, Any], run: Path) -> dict[str, Any]:
+    """The recorded settings of a run; of before they have paths relative to where the run was started."""
+    root = started_in(run)
+    return dict(settings) if root is None else with_absolute_paths(settings, root)
+
+
+def _absolute(setting: str, name: Any, root: Path | None) -> Any:
+    # Names that mean no path whatever lies here.
+    of_package = setting in _MODELS and (name == "tiny" or str(name).startswith("random:"))
+    if of_package or (setting == "template" and not str(name).endswith(".jinja")):
+        return name
+    return absolute_name(name, root) if isinstance(name, str) else name

@@ -1,0 +1,68 @@
+"""Whether the base is the one on which what a run goes on with, or begins from, was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.config import ModelArguments
+from falcon_qlora.inference.which_base import base_note, differs
+from falcon_qlora.methods.adapter_folder import RECORD, read_record
+from falcon_qlora.methods.open_adapter import check_is_there
+from falcon_qlora.models.fingerprint import model_fingerprint
+from falcon_qlora.models.locate import open_checkpoint
+from falcon_qlora.processes import agreement
+from falcon_qlora.terminal.console import note
+
+
+def check_recorded_folders(settings: ModelArguments, checkpoint: str | None) -> None:
+    """Refuse to go on with a run whose base or tokenizer is a folder that is gone.
+
+    Raises:
+        UserError: naming the folder, and how to name where it lies now.
+    """
+    if checkpoint is None or not (Path(checkpoint) / RECORD).is_file():
+        return
+    folder = Path(checkpoint)
+    record = read_record(folder)
+    check_is_there(settings.model_name_or_path, "base model", record, folder, say_so="-m FOLDER")
+    tokenizer, say_so = settings.tokenizer_name_or_path, "--tokenizer_name_or_path FOLDER"
+    if tokenizer is not None:
+        check_is_there(tokenizer, "tokenizer", record, folder, say_so=say_so)
+
+
+def check_base(settings: ModelArguments, *, checkpoint: str | None, adapter: str | None) -> str | None:
+    """Refuse another base than that of the checkpoint or the adapter; how it is quantized is not compared.
+
+    What is missing of the base is downloaded.
+
+    Returns:
+        What tells the base's content, for records; None where nothing does.
+
+    Raises:
+        UserError: if it is another, by its content.
+    """
+    name, revision = settings.model_name_or_path, settings.model_revision
+
+    def look() -> str | None:
+        open_checkpoint(name, revision=revision)
+        trained = checkpoint or adapter
+        if trained is not None and (checkpoint is None or (Path(trained) / RECORD).is_file()):
+            _compare(Path(trained), settings, goes_on=checkpoint is not None)
+        return model_fingerprint(name, revision=revision)
+
+    return agreement.from_main_process(look)
+
+
+def _compare(folder: Path, settings: ModelArguments, *, goes_on: bool) -> None:
+    record = read_record(folder)
+    name, revision = settings.model_name_or_path, settings.model_revision
+    if differs(record, name, revision=revision):
+        told = base_note(record, folder, name, revision=revision)
+        if goes_on:
+            raise UserError(f"--resume: {told}. Bring the old base back, or start a new run")
+        raise UserError(f"--adapter: {told}. Give its own base with -m, or train a new adapter")
+    if not goes_on:
+        told = base_note(record, folder, name, revision=revision)
+        if told is not None:
+            note(told)

@@ -1,0 +1,133 @@
+"""Beginning a new run from a trained adapter: what is taken over from it, and what must be as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.files import sha256
+from falcon_qlora.common.fp8 import fp8_excludes
+from falcon_qlora.common.settings import Setting, settings_of
+from falcon_qlora.config import Configuration, ModelArguments
+from falcon_qlora.inference.base_and_adapter import adapter_folder
+from falcon_qlora.methods.adapter_folder import read_adapter, read_record
+from falcon_qlora.methods.interface import Method
+from falcon_qlora.methods.open_adapter import check_may_open
+from falcon_qlora.methods.table import is_whole
+from falcon_qlora.models.locate import find_config
+from falcon_qlora.processes import agreement
+from falcon_qlora.terminal.console import note
+
+# How the base was held is taken over where nothing else is asked for: it may differ.
+_OF_BASE = {
+    "model_name_or_path": "base_model",
+    "tokenizer_name_or_path": "tokenizer",
+    "quantize_mode": "quantize_mode",
+    "double_quantization": "double_quantization",
+}
+
+
+def adopt(configuration: Configuration) -> None:
+    """Take over the method, its settings and the base of the adapter that the configuration names, if any.
+
+    What a recipe says of them gives way; what a flag or a file says must be the same.
+
+    Raises:
+        UserError: if there is no such adapter, it is damaged or not the one that is meant, its base cannot be
+            found, or a setting contradicts it.
+    """
+    run = configuration.run
+    if run.adapter is None:
+        return
+    folder = adapter_folder(run.adapter)
+    record = read_record(folder)
+    if is_whole(record):
+        raise UserError(f"--adapter {folder} holds a whole model: train on from it with -m {folder}")
+    saved, named = read_adapter(folder), configuration.explicit.keys()
+    found = sha256(saved.file)
+    if run.adapter_sha256 not in (None, found):
+        raise UserError(
+            f"--adapter {folder}: its weights are not those that were meant: their SHA-256 is {found}, not "
+            f"{run.adapter_sha256}. Bring the old ones back, or leave --adapter_sha256 out"
+        )
+    settings = {each.name: each for each in settings_of(ModelArguments)}
+    for name, recorded in _OF_BASE.items():
+        if name not in named:
+            value = record.get(recorded)
+            if value is None and name == "model_name_or_path":
+                raise UserError(f"--adapter {folder} names no base model. Name it with -m.")
+            if value is not None:  # an adapter of others says nothing of its base but the name
+                setattr(configuration.model, name, settings[name].read(value, f"{folder}: {recorded}"))
+    base = configuration.model
+
+    def find() -> Any:
+        for flag, what in (("model_name_or_path", "base model"), ("tokenizer_name_or_path", "tokenizer")):
+            name = getattr(base, flag)
+            path = None
+            if flag not in named and name:
+                path = check_may_open(name, what, record, folder, say_so=f"--{flag} FOLDER")
+            if path is not None:
+                note(f"the {what} is {path}, which {folder} names")
+        return find_config(base.model_name_or_path, revision=base.model_revision)
+
+    config = agreement.from_main_process(find)
+    configuration.method = _method(configuration, saved.method, folder, config)
+    saved.check(config)
+    run.adapter, run.adapter_sha256 = str(folder.absolute()), found
+
+
+def name_alike(configuration: Configuration) -> None:
+    """Name the adapter that a run began with as its record does; of a run that goes on it is not read."""
+    run = configuration.run
+    if run.adapter is not None and Path(run.adapter).is_dir():
+        run.adapter = str(adapter_folder(run.adapter).absolute())
+
+
+def _method(configuration: Configuration, trained: Method, folder: Path, config: Any) -> Method:
+    """The method of an adapter, with what may differ as the configuration has it."""
+    asked, explicit = configuration.method, configuration.explicit
+    named = {name for name, origin in explicit.items() if not origin.startswith("recipe ")}
+    if "method" in named and asked.name != trained.name:
+        raise _contradiction("method", explicit["method"], asked.name, folder, trained.name)
+    kept: dict[str, Any] = {}
+    has = {each.name: each for each in settings_of(type(trained))}
+    for each in settings_of(type(asked)):
+        if each.name not in named:
+            continue
+        value = getattr(asked, each.field)
+        if each.name not in has:
+            raise UserError(
+                f"--{each.name} does nothing with {trained.title}, which {folder} was trained with"
+            )
+        if not each.in_weights:
+            kept[each.field] = value
+        elif not _is_same(each, value, trained, config):
+            was = getattr(trained, each.field)
+            raise _contradiction(each.name, explicit[each.name], value, folder, was)
+    method = dataclasses.replace(trained, **kept)
+    if configuration.model.compute_dtype == "fp8":
+        excluded = fp8_excludes(kernels=configuration.model.kernels, **method.fp8_facts())
+        if excluded is not None:
+            raise UserError(f"--compute_dtype fp8: {excluded}")
+    return method
+
+
+def _is_same(setting: Setting, value: Any, trained: Method, config: Any) -> bool:
+    if value == getattr(trained, setting.field):
+        return True
+    if not setting.is_list:
+        return False
+    # The same linears have several spellings: what counts is what is trained.
+    asked = dataclasses.replace(trained, **{setting.field: value})
+    return asked.saved_shapes(config) == trained.saved_shapes(config)
+
+
+def _contradiction(name: str, origin: str, value: Any, folder: Path, was: Any) -> UserError:
+    where = f"--{name}" if origin == "flag" else f"{name} in {origin}"
+    shown, had = (", ".join(each) if isinstance(each, tuple) else each for each in (value, was))
+    return UserError(
+        f"{where} is {shown}, but the adapter in {folder} has {had}: leave it out, or train a new adapter "
+        "without --adapter"
+    )
