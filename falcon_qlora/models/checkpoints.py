@@ -30,14 +30,24 @@ def read_folder_config(folder: Path, *, source: str | None = None) -> PreTrained
         UserError: if there is none, it is not JSON, or the model is of no known layout.
     """
     path = folder / "config.json"
+    refuse_adapter(folder)
     if not path.exists():
-        if any((each / "adapter_config.json").is_file() for each in (folder, folder / "adapter")):
-            raise UserError(
-                f"{folder} holds an adapter, not a model: name it with --adapter, and its base with -m."
-            )
         raise UserError(f"{folder} holds no config.json: it is not a model's folder.")
     raw = read_json(path)
     return read_config(raw, source=source or str(path))
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Say of a folder that was named as a model that an adapter lies there, or the run of one.
+
+    Raises:
+        UserError: if so.
+    """
+    is_one = any((each / "adapter_config.json").is_file() for each in (folder, folder / "adapter"))
+    if is_one and not (folder / "config.json").exists():
+        raise UserError(
+            f"{folder} holds an adapter, not a model: name it with --adapter, and its base with -m."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

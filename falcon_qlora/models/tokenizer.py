@@ -8,7 +8,7 @@ from typing import Any
 
 from falcon_qlora.common.errors import UserError, first_line
 from falcon_qlora.common.untrusted import read_json, read_text
-from falcon_qlora.models.checkpoints import RANDOM
+from falcon_qlora.models.checkpoints import RANDOM, refuse_adapter
 from falcon_qlora.models.layouts import PRESETS, layout_of_preset
 from falcon_qlora.models.locate import is_on_hub, packaged_folder
 
@@ -79,7 +79,10 @@ def find_tokenizer(
         from falcon_qlora.models.hub import fetch_tokenizer
 
         return fetch_tokenizer(name, revision=revision if tokenizer_name_or_path is None else None)
-    return packaged_folder(name) or Path(name).expanduser()
+    folder = packaged_folder(name) or Path(name).expanduser()
+    if tokenizer_name_or_path is None:
+        refuse_adapter(folder)  # whose own tokenizer hides that no model is there
+    return folder
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
