@@ -10,6 +10,7 @@ from typing import Any
 from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.files import plain
 from falcon_qlora.config import Configuration, as_words, to_be_written
+from falcon_qlora.config.paths import settings_of_run
 from falcon_qlora.methods import table as methods
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.training import sharding
@@ -118,7 +119,7 @@ def read_alike(run: Path, configuration: Configuration) -> bool:
     directory = RunDirectory(run)
     if not directory.config_file.exists():
         return False
-    before, now = directory.read_config(), plain(configuration.resolved())
+    before, now = settings_of_run(directory.read_config(), run), plain(configuration.resolved())
     # Runs of before wrote down the settings of all methods.
     for flag in methods.method_settings().keys() - configuration.method.flags().keys():
         before.pop(flag, None)

@@ -114,6 +114,8 @@ class Configuration:
             del record["gradient_accumulation_steps"]
         if self.run.recipe not in recipe_names():
             del record["recipe"]
+        if self.run.adapter is None:
+            del record["adapter"], record["adapter_sha256"]
         return to_be_written({name: value for name, value in record.items() if name not in _NOT_RECORDED})
 
 

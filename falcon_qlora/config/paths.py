@@ -32,7 +32,7 @@ def with_absolute_paths(settings: Mapping[str, Any], root: Path | None = None) -
 def settings_of_run(settings: Mapping[str, Any], run: Path) -> dict[str, Any]:
     """The recorded settings of a run; of before they have paths relative to where the run was started."""
     root = started_in(run)
-    return dict(settings) if root is None else with_absolute_paths(settings, root)
+    return with_absolute_paths(settings if root is None else with_absolute_paths(settings, root))
 
 
 def _absolute(setting: str, name: Any, root: Path | None) -> Any:

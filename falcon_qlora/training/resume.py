@@ -15,7 +15,7 @@ from falcon_qlora.common.settings import settings_of
 from falcon_qlora.common.untrusted import is_count, refuse_links
 from falcon_qlora.config import Configuration
 from falcon_qlora.config.arguments import DataArguments
-from falcon_qlora.config.paths import settings_of_run, with_absolute_paths
+from falcon_qlora.config.paths import settings_of_run
 from falcon_qlora.config.trainer_arguments import TrainerArguments
 from falcon_qlora.data.stream import changed_source
 from falcon_qlora.methods.adapter_folder import RECORD, read_record
@@ -172,8 +172,6 @@ def _compare_settings(configuration: Configuration, checkpoint: Path, record: di
     before = settings_of_run(run.read_config(), run.path) if run.config_file.exists() else {}
     if not before:
         return
-    # A release that did not know of adapters to begin from began from none.
-    before = {"adapter": None, "adapter_sha256": None} | with_absolute_paths(before)
     batch = _batch_of(before, record["processes"])
     if batch not in (None, record["global_batch"]):
         raise _not_what_training_wrote(checkpoint, "global_batch", record["global_batch"])
@@ -181,7 +179,9 @@ def _compare_settings(configuration: Configuration, checkpoint: Path, record: di
         configuration
     ):
         sharding.take_optimizer(configuration)
-    now = plain(configuration.resolved())
+    # Where a run began from no adapter, nothing of one is written down.
+    from_none: dict[str, Any] = {"adapter": None, "adapter_sha256": None}
+    before, now = from_none | before, from_none | plain(configuration.resolved())
     defaults = {setting.name: setting.default for setting in settings_of(TrainerArguments)}
     of_streams = _DECISIVE_FOR_STREAMS if configuration.data.streaming else ()
     of_method = [each.name for each in settings_of(type(configuration.method)) if each.decisive]
