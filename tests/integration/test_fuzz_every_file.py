@@ -65,6 +65,7 @@ READERS = {
     "run_folder/directory.py": folders.test_readers,
     "run_folder/choose.py": None,
     "run_folder/lock.py": test_fuzz_inputs.test_what_a_lock_tells_of_its_holder,
+    "common/recorded_paths.py": folders.test_readers,
     "common/untrusted.py": test_untrusted.test_no_model_makes_the_loader_crash,
     "common/settings.py": None,
     "commands/train.py": None,

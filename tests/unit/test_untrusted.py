@@ -358,8 +358,23 @@ def fuzzed(draw: Any, folder: Path, *, named_by_user: bool = False) -> Path:
 @fuzz(60)
 @given(data=st.data(), name=st.sampled_from(["adapter", "adapter_v2"]))
 def test_no_adapter_makes_the_reader_crash(good, scratch, data, name):
-    adapter = fuzzed(data.draw, fresh_copy(good / name, scratch))
+    refused_or_opened(fuzzed(data.draw, fresh_copy(good / name, scratch)))
 
+
+@fuzz(20)
+@given(data=st.data())
+def test_no_torch_file_of_an_adapter_makes_the_reader_crash(good, scratch, data):
+    adapter = fresh_copy(good / "adapter", scratch)
+    file = adapter / "adapter_model.pt"  # whose kind `change` knows
+    torch.save(load_file(adapter / WEIGHTS), file)
+    (adapter / WEIGHTS).unlink()
+    change(data.draw, file, named_by_user=False)
+    if file.exists():
+        file.rename(file.with_suffix(".bin"))
+    refused_or_opened(adapter)
+
+
+def refused_or_opened(adapter: Path) -> None:
     def check() -> bool:
         saved = read_adapter(adapter)
         saved.check(tiny_model("falcon-7b").config)
