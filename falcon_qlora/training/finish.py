@@ -42,7 +42,7 @@ def finish(
     describe_adapter: Callable[[Path, dict[str, Any]], None],
     title: str,
     predicted_gib: float | None,
-    began_from: dict[str, str | None],
+    began_from: tuple[str | None, str | None],
 ) -> None:
     """Prove that the replicas agree, write the adapter and the summary, and say what was written.
 
@@ -50,7 +50,7 @@ def finish(
         describe_adapter: completes an adapter's folder, given the summary.
         title: of the picture of losses.
         predicted_gib: what a process's peak memory was to be; None on the CPU.
-        began_from: those fields of the summary.
+        began_from: folder of an adapter and the SHA-256 of its weights, if the run began from one.
 
     Raises:
         UserError: if the replicas differ, if nothing was trained, if the adapter cannot be written, or if as
@@ -95,7 +95,8 @@ def finish(
         samples=plan.documents_until(trainer.state.global_step) if plan is not None else None,
         predicted_peak_memory_gib=predicted_gib,
         reduction_shares=reductions if len(reductions) > 1 else None,
-        **began_from,
+        adapter=began_from[0],
+        adapter_sha256=began_from[1],
         **counts(model),
     )
     figures = asdict(summary)

@@ -113,7 +113,7 @@ def _train(configuration: Configuration, lock: RunLock) -> Path:
             describe_adapter=describe_adapter,
             title=base.model_name_or_path,
             predicted_gib=activations.predicted_gib,
-            began_from={"adapter": run.adapter, "adapter_sha256": run.adapter_sha256},
+            began_from=(run.adapter, run.adapter_sha256),
         )
     except Stopped as stopped:
         resumable = not trainer.args.save_only_model
