@@ -40,7 +40,7 @@ def without_format(record: Mapping[str, Any], what: str, newest: int = 1) -> dic
     return {name: value for name, value in record.items() if name != "format"}
 
 
-def settings_of_run(record: Mapping[str, Any], what: str) -> dict[str, Any]:
+def settings_as_now(record: Mapping[str, Any], what: str) -> dict[str, Any]:
     """A run's recorded settings, without the number of their form, as they are to be given now.
 
     Raises:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from falcon_qlora.common.errors import UserError, nearest
-from falcon_qlora.common.record_files import is_record, settings_of_run
+from falcon_qlora.common.record_files import is_record, settings_as_now
 from falcon_qlora.common.settings import settings_of
 from falcon_qlora.common.untrusted import YAML_LIMIT_BYTES, parse_yaml, read_text
 from falcon_qlora.config.arguments import our_settings
@@ -147,7 +147,7 @@ class FalconParser(argparse.ArgumentParser):
             raise UserError(f"there is no file {path}")
         content = parse_yaml(read_text(file, limit_bytes=YAML_LIMIT_BYTES, may_be_pipe=True), origin)
         if isinstance(content.get("format"), int) or is_record(file):  # a run's; else an unknown key
-            content = settings_of_run(content, origin)
+            content = settings_as_now(content, origin)
         for key, value in content.items():
             canonical = _spelled(str(key))
             if canonical in INSTEAD:

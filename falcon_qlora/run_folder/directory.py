@@ -36,7 +36,7 @@ from falcon_qlora.common.record_files import (
     SETTINGS_FORMAT,
     SIGNS_OF_A_RUN,
     run_of,
-    settings_of_run,
+    settings_as_now,
     without_format,
 )
 from falcon_qlora.common.untrusted import read_json, read_text, read_yaml
@@ -155,7 +155,7 @@ class RunDirectory:
         Raises:
             UserError: if they cannot be read, or were written by a later release in another form.
         """
-        return settings_of_run(read_yaml(self.config_file), str(self.config_file))
+        return settings_as_now(read_yaml(self.config_file), str(self.config_file))
 
     def write(self, name: Record, record: Mapping[str, Any]) -> None:
         """Write a record, with the number of its form."""
