@@ -22,6 +22,7 @@ from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.layouts import causal_lm_in
 from falcon_qlora.models.sharded import local_tensor, own_parts
 from falcon_qlora.models.tensor_files import read_tensor
+from falcon_qlora.models.token_rows import rows_of
 from falcon_qlora.processes import devices
 from falcon_qlora.step.loss import sum_of_losses
 from falcon_qlora.terminal.console import note
@@ -118,7 +119,7 @@ def _compare(place: Path, name: str, stored: Tensor, in_memory: Tensor) -> None:
 def _check_loss(folder: Path, peft_model: PeftModel) -> None:
     enable_packing(peft_model)
     probe = _made_up(peft_model)
-    device = causal_lm_in(peft_model).get_output_embeddings().weight.device
+    device = causal_lm_in(peft_model).device
     try:
         with _left_as_it_was(peft_model, device), torch.no_grad():
             found, expected = _losses(folder, peft_model, probe.to(device), device)
@@ -169,8 +170,12 @@ def _left_as_it_was(peft_model: PeftModel, device: torch.device) -> Iterator[Non
 
 
 def _made_up(peft_model: Any) -> MicroBatch:
-    """Two short documents of tokens that spread over the vocabulary."""
+    """Two short documents of tokens that spread over the vocabulary, one with those that rows are trained of."""
     vocabulary = peft_model.config.vocab_size
     generator = np.random.default_rng(0)
     documents = [generator.integers(0, vocabulary, length) for length in _PROBE_LENGTHS]
+    rows = rows_of(causal_lm_in(peft_model).get_input_embeddings())
+    if rows is not None:
+        own = rows.ids[: _PROBE_LENGTHS[0]]
+        documents[0][-len(own) :] = own
     return collate(documents, [np.ones(length, dtype=np.int8) for length in _PROBE_LENGTHS])

@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     from falcon_qlora.training.rows import load_tokenizer
 
     start_adapter.adopt(configuration)
-    tokenizer = load_tokenizer(configuration.model)
+    tokenizer = load_tokenizer(configuration.model, configuration.method)
     look = _look_at_stream if configuration.data.streaming else _look_at_corpora
     documents, told, lengths, name = look(configuration, tokenizer)
     out = console()

@@ -115,7 +115,7 @@ def _merge(
     from falcon_qlora.training.held_out import held_out_text
 
     tokenizer = tokenizer_of(source)
-    check_vocabulary(tokenizer, request.checkpoint.config.vocab_size, name=request.checkpoint.name)
+    check_vocabulary(tokenizer, request.config.vocab_size, name=request.checkpoint.name)
     text = held_out_text(configuration, tokenizer, run)
     if configuration.data.eval_split is None:
         note(

@@ -73,7 +73,8 @@ def source_of(
         return value if name in explicit or record.get(recorded) is None else record[recorded]
 
     base = given("model_name_or_path", "base_model")
-    tokenizer = given("tokenizer_name_or_path", "tokenizer")
+    own = record.get("own_tokenizer") if "tokenizer_name_or_path" not in named else None
+    tokenizer = own or given("tokenizer_name_or_path", "tokenizer")
     mode = given("quantize_mode", "quantize_mode")
     if folder is None:
         if explicit.get("quantize_mode") != "flag" and _is_merge(base):

@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
         )
         download.check_disk(copies=_COPIES_OF_A_DATA_SET if download.kind == "dataset" else 1)
 
-    tokenizer = rows.load_tokenizer(configuration.model)
+    tokenizer = rows.load_tokenizer(configuration.model, configuration.method)
     if data.streaming:
         note("--streaming reads rows during training: rows from the hub will need the network then")
     else:
@@ -61,7 +61,8 @@ def main(argv: list[str]) -> int:
         console().print(f"model: {name} is made on the device, there is nothing to download")
     else:
         folder = find_folder(name, revision=settings.model_revision)
-        check_vocabulary(tokenizer, read_folder_config(folder).vocab_size, name=name)
+        size, added = read_folder_config(folder).vocab_size, configuration.method.new_token_count
+        check_vocabulary(tokenizer, size, name=name, added=added)
         console().print(f"model: {name} is in {folder}", soft_wrap=True)
     console().print("ready: the same flags now train without a network (HF_HUB_OFFLINE=1)")
     return 0

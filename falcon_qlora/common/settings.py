@@ -157,10 +157,12 @@ class Setting:
 
 
 def settings_of(arguments: type) -> Iterator[Setting]:
-    """The settings that a dataclass has as its fields."""
+    """The settings that a dataclass has as its fields, those that `setting` made."""
     hints = typing.get_type_hints(arguments)
     group = getattr(arguments, "_argument_group_name", "This command")
     for field in dataclasses.fields(arguments):
+        if "help" not in field.metadata:
+            continue
         more = {"group": group, "name": field.name, **field.metadata}
         hint, optional = _without_none(hints[field.name])
         is_list = typing.get_origin(hint) in (list, tuple)

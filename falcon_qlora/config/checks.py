@@ -11,6 +11,7 @@ from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.fp8 import fp8_excludes
 from falcon_qlora.common.settings import settings_of
 from falcon_qlora.config.parser import Layer
+from falcon_qlora.methods.new_tokens import named_tokens
 from falcon_qlora.methods.table import METHODS, method_from, method_settings
 
 Values = dict[str, Any]
@@ -142,6 +143,8 @@ def _settle_method(values: Values, laid: Laid) -> None:
             f"--sharding {values['sharding']} is for --method full: the base of an adapter is a whole "
             "replica on every GPU"
         )
+    if values["new_tokens"]:
+        values["new_tokens"] = named_tokens(values["new_tokens"])  # a run records the tokens, not their file
     own = {each.name: each for each in settings_of(method)}
     for name, each in own.items():
         if each.alternative is not None:

@@ -111,14 +111,15 @@ def predictions(model: nn.Module, batches: Sequence[MicroBatch], *, answers_only
     enable_packing(model)
     falcon = causal_lm_in(model)
     head, norm = falcon.get_output_embeddings(), final_norm(falcon.base_model)
-    device = head.weight.device
+    weight = head.weight  # of PEFT's wrapper: a copy with the trained rows in it
+    device = weight.device
     states = (
         run_blocks(
             falcon.base_model, batch.input_ids.to(device), Sequences.from_lengths(batch.lengths, device)
         )
         for batch in batches
     )
-    return _predictions(states, norm, head.weight, batches, answers_only, vectors=scale_and_bias_of(head))
+    return _predictions(states, norm, weight, batches, answers_only, vectors=scale_and_bias_of(head))
 
 
 @torch.no_grad()

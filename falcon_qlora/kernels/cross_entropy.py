@@ -5,6 +5,8 @@ Here at most `CHUNK_TOKENS` rows of them exist at a time: the gradient for the h
 forward pass, while a chunk's logits are there, so nothing is multiplied twice. Their gradient takes their
 memory.
 
+With trained rows, their columns of the logits are computed anew, which costs as many columns more.
+
 With learned vectors, the logits are ``s (hidden @ weight.T + b)``: the products of a chunk are kept beside
 them until the vectors' gradients are summed up.
 """
@@ -34,6 +36,7 @@ def chunked_cross_entropy(
     targets: Tensor,
     *,
     vectors: tuple[Tensor, Tensor] | None = None,
+    rows: tuple[Tensor, Tensor] | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> Tensor:
     """Sum of the cross entropies of `targets` under the logits ``hidden @ weight.T``.
@@ -45,16 +48,21 @@ def chunked_cross_entropy(
         weight: ``[V, H]``; gets a gradient where it requires one.
         targets: int64 ``[N]``, each in ``[0, V)``.
         vectors: scale and bias of the logits, float32 ``[V]`` each, or None.
+        rows: which rows others take the place of, int64 ``[n]``, and those, float32 ``[n, H]``, or None; they
+            multiply in the weight's dtype.
         chunk_tokens: how many rows of logits exist at a time.
 
     Returns:
-        float32 scalar, connected to `hidden`, `weight` and `vectors`.
+        float32 scalar, connected to `hidden`, `weight`, `vectors` and `rows`.
     """
     device_type = hidden.device.type
     in_autocast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if in_autocast else weight.dtype
     scale, bias = vectors or (None, None)
-    return _ChunkedCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), targets, scale, bias, chunk_tokens)
+    places, values = rows or (None, None)
+    return _ChunkedCrossEntropy.apply(
+        hidden.to(dtype), weight.to(dtype), targets, scale, bias, places, values, chunk_tokens
+    )
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -66,6 +74,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         scale: Tensor | None,
         bias: Tensor | None,
+        places: Tensor | None,
+        values: Tensor | None,
         chunk_tokens: int,
     ) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
@@ -74,36 +84,47 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None  # [N, H]
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None  # [V, H]
         sums = None if scale is None else torch.zeros(2, *scale.shape, device=hidden.device)  # [2, V]
+        own = None if values is None else values.to(weight.dtype)  # [n, H]
+        grad_values = torch.zeros_like(values) if values is not None and with_gradient else None  # [n, H]
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
                 logits = product = hidden[rows] @ weight.T  # [chunk, V]
+                if own is not None and places is not None:
+                    product.index_copy_(1, places, hidden[rows] @ own.T)
                 if scale is not None and bias is not None:
                     logits = scale_shift(product, scale, bias, torch.empty_like(product))
                 loss += ops.cross_entropy_(logits, targets[rows], with_gradient).sum()
                 if sums is not None and scale is not None and with_gradient:
                     sums += scale_backward(logits, product, scale, logits, through_gelu=False)
                 del product
+                grad_own = None
+                if grad_values is not None and places is not None:
+                    grad_own = logits.index_select(1, places)  # [chunk, n]
+                    logits.index_fill_(1, places, 0.0)  # what is left is the frozen rows' own
+                    grad_values += grad_own.float().T @ hidden[rows].float()
                 if grad_hidden is not None:
                     torch.mm(logits, weight, out=grad_hidden[rows])
+                    if grad_own is not None and own is not None:
+                        grad_hidden[rows].addmm_(grad_own, own)
                 if grad_weight is not None:
                     grad_weight += logits.T @ hidden[rows]
         ctx.weight_dtype = weight.dtype
         grad_scale = grad_bias = None
         if sums is not None and scale is not None and bias is not None:
             grad_scale, grad_bias = torch.addcmul(sums[0], bias, sums[1]), scale * sums[1]
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_scale, grad_bias)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_scale, grad_bias, grad_values)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        of_hidden, of_weight, *of_both = ctx.saved_tensors
-        grad_hidden, *of_vectors = (
-            None if grad is None else grad * grad_output for grad in (of_hidden, *of_both)
+        of_hidden, of_weight, *others = ctx.saved_tensors
+        grad_hidden, grad_scale, grad_bias, grad_values = (
+            None if grad is None else grad * grad_output for grad in (of_hidden, *others)
         )
         grad_weight = None
         if of_weight is not None:  # rounded on the way: another one in float32 would be as large as the sum
             grad_weight = torch.empty_like(of_weight, dtype=ctx.weight_dtype)
             torch.mul(of_weight, grad_output, out=grad_weight)
-        return grad_hidden, grad_weight, None, *of_vectors, None
+        return grad_hidden, grad_weight, None, grad_scale, grad_bias, None, grad_values, None

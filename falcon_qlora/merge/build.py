@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import replaced_folder, sha256, write_json, write_text
@@ -68,10 +70,21 @@ class Request:
     max_kl_divergence: float
     device: torch.device
 
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Of the merged model."""
+        base = self.checkpoint.config
+        size = self.adapter.method.vocab_size(base)
+        if size == base.vocab_size:
+            return base
+        config = copy.deepcopy(base)
+        config.vocab_size = size
+        return config
+
 
 def needed_bytes(request: Request) -> int:
     """What the disk must hold: every candidate, until the better one is known."""
-    numbers = sum(torch.Size(shape).numel() for shape in parameter_shapes(request.checkpoint.config).values())
+    numbers = sum(torch.Size(shape).numel() for shape in parameter_shapes(request.config).values())
     return len(request.candidates) * numbers * DTYPES[request.dtype].itemsize
 
 
@@ -116,7 +129,7 @@ def merge(
                 loss=loss, loss_increase=loss - adapter_loss, **divergence(reference, predicted)
             )
             # Read back: what lies on the disk is what was computed.
-            for name in altered_tensors(folder / onto, request.checkpoint.config, hashes[onto]):
+            for name in altered_tensors(folder / onto, request.config, hashes[onto]):
                 raise UserError(
                     f"{name} lies on the disk otherwise than it was written: is the disk in order?"
                 )
@@ -145,7 +158,7 @@ def merge(
 
 
 def _write(request: Request, folder: Path, onto: Onto) -> dict[str, str]:
-    config, dtype = request.checkpoint.config, DTYPES[request.dtype]
+    config, dtype = request.config, DTYPES[request.dtype]
     tensors = merged_tensors(
         request.checkpoint,
         request.adapter,

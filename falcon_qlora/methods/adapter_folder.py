@@ -104,6 +104,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     said = {**record, "method": config.get("method", "lora"), "settings": config.get("settings", {})}
     if base_model:
         said.setdefault("base_model", base_model)
+    # The base's has not the tokens whose rows were trained.
+    own = config.get("trainable_token_indices") is not None and (folder / "tokenizer.json").is_file()
+    said["own_tokenizer"] = str(folder) if own else None
     return said
 
 

@@ -145,6 +145,28 @@ class Method(ABC):
         """Whether a step draws random numbers."""
         return False
 
+    @property
+    def new_token_count(self) -> int:
+        """How many tokens it adds to a base's tokenizer."""
+        return 0
+
+    def add_tokens(self, tokenizer: Any) -> None:
+        """Add them.
+
+        Raises:
+            UserError: if the tokenizer has one already.
+        """
+        return None
+
+    def for_tokenizer(self, tokenizer: Any) -> Self:
+        """The method that knows the ids of those tokens, without which it cannot be attached."""
+        return self
+
+    def vocab_size(self, config: PreTrainedConfig) -> int:
+        """How many embeddings a base of this configuration has with the method attached."""
+        size: int = config.vocab_size
+        return size
+
     def fp8_facts(self) -> dict[str, Any]:
         """What of it FP8 products may exclude: arguments of `fp8_excludes`."""
         return {}
@@ -234,6 +256,16 @@ class Method(ABC):
             config: of the base.
         """
         raise AssertionError(f"{self.title} cannot be merged: {self.why_not_merged}")
+
+    def merged_tensor(self, name: str, tensor: Tensor, folder: Path, config: PreTrainedConfig) -> Tensor:
+        """A parameter of the base that is no linear's weight, as it is in the merged model.
+
+        Args:
+            name: its full name.
+            tensor: as the base has it.
+            folder, config: as of `merged_weight`.
+        """
+        return tensor
 
     def disabled(self, model: Any) -> AbstractContextManager[None]:
         """Have the model compute what the base does.

@@ -5,6 +5,7 @@ This file has the settings and what follows from them; what is done to a model i
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.untrusted import is_count, is_number, read_json
+from falcon_qlora.methods import new_tokens
 from falcon_qlora.methods.interface import Method, ParameterGroup, setting
 
 if TYPE_CHECKING:
@@ -25,18 +27,24 @@ SLICES = ("query", "key", "value")
 _KNOWN = frozenset(
     "peft_type task_type peft_version inference_mode base_model_name_or_path revision r lora_alpha "
     "lora_dropout target_modules use_rslora use_dora init_lora_weights bias "
-    "qalora_group_size megatron_core auto_mapping".split()
+    "qalora_group_size megatron_core auto_mapping trainable_token_indices".split()
 )
 # Of a pattern that others may have written: what it can cost grows with each.
 _MOST_REPEATS = 5
+_ROWS = ".token_adapter.trainable_tokens_delta"  # PEFT's name for them, within the module they are of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lora(Method):
     """Train two low-rank matrices on each of some linears.
 
+    Attributes:
+        token_rows: ids of the tokens whose rows of the embedding, and so of a tied head, are trained too.
+            They follow from `new_tokens` and a tokenizer; an adapter of others may have them without names.
+        head_rows: whether they are trained in an untied head as well.
+
     Raises:
-        UserError: for slices that no model has, or settings that do not go together.
+        UserError: for slices that no model has, tokens that cannot be, or settings that do not go together.
     """
 
     r: int = setting(64, "Rank.", name="lora_r", label="r {}", least=1)
@@ -79,6 +87,15 @@ class Lora(Method):
     use_dora: bool = setting(
         False, "Train magnitude and direction apart (DoRA).", name="use_dora", label="DoRA"
     )
+    new_tokens: tuple[str, ...] | None = setting(
+        None,
+        "Add these special tokens, or those of a .txt file (one a line), and train their rows of the "
+        "embedding and the head.",
+        name="new_tokens",
+        label="rows of the new tokens {} in embedding and head",
+    )
+    token_rows: tuple[int, ...] | None = None
+    head_rows: bool = True
 
     name: ClassVar[str] = "lora"
     title: ClassVar[str] = "LoRA"
@@ -93,6 +110,7 @@ class Lora(Method):
                 raise UserError(
                     f"lora_slices: {name!r} is not one of {', '.join(SLICES)}{nearest(name, SLICES)}"
                 )
+        new_tokens.check_tokens(self.new_tokens or ())
         if not self.slices:
             return
         if self.use_rslora or self.use_dora:
@@ -124,6 +142,12 @@ class Lora(Method):
             if not fits[name]:
                 told = str(settings.get(name))[:80]
                 raise UserError(f"{file}: {name} is {told!r}, which is not what LoRA here takes")
+        rows, head_rows = settings.get("trainable_token_indices"), True
+        if rows is not None:
+            rows, head_rows = new_tokens.rows_in(rows, file)
+        tokens = record.get("new_tokens") if rows is not None else None
+        if tokens is not None and len(tokens) != len(rows):
+            raise UserError(f"{folder}: {len(tokens)} new_tokens are named, and rows are of {len(rows)}")
         parts = len(set(slices)) if slices else 1
         if r % parts:
             raise UserError(f"{file}: r is {r}, which {parts} slices cannot share")
@@ -136,6 +160,9 @@ class Lora(Method):
             slices=tuple(slices) if slices else None,
             use_rslora=settings.get("use_rslora") is True,
             use_dora=settings.get("use_dora") is True,
+            new_tokens=tuple(tokens) if tokens is not None else None,
+            token_rows=rows,
+            head_rows=head_rows,
         )
 
     @property
@@ -193,6 +220,7 @@ class Lora(Method):
 
         if not self.slices:
             return super().parameter_groups(config)
+        shapes = self._row_shapes(config)
         # Of the matrices that are saved, blocks are trained.
         (projection,) = self.targets(config)
         fused, hidden = layout_of(config).linear_shapes()[projection]
@@ -201,9 +229,11 @@ class Lora(Method):
         return [
             ParameterGroup(kind=f"LoRA on {name}", count=blocks * self.r * (hidden + rows[name]))
             for name in self.slices
-        ]
+        ] + [ParameterGroup(kind=self.kind(name), count=n * width) for name, (n, width) in shapes.items()]
 
     def kind(self, name: str) -> str:
+        if name.endswith(_ROWS):
+            return f"rows of tokens in {name.removesuffix(_ROWS).rpartition('.')[2]}"
         return "DoRA magnitudes" if name.endswith("magnitude_vector") else f"LoRA on {name.split('.')[-3]}"
 
     def saved_shapes(self, config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
@@ -219,7 +249,52 @@ class Lora(Method):
             shapes[f"{prefix}B.weight"] = (out, self.saved_rank)
             if self.use_dora:
                 shapes[f"{prefix}magnitude_vector"] = (out,)
-        return shapes
+        return shapes | self._row_shapes(config)
+
+    def _row_shapes(self, config: PreTrainedConfig) -> dict[str, tuple[int, int]]:
+        self.vocab_size(config)
+        count = len(self.token_rows or self.new_tokens or ())
+        return {
+            f"base_model.model.{module}{_ROWS}": (count, config.hidden_size)
+            for module in self._with_rows(config)
+        }
+
+    def _with_rows(self, config: PreTrainedConfig) -> list[str]:
+        """Full names of the modules of which rows are trained; a tied head's are the embedding's."""
+        from falcon_qlora.models.layouts import layout_of
+
+        if not (self.token_rows or self.new_tokens):
+            return []
+        layout = layout_of(config)
+        untied = self.head_rows and not config.tie_word_embeddings
+        return [f"{layout.backbone}.{layout.embedding}", *([layout.head] if untied else [])]
+
+    @property
+    def new_token_count(self) -> int:
+        return len(self.new_tokens or ())
+
+    def add_tokens(self, tokenizer: Any) -> None:
+        new_tokens.add_to(tokenizer, self.new_tokens or ())
+
+    def for_tokenizer(self, tokenizer: Any) -> Lora:
+        if not self.new_tokens:
+            return self
+        ids = tokenizer.convert_tokens_to_ids(list(self.new_tokens))
+        return dataclasses.replace(self, token_rows=tuple(ids))
+
+    def vocab_size(self, config: PreTrainedConfig) -> int:
+        return new_tokens.grown(self.token_rows or (), config.vocab_size)
+
+    def rows_for_peft(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """The `trainable_token_indices` of `peft_config` on a model of `config`, where there are any."""
+        if not self.token_rows:
+            if self.new_tokens:
+                raise ValueError("new_tokens have no ids before for_tokenizer")
+            return {}
+        modules, rows = self._with_rows(config), list(self.token_rows)
+        if len(modules) == 1:
+            return {"trainable_token_indices": rows}
+        return {"trainable_token_indices": {name.rpartition(".")[2]: rows for name in modules}}
 
     def peft_config(self, target_modules: list[str], **other: Any) -> LoraConfig:
         """These settings on linears of these names, and `other`, as PEFT takes them."""
@@ -268,6 +343,20 @@ class Lora(Method):
 
         adapted = module.rpartition(".")[2] in self.targets(config)
         return merged_weight(self, weight, module, folder) if adapted else weight
+
+    def merged_tensor(self, name: str, tensor: Tensor, folder: Path, config: PreTrainedConfig) -> Tensor:
+        from falcon_qlora.methods.adapter_folder import TENSORS
+        from falcon_qlora.models.layouts import layout_of
+        from falcon_qlora.models.tensor_files import read_tensor
+        from falcon_qlora.models.token_rows import with_rows
+
+        layout, module = layout_of(config), name.removesuffix(".weight")
+        if not self.token_rows or module not in (f"{layout.backbone}.{layout.embedding}", layout.head):
+            return tensor
+        rows = None
+        if module in self._with_rows(config):
+            rows = read_tensor(folder / TENSORS, f"base_model.model.{module}{_ROWS}")
+        return with_rows(tensor, self.vocab_size(config), self.token_rows, rows)
 
     def disabled(self, model: PeftModel) -> AbstractContextManager[None]:
         return model.disable_adapter()

@@ -23,10 +23,17 @@ from falcon_qlora.common.errors import UserError
 from falcon_qlora.methods.adapter_folder import tensors_file
 from falcon_qlora.methods.interface import remember
 from falcon_qlora.methods.lora import SLICES, Lora
+from falcon_qlora.models.forward import replace_forward
 from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.layouts.base import Layout
 from falcon_qlora.models.load import quantization_of
 from falcon_qlora.models.tensor_files import read_tensor
+from falcon_qlora.models.token_rows import (
+    forward_of,
+    grow_vocabulary,
+    modules_with_rows,
+    start_at_the_mean,
+)
 from falcon_qlora.processes import devices
 
 
@@ -98,11 +105,15 @@ def add_lora(model: PreTrainedModel, method: Lora, *, seed: int) -> PeftModel:
     Returns:
         The model inside PEFT's wrapper, in training mode.
     """
+    vocabulary, rows = model.config.vocab_size, method.rows_for_peft(model.config)
+    grow_vocabulary(model, method.vocab_size(model.config))
     with _told_quantized(model), devices.draws_undone(model.device):
         torch.manual_seed(seed)
-        peft_model = get_peft_model(model, method.peft_config(method.targets(model.config)))
+        peft_model = get_peft_model(model, method.peft_config(method.targets(model.config), **rows))
     _train_slices(peft_model, method)
-    return _finished(peft_model, method)
+    peft_model = _finished(peft_model, method)
+    start_at_the_mean(peft_model, vocabulary)
+    return peft_model
 
 
 def open_lora(model: PreTrainedModel, folder: Path, method: Lora, *, trainable: bool) -> PeftModel:
@@ -117,8 +128,9 @@ def open_lora(model: PreTrainedModel, folder: Path, method: Lora, *, trainable: 
     Raises:
         UserError: if weights were trained outside the slices that the adapter is said to be of.
     """
-    targets = method.targets(model.config)
-    config = method.peft_config(targets, base_model_name_or_path=model.name_or_path)
+    targets, rows = method.targets(model.config), method.rows_for_peft(model.config)
+    grow_vocabulary(model, method.vocab_size(model.config))
+    config = method.peft_config(targets, base_model_name_or_path=model.name_or_path, **rows)
     with _told_quantized(model):
         peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
     if method.slices and trainable:
@@ -127,7 +139,10 @@ def open_lora(model: PreTrainedModel, folder: Path, method: Lora, *, trainable: 
             method.restore(peft_model, folder)
         except RuntimeError as error:
             raise UserError(f"{folder}: {error}") from None
-    return _finished(peft_model, method).train(trainable)
+    peft_model = _finished(peft_model, method)
+    if rows:
+        method.restore(peft_model, folder)  # PEFT has rounded them to the base's dtype
+    return peft_model.train(trainable)
 
 
 @torch.no_grad()
@@ -184,5 +199,7 @@ def _finished(peft_model: PeftModel, method: Lora) -> PeftModel:
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    for module in modules_with_rows(peft_model):
+        replace_forward(module, forward_of(module))
     remember(peft_model, method)
     return peft_model.train()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from falcon_qlora.kernels.cross_entropy import chunked_cross_entropy
+from falcon_qlora.models.token_rows import frozen_weight, rows_of
 
 SCALE_AND_BIAS = "scale_and_bias"
 
@@ -65,7 +66,7 @@ def head_loss(hidden: Tensor, head: Any, targets: Tensor) -> Tensor:
 
     Args:
         hidden: ``[N, H]``; N may be 0.
-        head: the model's output head, with or without learned vectors.
+        head: the model's output head, with or without learned vectors or rows.
         targets: int64 ``[N]``.
 
     Returns:
@@ -73,4 +74,11 @@ def head_loss(hidden: Tensor, head: Any, targets: Tensor) -> Tensor:
     """
     learned = scale_and_bias_of(head)
     vectors = None if learned is None or not learned.enabled else (learned.scale, learned.bias)
-    return chunked_cross_entropy(hidden, head.weight, targets, vectors=vectors)
+    rows = rows_of(head)
+    return chunked_cross_entropy(
+        hidden,
+        frozen_weight(head),
+        targets,
+        vectors=vectors,
+        rows=None if rows is None else (rows.index, rows.values),
+    )

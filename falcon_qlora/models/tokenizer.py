@@ -92,13 +92,18 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def check_vocabulary(tokenizer: Any, vocab_size: int, *, name: str) -> None:
+def check_vocabulary(tokenizer: Any, vocab_size: int, *, name: str, added: int = 0) -> None:
     """Refuse a tokenizer that gives ids the model has no embedding for.
+
+    Args:
+        tokenizer: with `added` new tokens, its last, which the model is given embeddings for.
+        vocab_size: of the model as it is published.
+        name: of the model, for messages.
 
     Raises:
         UserError: naming both sizes.
     """
-    largest = max(len(tokenizer) - 1, tokenizer.eos_token_id)
+    largest = max(len(tokenizer) - added - 1, tokenizer.eos_token_id)
     if largest >= vocab_size:
         raise UserError(
             f"{name}: the tokenizer has ids up to {largest}, the model only {vocab_size} embeddings: "

@@ -40,6 +40,7 @@ class ModelCard:
     summary: Mapping[str, Any] = field(default_factory=dict)
     template: str = ""
     began_from: tuple[str, str] | None = None
+    vocabulary: int | None = None
 
     def write(self, adapter: Path) -> Path:
         """Write the card into the adapter's folder, in place of PEFT's empty form."""
@@ -132,15 +133,22 @@ class ModelCard:
 
     def _plain_example(self) -> str:
         packaged = self.base_model == "tiny"
-        base = "tiny_path()" if packaged else f'"{self.base_model}"'
+        base, own = "tiny_path()" if packaged else f'"{self.base_model}"', '"ADAPTER"'
         return (
             "from peft import PeftModel\n"
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
             + ("\nfrom falcon_qlora.models.tiny import tiny_path\n" if packaged else "")
             + f'\nbase = AutoModelForCausalLM.from_pretrained({base}, dtype="bfloat16")\n'
-            'model = PeftModel.from_pretrained(base, "ADAPTER")\n'
-            f"tokenizer = AutoTokenizer.from_pretrained({base})\n"
+            + self._resizing()
+            + 'model = PeftModel.from_pretrained(base, "ADAPTER")\n'
+            f"tokenizer = AutoTokenizer.from_pretrained({base if self.vocabulary is None else own})\n"
         )
+
+    def _resizing(self) -> str:
+        """For tokens of its own, the line that makes room for their rows, which the adapter has."""
+        if self.vocabulary is None:
+            return ""
+        return f"if base.config.vocab_size < {self.vocabulary}:\n    base.resize_token_embeddings({self.vocabulary})\n"
 
     def _result(self) -> dict[str, Any]:
         known = {label: self.summary.get(name) for name, label in _RESULTS.items()}

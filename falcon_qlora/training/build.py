@@ -51,7 +51,13 @@ def model_with_adapter(
             llm_int8_threshold=settings.llm_int8_threshold,
             revision=settings.model_revision,
         )
-    check_vocabulary(tokenizer, model.config.vocab_size, name=settings.model_name_or_path)
+    check_vocabulary(
+        tokenizer,
+        model.config.vocab_size,
+        name=settings.model_name_or_path,
+        added=method.new_token_count,
+    )
+    method = method.for_tokenizer(tokenizer)
     if adapter is None:
         trained = method.attach(model, seed=seed)
     else:

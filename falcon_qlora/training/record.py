@@ -158,13 +158,17 @@ def describe_adapter(
     configuration: Configuration,
     data: TrainingData,
     base_fingerprint: str | None,
+    tokenizer: Any,
     folder: Path,
     summary: dict[str, Any] | None = None,
 ) -> None:
     """Complete an adapter's folder: its model card, and what `generate` must know to open and ask it.
 
+    A tokenizer with tokens of one's own lies beside it too.
+
     Args:
         base_fingerprint: from `check_base`.
+        tokenizer: that was trained with.
         folder: with what was trained.
         summary: of the run, once it is done.
     """
@@ -207,7 +211,10 @@ def describe_adapter(
         summary=summary or {},
         template=data.template,
         began_from=(run.adapter, run.adapter_sha256 or "") if run.adapter else None,
+        vocabulary=len(tokenizer) if method.new_token_count else None,
     ).write(folder)
+    if method.new_token_count:
+        tokenizer.save_pretrained(folder)
 
 
 def _quantization(configuration: Configuration, model: Any) -> str:

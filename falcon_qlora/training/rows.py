@@ -12,6 +12,7 @@ from falcon_qlora.config.arguments import DataArguments, ModelArguments, RunArgu
 from falcon_qlora.data.batches import Dealing, DocumentReader, StreamingSteps, TrainingSteps
 from falcon_qlora.data.origins import RowNames
 from falcon_qlora.data.packing import Plan
+from falcon_qlora.methods.interface import Method
 from falcon_qlora.processes import agreement, ranks
 from falcon_qlora.terminal.console import patience
 
@@ -51,17 +52,20 @@ class TrainingData:
     notes: list[str] = field(default_factory=list)
 
 
-def load_tokenizer(model: ModelArguments) -> Any:
-    """The tokenizer; the main process downloads it."""
+def load_tokenizer(model: ModelArguments, method: Method | None = None) -> Any:
+    """The tokenizer, with the tokens that a method adds; the main process downloads it."""
     from falcon_qlora.models import tokenizer
 
-    return agreement.main_process_first(
+    loaded = agreement.main_process_first(
         lambda: tokenizer.load_tokenizer(
             model.model_name_or_path,
             tokenizer_name_or_path=model.tokenizer_name_or_path,
             revision=model.model_revision,
         )
     )
+    if method is not None:
+        method.add_tokens(loaded)
+    return loaded
 
 
 def corpora(data: DataArguments, tokenizer: Any, *, seed: int, **changes: Any) -> tuple[Any, Any]:

@@ -46,7 +46,7 @@ def _train(configuration: Configuration, lock: RunLock) -> Path:
     max_length, method = configuration.data.max_length, configuration.method
     begin_from = run.adapter if start.checkpoint is None else None
 
-    tokenizer = rows.load_tokenizer(base)
+    tokenizer = rows.load_tokenizer(base, method)
     data = rows.training_data(configuration.data, run, tokenizer, together=method.is_whole)
     resume.check_data(data, start.checkpoint)
 
@@ -67,7 +67,9 @@ def _train(configuration: Configuration, lock: RunLock) -> Path:
         steps=data.total_steps,
     )
     agreement.wait_for_all()  # nothing is written before every process has come so far
-    describe_adapter = functools.partial(record.describe_adapter, configuration, data, fingerprint)
+    describe_adapter = functools.partial(
+        record.describe_adapter, configuration, data, fingerprint, tokenizer
+    )
     with start.run_folder() as directory:
         trainer = build.build_trainer(
             training,
