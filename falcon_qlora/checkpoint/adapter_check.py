@@ -170,7 +170,7 @@ def _left_as_it_was(peft_model: PeftModel, device: torch.device) -> Iterator[Non
 
 
 def _made_up(peft_model: Any) -> MicroBatch:
-    """Two short documents of tokens that spread over the vocabulary, one with those that rows are trained of."""
+    """Two short documents of tokens that spread over the vocabulary, one with those of trained rows."""
     vocabulary = peft_model.config.vocab_size
     generator = np.random.default_rng(0)
     documents = [generator.integers(0, vocabulary, length) for length in _PROBE_LENGTHS]

@@ -100,7 +100,7 @@ def grown(ids: Sequence[int], vocabulary: int) -> int:
     beyond = sorted(each for each in ids if each >= vocabulary)
     if beyond != list(range(vocabulary, vocabulary + len(beyond))):
         raise UserError(
-            f"rows of tokens {beyond[0]} to {beyond[-1]} were trained, and the base has embeddings for ids up "
-            f"to {vocabulary - 1}: those between are nowhere. Is it another base?"
+            f"rows of tokens {beyond[0]} to {beyond[-1]} were trained, and the base's embeddings end at "
+            f"{vocabulary - 1}: those between are nowhere. Is it another base?"
         )
     return vocabulary + len(beyond)

@@ -148,7 +148,8 @@ class ModelCard:
         """For tokens of its own, the line that makes room for their rows, which the adapter has."""
         if self.vocabulary is None:
             return ""
-        return f"if base.config.vocab_size < {self.vocabulary}:\n    base.resize_token_embeddings({self.vocabulary})\n"
+        size = self.vocabulary
+        return f"if base.config.vocab_size < {size}:\n    base.resize_token_embeddings({size})\n"
 
     def _result(self) -> dict[str, Any]:
         known = {label: self.summary.get(name) for name, label in _RESULTS.items()}
