@@ -142,12 +142,12 @@ class Lora(Method):
             if not fits[name]:
                 told = str(settings.get(name))[:80]
                 raise UserError(f"{file}: {name} is {told!r}, which is not what LoRA here takes")
-        rows, head_rows = settings.get("trainable_token_indices"), True
-        if rows is not None:
-            rows, head_rows = new_tokens.rows_in(rows, file)
-        tokens = record.get("new_tokens") if rows is not None else None
-        if tokens is not None and len(tokens) != len(rows):
-            raise UserError(f"{folder}: {len(tokens)} new_tokens are named, and rows are of {len(rows)}")
+        rows, head_rows, tokens = None, True, None
+        if settings.get("trainable_token_indices") is not None:
+            rows, head_rows = new_tokens.rows_in(settings["trainable_token_indices"], file)
+            tokens = record.get("new_tokens")
+            if tokens is not None and len(tokens) != len(rows):
+                raise UserError(f"{folder}: {len(tokens)} new_tokens are named, and rows are of {len(rows)}")
         parts = len(set(slices)) if slices else 1
         if r % parts:
             raise UserError(f"{file}: r is {r}, which {parts} slices cannot share")

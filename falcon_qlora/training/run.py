@@ -67,9 +67,7 @@ def _train(configuration: Configuration, lock: RunLock) -> Path:
         steps=data.total_steps,
     )
     agreement.wait_for_all()  # nothing is written before every process has come so far
-    describe_adapter = functools.partial(
-        record.describe_adapter, configuration, data, fingerprint, tokenizer
-    )
+    describe_adapter = functools.partial(record.describe_adapter, configuration, data, fingerprint, tokenizer)
     with start.run_folder() as directory:
         trainer = build.build_trainer(
             training,
