@@ -126,7 +126,7 @@ def test_many_more_examples():
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *paths],
         cwd=Path(__file__).resolve().parents[2],
-        env={**os.environ, "FUZZ_TIMES": "6"},
+        env={**os.environ, "FUZZ_TIMES": "3"},
         capture_output=True,
         text=True,
     )
