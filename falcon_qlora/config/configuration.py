@@ -116,7 +116,8 @@ class Configuration:
             del record["recipe"]
         if self.run.adapter is None:
             del record["adapter"], record["adapter_sha256"]
-        return to_be_written({name: value for name, value in record.items() if name not in _NOT_RECORDED})
+        recorded = {name: value for name, value in record.items() if name not in _NOT_RECORDED}
+        return to_be_written(with_absolute_paths(recorded))
 
 
 def parse(argv: list[str], *, extra_arguments: type | None = None, **help_page: str) -> Configuration:
@@ -224,7 +225,7 @@ def _configuration(
     for name, value in (values | extra).items():
         parser.settings[name].check_bounds(value, where.get(name, f"--{name}"))
     checks.check(values, where)
-    values = with_absolute_paths(values)
+    values = with_absolute_paths(values, data=False)
 
     def make(arguments: type) -> Any:
         return arguments(**{field.name: values[field.name] for field in dataclasses.fields(arguments)})

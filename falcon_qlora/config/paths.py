@@ -9,18 +9,22 @@ from typing import Any
 from falcon_qlora.common.recorded_paths import absolute_name, started_in
 
 _MODELS = ("model_name_or_path", "tokenizer_name_or_path")
-_OTHERS = ("adapter", "template", "dataset_name", "eval_split", "cache_dir")
+_OTHERS = ("adapter", "template", "cache_dir")
+_DATA = ("dataset_name", "eval_split")
 
 
-def with_absolute_paths(settings: Mapping[str, Any], root: Path | None = None) -> dict[str, Any]:
+def with_absolute_paths(
+    settings: Mapping[str, Any], root: Path | None = None, *, data: bool = True
+) -> dict[str, Any]:
     """These settings with every name of a file or folder that is there as its absolute path.
 
     Args:
         settings: by name.
         root: what relative paths are relative to; None for the current folder.
+        data: those of rows too, which messages name as the user did.
     """
     found = dict(settings)
-    for setting in (*_MODELS, *_OTHERS):
+    for setting in (*_MODELS, *_OTHERS, *(_DATA if data else ())):
         value = found.get(setting)
         if isinstance(value, list):
             found[setting] = [_absolute(setting, each, root) for each in value]

@@ -33,6 +33,9 @@ TEXTS = [
     "Yes.",
 ]
 
+# A rate that moves what is zero, and changes no loss.
+TOO_LITTLE = 1e-20
+
 
 def fine_tune(folder: Path, **settings: object) -> Path:
     rows = write_jsonl(folder / "rows.jsonl", [{"text": text} for text in TEXTS])
@@ -129,7 +132,7 @@ def test_held_out_loss_is_the_mean_over_its_tokens_and_the_best_adapter_is_kept(
 def test_an_evaluation_whose_memory_runs_out_is_done_in_smaller_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"learning_rate": 0.0, "eval_split": 0.7, "eval_steps": 1, "max_steps": 1}
+    settings = {"learning_rate": TOO_LITTLE, "eval_split": 0.7, "eval_steps": 1, "max_steps": 1}
     whole = fine_tune(tmp_path, **settings)
     real = step_loss.sum_of_losses
 
@@ -204,7 +207,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, data: di
 
 
 def test_early_stopping_ends_a_run_that_gets_no_better(tmp_path: Path) -> None:
-    settings = {"max_steps": 9, "learning_rate": 0.0, "eval_split": 0.3, "eval_steps": 1, "early_stopping": 3}
+    settings = {"max_steps": 9, "learning_rate": TOO_LITTLE, "eval_split": 0.3, "eval_steps": 1, "early_stopping": 3}
     run = fine_tune(tmp_path, **settings)
     assert json.loads((run / "summary.json").read_text())["steps"] == 4
     adapter = run / "adapter" / "adapter_model.safetensors"
@@ -218,7 +221,7 @@ def test_early_stopping_ends_a_run_that_gets_no_better(tmp_path: Path) -> None:
 
 
 def test_early_stopping_needs_no_checkpoint(tmp_path: Path) -> None:
-    settings = {"learning_rate": 0.0, "eval_split": 0.3, "eval_steps": 1, "early_stopping": 1}
+    settings = {"learning_rate": TOO_LITTLE, "eval_split": 0.3, "eval_steps": 1, "early_stopping": 1}
     run = fine_tune(tmp_path, **settings, save_strategy="no")
     assert json.loads((run / "summary.json").read_text())["steps"] == 2
 

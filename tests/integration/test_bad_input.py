@@ -50,12 +50,12 @@ class Refusal:
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have `falcon-qlora train` run its one worker in this process."""
 
-    def launch(torchrun_argv: list[str], folder: Path) -> int:
+    def run_one(argv: list[str], folder: Path) -> int:
         quiet_libraries()
-        words = torchrun_argv[torchrun_argv.index("falcon_qlora.train") + 1 :]
+        words = argv[argv.index("falcon_qlora.train") + 1 :]
         return endings.exit_status(lambda: run.train(parse(words)))
 
-    monkeypatch.setattr(launcher, "_launch", launch)
+    monkeypatch.setattr(launcher, "_run_one", run_one)
 
 
 @pytest.fixture

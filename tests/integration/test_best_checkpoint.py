@@ -92,7 +92,7 @@ def test_an_epoch_is_a_pass_over_the_data(tmp_path: Path) -> None:
         tmp_path,
         **settings,
         num_train_epochs=9,
-        learning_rate=0.0,
+        learning_rate=1e-20,  # which moves what is zero, and no loss
         early_stopping=1,
         output_dir=tmp_path / "stopped",
     )
