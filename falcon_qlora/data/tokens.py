@@ -196,12 +196,11 @@ class Encoder:
             for row in rows
         ]
         different = sorted(set().union(*borders))
-        texts = [text for before, after in different for text in (before + after, before, after)]
-        ids = [encoded.tolist() for encoded, _ in self._tokenize(texts)]
+        encoded = self._tokenize([before + after for before, after in different])
         joined = {
             border
-            for border, whole, before, after in zip(different, ids[::3], ids[1::3], ids[2::3], strict=True)
-            if whole != before + after
+            for border, (_, starts) in zip(different, encoded, strict=True)
+            if len(border[0]) not in starts
         }
         return sum(not border.isdisjoint(joined) for border in borders)
 
