@@ -52,9 +52,10 @@ class JinjaTemplate:
     def __post_init__(self) -> None:
         import jinja2
 
-        for without_tools in (True, False):
+        of_rows: tuple[Tools, ...] = (None, [])
+        for tools in of_rows:
             try:
-                self._render([], None if without_tools else [], check_only=True)
+                self._render([], tools, check_only=True)
             except jinja2.TemplateSyntaxError as error:
                 raise UserError(
                     f"{self.name}:{error.lineno}: not a valid Jinja template: {error.message}"

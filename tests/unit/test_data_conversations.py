@@ -97,12 +97,14 @@ MESSAGES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_siz
 @st.composite
 def chats(draw: st.DrawFn) -> dict[str, Any]:
     text = MESSAGES.filter(lambda each: bool(each.strip()))
+    messages: list[dict[str, Any]]
     messages = [{"role": "system", "content": draw(text)}] if draw(st.booleans()) else []
     for _ in range(draw(st.integers(1, 3))):
         messages.append({"role": "user", "content": draw(text)})
         if draw(st.booleans()):
             call = {"type": "function", "function": {"name": "f", "arguments": {"x": draw(text)}}}
-            messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
+            called: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [call]}
+            messages.append(called)
             messages.append({"role": "tool", "content": draw(text)})
         answer = {"role": "assistant", "content": draw(text)}
         messages.append(answer | ({"reasoning_content": draw(text)} if draw(st.booleans()) else {}))
