@@ -56,7 +56,8 @@ class SourceUse:
     """How one source was read: the format recognised and the template that writes it.
 
     `rows_kept` are those of which something is left to train on; weights may draw more of them or less.
-    `notes` are `Source.notes`; `account` is `account.Account.plain` of all its rows, held-out ones too.
+    `columns` has those that were renamed: standard name → name in the data. `notes` are `Source.notes`;
+    `account` is `account.Account.plain` of all its rows, held-out ones too.
     """
 
     name: str
@@ -65,8 +66,14 @@ class SourceUse:
     rows_read: int
     rows_kept: int
     rows_drawn: int
+    columns: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     account: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def read_as(self) -> str:
+        """The format with what became which of its columns, and the template."""
+        renamed = ", ".join(f"{given} as {standard}" for standard, given in self.columns.items())
+        return f"format {self.format}{renamed and f' ({renamed})'}, template {self.template}"
 
     def told(self) -> list[str]:
         """What to say of its rows: what is not read, and what was altered."""
@@ -275,6 +282,7 @@ def _uses(
             rows_read=documents.rows(chosen & (documents.source == index)),
             rows_kept=documents.rows(kept[documents.source[kept] == index]),
             rows_drawn=int((documents.source[rows_drawn] == index).sum()),
+            columns=part.columns,
             notes=tuple(part.source.notes()),
             account=part.account.plain(),
         )

@@ -54,6 +54,7 @@ class Documents:
     Attributes:
         source: whose rows they are.
         format: a key of `formats.FORMATS`.
+        columns: standard column name → its name in the data, for those that differ.
         template: the template's name.
         dataset: columns `input_ids` and `mask`; `row`, the index of the source row; `status`, an
             `tokens.Status`; `change`, a `tokens.Change`; `targets`, target tokens; `content`, a hash of the
@@ -65,6 +66,7 @@ class Documents:
 
     source: Source
     format: str
+    columns: dict[str, str]
     template: str
     dataset: datasets.Dataset
     fingerprint: str
@@ -134,6 +136,7 @@ class Tokenizing:
         return Documents(
             source,
             row_format,
+            columns,
             template.name,
             _read(entry),
             meta["content"],

@@ -69,7 +69,7 @@ FORMATS: dict[str, Format] = {
     "text": Format(("text",), (), "none", "text"),
 }
 
-COLUMNS = tuple(column for each in FORMATS.values() for column in (*each.required, *each.optional))
+COLUMNS = frozenset(column for each in FORMATS.values() for column in (*each.required, *each.optional))
 
 # Other names that data in the wild has for our columns, to be able to suggest the flag.
 _SYNONYMS = {
@@ -377,8 +377,15 @@ def _missing(each: Format, found: Collection[str], columns: Mapping[str, str]) -
 
 
 def _suggest(found: Collection[str]) -> str:
-    for standard, synonyms in _SYNONYMS.items():
-        for synonym in synonyms:
-            if synonym in found and synonym not in COLUMNS:
-                return f", for example --{standard}_column {synonym}"
+    """The flags with which the data fits a format; all that it needs, or none."""
+    for each in FORMATS.values():
+        flags = []
+        for standard in each.required:
+            names = [standard] if standard in found else _SYNONYMS.get(standard, ())
+            given = next((name for name in names if name in found and name not in COLUMNS - {standard}), None)
+            if given is None:
+                break
+            flags += [f"--{standard}_column {given}"] * (given != standard)
+        else:
+            return f", for example {' '.join(flags)}"
     return ""

@@ -80,9 +80,7 @@ def summary(corpus: Corpus, *, title: str, efficiency: float | None = None) -> T
     rows: list[tuple[str, str]] = []
     for use in corpus.sources:
         drawn = f", {use.rows_drawn:,} drawn each epoch" if use.rows_drawn != use.rows_kept else ""
-        rows.append(
-            (use.name, f"{use.rows_read:,} rows{drawn}: format {use.format}, template {use.template}")
-        )
+        rows.append((use.name, f"{use.rows_read:,} rows{drawn}: {use.read_as()}"))
         rows += [("note", note) for note in (*use.notes, *use.told())]
     rows += statistics_rows(corpus.statistics)
     rows.append(("tokens in a document", _quantiles(corpus.lengths)))

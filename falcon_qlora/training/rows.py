@@ -282,7 +282,7 @@ def _what_happened(statistics: Any) -> list[str]:
 
 def _what_is_said(sources: Sequence[Any]) -> list[str]:
     """How the rows were read, and what of them was not."""
-    lines = dict.fromkeys(f"format {use.format}, template {use.template}" for use in sources)
+    lines = dict.fromkeys(use.read_as() for use in sources)
     told = [(use.name, line) for use in sources for line in use.told()]
     return [*lines, *(f"{name}: {line}" if len(sources) > 1 else line for name, line in told)]
 

@@ -207,8 +207,8 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, data: di
 
 
 def test_early_stopping_ends_a_run_that_gets_no_better(tmp_path: Path) -> None:
-    settings = {"max_steps": 9, "learning_rate": TOO_LITTLE, "eval_split": 0.3, "eval_steps": 1, "early_stopping": 3}
-    run = fine_tune(tmp_path, **settings)
+    settings = {"learning_rate": TOO_LITTLE, "eval_split": 0.3, "eval_steps": 1, "early_stopping": 3}
+    run = fine_tune(tmp_path, max_steps=9, **settings)
     assert json.loads((run / "summary.json").read_text())["steps"] == 4
     adapter = run / "adapter" / "adapter_model.safetensors"
     before = adapter.read_bytes()

@@ -63,6 +63,10 @@ def test_columns_that_fit_no_format_are_named_with_what_each_needs() -> None:
     message = str(error.value)
     assert "rows.csv: the columns fit no format" in message
     assert "It has question, response" in message
+    # All flags that are needed; with them it fits.
+    assert message.endswith("for example --instruction_column question --output_column response.")
+    renamed = {"instruction": "question", "output": "response"}
+    assert recognise(["question", "response"], columns=renamed)[0] == "alpaca"
     for needed in (
         "messages: a list",
         "conversations: a list",
