@@ -140,7 +140,7 @@ def test_the_command(
     assert main([*flags, "--eval_split", "0.2", "--png", "lengths.png"]) == 0
     told = capsys.readouterr().out
     assert f"### Response:⟦it is 0{END}⟧" in told or "### Response:⟦it is 1" in told
-    assert "format alpaca, template alpaca" in told
+    assert "format alpaca (question as instruction, answer as output)" in " ".join(told.split())
     assert "held out" in told
     assert all(note in told for note in notes)
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
