@@ -139,10 +139,7 @@ def open_lora(model: PreTrainedModel, folder: Path, method: Lora, *, trainable: 
             method.restore(peft_model, folder)
         except RuntimeError as error:
             raise UserError(f"{folder}: {error}") from None
-    peft_model = _finished(peft_model, method)
-    if rows:
-        method.restore(peft_model, folder)  # PEFT has rounded them to the base's dtype
-    return peft_model.train(trainable)
+    return _finished(peft_model, method).train(trainable)
 
 
 @torch.no_grad()
