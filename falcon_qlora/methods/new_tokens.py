@@ -36,10 +36,14 @@ def check_tokens(tokens: Sequence[str]) -> None:
     Raises:
         UserError: naming the first one.
     """
+    if len(tokens) > _MOST_ROWS:
+        raise UserError(f"--new_tokens: {len(tokens):,} are too many; at most {_MOST_ROWS:,}")
     seen: set[str] = set()
     for token in tokens:
-        if not token or any(character.isspace() for character in token):
-            raise UserError(f"--new_tokens: {token!r} is empty or has white space in it")
+        if not token or " " in token or not token.isprintable():
+            raise UserError(
+                f"--new_tokens: {token[:80]!r} is empty, or has white space or control characters in it"
+            )
         if token in seen:
             raise UserError(f"--new_tokens: {token!r} is named twice")
         seen.add(token)

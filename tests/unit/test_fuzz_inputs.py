@@ -44,6 +44,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "recipe.yaml").write_text((RECIPES / "default.yaml").read_text())
     (folder / "prompts.json").write_text(json.dumps(["Who?", "What?"]))
     (folder / "template.jinja").write_text(TEMPLATE)
+    (folder / "tokens.txt").write_text("<|a|>\n<|b|>\n")
     lines = "".join(json.dumps(row) + "\n" for row in ROWS)
     (folder / "rows.jsonl").write_text(lines)
     (folder / "rows.ndjson").write_text(lines)
@@ -123,6 +124,10 @@ def read_template(file: Path) -> None:
     template.prompt(turns[:1])
 
 
+def read_tokens(file: Path) -> None:
+    assert parse(["--new_tokens", str(file)]).method.new_token_count
+
+
 def read_figures(file: Path) -> None:
     check_csv(file)
     append_csv(file, [dict.fromkeys(COLUMNS, 1)])
@@ -135,6 +140,7 @@ READERS = {
     "prompts.json": read_prompts,
     "template.jinja": read_template,
     "bench.csv": read_figures,
+    "tokens.txt": read_tokens,
 }
 # Which columns each format needs is told line by line.
 LINES = 9

@@ -264,7 +264,7 @@ def test_words_or_a_file_name_the_tokens(tmp_path: Path) -> None:
     assert "new tokens <|a|>, <|b|> in embedding and head" in configuration.method.describe()
     file.write_text("<|a|>\n\n")
     for words, told in (
-        ([str(file)], "is empty or has white space"),
+        ([str(file)], "is empty, or has white space"),
         (["<|a|>", "<|a|>"], "named twice"),
         (["<|a b|>"], "white space"),
         ([str(tmp_path / "no.txt")], "no such file"),
