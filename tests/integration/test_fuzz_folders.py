@@ -97,7 +97,7 @@ def before_generate(folder: Path) -> None:
     _, record = opening.source_of(
         configuration, base_and_adapter.adapter_folder(str(folder)), named=configuration.explicit
     )
-    generate._template(configuration, record)
+    generate._template(configuration, record, None)
 
 
 def before_eval(folder: Path) -> None:

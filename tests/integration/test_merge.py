@@ -61,7 +61,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         output_dir=folder / "run",
         max_length=64,
         max_steps=20,
-        learning_rate=3e-3,
+        learning_rate=1e-3,
         lora_r=8,
         per_device_train_batch_size=8,
         eval_split=0.25,

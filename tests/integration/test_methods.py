@@ -30,8 +30,8 @@ from tests.layouts import trainable_names
 RUNS = {
     "lora": ["--lora_slices", "query", "value", "-q", "8bit", "--lora_r", "8", "--learning_rate", "2e-2"],
     "adapter": ["-q", "4bit", "--learning_rate", "1e-1"],
-    "adapter_v2": ["-q", "4bit", "--gpus", "2", "--learning_rate", "1e-2"],
-    "full": ["--learning_rate", "2e-4"],
+    "adapter_v2": ["-q", "4bit", "--gpus", "2", "--learning_rate", "3e-3"],
+    "full": ["--learning_rate", "1e-4"],
 }
 
 
@@ -170,7 +170,7 @@ def test_no_weight_decay_acts_on_the_scales_biases_and_norms_of_adapter_v2(tmp_p
         model=builder.model_with_adapter(
             configuration.model, configuration.method, tokenizer, seed=configuration.run.seed
         ),
-        trackers=tracking.choose("none"),
+        trackers=tracking.choose(["none"]),
         describe_adapter=lambda folder: None,
     )
     trainer.create_optimizer()

@@ -29,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run in which every answer begins with both tokens."""
     folder = tmp_path_factory.mktemp("new_tokens")
     rows = [
-        {"instruction": f"Say {number}.", "output": f"<|so|>[YES] It is {number}."} for number in range(48)
+        {"prompt": f"Say {number}.", "completion": f"<|so|>[YES] It is {number}."} for number in range(48)
     ]
     return falcon_qlora.train(
         model_name_or_path="tiny",

@@ -135,12 +135,12 @@ def test_a_path_of_odd_characters_is_in_the_record_as_it_is(
     run = falcon_qlora.train(**settings, output_dir=name)
     header, *lines = (run / "config.yaml").read_text(encoding="utf-8").split("\n")
     assert header.startswith("# Run again:  falcon-qlora train --config ")
-    assert lines[0] == "format: 1"
+    assert lines[0] == "format: 2"
     assert lines[1].startswith("model_name_or_path: ")
     words = header.removeprefix("# Run again:  ").removesuffix(" --output_dir NEW_FOLDER")
     typed = subprocess.run(["bash", "-c", f"printf '%s\\0' {words}"], capture_output=True, check=True).stdout
     assert typed.decode().split("\0")[:-1] == ["falcon-qlora", "train", "--config", f"{name}/config.yaml"]
-    assert parse(["--resume", str(run)]).data.dataset_name == [rows]
+    assert parse(["--resume", str(run)]).data.dataset_name == [str(Path(rows).absolute())]
     assert json.loads((run / "data.json").read_text())["sources"][0]["name"] == rows
     falcon_qlora.train(resume=run, max_steps=4)
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4]

@@ -210,6 +210,9 @@ def test_what_contradicts_the_adapter_is_refused(tmp_path: Path) -> None:
         "slices": None,
         "use_rslora": True,
         "use_dora": False,
+        "new_tokens": None,
+        "token_rows": None,
+        "head_rows": True,
     }
     # What may differ, and what says the same in other words.
     assert adopt(lora_dropout=0.3, lora_r=4, lora_target_modules=NAMES[::-1], use_rslora=True).dropout == 0.3
