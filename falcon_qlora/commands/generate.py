@@ -134,6 +134,7 @@ class _Speaker:
             turns.append(Turn("assistant", self._print("falcon: " if person else "", turns)))
 
     def _print(self, name: str, turns: list[Turn]) -> str:
+        from falcon_qlora.data.tokens import prompt_ids
         from falcon_qlora.inference.generation import generate_stream
 
         print(name, end="", flush=True)
@@ -159,27 +160,6 @@ def _ending(template: Template) -> str:
     """What a template writes between a question and its answer, without spaces around it."""
     question = "Why?"
     return template.prompt([Turn("user", question)]).rpartition(question)[2].strip()
-
-
-def prompt_ids(template: Template, turns: list[Turn], tokenizer: Any) -> list[int]:
-    """Token ids of a conversation up to where the next answer begins.
-
-    As in training, an end token follows every answer before it, and answers are tokenized apart from what
-    precedes them.
-    """
-
-    def encoded(part: str) -> list[int]:
-        return list(tokenizer(part, add_special_tokens=False)["input_ids"])
-
-    text = template.prompt(turns)
-    ids: list[int] = []
-    start = end = 0
-    for segment in template.segments(turns):
-        if segment.end:
-            ids += [*encoded(text[start:end]), *encoded(segment.text), tokenizer.eos_token_id]
-            start = end + len(segment.text)
-        end += len(segment.text)
-    return ids + encoded(text[start:])
 
 
 def _prompts(wanted: GenerateArguments) -> list[str] | None:

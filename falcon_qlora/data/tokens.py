@@ -11,15 +11,15 @@ import enum
 import hashlib
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.account import Account
-from falcon_qlora.data.special_text import split, unmarked
-from falcon_qlora.data.templates import LACKING, Segment
+from falcon_qlora.data.special_text import SpecialText, split, unmarked
+from falcon_qlora.data.templates import LACKING, Segment, Template, Turn
 
 # Of a prompt's end and an answer's beginning, what shows whether the tokenizer would join them.
 _BORDER = 24
@@ -248,6 +248,34 @@ class Encoder:
         if all(document.status == Status.MASKED_PIECE for document in documents):
             return [_none(Status.MASKED, Change.SPLIT, content)]
         return documents
+
+
+def prompt_ids(template: Template, turns: Sequence[Turn], tokenizer: Any) -> list[int]:
+    """Token ids of a conversation up to where the next answer begins.
+
+    As in training, an end token follows every answer before it, and answers are tokenized apart from what
+    precedes them. What reads like a special token in a message stays text, unless there is no template.
+    """
+
+    def encoded(part: str) -> list[int]:
+        return [
+            each
+            for text, literal in split(part)
+            for each in tokenizer(text, add_special_tokens=False, split_special_tokens=literal)["input_ids"]
+        ]
+
+    if template.name != "none":
+        special = SpecialText(tokenizer)
+        turns = [replace(turn, text=special.mark(turn.text)) for turn in turns]
+    text = template.prompt(turns)
+    ids: list[int] = []
+    start = end = 0
+    for segment in template.segments(turns):
+        if segment.end:
+            ids += [*encoded(text[start:end]), *encoded(segment.text), tokenizer.eos_token_id]
+            start = end + len(segment.text)
+        end += len(segment.text)
+    return ids + encoded(text[start:])
 
 
 def _none(status: Status, change: Change = Change.NONE, content: int = 0) -> Document:

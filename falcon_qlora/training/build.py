@@ -72,14 +72,12 @@ def sample_prompts(run: RunArguments, data: TrainingData, tokenizer: Any) -> lis
     The user's prompts, written with the rows' template; without any, the prompts of the first held-out rows.
     """
     from falcon_qlora.data.templates import Turn, get_template
+    from falcon_qlora.data.tokens import prompt_ids
 
     if run.sample_prompts:
         template = get_template(data.template, tokenizer.special_tokens_map, tokenizer.chat_template)
-        prompts = run.sample_prompts
-        texts = [template.prompt([Turn("user", prompt)]) for prompt in prompts]
         return [
-            (prompt, tokenizer(text, add_special_tokens=False)["input_ids"])
-            for prompt, text in zip(prompts, texts, strict=True)
+            (prompt, prompt_ids(template, [Turn("user", prompt)], tokenizer)) for prompt in run.sample_prompts
         ]
     if data.held_out is None:
         return []

@@ -16,6 +16,7 @@ from falcon_qlora import __main__ as cli
 from falcon_qlora.commands import generate
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.templates import Turn, get_template
+from falcon_qlora.data.tokens import prompt_ids
 from falcon_qlora.inference.generation import choose_tokens, generate_batch, generate_stream
 from falcon_qlora.models.fingerprint import model_fingerprint
 from falcon_qlora.models.load import load_model
@@ -176,18 +177,26 @@ def test_same_seed_same_answer_and_another_seed_another(tiny: Any, tokenizer: An
 
 @pytest.mark.parametrize("template", ["alpaca", "guanaco", "falcon-instruct"])
 def test_prompt_is_the_beginning_of_what_training_sees(template: str, tokenizer: Any) -> None:
+    from falcon_qlora.data.formats import render
+    from falcon_qlora.data.special_text import SpecialText
     from falcon_qlora.data.tokens import Encoder
 
-    turns = [Turn("user", "Hello."), Turn("assistant", "!?"), Turn("user", "Who are you?")]
-    prompt = generate.prompt_ids(get_template(template), turns, tokenizer)
+    turns = [
+        Turn("user", "Hello."),
+        Turn("assistant", "!?"),
+        Turn("user", f"Who says {tokenizer.eos_token}?"),
+    ]
+    prompt = prompt_ids(get_template(template), turns, tokenizer)
     encoder = Encoder(
         tokenizer=tokenizer, train_on="answers", append_end_token=True, overlong="split", max_length=512
     )
-    segments = get_template(template).segments([*turns, Turn("assistant", "A falcon.")])
+    row = {"messages": [{"role": turn.role, "content": turn.text} for turn in turns]}
+    row["messages"].append({"role": "assistant", "content": "A falcon."})
+    segments = render(row, "chat", get_template(template), special=SpecialText(tokenizer))
     (document,) = encoder.documents([segments])[0]
     assert document.input_ids[: len(prompt)].tolist() == prompt
     assert document.mask[len(prompt)] == 1
-    assert prompt.count(tokenizer.eos_token_id) == 1
+    assert prompt.count(tokenizer.eos_token_id) == 1, "after the answer; in the question it is text"
 
 
 def test_command_answers_with_the_adapters_own_settings(
@@ -195,7 +204,7 @@ def test_command_answers_with_the_adapters_own_settings(
 ) -> None:
     flags = ["--max_new_tokens", "12"]
     assert generate.main(["--adapter", str(adapter), "--prompt", "Name a bird.", *flags]) == 0
-    ids = generate.prompt_ids(get_template("alpaca"), [Turn("user", "Name a bird.")], tokenizer)
+    ids = prompt_ids(get_template("alpaca"), [Turn("user", "Name a bird.")], tokenizer)
     expected = generate_batch(tiny, tokenizer, [ids], max_new_tokens=12)[0]
     assert capsys.readouterr().out.strip() == expected.strip()
     # A run's folder will do, and a flag wins over what the folder says.
