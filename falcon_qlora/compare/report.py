@@ -16,7 +16,7 @@ from typing import Any
 
 from falcon_qlora.common.files import replaced, write_text
 from falcon_qlora.common.quantities import GB, GIB
-from falcon_qlora.common.untrusted import of_a_run
+from falcon_qlora.common.untrusted import of_a_run, refuse_links
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal import charts
 from falcon_qlora.terminal.tables import markdown_table
@@ -45,6 +45,12 @@ class Compared:
     recipe: str
     command: str
     reason: str | None = None
+
+    @property
+    def directory(self) -> RunDirectory:
+        """The run directory; of one whose files are links that lead out of it nothing is read."""
+        refuse_links(self.folder)
+        return RunDirectory(self.folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +131,7 @@ class Comparison:
 
     def on_gpus(self) -> bool:
         """Whether the runs were made on GPUs; if not, memory is what the processes held on the CPU."""
-        done = [RunDirectory(run.folder) for run in self.compared if run.reason is None]
+        done = [run.directory for run in self.compared if run.reason is None]
         return any(directory.read("environment").get("gpus") for directory in done)
 
     def time_bars(self) -> dict[str, list[Bar]]:
@@ -204,7 +210,7 @@ def _row(run: Compared) -> Row:
     if run.reason is not None:
         return Row(method=run.method, reason=run.reason)
     with of_a_run(run.folder):
-        directory = RunDirectory(run.folder)
+        directory = run.directory
         summary, metrics = directory.read("summary"), directory.read_metrics()
         config = directory.read_config()
         samples, tokens = summary["samples"], summary["tokens"]

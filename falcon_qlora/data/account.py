@@ -82,7 +82,7 @@ def count(counts: Counter[str], name: object) -> None:
 
 def _listed(counts: Counter[str], what: str) -> str:
     shown = [
-        f"{name!r}"[1:-1] + f" ({number:,} {what}{'s' if number > 1 else ''})"
+        f"{repr(name)[1:-1] if name.strip() else repr(name)} ({number:,} {what}{'s' if number > 1 else ''})"
         for name, number in counts.most_common(_SHOWN)
     ]
     more = len(counts) - len(shown)

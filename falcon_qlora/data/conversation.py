@@ -97,16 +97,19 @@ def _first(keys: Sequence[str], message: Mapping[Any, Any]) -> str | None:
     return next((key for key in there if message[key] is not None), there[0] if there else None)
 
 
+_LEARNED = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+
+
 def _weight(fields: dict[str, Any], where: str) -> bool | None:
     """What `weight` and `train` say of a message, which leave `fields`; None where neither is there."""
     said = {key: fields.pop(key) for key in ("weight", "train") if key in fields}
     for key, value in said.items():
-        if value not in (0, 1):  # true and false among them
+        if str(value).lower() not in _LEARNED:
             raise UserError(
-                f"{where}: {key} is {one_line(value, limit=40)!r}; it can be 0 or 1, or false or true: "
+                f"{where}: {key} is {one_line(value, limit=40)}; it can be 0 or 1, or false or true: "
                 "a message is learned or it is not"
             )
-    return all(said.values()) if said else None
+    return all(_LEARNED[str(value).lower()] for value in said.values()) if said else None
 
 
 def _calls(value: Any, where: str) -> list[dict[str, Any]]:

@@ -138,7 +138,9 @@ def _paths(folder: Path) -> Iterator[tuple[Path, str | None]]:
             folders[:] = [each for each in folders if each not in (*_PASSED_OVER, *hidden, *links)]
             waiting += [Path(parent, each) for each in links if each not in (*_PASSED_OVER, *hidden)]
             for path in (Path(parent, each) for each in sorted(files) if each not in _PASSED_OVER):
-                yield path, _why_not(path)
+                link = path.is_symlink() and path.exists()
+                inside = link and path.resolve().is_relative_to(folder.resolve())
+                yield path, "a link to a file that lies here too" if inside else _why_not(path)
 
 
 def _leads_back(link: Path, folder: Path) -> bool:

@@ -284,6 +284,8 @@ def _raw(reader: _Reader, template: Template, special: SpecialText | None) -> li
         return []
     if special is not None and is_marked(special.mark(text)):
         count(reader.account.rows, "special_tokens")
+    if special is not None:
+        text = _ended(text, special)
     if template.name == "guanaco":
         return guanaco_segments(text)
     return [Segment(text, train=True, end=True)]
@@ -293,6 +295,7 @@ def _conversation(
     reader: _Reader, dataset_format: str, template: Template, special: SpecialText | None
 ) -> list[Segment]:
     tools: list[Any] | None = None
+    _refuse_kto(reader, dataset_format)
     if dataset_format == "prompt_completion":
         turns = _prompt_and_completion(reader)
     else:
@@ -309,6 +312,7 @@ def _conversation(
     if special is not None:
         if template.name == "none":  # which writes what the row says as it is, its special tokens too
             rows["special_tokens"] += [_marked(turn, special) for turn in turns] != turns
+            turns = [replace(turn, text=_ended(turn.text, special)) for turn in turns]
         else:
             plain = [_without_end(turn, special.end) for turn in turns], tools
             turns, tools = [_marked(turn, special) for turn in plain[0]], special.mark(tools)
@@ -333,19 +337,34 @@ def _alpaca(reader: _Reader) -> list[Turn]:
     ]
 
 
+def _refuse_kto(reader: _Reader, dataset_format: str) -> None:
+    """Refuse rows that say of their answer whether it is a good one.
+
+    A number beside a prompt and its completion is taken for that too; elsewhere it may label anything.
+    """
+    marks = ("true", "false", *(("0", "1", "0.0", "1.0") if dataset_format == "prompt_completion" else ()))
+    for column, says in (("label", marks), ("kto_tag", (*marks, "0", "1"))):
+        value = reader.peek(column)
+        if str(value).lower() in says:
+            raise UserError(
+                f"{reader.where(column)} is {value}: rows of KTO, whose answers are good or bad. "
+                "Preferences are not trained here, answers are: put the rows of good answers into a file "
+                f"without the column {reader.name(column)}"
+            )
+
+
 def _prompt_and_completion(reader: _Reader) -> list[Turn]:
-    if str(reader.peek("label")).lower() in ("true", "false"):
-        raise UserError(
-            f"{reader.where('label')} is true or false: rows of KTO, whose completions are good or bad. "
-            "Preferences are not trained here, answers are: put the rows whose label is true into a file "
-            "without the column label"
-        )
     return [Turn("user", reader.text("prompt")), Turn("assistant", reader.text("completion"))]
 
 
 def _messages(reader: _Reader, dataset_format: str) -> list[Turn]:
     column = FORMATS[dataset_format].required[0]
     turns = turns_of_messages(reader.value(column), reader.where(column), reader.account.message_keys)
+    if isinstance(reader.peek("prompt"), list):  # TRL's form of what is said before the answers
+        before = turns_of_messages(
+            reader.value("prompt"), reader.where("prompt"), reader.account.message_keys
+        )
+        turns = [*before, *turns]
     mask = reader.peek("mask")
     masked = None if mask is None else masked_roles(mask, reader.where("mask"))
     if masked is None:
@@ -353,6 +372,12 @@ def _messages(reader: _Reader, dataset_format: str) -> list[Turn]:
     if "user" in masked or not any(turn.role == "user" for turn in turns):
         reader.value("mask")  # else it asks for a loss on what the user says, and counts as not read
     return [replace(turn, train=turn.train and turn.role not in masked) for turn in turns]
+
+
+def _ended(text: str, special: SpecialText) -> str:
+    """`text` without white space after the end token that it spells out at its end."""
+    stripped = text.rstrip()
+    return stripped if stripped.endswith(special.end) else text
 
 
 def _marked(turn: Turn, special: SpecialText) -> Turn:

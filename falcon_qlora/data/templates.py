@@ -178,8 +178,12 @@ def _write_alpaca(turns: Sequence[Turn]) -> list[Segment]:
 def _write_guanaco(turns: Sequence[Turn]) -> list[Segment]:
     """As the rows of openassistant-guanaco are written: one space after a marker, nothing before it."""
     segments: list[Segment] = []
+    begun = False
     for turn in turns:
+        begun |= turn.role != "system"
         if turn.role == "system":
+            if begun:
+                raise cannot_write("guanaco", "a system message after the first message")
             segments.append(Segment(f"{turn.text}\n", train=False))
         elif turn.role == "user":
             segments.append(Segment(f"{_GUANACO_HUMAN} {turn.said}", train=False))
@@ -204,7 +208,8 @@ def _write_falcon_instruct(turns: Sequence[Turn]) -> list[Segment]:
     segments: list[Segment] = []
     for turn in turns:
         if turn.role == "system":
-            segments.append(Segment(turn.text.strip(), train=False))
+            later = f"\n\nSystem: {published(turn.text)}"
+            segments.append(Segment(later if segments else turn.text.strip(), train=False))
         elif turn.role == "user":
             segments.append(Segment(f"\n\nUser: {published(turn.said)}", train=False))
         else:

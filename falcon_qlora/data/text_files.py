@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from falcon_qlora.common.errors import UserError, one_line, reason_of
 
 LONGEST = 1 << 26
+_CHUNK_BYTES = 1 << 16
 TOO_LONG = f"a line or value of more than {LONGEST:,} characters: this is no row"
 
 # In the order in which they are tried: UTF-32's mark begins with UTF-16's.
@@ -34,13 +35,59 @@ def _zstd(path: Path) -> Any:
     return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
 
 
+class _Streams(io.RawIOBase):
+    """What one compressed stream after another holds. Python's readers pass over damage in a later one.
+
+    Args:
+        path: of the file.
+        decompressor: makes what decompresses one stream.
+        padding: what may stand between streams.
+    """
+
+    def __init__(self, path: Path, decompressor: Callable[[], Any], padding: bytes = b""):
+        self._file = path.open("rb")
+        self._new, self._padding = decompressor, padding
+        self._one = decompressor()
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        data = b""
+        while not data:
+            given = b""
+            if self._one.eof:
+                given = (self._one.unused_data or self._file.read(_CHUNK_BYTES)).lstrip(self._padding)
+                if not given and not (given := self._file.read(_CHUNK_BYTES).lstrip(self._padding)):
+                    return 0
+                self._one = self._new()
+            elif self._one.needs_input and not (given := self._file.read(_CHUNK_BYTES)):
+                raise EOFError("it ends before its end is marked")
+            data = self._one.decompress(given, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _bzip2(path: Path) -> Any:
+    return io.BufferedReader(_Streams(path, bz2.BZ2Decompressor))
+
+
+def _xz(path: Path) -> Any:
+    return io.BufferedReader(_Streams(path, lzma.LZMADecompressor, padding=b"\0"))
+
+
 _Opener = Callable[[Path], Any]  # of bytes, with `peek`
 _OPENERS: dict[str, tuple[str, _Opener]] = {
     ".gz": ("gzip", gzip.open),
-    ".bz2": ("bzip2", bz2.open),
-    ".xz": ("xz", lzma.open),
+    ".bz2": ("bzip2", _bzip2),
+    ".xz": ("xz", _xz),
     ".zst": ("zstd", _zstd),
 }
+_BEGINNINGS = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\0", ".zst": b"\x28\xb5\x2f\xfd"}
 COMPRESSED = tuple(_OPENERS)
 
 
@@ -68,6 +115,8 @@ def told_with_file(path: Path) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
+        if (suffix := _suffix_meant(path)) is not None:
+            raise UserError(f"{path}: compressed; name it {path.name}{suffix}") from None
         encoding = error.encoding.upper()
         raise UserError(
             f"{path}: not text in {encoding} ({error.reason}); convert it, for example with iconv"
@@ -89,6 +138,13 @@ def lines(path: Path, handle: TextIO) -> Iterator[str]:
         if not line:
             return
         yield line
+
+
+def _suffix_meant(path: Path) -> str | None:
+    """The suffix of compressed files that begin as this one does."""
+    with path.open("rb") as handle:
+        start = handle.read(6)
+    return next((suffix for suffix, mark in _BEGINNINGS.items() if start.startswith(mark)), None)
 
 
 def _opener_of(path: Path) -> tuple[str, _Opener]:

@@ -24,7 +24,7 @@ def named_tokens(words: Sequence[str]) -> list[str]:
     file = Path(words[0]).expanduser()
     if not file.is_file():
         raise UserError(f"--new_tokens {file}: there is no such file")
-    lines = read_text(file, limit_bytes=_FILE_LIMIT_BYTES).splitlines()
+    lines = [line for line in read_text(file, limit_bytes=_FILE_LIMIT_BYTES).splitlines() if line.strip()]
     if not lines:
         raise UserError(f"--new_tokens {file}: the file is empty; expected one token a line")
     return lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from falcon_qlora.common.files import write_json
@@ -12,7 +13,8 @@ from falcon_qlora.common.quantities import counted, gib
 from falcon_qlora.config import Configuration
 from falcon_qlora.data.templates import template_fingerprint
 from falcon_qlora.methods.adapter_folder import write_record
-from falcon_qlora.methods.interface import method_of
+from falcon_qlora.methods.interface import Method, method_of
+from falcon_qlora.methods.lora import Lora
 from falcon_qlora.models.fast_path import described
 from falcon_qlora.models.fingerprint import tokenizer_fingerprint
 from falcon_qlora.models.layouts import layout_of
@@ -225,6 +227,25 @@ def _quantization(configuration: Configuration, model: Any) -> str:
     return f"LLM.int8(), {computing}" if settings.quantize_mode == "8bit" else computing
 
 
+def _unseen_tokens(data: TrainingData, method: Method) -> list[str]:
+    """Which new tokens no document has, so that their rows learn nothing; of a stream that is not known."""
+    if not isinstance(method, Lora) or not method.new_tokens or data.statistics is None:
+        return []
+    seen: set[int] = set()
+    for batch in data.dataset.with_format("numpy", columns=["input_ids"]).iter(batch_size=1000):
+        seen.update(np.unique(np.concatenate(batch["input_ids"])).tolist())
+    unseen = [
+        token
+        for token, row in zip(method.new_tokens, method.token_rows or (), strict=True)
+        if row not in seen
+    ]
+    if not unseen:
+        return []
+    told = f"no document has {', '.join(unseen)}: what no template writes is not trained. In text and "
+    told += "prompt_completion rows new tokens are tokens; else give a --template FILE.jinja that writes them"
+    return [told]
+
+
 def start_notes(configuration: Configuration, data: TrainingData, model: Any) -> list[str]:
     """What a user should know of the run before its first step."""
     notes, longest = [], configuration.data.max_length
@@ -232,6 +253,7 @@ def start_notes(configuration: Configuration, data: TrainingData, model: Any) ->
         notes.append(
             "the base model's weights are random: speed and memory are real, losses and answers mean nothing"
         )
+    notes += _unseen_tokens(data, method_of(model))
     positions = model.config.max_position_embeddings
     if longest > positions:
         told = (

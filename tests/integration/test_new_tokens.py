@@ -116,3 +116,23 @@ def test_a_resumed_run_is_the_same_run_and_other_tokens_are_another(run: Path, t
     assert [line["loss"] for line in metrics(again) if "loss" in line] == [
         line["loss"] for line in metrics(run) if "loss" in line
     ]
+
+
+def test_new_tokens_that_no_row_has_are_named_at_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Under a template of its own a row's text stays text.
+    rows = [{"instruction": f"Say {number}.", "output": f"[YES] {number}."} for number in range(8)]
+    falcon_qlora.train(
+        model_name_or_path="tiny",
+        dataset_name=write_jsonl(tmp_path / "rows.jsonl", rows),
+        new_tokens=TOKENS,
+        output_dir=tmp_path / "run",
+        max_length=64,
+        max_steps=1,
+        report_to="none",
+        cache_dir=tmp_path / "cache",
+    )
+    told = " ".join(capsys.readouterr().out.split())
+    assert "no document has <|so|>, [YES]: what no template writes is not trained" in told
+    assert "8 rows hold text that looks like special tokens; it stays text" in told

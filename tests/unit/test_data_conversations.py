@@ -81,7 +81,12 @@ def written(
 # As Transformers and TRL
 
 
-MESSAGES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40) | st.sampled_from(
+# Without separators of records, which Transformers' own mask leaves out where an answer begins with one.
+MESSAGES = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\x1c\x1d\x1e\x1f\x85"),
+    min_size=1,
+    max_size=40,
+) | st.sampled_from(
     [
         "🦅🇳🇴 é",
         "你好，世界",
@@ -119,7 +124,7 @@ def test_ids_and_masks_are_those_of_transformers(tokenizer: Any, chat_template: 
     template, special = load_template("auto", "chat", mine), SpecialText(mine)
 
     @given(chats())
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40, deadline=None, derandomize=True)
     def check(row: dict[str, Any]) -> None:
         said = json.dumps(row, ensure_ascii=False)
         account = Account()
@@ -195,6 +200,24 @@ def test_the_end_token_is_learned_and_nothing_after_it() -> None:
         assert document.input_ids.tolist() == tokenizer.apply_chat_template(messages)["input_ids"]
         trained = [i for i, target in zip(document.input_ids, document.mask, strict=True) if target]
         assert tokenizer.decode(trained) == f"the{END}the{END}"
+
+    for row, form in (
+        ({"prompt": "the", "completion": f" the{END}\n"}, "prompt_completion"),
+        ({"text": f"the the{END} \n"}, "text"),
+    ):
+        special = SpecialText(small_tokenizer())
+        (document,) = encode([render(row, form, get_template("none"), special=special)], small_tokenizer())
+        assert small_tokenizer().decode(document.input_ids) == f"the the{END}"
+
+
+def test_a_system_message_later_on_is_written_as_one_or_refused() -> None:
+    turns = [ASKED, {"role": "system", "content": "Be rude."}, {"role": "assistant", "content": "No."}]
+    text = "".join(each.text for each in render({"messages": turns}, "chat", get_template("falcon-instruct")))
+    # As the published template has every message but a first one of the system.
+    assert text == "\n\nUser: Weather in Oslo?\n\nSystem: Be rude.\n\nAssistant: No."
+    for name in ("guanaco", "alpaca"):
+        with pytest.raises(UserError, match=r"cannot write a system message after the first"):
+            render({"messages": turns}, "chat", get_template(name))
 
 
 def test_which_template_auto_means() -> None:
@@ -413,8 +436,8 @@ def test_rows_that_lack_something_are_counted_apart(
         ({"role": "user", "text": "a"}, r"it has no text: .* an object with role, text"),
         ({"from": "human"}, r"it has no text"),
         ({"content": "a"}, r"expected \{role, content\} or \{from, value\}"),
-        ({"role": "user", "content": "a", "weight": 0.5}, r"weight is '0.5'; it can be 0 or 1"),
-        ({"role": "assistant", "content": "a", "train": "no"}, r"train is 'no'"),
+        ({"role": "user", "content": "a", "weight": 0.5}, r"weight is 0.5; it can be 0 or 1"),
+        ({"role": "assistant", "content": "a", "train": "no"}, r"train is no;"),
         ({"from": "function_call", "value": "call weather"}, r"a function call: expected JSON"),
         ({"from": "function_call", "value": '{"city": 1}'}, r"expected a function call \{name, arguments\}"),
     ],
@@ -439,9 +462,18 @@ def test_preferences_are_not_trained_as_answers() -> None:
     template = get_template("none")
     assert render(row, "prompt_completion", template, columns=columns, account=account)[-1].text == "b"
     assert account.columns == {"rejected": 1}
-    for label in (True, False, "False"):
-        with pytest.raises(UserError, match=r"f.jsonl:3: column label is true or false: rows of KTO"):
-            written({"prompt": "a", "completion": "b", "label": label}, "none")
+    said = {"messages": [ASKED, {"role": "assistant", "content": "Rain."}]}
+    for row, form in (
+        *(({"prompt": "a", "completion": "b", "label": label}, "none") for label in (True, "False", 0, 1.0)),
+        (said | {"label": False}, "falcon-instruct"),
+        (said | {"kto_tag": True}, "falcon-instruct"),
+    ):
+        with pytest.raises(UserError, match=r"f.jsonl:3: column (label|kto_tag) is .*: rows of KTO"):
+            written(row, form)
+    # TRL's pairs of messages: what was asked stands before the chosen ones.
+    row = {"prompt": [ASKED], "chosen": [said["messages"][1]], "rejected": []}
+    segments = render(row, "chat", get_template("falcon-instruct"), columns={"messages": "chosen"})
+    assert "".join(each.text for each in segments) == "\n\nUser: Weather in Oslo?\n\nAssistant: Rain."
     assert written({"prompt": "a", "completion": "b", "label": "maths"}, "none", account=account) == "a[b]"
     assert account.columns == {"rejected": 1, "label": 1}
 
@@ -466,7 +498,7 @@ VALUES = st.text("abcdefgh", min_size=5, max_size=9).map(lambda word: f"<{word}>
     ),
     st.sampled_from(["guanaco", "alpaca", "falcon-instruct", "shows"]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True)
 def test_every_value_is_written_named_or_refused(row: dict[str, Any], extras: list[Any], name: str) -> None:
     messages = []
     for number, extra in enumerate(extras):

@@ -511,3 +511,29 @@ def test_the_packaged_rows_have_a_name(tmp_path: Path, monkeypatch: pytest.Monke
     source = find_source("sample")
     assert isinstance(source, LocalSource)
     assert source.files == (rows,)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_streams_one_after_another_are_read_and_damage_in_a_later_one_is_told(
+    suffix: str, tmp_path: Path
+) -> None:
+    first, second = (PACKED[suffix](json.dumps({"text": text}).encode() + b"\n") for text in "ab")
+    file = tmp_path / f"rows.jsonl{suffix}"
+    file.write_bytes(first + second + b"\0\0\0\0" * (suffix == ".xz"))
+    assert [row for _, row in iterate_rows(file)] == [{"text": "a"}, {"text": "b"}]
+    for damaged in (b"\1" + second[1:], b"garbage", second[:-9]):
+        file.write_bytes(first + damaged)
+        with pytest.raises(UserError, match=r"rows.jsonl.*: damaged \w+ file"):
+            list(iterate_rows(file))
+    plain = tmp_path / "rows.jsonl"
+    plain.write_bytes(first)
+    with pytest.raises(UserError, match=rf"rows.jsonl: compressed; name it rows.jsonl{suffix}"):
+        list(iterate_rows(plain))
+
+
+def test_a_file_that_is_linked_beside_itself_is_read_once(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", '{"text": "a"}\n')
+    (tmp_path / "link.jsonl").symlink_to("a.jsonl")
+    files, notes = files_of_folder(tmp_path, "rows", "train")
+    assert [file.name for file in files] == ["a.jsonl"]
+    assert notes == ["rows: not read, a link to a file that lies here too: link.jsonl"]

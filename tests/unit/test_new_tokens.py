@@ -262,9 +262,11 @@ def test_words_or_a_file_name_the_tokens(tmp_path: Path) -> None:
     assert configuration.method.new_tokens == wanted
     assert configuration.resolved()["new_tokens"] == list(wanted)
     assert "new tokens <|a|>, <|b|> in embedding and head" in configuration.method.describe()
-    file.write_text("<|a|>\n\n")
+    file.write_text("\n<|a|>\n\n<|b|>\n\n")
+    assert parse(["--new_tokens", str(file)]).method.new_tokens == wanted, "empty lines are none"
+    file.write_text("\n\n")
     for words, told in (
-        ([str(file)], "is empty, or has white space"),
+        ([str(file)], "the file is empty"),
         (["<|a|>", "<|a|>"], "named twice"),
         (["<|a b|>"], "white space"),
         ([str(tmp_path / "no.txt")], "no such file"),
