@@ -66,6 +66,7 @@ _ROWS = {
         "have",
         "text that template {template} writes differently (white space at the ends of messages, empty lines)",
     ),
+    "surrogates": ("hold", "halves of surrogate pairs, which are no characters; they are read as \ufffd"),
     "joined": (
         "have",
         "a prompt and an answer that the tokenizer would join; they are tokenized apart, as when it is asked",

@@ -319,7 +319,7 @@ def _nothing_left(parts: list[Documents], statistics: Statistics) -> str:
     reasons = [
         (statistics.rows_dropped_empty, "have an empty answer"),
         (statistics.rows_dropped_missing, f"lack {', '.join(lacking)}"),
-        (statistics.rows_dropped_masked, "have no answer token within --max_length"),
+        (statistics.rows_dropped_masked, "have no trained token, or none within --max_length"),
         (statistics.rows_dropped_overlong, "are longer than --max_length and --overlong is drop"),
     ]
     told = "; ".join(f"{count:,} {why}" for count, why in reasons if count)

@@ -18,7 +18,7 @@ from falcon_qlora.data.conversation import (
     turns_of_messages,
     with_system,
 )
-from falcon_qlora.data.special_text import SpecialText, is_marked
+from falcon_qlora.data.special_text import SpecialText, clean, is_marked
 from falcon_qlora.data.templates import (
     LACKING,
     REASONING,
@@ -219,6 +219,7 @@ def render(
         UserError: if a value is not of the kind that the format needs, or the template cannot write it whole.
     """
     account = Account() if account is None else account
+    account.rows["surrogates"] += clean(dict(row)) != row
     reader = _Reader(row, columns or {}, place, account)
     known = FORMATS[dataset_format]
     missing = [reader.name(column) for column in known.required if reader.peek(column) is None]
@@ -324,8 +325,9 @@ def _conversation(
         raise UserError(f"{reader.place}: {error}") from None
     for name in unread:
         count(reader.account.message_keys, name)
-    whole = "".join(segment.text for segment in segments)
-    rows["altered"] += not all(text in whole for turn in turns for text in (turn.text, turn.context))
+    # Within a segment: a template's own line breaks after a message are none of it.
+    said = (text for turn in turns for text in (turn.text, turn.context))
+    rows["altered"] += not all(any(text in segment.text for segment in segments) for text in said)
     return segments
 
 

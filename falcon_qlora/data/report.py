@@ -95,7 +95,7 @@ def statistics_rows(statistics: Statistics) -> list[tuple[str, str]]:
     dropped = {
         "empty answer": statistics.rows_dropped_empty,
         "a column missing": statistics.rows_dropped_missing,
-        "no answer token within the maximum length": statistics.rows_dropped_masked,
+        "no trained token, or none within the maximum length": statistics.rows_dropped_masked,
         "longer than the maximum length": statistics.rows_dropped_overlong,
     }
     share = statistics.target_tokens / max(statistics.tokens, 1)

@@ -119,7 +119,7 @@ class TestData:
     def test_every_answer_beyond_the_maximum_length(self, refused: Refuse, folder: Path) -> None:
         write_jsonl(folder / "long.jsonl", [{"instruction": "Who? " * 90, "output": "Me."}] * 3)
         message = self.refuse(refused, "--dataset_name", "long.jsonl", "--overlong", "truncate")
-        assert "3 have no answer token within --max_length" in message
+        assert "3 have no trained token, or none within --max_length" in message
 
     def test_rows_without_an_answer_are_dropped_and_counted(self, in_process: None, folder: Path) -> None:
         unanswered = {"instruction": "Who?", "output": ""}

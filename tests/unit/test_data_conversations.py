@@ -523,6 +523,14 @@ def test_what_a_template_alters_is_counted() -> None:
         account = Account()
         written(code, template, account=account)
         assert account.rows["altered"] == altered
+        # Line breaks that a template itself writes there do not hide that the message's own are gone.
+        written({"messages": [{"role": "user", "content": "q\n\n"}, TURNS[-1]]}, template, account=account)
+        assert account.rows["altered"] == 2 * altered
+        assert account.rows["surrogates"] == 0
+        assert written(
+            {"messages": [ASKED, {"role": "assistant", "content": "a\ud800b"}]}, template, account=account
+        )
+        assert account.rows["surrogates"] == 1
     with pytest.raises(UserError, match="alpaca cannot write a system message after"):
         written({"messages": [*TURNS, {"role": "system", "content": PIRATE}, *TURNS]}, "alpaca")
 
