@@ -253,7 +253,8 @@ def start_notes(configuration: Configuration, data: TrainingData, model: Any) ->
         notes.append(
             "the base model's weights are random: speed and memory are real, losses and answers mean nothing"
         )
-    notes += _unseen_tokens(data, method_of(model))
+    if configuration.method.new_token_count:
+        notes += _unseen_tokens(data, method_of(model))
     positions = model.config.max_position_embeddings
     if longest > positions:
         told = (
