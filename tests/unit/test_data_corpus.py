@@ -363,7 +363,7 @@ def test_a_blank_answer_in_written_text_is_never_trained(tmp_path: Path) -> None
         (
             [{"prompt": "a" * 50, "completion": "b"}],
             {"max_length": 9, "overlong": "truncate"},
-            "1 have no answer token",
+            "1 have no trained token",
         ),
         (
             [{"prompt": "a" * 50, "completion": "b"}],
