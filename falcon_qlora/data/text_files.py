@@ -61,9 +61,11 @@ class _Streams(io.RawIOBase):
         while not data:
             given = b""
             if self._one.eof:
-                given = (self._one.unused_data or self._file.read(_CHUNK_BYTES)).lstrip(self._padding)
-                if not given and not (given := self._file.read(_CHUNK_BYTES).lstrip(self._padding)):
-                    return 0
+                given = self._one.unused_data.lstrip(self._padding)
+                while not given:
+                    if not (chunk := self._file.read(_CHUNK_BYTES)):
+                        return 0
+                    given = chunk.lstrip(self._padding)
                 self._one = self._new()
             elif self._one.needs_input and not (given := self._file.read(_CHUNK_BYTES)):
                 raise EOFError("it ends before its end is marked")
