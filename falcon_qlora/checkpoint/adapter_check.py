@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.packing import MicroBatch, collate
-from falcon_qlora.methods.adapter_folder import TENSORS, SavedAdapter, read_adapter
+from falcon_qlora.methods.adapter_folder import CONFIG, TENSORS, SavedAdapter, read_adapter
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.checkpoints import parameter_reader, read_folder_config
 from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.layouts import causal_lm_in
 from falcon_qlora.models.sharded import local_tensor, own_parts
-from falcon_qlora.models.tensor_files import read_tensor
+from falcon_qlora.models.tensor_files import read_tensor, stored_tensors
 from falcon_qlora.models.token_rows import rows_of
 from falcon_qlora.processes import devices
 from falcon_qlora.step.loss import sum_of_losses
@@ -36,17 +36,27 @@ class AdapterFaultError(RuntimeError):
 
 
 def check_adapter(folder: Path, model: nn.Module, *, trained: bool | None = None) -> None:
-    """Compare what lies in a folder with the model it was saved from.
+    """Compare what lies in a folder with the model it was saved from: `check_tensors`, then `check_opening`.
+
+    Raises:
+        AdapterFaultError: naming the first thing that is wrong.
+    """
+    check_tensors(folder, model, trained=trained)
+    check_opening(folder, model)
+
+
+def check_tensors(
+    folder: Path, model: nn.Module, state: Mapping[str, Tensor] | None = None, *, trained: bool | None = None
+) -> None:
+    """See that a folder holds what was in memory when it was saved.
 
     All expected tensors are there, with the right shapes, finite, equal to those in memory and, if `trained`,
-    none of an adapter's zero throughout; the settings are those of the model's method. LoRA, whose scale is
-    in no tensor, is also opened again by PEFT beside the model's own, and gives the same loss on a few
-    made-up tokens. The model and the random generators are left as they were; packing is enabled on a model
-    with LoRA.
+    none of an adapter's zero throughout; the settings are those of the model's method.
 
     Args:
         folder: that the model's method saved into.
         model: with a method attached.
+        state: that was saved, see `Method.saved_tensors`; unset: what the model holds.
         trained: whether an optimizer step with a learning rate above zero has been done. Where that is not
             known, a tensor is taken for lost if it is zero while others of its kind are not.
 
@@ -55,20 +65,44 @@ def check_adapter(folder: Path, model: nn.Module, *, trained: bool | None = None
     """
     try:
         if method_of(model).is_whole:
-            _check_whole(folder, model)
+            _check_whole(folder, model, state)
         else:
-            _check_tensors(folder, model, trained=trained)
+            _check_tensors(folder, model, state, trained=trained)
     except UserError as error:
         raise AdapterFaultError(str(error).rstrip(".")) from None
+
+
+def check_opening(folder: Path, model: nn.Module) -> None:
+    """See that PEFT opens a LoRA beside the model's own, with the same loss on a few made-up tokens.
+
+    LoRA's scale is in no tensor: only what the adapter computes tells that it is another. The model and the
+    random generators are left as they were; packing is enabled. Other methods' settings are read and compared
+    by `check_tensors`.
+
+    Raises:
+        AdapterFaultError: if it does not open, or gives another loss.
+    """
     if isinstance(model, PeftModel):
         _check_loss(folder, model)
 
 
-def _check_tensors(folder: Path, model: nn.Module, *, trained: bool | None) -> None:
+def form_of(folder: Path) -> str:
+    """All that decides how PEFT opens a LoRA but its numbers: its configuration, names, shapes and types.
+
+    What `check_opening` has found of one folder holds for another of the same form, whose tensors are right.
+    """
+    stored = stored_tensors(folder / TENSORS)
+    shapes = {name: [tensor.dtype, *tensor.shape] for name, tensor in sorted(stored.items())}
+    return f"{(folder / CONFIG).read_text(encoding='utf-8')}{shapes}"
+
+
+def _check_tensors(
+    folder: Path, model: nn.Module, state: Mapping[str, Tensor] | None, *, trained: bool | None
+) -> None:
     saved = read_adapter(folder)
     config: Any = model.config
     saved.check(config)
-    _check_equal(saved, model)
+    _check_equal(saved, model, state)
     # PEFT's file says less than the method; what it says is tried out, see _check_loss.
     if saved.method.opened_by != "peft" and saved.method != method_of(model):
         raise AdapterFaultError(
@@ -87,9 +121,9 @@ def _kind(name: str) -> str:
     return ".".join(name.split(".")[-2:])
 
 
-def _check_equal(saved: SavedAdapter, model: nn.Module) -> None:
+def _check_equal(saved: SavedAdapter, model: nn.Module, state: Mapping[str, Tensor] | None) -> None:
     file = saved.folder / TENSORS
-    in_memory = method_of(model).saved_tensors(model)
+    in_memory = method_of(model).saved_tensors(model, state)
     config: Any = model.config
     expected = saved.method.saved_shapes(config)
     for name, tensor in in_memory.items():
@@ -101,9 +135,9 @@ def _check_equal(saved: SavedAdapter, model: nn.Module) -> None:
             raise AdapterFaultError(f"{file} has {name}, which the model in memory has not")
 
 
-def _check_whole(folder: Path, model: Any) -> None:
+def _check_whole(folder: Path, model: Any, state: Mapping[str, Tensor] | None) -> None:
     read = parameter_reader(folder, read_folder_config(folder))
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters() if state is None else state.items():
         stored = read(name).to(local_tensor(parameter).device)  # where comparing is quick
         if not torch.isfinite(stored).all():
             raise AdapterFaultError(f"{folder}: {name} holds numbers that are not finite")

@@ -1,27 +1,36 @@
 """A run's checkpoints: when one is due, how it is written, which is the best.
 
 A folder with a checkpoint's final name is always complete. The main process writes all of it: one disk, one
-failure, and nothing to agree on but the outcome. Of a sharded model each process first writes its part of the
-optimizer's state, which is more than the rest.
+failure, and nothing to agree on but the outcome. It copies what is saved to the host's memory, behind the
+step that is done, and writes and checks the copy on a thread while the training goes on.
+
+Not so where the host has no memory for the copy, and not of a sharded model: there each process first writes
+its part of the optimizer's state, which is more than the rest, and the training waits.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import json
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from falcon_qlora.checkpoint import process_state, write
-from falcon_qlora.checkpoint.adapter_check import AdapterFaultError, check_adapter
+from falcon_qlora.checkpoint.adapter_check import AdapterFaultError, check_opening, check_tensors, form_of
+from falcon_qlora.checkpoint.host_copy import HostCopies, free_host_bytes
 from falcon_qlora.checkpoint.manifest import fault, write_manifest
 from falcon_qlora.checkpoint.optimizer_parts import write_part
 from falcon_qlora.common.errors import UserError, reason_of
 from falcon_qlora.common.files import flush, put_in_place
+from falcon_qlora.common.quantities import gib
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.sharded import is_sharded, take_part
 from falcon_qlora.processes import agreement, ranks
@@ -30,9 +39,12 @@ from falcon_qlora.terminal.console import note
 if TYPE_CHECKING:
     from transformers import TrainerState
 
+# Of the host's free memory, what a copy of what is saved may take.
+_MOST_OF_FREE = 0.5
+
 
 @dataclass(frozen=True, kw_only=True)
-class Snapshot:
+class Moment:
     """What a checkpoint is made of, as one process has it after an optimizer step.
 
     Attributes:
@@ -58,15 +70,37 @@ class Snapshot:
         return self.state.global_step
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Content:
+    """What the main process writes: nothing of it changes any more, but where `trained` is None.
+
+    Attributes:
+        trained: the trainable parameters by their names in the model; None: as the model holds them.
+        files: names of torch files → what they hold.
+        parts: what the manifest says of files that are written already.
+    """
+
+    step: int
+    partial: Path
+    model: nn.Module
+    trained: Mapping[str, Tensor] | None
+    files: dict[str, Any]
+    cursor: dict[str, Any] | None
+    trainer_state: str
+    best: str | None
+    processes: int
+    parts: dict[str, Any]
+
+
 @dataclass(eq=False)
 class Checkpointer:
     """Writes a run's checkpoints whole or not at all; every process has one and calls it.
 
     Args:
         folder: the run's ``checkpoints/``.
-        describe_adapter: called with an adapter's folder after it is written, to complete it.
+        describe_adapter: called with an adapter's folder after it is written, to complete it; on a thread.
         record: what every manifest says besides the step and the number of processes.
-        on_saved: called with a checkpoint's folder once it is whole.
+        on_saved: called with a checkpoint's folder once it is whole; on a thread.
         at: told the step, the phase and what is done there; see `Watchdog.at`.
         every_minutes: save whenever so long has passed since the last time; 0: never.
         limit: how many are kept beside the best one; None: all.
@@ -74,7 +108,7 @@ class Checkpointer:
 
     Attributes:
         saved_step: of the newest checkpoint that was tried, or gone on from.
-        failure: why that could not be written, or None.
+        failure: why the newest that is settled could not be written, or None.
     """
 
     folder: Path
@@ -88,6 +122,13 @@ class Checkpointer:
     weights_only: bool = False
     saved_step: int = field(default=-1, init=False)
     failure: str | None = field(default=None, init=False)
+    # Whether a save is not settled; alike on all processes. The rest is the main process's.
+    _open: bool = field(default=False, init=False)
+    _copies: HostCopies = field(default_factory=HostCopies, init=False)
+    _thread: threading.Thread | None = field(default=None, init=False)
+    _error: BaseException | None = field(default=None, init=False)
+    _opened_form: str | None = field(default=None, init=False)
+    _told_of_memory: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.start_clock()
@@ -108,32 +149,146 @@ class Checkpointer:
     def checkpoint(self, step: int) -> Path:
         return self.folder / f"step-{step}"
 
-    def save(self, snapshot: Snapshot) -> bool:
+    def save(self, moment: Moment) -> None:
         """Write ``step-N`` with the adapter, optimizer, schedule, every process's state and the trainer's.
 
-        The folder is filled under another name, described by a manifest, flushed to the disk and renamed.
-        Only then the oldest beyond the limit go, never the best one. Where it cannot be written (the disk is
-        full, the folder cannot be written) that is said, and what was there before is untouched.
-
-        Returns:
-            Whether it was written.
+        The folder is filled under another name, checked, described by a manifest, flushed to the disk and
+        renamed. Only then the oldest beyond the limit go, never the best one. `settle` tells the outcome, and
+        is called before the next save.
 
         Raises:
-            UserError: if the processes' replicas differ, or if what then lies there is not what is in memory;
-                it is not kept.
+            UserError: if the processes' replicas differ, or if what lies there is not what is in memory; it
+                is not kept.
         """
-        self._arrive(snapshot.step, writes=ranks.is_main_process())
-        self.failure = self._save(snapshot)
-        self.saved_step = snapshot.step
+        assert not self._open
+        step, model = moment.step, moment.model
+        self.saved_step, self._open, self._error = step, True, None
         self.start_clock()
-        if self.failure is None:
-            self.on_saved(self.checkpoint(snapshot.step))
-            return True
-        note(
-            f"step {snapshot.step}: the checkpoint could not be saved ({self.failure}). The training "
-            "goes on and the next save is tried; earlier checkpoints are untouched"
+        self._arrive(step, writes=ranks.is_main_process())
+        if not is_sharded(model):
+            trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+            write.require_same_replicas(trained, self.folder, step=step)
+        processes = agreement.gather_objects(moment.process)
+        if moment.state.best_global_step == step:
+            moment.state.best_model_checkpoint = str(self.checkpoint(step))
+        if is_sharded(model):
+            self._save_sharded(moment, processes)
+        elif ranks.is_main_process():
+            self._try(lambda: self._begin(moment, processes), step)
+
+    def settle(self) -> int | None:
+        """Wait until the checkpoint that is being written is whole, or has failed.
+
+        Every process calls this at the same places; the main process has told of a failure by then.
+
+        Returns:
+            The step of one that could not be written (the disk is full, the folder cannot be written); what
+            was there before is untouched. None where it was, or there was none.
+
+        Raises:
+            UserError: if what was written is not what was in memory; on the main process, see
+                `from_main_process`.
+        """
+        if not self._open:
+            return None
+        self._arrive(self.saved_step, writes=ranks.is_main_process())
+        self.failure, self._open = agreement.from_main_process(self._outcome), False
+        return None if self.failure is None else self.saved_step
+
+    def has_failed(self) -> bool:
+        """Whether what was written is not what was in memory: the run is to end. Known here alone."""
+        return self._error is not None and not isinstance(self._error, OSError)
+
+    def join(self) -> None:
+        """Wait for what this process is writing, however the run ends."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _outcome(self) -> str | None:
+        self.join()
+        if self._error is None or isinstance(self._error, OSError):
+            return None if self._error is None else reason_of(self._error)
+        raise self._error
+
+    def _try(self, work: Callable[[], None], step: int) -> None:
+        """Do a part of a save and keep what goes wrong for `settle`; on the main process."""
+        try:
+            work()
+        except OSError as error:
+            self._error = error
+            write.remove_unfinished(self.folder)
+            note(
+                f"step {step:,}: the checkpoint could not be saved ({reason_of(error)}). The training goes "
+                "on and the next save is tried; earlier checkpoints are untouched"
+            )
+        except AdapterFaultError as error:
+            write.remove_unfinished(self.folder)
+            self._error = UserError(write.not_kept(error, self.folder, step=step))
+        except Exception as error:
+            self._error = error
+
+    def _begin(self, moment: Moment, processes: list[dict[str, Any]]) -> None:
+        """Copy what is to be saved, and have it written."""
+        partial = self._partial(moment.step)
+        write.begin(partial)
+        model = moment.model
+        trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+        optimizer = {} if self.weights_only else moment.optimizer.state_dict()
+        needed, free = self._copies.more_bytes([trained, optimizer]), free_host_bytes()
+        if fits := needed <= _MOST_OF_FREE * free:
+            trained, optimizer = self._copies.take((trained, optimizer))
+        elif not self._told_of_memory:
+            self._told_of_memory = True
+            note(
+                f"training waits for every save: a copy of what is saved needs {gib(needed)} of host memory, "
+                f"and {gib(free)} are free"
+            )
+        content = self._content(moment, processes, trained=trained if fits else None, optimizer=optimizer)
+        if self._opened_form is None:
+            # Of the first that holds what training has made: what opens one opens the next of its form.
+            with write.disk_errors():
+                method_of(model).save(model, partial)
+            check_opening(partial, model)
+            self._opened_form = form_of(partial) if method_of(model).opened_by == "peft" else ""
+        if not fits:
+            self._write(content)
+            return
+        self._thread = threading.Thread(
+            target=self._try, args=[lambda: self._write(content), moment.step], name="checkpoint", daemon=True
         )
-        return False
+        self._thread.start()
+
+    def _content(
+        self,
+        moment: Moment,
+        processes: list[dict[str, Any]],
+        *,
+        trained: Mapping[str, Tensor] | None,
+        optimizer: dict[str, Any],
+        parts: dict[str, Any] | None = None,
+    ) -> _Content:
+        files: dict[str, Any] = {}
+        if not self.weights_only:
+            files = {
+                process_state.SCHEDULER: copy.deepcopy(moment.scheduler.state_dict()),
+                process_state.STATES: processes,
+            }
+            if not parts:
+                files[process_state.OPTIMIZER] = optimizer
+            if moment.scaler is not None:
+                files[process_state.SCALER] = moment.scaler.state_dict()
+        return _Content(
+            step=moment.step,
+            partial=self._partial(moment.step),
+            model=moment.model,
+            trained=trained,
+            files=files,
+            cursor=None if moment.cursor is None or self.weights_only else moment.cursor(),
+            trainer_state=json.dumps(dataclasses.asdict(moment.state), indent=2, sort_keys=True) + "\n",
+            best=moment.state.best_model_checkpoint,
+            processes=len(processes),
+            parts=parts or {},
+        )
 
     def find_best(self, step: int) -> Path | None:
         """The best checkpoint by its step: the folder may have been moved, or something happened to it."""
@@ -148,86 +303,72 @@ class Checkpointer:
         """This process writes to a checkpoint, or waits for another that does."""
         self.at(step, 6 if writes else 7, "saving a checkpoint" if writes else "awaiting the save")
 
-    def _save(self, snapshot: Snapshot) -> str | None:
-        model, state = snapshot.model, snapshot.state
-        if not is_sharded(model):
-            trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
-            write.require_same_replicas(trained, self.folder, step=snapshot.step)
-        processes = agreement.gather_objects(snapshot.process)
-        if state.best_global_step == snapshot.step:
-            state.best_model_checkpoint = str(self.checkpoint(snapshot.step))
-        partial = self.folder / f".step-{snapshot.step}.partial"
-        failure = self._on_main_process(lambda: write.begin(partial), snapshot.step)
-        parts: dict[str, Any] = {}
-        if failure is None and is_sharded(model) and not self.weights_only:
-            failure, parts = self._write_parts(snapshot, partial)
-        if failure is None:
-            self._arrive(snapshot.step, writes=ranks.is_main_process())
-            if is_sharded(model) and not ranks.is_main_process():
-                take_part(model)
-            failure = self._on_main_process(
-                lambda: self._write(snapshot, partial, processes, parts), snapshot.step
-            )
-        return failure
+    def _partial(self, step: int) -> Path:
+        return self.folder / f".step-{step}.partial"
 
-    def _on_main_process(self, work: Callable[[], None], step: int) -> str | None:
-        """Run `work` on the main process; return why the disk did not do it, or None, on all alike."""
+    def _save_sharded(self, moment: Moment, processes: list[dict[str, Any]]) -> None:
+        """Write while all wait: every process its part of the optimizer's state, the main one the rest."""
+        step, partial, parts = moment.step, self._partial(moment.step), {}
+        if ranks.is_main_process():
+            self._try(lambda: write.begin(partial), step)
+        if agreement.from_main_process(lambda: self._error is not None):
+            return
+        if not self.weights_only:
+            failure, parts = self._write_parts(moment, partial)
+            if failure is not None:
+                if ranks.is_main_process():
+                    self._try(lambda: _fail(failure), step)
+                return
+        self._arrive(step, writes=ranks.is_main_process())
+        if ranks.is_main_process():
+            content = self._content(moment, processes, trained=None, optimizer={}, parts=parts)
+            self._try(lambda: self._write(content), step)
+        else:
+            take_part(moment.model)
+        agreement.wait_for_all()
 
-        def try_to() -> str | None:
-            try:
-                work()
-            except OSError as error:
-                write.remove_unfinished(self.folder)
-                return reason_of(error)
-            except AdapterFaultError as error:
-                write.remove_unfinished(self.folder)
-                raise UserError(write.not_kept(error, self.folder, step=step)) from None
-            return None
-
-        return agreement.from_main_process(try_to)
-
-    def _write_parts(self, snapshot: Snapshot, partial: Path) -> tuple[str | None, dict[str, Any]]:
+    def _write_parts(self, moment: Moment, partial: Path) -> tuple[str | None, dict[str, Any]]:
         """Write the optimizer's state, each process its own part.
 
         Returns:
             Why that failed on one of them, or None; what the manifest says of the parts. On all alike.
         """
         process, failure, part = ranks.process_index(), None, {}
-        self._arrive(snapshot.step, writes=True)
+        self._arrive(moment.step, writes=True)
         try:
-            part = write_part(snapshot.optimizer, partial, process=process, processes=ranks.world_size())
+            part = write_part(moment.optimizer, partial, process=process, processes=ranks.world_size())
             for name in part:
                 flush(partial / name)
         except OSError as error:
             failure = f"process {process}: {reason_of(error)}"
-        self._arrive(snapshot.step, writes=False)
+        self._arrive(moment.step, writes=False)
         # A disk may be much slower than another, and a collective has a time limit.
         agreement.wait_for_all()
         everyone = agreement.gather_objects((failure, part))
         failure = next((theirs for theirs, _ in everyone if theirs), None)
-        if failure is not None and ranks.is_main_process():
-            write.remove_unfinished(self.folder)
         return failure, {name: about for _, theirs in everyone for name, about in theirs.items()}
 
-    def _write(
-        self, snapshot: Snapshot, partial: Path, processes: list[dict[str, Any]], parts: dict[str, Any]
-    ) -> None:
-        """Fill the folder, check it and give it its name; on the main process."""
+    def _write(self, content: _Content) -> None:
+        """Fill the folder, check it and give it its name."""
+        partial, model = content.partial, content.model
+        self._copies.wait()
         with write.disk_errors():
-            method_of(snapshot.model).save(snapshot.model, partial)
+            method_of(model).save(model, partial, content.trained)
             self.describe_adapter(partial)
-            if not self.weights_only:
-                if not parts:
-                    torch.save(snapshot.optimizer.state_dict(), partial / process_state.OPTIMIZER)
-                torch.save(snapshot.scheduler.state_dict(), partial / process_state.SCHEDULER)
-                if snapshot.scaler is not None:
-                    torch.save(snapshot.scaler.state_dict(), partial / process_state.SCALER)
-                torch.save(processes, partial / process_state.STATES)
-                if snapshot.cursor is not None:
-                    process_state.save_cursor(partial, snapshot.cursor())
-        check_adapter(partial, snapshot.model)
-        snapshot.state.save_to_json(str(partial / process_state.TRAINER_STATE))
-        about = {"step": snapshot.step, "processes": len(processes), "resumable": not self.weights_only}
-        write_manifest(partial, about | self.record, parts)
-        put_in_place(partial, self.checkpoint(snapshot.step))
-        write.rotate(self.folder, snapshot.step, self.limit, snapshot.state.best_model_checkpoint)
+            for name, held in content.files.items():
+                torch.save(held, partial / name)
+            if content.cursor is not None:
+                process_state.save_cursor(partial, content.cursor)
+        check_tensors(partial, model, content.trained)
+        if self._opened_form and form_of(partial) != self._opened_form:
+            raise AdapterFaultError(f"{partial} has another configuration than what was opened before")
+        (partial / process_state.TRAINER_STATE).write_text(content.trainer_state, encoding="utf-8")
+        about = {"step": content.step, "processes": content.processes, "resumable": not self.weights_only}
+        write_manifest(partial, about | self.record, content.parts)
+        put_in_place(partial, self.checkpoint(content.step))
+        write.rotate(self.folder, content.step, self.limit, content.best)
+        self.on_saved(self.checkpoint(content.step))
+
+
+def _fail(reason: str) -> None:
+    raise OSError(0, reason)

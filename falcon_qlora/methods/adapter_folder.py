@@ -36,9 +36,11 @@ FORMAT = 1  # of the record
 _TEXTS = ("base_model", "quantize_mode", "tokenizer", "template", "dataset_format", "method")
 
 
-def write_adapter(folder: Path, model: Any, method: Method) -> None:
-    """Write what a method trains of `model` into `folder`, which is there."""
-    tensors = {name: each.cpu().contiguous() for name, each in method.saved_tensors(model).items()}
+def write_adapter(
+    folder: Path, model: Any, method: Method, state: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write what a method trains of `model` into `folder`, which is there; see `Method.save`."""
+    tensors = {name: each.cpu().contiguous() for name, each in method.saved_tensors(model, state).items()}
     with replaced(folder / TENSORS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     about = {"method": method.name, "base_model_name_or_path": model.name_or_path}

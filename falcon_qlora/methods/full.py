@@ -6,6 +6,7 @@ smaller than a weight is lost in rounding; float32 loses none and takes twice th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
@@ -14,6 +15,7 @@ from falcon_qlora.common.errors import UserError
 from falcon_qlora.methods.interface import Method, ParameterGroup, remember
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -69,11 +71,11 @@ class Full(Method):
         remember(model, self)
         return model.train()
 
-    def save(self, model: PreTrainedModel, folder: Path) -> None:
+    def save(self, model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         from falcon_qlora.methods.adapter_folder import write_record
         from falcon_qlora.models.sharded import save_whole
 
-        save_whole(model, folder)
+        save_whole(model, folder, state)
         write_record(folder, {"method": self.name, "base_model": model.name_or_path})
 
     def restore(self, model: PreTrainedModel, folder: Path) -> None:

@@ -209,15 +209,27 @@ class Method(ABC):
             UserError: if the method cannot train this model.
         """
 
-    def saved_tensors(self, model: Any) -> dict[str, Tensor]:
-        """What is trained of a model, by the names in the file."""
-        return {name: model.get_parameter(name).detach() for name in self.saved_shapes(model.config)}
+    def saved_tensors(self, model: Any, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """What is trained of a model, by the names in the file.
 
-    def save(self, model: Any, folder: Path) -> None:
-        """Write what is trained into a folder that says by itself what it is."""
+        Args:
+            model: to which the method is attached.
+            state: the trainable parameters as they were at some time, by their names in the model; unset: as
+                they are.
+        """
+        of = model.get_parameter if state is None else state.__getitem__
+        return {name: of(name).detach() for name in self.saved_shapes(model.config)}
+
+    def save(self, model: Any, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write what is trained into a folder that says by itself what it is.
+
+        Args:
+            folder: which exists.
+            state: see `saved_tensors`.
+        """
         from falcon_qlora.methods.adapter_folder import write_adapter
 
-        write_adapter(folder, model, self)
+        write_adapter(folder, model, self, state)
 
     def restore(self, model: Any, folder: Path) -> None:
         """Put what `save` wrote into a model to which the same method is attached.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -318,15 +319,18 @@ class Lora(Method):
 
         return add_lora(model, self, seed=seed)
 
-    def saved_tensors(self, model: PeftModel) -> dict[str, Tensor]:
+    def saved_tensors(self, model: PeftModel, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         from peft import get_peft_model_state_dict
 
-        tensors: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+        tensors: dict[str, Tensor] = get_peft_model_state_dict(
+            model, state_dict=None if state is None else dict(state), save_embedding_layers=False
+        )
         return tensors
 
-    def save(self, model: PeftModel, folder: Path) -> None:
+    def save(self, model: PeftModel, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         # Not the embeddings, which are never trained: PEFT would ask the hub whether they were.
-        model.save_pretrained(folder, save_embedding_layers=False)
+        held = {} if state is None else {"state_dict": dict(state)}
+        model.save_pretrained(folder, save_embedding_layers=False, **held)
 
     def put(self, model: PeftModel, tensors: dict[str, Tensor]) -> None:
         from peft import set_peft_model_state_dict

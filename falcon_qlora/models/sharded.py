@@ -10,7 +10,7 @@ What is said here of a sharded model also holds where DeepSpeed has done it: see
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +75,19 @@ def take_part(model: nn.Module) -> None:
         pass
 
 
-def save_whole(model: PreTrainedModel, folder: Path, *, file_bytes: int = 5 * 10**9) -> None:
+def save_whole(
+    model: PreTrainedModel,
+    folder: Path,
+    state: Mapping[str, Tensor] | None = None,
+    *,
+    file_bytes: int = 5 * 10**9,
+) -> None:
     """Write a model as Transformers would, holding one file's tensors at a time.
 
     Args:
         model: that the other processes `take_part` in where it is sharded.
         folder: which exists.
+        state: its parameters on the CPU, as they were at some time; unset: as they are.
         file_bytes: the most that a file's tensors take, unless one alone takes more.
     """
     sizes = {
@@ -88,7 +95,7 @@ def save_whole(model: PreTrainedModel, folder: Path, *, file_bytes: int = 5 * 10
         for name, parameter in model.named_parameters()
     }
     files = split_into_files(sizes, file_bytes)
-    tensors = whole_tensors(model, wanted=True)
+    tensors = iter(state.items()) if state else whole_tensors(model, wanted=True)
     try:
         for file, names in files.items():
             save_file(dict(next(tensors) for _ in names), folder / file, metadata={"format": "pt"})

@@ -131,13 +131,15 @@ def check_replicas(tensors: Iterable[torch.Tensor]) -> None:
 
 def checksum(tensors: Iterable[torch.Tensor]) -> str:
     """A hash of the bytes that this process holds."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(str(_checksums(tensor)).encode())
-    return digest.hexdigest()
+    sums = [_checksums(tensor) for tensor in tensors]
+    # Together: each time the host reads a number it waits for the device.
+    read = [number for each in sums if not each.is_cuda for number in each.tolist()]
+    on_device = [each for each in sums if each.is_cuda]
+    read += torch.cat(on_device).tolist() if on_device else []
+    return hashlib.sha256(str(read).encode()).hexdigest()
 
 
-def _checksums(tensor: torch.Tensor) -> list[int]:
+def _checksums(tensor: torch.Tensor) -> torch.Tensor:
     """A sum over the bytes of each piece of `tensor`, modulo 2^64: any one byte that differs shows."""
     whole = tensor.detach().contiguous().flatten().view(torch.uint8)
     # A weight for each place, odd and scattered, so that exchanged bytes show; in pieces, so that little
@@ -147,7 +149,7 @@ def _checksums(tensor: torch.Tensor) -> list[int]:
     weights ^= weights >> 29
     weights |= 1
     sums = [(piece * weights[: len(piece)]).sum() for piece in whole.split(_PIECE_BYTES)]
-    return torch.stack(sums).tolist()
+    return torch.stack(sums)
 
 
 def fresh_store(timeout_seconds: float) -> dist.Store | None:

@@ -15,25 +15,28 @@ import torch
 from falcon_qlora.data.origins import Origin
 
 MOST_HALVINGS = 8  # of micro-batches, for want of memory
-NOTES = 3 + MOST_HALVINGS
-# Where the notes hold what was wished for.
-_WISHES = slice(1, 3)
+NOTES = 4 + MOST_HALVINGS
+# Where the notes hold what was wished for, and that a checkpoint failed.
+_WISHES, _FAILED = slice(1, 3), 3 + MOST_HALVINGS
 
 
-def notes(loss: torch.Tensor, *, stop: bool = False, save: bool = False, halvings: int = 0) -> torch.Tensor:
+def notes(
+    loss: torch.Tensor, *, stop: bool = False, save: bool = False, failed: bool = False, halvings: int = 0
+) -> torch.Tensor:
     """What a process tells the others with its gradients, to be added up; made without waiting.
 
     Args:
         loss: its part of the global batch's mean loss.
         stop: it was asked to stop.
         save: it wants a checkpoint.
+        failed: a checkpoint that it wrote is not what was in memory.
         halvings: how often it had to halve its micro-batches.
 
     Returns:
         float32 ``[NOTES]``.
     """
     reached = [float(count < halvings) for count in range(MOST_HALVINGS)]
-    rest = torch.tensor([float(stop), float(save), *reached])
+    rest = torch.tensor([float(stop), float(save), *reached, float(failed)])
     if loss.is_cuda:
         rest = rest.pin_memory().to(loss.device, non_blocking=True)
     return torch.cat([loss.detach().float().reshape(1), rest])
@@ -48,6 +51,7 @@ class StepReport:
         loss: of the global batch.
         stop: one of them was asked to stop.
         save: one of them wants a checkpoint.
+        failed: a checkpoint is not what was in memory: the run ends.
         halvings: the most that one of them needed.
         bad: whether the loss or the gradient was not finite, so that the step changed nothing.
         origins: of a stream, the rows that made the step.
@@ -57,6 +61,7 @@ class StepReport:
     loss: float
     stop: bool = False
     save: bool = False
+    failed: bool = False
     halvings: int = 0
     bad: bool = False
     origins: tuple[Origin, ...] = ()
@@ -88,12 +93,13 @@ class Reports:
         for step, values, copied, origins in ready:
             if copied is not None:
                 copied.synchronize()
-            bad, loss, stop, save, *reached = values.tolist()
+            bad, loss, stop, save, *reached, failed = values.tolist()
             report = StepReport(
                 step=step,
                 loss=loss,
                 stop=stop > 0,
                 save=save > 0,
+                failed=failed > 0,
                 halvings=sum(processes > 0 for processes in reached),
                 bad=bad > 0,
                 origins=origins,
@@ -111,7 +117,8 @@ class Reports:
     def load_state(self, state: list[tuple[int, list[float], list[Origin]]]) -> None:
         """Go on from what `state` returned, without what was wished for then: it has been heeded."""
         for step, values, origins in state:
-            kept = torch.tensor(values)
-            kept[1:][_WISHES] = 0
+            kept = torch.zeros(1 + NOTES)
+            kept[: len(values)] = torch.tensor(values)  # the last is not in those of before
+            kept[1:][_WISHES] = kept[1:][_FAILED] = 0
             known = tuple((int(part), int(number)) for part, number in origins)
             self._pending.append((step, kept, None, known))

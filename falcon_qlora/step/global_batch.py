@@ -34,6 +34,7 @@ class Step:
         max_grad_norm: to which gradients are clipped; 0: not at all.
         bad_steps: counts the steps that come to nothing.
         wants_save: whether this process wants a checkpoint now.
+        save_failed: whether one that it wrote is not what was in memory.
         at: told where the step has come to; see `Watchdog.at`.
 
     Attributes:
@@ -56,6 +57,7 @@ class Step:
         max_grad_norm: float,
         bad_steps: BadSteps,
         wants_save: Callable[[], bool],
+        save_failed: Callable[[], bool],
         at: Callable[[int, int, str], None],
     ):
         self.halvings = 0
@@ -69,7 +71,7 @@ class Step:
         self._device = device
         self._processes = processes
         self._max_grad_norm = max_grad_norm
-        self._wants_save = wants_save
+        self._wants_save, self._save_failed = wants_save, save_failed
         self._at = at
 
     def begin(self, optimizer: Any, accelerator: Any, backward: Callable[[Tensor], None]) -> None:
@@ -110,7 +112,7 @@ class Step:
             halvings=self.halvings,
         )
         stop = stop_signals.asked_to_stop() is not None
-        told = notes(loss, stop=stop, save=self._wants_save(), halvings=halvings)
+        told = notes(loss, stop=stop, save=self._wants_save(), failed=self._save_failed(), halvings=halvings)
         self._at(share.step + 1, 2, "adding up the gradients")
         agreed = self.reduction(told)
         whole = agreed[0].isfinite()

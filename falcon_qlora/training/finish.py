@@ -56,6 +56,7 @@ def finish(
         UserError: if the replicas differ, if nothing was trained, if the adapter cannot be written, or if as
             it lies on the disk it is not the one in memory; it is not kept.
     """
+    trainer.settle()
     model = trainer.model
     if not is_sharded(model):
         held = itertools.chain(model.parameters(), model.buffers())

@@ -26,7 +26,7 @@ from transformers.trainer_utils import SaveStrategy
 from trl import SFTConfig, SFTTrainer
 
 from falcon_qlora.checkpoint import process_state, resume
-from falcon_qlora.checkpoint.checkpointer import Checkpointer, Snapshot
+from falcon_qlora.checkpoint.checkpointer import Checkpointer, Moment
 from falcon_qlora.checkpoint.write import last_complete
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.batches import Share, StreamingSteps, TrainingSteps
@@ -141,6 +141,7 @@ class FalconTrainer(SFTTrainer):
             max_grad_norm=max_grad_norm,
             bad_steps=BadSteps(most=max_bad_steps, rows_of=self._rows_of, say=note),
             wants_save=checkpointer.is_due,
+            save_failed=checkpointer.has_failed,
             at=watchdog.at,
         )
         self._backward: Callable[..., Any] = self.accelerator.backward
@@ -168,6 +169,7 @@ class FalconTrainer(SFTTrainer):
         try:
             return super().train(*args, **kwargs)
         finally:
+            self.checkpointer.join()
             self._watchdog.stop()
 
     def get_train_dataloader(self) -> DataLoader:
@@ -222,16 +224,24 @@ class FalconTrainer(SFTTrainer):
         self.meter.resume()
 
     def after_step(self, control: TrainerControl) -> None:
-        """Heed what the processes agreed on in the step before this one, which has just ended."""
+        """Heed what the processes agreed on in the step before this one, which has just ended.
+
+        Raises:
+            UserError: on every process, if a checkpoint is not what was in memory.
+        """
         self._watchdog.at(self.state.global_step, 3, "waiting for the device")
+        failed = False
         try:
             for report in self.step.heed():
+                failed |= report.failed
                 control.should_save |= report.save or report.stop
                 control.should_training_stop |= report.stop
                 self._stopping |= report.stop
         except UserError as error:  # on every process alike; what was learned before is saved first
             self._ending = error
             control.should_save = control.should_training_stop = True
+        if failed:
+            self.settle()
 
     def end_if_asked(self) -> None:
         """End the run here if it was asked to stop and has steps left, or its numbers stay bad.
@@ -239,10 +249,13 @@ class FalconTrainer(SFTTrainer):
         Raises:
             Stopped, UserError: on every process.
         """
+        if self._ending is None and not self._stopping:
+            return
+        self.settle()
         if self._ending is not None:
             last = agreement.from_main_process(lambda: last_complete(self.checkpointer.folder))
             raise UserError(f"{self._ending}. {last}")
-        if self._stopping and self.state.global_step < self.state.max_steps:
+        if self.state.global_step < self.state.max_steps:
             raise Stopped(self.state.global_step, self.checkpointer.failure)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
@@ -251,6 +264,7 @@ class FalconTrainer(SFTTrainer):
         That is so too where a signal or the clock asks for it. Of an evaluation without a checkpoint there is
         nothing to keep: it is not the best where the best is what the run leaves.
         """
+        self.settle()  # before it is known which is the best so far
         asked = self.control.should_save
         if self.args.load_best_model_at_end and not asked and self.args.save_strategy != SaveStrategy.BEST:
             return False
@@ -270,9 +284,10 @@ class FalconTrainer(SFTTrainer):
         if self.checkpointer.saved_step == step:
             return
         self.meter.pause()
+        self.settle()
         for callback in self._stateful():
             self.state.stateful_callbacks[type(callback).__name__] = callback.state()
-        snapshot = Snapshot(
+        moment = Moment(
             model=self.model,
             optimizer=self.optimizer,
             scheduler=self.lr_scheduler,
@@ -287,9 +302,14 @@ class FalconTrainer(SFTTrainer):
             },
             cursor=self.share.cursor,
         )
-        if not self.checkpointer.save(snapshot) and self.state.best_global_step == step:
-            self._best = self._best_before  # of those that there are
+        self.checkpointer.save(moment)
         self.meter.resume()
+
+    def settle(self) -> None:
+        """Wait for the checkpoint that is being written; one that could not be is not the best."""
+        failed = self.checkpointer.settle()
+        if failed is not None and failed == self.state.best_global_step:
+            self._best = self._best_before  # of those that there are
 
     def _stateful(self) -> list[ExportableState]:
         callbacks = [*self.callback_handler.callbacks, self.control]
@@ -356,6 +376,9 @@ class FalconTrainer(SFTTrainer):
             )
 
     def _load_best_model(self) -> None:
+        self.settle()
+        if self.state.best_model_checkpoint is None:
+            return
         method_of(self.model).restore(self.model, Path(self.state.best_model_checkpoint))
 
     def reduction_share(self) -> float:

@@ -55,15 +55,16 @@ now = 0
 hogs: list[torch.Tensor] = []
 
 
-def faults(do: str, **more: Any) -> list[dict[str, Any]]:
-    """The faults of this kind that fall on this process now."""
+def faults(do: str, at: int | None = None, **more: Any) -> list[dict[str, Any]]:
+    """The faults of this kind that fall on this process now, or at a step that is being saved."""
     wanted = {"do": do, **more}
+    step = now if at is None else at
     here, attempt = ranks.process_index(), ranks.restart_count()
     return [
         each
         for each in FAULTS
         if wanted.items() <= each.items()
-        and each.get("step", now) == now
+        and each.get("step", step) == step
         and each.get("rank", here) == here
         and each.get("restart", attempt) == attempt
     ]
@@ -138,13 +139,13 @@ def faulty_sum_of_losses(model: Any, batch: Any) -> torch.Tensor:
 write_manifest = checkpointer.write_manifest
 
 
-def faulty_write_manifest(*arguments: Any) -> None:
+def faulty_write_manifest(folder: Path, record: dict[str, Any], *arguments: Any) -> None:
     """Called in the middle of a save: the files are there, the manifest and the name are not."""
-    if faults("kill", where="save"):
+    if faults("kill", at=record["step"], where="save"):
         die()
-    if faults("slow"):
+    if faults("slow", at=record["step"]):
         time.sleep(2)
-    write_manifest(*arguments)
+    write_manifest(folder, record, *arguments)
 
 
 save_checkpoint = FalconTrainer._save_checkpoint
@@ -157,9 +158,9 @@ def faulty_save_checkpoint(self: Any, *arguments: Any) -> None:
 
 
 @contextlib.contextmanager
-def disk(do: str = "disk") -> Iterator[None]:
+def disk(do: str = "disk", at: int | None = None) -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for fault in faults(do):
+    for fault in faults(do, at=at):
         if fault.setdefault("times", 1 << 30) == 0:
             continue
         fault["times"] -= 1
@@ -173,10 +174,10 @@ def disk(do: str = "disk") -> Iterator[None]:
 write_checkpoint = Checkpointer._write
 
 
-def faulty_write(*arguments: Any) -> None:
-    with disk():
-        write_checkpoint(*arguments)
-    if faults("kill", where="saved"):
+def faulty_write(self: Any, content: Any) -> None:
+    with disk(at=content.step):
+        write_checkpoint(self, content)
+    if faults("kill", at=content.step, where="saved"):
         die()
 
 

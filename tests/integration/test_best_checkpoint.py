@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import falcon_qlora
-from falcon_qlora.checkpoint.checkpointer import Checkpointer, Snapshot
+from falcon_qlora.checkpoint.checkpointer import Checkpointer
 from falcon_qlora.processes import stop_signals
 from tests.integration.runs import metrics, summary
 from tests.integration.test_adapter import fine_tune
@@ -55,10 +55,10 @@ def test_the_best_is_one_that_was_saved(tmp_path: Path) -> None:
 def test_the_best_is_none_that_could_not_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Checkpointer._write
 
-    def full(self: Checkpointer, snapshot: Snapshot, *arguments: Any) -> None:
-        if snapshot.step == 1:
+    def full(self: Checkpointer, content: Any) -> None:
+        if content.step == 1:
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(self, snapshot, *arguments)
+        real(self, content)
 
     monkeypatch.setattr(Checkpointer, "_write", full)
     run = fine_tune(tmp_path, **SAME, max_steps=3, save_steps=1)

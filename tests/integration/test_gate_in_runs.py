@@ -19,24 +19,28 @@ from tests.integration.test_adapter import fine_tune
 METHODS: dict[str, Any] = {"lora": Lora, "adapter_v2": AdapterV2}
 
 
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [(".step-2.partial", "opened again gives the loss"), (".step-4.partial", "another configuration")],
+)
 def test_settings_that_are_not_the_models_are_found_at_a_save(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str, told: str
 ) -> None:
     """LoRA's scale is in no tensor: only what the adapter computes tells that it is another."""
-    saves, real = [], Lora.save
+    real = Lora.save
 
-    def save(self: Any, model: Any, folder: Path) -> None:
-        real(self, model, folder)
-        saves.append(folder)
-        if len(saves) == 2:
+    def save(self: Any, model: Any, folder: Path, *state: Any) -> None:
+        real(self, model, folder, *state)
+        if folder.name == wrong:
             file = folder / "adapter_config.json"
             settings = json.loads(file.read_text())
             file.write_text(json.dumps({**settings, "lora_alpha": settings["lora_alpha"] * 2}))
 
     monkeypatch.setattr(Lora, "save", save)
-    with pytest.raises(UserError, match=r"was not kept: .*opened again gives the loss") as refusal:
+    with pytest.raises(UserError, match=rf"was not kept: .*{told}") as refusal:
         fine_tune(tmp_path, output_dir=tmp_path / "run", max_steps=4, save_steps=2)
-    assert f"last complete checkpoint is {tmp_path}/run/checkpoints/step-2" in str(refusal.value)
+    last = f"last complete checkpoint is {tmp_path}/run/checkpoints/step-2"
+    assert ("There is no complete checkpoint" if "step-2" in wrong else last) in str(refusal.value)
 
 
 def test_a_run_that_saves_is_the_run_that_does_not(tmp_path: Path) -> None:
@@ -60,9 +64,11 @@ def test_a_save_that_is_not_what_is_in_memory_ends_the_run(
 ) -> None:
     saves, real = [], METHODS[method].save
 
-    def save(self: Any, model: Any, folder: Path) -> None:
-        real(self, model, folder)
-        saves.append(folder)
+    def save(self: Any, model: Any, folder: Path, *state: Any) -> None:
+        real(self, model, folder, *state)
+        # The first checkpoint of LoRA is written twice: see what opens it before it is copied.
+        if not saves or saves[-1] != folder.name:
+            saves.append(folder.name if folder.name.startswith(".step") else "adapter")
         if len(saves) == damaged:
             tensors = load_file(folder / "adapter_model.safetensors")
             next(reversed(tensors.values())).view(-1)[-1:].add_(1e-6)
