@@ -16,6 +16,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,6 +110,7 @@ class Checkpointer:
     Attributes:
         saved_step: of the newest checkpoint that was tried, or gone on from.
         failure: why the newest that is settled could not be written, or None.
+        opened_step: of the checkpoint that PEFT has opened; -1: of none.
     """
 
     folder: Path
@@ -122,6 +124,7 @@ class Checkpointer:
     weights_only: bool = False
     saved_step: int = field(default=-1, init=False)
     failure: str | None = field(default=None, init=False)
+    opened_step: int = field(default=-1, init=False)
     # Whether a save is not settled; alike on all processes. The rest is the main process's.
     _open: bool = field(default=False, init=False)
     _copies: HostCopies = field(default_factory=HostCopies, init=False)
@@ -192,7 +195,7 @@ class Checkpointer:
         if not self._open:
             return None
         self._arrive(self.saved_step, writes=ranks.is_main_process())
-        self.failure, self._open = agreement.from_main_process(self._outcome), False
+        self.failure, self._open = agreement.from_main_process(self.require_kept), False
         return None if self.failure is None else self.saved_step
 
     def has_failed(self) -> bool:
@@ -204,7 +207,12 @@ class Checkpointer:
         if self._thread is not None:
             self._thread.join()
 
-    def _outcome(self) -> str | None:
+    def require_kept(self) -> str | None:
+        """Wait for what this process is writing; see `settle`, but for this process alone.
+
+        Returns:
+            Why it could not be written, or None.
+        """
         self.join()
         if self._error is None or isinstance(self._error, OSError):
             return None if self._error is None else reason_of(self._error)
@@ -244,12 +252,14 @@ class Checkpointer:
                 f"and {gib(free)} are free"
             )
         content = self._content(moment, processes, trained=trained if fits else None, optimizer=optimizer)
-        if self._opened_form is None:
+        if self._opened_form is None and method_of(model).opened_by == "peft":
             # Of the first that holds what training has made: what opens one opens the next of its form.
+            self._copies.wait()
             with write.disk_errors():
-                method_of(model).save(model, partial)
+                method_of(model).save(model, partial, content.trained)
             check_opening(partial, model)
-            self._opened_form = form_of(partial) if method_of(model).opened_by == "peft" else ""
+            self._opened_form = form_of(partial)
+            self.opened_step = moment.step
         if not fits:
             self._write(content)
             return
@@ -359,12 +369,14 @@ class Checkpointer:
                 torch.save(held, partial / name)
             if content.cursor is not None:
                 process_state.save_cursor(partial, content.cursor)
-        check_tensors(partial, model, content.trained)
-        if self._opened_form and form_of(partial) != self._opened_form:
-            raise AdapterFaultError(f"{partial} has another configuration than what was opened before")
         (partial / process_state.TRAINER_STATE).write_text(content.trainer_state, encoding="utf-8")
         about = {"step": content.step, "processes": content.processes, "resumable": not self.weights_only}
-        write_manifest(partial, about | self.record, content.parts)
+        with ThreadPoolExecutor(1) as beside:
+            described = beside.submit(write_manifest, partial, about | self.record, content.parts)
+            check_tensors(partial, model, content.trained)
+            described.result()
+        if self._opened_form is not None and form_of(partial) != self._opened_form:
+            raise AdapterFaultError(f"{partial} has another configuration than what was opened before")
         put_in_place(partial, self.checkpoint(content.step))
         write.rotate(self.folder, content.step, self.limit, content.best)
         self.on_saved(self.checkpoint(content.step))

@@ -144,6 +144,9 @@ def check_process(state: dict[str, Any], *, step: int) -> None:
         numbers = state["meter"][name]
         fits = len(numbers) == 4 and all(map(is_count, numbers[:3])) and is_number(numbers[3])
         require(fits and numbers[3] >= 0, f"meter {name}")
+    of_clock = state["meter"]
+    seconds = [*of_clock.get("lost", {}).values(), of_clock.get("wall", 0), of_clock.get("since_log", 0)]
+    require(all(is_number(each) and each >= 0 for each in seconds), "meter")
     bad_steps = state["bad_steps"]
     require(all(is_count(bad_steps[name]) for name in _COUNTS_OF_BAD_STEPS), "bad_steps")
     require(bad_steps["total"] <= step and bad_steps["in_a_row"] <= bad_steps["total"], "bad_steps")

@@ -24,7 +24,7 @@ from typing import Any
 from falcon_qlora import config
 from falcon_qlora.common.errors import EXIT_BUG, EXIT_HANGING, EXIT_USER_ERROR, UserError
 from falcon_qlora.common.settings import setting
-from falcon_qlora.processes import launcher
+from falcon_qlora.processes import command_clock, launcher
 from falcon_qlora.processes.launcher import SAME_REQUEST_SECONDS, STOP_SIGNALS
 from falcon_qlora.terminal.output import drop_what_cannot_be_written
 
@@ -76,7 +76,7 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
     processes = _processes(launch.gpus)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    with tempfile.TemporaryDirectory(prefix="falcon_qlora_") as folder:
+    with command_clock.told_to_workers(), tempfile.TemporaryDirectory(prefix="falcon_qlora_") as folder:
         os.environ[launcher.VARIABLE] = folder
         flags = config.as_words({name: value for name, value in given.items() if not hasattr(launch, name)})
         words = [_WORKER, str(os.getpid()), worker_module, *flags]

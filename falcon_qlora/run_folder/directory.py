@@ -52,6 +52,7 @@ METRICS_FIELDS = (
     "learning_rate",
     "tokens",
     "tokens_per_second",
+    "wall_tokens_per_second",
     "samples_per_second_512",
     "peak_memory_gib",
     "packing_efficiency",

@@ -163,8 +163,9 @@ _RESULTS = {
     "best_eval_loss": "best loss on held-out data",
     "trainable_parameters": "trainable parameters",
     "total_parameters": "parameters of base and adapter",
-    "train_seconds": "seconds",
-    "tokens_per_second": "tokens/s",
+    "train_seconds": "seconds of the steps",
+    "tokens_per_second": "tokens/s in the steps",
+    "wall_seconds": "seconds of the whole command",
     "peak_memory_gib": "peak memory on one device, GiB",
     "world_size": "devices",
 }

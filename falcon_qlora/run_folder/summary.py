@@ -13,8 +13,8 @@ class Summary:
         steps: Optimizer steps done, over all resumptions.
         first_loss: Training loss of the first log step (mean over target tokens).
         final_loss: Training loss of the last log step.
-        train_seconds: Wall-clock time in the training loop, evaluation included.
-        tokens_per_second: Real tokens (no padding) a second, over all processes.
+        train_seconds: Time in the steps themselves: without start, saves, evaluation and end.
+        tokens_per_second: Real tokens (no padding) a second of the steps, over all processes.
         samples_per_second_512: The same in samples of 512 positions.
         peak_memory_gib: Largest memory allocated on one device, GiB.
         trainable_parameters: Parameters that were trained.
@@ -32,6 +32,13 @@ class Summary:
         predicted_peak_memory_gib: What `peak_memory_gib` was expected to be, on a GPU.
         reduction_shares: Of each process's time in training, what it spent adding up gradients, waiting for
             the slowest included (which has the least), since the run was last started; None of one process.
+        wall_seconds: What the commands took that made the run, each from its start, until this was written.
+        wall_tokens_per_second: Real tokens a second of these.
+        step_share: `train_seconds` of `wall_seconds`, 0 to 1.
+        start_seconds: Of `wall_seconds`: before the first step.
+        save_seconds: Of `wall_seconds`: in which the steps waited for checkpoints.
+        evaluation_seconds: Of `wall_seconds`: of evaluations, sample answers included.
+        end_seconds: Of `wall_seconds`: after the last step.
         adapter: Folder of the adapter that the run began from, where it did.
         adapter_sha256: Of that one's weights.
     """
@@ -56,5 +63,12 @@ class Summary:
     total_peak_memory_gib: float | None = None
     predicted_peak_memory_gib: float | None = None
     reduction_shares: list[float] | None = None
+    wall_seconds: float | None = None
+    wall_tokens_per_second: float | None = None
+    step_share: float | None = None
+    start_seconds: float | None = None
+    save_seconds: float | None = None
+    evaluation_seconds: float | None = None
+    end_seconds: float | None = None
     adapter: str | None = None
     adapter_sha256: str | None = None

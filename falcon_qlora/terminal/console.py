@@ -89,11 +89,14 @@ def print_end(summary: Mapping[str, Any], contents: Sequence[Path], *, adapter: 
             f"adding up gradients took {min(shares):.1%} of the time of the slowest (process {slowest}), "
             f"{max(shares):.1%} of the fastest, which waited"
         )
-    speed = f"{summary['tokens_per_second']:,.0f} tokens/s"
+    speed = f"{summary['tokens_per_second']:,.0f} tokens/s in the steps"
+    if (by_clock := summary.get("wall_tokens_per_second")) is not None:
+        speed += f", {by_clock:,.0f} over the whole command"
     written = [f"{path}/" if path.is_dir() else str(path) for path in contents]
     rows = [
-        ("steps", f"{summary['steps']:,} in {duration(summary['train_seconds'])}"),
+        ("steps", f"{summary['steps']:,}"),
         ("loss", joined(losses, best)),
+        ("time", _time_of(summary)),
         ("speed", joined(speed, f"{summary['samples_per_second_512']:,.3g} samples/s of 512 tokens")),
         ("memory", memory),
         ("processes", reduced),
@@ -103,6 +106,19 @@ def print_end(summary: Mapping[str, Any], contents: Sequence[Path], *, adapter: 
     ]
     console().print()
     _print_rows("done", rows)
+
+
+def _time_of(summary: Mapping[str, Any]) -> str:
+    """What the run took, and where it went."""
+    names = ("train_seconds", "start_seconds", "save_seconds", "evaluation_seconds", "end_seconds")
+    labels = ("steps", "start", "saves", "evaluation", "end")
+    told = [
+        f"{label} {duration(summary[name])}"
+        for name, label in zip(names, labels, strict=True)
+        if summary.get(name) and (summary[name] >= 0.5 or name == "train_seconds")
+    ]
+    whole = summary.get("wall_seconds")
+    return ", ".join(told) if whole is None else f"{duration(whole)} in all: {', '.join(told)}"
 
 
 def print_answers(title: str, answers: Sequence[tuple[str, str]]) -> None:

@@ -136,6 +136,7 @@ def build_trainer(
     model: Any,
     trackers: Trackers,
     describe_adapter: Callable[[Path], None],
+    began: float,
 ) -> FalconTrainer:
     """The trainer with everything that listens to it.
 
@@ -143,6 +144,7 @@ def build_trainer(
         training: the settings of TRL's trainer.
         max_length: tokens of a sequence.
         describe_adapter: completes an adapter's folder after it is written.
+        began: seconds since the epoch at which the command began.
     """
     from transformers import EarlyStoppingCallback
 
@@ -209,6 +211,7 @@ def build_trainer(
         watchdog=watchdog,
         tokenizer=tokenizer,
         callbacks=callbacks,
+        began=began,
         max_grad_norm=training.max_grad_norm or 0.0,
         max_bad_steps=run.max_bad_steps,
     )

@@ -48,7 +48,7 @@ class StepKeeper(DefaultFlowCallback):
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self._trainer.meter.pause()
+        self._trainer.meter.pause("end")
         self._trainer.step.finish(state.global_step)
 
 

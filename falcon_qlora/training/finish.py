@@ -56,7 +56,6 @@ def finish(
         UserError: if the replicas differ, if nothing was trained, if the adapter cannot be written, or if as
             it lies on the disk it is not the one in memory; it is not kept.
     """
-    trainer.settle()
     model = trainer.model
     if not is_sharded(model):
         held = itertools.chain(model.parameters(), model.buffers())
@@ -102,11 +101,13 @@ def finish(
     )
     figures = asdict(summary)
     _keep_adapter(directory, trainer, lambda folder: describe_adapter(folder, figures))
+    trainer.settle()
     if ranks.is_main_process():
-        with _told_if_not_written(directory.summary_file):
-            directory.write("summary", figures)
         with _told_if_not_written(directory.loss_picture):
             directory.draw_loss(title=title)
+        figures |= _wall_clock(trainer)
+        with _told_if_not_written(directory.summary_file):
+            directory.write("summary", figures)
         console.print_end(figures, directory.contents(), adapter=directory.adapter)
     trackers.finish(summary=figures, adapter=directory.adapter)
 
@@ -126,7 +127,10 @@ def _keep_adapter(
                     method_of(model).save(model, folder)
                     trainer.processing_class.save_pretrained(folder)
                     describe_adapter(folder)
-                check_adapter(folder, model, trained=trainer.has_learned())
+                opened = trainer.checkpointer.opened_step == trainer.state.global_step
+                opened &= not trainer.holds_best
+                check_adapter(folder, model, trained=trainer.has_learned(), opened=opened)
+                trainer.checkpointer.require_kept()
                 # A model card is there to be written on.
                 write_manifest(folder, {"step": trainer.state.global_step}, leave_out=["README.md"])
         except OSError as error:
@@ -149,6 +153,24 @@ def _keep_adapter(
             time.sleep(_PAUSE_SECONDS)
     last = agreement.from_main_process(lambda: last_complete(directory.checkpoints))
     raise UserError(f"all steps are done, but {directory.adapter} could not be written ({failure}). {last}")
+
+
+def _wall_clock(trainer: FalconTrainer) -> dict[str, float]:
+    """What the whole command took, and where it went."""
+    meter = trainer.meter
+    wall = meter.wall_seconds()
+    spent = {
+        "start_seconds": meter.lost["start"],
+        "save_seconds": meter.lost["saves"],
+        "evaluation_seconds": meter.lost["evaluation"],
+    }
+    return {
+        "wall_seconds": wall,
+        "wall_tokens_per_second": meter.tokens / wall,
+        "step_share": meter.seconds / wall,
+        **spent,
+        "end_seconds": max(wall - meter.seconds - sum(spent.values()), 0.0),
+    }
 
 
 @contextlib.contextmanager

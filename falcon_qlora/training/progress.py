@@ -82,7 +82,10 @@ class ProgressCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not ranks.is_main_process() or not logs:
             return
-        names = ("loss", "tokens_per_second", "peak_memory_gib", "learning_rate", "eval_loss")
+        names = (
+            *("loss", "tokens_per_second", "wall_tokens_per_second"),
+            *("peak_memory_gib", "learning_rate", "eval_loss"),
+        )
         self._shown |= {name: float(logs[name]) for name in names if logs.get(name) is not None}
         self._step = max(self._step, state.global_step)
         self._refresh(self._counter())
@@ -105,7 +108,9 @@ class ProgressCallback(TrainerCallback):
         if "loss" in shown:
             numbers.append(f"loss {_loss(shown['loss'])}")
         if "tokens_per_second" in shown:
-            numbers.append(f"{shown['tokens_per_second']:,.0f} tokens/s")
+            speed, by_clock = shown["tokens_per_second"], shown.get("wall_tokens_per_second", 0.0)
+            told = f" ({by_clock:,.0f} with saves and evaluations)" if 0 < by_clock < 0.98 * speed else ""
+            numbers.append(f"{speed:,.0f} tokens/s{told}")
         if shown.get("peak_memory_gib"):
             numbers.append(f"{shown['peak_memory_gib']:.2f} GiB")
         left = self._seconds_left()

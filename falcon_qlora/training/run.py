@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from falcon_qlora.config import Configuration
 from falcon_qlora.processes import agreement, endings, ranks
+from falcon_qlora.processes.command_clock import command_began
 
 if TYPE_CHECKING:
     from falcon_qlora.run_folder.lock import RunLock
@@ -25,13 +27,14 @@ def train(configuration: Configuration) -> Path:
     from falcon_qlora.run_folder.lock import RunLock
     from falcon_qlora.terminal.console import note
 
+    began = command_began(default=time.time())
     # The processes that torchrun ends before it starts others may take a while to go.
     patience = 60.0 if ranks.restart_count() else 0.5
     with RunLock(note, patience_seconds=patience) as lock:
-        return _train(configuration, lock)
+        return _train(configuration, lock, began)
 
 
-def _train(configuration: Configuration, lock: RunLock) -> Path:
+def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
     from falcon_qlora.models.fast_path import choose_kernels
     from falcon_qlora.processes.stop_signals import Stopped
     from falcon_qlora.terminal import console
@@ -79,6 +82,7 @@ def _train(configuration: Configuration, lock: RunLock) -> Path:
             model=model,
             trackers=start.trackers,
             describe_adapter=describe_adapter,
+            began=began,
         )
         warm_up(trainer, run, max_length=max_length)
         start.trackers.start(

@@ -1,4 +1,4 @@
-"""Tokens, positions and memory against the seconds that count as training."""
+"""Tokens, positions and memory against the seconds of the steps, and of the wall clock."""
 
 from __future__ import annotations
 
@@ -11,29 +11,53 @@ import torch
 from falcon_qlora.common.quantities import GIB
 
 REFERENCE_SAMPLE_POSITIONS = 512
+LOST = ("start", "saves", "evaluation")
 
 
 @dataclass(kw_only=True)
 class Meter:
-    """Counts real tokens and computed positions against the seconds spent training.
+    """Counts real tokens and computed positions against the seconds of the steps, and of the wall clock.
 
-    Time between `pause` and `resume` (evaluation, saving) counts for nothing.
+    Time between `pause` and `resume` is not the steps': it is kept by its cause.
+
+    Attributes:
+        began: seconds since the epoch at which the command began.
+        seconds: of the steps, over all starts of the run.
+        lost: seconds by what they went to instead: ``start``, ``saves``, ``evaluation``.
     """
 
+    began: float = field(default_factory=time.time)
     tokens: int = 0
     positions: int = 0
     capacity: int = 0
     seconds: float = 0.0
+    lost: dict[str, float] = field(default_factory=lambda: dict.fromkeys(LOST, 0.0))
     _since: float | None = field(default=None, repr=False)
+    _paused: tuple[str, float] | None = field(default=None, repr=False)
     _last: tuple[int, int, int, float] = field(default=(0, 0, 0, 0.0), repr=False)
+    _wall_before: float = field(default=0.0, repr=False)
+    _logged_at: float | None = field(default=None, repr=False)
 
     def resume(self) -> None:
-        self._since = time.perf_counter()
+        now = self._since = time.perf_counter()
+        if self._logged_at is None:  # the first step of this start begins
+            self._logged_at = now
+            self.lost["start"] += time.time() - self.began
+        elif self._paused is not None:
+            cause, at = self._paused
+            self.lost[cause] += now - at
+        self._paused = None
 
-    def pause(self) -> None:
+    def pause(self, cause: str) -> None:
+        """Stop counting for the steps, unless that is so already.
+
+        Args:
+            cause: of `LOST`.
+        """
         if self._since is not None:
-            self.seconds += time.perf_counter() - self._since
-            self._since = None
+            now = time.perf_counter()
+            self.seconds += now - self._since
+            self._since, self._paused = None, (cause, now)
 
     def add(self, *, tokens: int, positions: int, capacity: int) -> None:
         self.tokens += tokens
@@ -42,28 +66,49 @@ class Meter:
 
     def interval(self) -> dict[str, float]:
         """Rates since the last call; the caller has made sure that the device is done."""
+        now = time.perf_counter()
         if self._since is not None:
-            self.pause()
-            self.resume()
+            self.seconds += now - self._since
+            self._since = now
         since, self._last = self._last, self._now()
-        return _rates(*(a - b for a, b in zip(self._last, since, strict=True)))
+        tokens, *rest = (a - b for a, b in zip(self._last, since, strict=True))
+        wall = now - (self._logged_at or now)
+        self._logged_at = now
+        by_wall = {"wall_tokens_per_second": tokens / wall} if wall > 0 else {}
+        return _rates(tokens, *rest) | by_wall
 
     def total(self) -> dict[str, float]:
         """Rates over the whole run."""
         return _rates(*self._now())
+
+    def wall_seconds(self) -> float:
+        """Of the commands that have made the run until now, each from its start."""
+        return self._wall_before + time.time() - self.began
 
     def _now(self) -> tuple[int, int, int, float]:
         return self.tokens, self.positions, self.capacity, self.seconds
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; the meter is paused."""
-        return {"now": list(self._now()), "last": list(self._last)}
+        since_log = time.perf_counter() - (self._logged_at or time.perf_counter())
+        return {
+            "now": list(self._now()),
+            "last": list(self._last),
+            "lost": dict(self.lost),
+            "wall": self.wall_seconds(),
+            "since_log": since_log,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
+        """Go on from what `state` returned, before the first `resume`."""
         self.tokens, self.positions, self.capacity, self.seconds = state["now"]
         tokens, positions, capacity, seconds = state["last"]
         self._last = (tokens, positions, capacity, seconds)
+        self.lost |= state.get("lost", {})
+        self._wall_before = state.get("wall", self.seconds)
+        if "since_log" in state:
+            self.lost["start"] += time.time() - self.began
+            self._logged_at = time.perf_counter() - state["since_log"]
 
 
 def _rates(tokens: float, positions: float, capacity: float, seconds: float) -> dict[str, float]:

@@ -81,6 +81,7 @@ class FalconTrainer(SFTTrainer):
         watchdog: told where the loop is; it watches while there is training.
         tokenizer: of the documents.
         callbacks: Transformers' kind.
+        began: seconds since the epoch at which the command began.
         max_grad_norm: to which gradients are clipped; 0: not at all.
         max_bad_steps: stop at so many steps in a row whose loss or gradient is not finite; 0: never.
     """
@@ -100,6 +101,7 @@ class FalconTrainer(SFTTrainer):
         watchdog: Watchdog,
         tokenizer: Any,
         callbacks: list[TrainerCallback],
+        began: float,
         max_grad_norm: float = 1.0,
         max_bad_steps: int = 0,
     ):
@@ -107,7 +109,7 @@ class FalconTrainer(SFTTrainer):
         self.names = names
         self.evaluation = evaluation
         self.checkpointer = checkpointer
-        self.meter = Meter()
+        self.meter = Meter(began=began)
         self.share: Share
         self._max_grad_norm = max_grad_norm
         self._first_learning_step: int | None = None
@@ -283,7 +285,7 @@ class FalconTrainer(SFTTrainer):
         step = self.state.global_step
         if self.checkpointer.saved_step == step:
             return
-        self.meter.pause()
+        self.meter.pause("saves")
         self.settle()
         for callback in self._stateful():
             self.state.stateful_callbacks[type(callback).__name__] = callback.state()
@@ -401,10 +403,14 @@ class FalconTrainer(SFTTrainer):
             return not self._began_at and not (self.had_a_rate and bool(self.step.reached))
         return footprint(self.model) == self._at_start
 
+    @property
+    def holds_best(self) -> bool:
+        """Whether the model was given the weights of the best checkpoint at the end."""
+        return bool(self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None)
+
     def has_learned(self) -> bool | None:
         """True where the weights that the model has now have taken a step; None where that is not known."""
-        best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
-        step = self.state.best_global_step if best else self.state.global_step
+        step = self.state.best_global_step if self.holds_best else self.state.global_step
         first = self._first_learning_step
         # The scaler of fp16 leaves steps out without a word.
         all_count = self.step.bad_steps.total == 0 and self.accelerator.scaler is None
@@ -439,7 +445,7 @@ class FalconTrainer(SFTTrainer):
         """The mean loss over the held-out target tokens, over all processes. No logits are kept."""
         assert self.evaluation is not None
         evaluation = self.evaluation
-        self.meter.pause()
+        self.meter.pause("evaluation")
         started = time.perf_counter()
         was_training = self.model.training
         self.model.eval()
