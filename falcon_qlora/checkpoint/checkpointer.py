@@ -179,10 +179,13 @@ class Checkpointer:
         elif ranks.is_main_process():
             self._try(lambda: self._begin(moment, processes), step)
 
-    def settle(self) -> int | None:
+    def settle(self, step: int) -> int | None:
         """Wait until the checkpoint that is being written is whole, or has failed.
 
         Every process calls this at the same places; the main process has told of a failure by then.
+
+        Args:
+            step: that the run has come to.
 
         Returns:
             The step of one that could not be written (the disk is full, the folder cannot be written); what
@@ -194,7 +197,7 @@ class Checkpointer:
         """
         if not self._open:
             return None
-        self._arrive(self.saved_step, writes=ranks.is_main_process())
+        self._arrive(step, writes=ranks.is_main_process())
         self.failure, self._open = agreement.from_main_process(self.require_kept), False
         return None if self.failure is None else self.saved_step
 

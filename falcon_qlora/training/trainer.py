@@ -309,7 +309,7 @@ class FalconTrainer(SFTTrainer):
 
     def settle(self) -> None:
         """Wait for the checkpoint that is being written; one that could not be is not the best."""
-        failed = self.checkpointer.settle()
+        failed = self.checkpointer.settle(self.state.global_step)
         if failed is not None and failed == self.state.best_global_step:
             self._best = self._best_before  # of those that there are
 

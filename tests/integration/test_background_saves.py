@@ -1,0 +1,140 @@
+"""Checkpoints are written while the training goes on, and hold what was trained at their step."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from falcon_qlora.checkpoint import checkpointer
+from falcon_qlora.checkpoint.checkpointer import Checkpointer
+from falcon_qlora.checkpoint.manifest import fault
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.training.trainer import FalconTrainer
+from tests.integration.interrupted import assert_same_run
+from tests.integration.runs import metrics
+from tests.integration.test_adapter import fine_tune
+
+OF_CLOCKS = ("tokens_per_second", "wall_tokens_per_second", "samples_per_second_512", "peak_memory_gib")
+
+
+@pytest.fixture
+def held_until(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Call it with a number of steps: none is written before so many more, or until it is waited for."""
+    begun, waiting = 0, threading.Event()
+    real_step, real_write, real_join = FalconTrainer.training_step, Checkpointer._write, Checkpointer.join
+
+    def training_step(self: Any, *arguments: Any, **named: Any) -> Any:
+        nonlocal begun
+        begun = self.state.global_step + 1
+        return real_step(self, *arguments, **named)
+
+    def hold(steps: int) -> None:
+        def write(self: Checkpointer, content: Any) -> None:
+            while begun < content.step + steps and not waiting.is_set():
+                time.sleep(0.01)
+            waiting.clear()
+            real_write(self, content)
+
+        monkeypatch.setattr(Checkpointer, "_write", write)
+
+    def join(self: Checkpointer) -> None:
+        if self._thread is not None and self._thread.is_alive():
+            waiting.set()
+        real_join(self)
+
+    monkeypatch.setattr(FalconTrainer, "training_step", training_step)
+    monkeypatch.setattr(Checkpointer, "join", join)
+    return hold
+
+
+def same(one: Any, other: Any) -> bool:
+    """To the last bit; the numbers that come from a clock apart."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        names = one.keys() - {*OF_CLOCKS, "meter"}
+        return one.keys() == other.keys() and all(same(one[name], other[name]) for name in names)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_checkpoint_is_of_its_step_whatever_comes_while_it_is_written(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    held_until: Callable[[int], None],
+    method: str,
+) -> None:
+    settings: dict[str, Any] = {"max_steps": 5, "save_steps": 2, "save_total_limit": 9, "method": method}
+    settings |= {"logging_steps": 1, "full_determinism": True}
+    held_until(2)
+    going_on = fine_tune(tmp_path, output_dir=tmp_path / "going_on", **settings)
+    assert "training waits" not in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setattr(checkpointer, "free_host_bytes", lambda: 0)
+    held = fine_tune(tmp_path, output_dir=tmp_path / "held", **settings)
+    assert capsys.readouterr().out.count("training waits for every save") == 1
+    for step in (2, 4, 5):
+        one, other = (run / "checkpoints" / f"step-{step}" for run in (going_on, held))
+        names = {file.name for file in one.iterdir()}
+        assert names == {file.name for file in other.iterdir()}
+        assert "optimizer.pt" in names
+        assert (fault(one), fault(other)) == (None, None)
+        for file in one.glob("*.pt"):
+            assert same(torch.load(file), torch.load(other / file.name)), file
+        for file in (*one.glob("*.safetensors"), one / "adapter_config.json"):
+            assert not file.exists() or file.read_bytes() == (other / file.name).read_bytes(), file
+        states = [json.loads((run / "trainer_state.json").read_text()) for run in (one, other)]
+        for state in states:
+            state.pop("best_model_checkpoint")
+        assert same(*states)
+    assert_same_run(going_on, held)
+
+
+def test_saves_that_come_faster_than_they_are_written_are_all_made(
+    tmp_path: Path, held_until: Callable[[int], None]
+) -> None:
+    held_until(1)
+    run = fine_tune(tmp_path, max_steps=6, save_steps=1, save_total_limit=2)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-5", "step-6"]
+    assert all(fault(path) is None for path in (run / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("of_bug", [False, True])
+def test_a_checkpoint_that_fails_its_check_ends_the_run_within_two_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_bug: bool
+) -> None:
+    real = Checkpointer._write
+
+    def write(self: Checkpointer, content: Any) -> None:
+        if content.step == 3:
+            raise ZeroDivisionError if of_bug else checkpointer.AdapterFaultError("not what was in memory")
+        real(self, content)
+
+    monkeypatch.setattr(Checkpointer, "_write", write)
+    with pytest.raises(ZeroDivisionError if of_bug else UserError):
+        fine_tune(tmp_path, max_steps=30, save_steps=3, logging_steps=1)
+    run = tmp_path / "run"
+    assert metrics(run)[-1]["step"] <= 6
+    assert not list((run / "checkpoints").glob("step-*"))
+
+
+def test_the_seconds_of_a_run_add_up(tmp_path: Path) -> None:
+    began = time.time()
+    run = fine_tune(tmp_path, max_steps=4, save_steps=2, eval_split=0.3, eval_steps=1)
+    whole = time.time() - began
+    summary = json.loads((run / "summary.json").read_text())
+    spent = [summary[f"{name}_seconds"] for name in ("train", "start", "save", "evaluation", "end")]
+    assert sum(spent) == pytest.approx(summary["wall_seconds"], rel=0.02)
+    assert summary["wall_seconds"] == pytest.approx(whole, rel=0.1, abs=0.3)
+    assert summary["wall_tokens_per_second"] == pytest.approx(summary["tokens"] / summary["wall_seconds"])
+    assert summary["step_share"] == pytest.approx(summary["train_seconds"] / summary["wall_seconds"])
