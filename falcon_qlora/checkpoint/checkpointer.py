@@ -264,10 +264,10 @@ class Checkpointer:
             self._opened_form = form_of(partial)
             self.opened_step = moment.step
         if not fits:
-            self._write(content)
+            self._make(content)
             return
         self._thread = threading.Thread(
-            target=self._try, args=[lambda: self._write(content), moment.step], name="checkpoint", daemon=True
+            target=self._try, args=[lambda: self._make(content), moment.step], name="checkpoint", daemon=True
         )
         self._thread.start()
 
@@ -335,7 +335,7 @@ class Checkpointer:
         self._arrive(step, writes=ranks.is_main_process())
         if ranks.is_main_process():
             content = self._content(moment, processes, trained=None, optimizer={}, parts=parts)
-            self._try(lambda: self._write(content), step)
+            self._try(lambda: self._make(content), step)
         else:
             take_part(moment.model)
         agreement.wait_for_all()
@@ -361,6 +361,10 @@ class Checkpointer:
         failure = next((theirs for theirs, _ in everyone if theirs), None)
         return failure, {name: about for _, theirs in everyone for name, about in theirs.items()}
 
+    def _make(self, content: _Content) -> None:
+        self._write(content)
+        self.on_saved(self.checkpoint(content.step))
+
     def _write(self, content: _Content) -> None:
         """Fill the folder, check it and give it its name."""
         partial, model = content.partial, content.model
@@ -382,7 +386,6 @@ class Checkpointer:
             raise AdapterFaultError(f"{partial} has another configuration than what was opened before")
         put_in_place(partial, self.checkpoint(content.step))
         write.rotate(self.folder, content.step, self.limit, content.best)
-        self.on_saved(self.checkpoint(content.step))
 
 
 def _fail(reason: str) -> None:

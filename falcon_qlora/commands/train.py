@@ -188,6 +188,7 @@ def _run_one(words: list[str], folder: Path) -> int:
                     worker.wait(_LEAVE_SECONDS)
                 worker.kill()
                 worker.wait()
+            _say_how_to_go_on(folder)
             return 128 + asked.number
     if code == 0:
         return 0
@@ -215,6 +216,7 @@ def _launch(torchrun_argv: list[str], folder: Path) -> int:
         status = _status(codes, folder)
         return stop.status(codes) or status
     except SignalException as error:
+        _say_how_to_go_on(folder)
         return 128 + error.sigval
     finally:
         logging.disable(disabled)
@@ -232,10 +234,15 @@ def _status(codes: Mapping[int, int], folder: Path) -> int:
             hint = "; out of CPU memory?" if name == "SIGKILL" else ""
             print(f"error: process {rank} was ended by {name}{hint}", file=sys.stderr)
             break
+    _say_how_to_go_on(folder)
+    return EXIT_BUG
+
+
+def _say_how_to_go_on(folder: Path) -> None:
+    """Say what the workers have left for where they end without a word."""
     go_on = folder / launcher.GO_ON
     if go_on.exists():
         print(go_on.read_text(encoding="utf-8"), file=sys.stderr)
-    return EXIT_BUG
 
 
 def _check(launch: LaunchArguments) -> None:

@@ -43,6 +43,7 @@ class _Requests:
         self.first: int | None = None
         self.at = 0.0
         self.say: Callable[[str], None] = lambda text: None
+        self.finish: Callable[[], None] = lambda: None
 
     def receive(self, number: int) -> None:
         """Take in a signal; called by the thread."""
@@ -50,6 +51,7 @@ class _Requests:
             return
         if endings.sibling_died():
             # torchrun ends the others of a process that failed. There is nothing more to be saved.
+            self.finish()
             os._exit(128 + number)
         if self.first is None:
             self.first, self.at = number, time.monotonic()
@@ -89,13 +91,14 @@ def _read(reader: int) -> None:
                 _requests.receive(number)
 
 
-def training_begins(say: Callable[[str], None]) -> None:
+def training_begins(say: Callable[[str], None], finish: Callable[[], None]) -> None:
     """From here on a signal has the run save and end.
 
     Args:
         say: prints a line to the user.
+        finish: waits for what is being written, where another process has failed.
     """
-    _requests.say = say
+    _requests.say, _requests.finish = say, finish
     _requests.training = True
 
 

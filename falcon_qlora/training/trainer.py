@@ -218,7 +218,7 @@ class FalconTrainer(SFTTrainer):
                 self.meter.load_state(kept["meter"])
                 self._seconds_before = self.meter.seconds
                 self.step.load_state(kept)
-        stop_signals.training_begins(note)
+        stop_signals.training_begins(note, self.checkpointer.join)
         endings.remember_siblings()  # which waits for all processes
         stop_signals.all_have_begun()
         self._watchdog.start()
