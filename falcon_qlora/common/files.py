@@ -19,6 +19,9 @@ from typing import Any
 
 from falcon_qlora.common.errors import UserError
 
+# What this user's new files keep from others; to ask for it is to set it, which other threads would notice.
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
 # In the names of folders that are on their way to another's place, or out of it.
 _PARTIAL, _REPLACED = "-partial-", "-replaced-"
 
@@ -77,6 +80,8 @@ def put_in_place(filled: Path, target: Path, *, first_wins: bool = False) -> Non
         first_wins: leave what another process has put there meanwhile.
     """
     for path in filled.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~_UMASK)  # safetensors keeps its files from everybody else
         flush(path)
     if target.exists() and not first_wins:
         # A folder cannot replace a full one in one move: the old one steps aside first.

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import replaced, replaced_folder, write_json
@@ -448,3 +449,13 @@ def test_a_card_over_random_weights_says_so_and_names_no_hub_model() -> None:
     text = ModelCard(**LORA, base_model="random:falcon-7b").render()
     assert "weights are random" in text
     assert "base_model" not in yaml.safe_load(text.split("---\n")[1])
+
+
+def test_what_is_written_can_be_read_by_whom_the_user_lets_read(tmp_path: Path) -> None:
+    """safetensors makes its files for the user alone, whatever the umask says."""
+    with replaced_folder(tmp_path / "adapter") as folder:
+        save_file({"a": torch.zeros(2)}, folder / "adapter_model.safetensors")
+        (folder / "plain").touch()
+    found = {file.stat().st_mode & 0o777 for file in (tmp_path / "adapter").iterdir()}
+    (tmp_path / "of_this_user").touch()
+    assert found == {(tmp_path / "of_this_user").stat().st_mode & 0o777}
