@@ -130,6 +130,7 @@ class Checkpointer:
     _copies: HostCopies = field(default_factory=HostCopies, init=False)
     _thread: threading.Thread | None = field(default=None, init=False)
     _error: BaseException | None = field(default=None, init=False)
+    _whole_step: int = field(default=-1, init=False)
     _opened_form: str | None = field(default=None, init=False)
     _told_of_memory: bool = field(default=False, init=False)
 
@@ -204,6 +205,12 @@ class Checkpointer:
     def has_failed(self) -> bool:
         """Whether what was written is not what was in memory: the run is to end. Known here alone."""
         return self._error is not None and not isinstance(self._error, OSError)
+
+    def unsaved(self) -> str:
+        """Since when nothing was saved, where the last save failed; else nothing. Known here alone."""
+        if not isinstance(self._error, OSError):
+            return ""
+        return "nothing saved" if self._whole_step < 0 else f"nothing saved since step {self._whole_step:,}"
 
     def join(self) -> None:
         """Wait for what this process is writing, however the run ends."""
@@ -363,6 +370,7 @@ class Checkpointer:
 
     def _make(self, content: _Content) -> None:
         self._write(content)
+        self._whole_step = content.step
         self.on_saved(self.checkpoint(content.step))
 
     def _write(self, content: _Content) -> None:

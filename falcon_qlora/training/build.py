@@ -172,15 +172,6 @@ def build_trainer(
             micro_batch=min(training.per_device_eval_batch_size, run.per_device_train_batch_size),
             max_length=max_length,
         )
-    callbacks: list[Any] = [MetricsWriter(directory.append_metrics), trackers.callback, ProgressCallback()]
-    if run.early_stopping and evaluation is not None:
-        callbacks.append(EarlyStoppingCallback(early_stopping_patience=run.early_stopping))
-        training.metric_for_best_model, training.greater_is_better = "eval_loss", False  # kept or not
-    if run.generate_samples:
-        prompts = sample_prompts(run, data, tokenizer)
-        callbacks.append(
-            SampleAnswers(prompts[: run.generate_samples], tokenizer, directory.path / "samples.jsonl")
-        )
     watchdog = Watchdog(run.hang_minutes * 60, directory.path / "flight_record")
     checkpointer = Checkpointer(
         directory.checkpoints,
@@ -200,6 +191,19 @@ def build_trainer(
         weights_only=training.save_only_model,
         at=watchdog.at,
     )
+    callbacks: list[Any] = [
+        MetricsWriter(directory.append_metrics),
+        trackers.callback,
+        ProgressCallback(checkpointer.unsaved),
+    ]
+    if run.early_stopping and evaluation is not None:
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience=run.early_stopping))
+        training.metric_for_best_model, training.greater_is_better = "eval_loss", False  # kept or not
+    if run.generate_samples:
+        prompts = sample_prompts(run, data, tokenizer)
+        callbacks.append(
+            SampleAnswers(prompts[: run.generate_samples], tokenizer, directory.path / "samples.jsonl")
+        )
     return FalconTrainer(
         model,
         trainer_arguments(training, total_steps=data.total_steps),

@@ -6,6 +6,7 @@ import atexit
 import math
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn
@@ -26,9 +27,13 @@ class ProgressCallback(TrainerCallback):
     """Shows step, loss, tokens/s, memory and time left; replaces Transformers' own callback.
 
     The numbers are those the trainer logs: `loss`, `tokens_per_second`, `peak_memory_gib`, `eval_loss`.
+
+    Args:
+        warning: a few words to put behind them, or none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, warning: Callable[[], str]) -> None:
+        self._warning = warning
         self._progress: Progress | None = None
         self._task: Any = None
         self._shown: dict[str, float] = {}
@@ -116,7 +121,7 @@ class ProgressCallback(TrainerCallback):
         left = self._seconds_left()
         if left is not None:
             numbers.append(f"{duration(left)} left")
-        return numbers
+        return [*numbers, warning] if (warning := self._warning()) else numbers
 
     def _seconds_left(self) -> float | None:
         # From the last steps, not from the start: the first ones warm up.

@@ -56,7 +56,7 @@ def fresh_console() -> Iterator[None]:
 
 def _run(steps: int, *, log_every: int = 1, start: int = 0, evaluate_at: tuple[int, ...] = ()) -> None:
     state = SimpleNamespace(global_step=start, max_steps=steps)
-    callback = ProgressCallback()
+    callback = ProgressCallback(lambda: "")
     callback.on_train_begin(None, state, None)
     for step in range(start + 1, steps + 1):
         state.global_step = step
@@ -176,7 +176,7 @@ def test_evaluations_are_printed_and_the_best_is_marked(capsys: pytest.CaptureFi
 
 def test_a_loss_that_is_not_finite_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     state = SimpleNamespace(global_step=1, max_steps=2)
-    callback = ProgressCallback()
+    callback = ProgressCallback(lambda: "")
     callback.on_train_begin(None, state, None)
     callback.on_log(None, state, None, logs={"loss": float("nan")})
     assert "loss nan" in capsys.readouterr().out
