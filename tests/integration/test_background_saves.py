@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 import time
@@ -126,6 +127,24 @@ def test_a_checkpoint_that_fails_its_check_ends_the_run_before_the_next(
     run = tmp_path / "run"
     assert metrics(run)[-1]["step"] < 20
     assert not list((run / "checkpoints").glob("step-*"))
+
+
+def test_the_line_of_progress_says_since_when_nothing_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = Checkpointer._write
+
+    def write(self: Checkpointer, content: Any) -> None:
+        if content.step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, content)
+
+    monkeypatch.setattr(Checkpointer, "_write", write)
+    fine_tune(tmp_path, max_steps=8, save_steps=2, logging_steps=1)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    warned = [line.split("/")[0] for line in lines if line.endswith("nothing saved since step 2")]
+    assert "step 6" in warned  # which began when the save of step 4 was settled
+    assert set(warned) <= {"step 5", "step 6"}
 
 
 def test_the_seconds_of_a_run_are_where_they_went(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

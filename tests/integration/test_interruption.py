@@ -65,7 +65,6 @@ def test_memory_numbers_and_disk_that_fail_are_survived_and_told(processes: Proc
     steps = sorted(int(path.name.split("-")[1]) for path in (faulty / "checkpoints").iterdir())
     assert steps == [step for step in range(1, STEPS + 1) if step != 6]
     assert "step 6: the checkpoint could not be saved" in output
-    assert re.search(r"step [78]/.*nothing saved since step 4", output), output
     assert re.search(r"out of memory at step 2.*split in [248] on all processes", output)
     assert re.search(r"step 5 \(rows [\d, ]+.*\): the loss or its gradient is not finite", output)
     assert re.search(r"step 7 \(rows [\d, ]+.*\): the loss or its gradient is not finite", output)
