@@ -11,6 +11,7 @@ from typing import Any
 
 from falcon_qlora.common.errors import UserError, nearest, one_line
 from falcon_qlora.data.account import count
+from falcon_qlora.data.json_rows import kind, parse_json, tidied
 from falcon_qlora.data.special_text import clean
 from falcon_qlora.data.templates import REASONING, Role, Turn
 
@@ -33,7 +34,7 @@ class Missing(Exception):
 
 
 def turns_of_messages(value: Any, place: str, message_keys: Counter[str]) -> list[Turn]:
-    """The turns of a list of {role, content} or {from, value}, in any mixture.
+    """The turns of a list of {role, content} or {from, value}, in any mixture, or of its JSON text.
 
     An empty answer is not learned, nor one of `weight` 0 or `train` false; both stay as context.
 
@@ -46,19 +47,34 @@ def turns_of_messages(value: Any, place: str, message_keys: Counter[str]) -> lis
         UserError: for what is no list of such messages.
         Missing: if a message's text is null.
     """
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise UserError(f"{place}: expected a list of messages, found {kind(value)}")
-    turns = []
-    for number, message in enumerate(value, start=1):
-        turns.append(_turn(message, f"{place}: message {number}", message_keys))
-    return turns
+    return [
+        _turn(message, f"{place}: message {number}", message_keys)
+        for number, message in enumerate(_list_of("messages", value, place), start=1)
+    ]
+
+
+def _json(what: str, value: Any, place: str) -> Any:
+    """A value, or what its JSON text says: tables of text have lists so."""
+    if not isinstance(value, str):
+        return value
+    found = parse_json(value, place, f"; expected {what}, or its JSON text as json.dumps writes it")
+    return clean(tidied(found, place))
+
+
+def _list_of(what: str, value: Any, place: str) -> Sequence[Any]:
+    found = _json(f"a list of {what}", value, place)
+    if not isinstance(found, list | tuple):
+        raise UserError(f"{place}: expected a list of {what}, found {kind(found)}")
+    return found
 
 
 def _turn(message: Any, where: str, message_keys: Counter[str]) -> Turn:
     if not isinstance(message, Mapping) or not (role_key := _first(_ROLE_KEYS, message)):
         raise UserError(f"{where}: expected {{role, content}} or {{from, value}}, found {kind(message)}")
-    fields = {str(key): clean(each) for key, each in message.items() if each is not None}
-    name = str(fields.pop(role_key, None))
+    fields = {str(key): each for key, each in message.items() if each is not None}
+    if fields.get(role_key, "") == "":
+        raise UserError(f"{where}: its role is missing ({role_key} is {json.dumps(message[role_key])})")
+    name = str(fields.pop(role_key))
     role = _ROLES.get(name.lower())
     if role is None:
         raise UserError(
@@ -70,6 +86,8 @@ def _turn(message: Any, where: str, message_keys: Counter[str]) -> Turn:
         fields["tool_calls"], content = _calls(content, where), None
     elif role == "assistant" and "function_call" in fields:  # as OpenAI's messages had it before tool_calls
         fields.setdefault("tool_calls", _calls(fields.pop("function_call"), where))
+    if "tool_calls" in fields:
+        fields["tool_calls"] = _list_of("calls", fields["tool_calls"], f"{where}: tool_calls")
     says_more = bool(fields.get("tool_calls")) or any(fields.get(key) for key in REASONING)
     if content is None and not says_more:
         if text_key is None:
@@ -114,7 +132,7 @@ def _weight(fields: dict[str, Any], where: str) -> bool | None:
 
 def _calls(value: Any, where: str) -> list[dict[str, Any]]:
     """ShareGPT's function_call, one or several as JSON text, in the form of OpenAI's tool_calls."""
-    found = _json(value, f"{where}: a function call")
+    found = _json("a function call", value, f"{where}: a function call")
     calls = found if isinstance(found, list) else [found]
     if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
         raise UserError(f"{where}: expected a function call {{name, arguments}}, found {kind(found)}")
@@ -127,21 +145,7 @@ def tools_of(value: Any, place: str) -> list[Any] | None:
     Raises:
         UserError: for anything else.
     """
-    if value is None or value == "":
-        return None
-    found = _json(value, place)
-    if found is not None and not isinstance(found, list):
-        raise UserError(f"{place}: expected a list of tools, or the JSON text of one, found {kind(found)}")
-    return found
-
-
-def _json(value: Any, place: str) -> Any:
-    if not isinstance(value, str):
-        return clean(value)
-    try:
-        return clean(json.loads(value))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: expected JSON, found other text ({one_line(error)})") from None
+    return None if value in (None, "", "null") else list(_list_of("tools", value, place))
 
 
 def turns_of_history(value: Any, place: str) -> list[Turn]:
@@ -153,10 +157,8 @@ def turns_of_history(value: Any, place: str) -> list[Turn]:
     """
     if value is None:
         return []
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise UserError(f"{place}: expected a list of [user, assistant], found {kind(value)}")
     turns = []
-    for number, pair in enumerate(value, start=1):
+    for number, pair in enumerate(_list_of("[user, assistant]", value, place), start=1):
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
             raise UserError(f"{place}: pair {number}: expected [user, assistant], found {kind(pair)}")
         if None in pair:
@@ -192,32 +194,27 @@ def with_system(turns: list[Turn], prompts: Collection[str]) -> list[Turn]:
 
 
 def text_of(value: Any, place: str) -> str:
-    """A value as text: texts, lists of text parts, numbers and dates.
+    """A value as text: texts, numbers and dates, and lists of text parts, which are joined as they are.
 
     Raises:
         UserError: for anything else.
     """
-    if isinstance(value, list) and all(
-        isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
-        for part in value
-    ):
-        value = "".join(part["text"] for part in value)
+    if isinstance(value, list) and (not value or any(map(_is_part, value))):
+        return "".join(_text_of_part(part, f"{place}: part {number}") for number, part in enumerate(value, 1))
     if isinstance(value, bool) or not isinstance(value, _AS_TEXT):
         raise UserError(f"{place}: expected text, found {kind(value)}")
-    return str(clean(str(value)))
+    return str(value)
 
 
-def kind(value: Any) -> str:
-    """What `value` is, for a message."""
-    if isinstance(value, Mapping):
-        return f"an object with {listed([str(key) for key in value])}"
-    kinds = {list: "a list", bool: "true or false", str: "text", int: "a number", float: "a number"}
-    return "null" if value is None else kinds.get(type(value), f"{type(value).__name__}")
+def _is_part(value: Any) -> bool:
+    return isinstance(value, Mapping) and ("type" in value or "text" in value)
 
 
-def listed(names: Collection[str]) -> str:
-    """Names of columns or keys, for a message."""
-    if not names:
-        return "no columns"
-    shown = sorted(names)
-    return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")
+def _text_of_part(part: Any, place: str) -> str:
+    name, text = (part.get("type"), part.get("text")) if _is_part(part) else (None, None)
+    if isinstance(name, str) and name != "text":
+        told = one_line(name, limit=40)
+        raise UserError(f"{place} is of type {told}: only text is trained; take the part or the row out")
+    if name is None or not isinstance(text, str):
+        raise UserError(f"{place}: expected {{type: text, text}}, found {kind(part)}")
+    return text

@@ -17,6 +17,7 @@ from typing import Any
 from falcon_qlora.common.untrusted import is_count
 from falcon_qlora.data.account import Account
 from falcon_qlora.data.formats import render
+from falcon_qlora.data.json_rows import columns_of
 from falcon_qlora.data.origins import Origin
 from falcon_qlora.data.settings import RowSettings
 from falcon_qlora.data.sources import Rows, Source
@@ -115,7 +116,7 @@ class Reader:
                 if found is None:
                     break
                 self._head.append((position, found))
-            columns = {column for _, (_, row, _) in self._head for column in row}
+            columns = columns_of(row for _, (_, row, _) in self._head)
             self._format = self.settings.recognise(columns, self.source.name)
         self._template = self.settings.load_template(self._format[0], self.tokenizer)
 

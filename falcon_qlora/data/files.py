@@ -8,25 +8,20 @@ from __future__ import annotations
 
 import csv
 import itertools
-import math
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from falcon_qlora.common.errors import UserError, one_line
-from falcon_qlora.data.json_rows import Row, iterate_json, json_remarks
+from falcon_qlora.data.json_rows import Row, iterate_json, json_remarks, tidied
 from falcon_qlora.data.text_files import COMPRESSED, encoding_of, lines, open_text, told_with_file
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 _SEPARATORS = ",;\t|"
 _LINES_OF_A_HEADER = 20
-_ROWS_LOOKED_AT = 1000
-# How Python and pandas write a number that is missing into a file where everything is text.
-_NAN = {"nan", "NaN"}
 # Types of Parquet whose values may need `tidied`, by their names.
 _UNTIDY = re.compile("float|double|binary")
 
@@ -46,7 +41,8 @@ def data_suffix(path: Path) -> str | None:
 def iterate_rows(path: Path, *, skip: int = 0) -> Iterator[tuple[str, Row]]:
     """Yield ``(place, row)`` for every row of a file; a place is ``path:line``.
 
-    A value that is missing is None, however it is written; a number that is not finite ends the reading.
+    A value that is missing is None, however its kind of file writes it: null, NaN, or in CSV, where all else
+    is text, an empty field. An infinite number ends the reading.
 
     Args:
         skip: leave out so many rows at the beginning, without a look into them where the kind of file allows.
@@ -77,28 +73,6 @@ def remarks(path: Path) -> list[str]:
     return told
 
 
-def tidied(value: Any, place: str) -> Any:
-    """A value as rows have it, whatever library it comes from: NaN is None, and bytes of text are text.
-
-    Raises:
-        UserError: for an infinite number.
-    """
-    if isinstance(value, float):
-        if math.isinf(value):
-            raise UserError(f"{place}: the number is infinite; write null for what is missing, or a text")
-        return None if math.isnan(value) else value
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError:
-            return value  # refused where it is to be trained
-    if isinstance(value, dict):
-        return {key: tidied(each, place) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [tidied(each, place) for each in value]
-    return value
-
-
 def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     separator = _separator(path)
@@ -116,7 +90,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
                             f"({_separated(separator)}); put double quotes around fields that hold this or "
                             "line breaks"
                         )
-                    values = (None if field in _NAN else field for field in fields)
+                    values = (field or None for field in fields)
                     yield f"{path}:{line}", dict(zip(header, values, strict=True))
                 line = reader.line_num + 1
         except csv.Error as error:
@@ -124,12 +98,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _csv_remarks(path: Path) -> list[str]:
-    separator, told = _separator(path), []
-    if separator != _usual_separator(path):
-        told.append(f"read as {_separated(separator)}")
-    if any(None in row.values() for _, row in itertools.islice(_csv_rows(path), _ROWS_LOOKED_AT)):
-        told.append("fields that are nan are read as missing")
-    return told
+    separator = _separator(path)
+    return [f"read as {_separated(separator)}"] if separator != _usual_separator(path) else []
 
 
 def _separator(path: Path) -> str:

@@ -10,7 +10,6 @@ from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.data.account import Account, count
 from falcon_qlora.data.conversation import (
     Missing,
-    listed,
     masked_roles,
     text_of,
     tools_of,
@@ -18,6 +17,7 @@ from falcon_qlora.data.conversation import (
     turns_of_messages,
     with_system,
 )
+from falcon_qlora.data.json_rows import listed
 from falcon_qlora.data.special_text import SpecialText, clean, is_marked
 from falcon_qlora.data.templates import (
     LACKING,
@@ -66,6 +66,9 @@ FORMATS: dict[str, Format] = {
         ("instruction", "output"), ("input",), "alpaca", "instruction and output, perhaps input", _OF_ALPACA
     ),
     "prompt_completion": Format(("prompt", "completion"), (), "none", "prompt and completion"),
+    "chat_completion": Format(
+        ("prompt", "completion"), (), "falcon-instruct", "prompt and completion: lists of messages", _OF_CHATS
+    ),
     "text": Format(("text",), (), "none", "text"),
 }
 
@@ -81,7 +84,7 @@ _SYNONYMS = {
     "messages": ("conversation", "dialog", "dialogue", "chat", "turns"),
 }
 
-_CHATS = ("chat", "sharegpt")
+_CHATS = ("chat", "sharegpt", "chat_completion")
 
 # What `--template` may say besides a template: the tokenizer's own for chats where it has one, else the
 # format's; the format's in any case, as `auto` was in the settings of earlier runs.
@@ -91,6 +94,7 @@ AUTO, BY_FORMAT = "auto", "format"
 def recognise(
     found: Collection[str],
     *,
+    arrays: Collection[str] = (),
     columns: Mapping[str, str],
     dataset_format: str = "auto",
     source: str = "the data",
@@ -101,6 +105,7 @@ def recognise(
 
     Args:
         found: the columns that the data has; none where there is no row.
+        arrays: those whose values are arrays.
         columns: standard column name → its name in the data, as the flags give them.
         dataset_format: the user's word for it, or ``"auto"``.
         source: names the data in messages.
@@ -134,25 +139,28 @@ def recognise(
         fitting = [name for name in FORMATS if not missing[name]]
         # A renamed column says which format is meant where the columns fit several.
         fitting.sort(key=lambda name: not set(FORMATS[name].required) & set(renamed))
-        if fitting:
-            return fitting[0], renamed
-        needs = "\n".join(f"  {name}: {each.description}" for name, each in FORMATS.items())
-        raise UserError(
-            f"{source}: the columns fit no format.\nIt has {listed(found)}. The formats need\n{needs}\n"
-            "Name your columns with --text_column, --instruction_column, --output_column and so on"
-            f"{_suggest(found)}."
-        )
-    if dataset_format not in FORMATS:
+        if not fitting:
+            needs = "\n".join(f"  {name}: {each.description}" for name, each in FORMATS.items())
+            raise UserError(
+                f"{source}: the columns fit no format.\nIt has {listed(found)}. The formats need\n{needs}\n"
+                "Name your columns with --text_column, --instruction_column, --output_column and so on"
+                f"{_suggest(found)}."
+            )
+        dataset_format = fitting[0]
+    elif dataset_format not in FORMATS:
         raise UserError(
             f"--dataset_format {dataset_format}: no such format{nearest(dataset_format, FORMATS)}; "
             f"there are auto, {', '.join(FORMATS)}"
         )
-    if lacking := missing[dataset_format]:
+    elif lacking := missing[dataset_format]:
         raise UserError(
             f"{source}: format {dataset_format} needs {FORMATS[dataset_format].description}; "
             f"there is no column {listed(lacking)}. It has {listed(found)}. "
             f"Name the column with --{lacking[0]}_column, or another format with --dataset_format."
         )
+    pair = {renamed.get(column, column) for column in FORMATS["prompt_completion"].required}
+    if dataset_format == "prompt_completion" and pair <= set(arrays):
+        return "chat_completion", renamed
     return dataset_format, renamed
 
 
@@ -219,8 +227,9 @@ def render(
         UserError: if a value is not of the kind that the format needs, or the template cannot write it whole.
     """
     account = Account() if account is None else account
-    account.rows["surrogates"] += clean(dict(row)) != row
-    reader = _Reader(row, columns or {}, place, account)
+    cleaned = clean(dict(row))
+    account.rows["surrogates"] += cleaned != row
+    reader = _Reader(cleaned, columns or {}, place, account)
     known = FORMATS[dataset_format]
     missing = [reader.name(column) for column in known.required if reader.peek(column) is None]
     segments = LACKING
@@ -234,7 +243,7 @@ def render(
     if missing:
         account.missing.update(missing)
         reader.read.update(map(reader.name, (*known.required, *known.optional, *known.also)))
-    for name, value in row.items():
+    for name, value in cleaned.items():
         if value is not None and name not in reader.read:
             count(account.columns, name)
     return segments
@@ -272,6 +281,9 @@ class _Reader:
 
     def text(self, column: str) -> str:
         return text_of(self.value(column), self.where(column))
+
+    def messages(self, column: str) -> list[Turn]:
+        return turns_of_messages(self.value(column), self.where(column), self.account.message_keys)
 
     def optional_text(self, column: str) -> str:
         """A text, empty where there is none."""
@@ -344,7 +356,11 @@ def _refuse_kto(reader: _Reader, dataset_format: str) -> None:
 
     A number beside a prompt and its completion is taken for that too; elsewhere it may label anything.
     """
-    marks = ("true", "false", *(("0", "1", "0.0", "1.0") if dataset_format == "prompt_completion" else ()))
+    marks = (
+        "true",
+        "false",
+        *(("0", "1", "0.0", "1.0") if "prompt" in FORMATS[dataset_format].required else ()),
+    )
     for column, says in (("label", marks), ("kto_tag", (*marks, "0", "1"))):
         value = reader.peek(column)
         if str(value).lower() in says:
@@ -360,13 +376,17 @@ def _prompt_and_completion(reader: _Reader) -> list[Turn]:
 
 
 def _messages(reader: _Reader, dataset_format: str) -> list[Turn]:
-    column = FORMATS[dataset_format].required[0]
-    turns = turns_of_messages(reader.value(column), reader.where(column), reader.account.message_keys)
-    if isinstance(reader.peek("prompt"), list):  # TRL's form of what is said before the answers
-        before = turns_of_messages(
-            reader.value("prompt"), reader.where("prompt"), reader.account.message_keys
-        )
-        turns = [*before, *turns]
+    *context, column = FORMATS[dataset_format].required
+    if isinstance(reader.peek("prompt"), list):
+        context = ["prompt"]  # TRL's form of what is said before the answers, and not learned
+    keys = reader.account.message_keys
+    before = [
+        turn for each in context for turn in turns_of_messages(reader.value(each), reader.where(each), keys)
+    ]
+    turns = [
+        *(replace(turn, train=False) for turn in before),
+        *turns_of_messages(reader.value(column), reader.where(column), keys),
+    ]
     mask = reader.peek("mask")
     masked = None if mask is None else masked_roles(mask, reader.where("mask"))
     if masked is None:

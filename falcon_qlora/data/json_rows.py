@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -19,35 +19,65 @@ _CHUNK = 1 << 20
 _WRAPPERS = ("data", "rows", "examples", "train")
 _OF_A_MESSAGE = {"role", "from", "content", "value"}
 _COLUMNS = "read as columns, not rows"
+_ONE_A_LINE = "; a .jsonl file has one whole object on every line"
 _AS_RECORDS = 'write it as rows, for example with pandas: to_json(FILE, orient="records", lines=True)'
-
-
-class _RefusedError(ValueError):
-    """JSON that Python reads, and that would not be trained as it is meant."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row:
     found = dict(pairs)
     if len(found) != len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise _RefusedError(f"the key {twice!r} stands twice in one object; leave one of them out")
+        raise ValueError(f"the key {twice!r} stands twice in one object; leave one of them out")
     return found
 
 
-def _constant(name: str) -> None:
-    """NaN is how pandas and Python write what is missing."""
-    if name != "NaN":
-        raise _RefusedError(f"{name} is no value of JSON; write null for what is missing, or a text")
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"a number of {len(text):,} digits") from None
 
 
-def _number(text: str) -> float:
+# Infinite numbers that were met, as they were spelled: rows are looked through for them once there is one.
+_INFINITE: set[str] = set()
+
+
+def _number(text: str) -> float | None:
+    """Of NaN, with which pandas and Python write what is missing, None."""
     number = float(text)
     if math.isinf(number):
-        raise _RefusedError(f"the number {text} is too large; write it as a text")
-    return number
+        _INFINITE.add(text)
+    return None if math.isnan(number) else number
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_number)
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object, parse_int=_integer, parse_float=_number, parse_constant=_number
+)
+
+
+def parse_json(text: str, place: str, hint: str = "") -> Any:
+    """The value that `text` spells.
+
+    Args:
+        text: of one value.
+        place: names it in messages.
+        hint: ends them.
+
+    Raises:
+        UserError: if it is no JSON, or would not be trained as it is meant.
+    """
+    try:
+        return _DECODER.decode(text.strip())
+    except (ValueError, RecursionError) as error:
+        at = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
+        raise UserError(f"{place}: not valid JSON: {_said(error)}{at}{hint}") from None
+
+
+def _said(error: Exception) -> str:
+    """What Python's reader says of JSON, without its own whereabouts."""
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg.removesuffix(" at")
+    return "nested too deep" if isinstance(error, RecursionError) else str(error)
 
 
 def iterate_json(path: Path, skip: int, *, by_line: bool) -> Iterator[tuple[str, Row]]:
@@ -91,23 +121,13 @@ def _of_lines(path: Path, handle: TextIO, skip: int) -> Iterator[tuple[str, Row]
     rows = ((number, line) for number, line in enumerate(lines(path, handle), start=1) if line.strip())
     head = list(itertools.islice(rows, 2))
     if len(head) == 1:
-        yield from itertools.islice(_spread(path, head[0][0], _parsed(path, *head[0])).rows, skip, None)
+        number, line = head[0]
+        value = parse_json(line, f"{path}:{number}", _ONE_A_LINE)
+        yield from itertools.islice(_spread(path, number, value).rows, skip, None)
         return
     for number, line in itertools.islice(itertools.chain(head, rows), skip, None):
         place = f"{path}:{number}"
-        yield place, _row(_parsed(path, number, line), place)
-
-
-def _parsed(path: Path, number: int, line: str) -> Any:
-    try:
-        return _DECODER.decode(line.strip())
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}:{number}: not valid JSON: {error.msg} at column {error.colno}; "
-            "a .jsonl file has one whole object on every line"
-        ) from None
-    except (ValueError, RecursionError) as error:  # also of a number too long, or lists too deep
-        raise UserError(f"{path}:{number}: not valid JSON: {error}") from None
+        yield place, _row(parse_json(line, place, _ONE_A_LINE), place)
 
 
 class _Spread(NamedTuple):
@@ -216,10 +236,10 @@ class _Values:
                 # A value that the window cuts off fails at its end, or where its last string begins.
                 cut_off = error.msg.startswith("Unterminated string") or error.pos > len(self._text) - 16
                 if self._ended or not cut_off:
-                    self._fail(error.msg, error.pos)
+                    self._fail(_said(error), error.pos)
                 self._more()
             except (ValueError, RecursionError) as error:  # also of a number too long, or lists too deep
-                self._fail(str(error))
+                self._fail(_said(error))
             else:
                 return value
 
@@ -258,8 +278,64 @@ class _Values:
 
 def _row(value: Any, place: str) -> Row:
     if not isinstance(value, dict):
-        raise UserError(f"{place}: expected a JSON object with named columns, found {type(value).__name__}")
+        raise UserError(f"{place}: expected a JSON object with named columns, found {kind(value)}")
+    return tidied_row(value, place) if _INFINITE else value
+
+
+def columns_of(rows: Iterable[Row]) -> dict[str, bool]:
+    """The columns that rows have, and whether their values are arrays: rows may lack what others have."""
+    found: dict[str, bool] = {}
+    for row in rows:
+        for name, value in row.items():
+            found[name] = found.get(name, False) or isinstance(value, list)
+    return found
+
+
+def tidied_row(row: Row, place: str) -> Row:
+    """As `tidied`, of every column."""
+    return {name: tidied(value, f"{place}: column {name}") for name, value in row.items()}
+
+
+def tidied(value: Any, place: str) -> Any:
+    """A value as rows have it, whatever library it comes from: NaN is None, and bytes of text are text.
+
+    Raises:
+        UserError: for an infinite number.
+    """
+    if isinstance(value, float):
+        if math.isinf(value):
+            raise UserError(
+                f"{place}: the number is infinite or too large; write null for what is missing, or a text"
+            )
+        return None if math.isnan(value) else value
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value  # refused where it is to be trained
+    if isinstance(value, dict):
+        return {key: tidied(each, place) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [tidied(each, place) for each in value]
     return value
+
+
+def kind(value: Any) -> str:
+    """What `value` is, for a message."""
+    if isinstance(value, Mapping):
+        return f"an object with {listed([str(key) for key in value])}"
+    kinds = {list: "an array", bool: "true or false", str: "text", int: "a number", float: "a number"}
+    return "null" if value is None else kinds.get(type(value), f"{type(value).__name__}")
+
+
+def listed(names: Collection[str]) -> str:
+    """Names of columns or keys, for a message; as code spells them where a reader could not see how."""
+    if not names:
+        return "no columns"
+    shown = [
+        name if name.isprintable() and name == name.strip() != "" else repr(name) for name in sorted(names)
+    ]
+    return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")
 
 
 def _first_character(handle: TextIO) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,9 +65,15 @@ class RowSettings:
         split = self.dataset_split if split is None else split
         return [find_source(name, config=self.dataset_config, split=split) for name in self.dataset_name]
 
-    def recognise(self, found: Collection[str], source: str) -> tuple[str, dict[str, str]]:
-        """As `formats.recognise`, of rows with the columns that were found."""
-        return recognise(found, columns=self.columns, dataset_format=self.dataset_format, source=source)
+    def recognise(self, found: Mapping[str, bool], source: str) -> tuple[str, dict[str, str]]:
+        """As `formats.recognise`, of rows with the columns that `columns_of` found."""
+        return recognise(
+            found,
+            arrays=[name for name, is_array in found.items() if is_array],
+            columns=self.columns,
+            dataset_format=self.dataset_format,
+            source=source,
+        )
 
     def load_template(self, row_format: str, tokenizer: Any) -> Template:
         """As `formats.load_template`."""

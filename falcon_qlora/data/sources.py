@@ -20,9 +20,9 @@ from typing import Any, Protocol
 from falcon_qlora.common.errors import UserError, first_line, nearest
 from falcon_qlora.common.files import sha256
 from falcon_qlora.data import sample_data
-from falcon_qlora.data.files import data_suffix, iterate_rows, remarks, tidied
+from falcon_qlora.data.files import data_suffix, iterate_rows, remarks
 from falcon_qlora.data.folders import cure_of, files_of_folder, kinds, listed
-from falcon_qlora.data.json_rows import Row
+from falcon_qlora.data.json_rows import Row, columns_of, tidied_row
 from falcon_qlora.data.origins import Origin
 
 PACKAGED = "sample"
@@ -69,8 +69,8 @@ class Source(Protocol):
             position: to begin at, of rows that were read in the same order; None for the first.
         """
 
-    def columns(self) -> list[str]:
-        """The columns that rows have."""
+    def columns(self) -> dict[str, bool]:
+        """As `columns_of`, of the first rows."""
 
     def describe(self) -> dict[str, Any]:
         """What a stream reads, in plain values: each file with its size and hash, a hub data set's commit."""
@@ -178,7 +178,7 @@ class _HubRows(Rows):
             raise StopIteration
         self._number += 1
         place = f"{self._source.name} row {self._number}"
-        return place, tidied(row, place)
+        return place, tidied_row(row, place)
 
     def position(self) -> list[Any]:
         return [self._number, self._stream.state_dict()]
@@ -240,12 +240,8 @@ class LocalSource:
             notes.append(f"{self.name}: the files' columns differ: {told_apart}")
         return notes
 
-    def columns(self) -> list[str]:
-        # Rows may lack columns that others have, so one row is not enough.
-        found: dict[str, None] = {}
-        for _, row in itertools.islice(self.read(), _SAMPLE_ROWS):
-            found.update(dict.fromkeys(row))
-        return list(found)
+    def columns(self) -> dict[str, bool]:
+        return columns_of(row for _, row in self.rows(_SAMPLE_ROWS))
 
     def rows(self, max_rows: int | None) -> Iterator[tuple[str, Row]]:
         return itertools.islice(self.read(), max_rows)
@@ -289,8 +285,8 @@ class HubSource:
             stream = stream.shuffle(seed=shuffle_files.randrange(2**31), buffer_size=1)
         return _HubRows(self, stream, *(position or (0, None)))
 
-    def columns(self) -> list[str]:
-        return list(self._load(streaming=False).column_names)
+    def columns(self) -> dict[str, bool]:
+        return columns_of(row for _, row in self.rows(_SAMPLE_ROWS))
 
     def rows(self, max_rows: int | None) -> Iterator[tuple[str, Row]]:
         number = 0
@@ -298,7 +294,7 @@ class HubSource:
             for values in zip(*batch.values(), strict=True):
                 number += 1
                 place = f"{self.name} row {number}"
-                yield place, tidied(dict(zip(batch, values, strict=True)), place)
+                yield place, tidied_row(dict(zip(batch, values, strict=True)), place)
 
     def rows_of_parts(self, max_rows: int | None) -> list[int]:
         return [len(self._head(max_rows))]

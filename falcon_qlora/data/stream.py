@@ -21,6 +21,7 @@ from falcon_qlora.data.cursor import (
     State,
 )
 from falcon_qlora.data.formats import resolve_template
+from falcon_qlora.data.json_rows import columns_of
 from falcon_qlora.data.settings import RowSettings
 from falcon_qlora.data.sources import Source
 from falcon_qlora.data.tokens import Encoder, Status
@@ -166,7 +167,7 @@ def recognise_stream(settings: RowSettings, tokenizer: Any) -> tuple[str, str]:
 def recognise_source(settings: RowSettings, source: Source, tokenizer: Any) -> tuple[str, str]:
     """As `recognise_stream`, of any data set."""
     head = itertools.islice(source.read(), ROWS_TO_RECOGNISE)
-    row_format, _ = settings.recognise({column for _, row in head for column in row}, source.name)
+    row_format, _ = settings.recognise(columns_of(row for _, row in head), source.name)
     return row_format, resolve_template(settings.template, row_format, tokenizer)
 
 

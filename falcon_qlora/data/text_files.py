@@ -18,6 +18,7 @@ from falcon_qlora.common.errors import UserError, one_line, reason_of
 
 LONGEST = 1 << 26
 _CHUNK_BYTES = 1 << 16
+_EXCERPT = 20
 TOO_LONG = f"a line or value of more than {LONGEST:,} characters: this is no row"
 
 # In the order in which they are tried: UTF-32's mark begins with UTF-16's.
@@ -116,13 +117,10 @@ def told_with_file(path: Path) -> Iterator[None]:
     compression, _ = _opener_of(path)
     try:
         yield
-    except UnicodeDecodeError as error:
-        if (suffix := _suffix_meant(path)) is not None:
+    except UnicodeDecodeError:
+        if not compression and (suffix := _suffix_meant(path)) is not None:
             raise UserError(f"{path}: compressed; name it {path.name}{suffix}") from None
-        encoding = error.encoding.upper()
-        raise UserError(
-            f"{path}: not text in {encoding} ({error.reason}); convert it, for example with iconv"
-        ) from None
+        raise _not_text(path) from None
     except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{path}: damaged {compression} file: {error}") from None
     except OSError as error:
@@ -149,10 +147,40 @@ def _suffix_meant(path: Path) -> str | None:
     return next((suffix for suffix, mark in _BEGINNINGS.items() if start.startswith(mark)), None)
 
 
+def _not_text(path: Path) -> UserError:
+    """The refusal of a file that is not in its encoding: where, and in which one it may be."""
+    compression, opener = _opener_of(path)
+    line, before = 1, ""
+    told, encoding = "with the encoding that it was saved in", "ENCODING"
+    with opener(path) as handle:
+        decoder = codecs.getincrementaldecoder(_encoding(handle))()
+        try:
+            while chunk := handle.read(_CHUNK_BYTES):
+                before = decoder.decode(chunk)
+                line += before.count("\n")
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            name, same_chunk = error.encoding.upper(), error.object[: error.start].decode(error.encoding)
+            line, before = line + same_chunk.count("\n"), before + same_chunk
+            after = (error.object[error.start :] + handle.read(_EXCERPT)).splitlines()[0][:_EXCERPT]
+    with contextlib.suppress(UnicodeDecodeError):
+        # Where it is text of this machine's neighbours, and not damage, it mostly is in this.
+        shown = before.rpartition("\n")[2][-_EXCERPT:] + after.decode("cp1252")
+        if name == "UTF-8":
+            told, encoding = f"if it is {shown!r}", "WINDOWS-1252"
+    unpack = "unpack it and " if compression else ""
+    return UserError(
+        f"{path}:{line}: not text in {name}; {unpack}convert it {told}: "
+        f"iconv -f {encoding} -t UTF-8 FILE > NEW"
+    )
+
+
 def _opener_of(path: Path) -> tuple[str, _Opener]:
     return _OPENERS.get(path.suffix.lower(), ("", lambda path: path.open("rb")))
 
 
 def _encoding(handle: Any) -> str:
     start = handle.peek(4)[:4]
+    if start[:1] != start[1:2] and b"\0" in start[:2]:  # a letter of ASCII in two bytes, without a mark
+        return "utf-16-be" if start[:1] == b"\0" else "utf-16-le"
     return next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8-sig")

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.account import Account
 from falcon_qlora.data.formats import load_template, recognise, render
+from falcon_qlora.data.json_rows import columns_of
+from falcon_qlora.data.settings import RowSettings
 from falcon_qlora.data.special_text import SpecialText
 from falcon_qlora.data.templates import LACKING, Template, get_template
 from falcon_qlora.data.tokens import Document, Encoder, Status
@@ -67,14 +69,19 @@ def encode(rows: list[list[Any]], tokenizer: Any, account: Account | None = None
     return [documents[0] for documents in encoder.documents(rows, account)]
 
 
+def format_of(row: dict[str, Any], **columns: str) -> str:
+    """As it is recognised among others."""
+    settings = RowSettings(dataset_name=[], max_length=9, columns=columns)
+    return settings.recognise(columns_of([{"other": 1}, row]), "rows")[0]
+
+
 def written(
     row: dict[str, Any], template: Template | str = "guanaco", *, account: Account | None = None
 ) -> str:
     """The row's text as it is recognised, with answers in brackets."""
     if isinstance(template, str):
         template = get_template(template)
-    row_format, _ = recognise(row, columns={})
-    segments = render(row, row_format, template, account=account, place="f.jsonl:3")
+    segments = render(row, format_of(row), template, account=account, place="f.jsonl:3")
     return "".join(f"[{s.text}]" if s.train else s.text for s in segments)
 
 
@@ -182,6 +189,72 @@ def test_prompts_and_completions_are_tokenized_as_trl_does() -> None:
         assert joined <= len(rows) // 10
 
 
+@pytest.mark.parametrize("chat_template", [CHATML, UNMARKED], ids=["marked", "unmarked"])
+def test_prompts_and_completions_of_messages_are_trained_as_trl_does(chat_template: str) -> None:
+    from trl import SFTConfig, SFTTrainer
+
+    long = [{"role": "system", "content": PIRATE}, *TURNS, {"role": "user", "content": "And blue? 🪐"}]
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    rows: list[dict[str, Any]] = [
+        {"prompt": [TURNS[0]], "completion": [TURNS[1]]},
+        {"prompt": long, "completion": [{"role": "assistant", "content": "Neptune.\n\n```\nx\n```\n"}]},
+        {"prompt": long, "completion": [{"role": "assistant", "content": "", "tool_calls": [call]}]},
+    ]
+    for tokenizer in tokenizers():
+        mine = with_template(tokenizer, chat_template)
+        trainer = types.SimpleNamespace(_tokenizer=mine, chat_template=UNMARKED, completion_only_loss=True)
+        template, special = load_template("auto", "chat_completion", mine), SpecialText(mine)
+        assert template.name == "tokenizer"
+        # The last apart, or the others would have tool calls of null.
+        theirs = [
+            expected
+            for some in (rows[:2], rows[2:])
+            for expected in SFTTrainer._prepare_dataset(
+                trainer,  # type: ignore[arg-type]
+                datasets.Dataset.from_list(some),
+                mine,
+                SFTConfig(max_length=None, report_to="none", use_cpu=True, bf16=False),
+                packing=False,
+                formatting_func=None,
+                dataset_name="train",
+            )
+        ]
+        for row, expected in zip(rows, theirs, strict=True):
+            account = Account()
+            segments = render(row, format_of(row), template, special=special, account=account)
+            (document,) = encode([segments], mine, account)
+            assert account == Account(rows=account.rows)
+            assert not account.rows["joined"]
+            assert document.input_ids.tolist() == expected["input_ids"]
+            # Of what follows the end token nothing is learned here.
+            learned = [label != -100 for label in expected["labels"]]
+            end = len(learned) - 1 - document.input_ids.tolist()[::-1].index(mine.eos_token_id)
+            assert mine.decode(document.input_ids[end + 1 :]).strip() == ""
+            assert document.mask.tolist() == [each and at <= end for at, each in enumerate(learned)]
+
+
+def test_prompts_and_completions_of_messages_are_told_from_texts() -> None:
+    assert format_of({"prompt": TURNS[:1], "completion": TURNS[1:]}) == "chat_completion"
+    assert format_of({"prompt": "a", "completion": "b"}) == "prompt_completion"
+    assert format_of({"q": TURNS[:1], "a": TURNS[1:]}, prompt="q", completion="a") == "chat_completion"
+    for row, column in (
+        ({"prompt": "a", "completion": TURNS[1:]}, "completion"),
+        ({"prompt": TURNS, "completion": "b"}, "prompt"),
+    ):
+        with pytest.raises(UserError, match=rf"f.jsonl:3: column {column}: expected text, found an array"):
+            written(row)
+    # Rows that differ from the first ones.
+    with pytest.raises(
+        UserError, match=r"f.jsonl:3: column prompt: not valid JSON: .*expected a list of messages"
+    ):
+        render(
+            {"prompt": "a", "completion": TURNS},
+            "chat_completion",
+            get_template("guanaco"),
+            place="f.jsonl:3",
+        )
+
+
 def test_the_end_token_is_learned_and_nothing_after_it() -> None:
     answer = "{% if m.role == 'assistant' %}ANSWER{% else %}{{ m.content + eos_token + '\\n' }}{% endif %}"
     whole = "{% for m in messages %}{{ m.role + ':\\n' }}" + answer + "{% endfor %}"
@@ -276,6 +349,7 @@ def test_a_template_that_escapes_special_text_is_refused() -> None:
 
 PIRATE, RED, MARS = "Answer like a pirate.", "Which planet is red?", "Arr, Mars."
 TURNS = [{"role": "user", "content": RED}, {"role": "assistant", "content": MARS}]
+PARTS = [{"type": "text", "text": RED[:5]}, {"type": "text", "text": RED[5:]}]
 SHARED_TURNS = [{"from": "human", "value": RED}, {"from": "gpt", "value": MARS}]
 
 
@@ -293,6 +367,14 @@ SHARED_TURNS = [{"from": "human", "value": RED}, {"from": "gpt", "value": MARS}]
         {"system": PIRATE, "instruction": RED, "input": "", "output": MARS, "history": []},
         {"system": PIRATE, "instruction": RED, "input": None, "output": MARS},
         {"system": PIRATE, "mask": "User", "conversations": SHARED_TURNS},
+        # As a table of text has them.
+        {"system": PIRATE, "messages": json.dumps(TURNS)},
+        {"system": PIRATE, "conversations": json.dumps(SHARED_TURNS, indent=1)},
+        {"system": PIRATE, "instruction": RED, "output": MARS, "history": "[]"},
+        {"prompt": [{"role": "system", "content": PIRATE}, TURNS[0]], "completion": [TURNS[1]]},
+        {"system": PIRATE, "prompt": [{"from": "human", "value": RED}], "completion": [TURNS[1]]},
+        # Parts, one after another as chat templates write them.
+        {"system": PIRATE, "messages": [{"role": "user", "content": PARTS}, TURNS[1]]},
     ],
 )
 def test_the_same_conversation_however_it_is_spelled(row: dict[str, Any]) -> None:
@@ -417,6 +499,7 @@ def test_null_is_not_trained_as_a_word() -> None:
         ({"messages": [ASKED, {"role": "assistant", "content": None}]}, "chat", ["text of a message"]),
         ({"messages": [{"role": "user", "content": None}, TURNS[1]]}, "chat", ["text of a message"]),
         ({"instruction": "a", "output": "b", "history": [["a", None]]}, "alpaca", ["text of history"]),
+        ({"prompt": TURNS[:1], "completion": None}, "chat_completion", ["completion"]),
     ],
 )
 def test_rows_that_lack_something_are_counted_apart(
@@ -438,7 +521,7 @@ def test_rows_that_lack_something_are_counted_apart(
         ({"content": "a"}, r"expected \{role, content\} or \{from, value\}"),
         ({"role": "user", "content": "a", "weight": 0.5}, r"weight is 0.5; it can be 0 or 1"),
         ({"role": "assistant", "content": "a", "train": "no"}, r"train is no;"),
-        ({"from": "function_call", "value": "call weather"}, r"a function call: expected JSON"),
+        ({"from": "function_call", "value": "call weather"}, r"a function call: not valid JSON"),
         ({"from": "function_call", "value": '{"city": 1}'}, r"expected a function call \{name, arguments\}"),
     ],
 )

@@ -24,7 +24,7 @@ from falcon_qlora.data.sources import HubSource, LocalSource, find_source
 from tests.fuzzing import fuzz
 
 NAN_ROW = {"a": None, "b": [{"c": None}, None]}
-NAN_READ = "fields that are nan are read as missing"
+NAN_TEXT, NA_TEXT = {"a": "nan", "b": "NaN"}, {"a": "NA", "b": None}
 BY_INDEX = "read as rows by their index"
 UNDER_DATA = "read as the rows under 'data'; not read: 'test'"
 COLUMNS = "read as columns, not rows"
@@ -99,13 +99,13 @@ def test_gzip_csv_parquet(tmp_path: Path) -> None:
     ("name", "content", "said"),
     [
         ("a.jsonl", '{"text": "x"}\n{"text": "y"\n', r"a.jsonl:2: not valid JSON"),
-        ("a.jsonl", '{"text": "x"}\n[1]\n', r"a.jsonl:2: expected a JSON object.* found list"),
+        ("a.jsonl", '{"text": "x"}\n[1]\n', r"a.jsonl:2: expected a JSON object.* found an array"),
         ("a.json", '[{"text": "x"},\n {"text": }]', r"a.json:2: not valid JSON"),
         ("a.json", '[{"text": "x"}\n {"text": "y"}]', r"a.json:2: not valid JSON: expected a comma"),
         ("a.json", '[{"text": "x"},\n]', r"a.json:2: not valid JSON"),
         ("a.json", '[{"text": "x"}\n', r"a.json:2: not valid JSON: the array's closing bracket is missing"),
         ("a.json", '[{"text": "x"}]\n{', r"a.json:2: not valid JSON: something follows"),
-        ("a.json", '[{"text": "x"}, 3]', r"a.json:1: expected a JSON object.* found int"),
+        ("a.json", '[{"text": "x"}, 3]', r"a.json:1: expected a JSON object.* found a number"),
         ("a.csv", "text,b\nx,y\nz\n", r"a.csv:3: 1 fields, but the header has 2 columns"),
         ("a.csv", 'text\n"x\n', r"a.csv:\d+: not valid CSV"),
         ("a.parquet", "no parquet", r"a.parquet: not a valid Parquet file"),
@@ -113,10 +113,27 @@ def test_gzip_csv_parquet(tmp_path: Path) -> None:
         ("a.csv.bz2", "no bzip2", r"a.csv.bz2: damaged bzip2 file"),
         ("a.json.xz", "no xz", r"a.json.xz: damaged xz file"),
         ("a.jsonl.zst", "no zstd", r"a.jsonl.zst: damaged zstd file"),
+        # In the words of JSON, not of Python's reader.
+        (
+            "a.jsonl",
+            '{"a": 1}\n{"a": "x\ty"}',
+            r"a.jsonl:2: not valid JSON: Invalid control character at character 9;",
+        ),
+        (
+            "a.jsonl",
+            '{"a": 1}\n{"a": "x',
+            r"a.jsonl:2: not valid JSON: Unterminated string starting at character 7;",
+        ),
+        ("a.json", '[{"a": "x\ty"}]', r"a.json:1: not valid JSON: Invalid control character$"),
+        ("a.json", '[{"a": ' + "9" * 5000 + "}]", r"a.json:1: not valid JSON: a number of 5,000 digits$"),
+        ("a.json", "[" * 100_000, r"a.json:1: not valid JSON: nested too deep$"),
+        ("a.jsonl", '{"a": 1}\n"x"\n', r"a.jsonl:2: expected a JSON object.* found text"),
+        ("a.jsonl", '{"a": 1}\nnull\n', r"a.jsonl:2: expected a JSON object.* found null"),
         # What Python reads and would train otherwise than it is meant.
-        ("a.jsonl", '{"a": 1}\n{"a": Infinity}', r"a.jsonl:2: .*Infinity is no value of JSON; write null"),
-        ("a.json", '[{"a": 1},\n {"a": {"b": [-Infinity]}}]', r"a.json:2: .*-Infinity is no value of JSON"),
-        ("a.json", '[{"a": 1},\n {"a": 1e999}]', r"a.json:2: .*1e999 is too large"),
+        ("a.jsonl", '{"a": 1}\n{"a": Infinity}', r"a.jsonl:2: column a: .*infinite.*write null"),
+        ("a.json", '[{"a": 1},\n {"a": {"b": [-Infinity]}}]', r"a.json:2: column a: .*infinite"),
+        ("a.json", '[{"a": 1},\n {"a": 1e999}]', r"a.json:2: column a: .*too large; write null"),
+        ("a.jsonl", '{"a": 1}\n{"b": 1, "m": [{"c": [1e999]}]}', r"a.jsonl:2: column m: .*too large"),
         ("a.jsonl", '{"a": 1}\n{"a": 1, "a": 2}', r"a.jsonl:2: .*the key 'a' stands twice"),
         ("a.json", '[{"a": 1},\n {"b": {"c": 1, "c": 1}}]', r"a.json:2: .*the key 'c' stands twice"),
         ("a.csv", "a,b,a\n1,2,3\n", r"a.csv:1: several columns have the name 'a'"),
@@ -146,7 +163,8 @@ def test_malformed_files_are_told_with_their_line(tmp_path: Path, name: str, con
         # As Python and pandas write a number that is missing; a key that is absent stays absent.
         ("a.json", '[{"a": NaN, "b": [{"c": NaN}, null]}, {"b": "NaN"}]', [NAN_ROW, {"b": "NaN"}], []),
         ("a.jsonl", '{"a": NaN, "b": [{"c": NaN}, null]}\n', [NAN_ROW], []),
-        ("a.csv", "a,b\nnan,NaN\nNA,\n", [{"a": None, "b": None}, {"a": "NA", "b": ""}], [NAN_READ]),
+        # In a table of text all is text, and a field without any is missing.
+        ("a.csv", 'a,b\nnan,NaN\nNA,\n"",NULL\n', [NAN_TEXT, NA_TEXT, {"a": None, "b": "NULL"}], []),
         # Columns, from pandas and by hand, in files of either kind.
         (
             "a.json",
@@ -229,7 +247,7 @@ def test_values_of_parquet(tmp_path: Path) -> None:
         {"text": b"\xff", "number": 1.5, "nested": None},  # refused where it is trained
     ]
     pyarrow.parquet.write_table(pa.table({"a": [[1.0], [float("-inf")]]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a.parquet row 2: column a: the number is infinite; write null"):
+    with pytest.raises(UserError, match=r"a.parquet row 2: column a: the number is infinite or too large"):
         rows_of(tmp_path / "a.parquet")
     pyarrow.parquet.write_table(pa.table([[1], [2]], names=["a", "a"]), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a.parquet: several columns have the name 'a'"):
@@ -249,14 +267,53 @@ def test_missing_values_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = [{"a": None, "b": [{"c": None}]}, {"a": 1.0, "b": []}]
     assert [row for _, row in source.rows(None)] == [row for _, row in source.read()] == wanted
     rows = datasets.Dataset.from_dict({"a": [float("inf")]})
-    with pytest.raises(UserError, match="hub/infinite row 1: the number is infinite"):
+    with pytest.raises(UserError, match="hub/infinite row 1: column a: the number is infinite"):
         list(find_source("hub/infinite").rows(None))
 
 
-def test_text_that_is_not_utf8(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "\xe9"}\n')
-    with pytest.raises(UserError, match=r"a.jsonl: not text in UTF-8"):
-        rows_of(tmp_path / "a.jsonl")
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        # Saved by Excel, and by an editor.
+        (
+            "a.csv",
+            "text\n" * 30_000 + "caf\xe9 \u20ac5 \u201cyes\u201d\n",
+            "30001: .*UTF-8.*'caf\xe9 \u20ac5 \u201cyes\u201d'",
+        ),
+        ("a.jsonl", '{"text": "a"}\n\n{"text": "caf\xe9"}\n', '3: .*UTF-8.*\'{"text": "caf\xe9"}\''),
+        (
+            "a.json",
+            '[{"text": "a"},\n{"text": "' + "a" * 500 + '\xe9t\xe9"}]',
+            "2: .*UTF-8.*'a{20}\xe9t\xe9\"}]'",
+        ),
+        ("a.csv", "text\ncaf\xe9", "2: .*UTF-8.*'caf\xe9'"),
+    ],
+)
+def test_text_that_is_not_utf8(tmp_path: Path, name: str, content: str, said: str, suffix: str) -> None:
+    path = tmp_path / (name + suffix)
+    path.write_bytes(PACKED[suffix](content.encode("cp1252")))
+    with pytest.raises(UserError, match=rf"{path}:{said}.*iconv -f WINDOWS-1252 -t UTF-8"):
+        rows_of(path)
+    # The cure works.
+    path.write_bytes(PACKED[suffix](content.encode("cp1252").decode("cp1252").encode()))
+    assert rows_of(path)
+
+
+def test_text_in_two_bytes_a_character(tmp_path: Path) -> None:
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+    for encoding in ("utf-16-le", "utf-16-be"):  # without a mark, which Python's "utf-16" writes
+        (path := tmp_path / "a.jsonl").write_bytes(content.encode(encoding))
+        assert rows_of(path) == ROWS
+        assert find_source(str(path)).notes() == [f"{path}: read as {encoding.upper()}"]
+    path.write_bytes((content * 2000).encode("utf-16") + b"\x00\xd8a\x00")
+    with pytest.raises(
+        UserError, match=rf"a.jsonl:{2000 * len(ROWS) + 1}: not text in UTF-16.*iconv -f ENCODING"
+    ):
+        rows_of(path)
+    path.write_bytes(b"text\n\x81\xff\n".replace(b"text", b'{"text": 1}'))  # not of Windows either
+    with pytest.raises(UserError, match=r"a.jsonl:2: not text in UTF-8.*iconv -f ENCODING"):
+        rows_of(path)
 
 
 def test_missing_file_names_its_neighbour(tmp_path: Path) -> None:

@@ -271,7 +271,49 @@ def test_empty_answers_and_weight_zero_stay_context_among_others() -> None:
 @pytest.mark.parametrize(
     ("row", "dataset_format", "said"),
     [
-        ({"messages": "hello"}, "chat", r"place:3: column messages: expected a list of messages, found text"),
+        (
+            {"messages": "hello"},
+            "chat",
+            r"place:3: column messages: not valid JSON: .*; expected a list of messages, or its JSON text",
+        ),
+        (
+            {"messages": "[{'role': 'user', 'content': 'a'}]"},
+            "chat",
+            r"column messages: not valid JSON: .* at character 3; .*as json.dumps writes it",
+        ),
+        ({"messages": '{"role": "user"}'}, "chat", r"column messages: .*, found an object with role$"),
+        (
+            {"messages": '[{"role": "user", "content": Infinity}]'},
+            "chat",
+            r"column messages: the number is inf",
+        ),
+        ({"messages": '[{"role": "a", "role": "b"}]'}, "chat", r"column messages: .*'role' stands twice"),
+        (
+            {"messages": [{"role": None, "content": "a"}]},
+            "chat",
+            r"message 1: its role is missing \(role is null\)",
+        ),
+        ({"conversations": [{"from": "", "value": "a"}]}, "sharegpt", r"message 1: its role is missing"),
+        (
+            {"messages": [{"role": "tool", "content": ["a"]}]},
+            "chat",
+            r"message 1: expected text, found an array",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]},
+            "chat",
+            r"message 1: part 1: expected \{type: text, text\}, found an object with text, type",
+        ),
+        (
+            {"messages": [{"role": "user", "content": ["a", {"type": "text", "text": "b"}]}]},
+            "chat",
+            r"message 1: part 1: expected \{type: text, text\}, found text",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": "call"}]},
+            "chat",
+            r"message 1: tool_calls: not valid JSON: .*; expected a list of calls",
+        ),
         (
             {"messages": [{"speaker": "human"}]},
             "chat",
@@ -283,7 +325,7 @@ def test_empty_answers_and_weight_zero_stay_context_among_others() -> None:
             r"'asistant' \(did you mean assistant\?\)",
         ),
         ({"conversations": [{"from": "elf", "value": "x"}]}, "sharegpt", r"unknown from 'elf'"),
-        ({"text": ["a"]}, "text", r"place:3: column text: expected text, found a list"),
+        ({"text": ["a"]}, "text", r"place:3: column text: expected text, found an array"),
         ({"text": True}, "text", r"expected text, found true or false"),
     ],
 )
@@ -293,6 +335,15 @@ def test_values_of_the_wrong_kind_are_told_with_their_place(
     template = get_template(resolve_template("auto", dataset_format))
     with pytest.raises(UserError, match=said):
         render(row, dataset_format, template, place="place:3")
+
+
+@pytest.mark.parametrize("part", ["image_url", "image", "input_audio", "video", "refusal"])
+def test_a_part_that_is_no_text_is_refused_by_its_name(part: str) -> None:
+    content = [{"type": "text", "text": "What is this?"}, {"type": part, part: {"url": "a.png"}}]
+    said = rf"^place:3: column messages: message 1: part 2 is of type {part}: only text is trained"
+    with pytest.raises(UserError, match=said):
+        row = {"messages": [{"role": "user", "content": content}]}
+        render(row, "chat", get_template("guanaco"), place="place:3")
 
 
 def test_numbers_and_halves_of_characters_are_text() -> None:
