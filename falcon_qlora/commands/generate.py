@@ -206,4 +206,7 @@ def _template(configuration: Configuration, record: dict[str, Any], tokenizer: A
             )
     if tokenizer is None:
         return None if name == TOKENIZER else get_template(name)
+    told = record.get("template_fingerprint") if name == record.get("template") == TOKENIZER else None
+    if told and told != template_fingerprint(name, tokenizer.chat_template):
+        note_aside(f"the tokenizer's chat template is not the one that {trained} was trained with")
     return get_template(name, tokenizer.special_tokens_map, tokenizer.chat_template)

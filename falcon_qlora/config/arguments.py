@@ -66,9 +66,9 @@ class DataArguments:
     )
     dataset_config: str | None = setting(None, "Configuration (subset) of a hub dataset.")
     dataset_train_split: str = setting("train", "Split to train on.")
-    dataset_format: Literal["auto", "text", "alpaca", "prompt_completion", "chat", "sharegpt"] = setting(
-        "auto", "What the columns hold; auto: recognised by their names."
-    )
+    dataset_format: Literal[
+        "auto", "text", "alpaca", "prompt_completion", "chat_completion", "chat", "sharegpt"
+    ] = setting("auto", "What the columns hold; auto: recognised by their names.")
     text_column: str | None = setting(None, "Column to read instead of `text`.")
     instruction_column: str | None = setting(None, "Column to read instead of `instruction`.")
     input_column: str | None = setting(None, "Column to read instead of `input`.")

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from falcon_qlora.data.json_rows import spelled
+
 # Rows may have other keys every time; of so many different ones the rest are counted together.
 _MOST_NAMES = 1000
 _OTHERS = "(others)"
@@ -67,6 +69,10 @@ _ROWS = {
         "text that template {template} writes differently (white space at the ends of messages, empty lines)",
     ),
     "surrogates": ("hold", "halves of surrogate pairs, which are no characters; they are read as \ufffd"),
+    "like_missing": (
+        "hold",
+        "a text that pandas reads as missing, such as NaN or NA, alone in a column; it is read as that text",
+    ),
     "joined": (
         "have",
         "a prompt and an answer that the tokenizer would join; they are tokenized apart, as when it is asked",
@@ -83,7 +89,7 @@ def count(counts: Counter[str], name: object) -> None:
 
 def _listed(counts: Counter[str], what: str) -> str:
     shown = [
-        f"{repr(name)[1:-1] if name.strip() else repr(name)} ({number:,} {what}{'s' if number > 1 else ''})"
+        f"{spelled(name)} ({number:,} {what}{'s' if number > 1 else ''})"
         for name, number in counts.most_common(_SHOWN)
     ]
     more = len(counts) - len(shown)

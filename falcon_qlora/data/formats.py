@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from falcon_qlora.common.errors import UserError, nearest
+from falcon_qlora.common.files import quoted
 from falcon_qlora.data.account import Account, count
 from falcon_qlora.data.conversation import (
     Missing,
@@ -30,6 +31,11 @@ from falcon_qlora.data.templates import (
     guanaco_segments,
 )
 
+# What pandas, and with it `datasets`, takes for a missing value in a table of text: here it is text.
+_LIKE_MISSING = frozenset(
+    "#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|-NaN|-nan|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|NaN|None|n/a|nan|null"
+    "".split("|")
+)
 _SYSTEM = ("system", "system_prompt")
 _OF_CHATS = (*_SYSTEM, "tools", "mask")
 _OF_ALPACA = (*_SYSTEM, "tools", "history")
@@ -156,7 +162,8 @@ def recognise(
         raise UserError(
             f"{source}: format {dataset_format} needs {FORMATS[dataset_format].description}; "
             f"there is no column {listed(lacking)}. It has {listed(found)}. "
-            f"Name the column with --{lacking[0]}_column, or another format with --dataset_format."
+            f"Name the column with --{lacking[0]}_column{_suggest(found, dataset_format)}, or another format "
+            "with --dataset_format."
         )
     pair = {renamed.get(column, column) for column in FORMATS["prompt_completion"].required}
     if dataset_format == "prompt_completion" and pair <= set(arrays):
@@ -246,6 +253,8 @@ def render(
     for name, value in cleaned.items():
         if value is not None and name not in reader.read:
             count(account.columns, name)
+    texts = (value for name, value in cleaned.items() if name in reader.read and isinstance(value, str))
+    account.rows["like_missing"] += not _LIKE_MISSING.isdisjoint(texts)
     return segments
 
 
@@ -423,16 +432,18 @@ def _missing(each: Format, found: Collection[str], columns: Mapping[str, str]) -
     return [name for name in each.required if columns.get(name, name) not in found]
 
 
-def _suggest(found: Collection[str]) -> str:
-    """The flags with which the data fits a format; all that it needs, or none."""
-    for each in FORMATS.values():
-        flags = []
+def _suggest(found: Collection[str], *formats: str) -> str:
+    """The flags with which the data fits one of the formats; all that it needs, or none."""
+    there = {name.strip("\ufeff \t").lower(): name for name in reversed(list(found))}
+    for each in (FORMATS[name] for name in formats or FORMATS):
+        given: dict[str, str] = {}
         for standard in each.required:
-            names = [standard] if standard in found else _SYNONYMS.get(standard, ())
-            given = next((name for name in names if name in found and name not in COLUMNS - {standard}), None)
-            if given is None:
-                break
-            flags += [f"--{standard}_column {given}"] * (given != standard)
-        else:
+            names = [standard] if standard in there else _SYNONYMS.get(standard, ())
+            fitting = [name for name in names if name in there and name not in COLUMNS - {standard}]
+            if fitting:
+                given[standard] = there[fitting[0]]
+        if len(given) == len(each.required):
+            given |= {name: there[name] for name in each.optional if name in there}
+            flags = [f"--{name}_column {quoted(as_is)}" for name, as_is in given.items() if as_is != name]
             return f", for example {' '.join(flags)}"
     return ""

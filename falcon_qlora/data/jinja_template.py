@@ -17,6 +17,10 @@ _OF_EXPRESSIONS = (
     *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
     *(RecursionError, MemoryError),
 )
+_MARKS = (
+    "{% generation %} and {% endgeneration %} around the assistant's content in a copy of the template, and "
+    "name that: --template FILE.jinja"
+)
 _MUST_BE_WRITTEN = ("tool_calls", *REASONING)
 # At the end of a message's text, it shows whether the text is written. Nothing escapes or strips it.
 _PROBE = "Qz7{}zQ"
@@ -31,7 +35,8 @@ class JinjaTemplate:
 
     Answers are what ``{% generation %}`` marks, with the end token if that follows. Without marks, an answer
     is what the template adds when the assistant's message joins the messages before it (rendered with
-    `add_generation_prompt`), up to the end token if that is written.
+    `add_generation_prompt`), up to the end token if that is written. Some templates write earlier answers
+    otherwise than the last, so that there is no such thing: then only the last can be trained.
 
     Args:
         name: as the user gave it, for messages.
@@ -71,7 +76,12 @@ class JinjaTemplate:
         answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
         messages, text, marked = self._render_whole(messages, tools)
         if marked is None:
-            marked = [self._span(messages, tools, index, text) for index in answers]
+            spans = {index: self._span(messages, tools, index, text) for index in answers}
+            for number, index in enumerate(answers, start=1):
+                if spans[index] is None and turns[index].train:
+                    raise self._not_told(number, is_last=index == len(messages) - 1)
+            answers = [index for index in answers if spans[index] is not None]
+            marked = [span for span in spans.values() if span is not None]
         elif len(marked) != len(answers):
             raise UserError(
                 f"{self.name}: {{% generation %}} marks {len(marked)} answers in a conversation "
@@ -184,16 +194,22 @@ class JinjaTemplate:
             return
         raise cannot_write(self.name, f"{name} (of message {index + 1})")
 
-    def _span(self, messages: Messages, tools: Tools, index: int, text: str) -> tuple[int, int]:
+    def _span(self, messages: Messages, tools: Tools, index: int, text: str) -> tuple[int, int] | None:
+        """Where an answer begins and ends; None where the template does not let it be told."""
         before = self._render(messages[:index], tools, add_generation_prompt=True)[0]
         after = self._render(messages[: index + 1], tools)[0]
-        if not (text.startswith(after) and after.startswith(before)):
-            raise UserError(
-                f"{self.name}: the answers cannot be told from the prompts, because the template writes the "
-                "beginning of a conversation differently once more messages follow; put {% generation %} and "
-                "{% endgeneration %} around the assistant's content in the template"
-            )
-        return len(before), len(after)
+        whole = text.startswith(after) and after.startswith(before)
+        return (len(before), len(after)) if whole else None
+
+    def _not_told(self, number: int, *, is_last: bool) -> UserError:
+        if is_last:
+            why, cure = "it is not written as the prompt ends (with add_generation_prompt)", "Put"
+        else:
+            why = "the template writes it differently once more messages follow"
+            cure = 'Give all answers but the last "train": false, which leaves them as context; or put'
+        return UserError(
+            f"{self.name}: answer {number} cannot be told from its prompt: {why}. {cure} " + _MARKS
+        )
 
     def _render(
         self,

@@ -328,13 +328,16 @@ def kind(value: Any) -> str:
     return "null" if value is None else kinds.get(type(value), f"{type(value).__name__}")
 
 
+def spelled(name: str) -> str:
+    """The name of a column or key, for a message; as code spells it where nobody would see how."""
+    return name if name.isprintable() and name.strip() == name != "" else repr(name)
+
+
 def listed(names: Collection[str]) -> str:
-    """Names of columns or keys, for a message; as code spells them where a reader could not see how."""
+    """Names of columns or keys, for a message."""
     if not names:
         return "no columns"
-    shown = [
-        name if name.isprintable() and name == name.strip() != "" else repr(name) for name in sorted(names)
-    ]
+    shown = [spelled(name) for name in sorted(names)]
     return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")
 
 

@@ -6,6 +6,7 @@ so that the mask follows from the same code that writes the text and cannot drif
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -290,7 +291,15 @@ def get_template(
     )
 
 
-def template_fingerprint(name: str) -> str | None:
-    """A hash of the file that a template's name means; None for the names of `TEMPLATES`, or no file."""
+def template_fingerprint(name: str, chat_template: Any = None) -> str | None:
+    """The SHA-256 of the text that a template's name means; None for those that come with the package.
+
+    Args:
+        name: of a file, or `TOKENIZER`.
+        chat_template: the tokenizer's, as `get_template` takes it.
+    """
+    if name == TOKENIZER and chat_template:
+        texts = [chat_template] if isinstance(chat_template, str) else chat_template.values()
+        return hashlib.sha256("\0".join(texts).encode()).hexdigest()
     path = Path(name).expanduser()
     return sha256(path) if name not in TEMPLATES and path.is_file() else None

@@ -26,6 +26,7 @@ class ModelCard:
         data: What became of the rows: label → count.
         summary: The fields of `summary.json`.
         template: The prompt template of the rows, to be used again when the model is asked.
+        template_sha256: Of its text, for one that does not come with falcon_qlora.
         began_from: Folder of the adapter that the training began from, and the SHA-256 of its weights.
     """
 
@@ -39,6 +40,7 @@ class ModelCard:
     data: Mapping[str, Any] = field(default_factory=dict)
     summary: Mapping[str, Any] = field(default_factory=dict)
     template: str = ""
+    template_sha256: str | None = None
     began_from: tuple[str, str] | None = None
     vocabulary: int | None = None
 
@@ -128,7 +130,9 @@ class ModelCard:
             '```\nfalcon-qlora generate --adapter ADAPTER --prompt "…"\n```\n'
         )
         if self.template:
-            text += f"\nIt was trained with the prompt template `{self.template}`; ask it in the same form.\n"
+            known = f" (SHA-256 `{self.template_sha256}`)" if self.template_sha256 else ""
+            text += f"\nIt was trained with the prompt template `{self.template}`{known}; "
+            text += "ask it in the same form.\n"
         return text
 
     def _plain_example(self) -> str:

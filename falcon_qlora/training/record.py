@@ -11,7 +11,6 @@ import torch
 from falcon_qlora.common.files import write_json
 from falcon_qlora.common.quantities import counted, gib
 from falcon_qlora.config import Configuration
-from falcon_qlora.data.templates import template_fingerprint
 from falcon_qlora.methods.adapter_folder import write_record
 from falcon_qlora.methods.interface import Method, method_of
 from falcon_qlora.methods.lora import Lora
@@ -188,7 +187,7 @@ def describe_adapter(
                 settings.tokenizer_name_or_path or settings.model_name_or_path
             ),
             "template": data.template,
-            "template_fingerprint": template_fingerprint(data.template),
+            "template_fingerprint": data.record["template_fingerprint"],
             "dataset_format": data.dataset_format,
             "method": method.name,
             **method.flags(),
@@ -212,6 +211,7 @@ def describe_adapter(
         data={name: value for name, value in data.record.items() if isinstance(value, int)},
         summary=summary or {},
         template=data.template,
+        template_sha256=data.record["template_fingerprint"],
         began_from=(run.adapter, run.adapter_sha256 or "") if run.adapter else None,
         vocabulary=len(tokenizer) if method.new_token_count else None,
     ).write(folder)

@@ -246,6 +246,7 @@ def check_data(data: TrainingData, checkpoint: str | None) -> None:
     if checkpoint is None:
         return
     record = manifest.read_manifest(Path(checkpoint))
+    _tell_other_template(data, Path(checkpoint))
     if data.record.get("streaming"):
         changed = _changed_stream(record.get("stream"), data.record)
     else:
@@ -257,6 +258,12 @@ def check_data(data: TrainingData, checkpoint: str | None) -> None:
             f"--resume: the data is not what the run began with{changed}. Bring the old data back, or start "
             "a new run"
         )
+
+
+def _tell_other_template(data: TrainingData, checkpoint: Path) -> None:
+    before = read_record(checkpoint).get("template_fingerprint") if (checkpoint / RECORD).is_file() else None
+    if before and before != data.record["template_fingerprint"]:
+        note(f"the text of template {data.template} is not what the run began with")
 
 
 def _changed_stream(before: dict[str, Any] | None, now: dict[str, Any]) -> str | None:

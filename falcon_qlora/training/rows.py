@@ -12,6 +12,7 @@ from falcon_qlora.config.arguments import DataArguments, ModelArguments, RunArgu
 from falcon_qlora.data.batches import Dealing, DocumentReader, StreamingSteps, TrainingSteps
 from falcon_qlora.data.origins import RowNames
 from falcon_qlora.data.packing import Plan
+from falcon_qlora.data.templates import template_fingerprint
 from falcon_qlora.methods.interface import Method
 from falcon_qlora.processes import agreement, ranks
 from falcon_qlora.terminal.console import patience
@@ -137,6 +138,7 @@ def training_data(
     room = len(first_epoch) * plan.global_batch * plan.max_length
     record: dict[str, Any] = {
         "fingerprint": corpus.fingerprint,
+        "template_fingerprint": template_fingerprint(corpus.sources[0].template, tokenizer.chat_template),
         **asdict(corpus.statistics),
         "sources": [asdict(use) for use in corpus.sources],
     }
@@ -212,6 +214,7 @@ def _streamed_data(data: DataArguments, run: RunArguments, tokenizer: Any, *, to
             "streaming": True,
             "sources": sources,
             "template": load_template(template, dataset_format, tokenizer).identity,
+            "template_fingerprint": template_fingerprint(template, tokenizer.chat_template),
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "account": account,
         },

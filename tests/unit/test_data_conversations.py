@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import types
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +191,13 @@ def test_prompts_and_completions_are_tokenized_as_trl_does() -> None:
         assert joined <= len(rows) // 10
 
 
-@pytest.mark.parametrize("chat_template", [CHATML, UNMARKED], ids=["marked", "unmarked"])
+def qwen3(end: str) -> str:
+    """The published template, with another end token: it writes earlier answers otherwise than the last."""
+    folder = Path(importlib.util.find_spec("trl").submodule_search_locations[0]) / "chat_templates"
+    return (folder / "qwen3.jinja").read_text().replace("<|im_end|>", end)
+
+
+@pytest.mark.parametrize("chat_template", [CHATML, UNMARKED, "qwen3"], ids=["marked", "unmarked", "qwen3"])
 def test_prompts_and_completions_of_messages_are_trained_as_trl_does(chat_template: str) -> None:
     from trl import SFTConfig, SFTTrainer
 
@@ -201,8 +209,9 @@ def test_prompts_and_completions_of_messages_are_trained_as_trl_does(chat_templa
         {"prompt": long, "completion": [{"role": "assistant", "content": "", "tool_calls": [call]}]},
     ]
     for tokenizer in tokenizers():
-        mine = with_template(tokenizer, chat_template)
-        trainer = types.SimpleNamespace(_tokenizer=mine, chat_template=UNMARKED, completion_only_loss=True)
+        own = qwen3(tokenizer.eos_token) if chat_template == "qwen3" else chat_template
+        mine, theirs_has = with_template(tokenizer, own), UNMARKED if own == CHATML else own
+        trainer = types.SimpleNamespace(_tokenizer=mine, chat_template=theirs_has, completion_only_loss=True)
         template, special = load_template("auto", "chat_completion", mine), SpecialText(mine)
         assert template.name == "tokenizer"
         # The last apart, or the others would have tool calls of null.
@@ -475,6 +484,25 @@ def test_reasoning_that_a_template_writes_of_the_last_answer_alone_is_named() ->
     assert account.message_keys == {"reasoning_content": 1}
 
 
+def test_a_template_that_rewrites_earlier_answers_can_train_the_last() -> None:
+    mine = with_template(small_tokenizer(), qwen3(END))
+    template = load_template("auto", "chat", mine)
+    with pytest.raises(UserError, match=r'answer 1 .* more messages follow\. .* "train": false.*generation'):
+        written({"messages": TURNS * 2}, template)
+    messages = [TURNS[0], {**TURNS[1], "train": False}, *TURNS]
+    segments = render({"messages": messages}, "chat", template)
+    prompt = mine.apply_chat_template(TURNS * 2)["input_ids"]
+    (document,) = encode([segments], mine)
+    assert document.input_ids.tolist() == prompt
+    asked = mine.apply_chat_template([*TURNS, TURNS[0]], add_generation_prompt=True)["input_ids"]
+    assert document.mask.tolist().index(1) == len(asked)
+    thinks = "{% if add_generation_prompt %}assistant: <think>{% endif %}"
+    text = "{% for m in messages %}{{ m.role + ': ' + m.content }}\n{% endfor %}" + thinks
+    other = load_template("auto", "chat", with_template(small_tokenizer(), text))
+    with pytest.raises(UserError, match=r"answer 1 .* as the prompt ends .*{% generation %}"):
+        written({"messages": TURNS}, other)
+
+
 def test_null_is_not_trained_as_a_word() -> None:
     text = CHATML.replace("{%- if m.content %}{{ m.content }}{% endif %}", "{{ m.content }}")
     template = load_template("auto", "chat", with_template(small_tokenizer(), text))
@@ -616,6 +644,20 @@ def test_what_a_template_alters_is_counted() -> None:
         assert account.rows["surrogates"] == 1
     with pytest.raises(UserError, match="alpaca cannot write a system message after"):
         written({"messages": [*TURNS, {"role": "system", "content": PIRATE}, *TURNS]}, "alpaca")
+
+
+def test_what_pandas_reads_as_missing_is_text_and_counted() -> None:
+    from pandas._libs.parsers import STR_NA_VALUES
+
+    for word in STR_NA_VALUES - {""}:
+        account = Account()
+        row = {"prompt": "Not a number?", "completion": word, "other": word}
+        assert written(row, "none", account=account) == f"Not a number?[{word}]"
+        assert account == Account(rows=Counter(like_missing=1), columns=Counter(other=1))
+    assert account.told("none")[-1].startswith("1 row holds a text that pandas reads as missing")
+    account = Account()
+    written({"prompt": "NaN?", "completion": "no", "other": "NaN"}, "none", account=account)
+    assert not account.rows["like_missing"]
 
 
 def test_names_of_columns_are_told_escaped_and_not_without_end() -> None:

@@ -306,7 +306,7 @@ def test_threads_give_what_one_gives_and_are_off_again_where_a_loader_forks(
 
 def test_a_row_that_cannot_be_read_is_named_and_leaves_no_entry(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [*alpaca(9), {"instruction": ["x"], "output": "y"}]
-    with pytest.raises(UserError, match=r"a.jsonl:10: column instruction: expected text, found a list"):
+    with pytest.raises(UserError, match=r"a.jsonl:10: column instruction: expected text, found an array"):
         prepare(tmp_path, write(tmp_path / "a.jsonl", rows))
     assert list((tmp_path / "cache").iterdir()) == []
 

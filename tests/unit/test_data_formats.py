@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.files import quoted
 from falcon_qlora.data.formats import COLUMNS, recognise, render, resolve_template
 from falcon_qlora.data.templates import TEMPLATES, Segment, Template, Turn, get_template
 
@@ -75,6 +76,31 @@ def test_columns_that_fit_no_format_are_named_with_what_each_needs() -> None:
     ):
         assert needed in message
     assert "--output_column response" in message
+
+
+@pytest.mark.parametrize(
+    ("found", "columns"),
+    [
+        (["Instruction", "Output"], {"instruction": "Instruction", "output": "Output"}),
+        (["instruction", " output", "Input"], {"output": " output", "input": "Input"}),
+        (["\ufeffPROMPT ", "Completion"], {"prompt": "\ufeffPROMPT ", "completion": "Completion"}),
+        (["Question", "Answer", "id"], {"instruction": "Question", "output": "Answer"}),
+        (["Text"], {"text": "Text"}),
+        (["Messages"], {"messages": "Messages"}),
+    ],
+)
+def test_columns_that_are_spelled_in_another_way_are_named_with_their_flags(
+    found: list[str], columns: dict[str, str]
+) -> None:
+    with pytest.raises(UserError) as error:
+        recognise(found, columns={})
+    flags = " ".join(f"--{name}_column {quoted(given)}" for name, given in columns.items())
+    assert str(error.value).endswith(f", for example {flags}.")
+    assert recognise(found, columns=columns)[1] == columns
+    for name in found:
+        assert name in str(error.value) if name.isalpha() else repr(name) in str(error.value)
+    with pytest.raises(UserError, match=r"there is no column output\. .*for example --output_column Output"):
+        recognise(["instruction", "Output"], columns={}, dataset_format="alpaca")
 
 
 def test_named_format_and_renamed_columns_must_be_there() -> None:
@@ -210,7 +236,7 @@ def test_jinja_template_knows_the_special_tokens(tmp_path: Path) -> None:
         ("{{ messages[-1].content }}", r"a row: .*cannot write message 1 \(system\), which it leaves out"),
         (
             "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}",
-            r"the answers cannot be told from the prompts",
+            r"answer 1 cannot be told from its prompt",
         ),
         ("{{ ''.__class__.__mro__ }}{{ cycler.__init__.__globals__ }}", r"refuses a conversation"),
     ],

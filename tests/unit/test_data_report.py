@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 from pathlib import Path
 
@@ -10,11 +12,15 @@ import pytest
 from rich.console import Console
 
 from falcon_qlora.__main__ import main
+from falcon_qlora.checkpoint.manifest import write_manifest
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.config import parse
 from falcon_qlora.data import report
 from falcon_qlora.data.corpus import prepare_corpora
 from falcon_qlora.data.packing import Plan
-from falcon_qlora.training.rows import training_data
+from falcon_qlora.methods.adapter_folder import write_record
+from falcon_qlora.training.resume import check_data
+from falcon_qlora.training.rows import TrainingData, training_data
 from tests.small_tokenizer import END, small_tokenizer
 
 LONG_TAIL = [*range(1, 60)] * 9 + [2000, 100_000]
@@ -178,3 +184,38 @@ def test_a_run_and_its_record_name_what_is_not_read(tmp_path: Path, streaming: s
     ]
     assert list(data.record["sources"][0]["notes"]) == told
     assert data.notes[-2:] == [told[0].replace("\x1b", r"\x1b"), told[1]]
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_the_text_of_a_chat_template_is_recorded_and_told_where_a_run_goes_on_with_another(
+    tmp_path: Path, streaming: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+    text += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    (tmp_path / "chat.jinja").write_text(text)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}))
+    tokenizer = copy.deepcopy(small_tokenizer())
+
+    def data(template: str, own: str) -> TrainingData:
+        tokenizer.chat_template = own
+        flags = ["--dataset_name", str(tmp_path / "a.jsonl"), "--cache_dir", str(tmp_path / "cache")]
+        flags += ["--max_steps", "1", "--streaming", streaming, "--template", template]
+        configuration = parse(flags)
+        return training_data(configuration.data, configuration.run, tokenizer)
+
+    of_file, began = data(str(tmp_path / "chat.jinja"), text), data("auto", text)
+    for each in (of_file, began):
+        assert each.record["template_fingerprint"] == hashlib.sha256(text.encode()).hexdigest()
+
+    checkpoint = tmp_path / "step-1"
+    checkpoint.mkdir()
+    write_record(checkpoint, {"method": "full", "template_fingerprint": began.record["template_fingerprint"]})
+    stream = began.record if streaming == "true" else None
+    write_manifest(checkpoint, {"data_fingerprint": began.record.get("fingerprint"), "stream": stream})
+    check_data(began, str(checkpoint))
+    assert capsys.readouterr().out == ""
+    other = data("auto", text.replace(": '", "; '"))
+    with pytest.raises(UserError, match="not what the run began with"):
+        check_data(other, str(checkpoint))
+    assert "note: the text of template tokenizer is not what the run began with" in capsys.readouterr().out

@@ -185,8 +185,8 @@ def test_what_lies_behind_a_state_is_not_read_again(tmp_path: Path, monkeypatch:
     state = stream.state()()
     rest = plain(stream)
     parsed: list[Any] = []
-    real = json_rows._parsed
-    monkeypatch.setattr(json_rows, "_parsed", lambda *line: (parsed.append(line), real(*line))[1])
+    real = json_rows.parse_json
+    monkeypatch.setattr(json_rows, "parse_json", lambda *line: (parsed.append(line), real(*line))[1])
     assert plain(stream_documents(**common, state=state)) == rest
     # What was buffered, or made into documents, comes out of the state.
     assert len(parsed) < len(rest) == 100

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import shutil
@@ -15,7 +16,8 @@ from transformers import FalconConfig, FalconForCausalLM
 from falcon_qlora import __main__ as cli
 from falcon_qlora.commands import generate
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.data.templates import Turn, get_template
+from falcon_qlora.config import parse
+from falcon_qlora.data.templates import Turn, get_template, template_fingerprint
 from falcon_qlora.data.tokens import prompt_ids
 from falcon_qlora.inference.generation import choose_tokens, generate_batch, generate_stream
 from falcon_qlora.models.fingerprint import model_fingerprint
@@ -315,3 +317,24 @@ def test_broken_adapter_settings_are_told(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         generate.main(["--adapter", str(tmp_path), "--prompt", "x"])
+
+
+def test_a_chat_template_that_is_another_than_in_training_is_told(
+    tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer, text = copy.deepcopy(tokenizer), "{% for m in messages %}{{ m.content }}{% endfor %}"
+    for recorded, now, told in (
+        (text, text, False),
+        (text, text + "!", True),
+        ({"default": text, "tool_use": text}, text, True),
+        (None, text, False),  # by a release that did not record it
+    ):
+        record = {"template": "tokenizer", "dataset_format": "chat"}
+        record["template_fingerprint"] = template_fingerprint("tokenizer", recorded)
+        tokenizer.chat_template = now
+        configuration = parse(["--adapter", "a"], extra_arguments=generate.GenerateArguments)
+        template = generate._template(configuration, record, tokenizer)
+        assert template is not None
+        assert template.prompt([Turn("user", "x")]) == "x" + now.removeprefix(text)
+        note = "note: the tokenizer's chat template is not the one that --adapter a was trained with\n"
+        assert capsys.readouterr().err == note * told

@@ -403,7 +403,8 @@ def test_the_card_has_the_hubs_metadata_and_how_to_load_it(tmp_path: Path) -> No
         settings={"quantize_mode": "4bit", "lora_r": 64},
         data={"rows read": 9846},
         summary={"steps": 50, "final_loss": 1.23},
-        template="guanaco",
+        template="chat.jinja",
+        template_sha256="0a1b",
     )
     text = card.write(tmp_path).read_text()
     _, front, body = text.split("---\n", 2)
@@ -411,7 +412,8 @@ def test_the_card_has_the_hubs_metadata_and_how_to_load_it(tmp_path: Path) -> No
     assert metadata["base_model"] == "tiiuae/falcon-7b"
     assert metadata["library_name"] == "peft"
     assert metadata["datasets"] == ["timdettmers/openassistant-guanaco"]
-    for part in ("PeftModel.from_pretrained", "| lora_r | 64 |", "| rows read | 9,846 |", "1.23", "guanaco"):
+    parts = ("PeftModel.from_pretrained", "| lora_r | 64 |", "| rows read | 9,846 |", "1.23")
+    for part in (*parts, "`chat.jinja` (SHA-256 `0a1b`)"):
         assert part in body
 
 
