@@ -608,20 +608,31 @@ VALUES = st.text("abcdefgh", min_size=5, max_size=9).map(lambda word: f"<{word}>
         max_size=4,
     ),
     st.sampled_from(["guanaco", "alpaca", "falcon-instruct", "shows"]),
+    st.sampled_from(["list", "json", "parts", "pair"]),
 )
 @settings(max_examples=150, deadline=None, derandomize=True)
-def test_every_value_is_written_named_or_refused(row: dict[str, Any], extras: list[Any], name: str) -> None:
+def test_every_value_is_written_named_or_refused(
+    row: dict[str, Any], extras: list[Any], name: str, form: str
+) -> None:
     messages = []
     for number, extra in enumerate(extras):
         role, said = (("user", "assistant")[number % 2], f"<{number}>")
         messages.append({**extra, "role": role, "content": said})
-    row = {**row, "messages": messages, "tools": None, "mask": None}
+    spelled: dict[str, Any] = {"messages": messages}
+    if form == "json":
+        spelled = {"messages": json.dumps(messages)}
+    elif form == "parts":
+        parts = [[{"type": "text", "text": part} for part in each["content"]] for each in messages]
+        spelled = {"messages": [each | {"content": said} for each, said in zip(messages, parts, strict=True)]}
+    elif form == "pair":
+        spelled = {"prompt": messages[:1], "completion": messages[1:]}
+    row = {**row, **spelled, "tools": None, "mask": None}
     template = load_template("auto", "chat", SHOWS) if name == "shows" else get_template(name)
     account = Account()
-    segments = render(row, "chat", template, account=account)
+    segments = render(row, "chat_completion" if form == "pair" else "chat", template, account=account)
     text = "".join(segment.text for segment in segments)
     for column, value in row.items():
-        if isinstance(value, str):
+        if isinstance(value, str) and column not in spelled:
             assert value in text or account.columns[column] or not segments, column
     for message in messages:
         for key, value in message.items():

@@ -143,7 +143,7 @@ READERS = {
     "tokens.txt": read_tokens,
 }
 # Which columns each format needs is told line by line.
-LINES = 9
+LINES = 10
 
 
 @fuzz(60)
