@@ -365,11 +365,9 @@ def _refuse_kto(reader: _Reader, dataset_format: str) -> None:
 
     A number beside a prompt and its completion is taken for that too; elsewhere it may label anything.
     """
-    marks = (
-        "true",
-        "false",
-        *(("0", "1", "0.0", "1.0") if "prompt" in FORMATS[dataset_format].required else ()),
-    )
+    marks = ["true", "false"]
+    if "prompt" in FORMATS[dataset_format].required:
+        marks += ["0", "1", "0.0", "1.0"]
     for column, says in (("label", marks), ("kto_tag", (*marks, "0", "1"))):
         value = reader.peek(column)
         if str(value).lower() in says:
@@ -388,14 +386,8 @@ def _messages(reader: _Reader, dataset_format: str) -> list[Turn]:
     *context, column = FORMATS[dataset_format].required
     if isinstance(reader.peek("prompt"), list):
         context = ["prompt"]  # TRL's form of what is said before the answers, and not learned
-    keys = reader.account.message_keys
-    before = [
-        turn for each in context for turn in turns_of_messages(reader.value(each), reader.where(each), keys)
-    ]
-    turns = [
-        *(replace(turn, train=False) for turn in before),
-        *turns_of_messages(reader.value(column), reader.where(column), keys),
-    ]
+    turns = [replace(turn, train=False) for each in context for turn in reader.messages(each)]
+    turns += reader.messages(column)
     mask = reader.peek("mask")
     masked = None if mask is None else masked_roles(mask, reader.where("mask"))
     if masked is None:
