@@ -164,7 +164,7 @@ def _not_text(path: Path) -> UserError:
             line, before = line + same_chunk.count("\n"), before + same_chunk
             after = (error.object[error.start :] + handle.read(_EXCERPT)).splitlines()[0][:_EXCERPT]
     with contextlib.suppress(UnicodeDecodeError):
-        # Where it is text of this machine's neighbours, and not damage, it mostly is in this.
+        # What is neither UTF-8 nor damaged is mostly this; whoever reads the excerpt sees whether it is.
         shown = before.rpartition("\n")[2][-_EXCERPT:] + after.decode("cp1252")
         if name == "UTF-8":
             told, encoding = f"if it is {shown!r}", "WINDOWS-1252"
