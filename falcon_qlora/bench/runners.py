@@ -34,7 +34,7 @@ class Settings:
     """
 
     r: int = 64
-    alpha: int = 16
+    alpha: float = 16
     max_length: int = 512
     seed: int = 0
     max_grad_norm: float = 0.3

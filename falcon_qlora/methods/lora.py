@@ -49,12 +49,13 @@ class Lora(Method):
     """
 
     r: int = setting(64, "Rank.", name="lora_r", label="r {}", least=1)
-    alpha: int = setting(
+    alpha: float = setting(
         16,
         "Scale: the update is multiplied by alpha / r.",
         name="lora_alpha",
         label="alpha {}",
-        least=1,
+        above=0,
+        most=2**20,
     )
     dropout: float = setting(
         0.0,
@@ -112,6 +113,8 @@ class Lora(Method):
                     f"lora_slices: {name!r} is not one of {', '.join(SLICES)}{nearest(name, SLICES)}"
                 )
         new_tokens.check_tokens(self.new_tokens or ())
+        if self.alpha == int(self.alpha):
+            object.__setattr__(self, "alpha", int(self.alpha))  # PEFT's own is a whole number, mostly
         if not self.slices:
             return
         if self.use_rslora or self.use_dora:
@@ -154,7 +157,7 @@ class Lora(Method):
             raise UserError(f"{file}: r is {r}, which {parts} slices cannot share")
         return cls(
             r=r // parts,
-            alpha=alpha / parts if alpha % parts else int(alpha // parts),
+            alpha=alpha / parts,
             dropout=float(dropout or 0),
             # PEFT writes a set: in any order. Slices say of what they are.
             target_modules=None if slices and len(targets) == 1 else tuple(sorted(set(targets))),

@@ -70,17 +70,12 @@ def check(configuration: Configuration, lock: RunLock) -> Start:
         UserError: for what the user can mend.
     """
     run, model = configuration.run, configuration.model
-    if run.resume:
-        start_adapter.name_alike(configuration)
-    else:
-        start_adapter.adopt(configuration)
-    method = configuration.method
 
     def choose(make: bool) -> str:
         path = folders.choose(
             run.output_dir,
             model=model.model_name_or_path,
-            settings=f"{model.quantize_mode}-{method.short}",
+            settings=f"{model.quantize_mode}-{configuration.method.short}",
             resume=True if run.resume == "latest" else (run.resume or False),
             overwrite=run.overwrite,
             restarted=ranks.restart_count() > 0,
@@ -92,11 +87,13 @@ def check(configuration: Configuration, lock: RunLock) -> Start:
 
     found = RunDirectory(agreement.from_main_process(lambda: choose(False)))
     checkpoint = resume.checkpoint_to_resume(found, resume=run.resume, overwrite=run.overwrite)
+    if run.resume:
+        base.check_recorded_folders(model, checkpoint)
+    start_adapter.adopt(configuration, found, checkpoint)
     if checkpoint is not None:
         resume.adopt(configuration, checkpoint)
-    base.check_recorded_folders(model, checkpoint)
     trackers = tracking.choose(run.report_to)
-    _check_model(model, method, sharding=run.sharding)
+    _check_model(model, configuration.method, sharding=run.sharding)
     return Start(found, checkpoint, trackers, choose)
 
 

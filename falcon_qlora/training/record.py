@@ -54,7 +54,7 @@ def write_start(
     elif ranks.restart_count():
         forget_after(directory, 0)
     directory.write_config(configuration.resolved())
-    directory.write("environment", collect_environment())
+    directory.write("environment", {**collect_environment(), "launch": ranks.launch_id()})
     write_json(directory.data_file, data.record)
     directory.write("kernels", kernels or {"all blocks": "reference path: --kernels off"})
 

@@ -11,13 +11,16 @@ from falcon_qlora.common.files import sha256
 from falcon_qlora.common.fp8 import fp8_excludes
 from falcon_qlora.common.settings import Setting, settings_of
 from falcon_qlora.config import Configuration, ModelArguments
+from falcon_qlora.config.arguments import RunArguments
+from falcon_qlora.config.paths import settings_of_run
 from falcon_qlora.inference.base_and_adapter import adapter_folder
 from falcon_qlora.methods.adapter_folder import read_adapter, read_record
 from falcon_qlora.methods.interface import Method
 from falcon_qlora.methods.open_adapter import check_may_open
 from falcon_qlora.methods.table import is_whole
 from falcon_qlora.models.locate import find_config
-from falcon_qlora.processes import agreement
+from falcon_qlora.processes import agreement, ranks
+from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal.console import note
 
 # How the base was held is taken over where nothing else is asked for: it may differ.
@@ -29,10 +32,15 @@ _OF_BASE = {
 }
 
 
-def adopt(configuration: Configuration) -> None:
+def adopt(configuration: Configuration, start: RunDirectory | None = None, checkpoint: Any = None) -> None:
     """Take over the method, its settings and the base of the adapter that the configuration names, if any.
 
-    What a recipe says of them gives way; what a flag or a file says must be the same.
+    What a recipe says of them gives way; what a flag or a file says must be the same. A run that goes on does
+    not look at the adapter again, which may be gone or another by now: its checkpoint tells the same.
+
+    Args:
+        start: the run's folder, which may hold what was written before a restart.
+        checkpoint: that the run goes on from, or None.
 
     Raises:
         UserError: if there is no such adapter, it is damaged or not the one that is meant, its base cannot be
@@ -41,17 +49,43 @@ def adopt(configuration: Configuration) -> None:
     run = configuration.run
     if run.adapter is None:
         return
-    folder = adapter_folder(run.adapter)
+    _remember(run, start, goes_on=checkpoint is not None)
+    if checkpoint is not None and run.adapter_sha256 is None:
+        return  # the run began from none, or another: that is told with whatever else is not as it was
+    folder = adapter_folder(run.adapter) if checkpoint is None else Path(checkpoint)
     record = read_record(folder)
     if is_whole(record):
         raise UserError(f"--adapter {folder} holds a whole model: train on from it with -m {folder}")
-    saved, named = read_adapter(folder), configuration.explicit.keys()
-    found = sha256(saved.file)
-    if run.adapter_sha256 not in (None, found):
-        raise UserError(
-            f"--adapter {folder}: its weights are not those that were meant: their SHA-256 is {found}, not "
-            f"{run.adapter_sha256}. Bring the old ones back, or leave --adapter_sha256 out"
-        )
+    saved = read_adapter(folder)
+    if checkpoint is None:
+        found = sha256(saved.file)
+        if run.adapter_sha256 not in (None, found):
+            raise UserError(
+                f"--adapter {folder}: its weights are not those that were meant: their SHA-256 is {found}, "
+                f"not {run.adapter_sha256}. Bring the old ones back, or leave --adapter_sha256 out"
+            )
+        run.adapter, run.adapter_sha256 = str(folder.absolute()), found
+    config = _adopt_base(configuration, record, folder)
+    configuration.method = _method(configuration, saved.method, folder, config)
+    saved.check(config)
+
+
+def _remember(run: RunArguments, start: RunDirectory | None, *, goes_on: bool) -> None:
+    """Take from the record of a run that has begun what its adapter is called, and the weights it had."""
+    if start is None or not start.config_file.is_file():
+        return
+    if not goes_on and start.read("environment").get("launch") != ranks.launch_id():
+        return  # it is an earlier one's, which this one is to replace
+    settings = settings_of_run(start.read_config(), start.path)
+    assert run.adapter is not None
+    named, known = Path(run.adapter).absolute(), settings.get("adapter")
+    if known in (str(named), str(named / "adapter")):
+        run.adapter, run.adapter_sha256 = known, run.adapter_sha256 or settings.get("adapter_sha256")
+
+
+def _adopt_base(configuration: Configuration, record: dict[str, Any], folder: Path) -> Any:
+    """Take over the base that a record names, as far as no flag or file does; returns its configuration."""
+    named, base = configuration.explicit.keys(), configuration.model
     settings = {each.name: each for each in settings_of(ModelArguments)}
     for name, recorded in _OF_BASE.items():
         if name not in named:
@@ -59,8 +93,7 @@ def adopt(configuration: Configuration) -> None:
             if value is None and name == "model_name_or_path":
                 raise UserError(f"--adapter {folder} names no base model. Name it with -m.")
             if value is not None:  # an adapter of others says nothing of its base but the name
-                setattr(configuration.model, name, settings[name].read(value, f"{folder}: {recorded}"))
-    base = configuration.model
+                setattr(base, name, settings[name].read(value, f"{folder}: {recorded}"))
 
     def find() -> Any:
         for flag, what in (("model_name_or_path", "base model"), ("tokenizer_name_or_path", "tokenizer")):
@@ -72,17 +105,7 @@ def adopt(configuration: Configuration) -> None:
                 note(f"the {what} is {path}, which {folder} names")
         return find_config(base.model_name_or_path, revision=base.model_revision)
 
-    config = agreement.from_main_process(find)
-    configuration.method = _method(configuration, saved.method, folder, config)
-    saved.check(config)
-    run.adapter, run.adapter_sha256 = str(folder.absolute()), found
-
-
-def name_alike(configuration: Configuration) -> None:
-    """Name the adapter that a run began with as its record does; of a run that goes on it is not read."""
-    run = configuration.run
-    if run.adapter is not None and Path(run.adapter).is_dir():
-        run.adapter = str(adapter_folder(run.adapter).absolute())
+    return agreement.from_main_process(find)
 
 
 def _method(configuration: Configuration, trained: Method, folder: Path, config: Any) -> Method:

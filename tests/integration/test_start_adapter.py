@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import falcon_qlora
@@ -56,7 +56,11 @@ ADAPTERS: dict[str, tuple[dict[str, Any], bool]] = {
         {"target_modules": ["self_attention.dense", "mlp.dense_h_to_4h"], "lora_alpha": 8},
         True,
     ),
+    "fractional_alpha": ({"target_modules": NAMES, "lora_alpha": 22.6}, False),
+    # Rows of tokens that no --new_tokens names.
+    "rows": ({"target_modules": ["dense"], "trainable_token_indices": [11, 7], "lora_alpha": 0.5}, False),
 }
+MORE = ("ends_of_names", "whole_names", "fractional_alpha")
 
 
 def base() -> Any:
@@ -66,9 +70,10 @@ def base() -> Any:
 def make(folder: Path, name: str) -> Path:
     """An adapter that PEFT has written, as if it had been trained."""
     settings, as_torch_file = ADAPTERS[name]
-    for_peft = {key: settings[key] for key in ("target_modules", "use_rslora", "use_dora") if key in settings}
+    of_others = ("enable_lora", "merge_weights")
     torch.manual_seed(1)
-    model = get_peft_model(base(), LoraConfig(r=4, lora_alpha=settings.get("lora_alpha", 16), **for_peft))
+    for_peft = {"lora_alpha": 16, **{key: settings[key] for key in settings.keys() - set(of_others)}}
+    model = get_peft_model(base(), LoraConfig(r=4, **for_peft))
     for key, parameter in model.named_parameters():
         if "lora_B" in key:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -105,7 +110,7 @@ def train(folder: Path, **settings: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", [n if n != "ends_of_names" else pytest.param(n, marks=pytest.mark.slow) for n in ADAPTERS]
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in MORE else n for n in ADAPTERS]
 )
 def test_it_opens_and_goes_on_as_in_peft(tmp_path: Path, name: str) -> None:
     folder = make(tmp_path / "adapter", name)
@@ -175,8 +180,11 @@ def test_two_runs_of_a_step_are_one_of_two(tmp_path: Path, method: dict[str, Any
     assert max((first[key] - tensor).abs().max() for key, tensor in weights[0].items()) > 1e-4
 
 
-def test_it_resumes_exactly_without_the_adapter_that_it_began_from(tmp_path: Path) -> None:
-    folder = make(tmp_path / "adapter", "bin")
+@pytest.mark.parametrize(
+    "name", ["rows", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bin", "fractional_alpha"))]
+)
+def test_it_resumes_exactly_without_the_adapter_that_it_began_from(tmp_path: Path, name: str) -> None:
+    folder = make(tmp_path / "adapter", name)
     settings = {"adapter": folder, "lora_dropout": 0.2, "max_steps": 2, "save_steps": 1}
     whole = train(tmp_path, **settings)
     stopped = Path(shutil.copytree(whole, tmp_path / "stopped"))
@@ -192,6 +200,45 @@ def test_it_resumes_exactly_without_the_adapter_that_it_began_from(tmp_path: Pat
     weights = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (whole, stopped)]
     assert weights[0] == weights[1]
     assert summary(stopped)["adapter"] == str(folder)
+
+
+@pytest.mark.parametrize(
+    "fate", ["other_weights", *(pytest.param(fate, marks=pytest.mark.slow) for fate in ("gone", "another"))]
+)
+def test_a_restart_of_torchrun_goes_on_without_the_adapter_or_begins_from_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fate: str
+) -> None:
+    folder = make(tmp_path / "adapter", "rows")
+    settings = {"adapter": folder, "max_steps": 2, "save_steps": 1, "overwrite": True}
+    whole = train(tmp_path, **settings)
+    broken = Path(shutil.copytree(whole, tmp_path / "broken"))
+    shutil.rmtree(broken / "checkpoints" / "step-2")
+    shutil.rmtree(broken / "adapter")
+    settings["output_dir"] = broken
+    if fate == "other_weights":
+        file = folder / "adapter_model.safetensors"
+        save_file({name: tensor / 2 for name, tensor in load_file(file).items()}, file)
+    else:
+        shutil.rmtree(folder)
+    if fate == "another":
+        make(folder, "all_linear")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train(tmp_path, **settings)
+    weights = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (whole, broken)]
+    assert weights[0] == weights[1]
+    assert (
+        summary(broken).items()
+        >= {name: summary(whole)[name] for name in ("adapter", "adapter_sha256")}.items()
+    )
+    # Before there was a checkpoint.
+    shutil.rmtree(broken / "checkpoints")
+    told = "holds no adapter" if fate == "gone" else "its weights are not those that were meant"
+    with pytest.raises(UserError, match=told):
+        train(tmp_path, **settings)
+    # Of another launch nothing is taken.
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    if fate != "gone":
+        train(tmp_path, **settings)
 
 
 def test_what_contradicts_the_adapter_is_refused(tmp_path: Path) -> None:
