@@ -11,7 +11,6 @@ from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.record_files import CERTIFICATE
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.inference.base_and_adapter import Source, adapter_folder
-from falcon_qlora.inference.which_base import base_note
 from falcon_qlora.methods.table import is_whole
 from falcon_qlora.run_folder.directory import RunDirectory
 
@@ -108,6 +107,7 @@ def source_of(
 
 
 def _say_whether_other(record: dict[str, Any], folder: Path, base: str, revision: str | None) -> None:
+    from falcon_qlora.methods.open_adapter import base_note
     from falcon_qlora.models.locate import open_checkpoint
 
     if record.get("base_model") not in (None, base):

@@ -54,10 +54,11 @@ def adapter_folder(name: str) -> Path:
 
 def load_adapted(source: Source) -> tuple[Any, Any]:
     """The model in evaluation mode, what was trained on it where there is an adapter, and the tokenizer."""
-    from falcon_qlora.methods.open_adapter import load_adapter
+    from falcon_qlora.methods.adapter_folder import read_adapter
     from falcon_qlora.models.load import load_model
 
-    model = load_model(
+    saved = None if source.adapter is None else read_adapter(source.adapter)
+    model: Any = load_model(
         source.model,
         quantize_mode=source.quantize_mode,
         compute_dtype=source.compute_dtype,
@@ -67,8 +68,8 @@ def load_adapted(source: Source) -> tuple[Any, Any]:
         revision=source.revision,
     )
     tokenizer = tokenizer_of(source)
-    if source.adapter is not None:
-        model = load_adapter(source.adapter, base_model=model)
+    if saved is not None:
+        model = saved.open(model)
     return model.eval(), tokenizer
 
 

@@ -168,6 +168,15 @@ class SavedAdapter:
         for fault in self.faults(config):
             raise UserError(f"{self.file}: {fault}. The adapter is damaged or of another model.")
 
+    def open(self, base: Any, *, trainable: bool = False) -> Any:
+        """Put it on its base, from `load_model`; to train on, or else for inference.
+
+        Raises:
+            UserError: if it is damaged or of another model.
+        """
+        self.check(base.config)
+        return self.method.open(base, self.folder, trainable=trainable)
+
     def zero_tensors(self, config: PreTrainedConfig) -> list[str]:
         """Names of those that are zero throughout: that training never moved, or that were lost."""
         names = self.method.saved_shapes(config)

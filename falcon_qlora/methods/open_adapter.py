@@ -6,6 +6,7 @@ the folders that it names; only such a folder, or one inside of theirs, is opene
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,8 @@ def load_adapter(
     trainable: bool = False,
 ) -> nn.Module:
     """Open what any method saved, on its base model, which is loaded as it was trained on.
+
+    Another base than the adapter was trained on is warned of.
 
     Args:
         path: the adapter's folder; or, of full fine-tuning, the model's, which needs no base.
@@ -79,11 +82,40 @@ def load_adapter(
             revision=revision,
         )
     model: Any = base_model
-    if saved is not None:
-        saved.check(model.config)
-    method = METHODS[record["method"]]() if saved is None else saved.method
-    opened: nn.Module = method.open(model, path, trainable=trainable)
-    return opened
+    if saved is None:
+        return METHODS[record["method"]]().open(model, path, trainable=trainable)
+    revision = revision or getattr(model.config, "_commit_hash", None)  # others' models may not say it
+    told = base_note(record, path, model.name_or_path, revision=revision)
+    if told is not None:
+        warnings.warn(told, stacklevel=2)
+    return saved.open(model, trainable=trainable)
+
+
+def base_note(record: dict[str, Any], folder: Path, base: str, *, revision: str | None = None) -> str | None:
+    """What is to be said where an adapter meets another base than it was trained on, or perhaps another.
+
+    Args:
+        record: what the adapter's folder says of itself.
+        folder: the adapter's.
+        base: name of the model that it is opened on, which is on this machine.
+        revision: of that on the hub.
+    """
+    from falcon_qlora.models.fingerprint import model_fingerprint, shown
+
+    trained_on, told = record.get("base_model"), record.get("base_fingerprint")
+    same = is_as_recorded(base, "base model", record, revision=revision)
+    if same is False:
+        found = shown(model_fingerprint(base, revision=revision))
+        return (
+            f"the adapter in {folder} was trained on another base: {trained_on} (fingerprint {shown(told)}), "
+            f"not {base} (fingerprint {found})"
+        )
+    if same is None and trained_on not in (None, base):
+        return (
+            f"the adapter in {folder} was trained on {trained_on}; whether {base} is the same model cannot "
+            "be checked, as only its name is recorded"
+        )
+    return None
 
 
 def may_open(name: str, what: str, record: dict[str, Any], folder: Path) -> bool:

@@ -92,6 +92,7 @@ def load_model(
     )
     _fill(model, checkpoint.tensors(model, device, dtype), device, dtype, source=checkpoint.name)
     _finish(model, checkpoint.name, device)
+    model.config._commit_hash = revision  # where Transformers once kept it; it writes it to no file
     verify_quantized(model, quantize_mode)
     return model
 

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.config import ModelArguments
-from falcon_qlora.inference.which_base import base_note, differs
 from falcon_qlora.methods.adapter_folder import RECORD, read_record
-from falcon_qlora.methods.open_adapter import check_is_there
+from falcon_qlora.methods.open_adapter import base_note, check_is_there, is_as_recorded
 from falcon_qlora.models.fingerprint import model_fingerprint
 from falcon_qlora.models.locate import open_checkpoint
 from falcon_qlora.processes import agreement
@@ -57,12 +56,10 @@ def check_base(settings: ModelArguments, *, checkpoint: str | None, adapter: str
 def _compare(folder: Path, settings: ModelArguments, *, goes_on: bool) -> None:
     record = read_record(folder)
     name, revision = settings.model_name_or_path, settings.model_revision
-    if differs(record, name, revision=revision):
-        told = base_note(record, folder, name, revision=revision)
+    told = base_note(record, folder, name, revision=revision)
+    if is_as_recorded(name, "base model", record, revision=revision) is False:
         if goes_on:
             raise UserError(f"--resume: {told}. Bring the old base back, or start a new run")
         raise UserError(f"--adapter: {told}. Give its own base with -m, or train a new adapter")
-    if not goes_on:
-        told = base_note(record, folder, name, revision=revision)
-        if told is not None:
-            note(told)
+    if told is not None and not goes_on:
+        note(told)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -122,6 +124,23 @@ def test_verbs_say_that_the_base_is_another(
     # The same content under another name is the same base: the packaged one was copied.
     assert cli.main([*words, "-m", "tiny"]) == 0
     assert "another" not in capsys.readouterr().err
+
+
+def test_python_warns_that_the_base_is_another(folder: Path, tmp_path: Path) -> None:
+    adapter, one, two = folder / "run" / "adapter", folder / "bases" / "one", folder / "bases" / "two"
+    options: dict[str, Any] = {"quantize_mode": "16bit", "device": "cpu"}
+    for base in (str(two), falcon_qlora.load_model(str(two), **options)):
+        with pytest.warns(UserWarning, match=rf"trained on another base: {one} \(.*\), not {two} \(") as told:
+            falcon_qlora.load_adapter(adapter, base_model=base, **options)
+        assert told[0].filename == __file__
+    # Of an adapter by itself only the name is known.
+    alone = Path(shutil.copytree(adapter, tmp_path / "alone", ignore=shutil.ignore_patterns("falcon_qlora*")))
+    with pytest.warns(UserWarning, match=f"trained on {one}; whether tiny is the same model cannot be"):
+        falcon_qlora.load_adapter(alone, base_model="tiny", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for base in ("tiny", falcon_qlora.load_model("tiny", **options), None):
+            falcon_qlora.load_adapter(adapter, base_model=base, **options)
 
 
 def test_training_on_from_it_on_another_base_is_refused(folder: Path, tmp_path: Path) -> None:
