@@ -21,7 +21,7 @@ from falcon_qlora.commands.words import names, numbers
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import check_writable
 from falcon_qlora.common.quantities import counted
-from falcon_qlora.common.settings import setting
+from falcon_qlora.common.settings import setting, settings_of
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.methods.lora import Lora
 from falcon_qlora.terminal.library_logging import quiet_libraries
@@ -116,6 +116,7 @@ def main(argv: list[str], *, whole_runs: Any = scaling.whole_runs) -> int:
     for name in _WITH_GPUS:
         if name in configuration.explicit:
             raise UserError(f"--{name} is for --gpus; give both, such as --gpus 1,2")
+    lora = _lora(configuration)
     chosen = None if wanted.variants is None else names("--variants", wanted.variants)
     variants = choose(chosen, on_data="dataset_name" in configuration.explicit)
     sizes = numbers("--tokens", wanted.tokens)
@@ -126,7 +127,7 @@ def main(argv: list[str], *, whole_runs: Any = scaling.whole_runs) -> int:
     for name in _BY_VARIANT:
         if configuration.explicit.get(name) == "flag":
             say(f"--{name} is set by each variant; the flag changes nothing here")
-    return _bench(configuration, models, variants, sizes, pace)
+    return _bench(configuration, lora, models, variants, sizes, pace)
 
 
 def status_of(failures: Sequence[str | None]) -> int:
@@ -137,8 +138,33 @@ def status_of(failures: Sequence[str | None]) -> int:
     return 1 if broken else 0
 
 
+def _lora(configuration: Configuration) -> Lora:
+    """The method, of which rank and scale are for all variants and nothing else is anything but the default.
+
+    Raises:
+        UserError: naming what else was asked for.
+    """
+    lora, explicit = configuration.method, configuration.explicit
+    if not isinstance(lora, Lora):
+        raise UserError(f"--method {lora.name}: the variants are of LoRA; --gpus measures the other methods")
+    for each in settings_of(Lora):
+        of_recipe = explicit.get(each.name, "recipe ").startswith("recipe ")
+        is_free = each.name in ("lora_r", "lora_alpha", *_BY_VARIANT)
+        if not (is_free or of_recipe or getattr(lora, each.field) == each.default):
+            raise UserError(
+                f"--{each.name}: the variants train plain LoRA on all linears; --gpus measures it with the "
+                "other settings"
+            )
+    return lora
+
+
 def _bench(
-    configuration: Configuration, models: list[str], variants: list[Variant], sizes: list[int], pace: Pace
+    configuration: Configuration,
+    lora: Lora,
+    models: list[str],
+    variants: list[Variant],
+    sizes: list[int],
+    pace: Pace,
 ) -> int:
     import torch
 
@@ -156,9 +182,6 @@ def _bench(
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    lora = configuration.method
-    if not isinstance(lora, Lora):
-        raise UserError(f"--method {lora.name}: the variants are of LoRA; --gpus measures the other methods")
     settings = Settings(r=lora.r, alpha=lora.alpha, max_length=length, seed=configuration.run.seed)
     # A time limit's SIGTERM leaves the table, as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

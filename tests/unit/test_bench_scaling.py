@@ -178,7 +178,7 @@ def test_scaling_is_to_one_gpu_and_what_broke_has_a_row(
     stand_in(monkeypatch, calls, fails=(2,))
     files = ("--csv", str(tmp_path / "a.csv"), "--plot", str(tmp_path / "a.png"))
     flags = ("--gpus", "4,1,2", "--variants", "ours,recipe", "--lora_r", "4", "--checkpointing", "full")
-    flags += ("--method", "lora")
+    flags += ("--method", "lora", "--new_tokens", "<|a|>", "<|b|>")
     assert main([*BENCH, *flags, *files]) == 1  # as two rows broke
     with (tmp_path / "a.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -204,7 +204,7 @@ def test_scaling_is_to_one_gpu_and_what_broke_has_a_row(
     for words in ("--checkpointing full", "--method lora"):
         assert words in asked["ours"]
         assert words not in asked["recipe"]
-    assert all("--lora_r 4" in flags for flags in asked.values())
+    assert all("--lora_r 4" in flags and "--new_tokens <|a|> <|b|>" in flags for flags in asked.values())
 
 
 def test_rows_are_appended_below_a_last_line_without_its_newline(
@@ -290,6 +290,13 @@ def test_a_whole_run_counts_the_steps_left_out(tmp_path: Path) -> None:
         (("--gpus", "1", "--fixed", "global", "--global_tokens", "3000"), "--global_tokens 3000: must be a"),
         (("--gpus", "1", "--whole_run", "--cache_dir", "rows"), "--whole_run begins with an empty cache"),
         (("--lengths", "uneven"), "--lengths is for --gpus"),
+        (
+            ("--models", "tiny", "--new_tokens", "<|a|>"),
+            "--new_tokens: the variants train plain LoRA on all linears; --gpus",
+        ),
+        (("--models", "tiny", "--use_dora"), "--use_dora: the variants train plain LoRA"),
+        (("--models", "tiny", "--lora_slices", "query"), "--lora_slices: the variants train plain LoRA"),
+        (("--models", "tiny", "--method", "adapter"), "--method adapter: the variants are of LoRA"),
     ],
 )
 def test_what_cannot_be_is_refused(
