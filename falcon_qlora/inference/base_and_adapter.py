@@ -49,6 +49,11 @@ def adapter_folder(name: str) -> Path:
         # The second is all that full fine-tuning leaves: a whole model, and how it was trained.
         if any((folder / file).is_file() for file in ("adapter_config.json", "falcon_qlora.json")):
             return folder
+    if not Path(name).exists():
+        raise UserError(
+            f"--adapter {name}: there is no such folder. One on the hub is downloaded first: hf download "
+            "REPOSITORY --local-dir FOLDER"
+        )
     raise UserError(f"--adapter {name}: holds no adapter (no adapter_config.json there or in adapter/)")
 
 

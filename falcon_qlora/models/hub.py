@@ -26,6 +26,7 @@ _SIDE_FILES = re.compile(
 )
 _SAFETENSORS = re.compile(r"model.*\.safetensors(\.index\.json)?")
 _NO_DATA = re.compile(r"(^|/)\.git|\.(md|py|ipynb|png|jpe?g|svg)$|^dataset_infos\.json$")
+_ADAPTER = "adapter_config.json"
 _TORCH_FILES = re.compile(r"pytorch_model.*\.bin(\.index\.json)?")
 
 
@@ -220,12 +221,24 @@ def wanted_files(names: list[str], repository: str) -> list[str]:
         weights = [name for name in names if pattern.fullmatch(name)]
         if any(not name.endswith(".json") for name in weights):
             return sorted(weights + [name for name in names if _SIDE_FILES.fullmatch(name)])
+    if _ADAPTER in names:
+        raise _is_an_adapter(repository)
     raise UserError(f"{repository} holds no weights (model*.safetensors or pytorch_model*.bin).")
+
+
+def _is_an_adapter(repository: str) -> UserError:
+    return UserError(
+        f"{repository} holds an adapter, not a model. Download it (hf download {repository} --local-dir "
+        "FOLDER), name it with --adapter FOLDER, and its base with -m."
+    )
 
 
 def _cached_model(repository: str, revision: str | None, why: str) -> Path:
     from falcon_qlora.models.checkpoints import weight_files
 
+    known = partial(try_to_load_from_cache, repository, revision=revision)
+    if isinstance(known(_ADAPTER), str) and not isinstance(known("config.json"), str):
+        raise _is_an_adapter(repository)
     folder = _cached(repository, revision, "config.json", repository, why)
     try:
         weight_files(folder)

@@ -267,7 +267,10 @@ class TestNames:
         [
             (["data", "-m", "tiny", "--dataset_name", "row.jsonl"], "did you mean rows.jsonl?"),
             (["prepare", "-m", "tiny", "--dataset_name", "row.jsonl"], "did you mean rows.jsonl?"),
-            (["generate", "--adapter", "nowhere"], "holds no adapter"),
+            (
+                ["generate", "--adapter", "nowhere"],
+                "One on the hub is downloaded first",
+            ),
         ],
     )
     def test_in_the_other_commands(self, refused: Refuse, words: list[str], message: str) -> None:

@@ -232,7 +232,7 @@ def test_a_restart_of_torchrun_goes_on_without_the_adapter_or_begins_from_the_sa
     )
     # Before there was a checkpoint.
     shutil.rmtree(broken / "checkpoints")
-    told = "holds no adapter" if fate == "gone" else "its weights are not those that were meant"
+    told = "there is no such folder" if fate == "gone" else "its weights are not those that were meant"
     with pytest.raises(UserError, match=told):
         train(tmp_path, **settings)
     # Of another launch nothing is taken.

@@ -298,7 +298,7 @@ def test_chat_keeps_what_was_said(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--adapter", "/nowhere"], "holds no adapter"),
+        (["--adapter", "/nowhere"], "--adapter /nowhere: there is no such folder"),
         (["--chat", "--prompt", "x"], "--chat"),
         (["--compare"], "--adapter"),
         (["--temperature", "-1"], "--temperature"),

@@ -9,6 +9,7 @@ import httpx2
 import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+from falcon_qlora import __main__ as cli
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.quantities import GIB
 from falcon_qlora.models import hub, locate
@@ -102,6 +103,23 @@ def test_torch_files_are_taken_where_there_is_nothing_else():
     ]
     with pytest.raises(UserError, match="x/y holds no weights"):
         hub.wanted_files(["config.json", "README.md"], "x/y")
+
+
+@pytest.mark.parametrize("offline", [False, True])
+@pytest.mark.parametrize("files", [["adapter_model.safetensors"], ["adapter_model.bin", "tokenizer.json"]])
+def test_an_adapters_repository_is_told_from_a_models(fake_hub, monkeypatch, capsys, offline, files):
+    fake_hub.answer = dict.fromkeys(["README.md", "adapter_config.json", *files], 9)
+    fake_hub.cached = set(fake_hub.answer)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", offline)
+    told = "tiiuae/some holds an adapter, not a model. Download it .*, name it with --adapter FOLDER, and its"
+    for look in (hub.fetch_model, locate.find_config, locate.open_checkpoint):
+        with pytest.raises(UserError, match=told):
+            look("tiiuae/some")
+    assert cli.main(["params", "-m", "tiiuae/some"]) == 2
+    assert "name it with --adapter FOLDER" in capsys.readouterr().err
+    assert cli.main(["params", "--adapter", "tiiuae/some"]) == 2
+    assert "hf download REPOSITORY --local-dir FOLDER" in capsys.readouterr().err
+    assert fake_hub.downloaded is None
 
 
 def test_size_and_free_disk_are_checked_before_any_weights_come(fake_hub):
