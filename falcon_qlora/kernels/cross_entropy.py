@@ -37,6 +37,7 @@ def chunked_cross_entropy(
     *,
     vectors: tuple[Tensor, Tensor] | None = None,
     rows: tuple[Tensor, Tensor] | None = None,
+    vocabulary: int | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> Tensor:
     """Sum of the cross entropies of `targets` under the logits ``hidden @ weight.T``.
@@ -45,11 +46,13 @@ def chunked_cross_entropy(
 
     Args:
         hidden: ``[N, H]``; N may be 0.
-        weight: ``[V, H]``; gets a gradient where it requires one.
+        weight: ``[V, H]``; gets a gradient where it requires one. More rows may follow, see `vocabulary`.
         targets: int64 ``[N]``, each in ``[0, V)``.
         vectors: scale and bias of the logits, float32 ``[V]`` each, or None.
         rows: which rows others take the place of, int64 ``[n]``, and those, float32 ``[n, H]``, or None; they
             multiply in the weight's dtype.
+        vocabulary: V where rows of zeros follow in `weight`, which are no token's, for a product of a width
+            that GPUs like; None: all are tokens'.
         chunk_tokens: how many rows of logits exist at a time.
 
     Returns:
@@ -61,7 +64,7 @@ def chunked_cross_entropy(
     scale, bias = vectors or (None, None)
     places, values = rows or (None, None)
     return _ChunkedCrossEntropy.apply(
-        hidden.to(dtype), weight.to(dtype), targets, scale, bias, places, values, chunk_tokens
+        hidden.to(dtype), weight.to(dtype), targets, scale, bias, places, values, vocabulary, chunk_tokens
     )
 
 
@@ -76,6 +79,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         places: Tensor | None,
         values: Tensor | None,
+        vocabulary: int | None,
         chunk_tokens: int,
     ) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
@@ -92,6 +96,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 logits = product = hidden[rows] @ weight.T  # [chunk, V]
                 if own is not None and places is not None:
                     product.index_copy_(1, places, hidden[rows] @ own.T)
+                if vocabulary is not None and vocabulary < len(weight):
+                    product[:, vocabulary:] = float("-inf")  # no probability, and no gradient
                 if scale is not None and bias is not None:
                     logits = scale_shift(product, scale, bias, torch.empty_like(product))
                 loss += ops.cross_entropy_(logits, targets[rows], with_gradient).sum()
@@ -127,4 +133,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if of_weight is not None:  # rounded on the way: another one in float32 would be as large as the sum
             grad_weight = torch.empty_like(of_weight, dtype=ctx.weight_dtype)
             torch.mul(of_weight, grad_output, out=grad_weight)
-        return grad_hidden, grad_weight, None, grad_scale, grad_bias, None, grad_values, None
+        return grad_hidden, grad_weight, None, grad_scale, grad_bias, None, grad_values, None, None

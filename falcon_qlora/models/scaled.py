@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from falcon_qlora.kernels.cross_entropy import chunked_cross_entropy
-from falcon_qlora.models.token_rows import frozen_weight, rows_of
+from falcon_qlora.models.token_rows import frozen_weight, padded, rows_of
 
 SCALE_AND_BIAS = "scale_and_bias"
 
@@ -74,11 +74,12 @@ def head_loss(hidden: Tensor, head: Any, targets: Tensor) -> Tensor:
     """
     learned = scale_and_bias_of(head)
     vectors = None if learned is None or not learned.enabled else (learned.scale, learned.bias)
-    rows = rows_of(head)
+    rows, weight = rows_of(head), frozen_weight(head)
     return chunked_cross_entropy(
         hidden,
-        frozen_weight(head),
+        padded(weight),
         targets,
+        vocabulary=len(weight),
         vectors=vectors,
         rows=None if rows is None else (rows.index, rows.values),
     )

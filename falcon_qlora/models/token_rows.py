@@ -16,6 +16,10 @@ from torch import Tensor, nn
 
 from falcon_qlora.models.layouts import causal_lm_in
 
+# A matrix product whose width is no multiple of this is slow on a GPU: the head's.
+_MULTIPLE = 64
+_PADDED = "_padded"
+
 
 @dataclass(frozen=True)
 class TokenRows:
@@ -62,6 +66,12 @@ def modules_with_rows(model: nn.Module) -> list[Any]:
     return [module for module in both if hasattr(module, "token_adapter")]
 
 
+def padded(weight: Tensor) -> Tensor:
+    """A matrix with the rows of zeros that `grow_vocabulary` has left behind it in memory, if any."""
+    whole: Tensor = getattr(weight, _PADDED, weight)
+    return whole
+
+
 def forward_of(module: Any) -> Callable[..., Tensor]:
     """What takes the place of the ``forward`` of one of `modules_with_rows`."""
     return _embed if isinstance(module.original_module, nn.Embedding) else _project
@@ -80,8 +90,11 @@ def grow_vocabulary(model: Any, size: int) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     for module in (embedding,) if model.config.tie_word_embeddings else (embedding, head):
         weight = module.weight
-        more = _mean_row(weight).to(weight.dtype).expand(size - before, -1)
-        module.weight = nn.Parameter(torch.cat([weight, more]), requires_grad=False)
+        whole = weight.new_zeros(-(-size // _MULTIPLE) * _MULTIPLE, weight.shape[1])
+        whole[:before] = weight
+        whole[before:size] = _mean_row(weight)
+        module.weight = nn.Parameter(whole[:size], requires_grad=False)
+        setattr(module.weight, _PADDED, whole)
     embedding.num_embeddings = head.out_features = size
     model.config.vocab_size = size
     model.tie_weights()

@@ -102,6 +102,8 @@ def test_loss_gradients_and_logits_are_pefts(layout: str, ids: tuple[int, ...], 
     if fast:
         report = apply_fast_path(ours)
         assert all(what.startswith("fast") for what in report.values()) == (layout != "falcon3")
+    head = token_rows.frozen_weight(ours.get_output_embeddings())
+    assert len(token_rows.padded(head)) % 64 == 0 or ids == SPARE
     loss = packed_loss(ours.train(), text)
     loss.backward()
     expected = torch.nn.functional.cross_entropy(
@@ -131,10 +133,11 @@ def test_loss_gradients_and_logits_are_pefts(layout: str, ids: tuple[int, ...], 
         )
 
 
+@pytest.mark.parametrize("padding", [0, 31])
 @pytest.mark.parametrize("chunk_tokens", [7, 1000])
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_rows_of_the_head_have_the_gradients_of_a_whole_matrix(
-    dtype: Any, allowed: float, chunk_tokens: int
+    dtype: Any, allowed: float, chunk_tokens: int, padding: int
 ) -> None:
     generator = torch.Generator().manual_seed(1)
     states = torch.randn(33, 24, generator=generator).to(dtype).requires_grad_()
@@ -147,7 +150,9 @@ def test_rows_of_the_head_have_the_gradients_of_a_whole_matrix(
     whole = weight.double().index_copy(0, places, exact_values)
     exact = torch.nn.functional.cross_entropy(exact_states @ whole.T, targets, reduction="sum")
     expected = torch.autograd.grad(0.37 * exact, [exact_states, exact_values])
-    loss = chunked_cross_entropy(states, weight, targets, rows=(places, values), chunk_tokens=chunk_tokens)
+    weight = torch.nn.functional.pad(weight, (0, 0, 0, padding))
+    how: dict[str, Any] = {"rows": (places, values), "vocabulary": 97, "chunk_tokens": chunk_tokens}
+    loss = chunked_cross_entropy(states, weight, targets, **how)
     assert_close(loss.double(), exact, rtol=allowed, atol=0)
     for found, gradient in zip(torch.autograd.grad(0.37 * loss, [states, values]), expected, strict=True):
         assert (found - gradient).norm() < allowed * gradient.norm()
