@@ -47,7 +47,17 @@ ADAPTERS: dict[str, tuple[dict[str, Any], bool]] = {
         {"target_modules": r".*\.h\.\d+\.(self_attention\.(query_key_value|dense)|mlp.*4h)"},
         True,
     ),
-    "all_linear": ({"target_modules": "all-linear", "use_rslora": True}, False),
+    "all_linear": (
+        {
+            "target_modules": "all-linear",
+            "use_rslora": True,
+            "auto_mapping": {
+                "base_model_class": "FalconForCausalLM",
+                "parent_library": "transformers.models.falcon.modeling_falcon",
+            },
+        },
+        False,
+    ),
     "whole_names": (
         {"target_modules": WHOLE, "use_dora": True, "auto_mapping": {"parent_library": "x"}},
         False,

@@ -85,16 +85,31 @@ def test_the_warm_up_of_transformers_in_a_run_of_one_step_is_told(
     assert "The learning rate was 0 in every step" in said
 
 
-def test_a_run_that_goes_on_for_longer_has_the_longer_runs_rates(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"lora_r": 4, "lr_scheduler_type": "cosine", "warmup_steps": 0.03}
-    settings |= {"logging_steps": 1, "max_steps": -1, "max_length": 32}
-    run = fine_tune(tmp_path, **settings, num_train_epochs=2)
+@pytest.mark.parametrize(
+    ("schedule", "length", "longer"),
+    [
+        ("cosine", {"max_steps": -1, "num_train_epochs": 2}, {"num_train_epochs": 3}),
+        ("linear", {"max_steps": 4}, {"max_steps": 7}),
+        pytest.param(
+            "linear",
+            {"max_steps": -1, "num_train_epochs": 1.5},
+            {"num_train_epochs": 3},
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_run_that_goes_on_for_longer_has_the_longer_runs_rates(
+    tmp_path: Path, schedule: str, length: dict[str, Any], longer: dict[str, Any]
+) -> None:
+    settings: dict[str, Any] = {"lora_r": 4, "lr_scheduler_type": schedule, "warmup_steps": 0.03}
+    run = fine_tune(tmp_path, **settings, **length, logging_steps=1, max_length=32)
     before = len(metrics(run))
-    falcon_qlora.train(resume=run, num_train_epochs=3)
+    falcon_qlora.train(resume=run, **longer)
     rates = [line["learning_rate"] for line in metrics(run)]
     steps = len(rates)
     assert steps > before > 1
-    decay = [0.5 * (1 + math.cos(math.pi * (step - 1) / (steps - 1))) for step in range(before, steps)]
+    done = [(step - 1) / (steps - 1) for step in range(before, steps)]  # the first step has the whole rate
+    decay = [0.5 * (1 + math.cos(math.pi * part)) if schedule == "cosine" else 1 - part for part in done]
     assert rates[before:] == pytest.approx([1e-2 * factor for factor in decay], rel=1e-12)
     assert rates[0] == 1e-2
 
