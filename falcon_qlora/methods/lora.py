@@ -352,7 +352,7 @@ class Lora(Method):
         return merged_weight(self, weight, module, folder) if adapted else weight
 
     def merged_tensor(self, name: str, tensor: Tensor, folder: Path, config: PreTrainedConfig) -> Tensor:
-        from falcon_qlora.methods.adapter_folder import TENSORS
+        from falcon_qlora.methods.adapter_folder import tensors_file
         from falcon_qlora.models.layouts import layout_of
         from falcon_qlora.models.tensor_files import read_tensor
         from falcon_qlora.models.token_rows import with_rows
@@ -362,7 +362,7 @@ class Lora(Method):
             return tensor
         rows = None
         if module in self._with_rows(config):
-            rows = read_tensor(folder / TENSORS, f"base_model.model.{module}{_ROWS}")
+            rows = read_tensor(tensors_file(folder), f"base_model.model.{module}{_ROWS}")
         return with_rows(tensor, self.vocab_size(config), self.token_rows, rows)
 
     def disabled(self, model: PeftModel) -> AbstractContextManager[None]:

@@ -18,6 +18,7 @@ from falcon_qlora import __main__ as cli
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import sha256
 from falcon_qlora.config import configure
+from falcon_qlora.methods.adapter_folder import read_adapter
 from falcon_qlora.methods.open_adapter import load_adapter
 from falcon_qlora.models.tiny import tiny_path
 from falcon_qlora.models.tokenizer import load_tokenizer
@@ -249,6 +250,20 @@ def test_a_restart_of_torchrun_goes_on_without_the_adapter_or_begins_from_the_sa
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
     if fate != "gone":
         train(tmp_path, **settings)
+
+
+def test_rows_in_a_torch_file_are_merged_as_in_peft(tmp_path: Path) -> None:
+    folder = make(tmp_path / "adapter", "rows")
+    weights = folder / "adapter_model.safetensors"
+    rows = {name: tensor + 1 if "delta" in name else tensor for name, tensor in load_file(weights).items()}
+    torch.save(rows, folder / "adapter_model.bin")
+    weights.unlink()
+    name, plain = "transformer.word_embeddings.weight", base()
+    embedding = plain.get_parameter(name).detach().clone()
+    merged = PeftModel.from_pretrained(plain, folder).merge_and_unload().get_parameter(name)
+    assert not torch.equal(merged, embedding)
+    found = read_adapter(folder).method.merged_tensor(name, embedding, folder, plain.config)
+    assert torch.equal(found, merged)
 
 
 def test_what_contradicts_the_adapter_is_refused(tmp_path: Path) -> None:
