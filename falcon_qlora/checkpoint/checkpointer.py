@@ -35,6 +35,7 @@ from falcon_qlora.common.quantities import gib
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.sharded import is_sharded, take_part
 from falcon_qlora.processes import agreement, ranks
+from falcon_qlora.processes.watchdog import WRITER
 from falcon_qlora.terminal.console import note
 
 if TYPE_CHECKING:
@@ -274,7 +275,7 @@ class Checkpointer:
             self._make(content)
             return
         self._thread = threading.Thread(
-            target=self._try, args=[lambda: self._make(content), moment.step], name="checkpoint", daemon=True
+            target=self._try, args=[lambda: self._make(content), moment.step], name=WRITER, daemon=True
         )
         self._thread.start()
 

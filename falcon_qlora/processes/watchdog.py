@@ -28,6 +28,7 @@ _ANSWER_SECONDS = 3.0
 # Beyond the time allowed: where not even the watching thread gets to run.
 _LAST_RESORT_SECONDS = 60.0
 _STANDARD_ERROR = 2
+WRITER = "checkpoint"  # name of the thread that writes one
 # A step is one collective, an evaluation or a save some more.
 _RECORDED_COLLECTIVES = "128"
 # Torch warns of the second, older name.
@@ -167,9 +168,15 @@ def describe(answers: dict[int, str], processes: int, still: float) -> str:
 
 
 def _stack() -> str:
-    """The main thread's."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    return "".join(traceback.format_stack(frame)) if frame is not None else "(it has ended)"
+    """The main thread's, and that of the thread that writes a checkpoint, for which it may be waiting."""
+    frames = sys._current_frames()
+    main = frames.get(threading.main_thread().ident or 0)
+    stacks = ["(it has ended)" if main is None else "".join(traceback.format_stack(main)).rstrip()]
+    for thread in threading.enumerate():
+        if thread.name == WRITER and thread.ident in frames:
+            stacks.append("It waits for this thread, which writes a checkpoint:")
+            stacks.append("".join(traceback.format_stack(frames[thread.ident])))
+    return "\n".join(stacks)
 
 
 def _print(text: str, where: str) -> None:

@@ -19,6 +19,7 @@
     {"do": "full", "bytes": 100000, "times": 1}                   so often while the adapter is written
     {"do": "room", "bytes": 1000000}                              so much is free on the disk before the run
     {"do": "hang", "step": 3, "rank": 1}                          sleeps; "stopped": by SIGSTOP
+    {"do": "write_hangs", "step": 4}                              no answer from the disk, saving step 4
 
 Steps count from 1, as users see them; "save" on a process that writes nothing is while another one does.
 With "restart": only in that attempt of torchrun's.
@@ -178,6 +179,8 @@ write_checkpoint = Checkpointer._write
 
 
 def faulty_write(self: Any, content: Any) -> None:
+    if faults("write_hangs", at=content.step):
+        time.sleep(3600)
     with disk(at=content.step):
         write_checkpoint(self, content)
     if faults("kill", at=content.step, where="saved"):

@@ -222,10 +222,15 @@ def test_restarts_of_a_run_that_goes_on_from_an_older_checkpoint(processes: Proc
             r"process 1 has not moved for \d+ s, computing at step 3\. Its Python stack:(.|\n)*faulty_worker",
         ),
         ("stopped", "process 1 does not answer"),
+        (
+            "write_hangs",
+            r"process 0 has not .*saving a checkpoint at step 6(.|\n)*writes a checkpoint:",
+        ),
     ],
 )
 def test_a_process_that_hangs_is_named_and_the_run_ends(processes: Processes, fault: str, told: str) -> None:
-    faults = [{"do": fault, "step": 3, "rank": 1}]
+    where = {"step": 4} if fault == "write_hangs" else {"step": 3, "rank": 1}
+    faults = [{"do": fault, **where}]
     status, _, errors = run(processes, *LONG, "--output_dir", fault, "--hang_minutes", "0.1", faults=faults)
     assert status == 1
     assert re.search(told, errors), errors
