@@ -20,6 +20,7 @@ from falcon_qlora.commands.words import names, numbers
 from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.quantities import counted
 from falcon_qlora.config import Configuration, as_words
+from falcon_qlora.config.checks import why_unread
 
 _VERSIONS = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 WARMUP = 10
@@ -156,7 +157,9 @@ class _Bench:
             passed |= {"dataset_format": "auto", "template": "auto"}
         for setting, origin in given.items():
             value = values.get(setting)
-            if value is not None and setting not in left_out and not origin.startswith("recipe "):
+            if value is None or setting in left_out or why_unread(setting, values) is not None:
+                continue
+            if not origin.startswith("recipe "):
                 passed[setting] = value
         return as_words(passed)
 

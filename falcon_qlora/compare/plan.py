@@ -11,6 +11,7 @@ from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.files import plain
 from falcon_qlora.config import Configuration, as_words, to_be_written
 from falcon_qlora.config.paths import settings_of_run
+from falcon_qlora.config.trainer_arguments import INSTEAD
 from falcon_qlora.methods import table as methods
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.training import sharding
@@ -120,8 +121,8 @@ def read_alike(run: Path, configuration: Configuration) -> bool:
     if not directory.config_file.exists():
         return False
     before, now = settings_of_run(directory.read_config(), run), plain(configuration.resolved())
-    # Runs of before wrote down the settings of all methods.
-    for flag in methods.method_settings().keys() - configuration.method.flags().keys():
+    # Runs of before wrote down the settings of all methods, and what changed nothing.
+    for flag in (methods.method_settings().keys() | INSTEAD.keys()) - configuration.method.flags().keys():
         before.pop(flag, None)
     if (
         sharding.has_unsuitable_optimizer_of_recipe(configuration)

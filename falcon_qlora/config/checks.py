@@ -5,17 +5,44 @@ what a recipe says); within one layer they contradict each other and the user is
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.fp8 import fp8_excludes
 from falcon_qlora.common.settings import settings_of
-from falcon_qlora.config.parser import Layer
+from falcon_qlora.config.parser import FLAG, Layer, as_words
+from falcon_qlora.config.trainer_arguments import TrainerArguments
 from falcon_qlora.methods.new_tokens import named_tokens
 from falcon_qlora.methods.table import METHODS, method_from, method_settings
 
 Values = dict[str, Any]
 Laid = dict[str, tuple[Any, Layer]]
+
+_OF_TRAINER = {each.name: each for each in settings_of(TrainerArguments)}
+_SCHEDULES = _OF_TRAINER["lr_scheduler_type"].choices or ()
+# Settings that are read in some modes alone: names, of which other setting, at which of its values.
+_MODES: tuple[tuple[str, str, Sequence[Any]], ...] = (
+    ("double_quantization", "quantize_mode", ["4bit"]),
+    ("llm_int8_threshold", "quantize_mode", ["8bit"]),
+    ("padding", "packing", [False]),
+    ("train_sampling_strategy dataset_num_proc", "streaming", [False]),
+    ("logging_steps", "logging_strategy", ["steps"]),
+    ("save_steps", "save_strategy", ["steps"]),
+    ("eval_steps", "eval_strategy", ["steps"]),
+    ("eval_delay per_device_eval_batch_size load_best_model_at_end", "eval_strategy", ["steps", "epoch"]),
+    ("hub_token hub_private_repo hub_model_id hub_revision", "push_to_hub", [True]),
+    ("project hub_private_repo trackio_space_id trackio_bucket_id", "report_to", ["trackio"]),
+    ("trackio_static_space_id", "report_to", ["trackio"]),
+    ("run_name", "report_to", ["wandb", "tensorboard", "trackio"]),
+    ("lr_scheduler_kwargs", "lr_scheduler_type", [each for each in _SCHEDULES if "constant" not in each]),
+    (
+        "warmup_steps",
+        "lr_scheduler_type",
+        [each for each in _SCHEDULES if each not in ("constant", "reduce_lr_on_plateau", "greedy")],
+    ),
+)
+_FEW = 3  # that a message names
 
 TEMPLATES = ("auto", "format", "alpaca", "guanaco", "falcon-instruct", "none", "tokenizer")
 
@@ -36,6 +63,7 @@ def settle(values: Values, laid: Laid) -> None:
     _settle_batch(values, laid)
     _settle_packing(values, laid)
     _settle_evaluation(values, laid)
+    _settle_length(values, laid)
     if _rank(laid, "logging_steps") < 1 and 1 <= values["max_steps"] <= 50:
         values["logging_steps"] = 1
 
@@ -67,6 +95,7 @@ def check(values: Values, where: dict[str, str]) -> None:
             f"{nearest(template, TEMPLATES)}"
         )
     _check_data(values, name)
+    _check_modes(values, where)
     if values["report_to"] != ["none"] and "none" in values["report_to"]:
         raise UserError(f"{name('report_to')}: none goes with no other tracker")
     if values["compute_dtype"] == "fp8":
@@ -91,10 +120,42 @@ def check(values: Values, where: dict[str, str]) -> None:
         raise UserError(
             f"{name('eval_strategy')}: evaluation needs held-out rows: give --eval_split, such as 0.05"
         )
+    if values.get("push_to_hub") and not values.get("hub_model_id"):
+        raise UserError(f"{name('push_to_hub')} needs to know where to: give --hub_model_id NAME/MODEL")
     if values["sample_prompts"] and not values["generate_samples"]:
         raise UserError(
             f"{name('sample_prompts')} needs --generate_samples, the number of answers to generate"
         )
+
+
+def why_unread(name: str, values: Values) -> str | None:
+    """Why a setting does nothing beside the others; None where it is read."""
+    if name in ("warmup_steps", "eval_delay") and not values[name]:
+        return None  # there is none
+    reason = None
+    for names, of, modes in _MODES:
+        if name not in names.split():
+            continue
+        value = values.get(of, _OF_TRAINER[of].default if of in _OF_TRAINER else None)
+        if any(each in modes for each in (value if isinstance(value, list) else [value])):
+            return None
+        here, told = " ".join(as_words({of: value})), " ".join(as_words({of: list(modes)}))
+        what = f"is a setting of {told}, and this run has" if len(modes) <= _FEW else "is not read with"
+        reason = reason or f"{what} {here}"
+    return reason
+
+
+def _check_modes(values: Values, where: dict[str, str]) -> None:
+    """Refuse a flag that does nothing beside the others; what a file or a recipe says so is let be."""
+    # What an adapter was trained on decides what its base is, unless something else is asked for.
+    open_mode = "adapter" in where and "quantize_mode" not in where
+    for name, given in where.items():
+        if given != f"--{name}" or (open_mode and name in ("double_quantization", "llm_int8_threshold")):
+            continue
+        reason = why_unread(name, values)
+        if reason is not None:
+            instead = ", or hold out rows with --eval_split" if "--eval_strategy no" in reason else ""
+            raise UserError(f"{given} {reason}: drop it{instead}")
 
 
 def _rank(laid: Laid, *names: str) -> int:
@@ -152,7 +213,7 @@ def _settle_method(values: Values, laid: Laid) -> None:
             if mine != other:
                 values[name if other > mine else each.alternative] = None
     for name, (_, layer) in laid.items():
-        if layer.origin == "flag" and name in method_settings() and name not in own:
+        if layer.origin == FLAG and name in method_settings() and name not in own:
             raise UserError(f"--{name} does nothing with --method {method.name}")
 
 
@@ -188,6 +249,16 @@ def _settle_batch(values: Values, laid: Laid) -> None:
         values["gradient_accumulation_steps"] = 1
     if _rank(laid, "per_device_eval_batch_size") < 1:
         values["per_device_eval_batch_size"] = values["per_device_train_batch_size"]
+
+
+def _settle_length(values: Values, laid: Laid) -> None:
+    epochs, steps = _rank(laid, "num_train_epochs"), _rank(laid, "max_steps")
+    if values["max_steps"] < 1 or epochs < steps:
+        return
+    if epochs > steps:
+        values["max_steps"] = -1
+    elif laid["max_steps"][1].origin == FLAG:
+        raise UserError("--max_steps and --num_train_epochs both say how long the run is; give one of them")
 
 
 def _settle_packing(values: Values, laid: Laid) -> None:
@@ -240,6 +311,8 @@ def _is_multiple(large: float, small: float) -> bool:
 
 def _check_data(values: Values, name: Any) -> None:
     weights, datasets = values["dataset_weights"], values["dataset_name"]
+    if weights is not None and len(datasets) == 1:
+        raise UserError(f"{name('dataset_weights')}: one --dataset_name needs none; drop it")
     if weights is not None and len(weights) != len(datasets):
         raise UserError(f"{name('dataset_weights')}: {len(weights)} for {len(datasets)} of --dataset_name")
     if values["streaming"] and values["max_steps"] < 1:

@@ -52,6 +52,7 @@ class Configuration:
         extra: an instance of the command's own dataclass, where it has one.
         explicit: setting to where it was given ("flag", "settings.yaml", "recipe lambda-7b-4bit"); what only
             the default recipe says is not in it.
+        passed_over: of each file, its keys that are no settings, at values with which they change nothing.
     """
 
     model: ModelArguments
@@ -61,6 +62,7 @@ class Configuration:
     trainer: dict[str, Any]
     extra: Any
     explicit: dict[str, str]
+    passed_over: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def training(self) -> SFTConfig:
@@ -189,7 +191,9 @@ def configure(settings: Mapping[str, Any], *, extra_arguments: type | None = Non
         if "recipe" in layer.values:
             raise UserError(f"recipe {recipe} names a recipe itself; it is laid over the default one only")
         layers.append(layer)
-    return _configuration(parser, lay_over(layers), recipe, extra_arguments)
+    configuration = _configuration(parser, lay_over(layers), recipe, extra_arguments)
+    configuration.passed_over = {layer.origin: layer.passed_over for layer in layers if layer.passed_over}
+    return configuration
 
 
 def _default_recipe(parser: FalconParser) -> Layer:

@@ -18,7 +18,7 @@ from falcon_qlora.common.record_files import is_record, settings_as_now
 from falcon_qlora.common.settings import settings_of
 from falcon_qlora.common.untrusted import YAML_LIMIT_BYTES, parse_yaml, read_text
 from falcon_qlora.config.arguments import our_settings
-from falcon_qlora.config.trainer_arguments import INSTEAD, TrainerArguments
+from falcon_qlora.config.trainer_arguments import INSTEAD, TrainerArguments, holds_anyway
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 FLAG = "flag"
@@ -32,11 +32,13 @@ class Layer:
         origin: the source as a user would name it: "recipe lambda-7b-4bit", "settings.yaml", "flag".
         values: setting to converted value.
         rank: a higher rank wins.
+        passed_over: keys of the source that are no settings, at values with which they change nothing.
     """
 
     origin: str
     values: dict[str, Any]
     rank: int
+    passed_over: tuple[str, ...] = ()
 
     def where(self, name: str) -> str:
         return f"--{name}" if self.origin == FLAG else f"{name} in {self.origin}"
@@ -142,6 +144,7 @@ class FalconParser(argparse.ArgumentParser):
         """
         flags_only = {"config", *self.extra_names}
         values: dict[str, Any] = {}
+        passed_over: list[str] = []
         file = path.expanduser()
         if not file.exists():
             raise UserError(f"there is no file {path}")
@@ -151,6 +154,9 @@ class FalconParser(argparse.ArgumentParser):
         for key, value in content.items():
             canonical = _spelled(str(key))
             if canonical in INSTEAD:
+                if holds_anyway(canonical, value):
+                    passed_over.append(str(key))
+                    continue
                 raise UserError(f"{key} in {origin} is not taken: {INSTEAD[canonical]}")
             name = self.key_of.get(canonical)
             if name in self._hidden:
@@ -163,7 +169,7 @@ class FalconParser(argparse.ArgumentParser):
             if name in values:
                 raise UserError(f"{origin} gives {name} twice, the second time as {key}; give one of them")
             values[name] = self.settings[name].read(value, f"{key} in {origin}")
-        return Layer(origin=origin, values=values, rank=rank)
+        return Layer(origin=origin, values=values, rank=rank, passed_over=tuple(passed_over))
 
     def _unknown(self, flag: str) -> UserError:
         instead = INSTEAD.get(_spelled(flag.lstrip("-")))

@@ -9,16 +9,13 @@ from typing import Any, Literal
 
 from falcon_qlora.common.settings import setting
 
-_LogLevel = Literal["detail", "debug", "info", "warning", "error", "critical", "passive"]
+# What is not taken of Transformers' list cannot run here: it needs another device, parameters of a model that
+# no adapter has, a step of its own, or a library whose state no checkpoint holds.
 _Optimizer = Literal[
-    "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adafactor",
-    "adamw_anyprecision", "adamw_torch_4bit", "adamw_torch_8bit", "ademamix", "sgd", "adagrad",
-    "adamw_bnb_8bit", "adamw_8bit", "ademamix_8bit", "lion_8bit", "lion_32bit", "paged_adamw_32bit",
-    "paged_adamw_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit", "paged_lion_32bit", "paged_lion_8bit",
-    "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "galore_adamw", "galore_adamw_8bit",
-    "galore_adafactor", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise",
-    "lomo", "adalomo", "grokadamw", "schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd",
-    "apollo_adamw", "apollo_adamw_layerwise", "stable_adamw",
+    "adamw_torch", "adamw_torch_fused", "adafactor", "ademamix", "sgd", "adagrad", "adamw_bnb_8bit",
+    "adamw_8bit", "ademamix_8bit", "lion_8bit", "lion_32bit", "paged_adamw_32bit", "paged_adamw_8bit",
+    "paged_ademamix_32bit", "paged_ademamix_8bit", "paged_lion_32bit", "paged_lion_8bit", "rmsprop",
+    "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
 ]  # fmt: skip
 _Scheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
@@ -37,7 +34,9 @@ class TrainerArguments:
     learning_rate: float = setting(2e-5, "Peak learning rate.", least=0)
     lr_scheduler_type: _Scheduler = setting("linear", "Schedule of the learning rate.")
     lr_scheduler_kwargs: dict[str, Any] | None = setting(
-        None, 'More for the schedule, as JSON: {"num_cycles": 1} for cosine_with_restarts.'
+        None,
+        'More for the schedule, as JSON: {"num_cycles": 1} for cosine_with_restarts. Unset, those with a '
+        "least rate end at a tenth of the peak, and warmup_stable_decay falls in the last tenth of steps.",
     )
     warmup_steps: float = setting(
         0,
@@ -59,29 +58,17 @@ class TrainerArguments:
     gradient_checkpointing: bool = setting(
         True, "--checkpointing full, or none.", "--activation_checkpointing"
     )
-    bf16_full_eval: bool = setting(False, "Evaluate in bf16 throughout.")
-    fp16_full_eval: bool = setting(False, "Evaluate in fp16 throughout.")
     tf32: bool | None = setting(None, "Multiply float32 matrices in TF32.")
-    torch_compile: bool = setting(False, "Compile the model with torch.compile.")
-    torch_compile_backend: str | None = setting(None, "Backend of torch.compile; switches it on.")
-    torch_compile_mode: str | None = setting(None, "Mode of torch.compile; switches it on.")
-    torch_empty_cache_steps: int | None = setting(None, "Steps between two emptyings of the GPU's cache.")
 
     # Logging
     logging_strategy: Literal["no", "steps", "epoch"] = setting("steps", "When to log.")
     logging_steps: float = setting(10, "Steps between two lines of the log, or their share.", above=0)
     logging_first_step: bool = setting(False, "Log the first step too.")
-    logging_nan_inf_filter: bool = setting(True, "Leave non-finite losses out of the log.")
-    log_on_each_node: bool = setting(True, "Log once a node, instead of once.")
-    log_level: _LogLevel = setting("passive", "Level of the libraries' log on the main process.")
-    log_level_replica: _LogLevel = setting("warning", "Level of the libraries' log on the others.")
-    disable_tqdm: bool | None = setting(None, "No progress bars of the libraries.")
     run_name: str | None = setting(None, "Name of the run for trackers.")
     project: str = setting("huggingface", "Project for Trackio.")
     trackio_space_id: str | None = setting(None, "Hugging Face Space for Trackio.")
     trackio_bucket_id: str | None = setting(None, "Hugging Face Bucket for Trackio with a Space.")
     trackio_static_space_id: str | None = setting(None, "Static Space for Trackio's dashboard.")
-    skip_memory_metrics: bool = setting(True, "No memory profile, which slows training down.")
 
     # Evaluation
     eval_strategy: Literal["no", "steps", "epoch"] = setting("no", "When to evaluate.")
@@ -89,59 +76,33 @@ class TrainerArguments:
     eval_delay: float = setting(0, "Steps or epochs before the first evaluation.", least=0)
     eval_on_start: bool = setting(False, "Evaluate before the first step too.")
     per_device_eval_batch_size: int = setting(8, "Sequences to evaluate on each device at a time.", least=1)
-    prediction_loss_only: bool = setting(False, "Keep nothing of an evaluation but its loss.")
-    eval_accumulation_steps: int | None = setting(None, "Batches of predictions to keep on the device.")
-    eval_do_concat_batches: bool = setting(True, "Join the batches of predictions.")
-    eval_use_gather_object: bool = setting(False, "Gather predictions as objects.")
-    include_for_metrics: list[str] = setting([], "What metrics get: inputs, loss.")
-    batch_eval_metrics: bool = setting(False, "Compute metrics batch by batch.")
 
     # Checkpoints
     save_strategy: Literal["no", "steps", "epoch", "best"] = setting("steps", "When to save a checkpoint.")
     save_steps: float = setting(500, "Steps between two checkpoints, or their share.", above=0)
     save_total_limit: int | None = setting(None, "Checkpoints to keep, the best one besides.", least=1)
     save_only_model: bool = setting(False, "Save weights only: such a checkpoint cannot be resumed.")
-    save_on_each_node: bool = setting(False, "Save on every node, instead of on the main one.")
     load_best_model_at_end: bool = setting(False, "Keep the best checkpoint's adapter, not the last step's.")
-    metric_for_best_model: str | None = setting(None, "What tells the best checkpoint; unset: the loss.")
-    greater_is_better: bool | None = setting(None, "Whether more of that is better.")
-    restore_callback_states_from_checkpoint: bool = setting(False, "Resume callbacks where they were.")
-    enable_jit_checkpoint: bool = setting(False, "Save a checkpoint at SIGTERM.")
 
     # Hub
-    push_to_hub: bool = setting(False, "Push the adapter to the hub at each save.")
+    push_to_hub: bool = setting(
+        False, "Upload what the command has made to the hub, once it is done; needs --hub_model_id."
+    )
     hub_token: str | None = setting(None, "Token for it; unset: that of `hf auth login`.", secret=True)
     hub_private_repo: bool | None = setting(None, "Make the repository private.")
-    hub_model_id: str | None = setting(None, "Name of the repository.")
-    hub_strategy: Literal["end", "every_save", "checkpoint", "all_checkpoints"] = setting(
-        "every_save", "What is pushed, and when."
-    )
-    hub_always_push: bool = setting(False, "Push even while the push before goes on.")
+    hub_model_id: str | None = setting(None, "Repository on the hub: NAME/MODEL.")
     hub_revision: str | None = setting(None, "Branch to push to.")
 
     # Reproducibility, and reading rows
     full_determinism: bool = setting(False, "Deterministic operations only: slow.")
-    data_seed: int | None = setting(None, "Seed of data samplers.")
     dataloader_num_workers: int = setting(0, "Processes that read batches ahead; 0: none.", least=0)
     dataloader_pin_memory: bool = setting(True, "Pin the memory of batches.")
-    dataloader_prefetch_factor: int | None = setting(None, "Batches that each of them has ready.", least=1)
-    dataloader_multiprocessing_context: Literal["fork", "spawn", "forkserver"] | None = setting(
-        None, "How they are started."
-    )
-    dataloader_persistent_workers: bool = setting(False, "Keep them for the next epoch.")
-    dataloader_in_order: bool = setting(True, "Take batches in order, also where a later one is ready first.")
-    dataloader_drop_last: bool = setting(False, "Drop the last batch if it is smaller.")
-    length_column_name: str = setting("length", "Column with the lengths of documents.")
 
     # Processes
     ddp_backend: Literal["nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl"] | None = setting(
         None, "How processes talk to each other."
     )
     ddp_timeout: int = setting(1800, "Seconds that one process waits for another.", least=1)
-    ddp_find_unused_parameters: bool | None = setting(None, "Of DistributedDataParallel.")
-    ddp_bucket_cap_mb: int | None = setting(None, "Of DistributedDataParallel.")
-    ddp_broadcast_buffers: bool | None = setting(None, "Of DistributedDataParallel.")
-    ddp_static_graph: bool | None = setting(None, "Of DistributedDataParallel.")
 
 
 # Settings of ours that the trainer is given too, under the same name.
@@ -152,6 +113,10 @@ SHARED = (
 
 _REPLICA = "not supported: every device holds a whole quantized replica"
 _REENTRANT = "recomputation is always of the non-reentrant kind"
+_LOSS = "an evaluation keeps nothing but the loss"
+_NO_DDP = "gradients are summed without DistributedDataParallel"
+_COMPILE = "use --kernels: packed rows would be compiled anew for every length"
+_BATCHES = "batches follow from the plan of the run, in order: use --dataloader_num_workers"
 
 # What to use instead of others that users of Transformers and TRL know.
 INSTEAD = {
@@ -161,36 +126,72 @@ INSTEAD = {
     "assistant_only_loss": "use --train_on answers",
     "auto_find_batch_size": "set -b",
     "average_tokens_across_devices": "the loss is always weighed by the tokens of all devices",
+    "batch_eval_metrics": _LOSS,
+    "bf16_full_eval": "evaluation computes in --compute_dtype",
     "chat_template_path": "use --template",
     "completion_only_loss": "use --train_on answers",
+    "data_seed": "use --seed, which decides the order of the data too",
+    "dataloader_drop_last": _BATCHES,
+    "dataloader_in_order": _BATCHES,
+    "dataloader_multiprocessing_context": _BATCHES,
+    "dataloader_persistent_workers": _BATCHES,
+    "dataloader_prefetch_factor": _BATCHES,
     "dataset_kwargs": "data is prepared here, not by TRL",
     "dataset_text_field": "use --text_column",
+    "ddp_broadcast_buffers": _NO_DDP,
+    "ddp_bucket_cap_mb": _NO_DDP,
+    "ddp_find_unused_parameters": _NO_DDP,
+    "ddp_static_graph": _NO_DDP,
     "deepspeed": _REPLICA,
+    "disable_tqdm": "what a run prints follows from the terminal; its log is metrics.jsonl",
     "do_eval": "use --eval_split",
     "do_predict": "use the generate command",
     "do_train": "the train command trains",
+    "enable_jit_checkpoint": "SIGTERM always saves a checkpoint",
     "eos_token": "the tokenizer's own end token is used",
+    "eval_accumulation_steps": _LOSS,
+    "eval_do_concat_batches": _LOSS,
     "eval_packing": "evaluation packs as --packing says",
+    "eval_use_gather_object": _LOSS,
+    "fp16_full_eval": "evaluation computes in --compute_dtype",
     "fsdp": _REPLICA,
     "fsdp_config": _REPLICA,
     "gradient_checkpointing_kwargs": _REENTRANT,
+    "greater_is_better": "the best checkpoint is the one of the lowest held-out loss",
     "group_by_length": "use --train_sampling_strategy group_by_length",
+    "hub_always_push": "--push_to_hub uploads the adapter once, when the run is done",
+    "hub_strategy": "--push_to_hub uploads the adapter once, when the run is done",
     "ignore_data_skip": "a resumed run always goes on where it stopped",
+    "include_for_metrics": _LOSS,
     "include_num_input_tokens_seen": "tokens are always counted",
+    "length_column_name": "lengths are counted in tokens, see --train_sampling_strategy group_by_length",
     "load_in_4bit": "use --quantize_mode 4bit",
     "load_in_8bit": "use --quantize_mode 8bit",
     "local_rank": "torchrun says which process this is",
+    "log_level": "what a run prints follows from the terminal; its log is metrics.jsonl",
+    "log_level_replica": "what a run prints follows from the terminal; its log is metrics.jsonl",
+    "log_on_each_node": "rank 0 writes for all machines, into an --output_dir that they share",
+    "logging_nan_inf_filter": "the log shows a non-finite loss as it is, see --max_bad_steps",
     "loss_type": "the loss is the mean over the target tokens",
     "max_seq_length": "use --max_length",
+    "metric_for_best_model": "the best checkpoint is the one of the lowest held-out loss",
     "model_init_kwargs": "models are loaded here: see the flags under Model",
     "no_cuda": "hide the GPUs with CUDA_VISIBLE_DEVICES=''",
+    "packing_strategy": "use --packing and --overlong",
     "pad_to_multiple_of": "use --padding",
     "pad_token": "padding is masked by position and needs no token",
     "padding_free": "use --packing",
-    "packing_strategy": "use --packing and --overlong",
     "parallelism_config": _REPLICA,
+    "prediction_loss_only": _LOSS,
+    "restore_callback_states_from_checkpoint": "a resumed run always goes on where it stopped",
     "resume_from_checkpoint": "use --resume",
+    "save_on_each_node": "rank 0 writes for all machines, into an --output_dir that they share",
     "shuffle_dataset": "use --train_sampling_strategy",
+    "skip_memory_metrics": "every line of metrics.jsonl has the peak memory",
+    "torch_compile": _COMPILE,
+    "torch_compile_backend": _COMPILE,
+    "torch_compile_mode": _COMPILE,
+    "torch_empty_cache_steps": "use --checkpointing, or a smaller -b",
     "truncation_mode": "use --overlong",
     "trust_remote_code": "remote code is never run",
     "use_cache": "always off in training",
@@ -198,3 +199,44 @@ INSTEAD = {
     "use_peft": "an adapter is always trained",
     "warmup_ratio": "--warmup_steps takes a ratio where it is below 1",
 }
+
+# At which values a file may have them: those that hold here, and the libraries' defaults. Of others: None.
+_OFF = (
+    "activation_offloading assistant_only_loss auto_find_batch_size batch_eval_metrics bf16_full_eval "
+    "dataloader_drop_last dataloader_persistent_workers do_eval do_predict enable_jit_checkpoint "
+    "eval_use_gather_object fp16_full_eval group_by_length hub_always_push ignore_data_skip no_cuda "
+    "padding_free save_on_each_node shuffle_dataset torch_compile trust_remote_code use_cache use_cpu"
+).split()
+_ON = (
+    "average_tokens_across_devices dataloader_in_order eval_do_concat_batches log_on_each_node "
+    "skip_memory_metrics"
+).split()
+_HOLDING: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(_OFF, (False,)),
+    **dict.fromkeys(_ON, (True,)),
+    **dict.fromkeys(("do_train", "logging_nan_inf_filter", "prediction_loss_only"), (True, False)),
+    **dict.fromkeys(("ddp_find_unused_parameters", "greater_is_better"), (None, False)),
+    "dataset_text_field": ("text",),
+    "disable_tqdm": (None, True),
+    "gradient_checkpointing_kwargs": (None, {"use_reentrant": False}),
+    "hub_strategy": ("every_save", "end"),
+    "include_for_metrics": ([],),
+    "include_num_input_tokens_seen": ("no",),
+    "length_column_name": ("length",),
+    "local_rank": (-1,),
+    "log_level": ("passive",),
+    "log_level_replica": ("warning",),
+    "loss_type": ("nll",),
+    "metric_for_best_model": (None, "loss", "eval_loss"),
+    "packing_strategy": ("bfd",),
+    "pad_to_multiple_of": (None, "auto"),
+    "restore_callback_states_from_checkpoint": (False, True),
+    "truncation_mode": ("keep_start",),
+    "use_peft": (True,),
+    "warmup_ratio": (0,),
+}
+
+
+def holds_anyway(name: str, value: Any) -> bool:
+    """Whether a setting that is not taken has a value with which a run is as it is without it."""
+    return value in _HOLDING.get(name, (None,))

@@ -184,6 +184,21 @@ def _download(repository: str, kind: str, sizes: dict[str, int], commit: str | N
     )
 
 
+def check_login(token: str | None) -> None:
+    """Ask the hub whether it knows the user, before there is anything to upload.
+
+    Raises:
+        UserError: if it does not, or cannot be asked.
+    """
+    try:
+        HfApi(token=token).whoami()
+    except (HTTPError, OSError, ValueError) as error:
+        told = first_line(error, limit=100)
+        raise UserError(
+            f"--push_to_hub: the hub does not know you ({told}). Log in with `hf auth login`, or drop it"
+        ) from None
+
+
 def push_folder(
     folder: Path,
     repository: str,
@@ -201,7 +216,7 @@ def push_folder(
     try:
         url = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(
-            repo_id=url.repo_id, folder_path=folder, revision=revision, commit_message="falcon-qlora merge"
+            repo_id=url.repo_id, folder_path=folder, revision=revision, commit_message="falcon-qlora"
         )
     except (HTTPError, OSError, ValueError) as error:
         raise UserError(

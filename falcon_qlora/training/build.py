@@ -113,6 +113,8 @@ def trainer_arguments(training: SFTConfig, *, total_steps: int) -> SFTConfig:
     training.average_tokens_across_devices = False
     training.disable_tqdm = True
     training.log_level = training.log_level_replica = "error"  # the trainer sets it for all of Transformers
+    training.logging_nan_inf_filter = False  # it waits for the loss of every step
+    training.push_to_hub = False  # what is done at the end of the run
     training.report_to = []  # trackers come as callbacks
     training.restore_callback_states_from_checkpoint = True  # how long early stopping has waited
     # Transformers renames the first to the second.
@@ -169,7 +171,7 @@ def build_trainer(
             ),
             lengths=data.held_out.lengths,
             target_tokens=int(data.held_out.target_counts.sum()),
-            micro_batch=min(training.per_device_eval_batch_size, run.per_device_train_batch_size),
+            micro_batch=training.per_device_eval_batch_size,
             max_length=max_length,
         )
     watchdog = Watchdog(run.hang_minutes * 60, directory.path / "flight_record")

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.config import Configuration
 from falcon_qlora.config.arguments import ModelArguments
+from falcon_qlora.models.hub import check_login
 from falcon_qlora.processes import agreement, devices, ranks
 from falcon_qlora.run_folder import choose as folders
 from falcon_qlora.run_folder import tracking
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.run_folder.lock import RunLock
-from falcon_qlora.training import base, resume, start_adapter
+from falcon_qlora.training import base, resume, schedule, start_adapter
 
 if TYPE_CHECKING:
     from falcon_qlora.methods.interface import Method
@@ -93,6 +94,10 @@ def check(configuration: Configuration, lock: RunLock) -> Start:
     if checkpoint is not None:
         resume.adopt(configuration, checkpoint)
     trackers = tracking.choose(run.report_to)
+    training = configuration.training
+    schedule.check(training, [name for name, origin in configuration.explicit.items() if origin == "flag"])
+    if training.push_to_hub:
+        agreement.from_main_process(lambda: check_login(training.hub_token))
     _check_model(model, configuration.method, sharding=run.sharding)
     return Start(found, checkpoint, trackers, choose)
 

@@ -248,7 +248,11 @@ def _unseen_tokens(data: TrainingData, method: Method) -> list[str]:
 
 def start_notes(configuration: Configuration, data: TrainingData, model: Any) -> list[str]:
     """What a user should know of the run before its first step."""
-    notes, longest = [], configuration.data.max_length
+    longest = configuration.data.max_length
+    notes = [
+        f"no longer settings, and passed over in {file} as they change nothing there: {', '.join(keys)}"
+        for file, keys in configuration.passed_over.items()
+    ]
     if configuration.model.model_name_or_path.startswith("random:"):
         notes.append(
             "the base model's weights are random: speed and memory are real, losses and answers mean nothing"

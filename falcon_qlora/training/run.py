@@ -36,6 +36,7 @@ def train(configuration: Configuration) -> Path:
 
 def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
     from falcon_qlora.models.fast_path import choose_kernels
+    from falcon_qlora.models.hub import push_folder
     from falcon_qlora.processes.stop_signals import Stopped
     from falcon_qlora.terminal import console
     from falcon_qlora.training import build, finish, preflight, record, resume, rows
@@ -126,4 +127,14 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
         # The process may end without the goodbyes that trackers wait for.
         start.trackers.finish(exit_status=1)
         raise
+    else:
+        if training.push_to_hub and ranks.is_main_process():
+            url = push_folder(
+                directory.adapter,
+                training.hub_model_id,
+                private=training.hub_private_repo,
+                token=training.hub_token,
+                revision=training.hub_revision,
+            )
+            console.print_plain(f"uploaded to {url}")
     return directory.path

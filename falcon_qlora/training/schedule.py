@@ -1,14 +1,25 @@
-"""The learning rate of each step: Transformers' schedules, whose first step trains too."""
+"""The optimizer, and the learning rate of each step: Transformers' schedules, whose first step trains too."""
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Callable, Collection
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainingArguments, get_scheduler
+from transformers import Trainer, TrainingArguments, get_scheduler
+
+from falcon_qlora.common.errors import UserError, first_line
+from falcon_qlora.processes import devices
+
+_LEAST_OF_COSINE = 0.1  # of the peak, where --lr_scheduler_kwargs says nothing
+_SHARE_OF_DECAY = 0.1  # of all steps, likewise
+_LARGE_ENOUGH = 64  # rows and columns of a matrix whose state 8-bit optimizers keep in 8 bits
 
 
 def schedule(args: TrainingArguments, optimizer: Optimizer, *, steps: int) -> Any:
@@ -26,11 +37,64 @@ def schedule(args: TrainingArguments, optimizer: Optimizer, *, steps: int) -> An
         num_warmup_steps=warm_up,
         # A decay over no steps would divide by zero, or begin at its end.
         num_training_steps=max(steps, warm_up + 1),
-        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        scheduler_specific_kwargs=_more(args, steps),
     )
     if isinstance(made, LambdaLR) and not any(factor(0) for factor in made.lr_lambdas):
         return LambdaLR(optimizer, [functools.partial(_from_second, factor) for factor in made.lr_lambdas])
     return made
+
+
+def _more(args: TrainingArguments, steps: int) -> dict[str, Any]:
+    """What the schedule takes beside the steps: what the user gave, and what it cannot do without."""
+    given = args.lr_scheduler_kwargs or {}
+    if "min_lr" in args.lr_scheduler_type and not given.keys() & {"min_lr", "min_lr_rate"}:
+        return {"min_lr_rate": _LEAST_OF_COSINE, **given}
+    if args.lr_scheduler_type == "warmup_stable_decay":
+        return {"num_decay_steps": math.ceil(_SHARE_OF_DECAY * steps), **given}
+    return given
+
+
+def check(args: TrainingArguments, given: Collection[str]) -> None:
+    """Take a step of the optimizer and of the schedule, on a small matrix, before anything large is loaded.
+
+    Args:
+        given: names of the settings that a flag gave.
+
+    Raises:
+        UserError: if they cannot be, or one of their settings that was given is not read.
+    """
+    matrix = torch.nn.Parameter(torch.zeros(_LARGE_ENOUGH, _LARGE_ENOUGH, device=devices.local_device()))
+    matrix.grad = torch.zeros_like(matrix)
+    optim, more = args.optim.value, args.optim_args
+    try:
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, None)
+        optimizer = kind([{"params": [matrix], "weight_decay": args.weight_decay}], **settings)
+        optimizer.step()
+    except (ImportError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        told = f" with --optim_args {more}" if more else ""
+        reason = "it does not take them" if more and isinstance(error, TypeError) else first_line(error)
+        raise UserError(f"--optim {optim}{told}: {reason}") from None
+
+    def is_read(name: str, other: Any) -> bool:
+        changed = copy.copy(args)
+        setattr(changed, name, other)
+        return Trainer.get_optimizer_cls_and_kwargs(changed, None) != (kind, settings)
+
+    for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+        if name in given and not is_read(name, getattr(args, name) / 2 + 0.1):
+            raise UserError(f"--{name} is not read by --optim {optim}: drop it")
+    parts = more.split(",") if more else []
+    for part in parts:
+        if not is_read("optim_args", ",".join(other for other in parts if other is not part)):
+            raise UserError(f"--optim_args: {part} changes nothing of --optim {optim}: drop it")
+    try:
+        schedule(args, optimizer, steps=max(args.max_steps, 1))
+    except (ValueError, TypeError, AttributeError) as error:
+        kwargs = args.lr_scheduler_kwargs
+        told = f" with --lr_scheduler_kwargs {json.dumps(kwargs)}" if kwargs else ""
+        raise UserError(
+            f"--lr_scheduler_type {args.lr_scheduler_type.value}{told}: {first_line(error)}"
+        ) from None
 
 
 def _from_second(factor: Callable[[int], float], step: int) -> float:

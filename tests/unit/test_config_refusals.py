@@ -12,6 +12,7 @@ from falcon_qlora import __main__ as cli
 from falcon_qlora import config
 from falcon_qlora.commands.train import LaunchArguments
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.config.trainer_arguments import INSTEAD
 from falcon_qlora.run_folder.directory import RunDirectory
 
 
@@ -86,6 +87,31 @@ def write(path: Path, **settings: object) -> str:
         (["--config", "no/such.yaml"], ["there is no file no/such.yaml"]),
         (["--config"], ["--config: expected one argument"]),
         (["--config", "a", "--config=b"], ["--config is given twice"]),
+        (
+            ["--double_quantization", "-q", "8bit"],
+            ["--quantize_mode 4bit, and", "8bit: drop it"],
+        ),
+        (["--llm_int8_threshold", "3", "-q", "16bit"], ["is a setting of --quantize_mode 8bit"]),
+        (["--padding", "max_length"], ["is a setting of --packing false"]),
+        (["--hub_model_id", "me/mine"], ["is a setting of --push_to_hub true"]),
+        (["--push_to_hub"], ["--push_to_hub needs to know where to"]),
+        (["--project", "mine"], ["--report_to trackio, and this run has --report_to wandb"]),
+        (["--run_name", "mine", "--report_to", "none"], ["--report_to none: drop it"]),
+        (["--eval_steps", "5"], ["--eval_steps is a setting", "hold out rows with --eval_split"]),
+        (["--save_steps", "5", "--save_strategy", "epoch"], ["--save_strategy epoch: drop it"]),
+        (
+            ["--warmup_steps", "5", "--lr_scheduler_type", "constant"],
+            ["is not read with", "drop it"],
+        ),
+        (
+            ["--max_steps", "5", "--num_train_epochs", "2"],
+            ["--max_steps and --num", "one of them"],
+        ),
+        (["--dataset_weights", "2"], ["--dataset_weights: one --dataset_name needs none"]),
+        (["--streaming", "-s", "2", "--train_sampling_strategy", "sequential"], ["--streaming false"]),
+        (["--data_seed", "3"], ["--data_seed is not taken: use --seed"]),
+        (["--no-dataloader-in-order"], ["unknown flag --no-dataloader-in-order"]),
+        (["--torch_compile"], ["--torch_compile is not taken: use --kernels"]),
         (["--trust_remote_code"], ["--trust_remote_code is not taken", "never"]),
         (["--load-in-4bit", "true"], ["use --quantize_mode 4bit"]),
         (["--warmup_ratio", "0.1"], ["--warmup_steps"]),
@@ -145,6 +171,40 @@ def test_files_are_refused_naming_the_file_and_the_key(tmp_path: Path, text: str
     file.write_text(text)
     message = refusal("--config", str(file))
     assert all(part in message for part in [*parts, str(file)]), message
+
+
+def test_what_is_no_setting_any_more_is_passed_over_where_it_changes_nothing(tmp_path: Path) -> None:
+    """In a file, and told; a value that would have changed something is refused as the flag is."""
+    file = write(tmp_path / "c.yaml", ddp_find_unused_parameters=False, data_seed=None, log_level="passive")
+    configuration = config.parse(["--config", file])
+    assert configuration.resolved() == config.parse([]).resolved()
+    assert configuration.passed_over == {file: ("data_seed", "ddp_find_unused_parameters", "log_level")}
+    message = refusal("--config", write(tmp_path / "c.yaml", data_seed=3))
+    assert message == f"data_seed in {file} is not taken: {INSTEAD['data_seed']}"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quantize_mode": "8bit", "double_quantization": False},
+        {"quantize_mode": "16bit", "llm_int8_threshold": 3.0},
+        {"max_steps": 5, "num_train_epochs": 2.0},
+        {"lr_scheduler_type": "constant", "warmup_steps": 0.1},
+    ],
+)
+def test_a_file_may_have_settings_of_another_mode(tmp_path: Path, settings: dict[str, object]) -> None:
+    """As the settings of a run do, which are complete."""
+    resolved = config.parse(["--config", write(tmp_path / "c.yaml", **settings)]).resolved()
+    assert {name: resolved[name] for name in settings} == settings
+
+
+@pytest.mark.parametrize("words", [["-q", "8bit"], ["--adapter", "somewhere"]])
+def test_what_an_adapter_was_trained_on_is_not_known_yet(words: list[str]) -> None:
+    assert config.parse([*words, "--llm_int8_threshold", "3"]).model.llm_int8_threshold == 3
+
+
+def test_epochs_of_a_flag_unseat_the_steps_of_a_recipe() -> None:
+    assert config.parse(["--recipe", "lambda-7b-4bit", "--num_train_epochs", "2"]).run.max_steps == -1
 
 
 def test_the_settings_of_a_later_release_are_refused(tmp_path: Path) -> None:

@@ -11,7 +11,10 @@ from transformers import TrainingArguments, get_scheduler
 
 from falcon_qlora.checkpoint import process_state
 from falcon_qlora.checkpoint.resume import load_optimizer
-from falcon_qlora.training.schedule import schedule
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.settings import settings_of
+from falcon_qlora.config.trainer_arguments import TrainerArguments
+from falcon_qlora.training.schedule import check, schedule
 
 PEAK = 3e-4
 MORE: dict[str, dict[str, Any]] = {
@@ -93,3 +96,78 @@ def test_a_run_that_goes_on_longer_has_the_rates_of_the_longer_run(
         )
         assert rates(goes_on, steps - step) == expected
         assert goes_on.state_dict() == whole.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
+        ("cosine_warmup_with_min_lr", {"min_lr_rate": 0.1}),
+        ("warmup_stable_decay", {"num_decay_steps": 4}),
+    ],
+)
+def test_schedules_that_need_more_have_it(name: str, theirs: dict[str, Any]) -> None:
+    args = TrainingArguments(lr_scheduler_type=name, use_cpu=True)
+    expected = get_scheduler(
+        name,
+        optimizer=optimizer(),
+        num_warmup_steps=0,
+        num_training_steps=40,
+        scheduler_specific_kwargs=theirs,
+    )
+    assert rates(schedule(args, optimizer(), steps=40), 40) == rates(expected, 40)
+
+
+def checked(*given: str, **settings: Any) -> str:
+    try:
+        check(TrainingArguments(use_cpu=True, **settings), given)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_every_optimizer_and_schedule_that_is_offered_takes_a_step() -> None:
+    offered = {each.name: each.choices or () for each in settings_of(TrainerArguments)}
+    for optim in offered["optim"]:
+        assert checked(optim=optim) == ""
+    for name in offered["lr_scheduler_type"]:
+        assert checked(lr_scheduler_type=name, eval_strategy="epoch") == ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "told"),
+    [
+        ({"optim": "lomo"}, (), "--optim lomo: You need to install `lomo_optim`"),
+        (
+            {"optim": "sgd", "optim_args": "momentum"},
+            (),
+            "with --optim_args momentum: not enough",
+        ),
+        ({"optim": "sgd", "optim_args": "momentum=0.9,beta=1"}, (), "--optim_args: beta=1 changes nothing"),
+        (
+            {"optim": "adamw_torch", "optim_args": "eps=1"},
+            (),
+            "eps=1 changes nothing of --optim adamw_torch",
+        ),
+        ({"optim": "rmsprop_bnb", "optim_args": "alpha=0.9"}, (), "it does not take them"),
+        (
+            {"optim": "sgd", "adam_beta1": 0.5},
+            ("adam_beta1",),
+            "--adam_beta1 is not read by --optim sgd",
+        ),
+        ({"optim": "sgd", "adam_beta1": 0.5}, (), ""),
+        ({"optim": "lion_32bit", "adam_beta1": 0.5}, ("adam_beta1",), ""),
+        (
+            {"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"power": 2}},
+            (),
+            '--lr_scheduler_type linear with --lr_scheduler_kwargs {"power": 2}: ',
+        ),
+        ({"lr_scheduler_type": "polynomial", "learning_rate": 1e-9}, (), "lr_end (1e-07) must be smaller"),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_is_loaded(
+    settings: dict[str, Any], given: tuple[str, ...], told: str
+) -> None:
+    found = checked(*given, **settings)
+    assert told in found
+    assert bool(told) == bool(found)
