@@ -254,6 +254,9 @@ def _check(launch: LaunchArguments) -> None:
             f"--nnodes {launch.nnodes}: say where the nodes meet, with --rdzv_backend c10d --rdzv_endpoint "
             "HOST:PORT, or with --master_addr, --master_port and --node_rank"
         )
+    for name in ("node_rank", "master_port", "rdzv_backend", "rdzv_id", "rdzv_conf"):
+        if _on_one_node(launch) and getattr(launch, name) is not None:
+            raise UserError(f"--{name} is a setting of several nodes, and this run has --nnodes 1: drop it")
 
 
 def _on_one_node(launch: LaunchArguments) -> bool:

@@ -12,6 +12,7 @@ from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.fp8 import fp8_excludes
 from falcon_qlora.common.settings import settings_of
 from falcon_qlora.config.parser import FLAG, Layer, as_words
+from falcon_qlora.config.paths import on_the_hub
 from falcon_qlora.config.trainer_arguments import TrainerArguments
 from falcon_qlora.methods.new_tokens import named_tokens
 from falcon_qlora.methods.table import METHODS, method_from, method_settings
@@ -152,10 +153,18 @@ def _check_modes(values: Values, where: dict[str, str]) -> None:
     for name, given in where.items():
         if given != f"--{name}" or (open_mode and name in ("double_quantization", "llm_int8_threshold")):
             continue
-        reason = why_unread(name, values)
+        reason = why_unread(name, values) or _why_not_of_the_hub(name, values)
         if reason is not None:
             instead = ", or hold out rows with --eval_split" if "--eval_strategy no" in reason else ""
             raise UserError(f"{given} {reason}: drop it{instead}")
+
+
+def _why_not_of_the_hub(name: str, values: Values) -> str | None:
+    """Why a setting of what lies on the hub does nothing; None where it is another, or may do something."""
+    named = {"model_revision": [values["model_name_or_path"]], "dataset_config": values["dataset_name"]}
+    if name not in named or any(on_the_hub(each) for each in named[name]):
+        return None
+    return f"is a setting of what lies on the hub, and {', '.join(named[name])} does not"
 
 
 def _rank(laid: Laid, *names: str) -> int:

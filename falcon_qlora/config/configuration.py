@@ -77,7 +77,7 @@ class Configuration:
         import torch
         from trl import SFTConfig
 
-        from falcon_qlora.processes import devices
+        from falcon_qlora.processes import devices, ranks
 
         on_gpu = torch.cuda.is_available()
         dtype = devices.compute_dtype(self.model.compute_dtype)
@@ -97,6 +97,8 @@ class Configuration:
             "use_cpu": not on_gpu,
         }
         _start_process_group(values)
+        if ranks.world_size() == 1:
+            values.pop("ddp_backend", None)  # without a launcher there is no group that it would be of
         try:
             return SFTConfig(**copy.deepcopy(values))
         except ValueError as error:

@@ -33,6 +33,12 @@ def with_absolute_paths(
     return found
 
 
+def on_the_hub(name: str) -> bool:
+    """Whether a model or rows may lie on the hub, as they neither lie here nor come with the package."""
+    packaged = name in ("tiny", "sample") or name.startswith("random:")
+    return not packaged and not Path(name).expanduser().exists()
+
+
 def settings_of_run(settings: Mapping[str, Any], run: Path) -> dict[str, Any]:
     """The recorded settings of a run; of before they have paths relative to where the run was started."""
     root = started_in(run)

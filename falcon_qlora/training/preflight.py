@@ -19,9 +19,11 @@ from falcon_qlora.run_folder import choose as folders
 from falcon_qlora.run_folder import tracking
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.run_folder.lock import RunLock
-from falcon_qlora.training import base, resume, schedule, start_adapter
+from falcon_qlora.training import base, resume, schedule, sharding, start_adapter
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from falcon_qlora.methods.interface import Method
     from falcon_qlora.run_folder.tracking import Trackers
 
@@ -98,11 +100,12 @@ def check(configuration: Configuration, lock: RunLock) -> Start:
     schedule.check(training, [name for name, origin in configuration.explicit.items() if origin == "flag"])
     if training.push_to_hub:
         agreement.from_main_process(lambda: check_login(training.hub_token))
-    _check_model(model, configuration.method, sharding=run.sharding)
+    config = _check_model(model, configuration.method, sharding=run.sharding)
+    sharding.check(configuration, config)
     return Start(found, checkpoint, trackers, choose)
 
 
-def _check_model(settings: ModelArguments, method: Method, *, sharding: str) -> None:
+def _check_model(settings: ModelArguments, method: Method, *, sharding: str) -> PreTrainedConfig:
     """Refuse a model of no known layout or that exceeds the GPU, before its weights are downloaded."""
     import torch
 
@@ -126,7 +129,7 @@ def _check_model(settings: ModelArguments, method: Method, *, sharding: str) -> 
     )
     trainable = trainable_count(method, config)
     if device.type != "cuda":
-        return
+        return config
     check_fits(
         config,
         settings.quantize_mode,
@@ -134,3 +137,4 @@ def _check_model(settings: ModelArguments, method: Method, *, sharding: str) -> 
         free_bytes=torch.cuda.mem_get_info(device)[0],
         double_quantization=settings.double_quantization,
     )
+    return config

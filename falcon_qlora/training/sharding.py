@@ -48,6 +48,20 @@ def shard_if_wanted(configuration: Configuration, model: Any) -> list[str]:
     return [sharding, *notes]
 
 
+def check(configuration: Configuration, config: PreTrainedConfig) -> None:
+    """Refuse what `shard_if_wanted` would, before there is a model.
+
+    Raises:
+        UserError: if a model of `config` cannot be sharded so.
+    """
+    if not _wanted(configuration, config):
+        return
+    if not has_unsuitable_optimizer_of_recipe(configuration):
+        _check(configuration)
+    if configuration.run.sharding == "zero3":
+        _check_zero3(configuration)
+
+
 def has_unsuitable_optimizer_of_recipe(configuration: Configuration) -> bool:
     """Whether a recipe, and not the user, names an optimizer that does not work on a sharded model."""
     of_recipe = configuration.explicit.get("optim") == f"recipe {configuration.run.recipe}"

@@ -20,7 +20,7 @@ pytestmark = [
 ]
 
 SETTINGS: dict[str, Any] = {"compute_dtype": "fp16", "max_rows": 200, "max_length": 64, "eval_split": None}
-SETTINGS |= {"eval_steps": None, "save_strategy": "no", "max_steps": 40, "num_train_epochs": 40}
+SETTINGS |= {"eval_steps": None, "save_strategy": "no", "max_steps": 40}
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, number: float, steps: set[int]) -> None:

@@ -24,6 +24,7 @@ SETTINGS = (
     f"--steps {STEPS} --save_steps 2 --logging_steps 3 --learning_rate 1e-3 --warmup_steps 2 "
     "--report_to none --dataset_name rows.jsonl"
 ).split()
+NEVER_SAVING = " ".join(SETTINGS).replace("--save_steps 2", "--save_strategy no").split()
 ROWS = [
     {"instruction": f"Count to {number}.", "output": " ".join(map(str, range(number % 13 + 2)))}
     for number in range(60)

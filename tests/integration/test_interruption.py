@@ -12,7 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.integration.interrupted import ROWS, STEPS, assert_same_run, at_work, run
+from tests.integration.interrupted import (
+    NEVER_SAVING,
+    ROWS,
+    SETTINGS,
+    STEPS,
+    assert_same_run,
+    at_work,
+    run,
+)
 from tests.integration.processes import Processes
 from tests.integration.runs import metrics, summary
 
@@ -95,17 +103,17 @@ def test_a_run_whose_numbers_stay_bad_ends_and_names_the_rows(processes: Process
 
 
 @pytest.mark.parametrize(
-    ("words", "step", "last"),
+    ("settings", "step", "last"),
     [
-        ("--save_steps 2", 4, "The last complete checkpoint is odd-4/checkpoints/step-2: --resume goes on"),
-        pytest.param("--save_strategy no", 10, "There is no complete checkpoint.", marks=pytest.mark.slow),
+        (SETTINGS, 4, "The last complete checkpoint is odd-4/checkpoints/step-2: --resume goes on"),
+        pytest.param(NEVER_SAVING, 10, "There is no complete checkpoint.", marks=pytest.mark.slow),
     ],
 )
 def test_replicas_that_differ_are_not_saved_as_one(
-    processes: Processes, words: str, step: int, last: str
+    processes: Processes, settings: list[str], step: int, last: str
 ) -> None:
     fault = {"do": "odd", "step": 3, "rank": 1}
-    status, _, errors = run(processes, *words.split(), "--output_dir", f"odd-{step}", faults=[fault])
+    status, _, errors = run(processes, "--output_dir", f"odd-{step}", faults=[fault], settings=settings)
     assert (status, errors.count("error:"), "Traceback" in errors) == (2, 1, False)
     assert errors.startswith(
         f"error: step {step}: the replicas differ: processes [1] do not hold what process 0 holds. Nothing "

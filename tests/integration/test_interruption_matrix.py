@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from falcon_qlora.checkpoint.manifest import newest_whole
-from tests.integration.interrupted import ROWS, SETTINGS, assert_same_run, at_work, run
+from tests.integration.interrupted import NEVER_SAVING, ROWS, SETTINGS, assert_same_run, at_work, run
 from tests.integration.processes import Processes
 from tests.integration.runs import metrics, summary, write_jsonl
 
@@ -306,8 +306,8 @@ def test_an_altered_checkpoint_is_passed_over_for_the_one_before(processes: Proc
 
 
 def test_the_clock_saves_too(processes: Processes) -> None:
-    words = ["--save_strategy", "no", "--save_every_minutes", "0.0001"]
-    assert run(processes, *words, "--output_dir", "clock")[0] == 0
+    words = ["--save_every_minutes", "0.0001", "--output_dir", "clock"]
+    assert run(processes, *words, settings=NEVER_SAVING)[0] == 0
     # Asked for with a step's gradients, heeded at the end of the next, and not asked for meanwhile.
     steps = [path.name for path in (processes.folder / "clock/checkpoints").iterdir()]
     assert newest_step(processes, "clock") >= 8, steps
