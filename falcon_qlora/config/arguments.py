@@ -42,7 +42,7 @@ class ModelArguments:
     )
     norms_in_float32: bool = setting(False, "Keep the norms' weights in float32.")
     llm_int8_threshold: float = setting(
-        6.0, "8bit: activations above this are multiplied in 16 bits; 0: none.", least=0
+        6.0, "8bit with --kernels off: activations above this are multiplied in 16 bits; 0: none.", least=0
     )
     kernels: Literal["auto", "portable", "off", "required"] = setting(
         "auto",

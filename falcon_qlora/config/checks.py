@@ -20,21 +20,25 @@ from falcon_qlora.methods.table import METHODS, method_from, method_settings
 Values = dict[str, Any]
 Laid = dict[str, tuple[Any, Layer]]
 
-_OF_TRAINER = {each.name: each for each in settings_of(TrainerArguments)}
-_SCHEDULES = _OF_TRAINER["lr_scheduler_type"].choices or ()
-# Settings that are read in some modes alone: names, of which other setting, at which of its values.
+_DEFAULTS = {each.name: each.default for each in settings_of(TrainerArguments)}
+_SCHEDULES = next(
+    each.choices or () for each in settings_of(TrainerArguments) if each.name == "lr_scheduler_type"
+)
+# Settings that are read in some modes alone: names, of which other setting, at which of its values. Of two
+# other settings one is enough, each with a value.
 _MODES: tuple[tuple[str, str, Sequence[Any]], ...] = (
     ("double_quantization", "quantize_mode", ["4bit"]),
     ("llm_int8_threshold", "quantize_mode", ["8bit"]),
+    ("llm_int8_threshold", "kernels", ["off"]),  # ours dequantize
     ("padding", "packing", [False]),
     ("train_sampling_strategy dataset_num_proc", "streaming", [False]),
     ("logging_steps", "logging_strategy", ["steps"]),
     ("save_steps", "save_strategy", ["steps"]),
     ("eval_steps", "eval_strategy", ["steps"]),
     ("eval_delay per_device_eval_batch_size load_best_model_at_end", "eval_strategy", ["steps", "epoch"]),
-    ("hub_token hub_private_repo hub_model_id hub_revision", "push_to_hub", [True]),
-    ("project hub_private_repo trackio_space_id trackio_bucket_id", "report_to", ["trackio"]),
-    ("trackio_static_space_id", "report_to", ["trackio"]),
+    ("hub_token hub_model_id hub_revision", "push_to_hub", [True]),
+    ("hub_private_repo", "push_to_hub report_to", [True, "trackio"]),
+    ("project trackio_space_id trackio_bucket_id trackio_static_space_id", "report_to", ["trackio"]),
     ("run_name", "report_to", ["wandb", "tensorboard", "trackio"]),
     ("lr_scheduler_kwargs", "lr_scheduler_type", [each for each in _SCHEDULES if "constant" not in each]),
     (
@@ -133,17 +137,24 @@ def why_unread(name: str, values: Values) -> str | None:
     """Why a setting does nothing beside the others; None where it is read."""
     if name in ("warmup_steps", "eval_delay") and not values[name]:
         return None  # there is none
-    reason = None
     for names, of, modes in _MODES:
         if name not in names.split():
             continue
-        value = values.get(of, _OF_TRAINER[of].default if of in _OF_TRAINER else None)
-        if any(each in modes for each in (value if isinstance(value, list) else [value])):
-            return None
-        here, told = " ".join(as_words({of: value})), " ".join(as_words({of: list(modes)}))
-        what = f"is a setting of {told}, and this run has" if len(modes) <= _FEW else "is not read with"
-        reason = reason or f"{what} {here}"
-    return reason
+        here = {each: values.get(each, _DEFAULTS.get(each)) for each in of.split()}
+        if any(each in modes for value in here.values() for each in _listed(value)):
+            continue
+        wanted = dict(zip(here, modes, strict=True)) if len(here) > 1 else {of: list(modes)}
+        what = f"is a setting of {_flags(wanted, ' or ')}, and this run has" if len(modes) <= _FEW else ""
+        return f"{what or 'is not read with'} {_flags(here)}"
+    return None
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _flags(settings: Values, between: str = " ") -> str:
+    return between.join(" ".join(as_words({name: value})) for name, value in settings.items())
 
 
 def _check_modes(values: Values, where: dict[str, str]) -> None:

@@ -121,7 +121,6 @@ CHANGED: dict[str, Case] = {
     "compute_dtype": Case("bf16"),
     "double_quantization": Case(False, {"quantize_mode": "4bit"}),
     "norms_in_float32": Case(True, LOW),
-    "llm_int8_threshold": Case(0.01, {"quantize_mode": "8bit"}),
     "kernels": Case("off"),
     # Data
     "dataset_name": Case(["more.jsonl"]),
@@ -244,6 +243,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
 # Setting → module and name of the test that sees it at work.
 _HERE = "tests.integration.test_every_setting"
 ELSEWHERE = {
+    "llm_int8_threshold": "tests.gpu.test_models_gpu",  # bitsandbytes has none on the CPU
     "max_bad_steps": "tests.integration.test_bad_steps:test_two_processes_name_the_rows_of_their_common_step",
     "hang_minutes": "tests.integration.test_interruption_matrix",
     "sharding": "tests.integration.test_sharding",

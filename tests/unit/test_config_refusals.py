@@ -92,6 +92,8 @@ def write(path: Path, **settings: object) -> str:
             ["--quantize_mode 4bit, and", "8bit: drop it"],
         ),
         (["--llm_int8_threshold", "3", "-q", "16bit"], ["is a setting of --quantize_mode 8bit"]),
+        (["--llm_int8_threshold", "3", "-q", "8bit"], ["is a setting of --kernels off"]),
+        (["--hub_private_repo"], ["of --push_to_hub true or --report_to trackio, and", "--report_to wandb"]),
         (["--padding", "max_length"], ["is a setting of --packing false"]),
         (["--hub_model_id", "me/mine"], ["is a setting of --push_to_hub true"]),
         (["--push_to_hub"], ["--push_to_hub needs to know where to"]),
@@ -198,7 +200,7 @@ def test_a_file_may_have_settings_of_another_mode(tmp_path: Path, settings: dict
     assert {name: resolved[name] for name in settings} == settings
 
 
-@pytest.mark.parametrize("words", [["-q", "8bit"], ["--adapter", "somewhere"]])
+@pytest.mark.parametrize("words", [["-q", "8bit", "--kernels", "off"], ["--adapter", "somewhere"]])
 def test_what_an_adapter_was_trained_on_is_not_known_yet(words: list[str]) -> None:
     assert config.parse([*words, "--llm_int8_threshold", "3"]).model.llm_int8_threshold == 3
 
