@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from falcon_qlora.common import bitsandbytes_import
+from falcon_qlora.common import library_imports
 from falcon_qlora.common.version import VERSION as __version__
 
 __all__ = ["__version__", "apply_fast_path", "load_adapter", "load_model", "train"]
 
-bitsandbytes_import.install()
+library_imports.install()
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,10 +17,12 @@ import heapq
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 _MEGABATCH = 50
 
@@ -253,6 +255,8 @@ class MicroBatch:
     tokens: int
 
     def _each_tensor(self, change: Any) -> MicroBatch:
+        import torch
+
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: change(v) for k, v in tensors.items() if isinstance(v, torch.Tensor)})
 
@@ -278,6 +282,8 @@ def collate(
         pad_to: pad every document to this many positions; None packs.
         padding_id: the token to pad with. Padding is never a target, whatever its id.
     """
+    import torch
+
     lengths = [pad_to or len(document) for document in documents]
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     total = int(starts[-1])

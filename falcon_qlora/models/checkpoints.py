@@ -9,16 +9,17 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from typing import TYPE_CHECKING
 
 from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.untrusted import file_beside, read_json
 from falcon_qlora.models.layouts import PRESETS, layout_of, layout_of_preset, preset_config, read_config
 from falcon_qlora.models.layouts.base import Layout
-from falcon_qlora.models.tensor_files import read_tensor, stored_tensors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 RANDOM = "random:"
 
@@ -62,6 +63,8 @@ class RandomCheckpoint:
         self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype
     ) -> Iterator[tuple[str, Tensor]]:
         """Each of the empty `model`'s parameters once, under its full name; any device and floating dtype."""
+        import torch
+
         generator = torch.Generator(device).manual_seed(self.seed)
         layout = layout_of(self.config)
         # A list: the parameters are replaced as they come.
@@ -124,6 +127,8 @@ class FolderCheckpoint:
         self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype
     ) -> Iterator[tuple[str, Tensor]]:
         """See `RandomCheckpoint.tensors`."""
+        from falcon_qlora.models.tensor_files import read_tensor
+
         layout = layout_of(self.config)
         wanted = set(dict(model.named_parameters())) - layout.tied
         for name, (path, stored_name) in _places(self.folder, layout).items():
@@ -140,6 +145,8 @@ def parameter_reader(folder: Path, config: PreTrainedConfig) -> Callable[[str], 
 
     It raises a `UserError` where there is none.
     """
+    from falcon_qlora.models.tensor_files import read_tensor
+
     places = _places(folder, layout_of(config))
 
     def read(name: str) -> Tensor:
@@ -152,6 +159,8 @@ def parameter_reader(folder: Path, config: PreTrainedConfig) -> Callable[[str], 
 
 def _places(folder: Path, layout: Layout) -> dict[str, tuple[Path, str]]:
     """For every parameter its file and its name there, in the files' order."""
+    from falcon_qlora.models.tensor_files import stored_tensors
+
     names = {path: list(stored_tensors(path)) for path in weight_files(folder)}
     stored = {name for inside in names.values() for name in inside}
     places: dict[str, tuple[Path, str]] = {}

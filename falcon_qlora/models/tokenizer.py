@@ -9,10 +9,12 @@ from typing import Any
 from falcon_qlora.common.errors import UserError, first_line
 from falcon_qlora.common.untrusted import read_json, read_text
 from falcon_qlora.models.checkpoints import RANDOM, refuse_adapter
-from falcon_qlora.models.layouts import PRESETS, layout_of_preset
+from falcon_qlora.models.layouts import MODEL_TYPES, PRESETS, layout_of_preset
 from falcon_qlora.models.locate import is_on_hub, packaged_folder
 
 _SETTINGS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+# One class, as Transformers 4 and 5 call it, which needs no torch.
+_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _CHAT_TEMPLATE = "chat_template.jinja"
 _TEMPLATE_LIMIT_BYTES = 2**20
 
@@ -30,15 +32,13 @@ def load_tokenizer(
     Raises:
         UserError: if there is none, the hub cannot be reached, or it has no end token.
     """
-    from transformers import AutoTokenizer
-
     name = tokenizer_name_or_path or model_name_or_path
     folder = find_tokenizer(
         model_name_or_path, tokenizer_name_or_path=tokenizer_name_or_path, revision=revision
     )
     _check_files(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = _class_for(folder).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         tokenizer("Try it out.", add_special_tokens=False)
     except Exception as error:  # the tokenizers' have no class of their own, and any comes of other values
         reason = first_line(error)
@@ -51,6 +51,22 @@ def load_tokenizer(
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no end token, without which answers cannot end")
     return tokenizer
+
+
+def _class_for(folder: Path) -> Any:
+    """The class that `AutoTokenizer` finds for a folder, where that needs no torch; else `AutoTokenizer`."""
+    config, tokenizer = (
+        read_json(folder / name) if (folder / name).exists() else {}
+        for name in ("config.json", "tokenizer_config.json")
+    )
+    is_plain = tokenizer.get("tokenizer_class") in _PLAIN_CLASSES and "auto_map" not in tokenizer
+    if is_plain and config.get("model_type") in (None, *MODEL_TYPES):
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def _check_files(folder: Path) -> None:

@@ -1,7 +1,8 @@
 """What the processes agree on, and how one waits for another.
 
 Nothing here starts a process group: Accelerate does. Waiting is done on torchrun's key-value store and not in
-a collective, so it cannot run into NCCL's timeout however long one process downloads or tokenizes.
+a collective, so it cannot run into NCCL's timeout however long one process downloads or tokenizes. Torch is
+imported where there is another process.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import pickle
 import time
 import uuid
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from falcon_qlora.common.errors import EXIT_BUG, EXIT_USER_ERROR, UserError
 from falcon_qlora.processes.ranks import is_main_process, process_index, world_size
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
 
 T = TypeVar("T")
 
@@ -54,8 +56,7 @@ def from_main_process(make: Callable[[], T]) -> T:
     """
     if not _in_group():
         return make()
-    key = f"falcon_qlora/from_main/{next(_numbers)}"
-    store = dist.distributed_c10d._get_default_store()
+    key, store = f"falcon_qlora/from_main/{next(_numbers)}", _store()
     if not is_main_process():
         store.wait([key], _WAIT_LIMIT)
         status, result = pickle.loads(store.get(key))
@@ -93,21 +94,32 @@ def wait_for_all() -> None:
     """Return once every process has come here."""
     if not _in_group():
         return
-    key = f"falcon_qlora/all/{next(_numbers)}"
-    store = dist.distributed_c10d._get_default_store()
+    key, store = f"falcon_qlora/all/{next(_numbers)}", _store()
     if store.add(f"{key}/arrived", 1) == world_size():
         store.set(key, "")
     store.wait([key], _WAIT_LIMIT)
 
 
 def _in_group() -> bool:
-    return world_size() > 1 and dist.is_initialized()
+    if world_size() == 1:
+        return False
+    import torch.distributed as dist
+
+    return dist.is_initialized()
+
+
+def _store() -> dist.Store:
+    import torch.distributed as dist
+
+    return dist.distributed_c10d._get_default_store()
 
 
 def gather_objects(mine: T) -> list[T]:
     """Each process's (small, picklable) object, by process index."""
     if not _in_group():
         return [mine]
+    import torch.distributed as dist
+
     everyone: list[Any] = [None] * world_size()
     dist.all_gather_object(everyone, mine)
     return everyone
@@ -141,6 +153,8 @@ def checksum(tensors: Iterable[torch.Tensor]) -> str:
 
 def _checksums(tensor: torch.Tensor) -> torch.Tensor:
     """A sum over the bytes of each piece of `tensor`, modulo 2^64: any one byte that differs shows."""
+    import torch
+
     whole = tensor.detach().contiguous().flatten().view(torch.uint8)
     # A weight for each place, odd and scattered, so that exchanged bytes show; in pieces, so that little
     # memory is taken.
@@ -168,6 +182,8 @@ def fresh_store(timeout_seconds: float) -> dist.Store | None:
     """
     if world_size() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
+    import torch.distributed as dist
+
     store, mine, prefix = connect(timeout_seconds), uuid.uuid4().hex, "falcon_qlora/meet"
     if not is_main_process():
         store.set(f"{prefix}/{process_index()}", mine)
@@ -194,6 +210,8 @@ def connect(timeout_seconds: float) -> dist.TCPStore:
         RuntimeError: if there is no answer.
         KeyError: if torchrun has not started this process.
     """
+    import torch.distributed as dist
+
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     limit = datetime.timedelta(seconds=timeout_seconds)
     return dist.TCPStore(address, port, is_master=False, timeout=limit)

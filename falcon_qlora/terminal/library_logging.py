@@ -5,9 +5,6 @@ What a user has set in the environment stays as it is. This file imports nothing
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import io
 import logging
 import os
 import warnings
@@ -68,7 +65,3 @@ def quiet_libraries(*, progress_bars: bool = True) -> None:
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
         warnings.simplefilter("ignore", category)
-    # This module of Transformers prints a line while it is imported, on every process.
-    if os.environ.get("WANDB_MODE") == "offline":
-        with contextlib.redirect_stdout(io.StringIO()):
-            importlib.import_module("transformers.integrations.integration_utils")

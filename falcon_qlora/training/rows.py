@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.common.errors import UserError, printable
 from falcon_qlora.config.arguments import DataArguments, ModelArguments, RunArguments
-from falcon_qlora.data.batches import Dealing, DocumentReader, StreamingSteps, TrainingSteps
 from falcon_qlora.data.origins import RowNames
 from falcon_qlora.data.packing import Plan
 from falcon_qlora.data.templates import template_fingerprint
 from falcon_qlora.methods.interface import Method
 from falcon_qlora.processes import agreement, ranks
 from falcon_qlora.terminal.console import patience
+
+if TYPE_CHECKING:
+    from falcon_qlora.data.batches import Dealing, StreamingSteps, TrainingSteps
 
 _SURVEYED_ROWS = 1000
 
@@ -115,6 +117,8 @@ def training_data(
     """
     if data.streaming:
         return _streamed_data(data, run, tokenizer, together=together)
+    from falcon_qlora.data.batches import DocumentReader, TrainingSteps
+
     with patience() as doing:
         corpus, held_out = agreement.main_process_first(
             lambda: corpora(data, tokenizer, seed=run.seed, progress=doing)
@@ -168,6 +172,7 @@ def _streamed_data(data: DataArguments, run: RunArguments, tokenizer: Any, *, to
     """Rows that are read as they are needed; held-out rows, being few, are tokenized ahead as always."""
     import datasets
 
+    from falcon_qlora.data.batches import StreamingSteps
     from falcon_qlora.data.cursor import State
     from falcon_qlora.data.formats import load_template
     from falcon_qlora.data.settings import RowSettings
@@ -244,6 +249,8 @@ def _survey(
 
 
 def _dealing(run: RunArguments, *, together: bool) -> Dealing:
+    from falcon_qlora.data.batches import Dealing
+
     return Dealing(
         micro_batch=run.per_device_train_batch_size,
         process=ranks.process_index(),

@@ -14,11 +14,9 @@ from falcon_qlora.config import Configuration, ModelArguments
 from falcon_qlora.config.arguments import RunArguments
 from falcon_qlora.config.paths import settings_of_run
 from falcon_qlora.inference.base_and_adapter import adapter_folder
-from falcon_qlora.methods.adapter_folder import read_adapter, read_record
 from falcon_qlora.methods.interface import Method
 from falcon_qlora.methods.open_adapter import check_may_open
 from falcon_qlora.methods.table import is_whole
-from falcon_qlora.models.locate import find_config
 from falcon_qlora.processes import agreement, ranks
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal.console import note
@@ -49,6 +47,10 @@ def adopt(configuration: Configuration, start: RunDirectory | None = None, check
     run = configuration.run
     if run.adapter is None:
         return
+    # Only now: they need torch, and most runs begin from no adapter.
+    from falcon_qlora.methods.adapter_folder import read_adapter, read_record
+    from falcon_qlora.models.locate import find_config
+
     _remember(run, start, goes_on=checkpoint is not None)
     if checkpoint is not None and run.adapter_sha256 is None:
         return  # the run began from none, or another: that is told with whatever else is not as it was

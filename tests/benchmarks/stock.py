@@ -21,7 +21,7 @@ from falcon_qlora.bench.documents import Document
 from falcon_qlora.bench.runners import Settings, adapted
 from falcon_qlora.bench.variants import Engine, Variant
 from falcon_qlora.models.layouts import layout_of
-from falcon_qlora.models.layouts.falcon import SameDtypeLayerNorm
+from falcon_qlora.models.layouts.norms import SameDtypeLayerNorm
 from falcon_qlora.models.load import quantization_of
 from falcon_qlora.models.quantize import holds_quantized_weight
 from falcon_qlora.models.tiny import tiny_path

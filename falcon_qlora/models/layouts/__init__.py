@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.models.layouts.base import Layout
 from falcon_qlora.models.layouts.falcon import Falcon
 from falcon_qlora.models.layouts.llama import Llama
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 LAYOUTS: tuple[type[Layout], ...] = (Falcon, Llama)
 _BY_TYPE = {model_type: layout for layout in LAYOUTS for model_type in layout.model_types}
@@ -18,6 +19,8 @@ _BY_PRESET = {preset: layout for layout in LAYOUTS for preset in layout.presets}
 
 PRESETS = tuple(_BY_PRESET)
 """Names of the published shapes."""
+MODEL_TYPES = tuple(_BY_TYPE)
+"""What configurations call the families."""
 
 _KNOWN_OTHERS = {
     "falcon_h1": "a Falcon-H1",

@@ -6,16 +6,19 @@ loaded, quantized, trained and merged on the reference path; its fast path may c
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any, ClassVar
-
-from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from falcon_qlora.common.errors import UserError, one_line
 from falcon_qlora.common.untrusted import is_count
-from falcon_qlora.models.packed_attention import Sequences
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedConfig
+
+    from falcon_qlora.models.packed_attention import Sequences
 
 # Far beyond any published model: what is larger is a mistake, or meant to exhaust the machine.
 _LARGEST = {
@@ -28,6 +31,16 @@ _LARGEST = {
 }
 OPTIONAL = ("pad_token_id", "rope_theta", "rope_scaling", "rope_parameters")
 """Settings that some files of any family have."""
+
+
+class Imported:
+    """An attribute of a class that is imported when it is first asked for: facts and counts need no model."""
+
+    def __init__(self, module: str, name: str):
+        self._module, self._name = module, name
+
+    def __get__(self, instance: Any, owner: Any) -> Any:
+        return getattr(importlib.import_module(self._module), self._name)
 
 
 class Layout(ABC):
@@ -48,6 +61,7 @@ class Layout(ABC):
         config_class, model_class, backbone_class, attention_class, norm_class: Transformers'.
         norm_vectors: parameters of a norm, as vectors of the hidden size.
         norm_keeps_float32: whether a norm keeps its input in float32 for the backward pass.
+        backbone: name of the part of the model that is all but the head.
         embedding, blocks, final_norm: names of these modules within the backbone.
         head: name of the output head.
         attention: name of the attention within a block.
@@ -66,13 +80,14 @@ class Layout(ABC):
     presets: ClassVar[dict[str, dict[str, Any]]]
     tokenizers: ClassVar[dict[str, str]]
     kept: ClassVar[tuple[str, ...]]
-    config_class: ClassVar[type[PreTrainedConfig]]
+    config_class: ClassVar[Any]
     model_class: ClassVar[Any]
     backbone_class: ClassVar[Any]
-    attention_class: ClassVar[type[nn.Module]]
-    norm_class: ClassVar[type[nn.Module]]
+    attention_class: ClassVar[Any]
+    norm_class: ClassVar[Any]
     norm_vectors: ClassVar[int]
     norm_keeps_float32: ClassVar[bool] = False
+    backbone: ClassVar[str]
     embedding: ClassVar[str]
     blocks: ClassVar[str]
     final_norm: ClassVar[str]
@@ -190,11 +205,6 @@ class Layout(ABC):
     @abstractmethod
     def _try_out(self) -> None:
         """Use the settings that the configuration's own checks let pass whatever they are."""
-
-    @property
-    def backbone(self) -> str:
-        """Name of the part of the model that is all but the head."""
-        return self.model_class.base_model_prefix
 
     @property
     def tied(self) -> set[str]:

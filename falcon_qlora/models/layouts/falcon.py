@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from einops import rearrange
-from torch import Tensor, nn
-from transformers import FalconConfig, FalconForCausalLM, FalconModel
-from transformers.activations import get_activation
-from transformers.models.falcon.modeling_falcon import (
-    FalconAttention,
-    FalconRotaryEmbedding,
-    build_alibi_tensor,
-)
 
-from falcon_qlora.models.layouts.base import OPTIONAL, Layout, published_rotation
-from falcon_qlora.models.packed_attention import Sequences
+from falcon_qlora.models.layouts.base import OPTIONAL, Imported, Layout, published_rotation
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from transformers import FalconConfig
+
+    from falcon_qlora.models.packed_attention import Sequences
+
+_MODEL = "transformers.models.falcon.modeling_falcon"
 
 
 def _falcon(blocks: int, hidden: int, heads: int, **more: Any) -> dict[str, Any]:
@@ -45,21 +44,6 @@ _PUBLISHED = tuple(
     "new_decoder_architecture num_attention_heads num_hidden_layers parallel_attn tie_word_embeddings "
     "vocab_size".split()
 )
-
-
-class SameDtypeLayerNorm(nn.LayerNorm):
-    """A layer norm whose arithmetic is float32 and whose output has its input's dtype, under autocast too.
-
-    PyTorch's own returns float32 under autocast.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        with torch.autocast(input.device.type, enabled=False):
-            # The CPU's kernel takes float32 weights beside another input, and gives what it gives with
-            # weights of the input's dtype.
-            if self.weight.dtype == input.dtype or input.device.type == "cpu":
-                return super().forward(input).to(input.dtype)
-            return super().forward(input.float()).to(input.dtype)
 
 
 class Falcon(Layout):
@@ -103,12 +87,13 @@ class Falcon(Layout):
         "falcon-180b": "tiiuae/falcon-180B",
     }
     kept = (*_PUBLISHED, "num_kv_heads", "num_ln_in_parallel_attn", *OPTIONAL)
-    config_class = FalconConfig
-    model_class = FalconForCausalLM
-    backbone_class = FalconModel
-    attention_class = FalconAttention
-    norm_class = nn.LayerNorm
+    config_class = Imported("transformers.models.falcon.configuration_falcon", "FalconConfig")
+    model_class = Imported(_MODEL, "FalconForCausalLM")
+    backbone_class = Imported(_MODEL, "FalconModel")
+    attention_class = Imported(_MODEL, "FalconAttention")
+    norm_class = Imported("torch.nn", "LayerNorm")
     norm_vectors = 2
+    backbone = "transformer"
     embedding = "word_embeddings"
     blocks = "h"
     final_norm = "ln_f"
@@ -138,6 +123,9 @@ class Falcon(Layout):
         return cls.checked(settings, source)
 
     def _try_out(self) -> None:
+        from torch import nn
+        from transformers.activations import get_activation
+
         config = self.config
         if config.new_decoder_architecture and config.num_attention_heads % config.num_kv_heads:
             raise ValueError(
@@ -182,10 +170,14 @@ class Falcon(Layout):
         return bool(self.config.bias)
 
     def norm(self, module: nn.Module) -> nn.Module:
-        assert isinstance(module, nn.LayerNorm)
+        from falcon_qlora.models.layouts.norms import SameDtypeLayerNorm
+
+        assert isinstance(module, self.norm_class)
         return SameDtypeLayerNorm(module.normalized_shape, eps=module.eps)
 
     def rotary_embedding(self) -> nn.Module:
+        from transformers.models.falcon.modeling_falcon import FalconRotaryEmbedding
+
         return FalconRotaryEmbedding(self.config)
 
     def block_arguments(self, backbone: Any, hidden: Tensor, sequences: Sequences) -> dict[str, Any]:
@@ -241,6 +233,9 @@ def split_heads(fused: Tensor, attention: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def alibi_bias(sequences: Sequences, heads: int, dtype: torch.dtype) -> Tensor:
     """What ALiBi adds to the unscaled scores of each key, rounded as in Transformers: ``[T, heads]``."""
+    import torch
+    from transformers.models.falcon.modeling_falcon import build_alibi_tensor
+
     positions = sequences.position_ids[0]
     ones = torch.ones((1, sequences.max_length), dtype=torch.int64, device=positions.device)
     bias_HL = build_alibi_tensor(ones, heads, dtype)[:, 0]

@@ -7,19 +7,18 @@ other is refused.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from einops import rearrange
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-)
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.models.layouts.base import OPTIONAL, Layout, published_rotation
+from falcon_qlora.models.layouts.base import OPTIONAL, Imported, Layout, published_rotation
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import LlamaConfig
+
+_MODEL = "transformers.models.llama.modeling_llama"
 
 # In every published file; `published_config` adds what is in some only.
 _PUBLISHED = tuple(
@@ -45,15 +44,6 @@ def _falcon3(blocks: int, hidden: int, wide: int, heads: int, positions: int = 3
     }
 
 
-class SameDtypeRMSNorm(LlamaRMSNorm):
-    """A norm whose arithmetic is float32 and whose output has its input's dtype, whatever its weight's is."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        if self.weight.dtype == hidden_states.dtype:
-            return super().forward(hidden_states)
-        return super().forward(hidden_states.float()).to(hidden_states.dtype)
-
-
 class Llama(Layout):
     """Queries, keys and values are apart; attention and feed-forward follow one another."""
 
@@ -68,13 +58,14 @@ class Llama(Layout):
     }
     tokenizers = {preset: f"tiiuae/Falcon3-{preset.partition('-')[2].upper()}-Base" for preset in presets}
     kept = (*_PUBLISHED, *OPTIONAL)
-    config_class = LlamaConfig
-    model_class = LlamaForCausalLM
-    backbone_class = LlamaModel
-    attention_class = LlamaAttention
-    norm_class = LlamaRMSNorm
+    config_class = Imported("transformers.models.llama.configuration_llama", "LlamaConfig")
+    model_class = Imported(_MODEL, "LlamaForCausalLM")
+    backbone_class = Imported(_MODEL, "LlamaModel")
+    attention_class = Imported(_MODEL, "LlamaAttention")
+    norm_class = Imported(_MODEL, "LlamaRMSNorm")
     norm_vectors = 1
     norm_keeps_float32 = True
+    backbone = "model"
     embedding = "embed_tokens"
     blocks = "layers"
     final_norm = "norm"
@@ -107,6 +98,8 @@ class Llama(Layout):
         return config
 
     def _try_out(self) -> None:
+        from torch import nn
+
         config = self.config
         heads, keys = config.num_attention_heads, config.num_key_value_heads
         if heads % keys:
@@ -114,7 +107,7 @@ class Llama(Layout):
         if config.head_dim % 2:
             raise ValueError(f"head_dim {config.head_dim} is odd, and rotation goes by pairs")
         nn.Dropout(config.attention_dropout)
-        self.norm(LlamaRMSNorm(1, eps=float(config.rms_norm_eps)))
+        self.norm(self.norm_class(1, eps=float(config.rms_norm_eps)))
         self.rotary_embedding()
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
@@ -138,10 +131,14 @@ class Llama(Layout):
         return 2
 
     def norm(self, module: nn.Module) -> nn.Module:
-        assert isinstance(module, LlamaRMSNorm)
+        from falcon_qlora.models.layouts.norms import SameDtypeRMSNorm
+
+        assert isinstance(module, self.norm_class)
         return SameDtypeRMSNorm(len(module.weight), eps=module.variance_epsilon)
 
     def rotary_embedding(self) -> nn.Module:
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
         return LlamaRotaryEmbedding(self.config)
 
     def heads(self, attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:

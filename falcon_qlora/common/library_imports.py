@@ -1,13 +1,15 @@
-"""bitsandbytes imported without what it does on the side.
+"""Libraries imported without what they do on the side, whoever imports them first.
 
-On some CPUs it asks, while it is imported, the package `kernels` for a kernel from the network, which would
-compute other bits, and warns where there is none. And it wraps in `torch.compile` what no device with kernels
-of its own calls, for which PyTorch loads its compiler: seconds. PEFT and TRL import it too, whichever of them
-comes first.
+bitsandbytes asks on some CPUs, while it is imported, the package `kernels` for a kernel from the network,
+which would compute other bits, and warns where there is none. And it wraps in `torch.compile` what no device
+with kernels of its own calls, for which PyTorch loads its compiler: seconds. Transformers prints a line on
+every process where WANDB_MODE is offline.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import sys
 from collections.abc import Sequence
@@ -18,6 +20,7 @@ from typing import Any
 
 ASKS = "bitsandbytes.backends.cpu.ops"
 COMPILES = "bitsandbytes.backends.default.ops"
+PRINTS = "transformers.integrations.integration_utils"
 
 
 class _Alone(SourceFileLoader):
@@ -51,7 +54,15 @@ class _Uncompiled(SourceFileLoader):
             torch.compile = compile_
 
 
-_LOADERS = {ASKS: _Alone, COMPILES: _Uncompiled}
+class _Silent(SourceFileLoader):
+    """Loads `PRINTS`."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            super().exec_module(module)
+
+
+_LOADERS = {ASKS: _Alone, COMPILES: _Uncompiled, PRINTS: _Silent}
 
 
 class _Finder(PathFinder):
@@ -68,5 +79,5 @@ class _Finder(PathFinder):
 
 
 def install() -> None:
-    """Have Python load those two modules so. Imports nothing; what is imported already stays as it is."""
+    """Have Python load those modules so. Imports nothing; what is imported already stays as it is."""
     sys.meta_path.insert(0, _Finder)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from falcon_qlora.common.bitsandbytes_import import ASKS
+from falcon_qlora.common.library_imports import ASKS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -1,0 +1,31 @@
+"""The norms that take the place of Transformers' and PyTorch's, see `Layout.norm`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+
+class SameDtypeLayerNorm(nn.LayerNorm):
+    """A layer norm whose arithmetic is float32 and whose output has its input's dtype, under autocast too.
+
+    PyTorch's own returns float32 under autocast.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            # The CPU's kernel takes float32 weights beside another input, and gives what it gives with
+            # weights of the input's dtype.
+            if self.weight.dtype == input.dtype or input.device.type == "cpu":
+                return super().forward(input).to(input.dtype)
+            return super().forward(input.float()).to(input.dtype)
+
+
+class SameDtypeRMSNorm(LlamaRMSNorm):
+    """A norm whose arithmetic is float32 and whose output has its input's dtype, whatever its weight's is."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.weight.dtype == hidden_states.dtype:
+            return super().forward(hidden_states)
+        return super().forward(hidden_states.float()).to(hidden_states.dtype)
