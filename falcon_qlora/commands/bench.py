@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from falcon_qlora.bench import say, scaling
 from falcon_qlora.bench.tables import append_csv, check_csv
 from falcon_qlora.bench.variants import VARIANTS, Pace, Variant, choose
+from falcon_qlora.commands.first_look import look_at_model
 from falcon_qlora.commands.words import names, numbers
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import check_writable
@@ -25,6 +26,7 @@ from falcon_qlora.common.settings import setting, settings_of
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.methods.lora import Lora
 from falcon_qlora.terminal.library_logging import quiet_libraries
+from falcon_qlora.terminal.output import say_loading
 
 if TYPE_CHECKING:
     from falcon_qlora.bench.measure import Result
@@ -123,6 +125,9 @@ def main(argv: list[str], *, whole_runs: Any = scaling.whole_runs) -> int:
     pace = _pace(configuration, sizes)
 
     # Only now: a wrong flag is told at once.
+    say_loading(aside=True)
+    for model in models:
+        look_at_model(model)
     quiet_libraries()
     for name in _BY_VARIANT:
         if configuration.explicit.get(name) == "flag":

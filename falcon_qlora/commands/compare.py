@@ -17,6 +17,7 @@ from typing import Any
 
 from falcon_qlora import config
 from falcon_qlora.checkpoint import manifest
+from falcon_qlora.commands.first_look import look
 from falcon_qlora.commands.train import LaunchArguments, stop_signals_to
 from falcon_qlora.commands.words import split
 from falcon_qlora.common.errors import EXIT_BUG, EXIT_USER_ERROR, UserError
@@ -27,6 +28,7 @@ from falcon_qlora.config import Configuration
 from falcon_qlora.run_folder.choose import choose
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal.library_logging import quiet_libraries
+from falcon_qlora.terminal.output import say_loading
 
 _REASON_LINES = 50
 _OUT_OF_MEMORY = re.compile(r"out ?of ?memory", re.IGNORECASE)
@@ -79,6 +81,8 @@ def main(argv: list[str]) -> int:
     configurations, refused = _configurations(planned)
     first = next(iter(configurations.values()))
     model = first.model.model_name_or_path
+    say_loading()
+    look(first)
     published = _has_shapes_of_7b(first)
     folder = choose(asked.run.output_dir, model=model, settings="comparison")
     overwrite = asked.run.overwrite

@@ -13,6 +13,7 @@ from falcon_qlora.common.settings import setting
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.terminal.console import console
 from falcon_qlora.terminal.library_logging import quiet_libraries
+from falcon_qlora.terminal.output import say_loading
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> int:
         description="Show what the model will see: rendered rows, lengths, what is dropped.",
     )
     # Only now: a wrong flag is told at once.
+    say_loading()
     quiet_libraries()
     from falcon_qlora.data import report
     from falcon_qlora.training import start_adapter

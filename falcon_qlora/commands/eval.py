@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from falcon_qlora.commands.first_look import look_at_rows
 from falcon_qlora.commands.opening import parse_with_run, source_of
 from falcon_qlora.commands.words import split
 from falcon_qlora.common.errors import UserError, first_line, nearest
@@ -24,6 +25,7 @@ from falcon_qlora.inference.base_and_adapter import Source, load_adapted, load_m
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal.console import note, print_plain
 from falcon_qlora.terminal.library_logging import quiet_libraries
+from falcon_qlora.terminal.output import say_loading
 
 
 @dataclass(kw_only=True)
@@ -57,6 +59,7 @@ def main(argv: list[str]) -> int:
         raise UserError("which text? Name it with --dataset_name FILE")
 
     # Only now: a wrong flag is told at once.
+    say_loading(aside=True)
     quiet_libraries()
     source, _ = source_of(configuration, folder, named=named)
     if wanted.tasks:
@@ -81,14 +84,18 @@ def _measure(
     *,
     all_rows: bool,
 ) -> dict[str, Any]:
+    from falcon_qlora.training.held_out import held_out_text, rows_of
+
+    if all_rows:
+        look_at_rows(configuration.data, None)
+    tokenizer = tokenizer_of(source)
+    text = rows_of(configuration, tokenizer) if all_rows else held_out_text(configuration, tokenizer, run)
+    # Only now: what is wrong with the rows is told without them.
     import torch
 
     from falcon_qlora.inference.evaluation import batches_of, mean_loss, predictions, token_losses
     from falcon_qlora.models.fast_path import described
-    from falcon_qlora.training.held_out import held_out_text, rows_of
 
-    tokenizer = tokenizer_of(source)
-    text = rows_of(configuration, tokenizer) if all_rows else held_out_text(configuration, tokenizer, run)
     batches = batches_of(
         text,
         max_tokens=configuration.data.max_length * configuration.run.per_device_train_batch_size,

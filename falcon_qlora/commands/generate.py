@@ -29,6 +29,7 @@ from falcon_qlora.data.templates import (
 from falcon_qlora.inference.base_and_adapter import adapter_folder, load_adapted
 from falcon_qlora.methods.table import is_whole
 from falcon_qlora.terminal.library_logging import quiet_libraries
+from falcon_qlora.terminal.output import say_loading
 
 
 @dataclass(kw_only=True)
@@ -68,6 +69,7 @@ def main(argv: list[str]) -> int:
     prompts = _prompts(wanted)
 
     # Only now: a wrong flag is told at once.
+    say_loading(aside=True)
     quiet_libraries()
     source, record = source_of(configuration, folder, named=configuration.explicit)
     if wanted.compare and is_whole(record):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from falcon_qlora.common.errors import EXIT_USER_ERROR, UserError
 from falcon_qlora.terminal.library_logging import quiet_libraries
+from falcon_qlora.terminal.output import say_loading
 
 _HELP = """falcon-qlora inspect DIR
 
@@ -26,7 +27,10 @@ def main(argv: list[str]) -> int:
         raise UserError("name one folder: falcon-qlora inspect DIR")
 
     # Only now: a wrong flag is told at once.
+    say_loading(aside=True)
     quiet_libraries()
+    if not Path(argv[0]).is_dir():
+        raise UserError(f"{argv[0]}: there is no such folder.")
     from falcon_qlora.commands.inspection import inspect_folder
     from falcon_qlora.terminal.console import print_plain
 

@@ -100,8 +100,6 @@ def inspect_folder(folder: Path) -> Inspection:
     Raises:
         UserError: if it is none of these things.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder.")
     if any((folder / name).is_file() for name in (CERTIFICATE, _STATE, CONFIG, RECORD, "config.yaml")):
         refuse_links(folder)  # a model's files may be links: they are named by who reads them
     if (folder / CERTIFICATE).is_file():

@@ -24,6 +24,7 @@ from falcon_qlora.methods.table import method_named
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal.console import note, print_plain
 from falcon_qlora.terminal.library_logging import quiet_libraries
+from falcon_qlora.terminal.output import say_loading
 
 if TYPE_CHECKING:
     from falcon_qlora.merge.build import Request
@@ -74,6 +75,7 @@ def main(argv: list[str]) -> int:
     hub = _hub_settings(configuration, named)
 
     # Only now: a wrong flag is told at once.
+    say_loading()
     quiet_libraries()
     from falcon_qlora.merge.build import needed_bytes
     from falcon_qlora.merge.folder import check_disk, check_out

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from falcon_qlora.commands.first_look import look_at_model
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.record_files import CERTIFICATE
 from falcon_qlora.config import Configuration, parse
@@ -91,6 +92,8 @@ def source_of(
                     note_aside(f"the {what} is {path}, which {folder} names")
         if not whole:
             _say_whether_other(record, folder, base, settings.model_revision)
+    if not whole:
+        look_at_model(base)
     return Source(
         model=str(folder) if whole else base,
         tokenizer=tokenizer,

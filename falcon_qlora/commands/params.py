@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from falcon_qlora.commands.train import LaunchArguments
 from falcon_qlora.config import parse
 from falcon_qlora.terminal.library_logging import quiet_libraries
+from falcon_qlora.terminal.output import say_loading
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,6 +25,7 @@ def main(argv: list[str]) -> int:
         description="Count the model's parameters and those that a method trains, without loading anything.",
     )
     # Only now: a wrong flag is told at once.
+    say_loading()
     quiet_libraries()
     from falcon_qlora.models.layouts import layout_of
     from falcon_qlora.models.locate import find_config

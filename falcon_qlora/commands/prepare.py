@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from falcon_qlora.common.quantities import gib
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.terminal.library_logging import quiet_libraries
+from falcon_qlora.terminal.output import say_loading
 
 if TYPE_CHECKING:
     from falcon_qlora.models.hub import Download
@@ -27,6 +28,7 @@ def main(argv: list[str]) -> int:
         description="Download the model and the data, tokenize and cache, so that training needs no network.",
     )
     # Only now: a wrong flag is told at once.
+    say_loading()
     quiet_libraries()
     from falcon_qlora.models.checkpoints import read_folder_config
     from falcon_qlora.models.locate import find_folder

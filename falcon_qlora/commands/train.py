@@ -1,7 +1,8 @@
-"""`falcon-qlora train`: check the flags, then run `falcon_qlora.train` once a GPU.
+"""`falcon-qlora train`: check the flags and what they name, then run `falcon_qlora.train` once a GPU.
 
-The flags are read before torch is imported and before any process starts, so a mistyped one is told at once.
-Several processes are torchrun's, through its API; one needs no agent, and then nothing here imports torch.
+The flags are read before torch is imported and before any process starts, so a mistyped one is told at once;
+so is what `first_look` finds. Several processes are torchrun's, through its API; one needs no agent, and then
+nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from falcon_qlora.common.errors import EXIT_BUG, EXIT_HANGING, EXIT_USER_ERROR, 
 from falcon_qlora.common.settings import setting
 from falcon_qlora.processes import command_clock, launcher
 from falcon_qlora.processes.launcher import SAME_REQUEST_SECONDS, STOP_SIGNALS
-from falcon_qlora.terminal.output import drop_what_cannot_be_written
+from falcon_qlora.terminal.output import drop_what_cannot_be_written, say_loading
 
 # What torchrun's agent ends the workers on. The signals that ask a run to stop are the launcher's own.
 _AGENT_SIGNALS = "SIGHUP,SIGQUIT"
@@ -71,8 +72,13 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise UserError("falcon-qlora train starts torchrun itself; under torchrun run -m falcon_qlora.train")
     given = config.read_flags(argv, extra_arguments=LaunchArguments)
-    launch: LaunchArguments = config.configure(given, extra_arguments=LaunchArguments).extra
+    configuration = config.configure(given, extra_arguments=LaunchArguments)
+    launch: LaunchArguments = configuration.extra
     _check(launch)
+    say_loading()
+    from falcon_qlora.commands.first_look import look
+
+    look(configuration)
     processes = _processes(launch.gpus)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))

@@ -14,12 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import replaced, write_json
@@ -29,6 +24,10 @@ from falcon_qlora.common.untrusted import read_json, refuse_links
 from falcon_qlora.methods.interface import Method
 from falcon_qlora.methods.table import is_whole, method_named, method_settings
 from falcon_qlora.models.tensor_files import StoredTensor, read_tensor, stored_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedConfig
 
 CONFIG, TENSORS, TORCH_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 RECORD = "falcon_qlora.json"
@@ -40,6 +39,8 @@ def write_adapter(
     folder: Path, model: Any, method: Method, state: Mapping[str, Tensor] | None = None
 ) -> None:
     """Write what a method trains of `model` into `folder`, which is there; see `Method.save`."""
+    from safetensors.torch import save_file
+
     tensors = {name: each.cpu().contiguous() for name, each in method.saved_tensors(model, state).items()}
     with replaced(folder / TENSORS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
@@ -198,7 +199,7 @@ class SavedAdapter:
 def _value_faults(name: str, stored: StoredTensor) -> Iterator[str]:
     if not stored.dtype.startswith(("F16", "BF16", "F32", "F64")):
         yield f"{name} holds {stored.dtype}, not floating-point numbers"
-    elif not torch.isfinite(read_tensor(stored.file, name)).all():
+    elif not read_tensor(stored.file, name).isfinite().all():
         yield f"{name} holds numbers that are not finite"
 
 

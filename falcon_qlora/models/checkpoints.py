@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.untrusted import file_beside, read_json
@@ -30,12 +30,20 @@ def read_folder_config(folder: Path, *, source: str | None = None) -> PreTrained
     Raises:
         UserError: if there is none, it is not JSON, or the model is of no known layout.
     """
+    return read_config(raw_config(folder), source=source or str(folder / "config.json"))
+
+
+def raw_config(folder: Path) -> dict[str, Any]:
+    """What ``config.json`` of a model folder says.
+
+    Raises:
+        UserError: if there is none, or it is not JSON.
+    """
     path = folder / "config.json"
     refuse_adapter(folder)
     if not path.exists():
         raise UserError(f"{folder} holds no config.json: it is not a model's folder.")
-    raw = read_json(path)
-    return read_config(raw, source=source or str(path))
+    return read_json(path)
 
 
 def refuse_adapter(folder: Path) -> None:

@@ -14,19 +14,23 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import write_json
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+# By a dtype's own text: what a file holds is asked where torch is not loaded yet.
 _NAME_OF_DTYPE = {
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float32: "F32",
-    torch.float64: "F64",
+    "torch.bfloat16": "BF16",
+    "torch.float16": "F16",
+    "torch.float32": "F32",
+    "torch.float64": "F64",
 }
 _INDEX = "model.safetensors.index.json"
 
@@ -50,7 +54,7 @@ def stored_tensors(file: Path) -> dict[str, StoredTensor]:
         raise UserError(f"{file} is not there.")
     if file.suffix == ".bin":
         return {
-            name: StoredTensor(file, _NAME_OF_DTYPE.get(each.dtype, str(each.dtype)), tuple(each.shape))
+            name: StoredTensor(file, _NAME_OF_DTYPE.get(str(each.dtype), str(each.dtype)), tuple(each.shape))
             for name, each in _open_torch_file(file).items()
         }
     try:
@@ -80,6 +84,8 @@ def read_tensor(file: Path, name: str) -> Tensor:
 
 
 def _open_torch_file(file: Path) -> dict[str, Tensor]:
+    import torch
+
     # Files from before PyTorch 1.6 cannot be read in part.
     mapped = zipfile.is_zipfile(file)
     try:
@@ -91,7 +97,7 @@ def _open_torch_file(file: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         raise UserError(f"{file} holds a {type(content).__name__}, not a model's tensors.")
     for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
             raise UserError(f"{file} holds more than plain tensors ({str(name)[:40]!r}); it was not opened.")
     return content
 
@@ -154,7 +160,7 @@ def _lay_out(
         end = 0
         for name in names:
             header[name] = {
-                "dtype": _NAME_OF_DTYPE[dtype],
+                "dtype": _NAME_OF_DTYPE[str(dtype)],
                 "shape": list(shapes[name]),
                 "data_offsets": [end, end + sizes[name]],
             }
@@ -210,4 +216,6 @@ def _named_in_errors(file: Path) -> Iterator[None]:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
+    import torch
+
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,21 +1,25 @@
-"""Which device a process computes on, and what is asked of any."""
+"""Which device a process computes on, and what is asked of any. Torch is imported where it is asked."""
 
 from __future__ import annotations
 
 import gc
 from contextlib import AbstractContextManager
-
-import torch
+from typing import TYPE_CHECKING
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.processes.ranks import local_process_index
 
+if TYPE_CHECKING:
+    import torch
+
 # FP8 is the fast path's: the model, and LoRA, are in bfloat16.
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "bfloat16"}
 
 
 def local_device() -> torch.device:
     """The device of this process's replica: the GPU of its local index, or the CPU."""
+    import torch
+
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local_process_index())
@@ -23,6 +27,8 @@ def local_device() -> torch.device:
 
 def resolve(device: torch.device | str | None) -> torch.device:
     """The device that is meant: this process's for None, the current GPU for ``cuda``."""
+    import torch
+
     device = local_device() if device is None else torch.device(device)
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
@@ -37,10 +43,12 @@ def compute_dtype(wanted: torch.dtype | str, device: torch.device | str | None =
             in it, float16 on other GPUs, float32 on the CPU.
         device: this process's own where None.
     """
+    import torch
+
     if isinstance(wanted, torch.dtype):
         return wanted
     if wanted in _DTYPES:
-        return _DTYPES[wanted]
+        return getattr(torch, _DTYPES[wanted])
     if wanted != "auto":
         raise UserError(f"compute_dtype {wanted!r} is none of auto, {', '.join(_DTYPES)}.")
     if resolve(device).type != "cuda":
@@ -52,6 +60,8 @@ def compute_dtype(wanted: torch.dtype | str, device: torch.device | str | None =
 
 def free_memory() -> None:
     """Give back what nothing holds any more, PyTorch's cache on the GPU included."""
+    import torch
+
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -59,4 +69,6 @@ def free_memory() -> None:
 
 def draws_undone(device: torch.device) -> AbstractContextManager[None]:
     """Put the random generators of the CPU and of `device` back as they were, at the block's end."""
+    import torch
+
     return torch.random.fork_rng([device] if device.type == "cuda" else [])

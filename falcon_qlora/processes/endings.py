@@ -12,9 +12,6 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
 from falcon_qlora.common.errors import EXIT_BUG, EXIT_USER_ERROR, UserError, message_of
 from falcon_qlora.processes.agreement import PeerError, connect, gather_objects
 from falcon_qlora.processes.ranks import is_main_process, restart_count, world_size
@@ -97,8 +94,12 @@ def leave(status: int) -> None:
     interpreter's own end, in which threads of native libraries are sometimes taken down while they run and
     abort the process: everything that a run writes is written by then.
     """
-    if status == 0 and dist.is_initialized() and torch.cuda.is_available():
-        dist.destroy_process_group()  # NCCL asks for it
+    if status == 0:
+        import torch
+        import torch.distributed as dist
+
+        if dist.is_initialized() and torch.cuda.is_available():
+            dist.destroy_process_group()  # NCCL asks for it
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -1,4 +1,4 @@
-"""What a training run prints is worth less than the run: what cannot be written is dropped."""
+"""What a command prints: its first line, and how a run that cannot be told of goes on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ import io
 import os
 import sys
 from typing import Any, TextIO
+
+
+def say_loading(*, aside: bool = False) -> None:
+    """Say at once that libraries are loaded now, which takes seconds.
+
+    Args:
+        aside: on standard error, where a command's answers go to standard output.
+    """
+    print("loading libraries …", file=sys.stderr if aside else sys.stdout, flush=True)
 
 
 class _Lossy(io.FileIO):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +56,68 @@ status = cli.main(["train", *sys.argv[1:]])
 assert ("torch" in sys.modules) == ("1" not in sys.argv), "one process needs no torch in its launcher"
 sys.exit(status)
 """
+
+
+LOADING = "loading libraries …"
+
+# Runs commands one after another. Each ends at the first import that takes its time, with status 99.
+WITHOUT_LIBRARIES = """
+import contextlib, io, json, sys, time
+class Stop:
+    def find_spec(self, name, path=None, target=None):
+        asked = sys._getframe(1)
+        while "importlib" in asked.f_code.co_filename:
+            asked = asked.f_back
+        is_slow = name in ("torch", "transformers", "datasets", "matplotlib")
+        if is_slow and asked.f_code.co_name != "find_spec":
+            raise SystemExit(99)
+sys.meta_path.insert(0, Stop())
+from falcon_qlora.__main__ import main
+found = {}
+for words in sys.argv[1:]:
+    told, begun = io.StringIO(), time.process_time()
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+        try:
+            status = main(words.split())
+        except SystemExit as ended:
+            status = ended.code or 0
+    found[words] = status, told.getvalue(), time.process_time() - begun
+print(json.dumps(found))
+"""
+TOLD_AT_ONCE = {
+    "train --foo": "unknown flag",
+    "train --help": "",
+    "compare --foo": "unknown flag",
+    "bench --plot /": "this is a folder",
+    "--help": "",
+    "--version": "",
+    "nonsense": "unknown command",
+    "train -m tiny --dataset_name none.jsonl": "file not found: none.jsonl",
+    "train -m tiny --dataset_name bad.jsonl": "bad.jsonl:701: not valid JSON",
+    "train -m tiny --dataset_name good.jsonl bad.jsonl": "bad.jsonl:701: not valid JSON",
+    "train -m tiny --dataset_name chats.jsonl": "chats.jsonl:3: column messages: expected a list",
+    "train -m tiny --dataset_name good.jsonl --eval_split none.jsonl": "file not found: none.jsonl",
+    "train -m tiny --dataset_name good.jsonl --eval_split bad.jsonl": "bad.jsonl:701: not valid",
+    "train -m tiny --dataset_name good.jsonl --template none.jinja": "none.jinja is not there",
+    "train -m tiny --dataset_name good.jsonl --adapter none": "--adapter none: holds no adapter",
+    "train -m tiny --dataset_name good.jsonl --config none.yaml": "there is no file none.yaml",
+    "train -m ./none --dataset_name good.jsonl": "There is no folder './none'",
+    "train -m ./other --dataset_name good.jsonl": "this model is a Falcon-Mamba",
+    "compare -m tiny --dataset_name bad.jsonl": "bad.jsonl:701: not valid JSON",
+    "eval -m tiny --dataset_name none.jsonl": "file not found: none.jsonl",
+    "generate -m ./other --prompt why": "this model is a Falcon-Mamba",
+    "inspect none": "none: there is no such folder",
+}
+SAYS_SO_FIRST = [
+    "params -m tiny",
+    "data -m tiny --dataset_name good.jsonl",
+    "prepare -m tiny --dataset_name good.jsonl",
+    "generate -m tiny --prompt why",
+    "eval -m tiny --dataset_name good.jsonl",
+    "compare -m tiny --dataset_name good.jsonl",
+    "bench --models tiny",
+    "inspect other",
+]
 
 
 class Launcher:
@@ -134,7 +198,9 @@ class TestLauncher:
         argv = ["--gpus", "2", "--run_name", "fine", "--nnodes=1", "-q", "8bit"]
         status, output, errors = launcher.run(*argv, OMP_NUM_THREADS="3")
         assert (status, errors) == (0, "")
-        lines = sorted(output.splitlines())
+        first, *lines = output.splitlines()
+        lines.sort()
+        assert first == LOADING
         flags = "['--run_name', 'fine', '--quantize_mode', '8bit']"
         assert re.fullmatch(rf"rank=0 pid=\d+ \['2', '0', '2', '3'\] {re.escape(flags)}", lines[0])
         assert re.fullmatch(rf"rank=1 pid=\d+ \['2', '1', '2', '3'\] {re.escape(flags)}", lines[1])
@@ -183,7 +249,7 @@ class TestLauncher:
         self, launcher: Launcher, number: int, expected: int, processes: int
     ) -> None:
         process = launcher.start("--gpus", str(processes), "--run_name", "wait")
-        pids = worker_pids(read_lines(process, processes))
+        pids = worker_pids(read_lines(process, 1 + processes))
         assert len(pids) == processes
         process.send_signal(number)
         _, errors = process.communicate(timeout=30)
@@ -195,7 +261,7 @@ class TestLauncher:
         self, launcher: Launcher, processes: int
     ) -> None:
         process = launcher.start("--gpus", str(processes), "--run_name", "patient")
-        pids = worker_pids(read_lines(process, processes))
+        pids = worker_pids(read_lines(process, 1 + processes))
         for _ in range(3):
             time.sleep(0.5)
             process.send_signal(signal.SIGINT)
@@ -225,7 +291,7 @@ class TestLauncher:
         self, launcher: Launcher, processes: int
     ) -> None:
         process = launcher.start("--gpus", str(processes), "--run_name", "patient")
-        pids = worker_pids(read_lines(process, processes))
+        pids = worker_pids(read_lines(process, 1 + processes))
         process.kill()
         process.wait()
         assert_gone(pids)
@@ -265,28 +331,59 @@ class TestRefusedAtOnce:
         assert cli.main(["train"]) == 2
         assert "-m falcon_qlora.train" in capsys.readouterr().err
 
-    @pytest.mark.parametrize(
-        "argv",
-        [
-            ["train", "--foo"],
-            ["train", "--help"],
-            ["bench", "--plot", "/"],
-            ["--help"],
-            ["--version"],
-            ["nonsense"],
-        ],
-    )
-    def test_without_importing_torch(self, argv: list[str]) -> None:
+    @pytest.mark.parametrize("words", TOLD_AT_ONCE)
+    def test_without_libraries(self, words: str, without_libraries: dict[str, Any]) -> None:
+        status, told, seconds = without_libraries[words]
+        assert status == (2 if TOLD_AT_ONCE[words] else 0), told
+        assert TOLD_AT_ONCE[words] in told
+        assert seconds < 1  # of the processor: others may be at work here
+
+    @pytest.mark.parametrize("words", SAYS_SO_FIRST)
+    def test_or_a_line_is_written_before_they_are_loaded(
+        self, words: str, without_libraries: dict[str, Any]
+    ) -> None:
+        status, told, seconds = without_libraries[words]
+        assert (status, told) == (99, f"{LOADING}\n")
+        assert seconds < 1
+
+    @pytest.mark.parametrize("words", ["data -m tiny --dataset_name good.jsonl"])
+    def test_counting_and_showing_rows_take_neither_torch_nor_peft(self, words: str, rows: Path) -> None:
         code = (
-            "import sys; from falcon_qlora.__main__ import main\n"
-            "try: main(sys.argv[1:])\n"
-            "except SystemExit: pass\n"
-            "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
+            "import sys; from falcon_qlora.__main__ import main; status = main()\n"
+            "print(status, [each for each in ('torch', 'peft', 'trl') if sys.modules.get(each)])"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", code, *argv], capture_output=True, text=True, check=True, cwd=REPOSITORY
-        )
-        assert done.stdout.endswith("[]\n")
+        done = run_in(rows, code, *words.split())
+        assert done.stdout.endswith("0 []\n"), done.stderr
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with rows that are well, rows that are not, and a model of another family."""
+    folder = tmp_path_factory.mktemp("rows")
+    lines = [json.dumps({"instruction": f"question {number}", "output": "yes"}) for number in range(1200)]
+    (folder / "good.jsonl").write_text("\n".join(lines))
+    (folder / "bad.jsonl").write_text("\n".join([*lines[:700], lines[0][:-3], *lines[701:]]))
+    chat = json.dumps({"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]})
+    (folder / "chats.jsonl").write_text(f'{chat}\n{chat}\n{{"messages": "3"}}\n{chat}')
+    (folder / "other").mkdir()
+    (folder / "other" / "config.json").write_text('{"model_type": "falcon_mamba"}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def without_libraries(rows: Path) -> dict[str, Any]:
+    """Words → exit status, what was told, seconds, where no library may be loaded."""
+    return json.loads(run_in(rows, WITHOUT_LIBRARIES, *TOLD_AT_ONCE, *SAYS_SO_FIRST).stdout)
+
+
+def run_in(folder: Path, code: str, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *words],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "XDG_CACHE_HOME": str(folder)},
+    )
 
 
 class TestCommandLine:

@@ -55,6 +55,15 @@ def read_config(raw: dict[str, Any], *, source: str = "config.json") -> PreTrain
     Raises:
         UserError: if the model is of no family that is trained here, or `Layout.read` refuses it.
     """
+    return family_of(raw, source=source).read(raw, source)
+
+
+def family_of(raw: dict[str, Any], *, source: str) -> type[Layout]:
+    """The family of the model that a published ``config.json`` is of.
+
+    Raises:
+        UserError: if it is none that is trained here.
+    """
     model_type = raw.get("model_type")
     layout = _BY_TYPE.get(model_type) if isinstance(model_type, str) else None
     if layout is None:
@@ -63,7 +72,7 @@ def read_config(raw: dict[str, Any], *, source: str = "config.json") -> PreTrain
         raise UserError(
             f"{source}: this model is {what}. falcon_qlora trains {families}, and their fine-tunes."
         )
-    return layout.read(raw, source)
+    return layout
 
 
 def causal_lm_in(model: nn.Module) -> PreTrainedModel:
