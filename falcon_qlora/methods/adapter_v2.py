@@ -28,6 +28,7 @@ class AdapterV2(Adapter):
     name: ClassVar[str] = "adapter_v2"
     title: ClassVar[str] = "Adapter v2"
     trains: ClassVar[str] = "a learned prefix in attention, scales and biases of the linears, and norms"
+    shapes_need_model: ClassVar[bool] = True
     why_not_merged: ClassVar[str | None] = (
         "attention reads the learned prefix in a softmax of its own, which no weights of the model express; "
         "nor have its linears biases, or the output head one, to take what was learned"

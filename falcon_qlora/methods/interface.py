@@ -63,6 +63,7 @@ class Method(ABC):
         is_whole: what it saves is a whole model, not an adapter; then its parameters may be sharded.
         trains_in_float32: whether the trainable parameters are float32 whatever the base.
         needs_16bit: why the base must not be quantized, or None if it may.
+        shapes_need_model: whether `saved_shapes` builds an empty model, which needs a whole configuration.
         why_not_merged: why what was trained cannot become part of the base's own weights, or None if it can.
         kinds: end of a saved tensor's name → its kind as a user knows it; the first that fits.
         kinds_of_base: those kinds that are parameters of the base model.
@@ -76,6 +77,7 @@ class Method(ABC):
     is_whole: ClassVar[bool] = False
     trains_in_float32: ClassVar[bool] = True
     needs_16bit: ClassVar[str | None] = None
+    shapes_need_model: ClassVar[bool] = False
     why_not_merged: ClassVar[str | None] = "what it trains is no sum that the base's weights could take"
     kinds: ClassVar[dict[str, str]] = {}
     kinds_of_base: ClassVar[tuple[str, ...]] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.models.checkpoints import (
@@ -13,8 +13,10 @@ from falcon_qlora.models.checkpoints import (
     Checkpoint,
     FolderCheckpoint,
     parse_random,
+    raw_config,
     read_folder_config,
 )
+from falcon_qlora.models.layouts import family_of
 from falcon_qlora.models.tiny import tiny_path
 
 if TYPE_CHECKING:
@@ -66,6 +68,19 @@ def find_config(name: str, *, revision: str | None = None) -> PreTrainedConfig:
             file = Path(hf_hub_download(name, "config.json", revision=revision))
             return read_folder_config(file.parent, source=name)
     return open_checkpoint(name, revision=revision).config
+
+
+def find_outline(name: str, *, revision: str | None = None) -> Any:
+    """What counting asks of a base model's configuration; of a folder here no library is loaded for it.
+
+    Raises:
+        UserError: as `find_config`.
+    """
+    if is_on_hub(name) or name.startswith(RANDOM):
+        return find_config(name, revision=revision)
+    folder = packaged_folder(name) or Path(name).expanduser()
+    raw, source = raw_config(folder), str(folder / "config.json")
+    return family_of(raw, source=source).outline(raw, source)
 
 
 def is_on_hub(model_name_or_path: str) -> bool:

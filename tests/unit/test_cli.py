@@ -346,7 +346,7 @@ class TestRefusedAtOnce:
         assert (status, told) == (99, f"{LOADING}\n")
         assert seconds < 1
 
-    @pytest.mark.parametrize("words", ["data -m tiny --dataset_name good.jsonl"])
+    @pytest.mark.parametrize("words", ["params -m tiny", "data -m tiny --dataset_name good.jsonl"])
     def test_counting_and_showing_rows_take_neither_torch_nor_peft(self, words: str, rows: Path) -> None:
         code = (
             "import sys; from falcon_qlora.__main__ import main; status = main()\n"

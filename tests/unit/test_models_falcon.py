@@ -1,13 +1,19 @@
 """Shapes and counts of the published models, and configurations old and new."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.methods.adapter import Adapter
+from falcon_qlora.methods.full import Full
 from falcon_qlora.methods.interface import trainable_count
 from falcon_qlora.methods.lora import Lora
-from falcon_qlora.models.layouts import PRESETS, layout_of, preset_config, read_config
+from falcon_qlora.models.layouts import PRESETS, family_of, layout_of, preset_config, read_config
+from falcon_qlora.models.layouts.llama import Llama
+from falcon_qlora.models.load import empty_model
 from falcon_qlora.models.sizes import check_fits, weight_bytes
 
 PARAMETERS = {
@@ -133,3 +139,41 @@ def test_a_model_that_does_not_fit_is_refused_with_the_difference():
     check_fits(config, "4bit", trainable=444_334_080, free_bytes=free)
     with pytest.raises(UserError, match=r"39\.0 GiB and the adapter 1\.7 GiB.* 16\.6 GiB too little.*4bit"):
         check_fits(config, "8bit", trainable=444_334_080, free_bytes=free)
+
+
+_THREE = {"hidden_size": 256, "num_attention_heads": 4, "num_hidden_layers": 3}
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        *[preset_config(preset).to_dict() for preset in PRESETS],
+        *[layout_of(preset_config(preset)).published_config() for preset in PRESETS],
+        *[OLD_7B, OLD_40B, OLD_RW_1B],
+        # What is not said is as Transformers has it.
+        {"model_type": "falcon", **_THREE},
+        {"model_type": "falcon", **_THREE, "num_kv_heads": None, "ffn_hidden_size": None},
+        {"model_type": "falcon", **_THREE, "new_decoder_architecture": True, "num_ln_in_parallel_attn": 1},
+        {"model_type": "falcon", **_THREE, "alibi": True, "bias": True, "multi_query": False},
+        {"model_type": "RefinedWeb", **_THREE},
+        {"model_type": "llama", **_THREE},
+        {"model_type": "llama", **_THREE, "num_key_value_heads": 2, "head_dim": 32},
+    ],
+)
+def test_counts_without_a_library_are_those_of_transformers_configuration(raw: dict[str, Any]) -> None:
+    family = family_of(raw, source="config.json")
+    outline, config = family.outline(raw, "config.json"), read_config(raw)
+    assert family(outline).base_parameter_kinds() == family(config).base_parameter_kinds()
+    assert family(outline).parameter_count() == sum(
+        each.numel() for each in empty_model(config, dtype=torch.float32).parameters()
+    )
+    for method in (Lora(), Adapter(first_block=0), Full()):
+        assert method.parameter_groups(outline) == method.parameter_groups(config)
+
+
+@pytest.mark.parametrize("more", [{"attention_bias": True}, {"mlp_bias": True}, {"hidden_act": "gelu"}])
+def test_counts_of_what_is_not_trained_here_are_refused(more: dict[str, Any]) -> None:
+    raw = {"model_type": "llama", **_THREE, **more}
+    for read in (Llama.outline, Llama.read):
+        with pytest.raises(UserError, match="this Llama is not as Falcon3 is"):
+            read(raw, "config.json")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from falcon_qlora.common.errors import UserError, one_line
@@ -58,6 +59,7 @@ class Layout(ABC):
         presets: name → arguments of `config_class`, of the published models' shapes.
         tokenizers: preset → hub model whose tokenizer goes with it.
         kept: settings of a configuration that are read; the rest changes nothing.
+        defaults: what `config_class` has where a file says nothing, of the settings that counts depend on.
         config_class, model_class, backbone_class, attention_class, norm_class: Transformers'.
         norm_vectors: parameters of a norm, as vectors of the hidden size.
         norm_keeps_float32: whether a norm keeps its input in float32 for the backward pass.
@@ -80,6 +82,7 @@ class Layout(ABC):
     presets: ClassVar[dict[str, dict[str, Any]]]
     tokenizers: ClassVar[dict[str, str]]
     kept: ClassVar[tuple[str, ...]]
+    defaults: ClassVar[dict[str, Any]]
     config_class: ClassVar[Any]
     model_class: ClassVar[Any]
     backbone_class: ClassVar[Any]
@@ -104,7 +107,6 @@ class Layout(ABC):
         self.config = config
 
     @classmethod
-    @abstractmethod
     def read(cls, raw: dict[str, Any], source: str) -> PreTrainedConfig:
         """Turn a published ``config.json`` of the family into a configuration, whatever its age.
 
@@ -115,6 +117,42 @@ class Layout(ABC):
         Raises:
             UserError: if it is not complete, or of a kind that is not computed exactly here.
         """
+        config = cls._made(cls._checked(raw, source), source)
+        cls.check_kind(config, source)
+        return config
+
+    @classmethod
+    def outline(cls, raw: dict[str, Any], source: str) -> Any:
+        """As `read`, of the settings that counts depend on alone: no library is loaded for it.
+
+        Raises:
+            UserError: if it is not complete, or of a kind whose counts are others.
+        """
+        kept = cls._checked(raw, source)
+        kept.pop("rope_parameters", None)  # rotation changes no count
+        derived = cls.derived(kept) | {"head_dim": kept["hidden_size"] // kept["num_attention_heads"]}
+        outline = SimpleNamespace(model_type=cls.model_types[0], **cls.defaults | derived | kept)
+        cls.check_kind(outline, source)
+        return outline
+
+    @classmethod
+    def translated(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        """The settings of a published ``config.json`` by their names of now."""
+        return raw
+
+    @classmethod
+    @abstractmethod
+    def derived(cls, kept: dict[str, Any]) -> dict[str, Any]:
+        """Those of `defaults` that follow from other settings."""
+
+    @classmethod
+    def check_kind(cls, config: Any, source: str) -> None:
+        """Refuse a configuration of the family that is not computed exactly here.
+
+        Raises:
+            UserError: saying in what it differs.
+        """
+        return None
 
     @abstractmethod
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
@@ -173,12 +211,13 @@ class Layout(ABC):
         }
 
     @classmethod
-    def checked(cls, settings: dict[str, Any], source: str) -> PreTrainedConfig:
-        """A configuration of those `settings` that are `kept`.
+    def _checked(cls, raw: dict[str, Any], source: str) -> dict[str, Any]:
+        """Those settings that are `kept`.
 
         Raises:
-            UserError: if one is missing, too large, or none that Transformers takes.
+            UserError: if one is missing or too large.
         """
+        settings = cls.translated(raw)
         missing = [
             n for n in ("hidden_size", "num_hidden_layers", "num_attention_heads") if n not in settings
         ]
@@ -194,6 +233,10 @@ class Layout(ABC):
                 f"{source}: hidden_size {kept['hidden_size']} is no multiple of "
                 f"{kept['num_attention_heads']} attention heads"
             )
+        return kept
+
+    @classmethod
+    def _made(cls, kept: dict[str, Any], source: str) -> PreTrainedConfig:
         try:
             config = cls.config_class(**kept)
             cls(config)._try_out()

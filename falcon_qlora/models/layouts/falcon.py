@@ -11,7 +11,6 @@ from falcon_qlora.models.layouts.base import OPTIONAL, Imported, Layout, publish
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-    from transformers import FalconConfig
 
     from falcon_qlora.models.packed_attention import Sequences
 
@@ -87,6 +86,16 @@ class Falcon(Layout):
         "falcon-180b": "tiiuae/falcon-180B",
     }
     kept = (*_PUBLISHED, "num_kv_heads", "num_ln_in_parallel_attn", *OPTIONAL)
+    defaults = {
+        "vocab_size": 65024,
+        "multi_query": True,
+        "parallel_attn": True,
+        "new_decoder_architecture": False,
+        "num_ln_in_parallel_attn": None,
+        "bias": False,
+        "alibi": False,
+        "tie_word_embeddings": True,
+    }
     config_class = Imported("transformers.models.falcon.configuration_falcon", "FalconConfig")
     model_class = Imported(_MODEL, "FalconForCausalLM")
     backbone_class = Imported(_MODEL, "FalconModel")
@@ -111,7 +120,7 @@ class Falcon(Layout):
     fused = "query_key_value"
 
     @classmethod
-    def read(cls, raw: dict[str, Any], source: str) -> FalconConfig:
+    def translated(cls, raw: dict[str, Any]) -> dict[str, Any]:
         settings = {_OLD_NAMES.get(name, name): value for name, value in raw.items()}
         if raw["model_type"] != "falcon":
             # The old code had no such switch: it took the 40B block wherever key/value heads were counted.
@@ -120,7 +129,11 @@ class Falcon(Layout):
             settings.setdefault("parallel_attn", False)
         if settings.get("new_decoder_architecture"):
             settings["parallel_attn"] = True  # always so there; some files say otherwise and were never read
-        return cls.checked(settings, source)
+        return settings
+
+    @classmethod
+    def derived(cls, kept: dict[str, Any]) -> dict[str, Any]:
+        return {"num_kv_heads": kept["num_attention_heads"], "ffn_hidden_size": 4 * kept["hidden_size"]}
 
     def _try_out(self) -> None:
         from torch import nn

@@ -16,7 +16,6 @@ from falcon_qlora.models.layouts.base import OPTIONAL, Imported, Layout, publish
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from transformers import LlamaConfig
 
 _MODEL = "transformers.models.llama.modeling_llama"
 
@@ -58,6 +57,15 @@ class Llama(Layout):
     }
     tokenizers = {preset: f"tiiuae/Falcon3-{preset.partition('-')[2].upper()}-Base" for preset in presets}
     kept = (*_PUBLISHED, *OPTIONAL)
+    defaults = {
+        "vocab_size": 32000,
+        "intermediate_size": 11008,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rope_parameters": {"rope_type": "default"},
+        "tie_word_embeddings": False,
+    }
     config_class = Imported("transformers.models.llama.configuration_llama", "LlamaConfig")
     model_class = Imported(_MODEL, "LlamaForCausalLM")
     backbone_class = Imported(_MODEL, "LlamaModel")
@@ -85,8 +93,11 @@ class Llama(Layout):
     output_projection = "o_proj"
 
     @classmethod
-    def read(cls, raw: dict[str, Any], source: str) -> LlamaConfig:
-        config = cls.checked(raw, source)
+    def derived(cls, kept: dict[str, Any]) -> dict[str, Any]:
+        return {"num_key_value_heads": kept["num_attention_heads"]}
+
+    @classmethod
+    def check_kind(cls, config: Any, source: str) -> None:
         rope = config.rope_parameters["rope_type"]
         other = {
             f"its activation is {config.hidden_act}": config.hidden_act != "silu",
@@ -95,7 +106,6 @@ class Llama(Layout):
         }
         for what in (what for what, is_so in other.items() if is_so):
             raise UserError(f"{source}: this Llama is not as {cls.family} is, which is trained here: {what}")
-        return config
 
     def _try_out(self) -> None:
         from torch import nn
