@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import httpx2
 import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from transformers import AutoTokenizer
 
 from falcon_qlora import __main__ as cli
 from falcon_qlora.common.errors import UserError
@@ -224,3 +225,21 @@ def test_the_tokenizer_of_an_old_configuration_is_loaded_without_remote_code(tmp
     text = "What is 3 + 4?\n"
     assert tokenizer(text)["input_ids"] == packaged(text)["input_ids"]
     assert tokenizer.eos_token_id == packaged.eos_token_id
+
+
+@pytest.mark.parametrize("model_type", [None, "falcon", "RefinedWeb", "llama", "gpt2", "cohere"])
+@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "TokenizersBackend", "GPT2TokenizerFast", None])
+def test_a_tokenizer_is_what_transformers_makes_of_its_folder(tmp_path, model_type, name):
+    settings = json.loads((tiny_path() / "tokenizer_config.json").read_text())
+    del settings["tokenizer_class"]
+    shutil.copy(tiny_path() / "tokenizer.json", tmp_path)
+    named = {} if name is None else {"tokenizer_class": name}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | named))
+    if model_type is not None:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    ours, theirs = load_tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
+    text = "<|endoftext|> Falcons, übersetzt\n\n  77 x"
+    assert type(ours) is type(theirs)
+    assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert ours.special_tokens_map == theirs.special_tokens_map
+    assert ours(text)["input_ids"] == theirs(text)["input_ids"]
