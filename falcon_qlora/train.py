@@ -15,21 +15,19 @@ from falcon_qlora.common import allocator
 allocator.use_expandable_segments()  # before torch is loaded
 
 from falcon_qlora.config import parse  # noqa: E402
-from falcon_qlora.processes import launcher, ranks, stop_signals  # noqa: E402
+from falcon_qlora.processes import endings, launcher, ranks, stop_signals, watchdog  # noqa: E402
 from falcon_qlora.terminal.library_logging import quiet_libraries  # noqa: E402
 from falcon_qlora.terminal.output import drop_what_cannot_be_written, say_loading  # noqa: E402
+from falcon_qlora.training.run import train  # noqa: E402
 
 
 def main() -> None:
     drop_what_cannot_be_written()
     stop_signals.install()
+    watchdog.record_collectives()
     quiet_libraries(progress_bars=ranks.is_main_process())
     if launcher.VARIABLE not in os.environ and ranks.is_main_process():
         say_loading()
-    from falcon_qlora.processes import endings, watchdog
-    from falcon_qlora.training.run import train
-
-    watchdog.record_collectives()
     endings.leave(endings.exit_status(lambda: train(parse(sys.argv[1:]))))
 
 

@@ -18,9 +18,6 @@ import time
 import traceback
 from pathlib import Path
 
-import torch.distributed as dist
-from torch._C import _distributed_c10d
-
 from falcon_qlora.common.errors import EXIT_HANGING
 from falcon_qlora.processes import agreement, ranks
 
@@ -107,6 +104,9 @@ def write_record(folder: Path) -> Path | None:
     Returns:
         The folder; None where there is no NCCL, or it does not say in time.
     """
+    import torch.distributed as dist
+    from torch._C import _distributed_c10d
+
     dump = getattr(_distributed_c10d, "_dump_nccl_trace", None)  # not in a build without NCCL
     if dump is None or not dist.is_initialized() or "nccl" not in dist.get_backend():
         return None

@@ -35,27 +35,33 @@ def train(configuration: Configuration) -> Path:
 
 
 def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
-    from falcon_qlora.models.fast_path import choose_kernels
-    from falcon_qlora.models.hub import push_folder
     from falcon_qlora.processes.stop_signals import Stopped
-    from falcon_qlora.terminal import console
-    from falcon_qlora.training import build, finish, preflight, record, resume, rows
-    from falcon_qlora.training.activations import choose_activations, warm_up
-    from falcon_qlora.training.base import check_base
-    from falcon_qlora.training.disk import check_disk
-    from falcon_qlora.training.sharding import shard_if_wanted
+    from falcon_qlora.terminal import console, phases
+    from falcon_qlora.terminal.phases import phase
+
+    phases.seconds.clear()
+    with phase("libraries"):
+        from falcon_qlora.models.fast_path import choose_kernels
+        from falcon_qlora.models.hub import push_folder
+        from falcon_qlora.training import build, finish, preflight, record, resume, rows
+        from falcon_qlora.training.activations import choose_activations, warm_up
+        from falcon_qlora.training.base import check_base
+        from falcon_qlora.training.disk import check_disk
+        from falcon_qlora.training.sharding import shard_if_wanted
 
     base, run, training = configuration.model, configuration.run, configuration.training
     start = preflight.check(configuration, lock)
     max_length, method = configuration.data.max_length, configuration.method
     begin_from = run.adapter if start.checkpoint is None else None
 
-    tokenizer = rows.load_tokenizer(base, method)
-    data = rows.training_data(configuration.data, run, tokenizer, together=method.is_whole)
+    with phase("rows", "reading rows"):
+        tokenizer = rows.load_tokenizer(base, method)
+        data = rows.training_data(configuration.data, run, tokenizer, together=method.is_whole)
     resume.check_data(data, start.checkpoint)
 
-    fingerprint = check_base(base, checkpoint=start.checkpoint, adapter=begin_from)
-    model = build.model_with_adapter(base, method, tokenizer, seed=run.seed, adapter=begin_from)
+    with phase("model", "loading the base model"):
+        fingerprint = check_base(base, checkpoint=start.checkpoint, adapter=begin_from)
+        model = build.model_with_adapter(base, method, tokenizer, seed=run.seed, adapter=begin_from)
     kernels = choose_kernels(model, kernels=base.kernels, compute_dtype=base.compute_dtype)
     notes = shard_if_wanted(configuration, model)
     activations = choose_activations(
@@ -85,7 +91,8 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
             describe_adapter=describe_adapter,
             began=began,
         )
-        warm_up(trainer, run, max_length=max_length)
+        with phase("first_step", "preparing the first step"):
+            warm_up(trainer, run, max_length=max_length)
         start.trackers.start(
             directory=directory,
             config=configuration.resolved(),

@@ -284,4 +284,4 @@ def test_as_a_user_runs_it(whole):
     result = command("inspect", whole / "merged")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"{whole / 'merged'}: merge, whole\n")
-    assert result.stderr == ""
+    assert result.stderr == "loading libraries …\n"

@@ -26,7 +26,7 @@ from falcon_qlora.config import parse
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.tiny import tiny_path
 from falcon_qlora.run_folder.directory import RunDirectory
-from falcon_qlora.terminal import console, library_logging
+from falcon_qlora.terminal import console, library_logging, phases
 from falcon_qlora.terminal.console import print_answers, print_end, print_start
 from falcon_qlora.training import progress
 from falcon_qlora.training.activations import Activations
@@ -252,3 +252,15 @@ def test_importing_the_libraries_prints_nothing() -> None:
     )
     result: Any = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == result.stderr == ""
+
+
+def test_a_phase_is_said_as_it_begins_and_its_seconds_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ZeroDivisionError), phases.phase("rows", "reading rows"):
+        said = capsys.readouterr().out
+        time.sleep(0.02)
+        raise ZeroDivisionError
+    assert said == "reading rows …\n"
+    assert 0.02 <= phases.seconds["rows"] < 5
+    with phases.phase("libraries"):
+        pass
+    assert capsys.readouterr().out == ""
