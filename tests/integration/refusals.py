@@ -39,3 +39,8 @@ def only_message(errors: str) -> str:
     assert sum(line.startswith("error:") for line in errors.splitlines()) == 1, errors
     assert "Traceback" not in errors
     return errors.removeprefix("error: ").rstrip()
+
+
+def is_no_more_than_phases(output: str) -> bool:
+    """Whether what a refused command has printed on stdout says what was begun, and nothing else."""
+    return all(line.endswith(" …") for line in output.splitlines())

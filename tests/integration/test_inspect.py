@@ -55,7 +55,7 @@ def inspect(folder: Path, capsys: Any) -> tuple[int, str]:
     status = cli.main(["inspect", str(folder)])
     printed = capsys.readouterr()
     assert "Traceback" not in printed.err
-    return status, printed.out + printed.err
+    return status, printed.out + printed.err.removeprefix("loading libraries …\n")
 
 
 @pytest.mark.parametrize(

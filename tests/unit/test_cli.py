@@ -109,7 +109,7 @@ TOLD_AT_ONCE = {
     "inspect none": "none: there is no such folder",
 }
 SAYS_SO_FIRST = [
-    "params -m tiny",
+    "params -m tiny --method adapter_v2",
     "data -m tiny --dataset_name good.jsonl",
     "prepare -m tiny --dataset_name good.jsonl",
     "generate -m tiny --prompt why",
