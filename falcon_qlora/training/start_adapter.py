@@ -49,7 +49,6 @@ def adopt(configuration: Configuration, start: RunDirectory | None = None, check
         return
     # Only now: they need torch, and most runs begin from no adapter.
     from falcon_qlora.methods.adapter_folder import read_adapter, read_record
-    from falcon_qlora.models.locate import find_config
 
     _remember(run, start, goes_on=checkpoint is not None)
     if checkpoint is not None and run.adapter_sha256 is None:
@@ -87,6 +86,8 @@ def _remember(run: RunArguments, start: RunDirectory | None, *, goes_on: bool) -
 
 def _adopt_base(configuration: Configuration, record: dict[str, Any], folder: Path) -> Any:
     """Take over the base that a record names, as far as no flag or file does; returns its configuration."""
+    from falcon_qlora.models.locate import find_config
+
     named, base = configuration.explicit.keys(), configuration.model
     settings = {each.name: each for each in settings_of(ModelArguments)}
     for name, recorded in _OF_BASE.items():
