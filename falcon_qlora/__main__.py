@@ -9,22 +9,11 @@ import traceback
 
 from falcon_qlora.common.errors import EXIT_BUG, EXIT_USER_ERROR, UserError, message_of, nearest
 from falcon_qlora.common.version import VERSION
+from falcon_qlora.config import other_names
+from falcon_qlora.config.verbs import VERBS
 
 EXIT_INTERRUPTED = 130
 _VERB_LIKE = re.compile(r"[A-Za-z_-]{1,16}")  # no token, key or address
-
-VERBS = {
-    "train": "fine-tune a quantized Falcon on every GPU: LoRA, Adapter, Adapter v2; or all of one",
-    "data": "show what the model will see: rendered rows, lengths, what is dropped",
-    "prepare": "download and tokenize ahead, so that training needs no network",
-    "params": "count the parameters of a model and a method, without loading anything",
-    "generate": "answer a prompt with a base model and an adapter",
-    "compare": "train by several methods in turn on the same rows and lay the results side by side",
-    "bench": "measure variants of a training step against each other",
-    "merge": "merge an adapter into its base model, with proof of what that did",
-    "inspect": "say what a run, checkpoint, adapter or merge is, and whether it is whole",
-    "eval": "perplexity and answer loss of a base model, an adapter or a merge",
-}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,7 +52,9 @@ def _run(words: list[str]) -> int:
         raise UserError("name a command before the flags, such as: falcon-qlora train, then the same flags")
     if verb not in VERBS:
         name = f" {verb}" if _VERB_LIKE.fullmatch(verb) else ""
-        raise UserError(f"unknown command{name}{nearest(verb, VERBS)}; there are {', '.join(VERBS)}")
+        meant = other_names.COMMANDS.get(verb.replace("-", "_").lower())
+        hint = f" (did you mean {meant}?)" if meant else nearest(verb, VERBS)
+        raise UserError(f"unknown command{name}{hint}; there are {', '.join(VERBS)}")
     # Only the verb's own module is imported: a help page should not wait for torch.
     module = importlib.import_module(f"falcon_qlora.commands.{verb}")
     status: int = module.main(rest)
@@ -71,13 +62,13 @@ def _run(words: list[str]) -> int:
 
 
 def _help() -> str:
-    verbs = "\n".join(f"  {verb:<10} {what}" for verb, what in VERBS.items())
+    verbs = "\n".join(f"  {verb.name:<10} {verb.summary}" for verb in VERBS.values())
     return (
         "falcon-qlora COMMAND [flags]\n\n"
         "Fine-tune quantized Falcon models with LoRA, one replica on every GPU.\n\n"
-        f"Commands (all take the same flags; COMMAND --help shows them):\n{verbs}\n\n"
+        f"Commands (all take the flags of train; COMMAND --help shows those that it uses):\n{verbs}\n\n"
         "  --version  print the version\n\n"
-        "Try: falcon-qlora train -m tiny --gpus 1"
+        f"Try: falcon-qlora train {VERBS['train'].examples[0]}"
     )
 
 

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from falcon_qlora.bench.measure import Result
 
 _DOCUMENT_TOKENS = 512
-_BY_VARIANT = "quantize_mode compute_dtype checkpointing kernels lora_dropout packing padding adapter".split()
 _WITH_GPUS = "quantize_modes fixed global_tokens lengths whole_run".split()
 
 
@@ -91,13 +90,7 @@ def main(argv: list[str], *, whole_runs: Any = scaling.whole_runs) -> int:
         argv: the words after ``falcon-qlora bench``.
         whole_runs: what ``--whole_run`` does, in the place of `scaling.whole_runs`.
     """
-    configuration = parse(
-        argv,
-        extra_arguments=BenchArguments,
-        program="falcon-qlora bench",
-        description="Measure variants of a training step against each other: speed, memory, ratios. "
-        "Here --steps are the timed ones (10), and --max_length is a document's tokens (512).",
-    )
+    configuration = parse(argv, verb="bench", extra_arguments=BenchArguments)
     wanted: BenchArguments = configuration.extra
     if wanted.list_variants:
         print("\n".join(f"{variant.name:<30} {variant.what}" for variant in VARIANTS.values()))
@@ -129,9 +122,6 @@ def main(argv: list[str], *, whole_runs: Any = scaling.whole_runs) -> int:
     for model in models:
         look_at_model(model)
     quiet_libraries()
-    for name in _BY_VARIANT:
-        if configuration.explicit.get(name) == "flag":
-            say(f"--{name} is set by each variant; the flag changes nothing here")
     return _bench(configuration, lora, models, variants, sizes, pace)
 
 
@@ -154,7 +144,7 @@ def _lora(configuration: Configuration) -> Lora:
         raise UserError(f"--method {lora.name}: the variants are of LoRA; --gpus measures the other methods")
     for each in settings_of(Lora):
         of_recipe = explicit.get(each.name, "recipe ").startswith("recipe ")
-        is_free = each.name in ("lora_r", "lora_alpha", *_BY_VARIANT)
+        is_free = each.name in ("lora_r", "lora_alpha", "lora_dropout")
         if not (is_free or of_recipe or getattr(lora, each.field) == each.default):
             raise UserError(
                 f"--{each.name}: the variants train plain LoRA on all linears; --gpus measures it with the "

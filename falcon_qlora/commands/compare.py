@@ -18,13 +18,14 @@ from typing import Any
 from falcon_qlora import config
 from falcon_qlora.checkpoint import manifest
 from falcon_qlora.commands.first_look import look
-from falcon_qlora.commands.train import LaunchArguments, stop_signals_to
+from falcon_qlora.commands.train import stop_signals_to
 from falcon_qlora.commands.words import split
 from falcon_qlora.common.errors import EXIT_BUG, EXIT_USER_ERROR, UserError
 from falcon_qlora.common.settings import setting
 from falcon_qlora.compare import plan, report
 from falcon_qlora.compare.plan import METHODS, Planned
 from falcon_qlora.config import Configuration
+from falcon_qlora.config.arguments import LaunchArguments
 from falcon_qlora.run_folder.choose import choose
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal.library_logging import quiet_libraries
@@ -51,25 +52,11 @@ class CompareArguments(LaunchArguments):
 
 # What compare itself heeds: all of its own settings but those that say which processes are started.
 _OWN = ("methods", "recipes", "learning_rates", "output_dir", "overwrite")
-_NOT_TAKEN = {
-    "recipe": "every method has its own: give --recipes METHOD=RECIPE",
-    "method": "give --methods",
-    "adapter": "each method begins with a fresh one",
-    "resume": "compare goes on by itself where it stopped: give the same --output_dir",
-}
 
 
 def main(argv: list[str]) -> int:
     """Run the command and return its exit status."""
-    given = config.read_flags(
-        argv,
-        extra_arguments=CompareArguments,
-        program="falcon-qlora compare",
-        description="Train by several methods in turn on the same rows; write a table and pictures.",
-    )
-    for name, instead in _NOT_TAKEN.items():
-        if name in given:
-            raise UserError(f"--{name} is not taken: {instead}")
+    given = config.read_flags(argv, verb="compare", extra_arguments=CompareArguments)
     asked = config.configure(plan.for_any_method(given), extra_arguments=CompareArguments)
     ours: CompareArguments = asked.extra
     planned = plan.plan(

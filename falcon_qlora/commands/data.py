@@ -37,12 +37,7 @@ class DataReportArguments:
 
 def main(argv: list[str]) -> int:
     """Run the command and return its exit status."""
-    configuration = parse(
-        argv,
-        extra_arguments=DataReportArguments,
-        program="falcon-qlora data",
-        description="Show what the model will see: rendered rows, lengths, what is dropped.",
-    )
+    configuration = parse(argv, verb="data", extra_arguments=DataReportArguments)
     # Only now: a wrong flag is told at once.
     say_loading()
     quiet_libraries()

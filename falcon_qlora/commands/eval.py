@@ -44,12 +44,7 @@ class EvalArguments:
 
 def main(argv: list[str]) -> int:
     """Run the command and return its exit status."""
-    configuration, named, folder, run = parse_with_run(
-        argv,
-        extra_arguments=EvalArguments,
-        program="falcon-qlora eval",
-        description="Perplexity and answer loss of a base model, an adapter or a merge.",
-    )
+    configuration, named, folder, run = parse_with_run(argv, verb="eval", extra_arguments=EvalArguments)
     wanted: EvalArguments = configuration.extra
     if wanted.tasks and importlib.util.find_spec("lm_eval") is None:
         raise UserError("--tasks needs lm-evaluation-harness: pip install 'falcon-qlora[lm-eval]'")

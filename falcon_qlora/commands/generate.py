@@ -52,12 +52,7 @@ class GenerateArguments:
 
 def main(argv: list[str]) -> int:
     """Run the command and return its exit status."""
-    configuration = parse(
-        argv,
-        extra_arguments=GenerateArguments,
-        program="falcon-qlora generate",
-        description="Answer prompts with a quantized Falcon and a trained adapter.",
-    )
+    configuration = parse(argv, verb="generate", extra_arguments=GenerateArguments)
     wanted: GenerateArguments = configuration.extra
     if wanted.prompt and wanted.prompt_file:
         raise UserError("--prompt and --prompt_file: give one of them")

@@ -5,17 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 from falcon_qlora.common.errors import EXIT_USER_ERROR, UserError
+from falcon_qlora.config.verbs import VERBS
 from falcon_qlora.terminal.library_logging import quiet_libraries
 from falcon_qlora.terminal.output import say_loading
 
-_HELP = """falcon-qlora inspect DIR
+_HELP = f"""falcon-qlora inspect DIR
 
 Say what DIR is - a run, a checkpoint, an adapter, a merge, a model - what it was trained on, and whether
 it is whole: every expected tensor there, of its shape, finite, and what its manifest or certificate says.
 
 The exit status is 0 where it is whole and 2 where it is not. An adapter that is whole and changes nothing,
 such as that of a first step at rate 0, is called "not trained yet", with exit status 0. Nothing in DIR is
-executed or downloaded."""
+executed or downloaded.
+
+Example, after that of train --help:
+  falcon-qlora inspect {VERBS["inspect"].examples[0]}"""
 
 
 def main(argv: list[str]) -> int:

@@ -62,12 +62,7 @@ class MergeArguments:
 
 def main(argv: list[str]) -> int:
     """Run the command and return its exit status."""
-    configuration, named, folder, run = parse_with_run(
-        argv,
-        extra_arguments=MergeArguments,
-        program="falcon-qlora merge",
-        description="Merge a trained adapter into its base model, with proof of what that did to it.",
-    )
+    configuration, named, folder, run = parse_with_run(argv, verb="merge", extra_arguments=MergeArguments)
     wanted: MergeArguments = configuration.extra
     if folder is None or not wanted.out:
         missing = "out" if folder else "adapter"

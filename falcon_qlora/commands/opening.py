@@ -10,14 +10,14 @@ from typing import Any
 from falcon_qlora.commands.first_look import look_at_model
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.record_files import CERTIFICATE
-from falcon_qlora.config import Configuration, parse
+from falcon_qlora.config import Configuration, configure, read_flags
 from falcon_qlora.inference.base_and_adapter import Source, adapter_folder
 from falcon_qlora.methods.table import is_whole
 from falcon_qlora.run_folder.directory import RunDirectory
 
 
 def parse_with_run(
-    argv: list[str], **how: Any
+    argv: list[str], *, verb: str, extra_arguments: type
 ) -> tuple[Configuration, Collection[str], Path | None, RunDirectory | None]:
     """Read a command line over the settings of the run that made ``--adapter``, where they are at hand.
 
@@ -27,12 +27,14 @@ def parse_with_run(
         The configuration; which settings the user gave by flags, a recipe or a file that flags name; the
         adapter's folder and its run, None where there is none.
     """
-    configuration = parse(argv, **how)
+    given = read_flags(argv, verb=verb, extra_arguments=extra_arguments)
+    configuration = configure(given, extra_arguments=extra_arguments)
     named, adapter = configuration.explicit.keys(), configuration.extra.adapter
     folder = adapter_folder(adapter) if adapter else None
     run = RunDirectory.of_adapter(folder) if folder is not None else None
     if run is not None and configuration.run.config is None:
-        configuration = parse(["--config", str(run.config_file), *argv], **how)
+        given["config"] = str(run.config_file)
+        configuration = configure(given, extra_arguments=extra_arguments)
     return configuration, named, folder, run
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from falcon_qlora.commands.train import LaunchArguments
 from falcon_qlora.config import parse
 from falcon_qlora.terminal.library_logging import quiet_libraries
 from falcon_qlora.terminal.output import say_loading
@@ -18,12 +17,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> int:
     """Run the command and return its exit status."""
-    configuration = parse(
-        argv,
-        extra_arguments=LaunchArguments,  # the words of `train` do, also where they change no count
-        program="falcon-qlora params",
-        description="Count the model's parameters and those that a method trains, without loading anything.",
-    )
+    configuration = parse(argv, verb="params")
     # Only now: a wrong flag is told at once.
     say_loading()
     quiet_libraries()

@@ -22,11 +22,7 @@ _COPIES_OF_A_DATA_SET = 3
 
 def main(argv: list[str]) -> int:
     """Run the command and return its exit status."""
-    configuration = parse(
-        argv,
-        program="falcon-qlora prepare",
-        description="Download the model and the data, tokenize and cache, so that training needs no network.",
-    )
+    configuration = parse(argv, verb="prepare")
     # Only now: a wrong flag is told at once.
     say_loading()
     quiet_libraries()

@@ -21,6 +21,7 @@ from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.quantities import counted
 from falcon_qlora.config import Configuration, as_words
 from falcon_qlora.config.checks import why_unread
+from falcon_qlora.config.verbs import BENCH_SETS
 
 _VERSIONS = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 WARMUP = 10
@@ -28,14 +29,8 @@ STEPS = 20
 # Where whole runs are timed.
 WHOLE_STEPS = 200
 WHOLE_TOKENS = 16384
-# What each row sets by itself, also from these flags,
+# What each row sets by itself, also from these flags.
 _SET = frozenset("model_name_or_path quantize_mode max_steps max_length".split())
-# and what has no part in it, or would make its figures another recipe's.
-_NO_PART = frozenset(
-    "recipe compute_dtype per_device_train_batch_size global_batch_size gradient_accumulation_steps "
-    "num_train_epochs output_dir resume overwrite report_to save_strategy lora_dropout packing padding "
-    "rounds".split()
-)
 # Of the default recipe alone: another has its own.
 _OURS = frozenset({"method", "checkpointing", "kernels"})
 
@@ -52,9 +47,6 @@ def run(configuration: Configuration, models: list[str], whole_runs: Any) -> int
         The exit status: 0, or 1 where a row broke.
     """
     bench = _Bench(configuration, models)
-    for name, origin in configuration.explicit.items():
-        if origin == "flag" and name in _NO_PART:
-            say(f"--{name} has no part with --gpus; the flag changes nothing here")
     with tempfile.TemporaryDirectory(prefix="falcon_qlora_") as folder:
         bench.measure_all(Path(folder), whole_runs)
     bench.finish()
@@ -148,7 +140,7 @@ class _Bench:
         """What the user gave for the runs, as flags again."""
         configuration = self.configuration
         given, another = configuration.explicit, COMMANDS[name].recipe is not None
-        left_out = _SET | _NO_PART | (_OURS if another else frozenset())
+        left_out = _SET | BENCH_SETS | (_OURS if another else frozenset())
         values = vars(configuration.model) | vars(configuration.data) | vars(configuration.run)
         values |= {"method": configuration.method.name, **configuration.method.flags()}
         values |= configuration.trainer

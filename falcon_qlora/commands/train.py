@@ -18,13 +18,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from falcon_qlora import config
 from falcon_qlora.common.errors import EXIT_BUG, EXIT_HANGING, EXIT_USER_ERROR, UserError
-from falcon_qlora.common.settings import setting
+from falcon_qlora.common.quantities import counted
+from falcon_qlora.config.arguments import LaunchArguments
 from falcon_qlora.processes import command_clock, launcher
 from falcon_qlora.processes.launcher import SAME_REQUEST_SECONDS, STOP_SIGNALS
 from falcon_qlora.terminal.output import drop_what_cannot_be_written, say_loading
@@ -34,28 +34,6 @@ _AGENT_SIGNALS = "SIGHUP,SIGQUIT"
 _WORKER = "falcon_qlora.commands.worker"
 # What a worker that is ended has to leave in, as torchrun's agent gives it.
 _LEAVE_SECONDS = 30
-
-
-@dataclass(kw_only=True)
-class LaunchArguments:
-    """Which processes are started; under torchrun these are its own flags."""
-
-    _argument_group_name = "Processes"
-
-    gpus: int | None = setting(
-        None,
-        "Processes to start on this node, one a GPU; unset: every visible GPU. Without GPUs: 1.",
-        least=1,
-    )
-    nnodes: str = setting("1", "Nodes, or MIN:MAX.")
-    node_rank: int | None = setting(None, "This node's index, with --master_addr.", least=0)
-    master_addr: str | None = setting(None, "Address of the first node.")
-    master_port: int | None = setting(None, "Free port on the first node.", least=0, below=2**16)
-    rdzv_backend: str | None = setting(None, "How nodes meet, such as c10d.")
-    rdzv_endpoint: str | None = setting(None, "Where nodes meet: HOST:PORT.")
-    rdzv_id: str | None = setting(None, "Name of this job, the same on every node.")
-    rdzv_conf: str | None = setting(None, "More for the backend: key=value,…")
-    max_restarts: int = setting(0, "Restarts after a process has failed.", least=0)
 
 
 def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
@@ -71,7 +49,7 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
     drop_what_cannot_be_written()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise UserError("falcon-qlora train starts torchrun itself; under torchrun run -m falcon_qlora.train")
-    given = config.read_flags(argv, extra_arguments=LaunchArguments)
+    given = config.read_flags(argv, verb="train", extra_arguments=LaunchArguments)
     configuration = config.configure(given, extra_arguments=LaunchArguments)
     launch: LaunchArguments = configuration.extra
     _check(launch)
@@ -275,6 +253,8 @@ def _processes(gpus: int | None) -> int:
         raise UserError(
             f"--gpus {gpus}: this machine shows {visible} (see CUDA_VISIBLE_DEVICES and nvidia-smi)"
         )
+    if not visible and gpus is not None:
+        print(f"no GPU is visible: training on the CPU, in {counted(gpus, 'process', 'processes')}")
     return gpus or visible or 1
 
 

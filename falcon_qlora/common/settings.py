@@ -90,7 +90,7 @@ class Setting:
         if value is None:
             if self.optional:
                 return None
-            raise UserError(f"{where}: needs a value ({self._type_name})")
+            raise UserError(f"{where}: needs a value ({self.takes})")
         if self.kind is dict:
             return _read_dict(value, where)
         if self.is_list:
@@ -130,12 +130,13 @@ class Setting:
         return self.label.format(f"{shown:g}" if isinstance(shown, float) else shown)
 
     @property
-    def _type_name(self) -> str:
-        return _NAMES.get(self.kind, "text")
+    def takes(self) -> str:
+        """What kind of value, for a message."""
+        return f"one of {', '.join(self.choices)}" if self.choices else _NAMES.get(self.kind, "text")
 
     def _read_one(self, value: Any, where: str) -> Any:
         if isinstance(value, dict | list | tuple) or (isinstance(value, bool) and self.kind in (int, float)):
-            raise UserError(f"{where}: {self._shown(value)} is not {self._type_name}")
+            raise UserError(f"{where}: {self._shown(value)} is not {self.takes}")
         if isinstance(value, bool) and self.kind is str:
             # YAML reads a bare no as false.
             value = "no" if value is False and "no" in (self.choices or ()) else str(value).lower()
@@ -145,7 +146,8 @@ class Setting:
         try:
             converted = _TRUTH[text.lower()] if self.kind is bool else self.kind(text)
         except (ValueError, KeyError):
-            raise UserError(f"{where}: {self._shown(text)} is not {self._type_name}") from None
+            shown = f"{where}: {self._shown(text)} is not {self.takes}"
+            raise UserError(shown + (_written_out(text) if self.kind is int else "")) from None
         if self.choices is not None and converted not in self.choices:
             raise UserError(
                 f"{where}: {text!r} is not one of {', '.join(self.choices)}{nearest(text, self.choices)}"
@@ -195,6 +197,15 @@ def _without_none(hint: Any) -> tuple[Any, bool]:
 
 def _spellings(name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
+
+
+def _written_out(text: str) -> str:
+    """For ``1e9``, which Python does not take for a whole number."""
+    try:
+        number = float(text)
+    except ValueError:
+        return ""
+    return f"; write it out: {number:.0f}" if number.is_integer() and "e" in text.lower() else ""
 
 
 def _read_dict(value: Any, where: str) -> Any:

@@ -14,7 +14,6 @@ from falcon_qlora.config.paths import settings_of_run
 from falcon_qlora.config.trainer_arguments import INSTEAD
 from falcon_qlora.methods import table as methods
 from falcon_qlora.run_folder.directory import RunDirectory
-from falcon_qlora.training import sharding
 
 # Name → what --method takes, and the recipe that has the settings.
 METHODS = {
@@ -117,6 +116,8 @@ def check_same_rows(configurations: dict[str, Configuration]) -> None:
 
 def read_alike(run: Path, configuration: Configuration) -> bool:
     """Whether the run in this folder was made with this configuration."""
+    from falcon_qlora.training import sharding  # imports torch, for which a help page should not wait
+
     directory = RunDirectory(run)
     if not directory.config_file.exists():
         return False

@@ -26,7 +26,9 @@ class ModelArguments:
         "--model_name",
     )
     quantize_mode: Literal["4bit", "8bit", "16bit"] = setting(
-        "4bit", "Storage of the frozen base weights: NF4, LLM.int8(), or not quantized.", "-q"
+        "4bit",
+        "Storage of the frozen base weights.\n4bit: NF4\n8bit: LLM.int8()\n16bit: not quantized",
+        "-q",
     )
     tokenizer_name_or_path: str | None = setting(
         None, "Take the tokenizer from this folder or hub id; unset: the model's own."
@@ -34,8 +36,8 @@ class ModelArguments:
     model_revision: str | None = setting(None, "Branch, tag or commit of the base model on the hub.")
     compute_dtype: Literal["auto", "bf16", "fp16", "fp32", "fp8"] = setting(
         "auto",
-        "Compute in this type; auto: bf16 where the GPU has it, else fp16; fp32 on the CPU. fp8: train "
-        "and measure with the frozen weights' products in FP8 and all else in bf16.",
+        "Type to compute in.\nauto: bf16 where the GPU has it, else fp16; fp32 on the CPU\nbf16: bfloat16\n"
+        "fp16: float16\nfp32: float32\nfp8: the frozen weights' products in FP8, all else in bf16: faster",
     )
     double_quantization: bool = setting(
         True, "4bit: quantize the quantization constants too; saves 0.37 bits a weight."
@@ -46,8 +48,8 @@ class ModelArguments:
     )
     kernels: Literal["auto", "portable", "off", "required"] = setting(
         "auto",
-        "Blocks as single functions with kernels of our own: where they can, without optional libraries, "
-        "never, or else an error.",
+        "Blocks as single functions, with kernels of our own.\nauto: where they can\n"
+        "portable: without optional libraries\noff: never\nrequired: or else an error",
     )
 
 
@@ -68,7 +70,12 @@ class DataArguments:
     dataset_train_split: str = setting("train", "Split to train on.")
     dataset_format: Literal[
         "auto", "text", "alpaca", "prompt_completion", "chat_completion", "chat", "sharegpt"
-    ] = setting("auto", "What the columns hold; auto: recognised by their names.")
+    ] = setting(
+        "auto",
+        "What the columns hold.\nauto: recognised by their names\ntext: text\n"
+        "alpaca: instruction, input, output\nprompt_completion: prompt, completion\n"
+        "chat_completion: the same, as lists of messages\nchat: messages\nsharegpt: conversations",
+    )
     text_column: str | None = setting(None, "Column to read instead of `text`.")
     instruction_column: str | None = setting(None, "Column to read instead of `instruction`.")
     input_column: str | None = setting(None, "Column to read instead of `input`.")
@@ -79,28 +86,37 @@ class DataArguments:
     conversations_column: str | None = setting(None, "Column to read instead of `conversations`.")
     template: str = setting(
         "auto",
-        "How a row becomes text: alpaca, guanaco, falcon-instruct, none, tokenizer (its own chat template), "
-        "a .jinja file; format: as its format; auto: tokenizer for chats if it has one, else format.",
+        "How a row becomes text: one of these, or a .jinja file.\n"
+        "auto: tokenizer for chats if it has one, else format\nformat: as its format\n"
+        "tokenizer: its own chat template\nalpaca: ### Instruction, ### Response\n"
+        "guanaco: ### Human, ### Assistant\nfalcon-instruct: User, Assistant\nnone: as it is",
     )
     train_on: Literal["answers", "all"] = setting(
-        "answers", "Loss on the answers, where the format has prompts, or on all of the text."
+        "answers",
+        "What the loss is of.\nanswers: those, where the format has prompts\nall: all of the text",
     )
     append_end_token: bool = setting(True, "End every answer with the end token.")
     max_length: int = setting(2048, "Longest sequence, in tokens.", least=2)
     overlong: Literal["split", "truncate", "drop"] = setting(
-        "split", "What is done with a document longer than --max_length."
+        "split",
+        "What is done with a document longer than --max_length.\nsplit: all of it, in pieces\n"
+        "truncate: its beginning\ndrop: nothing of it",
     )
     packing: bool = setting(
         True, "Lay documents end to end (attention stays within each) instead of padding."
     )
     padding: Literal["longest", "max_length"] = setting(
-        "longest", "Without packing: pad to the longest of the batch, or always to --max_length."
+        "longest",
+        "Without packing: to what sequences are padded.\nlongest: the longest of the batch\n"
+        "max_length: always --max_length",
     )
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = setting(
-        "random", "Order of the documents; group_by_length needs --packing false."
+        "random",
+        "Order of the documents.\nrandom: drawn anew in each epoch\nsequential: as they are\n"
+        "group_by_length: like lengths together; needs --packing false",
     )
     eval_split: str | None = setting(
-        None, "Held-out rows: a fraction (0.05), a file or hub id, or split:NAME of the same dataset."
+        None, "Held-out rows: a fraction (0.05), a file or hub id, or split:NAME of the same data set."
     )
     streaming: bool = setting(
         False, "Read rows as they are needed, for data larger than the disk; needs --max_steps."
@@ -132,7 +148,7 @@ class RunArguments:
 
     _argument_group_name = "Run"
 
-    recipe: str = setting("default", "Ready settings: a name (see --help) or a YAML file.")
+    recipe: str = setting("default", "Ready settings: a name, or a YAML file.")
     adapter: str | None = setting(
         None,
         "Begin with this trained adapter: folder of a run, its adapter or a checkpoint, or PEFT's. Its "
@@ -147,6 +163,11 @@ class RunArguments:
         None, "Go on from the newest checkpoint of --output_dir, or from this one.", alone="latest"
     )
     overwrite: bool = setting(False, "Replace the run that --output_dir holds.")
+    device: Literal["auto", "cpu"] = setting(
+        "auto",
+        "Where it computes.\nauto: on GPUs; without any, models of up to 10^9 parameters on the CPU\n"
+        "cpu: on the CPU, whatever the model and the machine",
+    )
     num_train_epochs: float = setting(1.0, "Passes over the data.", above=0)
     max_steps: int = setting(
         -1, "Optimizer steps; wins over the number of epochs where positive.", "-s", "--steps"
@@ -164,8 +185,9 @@ class RunArguments:
     )
     checkpointing: Literal["auto", "none", "selective", "full", "offload"] = setting(
         "auto",
-        "What blocks compute again in the backward pass: none; selective: the largest activation; full: all; "
-        "offload: all, from inputs in CPU memory; auto: as little as memory allows, block by block.",
+        "What blocks compute again in the backward pass.\n"
+        "auto: as little as memory allows, block by block\nnone: nothing\nselective: the largest activation\n"
+        "full: all\noffload: all, from inputs in CPU memory",
     )
     save_every_minutes: float = setting(
         0.0, "Save a checkpoint too whenever so many minutes have passed since the last; 0: never.", least=0
@@ -182,9 +204,9 @@ class RunArguments:
     )
     sharding: Literal["auto", "none", "fsdp", "zero3"] = setting(
         "auto",
-        "Full fine-tuning on several processes: a replica on each, or its parts shared out by PyTorch (fsdp) "
-        "or by DeepSpeed, which keeps float32 weights beside bf16 ones (zero3); auto: fsdp where a replica "
-        "with its optimizer does not fit a GPU.",
+        "Of --method full on several processes.\nauto: fsdp where a replica with its optimizer fits no GPU\n"
+        "none: a replica on each\nfsdp: its parts shared out by PyTorch\n"
+        "zero3: shared out by DeepSpeed, with float32 weights beside bf16 ones",
     )
     early_stopping: int = setting(
         0, "Stop after this many evaluations without a better loss; 0: never.", least=0
@@ -201,11 +223,34 @@ class RunArguments:
     )
 
 
+@dataclass(kw_only=True)
+class LaunchArguments:
+    """Which processes are started; under torchrun these are its own flags."""
+
+    _argument_group_name = "Processes"
+
+    gpus: int | None = setting(
+        None,
+        "Processes to start on this node, one a GPU; unset: every visible GPU. Without GPUs so many on the "
+        "CPU; unset: 1.",
+        least=1,
+    )
+    nnodes: str = setting("1", "Nodes, or MIN:MAX.")
+    node_rank: int | None = setting(None, "This node's index, with --master_addr.", least=0)
+    master_addr: str | None = setting(None, "Address of the first node.")
+    master_port: int | None = setting(None, "Free port on the first node.", least=0, below=2**16)
+    rdzv_backend: str | None = setting(None, "How nodes meet, such as c10d.")
+    rdzv_endpoint: str | None = setting(None, "Where nodes meet: HOST:PORT.")
+    rdzv_id: str | None = setting(None, "Name of this job, the same on every node.")
+    rdzv_conf: str | None = setting(None, "More for the backend: key=value,…")
+    max_restarts: int = setting(0, "Restarts after a process has failed.", least=0)
+
+
 def our_settings() -> list[Setting]:
     """All settings that are not the trainer's own, in the order of the help page."""
     (method,) = settings_of(MethodArguments)
-    told = "; ".join(f"{name}: {each.trains}" for name, each in METHODS.items())
-    method = dataclasses.replace(method, help=f"What is trained. {told}.", choices=tuple(METHODS))
+    told = "\n".join(f"{name}: {each.trains}" for name, each in METHODS.items())
+    method = dataclasses.replace(method, help=f"What is trained.\n{told}", choices=tuple(METHODS))
     return [
         *settings_of(ModelArguments),
         *settings_of(DataArguments),

@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import datetime
 import functools
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.common.errors import UserError, without_credentials
 from falcon_qlora.common.record_files import is_record
+from falcon_qlora.common.settings import settings_of
 from falcon_qlora.common.untrusted import refuse_links
 from falcon_qlora.config import checks
-from falcon_qlora.config.arguments import DataArguments, ModelArguments, RunArguments, our_settings
+from falcon_qlora.config.arguments import (
+    DataArguments,
+    LaunchArguments,
+    ModelArguments,
+    RunArguments,
+    our_settings,
+)
 from falcon_qlora.config.help import print_help
 from falcon_qlora.config.parser import (
     RECIPES,
@@ -24,17 +33,19 @@ from falcon_qlora.config.parser import (
     lay_over,
     recipe_file,
     recipe_names,
+    refuse,
 )
-from falcon_qlora.config.paths import settings_of_run, with_absolute_paths
+from falcon_qlora.config.paths import refuse_mistaken, settings_of_run, with_absolute_paths
 from falcon_qlora.config.trainer_arguments import SHARED
+from falcon_qlora.config.verbs import VERBS
 from falcon_qlora.methods.interface import Method
 from falcon_qlora.methods.table import method_from
 
 if TYPE_CHECKING:
     from trl import SFTConfig
 
-# Where this run writes and whether it goes on with another is not part of what a re-run needs.
-_NOT_RECORDED = frozenset({"output_dir", "config", "resume", "overwrite"})
+# Where this run computes and writes and whether it goes on with another is not part of what a re-run needs.
+_NOT_RECORDED = frozenset({"output_dir", "config", "resume", "overwrite", "device"})
 _GROUP_SECONDS = 1800.0  # Transformers' own default of ddp_timeout
 
 
@@ -124,37 +135,44 @@ class Configuration:
         return to_be_written(with_absolute_paths(recorded))
 
 
-def parse(argv: list[str], *, extra_arguments: type | None = None, **help_page: str) -> Configuration:
+def parse(argv: list[str], *, verb: str | None = None, extra_arguments: type | None = None) -> Configuration:
     """Read a command line: `configure` with what `read_flags` finds."""
-    settings = read_flags(argv, extra_arguments=extra_arguments, **help_page)
+    settings = read_flags(argv, verb=verb, extra_arguments=extra_arguments)
     return configure(settings, extra_arguments=extra_arguments)
 
 
 def read_flags(
-    argv: list[str],
-    *,
-    extra_arguments: type | None = None,
-    program: str = "falcon-qlora train",
-    description: str = "Fine-tune a quantized Falcon with LoRA on every GPU.",
+    argv: list[str], *, verb: str | None = None, extra_arguments: type | None = None
 ) -> dict[str, Any]:
     """The settings that a command line gives, by name.
 
+    Those of `train` that the command does not use are told in a line on standard error.
+
     Args:
         argv: the words after the command.
+        verb: the command, of `VERBS`; None for what torchrun starts.
         extra_arguments: a dataclass of settings that only this command has (flags only).
-        program: the command as the user types it, for the help page.
-        description: one line on what it does, for the help page.
 
     Raises:
         UserError: for anything the user can mend; the message names the flag.
         SystemExit: with status 0 after `--help` or `--help-all`.
     """
-    parser = FalconParser(extra_arguments)
+    own = [extra_arguments] if extra_arguments else []
     if any(word in ("-h", "--help", "--help-all", "--help_all") for word in argv):
+        parser = FalconParser(*own)
         everything = any(word in ("--help-all", "--help_all") for word in argv)
-        print_help(parser, _default_recipe(parser).values, program, description, everything=everything)
+        print_help(parser, _default_recipe(parser).values, VERBS[verb or "train"], everything=everything)
         raise SystemExit(0)
-    return parser.read_flags(argv)
+    if verb is None:
+        return FalconParser(*own).read_flags(argv)
+    given = FalconParser(LaunchArguments, *own).read_flags(argv)
+    refuse([f"--{name} is not taken: {why}" for name, why in VERBS[verb].refuses.items() if name in given])
+    unused = VERBS[verb].unused(given, (each.name for arguments in own for each in settings_of(arguments)))
+    if unused:
+        told = ", ".join(f"--{name}" for name in unused)
+        print(f"note: falcon-qlora {verb} does not use {told}", file=sys.stderr)
+    launch = {each.name for each in settings_of(LaunchArguments)}.intersection(unused)
+    return {name: value for name, value in given.items() if name not in launch}
 
 
 def configure(settings: Mapping[str, Any], *, extra_arguments: type | None = None) -> Configuration:
@@ -168,7 +186,7 @@ def configure(settings: Mapping[str, Any], *, extra_arguments: type | None = Non
     Raises:
         UserError: for anything the user can mend; the message names the flag or the file and key.
     """
-    parser = FalconParser(extra_arguments)
+    parser = FalconParser(*([extra_arguments] if extra_arguments else []))
     flags = parser.read_settings(settings)
     layers = [_default_recipe(parser), flags]
     config_file = flags.values.get("config")
@@ -231,6 +249,9 @@ def _configuration(
     for name, value in (values | extra).items():
         parser.settings[name].check_bounds(value, where.get(name, f"--{name}"))
     checks.check(values, where)
+    refuse_mistaken(values, where)
+    if values["device"] == "cpu":
+        _hide_gpus()
     values = with_absolute_paths(values, data=False)
 
     def make(arguments: type) -> Any:
@@ -245,6 +266,13 @@ def _configuration(
         extra=extra_arguments(**extra) if extra_arguments else None,
         explicit={name: layer.origin for name, layer in given.items()},
     )
+
+
+def _hide_gpus() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        raise UserError("--device cpu: this process computes on a GPU already; begin in a fresh one")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when a GPU is first asked for, here and in the workers
 
 
 def _start_process_group(values: dict[str, Any]) -> None:

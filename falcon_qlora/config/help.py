@@ -1,56 +1,73 @@
-"""The help pages: the flags people use, and all of them."""
+"""The help pages: what a command uses, as far as people need it, and all of it."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import textwrap
 from typing import Any
 
-from falcon_qlora.common.settings import Setting
-from falcon_qlora.config.parser import FalconParser, recipe_names
+from falcon_qlora.common.settings import Setting, settings_of
+from falcon_qlora.config.arguments import LaunchArguments
+from falcon_qlora.config.parser import RECIPES, FalconParser, recipe_names
+from falcon_qlora.config.verbs import Verb
 
-COMMON = (
-    "model_name_or_path quantize_mode dataset_name dataset_format template train_on max_length eval_split "
-    "method lora_r lora_alpha lora_dropout recipe adapter config output_dir resume num_train_epochs "
-    "max_steps per_device_train_batch_size global_batch_size report_to seed learning_rate"
-).split()
-_FLAG_COLUMN = 42
+COMMON = frozenset(
+    "model_name_or_path quantize_mode compute_dtype dataset_name dataset_format template train_on max_length "
+    "packing eval_split method lora_r lora_alpha lora_dropout recipe adapter config output_dir overwrite "
+    "resume num_train_epochs max_steps per_device_train_batch_size global_batch_size checkpointing report_to "
+    "seed learning_rate gpus".split()
+)
+_LAUNCH = {each.name for each in settings_of(LaunchArguments)}
+_DESCRIPTION = re.compile(r"^# description: (.+)$", re.M)
+_FLAG_COLUMN = 38
 
 
-def print_help(
-    parser: FalconParser, defaults: dict[str, Any], program: str, description: str, *, everything: bool
-) -> None:
-    """Print the flags people use, or every flag, in groups, each with its default."""
-    width = min(shutil.get_terminal_size((110, 24)).columns, 120)
-    lines = [f"{program} [flags]", "", description, ""]
+def print_help(parser: FalconParser, defaults: dict[str, Any], verb: Verb, *, everything: bool) -> None:
+    """Print the flags of a command that people need, or every one, in groups, each with its default."""
+    width = min(shutil.get_terminal_size((110, 24)).columns, 110)
+    examples = [f"  falcon-qlora {verb.name} {words}" for words in verb.examples]
+    lines = [f"falcon-qlora {verb.name} [flags]", ""]
+    lines += textwrap.wrap(f"{verb.summary[0].upper()}{verb.summary[1:]}. {verb.more}".rstrip(), width)
+    lines += ["", "Examples, which need no network:", *examples, ""]
     groups: dict[str, list[Setting]] = {}
     for setting in parser.settings.values():
-        if everything or setting.name in COMMON or setting.name in parser.extra_names:
+        own = setting.name in parser.extra_names
+        if not own and setting.name not in verb.uses:
+            continue
+        if everything or setting.name in COMMON or (own and setting.name not in _LAUNCH):
             groups.setdefault(setting.group, []).append(setting)
     for group, settings in groups.items():
         lines.append(f"{group}:")
         for setting in settings:
             lines += _describe(setting, defaults.get(setting.name, setting.default), width, everything)
         lines.append("")
-    lines += [
-        f"Recipes: {', '.join(recipe_names())}.",
-        "Flags win over --config, which wins over --recipe, which wins over the default recipe.",
-    ]
-    if not everything:
-        lines.append("--help-all shows every flag.")
+    if verb.name == "train":
+        lines.append("Recipes (--recipe), laid over the default one:")
+        for name in recipe_names():
+            found = _DESCRIPTION.search((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
+            lines += _two_columns(name, found[1] if found else "", width, column=20)
+        lines.append("")
+    lines.append("Flags win over --config, which wins over --recipe (train --help has the list).")
+    lines += [] if everything else ["--help-all shows every flag."]
     print("\n".join(lines))
 
 
 def _describe(setting: Setting, default: Any, width: int, everything: bool) -> list[str]:
     flags = [flag for flag in setting.flags if not flag.startswith("--")]
-    long = (*setting.flags, *setting.flags_off) if everything else setting.flags
+    long = (*setting.flags, *setting.flags_off) if everything else (f"--{setting.name}",)
     flags += [flag for flag in long if flag.startswith("--") and "-" not in flag[2:]]
-    text = setting.help
-    if setting.choices:
+    text, *choices = setting.help.split("\n")
+    if setting.choices and not choices:
         text += f" One of {', '.join(str(choice) for choice in setting.choices)}."
     if default not in (None, []):
         text += f" (default: {_shown(default)})"
-    return _two_columns(", ".join(flags), text, width)
+    lines = _two_columns(", ".join(flags), text, width)
+    told = [choice.partition(": ")[::2] for choice in choices]
+    column = max((len(name) for name, _ in told), default=0) + 2
+    for name, meaning in told:
+        lines += _two_columns("", f"{name.ljust(column)}{meaning}", width, hanging=column)
+    return lines
 
 
 def _shown(value: Any) -> str:
@@ -61,9 +78,12 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _two_columns(left: str, right: str, width: int) -> list[str]:
-    wrapped = textwrap.wrap(right, max(width - _FLAG_COLUMN - 2, 30)) or [""]
-    left = f"  {left}"
-    if len(left) >= _FLAG_COLUMN:
-        return [left, *(" " * _FLAG_COLUMN + line for line in wrapped)]
-    return [left.ljust(_FLAG_COLUMN) + wrapped[0], *(" " * _FLAG_COLUMN + line for line in wrapped[1:])]
+def _two_columns(
+    left: str, right: str, width: int, *, column: int = _FLAG_COLUMN, hanging: int = 0
+) -> list[str]:
+    margin, left = " " * column, f"  {left}"
+    room = max(width - column, 30)
+    wrapped = textwrap.wrap(right, room, subsequent_indent=" " * hanging, drop_whitespace=True) or [""]
+    if len(left) >= column:
+        return [left, *(margin + line for line in wrapped)]
+    return [left.ljust(column) + wrapped[0], *(margin + line for line in wrapped[1:])]

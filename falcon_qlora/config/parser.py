@@ -1,27 +1,32 @@
 """Flags, files and recipes, laid over each other into one value for every setting.
 
-argparse splits the command line. Values are converted and checked alike from wherever they come, and who said
-what is kept for messages.
+Values are converted and checked alike from wherever they come, and who said what is kept for messages.
 """
 
-import argparse
+import difflib
 import json
 import re
-import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from falcon_qlora.common.errors import UserError, nearest
-from falcon_qlora.common.record_files import is_record, settings_as_now
-from falcon_qlora.common.settings import settings_of
+from falcon_qlora.common.record_files import SETTINGS, is_record, settings_as_now
+from falcon_qlora.common.settings import Setting, settings_of
 from falcon_qlora.common.untrusted import YAML_LIMIT_BYTES, parse_yaml, read_text
+from falcon_qlora.config import other_names
 from falcon_qlora.config.arguments import our_settings
 from falcon_qlora.config.trainer_arguments import INSTEAD, TrainerArguments, holds_anyway
+from falcon_qlora.config.verbs import VERBS
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 FLAG = "flag"
+_NUMBER = re.compile(r"-[\d.][\d.eE+-]*")  # a value, no flag
+_FLAG_OF_FILE = {
+    (".jsonl", ".json", ".csv", ".tsv", ".parquet"): "--dataset_name",
+    (".yaml", ".yml"): "--config",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +49,242 @@ class Layer:
         return f"--{name}" if self.origin == FLAG else f"{name} in {self.origin}"
 
 
-class _Once(argparse.Action):
-    """Store a value with its spelling; refuse two spellings of one setting, which could contradict."""
+@dataclass(kw_only=True)
+class _Given:
+    """A flag as it was typed, with the words that follow it."""
 
-    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
-        _, earlier = getattr(namespace, self.dest, (None, option_string))
-        if _spelled(earlier) != _spelled(option_string):
-            raise _same(earlier, option_string)
-        if self.dest == "config" and hasattr(namespace, "config"):
-            raise UserError("--config is given twice; give one file")
-        setattr(namespace, self.dest, (self.const if self.nargs == 0 else values, option_string))
+    flag: str
+    words: list[str]
+
+
+class FalconParser:
+    """Our dataclasses, the trainer's, and what one command adds.
+
+    Args:
+        more: dataclasses of settings that only this command has; flags only, not keys of files. One of the
+            name of a shared setting takes its place.
+    """
+
+    def __init__(self, *more: type):
+        extra = {each.name: each for arguments in more for each in settings_of(arguments)}
+        shared = [*our_settings(), *settings_of(TrainerArguments)]
+        self.extra_names = extra.keys()
+        self._hidden = extra.keys() & {each.name for each in shared}
+        self.settings = {each.name: each for each in shared} | extra
+        self._of_flag = {
+            flag: each for each in self.settings.values() for flag in (*each.flags, *each.flags_off)
+        }
+        self.key_of = {
+            _spelled(flag.lstrip("-")): each.name
+            for each in self.settings.values()
+            for flag in each.flags
+            if flag.startswith("--")
+        }
+
+    def read_flags(self, argv: list[str]) -> dict[str, Any]:
+        """The settings that a command line gives, converted.
+
+        Raises:
+            UserError: for unknown or abbreviated flags, stray words, and values that do not fit, all at once.
+        """
+        values: dict[str, Any] = {}
+        given: dict[str, str] = {}
+        faults: list[str] = []
+        for each in self._split(argv):
+            if not each.flag:
+                faults.append(_stray(each.words[0]))
+                continue
+            setting = self._of_flag.get(each.flag)
+            if setting is None:
+                faults.append(self._unknown(each.flag, each.words))
+                continue
+            earlier = given.setdefault(setting.name, each.flag)
+            try:
+                if _spelled(earlier) != _spelled(each.flag):
+                    raise _same(earlier, each.flag)
+                if setting.name == "config" and "config" in values:
+                    raise UserError("--config is given twice; give one file")
+                values[setting.name] = self._read(setting, self._value(setting, each), each.flag)
+            except UserError as error:
+                faults.append(str(error))
+        refuse(faults)
+        return values
+
+    def _split(self, argv: list[str]) -> list[_Given]:
+        """The flags of a command line, each with its words; a word that belongs to none has the flag ""."""
+        found: list[_Given] = []
+        most = 0  # words that the flag before may still take
+        for word in argv:
+            if not word.startswith("-") or " " in word.partition("=")[0] or _NUMBER.fullmatch(word):
+                if most > 0:
+                    found[-1].words.append(word)
+                    most -= 1
+                else:
+                    found.append(_Given(flag="", words=[word]))
+                continue
+            flag, equals, value = word.partition("=")
+            if not flag.startswith("--") and flag[:2] in self._of_flag and not self._abbreviates(flag):
+                flag, value = flag[:2], flag[2:] + equals + value  # -b4
+                equals = value
+            found.append(_Given(flag=flag, words=[value] if equals else []))
+            setting = self._of_flag.get(flag)
+            one = setting is not None and not setting.is_list
+            off = setting is not None and flag in setting.flags_off
+            most = 0 if equals or off else 1 if one else len(argv)
+        return found
+
+    def _abbreviates(self, flag: str) -> str | None:
+        """The flag that ``-model`` begins, which is no ``-m odel``."""
+        meant = [known for known in self._of_flag if known.startswith(f"-{flag}")]
+        return min(meant, key=len) if re.match(r"-[a-z]{3,}", flag) and meant else None
+
+    def _value(self, setting: Setting, given: _Given) -> Any:
+        """What a flag gives its setting, as text."""
+        if given.flag in setting.flags_off:
+            if given.words:
+                raise UserError(f"{given.flag} stands alone, without a value")
+            return False
+        if not given.words:
+            if setting.alone is None:
+                raise UserError(f"{given.flag}: expected a value ({setting.takes})")
+            return setting.alone
+        return given.words if setting.is_list else given.words[0]
+
+    def _read(self, setting: Setting, value: Any, where: str) -> Any:
+        """Convert and check a value; one that other tools have is told what it is here.
+
+        Raises:
+            UserError: if it does not fit.
+        """
+        (single,) = value if isinstance(value, list) and len(value) == 1 else (value,)
+        meant = other_names.of_value(setting.name, single)
+        is_path = isinstance(single, str) and setting.kind is str and not setting.choices
+        if meant is not None and not (is_path and Path(single).exists()):
+            raise UserError(f"{where}: {single!r} is not known; {meant}")
+        return setting.read(value, where)
+
+    def read_settings(self, given: Mapping[str, Any]) -> Layer:
+        """Settings by their names, or other names of their flags, as the layer of the flags.
+
+        Raises:
+            UserError: for unknown names, and values that do not fit, all at once.
+        """
+        values: dict[str, Any] = {}
+        named: dict[str, str] = {}
+        faults: list[str] = []
+        for key, value in given.items():
+            name = self.key_of.get(key)
+            if name is None:
+                faults.append(self._unknown(f"--{key}", [value]))
+                continue
+            try:
+                if name in named:
+                    raise _same(named[name], f"--{key}")
+                named[name] = f"--{key}"
+                values[name] = self._read(self.settings[name], value, f"--{key}")
+            except UserError as error:
+                faults.append(str(error))
+        refuse(faults)
+        return Layer(origin=FLAG, values=values, rank=3)
+
+    def read_file(self, path: Path, origin: str, rank: int) -> Layer:
+        """A YAML file of settings as a layer.
+
+        Raises:
+            UserError: for a file that cannot be read; and for unknown keys and values that do not fit, all at
+                once.
+        """
+        flags_only = {"config", *self.extra_names}
+        values: dict[str, Any] = {}
+        passed_over: list[str] = []
+        faults: list[str] = []
+        file = path.expanduser()
+        if not file.exists():
+            raise UserError(f"there is no file {path}")
+        if file.is_dir():
+            inside = file / SETTINGS
+            meant = f"did you mean {inside}?" if inside.is_file() else "name the file of settings"
+            raise UserError(f"{origin}: this is a folder; {meant}")
+        content = parse_yaml(read_text(file, limit_bytes=YAML_LIMIT_BYTES, may_be_pipe=True), origin)
+        if isinstance(content.get("format"), int) or is_record(file):  # a run's; else an unknown key
+            content = settings_as_now(content, origin)
+        for key, value in self._without_sections(content):
+            name = self.key_of.get(_spelled(key))
+            if name in self._hidden:
+                continue  # what a run began with says nothing to who opens what came of it
+            if name in flags_only:
+                faults.append(f"{key} in {origin}: can only be given as the flag --{name}")
+            elif name is None and holds_anyway(_spelled(key), value):
+                passed_over.append(key)
+            elif name is None:
+                faults.append(self._unknown(key, value, f" in {origin}"))
+            elif name in values:
+                faults.append(f"{origin} gives {name} twice, the second time as {key}; give one of them")
+            else:
+                try:
+                    values[name] = self._read(self.settings[name], value, f"{key} in {origin}")
+                except UserError as error:
+                    faults.append(str(error))
+        if len(faults) > 1:
+            faults = [fault.replace(f" in {origin}", "", 1) for fault in faults]
+        refuse(faults, f"{origin}: {{}} lines to mend")
+        return Layer(origin=origin, values=values, rank=rank, passed_over=tuple(passed_over))
+
+    def _without_sections(self, content: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+        """Keys and values; of a section of another tool's file (``train:``) what is in it."""
+        for key, value in content.items():
+            is_known = _spelled(str(key)) in self.key_of or str(key) in other_names.NAMES
+            if isinstance(value, dict) and value and not is_known:
+                yield from ((f"{key}.{inner}", of_inner) for inner, of_inner in value.items())
+            else:
+                yield str(key), value
+
+    def _unknown(self, name: str, value: Any, where: str = "") -> str:
+        """That a flag or key is unknown, and what to give instead: by meaning, and else by spelling."""
+        bare, is_flag = name.lstrip("-"), name.startswith("-")
+        if _spelled(bare) in INSTEAD:
+            return f"{name}{where} is not taken: {INSTEAD[_spelled(bare)]}"
+        unknown = f"unknown {'flag' if is_flag else 'key'} {name}{where}"
+
+        def write(setting: str, given: str) -> str:
+            known = self.settings.get(setting)
+            given = "" if known and known.secret else given
+            if is_flag or setting in self.extra_names or known is None:
+                return f"--{setting} {given}".rstrip()
+            if given and known.is_list and " " in given:
+                given = f"[{', '.join(given.split())}]"
+            return f"{setting}: {given}" if given else setting
+
+        told = other_names.answer(bare, value[0] if is_flag and len(value) == 1 else value, write)
+        if told is not None:
+            return f"{unknown}{told}"
+        if is_flag and (whole := self._abbreviates(f"-{bare}")):
+            return f"{unknown} (did you mean {whole}?)"
+        known = {each: name for each, name in other_names.targets().items() if name in self.settings}
+        known |= {key: key for key in [*self.key_of, "help"] if is_flag or key not in self.extra_names}
+        of_plain = {other_names.plain(each): each for each in known}
+        near = difflib.get_close_matches(other_names.plain(bare), of_plain, n=1, cutoff=0.7)
+        if near:
+            return f"{unknown} (did you mean {'--' * is_flag}{known[of_plain[near[0]]]}?)"
+        return f"{unknown}; --help-all lists every flag" if is_flag else unknown
+
+
+def _stray(word: str) -> str:
+    shown = f"unexpected argument {word!r}"
+    if word in VERBS:
+        return f"{shown}: one command at a time"
+    shown += ": every setting is given by its flag"
+    for suffixes, flag in _FLAG_OF_FILE.items():
+        if word.endswith(suffixes):
+            return f"{shown}, such as {flag} {word}"
+    return f"{shown}, see --help-all"
+
+
+def refuse(faults: Sequence[str], heading: str = "{} things to mend") -> None:
+    """Raise what is to be mended: one thing by itself, several on a line each under `heading`."""
+    if faults:
+        lines = [heading.format(len(faults)), *(f"  {fault}" for fault in faults)]
+        raise UserError(faults[0] if len(faults) == 1 else "\n".join(lines))
 
 
 def _same(earlier: str, flag: str) -> UserError:
@@ -62,123 +293,6 @@ def _same(earlier: str, flag: str) -> UserError:
 
 def _spelled(flag: str) -> str:
     return flag.replace("-", "_")
-
-
-class FalconParser(argparse.ArgumentParser):
-    """Our dataclasses, the trainer's, and what one command adds.
-
-    Args:
-        extra_arguments: a dataclass of settings that only this command has; flags only, not keys of files.
-            One of the name of a shared setting takes its place.
-    """
-
-    def __init__(self, extra_arguments: type | None = None):
-        super().__init__(allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
-        extra = {each.name: each for each in settings_of(extra_arguments)} if extra_arguments else {}
-        shared = [*our_settings(), *settings_of(TrainerArguments)]
-        self.extra_names = extra.keys()
-        self._hidden = extra.keys() & {each.name for each in shared}
-        self.settings = {each.name: each for each in shared} | extra
-        for each in self.settings.values():
-            nargs = "+" if each.is_list else "?" if each.alone is not None else None
-            self.add_argument(*each.flags, dest=each.name, nargs=nargs, const=each.alone, action=_Once)
-            if each.flags_off:
-                self.add_argument(*each.flags_off, dest=each.name, nargs=0, const=False, action=_Once)
-        self.key_of = {
-            _spelled(flag.lstrip("-")): each.name
-            for each in self.settings.values()
-            for flag in each.flags
-            if flag.startswith("--")
-        }
-
-    def error(self, message: str) -> typing.NoReturn:
-        raise UserError(message.replace("argument ", "", 1) if message.startswith("argument -") else message)
-
-    def read_flags(self, argv: list[str]) -> dict[str, Any]:
-        """The settings that a command line gives, converted.
-
-        Raises:
-            UserError: for an unknown or abbreviated flag, a stray word, or a value that does not fit.
-        """
-        known = [flag for each in self.settings.values() for flag in (*each.flags, *each.flags_off)]
-        for word in argv:
-            name = word.split("=")[0]
-            meant = [flag for flag in known if flag.startswith(f"-{name}")]
-            # argparse would read -model as -m odel.
-            if re.match(r"-[a-z]{3,}", name) and meant:
-                raise UserError(f"unknown flag {name} (did you mean {min(meant, key=len)}?)")
-        namespace, unknown = self.parse_known_args(argv)
-        for word in unknown:
-            if not word.startswith("-"):
-                raise UserError(
-                    f"unexpected argument {word!r}: every setting is given by its flag, see --help-all"
-                )
-            raise self._unknown(word.split("=")[0])
-        return {
-            name: self.settings[name].read(value, flag) for name, (value, flag) in vars(namespace).items()
-        }
-
-    def read_settings(self, given: Mapping[str, Any]) -> Layer:
-        """Settings by their names, or other names of their flags, as the layer of the flags.
-
-        Raises:
-            UserError: for an unknown name, or a value that does not fit.
-        """
-        values: dict[str, Any] = {}
-        named: dict[str, str] = {}
-        for key, value in given.items():
-            name = self.key_of.get(key)
-            if name is None:
-                raise self._unknown(f"--{key}")
-            if name in named:
-                raise _same(named[name], f"--{key}")
-            named[name] = f"--{key}"
-            values[name] = self.settings[name].read(value, f"--{key}")
-        return Layer(origin=FLAG, values=values, rank=3)
-
-    def read_file(self, path: Path, origin: str, rank: int) -> Layer:
-        """A YAML file of settings as a layer.
-
-        Raises:
-            UserError: for a file that cannot be read, an unknown key, or a value that does not fit.
-        """
-        flags_only = {"config", *self.extra_names}
-        values: dict[str, Any] = {}
-        passed_over: list[str] = []
-        file = path.expanduser()
-        if not file.exists():
-            raise UserError(f"there is no file {path}")
-        content = parse_yaml(read_text(file, limit_bytes=YAML_LIMIT_BYTES, may_be_pipe=True), origin)
-        if isinstance(content.get("format"), int) or is_record(file):  # a run's; else an unknown key
-            content = settings_as_now(content, origin)
-        for key, value in content.items():
-            canonical = _spelled(str(key))
-            if canonical in INSTEAD:
-                if holds_anyway(canonical, value):
-                    passed_over.append(str(key))
-                    continue
-                raise UserError(f"{key} in {origin} is not taken: {INSTEAD[canonical]}")
-            name = self.key_of.get(canonical)
-            if name in self._hidden:
-                continue  # what a run began with says nothing to who opens what came of it
-            if name in flags_only:
-                raise UserError(f"{key} in {origin}: can only be given as the flag --{name}")
-            if name is None:
-                keys = [known for known, target in self.key_of.items() if target not in flags_only]
-                raise UserError(f"unknown key {key} in {origin}{nearest(canonical, keys)}")
-            if name in values:
-                raise UserError(f"{origin} gives {name} twice, the second time as {key}; give one of them")
-            values[name] = self.settings[name].read(value, f"{key} in {origin}")
-        return Layer(origin=origin, values=values, rank=rank, passed_over=tuple(passed_over))
-
-    def _unknown(self, flag: str) -> UserError:
-        instead = INSTEAD.get(_spelled(flag.lstrip("-")))
-        if instead:
-            return UserError(f"{flag} is not taken: {instead}")
-        flags = [known for each in self.settings.values() for known in (*each.flags, *each.flags_off)]
-        names = [known.lstrip("-") for known in (*flags, "--help", "--help-all") if known.startswith("--")]
-        near = nearest(flag.lstrip("-"), names).replace("mean ", "mean --")
-        return UserError(f"unknown flag {flag}{near}; --help-all lists every flag")
 
 
 def as_words(settings: Mapping[str, Any]) -> list[str]:

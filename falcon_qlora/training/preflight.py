@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from falcon_qlora.methods.interface import Method
     from falcon_qlora.run_folder.tracking import Trackers
 
+_MOST_PARAMETERS_ON_CPU = 10**9
+
 
 @dataclass(frozen=True)
 class Start:
@@ -100,17 +102,20 @@ def check(configuration: Configuration, lock: RunLock) -> Start:
     schedule.check(training, [name for name, origin in configuration.explicit.items() if origin == "flag"])
     if training.push_to_hub:
         agreement.from_main_process(lambda: check_login(training.hub_token))
-    config = _check_model(model, configuration.method, sharding=run.sharding)
+    config = _check_model(model, configuration.method, sharding=run.sharding, on_cpu=run.device == "cpu")
     sharding.check(configuration, config)
     return Start(found, checkpoint, trackers, choose)
 
 
-def _check_model(settings: ModelArguments, method: Method, *, sharding: str) -> PreTrainedConfig:
-    """Refuse a model of no known layout or that exceeds the GPU, before its weights are downloaded."""
+def _check_model(
+    settings: ModelArguments, method: Method, *, sharding: str, on_cpu: bool
+) -> PreTrainedConfig:
+    """Refuse a model of no known layout or that exceeds the device, before its weights are downloaded."""
     import torch
 
     from falcon_qlora.kernels import fp8
     from falcon_qlora.methods.interface import trainable_count
+    from falcon_qlora.models.layouts import layout_of
     from falcon_qlora.models.load import check_mode_runs_on
     from falcon_qlora.models.locate import find_config
     from falcon_qlora.models.sizes import check_fits
@@ -129,6 +134,12 @@ def _check_model(settings: ModelArguments, method: Method, *, sharding: str) -> 
     )
     trainable = trainable_count(method, config)
     if device.type != "cuda":
+        count = layout_of(config).parameter_count()
+        if count > _MOST_PARAMETERS_ON_CPU and not on_cpu:
+            raise UserError(
+                f"{settings.model_name_or_path} has {count / 1e9:.1f} billion parameters, and no GPU is "
+                "visible (see nvidia-smi and CUDA_VISIBLE_DEVICES). If the CPU is meant: --device cpu"
+            )
         return config
     check_fits(
         config,

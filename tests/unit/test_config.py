@@ -15,7 +15,6 @@ from falcon_qlora import config
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.settings import Setting, settings_of
 from falcon_qlora.config.arguments import our_settings
-from falcon_qlora.config.help import COMMON
 from falcon_qlora.config.parser import RECIPES, recipe_names
 from falcon_qlora.config.trainer_arguments import INSTEAD, SHARED, TrainerArguments, holds_anyway
 
@@ -415,28 +414,6 @@ def test_resume_takes_a_path_or_none() -> None:
     assert config.parse(["--resume", "--output_dir", "x"]).run.resume == "latest"
     assert config.parse(["--resume", "runs/a/checkpoints/step-3"]).run.resume == "runs/a/checkpoints/step-3"
     assert config.parse([]).run.resume is None
-
-
-class TestHelp:
-    def shown(self, capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-        with pytest.raises(SystemExit) as caught:
-            config.parse(list(argv), extra_arguments=Extra, program="falcon-qlora generate")
-        assert caught.value.code == 0
-        return capsys.readouterr().out
-
-    def test_help_has_the_flags_people_use(self, capsys: pytest.CaptureFixture[str]) -> None:
-        text = self.shown(capsys, "--help")
-        assert all(f"--{name}" in text for name in (*COMMON, "adapter"))
-        assert "--adam_beta2" not in text
-        assert "2048" in text
-        assert "lambda-7b-4bit" in text
-        assert "--help-all" in text
-        assert text.count("\n  -") <= 26
-
-    def test_help_all_has_every_flag(self, capsys: pytest.CaptureFixture[str]) -> None:
-        text = self.shown(capsys, "--help-all")
-        taken = {each.name for each in (*our_settings(), *settings_of(TrainerArguments))}
-        assert all(f"--{name}" in text for name in taken)
 
 
 class TestForwarded:

@@ -10,8 +10,8 @@ import yaml
 import falcon_qlora
 from falcon_qlora import __main__ as cli
 from falcon_qlora import config
-from falcon_qlora.commands.train import LaunchArguments
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.config.arguments import LaunchArguments
 from falcon_qlora.config.trainer_arguments import INSTEAD
 from falcon_qlora.run_folder.directory import RunDirectory
 
@@ -81,11 +81,11 @@ def write(path: Path, **settings: object) -> str:
         (["--lr_scheduler_kwargs", "3"], ["--lr_scheduler_kwargs", "mapping"]),
         (["-s", "0"], ["--max_steps: must be at least 1"]),
         (["-b", "0"], ["--per_device_train_batch_size: 0 is too small"]),
-        (["-q"], ["-q", "expected one argument"]),
+        (["-q"], ["-q: expected a value (one of 4bit, 8bit, 16bit)"]),
         (["--recipe", "lambda-7b"], ["unknown recipe lambda-7b", "did you mean lambda-7b-"]),
         (["--recipe", "no/such.yaml"], ["there is no file no/such.yaml"]),
         (["--config", "no/such.yaml"], ["there is no file no/such.yaml"]),
-        (["--config"], ["--config: expected one argument"]),
+        (["--config"], ["--config: expected a value"]),
         (["--config", "a", "--config=b"], ["--config is given twice"]),
         (
             ["--double_quantization", "-q", "8bit"],

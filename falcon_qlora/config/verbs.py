@@ -1,0 +1,149 @@
+"""The commands: what each is for, which of the shared settings it uses, and examples that run anywhere.
+
+Help pages show what a command uses; a flag of others that is typed at it is told to change nothing. Recipes
+and files of settings may hold any: they are written for training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from falcon_qlora.common.settings import settings_of
+from falcon_qlora.config.arguments import DataArguments, ModelArguments, our_settings
+from falcon_qlora.config.trainer_arguments import TrainerArguments
+from falcon_qlora.methods.table import method_settings
+
+
+def _names(arguments: type) -> frozenset[str]:
+    return frozenset(each.name for each in settings_of(arguments))
+
+
+_ALL = frozenset(each.name for each in our_settings()) | _names(TrainerArguments)
+_FILES = frozenset({"recipe", "config"})
+_TOKENIZER = frozenset("model_name_or_path tokenizer_name_or_path model_revision".split())
+_MODEL = _names(ModelArguments) | {"device"}
+_START = frozenset({"adapter", "adapter_sha256"})
+_ORDER = frozenset("packing padding train_sampling_strategy streaming".split())  # not what a document is
+_ROWS = _names(DataArguments) - _ORDER
+_NEW_TOKENS = frozenset({"method", "new_tokens"})
+# What a bench of whole commands sets by itself, or what would make its figures another recipe's.
+BENCH_SETS = frozenset(
+    "recipe compute_dtype per_device_train_batch_size global_batch_size gradient_accumulation_steps packing "
+    "padding num_train_epochs device output_dir resume overwrite report_to save_strategy lora_dropout".split()
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """One command.
+
+    Attributes:
+        name: as it is typed.
+        summary: what it is for, in a line.
+        uses: names of the shared settings that change what it does.
+        uses_with_gpus: of a bench of whole commands.
+        refuses: shared settings that contradict what it does, and what to give instead.
+        more: further lines of its help page.
+        examples: what follows the name, on the small model and rows that come with the package.
+    """
+
+    name: str
+    summary: str
+    uses: frozenset[str] = frozenset()
+    uses_with_gpus: frozenset[str] | None = None
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    more: str = ""
+    examples: tuple[str, ...]
+
+    def unused(self, given: Iterable[str], own: Iterable[str]) -> list[str]:
+        """Those of the given settings that change nothing here; the command's own all do something."""
+        given = set(given)
+        with_gpus = self.uses_with_gpus is not None and "gpus" in given
+        return sorted(given - set(own) - (self.uses_with_gpus if with_gpus else self.uses))
+
+
+_NOT_COMPARED = {
+    "recipe": "every method has its own: give --recipes METHOD=RECIPE",
+    "method": "give --methods",
+    "adapter": "each method begins with a fresh one",
+    "resume": "compare goes on by itself where it stopped: give the same --output_dir",
+}
+_SAMPLE = "-m tiny --dataset_name sample"
+
+VERBS: Mapping[str, Verb] = {
+    each.name: each
+    for each in (
+        Verb(
+            name="train",
+            summary="fine-tune a quantized Falcon on every GPU: LoRA, Adapter, Adapter v2; or all of one",
+            uses=_ALL,
+            examples=(
+                f"{_SAMPLE} --steps 20 --output_dir runs/first",
+                f"{_SAMPLE} --steps 20 --method adapter --eval_split 0.1 --report_to none",
+            ),
+        ),
+        Verb(
+            name="data",
+            summary="show what the model will see: rendered rows, lengths, what is dropped",
+            uses=_FILES | _TOKENIZER | _START | _ROWS | _ORDER | _NEW_TOKENS
+            | {"seed", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"}
+            | {"global_batch_size"},
+            examples=(f"{_SAMPLE} --show 1",),
+        ),
+        Verb(
+            name="prepare",
+            summary="download and tokenize ahead, so that training needs no network",
+            uses=_FILES | _TOKENIZER | _START | _ROWS | _NEW_TOKENS | {"seed", "streaming", "max_steps"},
+            examples=(_SAMPLE,),
+        ),
+        Verb(
+            name="params",
+            summary="count the parameters of a model and a method, without loading anything",
+            uses=_FILES | _START | method_settings().keys()
+            | {"model_name_or_path", "model_revision", "method"},
+            examples=("-m random:falcon-7b", "-m random:falcon-7b --method adapter_v2"),
+        ),
+        Verb(
+            name="generate",
+            summary="answer a prompt with a base model and an adapter",
+            uses=_FILES | _MODEL | {"template", "dataset_format", "seed"},
+            examples=('--adapter runs/first --prompt "What is a falcon?"', "-m tiny --prompt Once"),
+        ),
+        Verb(
+            name="compare",
+            summary="train by several methods in turn on the same rows and lay the results side by side",
+            uses=_ALL - _NOT_COMPARED.keys() - {"adapter_sha256"},
+            refuses=_NOT_COMPARED,
+            examples=(f"{_SAMPLE} --methods lora,adapter --steps 4 --report_to none",),
+        ),
+        Verb(
+            name="bench",
+            summary="measure variants of a training step against each other",
+            uses=_FILES | _TOKENIZER | _ROWS
+            | {"device", "max_steps", "seed", "lora_r", "lora_alpha", "method"},
+            uses_with_gpus=_ALL - BENCH_SETS,
+            more="Here --steps are the timed ones (10), and --max_length is a document's tokens (512).",
+            examples=("-m tiny --variants reference,ours --tokens 512 --steps 2 --rounds 1",),
+        ),
+        Verb(
+            name="merge",
+            summary="merge an adapter into its base model, with proof of what that did",
+            uses=_FILES | _MODEL | _ROWS
+            | {"seed", "per_device_train_batch_size", "overwrite", "push_to_hub"}
+            | {"hub_model_id", "hub_private_repo", "hub_revision", "hub_token"},
+            examples=("--adapter runs/first --out merged",),
+        ),
+        Verb(
+            name="inspect",
+            summary="say what a run, checkpoint, adapter or merge is, and whether it is whole",
+            examples=("runs/first",),
+        ),
+        Verb(
+            name="eval",
+            summary="perplexity and answer loss of a base model, an adapter or a merge",
+            uses=_FILES | _MODEL | _ROWS | {"seed", "per_device_train_batch_size"},
+            examples=("--adapter runs/first --dataset_name sample", _SAMPLE),
+        ),
+    )
+}  # fmt: skip
