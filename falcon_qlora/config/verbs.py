@@ -79,8 +79,8 @@ VERBS: Mapping[str, Verb] = {
             summary="fine-tune a quantized Falcon on every GPU: LoRA, Adapter, Adapter v2; or all of one",
             uses=_ALL,
             examples=(
-                f"{_SAMPLE} --steps 20 --output_dir runs/first",
-                f"{_SAMPLE} --steps 20 --method adapter --eval_split 0.1 --report_to none",
+                f"{_SAMPLE} --steps 5 -b 1 --output_dir runs/first",
+                f"{_SAMPLE} --steps 5 -b 1 --method adapter --eval_split 0.05",
             ),
         ),
         Verb(
@@ -115,7 +115,7 @@ VERBS: Mapping[str, Verb] = {
             summary="train by several methods in turn on the same rows and lay the results side by side",
             uses=_ALL - _NOT_COMPARED.keys() - {"adapter_sha256"},
             refuses=_NOT_COMPARED,
-            examples=(f"{_SAMPLE} --methods lora,adapter --steps 4 --report_to none",),
+            examples=(f"{_SAMPLE} --methods lora,adapter --steps 2 -b 1",),
         ),
         Verb(
             name="bench",
@@ -124,7 +124,7 @@ VERBS: Mapping[str, Verb] = {
             | {"device", "max_steps", "seed", "lora_r", "lora_alpha", "method"},
             uses_with_gpus=_ALL - BENCH_SETS,
             more="Here --steps are the timed ones (10), and --max_length is a document's tokens (512).",
-            examples=("-m tiny --variants reference,ours --tokens 512 --steps 2 --rounds 1",),
+            examples=("-m tiny --variants reference,ours --tokens 512 --steps 1 --warmup 1",),
         ),
         Verb(
             name="merge",
@@ -143,7 +143,7 @@ VERBS: Mapping[str, Verb] = {
             name="eval",
             summary="perplexity and answer loss of a base model, an adapter or a merge",
             uses=_FILES | _MODEL | _ROWS | {"seed", "per_device_train_batch_size"},
-            examples=("--adapter runs/first --dataset_name sample", _SAMPLE),
+            examples=("--adapter runs/first --dataset_name sample --most_tokens 4096",),
         ),
     )
 }  # fmt: skip

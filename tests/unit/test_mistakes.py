@@ -132,14 +132,13 @@ def test_one_message_says_what_and_what_to_do(refused: Refused, words: str, part
 
 
 def test_all_that_is_wrong_is_told_at_once_in_the_order_in_which_it_was_typed(refused: Refused) -> None:
-    message = refused("train --lr 1 -b two --cutoff_len 9 -m tiny rows.jsonl --use_peft --zzz -q 4bit stray")
+    message = refused("train --lr 1 -b two --cutoff_len 9 -m tiny b.csv --use_peft --zzz -q 4bit stray")
     assert message.splitlines() == [
         "7 things to mend",
         "  unknown flag --lr: give --learning_rate 1",
         "  -b: 'two' is not a whole number",
         "  unknown flag --cutoff_len (LLaMA-Factory's): give --max_length 9",
-        "  unexpected argument 'rows.jsonl': every setting is given by its flag, such as --dataset_name "
-        "rows.jsonl",
+        "  unexpected argument 'b.csv': every setting is given by its flag, such as --dataset_name b.csv",
         "  --use_peft is not taken: an adapter is always trained",
         "  unknown flag --zzz; --help-all lists every flag",
         "  unexpected argument 'stray': every setting is given by its flag, see --help-all",
