@@ -23,7 +23,6 @@ from typing import Any
 
 from falcon_qlora import config
 from falcon_qlora.common.errors import EXIT_BUG, EXIT_HANGING, EXIT_USER_ERROR, UserError
-from falcon_qlora.common.quantities import counted
 from falcon_qlora.config.arguments import LaunchArguments
 from falcon_qlora.processes import command_clock, launcher
 from falcon_qlora.processes.launcher import SAME_REQUEST_SECONDS, STOP_SIGNALS
@@ -253,8 +252,6 @@ def _processes(gpus: int | None) -> int:
         raise UserError(
             f"--gpus {gpus}: this machine shows {visible} (see CUDA_VISIBLE_DEVICES and nvidia-smi)"
         )
-    if not visible and gpus is not None:
-        print(f"no GPU is visible: training on the CPU, in {counted(gpus, 'process', 'processes')}")
     return gpus or visible or 1
 
 

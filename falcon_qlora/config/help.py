@@ -30,10 +30,11 @@ def print_help(parser: FalconParser, defaults: dict[str, Any], verb: Verb, *, ev
     lines = [f"falcon-qlora {verb.name} [flags]", ""]
     lines += textwrap.wrap(f"{verb.summary[0].upper()}{verb.summary[1:]}. {verb.more}".rstrip(), width)
     lines += ["", "Examples, which need no network:", *examples, ""]
+    uses = verb.uses()
     groups: dict[str, list[Setting]] = {}
     for setting in parser.settings.values():
         own = setting.name in parser.extra_names
-        if not own and setting.name not in verb.uses:
+        if not own and setting.name not in uses:
             continue
         if everything or setting.name in COMMON or (own and setting.name not in _LAUNCH):
             groups.setdefault(setting.group, []).append(setting)

@@ -6,7 +6,7 @@ and files of settings may hold any: they are written for training.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from falcon_qlora.common.settings import settings_of
@@ -19,7 +19,10 @@ def _names(arguments: type) -> frozenset[str]:
     return frozenset(each.name for each in settings_of(arguments))
 
 
-_ALL = frozenset(each.name for each in our_settings()) | _names(TrainerArguments)
+def _all() -> frozenset[str]:
+    return frozenset(each.name for each in our_settings()) | _names(TrainerArguments)
+
+
 _FILES = frozenset({"recipe", "config"})
 _TOKENIZER = frozenset("model_name_or_path tokenizer_name_or_path model_revision".split())
 _MODEL = _names(ModelArguments) | {"device"}
@@ -41,8 +44,8 @@ class Verb:
     Attributes:
         name: as it is typed.
         summary: what it is for, in a line.
-        uses: names of the shared settings that change what it does.
-        uses_with_gpus: of a bench of whole commands.
+        uses: gives the names of the shared settings that change what it does; methods bring some of them.
+        uses_with_gpus: the same of a bench of whole commands.
         refuses: shared settings that contradict what it does, and what to give instead.
         more: further lines of its help page.
         examples: what follows the name, on the small model and rows that come with the package.
@@ -50,8 +53,8 @@ class Verb:
 
     name: str
     summary: str
-    uses: frozenset[str] = frozenset()
-    uses_with_gpus: frozenset[str] | None = None
+    uses: Callable[[], frozenset[str]] = frozenset
+    uses_with_gpus: Callable[[], frozenset[str]] | None = None
     refuses: Mapping[str, str] = field(default_factory=dict)
     more: str = ""
     examples: tuple[str, ...]
@@ -59,8 +62,8 @@ class Verb:
     def unused(self, given: Iterable[str], own: Iterable[str]) -> list[str]:
         """Those of the given settings that change nothing here; the command's own all do something."""
         given = set(given)
-        with_gpus = self.uses_with_gpus is not None and "gpus" in given
-        return sorted(given - set(own) - (self.uses_with_gpus if with_gpus else self.uses))
+        uses = self.uses_with_gpus if self.uses_with_gpus is not None and "gpus" in given else self.uses
+        return sorted(given - set(own) - uses())
 
 
 _NOT_COMPARED = {
@@ -77,7 +80,7 @@ VERBS: Mapping[str, Verb] = {
         Verb(
             name="train",
             summary="fine-tune a quantized Falcon on every GPU: LoRA, Adapter, Adapter v2; or all of one",
-            uses=_ALL,
+            uses=_all,
             examples=(
                 f"{_SAMPLE} --steps 5 -b 1 --output_dir runs/first",
                 f"{_SAMPLE} --steps 5 -b 1 --method adapter --eval_split 0.05",
@@ -86,7 +89,7 @@ VERBS: Mapping[str, Verb] = {
         Verb(
             name="data",
             summary="show what the model will see: rendered rows, lengths, what is dropped",
-            uses=_FILES | _TOKENIZER | _START | _ROWS | _ORDER | _NEW_TOKENS
+            uses=lambda: _FILES | _TOKENIZER | _START | _ROWS | _ORDER | _NEW_TOKENS
             | {"seed", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"}
             | {"global_batch_size"},
             examples=(f"{_SAMPLE} --show 1",),
@@ -94,42 +97,43 @@ VERBS: Mapping[str, Verb] = {
         Verb(
             name="prepare",
             summary="download and tokenize ahead, so that training needs no network",
-            uses=_FILES | _TOKENIZER | _START | _ROWS | _NEW_TOKENS | {"seed", "streaming", "max_steps"},
+            uses=lambda: _FILES | _TOKENIZER | _START | _ROWS | _NEW_TOKENS
+            | {"seed", "streaming", "max_steps"},
             examples=(_SAMPLE,),
         ),
         Verb(
             name="params",
             summary="count the parameters of a model and a method, without loading anything",
-            uses=_FILES | _START | method_settings().keys()
+            uses=lambda: _FILES | _START | method_settings().keys()
             | {"model_name_or_path", "model_revision", "method"},
             examples=("-m random:falcon-7b", "-m random:falcon-7b --method adapter_v2"),
         ),
         Verb(
             name="generate",
             summary="answer a prompt with a base model and an adapter",
-            uses=_FILES | _MODEL | {"template", "dataset_format", "seed"},
+            uses=lambda: _FILES | _MODEL | {"template", "dataset_format", "seed"},
             examples=('--adapter runs/first --prompt "What is a falcon?"', "-m tiny --prompt Once"),
         ),
         Verb(
             name="compare",
             summary="train by several methods in turn on the same rows and lay the results side by side",
-            uses=_ALL - _NOT_COMPARED.keys() - {"adapter_sha256"},
+            uses=lambda: _all() - _NOT_COMPARED.keys() - {"adapter_sha256"},
             refuses=_NOT_COMPARED,
             examples=(f"{_SAMPLE} --methods lora,adapter --steps 2 -b 1",),
         ),
         Verb(
             name="bench",
             summary="measure variants of a training step against each other",
-            uses=_FILES | _TOKENIZER | _ROWS
+            uses=lambda: _FILES | _TOKENIZER | _ROWS
             | {"device", "max_steps", "seed", "lora_r", "lora_alpha", "method"},
-            uses_with_gpus=_ALL - BENCH_SETS,
+            uses_with_gpus=lambda: _all() - BENCH_SETS,
             more="Here --steps are the timed ones (10), and --max_length is a document's tokens (512).",
             examples=("-m tiny --variants reference,ours --tokens 512 --steps 1 --warmup 1",),
         ),
         Verb(
             name="merge",
             summary="merge an adapter into its base model, with proof of what that did",
-            uses=_FILES | _MODEL | _ROWS
+            uses=lambda: _FILES | _MODEL | _ROWS
             | {"seed", "per_device_train_batch_size", "overwrite", "push_to_hub"}
             | {"hub_model_id", "hub_private_repo", "hub_revision", "hub_token"},
             examples=("--adapter runs/first --out merged",),
@@ -142,7 +146,7 @@ VERBS: Mapping[str, Verb] = {
         Verb(
             name="eval",
             summary="perplexity and answer loss of a base model, an adapter or a merge",
-            uses=_FILES | _MODEL | _ROWS | {"seed", "per_device_train_batch_size"},
+            uses=lambda: _FILES | _MODEL | _ROWS | {"seed", "per_device_train_batch_size"},
             examples=("--adapter runs/first --dataset_name sample --most_tokens 4096",),
         ),
     )

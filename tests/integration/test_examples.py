@@ -101,9 +101,9 @@ def test_the_others_run_as_their_pages_say_and_read_what_they_declare(reads: Rea
     check(reads, "generate", ["-m tiny --prompt x --template none --dataset_format text --max_new_tokens 2"])
     check(reads, "eval", [])
     check(reads, "inspect", [])
-    check(reads, "bench", [], but=VERBS["bench"].uses)
+    check(reads, "bench", [], but=VERBS["bench"].uses())
     # Its certificate holds the run's whole record, and the run's rows were one file's share.
-    check(reads, "merge", [], but=VERBS["merge"].uses | {"adapter", "global_batch_size"})
+    check(reads, "merge", [], but=VERBS["merge"].uses() | {"adapter", "global_batch_size"})
     for words in VERBS["compare"].examples:
         assert cli.main(["compare", *shlex.split(words)]) == 0
 
@@ -112,6 +112,6 @@ def check(reads: Reads, verb: str, more: list[str], but: frozenset[str] | set[st
     reads.names.clear()
     for words in (*VERBS[verb].examples, *more):
         assert cli.main([verb, *shlex.split(words)]) == 0
-    uses = VERBS[verb].uses
+    uses = VERBS[verb].uses()
     assert reads.names - uses <= but, f"{verb} reads what it does not declare"
     assert uses - reads.names <= INDIRECT | but, f"{verb} declares what it does not read"

@@ -31,7 +31,7 @@ def flags_in(text: str) -> set[str]:
 @pytest.mark.parametrize("verb", PAGES)
 def test_a_page_has_what_the_command_uses(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     page, whole = (shown(capsys, verb, flag) for flag in ("--help", "--help-all"))
-    uses = VERBS[verb].uses
+    uses = VERBS[verb].uses()
     own = flags_in(whole) - uses
     assert uses <= flags_in(whole)
     assert own & SHARED <= {"adapter"}  # which generate, eval and merge have in a meaning of their own
