@@ -6,6 +6,7 @@ what a recipe says); within one layer they contradict each other and the user is
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from falcon_qlora.common.errors import UserError, nearest
@@ -49,6 +50,7 @@ _MODES: tuple[tuple[str, str, Sequence[Any]], ...] = (
 )
 _FEW = 3  # that a message names
 
+_SPLITS = frozenset("validation valid val test eval dev train".split())
 TEMPLATES = ("auto", "format", "alpaca", "guanaco", "falcon-instruct", "none", "tokenizer")
 
 
@@ -346,8 +348,14 @@ def _check_data(values: Values, name: Any) -> None:
         raise UserError(
             f"{name('dataloader_num_workers')}: each would read the whole of a stream; give 1 or 0"
         )
+    split = values["eval_split"]
+    if str(split).lower() in _SPLITS and not Path(split).exists():
+        raise UserError(
+            f"{name('eval_split')}: {split!r} is no file or hub id; for that split of --dataset_name give "
+            f"split:{split}"
+        )
     try:
-        fraction = float(values["eval_split"] or "nan")
+        fraction = float(split or "nan")
     except ValueError:
         return
     if values["eval_split"] and values["streaming"]:

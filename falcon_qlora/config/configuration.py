@@ -35,7 +35,7 @@ from falcon_qlora.config.parser import (
     recipe_names,
     refuse,
 )
-from falcon_qlora.config.paths import refuse_mistaken, settings_of_run, with_absolute_paths
+from falcon_qlora.config.paths import settings_of_run, with_absolute_paths
 from falcon_qlora.config.trainer_arguments import SHARED
 from falcon_qlora.config.verbs import VERBS
 from falcon_qlora.methods.interface import Method
@@ -249,7 +249,6 @@ def _configuration(
     for name, value in (values | extra).items():
         parser.settings[name].check_bounds(value, where.get(name, f"--{name}"))
     checks.check(values, where)
-    refuse_mistaken(values, where)
     if values["device"] == "cpu":
         _hide_gpus()
     values = with_absolute_paths(values, data=False)

@@ -6,14 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from falcon_qlora.common.errors import UserError
-from falcon_qlora.common.record_files import SETTINGS, is_record
 from falcon_qlora.common.recorded_paths import absolute_name, started_in
 
 _MODELS = ("model_name_or_path", "tokenizer_name_or_path")
 _OTHERS = ("adapter", "template", "cache_dir")
 _DATA = ("dataset_name", "eval_split")
-_SPLITS = frozenset("validation valid val test eval dev train".split())
 
 
 def with_absolute_paths(
@@ -40,30 +37,6 @@ def on_the_hub(name: str) -> bool:
     """Whether a model or rows may lie on the hub, as they neither lie here nor come with the package."""
     packaged = name in ("tiny", "sample") or name.startswith("random:")
     return not packaged and not Path(name).expanduser().exists()
-
-
-def refuse_mistaken(settings: Mapping[str, Any], where: Mapping[str, str]) -> None:
-    """Refuse names of folders and splits given where something else is meant.
-
-    Args:
-        settings: by name.
-        where: for settings that were given, how to name them to the user.
-
-    Raises:
-        UserError: for a run as the model, or the bare name of a split as held-out rows.
-    """
-    folder, named = Path(settings["model_name_or_path"]).expanduser(), where.get("model_name_or_path")
-    of_run = is_record(folder / SETTINGS) or (folder / "adapter_config.json").is_file()
-    if named is not None and of_run and not (folder / "config.json").is_file():
-        whole = (folder / "adapter" / "config.json").is_file()
-        meant = f"the model that it left is {folder / 'adapter'}" if whole else f"give --adapter {folder}"
-        raise UserError(f"{named}: {folder} holds a run or an adapter, no model; {meant}")
-    split = settings["eval_split"]
-    if str(split).lower() in _SPLITS and not Path(split).exists():
-        raise UserError(
-            f"{where['eval_split']}: {split!r} is no file or hub id; for that split of --dataset_name give "
-            f"split:{split}"
-        )
 
 
 def settings_of_run(settings: Mapping[str, Any], run: Path) -> dict[str, Any]:

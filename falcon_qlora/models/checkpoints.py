@@ -42,7 +42,9 @@ def raw_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     refuse_adapter(folder)
     if not path.exists():
-        raise UserError(f"{folder} holds no config.json: it is not a model's folder.")
+        inside = folder / "adapter"  # of a run that trained every weight
+        meant = f" Did you mean {inside}?" if (inside / "config.json").is_file() else ""
+        raise UserError(f"{folder} holds no config.json: it is not a model's folder.{meant}")
     return read_json(path)
 
 

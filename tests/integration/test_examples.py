@@ -10,7 +10,6 @@ import pytest
 
 from falcon_qlora import __main__ as cli
 from falcon_qlora import config
-from falcon_qlora.commands import compare
 from falcon_qlora.commands import train as launcher
 from falcon_qlora.common.settings import settings_of
 from falcon_qlora.config import configuration
@@ -19,7 +18,7 @@ from falcon_qlora.config.verbs import VERBS
 from falcon_qlora.methods.table import METHODS
 from falcon_qlora.processes import endings
 from falcon_qlora.training import run
-from tests.integration import forks
+from tests.integration.runs import command
 
 # Read before there is a configuration, or through another name; of a stream and of an adapter alone.
 INDIRECT = {"recipe", "config", "device", "method", "max_steps", "adapter_sha256"}
@@ -76,7 +75,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Reads:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(launcher, "_run_one", in_process)
-    monkeypatch.setattr(compare.subprocess, "Popen", forks.Popen)
     return Reads(monkeypatch)
 
 
@@ -104,8 +102,15 @@ def test_the_others_run_as_their_pages_say_and_read_what_they_declare(reads: Rea
     check(reads, "bench", [], but=VERBS["bench"].uses())
     # Its certificate holds the run's whole record, and the run's rows were one file's share.
     check(reads, "merge", [], but=VERBS["merge"].uses() | {"adapter", "global_batch_size"})
+
+
+@pytest.mark.slow
+def test_methods_are_compared_as_the_page_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
     for words in VERBS["compare"].examples:
-        assert cli.main(["compare", *shlex.split(words)]) == 0
+        done = command("compare", *shlex.split(words))
+        assert done.returncode == 0, done.stderr
+        assert "comparison.md" in done.stdout
 
 
 def check(reads: Reads, verb: str, more: list[str], but: frozenset[str] | set[str] = frozenset()) -> None:

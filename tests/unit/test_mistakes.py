@@ -40,6 +40,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         (tmp_path / folder).mkdir(parents=True)
     for folder in ("run", "whole"):
         (tmp_path / folder / "config.yaml").write_text("model_name_or_path: tiny\n")
+    (tmp_path / "run/adapter/adapter_config.json").write_text("{}")
     (tmp_path / "whole/adapter/config.json").write_text("{}")
     (tmp_path / "broken.yaml").write_text("seed: 1\nlora_r: 4: 5\n")
     return Refused(capsys, tmp_path)
@@ -114,8 +115,8 @@ ROWS = "-m tiny --dataset_name rows.jsonl"
         ("data -m tiny --dataset_name row.jsonl", ["file not found: row.jsonl (did you mean rows.jsonl?)"]),
         ("data -m tiny --dataset_name empty", ["empty: the folder holds no .jsonl"]),
         ("data -m nowhere/ --dataset_name sample", ["There is no folder 'nowhere/'"]),
-        ("eval -m run --dataset_name sample", ["path: run holds a run", "give --adapter run"]),
-        ("train -m whole", ["--model_name_or_path: whole holds a run", "whole/adapter"]),
+        ("train -m run", ["holds an adapter, not a model: name it with --adapter"]),
+        ("train -m whole", ["whole holds no config.json", "Did you mean", "whole/adapter?"]),
         ("generate --adapter nowhere --prompt x", ["--adapter nowhere: holds no adapter"]),
         ("train --config empty", ["empty: this is a folder; name the file of settings"]),
         ("train --config run", ["run: this is a folder; did you mean run/config.yaml?"]),
