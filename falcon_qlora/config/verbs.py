@@ -119,7 +119,7 @@ VERBS: Mapping[str, Verb] = {
             summary="train by several methods in turn on the same rows and lay the results side by side",
             uses=lambda: _all() - _NOT_COMPARED.keys() - {"adapter_sha256"},
             refuses=_NOT_COMPARED,
-            examples=(f"{_SAMPLE} --methods lora,adapter --steps 2 -b 1",),
+            examples=(f"{_SAMPLE} --methods lora,adapter --steps 2 --global_batch_size 4",),
         ),
         Verb(
             name="bench",
