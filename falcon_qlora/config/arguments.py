@@ -190,7 +190,10 @@ class RunArguments:
         "full: all\noffload: all, from inputs in CPU memory",
     )
     save_every_minutes: float = setting(
-        0.0, "Save a checkpoint too whenever so many minutes have passed since the last; 0: never.", least=0
+        10.0,
+        "Save a checkpoint whenever so many minutes have passed since the last; 0: never. Off with "
+        "--save_steps or --save_strategy, unless it is given too.",
+        least=0,
     )
     max_bad_steps: int = setting(
         10,

@@ -69,6 +69,7 @@ def settle(values: Values, laid: Laid) -> None:
     _settle_checkpointing(values, laid)
     _settle_batch(values, laid)
     _settle_packing(values, laid)
+    _settle_saving(values, laid)
     _settle_evaluation(values, laid)
     _settle_length(values, laid)
     if _rank(laid, "logging_steps") < 1 and 1 <= values["max_steps"] <= 50:
@@ -292,6 +293,16 @@ def _settle_packing(values: Values, laid: Laid) -> None:
         values["train_sampling_strategy"] = "random"
 
 
+def _settle_saving(values: Values, laid: Laid) -> None:
+    """By the clock, unless it is said at which steps; where `save_steps` is None, that is not said."""
+    strategy, steps = _rank(laid, "save_strategy"), _rank(laid, "save_steps")
+    if values["save_strategy"] == "steps" and values["save_steps"] is None and strategy > steps:
+        values["save_steps"] = 0.1
+    chosen = values["save_steps"] is not None or values["save_strategy"] != "steps"
+    if chosen and max(strategy, steps) > _rank(laid, "save_every_minutes"):
+        values["save_every_minutes"] = 0.0
+
+
 def _settle_evaluation(values: Values, laid: Laid) -> None:
     if values["eval_split"] is None:
         return
@@ -304,6 +315,9 @@ def _settle_evaluation(values: Values, laid: Laid) -> None:
     if "load_best_model_at_end" not in laid:
         values["load_best_model_at_end"] = values["save_strategy"] != "no"
     if not values["load_best_model_at_end"] or values["save_strategy"] == "best":
+        return
+    if values["save_steps"] is None and values["save_strategy"] == "steps":
+        values["save_strategy"] = "best"
         return
     evaluating, saving = (
         _rank(laid, "eval_strategy", "eval_steps"),

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 # Where this run computes and writes and whether it goes on with another is not part of what a re-run needs.
 _NOT_RECORDED = frozenset({"output_dir", "config", "resume", "overwrite", "device"})
+_NO_STEP = 10**9  # where the clock says when to save: the trainer wants a number
 _GROUP_SECONDS = 1800.0  # Transformers' own default of ddp_timeout
 
 
@@ -107,6 +108,8 @@ class Configuration:
             "fp16": dtype == torch.float16,
             "use_cpu": not on_gpu,
         }
+        if values["save_steps"] is None:
+            values["save_steps"] = _NO_STEP
         _start_process_group(values)
         if ranks.world_size() == 1:
             values.pop("ddp_backend", None)  # without a launcher there is no group that it would be of

@@ -79,7 +79,9 @@ class TrainerArguments:
 
     # Checkpoints
     save_strategy: Literal["no", "steps", "epoch", "best"] = setting("steps", "When to save a checkpoint.")
-    save_steps: float = setting(500, "Steps between two checkpoints, or their share.", above=0)
+    save_steps: float | None = setting(
+        None, "Steps between two checkpoints, or their share; unset: by the clock.", above=0
+    )
     save_total_limit: int | None = setting(None, "Checkpoints to keep, the best one besides.", least=1)
     save_only_model: bool = setting(False, "Save weights only: such a checkpoint cannot be resumed.")
     load_best_model_at_end: bool = setting(False, "Keep the best checkpoint's adapter, not the last step's.")

@@ -39,6 +39,7 @@ class Summary:
         save_seconds: Of `wall_seconds`: in which the steps waited for checkpoints.
         evaluation_seconds: Of `wall_seconds`: of evaluations, sample answers included.
         end_seconds: Of `wall_seconds`: after the last step.
+        start_phases: Phase of the last start → its seconds.
         adapter: Folder of the adapter that the run began from, where it did.
         adapter_sha256: Of that one's weights.
     """
@@ -70,5 +71,6 @@ class Summary:
     save_seconds: float | None = None
     evaluation_seconds: float | None = None
     end_seconds: float | None = None
+    start_phases: dict[str, float] | None = None
     adapter: str | None = None
     adapter_sha256: str | None = None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import SaveStrategy
 
 from falcon_qlora.run_folder.directory import Backlog
 
@@ -37,6 +38,8 @@ class StepKeeper(DefaultFlowCallback):
         super().on_step_end(args, state, control)
         if share.epoch.is_integer() or state.global_step == state.max_steps:
             super().on_epoch_end(args, state, control)
+        # However checkpoints are chosen, the end is one.
+        control.should_save |= state.global_step == state.max_steps and args.save_strategy != SaveStrategy.NO
         self._trainer.after_step(control)
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -18,7 +18,14 @@ _SMALL_FILES = 16 * 2**20
 
 
 def check_disk(
-    directory: RunDirectory, model: Any, training: SFTConfig, *, optimizer: str, whole: bool, steps: int
+    directory: RunDirectory,
+    model: Any,
+    training: SFTConfig,
+    *,
+    optimizer: str,
+    whole: bool,
+    steps: int,
+    by_clock: bool,
 ) -> None:
     """Refuse a disk on which the run's checkpoints have no room.
 
@@ -29,6 +36,7 @@ def check_disk(
         optimizer: by the trainer's name.
         whole: whether all parameters of the model are trained.
         steps: of the run.
+        by_clock: whether the clock asks for checkpoints too.
 
     Raises:
         UserError: with what is needed and what is free.
@@ -42,7 +50,7 @@ def check_disk(
         bytes_each=trained[0].element_size(),
         embedded=embedded_share(model.config) if whole else 0.0,
         optimizer=optimizer,
-        saves=_saves(training, steps),
+        saves=_saves(training, steps) + (training.save_total_limit or 1) * by_clock,
         limit=training.save_total_limit,
         keeps_best=training.load_best_model_at_end,
     )

@@ -23,7 +23,7 @@ from falcon_qlora.processes.stop_signals import Stopped
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.run_folder.summary import Summary
 from falcon_qlora.run_folder.tracking import Trackers
-from falcon_qlora.terminal import console
+from falcon_qlora.terminal import console, phases
 from falcon_qlora.training.moved import require_moved
 from falcon_qlora.training.record import counts
 from falcon_qlora.training.resume import how_to_go_on
@@ -155,7 +155,7 @@ def _keep_adapter(
     raise UserError(f"all steps are done, but {directory.adapter} could not be written ({failure}). {last}")
 
 
-def _wall_clock(trainer: FalconTrainer) -> dict[str, float]:
+def _wall_clock(trainer: FalconTrainer) -> dict[str, Any]:
     """What the whole command took, and where it went."""
     meter = trainer.meter
     wall = meter.wall_seconds()
@@ -170,6 +170,7 @@ def _wall_clock(trainer: FalconTrainer) -> dict[str, float]:
         "step_share": meter.seconds / wall,
         **spent,
         "end_seconds": max(wall - meter.seconds - sum(spent.values()), 0.0),
+        "start_phases": {name: round(seconds, 3) for name, seconds in phases.seconds.items()},
     }
 
 

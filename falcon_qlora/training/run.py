@@ -75,6 +75,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
         optimizer=configuration.optimizer,
         whole=method.is_whole,
         steps=data.total_steps,
+        by_clock=run.save_every_minutes > 0,
     )
     agreement.wait_for_all()  # nothing is written before every process has come so far
     describe_adapter = functools.partial(record.describe_adapter, configuration, data, fingerprint, tokenizer)

@@ -335,9 +335,32 @@ class TestWhatFollows:
 
     def test_saving_follows_evaluating_where_only_one_is_given(self) -> None:
         evaluating = resolved("--eval_split", "0.05", "--eval_strategy", "epoch")
-        assert evaluating["save_strategy"] == "epoch"
+        assert (evaluating["save_strategy"], evaluating["save_every_minutes"]) == ("best", 10)
         saving = resolved("--eval_split", "0.05", "--save_steps", "50")
         assert (saving["eval_steps"], saving["save_steps"]) == (50, 50)
+
+    def test_saves_are_by_the_clock_unless_it_is_said_at_which_steps(self, tmp_path: Path) -> None:
+        def saving(*words: str) -> tuple[object, ...]:
+            settings = resolved(*words)
+            (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+            found = [
+                (each["save_strategy"], each["save_steps"], each["save_every_minutes"])
+                for each in (settings, resolved("--config", str(tmp_path / "config.yaml")))
+            ]
+            assert found[0] == found[1]
+            return found[0]
+
+        assert saving() == ("steps", None, 10)
+        assert saving("--save_steps", "50") == ("steps", 50, 0)
+        assert saving("--save_steps", "50", "--save_every_minutes", "3") == ("steps", 50, 3)
+        assert saving("--save_strategy", "steps") == ("steps", 0.1, 0)
+        assert saving("--save_strategy", "no") == ("no", None, 0)
+        assert saving("--save_strategy", "epoch") == ("epoch", None, 0)
+        assert saving("--eval_split", "0.1") == ("best", None, 10)
+        assert saving("--eval_split", "0.1", "--load_best_model_at_end", "false") == ("steps", None, 10)
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(resolved()))
+        again = resolved("--config", str(tmp_path / "config.yaml"), "--eval_split", "0.1")
+        assert again["save_strategy"] == "best"
 
     def test_evaluating_follows_saving_in_the_settings_of_a_run_without_evaluation(
         self, tmp_path: Path
@@ -449,8 +472,10 @@ class TestForwarded:
     def test_name_type_and_default_are_the_librarys(self, ours: Setting) -> None:
         kinds, choices, default = self.of_the_class()[ours.name]
         assert ("list" if ours.is_list else ours.kind.__name__) in kinds
-        assert ours.optional == ("NoneType" in kinds)
-        assert ours.default == default
+        if ours.name == "save_steps":  # unset here: by the clock
+            assert (ours.optional, ours.default) == (True, None)
+        else:
+            assert (ours.optional, ours.default) == ("NoneType" in kinds, default)
         assert set(ours.choices or ()) <= set(choices or ())
 
     def test_what_a_file_may_say_of_what_is_not_taken(self) -> None:
