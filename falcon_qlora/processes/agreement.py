@@ -143,6 +143,8 @@ def check_replicas(tensors: Iterable[torch.Tensor]) -> None:
 
 def checksum(tensors: Iterable[torch.Tensor]) -> str:
     """A hash of the bytes that this process holds."""
+    import torch
+
     sums = [_checksums(tensor) for tensor in tensors]
     # Together: each time the host reads a number it waits for the device.
     read = [number for each in sums if not each.is_cuda for number in each.tolist()]
