@@ -27,10 +27,9 @@ from safetensors.torch import load_file, save_file
 import falcon_qlora
 from falcon_qlora import config
 from falcon_qlora.commands import train as launching
-from falcon_qlora.commands.train import LaunchArguments
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.settings import settings_of
-from falcon_qlora.config.arguments import our_settings
+from falcon_qlora.config.arguments import LaunchArguments, our_settings
 from falcon_qlora.config.configuration import _start_process_group
 from falcon_qlora.config.trainer_arguments import TrainerArguments
 from falcon_qlora.models import hub
@@ -248,6 +247,7 @@ ELSEWHERE = {
     "hang_minutes": "tests.integration.test_interruption_matrix",
     "sharding": "tests.integration.test_sharding",
     "gpus": "tests.unit.test_cli",
+    "device": "tests.unit.test_mistakes",
     "max_restarts": "tests.integration.test_interruption_matrix",
     "master_addr": f"{_HERE}:test_where_nodes_meet",
     "rdzv_endpoint": f"{_HERE}:test_where_nodes_meet",

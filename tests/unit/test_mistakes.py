@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from falcon_qlora.config.arguments import LaunchArguments
 from falcon_qlora.config.parser import FalconParser
 from falcon_qlora.config.trainer_arguments import INSTEAD
 from falcon_qlora.processes import endings
-from falcon_qlora.training import run
+from falcon_qlora.training import preflight, run
 from tests.integration.refusals import only_message
 from tests.integration.runs import write_jsonl
 
@@ -280,3 +281,13 @@ def test_values_of_dictionaries_are_one_word() -> None:
         "per_device_train_batch_size": 8,
         "seed": 3,
     }
+
+
+def test_a_large_model_computes_on_the_cpu_where_device_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    asked = config.parse(["-m", "random:falcon-7b", "--device", "cpu"])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert "device" not in asked.resolved()
+    preflight._check_model(asked.model, asked.method, sharding="auto", on_cpu=True)
+    with pytest.raises(UserError, match="--device cpu"):
+        preflight._check_model(asked.model, asked.method, sharding="auto", on_cpu=False)
