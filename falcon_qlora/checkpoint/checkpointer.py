@@ -387,10 +387,13 @@ class Checkpointer:
                 process_state.save_cursor(partial, content.cursor)
         (partial / process_state.TRAINER_STATE).write_text(content.trainer_state, encoding="utf-8")
         about = {"step": content.step, "processes": content.processes, "resumable": not self.weights_only}
-        with ThreadPoolExecutor(1) as beside:
+        files = list(partial.iterdir())
+        with ThreadPoolExecutor(2) as beside:  # the disk, the hashes and the reading back
+            flushed = beside.submit(lambda: [flush(file) for file in files])
             described = beside.submit(write_manifest, partial, about | self.record, content.parts)
             check_tensors(partial, model, content.trained)
             described.result()
+            flushed.result()
         if self._opened_form is not None and form_of(partial) != self._opened_form:
             raise AdapterFaultError(f"{partial} has another configuration than what was opened before")
         put_in_place(partial, self.checkpoint(content.step))

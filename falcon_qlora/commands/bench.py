@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from falcon_qlora.bench import say, scaling
 from falcon_qlora.bench.tables import append_csv, check_csv
 from falcon_qlora.bench.variants import VARIANTS, Pace, Variant, choose
-from falcon_qlora.commands.first_look import look_at_model
 from falcon_qlora.commands.words import names, numbers
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import check_writable
@@ -90,6 +89,8 @@ def main(argv: list[str], *, whole_runs: Any = scaling.whole_runs) -> int:
         argv: the words after ``falcon-qlora bench``.
         whole_runs: what ``--whole_run`` does, in the place of `scaling.whole_runs`.
     """
+    from falcon_qlora.commands.first_look import look_at_model
+
     configuration = parse(argv, verb="bench", extra_arguments=BenchArguments)
     wanted: BenchArguments = configuration.extra
     if wanted.list_variants:

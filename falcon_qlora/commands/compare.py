@@ -17,7 +17,6 @@ from typing import Any
 
 from falcon_qlora import config
 from falcon_qlora.checkpoint import manifest
-from falcon_qlora.commands.first_look import look
 from falcon_qlora.commands.train import stop_signals_to
 from falcon_qlora.commands.words import split
 from falcon_qlora.common.errors import EXIT_BUG, EXIT_USER_ERROR, UserError
@@ -56,6 +55,8 @@ _OWN = ("methods", "recipes", "learning_rates", "output_dir", "overwrite")
 
 def main(argv: list[str]) -> int:
     """Run the command and return its exit status."""
+    from falcon_qlora.commands.first_look import look
+
     given = config.read_flags(argv, verb="compare", extra_arguments=CompareArguments)
     asked = config.configure(plan.for_any_method(given), extra_arguments=CompareArguments)
     ours: CompareArguments = asked.extra

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from falcon_qlora.commands.first_look import look_at_rows
 from falcon_qlora.commands.opening import parse_with_run, source_of
 from falcon_qlora.commands.words import split
 from falcon_qlora.common.errors import UserError, first_line, nearest
@@ -82,6 +81,8 @@ def _measure(
     from falcon_qlora.training.held_out import held_out_text, rows_of
 
     if all_rows:
+        from falcon_qlora.commands.first_look import look_at_rows
+
         look_at_rows(configuration.data, None)
     tokenizer = tokenizer_of(source)
     text = rows_of(configuration, tokenizer) if all_rows else held_out_text(configuration, tokenizer, run)
@@ -120,6 +121,7 @@ def _measure(
 
 def _run_tasks(configuration: Configuration, source: Source, words: list[str]) -> dict[str, Any]:
     """The figures of tasks by their names."""
+
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

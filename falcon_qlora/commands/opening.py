@@ -7,7 +7,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from falcon_qlora.commands.first_look import look_at_model
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.record_files import CERTIFICATE
 from falcon_qlora.config import Configuration, configure, read_flags
@@ -54,6 +53,7 @@ def source_of(
         UserError: if the folder's files cannot be read, or name no base model or one that must not be opened;
             or if the user names a base for a whole model.
     """
+    from falcon_qlora.commands.first_look import look_at_model
     from falcon_qlora.methods.adapter_folder import read_record
     from falcon_qlora.methods.open_adapter import check_may_open
 

@@ -3,16 +3,18 @@
 bitsandbytes asks on some CPUs, while it is imported, the package `kernels` for a kernel from the network,
 which would compute other bits, and warns where there is none. And it wraps in `torch.compile` what no device
 with kernels of its own calls, for which PyTorch loads its compiler: seconds. Transformers prints a line on
-every process where WANDB_MODE is offline.
+every process where WANDB_MODE is offline. Transformers and TRL list all packages that are installed, each for
+itself, which takes a second or two where there are many.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import spec_from_file_location
 from types import ModuleType
@@ -21,6 +23,7 @@ from typing import Any
 ASKS = "bitsandbytes.backends.cpu.ops"
 COMPILES = "bitsandbytes.backends.default.ops"
 PRINTS = "transformers.integrations.integration_utils"
+LISTS = ("transformers.utils.import_utils", "trl.import_utils")
 
 
 class _Alone(SourceFileLoader):
@@ -62,7 +65,25 @@ class _Silent(SourceFileLoader):
             super().exec_module(module)
 
 
-_LOADERS = {ASKS: _Alone, COMPILES: _Uncompiled, PRINTS: _Silent}
+class _AskedOnce(SourceFileLoader):
+    """Loads `LISTS`."""
+
+    _list: Callable[[], Any] | None = None
+
+    def exec_module(self, module: ModuleType) -> None:
+        from importlib import metadata
+
+        listing = metadata.packages_distributions
+        if _AskedOnce._list is None:
+            _AskedOnce._list = functools.cache(listing)
+        metadata.packages_distributions = _AskedOnce._list
+        try:
+            super().exec_module(module)
+        finally:
+            metadata.packages_distributions = listing
+
+
+_LOADERS = {ASKS: _Alone, COMPILES: _Uncompiled, PRINTS: _Silent, **dict.fromkeys(LISTS, _AskedOnce)}
 
 
 class _Finder(PathFinder):

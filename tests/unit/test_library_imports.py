@@ -58,3 +58,17 @@ def test_it_is_this_module_alone_that_asks() -> None:
         if "kernels import get_kernel" in file.read_text(encoding="utf-8")
     ]
     assert set(asking) == {ASKS, "bitsandbytes.backends.mps.ops"}, "the second is Apple's"
+
+
+def test_what_is_installed_is_listed_once() -> None:
+    code = (
+        "import importlib.metadata as metadata\n"
+        "real, asked = metadata.packages_distributions, []\n"
+        "metadata.packages_distributions = lambda: asked.append(1) or real()\n"
+        "import falcon_qlora, transformers, trl.import_utils\n"
+        "print(len(asked), metadata.packages_distributions.__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY
+    )
+    assert done.stdout == "1 <lambda>\n"
