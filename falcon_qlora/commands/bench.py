@@ -89,8 +89,6 @@ def main(argv: list[str], *, whole_runs: Any = scaling.whole_runs) -> int:
         argv: the words after ``falcon-qlora bench``.
         whole_runs: what ``--whole_run`` does, in the place of `scaling.whole_runs`.
     """
-    from falcon_qlora.commands.first_look import look_at_model
-
     configuration = parse(argv, verb="bench", extra_arguments=BenchArguments)
     wanted: BenchArguments = configuration.extra
     if wanted.list_variants:
@@ -120,6 +118,8 @@ def main(argv: list[str], *, whole_runs: Any = scaling.whole_runs) -> int:
 
     # Only now: a wrong flag is told at once.
     say_loading(aside=True)
+    from falcon_qlora.commands.first_look import look_at_model
+
     for model in models:
         look_at_model(model)
     quiet_libraries()

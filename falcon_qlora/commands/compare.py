@@ -55,8 +55,6 @@ _OWN = ("methods", "recipes", "learning_rates", "output_dir", "overwrite")
 
 def main(argv: list[str]) -> int:
     """Run the command and return its exit status."""
-    from falcon_qlora.commands.first_look import look
-
     given = config.read_flags(argv, verb="compare", extra_arguments=CompareArguments)
     asked = config.configure(plan.for_any_method(given), extra_arguments=CompareArguments)
     ours: CompareArguments = asked.extra
@@ -70,6 +68,8 @@ def main(argv: list[str]) -> int:
     first = next(iter(configurations.values()))
     model = first.model.model_name_or_path
     say_loading()
+    from falcon_qlora.commands.first_look import look
+
     look(first)
     published = _has_shapes_of_7b(first)
     folder = choose(asked.run.output_dir, model=model, settings="comparison")

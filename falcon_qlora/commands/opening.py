@@ -53,7 +53,6 @@ def source_of(
         UserError: if the folder's files cannot be read, or name no base model or one that must not be opened;
             or if the user names a base for a whole model.
     """
-    from falcon_qlora.commands.first_look import look_at_model
     from falcon_qlora.methods.adapter_folder import read_record
     from falcon_qlora.methods.open_adapter import check_may_open
 
@@ -95,6 +94,8 @@ def source_of(
         if not whole:
             _say_whether_other(record, folder, base, settings.model_revision)
     if not whole:
+        from falcon_qlora.commands.first_look import look_at_model
+
         look_at_model(base)
     return Source(
         model=str(folder) if whole else base,
