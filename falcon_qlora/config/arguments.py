@@ -12,6 +12,12 @@ from typing import Literal
 from falcon_qlora.common.settings import Setting, setting, settings_of
 from falcon_qlora.methods.table import METHODS, method_settings
 
+# What Transformers reports to; it is not imported for it.
+TRACKERS = (
+    "wandb tensorboard trackio azure_ml clearml codecarbon comet_ml dagshub dvclive flyte kubeflow mlflow "
+    "neptune swanlab none"
+).split()
+
 
 @dataclass(kw_only=True)
 class ModelArguments:
@@ -218,9 +224,9 @@ class RunArguments:
     sample_prompts: list[str] | None = setting(
         None, "Prompts for those; unset: taken from the held-out rows."
     )
-    report_to: list[str] = setting(
-        ["wandb"], "Trackers to report to.", choices=["wandb", "tensorboard", "trackio", "none"]
-    )
+    report_to: list[str] = setting(["wandb"], "Trackers to report to.", choices=TRACKERS)
+    wandb_project: str | None = setting(None, "Project at W&B; unset: WANDB_PROJECT, else falcon-qlora.")
+    wandb_entity: str | None = setting(None, "User or team at W&B; unset: WANDB_ENTITY, else one's own.")
     seed: int = setting(
         42, "Decides the order of the data, the adapter's start and dropout.", least=0, below=2**32
     )

@@ -64,7 +64,7 @@ class TrainerArguments:
     logging_strategy: Literal["no", "steps", "epoch"] = setting("steps", "When to log.")
     logging_steps: float = setting(10, "Steps between two lines of the log, or their share.", above=0)
     logging_first_step: bool = setting(False, "Log the first step too.")
-    run_name: str | None = setting(None, "Name of the run for trackers.")
+    run_name: str | None = setting(None, "Name of the run for trackers; unset: its folder's.")
     project: str = setting("huggingface", "Project for Trackio.")
     trackio_space_id: str | None = setting(None, "Hugging Face Space for Trackio.")
     trackio_bucket_id: str | None = setting(None, "Hugging Face Bucket for Trackio with a Space.")

@@ -1,11 +1,11 @@
-"""Trackers: Weights & Biases, TensorBoard and Trackio.
+"""Trackers: whatever Transformers reports to, by its own callbacks.
 
 They run on the main process alone. What is wrong with them before the run is an error (a package that is
 not there, a key that is rejected); whatever they do once it has started never stops it.
 
     trackers = choose(["wandb"])                         # early: nothing is loaded yet
-    trackers.start(directory=..., config=..., run_name=...)
     trainer = FalconTrainer(..., callbacks=[trackers.callback])
+    trackers.start(directory=..., config=..., run_name=...)
     trackers.finish(summary=..., adapter=...)
 """
 
@@ -25,10 +25,9 @@ from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     WandbCallback,
     WandbLogModel,
-    get_available_reporting_integrations,
 )
 
-from falcon_qlora.common.errors import UserError, first_line
+from falcon_qlora.common.errors import UserError, first_line, panics_as_errors
 from falcon_qlora.common.files import plain
 from falcon_qlora.processes import ranks
 from falcon_qlora.run_folder.directory import RunDirectory
@@ -37,6 +36,12 @@ from falcon_qlora.terminal.console import note
 from falcon_qlora.terminal.library_logging import ENVIRONMENT
 
 PROJECT = "falcon-qlora"
+
+# Where Transformers' own words do not say what is missing.
+_HINTS = {
+    "comet_ml": "; it needs COMET_API_KEY too",
+    "tensorboard": "; pip install tensorboard",
+}
 
 # A tracker that fails this often in a row is not asked again: its time-outs would slow every step.
 _PATIENCE = 3
@@ -53,17 +58,27 @@ def choose(report_to: Sequence[str]) -> Trackers:
         report_to: Names that `--report_to` takes; ``none`` is no tracker.
 
     Raises:
-        UserError: if a package is not installed, or W&B rejects the key. On the main process only; the
-            others get no trackers.
+        UserError: if a tracker's package or key is not there, or W&B rejects the key. On the main process
+            only; the others get no trackers.
     """
     if not ranks.is_main_process():
-        return Trackers([], wandb_mode="disabled")
-    names = [name for name in dict.fromkeys(report_to) if name != "none"]
-    for name in names:
-        if name not in get_available_reporting_integrations():
-            raise UserError(f"--report_to {name}: it is not installed; pip install {name}")
-    mode, reason = _wandb_mode() if "wandb" in names else ("disabled", "")
-    return Trackers(names, wandb_mode=mode, wandb_reason=reason)
+        return Trackers({}, wandb_mode="disabled")
+    callbacks = {name: _callback(name) for name in report_to if name != "none"}
+    mode, reason = _wandb_mode() if "wandb" in callbacks else ("disabled", "")
+    return Trackers(callbacks, wandb_mode=mode, wandb_reason=reason)
+
+
+def _callback(name: str) -> TrainerCallback:
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda _: None  # of some, what is half made cannot be taken down without an error
+    try:
+        with panics_as_errors():
+            return _WandbCallback() if name == "wandb" else INTEGRATION_TO_CALLBACK[name]()
+    except Exception as error:  # each looks for its package, and says in its own words how to get it
+        told = first_line(error)
+    finally:
+        sys.unraisablehook = hook
+    raise UserError(f"--report_to {name}: {told}{_HINTS.get(name, '')}")
 
 
 class Trackers:
@@ -74,10 +89,13 @@ class Trackers:
         lines: Where each tracker writes, for the start summary.
     """
 
-    def __init__(self, names: list[str], *, wandb_mode: str, wandb_reason: str = ""):
-        self.names = names
+    def __init__(self, callbacks: Mapping[str, TrainerCallback], *, wandb_mode: str, wandb_reason: str = ""):
         self.lines: list[str] = []
         self.callback = TrackersCallback()
+        self._callbacks = dict(callbacks)
+        self._wandb = self._callbacks.pop("wandb", None)
+        for name, callback in self._callbacks.items():
+            self.callback.add(name, callback)
         self._wandb_mode = wandb_mode
         self._wandb_reason = wandb_reason
         self._wandb_run: Any = None
@@ -94,41 +112,51 @@ class Trackers:
         directory: RunDirectory,
         config: Mapping[str, Any],
         run_name: str | None = None,
+        project: str | None = None,
+        entity: str | None = None,
         resume: bool = False,
     ) -> None:
-        """Open the run at each tracker.
+        """Open the run at W&B, and say where each tracker writes; the others open with the training.
 
         Args:
             directory: The run directory: local files go into it, and the ids by which a resumed run is
                 continued.
             config: The resolved configuration, without secrets.
-            run_name: The run's name at the trackers; the run directory's where None.
+            run_name: The run's name at W&B and TensorBoard; the run directory's where None.
+            project: W&B's project; where None, as WANDB_PROJECT or an earlier start says. So the next.
+            entity: The user or team at W&B.
             resume: Go on with the runs that `directory` knows.
         """
-        name = run_name or directory.path.resolve().name
-        for tracker in self.names:
-            if tracker == "wandb":
-                self._start_wandb(directory, config, name, resume)
-                continue
-            callback = INTEGRATION_TO_CALLBACK[tracker]()
+        if self._wandb is not None:
+            known = directory.tracker_record("wandb") if resume else {}
+            where = {
+                "name": run_name or os.environ.get("WANDB_NAME") or directory.path.resolve().name,
+                "project": project or os.environ.get("WANDB_PROJECT") or known.get("project") or PROJECT,
+                "entity": entity or os.environ.get("WANDB_ENTITY") or known.get("entity"),
+                "id": os.environ.get("WANDB_RUN_ID") or known.get("id"),
+                # Offline the id alone makes it one run, once it is uploaded.
+                "resume": "allow" if known and "WANDB_RESUME" not in os.environ else None,
+            }
+            self._start_wandb(directory, config, where)
+        for tracker, callback in self._callbacks.items():
             if tracker == "tensorboard" and callback.logging_dir is None:
-                callback.logging_dir = str(directory.path / "tensorboard")
-                where = shlex.quote(str(callback.logging_dir))
-                self.lines.append(f"TensorBoard: tensorboard --logdir {where}")
+                folder = directory.path / "tensorboard"
+                callback.logging_dir = str(folder / run_name.replace("/", "-") if run_name else folder)
+                self.lines.append(f"TensorBoard: tensorboard --logdir {shlex.quote(str(folder))}")
             else:
                 self.lines.append({"trackio": "Trackio: trackio show"}.get(tracker, tracker))
-            self.callback.add(tracker, callback)
 
     def finish(
         self, *, summary: Mapping[str, Any] | None = None, adapter: Path | None = None, exit_status: int = 0
     ) -> None:
-        """Close the runs; never raises.
+        """Close the runs, those too that a training left in its midst; never raises.
 
         Args:
             summary: The fields of `summary.json`, shown in W&B's run summary.
             adapter: The adapter's folder, uploaded if WANDB_LOG_MODEL asks for it.
             exit_status: 0 if the run went well.
         """
+        self.callback.end()
         run, self._wandb_run = self._wandb_run, None
         if run is None:
             return
@@ -149,7 +177,7 @@ class Trackers:
             note(f"W&B could not close the run ({first_line(error)}); nothing of the training is lost")
 
     def _start_wandb(
-        self, directory: RunDirectory, config: Mapping[str, Any], name: str, resume: bool
+        self, directory: RunDirectory, config: Mapping[str, Any], where: Mapping[str, Any]
     ) -> None:
         if self._wandb_mode == "disabled":
             self.lines.append(f"W&B: off ({self._wandb_reason})")
@@ -157,23 +185,23 @@ class Trackers:
         import wandb
 
         self._wandb_ours = wandb.run is None
-        known = directory.tracker_record("wandb") if resume else {}
         try:
-            run = wandb.run or self._init_wandb(directory, config, name, known)
+            run = wandb.run or self._init_wandb(directory, config, where)
         except Exception as error:
             if self._wandb_mode != "online":
                 self.lines.append(f"W&B: off, it could not start ({first_line(error)})")
                 return
             if _REJECTED.search(str(error)):
                 raise UserError(
-                    f"W&B refused the run: {first_line(error)}. Check WANDB_ENTITY and WANDB_PROJECT, or use "
-                    "--report_to none"
+                    f"W&B refused the run: {first_line(error)}. Check --wandb_entity and --wandb_project, or "
+                    "use --report_to none"
                 ) from error
             self._wandb_mode, self._wandb_reason = "offline", f"no connection: {first_line(error)}"
-            run = self._init_wandb(directory, config, name, known)
+            self._start_wandb(directory, config, where)
+            return
         self._wandb_run = run
         directory.write_tracker_record("wandb", {"id": run.id, "project": run.project, "entity": run.entity})
-        self.callback.add("W&B", _WandbCallback())
+        self.callback.add("W&B", self._wandb)
         if self._wandb_mode == "offline":
             folder = Path(run.settings.sync_dir)
             if folder.is_relative_to(Path.cwd()):
@@ -183,7 +211,7 @@ class Trackers:
             self.lines.append(f"W&B: {run.url}")
 
     def _init_wandb(
-        self, directory: RunDirectory, config: Mapping[str, Any], name: str, known: Mapping[str, Any]
+        self, directory: RunDirectory, config: Mapping[str, Any], where: Mapping[str, Any]
     ) -> Any:
         import wandb
 
@@ -199,12 +227,7 @@ class Trackers:
         folder = os.environ.get("WANDB_DIR") or str(directory.path)
         Path(folder).mkdir(parents=True, exist_ok=True)
         return wandb.init(
-            project=os.environ.get("WANDB_PROJECT") or known.get("project") or PROJECT,
-            entity=os.environ.get("WANDB_ENTITY") or known.get("entity") or None,
-            name=os.environ.get("WANDB_NAME") or name,
-            id=os.environ.get("WANDB_RUN_ID") or known.get("id"),
-            # Offline the id alone makes it one run, once it is uploaded.
-            resume="allow" if online and known and "WANDB_RESUME" not in os.environ else None,
+            **{**where, "resume": where["resume"] if online else None},
             config=plain(config),
             allow_val_change=True,
             dir=folder,
@@ -220,9 +243,15 @@ class TrackersCallback:
         self._trackers: list[tuple[str, TrainerCallback]] = []
         self._failures: dict[str, int] = {}
         self._told: set[str] = set()
+        self._open: tuple[Any, Any, Any] | None = None
 
     def add(self, name: str, tracker: TrainerCallback) -> None:
         self._trackers.append((name, tracker))
+
+    def end(self) -> None:
+        """Tell the trackers of the end of a training that was left before it came there."""
+        if self._open is not None:
+            self._pass_on("on_train_end", *self._open)
 
     def __getattr__(self, event: str) -> Any:
         if not event.startswith("on_"):
@@ -231,11 +260,14 @@ class TrackersCallback:
 
     def _pass_on(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give `event` to each tracker; warn once of one that raises, and drop it when it keeps on."""
+        if event in ("on_train_begin", "on_train_end"):
+            self._open = (args, state, control) if event == "on_train_begin" else None
         for name, tracker in list(self._trackers):
             try:
                 # A copy each: some take out of the logs what they do not show.
                 own = {**kwargs, "logs": dict(kwargs["logs"])} if kwargs.get("logs") else kwargs
-                getattr(tracker, event)(args, state, control, **own)
+                with panics_as_errors():
+                    getattr(tracker, event)(args, state, control, **own)
                 self._failures[name] = 0
             except Exception as error:
                 self._failures[name] = self._failures.get(name, 0) + 1

@@ -98,6 +98,8 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
             directory=directory,
             config=configuration.resolved(),
             run_name=configuration.trainer.get("run_name"),
+            project=run.wandb_project,
+            entity=run.wandb_entity,
             resume=start.goes_on,
         )
         record.write_start(configuration, directory, data, start.trackers, kernels, start.checkpoint)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import sys
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import wandb
 from transformers import TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.config.arguments import TRACKERS
 from falcon_qlora.run_folder import tracking
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal import console
+from tests.panics import PanicException
 
 KEY = "0123456789" * 4
 EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
@@ -32,7 +38,7 @@ def fresh_wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def _train(trackers: tracking.Trackers, steps: int = 3) -> None:
     state = SimpleNamespace(is_world_process_zero=True, is_hyper_param_search=False, trial_name=None)
-    args = SimpleNamespace(run_name=None)
+    args = SimpleNamespace(run_name=None, to_json_string=lambda: "{}")
     state.global_step = 0
     trackers.callback.on_train_begin(args, state, None, model=None)
     for step in range(1, steps + 1):
@@ -166,15 +172,16 @@ def test_a_start_that_fails_online_goes_on_offline(tmp_path: Path, monkeypatch: 
     assert _offline_files(RunDirectory(tmp_path))
 
 
+@pytest.mark.parametrize("error", [ConnectionError, PanicException])
 def test_a_tracker_that_raises_is_told_of_once_and_never_stops_the_run(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], error: type[BaseException]
 ) -> None:
     class Broken(TrainerCallback):
         calls = 0
 
         def on_log(self, *arguments: Any, **kwargs: Any) -> None:
             self.calls += 1
-            raise ConnectionError("the network is down")
+            raise error("the network is down")
 
     broken, trackers = Broken(), tracking.choose(["none"])
     seen = _Recorder()
@@ -182,7 +189,7 @@ def test_a_tracker_that_raises_is_told_of_once_and_never_stops_the_run(
     trackers.callback.add("working", seen)
     _train(trackers, steps=10)
     output = capsys.readouterr().out
-    assert output.count("broken failed (the network is down); the training goes on") == 1
+    assert len(re.findall(r"broken failed \(.*the network is down\); the training goes on", output)) == 1
     assert broken.calls == 3, "after three failures in a row it is left alone"
     assert seen.events.count("on_log") == 10
 
@@ -231,13 +238,136 @@ def test_one_tracker_changing_the_logs_does_not_change_anothers() -> None:
 def test_other_processes_have_no_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(wandb, "login", lambda **_: pytest.fail("asked for the key"))
-    assert tracking.choose(["wandb"]).names == []
+    trackers = tracking.choose(["wandb", "mlflow"])
+    trackers.start(directory=RunDirectory("nowhere"), config={})
+    assert trackers.lines == []
 
 
-def test_a_tracker_that_is_not_installed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "get_available_reporting_integrations", lambda: ["wandb"])
-    with pytest.raises(UserError, match="pip install trackio"):
-        tracking.choose(["trackio"])
+def test_the_flag_takes_every_tracker_of_transformers() -> None:
+    assert set(TRACKERS) == {*INTEGRATION_TO_CALLBACK, "none"}
+
+
+@pytest.mark.parametrize(
+    ("tracker", "told"),
+    [
+        ("azure_ml", "pip install azureml-sdk"),
+        ("clearml", "pip install clearml"),
+        ("codecarbon", "pip install codecarbon"),
+        ("comet_ml", "pip install comet-ml.*COMET_API_KEY"),
+        ("dagshub", "pip install mlflow"),
+        ("dvclive", "pip install dvclive"),
+        ("flyte", "pip install flytekit"),
+        ("kubeflow", "KUBEFLOW_TRAINER_SERVER_URL"),
+        ("mlflow", "pip install mlflow"),
+        ("neptune", "pip install neptune"),
+        ("swanlab", "pip install swanlab"),
+        ("tensorboard", "pip install tensorboard"),
+        ("trackio", "pip install trackio"),
+        ("wandb", "pip install wandb"),
+    ],
+)
+def test_a_tracker_that_is_not_installed_is_an_error_that_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tracker: str, told: str
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    unraisable: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    with pytest.raises(UserError, match=rf"^--report_to {tracker}: .*{told}") as error:
+        tracking.choose([tracker])
+    assert "\n" not in str(error.value)
+    assert unraisable == [], "they would be shown after the message"
+
+
+def test_every_tracker_is_transformers_own_from_the_trainers_beginning_to_its_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """CodeCarbon's begins with the trainer, and its meter with the training."""
+    told: list[str] = []
+
+    class EmissionsTracker:
+        def __init__(self, output_dir: str) -> None:
+            told.append(output_dir)
+
+        def start(self) -> None:
+            told.append("start")
+
+        def stop(self) -> None:
+            told.append("stop")
+
+    codecarbon = ModuleType("codecarbon")
+    codecarbon.EmissionsTracker = EmissionsTracker  # type: ignore[attr-defined]
+    codecarbon.__spec__ = ModuleSpec("codecarbon", None)
+    monkeypatch.setitem(sys.modules, "codecarbon", codecarbon)
+    trackers = tracking.choose(["codecarbon"])
+    state = SimpleNamespace(is_local_process_zero=True, is_world_process_zero=True)
+    args = SimpleNamespace(output_dir="run")
+    trackers.callback.on_init_end(args, state, None)
+    trackers.start(directory=RunDirectory(tmp_path), config={})
+    trackers.callback.on_train_begin(args, state, None, model=None)
+    assert (trackers.lines, told) == (["codecarbon"], ["run", "start"])
+    trackers.finish(exit_status=1)  # stopped, or failed
+    assert told == ["run", "start", "stop"]
+    trackers.finish()
+    assert told[3:] == []
+
+
+@pytest.mark.parametrize(
+    ("run_name", "variable", "shown"),
+    [("flag", "env", "flag"), (None, "env", "env"), (None, None, "run")],
+)
+def test_a_flag_wins_over_a_variable_and_names_the_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run_name: str | None,
+    variable: str | None,
+    shown: str,
+) -> None:
+    seen: dict[str, Any] = {}
+    _pretend_online(monkeypatch, seen)
+    for name in ("NAME", "PROJECT", "ENTITY"):
+        monkeypatch.setenv(f"WANDB_{name}", variable or "")
+    trackers = tracking.choose(["wandb"])
+    trackers.start(
+        directory=RunDirectory(tmp_path / "run"),
+        config={},
+        run_name=run_name,
+        project=run_name and "p",
+        entity=run_name and "e",
+    )
+    assert seen["name"] == shown
+    assert (seen["project"], seen["entity"]) == (
+        ("p", "e") if run_name else (variable or tracking.PROJECT, variable or None)
+    )
+
+
+@pytest.mark.parametrize(("run_name", "folder"), [(None, ""), ("a/b", "a-b")])
+def test_a_name_is_tensorboards_name_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_name: str | None, folder: str
+) -> None:
+    written: dict[str, float] = {}
+
+    class SummaryWriter:
+        def __init__(self, log_dir: str) -> None:
+            assert log_dir == str(tmp_path / "tensorboard" / folder)
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written[name] = value
+
+        def add_text(self, *arguments: Any) -> None:
+            pass
+
+        flush = close = lambda self: None
+
+    board = ModuleType("tensorboardX")
+    board.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
+    board.__spec__ = ModuleSpec("tensorboardX", None)
+    monkeypatch.setitem(sys.modules, "tensorboardX", board)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    trackers = tracking.choose(["tensorboard"])
+    trackers.start(directory=RunDirectory(tmp_path), config={}, run_name=run_name)
+    _train(trackers)
+    assert trackers.lines == [f"TensorBoard: tensorboard --logdir {tmp_path / 'tensorboard'}"]
+    assert written == {"train/loss": 1 / 3, "eval/loss": 2.0}
 
 
 def test_no_tracker_is_no_tracker(tmp_path: Path) -> None:
