@@ -7,10 +7,18 @@ import re
 import sys
 import traceback
 
-from falcon_qlora.common.errors import EXIT_BUG, EXIT_USER_ERROR, UserError, message_of, nearest
+from falcon_qlora.common.errors import (
+    EXIT_BUG,
+    EXIT_USER_ERROR,
+    UserError,
+    message_of,
+    nearest,
+    panics_as_errors,
+)
 from falcon_qlora.common.version import VERSION
 from falcon_qlora.config import other_names
 from falcon_qlora.config.verbs import VERBS
+from falcon_qlora.terminal.output import write_every_character
 
 EXIT_INTERRUPTED = 130
 _VERB_LIKE = re.compile(r"[A-Za-z_-]{1,16}")  # no token, key or address
@@ -23,8 +31,10 @@ def main(argv: list[str] | None = None) -> int:
         The exit status: 0, 2 for what the user can mend, 1 for a bug or a disk that fails, 130 after Ctrl-C.
     """
     words = sys.argv[1:] if argv is None else argv
+    write_every_character()
     try:
-        return _run(words)
+        with panics_as_errors():
+            return _run(words)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 EXIT_USER_ERROR = 2
 EXIT_BUG = 1
@@ -31,6 +32,33 @@ class UserError(Exception):
         super().__init__(without_credentials(message))
 
 
+class PanicError(Exception):
+    """Native code of a library has panicked."""
+
+
+@contextlib.contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Have a panic of a library in Rust, which is no Exception, raised as a `PanicError`."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # each library has its own, in no module to import
+            raise
+        raise PanicError(f"native code of a library panicked: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def told_in_one_line() -> Iterator[None]:
+    """Have a notebook show one line of what `message_of` has one for, and no traceback."""
+    try:
+        with panics_as_errors():
+            yield
+    except Exception as error:
+        if told := message_of(error):
+            error._render_traceback_ = lambda: [told]  # type: ignore[attr-defined]  # IPython asks for it
+        raise
+
+
 def without_credentials(text: str) -> str:
     """`text` with user names, passwords and keys taken out of its URLs."""
     return _URL.sub(
@@ -39,7 +67,7 @@ def without_credentials(text: str) -> str:
 
 
 def message_of(error: Exception) -> str | None:
-    """One line for what a disk, a file or a GPU refuses; None for any other error: a traceback is shown."""
+    """One line for what the user can mend, or a disk, a file, a GPU or native code refuses; else None."""
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for it
         asked = ". ".join(str(error).split(". ")[:2]).rstrip(".")
         return (
@@ -47,6 +75,8 @@ def message_of(error: Exception) -> str | None:
             "memory on it, or take less: a smaller -b or --max_length, --checkpointing offload, --recipe "
             "smallest. A run goes on from its last checkpoint with --resume"
         )
+    if isinstance(error, UserError | PanicError):
+        return f"error: {error}"
     if not isinstance(error, OSError) or not error.errno:
         return None
     if isinstance(error.filename, str | bytes):
@@ -70,9 +100,9 @@ def first_line(error: object, *, limit: int = 300) -> str:
     return one_line(next(iter(str(error).strip().splitlines()), type(error).__name__), limit=limit)
 
 
-def reason_of(error: OSError) -> str:
-    """Why the system refuses something, such as ``No space left on device``."""
-    return error.strerror or one_line(error)
+def reason_of(error: Exception) -> str:
+    """Why something failed; of an OSError what the system says, such as ``No space left on device``."""
+    return getattr(error, "strerror", None) or one_line(error)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from falcon_qlora.common.errors import UserError, first_line
+from falcon_qlora.common.errors import UserError, first_line, panics_as_errors
 from falcon_qlora.common.untrusted import read_json, read_text
 from falcon_qlora.models.checkpoints import RANDOM, refuse_adapter
 from falcon_qlora.models.layouts import MODEL_TYPES, PRESETS, layout_of_preset
@@ -38,8 +38,11 @@ def load_tokenizer(
     )
     _check_files(folder)
     try:
-        tokenizer = _class_for(folder).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        tokenizer("Try it out.", add_special_tokens=False)
+        with panics_as_errors():
+            tokenizer = _class_for(folder).from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+            tokenizer("Try it out.", add_special_tokens=False)
     except Exception as error:  # the tokenizers' have no class of their own, and any comes of other values
         reason = first_line(error)
         raise UserError(

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from falcon_qlora.common.errors import EXIT_BUG, EXIT_USER_ERROR, UserError, message_of
+from falcon_qlora.common.errors import EXIT_BUG, EXIT_USER_ERROR, UserError, message_of, panics_as_errors
 from falcon_qlora.processes.agreement import PeerError, connect, gather_objects
 from falcon_qlora.processes.ranks import is_main_process, restart_count, world_size
 
@@ -59,7 +59,8 @@ def exit_status(work: Callable[[], object]) -> int:
     is printed: the others mostly follow from it.
     """
     try:
-        work()
+        with panics_as_errors():
+            work()
     except PeerError as error:
         _report(None)
         return error.exit_status

@@ -198,9 +198,12 @@ class RunDirectory:
                 write_text(file, "".join(lines))
 
     def draw_loss(self, title: str = "") -> None:
-        """Draw `loss.png` from the metrics, if there is a loss to draw."""
-        with replaced(self.loss_picture) as temporary:
-            charts.draw_loss(self.read_metrics(), temporary, title=title)
+        """Draw `loss.png` from the metrics, if there is a loss to draw; if that fails, it is told."""
+        try:
+            with replaced(self.loss_picture) as temporary:
+                charts.draw_loss(self.read_metrics(), temporary, title=title)
+        except Exception as error:
+            note(f"{self.loss_picture} could not be written ({reason_of(error)})")
 
     def tracker_record(self, tracker: str) -> dict[str, Any]:
         """What a tracker needs to go on with the same run ({} where there is none yet)."""

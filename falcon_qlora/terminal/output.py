@@ -39,6 +39,12 @@ def drop_what_cannot_be_written() -> None:
         sys.stderr = _lossy(sys.stderr, 2)
 
 
+def write_every_character() -> None:
+    """Have standard output write what its encoding has no character for as an escape, not as an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def _lossy(stream: TextIO | None, descriptor: int) -> TextIO:
     if stream is None:  # closed before Python began
         return open(os.devnull, "w", encoding="utf-8")  # for as long as the process lives

@@ -20,6 +20,7 @@ import torch
 from falcon_qlora import __main__ as cli
 from falcon_qlora.commands import train
 from falcon_qlora.processes.launcher import TRAINING
+from tests.panics import PanicException
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -426,6 +427,7 @@ class TestCommandLine:
         [
             (KeyboardInterrupt(), 130, ""),
             (ZeroDivisionError("a bug"), 1, "ZeroDivisionError: a bug"),
+            (PanicException("no\nsuch token"), 1, "error: native code of a library panicked: no\n"),
             (ConnectionError("no file, no number"), 1, "Traceback"),
             (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), 1, "Traceback"),
             (
