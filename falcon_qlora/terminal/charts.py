@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,12 +16,12 @@ _EVAL = "#d1495b"
 _RATE = "#5b8c5a"
 
 
-def draw_loss(metrics: Sequence[Mapping[str, Any]], file: Path, *, title: str = "") -> None:
+def draw_loss(metrics: Sequence[Mapping[str, Any]], file: Path | BinaryIO, *, title: str = "") -> None:
     """Draw the training loss, the held-out loss and the learning rate over the steps as a PNG.
 
     Args:
         metrics: The lines of `metrics.jsonl`.
-        file: The PNG to write.
+        file: The PNG to write, or what takes its bytes.
         title: A line above the picture.
     """
     train = _series(metrics, "loss")
@@ -161,8 +161,9 @@ def _figure(title: str, *, width: float = 8, **layout: Any) -> tuple[Figure, Any
     return figure, axes
 
 
-def _write(figure: Figure, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
+def _write(figure: Figure, file: Path | BinaryIO) -> None:
+    if isinstance(file, Path):
+        file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=130, format="png")
 
 

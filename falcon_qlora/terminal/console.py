@@ -1,7 +1,8 @@
 """What a person sees of a run: a summary, one progress bar, a summary.
 
 Only the main process prints. On a terminal there is one bar at the bottom; into a file or a pipe the same
-numbers go as plain lines, at most some fifty of them. What cannot be written there ends no run: see `output`.
+numbers go as plain lines, at most some fifty of them; a notebook has a bar and a picture. What cannot be
+written there ends no run: see `output`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rich.text import Text
 from falcon_qlora.common.files import quoted
 from falcon_qlora.common.quantities import duration
 from falcon_qlora.processes import ranks
+from falcon_qlora.terminal.notebook import in_notebook
 
 _LABEL_WIDTH = 11
 _PATIENCE_SECONDS = 5.0
@@ -29,7 +31,9 @@ _PATIENCE_SECONDS = 5.0
 @lru_cache(maxsize=1)
 def console() -> Console:
     """The terminal of the run: standard output on the main process, nowhere on the others."""
-    return Console(quiet=not ranks.is_main_process(), highlight=False)
+    # Rich would make every line in a notebook a table of HTML of its own.
+    plain: dict[str, Any] = {"force_jupyter": False, "force_terminal": False} if in_notebook() else {}
+    return Console(quiet=not ranks.is_main_process(), highlight=False, **plain)
 
 
 def note(message: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 
 # Read by libraries when they are imported, so the launcher gives these to its workers.
 ENVIRONMENT = {
@@ -45,6 +46,19 @@ _LIBRARIES = (
 )
 
 
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """`quiet_libraries` for a block of another's program, whose own warnings and logs are then as before."""
+    levels = {name: logging.getLogger(name).level for name in _LIBRARIES}
+    with warnings.catch_warnings():
+        quiet_libraries()
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+
+
 def quiet_libraries(*, progress_bars: bool = True) -> None:
     """Silence warnings and log lines of the libraries below; errors still appear.
 
@@ -62,6 +76,10 @@ def quiet_libraries(*, progress_bars: bool = True) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")
     # DeepSpeed sets its logger's level as it is imported; Transformers does so wherever it is installed.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(_is_an_error)
     for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
         warnings.simplefilter("ignore", category)
+
+
+def _is_an_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR

@@ -15,12 +15,14 @@ from transformers import TrainerCallback
 
 from falcon_qlora.common.quantities import duration
 from falcon_qlora.processes import ranks
-from falcon_qlora.terminal.console import console, print_plain
+from falcon_qlora.terminal.console import console, note, print_plain
+from falcon_qlora.terminal.notebook import NotebookProgress, in_notebook
 
 # Without a terminal: at most this many lines for a run, but one at least each half minute.
 _PLAIN_LINES = 50
 _PLAIN_SECONDS = 30.0
 _RECENT_STEPS = 20
+_DRAWN = ("loss", "eval_loss", "learning_rate")
 
 
 class ProgressCallback(TrainerCallback):
@@ -35,6 +37,8 @@ class ProgressCallback(TrainerCallback):
     def __init__(self, warning: Callable[[], str]) -> None:
         self._warning = warning
         self._progress: Progress | None = None
+        self._notebook: NotebookProgress | None = None
+        self._losses: list[dict[str, float]] = []  # for the notebook's picture
         self._task: Any = None
         self._shown: dict[str, float] = {}
         self._best: float | None = None
@@ -57,6 +61,8 @@ class ProgressCallback(TrainerCallback):
         self._step, self._last_step = state.global_step, state.max_steps
         self._times.append((self._step, time.monotonic()))
         self._printed_at = time.monotonic()
+        if in_notebook():
+            self._notebook = NotebookProgress()
         if not console().is_terminal:
             return
         self._progress = Progress(
@@ -94,13 +100,20 @@ class ProgressCallback(TrainerCallback):
         self._shown |= {name: float(logs[name]) for name in names if logs.get(name) is not None}
         self._step = max(self._step, state.global_step)
         self._refresh(self._counter())
-        if "eval_loss" in logs:
+        if self._notebook is not None:
+            shown = {name: float(logs[name]) for name in _DRAWN if logs.get(name) is not None}
+            self._losses += [{"step": state.global_step, **shown}] if shown else []
+            self._draw_losses(self._notebook)
+        elif "eval_loss" in logs:
             self._print_evaluation(float(logs["eval_loss"]))
         elif "loss" in logs and self._progress is None:
             self._print_line()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._progress is None and self._shown and self._printed_step != self._step:
+        if self._notebook is not None:
+            self._refresh(self._counter(), last=True)
+            self._draw_losses(self._notebook, last=True)
+        elif self._progress is None and self._shown and self._printed_step != self._step:
             self._print_line(force=True)
         self.close()
 
@@ -131,7 +144,14 @@ class ProgressCallback(TrainerCallback):
         speed = (self._times[-1][1] - first_time) / (self._times[-1][0] - first_step)
         return speed * (self._last_step - self._step)
 
-    def _refresh(self, description: str) -> None:
+    def _draw_losses(self, notebook: NotebookProgress, *, last: bool = False) -> None:
+        if failure := notebook.show_losses(self._losses, last=last):
+            note(f"the losses cannot be drawn ({failure})")
+
+    def _refresh(self, description: str, *, last: bool = False) -> None:
+        if self._notebook is not None:
+            text = "  ".join([description, *self._numbers()])
+            self._notebook.show_bar(self._step, self._last_step, text, last=last)
         if self._progress is not None:
             self._progress.update(
                 self._task, completed=self._step, description=description, numbers="  ".join(self._numbers())
