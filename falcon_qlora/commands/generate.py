@@ -17,15 +17,8 @@ from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.settings import setting
 from falcon_qlora.common.untrusted import read_text
 from falcon_qlora.config import Configuration, parse
-from falcon_qlora.data.formats import AUTO, BY_FORMAT, FORMATS, resolve_template
-from falcon_qlora.data.templates import (
-    TEMPLATES,
-    TOKENIZER,
-    Template,
-    Turn,
-    get_template,
-    template_fingerprint,
-)
+from falcon_qlora.data.templates import Template, Turn
+from falcon_qlora.inference.answers import Speaker, trained_template
 from falcon_qlora.inference.base_and_adapter import adapter_folder, load_adapted
 from falcon_qlora.methods.table import is_whole
 from falcon_qlora.terminal.library_logging import quiet_libraries
@@ -78,41 +71,35 @@ def main(argv: list[str]) -> int:
     model, tokenizer = load_adapted(source)
     template = _template(configuration, record, tokenizer)
     assert template is not None
-    speaker = _Speaker(
-        model=model, tokenizer=tokenizer, template=template, wanted=wanted, seed=configuration.run.seed
-    )
+    speaker = Speaker(model=model, tokenizer=tokenizer, template=template)
+    printer = _Printer(speaker=speaker, wanted=wanted, seed=configuration.run.seed)
     if wanted.chat:
-        speaker.chat()
+        printer.chat()
         return 0
-    for prompt in [sys.stdin.read().rstrip("\n")] if prompts is None else prompts:
+    for prompt in [_standard_input()] if prompts is None else prompts:
         if prompts is not None and (len(prompts) > 1 or wanted.compare):
             print(f"> {prompt}")
-        speaker.answer(prompt)
+        printer.answer(prompt)
     return 0
 
 
 @dataclass(kw_only=True)
-class _Speaker:
-    """A loaded model, and how it is spoken to."""
+class _Printer:
+    """Prints what a model answers, as it comes."""
 
-    model: Any
-    tokenizer: Any
-    template: Template
+    speaker: Speaker
     wanted: GenerateArguments
     seed: int
 
     def answer(self, prompt: str) -> None:
-        """Print the answer to one prompt as it comes."""
+        """Print the answer to one prompt."""
         from falcon_qlora.methods.interface import method_of
 
-        if (ending := _ending(self.template)) and prompt.rstrip().endswith(ending):
-            note_aside(
-                f"the prompt ends with {ending!r}, which template {self.template.name} writes around it once "
-                "more; --template none takes it as it is"
-            )
+        if told := self.speaker.told_of(prompt):
+            note_aside(told)
         turns = [Turn("user", prompt)]
         if self.wanted.compare:
-            with method_of(self.model).disabled(self.model):
+            with method_of(self.speaker.model).disabled(self.speaker.model):
                 self._print("base:    ", turns)
         self._print("adapter: " if self.wanted.compare else "", turns)
 
@@ -131,32 +118,20 @@ class _Speaker:
             turns.append(Turn("assistant", self._print("falcon: " if person else "", turns)))
 
     def _print(self, name: str, turns: list[Turn]) -> str:
-        from falcon_qlora.data.tokens import prompt_ids
-        from falcon_qlora.inference.generation import generate_stream
-
         print(name, end="", flush=True)
         text = ""
-        pieces = generate_stream(
-            self.model,
-            self.tokenizer,
-            prompt_ids(self.template, turns, self.tokenizer),
+        pieces = self.speaker.stream(
+            turns,
             max_new_tokens=self.wanted.max_new_tokens,
             temperature=self.wanted.temperature,
             top_p=self.wanted.top_p,
             seed=self.seed,
         )
         for piece in pieces:
-            # The space that a template leaves between its marker and the answer is not for reading.
-            print(piece if text else piece.lstrip(), end="", flush=True)
-            text = text + piece if text else piece.lstrip()
+            print(piece, end="", flush=True)
+            text += piece
         print(flush=True)
         return text.strip()
-
-
-def _ending(template: Template) -> str:
-    """What a template writes between a question and its answer, without spaces around it."""
-    question = "Why?"
-    return template.prompt([Turn("user", question)]).rpartition(question)[2].strip()
 
 
 def _prompts(wanted: GenerateArguments) -> list[str] | None:
@@ -175,35 +150,24 @@ def _prompts(wanted: GenerateArguments) -> list[str] | None:
     return prompts
 
 
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read().rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not text in {error.encoding}: set PYTHONIOENCODING") from None
+
+
 def _template(configuration: Configuration, record: dict[str, Any], tokenizer: Any) -> Template | None:
-    """The template that a flag names, else the adapter's; a base alone goes on from the prompt as it is.
-
-    None where that is the tokenizer's own, and there is no tokenizer yet.
-    """
-    data, trained = configuration.data, f"--adapter {configuration.extra.adapter}"
-
-    def given(name: str) -> str:
-        value = getattr(data, name) if name in configuration.explicit else record.get(name)
-        return value or "auto"
-
-    name, dataset_format = given("template"), given("dataset_format")
-    if dataset_format not in ("auto", *FORMATS):
-        raise UserError(
-            f"{trained}: it was trained on rows of format {dataset_format[:40]!r}, which is not known"
-        )
-    if name in (AUTO, BY_FORMAT):
-        name = "none" if dataset_format == "auto" else resolve_template(name, dataset_format, tokenizer)
-    elif name not in TEMPLATES and "template" not in configuration.explicit:
-        # As a base model's folder: the adapter's files may come from anywhere.
-        told = record.get("template_fingerprint")
-        if not isinstance(told, str) or told != template_fingerprint(name):
-            raise UserError(
-                f"{trained} names {name[:200]!r}, a file of this machine, as its template, and does not tell "
-                "what lies there now. If that is right, say so: --template FILE"
-            )
-    if tokenizer is None:
-        return None if name == TOKENIZER else get_template(name)
-    told = record.get("template_fingerprint") if name == record.get("template") == TOKENIZER else None
-    if told and told != template_fingerprint(name, tokenizer.chat_template):
-        note_aside(f"the tokenizer's chat template is not the one that {trained} was trained with")
-    return get_template(name, tokenizer.special_tokens_map, tokenizer.chat_template)
+    named = {
+        name: getattr(configuration.data, name) if name in configuration.explicit else None
+        for name in ("template", "dataset_format")
+    }
+    return trained_template(
+        record,
+        tokenizer,
+        name=named["template"],
+        dataset_format=named["dataset_format"],
+        trained=f"--adapter {configuration.extra.adapter}",
+        say_so="--template FILE",
+        tell=note_aside,
+    )
