@@ -5,6 +5,7 @@ What a user has set in the environment stays as it is. This file imports nothing
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import warnings
