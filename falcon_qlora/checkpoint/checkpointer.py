@@ -329,7 +329,8 @@ class Checkpointer:
 
     def _save_sharded(self, moment: Moment, processes: list[dict[str, Any]]) -> None:
         """Write while all wait: every process its part of the optimizer's state, the main one the rest."""
-        step, partial, parts = moment.step, self._partial(moment.step), {}
+        step, partial = moment.step, self._partial(moment.step)
+        parts: dict[str, Any] = {}
         if ranks.is_main_process():
             self._try(lambda: write.begin(partial), step)
         if agreement.from_main_process(lambda: self._error is not None):
@@ -388,12 +389,13 @@ class Checkpointer:
         (partial / process_state.TRAINER_STATE).write_text(content.trainer_state, encoding="utf-8")
         about = {"step": content.step, "processes": content.processes, "resumable": not self.weights_only}
         files = list(partial.iterdir())
-        with ThreadPoolExecutor(2) as beside:  # the disk, the hashes and the reading back
-            flushed = beside.submit(lambda: [flush(file) for file in files])
+        with ThreadPoolExecutor(3) as beside:  # the disk, the hashes and the reading back
             described = beside.submit(write_manifest, partial, about | self.record, content.parts)
+            flushed = [beside.submit(flush, file) for file in files]
             check_tensors(partial, model, content.trained)
             described.result()
-            flushed.result()
+            for each in flushed:
+                each.result()
         if self._opened_form is not None and form_of(partial) != self._opened_form:
             raise AdapterFaultError(f"{partial} has another configuration than what was opened before")
         put_in_place(partial, self.checkpoint(content.step))

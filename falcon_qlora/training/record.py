@@ -59,7 +59,7 @@ def write_start(
     directory.write("kernels", kernels or {"all blocks": "reference path: --kernels off"})
 
 
-def counts(model: Any) -> dict[str, int]:
+def counts(model: Any) -> dict[str, Any]:
     """Parameters and quantized linears of a model with an adapter; quantized weights counted unpacked."""
     trainable = sum(whole_shape(p).numel() for p in model.parameters() if p.requires_grad)
     groups = [group for group in method_of(model).parameter_groups(model.config) if not group.of_base]
