@@ -310,6 +310,8 @@ def read_or_refused(
             return read()
         except UserError as error:
             told = str(error)
+    if of_settings := re.match(r".*: (\d+) lines to mend\n", told):
+        lines = 1 + int(of_settings[1])
     assert len(told.splitlines()) <= lines, f"not one line: {told!r}"
     first = told.splitlines()[0]
     assert folder.name in first or first.startswith(or_about), f"names no file: {told!r}"

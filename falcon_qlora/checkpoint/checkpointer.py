@@ -77,7 +77,7 @@ class _Content:
     """What the main process writes: nothing of it changes any more, but where `trained` is None.
 
     Attributes:
-        trained: the trainable parameters by their names in the model; None: as the model holds them.
+        trained: see `Method.trained_state`; None: as the model holds them.
         files: names of torch files → what they hold.
         parts: what the manifest says of files that are written already.
     """
@@ -251,7 +251,7 @@ class Checkpointer:
         partial = self._partial(moment.step)
         write.begin(partial)
         model = moment.model
-        trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+        trained = method_of(model).trained_state(model)
         optimizer = {} if self.weights_only else moment.optimizer.state_dict()
         needed, free = self._copies.more_bytes([trained, optimizer]), free_host_bytes()
         if fits := needed <= _MOST_OF_FREE * free:

@@ -211,13 +211,16 @@ class Method(ABC):
             UserError: if the method cannot train this model.
         """
 
+    def trained_state(self, model: Any) -> dict[str, Tensor]:
+        """The trained tensors as they are now, by their names in the model's `state_dict`."""
+        return {name: each.detach() for name, each in model.named_parameters() if each.requires_grad}
+
     def saved_tensors(self, model: Any, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """What is trained of a model, by the names in the file.
 
         Args:
             model: to which the method is attached.
-            state: the trainable parameters as they were at some time, by their names in the model; unset: as
-                they are.
+            state: what `trained_state` has given at some time, or copies of it; unset: as they are.
         """
         of = model.get_parameter if state is None else state.__getitem__
         return {name: of(name).detach() for name in self.saved_shapes(model.config)}

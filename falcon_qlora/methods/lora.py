@@ -322,6 +322,14 @@ class Lora(Method):
 
         return add_lora(model, self, seed=seed)
 
+    def trained_state(self, model: PeftModel) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {}
+        for name, module in model.named_modules():
+            # Through the modules: slices are whole matrices to PEFT. Not all modules: the base is packed for it.
+            if any(each.requires_grad for each in module.parameters(recurse=False)):
+                module._save_to_state_dict(state, f"{name}.", False)
+        return state
+
     def saved_tensors(self, model: PeftModel, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         from peft import get_peft_model_state_dict
 

@@ -98,12 +98,12 @@ def check(configuration: Configuration, lock: RunLock) -> Start:
     if checkpoint is not None:
         resume.adopt(configuration, checkpoint)
     trackers = tracking.choose(run.report_to)
+    config = _check_model(model, configuration.method, sharding=run.sharding, on_cpu=run.device == "cpu")
+    sharding.check(configuration, config)
     training = configuration.training
     schedule.check(training, [name for name, origin in configuration.explicit.items() if origin == "flag"])
     if training.push_to_hub:
         agreement.from_main_process(lambda: check_login(training.hub_token))
-    config = _check_model(model, configuration.method, sharding=run.sharding, on_cpu=run.device == "cpu")
-    sharding.check(configuration, config)
     return Start(found, checkpoint, trackers, choose)
 
 

@@ -43,7 +43,7 @@ class Meter:
         if self._logged_at is None:  # the first step of this start begins
             self._logged_at = now
             self.lost["start"] += time.time() - self.began
-        elif self._paused is not None:
+        elif self._paused is not None and self._paused[0] in self.lost:
             cause, at = self._paused
             self.lost[cause] += now - at
         self._paused = None
@@ -52,7 +52,7 @@ class Meter:
         """Stop counting for the steps, unless that is so already.
 
         Args:
-            cause: of `LOST`.
+            cause: of `LOST`, or ``end``: that is what is left in the end.
         """
         if self._since is not None:
             now = time.perf_counter()

@@ -103,7 +103,7 @@ def before_generate(folder: Path) -> None:
 def before_eval(folder: Path) -> None:
     words = ["--adapter", str(folder)]
     configuration, named, adapter, run = opening.parse_with_run(
-        words, extra_arguments=evaluating.EvalArguments
+        words, verb="eval", extra_arguments=evaluating.EvalArguments
     )
     source, _ = opening.source_of(configuration, adapter, named=named)
     held_out.data_record(run)

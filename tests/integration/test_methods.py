@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,7 @@ def test_no_weight_decay_acts_on_the_scales_biases_and_norms_of_adapter_v2(tmp_p
         ),
         trackers=tracking.choose(["none"]),
         describe_adapter=lambda folder: None,
+        began=time.time(),
     )
     trainer.create_optimizer()
     assert trainer.optimizer is not None

@@ -100,7 +100,7 @@ TOLD_AT_ONCE = {
     "train -m tiny --dataset_name good.jsonl --eval_split none.jsonl": "file not found: none.jsonl",
     "train -m tiny --dataset_name good.jsonl --eval_split bad.jsonl": "bad.jsonl:701: not valid",
     "train -m tiny --dataset_name good.jsonl --template none.jinja": "none.jinja is not there",
-    "train -m tiny --dataset_name good.jsonl --adapter none": "--adapter none: holds no adapter",
+    "train -m tiny --dataset_name good.jsonl --adapter none": "--adapter none: there is no such folder",
     "train -m tiny --dataset_name good.jsonl --config none.yaml": "there is no file none.yaml",
     "train -m ./none --dataset_name good.jsonl": "There is no folder './none'",
     "train -m ./other --dataset_name good.jsonl": "this model is a Falcon-Mamba",
