@@ -13,6 +13,7 @@ import gzip
 import json
 import os
 import pickle
+import re
 import resource
 import select
 import shutil

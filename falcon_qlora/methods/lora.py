@@ -325,7 +325,7 @@ class Lora(Method):
     def trained_state(self, model: PeftModel) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
         for name, module in model.named_modules():
-            # Through the modules: slices are whole matrices to PEFT. Not all modules: the base is packed for it.
+            # Through its modules, as slices are whole matrices to PEFT; not all: the base would be packed.
             if any(each.requires_grad for each in module.parameters(recurse=False)):
                 module._save_to_state_dict(state, f"{name}.", False)
         return state

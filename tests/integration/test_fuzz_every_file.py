@@ -18,7 +18,6 @@ import falcon_qlora
 from tests.integration import test_fuzz_checkpoints as checkpoints
 from tests.integration import test_fuzz_folders as folders
 from tests.unit import (
-    test_data_conversations,
     test_fuzz_cache,
     test_fuzz_inputs,
     test_fuzz_models,
@@ -53,7 +52,6 @@ READERS = {
     "checkpoint/manifest.py": checkpoints.test_before_anything_is_loaded,
     "commands/generate.py": test_fuzz_inputs.test_files_that_a_user_names,
     "config/parser.py": test_fuzz_inputs.test_files_that_a_user_names,
-    "data/conversation.py": test_data_conversations.test_every_value_is_written_named_or_refused,
     "data/documents.py": test_fuzz_cache.test_no_damage_of_the_cache_changes_the_tokens,
     "data/files.py": test_fuzz_inputs.test_files_that_a_user_names,
     "data/text_files.py": test_fuzz_inputs.test_files_that_a_user_names,

@@ -118,7 +118,7 @@ ROWS = "-m tiny --dataset_name rows.jsonl"
         ("data -m nowhere/ --dataset_name sample", ["There is no folder 'nowhere/'"]),
         ("train -m run", ["holds an adapter, not a model: name it with --adapter"]),
         ("train -m whole", ["whole holds no config.json", "Did you mean", "whole/adapter?"]),
-        ("generate --adapter nowhere --prompt x", ["--adapter nowhere: there is no such folder", "hf download"]),
+        ("generate --adapter nowhere --prompt x", ["nowhere: there is no such folder", "hf download"]),
         ("train --config empty", ["empty: this is a folder; name the file of settings"]),
         ("train --config run", ["run: this is a folder; did you mean run/config.yaml?"]),
         ("train --config broken.yaml", ["broken.yaml, line 2: not valid YAML"]),
