@@ -103,8 +103,7 @@ def finish(
     _keep_adapter(directory, trainer, lambda folder: describe_adapter(folder, figures))
     trainer.settle()
     if ranks.is_main_process():
-        with _told_if_not_written(directory.loss_picture):
-            directory.draw_loss(title=title)
+        directory.draw_loss(title=title)
         figures |= _wall_clock(trainer)
         with _told_if_not_written(directory.summary_file):
             directory.write("summary", figures)
@@ -197,8 +196,7 @@ def stop(
     """
     trackers.finish(exit_status=int(stopped.failure is not None))
     if ranks.is_main_process():
-        with contextlib.suppress(OSError):
-            directory.draw_loss()
+        directory.draw_loss()
     where = f"stopped at step {stopped.step:,} of {steps:,}"
     if stopped.failure is not None:
         whole = agreement.from_main_process(lambda: newest_whole(directory.checkpoints)[0])

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.config import Configuration
 from falcon_qlora.processes import agreement, endings, ranks
 from falcon_qlora.processes.command_clock import command_began
@@ -139,12 +140,15 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
         raise
     else:
         if training.push_to_hub and ranks.is_main_process():
-            url = push_folder(
-                directory.adapter,
-                training.hub_model_id,
-                private=training.hub_private_repo,
-                token=training.hub_token,
-                revision=training.hub_revision,
-            )
-            console.print_plain(f"uploaded to {url}")
+            try:
+                url = push_folder(
+                    directory.adapter,
+                    training.hub_model_id,
+                    private=training.hub_private_repo,
+                    token=training.hub_token,
+                    revision=training.hub_revision,
+                )
+                console.print_plain(f"uploaded to {url}")
+            except UserError as error:  # the run is whole without it
+                console.note(str(error))
     return directory.path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,10 +15,24 @@ from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.templates import Turn, get_template
 from falcon_qlora.data.tokens import prompt_ids
 from falcon_qlora.inference.generation import generate_batch
+from falcon_qlora.models import hub
 from falcon_qlora.models.tokenizer import load_tokenizer
 from falcon_qlora.terminal import console
 from tests.integration.runs import write_jsonl
 from tests.notebook_cell import pretend_notebook
+
+
+class LostHub:
+    """A hub that knows the user, and cannot be reached later."""
+
+    def __init__(self, token: str | None = None):
+        pass
+
+    def whoami(self) -> None:
+        pass
+
+    def create_repo(self, *arguments: Any, **how: Any) -> Any:
+        raise ConnectionError("no network")
 
 
 def test_a_notebook_trains_with_a_bar_and_a_picture_and_asks_with_the_runs_template(
@@ -25,6 +40,7 @@ def test_a_notebook_trains_with_a_bar_and_a_picture_and_asks_with_the_runs_templ
 ) -> None:
     cell = pretend_notebook(monkeypatch)
     console.console.cache_clear()
+    monkeypatch.setattr(hub, "HfApi", LostHub)
     rows = [{"instruction": f"Say {n}.", "output": f"It is {n}."} for n in range(40)]
     run = falcon_qlora.train(
         model_name_or_path="tiny",
@@ -37,7 +53,7 @@ def test_a_notebook_trains_with_a_bar_and_a_picture_and_asks_with_the_runs_templ
         lora_r=4,
         learning_rate=3e-3,
         report_to="none",
-        push_to_hub=True,  # to a hub that is not there
+        push_to_hub=True,
         hub_model_id="me/mine",
     )
     told = capfd.readouterr()
@@ -47,8 +63,9 @@ def test_a_notebook_trains_with_a_bar_and_a_picture_and_asks_with_the_runs_templ
     assert 'value="4" max="4"' in bar[-1]["text/html"]
     assert picture[-1]["image/png"].startswith(b"\x89PNG")
     notes = [line for line in told.out.splitlines() if line.startswith("note: ")]
-    assert ["me/mine" in line for line in notes] == [True, True, True]  # at the start, a save, the end
-    assert f"hf upload me/mine {run / 'adapter'}" in notes[-1]
+    (lost,) = [line for line in notes if "me/mine" in line]
+    assert "no network" in lost
+    assert lost.endswith(f"hf upload me/mine {run / 'adapter'}")
 
     model = falcon_qlora.load_adapter(run)
     capfd.readouterr()
@@ -56,8 +73,7 @@ def test_a_notebook_trains_with_a_bar_and_a_picture_and_asks_with_the_runs_templ
     assert answer
     assert model.chat("Say 3.", max_new_tokens=12) == answer
     assert cli.main(["generate", "--adapter", str(run), "--prompt", "Say 3.", "--max_new_tokens", "12"]) == 0
-    printed = capfd.readouterr()
-    assert (printed.out.strip(), printed.err) == (answer, "")
+    assert capfd.readouterr().out.strip() == answer
 
     said = [("user", "Say 3."), ("assistant", "It is 3."), ("user", "Say 4.")]
     tokenizer = load_tokenizer("tiny")
