@@ -40,7 +40,12 @@ _MODES: tuple[tuple[str, str, Sequence[Any]], ...] = (
     ("hub_token hub_model_id hub_revision", "push_to_hub", [True]),
     ("hub_private_repo", "push_to_hub report_to", [True, "trackio"]),
     ("project trackio_space_id trackio_bucket_id trackio_static_space_id", "report_to", ["trackio"]),
-    ("run_name", "report_to", ["wandb", "tensorboard", "trackio"]),
+    (
+        "run_name",
+        "report_to",
+        ["wandb", "tensorboard", "trackio", "mlflow", "dagshub", "comet_ml", "swanlab"],
+    ),
+    ("wandb_project wandb_entity", "report_to", ["wandb"]),
     ("lr_scheduler_kwargs", "lr_scheduler_type", [each for each in _SCHEDULES if "constant" not in each]),
     (
         "warmup_steps",
