@@ -6,12 +6,12 @@ those of that command and its memory is nobody else's.
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
-import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from falcon_qlora.commands.words import split
 from falcon_qlora.common.errors import EXIT_BUG, EXIT_USER_ERROR, UserError
 from falcon_qlora.common.settings import setting
 from falcon_qlora.compare import plan, report
+from falcon_qlora.compare.figures import Compared
+from falcon_qlora.compare.finished import runs_in
 from falcon_qlora.compare.plan import METHODS, Planned
-from falcon_qlora.config import Configuration
 from falcon_qlora.config.arguments import LaunchArguments
-from falcon_qlora.run_folder.choose import choose
+from falcon_qlora.run_folder.choose import RUNS, choose
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal.library_logging import quiet_libraries
 from falcon_qlora.terminal.output import say_loading
@@ -43,121 +44,155 @@ class CompareArguments(LaunchArguments):
     methods: list[str] = setting(
         list(METHODS), "Methods to train by, in this order, also with commas between."
     )
-    recipes: list[str] = setting(
-        [], "METHOD=RECIPE: the settings of a method; unset: those of its recipe lit-*."
-    )
+    recipes: list[str] = setting([], "METHOD=RECIPE: another --recipe for one method.")
     learning_rates: list[str] = setting([], "METHOD=RATE: a learning rate for one method.")
+    seeds: int = setting(1, "Train each method with so many seeds, from --seed on.", least=1)
 
 
-# What compare itself heeds: all of its own settings but those that say which processes are started.
-_OWN = ("methods", "recipes", "learning_rates", "output_dir", "overwrite")
+# What compare itself heeds; the others are for `train`.
+_OWN = ("methods", "recipes", "learning_rates", "seeds", "output_dir", "overwrite")
 
 
 def main(argv: list[str]) -> int:
-    """Run the command and return its exit status."""
-    given = config.read_flags(argv, verb="compare", extra_arguments=CompareArguments)
-    asked = config.configure(plan.for_any_method(given), extra_arguments=CompareArguments)
-    ours: CompareArguments = asked.extra
-    planned = plan.plan(
+    """Run the command and return its exit status: after a stop that of `train`, 0 if the run is saved."""
+    folders = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    given = config.read_flags(argv[len(folders) :], verb="compare", extra_arguments=CompareArguments)
+    return _side_by_side([Path(folder) for folder in folders], given) if folders else _train_all(given)
+
+
+def _side_by_side(folders: list[Path], given: dict[str, Any]) -> int:
+    """Compare runs that are there already."""
+    for name in given:
+        if name not in ("output_dir", "overwrite"):
+            raise UserError(f"--{name} does nothing with runs that are there already; --output_dir does")
+    runs = runs_in(folders)
+    folder = choose(given.get("output_dir"), model=f"{len(runs)}-runs", settings="comparison")
+    if (folder / report.TABLE).exists() and not given.get("overwrite"):
+        raise UserError(
+            f"--output_dir {folder}: this folder holds a comparison already. Replace it (--overwrite), or "
+            "name another folder"
+        )
+    made = report.Comparison(title="Runs compared", compared=runs)
+    _show(made, made.write(folder))
+    return 0
+
+
+def _train_all(given: dict[str, Any]) -> int:
+    """Train by each method with each seed, and compare the runs."""
+    own = config.configure(
+        {name: given[name] for name in _OWN if name in given}, extra_arguments=CompareArguments
+    )
+    ours: CompareArguments = own.extra
+    planned, refused = plan.plan(
         {name: value for name, value in given.items() if name not in _OWN},
         names=split(ours.methods),
         recipes=split(ours.recipes),
         learning_rates=split(ours.learning_rates),
+        extra_arguments=LaunchArguments,
     )
-    configurations, refused = _configurations(planned)
-    first = next(iter(configurations.values()))
-    model = first.model.model_name_or_path
+    differences = plan.differences(planned, seeds=ours.seeds)
+    # All methods by the first seed come first: a comparison that is stopped after these has them all.
+    runs = [
+        plan.with_seed(method, number, LaunchArguments) for number in range(ours.seeds) for method in planned
+    ]
     say_loading()
     from falcon_qlora.commands.first_look import look
 
-    look(first)
-    published = _has_shapes_of_7b(first)
-    folder = choose(asked.run.output_dir, model=model, settings="comparison")
-    overwrite = asked.run.overwrite
+    look(planned[0].configuration)
+    model, published = planned[0].configuration.model.model_name_or_path, _has_shapes_of_7b(planned[0])
+    folder = choose(own.run.output_dir, model=model, settings="comparison")
+    overwrite = own.run.overwrite
     if not overwrite:
-        _check_earlier(folder, configurations, ours.gpus)
-    done: list[report.Compared] = []
-    failed = False
-    child = _Child()
-    # All along: a signal between two methods, too, must find how to go on told.
+        _check_earlier(folder, runs)
+    if differences:
+        print("Each run is what train makes of these flags, but for:")
+        print("\n".join(f"- {line}" for line in differences), flush=True)
+    made = report.Comparison(
+        title=f"Methods compared on {model}",
+        compared=[Compared(name=name, folder=folder, reason=reason) for name, reason in refused.items()],
+        published=published,
+        differences=differences,
+    )
+    written: list[Path] = []
+    failed, stopped, child = False, None, _Child()
+    # All along: a signal between two runs, too, must find how to go on told.
     with stop_signals_to(child.take):
-        for number, method in enumerate(planned, 1):
-            print(f"\n{method.name} ({number} of {len(planned)})", flush=True)
-            reason: str | None = refused.get(method.name)
+        for number, run in enumerate(runs, 1):
+            print(f"\n{run.folder} ({number} of {len(runs)})", flush=True)
+            status, reason = 0, refused.get(run.name)
             if reason is None:
-                status, reason = _train(method, folder, child, overwrite=overwrite)
-                if status not in (0, EXIT_USER_ERROR, EXIT_BUG):
-                    which = "without --overwrite and with" if overwrite else "with"
-                    named = shlex.quote(str(folder))
-                    print(f"Stopped. The same command {which} --output_dir {named} goes on here.", flush=True)
-                    return status
-                failed |= status == EXIT_BUG and not _OUT_OF_MEMORY.search(reason or "")
+                try:
+                    status, reason = _train(run, folder, child, overwrite=overwrite)
+                except _StoppedError as error:
+                    stopped = error.status
+                    break
             if reason is not None:
-                print(f"{method.name} is left out: {reason}", flush=True)
-            command = shlex.join(["falcon-qlora", "train", *method.words])
-            where, recipe = _run_folder(folder, method.name), method.settings["recipe"]
-            done.append(
-                report.Compared(
-                    method=method.name, folder=where, recipe=recipe, command=command, reason=reason
-                )
-            )
-            made = report.Comparison(title=f"Methods compared on {model}", compared=done, published=published)
+                refused[run.name] = reason
+                print(f"{run.folder} is left out: {reason}", flush=True)
+            failed |= status == EXIT_BUG and not _OUT_OF_MEMORY.search(reason or "")
+            made = replace(made, compared=[*made.compared, _compared(run, folder, reason)])
             written = made.write(folder)
-    print(f"\n{made.markdown()}\nWritten: {', '.join(map(str, written))}", flush=True)
-    if all(each.reason is not None for each in done):
+    some = any(run.reason is None for run in made.compared)
+    if some:
+        _show(made, written)
+    if stopped is not None:
+        which = "without --overwrite and with" if overwrite else "with"
+        named = shlex.quote(str(folder))
+        print(f"Stopped. The same command {which} --output_dir {named} goes on here.", flush=True)
+        return stopped
+    if not some:
         raise UserError("no method could be trained; the reasons are above")
     return EXIT_BUG if failed else 0
 
 
-def _configurations(planned: list[Planned]) -> tuple[dict[str, Configuration], dict[str, str]]:
-    """Each method's configuration, read as `train` will, or why it cannot be trained so."""
-    found: dict[str, Configuration] = {}
-    refused: dict[str, str] = {}
-    for method in planned:
-        try:
-            configuration = config.configure(method.settings, extra_arguments=LaunchArguments)
-            if configuration.data.eval_split is not None:
-                method.settings["eval_on_start"] = True
-                configuration = config.configure(method.settings, extra_arguments=LaunchArguments)
-        except UserError as error:
-            refused[method.name] = str(error)
-            continue
-        if method.name == "qlora" and configuration.model.quantize_mode == "16bit":
-            refused[method.name] = "QLoRA is LoRA on a quantized base, and --quantize_mode is 16bit"
-        else:
-            found[method.name] = configuration
-    if not found:
-        raise UserError(next(iter(refused.values())))
-    plan.check_same_rows(found)
-    return found, refused
+def _compared(run: Planned, folder: Path, reason: str | None) -> Compared:
+    return Compared(
+        name=run.name if reason is None else run.folder,
+        folder=_run_folder(folder, run),
+        command=shlex.join(["falcon-qlora", "train", *run.words]),
+        reason=reason,
+    )
 
 
-def _has_shapes_of_7b(configuration: Configuration) -> bool:
+def _show(made: report.Comparison, written: list[Path]) -> None:
+    print(f"\n{made.markdown()}\nWritten: {', '.join(map(str, written))}", flush=True)
+
+
+def _has_shapes_of_7b(planned: Planned) -> bool:
     """Whether the reference's figures are of this model; also refuses one that is no Falcon, at once."""
     quiet_libraries()
     from falcon_qlora.models.locate import find_config
 
-    settings = configuration.model
+    settings = planned.configuration.model
     model = find_config(settings.model_name_or_path, revision=settings.model_revision)
     shapes = (model.hidden_size, model.num_hidden_layers, model.num_attention_heads, model.vocab_size)
     return shapes == (4544, 32, 71, 65_024)
 
 
-def _run_folder(folder: Path, name: str) -> Path:
+def _run_folder(folder: Path, run: Planned) -> Path:
     # A level down: a folder that holds an `adapter` is a run itself.
-    return folder / "runs" / name
+    return folder / RUNS / run.folder
 
 
-def _check_earlier(folder: Path, configurations: dict[str, Configuration], gpus: int | None) -> None:
-    for name, configuration in configurations.items():
-        directory = RunDirectory(_run_folder(folder, name))
+def _check_earlier(folder: Path, runs: list[Planned]) -> None:
+    for run in runs:
+        directory = RunDirectory(_run_folder(folder, run))
         if not directory.holds_run():
             continue
         advice = f"give --overwrite, remove {directory}, or name another folder"
-        if not plan.read_alike(directory.path, configuration):
+        if not plan.read_alike(directory.path, run.configuration):
             raise UserError(f"{directory} holds a run with other settings: {advice}")
+        gpus = run.configuration.extra.gpus
         if directory.summary_file.exists() and gpus not in (None, directory.read("summary")["world_size"]):
             raise UserError(f"{directory} holds a run of another number of processes: {advice}")
+
+
+class _StoppedError(Exception):
+    """The comparison was asked to stop; `status` is what it exits with, that of the run that was stopped."""
+
+    def __init__(self, status: int):
+        super().__init__(status)
+        self.status = status
 
 
 class _Child:
@@ -169,8 +204,8 @@ class _Child:
 
     def take(self, number: int, frame: Any) -> None:
         self.asked = number
-        # Ctrl-C reaches the child as well; what it makes of it decides.
-        if self._process is not None and number != signal.SIGINT:
+        if self._process is not None:
+            # Ctrl-C has reached it already: twice within a moment is one request.
             self._process.send_signal(number)
 
     def run(self, command: list[str]) -> tuple[int, list[str]]:
@@ -189,12 +224,15 @@ class _Child:
         return (128 - status if status < 0 else status), told
 
 
-def _train(method: Planned, folder: Path, child: _Child, *, overwrite: bool) -> tuple[int, str | None]:
-    """Train one method, unless that is done: the exit status, and why it could not be.
+def _train(run: Planned, folder: Path, child: _Child, *, overwrite: bool) -> tuple[int, str | None]:
+    """Train, unless that is done: the exit status, and why it could not be.
 
     A run that was cut off goes on from its last whole checkpoint; one without any begins again.
+
+    Raises:
+        _StoppedError: if the user, or someone else, has asked to stop.
     """
-    directory = RunDirectory(_run_folder(folder, method.name))
+    directory = RunDirectory(_run_folder(folder, run))
     where: dict[str, Any] = {"output_dir": str(directory)}
     if overwrite:
         where["overwrite"] = True
@@ -208,13 +246,13 @@ def _train(method: Planned, folder: Path, child: _Child, *, overwrite: bool) -> 
         elif directory.holds_run():
             where["overwrite"] = True
     if child.asked is not None:
-        return 128 + child.asked, None
-    command = [sys.executable, "-m", "falcon_qlora", "train", *config.as_words(method.settings | where)]
+        raise _StoppedError(128 + child.asked)
+    command = [sys.executable, "-m", "falcon_qlora", "train", *config.as_words(run.settings | where)]
     status, told = child.run(command)
-    if child.asked is not None and (status or not directory.summary_file.exists()):
-        return 128 + child.asked, None
-    if status == 0 and not directory.summary_file.exists():
-        return 128 + signal.SIGINT, None  # asked to stop by another, it has saved itself and ended in order
+    done = status == 0 and directory.summary_file.exists()
+    # Of a run that was asked to stop and has saved itself the status is 0.
+    if not done and (child.asked is not None or status not in (EXIT_USER_ERROR, EXIT_BUG)):
+        raise _StoppedError(status)
     return status, _reason(told) if status else None
 
 

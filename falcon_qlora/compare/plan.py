@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.files import plain
-from falcon_qlora.config import Configuration, as_words, to_be_written
+from falcon_qlora.config import Configuration, as_words, configure, to_be_written
 from falcon_qlora.config.paths import settings_of_run
 from falcon_qlora.config.trainer_arguments import INSTEAD
 from falcon_qlora.methods import table as methods
 from falcon_qlora.run_folder.directory import RunDirectory
 
-# Name → what --method takes, and the recipe that has the settings.
-METHODS = {
-    "adapter": ("adapter", "lit-adapter"),
-    "adapter_v2": ("adapter_v2", "lit-adapter-v2"),
-    "lora": ("lora", "lit-lora"),
-    "qlora": ("lora", "lit-qlora"),
-    "full": ("full", "lit-full"),
+# Name → what --method takes, and what the comparison needs where no flag, file or recipe says otherwise.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "adapter": ("adapter", {"learning_rate": 9e-3}),
+    "adapter_v2": ("adapter_v2", {"learning_rate": 3e-3}),
+    "lora": ("lora", {"quantize_mode": "16bit"}),
+    "qlora": ("lora", {"quantize_mode": "4bit"}),
+    "full": ("full", {"learning_rate": 5e-5}),
+}
+_HELD_OUT = "0.05"
+_WHY = {
+    "learning_rate": "the rate of its recipe lit-*; train's is LoRA's",
+    "quantize_mode": "here lora is LoRA on a base that is not quantized, and qlora on one that is",
+    "eval_split": "methods are compared by the loss on held-out rows (--eval_strategy no: not)",
+    "eval_on_start": "the loss before training is shown beside the one after",
 }
 
 # What all must have alike, so that a row is the same text and a step the same rows.
@@ -34,15 +41,21 @@ _SHARED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """How one method is trained.
+    """How one run is trained.
 
     Attributes:
         name: of METHODS.
-        settings: that `train` is given, but for where it writes; the recipe has the others.
+        folder: the name of its folder.
+        settings: that `train` is given, but for where it writes.
+        configuration: that these make.
+        instead: settings of which `train` with the user's flags would take another value → both, this first.
     """
 
     name: str
+    folder: str
     settings: dict[str, Any]
+    configuration: Configuration
+    instead: dict[str, tuple[Any, Any]]
 
     @property
     def words(self) -> list[str]:
@@ -56,17 +69,22 @@ def plan(
     names: Sequence[str],
     recipes: Sequence[str],
     learning_rates: Sequence[str],
-) -> list[Planned]:
-    """The settings of each method.
+    extra_arguments: type,
+) -> tuple[list[Planned], dict[str, str]]:
+    """How each method is trained, or why it cannot be.
 
     Args:
-        given: the settings for training that the user gave, by name.
+        given: the settings for `train` that the user gave, by name.
         names: of METHODS, in order, each once.
-        recipes: ``METHOD=RECIPE`` for those that are not to take their own.
+        recipes: ``METHOD=RECIPE`` for those that are not to take the others'.
         learning_rates: ``METHOD=RATE``, likewise.
+        extra_arguments: settings of `train` that are no configuration's.
+
+    Returns:
+        Those that can be trained, all on the same rows; and name → reason for the others.
 
     Raises:
-        UserError: for a method that is not known.
+        UserError: for a method that is not known, or if none can be trained.
     """
     chosen = [_known(name, "--methods") for name in names]
     if not chosen:
@@ -78,24 +96,83 @@ def plan(
     for key in given:
         if not any(_concerns(key, name) for name in chosen):
             raise UserError(f"--{key} does nothing with --methods {','.join(chosen)}")
-    planned = []
+    planned: list[Planned] = []
+    refused: dict[str, str] = {}
     for name in chosen:
-        method, recipe = METHODS[name]
-        settings = {"recipe": recipe_of.get(name, recipe), "method": method}
-        if "dataset_name" in given and name not in recipe_of:
-            # The recipes say what the reference's rows are; these are others.
-            settings |= {"dataset_format": "auto", "template": "auto"}
-        settings |= {key: value for key, value in given.items() if _concerns(key, name)}
-        if name in rate_of:
-            settings["learning_rate"] = rate_of[name]
-        planned.append(Planned(name=name, settings=settings))
-    return planned
+        settings = {key: value for key, value in given.items() if _concerns(key, name)}
+        settings |= {"recipe": recipe_of[name]} if name in recipe_of else {}
+        settings |= {"learning_rate": rate_of[name]} if name in rate_of else {}
+        try:
+            one = _planned(name, settings, extra_arguments)
+        except UserError as error:
+            refused[name] = str(error)
+            continue
+        resolved = one.configuration.resolved()
+        same = [each.name for each in planned if each.configuration.resolved() == resolved]
+        if name == "qlora" and resolved["quantize_mode"] == "16bit":
+            refused[name] = "QLoRA is LoRA on a quantized base, and --quantize_mode is 16bit"
+        elif same:
+            refused[name] = f"with these settings it is the same as {same[0]}"
+        else:
+            planned.append(one)
+    if not planned:
+        raise UserError(next(iter(refused.values())))
+    check_same_rows({each.name: each.configuration for each in planned})
+    return planned, refused
 
 
-def for_any_method(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that are read to learn what is compared, before there is a method."""
-    taken = {name: value for name, value in given.items() if _concerns(name, "lora")}
-    return {"recipe": METHODS["lora"][1], **taken}
+def _planned(name: str, given: Mapping[str, Any], extra_arguments: type) -> Planned:
+    method, needs = METHODS[name]
+    settings = {"method": method, **given}
+    as_train = configure(settings, extra_arguments=extra_arguments)
+    before, needs = as_train.resolved(), dict(needs)
+    if before["eval_split"] is None and not before["streaming"]:  # of a stream none can be held out
+        needs["eval_split"] = _HELD_OUT
+    if before["eval_split"] is not None or "eval_split" in needs:
+        needs["eval_on_start"] = True
+    if before["eval_strategy"] == "no" and "eval_strategy" in as_train.explicit:
+        needs = {key: value for key, value in needs.items() if not key.startswith("eval_")}
+    instead = {
+        key: (value, before.get(key))
+        for key, value in needs.items()
+        if key not in as_train.explicit and value != before.get(key)
+    }
+    settings |= {key: value for key, (value, _) in instead.items()}
+    configuration = configure(settings, extra_arguments=extra_arguments)
+    return Planned(name=name, folder=name, settings=settings, configuration=configuration, instead=instead)
+
+
+def with_seed(planned: Planned, number: int, extra_arguments: type) -> Planned:
+    """The same with the seed that comes `number` after its own, in a folder of its own; 0: as it is."""
+    if number == 0:
+        return planned
+    seed = planned.configuration.run.seed + number
+    settings = planned.settings | {"seed": seed}
+    configuration = configure(settings, extra_arguments=extra_arguments)
+    folder = f"{planned.name}-seed-{seed}"
+    return replace(planned, folder=folder, settings=settings, configuration=configuration)
+
+
+def differences(planned: Sequence[Planned], *, seeds: int) -> list[str]:
+    """What `train` would have done otherwise with the user's flags, and why it is not done: a line each."""
+    concerned: dict[str, list[str]] = {}
+    for each in planned:
+        for key, (here, in_train) in each.instead.items():
+            unlike = "" if in_train is None else f", not {as_words({key: in_train})[-1]}"
+            line = f"{' '.join(as_words({key: here}))}{unlike}: {_WHY[key]}"
+            concerned.setdefault(line, []).append(each.name)
+    lines = [
+        f"{'all' if len(names) == len(planned) else ', '.join(names)}: {line}"
+        for line, names in concerned.items()
+    ]
+    held_out = planned[0].configuration.data.eval_split
+    if seeds > 1:
+        from falcon_qlora.data.selection import is_fraction  # imports NumPy, as below
+
+        of_rows = ", which also draws the held-out rows: name a file with --eval_split to have them alike"
+        drawn = held_out is not None and is_fraction(held_out)
+        lines.append(f"all: {seeds} runs, each with a --seed of its own{of_rows * drawn}")
+    return lines
 
 
 def check_same_rows(configurations: dict[str, Configuration]) -> None:

@@ -1,92 +1,33 @@
-"""Runs by several methods on the same rows, side by side: a table, a CSV file and two pictures.
-
-Everything comes from the run directories; no model is loaded and no model code imported.
-"""
+"""Runs side by side: a table, a CSV file and pictures, from the run directories alone."""
 
 from __future__ import annotations
 
 import csv
 import functools
 import io
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from falcon_qlora.common.errors import one_line, printable
 from falcon_qlora.common.files import replaced, write_text
-from falcon_qlora.common.quantities import GB, GIB
-from falcon_qlora.common.untrusted import of_a_run, refuse_links
+from falcon_qlora.common.quantities import duration
+from falcon_qlora.common.untrusted import of_a_run
+from falcon_qlora.compare.figures import Compared, Figures, figures
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal import charts
+from falcon_qlora.terminal.charts import Bar
 from falcon_qlora.terminal.tables import markdown_table
-
-Bar = tuple[str, float, str]
-"""A bar of a picture: its label, its height, and what stands above it."""
 
 TABLE, CSV = "comparison.md", "comparison.csv"
 TIME_PICTURE, MEMORY_PICTURE = "training-time.png", "memory-requirements.png"
+LOSS_PICTURE, CURVES = "evaluation-loss.png", "loss-curves.png"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Compared:
-    """A method's run, or why there is none.
-
-    Attributes:
-        method: as the table names it.
-        folder: the run directory.
-        recipe: that has its settings where the command does not say otherwise.
-        command: that trains it alone.
-        reason: why it could not run; None where it did.
-    """
-
-    method: str
-    folder: Path
-    recipe: str
-    command: str
-    reason: str | None = None
-
-    @property
-    def directory(self) -> RunDirectory:
-        """The run directory; of one whose files are links that lead out of it nothing is read."""
-        refuse_links(self.folder)
-        return RunDirectory(self.folder)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line of the table; what is not known is None. GB are 10^9 bytes.
-
-    Attributes:
-        seconds: in the training loop, without evaluations and saving.
-        seconds_per_1000_samples: after the first logged interval, in which kernels are compiled.
-        time_ratio_to_full: of the seconds per 1,000 samples.
-        peak_memory_gb: of the process that reserved the most.
-        total_peak_memory_gb: of all processes.
-        eval_loss_before: before the first step.
-        eval_loss_after: of what was kept: the last step's, or the best checkpoint's.
-        disk_bytes: of the trained tensors.
-    """
-
-    method: str
-    base: str | None = None
-    trainable_parameters: int | None = None
-    gpus: int | None = None
-    samples: int | None = None
-    seconds: float | None = None
-    seconds_per_1000_samples: float | None = None
-    time_ratio_to_full: float | None = None
-    peak_memory_gb: float | None = None
-    total_peak_memory_gb: float | None = None
-    eval_loss_before: float | None = None
-    eval_loss_after: float | None = None
-    disk_bytes: int | None = None
-    reason: str | None = None
-
-
-def _published(method: str, samples: int, seconds: int, peak_memory_gb: float, gpus: int = 1) -> Row:
-    return Row(
-        method=method,
+def _published(name: str, samples: int, seconds: int, peak_memory_gb: float, gpus: int = 1) -> Figures:
+    return Figures(
+        name=name,
         gpus=gpus,
         samples=samples,
         seconds=seconds,
@@ -107,21 +48,24 @@ PUBLISHED = [
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The rows and what they were made from.
+    """The runs and what is made of them.
 
     Attributes:
         published: whether the model has Falcon-7B's shapes, which the comparison of June 2023 measured.
+        differences: what `train` would have done otherwise with the flags of the comparison, a line each.
     """
 
     title: str
     compared: Sequence[Compared]
     published: bool = False
+    differences: Sequence[str] = ()
 
     @functools.cached_property
-    def rows(self) -> list[Row]:
-        """A line for each of what is compared."""
-        rows = [_row(run) for run in self.compared]
-        full = next((row.seconds_per_1000_samples for row in rows if row.method == "full"), None)
+    def rows(self) -> list[Figures]:
+        """The figures of every run."""
+        rows = [figures(run) for run in self.compared]
+        of_full = [row.seconds_per_1000_samples for row in rows if row.name == "full"]
+        full = _mean([each for each in of_full if each is not None])
         return [
             replace(row, time_ratio_to_full=row.seconds_per_1000_samples / full)
             if full and row.seconds_per_1000_samples
@@ -129,168 +73,197 @@ class Comparison:
             for row in rows
         ]
 
+    @functools.cached_property
     def on_gpus(self) -> bool:
         """Whether the runs were made on GPUs; if not, memory is what the processes held on the CPU."""
-        done = [run.directory for run in self.compared if run.reason is None]
-        return any(directory.read("environment").get("gpus") for directory in done)
+        found = False
+        for run in self._made():
+            with of_a_run(run.folder):
+                directory = RunDirectory(run.folder)
+                if (directory.path / "environment.json").exists():  # runs of before have none
+                    found |= bool(directory.read("environment").get("gpus"))
+        return found
 
     def time_bars(self) -> dict[str, list[Bar]]:
         """Series → its bars: seconds per 1,000 samples."""
-        return self._bars("seconds_per_1000_samples", lambda row: f"{row.seconds_per_1000_samples:.3g} s")
+        return self._with_published("seconds_per_1000_samples", lambda mean, row: f"{mean:.3g} s")
 
     def memory_bars(self) -> dict[str, list[Bar]]:
         """Series → its bars: peak memory of all processes, GB."""
-        return self._bars("total_peak_memory_gb", _of_gpus)
+        return self._with_published("total_peak_memory_gb", _of_gpus)
 
-    def _bars(self, height: str, text: Callable[[Row], str]) -> dict[str, list[Bar]]:
-        figures = {"this comparison": self.rows}
-        if self.published:
-            methods = {row.method for row in self.rows}
-            figures["June 2023, A100"] = [row for row in PUBLISHED if row.method in methods]
+    def loss_bars(self) -> dict[str, list[Bar]]:
+        """Series → its bars: evaluation loss, after and before training."""
+        figures = {"after training": "eval_loss_after", "before": "eval_loss_before"}
         return {
-            series: [
-                (row.method, high, text(row)) for row in rows if (high := getattr(row, height)) is not None
-            ]
-            for series, rows in figures.items()
+            title: _bars(self.rows, name, lambda mean, row: f"{mean:.3f}") for title, name in figures.items()
         }
+
+    def _with_published(self, height: str, text: Callable[[float, Figures], str]) -> dict[str, list[Bar]]:
+        series = {"this comparison": _bars(self.rows, height, text)}
+        if self.published:
+            series["June 2023, A100"] = _bars(self._published_figures(), height, text)
+        return series
 
     def write(self, folder: Path) -> list[Path]:
         """Write the table, the CSV file and the pictures; returns what was written."""
         write_text(folder / TABLE, self.markdown())
         write_text(folder / CSV, self.csv())
-        where = "GPUs" if self.on_gpus() else "processes"
+        where = "GPUs" if self.on_gpus else "processes"
         memory = f"peak memory, GB, all {where} together"
+        loss = "loss on held-out rows (nats per target token)"
         pictures = {
             TIME_PICTURE: (self.time_bars(), "seconds per 1,000 samples", "Training time"),
             MEMORY_PICTURE: (self.memory_bars(), memory, "Memory requirements"),
+            LOSS_PICTURE: (self.loss_bars(), loss, "Evaluation loss"),
         }
         for name, (series, axis, title) in pictures.items():
             with replaced(folder / name) as temporary:
                 charts.draw_bars(series, temporary, axis=axis, title=f"{title}: {self.title}")
-        return [folder / name for name in (TABLE, CSV, *pictures) if (folder / name).exists()]
+        curves = [(run.name, RunDirectory(run.folder).read_metrics()) for run in self._made()]
+        with replaced(folder / CURVES) as temporary:
+            charts.draw_curves(curves, temporary, title=self.title)
+        return [folder / name for name in (TABLE, CSV, *pictures, CURVES) if (folder / name).exists()]
 
     def csv(self) -> str:
-        """Every row with all digits."""
+        """A line for every run, with all digits."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, [each.name for each in fields(Row)], lineterminator="\n")
+        writer = csv.DictWriter(text, [each.name for each in fields(Figures)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(row) for row in self.rows)
         return text.getvalue()
 
     def markdown(self) -> str:
-        """The table, with what it counts and where every method's settings are from below it."""
-        each = "GPU" if self.on_gpus() else "process"
-        cells = [_cells(row, each) for row in self.rows]
-        lines = [
-            f"# {self.title}",
-            "",
-            *markdown_table(list(cells[0]), [list(row.values()) for row in cells]),
-            "",
-            "A sample is a row of the data as it was tokenized. Time is that of the training loop, without "
-            "evaluations and saving; the seconds per 1,000 samples leave out the first logged interval, in "
-            "which kernels are compiled. GB and MB are 10^9 and 10^6 bytes; peak memory is what "
-            + (
-                "PyTorch reserved."
-                if each == "GPU"
-                else "the processes held, their libraries included: there was no GPU."
-            ),
-        ]
+        """The table, with what it counts and which settings differ below it."""
+        each, held = "GPU", "what PyTorch reserved"
+        if not self.on_gpus:
+            each, held = "process", "what the processes held, their libraries included: there was no GPU"
+        lines = [f"# {self.title}", "", *_table([row for row in self.rows if row.reason is None], each), ""]
+        for row in self.rows:
+            lines += [f"{row.name} was not run: {one_line(row.reason)}", ""] if row.reason is not None else []
+        lines.append(
+            "A sample is a row of the data as it was tokenized. The time of the steps leaves out start, "
+            "evaluations and saving; that of the whole command has them. The seconds per 1,000 samples are "
+            "of the steps after the first logged interval, in which kernels are compiled. GB and MB are 10^9 "
+            f"and 10^6 bytes; peak memory is {held}."
+        )
+        if len({row.name for row in self.rows}) < len(self.rows):
+            lines += ["", "Of several seeds: the mean (lowest to highest); on the charts, too."]
         if self.published:
-            titles = "method|GPUs|samples|time|s per 1,000 samples|peak GB a GPU|in total".split("|")
-            figures = [[_cells(row, "GPU")[title] for title in titles] for row in PUBLISHED]
             lines += ["", "As published in June 2023 (Lit-Parrot, Falcon-7B in bf16, A100 GPUs):", ""]
-            lines += markdown_table(titles, figures)
-        lines += ["", "## Settings", ""]
-        for run in self.compared:
-            lines += [f"- {run.method}: recipe {run.recipe}{_settings(run)}", f"  `{run.command}`"]
+            lines += _table(self._published_figures(), "GPU")
+        lines += self._settings_that_differ()
+        if self.differences:
+            lines += ["", "## Not as `train` with these flags", ""]
+            lines += [f"- {line}" for line in self.differences]
+        commands = [f"- {run.folder.name}: `{run.command}`" for run in self.compared if run.command]
+        lines += ["", "## Commands", "", *commands] if commands else []
         return "\n".join(lines) + "\n"
 
+    def _settings_that_differ(self) -> list[str]:
+        """A table of the settings in which the runs differ, one of each name standing for its seeds."""
+        settings: dict[str, dict[str, Any]] = {}
+        for run in self._made():
+            if run.name not in settings:
+                with of_a_run(run.folder):
+                    settings[run.name] = RunDirectory(run.folder).read_config()
+        differing = []
+        for setting in dict.fromkeys(name for each in settings.values() for name in each):
+            # Of another method, or of before, a run does not have every setting.
+            had = {_shown(each[setting]) for each in settings.values() if setting in each}
+            if len(had) > 1:
+                differing.append([setting, *(_shown(each.get(setting)) for each in settings.values())])
+        if not differing:
+            return []
+        return ["", "## Settings that differ", "", *markdown_table(["", *settings], differing)]
 
-def _row(run: Compared) -> Row:
-    if run.reason is not None:
-        return Row(method=run.method, reason=run.reason)
-    with of_a_run(run.folder):
-        directory = run.directory
-        summary, metrics = directory.read("summary"), directory.read_metrics()
-        config = directory.read_config()
-        samples, tokens = summary["samples"], summary["tokens"]
-        speed = summary["tokens_per_second"]
-        late_speed = _speed_after_first(metrics) or speed
-        peak, total = float(summary["peak_memory_gib"]), float(summary["total_peak_memory_gib"])
-        losses = {line["step"]: line["eval_loss"] for line in metrics if line.get("eval_loss") is not None}
-        after = losses.get(max(losses, default=0))
-        if config.get("load_best_model_at_end") and summary["best_eval_loss"] is not None:
-            after = summary["best_eval_loss"]
-        return Row(
-            method=run.method,
-            base=str(config["quantize_mode"]),
-            trainable_parameters=summary["trainable_parameters"],
-            gpus=summary["world_size"],
-            samples=samples,
-            seconds=tokens / speed if speed else None,
-            seconds_per_1000_samples=1000 * tokens / samples / late_speed if samples and late_speed else None,
-            peak_memory_gb=peak * GIB / GB,
-            total_peak_memory_gb=total * GIB / GB,
-            eval_loss_before=losses.get(0),
-            eval_loss_after=after,
-            disk_bytes=sum(file.stat().st_size for file in directory.adapter.glob("*.safetensors")),
-        )
+    def _made(self) -> list[Compared]:
+        return [run for run in self.compared if run.reason is None]
+
+    def _published_figures(self) -> list[Figures]:
+        names = {row.name for row in self.rows}
+        return [row for row in PUBLISHED if row.name in names]
 
 
-def _speed_after_first(metrics: Sequence[Mapping[str, Any]]) -> float | None:
-    """Tokens/s over all logged intervals but the first, or over that where there is no other."""
-    lines = [{"tokens": 0}, *(line for line in metrics if line.get("tokens_per_second"))]
-    intervals = [
-        (line["tokens"] - before["tokens"], line["tokens_per_second"])
-        for before, line in itertools.pairwise(lines)
-    ]
-    later = intervals[1:] or intervals
-    seconds = sum(tokens / speed for tokens, speed in later)
-    return sum(tokens for tokens, _ in later) / seconds if later else None
+def _bars(rows: Sequence[Figures], height: str, text: Callable[[float, Figures], str]) -> list[Bar]:
+    """A bar for each name that has this figure."""
+    bars = []
+    for name, group in _by_name(rows).items():
+        heights = [high for row in group if (high := getattr(row, height)) is not None]
+        mean = _mean(heights)
+        if mean is not None:
+            bars.append(Bar(name, mean, text(mean, group[0]), min(heights), max(heights)))
+    return bars
 
 
-def _of_gpus(row: Row) -> str:
-    return f"{row.peak_memory_gb:.2f}" if row.gpus == 1 else f"{row.gpus} × {row.peak_memory_gb:.2f}"
+def _by_name(rows: Sequence[Figures]) -> dict[str, list[Figures]]:
+    groups: dict[str, list[Figures]] = {}
+    for row in rows:
+        groups.setdefault(row.name, []).append(row)
+    return groups
 
 
-def _cells(row: Row, each: str) -> dict[str, str]:
-    """Title → text; `each` is what memory is counted for, a GPU or a process."""
-    why = None if row.reason is None else f"not run: {' '.join(row.reason.split()).replace('|', '/')}"
-    return {
-        "method": row.method,
-        "base": why or row.base or "",
-        "trainable parameters": _number(row.trainable_parameters, ","),
-        "GPUs" if each == "GPU" else "processes": _number(row.gpus, "d"),
-        "samples": _number(row.samples, ","),
-        "time": _duration(row.seconds),
-        "s per 1,000 samples": _number(row.seconds_per_1000_samples, ".4g"),
-        "ratio to full": _number(row.time_ratio_to_full, ".2f"),
-        f"peak GB a {each}": _number(row.peak_memory_gb, ".2f"),
-        "in total": _number(row.total_peak_memory_gb, ".2f"),
-        "evaluation loss before": _number(row.eval_loss_before, ".4f"),
-        "after": _number(row.eval_loss_after, ".4f"),
-        "on disk, MB": _number(row.disk_bytes and row.disk_bytes / 1e6, ",.2f"),
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _of_gpus(total: float, row: Figures) -> str:
+    return f"{total:.2f}" if row.gpus in (None, 1) else f"{row.gpus} × {total / row.gpus:.2f}"
+
+
+def _table(rows: Sequence[Figures], each: str) -> list[str]:
+    """A column for each name, a line for each figure that any has; `each`: a GPU or a process."""
+    figures: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "base": ("base", _shown),
+        "trainable parameters": ("trainable_parameters", "{:,.0f}".format),
+        "GPUs" if each == "GPU" else "processes": ("gpus", "{:.0f}".format),
+        "steps": ("steps", "{:,.0f}".format),
+        "samples": ("samples", "{:,.0f}".format),
+        "time of the steps": ("seconds", _duration),
+        "of the whole command": ("wall_seconds", _duration),
+        "tokens/s in the steps": ("tokens_per_second", "{:,.0f}".format),
+        "over the whole command": ("wall_tokens_per_second", "{:,.0f}".format),
+        "s per 1,000 samples": ("seconds_per_1000_samples", "{:.4g}".format),
+        "ratio to full": ("time_ratio_to_full", "{:.2f}".format),
+        f"peak GB a {each}": ("peak_memory_gb", "{:.2f}".format),
+        "peak GB in total": ("total_peak_memory_gb", "{:.2f}".format),
+        "last training loss": ("loss", "{:.4f}".format),
+        "evaluation loss before": ("eval_loss_before", "{:.4f}".format),
+        "evaluation loss after": ("eval_loss_after", "{:.4f}".format),
+        "on disk, MB": ("disk_bytes", lambda size: f"{size / 1e6:,.2f}"),
     }
+    groups = _by_name(rows)
+    lines = []
+    for title, (field, form) in figures.items():
+        cells = [_cell([getattr(row, field) for row in group], form) for group in groups.values()]
+        if field == "steps":
+            finished = [all(row.finished for row in group) for group in groups.values()]
+            cells = [
+                cell if whole else f"{cell or 0}, not finished"
+                for cell, whole in zip(cells, finished, strict=True)
+            ]
+        if any(cells):
+            lines.append([title, *cells])
+    return markdown_table(["", *groups], lines)
 
 
-def _settings(run: Compared) -> str:
-    if run.reason is not None:
+def _cell(values: Sequence[Any], form: Callable[[Any], str]) -> str:
+    """The mean of what is known, with the lowest and the highest where these look different."""
+    known = [value for value in values if value is not None]
+    if not known:
         return ""
-    config = RunDirectory(run.folder).read_config()
-    return (
-        f"; learning rate {config['learning_rate']:g} ({config['lr_scheduler_type']}), {config['optim']}, "
-        f"{config['compute_dtype']}"
-    )
+    if isinstance(known[0], str):
+        return form(known[0])
+    low, high = form(min(known)), form(max(known))
+    return low if low == high else f"{form(sum(known) / len(known))} ({low} to {high})"
 
 
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+def _duration(seconds: float) -> str:
+    return duration(seconds) if seconds >= 60 else f"{seconds:.1f} s"
 
 
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60}:{minutes % 60:02d} h" if minutes >= 60 else f"{minutes} min"
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value))
+    text = "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return printable(text.lower() if isinstance(value, bool) else text).replace("|", "\\|")

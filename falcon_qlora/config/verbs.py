@@ -67,7 +67,6 @@ class Verb:
 
 
 _NOT_COMPARED = {
-    "recipe": "every method has its own: give --recipes METHOD=RECIPE",
     "method": "give --methods",
     "adapter": "each method begins with a fresh one",
     "resume": "compare goes on by itself where it stopped: give the same --output_dir",
@@ -119,6 +118,7 @@ VERBS: Mapping[str, Verb] = {
             summary="train by several methods in turn on the same rows and lay the results side by side",
             uses=lambda: _all() - _NOT_COMPARED.keys() - {"adapter_sha256"},
             refuses=_NOT_COMPARED,
+            more="falcon-qlora compare runs/a runs/b lays runs side by side that are there already.",
             examples=(f"{_SAMPLE} --methods lora,adapter --steps 2 --global_batch_size 4",),
         ),
         Verb(

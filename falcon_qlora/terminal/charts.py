@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -14,6 +14,18 @@ _TRAIN = "#9db8d9"
 _SMOOTH = "#1f5aa6"
 _EVAL = "#d1495b"
 _RATE = "#5b8c5a"
+# Letters of names that have room side by side under bars.
+_LETTERS_IN_A_ROW = 90
+
+
+class Bar(NamedTuple):
+    """A bar's label, height and the text above it; and the lowest and highest of what it is the mean of."""
+
+    label: str
+    height: float
+    text: str
+    low: float
+    high: float
 
 
 def draw_loss(metrics: Sequence[Mapping[str, Any]], file: Path | BinaryIO, *, title: str = "") -> None:
@@ -113,13 +125,11 @@ def draw_scaling(series: Mapping[str, Sequence[tuple[float, float]]], file: Path
     _write(figure, file)
 
 
-def draw_bars(
-    series: Mapping[str, Sequence[tuple[str, float, str]]], file: Path, *, axis: str, title: str = ""
-) -> None:
+def draw_bars(series: Mapping[str, Sequence[Bar]], file: Path, *, axis: str, title: str = "") -> None:
     """Draw bars as a PNG, those of one label from every series beside each other.
 
     Args:
-        series: name to its bars: label, height and what stands above it.
+        series: name to its bars; a line on a bar goes from its lowest to its highest, where these differ.
         file: The PNG to write.
         axis: What the heights are, with their unit.
         title: A line above the picture.
@@ -130,20 +140,95 @@ def draw_bars(
     figure, axes = _figure(title)
     axes.grid(visible=False, axis="x")
     axes.set_ylabel(axis)
-    labels = list(dict.fromkeys(label for bars in series.values() for label, _, _ in bars))
+    labels = list(dict.fromkeys(bar.label for bars in series.values() for bar in bars))
     width = 0.8 / len(series)
     for place, ((name, bars), color) in enumerate(
         zip(series.items(), (_SMOOTH, _TRAIN, _EVAL), strict=False)
     ):
-        middles = [labels.index(label) - 0.4 + (place + 0.5) * width for label, _, _ in bars]
-        drawn = axes.bar(middles, [height for _, height, _ in bars], width * 0.95, color=color, label=name)
-        axes.bar_label(drawn, [text for _, _, text in bars], padding=2, fontsize=8)
-    axes.set_xticks(range(len(labels)), labels)
+        middles = [labels.index(bar.label) - 0.4 + (place + 0.5) * width for bar in bars]
+        spread = [[bar.height - bar.low for bar in bars], [bar.high - bar.height for bar in bars]]
+        drawn = axes.bar(
+            middles,
+            [bar.height for bar in bars],
+            width * 0.95,
+            color=color,
+            label=name,
+            yerr=spread if any(map(any, spread)) else None,
+            error_kw={"elinewidth": 1, "capsize": 3},
+        )
+        axes.bar_label(drawn, [bar.text for bar in bars], padding=2, fontsize=8)
+    slanted = max(map(len, labels)) * len(labels) > _LETTERS_IN_A_ROW
+    axes.set_xticks(range(len(labels)), labels, rotation=20 * slanted, ha="right" if slanted else "center")
     axes.margins(y=0.12)
     axes.set_axisbelow(True)
     if len(series) > 1:
-        axes.legend(frameon=False)
+        figure.legend(loc="outside lower center", frameon=False, ncols=len(series))
     _write(figure, file)
+
+
+def draw_curves(
+    runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], file: Path, *, title: str = ""
+) -> None:
+    """Draw the losses of several runs over the steps as a PNG, each with its name at its end.
+
+    Args:
+        runs: name and lines of `metrics.jsonl` of each; those of one name have one colour, and one label.
+        file: The PNG to write.
+        title: A line above the picture.
+    """
+    panels = {"loss": "training loss", "eval_loss": "loss on held-out rows"}
+    shown = [name for name in panels if any(_series(metrics, name) for _, metrics in runs)]
+    if not shown:
+        return
+    figure, grid = _figure(title, nrows=len(shown), sharex=True, squeeze=False)
+    figure.set_figheight(1.2 + 4 * len(shown))
+    names = list(dict.fromkeys(name for name, _ in runs))
+    ends: dict[str, dict[str, tuple[float, float, str]]] = {panel: {} for panel in shown}
+    for panel, axes in zip(shown, grid[:, 0], strict=True):
+        series = [(name, points) for name, metrics in runs if (points := _series(metrics, panel))]
+        many = panel == "loss" and any(len(points) > 20 for _, points in series)
+        for name, points in series:
+            steps, losses = zip(*points, strict=True)
+            values = _smooth(losses) if many else losses
+            color, marker = f"C{names.index(name) % 10}", "o" if panel == "eval_loss" else None
+            axes.plot(steps, values, color=color, linewidth=1.5, marker=marker, markersize=4)
+            ends[panel].setdefault(name, (steps[-1], values[-1], color))
+        axes.set_ylabel(panels[panel] + ", smoothed" * many)
+    grid[-1, 0].set_xlabel("step")
+    figure.draw_without_rendering()  # from here on a length on the paper is known in the units of the axes
+    for panel, axes in zip(shown, grid[:, 0], strict=True):
+        _name_at_edge(axes, ends[panel])
+    _write(figure, file)
+
+
+def _name_at_edge(axes: Any, ends: Mapping[str, tuple[float, float, str]]) -> None:
+    """Write names beside the right edge, each as near to its curve's end as the others leave room.
+
+    Args:
+        ends: name to step and value of a curve's end, and its colour.
+    """
+    size = 8
+    low, high = axes.get_ylim()
+    gap = 1.4 * size * axes.figure.dpi / 72 * (high - low) / axes.get_window_extent().height
+    ordered = sorted(ends.items(), key=lambda end: end[1][1])
+    places: list[float] = []
+    for _, (_, value, _) in ordered:
+        places.append(max(value, places[-1] + gap) if places else value)
+    for index in range(len(places)):  # what has come to lie above the picture pushes down
+        places[index] = min(places[index], high - gap * (len(places) - 1 - index))
+    for (name, (step, value, color)), place in zip(ordered, places, strict=True):
+        line = {"arrowstyle": "-", "color": color, "alpha": 0.4, "linewidth": 0.8, "relpos": (0, 0.5)}
+        axes.annotate(
+            name,
+            (step, value),
+            xytext=(1.02, place),
+            textcoords=axes.get_yaxis_transform(),
+            va="center",
+            color=color,
+            fontsize=size,
+            annotation_clip=False,
+            arrowprops=line,
+        )
 
 
 def _figure(title: str, *, width: float = 8, **layout: Any) -> tuple[Figure, Any]:

@@ -15,7 +15,8 @@ from falcon_qlora.bench.scaling import Row, read_run
 from falcon_qlora.commands import eval as evaluating
 from falcon_qlora.commands import generate, opening
 from falcon_qlora.common.untrusted import of_a_run, refuse_links
-from falcon_qlora.compare.report import Compared, Comparison
+from falcon_qlora.compare.figures import Compared
+from falcon_qlora.compare.report import Comparison
 from falcon_qlora.config.configuration import parse
 from falcon_qlora.data.templates import template_fingerprint
 from falcon_qlora.inference import base_and_adapter
@@ -112,7 +113,7 @@ def before_eval(folder: Path) -> None:
 
 def compare(folder: Path) -> None:
     """What `falcon-qlora compare` makes of the figures of a run."""
-    run = Compared(method="lora", folder=folder, recipe="lit-lora", command="falcon-qlora train")
+    run = Compared(name="lora", folder=folder, command="falcon-qlora train")
     report = Comparison(title="t", compared=[run])
     report.markdown()
     report.write(folder.parent)

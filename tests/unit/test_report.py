@@ -1,22 +1,30 @@
-"""The comparison's table, CSV file and bars, from run directories whose figures are known."""
+"""The comparison's table, CSV file and pictures, from run directories whose figures are known."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
 import io
+import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.compare import report
-from falcon_qlora.compare.report import Compared, Comparison
+from falcon_qlora.compare.figures import Compared
+from falcon_qlora.compare.finished import runs_in
+from falcon_qlora.compare.report import Comparison
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.run_folder.summary import Summary
 from falcon_qlora.terminal import charts
+from falcon_qlora.terminal.charts import Bar
 
+OLD = Path(__file__).parents[1] / "integration" / "old_run" / "runs" / "old"
 GIB = 2**30
 
 
@@ -61,6 +69,8 @@ def make_run(folder: Path, *, speeds: list[float], gpus: int, evaluations: dict[
                 best_eval_loss=min(evaluations.values()),
                 tokens=100 * len(speeds),
                 samples=4 * len(speeds),
+                wall_seconds=2 * seconds,
+                wall_tokens_per_second=50 * len(speeds) / seconds,
             )
         ),
     )
@@ -70,8 +80,8 @@ def make_run(folder: Path, *, speeds: list[float], gpus: int, evaluations: dict[
     return folder
 
 
-def ran(method: str, folder: Path) -> Compared:
-    return Compared(method=method, folder=folder, recipe=f"lit-{method}", command=f"train {method}")
+def ran(name: str, folder: Path) -> Compared:
+    return Compared(name=name, folder=folder, command=f"train {name}")
 
 
 @pytest.fixture
@@ -81,32 +91,69 @@ def comparison(tmp_path: Path) -> Comparison:
         tmp_path / "adapter", speeds=[20, 400, 400], gpus=1, evaluations={0: 3.0, 2: 1.5, 3: 1.75}
     )
     full = make_run(tmp_path / "full", speeds=[10, 100, 100], gpus=2, evaluations={0: 3.0, 3: 1.25})
-    lora = Compared(
-        method="lora",
-        folder=tmp_path / "lora",
-        recipe="lit-lora",
-        command="train lora",
-        reason="out of\nmemory | here",
-    )
+    lora = Compared(name="lora", folder=tmp_path / "lora", reason="out of\nmemory | here")
     return Comparison(
         title="three", compared=[ran("adapter", adapter), lora, ran("full", full)], published=True
     )
 
 
-def cells(markdown: str) -> dict[str, list[str]]:
-    rows = [line.strip("| ").split(" | ") for line in markdown.splitlines() if line.startswith("| ")]
-    return {row[0]: [cell.strip() for cell in row] for row in reversed(rows)}
+def table(markdown: str) -> dict[str, dict[str, str]]:
+    """The first table: name → title → text."""
+    lines = markdown[markdown.index("\n|") :].split("\n\n")[0].split("\n")
+    (_, *names), _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line)
+    return {name: {row[0]: row[1 + index] for row in rows} for index, name in enumerate(names)}
 
 
 def test_the_table_says_what_the_runs_did(comparison: Comparison) -> None:
-    assert cells(comparison.markdown())["adapter"] == (
-        "adapter|16bit|1,365,330|1|12|5.5 s|62.5|0.25|10.00|10.00|3.0000|1.5000|2.50".split("|")
-    )
-    full = cells(comparison.markdown())["full"]
-    assert full[3:10] == ["2", "12", "12.0 s", "250", "1.00", "10.00", "20.00"]
-    assert "out of memory / here" in cells(comparison.markdown())["lora"][1]
-    for line in ("- adapter: recipe lit-adapter; learning rate 0.001", "`train full`"):
-        assert line in comparison.markdown()
+    found = table(comparison.markdown())
+    assert list(found) == ["adapter", "full"]
+    assert found["adapter"] == {
+        "base": "16bit",
+        "trainable parameters": "1,365,330",
+        "GPUs": "1",
+        "steps": "3",
+        "samples": "12",
+        "time of the steps": "5.5 s",
+        "of the whole command": "11.0 s",
+        "tokens/s in the steps": "55",
+        "over the whole command": "27",
+        "s per 1,000 samples": "62.5",
+        "ratio to full": "0.25",
+        "peak GB a GPU": "10.00",
+        "peak GB in total": "10.00",
+        "last training loss": "1.0000",
+        "evaluation loss before": "3.0000",
+        "evaluation loss after": "1.5000",
+        "on disk, MB": "2.50",
+    }
+    assert [found["full"][title] for title in ("GPUs", "ratio to full", "peak GB in total")] == [
+        "2",
+        "1.00",
+        "20.00",
+    ]
+    for line in ("lora was not run: out of memory | here", "- full: `train full`"):
+        assert line in comparison.markdown().split("\n")
+
+
+def test_of_several_seeds_there_are_the_mean_and_what_it_lies_between(tmp_path: Path) -> None:
+    losses, runs = (1.5, 1.25, 1.6), []
+    for number, loss in enumerate(losses):
+        speeds = [20, 400 + 100 * number, 400 + 100 * number]
+        folder = tmp_path / f"lora-{number}"
+        runs.append(ran("lora", make_run(folder, speeds=speeds, gpus=1, evaluations={0: 3.0, 3: loss})))
+    made = Comparison(title="one", compared=runs)
+    found = table(made.markdown())["lora"]
+    assert found["evaluation loss after"] == "1.4500 (1.2500 to 1.6000)"
+    assert found["evaluation loss before"] == "3.0000"
+    assert found["s per 1,000 samples"] == "51.39 (41.67 to 62.5)"
+    (after,), (before,) = made.loss_bars().values()
+    assert after == ("lora", pytest.approx(1.45), "1.450", 1.25, 1.6)
+    assert before == ("lora", 3.0, "3.000", 3.0, 3.0)
+    (bar,) = made.time_bars()["this comparison"]
+    assert (bar.low, bar.high) == pytest.approx((1000 / 24, 62.5))
+    assert [float(row["eval_loss_after"]) for row in csv.DictReader(io.StringIO(made.csv()))] == list(losses)
+    for number in range(3):
+        assert f"- lora-{number}: `train lora`" in made.markdown()
 
 
 def test_the_published_bars(comparison: Comparison) -> None:
@@ -114,45 +161,78 @@ def test_the_published_bars(comparison: Comparison) -> None:
     of_time, of_memory = (
         bars()["June 2023, A100"] for bars in (comparison.time_bars, comparison.memory_bars)
     )
-    assert {label: height for label, height, _ in of_time} == pytest.approx(
+    assert {bar.label: bar.height for bar in of_time} == pytest.approx(
         {"adapter": 79.615, "lora": 79.615, "full": 106.4}, rel=1e-4
     )
-    assert {label: (height, text) for label, height, text in of_memory} == {
+    assert {bar.label: (bar.height, bar.text) for bar in of_memory} == {
         "adapter": (16.20, "16.20"),
         "lora": (16.27, "16.27"),
         "full": (pytest.approx(236.7), "6 × 39.45"),
     }
 
 
-def test_the_pictures_bars_are_as_high_and_say_what_the_table_does(
-    comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    figures: dict[str, Figure] = {}
-    monkeypatch.setattr(charts, "_write", lambda figure, file: figures.setdefault(file.name, figure))
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
+    """What is drawn, by the name of its file, which is not written."""
+    drawn: dict[str, Figure] = {}
+    monkeypatch.setattr(charts, "_write", lambda figure, file: drawn.setdefault(file.name, figure))
     monkeypatch.setattr(report, "replaced", contextlib.nullcontext)
+    return drawn
+
+
+def test_the_pictures_show_what_the_table_says(
+    comparison: Comparison, tmp_path: Path, figures: dict[str, Figure]
+) -> None:
     comparison.write(tmp_path)
     ours, theirs = comparison.markdown().split("As published in June 2023")
-    # Of both tables: seconds for 1,000 samples, and GB of a GPU and of all.
-    tables = {"this comparison": (cells(ours), 6, 8, 3), "June 2023, A100": (cells(theirs), 4, 5, 1)}
-    for picture, of_time in (("training-time.png", True), ("memory-requirements.png", False)):
+    measured = {"this comparison": table(ours), "June 2023, A100": table(theirs)}
+    titles = {
+        ("training-time.png", series): ("s per 1,000 samples", series_table)
+        for series, series_table in measured.items()
+    }
+    titles |= {
+        ("memory-requirements.png", series): ("peak GB in total", series_table)
+        for series, series_table in measured.items()
+    }
+    titles["evaluation-loss.png", "after training"] = "evaluation loss after", table(ours)
+    titles["evaluation-loss.png", "before"] = "evaluation loss before", table(ours)
+    seen = set()
+    for picture in ("training-time.png", "memory-requirements.png", "evaluation-loss.png"):
         (axes,) = figures[picture].axes
         labels = [tick.get_text() for tick in axes.get_xticklabels()]
-        assert sorted(labels) == ["adapter", "full", "lora"]
-        assert [text.get_text() for text in axes.get_legend().get_texts()] == list(tables)
-        texts = iter(text.get_text() for text in axes.texts)
         for bars in axes.containers:
-            table, seconds, memory, count = tables[str(bars.get_label())]
-            methods = [labels[round(bar.get_x() + bar.get_width() / 2)] for bar in bars]
-            assert sorted(methods) == sorted(m for m in table if m in labels and len(table[m]) > 2)
-            for method, bar in zip(methods, bars, strict=True):
-                row = table[method]
-                gpus, each = int(row[count]), f"{float(row[memory]):.2f}"
-                height, text = row[memory + 1], each if gpus == 1 else f"{gpus} × {each}"
-                if of_time:
-                    height, text = row[seconds], f"{float(row[seconds]):.3g} s"
-                assert bar.get_height() == pytest.approx(float(height), rel=1e-3)
-                assert next(texts) == text
-        assert next(texts, None) is None
+            title, rows = titles[picture, str(bars.get_label())]
+            names = [labels[round(bar.get_x() + bar.get_width() / 2)] for bar in bars]
+            assert names == [name for name in rows if rows[name].get(title)]
+            for name, bar in zip(names, bars, strict=True):
+                assert bar.get_height() == pytest.approx(float(rows[name][title]), rel=1e-3)
+            seen.add((picture, bars.get_label()))
+    assert seen == titles.keys()
+    losses, held_out = figures["loss-curves.png"].axes
+    assert [list(line.get_ydata()) for line in losses.lines] == [[1.0] * 3] * 2
+    assert [list(line.get_ydata()) for line in held_out.lines] == [[3.0, 1.5, 1.75], [3.0, 1.25]]
+    for axes in (losses, held_out):
+        assert sorted(text.get_text() for text in axes.texts) == ["adapter", "full"]
+
+
+def test_no_text_of_a_picture_lies_upon_another(tmp_path: Path, figures: dict[str, Figure]) -> None:
+    # Runs that end alike, some under names as long as a fresh folder's.
+    ends = [{"step": step, "loss": 3.0 - step, "eval_loss": 3.0 - step} for step in range(2)]
+    names = ["adapter", "lora", *(f"20261128-20380{number}-falcon-7b-4bit-lora64" for number in range(4))]
+    charts.draw_curves([(name, ends) for name in names], Path("curves"), title="Runs compared")
+    bars = [Bar(name, 1.0, "1.000", 0.9, 1.1) for name in ("adapter", "adapter_v2", "lora", "qlora", "full")]
+    charts.draw_bars({"after training": bars, "before": bars}, Path("bars"), axis="loss", title="A" * 60)
+    for picture, count in (("curves", 13), ("bars", 18)):
+        figure = figures[picture]
+        figure.draw_without_rendering()
+        texts = [figure._suptitle, *(text for legend in figure.legends for text in legend.get_texts())]
+        for axes in figure.axes:
+            texts += [*axes.texts, *(axes.get_xticklabels() if picture == "bars" else [])]
+        boxes = [(text.get_text(), Text.get_window_extent(text)) for text in texts]
+        assert len(boxes) == count
+        assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for _, box in boxes)
+        for (one, box), (other, others_box) in itertools.combinations(boxes, 2):
+            assert not box.overlaps(others_box), (picture, one, other)
 
 
 def test_the_files_hold_the_same(comparison: Comparison, tmp_path: Path) -> None:
@@ -162,6 +242,8 @@ def test_the_files_hold_the_same(comparison: Comparison, tmp_path: Path) -> None
         "comparison.csv",
         "training-time.png",
         "memory-requirements.png",
+        "evaluation-loss.png",
+        "loss-curves.png",
     ]
     rows = list(csv.DictReader(io.StringIO((tmp_path / "out" / "comparison.csv").read_text())))
     assert float(rows[0]["seconds"]) == pytest.approx(5.5)
@@ -178,4 +260,45 @@ def test_other_models_have_no_published_figures(comparison: Comparison) -> None:
     assert "June 2023" not in other.markdown()
     environment = other.compared[0].folder / "environment.json"
     environment.write_text(json.dumps({"gpus": []}))
-    assert "peak GB a process" in other.markdown()
+    again = Comparison(title="two", compared=other.compared)
+    assert "peak GB a process" in again.markdown()
+
+
+def test_runs_are_compared_that_have_no_summary_and_that_are_of_before(
+    comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapter" / "summary.json").unlink()
+    shutil.copytree(OLD, tmp_path / "runs" / "full")
+    runs = runs_in([Path("adapter"), Path("full"), Path("runs/full")])
+    assert [run.name for run in runs] == ["adapter", f"{tmp_path.name}/full", "runs/full"]
+    made = Comparison(title="three", compared=runs)
+    stopped, _, before = table(made.markdown()).values()
+    assert stopped["steps"] == "3, not finished"
+    assert [stopped[title] for title in ("time of the steps", "tokens/s in the steps")] == ["5.5 s", "55"]
+    assert [stopped[title] for title in ("evaluation loss after", "s per 1,000 samples")] == ["1.7500", ""]
+    assert [before[title] for title in ("steps", "over the whole command")] == ["4", ""]
+    assert before["last training loss"] == "2.4634"
+    settings = made.markdown().split("## Settings that differ")[1]
+    assert "| optim | sgd | sgd | adamw_torch_fused |" in settings
+    assert "lora_r" not in settings  # which only one of them has
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (["typo"], "typo holds no run .*; runs nearby: (adapter, full|full, adapter)$"),
+        (["full", "adapter/checkpoints"], "adapter/checkpoints holds no run .*; runs nearby: adapter"),
+        (["adapter", "full", "./adapter"], "adapter is given twice"),
+    ],
+)
+def test_a_folder_that_is_no_run_is_refused_with_those_that_are(
+    comparison: Comparison,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    folders: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        runs_in([Path(folder) for folder in folders])
