@@ -91,7 +91,6 @@ ROWS = "-m tiny --dataset_name rows.jsonl"
         ("train --use_peft", ["--use_peft is not taken: an adapter is always trained"]),
         ("train --zzz 1", ["unknown flag --zzz; --help-all lists every flag"]),
         ("data --temperature 1", ["unknown flag --temperature"]),
-        ("compare --recipe lit-lora", ["--recipe is not taken", "give --recipes METHOD=RECIPE"]),
         ("train rows.jsonl", ["unexpected argument 'rows.jsonl'", "such as --dataset_name rows.jsonl"]),
         ("train mine.yaml", ["unexpected argument 'mine.yaml'", "such as --config mine.yaml"]),
         ("inspect", ["name one folder: falcon-qlora inspect DIR"]),
