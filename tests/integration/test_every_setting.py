@@ -210,7 +210,7 @@ CHANGED: dict[str, Case] = {
     ),
     # Checkpoints
     "save_strategy": Case("no"),
-    "save_steps": Case(2),
+    "save_steps": Case(1),
     "save_total_limit": Case(1, {"save_steps": 1}),
     "save_only_model": Case(True, seen=_files_of_checkpoints),
     "load_best_model_at_end": Case(
