@@ -392,8 +392,9 @@ def _messages(reader: _Reader, dataset_format: str) -> list[Turn]:
     masked = None if mask is None else masked_roles(mask, reader.where("mask"))
     if masked is None:
         return turns
-    if "user" in masked or not any(turn.role == "user" for turn in turns):
-        reader.value("mask")  # else it asks for a loss on what the user says, and counts as not read
+    reader.value("mask")
+    if "user" not in masked and any(turn.role == "user" for turn in turns):
+        count(reader.account.message_keys, "a loss on the user's, which mask asks for")
     return [replace(turn, train=turn.train and turn.role not in masked) for turn in turns]
 
 
