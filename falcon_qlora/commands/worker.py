@@ -28,9 +28,6 @@ def main() -> None:
     stopping = launcher.mark(launcher.STOPPING)
     if stopping is not None and stopping.exists():
         os._exit(128 + signal.SIGTERM)  # restarted by an agent that does not know that it is to stop
-    training = launcher.mark(launcher.TRAINING)
-    if training is not None:
-        training.unlink(missing_ok=True)  # of the processes before a restart: these have nothing to save yet
     signal.signal(signal.SIGINT, _interrupt)
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)

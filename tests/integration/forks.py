@@ -232,6 +232,8 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
         module, *words = request["words"]
         sys.argv = [module, *words]
         status = _run(module)
+    except KeyboardInterrupt:
+        status = 130  # a signal that came before there is anything to tell it to
     except BaseException:
         traceback.print_exc()
     finally:
@@ -254,7 +256,8 @@ def _run(module: str) -> int:
         print(end.code, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        traceback.print_exc()
+        if module != "falcon_qlora.commands.worker":  # whose main function takes it: it has not begun
+            traceback.print_exc()
         return 130
     except BaseException:
         traceback.print_exc()
