@@ -55,6 +55,18 @@ def held_until(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return hold
 
 
+def fail_save(monkeypatch: pytest.MonkeyPatch, step: int, error: Exception) -> None:
+    """Have the checkpoint of a step fail as it is written."""
+    real = Checkpointer._write
+
+    def write(self: Checkpointer, content: Any) -> None:
+        if content.step == step:
+            raise error
+        real(self, content)
+
+    monkeypatch.setattr(Checkpointer, "_write", write)
+
+
 def same(one: Any, other: Any) -> bool:
     """To the last bit; the numbers that come from a clock apart."""
     if isinstance(one, torch.Tensor):
@@ -114,14 +126,8 @@ def test_saves_that_come_faster_than_they_are_written_are_all_made(
 def test_a_checkpoint_that_fails_its_check_ends_the_run_before_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_bug: bool
 ) -> None:
-    real = Checkpointer._write
-
-    def write(self: Checkpointer, content: Any) -> None:
-        if content.step == 10:
-            raise ZeroDivisionError if of_bug else checkpointer.AdapterFaultError("not what was in memory")
-        real(self, content)
-
-    monkeypatch.setattr(Checkpointer, "_write", write)
+    fault_found = checkpointer.AdapterFaultError("not what was in memory")
+    fail_save(monkeypatch, 10, ZeroDivisionError() if of_bug else fault_found)
     with pytest.raises(ZeroDivisionError if of_bug else UserError):
         fine_tune(tmp_path, max_steps=30, save_steps=10, logging_steps=1)
     run = tmp_path / "run"
@@ -132,14 +138,7 @@ def test_a_checkpoint_that_fails_its_check_ends_the_run_before_the_next(
 def test_the_line_of_progress_says_since_when_nothing_was_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = Checkpointer._write
-
-    def write(self: Checkpointer, content: Any) -> None:
-        if content.step == 4:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(self, content)
-
-    monkeypatch.setattr(Checkpointer, "_write", write)
+    fail_save(monkeypatch, 4, OSError(errno.ENOSPC, "No space left on device"))
     fine_tune(tmp_path, max_steps=8, save_steps=2, logging_steps=1)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     warned = [line.split("/")[0] for line in lines if line.endswith("nothing saved since step 2")]

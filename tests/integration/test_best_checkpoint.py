@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 import falcon_qlora
-from falcon_qlora.checkpoint.checkpointer import Checkpointer
 from falcon_qlora.processes import stop_signals
 from tests.integration.runs import metrics, summary
 from tests.integration.test_adapter import fine_tune
+from tests.integration.test_background_saves import fail_save
 
 # A rate that moves what is zero, and changes no loss.
 SAME = {"learning_rate": 1e-20, "eval_split": 0.3, "eval_steps": 1, "logging_steps": 1, "save_total_limit": 9}
@@ -53,14 +53,7 @@ def test_the_best_is_one_that_was_saved(tmp_path: Path) -> None:
 
 
 def test_the_best_is_none_that_could_not_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Checkpointer._write
-
-    def full(self: Checkpointer, content: Any) -> None:
-        if content.step == 1:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(self, content)
-
-    monkeypatch.setattr(Checkpointer, "_write", full)
+    fail_save(monkeypatch, 1, OSError(errno.ENOSPC, "No space left on device"))
     run = fine_tune(tmp_path, **SAME, max_steps=3, save_steps=1)
     assert checkpoints(run) == ["step-2", "step-3"]
     assert summary(run)["best_step"] == 2
