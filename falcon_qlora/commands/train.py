@@ -90,12 +90,10 @@ class _StopOnce:
 
     Args:
         folder: where the workers leave a mark when there is something to save.
-        ended: what to raise for a signal that ends everything.
     """
 
-    def __init__(self, folder: Path, ended: Callable[[signal.Signals], BaseException]):
+    def __init__(self, folder: Path):
         self._folder = folder
-        self._ended = ended
         self._asked_at: float | None = None
         self._asked_with: int | None = None
 
@@ -104,15 +102,24 @@ class _StopOnce:
         with contextlib.suppress(OSError):
             (self._folder / launcher.STOPPING).touch()
         workers = _children()
-        if self._asked_at is None and workers and (self._folder / launcher.TRAINING).exists():
-            self._asked_at, self._asked_with = time.monotonic(), number
+        self._asked_with = self._asked_with or number
+        if self._asked_at is None and self._trains(workers):
+            self._asked_at = time.monotonic()
             _send(workers, number)
             return
         if self._asked_at is not None:
             if time.monotonic() - self._asked_at <= SAME_REQUEST_SECONDS:
                 return
             _send(workers, signal.SIGKILL)
-        raise self._ended(signal.Signals(number))
+        # What is raised where a signal comes in may get lost there; then the agent sees that they have ended.
+        _send(workers, signal.SIGTERM)
+        raise _Ended(signal.Signals(number))
+
+    def _trains(self, workers: list[int]) -> bool:
+        """Whether the workers have something to save: not those that were started again and still load."""
+        with contextlib.suppress(OSError, ValueError):
+            return int((self._folder / launcher.TRAINING).read_text(encoding="utf-8")) in workers
+        return False
 
     def status(self, codes: Mapping[int, int]) -> int | None:
         """The exit status if the workers ended by the request alone, without anything to save; else None.
@@ -145,7 +152,7 @@ def _send(processes: list[int], number: int) -> None:
 
 
 class _Ended(BaseException):
-    """Raised where a signal comes in, to end the worker."""
+    """Raised where a signal comes in, to end everything; no Exception, after which the agent might go on."""
 
     def __init__(self, number: signal.Signals):
         self.number = number
@@ -158,21 +165,22 @@ def _run_one(words: list[str], folder: Path) -> int:
         words: its module and what that is given.
         folder: of the marks that the launcher and the worker leave for each other.
     """
-    worker, stop = None, _StopOnce(folder, _Ended)
+    worker, ended, stop = None, None, _StopOnce(folder)
     with stop_signals_to(stop):
         try:
             # In a session of its own: Ctrl-C comes to the launcher alone, which passes it on.
             worker = subprocess.Popen([sys.executable, "-u", "-m", *words], start_new_session=True)
             code = worker.wait()
         except _Ended as asked:
+            ended = asked
             if worker is not None:
                 worker.terminate()
                 with contextlib.suppress(subprocess.TimeoutExpired, _Ended):
                     worker.wait(_LEAVE_SECONDS)
                 worker.kill()
                 worker.wait()
-            _say_how_to_go_on(folder)
-            return 128 + asked.number
+    if ended is not None:
+        return _end(ended, folder)
     if code == 0:
         return 0
     status = _status({0: code}, folder)
@@ -182,7 +190,6 @@ def _run_one(words: list[str], folder: Path) -> int:
 def _launch(torchrun_argv: list[str], folder: Path) -> int:
     """Run torchrun's agent in this process and turn how it ended into an exit status."""
     from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
@@ -190,7 +197,7 @@ def _launch(torchrun_argv: list[str], folder: Path) -> int:
     # The agent reports every failure at length; the workers have said what there is to say.
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
-    stop = _StopOnce(folder, lambda number: SignalException("asked to stop", number))
+    stop = _StopOnce(folder)
     try:
         with stop_signals_to(stop):
             elastic_launch(config=launch_config, entrypoint=command)(*arguments)
@@ -198,12 +205,19 @@ def _launch(torchrun_argv: list[str], folder: Path) -> int:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         status = _status(codes, folder)
         return stop.status(codes) or status
-    except SignalException as error:
-        _say_how_to_go_on(folder)
-        return 128 + error.sigval
+    except _Ended as asked:
+        return _end(asked, folder)
     finally:
         logging.disable(disabled)
     return 0
+
+
+def _end(asked: _Ended, folder: Path) -> int:
+    """The exit status of a launcher that a signal has ended; yet another one does not cut that short."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    _say_how_to_go_on(folder)
+    return 128 + asked.number
 
 
 def _status(codes: Mapping[int, int], folder: Path) -> int:

@@ -13,7 +13,7 @@ import signal
 from pathlib import Path
 
 VARIABLE = "FALCON_QLORA_LAUNCHER"
-# There is something to save; the launcher was asked to stop; how to go on after an error.
+# Which process has something to save; the launcher was asked to stop; how to go on after an error.
 TRAINING, STOPPING, GO_ON = "training", "stopping", "go_on"
 # What asks a run to stop; SIGUSR1 is how some schedulers announce preemption.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

@@ -22,6 +22,8 @@ from typing import Any
 from falcon_qlora.processes import endings, launcher, ranks
 from falcon_qlora.processes.launcher import SAME_REQUEST_SECONDS, STOP_SIGNALS
 
+_LEAVE_SECONDS = 5.0
+
 
 class Stopped(Exception):
     """The run was asked to stop and has saved what it could.
@@ -48,6 +50,10 @@ class _Requests:
     def receive(self, number: int) -> None:
         """Take in a signal; called by the thread."""
         if not self.training:
+            # The main thread ends the process, unless it waits for another one meanwhile.
+            timer = threading.Timer(_LEAVE_SECONDS, os._exit, [128 + number])
+            timer.daemon = True
+            timer.start()
             return
         if endings.sibling_died():
             # torchrun ends the others of a process that failed. There is nothing more to be saved.
@@ -107,7 +113,7 @@ def all_have_begun() -> None:
 
     Before that one of them would end by a signal that the others take for a request.
     """
-    _leave_for_launcher(launcher.TRAINING, "")
+    _leave_for_launcher(launcher.TRAINING, str(os.getpid()))
 
 
 def asked_to_stop() -> signal.Signals | None:

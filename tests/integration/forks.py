@@ -31,6 +31,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 # What libraries, or Python, read once, as they are loaded. Where one of these differs there is no fork.
 _READ_EARLY = ("HF_", "TRITON", "CUDA", "LC_", "LANG", "PYTHONIOENCODING", "PYTHONUTF8", "ACCELERATE", "BNB_")
@@ -70,9 +71,12 @@ class Popen(subprocess.Popen[Any]):
         }
         streams = [given if given != -1 else own for own, given in enumerate((p2cread, c2pwrite, errwrite))]
         if _server is None:
-            self.pid = os.fork()  # a launcher that is itself such a fork
+            # A launcher that is itself such a fork. No signal finds its handlers in what it starts.
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+            self.pid = os.fork()
             if self.pid == 0:
                 _become(request, streams)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         else:
             self.pid = _server.start(request, streams)
         self._child_created = True
@@ -202,9 +206,10 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
     try:
         libc = ctypes.CDLL(None)
         libc.prctl(_PR_SET_PDEATHSIG, 0)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT):
+        for number in _SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         signal.set_wakeup_fd(-1)
         if request["session"]:
             os.setsid()

@@ -179,16 +179,12 @@ def test_a_signal_while_the_processes_start_again(processes: Processes) -> None:
         {"do": "kill", "step": 5, "rank": 1, "where": "step", "restart": 0},
         {"do": "early", "rank": 0, "to": "launcher", "number": signal.SIGINT, "restart": 1},
     ]
-    # One signal of five is lost while a process is being started, and the run ends as if there had been none.
-    for again in ("again", "again-2", "again-3"):
-        words = ["--output_dir", again, "--max_restarts", "2"]
-        status, output, errors = run(processes, *LONG, *words, faults=faults)
-        if status != 0:
-            break
+    words = ["--output_dir", "again", "--max_restarts", "2"]
+    status, output, errors = run(processes, *LONG, *words, faults=faults)
     assert status == 128 + signal.SIGINT, (output, errors)
-    last = rf"the last complete checkpoint is {again}/checkpoints/step-4; go on with: .*\n"
+    last = r"the last complete checkpoint is again/checkpoints/step-4; go on with: .*\n"
     assert re.fullmatch(last, errors)
-    assert newest_step(processes, again) == 4
+    assert newest_step(processes, "again") == 4
 
 
 def test_torchruns_restarts_resume_by_themselves(processes: Processes, whole: Path) -> None:

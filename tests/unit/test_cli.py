@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -19,7 +20,7 @@ import torch
 
 from falcon_qlora import __main__ as cli
 from falcon_qlora.commands import train
-from falcon_qlora.processes.launcher import TRAINING
+from falcon_qlora.processes.launcher import STOPPING, TRAINING
 from tests.panics import PanicException
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -278,14 +279,28 @@ class TestLauncher:
         monkeypatch.setattr(train, "_children", lambda: [7])
         monkeypatch.setattr(train, "_send", lambda pids, number: sent.append((*pids, number)))
         monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-        (tmp_path / TRAINING).touch()
-        stop = train._StopOnce(tmp_path, train._Ended)
+        (tmp_path / TRAINING).write_text("7")
+        stop = train._StopOnce(tmp_path)
         for _ in range(3):
             stop(signal.SIGINT, None)
         assert sent == [(7, signal.SIGINT)]
         with pytest.raises(train._Ended):
             stop(signal.SIGTERM, None)
-        assert sent == [(7, signal.SIGINT), (7, signal.SIGKILL)]
+        assert sent[:2] == [(7, signal.SIGINT), (7, signal.SIGKILL)]
+
+    def test_a_signal_at_a_restart_ends_the_workers_even_where_what_it_raises_is_lost(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sent: list[tuple[int, int]] = []
+        monkeypatch.setattr(train, "_children", lambda: [8])
+        monkeypatch.setattr(train, "_send", lambda pids, number: sent.append((*pids, number)))
+        (tmp_path / TRAINING).write_text("7")  # by one that is gone
+        stop = train._StopOnce(tmp_path)
+        with contextlib.suppress(BaseException):
+            stop(signal.SIGINT, None)
+        assert sent == [(8, signal.SIGTERM)]
+        assert (tmp_path / STOPPING).exists()  # which workers that the agent starts once more find
+        assert stop.status({0: 128 + signal.SIGTERM}) == 128 + signal.SIGINT
 
     @pytest.mark.parametrize("processes", [1, 2])
     def test_a_launcher_that_is_killed_takes_its_workers_with_it(
