@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.bench.machine import Machine, summary
+from falcon_qlora.bench.variants import VARIANTS
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import check_writable
+from falcon_qlora.terminal.charts import Line, Product
 from falcon_qlora.terminal.tables import markdown_table
 
 if TYPE_CHECKING:
@@ -284,27 +286,33 @@ def _markdown(
     return "\n".join(lines).rstrip()
 
 
-Series = dict[str, list[tuple[float, float]]]
-
-
-def speed_over_memory(rows: Sequence[Row]) -> Series:
+def speed_over_memory(rows: Sequence[Row]) -> dict[str, Line]:
     """Label → peak GB allocated and tokens/s, of each variant that has figures."""
-    return _series(
+    return _lines(
         rows, "peak_allocated_gb", "tokens_per_second", lambda row: f"{row['model'].partition('?')[0]} "
     )
 
 
-def speed_over_gpus(rows: Sequence[Row]) -> Series:
+def speed_over_gpus(rows: Sequence[Row]) -> dict[str, Line]:
     """Label → GPUs and samples/s, of each recipe that has figures."""
-    return _series(rows, "gpus", "samples_per_second_512", "{model} {quantize_mode}, ".format_map)
+    return _lines(rows, "gpus", "samples_per_second_512", "{model} {quantize_mode}, ".format_map)
 
 
-def _series(rows: Sequence[Row], x: str, y: str, kind: Callable[[Row], str]) -> Series:
+def _lines(rows: Sequence[Row], x: str, y: str, kind: Callable[[Row], str]) -> dict[str, Line]:
     """The label is the variant's name, behind its kind where there are several."""
     many = len({kind(row) for row in rows}) > 1
-    found: Series = {}
+    found: dict[str, Line] = {}
     for row in rows:
         if row["tokens_per_second"] != "":
             label = (kind(row) if many else "") + row["variant"]
-            found.setdefault(label, []).append((row[x], row[y]))
+            found.setdefault(label, Line(_product(row), [])).points.append((float(row[x]), float(row[y])))
     return found
+
+
+def _product(row: Row) -> Product:
+    own = VARIANTS.get(row["variant"].partition(",")[0])  # of a whole run the caches follow
+    if own is None or own.engine is not None:
+        return "other tools"
+    if own.kernels == "off":
+        return "reference"
+    return "FP8" if row["compute_dtype"] == "fp8" else "bf16"

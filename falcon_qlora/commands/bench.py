@@ -206,8 +206,7 @@ def _bench(
         append_csv(Path(wanted.csv), made)
     if wanted.plot:
         title = f"{machine.gpu}, {length}-token documents"
-        peers = [variant.name for variant in variants if variant.engine]
-        draw_speed_and_memory(speed_over_memory(made), Path(wanted.plot), peers=peers, title=title)
+        draw_speed_and_memory(speed_over_memory(made), Path(wanted.plot), title=title)
     status = status_of([result.failure for result in results])
     return 130 if bench.interrupted else status
 

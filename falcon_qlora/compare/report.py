@@ -109,6 +109,14 @@ class Comparison:
         """Write the table, the CSV file and the pictures; returns what was written."""
         write_text(folder / TABLE, self.markdown())
         write_text(folder / CSV, self.csv())
+        curves = [(run.name, RunDirectory(run.folder).read_metrics()) for run in self._made()]
+        with replaced(folder / CURVES) as temporary:
+            charts.draw_curves(curves, temporary, title=self.title)
+        written = (TABLE, CSV, *self.draw_bars(folder), CURVES)
+        return [folder / name for name in written if (folder / name).exists()]
+
+    def draw_bars(self, folder: Path) -> list[str]:
+        """Draw the pictures of bars; returns their names."""
         where = "GPUs" if self.on_gpus else "processes"
         memory = f"peak memory, GB, all {where} together"
         loss = "loss on held-out rows (nats per target token)"
@@ -120,10 +128,7 @@ class Comparison:
         for name, (series, axis, title) in pictures.items():
             with replaced(folder / name) as temporary:
                 charts.draw_bars(series, temporary, axis=axis, title=f"{title}: {self.title}")
-        curves = [(run.name, RunDirectory(run.folder).read_metrics()) for run in self._made()]
-        with replaced(folder / CURVES) as temporary:
-            charts.draw_curves(curves, temporary, title=self.title)
-        return [folder / name for name in (TABLE, CSV, *pictures, CURVES) if (folder / name).exists()]
+        return list(pictures)
 
     def csv(self) -> str:
         """A line for every run, with all digits."""

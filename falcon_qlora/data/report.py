@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 import re
-import textwrap
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from rich.text import Text
 from falcon_qlora.common.errors import printable
 from falcon_qlora.data.corpus import Corpus, Statistics
 from falcon_qlora.data.packing import Plan, deal
+from falcon_qlora.terminal import drawing
 
 Ints = Sequence[int] | np.ndarray
 
@@ -180,36 +178,22 @@ def histogram_text(lengths: np.ndarray) -> Table:
 
 def draw_histogram(lengths: np.ndarray, max_length: int, file: Path, *, title: str = "") -> None:
     """Draw the histogram of document lengths, and the maximum length, as a PNG."""
-    # Without this, the first picture on a machine announces that fonts are being looked for.
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    longest = int(lengths.max())
-    if _has_long_tail(lengths):
-        axes.hist(lengths, bins=np.geomspace(lengths.min(), longest + 1, 60).tolist(), color="#1f5aa6")
-        axes.set_xscale("log")
-    else:
-        width = _round_width(longest / 60)
-        axes.hist(lengths, bins=list(range(0, longest + width + 1, width)), color="#1f5aa6")
-    if longest > max_length / 2:
-        axes.axvline(max_length, color="#d1495b", linewidth=1.2, linestyle="--", label="maximum length")
-    axes.axvline(float(lengths.mean()), color="#e0a030", linewidth=1.2, label=f"mean {lengths.mean():.0f}")
-    axes.set_xlabel("tokens in a document")
-    axes.set_ylabel("documents")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    if title:
-        # A name is no formula, and may have signs that the font lacks.
-        title = textwrap.fill(printable(title), 85, max_lines=2, placeholder=" …")
-        axes.set_title(title, fontsize=11, parse_math=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph", UserWarning)
-        figure.savefig(file, dpi=130, format="png")
+    longest, mean = int(lengths.max()), float(lengths.mean())
+    with drawing.picture(file, title=title, height=4) as (_, axes):
+        if _has_long_tail(lengths):
+            axes.hist(
+                lengths, bins=np.geomspace(lengths.min(), longest + 1, 60).tolist(), color=drawing.PALE_BLUE
+            )
+            axes.set_xscale("log")
+        else:
+            width = _round_width(longest / 60)
+            axes.hist(lengths, bins=list(range(0, longest + width + 1, width)), color=drawing.PALE_BLUE)
+        if longest > max_length / 2:
+            label = f"maximum length {max_length:,}"
+            axes.axvline(max_length, color=drawing.RED, linewidth=1.2, linestyle="--", label=label)
+        axes.axvline(mean, color=drawing.AMBER, linewidth=1.2, label=f"mean {mean:,.0f}")
+        axes.set(xlabel="tokens in a document", ylabel="documents")
+        drawing.key(axes)
 
 
 def spread(count: int, wanted: int) -> list[int]:

@@ -197,11 +197,16 @@ class RunDirectory:
                 lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in kept]
                 write_text(file, "".join(lines))
 
-    def draw_loss(self, title: str = "") -> None:
-        """Draw `loss.png` from the metrics, if there is a loss to draw; if that fails, it is told."""
+    def draw_loss(self, title: str = "", *, kept: int | None = None) -> None:
+        """Draw `loss.png` from the metrics, if there is a loss to draw; if that fails, it is told.
+
+        Args:
+            title: above the picture.
+            kept: the step whose weights the run leaves.
+        """
         try:
             with replaced(self.loss_picture) as temporary:
-                charts.draw_loss(self.read_metrics(), temporary, title=title)
+                charts.draw_loss(self.read_metrics(), temporary, title=title, kept=kept)
         except Exception as error:
             note(f"{self.loss_picture} could not be written ({reason_of(error)})")
 

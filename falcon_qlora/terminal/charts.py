@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from falcon_qlora.terminal import drawing
+from falcon_qlora.terminal.drawing import Points, picture
 
-_TRAIN = "#9db8d9"
-_SMOOTH = "#1f5aa6"
-_EVAL = "#d1495b"
-_RATE = "#5b8c5a"
-# Letters of names that have room side by side under bars.
-_LETTERS_IN_A_ROW = 90
+Product = Literal["bf16", "FP8", "reference", "other tools"]
+PRODUCTS: dict[Product, str] = {
+    "bf16": drawing.BLUE,
+    "FP8": drawing.GREEN,
+    "reference": drawing.GREY,
+    "other tools": drawing.RED,
+}
+_WIDEST = 200  # values that one of the smoothed line is the mean of
+_FEW = 20  # points that are marked one by one, and are not smoothed
 
 
 class Bar(NamedTuple):
-    """A bar's label, height and the text above it; and the lowest and highest of what it is the mean of."""
+    """A bar's label, length and the text at its end; and the lowest and highest of what it is the mean of."""
 
     label: str
     height: float
@@ -28,77 +32,87 @@ class Bar(NamedTuple):
     high: float
 
 
-def draw_loss(metrics: Sequence[Mapping[str, Any]], file: Path | BinaryIO, *, title: str = "") -> None:
+class Line(NamedTuple):
+    """Measured points that belong together, and what computed them."""
+
+    product: Product
+    points: list[tuple[float, float]]
+
+
+def draw_loss(
+    metrics: Sequence[Mapping[str, Any]],
+    file: Path | BinaryIO,
+    *,
+    title: str = "",
+    kept: int | None = None,
+) -> None:
     """Draw the training loss, the held-out loss and the learning rate over the steps as a PNG.
 
     Args:
-        metrics: The lines of `metrics.jsonl`.
+        metrics: The lines of `metrics.jsonl`; where one has no loss, as its steps were skipped, is a gap.
         file: The PNG to write, or what takes its bytes.
         title: A line above the picture.
+        kept: The step whose weights the run leaves; marked where there is a held-out loss to see why.
     """
-    train = _series(metrics, "loss")
-    held_out = _series(metrics, "eval_loss")
+    train, held_out = _series(metrics, "loss"), _series(metrics, "eval_loss")
     rate = _series(metrics, "learning_rate")
-    if not train and not held_out:
+    if not _known(train) and not _known(held_out):
         return
-    figure, (losses, rates) = _figure(title, nrows=2, sharex=True, height_ratios=[3, 1])
-    if train:
-        steps, values = zip(*train, strict=True)
-        many = len(values) > 20
-        losses.plot(steps, values, color=_TRAIN if many else _SMOOTH, linewidth=1.2, label="training")
-        if many:
-            losses.plot(steps, _smooth(values), color=_SMOOTH, linewidth=1.8, label="training, smoothed")
-    if held_out:
-        losses.plot(*zip(*held_out, strict=True), color=_EVAL, marker="o", markersize=4, label="held out")
-    losses.set_ylabel("loss (nats per target token)")
-    losses.legend(frameon=False)
-    if rate:
-        rates.plot(*zip(*rate, strict=True), color=_RATE)
-    rates.set(xlabel="step", ylabel="learning rate")
-    rates.set_ylim(bottom=0)
-    rates.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
-    _write(figure, file)
+    panels: dict[str, Any] = {"nrows": 2, "height_ratios": [3, 1]} if rate else {}
+    with picture(file, title=title, sharex=True, squeeze=False, **panels) as (figure, grid):
+        losses, last = grid[0, 0], grid[-1, 0]
+        ends = {}
+        if _known(train):
+            smoothed = _smooth(train) if len(train) > _FEW else train
+            if smoothed is not train:
+                _plot(losses, train, drawing.PALE_BLUE, linewidth=0.8)
+            _plot(losses, smoothed, drawing.BLUE)
+            ends["training" + ", smoothed" * (smoothed is not train)] = (*_known(smoothed)[-1], drawing.BLUE)
+        if _known(held_out):
+            _plot(losses, held_out, drawing.RED, marked=True)
+            ends["held out"] = (*_known(held_out)[-1], drawing.RED)
+            if kept is not None:
+                _mark_kept(losses, kept, dict(held_out).get(kept))
+        losses.set_ylabel("loss (nats per target token)")
+        if rate:
+            _plot(last, rate, drawing.GREY)
+            last.set_ylabel("learning rate")
+            last.set_ylim(bottom=0)
+            last.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+        _over_steps(last)
+        figure.draw_without_rendering()
+        drawing.name_ends(losses, ends)
 
 
-def draw_speed_and_memory(
-    series: Mapping[str, Sequence[tuple[float, float]]],
-    file: Path,
-    *,
-    peers: Collection[str] = (),
-    title: str = "",
-) -> None:
+def draw_speed_and_memory(series: Mapping[str, Line], file: Path, *, title: str = "") -> None:
     """Draw tokens/s against peak memory as a PNG; the points of a label are joined.
 
     Args:
         series: label to GB (10^9 bytes) and tokens/s.
         file: The PNG to write.
-        peers: The last words of the labels that get another colour.
         title: A line above the picture.
     """
     if not series:
         return
-    figure, axes = _figure(title, width=10)
-    axes.set(xlabel="peak memory allocated, GB", ylabel="tokens/s")
-    # Names beside the points would lie upon each other: they have numbers, the fastest the first.
-    fastest_first = sorted(series.items(), key=lambda item: -max(speed for _, speed in item[1]))
-    for number, (label, unsorted) in enumerate(fastest_first, start=1):
-        memory, speeds = zip(*sorted(unsorted), strict=True)
-        color = _EVAL if label.split()[-1] in peers else _SMOOTH
-        axes.plot(
-            memory, speeds, color=color, marker="o", markersize=5, linewidth=1, label=f"{number}  {label}"
-        )
-        # Alternately above and below.
-        offset = (4, 4) if number % 2 else (4, -10)
-        axes.annotate(
-            str(number), (memory[0], speeds[0]), xytext=offset, textcoords="offset points", fontsize=8
-        )
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8, handlelength=1)
-    _write(figure, file)
+    height = max(6, drawing.height_of_names(2 * len(series)))
+    with picture(file, title=title, names=list(series), width=10, height=height) as (_, axes):
+        axes.set(xlabel="peak memory allocated, GB", ylabel="tokens/s")
+        lines = {
+            label: (sorted(line.points), PRODUCTS[line.product])
+            # The fastest are named first, and so stand nearest to their points.
+            for label, line in sorted(series.items(), key=lambda item: -max(y for _, y in item[1].points))
+        }
+        for points, color in lines.values():
+            _plot(axes, points, color, marked=True, linewidth=1)
+        # Names need room beyond the outermost points.
+        axes.set_xlim(0, 1.12 * max(x for points, _ in lines.values() for x, _ in points) or 1)
+        axes.set_ylim(0, 1.08 * max(y for points, _ in lines.values() for _, y in points) or 1)
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        _key(axes, series)
+        drawing.name_points(axes, lines)
 
 
-def draw_scaling(series: Mapping[str, Sequence[tuple[float, float]]], file: Path, *, title: str = "") -> None:
+def draw_scaling(series: Mapping[str, Line], file: Path, *, title: str = "") -> None:
     """Draw samples/s over GPUs as a PNG, each with the line that its fewest GPUs would give ideally.
 
     Args:
@@ -108,62 +122,63 @@ def draw_scaling(series: Mapping[str, Sequence[tuple[float, float]]], file: Path
     """
     if not series:
         return
-    figure, axes = _figure(title)
-    axes.set(xlabel="GPUs", ylabel="samples/s (512 tokens)")
-    counts = sorted({gpus for points in series.values() for gpus, _ in points})
-    for label, unsorted in series.items():
-        points = sorted(unsorted)
-        (line,) = axes.plot(*zip(*points, strict=True), marker="o", markersize=5, linewidth=1.5, label=label)
-        fewest, speed = points[0]
-        ideal = [speed * gpus / fewest for gpus in (0, counts[-1])]
-        axes.plot([0, counts[-1]], ideal, color=line.get_color(), linestyle=":", linewidth=1)
-    axes.plot([], [], color="black", linestyle=":", linewidth=1, label="ideal")
-    axes.set_xticks(counts)
-    axes.set_xlim(0, 1.05 * counts[-1])
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=8)
-    _write(figure, file)
+    height = max(5.2, 1.5 + drawing.height_of_names(len(series)))
+    with picture(file, title=title, names=list(series), height=height) as (figure, axes):
+        axes.set(xlabel="GPUs", ylabel="samples/s (512 tokens); dotted: in proportion to the GPUs")
+        counts = sorted({gpus for line in series.values() for gpus, _ in line.points})
+        ends = {}
+        for label, line in series.items():
+            color, points = PRODUCTS[line.product], sorted(line.points)
+            _plot(axes, points, color, marked=True)
+            ends[label] = (*points[-1], color)
+            fewest, speed = points[0]
+            ideal = [0, speed / fewest * counts[-1]]
+            axes.plot([0, counts[-1]], ideal, color=color, linestyle=":", linewidth=1)
+        axes.set_xticks(counts)
+        axes.set_xlim(0, 1.05 * counts[-1])
+        axes.set_ylim(bottom=0)
+        _key(axes, series)
+        figure.draw_without_rendering()
+        drawing.name_ends(axes, ends)
 
 
 def draw_bars(series: Mapping[str, Sequence[Bar]], file: Path, *, axis: str, title: str = "") -> None:
-    """Draw bars as a PNG, those of one label from every series beside each other.
+    """Draw bars that lie as a PNG, those of one label from every series below each other.
 
     Args:
         series: name to its bars; a line on a bar goes from its lowest to its highest, where these differ.
         file: The PNG to write.
-        axis: What the heights are, with their unit.
+        axis: What the lengths are, with their unit.
         title: A line above the picture.
     """
     series = {name: bars for name, bars in series.items() if bars}
     if not series:
         return
-    figure, axes = _figure(title)
-    axes.grid(visible=False, axis="x")
-    axes.set_ylabel(axis)
     labels = list(dict.fromkeys(bar.label for bars in series.values() for bar in bars))
-    width = 0.8 / len(series)
-    for place, ((name, bars), color) in enumerate(
-        zip(series.items(), (_SMOOTH, _TRAIN, _EVAL), strict=False)
-    ):
-        middles = [labels.index(bar.label) - 0.4 + (place + 0.5) * width for bar in bars]
-        spread = [[bar.height - bar.low for bar in bars], [bar.high - bar.height for bar in bars]]
-        drawn = axes.bar(
-            middles,
-            [bar.height for bar in bars],
-            width * 0.95,
-            color=color,
-            label=name,
-            yerr=spread if any(map(any, spread)) else None,
-            error_kw={"elinewidth": 1, "capsize": 3},
-        )
-        axes.bar_label(drawn, [bar.text for bar in bars], padding=2, fontsize=8)
-    slanted = max(map(len, labels)) * len(labels) > _LETTERS_IN_A_ROW
-    axes.set_xticks(range(len(labels)), labels, rotation=20 * slanted, ha="right" if slanted else "center")
-    axes.margins(y=0.12)
-    axes.set_axisbelow(True)
-    if len(series) > 1:
-        figure.legend(loc="outside lower center", frameon=False, ncols=len(series))
-    _write(figure, file)
+    height = 1.2 + drawing.height_of_names(len(labels) * (len(series) + 1)) * 1.3
+    with picture(file, title=title, names=labels, height=height) as (_, axes):
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel(axis)
+        width = 0.8 / len(series)
+        colors = (drawing.BLUE, drawing.PALE_BLUE, drawing.RED)
+        for place, ((name, bars), color) in enumerate(zip(series.items(), colors, strict=False)):
+            spread = [[bar.height - bar.low for bar in bars], [bar.high - bar.height for bar in bars]]
+            drawn = axes.barh(
+                [labels.index(bar.label) - 0.4 + (place + 0.5) * width for bar in bars],
+                [bar.height for bar in bars],
+                width * 0.92,
+                color=color,
+                label=name,
+                xerr=spread if any(map(any, spread)) else None,
+                error_kw={"elinewidth": 1, "capsize": 3, "ecolor": "#333333"},
+            )
+            texts = [bar.text for bar in bars]
+            if len(series) > 1:  # the first bar of a series says which it is
+                texts[0] += f"  {name}"
+            axes.bar_label(drawn, texts, padding=3, fontsize=drawing.NAME_SIZE)
+        axes.set_yticks(range(len(labels)), [drawing.shown(label) for label in labels])
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(len(labels) - 0.5, -0.5)
 
 
 def draw_curves(
@@ -177,92 +192,117 @@ def draw_curves(
         title: A line above the picture.
     """
     panels = {"loss": "training loss", "eval_loss": "loss on held-out rows"}
-    shown = [name for name in panels if any(_series(metrics, name) for _, metrics in runs)]
+    shown = [name for name in panels if any(_known(_series(metrics, name)) for _, metrics in runs)]
     if not shown:
         return
-    figure, grid = _figure(title, nrows=len(shown), sharex=True, squeeze=False)
-    figure.set_figheight(1.2 + 4 * len(shown))
     names = list(dict.fromkeys(name for name, _ in runs))
-    ends: dict[str, dict[str, tuple[float, float, str]]] = {panel: {} for panel in shown}
-    for panel, axes in zip(shown, grid[:, 0], strict=True):
-        series = [(name, points) for name, metrics in runs if (points := _series(metrics, panel))]
-        many = panel == "loss" and any(len(points) > 20 for _, points in series)
-        for name, points in series:
-            steps, losses = zip(*points, strict=True)
-            values = _smooth(losses) if many else losses
-            color, marker = f"C{names.index(name) % 10}", "o" if panel == "eval_loss" else None
-            axes.plot(steps, values, color=color, linewidth=1.5, marker=marker, markersize=4)
-            ends[panel].setdefault(name, (steps[-1], values[-1], color))
-        axes.set_ylabel(panels[panel] + ", smoothed" * many)
-    grid[-1, 0].set_xlabel("step")
-    figure.draw_without_rendering()  # from here on a length on the paper is known in the units of the axes
-    for panel, axes in zip(shown, grid[:, 0], strict=True):
-        _name_at_edge(axes, ends[panel])
-    _write(figure, file)
+    height = 1.2 + max(4, drawing.height_of_names(len(names))) * len(shown)
+    with picture(
+        file, title=title, names=names, height=height, nrows=len(shown), sharex=True, squeeze=False
+    ) as (figure, grid):
+        ends: dict[str, dict[str, tuple[float, float, str]]] = {panel: {} for panel in shown}
+        for panel, axes in zip(shown, grid[:, 0], strict=True):
+            series = [(name, points) for name, metrics in runs if _known(points := _series(metrics, panel))]
+            many = panel == "loss" and any(len(points) > _FEW for _, points in series)
+            for name, measured in series:
+                points = _smooth(measured) if many else measured
+                turn, place = divmod(names.index(name), len(drawing.CYCLE))
+                color, style = drawing.CYCLE[place], ("-", "--", "-.", ":")[turn % 4]
+                _plot(axes, points, color, marked=panel == "eval_loss", linestyle=style)
+                ends[panel].setdefault(name, (*_known(points)[-1], color))
+            axes.set_ylabel(panels[panel] + ", smoothed" * many)
+        _over_steps(grid[-1, 0])
+        figure.draw_without_rendering()  # from here on a length on the paper is known in units of the axes
+        for panel, axes in zip(shown, grid[:, 0], strict=True):
+            drawing.name_ends(axes, ends[panel])
 
 
-def _name_at_edge(axes: Any, ends: Mapping[str, tuple[float, float, str]]) -> None:
-    """Write names beside the right edge, each as near to its curve's end as the others leave room.
+def _plot(axes: Any, points: Points, color: str, *, marked: bool = False, **style: Any) -> None:
+    """A line that is broken where a value is NaN; a point that has no neighbours is marked."""
+    known = [False, *(math.isfinite(value) for _, value in points), False]
+    alone = [
+        index
+        for index, (before, here, after) in enumerate(zip(known, known[1:], known[2:], strict=False))
+        if here and not before and not after
+    ]
+    marks = {} if marked or len(points) <= _FEW else {"markevery": alone}
+    axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, **marks, **style)
 
-    Args:
-        ends: name to step and value of a curve's end, and its colour.
+
+def _over_steps(axes: Any) -> None:
+    """Whole steps along the lower edge, also where there is one alone."""
+    low, high = axes.get_xlim()
+    if high - low < 1:
+        axes.set_xlim(low - 1, high + 1)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("step")
+
+
+def _mark_kept(axes: Any, step: int, loss: float | None) -> None:
+    """A line at the step that was kept, its name above the axes, and a ring around its held-out loss."""
+    axes.axvline(step, color="#333333", linewidth=0.8, linestyle=(0, (2, 2)))
+    text = f"kept: step {step:,}"
+    if loss is not None and math.isfinite(loss):
+        text += f", held-out loss {loss:.4g}"
+        axes.plot([step], [loss], "o", markersize=9, fillstyle="none", color="#333333", label="kept")
+    low, high = axes.get_xlim()
+    axes.annotate(
+        text,
+        (step, 1),
+        xycoords=axes.get_xaxis_transform(),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="left" if step < (low + high) / 2 else "right",
+        fontsize=drawing.NAME_SIZE,
+        color="#333333",
+        annotation_clip=False,
+    )
+
+
+def _key(axes: Any, series: Mapping[str, Line]) -> None:
+    """Which colour is which product, above the axes."""
+    from matplotlib.lines import Line2D
+
+    found = {line.product for line in series.values()}
+    products = [product for product in PRODUCTS if product in found]
+    if len(products) > 1:
+        drawing.key(axes, [Line2D([], [], color=PRODUCTS[product], label=product) for product in products])
+
+
+def _series(metrics: Sequence[Mapping[str, Any]], name: str) -> Points:
+    """Steps and values in order; NaN where it was logged, and was not finite."""
+    found = {
+        line["step"]: math.nan if line[name] is None else float(line[name])
+        for line in metrics
+        if name in line
+    }
+    return sorted(found.items())
+
+
+def _known(points: Points) -> Points:
+    return [point for point in points if math.isfinite(point[1])]
+
+
+def _smooth(points: Points) -> Points:
+    """The mean over a fifteenth of the values around each, 200 at most; NaN where a value is.
+
+    The window is as wide before a value as behind it, so at the start it is narrow: a loss that falls there
+    is not drawn lower than it was. At the end it is cut off, for a line that does not end in one noisy value.
     """
-    size = 8
-    low, high = axes.get_ylim()
-    gap = 1.4 * size * axes.figure.dpi / 72 * (high - low) / axes.get_window_extent().height
-    ordered = sorted(ends.items(), key=lambda end: end[1][1])
-    places: list[float] = []
-    for _, (_, value, _) in ordered:
-        places.append(max(value, places[-1] + gap) if places else value)
-    for index in range(len(places)):  # what has come to lie above the picture pushes down
-        places[index] = min(places[index], high - gap * (len(places) - 1 - index))
-    for (name, (step, value, color)), place in zip(ordered, places, strict=True):
-        line = {"arrowstyle": "-", "color": color, "alpha": 0.4, "linewidth": 0.8, "relpos": (0, 0.5)}
-        axes.annotate(
-            name,
-            (step, value),
-            xytext=(1.02, place),
-            textcoords=axes.get_yaxis_transform(),
-            va="center",
-            color=color,
-            fontsize=size,
-            annotation_clip=False,
-            arrowprops=line,
-        )
-
-
-def _figure(title: str, *, width: float = 8, **layout: Any) -> tuple[Figure, Any]:
-    """A figure and what `Figure.subplots` makes of `layout`, each with a grid."""
-    # Without this, the first picture on a machine announces that fonts are being looked for.
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, 5.2), layout="constrained")
-    if title:
-        figure.suptitle(title, fontsize=11)
-    axes = figure.subplots(**layout)
-    for each in figure.axes:
-        each.grid(alpha=0.3)
-    return figure, axes
-
-
-def _write(figure: Figure, file: Path | BinaryIO) -> None:
-    if isinstance(file, Path):
-        file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=130, format="png")
-
-
-def _series(metrics: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
-    return [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
-
-
-def _smooth(values: Sequence[float]) -> list[float]:
-    """Exponential mean over about a tenth of the values, started without a bias towards zero."""
-    keep = 1 - 1 / max(1.0, len(values) / 10)
-    smoothed: list[float] = []
-    mean = weight = 0.0
-    for value in values:
-        mean = keep * mean + (1 - keep) * value
-        weight = keep * weight + (1 - keep)
-        smoothed.append(mean / weight)
+    half = max(1, min(len(points) // 30, _WIDEST // 2))
+    values = [value for _, value in points]
+    finite = [math.isfinite(value) for value in values]
+    # Up to each value, without those that are not finite: their sum and their number.
+    sums = [
+        0.0,
+        *itertools.accumulate(value if known else 0.0 for value, known in zip(values, finite, strict=True)),
+    ]
+    counts = [0, *itertools.accumulate(finite)]
+    smoothed = []
+    for index, (step, _) in enumerate(points):
+        reach = min(index, half)
+        low, high = index - reach, min(len(points), index + reach + 1)
+        mean = (sums[high] - sums[low]) / (counts[high] - counts[low]) if finite[index] else math.nan
+        smoothed.append((step, mean))
     return smoothed

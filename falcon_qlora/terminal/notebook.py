@@ -42,8 +42,10 @@ class NotebookProgress:
             self._show("bar", {"text/html": f"{bar} {html.escape(text)}", "text/plain": text})
             self._next["bar"] = time.monotonic() + _BAR_SECONDS
 
-    def show_losses(self, metrics: Sequence[Mapping[str, Any]], *, last: bool = False) -> str | None:
-        """Draw what `charts.draw_loss` draws of `metrics`; seldom enough not to hold up the training.
+    def show_losses(
+        self, metrics: Sequence[Mapping[str, Any]], *, last: bool = False, kept: int | None = None
+    ) -> str | None:
+        """Draw what `charts.draw_loss` draws; seldom enough not to hold up the training.
 
         Returns:
             Why it could not be drawn, after which it is not tried again; or None.
@@ -53,7 +55,7 @@ class NotebookProgress:
             return None
         try:
             picture = io.BytesIO()
-            charts.draw_loss(metrics, picture)
+            charts.draw_loss(metrics, picture, kept=kept)
             self._show("picture", {"image/png": picture.getvalue(), "text/plain": "losses"})
         except Exception as error:
             self._next["picture"] = math.inf

@@ -103,7 +103,7 @@ def finish(
     _keep_adapter(directory, trainer, lambda folder: describe_adapter(folder, figures))
     trainer.settle()
     if ranks.is_main_process():
-        directory.draw_loss(title=title)
+        directory.draw_loss(title=title, kept=trainer.kept_step)
         figures |= _wall_clock(trainer)
         with _told_if_not_written(directory.summary_file):
             directory.write("summary", figures)

@@ -112,7 +112,9 @@ class ProgressCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._notebook is not None:
             self._refresh(self._counter(), last=True)
-            self._draw_losses(self._notebook, last=True)
+            best = args.load_best_model_at_end and state.best_model_checkpoint is not None
+            kept = state.best_global_step if best else state.global_step
+            self._draw_losses(self._notebook, last=True, kept=kept)
         elif self._progress is None and self._shown and self._printed_step != self._step:
             self._print_line(force=True)
         self.close()
@@ -144,8 +146,8 @@ class ProgressCallback(TrainerCallback):
         speed = (self._times[-1][1] - first_time) / (self._times[-1][0] - first_step)
         return speed * (self._last_step - self._step)
 
-    def _draw_losses(self, notebook: NotebookProgress, *, last: bool = False) -> None:
-        if failure := notebook.show_losses(self._losses, last=last):
+    def _draw_losses(self, notebook: NotebookProgress, **how: Any) -> None:
+        if failure := notebook.show_losses(self._losses, **how):
             note(f"the losses cannot be drawn ({failure})")
 
     def _refresh(self, description: str, *, last: bool = False) -> None:

@@ -408,9 +408,14 @@ class FalconTrainer(SFTTrainer):
         """Whether the model was given the weights of the best checkpoint at the end."""
         return bool(self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None)
 
+    @property
+    def kept_step(self) -> int | None:
+        """The step whose weights the model has: at the end the best checkpoint's, where that is kept."""
+        return self.state.best_global_step if self.holds_best else self.state.global_step
+
     def has_learned(self) -> bool | None:
         """True where the weights that the model has now have taken a step; None where that is not known."""
-        step = self.state.best_global_step if self.holds_best else self.state.global_step
+        step = self.kept_step
         first = self._first_learning_step
         # The scaler of fp16 leaves steps out without a word.
         all_count = self.step.bad_steps.total == 0 and self.accelerator.scaler is None

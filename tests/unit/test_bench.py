@@ -137,9 +137,16 @@ def test_a_picture_has_a_point_for_each_row_with_figures(tmp_path: Path) -> None
         result("ours", [199, 201]),
         result("ours", [219, 221], tokens=16384),
         result("ours-fp8", [], failure="fp8 needs a GPU"),
+        result("ours-8bit-fp8", [300]),
     ]
     made = rows_of_steps(results, MACHINE, {})
-    assert speed_over_memory(made) == {"reference": [(10.0, 100)], "ours": [(10.0, 200), (10.0, 220)]}
+    made.append({**made[0], "variant": "stock"})
+    assert speed_over_memory(made) == {
+        "reference": ("reference", [(10.0, 100)]),
+        "ours": ("bf16", [(10.0, 200), (10.0, 220)]),
+        "ours-8bit-fp8": ("FP8", [(10.0, 300)]),
+        "stock": ("other tools", [(10.0, 100)]),
+    }
     assert made[1]["tflops_4n"] == pytest.approx(4 * 7e9 * 200 / 1e12)
     draw_speed_and_memory(speed_over_memory(made), tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

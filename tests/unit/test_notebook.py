@@ -32,7 +32,9 @@ def cell(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cell]:
 
 
 def _run(steps: int) -> None:
-    state = SimpleNamespace(global_step=0, max_steps=steps)
+    state = SimpleNamespace(
+        global_step=0, max_steps=steps, best_global_step=2, best_model_checkpoint="step-2"
+    )
     callback = ProgressCallback(lambda: "")
     callback.on_train_begin(None, state, None)
     for step in range(1, steps + 1):
@@ -40,7 +42,7 @@ def _run(steps: int) -> None:
         callback.on_step_end(None, state, None)
         callback.on_log(None, state, None, logs={"loss": 3.0 / step, "learning_rate": 1e-4})
     callback.on_log(None, state, None, logs={"eval_loss": 0.5})
-    callback.on_train_end(None, state, None)
+    callback.on_train_end(SimpleNamespace(load_best_model_at_end=True), state, None)
 
 
 def test_a_kernel_is_told_from_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,10 +58,15 @@ def test_one_bar_and_one_picture_are_redrawn_and_no_line_is_printed(
     cell: Cell, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn: list[list[dict[str, float]]] = []
+    kept_steps: list[int | None] = []
     draw = charts.draw_loss
-    monkeypatch.setattr(
-        charts, "draw_loss", lambda metrics, file: (drawn.append(list(metrics)), draw(metrics, file))
-    )
+
+    def noted(metrics: list[dict[str, float]], file: io.BytesIO, *, kept: int | None) -> None:
+        drawn.append(list(metrics))
+        kept_steps.append(kept)
+        draw(metrics, file, kept=kept)
+
+    monkeypatch.setattr(charts, "draw_loss", noted)
     _run(300)
     told = capsys.readouterr()
     assert told.out == told.err == ""
@@ -71,6 +78,7 @@ def test_one_bar_and_one_picture_are_redrawn_and_no_line_is_printed(
         {"step": 300, "loss": 0.01, "learning_rate": 1e-4},
         {"step": 300, "eval_loss": 0.5},
     ]
+    assert kept_steps == [None] * (len(drawn) - 1) + [2]
     with Image.open(io.BytesIO(pictures[-1]["image/png"])) as picture:
         assert min(picture.size) > 300
 

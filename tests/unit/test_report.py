@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import itertools
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.compare import report
@@ -21,8 +19,7 @@ from falcon_qlora.compare.finished import runs_in
 from falcon_qlora.compare.report import Comparison
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.run_folder.summary import Summary
-from falcon_qlora.terminal import charts
-from falcon_qlora.terminal.charts import Bar
+from falcon_qlora.terminal import drawing
 
 OLD = Path(__file__).parents[1] / "integration" / "old_run" / "runs" / "old"
 GIB = 2**30
@@ -175,7 +172,7 @@ def test_the_published_bars(comparison: Comparison) -> None:
 def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
     """What is drawn, by the name of its file, which is not written."""
     drawn: dict[str, Figure] = {}
-    monkeypatch.setattr(charts, "_write", lambda figure, file: drawn.setdefault(file.name, figure))
+    monkeypatch.setattr(drawing, "_write", lambda figure, file: drawn.setdefault(file.name, figure))
     monkeypatch.setattr(report, "replaced", contextlib.nullcontext)
     return drawn
 
@@ -199,13 +196,13 @@ def test_the_pictures_show_what_the_table_says(
     seen = set()
     for picture in ("training-time.png", "memory-requirements.png", "evaluation-loss.png"):
         (axes,) = figures[picture].axes
-        labels = [tick.get_text() for tick in axes.get_xticklabels()]
+        labels = [tick.get_text() for tick in axes.get_yticklabels()]
         for bars in axes.containers:
             title, rows = titles[picture, str(bars.get_label())]
-            names = [labels[round(bar.get_x() + bar.get_width() / 2)] for bar in bars]
+            names = [labels[round(bar.get_y() + bar.get_height() / 2)] for bar in bars]
             assert names == [name for name in rows if rows[name].get(title)]
             for name, bar in zip(names, bars, strict=True):
-                assert bar.get_height() == pytest.approx(float(rows[name][title]), rel=1e-3)
+                assert bar.get_width() == pytest.approx(float(rows[name][title]), rel=1e-3)
             seen.add((picture, bars.get_label()))
     assert seen == titles.keys()
     losses, held_out = figures["loss-curves.png"].axes
@@ -213,26 +210,6 @@ def test_the_pictures_show_what_the_table_says(
     assert [list(line.get_ydata()) for line in held_out.lines] == [[3.0, 1.5, 1.75], [3.0, 1.25]]
     for axes in (losses, held_out):
         assert sorted(text.get_text() for text in axes.texts) == ["adapter", "full"]
-
-
-def test_no_text_of_a_picture_lies_upon_another(tmp_path: Path, figures: dict[str, Figure]) -> None:
-    # Runs that end alike, some under names as long as a fresh folder's.
-    ends = [{"step": step, "loss": 3.0 - step, "eval_loss": 3.0 - step} for step in range(2)]
-    names = ["adapter", "lora", *(f"20261128-20380{number}-falcon-7b-4bit-lora64" for number in range(4))]
-    charts.draw_curves([(name, ends) for name in names], Path("curves"), title="Runs compared")
-    bars = [Bar(name, 1.0, "1.000", 0.9, 1.1) for name in ("adapter", "adapter_v2", "lora", "qlora", "full")]
-    charts.draw_bars({"after training": bars, "before": bars}, Path("bars"), axis="loss", title="A" * 60)
-    for picture, count in (("curves", 13), ("bars", 18)):
-        figure = figures[picture]
-        figure.draw_without_rendering()
-        texts = [figure._suptitle, *(text for legend in figure.legends for text in legend.get_texts())]
-        for axes in figure.axes:
-            texts += [*axes.texts, *(axes.get_xticklabels() if picture == "bars" else [])]
-        boxes = [(text.get_text(), Text.get_window_extent(text)) for text in texts]
-        assert len(boxes) == count
-        assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for _, box in boxes)
-        for (one, box), (other, others_box) in itertools.combinations(boxes, 2):
-            assert not box.overlaps(others_box), (picture, one, other)
 
 
 def test_the_files_hold_the_same(comparison: Comparison, tmp_path: Path) -> None:
