@@ -36,6 +36,16 @@ def command(*arguments: str | Path, timeout: float = 240) -> subprocess.Complete
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
+def in_process(argv: list[str], folder: Path) -> int:
+    """What `commands.train._run_one` does, in this process: for tests of what is typed, not of processes."""
+    from falcon_qlora import config
+    from falcon_qlora.processes import endings
+    from falcon_qlora.training import run
+
+    words = argv[argv.index("falcon_qlora.train") + 1 :]
+    return endings.exit_status(lambda: run.train(config.parse(words)))
+
+
 def train(output: Path, *arguments: str | Path, gpus: int = 1) -> list[dict[str, Any]]:
     """Train in `output` and return the lines of metrics.jsonl."""
     result = command("train", "--output_dir", output, "--gpus", str(gpus), "--report_to", "none", *arguments)

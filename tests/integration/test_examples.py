@@ -9,16 +9,13 @@ from typing import Any
 import pytest
 
 from falcon_qlora import __main__ as cli
-from falcon_qlora import config
 from falcon_qlora.commands import train as launcher
 from falcon_qlora.common.settings import settings_of
 from falcon_qlora.config import configuration
 from falcon_qlora.config.arguments import DataArguments, ModelArguments, RunArguments
 from falcon_qlora.config.verbs import VERBS
 from falcon_qlora.methods.table import METHODS
-from falcon_qlora.processes import endings
-from falcon_qlora.training import run
-from tests.integration.runs import command
+from tests.integration.runs import command, in_process
 
 # Read before there is a configuration, or through another name; of a stream and of an adapter alone.
 INDIRECT = {"recipe", "config", "device", "method", "max_steps", "adapter_sha256"}
@@ -59,11 +56,6 @@ class Reads:
             return plain(part, field)
 
         monkeypatch.setattr(arguments, "__getattribute__", read)
-
-
-def in_process(argv: list[str], folder: Path) -> int:
-    words = argv[argv.index("falcon_qlora.train") + 1 :]
-    return endings.exit_status(lambda: run.train(config.parse(words)))
 
 
 @pytest.fixture(scope="module")
