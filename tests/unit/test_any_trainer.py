@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from torch.testing import assert_close
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import falcon_qlora
 from falcon_qlora.kernels import block as kernel
@@ -151,3 +152,58 @@ def test_other_trainers_train_the_same_on_fast_blocks(kind, ran, tmp_path: Path)
     assert ran
     assert len(set(expected)) == 4
     assert ours == pytest.approx(expected, rel=1e-4)
+
+
+def preferences(way, fast, folder):
+    """Losses and margins of TRL's DPOTrainer on the packaged model."""
+    model, more = falcon_qlora.load_model("tiny", quantize_mode="4bit", device="cpu"), {}
+    if way == "its own LoRA":  # whose reference is the base, LoRA switched off
+        more["peft_config"] = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    else:  # whose reference is TRL's copy of it, as a second adapter
+        model = attach_lora(model, r=4, alpha=8, seed=3)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.add_(0.01)
+    tokenizer = load_tokenizer("tiny")
+    tokenizer.pad_token = tokenizer.eos_token
+    rows = [
+        {"prompt": f"What is {n} and one?", "chosen": f" {n + 1}.", "rejected": " I do not know that, sorry."}
+        for n in range(8)
+    ]
+    settings = DPOConfig(
+        output_dir=str(folder),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        max_length=64,
+        # Adam's first steps are signs: of gradients near 0 they tell rounding, and nothing else.
+        optim="sgd",
+        learning_rate=3e-2,
+        max_grad_norm=0,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = DPOTrainer(
+        model, args=settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, **more
+    )
+    if fast:
+        falcon_qlora.apply_fast_path(trainer.model)
+    trainer.train()
+    return [(line["loss"], line["rewards/margins"]) for line in trainer.state.log_history if "loss" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["its own LoRA", "an adapter from before"])
+def test_preferences_are_trained_the_same_on_fast_blocks(way, ran, tmp_path: Path):
+    expected = preferences(way, False, tmp_path / "stock")
+    assert not ran
+    ours = preferences(way, True, tmp_path / "fast")
+    assert len(ran) >= 3 * 5 * 2, "the policy's and the reference's pass, five blocks each"
+    assert expected[2][0] < 0.9 * expected[0][0]
+    for (loss, margin), (expected_loss, expected_margin) in zip(ours, expected, strict=True):
+        assert loss == pytest.approx(expected_loss, rel=2e-5)
+        assert margin == pytest.approx(expected_margin, rel=1e-3, abs=1e-4)
