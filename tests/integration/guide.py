@@ -40,7 +40,7 @@ OUTSIDE = {
     r"python -m tests|pytest": "belongs to the checkout, not to the package",
     r".*(\bfp8\b|--recipe smallest|--nnodes [2-9]|fsdp)": "needs GPUs",
     r".*(--tasks|zero3|--push_to_hub)": "needs a further package, or a login",
-    r"export |cd |tail |nvidia-smi": "changes or shows the shell's own surroundings",
+    r"export |cd |tail |nvidia-smi|\. \.venv": "changes or shows the shell's own surroundings",
 }
 _SHELL = ("cat", "head", "ls", "mkdir", "cp", "echo", "rm")
 _FENCE = re.compile(r"(?:<!-- not run: ([^\n]*?) -->\n+)?^```(\w*)\n(.*?)^```$", re.M | re.S)
@@ -122,12 +122,13 @@ def smaller(text: str, folder: Path) -> str:
         newest = max((folder / "runs").iterdir(), key=lambda each: each.stat().st_mtime)
         text = text.replace("runs/…", f"runs/{newest.name}")
     for name in re.findall(r"[\w./-]+\.(?:jsonl|json|csv)\b", text):
-        _make_rows(folder / name, text)
+        if not Path(name).is_absolute():
+            _make_rows(folder / name, text)
     return text
 
 
 def _make_rows(file: Path, text: str) -> None:
-    if file.exists() or f"> {file.name}" in text or file.is_absolute():
+    if file.exists() or f"> {file.name}" in text:
         return
     packaged = resources.files("falcon_qlora.data.sample_data").joinpath("instructions.jsonl").read_text()
     rows = [json.loads(line) for line in packaged.splitlines()]
