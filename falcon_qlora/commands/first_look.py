@@ -12,7 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from falcon_qlora.config import Configuration, DataArguments
-from falcon_qlora.data.formats import AUTO, BY_FORMAT, render, resolve_template
+from falcon_qlora.data.formats import AUTO, BY_FORMAT, resolve_template
+from falcon_qlora.data.rendering import render
 from falcon_qlora.data.selection import is_fraction
 from falcon_qlora.data.settings import RowSettings
 from falcon_qlora.data.sources import LocalSource, Source, find_source

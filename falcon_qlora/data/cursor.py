@@ -16,9 +16,9 @@ from typing import Any
 
 from falcon_qlora.common.untrusted import is_count
 from falcon_qlora.data.account import Account
-from falcon_qlora.data.formats import render
 from falcon_qlora.data.json_rows import columns_of
 from falcon_qlora.data.origins import Origin
+from falcon_qlora.data.rendering import render
 from falcon_qlora.data.settings import RowSettings
 from falcon_qlora.data.sources import Rows, Source
 from falcon_qlora.data.special_text import SpecialText

@@ -20,7 +20,7 @@ from falcon_qlora.common.files import sha256, write_json
 from falcon_qlora.common.untrusted import read_json
 from falcon_qlora.data import cache
 from falcon_qlora.data.account import Account
-from falcon_qlora.data.formats import render
+from falcon_qlora.data.rendering import render
 from falcon_qlora.data.settings import RowSettings
 from falcon_qlora.data.sources import Source, quiet_datasets
 from falcon_qlora.data.special_text import SpecialText

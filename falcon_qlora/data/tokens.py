@@ -109,7 +109,7 @@ class Encoder:
         """The documents of each row, in order: at least one for every row.
 
         Args:
-            rows: as `formats.render` writes them.
+            rows: as `rendering.render` writes them.
             account: gets how many rows the tokenizer would have joined prompt and answer of.
         """
         whole = [[] if row == LACKING else row for row in rows]

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.account import Account
-from falcon_qlora.data.formats import load_template, recognise, render
+from falcon_qlora.data.formats import load_template, recognise
 from falcon_qlora.data.json_rows import columns_of
+from falcon_qlora.data.rendering import render
 from falcon_qlora.data.settings import RowSettings
 from falcon_qlora.data.special_text import SpecialText
 from falcon_qlora.data.templates import LACKING, Template, get_template

@@ -9,7 +9,8 @@ import pytest
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import quoted
-from falcon_qlora.data.formats import COLUMNS, recognise, render, resolve_template
+from falcon_qlora.data.formats import COLUMNS, recognise, resolve_template
+from falcon_qlora.data.rendering import render
 from falcon_qlora.data.templates import TEMPLATES, Segment, Template, Turn, get_template
 
 CHAT = {

@@ -179,7 +179,7 @@ def test_same_seed_same_answer_and_another_seed_another(tiny: Any, tokenizer: An
 
 @pytest.mark.parametrize("template", ["alpaca", "guanaco", "falcon-instruct"])
 def test_prompt_is_the_beginning_of_what_training_sees(template: str, tokenizer: Any) -> None:
-    from falcon_qlora.data.formats import render
+    from falcon_qlora.data.rendering import render
     from falcon_qlora.data.special_text import SpecialText
     from falcon_qlora.data.tokens import Encoder
 

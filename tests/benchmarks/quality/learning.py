@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from falcon_qlora.data.files import iterate_rows
-from falcon_qlora.data.formats import load_template, render
+from falcon_qlora.data.formats import load_template
 from falcon_qlora.data.packing import MicroBatch, Plan, collate
+from falcon_qlora.data.rendering import render
 from falcon_qlora.data.tokens import Document, Encoder, Status
 from falcon_qlora.models.fast_path import remove_fast_path
 from falcon_qlora.models.tokenizer import load_tokenizer

@@ -1,0 +1,244 @@
+"""A row's columns read into turns of a conversation, and written as segments by a template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.data.account import Account, count
+from falcon_qlora.data.conversation import (
+    Missing,
+    masked_roles,
+    text_of,
+    tools_of,
+    turns_of_history,
+    turns_of_messages,
+    with_system,
+)
+from falcon_qlora.data.formats import FORMATS, SYSTEM
+from falcon_qlora.data.special_text import SpecialText, clean, is_marked
+from falcon_qlora.data.templates import LACKING, REASONING, Segment, Template, Turn, guanaco_segments
+
+# What pandas, and with it `datasets`, takes for a missing value in a table of text: here it is text.
+_LIKE_MISSING = frozenset(
+    "#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|-NaN|-nan|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|NaN|None|n/a|nan|null"
+    "".split("|")
+)
+
+
+def render(
+    row: Mapping[str, Any],
+    dataset_format: str,
+    template: Template,
+    *,
+    columns: Mapping[str, str] | None = None,
+    place: str = "a row",
+    special: SpecialText | None = None,
+    account: Account | None = None,
+) -> list[Segment]:
+    """Write one row.
+
+    Args:
+        row: the columns' values.
+        dataset_format: a key of `FORMATS`.
+        template: as `resolve_template` chose it.
+        columns: standard column name → its name in the row, for those that differ.
+        place: names the row in messages, for example ``data.jsonl:17``.
+        special: marks text that reads like a special token, which is to stay text under a template.
+        account: gets what is not read, lacking or altered.
+
+    Returns:
+        Segments which, laid end to end, are the row's text; none where the row has no answer to learn;
+        `LACKING` where it lacks what it cannot be trained without.
+
+    Raises:
+        UserError: if a value is not of the kind that the format needs, or the template cannot write it whole.
+    """
+    account = Account() if account is None else account
+    cleaned = clean(dict(row))
+    account.rows["surrogates"] += cleaned != row
+    reader = _Reader(cleaned, columns or {}, place, account)
+    known = FORMATS[dataset_format]
+    missing = [reader.name(column) for column in known.required if reader.peek(column) is None]
+    segments = LACKING
+    try:
+        if dataset_format == "text" and not missing:
+            segments = _raw(reader, template, special)
+        elif not missing:
+            segments = _conversation(reader, dataset_format, template, special)
+    except Missing as other:
+        missing = [str(other)]
+    if missing:
+        account.missing.update(missing)
+        reader.read.update(map(reader.name, (*known.required, *known.optional, *known.also)))
+    for name, value in cleaned.items():
+        if value is not None and name not in reader.read:
+            count(account.columns, name)
+    texts = (value for name, value in cleaned.items() if name in reader.read and isinstance(value, str))
+    account.rows["like_missing"] += not _LIKE_MISSING.isdisjoint(texts)
+    return segments
+
+
+class _Reader:
+    """Reads columns of one row, and knows which it has read.
+
+    Args:
+        row, columns, place, account: as `render` takes them.
+    """
+
+    def __init__(self, row: Mapping[str, Any], columns: Mapping[str, str], place: str, account: Account):
+        self._row = row
+        self._columns = columns
+        self.place = place
+        self.account = account
+        self.read: set[str] = set()
+
+    def name(self, column: str) -> str:
+        """What the data calls a column."""
+        return self._columns.get(column, column)
+
+    def where(self, column: str) -> str:
+        """Names the column in messages."""
+        return f"{self.place}: column {self.name(column)}"
+
+    def value(self, column: str) -> Any:
+        self.read.add(self.name(column))
+        return self.peek(column)
+
+    def peek(self, column: str) -> Any:
+        """A value that is not read with this."""
+        return self._row.get(self.name(column))
+
+    def text(self, column: str) -> str:
+        return text_of(self.value(column), self.where(column))
+
+    def messages(self, column: str) -> list[Turn]:
+        return turns_of_messages(self.value(column), self.where(column), self.account.message_keys)
+
+    def optional_text(self, column: str) -> str:
+        """A text, empty where there is none."""
+        value = self.value(column)
+        return "" if value is None else text_of(value, self.where(column))
+
+
+def _raw(reader: _Reader, template: Template, special: SpecialText | None) -> list[Segment]:
+    text = reader.text("text")
+    if not text.strip():
+        return []
+    if special is not None and is_marked(special.mark(text)):
+        count(reader.account.rows, "special_tokens")
+    if special is not None:
+        text = _ended(text, special)
+    if template.name == "guanaco":
+        return guanaco_segments(text)
+    return [Segment(text, train=True, end=True)]
+
+
+def _conversation(
+    reader: _Reader, dataset_format: str, template: Template, special: SpecialText | None
+) -> list[Segment]:
+    tools: list[Any] | None = None
+    _refuse_kto(reader, dataset_format)
+    if dataset_format == "prompt_completion":
+        turns = _prompt_and_completion(reader)
+    else:
+        turns = _alpaca(reader) if dataset_format == "alpaca" else _messages(reader, dataset_format)
+        prompts = [reader.optional_text(column) for column in SYSTEM]
+        turns = with_system(turns, prompts)
+        tools = tools_of(reader.value("tools"), reader.where("tools"))
+    if not any(
+        turn.role == "assistant" and (turn.text.strip() or turn.held("tool_calls", *REASONING))
+        for turn in turns
+    ):
+        return []
+    rows = reader.account.rows
+    if special is not None:
+        if template.name == "none":  # which writes what the row says as it is, its special tokens too
+            rows["special_tokens"] += [_marked(turn, special) for turn in turns] != turns
+            turns = [replace(turn, text=_ended(turn.text, special)) for turn in turns]
+        else:
+            plain = [_without_end(turn, special.end) for turn in turns], tools
+            turns, tools = [_marked(turn, special) for turn in plain[0]], special.mark(tools)
+            rows["special_text"] += (turns, tools) != plain
+    try:
+        unread = template.unread(turns, tools)
+        segments = template.segments(turns, tools)
+    except UserError as error:
+        raise UserError(f"{reader.place}: {error}") from None
+    for name in unread:
+        count(reader.account.message_keys, name)
+    # Within a segment: a template's own line breaks after a message are none of it.
+    said = (text for turn in turns for text in (turn.text, turn.context))
+    rows["altered"] += not all(any(text in segment.text for segment in segments) for text in said)
+    return segments
+
+
+def _alpaca(reader: _Reader) -> list[Turn]:
+    return [
+        *turns_of_history(reader.value("history"), reader.where("history")),
+        Turn("user", reader.text("instruction"), context=reader.optional_text("input")),
+        Turn("assistant", reader.text("output")),
+    ]
+
+
+def _refuse_kto(reader: _Reader, dataset_format: str) -> None:
+    """Refuse rows that say of their answer whether it is a good one.
+
+    A number beside a prompt and its completion is taken for that too; elsewhere it may label anything.
+    """
+    marks = ["true", "false"]
+    if "prompt" in FORMATS[dataset_format].required:
+        marks += ["0", "1", "0.0", "1.0"]
+    for column, says in (("label", marks), ("kto_tag", (*marks, "0", "1"))):
+        value = reader.peek(column)
+        if str(value).lower() in says:
+            raise UserError(
+                f"{reader.where(column)} is {value}: rows of KTO, whose answers are good or bad. "
+                "Preferences are not trained here, answers are: put the rows of good answers into a file "
+                f"without the column {reader.name(column)}"
+            )
+
+
+def _prompt_and_completion(reader: _Reader) -> list[Turn]:
+    return [Turn("user", reader.text("prompt")), Turn("assistant", reader.text("completion"))]
+
+
+def _messages(reader: _Reader, dataset_format: str) -> list[Turn]:
+    *context, column = FORMATS[dataset_format].required
+    if isinstance(reader.peek("prompt"), list):
+        context = ["prompt"]  # TRL's form of what is said before the answers, and not learned
+    turns = [replace(turn, train=False) for each in context for turn in reader.messages(each)]
+    turns += reader.messages(column)
+    mask = reader.peek("mask")
+    masked = None if mask is None else masked_roles(mask, reader.where("mask"))
+    if masked is None:
+        return turns
+    reader.value("mask")
+    if "user" not in masked and any(turn.role == "user" for turn in turns):
+        count(reader.account.message_keys, "a loss on the user's, which mask asks for")
+    return [replace(turn, train=turn.train and turn.role not in masked) for turn in turns]
+
+
+def _ended(text: str, special: SpecialText) -> str:
+    """`text` without white space after the end token that it spells out at its end."""
+    stripped = text.rstrip()
+    return stripped if stripped.endswith(special.end) else text
+
+
+def _marked(turn: Turn, special: SpecialText) -> Turn:
+    return replace(
+        turn,
+        text=special.mark(turn.text),
+        context=special.mark(turn.context),
+        fields=special.mark(turn.fields),
+    )
+
+
+def _without_end(turn: Turn, end_token: str) -> Turn:
+    """An answer without the end token that its row spells at its end: it is written after every answer."""
+    text = turn.text.rstrip()
+    if turn.role != "assistant" or not text.endswith(end_token):
+        return turn
+    return replace(turn, text=text.removesuffix(end_token))
