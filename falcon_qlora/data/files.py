@@ -76,6 +76,7 @@ def remarks(path: Path) -> list[str]:
 def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     separator = _separator(path)
+    line = 1
     with open_text(path, newline="") as handle:
         reader = csv.reader(lines(path, handle), delimiter=separator, strict=True)
         try:
@@ -94,7 +95,11 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
                     yield f"{path}:{line}", dict(zip(header, values, strict=True))
                 line = reader.line_num + 1
         except csv.Error as error:
-            raise UserError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
+            raise UserError(
+                f"{path}:{line}: not valid CSV: {error} at line {reader.line_num}. A double quote in the row "
+                "that begins here is not closed, or stands alone: put fields that hold double quotes between "
+                'double quotes, and write each of their own twice ("")'
+            ) from None
 
 
 def _csv_remarks(path: Path) -> list[str]:

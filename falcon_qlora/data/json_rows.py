@@ -20,6 +20,8 @@ _WRAPPERS = ("data", "rows", "examples", "train")
 _OF_A_MESSAGE = {"role", "from", "content", "value"}
 _COLUMNS = "read as columns, not rows"
 _ONE_A_LINE = "; a .jsonl file has one whole object on every line"
+_CUT_OFF = " (where objects go over several lines, name the file .json)"
+_EXAMPLE = 'write every row as an object, such as {"text": "…"} or {"messages": […]}'
 _AS_RECORDS = 'write it as rows, for example with pandas: to_json(FILE, orient="records", lines=True)'
 
 
@@ -69,7 +71,11 @@ def parse_json(text: str, place: str, hint: str = "") -> Any:
     try:
         return _DECODER.decode(text.strip())
     except (ValueError, RecursionError) as error:
-        at = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
+        at = ""
+        if isinstance(error, json.JSONDecodeError):
+            at = f" at character {error.pos + 1}"
+            if hint == _ONE_A_LINE and error.pos >= len(text.strip()):
+                hint += _CUT_OFF
         raise UserError(f"{place}: not valid JSON: {_said(error)}{at}{hint}") from None
 
 
@@ -113,8 +119,9 @@ def _of_values(path: Path, handle: TextIO, *, array: bool) -> Iterator[tuple[str
     if len(head) == 1 and not array:
         yield from _spread(path, *head[0]).rows
         return
-    for line, value in itertools.chain(head, values):
-        yield f"{path}:{line}", _row(value, f"{path}:{line}")
+    for number, (line, value) in enumerate(itertools.chain(head, values), start=1):
+        place = f"{path}:{line}{_of_list(number) if array else ''}"
+        yield place, _row(value, place)
 
 
 def _of_lines(path: Path, handle: TextIO, skip: int) -> Iterator[tuple[str, Row]]:
@@ -150,7 +157,7 @@ def _spread(path: Path, line: int, value: Any) -> _Spread:
     if len(wrappers) == 1 and chats <= set(wrappers):
         others = ", ".join(repr(name) for name in row if name != wrappers[0])
         remarks = [f"read as the rows under {wrappers[0]!r}; not read: {others}"] if others else []
-        return _Spread([(place, _row(each, place)) for each in row[wrappers[0]]], remarks)
+        return _numbered(f"{place} (row {{}} of {wrappers[0]!r})", row[wrappers[0]], remarks)
     if lists and len(lists) == len(row) and not chats:
         if len(set(map(len, lists.values()))) > 1:
             told = ", ".join(f"{name!r} {len(each):,}" for name, each in lists.items())
@@ -158,19 +165,27 @@ def _spread(path: Path, line: int, value: Any) -> _Spread:
                 f"{place}: the file holds columns, not rows, of unequal lengths ({told}); {_AS_RECORDS}"
             )
         cells = zip(*lists.values(), strict=True)
-        return _numbered(path, [dict(zip(lists, each, strict=True)) for each in cells], _COLUMNS)
+        rows = [dict(zip(lists, each, strict=True)) for each in cells]
+        return _numbered(f"{path} row {{}}", rows, [_COLUMNS])
     if _all_are(dict, row.values()) and all(map(_is_index, row.values())):
         first = next(iter(row.values())).keys()
         if any(each.keys() != first for each in row.values()):
             raise UserError(f"{place}: the file holds columns, not rows, of unequal indexes; {_AS_RECORDS}")
-        return _numbered(path, [{name: row[name][index] for name in row} for index in first], _COLUMNS)
+        rows = [{name: row[name][index] for name in row} for index in first]
+        return _numbered(f"{path} row {{}}", rows, [_COLUMNS])
     if _all_are(dict, row.values()) and _is_index(row):  # orient="index"
-        return _numbered(path, list(row.values()), "read as rows by their index")
+        return _numbered(f"{path} row {{}}", list(row.values()), ["read as rows by their index"])
     return _Spread([(place, row)], [])
 
 
-def _numbered(path: Path, rows: list[Row], remark: str) -> _Spread:
-    return _Spread([(f"{path} row {number}", row) for number, row in enumerate(rows, start=1)], [remark])
+def _of_list(number: int) -> str:
+    """Names a row beside its line, which may hold many rows of a list."""
+    return f" (row {number:,} of the list)"
+
+
+def _numbered(place: str, rows: list[Row], remarks: list[str]) -> _Spread:
+    """Rows whose places have their number in place of ``{}``."""
+    return _Spread([(place.format(number), row) for number, row in enumerate(rows, start=1)], remarks)
 
 
 def _all_are(kind: type, values: Collection[Any]) -> bool:
@@ -200,6 +215,7 @@ class _Values:
         self._position = 0
         self._line = 1  # at `_counted`, up to which line breaks have been counted
         self._counted = 0
+        self._row = ""  # of a list, names the row that is read
         self._ended = False
 
     def read(self) -> Iterator[tuple[int, Any]]:
@@ -208,14 +224,19 @@ class _Values:
         if array:
             self._position += 1
         expect_value = not array
+        number = 0
         while character := self._next():
             if array and character == "]" and not expect_value:
                 self._position += 1
                 if self._next():
-                    self._fail("something follows the array's closing bracket")
+                    self._fail(f"something follows the array's closing bracket; {_EXAMPLE}")
                 return
             line = self._line_here()
+            if array:
+                number += 1
+                self._row = _of_list(number)
             value = self._decode()
+            self._row = ""
             yield line, value
             expect_value = False
             if array:
@@ -273,12 +294,13 @@ class _Values:
     def _fail(self, message: str, position: int | None = None) -> None:
         at = self._position if position is None else position
         line = self._line_here() + self._text.count("\n", self._position, at)
-        raise UserError(f"{self._path}:{line}: not valid JSON: {message}")
+        raise UserError(f"{self._path}:{line}{self._row}: not valid JSON: {message}")
 
 
 def _row(value: Any, place: str) -> Row:
     if not isinstance(value, dict):
-        raise UserError(f"{place}: expected a JSON object with named columns, found {kind(value)}")
+        found = kind(value)
+        raise UserError(f"{place}: expected a JSON object with named columns, found {found}; {_EXAMPLE}")
     return tidied_row(value, place) if _INFINITE else value
 
 

@@ -121,11 +121,10 @@ def told_with_file(path: Path) -> Iterator[None]:
         if not compression and (suffix := _suffix_meant(path)) is not None:
             raise UserError(f"{path}: compressed; name it {path.name}{suffix}") from None
         raise _not_text(path) from None
-    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
-        raise UserError(f"{path}: damaged {compression} file: {error}") from None
-    except OSError as error:
-        if compression and error.errno is None:  # not of the system, but of what decompresses
-            raise UserError(f"{path}: damaged {compression} file: {one_line(error)}") from None
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        # Without a number it is not of the system, but of what decompresses.
+        if not isinstance(error, OSError) or (compression and error.errno is None):
+            raise _damaged(path, compression, error) from None
         raise UserError(f"{path}: cannot be read: {reason_of(error)}") from None
 
 
@@ -145,6 +144,17 @@ def _suffix_meant(path: Path) -> str | None:
     with path.open("rb") as handle:
         start = handle.read(6)
     return next((suffix for suffix, mark in _BEGINNINGS.items() if start.startswith(mark)), None)
+
+
+def _damaged(path: Path, compression: str, error: Exception) -> UserError:
+    """The refusal of a compressed file that cannot be read: one of another kind, or one with damage in it."""
+    suffix, meant = path.suffix.lower(), _suffix_meant(path)
+    if meant != suffix:
+        return UserError(f"{path}: no {compression} file by its content; name it {path.stem}{meant or ''}")
+    return UserError(
+        f"{path}: damaged {compression} file: {one_line(error)}; copy or download it again, or compress its "
+        "content anew"
+    )
 
 
 def _not_text(path: Path) -> UserError:

@@ -59,8 +59,12 @@ def test_json_array_whatever_the_suffix(tmp_path: Path, name: str, indent: int |
 def test_json_array_gives_the_line_of_every_row(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.json", json.dumps(ROWS, indent=1, ensure_ascii=False))
     lines = path.read_text().splitlines()
-    for place, _ in iterate_rows(path):
-        assert lines[int(place.rsplit(":", 1)[1]) - 1].strip() == "{"
+    for number, (place, _) in enumerate(iterate_rows(path), start=1):
+        line, row = place.removeprefix(f"{path}:").split(" ", 1)
+        assert lines[int(line) - 1].strip() == "{"
+        assert row == f"(row {number} of the list)"
+    path = write(tmp_path / "wrapped.json", json.dumps({"data": ROWS}))
+    assert [place for place, _ in iterate_rows(path)][1] == f"{path}:1 (row 2 of 'data')"
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
@@ -72,7 +76,7 @@ def test_json_array_is_read_in_pieces_of_any_size(
     assert rows_of(path) == ROWS
     broken = write(tmp_path / "broken.json", json.dumps(ROWS, indent=1).replace('"n": 5', '"n" 5'))
     line = next(n for n, text in enumerate(broken.read_text().splitlines(), 1) if '"n" 5' in text)
-    with pytest.raises(UserError, match=rf"broken.json:{line}: not valid JSON"):
+    with pytest.raises(UserError, match=rf"broken.json:{line} .row 6 of the list.: not valid JSON"):
         rows_of(broken)
 
 
@@ -100,19 +104,31 @@ def test_gzip_csv_parquet(tmp_path: Path) -> None:
     [
         ("a.jsonl", '{"text": "x"}\n{"text": "y"\n', r"a.jsonl:2: not valid JSON"),
         ("a.jsonl", '{"text": "x"}\n[1]\n', r"a.jsonl:2: expected a JSON object.* found an array"),
-        ("a.json", '[{"text": "x"},\n {"text": }]', r"a.json:2: not valid JSON"),
+        ("a.json", '[{"text": "x"},\n {"text": }]', r"a.json:2 .row 2 of the list.: not valid JSON"),
         ("a.json", '[{"text": "x"}\n {"text": "y"}]', r"a.json:2: not valid JSON: expected a comma"),
-        ("a.json", '[{"text": "x"},\n]', r"a.json:2: not valid JSON"),
+        ("a.json", '[{"text": "x"},\n]', r"a.json:2 .row 2 of the list.: not valid JSON"),
         ("a.json", '[{"text": "x"}\n', r"a.json:2: not valid JSON: the array's closing bracket is missing"),
         ("a.json", '[{"text": "x"}]\n{', r"a.json:2: not valid JSON: something follows"),
-        ("a.json", '[{"text": "x"}, 3]', r"a.json:1: expected a JSON object.* found a number"),
+        (
+            "a.json",
+            '[{"text": "x"}, 3]',
+            r"a.json:1 .row 2 of the list.: expected a JSON object.* found a number",
+        ),
         ("a.csv", "text,b\nx,y\nz\n", r"a.csv:3: 1 fields, but the header has 2 columns"),
-        ("a.csv", 'text\n"x\n', r"a.csv:\d+: not valid CSV"),
+        ("a.csv", 'text\n"x\n', r"a.csv:2: not valid CSV.* at line 2\. A double quote .* is not closed"),
+        # The row in which a quote is open, not the one before whose end it shows.
+        ("a.csv", 'a,b\n1,"x\n2,y\n3,"z"\n', r"a.csv:2: not valid CSV: .* at line 4\."),
+        (
+            "a.jsonl",
+            '[{"a": 1}]\n[{"a": 2}]\n',
+            r"a.jsonl:2: .* closing bracket; write every row as an object",
+        ),
+        ("a.jsonl", '{\n "a": 1\n}\n{"a": 2}\n', r"a.jsonl:1: .*over several lines, name the file .json\)"),
         ("a.parquet", "no parquet", r"a.parquet: not a valid Parquet file"),
-        ("a.jsonl.gz", "no gzip", r"a.jsonl.gz: damaged gzip file"),
-        ("a.csv.bz2", "no bzip2", r"a.csv.bz2: damaged bzip2 file"),
-        ("a.json.xz", "no xz", r"a.json.xz: damaged xz file"),
-        ("a.jsonl.zst", "no zstd", r"a.jsonl.zst: damaged zstd file"),
+        ("a.jsonl.gz", "no gzip", r"a.jsonl.gz: no gzip file by its content; name it a.jsonl$"),
+        ("a.csv.bz2", "no bzip2", r"a.csv.bz2: no bzip2 file"),
+        ("a.json.xz", "no xz", r"a.json.xz: no xz file"),
+        ("a.jsonl.zst", "no zstd", r"a.jsonl.zst: no zstd file .* name it a.jsonl$"),
         # In the words of JSON, not of Python's reader.
         (
             "a.jsonl",
@@ -124,18 +140,30 @@ def test_gzip_csv_parquet(tmp_path: Path) -> None:
             '{"a": 1}\n{"a": "x',
             r"a.jsonl:2: not valid JSON: Unterminated string starting at character 7;",
         ),
-        ("a.json", '[{"a": "x\ty"}]', r"a.json:1: not valid JSON: Invalid control character$"),
-        ("a.json", '[{"a": ' + "9" * 5000 + "}]", r"a.json:1: not valid JSON: a number of 5,000 digits$"),
-        ("a.json", "[" * 100_000, r"a.json:1: not valid JSON: nested too deep$"),
+        (
+            "a.json",
+            '[{"a": "x\ty"}]',
+            r"a.json:1 .row 1 of the list.: not valid JSON: Invalid control character$",
+        ),
+        ("a.json", '[{"a": ' + "9" * 5000 + "}]", r"a.json:1 .*: not valid JSON: a number of 5,000 digits$"),
+        ("a.json", "[" * 100_000, r"a.json:1 .*: not valid JSON: nested too deep$"),
         ("a.jsonl", '{"a": 1}\n"x"\n', r"a.jsonl:2: expected a JSON object.* found text"),
         ("a.jsonl", '{"a": 1}\nnull\n', r"a.jsonl:2: expected a JSON object.* found null"),
         # What Python reads and would train otherwise than it is meant.
         ("a.jsonl", '{"a": 1}\n{"a": Infinity}', r"a.jsonl:2: column a: .*infinite.*write null"),
-        ("a.json", '[{"a": 1},\n {"a": {"b": [-Infinity]}}]', r"a.json:2: column a: .*infinite"),
-        ("a.json", '[{"a": 1},\n {"a": 1e999}]', r"a.json:2: column a: .*too large; write null"),
+        (
+            "a.json",
+            '[{"a": 1},\n {"a": {"b": [-Infinity]}}]',
+            r"a.json:2 .row 2 of the list.: column a: .*infinite",
+        ),
+        (
+            "a.json",
+            '[{"a": 1},\n {"a": 1e999}]',
+            r"a.json:2 .row 2 of the list.: column a: .*too large; write null",
+        ),
         ("a.jsonl", '{"a": 1}\n{"b": 1, "m": [{"c": [1e999]}]}', r"a.jsonl:2: column m: .*too large"),
         ("a.jsonl", '{"a": 1}\n{"a": 1, "a": 2}', r"a.jsonl:2: .*the key 'a' stands twice"),
-        ("a.json", '[{"a": 1},\n {"b": {"c": 1, "c": 1}}]', r"a.json:2: .*the key 'c' stands twice"),
+        ("a.json", '[{"a": 1},\n {"b": {"c": 1, "c": 1}}]', r"a.json:2 .*: .*the key 'c' stands twice"),
         ("a.csv", "a,b,a\n1,2,3\n", r"a.csv:1: several columns have the name 'a'"),
         ("a.tsv", "\na\ta\n1\t2\n", r"a.tsv:2: several columns have the name 'a'"),
         ("a.csv", "a;b\n1;2;3\n", r"a.csv:2: 3 fields.*\(separated by ';'\)"),
