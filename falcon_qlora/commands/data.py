@@ -41,6 +41,9 @@ def main(argv: list[str]) -> int:
     # Only now: a wrong flag is told at once.
     say_loading()
     quiet_libraries()
+    from falcon_qlora.commands.first_look import look_at_rows
+
+    look_at_rows(configuration.data, configuration.data.eval_split)
     from falcon_qlora.data import report
     from falcon_qlora.training import start_adapter
     from falcon_qlora.training.rows import load_tokenizer
@@ -98,7 +101,7 @@ def _look_at_stream(configuration: Configuration, tokenizer: Any) -> _Look:
     import numpy as np
 
     from falcon_qlora.data import report
-    from falcon_qlora.data.account import Account
+    from falcon_qlora.data.account import Account, dropped, nothing_left
     from falcon_qlora.data.settings import RowSettings
     from falcon_qlora.data.stream import recognise_source, stream_documents
     from falcon_qlora.training import rows
@@ -114,19 +117,24 @@ def _look_at_stream(configuration: Configuration, tokenizer: Any) -> _Look:
         account=account,
     )
     documents = [(each["input_ids"], each["mask"]) for each in itertools.islice(stream, _STREAMED_DOCUMENTS)]
+    settings, told, read_as = RowSettings(**rows.row_settings(configuration.data)), [], []
+    for source in settings.sources():
+        row_format, template = recognise_source(settings, source, tokenizer)
+        read_as.append(f"format {row_format}, template {template}")
+        told.append((source.name, read_as[-1]))
+        told += [("note", note) for note in source.notes()]
+    seen = account.told(template, settings.train_on)
     if not documents:
-        raise UserError(
-            f"{', '.join(configuration.data.dataset_name)}: nothing is left to train on ({dict(counts)})"
+        raise nothing_left(
+            settings.dataset_name, "; ".join(dict.fromkeys(read_as)), counts, account.first, seen
         )
     lengths = np.array([len(ids) for ids, _ in documents], dtype=np.int64)
     targets = sum(int(mask[1:].sum()) for _, mask in documents)
-    settings, told = RowSettings(**rows.row_settings(configuration.data)), []
-    for source in settings.sources():
-        row_format, template = recognise_source(settings, source, tokenizer)
-        told.append((source.name, f"format {row_format}, template {template}"))
-        told += [("note", note) for note in source.notes()]
-    told += [("note", line) for line in account.told(template)]
-    told += [(name.replace("_", " "), f"{count:,}") for name, count in counts.items()]
+    told += [("note", line) for line in seen]
+    told.append(("rows read", f"{counts['rows_read']:,}"))
+    told.append(("dropped", "; ".join(dropped(counts, account.first)) or "none"))
+    if pieces := counts["documents_dropped_masked"]:
+        told.append(("pieces dropped", f"{pieces:,} (no answer token in them)"))
     told += [("documents", f"{len(documents):,}"), ("tokens", f"{lengths.sum():,}")]
     told.append(("trained tokens", f"{targets:,} ({targets / lengths.sum():.1%})"))
     table = report.labelled(f"the stream's first {len(documents):,} documents", told)

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from falcon_qlora.common.errors import UserError, printable
 from falcon_qlora.data.json_rows import spelled
 
 # Rows may have other keys every time; of so many different ones the rest are counted together.
 _MOST_NAMES = 1000
 _OTHERS = "(others)"
 _SHOWN = 40
+
+# Why rows are dropped, by the names of their counts.
+DROPPED = {
+    "rows_dropped_empty": "empty answer",
+    "rows_dropped_missing": "a column or text missing",
+    "rows_dropped_masked": "no trained token",
+    "rows_dropped_cut": "no trained token within --max_length",
+    "rows_dropped_overlong": "longer than --max_length, with --overlong drop",
+}
+# Names that other tools give to what says whether a message or row is learned.
+_MAY_MARK = re.compile(r"\w*(train|learn|loss|mask|supervis|weight)\w*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -22,60 +36,119 @@ class Account:
         columns: column that is not read → rows that have a value there.
         message_keys: key that is not read → messages that have a value there.
         missing: column without which a row cannot be trained → rows that lack it.
+        other_formats: another format → rows that are in it.
+        marks: key that marks a message as not to be trained → messages.
         rows: one of `_ROWS` → rows.
+        first: name in one of the last four → the place of the first row or message.
     """
 
     columns: Counter[str] = field(default_factory=Counter)
     message_keys: Counter[str] = field(default_factory=Counter)
     missing: Counter[str] = field(default_factory=Counter)
+    other_formats: Counter[str] = field(default_factory=Counter)
+    marks: Counter[str] = field(default_factory=Counter)
     rows: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict, compare=False)
 
     @classmethod
-    def from_plain(cls, record: Mapping[str, Mapping[str, int]]) -> Account:
+    def from_plain(cls, record: Mapping[str, Mapping[str, Any]]) -> Account:
         """What `plain` made."""
-        return cls(**{name: Counter(counts) for name, counts in record.items()})
+        first = dict(record.get("first", {}))
+        return cls(**{name: Counter(each) for name, each in record.items() if name != "first"}, first=first)
 
-    def plain(self) -> dict[str, dict[str, int]]:
+    def plain(self) -> dict[str, dict[str, Any]]:
         """As JSON keeps it."""
-        return {name: dict(+counts) for name, counts in vars(self).items()}
+        counts = {name: dict(+each) for name, each in vars(self).items() if name != "first"}
+        return {**counts, "first": self.first}
 
-    def told(self, template: str) -> list[str]:
+    def moved(self, before: Iterable[str], now: Iterable[str]) -> Account:
+        """The same where files have come to be called otherwise.
+
+        Args:
+            before, now: what places of rows begin with: the names of the files.
+        """
+        first = dict(self.first)
+        for old, new in zip(before, now, strict=True):
+            for name, place in self.first.items():
+                if place.startswith((f"{old}:", f"{old} ")):
+                    first[name] = new + place.removeprefix(old)
+        return Account.from_plain({**self.plain(), "first": first})
+
+    def note(self, counts: Counter[str], name: str, place: str) -> None:
+        """Count one more of `name` in `counts`, one of this account's, and keep where the first is."""
+        counts[name] += 1
+        self.first.setdefault(name, place)
+
+    def told(self, template: str, train_on: str) -> list[str]:
         """One line for each thing to say of the rows.
 
         Args:
             template: the name of the one that wrote them.
+            train_on: as the setting.
         """
         lines = []
         if self.columns:
             lines.append(f"columns not read: {_listed(self.columns, 'row')}")
         if self.message_keys:
             lines.append(f"keys of messages not read: {_listed(self.message_keys, 'message')}")
+        unread = {*self.columns, *self.message_keys}
+        if may_mark := ", ".join(spelled(name) for name in sorted(unread) if _MAY_MARK.fullmatch(name)):
+            lines.append(
+                f"{may_mark}: not read; these rows and messages are trained whatever it says there. Give "
+                'messages that are not to be trained "train": false, and take out rows that are not'
+            )
         if self.missing:
-            lines.append(f"dropped rows lack: {_listed(self.missing, 'row')}")
-        for name, text in _ROWS.items():
-            if count := self.rows[name]:
-                verb, rest = text
-                verb = f"s {verb}" if count > 1 else f" {_SINGULAR[verb]}"
-                lines.append(f"{count:,} row{verb} {rest.format(template=template)}")
+            lines.append(f"dropped rows lack: {_listed(self.missing, 'row', self.first)}")
+        if self.other_formats:
+            lines.append(
+                f"dropped rows are of another format: {_listed(self.other_formats, 'row', self.first)}; put "
+                "the rows of each format into a file of their own, and name all files with --dataset_name"
+            )
+        for name, (verb, rest, only) in _ROWS.items():
+            if (number := self.rows[name]) and only in (None, train_on):
+                verb = f"s {verb}" if number > 1 else f" {_SINGULAR[verb]}"
+                first = f" (first: {self.first[name]})" if name in self.first else ""
+                marks = _listed(self.marks, "message")
+                lines.append(f"{number:,} row{verb} {rest.format(template=template, marks=marks)}{first}")
         return lines
 
 
-# What so many rows do, as it is told.
+# What so many rows do, as it is told; the last: with which `train_on` alone.
 _ROWS = {
-    "special_text": ("hold", "text that looks like special tokens; it stays text"),
-    "special_tokens": ("spell", "special tokens in their text; they are read as those tokens"),
+    "marked": (
+        "have",
+        "messages that are marked as not to be trained: {marks}; --train_on all trains them all the same",
+        "all",
+    ),
+    "unlearned": ("have", "only answers that are marked as not to be trained: dropped", "answers"),
+    "no_answer": (
+        "have",
+        "no marker ### Assistant: in the text, by which template {template} finds answers: dropped",
+        "answers",
+    ),
+    "special_text": ("hold", "text that looks like special tokens; it stays text", None),
+    "special_tokens": ("spell", "special tokens in their text; they are tokenized as those tokens", None),
     "altered": (
         "have",
-        "text that template {template} writes differently (white space at the ends of messages, empty lines)",
+        "text whose white space template {template} changes (at the ends of messages, empty lines)",
+        None,
     ),
-    "surrogates": ("hold", "halves of surrogate pairs, which are no characters; they are read as \ufffd"),
+    "rewritten": (
+        "have",
+        "text that template {template} rewrites: other characters than white space differ",
+        None,
+    ),
+    "surrogates": ("hold", "halves of surrogate pairs, which are no characters: read as \ufffd", None),
+    "control": ("hold", "control characters, such as NUL or escape; they are trained as they are", None),
     "like_missing": (
-        "hold",
-        "a text that pandas reads as missing, such as NaN or NA, alone in a column; it is read as that text",
+        "have",
+        "a column whose text is NaN, NA or the like; it is read as that text, not as a missing value",
+        None,
     ),
     "joined": (
         "have",
-        "a prompt and an answer that the tokenizer would join; they are tokenized apart, as when it is asked",
+        "a token that would span prompt and answer; the two are tokenized apart, as in generation",
+        None,
     ),
 }
 _SINGULAR = {"hold": "holds", "spell": "spells", "have": "has"}
@@ -87,9 +160,43 @@ def count(counts: Counter[str], name: object) -> None:
     counts[name if name in counts or len(counts) < _MOST_NAMES else _OTHERS] += 1
 
 
-def _listed(counts: Counter[str], what: str) -> str:
+def dropped(counts: Mapping[str, int], first: Mapping[str, str] | None = None) -> list[str]:
+    """How many rows were dropped for which cause, and perhaps the first of each; a text for each cause.
+
+    Args:
+        counts: by the names of `DROPPED`.
+        first: the first row, by the same names.
+    """
+    places = {name: f"; first: {place}" for name, place in (first or {}).items()}
+    return [
+        f"{counts[name]:,} ({why}{places.get(name, '')})" for name, why in DROPPED.items() if counts.get(name)
+    ]
+
+
+def nothing_left(
+    names: Iterable[str], read_as: str, counts: Mapping[str, int], first: Mapping[str, str], told: list[str]
+) -> UserError:
+    """The refusal of data of which no row is left.
+
+    Args:
+        names: of the data sets.
+        read_as: their formats and templates.
+        counts: `rows_read`, and what `dropped` takes.
+        first: as `dropped` takes it.
+        told: as `Account.told`.
+    """
+    lines = [f"dropped: {each}" for each in dropped(counts, first)] + told
+    causes = "".join(f"\n  {printable(line)}" for line in lines)
+    return UserError(
+        f"{', '.join(names)}: nothing is left to train on. Rows read ({read_as}): "
+        f"{counts.get('rows_read', 0):,}{causes}"
+    )
+
+
+def _listed(counts: Counter[str], what: str, first: Mapping[str, str] | None = None) -> str:
+    places = {name: f", first: {place}" for name, place in (first or {}).items()}
     shown = [
-        f"{spelled(name)} ({number:,} {what}{'s' if number > 1 else ''})"
+        f"{spelled(name)} ({number:,} {what}{'s' if number > 1 else ''}{places.get(name, '')})"
         for name, number in counts.most_common(_SHOWN)
     ]
     more = len(counts) - len(shown)

@@ -248,7 +248,7 @@ class StreamingSteps(IterableDataset[Share | None]):
                 if step == self.steps:
                     return
             if step == began:
-                raise UserError("the stream holds no document with anything to train on")
+                raise UserError("the stream has no document with a trained token")
             epoch, began = epoch + 1, step
             documents = self.stream(epoch, None)
 

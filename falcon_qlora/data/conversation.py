@@ -5,12 +5,11 @@ from __future__ import annotations
 import datetime
 import decimal
 import json
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from falcon_qlora.common.errors import UserError, nearest, one_line
-from falcon_qlora.data.account import count
+from falcon_qlora.data.account import Account, count
 from falcon_qlora.data.json_rows import kind, parse_json, tidied
 from falcon_qlora.data.special_text import clean
 from falcon_qlora.data.templates import REASONING, Role, Turn
@@ -18,6 +17,10 @@ from falcon_qlora.data.templates import REASONING, Role, Turn
 # Numbers and dates, in a column of Parquet, are text as Python writes them.
 _AS_TEXT = (str, int, float, decimal.Decimal, datetime.date, datetime.time, datetime.timedelta)
 
+_APART = (
+    "If some rows hold texts there and others lists, put each kind into a file of its own and name both with "
+    "--dataset_name"
+)
 _CALLS = ("function_call", "tool_call")
 _ROLES: dict[str, Role] = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -33,22 +36,22 @@ class Missing(Exception):
     """A row lacks what it cannot be trained without; the message is the column's name."""
 
 
-def turns_of_messages(value: Any, place: str, message_keys: Counter[str]) -> list[Turn]:
+def turns_of_messages(value: Any, place: str, account: Account) -> list[Turn]:
     """The turns of a list of {role, content} or {from, value}, in any mixture, or of its JSON text.
 
-    An empty answer is not learned, nor one of `weight` 0 or `train` false; both stay as context.
+    An empty answer is not learned, nor one that is marked so (`_marks`); both stay as context.
 
     Args:
         value: the column.
         place: names it in messages.
-        message_keys: gets keys that are not read.
+        account: gets keys that are not read, and marks.
 
     Raises:
         UserError: for what is no list of such messages.
         Missing: if a message's text is null.
     """
     return [
-        _turn(message, f"{place}: message {number}", message_keys)
+        _turn(message, f"{place}: message {number}", account)
         for number, message in enumerate(_list_of("messages", value, place), start=1)
     ]
 
@@ -57,18 +60,23 @@ def _json(what: str, value: Any, place: str) -> Any:
     """A value, or what its JSON text says: tables of text have lists so."""
     if not isinstance(value, str):
         return value
-    found = parse_json(value, place, f"; expected {what}, or its JSON text as json.dumps writes it")
+    expected = f"expected {what}, or its JSON text as json.dumps writes it"
+    if value.lstrip()[:1] not in ("[", "{"):
+        told = one_line(value, limit=40)
+        raise UserError(f"{place}: {expected}; found the text {told!r}. {_APART}")
+    found = parse_json(value, place, f"; {expected}")
     return clean(tidied(found, place))
 
 
 def _list_of(what: str, value: Any, place: str) -> Sequence[Any]:
     found = _json(f"a list of {what}", value, place)
     if not isinstance(found, list | tuple):
-        raise UserError(f"{place}: expected a list of {what}, found {kind(found)}")
+        hint = ": write one object for each, [{…}, {…}]" if isinstance(found, Mapping) else ""
+        raise UserError(f"{place}: expected a list of {what}, found {kind(found)}{hint}")
     return found
 
 
-def _turn(message: Any, where: str, message_keys: Counter[str]) -> Turn:
+def _turn(message: Any, where: str, account: Account) -> Turn:
     if not isinstance(message, Mapping) or not (role_key := _first(_ROLE_KEYS, message)):
         raise UserError(f"{where}: expected {{role, content}} or {{from, value}}, found {kind(message)}")
     fields = {str(key): each for key, each in message.items() if each is not None}
@@ -99,14 +107,18 @@ def _turn(message: Any, where: str, message_keys: Counter[str]) -> Turn:
     for part in content if isinstance(content, list) else ():
         for key in set(part) - {"type", "text"} if isinstance(part, Mapping) else ():
             if part[key] is not None:
-                count(message_keys, f"{key} of a part")
-    wanted = _weight(fields, where)
-    if role != "assistant" and wanted:
-        count(message_keys, f"weight or train of a {role}'s message")
+                count(account.message_keys, f"{key} of a part")
+    marks = _marks(fields, where)
+    wanted = all(marks.values())
+    for key in marks:
+        if not wanted:
+            count(account.marks, key)
+        elif role != "assistant":
+            count(account.message_keys, f"{key} of a {role}'s message")
     text = "" if content is None else text_of(content, where)
     if content is None:
         fields["content"] = None
-    return Turn(role, text, train=(bool(text.strip()) or says_more) and wanted is not False, fields=fields)
+    return Turn(role, text, train=(bool(text.strip()) or says_more) and wanted, fields=fields)
 
 
 def _first(keys: Sequence[str], message: Mapping[Any, Any]) -> str | None:
@@ -118,16 +130,27 @@ def _first(keys: Sequence[str], message: Mapping[Any, Any]) -> str | None:
 _LEARNED = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 
 
-def _weight(fields: dict[str, Any], where: str) -> bool | None:
-    """What `weight` and `train` say of a message, which leave `fields`; None where neither is there."""
-    said = {key: fields.pop(key) for key in ("weight", "train") if key in fields}
+def _marks(fields: dict[str, Any], where: str) -> dict[str, bool]:
+    """What each key says of whether its message is learned; those keys leave `fields`.
+
+    OpenAI has `weight`, others `train`. `loss`, as ms-swift has it, and `trainable` may hold something else
+    elsewhere: they are read where they are true or false.
+    """
+    said: dict[str, Any] = {key: fields.pop(key) for key in ("weight", "train") if key in fields}
+    for key in ("loss", "trainable"):
+        if isinstance(fields.get(key), bool):
+            said[key] = fields.pop(key)
     for key, value in said.items():
         if str(value).lower() not in _LEARNED:
             raise UserError(
                 f"{where}: {key} is {one_line(value, limit=40)}; it can be 0 or 1, or false or true: "
-                "a message is learned or it is not"
+                "a message is trained or it is not"
             )
-    return all(_LEARNED[str(value).lower()] for value in said.values()) if said else None
+    marks = {key: _LEARNED[str(value).lower()] for key, value in said.items()}
+    if len(set(marks.values())) > 1:
+        told = " and ".join(f"{key} is {one_line(json.dumps(value))}" for key, value in said.items())
+        raise UserError(f"{where}: {told}: one says to train the message, one not to; leave one of them out")
+    return marks
 
 
 def _calls(value: Any, where: str) -> list[dict[str, Any]]:
@@ -202,7 +225,8 @@ def text_of(value: Any, place: str) -> str:
     if isinstance(value, list) and (not value or any(map(_is_part, value))):
         return "".join(_text_of_part(part, f"{place}: part {number}") for number, part in enumerate(value, 1))
     if isinstance(value, bool) or not isinstance(value, _AS_TEXT):
-        raise UserError(f"{place}: expected text, found {kind(value)}")
+        hint = f". {_APART}" if isinstance(value, list) else ""
+        raise UserError(f"{place}: expected text, found {kind(value)}{hint}")
     return str(value)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ import numpy as np
 import pyarrow.compute as pc
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.data.account import Account
+from falcon_qlora.data.account import DROPPED, Account, nothing_left
 from falcon_qlora.data.documents import Documents, Tokenizing
 from falcon_qlora.data.origins import RowNames
 from falcon_qlora.data.selection import draw, hold_out, is_fraction
 from falcon_qlora.data.settings import RowSettings
 from falcon_qlora.data.sources import Source, find_source
-from falcon_qlora.data.tokens import Change, Status
+from falcon_qlora.data.tokens import COUNTED, Change, Status
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +33,16 @@ class Statistics:
     """What became of the rows.
 
     `rows_*` count rows of the data, each once; `documents`, `tokens`, `target_tokens` and `longest` are of
-    what the first epoch draws, which weights may repeat. Later epochs draw as many rows.
+    what the first epoch draws, which weights may repeat. Later epochs draw as many rows. `first_dropped`
+    names the first row of each `rows_dropped_*`. `rows_trained_too` counts, of held-out data that are named,
+    the rows that are among those to train on as well.
     """
 
     rows_read: int
     rows_dropped_empty: int
     rows_dropped_missing: int
     rows_dropped_masked: int
+    rows_dropped_cut: int
     rows_dropped_overlong: int
     rows_truncated: int
     rows_split: int
@@ -49,6 +52,8 @@ class Statistics:
     tokens: int
     target_tokens: int
     longest: int
+    first_dropped: dict[str, str] = field(default_factory=dict)
+    rows_trained_too: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class SourceUse:
 
     `rows_kept` are those of which something is left to train on; weights may draw more of them or less.
     `columns` has those that were renamed: standard name → name in the data. `notes` are `Source.notes`;
-    `account` is `account.Account.plain` of all its rows, held-out ones too.
+    `account` is `account.Account.plain` of all its rows, held-out ones too; `train_on` is the setting.
     """
 
     name: str
@@ -68,7 +73,8 @@ class SourceUse:
     rows_drawn: int
     columns: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    account: dict[str, dict[str, int]] = field(default_factory=dict)
+    account: dict[str, dict[str, Any]] = field(default_factory=dict)
+    train_on: str = "answers"
 
     def read_as(self) -> str:
         """The format with what became which of its columns, and the template."""
@@ -77,7 +83,11 @@ class SourceUse:
 
     def told(self) -> list[str]:
         """What to say of its rows: what is not read, and what was altered."""
-        return Account.from_plain(self.account).told(self.template)
+        return Account.from_plain(self.account).told(self.template, self.train_on)
+
+    def drawn(self) -> str:
+        """How many of its rows an epoch draws; empty where weights change nothing."""
+        return f"{self.rows_drawn:,} drawn each epoch" if self.rows_drawn != self.rows_kept else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,8 +177,11 @@ def prepare_corpora(
     train = _corpus(documents, everything, weights, seed)
     if not others:
         return train, None
+    trained = np.unique(documents.content[documents.status == Status.KEPT])
     documents = _joined([work.documents(source, None) for source in others])
-    return train, _corpus(documents, np.ones(len(documents.row), bool), None, seed)
+    named = _corpus(documents, np.ones(len(documents.row), bool), None, seed)
+    both = documents.rows((documents.status == Status.KEPT) & np.isin(documents.content, trained))
+    return train, replace(named, statistics=replace(named.statistics, rows_trained_too=both))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,9 +244,20 @@ def _corpus(documents: _Joined, chosen: np.ndarray, weights: list[float] | None,
     if weights is not None:
         of_epoch = functools.partial(draw, documents.source[kept], documents.row[kept], weights, seed)
         drawn = kept[of_epoch(0)]
-    statistics = _statistics(documents, chosen, drawn)
+    names = RowNames(
+        [name for part in documents.parts for name in part.source.parts()],
+        [count for part in documents.parts for count in part.rows_of_parts],
+    )
+    statistics = _statistics(documents, chosen, drawn, names)
+    uses = _uses(documents, chosen, kept, drawn)
     if len(drawn) == 0:
-        raise UserError(_nothing_left(documents.parts, statistics))
+        raise nothing_left(
+            [use.name for use in uses],
+            "; ".join(dict.fromkeys(use.read_as() for use in uses)),
+            asdict(statistics),
+            statistics.first_dropped,
+            [line for use in uses for line in use.told()],
+        )
     digest = hashlib.sha256()
     first = 0
     for index, part in enumerate(documents.parts):
@@ -248,11 +272,8 @@ def _corpus(documents: _Joined, chosen: np.ndarray, weights: list[float] | None,
         target_counts=documents.targets[kept],
         fingerprint=fingerprint,
         statistics=statistics,
-        names=RowNames(
-            [name for part in documents.parts for name in part.source.parts()],
-            [count for part in documents.parts for count in part.rows_of_parts],
-        ),
-        sources=_uses(documents, chosen, kept, drawn),
+        names=names,
+        sources=uses,
         draw=of_epoch,
     )
 
@@ -285,23 +306,22 @@ def _uses(
             columns=part.columns,
             notes=tuple(part.source.notes()),
             account=part.account.plain(),
+            train_on=part.train_on,
         )
         for index, part in enumerate(documents.parts)
     )
 
 
-def _statistics(documents: _Joined, chosen: np.ndarray, drawn: np.ndarray) -> Statistics:
+def _statistics(documents: _Joined, chosen: np.ndarray, drawn: np.ndarray, names: RowNames) -> Statistics:
     status, change = documents.status, documents.change
     kept = chosen & (status == Status.KEPT)
     # One entry a row, the first of its documents; rows without an answer are no duplicates of each other.
     first = np.diff(documents.row, prepend=-1) > 0
     contents = documents.content[chosen & first & (documents.content != 0)]
+    dropped = {name: chosen & (status == each) for each, name in COUNTED.items() if name in DROPPED}
     return Statistics(
         rows_read=documents.rows(chosen),
-        rows_dropped_empty=documents.rows(chosen & (status == Status.EMPTY)),
-        rows_dropped_missing=documents.rows(chosen & (status == Status.MISSING)),
-        rows_dropped_masked=documents.rows(chosen & (status == Status.MASKED)),
-        rows_dropped_overlong=documents.rows(chosen & (status == Status.OVERLONG)),
+        **{name: documents.rows(some) for name, some in dropped.items()},
         rows_truncated=documents.rows(kept & (change == Change.TRUNCATED)),
         rows_split=documents.rows(kept & (change == Change.SPLIT)),
         rows_duplicate=len(contents) - len(np.unique(contents)),
@@ -310,23 +330,9 @@ def _statistics(documents: _Joined, chosen: np.ndarray, drawn: np.ndarray) -> St
         tokens=int(documents.lengths[drawn].sum()),
         target_tokens=int(documents.targets[drawn].sum()),
         longest=int(documents.lengths[drawn].max(initial=0)),
-    )
-
-
-def _nothing_left(parts: list[Documents], statistics: Statistics) -> str:
-    names = ", ".join(part.source.name for part in parts)
-    lacking = dict.fromkeys(name for part in parts for name in part.account.missing)
-    reasons = [
-        (statistics.rows_dropped_empty, "have an empty answer"),
-        (statistics.rows_dropped_missing, f"lack {', '.join(lacking)}"),
-        (statistics.rows_dropped_masked, "have no trained token, or none within --max_length"),
-        (statistics.rows_dropped_overlong, "are longer than --max_length and --overlong is drop"),
-    ]
-    told = "; ".join(f"{count:,} {why}" for count, why in reasons if count)
-    formats = ", ".join(sorted({f"{part.format} with template {part.template}" for part in parts}))
-    return (
-        f"{names}: nothing is left to train on. Of {statistics.rows_read:,} rows (read as {formats}) {told}. "
-        "`falcon-qlora data` with the same flags shows what the model would see"
+        first_dropped={
+            name: names.of_rows(documents.row[some][:1]) for name, some in dropped.items() if some.any()
+        },
     )
 
 

@@ -28,7 +28,7 @@ from falcon_qlora.data.templates import Segment
 from falcon_qlora.data.tokens import Document, Encoder
 
 # Raised whenever the same rows and settings would give other tokens than before, or an entry holds more.
-_VERSION = 4
+_VERSION = 5
 _META = "meta.json"
 # Enough to keep the tokenizer's threads at work, and few enough that Ctrl-C need not wait for them.
 _ROWS_AT_A_TIME = 256
@@ -62,6 +62,7 @@ class Documents:
         fingerprint: hexadecimal hash of the documents.
         rows_of_parts: how many rows each of the source's parts has.
         account: what of the rows was not read, lacking or altered.
+        train_on: the setting.
     """
 
     source: Source
@@ -72,6 +73,7 @@ class Documents:
     fingerprint: str
     rows_of_parts: list[int]
     account: Account
+    train_on: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +128,7 @@ class Tokenizing:
 
         def is_whole(entry: Path) -> bool:
             if (wrong := _damage(entry)) is not None:
-                self.progress(
-                    f"{entry} is not what was written there ({wrong}): {source.name} is tokenized again"
-                )
+                self.progress(f"damaged cache entry {entry} ({wrong}): {source.name} is tokenized again")
             return wrong is None
 
         entry = cache.entry(self.cache_dir, key, fill, is_whole)
@@ -141,7 +141,8 @@ class Tokenizing:
             _read(entry),
             meta["content"],
             meta["rows"],
-            Account.from_plain(meta["account"]),
+            Account.from_plain(meta["account"]).moved(meta["parts"], source.parts()),
+            settings.train_on,
         )
 
     def _fill(
@@ -164,6 +165,7 @@ class Tokenizing:
             "content": _content_hash(_read(folder)),
             "source": source.name,
             "rows": rows_of_parts,
+            "parts": source.parts(),
             "account": account.plain(),
             "files": {
                 file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in _files(folder)
@@ -239,7 +241,7 @@ def _damage(folder: Path) -> str | None:
         if {file.name: size for file, size in sizes.items()} != {
             name: entry["bytes"] for name, entry in meta["files"].items()
         }:
-            return "its files are of other sizes"
+            return "file sizes differ"
         if any(sha256(file) != meta["files"][file.name]["sha256"] for file in sizes):
             return "its files were altered"
     except UserError as error:

@@ -85,7 +85,7 @@ def files_of_folder(folder: Path, name: str, split: str) -> tuple[Sequence[Path]
     if split not in of_split:
         there = sorted(of_split)
         raise UserError(
-            f"{name}: no file of the folder is named as one of split {split!r}{nearest(split, there)}; "
+            f"{name}: no file of the folder names split {split!r}{nearest(split, there)}; "
             f"there are files for {', '.join(there)}"
         )
     chosen = of_split.pop(split)

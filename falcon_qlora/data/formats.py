@@ -65,6 +65,7 @@ _SYNONYMS = {
     "messages": ("conversation", "dialog", "dialogue", "chat", "turns"),
 }
 
+_OF_MESSAGES = ({"role", "content"}, {"from", "value"})
 _CHATS = ("chat", "sharegpt", "chat_completion")
 
 # What `--template` may say besides a template: the tokenizer's own for chats where it has one, else the
@@ -108,6 +109,12 @@ def recognise(
             )
     renamed = {standard: given for standard, given in columns.items() if given in found}
     missing = {name: _missing(each, found, renamed) for name, each in FORMATS.items()}
+    one_message = not renamed and any(pair <= set(found) for pair in _OF_MESSAGES)
+    if dataset_format == "auto" and one_message and all(missing.values()):
+        raise UserError(
+            f"{source}: every row is a message (it has {listed(found)}), not a conversation. Put the "
+            'messages of each conversation into one row: {"messages": [{"role": …, "content": …}, …]}'
+        )
     if dataset_format == "auto" and not renamed and {"chosen", "rejected"} <= set(found):
         raise UserError(
             f"{source}: pairs of a chosen and a rejected answer (it has {listed(found)}). Preferences are "

@@ -87,6 +87,14 @@ class JinjaTemplate:
                 f"{self.name}: {{% generation %}} marks {len(marked)} answers in a conversation "
                 f"of {len(answers)}; put it around the assistant's content and nothing else"
             )
+        else:
+            for (start, end), index in zip(marked, answers, strict=True):
+                said = turns[index].text.strip()
+                if said not in text[start:end] and said in text:
+                    raise UserError(
+                        f"{self.name}: {{% generation %}} leaves out the text of message {index + 1} "
+                        "(assistant); put it around the assistant's content and nothing else"
+                    )
         segments: list[Segment] = []
         position = 0
         for (start, end), index in zip(marked, answers, strict=True):
@@ -154,8 +162,8 @@ class JinjaTemplate:
             plain = self._render(_without_marks(messages), _without_marks(tools))[0]
             if unmarked(text) != plain:
                 raise UserError(
-                    f"template {self.name} cannot write as text what reads like special tokens in this row "
-                    "(such as <|endoftext|> in a message); take it out of the row"
+                    f"template {self.name} changes text that looks like special tokens in this row (such as "
+                    "<|endoftext|> in a message), so it cannot be kept as text; take it out of the row"
                 )
         return messages, text, marked
 
@@ -168,7 +176,10 @@ class JinjaTemplate:
         ]
         shown = self._render(probed, tools)[0]
         for index, message in enumerate(messages):
-            if message["content"] and shown.count(_PROBE.format(index)) <= text.count(_PROBE.format(index)):
+            if not message["content"] or shown.count(_PROBE.format(index)) > text.count(_PROBE.format(index)):
+                continue
+            # A template that writes it in other letters has not left it out: such rows are counted.
+            if self._render([*messages[:index], probed[index], *messages[index + 1 :]], tools)[0] == text:
                 raise cannot_write(self.name, f"message {index + 1} ({message['role']}), which it leaves out")
         if tools and self._render(messages, [])[0] == text:
             raise cannot_write(self.name, "the tools of a row")
@@ -203,12 +214,13 @@ class JinjaTemplate:
 
     def _not_told(self, number: int, *, is_last: bool) -> UserError:
         if is_last:
-            why, cure = "it is not written as the prompt ends (with add_generation_prompt)", "Put"
+            why = "what stands before it is not what add_generation_prompt writes"
+            cure = "Put"
         else:
             why = "the template writes it differently once more messages follow"
             cure = 'Give all answers but the last "train": false, which leaves them as context; or put'
         return UserError(
-            f"{self.name}: answer {number} cannot be told from its prompt: {why}. {cure} " + _MARKS
+            f"{self.name}: answer {number} cannot be separated from its prompt: {why}. {cure} " + _MARKS
         )
 
     def _render(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,9 @@ _LIKE_MISSING = frozenset(
     "#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|-NaN|-nan|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|NaN|None|n/a|nan|null"
     "".split("|")
 )
+
+# Neither white space, nor the marks of `special_text`.
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 
 
 def render(
@@ -58,10 +62,12 @@ def render(
     """
     account = Account() if account is None else account
     cleaned = clean(dict(row))
-    account.rows["surrogates"] += cleaned != row
     reader = _Reader(cleaned, columns or {}, place, account)
+    if cleaned != row:
+        reader.saw("surrogates")
     known = FORMATS[dataset_format]
-    missing = [reader.name(column) for column in known.required if reader.peek(column) is None]
+    missing = reader.lacks(known.required)
+    fits = [name for name, each in FORMATS.items() if missing and not reader.lacks(each.required)]
     segments = LACKING
     try:
         if dataset_format == "text" and not missing:
@@ -70,14 +76,22 @@ def render(
             segments = _conversation(reader, dataset_format, template, special)
     except Missing as other:
         missing = [str(other)]
+    if fits:
+        known = FORMATS[fits[0]]
+        account.note(account.other_formats, fits[0], place)
+    else:
+        for name in missing:
+            account.note(account.missing, name, place)
     if missing:
-        account.missing.update(missing)
         reader.read.update(map(reader.name, (*known.required, *known.optional, *known.also)))
     for name, value in cleaned.items():
         if value is not None and name not in reader.read:
             count(account.columns, name)
     texts = (value for name, value in cleaned.items() if name in reader.read and isinstance(value, str))
-    account.rows["like_missing"] += not _LIKE_MISSING.isdisjoint(texts)
+    if not _LIKE_MISSING.isdisjoint(texts):
+        reader.saw("like_missing")
+    if any(_CONTROL.search(segment.text) for segment in segments):
+        reader.saw("control")
     return segments
 
 
@@ -111,11 +125,19 @@ class _Reader:
         """A value that is not read with this."""
         return self._row.get(self.name(column))
 
+    def lacks(self, columns: Sequence[str]) -> list[str]:
+        """Those of these columns that have no value, by what the data calls them."""
+        return [self.name(column) for column in columns if self.peek(column) is None]
+
+    def saw(self, name: str) -> None:
+        """Count the row among `Account.rows`."""
+        self.account.note(self.account.rows, name, self.place)
+
     def text(self, column: str) -> str:
         return text_of(self.value(column), self.where(column))
 
     def messages(self, column: str) -> list[Turn]:
-        return turns_of_messages(self.value(column), self.where(column), self.account.message_keys)
+        return turns_of_messages(self.value(column), self.where(column), self.account)
 
     def optional_text(self, column: str) -> str:
         """A text, empty where there is none."""
@@ -128,11 +150,14 @@ def _raw(reader: _Reader, template: Template, special: SpecialText | None) -> li
     if not text.strip():
         return []
     if special is not None and is_marked(special.mark(text)):
-        count(reader.account.rows, "special_tokens")
+        reader.saw("special_tokens")
     if special is not None:
         text = _ended(text, special)
     if template.name == "guanaco":
-        return guanaco_segments(text)
+        segments = guanaco_segments(text)
+        if not any(segment.end for segment in segments):
+            reader.saw("no_answer")
+        return segments
     return [Segment(text, train=True, end=True)]
 
 
@@ -140,6 +165,7 @@ def _conversation(
     reader: _Reader, dataset_format: str, template: Template, special: SpecialText | None
 ) -> list[Segment]:
     tools: list[Any] | None = None
+    marked_before = reader.account.marks.total()
     _refuse_kto(reader, dataset_format)
     if dataset_format == "prompt_completion":
         turns = _prompt_and_completion(reader)
@@ -153,15 +179,20 @@ def _conversation(
         for turn in turns
     ):
         return []
-    rows = reader.account.rows
+    if reader.account.marks.total() > marked_before:
+        reader.saw("marked")
+        if not any(turn.role == "assistant" and turn.train for turn in turns):
+            reader.saw("unlearned")
     if special is not None:
         if template.name == "none":  # which writes what the row says as it is, its special tokens too
-            rows["special_tokens"] += [_marked(turn, special) for turn in turns] != turns
+            if [_marked(turn, special) for turn in turns] != turns:
+                reader.saw("special_tokens")
             turns = [replace(turn, text=_ended(turn.text, special)) for turn in turns]
         else:
             plain = [_without_end(turn, special.end) for turn in turns], tools
             turns, tools = [_marked(turn, special) for turn in plain[0]], special.mark(tools)
-            rows["special_text"] += (turns, tools) != plain
+            if (turns, tools) != plain:
+                reader.saw("special_text")
     try:
         unread = template.unread(turns, tools)
         segments = template.segments(turns, tools)
@@ -170,8 +201,11 @@ def _conversation(
     for name in unread:
         count(reader.account.message_keys, name)
     # Within a segment: a template's own line breaks after a message are none of it.
-    said = (text for turn in turns for text in (turn.text, turn.context))
-    rows["altered"] += not all(any(text in segment.text for segment in segments) for text in said)
+    texts = [text for turn in turns for text in (turn.text, turn.context)]
+    if altered := [text for text in texts if not any(text in segment.text for segment in segments)]:
+        packed = ["".join(segment.text.split()) for segment in segments]
+        only_space = all(any("".join(text.split()) in each for each in packed) for text in altered)
+        reader.saw("altered" if only_space else "rewritten")
     return segments
 
 
@@ -218,6 +252,7 @@ def _messages(reader: _Reader, dataset_format: str) -> list[Turn]:
     reader.value("mask")
     if "user" not in masked and any(turn.role == "user" for turn in turns):
         count(reader.account.message_keys, "a loss on the user's, which mask asks for")
+    reader.account.marks["mask"] += sum(turn.role in masked for turn in turns)
     return [replace(turn, train=turn.train and turn.role not in masked) for turn in turns]
 
 

@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from falcon_qlora.common.errors import printable
+from falcon_qlora.data.account import dropped
 from falcon_qlora.data.corpus import Corpus, Statistics
 from falcon_qlora.data.packing import Plan, deal
 from falcon_qlora.terminal import drawing
@@ -77,8 +79,8 @@ def summary(corpus: Corpus, *, title: str, efficiency: float | None = None) -> T
     """
     rows: list[tuple[str, str]] = []
     for use in corpus.sources:
-        drawn = f", {use.rows_drawn:,} drawn each epoch" if use.rows_drawn != use.rows_kept else ""
-        rows.append((use.name, f"{use.rows_read:,} rows{drawn}: {use.read_as()}"))
+        counted = ", ".join(filter(None, [f"{use.rows_read:,} rows", use.drawn()]))
+        rows.append((use.name, f"{counted}: {use.read_as()}"))
         rows += [("note", note) for note in (*use.notes, *use.told())]
     rows += statistics_rows(corpus.statistics)
     rows.append(("tokens in a document", _quantiles(corpus.lengths)))
@@ -90,16 +92,11 @@ def summary(corpus: Corpus, *, title: str, efficiency: float | None = None) -> T
 
 def statistics_rows(statistics: Statistics) -> list[tuple[str, str]]:
     """The counts as ``(label, text)``; what did not happen is told in one word."""
-    dropped = {
-        "empty answer": statistics.rows_dropped_empty,
-        "a column missing": statistics.rows_dropped_missing,
-        "no trained token, or none within the maximum length": statistics.rows_dropped_masked,
-        "longer than the maximum length": statistics.rows_dropped_overlong,
-    }
+    told = dropped(asdict(statistics), statistics.first_dropped)
     share = statistics.target_tokens / max(statistics.tokens, 1)
     rows = [
         ("rows read", f"{statistics.rows_read:,}"),
-        ("dropped", "; ".join(f"{count:,} ({why})" for why, count in dropped.items() if count) or "none"),
+        ("dropped", "; ".join(told) or "none"),
         ("truncated", _count(statistics.rows_truncated)),
         ("split", _count(statistics.rows_split)),
         ("duplicates", f"{statistics.rows_duplicate:,} (kept)" if statistics.rows_duplicate else "none"),
@@ -111,6 +108,8 @@ def statistics_rows(statistics: Statistics) -> list[tuple[str, str]]:
         rows.insert(
             4, ("pieces dropped", f"{statistics.documents_dropped_masked:,} (no answer token in them)")
         )
+    if statistics.rows_trained_too:
+        rows.append(("trained too", f"{statistics.rows_trained_too:,} rows are in the training data as well"))
     return rows
 
 

@@ -47,7 +47,7 @@ def hold_out(kept: np.ndarray, content: np.ndarray, fraction: float, seed: int) 
     contents = np.unique(content[kept])
     if len(contents) < 2:
         raise UserError(
-            f"--eval_split {fraction}: {len(contents)} different rows are too few to hold some out"
+            f"--eval_split {fraction}: this needs at least 2 different rows, found {len(contents)}"
         )
     count = min(max(round(fraction * len(contents)), 1), len(contents) - 1)
     return np.isin(content, np.random.default_rng([seed, _HOLD_OUT]).permutation(contents)[:count])

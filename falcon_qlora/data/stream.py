@@ -22,18 +22,12 @@ from falcon_qlora.data.cursor import (
 )
 from falcon_qlora.data.formats import resolve_template
 from falcon_qlora.data.json_rows import columns_of
+from falcon_qlora.data.origins import RowNames
 from falcon_qlora.data.settings import RowSettings
 from falcon_qlora.data.sources import Source
-from falcon_qlora.data.tokens import Encoder, Status
+from falcon_qlora.data.tokens import COUNTED, Encoder, Status
 
 _ROWS_AT_A_TIME = 64
-_DROPPED = {
-    Status.EMPTY: "rows_dropped_empty",
-    Status.MISSING: "rows_dropped_missing",
-    Status.MASKED: "rows_dropped_masked",
-    Status.OVERLONG: "rows_dropped_overlong",
-    Status.MASKED_PIECE: "documents_dropped_masked",
-}
 
 
 def stream_documents(
@@ -85,7 +79,9 @@ def stream_documents(
     mix = Mix(readers, settings.dataset_weights, order, max_rows, of_rows or None)
     shuffled = Shuffled(mix, shuffle_buffer, of_buffer, state["shuffled"] if state else None)
     waiting = state["waiting"] if state else []
-    return DocumentStream(shuffled, encoder, Counter() if counts is None else counts, waiting, account)
+    names = RowNames([part for source in sources for part in source.parts()])
+    counts = Counter() if counts is None else counts
+    return DocumentStream(shuffled, encoder, counts, waiting, account, names)
 
 
 class DocumentStream(Iterator[dict[str, Any]]):
@@ -99,6 +95,7 @@ class DocumentStream(Iterator[dict[str, Any]]):
         counts: gets what became of the rows.
         waiting: documents to begin with, as `state` has them.
         account: of the rows.
+        names: of the rows.
     """
 
     def __init__(
@@ -108,8 +105,10 @@ class DocumentStream(Iterator[dict[str, Any]]):
         counts: Counter[str],
         waiting: list[Any],
         account: Account,
+        names: RowNames,
     ):
         self._rows = rows
+        self._names = names
         self._encoder = encoder
         self._counts = counts
         self._account = account
@@ -137,7 +136,9 @@ class DocumentStream(Iterator[dict[str, Any]]):
                     kept = {"input_ids": document.input_ids, "mask": document.mask, "origin": origin}
                     self._waiting.append(kept)
                 else:
-                    self._counts[_DROPPED[document.status]] += 1
+                    name = COUNTED[document.status]
+                    self._counts[name] += 1
+                    self._account.first.setdefault(name, self._names.of([origin]))
 
 
 def plain_document(document: dict[str, Any]) -> list[list[int]]:

@@ -19,7 +19,7 @@ from falcon_qlora.common.errors import UserError, one_line, reason_of
 LONGEST = 1 << 26
 _CHUNK_BYTES = 1 << 16
 _EXCERPT = 20
-TOO_LONG = f"a line or value of more than {LONGEST:,} characters: this is no row"
+TOO_LONG = f"line or value too large (limit {LONGEST:,} characters); not a valid row"
 
 # In the order in which they are tried: UTF-32's mark begins with UTF-16's.
 _MARKS = {

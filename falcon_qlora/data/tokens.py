@@ -38,6 +38,18 @@ class Status(enum.IntEnum):
     OVERLONG = 3  # the row is too long, and such rows are dropped
     MASKED_PIECE = 4  # a piece of a split row without a target token
     MISSING = 5  # the row lacks what it cannot be trained without
+    CUT = 6  # the row has target tokens, none of which can be learned within the maximum length
+
+
+# What counts them, by the names of `corpus.Statistics`.
+COUNTED = {
+    Status.EMPTY: "rows_dropped_empty",
+    Status.MISSING: "rows_dropped_missing",
+    Status.MASKED: "rows_dropped_masked",
+    Status.CUT: "rows_dropped_cut",
+    Status.OVERLONG: "rows_dropped_overlong",
+    Status.MASKED_PIECE: "documents_dropped_masked",
+}
 
 
 class Change(enum.IntEnum):
@@ -236,7 +248,7 @@ class Encoder:
         if self.overlong == "truncate":
             ids, mask = ids[: self.max_length], mask[: self.max_length]
             if not mask[1:].any():
-                return [_none(Status.MASKED, Change.TRUNCATED, content)]
+                return [_none(Status.CUT, Change.TRUNCATED, content)]
             return [Document(ids, mask, Status.KEPT, Change.TRUNCATED, content)]
         documents = []
         for start in range(0, len(ids), self.max_length):
@@ -246,7 +258,7 @@ class Encoder:
             else:
                 documents.append(_none(Status.MASKED_PIECE, Change.SPLIT, content))
         if all(document.status == Status.MASKED_PIECE for document in documents):
-            return [_none(Status.MASKED, Change.SPLIT, content)]
+            return [_none(Status.CUT, Change.SPLIT, content)]
         return documents
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,10 +194,11 @@ class Answers:
 
 
 def _turns(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
+    from falcon_qlora.data.account import Account
     from falcon_qlora.data.conversation import Missing, turns_of_messages
 
     try:
-        turns = turns_of_messages(messages, "chat", Counter())
+        turns = turns_of_messages(messages, "chat", Account())
     except Missing as missing:
         raise UserError(f"chat: {missing} is missing") from None
     if not turns or turns[-1].role == "assistant":

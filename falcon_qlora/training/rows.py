@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from falcon_qlora.common.errors import UserError, printable
+from falcon_qlora.common.errors import printable
 from falcon_qlora.config.arguments import DataArguments, ModelArguments, RunArguments
+from falcon_qlora.data.account import Account, dropped, nothing_left
 from falcon_qlora.data.origins import RowNames
 from falcon_qlora.data.packing import Plan
+from falcon_qlora.data.selection import is_fraction
 from falcon_qlora.data.templates import template_fingerprint
 from falcon_qlora.methods.interface import Method
 from falcon_qlora.processes import agreement, ranks
@@ -160,11 +163,14 @@ def training_data(
         dataset_format=corpus.sources[0].format,
         template=corpus.sources[0].template,
         efficiency=corpus.statistics.tokens / room if data.packing else None,
-        notes=[
-            *_what_happened(corpus.statistics),
-            *_what_is_said(corpus.sources),
-            *_source_notes([corpus, held_out]),
-        ],
+        notes=_notes(
+            [
+                *_what_happened(corpus.statistics),
+                *_what_is_said(corpus.sources),
+                *_of_held_out(data, held_out),
+            ],
+            [corpus, held_out],
+        ),
     )
 
 
@@ -193,11 +199,15 @@ def _streamed_data(data: DataArguments, run: RunArguments, tokenizer: Any, *, to
     sources = agreement.from_main_process(
         lambda: [source.describe() | {"notes": source.notes()} for source in rows.sources()]
     )
-    surveyed = min(_SURVEYED_ROWS, data.max_rows or _SURVEYED_ROWS)
-    account, told = agreement.from_main_process(lambda: _survey(documents, surveyed, template))
-    first = next(documents(0, shuffle_buffer=1), None)
+    limit = min(_SURVEYED_ROWS, data.max_rows or _SURVEYED_ROWS)
+    read_as = f"format {dataset_format}, template {template}"
+    survey, told = agreement.from_main_process(lambda: _survey(documents, limit, template, data.train_on))
+    counts: Counter[str] = Counter()
+    account = Account()
+    first = next(documents(0, shuffle_buffer=1, counts=counts, account=account), None)
     if first is None:
-        raise UserError(f"{', '.join(data.dataset_name)}: no row has an answer to train on")
+        seen = account.told(template, data.train_on)
+        raise nothing_left(data.dataset_name, read_as, counts, account.first, seen)
     steps = StreamingSteps(
         documents,
         steps=run.max_steps,
@@ -221,31 +231,47 @@ def _streamed_data(data: DataArguments, run: RunArguments, tokenizer: Any, *, to
             "template": load_template(template, dataset_format, tokenizer).identity,
             "template_fingerprint": template_fingerprint(template, tokenizer.chat_template),
             "tokenizer": tokenizer_fingerprint(tokenizer),
-            "account": account,
+            "account": survey,
         },
         dataset_format=dataset_format,
         template=template,
-        notes=[
-            "streamed: rows are read as they are needed",
-            f"format {dataset_format}, template {template}",
-            *told,
-            *_source_notes([held_out], [note for source in sources for note in source["notes"]]),
-        ],
+        notes=_notes(
+            [
+                "streamed: rows are read as they are needed",
+                read_as,
+                *told,
+                *_of_held_out(data, held_out),
+                *(note for source in sources for note in source["notes"]),
+            ],
+            [held_out],
+        ),
     )
 
 
 def _survey(
-    documents: Callable[..., Iterator[Any]], rows: int, template: str
+    documents: Callable[..., Iterator[Any]], limit: int, template: str, train_on: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """What the first rows of a stream hold that is not read, for data.json and for the terminal."""
-    from falcon_qlora.data.account import Account
+    """What became of a stream's first rows, for data.json and for the terminal.
 
+    Args:
+        documents: opens the stream.
+        limit: rows to read.
+        template: that writes them.
+        train_on: the setting.
+    """
     account = Account()
-    stream = documents(0, shuffle_buffer=1, max_rows=rows, account=account)
-    for _ in stream:
+    counts: Counter[str] = Counter()
+    for _ in documents(0, shuffle_buffer=1, max_rows=limit, account=account, counts=counts):
         pass
-    told = [f"of the first {rows:,} rows: {line}" for line in account.told(template)]
-    return {"of_first_rows": rows, **account.plain()}, told
+    read = counts["rows_read"]
+    lines = [f"dropped: {each}" for each in dropped(counts, account.first)]
+    told = [
+        f"of {'the first' if read == limit else 'all'} {read:,} rows: {line}"
+        for line in (*lines, *account.told(template, train_on))
+    ]
+    if read == limit:
+        told.append(f"what is dropped or not read after the first {read:,} rows is not counted")
+    return {"of_first_rows": read, "counts": dict(counts), **account.plain()}, told
 
 
 def _dealing(run: RunArguments, *, together: bool) -> Dealing:
@@ -270,31 +296,41 @@ def held_out_alone(data: DataArguments, tokenizer: Any, *, seed: int) -> Any:
     return corpora(data, tokenizer, seed=seed, eval_split=None, **changes)[0]
 
 
-def _source_notes(corpora: Sequence[Any], streamed: Sequence[str] = ()) -> list[str]:
-    """What was left out of files and folders, or read in a special way, each told once."""
-    notes = [note for corpus in corpora if corpus for use in corpus.sources for note in use.notes]
-    return [printable(note) for note in dict.fromkeys([*streamed, *notes])]
+def _notes(lines: Sequence[str], corpora: Sequence[Any]) -> list[str]:
+    """What is told, each once: also what was left out of files and folders, or read in a special way."""
+    of_sources = [note for corpus in corpora if corpus for use in corpus.sources for note in use.notes]
+    return [printable(line) for line in dict.fromkeys([*lines, *of_sources])]
 
 
 def _what_happened(statistics: Any) -> list[str]:
     told = {
-        "rows_dropped_empty": "dropped (empty answer)",
-        "rows_dropped_missing": "dropped (a column missing)",
-        "rows_dropped_masked": "dropped (no answer left)",
-        "rows_dropped_overlong": "dropped (too long)",
         "rows_truncated": "truncated",
         "rows_split": "split",
+        "documents_dropped_masked": "pieces of split rows dropped (no answer token in them)",
         "rows_duplicate": "duplicate",
+        "rows_trained_too": "in the training data as well",
     }
     counted = [(getattr(statistics, name), what) for name, what in told.items()]
-    return [f"{count:,} {what}" for count, what in counted if count]
+    return [
+        *(f"dropped: {each}" for each in dropped(asdict(statistics), statistics.first_dropped)),
+        *(f"{count:,} {what}" for count, what in counted if count),
+    ]
 
 
 def _what_is_said(sources: Sequence[Any]) -> list[str]:
     """How the rows were read, and what of them was not."""
     lines = dict.fromkeys(use.read_as() for use in sources)
-    told = [(use.name, line) for use in sources for line in use.told()]
+    told = [(use.name, line) for use in sources for line in (use.drawn(), *use.told()) if line]
     return [*lines, *(f"{name}: {line}" if len(sources) > 1 else line for name, line in told)]
+
+
+def _of_held_out(data: DataArguments, held_out: Any) -> list[str]:
+    """What became of held-out rows that have a name of their own; others are told with those to train on."""
+    if held_out is None or is_fraction(str(data.eval_split)):
+        return []
+    return [
+        f"held out: {each}" for each in _what_happened(held_out.statistics) + _what_is_said(held_out.sources)
+    ]
 
 
 def global_batch(run: RunArguments) -> int:

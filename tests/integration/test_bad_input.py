@@ -89,7 +89,11 @@ class TestData:
         ("name", "text", "place"),
         [
             ("bad.jsonl", '{"text": "a"}\n\n{"text": "b"\n', "bad.jsonl:3: not valid JSON: "),
-            ("bad.json", '[{"text": "a"},\n {"text": }]\n', "bad.json:2: not valid JSON: "),
+            (
+                "bad.json",
+                '[{"text": "a"},\n {"text": }]\n',
+                "bad.json:2 (row 2 of the list): not valid JSON: ",
+            ),
             ("bad.jsonl", '{"text": "a"}\n["b"]\n', "bad.jsonl:2: expected a JSON object"),
             ("bad.csv", "text,other\na,b\nc\n", "bad.csv:3: 1 fields, but the header has 2 columns"),
         ],
@@ -122,12 +126,12 @@ class TestData:
         write_jsonl(folder / "unanswered.jsonl", [{"instruction": "Who?", "output": " "}] * 3)
         message = self.refuse(refused, "--dataset_name", "unanswered.jsonl")
         assert "nothing is left to train on" in message
-        assert "3 have an empty answer" in message
+        assert "3 (empty answer; first: row 1 of unanswered.jsonl)" in message
 
     def test_every_answer_beyond_the_maximum_length(self, refused: Refuse, folder: Path) -> None:
         write_jsonl(folder / "long.jsonl", [{"instruction": "Who? " * 90, "output": "Me."}] * 3)
         message = self.refuse(refused, "--dataset_name", "long.jsonl", "--overlong", "truncate")
-        assert "3 have no trained token, or none within --max_length" in message
+        assert "3 (no trained token within --max_length; first: row 1 of long.jsonl)" in message
 
     def test_rows_without_an_answer_are_dropped_and_counted(self, in_process: None, folder: Path) -> None:
         unanswered = {"instruction": "Who?", "output": ""}
@@ -147,7 +151,7 @@ class TestData:
         record = json.loads((folder / "out/data.json").read_text())
         assert record["rows_read"] == len(ROWS) + 3
         assert record["rows_dropped_empty"] == 2
-        assert record["rows_dropped_masked"] == 1
+        assert record["rows_dropped_cut"] == 1
         assert record["documents"] == len(ROWS)
 
 

@@ -255,7 +255,7 @@ def test_prompts_and_completions_of_messages_are_told_from_texts() -> None:
             written(row)
     # Rows that differ from the first ones.
     with pytest.raises(
-        UserError, match=r"f.jsonl:3: column prompt: not valid JSON: .*expected a list of messages"
+        UserError, match=r"f.jsonl:3: column prompt: expected a list of messages.*; found the text 'a'. If"
     ):
         render(
             {"prompt": "a", "completion": TURNS},
@@ -350,7 +350,7 @@ def test_a_template_that_escapes_special_text_is_refused() -> None:
     )
     row = {"messages": [{"role": "user", "content": END}, {"role": "assistant", "content": "a"}]}
     template = load_template("tokenizer", "chat", tokenizer)
-    with pytest.raises(UserError, match=r"f.jsonl:3: .*as text what reads like special tokens"):
+    with pytest.raises(UserError, match=r"f.jsonl:3: .*changes text that looks like special tokens"):
         render(row, "chat", template, special=SpecialText(tokenizer), place="f.jsonl:3")
 
 
@@ -390,7 +390,7 @@ SHARED_TURNS = [{"from": "human", "value": RED}, {"from": "gpt", "value": MARS}]
 def test_the_same_conversation_however_it_is_spelled(row: dict[str, Any]) -> None:
     account = Account()
     assert written(row, account=account) == f"{PIRATE}\n### Human: {RED}### Assistant:[ {MARS}]"
-    assert account == Account()
+    assert account.told("guanaco", "answers") == []
 
 
 def test_history_is_learned_before_the_question() -> None:
@@ -402,7 +402,8 @@ def test_history_is_learned_before_the_question() -> None:
 
 
 @pytest.mark.parametrize(
-    "said", [{"weight": 0}, {"train": False}, {"weight": 1, "train": False}, {"weight": 0.0}]
+    "said",
+    [{"weight": 0}, {"train": False}, {"weight": 0.0, "loss": False}, {"trainable": False, "loss": 2.5}],
 )
 def test_answers_that_are_not_to_be_learned_are_context(said: dict[str, Any]) -> None:
     row = {"messages": [TURNS[0], {**TURNS[1], **said}, TURNS[0], {**TURNS[1], "train": True, "weight": 1}]}
@@ -476,6 +477,18 @@ def test_a_template_that_leaves_something_out_is_refused(
         written({"messages": messages, **more}, chosen)
 
 
+@pytest.mark.parametrize("marked", ["assistant", "user"])
+def test_marks_that_leave_the_answer_out_are_refused(marked: str) -> None:
+    # Around nothing, beside the answer; and around the question.
+    text = (
+        "{% for m in messages %}{% if m.role == '" + marked + "' %}{% generation %}{{ m.text }}"
+        "{{ m.content if m.role == 'user' }}{% endgeneration %}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    template = load_template("tokenizer", "chat", with_template(small_tokenizer(), text))
+    with pytest.raises(UserError, match=r"generation %} leaves out the text of message 2 \(assistant\)"):
+        written({"messages": TURNS}, template)
+
+
 def test_reasoning_that_a_template_writes_of_the_last_answer_alone_is_named() -> None:
     text = CHATML.replace("if m.reasoning_content", "if m.reasoning_content and loop.last")
     thought = {"role": "assistant", "reasoning_content": "I add.", "content": "4"}
@@ -500,7 +513,9 @@ def test_a_template_that_rewrites_earlier_answers_can_train_the_last() -> None:
     thinks = "{% if add_generation_prompt %}assistant: <think>{% endif %}"
     text = "{% for m in messages %}{{ m.role + ': ' + m.content }}\n{% endfor %}" + thinks
     other = load_template("auto", "chat", with_template(small_tokenizer(), text))
-    with pytest.raises(UserError, match=r"answer 1 .* as the prompt ends .*{% generation %}"):
+    with pytest.raises(
+        UserError, match=r"answer 1 .* not what add_generation_prompt writes.*{% generation %}"
+    ):
         written({"messages": TURNS}, other)
 
 
@@ -550,7 +565,14 @@ def test_rows_that_lack_something_are_counted_apart(
         ({"content": "a"}, r"expected \{role, content\} or \{from, value\}"),
         ({"role": "user", "content": "a", "weight": 0.5}, r"weight is 0.5; it can be 0 or 1"),
         ({"role": "assistant", "content": "a", "train": "no"}, r"train is no;"),
-        ({"from": "function_call", "value": "call weather"}, r"a function call: not valid JSON"),
+        (
+            {"role": "assistant", "content": "a", "weight": 1, "train": False},
+            r"weight is 1 and train is false: one says to train the message, one not to; leave one",
+        ),
+        (
+            {"from": "function_call", "value": "call weather"},
+            r"a function call: expected a function call, or its JSON text.*; found the text 'call weather'",
+        ),
         ({"from": "function_call", "value": '{"city": 1}'}, r"expected a function call \{name, arguments\}"),
     ],
 )
@@ -666,7 +688,7 @@ def test_what_pandas_reads_as_missing_is_text_and_counted() -> None:
         row = {"prompt": "Not a number?", "completion": word, "other": word}
         assert written(row, "none", account=account) == f"Not a number?[{word}]"
         assert account == Account(rows=Counter(like_missing=1), columns=Counter(other=1))
-    assert account.told("none")[-1].startswith("1 row holds a text that pandas reads as missing")
+    assert account.told("none", "answers")[-1].startswith("1 row has a column whose text is NaN")
     account = Account()
     written({"prompt": "NaN?", "completion": "no", "other": "NaN"}, "none", account=account)
     assert not account.rows["like_missing"]
@@ -676,7 +698,7 @@ def test_names_of_columns_are_told_escaped_and_not_without_end() -> None:
     account = Account()
     for number in range(2000):
         render({"text": "a", f"key\x1b[31m{number}": 1}, "text", get_template("none"), account=account)
-    (told,) = account.told("none")
+    (told,) = account.told("none", "answers")
     assert "\x1b" not in told
     assert len(account.columns) == 1001
     assert len(told) < 2000

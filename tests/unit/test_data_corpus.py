@@ -143,7 +143,7 @@ def test_pieces_and_rows_without_a_target_are_dropped() -> None:
     (pieces,) = encoder(max_length=10).documents([row])
     assert pieces[0].status == Status.MASKED_PIECE
     assert pieces[-1].status == Status.KEPT
-    assert one(row, max_length=10, overlong="truncate").status == Status.MASKED
+    assert one(row, max_length=10, overlong="truncate").status == Status.CUT
     assert one([Segment("only a prompt", train=False)]).status == Status.MASKED
     # The only target is the first token, which nothing predicts.
     assert one([Segment("x", train=True)], append_end_token=False).status == Status.MASKED
@@ -205,18 +205,27 @@ def test_what_is_not_read_or_lacking_is_counted_and_told_from_the_cache_too(tmp_
         {"instruction": f"What is {END}?", "input": None, "output": "An end.", "id": 0},
         {"instruction": "Say nothing.", "output": ""},
     ]
-    path = write(tmp_path / "a.jsonl", rows)
-    for _ in range(2):
+    # The second time from the cache, where the same file has come to be called otherwise.
+    for name in ("a.jsonl", "b.jsonl"):
+        path = write(tmp_path / name, rows)
         corpus, _ = prepare(tmp_path, path)
         assert (corpus.statistics.rows_dropped_missing, corpus.statistics.rows_dropped_empty) == (2, 1)
         assert corpus.statistics.documents == 2
         assert corpus.sources[0].account["columns"] == {"id": 2, "question": 1, "answer": 1, "prompt": 1}
         assert corpus.sources[0].told() == [
             "columns not read: id (2 rows), question (1 row), answer (1 row), prompt (1 row)",
-            "dropped rows lack: instruction (2 rows), output (1 row)",
-            "1 row holds text that looks like special tokens; it stays text",
+            f"dropped rows lack: instruction (2 rows, first: {path}:2), output (1 row, first: {path}:2)",
+            f"1 row holds text that looks like special tokens; it stays text (first: {path}:4)",
         ]
-    with pytest.raises(UserError, match=r"Of 1 rows .* 1 lack instruction, output"):
+        assert corpus.statistics.first_dropped == {
+            "rows_dropped_missing": f"row 2 of {path}",
+            "rows_dropped_empty": f"row 5 of {path}",
+        }
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    told = (
+        r"(?s)nothing is left.*: 1\n  dropped: 1 \(a column.*; first: row 1 of .*b.jsonl\)\n.* lack: instruct"
+    )
+    with pytest.raises(UserError, match=told):
         prepare(tmp_path, write(tmp_path / "b.jsonl", [{"instruction": None, "output": None}]))
 
 
@@ -333,9 +342,7 @@ def test_what_happened_to_the_rows_is_counted(tmp_path: Path) -> None:
     assert split["documents_dropped_masked"] == 3
     assert split["longest"] == 30
     truncated = counts("truncate")
-    assert (
-        truncated.items() >= {**common, "rows_truncated": 1, "rows_dropped_masked": 1, "documents": 3}.items()
-    )
+    assert truncated.items() >= {**common, "rows_truncated": 1, "rows_dropped_cut": 1, "documents": 3}.items()
     dropped = counts("drop")
     assert dropped.items() >= {**common, "rows_dropped_overlong": 2, "documents": 2}.items()
 
@@ -359,16 +366,20 @@ def test_a_blank_answer_in_written_text_is_never_trained(tmp_path: Path) -> None
     ("rows", "changes", "said"),
     [
         ([], {}, "a.jsonl: the data is empty"),
-        ([{"prompt": "a", "completion": ""}] * 2, {}, "nothing is left to train on.*2 have an empty answer"),
+        (
+            [{"prompt": "a", "completion": ""}] * 2,
+            {},
+            "(?s)nothing is left.*2 .empty answer; first: row 1 of .*a.jsonl",
+        ),
         (
             [{"prompt": "a" * 50, "completion": "b"}],
             {"max_length": 9, "overlong": "truncate"},
-            "1 have no trained token",
+            "1 .no trained token within --max_length",
         ),
         (
             [{"prompt": "a" * 50, "completion": "b"}],
             {"max_length": 9, "overlong": "drop"},
-            "1 are longer than",
+            "1 .longer than --max_length, with --overlong drop",
         ),
         ([{"a": 1}], {}, "the columns fit no format"),
         ([{"text": "a b"}], {"max_rows": 0}, "--max_rows 0"),
@@ -379,7 +390,7 @@ def test_a_blank_answer_in_written_text_is_never_trained(tmp_path: Path) -> None
         ),
         ([{"text": "a b"}], {"dataset_weights": [0.0]}, "every weight must be a number above 0"),
         ([{"text": "a b"}], {"eval_split": "1.5"}, "--eval_split 1.5: a fraction lies between 0 and 1"),
-        ([{"text": "a b"}] * 5, {"eval_split": "0.5"}, "1 different rows are too few"),
+        ([{"text": "a b"}] * 5, {"eval_split": "0.5"}, "needs at least 2 different rows, found 1"),
         ([{"text": "a b"}], {"eval_split": "split:test"}, "a single file has no split 'test'"),
         ([{"text": "a b"}], {"eval_split": "nowhere.jsonl"}, "file not found: nowhere.jsonl"),
     ],
@@ -424,6 +435,14 @@ def test_held_out_file_and_split_of_a_folder(tmp_path: Path) -> None:
     _, same = prepare(tmp_path, str(tmp_path / "rows"), eval_split=str(tmp_path / "rows" / "test.jsonl"))
     assert same is not None
     assert same.fingerprint == held_out.fingerprint
+
+
+def test_held_out_rows_that_are_trained_too_are_counted(tmp_path: Path) -> None:
+    train = write(tmp_path / "a.jsonl", alpaca(10))
+    other = write(tmp_path / "b.jsonl", [*alpaca(12)[8:], {"instruction": "", "output": ""}])
+    _, held_out = prepare(tmp_path, train, eval_split=other)
+    assert held_out is not None
+    assert (held_out.statistics.rows_trained_too, held_out.statistics.rows_dropped_empty) == (2, 1)
 
 
 def test_weights_draw_in_their_proportion(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,7 +118,7 @@ def test_summary_tells_what_became_of_the_rows(tmp_path: Path) -> None:
     told = " ".join(printed(report.summary(corpus, title="training", efficiency=0.5)).split())
     for said in (
         "4 rows: format text, template none",
-        "dropped 1 (empty answer)",
+        f"dropped 1 (empty answer; first: row 3 of {folder}/a.jsonl)",
         "split 1",
         "truncated none",
         "duplicates 1 (kept)",
@@ -159,6 +160,74 @@ def test_the_command(
     assert main([*flags, "--show", "-1"]) == 2
 
 
+def chat(*said: str, **more: Any) -> dict[str, Any]:
+    """A conversation of a user and an assistant in turns; `more` is of the last message."""
+    turns = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said)]
+    return {"messages": [*turns[:-1], turns[-1] | more]}
+
+
+SHOUTS = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content | upper }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "told"),
+    [
+        (
+            [chat("a", "b"), chat("a", "b", weight=0), chat("a", "b", "c", "d", train=False)],
+            "--train_on all",
+            "not to be trained: weight (1 message), train (1 message); --train_on all trains them all",
+        ),
+        (
+            [chat("a", "b"), chat("a", "b", loss=False)],
+            "",
+            "1 row has only answers that are marked as not to be trained: dropped (first: rows.jsonl:2)",
+        ),
+        (
+            [chat("a", "b", masked=True) | {"loss_mask": 0}],
+            "",
+            "loss_mask, masked: not read; these rows and messages are trained whatever it says there. Give",
+        ),
+        (
+            [chat("a", "b"), {"text": "c d"}, {"instruction": "e", "output": "f"}, {"text": "g h"}],
+            "",
+            "of another format: text (2 rows, first: rows.jsonl:2), alpaca (1 row, first: rows.jsonl:3); put",
+        ),
+        (
+            [{"text": "### Human: a### Assistant: b"}, {"text": "### User: a"}],
+            "--template guanaco",
+            "no marker ### Assistant: in the text, by which template guanaco finds answers: dropped (first",
+        ),
+        (
+            [{"text": "a b"}, {"text": "c\0d"}],
+            "",
+            "1 row holds control characters, such as NUL or escape; they are trained as they are",
+        ),
+        ([chat("a", "b")], "--template shouts.jinja", "shouts.jinja rewrites: other characters than white"),
+        ([chat("a\n\nb ", "c")], "", "1 row has text whose white space template falcon-instruct changes"),
+    ],
+)
+@pytest.mark.parametrize("streaming", ["", "--streaming --max_steps 1"])
+def test_what_is_done_with_rows_is_told(
+    rows: list[Any],
+    flags: str,
+    told: str,
+    streaming: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "draw_histogram", lambda *a, **k: None)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "shouts.jinja").write_text(SHOUTS)
+    words = f"data -m tiny --dataset_name rows.jsonl --cache_dir cache {flags} {streaming}"
+    assert main(words.split()) == 0
+    assert told in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_command_reads_missing_files_as_the_user_s_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,6 +253,31 @@ def test_a_run_and_its_record_name_what_is_not_read(tmp_path: Path, streaming: s
     ]
     assert list(data.record["sources"][0]["notes"]) == told
     assert data.notes[-2:] == [told[0].replace("\x1b", r"\x1b"), told[1]]
+
+
+def test_a_run_tells_what_is_drawn_dropped_and_held_out(tmp_path: Path) -> None:
+    for name, count in (("a", 17), ("b", 3), ("c", 2)):
+        rows = [{"text": f"{name} row {n}"} for n in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(f"{json.dumps(row)}\n" for row in [*rows, {"text": ""}])
+        )
+    a, b, c = (str(tmp_path / f"{name}.jsonl") for name in "abc")
+    flags = ["--cache_dir", str(tmp_path / "cache"), "--max_steps", "1", "--eval_split", c]
+
+    def notes(*more: str) -> tuple[list[str], dict[str, Any]]:
+        configuration = parse([*flags, *more])
+        data = training_data(configuration.data, configuration.run, small_tokenizer())
+        return data.notes, data.record
+
+    told, _ = notes("--dataset_name", a, b, "--dataset_weights", "1", "1")
+    assert told[0] == f"dropped: 2 (empty answer; first: row 18 of {a})"
+    assert {f"{a}: 10 drawn each epoch", f"{b}: 10 drawn each epoch"} <= set(told)
+    assert f"held out: dropped: 1 (empty answer; first: row 3 of {c})" in told
+    told, record = notes("--dataset_name", a, "--streaming", "true")
+    assert f"of all 18 rows: dropped: 1 (empty answer; first: row 18 of {a})" in told
+    assert f"held out: dropped: 1 (empty answer; first: row 3 of {c})" in told
+    assert record["account"]["of_first_rows"] == 18
+    assert record["account"]["counts"] == {"rows_read": 18, "rows_dropped_empty": 1}
 
 
 @pytest.mark.parametrize("streaming", ["false", "true"])
