@@ -26,6 +26,9 @@ def main(argv: list[str]) -> int:
     # Only now: a wrong flag is told at once.
     say_loading()
     quiet_libraries()
+    from falcon_qlora.commands.first_look import look
+
+    look(configuration)
     from falcon_qlora.models.checkpoints import read_folder_config
     from falcon_qlora.models.locate import find_folder
     from falcon_qlora.models.tokenizer import check_vocabulary

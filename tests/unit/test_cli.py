@@ -105,6 +105,8 @@ TOLD_AT_ONCE = {
     "train -m tiny --dataset_name good.jsonl --config none.yaml": "there is no file none.yaml",
     "train -m ./none --dataset_name good.jsonl": "There is no folder './none'",
     "train -m ./other --dataset_name good.jsonl": "this model is a Falcon-Mamba",
+    "data -m tiny --dataset_name bad.jsonl": "bad.jsonl:701: not valid JSON",
+    "prepare -m tiny --dataset_name bad.jsonl": "bad.jsonl:701: not valid JSON",
     "compare -m tiny --dataset_name bad.jsonl": "bad.jsonl:701: not valid JSON",
     "eval -m tiny --dataset_name none.jsonl": "file not found: none.jsonl",
     "generate -m ./other --prompt why": "this model is a Falcon-Mamba",
