@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.checkpoint.adapter_check import AdapterFaultError, check_adapter
 from falcon_qlora.checkpoint.manifest import newest_whole, write_manifest
@@ -17,6 +17,7 @@ from falcon_qlora.common.errors import UserError, reason_of
 from falcon_qlora.common.files import replaced_folder
 from falcon_qlora.data.batches import TrainingSteps
 from falcon_qlora.methods.interface import method_of
+from falcon_qlora.models.hub import push_folder
 from falcon_qlora.models.sharded import is_sharded, take_part
 from falcon_qlora.processes import agreement, ranks
 from falcon_qlora.processes.stop_signals import Stopped
@@ -29,6 +30,9 @@ from falcon_qlora.training.record import counts
 from falcon_qlora.training.resume import how_to_go_on
 from falcon_qlora.training.throughput import peak_memory_gib
 from falcon_qlora.training.trainer import FalconTrainer
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
 
 # Before a disk that failed is tried again.
 _PAUSE_SECONDS = 3.0
@@ -180,6 +184,24 @@ def _told_if_not_written(file: Path) -> Iterator[None]:
         yield
     except OSError as error:
         console.note(f"{file} could not be written ({reason_of(error)})")
+
+
+def upload(directory: RunDirectory, training: SFTConfig) -> None:
+    """Upload the adapter where `--push_to_hub` asks for it; a run whose upload fails is whole without it."""
+    if not training.push_to_hub or not ranks.is_main_process():
+        return
+    try:
+        url = push_folder(
+            directory.adapter,
+            training.hub_model_id,
+            private=training.hub_private_repo,
+            token=training.hub_token,
+            revision=training.hub_revision,
+        )
+    except UserError as error:
+        console.note(str(error))
+    else:
+        console.print_plain(f"uploaded to {url}")
 
 
 def stop(

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from falcon_qlora.common.errors import UserError
 from falcon_qlora.config import Configuration
 from falcon_qlora.processes import agreement, endings, ranks
 from falcon_qlora.processes.command_clock import command_began
@@ -43,7 +42,6 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
     phases.seconds.clear()
     with phase("libraries"):
         from falcon_qlora.models.fast_path import choose_kernels
-        from falcon_qlora.models.hub import push_folder
         from falcon_qlora.training import build, finish, preflight, record, resume, rows
         from falcon_qlora.training.activations import choose_activations, warm_up
         from falcon_qlora.training.base import check_base
@@ -139,16 +137,5 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
         start.trackers.finish(exit_status=1)
         raise
     else:
-        if training.push_to_hub and ranks.is_main_process():
-            try:
-                url = push_folder(
-                    directory.adapter,
-                    training.hub_model_id,
-                    private=training.hub_private_repo,
-                    token=training.hub_token,
-                    revision=training.hub_revision,
-                )
-                console.print_plain(f"uploaded to {url}")
-            except UserError as error:  # the run is whole without it
-                console.note(str(error))
+        finish.upload(directory, training)
     return directory.path

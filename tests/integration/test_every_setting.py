@@ -483,3 +483,11 @@ def test_the_adapter_is_uploaded(runs: Runs, monkeypatch: pytest.MonkeyPatch) ->
     ran = runs(**settings, hub_private_repo=True)
     assert asked == ["hf_x", ("hf_x", "me/mine", True), ("draft", ["adapter_model.safetensors"])]
     assert "uploaded to" in ran.output
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("the disk quota is used up")
+
+    monkeypatch.setattr(Hub, "upload_folder", refuse)
+    kept = runs(**settings, lora_r=2)
+    assert "was not uploaded to me/mine: the disk quota is used up" in kept.output
+    assert (kept.refusal, (kept.folder / "adapter" / "adapter_model.safetensors").is_file()) == (None, True)
