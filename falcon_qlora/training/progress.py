@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import math
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,6 @@ from falcon_qlora.terminal.notebook import NotebookProgress, in_notebook
 # Without a terminal: at most this many lines for a run, but one at least each half minute.
 _PLAIN_LINES = 50
 _PLAIN_SECONDS = 30.0
-_RECENT_STEPS = 20
 _DRAWN = ("loss", "eval_loss", "learning_rate")
 
 
@@ -46,7 +44,7 @@ class ProgressCallback(TrainerCallback):
         self._last_step = 0
         self._printed_step = -1
         self._printed_at = 0.0
-        self._times: deque[tuple[int, float]] = deque(maxlen=_RECENT_STEPS + 1)
+        self._marks: list[tuple[int, float]] = []  # when the training began, and its first step was done
 
     def close(self) -> None:
         """Take the bar off the terminal; safe to call at any time, and again."""
@@ -59,8 +57,8 @@ class ProgressCallback(TrainerCallback):
         if not ranks.is_main_process():
             return
         self._step, self._last_step = state.global_step, state.max_steps
-        self._times.append((self._step, time.monotonic()))
         self._printed_at = time.monotonic()
+        self._marks = [(self._step, self._printed_at)]
         if in_notebook():
             self._notebook = NotebookProgress()
         if not console().is_terminal:
@@ -87,7 +85,8 @@ class ProgressCallback(TrainerCallback):
         if not ranks.is_main_process():
             return
         self._step = state.global_step
-        self._times.append((self._step, time.monotonic()))
+        if len(self._marks) < 2:
+            self._marks.append((self._step, time.monotonic()))
         self._refresh(self._counter())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -139,12 +138,13 @@ class ProgressCallback(TrainerCallback):
         return [*numbers, warning] if (warning := self._warning()) else numbers
 
     def _seconds_left(self) -> float | None:
-        # From the last steps, not from the start: the first ones warm up.
-        first_step, first_time = self._times[0] if self._times else (0, 0.0)
-        if not self._times or self._step <= first_step or self._step >= self._last_step:
+        """By the wall clock of this start, so with what saves and evaluations have cost a step until now."""
+        # The first step warms up: it counts only while there is no other.
+        earlier = [mark for mark in self._marks if mark[0] < self._step]
+        if not earlier or self._step >= self._last_step:
             return None
-        speed = (self._times[-1][1] - first_time) / (self._times[-1][0] - first_step)
-        return speed * (self._last_step - self._step)
+        step, at = earlier[-1]
+        return (time.monotonic() - at) / (self._step - step) * (self._last_step - self._step)
 
     def _draw_losses(self, notebook: NotebookProgress, **how: Any) -> None:
         if failure := notebook.show_losses(self._losses, **how):

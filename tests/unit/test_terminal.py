@@ -167,6 +167,31 @@ def test_a_short_run_prints_every_logged_step(capsys: pytest.CaptureFixture[str]
     assert "loss 0.6000  1,234 tokens/s  2.50 GiB" in lines[0]
 
 
+def test_the_time_left_counts_saves_and_evaluations(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Steps of 2 s after a first one of 90, an evaluation with a save of 15 s after every tenth."""
+    now = 1_000.0
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
+    state = SimpleNamespace(global_step=0, max_steps=100)
+    callback = ProgressCallback(lambda: "")
+    callback.on_train_begin(None, state, None)
+    ended = {}
+    for step in range(1, 101):
+        now += 90 if step == 1 else 2
+        state.global_step = step
+        callback.on_step_end(None, state, None)
+        ended[step] = now
+        callback.on_log(None, state, None, logs={"loss": 1.0})
+        now += 0 if step % 10 else 15
+    lines = capsys.readouterr().out.splitlines()
+    told = {int(line.split("/")[0].removeprefix("step ")): line for line in lines}
+    assert told[1].endswith(f"  {duration(99 * 90)} left")  # nothing else is known yet
+    for step in range(31, 100, 10):
+        minutes, seconds = re.search(r"(?:(\d+) min )?(\d+) s left$", told[step]).groups(default="0")
+        assert 60 * int(minutes) + int(seconds) == pytest.approx(now - ended[step], rel=0.02, abs=2)
+
+
 def test_evaluations_are_printed_and_the_best_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
     _run(20, log_every=5, evaluate_at=(10, 20))
     output = capsys.readouterr().out
