@@ -133,7 +133,7 @@ class Checkpointer:
     _error: BaseException | None = field(default=None, init=False)
     _whole_step: int = field(default=-1, init=False)
     _opened_form: str | None = field(default=None, init=False)
-    _told_of_memory: bool = field(default=False, init=False)
+    _too_large: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.start_clock()
@@ -253,15 +253,11 @@ class Checkpointer:
         model = moment.model
         trained = method_of(model).trained_state(model)
         optimizer = {} if self.weights_only else moment.optimizer.state_dict()
-        needed, free = self._copies.more_bytes([trained, optimizer]), free_host_bytes()
-        if fits := needed <= _MOST_OF_FREE * free:
+        told_before = self._too_large is not None
+        if fits := self.too_large(self._copies.more_bytes([trained, optimizer])) is None:
             trained, optimizer = self._copies.take((trained, optimizer))
-        elif not self._told_of_memory:
-            self._told_of_memory = True
-            note(
-                f"training waits for every save: a copy of what is saved needs {gib(needed)} of host memory, "
-                f"and {gib(free)} are free"
-            )
+        elif not told_before:
+            note(str(self._too_large))
         content = self._content(moment, processes, trained=trained if fits else None, optimizer=optimizer)
         if self._opened_form is None and method_of(model).opened_by == "peft":
             # Of the first that holds what training has made: what opens one opens the next of its form.
@@ -278,6 +274,19 @@ class Checkpointer:
             target=self._try, args=[lambda: self._make(content), moment.step], name=WRITER, daemon=True
         )
         self._thread.start()
+
+    def too_large(self, needed: int) -> str | None:
+        """Why this process's host has no room for a copy of so many bytes, or None.
+
+        Where it has been so once, no copy is made in this run.
+        """
+        free = free_host_bytes()
+        if self._too_large is None and needed > _MOST_OF_FREE * free:
+            self._too_large = (
+                f"training waits for every save: copying what is saved needs {gib(needed)} of host memory, "
+                f"at most half of what is free; {gib(free)} are"
+            )
+        return self._too_large
 
     def _content(
         self,

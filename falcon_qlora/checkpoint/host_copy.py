@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,58 @@ from torch import Tensor
 _PIECE_BYTES = 2**26
 _ALIGNMENT = 64
 
+_MEMINFO, _OWN_GROUPS, _GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+# Files with a control group's limit and use, and what of the use goes where memory is wanted.
+_VERSION_1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+_VERSION_2 = "memory.max", "memory.current", "inactive_file"
+
 
 def free_host_bytes() -> int:
-    """What this machine, or the control group that the process runs in, has free for it."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
+    """What this machine, or a control group that the process runs in, has free for it."""
+    lines = _MEMINFO.read_text().splitlines()
     free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text())  # "max" where there is none
-        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(cached.get("inactive_file", 0))
-        free.append(limit - used)
-    except (OSError, ValueError):
-        pass
+    with contextlib.suppress(OSError):  # a kernel without control groups
+        for line in _OWN_GROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if "memory" in controllers.split(","):
+                free += _free_in_groups(_GROUPS / "memory", path, _VERSION_1)
+            elif not controllers:
+                free += _free_in_groups(_GROUPS, path, _VERSION_2)
     return max(min(free), 0)
+
+
+def _free_in_groups(root: Path, path: str, names: tuple[str, str, str]) -> Iterator[int]:
+    """What each limit leaves, of a group and of those that it lies in, as far as they are to be seen."""
+    limit, used, cached = names
+    group = root / path.lstrip("/")
+    for folder in (group, *group.parents):
+        if not folder.is_relative_to(root):
+            return
+        with contextlib.suppress(OSError, ValueError):  # "max" where there is none
+            most = int((folder / limit).read_text())
+            known = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            yield most - int((folder / used).read_text()) + int(known.get(cached, 0))
+
+
+def copy_bytes(sizes: Iterable[int]) -> int:
+    """Host memory that `HostCopies` takes for tensors of these sizes in bytes, in their order."""
+    if not torch.cuda.is_available():
+        return sum(sizes)  # of a piece that is not pinned, what is not used is not there
+    total = left = 0
+    for size in sizes:
+        if size > left:
+            left = _piece_bytes(size)
+            total += left
+        left = max(left - _aligned(size), 0)
+    return total
+
+
+def _piece_bytes(size: int) -> int:
+    return max(_PIECE_BYTES, 1 << (size - 1).bit_length())
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
@@ -59,7 +98,7 @@ class HostCopies:
         """Host memory that `take` would add for `tree`."""
         if self._buffers:
             return 0
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(tree))
+        return copy_bytes(tensor.numel() * tensor.element_size() for tensor in tensors_in(tree))
 
     def take(self, tree: Any) -> Any:
         """`tree` with each tensor replaced by its copy, which the next call of `take` writes over.
@@ -105,9 +144,9 @@ class HostCopies:
         if size > len(self._piece):
             # What is left of the piece before is lost: a few tensors' worth.
             pinned = torch.cuda.is_available()
-            piece = torch.empty(max(_PIECE_BYTES, size), dtype=torch.uint8, pin_memory=pinned)
+            piece = torch.empty(_piece_bytes(size), dtype=torch.uint8, pin_memory=pinned)
             self._piece = piece.numpy()
         # Each with a storage of its own, over its part of the piece: `torch.save` writes whole storages.
         buffer = torch.from_numpy(self._piece[:size])
-        self._piece = self._piece[-(-size // _ALIGNMENT) * _ALIGNMENT :]
+        self._piece = self._piece[_aligned(size) :]
         return buffer.view(tensor.dtype).view(tensor.shape)

@@ -1,17 +1,23 @@
-"""Whether the disk has room for what a run will write."""
+"""Whether the disk has room for what a run will write, and the host's memory for a copy of it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from falcon_qlora.checkpoint.host_copy import copy_bytes
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import free_bytes
 from falcon_qlora.common.quantities import gib
-from falcon_qlora.processes import agreement
+from falcon_qlora.methods.interface import method_of
+from falcon_qlora.models.sharded import is_sharded
+from falcon_qlora.models.step_memory import embedded_share, optimizer_bytes
+from falcon_qlora.processes import agreement, ranks
 from falcon_qlora.run_folder.directory import RunDirectory
 
 if TYPE_CHECKING:
     from trl import SFTConfig
+
+    from falcon_qlora.training.trainer import FalconTrainer
 
 # The record beside the weights, with room to spare for what the disk itself takes.
 _SMALL_FILES = 16 * 2**20
@@ -41,8 +47,6 @@ def check_disk(
     Raises:
         UserError: with what is needed and what is free.
     """
-    from falcon_qlora.models.step_memory import embedded_share
-
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     trainable = sum(parameter.numel() for parameter in trained)
     needed = predicted_bytes(
@@ -55,6 +59,27 @@ def check_disk(
         keeps_best=training.load_best_model_at_end,
     )
     agreement.from_main_process(lambda: _check_room(directory, needed))
+
+
+def waiting_saves(trainer: FalconTrainer, *, optimizer: str) -> list[str]:
+    """What the user is told where the host has no memory to write a save beside the training.
+
+    Args:
+        trainer: whose checkpointer decides.
+        optimizer: by the trainer's name.
+    """
+    model, checkpointer = trainer.model, trainer.checkpointer
+    if is_sharded(model) or not ranks.is_main_process():
+        return []
+    sizes = [each.numel() * each.element_size() for each in method_of(model).trained_state(model).values()]
+    if not checkpointer.weights_only:
+        embedded = embedded_share(model.config) if method_of(model).is_whole else 0.0
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        state = optimizer_bytes(optimizer, trained[0].element_size(), embedded=embedded)
+        # Most optimizers keep two tensors of each.
+        sizes += [int(each.numel() * state / 2) for each in trained for _ in range(2)]
+    why = checkpointer.too_large(copy_bytes(sizes))
+    return [] if why is None else [why]
 
 
 def predicted_bytes(
@@ -78,8 +103,6 @@ def predicted_bytes(
         bytes_each: of a parameter.
         embedded: share of the parameters that are an embedding's.
     """
-    from falcon_qlora.models.step_memory import optimizer_bytes
-
     state = optimizer_bytes(optimizer, bytes_each, embedded=embedded)
     at_once = saves if limit is None else min(saves, limit + 1 + keeps_best)
     weights = int(trainable * bytes_each)

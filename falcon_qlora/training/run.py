@@ -45,7 +45,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
         from falcon_qlora.training import build, finish, preflight, record, resume, rows
         from falcon_qlora.training.activations import choose_activations, warm_up
         from falcon_qlora.training.base import check_base
-        from falcon_qlora.training.disk import check_disk
+        from falcon_qlora.training.disk import check_disk, waiting_saves
         from falcon_qlora.training.sharding import shard_if_wanted
 
     base, run, training = configuration.model, configuration.run, configuration.training
@@ -113,7 +113,11 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
             activations=activations,
             checkpoint=start.checkpoint,
         ),
-        notes=[*record.start_notes(configuration, data, model), *notes],
+        notes=[
+            *record.start_notes(configuration, data, model),
+            *notes,
+            *waiting_saves(trainer, optimizer=configuration.optimizer),
+        ],
     )
 
     trainer.args.eval_on_start &= start.checkpoint is None  # a run that goes on was evaluated at its start

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from falcon_qlora.checkpoint import checkpointer
+from falcon_qlora.checkpoint import checkpointer, host_copy
 from falcon_qlora.checkpoint.checkpointer import Checkpointer
 from falcon_qlora.checkpoint.manifest import fault
 from falcon_qlora.common.errors import UserError
@@ -111,6 +111,66 @@ def test_a_checkpoint_is_of_its_step_whatever_comes_while_it_is_written(
             state.pop("best_model_checkpoint")
         assert same(*states)
     assert_same_run(going_on, held)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_control_group_without_room_for_a_copy_has_the_training_wait_and_the_start_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], version: int
+) -> None:
+    """Version 2 with the limit on a group above, version 1 as a container sees it, at the root."""
+    names, line, place = {
+        1: (host_copy._VERSION_1, "4:cpu,memory:/as/the/host/has/it", "memory"),
+        2: (host_copy._VERSION_2, "0::/job/step", "job"),
+    }[version]
+    groups, own = tmp_path / "groups", tmp_path / "own"
+    (groups / place).mkdir(parents=True)
+    for name, value in zip(names[:2], (101 * 2**20, 110 * 2**20), strict=True):
+        (groups / place / name).write_text(f"{value}\n")
+    (groups / place / "memory.stat").write_text(f"anon 7\n{names[2]} {10 * 2**20}\n")
+    (groups / "job" / "step").mkdir(parents=True, exist_ok=True)
+    (groups / "job" / "step" / "memory.max").write_text("max\n")
+    own.write_text(f"9:name=systemd:/\n{line}\n")
+    monkeypatch.setattr(host_copy, "_GROUPS", groups)
+    monkeypatch.setattr(host_copy, "_OWN_GROUPS", own)
+    assert host_copy.free_host_bytes() == 2**20
+    needed, threads = [], set()
+    real_decide, real_write = Checkpointer.too_large, Checkpointer._write
+    monkeypatch.setattr(
+        Checkpointer, "too_large", lambda self, size: needed.append(size) or real_decide(self, size)
+    )
+    monkeypatch.setattr(
+        Checkpointer,
+        "_write",
+        lambda self, content: threads.add(threading.current_thread()) or real_write(self, content),
+    )
+    fine_tune(tmp_path, max_steps=4, save_steps=2)
+    printed = capsys.readouterr().out
+    assert printed.count("training waits for every save: ") == 1
+    assert "note: training waits for every save: " in printed.partition("step 1/4")[0]
+    predicted, *at_saves = needed
+    assert at_saves == pytest.approx([predicted] * 2, rel=0.02)
+    assert threads == {threading.main_thread()}
+
+
+def test_host_memory_of_a_copy_is_what_its_pieces_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU's host, whose pinned memory comes in powers of two; nothing is pinned here."""
+    taken, real = [], torch.empty
+
+    def empty(size: int, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        assert pin_memory
+        taken.append(1 << (size - 1).bit_length())
+        return real(size, dtype=dtype)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(host_copy, "_PIECE_BYTES", 1024)
+    sizes = [1000, 10, 8, 3000, 0, 900, 0, 200, 1024, 64, 5000]
+    tree = [torch.arange(size // 2, dtype=torch.int16) for size in sizes]
+    copies = host_copy.HostCopies()
+    expected = copies.more_bytes(tree)
+    assert all(torch.equal(one, other) for one, other in zip(copies.take(tree), tree, strict=True))
+    assert expected == sum(taken)
+    assert copies.more_bytes(tree) == 0
 
 
 def test_saves_that_come_faster_than_they_are_written_are_all_made(
