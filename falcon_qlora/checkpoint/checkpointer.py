@@ -102,7 +102,8 @@ class Checkpointer:
         folder: the run's ``checkpoints/``.
         describe_adapter: called with an adapter's folder after it is written, to complete it; on a thread.
         record: what every manifest says besides the step and the number of processes.
-        on_saved: called with a checkpoint's folder once it is whole; on a thread.
+        on_saved: called with a checkpoint's folder once it is whole, on a thread, or the run goes on from
+            it.
         at: told the step, the phase and what is done there; see `Watchdog.at`.
         every_minutes: save whenever so long has passed since the last time; 0: never.
         limit: how many are kept beside the best one; None: all.
@@ -150,6 +151,12 @@ class Checkpointer:
             return False
         self.start_clock()
         return True
+
+    def goes_on_from(self, step: int) -> None:
+        """Take the checkpoint that the run has gone on from for the last complete one."""
+        self.saved_step = self._whole_step = step
+        if ranks.is_main_process():
+            self.on_saved(self.checkpoint(step))
 
     def checkpoint(self, step: int) -> Path:
         return self.folder / f"step-{step}"

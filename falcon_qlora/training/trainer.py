@@ -218,6 +218,7 @@ class FalconTrainer(SFTTrainer):
                 self.meter.load_state(kept["meter"])
                 self._seconds_before = self.meter.seconds
                 self.step.load_state(kept)
+            self.checkpointer.goes_on_from(self.state.global_step)
         stop_signals.training_begins(note, self.checkpointer.join)
         endings.remember_siblings()  # which waits for all processes
         stop_signals.all_have_begun()
@@ -337,6 +338,7 @@ class FalconTrainer(SFTTrainer):
         with process_state.reading(folder / process_state.TRAINER_STATE):
             resume.check_stateful(folder, self._stateful())
             place = super()._init_training_state(*known)
+        self.state.compute_steps(self.args, max_steps)  # when to save, as is asked for now and not as it was
         stopping = self._early_stopping()
         if stopping is not None and wanted is not None:
             stopping.early_stopping_patience = wanted.early_stopping_patience  # not what it was
@@ -350,7 +352,6 @@ class FalconTrainer(SFTTrainer):
         if cursor is not None:
             assert isinstance(self.steps, StreamingSteps)
             self.steps.go_on(cursor)
-        self.checkpointer.saved_step = self.state.global_step
         self.state.best_model_checkpoint = None  # as it was called then
         if self.state.best_global_step:
             best = self.checkpointer.find_best(self.state.best_global_step)

@@ -17,6 +17,7 @@ from falcon_qlora.checkpoint import checkpointer, host_copy
 from falcon_qlora.checkpoint.checkpointer import Checkpointer
 from falcon_qlora.checkpoint.manifest import fault
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.processes import launcher
 from falcon_qlora.training.trainer import FalconTrainer
 from tests.integration.interrupted import assert_same_run
 from tests.integration.runs import metrics
@@ -204,6 +205,23 @@ def test_the_line_of_progress_says_since_when_nothing_was_saved(
     warned = [line.split("/")[0] for line in lines if line.endswith("nothing saved since step 2")]
     assert "step 6" in warned  # which began when the save of step 4 was settled
     assert set(warned) <= {"step 5", "step 6"}
+
+
+def test_a_run_that_goes_on_names_the_checkpoint_it_goes_on_from_until_it_has_one_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    monkeypatch.setenv(launcher.VARIABLE, str(marks))
+    run = fine_tune(tmp_path, max_steps=2)
+    (marks / launcher.GO_ON).unlink()
+    for step in (4, 6):
+        fail_save(monkeypatch, step, OSError(errno.ENOSPC, "No space left on device"))
+    fine_tune(tmp_path, max_steps=6, save_steps=2, logging_steps=1, resume=run)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 6/")]
+    assert lines[0].endswith("nothing saved since step 2")
+    told = (marks / launcher.GO_ON).read_text()
+    assert told.startswith(f"the last complete checkpoint is {run}/checkpoints/step-2; go on with: ")
 
 
 def test_the_seconds_of_a_run_are_where_they_went(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
