@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.quantities import counted
 from falcon_qlora.methods.interface import method_of
+from falcon_qlora.models import zero3
 from falcon_qlora.models.sharded import local_tensor
 from falcon_qlora.processes import agreement
 
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 
 def footprint(model: nn.Module) -> str:
     """A hash of every trained number that lies on this process; after the same steps it is the same."""
-    return agreement.checksum(map(local_tensor, _trained(model)))
+    return agreement.checksum(
+        parameter.ds_tensor if zero3.is_part(parameter) else local_tensor(parameter)
+        for parameter in _trained(model)
+    )
 
 
 def require_moved(trainer: FalconTrainer) -> None:
@@ -40,7 +44,7 @@ def require_moved(trainer: FalconTrainer) -> None:
     )
 
 
-def _trained(model: nn.Module) -> list[Tensor]:
+def _trained(model: nn.Module) -> list[Any]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 

@@ -210,6 +210,8 @@ class FalconTrainer(SFTTrainer):
         self._stopping, self._ending = False, None
         self._logged_step = self._began_at = self.state.global_step
         self.step.begin(self.optimizer.optimizer, self.accelerator, self._backward)
+        if zero3.is_zero3(self.model):  # whose weights lie elsewhere now; it never goes on from a checkpoint
+            self._at_start = footprint(self.model)
         if self._resumed is not None:
             (file, kept), self._resumed = self._resumed, None
             with process_state.reading(file):
@@ -400,8 +402,6 @@ class FalconTrainer(SFTTrainer):
 
     def is_as_it_was(self) -> bool:
         """Whether what is trained of the model lies on this process as it did before the run's first step."""
-        if zero3.is_zero3(self.model):  # which has the weights elsewhere than they were
-            return not self._began_at and not (self.had_a_rate and bool(self.step.reached))
         return footprint(self.model) == self._at_start
 
     @property

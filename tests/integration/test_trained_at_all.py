@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import Trainer
 
 import falcon_qlora
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.step import global_batch
 from falcon_qlora.step.loss import accumulate_gradients
+from falcon_qlora.training.moved import footprint
 from falcon_qlora.training.trainer import FalconTrainer
 from tests.integration.runs import command, metrics, write_jsonl
 from tests.integration.test_adapter import fine_tune
@@ -122,3 +126,15 @@ def test_the_command_ends_with_status_2(tmp_path: Path) -> None:
     assert ended.returncode == 2, ended.stderr
     assert "error: nothing was trained: after 1 step all" in ended.stderr
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_zero3_model_has_moved_where_a_part_on_this_process_has() -> None:
+    """DeepSpeed leaves parameters empty and hangs the parts on them."""
+    model = nn.Linear(3, 2)
+    for parameter in model.parameters():
+        parameter.ds_tensor = parameter.detach().clone().flatten()
+        parameter.data = torch.empty(0)
+    trainer: Any = SimpleNamespace(model=model, _at_start=footprint(model))
+    assert FalconTrainer.is_as_it_was(trainer)
+    model.bias.ds_tensor[1] += 1
+    assert not FalconTrainer.is_as_it_was(trainer)
