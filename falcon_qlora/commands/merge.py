@@ -207,6 +207,7 @@ def _origin(
         licence=licence_of(name, base),
         quantization=request.quantize_mode,
         template=record.get("template"),
+        template_sha256=record.get("template_fingerprint"),
         datasets=list(resolved.get("dataset_name", [])),
         data_fingerprint=fingerprint if isinstance(fingerprint, str) else None,
         settings={name: resolved[name] for name in shown if resolved.get(name) is not None},

@@ -43,6 +43,7 @@ class Origin:
         licence: the base's, as an identifier of the hub's; None where it is not known.
         quantization: how the base was stored in training, such as ``4bit``.
         template: the prompt template.
+        template_sha256: of its text, as the run recorded it; None where the adapter's folder does not say.
         datasets: what `--dataset_name` named.
         data_fingerprint: hash of the tokenized training rows, where the run's record is at hand.
         settings: the run's settings, name → value.
@@ -61,6 +62,7 @@ class Origin:
     licence: str | None = None
     quantization: str
     template: str | None = None
+    template_sha256: str | None = None
     datasets: list[str] = field(default_factory=list)
     data_fingerprint: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -232,6 +234,7 @@ def _made_of(certificate: Certificate) -> dict[str, Any]:
         "data": ", ".join(origin.datasets),
         "hash of the tokenized data": origin.data_fingerprint,
         "template": origin.template,
+        "template's SHA-256": origin.template_sha256,
         **{f"adapter: {name}": value for name, value in origin.adapter.items()},
     }
     return {label: value for label, value in rows.items() if value not in (None, "")}

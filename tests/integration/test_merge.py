@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -540,6 +541,9 @@ def test_a_run_on_a_folder_of_this_machine_is_used_as_any_other(tmp_path, capsys
 
 def test_an_adapter_from_elsewhere_is_measured_on_packaged_text_and_that_is_said(run, tmp_path, capsys):
     adapter = shutil.copytree(run / "adapter", tmp_path / "elsewhere")
+    text = hashlib.sha256(b"{{ messages }}").hexdigest()  # of the template, as a run records it
+    record = json.loads((adapter / RECORD).read_text()) | {"template_fingerprint": text}
+    (adapter / RECORD).write_text(json.dumps(record))
     words = (
         "--adapter",
         adapter,
@@ -555,6 +559,8 @@ def test_an_adapter_from_elsewhere_is_measured_on_packaged_text_and_that_is_said
     certificate = json.loads((tmp_path / "merged" / "certificate.json").read_text())
     assert "comes with falcon_qlora" in certificate["held_out"]["source"]
     assert certificate["held_out"]["tokens"] <= 800
+    assert (certificate["origin"]["template"], certificate["origin"]["template_sha256"]) == ("alpaca", text)
+    assert text in (tmp_path / "merged" / "README.md").read_text()
 
 
 def test_eval_gives_what_transformers_gives(run, tmp_path, capsys):
