@@ -50,8 +50,8 @@ class BenchArguments:
     tokens: list[str] = setting(["8192"], "Tokens of a micro batch, one or several.")
     whole_run: bool = setting(
         False,
-        "With --gpus: time whole runs of 200 --steps of 16,384 --tokens, to the adapter on disk, with cold "
-        "and warm caches.",
+        "With --gpus: time whole runs of 200 --steps of 16,384 --tokens, with their saves, to the adapter "
+        "on disk, with cold and warm caches.",
     )
     rounds: int = setting(5, "How often every variant has its turn.", least=1)
     warmup: int | None = setting(

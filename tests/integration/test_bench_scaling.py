@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from falcon_qlora import __main__ as cli
+from falcon_qlora.bench import scaling
 from falcon_qlora.bench.scaling import Row, Work, measure
+from falcon_qlora.checkpoint.manifest import newest_whole
+from falcon_qlora.run_folder.directory import RunDirectory
 from tests.benchmarks import against
 from tests.integration.runs import ENVIRONMENT
 
@@ -40,6 +45,30 @@ def test_two_processes_share_the_global_batch(
         assert positions == pytest.approx(512 if row is recipe else tokens, rel=0.05)
         assert (tokens < 400) if row is recipe else (440 < tokens <= 515)
     assert "2 GPUs" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_whole_run_saves_as_the_same_command_does_for_a_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    found, read_run = [], scaling.read_run
+
+    def read(row: Row, directory: RunDirectory, *, warmup: int) -> Any:
+        found.append(newest_whole(directory.checkpoints)[0])
+        return read_run(row, directory, warmup=warmup)
+
+    monkeypatch.setattr(scaling, "read_run", read)
+    file = tmp_path / "records.csv"
+    size = "--models tiny --lora_r 4 --tokens 128 --max_length 32 --steps 3".split()
+    assert (
+        cli.main(["bench", "--gpus", "1", "--variants", "ours", "--whole_run", *size, "--csv", str(file)])
+        == 0
+    )
+    assert [each and each.name for each in found] == ["step-3", "step-3"]
+    with file.open(newline="") as opened:
+        assert all("with the recipe's checkpoints" in row["note"] for row in csv.DictReader(opened))
 
 
 def test_a_run_that_breaks_says_why(capsys: pytest.CaptureFixture[str]) -> None:

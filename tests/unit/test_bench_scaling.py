@@ -246,6 +246,8 @@ def test_ours_alone_is_timed_whole_with_cold_and_warm_caches(
     assert labels == ["ours, cold caches", "ours, warm caches"]
     (cache, again) = (call.flags[call.flags.index("--cache_dir") + 1] for call in calls)
     assert cache == again
+    words = [call.words(tmp_path, steps=3, on_gpu=False) for call in (*calls, row())]
+    assert ["--save_strategy" in each for each in words] == [False, False, True]
 
 
 def test_a_whole_run_counts_the_steps_left_out(tmp_path: Path) -> None:
