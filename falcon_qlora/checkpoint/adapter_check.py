@@ -120,7 +120,9 @@ def _check_tensors(
         moved = {_kind(name) for name in saved.method.saved_shapes(config).keys() - set(zero)}
         zero = [name for name in zero if _kind(name) in moved]
     if zero:
-        raise AdapterFaultError(f"{folder}: training has not moved {zero[0]} ({len(zero)} such tensors)")
+        raise AdapterFaultError(
+            f"{folder}: {zero[0]} is still all zeros after training ({len(zero)} such tensors)"
+        )
 
 
 def _kind(name: str) -> str:
@@ -164,12 +166,12 @@ def _check_loss(folder: Path, peft_model: PeftModel) -> None:
         with _left_as_it_was(peft_model, device), torch.no_grad():
             found, expected = _losses(folder, peft_model, probe.to(device), device)
     except torch.OutOfMemoryError:
-        note(f"{folder}: no memory is left to open the adapter beside the model's: no losses were compared")
+        note(f"{folder}: out of memory while the adapter was opened again: its loss was not compared")
         return
     # Whether the model is of any use is not asked here: where its loss is not a number, so is the other's.
     if not (math.isclose(found, expected, rel_tol=1e-5) or (math.isnan(found) and math.isnan(expected))):
         raise AdapterFaultError(
-            f"{folder} opened again gives the loss {found / len(probe.targets):.6g} on a probe, the model in "
+            f"{folder}, opened again, has loss {found / len(probe.targets):.6g} on a probe, the model in "
             f"memory {expected / len(probe.targets):.6g}"
         )
 

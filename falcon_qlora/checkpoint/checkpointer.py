@@ -245,7 +245,7 @@ class Checkpointer:
             write.remove_unfinished(self.folder)
             note(
                 f"step {step:,}: the checkpoint could not be saved ({reason_of(error)}). The training goes "
-                "on and the next save is tried; earlier checkpoints are untouched"
+                "on until the next save; earlier checkpoints are untouched"
             )
         except AdapterFaultError as error:
             write.remove_unfinished(self.folder)
@@ -333,7 +333,7 @@ class Checkpointer:
         wrong = fault(best)
         if wrong is None:
             return best
-        note(f"{best}, the best so far, cannot be kept ({wrong}): the best from here on is")
+        note(f"{best}, the best so far, is not whole ({wrong}): the best of the steps to come is kept")
         return None
 
     def _arrive(self, step: int, *, writes: bool) -> None:

@@ -91,7 +91,7 @@ def reading(file: Path) -> Iterator[None]:
         told = "" if isinstance(error, pickle.UnpicklingError) else one_line(error)
         told = told or "it holds more than plain values and tensors"
         raise UserError(
-            f"{file} cannot be taken up: {told}. It is not what training wrote, or of another run. Go on "
+            f"{file} cannot be loaded: {told}. It is not what training wrote, or of another run. Resume "
             "from another checkpoint (--resume CHECKPOINT), or start the run again with --overwrite"
         ) from None
 

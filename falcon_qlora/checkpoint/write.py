@@ -36,8 +36,8 @@ def require_same_replicas(tensors: Iterable[Tensor], checkpoints: Path, *, step:
     except agreement.ReplicasDifferError as error:
         last = agreement.from_main_process(lambda: last_complete(checkpoints))
         raise UserError(
-            f"step {step:,}: the replicas differ: {error}. Nothing was saved: look at the GPUs of these "
-            f"processes and their memory. {last}"
+            f"step {step:,}: the replicas diverged: {error}. Nothing was saved: check the GPUs of these "
+            f"ranks and their memory. {last}"
         ) from None
 
 
@@ -52,7 +52,7 @@ def last_complete(checkpoints: Path) -> str:
     whole, _ = newest_whole(checkpoints)
     if whole is None:
         return "There is no complete checkpoint."
-    return f"The last complete checkpoint is {whole}: --resume goes on from it."
+    return f"The last complete checkpoint is {whole}: resume it with --resume."
 
 
 @contextlib.contextmanager

@@ -138,7 +138,7 @@ def check_replicas(tensors: Iterable[torch.Tensor]) -> None:
     everyone = gather_objects(checksum(tensors))
     odd = [index for index, theirs in enumerate(everyone) if theirs != everyone[0]]
     if odd:
-        raise ReplicasDifferError(f"processes {odd} do not hold what process 0 holds")
+        raise ReplicasDifferError(f"ranks {odd} do not match rank 0")
 
 
 def checksum(tensors: Iterable[torch.Tensor]) -> str:

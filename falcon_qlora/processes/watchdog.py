@@ -155,7 +155,7 @@ def describe(answers: dict[int, str], processes: int, still: float) -> str:
     silent = [process for process in range(processes) if process not in answers]
     if silent:
         which = ", ".join(map(str, silent))
-        return f"process {which} does not answer: it is stopped, or stuck outside of Python"
+        return f"process {which} is not responding: stopped, or blocked in native code"
     said = {process: json.loads(answer) for process, answer in answers.items()}
     furthest_back = min(tuple(place[:2]) for place in said.values())
     held = {process: place for process, place in said.items() if tuple(place[:2]) == furthest_back}

@@ -243,8 +243,8 @@ class Backlog:
         except OSError as error:
             if not self._told:
                 note(
-                    f"{self._what} cannot be written ({reason_of(error)}). The training goes on; what "
-                    "is missing there is added once that works again"
+                    f"{self._what} cannot be written ({reason_of(error)}). The training goes on; "
+                    "what is missing is added once it can be written again"
                 )
             self._told = True
 

@@ -76,7 +76,7 @@ class RunLock:
             if handle is not None and error.errno in (errno.EACCES, errno.EAGAIN):
                 return False
             self._say(
-                f"{file.parent} cannot be locked ({error.strerror}): see to it yourself that no other "
+                f"{file.parent} cannot be locked ({error.strerror}): make sure yourself that no other "
                 "process trains there"
             )
             return True

@@ -49,12 +49,12 @@ class BadSteps:
         self.total += 1
         self.in_a_row += 1
         where = f"step {report.step + 1} ({self.rows_of(report)})"
-        self.say(f"{where}: the loss or its gradient is not finite; the step was skipped")
+        self.say(f"{where}: non-finite loss or gradient (NaN/inf); the step was skipped")
         if self.most and self.in_a_row >= self.most:
             raise UserError(
-                f"{self.in_a_row} steps in a row had a loss or gradient that is not finite, the last one "
-                f"{where}. Nothing was changed by them. Look at these rows; lower --learning_rate, compute "
-                "in bf16 or fp32; --max_bad_steps allows more"
+                f"{self.in_a_row} steps in a row had a non-finite loss or gradient (NaN/inf), the last one "
+                f"{where}. They updated no weights. Look at these rows; lower --learning_rate, compute in "
+                "bf16 or fp32; --max_bad_steps allows more"
             )
 
     def _see_loss(self, report: StepReport) -> None:

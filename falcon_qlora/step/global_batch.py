@@ -158,9 +158,9 @@ class Step:
             if report.halvings > self.halvings:
                 self.halvings = report.halvings
                 note(
-                    f"out of memory at step {report.step + 1}: it was done again in smaller pieces. From "
-                    f"here on every micro batch is split in {2**self.halvings} on all processes; the global "
-                    "batch stays the same"
+                    f"out of memory at step {report.step + 1}: retried with smaller micro-batches. From here "
+                    f"on each is split into {2**self.halvings} on all processes; the global batch stays the "
+                    "same"
                 )
             self.bad_steps.see(report)
         return reports
@@ -178,9 +178,9 @@ class Step:
             self.bad_steps.see(report)
         if 0 < steps <= self.bad_steps.total:
             raise UserError(
-                f"all {steps:,} steps had a loss or gradient that is not finite and were "
-                "skipped: nothing was learned, and no adapter is written. Look at the rows above and the "
-                "base model; lower --learning_rate, or compute in bf16 or fp32"
+                f"all {steps:,} steps had a non-finite loss or gradient (NaN/inf) and were skipped: nothing "
+                "was learned, and no adapter is written. Look at the rows above and the base model; lower "
+                "--learning_rate, or compute in bf16 or fp32"
             )
 
     def state(self) -> dict[str, Any]:

@@ -86,11 +86,11 @@ def print_end(summary: Mapping[str, Any], contents: Sequence[Path], *, adapter: 
     if peak := summary.get("peak_memory_gib"):
         memory = f"{peak:.2f} GiB at most on one device"
     if (parts := summary.get("micro_batch_parts", 1)) > 1:
-        memory = joined(memory, f"it ran out, and micro batches were split in {parts}")
+        memory = joined(memory, f"ran out: micro-batches were split into {parts}")
     if shares := summary.get("reduction_shares"):
         slowest = shares.index(min(shares))
         reduced = (
-            f"adding up gradients took {min(shares):.1%} of the time of the slowest (process {slowest}), "
+            f"gradient all-reduce took {min(shares):.1%} of the time of the slowest (process {slowest}), "
             f"{max(shares):.1%} of the fastest, which waited"
         )
     speed = f"{summary['tokens_per_second']:,.0f} tokens/s in the steps"

@@ -124,6 +124,6 @@ def _check_room(directory: RunDirectory, needed: int) -> None:
     written = (path.stat().st_size for path in directory.checkpoints.rglob("*") if path.is_file())
     if needed > free + sum(written):
         raise UserError(
-            f"{directory}: the run's checkpoints will take {gib(needed)} and {gib(free)} "
-            "are free there. Name another folder with --output_dir, or keep fewer with --save_total_limit"
+            f"{directory}: the run's checkpoints need {gib(needed)}, and only {gib(free)} are free. Name "
+            "another folder with --output_dir, or keep fewer with --save_total_limit"
         )

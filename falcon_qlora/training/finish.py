@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.checkpoint.adapter_check import AdapterFaultError, check_adapter
-from falcon_qlora.checkpoint.manifest import newest_whole, write_manifest
+from falcon_qlora.checkpoint.manifest import write_manifest
 from falcon_qlora.checkpoint.write import disk_errors, last_complete, not_kept, require_same_replicas
 from falcon_qlora.common.errors import UserError, reason_of
 from falcon_qlora.common.files import replaced_folder
@@ -152,7 +152,7 @@ def _keep_adapter(
         if failure is None:
             return
         if tries_left:
-            console.note(f"the adapter could not be written ({failure}): it is tried once more in a moment")
+            console.note(f"the adapter could not be written ({failure}); retrying in {_PAUSE_SECONDS:g} s")
             time.sleep(_PAUSE_SECONDS)
     last = agreement.from_main_process(lambda: last_complete(directory.checkpoints))
     raise UserError(f"all steps are done, but {directory.adapter} could not be written ({failure}). {last}")
@@ -221,11 +221,10 @@ def stop(
         directory.draw_loss()
     where = f"stopped at step {stopped.step:,} of {steps:,}"
     if stopped.failure is not None:
-        whole = agreement.from_main_process(lambda: newest_whole(directory.checkpoints)[0])
-        last = f"the last complete checkpoint is {whole}" if whole else "there is no complete checkpoint"
-        raise UserError(f"{where}, but the checkpoint could not be saved ({stopped.failure}); {last}")
+        last = agreement.from_main_process(lambda: last_complete(directory.checkpoints))
+        raise UserError(f"{where}, but the checkpoint could not be saved ({stopped.failure}). {last}")
     if not resumable:
         kept = directory.checkpoints / f"step-{stopped.step}"
-        console.print_plain(f"{where}. {kept} holds the weights alone: the run cannot go on")
+        console.print_plain(f"{where}. {kept} is weights only: the run cannot be resumed")
         return
     console.print_plain(f"{where}. Go on with:  {how_to_go_on(directory)}")

@@ -39,8 +39,8 @@ def require_moved(trainer: FalconTrainer) -> None:
     if not all(same) and not _is_still_zero(model):
         return
     raise UserError(
-        f"nothing was trained: after {counted(trainer.state.global_step, 'step')} all that "
-        f"{method_of(model).title} trains is as it was at the start. {_why(trainer)}. No adapter is written"
+        f"nothing was trained: after {counted(trainer.state.global_step, 'step')} the weights "
+        f"that {method_of(model).title} trains have not changed. {_why(trainer)}. No adapter is written"
     )
 
 
@@ -59,7 +59,7 @@ def _is_still_zero(model: nn.Module) -> bool:
 def _why(trainer: FalconTrainer) -> str:
     args, bad = trainer.args, trainer.step.bad_steps.total
     if not trainer.steps_of_this_start:
-        return "It was so at the checkpoint already, and no step was left"
+        return "Nor had they at the checkpoint, and no step was left"
     if not trainer.had_a_rate:
         return (
             "The learning rate was 0 in every step: look at --learning_rate "

@@ -250,7 +250,7 @@ def start_notes(configuration: Configuration, data: TrainingData, model: Any) ->
     """What a user should know of the run before its first step."""
     longest = configuration.data.max_length
     notes = [
-        f"no longer settings, and passed over in {file} as they change nothing there: {', '.join(keys)}"
+        f"{file}: ignored, as they are no longer settings: {', '.join(keys)}"
         for file, keys in configuration.passed_over.items()
     ]
     if configuration.model.model_name_or_path.startswith("random:"):

@@ -11,6 +11,7 @@ from falcon_qlora.checkpoint.resume import check_trainer_state
 from falcon_qlora.checkpoint.write import set_aside_after
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import plain, quoted
+from falcon_qlora.common.quantities import counted
 from falcon_qlora.common.settings import settings_of
 from falcon_qlora.common.untrusted import is_count, refuse_links
 from falcon_qlora.config import Configuration
@@ -44,10 +45,10 @@ _DECISIVE_FOR_STREAMS = (
 DRAWING = 2
 # These may be changed, and what follows from them is said.
 _MAY_CHANGE = {
-    "max_steps": "the learning rate goes on differently",
-    "num_train_epochs": "the learning rate goes on differently",
+    "max_steps": "the learning-rate schedule changes",
+    "num_train_epochs": "the learning-rate schedule changes",
     "kernels": "the losses agree up to rounding",
-    "per_device_train_batch_size": "the losses agree up to rounding, and with dropout not even so",
+    "per_device_train_batch_size": "the losses agree up to rounding, but not with dropout",
     "eval_split": "held-out losses before and after are of other rows, also where the best is chosen by them",
     "sharding": "the losses agree up to rounding",
     "tf32": "the losses agree up to rounding",
@@ -92,7 +93,7 @@ def _find(directory: RunDirectory, named: Path | None) -> str | None:
         return str(named)
     whole, faulty = manifest.newest_whole(directory.checkpoints)
     for path, wrong in faulty:
-        note(f"{path} is passed over: {wrong}")
+        note(f"{path} is skipped: {wrong}")
     if whole is None and faulty:
         raise UserError(
             f"--resume: no checkpoint in {directory.checkpoints} is whole; start the run again with "
@@ -129,7 +130,7 @@ def _refuse_if_not_whole(checkpoint: Path) -> None:
 def _not_what_training_wrote(checkpoint: Path, name: str, value: Any) -> UserError:
     return UserError(
         f"--resume {checkpoint}: its {manifest.MANIFEST} is not what training wrote ({name} is "
-        f"{str(value)[:40]!r}). Go on from another checkpoint (--resume CHECKPOINT), or start the run again "
+        f"{str(value)[:40]!r}). Resume from another checkpoint (--resume CHECKPOINT), or start the run again "
         "with --overwrite"
     )
 
@@ -144,11 +145,11 @@ def adopt(configuration: Configuration, checkpoint: str) -> None:
     run, batch = configuration.run, record["global_batch"]
     if run.global_batch_size not in (None, batch):
         raise UserError(
-            f"--global_batch_size {run.global_batch_size}: the run that goes on has steps of {batch} "
+            f"--global_batch_size {run.global_batch_size}: the run to resume has a global batch of {batch} "
             "sequences; leave the flag out"
         )
     if global_batch(run) != batch:
-        note(f"a step stays {batch} sequences, as the run began")
+        note(f"keeping the run's global batch size of {batch}")
     run.global_batch_size = batch
     _compare_settings(configuration, Path(checkpoint), record)
     noise = configuration.trainer.get("neftune_noise_alpha") is not None
@@ -164,7 +165,7 @@ def _refuse_other_drawing(data: DataArguments, *, noise: bool) -> None:
     elif noise and data.packing:
         told = "had --neftune_noise_alpha by the length of a micro-batch, and it is by each document's now"
     if told is not None:
-        raise UserError(f"--resume: the run that goes on {told}. Start a new run")
+        raise UserError(f"--resume: the run to resume {told}. Start a new run")
 
 
 def _compare_settings(configuration: Configuration, checkpoint: Path, record: dict[str, Any]) -> None:
@@ -198,8 +199,8 @@ def _compare_settings(configuration: Configuration, checkpoint: Path, record: di
             continue
         if name not in _MAY_CHANGE:
             raise UserError(
-                f"--resume: {name} was {was} in the run that goes on and is {is_now} now, which would make "
-                "it another run. Leave it as it was, or start a new run"
+                f"--resume: {name} was {was} in the run to resume and is {is_now} now, which would make it "
+                "another run. Leave it as it was, or start a new run"
             )
         note(f"{name} was {was} and is {is_now} now: {_MAY_CHANGE[name]}")
 
@@ -226,8 +227,8 @@ def _batch_of(settings: dict[str, Any], processes: int) -> Any:
 def _say_what_differs(processes: int, *, draws: bool) -> None:
     if processes == ranks.world_size():
         return
-    changed = f"going on with {ranks.world_size()} instead of {processes} processes: the same documents"
-    changed += " make each step"
+    changed = f"resuming on {counted(ranks.world_size(), 'process', 'processes')} instead of {processes}: "
+    changed += "each step has the same documents"
     if draws:
         note(
             f"{changed}, but dropout and noise are drawn anew, so the losses will differ from an "
@@ -263,7 +264,7 @@ def check_data(data: TrainingData, checkpoint: str | None) -> None:
 def _tell_other_template(data: TrainingData, checkpoint: Path) -> None:
     before = read_record(checkpoint).get("template_fingerprint") if (checkpoint / RECORD).is_file() else None
     if before and before != data.record["template_fingerprint"]:
-        note(f"the text of template {data.template} is not what the run began with")
+        note(f"the text of template {data.template} has changed since the run began")
 
 
 def _changed_stream(before: dict[str, Any] | None, now: dict[str, Any]) -> str | None:
@@ -281,7 +282,7 @@ def forget_after(directory: RunDirectory, step: int) -> None:
     """Cut the record back to a step: what came after it is done again. On the main process."""
     directory.drop_metrics_after(step)
     for path in set_aside_after(directory.checkpoints, step):
-        note(f"{path} is after step {step:,} and set aside until the run has come there again")
+        note(f"{path} is later than step {step:,}: it is set aside until the run reaches it again")
 
 
 def step_of(checkpoint: str) -> int:

@@ -42,7 +42,7 @@ def shard_if_wanted(configuration: Configuration, model: Any) -> list[str]:
     if configuration.run.sharding == "zero3":
         _check_zero3(configuration)
         zero3.mark(model)
-        sharding += "; its checkpoints hold the weights alone and cannot be resumed"
+        sharding += "; its checkpoints are weights only and cannot be resumed"
     else:
         sharded.shard(model, devices.local_device())
     return [sharding, *notes]
@@ -86,7 +86,7 @@ def _wanted(configuration: Configuration, config: PreTrainedConfig) -> bool:
     named = wanted in ("fsdp", "zero3")
     if named and processes == 1:
         raise UserError(
-            f"--sharding {wanted} shares a model out to several processes, and there is one: give more "
+            f"--sharding {wanted} splits the model over several processes, and there is only one: give more "
             "--gpus, or --sharding none"
         )
     if wanted != "auto":

@@ -62,8 +62,8 @@ def adopt(configuration: Configuration, start: RunDirectory | None = None, check
         found = sha256(saved.file)
         if run.adapter_sha256 not in (None, found):
             raise UserError(
-                f"--adapter {folder}: its weights are not those that were meant: their SHA-256 is {found}, "
-                f"not {run.adapter_sha256}. Bring the old ones back, or leave --adapter_sha256 out"
+                f"--adapter {folder}: the SHA-256 of its weights is {found}, not --adapter_sha256 "
+                f"{run.adapter_sha256}. Restore the weights, or leave --adapter_sha256 out"
             )
         run.adapter, run.adapter_sha256 = str(folder.absolute()), found
     config = _adopt_base(configuration, record, folder)

@@ -40,7 +40,7 @@ def test_gradients_that_are_no_numbers_at_any_scale_are_bad_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, norm: float
 ) -> None:
     spoil(monkeypatch, torch.nan, set(range(1, 41)))
-    with pytest.raises(UserError, match="2 steps in a row had a loss or gradient that is not finite"):
+    with pytest.raises(UserError, match="2 steps in a row had a non-finite loss or gradient"):
         fine_tune(tmp_path / "run", **SETTINGS, max_bad_steps=2, max_grad_norm=norm)
 
 

@@ -127,7 +127,7 @@ def test_it_is_trained_told_of_resumed_and_opened(tmp_path: Path, capsys: pytest
     assert "trained with Norms and cannot be merged" in capsys.readouterr().err
 
     longer = {**FLAGS, "max_steps": 3, "output_dir": run, "resume": "latest"}
-    with refused("norm_biases was True in the run that goes on and is False now"):
+    with refused("norm_biases was True in the run to resume and is False now"):
         fine_tune(tmp_path, **longer | {"norm_biases": False})
     fine_tune(tmp_path, **longer, norm_note="again")
     assert not torch.equal(load_file(folder / "adapter_model.safetensors")[NORM], trained[NORM])
@@ -150,7 +150,7 @@ def test_what_a_lora_is_scaled_by_is_told_everywhere(
         assert "rsLoRA, DoRA" in told
     for use in ("use_dora", "use_rslora"):
         assert f"| {use} | yes |" in card
-        with refused(f"{use} was True in the run that goes on and is False now"):
+        with refused(f"{use} was True in the run to resume and is False now"):
             fine_tune(tmp_path, **settings | {use: False}, max_steps=2, output_dir=run, resume="latest")
 
 

@@ -25,7 +25,7 @@ from tests.integration.test_kernels_flag import fine_tune
 
 BAD = 2
 POISON = "xyzzy"
-NOTE = r"note: step (\d+) \((.*)\): the loss or its gradient is not finite"
+NOTE = r"note: step (\d+) \((.*)\): non-finite loss or gradient"
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "adamw_torch", "paged_adamw_8bit"])
@@ -88,7 +88,7 @@ def test_a_run_whose_numbers_stay_bad_is_saved_and_goes_on(
 
 def test_a_run_without_a_good_step_leaves_no_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, {1, 2})
-    with pytest.raises(UserError, match="all 2 steps had a loss or gradient that is not finite"):
+    with pytest.raises(UserError, match="all 2 steps had a non-finite loss or gradient"):
         fine_tune(tmp_path / "run", max_steps=2, max_rows=40, max_length=64, eval_split=None, eval_steps=None)
     assert not (tmp_path / "run" / "adapter").exists()
 

@@ -69,7 +69,7 @@ def test_where_the_best_is_damaged_the_best_after_it_is_kept_and_that_is_said(
     shutil.rmtree(run / "checkpoints" / "step-3")
     (run / "checkpoints" / "step-1" / "optimizer.pt").write_bytes(b"")
     falcon_qlora.train(resume=run)
-    assert "step-1, the best so far, cannot be kept (optimizer.pt has 0 bytes" in capsys.readouterr().out
+    assert "step-1, the best so far, is not whole (optimizer.pt has 0 bytes" in capsys.readouterr().out
     assert summary(run)["best_step"] == 3
 
 

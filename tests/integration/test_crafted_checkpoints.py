@@ -108,19 +108,19 @@ def other_random_states(checkpoint: Path) -> None:
 
 
 CRAFTED = {
-    "processes.pt: a pickle": (pickled("processes.pt"), "processes.pt cannot be taken up"),
-    "optimizer.pt: a pickle": (pickled("optimizer.pt"), "optimizer.pt cannot be taken up"),
-    "scheduler.pt: a pickle": (pickled("scheduler.pt"), "scheduler.pt cannot be taken up"),
-    "optimizer.pt: a list": (saved("optimizer.pt", [1]), "optimizer.pt cannot be taken up: it holds a list"),
-    "optimizer.pt: empty": (saved("optimizer.pt", {}), "optimizer.pt cannot be taken up"),
-    "scheduler.pt: a list": (saved("scheduler.pt", [1]), "scheduler.pt cannot be taken up: it holds a list"),
-    "processes.pt: none": (saved("processes.pt", []), "processes.pt cannot be taken up: it holds no process"),
-    "processes.pt: numbers": (saved("processes.pt", [1]), "processes.pt cannot be taken up"),
-    "processes.pt: too little": (without_loss, "processes.pt cannot be taken up: 'meter'"),
-    "processes.pt: other random states": (other_random_states, "processes.pt cannot be taken up"),
+    "processes.pt: a pickle": (pickled("processes.pt"), "processes.pt cannot be loaded"),
+    "optimizer.pt: a pickle": (pickled("optimizer.pt"), "optimizer.pt cannot be loaded"),
+    "scheduler.pt: a pickle": (pickled("scheduler.pt"), "scheduler.pt cannot be loaded"),
+    "optimizer.pt: a list": (saved("optimizer.pt", [1]), "optimizer.pt cannot be loaded: it holds a list"),
+    "optimizer.pt: empty": (saved("optimizer.pt", {}), "optimizer.pt cannot be loaded"),
+    "scheduler.pt: a list": (saved("scheduler.pt", [1]), "scheduler.pt cannot be loaded: it holds a list"),
+    "processes.pt: none": (saved("processes.pt", []), "processes.pt cannot be loaded: it holds no process"),
+    "processes.pt: numbers": (saved("processes.pt", [1]), "processes.pt cannot be loaded"),
+    "processes.pt: too little": (without_loss, "processes.pt cannot be loaded: 'meter'"),
+    "processes.pt: other random states": (other_random_states, "processes.pt cannot be loaded"),
     "the step: a word": (
         json_with("trainer_state.json", global_step="abc"),
-        "trainer_state.json cannot be taken up: global_step is 'abc'",
+        "trainer_state.json cannot be loaded: global_step is 'abc'",
     ),
     "the step: another": (json_with("trainer_state.json", global_step=1), "global_step is 1 in step-2"),
     "the trainer's state: a key more": (json_with("trainer_state.json", x=1), "trainer_state.json cannot be"),
@@ -191,7 +191,7 @@ def test_a_crafted_cursor(streamed, tmp_path, monkeypatch, what):
     monkeypatch.setattr("falcon_qlora.checkpoint.process_state._CURSOR_BYTES", 2**20)
     craft, told = CURSORS[what]
     said = refused(streamed, tmp_path, monkeypatch, craft)
-    assert "stream.json.gz cannot be taken up" in said
+    assert "stream.json.gz cannot be loaded" in said
     assert told in said
 
 

@@ -163,7 +163,7 @@ CHANGED: dict[str, Case] = {
     "recipe": Case("recipe.yaml"),
     "adapter": Case("earlier", {"lora_r": None}),
     "adapter_sha256": Case(
-        "0" * 64, {"adapter": "earlier", "lora_r": None}, refusal="not those that were meant"
+        "0" * 64, {"adapter": "earlier", "lora_r": None}, refusal="the SHA-256 of its weights is "
     ),
     "output_dir": Case("run-elsewhere", seen=lambda seen: seen.folder.name),
     "config": Case("recipe.yaml"),

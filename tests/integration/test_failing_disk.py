@@ -78,10 +78,10 @@ def test_an_adapter_that_cannot_be_written_is_by_going_on(
         assert status == 2
         assert re.fullmatch(
             rf"error: all steps are done, but run/adapter could not be written \(.+\)\. The last complete "
-            rf"checkpoint is {last}: --resume goes on from it\.\n",
+            rf"checkpoint is {last}: resume it with --resume\.\n",
             errors,
         )
-        assert output.count("it is tried once more") == 1
+        assert output.count("retrying in") == 1
         folder = processes.folder / "run"
         assert [path.name for path in folder.glob("*adapter*")] == []
         status, _, errors = run(processes, "--output_dir", "run", "--resume", settings=settings)

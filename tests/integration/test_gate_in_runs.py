@@ -21,7 +21,7 @@ METHODS: dict[str, Any] = {"lora": Lora, "adapter_v2": AdapterV2}
 
 @pytest.mark.parametrize(
     ("wrong", "told"),
-    [(".step-2.partial", "opened again gives the loss"), (".step-4.partial", "another configuration")],
+    [(".step-2.partial", "opened again, has loss"), (".step-4.partial", "another configuration")],
 )
 def test_settings_that_are_not_the_models_are_found_at_a_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str, told: str

@@ -223,7 +223,7 @@ def test_restarts_of_a_run_that_goes_on_from_an_older_checkpoint(processes: Proc
             "hang",
             r"process 1 has not moved for \d+ s, computing at step 3\. Its Python stack:(.|\n)*faulty_worker",
         ),
-        ("stopped", "process 1 does not answer"),
+        ("stopped", "process 1 is not responding"),
         (
             "write_hangs",
             r"process 0 has not .*saving a checkpoint at step 6(.|\n)*writes a checkpoint:",
@@ -268,8 +268,8 @@ def test_another_number_of_processes_makes_the_same_global_batches(processes: Pr
     assert run(processes, *settings, "--output_dir", name, faults=[asked])[0] == 0
     status, output, _ = run(processes, *settings, "--output_dir", name, "--resume", gpus=1)
     assert status == 0
-    assert "a step stays 8 sequences" in output
-    assert "going on with 1 instead of 2 processes: the same documents make each step" in output
+    assert "keeping the run's global batch size of 8" in output
+    assert "resuming on 1 process instead of 2: each step has the same documents" in output
     lines, expected = (metrics(processes.folder / each) for each in (name, f"{name}-whole"))
     assert [line["tokens"] for line in lines] == [line["tokens"] for line in expected]
     for line, other in zip(lines, expected, strict=True):
@@ -302,7 +302,7 @@ def test_an_altered_checkpoint_is_passed_over_for_the_one_before(processes: Proc
     state.write_bytes(data)
     status, output, errors = run(processes, *words, "--resume")
     assert (status, errors) == (0, "")
-    assert "step-3 is passed over: optimizer.pt is not what was written" in output
+    assert "step-3 is skipped: optimizer.pt is not what was written" in output
     assert "going on from step 2" in output
     assert adapter.read_bytes() == before
 

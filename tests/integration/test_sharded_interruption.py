@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from falcon_qlora.checkpoint.manifest import newest_whole
+from falcon_qlora.common.quantities import counted
 from tests.integration.interrupted import ROWS, assert_same_run, at_work, run
 from tests.integration.processes import Processes
 from tests.integration.runs import metrics, summary
@@ -101,7 +102,7 @@ def test_a_disk_without_room_for_the_parts_is_refused_before_the_run(
     room = {"do": "room", "bytes": written - 1_000_000}
     status, _, errors = run(processes, "--output_dir", "full", faults=[room], settings=SHARDED)
     assert status == 2
-    found = re.search(r"full: the run's checkpoints will take ([\d.]+) GiB", errors)
+    found = re.search(r"full: the run's checkpoints need ([\d.]+) GiB", errors)
     assert found is not None, errors
     # Four checkpoints and the adapter, each with 16 MiB to spare.
     assert written < float(found[1]) * 2**30 < written + 5.5 * 2**24
@@ -125,7 +126,7 @@ def test_another_number_of_processes_trains_the_same(
     gpus, sharding = goes_on
     status, output, errors = run(processes, *words, "--resume", gpus=gpus, settings=[*every_step, sharding])
     assert status == 0, errors
-    assert f"going on with {gpus} instead of {wrote[0]} processes" in output
+    assert f"resuming on {counted(gpus, 'process', 'processes')} instead of {wrote[0]}: " in output
     assert summary(processes.folder / name)["world_size"] == gpus
     lines, expected = (metrics(processes.folder / each) for each in (name, f"{name}-whole"))
     assert [line["tokens"] for line in lines] == [line["tokens"] for line in expected]

@@ -52,7 +52,7 @@ def test_a_sharded_run_goes_on_to_the_last_bit_from_before_a_torn_part(tmp_path:
     # What the method is, its own settings say.
     result = command("train", "--resume", run, "--sharding", "fsdp", "--gpus", "2")
     assert (result.returncode, result.stderr) == (0, "")
-    assert "step-4 is passed over: optimizer-00002-of-00002.pt has" in result.stdout
+    assert "step-4 is skipped: optimizer-00002-of-00002.pt has" in result.stdout
     assert "going on from step 2" in result.stdout
     assert_same_run(run, whole)
 

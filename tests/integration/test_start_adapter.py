@@ -201,9 +201,7 @@ def test_it_resumes_exactly_without_the_adapter_that_it_began_from(tmp_path: Pat
     stopped = Path(shutil.copytree(whole, tmp_path / "stopped"))
     shutil.rmtree(stopped / "checkpoints" / "step-2")
     shutil.rmtree(stopped / "adapter")
-    with pytest.raises(
-        UserError, match=r"adapter was .*/adapter in the run that goes on and is .*/whole_names"
-    ):
+    with pytest.raises(UserError, match=r"adapter was .*/adapter in the run to resume and is .*/whole_names"):
         falcon_qlora.train(resume=stopped, adapter=make(tmp_path / "whole_names", "whole_names"))
     # The same command line once more, as job scripts have it.
     shutil.rmtree(folder)
@@ -243,7 +241,7 @@ def test_a_restart_of_torchrun_goes_on_without_the_adapter_or_begins_from_the_sa
     )
     # Before there was a checkpoint.
     shutil.rmtree(broken / "checkpoints")
-    told = "there is no such folder" if fate == "gone" else "its weights are not those that were meant"
+    told = "there is no such folder" if fate == "gone" else "the SHA-256 of its weights is "
     with pytest.raises(UserError, match=told):
         train(tmp_path, **settings)
     # Of another launch nothing is taken.
@@ -300,7 +298,7 @@ def test_what_contradicts_the_adapter_is_refused(tmp_path: Path) -> None:
         ),
         ({"method": "adapter"}, "--method is adapter, but .* has lora"),
         ({"model_name_or_path": "random:falcon-7b"}, "adapter is damaged or of another model"),
-        ({"adapter_sha256": "0" * 64}, "not those that were meant"),
+        ({"adapter_sha256": "0" * 64}, "the SHA-256 of its weights is "),
         ({"compute_dtype": "fp8", "lora_dropout": 0.3}, "fp8"),
     ):
         with pytest.raises(UserError, match=told):

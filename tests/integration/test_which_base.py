@@ -149,9 +149,7 @@ def test_training_on_from_it_on_another_base_is_refused(folder: Path, tmp_path: 
             adapter=folder / "run", model_name_or_path=folder / "bases/two", output_dir=tmp_path / "n", **more
         )
     assert not (tmp_path / "n").exists()
-    with pytest.raises(
-        UserError, match=r"model_name_or_path was .*/one in the run that goes on and is .*/two"
-    ):
+    with pytest.raises(UserError, match=r"model_name_or_path was .*/one in the run to resume and is .*/two"):
         falcon_qlora.train(resume=folder / "run", model_name_or_path=folder / "bases/two", max_steps=3)
     # Only the quantization is another.
     run = falcon_qlora.train(

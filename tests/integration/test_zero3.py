@@ -117,7 +117,7 @@ def test_a_signal_ends_the_run_with_its_weights(tmp_path: Path) -> None:
     faults = [{"do": "signal", "step": 1, "rank": 0, "to": "launcher", "number": signal.SIGTERM}]
     words = ("-b", "1", "--sharding", "zero3", "--gpus", "2")
     output, _ = run_faulty(tmp_path, "run", *words, faults=faults)
-    stopped = re.search(r"stopped at step [123] of 4\. (\S+) holds the weights alone", output)
+    stopped = re.search(r"stopped at step [123] of 4\. (\S+) is weights only", output)
     assert stopped is not None, output
     assert load_file(tmp_path / stopped[1] / "model.safetensors")
     again = ("--report_to", "none", "--output_dir", tmp_path / "run", "--resume")

@@ -133,7 +133,7 @@ def test_files_that_are_cut_short_or_gone(tmp_path, model):
 def test_settings_that_are_not_the_models_show_in_the_loss(tmp_path, model):
     settings = json.loads((save(model, tmp_path) / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 8}))
-    with pytest.raises(AdapterFaultError, match="opened again gives the loss"):
+    with pytest.raises(AdapterFaultError, match="opened again, has loss"):
         check_adapter(tmp_path, model)
     assert list(model.peft_config) == ["default"]
 
@@ -141,7 +141,9 @@ def test_settings_that_are_not_the_models_show_in_the_loss(tmp_path, model):
 def test_an_adapter_that_was_never_trained(tmp_path):
     untrained = attach_lora(tiny_model("falcon-7b"), r=4)
     save(untrained, tmp_path)
-    with pytest.raises(AdapterFaultError, match=r"training has not moved .*lora_B.*8 such tensors"):
+    with pytest.raises(
+        AdapterFaultError, match=r"lora_B.* is still all zeros after training .8 such tensors"
+    ):
         check_adapter(tmp_path, untrained, trained=True)
     check_adapter(tmp_path, untrained, trained=False)
     check_adapter(tmp_path, untrained)
@@ -151,7 +153,9 @@ def test_one_that_has_not_moved_among_others_that_have(tmp_path):
     partly = trained_model()
     with torch.no_grad():
         next(p for name, p in partly.named_parameters() if "1.mlp.dense_4h_to_h.lora_B" in name).zero_()
-    with pytest.raises(AdapterFaultError, match=r"has not moved .*1\.mlp\.dense_4h_to_h\.lora_B.*1 such"):
+    with pytest.raises(
+        AdapterFaultError, match=r"1\.mlp\.dense_4h_to_h\.lora_B.* is still all zeros .*1 such"
+    ):
         check_adapter(save(partly, tmp_path), partly)
 
 
@@ -188,7 +192,7 @@ def test_every_method_is_compared_tensor_by_tensor(tmp_path, name):
 def test_prefixes_of_another_run_or_never_trained(tmp_path):
     model = Adapter(prefix_length=5, first_block=1).attach(tiny_model("falcon-7b"), seed=3)
     method_of(model).save(model, tmp_path)
-    with pytest.raises(AdapterFaultError, match=r"training has not moved .*gate"):
+    with pytest.raises(AdapterFaultError, match=r"gate.* is still all zeros"):
         check_adapter(tmp_path, model, trained=True)
     check_adapter(tmp_path, model, trained=False)
     settings = json.loads((tmp_path / "adapter_config.json").read_text())

@@ -77,7 +77,7 @@ def test_replicas_that_differ_by_little_are_found(tmp_path: Path) -> None:
     changes = ("one value", "exchanged bytes", "1, -2, 1", "the last byte", "byte 65520")
     assert result.stdout.splitlines() == [
         "nothing: the same",
-        *(f"{change}: processes [1] do not hold what process 0 holds" for change in changes),
+        *(f"{change}: ranks [1] do not match rank 0" for change in changes),
         "nothing again: the same",
     ]
 

@@ -91,7 +91,7 @@ def test_the_process_that_is_behind_or_silent_is_the_one_that_hangs() -> None:
     assert describe({0: waiting, 1: behind, 2: waiting}, 3, 60.0) == (
         "process 1 has not moved for 60 s, computing at step 7. Its Python stack:\nin sleep"
     )
-    assert describe({0: waiting, 2: waiting}, 3, 60.0).startswith("process 1 does not answer")
+    assert describe({0: waiting, 2: waiting}, 3, 60.0).startswith("process 1 is not responding")
     assert describe({0: waiting, 1: waiting}, 2, 60.0).startswith("all 2 processes have not moved")
 
 
