@@ -4,7 +4,8 @@ bitsandbytes asks on some CPUs, while it is imported, the package `kernels` for 
 which would compute other bits, and warns where there is none. And it wraps in `torch.compile` what no device
 with kernels of its own calls, for which PyTorch loads its compiler: seconds. Transformers prints a line on
 every process where WANDB_MODE is offline. Transformers and TRL list all packages that are installed, each for
-itself, which takes a second or two where there are many.
+itself, which takes a second or two where there are many. TRL imports W&B whoever reports to it, and
+Transformers part of SciPy for losses of object detection.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import io
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
-from importlib.util import spec_from_file_location
+from importlib.util import find_spec, spec_from_file_location
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +26,11 @@ ASKS = "bitsandbytes.backends.cpu.ops"
 COMPILES = "bitsandbytes.backends.default.ops"
 PRINTS = "transformers.integrations.integration_utils"
 LISTS = ("transformers.utils.import_utils", "trl.import_utils")
+# Module → what it imports and seldom uses, and what it looks for in that at once.
+EARLY = {
+    "trl.trainer.base_trainer": ("wandb", "run"),
+    "transformers.loss.loss_utils": ("scipy.optimize", "linear_sum_assignment"),
+}
 
 
 class _Alone(SourceFileLoader):
@@ -83,7 +90,58 @@ class _AskedOnce(SourceFileLoader):
             metadata.packages_distributions = listing
 
 
-_LOADERS = {ASKS: _Alone, COMPILES: _Uncompiled, PRINTS: _Silent, **dict.fromkeys(LISTS, _AskedOnce)}
+class _OnUse(ModuleType):
+    """Stands for a module in those that have imported it, which is imported when something of it is used.
+
+    Args:
+        name: of the module.
+        wanted: names of functions and values that are looked for, or taken out, before anything is used.
+    """
+
+    def __init__(self, name: str, wanted: Sequence[str]):
+        super().__init__(name)
+        self._wanted = wanted
+
+    def __getattr__(self, name: str) -> Any:
+        if sys.modules.get(self.__name__) is self:  # those that import it are being loaded
+            if name in self._wanted:
+                return functools.partial(_call, self.__name__, name)
+            if name.startswith("__"):  # asked of every module, by `inspect`
+                raise AttributeError(name)
+            del sys.modules[self.__name__]
+        return getattr(import_module(self.__name__), name)
+
+
+def _call(module: str, function: str, *args: Any, **kwargs: Any) -> Any:
+    return getattr(import_module(module), function)(*args, **kwargs)
+
+
+class _Late(SourceFileLoader):
+    """Loads those of `EARLY`."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        name, *wanted = EARLY[module.__name__]
+        spec = None
+        with contextlib.suppress(ModuleNotFoundError):
+            spec = find_spec(name)
+        if name in sys.modules or spec is None:
+            return super().exec_module(module)
+        later = sys.modules[name] = _OnUse(name, wanted)
+        later.__spec__ = spec  # by which others tell whether it is installed
+        try:
+            super().exec_module(module)
+        finally:
+            if sys.modules.get(name) is later:
+                del sys.modules[name]
+
+
+_LOADERS: dict[str, type[SourceFileLoader]] = {
+    ASKS: _Alone,
+    COMPILES: _Uncompiled,
+    PRINTS: _Silent,
+    **dict.fromkeys(LISTS, _AskedOnce),
+    **dict.fromkeys(EARLY, _Late),
+}
 
 
 class _Finder(PathFinder):

@@ -72,3 +72,19 @@ def test_what_is_installed_is_listed_once() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY
     )
     assert done.stdout == "1 <lambda>\n"
+
+
+def test_what_is_seldom_used_is_imported_on_use() -> None:
+    code = (
+        "import falcon_qlora, sys\n"
+        "from trl.trainer import base_trainer\n"
+        "from transformers.loss import loss_for_object_detection as losses\n"
+        "print('wandb' in sys.modules, 'scipy.optimize' in sys.modules, base_trainer.is_wandb_available())\n"
+        "print([each.tolist() for each in losses.linear_sum_assignment([[4, 1, 3], [2, 0, 5], [3, 2, 2]])])\n"
+        "print(base_trainer.wandb.run, base_trainer.wandb.sdk is sys.modules['wandb'].sdk)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY
+    )
+    # SciPy's own example of an assignment, of cost 5.
+    assert done.stdout == "False False True\n[[0, 1, 2], [1, 0, 2]]\nNone True\n"
