@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from falcon_qlora.bench import say, scaling
 from falcon_qlora.bench.tables import append_csv, check_csv
 from falcon_qlora.bench.variants import VARIANTS, Pace, Variant, choose
+from falcon_qlora.commands.first_look import look_at_model, look_at_rows
 from falcon_qlora.commands.words import names, numbers
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import check_writable
@@ -101,6 +102,10 @@ def main(argv: list[str], *, whole_runs: Any = scaling.whole_runs) -> int:
     if wanted.plot:
         check_writable(Path(wanted.plot), "--plot")
     models = _models(configuration)
+    for model in models:
+        look_at_model(model)
+    if "dataset_name" in configuration.explicit:
+        look_at_rows(configuration.data, None)
     if "max_length" not in configuration.explicit:
         configuration.data.max_length = _DOCUMENT_TOKENS
     if wanted.gpus is not None:
@@ -118,10 +123,6 @@ def main(argv: list[str], *, whole_runs: Any = scaling.whole_runs) -> int:
 
     # Only now: a wrong flag is told at once.
     say_loading(aside=True)
-    from falcon_qlora.commands.first_look import look_at_model
-
-    for model in models:
-        look_at_model(model)
     quiet_libraries()
     return _bench(configuration, lora, models, variants, sizes, pace)
 

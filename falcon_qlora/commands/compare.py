@@ -17,6 +17,7 @@ from typing import Any
 
 from falcon_qlora import config
 from falcon_qlora.checkpoint import manifest
+from falcon_qlora.commands.first_look import look
 from falcon_qlora.commands.train import stop_signals_to
 from falcon_qlora.commands.words import split
 from falcon_qlora.common.errors import EXIT_BUG, EXIT_USER_ERROR, UserError
@@ -96,14 +97,13 @@ def _train_all(given: dict[str, Any]) -> int:
         plan.with_seed(method, number, LaunchArguments) for number in range(ours.seeds) for method in planned
     ]
     say_loading()
-    from falcon_qlora.commands.first_look import look
-
     look(planned[0].configuration)
-    model, published = planned[0].configuration.model.model_name_or_path, _has_shapes_of_7b(planned[0])
+    model = planned[0].configuration.model.model_name_or_path
     folder = choose(own.run.output_dir, model=model, settings="comparison")
     overwrite = own.run.overwrite
     if not overwrite:
         _check_earlier(folder, runs)
+    published = _has_shapes_of_7b(planned[0])
     if differences:
         print("Each run is what train makes of these flags, but for:")
         print("\n".join(f"- {line}" for line in differences), flush=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from falcon_qlora.commands.first_look import look_at_held_out, look_at_rows
 from falcon_qlora.commands.opening import parse_with_run, source_of
 from falcon_qlora.commands.words import split
 from falcon_qlora.common.errors import UserError, first_line, nearest
@@ -81,9 +82,9 @@ def _measure(
     from falcon_qlora.training.held_out import held_out_text, rows_of
 
     if all_rows:
-        from falcon_qlora.commands.first_look import look_at_rows
-
         look_at_rows(configuration.data, None)
+    else:
+        look_at_held_out(configuration.data)
     tokenizer = tokenizer_of(source)
     text = rows_of(configuration, tokenizer) if all_rows else held_out_text(configuration, tokenizer, run)
     # Only now: what is wrong with the rows is told without them.

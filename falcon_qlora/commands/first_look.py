@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.config import Configuration, DataArguments
 from falcon_qlora.data.formats import AUTO, BY_FORMAT, resolve_template
 from falcon_qlora.data.rendering import render
@@ -19,9 +20,13 @@ from falcon_qlora.data.settings import RowSettings
 from falcon_qlora.data.sources import LocalSource, Source, find_source
 from falcon_qlora.data.templates import TEMPLATES, TOKENIZER, Template, get_template
 from falcon_qlora.inference.base_and_adapter import adapter_folder
-from falcon_qlora.models.checkpoints import RANDOM, raw_config
-from falcon_qlora.models.layouts import family_of
-from falcon_qlora.models.locate import is_on_hub, packaged_folder
+from falcon_qlora.methods.adapter_folder import read_adapter, read_record
+from falcon_qlora.methods.open_adapter import check_is_there
+from falcon_qlora.methods.table import is_whole
+from falcon_qlora.models.checkpoints import RANDOM, check_preset
+from falcon_qlora.models.locate import find_outline, is_on_hub
+from falcon_qlora.run_folder.choose import choose
+from falcon_qlora.training.held_out import NAME_ANOTHER
 from falcon_qlora.training.rows import row_settings
 
 _ROWS = 1000
@@ -33,26 +38,61 @@ def look(configuration: Configuration) -> None:
     Raises:
         UserError: as the run would.
     """
-    model, run = configuration.model, configuration.run
+    model, run, method = configuration.model, configuration.run, configuration.method
+    _look_at_output(configuration)
     if run.adapter is not None and not run.resume:
-        adapter_folder(run.adapter)
+        _look_at_adapter(run.adapter, base_is_named="model_name_or_path" in configuration.explicit)
     if run.adapter is None or "model_name_or_path" in configuration.explicit:
-        look_at_model(model.model_name_or_path)
+        outline = look_at_model(model.model_name_or_path)
+        if outline is not None and run.adapter is None and not method.shapes_need_model:
+            method.parameter_groups(outline)
     if model.tokenizer_name_or_path is not None:
         is_on_hub(model.tokenizer_name_or_path)
     look_at_rows(configuration.data, configuration.data.eval_split)
 
 
-def look_at_model(name: str) -> None:
+def _look_at_output(configuration: Configuration) -> None:
+    """Refuse an output folder that is taken, and a run to go on with that is not there.
+
+    Of several nodes each looks at a folder that another may have begun to write.
+    """
+    run = configuration.run
+    if (run.output_dir is None and not run.resume) or configuration.extra.nnodes != "1":
+        return
+    choose(
+        run.output_dir,
+        model=configuration.model.model_name_or_path,
+        settings=configuration.method.short,
+        resume=True if run.resume == "latest" else run.resume or False,
+        overwrite=run.overwrite,
+        make=False,
+    )
+
+
+def _look_at_adapter(name: str, *, base_is_named: bool) -> None:
+    folder = adapter_folder(name)
+    record = read_record(folder)
+    if is_whole(record):
+        return  # which is told what to do with
+    read_adapter(folder)
+    if not base_is_named and record.get("base_model"):
+        say_so = "--model_name_or_path FOLDER"
+        check_is_there(record["base_model"], "base model", record, folder, say_so=say_so)
+
+
+def look_at_model(name: str) -> Any:
     """Refuse a folder that is no model's, or that of a family that is not trained here; and no folder.
+
+    Returns:
+        What counting asks of its configuration; None where that is not in a folder here.
 
     Raises:
         UserError: as what opens the model would.
     """
-    if is_on_hub(name) or name.startswith(RANDOM):
-        return
-    folder = packaged_folder(name) or Path(name).expanduser()
-    family_of(raw_config(folder), source=str(folder / "config.json"))
+    if name.startswith(RANDOM):
+        check_preset(name)
+        return None
+    return None if is_on_hub(name) else find_outline(name)
 
 
 def look_at_rows(data: DataArguments, split: str | None) -> None:
@@ -72,8 +112,28 @@ def look_at_rows(data: DataArguments, split: str | None) -> None:
     limit = _ROWS if data.max_rows is None else min(_ROWS, data.max_rows // len(sources))
     for source in sources:
         _look_at_source(settings, source, limit)
-    if split is None or is_fraction(split):
+    if split is not None and not is_fraction(split):
+        _look_at_split(settings, split)
+
+
+def look_at_held_out(data: DataArguments) -> None:
+    """Refuse rows to measure on as `look_at_rows` does those to train on.
+
+    Raises:
+        UserError: as `held_out_text` would.
+    """
+    if data.eval_split is None:
         return
+    try:
+        if is_fraction(data.eval_split):
+            look_at_rows(data, None)
+        else:
+            _look_at_split(RowSettings(**row_settings(data)), data.eval_split)
+    except UserError as error:
+        raise UserError(f"{error}{NAME_ANOTHER}") from None
+
+
+def _look_at_split(settings: RowSettings, split: str) -> None:
     if split.startswith("split:"):
         held_out = settings.sources(split.removeprefix("split:"))
     else:

@@ -10,24 +10,22 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from huggingface_hub import try_to_load_from_cache
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.checkpoint import manifest
 from falcon_qlora.common.errors import UserError, one_line, printable
 from falcon_qlora.common.files import sha256
 from falcon_qlora.common.record_files import CERTIFICATE, without_format
 from falcon_qlora.common.untrusted import file_beside, is_count, read_json, refuse_links
-from falcon_qlora.merge.folder import altered_tensors, parameter_shapes
 from falcon_qlora.methods.adapter_folder import CONFIG, RECORD, read_adapter, read_record
 from falcon_qlora.methods.open_adapter import may_open
 from falcon_qlora.methods.table import method_from, method_named
 from falcon_qlora.models.checkpoints import RANDOM, parameter_reader, parse_random, read_folder_config
 from falcon_qlora.models.locate import is_on_hub, packaged_folder
 from falcon_qlora.run_folder.directory import RunDirectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _STATE = "trainer_state.json"
 _LARGEST_BESIDE_BYTES = 2**30  # of what lies beside a merge's weights
@@ -219,6 +217,8 @@ def base_config(name: str) -> PreTrainedConfig | None:
         return None
     folder = packaged_folder(name) or (Path(name) if Path(name).is_dir() else None)
     if folder is None and is_on_hub(name):
+        from huggingface_hub import try_to_load_from_cache
+
         cached = try_to_load_from_cache(name, "config.json")
         folder = Path(cached).parent if isinstance(cached, str) else None
     return read_folder_config(folder) if folder is not None else None
@@ -244,6 +244,8 @@ def _merge(folder: Path) -> Inspection:
     if not isinstance(hashes, dict):
         found.faults.append(f"{folder / CERTIFICATE} lists no tensors")
     elif not found.faults:
+        from falcon_qlora.merge.folder import altered_tensors
+
         for name in altered_tensors(folder, read_folder_config(folder), hashes):
             found.faults.append(f"{name} is not what the certificate is about: it was altered")
     if "files" in certificate:  # certificates of before say nothing of them
@@ -285,6 +287,10 @@ def _model(folder: Path) -> Inspection:
 
 
 def _tensor_faults(folder: Path, config: PreTrainedConfig) -> Iterator[str]:
+    import torch
+
+    from falcon_qlora.merge.folder import parameter_shapes
+
     read = parameter_reader(folder, config)
     for name, shape in parameter_shapes(config).items():
         try:
@@ -300,6 +306,8 @@ def _tensor_faults(folder: Path, config: PreTrainedConfig) -> Iterator[str]:
 
 def _torch_file_faults(file: Path) -> list[str]:
     """Whether a torch file is whole, and would load as tensors alone; nothing in it is executed."""
+    import torch
+
     try:
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         refused = sorted(name for name in unsafe if not name.startswith(_HARMLESS))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from falcon_qlora.commands.first_look import look_at_held_out
 from falcon_qlora.commands.opening import parse_with_run, source_of
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import remove_leftovers, sha256
@@ -20,6 +21,8 @@ from falcon_qlora.common.settings import setting
 from falcon_qlora.common.version import VERSION
 from falcon_qlora.config import Configuration
 from falcon_qlora.inference.base_and_adapter import Source, load_measured, tokenizer_of
+from falcon_qlora.merge.out import check_disk, check_out, shard_bytes
+from falcon_qlora.methods.adapter_folder import read_record
 from falcon_qlora.methods.table import method_named
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal.console import note, print_plain
@@ -67,25 +70,24 @@ def main(argv: list[str]) -> int:
     if folder is None or not wanted.out:
         missing = "out" if folder else "adapter"
         raise UserError(f"--{missing} is needed: falcon-qlora merge --adapter DIR --out DIR")
-    hub = _hub_settings(configuration, named)
-
-    # Only now: a wrong flag is told at once.
-    say_loading()
-    quiet_libraries()
-    from falcon_qlora.merge.build import needed_bytes
-    from falcon_qlora.merge.folder import check_disk, check_out
-    from falcon_qlora.methods.adapter_folder import read_record
-
+    hub, out = _hub_settings(configuration, named), Path(wanted.out)
+    check_out(out, overwrite=configuration.run.overwrite)
+    largest_file = shard_bytes(wanted.max_shard_size)
     method = method_named(read_record(folder)["method"], folder)
     if method.why_not_merged is not None:
         raise UserError(
             f"{folder} was trained with {method.title} and cannot be merged: {method.why_not_merged}. Use it "
             "as it is: falcon-qlora generate and falcon_qlora.load_adapter open it."
         )
+    say_loading()
+    quiet_libraries()
     source, record = source_of(configuration, folder, named=named)
-    out = Path(wanted.out)
-    check_out(out, overwrite=configuration.run.overwrite)
-    request = _request(source, wanted, folder)
+    look_at_held_out(configuration.data)
+
+    # Only now: what is wrong so far is told without libraries.
+    from falcon_qlora.merge.build import needed_bytes
+
+    request = _request(source, wanted, folder, largest_file)
     remove_leftovers(out)
     check_disk(out, needed_bytes(request))
     certificate = _merge(configuration, source, request, out, run, record)
@@ -143,9 +145,8 @@ def _merge(
     return build.merge(request, out, origin=origin, held_out=held_out, batches=batches, reference=reference)
 
 
-def _request(source: Source, wanted: MergeArguments, folder: Path) -> Request:
+def _request(source: Source, wanted: MergeArguments, folder: Path, largest_file: int) -> Request:
     from falcon_qlora.merge.build import Request
-    from falcon_qlora.merge.folder import shard_bytes
     from falcon_qlora.methods.adapter_folder import read_adapter
     from falcon_qlora.models.checkpoints import RANDOM
     from falcon_qlora.models.locate import find_folder, open_checkpoint
@@ -175,7 +176,7 @@ def _request(source: Source, wanted: MergeArguments, folder: Path) -> Request:
         # Of a base that was not quantized both are the same.
         candidates=candidates[:1] if source.quantize_mode == "16bit" else candidates,  # type: ignore[arg-type]
         dtype=wanted.dtype,
-        max_shard_bytes=shard_bytes(wanted.max_shard_size),
+        max_shard_bytes=largest_file,
         max_loss_increase=wanted.max_loss_increase,
         max_kl_divergence=wanted.max_kl_divergence,
         device=device,

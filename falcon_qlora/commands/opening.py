@@ -7,11 +7,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from falcon_qlora.commands.first_look import look_at_model
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.record_files import CERTIFICATE
 from falcon_qlora.config import Configuration, configure, read_flags
 from falcon_qlora.inference.base_and_adapter import Source, adapter_folder
 from falcon_qlora.methods.table import is_whole
+from falcon_qlora.models.locate import is_on_hub
 from falcon_qlora.run_folder.directory import RunDirectory
 
 
@@ -53,7 +55,7 @@ def source_of(
         UserError: if the folder's files cannot be read, or name no base model or one that must not be opened;
             or if the user names a base for a whole model.
     """
-    from falcon_qlora.methods.adapter_folder import read_record
+    from falcon_qlora.methods.adapter_folder import read_adapter, read_record
     from falcon_qlora.methods.open_adapter import check_may_open
 
     settings, explicit = configuration.model, configuration.explicit
@@ -94,9 +96,11 @@ def source_of(
         if not whole:
             _say_whether_other(record, folder, base, settings.model_revision)
     if not whole:
-        from falcon_qlora.commands.first_look import look_at_model
-
         look_at_model(base)
+        if folder is not None:
+            read_adapter(folder)
+    if tokenizer:
+        is_on_hub(tokenizer)
     return Source(
         model=str(folder) if whole else base,
         tokenizer=tokenizer,

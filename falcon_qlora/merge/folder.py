@@ -16,10 +16,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig
 
-from falcon_qlora.common.errors import UserError
-from falcon_qlora.common.files import free_bytes, try_to_write, write_json
-from falcon_qlora.common.quantities import gib
-from falcon_qlora.common.record_files import CERTIFICATE
+from falcon_qlora.common.files import write_json
 from falcon_qlora.common.untrusted import read_json
 from falcon_qlora.models.checkpoints import parameter_reader
 from falcon_qlora.models.layouts import layout_of
@@ -86,50 +83,3 @@ def copy_tokenizer(folder: Path, source: Path) -> None:
         if settings.get("tokenizer_class") == "TokenizersBackend":
             settings.pop("backend", None)
             write_json(file, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
-
-
-def shard_bytes(size: str) -> int:
-    """Bytes of ``5GB`` or ``500MB``, where a GB is 10^9.
-
-    Raises:
-        UserError: for anything else.
-    """
-    number, unit = size.strip().upper()[:-2], size.strip().upper()[-2:]
-    scale = {"KB": 10**3, "MB": 10**6, "GB": 10**9}.get(unit)
-    if scale is None or not number.strip().isdigit() or int(number) < 1:
-        raise UserError(f"--max_shard_size {size}: expected a size such as 5GB or 500MB")
-    return int(number) * scale
-
-
-def check_disk(out: Path, needed: int) -> None:
-    """Refuse a merge that the disk of `out` has no room for.
-
-    Raises:
-        UserError: saying how much is missing.
-    """
-    free = free_bytes(out)
-    if needed > free:
-        raise UserError(
-            f"--out {out}: the merge needs {gib(needed)} there, {gib(free)} are free. Free "
-            "some, name a folder on another disk, or with --base 16bit or dequantized make one merge instead "
-            "of two to compare."
-        )
-
-
-def check_out(out: Path, *, overwrite: bool) -> None:
-    """Refuse to replace what the user may want to keep.
-
-    Raises:
-        UserError: if `out` is there, unless `overwrite` and it holds a merge or nothing; or if it could not
-            be made there.
-    """
-    try:
-        try_to_write(out.parent)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot write there ({error.strerror})") from None
-    if not out.exists():
-        return
-    if not overwrite:
-        raise UserError(f"--out {out}: it is there already. Name another folder, or replace it (--overwrite)")
-    if not out.is_dir() or (any(out.iterdir()) and not (out / CERTIFICATE).is_file()):
-        raise UserError(f"--out {out}: holds something else than a merge, which --overwrite does not replace")

@@ -48,7 +48,7 @@ class Adapter(Method):
 
     def saved_shapes(self, config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
         from falcon_qlora.models.layouts import layout_of
-        from falcon_qlora.models.prefix import PREFIX
+        from falcon_qlora.models.layouts.base import PREFIX
 
         layout = layout_of(config)
         shapes: dict[str, tuple[int, ...]] = {}

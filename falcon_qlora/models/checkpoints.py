@@ -91,6 +91,20 @@ class RandomCheckpoint:
                 yield name, weight.normal_(0.0, self.config.initializer_range, generator=generator)
 
 
+def check_preset(name: str) -> tuple[str, str]:
+    """The preset of ``random:<preset>[?...]``, and what follows it.
+
+    Raises:
+        UserError: if there is no such preset.
+    """
+    preset, _, query = name.removeprefix(RANDOM).partition("?")
+    if preset not in PRESETS:
+        raise UserError(
+            f"{name}: no preset {preset!r}{nearest(preset, PRESETS)}. There are {', '.join(PRESETS)}."
+        )
+    return preset, query
+
+
 def parse_random(name: str, seed: int) -> RandomCheckpoint:
     """Read ``random:<preset>[?key=value,...]``, where a key is one of the configuration's, or ``seed``.
 
@@ -99,11 +113,7 @@ def parse_random(name: str, seed: int) -> RandomCheckpoint:
     Raises:
         UserError: if there is no such preset or key.
     """
-    preset, _, query = name.removeprefix(RANDOM).partition("?")
-    if preset not in PRESETS:
-        raise UserError(
-            f"{name}: no preset {preset!r}{nearest(preset, PRESETS)}. There are {', '.join(PRESETS)}."
-        )
+    preset, query = check_preset(name)
     layout = layout_of_preset(preset)
     known = set(layout.config_class().to_dict()) | {"rope_theta"}
     overrides = {}

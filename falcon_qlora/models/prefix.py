@@ -22,9 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from falcon_qlora.models.layouts import layout_of
+from falcon_qlora.models.layouts.base import PREFIX
 from falcon_qlora.models.packed_attention import one_for_each_query_head, rotate
-
-PREFIX = "prefix_attention"
 
 
 class PrefixAttention(nn.Module):

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,9 +109,35 @@ TOLD_AT_ONCE = {
     "data -m tiny --dataset_name bad.jsonl": "bad.jsonl:701: not valid JSON",
     "prepare -m tiny --dataset_name bad.jsonl": "bad.jsonl:701: not valid JSON",
     "compare -m tiny --dataset_name bad.jsonl": "bad.jsonl:701: not valid JSON",
+    "train -m tiny --dataset_name good.jsonl --adapter torn": "torn/adapter has no adapter_model.safetensors",
+    "train -m tiny --dataset_name good.jsonl --output_dir runs/old": "holds a run already",
+    "train -m tiny --dataset_name good.jsonl --output_dir good.jsonl": "good.jsonl: this is a file",
+    "train -m tiny --dataset_name good.jsonl --resume none": "--resume none: no run there",
+    "train -m tiny --dataset_name good.jsonl --lora_target_modules x": "the blocks have no linear 'x'",
+    "train -m tiny --dataset_name good.jsonl --method adapter --adapter_first_block 9": "no block would have",
+    "train -m random:falcon-8b --dataset_name good.jsonl": "no preset 'falcon-8b'",
+    "compare -m tiny --dataset_name good.jsonl --output_dir good.jsonl": "good.jsonl: this is a file",
+    "compare none": "none holds no run",
+    "bench --models tiny --dataset_name none.jsonl": "file not found: none.jsonl",
+    "bench --models tiny --gpus 1 --dataset_name none.jsonl": "file not found: none.jsonl",
+    "bench --models ./other --gpus 1": "this model is a Falcon-Mamba",
+    "params -m ./other": "this model is a Falcon-Mamba",
+    "params --adapter torn": "torn/adapter has no adapter_model.safetensors",
+    "params -m tiny --lora_target_modules x": "the blocks have no linear 'x'",
     "eval -m tiny --dataset_name none.jsonl": "file not found: none.jsonl",
+    "eval -m tiny --eval_split none.jsonl": "file not found: none.jsonl",
+    "eval --adapter torn --dataset_name good.jsonl": "torn/adapter has no adapter_model.safetensors",
     "generate -m ./other --prompt why": "this model is a Falcon-Mamba",
+    "generate --adapter torn --prompt why": "torn/adapter has no adapter_model.safetensors",
+    "generate -m tiny --tokenizer_name_or_path ./none --prompt why": "There is no folder './none'",
+    "merge --adapter torn --out new": "torn/adapter has no adapter_model.safetensors",
+    "merge --adapter runs/old --out other": "--out other: it is there already",
+    "merge --adapter runs/old --out other --overwrite": "holds something else than a merge",
+    "merge --adapter runs/old --out new --max_shard_size 5": "--max_shard_size 5: expected a size",
+    "merge --adapter runs/old --out new -m ./none": "There is no folder './none'",
+    "merge --adapter runs/old --out new --eval_split none.jsonl": "--eval_split FILE names another",
     "inspect none": "none: there is no such folder",
+    "inspect runs": "runs: no run, checkpoint",
 }
 SAYS_SO_FIRST = [
     "params -m tiny --method adapter_v2",
@@ -120,7 +147,8 @@ SAYS_SO_FIRST = [
     "eval -m tiny --dataset_name good.jsonl",
     "compare -m tiny --dataset_name good.jsonl",
     "bench --models tiny",
-    "inspect other",
+    "merge --adapter runs/old --out new",
+    "inspect runs/old",
 ]
 
 
@@ -376,7 +404,7 @@ class TestRefusedAtOnce:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with rows that are well, rows that are not, and a model of another family."""
+    """A folder with rows that are well, rows that are not, a model of another family, and runs."""
     folder = tmp_path_factory.mktemp("rows")
     lines = [json.dumps({"instruction": f"question {number}", "output": "yes"}) for number in range(1200)]
     (folder / "good.jsonl").write_text("\n".join(lines))
@@ -385,6 +413,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "chats.jsonl").write_text(f'{chat}\n{chat}\n{{"messages": "3"}}\n{chat}')
     (folder / "other").mkdir()
     (folder / "other" / "config.json").write_text('{"model_type": "falcon_mamba"}')
+    shutil.copytree(REPOSITORY / "tests" / "integration" / "old_run", folder, dirs_exist_ok=True)
+    shutil.copytree(folder / "runs" / "old", folder / "torn")
+    (folder / "torn" / "adapter" / "adapter_model.safetensors").unlink()
     return folder
 
 

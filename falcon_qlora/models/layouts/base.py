@@ -32,6 +32,8 @@ _LARGEST = {
 }
 OPTIONAL = ("pad_token_id", "rope_theta", "rope_scaling", "rope_parameters")
 """Settings that some files of any family have."""
+PREFIX = "prefix_attention"
+"""What a learned prefix is called in a block's attention."""
 
 
 class Imported:
