@@ -85,8 +85,15 @@ class Setting:
         """Convert and check a value from a flag, a file or a caller.
 
         Raises:
-            UserError: if it has the wrong type or is not one of the choices.
+            UserError: if it has the wrong type, is not one of the choices or lies outside the bounds.
         """
+        read = self._converted(value, where)
+        for number in read if isinstance(read, list) else [read]:
+            if isinstance(number, int | float) and not isinstance(number, bool):
+                self._check_bounds(number, where)
+        return read
+
+    def _converted(self, value: Any, where: str) -> Any:
         if value is None:
             if self.optional:
                 return None
@@ -102,25 +109,17 @@ class Setting:
             return self.alone
         return self._read_one(value, where)
 
-    def check_bounds(self, value: Any, where: str) -> None:
-        """Check a converted value against the bounds.
-
-        Raises:
-            UserError: if it lies outside.
-        """
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, bool) or not isinstance(number, int | float):
-                continue
-            if isinstance(number, float) and not math.isfinite(number):  # an int may be too large to ask
-                raise UserError(f"{where}: {number} is not a finite number")
-            if self.least is not None and number < self.least:
-                raise UserError(f"{where}: {number} is too small; at least {self.least:g}")
-            if self.above is not None and number <= self.above:
-                raise UserError(f"{where}: {number} is too small; it must be above {self.above:g}")
-            if self.most is not None and number > self.most:
-                raise UserError(f"{where}: {number} is too large; at most {self.most:g}")
-            if self.below is not None and number >= self.below:
-                raise UserError(f"{where}: {number} is too large; it must be below {self.below:g}")
+    def _check_bounds(self, number: float, where: str) -> None:
+        if isinstance(number, float) and not math.isfinite(number):  # an int may be too large to ask
+            raise UserError(f"{where}: {number} is not a finite number")
+        if self.least is not None and number < self.least:
+            raise UserError(f"{where}: {number} is too small; at least {self.least:g}")
+        if self.above is not None and number <= self.above:
+            raise UserError(f"{where}: {number} is too small; it must be above {self.above:g}")
+        if self.most is not None and number > self.most:
+            raise UserError(f"{where}: {number} is too large; at most {self.most:g}")
+        if self.below is not None and number >= self.below:
+            raise UserError(f"{where}: {number} is too large; it must be below {self.below:g}")
 
     def told(self, value: Any) -> str:
         """`value` for a reader; "" for a switch that is off, or what is not given."""

@@ -5,14 +5,14 @@ what a recipe says); within one layer they contradict each other and the user is
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.fp8 import fp8_excludes
 from falcon_qlora.common.settings import settings_of
-from falcon_qlora.config.parser import FLAG, Layer, as_words
+from falcon_qlora.config.parser import FLAG, Layer, as_words, refuse
 from falcon_qlora.config.paths import on_the_hub
 from falcon_qlora.config.trainer_arguments import TrainerArguments
 from falcon_qlora.methods.new_tokens import named_tokens
@@ -67,16 +67,24 @@ def settle(values: Values, laid: Laid) -> None:
         laid: the settings that some layer gives, with that layer.
 
     Raises:
-        UserError: if two settings contradict each other.
+        UserError: if settings contradict each other, naming all that do.
     """
-    _settle_compute_dtype(values, laid)
-    _settle_method(values, laid)
-    _settle_checkpointing(values, laid)
-    _settle_batch(values, laid)
-    _settle_packing(values, laid)
-    _settle_saving(values, laid)
-    _settle_evaluation(values, laid)
-    _settle_length(values, laid)
+    faults: list[str] = []
+    for part in (
+        _settle_compute_dtype,
+        _settle_method,
+        _settle_checkpointing,
+        _settle_batch,
+        _settle_packing,
+        _settle_saving,
+        _settle_evaluation,
+        _settle_length,
+    ):
+        try:
+            part(values, laid)
+        except UserError as error:
+            faults.append(str(error))
+    refuse(faults)
     if _rank(laid, "logging_steps") < 1 and 1 <= values["max_steps"] <= 50:
         values["logging_steps"] = 1
 
@@ -89,56 +97,54 @@ def check(values: Values, where: dict[str, str]) -> None:
         where: for settings that were given, how to name them to the user.
 
     Raises:
-        UserError: naming the first setting that cannot be, and what it may be.
+        UserError: naming all settings that cannot be, and what they may be.
     """
+    refuse([*_faults(values, where)])
 
+
+def _faults(values: Values, where: dict[str, str]) -> Iterator[str]:
     def name(setting: str) -> str:
         return where.get(setting, f"--{setting}")
 
     for setting in ("logging_steps", "eval_steps", "save_steps", "warmup_steps"):
         value = values.get(setting)
         if value is not None and value > 1 and value != int(value):
-            raise UserError(f"{name(setting)}: {value} is neither a number of steps nor a ratio below 1")
+            yield f"{name(setting)}: {value} is neither a number of steps nor a ratio below 1"
     if values["max_steps"] < 1 and values["max_steps"] != -1:
-        raise UserError(f"{name('max_steps')}: must be at least 1, or -1 for whole epochs")
+        yield f"{name('max_steps')}: must be at least 1, or -1 for whole epochs"
     template = values["template"]
     if template not in TEMPLATES and not template.endswith(".jinja"):
-        raise UserError(
+        yield (
             f"{name('template')}: {template!r} is not one of {', '.join(TEMPLATES)} or a .jinja file"
             f"{nearest(template, TEMPLATES)}"
         )
-    _check_data(values, name)
-    _check_modes(values, where)
+    yield from _data_faults(values, name)
+    yield from _unread(values, where)
     if values["report_to"] != ["none"] and "none" in values["report_to"]:
-        raise UserError(f"{name('report_to')}: none goes with no other tracker")
-    if values["compute_dtype"] == "fp8":
+        yield f"{name('report_to')}: none goes with no other tracker"
+    try:
         of_method = method_from(values, name("method")).fp8_facts()
+    except UserError as error:
+        yield str(error)
+    else:
         excluded = fp8_excludes(kernels=values["kernels"], **of_method)
-        if excluded is not None:
-            raise UserError(f"{name('compute_dtype')}: {excluded}")
+        if excluded is not None and values["compute_dtype"] == "fp8":
+            yield f"{name('compute_dtype')}: {excluded}"
     if values["adapter_sha256"] and not values["adapter"]:
-        raise UserError(f"{name('adapter_sha256')} is of the weights that --adapter names; give that too")
+        yield f"{name('adapter_sha256')} is of the weights that --adapter names; give that too"
     if values["resume"] and values["overwrite"]:
-        raise UserError("--resume goes on with a run and --overwrite replaces it; give one of them")
+        yield "--resume goes on with a run and --overwrite replaces it; give one of them"
     if values["resume"] == "latest" and values["output_dir"] is None:
-        raise UserError(
-            "--resume needs to know the run: give --output_dir, or the checkpoint as --resume PATH"
-        )
+        yield "--resume needs to know the run: give --output_dir, or the checkpoint as --resume PATH"
     for setting in ("early_stopping", "generate_samples", "eval_on_start"):
         if values.get(setting) and (values["eval_split"] is None or values["eval_strategy"] == "no"):
-            raise UserError(
-                f"{name(setting)} happens at evaluations: give --eval_split, such as --eval_split 0.05"
-            )
+            yield f"{name(setting)} happens at evaluations: give --eval_split, such as --eval_split 0.05"
     if values["eval_strategy"] != "no" and values["eval_split"] is None:
-        raise UserError(
-            f"{name('eval_strategy')}: evaluation needs held-out rows: give --eval_split, such as 0.05"
-        )
+        yield f"{name('eval_strategy')}: evaluation needs held-out rows: give --eval_split, such as 0.05"
     if values.get("push_to_hub") and not values.get("hub_model_id"):
-        raise UserError(f"{name('push_to_hub')} needs to know where to: give --hub_model_id NAME/MODEL")
+        yield f"{name('push_to_hub')} needs to know where to: give --hub_model_id NAME/MODEL"
     if values["sample_prompts"] and not values["generate_samples"]:
-        raise UserError(
-            f"{name('sample_prompts')} needs --generate_samples, the number of answers to generate"
-        )
+        yield f"{name('sample_prompts')} needs --generate_samples, the number of answers to generate"
 
 
 def why_unread(name: str, values: Values) -> str | None:
@@ -165,8 +171,8 @@ def _flags(settings: Values, between: str = " ") -> str:
     return between.join(" ".join(as_words({name: value})) for name, value in settings.items())
 
 
-def _check_modes(values: Values, where: dict[str, str]) -> None:
-    """Refuse a flag that does nothing beside the others; what a file or a recipe says so is let be."""
+def _unread(values: Values, where: dict[str, str]) -> Iterator[str]:
+    """A flag that does nothing beside the others; what a file or a recipe says so is let be."""
     # What an adapter was trained on decides what its base is, unless something else is asked for.
     open_mode = "adapter" in where and "quantize_mode" not in where
     for name, given in where.items():
@@ -175,7 +181,7 @@ def _check_modes(values: Values, where: dict[str, str]) -> None:
         reason = why_unread(name, values) or _why_not_of_the_hub(name, values)
         if reason is not None:
             instead = ", or hold out rows with --eval_split" if "--eval_strategy no" in reason else ""
-            raise UserError(f"{given} {reason}: drop it{instead}")
+            yield f"{given} {reason}: drop it{instead}"
 
 
 def _why_not_of_the_hub(name: str, values: Values) -> str | None:
@@ -350,26 +356,22 @@ def _is_multiple(large: float, small: float) -> bool:
     return (large < 1) == (small < 1) and math.isclose(large / small, round(large / small), abs_tol=1e-6)
 
 
-def _check_data(values: Values, name: Any) -> None:
+def _data_faults(values: Values, name: Any) -> Iterator[str]:
     weights, datasets = values["dataset_weights"], values["dataset_name"]
     if weights is not None and len(datasets) == 1:
-        raise UserError(f"{name('dataset_weights')}: one --dataset_name needs none; drop it")
-    if weights is not None and len(weights) != len(datasets):
-        raise UserError(f"{name('dataset_weights')}: {len(weights)} for {len(datasets)} of --dataset_name")
+        yield f"{name('dataset_weights')}: one --dataset_name needs none; drop it"
+    elif weights is not None and len(weights) != len(datasets):
+        yield f"{name('dataset_weights')}: {len(weights)} for {len(datasets)} of --dataset_name"
     if values["streaming"] and values["max_steps"] < 1:
-        raise UserError(
-            f"{name('streaming')}: a stream has no length; say how long to train with --max_steps"
-        )
+        yield f"{name('streaming')}: a stream has no length; say how long to train with --max_steps"
     for setting in ("logging_strategy", "eval_strategy", "save_strategy"):
         if values["streaming"] and values.get(setting) == "epoch":
-            raise UserError(f"{name(setting)} epoch: a stream has no known end; count steps instead")
+            yield f"{name(setting)} epoch: a stream has no known end; count steps instead"
     if values["streaming"] and (values.get("dataloader_num_workers") or 0) > 1:
-        raise UserError(
-            f"{name('dataloader_num_workers')}: each would read the whole of a stream; give 1 or 0"
-        )
+        yield f"{name('dataloader_num_workers')}: each would read the whole of a stream; give 1 or 0"
     split = values["eval_split"]
     if str(split).lower() in _SPLITS and not Path(split).exists():
-        raise UserError(
+        yield (
             f"{name('eval_split')}: {split!r} is no file or hub id; for that split of --dataset_name give "
             f"split:{split}"
         )
@@ -378,9 +380,9 @@ def _check_data(values: Values, name: Any) -> None:
     except ValueError:
         return
     if values["eval_split"] and values["streaming"]:
-        raise UserError(
+        yield (
             f"{name('eval_split')}: of a stream no fraction can be held out, as it has no known end; "
             "name a file, or split:NAME of the same data"
         )
-    if values["eval_split"] and not 0 < fraction < 1:
-        raise UserError(f"{name('eval_split')}: {values['eval_split']} is not a fraction between 0 and 1")
+    elif values["eval_split"] and not 0 < fraction < 1:
+        yield f"{name('eval_split')}: {values['eval_split']} is not a fraction between 0 and 1"

@@ -249,8 +249,6 @@ def _configuration(
     given = {name: layer for name, (_, layer) in laid.items() if layer.rank > 0}
     checks.settle(values, laid)
     where = {name: layer.where(name) for name, layer in given.items()}
-    for name, value in (values | extra).items():
-        parser.settings[name].check_bounds(value, where.get(name, f"--{name}"))
     checks.check(values, where)
     if values["device"] == "cpu":
         _hide_gpus()

@@ -100,7 +100,6 @@ class Method(ABC):
             key = each.name if by_flag else each.field
             if key in values:
                 value = each.read(values[key], f"{where}: {key}")
-                each.check_bounds(value, f"{where}: {key}")
                 settings[each.field] = tuple(value) if isinstance(value, list) else value
         return cls(**settings)
 

@@ -99,7 +99,7 @@ ROWS = "-m tiny --dataset_name rows.jsonl"
         ("train --adapter qlora", ["--adapter: 'qlora' is not known; leave it out", "--method"]),
         ("train -q 3bit", ["-q: '3bit' is not known; here that is 4bit (the smallest there is)"]),
         ("train -q 5bits", ["-q: '5bits' is not one of 4bit, 8bit, 16bit"]),
-        ("train -b 0", ["--per_device_train_batch_size: 0 is too small; at least 1"]),
+        ("train -b 0", ["-b: 0 is too small; at least 1"]),
         ("train -q", ["-q: expected a value (one of 4bit, 8bit, 16bit)"]),
         ("train --no_packing false --packing", ["unexpected argument 'false'", "are the same setting"]),
         ("train --max_length 1e9", ["--max_length: '1e9' is not a whole number; write it out: 1000000000"]),
@@ -133,16 +133,36 @@ def test_one_message_says_what_and_what_to_do(refused: Refused, words: str, part
 
 
 def test_all_that_is_wrong_is_told_at_once_in_the_order_in_which_it_was_typed(refused: Refused) -> None:
-    message = refused("train --lr 1 -b two --cutoff_len 9 -m tiny b.csv --use_peft --zzz -q 4bit stray")
+    message = refused(
+        "train --lr 1 -b two --cutoff_len 9 -m tiny b.csv --use_peft --zzz -q 4bit --seed -1 stray"
+    )
     assert message.splitlines() == [
-        "7 things to mend",
+        "8 things to mend",
         "  unknown flag --lr: give --learning_rate 1",
         "  -b: 'two' is not a whole number",
         "  unknown flag --cutoff_len (LLaMA-Factory's): give --max_length 9",
         "  unexpected argument 'b.csv': every setting is given by its flag, such as --dataset_name b.csv",
         "  --use_peft is not taken: an adapter is always trained",
         "  unknown flag --zzz; --help-all lists every flag",
+        "  --seed: -1 is too small; at least 0",
         "  unexpected argument 'stray': every setting is given by its flag, see --help-all",
+    ]
+
+
+def test_what_does_not_go_together_is_told_at_once(refused: Refused) -> None:
+    assert refused("train -m tiny --bf16 --fp16 --sharding fsdp").splitlines() == [
+        "2 things to mend",
+        "  bf16 and fp16 are both on; choose one with --compute_dtype",
+        "  --sharding fsdp is for --method full: the base of an adapter is a whole replica on every GPU",
+    ]
+    message = refused("train -m tiny --streaming --resume --overwrite --sample_prompts Hello")
+    assert message.splitlines()[0] == "4 things to mend"
+    (refused.folder / "mine.yaml").write_text("seed: -1\nlora_dropout: 1\nlearning_rte: 3\n")
+    assert refused("train --config mine.yaml").splitlines() == [
+        "mine.yaml: 3 lines to mend",
+        "  seed: -1 is too small; at least 0",
+        "  lora_dropout: 1.0 is too large; it must be below 1",
+        "  unknown key learning_rte (did you mean learning_rate?)",
     ]
 
 
