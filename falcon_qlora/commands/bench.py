@@ -114,7 +114,7 @@ def main(argv: list[str], *, whole_runs: Any = scaling.whole_runs) -> int:
         return run(configuration, models, whole_runs)
     for name in _WITH_GPUS:
         if name in configuration.explicit:
-            raise UserError(f"--{name} is for --gpus; give both, such as --gpus 1,2")
+            raise UserError(f"--{name} is a setting of --gpus: give that too, such as --gpus 1,2")
     lora = _lora(configuration)
     chosen = None if wanted.variants is None else names("--variants", wanted.variants)
     variants = choose(chosen, on_data="dataset_name" in configuration.explicit)
@@ -131,7 +131,7 @@ def status_of(failures: Sequence[str | None]) -> int:
     """The exit status where rows failed for these reasons; what broke is said."""
     broken = sum((failure or "").startswith("failed:") for failure in failures)
     if broken:
-        say(f"{counted(broken, 'row')} broke; the table says how")
+        say(f"{counted(broken, 'row')} failed; see the table")
     return 1 if broken else 0
 
 
@@ -260,7 +260,7 @@ def _models(configuration: Configuration) -> list[str]:
         # A comma followed by name=value belongs to the overrides of random:falcon-7b?a=1,b=2.
         models += [model for model in re.split(r",(?!\w+=)", word) if model]
     if not models:
-        raise UserError("--models: names none")
+        raise UserError("--models: no model is named")
     return list(dict.fromkeys(models))
 
 

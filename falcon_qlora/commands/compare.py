@@ -65,7 +65,7 @@ def _side_by_side(folders: list[Path], given: dict[str, Any]) -> int:
     """Compare runs that are there already."""
     for name in given:
         if name not in ("output_dir", "overwrite"):
-            raise UserError(f"--{name} does nothing with runs that are there already; --output_dir does")
+            raise UserError(f"--{name} does nothing where finished runs are compared: drop it")
     runs = runs_in(folders)
     folder = choose(given.get("output_dir"), model=f"{len(runs)}-runs", settings="comparison")
     if (folder / report.TABLE).exists() and not given.get("overwrite"):
@@ -184,7 +184,7 @@ def _check_earlier(folder: Path, runs: list[Planned]) -> None:
             raise UserError(f"{directory} holds a run with other settings: {advice}")
         gpus = run.configuration.extra.gpus
         if directory.summary_file.exists() and gpus not in (None, directory.read("summary")["world_size"]):
-            raise UserError(f"{directory} holds a run of another number of processes: {advice}")
+            raise UserError(f"{directory} holds a run on another number of GPUs: {advice}")
 
 
 class _StoppedError(Exception):

@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     if wanted.results:
         check_writable(Path(wanted.results), "--results")
     if not wanted.tasks and "dataset_name" not in named and configuration.data.eval_split is None:
-        raise UserError("which text? Name it with --dataset_name FILE")
+        raise UserError("no text to measure on: name it with --dataset_name FILE")
 
     # Only now: a wrong flag is told at once.
     say_loading(aside=True)
@@ -134,7 +134,7 @@ def _run_tasks(configuration: Configuration, source: Source, words: list[str]) -
             known = nearest(name, manager.all_tasks)
             raise UserError(f"--tasks: lm-evaluation-harness has no {name!r}{known}")
     if configuration.model.compute_dtype == "fp8":
-        note("the tasks are computed in bfloat16: FP8 products are for packed documents")
+        note("tasks run in bfloat16: FP8 needs packed documents")
     model, tokenizer = load_adapted(source)
     try:
         found = lm_eval.simple_evaluate(

@@ -62,12 +62,12 @@ def main(argv: list[str]) -> int:
     source, record = source_of(configuration, folder, named=configuration.explicit)
     if wanted.compare and is_whole(record):
         raise UserError(
-            f"--compare: {folder} is a whole fine-tuned model without its base inside; ask "
-            f"{record.get('base_model')} by itself, as --model_name_or_path without --adapter"
+            f"--compare: {folder} is a fully fine-tuned model, and its base is not in it. For the base's own "
+            f"answers give --model_name_or_path {record.get('base_model')} without --adapter"
         )
     _template(configuration, record, None)  # one that is not there is told before the model is loaded
     if configuration.model.compute_dtype == "fp8":
-        note_aside("computed in bfloat16: FP8 products are for packed documents")
+        note_aside("running in bfloat16: FP8 needs packed documents")
     model, tokenizer = load_adapted(source)
     template = _template(configuration, record, tokenizer)
     assert template is not None

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     say_loading(aside=True)
     quiet_libraries()
     if not Path(argv[0]).is_dir():
-        raise UserError(f"{argv[0]}: there is no such folder.")
+        raise UserError(f"{argv[0]}: there is no such folder")
     from falcon_qlora.commands.inspection import inspect_folder
     from falcon_qlora.terminal.console import print_plain
 

@@ -113,7 +113,7 @@ def inspect_folder(folder: Path) -> Inspection:
         return found
     if RunDirectory(folder).holds_run():
         return _run(RunDirectory(folder))
-    raise UserError(f"{folder}: no run, checkpoint, adapter, merge or model lies there.")
+    raise UserError(f"{folder}: no run, checkpoint, adapter, merge or model lies there")
 
 
 def _run(run: RunDirectory) -> Inspection:
@@ -247,7 +247,7 @@ def _merge(folder: Path) -> Inspection:
         from falcon_qlora.merge.folder import altered_tensors
 
         for name in altered_tensors(folder, read_folder_config(folder), hashes):
-            found.faults.append(f"{name} is not what the certificate is about: it was altered")
+            found.faults.append(f"{name} does not match the certificate: it was altered")
     if "files" in certificate:  # certificates of before say nothing of them
         found.collect(_file_faults(folder / CERTIFICATE, certificate["files"]))
     return found
@@ -271,9 +271,9 @@ def _file_faults(certificate: Path, files: Any) -> Iterator[str]:
         if not file.is_file():
             yield f"{file} is missing"
         elif file.stat().st_size > _LARGEST_BESIDE_BYTES:
-            yield f"{file} has {file.stat().st_size:,} bytes, which no such file needs"
+            yield f"{file} is too large ({file.stat().st_size:,} bytes; limit {_LARGEST_BESIDE_BYTES:,})"
         elif sha256(file) != expected:
-            yield f"{file} is not what the certificate is about: it was altered"
+            yield f"{file} does not match the certificate: it was altered"
 
 
 def _model(folder: Path) -> Inspection:
@@ -301,7 +301,7 @@ def _tensor_faults(folder: Path, config: PreTrainedConfig) -> Iterator[str]:
         if tuple(tensor.shape) != shape:
             yield f"{folder}: {name} has the shape {list(tensor.shape)}, config.json asks for {list(shape)}"
         elif not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-            yield f"{folder}: {name} holds numbers that are not finite"
+            yield f"{folder}: {name} has non-finite values (NaN/inf)"
 
 
 def _torch_file_faults(file: Path) -> list[str]:
@@ -312,9 +312,9 @@ def _torch_file_faults(file: Path) -> list[str]:
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         refused = sorted(name for name in unsafe if not name.startswith(_HARMLESS))
         if refused:
-            return [f"{file} would run {refused[0]} when it is loaded: do not load it"]
+            return [f"{file} would run {refused[0]} when loaded: do not load it"]
         with zipfile.ZipFile(file) as archive:
             altered = archive.testzip()
     except Exception as error:  # torch raises many kinds for a damaged file
         return [f"{file} is damaged: {one_line(error)}"]
-    return [f"{file} is damaged: {altered} in it was altered"] if altered else []
+    return [f"{file} is damaged: {altered} inside was altered"] if altered else []

@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
     if method.why_not_merged is not None:
         raise UserError(
             f"{folder} was trained with {method.title} and cannot be merged: {method.why_not_merged}. Use it "
-            "as it is: falcon-qlora generate and falcon_qlora.load_adapter open it."
+            "as it is: falcon-qlora generate and falcon_qlora.load_adapter open it"
         )
     say_loading()
     quiet_libraries()
@@ -118,8 +118,8 @@ def _merge(
     text = held_out_text(configuration, tokenizer, run)
     if configuration.data.eval_split is None:
         note(
-            f"no held-out rows are known: the merge is measured on {text.source}, which says little about "
-            "your data. --eval_split FILE measures on your own"
+            f"no held-out rows are known: the merge is measured on {text.source}. Give --eval_split FILE to "
+            "measure on your own data"
         )
     batches = batches_of(
         text,
@@ -161,7 +161,7 @@ def _request(source: Source, wanted: MergeArguments, folder: Path, largest_file:
     if zero:
         raise UserError(
             f"{folder}: {len(zero)} of its tensors are zero throughout, the first {zero[0]}: the adapter is "
-            "damaged, or was never trained."
+            "damaged, or was never trained"
         )
     device = devices.local_device()
     candidates = ["16bit", "dequantized"] if wanted.base == "auto" else [wanted.base]
@@ -231,8 +231,8 @@ def _check_recorded_loss(
     recorded = run.read("summary").get("best_eval_loss")
     if isinstance(recorded, float) and not loss <= recorded + request.max_loss_increase:
         raise UserError(
-            f"{request.adapter.folder} gives the loss {loss:.4f} on what its run held out, the run noted "
-            f"{recorded:.4f}: the adapter or its base was altered since. Nothing was written."
+            f"{request.adapter.folder}: the held-out loss is {loss:.4f}, but its run has {recorded:.4f}: "
+            "the adapter or its base was altered since. Nothing was written"
         )
 
 

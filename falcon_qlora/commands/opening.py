@@ -64,7 +64,7 @@ def source_of(
     if folder is not None and whole:
         if "model_name_or_path" in named:
             raise UserError(
-                f"--model_name_or_path: {folder} holds a whole model, there is no base to put it on"
+                f"--model_name_or_path: {folder} is a fully fine-tuned model, which needs no base: drop it"
             )
         has_its_own = (folder / "tokenizer.json").is_file()
         record["tokenizer"] = (
@@ -84,7 +84,7 @@ def source_of(
             mode = "16bit"  # whatever a run's settings file says of how its base was stored
     else:
         if not base and not whole:
-            raise UserError(f"{folder} names no base model. Name it with --model_name_or_path.")
+            raise UserError(f"{folder} names no base model. Name it with --model_name_or_path")
         tokenizer = tokenizer or (base if whole else None)
         opened = {} if whole else {"model_name_or_path": ("base model", base)}
         opened["tokenizer_name_or_path"] = ("tokenizer", tokenizer)
@@ -92,7 +92,7 @@ def source_of(
             if name and flag not in named:
                 path = check_may_open(name, what, record, folder, say_so=f"--{flag} FOLDER")
                 if path is not None:
-                    note_aside(f"the {what} is {path}, which {folder} names")
+                    note_aside(f"using the {what} {path}, as recorded in {folder}")
         if not whole:
             _say_whether_other(record, folder, base, settings.model_revision)
     if not whole:
@@ -134,7 +134,7 @@ def _is_merge(name: str) -> bool:
     folder = named_folder(name)
     if folder is None or not (folder / CERTIFICATE).is_file():
         return False
-    note_aside(f"{folder} is a merge and opened in 16 bits, as it was made; -q 4bit quantizes it first")
+    note_aside(f"{folder} is a merge, loaded in 16 bits as it was made; -q 4bit quantizes it")
     return True
 
 

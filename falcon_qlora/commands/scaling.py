@@ -66,7 +66,7 @@ class _Bench:
                     f"{', '.join(COMMANDS)}"
                 )
         if wanted.whole_run and "cache_dir" in given:
-            raise UserError("--whole_run begins with an empty cache; leave --cache_dir out")
+            raise UserError("--whole_run starts with an empty cache: drop --cache_dir")
         assert wanted.gpus is not None
         self.gpus = sorted(numbers("--gpus", wanted.gpus))
         self.modes = names("--quantize_modes", wanted.quantize_modes or [configuration.model.quantize_mode])
@@ -75,7 +75,7 @@ class _Bench:
                 raise UserError(f"--quantize_modes: {mode!r} is not one of {', '.join(known)}")
         tokens, *more = numbers("--tokens", wanted.tokens)
         if more:
-            raise UserError("--tokens: with --gpus one size of a micro batch, please")
+            raise UserError("--tokens: with --gpus give one micro-batch size")
         self.work = Work(
             tokens=WHOLE_TOKENS if wanted.whole_run and "tokens" not in given else tokens,
             document=configuration.data.max_length,
@@ -102,7 +102,7 @@ class _Bench:
             for measured, note in found:
                 self._add(measured, note)
         except _Over:
-            say(f"what follows is not begun, as {self.wanted.minutes:g} minutes are over")
+            say(f"the remaining rows are left out: {self.wanted.minutes:g} minutes are over")
 
     def _planned(self, folder: Path) -> Iterator[Row]:
         for model in self.models:

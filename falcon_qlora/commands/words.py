@@ -20,7 +20,7 @@ def names(flag: str, given: Sequence[str]) -> list[str]:
     """
     found = split(given)
     if not found:
-        raise UserError(f"{flag}: names none")
+        raise UserError(f"{flag}: nothing is named")
     return found
 
 

@@ -34,23 +34,25 @@ def read_text(file: Path, *, limit_bytes: int = JSON_LIMIT_BYTES, may_be_pipe: b
     try:
         about = file.stat()
         if not stat.S_ISREG(about.st_mode) and not (may_be_pipe and stat.S_ISFIFO(about.st_mode)):
-            raise UserError(f"{file} is not a file.")
+            raise UserError(f"{file} is not a file")
         if about.st_size > limit_bytes:
-            raise UserError(f"{file} has {about.st_size:,} bytes, which no such file needs; it was not read.")
+            raise UserError(
+                f"{file} is too large ({about.st_size:,} bytes; limit {limit_bytes:,}); it was not read"
+            )
         with file.open("rb") as opened:
             content = opened.read(limit_bytes + 1)
     except FileNotFoundError:
-        raise UserError(f"{file} is not there.") from None
+        raise UserError(f"{file} is not there") from None
     except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}.") from None
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
     except ValueError as error:  # of a name that none can have
-        raise UserError(f"{str(file)!r} cannot be read: {error}.") from None
+        raise UserError(f"{str(file)!r} cannot be read: {error}") from None
     if len(content) > limit_bytes:  # of a pipe, whose size nobody knows
-        raise UserError(f"{file} has more than {limit_bytes:,} bytes, which no such file needs.")
+        raise UserError(f"{file} is too large (limit {limit_bytes:,} bytes)")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not valid: not text in UTF-8 ({error.reason}).") from None
+        raise UserError(f"{file} is not valid: not text in UTF-8 ({error.reason})") from None
 
 
 def read_json(file: Path, *, limit_bytes: int = JSON_LIMIT_BYTES, not_finite: bool = False) -> dict[str, Any]:
@@ -72,7 +74,7 @@ def read_json(file: Path, *, limit_bytes: int = JSON_LIMIT_BYTES, not_finite: bo
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{file} is not valid: it holds a JSON {type(content).__name__}, not an object.")
+        raise UserError(f"{file} is not valid: it holds a JSON {type(content).__name__}, not an object")
     return content
 
 
@@ -181,7 +183,7 @@ def refuse_links(folder: Path) -> None:
     for file in sorted(folder.iterdir()):
         if leads_out(file, folder) and not file.is_dir():
             raise UserError(
-                f"{file} is a link that leads out of {folder}; nothing was read. Put a copy in its place."
+                f"{file} is a link that leads out of {folder}; nothing was read. Put a copy in its place"
             )
 
 
@@ -193,7 +195,7 @@ def of_a_run(folder: Path) -> Iterator[None]:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         told = one_line(f"{type(error).__name__}: {error}")
-        raise UserError(f"{folder}: its files are not what a run writes ({told}); run it again.") from None
+        raise UserError(f"{folder}: its files are not valid ({told}); run it again") from None
 
 
 def file_beside(named_in: Path, name: Any) -> Path:
@@ -204,6 +206,6 @@ def file_beside(named_in: Path, name: Any) -> Path:
     """
     if not isinstance(name, str) or name in ("", ".", "..") or any(sign in name for sign in "/\\\0"):
         raise UserError(
-            f"{named_in} names {str(name)!r}, which is not a file of its own folder; it was not opened."
+            f"{named_in} names {str(name)!r}, which is not a file of its own folder; it was not opened"
         )
     return named_in.parent / name

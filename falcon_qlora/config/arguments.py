@@ -54,8 +54,8 @@ class ModelArguments:
     )
     kernels: Literal["auto", "portable", "off", "required"] = setting(
         "auto",
-        "Blocks as single functions, with kernels of our own.\nauto: where they can\n"
-        "portable: without optional libraries\noff: never\nrequired: or else an error",
+        "Fused blocks, with kernels of our own.\nauto: where supported\n"
+        "portable: without optional libraries\noff: never\nrequired: else an error",
     )
 
 
@@ -99,14 +99,14 @@ class DataArguments:
     )
     train_on: Literal["answers", "all"] = setting(
         "answers",
-        "What the loss is of.\nanswers: those, where the format has prompts\nall: all of the text",
+        "Which tokens the loss counts.\nanswers: the answers', where the format has prompts\nall: all",
     )
     append_end_token: bool = setting(True, "End every answer with the end token.")
     max_length: int = setting(2048, "Longest sequence, in tokens.", least=2)
     overlong: Literal["split", "truncate", "drop"] = setting(
         "split",
-        "What is done with a document longer than --max_length.\nsplit: all of it, in pieces\n"
-        "truncate: its beginning\ndrop: nothing of it",
+        "What to do with a document longer than --max_length.\nsplit: cut it into pieces\n"
+        "truncate: keep its beginning\ndrop: leave it out",
     )
     packing: bool = setting(
         True, "Lay documents end to end (attention stays within each) instead of padding."
@@ -191,7 +191,7 @@ class RunArguments:
     )
     checkpointing: Literal["auto", "none", "selective", "full", "offload"] = setting(
         "auto",
-        "What blocks compute again in the backward pass.\n"
+        "Activation checkpointing: what blocks recompute in the backward pass.\n"
         "auto: as little as memory allows, block by block\nnone: nothing\nselective: the largest activation\n"
         "full: all\noffload: all, from inputs in CPU memory",
     )
@@ -203,19 +203,19 @@ class RunArguments:
     )
     max_bad_steps: int = setting(
         10,
-        "Stop after so many steps in a row whose loss or gradient is not finite (each is skipped); 0: never.",
+        "Stop after so many steps in a row with a non-finite loss or gradient (each is skipped); 0: never.",
         least=0,
     )
     hang_minutes: float = setting(
         15.0,
-        "End the run, and say which process hangs, where one does not move for so long; 0: never.",
+        "End the run where a process hangs for so long, naming it; 0: never.",
         least=0,
     )
     sharding: Literal["auto", "none", "fsdp", "zero3"] = setting(
         "auto",
         "Of --method full on several processes.\nauto: fsdp where a replica with its optimizer fits no GPU\n"
-        "none: a replica on each\nfsdp: its parts shared out by PyTorch\n"
-        "zero3: shared out by DeepSpeed, with float32 weights beside bf16 ones",
+        "none: a replica on each\nfsdp: sharded by PyTorch\n"
+        "zero3: sharded by DeepSpeed, with float32 weights beside bf16 ones",
     )
     early_stopping: int = setting(
         0, "Stop after this many evaluations without a better loss; 0: never.", least=0
@@ -251,7 +251,7 @@ class LaunchArguments:
     rdzv_backend: str | None = setting(None, "How nodes meet, such as c10d.")
     rdzv_endpoint: str | None = setting(None, "Where nodes meet: HOST:PORT.")
     rdzv_id: str | None = setting(None, "Name of this job, the same on every node.")
-    rdzv_conf: str | None = setting(None, "More for the backend: key=value,…")
+    rdzv_conf: str | None = setting(None, "Arguments of the backend: key=value,…")
     max_restarts: int = setting(0, "Restarts after a process has failed.", least=0)
 
 

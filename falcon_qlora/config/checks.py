@@ -121,7 +121,7 @@ def _faults(values: Values, where: dict[str, str]) -> Iterator[str]:
     yield from _data_faults(values, name)
     yield from _unread(values, where)
     if values["report_to"] != ["none"] and "none" in values["report_to"]:
-        yield f"{name('report_to')}: none goes with no other tracker"
+        yield f"{name('report_to')}: none excludes other trackers; drop none or the others"
     try:
         of_method = method_from(values, name("method")).fp8_facts()
     except UserError as error:
@@ -131,7 +131,7 @@ def _faults(values: Values, where: dict[str, str]) -> Iterator[str]:
         if excluded is not None and values["compute_dtype"] == "fp8":
             yield f"{name('compute_dtype')}: {excluded}"
     if values["adapter_sha256"] and not values["adapter"]:
-        yield f"{name('adapter_sha256')} is of the weights that --adapter names; give that too"
+        yield f"{name('adapter_sha256')} is the hash of an adapter's weights: give --adapter too"
     if values["resume"] and values["overwrite"]:
         yield "--resume goes on with a run and --overwrite replaces it; give one of them"
     if values["resume"] == "latest" and values["output_dir"] is None:
@@ -248,7 +248,7 @@ def _settle_method(values: Values, laid: Laid) -> None:
                 values[name if other > mine else each.alternative] = None
     for name, (_, layer) in laid.items():
         if layer.origin == FLAG and name in method_settings() and name not in own:
-            raise UserError(f"--{name} does nothing with --method {method.name}")
+            raise UserError(f"--{name} does nothing with --method {method.name}: drop it")
 
 
 def _settle_checkpointing(values: Values, laid: Laid) -> None:
@@ -361,14 +361,14 @@ def _data_faults(values: Values, name: Any) -> Iterator[str]:
     if weights is not None and len(datasets) == 1:
         yield f"{name('dataset_weights')}: one --dataset_name needs none; drop it"
     elif weights is not None and len(weights) != len(datasets):
-        yield f"{name('dataset_weights')}: {len(weights)} for {len(datasets)} of --dataset_name"
+        yield f"{name('dataset_weights')}: {len(weights)} for {len(datasets)} of --dataset_name; give as many"
     if values["streaming"] and values["max_steps"] < 1:
-        yield f"{name('streaming')}: a stream has no length; say how long to train with --max_steps"
+        yield f"{name('streaming')}: a stream's length is not known; give --max_steps"
     for setting in ("logging_strategy", "eval_strategy", "save_strategy"):
         if values["streaming"] and values.get(setting) == "epoch":
-            yield f"{name(setting)} epoch: a stream has no known end; count steps instead"
+            yield f"{name(setting)} epoch: a stream's length is not known; give steps instead"
     if values["streaming"] and (values.get("dataloader_num_workers") or 0) > 1:
-        yield f"{name('dataloader_num_workers')}: each would read the whole of a stream; give 1 or 0"
+        yield f"{name('dataloader_num_workers')}: each worker would read the whole stream; give 1 or 0"
     split = values["eval_split"]
     if str(split).lower() in _SPLITS and not Path(split).exists():
         yield (
@@ -381,7 +381,7 @@ def _data_faults(values: Values, name: Any) -> Iterator[str]:
         return
     if values["eval_split"] and values["streaming"]:
         yield (
-            f"{name('eval_split')}: of a stream no fraction can be held out, as it has no known end; "
+            f"{name('eval_split')}: no fraction of a stream can be held out, its length is not known; "
             "name a file, or split:NAME of the same data"
         )
     elif values["eval_split"] and not 0 < fraction < 1:

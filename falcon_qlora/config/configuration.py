@@ -206,13 +206,13 @@ def configure(settings: Mapping[str, Any], *, extra_arguments: type | None = Non
     recipe, named_by = lay_over(layers).get("recipe", ("default", flags))
     if of_run and named_by.rank == 2 and recipe not in recipe_names():
         raise UserError(
-            f"recipe in {named_by.origin}: the settings of a run are complete and name no other file; "
-            f"{recipe!r} is not opened. Take the line out, or name the recipe with --recipe"
+            f"recipe in {named_by.origin}: a run's settings must not name another file, and {recipe!r} was "
+            "not opened. Remove the line, or name the recipe with --recipe"
         )
     if recipe != "default":
         layer = parser.read_file(recipe_file(recipe), f"recipe {recipe}", rank=1)
         if "recipe" in layer.values:
-            raise UserError(f"recipe {recipe} names a recipe itself; it is laid over the default one only")
+            raise UserError(f"recipe {recipe} names another recipe; recipes do not nest, remove that line")
         layers.append(layer)
     configuration = _configuration(parser, lay_over(layers), recipe, extra_arguments)
     configuration.passed_over = {layer.origin: layer.passed_over for layer in layers if layer.passed_over}
@@ -271,7 +271,7 @@ def _configuration(
 def _hide_gpus() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
-        raise UserError("--device cpu: this process computes on a GPU already; begin in a fresh one")
+        raise UserError("--device cpu: this process uses a GPU already; start a new process")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when a GPU is first asked for, here and in the workers
 
 

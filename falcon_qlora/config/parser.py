@@ -142,7 +142,7 @@ class FalconParser:
         """What a flag gives its setting, as text."""
         if given.flag in setting.flags_off:
             if given.words:
-                raise UserError(f"{given.flag} stands alone, without a value")
+                raise UserError(f"{given.flag} takes no value")
             return False
         if not given.words:
             if setting.alone is None:

@@ -35,16 +35,16 @@ class TrainerArguments:
     lr_scheduler_type: _Scheduler = setting("linear", "Schedule of the learning rate.")
     lr_scheduler_kwargs: dict[str, Any] | None = setting(
         None,
-        'More for the schedule, as JSON: {"num_cycles": 1} for cosine_with_restarts. Unset, those with a '
+        'Schedule arguments as JSON: {"num_cycles": 1} for cosine_with_restarts. Unset, those with a '
         "least rate end at a tenth of the peak, and warmup_stable_decay falls in the last tenth of steps.",
     )
     warmup_steps: float = setting(
         0,
-        "Steps in which the learning rate rises from 0, or their share; the first has the second's rate.",
+        "Linear warmup: steps, or a share of all; the first step has the second's rate.",
         least=0,
     )
     optim: _Optimizer = setting("adamw_torch_fused", "Optimizer.")
-    optim_args: str | None = setting(None, "More for the optimizer: key=value,…")
+    optim_args: str | None = setting(None, "Optimizer arguments: key=value,…")
     weight_decay: float = setting(0.0, "Weight decay; none of biases and norms.", least=0)
     adam_beta1: float = setting(0.9, "Decay of Adam's first moment.", least=0, below=1)
     adam_beta2: float = setting(0.999, "Decay of Adam's second moment.", least=0, below=1)
@@ -62,7 +62,7 @@ class TrainerArguments:
 
     # Logging
     logging_strategy: Literal["no", "steps", "epoch"] = setting("steps", "When to log.")
-    logging_steps: float = setting(10, "Steps between two lines of the log, or their share.", above=0)
+    logging_steps: float = setting(10, "Steps between two lines of the log, or a share of all.", above=0)
     logging_first_step: bool = setting(False, "Log the first step too.")
     run_name: str | None = setting(None, "Name of the run for trackers; unset: its folder's.")
     project: str = setting("huggingface", "Project for Trackio.")
@@ -72,7 +72,7 @@ class TrainerArguments:
 
     # Evaluation
     eval_strategy: Literal["no", "steps", "epoch"] = setting("no", "When to evaluate.")
-    eval_steps: float | None = setting(None, "Steps between two evaluations, or their share.", above=0)
+    eval_steps: float | None = setting(None, "Steps between two evaluations, or a share of all.", above=0)
     eval_delay: float = setting(0, "Steps or epochs before the first evaluation.", least=0)
     eval_on_start: bool = setting(False, "Evaluate before the first step too.")
     per_device_eval_batch_size: int = setting(8, "Sequences to evaluate on each device at a time.", least=1)
@@ -80,7 +80,7 @@ class TrainerArguments:
     # Checkpoints
     save_strategy: Literal["no", "steps", "epoch", "best"] = setting("steps", "When to save a checkpoint.")
     save_steps: float | None = setting(
-        None, "Steps between two checkpoints, or their share; unset: by the clock.", above=0
+        None, "Steps between two checkpoints, or a share of all; unset: by the clock.", above=0
     )
     save_total_limit: int | None = setting(None, "Checkpoints to keep, the best one besides.", least=1)
     save_only_model: bool = setting(False, "Save weights only: such a checkpoint cannot be resumed.")
@@ -102,7 +102,7 @@ class TrainerArguments:
 
     # Processes
     ddp_backend: Literal["nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl"] | None = setting(
-        None, "How processes talk to each other."
+        None, "Backend for communication between processes."
     )
     ddp_timeout: int = setting(1800, "Seconds that one process waits for another.", least=1)
 

@@ -185,7 +185,7 @@ class Answers:
             own = str(folder)
         name = own or record.get("tokenizer") or base
         if not name:
-            raise UserError(f"{folder} names no base model, whose tokenizer it needs. Name it as base_model.")
+            raise UserError(f"{folder} names no base model, whose tokenizer it needs. Name it as base_model")
         if name != self._base:
             check_may_open(name, "tokenizer", record, folder, say_so="base_model=FOLDER")
         return load_tokenizer(
@@ -246,8 +246,8 @@ def trained_template(
         told = record.get("template_fingerprint")
         if not isinstance(told, str) or told != template_fingerprint(name):
             raise UserError(
-                f"{trained} names {name[:200]!r}, a file of this machine, as its template, and does not tell "
-                f"what lies there now. If that is right, say so: {say_so}"
+                f"{trained} names the local file {name[:200]!r} as its template, but records no fingerprint "
+                f"of what it is now. If that is right, give {say_so}"
             )
     if tokenizer is None:
         return None if name == TOKENIZER else get_template(name)

@@ -130,9 +130,7 @@ def merge(
             )
             # Read back: what lies on the disk is what was computed.
             for name in altered_tensors(folder / onto, request.config, hashes[onto]):
-                raise UserError(
-                    f"{name} lies on the disk otherwise than it was written: is the disk in order?"
-                )
+                raise UserError(f"{name} reads back differently than it was written; is the disk failing?")
         best = _choose(request, measured, adapter_loss)
         for file in (folder / best).iterdir():
             file.rename(folder / file.name)
@@ -199,5 +197,5 @@ def _choose(request: Request, measured: dict[Onto, Measured], adapter_loss: floa
     raise UserError(
         f"The merge is worse than the adapter, whose loss on the held-out text is {adapter_loss:.4f}: {told}."
         f" Allowed are --max_loss_increase {request.max_loss_increase:g} and --max_kl_divergence "
-        f"{request.max_kl_divergence:g}. Nothing was kept. Try another --base, or --dtype fp32."
+        f"{request.max_kl_divergence:g}. Nothing was kept. Try another --base, or --dtype fp32"
     )

@@ -32,9 +32,8 @@ def check_disk(out: Path, needed: int) -> None:
     free = free_bytes(out)
     if needed > free:
         raise UserError(
-            f"--out {out}: the merge needs {gib(needed)} there, {gib(free)} are free. Free "
-            "some, name a folder on another disk, or with --base 16bit or dequantized make one merge instead "
-            "of two to compare."
+            f"--out {out}: the merge needs {gib(needed)}, only {gib(free)} free. Free space, name a folder "
+            "on another disk, or make one merge instead of two (--base 16bit or --base dequantized)"
         )
 
 
@@ -52,6 +51,6 @@ def check_out(out: Path, *, overwrite: bool) -> None:
     if not out.exists():
         return
     if not overwrite:
-        raise UserError(f"--out {out}: it is there already. Name another folder, or replace it (--overwrite)")
+        raise UserError(f"--out {out}: exists already. Name another folder, or replace it (--overwrite)")
     if not out.is_dir() or (any(out.iterdir()) and not (out / CERTIFICATE).is_file()):
-        raise UserError(f"--out {out}: holds something else than a merge, which --overwrite does not replace")
+        raise UserError(f"--out {out}: not a merge, which --overwrite does not replace; name another folder")

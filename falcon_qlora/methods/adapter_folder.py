@@ -97,7 +97,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
     if not file.is_file():
         if not is_whole(record):
-            raise UserError(f"{folder} holds no adapter (no {CONFIG}).")
+            raise UserError(f"{folder} holds no adapter (no {CONFIG})")
         return {**record, "quantize_mode": record.get("quantize_mode") or "16bit"}
     config = read_json(file)
     base_model = config.get("base_model_name_or_path")
@@ -167,7 +167,7 @@ class SavedAdapter:
     def check(self, config: PreTrainedConfig) -> None:
         """Raise a `UserError` for the first of `faults`."""
         for fault in self.faults(config):
-            raise UserError(f"{self.file}: {fault}. The adapter is damaged or of another model.")
+            raise UserError(f"{self.file}: {fault}. The adapter is damaged or of another model")
 
     def open(self, base: Any, *, trainable: bool = False) -> Any:
         """Put it on its base, from `load_model`; to train on, or else for inference.
@@ -200,7 +200,7 @@ def _value_faults(name: str, stored: StoredTensor) -> Iterator[str]:
     if not stored.dtype.startswith(("F16", "BF16", "F32", "F64")):
         yield f"{name} holds {stored.dtype}, not floating-point numbers"
     elif not read_tensor(stored.file, name).isfinite().all():
-        yield f"{name} holds numbers that are not finite"
+        yield f"{name} has non-finite values (NaN/inf)"
 
 
 def read_adapter(folder: Path) -> SavedAdapter:
@@ -214,5 +214,5 @@ def read_adapter(folder: Path) -> SavedAdapter:
     if not tensors_file(folder).is_file():
         other = next((path.name for path in sorted(folder.glob("adapter_model*"))), None)
         found = f"{other} is there, and is not read" if other else "the weights are gone"
-        raise UserError(f"{folder} has no {TENSORS}: {found}.")
+        raise UserError(f"{folder} has no {TENSORS}: {found}")
     return SavedAdapter(folder=folder, method=method, record=record)

@@ -34,7 +34,7 @@ class Full(Method):
 
     @classmethod
     def read_folder(cls, folder: Path, record: dict[str, Any]) -> NoReturn:
-        raise UserError(f"{folder} holds a whole model, not an adapter.")
+        raise UserError(f"{folder} is a fully fine-tuned model, not an adapter")
 
     def step_memory(self) -> dict[str, Any]:
         return {"all_trained": True}

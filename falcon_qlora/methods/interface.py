@@ -289,7 +289,7 @@ class Method(ABC):
         Raises:
             UserError: if the base's weights are no longer there.
         """
-        raise UserError("the base's own weights were trained: ask the base model by itself")
+        raise UserError("full fine-tuning cannot be switched off: open the base model instead")
 
 
 def trainable_count(method: Method, config: PreTrainedConfig) -> int:

@@ -74,7 +74,7 @@ class Lora(Method):
     )
     slices: tuple[str, ...] | None = setting(
         None,
-        "Adapt these slices of the projection that is all three, each with rank lora_r, and nothing else.",
+        "Adapt only these slices of the fused query-key-value projection, each with rank lora_r.",
         name="lora_slices",
         label="on {}",
         choices=SLICES,
@@ -128,7 +128,7 @@ class Lora(Method):
         file, slices = folder / "adapter_config.json", record.get("lora_slices")
         settings = read_json(file)
         if settings.get("peft_type") != "LORA":
-            raise UserError(f"{file}: peft_type is {settings.get('peft_type')!r}; only LORA can be read.")
+            raise UserError(f"{file}: peft_type is {settings.get('peft_type')!r}; only LORA is supported")
         _refuse_what_is_not_trained_here(settings, file)
         names = ("r", "lora_alpha", "lora_dropout", "target_modules")
         given: list[Any] = [settings.get(name) for name in names]
@@ -145,16 +145,16 @@ class Lora(Method):
         for name in fits:
             if not fits[name]:
                 told = str(settings.get(name))[:80]
-                raise UserError(f"{file}: {name} is {told!r}, which is not what LoRA here takes")
+                raise UserError(f"{file}: {name} is {told!r}, which is not supported")
         rows, head_rows, tokens = None, True, None
         if settings.get("trainable_token_indices") is not None:
             rows, head_rows = new_tokens.rows_in(settings["trainable_token_indices"], file)
             tokens = record.get("new_tokens")
             if tokens is not None and len(tokens) != len(rows):
-                raise UserError(f"{folder}: {len(tokens)} new_tokens are named, and rows are of {len(rows)}")
+                raise UserError(f"{folder}: {len(tokens)} new_tokens are named, but {len(rows)} rows stored")
         parts = len(set(slices)) if slices else 1
         if r % parts:
-            raise UserError(f"{file}: r is {r}, which {parts} slices cannot share")
+            raise UserError(f"{file}: r is {r}, which is not divisible by {parts} slices")
         return cls(
             r=r // parts,
             alpha=alpha / parts,
@@ -215,7 +215,7 @@ class Lora(Method):
             if name not in linears:
                 raise UserError(
                     f"lora_target_modules: the blocks have no linear {name!r}{nearest(name, linears)}. "
-                    f"{layout.family}'s: {', '.join(linears)}."
+                    f"{layout.family}'s: {', '.join(linears)}"
                 )
         return list(self.target_modules or ())
 
@@ -422,11 +422,11 @@ def _target_names(spelled: str | list[Any], folder: Path) -> list[str] | None:
 def _refuse_what_is_not_trained_here(settings: dict[str, Any], source: Path) -> None:
     for name, value in settings.items():
         if name not in _KNOWN and value:
-            raise UserError(f"{source}: {name} is set to {str(value)[:80]!r}, which is not read here.")
+            raise UserError(f"{source}: {name} is {str(value)[:80]!r}, which is not supported")
     if settings.get("bias") not in (None, "none"):
-        raise UserError(f"{source}: bias is {settings['bias']!r}; adapters that train biases are not read.")
+        raise UserError(f"{source}: bias is {settings['bias']!r}; trained biases are not supported")
     if settings.get("init_lora_weights") not in (None, True, False, "gaussian"):
         raise UserError(
-            f"{source}: init_lora_weights is {str(settings['init_lora_weights'])[:80]!r}, by which opening "
-            "the adapter would change the base model."
+            f"{source}: init_lora_weights is {str(settings['init_lora_weights'])[:80]!r}, which is not "
+            "supported: opening the adapter would change the base model"
         )

@@ -85,8 +85,8 @@ def rows_in(settings: Any, where: Path) -> tuple[tuple[int, ...], bool]:
         lists = []
     if not lists or any(each != lists[0] for each in lists):
         raise UserError(
-            f"{where}: trainable_token_indices are read of the embedding, or of the embedding and the head "
-            "for the same tokens"
+            f"{where}: trainable_token_indices are supported for the embedding, or for embedding and head "
+            "with the same tokens"
         )
     ids = lists[0]
     are_ids = isinstance(ids, list) and all(is_count(each, least=0, most=_LARGEST_ID) for each in ids)
@@ -104,7 +104,7 @@ def grown(ids: Sequence[int], vocabulary: int) -> int:
     beyond = sorted(each for each in ids if each >= vocabulary)
     if beyond != list(range(vocabulary, vocabulary + len(beyond))):
         raise UserError(
-            f"rows of tokens {beyond[0]} to {beyond[-1]} were trained, and the base's embeddings end at "
-            f"{vocabulary - 1}: those between are nowhere. Is it another base?"
+            f"rows of tokens {beyond[0]} to {beyond[-1]} were trained, but the base's embeddings end at "
+            f"{vocabulary - 1}; is it another base?"
         )
     return vocabulary + len(beyond)

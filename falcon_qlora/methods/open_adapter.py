@@ -62,12 +62,12 @@ def load_adapter(
     whole = is_whole(record)
     if whole:
         if base_model is not None:
-            raise UserError(f"{path} holds a whole model: there is no base to put it on")
+            raise UserError(f"{path} is a fully fine-tuned model, which needs no base: leave base_model out")
         base_model = str(path)
     elif base_model is None:
         base_model = record.get("base_model")
         if not base_model:
-            raise UserError(f"{path}/adapter_config.json names no base model. Name it as base_model.")
+            raise UserError(f"{path}/adapter_config.json names no base model. Name it as base_model")
         check_may_open(base_model, "base model", record, path, say_so="base_model=FOLDER")
     saved = None if whole else read_adapter(path)
     if isinstance(base_model, str):
@@ -171,7 +171,7 @@ def check_is_there(name: str, what: str, record: dict[str, Any], folder: Path, *
         path = Path(name) if tells_of_folder(told) else None
     if path is not None and not path.expanduser().exists():
         relative = "" if path.is_absolute() else " (a path from the folder in which the run was started)"
-        raise UserError(f"The {what} folder {name}{relative}, recorded in {folder}, is gone; give {say_so}.")
+        raise UserError(f"The {what} folder {name}{relative}, recorded in {folder}, is gone; give {say_so}")
 
 
 def check_may_open(name: str, what: str, record: dict[str, Any], folder: Path, *, say_so: str) -> Path | None:
@@ -192,8 +192,8 @@ def check_may_open(name: str, what: str, record: dict[str, Any], folder: Path, *
     check_is_there(name, what, record, folder, say_so=say_so)
     if not may_open(name, what, record, folder):
         raise UserError(
-            f"{folder} names {name!r}, a folder of this machine, as its {what}, and does not tell what lies "
-            f"there now. If that is right, say so: {say_so}."
+            f"{folder} names the local folder {name!r} as its {what}, but records no fingerprint of what it "
+            f"is now. If that is right, give {say_so}"
         )
     path = named_folder(name)
     return None if path is None or _lies_within(path, folder) else path

@@ -43,8 +43,8 @@ def raw_config(folder: Path) -> dict[str, Any]:
     refuse_adapter(folder)
     if not path.exists():
         inside = folder / "adapter"  # of a run that trained every weight
-        meant = f" Did you mean {inside}?" if (inside / "config.json").is_file() else ""
-        raise UserError(f"{folder} holds no config.json: it is not a model's folder.{meant}")
+        meant = f"; did you mean {inside}?" if (inside / "config.json").is_file() else ""
+        raise UserError(f"{folder} holds no config.json: it is not a model's folder{meant}")
     return read_json(path)
 
 
@@ -57,7 +57,7 @@ def refuse_adapter(folder: Path) -> None:
     is_one = any((each / "adapter_config.json").is_file() for each in (folder, folder / "adapter"))
     if is_one and not (folder / "config.json").exists():
         raise UserError(
-            f"{folder} holds an adapter, not a model: name it with --adapter, and its base with -m."
+            f"{folder} holds an adapter, not a model: name it with --adapter, and its base with -m"
         )
 
 
@@ -100,7 +100,7 @@ def check_preset(name: str) -> tuple[str, str]:
     preset, _, query = name.removeprefix(RANDOM).partition("?")
     if preset not in PRESETS:
         raise UserError(
-            f"{name}: no preset {preset!r}{nearest(preset, PRESETS)}. There are {', '.join(PRESETS)}."
+            f"{name}: no preset {preset!r}{nearest(preset, PRESETS)}. There are {', '.join(PRESETS)}"
         )
     return preset, query
 
@@ -121,7 +121,7 @@ def parse_random(name: str, seed: int) -> RandomCheckpoint:
         key, separator, text = item.partition("=")
         if not separator or key not in known | {"seed"}:
             raise UserError(
-                f"{name}: {item!r} is not KEY=VALUE of a {layout.family} configuration{nearest(key, known)}."
+                f"{name}: {item!r} is not KEY=VALUE of a {layout.family} configuration{nearest(key, known)}"
             )
         try:
             overrides[key] = json.loads(text.lower())
@@ -220,11 +220,11 @@ def weight_files(folder: Path) -> list[Path]:
             )
         if files:
             return files
-    raise UserError(f"{folder} holds no weights (model*.safetensors or pytorch_model*.bin).")
+    raise UserError(f"{folder} holds no weights (model*.safetensors or pytorch_model*.bin)")
 
 
 def _files_in_index(index: Path) -> set[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index} is not valid: it has no weight_map.")
+        raise UserError(f"{index} is not valid: it has no weight_map")
     return {file_beside(index, name) for name in weight_map.values()}

@@ -205,7 +205,7 @@ def apply_fast_path(
     device, dtype = base.device, base.dtype
     reason = fp8.why_not(device, dtype) if fp8_products else None
     if reason is not None:
-        raise UserError(f"{reason}. Use --compute_dtype auto.")
+        raise UserError(f"{reason}. Use --compute_dtype auto")
     enable_packing(model)
     pack_batches(model)
     family = _FAMILIES.get(base.config.model_type)

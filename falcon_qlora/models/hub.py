@@ -69,8 +69,8 @@ class Download:
         if needed > self.free_bytes:
             raise UserError(
                 f"{self.repository} needs {gib(needed, 1)} more in {self.cache}, where "
-                f"{gib(self.free_bytes, 1)} are free: {gib(needed - self.free_bytes, 1)} too "
-                "little. Free some, or set HF_HOME to a folder on a larger disk."
+                f"only {gib(self.free_bytes, 1)} are free: {gib(needed - self.free_bytes, 1)} short. "
+                "Free space, or set HF_HOME to a folder on a larger disk"
             )
 
 
@@ -94,7 +94,7 @@ def fetch_model(repository: str, *, revision: str | None = None) -> Path:
     except (HTTPError, OSError) as error:
         raise UserError(
             f"The download of {repository} stopped: {first_line(error)}. What has arrived is kept; run "
-            "the same command again to go on."
+            "the same command again to go on"
         ) from None
 
 
@@ -157,13 +157,13 @@ def _sizes(repository: str, kind: str, revision: str | None) -> tuple[dict[str, 
     except GatedRepoError:
         page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repository}"
         raise UserError(
-            f"{repository} is gated: accept its terms on {page}, then log in with `hf auth login`."
+            f"{repository} is gated: accept its terms on {page}, then log in with `hf auth login`"
         ) from None
     except RevisionNotFoundError:
-        raise UserError(f"{repository} has no revision {revision!r}.") from None
+        raise UserError(f"{repository} has no revision {revision!r}") from None
     except RepositoryNotFoundError:
         raise UserError(
-            f"There is no {kind} {repository!r}: no such folder here, and none on the hub that you can see."
+            f"There is no {kind} {repository!r}: no such folder here, and none on the hub that you can see"
         ) from None
     except (HTTPError, OSError) as error:
         raise Unreachable(f"the hub cannot be reached ({first_line(error)})") from error
@@ -238,13 +238,13 @@ def wanted_files(names: list[str], repository: str) -> list[str]:
             return sorted(weights + [name for name in names if _SIDE_FILES.fullmatch(name)])
     if _ADAPTER in names:
         raise _is_an_adapter(repository)
-    raise UserError(f"{repository} holds no weights (model*.safetensors or pytorch_model*.bin).")
+    raise UserError(f"{repository} holds no weights (model*.safetensors or pytorch_model*.bin)")
 
 
 def _is_an_adapter(repository: str) -> UserError:
     return UserError(
         f"{repository} holds an adapter, not a model. Download it (hf download {repository} --local-dir "
-        "FOLDER), name it with --adapter FOLDER, and its base with -m."
+        "FOLDER), name it with --adapter FOLDER, and its base with -m"
     )
 
 
@@ -277,5 +277,5 @@ def _not_cached(what: str, why: str) -> str:
     return (
         f"{what}, and {why}. Download it ahead where the hub can be reached (falcon-qlora "
         "prepare, with the same flags), bring the cache (HF_HOME) here and set HF_HUB_OFFLINE=1; or name a "
-        "local folder."
+        "local folder"
     )

@@ -130,9 +130,9 @@ def check_mode_runs_on(mode: str, dtype: torch.dtype, device: torch.device) -> N
         UserError: naming what it has.
     """
     if mode not in ("4bit", "8bit", "16bit"):
-        raise UserError(f"quantize_mode {mode!r} is none of 4bit, 8bit, 16bit.")
+        raise UserError(f"quantize_mode {mode!r} is none of 4bit, 8bit, 16bit")
     if device.type == "cpu" and dtype == torch.float16:
-        raise UserError("fp16 does not run on the CPU. Use --compute_dtype auto (float32 there) or bf16.")
+        raise UserError("fp16 does not run on the CPU. Use --compute_dtype auto (float32 there) or bf16")
     if device.type != "cuda":
         return
     capability = torch.cuda.get_device_capability(device)
@@ -140,10 +140,10 @@ def check_mode_runs_on(mode: str, dtype: torch.dtype, device: torch.device) -> N
     if mode == "8bit" and capability < (7, 5):
         raise UserError(
             f"8bit needs a GPU of compute capability 7.5 or later; {name} has "
-            f"{capability[0]}.{capability[1]}. Use --quantize_mode 4bit."
+            f"{capability[0]}.{capability[1]}. Use --quantize_mode 4bit"
         )
     if dtype == torch.bfloat16 and capability < (8, 0):
-        raise UserError(f"{name} has no bfloat16. Use --compute_dtype auto or fp16.")
+        raise UserError(f"{name} has no bfloat16. Use --compute_dtype auto or fp16")
 
 
 def _check_shapes_quantize_on(config: PreTrainedConfig, mode: QuantizeMode, device: torch.device) -> None:
@@ -155,7 +155,7 @@ def _check_shapes_quantize_on(config: PreTrainedConfig, mode: QuantizeMode, devi
         if into % NF4_BLOCK:
             raise UserError(
                 f"4bit on the CPU needs linears whose inputs are a multiple of {NF4_BLOCK}; {name} has "
-                f"{into}. Use --quantize_mode 8bit or 16bit, or a GPU."
+                f"{into}. Use --quantize_mode 8bit or 16bit, or a GPU"
             )
 
 

@@ -95,7 +95,7 @@ def is_on_hub(model_name_or_path: str) -> bool:
         return False
     if not _HUB_ID.fullmatch(model_name_or_path) or model_name_or_path.startswith("."):
         raise UserError(
-            f"There is no folder {model_name_or_path!r}, and a hub id would look like tiiuae/falcon-7b."
+            f"There is no folder {model_name_or_path!r}, and a hub id would look like tiiuae/falcon-7b"
         )
     return True
 

@@ -68,6 +68,6 @@ def check_fits(
     raise UserError(
         f"The model does not fit: its weights in {quantize_mode} take {gib(weights, 1)}"
         + (f" and the adapter {gib(adapter, 1)}" if trainable else "")
-        + f", the GPU has {gib(free_bytes, 1)} free: {gib(need - free_bytes, 1)} too little. "
-        f"{advice} smaller model, or a GPU with more memory free."
+        + f", the GPU has {gib(free_bytes, 1)} free: {gib(need - free_bytes, 1)} short. "
+        f"{advice} smaller model, or a GPU with more memory free"
     )

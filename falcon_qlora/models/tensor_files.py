@@ -51,7 +51,7 @@ def stored_tensors(file: Path) -> dict[str, StoredTensor]:
         UserError: if the file is not there, is cut short, or holds anything else.
     """
     if not file.is_file():
-        raise UserError(f"{file} is not there.")
+        raise UserError(f"{file} is not there")
     if file.suffix == ".bin":
         return {
             name: StoredTensor(file, _NAME_OF_DTYPE.get(str(each.dtype), str(each.dtype)), tuple(each.shape))
@@ -65,7 +65,7 @@ def stored_tensors(file: Path) -> dict[str, StoredTensor]:
                 for name, each in slices.items()
             }
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{file} is damaged: {error}. Copy or download it again.") from None
+        raise UserError(f"{file} is damaged: {error}. Copy or download it again") from None
 
 
 def read_tensor(file: Path, name: str) -> Tensor:
@@ -80,7 +80,7 @@ def read_tensor(file: Path, name: str) -> Tensor:
         with safe_open(file, framework="pt") as opened:
             return opened.get_tensor(name)
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{file} is damaged: {error}. Copy or download it again.") from None
+        raise UserError(f"{file} is damaged: {error}. Copy or download it again") from None
 
 
 def _open_torch_file(file: Path) -> dict[str, Tensor]:
@@ -91,14 +91,14 @@ def _open_torch_file(file: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
     except pickle.UnpicklingError:
-        raise UserError(f"{file} holds more than tensors, or is damaged; it was not opened.") from None
+        raise UserError(f"{file} holds more than tensors, or is damaged; it was not opened") from None
     except (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError) as error:
-        raise UserError(f"{file} is damaged: {error}. Copy or download it again.") from None
+        raise UserError(f"{file} is damaged: {error}. Copy or download it again") from None
     if not isinstance(content, dict):
-        raise UserError(f"{file} holds a {type(content).__name__}, not a model's tensors.")
+        raise UserError(f"{file} holds a {type(content).__name__}, not a model's tensors")
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
-            raise UserError(f"{file} holds more than plain tensors ({str(name)[:40]!r}); it was not opened.")
+            raise UserError(f"{file} holds more than plain tensors ({str(name)[:40]!r}); it was not opened")
     return content
 
 

@@ -252,7 +252,7 @@ def test_python_opens_a_base_on_this_machine_only_for_who_can_tell_what_is_in_it
         told | {"base_model": "~root/model"},
     ):
         record.write_text(json.dumps(crafted))
-        told_so = r"(a folder of this machine, .* say so:|is gone; give) base_model=FOLDER"
+        told_so = r"(the local folder .* give|is gone; give) base_model=FOLDER"
         with pytest.raises(UserError, match=told_so):
             load_adapter(run / "adapter", device="cpu")
     assert load_adapter(run / "adapter", base_model=str(base), device="cpu") is not None

@@ -194,7 +194,7 @@ class TestModel:
         # Linears of 40.8e9 bytes in 8 bits with a scale a row and an embedding of 1.1e9 in 16 bits, and 444M
         # adapter weights in 32 bits.
         assert "its weights in 8bit take 39.0 GiB and the adapter 1.7 GiB" in message
-        assert "the GPU has 40.0 GiB free: 0.6 GiB too little" in message
+        assert "the GPU has 40.0 GiB free: 0.6 GiB short" in message
         assert "--quantize_mode 4bit" in message
 
     def test_8bit_on_a_gpu_that_has_none(self, refused: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:

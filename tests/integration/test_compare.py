@@ -344,7 +344,7 @@ def test_runs_that_are_there_are_compared_through_the_command(
     assert "| steps | 4 |" in capsys.readouterr().out
     for words, message in (
         (["runs/old", "--output_dir", "out"], "holds a comparison already"),
-        (["runs/old", "-s", "8"], "--max_steps does nothing with runs that are there already"),
+        (["runs/old", "-s", "8"], "--max_steps does nothing where finished runs are compared"),
         (["runs/new"], "runs/new holds no run .*; runs nearby: runs/old$"),
     ):
         with pytest.raises(UserError, match=message):

@@ -193,7 +193,7 @@ def test_a_template_of_this_machine_is_not_opened_for_an_adapter(written, tmp_pa
     file.write_text(json.dumps(record))
     words = ["generate", "--adapter", str(folder), "--prompt", "x", "--max_new_tokens", "1"]
     status, said = run_command(folder, words, capsys)
-    assert (status, "does not tell what lies there now" in said) == (2, True)
+    assert (status, "records no fingerprint of what it" in said) == (2, True)
     assert run_command(folder, [*words, "--template", record["template"]], capsys)[0] == 0
     # Who has had it open may name it, as a run on this machine.
     file.write_text(json.dumps(record | {"template_fingerprint": template_fingerprint(record["template"])}))

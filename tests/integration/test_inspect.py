@@ -160,7 +160,7 @@ ADAPTER = "adapter_model.safetensors"
         (
             f"run/adapter/{ADAPTER}",
             change_tensors(lambda t: next(iter(t.values())).fill_(float("nan"))),
-            "not finite",
+            "non-finite",
         ),
         (
             f"run/adapter/{ADAPTER}",

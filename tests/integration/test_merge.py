@@ -352,7 +352,7 @@ class TestDamage:
 
         monkeypatch.setattr(build, "write_model", altering)
         message = self.refused(run, tmp_path / "merged", capsys, "--base", "dequantized")
-        assert "h.2.mlp.dense_4h_to_h.weight lies on the disk otherwise than it was written" in message
+        assert "h.2.mlp.dense_4h_to_h.weight reads back differently than it was written" in message
 
     @pytest.mark.parametrize("value", [60.0, math.nan])
     def test_a_weight_altered_before_it_is_written(self, run, tmp_path, capsys, monkeypatch, value):
@@ -376,7 +376,7 @@ class TestDamage:
         ("part", "change", "told"),
         [
             ("lora_B", lambda t: t.zero_(), "zero throughout"),
-            ("lora_A", lambda t: t.view(-1)[5:6].fill_(math.inf), "not finite"),
+            ("lora_A", lambda t: t.view(-1)[5:6].fill_(math.inf), "non-finite"),
         ],
     )
     def test_an_adapter_that_is_damaged_itself(self, run, tmp_path, capsys, part, change, told):
@@ -399,7 +399,7 @@ def test_what_is_refused_before_anything_is_computed(run, tmp_path, capsys, monk
     (tmp_path / "there" / "thesis.txt").write_text("precious")
     words = ("--adapter", run, "--out", tmp_path / "there")
     assert "there already" in refused(*words)
-    assert "something else than a merge" in refused(*words, "--overwrite")
+    assert "not a merge, which --overwrite does not replace" in refused(*words, "--overwrite")
     assert "--out is needed" in refused("--adapter", run)
     assert "holds no adapter" in refused("--adapter", tmp_path, "--out", tmp_path / "out")
     out = ("--adapter", run, "--out", tmp_path / "out")
@@ -472,7 +472,7 @@ def test_a_merge_is_measured_in_16_bits_unless_a_flag_says_otherwise(tmp_path, c
     assert "is a merge" not in said
     (model / "certificate.json").write_text("{}")
     merged, said = loss()
-    assert f"{model} is a merge and opened in 16 bits" in said
+    assert f"{model} is a merge, loaded in 16 bits" in said
     (tmp_path / "run.yaml").write_text("quantize_mode: 4bit\n")  # as a run's settings have it
     assert loss("--config", str(tmp_path / "run.yaml"))[0] == merged
     quantized, said = loss("-q", "4bit")

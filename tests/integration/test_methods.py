@@ -70,7 +70,7 @@ def test_it_learns_and_its_folder_answers(
     assert answer
     check_the_offline_commands(tmp_path / "run", method, losses[-1], capsys)
     if method == "full":
-        with pytest.raises(UserError, match="without its base"):
+        with pytest.raises(UserError, match="its base is not in it"):
             generate.main([*asked, "--compare"])
         return
     assert generate.main([*asked, "--max_new_tokens", "8", "--compare"]) == 0

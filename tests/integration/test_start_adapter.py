@@ -307,7 +307,7 @@ def test_what_contradicts_the_adapter_is_refused(tmp_path: Path) -> None:
     file.write_text("lora_r: 8\n")
     with pytest.raises(UserError, match=r"lora_r in .*settings.yaml is 8, but"):
         adopt(config=str(file))
-    with pytest.raises(UserError, match="give that too"):
+    with pytest.raises(UserError, match="give --adapter too"):
         configure({"adapter_sha256": "0"})
 
 

@@ -156,7 +156,7 @@ def test_a_picture_has_a_point_for_each_row_with_figures(tmp_path: Path) -> None
     ("flags", "told"),
     [
         (["--variants", "ours,ours-fp9"], "did you mean ours-fp8?"),
-        (["--variants", ""], "--variants: names none"),
+        (["--variants", ""], "--variants: nothing is named"),
         (["--tokens", "²"], "'²' is not a whole number"),
         (["--variants", "packed"], "give --dataset_name"),
         (["--tokens", "8192,many"], "'many' is not a whole number"),
@@ -208,4 +208,4 @@ def test_what_a_model_cannot_do_is_not_broken_and_what_breaks_is(
     status, table, told = bench("reference")
     assert status == 1
     assert "| reference | 4bit | 48 | not run: failed: ValueError: a bug |" in table
-    assert told.endswith("- 1 row broke; the table says how\n")
+    assert told.endswith("- 1 row failed; see the table\n")

@@ -128,7 +128,7 @@ def write(path: Path, **settings: object) -> str:
         (["--dataset_name", "a", "b", "--dataset_weights", "1"], ["1 for 2 of --dataset_name"]),
         (["--dataset_weights", "0"], ["above 0"]),
         (["--streaming"], ["--max_steps"]),
-        (["--streaming", "-s", "2", "--dataloader_num_workers", "2"], ["the whole of a stream; give 1 or 0"]),
+        (["--streaming", "-s", "2", "--dataloader_num_workers", "2"], ["the whole stream; give 1 or 0"]),
         (["--streaming", "-s", "2", "--save_strategy", "epoch"], ["--save_strategy epoch", "count steps"]),
         (["--eval_split", "1.5"], ["not a fraction"]),
         (["--early_stopping", "3"], ["--eval_split"]),
@@ -136,7 +136,7 @@ def write(path: Path, **settings: object) -> str:
         (["--generate_samples", "3"], ["--eval_split"]),
         (["--resume"], ["--output_dir"]),
         (["--resume", "--overwrite", "--output_dir", "x"], ["give one of them"]),
-        (["--report_to", "none", "wandb"], ["no other tracker"]),
+        (["--report_to", "none", "wandb"], ["none excludes other trackers"]),
         (
             ["--eval_split", "0.1", "--eval_steps", "10", "--save_steps", "15"],
             ["--save_steps (15) to be a multiple of --eval_steps (10)"],
@@ -268,7 +268,7 @@ def test_what_is_none_in_a_call_is_not_given(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_keys_of_a_recipe_are_checked(tmp_path: Path) -> None:
     assert "unknown key lora_rank in recipe" in refusal("--recipe", write(tmp_path / "r.yaml", lora_rank=3))
-    assert "names a recipe itself" in refusal("--recipe", write(tmp_path / "r.yaml", recipe="default"))
+    assert "names another recipe" in refusal("--recipe", write(tmp_path / "r.yaml", recipe="default"))
 
 
 @pytest.mark.parametrize("content", ["hub_token: [a, hf_SECRET]", "hub_token: {a: hf_SECRET}"])

@@ -116,7 +116,7 @@ ROWS = "-m tiny --dataset_name rows.jsonl"
         ("data -m tiny --dataset_name empty", ["empty: the folder holds no .jsonl"]),
         ("data -m nowhere/ --dataset_name sample", ["There is no folder 'nowhere/'"]),
         ("train -m run", ["holds an adapter, not a model: name it with --adapter"]),
-        ("train -m whole", ["whole holds no config.json", "Did you mean", "whole/adapter?"]),
+        ("train -m whole", ["whole holds no config.json", "did you mean whole/adapter?"]),
         ("generate --adapter nowhere --prompt x", ["nowhere: there is no such folder", "hf download"]),
         ("train --config empty", ["empty: this is a folder; name the file of settings"]),
         ("train --config run", ["run: this is a folder; did you mean run/config.yaml?"]),
@@ -124,7 +124,7 @@ ROWS = "-m tiny --dataset_name rows.jsonl"
         ("train --config none.yaml", ["there is no file none.yaml"]),
         ("train --recipe lamda-7b-4bit", ["unknown recipe lamda-7b-4bit", "did you mean lambda-7b-4bit?"]),
         ("train --resume", ["--resume needs to know the run: give --output_dir"]),
-        ("eval -m tiny", ["which text? Name it with --dataset_name FILE"]),
+        ("eval -m tiny", ["no text to measure on: name it with --dataset_name FILE"]),
     ],
 )  # fmt: skip
 def test_one_message_says_what_and_what_to_do(refused: Refused, words: str, parts: list[str]) -> None:

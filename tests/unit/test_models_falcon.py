@@ -137,7 +137,7 @@ def test_a_model_that_does_not_fit_is_refused_with_the_difference():
     config = preset_config("falcon-40b")
     free = 24 * 2**30
     check_fits(config, "4bit", trainable=444_334_080, free_bytes=free)
-    with pytest.raises(UserError, match=r"39\.0 GiB and the adapter 1\.7 GiB.* 16\.6 GiB too little.*4bit"):
+    with pytest.raises(UserError, match=r"39\.0 GiB and the adapter 1\.7 GiB.* 16\.6 GiB short.*4bit"):
         check_fits(config, "8bit", trainable=444_334_080, free_bytes=free)
 
 

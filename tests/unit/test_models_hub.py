@@ -125,7 +125,7 @@ def test_an_adapters_repository_is_told_from_a_models(fake_hub, monkeypatch, cap
 
 def test_size_and_free_disk_are_checked_before_any_weights_come(fake_hub):
     fake_hub.disk = 10 * GIB
-    with pytest.raises(UserError, match=r"14\.0 GiB more.* 10\.0 GiB are free: 4\.0 GiB too little"):
+    with pytest.raises(UserError, match=r"14\.0 GiB more.* 10\.0 GiB are free: 4\.0 GiB short"):
         hub.fetch_model("tiiuae/falcon-7b")
     assert fake_hub.downloaded is None
     fake_hub.cached = {"model-00001-of-00002.safetensors"}

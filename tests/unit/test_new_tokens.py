@@ -289,9 +289,9 @@ def test_words_or_a_file_name_the_tokens(tmp_path: Path) -> None:
         ([-1], "expected ids"),
         (["1"], "expected ids"),
         ([], "expected ids"),
-        ({"lm_head": [1]}, "are read of the embedding"),
-        ({"word_embeddings": [1], "lm_head": [2]}, "for the same tokens"),
-        ([VOCABULARY + 1], "Is it another base"),
+        ({"lm_head": [1]}, "are supported for the embedding"),
+        ({"word_embeddings": [1], "lm_head": [2]}, "with the same tokens"),
+        ([VOCABULARY + 1], "is it another base"),
     ],
 )
 def test_rows_of_others_that_cannot_be_are_refused(tmp_path: Path, indices: Any, told: str) -> None:

@@ -107,7 +107,7 @@ class TestCraftedAdapters:
             ({"init_lora_weights": "pissa"}, "would change the base model"),
             ({"loftq_config": {"loftq_bits": 4}}, "loftq_config is set"),
             ({"trainable_token_indices": [1]}, "trainable_tokens_delta is missing"),
-            ({"trainable_token_indices": [2**23]}, "Is it another base"),
+            ({"trainable_token_indices": [2**23]}, "is it another base"),
             ({"trainable_token_indices": [2**40]}, "expected ids"),
             ({"bias": "all"}, "trains? biases|train biases"),
             ({"r": 10**12}, "r is '1000000000000'"),
@@ -130,7 +130,7 @@ class TestCraftedAdapters:
         [
             ({"method": "builtins.eval"}, "method 'builtins.eval' is not known"),
             ({"method": ["adapter"]}, "is not known"),
-            ({"method": "full"}, "there is no base"),
+            ({"method": "full"}, "which needs no base"),
             ({"method": "lora"}, "peft_type is None"),
             ({"method": "adapter"}, "belongs to no part"),
             ({"settings": None}, "settings must be"),
@@ -184,7 +184,7 @@ class TestCraftedAdapters:
             (lambda good: good | {"a": torch.zeros(1).expand(2**40)}, "a belongs to no part"),
             (lambda good: {key: each.expand(2**40, *each.shape) for key, each in good.items()}, "shape"),
             (lambda good: {key: each.to_sparse() for key, each in good.items()}, "plain tensors"),
-            (lambda good: {key: each * float("nan") for key, each in good.items()}, "not finite"),
+            (lambda good: {key: each * float("nan") for key, each in good.items()}, "non-finite"),
         ],
     )
     def test_torch_files(self, folder, name, change, told):

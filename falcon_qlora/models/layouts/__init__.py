@@ -70,7 +70,7 @@ def family_of(raw: dict[str, Any], *, source: str) -> type[Layout]:
         what = _KNOWN_OTHERS.get(str(model_type), f"of type {model_type!r}")
         families = "; ".join(f"{each.family} ({each.published})" for each in LAYOUTS)
         raise UserError(
-            f"{source}: this model is {what}. falcon_qlora trains {families}, and their fine-tunes."
+            f"{source}: this model is {what}. falcon_qlora trains {families}, and their fine-tunes"
         )
     return layout
 
