@@ -385,4 +385,4 @@ def _data_faults(values: Values, name: Any) -> Iterator[str]:
             "name a file, or split:NAME of the same data"
         )
     elif values["eval_split"] and not 0 < fraction < 1:
-        yield f"{name('eval_split')}: {values['eval_split']} is not a fraction between 0 and 1"
+        yield f"{name('eval_split')}: {values['eval_split']} is not a fraction between 0 and 1, such as 0.05"

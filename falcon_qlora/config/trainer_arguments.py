@@ -178,7 +178,7 @@ INSTEAD = {
     "max_seq_length": "use --max_length",
     "metric_for_best_model": "the best checkpoint is the one of the lowest held-out loss",
     "model_init_kwargs": "models are loaded here: see the flags under Model",
-    "no_cuda": "hide the GPUs with CUDA_VISIBLE_DEVICES=''",
+    "no_cuda": "use --device cpu",
     "packing_strategy": "use --packing and --overlong",
     "pad_to_multiple_of": "use --padding",
     "pad_token": "padding is masked by position and needs no token",
@@ -197,7 +197,7 @@ INSTEAD = {
     "truncation_mode": "use --overlong",
     "trust_remote_code": "remote code is never run",
     "use_cache": "always off in training",
-    "use_cpu": "hide the GPUs with CUDA_VISIBLE_DEVICES=''",
+    "use_cpu": "use --device cpu",
     "use_peft": "an adapter is always trained",
     "warmup_ratio": "--warmup_steps takes a ratio where it is below 1",
 }
