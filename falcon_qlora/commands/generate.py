@@ -20,6 +20,7 @@ from falcon_qlora.config import Configuration, parse
 from falcon_qlora.data.templates import Template, Turn
 from falcon_qlora.inference.answers import Speaker, trained_template
 from falcon_qlora.inference.base_and_adapter import adapter_folder, load_adapted
+from falcon_qlora.methods.interface import method_of
 from falcon_qlora.methods.table import is_whole
 from falcon_qlora.terminal.library_logging import quiet_libraries
 from falcon_qlora.terminal.output import say_loading
@@ -93,8 +94,6 @@ class _Printer:
 
     def answer(self, prompt: str) -> None:
         """Print the answer to one prompt."""
-        from falcon_qlora.methods.interface import method_of
-
         if told := self.speaker.told_of(prompt):
             note_aside(told)
         turns = [Turn("user", prompt)]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from falcon_qlora.commands.inspection import inspect_folder
 from falcon_qlora.common.errors import EXIT_USER_ERROR, UserError
 from falcon_qlora.config.verbs import VERBS
+from falcon_qlora.terminal.console import print_plain
 from falcon_qlora.terminal.library_logging import quiet_libraries
 from falcon_qlora.terminal.output import say_loading
 
@@ -30,14 +32,10 @@ def main(argv: list[str]) -> int:
     if len(argv) != 1 or argv[0].startswith("-"):
         raise UserError("name one folder: falcon-qlora inspect DIR")
 
-    # Only now: a wrong flag is told at once.
     say_loading(aside=True)
     quiet_libraries()
     if not Path(argv[0]).is_dir():
         raise UserError(f"{argv[0]}: there is no such folder")
-    from falcon_qlora.commands.inspection import inspect_folder
-    from falcon_qlora.terminal.console import print_plain
-
     found = inspect_folder(Path(argv[0]))
     print_plain(f"{argv[0]}: {found.kind}, {found.state}")
     width = max((len(label) for label, _ in found.rows), default=0) + 2

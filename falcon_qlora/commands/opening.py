@@ -12,8 +12,10 @@ from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.record_files import CERTIFICATE
 from falcon_qlora.config import Configuration, configure, read_flags
 from falcon_qlora.inference.base_and_adapter import Source, adapter_folder
+from falcon_qlora.methods.adapter_folder import read_adapter, read_record
+from falcon_qlora.methods.open_adapter import base_note, check_may_open
 from falcon_qlora.methods.table import is_whole
-from falcon_qlora.models.locate import is_on_hub
+from falcon_qlora.models.locate import is_on_hub, open_checkpoint
 from falcon_qlora.run_folder.directory import RunDirectory
 
 
@@ -55,9 +57,6 @@ def source_of(
         UserError: if the folder's files cannot be read, or name no base model or one that must not be opened;
             or if the user names a base for a whole model.
     """
-    from falcon_qlora.methods.adapter_folder import read_adapter, read_record
-    from falcon_qlora.methods.open_adapter import check_may_open
-
     settings, explicit = configuration.model, configuration.explicit
     record = {} if folder is None else read_record(folder)
     whole = is_whole(record)
@@ -117,9 +116,6 @@ def source_of(
 
 
 def _say_whether_other(record: dict[str, Any], folder: Path, base: str, revision: str | None) -> None:
-    from falcon_qlora.methods.open_adapter import base_note
-    from falcon_qlora.models.locate import open_checkpoint
-
     if record.get("base_model") not in (None, base):
         open_checkpoint(base, revision=revision)  # what is missing is downloaded, as it will be opened
     told = base_note(record, folder, base, revision=revision)

@@ -7,6 +7,7 @@ A setting is a field of a dataclass, of a command's arguments or of a method; `s
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import types
@@ -157,8 +158,13 @@ class Setting:
         return "what is given" if self.secret else repr(value)
 
 
-def settings_of(arguments: type) -> Iterator[Setting]:
+@functools.cache
+def settings_of(arguments: type) -> tuple[Setting, ...]:
     """The settings that a dataclass has as its fields, those that `setting` made."""
+    return tuple(_settings_of(arguments))
+
+
+def _settings_of(arguments: type) -> Iterator[Setting]:
     hints = typing.get_type_hints(arguments)
     group = getattr(arguments, "_argument_group_name", "This command")
     for field in dataclasses.fields(arguments):

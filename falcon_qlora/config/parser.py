@@ -195,6 +195,7 @@ class FalconParser:
                 once.
         """
         flags_only = {"config", *self.extra_names}
+        known_elsewhere = INSTEAD.keys() | other_names.NAMES.keys()
         values: dict[str, Any] = {}
         passed_over: list[str] = []
         faults: list[str] = []
@@ -214,7 +215,7 @@ class FalconParser:
                 continue  # what a run began with says nothing to who opens what came of it
             if name in flags_only:
                 faults.append(f"{key} in {origin}: can only be given as the flag --{name}")
-            elif name is None and self._asks_nothing(_spelled(key), value):
+            elif name is None and _spelled(key) in known_elsewhere and holds_anyway(_spelled(key), value):
                 passed_over.append(key)
             elif name is None:
                 faults.append(self._unknown(key, value, f" in {origin}"))
@@ -229,10 +230,6 @@ class FalconParser:
             faults = [fault.replace(f" in {origin}", "", 1) for fault in faults]
         refuse(faults, f"{origin}: {{}} lines to mend")
         return Layer(origin=origin, values=values, rank=rank, passed_over=tuple(passed_over))
-
-    def _asks_nothing(self, name: str, value: Any) -> bool:
-        """Whether a key that others have, or had, stands at a value with which a run is as without it."""
-        return (name in INSTEAD or name in other_names.NAMES) and holds_anyway(name, value)
 
     def _without_sections(self, content: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
         """Keys and values; of a section of another tool's file (``train:``) what is in it."""

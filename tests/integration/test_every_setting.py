@@ -3,6 +3,9 @@
 `REFUSED` are those that the short run of these tests cannot have, with the words that say why. Each of
 `CHANGED` is given another value, and what the run leaves is compared with what it leaves without. `ELSEWHERE`
 names the test that sees what a run of one process does not show. A setting that is in none of them fails.
+
+What takes most of such a run's time and is not looked at is left out: the picture of the loss, PEFT's card,
+long answers.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +26,9 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from accelerate.utils import memory
+from bitsandbytes.nn import Linear8bitLt
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import falcon_qlora
@@ -32,10 +39,12 @@ from falcon_qlora.common.settings import settings_of
 from falcon_qlora.config.arguments import LaunchArguments, our_settings
 from falcon_qlora.config.configuration import _start_process_group
 from falcon_qlora.config.trainer_arguments import TrainerArguments
+from falcon_qlora.inference import sample_answers
 from falcon_qlora.models import hub
 from falcon_qlora.models.tiny import tiny_path
 from falcon_qlora.processes import agreement
 from falcon_qlora.step import loss as step_loss
+from falcon_qlora.terminal import charts
 from falcon_qlora.training import trainer as training
 from falcon_qlora.training.trainer import FalconTrainer
 from tests.integration.runs import metrics, write_jsonl
@@ -108,6 +117,7 @@ def _files_of_checkpoints(seen: Any) -> set[str]:
 EVALUATED = {"eval_split": 0.25, "eval_steps": 1, "save_steps": 1}
 ADAPTER = {"method": "adapter", "lora_r": None}
 ALPACA = {"dataset_format": "alpaca"}
+INT8 = {"quantize_mode": "8bit", "kernels": "off", "max_steps": 1}
 LOW = {"compute_dtype": "bf16"}
 NO_PACKING = {"packing": False}
 OPTIM = {"max_steps": 3}
@@ -119,6 +129,8 @@ CHANGED: dict[str, Case] = {
     "tokenizer_name_or_path": Case("tokenizer"),
     "compute_dtype": Case("bf16"),
     "double_quantization": Case(False, {"quantize_mode": "4bit"}),
+    # Of bitsandbytes, which takes it on the CPU and computes without.
+    "llm_int8_threshold": Case(3.0, INT8, lambda seen: seen.thresholds),
     "norms_in_float32": Case(True, LOW),
     "kernels": Case("off"),
     # Data
@@ -175,6 +187,7 @@ CHANGED: dict[str, Case] = {
     "gradient_accumulation_steps": Case(2),
     "global_batch_size": Case(4),
     "checkpointing": Case("full", seen=_activations),
+    "max_bad_steps": Case(1, {"model_name_or_path": "broken"}, without=0, refusal="1 steps in a row"),
     "save_every_minutes": Case(1e-6, {"save_strategy": "no"}),
     "early_stopping": Case(1, EVALUATED | {"learning_rate": 1e-20, "max_steps": 4}),
     "generate_samples": Case(1, EVALUATED),
@@ -243,14 +256,14 @@ REFUSED: dict[str, tuple[list[str], str]] = {
 
 # Setting → module and name of the test that sees it at work.
 _HERE = "tests.integration.test_every_setting"
+_MATRIX = "tests.integration.test_interruption_matrix"
+_SHARDING = "tests.integration.test_sharding"
 ELSEWHERE = {
-    "llm_int8_threshold": "tests.gpu.test_models_gpu",  # bitsandbytes has none on the CPU
-    "max_bad_steps": "tests.integration.test_bad_steps:test_two_processes_name_the_rows_of_their_common_step",
-    "hang_minutes": "tests.integration.test_interruption_matrix",
-    "sharding": "tests.integration.test_sharding",
-    "gpus": "tests.unit.test_cli",
-    "device": "tests.unit.test_mistakes",
-    "max_restarts": "tests.integration.test_interruption_matrix",
+    "hang_minutes": f"{_MATRIX}:test_a_process_that_hangs_is_named_and_the_run_ends",
+    "max_restarts": f"{_MATRIX}:test_torchruns_restarts_resume_by_themselves",
+    "sharding": f"{_SHARDING}:test_two_processes_with_half_of_the_model_each_train_what_one_does",
+    "gpus": "tests.unit.test_cli:TestLauncher.test_every_process_gets_its_place_and_the_users_flags",
+    "device": "tests.unit.test_mistakes:test_a_large_model_computes_on_the_cpu_where_device_says_so",
     "master_addr": f"{_HERE}:test_where_nodes_meet",
     "rdzv_endpoint": f"{_HERE}:test_where_nodes_meet",
     "dataloader_num_workers": f"{_HERE}:test_what_is_handed_to_torch",
@@ -268,9 +281,8 @@ def test_every_setting_is_seen_at_work() -> None:
     settings = [*our_settings(), *settings_of(TrainerArguments), *settings_of(LaunchArguments)]
     assert {each.name for each in settings} == CHANGED.keys() | REFUSED.keys() | ELSEWHERE.keys()
     for name, test in ELSEWHERE.items():
-        module, _, function = test.partition(":")
-        found = import_module(module)
-        assert name in inspect.getsource(getattr(found, function) if function else found), (name, test)
+        module, function = test.split(":")
+        assert name in inspect.getsource(attrgetter(function)(import_module(module))), (name, test)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -301,6 +313,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {name: 2 * each if "ln_f" in name else each for name, each in tensors.items()},
         other / "model.safetensors",
     )
+    broken = shutil.copytree(tiny_path(), made / "broken")
+    save_file({name: each * float("nan") for name, each in tensors.items()}, broken / "model.safetensors")
     (made / "tokenizer").mkdir()
     for file in tiny_path().glob("tokenizer*"):
         text = json.loads(file.read_text())
@@ -316,10 +330,14 @@ class Ran:
     Args:
         refusal: why there was no run; None where there was.
         evaluated: micro-batches.
+        thresholds: of the linears in int8.
     """
 
-    def __init__(self, folder: Path, output: str, refusal: str | None, evaluated: int):
-        self.folder, self.output, self.refusal, self.evaluated = folder, output, refusal, evaluated
+    def __init__(
+        self, folder: Path, output: str, refusal: str | None, evaluated: int, thresholds: set[float]
+    ):
+        self.folder, self.output, self.refusal = folder, output, refusal
+        self.evaluated, self.thresholds = evaluated, thresholds
 
     def left(self) -> dict[str, Any]:
         """Names of files, weights, and every figure that is no time."""
@@ -364,13 +382,24 @@ class Runs:
     """The runs of these tests, in the folder of `folder`; one that has been is not made again."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-        self._capsys, self._evaluated = capsys, 0
+        self._capsys, self._evaluated, self._thresholds = capsys, 0, set[float]()
+        make = Linear8bitLt.__init__
+
+        def made(linear: Any, *args: Any, threshold: float, **kwargs: Any) -> None:
+            self._thresholds.add(threshold)
+            make(linear, *args, threshold=threshold, **kwargs)
+
+        monkeypatch.setattr(Linear8bitLt, "__init__", made)
 
         def evaluated(*args: Any, **kwargs: Any) -> Any:
             self._evaluated += 1
             return step_loss.evaluated(*args, **kwargs)
 
         monkeypatch.setattr(training, "evaluated", evaluated)
+        monkeypatch.setattr(charts, "draw_loss", lambda lines, file, title: file.touch())
+        monkeypatch.setattr(PeftModel, "create_or_update_model_card", lambda *_: None)
+        monkeypatch.setattr(sample_answers, "_MOST_NEW_TOKENS", 4)
+        monkeypatch.setattr(memory, "clear_device_cache", lambda **_: None)
 
     def __call__(self, **settings: Any) -> Ran:
         number = next(_NUMBERS)
@@ -378,12 +407,13 @@ class Runs:
         if given["cache_dir"] == "fresh":
             given["cache_dir"] = f"cache-{number}"
         self._capsys.readouterr()
-        self._evaluated, refusal = 0, None
+        self._evaluated, self._thresholds, refusal = 0, set(), None
         try:
             run = falcon_qlora.train(**{name: value for name, value in given.items() if value is not None})
         except UserError as error:
             run, refusal = Path(given["output_dir"]), str(error)
-        return Ran(run.absolute(), self._capsys.readouterr().out, refusal, self._evaluated)
+        output = self._capsys.readouterr().out
+        return Ran(run.absolute(), output, refusal, self._evaluated, self._thresholds)
 
     def kept(self, **settings: Any) -> Ran:
         key = json.dumps(settings, sort_keys=True)
@@ -426,7 +456,7 @@ def test_another_value_changes_what_a_run_leaves(name: str, runs: Runs) -> None:
     case = CHANGED[name]
     seen = case.seen or (lambda ran: ran.left())
     before = runs.kept(**case.beside | ({} if case.without is None else {name: case.without}))
-    assert before.refusal is None or name == "overwrite"
+    assert before.refusal is None or name in ("overwrite", "max_bad_steps")
     without = seen(before)
     ran = runs(**case.beside | {name: case.value})
     assert case.refusal in (ran.refusal or "")
