@@ -91,7 +91,7 @@ def source_of(
             if name and flag not in named:
                 path = check_may_open(name, what, record, folder, say_so=f"--{flag} FOLDER")
                 if path is not None:
-                    note_aside(f"using the {what} {path}, as recorded in {folder}")
+                    note_aside(f"the {what} is {path}, which {folder} names")
         if not whole:
             _say_whether_other(record, folder, base, settings.model_revision)
     if not whole:

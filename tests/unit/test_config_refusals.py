@@ -129,7 +129,10 @@ def write(path: Path, **settings: object) -> str:
         (["--dataset_weights", "0"], ["above 0"]),
         (["--streaming"], ["--max_steps"]),
         (["--streaming", "-s", "2", "--dataloader_num_workers", "2"], ["the whole stream; give 1 or 0"]),
-        (["--streaming", "-s", "2", "--save_strategy", "epoch"], ["--save_strategy epoch", "count steps"]),
+        (
+            ["--streaming", "-s", "2", "--save_strategy", "epoch"],
+            ["--save_strategy epoch", "give steps instead"],
+        ),
         (["--eval_split", "1.5"], ["not a fraction"]),
         (["--early_stopping", "3"], ["--eval_split"]),
         (["--eval_strategy", "steps"], ["--eval_split"]),

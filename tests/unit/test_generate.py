@@ -251,7 +251,7 @@ def test_a_base_of_other_content_than_it_was_trained_on_must_be_named(
     content[-2 * 1024 : -1024] = bytes(1024)
     weights.write_bytes(content)
     assert cli.main(words) == 2
-    assert f"{str(base)!r}, a folder of this machine, as its base model" in capsys.readouterr().err
+    assert f"the local folder {str(base)!r} as its base model" in capsys.readouterr().err
     assert cli.main([*words, "-m", str(base)]) == 0
     assert capsys.readouterr().out
 

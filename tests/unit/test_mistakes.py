@@ -116,7 +116,7 @@ ROWS = "-m tiny --dataset_name rows.jsonl"
         ("data -m tiny --dataset_name empty", ["empty: the folder holds no .jsonl"]),
         ("data -m nowhere/ --dataset_name sample", ["There is no folder 'nowhere/'"]),
         ("train -m run", ["holds an adapter, not a model: name it with --adapter"]),
-        ("train -m whole", ["whole holds no config.json", "did you mean whole/adapter?"]),
+        ("train -m whole", ["whole holds no config.json", "did you mean", "whole/adapter?"]),
         ("generate --adapter nowhere --prompt x", ["nowhere: there is no such folder", "hf download"]),
         ("train --config empty", ["empty: this is a folder; name the file of settings"]),
         ("train --config run", ["run: this is a folder; did you mean run/config.yaml?"]),

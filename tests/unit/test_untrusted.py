@@ -91,10 +91,10 @@ class TestCraftedAdapters:
         ("changes", "told"),
         [
             ({"peft_type": "PREFIX_TUNING"}, "only LORA"),
-            ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "megatron_config is set"),
-            ({"modules_to_save": ["lm_head"]}, "modules_to_save is set"),
-            ({"layer_replication": [[0, 10**9]]}, "layer_replication is set"),
-            ({"rank_pattern": {"(a+)+$": 10**6}}, "rank_pattern is set"),
+            ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "megatron_config is"),
+            ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
+            ({"layer_replication": [[0, 10**9]]}, "layer_replication is"),
+            ({"rank_pattern": {"(a+)+$": 10**6}}, "rank_pattern is"),
             ({"target_modules": "(a+)+$"}, "target_modules is"),
             ({"target_modules": ".*.*.*.*.*.*x"}, "target_modules is"),  # in a time that grows with each
             ({"target_modules": r"(.*)\1\1"}, "target_modules is"),
@@ -103,13 +103,13 @@ class TestCraftedAdapters:
             ({"target_modules": [["dense"]]}, "target_modules is"),
             ({"target_modules": r".*\.0\..*"}, "target_modules is"),  # which PEFT would open in part
             ({"target_modules": ["../../etc"]}, "target_modules is"),
-            ({"exclude_modules": "(x+)+$"}, "exclude_modules is set"),
+            ({"exclude_modules": "(x+)+$"}, "exclude_modules is"),
             ({"init_lora_weights": "pissa"}, "would change the base model"),
-            ({"loftq_config": {"loftq_bits": 4}}, "loftq_config is set"),
+            ({"loftq_config": {"loftq_bits": 4}}, "loftq_config is"),
             ({"trainable_token_indices": [1]}, "trainable_tokens_delta is missing"),
             ({"trainable_token_indices": [2**23]}, "is it another base"),
             ({"trainable_token_indices": [2**40]}, "expected ids"),
-            ({"bias": "all"}, "trains? biases|train biases"),
+            ({"bias": "all"}, "trained biases"),
             ({"r": 10**12}, "r is '1000000000000'"),
             ({"r": -4}, "r is '-4'"),
             ({"r": 3.5}, "r is '3.5'"),
@@ -117,7 +117,7 @@ class TestCraftedAdapters:
             ({"r": 8}, "has the shape"),
             ({"lora_alpha": 1e300}, "lora_alpha is"),
             ({"base_model_name_or_path": ["tiny"]}, "base_model_name_or_path is"),
-            ({"unheard_of": {"__reduce__": 1}}, "unheard_of is set"),
+            ({"unheard_of": {"__reduce__": 1}}, "unheard_of is"),
         ],
     )
     def test_settings(self, folder, changes, told):
@@ -157,7 +157,7 @@ class TestCraftedAdapters:
             ("query", "slices of query_key_value alone"),
             ([1], "lora_slices: '1' is not one of"),
             (["querry"], "did you mean query"),
-            (["query", "key", "value"], "cannot share"),
+            (["query", "key", "value"], "not divisible by 3 slices"),
             (["query", "value"], "slices of query_key_value alone"),
         ],
     )
@@ -248,7 +248,7 @@ class TestCraftedAdapters:
         assert cli.main([words[0], "--adapter", str(folder / "adapter"), *words[1:]]) == 2
         said = capsys.readouterr().err
         if name in ("/etc", "mine"):
-            assert f"{name}', a folder of this machine, as its base model" in said
+            assert f"{name}' as its base model" in said
         else:
             assert f"The base model folder {name}" in said
             assert "is gone" in said
@@ -263,7 +263,7 @@ class TestCraftedAdapters:
         words = command.split()
         assert cli.main([words[0], "--adapter", str(folder / "adapter"), *words[1:]]) == 2
         said = capsys.readouterr().err
-        assert "a folder of this machine, as its tokenizer" in said
+        assert "as its tokenizer, but records no fingerprint" in said
         assert "--tokenizer_name_or_path FOLDER" in said
 
     def test_inspect_does_not_look_at_a_base_model_outside(self, folder, capsys):
