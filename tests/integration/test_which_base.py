@@ -215,7 +215,7 @@ def test_a_folder_that_is_gone_is_said_to_be_and_not_looked_for_on_the_hub(
         assert cli.main([*words, *more, "--adapter", str(run)]) == 2
         said = capsys.readouterr().err
         assert f"error: The base model folder {name}" in said
-        assert f"recorded in {run}/adapter, is gone; give --model_name_or_path FOLDER." in said
+        assert f"recorded in {run}/adapter, is gone; give --model_name_or_path FOLDER" in said
     with pytest.raises(UserError, match=rf"The base model folder {name}.*, is gone; give -m FOLDER"):
         falcon_qlora.train(resume=run, max_steps=3)
     with pytest.raises(UserError, match=rf"The base model folder {name}.*, is gone; give"):
