@@ -398,7 +398,7 @@ def test_what_is_refused_before_anything_is_computed(run, tmp_path, capsys, monk
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "thesis.txt").write_text("precious")
     words = ("--adapter", run, "--out", tmp_path / "there")
-    assert "there already" in refused(*words)
+    assert "exists already" in refused(*words)
     assert "not a merge, which --overwrite does not replace" in refused(*words, "--overwrite")
     assert "--out is needed" in refused("--adapter", run)
     assert "holds no adapter" in refused("--adapter", tmp_path, "--out", tmp_path / "out")
