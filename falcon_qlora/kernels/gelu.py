@@ -6,9 +6,6 @@ rounding off by at most 1.7e-8, and by 6e-5 of itself up to |x| = 5, where ``0.5
 one digit left. The exponential is the one that the gradient needs as well.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# (a kernel's arguments are what Triton makes of them)
-
 from __future__ import annotations
 
 import torch

@@ -1,8 +1,5 @@
 """Dequantization of LLM.int8()'s weights: rows of int8, each with one scale."""
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# (a kernel's arguments are what Triton makes of them)
-
 from __future__ import annotations
 
 import triton

@@ -37,12 +37,7 @@ def rotate_join(
 
 
 def _launch(
-    fused: Tensor,
-    parts: tuple[Tensor, Tensor, Tensor],
-    cosine: Tensor,
-    sine: Tensor,
-    *,
-    join: bool,
+    fused: Tensor, parts: tuple[Tensor, Tensor, Tensor], cosine: Tensor, sine: Tensor, *, join: bool
 ) -> None:
     tokens, kv_heads, group, head_dim = fused.shape
     if join:

@@ -16,15 +16,9 @@ def cross_entropy_(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tens
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     if logits.shape[0]:
         _cross_entropy[(logits.shape[0],)](
-            logits,
-            targets,
-            losses,
-            logits.stride(0),
-            logits.shape[1],
-            GRADIENT=with_gradient,
-            BLOCK=min(_BLOCK, triton.next_power_of_2(logits.shape[1])),
-            num_warps=_WARPS,
-        )
+            logits, targets, losses, logits.stride(0), logits.shape[1], GRADIENT=with_gradient,
+            BLOCK=min(_BLOCK, triton.next_power_of_2(logits.shape[1])), num_warps=_WARPS,
+        )  # fmt: skip
     return losses
 
 

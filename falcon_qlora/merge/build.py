@@ -118,11 +118,7 @@ def merge(
             (folder / onto).mkdir()
             hashes[onto] = _write(request, folder / onto, onto)
             predicted = folder_predictions(
-                folder / onto,
-                batches,
-                answers_only=True,
-                device=request.device,
-                dtype=request.compute_dtype,
+                folder / onto, batches, answers_only=True, device=request.device, dtype=request.compute_dtype
             )
             loss = mean_loss(token_losses(predicted))
             measured[onto] = Measured(

@@ -49,10 +49,7 @@ def merged_tensors(
     for name, tensor in checkpoint.tensors(model, device, compute_dtype):
         module, _, leaf = name.rpartition(".")
         if leaf != "weight" or module not in linears:
-            yield (
-                name,
-                adapter.method.merged_tensor(name, tensor, adapter.folder, checkpoint.config),
-            )
+            yield name, adapter.method.merged_tensor(name, tensor, adapter.folder, checkpoint.config)
             continue
         weight = tensor.to(device)
         del tensor

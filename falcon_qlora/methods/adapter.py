@@ -23,18 +23,10 @@ class Adapter(Method):
     """Train prefixes and their gates."""
 
     prefix_length: int = setting(
-        10,
-        "Rows of the prefix in each block.",
-        name="adapter_prefix_length",
-        label="prefix of {}",
-        least=1,
+        10, "Rows of the prefix in each block.", name="adapter_prefix_length", label="prefix of {}", least=1
     )
     first_block: int = setting(
-        2,
-        "The first block that has a prefix.",
-        name="adapter_first_block",
-        label="from block {} on",
-        least=0,
+        2, "The first block that has a prefix.", name="adapter_first_block", label="from block {} on", least=0
     )
 
     name: ClassVar[str] = "adapter"

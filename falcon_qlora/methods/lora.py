@@ -81,10 +81,7 @@ class Lora(Method):
         alternative="lora_target_modules",
     )
     use_rslora: bool = setting(
-        False,
-        "Scale by alpha / sqrt(r) instead (rank-stabilised LoRA).",
-        name="use_rslora",
-        label="rsLoRA",
+        False, "Scale by alpha / sqrt(r) instead (rank-stabilised LoRA).", name="use_rslora", label="rsLoRA"
     )
     use_dora: bool = setting(
         False, "Train magnitude and direction apart (DoRA).", name="use_dora", label="DoRA"

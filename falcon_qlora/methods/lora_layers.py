@@ -28,12 +28,7 @@ from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.layouts.base import Layout
 from falcon_qlora.models.load import quantization_of
 from falcon_qlora.models.tensor_files import read_tensor
-from falcon_qlora.models.token_rows import (
-    forward_of,
-    grow_vocabulary,
-    modules_with_rows,
-    start_at_the_mean,
-)
+from falcon_qlora.models.token_rows import forward_of, grow_vocabulary, modules_with_rows, start_at_the_mean
 from falcon_qlora.processes import devices
 
 

@@ -101,8 +101,4 @@ class PrefixedAttention(PackedAttention):
 
 
 def _window(query: Tensor) -> dict[str, Any]:
-    return {
-        "scale": 1.0 / math.sqrt(query.shape[-1]),
-        "window_size_left": -1,
-        "window_size_right": 0,
-    }
+    return {"scale": 1.0 / math.sqrt(query.shape[-1]), "window_size_left": -1, "window_size_right": 0}

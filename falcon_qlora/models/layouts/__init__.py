@@ -22,11 +22,7 @@ PRESETS = tuple(_BY_PRESET)
 MODEL_TYPES = tuple(_BY_TYPE)
 """What configurations call the families."""
 
-_KNOWN_OTHERS = {
-    "falcon_h1": "a Falcon-H1",
-    "falcon_mamba": "a Falcon-Mamba",
-    "mamba": "a Mamba",
-}
+_KNOWN_OTHERS = {"falcon_h1": "a Falcon-H1", "falcon_mamba": "a Falcon-Mamba", "mamba": "a Mamba"}
 
 
 def layout_of(config: PreTrainedConfig) -> Layout:
