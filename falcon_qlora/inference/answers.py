@@ -119,12 +119,8 @@ class Answers:
         revision: str | None,
         template: str | None,
     ):
-        self._model = model
-        self._folder = folder
-        self._record = record
-        self._base = base
-        self._revision = revision
-        self._template = template
+        self._model, self._folder, self._record = model, folder, record
+        self._base, self._revision, self._template = base, revision, template
 
     @told_in_one_line()
     @quietly()

@@ -27,9 +27,7 @@ class SampleAnswers(TrainerCallback):
     """
 
     def __init__(self, prompts: list[tuple[str, list[int]]], tokenizer: Any, file: Path):
-        self._prompts = prompts
-        self._tokenizer = tokenizer
-        self._file = file
+        self._prompts, self._tokenizer, self._file = prompts, tokenizer, file
         self._append = Backlog(append_lines, file.name)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:

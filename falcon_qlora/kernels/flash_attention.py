@@ -58,15 +58,12 @@ def backward(
     """The gradients of query, key and value; arguments as in `forward`."""
     interface = flash_attention_4()
     assert interface is not None
-    of_query, of_key, of_value = interface._flash_attn_bwd(
-        query,
-        key,
-        value,
-        output,
-        grad,
-        log_sum_exp,
+    how = {
         **_documents(query, starts, longest),
-        deterministic=torch.are_deterministic_algorithms_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+    of_query, of_key, of_value = interface._flash_attn_bwd(
+        query, key, value, output, grad, log_sum_exp, **how
     )
     return of_query, of_key, of_value
 

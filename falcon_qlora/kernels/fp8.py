@@ -64,14 +64,8 @@ def product(x: Rows, weight: Rows, dtype: torch.dtype) -> Tensor:
     """
     if _emulated:
         return (x.float() @ weight.float().T).to(dtype)
-    return torch._scaled_mm(
-        x.values,
-        weight.values.t(),
-        scale_a=x.scales[:, None],
-        scale_b=weight.scales[None],
-        out_dtype=dtype,
-        use_fast_accum=True,
-    )
+    scales = {"scale_a": x.scales[:, None], "scale_b": weight.scales[None]}
+    return torch._scaled_mm(x.values, weight.values.t(), **scales, out_dtype=dtype, use_fast_accum=True)
 
 
 @ops.or_triton("fp8_quantize")

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.methods.interface import Method, remember, setting, switched_off
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -79,7 +77,7 @@ class Adapter(Method):
             # place, which autograd forbids where a gradient passes.
             last = block.get_submodule(list(layout.linears.values())[-1])
             if holds_quantized_weight(last, "8bit"):
-                last.register_forward_hook(_in_memory_of_its_own)
+                last.register_forward_hook(lambda module, inputs, output: output.clone())
 
     def _blocks(self, config: PreTrainedConfig) -> range:
         blocks = range(self.first_block, config.num_hidden_layers)
@@ -89,7 +87,3 @@ class Adapter(Method):
                 f"{config.num_hidden_layers - 1}, so no block would have a prefix"
             )
         return blocks
-
-
-def _in_memory_of_its_own(module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-    return output.clone()

@@ -127,17 +127,15 @@ class Lora(Method):
         if settings.get("peft_type") != "LORA":
             raise UserError(f"{file}: peft_type is {settings.get('peft_type')!r}; only LORA is supported")
         _refuse_what_is_not_trained_here(settings, file)
-        names = ("r", "lora_alpha", "lora_dropout", "target_modules")
-        given: list[Any] = [settings.get(name) for name in names]
+        given: list[Any] = list(map(settings.get, ("r", "lora_alpha", "lora_dropout", "target_modules")))
         r, alpha, dropout, targets = given
         if isinstance(targets, str | list):
             targets = _target_names(targets, folder)
-        are_names = isinstance(targets, list)
         fits = {
             "r": is_count(r, least=1, most=2**16),
             "lora_alpha": is_number(alpha) and 0 < alpha <= 2**20,
             "lora_dropout": dropout is None or (is_number(dropout) and 0 <= dropout < 1),
-            "target_modules": are_names and targets,
+            "target_modules": isinstance(targets, list) and targets,
         }
         for name in fits:
             if not fits[name]:

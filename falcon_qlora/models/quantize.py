@@ -32,29 +32,16 @@ def empty_quantized_linear(
     llm_int8_threshold: float,
 ) -> nn.Linear:
     """Return the quantized layer that takes `linear`'s place, on the meta device and without weights."""
-    bias = linear.bias is not None
-    if mode == "4bit":
-        layer = bnb.nn.Linear4bit(
-            linear.in_features,
-            linear.out_features,
-            bias=bias,
-            compute_dtype=compute_dtype,
-            compress_statistics=double_quantization,
-            quant_type="nf4",
-            device="meta",
-        )
-        # On CPUs with bfloat16 instructions the first evaluation would repack the weights in place into a
-        # form that computes in bfloat16 and has no backward: training after an evaluation would break.
-        layer.support_avx512bf16_for_cpu = False
-        return layer
-    return bnb.nn.Linear8bitLt(
-        linear.in_features,
-        linear.out_features,
-        bias=bias,
-        has_fp16_weights=False,
-        threshold=llm_int8_threshold,
-        device="meta",
-    )
+    what: dict[str, Any] = {"bias": linear.bias is not None, "device": "meta"}
+    if mode != "4bit":
+        what |= {"has_fp16_weights": False, "threshold": llm_int8_threshold}
+        return bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, **what)
+    what |= {"compute_dtype": compute_dtype, "compress_statistics": double_quantization, "quant_type": "nf4"}
+    layer = bnb.nn.Linear4bit(linear.in_features, linear.out_features, **what)
+    # On CPUs with bfloat16 instructions the first evaluation would repack the weights in place into a form
+    # that computes in bfloat16 and has no backward: training after an evaluation would break.
+    layer.support_avx512bf16_for_cpu = False
+    return layer
 
 
 def fill_quantized_weight(layer: nn.Linear, weight: Tensor) -> None:

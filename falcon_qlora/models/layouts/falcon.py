@@ -79,11 +79,7 @@ class Falcon(Layout):
         "falcon-180b": _falcon(80, 14848, 232, num_kv_heads=8),
     }
     tokenizers = {
-        "falcon-rw-1b": "tiiuae/falcon-rw-1b",
-        "falcon-7b": "tiiuae/falcon-7b",
-        "falcon-11b": "tiiuae/falcon-11B",
-        "falcon-40b": "tiiuae/falcon-40b",
-        "falcon-180b": "tiiuae/falcon-180B",
+        preset: f"tiiuae/{preset.replace('11b', '11B').replace('180b', '180B')}" for preset in presets
     }
     kept = (*_PUBLISHED, "num_kv_heads", "num_ln_in_parallel_attn", *OPTIONAL)
     defaults = {
