@@ -110,10 +110,10 @@ def check_the_offline_commands(
     ],
 )
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, settings: dict[str, object]) -> None:
-    settings = {"max_steps": 4, "save_steps": 2, "logging_steps": 1, **settings}
+    settings = {"max_steps": 3, "save_steps": 2, "logging_steps": 1, **settings}
     whole = fine_tune(tmp_path, **settings)
-    stopped = fine_tune(tmp_path, **settings, output_dir=tmp_path / "stopped")
-    shutil.rmtree(stopped / "checkpoints" / "step-4")
+    stopped = Path(shutil.copytree(whole, tmp_path / "stopped"))
+    shutil.rmtree(stopped / "checkpoints" / "step-3")
     shutil.rmtree(stopped / "adapter")
     resumed = fine_tune(tmp_path, **settings, output_dir=stopped, resume="latest")
     expected, lines = (
@@ -135,7 +135,7 @@ def test_two_processes_give_the_losses_of_one(
     method: str, compute_dtype: str, allowed: float, tmp_path: Path
 ) -> None:
     settings = f"-m tiny -q 16bit --compute_dtype {compute_dtype} --norms_in_float32 true --max_length 128"
-    settings += " --logging_steps 1 --steps 10 --optim sgd"
+    settings += " --logging_steps 1 --steps 4 --optim sgd"
     settings += " --learning_rate 0.1 --max_grad_norm 1.0 --warmup_steps 0 --save_strategy no"
     settings += f" --global_batch_size 8 --method {method} --dataset_name {sample_rows()} --max_rows 200"
     alone = train(tmp_path / "alone", *settings.split(), "-b", "4")
