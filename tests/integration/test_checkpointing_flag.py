@@ -46,7 +46,7 @@ def test_two_processes_train_the_same_with_each_setting(tmp_path: Path) -> None:
 
 
 def test_reference_blocks_recompute_or_refuse(tmp_path: Path) -> None:
-    small = {"max_steps": 2, "kernels": "off", "eval_split": None, "eval_steps": None}
+    small = {"max_steps": 2, "kernels": "off", "eval_split": None, "eval_steps": None, "max_length": 48}
     runs = {
         setting: fine_tune(tmp_path / setting, checkpointing=setting, **small)
         for setting in ("full", "offload")
@@ -71,7 +71,7 @@ def test_reference_blocks_recompute_or_refuse(tmp_path: Path) -> None:
 def test_the_trial_of_the_largest_micro_batch_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, object]
 ) -> None:
-    small = {"max_steps": 3, "eval_split": None, "eval_steps": None, **settings}
+    small = {"max_steps": 3, "eval_split": None, "eval_steps": None, "max_length": 48, **settings}
     without = fine_tune(tmp_path / "without", **small)
     tried = []
     original = activations.largest_micro_batch
