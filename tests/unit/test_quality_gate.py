@@ -50,10 +50,12 @@ def passed(out, *flags):
     return found
 
 
-def test_it_passes_the_fast_path_and_rejects_every_mutant(tmp_path, capsys):
-    found = passed(tmp_path, "--parts", "a")
+@pytest.mark.parametrize("name", ["4bit-fp32", pytest.param("all", marks=pytest.mark.slow)])
+def test_it_passes_the_fast_path_and_rejects_every_mutant(tmp_path, capsys, name):
+    asked = set(VARIANTS) if name == "all" else {name}
+    found = passed(tmp_path, "--parts", "a", *(["--variants", name] if name != "all" else []))
     assert found["skipped"].keys() <= {"4bit-fp8"}
-    assert len(found["kernel"]) == 3 * len(set(VARIANTS) - set(found["skipped"]))
+    assert len(found["kernel"]) == 3 * len(asked - set(found["skipped"]))
     report = (tmp_path / "quality.md").read_text()
     assert report.startswith("# Quality gate: passed")
     assert report in capsys.readouterr().out
