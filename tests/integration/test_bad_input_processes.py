@@ -82,6 +82,7 @@ class TestSeveralProcesses:
         assert errors.count("Traceback") == 1
         assert "falcon_qlora/" not in errors.split(told)[1].replace("falcon_qlora.train", "")
 
+    @pytest.mark.slow
     def test_a_hub_that_refuses_connections(self, processes: Processes) -> None:
         status, _, errors = processes.run(
             "falcon_qlora",
