@@ -21,7 +21,8 @@ COMMANDS = ("sh", "console", "")
 SHOWN = ("text", "json", "jsonl", "yaml", "csv", "jinja")
 
 # What a page says → what the test runs. Besides: `runs/…` is the newest run; a file of rows that is not there
-# holds the packaged rows; a training of another model than `tiny` is cut to two steps of few tokens.
+# holds the packaged rows; a training of another model than `tiny` is cut to two steps of few tokens; a merge
+# is measured on few.
 SUBSTITUTIONS = {
     r"(tiiuae|ybelkada)/[Ff]alcon[\w.-]*": "tiny",
     r"random:falcon-7b": "tiny",
@@ -149,6 +150,8 @@ def words_of(text: str, folder: Path) -> list[str]:
         words += ["-m", "tiny"]
     if verb in known - {"bench"} and not {"--dataset_name", "--config", "--resume"} & {*words}:
         words += ["--dataset_name", "sample"]
+    if verb == "merge" and "--held_out_tokens" not in words:
+        words += ["--held_out_tokens", "2048"]
     if verb == "train":
         words = _short(words) if small != text else words
         words += [] if "--report_to" in words else ["--report_to", "none"]

@@ -102,7 +102,7 @@ def _run(text: str, folder: Path) -> int:
     words = guide.words_of(text, folder)
     if words[0] != "compare":
         return cli.main(words)
-    done = command(*words)
+    done = command(*words, timeout=600)
     print(done.stdout, done.stderr)
     return done.returncode
 
