@@ -22,7 +22,7 @@ SHOWN = ("text", "json", "jsonl", "yaml", "csv", "jinja")
 
 # What a page says → what the test runs. Besides: `runs/…` is the newest run; a file of rows that is not there
 # holds the packaged rows; a training of another model than `tiny` is cut to two steps of few tokens; a merge
-# is measured on few.
+# is measured on few, a bench has one round.
 SUBSTITUTIONS = {
     r"(tiiuae|ybelkada)/[Ff]alcon[\w.-]*": "tiny",
     r"random:falcon-7b": "tiny",
@@ -41,7 +41,7 @@ OUTSIDE = {
     r"python -m tests|pytest": "belongs to the checkout, not to the package",
     r".*(\bfp8\b|--recipe smallest|--nnodes [2-9]|fsdp)": "needs GPUs",
     r".*(--tasks|zero3|--push_to_hub)": "needs a further package, or a login",
-    r"export |cd |tail |nvidia-smi|\. \.venv": "changes or shows the shell's own surroundings",
+    r"export |cd |tail |nvidia-smi": "changes or shows the shell's own surroundings",
 }
 _SHELL = ("cat", "head", "ls", "mkdir", "cp", "echo", "rm")
 _FENCE = re.compile(r"(?:<!-- not run: ([^\n]*?) -->\n+)?^```(\w*)\n(.*?)^```$", re.M | re.S)
@@ -122,9 +122,8 @@ def smaller(text: str, folder: Path) -> str:
     if "runs/…" in text:
         newest = max((folder / "runs").iterdir(), key=lambda each: each.stat().st_mtime)
         text = text.replace("runs/…", f"runs/{newest.name}")
-    for name in re.findall(r"[\w./-]+\.(?:jsonl|json|csv)\b", text):
-        if not Path(name).is_absolute():
-            _make_rows(folder / name, text)
+    for name in re.findall(r"(?<![\w/.-])\w[\w./-]*\.(?:jsonl|json|csv)\b", text):
+        _make_rows(folder / name, text)
     return text
 
 
@@ -152,6 +151,8 @@ def words_of(text: str, folder: Path) -> list[str]:
         words += ["--dataset_name", "sample"]
     if verb == "merge" and "--held_out_tokens" not in words:
         words += ["--held_out_tokens", "2048"]
+    if verb == "bench" and "--rounds" not in words:
+        words += ["--rounds", "1"]
     if verb == "train":
         words = _short(words) if small != text else words
         words += [] if "--report_to" in words else ["--report_to", "none"]
