@@ -161,7 +161,9 @@ def prepare_corpora(
         progress=progress or (lambda message: None),
     )
     limits = _shares(max_rows, len(settings.dataset_name))
-    documents = _joined(list(map(work.documents, settings.sources(), limits)))
+    parts = list(map(work.documents, settings.sources(), limits))
+    settings.check_used(part.columns for part in parts)
+    documents = _joined(parts)
     everything = np.ones(len(documents.row), bool)
     weights = settings.dataset_weights
     if eval_split is not None and is_fraction(eval_split):

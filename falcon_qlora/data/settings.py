@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.formats import load_template, recognise
+from falcon_qlora.data.json_rows import listed
 from falcon_qlora.data.sources import Source, find_source
 from falcon_qlora.data.templates import Template
 from falcon_qlora.data.tokens import Encoder
@@ -74,6 +75,23 @@ class RowSettings:
             dataset_format=self.dataset_format,
             source=source,
         )
+
+    def check_used(self, renamed: Iterable[Mapping[str, str]]) -> None:
+        """Refuse the name of a column that no data set has, each having the column under its own name.
+
+        Args:
+            renamed: of each data set, what `recognise` returned second.
+
+        Raises:
+            UserError: naming the flag.
+        """
+        used = {standard for each in renamed for standard in each}
+        for standard, given in self.columns.items():
+            if standard not in used:
+                raise UserError(
+                    f"--{standard}_column {given}: {listed(self.dataset_name)} has no such column, but one "
+                    f"called {standard}: drop the flag, or name the right column"
+                )
 
     def load_template(self, row_format: str, tokenizer: Any) -> Template:
         """As `formats.load_template`."""

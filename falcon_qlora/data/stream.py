@@ -168,7 +168,9 @@ def recognise_stream(settings: RowSettings, tokenizer: Any) -> tuple[str, str]:
 def recognise_source(settings: RowSettings, source: Source, tokenizer: Any) -> tuple[str, str]:
     """As `recognise_stream`, of any data set."""
     head = itertools.islice(source.read(), ROWS_TO_RECOGNISE)
-    row_format, _ = settings.recognise(columns_of(row for _, row in head), source.name)
+    row_format, renamed = settings.recognise(columns_of(row for _, row in head), source.name)
+    if len(settings.dataset_name) == 1:
+        settings.check_used([renamed])
     return row_format, resolve_template(settings.template, row_format, tokenizer)
 
 

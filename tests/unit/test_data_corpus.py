@@ -485,6 +485,15 @@ def test_mixed_rows_need_no_common_column_types(tmp_path: Path) -> None:
     assert texts(corpus) == [f"{word}{END}" for word in ("one", "two", "three")]
 
 
+def test_a_column_that_a_flag_names_is_in_one_of_the_data_sets(tmp_path: Path) -> None:
+    own = write(tmp_path / "own.jsonl", [{"prompt": "1+1?", "completion": "2"}])
+    other = write(tmp_path / "other.jsonl", [{"prompt": "1+2?", "answer": "3"}])
+    renamed = {"columns": {"completion": "answer"}}
+    assert len(texts(prepare(tmp_path, own, other, **renamed)[0])) == 2
+    with pytest.raises(UserError, match=r"--completion_column answer: \S*own.jsonl has no such column"):
+        prepare(tmp_path, own, **renamed)
+
+
 def test_rows_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chats = [
         [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n}"}] for n in range(6)
