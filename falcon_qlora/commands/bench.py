@@ -104,13 +104,12 @@ def main(argv: list[str], *, whole_runs: Any = scaling.whole_runs) -> int:
     models = _models(configuration)
     for model in models:
         look_at_model(model)
-    if "dataset_name" in configuration.explicit:
-        look_at_rows(configuration.data, None)
     if "max_length" not in configuration.explicit:
         configuration.data.max_length = _DOCUMENT_TOKENS
     if wanted.gpus is not None:
         from falcon_qlora.commands.scaling import run
 
+        _look_at_rows(configuration)
         return run(configuration, models, whole_runs)
     for name in _WITH_GPUS:
         if name in configuration.explicit:
@@ -120,11 +119,17 @@ def main(argv: list[str], *, whole_runs: Any = scaling.whole_runs) -> int:
     variants = choose(chosen, on_data="dataset_name" in configuration.explicit)
     sizes = numbers("--tokens", wanted.tokens)
     pace = _pace(configuration, sizes)
+    _look_at_rows(configuration)
 
     # Only now: a wrong flag is told at once.
     say_loading(aside=True)
     quiet_libraries()
     return _bench(configuration, lora, models, variants, sizes, pace)
+
+
+def _look_at_rows(configuration: Configuration) -> None:
+    if "dataset_name" in configuration.explicit:
+        look_at_rows(configuration.data, None)
 
 
 def status_of(failures: Sequence[str | None]) -> int:

@@ -26,9 +26,11 @@ def main(argv: list[str]) -> int:
     # Only now: a wrong flag is told at once.
     say_loading()
     quiet_libraries()
-    from falcon_qlora.commands.first_look import look
+    from falcon_qlora.commands.first_look import look_at_model, look_at_rows
 
-    look(configuration)
+    if configuration.run.adapter is None or "model_name_or_path" in configuration.explicit:
+        look_at_model(configuration.model.model_name_or_path)
+    look_at_rows(configuration.data, configuration.data.eval_split)
     from falcon_qlora.models.checkpoints import read_folder_config
     from falcon_qlora.models.locate import find_folder
     from falcon_qlora.models.tokenizer import check_vocabulary

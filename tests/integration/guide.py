@@ -41,7 +41,7 @@ OUTSIDE = {
     r"python -m tests|pytest": "belongs to the checkout, not to the package",
     r".*(\bfp8\b|--recipe smallest|--nnodes [2-9]|fsdp)": "needs GPUs",
     r".*(--tasks|zero3|--push_to_hub)": "needs a further package, or a login",
-    r"export |cd |tail |nvidia-smi": "changes or shows the shell's own surroundings",
+    r"export |cd |tail |nvidia-smi|\. \.venv": "changes or shows the shell's own surroundings",
 }
 _SHELL = ("cat", "head", "ls", "mkdir", "cp", "echo", "rm")
 _FENCE = re.compile(r"(?:<!-- not run: ([^\n]*?) -->\n+)?^```(\w*)\n(.*?)^```$", re.M | re.S)

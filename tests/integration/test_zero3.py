@@ -157,7 +157,7 @@ def test_the_command_line_says_so_before_it_writes(tmp_path: Path) -> None:
     ("flags", "message"),
     [
         ([], "--sharding zero3 is for --method full"),
-        (["--method", "full"], "there is one"),
+        (["--method", "full"], "there is only one"),
     ],
 )
 def test_it_needs_several_processes_and_all_weights_trained(flags: list[str], message: str) -> None:

@@ -65,7 +65,7 @@ def test_sizes_come_first_and_weights_last_and_the_tokens_are_cached(steps, tmp_
 
 def test_a_disk_too_small_stops_it_before_anything_is_fetched(steps, tmp_path):
     steps.free = 2 * GIB
-    with pytest.raises(UserError, match=r"some/falcon needs 3\.0 GiB.*1\.0 GiB too little"):
+    with pytest.raises(UserError, match=r"some/falcon needs 3\.0 GiB.*1\.0 GiB short"):
         prepare.main(flags(tmp_path))
     steps.free = 2.5 * GIB
     with pytest.raises(UserError, match=r"some/rows needs 3\.0 GiB"):
