@@ -120,6 +120,12 @@ def test_other_models_are_refused_as_what_they_are(model_type, named):
         read_config({"model_type": model_type, "hidden_size": 64})
 
 
+def test_a_bitnet_is_refused_as_falcon_e():
+    raw = preset_config("falcon3-1b").to_dict() | {"quantization_config": {"quant_method": "bitnet"}}
+    with pytest.raises(UserError, match=r"this model is a BitNet, as Falcon-E is"):
+        read_config(raw)
+
+
 def test_a_configuration_without_sizes_is_refused():
     with pytest.raises(UserError, match="num_attention_heads missing"):
         read_config({"model_type": "falcon", "hidden_size": 64, "num_hidden_layers": 1})

@@ -62,8 +62,11 @@ def family_of(raw: dict[str, Any], *, source: str) -> type[Layout]:
     """
     model_type = raw.get("model_type")
     layout = _BY_TYPE.get(model_type) if isinstance(model_type, str) else None
+    what = _KNOWN_OTHERS.get(str(model_type), f"of type {model_type!r}")
+    quantized = raw.get("quantization_config")
+    if isinstance(quantized, dict) and quantized.get("quant_method") == "bitnet":
+        layout, what = None, "a BitNet, as Falcon-E is"
     if layout is None:
-        what = _KNOWN_OTHERS.get(str(model_type), f"of type {model_type!r}")
         families = "; ".join(f"{each.family} ({each.published})" for each in LAYOUTS)
         raise UserError(
             f"{source}: this model is {what}. falcon_qlora trains {families}, and their fine-tunes"
