@@ -35,6 +35,7 @@ class Predictions:
         hidden: ``[N, H]``, behind the final norm.
         head: ``[V, H]``.
         vectors: that scale and shift what the head computes, where a method trained any.
+        scale: by which the model multiplies its logits.
         targets: int64 ``[N]``, the tokens that came.
         answers: bool ``[N]``, whether the token is one that training would count.
     """
@@ -42,6 +43,7 @@ class Predictions:
     hidden: Tensor
     head: Tensor
     vectors: ScaleAndBias | None
+    scale: float
     targets: Tensor
     answers: Tensor
 
@@ -119,7 +121,8 @@ def predictions(model: nn.Module, batches: Sequence[MicroBatch], *, answers_only
         )
         for batch in batches
     )
-    return _predictions(states, norm, weight, batches, answers_only, vectors=scale_and_bias_of(head))
+    vectors, scale = scale_and_bias_of(head), layout_of(falcon.config).head_multiplier
+    return _predictions(states, norm, weight, batches, answers_only, vectors=vectors, scale=scale)
 
 
 @torch.no_grad()
@@ -145,7 +148,7 @@ def folder_predictions(
     enable_packing(model)
     read = parameter_reader(folder, config)
     layout, backbone = layout_of(config), model.base_model
-    backbone.rotary_emb = layout.rotary_embedding().to(device)
+    layout.fill_buffers(backbone, device)
 
     def fill(name: str) -> nn.Module:
         module, prefix = model.get_submodule(name), f"{name}."
@@ -157,7 +160,7 @@ def folder_predictions(
 
     embedding = fill(f"{layout.backbone}.{layout.embedding}")
     packed = [Sequences.from_lengths(batch.lengths, device) for batch in batches]
-    states = [embedding(batch.input_ids.to(device)) for batch in batches]
+    states = [layout.embed(embedding, batch.input_ids.to(device)) for batch in batches]
     if not config.tie_word_embeddings:
         embedding.to("meta")
     for index in range(config.num_hidden_layers):
@@ -168,7 +171,7 @@ def folder_predictions(
         block.to("meta")
     norm = fill(f"{layout.backbone}.{layout.final_norm}")
     head: Any = (embedding if config.tie_word_embeddings else fill(layout.head)).weight
-    return _predictions(states, norm, head, batches, answers_only)
+    return _predictions(states, norm, head, batches, answers_only, scale=layout.head_multiplier)
 
 
 @torch.no_grad()
@@ -220,7 +223,8 @@ def _chunks(predicted: Predictions) -> Iterator[slice]:
 
 def _logits(predicted: Predictions, rows: slice) -> Tensor:
     logits = predicted.hidden[rows] @ predicted.head.T
-    return (logits if predicted.vectors is None else predicted.vectors(logits)).float()
+    logits = (logits if predicted.vectors is None else predicted.vectors(logits)).float()
+    return logits if predicted.scale == 1 else logits * predicted.scale
 
 
 def _measured(batch: MicroBatch, answers_only: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -243,6 +247,7 @@ def _predictions(
     answers_only: bool,
     *,
     vectors: ScaleAndBias | None = None,
+    scale: float,
 ) -> Predictions:
     """Of the states ``[1, T, H]`` of each batch behind the last block, one batch after the other."""
     positions, targets, answers = zip(*(_measured(batch, answers_only) for batch in batches), strict=True)
@@ -254,6 +259,7 @@ def _predictions(
         hidden=torch.cat(hidden).to(head.dtype),
         head=head,
         vectors=vectors,
+        scale=scale,
         targets=torch.cat(targets).to(head.device),
         answers=torch.cat(answers),
     )

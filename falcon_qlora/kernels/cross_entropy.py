@@ -38,9 +38,10 @@ def chunked_cross_entropy(
     vectors: tuple[Tensor, Tensor] | None = None,
     rows: tuple[Tensor, Tensor] | None = None,
     vocabulary: int | None = None,
+    scale: float = 1.0,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> Tensor:
-    """Sum of the cross entropies of `targets` under the logits ``hidden @ weight.T``.
+    """Sum of the cross entropies of `targets` under the logits ``scale * hidden @ weight.T``.
 
     The product runs in the weight's dtype (under autocast in autocast's), softmax and loss in float32.
 
@@ -53,6 +54,7 @@ def chunked_cross_entropy(
             multiply in the weight's dtype.
         vocabulary: V where rows of zeros follow in `weight`, which are no token's, for a product of a width
             that GPUs like; None: all are tokens'.
+        scale: of the logits, in float32; not beside `vectors`.
         chunk_tokens: how many rows of logits exist at a time.
 
     Returns:
@@ -61,10 +63,20 @@ def chunked_cross_entropy(
     device_type = hidden.device.type
     in_autocast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if in_autocast else weight.dtype
-    scale, bias = vectors or (None, None)
+    assert scale == 1 or vectors is None
+    learned, bias = vectors or (None, None)
     places, values = rows or (None, None)
     return _ChunkedCrossEntropy.apply(
-        hidden.to(dtype), weight.to(dtype), targets, scale, bias, places, values, vocabulary, chunk_tokens
+        hidden.to(dtype),
+        weight.to(dtype),
+        targets,
+        learned,
+        bias,
+        places,
+        values,
+        vocabulary,
+        scale,
+        chunk_tokens,
     )
 
 
@@ -80,6 +92,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         places: Tensor | None,
         values: Tensor | None,
         vocabulary: int | None,
+        multiplier: float,
         chunk_tokens: int,
     ) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
@@ -100,10 +113,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     product[:, vocabulary:] = float("-inf")  # no probability, and no gradient
                 if scale is not None and bias is not None:
                     logits = scale_shift(product, scale, bias, torch.empty_like(product))
+                if multiplier != 1:
+                    logits = product.float() * multiplier
                 loss += ops.cross_entropy_(logits, targets[rows], with_gradient).sum()
                 if sums is not None and scale is not None and with_gradient:
                     sums += scale_backward(logits, product, scale, logits, through_gelu=False)
                 del product
+                if multiplier != 1 and with_gradient:
+                    logits = (logits * multiplier).to(weight.dtype)
                 grad_own = None
                 if grad_values is not None and places is not None:
                     grad_own = logits.index_select(1, places)  # [chunk, n]
@@ -133,4 +150,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if of_weight is not None:  # rounded on the way: another one in float32 would be as large as the sum
             grad_weight = torch.empty_like(of_weight, dtype=ctx.weight_dtype)
             torch.mul(of_weight, grad_output, out=grad_weight)
-        return grad_hidden, grad_weight, None, grad_scale, grad_bias, None, grad_values, None, None
+        return grad_hidden, grad_weight, None, grad_scale, grad_bias, None, grad_values, None, None, None

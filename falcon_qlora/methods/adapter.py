@@ -41,6 +41,11 @@ class Adapter(Method):
         from falcon_qlora.models.layouts.base import PREFIX
 
         layout = layout_of(config)
+        if layout.no_prefix is not None:
+            raise UserError(
+                f"--method {self.name} does not train a {layout.family}: {layout.no_prefix}. "
+                "Use --method lora"
+            )
         shapes: dict[str, tuple[int, ...]] = {}
         for block in self._blocks(config):
             name = f"{layout.backbone}.{layout.blocks}.{block}.{layout.attention}.{PREFIX}"

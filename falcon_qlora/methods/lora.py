@@ -68,7 +68,7 @@ class Lora(Method):
     )
     target_modules: tuple[str, ...] | None = setting(
         None,
-        "Linear layers to adapt, by name; unset: all of every block.",
+        "Linear layers to adapt, by name; unset: all of every block that PEFT accepts.",
         name="lora_target_modules",
         label="on {}",
     )
@@ -193,6 +193,7 @@ class Lora(Method):
 
         layout = layout_of(config)
         linears = list(layout.linears)
+        adapted = [name for name in linears if name not in layout.not_adapted]
         if self.slices:
             if layout.fused is None:
                 raise UserError(
@@ -205,12 +206,16 @@ class Lora(Method):
                 )
             return [layout.fused]
         if self.target_modules in (None, ("all-linear",)):
-            return linears
+            return adapted
         for name in self.target_modules or ():
+            if name in layout.not_adapted:
+                raise UserError(
+                    f"lora_target_modules: {layout.family}'s {name} takes no LoRA: {layout.not_adapted[name]}"
+                )
             if name not in linears:
                 raise UserError(
-                    f"lora_target_modules: the blocks have no linear {name!r}{nearest(name, linears)}. "
-                    f"{layout.family}'s: {', '.join(linears)}"
+                    f"lora_target_modules: the blocks have no linear {name!r}{nearest(name, adapted)}. "
+                    f"{layout.family}'s: {', '.join(adapted)}"
                 )
         return list(self.target_modules or ())
 

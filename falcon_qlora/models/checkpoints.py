@@ -81,10 +81,10 @@ class RandomCheckpoint:
         for name, parameter in list(model.named_parameters()):
             if name in layout.tied:
                 continue
-            module, _, leaf = name.rpartition(".")
+            leaf = name.rpartition(".")[2]
             if leaf == "bias":
                 yield name, torch.zeros(parameter.shape, dtype=dtype, device=device)
-            elif isinstance(model.get_submodule(module), layout.norm_class):
+            elif leaf == "weight" and parameter.dim() == 1:  # a norm's
                 yield name, torch.ones(parameter.shape, dtype=dtype, device=device)
             else:
                 weight = torch.empty(parameter.shape, dtype=dtype, device=device)
@@ -115,7 +115,7 @@ def parse_random(name: str, seed: int) -> RandomCheckpoint:
     """
     preset, query = check_preset(name)
     layout = layout_of_preset(preset)
-    known = set(layout.config_class().to_dict()) | {"rope_theta"}
+    known = {*layout.config_class().to_dict(), *layout.presets[preset], "rope_theta"}
     overrides = {}
     for item in filter(None, query.split(",")):
         key, separator, text = item.partition("=")

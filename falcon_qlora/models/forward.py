@@ -1,4 +1,4 @@
-"""Run packed documents through a loaded Falcon, one model at a time and reversibly.
+"""Run packed documents through a loaded model, one model at a time and reversibly.
 
 `enable_packing` gives one model's instances another ``forward``, which does something new only when called
 with ``sequences``; nothing is changed at import, and generation or plain use of the model runs as before.
@@ -8,7 +8,7 @@ with ``sequences``; nothing is changed at import, and generation or plain use of
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from types import MethodType
 from typing import Any
@@ -40,8 +40,8 @@ def enable_packing(model: nn.Module) -> None:
     base = causal_lm_in(model)
     if forward_is_replaced(base):
         return
-    for module in _attentions(base):
-        replace_forward(module, _attention_forward)
+    for module, forward in _mixers(base):
+        replace_forward(module, forward)
     replace_forward(base, _like(_model_forward, layout_of(base.config).model_class))
 
 
@@ -75,13 +75,30 @@ def disable_packing(model: nn.Module) -> None:
         return
     pack_batches(base, on=False)
     restore_forward(base, _like(_model_forward, layout_of(base.config).model_class), "enable_packing")
-    for module in _attentions(base):
-        restore_forward(module, _attention_forward, "enable_packing")
+    for module, forward in _mixers(base):
+        restore_forward(module, forward, "enable_packing")
 
 
-def _attentions(base: Any) -> list[nn.Module]:
-    kind = layout_of(base.config).attention_class
-    return [module for module in base.modules() if isinstance(module, kind)]
+def _mixers(base: Any) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+    """What carries something from token to token, with the forward that packed documents need of it."""
+    layout = layout_of(base.config)
+    forwards = {kind: _on_documents(mix) for kind, mix in layout.other_mixers().items()}
+    forwards[layout.attention_class] = _attention_forward
+    for module in base.modules():
+        if type(module) in forwards:
+            yield module, forwards[type(module)]
+
+
+@functools.cache
+def _on_documents(mix: Callable[[Any, Tensor, Sequences], Tensor]) -> Callable[..., Tensor]:
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        sequences = kwargs.get("attention_mask")
+        if isinstance(sequences, Sequences):
+            return mix(self, hidden_states, sequences)
+        output: Tensor = forward_before(self)(hidden_states, *args, **kwargs)
+        return output
+
+    return forward
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
@@ -146,11 +163,13 @@ def _model_forward(
         )
     hidden = run_blocks(self.base_model, input_ids, sequences)
     norm, head = final_norm(self.base_model), self.get_output_embeddings()
+    scale = layout_of(self.config).head_multiplier
     if targets is None:
-        return CausalLMOutput(logits=head(norm(hidden)))
+        logits = head(norm(hidden))
+        return CausalLMOutput(logits=logits if scale == 1 else logits * scale)
     assert target_positions is not None
     hidden = norm(hidden[0].index_select(0, target_positions))
-    return CausalLMOutput(loss=head_loss(hidden, head, targets))
+    return CausalLMOutput(loss=head_loss(hidden, head, targets, scale=scale))
 
 
 def _backbone_forward(self: Any, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -213,7 +232,8 @@ def _refuse_what_packing_cannot_do(args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def run_blocks(backbone: Any, input_ids: Tensor, sequences: Sequences) -> Tensor:
     """Embed and run every block: ``[1, T]`` → ``[1, T, hidden]``, before the final norm."""
-    hidden, layout = backbone.get_input_embeddings()(input_ids), layout_of(backbone.config)
+    layout = layout_of(backbone.config)
+    hidden = layout.embed(backbone.get_input_embeddings(), input_ids)
     arguments = layout.block_arguments(backbone, hidden, sequences)
     for block in getattr(backbone, layout.blocks):
         hidden = run_block(block, hidden, arguments)

@@ -227,6 +227,8 @@ def _fill(
             fill_quantized_weight(module, tensor.to(dtype))
         else:
             kept = wanted.dtype if isinstance(module, layout.norm_class) else dtype
+            if name.endswith(layout.keep_wider):
+                kept = torch.promote_types(tensor.dtype, dtype)
             # A copy where nothing else makes one: the tensor may be a view into a file.
             tensor = tensor.to(kept, copy=tensor.device.type == "cpu")
             setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
@@ -240,7 +242,7 @@ def _fill(
 
 def _finish(model: PreTrainedModel, name: str, device: torch.device) -> None:
     """What the tensors do not bring: buffers, the tied head, and what other libraries read from a model."""
-    model.base_model.rotary_emb = layout_of(model.config).rotary_embedding().to(device)
+    layout_of(model.config).fill_buffers(model.base_model, device)
     model.tie_weights()
     model.requires_grad_(False)
     model.eval()

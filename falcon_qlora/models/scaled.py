@@ -61,13 +61,14 @@ def scale_and_bias_of(linear: nn.Module) -> ScaleAndBias | None:
     return getattr(linear, SCALE_AND_BIAS, None)
 
 
-def head_loss(hidden: Tensor, head: Any, targets: Tensor) -> Tensor:
+def head_loss(hidden: Tensor, head: Any, targets: Tensor, *, scale: float = 1.0) -> Tensor:
     """Sum of the cross entropies of `targets` under the head's logits, few of which exist at a time.
 
     Args:
         hidden: ``[N, H]``; N may be 0.
         head: the model's output head, with or without learned vectors or rows.
         targets: int64 ``[N]``.
+        scale: by which the model multiplies its logits.
 
     Returns:
         float32 scalar.
@@ -82,4 +83,5 @@ def head_loss(hidden: Tensor, head: Any, targets: Tensor) -> Tensor:
         vocabulary=len(weight),
         vectors=vectors,
         rows=None if rows is None else (rows.index, rows.values),
+        scale=scale,
     )

@@ -126,7 +126,7 @@ class Step:
         # GELU's output beside its gradient rather than in its place, and what dropout leaves of it.
         at_gelu = hidden + rank + (2 * wide if self.lora_dropout else 0)
         # As in FlashAttention-2: three gradients for all heads, one of them in float32 too.
-        attention = 5 * hidden
+        attention = max(5 * hidden, 4 / self.value_bytes * layout_of(self.config).float32_at_work())
         if checkpointing == "none":
             return hidden, projected, joined + max(at_gelu, attention)
         if checkpointing == "selective":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,6 +16,7 @@ from falcon_qlora.common.errors import UserError, one_line
 from falcon_qlora.common.untrusted import is_count
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
     from transformers import PreTrainedConfig
 
@@ -29,6 +30,9 @@ _LARGEST = {
     **dict.fromkeys(("num_attention_heads", "num_kv_heads", "num_key_value_heads", "head_dim"), 2**14),
     **dict.fromkeys(("ffn_hidden_size", "intermediate_size"), 2**20),
     "max_position_embeddings": 2**28,
+    **dict.fromkeys(("mamba_d_ssm", "mamba_d_state"), 2**18),
+    **dict.fromkeys(("mamba_n_heads", "mamba_d_head", "mamba_n_groups", "mamba_d_conv"), 2**14),
+    **dict.fromkeys(("mamba_expand", "mamba_chunk_size"), 2**14),
 }
 OPTIONAL = ("pad_token_id", "rope_theta", "rope_scaling", "rope_parameters")
 """Settings that some files of any family have."""
@@ -71,6 +75,9 @@ class Layout(ABC):
         attention: name of the attention within a block.
         linears: last part of the name → name within the block, of every linear that is quantized and adapted,
             in the order of the model.
+        not_adapted: those of `linears` that LoRA leaves alone → why, for messages.
+        no_prefix: why attention takes no learned prefix, or None if it does.
+        keep_wider: ends of the names of parameters that stay in their file's dtype where it is the wider one.
         attention_inputs: those of `linears` that read what attention reads.
         feed_forward_inputs: those that read what the feed-forward layer reads.
         query_projection: the one whose output holds the queries.
@@ -99,6 +106,9 @@ class Layout(ABC):
     head: ClassVar[str] = "lm_head"
     attention: ClassVar[str]
     linears: ClassVar[dict[str, str]]
+    not_adapted: ClassVar[dict[str, str]] = {}
+    no_prefix: ClassVar[str | None] = None
+    keep_wider: ClassVar[tuple[str, ...]] = ()
     attention_inputs: ClassVar[tuple[str, ...]]
     feed_forward_inputs: ClassVar[tuple[str, ...]]
     query_projection: ClassVar[str]
@@ -179,7 +189,41 @@ class Layout(ABC):
 
     @abstractmethod
     def rotary_embedding(self) -> nn.Module:
-        """A fresh one: its buffers are in no file, and empty in a model that was built on the meta device."""
+        """A fresh one."""
+
+    def fill_buffers(self, backbone: Any, device: torch.device) -> None:
+        """Make anew what is in no file, and empty in a model that was built on the meta device."""
+        backbone.rotary_emb = self.rotary_embedding().to(device)
+
+    @property
+    def embedding_multiplier(self) -> float:
+        """By which what the embedding gives is multiplied."""
+        return 1.0
+
+    @property
+    def head_multiplier(self) -> float:
+        """By which the logits are multiplied."""
+        return 1.0
+
+    def embed(self, embedding: nn.Module, input_ids: Tensor) -> Tensor:
+        """What the first block reads: ``[1, T]`` → ``[1, T, hidden]``."""
+        hidden: Tensor = embedding(input_ids)
+        scale = self.embedding_multiplier
+        return hidden if scale == 1 else hidden * scale
+
+    @classmethod
+    def other_mixers(cls) -> dict[Any, Callable[[Any, Tensor, Sequences], Tensor]]:
+        """What of a block beside attention carries something from token to token.
+
+        Returns:
+            Class of the module → what it computes of ``[1, T, hidden]`` of packed documents. A block hands
+            it its documents as its ``attention_mask``.
+        """
+        return {}
+
+    def float32_at_work(self) -> float:
+        """Float32 values a token that exist while a block's `other_mixers` run backward."""
+        return 0.0
 
     @abstractmethod
     def heads(self, attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -230,7 +274,7 @@ class Layout(ABC):
             value = kept.get(name, 1)
             if not is_count(value, least=1, most=largest):
                 raise UserError(f"{source}: {name} is {str(value)[:40]!r}; expected 1 to {largest:,}")
-        if kept["hidden_size"] % kept["num_attention_heads"]:
+        if "head_dim" not in kept and kept["hidden_size"] % kept["num_attention_heads"]:
             raise UserError(
                 f"{source}: hidden_size {kept['hidden_size']} is no multiple of "
                 f"{kept['num_attention_heads']} attention heads"
