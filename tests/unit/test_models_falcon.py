@@ -26,6 +26,10 @@ PARAMETERS = {
     "falcon3-3b": 3_227_655_168,
     "falcon3-7b": 7_455_550_464,
     "falcon3-10b": 10_305_653_760,
+    "falcon-h1-0.5b": 521_411_104,
+    "falcon-h1-1.5b-deep": 1_554_874_768,
+    "falcon-h1-7b": 7_585_654_880,
+    "falcon-h1-34b": 33_642_516_224,
 }
 
 OLD_7B = {
@@ -113,7 +117,7 @@ def test_a_current_configuration_is_read_as_transformers_reads_it():
 
 @pytest.mark.parametrize(
     ("model_type", "named"),
-    [("falcon_h1", "Falcon-H1"), ("falcon_mamba", "Falcon-Mamba"), ("gpt2", "gpt2")],
+    [("falcon_mamba", "Falcon-Mamba"), ("gpt2", "gpt2")],
 )
 def test_other_models_are_refused_as_what_they_are(model_type, named):
     with pytest.raises(UserError, match=named):
@@ -164,6 +168,8 @@ _THREE = {"hidden_size": 256, "num_attention_heads": 4, "num_hidden_layers": 3}
         {"model_type": "RefinedWeb", **_THREE},
         {"model_type": "llama", **_THREE},
         {"model_type": "llama", **_THREE, "num_key_value_heads": 2, "head_dim": 32},
+        {"model_type": "falcon_h1", **_THREE, "num_key_value_heads": 2},
+        {"model_type": "falcon_h1", **_THREE, "num_key_value_heads": 2, "mamba_d_ssm": None},
     ],
 )
 def test_counts_without_a_library_are_those_of_transformers_configuration(raw: dict[str, Any]) -> None:
@@ -173,7 +179,7 @@ def test_counts_without_a_library_are_those_of_transformers_configuration(raw: d
     assert family(outline).parameter_count() == sum(
         each.numel() for each in empty_model(config, dtype=torch.float32).parameters()
     )
-    for method in (Lora(), Adapter(first_block=0), Full()):
+    for method in (Lora(), Full(), *([Adapter(first_block=0)] if family.no_prefix is None else [])):
         assert method.parameter_groups(outline) == method.parameter_groups(config)
 
 

@@ -136,7 +136,7 @@ def test_size_and_free_disk_are_checked_before_any_weights_come(fake_hub):
 
 @pytest.mark.parametrize(
     ("model_type", "named"),
-    [("gpt2", "gpt2"), ("falcon_h1", "Falcon-H1"), ("falcon_mamba", "Falcon-Mamba")],
+    [("gpt2", "gpt2"), ("falcon_mamba", "Falcon-Mamba")],
 )
 def test_other_models_are_refused_before_any_weights_come(fake_hub, model_type, named):
     fake_hub.config = {"model_type": model_type}
@@ -227,7 +227,7 @@ def test_the_tokenizer_of_an_old_configuration_is_loaded_without_remote_code(tmp
     assert tokenizer.eos_token_id == packaged.eos_token_id
 
 
-@pytest.mark.parametrize("model_type", [None, "falcon", "RefinedWeb", "llama", "gpt2", "cohere"])
+@pytest.mark.parametrize("model_type", [None, "falcon", "RefinedWeb", "llama", "falcon_h1", "gpt2", "cohere"])
 @pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "TokenizersBackend", "GPT2TokenizerFast", None])
 def test_a_tokenizer_is_what_transformers_makes_of_its_folder(tmp_path, model_type, name):
     settings = json.loads((tiny_path() / "tokenizer_config.json").read_text())

@@ -203,8 +203,8 @@ class TestWhatIsWrongWithAFolderIsSaid:
             load_here(tmp_path)
 
     def test_another_model(self, tmp_path):
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": "falcon_h1", "hidden_size": 8}))
-        with pytest.raises(UserError, match="Falcon-H1"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "falcon_mamba", "hidden_size": 8}))
+        with pytest.raises(UserError, match="Falcon-Mamba"):
             load_here(tmp_path)
 
     def test_a_pickle_that_is_more_than_tensors(self, tmp_path):

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.models.layouts.base import Layout
 from falcon_qlora.models.layouts.falcon import Falcon
+from falcon_qlora.models.layouts.falcon_h1 import FalconH1
 from falcon_qlora.models.layouts.llama import Llama
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-LAYOUTS: tuple[type[Layout], ...] = (Falcon, Llama)
+LAYOUTS: tuple[type[Layout], ...] = (Falcon, Llama, FalconH1)
 _BY_TYPE = {model_type: layout for layout in LAYOUTS for model_type in layout.model_types}
 _BY_PRESET = {preset: layout for layout in LAYOUTS for preset in layout.presets}
 
@@ -22,7 +23,7 @@ PRESETS = tuple(_BY_PRESET)
 MODEL_TYPES = tuple(_BY_TYPE)
 """What configurations call the families."""
 
-_KNOWN_OTHERS = {"falcon_h1": "a Falcon-H1", "falcon_mamba": "a Falcon-Mamba", "mamba": "a Mamba"}
+_KNOWN_OTHERS = {"falcon_mamba": "a Falcon-Mamba", "mamba": "a Mamba"}
 
 
 def layout_of(config: PreTrainedConfig) -> Layout:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 
@@ -22,10 +23,20 @@ class SameDtypeLayerNorm(nn.LayerNorm):
             return super().forward(input.float()).to(input.dtype)
 
 
-class SameDtypeRMSNorm(LlamaRMSNorm):
-    """A norm whose arithmetic is float32 and whose output has its input's dtype, whatever its weight's is."""
+class _SameDtype:
+    """Arithmetic is float32 and the output has its input's dtype, whatever the weight's is."""
+
+    weight: Tensor
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if self.weight.dtype == hidden_states.dtype:
-            return super().forward(hidden_states)
-        return super().forward(hidden_states.float()).to(hidden_states.dtype)
+            return super().forward(hidden_states)  # type: ignore[misc,no-any-return]
+        return super().forward(hidden_states.float()).to(hidden_states.dtype)  # type: ignore[misc,no-any-return]
+
+
+class SameDtypeRMSNorm(_SameDtype, LlamaRMSNorm):
+    """Falcon3's."""
+
+
+class SameDtypeFalconH1RMSNorm(_SameDtype, FalconH1RMSNorm):
+    """Falcon-H1's, which computes the same."""

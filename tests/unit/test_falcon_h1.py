@@ -1,0 +1,405 @@
+"""Falcon-H1 on the reference path; Transformers' own model on each document alone is the truth."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, FalconH1Config, FalconH1ForCausalLM
+
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.methods.adapter import Adapter
+from falcon_qlora.methods.adapter_v2 import AdapterV2
+from falcon_qlora.methods.full import Full
+from falcon_qlora.methods.interface import trainable_count
+from falcon_qlora.methods.lora import Lora
+from falcon_qlora.models.fast_path import apply_fast_path, choose_kernels
+from falcon_qlora.models.forward import disable_packing, enable_packing, pack_batches
+from falcon_qlora.models.layouts import layout_of, preset_config, read_config
+from falcon_qlora.models.load import load_model
+from falcon_qlora.models.step_memory import Step
+from tests.layouts import MODES, attach_lora, documents, plain_float32
+from tests.packing import gradients, one_by_one, packed, with_adapter
+
+# Of one token; that end on a chunk's edge (128 and 512 tokens are before them); many in one chunk; over many.
+LENGTHS = [100, 28, 1, 290, 60, 33, 9, 1, 1, 5]
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,  # not hidden / heads
+    "mamba_d_ssm": 128,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 32,
+    "mamba_d_state": 16,
+    "mamba_chunk_size": 32,
+    "rope_theta": 1e11,
+    "initializer_range": 0.1,
+    "bos_token_id": 1,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+    "embedding_multiplier": 3.0,
+    "lm_head_multiplier": 0.4,
+    "key_multiplier": 0.7,
+    "attention_in_multiplier": 1.3,
+    "attention_out_multiplier": 0.8,
+    "ssm_in_multiplier": 1.25,
+    "ssm_out_multiplier": 0.9,
+    "mlp_multipliers": [0.9, 0.6],
+    "ssm_multipliers": [0.8, 0.6, 0.9, 1.2, 0.7],
+}
+KINDS = {
+    "one group, no norm": {"tie_word_embeddings": True},
+    "two groups, no norm, no bias": {"mamba_n_groups": 2, "mamba_conv_bias": False},
+    "norm behind the gate": {"mamba_n_groups": 2, "mamba_rms_norm": True, "mamba_norm_before_gate": False},
+    "norm before the gate": {"mamba_n_groups": 2, "mamba_rms_norm": True, "mamba_norm_before_gate": True},
+    "limited steps": {
+        "mamba_rms_norm": True,
+        "mamba_norm_before_gate": False,
+        "time_step_limit": (0.3, 0.6),
+    },
+}
+
+
+def plain_model(seed=0, dtype=torch.float32, **settings):
+    """Transformers' own, of which no parameter is what it would be at the start."""
+    torch.manual_seed(seed)
+    plain = FalconH1ForCausalLM(FalconH1Config(**SIZES | settings))
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if "norm" in name or name.endswith((".D", "conv1d.weight")):
+                parameter.uniform_(0.3, 1.0)
+            elif name.endswith((".A_log", ".dt_bias", ".bias")):
+                parameter.uniform_(-2.0, -0.5)
+    return plain.to(dtype).eval()
+
+
+def loaded(folder, plain, **how):
+    plain.save_pretrained(folder)
+    return load_model(str(folder), device="cpu", **{"quantize_mode": "16bit"} | how)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Kind → a model as Transformers has it, and as it is loaded here, with the same adapter."""
+    made = {}
+
+    def of(kind):
+        if kind not in made:
+            plain = plain_model(**KINDS[kind])
+            ours = loaded(tmp_path_factory.mktemp("falcon-h1"), plain)
+            enable_packing(ours)
+            made[kind] = with_adapter(plain), with_adapter(ours)
+        return made[kind]
+
+    return of
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_loss_and_gradients_are_those_of_each_document_alone(models, kind):
+    plain, ours = models(kind)
+    docs, ids = documents(LENGTHS), packed(documents(LENGTHS))
+    with torch.no_grad():
+        alone = [plain(doc[None], use_cache=False).logits[0] for doc in docs]
+        together = plain(ids["input_ids"], position_ids=ids["sequences"].position_ids).logits[0]
+        logits = ours(ids["input_ids"], sequences=ids["sequences"]).logits[0]
+    for length, theirs, own in zip(LENGTHS, alone, logits.split(LENGTHS), strict=True):
+        assert_close(own, theirs, rtol=0, atol=1e-4, msg=f"document of {length}")
+    # What is told apart is large: Transformers packs with leaks.
+    assert (together - torch.cat(alone)).abs().max() > 0.1
+    for model in (plain, ours):
+        model.zero_grad()
+    expected, loss = one_by_one(plain, docs), ours(**ids).loss
+    assert_close(loss, expected, rtol=1e-6, atol=1e-4)
+    (expected / sum(LENGTHS)).backward()
+    (loss / sum(LENGTHS)).backward()
+    of_theirs, of_ours = gradients(plain), gradients(ours)
+    assert of_ours.keys() == of_theirs.keys()
+    assert len(of_ours) == 2 * 2 * 8
+    for name, gradient in of_ours.items():
+        assert gradient.abs().max() > 1e-4, name
+        assert_close(gradient, of_theirs[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind", ["two groups, no norm, no bias", "limited steps"])
+def test_changing_one_document_moves_no_other_by_a_bit(models, kind, recompute):
+    ours = copy.deepcopy(models(kind)[1])
+    if recompute:
+        ours.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    ours.train()
+    lengths = [20, 150, 9]
+    before = documents(lengths)
+    after = [documents([20], seed=99)[0], before[1], documents([9], seed=99)[0]]
+    results = []
+    for docs in (before, after):
+        arguments = packed(docs)
+        arguments["target_positions"] = torch.arange(20, 169)
+        arguments["targets"] = torch.cat(docs)[arguments["target_positions"] + 1]
+        ours.zero_grad()
+        ours(**arguments).loss.backward()
+        logits = ours(arguments["input_ids"], sequences=arguments["sequences"]).logits[0, 20:170]
+        results.append((logits.detach(), gradients(ours)))
+    assert torch.equal(results[0][0], results[1][0])
+    assert_close(results[0][1], results[1][1], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["falcon-h1-0.5b", "falcon-h1-1.5b-deep"])
+def test_two_blocks_of_the_published_shapes(preset):
+    name = f"random:{preset}?num_hidden_layers=2,vocab_size=512,initializer_range=0.05"
+    model = load_model(name, quantize_mode="16bit", device="cpu", seed=1)
+    plain = plain_float32(model)
+    enable_packing(model)
+    docs = documents([5, 130])
+    assert_close(model(**packed(docs)).loss, one_by_one(plain, docs), rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["4bit", "8bit"])
+def test_all_nine_linears_are_quantized_and_the_rest_stays_as_it_is(tmp_path, mode):
+    plain = plain_model(dtype=torch.bfloat16, **KINDS["norm behind the gate"])
+    for block in plain.model.layers:
+        for name in ("A_log", "D", "dt_bias"):  # as some files have them
+            parameter = getattr(block.mamba, name)
+            parameter.data = torch.rand_like(parameter, dtype=torch.float32)
+    ours = loaded(tmp_path, plain, quantize_mode=mode, compute_dtype="bf16")
+    theirs = dict(plain.named_parameters())
+    quantized = {
+        n.rpartition(".")[2]
+        for n, m in ours.named_modules()
+        if hasattr(m, "weight") and m.weight.itemsize == 1
+    }
+    assert quantized == set(layout_of(ours.config).linears)
+    assert len(quantized) == 9
+    for name, parameter in ours.named_parameters():
+        if parameter.itemsize > 1:
+            assert parameter.dtype == theirs[name].dtype, name
+            assert torch.equal(parameter, theirs[name]), name
+    assert_close(
+        ours.model.layers[1].mamba.mup_vector,
+        plain_model(**KINDS["norm behind the gate"]).model.layers[1].mamba.mup_vector,
+    )
+    assert all(each.device.type == "cpu" for each in ours.buffers())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_bfloat16_is_close_to_float32(tmp_path, mode):
+    base = loaded(
+        tmp_path, plain_model(**KINDS["norm behind the gate"]), quantize_mode=mode, compute_dtype="bf16"
+    )
+    plain, model = with_adapter(plain_float32(base)), with_adapter(base)
+    enable_packing(model)
+    docs = documents([40, 7, 100])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**packed(docs)).loss
+    loss.backward()
+    assert_close(loss, one_by_one(plain, docs), rtol=3e-2, atol=0)
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients(model).values())
+
+
+@torch.no_grad()
+def test_padded_batches_and_generation_are_transformers_own(models):
+    plain, ours = models("norm behind the gate")
+    long, short = documents([40, 13])
+    ids = torch.stack([long, torch.cat([torch.zeros(27, dtype=torch.int64), short])])
+    mask = torch.tensor([[1] * 40, [0] * 27 + [1] * 13])
+    greedy = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    expected = plain.generate(ids, attention_mask=mask, **greedy)
+    assert len(set(expected[1, 40:].tolist())) > 3
+    assert torch.equal(ours.generate(ids, attention_mask=mask, **greedy), expected)
+    logits = torch.cat([plain(doc[None], use_cache=False).logits[0] for doc in (long, short)])
+    apply_fast_path(ours)  # which packs batches
+    try:
+        for cache in (True, False):
+            assert torch.equal(ours.generate(ids, attention_mask=mask, use_cache=cache, **greedy), expected)
+        padded = ours(ids, attention_mask=mask, use_cache=False).logits
+        assert_close(padded[mask.bool()], logits, rtol=0, atol=1e-4)
+        positions = torch.cat([torch.arange(40), torch.arange(13)])[None]
+        flat = ours(torch.cat([long, short])[None], position_ids=positions, use_cache=False).logits
+        assert_close(flat[0], logits, rtol=0, atol=1e-4)
+    finally:
+        pack_batches(ours, on=False)
+
+
+def test_packing_can_be_undone(models):
+    ours = copy.deepcopy(models("limited steps")[1]).unload()
+    ids = documents([12])[0][None]
+    before = ours(ids).logits
+    disable_packing(ours)
+    assert not any("forward" in vars(module) for module in ours.modules())
+    assert torch.equal(ours(ids).logits, before)
+
+
+def test_every_weight_can_be_trained(tmp_path):
+    plain = plain_model(**KINDS["norm behind the gate"])
+    model = Full().attach(loaded(tmp_path / "base", plain))
+    enable_packing(model)
+    plain.requires_grad_(True)
+    docs = documents([140, 1, 30])
+    model(**packed(docs)).loss.backward()
+    one_by_one(plain, docs).backward()
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-3, msg=name)
+    (tmp_path / "full").mkdir()
+    Full().save(model, tmp_path / "full")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
+    ids = docs[0][None]
+    assert_close(again(ids).logits, plain(ids).logits)
+
+
+def test_what_a_block_keeps_is_what_the_memory_model_counts(monkeypatch):
+    # Shares as in 7B. PEFT looks for autocast on GPUs alone; without it each LoRA reads a copy of its own.
+    shape = "hidden_size=256,intermediate_size=1024,num_attention_heads=4,num_key_value_heads=1,head_dim=32"
+    shape += ",mamba_d_ssm=256,mamba_n_heads=4,mamba_d_head=64,mamba_d_state=16"
+    asked, tokens = torch.is_autocast_enabled, 128
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: not device or asked(*device))
+    kept = []
+    for blocks in (1, 3):
+        name = f"random:falcon-h1-7b?num_hidden_layers={blocks},vocab_size=160,{shape}"
+        model = attach_lora(load_model(name, device="cpu", compute_dtype="bf16"), r=8)
+        enable_packing(model)
+        here = {}
+
+        def keep(tensor, here=here):
+            here[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
+            output = model(**packed(documents([tokens])))
+        assert output.loss.requires_grad
+        activations = [each for each in here.values() if tokens in each.shape]
+        kept.append(sum(each.untyped_storage().nbytes() for each in activations))
+    one = Step(config=model.config, tokens=tokens, trainable=0, fast=False, lora_rank=8)
+    # On the CPU attention keeps keys and values for every query head.
+    assert one._kept("none") == pytest.approx((kept[1] - kept[0]) / 2 / tokens, rel=0.06)
+
+
+def test_trained_parameters_are_as_many_as_published():
+    """What PEFT accepts, at rank 32: the guide of TII leaves out_proj alone too."""
+    assert trainable_count(Lora(r=32), preset_config("falcon-h1-7b")) == 100_959_232
+    assert trainable_count(Lora(r=32), preset_config("falcon-h1-34b")) == 278_470_656
+
+
+def test_what_it_cannot_do_is_refused_and_told():
+    config = FalconH1Config(**SIZES)
+    with pytest.raises(UserError, match=r"Falcon-H1's out_proj takes no LoRA: PEFT 0\.21 refuses it"):
+        Lora(target_modules=("q_proj", "out_proj")).targets(config)
+    with pytest.raises(UserError, match="Falcon-H1 has three"):
+        Lora(slices=("query",)).targets(config)
+    for method in (Adapter(first_block=0), AdapterV2(first_block=0)):
+        with pytest.raises(UserError, match=f"--method {method.name} does not train a Falcon-H1"):
+            method.parameter_groups(config)
+    model = attach_lora(load_model(TINY, device="cpu", seed=1))
+    assert set(choose_kernels(model, kernels="auto", compute_dtype="auto").values()) == {
+        "reference path: no fast block for this layout yet"
+    }
+    with pytest.raises(UserError, match=r"--kernels required: model\.layers\.0 runs on the reference path"):
+        choose_kernels(model, kernels="required", compute_dtype="auto")
+
+
+TINY = (
+    "random:falcon-h1-34b?num_hidden_layers=2,vocab_size=128,initializer_range=0.15,hidden_size=64,"
+    "intermediate_size=128,num_attention_heads=4,num_key_value_heads=2,head_dim=32,mamba_d_ssm=128,"
+    "mamba_n_heads=4,mamba_d_head=32,mamba_d_state=16"
+)
+
+# Falcon-H1-0.5B's file, as NVIDIA's Megatron-Bridge has it.
+PUBLISHED = {
+    "architectures": ["FalconH1ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attention_in_multiplier": 1.0,
+    "attention_out_multiplier": 0.9375,
+    "attn_layer_indices": None,
+    "embedding_multiplier": 5.656854249492381,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "initializer_range": 0.02,
+    "intermediate_size": 2048,
+    "key_multiplier": 0.39062499999999994,
+    "lm_head_multiplier": 0.0390625,
+    "mamba_chunk_size": 128,
+    "mamba_conv_bias": True,
+    "mamba_d_conv": 4,
+    "mamba_d_head": 64,
+    "mamba_d_ssm": 1536,
+    "mamba_d_state": 128,
+    "mamba_expand": 2,
+    "mamba_n_groups": 1,
+    "mamba_n_heads": 24,
+    "mamba_norm_before_gate": False,
+    "mamba_proj_bias": False,
+    "mamba_rms_norm": False,
+    "mamba_use_mlp": True,
+    "max_position_embeddings": 16384,
+    "mlp_bias": False,
+    "mlp_multipliers": [0.8838834764831844, 0.5859375],
+    "model_type": "falcon_h1",
+    "num_attention_heads": 8,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 2,
+    "projectors_bias": False,
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": None,
+    "rope_theta": 100000000000.0,
+    "ssm_in_multiplier": 1.25,
+    "ssm_multipliers": [0.3535533905932738, 0.25, 0.3535533905932738, 0.5, 0.3535533905932738],
+    "ssm_out_multiplier": 0.23570226039551587,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 32784,
+}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"mamba_d_ssm": None, "mamba_d_head": "auto", "mamba_n_heads": 32, "ssm_multipliers": None},
+        {"time_step_limit": [0.0, {"__float__": "Infinity"}]},
+        {"time_step_limit": [0.001, 0.1]},
+    ],
+)
+def test_a_published_configuration_is_read_and_written_as_transformers_reads_it(tmp_path, more):
+    raw = PUBLISHED | more
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    ignored = {"dtype", "architectures", "attn_layer_indices", "mamba_use_mlp", "transformers_version"}
+
+    def told(config):
+        return {name: value for name, value in config.to_dict().items() if name not in ignored}
+
+    theirs = FalconH1Config.from_pretrained(tmp_path)
+    theirs.mamba_d_ssm = theirs.mamba_d_ssm or 2 * 1024
+    ours = read_config(json.loads(json.dumps(raw)))
+    assert told(ours) == told(theirs)
+    assert told(FalconH1Config(**layout_of(ours).published_config())) == told(theirs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"projectors_bias": True}, "its linears have biases"),
+        ({"mamba_proj_bias": True}, "its linears have biases"),
+        ({"attention_bias": True}, "its linears have biases"),
+        ({"mlp_bias": True}, "its linears have biases"),
+        ({"hidden_act": "gelu"}, "its activation is gelu"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, r"scaled \(linear\)"),
+        ({"num_key_value_heads": 3}, "8 attention heads are no multiple of 3"),
+        ({"mamba_n_groups": 5}, "24 heads of the state space are no multiple of 5"),
+        ({"mamba_n_heads": 7}, "mamba_n_heads must divide"),
+        ({"mamba_d_state": 0}, "mamba_d_state is '0'; expected 1 to"),
+        ({"ssm_multipliers": [1.0, 2.0]}, "ssm_multipliers is .* not 5 finite numbers"),
+        ({"time_step_limit": [1.0, 0.5]}, r"time_step_limit is 1\.0 to 0\.5"),
+    ],
+)
+def test_what_is_no_falcon_h1_of_the_published_kind_is_refused(settings, told):
+    with pytest.raises(UserError, match=told):
+        read_config(PUBLISHED | settings, source="config.json")
