@@ -257,13 +257,16 @@ def start_notes(configuration: Configuration, data: TrainingData, model: Any) ->
         notes.append(
             "the base model's weights are random: speed and memory are real, losses and answers mean nothing"
         )
+    layout, method = layout_of(model.config), configuration.method
+    if isinstance(method, Lora) and method.target_modules in (None, ("all-linear",)):
+        notes += [f"{name} stays without LoRA: {why}" for name, why in layout.not_adapted.items()]
     if configuration.method.new_token_count:
         notes += _unseen_tokens(data, method_of(model))
     positions = model.config.max_position_embeddings
     if longest > positions:
         told = (
             f"--max_length {longest:,} is beyond the {positions:,} positions that the model was made for "
-            f"(max_position_embeddings): {layout_of(model.config).position_limit}"
+            f"(max_position_embeddings): {layout.position_limit}"
         )
         if data.statistics is not None:
             told += f". The longest document has {data.statistics.longest:,} tokens"

@@ -159,7 +159,6 @@ class TestModel:
     @pytest.mark.parametrize(
         ("model_type", "named"),
         [
-            ("falcon_h1", "a Falcon-H1"),
             ("falcon_mamba", "a Falcon-Mamba"),
             ("gpt2", "of type 'gpt2'"),
         ],

@@ -1,0 +1,116 @@
+"""Falcon-H1 by the command line: trained, resumed, merged, asked; Transformers and PEFT are the truth."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from falcon_qlora import __main__ as cli
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.methods.open_adapter import load_adapter
+from tests.integration.runs import metrics, write_jsonl
+from tests.integration.test_falcon3 import losses, run, settings
+from tests.small_tokenizer import small_tokenizer
+from tests.unit.test_falcon_h1 import KINDS, plain_model
+
+pytestmark = pytest.mark.slow
+
+LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny Falcon-H1 as Transformers saves it, `model`, and `rows.jsonl`."""
+    folder = tmp_path_factory.mktemp("falcon-h1")
+    plain_model(vocab_size=512, **KINDS["norm behind the gate"]).save_pretrained(folder / "model")
+    small_tokenizer().save_pretrained(folder / "model")
+    rows = [{"instruction": f"Say {number}.", "output": f"It is {number}."} for number in range(24)]
+    write_jsonl(folder / "rows.jsonl", rows)
+    return folder
+
+
+def test_a_run_is_resumed_merged_and_asked(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    flags = [word for name, value in settings(folder, "run", 4).items() for word in (f"--{name}", str(value))]
+    flags += ["--eval_split", "0.2", "--gpus", "1"]
+    assert cli.main(["train", *flags, "--max_steps", "2"]) == 0
+    told = " ".join("".join(capfd.readouterr()).split())
+    assert "out_proj stays without LoRA: PEFT 0.21 refuses it on a Falcon-H1" in told
+    assert "18 linear layers" in told
+    kernels = json.loads((folder / "run/kernels.json").read_text())
+    for block in ("model.layers.0", "model.layers.1"):
+        assert kernels[block] == "reference path: no fast block for this layout yet"
+    assert cli.main(["train", *flags, "--resume"]) == 0
+    resumed = losses(metrics(folder / "run"))
+    assert len(resumed) == 4
+    assert resumed == run(folder, "whole", 4, eval_split=0.2)
+    record = json.loads((folder / "run/adapter/adapter_config.json").read_text())
+    assert set(record["target_modules"]) == LINEARS
+
+    merged = folder / "merged"
+    words = ["merge", "--adapter", str(folder / "run"), "--out", str(merged), "--max_loss_increase", "0.5"]
+    assert cli.main([*words, "--max_kl_divergence", "0.5", "--dtype", "fp32", "--base", "dequantized"]) == 0
+    reference = load_adapter(folder / "run/adapter", base_model=str(folder / "model"), device="cpu")
+    ids = torch.arange(20)[None]
+    merge = AutoModelForCausalLM.from_pretrained(merged)
+    assert_close(merge(ids).logits, reference(ids).logits, rtol=1e-3, atol=1e-3)
+    for words in (["inspect", str(folder / "run")], ["inspect", str(merged)]):
+        assert cli.main(words) == 0
+    for which in (["--adapter", str(folder / "run")], ["-m", str(merged)]):
+        assert cli.main(["generate", *which, "--prompt", "Say 3.", "--max_new_tokens", "5"]) == 0
+    assert cli.main(["eval", "-m", str(merged), "--dataset_name", str(folder / "rows.jsonl")]) == 0
+
+
+@pytest.mark.parametrize("mode", ["16bit", "8bit"])
+def test_packed_gives_the_losses_of_padded_and_plain_peft_opens_the_adapter(folder: Path, mode: str) -> None:
+    same: dict[str, Any] = {"quantize_mode": mode, "compute_dtype": "fp32"}
+    if mode == "8bit":  # outlier columns would be chosen over a whole micro batch
+        same |= {"kernels": "off", "llm_int8_threshold": 0}
+    packed = run(folder, f"packed-{mode}", 4, **same)
+    assert packed[0] > packed[-1]
+    assert packed == pytest.approx(run(folder, f"padded-{mode}", 4, packing=False, **same), abs=1e-4)
+    plain = AutoModelForCausalLM.from_pretrained(folder / "model")
+    opened = PeftModel.from_pretrained(plain, folder / f"packed-{mode}/adapter")
+    ids = torch.arange(20)[None]
+    base = str(folder / "model")
+    ours = load_adapter(
+        folder / f"packed-{mode}/adapter", base_model=base, quantize_mode="16bit", device="cpu"
+    )
+    assert_close(ours(ids).logits, opened(ids).logits, rtol=1e-4, atol=1e-4)
+    with opened.disable_adapter():
+        assert not torch.allclose(ours(ids).logits, opened(ids).logits, atol=1e-2)
+
+
+def test_every_weight_is_trained_and_the_run_resumed(folder: Path) -> None:
+    more: dict[str, Any] = {"method": "full", "quantize_mode": "16bit", "learning_rate": 1e-3, "lora_r": None}
+    run(folder, "full", 2, **more)
+    assert run(folder, "full", 4, **more, resume=True) == run(folder, "full-whole", 4, **more)
+    before = AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
+    after = AutoModelForCausalLM.from_pretrained(folder / "full/adapter").state_dict()
+    assert all(not torch.equal(before[name], after[name]) for name in before if "norm" not in name)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"kernels": "required"}, "--kernels required: model.layers.0 runs on the reference path"),
+        ({"lora_slices": ["query"]}, "--lora_slices trains slices of a projection"),
+        (
+            {"lora_target_modules": ["q_proj", "out_proj"]},
+            "lora_target_modules: Falcon-H1's out_proj takes no LoRA: PEFT 0.21 refuses it",
+        ),
+        ({"method": "adapter", "lora_r": None}, "--method adapter does not train a Falcon-H1"),
+        ({"method": "adapter_v2", "lora_r": None}, "--method adapter_v2 does not train a Falcon-H1"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(folder: Path, more: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=re.escape(told)):
+        run(folder, "refused", 1, **more)
+    assert not (folder / "refused").exists()
