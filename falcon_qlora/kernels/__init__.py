@@ -13,7 +13,7 @@ Letters of shapes, here and in all of the package:
 | C | columns of a matrix of any width | L | tokens of the longest document |
 
 From the bottom up: an operation's plain form is its reference, in `ops`, `fp8`, `dropout`, `prefix` and
-`scale_shift`, which choose between it and Triton's form, in a file of its own. `frozen_linear` multiplies by
-frozen weights with LoRA. A block's products are `dequantized`, `fp8_block` or `scaled_products`, and `block`
-is the whole block. `cross_entropy` is the head.
+`scale_shift`, which choose between it and Triton's form, in a file of its own; `ssd`, a state space, has only
+the plain form. `frozen_linear` multiplies by frozen weights with LoRA. A block's products are `dequantized`,
+`fp8_block` or `scaled_products`, and `block` is the whole block. `cross_entropy` is the head.
 """

@@ -34,6 +34,24 @@ def test_loss_and_gradients_equal_the_reference(tokens, chunk_tokens):
     assert_close(gradients, expected_gradients, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_a_multiplier_of_the_logits(dtype, allowed):
+    states, weight, targets = example(33, dtype=dtype)
+    rows = (
+        torch.tensor([4, 90]),
+        torch.randn(2, 24, generator=torch.Generator().manual_seed(1)).requires_grad_(),
+    )
+    leaves = [each.detach().double().requires_grad_() for each in (states, weight, rows[1])]
+    logits = 0.21 * (leaves[0] @ leaves[1].index_copy(0, rows[0], leaves[2]).T)
+    exact = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    expected = torch.autograd.grad(0.37 * exact, leaves)
+    loss = chunked_cross_entropy(states, weight, targets, rows=rows, scale=0.21, chunk_tokens=7)
+    assert_close(loss.double(), exact, rtol=allowed, atol=0)
+    gradients = torch.autograd.grad(0.37 * loss, [states, weight, rows[1]])
+    for found, gradient in zip(gradients, expected, strict=True):
+        assert (found - gradient).norm() < allowed * gradient.norm()
+
+
 @pytest.mark.parametrize("chunk_tokens", [7, 1000])
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_scaled_and_shifted_logits_too(dtype, allowed, chunk_tokens):

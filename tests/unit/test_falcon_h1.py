@@ -3,12 +3,15 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, FalconH1Config, FalconH1ForCausalLM
 
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.data.packing import collate
+from falcon_qlora.inference.evaluation import folder_predictions, predictions, token_losses
 from falcon_qlora.methods.adapter import Adapter
 from falcon_qlora.methods.adapter_v2 import AdapterV2
 from falcon_qlora.methods.full import Full
@@ -223,6 +226,17 @@ def test_padded_batches_and_generation_are_transformers_own(models):
         assert_close(flat[0], logits, rtol=0, atol=1e-4)
     finally:
         pack_batches(ours, on=False)
+
+
+def test_a_folder_is_measured_a_block_at_a_time_as_the_whole_is(tmp_path):
+    plain = plain_model(**KINDS["norm before the gate"])
+    ours, docs = loaded(tmp_path, plain), documents([140, 9, 30])
+    batches = [collate([doc.numpy() for doc in docs], [np.ones(len(doc), dtype=np.int8) for doc in docs])]
+    of_folder = folder_predictions(
+        tmp_path, batches, answers_only=False, device=torch.device("cpu"), dtype=torch.float32
+    )
+    for predicted in (of_folder, predictions(ours, batches, answers_only=False)):
+        assert_close(token_losses(predicted).sum(), one_by_one(plain, docs).detach(), rtol=1e-6, atol=1e-4)
 
 
 def test_packing_can_be_undone(models):
