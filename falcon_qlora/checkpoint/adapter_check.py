@@ -17,6 +17,7 @@ from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.packing import MicroBatch, collate
 from falcon_qlora.methods.adapter_folder import CONFIG, TENSORS, SavedAdapter, read_adapter
 from falcon_qlora.methods.interface import method_of
+from falcon_qlora.methods.lora_layers import past_pefts_refusal
 from falcon_qlora.models.checkpoints import parameter_reader, read_folder_config
 from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.layouts import causal_lm_in
@@ -183,7 +184,8 @@ def _losses(
     expected = sum_of_losses(peft_model.eval(), batch).item()
     try:
         # Not with low_cpu_mem_usage: PEFT would round the adapter to the base's dtype.
-        peft_model.load_adapter(str(folder), _PROBE, torch_device=str(device))
+        with past_pefts_refusal(causal_lm_in(peft_model)):
+            peft_model.load_adapter(str(folder), _PROBE, torch_device=str(device))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever PEFT raises: the adapter does not open

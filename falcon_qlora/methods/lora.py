@@ -193,7 +193,6 @@ class Lora(Method):
 
         layout = layout_of(config)
         linears = list(layout.linears)
-        adapted = [name for name in linears if name not in layout.not_adapted]
         if self.slices:
             if layout.fused is None:
                 raise UserError(
@@ -206,18 +205,22 @@ class Lora(Method):
                 )
             return [layout.fused]
         if self.target_modules in (None, ("all-linear",)):
-            return adapted
+            return [name for name in linears if name not in layout.not_for_peft]
         for name in self.target_modules or ():
-            if name in layout.not_adapted:
-                raise UserError(
-                    f"lora_target_modules: {layout.family}'s {name} takes no LoRA: {layout.not_adapted[name]}"
-                )
             if name not in linears:
                 raise UserError(
-                    f"lora_target_modules: the blocks have no linear {name!r}{nearest(name, adapted)}. "
-                    f"{layout.family}'s: {', '.join(adapted)}"
+                    f"lora_target_modules: the blocks have no linear {name!r}{nearest(name, linears)}. "
+                    f"{layout.family}'s: {', '.join(linears)}"
                 )
         return list(self.target_modules or ())
+
+    @property
+    def refused_by_peft(self) -> list[str]:
+        """Linears that are adapted here, for which plain PEFT does not open the adapter."""
+        from falcon_qlora.models.layouts import LAYOUTS
+
+        refused = {name for layout in LAYOUTS for name in layout.not_for_peft}
+        return [name for name in self.target_modules or () if name in refused]
 
     def parameter_groups(self, config: PreTrainedConfig) -> list[ParameterGroup]:
         from falcon_qlora.models.layouts import layout_of

@@ -101,10 +101,11 @@ def add_lora(model: PreTrainedModel, method: Lora, *, seed: int) -> PeftModel:
         The model inside PEFT's wrapper, in training mode.
     """
     vocabulary, rows = model.config.vocab_size, method.rows_for_peft(model.config)
+    config = method.peft_config(method.targets(model.config), **rows)
     grow_vocabulary(model, method.vocab_size(model.config))
-    with _told_quantized(model), devices.draws_undone(model.device):
+    with _told_quantized(model), past_pefts_refusal(model), devices.draws_undone(model.device):
         torch.manual_seed(seed)
-        peft_model = get_peft_model(model, method.peft_config(method.targets(model.config), **rows))
+        peft_model = get_peft_model(model, config)
     _train_slices(peft_model, method)
     peft_model = _finished(peft_model, method)
     start_at_the_mean(peft_model, vocabulary)
@@ -126,7 +127,7 @@ def open_lora(model: PreTrainedModel, folder: Path, method: Lora, *, trainable: 
     targets, rows = method.targets(model.config), method.rows_for_peft(model.config)
     grow_vocabulary(model, method.vocab_size(model.config))
     config = method.peft_config(targets, base_model_name_or_path=model.name_or_path, **rows)
-    with _told_quantized(model):
+    with _told_quantized(model), past_pefts_refusal(model):
         peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
     if method.slices and trainable:
         _train_slices(peft_model, method)
@@ -185,6 +186,19 @@ def _told_quantized(model: PreTrainedModel) -> Iterator[None]:
     finally:
         if told is not None:
             delattr(model, told)
+
+
+@contextmanager
+def past_pefts_refusal(model: PreTrainedModel) -> Iterator[None]:
+    """Let PEFT put LoRA on what it refuses by the model's type: here these linears always run as modules."""
+    if not layout_of(model.config).not_for_peft:
+        yield
+        return
+    model.config.model_type = ""
+    try:
+        yield
+    finally:
+        del model.config.model_type  # the class has it
 
 
 def _finished(peft_model: PeftModel, method: Lora) -> PeftModel:

@@ -27,6 +27,7 @@ class ModelCard:
         summary: The fields of `summary.json`.
         template: The prompt template of the rows, to be used again when the model is asked.
         template_sha256: Of its text, for one that does not come with falcon_qlora.
+        refused_by_peft: Linears with LoRA for which plain PEFT does not open the adapter.
         began_from: Folder of the adapter that the training began from, and the SHA-256 of its weights.
     """
 
@@ -41,6 +42,7 @@ class ModelCard:
     summary: Mapping[str, Any] = field(default_factory=dict)
     template: str = ""
     template_sha256: str | None = None
+    refused_by_peft: Sequence[str] = ()
     began_from: tuple[str, str] | None = None
     vocabulary: int | None = None
 
@@ -109,6 +111,12 @@ class ModelCard:
                 "A whole model, which Transformers opens as any (`ADAPTER` is this folder or its hub id):\n\n"
                 f"```python\n{_WHOLE_EXAMPLE}```\n\n"
                 "With falcon_qlora (`ADAPTER` is this folder):\n\n"
+            )
+        elif self.refused_by_peft:
+            text += (
+                f"Plain PEFT refuses LoRA on `{'`, `'.join(self.refused_by_peft)}` of this model and does not\n"
+                "open the adapter. falcon_qlora opens it on the base model, quantized or not, and merges it\n"
+                "(`ADAPTER` is this folder or a copy of it).\n\n"
             )
         elif self.opened_by != "peft":
             text += (

@@ -40,6 +40,7 @@ class Summary:
         evaluation_seconds: Of `wall_seconds`: of evaluations, sample answers included.
         end_seconds: Of `wall_seconds`: after the last step.
         start_phases: Phase of the last start → its seconds.
+        refused_by_peft: Linears with LoRA for which plain PEFT does not open the adapter.
         adapter: Folder of the adapter that the run began from, where it did.
         adapter_sha256: Of that one's weights.
     """
@@ -72,5 +73,6 @@ class Summary:
     evaluation_seconds: float | None = None
     end_seconds: float | None = None
     start_phases: dict[str, float] | None = None
+    refused_by_peft: list[str] | None = None
     adapter: str | None = None
     adapter_sha256: str | None = None

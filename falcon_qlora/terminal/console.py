@@ -96,6 +96,7 @@ def print_end(summary: Mapping[str, Any], contents: Sequence[Path], *, adapter: 
     speed = f"{summary['tokens_per_second']:,.0f} tokens/s in the steps"
     if (by_clock := summary.get("wall_tokens_per_second")) is not None:
         speed += f", {by_clock:,.0f} over the whole command"
+    refused = summary.get("refused_by_peft")
     written = [f"{path}/" if path.is_dir() else str(path) for path in contents]
     rows = [
         ("steps", f"{summary['steps']:,}"),
@@ -106,6 +107,7 @@ def print_end(summary: Mapping[str, Any], contents: Sequence[Path], *, adapter: 
         ("processes", reduced),
         ("skipped", f"{summary['bad_steps']:,} steps, not finite" if summary.get("bad_steps") else ""),
         *[("" if index else "wrote", path) for index, path in enumerate(written)],
+        ("opens with", f"falcon_qlora, not plain PEFT (LoRA on {', '.join(refused)})" if refused else ""),
         ("try it", f'falcon-qlora generate --adapter {quoted(str(adapter))} --prompt "…"'),
     ]
     console().print()

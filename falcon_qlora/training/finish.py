@@ -26,7 +26,7 @@ from falcon_qlora.run_folder.summary import Summary
 from falcon_qlora.run_folder.tracking import Trackers
 from falcon_qlora.terminal import console, phases
 from falcon_qlora.training.moved import require_moved
-from falcon_qlora.training.record import counts
+from falcon_qlora.training.record import counts, refused_by_peft
 from falcon_qlora.training.resume import how_to_go_on
 from falcon_qlora.training.throughput import peak_memory_gib
 from falcon_qlora.training.trainer import FalconTrainer
@@ -99,6 +99,7 @@ def finish(
         samples=plan.documents_until(trainer.state.global_step) if plan is not None else None,
         predicted_peak_memory_gib=predicted_gib,
         reduction_shares=reductions if len(reductions) > 1 else None,
+        refused_by_peft=refused_by_peft(method_of(model)) or None,
         adapter=began_from[0],
         adapter_sha256=began_from[1],
         **counts(model),

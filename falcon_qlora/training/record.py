@@ -205,7 +205,8 @@ def describe_adapter(
         method=method.name,
         title=method.title,
         trains=method.trains,
-        opened_by=method.opened_by,
+        opened_by="falcon-qlora" if refused_by_peft(method) else method.opened_by,
+        refused_by_peft=refused_by_peft(method),
         datasets=rows.dataset_name,
         settings={name: resolved[name] for name in shown if resolved.get(name) is not None},
         data={name: value for name, value in data.record.items() if isinstance(value, int)},
@@ -225,6 +226,11 @@ def _quantization(configuration: Configuration, model: Any) -> str:
     if settings.quantize_mode == "4bit":
         return f"NF4{', double quantization' if settings.double_quantization else ''}, {computing}"
     return f"LLM.int8(), {computing}" if settings.quantize_mode == "8bit" else computing
+
+
+def refused_by_peft(method: Method) -> list[str]:
+    """Linears with LoRA for which plain PEFT does not open the adapter."""
+    return method.refused_by_peft if isinstance(method, Lora) else []
 
 
 def _unseen_tokens(data: TrainingData, method: Method) -> list[str]:
@@ -259,7 +265,12 @@ def start_notes(configuration: Configuration, data: TrainingData, model: Any) ->
         )
     layout, method = layout_of(model.config), configuration.method
     if isinstance(method, Lora) and method.target_modules in (None, ("all-linear",)):
-        notes += [f"{name} stays without LoRA: {why}" for name, why in layout.not_adapted.items()]
+        notes += [f"{name} stays without LoRA: {why}" for name, why in layout.not_for_peft.items()]
+    notes += [
+        f"LoRA on {name}: falcon_qlora opens and merges the adapter, plain PEFT does not. {why}"
+        for name, why in layout.not_for_peft.items()
+        if name in refused_by_peft(method)
+    ]
     if configuration.method.new_token_count:
         notes += _unseen_tokens(data, method_of(model))
     positions = model.config.max_position_embeddings

@@ -88,6 +88,31 @@ def test_packed_gives_the_losses_of_padded_and_plain_peft_opens_the_adapter(fold
         assert not torch.allclose(ours(ids).logits, opened(ids).logits, atol=1e-2)
 
 
+def test_out_proj_is_adapted_where_it_is_named(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    more: dict[str, Any] = {"lora_target_modules": ["in_proj", "out_proj"], "compute_dtype": "fp32"}
+    run(folder, "nine", 2, **more)
+    told = " ".join("".join(capfd.readouterr()).split())
+    assert "LoRA on out_proj: falcon_qlora opens and merges the adapter, plain PEFT does not" in told
+    assert "falcon_qlora, not plain PEFT (LoRA on out_proj)" in told
+    assert json.loads((folder / "nine/summary.json").read_text())["refused_by_peft"] == ["out_proj"]
+    card = (folder / "nine/adapter/README.md").read_text()
+    assert "Plain PEFT refuses LoRA on `out_proj`" in card
+    assert "PeftModel" not in card
+    assert run(folder, "nine", 4, **more, resume=True) == run(folder, "nine-whole", 4, **more)
+    with pytest.raises(ValueError, match="incompatible with Mamba-based models"):
+        PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(folder / "model"), folder / "nine/adapter"
+        )
+    merged = folder / "nine-merged"
+    words = ["merge", "--adapter", str(folder / "nine"), "--out", str(merged), "--max_loss_increase", "0.5"]
+    assert cli.main([*words, "--max_kl_divergence", "0.5", "--dtype", "fp32", "--base", "dequantized"]) == 0
+    ours = load_adapter(folder / "nine/adapter", base_model=str(folder / "model"), device="cpu")
+    ids = torch.arange(20)[None]
+    merge = AutoModelForCausalLM.from_pretrained(merged)
+    assert_close(merge(ids).logits, ours(ids).logits, rtol=1e-3, atol=1e-3)
+    assert cli.main(["inspect", str(folder / "nine")]) == 0
+
+
 def test_every_weight_is_trained_and_the_run_resumed(folder: Path) -> None:
     more: dict[str, Any] = {"method": "full", "quantize_mode": "16bit", "learning_rate": 1e-3, "lora_r": None}
     run(folder, "full", 2, **more)
@@ -102,10 +127,6 @@ def test_every_weight_is_trained_and_the_run_resumed(folder: Path) -> None:
     [
         ({"kernels": "required"}, "--kernels required: model.layers.0 runs on the reference path"),
         ({"lora_slices": ["query"]}, "--lora_slices trains slices of a projection"),
-        (
-            {"lora_target_modules": ["q_proj", "out_proj"]},
-            "lora_target_modules: Falcon-H1's out_proj takes no LoRA: PEFT 0.21 refuses it",
-        ),
         ({"method": "adapter", "lora_r": None}, "--method adapter does not train a Falcon-H1"),
         ({"method": "adapter_v2", "lora_r": None}, "--method adapter_v2 does not train a Falcon-H1"),
     ],

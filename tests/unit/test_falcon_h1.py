@@ -6,20 +6,24 @@ import json
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, FalconH1Config, FalconH1ForCausalLM
 
+from falcon_qlora.checkpoint.adapter_check import check_adapter
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.packing import collate
 from falcon_qlora.inference.evaluation import folder_predictions, predictions, token_losses
 from falcon_qlora.methods.adapter import Adapter
 from falcon_qlora.methods.adapter_v2 import AdapterV2
 from falcon_qlora.methods.full import Full
-from falcon_qlora.methods.interface import trainable_count
+from falcon_qlora.methods.interface import method_of, trainable_count
 from falcon_qlora.methods.lora import Lora
+from falcon_qlora.methods.open_adapter import load_adapter
 from falcon_qlora.models.fast_path import apply_fast_path, choose_kernels
 from falcon_qlora.models.forward import disable_packing, enable_packing, pack_batches
 from falcon_qlora.models.layouts import layout_of, preset_config, read_config
+from falcon_qlora.models.layouts.falcon_h1 import FalconH1
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.step_memory import Step
 from tests.layouts import MODES, attach_lora, documents, plain_float32
@@ -296,15 +300,43 @@ def test_what_a_block_keeps_is_what_the_memory_model_counts(monkeypatch):
 
 
 def test_trained_parameters_are_as_many_as_published():
-    """What PEFT accepts, at rank 32: the guide of TII leaves out_proj alone too."""
-    assert trainable_count(Lora(r=32), preset_config("falcon-h1-7b")) == 100_959_232
-    assert trainable_count(Lora(r=32), preset_config("falcon-h1-34b")) == 278_470_656
+    """At rank 32, on what PEFT accepts and on all: the guide of TII leaves out_proj alone too."""
+    nine = Lora(r=32, target_modules=tuple(FalconH1.linears))
+    for preset, eight, all_nine in (("7b", 100_959_232, 109_609_984), ("34b", 278_470_656, 299_704_320)):
+        config = preset_config(f"falcon-h1-{preset}")
+        assert (trainable_count(Lora(r=32), config), trainable_count(nine, config)) == (eight, all_nine)
+
+
+def test_lora_on_out_proj_where_it_is_named(tmp_path):
+    plain = plain_model(**KINDS["norm behind the gate"])
+    ours, docs = loaded(tmp_path / "base", plain), documents([140, 9, 30])
+    with pytest.raises(ValueError, match="incompatible with Mamba-based models"):
+        get_peft_model(plain, LoraConfig(target_modules=["out_proj"], task_type="CAUSAL_LM"))
+    both = [attach_lora(each, r=4, target_modules=[*FalconH1.linears]) for each in (plain, ours)]
+    assert ours.config.model_type == "falcon_h1"
+    for model in both:
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.constant_(parameter, 0.01)
+    enable_packing(both[1])
+    (one_by_one(both[0], docs) / 100).backward()
+    (both[1](**packed(docs)).loss / 100).backward()
+    expected, found = map(gradients, both)
+    assert len(found) == 2 * 2 * 9
+    for name, gradient in found.items():
+        assert gradient.abs().max() > 1e-4, name
+        assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+    (tmp_path / "adapter").mkdir()
+    method_of(both[1]).save(both[1], tmp_path / "adapter")
+    check_adapter(tmp_path / "adapter", both[1])
+    again = load_adapter(
+        tmp_path / "adapter", base_model=str(tmp_path / "base"), quantize_mode="16bit", device="cpu"
+    )
+    assert torch.equal(again(docs[0][None]).logits, both[1].eval()(docs[0][None]).logits)
 
 
 def test_what_it_cannot_do_is_refused_and_told():
     config = FalconH1Config(**SIZES)
-    with pytest.raises(UserError, match=r"Falcon-H1's out_proj takes no LoRA: PEFT 0\.21 refuses it"):
-        Lora(target_modules=("q_proj", "out_proj")).targets(config)
     with pytest.raises(UserError, match="Falcon-H1 has three"):
         Lora(slices=("query",)).targets(config)
     for method in (Adapter(first_block=0), AdapterV2(first_block=0)):

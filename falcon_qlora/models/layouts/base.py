@@ -75,7 +75,8 @@ class Layout(ABC):
         attention: name of the attention within a block.
         linears: last part of the name → name within the block, of every linear that is quantized and adapted,
             in the order of the model.
-        not_adapted: those of `linears` that LoRA leaves alone → why, for messages.
+        not_for_peft: those of `linears` on which plain PEFT refuses LoRA → why, for messages; LoRA is on them
+            only where they are named.
         no_prefix: why attention takes no learned prefix, or None if it does.
         keep_wider: ends of the names of parameters that stay in their file's dtype where it is the wider one.
         attention_inputs: those of `linears` that read what attention reads.
@@ -106,7 +107,7 @@ class Layout(ABC):
     head: ClassVar[str] = "lm_head"
     attention: ClassVar[str]
     linears: ClassVar[dict[str, str]]
-    not_adapted: ClassVar[dict[str, str]] = {}
+    not_for_peft: ClassVar[dict[str, str]] = {}
     no_prefix: ClassVar[str | None] = None
     keep_wider: ClassVar[tuple[str, ...]] = ()
     attention_inputs: ClassVar[tuple[str, ...]]

@@ -154,7 +154,7 @@ class FalconH1(Layout):
         "v_proj": "self_attn.v_proj",
         "o_proj": "self_attn.o_proj",
     }
-    not_adapted = {
+    not_for_peft = {
         "out_proj": "PEFT 0.21 refuses it on a Falcon-H1, as mamba-ssm's training kernel would pass it over"
     }
     no_prefix = "what a prefix does beside a state space was never tried"
