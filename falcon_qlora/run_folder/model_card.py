@@ -113,9 +113,10 @@ class ModelCard:
                 "With falcon_qlora (`ADAPTER` is this folder):\n\n"
             )
         elif self.refused_by_peft:
+            names = "`, `".join(self.refused_by_peft)
             text += (
-                f"Plain PEFT refuses LoRA on `{'`, `'.join(self.refused_by_peft)}` of this model and does not\n"
-                "open the adapter. falcon_qlora opens it on the base model, quantized or not, and merges it\n"
+                f"Plain PEFT refuses LoRA on `{names}` of this model and does not open\n"
+                "the adapter. falcon_qlora opens it on the base model, quantized or not, and merges it\n"
                 "(`ADAPTER` is this folder or a copy of it).\n\n"
             )
         elif self.opened_by != "peft":
