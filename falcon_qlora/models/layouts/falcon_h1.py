@@ -304,9 +304,9 @@ class FalconH1(Layout):
         config = self.config
         decays = CHUNK_TOKENS * config.mamba_n_heads
         states = config.mamba_d_ssm * config.mamba_d_state / CHUNK_TOKENS
-        # What `_states` keeps when it is run again, and at the worst moment three of decays or of states more,
-        # for their gradients. It took 287 KiB a token at 7B's sizes, 120 at 0.5B's and 392 at 34B's, on the
-        # CPU; counted here are 306, 153 and 412.
+        # What `_states` keeps when it is run again, and at the worst moment three of decays or of states, for
+        # their gradients. It took 287 KiB a token at 7B's sizes, 120 at 0.5B's and 392 at 34B's, on the CPU;
+        # counted here are 306, 153 and 412.
         kept = 3 * self.convolved + 10 * config.mamba_d_ssm + 2 * decays + 2 * states
         return float(kept + 3 * max(decays, states))
 
