@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import InitVar, dataclass
 from typing import Any
@@ -27,7 +26,17 @@ from falcon_qlora.data.templates import Segment, Template
 State = dict[str, Any]
 Rendered = tuple[Origin, list[Segment]]
 
-ROWS_TO_RECOGNISE = 100
+_ROWS_TO_RECOGNISE = 100
+
+
+def recognise_first(settings: RowSettings, source: Source) -> tuple[str, dict[str, str]]:
+    """The format of a source's rows by the first ones, in whatever order its files are read afterwards.
+
+    Raises:
+        UserError: if the data is empty, or its columns fit no format.
+    """
+    head = itertools.islice(source.read(), _ROWS_TO_RECOGNISE)
+    return settings.recognise(columns_of(row for _, row in head), source.name)
 
 
 @dataclass(eq=False)
@@ -56,24 +65,27 @@ class Reader:
         self._order = random.Random(seed)
         self._special = SpecialText(self.tokenizer)
         self._format: tuple[str, dict[str, str]] | None = None
+        self._template: Template | None = None
         self.ended = False
         self.restart()
         if before is not None:
             self.ended = before["ended"]
             restore(self._order, before["began"])
-            self._begin(before["position"], before["format"])
+            self._begin(before["position"])
+            self._format = before["format"] and tuple(before["format"])
 
     def next(self) -> Rendered | None:
         """The next row, or None at the end."""
+        if self._format is None:
+            self._format = recognise_first(self.settings, self.source)
+        row_format, columns = self._format
         if self._template is None:
-            self._recognise()
-        found = self._head.popleft()[1] if self._head else self._read()
-        self.ended = self.ended or found is None
+            self._template = self.settings.load_template(row_format, self.tokenizer)
+        found = next(self._rows, None)
         if found is None:
+            self.ended = True
             return None
-        assert self._format is not None
-        assert self._template is not None
-        (row_format, columns), (place, row, (part, number)) = self._format, found
+        (place, row), (part, number) = found, self._rows.origin()
         segments = render(
             row,
             row_format,
@@ -86,39 +98,19 @@ class Reader:
         return (self.first_part + part, number), segments
 
     def restart(self) -> None:
-        self._begin(None, None)
+        self._begin(None)
 
     def state(self) -> State:
-        position = self._head[0][0] if self._head else self._rows.position()
         return {
             "began": plain(self._began),
-            "position": position,
+            "position": self._rows.position(),
             "format": list(self._format) if self._format else None,
             "ended": self.ended,
         }
 
-    def _begin(self, position: Any, row_format: list[Any] | None) -> None:
+    def _begin(self, position: Any) -> None:
         self._began = self._order.getstate()  # of the order of the files in this pass
         self._rows: Rows = self.source.read(self._order, position)
-        self._head: deque[tuple[Any, tuple[str, Any, Origin]]] = deque()  # with the position of each
-        self._template: Template | None = None
-        self._format = (row_format[0], row_format[1]) if row_format else None
-
-    def _read(self) -> tuple[str, Any, Origin] | None:
-        found = next(self._rows, None)
-        return None if found is None else (*found, self._rows.origin())
-
-    def _recognise(self) -> None:
-        if self._format is None:
-            for _ in range(ROWS_TO_RECOGNISE):
-                position = self._rows.position()
-                found = self._read()
-                if found is None:
-                    break
-                self._head.append((position, found))
-            columns = columns_of(row for _, (_, row, _) in self._head)
-            self._format = self.settings.recognise(columns, self.source.name)
-        self._template = self.settings.load_template(self._format[0], self.tokenizer)
 
 
 @dataclass(eq=False)

@@ -13,15 +13,14 @@ import numpy as np
 
 from falcon_qlora.data.account import Account
 from falcon_qlora.data.cursor import (
-    ROWS_TO_RECOGNISE,
     Mix,
     Reader,
     Rendered,
     Shuffled,
     State,
+    recognise_first,
 )
 from falcon_qlora.data.formats import resolve_template
-from falcon_qlora.data.json_rows import columns_of
 from falcon_qlora.data.origins import RowNames
 from falcon_qlora.data.settings import RowSettings
 from falcon_qlora.data.sources import Source
@@ -167,8 +166,7 @@ def recognise_stream(settings: RowSettings, tokenizer: Any) -> tuple[str, str]:
 
 def recognise_source(settings: RowSettings, source: Source, tokenizer: Any) -> tuple[str, str]:
     """As `recognise_stream`, of any data set."""
-    head = itertools.islice(source.read(), ROWS_TO_RECOGNISE)
-    row_format, renamed = settings.recognise(columns_of(row for _, row in head), source.name)
+    row_format, renamed = recognise_first(settings, source)
     if len(settings.dataset_name) == 1:
         settings.check_used([renamed])
     return row_format, resolve_template(settings.template, row_format, tokenizer)

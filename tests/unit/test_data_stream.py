@@ -22,6 +22,7 @@ import pytest
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data import json_rows, sources
 from falcon_qlora.data import stream as streams
+from falcon_qlora.data.account import Account
 from falcon_qlora.data.corpus import prepare_corpora
 from falcon_qlora.data.sources import find_source
 from falcon_qlora.data.stream import stream_documents
@@ -96,6 +97,16 @@ def test_rows_are_limited_and_counted(tmp_path: Path) -> None:
     counts: Counter[str] = Counter()
     assert len(stream(str(path), max_rows=6, counts=counts)) == 3
     assert counts == {"rows_read": 6, "rows_dropped_empty": 3}
+
+
+def test_the_format_is_that_of_the_first_file_whichever_is_read_first(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", "a", 120)
+    (tmp_path / "b.jsonl").write_text('{"text": "b"}\n' * 120)
+    for epoch in range(6):
+        account = Account()
+        texts = stream(str(tmp_path), epoch=epoch, account=account)
+        assert {text[0] for text in texts} == {"a"}, epoch
+        assert account.other_formats == {"text": 120}
 
 
 def test_hub_streams_are_read_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
