@@ -68,13 +68,12 @@ def draw(source: np.ndarray, row: np.ndarray, weights: Sequence[float], seed: in
     Returns:
         int64 indexes of documents, source by source, ascending within each repetition.
     """
-    total, shares = len(np.unique(row)), np.array(weights, dtype=np.float64) / np.sum(weights)
+    total, there = len(np.unique(row)), np.unique(source).tolist()
     drawn: list[np.ndarray] = []
-    for index, share in enumerate(shares):
+    for index in there:  # a source of which nothing is left has no share
+        share = weights[index] / sum(weights[each] for each in there)
         documents = np.flatnonzero(source == index)
         rows = np.unique(row[documents])
-        if len(rows) == 0:
-            continue
         whole, rest = divmod(max(round(total * share), 1), len(rows))
         # Without its number where it is 0: the draw that releases before made for all epochs.
         entropy = [seed, _DRAW, index, *[epoch] * (epoch > 0)]

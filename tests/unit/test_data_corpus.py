@@ -445,6 +445,16 @@ def test_held_out_rows_that_are_trained_too_are_counted(tmp_path: Path) -> None:
     assert (held_out.statistics.rows_trained_too, held_out.statistics.rows_dropped_empty) == (2, 1)
 
 
+def test_weights_of_a_source_without_an_answer_go_to_the_others(tmp_path: Path) -> None:
+    names = [
+        write(tmp_path / "a.jsonl", alpaca(10, "a")),
+        write(tmp_path / "b.jsonl", [{"instruction": "b", "output": ""}]),
+        write(tmp_path / "c.jsonl", alpaca(10, "c")),
+    ]
+    corpus, _ = prepare(tmp_path, *names, dataset_weights=[1.0, 6.0, 3.0])
+    assert [use.rows_drawn for use in corpus.sources] == [5, 0, 15]
+
+
 def test_weights_draw_in_their_proportion(tmp_path: Path) -> None:
     first = write(tmp_path / "a.jsonl", alpaca(30, "first"))
     second = write(tmp_path / "b.jsonl", alpaca(10, "second"))
