@@ -10,7 +10,7 @@ import io
 import itertools
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -92,6 +92,11 @@ _OPENERS: dict[str, tuple[str, _Opener]] = {
 }
 _BEGINNINGS = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\0", ".zst": b"\x28\xb5\x2f\xfd"}
 COMPRESSED = tuple(_OPENERS)
+# Files of other kinds, by their beginnings, which are often named as if they held rows of text.
+_OTHER_KINDS = {
+    "a workbook of Excel or a zip archive; save its sheet as CSV in UTF-8, or unpack it": b"PK\x03\x04",
+    "Parquet; let its name end with .parquet": b"PAR1",
+}
 
 
 def open_text(path: Path, newline: str | None = None) -> TextIO:
@@ -118,8 +123,10 @@ def told_with_file(path: Path) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError:
-        if not compression and (suffix := _suffix_meant(path)) is not None:
+        if not compression and (suffix := _meant(path, _BEGINNINGS)) is not None:
             raise UserError(f"{path}: compressed; name it {path.name}{suffix}") from None
+        if (other := _meant(path, _OTHER_KINDS)) is not None:
+            raise UserError(f"{path}: by its content {other}") from None
         raise _not_text(path) from None
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         # Without a number it is not of the system, but of what decompresses.
@@ -139,16 +146,16 @@ def lines(path: Path, handle: TextIO) -> Iterator[str]:
         yield line
 
 
-def _suffix_meant(path: Path) -> str | None:
-    """The suffix of compressed files that begin as this one does."""
+def _meant(path: Path, beginnings: Mapping[str, bytes]) -> str | None:
+    """Which kind of these files begins as this one does."""
     with path.open("rb") as handle:
         start = handle.read(6)
-    return next((suffix for suffix, mark in _BEGINNINGS.items() if start.startswith(mark)), None)
+    return next((kind for kind, mark in beginnings.items() if start.startswith(mark)), None)
 
 
 def _damaged(path: Path, compression: str, error: Exception) -> UserError:
     """The refusal of a compressed file that cannot be read: one of another kind, or one with damage in it."""
-    suffix, meant = path.suffix.lower(), _suffix_meant(path)
+    suffix, meant = path.suffix.lower(), _meant(path, _BEGINNINGS)
     if meant != suffix:
         return UserError(f"{path}: no {compression} file by its content; name it {path.stem}{meant or ''}")
     return UserError(

@@ -328,6 +328,18 @@ def test_text_that_is_not_utf8(tmp_path: Path, name: str, content: str, said: st
     assert rows_of(path)
 
 
+@pytest.mark.parametrize(
+    ("beginning", "said"),
+    [(b"PK\x03\x04\x14\0", "a workbook of Excel or a zip"), (b"PAR1\x15", "Parquet; .*end with .parquet")],
+)
+def test_files_that_are_named_as_text_are_known_by_their_content(
+    tmp_path: Path, beginning: bytes, said: str
+) -> None:
+    (path := tmp_path / "rows.csv").write_bytes(beginning + b"\xe9\xff")
+    with pytest.raises(UserError, match=rf"rows.csv: by its content {said}"):
+        rows_of(path)
+
+
 def test_text_in_two_bytes_a_character(tmp_path: Path) -> None:
     content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
     for encoding in ("utf-16-le", "utf-16-be"):  # without a mark, which Python's "utf-16" writes
