@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import itertools
 import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -30,6 +31,7 @@ _ROLES: dict[str, Role] = {
     **dict.fromkeys(("tool", "observation", "function", "tool_response", "ipython"), "tool"),
 }
 _ROLE_KEYS, _TEXT_KEYS = ("role", "from"), ("content", "value")
+_TEXT_PARTS = ("text", "input_text", "output_text")  # the latter in OpenAI's Responses
 
 
 class Missing(Exception):
@@ -62,7 +64,7 @@ def _json(what: str, value: Any, place: str) -> Any:
         return value
     expected = f"expected {what}, or its JSON text as json.dumps writes it"
     if value.lstrip()[:1] not in ("[", "{"):
-        told = one_line(value, limit=40)
+        told = " ".join(value.split())[:40]
         raise UserError(f"{place}: {expected}; found the text {told!r}. {_APART}")
     found = parse_json(value, place, f"; {expected}")
     return clean(tidied(found, place))
@@ -92,8 +94,9 @@ def _turn(message: Any, where: str, account: Account) -> Turn:
     content = fields.pop(text_key, None) if text_key else None
     if name.lower() in _CALLS:
         fields["tool_calls"], content = _calls(content, where), None
-    elif role == "assistant" and "function_call" in fields:  # as OpenAI's messages had it before tool_calls
-        fields.setdefault("tool_calls", _calls(fields.pop("function_call"), where))
+    elif role == "assistant" and fields.get("function_call") and not fields.get("tool_calls"):
+        # As OpenAI's messages had it before tool_calls. Beside those it stays, and is named as not read.
+        fields["tool_calls"] = _calls(fields.pop("function_call"), where)
     if "tool_calls" in fields:
         fields["tool_calls"] = _list_of("calls", fields["tool_calls"], f"{where}: tool_calls")
     says_more = bool(fields.get("tool_calls")) or any(fields.get(key) for key in REASONING)
@@ -178,7 +181,7 @@ def turns_of_history(value: Any, place: str) -> list[Turn]:
         UserError: for anything else.
         Missing: if one of them is null.
     """
-    if value is None:
+    if value in (None, ""):
         return []
     turns = []
     for number, pair in enumerate(_list_of("[user, assistant]", value, place), start=1):
@@ -211,7 +214,7 @@ def masked_roles(value: Any, place: str) -> set[Role] | None:
 
 def with_system(turns: list[Turn], prompts: Collection[str]) -> list[Turn]:
     """`turns` after the system prompts that stand beside them, but not twice what they begin with."""
-    said = {turn.text for turn in turns if turn.role == "system"}
+    said = {turn.text for turn in itertools.takewhile(lambda turn: turn.role == "system", turns)}
     different = [prompt for prompt in dict.fromkeys(prompts) if prompt.strip() and prompt not in said]
     return [*(Turn("system", prompt) for prompt in different), *turns]
 
@@ -236,7 +239,7 @@ def _is_part(value: Any) -> bool:
 
 def _text_of_part(part: Any, place: str) -> str:
     name, text = (part.get("type"), part.get("text")) if _is_part(part) else (None, None)
-    if isinstance(name, str) and name != "text":
+    if isinstance(name, str) and name not in _TEXT_PARTS:
         told = one_line(name, limit=40)
         raise UserError(f"{place} is of type {told}: only text is trained; take the part or the row out")
     if name is None or not isinstance(text, str):

@@ -28,7 +28,7 @@ from falcon_qlora.data.templates import Segment
 from falcon_qlora.data.tokens import Document, Encoder
 
 # Raised whenever the same rows and settings would give other tokens than before, or an entry holds more.
-_VERSION = 5
+_VERSION = 6
 _META = "meta.json"
 # Enough to keep the tokenizer's threads at work, and few enough that Ctrl-C need not wait for them.
 _ROWS_AT_A_TIME = 256

@@ -243,8 +243,11 @@ def _messages(reader: _Reader, dataset_format: str) -> list[Turn]:
     *context, column = FORMATS[dataset_format].required
     if isinstance(reader.peek("prompt"), list):
         context = ["prompt"]  # TRL's form of what is said before the answers, and not learned
-    turns = [replace(turn, train=False) for each in context for turn in reader.messages(each)]
-    turns += reader.messages(column)
+    before = [turn for each in context for turn in reader.messages(each)]
+    turns = reader.messages(column)
+    if turns[: len(before)] == before:  # the whole conversation stands there: nothing is said twice
+        turns = turns[len(before) :]
+    turns = [*(replace(turn, train=False) for turn in before), *turns]
     mask = reader.peek("mask")
     masked = None if mask is None else masked_roles(mask, reader.where("mask"))
     if masked is None:

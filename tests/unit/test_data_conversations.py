@@ -303,6 +303,13 @@ def test_a_system_message_later_on_is_written_as_one_or_refused() -> None:
             render({"messages": turns}, "chat", get_template(name))
 
 
+def test_a_system_prompt_beside_messages_opens_them_also_where_it_comes_again_later() -> None:
+    again = {"messages": [*TURNS, {"role": "system", "content": PIRATE}, *TURNS], "system": PIRATE}
+    text = written(again, "falcon-instruct")
+    assert text.startswith(PIRATE)
+    assert text.count(PIRATE) == 2
+
+
 def test_which_template_auto_means() -> None:
     plain, own = (
         small_tokenizer(),
@@ -383,8 +390,18 @@ SHARED_TURNS = [{"from": "human", "value": RED}, {"from": "gpt", "value": MARS}]
         {"system": PIRATE, "instruction": RED, "output": MARS, "history": "[]"},
         {"prompt": [{"role": "system", "content": PIRATE}, TURNS[0]], "completion": [TURNS[1]]},
         {"system": PIRATE, "prompt": [{"from": "human", "value": RED}], "completion": [TURNS[1]]},
+        # Said before the answers, and again with them.
+        {"system": PIRATE, "prompt": TURNS[:1], "messages": TURNS},
         # Parts, one after another as chat templates write them.
         {"system": PIRATE, "messages": [{"role": "user", "content": PARTS}, TURNS[1]]},
+        {
+            "system": PIRATE,
+            "messages": [
+                {"role": "user", "content": [{"type": "input_text", "text": RED}]},
+                {"role": "assistant", "content": [{"type": "output_text", "text": MARS}], "tool_calls": None},
+            ],
+        },
+        {"system": PIRATE, "instruction": RED, "output": MARS, "history": ""},
     ],
 )
 def test_the_same_conversation_however_it_is_spelled(row: dict[str, Any]) -> None:
@@ -444,8 +461,13 @@ def test_tools_calls_and_reasoning_reach_the_template() -> None:
         {"from": "gpt", "value": "Cold."},
     ]
     assert f"[{called}{END}]" in written({"conversations": sharegpt}, template)
-    old = {"role": "assistant", "content": None, "function_call": CALL["function"]}
-    assert f"[{called}{END}]" in written({"messages": [ASKED, old]}, template)
+    for more in ({}, {"tool_calls": []}):
+        old = {"role": "assistant", "content": None, "function_call": CALL["function"], **more}
+        assert f"[{called}{END}]" in written({"messages": [ASKED, old]}, template)
+    account = Account()
+    both = {**answer, "function_call": {"name": "other", "arguments": "{}"}}
+    assert f"[{called}{END}]" in written({"messages": [ASKED, both]}, template, account=account)
+    assert account.message_keys["function_call"] == 1
     thought = {"role": "assistant", "reasoning_content": "I add.", "content": "4"}
     assert f"[<think>I add.</think>4{END}]" in written({"messages": [ASKED, thought]}, template)
 
@@ -573,6 +595,7 @@ def test_rows_that_lack_something_are_counted_apart(
             {"from": "function_call", "value": "call weather"},
             r"a function call: expected a function call, or its JSON text.*; found the text 'call weather'",
         ),
+        ({"from": "function_call", "value": ""}, r"a function call: .*; found the text ''\."),
         ({"from": "function_call", "value": '{"city": 1}'}, r"expected a function call \{name, arguments\}"),
     ],
 )
