@@ -15,15 +15,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from falcon_qlora.common.errors import UserError, one_line
-from falcon_qlora.data.json_rows import Row, iterate_json, json_remarks, tidied
+from falcon_qlora.data.json_rows import Row, iterate_json, json_remarks, table_row
 from falcon_qlora.data.text_files import COMPRESSED, encoding_of, lines, open_text, told_with_file
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 _SEPARATORS = ",;\t|"
 _LINES_OF_A_HEADER = 20
-# Types of Parquet whose values may need `tidied`, by their names.
-_UNTIDY = re.compile("float|double|binary")
+# Types of Parquet whose values may need `table_row`, by their names.
+_UNTIDY = re.compile("float|double|binary|struct")
 
 
 def data_suffix(path: Path) -> str | None:
@@ -156,8 +156,6 @@ def _parquet_rows(path: Path, skip: int) -> Iterator[tuple[str, Row]]:
                     for row in batch.slice(left_out).to_pylist():
                         number += 1
                         place = f"{path} row {number}"
-                        for name in untidy:
-                            row[name] = tidied(row[name], f"{place}: column {name}")
-                        yield place, row
+                        yield place, row | table_row({name: row[name] for name in untidy}, place)
     except (pa.ArrowException, OverflowError, ValueError) as error:
         raise UserError(f"{path}: not a valid Parquet file: {one_line(error)}") from None

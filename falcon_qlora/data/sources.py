@@ -22,7 +22,7 @@ from falcon_qlora.common.files import sha256
 from falcon_qlora.data import sample_data
 from falcon_qlora.data.files import data_suffix, iterate_rows, remarks
 from falcon_qlora.data.folders import cure_of, files_of_folder, kinds, listed
-from falcon_qlora.data.json_rows import Row, columns_of, tidied_row
+from falcon_qlora.data.json_rows import Row, columns_of, table_row
 from falcon_qlora.data.origins import Origin
 
 PACKAGED = "sample"
@@ -178,7 +178,7 @@ class _HubRows(Rows):
             raise StopIteration
         self._number += 1
         place = f"{self._source.name} row {self._number}"
-        return place, tidied_row(row, place)
+        return place, table_row(row, place)
 
     def position(self) -> list[Any]:
         return [self._number, self._stream.state_dict()]
@@ -294,7 +294,7 @@ class HubSource:
             for values in zip(*batch.values(), strict=True):
                 number += 1
                 place = f"{self.name} row {number}"
-                yield place, tidied_row(dict(zip(batch, values, strict=True)), place)
+                yield place, table_row(dict(zip(batch, values, strict=True)), place)
 
     def rows_of_parts(self, max_rows: int | None) -> list[int]:
         return [len(self._head(max_rows))]

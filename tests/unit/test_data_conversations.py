@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.account import Account
+from falcon_qlora.data.files import iterate_rows
 from falcon_qlora.data.formats import load_template, recognise
 from falcon_qlora.data.json_rows import columns_of
 from falcon_qlora.data.rendering import render
@@ -308,6 +311,30 @@ def test_a_system_prompt_beside_messages_opens_them_also_where_it_comes_again_la
     text = written(again, "falcon-instruct")
     assert text.startswith(PIRATE)
     assert text.count(PIRATE) == 2
+
+
+def test_tools_and_calls_out_of_a_table_are_those_that_were_put_in(tmp_path: Path) -> None:
+    rows = [
+        {
+            "messages": [
+                ASKED,
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [{"function": {"name": "f", "arguments": {key: 1}}}],
+                },
+            ],
+            "tools": [
+                {"type": "function", "function": {"name": "f", "parameters": {key: {"type": "number"}}}}
+            ],
+        }
+        for key in ("city", "content")
+    ]
+    rows[1]["tools"][0]["strict"] = True
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    template = load_template("auto", "chat", SHOWS)
+    read = [row for _, row in iterate_rows(tmp_path / "rows.parquet")]
+    assert [written(row, template) for row in read] == [written(row, template) for row in rows]
 
 
 def test_which_template_auto_means() -> None:
