@@ -1,1 +1,1 @@
-"""An adapter merged into its base model, with proof of what that did to it."""
+"""Merges an adapter into its base model and measures how far the merge is from the two."""

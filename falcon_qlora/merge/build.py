@@ -1,4 +1,4 @@
-"""Make a merge, measure it, and keep it only if it is as good as what it was made of."""
+"""Make a merge, measure it, and keep it only if it stays within the limits on loss and KL divergence."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ class Request:
     """What to merge, and how.
 
     Attributes:
-        checkpoint: the base.
-        base_folder: where it lies, None for random weights.
-        tokenizer_folder: whose tokenizer files go with the merge.
-        adapter: checked against the base.
+        checkpoint: the base model.
+        base_folder: its folder; None for random weights.
+        tokenizer_folder: the folder whose tokenizer files are copied.
+        adapter: already checked against the base.
         quantize_mode, double_quantization, compute_dtype: of the base while the adapter was trained.
-        candidates: the bases to merge onto, of which the better merge is kept.
+        candidates: the bases to merge onto; the better merge is kept.
         dtype: ``bf16``, ``fp16`` or ``fp32``.
-        max_shard_bytes: of a weights file.
-        max_loss_increase: of a merge that is kept, nats a token.
+        max_shard_bytes: largest size of a weights file.
+        max_loss_increase: limit for a merge to be kept, nats per token.
         max_kl_divergence: likewise.
-        device: where it is computed.
+        device: where the merge is computed.
     """
 
     checkpoint: Checkpoint
@@ -72,7 +72,7 @@ class Request:
 
     @property
     def config(self) -> PreTrainedConfig:
-        """Of the merged model."""
+        """The merged model's configuration."""
         base = self.checkpoint.config
         size = self.adapter.method.vocab_size(base)
         if size == base.vocab_size:
@@ -83,7 +83,7 @@ class Request:
 
 
 def needed_bytes(request: Request) -> int:
-    """What the disk must hold: every candidate, until the better one is known."""
+    """Bytes needed on disk: all candidates are kept until the better one is known."""
     numbers = sum(torch.Size(shape).numel() for shape in parameter_shapes(request.config).values())
     return len(request.candidates) * numbers * DTYPES[request.dtype].itemsize
 
@@ -97,18 +97,18 @@ def merge(
     batches: Sequence[MicroBatch],
     reference: Predictions,
 ) -> Certificate:
-    """Write the merge with its certificate and card to `out`, whole or not at all.
+    """Write the merge with its certificate and card to `out`, completely or not at all.
 
     Args:
         request: what to merge.
-        out: replaced if it is there.
+        out: replaced if it exists.
         origin: for the certificate.
-        held_out: what `batches` are.
+        held_out: describes `batches`.
         batches: the text to measure on.
-        reference: what the quantized base with its adapter predicts there, answers only.
+        reference: predictions of the quantized base with its adapter on `batches`, answers only.
 
     Raises:
-        UserError: if the best merge is worse than the limits allow; then nothing is kept.
+        UserError: if no merge is within the limits; then nothing is kept.
     """
     adapter_loss = mean_loss(token_losses(reference))
     with replaced_folder(out) as folder:
@@ -124,7 +124,7 @@ def merge(
             measured[onto] = Measured(
                 loss=loss, loss_increase=loss - adapter_loss, **divergence(reference, predicted)
             )
-            # Read back: what lies on the disk is what was computed.
+            # Catches a disk that does not store what was computed.
             for name in altered_tensors(folder / onto, request.config, hashes[onto]):
                 raise UserError(f"{name} reads back differently than it was written; is the disk failing?")
         best = _choose(request, measured, adapter_loss)
@@ -172,12 +172,12 @@ def _write(request: Request, folder: Path, onto: Onto) -> dict[str, str]:
 
 
 def _choose(request: Request, measured: dict[Onto, Measured], adapter_loss: float) -> Onto:
-    """The merge of the lowest loss among those within the limits.
+    """The merge with the lowest loss among those within the limits.
 
     Raises:
         UserError: if there is none.
     """
-    # Written so that a number that is not finite fails.
+    # Written so that a non-finite value fails.
     within = [
         onto
         for onto, each in measured.items()

@@ -1,6 +1,6 @@
-"""What a merge comes with: how far it is from the adapter it was made of, and what both were made of.
+"""A merge's certificate: how far it is from base and adapter, and what they were made of.
 
-As a record, ``certificate.json``, and for a reader, ``README.md``.
+``certificate.json`` is for programs, ``README.md`` for people.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ class Origin:
 
     Attributes:
         base_model: name of the base.
-        base_revision: branch, tag or commit it was asked for by; None for the main branch, or a folder.
-        base_commit: the commit that was read, where it came from the hub.
-        base_fingerprint: what tells its content, see `model_fingerprint`.
-        adapter_base: name of the base that the adapter was trained on, as its folder says.
-        adapter_base_fingerprint: what tells that one's content; None where its folder does not say.
-        is_the_adapters_base: whether both are the same by content; None where that cannot be known.
+        base_revision: branch, tag or commit that was requested; None for the main branch or a folder.
+        base_commit: the commit that was read, if it came from the hub.
+        base_fingerprint: identifies its content, see `model_fingerprint`.
+        adapter_base: name of the base that the adapter was trained on, from the adapter's folder.
+        adapter_base_fingerprint: identifies that base's content; None where the folder does not record it.
+        is_the_adapters_base: whether both have the same content; None where that cannot be known.
         base_layout: such as ``32 blocks of 4544``.
-        licence: the base's, as an identifier of the hub's; None where it is not known.
+        licence: the base's, as a hub identifier; None where it is not known.
         quantization: how the base was stored in training, such as ``4bit``.
         template: the prompt template.
-        template_sha256: of its text, as the run recorded it; None where the adapter's folder does not say.
-        datasets: what `--dataset_name` named.
-        data_fingerprint: hash of the tokenized training rows, where the run's record is at hand.
+        template_sha256: of its text, as the run recorded it; None where the adapter's folder has none.
+        datasets: the values of `--dataset_name`.
+        data_fingerprint: hash of the tokenized training rows, if the run's record is available.
         settings: the run's settings, name → value.
         adapter: its rank, scale and the like, and a hash of its weights.
-        falcon_qlora: the release that merges.
+        falcon_qlora: the release that made the merge.
     """
 
     base_model: str
@@ -72,12 +72,12 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """The text that a certificate's figures are of.
+    """The text that a certificate's figures were measured on.
 
     Attributes:
-        source: what it is, for a person.
+        source: what it is, in words.
         fingerprint: hash of the tokenized documents.
-        is_the_runs_own: whether it is what the run held out.
+        is_the_runs_own: whether it is the text that the run held out.
     """
 
     source: str
@@ -90,14 +90,14 @@ class HeldOut:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One merge beside the quantized base with its adapter, on the held-out text.
+    """One merge compared with the quantized base and its adapter, on the held-out text.
 
     Attributes:
-        loss: nats a target token.
-        loss_increase: over that of base and adapter.
-        kl_divergence: mean over the target tokens, from base and adapter to the merge, nats.
+        loss: nats per target token.
+        loss_increase: over the loss of base and adapter.
+        kl_divergence: mean over the target tokens, from base and adapter to the merge, in nats.
         largest_kl_divergence: of a single token.
-        same_top_token: share of the tokens for which both find the same one the likeliest.
+        same_top_token: share of the tokens where both rank the same token first.
     """
 
     loss: float
@@ -109,21 +109,21 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """Everything `certificate.json` says.
+    """The content of `certificate.json`.
 
     Attributes:
-        merged_onto: the base that the kept merge was made on.
+        merged_onto: the base of the merge that was kept.
         dtype: what it is stored in.
         origin: what it is made of.
-        held_out: what was measured on.
+        held_out: the text measured on.
         adapter_loss: of the quantized base with its adapter, on the path that the run trained on.
-        merges: for each base that was tried what came of it, computed block by block as Transformers does. In
+        merges: the figures for each base that was tried, computed block by block as Transformers does. In
             16 bits the two paths also round differently, which is part of the difference.
-        max_loss_increase: the limit that was asked for.
+        max_loss_increase: the requested limit.
         max_kl_divergence: likewise.
         tensors: name → SHA-256 of the stored bytes.
-        files: name → SHA-256 of each file beside weights, model card and this one, which also decide what the
-            model says: configuration, tokenizer, the weights' index.
+        files: name → SHA-256 of the other files that decide what the model says: configuration, tokenizer,
+            the weights' index. Model card and this file are not among them.
     """
 
     merged_onto: Onto
@@ -139,7 +139,7 @@ class Certificate:
 
 
 def licence_of(base_model: str, folder: Path | None) -> str | None:
-    """The base's licence: as its model card says, else as it is known of the published models."""
+    """The base's licence: from its model card, else the known one of the published models."""
     if folder is not None and (file := folder / "README.md").is_file():
         with file.open(encoding="utf-8", errors="replace") as opened:
             match = _LICENCE.match(opened.read(_CARD_LIMIT))
@@ -164,7 +164,7 @@ def card(certificate: Certificate) -> str:
 
 def _metadata(certificate: Certificate) -> dict[str, Any]:
     origin = certificate.origin
-    # What the base allows holds for what was made of it; "other" sends the reader there.
+    # The base's licence also applies to the merge; "other" sends the reader to it.
     metadata: dict[str, Any] = {
         "license": origin.licence or "other",
         "library_name": "transformers",

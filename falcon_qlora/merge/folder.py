@@ -1,8 +1,8 @@
-"""A merged model's folder: weights, configuration and tokenizer as the published checkpoints have them.
+"""A merged model's folder: weights, configuration and tokenizer in the form of the published models.
 
-vLLM, llama.cpp and Transformers of any release read these; what Transformers 5 would write itself they do
-not all read (its tokenizer class, and for Falcon-7B a number of key/value heads that llama.cpp takes at its
-word).
+vLLM, llama.cpp and Transformers of any release can read it. Not all of them can read what Transformers 5
+would write itself: its tokenizer class, and for Falcon-7B a number of key/value heads that llama.cpp takes
+literally.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _TOKENIZER_FILES = (
 
 
 def parameter_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Name → shape of what a folder of this model holds; a head tied to the embedding is not stored."""
+    """Name → shape of the stored tensors; a head tied to the embedding is not stored."""
     tied, model = layout_of(config).tied, empty_model(config, dtype=torch.float32)
     return {name: tuple(p.shape) for name, p in model.named_parameters() if name not in tied}
 
 
 def altered_tensors(folder: Path, config: PreTrainedConfig, hashes: Mapping[str, Any]) -> Iterator[str]:
-    """The names of the tensors in the folder of a model whose bytes are not those of `hashes`."""
+    """Names of the tensors in a model's folder whose bytes do not match `hashes`."""
     read = parameter_reader(folder, config)
     return (name for name in parameter_shapes(config) if tensor_hash(read(name)) != hashes.get(name))
 
@@ -63,7 +63,7 @@ def published_config(config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, 
 
 
 def write_generation_config(folder: Path, config: PreTrainedConfig, base: Path | None) -> None:
-    """The base model's, where it has one; else what its configuration says of beginning and end."""
+    """Write the base model's, if it has one; else one with the configuration's bos and eos tokens."""
     source = base / "generation_config.json" if base is not None else None
     record: dict[str, Any] = {"_from_model_config": True}
     record |= {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}

@@ -1,4 +1,4 @@
-"""Where a merge is written to, looked at before a library is loaded."""
+"""Checks of a merge's destination, made before any large library is loaded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def shard_bytes(size: str) -> int:
 
 
 def check_disk(out: Path, needed: int) -> None:
-    """Refuse a merge that the disk of `out` has no room for.
+    """Refuse a merge that does not fit on the disk of `out`.
 
     Raises:
         UserError: saying how much is missing.
@@ -41,8 +41,8 @@ def check_out(out: Path, *, overwrite: bool) -> None:
     """Refuse to replace what the user may want to keep.
 
     Raises:
-        UserError: if `out` is there, unless `overwrite` and it holds a merge or nothing; or if it could not
-            be made there.
+        UserError: if `out` exists, unless `overwrite` is set and it is a merge or an empty folder; or if it
+            cannot be written there.
     """
     try:
         try_to_write(out.parent)

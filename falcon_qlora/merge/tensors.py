@@ -1,4 +1,4 @@
-"""The merged model's tensors, one after another: never more of the model in memory than one weight takes."""
+"""The merged model's tensors, computed one at a time, so that memory never holds more than one weight."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def merged_tensors(
     compute_dtype: torch.dtype,
     device: torch.device,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of the merged model once, in the order in which the base's come.
+    """Every parameter of the merged model once, in the base's order.
 
-    The sums are float32's, whatever the base is stored in.
+    Adapters are added in float32, whatever dtype the base is stored in.
 
     Args:
         checkpoint: the base model.
-        adapter: of a method that can be merged, checked against the base's configuration.
-        onto: the base as it is published, or what its quantized weights stand for.
-        quantize_mode, double_quantization: how the latter's were stored while the adapter was trained.
-        compute_dtype: what the weights were before they were quantized.
-        device: where it is computed.
+        adapter: of a method that can be merged, already checked against the base's configuration.
+        onto: the published base, or its quantized weights dequantized.
+        quantize_mode, double_quantization: how the base was stored while the adapter was trained.
+        compute_dtype: dtype of the weights before they were quantized.
+        device: where the merge is computed.
     """
     model = empty_model(checkpoint.config, dtype=compute_dtype)
     linears = set(layout_of(checkpoint.config).expected_linears())
