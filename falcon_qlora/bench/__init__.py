@@ -1,13 +1,13 @@
-"""Paired benchmarks: variants of one training step in turn on the same rows; whole commands on several GPUs.
+"""Benchmarks: variants of one training step, paired on the same rows; and whole commands on several GPUs.
 
-Of steps `variants.py` names what there is, `runners.py` builds one, `measure.py` times them in rounds. Of
-commands `scaling.py` does all of it. `tables.py` writes what was found. Other tools' recipes, which can be
-entered beside ours, are in ``tests/benchmarks``.
+For steps, `variants.py` lists the variants, `runners.py` builds one, and `measure.py` times them in rounds.
+For commands, `scaling.py` does everything. `tables.py` writes the results. Other tools' recipes, to compare
+with, are in ``tests/benchmarks``.
 """
 
 import sys
 
 
 def say(message: str) -> None:
-    """Tell what is going on; the table alone goes to standard output."""
+    """Report progress on standard error: standard output is for the table alone."""
     print(f"- {message}", file=sys.stderr, flush=True)

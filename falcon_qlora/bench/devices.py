@@ -1,4 +1,4 @@
-"""What a device is doing: its memory, its queue, and how fast it multiplies at best."""
+"""A device's peak memory, its synchronization, and its best matrix-product speed."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def allocated(device: torch.device) -> int:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forget the highest memory use so far."""
+    """Reset the peak of memory use."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    # Linux takes this as: the highest resident size is the present one. Elsewhere the process's peak stays.
+    # On Linux this resets the peak resident size. Elsewhere the whole process's peak stays.
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -48,13 +48,16 @@ def peaks(device: torch.device) -> tuple[int, int]:
 
 
 def product_ceiling(device: torch.device, hidden: int, tokens: int, dtype: str = "bf16") -> float | None:
-    """TFLOP/s of a product like the block's first, on random data, after a second of the same.
+    """TFLOP/s of a product shaped like a block's first, on random data, after a warm-up of 1 s on a GPU.
 
     Args:
-        device: where.
-        hidden: size of the model.
+        device: where to measure.
+        hidden: hidden size of the model.
         tokens: rows of the product.
-        dtype: ``bf16``, or ``fp8`` with a scale for each row, as far as the GPU has it; else None.
+        dtype: ``bf16``, or ``fp8`` with a scale for each row.
+
+    Returns:
+        None for ``fp8`` where the device does not support it.
     """
     if dtype == "fp8" and fp8.why_not(device) is not None:
         return None

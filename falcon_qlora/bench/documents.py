@@ -1,4 +1,4 @@
-"""What is measured on: made-up documents or texts of chosen lengths, or real rows laid out in two ways."""
+"""Data to measure on: made-up documents or texts of chosen lengths, or real rows packed and padded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from falcon_qlora.data.packing import Plan
 Document = tuple[Any, Any]
 """Token ids ``[length]`` and, of the same length, 1 where a token is a target."""
 
-# OpenAssistant-guanaco's, in Falcon's tokens; the spread is that of a log-normal distribution.
+# Mean and log-normal spread of OpenAssistant-guanaco's lengths, in Falcon's tokens.
 UNEVEN_MEAN = 324
 UNEVEN_LONGEST = 2048
 _UNEVEN_SIGMA = 0.8
@@ -34,18 +34,18 @@ def made_up(count: int, length: int, vocabulary: int, *, seed: int) -> list[Docu
 def same_rows(
     corpus: Any, *, tokens: int, max_length: int, batches: int, seed: int
 ) -> tuple[list[list[Document]], list[list[Document]]]:
-    """The same rows as packed and as padded micro batches of the same room.
+    """The same rows as packed and as padded micro-batches of the same capacity.
 
     Args:
         corpus: tokenized documents.
-        tokens: room of a micro batch.
-        max_length: what a document is padded to at the most.
-        batches: how many packed micro batches.
+        tokens: capacity of a micro-batch.
+        max_length: longest length that a document is padded to.
+        batches: how many packed micro-batches.
         seed: of the order.
 
     Returns:
-        Micro batches of as many whole documents as `tokens` hold, and the same documents in the same order as
-        micro batches of ``tokens / max_length`` documents.
+        Micro-batches of as many whole documents as fit into `tokens`; and the same documents, in the same
+        order, in micro-batches of ``tokens / max_length`` documents.
     """
     sequences = tokens // max_length
     plan = Plan(
@@ -64,18 +64,18 @@ def same_rows(
 
 
 def uneven_mean(longest: int) -> float:
-    """Tokens of a document of `uneven_lengths` on average."""
+    """Mean tokens of a document of `uneven_lengths`."""
     return max(_SHORTEST, UNEVEN_MEAN * longest / UNEVEN_LONGEST)
 
 
 def uneven_lengths(count: int, longest: int, *, seed: int) -> np.ndarray:
-    """Lengths as uneven as guanaco's: log-normal, cut at `longest`, of mean 324 where `longest` is 2,048.
+    """Lengths as uneven as guanaco's: log-normal, cut at `longest`, with mean 324 where `longest` is 2,048.
 
-    The quantiles of the distribution in a drawn order, so that few documents have its mean too.
+    They are the distribution's quantiles in random order, so that even few documents have its mean.
 
     Args:
-        count: of documents.
-        longest: tokens; the mean goes with it.
+        count: number of documents.
+        longest: tokens; the mean scales with it.
         seed: of the order.
 
     Returns:
@@ -96,7 +96,7 @@ def uneven_lengths(count: int, longest: int, *, seed: int) -> np.ndarray:
 
 
 def write_texts(file: Path, tokenizer: Any, lengths: Sequence[int] | np.ndarray, *, seed: int) -> None:
-    """Write a ``.jsonl`` with a ``text`` for each length, of so many tokens with the end token.
+    """Write a ``.jsonl`` with a ``text`` for each length, which counts the end token.
 
     Args:
         file: to write.
@@ -116,7 +116,7 @@ def write_texts(file: Path, tokenizer: Any, lengths: Sequence[int] | np.ndarray,
 
 
 def _words(tokenizer: Any) -> list[str]:
-    """Words that are one token both at the start of a text and after a blank, in a fixed order."""
+    """Words that are one token both at the start of a text and after a space, in a fixed order."""
     found = sorted(token[1:] for token in tokenizer.get_vocab() if _WORD.fullmatch(token))
     if found:
         alone, after = (tokenizer([f"{blank}{word}" for word in found])["input_ids"] for blank in ("", " "))

@@ -1,4 +1,4 @@
-"""What the machine is, and what its GPU does while something is timed: clock, power and temperature."""
+"""The machine's description, and its GPU's clock, power and temperature during a measurement."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _COLLECT = (
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What rows were measured on.
+    """The machine that rows were measured on.
 
     Attributes:
         commit: of this project.
-        gpu: its name, or CPU.
-        gpus: how many there are.
+        gpu: name of the GPU, or CPU.
+        gpus: number of GPUs.
         driver: its version, or empty.
         torch: PyTorch's version.
     """
@@ -44,7 +44,7 @@ class Machine:
 
     @classmethod
     def of(cls, environment: Mapping[str, Any], commit: str | None) -> Machine:
-        """From what `collect_environment` finds; a `commit` that is given wins."""
+        """From the result of `collect_environment`; `commit` takes precedence where given."""
         gpus, driver = environment["gpus"], ""
         if gpus:
             with suppress(OSError, subprocess.SubprocessError):
@@ -61,7 +61,7 @@ class Machine:
 
 @functools.cache
 def environment_of_a_child() -> dict[str, Any]:
-    """What `collect_environment` finds in a process of its own: a context on the GPUs takes runs' memory."""
+    """`collect_environment` in a child process: a CUDA context here would take the runs' GPU memory."""
     result = subprocess.run([sys.executable, "-c", _COLLECT], stdout=subprocess.PIPE, text=True, check=True)
     return dict(json.loads(result.stdout.splitlines()[-1]))
 
@@ -75,7 +75,7 @@ Sample = tuple[float, float, float, float]
 
 
 class GpuLog:
-    """Reads the state of one GPU in the background; on a CPU, or without nvidia-smi, there is nothing."""
+    """Samples the state of one GPU in the background; no samples on a CPU or without nvidia-smi."""
 
     def __init__(self, device: torch.device):
         self._samples: list[Sample] = []
@@ -104,7 +104,7 @@ class GpuLog:
 
     @contextmanager
     def window(self) -> Iterator[list[Sample]]:
-        """Within the block samples are taken; after it they are in the list that was yielded."""
+        """Yield a list that holds the samples taken within the block once it has ended."""
         found: list[Sample] = []
         started = time.perf_counter()
         yield found
@@ -116,12 +116,12 @@ class GpuLog:
             try:
                 clock, power, temperature = (float(part) for part in line.split(","))
             except ValueError:
-                continue  # a reading this GPU does not have
+                continue  # a reading that this GPU does not support
             self._samples.append((time.perf_counter(), clock, power, temperature))
 
 
 def summary(samples: list[Sample]) -> str:
-    """The means over all samples, or an empty string."""
+    """The means over all samples; empty without samples."""
     if not samples:
         return ""
     _, clock, power, temperature = map(statistics.fmean, zip(*samples, strict=True))

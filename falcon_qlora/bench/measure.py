@@ -1,6 +1,6 @@
-"""Time variants in turn, round after round, so that what drifts (clocks, heat) meets all of them alike.
+"""Time variants in turn, round after round, so that drifting clocks and heat affect all of them alike.
 
-A variant is built anew in every round and taken down at its end: what it holds never lies beside another's.
+A variant is built anew in every round and freed at its end, so two are never in memory together.
 """
 
 from __future__ import annotations
@@ -25,36 +25,36 @@ from falcon_qlora.models.sizes import weight_bytes
 from falcon_qlora.processes.devices import free_memory
 
 LARGEST_BATCHES = (64, 48, 32, 16, 8, 4, 2, 1)
-# All quantizations of a model are kept loaded together up to this share of the GPU: past it they would decide
-# which batches fit.
+# All quantizations of a model stay loaded together up to this share of the GPU's free memory. Beyond it they
+# would decide which batches fit.
 _SHARE_FOR_BASES = 0.25
-# How the CUDA runtime and cuBLAS say so, where it is not PyTorch's allocator that has none left.
+# How the CUDA runtime and cuBLAS report OOM; PyTorch's allocator has an exception of its own.
 _OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
 
 
 @dataclass(kw_only=True)
 class Result:
-    """A row that is measured, and what became of it.
+    """A row of the table: what to measure, and the results.
 
     Attributes:
         model: its name.
         parameters: of the model, the head counted once.
-        variant: what.
-        batches: documents of each micro batch, taken in turn. For a variant that looks for the largest batch,
-            one batch with as many documents as are ever tried.
-        micro_batch_tokens: room of a micro batch.
-        whole: whether a round goes through all batches once instead of some steps.
+        variant: which one.
+        batches: documents of each micro-batch, taken in turn. For a variant that searches for the largest
+            batch, one batch with the most documents that are tried.
+        micro_batch_tokens: capacity of a micro-batch.
+        whole: whether a round goes through all batches once instead of a number of steps.
         seconds: of each round.
         tokens: real tokens of each round.
         steps: optimizer steps of each round.
         peak_allocated_gb, peak_reserved_gb: GB (10^9), the largest of all rounds; on the CPU both are the
             process's resident memory.
         loss: of the first step.
-        documents: of a micro batch, where the largest that fits was looked for.
-        states_of_gpu: while it was timed.
+        documents: of the micro-batch, where the largest that fits was searched for.
+        states_of_gpu: samples of `GpuLog` while it was timed.
         notes: for the reader.
         failure: why there are no figures, or None.
-        kept: what the variant's builds hand on to the next.
+        kept: passed on from one build of the variant to the next.
     """
 
     model: str
@@ -96,12 +96,12 @@ class Bench:
         model: a name, see `load_model`.
         results: what to measure, in the order of the table.
         settings: common to all variants.
-        pace: how long.
-        device: where.
+        pace: how long to measure.
+        device: where to measure.
         log: the GPU's clock and power.
 
     Attributes:
-        interrupted: whether `run` was.
+        interrupted: whether `run` was interrupted.
     """
 
     model: str
@@ -119,9 +119,9 @@ class Bench:
         self.interrupted = False
 
     def run(self) -> list[Result]:
-        """Measure everything; the results in the order of the table.
+        """Measure everything and return the results in the order of the table.
 
-        A KeyboardInterrupt ends it: what was measured by then is in the results, and `interrupted` is set.
+        A KeyboardInterrupt ends it early: the results then hold what was measured, and `interrupted` is set.
         """
         try:
             self._measure_all()
@@ -150,7 +150,7 @@ class Bench:
                 if turn and time.perf_counter() > self._deadline:
                     say(f"the time is up after {turn} of {self.pace.rounds} rounds")
                     break
-                # There and back: none is always first.
+                # Alternating order, so that no variant always comes first.
                 for result in members if turn % 2 == 0 else reversed(members):
                     if result.failure is None:
                         self._turn(result, turn)
@@ -178,7 +178,7 @@ class Bench:
                 for result in on_it:
                     result.failure = one_line(error)
             if base not in self._bases:
-                free_memory()  # only here: the exception held what was loaded
+                free_memory()  # not in the except clause: there the exception holds what was loaded
                 continue
             self._base_bytes[base] = devices.allocated(self.device) - before
             say(f"{self.model} in {base}: loaded in {time.perf_counter() - started:.1f} s")
@@ -199,7 +199,7 @@ class Bench:
             result.failure = self._attempt(result, result.batches, turn)
             return
         documents = result.batches[0]
-        # Memory is what is searched for; a CPU has plenty, and would be driven into its swap.
+        # The search is for what GPU memory holds. On a CPU the large batches would only make it swap.
         tried = LARGEST_BATCHES if self.device.type == "cuda" else LARGEST_BATCHES[3:]
         for count in [result.documents] if turn else tried:
             result.documents = count
@@ -209,7 +209,7 @@ class Bench:
             result.note(f"batch {count} is out of memory")
 
     def _attempt(self, result: Result, batches: Sequence[Sequence[Document]], turn: int) -> str | None:
-        """One turn; None, or why there was none."""
+        """Measure one turn; None, or why it failed."""
         failure = None
         free_memory()
         try:
@@ -220,11 +220,11 @@ class Bench:
         except (Impossible, UserError) as error:
             failure = one_line(error)
         except Exception as error:
-            # The other rows are not lost for one that breaks.
+            # One row that fails must not lose the others.
             failure = f"failed: {type(error).__name__}: {one_line(error)}"
             if any(sign in str(error) for sign in _OUT_OF_MEMORY):
                 failure = f"out of memory ({one_line(error)})"
-        # Only here: the exception held what the step had on the device.
+        # Not in the except clauses: there the exception holds the step's memory on the device.
         free_memory()
         if failure:
             say(f"{result.model} {result.variant.name}: {failure}")
@@ -240,7 +240,7 @@ class Bench:
             steps = len(prepared) if result.whole else pace.steps
             warmup = max(1, pace.warmup - (1 if turn else 0))
             if result.whole:
-                warmup = max(warmup, len(prepared))  # every shape has been seen
+                warmup = max(warmup, len(prepared))  # so that every shape has run before
             first = turn * steps
             loss = _steps(runner, prepared, 0, warmup)[0]
             devices.synchronize(self.device)

@@ -1,4 +1,4 @@
-"""From a variant's name to something that takes training steps, and back to the bare model."""
+"""Builds a variant of the training step on a loaded base model, and removes it again."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from falcon_qlora.step.loss import sum_of_losses
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What every variant has in common.
+    """Settings common to all variants.
 
     Attributes:
         r, alpha: of LoRA on all four linears.
         max_length: positions of a padded document.
         seed: of the adapter.
-        max_grad_norm: gradients are clipped to it; the first reference's.
+        max_grad_norm: norm that gradients are clipped to.
         learning_rate: of AdamW.
     """
 
@@ -42,8 +42,8 @@ class Settings:
 
 
 def adapted(base: Any, variant: Variant, settings: Settings) -> Any:
-    """LoRA on all linears of `base`, whose second matrices are not zero, the same for every variant."""
-    with base.device:  # made where they will be: on the CPU it takes seconds, and every turn does it again
+    """Attach LoRA to all linears of `base`, the same for every variant, with B matrices that are not zero."""
+    with base.device:  # created on the device: on the CPU it would take seconds in every turn
         method = Lora(r=settings.r, alpha=settings.alpha, dropout=variant.lora_dropout)
         model = method.attach(base, seed=settings.seed)
     generator = torch.Generator(device=base.device).manual_seed(settings.seed)
@@ -56,13 +56,13 @@ def adapted(base: Any, variant: Variant, settings: Settings) -> Any:
 
 @contextmanager
 def build(variant: Variant, base: Any, settings: Settings, kept: dict[str, Any]) -> Iterator[OwnRunner]:
-    """Make `variant` of a loaded base model; the base is as it was when the block ends.
+    """Build `variant` on a loaded base model; the base is restored when the block ends.
 
     Args:
         variant: what to build.
         base: from `load_model` in the variant's quantization, or from its engine's `load`.
         settings: common to all variants.
-        kept: the variant's own, empty at first and handed in again whenever it is built again.
+        kept: the variant's own; empty at first, then the same one at every later build.
 
     Raises:
         Impossible: if this machine, version or model cannot run it.
@@ -102,10 +102,10 @@ def build(variant: Variant, base: Any, settings: Settings, kept: dict[str, Any])
 
 @dataclass
 class OwnRunner:
-    """This project's step: one micro batch, packed or padded, as the trainer computes it.
+    """This project's step: one micro-batch, packed or padded, as the trainer computes it.
 
     Attributes:
-        notes: what a reader of its row should know, such as that it fell back.
+        notes: for the reader of its row, such as that blocks fell back to the reference path.
     """
 
     model: Any
@@ -122,7 +122,7 @@ class OwnRunner:
         self.model.train()
 
     def prepare(self, documents: Sequence[Document]) -> MicroBatch:
-        """One micro batch of these documents, on the device, as `step` takes it."""
+        """These documents as one micro-batch on the device, for `step`."""
         pad_to = None
         if self.variant.padding is not None:
             longest = max(len(ids) for ids, _ in documents)

@@ -1,8 +1,8 @@
-"""Runs of the real command on several GPUs, and what their run directories say about speed and memory.
+"""Runs the real command on several GPUs, and reads speed and memory from the run directories.
 
-Every row of the table is one ``falcon-qlora train … --gpus N`` in a process of its own. Speeds are those of
-the steps after the first ones as the run itself logged them; the seconds of the whole command, with
-imports, loading and saving, are kept beside them.
+Every row of the table is one ``falcon-qlora train … --gpus N`` in a process of its own. Speeds are the run's
+own logged ones, without the first steps. The seconds of the whole command, with imports, loading and saving,
+are recorded too.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from falcon_qlora.common.quantities import GB, GIB
 from falcon_qlora.common.untrusted import of_a_run, read_json
 from falcon_qlora.run_folder.directory import RunDirectory
 
-_PACKED = 2048  # positions of a sequence of ours: the longest documents of guanaco fit
+_PACKED = 2048  # positions of a packed sequence: guanaco's longest documents fit
 _REASON_LETTERS = 240
 _EXCEPTION = re.compile(r"^(?:\[rank\d+\]:\s*)?[\w.]*(?:Error|Exception|Interrupt)\b")
-# What a first run leaves for the next, beside the tokenized rows.
+# Compiled kernels' caches, which a first run leaves for the next beside the tokenized rows.
 _COMPILED = {
     "TRITON_CACHE_DIR": "triton",
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
@@ -44,11 +44,11 @@ class Command:
     """What a row runs; ``tests/benchmarks/against.py`` enters the 2023 guide's recipe into `COMMANDS`.
 
     Attributes:
-        what: one line for a reader.
+        what: one-line description.
         flags: of `falcon-qlora train`.
-        compute_dtype: that it computes in on a GPU.
-        checkpointing: what it does where no flag says otherwise.
-        recipe: names another recipe than the default one, for a model and a quantization. That one pads or
+        compute_dtype: what it computes in on a GPU.
+        checkpointing: its activation checkpointing where no flag sets it.
+        recipe: gives the name of a non-default recipe for a model and a quantization. Such a recipe pads or
             cuts every row to `Work.document` tokens, and has its own method, checkpointing and kernels.
     """
 
@@ -74,9 +74,9 @@ class Work:
     """How much a step computes.
 
     Attributes:
-        tokens: of a micro batch on each GPU.
-        document: tokens that another recipe than ours pads or cuts every row to.
-        global_tokens: of a step over all GPUs; None: one micro batch on each.
+        tokens: of a micro-batch on each GPU.
+        document: tokens that a non-default recipe pads or cuts every row to.
+        global_tokens: of a step over all GPUs; None means one micro-batch on each.
     """
 
     tokens: int = 8192
@@ -93,14 +93,14 @@ class Work:
 
     @property
     def packed(self) -> int:
-        """Positions of one sequence of ours: they are longer, as documents share them."""
+        """Positions of one packed sequence, which is longer because documents share it."""
         return max(self.document, min(_PACKED, self.tokens))
 
     def step_tokens(self, gpus: int) -> int:
         return self.global_tokens or gpus * self.tokens
 
     def flags(self, positions: int) -> list[str]:
-        """The flags of `falcon-qlora train` that make it so, by sequences of so many positions."""
+        """Flags of `falcon-qlora train` for this work, in sequences of so many positions."""
         words = ["--max_length", str(positions), "-b", str(self.tokens // positions)]
         if self.global_tokens is not None:
             words += ["--global_batch_size", str(self.global_tokens // positions)]
@@ -121,7 +121,7 @@ class Row:
         quantize_mode: of the base.
         gpus: processes, one a GPU.
         work: of a step.
-        flags: of the user's, and those that name the rows.
+        flags: the user's, and those that name the data.
         caches: "cold" or "warm", where a run is timed as a whole.
     """
 
@@ -139,7 +139,7 @@ class Row:
 
     @property
     def recipe(self) -> str | None:
-        """The recipe's name, where it is not the default one."""
+        """The recipe's name; None for the default one."""
         return self.command.recipe and self.command.recipe(self.model, self.quantize_mode)
 
     @property
@@ -151,30 +151,30 @@ class Row:
         words = ["train", "--gpus", str(self.gpus), "-m", self.model, "-q", self.quantize_mode]
         if self.recipe is not None:
             words += ["--recipe", self.recipe]
-            # A recipe's fp16 is for GPUs alone.
+            # A recipe's fp16 runs only on GPUs.
             words += [] if on_gpu else ["--compute_dtype", "auto"]
         positions = self.work.document if self.recipe else self.work.packed
         words += [*self.command.flags, *self.work.flags(positions), "--max_steps", str(steps), *self.flags]
-        # A whole run saves as the recipe has it; between steps that are timed alone nothing comes.
+        # A whole run saves as its recipe says. Where only steps are timed, no save may fall between them.
         words += [] if self.caches else ["--save_strategy", "no"]
         return [*words, "--report_to", "none", "--output_dir", str(output)]
 
 
 @dataclass(kw_only=True)
 class Measured:
-    """What one command did.
+    """The figures of one command.
 
     Attributes:
-        row: what it was.
-        failure: why there are no figures.
+        row: what was run.
+        failure: why there are no figures, or None.
         command_seconds: from the command's start to its end.
         steps: all of the run's.
-        timed_steps: those that count.
+        timed_steps: those after the warm-up.
         tokens_per_second: real tokens, over all GPUs.
         samples_per_second: of 512 computed positions, over all GPUs.
-        step_seconds: the mean of the timed steps.
-        step_range: of single log intervals, seconds a step.
-        peak_gb: what the process with the most reserved, 10^9 bytes.
+        step_seconds: mean of the timed steps.
+        step_range: smallest and largest seconds per step of a log interval.
+        peak_gb: reserved memory of the rank with the most, in 10^9 bytes.
         kept: environment.json, summary.json, data.json, kernels.json and the last line of metrics.jsonl.
     """
 
@@ -199,21 +199,21 @@ def measure(
     on_gpu: bool,
     environment: Mapping[str, str] | None = None,
 ) -> Measured:
-    """Run the command of `row` and read what it left, or say the end of what it printed where it failed.
+    """Run the command of `row` and read its run directory; where it failed, report the end of its output.
 
     Args:
         row: what to run.
         steps: optimizer steps, all of them.
         warmup: the first ones, which are not counted.
-        on_gpu: whether the processes find GPUs.
-        environment: variables set for the command beside ours.
+        on_gpu: whether it runs on GPUs.
+        environment: variables set in addition to this process's.
     """
     if not on_gpu and row.command.compute_dtype == "fp8":
         return Measured(row=row, failure=f"not run: {fp8_excludes(device='cpu', capability=None)}")
     with tempfile.TemporaryDirectory(prefix="falcon_qlora_") as folder:
         output = Path(folder) / "run"
         command = row.words(output, steps=steps, on_gpu=on_gpu)
-        # The command ends when this process does, however that is.
+        # The worker ends the command when this process ends, even if it is killed.
         tied = [sys.executable, "-m", "falcon_qlora.commands.worker", str(os.getpid()), "falcon_qlora"]
         started = time.perf_counter()
         result = subprocess.run(
@@ -252,8 +252,9 @@ def read_run(row: Row, directory: RunDirectory, *, warmup: int) -> Measured:
 
     Args:
         row: what was run.
-        directory: where.
-        warmup: steps that are not counted; log intervals that begin before their end are not either.
+        directory: of the run.
+        warmup: first steps that are not counted. A log interval that begins within them is not counted
+            either.
     """
     lines = [line for line in directory.read_metrics() if "tokens_per_second" in line]
     summary = directory.read("summary")
@@ -289,20 +290,20 @@ def read_run(row: Row, directory: RunDirectory, *, warmup: int) -> Measured:
 
 
 Run = Callable[[Row, int, int, dict[str, str]], Measured]
-"""Measures a row over so many steps, the first ones not counted, with these variables set."""
+"""Measures a row: steps, warm-up steps that are not counted, and environment variables to set."""
 
 
 def whole_runs(rows: Sequence[Row], *, steps: int, warmup: int, run: Run) -> Iterator[tuple[Measured, str]]:
-    """Time each row's command in full, twice: with caches of its own that are empty, and then filled.
+    """Time each row's whole command twice: first with empty caches of its own, then with the filled ones.
 
     Args:
         rows: what to run.
         steps: optimizer steps, all of them.
-        warmup: steps at the beginning whose speed does not count.
+        warmup: the first ones, whose speed is not counted.
         run: see `Run`.
 
     Yields:
-        What was measured, and a note on it.
+        The figures, and a note on them.
     """
     for row in rows:
         with tempfile.TemporaryDirectory(prefix="falcon_qlora_") as folder:
@@ -313,6 +314,6 @@ def whole_runs(rows: Sequence[Row], *, steps: int, warmup: int, run: Run) -> Ite
 
 
 def with_caches(row: Row, folder: Path) -> tuple[Row, dict[str, str]]:
-    """`row` with its tokenized rows in `folder`, and the variables that put compiled kernels there too."""
+    """`row` with its tokenized rows cached in `folder`, and variables that cache compiled kernels there."""
     cached = replace(row, flags=(*row.flags, "--cache_dir", str(folder / "rows")))
     return cached, {name: str(folder / place) for name, place in _COMPILED.items()}

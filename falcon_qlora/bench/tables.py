@@ -1,4 +1,4 @@
-"""What was found, of steps and of whole commands: as rows of one CSV and as Markdown."""
+"""Results of steps and of whole commands, as rows of one CSV and as Markdown."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COLUMNS = tuple(
     "micro_batch_tokens tokens_per_second samples_per_second_512 tflops_4n ceiling_share peak_allocated_gb "
     "peak_reserved_gb step_ms ratio_to_first note".split()
 )
-_HEADER_BYTES = 10_000  # beyond that of the bench's columns
+_HEADER_BYTES = 10_000  # more than the bench's own header takes
 _SAMPLE_TOKENS = 512
 _CONFIDENCE = 0.95
 # Title → column, and how it is shown.
@@ -60,7 +60,7 @@ _OF_COMMANDS = {
 
 
 def check_csv(file: Path) -> None:
-    """Refuse a file that rows cannot be appended to, or that has other columns.
+    """Refuse a file that is not writable or has other columns.
 
     Raises:
         UserError: naming the file.
@@ -70,18 +70,18 @@ def check_csv(file: Path) -> None:
         return
     with file.open("rb") as opened:
         first = opened.readline(_HEADER_BYTES)
-    # What is no text has other columns, too.
+    # A file that is not text also counts as one with other columns.
     if first and first.decode(errors="replace").strip() != ",".join(COLUMNS):
         raise UserError(f"--csv {file}: its columns are not the bench's; name another file")
 
 
 def append_csv(file: Path, rows: Sequence[Row]) -> None:
-    """Add the rows at the end of `file`, which is made where it is not there."""
+    """Append the rows to `file`, which is created if it does not exist."""
     file.parent.mkdir(parents=True, exist_ok=True)
     written = file.read_bytes() if file.exists() else b""
     with file.open("a", newline="", encoding="utf-8") as opened:
         if written and not written.endswith(b"\n"):
-            opened.write("\n")  # an editor left it out: the first row would be the end of the last line
+            opened.write("\n")  # an editor removed it: the first row would continue the last line
         writer = csv.DictWriter(opened, COLUMNS, extrasaction="ignore", lineterminator="\n")
         if not written:
             writer.writeheader()
@@ -91,12 +91,12 @@ def append_csv(file: Path, rows: Sequence[Row]) -> None:
 def rows_of_steps(
     results: Sequence[Result], machine: Machine, ceilings: Mapping[tuple[str, str], float | None]
 ) -> list[Row]:
-    """One row a result: the CSV's columns, and ``interval``. Ratios are to the model's first row.
+    """One row per result: the CSV's columns, and ``interval``. Ratios are to the model's first row.
 
     Args:
         results: of one device.
-        machine: where.
-        ceilings: model and compute dtype to TFLOP/s of a plain product of its shapes, or None.
+        machine: where they were measured.
+        ceilings: (model, compute dtype) → TFLOP/s of a plain product of its shapes, or None.
     """
     made = []
     firsts: dict[str, Result | None] = {}
@@ -157,9 +157,9 @@ def row_of_command(
 
     Args:
         measured: what was run.
-        one_gpu: the same on one GPU, which `ratio_to_first` is to.
-        machine: where.
-        notes: put behind what the run itself says.
+        one_gpu: the same command on one GPU, the base of `ratio_to_first`; or None.
+        machine: where it was measured.
+        notes: appended to the row's note.
     """
     row = measured.row
     flags = dict(itertools.pairwise(row.flags))
@@ -213,14 +213,14 @@ def _new_row(machine: Machine) -> Row:
 
 
 def _ratio(speed: float, first: float) -> float:
-    """Of the speeds as they are shown, so that a reader who divides finds the same."""
+    """Ratio of the speeds as rounded for the table, so that a reader who divides them gets the same."""
     return round(round(speed) / round(first), 3)
 
 
 def ratio_interval(first: Result, result: Result) -> tuple[float, float] | None:
-    """95 % interval of the ratio of speeds, from the rounds as pairs; None where there are too few of them.
+    """95 % interval of the ratio of speeds, paired by round; None for the first row or below two rounds.
 
-    Student's t on the logarithms of the ratios of each round.
+    Student's t on the logarithms of the rounds' ratios.
     """
     from scipy import stats
 
@@ -269,7 +269,7 @@ def _markdown(
     label: str,
     figures_from: int,
 ) -> str:
-    """A table for the rows of each heading, notes below; in place of figures, why there are none."""
+    """A table for the rows of each heading, notes below; a row without figures shows the reason instead."""
     sections: dict[str, list[Row]] = {}
     for row in rows:
         sections.setdefault(heading.format_map(row), []).append(row)
@@ -287,19 +287,19 @@ def _markdown(
 
 
 def speed_over_memory(rows: Sequence[Row]) -> dict[str, Line]:
-    """Label → peak GB allocated and tokens/s, of each variant that has figures."""
+    """Label → peak GB allocated and tokens/s, for each variant that has figures."""
     return _lines(
         rows, "peak_allocated_gb", "tokens_per_second", lambda row: f"{row['model'].partition('?')[0]} "
     )
 
 
 def speed_over_gpus(rows: Sequence[Row]) -> dict[str, Line]:
-    """Label → GPUs and samples/s, of each recipe that has figures."""
+    """Label → GPUs and samples/s, for each recipe that has figures."""
     return _lines(rows, "gpus", "samples_per_second_512", "{model} {quantize_mode}, ".format_map)
 
 
 def _lines(rows: Sequence[Row], x: str, y: str, kind: Callable[[Row], str]) -> dict[str, Line]:
-    """The label is the variant's name, behind its kind where there are several."""
+    """Lines by label: the variant's name, after its kind if there are several kinds."""
     many = len({kind(row) for row in rows}) > 1
     found: dict[str, Line] = {}
     for row in rows:
@@ -310,7 +310,7 @@ def _lines(rows: Sequence[Row], x: str, y: str, kind: Callable[[Row], str]) -> d
 
 
 def _product(row: Row) -> Product:
-    own = VARIANTS.get(row["variant"].partition(",")[0])  # of a whole run the caches follow
+    own = VARIANTS.get(row["variant"].partition(",")[0])  # without the caches of a whole run
     if own is None or own.engine is not None:
         return "other tools"
     if own.kernels == "off":

@@ -1,4 +1,4 @@
-"""What can be compared: named variants of the same training step; and for how long."""
+"""The named variants of the training step that can be compared, and how long each is measured."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ Checkpointing = Literal["none", "selective", "full", "offload"]
 
 
 class Impossible(Exception):
-    """A variant that cannot run on this machine, in this version or of this model; the message says why."""
+    """A variant that cannot run on this machine, version or model; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """Another tool's training step; ``tests/benchmarks/against.py`` enters some into `VARIANTS`.
+    """Another tool's training step; ``tests/benchmarks/against.py`` adds some to `VARIANTS`.
 
     Attributes:
         name: the tool's.
-        build: in the place of `runners.build`, with its arguments; what it yields has `prepare`, `step` and
-            `notes` as `runners.OwnRunner` has them.
-        load: makes weights of its own from a model's name, `Settings` and the device; None: they are those of
-            `load_model`.
+        build: replaces `runners.build`, with the same arguments; yields an object with `prepare`, `step` and
+            `notes` like those of `runners.OwnRunner`.
+        load: loads the tool's own weights, given a model's name, `Settings` and the device; None uses those
+            of `load_model`.
     """
 
     name: str
@@ -43,17 +43,17 @@ class Variant:
 
     Attributes:
         name: as `--variants` takes it.
-        what: one line for a reader.
+        what: one-line description.
         quantize_mode: how the frozen weights are stored.
-        compute_dtype: of the frozen products.
-        checkpointing: what becomes of activations between forward and backward.
+        compute_dtype: of the products with frozen weights.
+        checkpointing: how activations are kept between forward and backward.
         kernels: ``auto`` runs the fast blocks, ``off`` the reference path.
-        libraries: whether optional kernel libraries may be used where they are installed.
+        libraries: whether optional kernel libraries may be used if installed.
         lora_dropout: before the low-rank product.
-        keep_fp8: the frozen weights are made in FP8 once, as training does where there is room.
+        keep_fp8: whether the frozen weights are quantized to FP8 once, as training does if memory allows.
         padding: None packs; ``longest`` and ``max_length`` pad the same rows instead.
-        engine: another tool's; None: this project's step.
-        largest_batch: whether the micro batch is the largest that fits, whatever ``--tokens`` says.
+        engine: another tool's step; None for this project's.
+        largest_batch: whether the micro-batch is the largest that fits, whatever ``--tokens`` says.
     """
 
     name: str
@@ -71,19 +71,19 @@ class Variant:
 
     @property
     def base(self) -> str:
-        """Names the weights it runs on: variants with the same ones share them."""
+        """Name of the weights it runs on; variants with the same name share them."""
         return self.engine.name if self.engine and self.engine.load else self.quantize_mode
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """How long is measured.
+    """How long to measure.
 
     Attributes:
         rounds: how often every variant has its turn.
         steps: timed steps of a variant in a round.
-        warmup: untimed steps before the timed ones of a first round; later ones have one less.
-        minutes: after these no further round begins.
+        warmup: untimed steps before the timed ones of the first round; later rounds have one less.
+        minutes: no further round begins after these.
     """
 
     rounds: int = 5
@@ -128,14 +128,14 @@ DEFAULT = ["reference-full", "reference", "ours", "ours-full"]
 
 
 def choose(names: list[str] | None, *, on_data: bool) -> list[Variant]:
-    """The variants of these names, in this order; the usual ones for None.
+    """The variants of these names, in this order; the default ones for None.
 
     Args:
-        names: as given, each once or more.
+        names: as given; repeated ones count once.
         on_data: whether real rows were given.
 
     Raises:
-        UserError: for an unknown name, or a variant that does not go with what is measured on.
+        UserError: for an unknown name, or a variant that does not fit the data.
     """
     if names is None:
         return list(ON_DATA) if on_data else [VARIANTS[name] for name in DEFAULT]
