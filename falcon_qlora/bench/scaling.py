@@ -100,7 +100,7 @@ class Work:
         return self.global_tokens or gpus * self.tokens
 
     def flags(self, positions: int) -> list[str]:
-        """Flags of `falcon-qlora train` for this work, in sequences of so many positions."""
+        """Flags of `falcon-qlora train` for this work, in sequences of `positions` positions."""
         words = ["--max_length", str(positions), "-b", str(self.tokens // positions)]
         if self.global_tokens is not None:
             words += ["--global_batch_size", str(self.global_tokens // positions)]

@@ -1,6 +1,6 @@
-"""What blocks and the output head compute, and Triton's kernels for it; no model library is known here.
+"""The computations of blocks and output head, with Triton kernels; independent of any model library.
 
-Letters of shapes, here and in all of the package:
+Letters of shapes in the whole package, except in `ssd`, which has its own:
 
 | | | | |
 |---|---|---|---|
@@ -12,8 +12,8 @@ Letters of shapes, here and in all of the package:
 | R | columns for LoRA's ranks | O, I | rows (out) and columns (in) of a weight |
 | C | columns of a matrix of any width | L | tokens of the longest document |
 
-From the bottom up: an operation's plain form is its reference, in `ops`, `fp8`, `dropout`, `prefix` and
-`scale_shift`, which choose between it and Triton's form, in a file of its own; `ssd`, a state space, has only
-the plain form. `frozen_linear` multiplies by frozen weights with LoRA. A block's products are `dequantized`,
-`fp8_block` or `scaled_products`, and `block` is the whole block. `cross_entropy` is the head.
+From the bottom up: `ops`, `fp8`, `dropout`, `prefix` and `scale_shift` hold each operation's plain form, its
+reference, and choose between it and Triton's form, which has a file of its own. `ssd`, a state space, has
+only the plain form. `frozen_linear` multiplies by frozen weights with LoRA. A block's products are
+`dequantized`, `fp8_block` or `scaled_products`, and `block` is the whole block. `cross_entropy` is the head.
 """

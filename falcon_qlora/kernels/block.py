@@ -1,15 +1,15 @@
 """A whole Falcon block with frozen weights and an adapter, forward and backward, as one autograd function.
 
-The block's parallel forms: ``y = x + dense(attention(n1)) + 4h_to_h(gelu(h_to_4h(n2)))`` with n1 and n2 two
-norms of x, or one and the same.
+The block is parallel: ``y = x + dense(attention(n1)) + 4h_to_h(gelu(h_to_4h(n2)))``, where n1 and n2 are two
+norms of x or the same one.
 
-How the linears are multiplied is `Block.products`' to say: `dequantized` and `fp8_block` with LoRA, or
-`scaled_products` with learned scales and biases and trained norms. What attention looks at is `Attention`'s.
+`Block.products` decides how the linears are multiplied: `dequantized` and `fp8_block` with LoRA, or
+`scaled_products` with learned scales and biases and trained norms. `Attention` decides what attention sees.
 
-What is kept for the backward pass: x, the outputs of query_key_value (rotated) and h_to_4h, attention's
-output and statistics, and LoRA's t; less, where `Block.keep` says so. Norms and GELU are always computed
-again, the last product never: no gradient needs its output, but for scales, for which it is kept as t is.
-Weights are dequantized again too, each time into the same memory.
+Kept for the backward pass: x, the outputs of query_key_value (rotated) and h_to_4h, attention's output and
+statistics, and LoRA's t; less if `Block.keep` says so. Norms and GELU are always recomputed. The last product
+is not: no gradient needs its output, except with learned scales, where it takes the place of t. Weights are
+dequantized again too, each time into the same memory.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ class Attention(Protocol):
     """Attention within documents, forward and backward.
 
     Attributes:
-        tensors: differentiable ones of its own.
+        tensors: its own tensors that get gradients.
     """
 
     @property
     def tensors(self) -> tuple[Tensor, ...]: ...
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """``[T, Q, D]``, ``[T, G, D]``, ``[T, G, D]`` → what `output` and `backward` need beside them."""
+        """``[T, Q, D]``, ``[T, G, D]``, ``[T, G, D]`` → what else `output` and `backward` need."""
 
     def output(self, query: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
-        """``[T, Q, D]``, from the queries ``[T, G, Q/G, D]`` and what `forward` gave."""
+        """``[T, Q, D]``, from the queries ``[T, G, Q/G, D]`` and the result of `forward`."""
 
     def backward(
         self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, kept: tuple[Tensor, ...]
@@ -50,11 +50,11 @@ class Attention(Protocol):
 
 
 class Products(Protocol):
-    """A block's four linears with their adapters, and what lies between them, norms and GELU; for one call.
+    """One call's products: a block's four linears with their adapters, and the norms and GELU between them.
 
     Attributes:
-        outputs: how many tensors hold the outputs of query_key_value and h_to_4h.
-        inputs: how many hold their LoRA's t.
+        outputs: number of tensors that hold the outputs of query_key_value and h_to_4h.
+        inputs: number of tensors that hold their LoRA's t.
     """
 
     outputs: int
@@ -63,19 +63,19 @@ class Products(Protocol):
     def enter(self, hidden: Tensor, again: bool = False) -> tuple[list[Tensor], list[Tensor]]:
         """From the block's input ``[T, H]`` to the outputs, and t.
 
-        Done `again` in the backward pass, the outputs are nobody else's: gradients may take their memory.
+        `again`: a recomputation in the backward pass, where gradients may overwrite the outputs.
         """
 
     def parts(self, projected: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Views of the outputs: query, key and value ``[T, W]``, and what goes into GELU ``[T, F]``."""
+        """Views of the outputs: query, key and value ``[T, W]``, and GELU's input ``[T, F]``."""
 
     def project_h_to_4h(self, hidden: Tensor) -> Tensor:
-        """The second of `parts` alone: what of `enter` is dearest to keep."""
+        """The second of `parts` alone, the largest output of `enter`."""
 
     def leave(
         self, before_gelu: Tensor, attended: Tensor, low_in: Sequence[Tensor], hidden: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Through GELU and dense and 4h_to_h: the block's output ``[T, H]``, and t ``[T, R]``."""
+        """Through GELU, dense and 4h_to_h: the block's output ``[T, H]``, and t ``[T, R]``."""
 
     def low_rank(
         self, before_gelu: Tensor, attended: Callable[[], Tensor], low_in: Sequence[Tensor]
@@ -93,8 +93,8 @@ class Products(Protocol):
         """Back through `leave`; `attended` gives attention's output, which only some gradients need.
 
         Returns:
-            the gradient of attention's output ``[T, Q D]``; room for that of query, key and value
-            ``[T, W]``, to be filled; what `enter_backward` needs beside it; the gradients of the adapters.
+            the gradient of attention's output ``[T, Q D]``; an empty tensor for that of query, key and value
+            ``[T, W]``; what else `enter_backward` needs; the gradients of the adapters.
         """
 
     def enter_backward(
@@ -109,12 +109,12 @@ class Products(Protocol):
         """Back through `enter`.
 
         Args:
-            fused: gives query_key_value's output ``[T, W]`` as it was before rotation, where the room for
-                its gradient was not its own memory.
+            fused: gives query_key_value's output ``[T, W]`` as before rotation. Call it only if the gradient
+                was not written over that output.
 
         Returns:
-            `addend` and what comes to it, None where it is None; the gradients of the adapters; those of the
-            norms, where these are trained.
+            `addend` plus the input's gradient, or None if `addend` is; the gradients of the adapters; those
+            of the norms if these are trained.
         """
 
 
@@ -135,20 +135,20 @@ class Norm:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One block as the function takes it.
+    """The frozen part of a block, for `run_block`.
 
     Attributes:
         norms: one, or attention's and the feed-forward's.
-        query_key_value: G groups of query heads, a key head and a value head each.
+        query_key_value: G groups, each of query heads, a key head and a value head.
         dense_h_to_4h: before GELU.
         dense_4h_to_h: after GELU.
         dense: after attention.
         kv_heads: G.
         head_dim: D.
         workspace: shared by all blocks of a model.
-        products: how the linears are multiplied, given the block and the adapters' matrices.
-        keep: what the backward pass finds: all it needs; all but h_to_4h's output, the largest; or the
-            block's input alone. What it does not find it computes again.
+        products: makes the products of one call from the block and the adapters' matrices.
+        keep: what is kept for the backward pass: all it needs; all but h_to_4h's output, the largest; or only
+            the block's input. The rest is recomputed.
     """
 
     norms: tuple[Norm, ...]
@@ -164,7 +164,7 @@ class Block:
 
     @property
     def projections(self) -> tuple[Projection, Projection, Projection, Projection]:
-        """In the order of the function's adapters."""
+        """In the order of `run_block`'s adapters."""
         return self.query_key_value, self.dense_h_to_4h, self.dense_4h_to_h, self.dense
 
     def heads(self, fused: Tensor) -> Tensor:
@@ -184,12 +184,12 @@ def run_block(
 
     Args:
         hidden: ``[T, H]``, in the dtype to compute in.
-        cosine: ``[T, D]``, of the rotary embedding; so too `sine`.
-        sine: ``[T, D]``.
+        cosine: ``[T, D]``, of the rotary embedding.
+        sine: ``[T, D]``, likewise.
         block: the frozen part.
         attention: within documents.
-        adapters: LoRA's A and B for each of ``block.projections``, (None, None) where there is none; or
-            what else ``block.products`` takes: pairs for the projections, then any for the norms.
+        adapters: LoRA's A and B for each of ``block.projections``, (None, None) without LoRA; or the pairs
+            that ``block.products`` takes instead: for the projections, then any for the norms.
 
     Returns:
         ``[T, H]``, connected to `hidden`, the adapters and attention's own tensors.
@@ -273,14 +273,14 @@ class _BlockFunction(torch.autograd.Function):
 def _attend(
     block: Block, attention: Attention, fused: Tensor, cosine: Tensor, sine: Tensor
 ) -> tuple[Tensor, ...]:
-    """Rotates within `fused` ``[T, W]``; what attention's forward pass gives."""
+    """Rotate `fused` ``[T, W]`` in-place; returns the result of attention's forward pass."""
     heads = block.heads(fused)
     ops.rotate_(heads[:, :, :-1], cosine, sine)
     return attention.forward(*_query_key_value(heads))
 
 
 def _rotated_back(block: Block, fused: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """``[T, W]`` as `_attend` found it, in memory of its own."""
+    """A copy of `fused` ``[T, W]`` with `_attend`'s rotation undone."""
     found = fused.new_empty(fused.shape)
     ops.rotate_join(*_query_key_value(block.heads(fused)), cosine, sine, block.heads(found))
     return found
@@ -294,7 +294,7 @@ def _take(tensors: list[Tensor], count: int) -> list[Tensor]:
 
 
 def _query_key_value(heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Views, but for the query where there are several groups."""
+    """Views, except that with several groups the query is a copy."""
     return heads[:, :, :-2].flatten(1, 2), heads[:, :, -2], heads[:, :, -1]
 
 

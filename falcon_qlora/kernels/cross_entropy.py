@@ -1,14 +1,14 @@
 """Cross entropy of an output head without keeping the logits.
 
 With a vocabulary of 65,024 the float32 logits of 16,384 tokens take 4 GiB, and their gradient as much again.
-Here at most `CHUNK_TOKENS` rows of them exist at a time: the gradient for the hidden states is taken in the
-forward pass, while a chunk's logits are there, so nothing is multiplied twice. Their gradient takes their
-memory.
+Here at most `CHUNK_TOKENS` rows of them exist at a time. The gradient for the hidden states is computed in
+the forward pass, from a chunk's logits while they exist, so no product runs twice. The logits' gradient
+overwrites them.
 
-With trained rows, their columns of the logits are computed anew, which costs as many columns more.
+With trained rows, the logits of those tokens are computed once more, from the trained values.
 
-With learned vectors, the logits are ``s (hidden @ weight.T + b)``: the products of a chunk are kept beside
-them until the vectors' gradients are summed up.
+With learned vectors, the logits are ``s (hidden @ weight.T + b)``: a chunk's products are kept beside them
+until the vectors' gradients are summed up.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CHUNK_TOKENS = 1024
 
 
 def logit_rows(tokens: int) -> int:
-    """How many rows of logits exist at a time, of `tokens` in all: at 10 bytes a logit, 1,024 are 0.67 GB."""
+    """Rows of logits that exist at a time, of `tokens` in all; 1,024 are 0.67 GB at 10 bytes a logit."""
     return min(tokens, CHUNK_TOKENS)
 
 
@@ -43,19 +43,19 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """Sum of the cross entropies of `targets` under the logits ``scale * hidden @ weight.T``.
 
-    The product runs in the weight's dtype (under autocast in autocast's), softmax and loss in float32.
+    The product runs in the weight's dtype, or autocast's if active; softmax and loss in float32.
 
     Args:
         hidden: ``[N, H]``; N may be 0.
-        weight: ``[V, H]``; gets a gradient where it requires one. More rows may follow, see `vocabulary`.
+        weight: ``[V, H]``; gets a gradient if it requires one. More rows may follow, see `vocabulary`.
         targets: int64 ``[N]``, each in ``[0, V)``.
         vectors: scale and bias of the logits, float32 ``[V]`` each, or None.
-        rows: which rows others take the place of, int64 ``[n]``, and those, float32 ``[n, H]``, or None; they
-            multiply in the weight's dtype.
-        vocabulary: V where rows of zeros follow in `weight`, which are no token's, for a product of a width
-            that GPUs like; None: all are tokens'.
-        scale: of the logits, in float32; not beside `vectors`.
-        chunk_tokens: how many rows of logits exist at a time.
+        rows: indices of rows to replace, int64 ``[n]``, and their values, float32 ``[n, H]``; or None. The
+            values multiply in the weight's dtype.
+        vocabulary: V where `weight` is padded with rows of zeros to a width that is fast on GPUs; None if all
+            rows are tokens'.
+        scale: of the logits, in float32; not together with `vectors`.
+        chunk_tokens: rows of logits that exist at a time.
 
     Returns:
         float32 scalar, connected to `hidden`, `weight`, `vectors` and `rows`.
@@ -124,7 +124,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_own = None
                 if grad_values is not None and places is not None:
                     grad_own = logits.index_select(1, places)  # [chunk, n]
-                    logits.index_fill_(1, places, 0.0)  # what is left is the frozen rows' own
+                    logits.index_fill_(1, places, 0.0)  # the rest is the frozen rows'
                     grad_values += grad_own.float().T @ hidden[rows].float()
                 if grad_hidden is not None:
                     torch.mm(logits, weight, out=grad_hidden[rows])
@@ -147,7 +147,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None if grad is None else grad * grad_output for grad in (of_hidden, *others)
         )
         grad_weight = None
-        if of_weight is not None:  # rounded on the way: another one in float32 would be as large as the sum
+        if of_weight is not None:  # rounded at once: a second float32 tensor would be as large as the sum
             grad_weight = torch.empty_like(of_weight, dtype=ctx.weight_dtype)
             torch.mul(of_weight, grad_output, out=grad_weight)
         return grad_hidden, grad_weight, None, grad_scale, grad_bias, None, grad_values, None, None, None

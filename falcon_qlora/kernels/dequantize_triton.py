@@ -1,4 +1,4 @@
-"""Frozen weights of every storage back into floating point: `ops.dequantize` by the kernels that can."""
+"""Triton's form of `ops.dequantize`, for frozen weights in any storage format."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from falcon_qlora.kernels.nf4 import can_dequantize_nf4, dequantize_nf4
 
 
 def dequantize(layer: Any, out: Tensor | None = None) -> Tensor:
-    """`ops.dequantize` in one pass; what is neither int8 nor NF4 in blocks of 64 goes the plain way."""
+    """`ops.dequantize` in one pass; the plain form unless the weight is int8 or NF4 in blocks of 64."""
     weight = layer.weight
     if weight.dtype == torch.int8:
         if out is None:

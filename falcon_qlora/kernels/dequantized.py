@@ -1,9 +1,9 @@
 """A block's products in the dtype of its activations, with weights dequantized into it.
 
-Products are few and large, see `frozen_linear`: query_key_value and h_to_4h are one where there is one norm,
-and so are dense and 4h_to_h, with the block's input as addend. Weights are dequantized for every product,
-each time into the same memory. With `GeluProducts` the products on either side of GELU are separate ones that
-compute it, forward and backward, on the way.
+Products are few and large, see `frozen_linear`. With one norm, query_key_value and h_to_4h are one product;
+dense and 4h_to_h always are, with the block's input as addend. Weights are dequantized for every product,
+each time into the same memory. With `GeluProducts`, h_to_4h's product forward and 4h_to_h's backward are
+separate ones that compute GELU in their epilogues.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class DequantizedProducts:
         ]
         self.out_of = SharedOutput(block.projections[2:], adapters[2:], block.workspace)
         self.outputs = self.inputs = len(self.into)
-        self._joined: Tensor | None = None  # from `enter`, where its product has filled in GELU's output
+        self._joined: Tensor | None = None  # from `enter`, if its product has written GELU's output there
         self._free: list[Tensor] | None = None  # outputs with room for LoRA, which gradients may overwrite
 
     def enter(self, hidden: Tensor, again: bool = False) -> tuple[list[Tensor], list[Tensor]]:
@@ -99,7 +99,7 @@ class DequantizedProducts:
         grads, may_overwrite = self.gradients(grad)
         of_fused, of_before_gelu = self.parts(grads)
         split = self.block.dense_4h_to_h.in_features
-        # With dropout LoRA's part is no part of the product, and GELU comes after both.
+        # With dropout LoRA's part is added after the product, and GELU's gradient needs the sum.
         if self.gelu_products is not None and not self.out_of.drops:
             extended, weight, low_grad = self.out_of.gradient_operands(grad)
             after_gelu = grad.new_empty(grad.shape[0], split)
@@ -110,7 +110,7 @@ class DequantizedProducts:
             of_joined, low_grad = self.out_of.input_gradient(grad)
             _, after_gelu = ops.gelu_backward(of_joined[:, :split], before_gelu, of_before_gelu)
             of_attended = of_joined[:, split:]
-            if may_overwrite:  # memory matters: a slice would hold on to all that was joined
+            if may_overwrite:  # to save memory: a slice would keep the whole joined tensor alive
                 of_attended = of_attended.contiguous()
                 del of_joined
         inputs = [after_gelu, attended().flatten(1)] if self.out_of.columns else []
@@ -118,7 +118,7 @@ class DequantizedProducts:
         return of_attended, of_fused, grads, adapter_grads
 
     def gradients(self, like: Tensor) -> tuple[list[Tensor], bool]:
-        """Room for the outputs' gradients, and whether it is that of outputs computed again."""
+        """Tensors for the outputs' gradients, and whether they overwrite recomputed outputs."""
         grads, self._free = self._free, None
         if grads is not None:
             return grads, True
@@ -134,7 +134,7 @@ class DequantizedProducts:
         fused: Callable[[], Tensor],
     ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor]]:
         adapter_grads: list[Tensor | None] = []
-        # The block before finds room for its LoRA behind the gradient of its output.
+        # The block before this one puts its LoRA's columns behind the gradient of its output.
         out = None if addend is None else room_behind(hidden, self.out_of.columns)
         for norm, group, grad, low in zip(self.block.norms, self.into, others, low_in, strict=True):
             normal, mean, rstd = norm(hidden)
@@ -147,7 +147,7 @@ class DequantizedProducts:
         return addend, adapter_grads, []
 
     def _join(self, before_gelu: Tensor, attended: Tensor) -> Tensor:
-        """The last product's input: GELU's output, attention's output, and room for t."""
+        """The last product's input: GELU's output, attention's output, and space for t."""
         split = self.block.dense_4h_to_h.in_features
         joined, self._joined = self._joined, None
         if joined is None:

@@ -1,4 +1,4 @@
-"""`dropout`'s operations, each in one pass over its matrix."""
+"""Triton's forms of `dropout`'s operations, each in one pass over its matrix."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def add_dropped(x: Tensor, left: Tensor, right: Tensor, dropout: Dropout | None)
 
 
 def _hashed(dropout: Dropout) -> tuple[int, int, int, float]:
-    # The threshold as a number that stays within 32 bits with a sign.
+    # Shifted so that the threshold fits into a signed 32-bit integer.
     return dropout.low, dropout.high, dropout.threshold - 2**31, 1.0 / (1.0 - dropout.p)
 
 
@@ -56,9 +56,9 @@ def _mixed(h):
 
 @triton.jit
 def _kept(place, low, high, threshold):
-    """Whether the values at these places, uint32, are kept."""
+    """Whether the values at these indices, uint32, are kept."""
     h = _mixed(_mixed(place ^ low.to(tl.uint32)) ^ high.to(tl.uint32))
-    # Both shifted by 2^31, as the threshold comes with a sign.
+    # The hash is shifted by 2^31 as the threshold is, see `_hashed`.
     return (h ^ 0x80000000).to(tl.int32, bitcast=True) >= threshold
 
 

@@ -1,4 +1,4 @@
-"""FlashAttention-4 over packed documents, where that optional library is installed."""
+"""FlashAttention-4 over packed documents, if that optional library is installed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from falcon_qlora.kernels import libraries
 
 @lru_cache
 def flash_attention_4() -> Any | None:
-    """The library's interface; None where it is missing, does not load, or the GPU is older than Hopper."""
+    """The library's interface; None if it is missing or does not load, or if the GPU is older than Hopper."""
     if not libraries.usable("flash_attn"):
         return None
     try:
         from flash_attn.cute import interface
-    except (ImportError, TypeError, AttributeError):  # another flash_attn, or another release of its parts
+    except (ImportError, TypeError, AttributeError):  # another version of flash_attn or of its dependencies
         return None
     return interface
 
@@ -28,14 +28,14 @@ def forward(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: 
     """Causal attention within documents.
 
     Args:
-        query: ``[T, Q, D]``, bfloat16; rows may be any distance apart, as in `key` and `value`.
+        query: ``[T, Q, D]``, bfloat16, any row stride; so are `key` and `value`.
         key: ``[T, G, D]``.
         value: ``[T, G, D]``.
-        starts: int32 ``[documents + 1]``.
+        starts: int32 ``[documents + 1]``, where each document starts, and the end.
         longest: tokens of the longest document.
 
     Returns:
-        ``[T, Q, D]`` and the log of the sums of exponentials, float32 ``[Q, T]``.
+        ``[T, Q, D]`` and the log-sum-exp of the scores, float32 ``[Q, T]``.
     """
     interface = flash_attention_4()
     assert interface is not None

@@ -1,12 +1,12 @@
-"""Products in FP8 (e4m3), and the operations that bring their operands into it, behind one seam.
+"""Products in FP8 (e4m3), and the operations that quantize their operands, behind one seam.
 
-e4m3 has four significant bits: a rounding moves a value by up to 2^-4 of itself, whatever the scale, as long
-as it does not come out below 2^-6 of 448. From the largest value down that leaves a factor of 2^14.8 in which
-the scale does not matter. So a frozen weight has one scale, and where the largest of a row would take another
-pass to find, a bound of it serves as well, also one that is ten times too large.
+e4m3 has four significant bits: rounding moves a value by at most 2^-4 of itself, whatever the scale, as long
+as the scaled value is at least 2^-6. From 448, the largest, down to there is a factor of 2^14.8 in which the
+scale does not matter. So one scale is enough for a frozen weight. Where finding a row's largest value would
+take another pass, an upper bound of it is as good, even one that is ten times too large.
 
-Each operation has a plain PyTorch form, its reference; as in `ops`, which of the forms runs is `ops.using`'s
-to say, or else the tensors' device's. Outputs in FP8 come with their rows' scales: the value is the product.
+Each operation has a plain PyTorch form, its reference. As in `ops`, `ops.using` or else the tensors' device
+decides which form runs. FP8 outputs come with a scale for each row: a value is its code times the scale.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def product(x: Rows, weight: Rows, dtype: torch.dtype) -> Tensor:
     Args:
         x: ``[T, I]``.
         weight: ``[O, I]``, with a scale for every row.
-        dtype: of the result; bfloat16 where it is not emulated.
+        dtype: of the result; bfloat16 unless emulated.
 
     Returns:
         ``[T, O]``.
@@ -70,10 +70,10 @@ def product(x: Rows, weight: Rows, dtype: torch.dtype) -> Tensor:
 
 @ops.or_triton("fp8_quantize")
 def quantize_rows(x: Tensor) -> tuple[Rows, Tensor]:
-    """``[T, C]`` into FP8, a row's largest value onto the largest there is.
+    """Quantize ``[T, C]`` to FP8, with each row's largest value mapped to FP8's largest.
 
     Args:
-        x: rows may be any distance apart.
+        x: any row stride.
 
     Returns:
         the rows, and the Euclidean length of each in float32 ``[T]``.
@@ -84,7 +84,7 @@ def quantize_rows(x: Tensor) -> tuple[Rows, Tensor]:
 
 @ops.or_triton("fp8_quantize")
 def quantize_weight(layer: Any, scale: Tensor, out: Tensor, transpose: bool) -> Tensor:
-    """The frozen weight that `layer` stands for in FP8, divided by `scale`.
+    """The frozen weight of `layer`, divided by `scale`, in FP8.
 
     Args:
         layer: as `ops.dequantize` takes it.
@@ -103,12 +103,12 @@ def quantize_weight(layer: Any, scale: Tensor, out: Tensor, transpose: bool) -> 
 
 @ops.or_triton("fp8_gelu")
 def gelu(x: Tensor, low: LowRank | None, bound: Tensor) -> tuple[Rows, Tensor]:
-    """Exact GELU of the sum of `x` and what LoRA adds to it.
+    """Exact GELU of the sum of `x` and LoRA's part.
 
     Args:
         x: ``[T, F]``.
-        low: added to it.
-        bound: float32 ``[T]`` of any stride: no value of a row of `x` is larger.
+        low: LoRA's part, or None.
+        bound: float32 ``[T]``, any stride: an upper bound of each row's absolute values in `x`.
 
     Returns:
         the output in FP8, and in `x`'s dtype ``[T, F]``.
@@ -121,14 +121,14 @@ def gelu(x: Tensor, low: LowRank | None, bound: Tensor) -> tuple[Rows, Tensor]:
 def gelu_backward(
     grad: Tensor, low_grad: LowRank | None, x: Tensor, low: LowRank | None, bound: Tensor
 ) -> tuple[Rows, Tensor, Tensor]:
-    """The input's gradient of `gelu`, and its output once more.
+    """The gradient of `gelu`'s input, and its output again.
 
     Args:
-        grad: ``[T, F]``, of the output but for `low_grad`; may be overwritten.
+        grad: ``[T, F]``, of the output, without `low_grad`; may be overwritten.
         low_grad: added to it.
         x: ``[T, F]``, as in `gelu`.
         low: as in `gelu`.
-        bound: float32 ``[T]``: no value of a row of `grad` is larger.
+        bound: float32 ``[T]``: an upper bound of each row's absolute values in `grad`.
 
     Returns:
         the gradient in FP8 and in `x`'s dtype ``[T, F]``, and the output ``[T, F]``.
@@ -141,7 +141,7 @@ def gelu_backward(
 
 @ops.or_triton("fp8_quantize")
 def add(x: Tensor, low: LowRank | None, addends: tuple[Tensor, ...] = ()) -> Tensor:
-    """Add what LoRA adds, and up to two more ``[T, C]``, to `x` ``[T, C]`` in place, rounding once.
+    """Add LoRA's part, and up to two more ``[T, C]``, to `x` ``[T, C]`` in-place, rounding once.
 
     Returns:
         `x`.
@@ -155,7 +155,7 @@ def _to_fp8(x: Tensor, scales: Tensor) -> Rows:
 
 
 def _scales(largest: Tensor) -> Tensor:
-    """A row of nothing but zeros is divided by one."""
+    """Rows' scales from their largest values; 1 for a row of zeros."""
     return torch.where(largest > 0, largest / LARGEST, torch.ones_like(largest))
 
 

@@ -1,13 +1,13 @@
 """A block's products in FP8, with LoRA beside them in the dtype of the activations.
 
-Every linear is a product of its own: operands have a scale a row, and what is quantized together would share
-it. A frozen weight is brought into FP8 for every product, in the orientation that it reads, each time into
-the same memory. LoRA's part is added where the product's output is read next, see `fp8_gelu`; so what is kept
-of h_to_4h's output is the frozen part.
+Every linear is a product of its own: operands have one scale per row, which matrices quantized together
+would share. Unless kept, a frozen weight is quantized for every product, in the layout that it reads, each
+time into the same memory. LoRA's part is added where the product's output is read next, see `fp8_gelu`. So
+what is kept of h_to_4h's output is the frozen part.
 
-Rows going into GELU's two products are quantized by bounds (Cauchy and Schwarz's): a norm's output before
-weight and bias is no longer than the root of H, so h_to_4h's is bounded once and for all, and the gradient of
-GELU's output by the length of the row that it comes from.
+Rows for the products on either side of GELU are quantized by Cauchy-Schwarz bounds. A norm's output before
+weight and bias is no longer than the root of H, which bounds h_to_4h's output once and for all. The gradient
+of GELU's output is bounded by the length of the row that it is computed from.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from falcon_qlora.kernels.fp8_rows import DTYPE, LARGEST, Rows, largest_row
 from falcon_qlora.kernels.frozen_linear import Adapter, Projection, mm_float32
 from falcon_qlora.kernels.low_rank import LowRank
 
-# What a scale has to spare: quantized factors round upwards, and an adapter may be merged into the weight.
+# Headroom of scales: quantized factors may round up, and an adapter may be merged into the weight.
 _MARGIN = 2.0
 
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """What has to be known of a frozen weight: the scale of all its values, as products take it.
+    """A frozen weight's one scale, in the forms that products take; and the weight in FP8 if it is kept.
 
     Attributes:
         scale: float32 ``[]``.
         of_rows: float32 ``[out]``, the same for every row.
         of_columns: float32 ``[in]``, the same for every column.
-        kept: the weight in FP8, ``[out, in]`` under False and transposed under True; empty where it is made
-            for every product.
+        kept: the weight in FP8, ``[out, in]`` under False and transposed under True; empty if it is
+            quantized for every product.
     """
 
     scale: Tensor
@@ -49,12 +49,12 @@ class Weight:
 
 @dataclass(frozen=True, eq=False)
 class Fp8:
-    """The frozen weights of a block as measured once, and the maker of its products.
+    """The scales and bounds of a block's frozen weights; called, it makes the block's products.
 
     Attributes:
         weights: in the order of ``Block.projections``.
-        before_gelu: float32 ``[]``; no output of h_to_4h's frozen part is larger.
-        after_gelu: float32 ``[]``, the longest column of 4h_to_h's weight.
+        before_gelu: float32 ``[]``, an upper bound of h_to_4h's outputs without LoRA.
+        after_gelu: float32 ``[]``, the length of the longest column of 4h_to_h's weight, with headroom.
     """
 
     weights: tuple[Weight, Weight, Weight, Weight]
@@ -63,7 +63,7 @@ class Fp8:
 
     @classmethod
     def measure(cls, block: Block) -> Fp8:
-        """Dequantizes the block's weights, one after the other."""
+        """Measure the block's weights, dequantizing one at a time."""
         weights = []
         with torch.no_grad():
             for projection in block.projections:
@@ -80,7 +80,7 @@ class Fp8:
         return cls((weights[0], weights[1], weights[2], weights[3]), before_gelu, after_gelu)
 
     def keep(self, block: Block) -> None:
-        """Make the weights once and for all, in both layouts: a byte a weight each."""
+        """Quantize the weights once and keep them in both layouts, one byte per weight each."""
         for projection, weight in zip(block.projections, self.weights, strict=True):
             for transpose in (False, True):
                 values = torch.empty(_sizes(projection, transpose), dtype=DTYPE, device=weight.scale.device)
@@ -93,13 +93,13 @@ class Fp8:
 
 
 def _sizes(projection: Projection, transpose: bool) -> tuple[int, int]:
-    """Of its weight, ``[out, in]`` or transposed."""
+    """Shape of its weight, ``[out, in]`` or transposed."""
     sizes = projection.out_features, projection.in_features
     return sizes[::-1] if transpose else sizes
 
 
 def _largest_output(block: Block, weight: Tensor) -> Tensor:
-    """A bound of what ``[F, H]`` makes of any output of the feed-forward's norm."""
+    """An upper bound of the outputs of ``[F, H]`` for any output of the feed-forward's norm."""
     norm = block.norms[-1]
     longest = largest_row(weight * norm.weight.to(weight.dtype))
     of_bias = (weight.float() @ norm.bias.float()).abs().amax()
@@ -225,7 +225,7 @@ class Fp8Products:
         return fp8.product(rows, Rows(self._weight(linear, rows, transpose), scales), dtype)
 
     def _weight(self, linear: int, rows: Rows, transpose: bool) -> Tensor:
-        """The one that is kept, or one made into the workspace."""
+        """The kept FP8 weight, or one quantized into the workspace."""
         projection, weight = self.block.projections[linear], self.frozen.weights[linear]
         if transpose in weight.kept:
             return weight.kept[transpose]
@@ -249,14 +249,14 @@ class Fp8Products:
         return (b * projection.scaling).to(dtype)
 
     def _into_low_rank(self, linears: Sequence[int], inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Each linear's t ``[T, r]``; one product where the input is one."""
+        """Each linear's t ``[T, r]``; one product if they share the input."""
         matrices = [self._a(linear, inputs[0].dtype) for linear in linears]
         if len(inputs) == 2 and inputs[0] is inputs[1]:
             return list((inputs[0] @ torch.cat(matrices).T).split([len(a) for a in matrices], dim=1))
         return [x @ a.T for x, a in zip(inputs, matrices, strict=True)]
 
     def _out_of_low_rank(self, linears: Sequence[int], grads: Sequence[Tensor]) -> list[Tensor]:
-        """Each linear's u ``[T, r]``; one product where the gradient is one."""
+        """Each linear's u ``[T, r]``; one product if they share the gradient."""
         matrices = [self._scaled_b(linear, grads[0].dtype) for linear in linears]
         if len(grads) == 2 and grads[0] is grads[1]:
             return list((grads[0] @ torch.cat(matrices, dim=1)).split([b.shape[1] for b in matrices], dim=1))
@@ -277,7 +277,7 @@ class Fp8Products:
     def _adapter_gradients(
         self, linear: int, grad: Tensor, low_grad: Tensor, low: Tensor, x: Tensor
     ) -> list[Tensor | None]:
-        """Of A and B: `grad` of the output, u, t and the input."""
+        """The gradients of A and B, from the output's gradient, u, t and the input."""
         projection = self.block.projections[linear]
         if not projection.rank:
             return [None, None]

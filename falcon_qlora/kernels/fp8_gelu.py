@@ -1,9 +1,9 @@
-"""GELU between FP8 products, with LoRA's part of its input and of its output's gradient added on the way.
+"""GELU between FP8 products, which also adds LoRA's part to its input and to its output's gradient.
 
-The tensors here are a block's largest, and adding LoRA's part to one in a pass of its own takes a quarter of
-its product's time. So the product's output stays without it, and who reads it adds it: a small product a
-tile. Rows are quantized by bounds, as a program sees a part of a row: with the length of LoRA's `left` and
-the longest column of its `right`, what LoRA adds is bounded too.
+The tensors here are a block's largest, and adding LoRA's part to one in a separate pass takes a quarter of
+its product's time. So the product's output is stored without it, and its reader adds it: a small product per
+tile. Rows are quantized by bounds, as a program sees only a part of a row. LoRA's part is bounded by the
+length of a row of `left` times that of the longest column of `right`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from falcon_qlora.kernels.gelu import gelu_and_slope
 from falcon_qlora.kernels.low_rank import LowRank
 from falcon_qlora.kernels.low_rank_triton import low_rank_arguments, low_rank_tile, tile, tiles
 
-# Tokens and features of a tile, and warps: what leaves room for two programs and more on a multiprocessor.
+# Tokens and features of a tile, and warps: two programs or more fit on a multiprocessor.
 _FORWARD = 64, 128, 8
 _BACKWARD = 64, 64, 4
 
@@ -41,7 +41,7 @@ def gelu(x: Tensor, low: LowRank | None, bound: Tensor) -> tuple[Rows, Tensor]:
 def gelu_backward(
     grad: Tensor, low_grad: LowRank | None, x: Tensor, low: LowRank | None, bound: Tensor
 ) -> tuple[Rows, Tensor, Tensor]:
-    """`fp8.gelu_backward` in one pass; the output takes the place of `grad`."""
+    """`fp8.gelu_backward` in one pass; the output overwrites `grad`."""
     tokens, features = x.shape
     values, scales, dx = _empty(x)
     assert grad.is_contiguous()
@@ -59,7 +59,7 @@ def gelu_backward(
 
 
 def _empty(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A matrix in FP8, its scales, and one more in `x`'s dtype."""
+    """Empty: a matrix in FP8, its scales, and a matrix in `x`'s dtype."""
     assert x.stride(1) == 1
     values = torch.empty(x.shape, dtype=DTYPE, device=x.device)
     scales = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
@@ -70,14 +70,14 @@ def _longest(low: LowRank | None, unused: Tensor) -> Tensor:
     return unused if low is None else largest_row(low.right.T)
 
 
-@triton.jit(do_not_specialize=["tokens"])  # one compilation for all numbers of them
+@triton.jit(do_not_specialize=["tokens"])  # one compilation for any number
 def _gelu(
     x_ptr,  # [T, F], rows x_stride apart
     y_ptr,  # [T, F]
     values_ptr,  # fp8 [T, F]
     scales_ptr,  # float32 [T]
     bound_ptr,  # float32 [T], bound_stride apart
-    left_ptr,  # [T, R], rows left_stride apart; used where RANK, and so the next two
+    left_ptr,  # [T, R], rows left_stride apart; used where RANK, as the next two
     right_ptr,  # [R, F], any strides
     longest_ptr,  # float32 [], of right's columns
     x_stride,
@@ -113,17 +113,17 @@ def _gelu(
     tl.store(values_ptr + at, values.to(values_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["tokens"])  # one compilation for all numbers of them
+@triton.jit(do_not_specialize=["tokens"])  # one compilation for any number
 def _gelu_backward(
-    grad_ptr,  # [T, F]; takes GELU's output
+    grad_ptr,  # [T, F]; overwritten by GELU's output
     x_ptr,  # [T, F], rows x_stride apart
     dx_ptr,  # [T, F]
-    values_ptr,  # fp8 [T, F], dx once more
+    values_ptr,  # fp8 [T, F], dx again
     scales_ptr,  # float32 [T]
     bound_ptr,  # float32 [T], bound_stride apart
-    left_ptr,  # [T, R], rows left_stride apart; used where RANK, and so the next
+    left_ptr,  # [T, R], rows left_stride apart; used where RANK, as the next
     right_ptr,  # [R, F], any strides
-    of_left_ptr,  # the same for the gradient; used where OF_RANK, and so the next two
+    of_left_ptr,  # the same for the gradient; used where OF_RANK, as the next two
     of_right_ptr,
     longest_ptr,  # float32 [], of of_right's columns
     x_stride,

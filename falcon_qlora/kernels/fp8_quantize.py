@@ -1,4 +1,4 @@
-"""Rows and frozen weights into FP8, and sums with LoRA's part, one launch each."""
+"""Quantizes rows and frozen weights to FP8, and sums with LoRA's part, in one launch each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SUM = 64, 128, 8  # tokens and features of a tile, and warps
 
 
 def quantize_rows(x: Tensor) -> tuple[Rows, Tensor]:
-    """`fp8.quantize_rows` in one pass: a row is held in registers."""
+    """`fp8.quantize_rows` in one pass, with each row held in registers."""
     x = contiguous_rows(x)
     tokens, features = x.shape
     values = torch.empty(tokens, features, dtype=DTYPE, device=x.device)
@@ -133,12 +133,12 @@ def _quantize_weight(
     tl.store(out_ptr + at, weight, mask=mask)
 
 
-@triton.jit(do_not_specialize=["tokens"])  # one compilation for all numbers of them
+@triton.jit(do_not_specialize=["tokens"])  # one compilation for any number
 def _add(
     x_ptr,  # [T, C], rows x_stride apart
     first_ptr,  # [T, C], rows first_stride apart; used where ADDENDS > 0
     second_ptr,  # [T, C], rows second_stride apart; used where ADDENDS > 1
-    left_ptr,  # [T, R], rows left_stride apart; used where RANK, and so the next
+    left_ptr,  # [T, R], rows left_stride apart; used where RANK, as the next
     right_ptr,  # [R, C], any strides
     x_stride,
     first_stride,

@@ -1,4 +1,4 @@
-"""What FP8's operations take and give: matrices in e4m3 with scales."""
+"""Matrices in FP8 (e4m3) with scales, which FP8's operations take and return."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Rows(NamedTuple):
     scales: Tensor
 
     def float(self) -> Tensor:
-        """What it stands for, in float32."""
+        """The values it represents, in float32."""
         return self.values.float() * self.scales[:, None]
 
 

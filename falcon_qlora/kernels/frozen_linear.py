@@ -1,12 +1,12 @@
 """Frozen linears with LoRA, several as one product.
 
-Linears that share their input are one product, and so are those whose outputs are added up. LoRA rides along:
-with t = x Aᵀ, ``x Wᵀ + s t Bᵀ`` is ``[x | t] [W | sB]ᵀ``, and with u = s dy B, the input's gradient
-``dy W + u A`` is ``[dy | u] [W ; A]``. So no pass over a large activation is LoRA's own. Weights are
-dequantized for every product, into the same memory.
+Linears that share their input are one product, and so are those whose outputs are added. LoRA is part of
+that product: with t = x Aᵀ, ``x Wᵀ + s t Bᵀ`` is ``[x | t] [W | sB]ᵀ``, and with u = s dy B, the input's
+gradient ``dy W + u A`` is ``[dy | u] [W ; A]``. So LoRA needs no pass of its own over a large activation.
+Weights are dequantized for every product, into the same memory.
 
-With dropout, t is made of what is left of x, and ``u A`` is added to the gradient where x was kept, in a pass
-of its own.
+With dropout, t is computed from the values of x that are kept, and ``u A`` is added to the gradient at those
+values in a separate pass.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ Adapter = tuple[Tensor | None, Tensor | None]  # A [r, in] and B [out, r], float
 
 
 class Workspace:
-    """Memory for one group's dequantized weights, used again by every product of every block."""
+    """Memory for one group's dequantized weights, reused by every product of every block."""
 
     def __init__(self) -> None:
         self._memory: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def take(self, rows: int, columns: int, like: Tensor) -> Tensor:
-        """``[rows, columns]`` of undefined content; what was taken before is overwritten."""
+        """``[rows, columns]``, uninitialized; it shares memory with what was taken before."""
         key = (like.device, like.dtype)
         memory = self._memory.get(key)
         if memory is None or memory.numel() < rows * columns:
@@ -56,9 +56,9 @@ class Projection:
         layer: holds the frozen weight ``[out, in]`` in any form that `ops.dequantize` reads.
         out_features: rows of the weight.
         in_features: columns of the weight.
-        rank: of LoRA, 0 without.
+        rank: of LoRA; 0 means none.
         scaling: of LoRA's product.
-        dropout: of what LoRA reads, or None.
+        dropout: of LoRA's input, or None.
     """
 
     layer: Any
@@ -70,11 +70,11 @@ class Projection:
 
 
 class _Group:
-    """Linears that are multiplied as one, and where each one's part lies.
+    """Linears that are multiplied as one, and the slices of each.
 
     Attributes:
-        columns: R, the sum of the ranks rounded up to a multiple of 8, as the matrix units like it.
-        ranks: where each linear's LoRA lies among them.
+        columns: R, the sum of the ranks, rounded up to a multiple of 8 for the matrix units.
+        ranks: each linear's slice of them.
         drops: whether any LoRA has dropout.
     """
 
@@ -103,7 +103,7 @@ class _Group:
         return (b * self.projections[index].scaling).to(like.dtype)
 
     def _read(self, index: int, x: Tensor) -> Tensor:
-        """What one linear's LoRA reads of `x`, ``[T, in]``."""
+        """The input of one linear's LoRA: `x` ``[T, in]`` after its dropout."""
         dropout = self.projections[index].dropout
         return x if dropout is None else dropped(x, dropout)
 
@@ -122,7 +122,7 @@ class _Group:
 
 
 class SharedInput(_Group):
-    """Linears of one input: their outputs lie side by side.
+    """Linears with one input: their outputs are side by side.
 
     Attributes:
         features: H, of the input.
@@ -144,7 +144,7 @@ class SharedInput(_Group):
         return low
 
     def operand(self, extended: Tensor) -> tuple[Tensor, Tensor]:
-        """The other factor of `forward`'s product, ``[width, H + R]``, and t, put behind the input."""
+        """The other factor of `forward`'s product, ``[width, H + R]``, and t, put behind the input too."""
         x = extended[:, : self.features]
         low = extended.new_empty(extended.shape[0], self.columns)
         weight = self.workspace.take(self.width, self.features + self.columns, extended)
@@ -166,7 +166,7 @@ class SharedInput(_Group):
         return weight, low
 
     def adapter_gradients(self, extended: Tensor, low: Tensor, x: Tensor) -> list[Tensor | None]:
-        """The gradients of each A and B; puts u, which `input_gradient` needs, behind the gradient.
+        """The gradients of each A and B. Puts u, which `input_gradient` needs, behind the outputs' gradient.
 
         Args:
             extended: ``[T, width + R]``, of which the first columns are the outputs' gradient.
@@ -203,7 +203,7 @@ class SharedInput(_Group):
 
 
 class SharedOutput(_Group):
-    """Linears whose outputs are added up: their inputs lie side by side.
+    """Linears whose outputs are added up: their inputs are side by side.
 
     Attributes:
         features: of all inputs.
@@ -255,7 +255,7 @@ class SharedOutput(_Group):
     def gradient_operands(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Both factors of `input_gradient`'s product, ``[T, H + R]`` and ``[H + R, features]``, and u.
 
-        With dropout without the R columns and rows: what they add is not the whole product's.
+        With dropout without the R columns and rows: LoRA's part is then added separately.
         """
         extended = _with_room(grad, self.columns)
         weight = self.workspace.take(self.width + self.columns, self.features, grad)
@@ -304,7 +304,7 @@ def project(rows: Tensor, projection: Projection, workspace: Workspace) -> Tenso
     Args:
         rows: ``[P, in]``, in the dtype to compute in.
         projection: the linear.
-        workspace: for its dequantized weight, forward and again backward.
+        workspace: for its dequantized weight, in both passes.
 
     Returns:
         ``[P, out]``, connected to `rows`.
@@ -327,19 +327,19 @@ class _Project(torch.autograd.Function):
 
 
 def dequantized(projection: Projection, workspace: Workspace, like: Tensor) -> Tensor:
-    """A linear's weight ``[out, in]`` in `like`'s dtype, until the workspace is taken again."""
+    """A linear's weight ``[out, in]`` in `like`'s dtype; valid until the next use of the workspace."""
     weight = workspace.take(projection.out_features, projection.in_features, like)
     return ops.dequantize(projection.layer, weight)
 
 
 def room_behind(like: Tensor, columns: int) -> Tensor:
-    """An empty tensor like ``[T, C]`` with room for `columns` more in every row, which `_with_room` finds."""
+    """An empty tensor like ``[T, C]`` with space for `columns` more in every row, which `_with_room` uses."""
     tokens, width = like.shape
     return like.new_empty(tokens, width + columns)[:, :width]
 
 
 def _with_room(x: Tensor, columns: int) -> Tensor:
-    """``[T, C]`` with `columns` more in every row: `x` itself where it is `room_behind`'s, else a copy."""
+    """``[T, C]`` with `columns` more in every row: `x` itself if from `room_behind`, else a copy."""
     tokens, width = x.shape
     row = width + columns
     whole = x.untyped_storage().nbytes() == tokens * row * x.element_size() and x.storage_offset() == 0
@@ -359,7 +359,7 @@ def _spans(sizes: Sequence[int]) -> list[slice]:
 
 
 def mm_float32(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in float32, added up over many tokens: not rounded to bfloat16 at the end."""
+    """``a @ b`` in float32; on a GPU the sum over tokens is not rounded to bfloat16 before."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)  # type: ignore[call-overload]
     return (a @ b).float()

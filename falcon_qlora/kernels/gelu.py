@@ -1,9 +1,9 @@
-"""Exact GELU, x·Φ(x), and its gradient with the output once more.
+"""Exact GELU, x·Φ(x), and its gradient together with the output.
 
-The error function of the CUDA library takes more instructions than the bytes of an element leave time for.
-Here the normal distribution's tail Φ(-|x|) is exp(-x²/2) times a polynomial in 1 / (1 + 0.28 |x|): before
-rounding off by at most 1.7e-8, and by 6e-5 of itself up to |x| = 5, where ``0.5 * (1 + erf)`` in float32 has
-one digit left. The exponential is the one that the gradient needs as well.
+The CUDA library's error function would take longer than reading and writing the elements. Here the normal
+distribution's tail Φ(-|x|) is exp(-x²/2) times a polynomial in 1 / (1 + 0.28 |x|). Before rounding, its
+absolute error is at most 1.7e-8, and its relative error 6e-5 up to |x| = 5, where ``0.5 * (1 + erf)`` in
+float32 has one digit left. The gradient needs the same exponential.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def gelu_backward(
     """`ops.gelu_backward` in one pass.
 
     Args:
-        grad, x, out: as there; `out` may be `x`, and `grad` where `output` is not.
-        output: ``[T, F]`` to write GELU's output into; None for `grad`. May be `x`, where `out` is not.
+        grad, x, out: as there; `out` may be `x`, or `grad` if `output` is not.
+        output: ``[T, F]`` to write GELU's output into; None for `grad`. May be `x` if `out` is not.
     """
     grad, x = contiguous_rows(grad), contiguous_rows(x)
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if output is None:
-        output = grad  # its memory is free when it has been read
+        output = grad  # not needed any more once it has been read
     check_rows(x, grad, out, output)
     if x.numel():
         block, options = _block(x)

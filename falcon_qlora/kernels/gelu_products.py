@@ -1,6 +1,6 @@
-"""Products whose epilogue computes exact GELU, by quack-kernels, where that optional library is installed.
+"""Products with exact GELU in their epilogue, from quack-kernels, if that optional library is installed.
 
-GELU by itself reads and writes the largest activations once more in each direction. In the epilogue of the
+A separate GELU reads and writes the largest activations once more in each direction. In the epilogue of the
 product next to it, it is free.
 """
 
@@ -18,7 +18,7 @@ from falcon_qlora.kernels import libraries
 
 @dataclass(frozen=True, eq=False)
 class GeluProducts:
-    """Both directions' products, for bfloat16 on Hopper and later GPUs."""
+    """The products of both directions, for bfloat16 on Hopper and later GPUs."""
 
     _forward: Callable[..., Any]
     _backward: Callable[..., Any]
@@ -29,7 +29,7 @@ class GeluProducts:
         Args:
             x: ``[T, C]``.
             weight: ``[C, F]``, contiguous along either dimension.
-            before: ``[T, F]`` to write the product into; rows may be any distance apart, as everywhere here.
+            before: ``[T, F]`` to write the product into; any row stride, as for all tensors here.
             after: ``[T, F]`` to write its GELU into.
         """
         self._forward(x, weight, out={"D": before, "after": after}, tuned=False)
@@ -37,12 +37,12 @@ class GeluProducts:
     def backward(
         self, grad: Tensor, weight: Tensor, before: Tensor, of_before: Tensor, after: Tensor
     ) -> None:
-        """Write the gradient of what went into GELU, and GELU's output again.
+        """Write the gradient of GELU's input, and GELU's output again.
 
         Args:
             grad: ``[T, C]``, of the output of the linear after GELU.
             weight: ``[C, F]``, of that linear.
-            before: ``[T, F]``, what went into GELU.
+            before: ``[T, F]``, GELU's input.
             of_before: ``[T, F]`` to write its gradient into.
             after: ``[T, F]`` to write GELU's output into.
         """
@@ -51,12 +51,12 @@ class GeluProducts:
 
 @lru_cache
 def gelu_products() -> GeluProducts | None:
-    """The library's products; None where it is missing, does not load, or the GPU is older than Hopper."""
+    """The library's products; None if it is missing or does not load, or if the GPU is older than Hopper."""
     if not libraries.usable("quack"):
         return None
     try:
         return _define()
-    except (ImportError, TypeError, AttributeError):  # another release of one of its parts
+    except (ImportError, TypeError, AttributeError):  # another version of it or of a dependency
         return None
 
 
@@ -80,7 +80,7 @@ def _define() -> GeluProducts:
 
 
 class _Activation:
-    """A function of the library with a name for its cache: it cannot derive one for these by itself."""
+    """A function of the library with a key for its cache, which it cannot derive for these by itself."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function

@@ -18,7 +18,7 @@ def dequantize_int8(weight: Tensor, scales: Tensor, out: Tensor) -> Tensor:
     Args:
         weight: int8 ``[O, I]``, contiguous.
         scales: float32 ``[O]``, the largest absolute value of each row.
-        out: ``[O, I]`` to write into; rows may be any distance apart.
+        out: ``[O, I]`` to write into; any row stride.
 
     Returns:
         `out`.

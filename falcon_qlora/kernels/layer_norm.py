@@ -1,13 +1,13 @@
-"""Layer norm, one or two over the same input, and its gradient for the input.
+"""Layer norm, one or two over the same input, and the input's gradient.
 
-Weights and biases are frozen: they get no gradient, so the backward pass is one read of what it needs and one
-write. Two norms over one input (Falcon-40B's attention and MLP norms) differ in weight and bias alone: they
-share the statistics, and their gradients meet before the sums over a row. Sums are taken in float32, of a row
-that is held in registers: no second read.
+Weights and biases are frozen and get no gradient, so the backward pass reads its inputs once and writes once.
+Two norms over one input (Falcon-40B's attention and MLP norms) differ only in weight and bias: they share the
+statistics, and their gradients are added before the sums over a row. Sums are taken in float32 over a row in
+registers, so nothing is read twice.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
-# (a kernel's arguments are what Triton makes of them)
+# (Triton decides the types of a kernel's arguments)
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def layer_norm(
 def two_layer_norms(
     x: Tensor, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, bias_2: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Two layer norms of the same rows, as `layer_norm`'s.
+    """Two layer norms of the same rows, each as in `layer_norm`.
 
     Returns:
         both results ``[T, H]``, and the statistics they share, float32 ``[T]``.
@@ -66,7 +66,7 @@ def two_layer_norms_backward(
     addend: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The input's gradient of `two_layer_norms`: the sum of what comes through both, as above."""
+    """The gradient of `two_layer_norms`' input: the sum through both norms, as in `layer_norm_backward`."""
     return _backward([(grad_1, weight_1), (grad_2, weight_2)], x, mean, rstd, addend, out)
 
 
@@ -117,9 +117,9 @@ def _backward(
 
 
 def _row_options(hidden: int, direction: str) -> dict[str, int]:
-    """How a program holds a row: a power of two of lanes, and a second, smaller one where that saves many.
+    """How a program holds a row: in a power of two of lanes, plus a second, smaller one if that saves many.
 
-    7B's 4,544 are 4,096 + 512 lanes: with 8,192 nearly half of all instructions would do nothing.
+    7B's 4,544 columns are held in 4,096 + 512 lanes: with 8,192 nearly half of all lanes would be idle.
     """
     lanes = triton.next_power_of_2(hidden)
     main, rest = lanes // 2, triton.next_power_of_2(max(hidden - lanes // 2, 1))
@@ -147,7 +147,7 @@ def _layer_norm(
     x_ptr,  # [T, H], rows x_stride apart
     weight_1_ptr,  # [H]
     bias_1_ptr,  # [H]
-    weight_2_ptr,  # [H]; used where TWO, and so the next
+    weight_2_ptr,  # [H]; used where TWO, as the next
     bias_2_ptr,  # [H]
     y_1_ptr,  # [T, H], rows y_1_stride apart
     y_2_ptr,  # [T, H], rows y_2_stride apart; used where TWO
@@ -239,7 +239,7 @@ def _layer_norm_backward(
     mean = tl.load(mean_ptr + row)
     rstd = tl.load(rstd_ptr + row)
     column = tl.arange(0, MAIN)
-    # Beyond H the scaled gradient is zero, and so is what it adds to the sums.
+    # Beyond H the scaled gradient is zero and adds nothing to the sums.
     scaled = _scaled_gradient(grad_1_ptr, grad_2_ptr, weight_1_ptr, weight_2_ptr, column, hidden, TWO)
     normalized = (_load(x_ptr, column, hidden) - mean) * rstd
     of_mean = tl.sum(scaled, 0)

@@ -11,11 +11,11 @@ from falcon_qlora.common.files import user_cache
 
 
 def usable(module: str) -> bool:
-    """Whether `module` is installed and this GPU is one of its; to be asked before it is imported.
+    """Whether `module` is installed and supports this GPU; to be called before it is imported.
 
-    What the libraries compile for a GPU, some seconds a kernel and process, is kept for later runs in the
-    user's own cache: by themselves one keeps nothing, and the other in a folder that all users share.
-    Variables that are set already stay.
+    Also sets the libraries' cache variables, unless already set. Compiling takes seconds per kernel and
+    process; the user's own cache keeps the results for later runs. By default, one library keeps nothing, and
+    the other uses a folder shared by all users.
     """
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
         return False

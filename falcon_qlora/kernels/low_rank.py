@@ -1,4 +1,4 @@
-"""What LoRA adds to a matrix, and what its dropout leaves out of one."""
+"""What LoRA adds to a matrix, and which values its dropout drops."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-HASH_BITS = 32  # of what decides on a value
-_SEED = 2**31  # seeds below it stay whole numbers of 32 bits to a kernel
+HASH_BITS = 32  # of the hash that decides on a value
+_SEED = 2**31  # kernels take seeds below it as 32-bit integers
 
 
 class LowRank(NamedTuple):
@@ -19,12 +19,12 @@ class LowRank(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """Which values of a matrix are left out.
+    """Which values of a matrix are dropped.
 
     Attributes:
-        p: the probability, at least 0 and below 1; the others are divided by 1 - p.
-        low: half of the seed, from 2 on, as Triton compiles a kernel of its own for 1.
-        high: its other half.
+        p: their probability, at least 0 and below 1; the other values are divided by 1 - p.
+        low: half of the seed, at least 2, as Triton compiles a separate kernel for 1.
+        high: the other half, likewise.
     """
 
     p: float
@@ -33,13 +33,13 @@ class Dropout(NamedTuple):
 
     @staticmethod
     def draw(p: float) -> Dropout:
-        """With a seed from PyTorch's generator on the CPU, whose state checkpoints keep."""
+        """A dropout with a seed from PyTorch's CPU generator, whose state is in checkpoints."""
         low, high = torch.randint(2, _SEED, (2,)).tolist()
         return Dropout(p, low, high)
 
     @property
     def threshold(self) -> int:
-        """Hashes below it are left out."""
+        """Values whose hash is below it are dropped."""
         return min(round(self.p * 2**HASH_BITS), 2**HASH_BITS - 1)
 
 

@@ -1,4 +1,4 @@
-"""What LoRA adds to a matrix, a tile at a time, for kernels that read or write that matrix anyway."""
+"""LoRA's part of a matrix, one tile at a time, for kernels that read or write that matrix anyway."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 from falcon_qlora.kernels.low_rank import LowRank
 
-# Lanes for LoRA's rank that are loaded together; the tiles of a larger rank, as a whole, do not fit into the
-# shared memory of most GPUs, so they come in pieces.
+# Lanes for LoRA's rank that are loaded together. Whole tiles of a larger rank do not fit into the shared
+# memory of most GPUs, so they are loaded in pieces.
 _WHOLE, _PIECE = tl.constexpr(128), tl.constexpr(64)
 
 
 def low_rank_arguments(low: LowRank | None, like: Tensor) -> tuple[Tensor, Tensor, dict[str, int]]:
-    """Both matrices as kernels take them, and the lanes for their rank; any and none without LoRA."""
+    """Both matrices as kernels take them, and the lanes for their rank; placeholders and 0 without LoRA."""
     if low is None:
         return like, like, {"RANK": 0}
     assert low.left.stride(1) == 1
@@ -22,7 +22,7 @@ def low_rank_arguments(low: LowRank | None, like: Tensor) -> tuple[Tensor, Tenso
 
 
 def tiles(x: Tensor, tile: tuple[int, int, int]) -> tuple[tuple[int], dict[str, int]]:
-    """The programs that go over a matrix, and how: `tile` is their tokens, features and warps."""
+    """The grid and options of a launch over a matrix; `tile` is a program's tokens, features and warps."""
     tokens, features, warps = tile
     count = triton.cdiv(x.shape[0], tokens) * triton.cdiv(x.shape[1], features)
     return (count,), {"TOKENS": tokens, "FEATURES": features, "num_warps": warps}
@@ -30,7 +30,7 @@ def tiles(x: Tensor, tile: tuple[int, int, int]) -> tuple[tuple[int], dict[str, 
 
 @triton.jit
 def tile(tokens, features, TOKENS: tl.constexpr, FEATURES: tl.constexpr):
-    """This program's part of ``[tokens, features]``: its rows, its columns, and which of them there are."""
+    """This program's part of ``[tokens, features]``: its rows, its columns, and which of them exist."""
     blocks = tl.cdiv(features, FEATURES)
     token = (tl.program_id(0) // blocks) * TOKENS + tl.arange(0, TOKENS)
     feature = (tl.program_id(0) % blocks) * FEATURES + tl.arange(0, FEATURES)
@@ -39,7 +39,7 @@ def tile(tokens, features, TOKENS: tl.constexpr, FEATURES: tl.constexpr):
 
 @triton.jit
 def low_rank_tile(low, token, in_tokens, feature, in_features, RANK: tl.constexpr):
-    """``left @ right`` of a tile in float32, and each of its rows' length in `left` and nothing more.
+    """``left @ right`` of a tile in float32, and the length of each of its rows in `left`.
 
     `low` is both pointers, the strides of `left`'s rows, of `right`'s rows and of its columns, and the rank.
     """
@@ -56,7 +56,7 @@ def low_rank_tile(low, token, in_tokens, feature, in_features, RANK: tl.constexp
 
 @triton.jit
 def _columns(low, token, in_tokens, feature, in_features, start, COLUMNS: tl.constexpr):
-    """What some columns of `left` and rows of `right` give, and those columns' squares, summed."""
+    """The product of some columns of `left` and rows of `right`, and the sums of those columns' squares."""
     left_ptr, right_ptr, left_stride, right_stride, right_feature_stride, rank = low
     index = start + tl.arange(0, COLUMNS)
     mask = in_tokens[:, None] & (index < rank)[None, :]

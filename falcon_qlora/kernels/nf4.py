@@ -1,11 +1,11 @@
-"""NF4 weights back into floating point, in one launch, where and how a product reads them.
+"""Dequantizes NF4 weights in one launch, into the place and layout that a product reads.
 
 Shapes: B = ceil(O·I / 64) blocks of weights, S = ceil(B / 256) blocks of scales.
 
-The layout is bitsandbytes': the weight row by row, two 4-bit codes a byte, the earlier weight in the high
+The layout is bitsandbytes': the weight row by row, two 4-bit codes per byte, the earlier weight in the high
 nibble; one scale for 64 weights. Under double quantization the scales are 8-bit codes themselves, with one
-float32 scale for 256 of them, plus one offset for all. A weight moves 0.5 bytes in, 2 out: nothing here but
-those bytes should cost time, so nothing between them is stored.
+float32 scale for 256 of them, plus one offset for all. A weight is 0.5 bytes to read and 2 to write in
+bfloat16. Nothing else should cost time, so no intermediate result is stored.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ def can_dequantize_nf4(state: Any) -> bool:
 def dequantize_nf4(
     packed: Tensor, state: Any, out: Tensor, *, transpose: bool = False, scale: Tensor | None = None
 ) -> Tensor:
-    """Write the weights that `packed` stands for into `out`.
+    """Dequantize `packed` into `out`.
 
-    Bit for bit what bitsandbytes gives in `out`'s dtype: the scale in float32, one product, one rounding.
+    Bitwise the same as bitsandbytes in `out`'s dtype: the scale in float32, one product, one rounding.
 
     Args:
         packed: uint8 ``[O·I / 2, 1]``, a ``Params4bit``'s data.
-        state: its bitsandbytes ``QuantState``, whose tensors lie on the same device.
+        state: its bitsandbytes ``QuantState``, whose tensors are on the same device.
         out: ``[O, I]``, or ``[I, O]`` with `transpose`, bfloat16, float16, float32, or FP8 (e4m3) with
-            `scale`. The last dimension is contiguous; rows may be any distance apart, so it can be a part of
-            a larger buffer.
+            `scale`. The last dimension is contiguous; with any row stride, so it can be part of a larger
+            buffer.
         transpose: write the transposed weight.
-        scale: float32 ``[]``, what the weights are divided by, or None.
+        scale: float32 ``[]`` to divide the weights by, or None.
 
     Returns:
         `out`.
@@ -103,7 +103,7 @@ def _scale(block, mask, absmax_ptr, offset_ptr, nested_code_ptr, nested_absmax_p
     absmax = tl.load(absmax_ptr + block, mask=mask, other=0)
     if NESTED:
         code = tl.load(nested_code_ptr + absmax.to(tl.int32))
-        # 256: scales that share one scale.
+        # 256 is _NESTED_BLOCK.
         nested_absmax = tl.load(nested_absmax_ptr + block // 256, mask=mask, other=0.0)
         return code * nested_absmax + tl.load(offset_ptr)
     return absmax.to(tl.float32)
@@ -111,7 +111,7 @@ def _scale(block, mask, absmax_ptr, offset_ptr, nested_code_ptr, nested_absmax_p
 
 @triton.jit
 def _divided(weight, scale_ptr, dtype: tl.constexpr, SCALED: tl.constexpr):
-    """In `dtype`; where SCALED within FP8's range."""
+    """The weight in `dtype`; where SCALED, divided by the scale and clamped to FP8's range."""
     if SCALED:
         weight = tl.clamp(weight * (1.0 / tl.load(scale_ptr)), -448.0, 448.0)
     return weight.to(dtype)
@@ -119,8 +119,8 @@ def _divided(weight, scale_ptr, dtype: tl.constexpr, SCALED: tl.constexpr):
 
 @triton.jit
 def _weights(word, scale, code_ptr):
-    """The eight weights of every word, in memory's order along a new last dimension, in float32."""
-    # Weight j lies in byte j // 2, the even one in the high nibble: bits 4 (j xor 1) on.
+    """The eight weights of every word, in memory order along a new last dimension, in float32."""
+    # Weight j is in byte j // 2, the even one in the high nibble: bits from 4 (j xor 1) on.
     shift = 4 * (tl.arange(0, 8) ^ 1)
     code = (tl.expand_dims(word, -1) >> shift) & 15
     return tl.load(code_ptr + code) * tl.expand_dims(scale, -1)
@@ -131,7 +131,7 @@ def _dequantize_rows(
     word_ptr,  # int32 [O·I / 8]
     code_ptr,  # float32 [16]
     absmax_ptr,  # uint8 [B] if NESTED, else float32 [B]
-    offset_ptr,  # float32 []; any where not NESTED, and so the next two
+    offset_ptr,  # float32 []; used where NESTED, as the next two
     nested_code_ptr,  # float32 [256]
     nested_absmax_ptr,  # float32 [S]
     scale_ptr,  # float32 []; used where SCALED
@@ -163,7 +163,7 @@ def _dequantize_transposed(
     word_ptr,  # int32 [O, I / 8]
     code_ptr,  # float32 [16]
     absmax_ptr,  # uint8 [B] if NESTED, else float32 [B]
-    offset_ptr,  # float32 []; any where not NESTED, and so the next two
+    offset_ptr,  # float32 []; used where NESTED, as the next two
     nested_code_ptr,  # float32 [256]
     nested_absmax_ptr,  # float32 [S]
     scale_ptr,  # float32 []; used where SCALED

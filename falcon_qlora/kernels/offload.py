@@ -1,13 +1,13 @@
-"""Tensors that a backward pass needs, in CPU memory between the two passes.
+"""Offloads tensors saved for the backward pass to CPU memory between the two passes.
 
-The copies run on one stream beside the computation and never make the host wait. A tensor leaves when the
-next one is saved, so at most two are on the device on their way out; on the way back the one before is
-fetched while the present one is used. One stream is enough, as forward only writes and backward only reads;
-and its order is what makes it safe to use a buffer again.
+The copies run on one stream beside the computation and never make the host wait. A tensor leaves the device
+when the next one is saved, so at most two are there on their way out. On the way back, the previous one is
+fetched while the current one is used. One stream is enough, as forward only writes to the CPU and backward
+only reads; its order makes it safe to reuse a buffer.
 
-CPU buffers are page-locked, of sizes that are powers of two (PyTorch's allocator of such memory rounds up to
-one anyway), and stay: after the largest micro batch a step allocates none. On a CPU model the same happens
-without streams.
+CPU buffers are page-locked and kept: after the largest micro-batch a step allocates none. Their sizes are
+powers of two, as PyTorch's pinned allocator rounds up to one anyway. On a CPU model the same happens without
+streams.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Offload:
         self._latest: weakref.ref[_Moved] | None = None
 
     def moving(self, tensor: Tensor) -> saved_tensors_hooks:
-        """A context in which `tensor` is moved where a function saves it; all else is saved as ever."""
+        """A context in which `tensor` is offloaded if a function saves it; others are saved as usual."""
         address, count = tensor.data_ptr(), tensor.numel()
 
         def pack(saved: Tensor) -> Any:
@@ -45,7 +45,7 @@ class Offload:
         return self._stream
 
     def follow(self, moved: _Moved) -> weakref.ref[_Moved] | None:
-        """Make `moved` the latest; the one before it leaves the device."""
+        """Make `moved` the latest; the one before leaves the device and is returned."""
         before, self._latest = self._latest, weakref.ref(moved)
         previous = before() if before is not None else None
         if previous is not None:
@@ -58,7 +58,7 @@ class Offload:
         for index, buffer in enumerate(self._buffers):
             if buffer.numel() >= size and buffer.is_pinned() == pinned:
                 return self._buffers.pop(index)
-        self._buffers.clear()  # those that are too small
+        self._buffers.clear()  # all are too small
         return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
 
     def give(self, buffer: Tensor) -> None:
@@ -69,7 +69,7 @@ class Offload:
 
 
 class _Moved:
-    """One saved tensor; its buffer is free again when nothing needs the tensor any more."""
+    """One saved tensor; its buffer can be reused once nothing refers to it any more."""
 
     def __init__(self, home: Offload, tensor: Tensor) -> None:
         self._home = home
@@ -81,20 +81,20 @@ class _Moved:
         self._copied = self._copy(tensor, self._stored())
 
     def leave(self) -> None:
-        """Let go of the device's memory, which the device may use again once the copy is made."""
+        """Release the device's memory, which can be reused once the copy is done."""
         if self._here is not None:
             self._wait()
             self._here = None
 
     def fetch(self) -> None:
-        """Begin to bring the tensor back, where it is not on the device."""
+        """Start the copy back, if the tensor is not on the device."""
         if self._here is None:
             here = torch.empty(self._shape, dtype=self._dtype, device=self._device)
             self._copied = self._copy(self._stored(), here)
             self._here = here
 
     def back(self) -> Tensor:
-        """The tensor on its device; the one saved before it begins to come too."""
+        """The tensor on its device; also starts fetching the one saved before it."""
         self.fetch()
         self._wait()
         previous = self._previous() if self._previous is not None else None
@@ -102,7 +102,7 @@ class _Moved:
             previous.fetch()
         here = self._here
         assert here is not None
-        # Held by the caller alone, so that its memory is free when the caller is done.
+        # Only the caller holds it now, so its memory is free when the caller is done.
         self._here = None
         return here
 
@@ -115,7 +115,7 @@ class _Moved:
         if stream is None:
             target.copy_(source)
             return None
-        # Both ways: what is read has been computed, and what is written is free.
+        # In both directions: the source must be computed, and the target's memory free.
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)

@@ -1,8 +1,7 @@
 """The operations between a block's large products, behind one seam.
 
-Each operation has a plain PyTorch form, its reference. `using` chooses between the forms by name; without it
-the best one runs that the tensors' device has. Outputs may be slices of larger tensors: a product then reads
-them where they lie.
+Each operation has a plain PyTorch form, its reference. `using` chooses a form by name; by default the
+tensors' device decides. Outputs may be slices of larger tensors, which a product then reads without a copy.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def using(implementation: Implementation | None) -> Iterator[None]:
 
 
 def triton_runs_on(device: torch.device) -> bool:
-    """Whether Triton's forms are taken for tensors on `device`."""
+    """Whether Triton's forms are used for tensors on `device`."""
     if _forced is not None:
         return _forced == "triton"
     return device.type == "cuda" and _triton_is_installed()
@@ -51,10 +50,10 @@ def _triton_is_installed() -> bool:
 def or_triton(
     module: str, where: Callable[..., bool] = lambda *_: True
 ) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """What is decorated is an operation's plain form; Triton's is the function of that name in `module`.
+    """Decorate an operation's plain form; Triton's form is the function of the same name in `module`.
 
-    Triton's is called where it is taken for the device of the first argument, a tensor or a layer, and where
-    it can do it: `where` is asked with the positional arguments.
+    Triton's form is called if it is used on the device of the first argument, a tensor or a layer, and if
+    `where` returns True for the positional arguments.
     """
 
     def decorate(plain: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -76,14 +75,14 @@ def or_triton(
 
 @or_triton("dequantize_triton")
 def dequantize(layer: Any, out: Tensor | None = None) -> Tensor:
-    """The frozen weight that `layer` stands for.
+    """The frozen weight of `layer`, dequantized.
 
     Args:
         layer: bitsandbytes' ``Linear4bit`` or ``Linear8bitLt``, or any layer with a floating-point weight.
-        out: ``[out, in]``, what to write into, also a slice with longer rows; a new tensor where None.
+        out: ``[out, in]`` to write into, possibly a slice with longer rows; None for a new tensor.
 
     Returns:
-        ``[out, in]``, in `out`'s dtype, else in the dtype the weight was quantized from (int8: bfloat16).
+        ``[out, in]``, in `out`'s dtype, or else in the dtype it was quantized from (int8: bfloat16).
     """
     weight = layer.weight
     if weight.dtype == torch.int8:
@@ -109,7 +108,7 @@ def layer_norm(
         weight: ``[H]``.
         bias: ``[H]``.
         eps: added to the variance.
-        out: ``[T, H]``, what to write into, also a slice with longer rows; a new tensor where None.
+        out: ``[T, H]`` to write into, possibly a slice with longer rows; None for a new tensor.
 
     Returns:
         the output ``[T, H]`` in `x`'s dtype, the mean and the reciprocal of the standard deviation, float32
@@ -133,16 +132,16 @@ def layer_norm_backward(
     addend: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The input's gradient of `layer_norm`.
+    """The gradient of `layer_norm`'s input.
 
     Args:
         grad: ``[T, H]``, of the output.
         x: ``[T, H]``, the input.
-        mean: float32 ``[T]``, from the forward pass; so too `rstd`.
-        rstd: float32 ``[T]``.
+        mean: float32 ``[T]``, from the forward pass.
+        rstd: float32 ``[T]``, likewise.
         weight: ``[H]``.
         addend: ``[T, H]``, added to the result, or None.
-        out: ``[T, H]``, what to write into, also a slice with longer rows; a new tensor where None.
+        out: ``[T, H]`` to write into, possibly a slice with longer rows; None for a new tensor.
 
     Returns:
         ``[T, H]`` in `x`'s dtype.
@@ -169,7 +168,7 @@ def copy_rows(x: Tensor, out: Tensor) -> Tensor:
 
 @or_triton("rotary")
 def rotate_(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary embedding in place: the first and second halves of each head are the coordinates of D/2 planes.
+    """Rotary embedding in-place: the first and second halves of each head are the coordinates of D/2 planes.
 
     Args:
         heads: ``[T, G, Q/G + 2, D]``, any strides with the last one 1.
@@ -191,7 +190,7 @@ def rotate_(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 def rotate_join(
     query: Tensor, key: Tensor, value: Tensor, cosine: Tensor, sine: Tensor, out: Tensor
 ) -> Tensor:
-    """Rotate the gradients of queries and keys back and put them, with the values', beside each other.
+    """Rotate the gradients of queries and keys back, and join them with the values'.
 
     Args:
         query: ``[T, Q, D]``, the gradient of the rotated queries.
@@ -213,19 +212,19 @@ def rotate_join(
 
 @or_triton("gelu")
 def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """Exact GELU of ``[T, F]``, into `out` (also a slice with longer rows) where given."""
+    """Exact GELU of ``[T, F]``, into `out` if given (possibly a slice with longer rows)."""
     y = F.gelu(x)
     return y if out is None else out.copy_(y)
 
 
 @or_triton("gelu")
 def gelu_backward(grad: Tensor, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The input's gradient of `gelu`, and its output once more.
+    """The gradient of `gelu`'s input, and its output again.
 
     Args:
         grad: ``[T, F]``, of the output; may be overwritten.
         x: ``[T, F]``, the input.
-        out: ``[T, F]``, what to write the gradient into, also a slice with longer rows; may be `x`.
+        out: ``[T, F]`` to write the gradient into, possibly a slice with longer rows; may be `x`.
 
     Returns:
         the gradient ``[T, F]`` and gelu(x) ``[T, F]``, both in `x`'s dtype.
@@ -239,9 +238,9 @@ def cross_entropy_(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tens
     """Cross entropies of rows of logits, computed in float32.
 
     Args:
-        logits: ``[N, V]``; with `with_gradient` the gradients of each row's loss take their place.
+        logits: ``[N, V]``; overwritten by the gradients of each row's loss if `with_gradient`.
         targets: int64 ``[N]``.
-        with_gradient: whether to write them.
+        with_gradient: whether to write the gradients.
 
     Returns:
         float32 ``[N]``.
@@ -250,7 +249,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tens
     log_normalizer = torch.logsumexp(x, dim=-1, keepdim=True)
     losses = (log_normalizer - x.gather(-1, target))[:, 0]
     if with_gradient:
-        # The probabilities take the logits' memory.
+        # In-place, to save memory.
         x.sub_(log_normalizer).exp_().scatter_add_(-1, target, torch.full_like(log_normalizer, -1.0))
         if x is not logits:
             logits.copy_(x)

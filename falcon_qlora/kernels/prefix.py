@@ -1,11 +1,11 @@
 """What queries read from a learned prefix, added to attention's output: forward and backward.
 
-Every query attends to all P rows in a softmax of their own; what it reads, times its head's gate, is added.
-So with a = softmax(q kᵀ / √D), output + gate · a v. The backward pass computes a again from the queries: it
-needs nothing that was not kept for attention itself. With c = dy vᵀ and δ = Σ a c, the gate's gradient is δ
-summed over tokens, and the scores' is gate · a (c - δ): what was read is not computed again.
+Every query attends to all P rows in a separate softmax; the result, times its head's gate, is added to the
+output. With a = softmax(q kᵀ / √D), that is output + gate · a v. The backward pass recomputes a from the
+queries, so it needs only what is kept for attention itself. With c = dy vᵀ and δ = Σ a c, the gate's gradient
+is δ summed over tokens, and the scores' is gate · a (c - δ): a v is not recomputed.
 
-All in float32 and rounded once: a gate rounded to bfloat16 would move in steps.
+Everything is computed in float32 and rounded once: a gate rounded to bfloat16 would move in steps.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def _few_rows(first: Tensor, second: Tensor, key: Tensor, *others: Tensor) -> bo
 
 @ops.or_triton("prefix_triton", where=_few_rows)
 def add(query: Tensor, output: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
-    """Add what the queries read.
+    """Add what the queries read from the prefix.
 
     Args:
-        query: ``[T, G, Q/G, D]``, rotated; the last stride is 1, the others are free, as everywhere here.
+        query: ``[T, G, Q/G, D]``, rotated; any strides with the last one 1, as for all tensors.
         output: ``[T, Q, D]``, attention's own.
         key: ``[P, G, D]``.
         value: ``[P, G, D]``.
@@ -48,11 +48,11 @@ def add(query: Tensor, output: Tensor, key: Tensor, value: Tensor, gate: Tensor)
 def add_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, of_query: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of all that `add` takes but `output`, whose gradient is `grad` itself.
+    """The gradients of `add`'s inputs, except `output`'s, which is `grad` itself.
 
     Args:
         grad: ``[T, Q, D]``, of the sum.
-        query: as in `add`, and so the next three.
+        query: as in `add`; likewise the next three.
         key: ``[P, G, D]``.
         value: ``[P, G, D]``.
         gate: float32 ``[Q]``.

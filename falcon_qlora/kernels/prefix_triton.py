@@ -1,8 +1,8 @@
-"""What queries read from a prefix, see `prefix`, in one pass over the queries in each direction.
+"""Triton's form of `prefix`, in one pass over the queries in each direction.
 
 The T·Q/G queries of a key/value head are the rows of products with its keys and values, which stay in
-registers. A backward program goes through many rows and adds up the gradients of its head's keys and values;
-the programs' sums are added up at the end, in a fixed order.
+registers. A backward program goes through many rows and sums the gradients of its head's keys and values. The
+programs' sums are added up at the end, in a fixed order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Four for each multiprocessor of an H200: enough to hide what each waits for.
+# Four for each multiprocessor of an H200, enough to hide the memory latency.
 _PROGRAMS = 528
 
 
@@ -38,7 +38,7 @@ def add(query: Tensor, output: Tensor, key: Tensor, value: Tensor, gate: Tensor)
 def add_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, of_query: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `prefix.add_backward`; the queries' gradient is added in place."""
+    """See `prefix.add_backward`; the queries' gradient is added in-place."""
     _check(query, grad, key, value, of_query)
     tokens, kv_heads, group, _ = query.shape
     rows, options = tokens * group, _options(query, key, "backward")
@@ -63,7 +63,7 @@ def _check(query: Tensor, output: Tensor, *others: Tensor) -> None:
 
 
 def _options(query: Tensor, key: Tensor, direction: str) -> dict[str, Any]:
-    """Tiles that fit into the registers; the units for matrices take no fewer than 16 rows and columns."""
+    """Tiles that fit into registers; matrix units take at least 16 rows and columns."""
     lanes, prefix = (max(triton.next_power_of_2(size), 16) for size in (query.shape[-1], key.shape[0]))
     small = lanes <= 64 and prefix <= 16
     return {
@@ -72,7 +72,7 @@ def _options(query: Tensor, key: Tensor, direction: str) -> dict[str, Any]:
         "PREFIX": prefix,
         "ROWS": (64 if small else 32) * (2 if direction == "forward" else 1),
         "num_warps": 4,
-        "num_stages": 1,  # there are more programs than one a multiprocessor to wait for memory in turn
+        "num_stages": 1,  # several programs on a multiprocessor already hide the memory latency
     }
 
 
@@ -93,7 +93,7 @@ def _softmax(query, key, prefix, scale, PREFIX: tl.constexpr):
     return weights / tl.sum(weights, 1)[:, None]
 
 
-@triton.jit(do_not_specialize=["queries"])  # it differs from one micro batch to the next
+@triton.jit(do_not_specialize=["queries"])  # it differs from one micro-batch to the next
 def _add_read(
     query_ptr,  # [T, G, Q/G, D], by its strides
     output_ptr,  # [T, Q, D], by its strides

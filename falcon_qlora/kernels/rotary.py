@@ -1,11 +1,11 @@
-"""Rotary embedding of the fused projection's heads in place, and back on the way from attention.
+"""Rotary embedding of the fused projection's heads in-place, and the reverse for attention's gradients.
 
-The fused projection is ``[T, G, Q/G + 2, D]`` in every Falcon with rotary embedding: groups of query heads,
-the last two of each its key and its value. 7B, which has one key head, is one group of 71 query heads.
+The fused projection is ``[T, G, Q/G + 2, D]`` in every Falcon with rotary embedding: in each group the query
+heads, then its key and its value. 7B, which has one key head, is one group of 71 query heads.
 
 As in Transformers, the first and second half of a head are the coordinates of D/2 planes, and cosines and
-sines come twice, one time for each half. Everything is turned in float32 and rounded once. A rotation's
-gradient is the opposite rotation: nothing has to be kept for it.
+sines are given twice, once for each half. Rotation is in float32, rounded once. Its gradient is the opposite
+rotation, so nothing has to be kept for it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from falcon_qlora.kernels.rows import read
 
-# Tuned on Falcon's heads. All but 7B have 8 groups, so that 8 divides their heads.
+# Tuned on Falcon's heads. All models but 7B have 8 groups, so 8 divides their number of heads.
 _TOKENS_A_PROGRAM = 8
 _HEADS_A_PROGRAM = 8
 _WARPS = 4
@@ -31,7 +31,7 @@ def rotate_(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 def rotate_join(
     query: Tensor, key: Tensor, value: Tensor, cosine: Tensor, sine: Tensor, out: Tensor
 ) -> Tensor:
-    """`ops.rotate_join` in one pass; all may have any strides with the last one 1."""
+    """`ops.rotate_join` in one pass; all tensors may have any strides with the last one 1."""
     _launch(out, (query, key, value), cosine, sine, join=True)
     return out
 
@@ -67,10 +67,10 @@ def _store(ptr, offset, values, mask):
     tl.store(ptr + offset, values.to(ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["tokens"])  # it differs from one micro batch to the next
+@triton.jit(do_not_specialize=["tokens"])  # it differs from one micro-batch to the next
 def _rotate(
     fused_ptr,  # [T, G, Q/G + 2, D], by its strides
-    query_ptr,  # [T, Q, D], by its strides; not used in place, and so the next two
+    query_ptr,  # [T, Q, D], by its strides; used where JOIN, as the next two
     key_ptr,  # [T, G, D], by its strides
     value_ptr,  # [T, G, D], by its strides
     cosine_ptr,  # [T, D], rows cosine_stride apart
@@ -89,13 +89,13 @@ def _rotate(
     tokens,  # T
     kv_heads,  # G
     group,  # Q/G + 2
-    JOIN: tl.constexpr,  # parts to fused, rotated back; else in place
+    JOIN: tl.constexpr,  # rotate the parts back into fused; else in-place
     HALF: tl.constexpr,  # D / 2
     LANES: tl.constexpr,  # HALF, up to a power of two
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    # Programs that share tokens, and so cosines and sines, follow each other.
+    # Programs that share tokens, and so cosines and sines, are consecutive.
     head_blocks = tl.cdiv(kv_heads * group, HEADS)
     token = (tl.program_id(0) // head_blocks) * TOKENS + tl.arange(0, TOKENS)
     head = (tl.program_id(0) % head_blocks) * HEADS + tl.arange(0, HEADS)

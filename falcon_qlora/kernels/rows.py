@@ -1,4 +1,4 @@
-"""Rows as kernels take them, any distance apart; and copying them into longer rows at the memory's speed."""
+"""Helpers for matrices of any row stride, and a copy between them at memory speed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _WARPS = 4
 
 
 def contiguous_rows(matrix: Tensor) -> Tensor:
-    """The matrix itself where its rows are contiguous, else a copy."""
+    """The matrix itself if its rows are contiguous, else a copy."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
@@ -26,7 +26,7 @@ def check_rows(x: Tensor, *others: Tensor) -> None:
 
 
 def copy_rows(x: Tensor, out: Tensor) -> Tensor:
-    """Copy `x` into `out`, both ``[T, C]`` of one dtype, rows any distance apart. Returns `out`."""
+    """Copy `x` into `out`, both ``[T, C]`` of one dtype and any row stride. Returns `out`."""
     assert x.shape == out.shape
     assert x.stride(1) == out.stride(1) == 1
     if x.numel():
@@ -37,13 +37,13 @@ def copy_rows(x: Tensor, out: Tensor) -> Tensor:
 
 @triton.jit
 def read(ptr, offset, mask):
-    """In float32, zeros where nothing is read."""
+    """Load as float32, with zeros outside the mask."""
     return tl.load(ptr + offset, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def row_part(columns, BLOCK: tl.constexpr):
-    """This program's row, its columns in it, and which of these there are; programs go along rows."""
+    """This program's row, its columns, and which of these exist; programs go along rows."""
     blocks = tl.cdiv(columns, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)

@@ -1,7 +1,7 @@
-"""Outputs of linears times a learned scale, shifted by a learned bias, ``s (z + b)``; and trained norms.
+"""Learned scales and biases of linears' outputs, ``s (z + b)``; and the gradients of trained norms.
 
-All in float32 and rounded once: folded into bfloat16 weights, small updates of a scale would be lost. The
-gradients of vectors are sums over tokens, taken in float32 in a fixed order.
+Everything is computed in float32 and rounded once: folded into bfloat16 weights, small updates of a scale
+would be lost. The vectors' gradients are sums over tokens, taken in float32 in a fixed order.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from falcon_qlora.kernels import ops
 
 @ops.or_triton("scale_shift_triton")
 def scale_shift(x: Tensor, scale: Tensor, bias: Tensor, out: Tensor, gelu: Tensor | None = None) -> Tensor:
-    """Write ``scale * (x + bias)``, and its exact GELU where asked for.
+    """Write ``scale * (x + bias)``, and its exact GELU if `gelu` is given.
 
     Args:
-        x: ``[T, C]``; rows may be any distance apart, and so in every tensor here.
+        x: ``[T, C]``; any row stride, as for all tensors here.
         scale: float32 ``[C]``.
         bias: float32 ``[C]``.
         out: ``[T, C]`` to write into; may be `x`.
@@ -41,8 +41,8 @@ def add_scaled(
 
     Args:
         x: ``[T, C]``.
-        first: an output ``[T, C]``, its scale and its bias, float32 ``[C]`` each; so too `second`.
-        second: the other.
+        first: an output ``[T, C]``, its scale and its bias, float32 ``[C]`` each.
+        second: likewise.
 
     Returns:
         ``[T, C]`` in `x`'s dtype.
@@ -55,7 +55,7 @@ def add_scaled(
 
 @ops.or_triton("scale_shift_triton")
 def scale_backward(grad: Tensor, x: Tensor, scale: Tensor, out: Tensor, *, through_gelu: bool) -> Tensor:
-    """Write the gradient of what was scaled, and sum up what the vectors' gradients need.
+    """Write the gradient of the scaled values, and return the sums that the vectors' gradients need.
 
     Args:
         grad: ``[T, C]``, of the result of `scale_shift`, or of its GELU where `through_gelu`.
@@ -82,8 +82,8 @@ def norm_gradients(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tenso
     Args:
         grad: ``[T, C]``, of the norm's output.
         x: ``[T, C]``, its input.
-        mean: float32 ``[T]``, from the forward pass; so too `rstd`.
-        rstd: float32 ``[T]``.
+        mean: float32 ``[T]``, from the forward pass.
+        rstd: float32 ``[T]``, likewise.
 
     Returns:
         float32 ``[2, C]``.

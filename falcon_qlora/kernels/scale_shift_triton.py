@@ -1,7 +1,7 @@
-"""Scaling and shifting of outputs, and the sums over tokens that come back, see `scale_shift`.
+"""Triton's forms of `scale_shift`'s operations.
 
-Programs take tiles of few tokens and many columns, so that vectors are read once for several tokens. Those
-that sum up go down their columns through a part of the tokens; the parts' sums are added up at the end.
+Programs take tiles of few tokens and many columns, so that vectors are read once for several tokens. Programs
+that compute sums go down their columns through a part of the tokens. The parts' sums are added up at the end.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _tile(first, tokens, columns, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
     return row.to(tl.int64), column, (row < tokens) & (column < columns)
 
 
-@triton.jit(do_not_specialize=["tokens"])  # it differs from one micro batch to the next
+@triton.jit(do_not_specialize=["tokens"])  # it differs from one micro-batch to the next
 def _scale_shift(
     x_ptr,  # [T, C], rows x_stride apart
     scale_ptr,  # float32 [C]

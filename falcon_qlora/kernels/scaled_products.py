@@ -1,11 +1,12 @@
 """A block's products where learned vectors scale and shift each linear's output, and norms are trained.
 
-A linear gives ``s (z + b)``, with z its product. dense and 4h_to_h have scales of their own, so they are two
-products here, added up with the block's input in one pass. Vectors act in float32 on what the products give.
+A linear's output is ``s (z + b)``, with z its product. dense and 4h_to_h have scales of their own, so they
+are two products here, added to the block's input in one pass. The vectors are applied in float32.
 
-A scale's gradient is Σ dy (z + b) over tokens. Where the next operation wants ``y = s (z + b)``, y is what is
-kept, and the gradient is Σ dy y / s: y is rounded relative to its size, so it is as accurate however small s
-is. Where s is 0 nothing is left of z, and the scale's gradient is given as 0. Of dense and 4h_to_h z is kept.
+A scale's gradient is Σ dy (z + b) over tokens. Where the next operation needs ``y = s (z + b)``, y is kept,
+and the gradient is Σ dy y / s. Rounding of y is relative to its size, so the gradient is accurate however
+small s is. Where s is 0, y holds nothing of z, and the scale's gradient is set to 0. For dense and 4h_to_h,
+z is kept.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ Vectors = tuple[Tensor, Tensor]  # scale and bias, float32 [O] each
 
 
 class ScaledProducts:
-    """The products of one call, see `Products`; as t they keep what dense and 4h_to_h gave, ``[2, T, H]``.
+    """The products of one call, see `Products`; t is replaced by z of 4h_to_h and dense, ``[2, T, H]``.
 
     Args:
         block: without LoRA.
-        trained: scale and bias of each of the block's projections, then weight and bias of its norms.
+        trained: scale and bias of each of the block's projections, then weight and bias of each norm.
     """
 
     inputs = 0
@@ -91,7 +92,7 @@ class ScaledProducts:
         grads, _ = self.frozen.gradients(grad)
         _, of_before_gelu = self.parts(grads)
         results: list[Tensor | None] = []
-        # Where the block was computed again, its output lies where its gradient will.
+        # In a recomputed block, h_to_4h's output is in the memory that its gradient will take.
         of_after = torch.empty_like(of_before_gelu) if self._again else of_before_gelu
         of_output = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
         results += self._through(grad, low_out[0], self.of_4h_to_h, of_output)
@@ -106,7 +107,7 @@ class ScaledProducts:
 
     @staticmethod
     def _through(grad: Tensor, product: Tensor, vectors: Vectors, out: Tensor) -> list[Tensor]:
-        """The vectors' gradients; the product's into `out`."""
+        """The vectors' gradients; writes the product's into `out`."""
         scale, bias = vectors
         along, total = scale_backward(grad, product, scale, out, through_gelu=False)
         return [torch.addcmul(along, bias, total), scale * total]
@@ -137,6 +138,6 @@ class ScaledProducts:
 
 
 def _of_result(sums: Tensor, scale: Tensor) -> list[Tensor]:
-    """The gradients of scale and bias, from sums with the result ``s (z + b)`` rather than the product."""
+    """The gradients of scale and bias, from sums over the result ``s (z + b)`` instead of the product."""
     along, total = sums
     return [(along / scale).masked_fill(scale == 0, 0.0), scale * total]

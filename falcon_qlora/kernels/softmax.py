@@ -1,4 +1,4 @@
-"""Cross entropy of rows of logits, and its gradient in their place."""
+"""Cross entropy of rows of logits, and its gradient in-place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _WARPS = 8
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
-    """`ops.cross_entropy_` in two passes over a row, which may lie any distance from the next."""
+    """`ops.cross_entropy_` in two passes over each row, for any row stride."""
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     if logits.shape[0]:
         _cross_entropy[(logits.shape[0],)](
@@ -42,7 +42,7 @@ def _cross_entropy(
         inside = start + places < vocabulary
         x = tl.load(logits_ptr + start + places, mask=inside, other=float("-inf")).to(tl.float32)
         larger = tl.maximum(largest, x)
-        # A place that has seen no logit yet has nothing to scale, and no number to subtract.
+        # A lane that has seen no logit yet: avoids -inf - -inf.
         shift = tl.where(larger == float("-inf"), 0.0, larger)
         total = total * tl.exp(largest - shift) + tl.exp(x - shift)
         largest = larger
@@ -51,7 +51,7 @@ def _cross_entropy(
     of_target = tl.load(logits_ptr + target).to(tl.float32)
     tl.store(losses_ptr + row, log_normalizer - of_target)
     if GRADIENT:
-        tl.debug_barrier()  # the target's logit is read by all before one overwrites it
+        tl.debug_barrier()  # all threads read the target's logit before one overwrites it
         for start in range(0, vocabulary, BLOCK):
             inside = start + places < vocabulary
             x = tl.load(logits_ptr + start + places, mask=inside, other=float("-inf")).to(tl.float32)

@@ -1,11 +1,11 @@
-"""Mamba-2's state space (SSD) and what stands around it, of packed documents, in float32.
+"""Mamba-2's state space (SSD), convolution and gate for packed documents, in float32.
 
 Letters of this file: T tokens of all documents, M heads of width P, state N, G groups of heads that share B
-and C, Q tokens of a chunk, K taps of the convolution. Head m is of group ``m // (M / G)``.
+and C, Q tokens of a chunk, K taps of the convolution. Head m belongs to group ``m // (M / G)``.
 
-A document sees nothing of another: the convolution has the taps of the same document only, and a state begins
-at 0 with each. Every decay is the sum of the logarithms between two tokens, taken before its exponential;
-tokens of two documents are told apart by comparing them, not by a decay that would be infinite.
+Documents do not see each other: the convolution's taps stay within a document, and each begins with a state
+of 0. A decay is the exponential of the sum of the logarithms between two tokens. Documents are separated by
+comparing their indices, not by infinite decays.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-# At 7B's sizes a chunk's decays (Q a token and head) and its states (PN / Q) take least together.
+# Minimizes memory at 7B's sizes: per token and head, decays take Q numbers and states PN / Q.
 CHUNK_TOKENS = 128
 
 
@@ -24,7 +24,7 @@ def convolve(inputs: Tensor, weight: Tensor, bias: Tensor | None, positions: Ten
 
     Args:
         inputs: float32 ``[T, channels]``.
-        weight: ``[channels, K]``, the last tap of the token itself.
+        weight: ``[channels, K]``; the last tap is for the token itself.
         bias: ``[channels]``, or None.
         positions: int64 ``[T]``, of each token in its document.
 
@@ -58,7 +58,7 @@ def state_space(
         b: float32 ``[T, G, N]``.
         c: float32 ``[T, G, N]``.
         positions: int64 ``[T]``, of each token in its document.
-        chunk: Q; it changes no result but for rounding.
+        chunk: Q; it affects only rounding.
 
     Returns:
         float32 ``[T, M, P]``.
@@ -74,17 +74,17 @@ def state_space(
     scaled = chunks(x * step[..., None], "(c q) (g m) p -> c g m q p")
     logs = chunks(step * rate, "(c q) (g m) -> c g m q")
     b, c = chunks(b, "(c q) g n -> c g q n"), chunks(c, "(c q) g n -> c g q n")
-    # Where its document began tells a token's document; what fills up the last chunk is one more.
+    # A token's document is identified by where it began; the last chunk's padding is one more document.
     began = chunks(places - positions, "(c q) -> c q", filler=tokens)
 
     # Within a chunk.
     decays = _decays(logs, began[:, None, None])  # [c, g, m, q, q]
     output = ((c @ b.mT)[:, :, None] * decays) @ scaled  # [c, g, m, q, p]
-    # At a chunk's end: what its last document has added, and all that has come to it since that began.
+    # At a chunk's end: what its last document added in the chunk, and its state since that document began.
     added = rearrange(scaled * decays[..., -1, :, None], "c g m q p -> c g (m p) q") @ b
     between = _decays(rearrange(logs.sum(-1), "c g m -> g m c"), began[:, -1])  # [g, m, c, c]
     states = between @ rearrange(added, "c g (m p) n -> g m c (p n)", p=x.shape[2])
-    # From before a chunk, for the tokens of the document that was there already.
+    # From earlier chunks, for the tokens of a document that began before this chunk.
     entering = rearrange(F.pad(states[:, :, :-1], (0, 0, 1, 0)), "g m c (p n) -> c g n (m p)", p=x.shape[2])
     first = rearrange(places[::chunk], "c -> c 1 1 1")
     since = logs.cumsum(-1).masked_fill(began[:, None, None] >= first, float("-inf")).exp()
@@ -96,7 +96,7 @@ def state_space(
 def gate(
     y: Tensor, z: Tensor, weight: Tensor | None, *, groups: int, epsilon: float, norm_before_gate: bool
 ) -> Tensor:
-    """``y * silu(z)``, with an RMS norm over each group of channels where there is one.
+    """``y * silu(z)``, with an RMS norm over each group of channels if `weight` is given.
 
     Args:
         y: float32 ``[T, MP]``.
@@ -104,7 +104,7 @@ def gate(
         weight: of the norm, ``[MP]``, or None.
         groups: G.
         epsilon: of the norm.
-        norm_before_gate: whether the norm is of y, else of the product.
+        norm_before_gate: whether y is normed, or else the product.
 
     Returns:
         float32 ``[T, MP]``.
@@ -118,13 +118,13 @@ def gate(
 
 
 def _decays(logs: Tensor, documents: Tensor) -> Tensor:
-    """How much of what came at j is left at i: ``exp(sum of logs of j < k <= i)``, or 0.
+    """The share of token j's input left at i: ``exp(sum of logs of j < k <= i)``.
 
-    It is 0 of another document, and where i < j.
+    It is 0 between documents, and where i < j.
 
     Args:
         logs: float32 ``[..., L]``.
-        documents: int64, which document each is of; broadcast to `logs`.
+        documents: int64, the document of each; broadcast to `logs`.
 
     Returns:
         float32 ``[..., L, L]``.
