@@ -15,13 +15,13 @@ from falcon_qlora.run_folder.directory import RunDirectory
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """A run, or why there is none.
+    """A run to compare, or why it could not run.
 
     Attributes:
-        name: as the table names it; runs of one name are those of several seeds.
+        name: its name in the table; runs of the same name differ in their seed.
         folder: the run directory.
-        command: that trains it alone, where the comparison trained it.
-        reason: why it could not run; None where it did.
+        command: the one that trains this run alone; None if the comparison did not train it.
+        reason: why it could not run; None if it did.
     """
 
     name: str
@@ -32,24 +32,24 @@ class Compared:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """One run in numbers; what is not known is None. GB are 10^9 bytes.
+    """The figures of one run; unknown ones are None. A GB is 10^9 bytes.
 
     Attributes:
         base: how the base's weights are stored.
-        gpus: processes that trained together.
-        finished: False of a run that was stopped, or that goes on: its figures are those so far.
-        seconds: in the training loop, without evaluations and saving.
-        tokens_per_second: of these seconds.
-        wall_seconds: of the whole command; not known of runs of before.
-        wall_tokens_per_second: of these seconds.
-        seconds_per_1000_samples: after the first logged interval, in which kernels are compiled.
-        time_ratio_to_full: of the seconds per 1,000 samples.
-        peak_memory_gb: of the process that reserved the most.
-        total_peak_memory_gb: of all processes.
-        loss: the last that was logged in training.
-        eval_loss_before: before the first step.
-        eval_loss_after: of what was kept: the last step's, or the best checkpoint's.
-        disk_bytes: of the trained tensors.
+        gpus: number of processes that trained together.
+        finished: False if the run was stopped or is still running; its figures are then those so far.
+        seconds: time in the training loop, without evaluations and saving.
+        tokens_per_second: speed over `seconds`.
+        wall_seconds: time of the whole command; unknown for runs of earlier releases.
+        wall_tokens_per_second: speed over `wall_seconds`.
+        seconds_per_1000_samples: without the first logged interval, in which kernels are compiled.
+        time_ratio_to_full: seconds per 1,000 samples, divided by those of full fine-tuning.
+        peak_memory_gb: peak of the process that reserved the most.
+        total_peak_memory_gb: sum of the peaks of all processes.
+        loss: the last training loss in the log.
+        eval_loss_before: evaluation loss before the first step.
+        eval_loss_after: evaluation loss of what was kept: the last step or the best checkpoint.
+        disk_bytes: size of the trained tensors on disk.
     """
 
     name: str
@@ -76,10 +76,10 @@ class Figures:
 
 
 def figures(run: Compared) -> Figures:
-    """The figures of a run, also of one that is not finished.
+    """The figures of a run, finished or not.
 
     Raises:
-        UserError: if its files are not what a run writes.
+        UserError: if its files are malformed.
     """
     if run.reason is not None:
         return Figures(name=run.name, reason=run.reason)
@@ -127,12 +127,12 @@ def figures(run: Compared) -> Figures:
 
 
 def _so_far(directory: RunDirectory, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of a run without a summary, what its log says of it."""
+    """What the log says of a run that has no summary yet."""
     logged = [line for line in metrics if line.get("tokens")]
     if not logged:
         return {}
     environment = directory.read("environment") if (directory.path / "environment.json").exists() else {}
-    # The log is the main process's: the others may have taken more.
+    # Only the main process logs; others may have used more memory.
     peak = max(line.get("peak_memory_gib") or 0 for line in logged) or None
     return {
         "world_size": environment.get("world_size"),
@@ -146,7 +146,7 @@ def _so_far(directory: RunDirectory, metrics: Sequence[Mapping[str, Any]]) -> di
 
 
 def _speed(metrics: Sequence[Mapping[str, Any]], *, after_first: bool = False) -> float | None:
-    """Tokens/s over all logged intervals; or over all but the first, where there is another."""
+    """Tokens/s over all logged intervals; with `after_first`, without the first if there are others."""
     lines = [{"tokens": 0}, *(line for line in metrics if line.get("tokens_per_second"))]
     intervals = [
         (line["tokens"] - before["tokens"], line["tokens_per_second"])

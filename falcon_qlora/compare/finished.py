@@ -1,4 +1,4 @@
-"""Runs that are there already, as a user names their folders."""
+"""Find existing runs in the folders that a user names."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _NAMED_NEARBY = 8
 
 
 def runs_in(folders: Sequence[Path]) -> list[Compared]:
-    """The runs in these folders, each under as much of its path as tells it from the others.
+    """The runs in these folders. Each is named by the shortest end of its path that no other shares.
 
     Raises:
-        UserError: for a folder that holds no run, naming some that do, or one that is given twice.
+        UserError: for a folder that is given twice or holds no run; the message names some runs nearby.
     """
     paths = [folder.resolve() for folder in folders]
     for folder, path in zip(folders, paths, strict=True):
@@ -36,7 +36,7 @@ def runs_in(folders: Sequence[Path]) -> list[Compared]:
 
 
 def _name(path: Path, among: Sequence[Path]) -> str:
-    """The end of a path that is no other's."""
+    """The shortest end of a path that no other path has."""
     ends = (path.parts[-length:] for length in range(1, len(path.parts) + 1))
     return "/".join(next(end for end in ends if [p.parts[-len(end) :] for p in among].count(end) == 1))
 
@@ -47,10 +47,10 @@ def _holds_figures(folder: Path) -> bool:
 
 
 def _near(folder: Path) -> Iterator[Path]:
-    """Some of the runs in this folder, around it, and where runs are made: the newest of each first."""
+    """Some of the runs in this folder, around it and in the default folder; the newest of each come first."""
     count = 0
     for place in (folder, folder / RUNS, folder.parent, folder.parent.parent, RUNS.resolve()):
-        with contextlib.suppress(OSError):  # a folder of another user's
+        with contextlib.suppress(OSError):  # a folder that this user may not read
             found = [entry for entry in (place, *place.glob("*")) if _holds_figures(entry)]
             found.sort(key=lambda entry: entry.stat().st_mtime, reverse=True)
             yield from found[: max(_NAMED_NEARBY - count, 0)]

@@ -1,4 +1,4 @@
-"""Which command trains each of several methods on the same rows."""
+"""Plan the commands that train several methods on the same rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from falcon_qlora.config.trainer_arguments import INSTEAD
 from falcon_qlora.methods import table as methods
 from falcon_qlora.run_folder.directory import RunDirectory
 
-# Name → what --method takes, and what the comparison needs where no flag, file or recipe says otherwise.
+# Name → the value of --method, and settings that apply unless a flag, file or recipe sets them.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "adapter": ("adapter", {"learning_rate": 9e-3}),
     "adapter_v2": ("adapter_v2", {"learning_rate": 3e-3}),
@@ -31,7 +31,7 @@ _WHY = {
     "eval_on_start": "the loss before training is shown beside the one after",
 }
 
-# What all must have alike, so that a row is the same text and a step the same rows.
+# Settings that all methods must share, so that a row is the same text and a step the same rows.
 _SHARED = (
     "model_name_or_path dataset_name dataset_weights dataset_config dataset_train_split dataset_format "
     "template train_on append_end_token max_length overlong packing padding train_sampling_strategy "
@@ -44,11 +44,12 @@ class Planned:
     """How one run is trained.
 
     Attributes:
-        name: of METHODS.
+        name: a key of METHODS.
         folder: the name of its folder.
-        settings: that `train` is given, but for where it writes.
-        configuration: that these make.
-        instead: settings of which `train` with the user's flags would take another value → both, this first.
+        settings: those given to `train`, except where it writes.
+        configuration: what these settings make.
+        instead: setting → its value here and the one that `train` would use with the user's flags; only
+            those that differ.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Planned:
 
     @property
     def words(self) -> list[str]:
-        """The command line after ``falcon-qlora train``, as it may be written down."""
+        """The command line after ``falcon-qlora train``, in a form that may be written to files."""
         return as_words(to_be_written(self.settings))
 
 
@@ -71,20 +72,20 @@ def plan(
     learning_rates: Sequence[str],
     extra_arguments: type,
 ) -> tuple[list[Planned], dict[str, str]]:
-    """How each method is trained, or why it cannot be.
+    """Plan how each method is trained, or say why it cannot be.
 
     Args:
-        given: the settings for `train` that the user gave, by name.
-        names: of METHODS, in order, each once.
-        recipes: ``METHOD=RECIPE`` for those that are not to take the others'.
-        learning_rates: ``METHOD=RATE``, likewise.
-        extra_arguments: settings of `train` that are no configuration's.
+        given: the user's settings for `train`, by name.
+        names: keys of METHODS, in order, each once.
+        recipes: ``METHOD=RECIPE`` for methods with a recipe of their own.
+        learning_rates: ``METHOD=RATE`` for methods with a learning rate of their own.
+        extra_arguments: settings of `train` that are not part of the configuration.
 
     Returns:
-        Those that can be trained, all on the same rows; and name → reason for the others.
+        The methods that can be trained, all on the same rows; and name → reason for the others.
 
     Raises:
-        UserError: for a method that is not known, or if none can be trained.
+        UserError: for an unknown method, or if none can be trained.
     """
     chosen = [_known(name, "--methods") for name in names]
     if not chosen:
@@ -126,7 +127,7 @@ def _planned(name: str, given: Mapping[str, Any], extra_arguments: type) -> Plan
     settings = {"method": method, **given}
     as_train = configure(settings, extra_arguments=extra_arguments)
     before, needs = as_train.resolved(), dict(needs)
-    if before["eval_split"] is None and not before["streaming"]:  # of a stream none can be held out
+    if before["eval_split"] is None and not before["streaming"]:  # nothing can be held out of a stream
         needs["eval_split"] = _HELD_OUT
     if before["eval_split"] is not None or "eval_split" in needs:
         needs["eval_on_start"] = True
@@ -143,7 +144,7 @@ def _planned(name: str, given: Mapping[str, Any], extra_arguments: type) -> Plan
 
 
 def with_seed(planned: Planned, number: int, extra_arguments: type) -> Planned:
-    """The same with the seed that comes `number` after its own, in a folder of its own; 0: as it is."""
+    """The same run with `number` added to its seed, in a folder of its own; 0 returns it unchanged."""
     if number == 0:
         return planned
     seed = planned.configuration.run.seed + number
@@ -154,7 +155,7 @@ def with_seed(planned: Planned, number: int, extra_arguments: type) -> Planned:
 
 
 def differences(planned: Sequence[Planned], *, seeds: int) -> list[str]:
-    """What `train` would have done otherwise with the user's flags, and why it is not done: a line each."""
+    """Where the comparison departs from `train` with the user's flags, and why; one line each."""
     concerned: dict[str, list[str]] = {}
     for each in planned:
         for key, (here, in_train) in each.instead.items():
@@ -179,7 +180,7 @@ def check_same_rows(configurations: dict[str, Configuration]) -> None:
     """Check that all methods take the same steps over the same rows.
 
     Raises:
-        UserError: naming the setting in which two differ.
+        UserError: naming a setting in which two differ.
     """
     (first, expected), *others = ((name, _rows_of(each)) for name, each in configurations.items())
     for name, rows in others:
@@ -193,13 +194,13 @@ def check_same_rows(configurations: dict[str, Configuration]) -> None:
 
 def read_alike(run: Path, configuration: Configuration) -> bool:
     """Whether the run in this folder was made with this configuration."""
-    from falcon_qlora.training import sharding  # imports torch, for which a help page should not wait
+    from falcon_qlora.training import sharding  # imports torch, which would slow a help page
 
     directory = RunDirectory(run)
     if not directory.config_file.exists():
         return False
     before, now = settings_of_run(directory.read_config(), run), plain(configuration.resolved())
-    # Runs of before wrote down the settings of all methods, and what changed nothing.
+    # Earlier releases also wrote settings of other methods, and settings without effect.
     for flag in (methods.method_settings().keys() | INSTEAD.keys()) - configuration.method.flags().keys():
         before.pop(flag, None)
     if (
@@ -208,7 +209,7 @@ def read_alike(run: Path, configuration: Configuration) -> bool:
     ):
         del before["optim"], now["optim"]
     if configuration.run.global_batch_size is None:
-        # A run that went on has written down what the size of its steps had come to.
+        # A resumed run has written the global batch size that it used.
         for settings in (before, now):
             for name in ("global_batch_size", "gradient_accumulation_steps"):
                 settings.pop(name, None)

@@ -1,4 +1,4 @@
-"""Runs side by side: a table, a CSV file and pictures, from the run directories alone."""
+"""Compare runs in a table, a CSV file and pictures, made from the run directories alone."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _published(name: str, samples: int, seconds: int, peak_memory_gb: float, gpu
     )
 
 
-# What the comparison of June 2023 measured for Falcon-7B on A100 GPUs.
+# Measured in June 2023 for Falcon-7B on A100 GPUs.
 PUBLISHED = [
     _published("adapter", 52_000, 4140, 16.20),
     _published("adapter_v2", 52_000, 5160, 16.97),
@@ -48,11 +48,11 @@ PUBLISHED = [
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The runs and what is made of them.
+    """The runs, and the files made from them.
 
     Attributes:
-        published: whether the model has Falcon-7B's shapes, which the comparison of June 2023 measured.
-        differences: what `train` would have done otherwise with the flags of the comparison, a line each.
+        published: whether the model has Falcon-7B's shapes, so that the figures of June 2023 are shown too.
+        differences: as `plan.differences` returns them.
     """
 
     title: str
@@ -75,12 +75,12 @@ class Comparison:
 
     @functools.cached_property
     def on_gpus(self) -> bool:
-        """Whether the runs were made on GPUs; if not, memory is what the processes held on the CPU."""
+        """Whether the runs used GPUs; if not, memory is what the processes held on the CPU."""
         found = False
         for run in self._made():
             with of_a_run(run.folder):
                 directory = RunDirectory(run.folder)
-                if (directory.path / "environment.json").exists():  # runs of before have none
+                if (directory.path / "environment.json").exists():  # runs of earlier releases have none
                     found |= bool(directory.read("environment").get("gpus"))
         return found
 
@@ -89,7 +89,7 @@ class Comparison:
         return self._with_published("seconds_per_1000_samples", lambda mean, row: f"{mean:.3g} s")
 
     def memory_bars(self) -> dict[str, list[Bar]]:
-        """Series → its bars: peak memory of all processes, GB."""
+        """Series → its bars: peak memory of all processes together, GB."""
         return self._with_published("total_peak_memory_gb", _of_gpus)
 
     def loss_bars(self) -> dict[str, list[Bar]]:
@@ -106,7 +106,7 @@ class Comparison:
         return series
 
     def write(self, folder: Path) -> list[Path]:
-        """Write the table, the CSV file and the pictures; returns what was written."""
+        """Write the table, the CSV file and the pictures; returns their paths."""
         write_text(folder / TABLE, self.markdown())
         write_text(folder / CSV, self.csv())
         curves = [(run.name, RunDirectory(run.folder).read_metrics()) for run in self._made()]
@@ -116,7 +116,7 @@ class Comparison:
         return [folder / name for name in written if (folder / name).exists()]
 
     def draw_bars(self, folder: Path) -> list[str]:
-        """Draw the pictures of bars; returns their names."""
+        """Draw the bar charts; returns their file names."""
         where = "GPUs" if self.on_gpus else "processes"
         memory = f"peak memory, GB, all {where} together"
         loss = "loss on held-out rows (nats per target token)"
@@ -131,7 +131,7 @@ class Comparison:
         return list(pictures)
 
     def csv(self) -> str:
-        """A line for every run, with all digits."""
+        """One line for each run, with all digits."""
         text = io.StringIO()
         writer = csv.DictWriter(text, [each.name for each in fields(Figures)], lineterminator="\n")
         writer.writeheader()
@@ -139,7 +139,7 @@ class Comparison:
         return text.getvalue()
 
     def markdown(self) -> str:
-        """The table, with what it counts and which settings differ below it."""
+        """The table, followed by what it counts and which settings differ."""
         each, held = "GPU", "what PyTorch reserved"
         if not self.on_gpus:
             each, held = "process", "what the processes held, their libraries included: there was no GPU"
@@ -166,7 +166,7 @@ class Comparison:
         return "\n".join(lines) + "\n"
 
     def _settings_that_differ(self) -> list[str]:
-        """A table of the settings in which the runs differ, one of each name standing for its seeds."""
+        """A table of the settings in which runs differ; the first run of a name stands for all its seeds."""
         settings: dict[str, dict[str, Any]] = {}
         for run in self._made():
             if run.name not in settings:
@@ -174,7 +174,7 @@ class Comparison:
                     settings[run.name] = RunDirectory(run.folder).read_config()
         differing = []
         for setting in dict.fromkeys(name for each in settings.values() for name in each):
-            # Of another method, or of before, a run does not have every setting.
+            # Runs of other methods or earlier releases lack some settings.
             had = {_shown(each[setting]) for each in settings.values() if setting in each}
             if len(had) > 1:
                 differing.append([setting, *(_shown(each.get(setting)) for each in settings.values())])
@@ -191,7 +191,7 @@ class Comparison:
 
 
 def _bars(rows: Sequence[Figures], height: str, text: Callable[[float, Figures], str]) -> list[Bar]:
-    """A bar for each name that has this figure."""
+    """One bar for each name with this figure: the mean over its seeds."""
     bars = []
     for name, group in _by_name(rows).items():
         heights = [high for row in group if (high := getattr(row, height)) is not None]
@@ -217,7 +217,7 @@ def _of_gpus(total: float, row: Figures) -> str:
 
 
 def _table(rows: Sequence[Figures], each: str) -> list[str]:
-    """A column for each name, a line for each figure that any has; `each`: a GPU or a process."""
+    """One column for each name, one line for each figure that any run has; `each`: ``GPU`` or ``process``."""
     figures: dict[str, tuple[str, Callable[[Any], str]]] = {
         "base": ("base", _shown),
         "trainable parameters": ("trainable_parameters", "{:,.0f}".format),
@@ -253,7 +253,7 @@ def _table(rows: Sequence[Figures], each: str) -> list[str]:
 
 
 def _cell(values: Sequence[Any], form: Callable[[Any], str]) -> str:
-    """The mean of what is known, with the lowest and the highest where these look different."""
+    """The mean of the known values, with the lowest and the highest if they print differently."""
     known = [value for value in values if value is not None]
     if not known:
         return ""
