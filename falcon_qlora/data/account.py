@@ -1,4 +1,4 @@
-"""What rows hold beyond what is trained, counted, so that nothing of them is left out without a word."""
+"""Counts what rows hold beyond what is trained, so that nothing is left out silently."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 from falcon_qlora.common.errors import UserError, printable
 from falcon_qlora.data.json_rows import spelled
 
-# Rows may have other keys every time; of so many different ones the rest are counted together.
+# Each row may have other keys. Past this many different ones, the rest are counted together.
 _MOST_NAMES = 1000
 _OTHERS = "(others)"
 _SHOWN = 40
 
-# Why rows are dropped, by the names of their counts.
+# Count of dropped rows → why they were dropped.
 DROPPED = {
     "rows_dropped_empty": "empty answer",
     "rows_dropped_missing": "a column or text missing",
@@ -24,22 +24,23 @@ DROPPED = {
     "rows_dropped_cut": "no trained token within --max_length",
     "rows_dropped_overlong": "longer than --max_length, with --overlong drop",
 }
-# Names that other tools give to what says whether a message or row is learned.
+# Names that other tools give to a key or column that says whether a message or row is learned.
 _MAY_MARK = re.compile(r"\w*(train|learn|loss|mask|supervis|weight)\w*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Account:
-    """Counts of rows, and of messages, by what of them was not read or not left as it was.
+    """Counts of rows and messages in which something was not read, was missing or was altered.
 
     Attributes:
-        columns: column that is not read → rows that have a value there.
-        message_keys: key that is not read → messages that have a value there.
-        missing: column without which a row cannot be trained → rows that lack it.
-        other_formats: another format → rows that are in it.
+        columns: column that is not read → rows with a value there.
+        message_keys: key that is not read → messages with a value there.
+        missing: column or text that training needs → rows that lack it.
+        other_formats: another format → rows in that format.
         marks: key that marks a message as not to be trained → messages.
-        rows: one of `_ROWS` → rows.
-        first: name in one of the last four → the place of the first row or message.
+        rows: a key of `_ROWS` → rows.
+        first: a name in `missing`, `other_formats` or `rows`, or in a stream a key of `DROPPED` → the place
+            of the first such row.
     """
 
     columns: Counter[str] = field(default_factory=Counter)
@@ -52,20 +53,20 @@ class Account:
 
     @classmethod
     def from_plain(cls, record: Mapping[str, Mapping[str, Any]]) -> Account:
-        """What `plain` made."""
+        """The inverse of `plain`."""
         first = dict(record.get("first", {}))
         return cls(**{name: Counter(each) for name, each in record.items() if name != "first"}, first=first)
 
     def plain(self) -> dict[str, dict[str, Any]]:
-        """As JSON keeps it."""
+        """The counts as values for JSON."""
         counts = {name: dict(+each) for name, each in vars(self).items() if name != "first"}
         return {**counts, "first": self.first}
 
     def moved(self, before: Iterable[str], now: Iterable[str]) -> Account:
-        """The same where files have come to be called otherwise.
+        """The same account after files were renamed.
 
         Args:
-            before, now: what places of rows begin with: the names of the files.
+            before, now: the old and new names of the files, with which the places of rows begin.
         """
         first = dict(self.first)
         for old, new in zip(before, now, strict=True):
@@ -75,16 +76,16 @@ class Account:
         return Account.from_plain({**self.plain(), "first": first})
 
     def note(self, counts: Counter[str], name: str, place: str) -> None:
-        """Count one more of `name` in `counts`, one of this account's, and keep where the first is."""
+        """Count `name` in `counts`, one of this account's, and remember the place of the first."""
         counts[name] += 1
         self.first.setdefault(name, place)
 
     def told(self, template: str, train_on: str) -> list[str]:
-        """One line for each thing to say of the rows.
+        """What to tell the user about the rows, one line each.
 
         Args:
             template: the name of the one that wrote them.
-            train_on: as the setting.
+            train_on: the setting.
         """
         lines = []
         if self.columns:
@@ -113,7 +114,7 @@ class Account:
         return lines
 
 
-# What so many rows do, as it is told; the last: with which `train_on` alone.
+# Count of rows → the verb and the rest of its line, and the only `train_on` that prints it (None: any).
 _ROWS = {
     "marked": (
         "have",
@@ -155,17 +156,17 @@ _SINGULAR = {"hold": "holds", "spell": "spells", "have": "has"}
 
 
 def count(counts: Counter[str], name: object) -> None:
-    """Count one more of `name`."""
+    """Count `name`, or `_OTHERS` past `_MOST_NAMES` different names."""
     name = str(name)
     counts[name if name in counts or len(counts) < _MOST_NAMES else _OTHERS] += 1
 
 
 def dropped(counts: Mapping[str, int], first: Mapping[str, str] | None = None) -> list[str]:
-    """How many rows were dropped for which cause, and perhaps the first of each; a text for each cause.
+    """How many rows were dropped for each cause, one text each.
 
     Args:
-        counts: by the names of `DROPPED`.
-        first: the first row, by the same names.
+        counts: by the keys of `DROPPED`.
+        first: the first row of each, by the same keys.
     """
     places = {name: f"; first: {place}" for name, place in (first or {}).items()}
     return [
@@ -176,14 +177,14 @@ def dropped(counts: Mapping[str, int], first: Mapping[str, str] | None = None) -
 def nothing_left(
     names: Iterable[str], read_as: str, counts: Mapping[str, int], first: Mapping[str, str], told: list[str]
 ) -> UserError:
-    """The refusal of data of which no row is left.
+    """The error for data of which no row is left.
 
     Args:
         names: of the data sets.
         read_as: their formats and templates.
-        counts: `rows_read`, and what `dropped` takes.
-        first: as `dropped` takes it.
-        told: as `Account.told`.
+        counts: `rows_read`, and the counts of `dropped`.
+        first: as in `dropped`.
+        told: lines of `Account.told`.
     """
     lines = [f"dropped: {each}" for each in dropped(counts, first)] + told
     causes = "".join(f"\n  {printable(line)}" for line in lines)

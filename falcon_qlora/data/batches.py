@@ -1,4 +1,4 @@
-"""A run as a sequence of steps: of each, the micro batches that this process computes."""
+"""A run as a sequence of steps, each with the micro-batches that this process computes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from falcon_qlora.data.packing import MicroBatch, Plan, collate, deal, fitting
 from falcon_qlora.data.stream import DocumentStream, document_of, plain_document
 
 Cursor = dict[str, Any]
-"""Where a stream's next step begins, in plain values that JSON keeps."""
+"""Where a stream's next step begins, as values for JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +28,14 @@ class Share:
     Attributes:
         micro_batches: at least one, possibly without targets.
         step: from 0.
-        epoch: passes over the data when the step is done, as a fraction.
+        epoch: passes over the data after the step, as a fraction; of a stream, the whole passes before it.
         global_targets: target tokens of the step over all processes: what the loss is divided by.
         global_tokens: real tokens of the step over all processes.
         global_positions: computed positions over all processes, padding included.
         global_capacity: tokens that would fill the global batch; padded, the same as the positions.
-        cursor: of a stream, gives what `StreamingSteps.go_on` takes to make the next step; None elsewhere,
-            and where another process reads the stream.
-        origins: of a stream, the rows of the step over all processes; of a corpus `Plan` knows them.
+        cursor: for a stream, returns what `StreamingSteps.go_on` takes to resume at the next step. None for
+            a corpus, or if a data loader's worker reads the stream.
+        origins: for a stream, the rows of the step over all processes; for a corpus, `Plan` knows them.
     """
 
     micro_batches: list[MicroBatch]
@@ -77,7 +77,7 @@ class DocumentReader:
         return self.padding is None
 
     def micro_batch(self, documents: np.ndarray) -> MicroBatch:
-        """The micro batch of these documents; of none, a single padding token without a target."""
+        """The micro-batch of these documents; without any, a single padding token that is no target."""
         if len(documents) == 0:
             return collate([np.array([self.padding_id])], [np.array([0])], padding_id=self.padding_id)
         if isinstance(self.documents, list):
@@ -90,7 +90,7 @@ class DocumentReader:
         return collate(ids, masks, pad_to=pad_to, padding_id=self.padding_id)
 
     def positions(self, lengths: np.ndarray) -> int:
-        """Positions the model computes for one micro batch of documents of these lengths."""
+        """Positions that the model computes for one micro-batch of documents of these lengths."""
         pad_to = self._padded_length(int(lengths.max(initial=0)))
         return int(lengths.sum()) if pad_to is None else pad_to * len(lengths)
 
@@ -102,13 +102,13 @@ class DocumentReader:
 
 @dataclass(frozen=True, kw_only=True)
 class Dealing:
-    """Which part of every global batch this process computes, and in which pieces.
+    """Which part of every global batch this process computes, and in which micro-batches.
 
     Attributes:
-        micro_batch: sequences in one micro batch.
+        micro_batch: sequences in one micro-batch.
         process: this process's index.
         processes: how many there are.
-        even: whether every process has as many micro batches as any, if need be without a document.
+        even: whether all processes get the same number of micro-batches, some possibly without documents.
     """
 
     micro_batch: int
@@ -159,7 +159,7 @@ class Dealing:
 
 
 def filled_up(parts: list[np.ndarray], count: int) -> list[np.ndarray]:
-    """At least `count` parts: without documents where there are no more."""
+    """`parts`, with empty ones appended up to `count`."""
     return parts + [np.array([], dtype=np.int64)] * (count - len(parts))
 
 
@@ -172,7 +172,7 @@ class TrainingSteps(Dataset[Share]):
         plan: which documents make a step.
         target_counts: ``[documents]``, target tokens of each document.
         steps: length of the run.
-        dealing: what of a step is this process's.
+        dealing: which part of a step this process computes.
     """
 
     reader: DocumentReader
@@ -205,15 +205,15 @@ class TrainingSteps(Dataset[Share]):
 class StreamingSteps(IterableDataset[Share | None]):
     """`TrainingSteps` over documents that arrive one by one and are never held as a whole.
 
-    Every process reads the whole stream and keeps its own share, so that what makes a step does not
-    depend on the number of processes.
+    Every process reads the whole stream and keeps its own share, so that a step's documents do not depend
+    on the number of processes.
 
     Args:
-        stream: called with the epoch and a state of `DocumentStream`, or None, opens the stream there.
-        steps: length of the run; the stream is opened again where it ends before.
+        stream: opens the stream, given the epoch and a state of `DocumentStream` or None.
+        steps: length of the run; a stream that ends earlier is opened again.
         global_batch, max_length: as in `Plan`.
         padding, padding_id: as in `DocumentReader`.
-        dealing: what of a step is this process's.
+        dealing: which part of a step this process computes.
 
     Raises:
         UserError: if the stream has no document.
@@ -231,7 +231,7 @@ class StreamingSteps(IterableDataset[Share | None]):
         self._cursor: Cursor = {"step": 0, "epoch": 0, "began": 0, "stream": None, "waiting": []}
 
     def go_on(self, cursor: Cursor) -> None:
-        """Begin where a share's cursor says; the steps before it come as None, which the loop skips."""
+        """Resume at a share's cursor. Earlier steps are yielded as None, which the training loop skips."""
         self._cursor = cursor
 
     def __iter__(self) -> Iterator[Share | None]:
@@ -255,7 +255,7 @@ class StreamingSteps(IterableDataset[Share | None]):
     def _global_batches(
         self, documents: DocumentStream, waiting: list[dict[str, Any]]
     ) -> Iterator[list[dict[str, Any]]]:
-        """Yield each step's documents; those in `waiting` come first, and what is left over is kept there."""
+        """Yield each step's documents; those in `waiting` come first, and leftover ones stay there."""
         tokens = sum(len(each["input_ids"]) for each in waiting)
         budget = self.global_batch * self.max_length
         for document in documents:
@@ -298,7 +298,7 @@ class StreamingSteps(IterableDataset[Share | None]):
 def _cursor(
     step: int, epoch: int, began: int, documents: DocumentStream, waiting: list[dict[str, Any]]
 ) -> Callable[[], Cursor]:
-    """The cursor as it is now, made when it is called; `began` is the epoch's first step."""
+    """A function that returns the cursor as it is now; `began` is the epoch's first step."""
     stream, kept = documents.state(), list(waiting)
     return lambda: {
         "step": step,

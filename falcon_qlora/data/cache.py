@@ -29,29 +29,29 @@ def entry(
     fill: Callable[[Path], None],
     is_whole: Callable[[Path], bool] = lambda entry: True,
 ) -> Path:
-    """The folder of this key, made by `fill` where there is none, or one that is not whole.
+    """The folder of this key; `fill` makes it if it is missing or damaged.
 
     An entry is filled under another name and renamed. Several processes may fill the same entry at once; the
-    first to finish wins, and the others use what it left.
+    first to finish wins, and the others use its entry.
 
     Args:
-        directory: of the cache; None is the user's.
+        directory: of the cache; None: the user's.
         key: from `key_of`.
-        fill: writes the entry's files into the empty folder that it is given.
-        is_whole: whether an entry is still what was written.
+        fill: writes the entry's files into the empty folder that it gets.
+        is_whole: whether an entry is still as it was written.
 
     Raises:
-        UserError: if the folder cannot be written.
+        UserError: if the cache folder is full or cannot be written.
     """
     directory = user_cache("data") if directory is None else directory
     target = directory / key[:32]
     damaged = target.is_dir()
     if damaged and is_whole(target):
         return target
-    for left in directory.glob(".*-partial-*"):  # by processes that were killed
+    for left in directory.glob(".*-partial-*"):  # left by processes that were killed
         remove_leftovers(directory / left.name[1:].partition("-")[0])
     try:
-        if damaged:  # where it cannot be removed, it would win over the new one
+        if damaged:  # left in place, it would win over the new one
             with contextlib.suppress(FileNotFoundError):
                 shutil.rmtree(target)
         with replaced_folder(target, first_wins=True) as folder:

@@ -1,4 +1,4 @@
-"""A row's messages as turns of a conversation: who speaks, what is said, what is learned."""
+"""Read a row's messages as turns of a conversation: who speaks, what is said, what is learned."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from falcon_qlora.data.json_rows import kind, parse_json, tidied
 from falcon_qlora.data.special_text import clean
 from falcon_qlora.data.templates import REASONING, Role, Turn
 
-# Numbers and dates, in a column of Parquet, are text as Python writes them.
+# Columns of Parquet may hold numbers and dates, which become text as Python writes them.
 _AS_TEXT = (str, int, float, decimal.Decimal, datetime.date, datetime.time, datetime.timedelta)
 
 _APART = (
@@ -35,21 +35,21 @@ _TEXT_PARTS = ("text", "input_text", "output_text")  # the latter in OpenAI's Re
 
 
 class Missing(Exception):
-    """A row lacks what it cannot be trained without; the message is the column's name."""
+    """A row lacks something that training needs; the message names it."""
 
 
 def turns_of_messages(value: Any, place: str, account: Account) -> list[Turn]:
     """The turns of a list of {role, content} or {from, value}, in any mixture, or of its JSON text.
 
-    An empty answer is not learned, nor one that is marked so (`_marks`); both stay as context.
+    Answers that are empty or marked as not to be learned (`_marks`) stay as context only.
 
     Args:
-        value: the column.
+        value: the column's value.
         place: names it in messages.
-        account: gets keys that are not read, and marks.
+        account: counts keys that are not read, and marks.
 
     Raises:
-        UserError: for what is no list of such messages.
+        UserError: if it is not a list of such messages.
         Missing: if a message's text is null.
     """
     return [
@@ -59,7 +59,7 @@ def turns_of_messages(value: Any, place: str, account: Account) -> list[Turn]:
 
 
 def _json(what: str, value: Any, place: str) -> Any:
-    """A value, or what its JSON text says: tables of text have lists so."""
+    """`value`, or what its JSON text says, as tables of text hold lists."""
     if not isinstance(value, str):
         return value
     expected = f"expected {what}, or its JSON text as json.dumps writes it"
@@ -95,7 +95,7 @@ def _turn(message: Any, where: str, account: Account) -> Turn:
     if name.lower() in _CALLS:
         fields["tool_calls"], content = _calls(content, where), None
     elif role == "assistant" and fields.get("function_call") and not fields.get("tool_calls"):
-        # As OpenAI's messages had it before tool_calls. Beside those it stays, and is named as not read.
+        # OpenAI's form before tool_calls. Beside those it stays, and is named as not read.
         fields["tool_calls"] = _calls(fields.pop("function_call"), where)
     if "tool_calls" in fields:
         fields["tool_calls"] = _list_of("calls", fields["tool_calls"], f"{where}: tool_calls")
@@ -125,7 +125,7 @@ def _turn(message: Any, where: str, account: Account) -> Turn:
 
 
 def _first(keys: Sequence[str], message: Mapping[Any, Any]) -> str | None:
-    """The first key with a value, else the first that is there at all."""
+    """The first key with a value, else the first that is present."""
     there = [key for key in keys if key in message]
     return next((key for key in there if message[key] is not None), there[0] if there else None)
 
@@ -134,10 +134,10 @@ _LEARNED = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "t
 
 
 def _marks(fields: dict[str, Any], where: str) -> dict[str, bool]:
-    """What each key says of whether its message is learned; those keys leave `fields`.
+    """Read the keys that say whether a message is learned, and remove them from `fields`.
 
-    OpenAI has `weight`, others `train`. `loss`, as ms-swift has it, and `trainable` may hold something else
-    elsewhere: they are read where they are true or false.
+    OpenAI uses `weight`, others `train`. `loss` (ms-swift) and `trainable` may mean something else elsewhere,
+    so they are read only if true or false.
     """
     said: dict[str, Any] = {key: fields.pop(key) for key in ("weight", "train") if key in fields}
     for key in ("loss", "trainable"):
@@ -166,7 +166,7 @@ def _calls(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def tools_of(value: Any, place: str) -> list[Any] | None:
-    """The `tools` of a row: a list, or the JSON text of one.
+    """The `tools` of a row: a list, or the JSON text of one; None if there are none.
 
     Raises:
         UserError: for anything else.
@@ -175,7 +175,7 @@ def tools_of(value: Any, place: str) -> list[Any] | None:
 
 
 def turns_of_history(value: Any, place: str) -> list[Turn]:
-    """LLaMA-Factory's `history`: a list of [user's message, answer] of earlier turns, which are learned too.
+    """LLaMA-Factory's `history`: earlier turns as a list of [user's message, answer], learned too.
 
     Raises:
         UserError: for anything else.
@@ -195,10 +195,10 @@ def turns_of_history(value: Any, place: str) -> list[Turn]:
 
 
 def masked_roles(value: Any, place: str) -> set[Role] | None:
-    """The roles whose turns NeMo's `mask` leaves out of the loss; None where the column is of another kind.
+    """The roles whose turns NeMo's `mask` leaves out of the loss; None if the column holds something else.
 
     Raises:
-        UserError: for the name of a role that is not known.
+        UserError: for an unknown role.
     """
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -213,14 +213,14 @@ def masked_roles(value: Any, place: str) -> set[Role] | None:
 
 
 def with_system(turns: list[Turn], prompts: Collection[str]) -> list[Turn]:
-    """`turns` after the system prompts that stand beside them, but not twice what they begin with."""
+    """`turns` preceded by the system prompts of other columns, except those that the turns already begin with."""
     said = {turn.text for turn in itertools.takewhile(lambda turn: turn.role == "system", turns)}
     different = [prompt for prompt in dict.fromkeys(prompts) if prompt.strip() and prompt not in said]
     return [*(Turn("system", prompt) for prompt in different), *turns]
 
 
 def text_of(value: Any, place: str) -> str:
-    """A value as text: texts, numbers and dates, and lists of text parts, which are joined as they are.
+    """A value as text: a text, number or date, or a list of text parts, which are joined as they are.
 
     Raises:
         UserError: for anything else.

@@ -1,8 +1,8 @@
-"""Rows tokenized once into documents on disk, and the corpora that a run draws from them.
+"""Tokenize rows once into documents on disk, and make the corpora that a run draws from them.
 
-What is cached is one source's rows as documents, under a key of their content and of everything that decides
-the tokens. Which of them are held out, and how often each is drawn, is chosen anew from the cached documents,
-so that another seed, fraction or weight tokenizes nothing.
+The cache holds one source's rows as documents, under a key of their content and everything that decides the
+tokens. Which documents are held out, and how often each is drawn, is chosen anew from the cache, so that
+another seed, fraction or weight does not tokenize again.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from falcon_qlora.data.tokens import COUNTED, Change, Status
 class Statistics:
     """What became of the rows.
 
-    `rows_*` count rows of the data, each once; `documents`, `tokens`, `target_tokens` and `longest` are of
-    what the first epoch draws, which weights may repeat. Later epochs draw as many rows. `first_dropped`
-    names the first row of each `rows_dropped_*`. `rows_trained_too` counts, of held-out data that are named,
-    the rows that are among those to train on as well.
+    `rows_*` count each row of the data once. `documents`, `tokens`, `target_tokens` and `longest` describe
+    what the first epoch draws, in which weights may repeat rows. Later epochs draw as many rows.
+    `first_dropped` names the first row of each `rows_dropped_*`. `rows_trained_too` counts the rows of named
+    held-out data that are also in the training data.
     """
 
     rows_read: int
@@ -58,11 +58,11 @@ class Statistics:
 
 @dataclass(frozen=True)
 class SourceUse:
-    """How one source was read: the format recognised and the template that writes it.
+    """How one source was read: its format and the template that writes it.
 
-    `rows_kept` are those of which something is left to train on; weights may draw more of them or less.
-    `columns` has those that were renamed: standard name → name in the data. `notes` are `Source.notes`;
-    `account` is `account.Account.plain` of all its rows, held-out ones too; `train_on` is the setting.
+    `rows_kept` counts rows with something left to train on; weights may draw more or fewer. `columns` has
+    the renamed ones: standard name → name in the data. `notes` are `Source.notes`. `account` is
+    `account.Account.plain` of all its rows, including held-out ones. `train_on` is the setting.
     """
 
     name: str
@@ -77,16 +77,16 @@ class SourceUse:
     train_on: str = "answers"
 
     def read_as(self) -> str:
-        """The format with what became which of its columns, and the template."""
+        """The format, its renamed columns, and the template, for a message."""
         renamed = ", ".join(f"{given} as {standard}" for standard, given in self.columns.items())
         return f"format {self.format}{renamed and f' ({renamed})'}, template {self.template}"
 
     def told(self) -> list[str]:
-        """What to say of its rows: what is not read, and what was altered."""
+        """What to tell the user about its rows: what was not read, missing or altered."""
         return Account.from_plain(self.account).told(self.template, self.train_on)
 
     def drawn(self) -> str:
-        """How many of its rows an epoch draws; empty where weights change nothing."""
+        """How many of its rows an epoch draws, as text; empty if as many as are kept."""
         return f"{self.rows_drawn:,} drawn each epoch" if self.rows_drawn != self.rows_kept else ""
 
 
@@ -103,7 +103,7 @@ class Corpus:
         statistics: what became of the rows.
         names: of the rows, by `row`.
         sources: how each source was read.
-        draw: gives the documents of an epoch, from 0, as often as weights draw them; None: each once.
+        draw: returns the documents of an epoch (from 0) as often as weights draw them; None: each once.
     """
 
     dataset: datasets.Dataset
@@ -128,10 +128,10 @@ def prepare_corpora(
     progress: Callable[[str], None] | None = None,
     **rows: Any,
 ) -> tuple[Corpus, Corpus | None]:
-    """Tokenize what was not tokenized before, and open the training corpus and the held-out one.
+    """Tokenize what is not yet cached, and open the training corpus and the held-out one.
 
-    Weights decide in which proportion an epoch draws rows of the data sets. An epoch has as many rows as
-    without them; rows of a source are repeated or left out as its share demands, in each epoch others.
+    Weights decide in which proportion an epoch draws rows of the data sets. They do not change the number of
+    rows in an epoch: a source's rows are repeated or left out to match its share, chosen anew every epoch.
 
     Args:
         eval_split: a fraction of the rows, ``split:NAME`` of the same data sets, or a hub id, file or folder;
@@ -139,14 +139,15 @@ def prepare_corpora(
         tokenizer: a fast tokenizer.
         tokenizer_fingerprint: identifies the tokenizer.
         seed: of the held-out rows and of the draw by weights.
-        num_proc: threads that tokenize; None: one a core.
+        num_proc: threads that tokenize; None: one per core.
         cache_dir: of the tokenized documents; None: the user's.
-        max_rows: read only so many rows, evenly from the data sets.
-        progress: called with a line about what is being done, where it takes time.
-        rows: what decides which documents rows become, as `RowSettings` takes it.
+        max_rows: read only this many rows, evenly from the data sets; held-out data that is named is read
+            whole.
+        progress: called with a line about each piece of work that takes time.
+        rows: the arguments of `RowSettings`, which decide what documents the rows become.
 
     Returns:
-        The training corpus, and the held-out one where `eval_split` asks for it.
+        The training corpus, and the held-out one if `eval_split` asks for it.
 
     Raises:
         UserError: for data that cannot be found or read, or that leaves nothing to train on.
@@ -191,11 +192,11 @@ class _Joined:
     """The documents of all sources one after another; arrays are ``[documents]``.
 
     Attributes:
-        parts: of each source.
-        dataset: of them all.
-        source: the index of the source.
-        row: of the source row, counted through all sources.
-        lengths: tokens.
+        parts: the documents of each source.
+        dataset: all documents.
+        source: the index of each document's source.
+        row: the index of its row, counted through all sources.
+        lengths: its tokens.
         status, change, targets, content: as in `Documents.dataset`.
     """
 
@@ -210,7 +211,7 @@ class _Joined:
     content: np.ndarray
 
     def rows(self, chosen: np.ndarray) -> int:
-        """How many rows the chosen documents, a mask or indexes, are of."""
+        """How many rows the chosen documents (a mask or indexes) come from."""
         return len(np.unique(self.row[chosen]))
 
 
@@ -237,8 +238,8 @@ def _corpus(documents: _Joined, chosen: np.ndarray, weights: list[float] | None,
 
     Args:
         documents: of all sources.
-        chosen: bool ``[documents]``; a row is chosen with all its documents or not at all.
-        weights: as `prepare_corpora` takes them.
+        chosen: bool ``[documents]``; a row's documents are all chosen or none.
+        weights: as in `RowSettings.dataset_weights`.
         seed: of the draw.
     """
     kept = np.flatnonzero(chosen & (documents.status == Status.KEPT))
@@ -317,7 +318,7 @@ def _uses(
 def _statistics(documents: _Joined, chosen: np.ndarray, drawn: np.ndarray, names: RowNames) -> Statistics:
     status, change = documents.status, documents.change
     kept = chosen & (status == Status.KEPT)
-    # One entry a row, the first of its documents; rows without an answer are no duplicates of each other.
+    # One entry per row, its first document. Rows without an answer do not count as duplicates of each other.
     first = np.diff(documents.row, prepend=-1) > 0
     contents = documents.content[chosen & first & (documents.content != 0)]
     dropped = {name: chosen & (status == each) for each, name in COUNTED.items() if name in DROPPED}

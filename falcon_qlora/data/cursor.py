@@ -1,8 +1,8 @@
-"""Rows in an order that a seed decides, and where they were left off: what a stream is made of.
+"""The parts of a stream: iterators over rows in an order that a seed decides, which can be resumed.
 
-Each of these iterators tells its `state` between two rows, in plain values that JSON keeps. One that is made
-with it goes on with the next row: files and shards behind it are not read again, and what is buffered is part
-of it.
+Between two rows each iterator returns its `state` as values for JSON. An iterator made with that state
+continues at the next row. It does not reread files and shards that were finished, and buffered rows are part
+of the state.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ def recognise_first(settings: RowSettings, source: Source) -> tuple[str, dict[st
 
 @dataclass(eq=False)
 class Reader:
-    """One source's rows, rendered; it can start again where they end.
+    """One source's rows, rendered; at their end it can be restarted.
 
     Args:
-        source: whose rows.
+        source: of the rows.
         settings: how they are read.
         tokenizer: whose special tokens a template may write.
         seed: of the order of the files.
-        first_part: the source's first part, in the origin of its rows.
-        account: gets what of the rows is not read, lacking or altered.
-        before: the state of a reader of the same source, settings and seed.
+        first_part: index of the source's first part in `Origin`.
+        account: counts what is not read, is missing or is altered.
+        before: the state to resume from, of a reader with the same source, settings and seed.
     """
 
     source: Source
@@ -115,15 +115,15 @@ class Reader:
 
 @dataclass(eq=False)
 class Mix(Iterator[Rendered]):
-    """The rows of several readers: drawn in proportions, or in turn.
+    """The rows of several readers, drawn by weight or in turn.
 
     Args:
         readers: of the sources.
-        weights: one a reader; one that ends before the others have ended once starts again. None: they take
-            turns, and one that ends leaves.
+        weights: one per reader; a reader that ends is restarted until all have ended once. None: readers
+            take turns, and one that ends drops out.
         order: of the draws.
-        most: end after so many rows.
-        before: the state of a mix of the same.
+        most: end after this many rows.
+        before: the state to resume from, of a mix with the same arguments.
     """
 
     readers: list[Reader]
@@ -190,9 +190,9 @@ class Shuffled(Iterator[Rendered]):
 
     Args:
         rows: to draw from.
-        size: of the buffer; 1 leaves the order.
+        size: of the buffer; 1 keeps the order.
         order: of the draws.
-        before: the state of a shuffle of the same.
+        before: the state to resume from, of a shuffle with the same arguments.
     """
 
     rows: Mix
@@ -231,7 +231,7 @@ class Shuffled(Iterator[Rendered]):
         return self._buffer.pop()
 
     def state(self) -> Callable[[], State]:
-        """What `state` is elsewhere, when called: what is buffered is many rows, and seldom asked for."""
+        """A function that returns the state, as the buffer is large and seldom needed."""
         rows, order = self.rows.state(), plain(self.order.getstate())
         buffer, draining = None if self._buffer is None else list(self._buffer), self._draining
 
@@ -248,7 +248,7 @@ class Shuffled(Iterator[Rendered]):
 
 
 def plain(state: tuple[Any, ...]) -> list[Any]:
-    """The state of a random generator of Python's, as JSON keeps it."""
+    """The state of a `random.Random`, as values for JSON."""
     version, numbers, gauss = state
     return [version, list(numbers), gauss]
 
@@ -259,15 +259,15 @@ def restore(order: random.Random, state: list[Any]) -> None:
 
 
 def check_cursor(cursor: Any, *, step: int, vocabulary: int) -> None:
-    """Refuse what is no cursor of a stream, before rows and documents are taken from it.
+    """Check that `cursor` is well-formed, before rows and documents are taken from it.
 
     Args:
-        cursor: as `batches.Share.cursor` gave it.
-        step: that the run goes on from.
-        vocabulary: of the model: what each token of a document is below.
+        cursor: as `batches.Share.cursor` returned it.
+        step: that the run resumes at.
+        vocabulary: size of the model's vocabulary; token ids must be below it.
 
     Raises:
-        ValueError, TypeError, LookupError: saying what is wrong, more or less.
+        ValueError, TypeError, LookupError, AttributeError: if it is malformed.
     """
     numbers = [cursor[name] for name in ("step", "epoch", "began")]
     _require(all(map(is_count, numbers)) and cursor["began"] <= cursor["step"] == step, "step")

@@ -1,4 +1,4 @@
-"""One source's rows as documents on disk, tokenized once for everything that decides the tokens."""
+"""One source's rows as tokenized documents on disk, cached by everything that decides the tokens."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from falcon_qlora.data.special_text import SpecialText
 from falcon_qlora.data.templates import Segment
 from falcon_qlora.data.tokens import Document, Encoder
 
-# Raised whenever the same rows and settings would give other tokens than before, or an entry holds more.
+# Raise it when the same rows and settings would give other tokens, or when an entry stores something new.
 _VERSION = 6
 _META = "meta.json"
-# Enough to keep the tokenizer's threads at work, and few enough that Ctrl-C need not wait for them.
+# Enough to keep the tokenizer's threads busy, and few enough that Ctrl-C need not wait for them.
 _ROWS_AT_A_TIME = 256
 _FEATURES = datasets.Features(
     {
@@ -49,19 +49,19 @@ _FEATURES = datasets.Features(
 class Documents:
     """The cached documents of one source, in the order of its rows.
 
-    A row of which nothing is kept has one document without tokens, whose status says why.
+    A dropped row has one document without tokens, whose status says why.
 
     Attributes:
         source: whose rows they are.
         format: a key of `formats.FORMATS`.
         columns: standard column name → its name in the data, for those that differ.
         template: the template's name.
-        dataset: columns `input_ids` and `mask`; `row`, the index of the source row; `status`, an
+        dataset: columns `input_ids` and `mask`; `row`, the index of the source row; `status`, a
             `tokens.Status`; `change`, a `tokens.Change`; `targets`, target tokens; `content`, a hash of the
-            whole row, 0 where it has none.
+            whole row, 0 if there is none.
         fingerprint: hexadecimal hash of the documents.
         rows_of_parts: how many rows each of the source's parts has.
-        account: what of the rows was not read, lacking or altered.
+        account: counts what was not read, was missing or was altered.
         train_on: the setting.
     """
 
@@ -78,7 +78,7 @@ class Documents:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizing:
-    """How rows are tokenized; the arguments are those of `corpus.prepare_corpora`."""
+    """Tokenizes sources; its arguments are those of `corpus.prepare_corpora`."""
 
     settings: RowSettings
     tokenizer: Any
@@ -88,7 +88,7 @@ class Tokenizing:
     progress: Callable[[str], None]
 
     def documents(self, source: Source, max_rows: int | None) -> Documents:
-        """The documents of `source`, tokenized now if they never were."""
+        """The documents of `source`, from the cache or tokenized now."""
         settings, encoder = self.settings, self.settings.encoder(self.tokenizer)
         row_format, columns = settings.recognise(source.columns(), source.name)
         template = settings.load_template(row_format, self.tokenizer)
@@ -176,14 +176,14 @@ class Tokenizing:
 
 @contextlib.contextmanager
 def _tokenizer_threads(count: int | None) -> Iterator[None]:
-    """Let the tokenizer use threads of its own: `count`, or None for one a core.
+    """Let the tokenizer use `count` threads of its own; None: one per core.
 
-    Elsewhere they stay off. A data loader's workers are forks, in which they would wait for ever.
+    Elsewhere they stay off, because they would hang in a data loader's workers, which are forks.
     """
     before = os.environ.get("TOKENIZERS_PARALLELISM", "false")
     os.environ["TOKENIZERS_PARALLELISM"] = "false" if count == 1 else "true"
     if count is not None:
-        os.environ["RAYON_NUM_THREADS"] = str(count)  # read once in a process, as the first thread begins
+        os.environ["RAYON_NUM_THREADS"] = str(count)  # read once in a process, when the first thread starts
     try:
         yield
     finally:
@@ -205,7 +205,7 @@ def _write(file: Path, encoder: Encoder, rows: Iterator[list[Segment]], account:
 
 
 def _columns(numbered: Sequence[tuple[int, Document]]) -> list[pa.Array]:
-    """Documents with the numbers of their rows, as columns in the order of `_FEATURES`."""
+    """Documents and the indexes of their rows, as columns in the order of `_FEATURES`."""
     documents = [document for _, document in numbered]
     return [
         _lists([document.input_ids for document in documents]),
@@ -224,14 +224,14 @@ def _lists(arrays: list[np.ndarray]) -> pa.Array:
 
 
 def _files(folder: Path) -> list[Path]:
-    """One; of earlier releases one for each process that tokenized, in the order of the rows."""
+    """The files in row order: one, or in entries of earlier releases one per tokenizing process."""
     return sorted(folder.glob("documents*.arrow"))
 
 
 def _damage(folder: Path) -> str | None:
-    """What of an entry is not what was written; None where all is.
+    """How an entry differs from what was written; None if it does not.
 
-    Reading it takes no longer than reading the rows does, which tells their hash each time.
+    Hashing it takes no longer than reading the rows, which are hashed each time anyway.
     """
     try:
         meta = read_json(folder / _META)

@@ -1,7 +1,7 @@
-"""Reading rows from local files one by one, each with the place it stands at.
+"""Read rows from local files one by one, each with its place in the file.
 
 Libraries that read whole tables guess a type for every column and fail far from the row that broke the
-guess. Here a row is an object of its own, and what is wrong with it is said with file and line.
+guess. Here each row is an object of its own, and an error in it is reported with file and line.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _UNTIDY = re.compile("float|double|binary|struct")
 
 
 def data_suffix(path: Path) -> str | None:
-    """The suffix that says what `path` holds, without that of its compression; None for what is not data."""
+    """The suffix that says what rows `path` holds, ignoring that of compression; None if it is not data."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compressed = bool(suffixes) and suffixes[-1] in COMPRESSED
     if compressed:
@@ -39,16 +39,16 @@ def data_suffix(path: Path) -> str | None:
 
 
 def iterate_rows(path: Path, *, skip: int = 0) -> Iterator[tuple[str, Row]]:
-    """Yield ``(place, row)`` for every row of a file; a place is ``path:line``.
+    """Yield ``(place, row)`` for every row of a file; a place is ``path:line`` or ``path row number``.
 
-    A value that is missing is None, however its kind of file writes it: null, NaN, or in CSV, where all else
-    is text, an empty field. An infinite number ends the reading.
+    A missing value is None, however the file writes it: null, NaN or, in CSV, an empty field. All other
+    fields of CSV are text. An infinite number is an error.
 
     Args:
-        skip: leave out so many rows at the beginning, without a look into them where the kind of file allows.
+        skip: leave out this many rows at the beginning, without parsing them if the kind of file allows it.
 
     Raises:
-        UserError: at the row that cannot be read.
+        UserError: at a row that cannot be read.
     """
     suffix = data_suffix(path)
     with told_with_file(path):
@@ -61,7 +61,7 @@ def iterate_rows(path: Path, *, skip: int = 0) -> Iterator[tuple[str, Row]]:
 
 
 def remarks(path: Path) -> list[str]:
-    """How a file is read where that is not the plain way of its kind; from its beginning alone."""
+    """What is unusual in how a file is read, judged by its beginning."""
     suffix = data_suffix(path)
     told: list[str] = []
     if suffix == ".parquet":
@@ -108,7 +108,7 @@ def _csv_remarks(path: Path) -> list[str]:
 
 
 def _separator(path: Path) -> str:
-    """What the header's columns are separated by: what stands in it most often, outside of quotes."""
+    """The separator of the columns: the one that the header has most often outside quotes."""
     with open_text(path, newline="") as handle:
         header = "".join(itertools.islice(lines(path, handle), _LINES_OF_A_HEADER)).lstrip("\r\n")
     counts, quoted = dict.fromkeys(_SEPARATORS, 0.0), False
@@ -119,7 +119,7 @@ def _separator(path: Path) -> str:
             break
         elif character in counts and not quoted:
             counts[character] += 1
-    counts[_usual_separator(path)] += 0.5  # where there are as many of two, or none
+    counts[_usual_separator(path)] += 0.5  # the usual one wins a tie, also of none
     return max(counts, key=counts.__getitem__)
 
 

@@ -1,4 +1,4 @@
-"""Which files of a folder hold the rows of a split, and which are not read and why."""
+"""Find the files of a folder that hold the rows of a split, and say why the others are not read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from falcon_qlora.common.errors import UserError, nearest, reason_of
 from falcon_qlora.data.files import SUFFIXES, data_suffix
 from falcon_qlora.data.text_files import COMPRESSED
 
-# What in a file's name says which split it belongs to.
+# Words in a file's name that say which split it belongs to.
 _SPLIT_WORDS = {
     "train": "train",
     "training": "train",
@@ -24,17 +24,17 @@ _SPLIT_WORDS = {
     "val": "validation",
     "dev": "validation",
 }
-# What stands beside it where a split is in several files: test-00000-of-00001, part-0-test.
+# Words that stand beside those if a split has several files: test-00000-of-00001, part-0-test.
 _OF_PARTS = {"of", "part", "shard", "chunk", "v"}
 _METADATA_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-# What systems and tools leave in a folder, which nobody takes for data.
+# What systems and tools leave in a folder; skipped without a note.
 _PASSED_OVER = {
     *(".DS_Store", ".localized", ".directory", ".git", ".gitignore", ".gitattributes", ".gitkeep", ".keep"),
     *(".cache", ".huggingface", ".ipynb_checkpoints", "__pycache__", "__MACOSX", "Thumbs.db", "desktop.ini"),
     "lost+found",
 }
 _AS_LINES = "write its rows as one JSON object a line into a .jsonl file"
-# What users take for rows, and how to make rows of it.
+# What users may take for rows, and how to make rows of it.
 _CURES = {
     ".txt": 'plain text has no rows; write each document as a line {"text": "…"} of a .jsonl file',
     ".md": 'plain text has no rows; write each document as a line {"text": "…"} of a .jsonl file',
@@ -60,12 +60,12 @@ def files_of_folder(folder: Path, name: str, split: str) -> tuple[Sequence[Path]
     """The files that hold the rows of a split, in order, and notes that name all others.
 
     Args:
-        folder: with files of rows, also in folders of its own and in those that links lead to.
+        folder: searched with its subfolders and with folders that links lead to.
         name: of the folder, as the user gave it.
-        split: a file without a word for one in its name is of ``train``.
+        split: to read; a file whose name has no word for a split belongs to ``train``.
 
     Raises:
-        UserError: if there is none, or a folder cannot be read.
+        UserError: if there is no such file, or a folder cannot be read.
     """
     files: list[Path] = []
     left_out: dict[str, list[str]] = defaultdict(list)
@@ -97,7 +97,7 @@ def files_of_folder(folder: Path, name: str, split: str) -> tuple[Sequence[Path]
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names in a sentence; of many, the first."""
+    """Names for a sentence, cut to the first ones if there are many."""
     more = len(names) - _NAMES_SHOWN
     return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
 
@@ -108,7 +108,7 @@ def kinds() -> str:
 
 
 def cure_of(path: Path) -> str | None:
-    """What a file that holds no rows is, and how rows are made of it; None of a kind that is not known."""
+    """What a file that holds no rows is, and how to make rows of it; None for an unknown kind."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes[-1:] and suffixes[-1] in COMPRESSED:
         suffixes.pop()
@@ -116,9 +116,9 @@ def cure_of(path: Path) -> str | None:
 
 
 def _paths(folder: Path) -> Iterator[tuple[Path, str | None]]:
-    """Every file below `folder`, with why it holds no rows; and every folder below it that is not read."""
+    """Yield every file below `folder`, and every folder not read, with why it is not read; None if it is."""
     seen: set[tuple[int, int]] = set()
-    # Links to folders wait until what really lies here has been read, so that it keeps its own name.
+    # Links to folders come last, so that a folder that lies here is read under its own name.
     waiting = [folder]
     while waiting:
         top = waiting.pop(0)
@@ -149,7 +149,7 @@ def _leads_back(link: Path, folder: Path) -> bool:
 
 
 def _why_not(path: Path) -> str | None:
-    """Why a path holds no rows; None where it does."""
+    """Why a path holds no rows; None if it does."""
     if path.name.startswith("."):
         return "hidden"
     if path.name in _METADATA_FILES:
@@ -162,10 +162,7 @@ def _why_not(path: Path) -> str | None:
 
 
 def _split_of(path: Path) -> str:
-    """The split that a folder or the file is named after, where its word is the name's first or last.
-
-    Without one a file is for training.
-    """
+    """The split named by the first or last word of a folder's or the file's name; else ``train``."""
     for words in _words(path):
         for word in (*words[:1], *words[-1:]):
             if word in _SPLIT_WORDS:
@@ -178,7 +175,7 @@ def _other_words(path: Path, split: str) -> bool:
 
 
 def _words(path: Path) -> list[list[str]]:
-    """The words in the names of the folders that the file lies in, and in its own."""
+    """The words in the names of the folders that the file lies in, and in its own name."""
     stem = Path(path.name)
     while stem.suffix.lower() in (*SUFFIXES, *COMPRESSED):
         stem = stem.with_suffix("")

@@ -1,4 +1,4 @@
-"""What the columns of a row mean: formats are recognised by them, and decide the template."""
+"""Recognise the format of rows by their columns, and choose the template for it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Format:
     """A way in which a row holds text.
 
     Attributes:
-        required: columns it needs.
-        optional: columns it reads where they are there, under a name that a flag may give.
-        also: columns it reads where they are there, under these names.
-        template: what `--template auto` means for it.
+        required: columns it needs; a flag may give another name.
+        optional: columns it reads if present; a flag may give another name.
+        also: columns it reads if present, under these names only.
+        template: its template, unless `--template` or the tokenizer decides (see `resolve_template`).
         description: for messages.
     """
 
@@ -35,7 +35,7 @@ class Format:
     also: tuple[str, ...] = ()
 
 
-# In the order in which they are tried: a row with both `messages` and `text` is a chat.
+# Tried in this order: a row with both `messages` and `text` is a chat.
 FORMATS: dict[str, Format] = {
     "chat": Format(
         ("messages",), (), "falcon-instruct", "messages: a list of {role, content} or {from, value}"
@@ -55,7 +55,7 @@ FORMATS: dict[str, Format] = {
 
 COLUMNS = frozenset(column for each in FORMATS.values() for column in (*each.required, *each.optional))
 
-# Other names that data in the wild has for our columns, to be able to suggest the flag.
+# Names that public data often uses for these columns, for suggesting flags.
 _SYNONYMS = {
     "output": ("response", "answer", "target", "label", "completion"),
     "completion": ("response", "answer", "output"),
@@ -68,8 +68,8 @@ _SYNONYMS = {
 _OF_MESSAGES = ({"role", "content"}, {"from", "value"})
 _CHATS = ("chat", "sharegpt", "chat_completion")
 
-# What `--template` may say besides a template: the tokenizer's own for chats where it has one, else the
-# format's; the format's in any case, as `auto` was in the settings of earlier runs.
+# Values of `--template` besides templates. AUTO is the tokenizer's own for chats if it has one, else the
+# format's. BY_FORMAT is always the format's, which is what `auto` meant in earlier runs.
 AUTO, BY_FORMAT = "auto", "format"
 
 
@@ -83,21 +83,21 @@ def recognise(
 ) -> tuple[str, dict[str, str]]:
     """Which format rows with these columns are in, and which of the renamed columns they have.
 
-    Of several data sets one may have a column under the name that a flag gives, another under its own name.
+    One data set may have a column under the name that a flag gives, another under the standard name.
 
     Args:
-        found: the columns that the data has; none where there is no row.
+        found: the columns that the data has; empty if it has no rows.
         arrays: those whose values are arrays.
         columns: standard column name → its name in the data, as the flags give them.
-        dataset_format: the user's word for it, or ``"auto"``.
+        dataset_format: the user's choice, or ``"auto"``.
         source: names the data in messages.
 
     Returns:
         A key of `FORMATS`, and those of `columns` that the data has.
 
     Raises:
-        UserError: if the data is empty, a renamed column is there under neither name, or the columns fit no
-            format, or not the one that was named.
+        UserError: if the data is empty, has a renamed column under neither name, or does not fit the chosen
+            format or any format.
     """
     if not found:
         raise UserError(f"{source}: the data is empty, there is no row in it")
@@ -125,7 +125,7 @@ def recognise(
         )
     if dataset_format == "auto":
         fitting = [name for name in FORMATS if not missing[name]]
-        # A renamed column says which format is meant where the columns fit several.
+        # If several formats fit, a renamed column says which one is meant.
         fitting.sort(key=lambda name: not set(FORMATS[name].required) & set(renamed))
         if not fitting:
             needs = "\n".join(f"  {name}: {each.description}" for name, each in FORMATS.items())
@@ -192,7 +192,7 @@ def _missing(each: Format, found: Collection[str], columns: Mapping[str, str]) -
 
 
 def _suggest(found: Collection[str], *formats: str) -> str:
-    """The flags with which the data fits one of the formats; all that it needs, or none."""
+    """Flags with which the data would fit one of the formats: all that the format needs, or none."""
     there = {name.strip("\ufeff \t").lower(): name for name in reversed(list(found))}
     for each in (FORMATS[name] for name in formats or FORMATS):
         given: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""A chat template in Jinja, as tokenizers publish them."""
+"""Chat templates in Jinja, as tokenizers publish them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from falcon_qlora.common.errors import UserError, one_line
 from falcon_qlora.data.special_text import is_marked, unmarked
 from falcon_qlora.data.templates import REASONING, Segment, Turn, cannot_write
 
-# What comes of an expression that does not suit what it is about; and of one that asks for too much.
+# What a template's expressions raise: on values that do not suit them, and when they ask for too much.
 _OF_EXPRESSIONS = (
     *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
     *(RecursionError, MemoryError),
@@ -22,7 +22,7 @@ _MARKS = (
     "name that: --template FILE.jinja"
 )
 _MUST_BE_WRITTEN = ("tool_calls", *REASONING)
-# At the end of a message's text, it shows whether the text is written. Nothing escapes or strips it.
+# Appended to a message's text to see whether a template writes the text. Nothing escapes or strips it.
 _PROBE = "Qz7{}zQ"
 
 Messages = list[dict[str, Any]]
@@ -36,12 +36,12 @@ class JinjaTemplate:
     Answers are what ``{% generation %}`` marks, with the end token if that follows. Without marks, an answer
     is what the template adds when the assistant's message joins the messages before it (rendered with
     `add_generation_prompt`), up to the end token if that is written. Some templates write earlier answers
-    otherwise than the last, so that there is no such thing: then only the last can be trained.
+    differently from the last. Then only the last answer can be trained.
 
     Args:
         name: as the user gave it, for messages.
         text: the template.
-        special_tokens: names such as ``eos_token`` and what they stand for.
+        special_tokens: names such as ``eos_token`` → their text.
         tool_use: another template, for rows with `tools`.
 
     Raises:
@@ -106,12 +106,12 @@ class JinjaTemplate:
         return [segment for segment in segments if segment.text or segment.end]
 
     def unread(self, turns: Sequence[Turn], tools: Tools = None) -> list[str]:
-        """As `Template.unread` says.
+        """As `Template.unread`.
 
         Raises:
-            UserError: if it leaves out a message, its tool calls, its reasoning, or the tools.
+            UserError: if the template leaves out a message, its tool calls, its reasoning, or the tools.
         """
-        # What a template writes depends on these; to try it with every row would take as long as all else.
+        # Which fields a template writes depends on these. Probing every row would double the time.
         shape = (
             *((turn.role, bool(turn.said), frozenset(turn.held(*turn.fields))) for turn in turns),
             tools is not None and bool(tools),
@@ -125,7 +125,7 @@ class JinjaTemplate:
         return self._render([_message(turn) for turn in turns], None, add_generation_prompt=True)[0]
 
     def _answer(self, answer: str, after: str, *, train: bool) -> list[Segment]:
-        """An answer's segments, of which the last ends with the end token if the template writes it."""
+        """An answer's segments; the last ends with the end token if the template writes one."""
         end_token = self.special_tokens.get("eos_token")
         if not end_token:
             return [Segment(answer, train=train, end=True)]
@@ -146,14 +146,14 @@ class JinjaTemplate:
     def _render_whole(
         self, messages: Messages, tools: Tools
     ) -> tuple[Messages, str, list[tuple[int, int]] | None]:
-        """The messages as they can be rendered, and what `_render` makes of them.
+        """The messages in a form that renders well, and what `_render` makes of them.
 
         Raises:
-            UserError: if the template takes apart text that is to stay text.
+            UserError: if the template changes text that is marked to stay text.
         """
         text, marked = self._render(messages, tools)
         if any(message["content"] is None for message in messages) and "None" in text:
-            # Where null would be written as a word, it is written as nothing.
+            # A template that would write null as the word None gets empty text instead.
             filled = [message | {"content": message["content"] or ""} for message in messages]
             other, marked_other = self._render(filled, tools)
             if other.count("None") < text.count("None"):
@@ -168,7 +168,7 @@ class JinjaTemplate:
         return messages, text, marked
 
     def _leaves_out(self, messages: Messages, tools: Tools) -> frozenset[str]:
-        """The fields that no message's text shows."""
+        """The fields of messages that the template does not write."""
         text = self._render(messages, tools)[0]
         probed = [
             message | ({"content": message["content"] + _PROBE.format(index)} if message["content"] else {})
@@ -178,7 +178,7 @@ class JinjaTemplate:
         for index, message in enumerate(messages):
             if not message["content"] or shown.count(_PROBE.format(index)) > text.count(_PROBE.format(index)):
                 continue
-            # A template that writes it in other letters has not left it out: such rows are counted.
+            # A template that rewrites the text has not left it out; `render` counts such rows.
             if self._render([*messages[:index], probed[index], *messages[index + 1 :]], tools)[0] == text:
                 raise cannot_write(self.name, f"message {index + 1} ({message['role']}), which it leaves out")
         if tools and self._render(messages, [])[0] == text:
@@ -194,7 +194,7 @@ class JinjaTemplate:
         return frozenset(unread)
 
     def _check_last(self, messages: Messages, tools: Tools, name: str) -> None:
-        """Refuse a template that does not write a field even of the last message: some write only that."""
+        """Refuse a template that does not write a field even in the last message; some do so only there."""
         index = max(index for index, message in enumerate(messages) if message.get(name))
         head = messages[: index + 1]
         others = [other for other in REASONING if name in REASONING and other != name and head[-1].get(other)]
@@ -206,7 +206,7 @@ class JinjaTemplate:
         raise cannot_write(self.name, f"{name} (of message {index + 1})")
 
     def _span(self, messages: Messages, tools: Tools, index: int, text: str) -> tuple[int, int] | None:
-        """Where an answer begins and ends; None where the template does not let it be told."""
+        """Where an answer begins and ends; None if the template does not allow that to be found."""
         before = self._render(messages[:index], tools, add_generation_prompt=True)[0]
         after = self._render(messages[: index + 1], tools)[0]
         whole = text.startswith(after) and after.startswith(before)
@@ -237,7 +237,7 @@ class JinjaTemplate:
         template = self.text if tools is None or self.tool_use is None else self.tool_use
         marks = re.search(r"{%-?\s*generation\s*-?%}", template) is not None
         try:
-            # Sandboxed: a template comes from a file that anyone may have written.
+            # Sandboxed, as anyone may have written the template.
             rendered: Any = render_jinja_template(
                 conversations=[] if check_only else [messages],
                 tools=tools,

@@ -1,4 +1,4 @@
-"""Rows from JSON: one a line, values one after another, an array of them, or one object that holds all."""
+"""Read rows from JSON: one per line, values one after another, an array, or one object that holds all."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def _integer(text: str) -> int:
         raise ValueError(f"a number of {len(text):,} digits") from None
 
 
-# Infinite numbers that were met, as they were spelled: rows are looked through for them once there is one.
+# Infinite numbers met so far, as spelled. Rows are searched for them only once there is one.
 _INFINITE: set[str] = set()
 
 
 def _number(text: str) -> float | None:
-    """Of NaN, with which pandas and Python write what is missing, None."""
+    """The number, or None for NaN, with which pandas and Python write missing values."""
     number = float(text)
     if math.isinf(number):
         _INFINITE.add(text)
@@ -63,10 +63,10 @@ def parse_json(text: str, place: str, hint: str = "") -> Any:
     Args:
         text: of one value.
         place: names it in messages.
-        hint: ends them.
+        hint: ends these messages.
 
     Raises:
-        UserError: if it is no JSON, or would not be trained as it is meant.
+        UserError: if it is not valid JSON, nested too deep, or has a repeated key or too long a number.
     """
     try:
         return _DECODER.decode(text.strip())
@@ -80,7 +80,7 @@ def parse_json(text: str, place: str, hint: str = "") -> Any:
 
 
 def _said(error: Exception) -> str:
-    """What Python's reader says of JSON, without its own whereabouts."""
+    """The message of Python's JSON reader, without the position."""
     if isinstance(error, json.JSONDecodeError):
         return error.msg.removesuffix(" at")
     return "nested too deep" if isinstance(error, RecursionError) else str(error)
@@ -90,8 +90,8 @@ def iterate_json(path: Path, skip: int, *, by_line: bool) -> Iterator[tuple[str,
     """Yield ``(place, row)``, after `skip` rows.
 
     Args:
-        by_line: a file that does not begin with an array has one row a line, with as many lines left out
-            without a look into them.
+        by_line: unless the file begins with an array, it has one row per line, and skipped lines are not
+            parsed.
     """
     with open_text(path) as handle:
         array = _first_character(handle) == "["
@@ -103,7 +103,7 @@ def iterate_json(path: Path, skip: int, *, by_line: bool) -> Iterator[tuple[str,
 
 
 def json_remarks(path: Path) -> list[str]:
-    """How the file is read where it is one object that holds the rows, not rows."""
+    """How the file is read, if it is one object that holds the rows."""
     with open_text(path) as handle:
         if _first_character(handle) != "{":
             return []
@@ -114,7 +114,7 @@ def json_remarks(path: Path) -> list[str]:
 
 def _of_values(path: Path, handle: TextIO, *, array: bool) -> Iterator[tuple[str, Row]]:
     values = _Values(path, handle).read()
-    # One object that holds the rows is told from objects one after another.
+    # A file's only object may hold all the rows; of several, each is a row.
     head = list(itertools.islice(values, 2))
     if len(head) == 1 and not array:
         yield from _spread(path, *head[0]).rows
@@ -138,7 +138,7 @@ def _of_lines(path: Path, handle: TextIO, skip: int) -> Iterator[tuple[str, Row]
 
 
 class _Spread(NamedTuple):
-    """The rows that a file's only value stands for, and what is said of them."""
+    """The rows that a file's only value holds, and remarks on how it is read."""
 
     rows: list[tuple[str, Row]]
     remarks: list[str]
@@ -152,7 +152,8 @@ def _spread(path: Path, line: int, value: Any) -> _Spread:
         raise UserError(
             f'{place}: the names of columns are apart from the data (orient="split"); {_AS_RECORDS}'
         )
-    chats = {name for name, each in lists.items() if any(map(_is_message, each))}  # of one row
+    # A list of messages is a column of one row.
+    chats = {name for name, each in lists.items() if any(map(_is_message, each))}
     wrappers = [name for name in _WRAPPERS if _all_are(dict, lists.get(name, []))]
     if len(wrappers) == 1 and chats <= set(wrappers):
         others = ", ".join(repr(name) for name in row if name != wrappers[0])
@@ -179,12 +180,12 @@ def _spread(path: Path, line: int, value: Any) -> _Spread:
 
 
 def _of_list(number: int) -> str:
-    """Names a row beside its line, which may hold many rows of a list."""
+    """A row's number in an array, as one line may hold many of its rows."""
     return f" (row {number:,} of the list)"
 
 
 def _numbered(place: str, rows: list[Row], remarks: list[str]) -> _Spread:
-    """Rows whose places have their number in place of ``{}``."""
+    """Rows with their places, in which the row's number replaces ``{}``."""
     return _Spread([(place.format(number), row) for number, row in enumerate(rows, start=1)], remarks)
 
 
@@ -201,7 +202,7 @@ def _is_index(value: Row) -> bool:
 
 
 class _Values:
-    """The JSON values of a file, an array's elements or values one after another, without holding the file.
+    """Reads an array's elements, or JSON values one after another, without holding the whole file.
 
     Args:
         path: for messages.
@@ -213,9 +214,9 @@ class _Values:
         self._handle = handle
         self._text = ""
         self._position = 0
-        self._line = 1  # at `_counted`, up to which line breaks have been counted
+        self._line = 1  # the line at `_counted`, up to which line breaks have been counted
         self._counted = 0
-        self._row = ""  # of a list, names the row that is read
+        self._row = ""  # in an array, names the row being read
         self._ended = False
 
     def read(self) -> Iterator[tuple[int, Any]]:
@@ -254,12 +255,12 @@ class _Values:
             try:
                 value, self._position = _DECODER.raw_decode(self._text, self._position)
             except json.JSONDecodeError as error:
-                # A value that the window cuts off fails at its end, or where its last string begins.
+                # A value that the window cuts off fails at the window's end, or where its last string begins.
                 cut_off = error.msg.startswith("Unterminated string") or error.pos > len(self._text) - 16
                 if self._ended or not cut_off:
                     self._fail(_said(error), error.pos)
                 self._more()
-            except (ValueError, RecursionError) as error:  # also of a number too long, or lists too deep
+            except (ValueError, RecursionError) as error:  # also too long a number, or nested too deep
                 self._fail(_said(error))
             else:
                 return value
@@ -305,7 +306,7 @@ def _row(value: Any, place: str) -> Row:
 
 
 def columns_of(rows: Iterable[Row]) -> dict[str, bool]:
-    """The columns that rows have, and whether their values are arrays: rows may lack what others have."""
+    """Every column that any row has → whether it holds arrays; rows may lack columns that others have."""
     found: dict[str, bool] = {}
     for row in rows:
         for name, value in row.items():
@@ -314,7 +315,7 @@ def columns_of(rows: Iterable[Row]) -> dict[str, bool]:
 
 
 def tidied_row(row: Row, place: str) -> Row:
-    """As `tidied`, of every column."""
+    """As `tidied`, for every column."""
     return {name: tidied(value, f"{place}: column {name}") for name, value in row.items()}
 
 
@@ -333,7 +334,7 @@ def _unpadded(value: Any, nested: bool) -> Any:
 
 
 def tidied(value: Any, place: str) -> Any:
-    """A value as rows have it, whatever library it comes from: NaN is None, and bytes of text are text.
+    """A value in the same form from any library: NaN becomes None, and bytes in UTF-8 become text.
 
     Raises:
         UserError: for an infinite number.
@@ -348,7 +349,7 @@ def tidied(value: Any, place: str) -> Any:
         try:
             return value.decode()
         except UnicodeDecodeError:
-            return value  # refused where it is to be trained
+            return value  # refused later if it would be trained
     if isinstance(value, dict):
         return {key: tidied(each, place) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -357,7 +358,7 @@ def tidied(value: Any, place: str) -> Any:
 
 
 def kind(value: Any) -> str:
-    """What `value` is, for a message."""
+    """The kind of `value`, for a message."""
     if isinstance(value, Mapping):
         return f"an object with {listed([str(key) for key in value])}"
     kinds = {list: "an array", bool: "true or false", str: "text", int: "a number", float: "a number"}
@@ -365,12 +366,12 @@ def kind(value: Any) -> str:
 
 
 def spelled(name: str) -> str:
-    """The name of a column or key, for a message; as code spells it where nobody would see how."""
+    """The name of a column or key, for a message; quoted as in code if it would not show as it is."""
     return name if name.isprintable() and name.strip() == name != "" else repr(name)
 
 
 def listed(names: Collection[str]) -> str:
-    """Names of columns or keys, for a message."""
+    """Names of columns or keys, for a message; cut if they are many."""
     if not names:
         return "no columns"
     shown = [spelled(name) for name in sorted(names)]

@@ -1,4 +1,4 @@
-"""Which rows of which files documents are made of, named so that a user finds them."""
+"""Name the rows and files that documents are made of, so that a user can find them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from itertools import groupby
 import numpy as np
 
 Origin = tuple[int, int]
-"""Which part of the data, of all sources' `Source.parts` one after another; which row of it, from 1, or 0
-where that is not known."""
+"""The index of a part of the data, counted through all sources' `Source.parts`; and the row in that part,
+from 1, or 0 if unknown."""
 
 _ROWS_SHOWN = 8
 
@@ -19,7 +19,7 @@ class RowNames:
 
     Args:
         parts: names of the files and data sets that rows are read from.
-        counts: how many rows each has; None for a stream, whose rows come with their origin.
+        counts: rows of each; None for a stream, whose rows come with their origin.
     """
 
     def __init__(self, parts: Sequence[str], counts: Sequence[int] | None = None):
@@ -27,7 +27,7 @@ class RowNames:
         self._first = np.cumsum([0, *(counts or ())])
 
     def of_rows(self, rows: Iterable[int]) -> str:
-        """Name rows by their index, counted from 0 through all parts."""
+        """Name rows given by their index, counted from 0 through all parts."""
         indexes = np.unique(np.fromiter(rows, dtype=np.int64))
         parts = np.searchsorted(self._first, indexes, side="right") - 1
         numbers = indexes - self._first[parts] + 1

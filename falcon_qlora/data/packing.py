@@ -1,14 +1,14 @@
-"""Which documents make step n, which process computes which of them, and how they lie in a micro batch.
+"""Decide which documents make each step, deal them to processes, and lay them out in micro-batches.
 
-From top to bottom: `Plan` orders a corpus and cuts it into steps; `deal` gives the documents of a step to
-processes and cuts each share into micro batches; `collate` lays the documents of one end to end, with their
-boundaries in `cu_seqlens`, across which the model does not look.
+From top to bottom: `Plan` orders a corpus and cuts it into steps. `deal` gives the documents of a step to
+processes and cuts each share into micro-batches. `collate` lays the documents of a micro-batch end to end,
+with their boundaries in `cu_seqlens`; attention does not cross these.
 
 Which documents make a step is a pure function of the corpus's fingerprint, the seed, the step and the global
-batch: it does not depend on how many processes there are, so to resume is to remember a step. How a global
-batch is dealt and cut only balances the work.
+batch. It does not depend on the number of processes, so resuming only needs the step. How a global batch is
+dealt and cut only balances the work.
 
-Shape legend: T tokens of a micro batch laid end to end, D documents, N target tokens.
+Shape legend: T tokens of a micro-batch laid end to end, D documents, N target tokens.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ class Plan:
         lengths: ``[documents]``, tokens of each document; none is longer than `max_length`.
         fingerprint: hexadecimal content hash of the corpus.
         seed: of the order.
-        global_batch: sequences of one optimizer step, over all processes and micro batches. Packed, a
+        global_batch: sequences of one optimizer step, over all processes and micro-batches. Packed, a
             step holds as many whole documents as fit into `global_batch` sequences of `max_length`
             tokens; padded, it holds `global_batch` documents.
         max_length: tokens of one sequence.
         packed: whether documents are laid end to end.
         order: ``"random"``, ``"sequential"`` or ``"group_by_length"`` (documents of similar length
             meet in one batch, as in Transformers' sampler of that name).
-        draw: gives the documents of an epoch (from 0), a pure function; None: every document once.
+        draw: a pure function that returns the documents of an epoch (from 0); None: every document once.
 
     Raises:
-        ValueError: if a document is longer than `max_length`.
+        ValueError: if there is no document, or one is longer than `max_length`.
     """
 
     lengths: np.ndarray
@@ -86,13 +86,13 @@ class Plan:
         return self.epoch(epoch)[place]
 
     def documents_until(self, step: int) -> int:
-        """How many documents the steps before `step` hold, a document again in every pass."""
+        """How many documents the steps before `step` hold; one is counted again in every pass."""
         epoch, place = self.locate(step)
         before = sum(len(self._drawn(earlier)) for earlier in range(epoch))
         return before + sum(len(documents) for documents in self.epoch(epoch)[:place])
 
     def steps(self, epochs: float) -> int:
-        """Optimizer steps in `epochs` passes; of a part of a pass, that part of its steps, rounded up."""
+        """Optimizer steps in `epochs` passes; part of a pass has that part of its steps, rounded up."""
         whole = int(epochs)
         total = sum(self._steps_of(epoch) for epoch in range(whole))
         if epochs > whole:
@@ -136,7 +136,7 @@ class Plan:
 
 
 def fitting(lengths: np.ndarray, sequences: int, max_length: int) -> int:
-    """How many of the first documents of these lengths fit whole into `sequences` of `max_length` tokens."""
+    """How many of these documents, from the first on, fit whole into `sequences` of `max_length` tokens."""
     count = len(lengths)
     retreat = max(1, count // 64)
     # One document always fits, so this ends.
@@ -154,17 +154,17 @@ def deal(
     max_length: int,
     packed: bool = True,
 ) -> list[list[np.ndarray]]:
-    """Deal the documents of one global batch to processes and cut each share into micro batches.
+    """Deal the documents of one global batch to processes and cut each share into micro-batches.
 
     Args:
         documents: int64 document indexes of the step.
         lengths: ``[documents of the corpus]``, tokens.
-        processes: to deal to.
-        micro_batch: sequences of `max_length` tokens in one micro batch: packed, it holds at most
+        processes: number of processes to deal to.
+        micro_batch: sequences of `max_length` tokens in one micro-batch: packed, it holds at most
             ``micro_batch * max_length`` tokens; padded, at most `micro_batch` documents.
 
     Returns:
-        For each process its micro batches, each an array of document indexes. A process may get none.
+        For each process its micro-batches, each an array of document indexes. A process may get none.
     """
     descending = documents[np.argsort(-lengths[documents], kind="stable")]
     if not packed:
@@ -204,7 +204,7 @@ def _balance(
 def _first_fit(
     descending: np.ndarray, lengths: np.ndarray, bins: int, capacity: int
 ) -> list[np.ndarray] | None:
-    """Longest first, each into the fullest bin it still fits; None where one fits nowhere."""
+    """Longest first, each into the fullest bin it still fits; None if one fits nowhere."""
     free = [(capacity, index) for index in range(bins)]
     members: list[list[int]] = [[] for _ in range(bins)]
     for document in descending.tolist():
@@ -219,7 +219,7 @@ def _first_fit(
 
 
 def _fits(lengths: np.ndarray, bins: int, capacity: int) -> bool:
-    """Whether documents of these lengths fit into `bins` sequences, best fit decreasing."""
+    """Whether best-fit decreasing places documents of these lengths in `bins` sequences."""
     free = [capacity] * bins
     for length in np.sort(lengths)[::-1].tolist():
         place = bisect_left(free, length)
@@ -231,19 +231,18 @@ def _fits(lengths: np.ndarray, bins: int, capacity: int) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """What one forward computes: documents laid end to end in one row.
+    """The input of one forward pass: documents laid end to end in one row.
 
-    A padded batch is the same thing with the padding inside the documents, at their ends, where a causal
-    model cannot see it.
+    In a padded batch, padding is part of the documents, at their ends, where a causal model does not see it.
 
     Attributes:
         input_ids: int64 ``[1, T]``.
         position_ids: int64 ``[1, T]``, restarting at 0 in every document.
-        cu_seqlens: int32 ``[D + 1]``, where the documents begin and, last, T.
+        cu_seqlens: int32 ``[D + 1]``, where each document begins, then T.
         target_positions: int64 ``[N]``, positions whose next token is a target.
         targets: int64 ``[N]``, those next tokens.
-        lengths: the documents' tokens, padding included, on the host.
-        tokens: real tokens, padding not counted.
+        lengths: tokens of each document, padding included, on the host.
+        tokens: real tokens, without padding.
     """
 
     input_ids: torch.Tensor

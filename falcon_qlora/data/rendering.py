@@ -1,4 +1,4 @@
-"""A row's columns read into turns of a conversation, and written as segments by a template."""
+"""Read a row's columns as turns of a conversation, and write these as segments by a template."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from falcon_qlora.data.formats import FORMATS, SYSTEM
 from falcon_qlora.data.special_text import SpecialText, clean, is_marked
 from falcon_qlora.data.templates import LACKING, REASONING, Segment, Template, Turn, guanaco_segments
 
-# What pandas, and with it `datasets`, takes for a missing value in a table of text: here it is text.
+# Text that pandas, and so `datasets`, takes for a missing value in a table. Here it stays text.
 _LIKE_MISSING = frozenset(
     "#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|-NaN|-nan|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|NaN|None|n/a|nan|null"
     "".split("|")
 )
 
-# Neither white space, nor the marks of `special_text`.
+# White space and the marks of `special_text` are not among these.
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 
 
@@ -47,18 +47,18 @@ def render(
     Args:
         row: the columns' values.
         dataset_format: a key of `FORMATS`.
-        template: as `resolve_template` chose it.
+        template: as `formats.load_template` returns it.
         columns: standard column name → its name in the row, for those that differ.
         place: names the row in messages, for example ``data.jsonl:17``.
-        special: marks text that reads like a special token, which is to stay text under a template.
-        account: gets what is not read, lacking or altered.
+        special: marks special tokens spelled in the row, so that they stay text under a template.
+        account: counts what is not read, is missing or is altered.
 
     Returns:
-        Segments which, laid end to end, are the row's text; none where the row has no answer to learn;
-        `LACKING` where it lacks what it cannot be trained without.
+        Segments that, laid end to end, are the row's text. They are empty if the row has no answer to learn,
+        and `LACKING` if it lacks something that training needs.
 
     Raises:
-        UserError: if a value is not of the kind that the format needs, or the template cannot write it whole.
+        UserError: if a value is of a kind that the format cannot take, or the template cannot write it whole.
     """
     account = Account() if account is None else account
     cleaned = clean(dict(row))
@@ -96,10 +96,10 @@ def render(
 
 
 class _Reader:
-    """Reads columns of one row, and knows which it has read.
+    """Reads columns of one row, and records which it has read.
 
     Args:
-        row, columns, place, account: as `render` takes them.
+        row, columns, place, account: as in `render`.
     """
 
     def __init__(self, row: Mapping[str, Any], columns: Mapping[str, str], place: str, account: Account):
@@ -110,7 +110,7 @@ class _Reader:
         self.read: set[str] = set()
 
     def name(self, column: str) -> str:
-        """What the data calls a column."""
+        """A column's name in the data."""
         return self._columns.get(column, column)
 
     def where(self, column: str) -> str:
@@ -122,11 +122,11 @@ class _Reader:
         return self.peek(column)
 
     def peek(self, column: str) -> Any:
-        """A value that is not read with this."""
+        """A column's value, without recording it as read."""
         return self._row.get(self.name(column))
 
     def lacks(self, columns: Sequence[str]) -> list[str]:
-        """Those of these columns that have no value, by what the data calls them."""
+        """Which of these columns have no value, by their names in the data."""
         return [self.name(column) for column in columns if self.peek(column) is None]
 
     def saw(self, name: str) -> None:
@@ -140,7 +140,7 @@ class _Reader:
         return turns_of_messages(self.value(column), self.where(column), self.account)
 
     def optional_text(self, column: str) -> str:
-        """A text, empty where there is none."""
+        """A column's text; empty if it has no value."""
         value = self.value(column)
         return "" if value is None else text_of(value, self.where(column))
 
@@ -184,7 +184,7 @@ def _conversation(
         if not any(turn.role == "assistant" and turn.train for turn in turns):
             reader.saw("unlearned")
     if special is not None:
-        if template.name == "none":  # which writes what the row says as it is, its special tokens too
+        if template.name == "none":  # writes the row's text as it is, special tokens included
             if [_marked(turn, special) for turn in turns] != turns:
                 reader.saw("special_tokens")
             turns = [replace(turn, text=_ended(turn.text, special)) for turn in turns]
@@ -200,7 +200,7 @@ def _conversation(
         raise UserError(f"{reader.place}: {error}") from None
     for name in unread:
         count(reader.account.message_keys, name)
-    # Within a segment: a template's own line breaks after a message are none of it.
+    # Searched in single segments, as line breaks that a template writes between them are not the message's.
     texts = [text for turn in turns for text in (turn.text, turn.context)]
     if altered := [text for text in texts if not any(text in segment.text for segment in segments)]:
         packed = ["".join(segment.text.split()) for segment in segments]
@@ -218,9 +218,9 @@ def _alpaca(reader: _Reader) -> list[Turn]:
 
 
 def _refuse_kto(reader: _Reader, dataset_format: str) -> None:
-    """Refuse rows that say of their answer whether it is a good one.
+    """Refuse rows that say whether their answer is good or bad.
 
-    A number beside a prompt and its completion is taken for that too; elsewhere it may label anything.
+    A 0 or 1 in `label` counts only beside a prompt and its completion; elsewhere it may label anything.
     """
     marks = ["true", "false"]
     if "prompt" in FORMATS[dataset_format].required:
@@ -242,10 +242,10 @@ def _prompt_and_completion(reader: _Reader) -> list[Turn]:
 def _messages(reader: _Reader, dataset_format: str) -> list[Turn]:
     *context, column = FORMATS[dataset_format].required
     if isinstance(reader.peek("prompt"), list):
-        context = ["prompt"]  # TRL's form of what is said before the answers, and not learned
+        context = ["prompt"]  # TRL's form: messages before the answers, not learned
     before = [turn for each in context for turn in reader.messages(each)]
     turns = reader.messages(column)
-    if turns[: len(before)] == before:  # the whole conversation stands there: nothing is said twice
+    if turns[: len(before)] == before:  # the column repeats the prompt: it is kept once
         turns = turns[len(before) :]
     turns = [*(replace(turn, train=False) for turn in before), *turns]
     mask = reader.peek("mask")
@@ -260,7 +260,7 @@ def _messages(reader: _Reader, dataset_format: str) -> list[Turn]:
 
 
 def _ended(text: str, special: SpecialText) -> str:
-    """`text` without white space after the end token that it spells out at its end."""
+    """`text` without the white space that follows an end token at its end."""
     stripped = text.rstrip()
     return stripped if stripped.endswith(special.end) else text
 
@@ -275,7 +275,7 @@ def _marked(turn: Turn, special: SpecialText) -> Turn:
 
 
 def _without_end(turn: Turn, end_token: str) -> Turn:
-    """An answer without the end token that its row spells at its end: it is written after every answer."""
+    """`turn` without an end token spelled at the end of an answer: every answer gets one anyway."""
     text = turn.text.rstrip()
     if turn.role != "assistant" or not text.endswith(end_token):
         return turn

@@ -1,4 +1,4 @@
-"""What the model will see, as tables and pictures: rendered rows, lengths, what became of the rows."""
+"""Tables and pictures of what the model will see: rendered rows, lengths, what became of the rows."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ Ints = Sequence[int] | np.ndarray
 
 _TRAINED = "bold green"
 _PROMPT = "dim"
-# Where there is no colour, what is trained stands between these.
+# Without colour, these stand around what is trained.
 _OPEN, _CLOSE = "⟦", "⟧"
-# What a terminal would obey; not line breaks and tabs.
+# Characters that a terminal would obey, except line breaks and tabs.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _SHOWN_TOKENS = 600
 _BINS = 16
@@ -36,12 +36,12 @@ _BAR_WIDTH = 40
 
 
 def preview(documents: Iterable[tuple[Ints, Ints]], tokenizer: Any, *, color: bool = True) -> Group:
-    """Documents as the model sees them, decoded from their tokens, with the trained part set off.
+    """Documents as the model sees them, decoded from their tokens, with the trained parts highlighted.
 
     Args:
         documents: ``(input_ids, mask)`` of each.
         tokenizer: to decode with.
-        color: whether colour tells what is trained; otherwise brackets do.
+        color: highlight with colour; otherwise with brackets.
     """
     parts: list[RenderableType] = []
     for number, (ids, mask) in enumerate(documents, start=1):
@@ -52,7 +52,7 @@ def preview(documents: Iterable[tuple[Ints, Ints]], tokenizer: Any, *, color: bo
 
 
 def document_text(ids: Ints, mask: Ints, tokenizer: Any, *, color: bool = True) -> Text:
-    """One document's text; of a long one, its beginning and its end.
+    """One document's text; a long one is cut to its beginning and its end.
 
     Args:
         ids: int ``[tokens]``.
@@ -70,12 +70,12 @@ def document_text(ids: Ints, mask: Ints, tokenizer: Any, *, color: bool = True) 
 
 
 def summary(corpus: Corpus, *, title: str, efficiency: float | None = None) -> Table:
-    """What was read, as what, and what became of it.
+    """A table of what was read, in which format, and what became of it.
 
     Args:
-        corpus: what to tell about.
+        corpus: to summarize.
         title: of the table.
-        efficiency: real tokens over computed positions, where it is known.
+        efficiency: real tokens over computed positions, if known.
     """
     rows: list[tuple[str, str]] = []
     for use in corpus.sources:
@@ -91,7 +91,7 @@ def summary(corpus: Corpus, *, title: str, efficiency: float | None = None) -> T
 
 
 def statistics_rows(statistics: Statistics) -> list[tuple[str, str]]:
-    """The counts as ``(label, text)``; what did not happen is told in one word."""
+    """The counts as ``(label, text)``; what did not happen is shown as ``none``."""
     told = dropped(asdict(statistics), statistics.first_dropped)
     share = statistics.target_tokens / max(statistics.tokens, 1)
     rows = [
@@ -118,8 +118,9 @@ def fill(plan: Plan, *, micro_batch: int, padding: str | None) -> float:
 
     Args:
         plan: of the run.
-        micro_batch: sequences in one micro batch.
-        padding: None for packed; ``"longest"`` of the micro batch, or ``"max_length"``.
+        micro_batch: sequences in one micro-batch.
+        padding: None for packed; ``"longest"`` pads to the longest of the micro-batch, ``"max_length"`` to
+            the plan's.
     """
     steps = plan.epoch(0)
     drawn = np.concatenate(steps)
@@ -143,9 +144,10 @@ def fill(plan: Plan, *, micro_batch: int, padding: str | None) -> float:
 
 
 def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
-    """How many documents have `first` to `last` tokens: those three of each step.
+    """Bins ``(first, last, count)``: how many documents have `first` to `last` tokens.
 
-    Steps are of a round number, or where a few documents are many times longer, each twice the one before.
+    Bins have a round width. If a few documents are many times longer than most, each bin is instead twice as
+    wide as the one before.
     """
     shortest, longest = int(lengths.min()), int(lengths.max())
     if _has_long_tail(lengths):
@@ -228,12 +230,12 @@ def _quantiles(lengths: np.ndarray) -> str:
 
 
 def _has_long_tail(lengths: np.ndarray) -> bool:
-    """Whether half of the documents would be in the first of the steps."""
+    """Whether half of the documents or more would fall into the first of `_BINS` equally wide bins."""
     return bool(lengths.max() > _BINS * np.median(lengths))
 
 
 def _round_width(width: float) -> int:
-    """The next larger of 1, 2, 5, 10, 20, 50, …"""
+    """The smallest of 1, 2, 5, 10, 20, 50, … that is at least `width`."""
     power = 10 ** math.floor(math.log10(max(width, 1)))
     return next(int(step * power) for step in (1, 2, 5, 10) if step * power >= width)
 
@@ -243,7 +245,7 @@ def _count(count: int) -> str:
 
 
 def labelled(title: str, rows: list[tuple[str, str]]) -> Table:
-    """Labels and texts under a title."""
+    """A table of labels and texts under a title."""
     grid = Table.grid(padding=(0, 2))
     grid.title = Text(title, style="bold")
     grid.title_justify = "left"

@@ -1,4 +1,4 @@
-"""Which rows are held out, and how often each is drawn: pure functions of the rows and a seed."""
+"""Choose which rows are held out and how often each is drawn: pure functions of the rows and a seed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _HOLD_OUT, _DRAW = 1, 2
 
 
 def is_fraction(eval_split: str) -> bool:
-    """Whether `eval_split` is a fraction, and not the name of data.
+    """Whether `eval_split` is a fraction rather than the name of data.
 
     Raises:
-        UserError: for a number that is no fraction.
+        UserError: for a number that is not between 0 and 1.
     """
     try:
         fraction = float(eval_split)
@@ -30,12 +30,12 @@ def is_fraction(eval_split: str) -> bool:
 
 
 def hold_out(kept: np.ndarray, content: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Choose the held-out documents; rows of the same content together, so that none of them is trained on.
+    """Choose the held-out documents. Rows of equal content stay together, so that none is also trained on.
 
     Args:
         kept: bool ``[documents]``, those with something to train on.
-        content: int64 ``[documents]``, the hash of the row that a document is of.
-        fraction: of the different rows to hold out; at least one, and one is left.
+        content: int64 ``[documents]``, the hash of each document's row.
+        fraction: of the different rows to hold out: at least one row, and all but one at most.
         seed: of the choice, which does not depend on the order of the rows.
 
     Returns:
@@ -54,14 +54,14 @@ def hold_out(kept: np.ndarray, content: np.ndarray, fraction: float, seed: int) 
 
 
 def draw(source: np.ndarray, row: np.ndarray, weights: Sequence[float], seed: int, epoch: int) -> np.ndarray:
-    """Choose which documents an epoch has, and how often; each epoch anew, and as many rows.
+    """Choose which documents an epoch has, and how often. Every epoch chooses anew, and as many rows.
 
     Args:
         source: ``[documents]``, ascending: the index of a document's source.
-        row: int64 ``[documents]``, ascending: the row that it is of, counted through all sources.
-        weights: in which proportion rows of the sources are drawn. The number of rows stays what it was. A
-            source that has fewer rows than its share is repeated whole, and what is left of the share is a
-            random choice of its rows.
+        row: int64 ``[documents]``, ascending: the index of a document's row, counted through all sources.
+        weights: proportions in which rows of the sources are drawn; the total number of rows does not change.
+            A source is repeated whole as often as its share allows, and the rest of the share is a random
+            choice of its rows.
         seed: of that choice.
         epoch: from 0.
 
@@ -75,7 +75,7 @@ def draw(source: np.ndarray, row: np.ndarray, weights: Sequence[float], seed: in
         documents = np.flatnonzero(source == index)
         rows = np.unique(row[documents])
         whole, rest = divmod(max(round(total * share), 1), len(rows))
-        # Without its number where it is 0: the draw that releases before made for all epochs.
+        # Epoch 0 is left out, so that it draws what earlier releases drew for every epoch.
         entropy = [seed, _DRAW, index, *[epoch] * (epoch > 0)]
         some = np.random.default_rng(entropy).choice(rows, size=rest, replace=False)
         drawn += [documents] * whole + [documents[np.isin(row[documents], some)]]

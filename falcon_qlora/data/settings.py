@@ -1,4 +1,4 @@
-"""What decides which documents rows become, for a corpus and for a stream alike."""
+"""The settings that decide which documents rows become, for a corpus and for a stream alike."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class RowSettings:
 
     Args:
         dataset_name: hub ids, files or folders.
-        dataset_weights: in which proportion rows of them are drawn; None takes each row once.
+        dataset_weights: proportions in which their rows are drawn; None takes each row once.
         dataset_config: configuration of hub data sets.
         dataset_split: split to train on.
         dataset_format: a key of `formats.FORMATS`, or ``"auto"``.
@@ -28,11 +28,11 @@ class RowSettings:
         template: a name of `templates.TEMPLATES`, a ``.jinja`` file, ``"auto"`` or ``"format"``.
         train_on: ``"answers"`` or ``"all"``.
         append_end_token: whether the end token follows every answer.
-        overlong: ``"split"``, ``"truncate"`` or ``"drop"``, for what is longer than `max_length`.
-        max_length: tokens.
+        overlong: ``"split"``, ``"truncate"`` or ``"drop"``, for rows longer than `max_length`.
+        max_length: the most tokens of a document.
 
     Raises:
-        UserError: for weights that are not as many as the data sets, or not above 0.
+        UserError: for weights that are not one per data set, or not above 0.
     """
 
     dataset_name: list[str]
@@ -62,12 +62,12 @@ class RowSettings:
             )
 
     def sources(self, split: str | None = None) -> list[Source]:
-        """What `dataset_name` means, of `dataset_split` or of another split."""
+        """The sources that `dataset_name` names, for `dataset_split` or another split."""
         split = self.dataset_split if split is None else split
         return [find_source(name, config=self.dataset_config, split=split) for name in self.dataset_name]
 
     def recognise(self, found: Mapping[str, bool], source: str) -> tuple[str, dict[str, str]]:
-        """As `formats.recognise`, of rows with the columns that `columns_of` found."""
+        """As `formats.recognise`, for the columns that `columns_of` found."""
         return recognise(
             found,
             arrays=[name for name, is_array in found.items() if is_array],
@@ -77,10 +77,10 @@ class RowSettings:
         )
 
     def check_used(self, renamed: Iterable[Mapping[str, str]]) -> None:
-        """Refuse the name of a column that no data set has, each having the column under its own name.
+        """Refuse a flag that names a column which no data set has, though all have the standard column.
 
         Args:
-            renamed: of each data set, what `recognise` returned second.
+            renamed: for each data set, the second result of `recognise`.
 
         Raises:
             UserError: naming the flag.
@@ -98,7 +98,7 @@ class RowSettings:
         return load_template(self.template, row_format, tokenizer)
 
     def encoder(self, tokenizer: Any) -> Encoder:
-        """What makes documents of rendered rows."""
+        """The encoder that makes documents of rendered rows."""
         return Encoder(
             tokenizer=tokenizer,
             train_on=self.train_on,

@@ -1,4 +1,4 @@
-"""Where rows come from: data sets on the hub, local files, folders of them."""
+"""The sources of rows: data sets on the hub, local files, and folders of files."""
 
 from __future__ import annotations
 
@@ -29,34 +29,35 @@ PACKAGED = "sample"
 
 _SAMPLE_ROWS = 1000
 _ROWS_LOOKED_AT = 100  # of each file, for notes
-# A stream's files may be larger than what a start can wait for: those of a source below the first are hashed
-# whole, a second or two of reading; of larger ones so many bytes at either end, with size and time.
+# Hashing all of a stream's files could delay the start too long. A source below the first limit is hashed
+# whole, in a second or two. In a larger one, this many bytes at both ends of each file are hashed, and its
+# modification time is compared too.
 _HASHED_WHOLE_BYTES = 10**9
 _HASHED_END_BYTES = 10**6
 _BATCH_ROWS = 1000
 
 
 class Rows(Iterator[tuple[str, Row]]):
-    """``(place, row)`` one by one, and which is next."""
+    """Yields ``(place, row)`` one by one, and knows the position of the next."""
 
     @abc.abstractmethod
     def position(self) -> Any:
-        """Where the next row is, in plain values that JSON keeps; `Source.read` takes it."""
+        """Where the next row is, as values for JSON; `Source.read` takes it."""
 
     @abc.abstractmethod
     def origin(self) -> Origin:
-        """Which of the source's parts the row given last is of, and which row of it."""
+        """The part of the source that the last row came from, and its number in that part."""
 
 
 class Source(Protocol):
-    """One thing that `--dataset_name` names."""
+    """The rows of one name in `--dataset_name`."""
 
     @property
     def name(self) -> str:
         """As the user gave it."""
 
     def parts(self) -> list[str]:
-        """Names of what rows are counted in: each file, or the data set."""
+        """Names of the parts in which rows are counted: each file, or the data set."""
 
     def identity(self) -> str:
         """A hash of the content."""
@@ -65,28 +66,28 @@ class Source(Protocol):
         """The rows one by one, without holding them.
 
         Args:
-            shuffle_files: draws the order of files or shards.
-            position: to begin at, of rows that were read in the same order; None for the first.
+            shuffle_files: draws the order of files or shards; None keeps it.
+            position: of the row to begin at, from a `Rows` in the same order; None for the first.
         """
 
     def columns(self) -> dict[str, bool]:
-        """As `columns_of`, of the first rows."""
+        """As `columns_of`, for the first rows."""
 
     def describe(self) -> dict[str, Any]:
-        """What a stream reads, in plain values: each file with its size and hash, a hub data set's commit."""
+        """What a stream reads, as values for JSON: each file's size and hash, or a hub data set's commit."""
 
     def notes(self) -> list[str]:
-        """What is left out, and what is read in a special way, by name; from the beginning of each file."""
+        """Notes on what is left out or read in an unusual way, judged by the beginning of each file."""
 
     def rows(self, max_rows: int | None) -> Iterator[tuple[str, Row]]:
-        """``(place, row)`` in their order, of a hub data set from its copy on disk."""
+        """Yield ``(place, row)`` in order; a hub data set is read from its copy on disk."""
 
     def rows_of_parts(self, max_rows: int | None) -> list[int]:
-        """How many of these rows are of each part; to count them is to read them once."""
+        """How many of these rows each part has; counting may read them all."""
 
 
 def find_source(name: str, *, config: str | None = None, split: str = "train") -> Source:
-    """What `name` means: a file, a folder, or a data set on the hub.
+    """Find the file, folder, or data set on the hub that `name` means.
 
     Args:
         name: a path that exists, a hub id, or ``"sample"`` for the rows that come with the package.
@@ -94,7 +95,7 @@ def find_source(name: str, *, config: str | None = None, split: str = "train") -
         split: of a hub data set, or of a folder whose file names say which split they belong to.
 
     Raises:
-        UserError: if a path does not exist or holds no data.
+        UserError: if a path does not exist or holds no rows, or a single file is asked for another split.
     """
     path = Path(name).expanduser()
     if name == PACKAGED and not path.exists():
@@ -125,10 +126,10 @@ def find_source(name: str, *, config: str | None = None, split: str = "train") -
 
 @dataclass(eq=False)
 class _LocalRows(Rows):
-    """The rows of files one after another, from row `row` of file `file` on, both from 0.
+    """The rows of files one after another, beginning at row `row` of the `file`-th file, both from 0.
 
     Args:
-        order: in which the files are read, by index.
+        order: the indexes of the files, in the order in which they are read.
     """
 
     files: Sequence[Path]
@@ -156,10 +157,10 @@ class _LocalRows(Rows):
 
 
 class _HubRows(Rows):
-    """The rows of a streamed `datasets.IterableDataset`, from one of its states on.
+    """The rows of a streamed `datasets.IterableDataset`, beginning at one of its states.
 
     Args:
-        number: of rows before.
+        number: rows before that state.
         state: None for the first row.
     """
 
@@ -184,12 +185,12 @@ class _HubRows(Rows):
         return [self._number, self._stream.state_dict()]
 
     def origin(self) -> Origin:
-        return 0, 0  # of shards in another order nobody knows how many rows are before this one
+        return 0, 0  # with shuffled shards, the row's number is unknown
 
 
 @dataclass(frozen=True)
 class LocalSource:
-    """Files on this machine, in the order in which they are read."""
+    """Files on this machine, in reading order."""
 
     name: str
     files: tuple[Path, ...]
@@ -281,7 +282,7 @@ class HubSource:
     def read(self, shuffle_files: random.Random | None = None, position: Any = None) -> Rows:
         stream = self._load(streaming=True)
         if shuffle_files is not None:
-            # A buffer of one only puts the shards into another order.
+            # A buffer of 1 shuffles only the order of the shards.
             stream = stream.shuffle(seed=shuffle_files.randrange(2**31), buffer_size=1)
         return _HubRows(self, stream, *(position or (0, None)))
 
@@ -324,7 +325,7 @@ def _describe_file(path: Path, whole: bool) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=8)
 def _load_dataset(name: str, config: str | None, split: str, streaming: bool) -> Any:
-    # Asked for by several steps of one preparation; every call would ask the hub again.
+    # Cached, as one preparation calls it several times and every call would ask the hub again.
     import datasets
 
     return datasets.load_dataset(name, config, split=split, streaming=streaming)
@@ -332,7 +333,7 @@ def _load_dataset(name: str, config: str | None, split: str, streaming: bool) ->
 
 @contextlib.contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """No retry notices, as what fails is raised anyway; and progress bars only where a person sees them."""
+    """Silence retry notices, as failures are raised anyway, and show progress bars only on a terminal."""
     import datasets
 
     hub_logger = logging.getLogger("huggingface_hub")

@@ -1,10 +1,10 @@
-"""Text of a row that reads like a special token, such as ``<|endoftext|>``, and is to stay text.
+"""Keep text of a row that reads like a special token, such as ``<|endoftext|>``, as text.
 
-Before a template sees a row's text, such stretches are put between two marks, which travel with the text
-through whatever the template does. The encoder takes the marks out and tokenizes what stands between them as
-text; so only what a template writes itself becomes a special token. Transformers'
-``apply_chat_template(sanitize_control_tokens=True)`` does the same. The marks are halves of surrogate pairs,
-which no text of a row has (`clean`), and JSON keeps.
+Before a template sees a row's text, such stretches are put between two marks, which stay with the text
+through whatever the template does. The encoder removes the marks and tokenizes what stands between them as
+text, so that only what a template writes itself becomes a special token. Transformers'
+``apply_chat_template(sanitize_control_tokens=True)`` does the same. The marks are halves of surrogate pairs:
+`clean` removes these from the text of rows, and JSON can hold them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class SpecialText:
         self.end = str(tokenizer.eos_token)
 
     def mark(self, value: Any) -> Any:
-        """`value` with what reads like a special token marked: a text, or all texts in lists and mappings."""
+        """`value`, a text or lists and dicts of texts, with marks around what reads like a special token."""
         if isinstance(value, dict):
             return {key: self.mark(each) for key, each in value.items()}
         if isinstance(value, list):
@@ -43,7 +43,7 @@ class SpecialText:
     def _mark(self, text: str) -> str:
         parts: list[str] = []
         position = 0
-        # Thousands of special tokens have few lengths: sets answer faster than a pattern of them all.
+        # Special tokens may be thousands, but of few lengths: a set is faster than a pattern of them all.
         for found in self._first.finditer(text):
             start = found.start()
             ends = [start + length for length in self._lengths] if start >= position else []
@@ -55,7 +55,7 @@ class SpecialText:
 
 
 def clean(value: Any) -> Any:
-    """`value` without halves of surrogate pairs, which JSON may spell and which are no characters."""
+    """`value` with lone halves of surrogate pairs, which JSON may hold, replaced by U+FFFD."""
     if isinstance(value, dict):
         return {clean(key): clean(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -70,7 +70,7 @@ def clean(value: Any) -> Any:
 
 
 def is_marked(text: str) -> bool:
-    """Whether there are marks in it."""
+    """Whether `text` has marks."""
     return _OPEN in text or _CLOSE in text
 
 
@@ -80,9 +80,9 @@ def unmarked(text: str) -> str:
 
 
 def split(text: str) -> list[tuple[str, bool]]:
-    """The stretches between marks, and whether each is to stay text.
+    """The stretches that marks separate, and whether each must stay text.
 
-    A mark without its other half, where a template has cut between them, still separates.
+    A mark still separates if a template has cut off its partner.
     """
     if not is_marked(text):
         return [(text, False)]

@@ -1,4 +1,4 @@
-"""Documents one by one, from data that is never held as a whole."""
+"""Stream documents one by one, without holding the data as a whole."""
 
 from __future__ import annotations
 
@@ -41,29 +41,29 @@ def stream_documents(
     state: State | None = None,
     **rows: Any,
 ) -> DocumentStream:
-    """The documents of one pass over the data, as they are read: the same for the same seed and epoch.
+    """Stream the documents of one pass over the data: the same for the same seed and epoch.
 
-    Files and shards are read in another order every epoch, and rows are drawn from a buffer. Of several data
-    sets with weights, one that ends before the others have ended once starts again. Without weights they take
-    turns, and one that ends leaves.
+    Files and shards are read in another order every epoch, and rows are drawn from a shuffle buffer. Several
+    data sets with weights are drawn in that proportion, and one that ends starts again until all have ended
+    once. Without weights they take turns, and one that ends drops out.
 
     Args:
         tokenizer: a fast tokenizer.
         seed: of the order.
         epoch: of the order, from 0.
-        shuffle_buffer: rows to draw from; 1 leaves them in order.
-        max_rows: end after so many rows.
-        counts: gets `rows_read` and, by the names of `corpus.Statistics`, what was dropped.
-        account: gets what of the rows was not read, lacking or altered.
-        state: of a stream with the same arguments: go on from there, without reading again what was read.
-        rows: what decides which documents rows become, as `RowSettings` takes it.
+        shuffle_buffer: rows to draw from; 1 keeps the order.
+        max_rows: end after this many rows.
+        counts: counts `rows_read` and, by the fields of `corpus.Statistics`, what was dropped.
+        account: counts what was not read, was missing or was altered.
+        state: of a stream with the same arguments; resume there, without rereading earlier rows.
+        rows: the arguments of `RowSettings`, which decide what documents the rows become.
 
     Raises:
-        UserError: for data that cannot be found; when it is read, for data that cannot be, or has no row.
+        UserError: for data that cannot be found. While streaming, for data that cannot be read or has no row.
     """
     settings = RowSettings(**rows)
     encoder = settings.encoder(tokenizer)
-    # Of this seed and epoch alone, so that a pass can be repeated.
+    # Depends on the seed and epoch alone, so that a pass can be repeated.
     order = random.Random(f"{seed} {epoch}")
     sources = settings.sources()
     of_rows: State = state["shuffled"]["rows"] if state else {}
@@ -89,10 +89,10 @@ class DocumentStream(Iterator[dict[str, Any]]):
     Each is ``{"input_ids": int32 [tokens], "mask": int8 [tokens], "origin": Origin}``.
 
     Args:
-        rows: what documents are made of.
-        encoder: makes them, of some rows at a time.
-        counts: gets what became of the rows.
-        waiting: documents to begin with, as `state` has them.
+        rows: that documents are made of.
+        encoder: makes documents of several rows at a time.
+        counts: counts what became of the rows.
+        waiting: documents to begin with, as in `state`.
         account: of the rows.
         names: of the rows.
     """
@@ -122,7 +122,7 @@ class DocumentStream(Iterator[dict[str, Any]]):
         return self._waiting.popleft()
 
     def state(self) -> Callable[[], State]:
-        """Where the stream is now, in plain values that JSON keeps; made when it is called."""
+        """A function that returns where the stream is now, as values for JSON."""
         shuffled, waiting = self._rows.state(), list(self._waiting)
         return lambda: {"shuffled": shuffled(), "waiting": [plain_document(each) for each in waiting]}
 
@@ -141,12 +141,12 @@ class DocumentStream(Iterator[dict[str, Any]]):
 
 
 def plain_document(document: dict[str, Any]) -> list[list[int]]:
-    """A stream's document as JSON keeps it."""
+    """A stream's document as values for JSON."""
     return [document["input_ids"].tolist(), document["mask"].tolist(), list(document["origin"])]
 
 
 def document_of(kept: list[list[int]]) -> dict[str, Any]:
-    """What `plain_document` was made of."""
+    """The inverse of `plain_document`."""
     ids, mask, (part, number) = kept
     return {
         "input_ids": np.array(ids, dtype=np.int32),
@@ -156,7 +156,7 @@ def document_of(kept: list[list[int]]) -> dict[str, Any]:
 
 
 def recognise_stream(settings: RowSettings, tokenizer: Any) -> tuple[str, str]:
-    """The format and the template of the first data set's rows, by the columns of its first ones.
+    """The format and the template of the first data set, recognised by the columns of its first rows.
 
     Raises:
         UserError: if the data is empty, or its columns fit no format.
@@ -165,7 +165,7 @@ def recognise_stream(settings: RowSettings, tokenizer: Any) -> tuple[str, str]:
 
 
 def recognise_source(settings: RowSettings, source: Source, tokenizer: Any) -> tuple[str, str]:
-    """As `recognise_stream`, of any data set."""
+    """As `recognise_stream`, for any data set."""
     row_format, renamed = recognise_first(settings, source)
     if len(settings.dataset_name) == 1:
         settings.check_used([renamed])
@@ -173,9 +173,9 @@ def recognise_source(settings: RowSettings, source: Source, tokenizer: Any) -> t
 
 
 def changed_source(before: list[State], now: list[State]) -> str | None:
-    """What differs between sources as `Source.describe` told them, with its file; None where nothing does.
+    """What differs between two results of `Source.describe`, with the file; None if nothing does.
 
-    Where the files lie does not matter, nor what they are called.
+    The folders and names of files do not matter.
     """
     if len(before) != len(now):
         names = [", ".join(each["name"] for each in sources) for sources in (now, before)]
@@ -190,7 +190,7 @@ def changed_source(before: list[State], now: list[State]) -> str | None:
         if len(old["files"]) != len(new["files"]):
             return _files_more_or_less(new["name"], old["files"], new["files"])
         pairs = list(zip(old["files"], new["files"], strict=True))
-        # By size first: where a source has come to be hashed otherwise, one of them is the cause.
+        # Sizes first: if a source is now hashed in the other way, a changed size is the cause.
         for key, told in _TOLD.items():
             for was, is_now in pairs:
                 if was.get(key) != is_now.get(key):

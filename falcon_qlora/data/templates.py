@@ -1,7 +1,7 @@
-"""How a conversation becomes text, and which of that text is an answer.
+"""Write a conversation as text, and mark which of that text is an answer.
 
-A template only says what is written where. Which parts count for the loss is carried along as segments,
-so that the mask follows from the same code that writes the text and cannot drift away from it.
+A template returns segments, each with its text and whether it counts for the loss. The mask thus comes from
+the same code as the text and cannot drift away from it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from falcon_qlora.common.untrusted import read_text
 
 Role = Literal["system", "user", "assistant", "tool"]
 
-# Keys under which a message holds what the model thought before it answered.
+# Keys of a message that hold the model's reasoning before its answer.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
 _TEMPLATE_LIMIT_BYTES = 2**20
@@ -46,9 +46,9 @@ class Turn:
         role: who speaks.
         text: what is said.
         context: Alpaca's `input`: what the instruction is about.
-        train: of an assistant's turn, whether the loss is to count it.
+        train: for an assistant's turn, whether the loss counts it.
         fields: what else the message holds, for a chat template in Jinja: tool calls, reasoning, names.
-            A `content` of None there stands for a message without text.
+            A `content` of None there means a message without text.
     """
 
     role: Role
@@ -59,11 +59,11 @@ class Turn:
 
     @property
     def said(self) -> str:
-        """Its text, with the context."""
+        """The text, followed by the context."""
         return f"{self.text}\n{self.context}" if self.context else self.text
 
     def held(self, *names: str) -> list[str]:
-        """Those of these fields that hold something."""
+        """Which of these fields are not empty."""
         return [name for name in names if self.fields.get(name) not in (None, "", [], {})]
 
 
@@ -73,7 +73,7 @@ class Segment:
 
     Attributes:
         text: the stretch; the segments of a row laid end to end are the row.
-        train: whether it is an answer, that is, whether the loss counts it.
+        train: whether the loss counts it.
         end: whether an answer ends with it, so that the end token follows.
     """
 
@@ -82,13 +82,12 @@ class Segment:
     end: bool = False
 
 
-# In place of the segments of a row that lacks what it cannot be trained without; of one whose answer is empty
-# there are none.
+# The segments of a row that lacks something that training needs. A row with an empty answer has no segments.
 LACKING = [Segment("", train=False)]
 
 
 class Template(Protocol):
-    """What writes a conversation."""
+    """Writes conversations as text."""
 
     @property
     def name(self) -> str:
@@ -96,7 +95,7 @@ class Template(Protocol):
 
     @property
     def identity(self) -> str:
-        """Changes whenever the text it writes may change."""
+        """A key that changes whenever the template's text may change."""
 
     def segments(self, turns: Sequence[Turn], tools: Sequence[Any] | None = None) -> list[Segment]:
         """The whole conversation, with the answers marked.
@@ -106,7 +105,7 @@ class Template(Protocol):
         """
 
     def unread(self, turns: Sequence[Turn], tools: Sequence[Any] | None = None) -> list[str]:
-        """The names of fields that it leaves out, once for each turn that has them."""
+        """Names of message fields that it does not write, once for each turn that has them."""
 
     def prompt(self, turns: Sequence[Turn]) -> str:
         """The text up to where the assistant's next answer begins."""
@@ -114,7 +113,7 @@ class Template(Protocol):
 
 @dataclass(frozen=True)
 class _Written:
-    """A template that writes turn by turn: what precedes an answer does not depend on what follows it."""
+    """A template that writes turn by turn, so that no text depends on later turns."""
 
     name: str
     write: Callable[[Sequence[Turn]], list[Segment]]
@@ -142,7 +141,7 @@ class _Written:
 
 
 def cannot_write(name: str, what: str) -> UserError:
-    """The refusal of a row that a template would leave something out of."""
+    """The error for a row that a template cannot write whole."""
     return UserError(
         f"template {name} cannot write {what}. Use --template tokenizer with a tokenizer whose chat template "
         "can, or a .jinja file that can; or take it out of the rows"
@@ -150,7 +149,7 @@ def cannot_write(name: str, what: str) -> UserError:
 
 
 def _write_alpaca(turns: Sequence[Turn]) -> list[Segment]:
-    """The Alpaca template; a system message takes the place of its opening, later turns go without one."""
+    """The Alpaca template; a system message replaces its opening, and later turns have none."""
     segments: list[Segment] = []
     opening: str | None = None
     first = True
@@ -177,7 +176,7 @@ def _write_alpaca(turns: Sequence[Turn]) -> list[Segment]:
 
 
 def _write_guanaco(turns: Sequence[Turn]) -> list[Segment]:
-    """As the rows of openassistant-guanaco are written: one space after a marker, nothing before it."""
+    """The form of the rows of openassistant-guanaco: one space after a marker, nothing before it."""
     segments: list[Segment] = []
     begun = False
     for turn in turns:
@@ -198,9 +197,9 @@ def _write_falcon_instruct(turns: Sequence[Turn]) -> list[Segment]:
     """As the chat template in the tokenizer_config.json of tiiuae/falcon-7b-instruct writes.
 
     A system message comes first, stripped; every other one is ``'\\n\\n' + message['role'].title() + ': ' +
-    message['content'].strip().replace('\\r\\n', '\\n').replace('\\n\\n', '\\n')``. So white
-    space at the ends of messages goes, and the line breaks of empty lines are halved, since an empty line
-    separates turns. Rows that this changes are counted.
+    message['content'].strip().replace('\\r\\n', '\\n').replace('\\n\\n', '\\n')``. This drops white space
+    at the ends of messages, and halves the line breaks of empty lines, since an empty line separates turns.
+    `render` counts the rows that this changes.
     """
 
     def published(text: str) -> str:
@@ -238,9 +237,9 @@ _WRITTEN = {
 
 
 def guanaco_segments(text: str) -> list[Segment]:
-    """Find the answers in text that is already written with guanaco's markers.
+    """Find the answers in text that already has guanaco's markers.
 
-    The text stays as it is; what stands between ``### Assistant:`` and the next ``### Human:`` is an answer.
+    The text stays as it is; an answer is what stands between ``### Assistant:`` and the next marker.
     """
     segments: list[Segment] = []
     answer = False
@@ -256,7 +255,7 @@ def guanaco_segments(text: str) -> list[Segment]:
 def get_template(
     name: str, special_tokens: Mapping[str, str] | None = None, chat_template: Any = None
 ) -> Template:
-    """The template of this name, or of this ``.jinja`` file.
+    """The template of this name, or in this ``.jinja`` file.
 
     Args:
         name: one of `TEMPLATES` or a path.
@@ -264,7 +263,7 @@ def get_template(
         chat_template: the tokenizer's own: a text, or texts by the names ``default`` and ``tool_use``.
 
     Raises:
-        UserError: if there is no such template.
+        UserError: if there is no such template, or it cannot be read.
     """
     from falcon_qlora.data.jinja_template import JinjaTemplate
 
@@ -292,11 +291,11 @@ def get_template(
 
 
 def template_fingerprint(name: str, chat_template: Any = None) -> str | None:
-    """The SHA-256 of the text that a template's name means; None for those that come with the package.
+    """The SHA-256 of a template's text; None for templates that come with the package.
 
     Args:
-        name: of a file, or `TOKENIZER`.
-        chat_template: the tokenizer's, as `get_template` takes it.
+        name: as in `get_template`.
+        chat_template: the tokenizer's own, as in `get_template`.
     """
     if name == TOKENIZER and chat_template:
         texts = [chat_template] if isinstance(chat_template, str) else chat_template.values()

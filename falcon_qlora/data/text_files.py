@@ -1,4 +1,4 @@
-"""Text files as they come: compressed or not, in UTF-8 or with the mark of another encoding."""
+"""Read text files, compressed or not, in UTF-8 or with the byte order mark of another encoding."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CHUNK_BYTES = 1 << 16
 _EXCERPT = 20
 TOO_LONG = f"line or value too large (limit {LONGEST:,} characters); not a valid row"
 
-# In the order in which they are tried: UTF-32's mark begins with UTF-16's.
+# Tried in this order, as UTF-32's mark begins with UTF-16's.
 _MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -37,12 +37,12 @@ def _zstd(path: Path) -> Any:
 
 
 class _Streams(io.RawIOBase):
-    """What one compressed stream after another holds. Python's readers pass over damage in a later one.
+    """Decompresses concatenated streams. Python's own readers ignore damage after the first stream.
 
     Args:
         path: of the file.
-        decompressor: makes what decompresses one stream.
-        padding: what may stand between streams.
+        decompressor: makes a decompressor for one stream.
+        padding: bytes that may stand between streams.
     """
 
     def __init__(self, path: Path, decompressor: Callable[[], Any], padding: bytes = b""):
@@ -83,7 +83,7 @@ def _xz(path: Path) -> Any:
     return io.BufferedReader(_Streams(path, lzma.LZMADecompressor, padding=b"\0"))
 
 
-_Opener = Callable[[Path], Any]  # of bytes, with `peek`
+_Opener = Callable[[Path], Any]  # opens a stream of bytes that has `peek`
 _OPENERS: dict[str, tuple[str, _Opener]] = {
     ".gz": ("gzip", gzip.open),
     ".bz2": ("bzip2", _bzip2),
@@ -100,7 +100,7 @@ _OTHER_KINDS = {
 
 
 def open_text(path: Path, newline: str | None = None) -> TextIO:
-    """Open `path` for reading, with its compression and its byte order mark taken off."""
+    """Open `path` for reading, decompressed and without its byte order mark."""
     _, opener = _opener_of(path)
     handle = opener(path)
     try:
@@ -111,14 +111,14 @@ def open_text(path: Path, newline: str | None = None) -> TextIO:
 
 
 def encoding_of(path: Path) -> str:
-    """``utf-8-sig`` or what the file's byte order mark says."""
+    """The file's encoding: ``utf-8-sig``, or what its first bytes say."""
     with open_text(path) as handle:
         return handle.encoding
 
 
 @contextlib.contextmanager
 def told_with_file(path: Path) -> Iterator[None]:
-    """What reading `path` raises becomes an error of the user's, which names the file."""
+    """Turn what reading `path` raises into a `UserError` that names the file."""
     compression, _ = _opener_of(path)
     try:
         yield
@@ -129,14 +129,14 @@ def told_with_file(path: Path) -> Iterator[None]:
             raise UserError(f"{path}: by its content {other}") from None
         raise _not_text(path) from None
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        # Without a number it is not of the system, but of what decompresses.
+        # Without an errno, the error comes from the decompressor, not from the system.
         if not isinstance(error, OSError) or (compression and error.errno is None):
             raise _damaged(path, compression, error) from None
         raise UserError(f"{path}: cannot be read: {reason_of(error)}") from None
 
 
 def lines(path: Path, handle: TextIO) -> Iterator[str]:
-    """The lines of a file, which is no text where one has no end."""
+    """Yield the lines of a file; a line of `LONGEST` characters is an error."""
     for number in itertools.count(1):
         line = handle.readline(LONGEST)
         if len(line) == LONGEST:
@@ -147,14 +147,14 @@ def lines(path: Path, handle: TextIO) -> Iterator[str]:
 
 
 def _meant(path: Path, beginnings: Mapping[str, bytes]) -> str | None:
-    """Which kind of these files begins as this one does."""
+    """The kind of file whose first bytes this one has; None if none of them."""
     with path.open("rb") as handle:
         start = handle.read(6)
     return next((kind for kind, mark in beginnings.items() if start.startswith(mark)), None)
 
 
 def _damaged(path: Path, compression: str, error: Exception) -> UserError:
-    """The refusal of a compressed file that cannot be read: one of another kind, or one with damage in it."""
+    """The error for a compressed file that cannot be read: it is of another kind, or damaged."""
     suffix, meant = path.suffix.lower(), _meant(path, _BEGINNINGS)
     if meant != suffix:
         return UserError(f"{path}: no {compression} file by its content; name it {path.stem}{meant or ''}")
@@ -165,7 +165,7 @@ def _damaged(path: Path, compression: str, error: Exception) -> UserError:
 
 
 def _not_text(path: Path) -> UserError:
-    """The refusal of a file that is not in its encoding: where, and in which one it may be."""
+    """The error for a file that is not in its encoding: where it fails, and which encoding it may be in."""
     compression, opener = _opener_of(path)
     line, before = 1, ""
     told, encoding = "with the encoding that it was saved in", "ENCODING"
@@ -181,7 +181,7 @@ def _not_text(path: Path) -> UserError:
             line, before = line + same_chunk.count("\n"), before + same_chunk
             after = (error.object[error.start :] + handle.read(_EXCERPT)).splitlines()[0][:_EXCERPT]
     with contextlib.suppress(UnicodeDecodeError):
-        # What is neither UTF-8 nor damaged is mostly this; whoever reads the excerpt sees whether it is.
+        # Text that is not UTF-8 is mostly in this encoding; the excerpt lets the user check.
         shown = before.rpartition("\n")[2][-_EXCERPT:] + after.decode("cp1252")
         if name == "UTF-8":
             told, encoding = f"if it is {shown!r}", "WINDOWS-1252"
@@ -198,6 +198,6 @@ def _opener_of(path: Path) -> tuple[str, _Opener]:
 
 def _encoding(handle: Any) -> str:
     start = handle.peek(4)[:4]
-    if start[:1] != start[1:2] and b"\0" in start[:2]:  # a letter of ASCII in two bytes, without a mark
+    if start[:1] != start[1:2] and b"\0" in start[:2]:  # an ASCII letter in UTF-16 without a byte order mark
         return "utf-16-be" if start[:1] == b"\0" else "utf-16-le"
     return next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8-sig")

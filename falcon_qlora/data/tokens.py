@@ -1,8 +1,8 @@
-"""Rendered rows become token ids and a mask of the tokens that count for the loss.
+"""Turn rendered rows into token ids and a mask of the tokens that count for the loss.
 
-The tokens are those of the text, prompts and answers tokenized apart from each other: when the model is
-asked, its prompt ends there too. A token is a target if it starts in an answer. The end token is an id of its
-own after every answer, not text. What `special_text` has marked is tokenized apart, as text.
+Prompts and answers are tokenized apart from each other, because in generation the prompt ends there too. A
+token is a target if it starts in an answer. The end token follows every answer as an id, not as text. What
+`special_text` has marked is tokenized apart, as text.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from falcon_qlora.data.account import Account
 from falcon_qlora.data.special_text import SpecialText, split, unmarked
 from falcon_qlora.data.templates import LACKING, Segment, Template, Turn
 
-# Of a prompt's end and an answer's beginning, what shows whether the tokenizer would join them.
+# Characters of a prompt's end and of an answer's beginning that show whether the tokenizer would join them.
 _BORDER = 24
 
 
 Part = tuple[str, bool]
-"""A text that is tokenized apart from others, and whether what reads like a special token in it is text."""
+"""A text that is tokenized by itself, and whether special tokens spelled in it stay text."""
 
 
 class Status(enum.IntEnum):
-    """What became of a row or, where it was split, of a piece of it."""
+    """What became of a row, or of a piece of a split row."""
 
     KEPT = 0
     EMPTY = 1  # the row has no answer
     MASKED = 2  # the row has no target token
-    OVERLONG = 3  # the row is too long, and such rows are dropped
-    MASKED_PIECE = 4  # a piece of a split row without a target token
-    MISSING = 5  # the row lacks what it cannot be trained without
-    CUT = 6  # the row has target tokens, none of which can be learned within the maximum length
+    OVERLONG = 3  # the row is too long, and overlong is "drop"
+    MASKED_PIECE = 4  # this piece of a split row has no target token
+    MISSING = 5  # the row lacks a column or text that training needs
+    CUT = 6  # the row's target tokens are all lost to the maximum length
 
 
-# What counts them, by the names of `corpus.Statistics`.
+# The field of `corpus.Statistics` that counts each status.
 COUNTED = {
     Status.EMPTY: "rows_dropped_empty",
     Status.MISSING: "rows_dropped_missing",
@@ -62,14 +62,14 @@ class Change(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Document:
-    """One document, or the note that there is none.
+    """One document, or a record of why there is none.
 
     Attributes:
-        input_ids: int32 ``[tokens]``; empty where the status is not `Status.KEPT`.
+        input_ids: int32 ``[tokens]``; empty unless the status is `Status.KEPT`.
         mask: int8 ``[tokens]``, 1 where the token is a target.
         status: whether it is kept, or why not.
         change: what was done to its row.
-        content: a hash of the whole row's tokens and mask; 0 where the row has none.
+        content: a hash of the whole row's tokens and mask; 0 if the row has none.
     """
 
     input_ids: np.ndarray
@@ -80,7 +80,7 @@ class Document:
 
     @property
     def targets(self) -> int:
-        """Tokens that are predicted and counted; a document's first token is never predicted."""
+        """The number of target tokens; a document's first token is never predicted."""
         return int(self.mask[1:].sum())
 
 
@@ -93,10 +93,10 @@ class Encoder:
         train_on: ``"answers"`` or ``"all"``.
         append_end_token: whether the end token follows every answer.
         overlong: ``"split"``, ``"truncate"`` or ``"drop"``.
-        max_length: tokens of a document at most, the end token included.
+        max_length: the most tokens of a document, the end token included.
 
     Raises:
-        UserError: for settings that cannot work.
+        UserError: if `max_length` is below 2, or the tokenizer has no end token to append.
     """
 
     tokenizer: Any
@@ -121,8 +121,8 @@ class Encoder:
         """The documents of each row, in order: at least one for every row.
 
         Args:
-            rows: as `rendering.render` writes them.
-            account: gets how many rows the tokenizer would have joined prompt and answer of.
+            rows: as `rendering.render` returns them.
+            account: counts the rows in which one token would have spanned prompt and answer.
         """
         whole = [[] if row == LACKING else row for row in rows]
         pieces = [self._pieces(row) for row in whole]
@@ -138,7 +138,7 @@ class Encoder:
         return result
 
     def _pieces(self, row: list[Segment]) -> list[list[Segment]]:
-        """The segments that are tokenized together: all between two end tokens."""
+        """Split a row's segments at the end tokens that will be appended."""
         pieces: list[list[Segment]] = [[]] if row else []
         for number, segment in enumerate(row, start=1):
             pieces[-1].append(segment)
@@ -147,10 +147,9 @@ class Encoder:
         return pieces
 
     def _encode(self, pieces: list[list[Part]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Ids and the characters at which the tokens start, int ``[tokens]`` each, of every piece.
+        """For each piece the token ids, and the character at which each token starts, int ``[tokens]`` both.
 
-        What precedes an answer is tokenized apart from it, as it is when the model is asked: no token spans
-        the two.
+        An answer is tokenized apart from what precedes it, as in generation: no token spans the two.
         """
         parts = [part for piece in pieces for part in piece]
         encoded = {
@@ -171,11 +170,11 @@ class Encoder:
         return result
 
     def _tokenize(self, texts: list[str], literal: bool = False) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Ids and the characters at which the tokens start, int ``[tokens]`` each, of every text.
+        """For each text the token ids, and the character at which each token starts, int ``[tokens]`` both.
 
         Args:
             texts: to tokenize.
-            literal: whether what reads like a special token is text.
+            literal: whether special tokens spelled in a text stay text.
         """
         if not texts:
             return []
@@ -197,7 +196,7 @@ class Encoder:
         ]
 
     def _joined(self, rows: list[list[list[Part]]]) -> int:
-        """How many rows have a token that would span a prompt and its answer, were they one text."""
+        """How many rows would have a token that spans prompt and answer if the two were one text."""
         borders = [
             {
                 (before[-_BORDER:], after[:_BORDER])
@@ -233,8 +232,8 @@ class Encoder:
 
     def _has_its_end(self, piece: list[Segment]) -> bool:
         text = "".join(segment.text for segment in piece).rstrip()
-        # A Jinja template, or the text itself, may spell the end token out; and white space that a template
-        # writes after the last answer is no document that could end.
+        # A Jinja template or the text itself may spell out the end token. White space that a template writes
+        # after the last answer needs no end token either.
         return text.endswith(str(self.tokenizer.eos_token)) or not (text or piece[-1].end)
 
     def _limit(self, ids: np.ndarray, mask: np.ndarray) -> list[Document]:
@@ -265,8 +264,8 @@ class Encoder:
 def prompt_ids(template: Template, turns: Sequence[Turn], tokenizer: Any) -> list[int]:
     """Token ids of a conversation up to where the next answer begins.
 
-    As in training, an end token follows every answer before it, and answers are tokenized apart from what
-    precedes them. What reads like a special token in a message stays text, unless there is no template.
+    As in training, an end token follows every earlier answer, and answers are tokenized apart from what
+    precedes them. Special tokens spelled in a message stay text, except with template ``none``.
     """
 
     def encoded(part: str) -> list[int]:
@@ -295,7 +294,7 @@ def _none(status: Status, change: Change = Change.NONE, content: int = 0) -> Doc
 
 
 def _parts(piece: list[Segment]) -> list[Part]:
-    """The texts of a piece that are tokenized apart: cut before answers, and around what is to stay text."""
+    """Cut a piece before answers and around text that must stay text; each part is tokenized by itself."""
     texts, train_before = [""], True
     for segment in piece:
         if segment.train and not train_before:
@@ -313,9 +312,9 @@ def _mask(piece: list[Segment], starts: np.ndarray) -> np.ndarray:
 
 
 def _starts(text: str, offsets: np.ndarray) -> np.ndarray:
-    """Where each token starts, white space that the tokenizer leaves out of its offsets included.
+    """Where each token starts, including white space that the tokenizer leaves out of its offsets.
 
-    Many byte-level tokenizers report `` Yes`` as ``Yes``; the token begins at the space all the same.
+    Many byte-level tokenizers report `` Yes`` as ``Yes``, though the token begins at the space.
     """
     starts = offsets[:, 0].copy()
     before = np.concatenate([[0], np.maximum.accumulate(offsets[:, 1])[:-1]]) if len(offsets) else starts
