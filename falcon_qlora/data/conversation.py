@@ -213,7 +213,7 @@ def masked_roles(value: Any, place: str) -> set[Role] | None:
 
 
 def with_system(turns: list[Turn], prompts: Collection[str]) -> list[Turn]:
-    """`turns` preceded by the system prompts of other columns, except those that the turns already begin with."""
+    """`turns` preceded by the system prompts of other columns, except those that they begin with."""
     said = {turn.text for turn in itertools.takewhile(lambda turn: turn.role == "system", turns)}
     different = [prompt for prompt in dict.fromkeys(prompts) if prompt.strip() and prompt not in said]
     return [*(Turn("system", prompt) for prompt in different), *turns]
