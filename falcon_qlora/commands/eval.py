@@ -87,6 +87,8 @@ def _measure(
         look_at_held_out(configuration.data)
     tokenizer = tokenizer_of(source)
     text = rows_of(configuration, tokenizer) if all_rows else held_out_text(configuration, tokenizer, run)
+    for each in text.notes:
+        note(each)
     # Only now: what is wrong with the rows is told without them.
     import torch
 

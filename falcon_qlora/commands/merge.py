@@ -116,6 +116,8 @@ def _merge(
     tokenizer = tokenizer_of(source)
     check_vocabulary(tokenizer, request.config.vocab_size, name=request.checkpoint.name)
     text = held_out_text(configuration, tokenizer, run)
+    for each in text.notes:
+        note(each)
     if configuration.data.eval_split is None:
         note(
             f"no held-out rows are known: the merge is measured on {text.source}. Give --eval_split FILE to "

@@ -28,6 +28,7 @@ class HeldOutText:
         fingerprint: of the documents.
         source: what they are, for a person.
         is_the_runs_own: whether they are what the run held out itself.
+        notes: what became of the rows, for a person; of a share of rows the training has said it.
     """
 
     dataset: Any
@@ -35,6 +36,7 @@ class HeldOutText:
     fingerprint: str
     source: str
     is_the_runs_own: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def held_out_text(configuration: Configuration, tokenizer: Any, run: RunDirectory | None) -> HeldOutText:
@@ -63,6 +65,7 @@ def held_out_text(configuration: Configuration, tokenizer: Any, run: RunDirector
         fingerprint=corpus.fingerprint,
         source=source,
         is_the_runs_own=isinstance(recorded, dict) and recorded.get("fingerprint") == corpus.fingerprint,
+        notes=() if is_fraction(split) else tuple(rows.what_became(corpus)),
     )
 
 
@@ -74,6 +77,7 @@ def rows_of(configuration: Configuration, tokenizer: Any) -> HeldOutText:
         lengths=corpus.lengths,
         fingerprint=corpus.fingerprint,
         source=", ".join(configuration.data.dataset_name),
+        notes=tuple(rows.what_became(corpus)),
     )
 
 

@@ -165,8 +165,7 @@ def training_data(
         efficiency=corpus.statistics.tokens / room if data.packing else None,
         notes=_notes(
             [
-                *_what_happened(corpus.statistics),
-                *_what_is_said(corpus.sources),
+                *what_became(corpus),
                 *_of_held_out(data, held_out),
             ],
             [corpus, held_out],
@@ -302,6 +301,11 @@ def _notes(lines: Sequence[str], corpora: Sequence[Any]) -> list[str]:
     return [printable(line) for line in dict.fromkeys([*lines, *of_sources])]
 
 
+def what_became(corpus: Any) -> list[str]:
+    """What became of a corpus's rows: how they were read, what of them was not, and what was dropped."""
+    return [*_what_happened(corpus.statistics), *_what_is_said(corpus.sources)]
+
+
 def _what_happened(statistics: Any) -> list[str]:
     told = {
         "rows_truncated": "truncated",
@@ -328,9 +332,7 @@ def _of_held_out(data: DataArguments, held_out: Any) -> list[str]:
     """What became of held-out rows that have a name of their own; others are told with those to train on."""
     if held_out is None or is_fraction(str(data.eval_split)):
         return []
-    return [
-        f"held out: {each}" for each in _what_happened(held_out.statistics) + _what_is_said(held_out.sources)
-    ]
+    return [f"held out: {each}" for each in what_became(held_out)]
 
 
 def global_batch(run: RunArguments) -> int:
