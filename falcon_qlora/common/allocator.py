@@ -1,4 +1,4 @@
-"""How PyTorch's allocator takes a GPU's memory; to be said before torch starts CUDA. Imports no torch."""
+"""The setting of PyTorch's CUDA allocator, made before torch starts CUDA. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ _VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def use_expandable_segments() -> None:
-    """Let segments grow, so that micro batches of varying length share them; a user's own setting stays."""
+    """Let segments grow, so that micro-batches of different lengths share them; a user's setting stays."""
     if not any(name in os.environ for name in _VARIABLES):
         os.environ[_VARIABLES[0]] = "expandable_segments:True"

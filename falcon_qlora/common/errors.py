@@ -1,4 +1,4 @@
-"""What a user can mend, told apart from a bug."""
+"""Errors that a user can fix, as opposed to bugs, and the one-line messages for them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 EXIT_USER_ERROR = 2
 EXIT_BUG = 1
-# Of a process that has said which one hangs: the launcher has no more to say of those that it then ends.
+# Of a rank that has reported which rank hangs: the launcher then does not report the ranks it kills.
 EXIT_HANGING = 3
 
 _OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -22,10 +22,10 @@ _SECRET_IN_QUERY = re.compile(
 
 
 class UserError(Exception):
-    """Something the user can mend: the message says what is wrong, where, and what to do.
+    """Something the user can fix: the message says what is wrong, where, and what to do.
 
-    A command prints the message alone, once over all processes, and exits with status 2. What URLs in it hold
-    of passwords and keys is taken out: messages end up in logs.
+    A command prints only the message, once for all ranks, and exits with status 2. Passwords and keys are
+    removed from URLs in it, as messages end up in logs.
     """
 
     def __init__(self, message: str):
@@ -38,37 +38,37 @@ class PanicError(Exception):
 
 @contextlib.contextmanager
 def panics_as_errors() -> Iterator[None]:
-    """Have a panic of a library in Rust, which is no Exception, raised as a `PanicError`."""
+    """Raise a `PanicError` for a panic of a Rust library, which is not an `Exception`."""
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # each library has its own, in no module to import
+        if type(error).__name__ != "PanicException":  # each library has its own, which cannot be imported
             raise
         raise PanicError(f"native code of a library panicked: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
 def told_in_one_line() -> Iterator[None]:
-    """Have a notebook show one line of what `message_of` has one for, and no traceback."""
+    """Have a notebook show one line, without a traceback, for errors that `message_of` knows."""
     try:
         with panics_as_errors():
             yield
     except Exception as error:
         if told := message_of(error):
-            error._render_traceback_ = lambda: [told]  # type: ignore[attr-defined]  # IPython asks for it
+            error._render_traceback_ = lambda: [told]  # type: ignore[attr-defined]  # IPython calls it
         raise
 
 
 def without_credentials(text: str) -> str:
-    """`text` with user names, passwords and keys taken out of its URLs."""
+    """`text` without the user names, passwords and keys in its URLs."""
     return _URL.sub(
         lambda url: _SECRET_IN_QUERY.sub(r"\1removed", re.sub(r"://[^/@]*@", "://", url[0])), text
     )
 
 
 def message_of(error: Exception) -> str | None:
-    """One line for what the user can mend, or a disk, a file, a GPU or native code refuses; else None."""
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for it
+    """One line for an error of the user, a disk, a file, a GPU or native code; None for any other."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's: told by name, without importing torch
         asked = ". ".join(str(error).split(". ")[:2]).rstrip(".")
         return (
             f"error: {asked}: a GPU's memory ran out where the work cannot be done in smaller pieces. Free "
@@ -81,27 +81,27 @@ def message_of(error: Exception) -> str | None:
         return None
     if isinstance(error.filename, str | bytes):
         return f"error: {os.fsdecode(error.filename)}: {error.strerror}"
-    # A write that fails does not say where.
+    # The error of a failed write does not name its file.
     return f"error: {error.strerror}" if error.errno in _OF_A_DISK else None
 
 
 def one_line(error: object, *, limit: int = 300) -> str:
-    """What `error` says on one line of at most `limit` characters; its class's name where it says nothing."""
+    """The text of `error` on one line of at most `limit` characters; its class's name if it has no text."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
 def printable(text: str) -> str:
-    """`text` with what a terminal would obey, or could not show, written as escapes."""
+    """`text` with control characters, and others that a terminal cannot show, written as escapes."""
     return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
 
 
 def first_line(error: object, *, limit: int = 300) -> str:
-    """The first line of what `error` says, for those whose others are advice to programmers."""
+    """The first line of the text of `error`, for errors whose other lines are advice to programmers."""
     return one_line(next(iter(str(error).strip().splitlines()), type(error).__name__), limit=limit)
 
 
 def reason_of(error: Exception) -> str:
-    """Why something failed; of an OSError what the system says, such as ``No space left on device``."""
+    """Why something failed; for an OSError the system's message, such as ``No space left on device``."""
     return getattr(error, "strerror", None) or one_line(error)
 
 

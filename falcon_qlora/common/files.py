@@ -1,4 +1,4 @@
-"""Writing files that are whole or not there, whatever stops the process meanwhile."""
+"""Atomic writes: a file or folder is complete or absent, whatever stops the process meanwhile."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from typing import Any
 
 from falcon_qlora.common.errors import UserError
 
-# What this user's new files keep from others; to ask for it is to set it, which other threads would notice.
+# Read once, here: the umask can only be read by setting it, which other threads would notice.
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
-# In the names of folders that are on their way to another's place, or out of it.
+# In the names of temporary folders: one that will replace another, and one that was replaced.
 _PARTIAL, _REPLACED = "-partial-", "-replaced-"
 
 
 def user_cache(name: str) -> Path:
-    """Where this user's files of a kind are kept between runs; the folder need not exist."""
+    """The folder for this user's files of one kind, kept between runs; it need not exist."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "falcon_qlora" / name
 
@@ -35,18 +35,18 @@ def user_cache(name: str) -> Path:
 def write_text(file: Path, text: str) -> None:
     """Write `file` whole or not at all."""
     with replaced(file) as temporary:
-        # Bytes of a path that are no UTF-8 become what JSON and YAML read back as them.
+        # Bytes of a path that are not UTF-8 are written as escapes that JSON and YAML read back.
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(file: Path, record: Mapping[str, Any]) -> None:
-    """Write `file` as indented JSON, whole or not at all; numbers that are not finite become null."""
+    """Write `file` as indented JSON, whole or not at all; non-finite numbers become null."""
     write_text(file, json.dumps(plain(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager
 def replaced(file: Path) -> Iterator[Path]:
-    """Yield a path beside `file` that takes its place at the end, if anything was written there."""
+    """Yield a path beside `file`, which replaces `file` at the end if anything was written to it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.stem}-{os.getpid()}{file.suffix}")
     try:
@@ -60,10 +60,10 @@ def replaced(file: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replaced_folder(target: Path, *, first_wins: bool = False) -> Iterator[Path]:
-    """Yield an empty folder that takes `target`'s place when the block ends without an error.
+    """Yield an empty folder, which replaces `target` when the block ends without an error.
 
     Args:
-        first_wins: several processes do so at once, each with the same: what one has put there stays.
+        first_wins: several processes write the same content at once: the first one's stays.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(target)
@@ -74,17 +74,17 @@ def replaced_folder(target: Path, *, first_wins: bool = False) -> Iterator[Path]
 
 
 def put_in_place(filled: Path, target: Path, *, first_wins: bool = False) -> None:
-    """Have a folder take `target`'s place beside it, once the disk holds all that is in it.
+    """Rename a folder to `target` beside it, once its contents are flushed to disk.
 
     Args:
-        first_wins: leave what another process has put there meanwhile.
+        first_wins: keep what another process has put there meanwhile.
     """
     for path in filled.rglob("*"):
         if path.is_file() and not path.is_symlink():
-            path.chmod(0o666 & ~_UMASK)  # safetensors keeps its files from everybody else
+            path.chmod(0o666 & ~_UMASK)  # safetensors lets nobody else read its files
         flush(path)
     if target.exists() and not first_wins:
-        # A folder cannot replace a full one in one move: the old one steps aside first.
+        # A rename cannot replace a folder that is not empty: the old one is moved aside first.
         with _held_folder(f".{target.name}{_REPLACED}", target.parent) as aside:
             try:
                 os.replace(target, aside / target.name)
@@ -103,27 +103,27 @@ def put_in_place(filled: Path, target: Path, *, first_wins: bool = False) -> Non
 
 
 def remove_leftovers(target: Path) -> None:
-    """Remove what a process that was killed in `replaced_folder` has left beside `target`."""
+    """Remove what a process killed in `replaced_folder` left beside `target`."""
     if not target.parent.is_dir():
         return
     ours = re.compile(rf"\.{re.escape(target.name)}({_PARTIAL}|{_REPLACED})\w{{8}}")
     for path in [path for path in target.parent.iterdir() if ours.fullmatch(path.name)]:
-        with contextlib.suppress(OSError), _held(path):  # who lives still holds it
-            if target.exists() or _PARTIAL in path.name:  # else it holds the only one there is
+        with contextlib.suppress(OSError), _held(path):  # a live process still holds its lock
+            if target.exists() or _PARTIAL in path.name:  # else it holds the only copy
                 shutil.rmtree(path, ignore_errors=True)
 
 
 def flush(path: Path) -> None:
-    """Have the disk hold `path`'s bytes before anything points to them.
+    """Flush `path` to disk before anything points to it.
 
     Raises:
-        OSError: if the disk cannot, of a file.
+        OSError: if that fails for a file; for a folder it is ignored.
     """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError:
-        if path.is_file():  # some network file systems refuse for folders; the rename is still ordered
+        if path.is_file():  # some network file systems cannot flush folders; the rename is still ordered
             raise
     finally:
         os.close(handle)
@@ -131,13 +131,13 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def _held_folder(prefix: str, parent: Path) -> Iterator[Path]:
-    """A new folder, locked as long as this process lives, and removed at the end if it is still there."""
+    """A new folder, locked until the block or this process ends; the block's end removes it if it exists."""
     with contextlib.ExitStack() as stack:
         while True:
             path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-            with contextlib.suppress(OSError):  # some network file systems lock no folders
+            with contextlib.suppress(OSError):  # some network file systems cannot lock folders
                 stack.enter_context(_held(path, wait=True))
-            if path.exists():  # else another process took it for a leftover before it was locked
+            if path.exists():  # else another process removed it as a leftover before it was locked
                 break
         stack.callback(shutil.rmtree, path, ignore_errors=True)
         yield path
@@ -145,7 +145,7 @@ def _held_folder(prefix: str, parent: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _held(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """A lock on `folder`, which ends with the process; an OSError where another has it."""
+    """Lock `folder`; the lock ends with the process. Without `wait`, an OSError if another holds it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -155,13 +155,13 @@ def _held(folder: Path, *, wait: bool = False) -> Iterator[None]:
 
 
 def try_to_write(folder: Path) -> None:
-    """Raise an OSError if `folder`, or where it would be made, cannot be written."""
+    """Raise an OSError if `folder`, or the folder in which it would be made, is not writable."""
     with tempfile.TemporaryFile(dir=_nearest_existing(folder)):
         pass
 
 
 def free_bytes(folder: Path) -> int:
-    """What is free on the disk of `folder`, or of where it would be made."""
+    """The free space on the disk of `folder`, or of the folder in which it would be made."""
     return shutil.disk_usage(_nearest_existing(folder)).free
 
 
@@ -170,11 +170,11 @@ def _nearest_existing(folder: Path) -> Path:
 
 
 def check_writable(file: Path, flag: str) -> None:
-    """Refuse a file that cannot be written, before the work begins whose results it is for.
+    """Refuse an output file that cannot be written, before the work begins.
 
     Args:
-        file: Which need not exist, nor its folder.
-        flag: That named it.
+        file: it need not exist, nor its folder.
+        flag: the one that named it.
 
     Raises:
         UserError: naming both.
@@ -192,7 +192,7 @@ def check_writable(file: Path, flag: str) -> None:
 
 
 def quoted(word: str) -> str:
-    """`word` for a shell, on one line and in plain characters whatever it holds."""
+    """`word` quoted for a shell, on one line and in printable characters."""
     if word.isprintable():
         return shlex.quote(word)
     named = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "'": "\\'", "\\": "\\\\"}
@@ -211,7 +211,7 @@ def sha256(file: Path) -> str:
 
 
 def plain(value: Any) -> Any:
-    """`value` in JSON's own types."""
+    """`value` converted to JSON's own types."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

@@ -1,4 +1,4 @@
-"""What FP8 products exclude: asked of the settings, of a GPU and of every block, and answered here alone."""
+"""What FP8 products exclude: the only check of it, for settings, for a GPU and for every block."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def fp8_excludes(
     device: str = "cuda",
     capability: tuple[int, int] | None = FIRST_CAPABILITY,
 ) -> str | None:
-    """The first of these that FP8 products do not go with; what is not known yet is left out.
+    """Why FP8 products cannot run: the first of these that excludes them. Leave out what is not known yet.
 
     Args:
         kernels: the setting of this name.
-        lora_dropout: probability; LoRA beside the products reads all of its input.
+        lora_dropout: probability; LoRA beside FP8 products reads its whole input, without dropout.
         scales: whether learned vectors scale and shift the linears' outputs (Adapter v2).
         prefix: whether attention looks at a learned prefix (Adapter).
         dtype: of the activations, by PyTorch's name.
@@ -28,7 +28,7 @@ def fp8_excludes(
         capability: of a CUDA GPU; None for another device.
 
     Returns:
-        A clause that names it and what to do, or None where FP8 can run.
+        A clause that says why, and what to do; None where FP8 can run.
     """
     if kernels == "off":
         return "fp8 needs fast kernels: drop --kernels off"

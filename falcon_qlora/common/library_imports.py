@@ -1,11 +1,11 @@
-"""Libraries imported without what they do on the side, whoever imports them first.
+"""Import libraries without their side effects, whichever module imports them first.
 
-bitsandbytes asks on some CPUs, while it is imported, the package `kernels` for a kernel from the network,
-which would compute other bits, and warns where there is none. And it wraps in `torch.compile` what no device
-with kernels of its own calls, for which PyTorch loads its compiler: seconds. Transformers prints a line on
-every process where WANDB_MODE is offline. Transformers and TRL list all packages that are installed, each for
-itself, which takes a second or two where there are many. TRL imports W&B whoever reports to it, and
-Transformers part of SciPy for losses of object detection.
+On some CPUs, bitsandbytes asks the package `kernels` for a kernel from the network while it is imported. That
+kernel would compute other bits; where there is none, bitsandbytes warns. It also wraps functions in
+`torch.compile` that no device with kernels of its own calls, which makes PyTorch load its compiler: seconds.
+Transformers prints a line on every process if WANDB_MODE is offline. Transformers and TRL each list all
+installed packages, which takes a second or two where there are many. TRL imports W&B even if nothing reports
+to it, and Transformers imports part of SciPy for losses of object detection.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ASKS = "bitsandbytes.backends.cpu.ops"
 COMPILES = "bitsandbytes.backends.default.ops"
 PRINTS = "transformers.integrations.integration_utils"
 LISTS = ("transformers.utils.import_utils", "trl.import_utils")
-# Module → what it imports and seldom uses, and what it looks for in that at once.
+# Module → the library that it imports and seldom uses, and the name that it looks up there at once.
 EARLY = {
     "trl.trainer.base_trainer": ("wandb", "run"),
     "transformers.loss.loss_utils": ("scipy.optimize", "linear_sum_assignment"),
@@ -34,7 +34,7 @@ EARLY = {
 
 
 class _Alone(SourceFileLoader):
-    """Loads `ASKS`: there is no package `kernels`."""
+    """Loads `ASKS` as if the package `kernels` were not installed."""
 
     def exec_module(self, module: ModuleType) -> None:
         logger = logging.getLogger(ASKS)
@@ -52,7 +52,7 @@ class _Alone(SourceFileLoader):
 
 
 class _Uncompiled(SourceFileLoader):
-    """Loads `COMPILES`, which takes its functions as they are where they cannot be compiled."""
+    """Loads `COMPILES` without `torch.compile`; its functions then stay uncompiled."""
 
     def exec_module(self, module: ModuleType) -> None:
         torch: Any = sys.modules["torch"]  # which bitsandbytes has imported by now
@@ -65,7 +65,7 @@ class _Uncompiled(SourceFileLoader):
 
 
 class _Silent(SourceFileLoader):
-    """Loads `PRINTS`."""
+    """Loads `PRINTS` and drops what it prints."""
 
     def exec_module(self, module: ModuleType) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -73,7 +73,7 @@ class _Silent(SourceFileLoader):
 
 
 class _AskedOnce(SourceFileLoader):
-    """Loads `LISTS`."""
+    """Loads `LISTS`, which share one list of the installed packages."""
 
     _list: Callable[[], Any] | None = None
 
@@ -91,11 +91,11 @@ class _AskedOnce(SourceFileLoader):
 
 
 class _OnUse(ModuleType):
-    """Stands for a module in those that have imported it, which is imported when something of it is used.
+    """Stands in for a module, which is imported only when something of it is used.
 
     Args:
-        name: of the module.
-        wanted: names of functions and values that are looked for, or taken out, before anything is used.
+        name: the module's name.
+        wanted: names that the importing module looks up or imports before it uses anything.
     """
 
     def __init__(self, name: str, wanted: Sequence[str]):
@@ -103,10 +103,10 @@ class _OnUse(ModuleType):
         self._wanted = wanted
 
     def __getattr__(self, name: str) -> Any:
-        if sys.modules.get(self.__name__) is self:  # those that import it are being loaded
+        if sys.modules.get(self.__name__) is self:  # the modules that import it are still being loaded
             if name in self._wanted:
                 return functools.partial(_call, self.__name__, name)
-            if name.startswith("__"):  # asked of every module, by `inspect`
+            if name.startswith("__"):  # `inspect` asks every module for these
                 raise AttributeError(name)
             del sys.modules[self.__name__]
         return getattr(import_module(self.__name__), name)
@@ -117,7 +117,7 @@ def _call(module: str, function: str, *args: Any, **kwargs: Any) -> Any:
 
 
 class _Late(SourceFileLoader):
-    """Loads those of `EARLY`."""
+    """Loads a module of `EARLY` with a stand-in for the library that it imports."""
 
     def exec_module(self, module: ModuleType) -> None:
         name, *wanted = EARLY[module.__name__]
@@ -127,7 +127,7 @@ class _Late(SourceFileLoader):
         if name in sys.modules or spec is None:
             return super().exec_module(module)
         later = sys.modules[name] = _OnUse(name, wanted)
-        later.__spec__ = spec  # by which others tell whether it is installed
+        later.__spec__ = spec  # others check it to see whether the library is installed
         try:
             super().exec_module(module)
         finally:
@@ -158,5 +158,5 @@ class _Finder(PathFinder):
 
 
 def install() -> None:
-    """Have Python load those modules so. Imports nothing; what is imported already stays as it is."""
+    """Have Python load these modules this way. Imports nothing; modules already imported stay as they are."""
     sys.meta_path.insert(0, _Finder)

@@ -1,4 +1,4 @@
-"""Units, and how quantities are written for people. Imports nothing: every floor uses it."""
+"""Units, and how quantities are written for people. Imports nothing: every room uses it."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def duration(seconds: float) -> str:
 
 
 def counted(number: int, unit: str, units: str | None = None) -> str:
-    """``1 GPU``, ``2 GPUs``, or ``2 processes`` where `units` says so."""
+    """``1 GPU``, ``2 GPUs``, or ``2 processes`` where `units` is the plural."""
     return f"{number:,} {unit if number == 1 else units or f'{unit}s'}"

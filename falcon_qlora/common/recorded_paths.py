@@ -1,4 +1,4 @@
-"""Names of files and folders in records: absolute, so that they mean the same from anywhere."""
+"""Paths in records: absolute, so that they mean the same from any folder."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from falcon_qlora.common.untrusted import YAML_LIMIT_BYTES, read_text
 
 
 def absolute_name(name: str, root: Path | None = None) -> str:
-    """The absolute path of what `name` means in `root`, by default the current folder; `name` if nothing."""
+    """`name` in `root`, by default the current folder, as an absolute path; unchanged if it is missing."""
     try:
         path = (root or Path.cwd()) / Path(name).expanduser()
         return str(path) if path.exists() else name
-    except (OSError, ValueError, RuntimeError):  # of names that nothing can have
+    except (OSError, ValueError, RuntimeError):  # for names that no file can have
         return name
 
 
 def started_in(run: Path) -> Path | None:
-    """The folder in which a run was started, to which the paths in records of before are relative.
+    """The folder in which a run was started: relative paths in older records start there.
 
-    The first line of its settings names them as the run was told to write them.
+    The first line of the run's settings file has that file's path as it was when written.
 
     Returns:
-        None where that was no relative path, or the run lies under another one now.
+        None if that path is not relative, or the settings file is no longer at such a path.
     """
     try:
         first = read_text(run / SETTINGS, limit_bytes=YAML_LIMIT_BYTES).partition("\n")[0]

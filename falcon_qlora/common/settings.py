@@ -1,6 +1,6 @@
-"""One setting: under which flags it is given, what it accepts, and within which bounds.
+"""One setting: its flags, the values it accepts, and their bounds.
 
-A setting is a field of a dataclass, of a command's arguments or of a method; `setting` makes such a field,
+A setting is a field of a dataclass: of a command's arguments or of a method. `setting` makes such a field;
 `settings_of` reads them.
 """
 
@@ -28,7 +28,7 @@ def setting(default: Any, text: str, *aliases: str, **more: Any) -> Any:
     """A field of a dataclass of settings.
 
     Args:
-        default: what holds where nothing else says otherwise.
+        default: the value unless another is given.
         text: for the help page.
         aliases: further flags.
         more: other fields of `Setting`.
@@ -41,23 +41,24 @@ def setting(default: Any, text: str, *aliases: str, **more: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What one setting accepts, from whatever source it comes.
+    """What one setting accepts, from any source.
 
     Attributes:
-        name: in configurations, and of its flag.
-        field: of the dataclass; the name, unless that was given.
-        flags: that give it a value.
-        flags_off: that stand alone and switch it off.
-        kind: bool, int, float, str or dict; of a list, that of its items.
+        name: its name in configurations and as a flag.
+        field: its name in the dataclass; the same, unless another name was given.
+        flags: flags that give it a value.
+        flags_off: flags that take no value and switch it off.
+        kind: bool, int, float, str or dict; for a list, the type of its items.
         optional: whether None is a value.
-        alone: what its flag means without a value; None: it needs one.
+        alone: the value of its flag on its own; None if the flag needs a value.
         least, above, most, below: bounds of a number.
         secret: its value is neither recorded nor repeated in a message.
-        label: how a reader is told of it, ``{}`` being the value, such as ``alpha {}``.
-        decisive: a run that goes on with another value is another run.
-        alternative: name of a setting that takes its place. The one of the higher layer (flag, file, recipe)
-            unseats the other.
-        in_weights: of a method: with another value what it has trained would be, or compute, something else.
+        label: how it is shown to a reader, such as ``alpha {}``, where ``{}`` is the value.
+        decisive: a run resumed with another value would be another run.
+        alternative: name of a setting that replaces it. Of the two, the one from the higher layer (flag,
+            file, recipe) unsets the other.
+        in_weights: for a method: with another value, its trained weights would differ or compute something
+            else.
     """
 
     name: str
@@ -111,7 +112,7 @@ class Setting:
         return self._read_one(value, where)
 
     def _check_bounds(self, number: float, where: str) -> None:
-        if isinstance(number, float) and not math.isfinite(number):  # an int may be too large to ask
+        if isinstance(number, float) and not math.isfinite(number):  # an int may be too large for `isfinite`
             raise UserError(f"{where}: {number} is not a finite number")
         if self.least is not None and number < self.least:
             raise UserError(f"{where}: {number} is too small; at least {self.least:g}")
@@ -123,7 +124,7 @@ class Setting:
             raise UserError(f"{where}: {number} is too large; it must be below {self.below:g}")
 
     def told(self, value: Any) -> str:
-        """`value` for a reader; "" for a switch that is off, or what is not given."""
+        """`value` as shown to a reader; "" for a switch that is off, or a value not given."""
         if value is None or value is False:
             return ""
         shown = ", ".join(value) if isinstance(value, list | tuple) else value
@@ -131,7 +132,7 @@ class Setting:
 
     @property
     def takes(self) -> str:
-        """What kind of value, for a message."""
+        """The kind of value it takes, for a message."""
         return f"one of {', '.join(self.choices)}" if self.choices else _NAMES.get(self.kind, "text")
 
     def _read_one(self, value: Any, where: str) -> Any:
@@ -160,7 +161,7 @@ class Setting:
 
 @functools.cache
 def settings_of(arguments: type) -> tuple[Setting, ...]:
-    """The settings that a dataclass has as its fields, those that `setting` made."""
+    """The settings of a dataclass: the fields made by `setting`."""
     return tuple(_settings_of(arguments))
 
 
@@ -193,7 +194,7 @@ def _settings_of(arguments: type) -> Iterator[Setting]:
 
 
 def _without_none(hint: Any) -> tuple[Any, bool]:
-    """What a type is but for None, and whether it may be None."""
+    """A type without None, and whether it may be None."""
     if typing.get_origin(hint) not in (types.UnionType, typing.Union):
         return hint, False
     (inner,) = (member for member in typing.get_args(hint) if member is not type(None))
@@ -205,7 +206,7 @@ def _spellings(name: str) -> tuple[str, ...]:
 
 
 def _written_out(text: str) -> str:
-    """For ``1e9``, which Python does not take for a whole number."""
+    """A hint for ``1e9``, which Python does not read as a whole number."""
     try:
         number = float(text)
     except ValueError:

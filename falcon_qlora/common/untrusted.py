@@ -1,4 +1,4 @@
-"""Reading what others may have written: small, plain, inside its folder, or refused with a reason."""
+"""Reading files that others may have written: refused unless small, plain and inside their folder."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ import yaml
 
 from falcon_qlora.common.errors import UserError, one_line
 
-# Beyond any configuration, index or tokenizer that a model comes with.
+# Larger than any model's configuration, index or tokenizer.
 JSON_LIMIT_BYTES = 2**26
-# Beyond any settings, which YAML takes its time for.
+# Larger than any settings file; YAML is slow to parse.
 YAML_LIMIT_BYTES = 2**18
 
 
 def read_text(file: Path, *, limit_bytes: int = JSON_LIMIT_BYTES, may_be_pipe: bool = False) -> str:
-    """The text that `file` holds.
+    """The text in `file`.
 
     Args:
         file: what to read.
-        limit_bytes: a larger one is not read.
-        may_be_pipe: the user has named it, and waits for it as for any other.
+        limit_bytes: a larger one is refused.
+        may_be_pipe: accept a pipe too: the user has named it, and waits for it.
 
     Raises:
-        UserError: if it is not there, no file, too large or not UTF-8.
+        UserError: if it is missing, not a file, too large or not UTF-8.
     """
     try:
         about = file.stat()
@@ -45,9 +45,9 @@ def read_text(file: Path, *, limit_bytes: int = JSON_LIMIT_BYTES, may_be_pipe: b
         raise UserError(f"{file} is not there") from None
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
-    except ValueError as error:  # of a name that none can have
+    except ValueError as error:  # for a name that no file can have
         raise UserError(f"{str(file)!r} cannot be read: {error}") from None
-    if len(content) > limit_bytes:  # of a pipe, whose size nobody knows
+    if len(content) > limit_bytes:  # a pipe, whose size was not known
         raise UserError(f"{file} is too large (limit {limit_bytes:,} bytes)")
     try:
         return content.decode("utf-8")
@@ -56,20 +56,20 @@ def read_text(file: Path, *, limit_bytes: int = JSON_LIMIT_BYTES, may_be_pipe: b
 
 
 def read_json(file: Path, *, limit_bytes: int = JSON_LIMIT_BYTES, not_finite: bool = False) -> dict[str, Any]:
-    """The JSON object that `file` holds.
+    """The JSON object in `file`.
 
     Args:
         limit_bytes: refuse a larger one.
-        not_finite: let numbers be ``NaN`` and ``Infinity``, as Python writes them.
+        not_finite: accept ``NaN`` and ``Infinity``, as Python writes them.
 
     Raises:
-        UserError: if it is not there, no file, too large, not UTF-8, not JSON, or not an object.
+        UserError: if it is missing, not a file, too large, not UTF-8, not JSON, or not an object.
     """
     text = read_text(file, limit_bytes=limit_bytes)
     try:
         content = json.loads(text, parse_constant=None if not_finite else _no_such_number)
         if "\\u" in text:
-            # Halves of characters cannot be written again; bytes of a path that are no UTF-8 can.
+            # A lone surrogate cannot be written again, unless it stands for a path's byte that is not UTF-8.
             json.dumps(content, ensure_ascii=False).encode(errors="surrogateescape")
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON: {error}") from None
@@ -79,7 +79,7 @@ def read_json(file: Path, *, limit_bytes: int = JSON_LIMIT_BYTES, not_finite: bo
 
 
 def read_yaml(file: Path) -> dict[Any, Any]:
-    """The mapping that a YAML file holds; {} for an empty one.
+    """The mapping in a YAML file; {} if it is empty.
 
     Raises:
         UserError: as `read_json`; and for a key given twice, or an alias.
@@ -88,14 +88,14 @@ def read_yaml(file: Path) -> dict[Any, Any]:
 
 
 def parse_yaml(text: str, origin: str) -> dict[Any, Any]:
-    """The mapping in `text`; {} for none.
+    """The mapping in `text`; {} if it is empty.
 
     Args:
         text: YAML.
-        origin: whence it is, for messages.
+        origin: where it is from, for messages.
 
     Raises:
-        UserError: if it is anything else; and for a key given twice, or an alias.
+        UserError: if it is not a mapping, gives a key twice, or has an alias.
     """
     try:
         content = yaml.load(text, Loader=_StrictLoader)
@@ -103,7 +103,7 @@ def parse_yaml(text: str, origin: str) -> dict[Any, Any]:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{origin}{line}: not valid YAML: {one_line(error.problem)}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # ValueError: of dates and numbers that are none.
+        # ValueError: invalid dates and numbers.
         raise UserError(f"{origin}: not valid YAML: {one_line(error)}") from None
     if content is None:
         return {}
@@ -113,9 +113,9 @@ def parse_yaml(text: str, origin: str) -> dict[Any, Any]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word; here that is an error.
+    """Refuses a key given twice, of which PyYAML silently keeps the last.
 
-    So is an alias: a few lines of them stand for more than fits any memory.
+    It also refuses aliases: a few lines of them can expand beyond any memory.
     """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -140,7 +140,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def is_count(value: Any, *, least: int = 0, most: int | None = None) -> bool:
-    """Whether `value` is a whole number from `least` to `most`; True and False are none."""
+    """Whether `value` is a whole number from `least` to `most`; True and False are not."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     return whole and value >= least and (most is None or value <= most)
 
@@ -150,7 +150,7 @@ def is_number(value: Any) -> bool:
     return (
         isinstance(value, int | float)
         and not isinstance(value, bool)
-        and abs(value) <= sys.float_info.max  # whole numbers of any length are read from JSON
+        and abs(value) <= sys.float_info.max  # JSON's whole numbers may have any length
     )
 
 
@@ -159,9 +159,9 @@ def _no_such_number(name: str) -> NoReturn:
 
 
 def leads_out(file: Path, folder: Path) -> bool:
-    """Whether `file` of a folder is a link to what is not of the folder.
+    """Whether `file` in `folder` is a link to something outside of it.
 
-    In the hub's cache the files of a snapshot are links to those beside the snapshots.
+    In the hub's cache, a snapshot's files are links to files beside the snapshots: these are not outside.
     """
     if not file.is_symlink():
         return False
@@ -173,12 +173,12 @@ def leads_out(file: Path, folder: Path) -> bool:
 
 
 def refuse_links(folder: Path) -> None:
-    """Refuse a folder whose files are others' by a link: what is read of it, or copied, must be its own.
+    """Refuse a folder with files that link outside of it: only its own files may be read or copied.
 
-    Folders in it may be links: checkpoints lie on another disk at times.
+    Folders in it may be links, as checkpoints may be on another disk.
 
     Raises:
-        UserError: naming the first.
+        UserError: naming the first such file.
     """
     for file in sorted(folder.iterdir()):
         if leads_out(file, folder) and not file.is_dir():
@@ -189,7 +189,7 @@ def refuse_links(folder: Path) -> None:
 
 @contextlib.contextmanager
 def of_a_run(folder: Path) -> Iterator[None]:
-    """Turn what goes wrong where the figures of a run's files are used into a `UserError` that names it."""
+    """Turn an error of the block, caused by a run's invalid files, into a `UserError` that names the run."""
     refuse_links(folder)
     try:
         yield
