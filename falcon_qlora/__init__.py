@@ -33,14 +33,14 @@ def train(**settings: Any) -> Path:
     """Fine-tune in this process, with the settings of ``falcon-qlora train`` as keyword arguments.
 
     ``train(model_name_or_path="tiny", dataset_name="rows.jsonl", max_steps=20)``. Under torchrun each
-    process calls it; alone it trains on one device. In a notebook a bar and a picture of the losses are
-    redrawn in the cell's output. Warnings and logs of libraries are silenced meanwhile.
+    process calls it; alone it trains on one device. In a notebook, a progress bar and a chart of the losses
+    are updated in the cell's output. Warnings and logs of libraries are silenced meanwhile.
 
     Returns:
         The run directory.
 
     Raises:
-        UserError: for what the user can mend.
+        UserError: for what the user can fix.
     """
     from falcon_qlora.common import allocator
 

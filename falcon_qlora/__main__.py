@@ -1,4 +1,4 @@
-"""The command line: `falcon-qlora VERB [flags]`, one module a verb in `commands/`."""
+"""The command line: `falcon-qlora VERB [flags]`, one module per verb in `commands/`."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from falcon_qlora.config.verbs import VERBS
 from falcon_qlora.terminal.output import write_every_character
 
 EXIT_INTERRUPTED = 130
-_VERB_LIKE = re.compile(r"[A-Za-z_-]{1,16}")  # no token, key or address
+_VERB_LIKE = re.compile(r"[A-Za-z_-]{1,16}")  # repeated in the message, so no token, key or address
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line.
 
     Returns:
-        The exit status: 0, 2 for what the user can mend, 1 for a bug or a disk that fails, 130 after Ctrl-C.
+        The exit status: 0, 2 for what the user can fix, 1 for any other error, 130 after Ctrl-C.
     """
     words = sys.argv[1:] if argv is None else argv
     write_every_character()
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has seen enough; closing stderr keeps Python from saying so at exit.
+        # The reader of the output is gone; closing stderr keeps Python from reporting that at exit.
         sys.stderr.close()
         return EXIT_BUG
     except Exception as error:
@@ -58,7 +58,7 @@ def _run(words: list[str]) -> int:
         return 0
     verb, *rest = words
     if verb.startswith("-"):
-        # Without the words that were typed: among them may be tokens and passwords.
+        # The message does not repeat the words typed: they may contain tokens and passwords.
         raise UserError("name a command before the flags, such as: falcon-qlora train, then the same flags")
     if verb not in VERBS:
         name = f" {verb}" if _VERB_LIKE.fullmatch(verb) else ""

@@ -1,8 +1,8 @@
-"""What torchrun starts, once a GPU.
+"""The module that torchrun starts, once per GPU.
 
 ``torchrun --nnodes 1 --nproc_per_node 8 -m falcon_qlora.train -m tiiuae/falcon-40b -q 8bit``
 
-Nothing imports this module: its name would take the place of the package's function `train`.
+Nothing imports this module: importing it would replace the package's function `train`.
 """
 
 from __future__ import annotations
