@@ -1,4 +1,4 @@
-"""Pictures of runs and measurements, drawn without a screen."""
+"""Charts of runs and measurements, drawn without a display."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ PRODUCTS: dict[Product, str] = {
     "reference": drawing.GREY,
     "other tools": drawing.RED,
 }
-_WIDEST = 200  # values that one of the smoothed line is the mean of
-_FEW = 20  # points that are marked one by one, and are not smoothed
+_WIDEST = 200  # at most so many values are averaged into one of the smoothed line
+_FEW = 20  # up to so many points are marked one by one, and not smoothed
 
 
 class Bar(NamedTuple):
-    """A bar's label, length and the text at its end; and the lowest and highest of what it is the mean of."""
+    """A bar's label, length and end text, and the lowest and highest of the values that it averages."""
 
     label: str
     height: float
@@ -49,10 +49,10 @@ def draw_loss(
     """Draw the training loss, the held-out loss and the learning rate over the steps as a PNG.
 
     Args:
-        metrics: The lines of `metrics.jsonl`; where one has no loss, as its steps were skipped, is a gap.
-        file: The PNG to write, or what takes its bytes.
-        title: A line above the picture.
-        kept: The step whose weights the run leaves; marked where there is a held-out loss to see why.
+        metrics: the lines of `metrics.jsonl`; one without a loss, whose steps were skipped, leaves a gap.
+        file: the PNG to write, or a stream for its bytes.
+        title: a line above the chart.
+        kept: the step whose weights the run keeps; marked only if there are held-out losses.
     """
     train, held_out = _series(metrics, "loss"), _series(metrics, "eval_loss")
     rate = _series(metrics, "learning_rate")
@@ -89,8 +89,8 @@ def draw_speed_and_memory(series: Mapping[str, Line], file: Path, *, title: str 
 
     Args:
         series: label to GB (10^9 bytes) and tokens/s.
-        file: The PNG to write.
-        title: A line above the picture.
+        file: the PNG to write.
+        title: a line above the chart.
     """
     if not series:
         return
@@ -99,7 +99,7 @@ def draw_speed_and_memory(series: Mapping[str, Line], file: Path, *, title: str 
         axes.set(xlabel="peak memory allocated, GB", ylabel="tokens/s")
         lines = {
             label: (sorted(line.points), PRODUCTS[line.product])
-            # The fastest are named first, and so stand nearest to their points.
+            # The fastest are named first, so that their names are nearest to their points.
             for label, line in sorted(series.items(), key=lambda item: -max(y for _, y in item[1].points))
         }
         for points, color in lines.values():
@@ -113,12 +113,12 @@ def draw_speed_and_memory(series: Mapping[str, Line], file: Path, *, title: str 
 
 
 def draw_scaling(series: Mapping[str, Line], file: Path, *, title: str = "") -> None:
-    """Draw samples/s over GPUs as a PNG, each with the line that its fewest GPUs would give ideally.
+    """Draw samples/s over GPUs as a PNG, each with the ideal line from its fewest GPUs.
 
     Args:
         series: label to GPUs and samples/s.
-        file: The PNG to write.
-        title: A line above the picture.
+        file: the PNG to write.
+        title: a line above the chart.
     """
     if not series:
         return
@@ -143,13 +143,13 @@ def draw_scaling(series: Mapping[str, Line], file: Path, *, title: str = "") -> 
 
 
 def draw_bars(series: Mapping[str, Sequence[Bar]], file: Path, *, axis: str, title: str = "") -> None:
-    """Draw bars that lie as a PNG, those of one label from every series below each other.
+    """Draw horizontal bars as a PNG; the bars of one label, one per series, are below each other.
 
     Args:
-        series: name to its bars; a line on a bar goes from its lowest to its highest, where these differ.
-        file: The PNG to write.
-        axis: What the lengths are, with their unit.
-        title: A line above the picture.
+        series: name to its bars; an error bar goes from the lowest to the highest, where these differ.
+        file: the PNG to write.
+        axis: what the lengths are, with their unit.
+        title: a line above the chart.
     """
     series = {name: bars for name, bars in series.items() if bars}
     if not series:
@@ -173,7 +173,7 @@ def draw_bars(series: Mapping[str, Sequence[Bar]], file: Path, *, axis: str, tit
                 error_kw={"elinewidth": 1, "capsize": 3, "ecolor": "#333333"},
             )
             texts = [bar.text for bar in bars]
-            if len(series) > 1:  # the first bar of a series says which it is
+            if len(series) > 1:  # the first bar of a series has its name
                 texts[0] += f"  {name}"
             axes.bar_label(drawn, texts, padding=3, fontsize=drawing.NAME_SIZE)
         axes.set_yticks(range(len(labels)), [drawing.shown(label) for label in labels])
@@ -187,9 +187,9 @@ def draw_curves(
     """Draw the losses of several runs over the steps as a PNG, each with its name at its end.
 
     Args:
-        runs: name and lines of `metrics.jsonl` of each; those of one name have one colour, and one label.
-        file: The PNG to write.
-        title: A line above the picture.
+        runs: name and lines of `metrics.jsonl` of each; runs of one name share a colour and a label.
+        file: the PNG to write.
+        title: a line above the chart.
     """
     panels = {"loss": "training loss", "eval_loss": "loss on held-out rows"}
     shown = [name for name in panels if any(_known(_series(metrics, name)) for _, metrics in runs)]
@@ -212,13 +212,13 @@ def draw_curves(
                 ends[panel].setdefault(name, (*_known(points)[-1], color))
             axes.set_ylabel(panels[panel] + ", smoothed" * many)
         _over_steps(grid[-1, 0])
-        figure.draw_without_rendering()  # from here on a length on the paper is known in units of the axes
+        figure.draw_without_rendering()  # from here on lengths in pixels convert to units of the axes
         for panel, axes in zip(shown, grid[:, 0], strict=True):
             drawing.name_ends(axes, ends[panel])
 
 
 def _plot(axes: Any, points: Points, color: str, *, marked: bool = False, **style: Any) -> None:
-    """A line that is broken where a value is NaN; a point that has no neighbours is marked."""
+    """Plot a line, broken where a value is NaN; a point without neighbours is marked."""
     known = [False, *(math.isfinite(value) for _, value in points), False]
     alone = [
         index
@@ -230,7 +230,7 @@ def _plot(axes: Any, points: Points, color: str, *, marked: bool = False, **styl
 
 
 def _over_steps(axes: Any) -> None:
-    """Whole steps along the lower edge, also where there is one alone."""
+    """Label the lower edge with whole steps, even if there is only one."""
     low, high = axes.get_xlim()
     if high - low < 1:
         axes.set_xlim(low - 1, high + 1)
@@ -240,7 +240,7 @@ def _over_steps(axes: Any) -> None:
 
 
 def _mark_kept(axes: Any, step: int, loss: float | None) -> None:
-    """A line at the step that was kept, its name above the axes, and a ring around its held-out loss."""
+    """Draw a line at the kept step, its label above the axes, and a ring around its held-out loss."""
     axes.axvline(step, color="#333333", linewidth=0.8, linestyle=(0, (2, 2)))
     text = f"kept: step {step:,}"
     if loss is not None and math.isfinite(loss):
@@ -261,7 +261,7 @@ def _mark_kept(axes: Any, step: int, loss: float | None) -> None:
 
 
 def _key(axes: Any, series: Mapping[str, Line]) -> None:
-    """Which colour is which product, above the axes."""
+    """Draw a legend of the products' colours above the axes."""
     from matplotlib.lines import Line2D
 
     found = {line.product for line in series.values()}
@@ -271,7 +271,7 @@ def _key(axes: Any, series: Mapping[str, Line]) -> None:
 
 
 def _series(metrics: Sequence[Mapping[str, Any]], name: str) -> Points:
-    """Steps and values in order; NaN where it was logged, and was not finite."""
+    """Steps and values in order; NaN where a non-finite value was logged."""
     found = {
         line["step"]: math.nan if line[name] is None else float(line[name])
         for line in metrics
@@ -285,15 +285,15 @@ def _known(points: Points) -> Points:
 
 
 def _smooth(points: Points) -> Points:
-    """The mean over a fifteenth of the values around each, 200 at most; NaN where a value is.
+    """The moving average over a fifteenth of the values, 200 at most; NaN where a value is NaN.
 
-    The window is as wide before a value as behind it, so at the start it is narrow: a loss that falls there
-    is not drawn lower than it was. At the end it is cut off, for a line that does not end in one noisy value.
+    At the start the window is symmetric and so narrow: a loss that falls there is not drawn too low. At the
+    end only its right half shrinks, so that the line does not end in one noisy value.
     """
     half = max(1, min(len(points) // 30, _WIDEST // 2))
     values = [value for _, value in points]
     finite = [math.isfinite(value) for value in values]
-    # Up to each value, without those that are not finite: their sum and their number.
+    # Running sums and counts of the finite values.
     sums = [
         0.0,
         *itertools.accumulate(value if known else 0.0 for value, known in zip(values, finite, strict=True)),

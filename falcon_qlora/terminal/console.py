@@ -1,8 +1,8 @@
-"""What a person sees of a run: a summary, one progress bar, a summary.
+"""What a run prints: a summary, one progress bar, a summary.
 
-Only the main process prints. On a terminal there is one bar at the bottom; into a file or a pipe the same
-numbers go as plain lines, at most some fifty of them; a notebook has a bar and a picture. What cannot be
-written there ends no run: see `output`.
+Only the main process prints. A terminal shows one bar at the bottom. A file or a pipe gets the same numbers
+as plain lines, about fifty at most. A notebook shows a bar and a chart. Output that cannot be written does
+not end the run: see `output`.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ _PATIENCE_SECONDS = 5.0
 @lru_cache(maxsize=1)
 def console() -> Console:
     """The terminal of the run: standard output on the main process, nowhere on the others."""
-    # Rich would make every line in a notebook a table of HTML of its own.
+    # In a notebook, Rich would turn every line into an HTML table of its own.
     plain: dict[str, Any] = {"force_jupyter": False, "force_terminal": False} if in_notebook() else {}
     return Console(quiet=not ranks.is_main_process(), highlight=False, **plain)
 
 
 def note(message: str) -> None:
-    """One line that a user should see, above the progress bar."""
+    """Print one line that a user should see, above the progress bar."""
     console().print(Text(f"note: {message}", style="yellow"), soft_wrap=True)
 
 
 @contextmanager
 def patience(seconds: float = _PATIENCE_SECONDS) -> Iterator[Callable[[str], None]]:
-    """Give a function that is told what is done from now on, and says it to the user if it takes long.
+    """Yield a function that takes what is done from now on, and prints it if that takes long.
 
     Args:
-        seconds: after which it is said.
+        seconds: how long, before it is printed.
     """
     with ExitStack() as running:
 
@@ -62,7 +62,7 @@ def patience(seconds: float = _PATIENCE_SECONDS) -> Iterator[Callable[[str], Non
 
 
 def print_start(rows: Sequence[tuple[str, str]], notes: Sequence[str]) -> None:
-    """Print what is about to be trained: label and text of each line, those without a text left out."""
+    """Print what is about to be trained: rows of label and text, without the rows that have no text."""
     _print_rows("falcon-qlora", rows)
     for line in notes:
         note(line)
@@ -70,12 +70,12 @@ def print_start(rows: Sequence[tuple[str, str]], notes: Sequence[str]) -> None:
 
 
 def print_end(summary: Mapping[str, Any], contents: Sequence[Path], *, adapter: Path) -> None:
-    """Print what came of the run and the path of everything written.
+    """Print the results of the run and the path of everything written.
 
     Args:
-        summary: The fields of `summary.json`.
-        contents: What was written: `RunDirectory.contents()`.
-        adapter: The adapter's folder, to say how it is tried.
+        summary: the fields of `summary.json`.
+        contents: what was written: `RunDirectory.contents()`.
+        adapter: the adapter's folder, for the command that tries it.
     """
     losses = best = reduced = memory = ""
     if summary.get("first_loss") is not None and summary.get("final_loss") is not None:
@@ -115,7 +115,7 @@ def print_end(summary: Mapping[str, Any], contents: Sequence[Path], *, adapter: 
 
 
 def _time_of(summary: Mapping[str, Any]) -> str:
-    """What the run took, and where it went."""
+    """How long the run took, and on what."""
     names = ("train_seconds", "start_seconds", "save_seconds", "evaluation_seconds", "end_seconds")
     labels = ("steps", "start", "saves", "evaluation", "end")
     told = [
@@ -128,11 +128,11 @@ def _time_of(summary: Mapping[str, Any]) -> str:
 
 
 def print_answers(title: str, answers: Sequence[tuple[str, str]]) -> None:
-    """Print prompts and what the model makes of them.
+    """Print prompts and the model's answers.
 
     Args:
-        title: When they were given, such as ``before training`` or ``step 200``.
-        answers: Pairs of prompt and answer.
+        title: when they were given, such as ``before training`` or ``step 200``.
+        answers: pairs of prompt and answer.
     """
     out = console()
     out.print(Text(f"answers {title}", style="bold"))
@@ -164,5 +164,5 @@ def print_plain(line: str) -> None:
 
 
 def joined(*parts: object) -> str:
-    """The texts among `parts`, on one line."""
+    """The non-empty texts among `parts`, on one line."""
     return " · ".join(part for part in parts if isinstance(part, str) and part)

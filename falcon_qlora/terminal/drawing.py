@@ -1,4 +1,4 @@
-"""The hand of every picture: paper, fonts, colours, and names beside what they name."""
+"""The style that all charts share: background, fonts, colours, and names beside what they name."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.text import Annotation
 
-# Each can be told from its neighbours by the colour-blind too, and read as text on the paper.
+# Distinct from their neighbours for the colour-blind too, and readable as text on the background.
 BLUE, GREEN, GREY, RED, PURPLE, AMBER = "#1f5aa6", "#00806a", "#6b6b6b", "#c2410c", "#8e4585", "#8a6d00"
 PALE_BLUE = "#9db8d9"
 CYCLE = (BLUE, RED, GREEN, PURPLE, AMBER, GREY)
 NAME_SIZE = 8.0
 _DPI = 130
 _NAME_LETTERS = 60
-# The paper is opaque: a page may be light or dark. Nothing is left to a user's own matplotlibrc.
+# The background is opaque, as a page may be light or dark. A user's own matplotlibrc has no effect.
 _STYLE = {
     "figure.facecolor": "#ffffff",
     "figure.dpi": _DPI,
@@ -44,7 +44,7 @@ _STYLE = {
     "grid.linewidth": 0.7,
     "xtick.color": "#555555",
     "ytick.color": "#555555",
-    "agg.path.chunksize": 20_000,  # more points in one line can be more than the renderer takes
+    "agg.path.chunksize": 20_000,  # the renderer can fail on a line of more points
 }
 
 Points = Sequence[tuple[float, float]]
@@ -60,16 +60,16 @@ def picture(
     height: float = 5.2,
     **layout: Any,
 ) -> Iterator[tuple[Figure, Any]]:
-    """A figure and what `Figure.subplots` makes of `layout`, written to `file` as a PNG after the block.
+    """Yield a figure and its `Figure.subplots(**layout)`; write it to `file` as a PNG after the block.
 
     Args:
-        file: The PNG to write, or what takes its bytes.
-        title: A line or two above the picture.
-        names: What will stand beside the axes: long ones make the picture wider, not the axes narrower.
-        width: In inches, without long names.
-        height: In inches.
+        file: the PNG to write, or a stream for its bytes.
+        title: a line or two above the chart.
+        names: texts beside the axes: long ones make the figure wider, not the axes narrower.
+        width: in inches, without long names.
+        height: in inches.
     """
-    # Without this, the first picture on a machine announces that fonts are being looked for.
+    # Without this, Matplotlib logs that it builds its font cache, at the first chart on a machine.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -77,7 +77,7 @@ def picture(
 
     width += 0.6 * NAME_SIZE / 72 * max(0, *(len(shown(name)) - 20 for name in names), 0)
     with style.context(["default", _STYLE]), warnings.catch_warnings():
-        # A name may have signs that the font lacks.
+        # A name may have characters that the font lacks.
         warnings.filterwarnings("ignore", "Glyph", UserWarning)
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
@@ -89,7 +89,7 @@ def picture(
 
 
 def shown(name: str) -> str:
-    """`name` as it stands in a picture: no formula, no control characters, its middle left out if long."""
+    """`name` as it is drawn: no formula, no control characters, its middle left out if long."""
     name = printable(name)
     if len(name) > _NAME_LETTERS:
         name = f"{name[: _NAME_LETTERS // 2]}…{name[1 - _NAME_LETTERS // 2 :]}"
@@ -97,10 +97,10 @@ def shown(name: str) -> str:
 
 
 def name_ends(axes: Axes, ends: Mapping[str, tuple[float, float, str]]) -> list[Annotation]:
-    """Write names beside the right edge, each as near to its line's end as the others leave room.
+    """Write names beside the right edge, each as near to its line's end as the other names allow.
 
     Args:
-        axes: Whose limits and place on the paper are final in height.
+        axes: their limits and their height in the figure must be final.
         ends: name to x and y of a line's end, and its colour.
     """
     low, high = axes.get_ylim()
@@ -109,7 +109,7 @@ def name_ends(axes: Axes, ends: Mapping[str, tuple[float, float, str]]) -> list[
     places: list[float] = []
     for _, (_, value, _) in ordered:
         places.append(max(value, places[-1] + gap) if places else value)
-    for index in range(len(places)):  # what has come to lie above the picture pushes down
+    for index in range(len(places)):  # names pushed above the axes push the others down
         places[index] = min(places[index], high - gap * (len(places) - 1 - index))
     line = {"arrowstyle": "-", "alpha": 0.4, "linewidth": 0.8, "relpos": (0, 0.5)}
     return [
@@ -129,12 +129,12 @@ def name_ends(axes: Axes, ends: Mapping[str, tuple[float, float, str]]) -> list[
 
 
 def height_of_names(count: int) -> float:
-    """Inches that so many names take below each other."""
+    """The height in inches of so many names below each other."""
     return 1.4 * NAME_SIZE / 72 * count
 
 
 def key(axes: Axes, handles: Sequence[Artist] | None = None) -> None:
-    """What the colours of `handles`, or of all that has a label, mean; in a row above the axes."""
+    """Draw a legend for `handles`, or for everything with a label, in a row above the axes."""
     handles = axes.get_legend_handles_labels()[0] if handles is None else handles
     axes.legend(
         handles=handles,
@@ -151,14 +151,14 @@ def key(axes: Axes, handles: Sequence[Artist] | None = None) -> None:
 
 
 def name_points(axes: Axes, series: Mapping[str, tuple[Points, str]]) -> None:
-    """Write each name beside one of its points, or at the right edge where it would lie upon something.
+    """Write each name beside one of its points, or at the right edge if it would overlap something.
 
     Args:
-        axes: With everything else drawn and its limits final.
+        axes: everything else must be drawn, and their limits final.
         series: name to its points, joined by lines, and its colour.
     """
     figure: Any = axes.figure
-    figure.draw_without_rendering()  # from here on a length on the paper is known in the units of the axes
+    figure.draw_without_rendering()  # from here on lengths in pixels convert to units of the axes
     at_edge: dict[str, tuple[float, float, str]] = {}
     while True:
         written = name_ends(axes, at_edge)
@@ -191,10 +191,10 @@ def _find_room(
     """Put each text beside one of its points; returns the names for which there is no room.
 
     Args:
-        axes: As they will lie on the paper.
-        series: name to points, also of those that are named at the edge.
+        axes: in their final layout.
+        series: name to points, including series that are named at the edge.
         texts: name to the text to place.
-        at_edge: Whose lines are kept free, too.
+        at_edge: names at the edge, whose lines are kept free too.
     """
     import numpy as np
     from matplotlib.text import Text
@@ -216,7 +216,7 @@ def _find_room(
     farther = np.repeat(_RADII, len(ways))
     frame = axes.get_window_extent()
     placed: dict[str, Any] = {}
-    # The first were placed without knowing of the last; so all are placed again.
+    # The first names were placed before the last were, so all are placed again.
     for name, text in [*texts.items()] * 3:
         own, half = paper[name], sizes[name] / 2
         middles = (own[:, None] + steps + np.sign(steps) * half).reshape(-1, 2)
@@ -228,7 +228,7 @@ def _find_room(
         impossible |= (_distances(low, high, dots) < 0.2 * line_height).any(axis=1)
         away = _distances(low, high, strange) / line_height
         costs = np.tile(farther, len(own)) + 0.5 * (_distances(low, high, crossed) < 1).sum(axis=1)
-        costs += 2 * np.maximum(0, 1 - away).sum(axis=1)  # it would be taken for the name of another
+        costs += 2 * np.maximum(0, 1 - away).sum(axis=1)  # it would be read as the name of another series
         costs[impossible] = math.inf
         best = int(costs.argmin())
         placed.pop(name, None)
@@ -239,20 +239,20 @@ def _find_room(
     return [name for name in texts if name not in placed]
 
 
-# How far names may lie from their points, in heights of a line; and the cost from which there is no room.
+# How far names may be from their points, in line heights; and the cost above which there is no room.
 _RADII = (0.3, 0.6, 1.0)
 _ENOUGH = 4.0
 
 
 def _along(start: Any, end: Any) -> Any:
-    """Points on the paper that stand for the line between two, one for each 4 pixels."""
+    """Points on the line from `start` to `end`, one for every 4 pixels."""
     import numpy as np
 
     return np.linspace(start, end, max(2, int(math.dist(start, end) / 4)))
 
 
 def _distances(low: Any, high: Any, points: Any) -> Any:
-    """``[boxes, points]``: how far each point lies from each box; 0 within."""
+    """``[boxes, points]``: the distance of each point from each box; 0 inside."""
     import numpy as np
 
     beyond = np.maximum(low[:, None] - points, points - high[:, None])

@@ -1,6 +1,7 @@
 """Keep the libraries' chatter off the terminal, which belongs to the run.
 
-What a user has set in the environment stays as it is. This file imports nothing heavy: the launcher uses it.
+Environment variables that a user has set stay as they are. This file imports nothing heavy, as the launcher
+uses it.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ ENVIRONMENT = {
     "BITSANDBYTES_NOWELCOME": "1",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TORCH_DISTRIBUTED_DEBUG": "OFF",
-    # Else the tokenizers warn at every fork, and a data loader's worker may hang.
+    # Otherwise the tokenizers warn at every fork, and a data loader's worker may hang.
     "TOKENIZERS_PARALLELISM": "false",
     "WANDB_SILENT": "true",
-    # Its crash reports look up a host even where W&B itself is offline.
+    # W&B's crash reports look up a host even when W&B itself is offline.
     "WANDB_ERROR_REPORTING": "false",
 }
 
@@ -49,7 +50,7 @@ _LIBRARIES = (
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """`quiet_libraries` for a block of another's program, whose own warnings and logs are then as before."""
+    """`quiet_libraries` within a block; the settings of warnings and loggers are restored after it."""
     levels = {name: logging.getLogger(name).level for name in _LIBRARIES}
     with warnings.catch_warnings():
         quiet_libraries()
@@ -61,12 +62,12 @@ def quietly() -> Iterator[None]:
 
 
 def quiet_libraries(*, progress_bars: bool = True) -> None:
-    """Silence warnings and log lines of the libraries below; errors still appear.
+    """Silence warnings and log lines of the libraries above; errors still appear.
 
-    Call it before the libraries are imported: some speak while they are.
+    Call it before the libraries are imported: some print while they are.
 
     Args:
-        progress_bars: Keep the bars for downloads and for mapping data sets: True on the main process.
+        progress_bars: keep the bars for downloads and for mapping datasets: True on the main process.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -76,7 +77,7 @@ def quiet_libraries(*, progress_bars: bool = True) -> None:
     for name in _LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")
-    # DeepSpeed sets its logger's level as it is imported; Transformers does so wherever it is installed.
+    # DeepSpeed sets its logger's level when imported, and Transformers imports it wherever it is installed.
     logging.getLogger("DeepSpeed").addFilter(_is_an_error)
     for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
         warnings.simplefilter("ignore", category)

@@ -1,4 +1,4 @@
-"""In a notebook: one bar and one picture of the losses, redrawn in place of lines.
+"""Progress in a notebook: one bar and one chart of the losses, updated in place.
 
 IPython is imported only where it runs this process.
 """
@@ -18,7 +18,7 @@ from falcon_qlora.terminal import charts
 
 _BAR_SECONDS = 0.3
 _PICTURE_SECONDS = 2.0
-_PICTURE_SHARE = 20  # drawing takes at most one part in so many of the time
+_PICTURE_SHARE = 20  # drawing takes at most one part in this many of the time
 
 
 def in_notebook() -> bool:
@@ -29,14 +29,14 @@ def in_notebook() -> bool:
 
 
 class NotebookProgress:
-    """The bar of a run and the picture of its losses, in the output of a notebook's cell."""
+    """A run's progress bar and its chart of the losses, in the output of a notebook's cell."""
 
     def __init__(self) -> None:
         self._displays: dict[str, Any] = {}
         self._next = {"bar": 0.0, "picture": 0.0}
 
     def show_bar(self, done: int, total: int, text: str, *, last: bool = False) -> None:
-        """Show how many steps of all are done, and `text` beside them; not at every call, but the last."""
+        """Show `done` of `total` steps, and `text` beside them; most calls but the last are skipped."""
         if last or time.monotonic() >= self._next["bar"]:
             bar = f'<progress value="{done}" max="{total}" style="width: 16em"></progress>'
             self._show("bar", {"text/html": f"{bar} {html.escape(text)}", "text/plain": text})
@@ -45,10 +45,10 @@ class NotebookProgress:
     def show_losses(
         self, metrics: Sequence[Mapping[str, Any]], *, last: bool = False, kept: int | None = None
     ) -> str | None:
-        """Draw what `charts.draw_loss` draws; seldom enough not to hold up the training.
+        """Show the chart of `charts.draw_loss`, seldom enough not to slow down training.
 
         Returns:
-            Why it could not be drawn, after which it is not tried again; or None.
+            Why it could not be drawn, after which it is not tried again; None otherwise.
         """
         began, due = time.monotonic(), self._next["picture"]
         if not metrics or math.isinf(due) or (began < due and not last):

@@ -1,4 +1,4 @@
-"""What a command prints: its first line, and how a run that cannot be told of goes on."""
+"""Standard output and error: a command's first line, and runs that go on when they cannot be written."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any, TextIO
 
 
 def say_loading(*, aside: bool = False) -> None:
-    """Say at once that libraries are loaded now, which takes seconds.
+    """Print at once that libraries are being loaded, which takes seconds.
 
     Args:
-        aside: on standard error, where a command's answers go to standard output.
+        aside: print on standard error, for a command whose results go to standard output.
     """
     print("loading libraries …", file=sys.stderr if aside else sys.stdout, flush=True)
 
 
 class _Lossy(io.FileIO):
-    """A file that drops what it cannot take: on a full disk, or in a pipe that nobody reads any more."""
+    """A file that drops what cannot be written: on a full disk, or to a pipe without a reader."""
 
     def write(self, data: Any) -> int:
         try:
@@ -29,9 +29,9 @@ class _Lossy(io.FileIO):
 
 
 def drop_what_cannot_be_written() -> None:
-    """Have this process's standard output and error drop what cannot be written, for as long as it cannot.
+    """Have this process's standard output and error drop what cannot be written, instead of raising.
 
-    Streams that someone has put in their place are left alone.
+    Streams that replace them are left alone.
     """
     if sys.stdout is sys.__stdout__:
         sys.stdout = _lossy(sys.stdout, 1)
@@ -40,7 +40,7 @@ def drop_what_cannot_be_written() -> None:
 
 
 def write_every_character() -> None:
-    """Have standard output write what its encoding has no character for as an escape, not as an error."""
+    """Have standard output write characters that its encoding lacks as escapes, instead of raising."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
 
@@ -52,7 +52,7 @@ def _lossy(stream: TextIO | None, descriptor: int) -> TextIO:
     return io.TextIOWrapper(
         io.BufferedWriter(_Lossy(descriptor, "w", closefd=False)),
         encoding=stream.encoding,
-        # A path may hold what the terminal's encoding has no signs for.
+        # A path may have characters that the terminal's encoding lacks.
         errors="backslashreplace" if stream.errors == "strict" else stream.errors,
         line_buffering=stream.line_buffering or stream.write_through,
     )

@@ -1,4 +1,4 @@
-"""What the first minutes of a run go to: a line as each phase begins, and its seconds for the record."""
+"""Phases of a run's start: a line as each begins, and its seconds for the record."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from rich.text import Text
 from falcon_qlora.terminal.console import console
 
 seconds: dict[str, float] = {}
-"""Phase → its seconds, of the run that began last in this process."""
+"""Phase → its seconds, of the last run that began in this process."""
 
 
 @contextmanager
 def phase(name: str, doing: str | None = None) -> Iterator[None]:
-    """Time what is done in the block.
+    """Time the block as a phase.
 
     Args:
-        name: of the phase, in the record.
-        doing: what is said of it as it begins; None where it has been said.
+        name: the phase's name in the record.
+        doing: what is printed as it begins; None if that was printed already.
     """
     if doing is not None:
         console().print(Text(f"{doing} …", style="dim"))
