@@ -1,1 +1,1 @@
-"""One module a verb of the command line; each has ``main(argv) -> exit status``."""
+"""One module per verb of the command line; each has ``main(argv) -> exit status``."""

@@ -1,6 +1,6 @@
-"""``falcon-qlora bench``: variants of a training step against each other, in one process on one GPU.
+"""``falcon-qlora bench``: compare variants of a training step, in one process on one GPU.
 
-With ``--gpus`` whole commands on several GPUs instead, see `commands.scaling`.
+With ``--gpus`` it measures whole commands on several GPUs instead: see `commands.scaling`.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def main(argv: list[str], *, whole_runs: Any = scaling.whole_runs) -> int:
 
     Args:
         argv: the words after ``falcon-qlora bench``.
-        whole_runs: what ``--whole_run`` does, in the place of `scaling.whole_runs`.
+        whole_runs: does what ``--whole_run`` asks for.
     """
     configuration = parse(argv, verb="bench", extra_arguments=BenchArguments)
     wanted: BenchArguments = configuration.extra
@@ -121,7 +121,7 @@ def main(argv: list[str], *, whole_runs: Any = scaling.whole_runs) -> int:
     pace = _pace(configuration, sizes)
     _look_at_rows(configuration)
 
-    # Only now: a wrong flag is told at once.
+    # Only now, so that a wrong flag is reported at once.
     say_loading(aside=True)
     quiet_libraries()
     return _bench(configuration, lora, models, variants, sizes, pace)
@@ -133,7 +133,7 @@ def _look_at_rows(configuration: Configuration) -> None:
 
 
 def status_of(failures: Sequence[str | None]) -> int:
-    """The exit status where rows failed for these reasons; what broke is said."""
+    """The exit status for rows that failed for these reasons; also prints how many broke."""
     broken = sum((failure or "").startswith("failed:") for failure in failures)
     if broken:
         say(f"{counted(broken, 'row')} failed; see the table")
@@ -141,10 +141,10 @@ def status_of(failures: Sequence[str | None]) -> int:
 
 
 def _lora(configuration: Configuration) -> Lora:
-    """The method, of which rank and scale are for all variants and nothing else is anything but the default.
+    """The method, whose rank and scale hold for all variants; its other settings must be the defaults.
 
     Raises:
-        UserError: naming what else was asked for.
+        UserError: naming another method or setting that was asked for.
     """
     lora, explicit = configuration.method, configuration.explicit
     if not isinstance(lora, Lora):
@@ -185,7 +185,7 @@ def _bench(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     settings = Settings(r=lora.r, alpha=lora.alpha, max_length=length, seed=configuration.run.seed)
-    # A time limit's SIGTERM leaves the table, as Ctrl-C does.
+    # SIGTERM from a time limit ends like Ctrl-C: the table is still printed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     log = GpuLog(device)
     results: list[Result] = []
@@ -247,7 +247,7 @@ def _rows(
     count = max(2 * max(sizes) // length, max(LARGEST_BATCHES))
     documents = made_up(count, length, config.vocab_size, seed=seed)
     for variant in variants:
-        # Another tool's way has one batch size; ours is measured at every size.
+        # Other tools' variants are measured at one batch size, ours at every size.
         for tokens in sizes[:1] if variant.engine else sizes:
             size = len(documents) if variant.largest_batch else tokens // length
             batches = [documents[at : at + size] for at in range(0, len(documents) - size + 1, size)]

@@ -1,7 +1,7 @@
-"""`falcon-qlora compare`: train by several methods in turn on the same rows, the results side by side.
+"""`falcon-qlora compare`: train with several methods in turn on the same rows, and compare the results.
 
-Every method is trained by the command ``falcon-qlora train`` in a process of its own, so that its losses are
-those of that command and its memory is nobody else's.
+Each method is trained by ``falcon-qlora train`` in a process of its own, so that its losses are those of that
+command and its memory is not shared with other methods.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ class CompareArguments(LaunchArguments):
     seeds: int = setting(1, "Train each method with so many seeds, from --seed on.", least=1)
 
 
-# What compare itself heeds; the others are for `train`.
+# The settings that compare itself uses; the others are passed to `train`.
 _OWN = ("methods", "recipes", "learning_rates", "seeds", "output_dir", "overwrite")
 
 
 def main(argv: list[str]) -> int:
-    """Run the command and return its exit status: after a stop that of `train`, 0 if the run is saved."""
+    """Run the command and return its exit status; after a stop that of `train`: 0 if the run was saved."""
     folders = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
     given = config.read_flags(argv[len(folders) :], verb="compare", extra_arguments=CompareArguments)
     return _side_by_side([Path(folder) for folder in folders], given) if folders else _train_all(given)
 
 
 def _side_by_side(folders: list[Path], given: dict[str, Any]) -> int:
-    """Compare runs that are there already."""
+    """Compare finished runs."""
     for name in given:
         if name not in ("output_dir", "overwrite"):
             raise UserError(f"--{name} does nothing where finished runs are compared: drop it")
@@ -79,7 +79,7 @@ def _side_by_side(folders: list[Path], given: dict[str, Any]) -> int:
 
 
 def _train_all(given: dict[str, Any]) -> int:
-    """Train by each method with each seed, and compare the runs."""
+    """Train with each method and each seed, and compare the runs."""
     own = config.configure(
         {name: given[name] for name in _OWN if name in given}, extra_arguments=CompareArguments
     )
@@ -92,7 +92,7 @@ def _train_all(given: dict[str, Any]) -> int:
         extra_arguments=LaunchArguments,
     )
     differences = plan.differences(planned, seeds=ours.seeds)
-    # All methods by the first seed come first: a comparison that is stopped after these has them all.
+    # All methods with the first seed come first: a comparison that is stopped later has them all.
     runs = [
         plan.with_seed(method, number, LaunchArguments) for number in range(ours.seeds) for method in planned
     ]
@@ -115,7 +115,7 @@ def _train_all(given: dict[str, Any]) -> int:
     )
     written: list[Path] = []
     failed, stopped, child = False, None, _Child()
-    # All along: a signal between two runs, too, must find how to go on told.
+    # Around the whole loop: after a signal between two runs, too, how to continue must be printed.
     with stop_signals_to(child.take):
         for number, run in enumerate(runs, 1):
             print(f"\n{run.folder} ({number} of {len(runs)})", flush=True)
@@ -159,7 +159,7 @@ def _show(made: report.Comparison, written: list[Path]) -> None:
 
 
 def _has_shapes_of_7b(planned: Planned) -> bool:
-    """Whether the reference's figures are of this model; also refuses one that is no Falcon, at once."""
+    """Whether the published figures are of this model. Also refuses a model that is not a Falcon, early."""
     quiet_libraries()
     from falcon_qlora.models.locate import find_config
 
@@ -170,7 +170,7 @@ def _has_shapes_of_7b(planned: Planned) -> bool:
 
 
 def _run_folder(folder: Path, run: Planned) -> Path:
-    # A level down: a folder that holds an `adapter` is a run itself.
+    # One level down, as a folder that holds an `adapter` is a run itself.
     return folder / RUNS / run.folder
 
 
@@ -188,7 +188,7 @@ def _check_earlier(folder: Path, runs: list[Planned]) -> None:
 
 
 class _StoppedError(Exception):
-    """The comparison was asked to stop; `status` is what it exits with, that of the run that was stopped."""
+    """The comparison was asked to stop; it exits with `status`, that of the stopped run."""
 
     def __init__(self, status: int):
         super().__init__(status)
@@ -196,7 +196,7 @@ class _StoppedError(Exception):
 
 
 class _Child:
-    """The command that trains, on this terminal. What asks this process to stop is passed on to it."""
+    """The training command, on this terminal. Signals that ask this process to stop are passed on to it."""
 
     def __init__(self) -> None:
         self.asked: int | None = None
@@ -205,14 +205,14 @@ class _Child:
     def take(self, number: int, frame: Any) -> None:
         self.asked = number
         if self._process is not None:
-            # Ctrl-C has reached it already: twice within a moment is one request.
+            # It already got Ctrl-C from the terminal, and takes two signals within a moment as one request.
             self._process.send_signal(number)
 
     def run(self, command: list[str]) -> tuple[int, list[str]]:
         """The exit status of a command, and its last lines on standard error."""
         self._process = subprocess.Popen(command, stderr=subprocess.PIPE)
         if self.asked is not None:
-            self._process.send_signal(self.asked)  # while it was being started
+            self._process.send_signal(self.asked)  # it came while the process was being started
         told: list[str] = []
         for line in self._process.stderr or ():
             text = line.decode(errors="replace")
@@ -225,12 +225,12 @@ class _Child:
 
 
 def _train(run: Planned, folder: Path, child: _Child, *, overwrite: bool) -> tuple[int, str | None]:
-    """Train, unless that is done: the exit status, and why it could not be.
+    """Train unless the run is finished; return the exit status, and the reason if training failed.
 
-    A run that was cut off goes on from its last whole checkpoint; one without any begins again.
+    An interrupted run resumes from its last whole checkpoint; one without a checkpoint starts again.
 
     Raises:
-        _StoppedError: if the user, or someone else, has asked to stop.
+        _StoppedError: if a signal has asked it to stop.
     """
     directory = RunDirectory(_run_folder(folder, run))
     where: dict[str, Any] = {"output_dir": str(directory)}
@@ -250,14 +250,14 @@ def _train(run: Planned, folder: Path, child: _Child, *, overwrite: bool) -> tup
     command = [sys.executable, "-m", "falcon_qlora", "train", *config.as_words(run.settings | where)]
     status, told = child.run(command)
     done = status == 0 and directory.summary_file.exists()
-    # Of a run that was asked to stop and has saved itself the status is 0.
+    # A run that was asked to stop and saved a checkpoint has status 0.
     if not done and (child.asked is not None or status not in (EXIT_USER_ERROR, EXIT_BUG)):
         raise _StoppedError(status)
     return status, _reason(told) if status else None
 
 
 def _reason(told: list[str]) -> str:
-    """What a failed command said last: our own error line, or the end of a traceback."""
+    """The last error of a failed command: our own error line, or the end of a traceback."""
     errors = [line for line in told if line.startswith("error: ")]
     lines = [line for line in told if line.strip() and not line.startswith(" ")]
     return errors[-1].removeprefix("error: ") if errors else (lines or ["it ended without a word"])[-1]

@@ -1,4 +1,4 @@
-"""``falcon-qlora data``: what the model will see, with the flags that would train it."""
+"""``falcon-qlora data``: show what the model would see in training with the same flags."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     _Look = tuple[list[tuple[Any, Any]], list[RenderableType], np.ndarray, str]
 
-# Of a stream, which may have no end, so many documents are looked at.
+# Documents looked at in a stream, which may have no end.
 _STREAMED_DOCUMENTS = 1000
 
 
@@ -38,7 +38,7 @@ class DataReportArguments:
 def main(argv: list[str]) -> int:
     """Run the command and return its exit status."""
     configuration = parse(argv, verb="data", extra_arguments=DataReportArguments)
-    # Only now: a wrong flag is told at once.
+    # Only now, so that a wrong flag is reported at once.
     say_loading()
     quiet_libraries()
     from falcon_qlora.commands.first_look import look_at_rows
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
 
 
 def _look_at_corpora(configuration: Configuration, tokenizer: Any) -> _Look:
-    """Some documents, what is told of all, their lengths, and the picture's name."""
+    """Some documents, the tables about all of them, their lengths, and the chart's name."""
     from falcon_qlora.data import report
     from falcon_qlora.training import rows
 

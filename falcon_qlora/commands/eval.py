@@ -1,8 +1,8 @@
-"""``falcon-qlora eval``: perplexity and answer loss on text, of a base model, an adapter or a merge.
+"""``falcon-qlora eval``: perplexity and answer loss of a base model, an adapter or a merge on text.
 
-``--adapter DIR`` measures the quantized base with the adapter, ``-m MODEL`` a model alone, quantized as
-``-q`` says (a merge is not, unless it says so). The text is what ``--dataset_name`` names; without it, what
-the adapter's run held out.
+``--adapter DIR`` measures the quantized base with the adapter; ``-m MODEL`` measures a model alone, quantized
+as ``-q`` says (a merge is quantized only if ``-q`` is given). The text is ``--dataset_name``; without it, the
+rows that the adapter's run held out.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     if not wanted.tasks and "dataset_name" not in named and configuration.data.eval_split is None:
         raise UserError("no text to measure on: name it with --dataset_name FILE")
 
-    # Only now: a wrong flag is told at once.
+    # Only now, so that a wrong flag is reported at once.
     say_loading(aside=True)
     quiet_libraries()
     source, _ = source_of(configuration, folder, named=named)
@@ -123,7 +123,7 @@ def _measure(
 
 
 def _run_tasks(configuration: Configuration, source: Source, words: list[str]) -> dict[str, Any]:
-    """The figures of tasks by their names."""
+    """The figures of the tasks, by name."""
 
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -150,7 +150,7 @@ def _run_tasks(configuration: Configuration, source: Source, words: list[str]) -
             task_manager=manager,
             log_samples=False,
         )
-    except OSError as error:  # as which the hub's and datasets' errors come
+    except OSError as error:  # the errors of the hub and of datasets are OSErrors
         raise UserError(f"--tasks {','.join(asked)}: the data cannot be read ({first_line(error)})") from None
     # A metric's name ends with that of the filter on the answers.
     return {

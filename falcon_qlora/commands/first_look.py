@@ -1,7 +1,7 @@
-"""What is wrong with the files that the flags name, told before a library is loaded or a process starts.
+"""Report errors in the files that flags name, before a library is loaded or a process starts.
 
-Whatever is found here would be found later as well, in the same words; nothing is decided. Torch is not
-imported, and of large data only the beginning is read.
+Every error found here would be found later too, with the same message; nothing is decided here. Torch is not
+imported, and only the beginning of large data is read.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ROWS = 1000
 
 
 def look(configuration: Configuration) -> None:
-    """Refuse what shows in the names of files, their first rows and a base model's configuration.
+    """Refuse errors that show in file names, the first rows and the base model's configuration.
 
     Raises:
         UserError: as the run would.
@@ -52,9 +52,9 @@ def look(configuration: Configuration) -> None:
 
 
 def _look_at_output(configuration: Configuration) -> None:
-    """Refuse an output folder that is taken, and a run to go on with that is not there.
+    """Refuse an output folder that is in use, and a run to resume that does not exist.
 
-    Of several nodes each looks at a folder that another may have begun to write.
+    Skipped on several nodes: another node may have begun to write the folder.
     """
     run = configuration.run
     if (run.output_dir is None and not run.resume) or configuration.extra.nnodes != "1":
@@ -73,7 +73,7 @@ def _look_at_adapter(name: str, *, base_is_named: bool) -> None:
     folder = adapter_folder(name)
     record = read_record(folder)
     if is_whole(record):
-        return  # which is told what to do with
+        return  # the run refuses it, and says what to do instead
     read_adapter(folder)
     if not base_is_named and record.get("base_model"):
         say_so = "--model_name_or_path FOLDER"
@@ -81,13 +81,13 @@ def _look_at_adapter(name: str, *, base_is_named: bool) -> None:
 
 
 def look_at_model(name: str) -> Any:
-    """Refuse a folder that is no model's, or that of a family that is not trained here; and no folder.
+    """Refuse a missing folder, and one without a model of a family that can be trained.
 
     Returns:
-        What counting asks of its configuration; None where that is not in a folder here.
+        The part of its configuration that counting parameters needs; None if that is not in a local folder.
 
     Raises:
-        UserError: as what opens the model would.
+        UserError: as opening the model would.
     """
     if name.startswith(RANDOM):
         check_preset(name)
@@ -96,14 +96,14 @@ def look_at_model(name: str) -> Any:
 
 
 def look_at_rows(data: DataArguments, split: str | None) -> None:
-    """Refuse rows that are not there, and what is wrong with the first thousand of each data set here.
+    """Refuse missing rows, and errors in the first thousand rows of each local dataset.
 
     Args:
         data: which rows, and how they are read.
-        split: as ``--eval_split`` takes it; None for the rows themselves alone.
+        split: as ``--eval_split`` takes it; None to look at the training rows only.
 
     Raises:
-        UserError: as what reads them would.
+        UserError: as reading them would.
     """
     settings = RowSettings(**row_settings(data))
     if data.template not in (AUTO, BY_FORMAT, *TEMPLATES):
@@ -117,7 +117,7 @@ def look_at_rows(data: DataArguments, split: str | None) -> None:
 
 
 def look_at_held_out(data: DataArguments) -> None:
-    """Refuse rows to measure on as `look_at_rows` does those to train on.
+    """Refuse held-out rows as `look_at_rows` does training rows.
 
     Raises:
         UserError: as `held_out_text` would.
@@ -153,7 +153,7 @@ def _look_at_source(settings: RowSettings, source: Source, rows: int) -> None:
 
 
 def _template(name: str, row_format: str) -> Template:
-    """The template, where it needs no tokenizer; else what has a conversation read and writes nothing."""
+    """The template if it needs no tokenizer; else a stand-in that reads conversations and writes nothing."""
     name = resolve_template(name, row_format, SimpleNamespace(chat_template="it may have one"))
     if name in TEMPLATES and name != TOKENIZER:
         return get_template(name)

@@ -1,7 +1,7 @@
 """``falcon-qlora generate --adapter DIR --prompt TEXT``: answers from a quantized base and its adapter.
 
-The adapter's folder says which base model, quantization and prompt template it was trained with; flags say
-otherwise. Without an adapter the base model answers alone; a merge in 16 bits, as it was made.
+The adapter's folder says which base model, quantization and prompt template it was trained with; flags
+override them. Without an adapter the base model answers alone. A merge is loaded in 16 bits, as it was made.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     folder = adapter_folder(wanted.adapter) if wanted.adapter else None
     prompts = _prompts(wanted)
 
-    # Only now: a wrong flag is told at once.
+    # Only now, so that a wrong flag is reported at once.
     say_loading(aside=True)
     quiet_libraries()
     source, record = source_of(configuration, folder, named=configuration.explicit)
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
             f"--compare: {folder} is a fully fine-tuned model, and its base is not in it. For the base's own "
             f"answers give --model_name_or_path {record.get('base_model')} without --adapter"
         )
-    _template(configuration, record, None)  # one that is not there is told before the model is loaded
+    _template(configuration, record, None)  # a missing one is reported before the model is loaded
     if configuration.model.compute_dtype == "fp8":
         note_aside("running in bfloat16: FP8 needs packed documents")
     model, tokenizer = load_adapted(source)
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
 
 @dataclass(kw_only=True)
 class _Printer:
-    """Prints what a model answers, as it comes."""
+    """Prints a model's answers as they are generated."""
 
     speaker: Speaker
     wanted: GenerateArguments
@@ -103,7 +103,7 @@ class _Printer:
         self._print("adapter: " if self.wanted.compare else "", turns)
 
     def chat(self) -> None:
-        """Answer line after line, each with all turns before it."""
+        """Answer one line after another, each with all earlier turns."""
         turns: list[Turn] = []
         person = sys.stdin.isatty()
         while True:
@@ -134,7 +134,7 @@ class _Printer:
 
 
 def _prompts(wanted: GenerateArguments) -> list[str] | None:
-    """The prompts that the flags give; None where they come from standard input or a chat."""
+    """The prompts from the flags; None if they come from standard input or a chat."""
     if not wanted.prompt_file:
         return wanted.prompt
     name = f"--prompt_file {wanted.prompt_file}"

@@ -1,6 +1,6 @@
 """What a folder is - a run, a checkpoint, an adapter, a merge, a model - and whether it is whole.
 
-Nothing is executed and nothing downloaded: what lies in the folder is read as others' files are.
+Nothing is executed or downloaded: the folder's files are read as untrusted.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _STATE = "trainer_state.json"
-_LARGEST_BESIDE_BYTES = 2**30  # of what lies beside a merge's weights
-# What a checkpoint's torch files may hold beside tensors: random states are NumPy's.
+_LARGEST_BESIDE_BYTES = 2**30  # of a file beside a merge's weights
+# What a checkpoint's torch files may hold besides tensors: NumPy's random states.
 _HARMLESS = ("numpy.", "_codecs.encode")
 
 
 @dataclass
 class Inspection:
-    """What was found.
+    """What a folder was found to be.
 
     Attributes:
         kind: ``run``, ``checkpoint``, ``adapter``, ``merge`` or ``model``.
-        rows: label and text of what it is.
-        faults: what is wrong, each with the file; none where it is whole.
-        trained: False for an adapter that changes nothing, as all of it that starts at zero is zero.
+        rows: label and text of what is known of it.
+        faults: what is wrong, each with the file; empty if it is whole.
+        trained: False for an adapter that changes nothing: all tensors that start at zero are still zero.
     """
 
     kind: str
@@ -61,12 +61,12 @@ class Inspection:
             self.rows.append((label, _text(value)))
 
     def tell(self, source: dict[str, Any], labels: dict[str, str]) -> None:
-        """Add those values of `source` that `labels` name: key → label."""
+        """Add the values of `source` whose keys are in `labels`: key → label."""
         for key, label in labels.items():
             self.add(label, source.get(key))
 
     def attempt(self, check: Callable[[], Any]) -> Any:
-        """The check's result; None where it raises, which is then a fault."""
+        """The check's result; None if it raises a `UserError`, which becomes a fault."""
         try:
             return check()
         except UserError as error:
@@ -74,16 +74,16 @@ class Inspection:
             return None
 
     def collect(self, faults: Iterable[str], file: Path | None = None) -> bool:
-        """Add faults, of a file where it is not in their text, and whatever ends their search; any at all?"""
+        """Add faults, each after `file` if given, also an error that ends the search; were there any?"""
         before = len(self.faults)
         self.attempt(lambda: self.faults.extend(faults if file is None else (f"{file}: {f}" for f in faults)))
         return len(self.faults) > before
 
 
 def _text(value: Any) -> str:
-    """As a reader wants it: lists without brackets, numbers without digits that say nothing.
+    """`value` for a reader: lists without brackets, numbers without needless digits.
 
-    What would be no sign on a terminal but a command to it is written out.
+    Control characters are written as escapes.
     """
     if isinstance(value, list):
         return ", ".join(map(_text, value))
@@ -99,14 +99,14 @@ def inspect_folder(folder: Path) -> Inspection:
         UserError: if it is none of these things.
     """
     if any((folder / name).is_file() for name in (CERTIFICATE, _STATE, CONFIG, RECORD, "config.yaml")):
-        refuse_links(folder)  # a model's files may be links: they are named by who reads them
+        refuse_links(folder)  # a model's files may be links: whoever reads them refuses bad ones
     if (folder / CERTIFICATE).is_file():
         return _merge(folder)
     if any((folder / file).is_file() for file in (_STATE, CONFIG, RECORD)):
         return _left_by_training(folder)
     if (folder / "config.json").is_file():
         found = _model(folder)
-        # Of a run of which only the model is left to be seen; other tools' manifests are not of this form.
+        # A run may have left only the model here. Other tools' manifests have another form.
         with contextlib.suppress(ValueError):
             manifest.read_manifest(folder)
             found.collect(filter(None, [manifest.fault(folder)]), folder)
@@ -142,7 +142,7 @@ def _run(run: RunDirectory) -> Inspection:
     for part in [*parts, *(folder for _, folder in manifest.step_folders(run.checkpoints))]:
         inside = _left_by_training(part)
         if not part.is_dir():
-            continue  # a run that goes on has made room for the next
+            continue  # removed by a run in progress, to make room for the next
         found.faults += inside.faults
         found.add(inside.kind, f"{part.name}: {'NOT WHOLE' if inside.faults else inside.state}")
         if part == run.adapter:
@@ -160,7 +160,7 @@ _OF_RUNS = {
 
 
 def _left_by_training(folder: Path) -> Inspection:
-    """A checkpoint, or what a run left at its end."""
+    """Inspect a checkpoint, or what a run left at its end."""
     whole = not (folder / CONFIG).is_file() and (folder / "config.json").is_file()
     found = _trained_model(folder) if whole else _adapter(folder)
     if (folder / _STATE).is_file():
@@ -170,7 +170,7 @@ def _left_by_training(folder: Path) -> Inspection:
         for file in sorted([*folder.glob("*.pt"), *folder.glob("*.pth"), *folder.glob("*.bin")]):
             found.faults += _torch_file_faults(file)
     elif not (folder / manifest.MANIFEST).is_file():
-        return found  # other tools' adapters, and those of before, have none
+        return found  # adapters of other tools and of older releases have none
     found.collect(filter(None, [manifest.fault(folder)]), folder)
     return found
 
@@ -206,10 +206,10 @@ def _adapter(folder: Path) -> Inspection:
 
 
 def base_config(name: str) -> PreTrainedConfig | None:
-    """The configuration of a model named by an adapter, where it is on this machine.
+    """The configuration of a model that an adapter names; None if it is not on this machine.
 
     Raises:
-        UserError: if it is there and wrong.
+        UserError: if it exists and is not valid.
     """
     if name.startswith(RANDOM):
         return parse_random(name, 0).config
@@ -248,7 +248,7 @@ def _merge(folder: Path) -> Inspection:
 
         for name in altered_tensors(folder, read_folder_config(folder), hashes):
             found.faults.append(f"{name} does not match the certificate: it was altered")
-    if "files" in certificate:  # certificates of before say nothing of them
+    if "files" in certificate:  # older certificates do not have them
         found.collect(_file_faults(folder / CERTIFICATE, certificate["files"]))
     return found
 
@@ -305,7 +305,7 @@ def _tensor_faults(folder: Path, config: PreTrainedConfig) -> Iterator[str]:
 
 
 def _torch_file_faults(file: Path) -> list[str]:
-    """Whether a torch file is whole, and would load as tensors alone; nothing in it is executed."""
+    """Faults of a torch file: damage, or more to load than tensors. Nothing in it is executed."""
     import torch
 
     try:

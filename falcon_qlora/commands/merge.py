@@ -1,7 +1,7 @@
-"""``falcon-qlora merge --adapter DIR --out DIR``: a model that needs neither adapter nor quantization.
+"""``falcon-qlora merge --adapter DIR --out DIR``: make a model that needs no adapter and no quantization.
 
-The adapter's folder, and the run that it lies in, say which base, template and held-out text it was trained
-with; flags say otherwise.
+The adapter's folder and its run say which base, template and held-out text it was trained with; flags
+override them.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
     source, record = source_of(configuration, folder, named=named)
     look_at_held_out(configuration.data)
 
-    # Only now: what is wrong so far is told without libraries.
+    # Only now, so that errors above are reported without loading libraries.
     from falcon_qlora.merge.build import needed_bytes
 
     request = _request(source, wanted, folder, largest_file)
@@ -175,7 +175,7 @@ def _request(source: Source, wanted: MergeArguments, folder: Path, largest_file:
         quantize_mode=source.quantize_mode,
         double_quantization=source.double_quantization,
         compute_dtype=devices.compute_dtype(source.compute_dtype, device),
-        # Of a base that was not quantized both are the same.
+        # For a base that was not quantized, both are the same.
         candidates=candidates[:1] if source.quantize_mode == "16bit" else candidates,  # type: ignore[arg-type]
         dtype=wanted.dtype,
         max_shard_bytes=largest_file,
@@ -226,7 +226,7 @@ def _origin(
 def _check_recorded_loss(
     configuration: Configuration, request: Request, run: RunDirectory, loss: float
 ) -> None:
-    """Compare the adapter's loss on what its run held out with what the run noted."""
+    """Compare the adapter's loss on its run's held-out rows with the loss that the run recorded."""
     is_the_best = configuration.trainer.get("load_best_model_at_end")
     if not is_the_best or request.adapter.folder.name != run.adapter.name or not run.summary_file.is_file():
         return
@@ -239,9 +239,9 @@ def _check_recorded_loss(
 
 
 def _hub_settings(configuration: Configuration, named: Collection[str]) -> dict[str, Any] | None:
-    """Where to upload to and how; None unless a flag asks for it.
+    """Where and how to upload; None unless a flag asks for it.
 
-    That the run was uploaded, as its settings say, is no wish to upload its merge too.
+    A run's recorded settings may ask for an upload of the run: that does not ask for one of its merge.
     """
     settings, explicit = configuration.trainer, configuration.explicit
     if explicit.get("push_to_hub") != "flag" or not settings["push_to_hub"]:

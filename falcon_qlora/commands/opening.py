@@ -1,4 +1,4 @@
-"""What the verbs after training open, as the command line, a run's settings and the trained folder say it."""
+"""What the commands after training open: from the command line, a run's settings and the trained folder."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from falcon_qlora.run_folder.directory import RunDirectory
 def parse_with_run(
     argv: list[str], *, verb: str, extra_arguments: type
 ) -> tuple[Configuration, Collection[str], Path | None, RunDirectory | None]:
-    """Read a command line over the settings of the run that made ``--adapter``, where they are at hand.
+    """Read a command line, on top of the settings of the run that made ``--adapter`` if these exist.
 
-    A file of settings that the command line names goes before the run's.
+    A settings file that the command line names is read instead of the run's.
 
     Returns:
-        The configuration; which settings the user gave by flags, a recipe or a file that flags name; the
-        adapter's folder and its run, None where there is none.
+        The configuration; which settings the user gave, by flags or by a recipe or file that flags name; the
+        adapter's folder; and its run. The last two are None if there is none.
     """
     given = read_flags(argv, verb=verb, extra_arguments=extra_arguments)
     configuration = configure(given, extra_arguments=extra_arguments)
@@ -44,18 +44,18 @@ def parse_with_run(
 def source_of(
     configuration: Configuration, folder: Path | None, *, named: Collection[str]
 ) -> tuple[Source, dict[str, Any]]:
-    """What is opened, a flag or a file going before what the folder says; and the folder's record.
+    """What to open, and the folder's record. A flag or a file overrides the record.
 
-    Another folder of this machine is read only where the user names it, or as `check_may_open` has it.
+    Another local folder is read only if the user names it or `check_may_open` allows it.
 
     Args:
-        configuration: with the settings of the run, where there is one.
+        configuration: with the settings of the run, if there is one.
         folder: from `adapter_folder`; None for the model alone.
         named: settings that the user named.
 
     Raises:
-        UserError: if the folder's files cannot be read, or name no base model or one that must not be opened;
-            or if the user names a base for a whole model.
+        UserError: if the folder's files cannot be read; if they name no base model, or one that must not be
+            opened; or if the user names a base for a whole model.
     """
     settings, explicit = configuration.model, configuration.explicit
     record = {} if folder is None else read_record(folder)
@@ -80,7 +80,7 @@ def source_of(
     mode = given("quantize_mode", "quantize_mode")
     if folder is None:
         if explicit.get("quantize_mode") != "flag" and _is_merge(base):
-            mode = "16bit"  # whatever a run's settings file says of how its base was stored
+            mode = "16bit"  # even if a run's settings file says how its base was stored
     else:
         if not base and not whole:
             raise UserError(f"{folder} names no base model. Name it with --model_name_or_path")
@@ -117,14 +117,14 @@ def source_of(
 
 def _say_whether_other(record: dict[str, Any], folder: Path, base: str, revision: str | None) -> None:
     if record.get("base_model") not in (None, base):
-        open_checkpoint(base, revision=revision)  # what is missing is downloaded, as it will be opened
+        open_checkpoint(base, revision=revision)  # downloads what is missing: it will be opened anyway
     told = base_note(record, folder, base, revision=revision)
     if told is not None:
         note_aside(told)
 
 
 def _is_merge(name: str) -> bool:
-    """Whether a model's name is the folder of a merge; then it is said to be opened as it was certified."""
+    """Whether `name` is the folder of a merge; if so, print that it is loaded in 16 bits."""
     from falcon_qlora.models.fingerprint import named_folder
 
     folder = named_folder(name)
@@ -135,5 +135,5 @@ def _is_merge(name: str) -> bool:
 
 
 def note_aside(message: str) -> None:
-    """Tell what a user should see, but not among a command's answers."""
+    """Print a note on standard error, apart from a command's results."""
     print(f"note: {message}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """``falcon-qlora params``: how many parameters the model has, and how many a method trains.
 
-Arithmetic on the model's configuration: nothing is loaded, and no GPU is needed.
+This is arithmetic on the model's configuration: no weights are loaded, and no GPU is needed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> int:
     """Run the command and return its exit status."""
     configuration = parse(argv, verb="params")
-    # Only now: a wrong flag is told at once.
+    # Only now, so that a wrong flag is reported at once.
     say_loading()
     quiet_libraries()
     from falcon_qlora.models.layouts import layout_of
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     share = {"trained": f"{trained:,}", "of the base's, %": f"{100 * trained / total:.4f}"}
     console().print(_table(kinds, share))
     console().print()
-    # For scripts: apart from the tables, and as it is on every terminal.
+    # For scripts: outside the tables, and the same on every terminal.
     print(f"trainable_parameters={trained}")
     return 0
 

@@ -1,7 +1,7 @@
-"""``falcon-qlora prepare``: everything a run needs from the network, ahead of it.
+"""``falcon-qlora prepare``: download everything that a run needs from the network, ahead of it.
 
-Sizes and free space come first, then the small things in which a mistake shows (tokenizer, data), then the
-weights.
+Sizes and free space are checked first. The small parts in which mistakes show (tokenizer, data) come next,
+then the weights.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from falcon_qlora.terminal.output import say_loading
 if TYPE_CHECKING:
     from falcon_qlora.models.hub import Download
 
-# The files as they come, the rows as Arrow tables, and their tokens.
+# The downloaded files, the rows as Arrow tables, and their tokens.
 _COPIES_OF_A_DATA_SET = 3
 
 
 def main(argv: list[str]) -> int:
     """Run the command and return its exit status."""
     configuration = parse(argv, verb="prepare")
-    # Only now: a wrong flag is told at once.
+    # Only now, so that a wrong flag is reported at once.
     say_loading()
     quiet_libraries()
     from falcon_qlora.commands.first_look import look_at_model, look_at_rows
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
 
 
 def _downloads(configuration: Configuration) -> list[Download]:
-    """What the hub would have to send; nothing where it does not answer: the caches may hold it all."""
+    """The downloads from the hub; none if it cannot be reached, as the caches may hold everything."""
     from falcon_qlora.data.sources import HubSource, find_source
     from falcon_qlora.models.hub import Unreachable, plan_dataset, plan_model
     from falcon_qlora.models.locate import is_on_hub

@@ -1,4 +1,4 @@
-"""``falcon-qlora bench --gpus 1,2,4,8``: the real command on several GPUs, one row after the other."""
+"""``falcon-qlora bench --gpus 1,2,4,8``: time the real command on several GPUs, row by row."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from falcon_qlora.config.verbs import BENCH_SETS
 _VERSIONS = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 WARMUP = 10
 STEPS = 20
-# Where whole runs are timed.
+# For whole runs.
 WHOLE_STEPS = 200
 WHOLE_TOKENS = 16384
-# What each row sets by itself, also from these flags.
+# Set by each row itself, also if the user gives them.
 _SET = frozenset("model_name_or_path quantize_mode max_steps max_length".split())
-# Of the default recipe alone: another has its own.
+# Passed on only with the default recipe: others have their own.
 _OURS = frozenset({"method", "checkpointing", "kernels"})
 
 
 def run(configuration: Configuration, models: list[str], whole_runs: Any) -> int:
-    """Measure every row in turn; print the table, keep the CSV and draw the picture.
+    """Measure every row in turn; print the table, write the CSV and draw the chart.
 
     Args:
-        configuration: of the command, with `BenchArguments` as its own.
-        models: to measure.
-        whole_runs: `scaling.whole_runs`, or what takes its place.
+        configuration: the command's, with `BenchArguments` as `extra`.
+        models: those to measure.
+        whole_runs: `scaling.whole_runs`, or a replacement.
 
     Returns:
         The exit status: 0, or 1 where a row broke.
@@ -83,7 +83,7 @@ class _Bench:
         )
         self.warmup = WARMUP if wanted.warmup is None else wanted.warmup
         asked = configuration.run.max_steps if "max_steps" in given else None
-        # Those of a whole run all count.
+        # All steps of a whole run count: none is warm-up.
         self.steps = asked or WHOLE_STEPS if wanted.whole_run else self.warmup + (asked or STEPS)
         self.machine = Machine.of(environment_of_a_child(), wanted.commit)
         self.until = math.inf if wanted.minutes is None else time.monotonic() + 60 * wanted.minutes
@@ -92,7 +92,7 @@ class _Bench:
         self.rows: list[dict[str, Any]] = []
 
     def measure_all(self, folder: Path, whole_runs: Any) -> None:
-        """Measure row after row, until they or the minutes are over."""
+        """Measure the rows in turn, until all are done or the minutes are over."""
         planned = list(self._planned(folder))
         if self.wanted.whole_run:
             found = whole_runs(planned, steps=self.steps, warmup=self.warmup, run=self._measure)
@@ -137,7 +137,7 @@ class _Bench:
         return documents.uneven_lengths(count, longest, seed=self.configuration.run.seed)
 
     def _passed_on(self, name: str) -> list[str]:
-        """What the user gave for the runs, as flags again."""
+        """The settings that the user gave for the runs, as flags."""
         configuration = self.configuration
         given, another = configuration.explicit, COMMANDS[name].recipe is not None
         left_out = _SET | BENCH_SETS | (_OURS if another else frozenset())
@@ -145,7 +145,7 @@ class _Bench:
         values |= {"method": configuration.method.name, **configuration.method.flags()}
         values |= configuration.trainer
         passed: dict[str, Any] = {} if "logging_steps" in given else {"logging_steps": 1}
-        if another and "dataset_name" in given:  # by itself the recipe takes only text
+        if another and "dataset_name" in given:  # by default the recipe takes only text
             passed |= {"dataset_format": "auto", "template": "auto"}
         for setting, origin in given.items():
             value = values.get(setting)

@@ -1,8 +1,8 @@
-"""`falcon-qlora train`: check the flags and what they name, then run `falcon_qlora.train` once a GPU.
+"""`falcon-qlora train`: check the flags and what they name, then run `falcon_qlora.train` once per GPU.
 
-The flags are read before torch is imported and before any process starts, so a mistyped one is told at once;
-so is what `first_look` finds. Several processes are torchrun's, through its API; one needs no agent, and then
-nothing here imports torch.
+The flags are read before torch is imported and before any process starts, so a mistyped flag is reported at
+once; so are the errors that `first_look` finds. Several processes are started through torchrun's API. A
+single process needs no torchrun agent, and then nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from falcon_qlora.processes import command_clock, launcher
 from falcon_qlora.processes.launcher import SAME_REQUEST_SECONDS, STOP_SIGNALS
 from falcon_qlora.terminal.output import drop_what_cannot_be_written, say_loading
 
-# What torchrun's agent ends the workers on. The signals that ask a run to stop are the launcher's own.
+# On these, torchrun's agent ends the workers. The launcher handles the signals that ask a run to stop.
 _AGENT_SIGNALS = "SIGHUP,SIGQUIT"
 _WORKER = "falcon_qlora.commands.worker"
-# What a worker that is ended has to leave in, as torchrun's agent gives it.
+# How long a terminated worker has to exit; torchrun's agent gives it as long.
 _LEAVE_SECONDS = 30
 
 
@@ -43,7 +43,7 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
         worker_module: what each process runs; tests put a stand-in here.
 
     Returns:
-        0; 2 if a worker met what the user can mend; 1 after a bug; 128 + the signal that ended it.
+        0; 2 if a worker met an error that the user can fix; 1 after a bug; 128 + the signal that ended it.
     """
     drop_what_cannot_be_written()
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -74,7 +74,7 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
 
 @contextlib.contextmanager
 def stop_signals_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Within the block `handler` gets the signals that ask a process to stop."""
+    """Within the block, `handler` gets the signals that ask a process to stop."""
     earlier = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
     try:
         yield
@@ -84,9 +84,9 @@ def stop_signals_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
 
 
 class _StopOnce:
-    """Passes the first signal on to the workers, which save and end; the second ends everything at once.
+    """Passes the first signal on to the workers, which save and exit; the second kills everything at once.
 
-    What comes within a moment of the first is the same request once more.
+    A signal within a moment of the first is part of the same request.
 
     Args:
         folder: where the workers leave a mark when there is something to save.
@@ -98,7 +98,7 @@ class _StopOnce:
         self._asked_with: int | None = None
 
     def __call__(self, number: int, frame: Any) -> None:
-        # The agent restarts workers that have failed; these find the mark and end.
+        # The agent restarts failed workers; the new ones find the mark and exit.
         with contextlib.suppress(OSError):
             (self._folder / launcher.STOPPING).touch()
         workers = _children()
@@ -111,31 +111,31 @@ class _StopOnce:
             if time.monotonic() - self._asked_at <= SAME_REQUEST_SECONDS:
                 return
             _send(workers, signal.SIGKILL)
-        # What is raised where a signal comes in may get lost there; then the agent sees that they have ended.
+        # An exception from a signal handler may get lost; then the agent sees that the workers have ended.
         _send(workers, signal.SIGTERM)
         raise _Ended(signal.Signals(number))
 
     def _trains(self, workers: list[int]) -> bool:
-        """Whether the workers have something to save: not those that were started again and still load."""
+        """Whether the workers have something to save: restarted workers that are still loading have not."""
         with contextlib.suppress(OSError, ValueError):
             return int((self._folder / launcher.TRAINING).read_text(encoding="utf-8")) in workers
         return False
 
     def status(self, codes: Mapping[int, int]) -> int | None:
-        """The exit status if the workers ended by the request alone, without anything to save; else None.
+        """The exit status if the workers ended only because of the signal, with nothing to save; else None.
 
         Args:
             codes: rank → exit status of the workers that failed.
         """
         if self._asked_with is None:
             return None
-        numbers = {self._asked_with, signal.SIGTERM}  # with SIGTERM the agent ends those that are left
+        numbers = {self._asked_with, signal.SIGTERM}  # the agent ends the remaining workers with SIGTERM
         by_request = {128 + number for number in numbers} | {-number for number in numbers}
         return 128 + self._asked_with if by_request.issuperset(codes.values()) else None
 
 
 def _children() -> list[int]:
-    """The processes that this one has started; none where the system does not tell."""
+    """The processes that this one has started; none if the system has no /proc."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, IndexError):
@@ -152,7 +152,7 @@ def _send(processes: list[int], number: int) -> None:
 
 
 class _Ended(BaseException):
-    """Raised where a signal comes in, to end everything; no Exception, after which the agent might go on."""
+    """Raised by a signal handler to end everything. Not an Exception, which the agent might catch."""
 
     def __init__(self, number: signal.Signals):
         self.number = number
@@ -162,13 +162,13 @@ def _run_one(words: list[str], folder: Path) -> int:
     """Run the only worker and turn how it ended into an exit status.
 
     Args:
-        words: its module and what that is given.
-        folder: of the marks that the launcher and the worker leave for each other.
+        words: its module and that module's arguments.
+        folder: where the launcher and the worker leave marks for each other.
     """
     worker, ended, stop = None, None, _StopOnce(folder)
     with stop_signals_to(stop):
         try:
-            # In a session of its own: Ctrl-C comes to the launcher alone, which passes it on.
+            # In a session of its own, so that only the launcher gets Ctrl-C, and passes it on.
             worker = subprocess.Popen([sys.executable, "-u", "-m", *words], start_new_session=True)
             code = worker.wait()
         except _Ended as asked:
@@ -194,7 +194,7 @@ def _launch(torchrun_argv: list[str], folder: Path) -> int:
     from torch.distributed.launcher.api import elastic_launch
 
     launch_config, command, arguments = run.config_from_args(run.parse_args(torchrun_argv))
-    # The agent reports every failure at length; the workers have said what there is to say.
+    # The agent reports every failure at length; the workers have already reported theirs.
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     stop = _StopOnce(folder)
@@ -213,7 +213,7 @@ def _launch(torchrun_argv: list[str], folder: Path) -> int:
 
 
 def _end(asked: _Ended, folder: Path) -> int:
-    """The exit status of a launcher that a signal has ended; yet another one does not cut that short."""
+    """The exit status of a launcher that a signal has ended; further signals are ignored."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     _say_how_to_go_on(folder)
@@ -221,11 +221,11 @@ def _end(asked: _Ended, folder: Path) -> int:
 
 
 def _status(codes: Mapping[int, int], folder: Path) -> int:
-    """The exit status that stands for those of the failed workers, by rank."""
+    """One exit status for the failed workers, whose own are given by rank."""
     if EXIT_USER_ERROR in codes.values():
         return EXIT_USER_ERROR
     for rank, code in sorted(codes.items()) if EXIT_HANGING not in codes.values() else ():
-        # Nothing in the worker could say so itself.
+        # The killed worker could not report this itself.
         if code < 0 and code != -signal.SIGTERM:
             name = signal.Signals(-code).name
             hint = "; out of CPU memory?" if name == "SIGKILL" else ""
@@ -236,7 +236,7 @@ def _status(codes: Mapping[int, int], folder: Path) -> int:
 
 
 def _say_how_to_go_on(folder: Path) -> None:
-    """Say what the workers have left for where they end without a word."""
+    """Print what the workers left to be said if they end by an error: how to resume."""
     go_on = folder / launcher.GO_ON
     if go_on.exists():
         print(go_on.read_text(encoding="utf-8"), file=sys.stderr)
@@ -274,7 +274,7 @@ def _torchrun_flags(launch: LaunchArguments, processes: int) -> list[str]:
     given = dataclasses.asdict(launch)
     del given["gpus"]
     if _on_one_node(launch):
-        # Any free port, and the name that resolves on every machine.
+        # Any free port, and a host name that resolves on every machine.
         given |= {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "localhost"}
         given["rdzv_id"] = launch.rdzv_id or f"falcon-qlora-{secrets.token_hex(8)}"
     return flags + [

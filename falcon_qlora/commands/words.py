@@ -1,4 +1,4 @@
-"""Flags that take several words, also with commas between."""
+"""Flags that take several words, separated by blanks or commas."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from falcon_qlora.common.errors import UserError
 
 
 def split(given: Sequence[str]) -> list[str]:
-    """What the words name, each once."""
+    """The names in the words, each once."""
     return list(dict.fromkeys(part.strip() for word in given for part in word.split(",") if part.strip()))
 
 
 def names(flag: str, given: Sequence[str]) -> list[str]:
-    """What a flag names, each once.
+    """The names that a flag gives, each once.
 
     Raises:
         UserError: if it names nothing.
@@ -25,7 +25,7 @@ def names(flag: str, given: Sequence[str]) -> list[str]:
 
 
 def numbers(flag: str, given: Sequence[str]) -> list[int]:
-    """The whole numbers above 0 that a flag names; each once.
+    """The whole numbers above 0 that a flag gives, each once.
 
     Raises:
         UserError: if it names nothing, or something else.

@@ -1,7 +1,7 @@
-"""What the launcher starts as each process: the training module, tied to the launcher's life.
+"""The process that the launcher starts: it runs the training module and dies with the launcher.
 
-Torch's agent stops the workers when it ends in order. Where it cannot (it was killed, or Ctrl-C came
-again while it waited for them), the kernel does.
+Torch's agent stops the workers when it exits normally. If it cannot (it was killed, or Ctrl-C came again
+while it waited for them), the operating system's kernel does.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _INTERRUPT_SECONDS = 5.0
 
 
 def main() -> None:
-    """Run the module named first, with the words that follow, as ``python -m`` would."""
+    """Run the named module with the arguments after its name, as ``python -m`` would."""
     parent, module = int(sys.argv[1]), sys.argv[2]
     sys.argv[:] = sys.argv[2:]
     _end_with(parent)
     stopping = launcher.mark(launcher.STOPPING)
     if stopping is not None and stopping.exists():
-        os._exit(128 + signal.SIGTERM)  # restarted by an agent that does not know that it is to stop
+        os._exit(128 + signal.SIGTERM)  # restarted by an agent that was not told to stop
     signal.signal(signal.SIGINT, _interrupt)
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def _interrupt(number: int, frame: Any) -> None:
-    """Raise KeyboardInterrupt, and end the process if that does not: Python ignores it in a `__del__`."""
+    """Raise KeyboardInterrupt; exit if that has no effect, as Python ignores it in a `__del__`."""
     timer = threading.Timer(_INTERRUPT_SECONDS, os._exit, [128 + number])
     timer.daemon = True
     timer.start()
@@ -44,7 +44,7 @@ def _interrupt(number: int, frame: Any) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Have this process killed when the launcher ends. Linux only; elsewhere nothing is done."""
+    """Have the kernel kill this process when the launcher ends; on Linux only."""
     if not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
