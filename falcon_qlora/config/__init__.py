@@ -1,4 +1,4 @@
-"""The configuration every command shares.
+"""The configuration that every command shares.
 
 Flags win over `--config FILE`, which wins over `--recipe NAME`, which wins over the default recipe. Parsing
 imports neither torch nor Transformers; the trainer's own settings are built when first asked for.

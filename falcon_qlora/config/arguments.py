@@ -1,8 +1,8 @@
-"""The settings every command shares, as dataclasses, and under which flags a user gives them.
+"""The settings that every command shares, as dataclasses, and their flags.
 
-Names are TRL's and Transformers' where those have one; the first reference's flags are aliases of them.
-A default here is what holds where no recipe, file or flag says otherwise; `recipes/default.yaml` repeats it
-for the reader and a test keeps the two the same. The settings of the methods are the methods' own fields.
+Names are those of TRL and Transformers where these have one; the first reference's flags are aliases. A
+default here holds unless a recipe, file or flag gives another value. `recipes/default.yaml` repeats the
+defaults for the reader, and a test keeps the two the same. The settings of a method are its own fields.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Literal
 from falcon_qlora.common.settings import Setting, setting, settings_of
 from falcon_qlora.methods.table import METHODS, method_settings
 
-# What Transformers reports to; it is not imported for it.
+# The trackers that Transformers reports to, repeated here so that it is not imported.
 TRACKERS = (
     "wandb tensorboard trackio azure_ml clearml codecarbon comet_ml dagshub dvclive flyte kubeflow mlflow "
     "neptune swanlab none"
@@ -132,7 +132,7 @@ class DataArguments:
     cache_dir: str | None = setting(None, "Where tokenized data is cached; unset: the user's cache folder.")
 
     def columns(self) -> dict[str, str]:
-        """Standard column name to the name the user's data has for it, for those that were renamed."""
+        """Standard column name to its name in the user's data, for columns with another name there."""
         named = (
             (name.removesuffix("_column"), given) for name, given in vars(self).items() if "_column" in name
         )
@@ -141,7 +141,7 @@ class DataArguments:
 
 @dataclass(kw_only=True)
 class MethodArguments:
-    """Which method; its settings are the method's own."""
+    """Which method; its settings are fields of the method."""
 
     _argument_group_name = "Method"
 
@@ -234,7 +234,7 @@ class RunArguments:
 
 @dataclass(kw_only=True)
 class LaunchArguments:
-    """Which processes are started; under torchrun these are its own flags."""
+    """Which processes are started; under torchrun, use its own flags instead."""
 
     _argument_group_name = "Processes"
 

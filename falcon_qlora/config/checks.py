@@ -1,7 +1,7 @@
-"""What settings mean together: alternatives, what follows from what, and what contradicts what.
+"""Rules between settings: alternatives, values that follow from others, and contradictions.
 
-Where two settings are alternatives, the one from the higher layer unseats the other (a flag can replace
-what a recipe says); within one layer they contradict each other and the user is asked.
+Of two alternatives, the one from the higher layer unsets the other (a flag can replace a recipe's setting).
+Within one layer they contradict each other, which is an error.
 """
 
 import math
@@ -25,12 +25,12 @@ _DEFAULTS = {each.name: each.default for each in settings_of(TrainerArguments)}
 _SCHEDULES = next(
     each.choices or () for each in settings_of(TrainerArguments) if each.name == "lr_scheduler_type"
 )
-# Settings that are read in some modes alone: names, of which other setting, at which of its values. Of two
-# other settings one is enough, each with a value.
+# Settings that are read in some modes only: their names, the setting that decides, and its values at which
+# they are read. Of two deciding settings, each with one value, either is enough.
 _MODES: tuple[tuple[str, str, Sequence[Any]], ...] = (
     ("double_quantization", "quantize_mode", ["4bit"]),
     ("llm_int8_threshold", "quantize_mode", ["8bit"]),
-    ("llm_int8_threshold", "kernels", ["off"]),  # ours dequantize
+    ("llm_int8_threshold", "kernels", ["off"]),  # our kernels dequantize
     ("padding", "packing", [False]),
     ("train_sampling_strategy dataset_num_proc", "streaming", [False]),
     ("logging_steps", "logging_strategy", ["steps"]),
@@ -53,18 +53,18 @@ _MODES: tuple[tuple[str, str, Sequence[Any]], ...] = (
         [each for each in _SCHEDULES if each not in ("constant", "reduce_lr_on_plateau", "greedy")],
     ),
 )
-_FEW = 3  # that a message names
+_FEW = 3  # the most values that a message names
 
 _SPLITS = frozenset("validation valid val test eval dev train".split())
 TEMPLATES = ("auto", "format", "alpaca", "guanaco", "falcon-instruct", "none", "tokenizer")
 
 
 def settle(values: Values, laid: Laid) -> None:
-    """Fill in, in place, what follows from the settings given.
+    """Fill in, in place, the values that follow from the given settings.
 
     Args:
         values: every setting's value.
-        laid: the settings that some layer gives, with that layer.
+        laid: the settings that some layer gives, with their value and that layer.
 
     Raises:
         UserError: if settings contradict each other, naming all that do.
@@ -94,10 +94,10 @@ def check(values: Values, where: dict[str, str]) -> None:
 
     Args:
         values: every setting's value.
-        where: for settings that were given, how to name them to the user.
+        where: how to name each given setting to the user.
 
     Raises:
-        UserError: naming all settings that cannot be, and what they may be.
+        UserError: naming all invalid settings, and what is valid.
     """
     refuse([*_faults(values, where)])
 
@@ -148,9 +148,9 @@ def _faults(values: Values, where: dict[str, str]) -> Iterator[str]:
 
 
 def why_unread(name: str, values: Values) -> str | None:
-    """Why a setting does nothing beside the others; None where it is read."""
+    """Why a setting has no effect with the other values; None if it has one."""
     if name in ("warmup_steps", "eval_delay") and not values[name]:
-        return None  # there is none
+        return None  # 0: no warmup or delay
     for names, of, modes in _MODES:
         if name not in names.split():
             continue
@@ -172,8 +172,8 @@ def _flags(settings: Values, between: str = " ") -> str:
 
 
 def _unread(values: Values, where: dict[str, str]) -> Iterator[str]:
-    """A flag that does nothing beside the others; what a file or a recipe says so is let be."""
-    # What an adapter was trained on decides what its base is, unless something else is asked for.
+    """Refuse flags that have no effect with the other values; in a file or a recipe they are accepted."""
+    # An adapter's record decides how its base is quantized, unless `quantize_mode` is given.
     open_mode = "adapter" in where and "quantize_mode" not in where
     for name, given in where.items():
         if given != f"--{name}" or (open_mode and name in ("double_quantization", "llm_int8_threshold")):
@@ -185,7 +185,7 @@ def _unread(values: Values, where: dict[str, str]) -> Iterator[str]:
 
 
 def _why_not_of_the_hub(name: str, values: Values) -> str | None:
-    """Why a setting of what lies on the hub does nothing; None where it is another, or may do something."""
+    """Why a setting of hub models or datasets has no effect; None for others, or if it may have one."""
     named = {"model_revision": [values["model_name_or_path"]], "dataset_config": values["dataset_name"]}
     if name not in named or any(on_the_hub(each) for each in named[name]):
         return None
@@ -198,7 +198,7 @@ def _rank(laid: Laid, *names: str) -> int:
 
 
 def _settle_compute_dtype(values: Values, laid: Laid) -> None:
-    """`--bf16` and `--fp16` are the trainer's names for what compute_dtype says."""
+    """Replace `--bf16` and `--fp16`, the trainer's names for values of compute_dtype."""
     given = {name: laid[name] for name in ("bf16", "fp16") if name in laid and laid[name][0] is not None}
     for name in ("bf16", "fp16"):
         values.pop(name, None)
@@ -223,7 +223,7 @@ def _settle_compute_dtype(values: Values, laid: Laid) -> None:
 
 
 def _settle_method(values: Values, laid: Laid) -> None:
-    """What the method needs of the base; a flag of another method than the one trained misleads."""
+    """Apply what the method needs of the base; refuse flags of other methods, which would have no effect."""
     method, of_method = METHODS[values["method"]], _rank(laid, "method")
     if method.needs_16bit and values["quantize_mode"] != "16bit":
         if _rank(laid, "quantize_mode") >= of_method:
@@ -252,7 +252,7 @@ def _settle_method(values: Values, laid: Laid) -> None:
 
 
 def _settle_checkpointing(values: Values, laid: Laid) -> None:
-    """`--gradient_checkpointing` is the trainer's name for what checkpointing says."""
+    """Replace `--gradient_checkpointing`, the trainer's name for values of checkpointing."""
     values.pop("gradient_checkpointing", None)
     given = laid.get("gradient_checkpointing")
     if given is None or given[0] is None:
@@ -305,7 +305,7 @@ def _settle_packing(values: Values, laid: Laid) -> None:
 
 
 def _settle_saving(values: Values, laid: Laid) -> None:
-    """By the clock, unless it is said at which steps; where `save_steps` is None, that is not said."""
+    """Save by the clock, unless steps are given; `save_steps` None means that they are not."""
     strategy, steps = _rank(laid, "save_strategy"), _rank(laid, "save_steps")
     if values["save_strategy"] == "steps" and values["save_steps"] is None and strategy > steps:
         values["save_steps"] = 0.1
@@ -337,7 +337,7 @@ def _settle_evaluation(values: Values, laid: Laid) -> None:
     for interval in ("strategy", "steps"):
         if evaluating > saving:
             values[f"save_{interval}"] = values[f"eval_{interval}"]
-        # Settings of before, among them how often a run saved that was not evaluated, contradict nothing.
+        # Settings of an earlier run, such as how often it saved without evaluation, contradict nothing.
         elif saving > evaluating or (switched_on and wanted > evaluating):
             values[f"eval_{interval}"] = values[f"save_{interval}"]
     if values["eval_strategy"] != values["save_strategy"]:

@@ -1,4 +1,4 @@
-"""The resolved configuration, and how the command line becomes one."""
+"""The resolved configuration, and how it is made from a command line."""
 
 from __future__ import annotations
 
@@ -44,27 +44,27 @@ from falcon_qlora.methods.table import method_from
 if TYPE_CHECKING:
     from trl import SFTConfig
 
-# Where this run computes and writes and whether it goes on with another is not part of what a re-run needs.
+# A re-run does not need to know where this run computed and wrote, or which run it resumed.
 _NOT_RECORDED = frozenset({"output_dir", "config", "resume", "overwrite", "device"})
-_NO_STEP = 10**9  # where the clock says when to save: the trainer wants a number
+_NO_STEP = 10**9  # when saving by the clock: the trainer wants a number
 _GROUP_SECONDS = 1800.0  # Transformers' own default of ddp_timeout
 
 
 @dataclass(kw_only=True)
 class Configuration:
-    """Every setting of a command, each in the group that its users take.
+    """Every setting of a command, in the groups that its users take.
 
     Attributes:
         model: which base model, how quantized.
         data: which rows, how they become sequences. `data.packing` is the user's; TRL's own stays off.
         method: what is trained, with its settings.
-        run: length, batch, seed, where it writes. Where `run.global_batch_size` is set it decides the size of
-            a step, and `run.gradient_accumulation_steps` is 1.
-        trainer: SFTConfig's other settings that the recipe, a file or a flag gives.
-        extra: an instance of the command's own dataclass, where it has one.
-        explicit: setting to where it was given ("flag", "settings.yaml", "recipe lambda-7b-4bit"); what only
-            the default recipe says is not in it.
-        passed_over: of each file, its keys that are no settings, at values with which they change nothing.
+        run: length, batch, seed, where it writes. If `run.global_batch_size` is set, it decides the size of a
+            step, and `run.gradient_accumulation_steps` is 1.
+        trainer: SFTConfig's other settings that a recipe, a file or a flag gives.
+        extra: an instance of the command's own dataclass, if it has one.
+        explicit: setting to where it was given ("flag", "settings.yaml", "recipe lambda-7b-4bit"), without
+            settings that only the default recipe gives.
+        passed_over: for each file, the keys that are not settings but have values without effect.
     """
 
     model: ModelArguments
@@ -80,8 +80,8 @@ class Configuration:
     def training(self) -> SFTConfig:
         """The settings of TRL's trainer.
 
-        Built when first asked for: it imports torch and TRL and, under torchrun, starts the process group.
-        It has what must be off there (packing, padding-free, accumulation), as the trainer does these itself.
+        Built at first use: it imports torch and TRL and, under torchrun, starts the process group. TRL's
+        packing, padding-free and accumulation are off here, as our trainer does these itself.
 
         Raises:
             UserError: if this machine or TRL cannot do what is asked.
@@ -112,7 +112,7 @@ class Configuration:
             values["save_steps"] = _NO_STEP
         _start_process_group(values)
         if ranks.world_size() == 1:
-            values.pop("ddp_backend", None)  # without a launcher there is no group that it would be of
+            values.pop("ddp_backend", None)  # without a launcher there is no process group
         try:
             return SFTConfig(**copy.deepcopy(values))
         except ValueError as error:
@@ -120,7 +120,7 @@ class Configuration:
 
     @property
     def optimizer(self) -> str:
-        """The optimizer's name, as Transformers' `OptimizerNames` has it."""
+        """The optimizer's name, as in Transformers' `OptimizerNames`."""
         optim = self.training.optim
         return str(getattr(optim, "value", optim))
 
@@ -149,15 +149,15 @@ def read_flags(
 ) -> dict[str, Any]:
     """The settings that a command line gives, by name.
 
-    Those of `train` that the command does not use are told in a line on standard error.
+    Prints a line on standard error that names the settings of `train` that the command does not use.
 
     Args:
         argv: the words after the command.
-        verb: the command, of `VERBS`; None for what torchrun starts.
+        verb: the command, of `VERBS`; None in a process started by torchrun.
         extra_arguments: a dataclass of settings that only this command has (flags only).
 
     Raises:
-        UserError: for anything the user can mend; the message names the flag.
+        UserError: for anything the user can fix; the message names the flag.
         SystemExit: with status 0 after `--help` or `--help-all`.
     """
     own = [extra_arguments] if extra_arguments else []
@@ -179,15 +179,15 @@ def read_flags(
 
 
 def configure(settings: Mapping[str, Any], *, extra_arguments: type | None = None) -> Configuration:
-    """The configuration in which these settings win over those of files and recipes.
+    """Make the configuration; these settings win over those of files and recipes.
 
     Args:
-        settings: by name, as flags would give them; `config` is a file of more. With `resume` and no
-            `config`, what is not given is as it was in the run that goes on.
+        settings: by name, as flags would give them; `config` is a file with more. With `resume` and no
+            `config`, settings that are not given are those of the resumed run.
         extra_arguments: as for `read_flags`.
 
     Raises:
-        UserError: for anything the user can mend; the message names the flag or the file and key.
+        UserError: for anything the user can fix; the message names the flag, or the file and key.
     """
     parser = FalconParser(*([extra_arguments] if extra_arguments else []))
     flags = parser.read_settings(settings)
@@ -224,7 +224,7 @@ def _default_recipe(parser: FalconParser) -> Layer:
 
 
 def _settings_of_the_run(flags: Mapping[str, Any]) -> str | None:
-    """The settings file of the run that `--resume` goes on with; None where there is none."""
+    """The settings file of the run that `--resume` resumes; None if there is none."""
     resume, output = flags.get("resume"), flags.get("output_dir")
     if not resume or (resume == "latest" and output is None):
         return None
@@ -272,11 +272,11 @@ def _hide_gpus() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         raise UserError("--device cpu: this process uses a GPU already; start a new process")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when a GPU is first asked for, here and in the workers
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read at the first use of a GPU, here and in the workers
 
 
 def _start_process_group(values: dict[str, Any]) -> None:
-    """Have Accelerate start the process group on a store in which processes before a restart left nothing."""
+    """Have Accelerate start the process group on a fresh store, without entries from before a restart."""
     import torch.distributed as dist
     from accelerate import PartialState
 
@@ -296,7 +296,7 @@ def _start_process_group(values: dict[str, Any]) -> None:
 
 
 def to_be_written(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of these settings without secrets, and without credentials in addresses."""
+    """A copy of these settings without secrets, and without credentials in URLs."""
     known = FalconParser().settings
     shown = (name for name in settings if name not in known or not known[name].secret)
     return {name: _without_credentials(copy.deepcopy(settings[name])) for name in shown}

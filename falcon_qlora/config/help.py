@@ -1,4 +1,4 @@
-"""The help pages: what a command uses, as far as people need it, and all of it."""
+"""The help pages: a command's common flags (``--help``) and all of its flags (``--help-all``)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FLAG_COLUMN = 38
 
 
 def print_help(parser: FalconParser, defaults: dict[str, Any], verb: Verb, *, everything: bool) -> None:
-    """Print the flags of a command that people need, or every one, in groups, each with its default."""
+    """Print a command's common flags, or all of them, in groups, each with its default."""
     width = min(shutil.get_terminal_size((110, 24)).columns, 110)
     examples = [f"  falcon-qlora {verb.name} {words}" for words in verb.examples]
     lines = [f"falcon-qlora {verb.name} [flags]", ""]

@@ -1,8 +1,8 @@
-"""What other tools, and people, call the settings, values and commands that have another name here.
+"""Names that other tools, and people, use for settings, values and commands with another name here.
 
-An entry is ``setting``, to be given with the value that was given, for which ``{}`` stands in
-``setting=split:{}``; or ``setting=A|B``: A in the place of true and B of false, and left out where that is
-empty. Behind ``; `` follows what there is to know. Without a setting there is no such thing here.
+An entry ``setting`` takes the value that was given; in ``setting=split:{}``, ``{}`` stands for that value. In
+``setting=A|B``, A replaces true and B replaces false; where that is empty, the setting is left out. A remark
+follows ``; ``. An entry without a setting has no counterpart here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BATCH = "per_device_train_batch_size"
 _SHARE = "; below 1 a share of all steps: this is ten times a run"
 
 _BY_TOOL: dict[str, dict[str, str]] = {
-    "": {  # nobody's in particular
+    "": {  # of no tool in particular
         "accumulation_steps": "gradient_accumulation_steps",
         "alpha": "lora_alpha",
         "base": "model_name_or_path",
@@ -278,7 +278,7 @@ _BY_TOOL: dict[str, dict[str, str]] = {
     },
 }
 
-# Setting → value elsewhere → what that is here, with what there is to know of it.
+# Setting → value elsewhere → the value here, with a remark.
 VALUES: dict[str, dict[str, str]] = {
     "adapter": dict.fromkeys(
         ("lora", "qlora"),
@@ -358,7 +358,7 @@ COMMANDS = {
 
 
 def plain(name: str) -> str:
-    """A name without what spellings of it differ in: ``--batchSize`` and ``batch_size`` are one."""
+    """A name reduced to what its spellings share: ``--batchSize`` and ``batch_size`` are the same."""
     return re.sub(r"[-_]", "", name).lower()
 
 
@@ -367,12 +367,12 @@ _BY_PLAIN = {plain(name): name for name in NAMES}
 
 
 def answer(name: str, value: Any, write: Callable[[str, str], str]) -> str | None:
-    """Whose an unknown name is and what to give instead, to follow it in a message; None for nobody's.
+    """The tool that has an unknown name, and what to give instead, for a message; None if no tool has it.
 
     Args:
-        name: without dashes, perhaps of a section (``train.micro_batch_size``).
-        value: that it was given; None where it had none.
-        write: how a setting with a value, "" for any, is given where it stands: a flag, or a line of a file.
+        name: without leading dashes; it may have a section (``train.micro_batch_size``).
+        value: the one given to it; None if it had none.
+        write: writes a setting and its value ("" for any) as a flag or as a line of a file.
     """
     known = _BY_PLAIN.get(plain(name)) or _BY_PLAIN.get(plain(name.rpartition(".")[2]))
     if known is None:
@@ -401,7 +401,7 @@ def targets() -> dict[str, str]:
 
 
 def of_value(setting: str, value: Any) -> str | None:
-    """What a value that is known elsewhere is here, to follow it in a message; None for another."""
+    """The value here for one known elsewhere, to follow it in a message; None if it is not known."""
     known = VALUES.get(setting, {}).get(str(value).lower())
     if known is None:
         return None
@@ -410,11 +410,11 @@ def of_value(setting: str, value: Any) -> str | None:
 
 
 def _on_one_line(value: Any) -> str:
-    """A value as it may be given here; "" for one that cannot, or is too long to be repeated."""
+    """A value as it can be given here; "" if it cannot, or is too long to be repeated."""
     if isinstance(value, bool):
         return str(value).lower()
     parts = value if isinstance(value, list) else [] if value is None else [value]
-    # Axolotl's data sets are mappings.
+    # Axolotl's datasets are mappings.
     texts = [str(each.get("path", "")) if isinstance(each, dict) else str(each) for each in parts]
     shown = " ".join(texts)
     return shown if shown.isprintable() and len(shown) <= 80 else ""

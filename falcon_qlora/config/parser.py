@@ -1,6 +1,6 @@
-"""Flags, files and recipes, laid over each other into one value for every setting.
+"""Layer flags, files and recipes into one value for every setting.
 
-Values are converted and checked alike from wherever they come, and who said what is kept for messages.
+Values are converted and checked in the same way from every source; the source is kept for messages.
 """
 
 import difflib
@@ -22,7 +22,7 @@ from falcon_qlora.config.verbs import VERBS
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 FLAG = "flag"
-_NUMBER = re.compile(r"-[\d.][\d.eE+-]*")  # a value, no flag
+_NUMBER = re.compile(r"-[\d.][\d.eE+-]*")  # a value, not a flag
 _FLAG_OF_FILE = {
     (".jsonl", ".json", ".csv", ".tsv", ".parquet"): "--dataset_name",
     (".yaml", ".yml"): "--config",
@@ -35,9 +35,9 @@ class Layer:
 
     Attributes:
         origin: the source as a user would name it: "recipe lambda-7b-4bit", "settings.yaml", "flag".
-        values: setting to converted value.
+        values: setting to its converted value.
         rank: a higher rank wins.
-        passed_over: keys of the source that are no settings, at values with which they change nothing.
+        passed_over: keys of the source that are not settings but have values without effect.
     """
 
     origin: str
@@ -51,18 +51,18 @@ class Layer:
 
 @dataclass(kw_only=True)
 class _Given:
-    """A flag as it was typed, with the words that follow it."""
+    """A flag as typed, with the words that follow it."""
 
     flag: str
     words: list[str]
 
 
 class FalconParser:
-    """Our dataclasses, the trainer's, and what one command adds.
+    """Parses our settings, the trainer's, and those that one command adds.
 
     Args:
-        more: dataclasses of settings that only this command has; flags only, not keys of files. One of the
-            name of a shared setting takes its place.
+        more: dataclasses of settings that only this command has; flags only, not keys of files. A setting
+            with the name of a shared one replaces it.
     """
 
     def __init__(self, *more: type):
@@ -111,9 +111,9 @@ class FalconParser:
         return values
 
     def _split(self, argv: list[str]) -> list[_Given]:
-        """The flags of a command line, each with its words; a word that belongs to none has the flag ""."""
+        """The flags of a command line, each with its words; a word without a flag gets the flag ""."""
         found: list[_Given] = []
-        most = 0  # words that the flag before may still take
+        most = 0  # words that the last flag may still take
         for word in argv:
             if not word.startswith("-") or " " in word.partition("=")[0] or _NUMBER.fullmatch(word):
                 if most > 0:
@@ -134,12 +134,12 @@ class FalconParser:
         return found
 
     def _abbreviates(self, flag: str) -> str | None:
-        """The flag that ``-model`` begins, which is no ``-m odel``."""
+        """The flag that ``-model`` abbreviates, as it does not mean ``-m odel``."""
         meant = [known for known in self._of_flag if known.startswith(f"-{flag}")]
         return min(meant, key=len) if re.match(r"-[a-z]{3,}", flag) and meant else None
 
     def _value(self, setting: Setting, given: _Given) -> Any:
-        """What a flag gives its setting, as text."""
+        """The value that a flag gives its setting, unconverted."""
         if given.flag in setting.flags_off:
             if given.words:
                 raise UserError(f"{given.flag} takes no value")
@@ -151,7 +151,7 @@ class FalconParser:
         return given.words if setting.is_list else given.words[0]
 
     def _read(self, setting: Setting, value: Any, where: str) -> Any:
-        """Convert and check a value; one that other tools have is told what it is here.
+        """Convert and check a value; the message for another tool's value names the one here.
 
         Raises:
             UserError: if it does not fit.
@@ -164,7 +164,7 @@ class FalconParser:
         return setting.read(value, where)
 
     def read_settings(self, given: Mapping[str, Any]) -> Layer:
-        """Settings by their names, or other names of their flags, as the layer of the flags.
+        """Settings, by their names or aliases, as the layer of the flags.
 
         Raises:
             UserError: for unknown names, and values that do not fit, all at once.
@@ -207,12 +207,12 @@ class FalconParser:
             meant = f"did you mean {inside}?" if inside.is_file() else "name the file of settings"
             raise UserError(f"{origin}: this is a folder; {meant}")
         content = parse_yaml(read_text(file, limit_bytes=YAML_LIMIT_BYTES, may_be_pipe=True), origin)
-        if isinstance(content.get("format"), int) or is_record(file):  # a run's; else an unknown key
+        if isinstance(content.get("format"), int) or is_record(file):  # elsewhere it is an unknown key
             content = settings_as_now(content, origin)
         for key, value in self._without_sections(content):
             name = self.key_of.get(_spelled(key))
             if name in self._hidden:
-                continue  # what a run began with says nothing to who opens what came of it
+                continue  # such as the adapter that a run began with: this command opens another
             if name in flags_only:
                 faults.append(f"{key} in {origin}: can only be given as the flag --{name}")
             elif name is None and _spelled(key) in known_elsewhere and holds_anyway(_spelled(key), value):
@@ -232,7 +232,7 @@ class FalconParser:
         return Layer(origin=origin, values=values, rank=rank, passed_over=tuple(passed_over))
 
     def _without_sections(self, content: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
-        """Keys and values; of a section of another tool's file (``train:``) what is in it."""
+        """Keys and values; for a section of another tool's file (``train:``), those inside it."""
         for key, value in content.items():
             is_known = _spelled(str(key)) in self.key_of or str(key) in other_names.NAMES
             if isinstance(value, dict) and value and not is_known:
@@ -241,7 +241,7 @@ class FalconParser:
                 yield str(key), value
 
     def _unknown(self, name: str, value: Any, where: str = "") -> str:
-        """That a flag or key is unknown, and what to give instead: by meaning, and else by spelling."""
+        """The message for an unknown flag or key: what to give instead, by meaning or else by spelling."""
         bare, is_flag = name.lstrip("-"), name.startswith("-")
         if _spelled(bare) in INSTEAD:
             return f"{name}{where} is not taken: {INSTEAD[_spelled(bare)]}"
@@ -282,7 +282,7 @@ def _stray(word: str) -> str:
 
 
 def refuse(faults: Sequence[str], heading: str = "{} things to mend") -> None:
-    """Raise what is to be mended: one thing by itself, several on a line each under `heading`."""
+    """Raise the faults: a single one by itself, several on a line each under `heading`."""
     if faults:
         lines = [heading.format(len(faults)), *(f"  {fault}" for fault in faults)]
         raise UserError(faults[0] if len(faults) == 1 else "\n".join(lines))
@@ -315,7 +315,7 @@ def recipe_names() -> list[str]:
 
 
 def recipe_file(recipe: str) -> Path:
-    """The file of a recipe that comes with the package, or the file that was named.
+    """The file of a packaged recipe, or the file that `recipe` names.
 
     Raises:
         UserError: if there is neither.
@@ -333,6 +333,6 @@ def recipe_file(recipe: str) -> Path:
 
 
 def lay_over(layers: Iterable[Layer]) -> dict[str, tuple[Any, Layer]]:
-    """For each setting that any layer gives, the value of the highest and that layer."""
+    """For each setting that any layer gives, the value from the highest such layer, and that layer."""
     ordered = sorted(layers, key=lambda layer: layer.rank)
     return {name: (value, layer) for layer in ordered for name, value in layer.values.items()}

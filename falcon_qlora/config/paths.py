@@ -1,4 +1,4 @@
-"""Settings that name files and folders, made to mean the same from anywhere."""
+"""Settings that name files and folders, made absolute so that they mean the same from any folder."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _DATA = ("dataset_name", "eval_split")
 def with_absolute_paths(
     settings: Mapping[str, Any], root: Path | None = None, *, data: bool = True
 ) -> dict[str, Any]:
-    """These settings with every name of a file or folder that is there as its absolute path.
+    """These settings, with the names of existing files and folders as absolute paths.
 
     Args:
         settings: by name.
-        root: what relative paths are relative to; None for the current folder.
-        data: those of rows too, which messages name as the user did.
+        root: where relative paths start; None for the current folder.
+        data: include the names of rows, which messages otherwise repeat as the user gave them.
     """
     found = dict(settings)
     for setting in (*_MODELS, *_OTHERS, *(_DATA if data else ())):
@@ -34,19 +34,19 @@ def with_absolute_paths(
 
 
 def on_the_hub(name: str) -> bool:
-    """Whether a model or rows may lie on the hub, as they neither lie here nor come with the package."""
+    """Whether a model or rows may be on the hub: they are neither local nor packaged."""
     packaged = name in ("tiny", "sample") or name.startswith("random:")
     return not packaged and not Path(name).expanduser().exists()
 
 
 def settings_of_run(settings: Mapping[str, Any], run: Path) -> dict[str, Any]:
-    """The recorded settings of a run; of before they have paths relative to where the run was started."""
+    """The recorded settings of a run; relative paths in older ones start where the run was started."""
     root = started_in(run)
     return with_absolute_paths(settings if root is None else with_absolute_paths(settings, root))
 
 
 def _absolute(setting: str, name: Any, root: Path | None) -> Any:
-    # Names that mean no path whatever lies here.
+    # These names are never paths, whatever files exist.
     of_package = setting in _MODELS and (name == "tiny" or str(name).startswith("random:"))
     if of_package or (setting == "template" and not str(name).endswith(".jinja")):
         return name

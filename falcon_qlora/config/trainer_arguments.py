@@ -1,7 +1,7 @@
-"""The settings of TRL's trainer that are forwarded to it, and what to use instead of some that are not.
+"""The settings that are forwarded to TRL's trainer, and what to use instead of some that are not.
 
-Importing SFTConfig takes several seconds, and a mistyped flag should not take that long to be told: so the
-forwarded fields are named here once more. A test compares their types and defaults with the installed class.
+Importing SFTConfig takes several seconds, too long for reporting a mistyped flag, so the forwarded fields are
+repeated here. A test compares their types and defaults with the installed class.
 """
 
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from falcon_qlora.common.settings import setting
 
-# What is not taken of Transformers' list cannot run here: it needs another device, parameters of a model that
-# no adapter has, a step of its own, or a library whose state no checkpoint holds.
+# Transformers' other optimizers cannot run here: they need another device, parameters that no adapter has, a
+# step of their own, or a library whose state is not in a checkpoint.
 _Optimizer = Literal[
     "adamw_torch", "adamw_torch_fused", "adafactor", "ademamix", "sgd", "adagrad", "adamw_bnb_8bit",
     "adamw_8bit", "ademamix_8bit", "lion_8bit", "lion_32bit", "paged_adamw_32bit", "paged_adamw_8bit",
@@ -26,7 +26,7 @@ _Scheduler = Literal[
 
 @dataclass(kw_only=True)
 class TrainerArguments:
-    """Fields of SFTConfig, which see: a number of steps below 1 is a share of all steps."""
+    """Fields of SFTConfig, documented there. A number of steps below 1 is a share of all steps."""
 
     _argument_group_name = "Trainer"
 
@@ -52,7 +52,7 @@ class TrainerArguments:
     max_grad_norm: float = setting(1.0, "Norm to which the gradient is clipped; 0: not clipped.", least=0)
     neftune_noise_alpha: float | None = setting(None, "Strength of NEFTune's noise on embeddings, 5 to 15.")
 
-    # Precision and memory. The first three are other names for what --compute_dtype and --checkpointing say.
+    # Precision and memory. The first three are other names for values of --compute_dtype and --checkpointing.
     bf16: bool | None = setting(None, "--compute_dtype bf16.")
     fp16: bool = setting(False, "--compute_dtype fp16.")
     gradient_checkpointing: bool = setting(
@@ -107,7 +107,7 @@ class TrainerArguments:
     ddp_timeout: int = setting(1800, "Seconds that one process waits for another.", least=1)
 
 
-# Settings of ours that the trainer is given too, under the same name.
+# Our settings that are also passed to the trainer, under the same name.
 SHARED = (
     "output_dir num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps "
     "max_length packing train_sampling_strategy dataset_num_proc report_to seed"
@@ -120,7 +120,7 @@ _NO_DDP = "gradients are summed without DistributedDataParallel"
 _COMPILE = "use --kernels: packed rows would be compiled anew for every length"
 _BATCHES = "batches follow from the plan of the run, in order: use --dataloader_num_workers"
 
-# What to use instead of others that users of Transformers and TRL know.
+# What to use instead of other settings that users of Transformers and TRL know.
 INSTEAD = {
     "accelerator_config": "Accelerate is set up by the trainer",
     "activation_checkpointing_kwargs": _REENTRANT,
@@ -202,7 +202,7 @@ INSTEAD = {
     "warmup_ratio": "--warmup_steps takes a ratio where it is below 1",
 }
 
-# At which values a file may have them: those that hold here, and the libraries' defaults. Of others: None.
+# The values that files may give these: those that hold here, and the libraries' defaults. For others: None.
 _OFF = (
     "activation_offloading assistant_only_loss auto_find_batch_size batch_eval_metrics bf16_full_eval "
     "dataloader_drop_last dataloader_persistent_workers do_eval do_predict enable_jit_checkpoint "
@@ -240,5 +240,5 @@ _HOLDING: dict[str, tuple[Any, ...]] = {
 
 
 def holds_anyway(name: str, value: Any) -> bool:
-    """Whether a setting that is not taken has a value with which a run is as it is without it."""
+    """Whether an unsupported setting has a value that changes nothing in a run."""
     return value in _HOLDING.get(name, (None,))

@@ -1,7 +1,7 @@
 """The commands: what each is for, which of the shared settings it uses, and examples that run anywhere.
 
-Help pages show what a command uses; a flag of others that is typed at it is told to change nothing. Recipes
-and files of settings may hold any: they are written for training.
+Help pages show the settings that a command uses; for a flag that it does not use, a note says so. Recipes
+and settings files may have any setting: they are written for training.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _FILES = frozenset({"recipe", "config"})
 _TOKENIZER = frozenset("model_name_or_path tokenizer_name_or_path model_revision".split())
 _MODEL = _names(ModelArguments) | {"device"}
 _START = frozenset({"adapter", "adapter_sha256"})
-_ORDER = frozenset("packing padding train_sampling_strategy streaming".split())  # not what a document is
+_ORDER = frozenset("packing padding train_sampling_strategy streaming".split())  # no document changes
 _ROWS = _names(DataArguments) - _ORDER
 _NEW_TOKENS = frozenset({"method", "new_tokens"})
-# What a bench of whole commands sets by itself, or what would make its figures another recipe's.
+# A bench of whole commands sets these itself, or they would make its figures another recipe's.
 BENCH_SETS = frozenset(
     "recipe compute_dtype per_device_train_batch_size global_batch_size gradient_accumulation_steps packing "
     "padding num_train_epochs device output_dir resume overwrite report_to save_strategy lora_dropout".split()
@@ -42,13 +42,13 @@ class Verb:
     """One command.
 
     Attributes:
-        name: as it is typed.
+        name: as typed.
         summary: what it is for, in a line.
-        uses: gives the names of the shared settings that change what it does; methods bring some of them.
-        uses_with_gpus: the same of a bench of whole commands.
+        uses: returns the names of the shared settings that change what it does; methods add some of them.
+        uses_with_gpus: the same for a bench of whole commands.
         refuses: shared settings that contradict what it does, and what to give instead.
         more: further lines of its help page.
-        examples: what follows the name, on the small model and rows that come with the package.
+        examples: what follows the name; they use the small packaged model and rows.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Verb:
     examples: tuple[str, ...]
 
     def unused(self, given: Iterable[str], own: Iterable[str]) -> list[str]:
-        """Those of the given settings that change nothing here; the command's own all do something."""
+        """The given settings that change nothing in this command; its own settings all do something."""
         given = set(given)
         uses = self.uses_with_gpus if self.uses_with_gpus is not None and "gpus" in given else self.uses
         return sorted(given - set(own) - uses())
