@@ -230,7 +230,7 @@ def _train(run: Planned, folder: Path, child: _Child, *, overwrite: bool) -> tup
     An interrupted run resumes from its last whole checkpoint; one without a checkpoint starts again.
 
     Raises:
-        _StoppedError: if a signal has asked it to stop.
+        _StoppedError: if a signal has stopped the comparison or the run.
     """
     directory = RunDirectory(_run_folder(folder, run))
     where: dict[str, Any] = {"output_dir": str(directory)}

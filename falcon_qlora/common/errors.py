@@ -68,7 +68,7 @@ def without_credentials(text: str) -> str:
 
 def message_of(error: Exception) -> str | None:
     """One line for an error of the user, a disk, a file, a GPU or native code; None for any other."""
-    if type(error).__name__ == "OutOfMemoryError":  # torch's: told by name, without importing torch
+    if type(error).__name__ == "OutOfMemoryError":  # torch's: recognised by name, without importing torch
         asked = ". ".join(str(error).split(". ")[:2]).rstrip(".")
         return (
             f"error: {asked}: a GPU's memory ran out where the work cannot be done in smaller pieces. Free "

@@ -27,7 +27,7 @@ _FILES = frozenset({"recipe", "config"})
 _TOKENIZER = frozenset("model_name_or_path tokenizer_name_or_path model_revision".split())
 _MODEL = _names(ModelArguments) | {"device"}
 _START = frozenset({"adapter", "adapter_sha256"})
-_ORDER = frozenset("packing padding train_sampling_strategy streaming".split())  # no document changes
+_ORDER = frozenset("packing padding train_sampling_strategy streaming".split())  # these change no document
 _ROWS = _names(DataArguments) - _ORDER
 _NEW_TOKENS = frozenset({"method", "new_tokens"})
 # A bench of whole commands sets these itself, or they would make its figures another recipe's.

@@ -1,4 +1,4 @@
-"""Standard output and error: a command's first line, and runs that go on when they cannot be written."""
+"""Standard output and error: a command's first line, and streams that outlive a full disk or closed pipe."""
 
 from __future__ import annotations
 
