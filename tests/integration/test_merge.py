@@ -461,7 +461,8 @@ def test_overwriting_pushing_and_text_of_ones_own(run, tmp_path, capsys, monkeyp
 def test_a_merge_is_measured_in_16_bits_unless_a_flag_says_otherwise(tmp_path, capsys):
     """As transformers' own loss in float32 is; the packaged model stands for a merge."""
     model = shutil.copytree(tiny_path(), tmp_path / "merged")
-    text = write_jsonl(tmp_path / "text.jsonl", [{"text": "One day Anna saw a small bird in a tree."}])
+    rows = [{"text": "One day Anna saw a small bird in a tree."}, {"text": "", "who": "x"}]
+    text = write_jsonl(tmp_path / "text.jsonl", rows)
     words = ["eval", "-m", str(model), "--dataset_name", str(text), "--compute_dtype", "fp32"]
 
     def loss(*more: str) -> tuple[float, str]:
@@ -470,6 +471,8 @@ def test_a_merge_is_measured_in_16_bits_unless_a_flag_says_otherwise(tmp_path, c
 
     before, said = loss()
     assert "is a merge" not in said
+    assert "note: dropped: 1 (empty" in said
+    assert "note: columns not read: who (1 row)" in said
     (model / "certificate.json").write_text("{}")
     merged, said = loss()
     assert f"{model} is a merge, loaded in 16 bits" in said
