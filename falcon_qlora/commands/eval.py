@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from falcon_qlora.commands.first_look import look_at_held_out, look_at_rows
-from falcon_qlora.commands.opening import parse_with_run, source_of
+from falcon_qlora.commands.opening import note_aside, parse_with_run, source_of
 from falcon_qlora.commands.words import split
 from falcon_qlora.common.errors import UserError, first_line, nearest
 from falcon_qlora.common.files import check_writable, write_json
@@ -88,7 +88,7 @@ def _measure(
     tokenizer = tokenizer_of(source)
     text = rows_of(configuration, tokenizer) if all_rows else held_out_text(configuration, tokenizer, run)
     for each in text.notes:
-        note(each)
+        note_aside(each)
     # Only now: what is wrong with the rows is told without them.
     import torch
 

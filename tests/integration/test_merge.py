@@ -483,9 +483,7 @@ def test_a_merge_is_measured_in_16_bits_unless_a_flag_says_otherwise(tmp_path, c
     assert before == quantized != pytest.approx(merged, abs=1e-3)
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     tokenizer = load_tokenizer("tiny")
-    ids = tokenizer(json.loads(text.read_text())["text"] + tokenizer.eos_token, return_tensors="pt")[
-        "input_ids"
-    ]
+    ids = tokenizer(rows[0]["text"] + tokenizer.eos_token, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         assert merged == pytest.approx(plain(ids, labels=ids).loss.item(), abs=1e-4)
 
