@@ -1,4 +1,4 @@
-"""Proof that an adapter on the disk is the one in memory, whole and trained."""
+"""Checks that a saved adapter is complete, trained, and equal to the one in memory."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ _PROBE_LENGTHS = (24, 40)
 
 
 class AdapterFaultError(RuntimeError):
-    """A saved adapter is not what it should be; the message says in what."""
+    """A saved adapter is damaged or wrong; the message names the fault."""
 
 
 def check_adapter(
     folder: Path, model: nn.Module, *, trained: bool | None = None, opened: bool = False
 ) -> None:
-    """Compare what lies in a folder with the model it was saved from: `check_tensors`, then `check_opening`.
+    """Compare a folder with the model it was saved from: `check_tensors`, then `check_opening`.
 
     Args:
-        opened: leave out the second: PEFT has opened these very weights before.
+        opened: skip `check_opening`: PEFT has opened these very weights before.
 
     Raises:
         AdapterFaultError: naming the first thing that is wrong.
@@ -55,17 +55,17 @@ def check_adapter(
 def check_tensors(
     folder: Path, model: nn.Module, state: Mapping[str, Tensor] | None = None, *, trained: bool | None = None
 ) -> None:
-    """See that a folder holds what was in memory when it was saved.
+    """Check that a folder holds what was in memory when it was saved.
 
-    All expected tensors are there, with the right shapes, finite, equal to those in memory and, if `trained`,
-    none of an adapter's zero throughout; the settings are those of the model's method.
+    All expected tensors must be there, with the right shapes, finite and equal to those in memory. If
+    `trained`, none of an adapter's may be all zeros. The settings must be those of the model's method.
 
     Args:
-        folder: that the model's method saved into.
+        folder: written by the model's method.
         model: with a method attached.
-        state: that was saved, see `Method.saved_tensors`; unset: what the model holds.
-        trained: whether an optimizer step with a learning rate above zero has been done. Where that is not
-            known, a tensor is taken for lost if it is zero while others of its kind are not.
+        state: what was saved, see `Method.saved_tensors`; None: what the model holds.
+        trained: whether an optimizer step with a learning rate above zero has been done; None if not known.
+            Then a tensor of zeros counts as lost only if others of its kind are not zero.
 
     Raises:
         AdapterFaultError: naming the first thing that is wrong.
@@ -80,11 +80,11 @@ def check_tensors(
 
 
 def check_opening(folder: Path, model: nn.Module) -> None:
-    """See that PEFT opens a LoRA beside the model's own, with the same loss on a few made-up tokens.
+    """Check that PEFT opens a saved LoRA, and that its loss on a few made-up tokens is the model's own.
 
-    LoRA's scale is in no tensor: only what the adapter computes tells that it is another. The model and the
-    random generators are left as they were; packing is enabled. Other methods' settings are read and compared
-    by `check_tensors`.
+    LoRA's scale is in no tensor: only the adapter's output shows a wrong one. The model and the random
+    generators are left as they were, except that packing is enabled. `check_tensors` compares the settings of
+    other methods.
 
     Raises:
         AdapterFaultError: if it does not open, or gives another loss.
@@ -94,9 +94,9 @@ def check_opening(folder: Path, model: nn.Module) -> None:
 
 
 def form_of(folder: Path) -> str:
-    """All that decides how PEFT opens a LoRA but its numbers: its configuration, names, shapes and types.
+    """All that decides how PEFT opens a LoRA, except its numbers: configuration, names, shapes and dtypes.
 
-    What `check_opening` has found of one folder holds for another of the same form, whose tensors are right.
+    What `check_opening` finds for one folder holds for any other of the same form whose tensors are right.
     """
     stored = stored_tensors(folder / TENSORS)
     shapes = {name: [tensor.dtype, *tensor.shape] for name, tensor in sorted(stored.items())}
@@ -110,7 +110,7 @@ def _check_tensors(
     config: Any = model.config
     saved.check(config)
     _check_equal(saved, model, state)
-    # PEFT's file says less than the method; what it says is tried out, see _check_loss.
+    # PEFT's file records less than the method; _check_loss tries out what it does record.
     if saved.method.opened_by != "peft" and saved.method != method_of(model):
         raise AdapterFaultError(
             f"{folder} is of {saved.method.describe()}; the model in memory is of "
@@ -147,7 +147,7 @@ def _check_equal(saved: SavedAdapter, model: nn.Module, state: Mapping[str, Tens
 def _check_whole(folder: Path, model: Any, state: Mapping[str, Tensor] | None) -> None:
     read = parameter_reader(folder, read_folder_config(folder))
     for name, parameter in model.named_parameters() if state is None else state.items():
-        stored = read(name).to(local_tensor(parameter).device)  # where comparing is quick
+        stored = read(name).to(local_tensor(parameter).device)  # comparing is faster there
         if not torch.isfinite(stored).all():
             raise AdapterFaultError(f"{folder}: {name} holds numbers that are not finite")
         mine, expected = own_parts(parameter, stored)  # of a sharded model: its parts go out one by one
@@ -169,7 +169,7 @@ def _check_loss(folder: Path, peft_model: PeftModel) -> None:
     except torch.OutOfMemoryError:
         note(f"{folder}: out of memory while the adapter was opened again: its loss was not compared")
         return
-    # Whether the model is of any use is not asked here: where its loss is not a number, so is the other's.
+    # The model's quality is not checked here: a NaN loss is fine if both have it.
     if not (math.isclose(found, expected, rel_tol=1e-5) or (math.isnan(found) and math.isnan(expected))):
         raise AdapterFaultError(
             f"{folder}, opened again, has loss {found / len(probe.targets):.6g} on a probe, the model in "
@@ -180,7 +180,7 @@ def _check_loss(folder: Path, peft_model: PeftModel) -> None:
 def _losses(
     folder: Path, peft_model: PeftModel, batch: MicroBatch, device: torch.device
 ) -> tuple[float, float]:
-    """Of the folder's adapter, put beside the model's, and of the model's."""
+    """The loss of the folder's adapter, loaded beside the model's, and the model's own."""
     expected = sum_of_losses(peft_model.eval(), batch).item()
     try:
         # Not with low_cpu_mem_usage: PEFT would round the adapter to the base's dtype.
@@ -196,7 +196,7 @@ def _losses(
 
 @contextlib.contextmanager
 def _left_as_it_was(peft_model: PeftModel, device: torch.device) -> Iterator[None]:
-    """Take the probe's adapter out again, with all that adding it changed, random generators included."""
+    """Remove the probe adapter at the end and undo what adding it changed, random generators included."""
     training: dict[nn.Module, bool] = {module: module.training for module in peft_model.modules()}
     trainable = {parameter: parameter.requires_grad for parameter in peft_model.parameters()}
     active = peft_model.active_adapter
@@ -214,7 +214,7 @@ def _left_as_it_was(peft_model: PeftModel, device: torch.device) -> Iterator[Non
 
 
 def _made_up(peft_model: Any) -> MicroBatch:
-    """Two short documents of tokens that spread over the vocabulary, one with those of trained rows."""
+    """Two short documents of random tokens; the first ends with tokens whose embedding rows are trained."""
     vocabulary = peft_model.config.vocab_size
     generator = np.random.default_rng(0)
     documents = [generator.integers(0, vocabulary, length) for length in _PROBE_LENGTHS]

@@ -1,11 +1,11 @@
 """A run's checkpoints: when one is due, how it is written, which is the best.
 
 A folder with a checkpoint's final name is always complete. The main process writes all of it: one disk, one
-failure, and nothing to agree on but the outcome. It copies what is saved to the host's memory, behind the
-step that is done, and writes and checks the copy on a thread while the training goes on.
+failure, and only the outcome to agree on. After a step it queues a copy of what is saved to host memory. A
+thread writes and checks the copy while training goes on.
 
-Not so where the host has no memory for the copy, and not of a sharded model: there each process first writes
-its part of the optimizer's state, which is more than the rest, and the training waits.
+Training waits for the save if the host has no memory for the copy, or if the model is sharded. With a sharded
+model each process first writes its part of the optimizer state, which is larger than the rest.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ from falcon_qlora.terminal.console import note
 if TYPE_CHECKING:
     from transformers import TrainerState
 
-# Of the host's free memory, what a copy of what is saved may take.
+# The share of the host's free memory that the copy may take.
 _MOST_OF_FREE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
-    """What a checkpoint is made of, as one process has it after an optimizer step.
+    """What a checkpoint is made from, as one process has it after an optimizer step.
 
     Attributes:
         model: with a method attached.
         optimizer: over its trainable parameters.
         scheduler: of the learning rate.
         scaler: of gradients in fp16, or None.
-        state: Transformers' record of the run; `best_model_checkpoint` is set where this is the best.
-        process: what this process must remember beside them.
-        cursor: where a stream's next step begins; None where there is no stream.
+        state: Transformers' record of the run; `best_model_checkpoint` is set if this step is the best.
+        process: this process's own state, such as its random generators.
+        cursor: where a stream's next step begins; None if there is no stream.
     """
 
     model: nn.Module
@@ -74,12 +74,12 @@ class Moment:
 
 @dataclass(frozen=True, kw_only=True)
 class _Content:
-    """What the main process writes: nothing of it changes any more, but where `trained` is None.
+    """What the main process writes. Training no longer changes it, unless `trained` is None.
 
     Attributes:
-        trained: see `Method.trained_state`; None: as the model holds them.
+        trained: see `Method.trained_state`; None: read from the model.
         files: names of torch files → what they hold.
-        parts: what the manifest says of files that are written already.
+        parts: the manifest's entries for files that are already written.
     """
 
     step: int
@@ -100,19 +100,19 @@ class Checkpointer:
 
     Args:
         folder: the run's ``checkpoints/``.
-        describe_adapter: called with an adapter's folder after it is written, to complete it; on a thread.
+        describe_adapter: completes an adapter's folder after it is written; may run on a thread.
         record: what every manifest says besides the step and the number of processes.
-        on_saved: called with a checkpoint's folder once it is whole, on a thread, or the run goes on from
-            it.
-        at: told the step, the phase and what is done there; see `Watchdog.at`.
-        every_minutes: save whenever so long has passed since the last time; 0: never.
-        limit: how many are kept beside the best one; None: all.
-        weights_only: leave out what a run needs to go on.
+        on_saved: called with a checkpoint's folder once it is complete, perhaps on a thread, or once the run
+            has resumed from it.
+        at: gets the step, the phase and what is being done; see `Watchdog.at`.
+        every_minutes: save when this long has passed since the last save; 0: never.
+        limit: how many are kept, the best included; 1: the newest and the best; None: all.
+        weights_only: leave out what resuming needs.
 
     Attributes:
-        saved_step: of the newest checkpoint that was tried, or gone on from.
-        failure: why the newest that is settled could not be written, or None.
-        opened_step: of the checkpoint that PEFT has opened; -1: of none.
+        saved_step: of the newest checkpoint that was tried or resumed from.
+        failure: why the newest settled checkpoint could not be written, or None.
+        opened_step: of the checkpoint that PEFT has opened; -1: none.
     """
 
     folder: Path
@@ -127,7 +127,7 @@ class Checkpointer:
     saved_step: int = field(default=-1, init=False)
     failure: str | None = field(default=None, init=False)
     opened_step: int = field(default=-1, init=False)
-    # Whether a save is not settled; alike on all processes. The rest is the main process's.
+    # Whether a save is not settled yet, the same on all processes. The main process alone uses the rest.
     _open: bool = field(default=False, init=False)
     _copies: HostCopies = field(default_factory=HostCopies, init=False)
     _thread: threading.Thread | None = field(default=None, init=False)
@@ -140,11 +140,11 @@ class Checkpointer:
         self.start_clock()
 
     def start_clock(self) -> None:
-        """Count the time to the next save from here."""
+        """Restart the clock that `is_due` reads."""
         self._since = time.monotonic()
 
     def is_due(self) -> bool:
-        """Whether the clock asks for a save, on the main process."""
+        """Whether the clock asks for a save, which restarts it; True on the main process only."""
         if not self.every_minutes or not ranks.is_main_process():
             return False
         if time.monotonic() - self._since < 60 * self.every_minutes:
@@ -153,7 +153,7 @@ class Checkpointer:
         return True
 
     def goes_on_from(self, step: int) -> None:
-        """Take the checkpoint that the run has gone on from for the last complete one."""
+        """Count the checkpoint that the run resumed from as the last complete one."""
         self.saved_step = self._whole_step = step
         if ranks.is_main_process():
             self.on_saved(self.checkpoint(step))
@@ -165,12 +165,11 @@ class Checkpointer:
         """Write ``step-N`` with the adapter, optimizer, schedule, every process's state and the trainer's.
 
         The folder is filled under another name, checked, described by a manifest, flushed to the disk and
-        renamed. Only then the oldest beyond the limit go, never the best one. `settle` tells the outcome, and
-        is called before the next save.
+        renamed. Only then are the oldest beyond the limit removed, never the best. `settle` returns the
+        outcome; call it before the next save.
 
         Raises:
-            UserError: if the processes' replicas differ, or if what lies there is not what is in memory; it
-                is not kept.
+            UserError: if the replicas diverged.
         """
         assert not self._open
         step, model = moment.step, moment.model
@@ -189,20 +188,20 @@ class Checkpointer:
             self._try(lambda: self._begin(moment, processes), step)
 
     def settle(self, step: int) -> int | None:
-        """Wait until the checkpoint that is being written is whole, or has failed.
+        """Wait until the checkpoint being written is complete or has failed.
 
-        Every process calls this at the same places; the main process has told of a failure by then.
+        Every process calls this at the same places. The main process has printed any failure by then.
 
         Args:
-            step: that the run has come to.
+            step: that the run has reached.
 
         Returns:
-            The step of one that could not be written (the disk is full, the folder cannot be written); what
-            was there before is untouched. None where it was, or there was none.
+            The step of a checkpoint that could not be written (disk full, folder not writable); earlier ones
+            are untouched. None if it was written, or if there was none.
 
         Raises:
-            UserError: if what was written is not what was in memory; on the main process, see
-                `from_main_process`.
+            UserError: if what was written is not what was in memory; it is not kept. On the main process,
+                see `from_main_process`.
         """
         if not self._open:
             return None
@@ -211,11 +210,11 @@ class Checkpointer:
         return None if self.failure is None else self.saved_step
 
     def has_failed(self) -> bool:
-        """Whether what was written is not what was in memory: the run is to end. Known here alone."""
+        """Whether a save failed other than by the disk: the run must end. Known on this process alone."""
         return self._error is not None and not isinstance(self._error, OSError)
 
     def unsaved(self) -> str:
-        """Since when nothing was saved, where the last save failed; else nothing. Known here alone."""
+        """Since which step nothing was saved, if the last save failed; else empty. On this process alone."""
         if not isinstance(self._error, OSError):
             return ""
         return "nothing saved" if self._whole_step < 0 else f"nothing saved since step {self._whole_step:,}"
@@ -226,7 +225,7 @@ class Checkpointer:
             self._thread.join()
 
     def require_kept(self) -> str | None:
-        """Wait for what this process is writing; see `settle`, but for this process alone.
+        """Wait for what this process is writing; like `settle`, for this process alone.
 
         Returns:
             Why it could not be written, or None.
@@ -237,7 +236,7 @@ class Checkpointer:
         raise self._error
 
     def _try(self, work: Callable[[], None], step: int) -> None:
-        """Do a part of a save and keep what goes wrong for `settle`; on the main process."""
+        """Run a part of a save and keep its error for `settle`; on the main process."""
         try:
             work()
         except OSError as error:
@@ -254,7 +253,7 @@ class Checkpointer:
             self._error = error
 
     def _begin(self, moment: Moment, processes: list[dict[str, Any]]) -> None:
-        """Copy what is to be saved, and have it written."""
+        """Copy what is to be saved and start writing it."""
         partial = self._partial(moment.step)
         write.begin(partial)
         model = moment.model
@@ -267,7 +266,7 @@ class Checkpointer:
             note(str(self._too_large))
         content = self._content(moment, processes, trained=trained if fits else None, optimizer=optimizer)
         if self._opened_form is None and method_of(model).opened_by == "peft":
-            # Of the first that holds what training has made: what opens one opens the next of its form.
+            # Only for the first save: later ones of the same form open likewise.
             self._copies.wait()
             with write.disk_errors():
                 method_of(model).save(model, partial, content.trained)
@@ -283,9 +282,9 @@ class Checkpointer:
         self._thread.start()
 
     def too_large(self, needed: int) -> str | None:
-        """Why this process's host has no room for a copy of so many bytes, or None.
+        """Why this process's host has no room for a copy of `needed` bytes, or None.
 
-        Where it has been so once, no copy is made in this run.
+        After the first refusal no copy is made in this run.
         """
         free = free_host_bytes()
         if self._too_large is None and needed > _MOST_OF_FREE * free:
@@ -328,7 +327,7 @@ class Checkpointer:
         )
 
     def find_best(self, step: int) -> Path | None:
-        """The best checkpoint by its step: the folder may have been moved, or something happened to it."""
+        """The best checkpoint, by its step as the folder may have moved; None if it is no longer complete."""
         best = self.checkpoint(step)
         wrong = fault(best)
         if wrong is None:
@@ -337,14 +336,14 @@ class Checkpointer:
         return None
 
     def _arrive(self, step: int, *, writes: bool) -> None:
-        """This process writes to a checkpoint, or waits for another that does."""
+        """Tell the watchdog that this process writes a checkpoint, or waits for one that does."""
         self.at(step, 6 if writes else 7, "saving a checkpoint" if writes else "awaiting the save")
 
     def _partial(self, step: int) -> Path:
         return self.folder / f".step-{step}.partial"
 
     def _save_sharded(self, moment: Moment, processes: list[dict[str, Any]]) -> None:
-        """Write while all wait: every process its part of the optimizer's state, the main one the rest."""
+        """Write while training waits: each process its part of the optimizer state, the main one the rest."""
         step, partial = moment.step, self._partial(moment.step)
         parts: dict[str, Any] = {}
         if ranks.is_main_process():
@@ -366,10 +365,10 @@ class Checkpointer:
         agreement.wait_for_all()
 
     def _write_parts(self, moment: Moment, partial: Path) -> tuple[str | None, dict[str, Any]]:
-        """Write the optimizer's state, each process its own part.
+        """Write the optimizer state, each process its own part.
 
         Returns:
-            Why that failed on one of them, or None; what the manifest says of the parts. On all alike.
+            Why that failed on one of them, or None; the manifest's entries for the parts. Same on all.
         """
         process, failure, part = ranks.process_index(), None, {}
         self._arrive(moment.step, writes=True)
@@ -380,7 +379,7 @@ class Checkpointer:
         except OSError as error:
             failure = f"process {process}: {reason_of(error)}"
         self._arrive(moment.step, writes=False)
-        # A disk may be much slower than another, and a collective has a time limit.
+        # One process's disk may be much slower, and a collective has a time limit.
         agreement.wait_for_all()
         everyone = agreement.gather_objects((failure, part))
         failure = next((theirs for theirs, _ in everyone if theirs), None)
@@ -392,7 +391,7 @@ class Checkpointer:
         self.on_saved(self.checkpoint(content.step))
 
     def _write(self, content: _Content) -> None:
-        """Fill the folder, check it and give it its name."""
+        """Fill the folder, check it and give it its final name."""
         partial, model = content.partial, content.model
         self._copies.wait()
         with write.disk_errors():

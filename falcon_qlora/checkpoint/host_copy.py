@@ -1,4 +1,4 @@
-"""Copies of tensors on the host, made behind the work that a GPU has queued, so that nothing waits for it."""
+"""Copies of tensors in host memory, queued behind the GPU's work so that nothing waits for them."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Pinned memory comes in powers of two: tensors share pieces of one, or have their own where they are larger.
+# Pinned memory comes in powers of two, so tensors share pieces; a larger tensor has one of its own.
 _PIECE_BYTES = 2**26
 _ALIGNMENT = 64
 
 _MEMINFO, _OWN_GROUPS, _GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-# Files with a control group's limit and use, and what of the use goes where memory is wanted.
+# A control group's files for its limit and its use, and memory.stat's key for cache that can be reclaimed.
 _VERSION_1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
 _VERSION_2 = "memory.max", "memory.current", "inactive_file"
 
 
 def free_host_bytes() -> int:
-    """What this machine, or a control group that the process runs in, has free for it."""
+    """Free memory of this machine, or of the process's control groups if they have less."""
     lines = _MEMINFO.read_text().splitlines()
     free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
     with contextlib.suppress(OSError):  # a kernel without control groups
@@ -36,7 +36,7 @@ def free_host_bytes() -> int:
 
 
 def _free_in_groups(root: Path, path: str, names: tuple[str, str, str]) -> Iterator[int]:
-    """What each limit leaves, of a group and of those that it lies in, as far as they are to be seen."""
+    """What each limit leaves, for a group and its parents as far as they can be read."""
     limit, used, cached = names
     group = root / path.lstrip("/")
     for folder in (group, *group.parents):
@@ -51,7 +51,7 @@ def _free_in_groups(root: Path, path: str, names: tuple[str, str, str]) -> Itera
 def copy_bytes(sizes: Iterable[int]) -> int:
     """Host memory that `HostCopies` takes for tensors of these sizes in bytes, in their order."""
     if not torch.cuda.is_available():
-        return sum(sizes)  # of a piece that is not pinned, what is not used is not there
+        return sum(sizes)  # unpinned memory takes no room until it is used
     total = left = 0
     for size in sizes:
         if size > left:
@@ -82,10 +82,10 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
 
 
 class HostCopies:
-    """Copies of the same tensors, time after time, in memory that is taken once.
+    """Copies of the same tensors, again and again, into memory that is allocated once.
 
-    A copy from a GPU is queued behind the work that is there: the next step may be queued behind it, and
-    changes nothing in it. `wait` before reading.
+    A copy from a GPU is queued behind its current work. The next step may be queued behind the copy and does
+    not change it. `wait` before reading.
     """
 
     def __init__(self) -> None:
@@ -101,10 +101,10 @@ class HostCopies:
         return copy_bytes(tensor.numel() * tensor.element_size() for tensor in tensors_in(tree))
 
     def take(self, tree: Any) -> Any:
-        """`tree` with each tensor replaced by its copy, which the next call of `take` writes over.
+        """`tree` with each tensor replaced by its copy, which the next call of `take` overwrites.
 
         Args:
-            tree: nested dictionaries, lists and tuples; other values are taken as they are.
+            tree: nested dictionaries, lists and tuples; other values are kept as they are.
         """
         devices = {tensor.device for tensor in tensors_in(tree) if tensor.is_cuda}
         if devices and any(getattr(tensor, "is_paged", False) for tensor in tensors_in(tree)):
@@ -116,7 +116,7 @@ class HostCopies:
         return copied
 
     def wait(self) -> None:
-        """Return once the copies are there; on any thread."""
+        """Return once the copies are complete; on any thread."""
         if self._copied is not None:
             self._copied.synchronize()
 
@@ -142,11 +142,11 @@ class HostCopies:
     def _new_buffer(self, tensor: Tensor) -> Tensor:
         size = tensor.numel() * tensor.element_size()
         if size > len(self._piece):
-            # What is left of the piece before is lost: a few tensors' worth.
+            # The rest of the previous piece is lost: a few tensors' worth.
             pinned = torch.cuda.is_available()
             piece = torch.empty(_piece_bytes(size), dtype=torch.uint8, pin_memory=pinned)
             self._piece = piece.numpy()
-        # Each with a storage of its own, over its part of the piece: `torch.save` writes whole storages.
+        # Each buffer has its own storage over its part of the piece: `torch.save` writes whole storages.
         buffer = torch.from_numpy(self._piece[:size])
         self._piece = self._piece[_aligned(size) :]
         return buffer.view(tensor.dtype).view(tensor.shape)

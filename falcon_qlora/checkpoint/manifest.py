@@ -1,4 +1,4 @@
-"""Whether a checkpoint, or what a run left, is what was written: a manifest of sizes and checksums."""
+"""A manifest of sizes and checksums shows whether a checkpoint, or a final adapter, is unaltered."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from falcon_qlora.common.untrusted import leads_out, read_json
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
-_AT_ONCE = 4  # files of which a checksum is taken: hashing leaves Python's lock to others
+_AT_ONCE = 4  # files hashed at once; hashing releases Python's lock
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -28,7 +28,7 @@ def step_folders(checkpoints: Path) -> list[tuple[int, Path]]:
 
 
 def describe_file(file: Path) -> dict[str, Any]:
-    """What a manifest says of a file."""
+    """A file's entry in a manifest."""
     return {"bytes": file.stat().st_size, "sha256": sha256(file)}
 
 
@@ -39,11 +39,11 @@ def write_manifest(
     *,
     leave_out: Collection[str] = (),
 ) -> None:
-    """Write down every file's size and checksum, and `record`; call it when all files are there.
+    """Record every file's size and checksum, and `record`; call it once all files are written.
 
     Args:
         record: plain values, such as `step` and `processes`.
-        described: by name, of files that those who wrote them have described already.
+        described: entries by name, for files that were described when they were written.
         leave_out: names of files that may be changed.
     """
     described = described or {}
@@ -53,7 +53,7 @@ def write_manifest(
         if path.is_file() and path.name not in {MANIFEST, *described, *leave_out}
     ]
     names = [path.relative_to(folder).as_posix() for path in files]
-    with ThreadPoolExecutor(_AT_ONCE) as threads:  # a whole model's and its optimizer's are tens of GB
+    with ThreadPoolExecutor(_AT_ONCE) as threads:  # a whole model and its optimizer state are tens of GB
         entries = dict(zip(names, threads.map(describe_file, files), strict=True))
     write_json(folder / MANIFEST, {"format": _FORMAT, **record, "files": entries | described})
 

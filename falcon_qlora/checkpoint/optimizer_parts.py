@@ -1,8 +1,8 @@
-"""The optimizer's state of a sharded model: every process writes its own rows, and any number read them.
+"""The optimizer state of a sharded model: every process writes its own rows, and any number read them.
 
-A part is a file with the optimizer's own `state_dict()`, in which each tensor that is shared out holds only
-the rows of one process. The parts in their order hold all rows, so a process finds its own among them however
-many wrote; ``optimizer.pt``, which a replica's checkpoint has, is a single part with all of them.
+A part is a file with the optimizer's `state_dict()`, in which each sharded tensor holds only one process's
+rows. The parts in order hold all rows, so a process finds its own however many processes wrote.
+``optimizer.pt``, which a replica's checkpoint has, is a single part with all rows.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def write_part(
 
 
 def read_own_rows(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
-    """Load into `optimizer` the rows of its parameters that lie on this process; nothing is exchanged.
+    """Load this process's rows of the optimizer state; nothing is exchanged.
 
     Args:
         optimizer: over the same parameters as the one that was saved, sharded over any number of processes.
@@ -62,7 +62,7 @@ def read_own_rows(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
         RuntimeError, ValueError, TypeError, LookupError: if the state is of other parameters or settings.
     """
     files = sorted(checkpoint.glob("optimizer-*-of-*.pt")) or [checkpoint / OPTIMIZER]
-    # Mapped: of the other processes' parts nothing is read but the rows that are taken.
+    # Memory-mapped: only the rows that are taken are read.
     parts = [torch.load(file, map_location="cpu", mmap=True, weights_only=True) for file in files]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {
@@ -78,9 +78,9 @@ def read_own_rows(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
 
 
 def _own(parameter: Tensor, pieces: list[Any], name: str) -> Any:
-    """This process's part of what the optimizer keeps of a parameter, from the pieces of all that wrote."""
+    """This process's part of a parameter's state, from the pieces of all processes that wrote."""
     if not isinstance(pieces[0], Tensor) or not pieces[0].dim():
-        return pieces[0]  # the count of steps, which all have alike
+        return pieces[0]  # the step count, the same in all
     if sum(map(len, pieces)) != len(parameter) or pieces[0].shape[1:] != parameter.shape[1:]:
         raise RuntimeError(f"{name} in the checkpoint does not fit a parameter of {tuple(parameter.shape)}")
     wanted, start = own_rows(parameter), 0
@@ -88,4 +88,4 @@ def _own(parameter: Tensor, pieces: list[Any], name: str) -> Any:
     for piece in pieces:
         found.append(piece[max(wanted.start - start, 0) : max(wanted.stop - start, 0)])
         start += len(piece)
-    return from_own_rows(parameter, torch.cat(found))  # a copy, that needs no file
+    return from_own_rows(parameter, torch.cat(found))  # a copy, which no longer needs the file

@@ -1,4 +1,4 @@
-"""What each process must remember beside the weights, so that it goes on where it stopped."""
+"""The state of each process beside the weights, so that a run resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from transformers import set_seed
 from falcon_qlora.common.errors import UserError, one_line
 from falcon_qlora.data.cursor import check_cursor
 
-# The files of a checkpoint, as Transformers calls them where it has them too.
+# A checkpoint's files, under Transformers' names where it has them too.
 OPTIMIZER = "optimizer.pt"
 SCHEDULER = "scheduler.pt"
 SCALER = "scaler.pt"
 TRAINER_STATE = "trainer_state.json"
 STATES = "processes.pt"
 CURSOR = "stream.json.gz"
-# Unpacked, a cursor may have so many bytes, or so many times those of the file: no text shrinks further
-# unless it says the same over and over.
+# A cursor may unpack to this many bytes, or to this many times its file: text compresses no further unless it
+# repeats itself.
 _CURSOR_BYTES = 2**28
 _CURSOR_RATIO = 64
-# What comes of taking up what is of another form.
+# What loading content of an unexpected form may raise.
 _OF_CONTENT = (
     *(RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, OverflowError),
     *(OSError, EOFError, zlib.error),
@@ -49,7 +49,7 @@ def random_states() -> dict[str, Any]:
         "cpu": torch.random.get_rng_state(),
     }
     if torch.cuda.is_available():
-        # Of this process's device alone: to ask the others would take memory on each of them.
+        # This process's device only: asking the others would allocate memory on each.
         states["cuda"] = torch.cuda.get_rng_state()
     return states
 
@@ -65,11 +65,11 @@ def restore_random_states(states: dict[str, Any]) -> None:
 
 
 def seed_anew(seed: int, *, step: int, process: int) -> None:
-    """Seed this process where no state fits it: there were fewer processes, or more.
+    """Seed this process anew if the checkpoint was saved by another number of processes.
 
     Args:
         seed: the run's.
-        step: that the run goes on from, so that no earlier draws are repeated.
+        step: that the run resumes from, so that no earlier draws are repeated.
         process: its index.
     """
     digest = hashlib.sha256(f"{seed} {step} {process}".encode()).digest()
@@ -78,16 +78,16 @@ def seed_anew(seed: int, *, step: int, process: int) -> None:
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Turn what goes wrong where a checkpoint's file is read or taken up into a `UserError` that names it.
+    """Turn errors in reading or loading a checkpoint's file into a `UserError` that names it.
 
-    A checksum says that a file is what the manifest was made of, not that training wrote it.
+    A checksum shows that a file is unchanged since the manifest, not that training wrote it.
     """
     try:
         yield
     except (torch.OutOfMemoryError, torch.AcceleratorError, DistError):
         raise
     except (pickle.UnpicklingError, SafetensorError, *_OF_CONTENT) as error:
-        # Of a pickle torch advises to open it all the same.
+        # For a pickle, torch's message advises to open it anyway.
         told = "" if isinstance(error, pickle.UnpicklingError) else one_line(error)
         told = told or "it holds more than plain values and tensors"
         raise UserError(
@@ -102,7 +102,7 @@ def check_plain(file: Path, kind: type, *, mapped: bool = True) -> Any:
     Args:
         file: to read.
         kind: what it must hold.
-        mapped: its tensors are not read yet, and need the file.
+        mapped: map the tensors instead of reading them; they then need the file.
 
     Raises:
         UserError: if it holds anything but a `kind` of plain values and tensors.
@@ -134,11 +134,11 @@ def save_cursor(checkpoint: Path, cursor: dict[str, Any]) -> None:
 
 
 def read_cursor(checkpoint: Path, *, step: int, vocabulary: int) -> dict[str, Any] | None:
-    """What `save_cursor` wrote; None where there is none, and a stream is read again from its start.
+    """What `save_cursor` wrote; None if there is none: the stream is read again from its start.
 
     Raises:
-        UserError: if it is damaged, no JSON, would unpack to far more than rows and documents do, or is not
-            what a stream has written at `step`.
+        UserError: if it is damaged, not JSON, unpacks to far more than rows and documents do, or is not what
+            a stream writes at `step`.
     """
     file = checkpoint / CURSOR
     if not file.is_file():

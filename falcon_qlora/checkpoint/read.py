@@ -1,8 +1,8 @@
-"""Whether what a checkpoint's torch files hold is what training keeps there, before any of it is taken up.
+"""Checks that a checkpoint's torch files hold what training writes, before any of it is loaded.
 
-PyTorch's `load_state_dict` takes nearly anything: moments of another shape fail in the first step, another
-weight decay trains another model without a word. The functions raise ValueError, TypeError or LookupError,
-for `process_state.reading` to tell with the file.
+PyTorch's `load_state_dict` accepts nearly anything: moments of another shape fail in the first step, and
+another weight decay silently trains another model. The functions raise ValueError, TypeError or LookupError,
+which `process_state.reading` reports with the file's name.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 from falcon_qlora.common.untrusted import is_count, is_number
 from falcon_qlora.models.sharded import local_tensor
 
-# Of a parameter's shape, whatever else an optimizer keeps.
+# States that have their parameter's shape, in all optimizers.
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "state1", "state2")
 _NEVER_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq")
 _OF_ADAM = {"step", "exp_avg", "exp_avg_sq"}
 _OF_DEVICES = ("foreach", "fused", "capturable")
-# Of bitsandbytes, whose kernels trust them: the values that 8 bits stand for, and a scale for each block.
+# bitsandbytes' kernels trust these sizes: values of the 8-bit code, and elements that share a scale.
 _CODES, _BLOCK = 256, 256
 # More would make pieces of less than one sequence.
 _MOST_HALVINGS = 30
@@ -28,11 +28,11 @@ _COUNTS_OF_BAD_STEPS = ("total", "in_a_row", "steps")
 
 
 def check_optimizer(kept: dict[str, Any], optimizer: Any) -> None:
-    """Refuse an optimizer's state that is not of these parameters and settings.
+    """Refuse an optimizer state of other parameters or settings.
 
     Args:
-        kept: what `optimizer.state_dict()` was when it was saved; of a sharded model, of its own rows.
-        optimizer: that takes it up, perhaps in Accelerate's wrapper.
+        kept: the saved `optimizer.state_dict()`; for a sharded model, with this process's rows only.
+        optimizer: that loads it, perhaps in Accelerate's wrapper.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
     fresh = optimizer.state_dict()["param_groups"]
@@ -42,7 +42,7 @@ def check_optimizer(kept: dict[str, Any], optimizer: Any) -> None:
         _check_group(group, wanted)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     require(isinstance(states, dict), "state")
-    # Steps that came to nothing leave none at all.
+    # If all steps were skipped, there is no state.
     require(not states or states.keys() == set(range(len(parameters))), "state, of other parameters")
     required = _OF_ADAM if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) else set()
     if required and any(group["amsgrad"] for group in fresh):
@@ -58,7 +58,7 @@ def check_optimizer(kept: dict[str, Any], optimizer: Any) -> None:
 
 
 def _unpacked(state: Any) -> dict[str, Any]:
-    """A parameter's state without the folder in it that bitsandbytes hides its own tensors in."""
+    """A parameter's state, flattened: bitsandbytes keeps its own tensors in a nested dictionary."""
     require(isinstance(state, dict), "state")
     unpacked: dict[str, Any] = {}
     for name, value in state.items():
@@ -99,13 +99,13 @@ def _check_moment(name: Any, value: Any, parameter: Tensor) -> None:
 def check_scheduler(
     kept: dict[str, Any], scheduler: Any, *, step: int | None, rates: list[float] | None = None
 ) -> None:
-    """Refuse a schedule of another learning rate or place.
+    """Refuse a schedule of another learning rate or step.
 
     Args:
-        kept: what `scheduler.state_dict()` was when it was saved.
-        scheduler: that takes it up.
-        step: that it was saved at; None where steps may have been left out.
-        rates: of the optimizer that was saved with it, a group each.
+        kept: the saved `scheduler.state_dict()`.
+        scheduler: that loads it.
+        step: that it was saved at; None if steps may have been skipped.
+        rates: of the optimizer that was saved with it, one a group.
     """
     fresh = scheduler.state_dict()
     for name, value in kept.items():
@@ -123,7 +123,7 @@ def check_scheduler(
 
 
 def check_scaler(kept: dict[str, Any], scaler: Any) -> None:
-    """Refuse what is not the state of a scaler of gradients."""
+    """Refuse what is not the state of a gradient scaler."""
     fresh = scaler.state_dict()
     require(kept.keys() == fresh.keys(), "what it keeps")
     for name, value in fresh.items():
@@ -134,7 +134,7 @@ def check_scaler(kept: dict[str, Any], scaler: Any) -> None:
 
 
 def check_process(state: dict[str, Any], *, step: int) -> None:
-    """Refuse what no process remembers of a run at this step."""
+    """Refuse what no process would have saved at this step."""
     require(isinstance(state["random"], dict), "random")
     require(is_number(state["loss"]), "loss")
     require(is_number(state["counted"]) and 0 <= state["counted"] <= step, "counted")

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: what the trainer and each process remember."""
+"""Resuming from a checkpoint: the state of the trainer and of each process."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from falcon_qlora.checkpoint.optimizer_parts import has_parts, read_own_rows
 from falcon_qlora.common.untrusted import is_count, is_number, read_json
 
 _COUNTS = ("global_step", "num_input_tokens_seen", "best_global_step", "max_steps", "num_train_epochs")
-_INTERVALS = ("logging_steps", "eval_steps", "save_steps")  # a share of the steps was made a number of them
+_INTERVALS = ("logging_steps", "eval_steps", "save_steps")  # numbers of steps, also where a share was set
 _SWITCHES = ("is_local_process_zero", "is_world_process_zero", "is_hyper_param_search")
 
 
 def read_process(checkpoint: Path, *, process: int, processes: int, step: int) -> dict[str, Any]:
-    """What this process had remembered: `random` (see `process_state`), and what else the trainer keeps.
+    """This process's saved state: `random` (see `process_state`), and what else the trainer keeps.
 
-    With another number of processes there is no `random`, and of the `loss` since the last log line each has
-    the mean over those that there were.
+    With another number of processes there is no `random`, and `loss` (since the last log line) is the mean
+    over the saved processes.
 
     Raises:
-        UserError: if it is not what processes remember at `step`.
+        UserError: if it is not what processes save at `step`.
     """
     states = process_state.load_states(checkpoint)
     with process_state.reading(checkpoint / process_state.STATES):
@@ -39,7 +39,7 @@ def read_process(checkpoint: Path, *, process: int, processes: int, step: int) -
 
 
 def take_up_random_states(checkpoint: Path, *, seed: int, process: int, processes: int, step: int) -> None:
-    """Draw on from where this process was, or anew from `seed` where there is no such process."""
+    """Restore this process's random generators; seed them anew if the number of processes differs."""
     kept = read_process(checkpoint, process=process, processes=processes, step=step)
     if "random" in kept:
         with process_state.reading(checkpoint / process_state.STATES):
@@ -51,11 +51,11 @@ def take_up_random_states(checkpoint: Path, *, seed: int, process: int, processe
 def load_optimizer(
     checkpoint: Path, *, optimizer: Any, scheduler: Any, scaler: Any, step: int, sharded: bool
 ) -> None:
-    """Take up the optimizer's state and the schedule's, and see that the scaler's can be.
+    """Load the states of the optimizer and the schedule, and check that the scaler's can be loaded.
 
     Args:
         checkpoint: verified.
-        optimizer: over the same parameters, with the settings of the run that goes on.
+        optimizer: over the same parameters, with the resumed run's settings.
         scheduler: of its learning rate.
         scaler: of gradients in fp16, or None; Transformers loads it.
         step: of the checkpoint.
@@ -64,7 +64,7 @@ def load_optimizer(
     Raises:
         UserError: if a file holds anything else, or is of another run.
     """
-    # The scaler of fp16 leaves steps out, and then so does the schedule.
+    # In fp16 the scaler skips steps, and the schedule skips them too.
     place = step if scaler is None else None
     schedule = process_state.check_plain(checkpoint / process_state.SCHEDULER, dict)
     if sharded or has_parts(checkpoint):
@@ -91,9 +91,9 @@ def load_optimizer(
 
 
 def _take_up_rates(scheduler: Any) -> None:
-    """Set the rates of the next step by the schedule of now: the run may have become longer since."""
+    """Set the next step's rates by the current schedule: the run may have been made longer."""
     if not isinstance(scheduler, LambdaLR):
-        return  # of what has happened, not of the step alone
+        return  # its rates depend on more than the step
     factors = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
     rates = [base * factor(scheduler.last_epoch) for base, factor in factors]
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
@@ -105,11 +105,11 @@ def _take_up_rates(scheduler: Any) -> None:
 
 
 def check_stateful(checkpoint: Path, callbacks: list[Any]) -> None:
-    """Refuse a trainer's state that would set anything in a callback but what it has told of itself.
+    """Refuse a trainer state that would set anything in a callback beyond what its `state()` lists.
 
     Args:
-        checkpoint: that the state is of.
-        callbacks: of the trainer, those with a state.
+        checkpoint: that holds the state.
+        callbacks: those of the trainer that have a state.
     """
     kept = read_json(checkpoint / process_state.TRAINER_STATE, not_finite=True)["stateful_callbacks"]
     for callback in callbacks:
@@ -123,7 +123,7 @@ def check_stateful(checkpoint: Path, callbacks: list[Any]) -> None:
 
 
 def check_trainer_state(checkpoint: Path) -> None:
-    """Refuse a trainer's state of another form, or of another step than its folder's.
+    """Refuse a trainer state of another form, or of another step than its folder's.
 
     Raises:
         UserError: naming the file.
@@ -131,7 +131,7 @@ def check_trainer_state(checkpoint: Path) -> None:
     from transformers.trainer_callback import TrainerState
 
     file = checkpoint / process_state.TRAINER_STATE
-    state = read_json(file, not_finite=True)  # the logged loss and gradient of a step that was skipped
+    state = read_json(file, not_finite=True)  # a skipped step logs a non-finite loss or gradient
     with process_state.reading(file):
         for name in state.keys() - {field.name for field in dataclasses.fields(TrainerState)}:
             raise ValueError(f"{name[:40]!r} is not known")
@@ -140,7 +140,7 @@ def check_trainer_state(checkpoint: Path) -> None:
             fits = is_count(value) if name in _COUNTS else is_number(value)
             if value is not None and (not fits or (name in _INTERVALS and value < 0)):
                 raise ValueError(f"{name} is {str(value)[:40]!r}")
-        if not isinstance(state.get("best_metric"), float | int | None):  # not finite, where a model broke
+        if not isinstance(state.get("best_metric"), float | int | None):  # may be non-finite
             raise ValueError("best_metric is no number")
         if not isinstance(state.get("best_model_checkpoint"), str | None):
             raise ValueError("best_model_checkpoint is no path")

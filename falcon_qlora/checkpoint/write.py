@@ -1,4 +1,4 @@
-"""How folders of checkpoints come, are named and go, so that one with its final name is always complete."""
+"""Making, naming and removing checkpoint folders, so that one with its final name is always complete."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _REPLACED = "replaced-step-"
 
 
 def require_same_replicas(tensors: Iterable[Tensor], checkpoints: Path, *, step: int) -> None:
-    """Refuse to save one process's replica for all where another's is not the same.
+    """Refuse to save if the replicas have diverged.
 
-    A resumed run takes what was saved for the replica of every process, so nobody would ever know.
+    A resumed run loads the saved replica on every process, so nobody would ever notice.
 
     Args:
         tensors: of this process; every process calls this.
-        checkpoints: the folder of those that were saved before.
+        checkpoints: the folder of earlier checkpoints.
         step: of the run.
 
     Raises:
-        UserError: naming the processes and the last good checkpoint.
+        UserError: naming the ranks and the last good checkpoint.
     """
     try:
         agreement.check_replicas(tensors)
@@ -42,7 +42,7 @@ def require_same_replicas(tensors: Iterable[Tensor], checkpoints: Path, *, step:
 
 
 def not_kept(error: AdapterFaultError, checkpoints: Path, *, step: int) -> str:
-    """What to say where a saved adapter is not the one in memory."""
+    """The message for a saved adapter that is not the one in memory."""
     last = last_complete(checkpoints)
     return f"step {step:,}: what was saved failed its check and was not kept: {error}. {last}"
 
@@ -57,7 +57,7 @@ def last_complete(checkpoints: Path) -> str:
 
 @contextlib.contextmanager
 def disk_errors() -> Iterator[None]:
-    """Make what libraries raise where a disk is full, or fails, the OSError that it is."""
+    """Turn what libraries raise on a full or failing disk into an OSError."""
     try:
         yield
     except (SafetensorError, RuntimeError) as error:
@@ -65,13 +65,13 @@ def disk_errors() -> Iterator[None]:
     except Exception as error:
         if type(error) is not Exception:
             raise
-        raise OSError(0, first_line(error)) from error  # the tokenizers' have no class of their own
+        raise OSError(0, first_line(error)) from error  # the tokenizers library has no error class of its own
 
 
 def set_aside_after(checkpoints: Path, step: int) -> list[Path]:
-    """Rename the checkpoints after `step`, which a run that goes on there makes again; returns them.
+    """Rename the checkpoints after `step`, which a run resumed there makes again; return their old paths.
 
-    They stay until the run has passed them, so that nothing is lost before it is there again.
+    They stay until the run has passed them, so that nothing is lost before it is replaced.
     """
     remove_unfinished(checkpoints)
     later = [path for number, path in step_folders(checkpoints) if number > step]
@@ -83,19 +83,19 @@ def set_aside_after(checkpoints: Path, step: int) -> list[Path]:
 
 
 def begin(partial: Path) -> None:
-    """Make the empty folder that is to become a checkpoint."""
+    """Make the empty folder that becomes a checkpoint."""
     remove_unfinished(partial.parent)
     partial.mkdir(parents=True)
 
 
 def remove_unfinished(checkpoints: Path) -> None:
-    """Remove what a save that did not come to its end has left."""
+    """Remove what unfinished saves have left."""
     for path in checkpoints.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def rotate(checkpoints: Path, step: int, limit: int | None, best: str | None) -> None:
-    """Remove the oldest checkpoints beyond `limit`, but the best, and what was set aside until `step`."""
+    """Remove the oldest checkpoints beyond `limit` except the best, and those set aside up to `step`."""
     for path in checkpoints.glob(f"{_REPLACED}*"):
         if int(path.name.removeprefix(_REPLACED)) <= step:
             shutil.rmtree(path, ignore_errors=True)
