@@ -1,8 +1,8 @@
 """What the processes agree on in a step, read a step late, so that the host need not wait for the device.
 
-Of every step the device keeps a few numbers: the global loss, whether it or the gradient is not finite, what
-any process asked for. They travel with the gradients, are copied to the host behind the step, and are read
-when the next one is on its way.
+For each step the device keeps a few numbers: the global loss, whether it or the gradient is non-finite, and
+what any process asked for. They travel with the gradients, are copied to the host after the step, and are
+read while the next step runs.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import torch
 
 from falcon_qlora.data.origins import Origin
 
-MOST_HALVINGS = 8  # of micro-batches, for want of memory
+MOST_HALVINGS = 8  # of micro-batches, after OOM
 NOTES = 4 + MOST_HALVINGS
-# Where the notes hold what was wished for, and that a checkpoint failed.
+# Places in the notes: the requests (stop, save), and whether a checkpoint failed.
 _WISHES, _FAILED = slice(1, 3), 3 + MOST_HALVINGS
 
 
 def notes(
     loss: torch.Tensor, *, stop: bool = False, save: bool = False, failed: bool = False, halvings: int = 0
 ) -> torch.Tensor:
-    """What a process tells the others with its gradients, to be added up; made without waiting.
+    """What a process sends with its gradients, to be summed; made without waiting for the device.
 
     Args:
         loss: its part of the global batch's mean loss.
@@ -53,8 +53,8 @@ class StepReport:
         save: one of them wants a checkpoint.
         failed: a checkpoint is not what was in memory: the run ends.
         halvings: the most that one of them needed.
-        bad: whether the loss or the gradient was not finite, so that the step changed nothing.
-        origins: of a stream, the rows that made the step.
+        bad: whether the loss or the gradient was non-finite, so that the step changed nothing.
+        origins: for a stream, the rows that made the step.
     """
 
     step: int
@@ -68,7 +68,7 @@ class StepReport:
 
 
 class Reports:
-    """Keeps the newest step's report on its way to the host and hands out the one before."""
+    """Holds the newest step's report while it travels to the host, and hands out earlier ones."""
 
     def __init__(self) -> None:
         self._pending: list[tuple[int, torch.Tensor, Any, tuple[Origin, ...]]] = []
@@ -76,7 +76,7 @@ class Reports:
     def put(
         self, step: int, notes: torch.Tensor, bad: torch.Tensor, origins: tuple[Origin, ...] = ()
     ) -> None:
-        """Take up a step's summed notes and its bad flag, both on the device; of a stream, also its rows."""
+        """Add a step's summed notes and its bad flag, both on the device; for a stream, also its rows."""
         values, copied = torch.cat([bad.float().reshape(1), notes]), None
         if values.is_cuda:
             on_device, values = values, torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -85,7 +85,7 @@ class Reports:
         self._pending.append((step, values, copied, origins))
 
     def take(self, *, newest: bool = False) -> list[StepReport]:
-        """The reports of the steps before the newest; with `newest`, its too, which waits for the device."""
+        """The reports of all steps but the newest; with `newest`, of that too, which waits for the device."""
         kept = 0 if newest else 1
         ready = self._pending[: len(self._pending) - kept]
         self._pending = self._pending[len(ready) :]
@@ -115,10 +115,10 @@ class Reports:
         return [(step, values.tolist(), list(origins)) for step, values, _, origins in self._pending]
 
     def load_state(self, state: list[tuple[int, list[float], list[Origin]]]) -> None:
-        """Go on from what `state` returned, without what was wished for then: it has been heeded."""
+        """Restore what `state` returned, without its requests: they have been met."""
         for step, values, origins in state:
             kept = torch.zeros(1 + NOTES)
-            kept[: len(values)] = torch.tensor(values)  # the last is not in those of before
+            kept[: len(values)] = torch.tensor(values)  # older checkpoints lack the last value
             kept[1:][_WISHES] = kept[1:][_FAILED] = 0
             known = tuple((int(part), int(number)) for part, number in origins)
             self._pending.append((step, kept, None, known))

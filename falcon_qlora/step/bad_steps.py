@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite, and losses that jump."""
+"""Steps with a non-finite loss or gradient, and losses that jump."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.step.agreed import StepReport
 
-# A spike is a loss this far above the recent ones, in their standard deviations and as a share of them.
+# A spike is above the recent mean by this many standard deviations, and by this share of the mean.
 _SPIKE_DEVIATIONS = 6.0
 _SPIKE_SHARE = 0.5
 _SPIKE_AFTER_STEPS = 20
@@ -19,11 +19,11 @@ _KEPT = ("total", "in_a_row", "steps", "mean", "variance")  # in checkpoints
 
 @dataclass(kw_only=True, eq=False)
 class BadSteps:
-    """Counts the steps that came to nothing, and sees a loss that jumps.
+    """Counts the skipped steps and reports a loss that jumps.
 
     Args:
-        most: stop at so many in a row; 0: never.
-        rows_of: which rows of the data made a step, in words.
+        most: stop after this many in a row; 0: never.
+        rows_of: names the rows of the data that made a step.
         say: prints a line to the user.
     """
 
@@ -37,10 +37,10 @@ class BadSteps:
     variance: float = field(default=0.0, init=False)
 
     def see(self, report: StepReport) -> None:
-        """Take in a step.
+        """Count a step.
 
         Raises:
-            UserError: if there were too many bad ones in a row; on every process alike.
+            UserError: if too many steps in a row were bad; on every process alike.
         """
         if not report.bad:
             self.in_a_row = 0
@@ -76,6 +76,6 @@ class BadSteps:
         return {name: getattr(self, name) for name in _KEPT}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
+        """Restore what `state` returned."""
         for name in _KEPT:
             setattr(self, name, state[name])

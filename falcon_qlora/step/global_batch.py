@@ -1,7 +1,7 @@
-"""One optimizer step of one process: micro-batches, a loss weighed by tokens, one reduction, clipping.
+"""One optimizer step of one process: micro-batches, a loss weighted by tokens, one reduction, clipping.
 
 What every process must agree on travels with the gradients. Whether the step counts is known on the device
-alone: nobody waits for it, but with optimizers that cannot leave a step out by themselves.
+only. The host waits to know it only if the optimizer cannot skip a step by itself.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from falcon_qlora.terminal.console import note
 
 
 class Step:
-    """From a process's share of a global batch to gradients that the optimizer can step on, or must not.
+    """Turns a process's share of a global batch into gradients, and has the optimizer skip bad ones.
 
     Args:
         model: with packing enabled and a method attached.
         device: of this process.
         processes: how many train together.
-        max_grad_norm: to which gradients are clipped; 0: not at all.
-        bad_steps: counts the steps that come to nothing.
+        max_grad_norm: norm to which gradients are clipped; 0: no clipping.
+        bad_steps: counts the skipped steps.
         wants_save: whether this process wants a checkpoint now.
-        save_failed: whether one that it wrote is not what was in memory.
-        at: told where the step has come to; see `Watchdog.at`.
+        save_failed: whether a checkpoint that it wrote is not what was in memory.
+        at: gets the step's progress; see `Watchdog.at`.
 
     Attributes:
-        halvings: how often every micro-batch is halved for want of memory.
+        halvings: how often every micro-batch is halved, after OOM.
         gradient_norm: of the last step, before clipping: a scalar on the device.
-        counted: steps whose loss was finite, since whoever reads it set it to zero: a scalar on the device.
+        counted: steps with a finite loss since the reader last set it to zero: a scalar on the device.
         reached: whether a step that counts had a gradient other than zero: a scalar on the device.
         reports: what the processes agreed on.
         reduction: holds the gradients.
@@ -75,11 +75,11 @@ class Step:
         self._at = at
 
     def begin(self, optimizer: Any, accelerator: Any, backward: Callable[[Tensor], None]) -> None:
-        """Take up what the loop has prepared, and the processes' parameters as one.
+        """Take over what the loop has prepared, and give all processes the same parameters.
 
         Args:
             optimizer: PyTorch's or ZeRO-3's.
-            accelerator: Accelerate's, which clips, and whose scaler there is in fp16.
+            accelerator: Accelerate's, which clips, and which has a scaler in fp16.
             backward: Accelerate's, which scales the loss in fp16, or ZeRO-3's.
         """
         self._optimizer, self._accelerator, self._backward = optimizer, accelerator, backward
@@ -97,7 +97,7 @@ class Step:
 
         Returns:
             A float32 scalar, detached, whose mean over the processes is the global batch's mean loss; zero
-            where that is not finite.
+            if that is non-finite.
 
         Raises:
             UserError, torch.OutOfMemoryError: see `accumulate_gradients`.
@@ -119,8 +119,8 @@ class Step:
         self.gradient_norm = self._clip(model)
         bad = ~whole
         if self._scaler is None or self._scaler.get_scale() < 1:
-            # In fp16 the scaler meets gradients that overflow: it does no such step and halves its scale. At
-            # such a scale nothing overflows that is a number.
+            # In fp16 the scaler handles gradients that overflow: it skips the step and halves its scale.
+            # Below a scale of 1 no finite gradient overflows, so a non-finite one is bad.
             bad |= ~self.gradient_norm.isfinite()
         self.reached |= (self.gradient_norm > 0) & self.gradient_norm.isfinite() & ~bad
         self.reports.put(share.step, agreed, bad, share.origins)
@@ -136,19 +136,19 @@ class Step:
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model
 
     def _leave_out(self, model: nn.Module, bad: Tensor) -> None:
-        """Have the optimizer change nothing where `bad` is true."""
+        """Have the optimizer skip the step where `bad` is true."""
         told = getattr(self._optimizer, "_step_supports_amp_scaling", False)
         told &= self._in_zero3 or not self._sharded
         if self._scaler is None and told:
-            # The fused optimizers change nothing where this is 1: nobody waits for the device.
+            # Fused optimizers change nothing where this is 1: the host need not wait.
             self._optimizer.found_inf = bad.float()
         elif bool(bad):
-            # The others have no such switch, and on zeros weights and moments would still decay: the host
-            # waits to know. A step of bitsandbytes' waits anyway, after every parameter.
+            # The others have no such switch, and with zero gradients weights and moments would still decay.
+            # So the host waits to know. bitsandbytes' step waits anyway, after every parameter.
             model.zero_grad(set_to_none=True)
 
     def heed(self) -> list[StepReport]:
-        """Take in what the processes agreed on in the steps before the newest.
+        """Act on the reports of all steps but the newest.
 
         Raises:
             UserError: if too many steps in a row were bad; on every process alike.
@@ -166,10 +166,10 @@ class Step:
         return reports
 
     def finish(self, steps: int) -> None:
-        """Take in the last step's report, which no step follows.
+        """Act on the last step's report, which no step follows.
 
         Args:
-            steps: of the run until here.
+            steps: of the run so far.
 
         Raises:
             UserError: if too many steps in a row were bad, or all were.
@@ -193,7 +193,7 @@ class Step:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
+        """Restore what `state` returned."""
         self.counted.fill_(state["counted"])
         self.halvings = state["halvings"]
         self.bad_steps.load_state(state["bad_steps"])

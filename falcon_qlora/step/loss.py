@@ -1,8 +1,8 @@
-"""The loss of micro-batches and its gradients, weighed by the target tokens of the whole global batch.
+"""The loss of micro-batches and its gradients, weighted by the target tokens of the whole global batch.
 
-Forward and backward passes exchange nothing. So a process that runs out of memory can do its share again in
-smaller pieces while the others wait for it in the reduction. Of a sharded model they exchange weights and
-gradients: there memory that runs out ends the run.
+Forward and backward passes exchange nothing. So a process that runs out of memory can retry its share with
+smaller micro-batches while the others wait in the all-reduce. With a sharded model the passes exchange
+weights and gradients: there OOM ends the run.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def accumulate_gradients(
     """Leave in the trainable parameters this process's part of the gradient of the global batch's mean loss.
 
     The loss of every micro-batch is divided by the target tokens of the whole global batch, so a token
-    weighs the same on whatever process and in whatever micro-batch it is. Where memory runs out, the
-    micro-batches are halved and all of them are retried, unless the model is sharded.
+    weighs the same on every process and in every micro-batch. If memory runs out, the micro-batches are
+    halved and all of them are retried, unless the model is sharded.
 
     Args:
         model: as Accelerate prepared it.
@@ -69,12 +69,12 @@ def accumulate_gradients(
         halvings: how often to halve the micro-batches from the start.
 
     Returns:
-        A float32 scalar, detached: the sum over the processes is the global batch's mean loss. And the
+        A float32 scalar, detached, whose sum over the processes is the global batch's mean loss; and the
         halvings it took.
 
     Raises:
         UserError: if memory runs out with a single document.
-        torch.OutOfMemoryError: if it runs out and the model is sharded: each forward takes all processes.
+        torch.OutOfMemoryError: if it runs out and the model is sharded: each forward needs all processes.
     """
 
     def backward_each(batches: list[MicroBatch]) -> torch.Tensor:
@@ -108,13 +108,13 @@ def evaluated(
 
     Args:
         model: in evaluation mode.
-        batch: on the host. Where memory runs out, it is retried in halves.
+        batch: on the host. If memory runs out, it is retried in halves.
         device: of the model.
         halvings: how often to halve it from the start.
-        can_retry: false of a sharded model: each forward takes all processes.
+        can_retry: false for a sharded model: each forward needs all processes.
 
     Raises:
-        torch.OutOfMemoryError: if memory runs out with a single document, or none can be tried again.
+        torch.OutOfMemoryError: if memory runs out with a single document, or `can_retry` is false.
     """
 
     def add_up(batches: list[MicroBatch]) -> torch.Tensor:
@@ -134,10 +134,10 @@ def _retried(
     can_retry: bool,
     undo: Callable[[], None] = lambda: None,
 ) -> tuple[torch.Tensor, int]:
-    """Do `work` on the batches, in halves of halves where memory runs out.
+    """Run `work` on the batches, and halve them again each time memory runs out.
 
     Returns:
-        What it returns, and how often they were halved.
+        What `work` returned, and how often they were halved.
 
     Raises:
         torch.OutOfMemoryError: where they cannot be halved again.
@@ -149,7 +149,7 @@ def _retried(
         except torch.OutOfMemoryError:
             if not can_retry or halvings == MOST_HALVINGS or all(len(part.lengths) == 1 for part in parts):
                 raise
-        # The failed pass is gone from the stack by now, and with it what it held.
+        # Outside of `except`, the failed pass no longer holds its tensors.
         undo()
         free_memory()
         halvings += 1
@@ -176,7 +176,7 @@ def _documents(batch: MicroBatch, starts: list[int], first: int, last: int) -> M
         "target_positions": batch.target_positions[within] - begin,
         "targets": batch.targets[within],
         "lengths": batch.lengths[first:last],
-        # Which of the positions are padding is not known here, and nothing in a step asks.
+        # Which of the positions are padding is not known here, and no step needs it.
         "tokens": min(batch.tokens, end - begin),
     }
     return replace(batch, **changes)

@@ -1,7 +1,7 @@
-"""NEFTune: uniform noise on the embeddings while training, of each document's own scale.
+"""NEFTune: uniform noise on the embeddings in training, scaled for each document.
 
-Transformers' hook takes what reaches the embedding for one text. Here that is a micro-batch, whose documents
-lie end to end: at 8 documents its noise is 2.8 times too weak.
+Transformers' hook treats the embedding's input as one text. Here that is a micro-batch, whose documents lie
+end to end: with 8 documents the hook's noise would be 2.8 times too weak.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from falcon_qlora.models.packed_attention import Sequences
 def add_noise(model: nn.Module, alpha: float) -> None:
     """Have a model in training mode add noise to its embeddings, drawn by its device's generator.
 
-    A number of a document of L tokens (padding included) with H hidden channels is drawn from
+    For a document of L tokens (padding included) and H hidden channels, noise is drawn from
     ±``alpha / sqrt(L · H)``, as in arXiv 2310.05914.
 
     Args:

@@ -1,4 +1,4 @@
-"""Sums over the processes, once a step, in buffers that are laid out alike in every run."""
+"""The all-reduce of gradients, once a step, in buffers with the same layout in every run."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import nn
 
 from falcon_qlora.step.agreed import NOTES
 
-# Every gradient begins at a multiple of 256 bytes, as if it had a tensor of its own.
+# In elements: a float32 gradient begins at a multiple of 256 bytes, as a tensor of its own would.
 _ALIGNMENT = 64
 
 
 class ReductionClock:
-    """How long reductions take on this process, waiting for the slowest included; nobody waits for it.
+    """How long all-reduces take on this process, with the wait for the slowest; the host does not wait.
 
     Attributes:
-        seconds: of those whose end the host has seen.
+        seconds: of the all-reduces whose end the host has seen.
     """
 
     def __init__(self, device: torch.device):
@@ -45,7 +45,7 @@ class ReductionClock:
             self.seconds += time.perf_counter() - self._began
 
     def finish(self) -> float:
-        """The seconds of all, waited for."""
+        """Wait for all of them and return their seconds."""
         while self._running:
             self._running[0][1].synchronize()
             self._take()
@@ -57,9 +57,9 @@ class ReductionClock:
 
 
 class Reduction:
-    """Adds up gradients and notes over the processes, once a step.
+    """Sums gradients and notes over the processes, once a step.
 
-    The gradients of a dtype lie in one buffer that is laid out alike in every run. DistributedDataParallel
+    The gradients of a dtype lie in one buffer with the same layout in every run. DistributedDataParallel
     regroups its buckets after a run's first step, which changes the order of sums over three processes or
     more: a resumed run would differ from an uninterrupted one in the last bits.
 
@@ -68,9 +68,9 @@ class Reduction:
         processes: how many train together.
 
     Attributes:
-        weight: of a process's loss in the gradients that come out.
-        can_retry: whether a process can do its share again while the others wait.
-        clock: times it.
+        weight: factor on a process's loss before the backward pass.
+        can_retry: whether a process can retry its share while the others wait.
+        clock: times the all-reduces.
     """
 
     can_retry: ClassVar[bool] = True
@@ -88,7 +88,7 @@ class Reduction:
                 start = totals.setdefault(parameter.dtype, 0)
                 starts.append(start)
                 totals[parameter.dtype] = start + -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
-            # The notes travel behind float32's gradients: one collective a step, where those are all.
+            # The notes follow the float32 gradients: one collective a step if all gradients are float32.
             totals[torch.float32] += NOTES
             device = parameters[0].device
             self._flat = {
@@ -100,13 +100,13 @@ class Reduction:
             ]
 
     def share_parameters(self) -> None:
-        """Give every process the main process's parameters, which are the same already if all is well."""
+        """Broadcast the main process's parameters, which should be the same already."""
         if self._processes > 1:
             for parameter in self._parameters:
                 dist.broadcast(parameter.data, src=0)
 
     def clear(self) -> None:
-        """Forget the gradients of this process."""
+        """Reset the gradients of this process."""
         if not self._flat:
             for parameter in self._parameters:
                 parameter.grad = None
@@ -117,7 +117,7 @@ class Reduction:
             parameter.grad = view
 
     def __call__(self, notes: torch.Tensor) -> torch.Tensor:
-        """Leave the sum over the processes in the gradients; return that of `notes`."""
+        """Sum the gradients over the processes, in-place; return the sum of `notes`."""
         if not self._flat:
             return notes
         carrier = self._flat[torch.float32]
@@ -130,7 +130,7 @@ class Reduction:
 
 
 class ShardedReduction(Reduction):
-    """Adds up the notes alone: a sharded model's backward pass leaves the mean of the gradients."""
+    """Sums only the notes: a sharded model's backward pass already averages the gradients."""
 
     can_retry: ClassVar[bool] = False
 
