@@ -1,8 +1,8 @@
 """What the processes agree on, and how one waits for another.
 
-Nothing here starts a process group: Accelerate does. Waiting is done on torchrun's key-value store and not in
-a collective, so it cannot run into NCCL's timeout however long one process downloads or tokenizes. Torch is
-imported where there is another process.
+Nothing here starts a process group: Accelerate does. Waiting uses torchrun's key-value store and not a
+collective, so it cannot run into NCCL's timeout however long one process downloads or tokenizes. Torch is
+imported only if there is more than one process.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ T = TypeVar("T")
 _WAIT_LIMIT = datetime.timedelta(days=7)
 _LOOK_SECONDS = 0.02
 _PIECE_BYTES = 2**22
-_SCATTER = 0x1E3779B97F4A7C15  # odd, its bits without a pattern: the golden ratio's
-# Every process comes to the same waits in the same order; each has a key of its own in the store.
+_SCATTER = 0x1E3779B97F4A7C15  # odd, with bits of no pattern: the golden ratio's
+# All processes make the same waits in the same order; each wait has its own key in the store.
 _numbers = itertools.count(1)
 
 
@@ -43,13 +43,13 @@ class PeerError(Exception):
 
 
 class ReplicasDifferError(Exception):
-    """Processes that must hold the same do not; the message says which."""
+    """The replicas diverged; the message names the ranks."""
 
 
 def from_main_process(make: Callable[[], T]) -> T:
     """Run `make` on the main process alone and return its (small, picklable) result on every process.
 
-    Without a process group every process makes its own.
+    Without a process group every process runs `make` itself.
 
     Raises:
         PeerError: on the other processes, where the main process failed.
@@ -91,7 +91,7 @@ def main_process_first(work: Callable[[], T]) -> T:
 
 
 def wait_for_all() -> None:
-    """Return once every process has come here."""
+    """Return once every process has called this."""
     if not _in_group():
         return
     key, store = f"falcon_qlora/all/{next(_numbers)}", _store()
@@ -126,9 +126,9 @@ def gather_objects(mine: T) -> list[T]:
 
 
 def check_replicas(tensors: Iterable[torch.Tensor]) -> None:
-    """See that all processes hold the same bytes; every process calls this.
+    """Check that all processes hold the same bytes; every process calls this.
 
-    Each tensor is summed up on its device, so that little is copied out and exchanged.
+    Each tensor is reduced to checksums on its device, so that little is copied and exchanged.
 
     Raises:
         ReplicasDifferError: on every process, if one of them holds something else.
@@ -146,7 +146,7 @@ def checksum(tensors: Iterable[torch.Tensor]) -> str:
     import torch
 
     sums = [_checksums(tensor) for tensor in tensors]
-    # Together: each time the host reads a number it waits for the device.
+    # Read together: each read makes the host wait for the device.
     read = [number for each in sums if not each.is_cuda for number in each.tolist()]
     on_device = [each for each in sums if each.is_cuda]
     read += torch.cat(on_device).tolist() if on_device else []
@@ -154,12 +154,11 @@ def checksum(tensors: Iterable[torch.Tensor]) -> str:
 
 
 def _checksums(tensor: torch.Tensor) -> torch.Tensor:
-    """A sum over the bytes of each piece of `tensor`, modulo 2^64: any one byte that differs shows."""
+    """A weighted sum of the bytes of each piece, modulo 2^64: any single byte that differs shows."""
     import torch
 
     whole = tensor.detach().contiguous().flatten().view(torch.uint8)
-    # A weight for each place, odd and scattered, so that exchanged bytes show; in pieces, so that little
-    # memory is taken.
+    # The weights are odd and scattered, so that swapped bytes show. Pieces keep the weights small.
     weights = torch.arange(1, min(len(whole), _PIECE_BYTES) + 1, device=whole.device)
     weights *= _SCATTER
     weights ^= weights >> 29
@@ -171,16 +170,16 @@ def _checksums(tensor: torch.Tensor) -> torch.Tensor:
 def fresh_store(timeout_seconds: float) -> dist.Store | None:
     """torchrun's store as if nothing had been written there yet, for the process group.
 
-    torchrun keeps one store over its restarts, with what the processes before have written: some of the new
-    ones would read their addresses, and wait for processes that are gone. Nodes do not count restarts alike,
-    so the processes agree on a name: each shows a number of its own, and the main process answers to every
-    number that it sees, old ones too, until all have said that they heard.
+    torchrun keeps one store over its restarts, with what earlier processes wrote. New ones could read old
+    addresses and wait for processes that are gone. Nodes may count restarts differently, so the processes
+    agree on a name. Each posts a number of its own; the main process answers every number that it sees, old
+    ones too, until all processes have confirmed.
 
     Returns:
-        None where the main process makes a store each time, or there is one process.
+        None if the main process makes a store each time, or if there is one process.
 
     Raises:
-        RuntimeError: if the processes do not all come in time.
+        RuntimeError: if not all processes arrive in time.
     """
     if world_size() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
@@ -206,7 +205,7 @@ def fresh_store(timeout_seconds: float) -> dist.Store | None:
 
 
 def connect(timeout_seconds: float) -> dist.TCPStore:
-    """A connection of one's own to the processes' store, for a thread or before there is a process group.
+    """A separate connection to torchrun's store, for a thread or before there is a process group.
 
     Raises:
         RuntimeError: if there is no answer.

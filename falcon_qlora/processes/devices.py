@@ -1,4 +1,4 @@
-"""Which device a process computes on, and what is asked of any. Torch is imported where it is asked."""
+"""The device that a process computes on, and helpers for any device. Torch is imported on first use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from falcon_qlora.processes.ranks import local_process_index
 if TYPE_CHECKING:
     import torch
 
-# FP8 is the fast path's: the model, and LoRA, are in bfloat16.
+# Only the fast path computes in FP8: the model and LoRA are in bfloat16.
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "bfloat16"}
 
 
@@ -36,7 +36,7 @@ def resolve(device: torch.device | str | None) -> torch.device:
 
 
 def compute_dtype(wanted: torch.dtype | str, device: torch.device | str | None = None) -> torch.dtype:
-    """The activations' dtype, of the model and of the trainer alike.
+    """The activations' dtype, for the model and the trainer alike.
 
     Args:
         wanted: a dtype, ``bf16``, ``fp16``, ``fp32``, ``fp8``, or ``auto``: bfloat16 where the GPU computes
@@ -59,7 +59,7 @@ def compute_dtype(wanted: torch.dtype | str, device: torch.device | str | None =
 
 
 def free_memory() -> None:
-    """Give back what nothing holds any more, PyTorch's cache on the GPU included."""
+    """Release unused memory, PyTorch's cache on the GPU included."""
     import torch
 
     gc.collect()
@@ -68,7 +68,7 @@ def free_memory() -> None:
 
 
 def draws_undone(device: torch.device) -> AbstractContextManager[None]:
-    """Put the random generators of the CPU and of `device` back as they were, at the block's end."""
+    """Restore the random generators of the CPU and of `device` at the block's end."""
     import torch
 
     return torch.random.fork_rng([device] if device.type == "cuda" else [])

@@ -1,4 +1,4 @@
-"""How a process ends: its exit status, one message over all processes, and the death of another."""
+"""How a process ends: its exit status, one message for all processes, and another process's death."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _siblings: list[int] = []
 
 
 def remember_siblings() -> None:
-    """Learn which processes of this machine train together with this one."""
+    """Find the processes on this machine that train together with this one."""
     namespace = os.readlink("/proc/self/ns/pid") if sys.platform.startswith("linux") else ""
     here = (socket.gethostname(), namespace, os.getppid())
     everyone = gather_objects((here, os.getpid()))
@@ -42,7 +42,7 @@ def sibling_died() -> bool:
 def _lives(pid: int) -> bool:
     try:
         if sys.platform.startswith("linux"):
-            # What has ended and is not yet collected by its parent is a zombie.
+            # A process that has ended but is not yet collected by its parent is a zombie.
             stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
             return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
         os.kill(pid, 0)
@@ -52,11 +52,11 @@ def _lives(pid: int) -> bool:
 
 
 def exit_status(work: Callable[[], object]) -> int:
-    """Run `work` and return the status to exit with, having said what went wrong once over all processes.
+    """Run `work` and return the status to exit with; an error is printed once for all processes.
 
-    What the user can mend is one line and status 2, a file or memory that the system refuses one line and
-    status 1, a bug a traceback and status 1. Of errors that several processes meet, the first to be reported
-    is printed: the others mostly follow from it.
+    What the user can fix gives one line and status 2. A file or memory that the system refuses gives one line
+    and status 1. A bug gives a traceback and status 1. If several processes fail, only the first error
+    reported is printed: the others mostly follow from it.
     """
     try:
         with panics_as_errors():
@@ -71,7 +71,7 @@ def exit_status(work: Callable[[], object]) -> int:
         return EXIT_USER_ERROR
     except Exception as error:
         if _siblings and _waits_for_death():
-            return EXIT_BUG  # what follows from another's death says nothing more; the launcher tells of it
+            return EXIT_BUG  # it only follows from another process's death, which the launcher reports
         told = message_of(error)
         _report(f"{told}\n" if told else traceback.format_exc())
         return EXIT_BUG
@@ -79,7 +79,7 @@ def exit_status(work: Callable[[], object]) -> int:
 
 
 def _waits_for_death(seconds: float = 0.5) -> bool:
-    """Whether a sibling is gone, or is so within a moment: a connection ends shortly before its process."""
+    """Whether a sibling is gone, now or within `seconds`: a connection ends shortly before its process."""
     deadline = time.monotonic() + seconds
     while not sibling_died():
         if time.monotonic() > deadline:
@@ -91,9 +91,9 @@ def _waits_for_death(seconds: float = 0.5) -> bool:
 def leave(status: int) -> None:
     """End this process at once.
 
-    After an error without goodbyes: the others may be waiting in a collective. After a success without the
-    interpreter's own end, in which threads of native libraries are sometimes taken down while they run and
-    abort the process: everything that a run writes is written by then.
+    After an error nothing is shut down: the others may be waiting in a collective. After a success the
+    interpreter's own shutdown is skipped: it sometimes ends threads of native libraries while they run, which
+    aborts the process. All that a run writes is written by then.
     """
     if status == 0:
         import torch
@@ -107,13 +107,13 @@ def leave(status: int) -> None:
 
 
 def _report(message: str | None) -> None:
-    """Print `message`, if no process has printed one yet; return once it is printed.
+    """Print `message` if no process has printed one yet; return once one is printed.
 
-    A process that left earlier would have torchrun's agent end the others, the one that prints among them.
-    It goes by a connection of its own to the agent's store: there may be no process group yet.
+    If a process left earlier, torchrun's agent would end the others, including the one that prints. This uses
+    a separate connection to the agent's store: there may be no process group yet.
 
     Args:
-        message: None where another process has one.
+        message: None if another process has one.
     """
     key = f"falcon_qlora/reported/{restart_count()}"
     store = None

@@ -1,6 +1,6 @@
-"""What the launcher and its processes agree on: files in a folder that goes with the launcher, and signals.
+"""What the launcher and its processes share: files in a folder that goes with the launcher, and signals.
 
-Imports no torch: the processes read it before they set up what torch reads when it is loaded.
+Imports no torch: the processes import this before they set up what torch reads when it is loaded.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import signal
 from pathlib import Path
 
 VARIABLE = "FALCON_QLORA_LAUNCHER"
-# Which process has something to save; the launcher was asked to stop; how to go on after an error.
+# Files: which process has something to save; the launcher was asked to stop; how to resume after an error.
 TRAINING, STOPPING, GO_ON = "training", "stopping", "go_on"
-# What asks a run to stop; SIGUSR1 is how some schedulers announce preemption.
+# Signals that ask a run to stop; SIGUSR1 is how some schedulers announce preemption.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# One request can come twice: from a scheduler to every process, and passed on by the launcher; or from a
-# terminal and from what watches over the command there.
+# One request can arrive twice: from a scheduler to every process, and passed on by the launcher; or from a
+# terminal, and from a program that supervises the command there.
 SAME_REQUEST_SECONDS = 1.0
 
 
 def mark(name: str) -> Path | None:
-    """Where this process, or the launcher that started it, has its mark; None without a launcher."""
+    """The path of the file `name` in the launcher's folder; None without a launcher."""
     folder = os.environ.get(VARIABLE)
     return Path(folder) / name if folder else None
 

@@ -1,4 +1,4 @@
-"""Which process this is, of how many: what torchrun has put into the environment, which nothing else reads.
+"""Which process this is, of how many: read from torchrun's environment variables.
 
 Imports no torch.
 """
@@ -40,16 +40,16 @@ def restart_count() -> int:
 
 
 def launch_id() -> str:
-    """What this launch is called: the same over torchrun's restarts, another for every new command.
+    """A name for this launch: the same over torchrun's restarts, another for every new command.
 
-    torchrun's own name for the job, or where it was given none its agent's process, our parent.
+    It is torchrun's id of the job or, if none was given, the process of its agent, our parent.
     """
     job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     if job != "none":
         return job
     agent = os.getppid()
     try:
-        # A container gives every launch the same process number; they do not start at the same moment.
+        # In a container every launch may have the same process id, but not the same start time.
         started = Path(f"/proc/{agent}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         started = ""

@@ -1,12 +1,12 @@
 """Signals that ask a run to stop: the first has it save and end, a second ends it at once.
 
     stop_signals.install()              # in a process of the command line, before anything else
-    stop_signals.training_begins(say)   # from here on there is something to save
+    stop_signals.training_begins(say, finish)   # from here on there is something to save
     stop_signals.all_have_begun()       # on the other processes as well
     stop_signals.asked_to_stop()        # the signal, or None
 
-Python runs its handlers between two instructions of the main thread, which may be waiting in a collective for
-a process that is gone. So a thread of its own reads the signals.
+Python runs signal handlers between two instructions of the main thread, which may be waiting in a collective
+for a process that is gone. So a separate thread reads the signals.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Stopped(Exception):
 
     Attributes:
         step: steps done.
-        failure: why there is no checkpoint of it, or None.
+        failure: why that step has no checkpoint, or None.
     """
 
     def __init__(self, step: int, failure: str | None):
@@ -50,13 +50,13 @@ class _Requests:
     def receive(self, number: int) -> None:
         """Take in a signal; called by the thread."""
         if not self.training:
-            # The main thread ends the process, unless it waits for another one meanwhile.
+            # The main thread ends the process. If it is waiting for another one, this timer does.
             timer = threading.Timer(_LEAVE_SECONDS, os._exit, [128 + number])
             timer.daemon = True
             timer.start()
             return
         if endings.sibling_died():
-            # torchrun ends the others of a process that failed. There is nothing more to be saved.
+            # After one process fails, torchrun ends the others. Nothing more can be saved.
             self.finish()
             os._exit(128 + number)
         if self.first is None:
@@ -71,7 +71,7 @@ _requests = _Requests()
 
 
 def install() -> None:
-    """Take the signals of this process; in its main thread."""
+    """Handle the stop signals of this process; call it in the main thread."""
     before = signal.getsignal(signal.SIGINT)
 
     def handle(number: int, frame: Any) -> None:
@@ -102,7 +102,7 @@ def training_begins(say: Callable[[str], None], finish: Callable[[], None]) -> N
 
     Args:
         say: prints a line to the user.
-        finish: waits for what is being written, where another process has failed.
+        finish: waits for what is being written; called if another process has failed.
     """
     _requests.say, _requests.finish = say, finish
     _requests.training = True
@@ -111,18 +111,18 @@ def training_begins(say: Callable[[str], None], finish: Callable[[], None]) -> N
 def all_have_begun() -> None:
     """Have the launcher pass signals on: `training_begins` was called on every process.
 
-    Before that one of them would end by a signal that the others take for a request.
+    Before that, a signal would end some processes while others take it as a request.
     """
     _leave_for_launcher(launcher.TRAINING, str(os.getpid()))
 
 
 def asked_to_stop() -> signal.Signals | None:
-    """The signal that this process was asked with."""
+    """The signal that asked this process to stop, or None."""
     return None if _requests.first is None else signal.Signals(_requests.first)
 
 
 def tell_launcher(text: str) -> None:
-    """Have the launcher say `text` if the processes end by an error: how to go on."""
+    """Have the launcher print `text`, how to resume, if the processes end with an error."""
     _leave_for_launcher(launcher.GO_ON, text)
 
 
@@ -130,6 +130,6 @@ def _leave_for_launcher(name: str, text: str) -> None:
     file = launcher.mark(name)
     if file is not None and ranks.local_process_index() == 0:
         part = file.with_name(f".{name}")
-        with contextlib.suppress(OSError):  # no run ends for want of room in the launcher's folder
+        with contextlib.suppress(OSError):  # a full disk there must not end the run
             part.write_text(text, encoding="utf-8")
             part.rename(file)

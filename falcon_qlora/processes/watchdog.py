@@ -1,9 +1,9 @@
 """Finds the process that hangs: a collective that never ends, a disk that does not answer.
 
-Every process says where it is as it goes along. One that has not moved for the time allowed leaves its Python
-stack for the others; what held them all up is the one that is furthest behind, or the one that does not
-answer at all. It is named once, and all of them end. Where NCCL keeps a record of its last collectives, each
-process writes its own into the run's folder first, as torch's reader of such records takes it.
+Every process notes where it is as it goes along. One that has not moved for the time allowed posts its Python
+stack for the others. The process that hangs is the one furthest behind, or one that does not respond at all.
+It is named once, and all processes end. If NCCL keeps a record of its last collectives, each process first
+writes its own into the run's folder, in the form that torch's reader of such records takes.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from falcon_qlora.common.errors import EXIT_HANGING
 from falcon_qlora.processes import agreement, ranks
 
 _ANSWER_SECONDS = 3.0
-# Beyond the time allowed: where not even the watching thread gets to run.
+# Beyond the time allowed, if not even the watching thread gets to run.
 _LAST_RESORT_SECONDS = 60.0
 _STANDARD_ERROR = 2
 WRITER = "checkpoint"  # name of the thread that writes one
-# A step is one collective, an evaluation or a save some more.
+# A step is one collective, an evaluation or a save a few more.
 _RECORDED_COLLECTIVES = "128"
 # Torch warns of the second, older name.
 _RECORD_VARIABLES = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
@@ -34,9 +34,9 @@ _RECORD_PREFIX = "nccl_trace_rank_"
 
 
 def record_collectives() -> None:
-    """Have NCCL remember its last collectives; before the process group is made.
+    """Have NCCL record its last collectives; call it before the process group is made.
 
-    What the environment says already, 0 for none, holds.
+    A value that the environment has already is kept; 0 is for none.
     """
     if not any(name in os.environ for name in _RECORD_VARIABLES):
         os.environ[_RECORD_VARIABLES[0]] = _RECORDED_COLLECTIVES
@@ -47,7 +47,7 @@ class Watchdog:
 
     Args:
         seconds: how long it may stay in one place; 0: for ever.
-        record: the folder that gets NCCL's record if it hangs.
+        record: the folder that gets NCCL's record if the process hangs.
     """
 
     def __init__(self, seconds: float, record: Path):
@@ -69,7 +69,7 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def at(self, step: int, phase: int, what: str) -> None:
-        """The main thread has come to a place.
+        """Note that the main thread has reached a place.
 
         Args:
             step: of the run.
@@ -84,7 +84,7 @@ class Watchdog:
             still = time.monotonic() - self._moved
             if still > self._seconds:
                 self._end(still)
-            # Onto the process's own standard error: in a notebook what stands for it is no file.
+            # To the process's own standard error: a notebook's replacement for it is no file.
             faulthandler.dump_traceback_later(
                 self._seconds + _LAST_RESORT_SECONDS, exit=True, file=_STANDARD_ERROR
             )
@@ -99,10 +99,10 @@ class Watchdog:
 
 
 def write_record(folder: Path) -> Path | None:
-    """Write what NCCL remembers of this process's last collectives.
+    """Write NCCL's record of this process's last collectives.
 
     Returns:
-        The folder; None where there is no NCCL, or it does not say in time.
+        The folder; None if there is no NCCL, or it does not respond in time.
     """
     import torch.distributed as dist
     from torch._C import _distributed_c10d
@@ -119,16 +119,16 @@ def write_record(folder: Path) -> Path | None:
             (folder / f"{_RECORD_PREFIX}{ranks.process_index()}").write_bytes(record)
             written.set()
 
-    # By a thread of its own: it may wait for what hangs.
+    # In a separate thread: it may wait for what hangs.
     threading.Thread(target=write, name="flight record", daemon=True).start()
     return folder if written.wait(_ANSWER_SECONDS) else None
 
 
 def tell(place: tuple[int, int, str], stack: str, still: float, *, record: Path | None = None) -> None:
-    """Say once over all processes which of them hangs; return when it is said.
+    """Print once for all processes which of them hangs; return when it is printed.
 
     Args:
-        record: where this process has written what NCCL remembers, if it has.
+        record: the folder of this process's NCCL record, if it was written.
     """
     where = f"NCCL's last collectives are in {record}; torchfrtrace reads them" if record else ""
     mine = json.dumps([*place, stack])
@@ -139,7 +139,7 @@ def tell(place: tuple[int, int, str], stack: str, still: float, *, record: Path 
     store = agreement.connect(timeout_seconds=10 * _ANSWER_SECONDS)
     store.set(f"{prefix}/{ranks.process_index()}", mine)
     if store.add(prefix, 1) == 1:
-        time.sleep(3 * _ANSWER_SECONDS)  # the others may have come to a stop a little later
+        time.sleep(3 * _ANSWER_SECONDS)  # the others may have stopped a little later
         answers = {}
         for process in range(ranks.world_size()):
             if store.check([f"{prefix}/{process}"]):
@@ -151,7 +151,7 @@ def tell(place: tuple[int, int, str], stack: str, still: float, *, record: Path 
 
 
 def describe(answers: dict[int, str], processes: int, still: float) -> str:
-    """Which process hangs, by what each has said of itself."""
+    """Which process hangs, from what each has posted."""
     silent = [process for process in range(processes) if process not in answers]
     if silent:
         which = ", ".join(map(str, silent))
@@ -168,7 +168,7 @@ def describe(answers: dict[int, str], processes: int, still: float) -> str:
 
 
 def _stack() -> str:
-    """The main thread's, and that of the thread that writes a checkpoint, for which it may be waiting."""
+    """The stack of the main thread, and of the checkpoint's writer, for which it may be waiting."""
     frames = sys._current_frames()
     main = frames.get(threading.main_thread().ident or 0)
     stacks = ["(it has ended)" if main is None else "".join(traceback.format_stack(main)).rstrip()]
