@@ -1,4 +1,4 @@
-"""Which folder a run writes into: the one that is named, a fresh one, or that of the run it goes on with."""
+"""Which folder a run writes into: the named one, a fresh one, or that of the run it resumes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def choose(
     root: Path = RUNS,
     now: datetime.datetime | None = None,
 ) -> Path:
-    """Decide where a run writes. The main process calls it, and the others are told.
+    """Decide where a run writes; the main process calls this.
 
     Args:
         output_dir: The folder the user named; None for a fresh one under `root`.
@@ -36,15 +36,15 @@ def choose(
         settings: A few words that tell runs of one model apart, such as ``4bit-lora64``.
         resume: ``--resume``: True for the run in `output_dir`, or a run directory or one of its checkpoints.
         overwrite: ``--overwrite``: `output_dir` may hold a run; RunDirectory.clear removes it later.
-        restarted: torchrun has restarted this group of processes: what they wrote before is theirs.
-        make: Make the folder. Else it is only checked that it could be, and the name of a fresh one may still
-            be taken by another run.
+        restarted: torchrun has restarted this group of processes: the run in the folder is their own.
+        make: Make the folder. Otherwise only check that it could be made; another run may still take the
+            name of a fresh one.
         root: Where fresh folders are made.
         now: The time in a fresh folder's name.
 
     Raises:
-        UserError: if the named folder holds a run and nothing says what to do with it, is a file, or is not
-            that of the run to resume, or if there is no such run.
+        UserError: if the named folder is a file, holds a run without `resume` or `overwrite`, or is not
+            that of the run to resume; if there is no such run; or if the folder cannot be written.
     """
     resumed_from = _run_of(Path(resume)) if isinstance(resume, str | Path) else None
     if output_dir is None and resumed_from is not None:
@@ -85,8 +85,8 @@ def choose(
 def _fresh(
     root: Path, model: str, settings: str, restarted: bool, make: bool, now: datetime.datetime
 ) -> Path:
-    # The agent of torchrun, this process's parent, outlives its restarts: by it a restarted run finds the
-    # folder it was given the first time.
+    # torchrun's agent, this process's parent, outlives restarts: by its process id a restarted run finds the
+    # folder it first got.
     launcher = f"{socket.gethostname()} {os.getppid()}"
     if restarted:
         marks = sorted(root.glob(f"*/{LAUNCHER}"), key=lambda mark: mark.stat().st_mtime, reverse=True)

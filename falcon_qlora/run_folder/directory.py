@@ -9,12 +9,13 @@
     loss.png           the losses and the learning rate
     checkpoints/step-N/
     adapter/           what was trained, with a model card
-    samples.jsonl      the sample answers at each evaluation, where they were asked for
-    trackers.json      under which id each tracker knows the run
+    samples.jsonl      the sample answers at each evaluation, if asked for
+    trackers.json      each tracker's id of the run
     tensorboard/, wandb/   what those trackers write themselves
-    flight_record/     where a run hung: NCCL's last collectives, a file a process
+    flight_record/     after a hang: NCCL's last collectives, one file a process
 
-The main process writes; a file appears whole or not at all, whatever happens meanwhile.
+The main process writes all but ``flight_record/`` and the parts of a sharded model's checkpoint. A file
+appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ METRICS_FIELDS = (
     "eval_loss",
 )
 
-# What a run writes, in the order in which a person wants it.
+# What a run writes, most wanted first.
 _CONTENTS = (
     "adapter",
     "loss.png",
@@ -79,8 +80,8 @@ _CONTENTS = (
 Record = Literal["environment", "kernels", "summary"]
 LAUNCHER = ".launcher"  # in a fresh folder: which launcher made it
 _LARGEST_FIGURE = 1e300
-_FORMAT = 1  # of environment, kernels and summary; without a number they are of the first
-_METRICS_LIMIT_BYTES = 2**30  # a line of some hundred bytes for each of more steps than any run has
+_FORMAT = 1  # of environment, kernels and summary; a file without a number is of the first
+_METRICS_LIMIT_BYTES = 2**30  # at some hundred bytes a line, for more steps than any run has
 
 
 class RunDirectory:
@@ -119,16 +120,16 @@ class RunDirectory:
         return any((self.path / sign).exists() for sign in SIGNS_OF_A_RUN)
 
     def contents(self) -> list[Path]:
-        """The files and folders of the run that exist, in the order in which a person wants them."""
+        """The files and folders of the run that exist, most wanted first."""
         return [self.path / name for name in _CONTENTS if (self.path / name).exists()]
 
     def clear(self, *, keep: Collection[str] = ()) -> None:
-        """Remove an earlier run's files, and nothing else that lies in the folder.
+        """Remove an earlier run's files, and nothing else in the folder.
 
-        For `--overwrite`: call it when the new run is sure to start, so that a bad flag costs nothing.
+        For `--overwrite`: call it once the new run is sure to start, so that a bad flag costs nothing.
 
         Args:
-            keep: names of files and folders that stay, as the new run writes there already.
+            keep: names of files and folders that stay: the new run has already written there.
         """
         for path in (self.path / name for name in _CONTENTS if name not in keep):
             if path.is_dir():
@@ -137,14 +138,14 @@ class RunDirectory:
                 path.unlink(missing_ok=True)
 
     def remove_if_empty(self) -> None:
-        """Remove the folder of a run that never started: only its marks and its trackers' files are there."""
+        """Remove the folder of a run that never started: one with only its marks and its trackers' files."""
         marks = {LAUNCHER, LOCK, self.trackers_file.name, "wandb"}
         if self.path.is_dir() and {entry.name for entry in self.path.iterdir()} <= marks:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def write_config(self, resolved: Mapping[str, Any]) -> None:
         """Write everything a re-run needs; the caller leaves secrets out."""
-        record = {"format": SETTINGS_FORMAT, **plain(resolved)}  # a list is another each time: no aliases
+        record = {"format": SETTINGS_FORMAT, **plain(resolved)}  # copies of lists, so YAML needs no aliases
         text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True, width=110)
         config = quoted(str(self.config_file))
         header = f"# Run again:  falcon-qlora train --config {config} --output_dir NEW_FOLDER\n"
@@ -154,27 +155,27 @@ class RunDirectory:
         """The settings of the run.
 
         Raises:
-            UserError: if they cannot be read, or were written by a later release in another form.
+            UserError: if they cannot be read, or a later release wrote them in another format.
         """
         return settings_as_now(read_yaml(self.config_file), str(self.config_file))
 
     def write(self, name: Record, record: Mapping[str, Any]) -> None:
-        """Write a record, with the number of its form."""
+        """Write a record, with its format number."""
         write_json(self.path / f"{name}.json", {"format": _FORMAT, **record})
 
     def read(self, name: Record) -> dict[str, Any]:
-        """What `write` has written, the number of its form taken out again.
+        """What `write` wrote, without the format number.
 
         Raises:
-            UserError: if it cannot be read, or was written by a later release in another form.
+            UserError: if it cannot be read, or a later release wrote it in another format.
         """
         file = self.path / f"{name}.json"
         return without_format(read_json(file), str(file), _FORMAT)
 
     def append_metrics(self, step: int, logs: Mapping[str, Any]) -> None:
-        """Append one line for `step`: those of METRICS_FIELDS that `logs` has, if it has any.
+        """Append one line for `step` with the METRICS_FIELDS in `logs`, if it has any besides the epoch.
 
-        A number that is not finite becomes null: JSON has no name for it.
+        A non-finite number becomes null: JSON has no name for it.
 
         Raises:
             OSError: if it cannot be written; the file is then as it was.
@@ -190,7 +191,7 @@ class RunDirectory:
         return read_metrics(self.metrics_file)
 
     def drop_metrics_after(self, step: int) -> None:
-        """Forget the log steps and sample answers after `step`: a run that resumes there does them again."""
+        """Remove the log steps and sample answers after `step`: a run resumed there makes them again."""
         for file in (self.metrics_file, self.path / "samples.jsonl"):
             if file.exists():
                 kept = [record for record in read_metrics(file) if record["step"] <= step]
@@ -198,7 +199,7 @@ class RunDirectory:
                 write_text(file, "".join(lines))
 
     def draw_loss(self, title: str = "", *, kept: int | None = None) -> None:
-        """Draw `loss.png` from the metrics, if there is a loss to draw; if that fails, it is told.
+        """Draw `loss.png` from the metrics, if there is a loss to draw; a failure prints a note.
 
         Args:
             title: above the picture.
@@ -211,7 +212,7 @@ class RunDirectory:
             note(f"{self.loss_picture} could not be written ({reason_of(error)})")
 
     def tracker_record(self, tracker: str) -> dict[str, Any]:
-        """What a tracker needs to go on with the same run ({} where there is none yet)."""
+        """What a tracker needs to resume the same run; {} if there is none yet."""
         record = read_json(self.trackers_file).get(tracker) if self.trackers_file.exists() else None
         return record if isinstance(record, dict) else {}
 
@@ -221,10 +222,10 @@ class RunDirectory:
 
 
 class Backlog:
-    """Writes what a run could do without: an OSError is told once, and what waits goes with the next.
+    """Writes what a run can do without: the first OSError prints a note, and each call retries what failed.
 
     Args:
-        write: what is called; all or nothing of one call is written.
+        write: the function to call; each call must write all or nothing.
         what: for the message, such as a file's name.
     """
 
@@ -250,7 +251,7 @@ class Backlog:
 
 
 def append_lines(file: Path, lines: str) -> None:
-    """Add whole lines in one write, so that a reader beside a running job sees no half of one.
+    """Append whole lines in one write, so that a reader never sees half a line.
 
     Raises:
         OSError: if they cannot all be written; the file is then as it was.
@@ -260,7 +261,7 @@ def append_lines(file: Path, lines: str) -> None:
     handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         before = os.fstat(handle).st_size
-        if os.write(handle, content) < len(content):  # as much as the disk had room for
+        if os.write(handle, content) < len(content):  # the disk had no more room
             os.ftruncate(handle, before)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
     finally:
@@ -270,7 +271,7 @@ def append_lines(file: Path, lines: str) -> None:
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """Read a `metrics.jsonl`; [] where there is none.
 
-    A last line cut short by a crash is left out, as is any other that is no record of a step.
+    A line that is no record of a step is left out, such as a last line cut short by a crash.
     """
     records: list[dict[str, Any]] = []
     if not file.exists():

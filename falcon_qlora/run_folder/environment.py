@@ -55,7 +55,7 @@ def collect_environment() -> dict[str, Any]:
 
 
 def without_secrets(argv: Sequence[str]) -> list[str]:
-    """`argv` with the value of every flag that is named like a secret hidden."""
+    """`argv`, with the values of flags hidden whose names suggest a secret."""
     shown: list[str] = []
     hide = False
     for argument in argv:
@@ -64,7 +64,7 @@ def without_secrets(argv: Sequence[str]) -> list[str]:
             shown.append(_HIDDEN)
             hide = False
             continue
-        # Counts of tokens are no secrets: --max_tokens, --token_budget and the like keep their number.
+        # Counts of tokens are no secrets: --max_tokens and the like keep their number.
         secret = argument.startswith("--") and bool(_SECRET.search(flag)) and "tokens" not in flag
         hide = secret and not equals
         shown.append(f"{flag}={_HIDDEN}" if secret and equals else argument)
@@ -86,7 +86,7 @@ def _commit(folder: Path) -> str | None:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     try:
-        # An installed package lies in no checkout of its own: one around it would be another project's.
+        # An installed package has no checkout of its own: one around it would be another project's.
         if Path(git("rev-parse", "--show-toplevel")).resolve() != folder.parent.resolve():
             return None
         changed = git("status", "--porcelain", "--untracked-files=no")

@@ -1,8 +1,7 @@
 """A lock on the run directory, so that two trainings never write into one.
 
-The kernel gives it back however the process ends. It is a record lock: children do not inherit it, and it is
-lost when any descriptor of its file is closed in the process that has it. So the file is opened once, and
-nothing else here opens it.
+The kernel releases it however the process ends. It is a record lock: children do not inherit it, and it is
+lost when its process closes any descriptor of the file. So a process that has the lock opens the file once.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ _TOLD_BYTES = 1000
 
 
 class RunLock:
-    """Taken by the main process of a training, given back at the end of the block.
+    """Taken by a run's main process, released at the end of the block.
 
     Args:
         say: prints a line to the user.
-        patience_seconds: wait so long for a process that is on its way out.
+        patience_seconds: how long to wait for a process that is exiting.
     """
 
     def __init__(self, say: Callable[[str], None], *, patience_seconds: float = 0.5):
@@ -41,12 +40,12 @@ class RunLock:
         self._handle: int | None = None
 
     def take(self, folder: Path) -> None:
-        """Have `folder`, which is there, to ourselves; again for the same one does nothing.
+        """Lock `folder`, which must exist; does nothing if it is locked by this object already.
 
-        Where the file system has no locks the user is told so, and the run goes on.
+        If the file system has no locks, this prints a warning and the run goes on.
 
         Raises:
-            UserError: if another process trains there, saying which.
+            UserError: if another process trains there, naming it.
         """
         file = folder.resolve() / LOCK
         if self._handle is not None and self._file == file:
@@ -62,13 +61,13 @@ class RunLock:
             time.sleep(_LOOK_SECONDS)
 
     def _try(self, file: Path) -> bool:
-        """Whether we have the lock now, or go on without."""
+        """Whether this process has the lock now, or goes on without."""
         handle = None
         try:
-            # A run's folder may come from anywhere: a link in it leads to no file that is emptied below.
+            # A run's folder may come from anywhere: the file is emptied below, so it must not be a link.
             handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Who had it may have removed the file between the two.
+            # The previous holder may have removed the file between open and lock.
             ours = file.exists() and os.path.samestat(os.fstat(handle), file.stat())
         except OSError as error:
             if handle is not None:
@@ -86,7 +85,7 @@ class RunLock:
         self._file, self._handle = file, handle
         now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
         about = {"host": socket.gethostname(), "process": os.getpid(), "since": now}
-        with contextlib.suppress(OSError):  # of a full disk; the lock holds all the same
+        with contextlib.suppress(OSError):  # a full disk; the lock holds anyway
             os.ftruncate(handle, 0)
             os.pwrite(handle, json.dumps(about).encode(), 0)
         return True
@@ -96,7 +95,7 @@ class RunLock:
         if self._handle is None or self._file is None:
             return
         with contextlib.suppress(OSError):  # the folder may have turned read-only
-            self._file.unlink()  # before the lock goes, so that never another's is removed
+            self._file.unlink()  # before the lock is released, so that no other's is removed
         os.close(self._handle)
         self._file = self._handle = None
 
@@ -108,7 +107,7 @@ class RunLock:
 
 
 def _holder(file: Path) -> str:
-    """The process that has the lock, as it told; what else may stand in the file is kept short."""
+    """The process that has the lock, as the file says; other content of the file is kept short."""
     try:
         told = read_json(file, limit_bytes=_TOLD_BYTES)
     except UserError:

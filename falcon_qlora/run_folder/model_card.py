@@ -25,10 +25,11 @@ class ModelCard:
         settings: Setting → value, in the order in which they are shown.
         data: What became of the rows: label → count.
         summary: The fields of `summary.json`.
-        template: The prompt template of the rows, to be used again when the model is asked.
-        template_sha256: Of its text, for one that does not come with falcon_qlora.
+        template: The prompt template of the rows, which later prompts must use too.
+        template_sha256: Of its text, if it does not come with falcon_qlora.
         refused_by_peft: Linears with LoRA for which plain PEFT does not open the adapter.
         began_from: Folder of the adapter that the training began from, and the SHA-256 of its weights.
+        vocabulary: Size of the adapter's own tokenizer; None if it is the base's.
     """
 
     base_model: str
@@ -47,7 +48,7 @@ class ModelCard:
     vocabulary: int | None = None
 
     def write(self, adapter: Path) -> Path:
-        """Write the card into the adapter's folder, in place of PEFT's empty form."""
+        """Write the card into the adapter's folder, in place of PEFT's empty one."""
         file = adapter / "README.md"
         write_text(file, self.render())
         return file
@@ -70,7 +71,7 @@ class ModelCard:
 
     @property
     def _base_is_random(self) -> bool:
-        """The adapter is a test of the machinery then, and says so."""
+        """Whether the adapter is only a test of the software, which its card then says."""
         return self.base_model.startswith("random:")
 
     def _metadata(self) -> dict[str, Any]:
@@ -158,7 +159,7 @@ class ModelCard:
         )
 
     def _resizing(self) -> str:
-        """For tokens of its own, the line that makes room for their rows, which the adapter has."""
+        """If the adapter has tokens of its own, the lines that make room for their rows."""
         if self.vocabulary is None:
             return ""
         size = self.vocabulary
@@ -191,13 +192,13 @@ tokenizer = AutoTokenizer.from_pretrained("ADAPTER")
 
 
 def names_hub_model(name: str) -> bool:
-    """Whether a base model's name can be one of the hub's."""
+    """Whether a base model's name can be a hub id."""
     a_name = name.count("/") == 1 and not name.startswith((".", "/", "~", "random:"))
     return a_name and not Path(name).exists()
 
 
 def names_hub_dataset(name: str) -> bool:
-    """Whether a data set's name can be one of the hub's: local files are nothing to a reader elsewhere."""
+    """Whether a data set's name can be a hub id: a local file's name is of no use elsewhere."""
     return name.count("/") <= 1 and "." not in name.split("/")[-1]
 
 

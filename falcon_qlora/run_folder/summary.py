@@ -1,4 +1,4 @@
-"""What a finished run comes down to."""
+"""The summary of a finished run."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ class Summary:
         steps: Optimizer steps done, over all resumptions.
         first_loss: Training loss of the first log step (mean over target tokens).
         final_loss: Training loss of the last log step.
-        train_seconds: Time in the steps themselves: without start, saves, evaluation and end.
+        train_seconds: Seconds in the steps themselves, without start, saves, evaluation and end.
         tokens_per_second: Real tokens (no padding) a second of the steps, over all processes.
-        samples_per_second_512: The same in samples of 512 positions.
-        peak_memory_gib: Largest memory allocated on one device, GiB.
+        samples_per_second_512: Computed positions (padding included) a second, in samples of 512.
+        peak_memory_gib: Largest memory a process reserved on its GPU, or held resident without one, GiB.
         trainable_parameters: Parameters that were trained.
         total_parameters: All parameters, the quantized ones counted unpacked.
         quantized_linears: Linear layers whose weights are quantized.
         world_size: Processes that trained together.
-        best_eval_loss: Lowest held-out loss, where there was an evaluation; of the best checkpoint, where the
-            adapter is that one's.
+        best_eval_loss: Lowest held-out loss, if there was an evaluation; the best checkpoint's, if the
+            adapter is from there.
         best_step: The step of `best_eval_loss`.
-        bad_steps: Steps that were skipped, as their loss or gradient was not finite.
-        micro_batch_parts: In how many parts micro batches were split in the end, as memory had run out.
+        bad_steps: Steps that were skipped for a non-finite loss or gradient.
+        micro_batch_parts: Parts that each micro-batch was split into at the end; more than 1 after OOM.
         tokens: Real tokens trained on, over all passes and resumptions.
-        samples: Documents trained on, likewise; None of a stream, which is not counted.
-        total_peak_memory_gib: The processes' peaks together.
-        predicted_peak_memory_gib: What `peak_memory_gib` was expected to be, on a GPU.
-        reduction_shares: Of each process's time in training, what it spent adding up gradients, waiting for
-            the slowest included (which has the least), since the run was last started; None of one process.
-        wall_seconds: What the commands took that made the run, each from its start, until this was written.
-        wall_tokens_per_second: Real tokens a second of these.
+        samples: Documents trained on, likewise; None for a stream, which is not counted.
+        total_peak_memory_gib: Sum of the processes' peaks.
+        predicted_peak_memory_gib: What `peak_memory_gib` was predicted to be; None on the CPU.
+        reduction_shares: Share of each process's training time in the gradient all-reduce, since the last
+            start. It includes the wait for the slowest, which has the smallest share. None for one process.
+        wall_seconds: Seconds of all commands of the run, each from its start, until this was written.
+        wall_tokens_per_second: Real tokens a second of `wall_seconds`.
         step_share: `train_seconds` of `wall_seconds`, 0 to 1.
-        start_seconds: Of `wall_seconds`: before the first step.
-        save_seconds: Of `wall_seconds`: in which the steps waited for checkpoints.
-        evaluation_seconds: Of `wall_seconds`: of evaluations, sample answers included.
-        end_seconds: Of `wall_seconds`: after the last step.
+        start_seconds: Of `wall_seconds`, before the first step.
+        save_seconds: Of `wall_seconds`, while the steps waited for checkpoints.
+        evaluation_seconds: Of `wall_seconds`, in evaluations, sample answers included.
+        end_seconds: Of `wall_seconds`, after the last step.
         start_phases: Phase of the last start → its seconds.
         refused_by_peft: Linears with LoRA for which plain PEFT does not open the adapter.
-        adapter: Folder of the adapter that the run began from, where it did.
-        adapter_sha256: Of that one's weights.
+        adapter: Folder of the adapter that the run began from, if any.
+        adapter_sha256: Of that adapter's weights.
     """
 
     steps: int

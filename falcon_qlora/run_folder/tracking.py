@@ -1,7 +1,7 @@
-"""Trackers: whatever Transformers reports to, by its own callbacks.
+"""Trackers: all that Transformers reports to, through its own callbacks.
 
-They run on the main process alone. What is wrong with them before the run is an error (a package that is
-not there, a key that is rejected); whatever they do once it has started never stops it.
+They run on the main process alone. A fault found before the run is an error (a missing package, a rejected
+key). Once the run has started, no tracker stops it.
 
     trackers = choose(["wandb"])                         # early: nothing is loaded yet
     trainer = FalconTrainer(..., callbacks=[trackers.callback])
@@ -37,13 +37,13 @@ from falcon_qlora.terminal.library_logging import ENVIRONMENT
 
 PROJECT = "falcon-qlora"
 
-# Where Transformers' own words do not say what is missing.
+# Where Transformers' own messages do not say what is missing.
 _HINTS = {
     "comet_ml": "; it needs COMET_API_KEY too",
     "tensorboard": "; pip install tensorboard",
 }
 
-# A tracker that fails this often in a row is not asked again: its time-outs would slow every step.
+# A tracker that fails this often in a row is dropped: its time-outs would slow every step.
 _PATIENCE = 3
 _FINISH_SECONDS = 120.0
 _REJECTED = re.compile(
@@ -58,7 +58,7 @@ def choose(report_to: Sequence[str]) -> Trackers:
         report_to: Names that `--report_to` takes; ``none`` is no tracker.
 
     Raises:
-        UserError: if a tracker's package or key is not there, or W&B rejects the key. On the main process
+        UserError: if a tracker's package or key is missing, or W&B rejects the key. On the main process
             only; the others get no trackers.
     """
     if not ranks.is_main_process():
@@ -70,11 +70,11 @@ def choose(report_to: Sequence[str]) -> Trackers:
 
 def _callback(name: str) -> TrainerCallback:
     hook = sys.unraisablehook
-    sys.unraisablehook = lambda _: None  # of some, what is half made cannot be taken down without an error
+    sys.unraisablehook = lambda _: None  # some, half built, raise again when deleted
     try:
         with panics_as_errors():
             return _WandbCallback() if name == "wandb" else INTEGRATION_TO_CALLBACK[name]()
-    except Exception as error:  # each looks for its package, and says in its own words how to get it
+    except Exception as error:  # each looks for its package, and says how to get it
         told = first_line(error)
     finally:
         sys.unraisablehook = hook
@@ -116,16 +116,15 @@ class Trackers:
         entity: str | None = None,
         resume: bool = False,
     ) -> None:
-        """Open the run at W&B, and say where each tracker writes; the others open with the training.
+        """Open the run at W&B, and list where each tracker writes; the others open when training begins.
 
         Args:
-            directory: The run directory: local files go into it, and the ids by which a resumed run is
-                continued.
+            directory: The run directory. It gets local files, and the ids that a resumed run continues.
             config: The resolved configuration, without secrets.
-            run_name: The run's name at W&B and TensorBoard; the run directory's where None.
-            project: W&B's project; where None, as WANDB_PROJECT or an earlier start says. So the next.
-            entity: The user or team at W&B.
-            resume: Go on with the runs that `directory` knows.
+            run_name: The run's name at W&B and TensorBoard; None: the run directory's.
+            project: W&B's project; None: as WANDB_PROJECT or an earlier start says.
+            entity: The user or team at W&B; None: as WANDB_ENTITY or an earlier start says.
+            resume: Continue the runs that `directory` records.
         """
         if self._wandb is not None:
             known = directory.tracker_record("wandb") if resume else {}
@@ -134,7 +133,7 @@ class Trackers:
                 "project": project or os.environ.get("WANDB_PROJECT") or known.get("project") or PROJECT,
                 "entity": entity or os.environ.get("WANDB_ENTITY") or known.get("entity"),
                 "id": os.environ.get("WANDB_RUN_ID") or known.get("id"),
-                # Offline the id alone makes it one run, once it is uploaded.
+                # Offline, the id alone joins the parts into one run once they are uploaded.
                 "resume": "allow" if known and "WANDB_RESUME" not in os.environ else None,
             }
             self._start_wandb(directory, config, where)
@@ -149,7 +148,7 @@ class Trackers:
     def finish(
         self, *, summary: Mapping[str, Any] | None = None, adapter: Path | None = None, exit_status: int = 0
     ) -> None:
-        """Close the runs, those too that a training left in its midst; never raises.
+        """Close the runs, also after a training that broke off; never raises.
 
         Args:
             summary: The fields of `summary.json`, shown in W&B's run summary.
@@ -171,7 +170,7 @@ class Trackers:
                 run.log_artifact(artifact)
             if self._wandb_ours:
                 run.finish(exit_code=exit_status)
-                # Waits for W&B's own process, which writes the last of a run after it is finished.
+                # Waits for W&B's own process, which writes the end of a run after `finish`.
                 wandb.teardown()
         except Exception as error:
             note(f"W&B could not close the run ({first_line(error)}); nothing of the training is lost")
@@ -220,7 +219,7 @@ class Trackers:
             # Captured output would hold the progress bar, and its capture garbles it.
             console="off",
             finish_timeout=_FINISH_SECONDS,
-            # W&B records the command line: not where a token stands in it.
+            # W&B records the command line, which must not happen if it holds a secret.
             x_disable_meta=without_secrets(sys.argv) != sys.argv,
         )
         online = self._wandb_mode == "online"
@@ -237,7 +236,7 @@ class Trackers:
 
 
 class TrackersCallback:
-    """Passes all of the trainer's events on to the trackers and keeps their failures from it."""
+    """Passes all of the trainer's events to the trackers and catches their failures."""
 
     def __init__(self) -> None:
         self._trackers: list[tuple[str, TrainerCallback]] = []
@@ -249,7 +248,7 @@ class TrackersCallback:
         self._trackers.append((name, tracker))
 
     def end(self) -> None:
-        """Tell the trackers of the end of a training that was left before it came there."""
+        """Tell the trackers that training ended, if it broke off before."""
         if self._open is not None:
             self._pass_on("on_train_end", *self._open)
 
@@ -259,12 +258,12 @@ class TrackersCallback:
         return partial(self._pass_on, event)
 
     def _pass_on(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give `event` to each tracker; warn once of one that raises, and drop it when it keeps on."""
+        """Pass `event` to each tracker; warn once if one raises, and drop it if it keeps failing."""
         if event in ("on_train_begin", "on_train_end"):
             self._open = (args, state, control) if event == "on_train_begin" else None
         for name, tracker in list(self._trackers):
             try:
-                # A copy each: some take out of the logs what they do not show.
+                # A copy each: some remove from the logs what they do not show.
                 own = {**kwargs, "logs": dict(kwargs["logs"])} if kwargs.get("logs") else kwargs
                 with panics_as_errors():
                     getattr(tracker, event)(args, state, control, **own)
@@ -279,11 +278,11 @@ class TrackersCallback:
 
 
 class _WandbCallback(WandbCallback):
-    """Transformers' own, for a run that is open already and has its configuration."""
+    """Transformers' callback, for a run that is already open and has its configuration."""
 
     def __init__(self) -> None:
         super().__init__()
-        # Its upload builds a second trainer; ours is in Trackers.finish.
+        # Its upload builds a second trainer; Trackers.finish uploads instead.
         self._log_model = WandbLogModel.FALSE
 
     def setup(self, args: Any, state: Any, model: Any, **kwargs: Any) -> None:
