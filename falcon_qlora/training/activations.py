@@ -1,4 +1,4 @@
-"""What the blocks keep for the backward pass, chosen before the run and tried before its first step."""
+"""Which activations the blocks keep for the backward pass: chosen, then tried before the first step."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Activations:
     """What was chosen.
 
     Attributes:
-        blocks: one a block.
-        predicted_gib: what the process's peak will be, GiB; None on the CPU.
-        fp8_weights_kept: whether there was room for the frozen weights in FP8, so that they are made once.
+        blocks: the choice for each block.
+        predicted_gib: the process's predicted peak memory, GiB; None on the CPU.
+        fp8_weights_kept: whether there was room to keep the frozen weights in FP8, converted only once.
     """
 
     blocks: list[Checkpointing]
@@ -59,10 +59,10 @@ class Activations:
 def choose_activations(
     run: RunArguments, model: Any, kernels: dict[str, str], *, max_length: int, optimizer: str
 ) -> Activations:
-    """Set what each block keeps: as `--checkpointing` says, on auto as much as there is memory for.
+    """Set what each block keeps: as `--checkpointing` says; with auto, as much as memory allows.
 
     Args:
-        run: says so, and how many sequences a micro-batch and a step have.
+        run: holds `--checkpointing`, and how many sequences a micro-batch and a step have.
         model: with a method attached.
         max_length: tokens of a sequence.
         optimizer: by the trainer's name.
@@ -134,24 +134,24 @@ def _step(run: RunArguments, model: Any, *, max_length: int, optimizer: str, fas
 
 
 def warm_up(trainer: FalconTrainer, run: RunArguments, *, max_length: int) -> None:
-    """On a GPU, run the largest micro batch of the run once, forward and backward, and forget the gradients.
+    """On a GPU, run the largest micro-batch of the run once, forward and backward, and drop the gradients.
 
-    So memory that will not do is found before the first step, and PyTorch's allocator begins with the largest
-    pieces it will need. Nothing that the run computes from is changed: no parameter, no random state. Of a
-    stream the largest is not known.
+    So too little memory is found before the first step, and PyTorch's allocator begins with the largest
+    pieces it will need. No parameter and no random state changes. A stream does nothing here: its largest
+    micro-batch is not known.
 
     Args:
-        run: what to change where memory does not do, and
-        max_length: tokens of a sequence; so too.
+        run: for the advice in the error.
+        max_length: tokens of a sequence, likewise.
 
     Raises:
-        UserError: if the GPU's memory does not do.
+        UserError: if the GPU's memory is too small.
     """
     from falcon_qlora.models.zero3 import is_zero3
     from falcon_qlora.step.loss import sum_of_losses
 
     device = trainer.args.device
-    # ZeRO-3 shares the model out together with its optimizer, when the training starts.
+    # ZeRO-3 shards the model together with its optimizer, when training starts.
     tries = warms_up(device) and not is_zero3(trainer.model)
     batch = largest_micro_batch(trainer) if tries else None
     if batch is None:
@@ -176,7 +176,7 @@ def warms_up(device: torch.device) -> bool:
 
 
 def largest_micro_batch(trainer: FalconTrainer) -> MicroBatch | None:
-    """Of this process's share of the step with the most tokens; padded, with the longest document."""
+    """This process's largest, of the step with the most tokens; if padded, with the longest document."""
     from falcon_qlora.data.batches import TrainingSteps
 
     steps = trainer.steps

@@ -1,4 +1,4 @@
-"""Whether the base is the one on which what a run goes on with, or begins from, was trained."""
+"""Checks that the base is the one that a checkpoint or a starting adapter was trained on."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from falcon_qlora.terminal.console import note
 
 
 def check_recorded_folders(settings: ModelArguments, checkpoint: str | None) -> None:
-    """Refuse to go on with a run whose base or tokenizer is a folder that is gone.
+    """Refuse to resume a run whose base or tokenizer is a folder that is gone.
 
     Raises:
-        UserError: naming the folder, and how to name where it lies now.
+        UserError: naming the folder, and the flag that names its new place.
     """
     if checkpoint is None or not (Path(checkpoint) / RECORD).is_file():
         return
@@ -33,13 +33,13 @@ def check_recorded_folders(settings: ModelArguments, checkpoint: str | None) -> 
 def check_base(settings: ModelArguments, *, checkpoint: str | None, adapter: str | None) -> str | None:
     """Refuse another base than that of the checkpoint or the adapter; how it is quantized is not compared.
 
-    What is missing of the base is downloaded.
+    Missing files of the base are downloaded.
 
     Returns:
-        What tells the base's content, for records; None where nothing does.
+        The fingerprint of the base's content, for records; None if it has none.
 
     Raises:
-        UserError: if it is another, by its content.
+        UserError: if the base's content is another.
     """
     name, revision = settings.model_name_or_path, settings.model_revision
 

@@ -1,4 +1,4 @@
-"""From the settings to the model with its adapter, and to the trainer around it."""
+"""Builds the model with its adapter, and the trainer around it, from the settings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def model_with_adapter(
     """The replica on this process's device, made trainable by the method, ready for packed documents.
 
     Args:
-        adapter: the folder of one that the method has trained, to begin from; None for a fresh one.
+        adapter: the folder of a trained adapter to begin from; None for a fresh one.
     """
     from falcon_qlora.models.forward import enable_packing
     from falcon_qlora.models.load import load_model
@@ -67,9 +67,9 @@ def model_with_adapter(
 
 
 def sample_prompts(run: RunArguments, data: TrainingData, tokenizer: Any) -> list[tuple[str, list[int]]]:
-    """What sample answers are asked for: a text to show and its token ids, a prompt a pair.
+    """The prompts of the sample answers: for each, a text to show and its token ids.
 
-    The user's prompts, written with the rows' template; without any, the prompts of the first held-out rows.
+    They are the user's prompts, in the rows' template; without any, the prompts of the first held-out rows.
     """
     from falcon_qlora.data.templates import Turn, get_template
     from falcon_qlora.data.tokens import prompt_ids
@@ -91,10 +91,10 @@ def sample_prompts(run: RunArguments, data: TrainingData, tokenizer: Any) -> lis
 
 
 def trainer_arguments(training: SFTConfig, *, total_steps: int) -> SFTConfig:
-    """The user's settings with what this trainer needs whatever they are.
+    """The user's settings, changed where this trainer needs fixed values.
 
-    Micro-batches and clipping are the step's, so the loop sees no accumulation, no packing, no preparing of
-    data and no `max_grad_norm`; what blocks compute again is chosen elsewhere too, see `models.activations`.
+    The step makes micro-batches and clips, so the loop sees no gradient accumulation, no packing, no data
+    preparation and no `max_grad_norm`. Recomputation is chosen elsewhere too, see `models.activations`.
 
     Args:
         training: the user's settings.
@@ -102,7 +102,7 @@ def trainer_arguments(training: SFTConfig, *, total_steps: int) -> SFTConfig:
     """
     training = copy.copy(training)
     if training.n_gpu > 1:
-        # Else Transformers' DataParallel, for one process without a launcher.
+        # Otherwise Transformers uses DataParallel in one process without a launcher.
         note(f"one of {training.n_gpu} GPUs is used: this is one process. falcon-qlora train uses all")
         training._n_gpu = 1
     training.max_steps = total_steps
@@ -114,7 +114,7 @@ def trainer_arguments(training: SFTConfig, *, total_steps: int) -> SFTConfig:
     training.disable_tqdm = True
     training.log_level = training.log_level_replica = "error"  # the trainer sets it for all of Transformers
     training.logging_nan_inf_filter = False  # it waits for the loss of every step
-    training.push_to_hub = False  # what is done at the end of the run
+    training.push_to_hub = False  # done at the end of the run instead
     training.report_to = []  # trackers come as callbacks
     training.restore_callback_states_from_checkpoint = True  # how long early stopping has waited
     # Transformers renames the first to the second.
@@ -140,7 +140,7 @@ def build_trainer(
     describe_adapter: Callable[[Path], None],
     began: float,
 ) -> FalconTrainer:
-    """The trainer with everything that listens to it.
+    """The trainer with its callbacks.
 
     Args:
         training: the settings of TRL's trainer.

@@ -1,4 +1,4 @@
-"""What listens to the loop: counts, metrics.jsonl, and the steps' ends at which a run saves or stops."""
+"""The loop's callbacks: counts, metrics.jsonl, and whether a run saves or stops after a step."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class StepKeeper(DefaultFlowCallback):
-    """Keeps count of tokens and of the epoch of the plan, and tells the trainer where the loop is.
+    """Counts tokens and the plan's epochs, and tells the trainer where the loop is.
 
-    It takes the place of the callback that decides when to log, evaluate and save. To the loop the whole run
-    is one epoch; what is to be done once an epoch is done where those of the plan end.
+    It replaces the callback that decides when to log, evaluate and save. To the loop the whole run is one
+    epoch; what is done once an epoch is done where the plan's epochs end.
     """
 
     def __init__(self, trainer: FalconTrainer):
@@ -38,12 +38,12 @@ class StepKeeper(DefaultFlowCallback):
         super().on_step_end(args, state, control)
         if share.epoch.is_integer() or state.global_step == state.max_steps:
             super().on_epoch_end(args, state, control)
-        # However checkpoints are chosen, the end is one.
+        # Every save strategy but NO saves the last step.
         control.should_save |= state.global_step == state.max_steps and args.save_strategy != SaveStrategy.NO
         self._trainer.after_step(control)
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        pass  # the loop's, with which the run ends
+        pass  # the loop's only epoch ends with the run
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._trainer.end_if_asked()
@@ -56,7 +56,7 @@ class StepKeeper(DefaultFlowCallback):
 
 
 class MetricsWriter(TrainerCallback):
-    """Writes one line a log step, the evaluation's loss in the line of its step.
+    """Writes one line for each log step; an evaluation's loss goes into the line of its step.
 
     Args:
         append: called on the main process with the step and what was logged.

@@ -1,4 +1,4 @@
-"""Whether the disk has room for what a run will write, and the host's memory for a copy of it."""
+"""Checks that the disk has room for a run's checkpoints, and host memory for a copy of one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from falcon_qlora.training.trainer import FalconTrainer
 
-# The record beside the weights, with room to spare for what the disk itself takes.
+# The small files beside the weights, with room to spare for the file system.
 _SMALL_FILES = 16 * 2**20
 
 
@@ -33,16 +33,16 @@ def check_disk(
     steps: int,
     by_clock: bool,
 ) -> None:
-    """Refuse a disk on which the run's checkpoints have no room.
+    """Refuse a disk without room for the run's checkpoints.
 
     Args:
         directory: where they will be.
         model: with its trainable parameters.
-        training: what says how often is saved, and how many are kept.
+        training: says how often to save, and how many checkpoints to keep.
         optimizer: by the trainer's name.
         whole: whether all parameters of the model are trained.
         steps: of the run.
-        by_clock: whether the clock asks for checkpoints too.
+        by_clock: whether checkpoints are also saved by the clock.
 
     Raises:
         UserError: with what is needed and what is free.
@@ -62,7 +62,7 @@ def check_disk(
 
 
 def waiting_saves(trainer: FalconTrainer, *, optimizer: str) -> list[str]:
-    """What the user is told where the host has no memory to write a save beside the training.
+    """A note for the user if the host lacks memory to save while training goes on; else nothing.
 
     Args:
         trainer: whose checkpointer decides.
@@ -76,7 +76,7 @@ def waiting_saves(trainer: FalconTrainer, *, optimizer: str) -> list[str]:
         embedded = embedded_share(model.config) if method_of(model).is_whole else 0.0
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         state = optimizer_bytes(optimizer, trained[0].element_size(), embedded=embedded)
-        # Most optimizers keep two tensors of each.
+        # Most optimizers keep two tensors for each parameter.
         sizes += [int(each.numel() * state / 2) for each in trained for _ in range(2)]
     why = checkpointer.too_large(copy_bytes(sizes))
     return [] if why is None else [why]
@@ -98,8 +98,8 @@ def predicted_bytes(
         trainable: parameters.
         optimizer: by the trainer's name.
         saves: checkpoints in the whole run.
-        limit: how many are kept; the new one is whole before an old one goes.
-        keeps_best: whether the best stays beyond the limit.
+        limit: how many are kept; the new one is complete before an old one is removed.
+        keeps_best: whether the best may stay beyond the limit.
         bytes_each: of a parameter.
         embedded: share of the parameters that are an embedding's.
     """

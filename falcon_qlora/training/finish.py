@@ -1,4 +1,4 @@
-"""How a run ends: the adapter and the summary are written, or it is said where it has come to."""
+"""The end of a run: writes the adapter and the summary, or says where the run stopped."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ def finish(
     predicted_gib: float | None,
     began_from: tuple[str | None, str | None],
 ) -> None:
-    """Prove that the replicas agree, write the adapter and the summary, and say what was written.
+    """Check that the replicas agree, write the adapter and the summary, and print what was written.
 
     Args:
         describe_adapter: completes an adapter's folder, given the summary.
         title: of the picture of losses.
-        predicted_gib: what a process's peak memory was to be; None on the CPU.
+        predicted_gib: a process's predicted peak memory, GiB; None on the CPU.
         began_from: folder of an adapter and the SHA-256 of its weights, if the run began from one.
 
     Raises:
-        UserError: if the replicas differ, if nothing was trained, if the adapter cannot be written, or if as
-            it lies on the disk it is not the one in memory; it is not kept.
+        UserError: if the replicas diverged, if nothing was trained, if the adapter cannot be written, or if
+            the written adapter is not the one in memory; it is not kept.
     """
     model = trainer.model
     if not is_sharded(model):
@@ -74,7 +74,7 @@ def finish(
     evaluations = [
         (line["eval_loss"], line["step"])
         for line in lines
-        if line.get("eval_loss") is not None and line["step"] > 0  # before, there is nothing to keep
+        if line.get("eval_loss") is not None and line["step"] > 0  # at step 0 there is nothing to keep
     ]
     best: tuple[float | None, int | None] = min(evaluations, default=(None, None))
     if trainer.args.load_best_model_at_end:  # of the adapter that is kept
@@ -119,7 +119,7 @@ def finish(
 def _keep_adapter(
     directory: RunDirectory, trainer: FalconTrainer, describe_adapter: Callable[[Path], None]
 ) -> None:
-    """Write the adapter's folder; where the disk fails, once more after a while."""
+    """Write the adapter's folder; if the disk fails, retry once after a pause."""
     model = trainer.model
 
     def write() -> str | None:
@@ -135,11 +135,11 @@ def _keep_adapter(
                 opened &= not trainer.holds_best
                 check_adapter(folder, model, trained=trainer.has_learned(), opened=opened)
                 trainer.checkpointer.require_kept()
-                # A model card is there to be written on.
+                # A model card is meant to be edited.
                 write_manifest(folder, {"step": trainer.state.global_step}, leave_out=["README.md"])
         except OSError as error:
             if is_sharded(model) and not took_part:
-                take_part(model)  # the others do
+                take_part(model)  # the other processes do
             return reason_of(error)
         except AdapterFaultError as error:
             told = not_kept(error, directory.checkpoints, step=trainer.state.global_step)
@@ -160,7 +160,7 @@ def _keep_adapter(
 
 
 def _wall_clock(trainer: FalconTrainer) -> dict[str, Any]:
-    """What the whole command took, and where it went."""
+    """How long the whole command took, and where the time went."""
     meter = trainer.meter
     wall = meter.wall_seconds()
     spent = {
@@ -180,7 +180,7 @@ def _wall_clock(trainer: FalconTrainer) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _told_if_not_written(file: Path) -> Iterator[None]:
-    """The adapter is worth more than what is said about it."""
+    """Print a note instead of failing: the adapter is worth more than its records."""
     try:
         yield
     except OSError as error:
@@ -188,7 +188,7 @@ def _told_if_not_written(file: Path) -> Iterator[None]:
 
 
 def upload(directory: RunDirectory, training: SFTConfig) -> None:
-    """Upload the adapter where `--push_to_hub` asks for it; a run whose upload fails is whole without it."""
+    """Upload the adapter if `--push_to_hub` asks for it; a failed upload only prints a note."""
     if not training.push_to_hub or not ranks.is_main_process():
         return
     try:
@@ -208,14 +208,14 @@ def upload(directory: RunDirectory, training: SFTConfig) -> None:
 def stop(
     directory: RunDirectory, stopped: Stopped, trackers: Trackers, *, steps: int, resumable: bool
 ) -> None:
-    """Say where a run that was asked to stop has come to, and how it goes on.
+    """Print where a run that was asked to stop has stopped, and how to resume it.
 
     Args:
         steps: of the whole run.
         resumable: whether its checkpoints hold the optimizer's state.
 
     Raises:
-        UserError: if it could not be saved there.
+        UserError: if the checkpoint could not be saved.
     """
     trackers.finish(exit_status=int(stopped.failure is not None))
     if ranks.is_main_process():

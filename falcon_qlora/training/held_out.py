@@ -1,4 +1,4 @@
-"""The text on which a model is measured after training."""
+"""The held-out text that a model is evaluated on after training."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class HeldOutText:
         dataset: with the columns ``input_ids`` and ``mask``.
         lengths: int64 ``[documents]``, tokens.
         fingerprint: of the documents.
-        source: what they are, for a person.
-        is_the_runs_own: whether they are what the run held out itself.
-        notes: what became of the rows, for a person; of a share of rows the training has said it.
+        source: where they come from, for the user.
+        is_the_runs_own: whether the run held them out itself.
+        notes: what became of the rows, for the user; empty for a share of rows, which training has told.
     """
 
     dataset: Any
@@ -82,7 +82,7 @@ def rows_of(configuration: Configuration, tokenizer: Any) -> HeldOutText:
 
 
 def packaged_text(tokenizer: Any, max_length: int) -> HeldOutText:
-    """English prose and documentation that comes with the package: of any use only where nothing else is."""
+    """English prose and documentation that comes with the package, used if there is no other text."""
     import datasets
 
     from falcon_qlora.models.tiny import held_out_documents

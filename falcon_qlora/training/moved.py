@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def footprint(model: nn.Module) -> str:
-    """A hash of every trained number that lies on this process; after the same steps it is the same."""
+    """A hash of all trained parameters on this process; it is the same after the same steps."""
     return agreement.checksum(
         parameter.ds_tensor if zero3.is_part(parameter) else local_tensor(parameter)
         for parameter in _trained(model)
@@ -26,13 +26,13 @@ def footprint(model: nn.Module) -> str:
 
 
 def require_moved(trainer: FalconTrainer) -> None:
-    """Refuse to hand out as trained what is as it was at the start; every process calls this.
+    """Refuse a run whose weights are as they were at the start; every process calls this.
 
-    Every number is compared, by a checksum. An adapter whose tensors that start at zero are all still zero
-    computes what the base does, whatever became of its others by weight decay.
+    Every number is compared, by a checksum. An adapter is refused too if all tensors that start at zero are
+    still zero: it computes what the base does, even if weight decay has changed its other tensors.
 
     Raises:
-        UserError: that says why.
+        UserError: saying why.
     """
     model = trainer.model
     same = agreement.gather_objects(trainer.is_as_it_was())

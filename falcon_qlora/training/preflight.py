@@ -1,6 +1,6 @@
-"""What is refused before anything large is read.
+"""Checks that refuse a run before anything large is read.
 
-A run that is refused leaves no folder and takes nothing from one that is there.
+A refused run leaves no new folder and takes nothing from an existing one.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _MOST_PARAMETERS_ON_CPU = 10**9
 
 @dataclass(frozen=True)
 class Start:
-    """What a run begins with, as nothing speaks against it.
+    """What a run starts with, once all checks have passed.
 
     Attributes:
         directory: where it would write; a fresh one is not made yet.
-        checkpoint: that it goes on from, or None.
-        trackers: none of them open.
+        checkpoint: that it resumes from, or None.
+        trackers: none of them open yet.
     """
 
     directory: RunDirectory
@@ -47,12 +47,12 @@ class Start:
 
     @property
     def goes_on(self) -> bool:
-        """Whether an earlier start has written something."""
+        """Whether the run continues an earlier start."""
         return self.checkpoint is not None or ranks.restart_count() > 0
 
     @contextlib.contextmanager
     def run_folder(self) -> Iterator[RunDirectory]:
-        """The run directory, made for the run that starts in the block; removed again if it does not."""
+        """The run directory, made on entry; removed again if the block fails and no run has written there."""
         made = RunDirectory(agreement.from_main_process(lambda: self._choose(True)))
         try:
             yield made
@@ -63,16 +63,16 @@ class Start:
 
 
 def check(configuration: Configuration, lock: RunLock) -> Start:
-    """Find the folder, the checkpoint to go on from and the base model, and refuse what cannot be.
+    """Find the folder, the checkpoint to resume from and the base model, and refuse what cannot work.
 
-    Of a run that goes on the configuration takes over the size of a step; of an adapter that it begins from
-    the method and the base.
+    The configuration takes over the global batch size of a run to resume, and the method and base of an
+    adapter to begin from.
 
     Args:
         lock: taken by the main process on the run's folder.
 
     Raises:
-        UserError: for what the user can mend.
+        UserError: for what the user can fix.
     """
     run, model = configuration.run, configuration.model
 
@@ -110,7 +110,7 @@ def check(configuration: Configuration, lock: RunLock) -> Start:
 def _check_model(
     settings: ModelArguments, method: Method, *, sharding: str, on_cpu: bool
 ) -> PreTrainedConfig:
-    """Refuse a model of no known layout or that exceeds the device, before its weights are downloaded."""
+    """Refuse a model of unknown layout or too large for the device, before its weights are downloaded."""
     import torch
 
     from falcon_qlora.kernels import fp8

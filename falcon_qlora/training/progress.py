@@ -29,7 +29,7 @@ class ProgressCallback(TrainerCallback):
     The numbers are those the trainer logs: `loss`, `tokens_per_second`, `peak_memory_gib`, `eval_loss`.
 
     Args:
-        warning: a few words to put behind them, or none.
+        warning: returns a few words to show after the numbers, or an empty text.
     """
 
     def __init__(self, warning: Callable[[], str]) -> None:
@@ -44,10 +44,10 @@ class ProgressCallback(TrainerCallback):
         self._last_step = 0
         self._printed_step = -1
         self._printed_at = 0.0
-        self._marks: list[tuple[int, float]] = []  # when the training began, and its first step was done
+        self._marks: list[tuple[int, float]] = []  # (step, time) at the start, and after the first step
 
     def close(self) -> None:
-        """Take the bar off the terminal; safe to call at any time, and again."""
+        """Remove the bar from the terminal; safe to call at any time, and repeatedly."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -76,7 +76,7 @@ class ProgressCallback(TrainerCallback):
             self._counter(), total=self._last_step, completed=self._step, numbers=""
         )
         self._progress.start()
-        # Rich hides the cursor until the bar stops, which a process that is killed never comes to.
+        # Rich hides the cursor until the bar stops; if the process is killed, it would stay hidden.
         console().show_cursor(True)
         # A traceback must not be drawn over.
         atexit.register(self.close)
@@ -138,7 +138,7 @@ class ProgressCallback(TrainerCallback):
         return [*numbers, warning] if (warning := self._warning()) else numbers
 
     def _seconds_left(self) -> float | None:
-        """By the wall clock of this start, so with what saves and evaluations have cost a step until now."""
+        """From this start's wall clock, so including the time of saves and evaluations so far."""
         # The first step warms up: it counts only while there is no other.
         earlier = [mark for mark in self._marks if mark[0] < self._step]
         if not earlier or self._step >= self._last_step:

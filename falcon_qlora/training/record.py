@@ -1,4 +1,4 @@
-"""What a run writes down about itself: before it starts, beside every adapter, and when it is done."""
+"""What a run records about itself: before it starts, beside every adapter, and when it is done."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def write_start(
 
     Args:
         kernels: block → what runs it, for kernels.json.
-        checkpoint: that the run goes on from; what was logged after it is forgotten, as it is done again.
+        checkpoint: that the run resumes from; what was logged after it is removed, as it is done again.
     """
     if not ranks.is_main_process():
         return
@@ -60,7 +60,7 @@ def write_start(
 
 
 def counts(model: Any) -> dict[str, Any]:
-    """Parameters and quantized linears of a model with an adapter; quantized weights counted unpacked."""
+    """Parameters and quantized linears of a model with an adapter; quantized weights count unpacked."""
     trainable = sum(whole_shape(p).numel() for p in model.parameters() if p.requires_grad)
     groups = [group for group in method_of(model).parameter_groups(model.config) if not group.of_base]
     return {
@@ -163,14 +163,14 @@ def describe_adapter(
     folder: Path,
     summary: dict[str, Any] | None = None,
 ) -> None:
-    """Complete an adapter's folder: its model card, and what `generate` must know to open and ask it.
+    """Complete an adapter's folder: its model card, and what `generate` needs to open and prompt it.
 
-    A tokenizer with tokens of one's own lies beside it too.
+    A tokenizer with added tokens is saved there too.
 
     Args:
         base_fingerprint: from `check_base`.
-        tokenizer: that was trained with.
-        folder: with what was trained.
+        tokenizer: that was used in training.
+        folder: holds what was trained.
         summary: of the run, once it is done.
     """
     settings, rows, method = configuration.model, configuration.data, configuration.method
@@ -234,7 +234,7 @@ def refused_by_peft(method: Method) -> list[str]:
 
 
 def _unseen_tokens(data: TrainingData, method: Method) -> list[str]:
-    """Which new tokens no document has, so that their rows learn nothing; of a stream that is not known."""
+    """A note on new tokens that no document has: their rows learn nothing. Not known for a stream."""
     if not isinstance(method, Lora) or not method.new_tokens or data.statistics is None:
         return []
     seen: set[int] = set()

@@ -1,4 +1,4 @@
-"""Going on with a run: which checkpoint, with the batch and the settings it had, or why not."""
+"""Resuming a run: from which checkpoint, with which batch and settings, or why it is refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from falcon_qlora.terminal.console import note
 from falcon_qlora.training import sharding
 from falcon_qlora.training.rows import TrainingData, global_batch
 
-# A run that goes on with another value of one of these is another run.
+# A run that resumes with another value of one of these is another run.
 _DECISIVE = (
     "adapter adapter_sha256 model_name_or_path model_revision quantize_mode double_quantization "
     "norms_in_float32 llm_int8_threshold compute_dtype "
@@ -35,15 +35,15 @@ _DECISIVE = (
     "train_sampling_strategy method optim optim_args learning_rate lr_scheduler_type lr_scheduler_kwargs "
     "warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm neftune_noise_alpha seed"
 ).split()
-# Of a stream too, whose documents nobody has counted; else the fingerprint of the data tells.
+# These too for streams, which have no fingerprint that would show a change of the data.
 _DECISIVE_FOR_STREAMS = (
     "dataset_weights dataset_config dataset_train_split dataset_format text_column instruction_column "
     "input_column output_column prompt_column completion_column messages_column conversations_column max_rows"
 ).split()
-# How a run draws, which its checkpoints say from 2 on. Before, weighted rows were drawn once for all epochs,
-# and NEFTune's noise was by the length of a micro-batch.
+# The version of how a run draws, which checkpoints record from 2 on. In older ones weighted rows were drawn
+# once for all epochs, and NEFTune's noise was scaled by the length of a micro-batch.
 DRAWING = 2
-# These may be changed, and what follows from them is said.
+# These may change; a note says what follows.
 _MAY_CHANGE = {
     "max_steps": "the learning-rate schedule changes",
     "num_train_epochs": "the learning-rate schedule changes",
@@ -56,12 +56,12 @@ _MAY_CHANGE = {
 
 
 def checkpoint_to_resume(directory: RunDirectory, *, resume: str | None, overwrite: bool) -> str | None:
-    """The checkpoint to go on from, verified, or None for a run from the start.
+    """The checkpoint to resume from, verified, or None for a run from the start.
 
-    One that is torn or altered is named and passed over for the one before.
+    One that is incomplete or altered is named and skipped for the one before.
 
     Raises:
-        UserError: if there is none to go on from, or the one that was named is not whole.
+        UserError: if there is none to resume from, or the one that was named cannot be resumed.
     """
     restarted = ranks.restart_count() > 0
     if not resume and not restarted:
@@ -70,9 +70,9 @@ def checkpoint_to_resume(directory: RunDirectory, *, resume: str | None, overwri
     if resume and resume != "latest" and Path(resume).parent.name == "checkpoints":
         named = Path(resume)
     if restarted and _is_of_this_launch(directory):
-        named = None  # we have come further
+        named = None  # this launch has come further
     elif restarted and overwrite:
-        return None  # it failed before it came to replace the old run
+        return None  # it failed before it replaced the old run
     found = agreement.from_main_process(lambda: _find(directory, named))
     if found is None and resume and not restarted:
         raise UserError(f"--resume: {directory} holds no checkpoint yet; start it again with --overwrite")
@@ -119,7 +119,7 @@ def _refuse_if_not_whole(checkpoint: Path) -> None:
             f"--resume {checkpoint}: it was saved with --save_only_model, without the optimizer's state"
         )
     check_trainer_state(checkpoint)
-    # What else says the same of it.
+    # The same facts from other places.
     known = {"step": int(checkpoint.name.removeprefix("step-")), "processes": len(load_states(checkpoint))}
     for name in ("step", "processes", "global_batch"):
         value = record.get(name)
@@ -136,7 +136,7 @@ def _not_what_training_wrote(checkpoint: Path, name: str, value: Any) -> UserErr
 
 
 def adopt(configuration: Configuration, checkpoint: str) -> None:
-    """Take over the size of a step from the run that goes on, and refuse settings that make it another run.
+    """Take over the global batch size of the run to resume; refuse settings that make it another run.
 
     Raises:
         UserError: naming the setting.
@@ -180,15 +180,15 @@ def _compare_settings(configuration: Configuration, checkpoint: Path, record: di
         configuration
     ):
         sharding.take_optimizer(configuration)
-    # Where a run began from no adapter, nothing of one is written down.
+    # A run that began from no adapter records none.
     from_none: dict[str, Any] = {"adapter": None, "adapter_sha256": None}
     before, now = from_none | before, from_none | plain(configuration.resolved())
     defaults = {setting.name: setting.default for setting in settings_of(TrainerArguments)}
     of_streams = _DECISIVE_FOR_STREAMS if configuration.data.streaming else ()
     of_method = [each.name for each in settings_of(type(configuration.method)) if each.decisive]
     for name in (*_DECISIVE, *of_method, *of_streams, *_MAY_CHANGE):
-        # One of the library's is not written down where it was not given; one of ours not by a release that
-        # did not have it.
+        # A setting of the library is not recorded if it was not given, nor one of ours that the
+        # release did not have.
         if name not in defaults and not (name in before and name in now):
             continue
         was, is_now = (settings.get(name, defaults.get(name)) for settings in (before, now))
@@ -206,7 +206,7 @@ def _compare_settings(configuration: Configuration, checkpoint: Path, record: di
 
 
 def _has_only_moved(name: str, is_now: Any, checkpoint: Path) -> bool:
-    """Whether a base or a tokenizer is what it was, in another place."""
+    """Whether a base or a tokenizer has the same content, in another place."""
     what = {"model_name_or_path": "base model", "tokenizer_name_or_path": "tokenizer"}.get(name)
     if what is None or is_now is None or not (checkpoint / RECORD).is_file():
         return False
@@ -214,7 +214,7 @@ def _has_only_moved(name: str, is_now: Any, checkpoint: Path) -> bool:
 
 
 def _batch_of(settings: dict[str, Any], processes: int) -> Any:
-    """Sequences of a step in a run with these settings; None where they do not say."""
+    """Sequences of a step in a run with these settings; None if they do not say."""
     whole = settings.get("global_batch_size")
     each, pieces = (
         settings.get(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -239,10 +239,10 @@ def _say_what_differs(processes: int, *, draws: bool) -> None:
 
 
 def check_data(data: TrainingData, checkpoint: str | None) -> None:
-    """Refuse to go on over other documents than the run began with.
+    """Refuse to resume on other documents than the run began with.
 
     Raises:
-        UserError: if the rows or their tokens are others.
+        UserError: if the rows or their tokens have changed.
     """
     if checkpoint is None:
         return
@@ -279,7 +279,7 @@ def _changed_stream(before: dict[str, Any] | None, now: dict[str, Any]) -> str |
 
 
 def forget_after(directory: RunDirectory, step: int) -> None:
-    """Cut the record back to a step: what came after it is done again. On the main process."""
+    """Cut the run's records back to `step`: later steps are done again. On the main process."""
     directory.drop_metrics_after(step)
     for path in set_aside_after(directory.checkpoints, step):
         note(f"{path} is later than step {step:,}: it is set aside until the run reaches it again")
@@ -290,7 +290,7 @@ def step_of(checkpoint: str) -> int:
 
 
 def how_to_go_on(directory: RunDirectory) -> str:
-    """The command that goes on with a run."""
+    """The command that resumes a run."""
     words = ["falcon-qlora", "train", "--config", str(directory.config_file), "--resume", str(directory)]
     if ranks.world_size() > 1 and ranks.world_size() == ranks.local_world_size():
         words += ["--gpus", str(ranks.world_size())]

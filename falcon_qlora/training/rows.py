@@ -32,15 +32,15 @@ class TrainingData:
     Attributes:
         steps: one `Share` an optimizer step, for this process.
         total_steps: optimizer steps of the run.
-        epochs: passes over the data in them; None for a stream.
-        dataset: the tokenized documents, of a stream only its first: what TRL looks at.
+        epochs: passes over the data in these steps; None for a stream.
+        dataset: the tokenized documents, which TRL looks at; for a stream only the first.
         names: of the rows that documents are made of.
         statistics: what became of the rows; None for a stream.
         held_out: the held-out documents, or None.
         record: what data.json says.
         dataset_format: of the rows, as recognised.
-        template: that wrote them.
-        efficiency: real tokens in a step over its room, on average; None for a stream.
+        template: that writes them.
+        efficiency: mean share of a step's room that real tokens fill; None for a stream or without packing.
         notes: what else happened to the rows, for the terminal.
     """
 
@@ -75,7 +75,7 @@ def load_tokenizer(model: ModelArguments, method: Method | None = None) -> Any:
 
 
 def corpora(data: DataArguments, tokenizer: Any, *, seed: int, **changes: Any) -> tuple[Any, Any]:
-    """The tokenized documents to train on, and those held out or None; from the cache where they are there.
+    """The tokenized documents to train on, and those held out or None; from the cache if they are in it.
 
     Args:
         seed: of the choice of held-out rows.
@@ -116,7 +116,7 @@ def training_data(
     """Rows, tokens, and which of them make each step.
 
     Args:
-        together: a forward may take all processes, so that each must have as many.
+        together: a forward may need all processes, so each must have as many micro-batches.
     """
     if data.streaming:
         return _streamed_data(data, run, tokenizer, together=together)
@@ -174,7 +174,7 @@ def training_data(
 
 
 def _streamed_data(data: DataArguments, run: RunArguments, tokenizer: Any, *, together: bool) -> TrainingData:
-    """Rows that are read as they are needed; held-out rows, being few, are tokenized ahead as always."""
+    """Rows that are read as they are needed; held-out rows, being few, are tokenized in advance."""
     import datasets
 
     from falcon_qlora.data.batches import StreamingSteps
@@ -280,13 +280,13 @@ def _dealing(run: RunArguments, *, together: bool) -> Dealing:
         micro_batch=run.per_device_train_batch_size,
         process=ranks.process_index(),
         processes=ranks.world_size(),
-        # A forward of sharded weights takes all processes, so that each must have as many.
+        # A forward of sharded weights needs all processes, so each must have as many micro-batches.
         even=together,
     )
 
 
 def held_out_alone(data: DataArguments, tokenizer: Any, *, seed: int) -> Any:
-    """The held-out documents, of a file or another split, without tokenizing what is trained on."""
+    """The held-out documents, of a file or another split, without tokenizing the training data."""
     split = data.eval_split
     assert split is not None
     changes: dict[str, Any] = {"dataset_name": [split], "dataset_weights": None}
@@ -296,7 +296,7 @@ def held_out_alone(data: DataArguments, tokenizer: Any, *, seed: int) -> Any:
 
 
 def _notes(lines: Sequence[str], corpora: Sequence[Any]) -> list[str]:
-    """What is told, each once: also what was left out of files and folders, or read in a special way."""
+    """The lines to show, each once, with notes on what was left out of files or read in a special way."""
     of_sources = [note for corpus in corpora if corpus for use in corpus.sources for note in use.notes]
     return [printable(line) for line in dict.fromkeys([*lines, *of_sources])]
 
@@ -322,28 +322,28 @@ def _what_happened(statistics: Any) -> list[str]:
 
 
 def _what_is_said(sources: Sequence[Any]) -> list[str]:
-    """How the rows were read, and what of them was not."""
+    """How the rows were read, and what was not read."""
     lines = dict.fromkeys(use.read_as() for use in sources)
     told = [(use.name, line) for use in sources for line in (use.drawn(), *use.told()) if line]
     return [*lines, *(f"{name}: {line}" if len(sources) > 1 else line for name, line in told)]
 
 
 def _of_held_out(data: DataArguments, held_out: Any) -> list[str]:
-    """What became of held-out rows that have a name of their own; others are told with those to train on."""
+    """What became of held-out rows with a source of their own; others are reported with the training rows."""
     if held_out is None or is_fraction(str(data.eval_split)):
         return []
     return [f"held out: {each}" for each in what_became(held_out)]
 
 
 def global_batch(run: RunArguments) -> int:
-    """Sequences of one optimizer step, over all processes and micro batches."""
+    """Sequences of one optimizer step, over all processes and micro-batches."""
     if run.global_batch_size is not None:
         return run.global_batch_size
     return run.per_device_train_batch_size * ranks.world_size() * run.gradient_accumulation_steps
 
 
 def row_settings(data: DataArguments) -> dict[str, Any]:
-    """What decides which documents rows become: arguments that every reader of rows takes."""
+    """The settings that decide how rows become documents: arguments of every reader of rows."""
     return {
         "dataset_name": data.dataset_name,
         "dataset_weights": data.dataset_weights,

@@ -22,13 +22,13 @@ def train(configuration: Configuration) -> Path:
         The run directory.
 
     Raises:
-        UserError: for what the user can mend, before anything is computed where that can be known.
+        UserError: for what the user can fix, before anything is computed where possible.
     """
     from falcon_qlora.run_folder.lock import RunLock
     from falcon_qlora.terminal.console import note
 
     began = command_began(default=time.time())
-    # The processes that torchrun ends before it starts others may take a while to go.
+    # Processes that torchrun ends before it starts others may take a while to exit.
     patience = 60.0 if ranks.restart_count() else 0.5
     with RunLock(note, patience_seconds=patience) as lock:
         return _train(configuration, lock, began)
@@ -76,7 +76,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
         steps=data.total_steps,
         by_clock=run.save_every_minutes > 0,
     )
-    agreement.wait_for_all()  # nothing is written before every process has come so far
+    agreement.wait_for_all()  # nothing is written before every process has come this far
     describe_adapter = functools.partial(record.describe_adapter, configuration, data, fingerprint, tokenizer)
     with start.run_folder() as directory:
         trainer = build.build_trainer(
@@ -120,7 +120,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
         ],
     )
 
-    trainer.args.eval_on_start &= start.checkpoint is None  # a run that goes on was evaluated at its start
+    trainer.args.eval_on_start &= start.checkpoint is None  # a resumed run was evaluated at its start
     try:
         trainer.train(resume_from_checkpoint=start.checkpoint)
         endings.forget_siblings()
@@ -137,7 +137,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
         resumable = not trainer.args.save_only_model
         finish.stop(directory, stopped, start.trackers, steps=data.total_steps, resumable=resumable)
     except BaseException:
-        # The process may end without the goodbyes that trackers wait for.
+        # The process may end without the shutdown that trackers rely on.
         start.trackers.finish(exit_status=1)
         raise
     else:

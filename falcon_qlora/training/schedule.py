@@ -1,4 +1,4 @@
-"""The optimizer, and the learning rate of each step: Transformers' schedules, whose first step trains too."""
+"""The optimizer, and Transformers' learning-rate schedules, changed so that the first step trains too."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _LARGE_ENOUGH = 64  # rows and columns of a matrix whose state 8-bit optimizers 
 def schedule(args: TrainingArguments, optimizer: Optimizer, *, steps: int) -> Any:
     """The schedule that the settings ask for over a run of `steps`.
 
-    Transformers' warm-up begins at a rate of 0: its first step changes nothing, and a share of warm-up is
-    rounded up to at least that step, so that a run of one step would train nothing. Here such a first step
-    has the rate of the second, 1 / warm-up of the peak. All other rates are Transformers' own to the last
-    bit, so that a run of before goes on as it would have.
+    Transformers' warm-up begins at a rate of 0, so its first step changes nothing. A share of warm-up is
+    rounded up to at least that step, so a run of one step would train nothing. Here such a first step has the
+    rate of the second, 1 / warm-up of the peak. All other rates are bitwise Transformers' own, so an older
+    run resumes unchanged.
     """
     warm_up = args.get_warmup_steps(steps)
     made = get_scheduler(
@@ -45,7 +45,7 @@ def schedule(args: TrainingArguments, optimizer: Optimizer, *, steps: int) -> An
 
 
 def _more(args: TrainingArguments, steps: int) -> dict[str, Any]:
-    """What the schedule takes beside the steps: what the user gave, and what it cannot do without."""
+    """The schedule's arguments beside the steps: those that the user gave, and those it requires."""
     given = args.lr_scheduler_kwargs or {}
     if "min_lr" in args.lr_scheduler_type and not given.keys() & {"min_lr", "min_lr_rate"}:
         return {"min_lr_rate": _LEAST_OF_COSINE, **given}
@@ -55,13 +55,13 @@ def _more(args: TrainingArguments, steps: int) -> dict[str, Any]:
 
 
 def check(args: TrainingArguments, given: Collection[str]) -> None:
-    """Take a step of the optimizer and of the schedule, on a small matrix, before anything large is loaded.
+    """Take a step of the optimizer on a small matrix, and make the schedule, before anything large is loaded.
 
     Args:
         given: names of the settings that a flag gave.
 
     Raises:
-        UserError: if they cannot be, or one of their settings that was given is not read.
+        UserError: if either fails, or a setting that was given for them is not read.
     """
     matrix = torch.nn.Parameter(torch.zeros(_LARGE_ENOUGH, _LARGE_ENOUGH, device=devices.local_device()))
     matrix.grad = torch.zeros_like(matrix)

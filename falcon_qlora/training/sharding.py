@@ -1,4 +1,4 @@
-"""Whether a model is trained in parts, one on each process, or as a replica on each."""
+"""Whether a model is sharded over the processes, or trained as a replica on each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # The optimizer of a sharded model: its state is sharded too.
 OPTIMIZER = "adamw_torch_fused"
-# What a step needs beyond weights, gradients and the optimizer's state is not counted: this is left for it.
+# Share of a GPU's memory for weights, gradients and optimizer state: what else a step needs is not counted.
 _USABLE_SHARE = 0.8
 
 
@@ -21,10 +21,10 @@ def shard_if_wanted(configuration: Configuration, model: Any) -> list[str]:
     """Shard a model of full fine-tuning over the processes as `--sharding` says.
 
     Returns:
-        What the user is told of it; nothing where the model stays a replica.
+        Notes for the user; none if the model stays a replica.
 
     Raises:
-        UserError: if it cannot be sharded so.
+        UserError: if it cannot be sharded that way.
     """
     if not _wanted(configuration, model.config):
         return []
@@ -52,7 +52,7 @@ def check(configuration: Configuration, config: PreTrainedConfig) -> None:
     """Refuse what `shard_if_wanted` would, before there is a model.
 
     Raises:
-        UserError: if a model of `config` cannot be sharded so.
+        UserError: if a model of `config` cannot be sharded that way.
     """
     if not _wanted(configuration, config):
         return
@@ -69,7 +69,7 @@ def has_unsuitable_optimizer_of_recipe(configuration: Configuration) -> bool:
 
 
 def take_optimizer(configuration: Configuration) -> None:
-    """Have the run take the optimizer of sharded models, and record that."""
+    """Have the run use the optimizer of sharded models, and record that."""
     from transformers.training_args import OptimizerNames
 
     configuration.trainer["optim"] = OPTIMIZER
@@ -125,7 +125,7 @@ def _check(configuration: Configuration) -> None:
 
 
 def _check_zero3(configuration: Configuration) -> None:
-    """DeepSpeed's engine holds weights of one dtype, and an optimizer's state that no resuming reads."""
+    """Refuse what DeepSpeed's engine cannot do (weights of several dtypes, resuming); save weights only."""
     assert configuration.training is not None
     if configuration.model.norms_in_float32:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Beginning a new run from a trained adapter: what is taken over from it, and what must be as it was."""
+"""Beginning a new run from a trained adapter: what is taken over from it, and what must match it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from falcon_qlora.processes import agreement, ranks
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal.console import note
 
-# How the base was held is taken over where nothing else is asked for: it may differ.
+# How the base was quantized is taken over unless the user sets it: it may differ.
 _OF_BASE = {
     "model_name_or_path": "base_model",
     "tokenizer_name_or_path": "tokenizer",
@@ -33,12 +33,12 @@ _OF_BASE = {
 def adopt(configuration: Configuration, start: RunDirectory | None = None, checkpoint: Any = None) -> None:
     """Take over the method, its settings and the base of the adapter that the configuration names, if any.
 
-    What a recipe says of them gives way; what a flag or a file says must be the same. A run that goes on does
-    not look at the adapter again, which may be gone or another by now: its checkpoint tells the same.
+    A recipe's values for them give way; those of a flag or a file must match. A resumed run does not look at
+    the adapter again, which may be gone or changed by now: its checkpoint records the same.
 
     Args:
         start: the run's folder, which may hold what was written before a restart.
-        checkpoint: that the run goes on from, or None.
+        checkpoint: that the run resumes from, or None.
 
     Raises:
         UserError: if there is no such adapter, it is damaged or not the one that is meant, its base cannot be
@@ -52,7 +52,7 @@ def adopt(configuration: Configuration, start: RunDirectory | None = None, check
 
     _remember(run, start, goes_on=checkpoint is not None)
     if checkpoint is not None and run.adapter_sha256 is None:
-        return  # the run began from none, or another: that is told with whatever else is not as it was
+        return  # the run began from none or another: reported with the other settings that differ
     folder = adapter_folder(run.adapter) if checkpoint is None else Path(checkpoint)
     record = read_record(folder)
     if is_whole(record):
@@ -72,11 +72,11 @@ def adopt(configuration: Configuration, start: RunDirectory | None = None, check
 
 
 def _remember(run: RunArguments, start: RunDirectory | None, *, goes_on: bool) -> None:
-    """Take from the record of a run that has begun what its adapter is called, and the weights it had."""
+    """Take the adapter's path and its weights' SHA-256 from the record of a run that has begun."""
     if start is None or not start.config_file.is_file():
         return
     if not goes_on and start.read("environment").get("launch") != ranks.launch_id():
-        return  # it is an earlier one's, which this one is to replace
+        return  # it is an earlier run's, which this one replaces
     settings = settings_of_run(start.read_config(), start.path)
     assert run.adapter is not None
     named, known = Path(run.adapter).absolute(), settings.get("adapter")
@@ -85,7 +85,7 @@ def _remember(run: RunArguments, start: RunDirectory | None, *, goes_on: bool) -
 
 
 def _adopt_base(configuration: Configuration, record: dict[str, Any], folder: Path) -> Any:
-    """Take over the base that a record names, as far as no flag or file does; returns its configuration."""
+    """Take over the base that a record names, unless a flag or file does; return its configuration."""
     from falcon_qlora.models.locate import find_config
 
     named, base = configuration.explicit.keys(), configuration.model
@@ -95,7 +95,7 @@ def _adopt_base(configuration: Configuration, record: dict[str, Any], folder: Pa
             value = record.get(recorded)
             if value is None and name == "model_name_or_path":
                 raise UserError(f"--adapter {folder} names no base model. Name it with -m.")
-            if value is not None:  # an adapter of others says nothing of its base but the name
+            if value is not None:  # another tool's adapter records only its base's name
                 setattr(base, name, settings[name].read(value, f"{folder}: {recorded}"))
 
     def find() -> Any:
@@ -112,7 +112,7 @@ def _adopt_base(configuration: Configuration, record: dict[str, Any], folder: Pa
 
 
 def _method(configuration: Configuration, trained: Method, folder: Path, config: Any) -> Method:
-    """The method of an adapter, with what may differ as the configuration has it."""
+    """The adapter's method, with the configuration's values for settings that may differ."""
     asked, explicit = configuration.method, configuration.explicit
     named = {name for name, origin in explicit.items() if not origin.startswith("recipe ")}
     if "method" in named and asked.name != trained.name:

@@ -1,4 +1,4 @@
-"""Tokens, positions and memory against the seconds of the steps, and of the wall clock."""
+"""Throughput by the seconds of the steps and by the wall clock, and peak memory."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ LOST = ("start", "saves", "evaluation")
 
 @dataclass(kw_only=True)
 class Meter:
-    """Counts real tokens and computed positions against the seconds of the steps, and of the wall clock.
+    """Counts real tokens and computed positions, the seconds of the steps, and the wall clock.
 
-    Time between `pause` and `resume` is not the steps': it is kept by its cause.
+    Time between `pause` and `resume` does not count for the steps: it is kept by its cause.
 
     Attributes:
         began: seconds since the epoch at which the command began.
@@ -49,10 +49,10 @@ class Meter:
         self._paused = None
 
     def pause(self, cause: str) -> None:
-        """Stop counting for the steps, unless that is so already.
+        """Stop counting time for the steps, unless paused already.
 
         Args:
-            cause: of `LOST`, or ``end``: that is what is left in the end.
+            cause: one of `LOST`, or ``end``, whose time is not kept: it is the rest of the wall clock.
         """
         if self._since is not None:
             now = time.perf_counter()
@@ -65,7 +65,7 @@ class Meter:
         self.capacity += capacity
 
     def interval(self) -> dict[str, float]:
-        """Rates since the last call; the caller has made sure that the device is done."""
+        """Rates since the last call; the caller makes sure that the device is done."""
         now = time.perf_counter()
         if self._since is not None:
             self.seconds += now - self._since
@@ -82,7 +82,7 @@ class Meter:
         return _rates(*self._now())
 
     def wall_seconds(self) -> float:
-        """Of the commands that have made the run until now, each from its start."""
+        """Seconds of all commands of the run until now, each from its start."""
         return self._wall_before + time.time() - self.began
 
     def _now(self) -> tuple[int, int, int, float]:
@@ -100,7 +100,7 @@ class Meter:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned, before the first `resume`."""
+        """Restore what `state` returned, before the first `resume`."""
         self.tokens, self.positions, self.capacity, self.seconds = state["now"]
         tokens, positions, capacity, seconds = state["last"]
         self._last = (tokens, positions, capacity, seconds)
@@ -112,7 +112,7 @@ class Meter:
 
 
 def _rates(tokens: float, positions: float, capacity: float, seconds: float) -> dict[str, float]:
-    """Tokens/s count real tokens; samples/s count 512 computed positions, as the 2023 reference did."""
+    """Tokens/s count real tokens; samples/s count computed positions, 512 each, as the 2023 reference."""
     if seconds <= 0:
         return {}
     return {
@@ -123,7 +123,7 @@ def _rates(tokens: float, positions: float, capacity: float, seconds: float) -> 
 
 
 def peak_memory_gib() -> float:
-    """GiB this process reserved on its GPU at the most; without one, its peak resident memory."""
+    """Peak GiB that this process reserved on its GPU; without a GPU, its peak resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved() / GIB
     import resource

@@ -1,7 +1,7 @@
-"""The loop: TRL's SFTTrainer, fed with shares of global batches and asked for nothing a GPU must wait for.
+"""The loop: TRL's SFTTrainer, fed with shares of global batches, and without anything a GPU must wait for.
 
-What a step is, is the `Step`'s; what a checkpoint is, the `Checkpointer`'s: the trainer owns one of each and
-tells them where the loop is. What it replaces of Transformers' Trainer is in `OVERRIDDEN`.
+A `Step` computes each step and a `Checkpointer` saves. The trainer owns one of each and tells them where the
+loop is. `OVERRIDDEN` lists the private methods of Transformers' Trainer that it replaces.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ from falcon_qlora.training.moved import footprint
 from falcon_qlora.training.schedule import schedule
 from falcon_qlora.training.throughput import Meter, peak_memory_gib
 
-# Methods of Transformers' Trainer that are no interface, with the parameters that are relied on: a release
-# that changes one of them is found by tests/unit/test_trainer.py.
+# Private methods of Transformers' Trainer, with the parameters that are relied on: tests/unit/test_trainer.py
+# finds a release that changes one of them.
 OVERRIDDEN: dict[str, str] = {
     "_wrap_model": "model training dataloader",
     "_get_grad_norm": "model grad_norm",
@@ -68,22 +68,22 @@ _NONE_YET: _Best = (None, None, None)
 
 
 class FalconTrainer(SFTTrainer):
-    """SFTTrainer whose step is one global batch, whose loss weighs every target token the same.
+    """SFTTrainer whose step is one global batch, and whose loss weighs every target token the same.
 
     Args:
         model: with packing enabled and a method attached.
         args: from `trainer_arguments`.
         steps: one `Share` an optimizer step.
-        corpus: the tokenized documents, which TRL wants to see.
+        corpus: the tokenized documents, which TRL requires.
         names: of the data's rows.
         evaluation: held-out documents, or None.
-        checkpointer: saves.
-        watchdog: told where the loop is; it watches while there is training.
+        checkpointer: saves the run.
+        watchdog: notes where the loop is, and watches during training.
         tokenizer: of the documents.
         callbacks: Transformers' kind.
         began: seconds since the epoch at which the command began.
-        max_grad_norm: to which gradients are clipped; 0: not at all.
-        max_bad_steps: stop at so many steps in a row whose loss or gradient is not finite; 0: never.
+        max_grad_norm: norm to which gradients are clipped; 0: no clipping.
+        max_bad_steps: stop after this many steps in a row with a non-finite loss or gradient; 0: never.
     """
 
     optimizer: Any  # PyTorch's or ZeRO-3's, in Accelerate's wrapper once the training has begun
@@ -151,14 +151,14 @@ class FalconTrainer(SFTTrainer):
             add_noise(model, self.args.neftune_noise_alpha)
             self.neftune_noise_alpha: float | None = None  # else Transformers adds its own
         self._began_at = 0
-        self._at_start = footprint(model)  # a run that goes on takes up its weights later
+        self._at_start = footprint(model)  # a resumed run loads its weights later
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         self.lr_scheduler = schedule(self.args, optimizer or self.optimizer, steps=num_training_steps)
         return self.lr_scheduler
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
-        # Not in DistributedDataParallel: the step, or a sharded model itself, adds up gradients.
+        # Without DistributedDataParallel: the step, or a sharded model itself, sums gradients.
         prepared = self.accelerator.prepare_model(model, evaluation_mode=True)
         prepared._is_accelerate_prepared = True
         if not zero3.is_zero3(model):
@@ -190,7 +190,7 @@ class FalconTrainer(SFTTrainer):
     ) -> tuple[list[Share], None]:
         self._watchdog.at(self.state.global_step + 1, 0, "reading data")
         share = next(epoch_iterator, None)
-        if self._random is not None:  # after reading, for which the loop has drawn some numbers
+        if self._random is not None:  # after reading, for which the loop draws random numbers
             resume.take_up_random_states(self._random, seed=self.args.seed, **self._place())
             self._random = None
         return ([] if share is None else [share]), None
@@ -206,11 +206,11 @@ class FalconTrainer(SFTTrainer):
         return self.step.gradient_norm  # the step has clipped
 
     def before_training(self) -> None:
-        """Take up what a checkpoint has kept beside the weights, and the processes' parameters as one."""
+        """Restore what a checkpoint keeps beside the weights; give all processes the same parameters."""
         self._stopping, self._ending = False, None
         self._logged_step = self._began_at = self.state.global_step
         self.step.begin(self.optimizer.optimizer, self.accelerator, self._backward)
-        if zero3.is_zero3(self.model):  # whose weights lie elsewhere now; it never goes on from a checkpoint
+        if zero3.is_zero3(self.model):  # its weights have moved; it never resumes from a checkpoint
             self._at_start = footprint(self.model)
         if self._resumed is not None:
             (file, kept), self._resumed = self._resumed, None
@@ -229,7 +229,7 @@ class FalconTrainer(SFTTrainer):
         self.meter.resume()
 
     def after_step(self, control: TrainerControl) -> None:
-        """Heed what the processes agreed on in the step before this one, which has just ended.
+        """A step has just ended: act on what the processes agreed on in the one before.
 
         Raises:
             UserError: on every process, if a checkpoint is not what was in memory.
@@ -249,7 +249,7 @@ class FalconTrainer(SFTTrainer):
             self.settle()
 
     def end_if_asked(self) -> None:
-        """End the run here if it was asked to stop and has steps left, or its numbers stay bad.
+        """End the run here if it was asked to stop and has steps left, or if too many steps were bad.
 
         Raises:
             Stopped, UserError: on every process.
@@ -264,12 +264,12 @@ class FalconTrainer(SFTTrainer):
             raise Stopped(self.state.global_step, self.checkpointer.failure)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Whether the model is saved after this evaluation, where the best alone are.
+        """Whether the model is saved after this evaluation, if only the best are saved.
 
-        That is so too where a signal or the clock asks for it. Of an evaluation without a checkpoint there is
-        nothing to keep: it is not the best where the best is what the run leaves.
+        It is saved too if a signal or the clock asks for it. If the run keeps the best checkpoint, an
+        evaluation without a checkpoint is never the best: there would be nothing to keep.
         """
-        self.settle()  # before it is known which is the best so far
+        self.settle()  # if that save failed, another is the best so far
         asked = self.control.should_save
         if self.args.load_best_model_at_end and not asked and self.args.save_strategy != SaveStrategy.BEST:
             return False
@@ -311,10 +311,10 @@ class FalconTrainer(SFTTrainer):
         self.meter.resume()
 
     def settle(self) -> None:
-        """Wait for the checkpoint that is being written; one that could not be is not the best."""
+        """Wait for the checkpoint that is being written; one that failed is not the best."""
         failed = self.checkpointer.settle(self.state.global_step)
         if failed is not None and failed == self.state.best_global_step:
-            self._best = self._best_before  # of those that there are
+            self._best = self._best_before  # among those that exist
 
     def _stateful(self) -> list[ExportableState]:
         callbacks = [*self.callback_handler.callbacks, self.control]
@@ -340,12 +340,12 @@ class FalconTrainer(SFTTrainer):
         with process_state.reading(folder / process_state.TRAINER_STATE):
             resume.check_stateful(folder, self._stateful())
             place = super()._init_training_state(*known)
-        self.state.compute_steps(self.args, max_steps)  # when to save, as is asked for now and not as it was
+        self.state.compute_steps(self.args, max_steps)  # when to save: as set now, not as it was
         stopping = self._early_stopping()
         if stopping is not None and wanted is not None:
-            stopping.early_stopping_patience = wanted.early_stopping_patience  # not what it was
+            stopping.early_stopping_patience = wanted.early_stopping_patience  # as set now
             if stopping.early_stopping_patience_counter >= stopping.early_stopping_patience:
-                place = (num_train_epochs, 0)  # it had come to its end
+                place = (num_train_epochs, 0)  # early stopping had ended the run
         self._resumed = folder / process_state.STATES, resume.read_process(folder, **self._place())
         self._random = folder
         cursor = process_state.read_cursor(
@@ -354,7 +354,7 @@ class FalconTrainer(SFTTrainer):
         if cursor is not None:
             assert isinstance(self.steps, StreamingSteps)
             self.steps.go_on(cursor)
-        self.state.best_model_checkpoint = None  # as it was called then
+        self.state.best_model_checkpoint = None  # its path may have changed
         if self.state.best_global_step:
             best = self.checkpointer.find_best(self.state.best_global_step)
             self._best = (*self._best[:2], str(best)) if best else _NONE_YET
@@ -387,7 +387,7 @@ class FalconTrainer(SFTTrainer):
         method_of(self.model).restore(self.model, Path(self.state.best_model_checkpoint))
 
     def reduction_share(self) -> float:
-        """Of this start's training time, what went into adding up gradients, waiting for others included."""
+        """Share of this start's training time in the gradient all-reduce, with waits for other processes."""
         seconds = self.meter.seconds - self._seconds_before
         return self.step.reduction.clock.finish() / seconds if seconds > 0 else 0.0
 
@@ -401,24 +401,24 @@ class FalconTrainer(SFTTrainer):
         return self._first_learning_step is not None
 
     def is_as_it_was(self) -> bool:
-        """Whether what is trained of the model lies on this process as it did before the run's first step."""
+        """Whether this process's trained parameters are as they were before the run's first step."""
         return footprint(self.model) == self._at_start
 
     @property
     def holds_best(self) -> bool:
-        """Whether the model was given the weights of the best checkpoint at the end."""
+        """Whether the model got the weights of the best checkpoint at the end."""
         return bool(self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None)
 
     @property
     def kept_step(self) -> int | None:
-        """The step whose weights the model has: at the end the best checkpoint's, where that is kept."""
+        """The step whose weights the model has: at the end the best checkpoint's, if that is kept."""
         return self.state.best_global_step if self.holds_best else self.state.global_step
 
     def has_learned(self) -> bool | None:
-        """True where the weights that the model has now have taken a step; None where that is not known."""
+        """True if the weights that the model has now have taken a step; None if that is not known."""
         step = self.kept_step
         first = self._first_learning_step
-        # The scaler of fp16 leaves steps out without a word.
+        # In fp16 the scaler skips steps silently.
         all_count = self.step.bad_steps.total == 0 and self.accelerator.scaler is None
         return True if first is not None and all_count and step is not None and step >= first else None
 
@@ -439,7 +439,7 @@ class FalconTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def _mean_of_counted(self, loss: float) -> float:
-        """The mean loss since the last log line over the steps that came to something."""
+        """The mean loss since the last log line, over the steps with a finite loss."""
         steps, counted = self.state.global_step - self._logged_step, int(self.step.counted)
         self._logged_step = self.state.global_step
         self.step.counted.zero_()
