@@ -1,9 +1,9 @@
 """Signals that ask a run to stop: the first has it save and end, a second ends it at once.
 
-    stop_signals.install()              # in a process of the command line, before anything else
+    stop_signals.install()                      # in a process of the command line, before anything else
     stop_signals.training_begins(say, finish)   # from here on there is something to save
-    stop_signals.all_have_begun()       # on the other processes as well
-    stop_signals.asked_to_stop()        # the signal, or None
+    stop_signals.all_have_begun()               # on the other processes as well
+    stop_signals.asked_to_stop()                # the signal, or None
 
 Python runs signal handlers between two instructions of the main thread, which may be waiting in a collective
 for a process that is gone. So a separate thread reads the signals.
