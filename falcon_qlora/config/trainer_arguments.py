@@ -82,7 +82,11 @@ class TrainerArguments:
     save_steps: float | None = setting(
         None, "Steps between two checkpoints, or a share of all; unset: by the clock.", above=0
     )
-    save_total_limit: int | None = setting(None, "Checkpoints to keep, the best one besides.", least=1)
+    save_total_limit: int | None = setting(
+        None,
+        "Checkpoints to keep: the last ones, and the best among them (with 1: the last and the best).",
+        least=1,
+    )
     save_only_model: bool = setting(False, "Save weights only: such a checkpoint cannot be resumed.")
     load_best_model_at_end: bool = setting(False, "Keep the best checkpoint's adapter, not the last step's.")
 
