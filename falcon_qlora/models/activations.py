@@ -1,4 +1,4 @@
-"""What each block's backward pass finds of its forward pass, and what it computes again.
+"""What each block keeps for its backward pass, and what it recomputes.
 
 | | fast block | reference block |
 |---|---|---|
@@ -8,12 +8,13 @@
 | offload | its input, in CPU memory | its input, in CPU memory |
 
 PyTorch's selective policies choose by operation. A reference block's products dequantize their weights on the
-way, so a policy would have to tell these from activations for every quantization: there is none.
+way, and a policy would have to tell those from activations for every quantization. So reference blocks have
+no ``selective``.
 
-Offloading moves the inputs alone. A 7B's are 0.29 MB a token: at 18,000 tokens/s that is 5 GB/s, a tenth of
-what PCIe 5 moves one way, so eight GPUs of one host and older links have room too. What ``selective`` keeps
-is three times as much (0.91 MB) and would save a twelfth of the step; what ``none`` keeps is seven times as
-much, more than the link takes during a forward pass.
+Offloading moves only the inputs. A 7B's are 0.29 MB a token: at 18,000 tokens/s that is 5 GB/s, a tenth of
+what PCIe 5 moves one way. So there is room for eight GPUs on one host, and for older links. What
+``selective`` keeps is three times as much (0.91 MB); offloading it would save a twelfth of the step. What
+``none`` keeps is seven times as much, more than the link moves during a forward pass.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ def blocks_of(model: nn.Module) -> list[GradientCheckpointingLayer]:
 
 
 def set_checkpointing(model: nn.Module, checkpointing: Sequence[Checkpointing]) -> None:
-    """Say for each block what is kept of it. To be called after `apply_fast_path`.
+    """Set what each block keeps. Call it after `apply_fast_path`.
 
     Args:
         model: with packing enabled.
-        checkpointing: one a block.
+        checkpointing: one per block.
 
     Raises:
-        ValueError: if a reference block should be ``selective``.
+        ValueError: if ``selective`` is asked of a reference block.
     """
     offload = Offload()
     for index, (block, wanted) in enumerate(zip(blocks_of(model), checkpointing, strict=True)):

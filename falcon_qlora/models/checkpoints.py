@@ -1,6 +1,6 @@
-"""Weights as they come: from a model's folder, or made up for a published shape.
+"""A model's weights as a stream: read from its folder, or random in a published shape.
 
-Files are read one tensor at a time and let go again, so that memory stays bounded whatever their size.
+Files are read and released one tensor at a time, so memory stays bounded whatever their size.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def read_folder_config(folder: Path, *, source: str | None = None) -> PreTrained
 
 
 def raw_config(folder: Path) -> dict[str, Any]:
-    """What ``config.json`` of a model folder says.
+    """The content of a model folder's ``config.json``.
 
     Raises:
         UserError: if there is none, or it is not JSON.
@@ -49,10 +49,10 @@ def raw_config(folder: Path) -> dict[str, Any]:
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Say of a folder that was named as a model that an adapter lies there, or the run of one.
+    """Refuse a folder that was named as a model but holds an adapter, or the run of one.
 
     Raises:
-        UserError: if so.
+        UserError: if it does.
     """
     is_one = any((each / "adapter_config.json").is_file() for each in (folder, folder / "adapter"))
     if is_one and not (folder / "config.json").exists():
@@ -72,12 +72,12 @@ class RandomCheckpoint:
     def tensors(
         self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype
     ) -> Iterator[tuple[str, Tensor]]:
-        """Each of the empty `model`'s parameters once, under its full name; any device and floating dtype."""
+        """Yield each parameter of the empty `model` once, by its full name; any device and floating dtype."""
         import torch
 
         generator = torch.Generator(device).manual_seed(self.seed)
         layout = layout_of(self.config)
-        # A list: the parameters are replaced as they come.
+        # A list, because the caller replaces parameters during the loop.
         for name, parameter in list(model.named_parameters()):
             if name in layout.tied:
                 continue
@@ -92,7 +92,7 @@ class RandomCheckpoint:
 
 
 def check_preset(name: str) -> tuple[str, str]:
-    """The preset of ``random:<preset>[?...]``, and what follows it.
+    """The preset of ``random:<preset>[?...]``, and the text after the ``?``.
 
     Raises:
         UserError: if there is no such preset.
@@ -108,7 +108,7 @@ def check_preset(name: str) -> tuple[str, str]:
 def parse_random(name: str, seed: int) -> RandomCheckpoint:
     """Read ``random:<preset>[?key=value,...]``, where a key is one of the configuration's, or ``seed``.
 
-    A seed in the name wins over `seed`, which else becomes part of the name.
+    A seed in the name wins over `seed`. Otherwise a `seed` other than 0 becomes part of the name.
 
     Raises:
         UserError: if there is no such preset or key.
@@ -130,7 +130,7 @@ def parse_random(name: str, seed: int) -> RandomCheckpoint:
     if "seed" in overrides:
         seed = int(overrides.pop("seed"))
     elif seed:
-        # What an adapter trained on it needs to find the same base again.
+        # An adapter trained on it needs this to find the same base again.
         name = f"{name}{',' if query else '?'}seed={seed}"
     return RandomCheckpoint(name=name, config=preset_config(preset, **overrides), seed=seed)
 
@@ -161,9 +161,9 @@ Checkpoint = RandomCheckpoint | FolderCheckpoint
 
 
 def parameter_reader(folder: Path, config: PreTrainedConfig) -> Callable[[str], Tensor]:
-    """A function from the name of one of the model's parameters to its tensor in the folder's files.
+    """Return a function that reads one of the model's parameters, by name, from the folder's files.
 
-    It raises a `UserError` where there is none.
+    It raises a `UserError` for a parameter that the files lack.
     """
     from falcon_qlora.models.tensor_files import read_tensor
 
@@ -178,7 +178,7 @@ def parameter_reader(folder: Path, config: PreTrainedConfig) -> Callable[[str], 
 
 
 def _places(folder: Path, layout: Layout) -> dict[str, tuple[Path, str]]:
-    """For every parameter its file and its name there, in the files' order."""
+    """Map each parameter to its file and its name there, in the files' order."""
     from falcon_qlora.models.tensor_files import stored_tensors
 
     names = {path: list(stored_tensors(path)) for path in weight_files(folder)}
@@ -191,12 +191,12 @@ def _places(folder: Path, layout: Layout) -> dict[str, tuple[Path, str]]:
 
 
 def _parameter_name(stored: str, everything: set[str], layout: Layout) -> str:
-    """The parameter that a stored tensor is, whether or not it was saved with the model's prefix."""
+    """The parameter's name for a stored tensor, which may lack the model's prefix."""
     prefixes = (f"{layout.backbone}.", f"{layout.head}.")
     name = stored if stored.startswith(prefixes) else f"{layout.backbone}.{stored}"
     embedding = f"{layout.backbone}.{layout.embedding}.weight"
     if name in layout.tied and embedding not in everything:
-        return embedding  # of two tied tensors the files may hold either
+        return embedding  # files may hold either of two tied tensors
     return name
 
 
@@ -204,7 +204,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The files that hold a folder's weights: safetensors where there are any, else torch files.
 
     Raises:
-        UserError: if there are none, or an index names one that is not there.
+        UserError: if there are none, or an index names a missing one.
     """
     for kind in ("model.safetensors", "pytorch_model.bin"):
         suffix = Path(kind).suffix

@@ -1,7 +1,7 @@
-"""Which kernels run: a pure function of layout, GPU and settings, and its answer put on a model's blocks.
+"""Which kernels run: chosen by a pure function of layout, GPU and settings, then installed on the blocks.
 
-`decide` is that function; its answers, one a block, are kernels.json. A block that it leaves alone keeps its
-own ``forward``, and so does a call without packed documents.
+`decide` is that function; its answers, one per block, are written to kernels.json. A block that it leaves
+alone runs its own ``forward``, and so does a call without packed documents.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from falcon_qlora.models.layouts import causal_lm_in
 from falcon_qlora.models.packed_attention import takes_varlen
 
 _FAMILIES: dict[str, ModuleType] = {"falcon": falcon}
-"""Families with fast blocks, by their configuration's ``model_type``: each gives what `falcon` does."""
+"""Families with fast blocks, by their configuration's ``model_type``; each is a module like `falcon`."""
 
 _REFERENCE = "reference path: "
 
@@ -56,11 +56,11 @@ def decide(
     gelu_in_products: bool = False,
     fp8_products: bool = False,
 ) -> dict[str, str]:
-    """Say what runs where in a block, and why.
+    """Decide what runs where in a block, and why.
 
     Args:
         facts: of the block; None where its family has no fast block.
-        triton: whether Triton's forms of the operations between the products can run.
+        triton: whether Triton's kernels for the operations between the matrix products can run.
         attention: from `choose_attention`.
         gelu_in_products: whether GELU is computed in the epilogues of products.
         fp8_products: whether the frozen products are to run in FP8.
@@ -115,34 +115,34 @@ def _why_not(facts: BlockFacts | None, fp8_products: bool) -> str | None:
 def choose_attention(
     device: torch.device, dtype: torch.dtype, head_dim: int, *, libraries: bool
 ) -> AttentionKernel:
-    """The fastest kernel there is.
+    """Choose the fastest attention kernel that can run.
 
     Args:
         device: of the model.
         dtype: of the activations.
         head_dim: D.
-        libraries: whether optional libraries are used.
+        libraries: whether optional libraries may be used.
     """
     if not takes_varlen(device, dtype, head_dim, 0.0):
         return "padded batches"
-    # On an H200 its gradients were wrong for heads of 8 and 16; Falcon's have 64 or 128.
+    # FlashAttention-4's gradients were wrong on an H200 for heads of 8 and 16. Falcon's have 64 or 128.
     if libraries and head_dim in (64, 128) and flash_attention.flash_attention_4() is not None:
         return "FlashAttention-4"
     return "variable-length kernel"
 
 
 def choose_kernels(model: Any, *, kernels: str, compute_dtype: str) -> dict[str, str]:
-    """Put the fast path on the blocks that it knows.
+    """Install the fast path on the blocks that it supports.
 
     Args:
         model: with packing enabled.
         kernels, compute_dtype: the settings of these names.
 
     Returns:
-        For every block's name what runs, or why it was left alone; {} with ``--kernels off``.
+        Block name → what runs, or why it was left alone; {} with ``--kernels off``.
 
     Raises:
-        UserError: if ``--kernels required`` or FP8 meets a block, or a device, that cannot.
+        UserError: if ``--kernels required`` or FP8 is set and a block or the device cannot run it.
     """
     if kernels == "off":
         return {}
@@ -157,7 +157,7 @@ def choose_kernels(model: Any, *, kernels: str, compute_dtype: str) -> dict[str,
 
 def runs_fast(what: str) -> bool:
     """Whether an entry of `choose_kernels` says that a block runs on the fast path."""
-    return not what.startswith("reference")  # runs of before wrote "reference: " and the reason
+    return not what.startswith("reference")  # older runs wrote "reference: " and the reason
 
 
 def reason_left_alone(what: str) -> str:
@@ -166,7 +166,7 @@ def reason_left_alone(what: str) -> str:
 
 
 def described(kernels: dict[str, str]) -> str:
-    """What `choose_kernels` says, in a line."""
+    """The result of `choose_kernels` in one line."""
     if not kernels:
         return "the reference path"
     ways = Counter(kernels.values())
@@ -180,23 +180,23 @@ def apply_fast_path(
     fp8_products: bool = False,
     libraries: bool = True,
 ) -> dict[str, str]:
-    """Let the blocks of `model` run as one function each, where they can: for any training loop.
+    """Make each block of `model` run as one function where it can, in any training loop.
 
-    They do so on packed documents, called as `enable_packing` says, and on the batches with labels of other
-    trainers, as `pack_batches` says; both are switched on.
+    It does so on packed documents (see `enable_packing`), and on other trainers' batches with labels (see
+    `pack_batches`). Both are switched on.
 
-    A block computes again itself what it does not keep. Where a trainer switches gradient checkpointing on,
-    a fast block keeps its input and is not run as a whole again.
+    A fast block recomputes what it does not keep. Where a trainer switches gradient checkpointing on, it
+    keeps its input, and its ``forward`` is not run a second time.
 
     Args:
         model: a model from `load_model`, as it is or inside PEFT's wrapper.
-        keep: what the blocks keep for the backward pass; one for all, or one a block.
+        keep: what the blocks keep for the backward pass; one for all, or one per block.
         fp8_products: multiply by the frozen weights in FP8 (e4m3), with LoRA beside it in bfloat16.
-        libraries: whether to use FlashAttention-4 and quack-kernels where they are installed and the GPU is
-            one of theirs; without them PyTorch and Triton do everything.
+        libraries: whether to use FlashAttention-4 and quack-kernels where they are installed and support the
+            GPU; without them PyTorch and Triton do everything.
 
     Returns:
-        For every block's module name what runs, or why it is left alone.
+        Module name of each block → what runs, or why it is left alone.
 
     Raises:
         UserError: if FP8 is asked for where it cannot run.
@@ -266,7 +266,7 @@ def remove_fast_path(model: nn.Module) -> None:
 
 
 def fp8_weight_bytes(model: nn.Module) -> int:
-    """What `keep_fp8_weights` takes: two bytes a weight of the blocks whose products run in FP8."""
+    """Bytes that `keep_fp8_weights` takes: two per weight of the blocks whose products run in FP8."""
     return sum(
         2 * projection.out_features * projection.in_features
         for _, block in _fp8_blocks(model)

@@ -1,4 +1,4 @@
-"""What tells the content of a model's folder, so that whoever names it can show to have had it open."""
+"""Fingerprints of a model folder's content: recording one shows that the writer had the folder open."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from falcon_qlora.common.untrusted import read_text
 from falcon_qlora.models.checkpoints import RANDOM, weight_files
 from falcon_qlora.models.locate import packaged_folder
 
-# Of a file up to the first size every byte counts; of a larger one so many places, evenly spread.
+# Files up to the first size are hashed whole, larger ones at this many evenly spread places.
 _WHOLE_BYTES = 2**26
 _SAMPLES = 64
 _SAMPLE_BYTES = 2**14
-# Fingerprints without it are of before: of folders alone, and of 16 places of every file.
+# Fingerprints without this prefix are from older versions: of folders only, at 16 places of every file.
 _FORM = "2:"
 _SAMPLES_BEFORE = 16
 
 
 def named_folder(name: str) -> Path | None:
-    """The folder that a model's name means as a path of this machine, there or not; None for other names."""
+    """The local folder that a model's name means, whether or not it exists; None for other names."""
     if name.startswith(RANDOM) or packaged_folder(name) is not None:
         return None
     try:
         path = Path(name).expanduser()
-    except RuntimeError:  # of a user that there is not
+    except RuntimeError:  # an unknown user's home
         return Path(name)
     is_path = name.startswith(("/", "~", ".")) or ".." in path.parts or path.is_dir()
     return path if is_path else None
 
 
 def model_fingerprint(name: str, *, revision: str | None = None) -> str | None:
-    """What tells a model's content: a hash of its configuration and its weights, of large files by samples.
+    """A hash of a model's configuration and its weights, with large files sampled.
 
-    A model of random weights is what its name says. Who does not have the files of another cannot tell it.
+    A model of random weights is identified by its name. For any other, only who has the files can make it.
 
     Args:
         name: of a model.
-        revision: of one on the hub, which is looked for in the cache alone.
+        revision: of a hub model, which is looked for only in the cache.
 
     Returns:
         None where its files are not on this machine.
@@ -57,7 +57,7 @@ def model_fingerprint(name: str, *, revision: str | None = None) -> str | None:
 
 
 def is_fingerprint_of(told: object, name: str, *, revision: str | None = None) -> bool | None:
-    """Whether a record tells the content of the model `name`; None where either is not known."""
+    """Whether the recorded fingerprint `told` is the model `name`'s; None where either is unknown."""
     if not isinstance(told, str):
         return None
     if told.startswith(_FORM):
@@ -69,12 +69,12 @@ def is_fingerprint_of(told: object, name: str, *, revision: str | None = None) -
 
 
 def tells_of_folder(told: object) -> bool:
-    """Whether a record of a model's content can be of nothing but a folder, as those of before are."""
+    """Whether a recorded fingerprint can only be a folder's, as those of older versions are."""
     return isinstance(told, str) and not told.startswith(_FORM)
 
 
 def shown(told: object) -> str:
-    """A fingerprint for a reader: its first digits."""
+    """The first digits of a fingerprint, to show to a reader."""
     return str(told).removeprefix(_FORM)[:12]
 
 

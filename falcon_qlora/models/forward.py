@@ -1,8 +1,8 @@
 """Run packed documents through a loaded model, one model at a time and reversibly.
 
-`enable_packing` gives one model's instances another ``forward``, which does something new only when called
-with ``sequences``; nothing is changed at import, and generation or plain use of the model runs as before.
-`pack_batches` has it pack the batches of other trainers too: padded ones, and those that are packed already.
+`enable_packing` replaces ``forward`` on one model's modules. The new one acts only when called with
+``sequences``: generation and plain use of the model run as before, and nothing is changed at import.
+`pack_batches` makes the model pack other trainers' batches too, both padded and already packed ones.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def enable_packing(model: nn.Module) -> None:
     with ``target_positions``, int64 ``[N]``, the positions that predict a target; and with ``targets``, int64
     ``[N]``, what they should predict. The output's ``loss`` is the float32 *sum* of the N cross entropies,
     its ``logits`` None. Without targets the output has ``logits`` ``[1, T, V]`` and no loss. Without
-    ``sequences`` the model runs as it did.
+    ``sequences`` the model runs as before.
 
     Args:
         model: of a known layout, as it is or inside PEFT's wrapper.
@@ -46,15 +46,17 @@ def enable_packing(model: nn.Module) -> None:
 
 
 def pack_batches(model: nn.Module, *, on: bool = True) -> None:
-    """Whether a model with `enable_packing` packs what it is called with in the ordinary way.
+    """Set whether a model with `enable_packing` also packs the batches of ordinary calls.
 
-    That are the batches of Transformers' and TRL's trainers: ``input_ids`` ``[B, L]`` with an
-    ``attention_mask`` of left or right padding, or without one and with ``position_ids`` that begin anew in
+    Those are the batches of Transformers' and TRL's trainers: ``input_ids`` ``[B, L]`` with an
+    ``attention_mask`` of left or right padding, or without one and with ``position_ids`` that restart in
     every document. Padding is not computed, and documents do not see each other. The hidden states
-    ``[B, L, H]`` are those of Transformers' own forward for each row, or document, by itself; behind padding
-    they are 0. It is done in training, and where the call says that it wants no cache; what is called
-    otherwise (a cache, all hidden states, a mask with holes) runs as it did. A call waits for the GPU once,
-    to learn where the documents lie.
+    ``[B, L, H]`` are those of Transformers' own forward for each row, or document, by itself; at padding they
+    are 0.
+
+    Batches are packed in training, and where the call asks for no cache. Other calls (with a cache, all
+    hidden states, a mask with holes) run as before. A packed call waits for the GPU once, to learn where the
+    documents lie.
     """
     backbone = causal_lm_in(model).base_model
     forward = _like(_backbone_forward, layout_of(backbone.config).backbone_class)
@@ -80,7 +82,7 @@ def disable_packing(model: nn.Module) -> None:
 
 
 def _mixers(base: Any) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
-    """What carries something from token to token, with the forward that packed documents need of it."""
+    """The modules that mix tokens, each with its ``forward`` for packed documents."""
     layout = layout_of(base.config)
     forwards = {kind: _on_documents(mix) for kind, mix in layout.other_mixers().items()}
     forwards[layout.attention_class] = _attention_forward
@@ -102,7 +104,7 @@ def _on_documents(mix: Callable[[Any, Tensor, Sequences], Tensor]) -> Callable[.
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Have this one module run by `forward`, which may call `forward_before`."""
+    """Make this one module run `forward`, which may call `forward_before`."""
     # Bound methods and plain attributes, not closures: the model can still be deep-copied.
     setattr(module, _BEFORE, module.__dict__.get("forward"))
     module.forward = MethodType(forward, module)  # type: ignore[method-assign]
@@ -114,7 +116,7 @@ def forward_is_replaced(module: nn.Module) -> bool:
 
 
 def restore_forward(module: nn.Module, forward: Callable[..., Any], since: str) -> None:
-    """Undo `replace_forward`, which the function `since` has called.
+    """Undo `replace_forward`; `since` names the function that called it.
 
     Raises:
         RuntimeError: if something else has wrapped the module's forward since.
@@ -135,7 +137,7 @@ def forward_before(module: nn.Module) -> Callable[..., Any]:
 
 @functools.cache
 def _like(forward: Callable[..., Any], kind: Any) -> Callable[..., Any]:
-    """`forward` with the signature of a class's own, against which `generate` checks its arguments."""
+    """`forward` with the signature of the class's own, which `generate` checks its arguments against."""
 
     @functools.wraps(kind.forward)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -198,7 +200,7 @@ def _may_be_packed(self: Any, kwargs: dict[str, Any]) -> bool:
 def _documents_of(
     input_ids: Tensor, mask: Tensor | None, positions: Tensor | None
 ) -> tuple[Tensor, Sequences] | None:
-    """Where a batch's real tokens lie, flattened, and the documents they are; None where they are none."""
+    """Flat indices of a batch's real tokens, and the documents they form; None if it cannot be packed."""
     if mask is not None and (positions is not None or mask.shape != input_ids.shape):
         return None
     if mask is not None:
@@ -241,13 +243,13 @@ def run_blocks(backbone: Any, input_ids: Tensor, sequences: Sequences) -> Tensor
 
 
 def final_norm(backbone: Any) -> nn.Module:
-    """What comes between the last block and the head."""
+    """The norm between the last block and the head."""
     norm: nn.Module = getattr(backbone, layout_of(backbone.config).final_norm)
     return norm
 
 
 def run_block(block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """Run one block of packed documents ``[1, T, hidden]``; `arguments` are `Layout.block_arguments`."""
+    """Run one block on packed documents ``[1, T, hidden]``; `arguments` are `Layout.block_arguments`."""
     output = block(hidden, **arguments)
     return output[0] if isinstance(output, tuple) else output
 

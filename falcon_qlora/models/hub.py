@@ -55,7 +55,7 @@ class Download:
         """Refuse a download that the disk cannot take.
 
         Args:
-            copies: how often the bytes will lie on the disk, in one form or another.
+            copies: how many copies of the bytes the disk must hold, in one form or another.
 
         Raises:
             UserError: saying by how much.
@@ -70,14 +70,14 @@ class Download:
 
 
 def fetch_model(repository: str, *, revision: str | None = None) -> Path:
-    """Download what loading a hub model needs, as far as it is not in the cache, and return its folder.
+    """Download the files that loading a hub model needs and the cache lacks, and return its folder.
 
     The model's kind, its size and the disk's free space are checked before any weights are downloaded. Where
     the hub cannot be reached, the cache is used.
 
     Raises:
         UserError: if the model does not exist, may not be read, is of no known layout, does not fit on the
-            disk, or is neither in the cache nor to be had.
+            disk, or is neither in the cache nor reachable.
     """
     try:
         download = plan_model(repository, revision=revision)
@@ -94,7 +94,7 @@ def fetch_model(repository: str, *, revision: str | None = None) -> Path:
 
 
 def fetch_tokenizer(repository: str, *, revision: str | None = None) -> Path:
-    """Download a hub model's small files, its tokenizer's among them, and return their folder.
+    """Download a hub model's small files, including its tokenizer, and return their folder.
 
     Raises:
         UserError: as `fetch_model`.
@@ -180,10 +180,10 @@ def _download(repository: str, kind: str, sizes: dict[str, int], commit: str | N
 
 
 def check_login(token: str | None) -> None:
-    """Ask the hub whether it knows the user, before there is anything to upload.
+    """Check that the hub knows the user, before there is anything to upload.
 
     Raises:
-        UserError: if it does not, or cannot be asked.
+        UserError: if it does not, or cannot be reached.
     """
     try:
         HfApi(token=token).whoami()
@@ -202,10 +202,10 @@ def push_folder(
     token: str | None = None,
     revision: str | None = None,
 ) -> str:
-    """Upload a model's folder to the hub, making the repository where there is none; returns its address.
+    """Upload a model's folder to the hub, creating the repository if needed; returns its URL.
 
     Raises:
-        UserError: if the hub does not take it. The folder stays as it is.
+        UserError: if the hub refuses it. The folder stays as it is.
     """
     api = HfApi(token=token)
     try:
@@ -222,7 +222,7 @@ def push_folder(
 
 
 def wanted_files(names: list[str], repository: str) -> list[str]:
-    """Of a repository's files those that loading needs: safetensors where there are any, else torch files.
+    """The files of a repository that loading needs: safetensors where there are any, else torch files.
 
     Raises:
         UserError: if it holds no weights.
@@ -258,7 +258,7 @@ def _cached_model(repository: str, revision: str | None, why: str) -> Path:
 
 
 def _cached(repository: str, revision: str | None, needed: str, what: str, why: str) -> Path:
-    """The folder of the cache that holds the file `needed`."""
+    """The cached folder that holds the file `needed`."""
     try:
         folder = snapshot_download(
             repository, revision=revision, allow_patterns=[needed], local_files_only=True

@@ -1,12 +1,12 @@
 """Load a model with every linear of every block quantized, or raise.
 
-The model is built on the meta device; then its tensors come one at a time, from files or from a random
-generator, go to the device and are quantized there. So the CPU never holds more than a few tensors, whatever
-the size of the model and however many processes load it, and the device never more than one unquantized
-weight beyond the model.
+The model is built on the meta device. Its tensors then come one at a time, from files or a random generator,
+move to the device and are quantized there. So the CPU never holds more than a few tensors, whatever the
+model's size and however many processes load it. The device never holds more than one unquantized weight
+beyond the model.
 
-Transformers' own loader is not used because it quantizes only modules that are exactly ``nn.Linear``, and
-Falcon's are a subclass: it would leave every block unquantized, and say so in a warning about something else.
+Transformers' own loader is not used: it quantizes only modules that are exactly ``nn.Linear``, and Falcon's
+are a subclass. It would leave every block unquantized, and its only warning is about something else.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def load_model(
     revision: str | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """Load a model onto one device, its blocks' linears quantized, frozen and in evaluation mode.
+    """Load a model onto one device: frozen, in evaluation mode, the linears of its blocks quantized.
 
     Args:
         model_name_or_path: ``tiny`` (packaged), ``random:<preset>`` (a published shape with random weights,
@@ -54,20 +54,20 @@ def load_model(
             a hub id, which is downloaded where it is not in the cache.
         quantize_mode: ``4bit`` (NF4), ``8bit`` (LLM.int8()) or ``16bit`` (not quantized, in the compute
             dtype).
-        device: where to; this process's own GPU, or the CPU, where None.
+        device: where to load it; None: this process's own GPU, or the CPU.
         compute_dtype: a dtype, ``bf16``, ``fp16``, ``fp32``, or ``auto``: bfloat16 where the GPU has it,
             float16 on other GPUs, float32 on the CPU; ``fp8`` is ``bf16`` until `apply_fast_path` is asked
             for more.
         double_quantization: quantize NF4's scales too.
         norms_in_float32: keep the layer norms' weights and arithmetic in float32.
-        llm_int8_threshold: activations above it are multiplied in 16 bits, in 8bit; 0 turns that off.
+        llm_int8_threshold: with ``8bit``, activations above it are multiplied in 16 bits; 0 turns that off.
         revision: of a hub model.
         seed: of random weights.
 
     Raises:
         UserError: if the model cannot be found, is of no known layout, does not fit, or the mode cannot run
             here.
-        RuntimeError: if a linear that should be quantized is not, or another is.
+        RuntimeError: if a linear that should be quantized is not, or one that should not be is.
     """
     device = devices.resolve(device)
     dtype = devices.compute_dtype(compute_dtype, device)
@@ -92,13 +92,13 @@ def load_model(
     )
     _fill(model, checkpoint.tensors(model, device, dtype), device, dtype, source=checkpoint.name)
     _finish(model, checkpoint.name, device)
-    model.config._commit_hash = revision  # where Transformers once kept it; it writes it to no file
+    model.config._commit_hash = revision  # where Transformers used to keep it; it is written to no file
     verify_quantized(model, quantize_mode)
     return model
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of a GPU that is free for this process, what PyTorch keeps cached included."""
+    """GPU memory that is free for this process, including what PyTorch keeps cached."""
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + cached
 
@@ -124,10 +124,10 @@ def verify_quantized(model: nn.Module, quantize_mode: QuantizeMode) -> None:
 
 
 def check_mode_runs_on(mode: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse a quantization or a compute dtype that `device` does not have.
+    """Refuse a quantization or a compute dtype that `device` does not support.
 
     Raises:
-        UserError: naming what it has.
+        UserError: naming what to use instead.
     """
     if mode not in ("4bit", "8bit", "16bit"):
         raise UserError(f"quantize_mode {mode!r} is none of 4bit, 8bit, 16bit")
@@ -241,7 +241,7 @@ def _fill(
 
 
 def _finish(model: PreTrainedModel, name: str, device: torch.device) -> None:
-    """What the tensors do not bring: buffers, the tied head, and what other libraries read from a model."""
+    """Set what the tensors do not: buffers, the tied head, and what other libraries read from a model."""
     layout_of(model.config).fill_buffers(model.base_model, device)
     model.tie_weights()
     model.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What the name of a model means: a packaged model, a random preset, a local folder, the hub."""
+"""What a model's name means: a packaged model, a random preset, a local folder or a hub id."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def open_checkpoint(model_name_or_path: str, *, revision: str | None = None, seed: int = 0) -> Checkpoint:
-    """Find a model by what a user names it.
+    """Find a model by the name that a user gives.
 
     Raises:
         UserError: if there is none.
@@ -38,7 +38,7 @@ def open_checkpoint(model_name_or_path: str, *, revision: str | None = None, see
 
 
 def find_folder(model_name_or_path: str, *, revision: str | None = None) -> Path:
-    """The folder of a packaged, local or hub model; of a hub model it downloads what is missing.
+    """The folder of a packaged, local or hub model; missing files of a hub model are downloaded.
 
     Raises:
         UserError: if there is none.
@@ -62,7 +62,7 @@ def find_config(name: str, *, revision: str | None = None) -> PreTrainedConfig:
     from falcon_qlora.models.hub import Unreachable, plan_model
 
     if is_on_hub(name):
-        # Without the hub the cache may hold the model, or it is said how to bring it there.
+        # Without the hub, the cache may hold the model; if not, the error says how to fill it.
         with contextlib.suppress(Unreachable, HTTPError, OSError):
             plan_model(name, revision=revision).check_disk()
             file = Path(hf_hub_download(name, "config.json", revision=revision))
@@ -71,7 +71,7 @@ def find_config(name: str, *, revision: str | None = None) -> PreTrainedConfig:
 
 
 def find_outline(name: str, *, revision: str | None = None) -> Any:
-    """What counting asks of a base model's configuration; of a folder here no library is loaded for it.
+    """The settings of a base model that counts depend on; for a local folder no library is loaded.
 
     Raises:
         UserError: as `find_config`.
@@ -84,10 +84,10 @@ def find_outline(name: str, *, revision: str | None = None) -> Any:
 
 
 def is_on_hub(model_name_or_path: str) -> bool:
-    """Whether a name is neither packaged nor random nor a folder here, so can only be a hub id.
+    """Whether a name is neither packaged nor random nor a local folder, so can only be a hub id.
 
     Raises:
-        UserError: if it cannot be one.
+        UserError: if it cannot be a hub id either.
     """
     if model_name_or_path.startswith(RANDOM) or packaged_folder(model_name_or_path) is not None:
         return False

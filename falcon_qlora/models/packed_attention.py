@@ -2,10 +2,10 @@
 
 Shapes: T tokens of all documents, Q query heads, G key/value heads, D head size, L longest document.
 
-Two ways compute the same: on recent GPUs one variable-length kernel over the packed tokens; anywhere else the
-documents are laid out as right-padded batches for PyTorch's own causal attention. Neither builds a mask.
-ALiBi needs none either: its bias depends on the key alone, so it is one more coordinate of the keys, met by a
-one in every query.
+Recent GPUs run one variable-length kernel over the packed tokens. Elsewhere the documents are laid out as
+right-padded batches for PyTorch's own causal attention. Both compute the same, and neither builds a mask.
+ALiBi needs none either: its bias depends on the key alone, so it becomes one more coordinate of the keys,
+multiplied by a one in every query.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Sequences:
 
     @cached_property
     def padded_groups(self) -> tuple[PaddedGroup, ...]:
-        """The documents in groups of similar length, each at most half padding; the same for every block."""
+        """The documents grouped by length, at most half padding unless short; the same for every block."""
         return _group_by_length(self.lengths, self.position_ids.device)
 
     @cached_property
@@ -160,7 +160,7 @@ def one_for_each_query_head(heads: Tensor, query_heads: int) -> Tensor:
     return each.flatten(-3, -2)
 
 
-# Of GPUs with less shared memory, for which the backward kernel for wider heads was never tried.
+# GPUs with less shared memory, on which the backward kernel for wider heads was never tried.
 _WIDEST_HEAD = {(8, 6): 192, (8, 9): 192, (12, 0): 192}
 
 
@@ -182,7 +182,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 @lru_cache
 def _varlen_options() -> dict[str, Any]:
-    # Newer releases must be told that heads are shared; those before have no such argument.
+    # Newer PyTorch releases must be told that heads are shared; older ones have no such argument.
     shared = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     return {"window_size": (-1, 0), **shared}
 
@@ -200,7 +200,7 @@ def _padded(
             is_causal=True,
             dropout_p=dropout,
             scale=scale,
-        )  # [documents, Q, L, D]; what padding attends to is not read, and nothing attends to padding
+        )  # [documents, Q, L, D]; padding's output is not read, and nothing attends to padding
         outputs.append(output.transpose(1, 2).flatten(0, 1).index_select(0, group.slots))
     return torch.cat(outputs).index_select(0, sequences.group_order)
 

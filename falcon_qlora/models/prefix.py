@@ -2,14 +2,14 @@
 
 Shapes: T tokens (of all rows or documents), P prefix rows, Q query heads, G key/value heads, D head size.
 
-The prefix goes through the block's own projections without a norm; its keys are not rotated. Every token
-attends to all P rows in a softmax of their own, whatever its place in its document, so packed documents,
-padded batches and a single token behind a cache are the same to it. What it reads, times a gate per head, is
+The prefix goes through the block's own projections without a norm, and its keys are not rotated. Every token
+attends to all P rows in a separate softmax, whatever its place in its document. So packed documents, padded
+batches and a single token with a cache need no different treatment. The result, times a gate per head, is
 added to the attention's output before the output projection.
 
-The prefix hangs on the modules that every way through the reference block calls (the projection that gives
-the queries, the output projection): the packed forward and Transformers' own need not know of it. Fast
-blocks call none of them, and compute the same in `kernels.prefix`.
+The prefix hooks into the modules that every path through the reference block calls: the projection that gives
+the queries, and the output projection. So neither the packed forward nor Transformers' own needs to know of
+it. Fast blocks do not call these modules, and compute the same in `kernels.prefix`.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from falcon_qlora.models.packed_attention import one_for_each_query_head, rotate
 
 
 class PrefixAttention(nn.Module):
-    """The trainable parameters of one block, and what they add.
+    """One block's trainable prefix and gates, and what they add to attention.
 
     Args:
-        rows: float32 ``[P, hidden]``, the prefix's start.
+        rows: float32 ``[P, hidden]``, the initial prefix.
         heads: Q.
 
     Attributes:
         prefix: float32 ``[P, hidden]``.
-        gate: float32 ``[Q]``, zero at the start: nothing is added then.
+        gate: float32 ``[Q]``, zero at the start, when nothing is added.
         enabled: whether anything is added.
     """
 
@@ -44,7 +44,7 @@ class PrefixAttention(nn.Module):
         self.prefix = nn.Parameter(rows)
         self.gate = nn.Parameter(torch.zeros(heads, device=rows.device))
         self.enabled = True
-        # Of the call that runs.
+        # State of the current call.
         self._rotation: tuple[Tensor, Tensor] | None = None
         self._query: Tensor | None = None
         self._projecting = False
@@ -94,7 +94,7 @@ class PrefixAttention(nn.Module):
         return (together.reshape(output.shape),)
 
     def _keys_and_values(self, attention: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        # Anew in every call: kept from one without gradients, they would leave the prefix without any.
+        # Computed in every call: cached from one without gradients, they would give the prefix none.
         self._projecting = True
         try:
             _, key, value = layout_of(attention.config).heads(attention, self.prefix.to(dtype)[None])
@@ -107,8 +107,8 @@ def add_prefix(attention: Any, rows: Tensor) -> PrefixAttention:
     """Let a block's attention look at a prefix.
 
     Args:
-        attention: of a block whose linears are as they will stay.
-        rows: float32 ``[P, hidden]``, the prefix's start, on the attention's device.
+        attention: of a block whose linears will not be replaced any more.
+        rows: float32 ``[P, hidden]``, the initial prefix, on the attention's device.
     """
     layout = layout_of(attention.config)
     prefix = PrefixAttention(rows, attention.config.num_attention_heads)
@@ -126,5 +126,5 @@ def prefix_of(attention: nn.Module) -> PrefixAttention | None:
 
 
 def prefixes(model: nn.Module) -> list[PrefixAttention]:
-    """Those of a model's blocks, in order."""
+    """The prefixes of a model's blocks, in order."""
     return [module for module in model.modules() if isinstance(module, PrefixAttention)]

@@ -19,7 +19,7 @@ NF4_NESTED_BLOCK = 256  # scales that share one scale, under double quantization
 _CPU_SLICE = 2**16  # weights quantized at a time on the CPU; a multiple of the block
 
 
-# It says at every call that LLM.int8() quantizes from float16, which is so by design.
+# It warns at every call that LLM.int8() quantizes from float16, which is by design.
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
@@ -45,7 +45,7 @@ def empty_quantized_linear(
 
 
 def fill_quantized_weight(layer: nn.Linear, weight: Tensor) -> None:
-    """Quantize `weight` ``[out, in]``, where it lies, into `layer`."""
+    """Quantize `weight` ``[out, in]``, on its device, into `layer`."""
     if isinstance(layer, bnb.nn.Linear4bit):
         nested = layer.weight.compress_statistics
         packed, state = _quantize_nf4(weight.contiguous(), nested)
@@ -66,7 +66,7 @@ def fill_quantized_weight(layer: nn.Linear, weight: Tensor) -> None:
 
 
 def _quantize_nf4(weight: Tensor, nested: bool) -> tuple[Tensor, Any]:
-    """What ``quantize_4bit`` gives; on the CPU in slices, as it takes some 30 bytes a weight there."""
+    """As ``quantize_4bit``, but in slices on the CPU, where it takes some 30 bytes a weight."""
     quantize = functools.partial(bnb.functional.quantize_4bit, blocksize=NF4_BLOCK, quant_type="nf4")
     if weight.device.type != "cpu":
         return quantize(weight, compress_statistics=nested)
@@ -99,7 +99,7 @@ def is_quantized_linear(module: nn.Module) -> bool:
 
 
 def holds_quantized_weight(module: nn.Module, mode: QuantizeMode) -> bool:
-    """Whether `module` is the quantized layer of `mode` and its weight is stored so."""
+    """Whether `module` is the quantized layer of `mode` and its weight is stored in that form."""
     weight = module.weight
     if mode == "4bit":
         return (

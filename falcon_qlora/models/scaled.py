@@ -1,7 +1,6 @@
 """Linears scaled and shifted by learned vectors (LLaMA-Adapter v2): ``scale * (Wx + b + bias)``.
 
-The vectors hang on the linear that they belong to, which stays what it is: quantized, tied, and known by its
-name.
+The vectors are attached to their linear, which stays as it is: quantized, tied, and under the same name.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""A model whose every parameter lies in parts on all processes: PyTorch's fully sharded data parallelism.
+"""A model with every parameter sharded over all processes: PyTorch's fully sharded data parallelism.
 
-A block's parameters are brought together for its forward and again for its backward pass, and its gradients
-go back in parts. PyTorch's own `fully_shard` is called here and not through Accelerate, which has no sharding
-on the CPU, makes float32 copies of bfloat16 weights, and does not find its way through a tied head that is
-read as a weight. Every process must take part in every forward, and in reading a whole tensor.
+A block's parameters are gathered for its forward and again for its backward pass, and its gradients are
+reduced and scattered. PyTorch's own `fully_shard` is called directly. Accelerate has no sharding on the CPU,
+makes float32 copies of bfloat16 weights, and cannot handle a tied head that is read as a weight. Every
+process must take part in every forward, and in reading a whole tensor.
 
-What is said here of a sharded model also holds where DeepSpeed has done it: see `models.zero3`.
+What is said here of a sharded model also holds for one that DeepSpeed has sharded: see `models.zero3`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from falcon_qlora.models.tensor_files import split_into_files, write_index
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
-    """Leave on each process its part of every parameter of `model`, which all of them hold alike.
+    """Shard every parameter of `model`, which all processes hold alike: each keeps only its part.
 
     Args:
-        model: with packing enabled; before an optimizer knows its parameters.
+        model: with packing enabled, and no optimizer yet.
         device: of this process.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -42,20 +42,20 @@ def shard(model: nn.Module, device: torch.device) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `model` lies in parts on the processes, or will when training starts."""
+    """Whether `model` is sharded over the processes, or will be when training starts."""
     return isinstance(model, FSDPModule) or zero3.is_zero3(model)
 
 
 def whole_shape(parameter: Any) -> torch.Size:
-    """The shape of all parts of a parameter together; a DTensor says it by itself."""
+    """A parameter's unsharded shape, which a DTensor's own shape already is."""
     return torch.Size(parameter.ds_shape) if zero3.is_part(parameter) else parameter.shape
 
 
 def whole_tensors(model: nn.Module, *, wanted: bool) -> Iterator[tuple[str, Tensor]]:
-    """Each parameter as a whole on the CPU, by name, one at a time; all processes must go through them.
+    """Yield each parameter's name and whole tensor, on the CPU; all processes must iterate.
 
     Args:
-        wanted: whether this process wants them; else they are left on the device.
+        wanted: whether this process uses them; else they are left on the device.
     """
     for name, parameter in model.named_parameters():
         with torch.no_grad():
@@ -70,7 +70,7 @@ def _whole(parameter: nn.Parameter) -> Tensor:
 
 
 def take_part(model: nn.Module) -> None:
-    """What the other processes do while the main one goes through `whole_tensors`."""
+    """What the other processes run while the main one iterates over `whole_tensors`."""
     for _ in whole_tensors(model, wanted=False):
         pass
 
@@ -85,9 +85,9 @@ def save_whole(
     """Write a model as Transformers would, holding one file's tensors at a time.
 
     Args:
-        model: that the other processes `take_part` in where it is sharded.
-        folder: which exists.
-        state: its parameters on the CPU, as they were at some time; unset: as they are.
+        model: where it is sharded, the other processes call `take_part`.
+        folder: an existing one.
+        state: an earlier copy of its parameters, on the CPU; None: as they are now.
         file_bytes: the most that a file's tensors take, unless one alone takes more.
     """
     sizes = {
@@ -100,7 +100,7 @@ def save_whole(
         for file, names in files.items():
             save_file(dict(next(tensors) for _ in names), folder / file, metadata={"format": "pt"})
     finally:
-        # A disk that is full must not leave the others waiting.
+        # A full disk must not leave the other processes waiting.
         for _ in tensors:
             pass
     model.config.save_pretrained(folder)
@@ -122,7 +122,7 @@ def fill(parameter: nn.Parameter, whole: Tensor) -> None:
 
 
 def own_parts(parameter: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
-    """This process's part of a parameter and the like part of a whole tensor; nothing is exchanged."""
+    """This process's part of a parameter and the same part of a whole tensor, without communication."""
     if zero3.is_part(parameter):
         return zero3.own_part(parameter, whole)
     if not isinstance(parameter, DTensor):
@@ -131,21 +131,21 @@ def own_parts(parameter: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def local_tensor(value: Any) -> Any:
-    """What of a value lies on this process: a sharded tensor's part, anything else itself."""
+    """A value's part on this process: a sharded tensor's own part, anything else as it is."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 
 def own_rows(parameter: Tensor) -> range:
-    """Which rows (places along the first dimension) of a parameter lie on this process; maybe none."""
+    """The rows (along the first dimension) of a parameter that lie on this process; maybe none."""
     if not isinstance(parameter, DTensor):
         return range(len(parameter))
-    # Torch is asked and not imitated: a part may be smaller than the others, or empty.
+    # PyTorch is asked rather than imitated: a part may be smaller than the others, or empty.
     rows = _distributed_like(parameter, torch.arange(len(parameter), device=parameter.device)).to_local()
     return range(int(rows[0]), int(rows[-1]) + 1) if len(rows) else range(0)
 
 
 def from_own_rows(parameter: Tensor, rows: Tensor) -> Tensor:
-    """A tensor that is distributed as `parameter` is, of which this process holds `rows`."""
+    """A tensor sharded like `parameter`, of which this process holds `rows`."""
     if not isinstance(parameter, DTensor):
         return rows
     return DTensor.from_local(
@@ -164,7 +164,7 @@ def _distributed_like(parameter: DTensor, whole: Tensor) -> DTensor:
 
 
 def local_count(model: nn.Module) -> int:
-    """Trainable numbers that lie on this process while it trains."""
+    """How many trainable parameters this process holds while it trains."""
     trainable = (parameter for parameter in model.parameters() if parameter.requires_grad)
     if zero3.is_zero3(model):
         return -(-sum(whole_shape(p).numel() for p in trainable) // dist.get_world_size())

@@ -1,4 +1,4 @@
-"""What a model takes in memory, from its configuration alone."""
+"""How much memory a model takes, from its configuration alone."""
 
 from __future__ import annotations
 

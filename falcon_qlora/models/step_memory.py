@@ -1,8 +1,9 @@
-"""What a training step takes in memory, from the configuration alone, and how much of it to compute again.
+"""How much memory a training step takes, from the configuration alone, and what to recompute.
 
-Counted are the activations that the backward pass needs, the gradients, the optimizer, and what exists for a
-moment: a block's dequantized weights, what its backward works with, a piece of the logits. Measured on an
-H200 for 7B without recomputation, in bfloat16: 2.22 MB a token with fast blocks, 3.9 without (10^6 bytes).
+It counts the activations that the backward pass needs, the gradients, the optimizer's state, and what exists
+only briefly: a block's dequantized weights, its backward pass's temporaries, a chunk of the logits. Measured
+on an H200 for 7B without recomputation, in bfloat16: 2.22 MB a token with fast blocks, 3.9 without (10^6
+bytes).
 
 The smallest setting, 8,192 tokens, LoRA r 64, 4 bits, ``offload``, paged 8-bit AdamW, in GB (10^9 bytes):
 
@@ -19,9 +20,9 @@ The smallest setting, 8,192 tokens, LoRA r 64, 4 bits, ``offload``, paged 8-bit 
 | libraries' own, and rounding | 0.27 | 0.27 |
 | together | 6.66 | 28.64 |
 
-A test compares these rows. The optimizer's state lies in pageable
-memory outside of PyTorch's. The head's turn comes when no block is at work, and takes less: 1,024 tokens'
-logits, as float32 twice and as bfloat16, are 0.67 GB.
+A test compares these rows. The optimizer's state is in paged memory, outside of PyTorch's allocator. The head
+runs when no block does, and takes less: the logits of 1,024 tokens, twice in float32 and once in bfloat16,
+are 0.67 GB.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _REFERENCE_FACTOR, _ALL_TRAINED_FACTOR = 1.9, 2.0
 # The libraries' workspaces, and what the allocator rounds up.
 _UNCOUNTED_BYTES = 2**28
 _USABLE_SHARE = 0.92
-# A float32 scale to every 256 of an 8-bit optimizer's numbers.
+# One float32 scale for every 256 values of an 8-bit optimizer's state.
 _SCALE_BYTES = 4 / 256
 
 
@@ -51,14 +52,14 @@ class Step:
 
     Attributes:
         config: the model.
-        tokens: of one micro batch.
-        trainable: parameters.
-        trainable_bytes: of each, and of its gradient: adapters are float32.
-        gradients_stay: whether gradients are there when a micro batch begins: of the one before it, or as
-            they lie in the buffer that processes add up. Else they come while activations go.
-        all_trained: whether every weight is: the head's gradient too, which is summed up in float32.
-        gathered: bytes of a sharded model's weights and gradients that are whole for a moment.
-        fast: whether the blocks run as single functions.
+        tokens: of one micro-batch.
+        trainable: number of trainable parameters.
+        trainable_bytes: of each, and of its gradient; adapters are float32.
+        gradients_stay: whether gradients are in memory when a micro-batch begins: those of the one before it,
+            or the buffer of the gradient all-reduce. Else they appear while activations are freed.
+        all_trained: whether every weight is trained; the head's gradient is summed in float32.
+        gathered: bytes of a sharded model's weights and gradients that are whole at one time.
+        fast: whether the blocks run on the fast path.
         lora_rank: of the adapter on every linear; 0 where something else is trained.
         lora_dropout: whether LoRA has dropout.
         scaled: whether every linear has a learned scale and bias (Adapter v2).
@@ -81,7 +82,7 @@ class Step:
     gathered: int = 0
 
     def bytes(self, blocks: Sequence[Checkpointing]) -> int:
-        """Bytes that a step takes beyond the loaded model and its adapter; `blocks`: one a block."""
+        """Bytes that a step takes beyond the loaded model and its adapter; `blocks`: one per block."""
         kept = self.tokens * sum(self._kept(each) for each in blocks)
         gradients = self.trainable * self.trainable_bytes
         held = kept + gradients if self.gradients_stay else max(kept, gradients)
@@ -91,15 +92,15 @@ class Step:
         return int(held + at_work + self._weights() + states + self.gathered) + _UNCOUNTED_BYTES
 
     def fits(self, blocks: Sequence[Checkpointing], free_bytes: int, *, beside: int = 0) -> bool:
-        """Whether a step, and so many bytes beside it, fit into the free memory with some to spare."""
+        """Whether a step and `beside` more bytes fit into the free memory with some to spare."""
         return self.bytes(blocks) + beside <= _USABLE_SHARE * free_bytes
 
     def choose(self, free_bytes: int) -> list[Checkpointing]:
-        """What each block keeps, so that no more is computed again than `free_bytes` demand.
+        """Choose what each block keeps, so that no more is recomputed than `free_bytes` demand.
 
-        As few blocks as possible leave ``none`` for ``selective``, then ``selective`` for ``full``, then
-        ``full`` for ``offload``: each is smaller and slower than the one before. Where not even that is
-        enough, all are on ``offload``.
+        As few blocks as possible move from ``none`` to ``selective``, then from ``selective`` to ``full``,
+        then from ``full`` to ``offload``. Each takes less memory and more time than the one before. Where
+        even that is not enough, all are on ``offload``.
         """
         layers = self.config.num_hidden_layers
         smaller: list[Checkpointing] = ["none", "selective", "full", "offload"]
@@ -114,16 +115,17 @@ class Step:
         return blocks
 
     def working_values(self, checkpointing: Checkpointing) -> tuple[float, float, float]:
-        """Values a token that exist while a fast block's backward runs and are not kept, at the worst moment.
+        """Values per token that exist at the peak of a block's backward pass, beside those kept.
 
         Returns:
-            inputs and the gradient coming in; projections computed again, or the gradients for them; and
-            what else there is, at the product back through dense and 4h_to_h or at attention's backward.
+            Inputs and the incoming gradient; recomputed projections, or their gradients; and the rest, at the
+            backward pass of dense and 4h_to_h or of attention.
         """
         hidden, fused, wide, rank = self._sizes()
         projected = fused + wide + rank
         joined = hidden + wide
-        # GELU's output beside its gradient rather than in its place, and what dropout leaves of it.
+        # With dropout, GELU's output is beside its gradient rather than in its place, and so is its
+        # dropped-out copy.
         at_gelu = hidden + rank + (2 * wide if self.lora_dropout else 0)
         # As in FlashAttention-2: three gradients for all heads, one of them in float32 too.
         attention = max(5 * hidden, 4 / self.value_bytes * layout_of(self.config).float32_at_work())
@@ -138,7 +140,7 @@ class Step:
         return inputs, projected, rest + self._products_kept()
 
     def _sizes(self) -> tuple[int, int, int, int]:
-        """Hidden size, widths of what attention and feed-forward begin with, a group's columns for LoRA."""
+        """Hidden size, widths of attention's and feed-forward's input projections, a group's LoRA columns."""
         layout = layout_of(self.config)
         shapes = layout.linear_shapes()
         fused = sum(shapes[name][0] for name in layout.attention_inputs)
@@ -146,14 +148,14 @@ class Step:
         return self.config.hidden_size, fused, wide, 2 * self.lora_rank
 
     def _all_of_a_block(self) -> float:
-        """Values a token that a reference block keeps."""
+        """Values per token that a reference block keeps."""
         factor = _ALL_TRAINED_FACTOR if self.all_trained else _REFERENCE_FACTOR
         layout = layout_of(self.config)
         copied = 4 * self.config.hidden_size * layout.norms_per_block if layout.norm_keeps_float32 else 0
         return (factor * self._kept_fast("none") + copied) / self.value_bytes
 
     def _kept(self, checkpointing: Checkpointing) -> float:
-        """Bytes of a block that one token's activations take from the forward to the backward pass."""
+        """Bytes per token that a block keeps from the forward to the backward pass."""
         if checkpointing == "offload":
             return 0.0
         if checkpointing == "full":
@@ -161,25 +163,25 @@ class Step:
         return self._kept_fast(checkpointing) if self.fast else self._all_of_a_block() * self.value_bytes
 
     def _kept_fast(self, checkpointing: Checkpointing) -> float:
-        """Bytes a token of a fast block: its input, the projections, attention's output and LoRA's t."""
+        """Bytes per token that a fast block keeps: input, projections, attention's output and LoRA's t."""
         hidden, fused, wide, rank = self._sizes()
         values = 2 * hidden + fused + 2 * rank + (wide if checkpointing == "none" else 0)
         values += self._products_kept()
         return values * self.value_bytes + 4 * self.config.num_attention_heads
 
     def _products_kept(self) -> int:
-        """Values a token that dense and 4h_to_h gave, of which the gradients of their scales are made."""
+        """Values per token of dense's and 4h_to_h's outputs, which the gradients of their scales need."""
         return 2 * self.config.hidden_size if self.scaled else 0
 
     def _weights(self) -> int:
-        """Of one group, dequantized beside its LoRA: see `kernels.frozen_linear`."""
+        """Bytes of one group's dequantized weights and its LoRA: see `kernels.frozen_linear`."""
         hidden, fused, wide, rank = self._sizes()
         shared = layout_of(self.config).norms_per_block == 1
         into = (fused + wide if shared else wide) * hidden
         return int(max(into, (hidden + wide) * hidden) + rank * (hidden + wide)) * self.value_bytes
 
     def _head(self) -> int:
-        """The head's turn: three tensors of the hidden size, a piece of the logits, the weight's gradient."""
+        """Bytes that the head needs: three hidden-size tensors, some logits, the weight's gradient."""
         logits = logit_rows(self.tokens) * self.config.vocab_size * (2 * 4 + self.value_bytes)
         gradient = self.config.vocab_size * self.config.hidden_size * (4 + self.value_bytes)
         hidden = 3 * self.tokens * self.config.hidden_size * self.value_bytes
@@ -187,10 +189,10 @@ class Step:
 
 
 def gathered_bytes(config: PreTrainedConfig, value_bytes: int) -> int:
-    """What PyTorch's fully_shard holds beside a process's own part, at the most.
+    """The most that PyTorch's fully_shard holds beside a process's own part.
 
-    The embedding and its gradient are whole from a micro batch's beginning to its end. Of blocks there are
-    two, the one at work and the next, each with the buffer that it came in, and gradients on their way.
+    The embedding and its gradient are whole throughout a micro-batch. Two blocks are, the running one and the
+    next, each with its all-gather buffer, and gradients in flight.
     """
     embedding = config.vocab_size * config.hidden_size
     block = (layout_of(config).parameter_count() - embedding) // config.num_hidden_layers
@@ -198,11 +200,11 @@ def gathered_bytes(config: PreTrainedConfig, value_bytes: int) -> int:
 
 
 def optimizer_bytes(optim: str, value_bytes: int = 4, *, embedded: float = 0.0) -> float:
-    """Bytes of an optimizer's state for one parameter, wherever it lies.
+    """Bytes of an optimizer's state for one parameter, in whatever memory.
 
     Args:
         optim: Transformers' name.
-        value_bytes: of a parameter, which PyTorch's own optimizers follow.
+        value_bytes: of a parameter, whose dtype PyTorch's own optimizers follow.
         embedded: share of the parameters that are an embedding's, for which 8-bit optimizers keep 32 bits.
     """
     if optim in ("sgd", "adafactor"):  # Adafactor's rows and columns are next to nothing
@@ -221,5 +223,5 @@ def embedded_share(config: PreTrainedConfig) -> float:
 
 
 def allocated_optimizer_bytes(optim: str, value_bytes: int = 4, *, embedded: float = 0.0) -> float:
-    """What of `optimizer_bytes` PyTorch's allocator holds: paged optimizers keep theirs in CPU memory."""
+    """The part of `optimizer_bytes` in PyTorch's allocator: paged optimizers keep theirs in CPU memory."""
     return 0 if optim.startswith("paged") else optimizer_bytes(optim, value_bytes, embedded=embedded)

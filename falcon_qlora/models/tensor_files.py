@@ -1,6 +1,6 @@
-"""Files of tensors, one at a time: reading what is there, and writing a model without holding it.
+"""Tensor files, one tensor at a time: reading them, and writing a model without holding it in memory.
 
-What is written is safetensors; torch files are read too, as what came before them.
+It writes safetensors, and also reads the older torch files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# By a dtype's own text: what a file holds is asked where torch is not loaded yet.
+# Keyed by a dtype's text, because files are listed where torch is not loaded yet.
 _NAME_OF_DTYPE = {
     "torch.bfloat16": "BF16",
     "torch.float16": "F16",
@@ -45,10 +45,10 @@ class StoredTensor:
 
 
 def stored_tensors(file: Path) -> dict[str, StoredTensor]:
-    """What a file holds, by name; of the data itself nothing is read.
+    """A file's tensors by name, without reading their data.
 
     Raises:
-        UserError: if the file is not there, is cut short, or holds anything else.
+        UserError: if the file is missing, is cut short, or holds anything else.
     """
     if not file.is_file():
         raise UserError(f"{file} is not there")
@@ -69,7 +69,7 @@ def stored_tensors(file: Path) -> dict[str, StoredTensor]:
 
 
 def read_tensor(file: Path, name: str) -> Tensor:
-    """One tensor. The file is opened for it alone: closing it gives back the pages that reading it took.
+    """Read one tensor. The file is opened for it alone: closing it releases the pages that were read.
 
     Raises:
         UserError: if the file is damaged.
@@ -115,11 +115,11 @@ def write_model(
     dtype: torch.dtype,
     max_shard_bytes: int,
 ) -> dict[str, str]:
-    """Write a model's tensors as they come, in whatever order, each straight to its place in its file.
+    """Write a model's tensors as they come, in any order, each straight to its place in its file.
 
     Args:
         folder: gets ``model.safetensors``, or numbered shards and their index.
-        shapes: every tensor's name and shape, in the order in which they shall lie.
+        shapes: every tensor's name and shape, in the order in which they are stored.
         tensors: each of them once, on any device and in any floating dtype.
         dtype: what they are stored in.
         max_shard_bytes: a new file begins where the next tensor would make one larger.
@@ -150,7 +150,7 @@ def write_model(
 def _lay_out(
     folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_shard_bytes: int
 ) -> dict[str, tuple[Path, int]]:
-    """Write the files' headers and the index; returns each tensor's file and the place of its first byte."""
+    """Write the files' headers and the index; returns each tensor's file and offset."""
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     shards = split_into_files(sizes, max_shard_bytes)
     places: dict[str, tuple[Path, int]] = {}
@@ -180,7 +180,7 @@ def _lay_out(
 
 
 def split_into_files(sizes: Mapping[str, int], most_bytes: int) -> dict[str, list[str]]:
-    """Which tensors go into which file, in their order: none takes more, unless one tensor alone does.
+    """Split tensors into files, in order; none exceeds `most_bytes` unless one tensor alone does.
 
     Args:
         sizes: bytes of each tensor.
@@ -208,7 +208,7 @@ def write_index(folder: Path, files: Mapping[str, list[str]], total_bytes: int) 
 
 @contextlib.contextmanager
 def _named_in_errors(file: Path) -> Iterator[None]:
-    """A disk that fills while a file is written says everything but which."""
+    """Name the file in an OSError: a full disk's error does not say which file was being written."""
     try:
         yield
     except OSError as error:

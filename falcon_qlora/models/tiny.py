@@ -1,6 +1,6 @@
-"""The packaged model: a small Falcon in 7B's layout, with its own tokenizer, that has really been trained.
+"""The packaged model: a small Falcon in 7B's layout with its own tokenizer, really trained.
 
-``python -m tests.tiny_model build --out DIR`` makes it anew.
+``python -m tests.tiny_model build --out DIR`` rebuilds it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Single rows of the embedding and the output head, trained in place of the frozen ones.
 
-They are PEFT's (``trainable_token_indices``). In every forward PEFT copies the whole matrix to put them in;
-here the frozen one stays as it is, and what it gives for their tokens is overwritten.
+They are PEFT's ``trainable_token_indices``. In every forward PEFT copies the whole matrix to put them in.
+Here the frozen matrix stays as it is, and its output for their tokens is overwritten.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch import Tensor, nn
 
 from falcon_qlora.models.layouts import causal_lm_in
 
-# A matrix product whose width is no multiple of this is slow on a GPU: the head's.
+# The head's matrix product is slow on a GPU where its width is no multiple of this.
 _MULTIPLE = 64
 _PADDED = "_padded"
 
 
 @dataclass(frozen=True)
 class TokenRows:
-    """The rows that act in a module.
+    """The active trained rows of a module.
 
     Attributes:
-        ids: of their tokens, n.
+        ids: of their n tokens.
         values: the rows, float32 ``[n, H]``.
-        frozen: the whole matrix ``[V, H]``, in whose dtype they act.
+        frozen: the whole matrix ``[V, H]``, whose dtype they are cast to.
     """
 
     ids: tuple[int, ...]
@@ -42,7 +42,7 @@ class TokenRows:
 
 
 def rows_of(module: Any) -> TokenRows | None:
-    """The rows that act in an embedding or a head; None where none are trained, or they are switched off."""
+    """The active trained rows of an embedding or a head; None where there are none or they are off."""
     adapter = getattr(module, "token_adapter", None)
     if adapter is None or module.disable_adapters or adapter.merged:
         return None
@@ -60,20 +60,20 @@ def frozen_weight(module: Any) -> Tensor:
 
 
 def modules_with_rows(model: nn.Module) -> list[Any]:
-    """The embedding and the head, as far as rows of them are trained."""
+    """The embedding and the head, if they have trained rows."""
     base = causal_lm_in(model)
     both = (base.get_input_embeddings(), base.get_output_embeddings())
     return [module for module in both if hasattr(module, "token_adapter")]
 
 
 def padded(weight: Tensor) -> Tensor:
-    """A matrix with the rows of zeros that `grow_vocabulary` has left behind it in memory, if any."""
+    """A matrix with the rows of zeros that `grow_vocabulary` put after it in memory, if any."""
     whole: Tensor = getattr(weight, _PADDED, weight)
     return whole
 
 
 def forward_of(module: Any) -> Callable[..., Tensor]:
-    """What takes the place of the ``forward`` of one of `modules_with_rows`."""
+    """The replacement ``forward`` for one of `modules_with_rows`."""
     return _embed if isinstance(module.original_module, nn.Embedding) else _project
 
 
@@ -81,8 +81,8 @@ def forward_of(module: Any) -> Callable[..., Tensor]:
 def grow_vocabulary(model: Any, size: int) -> None:
     """Give a model from `load_model` embeddings for `size` ids, where it has fewer.
 
-    Each new row, of an untied head too, is the mean of the rows that there are. So has Transformers'
-    `resize_token_embeddings` it, but for a little noise.
+    Each new row, in an untied head too, is the mean of the existing rows. Transformers'
+    `resize_token_embeddings` does the same but adds a little noise.
     """
     before = model.config.vocab_size
     if size <= before:
@@ -102,7 +102,7 @@ def grow_vocabulary(model: Any, size: int) -> None:
 
 @torch.no_grad()
 def start_at_the_mean(model: nn.Module, vocabulary: int) -> None:
-    """Let every trained row be the mean of the base's own `vocabulary` rows, in float32."""
+    """Set every trained row to the mean of the base's own `vocabulary` rows, in float32."""
     for module in modules_with_rows(model):
         rows = rows_of(module)
         assert rows is not None
@@ -128,7 +128,7 @@ def _embed(self: Any, input_ids: Tensor) -> Tensor:
         return looked_up
     count = len(rows.ids)
     places = _places(rows.ids, len(rows.frozen), input_ids.device)[input_ids]
-    # One row more stands for all other tokens; it gets no gradient.
+    # One extra row stands for all other tokens; it gets no gradient.
     table = nn.functional.pad(rows.values.to(looked_up.dtype), (0, 0, 0, 1))
     found = nn.functional.embedding(places, table, padding_idx=count)
     return torch.where((places < count)[..., None], found, looked_up)
@@ -151,7 +151,7 @@ def _index(ids: tuple[int, ...], device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=8)
 def _places(ids: tuple[int, ...], vocabulary: int, device: torch.device) -> Tensor:
-    """Each token's place among `ids`, or how many they are: int64 ``[V]``."""
+    """Each token's place among `ids`, or ``len(ids)`` for all others: int64 ``[V]``."""
     with torch.inference_mode(False):
         places = torch.full((vocabulary,), len(ids))
         places[list(ids)] = torch.arange(len(ids))

@@ -43,7 +43,7 @@ def load_tokenizer(
                 folder, local_files_only=True, trust_remote_code=False
             )
             tokenizer("Try it out.", add_special_tokens=False)
-    except Exception as error:  # the tokenizers' have no class of their own, and any comes of other values
+    except Exception as error:  # tokenizers' errors have no class of their own, and odd values raise any
         reason = first_line(error)
         raise UserError(
             f"the tokenizer of {name} cannot be loaded: {reason}. Give a folder that holds a whole "
@@ -73,7 +73,7 @@ def _class_for(folder: Path) -> Any:
 
 
 def _check_files(folder: Path) -> None:
-    """Refuse what Transformers would read whatever it is, and however large."""
+    """Refuse malformed or oversized files, which Transformers would read unchecked."""
     for name in _SETTINGS:
         if (folder / name).exists():
             read_json(folder / name)
@@ -87,11 +87,11 @@ def find_tokenizer(
     """The folder that holds the files of the tokenizer that `load_tokenizer` loads.
 
     Raises:
-        UserError: if it is on the hub, and neither in the cache nor to be had.
+        UserError: if it is on the hub, and neither in the cache nor reachable.
     """
     name = tokenizer_name_or_path or model_name_or_path
     if name.startswith(RANDOM):
-        # Random weights come without a tokenizer: take the one of the shape's namesake.
+        # Random weights come without a tokenizer: take that of the model of this shape.
         preset = name.removeprefix(RANDOM).partition("?")[0]
         name = layout_of_preset(preset).tokenizers[preset] if preset in PRESETS else name
     if is_on_hub(name):
@@ -100,7 +100,7 @@ def find_tokenizer(
         return fetch_tokenizer(name, revision=revision if tokenizer_name_or_path is None else None)
     folder = packaged_folder(name) or Path(name).expanduser()
     if tokenizer_name_or_path is None:
-        refuse_adapter(folder)  # whose own tokenizer hides that no model is there
+        refuse_adapter(folder)  # an adapter's own tokenizer would hide that there is no model
     return folder
 
 
@@ -115,8 +115,8 @@ def check_vocabulary(tokenizer: Any, vocab_size: int, *, name: str, added: int =
     """Refuse a tokenizer that gives ids the model has no embedding for.
 
     Args:
-        tokenizer: with `added` new tokens, its last, which the model is given embeddings for.
-        vocab_size: of the model as it is published.
+        tokenizer: its last `added` tokens are new, and the model is given embeddings for them.
+        vocab_size: of the model as published.
         name: of the model, for messages.
 
     Raises:

@@ -1,13 +1,13 @@
-"""A model in parts on all processes by DeepSpeed's ZeRO-3: another way to what `models.sharded` does.
+"""A model sharded over all processes by DeepSpeed's ZeRO-3, an alternative to `models.sharded`.
 
-Beside bfloat16 weights it keeps float32 ones that the optimizer steps on, and it adds up gradients in
-float32, so that no small step is lost in rounding: with AdamW 18 bytes a parameter, shared out, where
-PyTorch's own sharding takes 8.
+Beside bfloat16 weights it keeps float32 ones that the optimizer steps on, and it accumulates gradients in
+float32, so that no small step is lost in rounding. With AdamW that takes 18 bytes a parameter, divided among
+the processes; PyTorch's own sharding takes 8.
 
-A model is marked first and handed to DeepSpeed's engine together with its optimizer, when training starts:
-until then it is whole. Afterwards a parameter is empty but while its module computes; DeepSpeed hangs on it
-its shape as ``ds_shape`` and this process's part as ``ds_tensor``. Every process must take part in every
-forward, and in reading a whole tensor. DeepSpeed is an extra, and is imported where it is needed.
+A model is first marked. When training starts it is handed to DeepSpeed's engine together with its optimizer;
+until then it is whole. Afterwards a parameter is empty except while its module computes. DeepSpeed sets its
+shape on it as ``ds_shape`` and this process's part as ``ds_tensor``. Every process must take part in every
+forward, and in reading a whole tensor. DeepSpeed is an extra, imported only where needed.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from falcon_qlora.common.errors import UserError
 from falcon_qlora.models.layouts import causal_lm_in
 
 _MARK = "_falcon_qlora_zero3"
-# Numbers whose gradients are sent together; a larger parameter's go alone.
+# Elements whose gradients are sent together; a larger parameter's go alone.
 _BUCKET_NUMBERS = 50_000_000
 
 
 def check_installed() -> None:
-    """Refuse to go on without DeepSpeed.
+    """Refuse to continue without DeepSpeed.
 
     Raises:
-        UserError: that says how it is installed.
+        UserError: that says how to install it.
     """
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
@@ -43,7 +43,7 @@ def check_installed() -> None:
 
 
 def mark(model: nn.Module) -> None:
-    """Have `model` be trained by ZeRO-3, once `start` is called."""
+    """Mark `model` for ZeRO-3, which begins with `start`."""
     setattr(model, _MARK, True)
 
 
@@ -53,14 +53,14 @@ def is_zero3(model: nn.Module) -> bool:
 
 
 class Zero3Optimizer(Optimizer):
-    """What the trainer takes for the optimizer: DeepSpeed's engine steps on the parts of this process.
+    """The optimizer that the trainer sees: DeepSpeed's engine steps on this process's parts.
 
     Args:
         engine: DeepSpeed's.
-        inner: the optimizer that `engine` uses; its groups are this one's, so a schedule reaches it.
+        inner: the optimizer that `engine` uses; both share their groups, so a schedule reaches it.
 
     Attributes:
-        found_inf: set before a step, 1 where it is to be left out, as PyTorch's fused optimizers have it.
+        found_inf: set before a step; 1 skips it, as in PyTorch's fused optimizers.
     """
 
     _step_supports_amp_scaling = True
@@ -73,7 +73,7 @@ class Zero3Optimizer(Optimizer):
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         if bool(self.found_inf):
-            self._engine.optimizer.zero_grad()  # the next backward pass writes over what was added up
+            self._engine.optimizer.zero_grad()  # the next backward pass overwrites the accumulated gradients
         else:
             self._engine.step()
 
@@ -91,27 +91,27 @@ class Zero3Optimizer(Optimizer):
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing is done; Accelerate hands back what it got, to move it to the device."""
+        """Do nothing; Accelerate hands back what it got, to move it to the device."""
 
 
 def start(model: nn.Module, optimizer: Optimizer, *, max_grad_norm: float) -> tuple[Any, Zero3Optimizer]:
-    """Leave on each process its part of every parameter of a marked model, which all of them hold alike.
+    """Shard every parameter of a marked model, which all processes hold alike: each keeps only its part.
 
     Args:
         model: with packing enabled, on its device.
-        optimizer: of PyTorch, that knows the model's parameters and has taken no step.
-        max_grad_norm: to which gradients are clipped; 0: not at all.
+        optimizer: PyTorch's, of the model's parameters, that has taken no step.
+        max_grad_norm: norm to which gradients are clipped; 0: no clipping.
 
     Returns:
-        The engine, a module to train through; forward and backward must be its own. And the optimizer.
+        The engine, a module whose own forward and backward must be used; and the optimizer.
     """
     import deepspeed
 
     base = causal_lm_in(model)
     if base.device.type == "cpu":
-        # It would compile an extension for sums over processes, which takes minutes and a compiler.
+        # It would compile an extension for all-reduces, which takes minutes and a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # The loss reads the head's weight and does not call the head, which would bring it together.
+    # The loss reads the head's weight without calling the head, which would gather it.
     deepspeed.zero.register_external_parameter(base, base.get_output_embeddings().weight)
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -119,14 +119,14 @@ def start(model: nn.Module, optimizer: Optimizer, *, max_grad_norm: float) -> tu
         dist_init_required=False,
         config=_settings(base.dtype, max_grad_norm=max_grad_norm),
     )
-    # Micro batches are counted by the trainer: a step is one whenever it is asked for.
+    # The trainer counts micro-batches: every step that it asks for is a real one.
     engine.set_gradient_accumulation_boundary(True)
     return engine, Zero3Optimizer(engine, optimizer)
 
 
 def _settings(dtype: torch.dtype, *, max_grad_norm: float) -> dict[str, Any]:
     return {
-        "train_micro_batch_size_per_gpu": 1,  # asked for, and used for nothing but its log lines
+        "train_micro_batch_size_per_gpu": 1,  # required, but used only in log lines
         "gradient_accumulation_steps": 1,  # else it would divide the loss
         "gradient_clipping": max_grad_norm,
         "bf16": {"enabled": dtype == torch.bfloat16},
@@ -136,18 +136,18 @@ def _settings(dtype: torch.dtype, *, max_grad_norm: float) -> dict[str, Any]:
             "reduce_bucket_size": _BUCKET_NUMBERS,
             "stage3_prefetch_bucket_size": _BUCKET_NUMBERS,
         },
-        "zero_allow_untested_optimizer": True,  # tested are its own; any of PyTorch's works number by number
+        "zero_allow_untested_optimizer": True,  # only its own are tested; all of PyTorch's work elementwise
         "steps_per_print": None,
     }
 
 
 def is_part(parameter: Tensor) -> bool:
-    """Whether the engine has taken a parameter."""
+    """Whether the engine has taken over a parameter."""
     return hasattr(parameter, "ds_tensor")
 
 
 def read_whole(parameter: nn.Parameter) -> Tensor:
-    """A copy of the whole of a parameter in parts; all processes must come here."""
+    """A whole copy of a sharded parameter; all processes must call this."""
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([parameter]):
@@ -155,9 +155,9 @@ def read_whole(parameter: nn.Parameter) -> Tensor:
 
 
 def fill_whole(parameter: nn.Parameter, whole: Tensor) -> None:
-    """Copy a whole tensor into a parameter in parts; all processes must come here.
+    """Copy a whole tensor into a sharded parameter; all processes must call this.
 
-    The float32 weights that the optimizer steps on stay as they were: no step may follow.
+    The float32 weights that the optimizer steps on do not change, so no step may follow.
     """
     import deepspeed
 
@@ -166,7 +166,7 @@ def fill_whole(parameter: nn.Parameter, whole: Tensor) -> None:
 
 
 def own_part(parameter: Any, whole: Tensor) -> tuple[Tensor, Tensor]:
-    """This process's part of a parameter and the like part of a whole tensor, both flat."""
+    """This process's part of a parameter and the same part of a whole tensor, both flat."""
     mine = parameter.ds_tensor.detach()
     expected = whole.flatten()[mine.numel() * dist.get_rank() :][: mine.numel()]
-    return mine[: len(expected)], expected  # the last process's part is filled up
+    return mine[: len(expected)], expected  # the last process's part is padded

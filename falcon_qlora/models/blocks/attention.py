@@ -1,4 +1,4 @@
-"""Attention within documents as the fast blocks call it: forward and backward apart, with what lies between.
+"""Attention within documents for the fast blocks: separate forward and backward, and what is kept between.
 
 Shapes: the letters of `kernels`, and P rows of a learned prefix.
 """
@@ -22,8 +22,8 @@ AttentionKernel = Literal["FlashAttention-4", "variable-length kernel", "padded 
 class PackedAttention:
     """Causal attention within documents, forward and backward.
 
-    PyTorch's variable-length kernel is called as `varlen_attn` does; with padded batches attention is
-    computed again in the backward pass.
+    PyTorch's variable-length kernel is called as `varlen_attn` does. With padded batches the backward pass
+    recomputes attention.
     """
 
     sequences: Sequences
@@ -72,7 +72,7 @@ class PackedAttention:
 class PrefixedAttention(PackedAttention):
     """Attention within documents that also looks at a learned prefix, see `kernels.prefix`.
 
-    The sum is not kept: attention's backward needs its own output alone, and the prefix's the queries.
+    The sum is not kept: attention's backward needs only its own output, and the prefix's the queries.
 
     Attributes:
         key: ``[P, G, D]``, of the prefix, in the dtype of the activations.

@@ -1,7 +1,7 @@
 """Falcon's fast block: its modules as `kernels.block` takes them, and its ``forward``.
 
-That function is the parallel block with rotary positions and no biases: all layouts but rw-1b's. Blocks here
-are Transformers' ``FalconDecoderLayer``, inside which PEFT has put its layers.
+`kernels.block` computes the parallel block with rotary positions and no biases: all layouts but rw-1b's.
+Blocks here are Transformers' ``FalconDecoderLayer``, inside which PEFT has put its layers.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from falcon_qlora.models.prefix import prefix_of
 from falcon_qlora.models.quantize import quantize_mode_of
 from falcon_qlora.models.scaled import scale_and_bias_of
 
-# Older releases of Transformers recompute in ``__call__``, which comes before our forward anyway.
+# Older releases of Transformers recompute in ``__call__``, which runs before this forward anyway.
 _RECOMPUTES_IN_CALL = "__call__" in vars(GradientCheckpointingLayer)
 
 
 def block_facts(block: Any, dtype: torch.dtype) -> BlockFacts:
-    """Read off a block what is decided on; `dtype` is that of the activations."""
+    """The facts about a block that `fast_path.decide` needs; `dtype` is that of the activations."""
     linears = _linears_of(block)
     added = prefix_of(block.self_attention)
     vectors = [scale_and_bias_of(base_of(linear)) for linear in linears]
@@ -88,7 +88,7 @@ def _unlike(block: Any) -> str | None:
 
 
 def _more_than_lora(block: Any) -> str | None:
-    """What acts in a block beside LoRA, trainable or not."""
+    """A mix of adapters that the fast block does not compute, trainable or not; None if there is none."""
     linears = _linears_of(block)
     vectors = [scale_and_bias_of(base_of(linear)) is not None for linear in linears]
     if any(vectors) and not all(vectors):
@@ -115,7 +115,7 @@ def _norms(block: Any) -> tuple[Norm, ...]:
 
 
 def block_and_adapters(module: Any, state: State) -> tuple[Block, list[Adapter]] | None:
-    """What `kernels.block` needs, as the modules say now; None where they say what it cannot do."""
+    """What `kernels.block` needs, from the modules' current state; None where it cannot compute that."""
     prefix, scaled = prefix_of(module.self_attention), state.products is ScaledProducts
     projections, adapters = [], []
     for linear in _linears_of(module):
@@ -155,10 +155,10 @@ def block_and_adapters(module: Any, state: State) -> tuple[Block, list[Adapter]]
 
 
 def _projection(linear: Any, state: State) -> tuple[Projection, Adapter]:
-    """A linear with the LoRA that acts on it.
+    """A linear with its active LoRA.
 
     Raises:
-        UnknownAdapter: if that is more than the products can do.
+        UnknownAdapter: if the products cannot compute it.
     """
     base, name = base_of(linear), active_adapter(linear)
     if name is None:
@@ -201,11 +201,11 @@ def block_forward(
 
 
 def _attention(module: Any, block: Block, attention: PackedAttention, dtype: torch.dtype) -> PackedAttention:
-    """With the block's prefix, where it has one that acts."""
+    """`attention`, with the block's prefix if it has an enabled one."""
     prefix = prefix_of(module.self_attention)
     if prefix is None or not prefix.enabled:
         return attention
-    # Not through the module: in 8 bits it would round what goes in, and wait for the GPU.
+    # Not through the module: in 8 bits it would round its input, and wait for the GPU.
     fused = project(prefix.prefix.to(dtype), block.query_key_value, block.workspace)
     vectors = scale_and_bias_of(module.self_attention.query_key_value)
     if vectors is not None:

@@ -1,7 +1,7 @@
-"""What every family's fast blocks share: what is decided on, what a block holds, and how it takes its place.
+"""What every family's fast blocks share: the facts for choosing them, their state, and their installation.
 
-A block gets another ``forward`` as an instance, reversibly: nothing is changed at import. PEFT's modules stay
-where they are: their matrices are read at every call, and get the gradients.
+A block's ``forward`` is replaced on the instance, reversibly: nothing is changed at import. PEFT's modules
+stay in place: their matrices are read at every call and get the gradients.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class BlockFacts:
     """What `fast_path.decide` has to know about a block.
 
     Attributes:
-        unlike: what of the block its family's fast form does not compute, or None.
-        trainable: names of trainable parameters that are of no adapter; Adapter v2's has the norms.
+        unlike: what its family's fast block does not compute, or None.
+        trainable: names of trainable parameters that belong to no adapter; norms belong to Adapter v2's.
         dtype: of the activations.
         head_dim: size of a head.
         quantize_mode: how the linears are stored.
         lora_dropout: the largest of the active adapters'.
-        lora_unknown: what about the adapters is not plain LoRA, or None.
+        lora_unknown: what is not plain LoRA in the adapters, or None.
         prefix_rows: P of a learned prefix, 0 without one.
         scaled: whether learned vectors scale and shift the linears' outputs.
     """
@@ -58,7 +58,7 @@ class BlockFacts:
 
 @dataclass
 class State:
-    """A fast block's own: what it keeps and runs on, and what it shares with the model's others."""
+    """A fast block's state: what it keeps and runs on, and what it shares with the model's other blocks."""
 
     keep: Keep
     workspace: Workspace
@@ -68,12 +68,12 @@ class State:
 
 
 def state_of(block: nn.Module) -> State | None:
-    """What a fast block holds; None where it is no fast one."""
+    """The state of a fast block; None for any other."""
     return getattr(block, _STATE, None)
 
 
 def install(block: nn.Module, forward: Callable[..., Any], state: State) -> None:
-    """Run `block` by `forward`, which finds `state` on it."""
+    """Make `block` run `forward`, which finds `state` on the block."""
     setattr(block, _STATE, state)
     if not forward_is_replaced(block):
         replace_forward(block, forward)
@@ -91,7 +91,7 @@ def restore(block: nn.Module, forward: Callable[..., Any]) -> None:
 
 
 class UnknownAdapter(Exception):
-    """An adapter that is more than two matrices."""
+    """An adapter that is not just two matrices."""
 
 
 def active_adapter(linear: Any) -> str | None:

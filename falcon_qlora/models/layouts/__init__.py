@@ -1,4 +1,4 @@
-"""Families of models: one file each, entered in `LAYOUTS`; nothing else names a family's modules."""
+"""Model families: one file each, listed in `LAYOUTS`; nothing else names a family's modules."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BY_PRESET = {preset: layout for layout in LAYOUTS for preset in layout.presets}
 PRESETS = tuple(_BY_PRESET)
 """Names of the published shapes."""
 MODEL_TYPES = tuple(_BY_TYPE)
-"""What configurations call the families."""
+"""The families' ``model_type`` in configurations."""
 
 _KNOWN_OTHERS = {"falcon_mamba": "a Falcon-Mamba", "mamba": "a Mamba"}
 
@@ -56,10 +56,10 @@ def read_config(raw: dict[str, Any], *, source: str = "config.json") -> PreTrain
 
 
 def family_of(raw: dict[str, Any], *, source: str) -> type[Layout]:
-    """The family of the model that a published ``config.json`` is of.
+    """The family of the model that a published ``config.json`` describes.
 
     Raises:
-        UserError: if it is none that is trained here.
+        UserError: if that family is not trained here.
     """
     model_type = raw.get("model_type")
     layout = _BY_TYPE.get(model_type) if isinstance(model_type, str) else None

@@ -1,6 +1,6 @@
-"""What the package has to know of a family of models, and the counts that follow from it.
+"""What the package needs to know about a model family, and the counts that follow from it.
 
-A family is a subclass of `Layout` in a file of its own, entered in `layouts.LAYOUTS`. With that alone it is
+A family is a subclass of `Layout` in a file of its own, listed in `layouts.LAYOUTS`. With that alone it is
 loaded, quantized, trained and merged on the reference path; its fast path may come later.
 """
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from falcon_qlora.models.packed_attention import Sequences
 
-# Far beyond any published model: what is larger is a mistake, or meant to exhaust the machine.
+# Far beyond any published model: a larger value is a mistake, or meant to exhaust the machine.
 _LARGEST = {
     "vocab_size": 2**24,
     "hidden_size": 2**18,
@@ -35,13 +35,13 @@ _LARGEST = {
     **dict.fromkeys(("mamba_expand", "mamba_chunk_size"), 2**14),
 }
 OPTIONAL = ("pad_token_id", "rope_theta", "rope_scaling", "rope_parameters")
-"""Settings that some files of any family have."""
+"""Settings that only some files have, in any family."""
 PREFIX = "prefix_attention"
-"""What a learned prefix is called in a block's attention."""
+"""Name of a learned prefix within a block's attention."""
 
 
 class Imported:
-    """An attribute of a class that is imported when it is first asked for: facts and counts need no model."""
+    """A class attribute that is imported when it is accessed: facts and counts need no model."""
 
     def __init__(self, module: str, name: str):
         self._module, self._name = module, name
@@ -53,37 +53,37 @@ class Imported:
 class Layout(ABC):
     """A model's layout: the facts of its family, and of one configuration.
 
-    Modules are named as in Transformers' model; a linear of a block also by the last part of its name alone.
+    Modules are named as in Transformers' model. A linear of a block may also go by the last part of its name.
 
     Args:
         config: of the model.
 
     Attributes:
-        family: what a reader knows it by.
+        family: its name for readers.
         published: some published models, for messages.
-        model_types: of configurations, the first of them as Transformers has it now.
-        presets: name → arguments of `config_class`, of the published models' shapes.
+        model_types: ``model_type`` of its configurations, the one of current Transformers first.
+        presets: name → arguments of `config_class`, for the published models' shapes.
         tokenizers: preset → hub model whose tokenizer goes with it.
-        kept: settings of a configuration that are read; the rest changes nothing.
-        defaults: what `config_class` has where a file says nothing, of the settings that counts depend on.
+        kept: settings of a configuration that are read; the rest have no effect.
+        defaults: `config_class`'s defaults of the settings that counts depend on.
         config_class, model_class, backbone_class, attention_class, norm_class: Transformers'.
-        norm_vectors: parameters of a norm, as vectors of the hidden size.
+        norm_vectors: how many parameter vectors of the hidden size a norm has.
         norm_keeps_float32: whether a norm keeps its input in float32 for the backward pass.
-        backbone: name of the part of the model that is all but the head.
+        backbone: name of the model without its head.
         embedding, blocks, final_norm: names of these modules within the backbone.
         head: name of the output head.
         attention: name of the attention within a block.
         linears: last part of the name → name within the block, of every linear that is quantized and adapted,
-            in the order of the model.
-        not_for_peft: those of `linears` on which plain PEFT refuses LoRA → why, for messages; LoRA is on them
+            in the model's order.
+        not_for_peft: those of `linears` on which plain PEFT refuses LoRA → why, for messages; they get LoRA
             only where they are named.
         no_prefix: why attention takes no learned prefix, or None if it does.
-        keep_wider: ends of the names of parameters that stay in their file's dtype where it is the wider one.
+        keep_wider: name suffixes of parameters that keep their file's dtype where it is wider.
         attention_inputs: those of `linears` that read what attention reads.
         feed_forward_inputs: those that read what the feed-forward layer reads.
         query_projection: the one whose output holds the queries.
         output_projection: the one that attention ends with.
-        fused: the one that is queries, keys and values at once, or None.
+        fused: the one that gives queries, keys and values at once, or None.
     """
 
     family: ClassVar[str]
@@ -128,7 +128,7 @@ class Layout(ABC):
             source: where it was read, for messages.
 
         Raises:
-            UserError: if it is not complete, or of a kind that is not computed exactly here.
+            UserError: if it is incomplete, or of a kind that is not computed exactly here.
         """
         config = cls._made(cls._checked(raw, source), source)
         cls.check_kind(config, source)
@@ -136,10 +136,10 @@ class Layout(ABC):
 
     @classmethod
     def outline(cls, raw: dict[str, Any], source: str) -> Any:
-        """As `read`, of the settings that counts depend on alone: no library is loaded for it.
+        """As `read`, but only the settings that counts depend on, and without loading a library.
 
         Raises:
-            UserError: if it is not complete, or of a kind whose counts are others.
+            UserError: if it is incomplete, or of a kind whose counts differ.
         """
         kept = cls._checked(raw, source)
         kept.pop("rope_parameters", None)  # rotation changes no count
@@ -150,7 +150,7 @@ class Layout(ABC):
 
     @classmethod
     def translated(cls, raw: dict[str, Any]) -> dict[str, Any]:
-        """The settings of a published ``config.json`` by their names of now."""
+        """The settings of a published ``config.json`` under their current names."""
         return raw
 
     @classmethod
@@ -163,7 +163,7 @@ class Layout(ABC):
         """Refuse a configuration of the family that is not computed exactly here.
 
         Raises:
-            UserError: saying in what it differs.
+            UserError: saying how it differs.
         """
         return None
 
@@ -177,65 +177,65 @@ class Layout(ABC):
 
     @property
     def has_biases(self) -> bool:
-        """Whether the blocks' linears have them."""
+        """Whether the blocks' linears have biases."""
         return False
 
     @abstractmethod
     def norm(self, module: nn.Module) -> nn.Module:
-        """What takes the place of a norm: it computes in float32, and its output has its input's dtype.
+        """The replacement for a norm: it computes in float32, and its output has its input's dtype.
 
-        Linears keep their input's dtype: after a norm that gave out float32 the whole residual stream would
-        be float32, twice the memory and, in 8 bits, a third of the speed.
+        Linears keep their input's dtype. After a norm that returned float32 the whole residual stream would
+        be float32: twice the memory and, in 8 bits, a third of the speed.
         """
 
     @abstractmethod
     def rotary_embedding(self) -> nn.Module:
-        """A fresh one."""
+        """A new rotary embedding."""
 
     def fill_buffers(self, backbone: Any, device: torch.device) -> None:
-        """Make anew what is in no file, and empty in a model that was built on the meta device."""
+        """Compute the buffers that no file holds; in a model built on the meta device they are empty."""
         backbone.rotary_emb = self.rotary_embedding().to(device)
 
     @property
     def embedding_multiplier(self) -> float:
-        """By which what the embedding gives is multiplied."""
+        """Factor of the embedding's output."""
         return 1.0
 
     @property
     def head_multiplier(self) -> float:
-        """By which the logits are multiplied."""
+        """Factor of the logits."""
         return 1.0
 
     def embed(self, embedding: nn.Module, input_ids: Tensor) -> Tensor:
-        """What the first block reads: ``[1, T]`` → ``[1, T, hidden]``."""
+        """The first block's input: ``[1, T]`` → ``[1, T, hidden]``."""
         hidden: Tensor = embedding(input_ids)
         scale = self.embedding_multiplier
         return hidden if scale == 1 else hidden * scale
 
     @classmethod
     def other_mixers(cls) -> dict[Any, Callable[[Any, Tensor, Sequences], Tensor]]:
-        """What of a block beside attention carries something from token to token.
+        """The modules of a block, beside attention, that mix tokens.
 
         Returns:
-            Class of the module → what it computes of ``[1, T, hidden]`` of packed documents. A block hands
-            it its documents as its ``attention_mask``.
+            Class of the module → function of it, ``[1, T, hidden]`` of packed documents and where they lie. A
+            block passes the module its documents as ``attention_mask``.
         """
         return {}
 
     def float32_at_work(self) -> float:
-        """Float32 values a token that exist while a block's `other_mixers` run backward."""
+        """Float32 values per token that exist during the backward pass of a block's `other_mixers`."""
         return 0.0
 
     @abstractmethod
     def heads(self, attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Project ``[1, T, hidden]``: query ``[T, Q, D]``, key and value ``[T, G, D]``, not rotated."""
+        """Project ``[1, T, hidden]`` to query ``[T, Q, D]``, key and value ``[T, G, D]``, not rotated."""
 
     @abstractmethod
     def split(self, attention: Any, projected: Tensor) -> tuple[Tensor, ...]:
-        """What `query_projection` gave, ``[T, width]``, in heads.
+        """Split the output of `query_projection`, ``[T, width]``, into heads.
 
         Returns:
-            query ``[T, Q, D]``; and of a `fused` projection key and value ``[T, G, D]``, nothing copied.
+            query ``[T, Q, D]``; of a `fused` projection also key and value ``[T, G, D]``, not copied.
         """
 
     @abstractmethod
@@ -244,12 +244,12 @@ class Layout(ABC):
 
     @abstractmethod
     def published_config(self) -> dict[str, Any]:
-        """``config.json`` in the names and the form of the published models, as any release reads it."""
+        """``config.json`` in the published models' names and form, which any release reads."""
 
     def block_arguments(self, backbone: Any, hidden: Tensor, sequences: Sequences) -> dict[str, Any]:
-        """What every block takes beside the hidden states ``[1, T, hidden]`` of packed documents."""
+        """Arguments of every block beside the hidden states ``[1, T, hidden]`` of packed documents."""
         return {
-            # A block hands its attention mask to its attention untouched: there the packed forward finds the
+            # A block passes its attention mask to its attention unchanged, where the packed forward finds the
             # documents.
             "attention_mask": sequences,
             "position_ids": sequences.position_ids,
@@ -259,7 +259,7 @@ class Layout(ABC):
 
     @classmethod
     def _checked(cls, raw: dict[str, Any], source: str) -> dict[str, Any]:
-        """Those settings that are `kept`.
+        """The settings that are `kept`.
 
         Raises:
             UserError: if one is missing or too large.
@@ -294,15 +294,15 @@ class Layout(ABC):
 
     @abstractmethod
     def _try_out(self) -> None:
-        """Use the settings that the configuration's own checks let pass whatever they are."""
+        """Use the settings that the configuration's own checks accept unseen, so that bad ones raise."""
 
     @property
     def tied(self) -> set[str]:
-        """Parameters that files need not hold: the head's, where it is the embedding's."""
+        """Parameters that files need not hold: the head's, where it is tied to the embedding."""
         return {f"{self.head}.weight"} if self.config.tie_word_embeddings else set()
 
     def linears_of(self, names: Iterable[str]) -> list[str]:
-        """Full names of these linears of every block, given by the last part of their name, in order."""
+        """Full names, in order, of these linears in every block; `names` are the last parts of names."""
         wanted = set(names)
         return [
             f"{self.backbone}.{self.blocks}.{block}.{module}"
@@ -316,7 +316,7 @@ class Layout(ABC):
         return self.linears_of(self.linears)
 
     def linear_parameter_count(self) -> int:
-        """Weights of every linear of every block: what is quantized."""
+        """Number of weights in all linears of all blocks: those that are quantized."""
         return self.config.num_hidden_layers * sum(out * into for out, into in self.linear_shapes().values())
 
     def outputs_per_block(self) -> int:
@@ -337,7 +337,7 @@ class Layout(ABC):
 
     @property
     def position_limit(self) -> str:
-        """What becomes of a document of more positions than the model was made for."""
+        """What happens to a document longer than the model was made for, for messages."""
         return "rotary positions beyond were never trained, and answers there may be nonsense"
 
     def parameter_count(self) -> int:
@@ -346,7 +346,7 @@ class Layout(ABC):
 
 
 def published_rotation(config: PreTrainedConfig) -> dict[str, Any]:
-    """The settings of rotary positions, as files from before Transformers 5 have them."""
+    """The settings of rotary positions as in files from before Transformers 5."""
     rope = dict(config.rope_parameters)
     record: dict[str, Any] = {"rope_theta": rope.pop("rope_theta", 10000.0)}
     if rope.get("rope_type", "default") != "default":

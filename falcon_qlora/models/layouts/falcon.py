@@ -29,14 +29,14 @@ def _falcon(blocks: int, hidden: int, heads: int, **more: Any) -> dict[str, Any]
     }
 
 
-# Names that the configurations published before Falcon joined Transformers give to the same things.
+# Names of the same settings in configurations published before Falcon joined Transformers.
 _OLD_NAMES = {
     "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads",
     "n_head_kv": "num_kv_heads",
     "n_embed": "hidden_size",
 }
-# In every published file; `published_config` adds what is in some only.
+# In every published file; `published_config` adds what is only in some.
 _PUBLISHED = tuple(
     "activation alibi attention_dropout bias bos_token_id eos_token_id ffn_hidden_size hidden_dropout "
     "hidden_size initializer_range layer_norm_epsilon max_position_embeddings multi_query "
@@ -46,7 +46,7 @@ _PUBLISHED = tuple(
 
 
 class Falcon(Layout):
-    """Queries, keys and values are one projection; attention and feed-forward are parallel but in rw."""
+    """Queries, keys and values are one projection; attention and feed-forward are parallel except in rw."""
 
     family = "Falcon"
     published = "tiiuae/falcon-rw-1b, falcon-7b, falcon-11B, falcon-40b, falcon-180B"
@@ -119,12 +119,12 @@ class Falcon(Layout):
     def translated(cls, raw: dict[str, Any]) -> dict[str, Any]:
         settings = {_OLD_NAMES.get(name, name): value for name, value in raw.items()}
         if raw["model_type"] != "falcon":
-            # The old code had no such switch: it took the 40B block wherever key/value heads were counted.
+            # The old code had no such switch: it used the 40B block wherever the key/value heads were given.
             settings.setdefault("new_decoder_architecture", "n_head_kv" in raw)
             settings.setdefault("multi_query", settings["new_decoder_architecture"])
             settings.setdefault("parallel_attn", False)
         if settings.get("new_decoder_architecture"):
-            settings["parallel_attn"] = True  # always so there; some files say otherwise and were never read
+            settings["parallel_attn"] = True  # always so there, whatever the file says
         return settings
 
     @classmethod
@@ -202,7 +202,7 @@ class Falcon(Layout):
         return split_heads(projected, attention)
 
     def attention_dropout(self, attention: Any) -> float:
-        # In its layouts with ALiBi only.
+        # Transformers drops attention weights only in the layouts with ALiBi.
         return attention.attention_dropout.p if self.config.alibi else 0.0
 
     def published_config(self) -> dict[str, Any]:
@@ -210,7 +210,7 @@ class Falcon(Layout):
         record: dict[str, Any] = {"architectures": ["FalconForCausalLM"], "model_type": "falcon"}
         record |= {name: getattr(config, name) for name in _PUBLISHED}
         if config.new_decoder_architecture:
-            # Only there: it is read as the number of key/value heads, which in the other layouts it is not.
+            # Only there: it is read as the number of key/value heads, which it is not in the other layouts.
             record["num_kv_heads"] = config.num_kv_heads
             record["num_ln_in_parallel_attn"] = config.num_ln_in_parallel_attn
         if not config.alibi:
@@ -219,7 +219,7 @@ class Falcon(Layout):
 
 
 def split_heads(fused: Tensor, attention: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Take a block's fused projection apart, without copying keys and values out to every query head.
+    """Split a block's fused projection, without copying keys and values to every query head.
 
     Args:
         fused: ``[T, width]``, the output of ``query_key_value``.

@@ -1,7 +1,7 @@
 """Falcon-H1: ``FalconH1ForCausalLM``, attention and a state space (Mamba-2's SSD) side by side in each block.
 
-Its multipliers act where Transformers has them, on what they are written beside. Between ``in_proj`` and
-``out_proj`` all is float32, whatever the activations are.
+Its multipliers act in the same places as in Transformers. Between ``in_proj`` and ``out_proj`` everything is
+float32, whatever the activations' dtype.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _MODEL = "transformers.models.falcon_h1.modeling_falcon_h1"
 
-# In every published file; `published_config` adds what is in some only.
+# In every published file; `published_config` adds what is only in some.
 _PUBLISHED = tuple(
     "attention_bias attention_dropout attention_in_multiplier attention_out_multiplier bos_token_id "
     "embedding_multiplier eos_token_id hidden_act hidden_size initializer_range intermediate_size "
@@ -69,12 +69,12 @@ def _falcon_h1(
 
 
 class FalconH1(Layout):
-    """Attention and the state space read one norm and are added to one residual; then comes feed-forward."""
+    """Attention and the state space share one norm and one residual; feed-forward follows."""
 
     family = "Falcon-H1"
     published = "tiiuae/Falcon-H1-0.5B-Base, Falcon-H1-1.5B-Deep-Base, Falcon-H1-7B-Base, Falcon-H1-34B-Base"
     model_types = ("falcon_h1",)
-    # With random weights alone, for which multipliers of 1 do as well: 7B's are those of its file.
+    # For random weights, with which multipliers of 1 do as well. 7B's are those of its file.
     presets = {
         "falcon-h1-0.5b": _falcon_h1(
             *(36, 1024, 2048, (8, 2, 64), (24, 64, 128)),
@@ -177,7 +177,7 @@ class FalconH1(Layout):
         if settings.get("mamba_d_ssm", 0) is None and is_count(hidden) and is_count(expand):
             settings["mamba_d_ssm"] = expand * hidden
         limits = settings.get("time_step_limit")
-        if isinstance(limits, list | tuple):  # infinity is no number of JSON
+        if isinstance(limits, list | tuple):  # JSON has no infinity
             settings["time_step_limit"] = tuple(
                 math.inf if each == {"__float__": "Infinity"} else each for each in limits
             )
@@ -304,9 +304,9 @@ class FalconH1(Layout):
         config = self.config
         decays = CHUNK_TOKENS * config.mamba_n_heads
         states = config.mamba_d_ssm * config.mamba_d_state / CHUNK_TOKENS
-        # What `_states` keeps when it is run again, and at the worst moment three of decays or of states, for
-        # their gradients. It took 287 KiB a token at 7B's sizes, 120 at 0.5B's and 392 at 34B's, on the CPU;
-        # counted here are 306, 153 and 412.
+        # What `_states` keeps when it is recomputed, and at the peak three times the decays or the states,
+        # for their gradients. Measured on the CPU: 287 KiB a token at 7B's sizes, 120 at 0.5B's and 392 at
+        # 34B's. Counted here: 306, 153 and 412.
         kept = 3 * self.convolved + 10 * config.mamba_d_ssm + 2 * decays + 2 * states
         return float(kept + 3 * max(decays, states))
 
@@ -338,7 +338,7 @@ def _mix(mixer: Any, hidden: Tensor, sequences: Sequences) -> Tensor:
     from torch.utils.checkpoint import checkpoint
 
     projected = mixer.in_proj(hidden * mixer.ssm_in_multiplier)[0]
-    # Computed again for the backward pass: what it keeps would be some fifteen times as much as its input.
+    # Recomputed in the backward pass: what it keeps would be some fifteen times as large as its input.
     gated = checkpoint(
         _states, mixer, projected, sequences.position_ids[0], use_reentrant=False, preserve_rng_state=False
     )
@@ -347,7 +347,7 @@ def _mix(mixer: Any, hidden: Tensor, sequences: Sequences) -> Tensor:
 
 
 def _states(mixer: Any, projected: Tensor, positions: Tensor) -> Tensor:
-    """From what ``in_proj`` gave, ``[T, width]``, to what ``out_proj`` takes: float32 ``[T, d_ssm]``."""
+    """From ``in_proj``'s output ``[T, width]`` to ``out_proj``'s input: float32 ``[T, d_ssm]``."""
     import torch
     import torch.nn.functional as F
 

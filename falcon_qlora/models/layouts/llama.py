@@ -1,8 +1,8 @@
 """Falcon3: ``LlamaForCausalLM``.
 
-A configuration does not say whether a Llama is a Falcon3 or a fine-tune of one. So every Llama is taken that
-is computed exactly as Falcon3 is: SwiGLU, linears without biases, rotary positions that are not scaled. Any
-other is refused.
+A configuration does not say whether a Llama is a Falcon3 or a fine-tune of one. So every Llama is accepted
+that is computed exactly as Falcon3 is: SwiGLU, linears without biases, rotary positions that are not
+scaled. Any other is refused.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _MODEL = "transformers.models.llama.modeling_llama"
 
-# In every published file; `published_config` adds what is in some only.
+# In every published file; `published_config` adds what is only in some.
 _PUBLISHED = tuple(
     "attention_bias attention_dropout bos_token_id eos_token_id head_dim hidden_act hidden_size "
     "initializer_range intermediate_size max_position_embeddings mlp_bias num_attention_heads "
@@ -44,7 +44,7 @@ def _falcon3(blocks: int, hidden: int, wide: int, heads: int, positions: int = 3
 
 
 class Llama(Layout):
-    """Queries, keys and values are apart; attention and feed-forward follow one another."""
+    """Queries, keys and values are separate projections; feed-forward follows attention."""
 
     family = "Falcon3"
     published = "tiiuae/Falcon3-1B-Base, Falcon3-3B-Base, Falcon3-7B-Base, Falcon3-10B-Base"

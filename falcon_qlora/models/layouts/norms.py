@@ -1,4 +1,4 @@
-"""The norms that take the place of Transformers' and PyTorch's, see `Layout.norm`."""
+"""The norms that replace Transformers' and PyTorch's, see `Layout.norm`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class SameDtypeLayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         with torch.autocast(input.device.type, enabled=False):
-            # The CPU's kernel takes float32 weights beside another input, and gives what it gives with
-            # weights of the input's dtype.
+            # The CPU's kernel takes float32 weights with an input of another dtype, and gives the same result
+            # as with weights of the input's dtype.
             if self.weight.dtype == input.dtype or input.device.type == "cpu":
                 return super().forward(input).to(input.dtype)
             return super().forward(input.float()).to(input.dtype)
