@@ -191,8 +191,8 @@ class Step:
 def gathered_bytes(config: PreTrainedConfig, value_bytes: int) -> int:
     """The most that PyTorch's fully_shard holds beside a process's own part.
 
-    The embedding and its gradient are whole throughout a micro-batch. Two blocks are, the running one and the
-    next, each with its all-gather buffer, and gradients in flight.
+    The embedding and its gradient are whole throughout a micro-batch. So are two blocks, the running one and
+    the next, each with its all-gather buffer, and gradients in flight.
     """
     embedding = config.vocab_size * config.hidden_size
     block = (layout_of(config).parameter_count() - embedding) // config.num_hidden_layers
