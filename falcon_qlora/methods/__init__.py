@@ -1,1 +1,1 @@
-"""Ways to train a frozen model: one file each, see `interface`; their names are in `table`."""
+"""Ways to train a model: one file each, see `interface`; their names are in `table`."""

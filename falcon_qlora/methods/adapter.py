@@ -64,7 +64,7 @@ class Adapter(Method):
         return switched_off(prefixes(model))
 
     def add_prefixes(self, model: PreTrainedModel, seed: int) -> None:
-        """Add a prefix to every block from the first on, the same on every process."""
+        """Add a prefix to every block from `first_block` on, the same on every process."""
         import torch
 
         from falcon_qlora.models.layouts import layout_of
@@ -75,11 +75,11 @@ class Adapter(Method):
         layout = layout_of(model.config)
         for place in self._blocks(model.config):
             block = getattr(model.base_model, layout.blocks)[place]
-            # Of the size that a norm would hand to the projection.
+            # Of the magnitude that a norm would give the projection.
             rows = torch.randn(self.prefix_length, model.config.hidden_size, generator=generator)
             add_prefix(getattr(block, layout.attention), rows.to(model.device))
-            # LLM.int8() gives out a view made inside its autograd function. The block adds to this one in
-            # place, which autograd forbids where a gradient passes.
+            # LLM.int8() returns a view made inside its autograd function. The block adds to this output
+            # in-place, which autograd forbids for such a view where a gradient passes.
             last = block.get_submodule(list(layout.linears.values())[-1])
             if holds_quantized_weight(last, "8bit"):
                 last.register_forward_hook(lambda module, inputs, output: output.clone())

@@ -1,12 +1,13 @@
-"""How an adapter lies on the disk, and reading one as a folder that others may have written.
+"""An adapter's files on disk, and reading a folder of them that others may have written.
 
-PEFT's names, so that everything that handles adapters finds its way: ``adapter_config.json`` says what it is,
-``adapter_model.safetensors`` holds the tensors, in float32, by their names in the model (of 2023
-``adapter_model.bin``, which is read). Beside them ``falcon_qlora.json`` says how it was trained.
+The names are PEFT's, so that any tool for adapters finds them. ``adapter_config.json`` says what the adapter
+is; ``adapter_model.safetensors`` holds the tensors, in float32, by their names in the model.
+``adapter_model.bin``, as files of 2023 are called, is read too. ``falcon_qlora.json`` says how it was
+trained.
 
-What opens adapters takes more than is trained here: PEFT's own reader pickled weights, modules imported by a
-name in the configuration, patterns compiled from it, starting values that change the base. What is let pass
-by `read_adapter` and `SavedAdapter.check` is safe to hand on.
+PEFT's own reader accepts more than is trained here: pickled weights, modules imported by a name in the
+configuration, patterns compiled from it, initial values that change the base. What `read_adapter` and
+`SavedAdapter.check` accept is safe to pass to it.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _TEXTS = ("base_model", "quantize_mode", "tokenizer", "template", "dataset_forma
 def write_adapter(
     folder: Path, model: Any, method: Method, state: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write what a method trains of `model` into `folder`, which is there; see `Method.save`."""
+    """Write what a method trains of `model` into the existing `folder`; see `Method.save`."""
     from safetensors.torch import save_file
 
     tensors = {name: each.cpu().contiguous() for name, each in method.saved_tensors(model, state).items()}
@@ -49,7 +50,7 @@ def write_adapter(
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write how what lies in `folder` was trained, for `read_record`."""
+    """Record in `folder` how its content was trained, for `read_record`."""
     write_json(folder / RECORD, {"format": FORMAT, **record})
 
 
@@ -73,25 +74,26 @@ def fitting_tensors(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, T
 
 
 def tensors_file(folder: Path) -> Path:
-    """The file with an adapter's tensors; safetensors where there are both, as PEFT has it."""
+    """The file with an adapter's tensors; safetensors where there are both, as in PEFT."""
     old = folder / TORCH_FILE
     return old if old.is_file() and not (folder / TENSORS).is_file() else folder / TENSORS
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What the folder says about itself: ``method`` always, ``base_model`` unless it was never told.
+    """The folder's record of itself: always ``method``, and ``base_model`` unless that is unknown.
 
-    A whole model also has ``quantize_mode``, which is 16bit where it was not told: nothing else trains.
+    A whole model also has ``quantize_mode``, 16bit where it was not recorded: it cannot be trained in any
+    other.
 
     Raises:
-        UserError: if it holds nothing that was trained, or its files cannot be read, are links to others' or
-            not of this form.
+        UserError: if it holds nothing that was trained, or its files cannot be read, are links that lead out
+            of it, or have another form.
     """
     refuse_links(folder)
     record, run = _read_record_of_run(folder / RECORD), run_of(folder)
     root = None if run is None else started_in(run)
     for name in ("base_model", "tokenizer"):
-        # Records of before have paths relative to where the run was started.
+        # Older records have paths relative to where the run was started.
         if root is not None and record.get(name) not in (None, "tiny"):
             record[name] = absolute_name(record[name], root)
     file = folder / CONFIG
@@ -103,11 +105,11 @@ def read_record(folder: Path) -> dict[str, Any]:
     base_model = config.get("base_model_name_or_path")
     if not isinstance(base_model, str | None):
         raise UserError(f"{file}: base_model_name_or_path is {str(base_model)[:40]!r}; expected a name")
-    # What the adapter itself says goes before the record of a run.
+    # The adapter's own configuration takes precedence over the record of a run.
     said = {**record, "method": config.get("method", "lora"), "settings": config.get("settings", {})}
     if base_model:
         said.setdefault("base_model", base_model)
-    # The base's has not the tokens whose rows were trained.
+    # The base's tokenizer lacks the tokens whose rows were trained.
     own = config.get("trainable_token_indices") is not None and (folder / "tokenizer.json").is_file()
     said["own_tokenizer"] = str(folder) if own else None
     return said
@@ -133,7 +135,7 @@ class SavedAdapter:
     Attributes:
         folder: where it lies.
         method: that trained it, with its settings.
-        record: what the folder says about itself, see `read_record`.
+        record: the folder's record of itself, see `read_record`.
     """
 
     folder: Path
@@ -142,14 +144,14 @@ class SavedAdapter:
 
     @property
     def file(self) -> Path:
-        """With its tensors."""
+        """The file with its tensors."""
         return tensors_file(self.folder)
 
     def faults(self, config: PreTrainedConfig) -> Iterator[str]:
-        """What keeps its tensors from being those of a trained adapter of a model of `config`.
+        """Yield what is wrong with its tensors for an adapter of a model of `config`.
 
         Raises:
-            UserError: if the file cannot be read, or the settings do not suit such a model.
+            UserError: if the file cannot be read, or the settings do not suit the model.
         """
         stored = stored_tensors(self.file)
         expected = self.method.saved_shapes(config)
@@ -170,7 +172,7 @@ class SavedAdapter:
             raise UserError(f"{self.file}: {fault}. The adapter is damaged or of another model")
 
     def open(self, base: Any, *, trainable: bool = False) -> Any:
-        """Put it on its base, from `load_model`; to train on, or else for inference.
+        """Put it on its base, from `load_model`; `trainable`: to continue training, else for inference.
 
         Raises:
             UserError: if it is damaged or of another model.
@@ -179,18 +181,21 @@ class SavedAdapter:
         return self.method.open(base, self.folder, trainable=trainable)
 
     def zero_tensors(self, config: PreTrainedConfig) -> list[str]:
-        """Names of those that are zero throughout: that training never moved, or that were lost."""
+        """Names of its tensors that are all zeros: training never moved them, or they were lost."""
         names = self.method.saved_shapes(config)
         return [name for name in names if not read_tensor(self.file, name).any()]
 
     def is_trained(self, config: PreTrainedConfig, zero: list[str]) -> bool:
-        """False if it computes what the base does: all that its method starts at zero is among `zero`."""
+        """False if it computes what the base does: all that its method starts at zero is in `zero`."""
         names = self.method.saved_shapes(config)
         started = {name for name in names if name.endswith(self.method.starts_at_zero)}
         return not started or not started <= set(zero)
 
     def lost_tensors(self, config: PreTrainedConfig, zero: list[str]) -> list[str]:
-        """Those of `zero` that are not so because they, or a base's bias, started so."""
+        """Those of `zero` that count as lost.
+
+        Of an untrained adapter, tensors that start at zero do not count, nor do biases.
+        """
         if self.is_trained(config, zero):
             return zero
         return [name for name in zero if not name.endswith((*self.method.starts_at_zero, ".bias"))]
@@ -204,10 +209,10 @@ def _value_faults(name: str, stored: StoredTensor) -> Iterator[str]:
 
 
 def read_adapter(folder: Path) -> SavedAdapter:
-    """Open an adapter's folder; of its weights only that they are there is checked.
+    """Read an adapter's folder; its weights are only checked to exist.
 
     Raises:
-        UserError: if it holds none, or one that is not what a method here trains.
+        UserError: if it holds none, or one that no method here trains.
     """
     record = read_record(folder)
     method = method_named(record["method"], folder).read_folder(folder, record)

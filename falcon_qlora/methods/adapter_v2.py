@@ -68,7 +68,7 @@ class AdapterV2(Adapter):
         from falcon_qlora.models.layouts import layout_of
         from falcon_qlora.models.scaled import add_scale_and_bias
 
-        # First: the prefix passes through the scaled projection.
+        # Before the prefixes, which pass through the scaled projection.
         layout = layout_of(model.config)
         for name in [*layout.expected_linears(), layout.head]:
             add_scale_and_bias(model.get_submodule(name))

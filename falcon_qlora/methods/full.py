@@ -65,7 +65,8 @@ class Full(Method):
                 "or fp32"
             )
         if model.device.type == "cpu":
-            # Transformers takes a model that is on the CPU by this map for one that did not fit a GPU.
+            # Transformers would take this map, which names the CPU, as a sign that the model did not fit a
+            # GPU.
             vars(model).pop("hf_device_map", None)
         model.requires_grad_(True)
         remember(model, self)

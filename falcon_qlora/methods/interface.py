@@ -1,9 +1,9 @@
-"""What a way to train is: one file with one dataclass, whose fields are its settings, named in `table.py`.
+"""What a training method is: one file with one dataclass whose fields are its settings, listed in `table.py`.
 
-The fields say everything that others tell or ask of a setting: its flag and help, how the start summary and
-`inspect` show it, what the model card and the adapter's record hold, what a resume compares.
+A field defines everything about its setting: its flag and help, how the start summary and `inspect` show it,
+what the model card and the adapter's record hold, and what a resume compares.
 
-This module and the methods import neither torch nor PEFT before something is trained: `--help` reads them.
+This module and the methods import neither torch nor PEFT before training starts, because `--help` reads them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _METHOD = "_method"
 
 
 def setting(default: Any, text: str, *, name: str, label: str, decisive: bool = True, **more: Any) -> Any:
-    """A field of a method, see `common.settings.Setting`; `name` is that of its flag."""
+    """A field of a method, see `common.settings.Setting`; `name` is its flag's."""
     return setting_of_any(default, text, name=name, label=label, decisive=decisive, **more)
 
 
@@ -38,9 +38,9 @@ class ParameterGroup:
     """Trainable parameters of one kind.
 
     Attributes:
-        kind: as a user knows it.
+        kind: its name for users.
         count: how many numbers, over the whole model.
-        of_base: they are parameters of the base model, not added to it.
+        of_base: whether they are parameters of the base model rather than added to it.
     """
 
     kind: str
@@ -52,22 +52,22 @@ class ParameterGroup:
 class Method(ABC):
     """A way to train a loaded model.
 
-    A method has `saved_shapes`, `kinds` and `attach`. The rest is what holds for one whose parameters are
+    A method defines `saved_shapes`, `kinds` and `attach`. The rest suits any method whose parameters are
     saved by their names in the model.
 
     Attributes:
         name: as `--method` takes it.
-        title: as a reader knows it.
+        title: its name for readers.
         trains: what is trained, in a few words.
         opened_by: what opens what it saves: ``falcon-qlora`` alone, ``peft``, or ``transformers``.
-        is_whole: what it saves is a whole model, not an adapter; then its parameters may be sharded.
-        trains_in_float32: whether the trainable parameters are float32 whatever the base.
+        is_whole: whether it saves a whole model rather than an adapter; its parameters may then be sharded.
+        trains_in_float32: whether the trainable parameters are float32 whatever the base's dtype.
         needs_16bit: why the base must not be quantized, or None if it may.
         shapes_need_model: whether `saved_shapes` builds an empty model, which needs a whole configuration.
         why_not_merged: why what was trained cannot become part of the base's own weights, or None if it can.
-        kinds: end of a saved tensor's name → its kind as a user knows it; the first that fits.
+        kinds: suffix of a saved tensor's name → its kind, as users know it; the first match counts.
         kinds_of_base: those kinds that are parameters of the base model.
-        starts_at_zero: ends of the names of its tensors that are zero before they are trained.
+        starts_at_zero: name suffixes of its tensors that are zero before training.
     """
 
     name: ClassVar[str]
@@ -85,15 +85,15 @@ class Method(ABC):
 
     @classmethod
     def read(cls, values: Mapping[str, Any], where: object, *, by_flag: bool = False) -> Self:
-        """The method with these settings, and the defaults of those that are not given.
+        """The method with these settings, and defaults for the rest.
 
         Args:
             values: from a file that others may have written, or from the command line.
-            where: whence they are, for messages.
-            by_flag: they go by their flags' names, among others; else by the fields'.
+            where: where they come from, for messages.
+            by_flag: whether `values` has them by flag, among other keys; else by field.
 
         Raises:
-            UserError: for a value that cannot be.
+            UserError: for an invalid value.
         """
         settings: dict[str, Any] = {}
         for each in settings_of(cls):
@@ -112,7 +112,7 @@ class Method(ABC):
             record: from `read_record`.
 
         Raises:
-            UserError: if it is none that is trained here.
+            UserError: if it is not one that is trained here.
         """
         settings, expected = record["settings"], {each.field for each in settings_of(cls)}
         where = folder / "adapter_config.json"
@@ -121,13 +121,13 @@ class Method(ABC):
         return cls.read(settings, where)
 
     def settings(self) -> dict[str, Any]:
-        """Its settings as plain values, by their fields' names."""
+        """Its settings as plain values, by field name."""
         return {
             name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()
         }
 
     def flags(self) -> dict[str, Any]:
-        """`settings` by their flags' names."""
+        """`settings` by flag name."""
         values = self.settings()
         return {each.name: values[each.field] for each in settings_of(type(self))}
 
@@ -138,7 +138,7 @@ class Method(ABC):
 
     @property
     def short(self) -> str:
-        """What the name of a run's folder tells of it."""
+        """The method's part of a run folder's name."""
         return self.name
 
     @property
@@ -152,7 +152,7 @@ class Method(ABC):
         return 0
 
     def add_tokens(self, tokenizer: Any) -> None:
-        """Add them.
+        """Add the method's new tokens to a tokenizer.
 
         Raises:
             UserError: if the tokenizer has one already.
@@ -160,7 +160,7 @@ class Method(ABC):
         return None
 
     def for_tokenizer(self, tokenizer: Any) -> Self:
-        """The method that knows the ids of those tokens, without which it cannot be attached."""
+        """The method with the ids of its new tokens, which `attach` needs."""
         return self
 
     def vocab_size(self, config: PreTrainedConfig) -> int:
@@ -169,16 +169,16 @@ class Method(ABC):
         return size
 
     def fp8_facts(self) -> dict[str, Any]:
-        """What of it FP8 products may exclude: arguments of `fp8_excludes`."""
+        """Its features that may exclude FP8 products, as arguments of `fp8_excludes`."""
         return {}
 
     def step_memory(self) -> dict[str, Any]:
-        """What the prediction of a step's memory must know of it: arguments of `step_memory.Step`."""
+        """What predicting a step's memory needs to know of it, as arguments of `step_memory.Step`."""
         return {}
 
     @abstractmethod
     def saved_shapes(self, config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-        """Name in the file → shape, of every tensor that is saved of a model of `config`; needs no model.
+        """Name in the file → shape, for every tensor saved for a model of `config`; needs no model.
 
         Raises:
             UserError: if the settings do not suit the model.
@@ -204,7 +204,7 @@ class Method(ABC):
 
     @abstractmethod
     def attach(self, model: PreTrainedModel, *, seed: int = 0) -> Any:
-        """Make a model from `load_model` trainable: it computes what it did until a step is taken.
+        """Make a model from `load_model` trainable; until the first step it computes the same as before.
 
         Raises:
             UserError: if the method cannot train this model.
@@ -219,16 +219,16 @@ class Method(ABC):
 
         Args:
             model: to which the method is attached.
-            state: what `trained_state` has given at some time, or copies of it; unset: as they are.
+            state: an earlier result of `trained_state`, or copies of it; None: the current tensors.
         """
         of = model.get_parameter if state is None else state.__getitem__
         return {name: of(name).detach() for name in self.saved_shapes(model.config)}
 
     def save(self, model: Any, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Write what is trained into a folder that says by itself what it is.
+        """Write what was trained into a folder that describes itself.
 
         Args:
-            folder: which exists.
+            folder: an existing one.
             state: see `saved_tensors`.
         """
         from falcon_qlora.methods.adapter_folder import write_adapter
@@ -236,7 +236,7 @@ class Method(ABC):
         write_adapter(folder, model, self, state)
 
     def restore(self, model: Any, folder: Path) -> None:
-        """Put what `save` wrote into a model to which the same method is attached.
+        """Load what `save` wrote into a model that has the same method attached.
 
         Raises:
             RuntimeError: if it does not fit.
@@ -251,19 +251,19 @@ class Method(ABC):
             model.get_parameter(name).data.copy_(tensor)
 
     def open(self, base: PreTrainedModel, folder: Path, *, trainable: bool) -> Any:
-        """Put a saved adapter, which was checked, on its base.
+        """Put a saved and checked adapter on its base.
 
         Args:
             base: from `load_model`.
             folder: the adapter's.
-            trainable: to train on; else for inference.
+            trainable: whether to continue training; else for inference.
         """
         model = self.attach(base, seed=0)
         self.restore(model, folder)
         return model if trainable else model.requires_grad_(False).eval()
 
     def merged_weight(self, weight: Tensor, module: str, folder: Path, config: PreTrainedConfig) -> Tensor:
-        """A weight of the base with what was learned for it; only of methods that can be merged.
+        """A weight of the base merged with what was learned for it; only for methods that can be merged.
 
         Args:
             weight: float32 ``[out, in]``; may be changed in place.
@@ -279,12 +279,12 @@ class Method(ABC):
         Args:
             name: its full name.
             tensor: as the base has it.
-            folder, config: as of `merged_weight`.
+            folder, config: as for `merged_weight`.
         """
         return tensor
 
     def disabled(self, model: Any) -> AbstractContextManager[None]:
-        """Have the model compute what the base does.
+        """A context in which the model computes what the base does.
 
         Raises:
             UserError: if the base's weights are no longer there.
@@ -298,7 +298,7 @@ def trainable_count(method: Method, config: PreTrainedConfig) -> int:
 
 
 def remember(model: nn.Module, method: Method) -> None:
-    """Note on a model what was attached to it."""
+    """Record on a model which method is attached to it."""
     setattr(model, _METHOD, method)
 
 
@@ -310,7 +310,7 @@ def method_of(model: nn.Module) -> Method:
 
 @contextmanager
 def switched_off(modules: Iterable[Any]) -> Iterator[None]:
-    """Have these modules, which have a switch `enabled`, do nothing."""
+    """A context in which these modules do nothing, by their attribute `enabled`."""
     modules = list(modules)
     for module in modules:
         module.enabled = False

@@ -1,6 +1,6 @@
 """LoRA, PEFT's own, on a quantized model: float32 adapters that plain PEFT opens.
 
-This file has the settings and what follows from them; what is done to a model is in lora_layers.py.
+This file has the settings and what follows from them. Changes to a model are in lora_layers.py.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 SLICES = ("query", "key", "value")
-# Settings of PEFT's that are read here, or that change nothing.
+# PEFT's settings that are read here, or that have no effect.
 _KNOWN = frozenset(
     "peft_type task_type peft_version inference_mode base_model_name_or_path revision r lora_alpha "
     "lora_dropout target_modules use_rslora use_dora init_lora_weights bias "
     "qalora_group_size megatron_core auto_mapping trainable_token_indices".split()
 )
-# Of a pattern that others may have written: what it can cost grows with each.
+# Most repeats of a pattern that others may have written: its possible cost grows with each.
 _MOST_REPEATS = 5
-_ROWS = ".token_adapter.trainable_tokens_delta"  # PEFT's name for them, within the module they are of
+_ROWS = ".token_adapter.trainable_tokens_delta"  # PEFT's name for trained rows, within their module
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +41,12 @@ class Lora(Method):
 
     Attributes:
         token_rows: ids of the tokens whose rows of the embedding, and so of a tied head, are trained too.
-            They follow from `new_tokens` and a tokenizer; an adapter of others may have them without names.
+            They follow from `new_tokens` and a tokenizer; an adapter from elsewhere may have them without
+            names.
         head_rows: whether they are trained in an untied head as well.
 
     Raises:
-        UserError: for slices that no model has, tokens that cannot be, or settings that do not go together.
+        UserError: for unknown slices, invalid tokens, or settings that do not go together.
     """
 
     r: int = setting(64, "Rank.", name="lora_r", label="r {}", least=1)
@@ -111,7 +112,7 @@ class Lora(Method):
                 )
         new_tokens.check_tokens(self.new_tokens or ())
         if self.alpha == int(self.alpha):
-            object.__setattr__(self, "alpha", int(self.alpha))  # PEFT's own is a whole number, mostly
+            object.__setattr__(self, "alpha", int(self.alpha))  # in PEFT it is mostly a whole number
         if not self.slices:
             return
         if self.use_rslora or self.use_dora:
@@ -121,7 +122,7 @@ class Lora(Method):
 
     @classmethod
     def read_folder(cls, folder: Path, record: dict[str, Any]) -> Lora:
-        # Of slices PEFT knows nothing.
+        # PEFT does not know of slices, so the record has them.
         file, slices = folder / "adapter_config.json", record.get("lora_slices")
         settings = read_json(file)
         if settings.get("peft_type") != "LORA":
@@ -154,7 +155,7 @@ class Lora(Method):
             r=r // parts,
             alpha=alpha / parts,
             dropout=float(dropout or 0),
-            # PEFT writes a set: in any order. Slices say of what they are.
+            # PEFT writes a set, in any order. Slices already imply their projection.
             target_modules=None if slices and len(targets) == 1 else tuple(sorted(set(targets))),
             slices=tuple(slices) if slices else None,
             use_rslora=settings.get("use_rslora") is True,
@@ -184,10 +185,10 @@ class Lora(Method):
         return {"lora_rank": self.r, "lora_dropout": self.dropout > 0}
 
     def targets(self, config: PreTrainedConfig) -> list[str]:
-        """The linears of a model of `config` that are adapted, by the last part of their name.
+        """The adapted linears of a model of `config`, by the last part of their name.
 
         Raises:
-            UserError: for a name that its blocks do not have, or slices of what is not one projection.
+            UserError: for a name that its blocks do not have, or slices where no projection is fused.
         """
         from falcon_qlora.models.layouts import layout_of
 
@@ -216,7 +217,7 @@ class Lora(Method):
 
     @property
     def refused_by_peft(self) -> list[str]:
-        """Linears that are adapted here, for which plain PEFT does not open the adapter."""
+        """Adapted linears because of which plain PEFT does not open the adapter."""
         from falcon_qlora.models.layouts import LAYOUTS
 
         refused = {name for layout in LAYOUTS for name in layout.not_for_peft}
@@ -228,7 +229,7 @@ class Lora(Method):
         if not self.slices:
             return super().parameter_groups(config)
         shapes = self._row_shapes(config)
-        # Of the matrices that are saved, blocks are trained.
+        # Only blocks of the saved matrices are trained.
         (projection,) = self.targets(config)
         fused, hidden = layout_of(config).linear_shapes()[projection]
         rows = {"query": hidden, "key": (fused - hidden) // 2, "value": (fused - hidden) // 2}
@@ -267,7 +268,7 @@ class Lora(Method):
         }
 
     def _with_rows(self, config: PreTrainedConfig) -> list[str]:
-        """Full names of the modules of which rows are trained; a tied head's are the embedding's."""
+        """Full names of the modules with trained rows; a tied head shares the embedding's."""
         from falcon_qlora.models.layouts import layout_of
 
         if not (self.token_rows or self.new_tokens):
@@ -293,7 +294,7 @@ class Lora(Method):
         return new_tokens.grown(self.token_rows or (), config.vocab_size)
 
     def rows_for_peft(self, config: PreTrainedConfig) -> dict[str, Any]:
-        """The `trainable_token_indices` of `peft_config` on a model of `config`, where there are any."""
+        """`peft_config`'s `trainable_token_indices` for a model of `config`; {} without trained rows."""
         if not self.token_rows:
             if self.new_tokens:
                 raise ValueError("new_tokens have no ids before for_tokenizer")
@@ -304,12 +305,12 @@ class Lora(Method):
         return {"trainable_token_indices": {name.rpartition(".")[2]: rows for name in modules}}
 
     def peft_config(self, target_modules: list[str], **other: Any) -> LoraConfig:
-        """These settings on linears of these names, and `other`, as PEFT takes them."""
+        """PEFT's configuration with these settings and `other`, for linears of these names."""
         from peft import LoraConfig
 
         settings = {
             "r": self.saved_rank,
-            # So that the scale of slices too is alpha / r.
+            # So that the scale is alpha / r for slices too.
             "lora_alpha": self.alpha * (self.saved_rank // self.r),
             "lora_dropout": self.dropout,
             "bias": "none",
@@ -328,7 +329,8 @@ class Lora(Method):
     def trained_state(self, model: PeftModel) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
         for name, module in model.named_modules():
-            # Through its modules, as slices are whole matrices to PEFT; not all: the base would be packed.
+            # By module, as PEFT knows slices as whole matrices. Only trainable ones: the base would be
+            # packed.
             if any(each.requires_grad for each in module.parameters(recurse=False)):
                 module._save_to_state_dict(state, f"{name}.", False)
         return state
@@ -342,7 +344,7 @@ class Lora(Method):
         return tensors
 
     def save(self, model: PeftModel, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        # Not the embeddings, which are never trained: PEFT would ask the hub whether they were.
+        # Not the embeddings, which are never trained whole: PEFT would ask the hub whether they were.
         held = {} if state is None else {"state_dict": dict(state)}
         model.save_pretrained(folder, save_embedding_layers=False, **held)
 
@@ -381,18 +383,18 @@ class Lora(Method):
 
 
 def _target_names(spelled: str | list[Any], folder: Path) -> list[str] | None:
-    """The last parts of the names of the linears that an adapter is on.
+    """The linears that an adapter is on, by the last part of their name.
 
-    PEFT takes for `target_modules` beside those: ``all-linear``, a pattern for whole names, ends of names of
-    several parts. The tensors' own names tell which linears were found by it; every one must be, as PEFT
+    Beside such names PEFT's `target_modules` may be ``all-linear``, a pattern for whole names, or suffixes of
+    several parts. The tensors' own names tell which linears are meant. Each must match `spelled`, as PEFT
     opens no other.
 
     Args:
-        spelled: as its configuration has it.
+        spelled: `target_modules` in its configuration.
         folder: of the adapter.
 
     Returns:
-        None if it is no spelling of the linears that it holds tensors of.
+        None if `spelled` does not match the linears that the adapter has tensors for.
     """
     if isinstance(spelled, list):
         if not all(isinstance(each, str) for each in spelled):
@@ -411,7 +413,7 @@ def _target_names(spelled: str | list[Any], folder: Path) -> list[str] | None:
     elif spelled.lower() == "all-linear":
         found = True
     else:
-        # Repeats of repeats take for ever on the wrong name.
+        # Nested repeats take forever on a name that does not match.
         repeats = len(re.findall(r"[*+{]", spelled))
         if len(spelled) > 1000 or repeats > _MOST_REPEATS or re.search(r"\)[*+{]|\\\d|\(\?\(", spelled):
             return None

@@ -1,9 +1,8 @@
 """PEFT's layers on a loaded model, and LoRA on slices of a fused projection.
 
-To PEFT the slices are one adapter, of which only some blocks are trained: rank r on each of n slices is rank
-``n * r`` on the whole projection, whose second matrix is zero but for the rows of slice i in the columns
-``i * r`` to ``(i + 1) * r``. Those blocks alone are parameters; what is saved is the whole matrix, so plain
-PEFT opens it as it opens any.
+To PEFT the slices are one adapter. Rank r on each of n slices is rank ``n * r`` on the whole projection,
+whose second matrix is zero except for the rows of slice i in the columns ``i * r`` to ``(i + 1) * r``. Only
+those blocks are parameters. The whole matrix is saved, so plain PEFT opens it like any other.
 """
 
 from __future__ import annotations
@@ -33,15 +32,15 @@ from falcon_qlora.processes import devices
 
 
 class SlicedUp(nn.Module):
-    """The second matrix of such an adapter; takes the place of PEFT's ``nn.Linear``.
+    """The second matrix of such an adapter, in place of PEFT's ``nn.Linear``.
 
     Args:
-        rows: for each slice's name the rows of the projection's output that belong to it, int64.
+        rows: slice's name → the projection's outputs that belong to it, int64.
         out_features: of the whole projection.
         r: rank of each slice.
 
     Attributes:
-        query, key, value: those that are there: float32 ``[rows, r]``, zero at the start.
+        query, key, value: blocks of the trained slices: float32 ``[rows, r]``, zero at the start.
     """
 
     bias = None
@@ -118,11 +117,11 @@ def open_lora(model: PreTrainedModel, folder: Path, method: Lora, *, trainable: 
     Args:
         model: from `load_model`.
         folder: the adapter's, checked.
-        method: with the settings that were read of it: its file's own do not reach PEFT.
-        trainable: to train on; else for inference.
+        method: with the settings read from its files, which do not reach PEFT themselves.
+        trainable: whether to continue training; else for inference.
 
     Raises:
-        UserError: if weights were trained outside the slices that the adapter is said to be of.
+        UserError: if weights were trained outside the slices that its record names.
     """
     targets, rows = method.targets(model.config), method.rows_for_peft(model.config)
     grow_vocabulary(model, method.vocab_size(model.config))
@@ -140,7 +139,7 @@ def open_lora(model: PreTrainedModel, folder: Path, method: Lora, *, trainable: 
 
 @torch.no_grad()
 def merged_weight(method: Lora, weight: Tensor, module: str, folder: Path) -> Tensor:
-    """PEFT's own merge, of this one linear: float32 ``[out, in]``."""
+    """Merge this one linear by PEFT's own function: float32 ``[out, in]``."""
     out, into = weight.shape
     with torch.device("meta"):
         holder = nn.ModuleDict({"linear": nn.Linear(into, out, bias=False)})
@@ -173,9 +172,9 @@ def _train_slices(peft_model: PeftModel, method: Lora) -> None:
 
 @contextmanager
 def _told_quantized(model: PreTrainedModel) -> Iterator[None]:
-    """Say to PEFT, and to it alone, that the model is quantized.
+    """Tell PEFT, and only PEFT, that the model is quantized.
 
-    PEFT chooses its layers for bitsandbytes by these attributes. TRL, where it sees them later, casts every
+    PEFT chooses its layers for bitsandbytes by these attributes. If TRL saw them later, it would cast every
     trainable parameter to bfloat16, in which small updates are lost.
     """
     told = {"4bit": "is_loaded_in_4bit", "8bit": "is_loaded_in_8bit"}.get(quantization_of(model))
@@ -190,7 +189,7 @@ def _told_quantized(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def past_pefts_refusal(model: PreTrainedModel) -> Iterator[None]:
-    """Let PEFT put LoRA on what it refuses by the model's type: here these linears always run as modules."""
+    """Let PEFT put LoRA on linears that it refuses by model type: here they always run as modules."""
     if not layout_of(model.config).not_for_peft:
         yield
         return
@@ -198,7 +197,7 @@ def past_pefts_refusal(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
-        del model.config.model_type  # the class has it
+        del model.config.model_type  # the class attribute is left
 
 
 def _finished(peft_model: PeftModel, method: Lora) -> PeftModel:

@@ -1,4 +1,4 @@
-"""Tokens of one's own: as a user names them, in a tokenizer, and as PEFT writes which rows are theirs."""
+"""New tokens: as a user names them, in a tokenizer, and as PEFT records their rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MOST_ROWS, _LARGEST_ID = 2**16, 2**24
 
 
 def named_tokens(words: Sequence[str]) -> list[str]:
-    """The tokens that these words name: themselves, or the lines of the one text file.
+    """The tokens that these words name: the words themselves, or the lines of a single .txt file.
 
     Raises:
         UserError: if the file cannot be read or is empty.
@@ -31,7 +31,7 @@ def named_tokens(words: Sequence[str]) -> list[str]:
 
 
 def check_tokens(tokens: Sequence[str]) -> None:
-    """Refuse what no token of its own can be.
+    """Refuse what cannot be a new token.
 
     Raises:
         UserError: naming the first one.
@@ -50,7 +50,7 @@ def check_tokens(tokens: Sequence[str]) -> None:
 
 
 def add_to(tokenizer: Any, tokens: Sequence[str]) -> None:
-    """Make `tokens` special tokens of a tokenizer: found anywhere in a text, and never cut.
+    """Make `tokens` special tokens of a tokenizer: found anywhere in a text, and never split.
 
     Raises:
         UserError: if it has one of them already.
@@ -77,7 +77,7 @@ def rows_in(settings: Any, where: Path) -> tuple[tuple[int, ...], bool]:
         where: the file, for messages.
 
     Raises:
-        UserError: if they are none, or the two are of different tokens.
+        UserError: if they are not ids, or the two lists differ.
     """
     of_both = isinstance(settings, dict)
     lists = list(settings.values()) if of_both else [settings]
@@ -96,10 +96,10 @@ def rows_in(settings: Any, where: Path) -> tuple[tuple[int, ...], bool]:
 
 
 def grown(ids: Sequence[int], vocabulary: int) -> int:
-    """How many embeddings a model of so many needs to have one for each of `ids`.
+    """How many embeddings a model with `vocabulary` of them needs, to have one for each of `ids`.
 
     Raises:
-        UserError: if there would be some that nobody has trained.
+        UserError: if some of the added ones would be untrained.
     """
     beyond = sorted(each for each in ids if each >= vocabulary)
     if beyond != list(range(vocabulary, vocabulary + len(beyond))):

@@ -1,7 +1,8 @@
-"""Opening what any method saved, and which folders of this machine its files may have opened.
+"""Opening what any method saved, and which local folders its files may cause to be opened.
 
-The files of an adapter or its run may come from anywhere. One that training wrote here tells the content of
-the folders that it names; only such a folder, or one inside of theirs, is opened without the user's word.
+The files of an adapter or its run may come from anywhere. Those that training wrote here record fingerprints
+of the folders that they name. Unless the user names a folder, it is opened only if its fingerprint matches,
+or if it lies inside the adapter's folder or its run.
 """
 
 from __future__ import annotations
@@ -33,26 +34,26 @@ def load_adapter(
     revision: str | None = None,
     trainable: bool = False,
 ) -> nn.Module:
-    """Open what any method saved, on its base model, which is loaded as it was trained on.
+    """Open what any method saved, on its base model, loaded as in training.
 
-    Another base than the adapter was trained on is warned of.
+    Warns if the base is not the one that the adapter was trained on.
 
     Args:
-        path: the adapter's folder; or, of full fine-tuning, the model's, which needs no base.
-        base_model: a loaded model, or the name of one; the one that the adapter names where None. A folder
-            outside of the adapter's own is opened without its name here only where the adapter tells what
-            lies in it, as one does that was trained on this machine.
-        quantize_mode: how to load the base, see `load_model`; so too the next four. Where None, as the
-            folder's record says; where that says nothing, ``4bit``.
+        path: the adapter's folder; or, after full fine-tuning, the model's, which needs no base.
+        base_model: a loaded model, or the name of one; None: the one that the adapter names. If that is a
+            folder outside the adapter's own, the adapter must record its fingerprint, as one trained on this
+            machine does.
+        quantize_mode: how to load the base, see `load_model`, as are the next four. None: as the folder's
+            record says, else ``4bit``.
         device: where to load it.
         compute_dtype: its compute dtype.
-        double_quantization: whether NF4's scales are quantized too; where None, as the record says, or True.
+        double_quantization: whether NF4's scales are quantized too; None: as the record says, else True.
         revision: of a base on the hub.
-        trainable: to train on; else for inference.
+        trainable: whether to continue training; else for inference.
 
     Raises:
-        UserError: if the folder holds no adapter or a damaged one, or names a base that cannot be loaded
-            or is not to be opened on its word.
+        UserError: if the folder holds no adapter or a damaged one, or names a base that cannot be loaded or
+            may not be opened unless the user names it.
     """
     from falcon_qlora.methods.adapter_folder import read_adapter, read_record
     from falcon_qlora.models.load import load_model
@@ -84,7 +85,7 @@ def load_adapter(
     model: Any = base_model
     if saved is None:
         return METHODS[record["method"]]().open(model, path, trainable=trainable)
-    revision = revision or getattr(model.config, "_commit_hash", None)  # others' models may not say it
+    revision = revision or getattr(model.config, "_commit_hash", None)  # models loaded elsewhere may lack it
     told = base_note(record, path, model.name_or_path, revision=revision)
     if told is not None:
         warnings.warn(told, stacklevel=2)
@@ -92,13 +93,13 @@ def load_adapter(
 
 
 def base_note(record: dict[str, Any], folder: Path, base: str, *, revision: str | None = None) -> str | None:
-    """What is to be said where an adapter meets another base than it was trained on, or perhaps another.
+    """A warning where an adapter is opened on another base than it was trained on, or perhaps another.
 
     Args:
-        record: what the adapter's folder says of itself.
+        record: the adapter folder's record of itself.
         folder: the adapter's.
         base: name of the model that it is opened on, which is on this machine.
-        revision: of that on the hub.
+        revision: of that model on the hub.
     """
     from falcon_qlora.models.fingerprint import model_fingerprint, shown
 
@@ -119,12 +120,12 @@ def base_note(record: dict[str, Any], folder: Path, base: str, *, revision: str 
 
 
 def may_open(name: str, what: str, record: dict[str, Any], folder: Path) -> bool:
-    """Whether the files of a trained folder may have the model `name` opened, if it is a path at all.
+    """Whether a trained folder's files may cause the model `name` to be opened; True if it is no path.
 
     Args:
         name: of a model.
         what: ``base model`` or ``tokenizer``.
-        record: what `folder` says of itself.
+        record: of `folder`, see `read_record`.
         folder: with the trained tensors.
     """
     from falcon_qlora.models.fingerprint import named_folder
@@ -136,7 +137,7 @@ def may_open(name: str, what: str, record: dict[str, Any], folder: Path) -> bool
 def is_as_recorded(
     name: str, what: str, record: dict[str, Any], *, revision: str | None = None
 ) -> bool | None:
-    """Whether the model `name` has the content that a record tells; None where either is not known.
+    """Whether the model `name` matches the fingerprint in a record; None where either is unknown.
 
     Args:
         name: of a model.
@@ -153,11 +154,11 @@ def is_as_recorded(
 
 
 def check_is_there(name: str, what: str, record: dict[str, Any], folder: Path, *, say_so: str) -> None:
-    """Refuse the name of a folder that is gone, which on the hub would mean something else.
+    """Refuse the name of a missing folder, which would mean something else on the hub.
 
     Args:
         name, what, record, folder: as for `may_open`.
-        say_so: how the user names another.
+        say_so: how the user can name another.
 
     Raises:
         UserError: naming the folder.
@@ -175,14 +176,14 @@ def check_is_there(name: str, what: str, record: dict[str, Any], folder: Path, *
 
 
 def check_may_open(name: str, what: str, record: dict[str, Any], folder: Path, *, say_so: str) -> Path | None:
-    """Refuse a folder that `may_open` says no to.
+    """Refuse a folder that `may_open` does not allow.
 
     Args:
-        name, what, record, folder: as there.
-        say_so: how the user names the folder, if that is what is meant.
+        name, what, record, folder: as for `may_open`.
+        say_so: how the user can name the folder, if it is the right one.
 
     Returns:
-        The folder outside of theirs that the files name; None for any other name.
+        The named folder if it lies outside `folder` and its run; None for any other name.
 
     Raises:
         UserError: saying how to have it opened.
@@ -200,7 +201,7 @@ def check_may_open(name: str, what: str, record: dict[str, Any], folder: Path, *
 
 
 def _lies_within(path: Path, folder: Path) -> bool:
-    """Whether a path lies in a trained folder, or in the run that it is of."""
+    """Whether a path lies in a trained folder, or in its run."""
     run = run_of(folder)
     roots = [folder] if run is None else [folder, run]
     return any(path.resolve().is_relative_to(root.resolve()) for root in roots)

@@ -1,4 +1,4 @@
-"""The methods, by the names that `--method` takes: what is not in this table does not exist elsewhere."""
+"""The methods, by the names that `--method` takes; a method exists only through this table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ METHODS: dict[str, type[Method]] = {method.name: method for method in (Lora, Ada
 
 
 def method_settings() -> dict[str, Setting]:
-    """Name → setting, of all methods; one that several have is the first's."""
+    """Name → setting, of all methods; for a shared setting, the first method's."""
     found: dict[str, Setting] = {}
     for method in METHODS.values():
         for each in settings_of(method):
@@ -27,7 +27,7 @@ def method_settings() -> dict[str, Setting]:
 
 
 def method_named(name: Any, where: object) -> type[Method]:
-    """The method that a file, which others may have written, calls so.
+    """The method of this name in a file, which others may have written.
 
     Raises:
         UserError: if there is none.
@@ -43,15 +43,15 @@ def method_from(settings: Mapping[str, Any], where: object) -> Method:
 
     Args:
         settings: by flag, among others.
-        where: whence they are, for messages.
+        where: where they come from, for messages.
 
     Raises:
-        UserError: if there is no such method, or a setting cannot be.
+        UserError: if there is no such method, or a setting is invalid.
     """
     return method_named(settings.get("method"), where).read(settings, where, by_flag=True)
 
 
 def is_whole(record: Mapping[str, Any]) -> bool:
-    """Whether what a folder's record is about is a whole model, no adapter."""
+    """Whether a folder's record is of a whole model rather than an adapter."""
     name = record.get("method")
     return isinstance(name, str) and name in METHODS and METHODS[name].is_whole
