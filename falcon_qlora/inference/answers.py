@@ -1,4 +1,4 @@
-"""Asking a model in the words that its adapter was trained in, by the command line and from Python."""
+"""Prompting a model with the template that its adapter was trained with, by command line and from Python."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ if TYPE_CHECKING:
 def load_adapter(
     path: str | Path, *, base_model: Any = None, template: str | None = None, **how: Any
 ) -> nn.Module:
-    """Open what any method saved, on its base model, loaded as it was trained on; and ask it.
+    """Open what any method saved, on its base model, loaded as in training, to prompt it.
 
-    ``model.chat(...)`` and ``model.generate_text(...)`` write what they are given with the template of the
-    run; see `Answers`. The tokenizer is loaded when the first is asked.
+    ``model.chat(...)`` and ``model.generate_text(...)`` write their input with the template of the run; see
+    `Answers`. The tokenizer is loaded at the first call.
 
     Args:
         path: folder of an adapter, of the run that made it, or of a model that full fine-tuning left.
-        base_model: a loaded model, or the name of one; the one that the adapter names where None.
-        template: as ``--template``; where None, the one that was trained with.
+        base_model: a loaded model, or the name of one; None: the one that the adapter names.
+        template: as ``--template``; None: the one used in training.
         how: `quantize_mode`, `device`, `compute_dtype`, `double_quantization`, `revision` and `trainable`, as
             for `methods.open_adapter.load_adapter`.
 
     Raises:
-        UserError: if the folder holds no adapter or a damaged one, or names a base that cannot be loaded
-            or is not to be opened on its word.
+        UserError: if the folder holds no adapter or a damaged one, or names a base that cannot be loaded or
+            may not be opened unless the user names it.
     """
     from falcon_qlora.methods import open_adapter
     from falcon_qlora.methods.adapter_folder import read_record
@@ -62,7 +62,7 @@ def load_adapter(
 
 @dataclass(kw_only=True)
 class Speaker:
-    """A loaded model, and how it is spoken to."""
+    """A loaded model with its tokenizer and its template."""
 
     model: Any
     tokenizer: Any
@@ -80,13 +80,13 @@ class Speaker:
         begun = False
         ids = prompt_ids(self.template, turns, self.tokenizer)
         for piece in generate_stream(self.model, self.tokenizer, ids, **how):
-            # The space that a template leaves between its marker and the answer is not for reading.
+            # Drop the space that a template leaves between its marker and the answer.
             shown = piece if begun else piece.lstrip()
             begun |= bool(shown)
             yield shown
 
     def told_of(self, prompt: str) -> str | None:
-        """What is to be said of a prompt that holds the template already; None for any other."""
+        """A warning for a prompt that already contains the template; None for any other."""
         question = "Why?"
         ending = self.template.prompt([Turn("user", question)]).rpartition(question)[2].strip()
         if not ending or not prompt.rstrip().endswith(ending):
@@ -98,15 +98,15 @@ class Speaker:
 
 
 class Answers:
-    """What an opened model is asked from Python, answered as ``falcon-qlora generate`` does.
+    """Answers of an opened model in Python, the same as those of ``falcon-qlora generate``.
 
     Args:
-        model: in whatever mode; it is left in it.
+        model: in any mode, in which it is left.
         folder: of what was trained.
-        record: what the folder says of itself, see `read_record`.
-        base: name of the base model, where the caller has said it.
+        record: the folder's record of itself, see `read_record`.
+        base: name of the base model, where the caller gave it.
         revision: of a base on the hub.
-        template: name of one, where the caller has said it.
+        template: name of one, where the caller gave it.
     """
 
     def __init__(
@@ -125,10 +125,10 @@ class Answers:
     @told_in_one_line()
     @quietly()
     def chat(self, said: str | Sequence[Mapping[str, Any]], **how: Any) -> str:
-        """The answer to a conversation; nothing of it is kept for the next.
+        """The answer to a conversation; no history is kept for the next call.
 
         Args:
-            said: what the user says, or all messages so far, the user's the last:
+            said: what the user says, or all messages so far, ending with the user's:
                 ``[{"role": "system", "content": "…"}, {"role": "user", "content": "…"}]``.
             how: `max_new_tokens` (256), `temperature` (0: the likeliest token each time), `top_p` (1) and
                 `seed` (0).
@@ -212,21 +212,21 @@ def trained_template(
     say_so: str,
     tell: Callable[[str], None],
 ) -> Template | None:
-    """The template that the user names, else the adapter's; a base alone goes on from the prompt as it is.
+    """The template that the user names, else the adapter's; a base alone continues the prompt as it is.
 
     Args:
-        record: what was trained says of itself, {} of a base alone.
+        record: the trained folder's record of itself, {} for a base alone.
         tokenizer: None where there is none yet.
         name, dataset_format: where the user has named them.
         trained: what the record is of, for messages.
         say_so: how the user names a template's file.
-        tell: is told of a chat template that is another than in training.
+        tell: called with a warning if the chat template is not the one used in training.
 
     Returns:
         None where it is the tokenizer's own, and there is no tokenizer yet.
 
     Raises:
-        UserError: if there is no such template, or it is a file that is opened only on the user's word.
+        UserError: if there is no such template, or it is a file that is opened only if the user names it.
     """
     named = name is not None
     name = name or record.get("template") or AUTO
@@ -238,7 +238,7 @@ def trained_template(
     if name in (AUTO, BY_FORMAT):
         name = "none" if dataset_format == "auto" else resolve_template(name, dataset_format, tokenizer)
     elif name not in TEMPLATES and not named:
-        # As a base model's folder: the adapter's files may come from anywhere.
+        # As for a base model's folder: the adapter's files may come from anywhere.
         told = record.get("template_fingerprint")
         if not isinstance(told, str) or told != template_fingerprint(name):
             raise UserError(

@@ -15,14 +15,14 @@ class Source:
     """What is opened, and how it is computed.
 
     Attributes:
-        model: the base model's name; that of the folder where a whole model was trained.
-        tokenizer: the name of what the tokenizer is taken from, where that is not the base model.
+        model: the base model's name; where a whole model was trained, its folder.
+        tokenizer: name of the model to take the tokenizer from, where that is not the base model.
         revision: of the base model on the hub.
         quantize_mode, compute_dtype, double_quantization, norms_in_float32, llm_int8_threshold: as for
             `load_model`.
         kernels: as for `choose_kernels`.
-        kernels_are_named: whether they, or the compute dtype, were asked for; else a run's own path goes
-            first.
+        kernels_are_named: whether the user named them, or the compute dtype; else a run's own path takes
+            precedence.
         adapter: the folder of what was trained on it, or None.
     """
 
@@ -46,7 +46,7 @@ def adapter_folder(name: str) -> Path:
         UserError: if neither holds one.
     """
     for folder in (Path(name), Path(name) / "adapter"):
-        # The second is all that full fine-tuning leaves: a whole model, and how it was trained.
+        # Full fine-tuning saves no adapter_config.json, only the record beside a whole model.
         if any((folder / file).is_file() for file in ("adapter_config.json", "falcon_qlora.json")):
             return folder
     if not Path(name).exists():
@@ -58,7 +58,7 @@ def adapter_folder(name: str) -> Path:
 
 
 def load_adapted(source: Source) -> tuple[Any, Any]:
-    """The model in evaluation mode, what was trained on it where there is an adapter, and the tokenizer."""
+    """The model in evaluation mode, with its adapter where there is one, and the tokenizer."""
     from falcon_qlora.methods.adapter_folder import read_adapter
     from falcon_qlora.models.load import load_model
 
@@ -79,20 +79,21 @@ def load_adapted(source: Source) -> tuple[Any, Any]:
 
 
 def load_measured(source: Source, run: RunDirectory | None) -> tuple[Any, dict[str, str]]:
-    """What `load_adapted` opens, ready for packed documents, on the path on which its run trained.
+    """The model of `load_adapted`, ready for packed documents, on the path on which its run trained.
 
-    So a loss measured here is the one that the run would note. Without a run, or where the kernels are named,
-    they are chosen as for training.
+    So a loss measured here is the one that the run would record. Without a run, or where the user names the
+    kernels, they are chosen as for training.
 
     Args:
-        source: as there.
-        run: that made it, where it is known.
+        source: as for `load_adapted`.
+        run: the run that trained it, where it is known.
 
     Returns:
-        The model, and for each block's name what runs it, {} with ``--kernels off``.
+        The model, and block name → what runs it; {} with ``--kernels off``, or where the run's blocks all ran
+        on the reference path.
 
     Raises:
-        UserError: if ``--kernels required`` or FP8 meets a block, or a device, that cannot.
+        UserError: if ``--kernels required`` or FP8 is set and a block or the device cannot run it.
     """
     from falcon_qlora.models.fast_path import choose_kernels, runs_fast
     from falcon_qlora.models.forward import enable_packing
@@ -102,7 +103,7 @@ def load_measured(source: Source, run: RunDirectory | None) -> tuple[Any, dict[s
     recorded = run.read("kernels") if run is not None and run.kernels_file.is_file() else {}
     left_alone = recorded and not any(runs_fast(str(what)) for what in recorded.values())
     if left_alone and not source.kernels_are_named:
-        # Not always what would be chosen here: what is frozen now was trained then.
+        # The choice could differ here: parameters that are frozen now were trained then.
         return model, {}
     return model, choose_kernels(model, kernels=source.kernels, compute_dtype=source.compute_dtype)
 

@@ -29,13 +29,13 @@ _CHUNK = 1024  # positions whose logits exist at a time
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """What a model thinks of every measured position, as far as it takes to measure it.
+    """What is needed to compute a model's predictions at every measured position.
 
     Attributes:
-        hidden: ``[N, H]``, behind the final norm.
+        hidden: ``[N, H]``, after the final norm.
         head: ``[V, H]``.
-        vectors: that scale and shift what the head computes, where a method trained any.
-        scale: by which the model multiplies its logits.
+        vectors: scale and shift of the head's output, where a method trained them.
+        scale: factor of the model's logits.
         targets: int64 ``[N]``, the tokens that came.
         answers: bool ``[N]``, whether the token is one that training would count.
     """
@@ -67,7 +67,7 @@ class Evaluation:
     max_length: int
 
     def share(self, process: int, processes: int, *, even: bool) -> Iterator[MicroBatch]:
-        """One process's micro batches, on the host; `even`: as many as any has, some without targets."""
+        """One process's micro-batches, on the host; `even`: as many as any has, some without targets."""
         dealt = deal(
             np.arange(len(self.lengths)),
             self.lengths,
@@ -103,7 +103,7 @@ def batches_of(corpus: Any, *, max_tokens: int, most_tokens: int | None = None) 
 
 @torch.no_grad()
 def predictions(model: nn.Module, batches: Sequence[MicroBatch], *, answers_only: bool) -> Predictions:
-    """Run a loaded model.
+    """Run a loaded model on batches.
 
     Args:
         model: as it is or inside PEFT's wrapper; packing is enabled on it.
@@ -113,7 +113,7 @@ def predictions(model: nn.Module, batches: Sequence[MicroBatch], *, answers_only
     enable_packing(model)
     falcon = causal_lm_in(model)
     head, norm = falcon.get_output_embeddings(), final_norm(falcon.base_model)
-    weight = head.weight  # of PEFT's wrapper: a copy with the trained rows in it
+    weight = head.weight  # in PEFT's wrapper, a copy that includes the trained rows
     device = weight.device
     states = (
         run_blocks(
@@ -134,12 +134,12 @@ def folder_predictions(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Predictions:
-    """Run the unquantized model of a folder, of which one block at a time is in memory.
+    """Run the unquantized model of a folder, with one block in memory at a time.
 
     Args:
         folder: of a model.
-        batches: as for `predictions`, which this equals.
-        answers_only: as there.
+        batches: as for `predictions`, which gives the same result.
+        answers_only: as for `predictions`.
         device: where it is computed.
         dtype: in which it is computed.
     """
@@ -212,7 +212,7 @@ def divergence(first: Predictions, second: Predictions) -> dict[str, float]:
 
 
 def mean_loss(losses: Tensor) -> float:
-    """The mean of `token_losses`, summed in float64; NaN of none."""
+    """The mean of `token_losses`, summed in float64; NaN if there are none."""
     return losses.double().mean().item() if len(losses) else math.nan
 
 
@@ -249,7 +249,7 @@ def _predictions(
     vectors: ScaleAndBias | None = None,
     scale: float,
 ) -> Predictions:
-    """Of the states ``[1, T, H]`` of each batch behind the last block, one batch after the other."""
+    """Predictions from each batch's states ``[1, T, H]`` after the last block, batch by batch."""
     positions, targets, answers = zip(*(_measured(batch, answers_only) for batch in batches), strict=True)
     hidden = [
         norm(state[0].index_select(0, places.to(head.device)))

@@ -1,6 +1,6 @@
 """Answers from a model, token by token.
 
-One loop with the key/value cache serves streaming, batches, a plain model and one in PEFT's wrapper,
+One loop with the key/value cache serves streaming and batches, plain models and those in PEFT's wrapper,
 quantized or not, on the CPU and on CUDA. It leaves the model in the mode in which it found it.
 """
 
@@ -31,7 +31,7 @@ def generate_stream(
         model: a causal language model of Transformers, also inside PEFT's wrapper.
         tokenizer: its tokenizer.
         prompt: text, or its token ids.
-        max_new_tokens: stop after so many tokens where the model has not ended before.
+        max_new_tokens: stop after this many tokens if the model has not ended by then.
         temperature: 0 takes the likeliest token each time; above 0 draws.
         top_p: draw only from the likeliest tokens that together have this probability.
         seed: of the draws, which are then the same on every device.
@@ -140,7 +140,7 @@ def _ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     ids = (
         tokenizer(prompt, add_special_tokens=False)["input_ids"] if isinstance(prompt, str) else list(prompt)
     )
-    # Nothing to go on from: a document begins after an end token.
+    # An empty prompt becomes an end token, after which a document begins.
     return ids or [tokenizer.eos_token_id]
 
 

@@ -31,7 +31,7 @@ class SampleAnswers(TrainerCallback):
         self._append = Backlog(append_lines, file.name)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 0:  # a run that goes on has answered where it was evaluated
+        if state.global_step == 0:  # a resumed run has answered already
             self._answer("before training", state, kwargs["model"])
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
