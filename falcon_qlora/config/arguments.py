@@ -198,7 +198,7 @@ class RunArguments:
     save_every_minutes: float = setting(
         10.0,
         "Save a checkpoint whenever so many minutes have passed since the last; 0: never. Off with "
-        "--save_steps or --save_strategy, unless it is given too.",
+        "--save_steps or --save_strategy, unless you give this flag too.",
         least=0,
     )
     max_bad_steps: int = setting(
@@ -240,8 +240,8 @@ class LaunchArguments:
 
     gpus: int | None = setting(
         None,
-        "Processes to start on this node, one a GPU; unset: every visible GPU. Without GPUs so many on the "
-        "CPU; unset: 1.",
+        "Processes to start on this node, one a GPU; unset: every visible GPU. Without GPUs: this many CPU "
+        "processes, by default 1.",
         least=1,
     )
     nnodes: str = setting("1", "Nodes, or MIN:MAX.")

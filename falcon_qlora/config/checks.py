@@ -59,6 +59,10 @@ _SPLITS = frozenset("validation valid val test eval dev train".split())
 TEMPLATES = ("auto", "format", "alpaca", "guanaco", "falcon-instruct", "none", "tokenizer")
 
 
+# A run of at most so many steps logs each of them.
+EVERY_STEP_UP_TO = 50
+
+
 def settle(values: Values, laid: Laid) -> None:
     """Fill in, in place, the values that follow from the given settings.
 
@@ -85,7 +89,7 @@ def settle(values: Values, laid: Laid) -> None:
         except UserError as error:
             faults.append(str(error))
     refuse(faults)
-    if _rank(laid, "logging_steps") < 1 and 1 <= values["max_steps"] <= 50:
+    if _rank(laid, "logging_steps") < 1 and 1 <= values["max_steps"] <= EVERY_STEP_UP_TO:
         values["logging_steps"] = 1
 
 

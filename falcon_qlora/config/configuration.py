@@ -118,6 +118,11 @@ class Configuration:
         except ValueError as error:
             raise UserError(f"the trainer's settings do not go together: {error}") from None
 
+    def log_steps_of_short_run(self, steps: int) -> None:
+        """Log every step of a run of so few `steps`, unless the user says how many."""
+        if steps <= checks.EVERY_STEP_UP_TO and "logging_steps" not in self.explicit:
+            self.trainer["logging_steps"] = self.training.logging_steps = 1
+
     @property
     def optimizer(self) -> str:
         """The optimizer's name, as in Transformers' `OptimizerNames`."""

@@ -30,6 +30,7 @@ _BY_TOOL: dict[str, dict[str, str]] = {
         "accumulation_steps": "gradient_accumulation_steps",
         "alpha": "lora_alpha",
         "base": "model_name_or_path",
+        "bs": _BATCH,
         "batch_size": f"{_BATCH}; of one device, where global_batch_size is of a step over all",
         "bits": "quantize_mode",
         "block_size": "max_length",

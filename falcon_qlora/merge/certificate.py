@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from falcon_qlora.data.templates import TEMPLATES, TOKENIZER, Turn, get_template
 from falcon_qlora.merge.folder import DTYPES
 from falcon_qlora.merge.tensors import Onto
 from falcon_qlora.run_folder.model_card import names_hub_dataset, names_hub_model, table
@@ -205,6 +206,9 @@ def _usage(certificate: Certificate) -> str:
     )
     if certificate.origin.template:
         text += f"\nIt was trained with the prompt template `{certificate.origin.template}`.\n"
+    if certificate.origin.template in {*TEMPLATES} - {"none", TOKENIZER}:
+        prompt = get_template(certificate.origin.template).prompt([Turn("user", "QUESTION")])
+        text += f"It writes a question so, and other programs must as well:\n\n```\n{prompt}\n```\n"
     return text
 
 

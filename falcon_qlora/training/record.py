@@ -30,6 +30,9 @@ from falcon_qlora.training.activations import Activations
 from falcon_qlora.training.resume import forget_after, step_of
 from falcon_qlora.training.rows import TrainingData, global_batch
 
+# Fewer steps than these hardly move an adapter.
+_FEW_STEPS = 10
+
 
 def write_start(
     configuration: Configuration,
@@ -100,7 +103,7 @@ def start_rows(
             joined(
                 settings.model_name_or_path,
                 f"{model.config.num_hidden_layers} blocks of {model.config.hidden_size}",
-                f"{total:,} parameters",
+                f"{layout_of(model.config).parameter_count():,} parameters",
             ),
         ),
         (
@@ -262,6 +265,11 @@ def start_notes(configuration: Configuration, data: TrainingData, model: Any) ->
     if configuration.model.model_name_or_path.startswith("random:"):
         notes.append(
             "the base model's weights are random: speed and memory are real, losses and answers mean nothing"
+        )
+    if data.epochs is not None and data.total_steps < _FEW_STEPS and configuration.run.max_steps <= 0:
+        notes.append(
+            f"the rows make {counted(data.total_steps, 'step')} in all, too few to learn much: more with "
+            "--num_train_epochs, or with a smaller -b or --max_length"
         )
     layout, method = layout_of(model.config), configuration.method
     if isinstance(method, Lora) and method.target_modules in (None, ("all-linear",)):

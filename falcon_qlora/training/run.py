@@ -57,6 +57,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
         tokenizer = rows.load_tokenizer(base, method)
         data = rows.training_data(configuration.data, run, tokenizer, together=method.is_whole)
     resume.check_data(data, start.checkpoint)
+    configuration.log_steps_of_short_run(data.total_steps)
 
     with phase("model", "loading the base model"):
         fingerprint = check_base(base, checkpoint=start.checkpoint, adapter=begin_from)

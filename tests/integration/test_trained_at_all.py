@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -67,6 +68,18 @@ def test_updates_that_are_lost_in_rounding_are_told(tmp_path: Path) -> None:
     settings = {"method": "full", "compute_dtype": "bf16", "optim": "sgd", "learning_rate": 1e-12}
     said = refusal(tmp_path, max_steps=1, **settings)
     assert "lost in rounding, as the weights are bfloat16: raise --learning_rate (1e-12)" in said
+
+
+def test_few_rows_for_a_step_or_two_are_told_and_logged(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_jsonl(
+        tmp_path / "few.jsonl", [{"instruction": f"{n}?", "output": f"{n}."} for n in range(3)]
+    )
+    run = fine_tune(tmp_path, dataset_name=str(rows), max_steps=-1, num_train_epochs=1, quantize_mode="4bit")
+    told = re.search(r"note: the rows make (\d) steps? in all, too few to learn much", capfd.readouterr().out)
+    assert told
+    assert [line["step"] for line in metrics(run)] == list(range(1, int(told[1]) + 1))
 
 
 @pytest.mark.parametrize("method", METHODS)

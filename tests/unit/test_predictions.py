@@ -13,7 +13,9 @@ def test_divergence_is_its_definition():
     head = torch.randn(9, 6, generator=generator)
     targets = torch.zeros(1500, dtype=torch.int64)
     both = [
-        Predictions(hidden=hidden, head=head, vectors=None, targets=targets, answers=targets.bool())
+        Predictions(
+            hidden=hidden, head=head, vectors=None, targets=targets, answers=targets.bool(), scale=1.0
+        )
         for hidden in (first, second)
     ]
     found = divergence(*both)
