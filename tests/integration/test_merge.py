@@ -279,6 +279,7 @@ def test_a_merge_comes_with_its_certificate_and_the_better_is_kept(run, tmp_path
     assert "license: apache-2.0" in card
     assert f"{kept['loss']:.4f}" in card
     assert "`alpaca`" in card
+    assert "### Instruction:\nQUESTION\n\n### Response:\n```" in card
     assert (
         AutoTokenizer.from_pretrained(out)("one")["input_ids"] == load_tokenizer("tiny")("one")["input_ids"]
     )
