@@ -77,7 +77,8 @@ def test_a_run_whose_numbers_stay_bad_is_saved_and_goes_on(
     with monkeypatch.context() as patch:
         spoil(patch, {3, 4})
         with pytest.raises(
-            UserError, match=rf"2 steps in a row .* checkpoint is {run}/checkpoints/step-5: --resume"
+            UserError,
+            match=rf"2 steps in a row .* checkpoint is {run}/checkpoints/step-5: resume it with --resume",
         ):
             fine_tune(run, **settings)
         assert fault(run / "checkpoints" / "step-5") is None
