@@ -377,7 +377,7 @@ class Checkpointer:
             for name in part:
                 flush(partial / name)
         except OSError as error:
-            failure = f"process {process}: {reason_of(error)}"
+            failure = f"rank {process}: {reason_of(error)}"
         self._arrive(moment.step, writes=False)
         # One process's disk may be much slower, and a collective has a time limit.
         agreement.wait_for_all()

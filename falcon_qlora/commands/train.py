@@ -229,7 +229,7 @@ def _status(codes: Mapping[int, int], folder: Path) -> int:
         if code < 0 and code != -signal.SIGTERM:
             name = signal.Signals(-code).name
             hint = "; out of CPU memory?" if name == "SIGKILL" else ""
-            print(f"error: process {rank} was ended by {name}{hint}", file=sys.stderr)
+            print(f"error: rank {rank} was killed by {name}{hint}", file=sys.stderr)
             break
     _say_how_to_go_on(folder)
     return EXIT_BUG

@@ -62,7 +62,7 @@ class _Requests:
         if self.first is None:
             self.first, self.at = number, time.monotonic()
             name = signal.Signals(number).name
-            self.say(f"{name}: a checkpoint is saved at the end of a step, then the run ends; again: at once")
+            self.say(f"{name}: saving at the end of a step, then exiting; send it again to quit now")
         elif time.monotonic() - self.at > SAME_REQUEST_SECONDS:
             os._exit(128 + number)
 

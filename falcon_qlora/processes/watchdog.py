@@ -155,14 +155,14 @@ def describe(answers: dict[int, str], processes: int, still: float) -> str:
     silent = [process for process in range(processes) if process not in answers]
     if silent:
         which = ", ".join(map(str, silent))
-        return f"process {which} is not responding: stopped, or blocked in native code"
+        return f"rank {which} is not responding: stopped, or blocked in native code"
     said = {process: json.loads(answer) for process, answer in answers.items()}
     furthest_back = min(tuple(place[:2]) for place in said.values())
     held = {process: place for process, place in said.items() if tuple(place[:2]) == furthest_back}
     if len(held) == processes > 1:
-        text = f"all {processes} processes have not moved for {still:.0f} s"
+        text = f"all {processes} ranks have made no progress for {still:.0f} s"
     else:
-        text = f"process {', '.join(map(str, held))} has not moved for {still:.0f} s"
+        text = f"rank {', '.join(map(str, held))} has made no progress for {still:.0f} s"
     (step, _, what, stack), *_ = held.values()
     return f"{text}, {what} at step {step}. Its Python stack:\n{stack.rstrip()}"
 

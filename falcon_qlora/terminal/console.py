@@ -90,7 +90,7 @@ def print_end(summary: Mapping[str, Any], contents: Sequence[Path], *, adapter: 
     if shares := summary.get("reduction_shares"):
         slowest = shares.index(min(shares))
         reduced = (
-            f"gradient all-reduce took {min(shares):.1%} of the time of the slowest (process {slowest}), "
+            f"gradient all-reduce took {min(shares):.1%} of the time of the slowest (rank {slowest}), "
             f"{max(shares):.1%} of the fastest, which waited"
         )
     speed = f"{summary['tokens_per_second']:,.0f} tokens/s in the steps"

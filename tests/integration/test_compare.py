@@ -168,7 +168,7 @@ def test_a_signal_ends_it_with_what_it_started_and_the_same_command_goes_on(
         output, errors = started.communicate(timeout=120)
         assert (started.returncode, errors) == (0, "")  # as of train, whose run is saved
         assert processes.none_left()
-        assert f"{number.name}: a checkpoint is saved" in output
+        assert f"{number.name}: saving at the end of a step" in output
         assert output.endswith("Stopped. The same command with --output_dir out goes on here.\n")
         stopped = re.search(r"stopped at step (\d+) of 60", output)
         assert stopped is not None

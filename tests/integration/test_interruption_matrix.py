@@ -78,7 +78,7 @@ def test_kill_9_of_each_process_before_inside_and_after_a_save(processes: Proces
         assert newest_step(processes, "killed") == before + (4 if where == "saved" or finished else 2)
         assert status == 1
         killed, hint = errors.splitlines()
-        assert killed.startswith(f"error: process {rank} was ended by SIGKILL")
+        assert killed.startswith(f"error: rank {rank} was killed by SIGKILL")
         # A save that is cut off after the rename, before the launcher hears of it, is found all the same.
         known = before + (4 if finished else 2)
         assert re.match(rf"the last complete checkpoint is killed/checkpoints/step-{known}; go on", hint)
@@ -147,7 +147,7 @@ def test_a_second_signal_ends_at_once(processes: Processes) -> None:
     status, output, errors = run(processes, *LONG, "--output_dir", "twice", faults=twice)
     assert status == 128 + signal.SIGTERM
     assert re.fullmatch(r"the last complete checkpoint is twice/checkpoints/step-2; go on with: .*\n", errors)
-    assert "SIGTERM: a checkpoint is saved" in output
+    assert "SIGTERM: saving at the end of a step" in output
     assert "stopped at step" not in output
     assert newest_step(processes, "twice") == 2
 
@@ -221,12 +221,12 @@ def test_restarts_of_a_run_that_goes_on_from_an_older_checkpoint(processes: Proc
     [
         (
             "hang",
-            r"process 1 has not moved for \d+ s, computing at step 3\. Its Python stack:(.|\n)*faulty_worker",
+            r"rank 1 has made no progress for \d+ s, computing at step 3\. Its Python (.|\n)*faulty_worker",
         ),
-        ("stopped", "process 1 is not responding"),
+        ("stopped", "rank 1 is not responding"),
         (
             "write_hangs",
-            r"process 0 has not .*saving a checkpoint at step 6(.|\n)*writes a checkpoint:",
+            r"rank 0 has made no progress .*saving a checkpoint at step 6(.|\n)*writes a checkpoint:",
         ),
     ],
 )

@@ -72,7 +72,7 @@ def test_kill_9_of_each_process_inside_a_save(processes: Processes, whole: Path)
         resume = ["--resume"] if newest_step(processes, "killed") else []
         status, _, errors = run(processes, "--output_dir", "killed", *resume, faults=faults, settings=SHARDED)
         assert status == 1
-        assert f"process {rank} was ended by SIGKILL" in errors
+        assert f"rank {rank} was killed by SIGKILL" in errors
         assert newest_step(processes, "killed") == step - 2
     status, _, errors = run(processes, "--output_dir", "killed", "--resume", settings=SHARDED)
     assert (status, errors) == (0, "")
@@ -90,7 +90,7 @@ def test_a_disk_that_fails_under_one_process_is_survived_and_told(processes: Pro
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-4", "step-8"]
     assert newest_step(processes, "disk") == 8
     for step, process in ((2, 1), (6, 0)):
-        assert f"step {step}: the checkpoint could not be saved (process {process}: " in output
+        assert f"step {step}: the checkpoint could not be saved (rank {process}: " in output
     assert_same_run(processes.folder / "disk", whole)
 
 

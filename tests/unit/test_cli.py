@@ -270,7 +270,7 @@ class TestLauncher:
     def test_a_worker_that_was_killed_is_named(self, launcher: Launcher, processes: int) -> None:
         status, output, errors = launcher.run("--gpus", str(processes), "--run_name", "killed")
         last = processes - 1
-        assert (status, errors) == (1, f"error: process {last} was ended by SIGKILL; out of CPU memory?\n")
+        assert (status, errors) == (1, f"error: rank {last} was killed by SIGKILL; out of CPU memory?\n")
         assert_gone(worker_pids(output))
 
     @pytest.mark.parametrize("processes", [1, 2])

@@ -89,10 +89,10 @@ def test_the_process_that_is_behind_or_silent_is_the_one_that_hangs() -> None:
     waiting = json.dumps([7, 1, "adding up the gradients", "in all_reduce"])
     behind = json.dumps([7, 0, "computing", "in sleep"])
     assert describe({0: waiting, 1: behind, 2: waiting}, 3, 60.0) == (
-        "process 1 has not moved for 60 s, computing at step 7. Its Python stack:\nin sleep"
+        "rank 1 has made no progress for 60 s, computing at step 7. Its Python stack:\nin sleep"
     )
-    assert describe({0: waiting, 2: waiting}, 3, 60.0).startswith("process 1 is not responding")
-    assert describe({0: waiting, 1: waiting}, 2, 60.0).startswith("all 2 processes have not moved")
+    assert describe({0: waiting, 2: waiting}, 3, 60.0).startswith("rank 1 is not responding")
+    assert describe({0: waiting, 1: waiting}, 2, 60.0).startswith("all 2 ranks have made no progress")
 
 
 def test_nccl_remembers_little_unless_it_is_told_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
