@@ -73,7 +73,7 @@ def test_memory_numbers_and_disk_that_fail_are_survived_and_told(processes: Proc
     steps = sorted(int(path.name.split("-")[1]) for path in (faulty / "checkpoints").iterdir())
     assert steps == [step for step in range(1, STEPS + 1) if step != 6]
     assert "step 6: the checkpoint could not be saved" in output
-    assert re.search(r"out of memory at step 2.*split in [248] on all processes", output)
+    assert re.search(r"out of memory at step 2.*split into [248] on all processes", output)
     assert re.search(r"step 5 \(rows [\d, ]+.*\): non-finite loss or gradient", output)
     assert re.search(r"step 7 \(rows [\d, ]+.*\): non-finite loss or gradient", output)
     assert (summary(faulty)["bad_steps"], summary(faulty)["micro_batch_parts"] > 1) == (2, True)
