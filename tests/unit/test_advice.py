@@ -37,7 +37,7 @@ from tests.integration.runs import write_jsonl
 
 PACKAGE = Path(cli.__file__).parent
 TRAIN = "train -m tiny --dataset_name rows.jsonl --report_to none"
-MERGE = "merge --base 16bit --held_out_tokens 64"
+MERGE = "merge --base dequantized --held_out_tokens 64"
 SHORT = f"{TRAIN} -s 1 -q 16bit --max_length 64"
 DATA = "data -m tiny --dataset_name"
 OLD_RUN = Path(__file__).resolve().parents[1] / "integration" / "old_run"
