@@ -137,7 +137,7 @@ def test_the_command_ends_with_status_2(tmp_path: Path) -> None:
     words = ["train", "-m", "tiny", "--dataset_name", rows, "--output_dir", tmp_path / "run", "--lora_r", "4"]
     ended = command(*words, "--report_to", "none", "--steps", "1", "--learning_rate", "0")
     assert ended.returncode == 2, ended.stderr
-    assert "error: nothing was trained: after 1 step all" in ended.stderr
+    assert "error: nothing was trained: after 1 step the weights" in ended.stderr
     assert not (tmp_path / "run" / "adapter").exists()
 
 
