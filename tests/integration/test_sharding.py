@@ -99,7 +99,7 @@ def test_a_large_model_is_written_file_by_file(tmp_path: Path) -> None:
     ("flags", "message"),
     [
         (["--method", "lora"], "--sharding fsdp is for --method full"),
-        (["--method", "full", "--gpus", "1"], "there is one"),
+        (["--method", "full", "--gpus", "1"], "there is only one"),
         (["--method", "full", "--gpus", "2", "--optim", "adamw_bnb_8bit"], "give --optim adamw_torch_fused"),
     ],
 )

@@ -109,7 +109,7 @@ def test_a_run_tells_what_it_trains_on_what(tmp_path: Path, monkeypatch: pytest.
         )
     )
     assert told["model"].startswith("tiny · ")
-    assert told["model"].endswith(f" · {total:,} parameters")
+    assert told["model"].endswith(f" · {total - trainable:,} parameters")
     assert told["quantized"].startswith("4bit · NF4, double quantization, computing in float32 · ")
     assert f" · {len(linears)} linear layers · " in told["quantized"]
     assert told["training"].endswith(

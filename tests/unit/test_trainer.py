@@ -121,7 +121,7 @@ def test_every_process_begins_with_the_main_process_parameters(tmp_path: Path) -
 )
 def test_sequences_beyond_the_models_positions_are_told(preset: str, positions: int, told: str) -> None:
     model = SimpleNamespace(config=preset_config(preset))
-    data: Any = SimpleNamespace(statistics=SimpleNamespace(longest=3000))
+    data: Any = SimpleNamespace(statistics=SimpleNamespace(longest=3000), epochs=None)
     at_most, beyond = (
         start_notes(parse(["-m", "tiny", "--max_length", str(length)]), data, model)
         for length in (positions, positions + 1)
