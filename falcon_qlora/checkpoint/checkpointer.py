@@ -2,10 +2,11 @@
 
 A folder with a checkpoint's final name is always complete. The main process writes all of it: one disk, one
 failure, and only the outcome to agree on. After a step it queues a copy of what is saved to host memory. A
-thread writes and checks the copy while training goes on.
+thread writes and checks the copy while training goes on. Training waits for the save if the host has no
+memory for the copy.
 
-Training waits for the save if the host has no memory for the copy, or if the model is sharded. With a sharded
-model each process first writes its part of the optimizer state, which is larger than the rest.
+With a sharded model each process's thread writes its part of the optimizer state, which is larger than the
+rest. The main process's thread writes the rest, and waits for the others before the folder gets its name.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field
@@ -26,15 +29,16 @@ from torch import Tensor, nn
 
 from falcon_qlora.checkpoint import process_state, write
 from falcon_qlora.checkpoint.adapter_check import AdapterFaultError, check_opening, check_tensors, form_of
-from falcon_qlora.checkpoint.host_copy import HostCopies, free_host_bytes
+from falcon_qlora.checkpoint.host_copy import HostCopies, free_host_bytes, tensors_in
 from falcon_qlora.checkpoint.manifest import fault, write_manifest
-from falcon_qlora.checkpoint.optimizer_parts import write_part
+from falcon_qlora.checkpoint.optimizer_parts import own_part, write_part
 from falcon_qlora.common.errors import UserError, reason_of
 from falcon_qlora.common.files import flush, put_in_place
 from falcon_qlora.common.quantities import gib
 from falcon_qlora.methods.interface import method_of
-from falcon_qlora.models.sharded import is_sharded, take_part
+from falcon_qlora.models.sharded import is_sharded, take_part, whole_bytes, whole_tensors
 from falcon_qlora.processes import agreement, ranks
+from falcon_qlora.processes.endings import sibling_died
 from falcon_qlora.processes.watchdog import WRITER
 from falcon_qlora.terminal.console import note
 
@@ -43,6 +47,8 @@ if TYPE_CHECKING:
 
 # The share of the host's free memory that the copy may take.
 _MOST_OF_FREE = 0.5
+# For the other processes' parts, once this one has met an error.
+_PATIENCE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,14 +133,16 @@ class Checkpointer:
     saved_step: int = field(default=-1, init=False)
     failure: str | None = field(default=None, init=False)
     opened_step: int = field(default=-1, init=False)
-    # Whether a save is not settled yet, the same on all processes. The main process alone uses the rest.
+    # Whether a save is not settled yet, the same on all processes.
     _open: bool = field(default=False, init=False)
+    # With replicas, the main process alone uses the rest.
     _copies: HostCopies = field(default_factory=HostCopies, init=False)
     _thread: threading.Thread | None = field(default=None, init=False)
+    _deadline: float = field(default=math.inf, init=False)
     _error: BaseException | None = field(default=None, init=False)
+    _too_large: str | None = field(default=None, init=False)
     _whole_step: int = field(default=-1, init=False)
     _opened_form: str | None = field(default=None, init=False)
-    _too_large: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.start_clock()
@@ -183,7 +191,7 @@ class Checkpointer:
         if moment.state.best_global_step == step:
             moment.state.best_model_checkpoint = str(self.checkpoint(step))
         if is_sharded(model):
-            self._save_sharded(moment, processes)
+            self._begin_sharded(moment, processes)
         elif ranks.is_main_process():
             self._try(lambda: self._begin(moment, processes), step)
 
@@ -202,10 +210,15 @@ class Checkpointer:
         Raises:
             UserError: if what was written is not what was in memory; it is not kept. On the main process,
                 see `from_main_process`.
+            Exception: on a process whose thread met one.
         """
         if not self._open:
             return None
+        self._arrive(step, writes=self._thread is not None)
+        self.join()
         self._arrive(step, writes=ranks.is_main_process())
+        if not ranks.is_main_process():
+            self.require_kept()
         self.failure, self._open = agreement.from_main_process(self.require_kept), False
         return None if self.failure is None else self.saved_step
 
@@ -219,8 +232,19 @@ class Checkpointer:
             return ""
         return "nothing saved" if self._whole_step < 0 else f"nothing saved since step {self._whole_step:,}"
 
-    def join(self) -> None:
-        """Wait for what this process is writing, however the run ends."""
+    def _beside(self, work: Callable[[], object]) -> None:
+        """Run `work` on a thread while training goes on."""
+        self._thread = threading.Thread(target=work, name=WRITER, daemon=True)
+        self._thread.start()
+
+    def join(self, *, failing: bool = False) -> None:
+        """Wait for what this process is writing, however the run ends.
+
+        Args:
+            failing: whether the run ends by an error; others may never write their parts then.
+        """
+        if failing:
+            self._deadline = time.monotonic() + _PATIENCE_SECONDS
         if self._thread is not None:
             self._thread.join()
 
@@ -236,7 +260,7 @@ class Checkpointer:
         raise self._error
 
     def _try(self, work: Callable[[], None], step: int) -> None:
-        """Run a part of a save and keep its error for `settle`; on the main process."""
+        """Run a part of a save and keep its error for `settle`."""
         try:
             work()
         except OSError as error:
@@ -260,7 +284,8 @@ class Checkpointer:
         trained = method_of(model).trained_state(model)
         optimizer = {} if self.weights_only else moment.optimizer.state_dict()
         told_before = self._too_large is not None
-        if fits := self.too_large(self._copies.more_bytes([trained, optimizer])) is None:
+        sizes = (tensor.nbytes for tensor in tensors_in([trained, optimizer]))
+        if fits := self.too_large(self._copies.more_bytes(sizes)) is None:
             trained, optimizer = self._copies.take((trained, optimizer))
         elif not told_before:
             note(str(self._too_large))
@@ -273,13 +298,52 @@ class Checkpointer:
             check_opening(partial, model)
             self._opened_form = form_of(partial)
             self.opened_step = moment.step
-        if not fits:
+        if fits:
+            self._beside(lambda: self._try(lambda: self._make(content), moment.step))
+        else:
             self._make(content)
+
+    def _begin_sharded(self, moment: Moment, processes: list[dict[str, Any]]) -> None:
+        """Copy what is to be saved and start writing it, on every process."""
+        step, model, partial = moment.step, moment.model, self._partial(moment.step)
+        main = ranks.is_main_process()
+        if main:
+            self._try(lambda: write.begin(partial), step)
+        failed, meeting = agreement.from_main_process(lambda: (self._error is not None, uuid.uuid4().hex))
+        if failed:
             return
-        self._thread = threading.Thread(
-            target=self._try, args=[lambda: self._make(content), moment.step], name=WRITER, daemon=True
-        )
-        self._thread.start()
+        part = {} if self.weights_only else own_part(moment.optimizer)
+        trained = None
+        if fits := self._all_fit(part, model):
+            wholes = whole_tensors(model, wanted=False)
+            part, trained = self._copies.take((part, wholes if main else {}))
+            if not main:
+                take_part(model)
+        content = self._content(moment, processes, trained=trained, optimizer=None) if main else None
+
+        def write_parts() -> None:
+            self._write_part(part, partial, meeting)
+            if content is not None:
+                content.parts.update(self._parts_of(meeting))
+
+        def write_all() -> None:
+            write_parts()
+            if content is not None:
+                self._make(content)
+
+        if fits:
+            self._beside(lambda: self._try(write_all, step))
+            return
+        self._arrive(step, writes=True)
+        self._try(write_parts, step)
+        self._arrive(step, writes=main)
+        if agreement.from_main_process(lambda: self._error is not None):
+            return
+        if content is not None:
+            self._try(lambda: self._make(content), step)
+        else:
+            take_part(model)
+        agreement.wait_for_all()
 
     def too_large(self, needed: int) -> str | None:
         """Why this process's host has no room for a copy of `needed` bytes, or None.
@@ -300,8 +364,7 @@ class Checkpointer:
         processes: list[dict[str, Any]],
         *,
         trained: Mapping[str, Tensor] | None,
-        optimizer: dict[str, Any],
-        parts: dict[str, Any] | None = None,
+        optimizer: dict[str, Any] | None,
     ) -> _Content:
         files: dict[str, Any] = {}
         if not self.weights_only:
@@ -309,7 +372,7 @@ class Checkpointer:
                 process_state.SCHEDULER: copy.deepcopy(moment.scheduler.state_dict()),
                 process_state.STATES: processes,
             }
-            if not parts:
+            if optimizer is not None:
                 files[process_state.OPTIMIZER] = optimizer
             if moment.scaler is not None:
                 files[process_state.SCALER] = moment.scaler.state_dict()
@@ -323,7 +386,7 @@ class Checkpointer:
             trainer_state=json.dumps(dataclasses.asdict(moment.state), indent=2, sort_keys=True) + "\n",
             best=moment.state.best_model_checkpoint,
             processes=len(processes),
-            parts=parts or {},
+            parts={},
         )
 
     def find_best(self, step: int) -> Path | None:
@@ -342,48 +405,46 @@ class Checkpointer:
     def _partial(self, step: int) -> Path:
         return self.folder / f".step-{step}.partial"
 
-    def _save_sharded(self, moment: Moment, processes: list[dict[str, Any]]) -> None:
-        """Write while training waits: each process its part of the optimizer state, the main one the rest."""
-        step, partial = moment.step, self._partial(moment.step)
-        parts: dict[str, Any] = {}
+    def _all_fit(self, part: dict[str, Any], model: nn.Module) -> bool:
+        """Whether every host has room for its processes' copies; the main process tells the first time."""
+        told_before = self._too_large is not None
+        sizes = [tensor.nbytes for tensor in tensors_in(part)]
         if ranks.is_main_process():
-            self._try(lambda: write.begin(partial), step)
-        if agreement.from_main_process(lambda: self._error is not None):
-            return
-        if not self.weights_only:
-            failure, parts = self._write_parts(moment, partial)
-            if failure is not None:
-                if ranks.is_main_process():
-                    self._try(lambda: _fail(failure), step)
-                return
-        self._arrive(step, writes=ranks.is_main_process())
-        if ranks.is_main_process():
-            content = self._content(moment, processes, trained=None, optimizer={}, parts=parts)
-            self._try(lambda: self._make(content), step)
-        else:
-            take_part(moment.model)
-        agreement.wait_for_all()
+            sizes += whole_bytes(model).values()
+        needed = agreement.gather_objects(self._copies.more_bytes(sizes))
+        on_this_host = ranks.local_world_size()
+        first = ranks.process_index() // on_this_host * on_this_host
+        reasons = agreement.gather_objects(self.too_large(sum(needed[first : first + on_this_host])))
+        self._too_large = next(filter(None, reasons), None)
+        if self._too_large is not None and not told_before and ranks.is_main_process():
+            note(self._too_large)
+        return self._too_large is None
 
-    def _write_parts(self, moment: Moment, partial: Path) -> tuple[str | None, dict[str, Any]]:
-        """Write the optimizer state, each process its own part.
-
-        Returns:
-            Why that failed on one of them, or None; the manifest's entries for the parts. Same on all.
-        """
-        process, failure, part = ranks.process_index(), None, {}
-        self._arrive(moment.step, writes=True)
+    def _write_part(self, part: dict[str, Any], partial: Path, meeting: str) -> None:
+        """Write this process's part of the optimizer state, and leave word for the main process."""
+        process, about, failure = ranks.process_index(), {}, None
         try:
-            part = write_part(moment.optimizer, partial, process=process, processes=ranks.world_size())
-            for name in part:
-                flush(partial / name)
-        except OSError as error:
+            if part:
+                self._copies.wait()
+                about = write_part(part, partial, process=process, processes=ranks.world_size())
+                for name in about:
+                    flush(partial / name)
+        except Exception as error:
             failure = f"rank {process}: {reason_of(error)}"
-        self._arrive(moment.step, writes=False)
-        # One process's disk may be much slower, and a collective has a time limit.
-        agreement.wait_for_all()
-        everyone = agreement.gather_objects((failure, part))
-        failure = next((theirs for theirs, _ in everyone if theirs), None)
-        return failure, {name: about for _, theirs in everyone for name, about in theirs.items()}
+            if not isinstance(error, OSError):
+                raise
+        finally:
+            agreement.leave_word(meeting, (failure, about))
+
+    def _parts_of(self, meeting: str) -> dict[str, Any]:
+        """The manifest's entries for all parts, once every process has written its own."""
+        everyone = agreement.words_left(meeting, give_up=self._is_hopeless)
+        if failure := next((theirs for theirs, _ in everyone if theirs), None):
+            raise OSError(0, failure)
+        return {name: about for _, theirs in everyone for name, about in theirs.items()}
+
+    def _is_hopeless(self) -> bool:
+        return sibling_died() or time.monotonic() > self._deadline
 
     def _make(self, content: _Content) -> None:
         self._write(content)
@@ -403,7 +464,7 @@ class Checkpointer:
                 process_state.save_cursor(partial, content.cursor)
         (partial / process_state.TRAINER_STATE).write_text(content.trainer_state, encoding="utf-8")
         about = {"step": content.step, "processes": content.processes, "resumable": not self.weights_only}
-        files = list(partial.iterdir())
+        files = [file for file in partial.iterdir() if file.name not in content.parts]
         with ThreadPoolExecutor(3) as beside:  # the disk, the hashes and the reading back
             described = beside.submit(write_manifest, partial, about | self.record, content.parts)
             flushed = [beside.submit(flush, file) for file in files]
@@ -415,7 +476,3 @@ class Checkpointer:
             raise AdapterFaultError(f"{partial} has another configuration than what was opened before")
         put_in_place(partial, self.checkpoint(content.step))
         write.rotate(self.folder, content.step, self.limit, content.best)
-
-
-def _fail(reason: str) -> None:
-    raise OSError(0, reason)

@@ -94,17 +94,16 @@ class HostCopies:
         self._taken = 0
         self._copied: Any = None
 
-    def more_bytes(self, tree: Any) -> int:
-        """Host memory that `take` would add for `tree`."""
-        if self._buffers:
-            return 0
-        return copy_bytes(tensor.numel() * tensor.element_size() for tensor in tensors_in(tree))
+    def more_bytes(self, sizes: Iterable[int]) -> int:
+        """Host memory that `take` would add for tensors of these sizes in bytes, in their order."""
+        return 0 if self._buffers else copy_bytes(sizes)
 
     def take(self, tree: Any) -> Any:
         """`tree` with each tensor replaced by its copy, which the next call of `take` overwrites.
 
         Args:
-            tree: nested dictionaries, lists and tuples; other values are kept as they are.
+            tree: nested dictionaries, lists and tuples; other values are kept as they are. An iterator of
+                names and tensors becomes a dictionary: they are copied one by one.
         """
         devices = {tensor.device for tensor in tensors_in(tree) if tensor.is_cuda}
         if devices and any(getattr(tensor, "is_paged", False) for tensor in tensors_in(tree)):
@@ -112,7 +111,8 @@ class HostCopies:
         self._taken = 0
         with torch.no_grad():
             copied = self._copy(tree)
-        self._copied = torch.cuda.current_stream().record_event() if devices else None
+        on_gpu = torch.cuda.is_initialized()
+        self._copied = torch.cuda.current_stream().record_event() if on_gpu else None
         return copied
 
     def wait(self) -> None:
@@ -127,6 +127,8 @@ class HostCopies:
             return {key: self._copy(value) for key, value in tree.items()}
         if isinstance(tree, list | tuple):
             return type(tree)(self._copy(value) for value in tree)
+        if isinstance(tree, Iterator):
+            return {name: self._copy(tensor) for name, tensor in tree}
         return tree
 
     def _buffer_for(self, tensor: Tensor) -> Tensor:

@@ -25,10 +25,20 @@ def has_parts(checkpoint: Path) -> bool:
     return any(checkpoint.glob("optimizer-*-of-*.pt"))
 
 
+def own_part(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's `state_dict()` with this process's rows alone."""
+    whole = optimizer.state_dict()
+    state = {
+        index: {name: local_tensor(value) for name, value in of_parameter.items()}
+        for index, of_parameter in whole["state"].items()
+    }
+    return {"state": state, "param_groups": whole["param_groups"]}
+
+
 def write_part(
-    optimizer: torch.optim.Optimizer, folder: Path, *, process: int, processes: int
+    part: dict[str, Any], folder: Path, *, process: int, processes: int
 ) -> dict[str, dict[str, Any]]:
-    """Write this process's rows into `folder`.
+    """Write what `own_part` returned, or a copy of it, into `folder`.
 
     Returns:
         The file's name, with its size and checksum for the manifest.
@@ -36,18 +46,13 @@ def write_part(
     Raises:
         OSError: if they cannot be written there.
     """
-    whole = optimizer.state_dict()
-    state = {
-        index: {name: local_tensor(value) for name, value in of_parameter.items()}
-        for index, of_parameter in whole["state"].items()
-    }
     file = folder / f"optimizer-{process + 1:05}-of-{processes:05}.pt"
     if not folder.is_dir():
         raise OSError(
             0, f"{folder} is not there: a sharded run's machines must share the folder it writes to"
         )
     with disk_errors():
-        torch.save({"state": state, "param_groups": whole["param_groups"]}, file)
+        torch.save(part, file)
     return {file.name: describe_file(file)}
 
 

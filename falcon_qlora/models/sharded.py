@@ -51,6 +51,14 @@ def whole_shape(parameter: Any) -> torch.Size:
     return torch.Size(parameter.ds_shape) if zero3.is_part(parameter) else parameter.shape
 
 
+def whole_bytes(model: nn.Module) -> dict[str, int]:
+    """Bytes of each unsharded parameter, by its name."""
+    return {
+        name: whole_shape(parameter).numel() * parameter.element_size()
+        for name, parameter in model.named_parameters()
+    }
+
+
 def whole_tensors(model: nn.Module, *, wanted: bool) -> Iterator[tuple[str, Tensor]]:
     """Yield each parameter's name and whole tensor, on the CPU; all processes must iterate.
 
@@ -90,10 +98,7 @@ def save_whole(
         state: an earlier copy of its parameters, on the CPU; None: as they are now.
         file_bytes: the most that a file's tensors take, unless one alone takes more.
     """
-    sizes = {
-        name: whole_shape(parameter).numel() * parameter.element_size()
-        for name, parameter in model.named_parameters()
-    }
+    sizes = {name: each.nbytes for name, each in state.items()} if state else whole_bytes(model)
     files = split_into_files(sizes, file_bytes)
     tensors = iter(state.items()) if state else whole_tensors(model, wanted=True)
     try:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _WAIT_LIMIT = datetime.timedelta(days=7)
+_CONNECT_SECONDS = 60.0
 _LOOK_SECONDS = 0.02
 _PIECE_BYTES = 2**22
 _SCATTER = 0x1E3779B97F4A7C15  # odd, with bits of no pattern: the golden ratio's
@@ -98,6 +99,31 @@ def wait_for_all() -> None:
     if store.add(f"{key}/arrived", 1) == world_size():
         store.set(key, "")
     store.wait([key], _WAIT_LIMIT)
+
+
+def leave_word(meeting: str, mine: Any) -> None:
+    """Leave a (small, picklable) object for `words_left`; on any thread.
+
+    Args:
+        meeting: a name that no other has had, the same on all processes.
+    """
+    connect(_CONNECT_SECONDS).set(f"{meeting}/{process_index()}", pickle.dumps(mine))  # type: ignore[arg-type]
+
+
+def words_left(meeting: str, give_up: Callable[[], bool]) -> list[Any]:
+    """What each process has left for this meeting, by its index; waits for all, on any thread.
+
+    Raises:
+        PeerError: if they have not all left something when `give_up` returns True.
+    """
+    store, keys = connect(_CONNECT_SECONDS), [f"{meeting}/{process}" for process in range(world_size())]
+    while True:
+        last = give_up()
+        if store.check(keys):
+            return [pickle.loads(store.get(key)) for key in keys]
+        if last:
+            raise PeerError(EXIT_BUG)
+        time.sleep(_LOOK_SECONDS)
 
 
 def _in_group() -> bool:

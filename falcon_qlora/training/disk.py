@@ -9,7 +9,7 @@ from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import free_bytes
 from falcon_qlora.common.quantities import gib
 from falcon_qlora.methods.interface import method_of
-from falcon_qlora.models.sharded import is_sharded
+from falcon_qlora.models.sharded import is_sharded, local_tensor, whole_bytes
 from falcon_qlora.models.step_memory import embedded_share, optimizer_bytes
 from falcon_qlora.processes import agreement, ranks
 from falcon_qlora.run_folder.directory import RunDirectory
@@ -69,16 +69,21 @@ def waiting_saves(trainer: FalconTrainer, *, optimizer: str) -> list[str]:
         optimizer: by the trainer's name.
     """
     model, checkpointer = trainer.model, trainer.checkpointer
-    if is_sharded(model) or not ranks.is_main_process():
+    if not ranks.is_main_process():
         return []
-    sizes = [each.numel() * each.element_size() for each in method_of(model).trained_state(model).values()]
+    if sharded := is_sharded(model):
+        sizes = list(whole_bytes(model).values())
+    else:
+        sizes = [each.nbytes for each in method_of(model).trained_state(model).values()]
+    states: list[int] = []
     if not checkpointer.weights_only:
         embedded = embedded_share(model.config) if method_of(model).is_whole else 0.0
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         state = optimizer_bytes(optimizer, trained[0].element_size(), embedded=embedded)
         # Most optimizers keep two tensors for each parameter.
-        sizes += [int(each.numel() * state / 2) for each in trained for _ in range(2)]
-    why = checkpointer.too_large(copy_bytes(sizes))
+        states = [int(local_tensor(each).numel() * state / 2) for each in trained for _ in range(2)]
+    others = ranks.local_world_size() - 1 if sharded else 0  # on this host, with parts of their own
+    why = checkpointer.too_large(copy_bytes(sizes + states) + others * copy_bytes(states))
     return [] if why is None else [why]
 
 

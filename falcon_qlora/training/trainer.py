@@ -169,9 +169,13 @@ class FalconTrainer(SFTTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().train(*args, **kwargs)
-        finally:
+            trained = super().train(*args, **kwargs)
             self.checkpointer.join()
+            return trained
+        except BaseException:
+            self.checkpointer.join(failing=True)
+            raise
+        finally:
             self._watchdog.stop()
 
     def get_train_dataloader(self) -> DataLoader:

@@ -5,6 +5,7 @@
     {"do": "kill", "step": 3, "rank": 1, "where": "step"}         kill -9; also "computing", "save", "saved"
     {"do": "kill", "where": "loading", "restart": 0}              before it has read or written anything
     {"do": "kill", ..., "where": "part"}                          in its own part of a sharded checkpoint
+    {"do": "held", "step": 2, "rank": 1}                          that part waits until two steps later
     {"do": "later", "step": 3, ..., "number": 9, "seconds": 0.2}  a signal so long after step 3 began
     {"do": "late", "rank": 0, "seconds": 2}                       comes to the others so much later
     {"do": "slow_start", "rank": 1}                               two seconds late as training begins
@@ -190,10 +191,15 @@ def faulty_write(self: Any, content: Any) -> None:
 write_part = checkpointer.write_part
 
 
-def faulty_write_part(optimizer: Any, folder: Path, **named: Any) -> Any:
-    with disk():
-        described = write_part(optimizer, folder, **named)
-    if faults("kill", where="part"):
+def faulty_write_part(part: Any, folder: Path, **named: Any) -> Any:
+    step = int(folder.name.removeprefix(".step-").removesuffix(".partial"))
+    deadline = time.monotonic() + 60
+    while faults("held", at=step) and now < step + 2:
+        assert time.monotonic() < deadline, "training waits for the save"
+        time.sleep(0.01)
+    with disk(at=step):
+        described = write_part(part, folder, **named)
+    if faults("kill", at=step, where="part"):
         os.truncate(folder / next(iter(described)), 1000)
         die()
     return described

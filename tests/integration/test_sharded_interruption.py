@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import signal
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from falcon_qlora.checkpoint.manifest import newest_whole
+from falcon_qlora.checkpoint.manifest import MANIFEST, newest_whole
 from falcon_qlora.common.quantities import counted
 from tests.integration.interrupted import ROWS, assert_same_run, at_work, run
 from tests.integration.processes import Processes
@@ -63,6 +64,22 @@ def test_a_signal_saves_and_the_command_it_names_goes_on_to_the_last_bit(
     assert_same_run(processes.folder / "stopped", whole)
 
 
+def test_training_goes_on_beside_each_process_s_part(processes: Processes, whole: Path) -> None:
+    """What is written two steps later is what there was at its own."""
+    faults = [{"do": "held", "step": 2, "rank": rank} for rank in (0, 1)]
+    status, _, errors = run(processes, "--output_dir", "held", faults=faults, settings=SHARDED)
+    assert (status, errors) == (0, "")
+    found, expected = (
+        json.loads((folder / "checkpoints/step-2" / MANIFEST).read_text())["files"]
+        for folder in (processes.folder / "held", whole)
+    )
+    # processes.pt has times.
+    states = [name for name in expected if name.startswith(("model", "optimizer", "sched"))]
+    assert {name: found[name] for name in states} == {name: expected[name] for name in states}
+    assert sum(name.startswith("optimizer") for name in states) == 2
+    assert_same_run(processes.folder / "held", whole)
+
+
 def test_kill_9_of_each_process_inside_a_save(processes: Processes, whole: Path) -> None:
     # In the middle of its own part; where the main process writes the rest, which the other waits for.
     for step, rank, where in ((4, 0, "part"), (4, 1, "part"), (6, 0, "save"), (6, 1, "save")):
@@ -73,7 +90,8 @@ def test_kill_9_of_each_process_inside_a_save(processes: Processes, whole: Path)
         status, _, errors = run(processes, "--output_dir", "killed", *resume, faults=faults, settings=SHARDED)
         assert status == 1
         assert f"rank {rank} was killed by SIGKILL" in errors
-        assert newest_step(processes, "killed") == step - 2
+        # What the main process had all parts of, it completed.
+        assert newest_step(processes, "killed") == (step if (rank, where) == (1, "save") else step - 2)
     status, _, errors = run(processes, "--output_dir", "killed", "--resume", settings=SHARDED)
     assert (status, errors) == (0, "")
     assert_same_run(processes.folder / "killed", whole)

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from falcon_qlora.checkpoint.optimizer_parts import read_own_rows, write_part
+from falcon_qlora.checkpoint.optimizer_parts import own_part, read_own_rows, write_part
 from falcon_qlora.models.sharded import local_tensor
 
 # Fewer rows than processes among them, and rows that do not divide evenly.
@@ -73,7 +73,7 @@ def test_any_number_of_processes_reads_what_any_number_wrote(
         torch.save(expected, tmp_path / "optimizer.pt")
     for process in range(wrote if wrote > 1 else 0):
         with one_of(wrote, process):
-            write_part(optimizer(kind, used=True), tmp_path, process=process, processes=wrote)
+            write_part(own_part(optimizer(kind, used=True)), tmp_path, process=process, processes=wrote)
     found = []
     for process in range(read):
         if read == 1:
