@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.files import quoted
-from falcon_qlora.data.json_rows import listed
+from falcon_qlora.data.json_rows import listed, spelled
 from falcon_qlora.data.templates import TOKENIZER, Template, get_template
 
 SYSTEM = ("system", "system_prompt")
@@ -64,6 +65,11 @@ _SYNONYMS = {
     "text": ("content", "document", "body"),
     "messages": ("conversation", "dialog", "dialogue", "chat", "turns"),
 }
+
+# Words in other columns' names, for guessing flags.
+_ASKS = frozenset("question query prompt instruction input ask user human request title problem q".split())
+_SAYS = frozenset("answer reply response output completion assistant bot solution summary target a".split())
+_NO_TEXT = frozenset("id ids uuid index idx url link date time timestamp score rating lang language".split())
 
 _OF_MESSAGES = ({"role", "content"}, {"from", "value"})
 _CHATS = ("chat", "sharegpt", "chat_completion")
@@ -132,7 +138,7 @@ def recognise(
             raise UserError(
                 f"{source}: the columns fit no format.\nIt has {listed(found)}. The formats need\n{needs}\n"
                 "Name your columns with --text_column, --instruction_column, --output_column and so on"
-                f"{_suggest(found)}."
+                f"{_suggest(found) or _guess(found, arrays)}."
             )
         dataset_format = fitting[0]
     elif dataset_format not in FORMATS:
@@ -206,3 +212,19 @@ def _suggest(found: Collection[str], *formats: str) -> str:
             flags = [f"--{name}_column {quoted(as_is)}" for name, as_is in given.items() if as_is != name]
             return f", for example {' '.join(flags)}"
     return ""
+
+
+def _guess(found: Collection[str], arrays: Collection[str]) -> str:
+    """Flags of the data's own columns: question and answer by words in their names, or by their order."""
+    words = {name: set(re.findall("[a-z]+", name.lower())) for name in found if name not in arrays}
+    texts = [name for name in words if not words[name] & _NO_TEXT]
+    if len(texts) < 2:
+        return "".join(f", for example --text_column {quoted(name)}" for name in texts)
+    answer = next((name for name in texts if words[name] & _SAYS), None)
+    asked = next((name for name in texts if words[name] & _ASKS and name != answer), None)
+    asked = asked or next(name for name in texts if name != answer)
+    answer = answer or next(name for name in texts if name != asked)
+    return (
+        f". If {spelled(asked)} asks and {spelled(answer)} answers: --instruction_column {quoted(asked)} "
+        f"--output_column {quoted(answer)}"
+    )

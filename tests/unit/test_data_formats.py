@@ -114,6 +114,18 @@ def test_named_format_and_renamed_columns_must_be_there() -> None:
     assert recognise(["content"], columns={"text": "content"}) == ("text", {"text": "content"})
     with pytest.raises(UserError, match=r"no such format \(did you mean alpaca\?\)"):
         recognise(["text"], columns={}, dataset_format="alpacca")
+    # Words in unknown names, else their order; ids and addresses are no texts. The flags fit.
+    for found, asked, answer in (
+        (["id", "question_text", "reply", "url"], "question_text", "reply"),
+        (["Model Answer", "The question"], "The question", "Model Answer"),
+        (["uuid", "left", "right"], "left", "right"),
+    ):
+        flags = f"--instruction_column {quoted(asked)} --output_column {quoted(answer)}"
+        with pytest.raises(UserError, match=rf"If {asked} asks and {answer} answers: {flags}\.$"):
+            recognise(found, columns={})
+        assert recognise(found, columns={"instruction": asked, "output": answer})[0] == "alpaca"
+    with pytest.raises(UserError, match=r"for example --text_column words\.$"):
+        recognise(["id", "words"], columns={})
     assert set(COLUMNS) == {
         *("text", "instruction", "input", "output", "prompt", "completion", "messages", "conversations")
     }
@@ -272,7 +284,6 @@ def test_templates_fit_formats() -> None:
     [
         ({"text": "  \n"}, "text"),
         ({"instruction": "a", "output": " "}, "alpaca"),
-        ({"messages": []}, "chat"),
         ({"messages": [{"role": "user", "content": "a"}]}, "chat"),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}, "chat"),
     ],
