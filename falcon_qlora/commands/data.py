@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,19 +100,17 @@ def _look_at_stream(configuration: Configuration, tokenizer: Any) -> _Look:
     import numpy as np
 
     from falcon_qlora.data import report
-    from falcon_qlora.data.account import Account, dropped, nothing_left
+    from falcon_qlora.data.account import Account, nothing_left, told_dropped
     from falcon_qlora.data.settings import RowSettings
     from falcon_qlora.data.stream import recognise_source, stream_documents
     from falcon_qlora.training import rows
 
-    counts: Counter[str] = Counter()
     account = Account()
     stream = stream_documents(
         **rows.row_settings(configuration.data),
         tokenizer=tokenizer,
         seed=configuration.run.seed,
         max_rows=configuration.data.max_rows,
-        counts=counts,
         account=account,
     )
     documents = [(each["input_ids"], each["mask"]) for each in itertools.islice(stream, _STREAMED_DOCUMENTS)]
@@ -123,16 +120,16 @@ def _look_at_stream(configuration: Configuration, tokenizer: Any) -> _Look:
         read_as.append(f"format {row_format}, template {template}")
         told.append((source.name, read_as[-1]))
         told += [("note", note) for note in source.notes()]
-    seen = account.told(template, settings.train_on)
+    seen, counts = account.told(template, settings.train_on), account.counts
     if not documents:
         raise nothing_left(
-            settings.dataset_name, "; ".join(dict.fromkeys(read_as)), counts, account.first, seen
+            settings.dataset_name, "; ".join(dict.fromkeys(read_as)), counts["rows_read"], [account], seen
         )
     lengths = np.array([len(ids) for ids, _ in documents], dtype=np.int64)
     targets = sum(int(mask[1:].sum()) for _, mask in documents)
     told += [("note", line) for line in seen]
     told.append(("rows read", f"{counts['rows_read']:,}"))
-    told.append(("dropped", "; ".join(dropped(counts, account.first)) or "none"))
+    told.append(("dropped", "; ".join(told_dropped([account])) or "none"))
     if pieces := counts["documents_dropped_masked"]:
         told.append(("pieces dropped", f"{pieces:,} (no answer token in them)"))
     told += [("documents", f"{len(documents):,}"), ("tokens", f"{lengths.sum():,}")]

@@ -109,9 +109,8 @@ def look_at_rows(data: DataArguments, split: str | None) -> None:
     if data.template not in (AUTO, BY_FORMAT, *TEMPLATES):
         get_template(data.template)
     sources = settings.sources()
-    limit = _ROWS if data.max_rows is None else min(_ROWS, data.max_rows // len(sources))
-    for source in sources:
-        _look_at_source(settings, source, limit)
+    for source, limit in zip(sources, settings.limits(data.max_rows), strict=True):
+        _look_at_source(settings, source, _ROWS if limit is None else min(_ROWS, limit))
     if split is not None and not is_fraction(split):
         _look_at_split(settings, split)
 
@@ -157,5 +156,10 @@ def _template(name: str, row_format: str) -> Template:
     name = resolve_template(name, row_format, SimpleNamespace(chat_template="it may have one"))
     if name in TEMPLATES and name != TOKENIZER:
         return get_template(name)
-    silent: Any = SimpleNamespace(name=name, segments=lambda turns, tools: [], unread=lambda turns, tools: [])
+    silent: Any = SimpleNamespace(
+        name=name,
+        segments=lambda turns, tools: [],
+        unread=lambda turns, tools: [],
+        suited=lambda turns, tools: turns,
+    )
     return silent

@@ -127,7 +127,9 @@ class DataArguments:
     streaming: bool = setting(
         False, "Read rows as they are needed, for data larger than the disk; needs --max_steps."
     )
-    max_rows: int | None = setting(None, "Use only this many rows.", least=1)
+    max_rows: int | None = setting(
+        None, "Use at most this many rows, evenly from the data sets of --dataset_name.", least=1
+    )
     dataset_num_proc: int | None = setting(None, "Threads that tokenize; unset: one a core.", least=1)
     cache_dir: str | None = setting(None, "Where tokenized data is cached; unset: the user's cache folder.")
 

@@ -16,14 +16,6 @@ _MOST_NAMES = 1000
 _OTHERS = "(others)"
 _SHOWN = 40
 
-# Count of dropped rows → why they were dropped.
-DROPPED = {
-    "rows_dropped_empty": "empty answer",
-    "rows_dropped_missing": "a column or text missing",
-    "rows_dropped_masked": "no trained token",
-    "rows_dropped_cut": "no trained token within --max_length",
-    "rows_dropped_overlong": "longer than --max_length, with --overlong drop",
-}
 # Names that other tools give to a key or column that says whether a message or row is learned.
 _MAY_MARK = re.compile(r"\w*(train|learn|loss|mask|supervis|weight)\w*", re.IGNORECASE)
 
@@ -35,20 +27,20 @@ class Account:
     Attributes:
         columns: column that is not read → rows with a value there.
         message_keys: key that is not read → messages with a value there.
-        missing: column or text that training needs → rows that lack it.
-        other_formats: another format → rows in that format.
+        dropped: why a row was dropped → rows.
         marks: key that marks a message as not to be trained → messages.
         rows: a key of `_ROWS` → rows.
-        first: a name in `missing`, `other_formats` or `rows`, or in a stream a key of `DROPPED` → the place
-            of the first such row.
+        counts: in a stream, `rows_rendered`, of which `rows_read` have left the shuffle buffer, and
+            `documents_dropped_masked`.
+        first: a name in `dropped` or `rows` → the place of the first such row.
     """
 
     columns: Counter[str] = field(default_factory=Counter)
     message_keys: Counter[str] = field(default_factory=Counter)
-    missing: Counter[str] = field(default_factory=Counter)
-    other_formats: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
     marks: Counter[str] = field(default_factory=Counter)
     rows: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict, compare=False)
 
     @classmethod
@@ -60,7 +52,7 @@ class Account:
     def plain(self) -> dict[str, dict[str, Any]]:
         """The counts as values for JSON."""
         counts = {name: dict(+each) for name, each in vars(self).items() if name != "first"}
-        return {**counts, "first": self.first}
+        return {**counts, "first": dict(self.first)}
 
     def moved(self, before: Iterable[str], now: Iterable[str]) -> Account:
         """The same account after files were renamed.
@@ -81,7 +73,7 @@ class Account:
         self.first.setdefault(name, place)
 
     def told(self, template: str, train_on: str) -> list[str]:
-        """What to tell the user about the rows, one line each.
+        """What to tell the user about the rows, one line each, beside `told_dropped`.
 
         Args:
             template: the name of the one that wrote them.
@@ -97,13 +89,6 @@ class Account:
             lines.append(
                 f"{may_mark}: not read; these rows and messages are trained whatever it says there. Give "
                 'messages that are not to be trained "train": false, and take out rows that are not'
-            )
-        if self.missing:
-            lines.append(f"dropped rows lack: {_listed(self.missing, 'row', self.first)}")
-        if self.other_formats:
-            lines.append(
-                f"dropped rows are of another format: {_listed(self.other_formats, 'row', self.first)}; put "
-                "the rows of each format into a file of their own, and name all files with --dataset_name"
             )
         for name, (verb, rest, only) in _ROWS.items():
             if (number := self.rows[name]) and only in (None, train_on):
@@ -121,12 +106,6 @@ _ROWS = {
         "messages that are marked as not to be trained: {marks}; --train_on all trains them all the same",
         "all",
     ),
-    "unlearned": ("have", "only answers that are marked as not to be trained: dropped", "answers"),
-    "no_answer": (
-        "have",
-        "no marker ### Assistant: in the text, by which template {template} finds answers: dropped",
-        "answers",
-    ),
     "special_text": ("hold", "text that looks like special tokens; it stays text", None),
     "special_tokens": ("spell", "special tokens in their text; they are tokenized as those tokens", None),
     "altered": (
@@ -141,6 +120,26 @@ _ROWS = {
     ),
     "surrogates": ("hold", "halves of surrogate pairs, which are no characters: read as \ufffd", None),
     "control": ("hold", "control characters, such as NUL or escape; they are trained as they are", None),
+    "arguments": (
+        "have",
+        "arguments of calls as JSON text; template {template} gets objects, and spaces them its own way",
+        None,
+    ),
+    "broken_arguments": (
+        "have",
+        "calls whose arguments are neither an object nor the JSON text of one; they are trained as they are",
+        None,
+    ),
+    "respelled": (
+        "have",
+        "numbers in tools or calls that template {template} respells (12.50 as 12.5)",
+        None,
+    ),
+    "numbers": (
+        "have",
+        "a floating-point number as text; tables keep no spelling of it, so it is Python's (12.50 as 12.5)",
+        None,
+    ),
     "like_missing": (
         "have",
         "a column whose text is NaN, NA or the like; it is read as that text, not as a missing value",
@@ -161,43 +160,37 @@ def count(counts: Counter[str], name: object) -> None:
     counts[name if name in counts or len(counts) < _MOST_NAMES else _OTHERS] += 1
 
 
-def dropped(counts: Mapping[str, int], first: Mapping[str, str] | None = None) -> list[str]:
-    """How many rows were dropped for each cause, one text each.
-
-    Args:
-        counts: by the keys of `DROPPED`.
-        first: the first row of each, by the same keys.
-    """
-    places = {name: f"; first: {place}" for name, place in (first or {}).items()}
-    return [
-        f"{counts[name]:,} ({why}{places.get(name, '')})" for name, why in DROPPED.items() if counts.get(name)
-    ]
+def told_dropped(accounts: Iterable[Account]) -> list[str]:
+    """How many rows were dropped for each cause, with the place of the first, one text each."""
+    counts, first = Counter[str](), dict[str, str]()
+    for account in accounts:
+        counts += account.dropped
+        first = account.first | first
+    return [f"{number:,} ({why}; first: {first[why]})" for why, number in counts.most_common()]
 
 
 def nothing_left(
-    names: Iterable[str], read_as: str, counts: Mapping[str, int], first: Mapping[str, str], told: list[str]
+    names: Iterable[str], read_as: str, rows_read: int, accounts: Iterable[Account], told: list[str]
 ) -> UserError:
     """The error for data of which no row is left.
 
     Args:
         names: of the data sets.
         read_as: their formats and templates.
-        counts: `rows_read`, and the counts of `dropped`.
-        first: as in `dropped`.
+        rows_read: of all.
+        accounts: of these rows.
         told: lines of `Account.told`.
     """
-    lines = [f"dropped: {each}" for each in dropped(counts, first)] + told
+    lines = [*(f"dropped: {each}" for each in told_dropped(accounts)), *told]
     causes = "".join(f"\n  {printable(line)}" for line in lines)
     return UserError(
-        f"{', '.join(names)}: nothing is left to train on. Rows read ({read_as}): "
-        f"{counts.get('rows_read', 0):,}{causes}"
+        f"{', '.join(names)}: nothing is left to train on. Rows read ({read_as}): {rows_read:,}{causes}"
     )
 
 
-def _listed(counts: Counter[str], what: str, first: Mapping[str, str] | None = None) -> str:
-    places = {name: f", first: {place}" for name, place in (first or {}).items()}
+def _listed(counts: Counter[str], what: str) -> str:
     shown = [
-        f"{spelled(name)} ({number:,} {what}{'s' if number > 1 else ''}{places.get(name, '')})"
+        f"{spelled(name)} ({number:,} {what}{'s' if number > 1 else ''})"
         for name, number in counts.most_common(_SHOWN)
     ]
     more = len(counts) - len(shown)

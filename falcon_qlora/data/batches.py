@@ -12,6 +12,7 @@ import numpy as np
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.data.account import Account
 from falcon_qlora.data.cursor import State
 from falcon_qlora.data.origins import Origin
 from falcon_qlora.data.packing import MicroBatch, Plan, collate, deal, fitting
@@ -36,6 +37,8 @@ class Share:
         cursor: for a stream, returns what `StreamingSteps.go_on` takes to resume at the next step. None for
             a corpus, or if a data loader's worker reads the stream.
         origins: for a stream, the rows of the step over all processes; for a corpus, `Plan` knows them.
+        account: for a stream, `Account.plain` of its first pass until now; None if an earlier release began
+            the run, and did not count.
     """
 
     micro_batches: list[MicroBatch]
@@ -47,6 +50,7 @@ class Share:
     global_capacity: int
     cursor: Callable[[], Cursor] | None = None
     origins: tuple[Origin, ...] = ()
+    account: dict[str, dict[str, Any]] | None = None
 
     def pin_memory(self) -> Share:
         return replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])
@@ -209,7 +213,7 @@ class StreamingSteps(IterableDataset[Share | None]):
     on the number of processes.
 
     Args:
-        stream: opens the stream, given the epoch and a state of `DocumentStream` or None.
+        stream: opens the stream, given the epoch, a state of `DocumentStream` or None, and an account.
         steps: length of the run; a stream that ends earlier is opened again.
         global_batch, max_length: as in `Plan`.
         padding, padding_id: as in `DocumentReader`.
@@ -219,7 +223,7 @@ class StreamingSteps(IterableDataset[Share | None]):
         UserError: if the stream has no document.
     """
 
-    stream: Callable[[int, State | None], DocumentStream]
+    stream: Callable[[int, State | None, Account], DocumentStream]
     steps: int
     global_batch: int
     max_length: int
@@ -228,7 +232,12 @@ class StreamingSteps(IterableDataset[Share | None]):
     dealing: Dealing
 
     def __post_init__(self) -> None:
-        self._cursor: Cursor = {"step": 0, "epoch": 0, "began": 0, "stream": None, "waiting": []}
+        self._cursor: Cursor = {
+            **dict.fromkeys(("step", "epoch", "began"), 0),
+            "stream": None,
+            "waiting": [],
+            "account": Account().plain(),
+        }
 
     def go_on(self, cursor: Cursor) -> None:
         """Resume at a share's cursor. Earlier steps are yielded as None, which the training loop skips."""
@@ -237,20 +246,24 @@ class StreamingSteps(IterableDataset[Share | None]):
     def __iter__(self) -> Iterator[Share | None]:
         step, epoch, began = (self._cursor[name] for name in ("step", "epoch", "began"))
         waiting = [document_of(each) for each in self._cursor["waiting"]]
-        documents = self.stream(epoch, self._cursor["stream"])
+        before = self._cursor.get("account")
+        account = Account.from_plain(before or {})
+        # Later passes read the same rows.
+        documents = self.stream(epoch, self._cursor["stream"], Account() if epoch else account)
         yield from itertools.repeat(None, step)
         while step < self.steps:
             for batch in self._global_batches(documents, waiting):
                 share = self._share(batch, step, epoch)
                 step += 1
-                cursor = _cursor(step, epoch, began, documents, waiting)
+                share = replace(share, account=None if before is None else account.plain())
+                cursor = _cursor(step, epoch, began, documents, waiting, share.account)
                 yield share if get_worker_info() else replace(share, cursor=cursor)
                 if step == self.steps:
                     return
             if step == began:
                 raise UserError("the stream has no document with a trained token")
             epoch, began = epoch + 1, step
-            documents = self.stream(epoch, None)
+            documents = self.stream(epoch, None, Account())
 
     def _global_batches(
         self, documents: DocumentStream, waiting: list[dict[str, Any]]
@@ -296,7 +309,12 @@ class StreamingSteps(IterableDataset[Share | None]):
 
 
 def _cursor(
-    step: int, epoch: int, began: int, documents: DocumentStream, waiting: list[dict[str, Any]]
+    step: int,
+    epoch: int,
+    began: int,
+    documents: DocumentStream,
+    waiting: list[dict[str, Any]],
+    account: dict[str, dict[str, Any]] | None,
 ) -> Callable[[], Cursor]:
     """A function that returns the cursor as it is now; `began` is the epoch's first step."""
     stream, kept = documents.state(), list(waiting)
@@ -306,4 +324,5 @@ def _cursor(
         "began": began,
         "stream": stream(),
         "waiting": [plain_document(each) for each in kept],
+        "account": account,
     }

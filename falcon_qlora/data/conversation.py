@@ -6,7 +6,8 @@ import datetime
 import decimal
 import itertools
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from falcon_qlora.common.errors import UserError, nearest, one_line
@@ -143,6 +144,7 @@ def _marks(fields: dict[str, Any], where: str) -> dict[str, bool]:
     for key in ("loss", "trainable"):
         if isinstance(fields.get(key), bool):
             said[key] = fields.pop(key)
+    said = {key: float(value) if isinstance(value, float) else value for key, value in said.items()}
     for key, value in said.items():
         if str(value).lower() not in _LEARNED:
             raise UserError(
@@ -163,6 +165,33 @@ def _calls(value: Any, where: str) -> list[dict[str, Any]]:
     if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
         raise UserError(f"{where}: expected a function call {{name, arguments}}, found {kind(found)}")
     return [{"type": "function", "function": call} for call in calls]
+
+
+def with_arguments(turn: Turn, change: Callable[[Any], Any]) -> Turn:
+    """`turn` with the arguments of its tool calls changed."""
+
+    def changed(call: Any) -> Any:
+        if not isinstance(call, dict):
+            return call
+        if isinstance(call.get("function"), dict):
+            return call | {"function": changed(call["function"])}
+        return call | {"arguments": change(call["arguments"])} if "arguments" in call else call
+
+    calls = turn.fields.get("tool_calls")
+    if not calls:
+        return turn
+    return replace(turn, fields={**turn.fields, "tool_calls": [changed(call) for call in calls]})
+
+
+def parsed(arguments: Any) -> Any:
+    """The object that JSON text says; text that says none stays as it is."""
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        found = clean(tidied(parse_json(arguments, ""), ""))
+    except UserError:
+        return arguments
+    return found if isinstance(found, dict) else arguments
 
 
 def tools_of(value: Any, place: str) -> list[Any] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,7 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 
-from falcon_qlora.common.errors import UserError
-from falcon_qlora.data.account import DROPPED, Account, nothing_left
+from falcon_qlora.data.account import Account, nothing_left, told_dropped
 from falcon_qlora.data.documents import Documents, Tokenizing
 from falcon_qlora.data.origins import RowNames
 from falcon_qlora.data.selection import draw, hold_out, is_fraction
@@ -34,8 +33,7 @@ class Statistics:
 
     `rows_*` count each row of the data once. `documents`, `tokens`, `target_tokens` and `longest` describe
     what the first epoch draws, in which weights may repeat rows. Later epochs draw as many rows.
-    `first_dropped` names the first row of each `rows_dropped_*`. `rows_trained_too` counts the rows of named
-    held-out data that are also in the training data.
+    `rows_trained_too` counts the rows of named held-out data that are also in the training data.
     """
 
     rows_read: int
@@ -52,7 +50,6 @@ class Statistics:
     tokens: int
     target_tokens: int
     longest: int
-    first_dropped: dict[str, str] = field(default_factory=dict)
     rows_trained_too: int = 0
 
 
@@ -62,7 +59,8 @@ class SourceUse:
 
     `rows_kept` counts rows with something left to train on; weights may draw more or fewer. `columns` has
     the renamed ones: standard name → name in the data. `notes` are `Source.notes`. `account` is
-    `account.Account.plain` of all its rows, including held-out ones. `train_on` is the setting.
+    `account.Account.plain` of all its rows, also those of which a fraction is held out. `train_on` is the
+    setting.
     """
 
     name: str
@@ -115,6 +113,10 @@ class Corpus:
     sources: tuple[SourceUse, ...] = ()
     draw: Callable[[int], np.ndarray] | None = None
 
+    def dropped(self) -> list[str]:
+        """How many rows were dropped, one text for each cause."""
+        return told_dropped(Account.from_plain(use.account) for use in self.sources)
+
 
 def prepare_corpora(
     *,
@@ -141,8 +143,7 @@ def prepare_corpora(
         seed: of the held-out rows and of the draw by weights.
         num_proc: threads that tokenize; None: one per core.
         cache_dir: of the tokenized documents; None: the user's.
-        max_rows: read only this many rows, evenly from the data sets; held-out data that is named is read
-            whole.
+        max_rows: as in `RowSettings.limits`; held-out data that is named is read whole.
         progress: called with a line about each piece of work that takes time.
         rows: the arguments of `RowSettings`, which decide what documents the rows become.
 
@@ -161,15 +162,16 @@ def prepare_corpora(
         cache_dir=cache_dir,
         progress=progress or (lambda message: None),
     )
-    limits = _shares(max_rows, len(settings.dataset_name))
-    parts = list(map(work.documents, settings.sources(), limits))
+    parts = list(map(work.documents, settings.sources(), settings.limits(max_rows)))
     settings.check_used(part.columns for part in parts)
     documents = _joined(parts)
     everything = np.ones(len(documents.row), bool)
     weights = settings.dataset_weights
     if eval_split is not None and is_fraction(eval_split):
         held_out = hold_out(documents.status == Status.KEPT, documents.content, float(eval_split), seed)
-        return _corpus(documents, ~held_out, weights, seed), _corpus(documents, held_out, None, seed)
+        train, part = (_corpus(documents, ~held_out, weights, seed), _corpus(documents, held_out, None, seed))
+        # What became of the rows is told of the training corpus, to which every dropped row belongs.
+        return train, replace(part, sources=tuple(replace(use, account={}) for use in part.sources))
     others: list[Source] = []
     if eval_split is not None and eval_split.startswith("split:"):
         others = settings.sources(eval_split.removeprefix("split:"))
@@ -251,14 +253,14 @@ def _corpus(documents: _Joined, chosen: np.ndarray, weights: list[float] | None,
         [name for part in documents.parts for name in part.source.parts()],
         [count for part in documents.parts for count in part.rows_of_parts],
     )
-    statistics = _statistics(documents, chosen, drawn, names)
+    statistics = _statistics(documents, chosen, drawn)
     uses = _uses(documents, chosen, kept, drawn)
     if len(drawn) == 0:
         raise nothing_left(
             [use.name for use in uses],
             "; ".join(dict.fromkeys(use.read_as() for use in uses)),
-            asdict(statistics),
-            statistics.first_dropped,
+            statistics.rows_read,
+            [part.account for part in documents.parts],
             [line for use in uses for line in use.told()],
         )
     digest = hashlib.sha256()
@@ -315,13 +317,13 @@ def _uses(
     )
 
 
-def _statistics(documents: _Joined, chosen: np.ndarray, drawn: np.ndarray, names: RowNames) -> Statistics:
+def _statistics(documents: _Joined, chosen: np.ndarray, drawn: np.ndarray) -> Statistics:
     status, change = documents.status, documents.change
     kept = chosen & (status == Status.KEPT)
     # One entry per row, its first document. Rows without an answer do not count as duplicates of each other.
     first = np.diff(documents.row, prepend=-1) > 0
     contents = documents.content[chosen & first & (documents.content != 0)]
-    dropped = {name: chosen & (status == each) for each, name in COUNTED.items() if name in DROPPED}
+    dropped = {name: chosen & (status == each) for each, name in COUNTED.items() if name.startswith("rows")}
     return Statistics(
         rows_read=documents.rows(chosen),
         **{name: documents.rows(some) for name, some in dropped.items()},
@@ -333,15 +335,4 @@ def _statistics(documents: _Joined, chosen: np.ndarray, drawn: np.ndarray, names
         tokens=int(documents.lengths[drawn].sum()),
         target_tokens=int(documents.targets[drawn].sum()),
         longest=int(documents.lengths[drawn].max(initial=0)),
-        first_dropped={
-            name: names.of_rows(documents.row[some][:1]) for name, some in dropped.items() if some.any()
-        },
     )
-
-
-def _shares(max_rows: int | None, count: int) -> list[int | None]:
-    if max_rows is None:
-        return [None] * count
-    if max_rows < 1:
-        raise UserError(f"--max_rows {max_rows}: must be at least 1")
-    return [max(max_rows // count + (index < max_rows % count), 1) for index in range(count)]

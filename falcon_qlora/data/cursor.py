@@ -24,7 +24,8 @@ from falcon_qlora.data.special_text import SpecialText
 from falcon_qlora.data.templates import Segment, Template
 
 State = dict[str, Any]
-Rendered = tuple[Origin, list[Segment]]
+Rendered = tuple[Origin, str, list[Segment]]
+"""Where a row comes from, as numbers and for messages, and its segments."""
 
 _ROWS_TO_RECOGNISE = 100
 
@@ -95,7 +96,8 @@ class Reader:
             special=self._special,
             account=self.account,
         )
-        return (self.first_part + part, number), segments
+        self.account.counts["rows_rendered"] += 1
+        return (self.first_part + part, number), place, segments
 
     def restart(self) -> None:
         self._begin(None)
@@ -208,8 +210,9 @@ class Shuffled(Iterator[Rendered]):
             self._draining = before["draining"]
             if before["buffer"] is not None:
                 self._buffer = [
-                    ((part, number), [Segment(*each) for each in row])
-                    for (part, number), row in before["buffer"]
+                    # Earlier releases kept no place.
+                    ((part, number), "".join(place), [Segment(*each) for each in row])
+                    for (part, number), row, *place in before["buffer"]
                 ]
 
     def __next__(self) -> Rendered:
@@ -239,8 +242,8 @@ class Shuffled(Iterator[Rendered]):
             kept = None
             if buffer is not None:
                 kept = [
-                    [list(origin), [[part.text, part.train, part.end] for part in row]]
-                    for origin, row in buffer
+                    [list(origin), [[part.text, part.train, part.end, part.why] for part in row], place]
+                    for origin, place, row in buffer
                 ]
             return {"rows": rows, "order": order, "draining": draining, "buffer": kept}
 
@@ -273,6 +276,9 @@ def check_cursor(cursor: Any, *, step: int, vocabulary: int) -> None:
     _require(all(map(is_count, numbers)) and cursor["began"] <= cursor["step"] == step, "step")
     for document in cursor["waiting"]:
         _check_document(document, vocabulary)
+    for name, counts in (cursor.get("account") or {}).items():  # earlier releases kept none
+        right = (lambda each: isinstance(each, str)) if name == "first" else is_count
+        _require(name in vars(Account()) and all(map(right, counts.values())), "account")
     stream = cursor["stream"]
     if stream is None:
         return
@@ -293,10 +299,12 @@ def check_cursor(cursor: Any, *, step: int, vocabulary: int) -> None:
         _check_format(reader["format"])
         position = reader["position"]
         _require(isinstance(position, list) and len(position) == 2 and is_count(position[0]), "position")
-    for origin, row in shuffled["buffer"] or ():
+    for origin, row, *place in shuffled["buffer"] or ():
         _check_origin(origin, "buffer")
-        for text, train, end in row:
-            _require(isinstance(text, str) and isinstance(train, bool) and isinstance(end, bool), "buffer")
+        _require(len(place) < 2 and all(isinstance(each, str) for each in place), "buffer")
+        for text, train, end, *why in row:
+            _require(len(why) < 2 and all(isinstance(each, str) for each in (text, *why)), "buffer")
+            _require(isinstance(train, bool) and isinstance(end, bool), "buffer")
 
 
 def _check_document(document: Any, vocabulary: int) -> None:

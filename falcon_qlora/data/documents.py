@@ -28,7 +28,7 @@ from falcon_qlora.data.templates import Segment
 from falcon_qlora.data.tokens import Document, Encoder
 
 # Raise it when the same rows and settings would give other tokens, or when an entry stores something new.
-_VERSION = 6
+_VERSION = 7
 _META = "meta.json"
 # Enough to keep the tokenizer's threads busy, and few enough that Ctrl-C need not wait for them.
 _ROWS_AT_A_TIME = 256
@@ -113,14 +113,17 @@ class Tokenizing:
             counts = source.rows_of_parts(max_rows)
             account, special = Account(), SpecialText(self.tokenizer)
             rows = (
-                render(
-                    row,
-                    row_format,
-                    template,
-                    columns=columns,
-                    place=place,
-                    special=special,
-                    account=account,
+                (
+                    place,
+                    render(
+                        row,
+                        row_format,
+                        template,
+                        columns=columns,
+                        place=place,
+                        special=special,
+                        account=account,
+                    ),
                 )
                 for place, row in source.rows(max_rows)
             )
@@ -151,7 +154,7 @@ class Tokenizing:
         source: Source,
         rows_of_parts: list[int],
         encoder: Encoder,
-        rows: Iterator[list[Segment]],
+        rows: Iterator[tuple[str, list[Segment]]],
         account: Account,
     ) -> None:
         total = sum(rows_of_parts)
@@ -190,14 +193,15 @@ def _tokenizer_threads(count: int | None) -> Iterator[None]:
         os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
-def _write(file: Path, encoder: Encoder, rows: Iterator[list[Segment]], account: Account) -> None:
+def _write(file: Path, encoder: Encoder, rows: Iterator[tuple[str, list[Segment]]], account: Account) -> None:
     schema = _FEATURES.arrow_schema
     first = 0
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         while some := list(itertools.islice(rows, _ROWS_AT_A_TIME)):
+            places, segments = zip(*some, strict=True)
             numbered = [
                 (number, document)
-                for number, documents in enumerate(encoder.documents(some, account), start=first)
+                for number, documents in enumerate(encoder.documents(segments, account, places), start=first)
                 for document in documents
             ]
             writer.write_batch(pa.record_batch(_columns(numbered), schema=schema))

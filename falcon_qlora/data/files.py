@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from falcon_qlora.common.errors import UserError, one_line
 from falcon_qlora.data.json_rows import Row, iterate_json, json_remarks, table_row
@@ -137,6 +138,17 @@ def _check_names(names: Sequence[str], place: str) -> None:
         raise UserError(f"{place}: several columns have the name {twice[0]!r}; rename or remove all but one")
 
 
+def _shortest(batch: Any) -> Any:
+    """`batch` with its columns of float32 in float64, by their shortest spelling: 0.1, not 0.10000000149."""
+    import pyarrow as pa
+
+    for index, field in enumerate(batch.schema):
+        if pa.types.is_float32(field.type) or pa.types.is_float16(field.type):
+            column = batch.column(index).cast(pa.string()).cast(pa.float64())
+            batch = batch.set_column(index, field.name, column)
+    return batch
+
+
 def _parquet_rows(path: Path, skip: int) -> Iterator[tuple[str, Row]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -150,7 +162,7 @@ def _parquet_rows(path: Path, skip: int) -> Iterator[tuple[str, Row]]:
                 if number + (rows := file.metadata.row_group(group).num_rows) <= skip:
                     number += rows
                     continue
-                for batch in file.iter_batches(batch_size=1000, row_groups=[group]):
+                for batch in map(_shortest, file.iter_batches(batch_size=1000, row_groups=[group])):
                     left_out = min(max(skip - number, 0), len(batch))
                     number += left_out
                     for row in batch.slice(left_out).to_pylist():

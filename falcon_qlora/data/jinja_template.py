@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from falcon_qlora.common.errors import UserError, one_line
+from falcon_qlora.data.conversation import parsed, with_arguments
 from falcon_qlora.data.special_text import is_marked, unmarked
 from falcon_qlora.data.templates import REASONING, Segment, Turn, cannot_write
 
@@ -53,6 +55,7 @@ class JinjaTemplate:
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     tool_use: str | None = None
     _unread: dict[Any, frozenset[str]] = field(default_factory=dict, compare=False, repr=False)
+    _wants_objects: dict[Any, bool] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         import jinja2
@@ -105,17 +108,36 @@ class JinjaTemplate:
         segments.append(Segment(text[position:], train=False))
         return [segment for segment in segments if segment.text or segment.end]
 
+    def suited(self, turns: Sequence[Turn], tools: Tools = None) -> Sequence[Turn]:
+        """As `Template.suited`.
+
+        OpenAI has the arguments of a call as JSON text, Transformers' templates as an object. Text stays as
+        it is if the template writes the same for either. If it quotes the text once more or refuses it, it
+        gets the object.
+        """
+        objects = [with_arguments(turn, parsed) for turn in turns]
+        if objects == list(turns):
+            return turns
+        shape = _shape(turns, tools)
+        if shape not in self._wants_objects:
+            texts = [with_arguments(turn, _dumped) for turn in objects]
+            self._wants_objects[shape] = self._takes(objects, tools) not in (None, self._takes(texts, tools))
+        return objects if self._wants_objects[shape] else turns
+
+    def _takes(self, turns: Sequence[Turn], tools: Tools) -> str | None:
+        """What it writes; None if it refuses."""
+        try:
+            return self._render_whole([_message(turn) for turn in turns], tools)[1]
+        except UserError:
+            return None
+
     def unread(self, turns: Sequence[Turn], tools: Tools = None) -> list[str]:
         """As `Template.unread`.
 
         Raises:
             UserError: if the template leaves out a message, its tool calls, its reasoning, or the tools.
         """
-        # Which fields a template writes depends on these. Probing every row would double the time.
-        shape = (
-            *((turn.role, bool(turn.said), frozenset(turn.held(*turn.fields))) for turn in turns),
-            tools is not None and bool(tools),
-        )
+        shape = _shape(turns, tools)
         if shape not in self._unread:
             self._unread[shape] = self._leaves_out([_message(turn) for turn in turns], tools)
         unread = self._unread[shape]
@@ -258,6 +280,19 @@ class JinjaTemplate:
             return "", None
         texts, spans = rendered
         return texts[0], [tuple(span) for span in spans[0]] if marks else None
+
+
+def _shape(turns: Sequence[Turn], tools: Tools) -> Any:
+    """What decides how a template treats fields. Probing every row would double the time."""
+    return (
+        *((turn.role, bool(turn.said), frozenset(turn.held(*turn.fields))) for turn in turns),
+        tools is not None and bool(tools),
+    )
+
+
+def _dumped(arguments: Any) -> Any:
+    """An object as a template's filter `tojson` writes it."""
+    return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
 
 
 def _message(turn: Turn) -> dict[str, Any]:

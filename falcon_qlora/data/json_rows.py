@@ -33,9 +33,32 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
     return found
 
 
-def _integer(text: str) -> int:
+class Number(float):
+    """A number of JSON that becomes text as the file spells it, such as ``12.50``."""
+
+    def __new__(cls, text: str) -> Number:
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def numbers_in(value: Any) -> Iterator[Number]:
+    """The numbers anywhere in a value."""
+    if isinstance(value, Number):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from numbers_in(each)
+
+
+def _integer(text: str) -> int | Number:
     try:
-        return int(text)
+        return Number(text) if text == "-0" else int(text)
     except ValueError:
         raise ValueError(f"a number of {len(text):,} digits") from None
 
@@ -46,7 +69,7 @@ _INFINITE: set[str] = set()
 
 def _number(text: str) -> float | None:
     """The number, or None for NaN, with which pandas and Python write missing values."""
-    number = float(text)
+    number = Number(text)
     if math.isinf(number):
         _INFINITE.add(text)
     return None if math.isnan(number) else number
@@ -159,7 +182,7 @@ def _spread(path: Path, line: int, value: Any) -> _Spread:
         others = ", ".join(repr(name) for name in row if name != wrappers[0])
         remarks = [f"read as the rows under {wrappers[0]!r}; not read: {others}"] if others else []
         return _numbered(f"{place} (row {{}} of {wrappers[0]!r})", row[wrappers[0]], remarks)
-    if lists and len(lists) == len(row) and not chats:
+    if any(lists.values()) and len(lists) == len(row) and not chats:
         if len(set(map(len, lists.values()))) > 1:
             told = ", ".join(f"{name!r} {len(each):,}" for name, each in lists.items())
             raise UserError(

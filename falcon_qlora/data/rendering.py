@@ -12,13 +12,16 @@ from falcon_qlora.data.account import Account, count
 from falcon_qlora.data.conversation import (
     Missing,
     masked_roles,
+    parsed,
     text_of,
     tools_of,
     turns_of_history,
     turns_of_messages,
+    with_arguments,
     with_system,
 )
 from falcon_qlora.data.formats import FORMATS, SYSTEM
+from falcon_qlora.data.json_rows import listed, numbers_in
 from falcon_qlora.data.special_text import SpecialText, clean, is_marked
 from falcon_qlora.data.templates import LACKING, REASONING, Segment, Template, Turn, guanaco_segments
 
@@ -26,6 +29,11 @@ from falcon_qlora.data.templates import LACKING, REASONING, Segment, Template, T
 _LIKE_MISSING = frozenset(
     "#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|-NaN|-nan|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|NaN|None|n/a|nan|null"
     "".split("|")
+)
+
+_OTHER_FORMAT = (
+    "of another format, {}: put the rows of each format into a file of their own, and name all files with "
+    "--dataset_name"
 )
 
 # White space and the marks of `special_text` are not among these.
@@ -55,7 +63,7 @@ def render(
 
     Returns:
         Segments that, laid end to end, are the row's text. They are empty if the row has no answer to learn,
-        and `LACKING` if it lacks something that training needs.
+        and equal `LACKING` if it lacks something that training needs.
 
     Raises:
         UserError: if a value is of a kind that the format cannot take, or the template cannot write it whole.
@@ -78,11 +86,8 @@ def render(
         missing = [str(other)]
     if fits:
         known = FORMATS[fits[0]]
-        account.note(account.other_formats, fits[0], place)
-    else:
-        for name in missing:
-            account.note(account.missing, name, place)
     if missing:
+        segments = _because(_OTHER_FORMAT.format(*fits) if fits else f"lacks {listed(missing)}", LACKING)
         reader.read.update(map(reader.name, (*known.required, *known.optional, *known.also)))
     for name, value in cleaned.items():
         if value is not None and name not in reader.read:
@@ -92,6 +97,9 @@ def render(
         reader.saw("like_missing")
     if any(_CONTROL.search(segment.text) for segment in segments):
         reader.saw("control")
+    # Of JSON a number is a `Number`, which keeps its spelling.
+    if any(type(value) is float for name, value in cleaned.items() if name in reader.read):
+        reader.saw("numbers")
     return segments
 
 
@@ -156,7 +164,7 @@ def _raw(reader: _Reader, template: Template, special: SpecialText | None) -> li
     if template.name == "guanaco":
         segments = guanaco_segments(text)
         if not any(segment.end for segment in segments):
-            reader.saw("no_answer")
+            return _because("no marker ### Assistant: in the text, by which guanaco finds answers", segments)
         return segments
     return [Segment(text, train=True, end=True)]
 
@@ -181,8 +189,12 @@ def _conversation(
         return []
     if reader.account.marks.total() > marked_before:
         reader.saw("marked")
-        if not any(turn.role == "assistant" and turn.train for turn in turns):
-            reader.saw("unlearned")
+    said = turns
+    turns = list(template.suited(turns, tools))
+    if turns != said:
+        reader.saw("arguments")
+    if any(with_arguments(turn, _unparsed) != turn for turn in turns):
+        reader.saw("broken_arguments")
     if special is not None:
         if template.name == "none":  # writes the row's text as it is, special tokens included
             if [_marked(turn, special) for turn in turns] != turns:
@@ -206,7 +218,23 @@ def _conversation(
         packed = ["".join(segment.text.split()) for segment in segments]
         only_space = all(any("".join(text.split()) in each for each in packed) for text in altered)
         reader.saw("altered" if only_space else "rewritten")
+    if numbers := list(numbers_in([tools, *(turn.fields for turn in turns)])):
+        whole = "".join(segment.text for segment in segments)
+        if not all(str(number) in whole for number in numbers):
+            reader.saw("respelled")
+    if not any(turn.role == "assistant" and turn.train for turn in turns):
+        return _because("only answers that are marked as not to be trained, or of the prompt", segments)
     return segments
+
+
+def _unparsed(arguments: Any) -> Any:
+    """None for arguments that are no object, nor the JSON text of one."""
+    return arguments if isinstance(parsed(arguments), dict) else None
+
+
+def _because(why: str, segments: list[Segment]) -> list[Segment]:
+    """The segments of a row that is dropped if none of them is trained, with the cause."""
+    return [replace(segments[0], why=why), *segments[1:]] if segments else segments
 
 
 def _alpaca(reader: _Reader) -> list[Turn]:
@@ -245,6 +273,8 @@ def _messages(reader: _Reader, dataset_format: str) -> list[Turn]:
         context = ["prompt"]  # TRL's form: messages before the answers, not learned
     before = [turn for each in context for turn in reader.messages(each)]
     turns = reader.messages(column)
+    if not turns:
+        raise Missing(f"a message ({reader.name(column)} is an empty list)")
     if turns[: len(before)] == before:  # the column repeats the prompt: it is kept once
         turns = turns[len(before) :]
     turns = [*(replace(turn, train=False) for turn in before), *turns]

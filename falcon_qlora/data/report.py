@@ -6,7 +6,6 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from rich.table import Table
 from rich.text import Text
 
 from falcon_qlora.common.errors import printable
-from falcon_qlora.data.account import dropped
 from falcon_qlora.data.corpus import Corpus, Statistics
 from falcon_qlora.data.packing import Plan, deal
 from falcon_qlora.terminal import drawing
@@ -82,7 +80,7 @@ def summary(corpus: Corpus, *, title: str, efficiency: float | None = None) -> T
         counted = ", ".join(filter(None, [f"{use.rows_read:,} rows", use.drawn()]))
         rows.append((use.name, f"{counted}: {use.read_as()}"))
         rows += [("note", note) for note in (*use.notes, *use.told())]
-    rows += statistics_rows(corpus.statistics)
+    rows += _statistics_rows(corpus.statistics, corpus.dropped())
     rows.append(("tokens in a document", _quantiles(corpus.lengths)))
     if efficiency is not None:
         rows.append(("packing efficiency", f"{efficiency:.1%} of the computed positions are real tokens"))
@@ -90,13 +88,12 @@ def summary(corpus: Corpus, *, title: str, efficiency: float | None = None) -> T
     return labelled(title, rows)
 
 
-def statistics_rows(statistics: Statistics) -> list[tuple[str, str]]:
+def _statistics_rows(statistics: Statistics, dropped: list[str]) -> list[tuple[str, str]]:
     """The counts as ``(label, text)``; what did not happen is shown as ``none``."""
-    told = dropped(asdict(statistics), statistics.first_dropped)
     share = statistics.target_tokens / max(statistics.tokens, 1)
     rows = [
         ("rows read", f"{statistics.rows_read:,}"),
-        ("dropped", "; ".join(told) or "none"),
+        ("dropped", "; ".join(dropped) or "none"),
         ("truncated", _count(statistics.rows_truncated)),
         ("split", _count(statistics.rows_split)),
         ("duplicates", f"{statistics.rows_duplicate:,} (kept)" if statistics.rows_duplicate else "none"),

@@ -66,6 +66,21 @@ class RowSettings:
         split = self.dataset_split if split is None else split
         return [find_source(name, config=self.dataset_config, split=split) for name in self.dataset_name]
 
+    def limits(self, max_rows: int | None) -> list[int | None]:
+        """How many rows of each source are read at most: `max_rows` in all, or None for every row.
+
+        Raises:
+            UserError: if that leaves a source without a row.
+        """
+        count = len(self.dataset_name)
+        if max_rows is None:
+            return [None] * count
+        if max_rows < count:
+            raise UserError(
+                f"--max_rows {max_rows}: must be at least {count}, one for each data set of --dataset_name"
+            )
+        return [max_rows // count + (index < max_rows % count) for index in range(count)]
+
     def recognise(self, found: Mapping[str, bool], source: str) -> tuple[str, dict[str, str]]:
         """As `formats.recognise`, for the columns that `columns_of` found."""
         return recognise(

@@ -21,7 +21,6 @@ from falcon_qlora.data.cursor import (
     recognise_first,
 )
 from falcon_qlora.data.formats import resolve_template
-from falcon_qlora.data.origins import RowNames
 from falcon_qlora.data.settings import RowSettings
 from falcon_qlora.data.sources import Source
 from falcon_qlora.data.tokens import COUNTED, Encoder, Status
@@ -36,7 +35,6 @@ def stream_documents(
     epoch: int = 0,
     shuffle_buffer: int = 10_000,
     max_rows: int | None = None,
-    counts: Counter[str] | None = None,
     account: Account | None = None,
     state: State | None = None,
     **rows: Any,
@@ -53,8 +51,7 @@ def stream_documents(
         epoch: of the order, from 0.
         shuffle_buffer: rows to draw from; 1 keeps the order.
         max_rows: end after this many rows.
-        counts: counts `rows_read` and, by the fields of `corpus.Statistics`, what was dropped.
-        account: counts what was not read, was missing or was altered.
+        account: counts what was not read, was dropped or was altered.
         state: of a stream with the same arguments; resume there, without rereading earlier rows.
         rows: the arguments of `RowSettings`, which decide what documents the rows become.
 
@@ -63,6 +60,7 @@ def stream_documents(
     """
     settings = RowSettings(**rows)
     encoder = settings.encoder(tokenizer)
+    settings.limits(max_rows)  # refuses too few
     # Depends on the seed and epoch alone, so that a pass can be repeated.
     order = random.Random(f"{seed} {epoch}")
     sources = settings.sources()
@@ -78,9 +76,7 @@ def stream_documents(
     mix = Mix(readers, settings.dataset_weights, order, max_rows, of_rows or None)
     shuffled = Shuffled(mix, shuffle_buffer, of_buffer, state["shuffled"] if state else None)
     waiting = state["waiting"] if state else []
-    names = RowNames([part for source in sources for part in source.parts()])
-    counts = Counter() if counts is None else counts
-    return DocumentStream(shuffled, encoder, counts, waiting, account, names)
+    return DocumentStream(shuffled, encoder, waiting, account)
 
 
 class DocumentStream(Iterator[dict[str, Any]]):
@@ -91,25 +87,13 @@ class DocumentStream(Iterator[dict[str, Any]]):
     Args:
         rows: that documents are made of.
         encoder: makes documents of several rows at a time.
-        counts: counts what became of the rows.
         waiting: documents to begin with, as in `state`.
         account: of the rows.
-        names: of the rows.
     """
 
-    def __init__(
-        self,
-        rows: Shuffled,
-        encoder: Encoder,
-        counts: Counter[str],
-        waiting: list[Any],
-        account: Account,
-        names: RowNames,
-    ):
+    def __init__(self, rows: Shuffled, encoder: Encoder, waiting: list[Any], account: Account):
         self._rows = rows
-        self._names = names
         self._encoder = encoder
-        self._counts = counts
         self._account = account
         self._waiting = deque(document_of(each) for each in waiting)
 
@@ -127,17 +111,16 @@ class DocumentStream(Iterator[dict[str, Any]]):
         return lambda: {"shuffled": shuffled(), "waiting": [plain_document(each) for each in waiting]}
 
     def _encode(self, rows: list[Rendered]) -> None:
-        encoded = self._encoder.documents([segments for _, segments in rows], self._account)
-        for (origin, _), documents in zip(rows, encoded, strict=True):
-            self._counts["rows_read"] += 1
+        origins, places, segments = zip(*rows, strict=True)
+        encoded = self._encoder.documents(segments, self._account, places)
+        self._account.counts["rows_read"] += len(rows)
+        for origin, documents in zip(origins, encoded, strict=True):
             for document in documents:
                 if document.status == Status.KEPT:
                     kept = {"input_ids": document.input_ids, "mask": document.mask, "origin": origin}
                     self._waiting.append(kept)
-                else:
-                    name = COUNTED[document.status]
-                    self._counts[name] += 1
-                    self._account.first.setdefault(name, self._names.of([origin]))
+                elif document.status == Status.MASKED_PIECE:
+                    self._account.counts[COUNTED[document.status]] += 1
 
 
 def plain_document(document: dict[str, Any]) -> list[list[int]]:

@@ -75,11 +75,13 @@ class Segment:
         text: the stretch; the segments of a row laid end to end are the row.
         train: whether the loss counts it.
         end: whether an answer ends with it, so that the end token follows.
+        why: of a row's first segment: why the row is dropped, if nothing of it is trained.
     """
 
     text: str
     train: bool
     end: bool = False
+    why: str = field(default="", compare=False)
 
 
 # The segments of a row that lacks something that training needs. A row with an empty answer has no segments.
@@ -103,6 +105,9 @@ class Template(Protocol):
         Raises:
             UserError: for a conversation that it cannot write whole.
         """
+
+    def suited(self, turns: Sequence[Turn], tools: Sequence[Any] | None = None) -> Sequence[Turn]:
+        """The turns as it takes them: the arguments of tool calls as JSON text, or as objects."""
 
     def unread(self, turns: Sequence[Turn], tools: Sequence[Any] | None = None) -> list[str]:
         """Names of message fields that it does not write, once for each turn that has them."""
@@ -132,6 +137,9 @@ class _Written:
             if turn.role == "tool":
                 raise cannot_write(self.name, f"what a tool says (message {number})")
         return [segment for segment in self.write(turns) if segment.text or segment.end]
+
+    def suited(self, turns: Sequence[Turn], tools: Sequence[Any] | None = None) -> Sequence[Turn]:
+        return turns
 
     def unread(self, turns: Sequence[Turn], tools: Sequence[Any] | None = None) -> list[str]:
         return [name for turn in turns for name in turn.held(*turn.fields)]

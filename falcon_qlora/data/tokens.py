@@ -50,6 +50,14 @@ COUNTED = {
     Status.OVERLONG: "rows_dropped_overlong",
     Status.MASKED_PIECE: "documents_dropped_masked",
 }
+# What a dropped row's status says, for the user, where its segments do not say more.
+_WHY = {
+    Status.EMPTY: "empty answer",
+    Status.MISSING: "a column or text missing",
+    Status.MASKED: "no trained token",
+    Status.CUT: "no trained token within --max_length",
+    Status.OVERLONG: "longer than --max_length, with --overlong drop",
+}
 
 
 class Change(enum.IntEnum):
@@ -116,13 +124,15 @@ class Encoder:
             )
 
     def documents(
-        self, rows: Sequence[list[Segment]], account: Account | None = None
+        self, rows: Sequence[list[Segment]], account: Account | None = None, places: Sequence[str] = ()
     ) -> list[list[Document]]:
         """The documents of each row, in order: at least one for every row.
 
         Args:
             rows: as `rendering.render` returns them.
-            account: counts the rows in which one token would have spanned prompt and answer.
+            account: counts the rows that are dropped, and those in which one token would have spanned prompt
+                and answer.
+            places: name the rows in the account.
         """
         whole = [[] if row == LACKING else row for row in rows]
         pieces = [self._pieces(row) for row in whole]
@@ -135,6 +145,11 @@ class Encoder:
             ids, mask = self._assemble(of_row, [next(encoded) for _ in of_row])
             nothing = _none(Status.MISSING if row == LACKING else Status.EMPTY)
             result.append(self._limit(ids, mask) if of_row else [nothing])
+        if account is not None:
+            for place, row, documents in itertools.zip_longest(places, rows, result, fillvalue=""):
+                if (status := documents[0].status) in _WHY:
+                    why = "".join(segment.why for segment in row) or _WHY[status]
+                    account.note(account.dropped, why, place)
         return result
 
     def _pieces(self, row: list[Segment]) -> list[list[Segment]]:
@@ -278,6 +293,7 @@ def prompt_ids(template: Template, turns: Sequence[Turn], tokenizer: Any) -> lis
     if template.name != "none":
         special = SpecialText(tokenizer)
         turns = [replace(turn, text=special.mark(turn.text)) for turn in turns]
+    turns = template.suited(turns)
     text = template.prompt(turns)
     ids: list[int] = []
     start = end = 0

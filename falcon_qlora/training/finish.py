@@ -14,7 +14,7 @@ from falcon_qlora.checkpoint.adapter_check import AdapterFaultError, check_adapt
 from falcon_qlora.checkpoint.manifest import write_manifest
 from falcon_qlora.checkpoint.write import disk_errors, last_complete, not_kept, require_same_replicas
 from falcon_qlora.common.errors import UserError, reason_of
-from falcon_qlora.common.files import replaced_folder
+from falcon_qlora.common.files import replaced_folder, write_json
 from falcon_qlora.data.batches import TrainingSteps
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.hub import push_folder
@@ -28,6 +28,7 @@ from falcon_qlora.terminal import console, phases
 from falcon_qlora.training.moved import require_moved
 from falcon_qlora.training.record import counts, refused_by_peft
 from falcon_qlora.training.resume import how_to_go_on
+from falcon_qlora.training.rows import TrainingData, told_at_end
 from falcon_qlora.training.throughput import peak_memory_gib
 from falcon_qlora.training.trainer import FalconTrainer
 
@@ -114,6 +115,16 @@ def finish(
             directory.write("summary", figures)
         console.print_end(figures, directory.contents(), adapter=directory.adapter)
     trackers.finish(summary=figures, adapter=directory.adapter)
+
+
+def tell_rows(directory: RunDirectory, trainer: FalconTrainer, data: TrainingData, *, train_on: str) -> None:
+    """Print and record what became of a stream's rows; those of a corpus are told at the start."""
+    if not data.record.get("streaming") or not ranks.is_main_process():
+        return
+    for line in told_at_end(data, trainer.account, train_on):
+        console.note(line)
+    with _told_if_not_written(directory.data_file):
+        write_json(directory.data_file, {**data.record, "account_at_end": trainer.account})
 
 
 def _keep_adapter(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.common.errors import printable
 from falcon_qlora.config.arguments import DataArguments, ModelArguments, RunArguments
-from falcon_qlora.data.account import Account, dropped, nothing_left
+from falcon_qlora.data.account import Account, nothing_left, told_dropped
 from falcon_qlora.data.origins import RowNames
 from falcon_qlora.data.packing import Plan
 from falcon_qlora.data.selection import is_fraction
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from falcon_qlora.data.batches import Dealing, StreamingSteps, TrainingSteps
 
 _SURVEYED_ROWS = 1000
+_PIECES = "{:,} pieces of split rows dropped (no answer token in them)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,8 +186,10 @@ def _streamed_data(data: DataArguments, run: RunArguments, tokenizer: Any, *, to
 
     settings = row_settings(data) | {"max_rows": data.max_rows}
 
-    def documents(epoch: int, state: State | None = None, **changes: Any) -> DocumentStream:
-        known = {"tokenizer": tokenizer, "seed": run.seed, "epoch": epoch, "state": state}
+    def documents(
+        epoch: int, state: State | None = None, account: Account | None = None, **changes: Any
+    ) -> DocumentStream:
+        known = {"tokenizer": tokenizer, "seed": run.seed, "epoch": epoch, "state": state, "account": account}
         return stream_documents(**settings | known | changes)
 
     held_out = None
@@ -201,12 +203,11 @@ def _streamed_data(data: DataArguments, run: RunArguments, tokenizer: Any, *, to
     limit = min(_SURVEYED_ROWS, data.max_rows or _SURVEYED_ROWS)
     read_as = f"format {dataset_format}, template {template}"
     survey, told = agreement.from_main_process(lambda: _survey(documents, limit, template, data.train_on))
-    counts: Counter[str] = Counter()
     account = Account()
-    first = next(documents(0, shuffle_buffer=1, counts=counts, account=account), None)
+    first = next(documents(0, None, account, shuffle_buffer=1), None)
     if first is None:
         seen = account.told(template, data.train_on)
-        raise nothing_left(data.dataset_name, read_as, counts, account.first, seen)
+        raise nothing_left(data.dataset_name, read_as, account.counts["rows_read"], [account], seen)
     steps = StreamingSteps(
         documents,
         steps=run.max_steps,
@@ -259,18 +260,41 @@ def _survey(
         train_on: the setting.
     """
     account = Account()
-    counts: Counter[str] = Counter()
-    for _ in documents(0, shuffle_buffer=1, max_rows=limit, account=account, counts=counts):
+    for _ in documents(0, None, account, shuffle_buffer=1, max_rows=limit):
         pass
-    read = counts["rows_read"]
-    lines = [f"dropped: {each}" for each in dropped(counts, account.first)]
-    told = [
-        f"of {'the first' if read == limit else 'all'} {read:,} rows: {line}"
-        for line in (*lines, *account.told(template, train_on))
-    ]
+    read = account.counts["rows_read"]
+    told = _told_of(f"{'the first' if read == limit else 'all'} {read:,} rows", account, template, train_on)
     if read == limit:
-        told.append(f"what is dropped or not read after the first {read:,} rows is not counted")
-    return {"of_first_rows": read, "counts": dict(counts), **account.plain()}, told
+        told.append(f"what becomes of rows after the first {read:,} is told at the end")
+    return {"of_first_rows": read, **account.plain()}, told
+
+
+def _told_of(rows: str, account: Account, template: str, train_on: str) -> list[str]:
+    lines = [*(f"dropped: {each}" for each in told_dropped([account])), *account.told(template, train_on)]
+    if pieces := account.counts["documents_dropped_masked"]:
+        lines.append(_PIECES.format(pieces))
+    return [f"of {rows}: {line}" for line in lines]
+
+
+def told_at_end(data: TrainingData, plain: dict[str, Any] | None, train_on: str) -> list[str]:
+    """What became of the rows that a stream has read until now, in the words of the start.
+
+    Args:
+        data: of the run.
+        plain: `Share.account` of the last step; None if it was not counted.
+        train_on: the setting.
+    """
+    if plain is None:
+        return ["an earlier release began this run: what became of the stream's rows was not counted"]
+    account = Account.from_plain(plain)
+    read, rendered = account.counts["rows_read"], account.counts["rows_rendered"]
+    told = _told_of(f"the {read:,} rows read", account, data.template, train_on)
+    if told and rendered > read:
+        told.append(
+            f"{rendered - read:,} rows more had been read into the shuffle buffer: they are in these counts, "
+            "but in those of dropped rows"
+        )
+    return [printable(line) for line in told]
 
 
 def _dealing(run: RunArguments, *, together: bool) -> Dealing:
@@ -289,10 +313,11 @@ def held_out_alone(data: DataArguments, tokenizer: Any, *, seed: int) -> Any:
     """The held-out documents, of a file or another split, without tokenizing the training data."""
     split = data.eval_split
     assert split is not None
-    changes: dict[str, Any] = {"dataset_name": [split], "dataset_weights": None}
+    changes: dict[str, Any] = {"dataset_name": [split]}
     if split.startswith("split:"):
-        changes = {"dataset_split": split.removeprefix("split:"), "dataset_weights": None}
-    return corpora(data, tokenizer, seed=seed, eval_split=None, **changes)[0]
+        changes = {"dataset_split": split.removeprefix("split:")}
+    whole = {"eval_split": None, "dataset_weights": None, "max_rows": None}
+    return corpora(data, tokenizer, seed=seed, **whole, **changes)[0]
 
 
 def _notes(lines: Sequence[str], corpora: Sequence[Any]) -> list[str]:
@@ -303,22 +328,21 @@ def _notes(lines: Sequence[str], corpora: Sequence[Any]) -> list[str]:
 
 def what_became(corpus: Any) -> list[str]:
     """What became of a corpus's rows: how they were read, what of them was not, and what was dropped."""
-    return [*_what_happened(corpus.statistics), *_what_is_said(corpus.sources)]
+    dropped = [f"dropped: {each}" for each in corpus.dropped()]
+    return [*dropped, *_what_happened(corpus.statistics), *_what_is_said(corpus.sources)]
 
 
 def _what_happened(statistics: Any) -> list[str]:
     told = {
         "rows_truncated": "truncated",
         "rows_split": "split",
-        "documents_dropped_masked": "pieces of split rows dropped (no answer token in them)",
         "rows_duplicate": "duplicate",
         "rows_trained_too": "in the training data as well",
     }
     counted = [(getattr(statistics, name), what) for name, what in told.items()]
-    return [
-        *(f"dropped: {each}" for each in dropped(asdict(statistics), statistics.first_dropped)),
-        *(f"{count:,} {what}" for count, what in counted if count),
-    ]
+    lines = [f"{count:,} {what}" for count, what in counted if count]
+    pieces = statistics.documents_dropped_masked
+    return [*lines, _PIECES.format(pieces)] if pieces else lines
 
 
 def _what_is_said(sources: Sequence[Any]) -> list[str]:

@@ -125,6 +125,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
     try:
         trainer.train(resume_from_checkpoint=start.checkpoint)
         endings.forget_siblings()
+        finish.tell_rows(directory, trainer, data, train_on=configuration.data.train_on)
         finish.finish(
             directory,
             trainer,
@@ -136,6 +137,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
         )
     except Stopped as stopped:
         resumable = not trainer.args.save_only_model
+        finish.tell_rows(directory, trainer, data, train_on=configuration.data.train_on)
         finish.stop(directory, stopped, start.trackers, steps=data.total_steps, resumable=resumable)
     except BaseException:
         # The process may end without the shutdown that trackers rely on.

@@ -111,6 +111,7 @@ class FalconTrainer(SFTTrainer):
         self.checkpointer = checkpointer
         self.meter = Meter(began=began)
         self.share: Share
+        self.account: dict[str, Any] | None = None  # of the last step's share
         self._max_grad_norm = max_grad_norm
         self._first_learning_step: int | None = None
         self._ending: UserError | None = None
@@ -201,7 +202,7 @@ class FalconTrainer(SFTTrainer):
 
     def training_step(self, model: nn.Module, inputs: Share, num_items_in_batch: Any = None) -> torch.Tensor:
         model.train()
-        self.share = inputs
+        self.share, self.account = inputs, inputs.account
         if self._first_learning_step is None and max(self.lr_scheduler.get_last_lr()) > 0:
             self._first_learning_step = inputs.step + 1
         return self.step(model, inputs)
@@ -358,6 +359,7 @@ class FalconTrainer(SFTTrainer):
         if cursor is not None:
             assert isinstance(self.steps, StreamingSteps)
             self.steps.go_on(cursor)
+            self.account = cursor.get("account")
         self.state.best_model_checkpoint = None  # its path may have changed
         if self.state.best_global_step:
             best = self.checkpointer.find_best(self.state.best_global_step)

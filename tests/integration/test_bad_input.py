@@ -126,12 +126,12 @@ class TestData:
         write_jsonl(folder / "unanswered.jsonl", [{"instruction": "Who?", "output": " "}] * 3)
         message = self.refuse(refused, "--dataset_name", "unanswered.jsonl")
         assert "nothing is left to train on" in message
-        assert "3 (empty answer; first: row 1 of unanswered.jsonl)" in message
+        assert "3 (empty answer; first: unanswered.jsonl:1)" in message
 
     def test_every_answer_beyond_the_maximum_length(self, refused: Refuse, folder: Path) -> None:
         write_jsonl(folder / "long.jsonl", [{"instruction": "Who? " * 90, "output": "Me."}] * 3)
         message = self.refuse(refused, "--dataset_name", "long.jsonl", "--overlong", "truncate")
-        assert "3 (no trained token within --max_length; first: row 1 of long.jsonl)" in message
+        assert "3 (no trained token within --max_length; first: long.jsonl:1)" in message
 
     def test_rows_without_an_answer_are_dropped_and_counted(self, in_process: None, folder: Path) -> None:
         unanswered = {"instruction": "Who?", "output": ""}

@@ -114,7 +114,7 @@ def test_a_stream_goes_on_with_any_step(padding: str | None) -> None:
     dataset, _ = corpus(30)
     opened: list[Documents] = []
 
-    def stream(epoch: int, state: dict[str, int] | None) -> Documents:
+    def stream(epoch: int, state: dict[str, int] | None, account: Any) -> Documents:
         opened.append(Documents(dataset, state))
         return opened[-1]
 
@@ -159,7 +159,7 @@ def test_a_stream_makes_full_steps_of_every_document_in_turn():
     def run(process: int, processes: int) -> list:
         return list(
             StreamingSteps(
-                lambda epoch, state: Documents(dataset, state),
+                lambda epoch, state, account: Documents(dataset, state),
                 steps=9,
                 global_batch=6,
                 max_length=32,

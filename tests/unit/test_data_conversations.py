@@ -31,6 +31,8 @@ from tests.small_tokenizer import END, small_tokenizer
 _ABOVE = [folder / "shared" / "data" for folder in Path(__file__).resolve().parents]
 SHARED = next((folder for folder in _ABOVE if folder.is_dir()), _ABOVE[0])
 
+TRL_TEMPLATES = Path(importlib.util.find_spec("trl").submodule_search_locations[0]) / "chat_templates"
+
 # With marks, tools and reasoning, as TRL's templates for training have them.
 CHATML = """
 {%- if tools %}{{ '<|im_start|>tools\n' }}{% for tool in tools %}{{ tool | tojson }}
@@ -197,8 +199,7 @@ def test_prompts_and_completions_are_tokenized_as_trl_does() -> None:
 
 def qwen3(end: str) -> str:
     """The published template, with another end token: it writes earlier answers otherwise than the last."""
-    folder = Path(importlib.util.find_spec("trl").submodule_search_locations[0]) / "chat_templates"
-    return (folder / "qwen3.jinja").read_text().replace("<|im_end|>", end)
+    return (TRL_TEMPLATES / "qwen3.jinja").read_text().replace("<|im_end|>", end)
 
 
 @pytest.mark.parametrize("chat_template", [CHATML, UNMARKED, "qwen3"], ids=["marked", "unmarked", "qwen3"])
@@ -472,7 +473,7 @@ SHOWS = with_template(small_tokenizer(), CHATML)
 
 def test_tools_calls_and_reasoning_reach_the_template() -> None:
     template = load_template("auto", "chat", SHOWS)
-    called = "<call>" + json.dumps(CALL["function"]) + "</call>"
+    called = '<call>{"name": "weather", "arguments": {"city": "Oslo"}}</call>'
     answer = {"role": "assistant", "content": None, "tool_calls": [CALL]}
     for tools in (TOOLS, json.dumps(TOOLS)):
         text = written({"messages": [ASKED, answer], "tools": tools}, template)
@@ -497,6 +498,82 @@ def test_tools_calls_and_reasoning_reach_the_template() -> None:
     assert account.message_keys["function_call"] == 1
     thought = {"role": "assistant", "reasoning_content": "I add.", "content": "4"}
     assert f"[<think>I add.</think>4{END}]" in written({"messages": [ASKED, thought]}, template)
+
+
+@pytest.mark.parametrize(
+    ("published", "takes"),
+    [
+        *(("qwen2_5", "objects"), ("llama3_1", "objects"), ("qwen3_5_nothink", "objects")),
+        *(("gptoss", "objects"), ("gemma4", "objects"), ("qwen3", "text"), ("joins", "text")),
+    ],
+)
+def test_arguments_of_calls_reach_a_published_template_as_it_takes_them(published: str, takes: str) -> None:
+    joins = UNMARKED.replace("'<call>' + call.function | tojson", "'<call>' + call.function.arguments")
+    text = joins if published == "joins" else (TRL_TEMPLATES / f"{published}.jinja").read_text()
+    tokenizer = with_template(small_tokenizer(), text)
+    template = load_template("auto", "chat", tokenizer)
+
+    def chat(arguments: Any) -> list[Any]:
+        call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+        return [ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}]
+
+    said, object_ = '{"city":"Oslo\\u00e9", "n": 2}', {"city": "Osloé", "n": 2}
+    account = Account()
+    mine = "".join(each.text for each in render({"messages": chat(said)}, "chat", template, account=account))
+    theirs = tokenizer.apply_chat_template(chat(object_ if takes == "objects" else said), tokenize=False)
+    assert mine == theirs
+    assert account.rows["arguments"] == (takes == "objects")
+    if takes == "objects":
+        assert '\\"' not in mine
+    if published != "joins":
+        given = "".join(each.text for each in render({"messages": chat(object_)}, "chat", template))
+        assert given == tokenizer.apply_chat_template(chat(object_), tokenize=False)
+
+
+def test_arguments_that_no_template_can_read_and_numbers_that_it_respells_are_counted() -> None:
+    template = load_template("auto", "chat", SHOWS)
+
+    def counted(arguments: Any) -> Counter[str]:
+        account = Account()
+        call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+        answer = {"role": "assistant", "content": None, "tool_calls": [call]}
+        written({"messages": [ASKED, answer]}, template, account=account)
+        return account.rows
+
+    assert counted({"x": 1}) == {}
+    assert counted('{"x": 1.5}') == {"arguments": 1}
+    assert counted('{"x": 1.50}') == {"arguments": 1, "respelled": 1}
+    for broken in ('{"x":', "Oslo", "[1]", "", '{"x": 1, "x": 2}', '{"x": 1e999}'):
+        assert counted(broken) == {"broken_arguments": 1}, broken
+
+
+@pytest.mark.parametrize(
+    "text", ["12.50", "1e5", "1E+2", "-0", "-0.0", "0.10", "7", "1" * 40, "1.000000000000000000001"]
+)
+def test_a_number_is_trained_as_the_file_spells_it(text: str, tmp_path: Path) -> None:
+    template = get_template("none")
+    for name, content in (
+        ("a.jsonl", f'{{"prompt": "a", "completion": {text}}}\n'),
+        ("a.json", f'[{{"prompt": "a", "completion": {text}}}]'),
+        ("a.csv", f"prompt,completion\na,{text}\n"),
+    ):
+        (tmp_path / name).write_text(content)
+        ((_, row),) = iterate_rows(tmp_path / name)
+        account = Account()
+        assert render(row, "prompt_completion", template, account=account)[-1].text == text
+        assert account == Account()
+
+
+def test_numbers_of_a_table_are_written_as_short_as_they_can_be_and_counted(tmp_path: Path) -> None:
+    numbers = [12.5, 0.1, 1e-9, None]
+    for kind, count in ((pa.float64(), 3), (pa.float32(), 3), (pa.string(), 0)):
+        column = pa.array(numbers if count else ["12.5", "0.1", "1e-09", None], kind)
+        pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+        account = Account()
+        rows = [row for _, row in iterate_rows(tmp_path / "a.parquet")]
+        segments = [render(row, "text", get_template("none"), account=account) for row in rows]
+        assert [each[0].text for each in segments] == ["12.5", "0.1", "1e-09", ""]
+        assert account.rows["numbers"] == count
 
 
 @pytest.mark.parametrize(
@@ -589,6 +666,8 @@ def test_null_is_not_trained_as_a_word() -> None:
         ({"prompt": "a"}, "prompt_completion", ["completion"]),
         ({"text": None}, "text", ["text"]),
         ({"messages": None}, "chat", ["messages"]),
+        ({"messages": []}, "chat", ["a message (messages is an empty list)"]),
+        ({"conversations": "[]"}, "sharegpt", ["a message (conversations is an empty list)"]),
         ({"messages": [ASKED, {"role": "assistant", "content": None}]}, "chat", ["text of a message"]),
         ({"messages": [{"role": "user", "content": None}, TURNS[1]]}, "chat", ["text of a message"]),
         ({"instruction": "a", "output": "b", "history": [["a", None]]}, "alpaca", ["text of history"]),
@@ -601,8 +680,8 @@ def test_rows_that_lack_something_are_counted_apart(
     account = Account()
     segments = render(row, row_format, get_template("guanaco"), account=account)
     assert segments == LACKING
-    assert sorted(account.missing) == sorted(lacks)
-    assert encode([segments], small_tokenizer())[0].status == Status.MISSING
+    assert encode([segments], small_tokenizer(), account)[0].status == Status.MISSING
+    assert account.dropped == {f"lacks {', '.join(lacks)}": 1}
     assert set(account.columns) == {"response", "question", "answer"} & set(row)
 
 
@@ -703,13 +782,15 @@ def test_every_value_is_written_named_or_refused(
     template = load_template("auto", "chat", SHOWS) if name == "shows" else get_template(name)
     account = Account()
     segments = render(row, "chat_completion" if form == "pair" else "chat", template, account=account)
+    if segments in ([], LACKING):  # told as dropped
+        return
     text = "".join(segment.text for segment in segments)
     for column, value in row.items():
         if isinstance(value, str) and column not in spelled:
-            assert value in text or account.columns[column] or not segments, column
+            assert value in text or account.columns[column], column
     for message in messages:
         for key, value in message.items():
-            assert key == "role" or value in text or account.message_keys[key] or not segments, key
+            assert key == "role" or value in text or account.message_keys[key], key
 
 
 def test_what_a_template_alters_is_counted() -> None:

@@ -214,17 +214,15 @@ def test_what_is_not_read_or_lacking_is_counted_and_told_from_the_cache_too(tmp_
         assert corpus.sources[0].account["columns"] == {"id": 2, "question": 1, "answer": 1, "prompt": 1}
         assert corpus.sources[0].told() == [
             "columns not read: id (2 rows), question (1 row), answer (1 row), prompt (1 row)",
-            f"dropped rows lack: instruction (2 rows, first: {path}:2), output (1 row, first: {path}:2)",
             f"1 row holds text that looks like special tokens; it stays text (first: {path}:4)",
         ]
-        assert corpus.statistics.first_dropped == {
-            "rows_dropped_missing": f"row 2 of {path}",
-            "rows_dropped_empty": f"row 5 of {path}",
-        }
+        assert corpus.dropped() == [
+            f"1 (lacks instruction, output; first: {path}:2)",
+            f"1 (lacks instruction; first: {path}:3)",
+            f"1 (empty answer; first: {path}:5)",
+        ]
     assert len(list((tmp_path / "cache").iterdir())) == 1
-    told = (
-        r"(?s)nothing is left.*: 1\n  dropped: 1 \(a column.*; first: row 1 of .*b.jsonl\)\n.* lack: instruct"
-    )
+    told = r"(?s)nothing is left.*: 1\n  dropped: 1 \(lacks instruction, output; first: .*b.jsonl:1\)$"
     with pytest.raises(UserError, match=told):
         prepare(tmp_path, write(tmp_path / "b.jsonl", [{"instruction": None, "output": None}]))
 
@@ -293,9 +291,9 @@ def test_threads_give_what_one_gives_and_are_off_again_where_a_loader_forks(
     heard: list[str | None] = []
     real = Encoder.documents
 
-    def documents(self: Encoder, rows: Any, account: Any = None) -> Any:
+    def documents(self: Encoder, rows: Any, *more: Any) -> Any:
         heard.append(os.environ.get("TOKENIZERS_PARALLELISM"))
-        return real(self, rows, account)
+        return real(self, rows, *more)
 
     monkeypatch.setattr(Encoder, "documents", documents)
     alone, _ = prepare(tmp_path, path, num_proc=1, cache_dir=tmp_path / "one")
@@ -369,7 +367,7 @@ def test_a_blank_answer_in_written_text_is_never_trained(tmp_path: Path) -> None
         (
             [{"prompt": "a", "completion": ""}] * 2,
             {},
-            "(?s)nothing is left.*2 .empty answer; first: row 1 of .*a.jsonl",
+            "(?s)nothing is left.*2 .empty answer; first: .*a.jsonl:1",
         ),
         (
             [{"prompt": "a" * 50, "completion": "b"}],

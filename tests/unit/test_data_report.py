@@ -18,10 +18,11 @@ from falcon_qlora.common.errors import UserError
 from falcon_qlora.config import parse
 from falcon_qlora.data import report
 from falcon_qlora.data.corpus import prepare_corpora
+from falcon_qlora.data.cursor import check_cursor
 from falcon_qlora.data.packing import Plan
 from falcon_qlora.methods.adapter_folder import write_record
 from falcon_qlora.training.resume import check_data
-from falcon_qlora.training.rows import TrainingData, training_data
+from falcon_qlora.training.rows import TrainingData, told_at_end, training_data
 from tests.small_tokenizer import END, small_tokenizer
 
 LONG_TAIL = [*range(1, 60)] * 9 + [2000, 100_000]
@@ -118,7 +119,7 @@ def test_summary_tells_what_became_of_the_rows(tmp_path: Path) -> None:
     told = " ".join(printed(report.summary(corpus, title="training", efficiency=0.5)).split())
     for said in (
         "4 rows: format text, template none",
-        f"dropped 1 (empty answer; first: row 3 of {folder}/a.jsonl)",
+        f"dropped 1 (empty answer; first: {folder}/a.jsonl:3)",
         "split 1",
         "truncated none",
         "duplicates 1 (kept)",
@@ -183,7 +184,7 @@ SHOUTS = (
         (
             [chat("a", "b"), chat("a", "b", loss=False)],
             "",
-            "1 row has only answers that are marked as not to be trained: dropped (first: rows.jsonl:2)",
+            "1 (only answers that are marked as not to be trained, or of the prompt; first: rows.jsonl:2)",
         ),
         (
             [chat("a", "b", masked=True) | {"loss_mask": 0}],
@@ -193,12 +194,12 @@ SHOUTS = (
         (
             [chat("a", "b"), {"text": "c d"}, {"instruction": "e", "output": "f"}, {"text": "g h"}],
             "",
-            "of another format: text (2 rows, first: rows.jsonl:2), alpaca (1 row, first: rows.jsonl:3); put",
+            "and name all files with --dataset_name; first: rows.jsonl:2); 1 (of another format, alpaca: put",
         ),
         (
             [{"text": "### Human: a### Assistant: b"}, {"text": "### User: a"}],
             "--template guanaco",
-            "no marker ### Assistant: in the text, by which template guanaco finds answers: dropped (first",
+            "1 (no marker ### Assistant: in the text, by which guanaco finds answers; first: rows.jsonl:2)",
         ),
         (
             [{"text": "a b"}, {"text": "c\0d"}],
@@ -270,14 +271,47 @@ def test_a_run_tells_what_is_drawn_dropped_and_held_out(tmp_path: Path) -> None:
         return data.notes, data.record
 
     told, _ = notes("--dataset_name", a, b, "--dataset_weights", "1", "1")
-    assert told[0] == f"dropped: 2 (empty answer; first: row 18 of {a})"
+    assert told[0] == f"dropped: 2 (empty answer; first: {a}:18)"
     assert {f"{a}: 10 drawn each epoch", f"{b}: 10 drawn each epoch"} <= set(told)
-    assert f"held out: dropped: 1 (empty answer; first: row 3 of {c})" in told
+    assert f"held out: dropped: 1 (empty answer; first: {c}:3)" in told
     told, record = notes("--dataset_name", a, "--streaming", "true")
-    assert f"of all 18 rows: dropped: 1 (empty answer; first: row 18 of {a})" in told
-    assert f"held out: dropped: 1 (empty answer; first: row 3 of {c})" in told
+    assert f"of all 18 rows: dropped: 1 (empty answer; first: {a}:18)" in told
+    assert f"held out: dropped: 1 (empty answer; first: {c}:3)" in told
     assert record["account"]["of_first_rows"] == 18
-    assert record["account"]["counts"] == {"rows_read": 18, "rows_dropped_empty": 1}
+    assert record["account"]["counts"] == {"rows_rendered": 18, "rows_read": 18}
+    assert record["account"]["dropped"] == {"empty answer": 1}
+
+
+def test_a_stream_tells_at_its_end_what_became_of_all_its_rows(tmp_path: Path) -> None:
+    rows = [{"text": f"row {n}"} | ({"note": 1} if n == 1200 else {}) for n in range(1300)]
+    rows[1250] = {"text": " "}
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n" + "".join(f"{json.dumps(row)}\n" for row in rows))
+    flags = ["--dataset_name", str(path), "--streaming", "true", "--max_steps", "400", "-b", "8"]
+    configuration = parse([*flags, "--packing", "false"])
+    data = training_data(configuration.data, configuration.run, small_tokenizer())
+    assert data.notes[-1] == "what becomes of rows after the first 1,000 is told at the end"
+    # Twice through the data, which counts once; and with a state of it that was written and read.
+    shares = list(data.steps)
+    told = [
+        f"of the 1,300 rows read: dropped: 1 (empty answer; first: {path}:1252)",
+        "of the 1,300 rows read: columns not read: note (1 row)",
+    ]
+    assert shares[-1].epoch >= 2
+    assert told_at_end(data, shares[-1].account, "answers") == told
+    cursor = json.loads(json.dumps(shares[20].cursor()))
+    check_cursor(cursor, step=21, vocabulary=len(small_tokenizer()))
+    data.steps.go_on(cursor)
+    assert told_at_end(data, list(data.steps)[-1].account, "answers") == told
+    # Of what lies in the buffer some is known.
+    early = told_at_end(data, shares[20].account, "answers")
+    read = shares[20].account["counts"]["rows_read"]
+    assert 21 * 8 <= read < 1300
+    assert early[-1].startswith(f"{1300 - read:,} rows more had been read into the shuffle buffer")
+    for release in ({}, {"account": None}):
+        data.steps.go_on({name: each for name, each in cursor.items() if name != "account"} | release)
+        told = told_at_end(data, list(data.steps)[-1].account, "answers")
+        assert told == ["an earlier release began this run: what became of the stream's rows was not counted"]
 
 
 @pytest.mark.parametrize("streaming", ["false", "true"])

@@ -94,9 +94,13 @@ def test_weights_and_turns(tmp_path: Path) -> None:
 def test_rows_are_limited_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a b c"}\n{"text": ""}\n' * 10)
-    counts: Counter[str] = Counter()
-    assert len(stream(str(path), max_rows=6, counts=counts)) == 3
-    assert counts == {"rows_read": 6, "rows_dropped_empty": 3}
+    account = Account()
+    assert len(stream(str(path), max_rows=6, account=account, shuffle_buffer=1)) == 3
+    assert account.counts == {"rows_rendered": 6, "rows_read": 6}
+    assert account.dropped == {"empty answer": 3}
+    assert account.first["empty answer"] == f"{path}:2"
+    with pytest.raises(UserError, match=r"--max_rows 1: must be at least 2, one for each data set"):
+        stream(str(path), str(path), max_rows=1)
 
 
 def test_the_format_is_that_of_the_first_file_whichever_is_read_first(tmp_path: Path) -> None:
@@ -106,7 +110,9 @@ def test_the_format_is_that_of_the_first_file_whichever_is_read_first(tmp_path: 
         account = Account()
         texts = stream(str(tmp_path), epoch=epoch, account=account)
         assert {text[0] for text in texts} == {"a"}, epoch
-        assert account.other_formats == {"text": 120}
+        assert [(why[:25], rows) for why, rows in account.dropped.items()] == [
+            ("of another format, text: ", 120)
+        ]
 
 
 def test_hub_streams_are_read_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
