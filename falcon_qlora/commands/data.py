@@ -100,7 +100,7 @@ def _look_at_stream(configuration: Configuration, tokenizer: Any) -> _Look:
     import numpy as np
 
     from falcon_qlora.data import report
-    from falcon_qlora.data.account import Account, nothing_left, told_dropped
+    from falcon_qlora.data.account import Account, nothing_left, told_changed, told_dropped
     from falcon_qlora.data.settings import RowSettings
     from falcon_qlora.data.stream import recognise_source, stream_documents
     from falcon_qlora.training import rows
@@ -130,8 +130,7 @@ def _look_at_stream(configuration: Configuration, tokenizer: Any) -> _Look:
     told += [("note", line) for line in seen]
     told.append(("rows read", f"{counts['rows_read']:,}"))
     told.append(("dropped", "; ".join(told_dropped([account])) or "none"))
-    if pieces := counts["documents_dropped_masked"]:
-        told.append(("pieces dropped", f"{pieces:,} (no answer token in them)"))
+    told += [("note", line) for line in told_changed(counts)]
     told += [("documents", f"{len(documents):,}"), ("tokens", f"{lengths.sum():,}")]
     told.append(("trained tokens", f"{targets:,} ({targets / lengths.sum():.1%})"))
     table = report.labelled(f"the stream's first {len(documents):,} documents", told)

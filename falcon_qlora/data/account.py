@@ -15,6 +15,12 @@ from falcon_qlora.data.json_rows import spelled
 _MOST_NAMES = 1000
 _OTHERS = "(others)"
 _SHOWN = 40
+# What else becomes of rows, by the fields of `corpus.Statistics`.
+CHANGED = {
+    "rows_truncated": "truncated",
+    "rows_split": "split",
+    "documents_dropped_masked": "pieces of split rows dropped (no answer token in them)",
+}
 
 # Names that other tools give to a key or column that says whether a message or row is learned.
 _MAY_MARK = re.compile(r"\w*(train|learn|loss|mask|supervis|weight)\w*", re.IGNORECASE)
@@ -30,8 +36,8 @@ class Account:
         dropped: why a row was dropped → rows.
         marks: key that marks a message as not to be trained → messages.
         rows: a key of `_ROWS` → rows.
-        counts: in a stream, `rows_rendered`, of which `rows_read` have left the shuffle buffer, and
-            `documents_dropped_masked`.
+        counts: a key of `CHANGED` → how many; in a stream also `rows_rendered`, of which `rows_read` have
+            left the shuffle buffer.
         first: a name in `dropped` or `rows` → the place of the first such row.
     """
 
@@ -167,6 +173,11 @@ def told_dropped(accounts: Iterable[Account]) -> list[str]:
         counts += account.dropped
         first = account.first | first
     return [f"{number:,} ({why}; first: {first[why]})" for why, number in counts.most_common()]
+
+
+def told_changed(counts: Mapping[str, int]) -> list[str]:
+    """How many rows became something else, by `CHANGED`."""
+    return [f"{counts[name]:,} {what}" for name, what in CHANGED.items() if counts.get(name)]
 
 
 def nothing_left(

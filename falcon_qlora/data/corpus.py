@@ -323,7 +323,7 @@ def _statistics(documents: _Joined, chosen: np.ndarray, drawn: np.ndarray) -> St
     # One entry per row, its first document. Rows without an answer do not count as duplicates of each other.
     first = np.diff(documents.row, prepend=-1) > 0
     contents = documents.content[chosen & first & (documents.content != 0)]
-    dropped = {name: chosen & (status == each) for each, name in COUNTED.items() if name.startswith("rows")}
+    dropped = {name: chosen & (status == each) for each, name in COUNTED.items()}
     return Statistics(
         rows_read=documents.rows(chosen),
         **{name: documents.rows(some) for name, some in dropped.items()},

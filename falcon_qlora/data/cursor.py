@@ -24,8 +24,8 @@ from falcon_qlora.data.special_text import SpecialText
 from falcon_qlora.data.templates import Segment, Template
 
 State = dict[str, Any]
-Rendered = tuple[Origin, str, list[Segment]]
-"""Where a row comes from, as numbers and for messages, and its segments."""
+Rendered = tuple[Origin, str | None, list[Segment]]
+"""Where a row comes from, as numbers and for messages (None if it has been counted before); its segments."""
 
 _ROWS_TO_RECOGNISE = 100
 
@@ -94,8 +94,10 @@ class Reader:
             columns=columns,
             place=place,
             special=self._special,
-            account=self.account,
+            account=Account() if self.ended else self.account,
         )
+        if self.ended:  # the source was restarted, and counts once
+            return (self.first_part + part, number), None, segments
         self.account.counts["rows_rendered"] += 1
         return (self.first_part + part, number), place, segments
 
@@ -210,8 +212,8 @@ class Shuffled(Iterator[Rendered]):
             self._draining = before["draining"]
             if before["buffer"] is not None:
                 self._buffer = [
-                    # Earlier releases kept no place.
-                    ((part, number), "".join(place), [Segment(*each) for each in row])
+                    # Earlier releases kept no place, and did not count.
+                    ((part, number), place[0] if place else None, [Segment(*each) for each in row])
                     for (part, number), row, *place in before["buffer"]
                 ]
 
@@ -301,7 +303,7 @@ def check_cursor(cursor: Any, *, step: int, vocabulary: int) -> None:
         _require(isinstance(position, list) and len(position) == 2 and is_count(position[0]), "position")
     for origin, row, *place in shuffled["buffer"] or ():
         _check_origin(origin, "buffer")
-        _require(len(place) < 2 and all(isinstance(each, str) for each in place), "buffer")
+        _require(len(place) < 2 and all(isinstance(each, str | None) for each in place), "buffer")
         for text, train, end, *why in row:
             _require(len(why) < 2 and all(isinstance(each, str) for each in (text, *why)), "buffer")
             _require(isinstance(train, bool) and isinstance(end, bool), "buffer")

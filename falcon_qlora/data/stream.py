@@ -23,7 +23,7 @@ from falcon_qlora.data.cursor import (
 from falcon_qlora.data.formats import resolve_template
 from falcon_qlora.data.settings import RowSettings
 from falcon_qlora.data.sources import Source
-from falcon_qlora.data.tokens import COUNTED, Encoder, Status
+from falcon_qlora.data.tokens import Encoder, Status
 
 _ROWS_AT_A_TIME = 64
 
@@ -113,14 +113,12 @@ class DocumentStream(Iterator[dict[str, Any]]):
     def _encode(self, rows: list[Rendered]) -> None:
         origins, places, segments = zip(*rows, strict=True)
         encoded = self._encoder.documents(segments, self._account, places)
-        self._account.counts["rows_read"] += len(rows)
+        self._account.counts["rows_read"] += len(rows) - places.count(None)
         for origin, documents in zip(origins, encoded, strict=True):
             for document in documents:
                 if document.status == Status.KEPT:
                     kept = {"input_ids": document.input_ids, "mask": document.mask, "origin": origin}
                     self._waiting.append(kept)
-                elif document.status == Status.MASKED_PIECE:
-                    self._account.counts[COUNTED[document.status]] += 1
 
 
 def plain_document(document: dict[str, Any]) -> list[list[int]]:

@@ -41,14 +41,13 @@ class Status(enum.IntEnum):
     CUT = 6  # the row's target tokens are all lost to the maximum length
 
 
-# The field of `corpus.Statistics` that counts each status.
+# The field of `corpus.Statistics` that counts the dropped rows of each status.
 COUNTED = {
     Status.EMPTY: "rows_dropped_empty",
     Status.MISSING: "rows_dropped_missing",
     Status.MASKED: "rows_dropped_masked",
     Status.CUT: "rows_dropped_cut",
     Status.OVERLONG: "rows_dropped_overlong",
-    Status.MASKED_PIECE: "documents_dropped_masked",
 }
 # What a dropped row's status says, for the user, where its segments do not say more.
 _WHY = {
@@ -124,7 +123,10 @@ class Encoder:
             )
 
     def documents(
-        self, rows: Sequence[list[Segment]], account: Account | None = None, places: Sequence[str] = ()
+        self,
+        rows: Sequence[list[Segment]],
+        account: Account | None = None,
+        places: Sequence[str | None] = (),
     ) -> list[list[Document]]:
         """The documents of each row, in order: at least one for every row.
 
@@ -132,24 +134,24 @@ class Encoder:
             rows: as `rendering.render` returns them.
             account: counts the rows that are dropped, and those in which one token would have spanned prompt
                 and answer.
-            places: name the rows in the account.
+            places: name the rows in the account; rows named None are not counted.
         """
         whole = [[] if row == LACKING else row for row in rows]
         pieces = [self._pieces(row) for row in whole]
         parts = [[_parts(piece) for piece in of_row] for of_row in pieces]
+        named = [place for _, place in itertools.zip_longest(rows, places, fillvalue="")]
         if account is not None:
-            account.rows["joined"] += self._joined(parts)
+            counted = [part for part, place in zip(parts, named, strict=True) if place is not None]
+            account.rows["joined"] += self._joined(counted)
         encoded = iter(self._encode([each for of_row in parts for each in of_row]))
         result = []
         for row, of_row in zip(rows, pieces, strict=True):
             ids, mask = self._assemble(of_row, [next(encoded) for _ in of_row])
             nothing = _none(Status.MISSING if row == LACKING else Status.EMPTY)
             result.append(self._limit(ids, mask) if of_row else [nothing])
-        if account is not None:
-            for place, row, documents in itertools.zip_longest(places, rows, result, fillvalue=""):
-                if (status := documents[0].status) in _WHY:
-                    why = "".join(segment.why for segment in row) or _WHY[status]
-                    account.note(account.dropped, why, place)
+        for place, row, documents in zip(named, rows, result, strict=True):
+            if account is not None and place is not None:
+                _count(account, row, documents, place)
         return result
 
     def _pieces(self, row: list[Segment]) -> list[list[Segment]]:
@@ -303,6 +305,20 @@ def prompt_ids(template: Template, turns: Sequence[Turn], tokenizer: Any) -> lis
             start = end + len(segment.text)
         end += len(segment.text)
     return ids + encoded(text[start:])
+
+
+def _count(account: Account, row: list[Segment], documents: list[Document], place: str) -> None:
+    """Count what became of one row."""
+    first = documents[0]
+    if first.status in _WHY:
+        why = "".join(segment.why for segment in row) or _WHY[first.status]
+        account.note(account.dropped, why, place)
+    elif first.change == Change.TRUNCATED:
+        account.counts["rows_truncated"] += 1
+    elif first.change == Change.SPLIT:
+        account.counts["rows_split"] += 1
+        pieces = sum(document.status == Status.MASKED_PIECE for document in documents)
+        account.counts["documents_dropped_masked"] += pieces
 
 
 def _none(status: Status, change: Change = Change.NONE, content: int = 0) -> Document:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.common.errors import printable
 from falcon_qlora.config.arguments import DataArguments, ModelArguments, RunArguments
-from falcon_qlora.data.account import Account, nothing_left, told_dropped
+from falcon_qlora.data.account import Account, nothing_left, told_changed, told_dropped
 from falcon_qlora.data.origins import RowNames
 from falcon_qlora.data.packing import Plan
 from falcon_qlora.data.selection import is_fraction
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from falcon_qlora.data.batches import Dealing, StreamingSteps, TrainingSteps
 
 _SURVEYED_ROWS = 1000
-_PIECES = "{:,} pieces of split rows dropped (no answer token in them)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,20 +259,17 @@ def _survey(
         train_on: the setting.
     """
     account = Account()
-    for _ in documents(0, None, account, shuffle_buffer=1, max_rows=limit):
+    for _ in documents(0, None, account, shuffle_buffer=1, max_rows=limit, dataset_weights=None):
         pass
     read = account.counts["rows_read"]
-    told = _told_of(f"{'the first' if read == limit else 'all'} {read:,} rows", account, template, train_on)
+    of_rows = f"of {'the first' if read == limit else 'all'} {read:,} rows: "
+    told = [
+        *(f"{of_rows}dropped: {each}" for each in told_dropped([account])),
+        *(of_rows + line for line in (*told_changed(account.counts), *account.told(template, train_on))),
+    ]
     if read == limit:
         told.append(f"what becomes of rows after the first {read:,} is told at the end")
     return {"of_first_rows": read, **account.plain()}, told
-
-
-def _told_of(rows: str, account: Account, template: str, train_on: str) -> list[str]:
-    lines = [*(f"dropped: {each}" for each in told_dropped([account])), *account.told(template, train_on)]
-    if pieces := account.counts["documents_dropped_masked"]:
-        lines.append(_PIECES.format(pieces))
-    return [f"of {rows}: {line}" for line in lines]
 
 
 def told_at_end(data: TrainingData, plain: dict[str, Any] | None, train_on: str) -> list[str]:
@@ -287,13 +283,13 @@ def told_at_end(data: TrainingData, plain: dict[str, Any] | None, train_on: str)
     if plain is None:
         return ["an earlier release began this run: what became of the stream's rows was not counted"]
     account = Account.from_plain(plain)
-    read, rendered = account.counts["rows_read"], account.counts["rows_rendered"]
-    told = _told_of(f"the {read:,} rows read", account, data.template, train_on)
-    if told and rendered > read:
-        told.append(
-            f"{rendered - read:,} rows more had been read into the shuffle buffer: they are in these counts, "
-            "but in those of dropped rows"
-        )
+    used, read = account.counts["rows_read"], account.counts["rows_rendered"]
+    in_buffer = f" ({read - used:,} of them wait in the shuffle buffer)" if read > used else ""
+    told = [
+        *(f"of the {used:,} rows used: dropped: {each}" for each in told_dropped([account])),
+        *(f"of the {used:,} rows used: {line}" for line in told_changed(account.counts)),
+        *(f"of the {read:,} rows read{in_buffer}: {line}" for line in account.told(data.template, train_on)),
+    ]
     return [printable(line) for line in told]
 
 
@@ -333,16 +329,9 @@ def what_became(corpus: Any) -> list[str]:
 
 
 def _what_happened(statistics: Any) -> list[str]:
-    told = {
-        "rows_truncated": "truncated",
-        "rows_split": "split",
-        "rows_duplicate": "duplicate",
-        "rows_trained_too": "in the training data as well",
-    }
+    told = {"rows_duplicate": "duplicate", "rows_trained_too": "in the training data as well"}
     counted = [(getattr(statistics, name), what) for name, what in told.items()]
-    lines = [f"{count:,} {what}" for count, what in counted if count]
-    pieces = statistics.documents_dropped_masked
-    return [*lines, _PIECES.format(pieces)] if pieces else lines
+    return [*told_changed(asdict(statistics)), *(f"{count:,} {what}" for count, what in counted if count)]
 
 
 def _what_is_said(sources: Sequence[Any]) -> list[str]:

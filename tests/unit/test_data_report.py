@@ -294,7 +294,7 @@ def test_a_stream_tells_at_its_end_what_became_of_all_its_rows(tmp_path: Path) -
     # Twice through the data, which counts once; and with a state of it that was written and read.
     shares = list(data.steps)
     told = [
-        f"of the 1,300 rows read: dropped: 1 (empty answer; first: {path}:1252)",
+        f"of the 1,300 rows used: dropped: 1 (empty answer; first: {path}:1252)",
         "of the 1,300 rows read: columns not read: note (1 row)",
     ]
     assert shares[-1].epoch >= 2
@@ -305,9 +305,10 @@ def test_a_stream_tells_at_its_end_what_became_of_all_its_rows(tmp_path: Path) -
     assert told_at_end(data, list(data.steps)[-1].account, "answers") == told
     # Of what lies in the buffer some is known.
     early = told_at_end(data, shares[20].account, "answers")
-    read = shares[20].account["counts"]["rows_read"]
-    assert 21 * 8 <= read < 1300
-    assert early[-1].startswith(f"{1300 - read:,} rows more had been read into the shuffle buffer")
+    used = shares[20].account["counts"]["rows_read"]
+    assert 21 * 8 <= used < 1300
+    waiting = f"{1300 - used:,} of them wait in the shuffle buffer"
+    assert early[-1] == f"of the 1,300 rows read ({waiting}): columns not read: note (1 row)"
     for release in ({}, {"account": None}):
         data.steps.go_on({name: each for name, each in cursor.items() if name != "account"} | release)
         told = told_at_end(data, list(data.steps)[-1].account, "answers")

@@ -86,6 +86,13 @@ def test_weights_and_turns(tmp_path: Path) -> None:
     assert [text[0] for text in turns[:40]] == ["a", "b"] * 20
     assert len(turns) == 220
     drawn = Counter(text[0] for text in stream(first, second, dataset_weights=[3.0, 1.0]))
+    # Rows of a repetition are not counted again.
+    gap = tmp_path / "gap.jsonl"
+    gap.write_text('{"prompt": "a", "completion": ""}\n{"prompt": "a", "completion": "b", "id": 1}\n')
+    account = Account()
+    stream(str(gap), second, dataset_weights=[3.0, 1.0], account=account)
+    assert (account.counts["rows_rendered"], account.counts["rows_read"]) == (202, 202)
+    assert (account.dropped, account.columns) == ({"empty answer": 1}, {"id": 1})
     # The second has 200 rows and is read once; the first starts again until then.
     assert drawn["b"] == 200
     assert 400 < drawn["a"] < 800
@@ -99,6 +106,11 @@ def test_rows_are_limited_and_counted(tmp_path: Path) -> None:
     assert account.counts == {"rows_rendered": 6, "rows_read": 6}
     assert account.dropped == {"empty answer": 3}
     assert account.first["empty answer"] == f"{path}:2"
+    path.write_text('{"text": "a b c d e f g h"}\n')
+    for overlong, counted in (("truncate", "rows_truncated"), ("split", "rows_split")):
+        account = Account()
+        stream(str(path), account=account, max_length=6, overlong=overlong)
+        assert +account.counts == {"rows_rendered": 1, "rows_read": 1, counted: 1}
     with pytest.raises(UserError, match=r"--max_rows 1: must be at least 2, one for each data set"):
         stream(str(path), str(path), max_rows=1)
 
