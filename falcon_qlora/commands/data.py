@@ -102,7 +102,7 @@ def _look_at_stream(configuration: Configuration, tokenizer: Any) -> _Look:
     from falcon_qlora.data import report
     from falcon_qlora.data.account import Account, nothing_left, told_changed, told_dropped
     from falcon_qlora.data.settings import RowSettings
-    from falcon_qlora.data.stream import recognise_source, stream_documents
+    from falcon_qlora.data.stream import recognise_source, recognise_stream, stream_documents
     from falcon_qlora.training import rows
 
     account = Account()
@@ -115,6 +115,7 @@ def _look_at_stream(configuration: Configuration, tokenizer: Any) -> _Look:
     )
     documents = [(each["input_ids"], each["mask"]) for each in itertools.islice(stream, _STREAMED_DOCUMENTS)]
     settings, told, read_as = RowSettings(**rows.row_settings(configuration.data)), [], []
+    recognise_stream(settings, tokenizer)  # refuses flags for columns of no data set
     for source in settings.sources():
         row_format, template = recognise_source(settings, source, tokenizer)
         read_as.append(f"format {row_format}, template {template}")

@@ -141,9 +141,9 @@ _ROWS = {
         "numbers in tools or calls that template {template} respells (12.50 as 12.5)",
         None,
     ),
-    "numbers": (
+    "unspelled": (
         "have",
-        "a floating-point number as text; tables keep no spelling of it, so it is Python's (12.50 as 12.5)",
+        "a fraction or a date out of a table, which keeps no spelling: it is trained as Python writes it",
         None,
     ),
     "like_missing": (

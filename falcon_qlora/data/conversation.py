@@ -17,7 +17,8 @@ from falcon_qlora.data.special_text import clean
 from falcon_qlora.data.templates import REASONING, Role, Turn
 
 # Columns of Parquet may hold numbers and dates, which become text as Python writes them.
-_AS_TEXT = (str, int, float, decimal.Decimal, datetime.date, datetime.time, datetime.timedelta)
+_DATES = (datetime.date, datetime.time, datetime.timedelta)
+_AS_TEXT = (str, int, float, decimal.Decimal, *_DATES)
 
 _APART = (
     "If some rows hold texts there and others lists, put each kind into a file of its own and name both with "
@@ -67,8 +68,10 @@ def _json(what: str, value: Any, place: str) -> Any:
     if value.lstrip()[:1] not in ("[", "{"):
         told = " ".join(value.split())[:40]
         raise UserError(f"{place}: {expected}; found the text {told!r}. {_APART}")
-    found = parse_json(value, place, f"; {expected}")
-    return clean(tidied(found, place))
+    found = tidied(parse_json(value, place, f"; {expected}"), place)
+    if clean(found) != found:  # in a value that is no JSON text, such rows are counted
+        raise UserError(f"{place}: it spells half a surrogate pair (such as \\ud800), which is no character")
+    return found
 
 
 def _list_of(what: str, value: Any, place: str) -> Sequence[Any]:
@@ -260,6 +263,11 @@ def text_of(value: Any, place: str) -> str:
         hint = f". {_APART}" if isinstance(value, list) else ""
         raise UserError(f"{place}: expected text, found {kind(value)}{hint}")
     return str(value)
+
+
+def is_unspelled(value: Any) -> bool:
+    """Whether a value becomes text in Python's spelling, as its table keeps none; JSON has a `Number`."""
+    return type(value) is float or isinstance(value, _DATES)
 
 
 def _is_part(value: Any) -> bool:

@@ -76,7 +76,8 @@ class SourceUse:
 
     def read_as(self) -> str:
         """The format, its renamed columns, and the template, for a message."""
-        renamed = ", ".join(f"{given} as {standard}" for standard, given in self.columns.items())
+        names = self.columns.items()
+        renamed = ", ".join(f"{given} as {standard}" for standard, given in names if given != standard)
         return f"format {self.format}{renamed and f' ({renamed})'}, template {self.template}"
 
     def told(self) -> list[str]:

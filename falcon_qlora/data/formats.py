@@ -39,10 +39,18 @@ class Format:
 # Tried in this order: a row with both `messages` and `text` is a chat.
 FORMATS: dict[str, Format] = {
     "chat": Format(
-        ("messages",), (), "falcon-instruct", "messages: a list of {role, content} or {from, value}"
+        ("messages",),
+        (),
+        "falcon-instruct",
+        "messages: a list of {role, content} or {from, value}",
+        _OF_CHATS,
     ),
     "sharegpt": Format(
-        ("conversations",), (), "falcon-instruct", "conversations: a list of {from, value} or {role, content}"
+        ("conversations",),
+        (),
+        "falcon-instruct",
+        "conversations: a list of {from, value} or {role, content}",
+        _OF_CHATS,
     ),
     "alpaca": Format(
         ("instruction", "output"), ("input",), "alpaca", "instruction and output, perhaps input", _OF_ALPACA
@@ -86,10 +94,12 @@ def recognise(
     columns: Mapping[str, str],
     dataset_format: str = "auto",
     source: str = "the data",
+    others: bool = False,
 ) -> tuple[str, dict[str, str]]:
     """Which format rows with these columns are in, and which of the renamed columns they have.
 
-    One data set may have a column under the name that a flag gives, another under the standard name.
+    One data set may have a column under the name that a flag gives, another under the standard name, and a
+    third, in another format, neither.
 
     Args:
         found: the columns that the data has; empty if it has no rows.
@@ -97,24 +107,26 @@ def recognise(
         columns: standard column name → its name in the data, as the flags give them.
         dataset_format: the user's choice, or ``"auto"``.
         source: names the data in messages.
+        others: whether there are other data sets, whose columns a flag may name.
 
     Returns:
         A key of `FORMATS`, and those of `columns` that the data has.
 
     Raises:
-        UserError: if the data is empty, has a renamed column under neither name, or does not fit the chosen
+        UserError: if the data is empty, lacks a renamed column that it needs, or does not fit the chosen
             format or any format.
     """
     if not found:
-        raise UserError(f"{source}: the data is empty, there is no row in it")
+        raise UserError(f"{source}: the data is empty, there is no row with a column in it")
+    renamed = {standard: given for standard, given in columns.items() if given in found}
+    missing = {name: _missing(each, found, renamed) for name, each in FORMATS.items()}
+    fits = not all(missing.values()) if dataset_format == "auto" else not missing.get(dataset_format)
     for standard, given in columns.items():
-        if given not in found and standard not in found:
+        if given not in found and standard not in found and not (others and fits):
             raise UserError(
                 f"--{standard}_column {given}: {source} has no such column{nearest(given, found)}; "
                 f"it has {listed(found)}"
             )
-    renamed = {standard: given for standard, given in columns.items() if given in found}
-    missing = {name: _missing(each, found, renamed) for name, each in FORMATS.items()}
     one_message = not renamed and any(pair <= set(found) for pair in _OF_MESSAGES)
     if dataset_format == "auto" and one_message and all(missing.values()):
         raise UserError(

@@ -384,7 +384,14 @@ def kind(value: Any) -> str:
     """The kind of `value`, for a message."""
     if isinstance(value, Mapping):
         return f"an object with {listed([str(key) for key in value])}"
-    kinds = {list: "an array", bool: "true or false", str: "text", int: "a number", float: "a number"}
+    kinds = {
+        bytes: "bytes that are no text in UTF-8",
+        list: "an array",
+        bool: "true or false",
+        str: "text",
+        int: "a number",
+        float: "a number",
+    }
     return "null" if value is None else kinds.get(type(value), f"{type(value).__name__}")
 
 

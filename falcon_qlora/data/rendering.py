@@ -11,6 +11,7 @@ from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.account import Account, count
 from falcon_qlora.data.conversation import (
     Missing,
+    is_unspelled,
     masked_roles,
     parsed,
     text_of,
@@ -97,9 +98,8 @@ def render(
         reader.saw("like_missing")
     if any(_CONTROL.search(segment.text) for segment in segments):
         reader.saw("control")
-    # Of JSON a number is a `Number`, which keeps its spelling.
-    if any(type(value) is float for name, value in cleaned.items() if name in reader.read):
-        reader.saw("numbers")
+    if any(is_unspelled(value) for name, value in cleaned.items() if name in reader.read):
+        reader.saw("unspelled")
     return segments
 
 

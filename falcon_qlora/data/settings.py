@@ -89,10 +89,11 @@ class RowSettings:
             columns=self.columns,
             dataset_format=self.dataset_format,
             source=source,
+            others=len(self.dataset_name) > 1,
         )
 
     def check_used(self, renamed: Iterable[Mapping[str, str]]) -> None:
-        """Refuse a flag that names a column which no data set has, though all have the standard column.
+        """Refuse a flag that names a column which no data set has, though some have the standard column.
 
         Args:
             renamed: for each data set, the second result of `recognise`.
@@ -104,8 +105,8 @@ class RowSettings:
         for standard, given in self.columns.items():
             if standard not in used:
                 raise UserError(
-                    f"--{standard}_column {given}: {listed(self.dataset_name)} has no such column, but one "
-                    f"called {standard}: drop the flag, or name the right column"
+                    f"--{standard}_column {given}: no such column in {listed(self.dataset_name)}. Drop the "
+                    f"flag if the column is called {standard}, or name the right column"
                 )
 
     def load_template(self, row_format: str, tokenizer: Any) -> Template:

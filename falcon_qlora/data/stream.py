@@ -140,16 +140,16 @@ def recognise_stream(settings: RowSettings, tokenizer: Any) -> tuple[str, str]:
     """The format and the template of the first data set, recognised by the columns of its first rows.
 
     Raises:
-        UserError: if the data is empty, or its columns fit no format.
+        UserError: if a data set is empty, its columns fit no format, or a flag names a column of none.
     """
-    return recognise_source(settings, settings.sources()[0], tokenizer)
+    found = [recognise_first(settings, source) for source in settings.sources()]
+    settings.check_used(renamed for _, renamed in found)
+    return found[0][0], resolve_template(settings.template, found[0][0], tokenizer)
 
 
 def recognise_source(settings: RowSettings, source: Source, tokenizer: Any) -> tuple[str, str]:
     """As `recognise_stream`, for any data set."""
-    row_format, renamed = recognise_first(settings, source)
-    if len(settings.dataset_name) == 1:
-        settings.check_used([renamed])
+    row_format, _ = recognise_first(settings, source)
     return row_format, resolve_template(settings.template, row_format, tokenizer)
 
 

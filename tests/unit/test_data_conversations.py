@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.util
 import json
 import types
@@ -573,7 +574,10 @@ def test_numbers_of_a_table_are_written_as_short_as_they_can_be_and_counted(tmp_
         rows = [row for _, row in iterate_rows(tmp_path / "a.parquet")]
         segments = [render(row, "text", get_template("none"), account=account) for row in rows]
         assert [each[0].text for each in segments] == ["12.5", "0.1", "1e-09", ""]
-        assert account.rows["numbers"] == count
+        assert account.rows["unspelled"] == count
+    account = Account()
+    render({"text": datetime.date(2020, 1, 2)}, "text", get_template("none"), account=account)
+    assert account.rows["unspelled"] == 1
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,14 @@ def test_named_format_and_renamed_columns_must_be_there() -> None:
     assert recognise(["content"], columns={"text": "content"}) == ("text", {"text": "content"})
     with pytest.raises(UserError, match=r"no such format \(did you mean alpaca\?\)"):
         recognise(["text"], columns={}, dataset_format="alpacca")
+    # And a third has another format, which needs neither; alone, or where nothing fits, the flag is wrong.
+    for found, others, fits in ((["text"], True, True), (["text"], False, False), (["words"], True, False)):
+        columns = {"instruction": "question"}
+        if fits:
+            assert recognise(found, columns=columns, others=others) == ("text", {})
+            continue
+        with pytest.raises(UserError, match=r"--instruction_column question: the data has no such column"):
+            recognise(found, columns=columns, others=others)
     # Words in unknown names, else their order; ids and addresses are no texts. The flags fit.
     for found, asked, answer in (
         (["id", "question_text", "reply", "url"], "question_text", "reply"),
@@ -329,6 +337,12 @@ def test_empty_answers_and_weight_zero_stay_context_among_others() -> None:
             "chat",
             r"column messages: the number is inf",
         ),
+        (
+            {"messages": '[{"role": "user", "content": "\\ud800"}]'},
+            "chat",
+            r"place:3: column messages: it spells half a surrogate pair",
+        ),
+        ({"text": b"\xff"}, "text", r"column text: expected text, found bytes that are no text in UTF-8"),
         ({"messages": '[{"role": "a", "role": "b"}]'}, "chat", r"column messages: .*'role' stands twice"),
         (
             {"messages": [{"role": None, "content": "a"}]},
