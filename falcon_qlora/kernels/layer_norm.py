@@ -84,7 +84,7 @@ def _forward(
         _layer_norm[(tokens,)](
             x, weight_1, bias_1, weight_2, bias_2, results[0], results[-1], mean, rstd,
             x.stride(0), results[0].stride(0), results[-1].stride(0), hidden, eps,
-            TWO=len(norms) == 2, **_row_options(hidden, "forward"),
+            TWO=len(norms) == 2, **row_options(hidden, "forward"),
         )  # fmt: skip
     return results, mean, rstd
 
@@ -111,12 +111,12 @@ def _backward(
         _layer_norm_backward[(tokens,)](
             grad_1, grad_2, x, mean, rstd, weight_1, weight_2, added, out,
             grad_1.stride(0), grad_2.stride(0), x.stride(0), added.stride(0), out.stride(0), hidden,
-            TWO=len(norms) == 2, ADD=addend is not None, **_row_options(hidden, "backward"),
+            TWO=len(norms) == 2, ADD=addend is not None, **row_options(hidden, "backward"),
         )  # fmt: skip
     return out
 
 
-def _row_options(hidden: int, direction: str) -> dict[str, int]:
+def row_options(hidden: int, direction: str) -> dict[str, int]:
     """How a program holds a row: in a power of two of lanes, plus a second, smaller one if that saves many.
 
     7B's 4,544 columns are held in 4,096 + 512 lanes: with 8,192 nearly half of all lanes would be idle.

@@ -160,6 +160,53 @@ def layer_norm_backward(
     return result.to(x.dtype) if out is None else out.copy_(result)
 
 
+@or_triton("rms_norm")
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """RMS norm, computed in float32 and rounded once.
+
+    Args:
+        x: ``[T, H]``.
+        weight: ``[H]``.
+        eps: added to the mean of the squares.
+        out: ``[T, H]`` to write into, possibly a slice with longer rows; None for a new tensor.
+
+    Returns:
+        the output ``[T, H]`` in `x`'s dtype, and the reciprocal of the root mean square, float32 ``[T]``.
+    """
+    rstd = torch.rsqrt(x.float().square().mean(-1) + eps)
+    y = (x.float() * rstd[:, None] * weight.float()).to(x.dtype)
+    return y if out is None else out.copy_(y), rstd
+
+
+@or_triton("rms_norm")
+def rms_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    addend: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The gradient of `rms_norm`'s input.
+
+    Args:
+        grad: ``[T, H]``, of the output.
+        x: ``[T, H]``, the input.
+        rstd: float32 ``[T]``, from the forward pass.
+        weight: ``[H]``.
+        addend: ``[T, H]``, added to the result, or None.
+        out: ``[T, H]`` to write into, possibly a slice with longer rows; None for a new tensor.
+
+    Returns:
+        ``[T, H]`` in `x`'s dtype.
+    """
+    normal, scaled = x.float() * rstd[:, None], grad.float() * weight.float()
+    result = (scaled - normal * (scaled * normal).mean(-1, keepdim=True)) * rstd[:, None]
+    if addend is not None:
+        result += addend
+    return result.to(x.dtype) if out is None else out.copy_(result)
+
+
 @or_triton("rows")
 def copy_rows(x: Tensor, out: Tensor) -> Tensor:
     """Copy ``[T, C]`` into `out`, of the same shape and dtype; either may be a slice with longer rows."""
@@ -171,7 +218,7 @@ def rotate_(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotary embedding in-place: the first and second halves of each head are the coordinates of D/2 planes.
 
     Args:
-        heads: ``[T, G, Q/G + 2, D]``, any strides with the last one 1.
+        heads: ``[T, groups, heads, D]``, any strides with the last one 1; all of them are rotated.
         cosine: ``[T, D]``, both halves equal.
         sine: ``[T, D]``.
 
@@ -198,15 +245,18 @@ def rotate_join(
         value: ``[T, G, D]``.
         cosine: ``[T, D]``, both halves equal.
         sine: ``[T, D]``.
-        out: ``[T, G, Q/G + 2, D]`` to write into, any strides with the last one 1.
+        out: ``[T, G, Q/G + 2, D]`` to write into, any strides with the last one 1; where queries, keys and
+            values lie apart, ``[T, 1, Q + 2G, D]``.
 
     Returns:
         `out`.
     """
-    out[:, :, :-2] = query.unflatten(1, (out.shape[1], -1))
-    out[:, :, -2] = key
-    out[:, :, -1] = value
-    rotate_(out[:, :, :-1], cosine, -sine)
+    groups = out.shape[1]
+    keys = key.shape[1] // groups
+    out[:, :, : -2 * keys] = query.unflatten(1, (groups, -1))
+    out[:, :, -2 * keys : -keys] = key.unflatten(1, (groups, keys))
+    out[:, :, -keys:] = value.unflatten(1, (groups, keys))
+    rotate_(out[:, :, :-keys], cosine, -sine)
     return out
 
 
@@ -231,6 +281,54 @@ def gelu_backward(grad: Tensor, x: Tensor, out: Tensor | None = None) -> tuple[T
     """
     result, output = torch.ops.aten.gelu_backward(grad, x), F.gelu(x)
     return (result if out is None else out.copy_(result)), output
+
+
+@or_triton("swiglu")
+def swiglu(
+    gate_up: Tensor, out: Tensor | None = None, gate_multiplier: float = 1.0, multiplier: float = 1.0
+) -> Tensor:
+    """SwiGLU, computed in float32 and rounded once: ``multiplier · up · silu(gate_multiplier · gate)``.
+
+    Args:
+        gate_up: ``[T, 2F]``, gate and up side by side, possibly a slice with longer rows.
+        out: ``[T, F]`` to write into, likewise; None for a new tensor.
+        gate_multiplier: of the gate.
+        multiplier: of the result.
+
+    Returns:
+        ``[T, F]`` in `gate_up`'s dtype.
+    """
+    gate, up = gate_up.float().chunk(2, dim=1)
+    y = (multiplier * up * F.silu(gate_multiplier * gate)).to(gate_up.dtype)
+    return y if out is None else out.copy_(y)
+
+
+@or_triton("swiglu")
+def swiglu_backward(
+    grad: Tensor,
+    gate_up: Tensor,
+    out: Tensor | None = None,
+    gate_multiplier: float = 1.0,
+    multiplier: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of `swiglu`'s input, and its output again.
+
+    Args:
+        grad: ``[T, F]``, of the output; may be overwritten.
+        gate_up: ``[T, 2F]``, the input.
+        out: ``[T, 2F]`` to write the gradient into, possibly a slice with longer rows; may be `gate_up`.
+        gate_multiplier: as in `swiglu`.
+        multiplier: likewise.
+
+    Returns:
+        the gradient ``[T, 2F]`` and the output ``[T, F]``, both in `gate_up`'s dtype.
+    """
+    gate, up = gate_up.float().chunk(2, dim=1)
+    of_y, gate = multiplier * grad.float(), gate_multiplier * gate
+    of_gate = gate_multiplier * torch.ops.aten.silu_backward(of_y * up, gate)
+    silu = F.silu(gate)
+    result, output = torch.cat([of_gate, of_y * silu], dim=1), (multiplier * up * silu).to(gate_up.dtype)
+    return result.to(gate_up.dtype) if out is None else out.copy_(result), output
 
 
 @or_triton("softmax")

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from falcon_qlora.kernels import ops
 
-# A program of Triton's form holds the scores of all rows in its registers.
-MOST_ROWS = 64
+
+def are_few(rows: int, head_dim: int) -> bool:
+    """Whether there are few enough rows for Triton's form, a program of which holds all of them."""
+    return rows <= (64 if head_dim <= 128 else 32)
 
 
 def _few_rows(first: Tensor, second: Tensor, key: Tensor, *others: Tensor) -> bool:
-    return key.shape[0] <= MOST_ROWS
+    return are_few(key.shape[0], key.shape[2])
 
 
 @ops.or_triton("prefix_triton", where=_few_rows)

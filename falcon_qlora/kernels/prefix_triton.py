@@ -65,13 +65,13 @@ def _check(query: Tensor, output: Tensor, *others: Tensor) -> None:
 def _options(query: Tensor, key: Tensor, direction: str) -> dict[str, Any]:
     """Tiles that fit into registers; matrix units take at least 16 rows and columns."""
     lanes, prefix = (max(triton.next_power_of_2(size), 16) for size in (query.shape[-1], key.shape[0]))
-    small = lanes <= 64 and prefix <= 16
+    rows = 64 if lanes <= 64 and prefix <= 16 else 32 if lanes <= 128 else 16
     return {
         "HEAD": query.shape[-1],
         "LANES": lanes,
         "PREFIX": prefix,
-        "ROWS": (64 if small else 32) * (2 if direction == "forward" else 1),
-        "num_warps": 4,
+        "ROWS": rows * (2 if direction == "forward" else 1),
+        "num_warps": 8 if lanes > 128 and prefix > 16 else 4,
         "num_stages": 1,  # several programs on a multiprocessor already hide the memory latency
     }
 

@@ -1,7 +1,8 @@
-"""Rotary embedding of the fused projection's heads in-place, and the reverse for attention's gradients.
+"""Rotary embedding of the projections' heads in-place, and the reverse for attention's gradients.
 
 The fused projection is ``[T, G, Q/G + 2, D]`` in every Falcon with rotary embedding: in each group the query
-heads, then its key and its value. 7B, which has one key head, is one group of 71 query heads.
+heads, then its key and its value. 7B, which has one key head, is one group of 71 query heads. Where queries,
+keys and values are projections of their own, side by side, they are one group with G keys and values.
 
 As in Transformers, the first and second half of a head are the coordinates of D/2 planes, and cosines and
 sines are given twice, once for each half. Rotation is in float32, rounded once. Its gradient is the opposite
@@ -18,7 +19,7 @@ from falcon_qlora.kernels.rows import read
 
 # Tuned on Falcon's heads. All models but 7B have 8 groups, so 8 divides their number of heads.
 _TOKENS_A_PROGRAM = 8
-_HEADS_A_PROGRAM = 8
+_HEADS_A_PROGRAM = 8  # of up to 128; fewer larger ones, which stay in registers too
 _WARPS = 4
 
 
@@ -39,9 +40,10 @@ def rotate_join(
 def _launch(
     fused: Tensor, parts: tuple[Tensor, Tensor, Tensor], cosine: Tensor, sine: Tensor, *, join: bool
 ) -> None:
-    tokens, kv_heads, group, head_dim = fused.shape
+    tokens, groups, group, head_dim = fused.shape
+    keys = parts[1].shape[1] // groups if join else 1
     if join:
-        expected = (kv_heads * (group - 2), kv_heads, kv_heads)
+        expected = (groups * (group - 2 * keys), groups * keys, groups * keys)
         for part, heads in zip(parts, expected, strict=True):
             if part.shape != (tokens, heads, head_dim):
                 raise ValueError(f"expected {(tokens, heads, head_dim)}, not {tuple(part.shape)}")
@@ -51,15 +53,21 @@ def _launch(
     if not fused.numel():
         return
     query, key, value = parts
-    head_blocks = triton.cdiv(kv_heads * group, _HEADS_A_PROGRAM)
+    options = _options(head_dim)
+    head_blocks = triton.cdiv(groups * group, options["HEADS"])
     _rotate[(triton.cdiv(tokens, _TOKENS_A_PROGRAM) * head_blocks,)](
         fused, query, key, value, cosine, sine,
         *fused.stride()[:3], *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
-        cosine.stride(0), sine.stride(0), tokens, kv_heads, group,
-        JOIN=join,
-        HALF=head_dim // 2, LANES=triton.next_power_of_2(head_dim // 2),
-        TOKENS=_TOKENS_A_PROGRAM, HEADS=_HEADS_A_PROGRAM, num_warps=_WARPS,
+        cosine.stride(0), sine.stride(0), tokens, groups, group, keys, JOIN=join, **options,
     )  # fmt: skip
+
+
+def _options(head_dim: int) -> dict[str, int]:
+    half = head_dim // 2
+    lanes = triton.next_power_of_2(half)
+    heads = max(min(_HEADS_A_PROGRAM, 512 // lanes), 1)
+    tile = {"TOKENS": _TOKENS_A_PROGRAM, "HEADS": heads, "num_warps": _WARPS}
+    return {"HALF": half, "LANES": lanes, **tile}
 
 
 @triton.jit
@@ -69,14 +77,14 @@ def _store(ptr, offset, values, mask):
 
 @triton.jit(do_not_specialize=["tokens"])  # it differs from one micro-batch to the next
 def _rotate(
-    fused_ptr,  # [T, G, Q/G + 2, D], by its strides
+    fused_ptr,  # [T, groups, group, D], by its strides
     query_ptr,  # [T, Q, D], by its strides; used where JOIN, as the next two
     key_ptr,  # [T, G, D], by its strides
     value_ptr,  # [T, G, D], by its strides
     cosine_ptr,  # [T, D], rows cosine_stride apart
     sine_ptr,  # [T, D], rows sine_stride apart
     fused_token,
-    fused_kv,
+    fused_group,
     fused_head,
     query_token,
     query_head,
@@ -87,8 +95,9 @@ def _rotate(
     cosine_stride,
     sine_stride,
     tokens,  # T
-    kv_heads,  # G
-    group,  # Q/G + 2
+    groups,
+    group,  # heads of each
+    keys,  # and key heads among them, as many as value heads
     JOIN: tl.constexpr,  # rotate the parts back into fused; else in-place
     HALF: tl.constexpr,  # D / 2
     LANES: tl.constexpr,  # HALF, up to a power of two
@@ -96,7 +105,7 @@ def _rotate(
     HEADS: tl.constexpr,
 ):
     # Programs that share tokens, and so cosines and sines, are consecutive.
-    head_blocks = tl.cdiv(kv_heads * group, HEADS)
+    head_blocks = tl.cdiv(groups * group, HEADS)
     token = (tl.program_id(0) // head_blocks) * TOKENS + tl.arange(0, TOKENS)
     head = (tl.program_id(0) % head_blocks) * HEADS + tl.arange(0, HEADS)
     lane = tl.arange(0, LANES)
@@ -107,18 +116,20 @@ def _rotate(
     if JOIN:
         sine = -sine
 
-    kv_head, member = head // group, head % group
-    mask = (token < tokens)[:, None, None] & (head < kv_heads * group)[None, :, None]
+    of_group, member = head // group, head % group
+    mask = (token < tokens)[:, None, None] & (head < groups * group)[None, :, None]
     mask = mask & (lane < HALF)[None, None, :]
     row, lane = row[:, None, None], lane[None, None, :]
-    at_fused = row * fused_token + (kv_head * fused_kv + member * fused_head)[None, :, None] + lane
+    at_fused = row * fused_token + (of_group * fused_group + member * fused_head)[None, :, None] + lane
     if JOIN:
-        of_query = mask & (member < group - 2)[None, :, None]
-        of_key = mask & (member == group - 2)[None, :, None]
-        of_value = mask & (member == group - 1)[None, :, None]
-        at_query = row * query_token + ((kv_head * (group - 2) + member) * query_head)[None, :, None] + lane
-        at_key = row * key_token + (kv_head * key_head)[None, :, None] + lane
-        at_value = row * value_token + (kv_head * value_head)[None, :, None] + lane
+        queries = group - 2 * keys
+        of_query = mask & (member < queries)[None, :, None]
+        of_key = mask & ((member >= queries) & (member < queries + keys))[None, :, None]
+        of_value = mask & (member >= queries + keys)[None, :, None]
+        key_place = of_group * keys + member - queries
+        at_query = row * query_token + ((of_group * queries + member) * query_head)[None, :, None] + lane
+        at_key = row * key_token + (key_place * key_head)[None, :, None] + lane
+        at_value = row * value_token + ((key_place - keys) * value_head)[None, :, None] + lane
         # Each head is in one of the three; the other two give zeros without reading.
         first = read(query_ptr, at_query, of_query) + read(key_ptr, at_key, of_key)
         first += read(value_ptr, at_value, of_value)

@@ -88,7 +88,7 @@ def decide(
         "between": small,
     }
     if facts.prefix_rows:
-        ways["prefix"] = small if facts.prefix_rows <= prefix.MOST_ROWS else "PyTorch"
+        ways["prefix"] = small if prefix.are_few(facts.prefix_rows, facts.head_dim) else "PyTorch"
     if facts.scaled:
         ways["scales"] = small
     return ways

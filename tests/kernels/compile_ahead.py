@@ -31,13 +31,15 @@ from falcon_qlora.kernels import (
     layer_norm,
     nf4,
     prefix_triton,
+    rms_norm,
     rotary,
     rows,
     scale_shift_triton,
     softmax,
+    swiglu,
 )
 
-MODULES: tuple[ModuleType, ...] = (gelu, int8, layer_norm, nf4, rotary, rows, softmax)
+MODULES: tuple[ModuleType, ...] = (gelu, int8, layer_norm, nf4, rms_norm, rotary, rows, softmax, swiglu)
 MODULES += (dropout_triton, prefix_triton, scale_shift_triton)
 FP8_MODULES: tuple[ModuleType, ...] = (fp8_gelu, fp8_quantize)
 FP8_CAPABILITY = 89
@@ -46,8 +48,8 @@ FLOAT32 |= {"cosine_ptr", "sine_ptr", "losses_ptr", "scale_ptr", "scales_ptr", "
 FLOAT32 |= {"longest_ptr", "factors_ptr", "gate_ptr", "of_gate_ptr", "sums_ptr", "bias_ptr"}
 FLOAT32 |= {"first_scale_ptr", "first_bias_ptr", "second_scale_ptr", "second_bias_ptr"}
 # What counts few things, or things of any number: no multiples of 16.
-UNALIGNED = {"eps", "scale", "tokens", "kv_heads", "group", "queries", "prefix"}
-UNALIGNED |= {"low", "high", "threshold", "factor"}
+UNALIGNED = {"eps", "scale", "tokens", "groups", "group", "keys", "queries", "prefix"}
+UNALIGNED |= {"low", "high", "threshold", "factor", "gate_multiplier", "multiplier"}
 
 
 def variants(capability: int) -> Iterator[tuple[JITFunction, dict[str, Any]]]:
@@ -61,10 +63,16 @@ def plain_variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
     for kernel in (gelu._gelu, gelu._gelu_backward):
         yield kernel, {"BLOCK": gelu._BLOCK, "num_warps": gelu._WARPS}
     for hidden, two in ((4544, False), (8192, True), (14848, True)):  # 7B has one norm a block
-        options = layer_norm._row_options(hidden, "forward")
+        options = layer_norm.row_options(hidden, "forward")
         yield layer_norm._layer_norm, {"TWO": two, **options}
-        options = layer_norm._row_options(hidden, "backward")
+        options = layer_norm.row_options(hidden, "backward")
         yield layer_norm._layer_norm_backward, {"TWO": two, "ADD": True, **options}
+    for hidden in (2048, 3072, 5120):
+        yield rms_norm._rms_norm, layer_norm.row_options(hidden, "forward")
+        options = layer_norm.row_options(hidden, "backward")
+        yield rms_norm._rms_norm_backward, {"ADD": True, **options}
+    for kernel in (swiglu._swiglu, swiglu._swiglu_backward):
+        yield kernel, {"BLOCK": swiglu._BLOCK, "num_warps": swiglu._WARPS}
     yield from nf4_variants(scaled=False)
     yield int8._dequantize, {"BLOCK": int8._BLOCK, "num_warps": int8._WARPS}
     yield rows._copy, {"BLOCK": rows._BLOCK, "num_warps": rows._WARPS}
@@ -72,7 +80,7 @@ def plain_variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
         softmax._cross_entropy,
         {"GRADIENT": True, "BLOCK": softmax._BLOCK, "num_warps": softmax._WARPS},
     )
-    for head_dim, prefix_rows in ((64, 64), (128, 10)):
+    for head_dim, prefix_rows in ((64, 64), (128, 10), (256, 10), (256, 32)):
         heads = torch.empty(1, 1, 1, head_dim), torch.empty(prefix_rows, 1, head_dim)
         yield prefix_triton._add_read, prefix_triton._options(*heads, "forward")
         yield prefix_triton._add_read_backward, prefix_triton._options(*heads, "backward")
@@ -86,10 +94,9 @@ def plain_variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
     tile = dict(zip(("TOKENS", "FEATURES", "num_warps"), dropout_triton._TILE, strict=True))
     for rank in (16, 128, 512):  # the largest in pieces
         yield dropout_triton._add_dropped, {"RANK": rank, **tile}
-    tile = {"TOKENS": rotary._TOKENS_A_PROGRAM, "HEADS": rotary._HEADS_A_PROGRAM, "num_warps": rotary._WARPS}
-    for half in (32, 64):  # 11B's heads are twice as large as the others'
+    for head_dim in (64, 128, 256):  # 128: 11B and Falcon-H1; 256: Falcon3
         for join in (False, True):
-            yield rotary._rotate, {"JOIN": join, "HALF": half, "LANES": half, **tile}
+            yield rotary._rotate, {"JOIN": join, **rotary._options(head_dim)}
 
 
 def nf4_variants(scaled: bool) -> Iterator[tuple[JITFunction, dict[str, Any]]]:
@@ -140,7 +147,7 @@ def compile_for(capability: int, kernel: JITFunction, options: dict[str, Any]) -
 
 
 def _type(name: str, options: dict[str, Any]) -> str:
-    if name in ("eps", "factor", "scale"):
+    if name in ("eps", "factor", "scale", "gate_multiplier", "multiplier"):
         return "fp32"
     if not name.endswith("_ptr"):
         return "i32"

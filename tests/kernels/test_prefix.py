@@ -9,6 +9,7 @@ from falcon_qlora.kernels import ops, prefix
 
 # T, G, Q/G, D, P: 7B's one key head, groups, one key head a query head, odd sizes, one row, more than a tile.
 SHAPES = [(5, 1, 71, 64, 10), (21, 2, 4, 16, 10), (9, 3, 1, 8, 5), (3, 2, 29, 48, 1), (40, 1, 5, 128, 33)]
+SHAPES += [(19, 4, 3, 256, 20)]  # Falcon3's
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
 FORMS = ["torch", "triton"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from falcon_qlora.kernels import ops
 from falcon_qlora.kernels.rotary import rotate_, rotate_join
 
 # T, G, Q/G + 2, D: 7B's 71 query heads on one, groups as in 11B, 40B and 180B, and a head size of 3·16.
@@ -106,6 +109,39 @@ def test_strided_where_the_projections_lie_side_by_side(
     torch.testing.assert_close(slices, fused, rtol=2**-7, atol=2**-6)
     assert (wide[:, :8] == 7.0).all()
     assert (wide[:, -40:] == 7.0).all()
+
+
+# T, Q, G, D: Falcon3's and Falcon-H1's heads, and few of an odd number.
+APART = [(9, 12, 4, 256), (3, 12, 2, 128), (5, 3, 3, 6)]
+
+
+@pytest.mark.parametrize("form", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", APART, ids=str)
+def test_queries_keys_and_values_may_lie_apart(
+    sizes: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    form: Literal["torch", "triton"],
+    device: torch.device,
+) -> None:
+    tokens, queries, keys, head_dim = sizes
+    heads, cosine, sine = _inputs((tokens, 1, queries + 2 * keys, head_dim), dtype, device)
+    split = [queries, keys, keys]
+    query, key, value = heads.double()[:, 0].split(split, dim=1)
+    expected = [*apply_rotary_pos_emb(query, key, cosine.double(), sine.double()), value]
+    with ops.using(form):
+        ops.rotate_(heads[:, :, :-keys], cosine, sine)
+        rotated = heads[:, 0].split(split, dim=1)
+        for found, right in zip(rotated, expected, strict=True):
+            _close(found, right, dtype)
+        wide = torch.full((tokens, heads[0].numel() + 24), torch.nan, dtype=dtype, device=device)
+        out = wide[:, :-24].unflatten(1, heads.shape[1:])
+        again = [rotated[0].contiguous(), rotated[1].transpose(0, 1).contiguous().transpose(0, 1), rotated[2]]
+        ops.rotate_join(again[0], again[1], again[2], cosine, sine, out)
+    back = [*apply_rotary_pos_emb(*(each.double() for each in rotated[:2]), cosine.double(), -sine.double())]
+    for found, right in zip(out[:, 0].split(split, dim=1), [*back, rotated[2]], strict=True):
+        _close(found, right, dtype)
+    assert wide[:, -24:].isnan().all()
 
 
 def test_no_tokens_and_what_does_not_fit(device: torch.device) -> None:
