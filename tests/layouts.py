@@ -25,6 +25,8 @@ LAYOUTS = {
 # Half of the heads share keys, and a head is not hidden / heads, as in no other.
 _FALCON3 = "hidden_size=64,intermediate_size=128,num_attention_heads=4,num_key_value_heads=2,head_dim=32"
 FAMILIES = {**LAYOUTS, "falcon3": f"random:falcon3-1b?{_SMALL},{_FALCON3}"}
+# Heads as Falcon3's own, for what depends on their size.
+WIDE_HEADS = {"falcon3-256": FAMILIES["falcon3"].replace("head_dim=32", "head_dim=256")}
 UNTIED = ("falcon-11b", "falcon3")  # layouts whose head is not the embedding
 MODES: tuple[QuantizeMode, ...] = ("4bit", "8bit", "16bit")
 
@@ -32,9 +34,17 @@ MODES: tuple[QuantizeMode, ...] = ("4bit", "8bit", "16bit")
 def tiny_model(
     layout: str, mode: QuantizeMode = "16bit", device: str = "cpu", compute_dtype: str = "auto"
 ) -> PreTrainedModel:
-    return load_model(
-        FAMILIES[layout], quantize_mode=mode, device=device, compute_dtype=compute_dtype, seed=1
-    )
+    name = (FAMILIES | WIDE_HEADS)[layout]
+    return load_model(name, quantize_mode=mode, device=device, compute_dtype=compute_dtype, seed=1)
+
+
+def vary_norms(model: nn.Module) -> None:
+    """Give the norms weights, and biases, that differ: as they are made they are all alike."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 and ("norm" in name or "ln_" in name):
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.device) / 4)
 
 
 def attach_lora(model: PreTrainedModel, *, seed: int = 0, **settings: Any) -> Any:

@@ -14,6 +14,8 @@ Letters of shapes in the whole package, except in `ssd`, which has its own:
 
 From the bottom up: `ops`, `fp8`, `dropout`, `prefix` and `scale_shift` hold each operation's plain form, its
 reference, and choose between it and Triton's form, which has a file of its own. `ssd`, a state space, has
-only the plain form. `frozen_linear` multiplies by frozen weights with LoRA. A block's products are
-`dequantized`, `fp8_block` or `scaled_products`, and `block` is the whole block. `cross_entropy` is the head.
+only the plain form. `frozen_linear` multiplies by frozen weights with LoRA. `block` is a whole block whose
+attention and feed-forward layer are parallel, with the products of `dequantized`, `fp8_block` or
+`scaled_products`. `sublayer` is one where they follow each other; `mixers` has what is between its products.
+`cross_entropy` is the head.
 """

@@ -235,12 +235,20 @@ class SharedOutput(_Group):
         """The t of `forward` alone."""
         return self._put_low_rank(extended).clone()
 
+    def low_rank_of(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The same from each linear's input ``[T, in]``."""
+        low = inputs[0].new_empty(inputs[0].shape[0], self.columns)
+        return self._put_all_t(inputs, low)
+
     def _put_low_rank(self, extended: Tensor) -> Tensor:
-        low = extended[:, self.features :]
+        inputs = [extended[:, columns] for columns in self.inputs]
+        return self._put_all_t(inputs, extended[:, self.features :])
+
+    def _put_all_t(self, inputs: Sequence[Tensor], low: Tensor) -> Tensor:
         if self.used < self.columns:
             low[:, self.used :] = 0
-        for index, inputs in enumerate(self.inputs):
-            self._put_t(index, extended[:, inputs], low)
+        for index, x in enumerate(inputs):
+            self._put_t(index, x, low)
         return low
 
     def input_gradient(self, grad: Tensor) -> tuple[Tensor, Tensor]:

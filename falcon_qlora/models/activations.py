@@ -3,7 +3,7 @@
 | | fast block | reference block |
 |---|---|---|
 | none | all it needs | all it needs |
-| selective | all but h_to_4h's output, the largest | – |
+| selective | all but the feed-forward's first outputs, the largest | – |
 | full | its input | its input: Transformers' checkpointing |
 | offload | its input, in CPU memory | its input, in CPU memory |
 

@@ -27,7 +27,7 @@ from falcon_qlora.kernels.gelu_products import GeluProducts, gelu_products
 from falcon_qlora.kernels.offload import Offload
 from falcon_qlora.kernels.scaled_products import ScaledProducts
 from falcon_qlora.models.activations import blocks_of
-from falcon_qlora.models.blocks import falcon
+from falcon_qlora.models.blocks import falcon, llama
 from falcon_qlora.models.blocks.attention import AttentionKernel
 from falcon_qlora.models.blocks.fast_block import (
     BlockFacts,
@@ -42,7 +42,7 @@ from falcon_qlora.models.forward import enable_packing, pack_batches
 from falcon_qlora.models.layouts import causal_lm_in
 from falcon_qlora.models.packed_attention import takes_varlen
 
-_FAMILIES: dict[str, ModuleType] = {"falcon": falcon}
+_FAMILIES: dict[str, ModuleType] = {"falcon": falcon, "llama": llama}
 """Families with fast blocks, by their configuration's ``model_type``; each is a module like `falcon`."""
 
 _REFERENCE = "reference path: "
@@ -67,8 +67,8 @@ def decide(
 
     Returns:
         ``block``: ``fast`` or ``reference``. With ``reference`` also ``reason``; with ``fast`` what computes
-        ``attention``, ``weights``, ``GELU`` and ``between`` (norms, rotation), and ``prefix`` and ``scales``
-        where there are any.
+        ``attention``, ``weights``, the activation by its name (``GELU``, ``SwiGLU``) and ``between`` (norms,
+        rotation), and ``prefix`` and ``scales`` where there are any.
     """
     reason = _why_not(facts, fp8_products)
     if facts is None or reason is not None:
@@ -77,14 +77,14 @@ def decide(
     stored = {"4bit": "NF4 dequantized", "8bit": "int8 dequantized", "16bit": "as stored"}
     if fp8_products:
         stored = {"4bit": "NF4 dequantized to FP8", "8bit": "int8 dequantized to FP8", "16bit": "in FP8"}
-    in_products = "in products"
-    if facts.lora_dropout:
-        in_products += f" forward, {small} backward"
+    activation = small
+    if gelu_in_products and facts.activation == "GELU" and not facts.scaled:
+        activation = "in products" + (f" forward, {small} backward" if facts.lora_dropout else "")
     ways = {
         "block": "fast",
         "attention": attention,
         "weights": stored[facts.quantize_mode],
-        "GELU": in_products if gelu_in_products and not facts.scaled else small,
+        facts.activation: activation,
         "between": small,
     }
     if facts.prefix_rows:
@@ -107,7 +107,10 @@ def _why_not(facts: BlockFacts | None, fp8_products: bool) -> str | None:
         return f"trains more than LoRA: {facts.trainable[0]}"
     if fp8_products:
         return fp8_excludes(
-            lora_dropout=facts.lora_dropout, scales=facts.scaled, prefix=bool(facts.prefix_rows)
+            family=facts.without_fp8,
+            lora_dropout=facts.lora_dropout,
+            scales=facts.scaled,
+            prefix=bool(facts.prefix_rows),
         )
     return None
 

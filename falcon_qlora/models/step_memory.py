@@ -121,6 +121,8 @@ class Step:
             Inputs and the incoming gradient; recomputed projections, or their gradients; and the rest, at the
             backward pass of dense and 4h_to_h or of attention.
         """
+        if self.fast and self._sequential:
+            return self._sequential_working_values(checkpointing)
         hidden, fused, wide, rank = self._sizes()
         projected = fused + wide + rank
         joined = hidden + wide
@@ -138,6 +140,34 @@ class Step:
             return inputs, projected + self._all_of_a_block(), joined + max(hidden + rank, attention)
         rest = hidden + max(joined + at_gelu, hidden + attention)
         return inputs, projected, rest + self._products_kept()
+
+    @property
+    def _sequential(self) -> bool:
+        return layout_of(self.config).residuals == 2
+
+    def _sequential_working_values(self, checkpointing: Checkpointing) -> tuple[float, float, float]:
+        """`working_values` of a fast block whose feed-forward layer follows attention.
+
+        The peak is in the feed-forward layer's backward pass or in attention's, whose gradients take as much
+        as in a parallel block.
+        """
+        hidden, fused, wide, _ = self._sizes()
+        attended, joined = self._joined()
+        of_fused, of_wide = fused + 3 * self.lora_rank, wide + 2 * self.lora_rank
+        copied = hidden + self.lora_rank  # the gradient beside u
+        at_swiglu = joined * (2 if self.lora_dropout else 1)
+        before = 0 if checkpointing in ("none", "selective") else hidden + of_fused + attended
+        feed_forward = of_wide, before + at_swiglu + copied
+        at_attention = of_fused, max(before - of_fused, 0) + 6 * attended + copied
+        projected, rest = max(feed_forward, at_attention, key=sum)
+        return 3 * hidden if checkpointing == "offload" else hidden, projected, rest
+
+    def _joined(self) -> tuple[int, int]:
+        """Widths of attention's output and of the feed-forward layer's between its linears."""
+        layout = layout_of(self.config)
+        shapes = layout.linear_shapes()
+        between = sum(shapes[name][0] for name in layout.feed_forward_inputs) // 2
+        return shapes[layout.output_projection][1], between
 
     def _sizes(self) -> tuple[int, int, int, int]:
         """Hidden size, widths of attention's and feed-forward's input projections, a group's LoRA columns."""
@@ -165,7 +195,11 @@ class Step:
     def _kept_fast(self, checkpointing: Checkpointing) -> float:
         """Bytes per token that a fast block keeps: input, projections, attention's output and LoRA's t."""
         hidden, fused, wide, rank = self._sizes()
-        values = 2 * hidden + fused + 2 * rank + (wide if checkpointing == "none" else 0)
+        if self.fast and self._sequential:  # the inputs of both, and one t for each product
+            values = 2 * hidden + fused + self._joined()[0] + (3 + 1 + 1) * self.lora_rank
+            values += wide + 2 * self.lora_rank if checkpointing == "none" else 0
+        else:
+            values = 2 * hidden + fused + 2 * rank + (wide if checkpointing == "none" else 0)
         values += self._products_kept()
         return values * self.value_bytes + 4 * self.config.num_attention_heads
 

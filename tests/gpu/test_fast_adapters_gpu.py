@@ -1,5 +1,7 @@
 """Adapters on the fast path on a GPU, in bfloat16: as near to float32 as the reference path, no waiting."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -8,18 +10,18 @@ from falcon_qlora.models.fast_path import apply_fast_path
 from tests.layouts import MODES, documents, plain_float32, tiny_model
 from tests.packing import packed
 from tests.unit.test_fast_adapters import NAMES, assert_same, attached, distance, on_packed, truth
-from tests.unit.test_fast_path import FAST_LAYOUTS
+from tests.unit.test_fast_path import PARALLEL
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 LENGTHS = [7, 300, 3, 130, 64]
+NAMES_AND_LAYOUTS = [*product(NAMES, PARALLEL), ("adapter", "falcon3"), ("adapter", "falcon3-256")]
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("layout", FAST_LAYOUTS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "layout"), NAMES_AND_LAYOUTS)
 def test_gradients_are_as_near_to_float32_as_on_the_reference_path(name, layout, mode):
     base = tiny_model(layout, mode, device="cuda", compute_dtype="bf16")
     plain = attached(name, plain_float32(base, "cuda"))
@@ -39,8 +41,7 @@ def test_gradients_are_as_near_to_float32_as_on_the_reference_path(name, layout,
             assert error() < 1.15 * reference, form
 
 
-@pytest.mark.parametrize("layout", FAST_LAYOUTS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "layout"), NAMES_AND_LAYOUTS)
 def test_in_float32_both_forms_are_the_reference_path(name, layout):
     model = attached(name, tiny_model(layout, "4bit", device="cuda", compute_dtype="fp32"))
     docs = documents(LENGTHS, device="cuda")

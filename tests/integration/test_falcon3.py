@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import falcon_qlora
 from falcon_qlora import __main__ as cli
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.kernels import fp8
 from falcon_qlora.methods.open_adapter import load_adapter
 from tests.integration.runs import metrics, write_jsonl
 from tests.small_tokenizer import small_tokenizer
@@ -81,7 +82,8 @@ def test_a_run_is_resumed_merged_and_asked(folder: Path) -> None:
     assert cli.main(["train", *flags, "--max_steps", "2"]) == 0
     kernels = json.loads((folder / "run/kernels.json").read_text())
     for block in ("model.layers.0", "model.layers.1"):
-        assert kernels[block].startswith("reference path: ")
+        assert kernels[block].startswith("fast (")
+        assert "SwiGLU: PyTorch" in kernels[block]
     assert cli.main(["train", *flags, "--resume"]) == 0
     resumed = losses(metrics(folder / "run"))
     assert len(resumed) == 4
@@ -102,6 +104,13 @@ def test_a_run_is_resumed_merged_and_asked(folder: Path) -> None:
     for which in (["--adapter", str(folder / "run")], ["-m", str(merged)]):
         assert cli.main(["generate", *which, "--prompt", "Say 3.", "--max_new_tokens", "5"]) == 0
     assert cli.main(["eval", "-m", str(merged), "--dataset_name", str(folder / "rows.jsonl")]) == 0
+
+
+def test_fp8_is_refused_in_a_sentence(folder: Path) -> None:
+    told = "--compute_dtype fp8: there are no FP8 products for Falcon3 yet: set --compute_dtype bf16"
+    with fp8.emulated(), pytest.raises(UserError) as refused:
+        run(folder, "refused", 1, compute_dtype="fp8")
+    assert str(refused.value) == told
 
 
 def test_packed_gives_the_losses_of_padded_and_plain_peft_opens_the_adapter(
@@ -137,7 +146,10 @@ def test_other_methods_train_it_and_are_resumed(folder: Path, method: str, mode:
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        ({"kernels": "required"}, "--kernels required: model.layers.0 runs on the reference path"),
+        (
+            {"kernels": "required", "method": "adapter_v2", "adapter_first_block": 0, "lora_r": None},
+            "--kernels required: model.layers.0 runs on the reference path: scales and biases",
+        ),
         ({"lora_slices": ["query"]}, "--lora_slices trains slices of a projection"),
         ({"lora_target_modules": ["query_key_value"]}, "the blocks have no linear 'query_key_value'"),
     ],

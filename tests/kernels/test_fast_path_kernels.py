@@ -10,8 +10,8 @@ from tests.unit.test_fast_adapters import attached, on_packed
 from tests.unit.test_fast_path import adapted, assert_same, step
 
 
-# One query head's keys for all, groups under one norm, and under two.
-@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-11b", "falcon-40b"])
+# One query head's keys for all, groups under one norm, and under two; one sublayer after the other.
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-11b", "falcon-40b", "falcon3"])
 def test_loss_and_adapter_gradients_are_the_same_with_either_form(layout, device):
     model = adapted(layout, "4bit", device=device.type, compute_dtype="fp32")
     apply_fast_path(model)
@@ -41,7 +41,9 @@ def test_with_fp8_products_it_is_as_near_with_either_form(layout, device):
     assert 0.5 < distances[1] / distances[0] < 1.5, distances
 
 
-@pytest.mark.parametrize(("name", "layout"), [("adapter", "falcon-11b"), ("adapter_v2", "falcon-40b")])
+@pytest.mark.parametrize(
+    ("name", "layout"), [("adapter", "falcon-11b"), ("adapter_v2", "falcon-40b"), ("adapter", "falcon3")]
+)
 def test_with_an_adapter_loss_and_gradients_are_the_same_with_either_form(name, layout, device):
     model = attached(name, tiny_model(layout, "4bit", device.type, "fp32"))
     docs = documents([5, 17, 1], device=device.type)

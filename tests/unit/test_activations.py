@@ -28,7 +28,12 @@ def assert_no_gradient_changed(ours, expected, tolerance=1e-5):
 
 @pytest.mark.parametrize(
     ("layout", "compute_dtype", "tolerance"),
-    [("falcon-7b", "fp32", 1e-5), ("falcon-40b", "bf16", 1e-2), ("falcon-11b", "fp32", 1e-5)],
+    [
+        ("falcon-7b", "fp32", 1e-5),
+        ("falcon-40b", "bf16", 1e-2),
+        ("falcon-11b", "fp32", 1e-5),
+        ("falcon3", "fp32", 1e-5),
+    ],
 )
 def test_no_way_to_keep_changes_a_gradient(layout, compute_dtype, tolerance):
     model = adapted(layout, "4bit", compute_dtype=compute_dtype)
@@ -82,7 +87,7 @@ def saved(monkeypatch):
 
 
 @pytest.mark.parametrize("fast", [True, False])
-@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b"])
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b", "falcon3"])
 def test_offloaded_inputs_are_elsewhere_between_the_passes(layout, fast, saved):
     model = adapted(layout, "4bit")
     if fast:
@@ -119,7 +124,7 @@ def kept_bytes(model, mode, saved, lengths):
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b", "falcon-11b"])
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b", "falcon-11b", "falcon3"])
 def test_what_is_saved_is_what_the_memory_model_counts(layout, saved):
     model = adapted(layout, "4bit", r=8)
     apply_fast_path(model)

@@ -1,4 +1,4 @@
-"""Falcon3 on the reference path: what is particular to it. Tests over all families have the rest."""
+"""Falcon3: what is particular to it. Tests over all families have the rest."""
 
 import math
 
@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from transformers import LlamaConfig
 
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.kernels import fp8
 from falcon_qlora.methods.adapter import Adapter
 from falcon_qlora.methods.full import Full
 from falcon_qlora.models.fast_path import choose_kernels
@@ -89,13 +90,31 @@ def test_heads_of_published_sizes_and_a_tied_head(head_dim):
     assert_close(model(**packed(docs)).loss, one_by_one(plain, docs), rtol=1e-5, atol=0)
 
 
-def test_no_block_is_fast_and_whoever_demands_it_is_refused():
+def test_blocks_are_fast_but_not_in_fp8():
     model = tiny_model("falcon3")
-    report = choose_kernels(model, kernels="auto", compute_dtype="auto")
-    assert list(report) == ["model.layers.0", "model.layers.1"]
-    assert all(what.startswith("reference path: ") for what in report.values())
-    with pytest.raises(UserError, match=r"--kernels required: model\.layers\.0 .*\(2 of 2 blocks\)"):
-        choose_kernels(model, kernels="required", compute_dtype="auto")
+    report = choose_kernels(model, kernels="required", compute_dtype="auto")
+    told = "fast (attention: padded batches, weights: as stored, SwiGLU: PyTorch, between: PyTorch)"
+    assert report == dict.fromkeys(["model.layers.0", "model.layers.1"], told)
+    with (
+        fp8.emulated(),
+        pytest.raises(UserError, match=r"no FP8 products for Falcon3 yet: set .*\(2 of 2 blocks\)"),
+    ):
+        choose_kernels(model, kernels="auto", compute_dtype="fp8")
+
+
+def test_fast_blocks_take_as_much_memory_as_their_formulas_say():
+    # By hand, of 7B, r 32, bfloat16: two inputs, query key and value, attention's output and LoRA's t;
+    # attention's statistics; gate and up.
+    one = Step(config=preset_config("falcon3-7b"), tokens=16384, trainable=0, fast=True, lora_rank=32)
+    without = 2 * (2 * 3072 + 5120 + 3072 + 5 * 32) + 4 * 12
+    assert one._kept("selective") == without
+    assert one._kept("none") == without + 2 * (46080 + 2 * 32)
+    assert 28 * one._kept("none") / 1e6 == pytest.approx(3.4, rel=0.01)
+    assert 28 * one._kept("selective") / 1e6 == pytest.approx(0.8, rel=0.02)
+    needs = [one.bytes([way] * 28) for way in ("none", "selective", "full", "offload")]
+    assert needs == sorted(needs, reverse=True)
+    for free, kept in ((2 * needs[0], {"none"}), (needs[1], {"selective", "full"}), (0, {"offload"})):
+        assert set(one.choose(free)) == kept
 
 
 def test_slices_of_a_projection_that_it_has_not_are_refused():

@@ -1,5 +1,7 @@
 """Adapters on the fast path: what Transformers computes of each document with the same parameters."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -14,7 +16,7 @@ from falcon_qlora.models.step_memory import Step
 from tests.layouts import documents, plain_float32, tiny_model
 from tests.packing import gradients, one_by_one, packed, with_adapter
 from tests.unit.test_activations import kept_bytes, saved  # noqa: F401
-from tests.unit.test_fast_path import LAYOUTS_AND_MODES, calls  # noqa: F401
+from tests.unit.test_fast_path import FALCON3_MODES, LAYOUTS_AND_MODES, calls  # noqa: F401
 from tests.unit.test_methods import away_from_start
 
 pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
@@ -41,7 +43,7 @@ def step(model, run):
         output.retain_grad()
 
     model.zero_grad()
-    hook = causal_lm_in(model).transformer.word_embeddings.register_forward_hook(wants_gradient)
+    hook = causal_lm_in(model).get_input_embeddings().register_forward_hook(wants_gradient)
     try:
         loss = run(model)
         loss.backward()
@@ -75,8 +77,13 @@ def assert_same(ours, theirs, tolerance=1e-4):
         assert_close(ours[1][name], gradient, rtol=tolerance, atol=tolerance * scale, msg=name)
 
 
-@pytest.mark.parametrize(("layout", "mode"), LAYOUTS_AND_MODES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "layout", "mode"),
+    [
+        *((name, *each) for name in NAMES for each in LAYOUTS_AND_MODES),
+        *(("adapter", *each) for each in FALCON3_MODES),
+    ],
+)
 def test_loss_and_every_gradient_equal_each_document_alone(name, layout, mode, calls):  # noqa: F811
     base = tiny_model(layout, mode)
     plain = attached(name, plain_float32(base))
@@ -92,15 +99,20 @@ def test_loss_and_every_gradient_equal_each_document_alone(name, layout, mode, c
 
 
 @pytest.mark.parametrize(
-    ("layout", "keep"),
+    ("name", "layout", "keep"),
     [
-        ("falcon-7b", "input"),
-        ("falcon-7b", "offload"),
-        ("falcon-40b", "attention"),
-        ("falcon-40b", "input"),
+        *(
+            (name, *each)
+            for name in NAMES
+            for each in [
+                *product(["falcon-7b"], ["input", "offload"]),
+                *product(["falcon-40b"], ["attention", "input"]),
+            ]
+        ),
+        ("adapter", "falcon3", "attention"),
+        ("adapter", "falcon3", "input"),
     ],
 )
-@pytest.mark.parametrize("name", NAMES)
 def test_what_is_kept_changes_no_gradient(name, layout, keep, calls):  # noqa: F811
     model = attached(name, tiny_model(layout, "4bit"), first_block=1)
     docs = documents(LENGTHS)
@@ -125,8 +137,13 @@ def test_what_is_saved_is_what_the_memory_model_counts(name, layout, saved):  # 
         assert (kept[way] - kept["offload"]) / 300 == pytest.approx(predicted, rel=0.01), way
 
 
-@pytest.mark.parametrize(("layout", "autocast"), [("falcon-7b", True), ("falcon-40b", False)])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "layout", "autocast"),
+    [
+        *((name, *each) for name in NAMES for each in [("falcon-7b", True), ("falcon-40b", False)]),
+        ("adapter", "falcon3", True),
+    ],
+)
 def test_in_bfloat16_gradients_are_as_near_to_float32_as_on_the_reference_path(name, layout, autocast):
     base = tiny_model(layout, "4bit", compute_dtype="bf16")
     plain = attached(name, plain_float32(base))
@@ -178,21 +195,24 @@ def test_where_it_cannot_run_the_report_says_why(trained):
     assert reasons == {"reference path: fp8 does not go with scales and biases on the linears (Adapter v2)"}
 
 
-def test_lora_beside_a_prefix_takes_the_reference_path():
-    model = attached("adapter", tiny_model("falcon-7b"), first_block=1)
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon3"])
+def test_lora_beside_a_prefix_takes_the_reference_path(layout):
+    model = attached("adapter", tiny_model(layout), first_block=1)
     report = apply_fast_path(with_adapter(model))
     assert [line.split(" (")[0] for line in report.values()] == [
         "fast",
         "reference path: LoRA where attention looks at a learned prefix",
     ]
-    model = attached("adapter_v2", tiny_model("falcon-7b"))
+    model = attached("adapter_v2", tiny_model(layout))
     reasons = {line.split(" (")[0] for line in apply_fast_path(with_adapter(model)).values()}
-    assert reasons == {"reference path: LoRA beside scales and biases on the linears"}
+    told = "LoRA beside scales and biases" if layout == "falcon-7b" else "scales and biases"
+    assert reasons == {f"reference path: {told} on the linears"}
 
 
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon3"])
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_attached_later_is_not_computed_wrongly(name):
-    model = tiny_model("falcon-7b", "4bit")
+def test_what_is_attached_later_is_not_computed_wrongly(name, layout):
+    model = tiny_model(layout, "4bit")
     enable_packing(model)
     apply_fast_path(model)
     attached(name, model)
@@ -202,9 +222,9 @@ def test_what_is_attached_later_is_not_computed_wrongly(name):
     assert_same(ours, on_packed(model, docs))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_nor_is_lora_put_on_later(name, calls):  # noqa: F811
-    model = attached(name, tiny_model("falcon-7b", "4bit"))
+@pytest.mark.parametrize(("name", "layout"), [*product(NAMES, ["falcon-7b"]), ("adapter", "falcon3")])
+def test_nor_is_lora_put_on_later(name, layout, calls):  # noqa: F811
+    model = attached(name, tiny_model(layout, "4bit"))
     apply_fast_path(model)
     model = with_adapter(model)
     docs = documents(LENGTHS)

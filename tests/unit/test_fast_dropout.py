@@ -8,12 +8,16 @@ from torch.testing import assert_close
 from falcon_qlora.kernels import dropout
 from falcon_qlora.kernels.low_rank import Dropout
 from falcon_qlora.models import fast_path
+from falcon_qlora.models.activations import blocks_of
 from falcon_qlora.models.fast_path import apply_fast_path
 from falcon_qlora.models.forward import enable_packing
+from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.layouts.falcon import Falcon
+from falcon_qlora.models.layouts.llama import Llama
 from tests.layouts import documents, plain_float32, tiny_model
 from tests.packing import packed, with_adapter
 from tests.unit.test_fast_path import (
+    FALCON3_MODES,
     LAYOUTS_AND_MODES,
     LENGTHS,
     GeluProductsInPyTorch,
@@ -55,27 +59,32 @@ def drawn(monkeypatch):
 
 def with_dropout(model, wanted=None):
     """The model with dropout on all its LoRA, PEFT's own or those that are wanted, in the blocks' order."""
-    for number, block in enumerate(m for m in model.modules() if type(m).__name__ == "FalconDecoderLayer"):
-        linears = [m for name in fast_order() for n, m in block.named_modules() if n.endswith(name)]
+    order = FAST_ORDER[model.config.model_type]
+    for number, block in enumerate(blocks_of(model)):
+        linears = [m for name in order for n, m in block.named_modules() if n.endswith(name)]
         linears = [linear for linear in linears if isinstance(linear, LoraLayer)]
         for place, linear in enumerate(linears):
-            module = torch.nn.Dropout(P) if wanted is None else SameOnes(wanted[4 * number + place])
+            module = torch.nn.Dropout(P) if wanted is None else SameOnes(wanted[len(order) * number + place])
             linear.lora_dropout["default"] = module
     return model.train()
 
 
-def fast_order():
-    return ("query_key_value", "dense_h_to_4h", "dense_4h_to_h", "self_attention.dense")
+FAST_ORDER = {
+    "falcon": ("query_key_value", "dense_h_to_4h", "dense_4h_to_h", "self_attention.dense"),
+    "llama": tuple(Llama.linears),
+}
 
 
 @pytest.mark.parametrize(
     ("layout", "mode", "keep"),
     [
-        *((layout, mode, "all") for layout, mode in LAYOUTS_AND_MODES),
+        *((layout, mode, "all") for layout, mode in [*LAYOUTS_AND_MODES, *FALCON3_MODES]),
         ("falcon-7b", "4bit", "attention"),
         ("falcon-40b", "4bit", "attention"),
         ("falcon-7b", "4bit", "input"),
         ("falcon-40b", "4bit", "input"),
+        ("falcon3", "4bit", "attention"),
+        ("falcon3", "4bit", "input"),
     ],
 )
 def test_loss_and_gradients_are_pefts_with_the_same_values_left_out(layout, mode, keep, drawn, calls):  # noqa: F811
@@ -88,7 +97,7 @@ def test_loss_and_gradients_are_pefts_with_the_same_values_left_out(layout, mode
     arguments = packed(documents(LENGTHS))
     ours = step(model, arguments)
     assert calls == {"forward": 2, "backward": 2}
-    assert len(drawn) == 2 * 4
+    assert len(drawn) == 2 * len(layout_of(model.config).linears)
     assert_same(ours, step(with_dropout(plain, drawn), arguments))
 
 

@@ -2,52 +2,58 @@
 
 import copy
 import dataclasses
+from itertools import product
 
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import FalconH1Config, FalconH1ForCausalLM
 from transformers.models.falcon.modeling_falcon import FalconDecoderLayer
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.fp8 import fp8_excludes
 from falcon_qlora.kernels import block as kernel
-from falcon_qlora.kernels import fp8
+from falcon_qlora.kernels import fp8, sublayer
 from falcon_qlora.kernels.frozen_linear import Workspace
 from falcon_qlora.kernels.gelu_products import GeluProducts
 from falcon_qlora.models import fast_path
+from falcon_qlora.models.blocks import llama
 from falcon_qlora.models.blocks.falcon import block_facts
 from falcon_qlora.models.fast_path import apply_fast_path, choose_kernels, decide, remove_fast_path
 from falcon_qlora.models.forward import enable_packing
+from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.layouts.falcon import Falcon
+from falcon_qlora.models.layouts.llama import Llama
 from falcon_qlora.models.packed_attention import Sequences
-from tests.layouts import LAYOUTS, attach_lora, documents, plain_float32, tiny_model
+from tests.layouts import LAYOUTS, MODES, attach_lora, documents, plain_float32, tiny_model, vary_norms
 from tests.packing import gradients, one_by_one, packed, with_adapter
 
 pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
 
-FAST_LAYOUTS = [layout for layout in LAYOUTS if layout != "falcon-rw-1b"]
+PARALLEL = [layout for layout in LAYOUTS if layout != "falcon-rw-1b"]
+FAST_LAYOUTS = [*PARALLEL, "falcon3"]
 # Layouts differ in norms and heads, modes in how a weight is read: each of one kind with few of the other.
 LAYOUTS_AND_MODES = [
-    *((layout, "4bit") for layout in FAST_LAYOUTS),
+    *((layout, "4bit") for layout in PARALLEL),
     ("falcon-7b", "8bit"),
     ("falcon-40b", "16bit"),
 ]
+FALCON3_MODES = [("falcon3", mode) for mode in MODES]
 LENGTHS = [7, 40, 1, 12]
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often the function ran forward and backward."""
+    """How often a block's function ran forward and backward."""
     counted = {"forward": 0, "backward": 0}
-    for name in counted:
-        original = getattr(kernel._BlockFunction, name)
+    for function, name in product([kernel._BlockFunction, sublayer._SublayersFunction], counted):
+        original = getattr(function, name)
 
         def run(*args, _name=name, _original=original):
             counted[_name] += 1
             return _original(*args)
 
-        monkeypatch.setattr(kernel._BlockFunction, name, staticmethod(run))
+        monkeypatch.setattr(function, name, staticmethod(run))
     return counted
 
 
@@ -82,9 +88,10 @@ def assert_same(ours, theirs, tolerance=1e-4):
         assert_close(gradient, theirs[1][name], rtol=tolerance, atol=tolerance * scale, msg=name)
 
 
-@pytest.mark.parametrize(("layout", "mode"), LAYOUTS_AND_MODES)
+@pytest.mark.parametrize(("layout", "mode"), [*LAYOUTS_AND_MODES, *FALCON3_MODES])
 def test_loss_and_adapter_gradients_equal_each_document_alone(layout, mode, calls):
     base = tiny_model(layout, mode)
+    vary_norms(base)
     plain = with_adapter(plain_float32(base))
     model = with_adapter(base)
     enable_packing(model)
@@ -96,11 +103,13 @@ def test_loss_and_adapter_gradients_equal_each_document_alone(layout, mode, call
     expected.backward()
     ours = step(model, packed(docs))
     assert calls == {"forward": 2, "backward": 2}
-    assert len(ours[1]) == 2 * 4 * 2
+    assert len(ours[1]) == 2 * len(layout_of(model.config).linears) * 2
     assert_same(ours, (expected.detach(), gradients(plain)))
 
 
-@pytest.mark.parametrize(("layout", "mode"), [("falcon-7b", "4bit"), ("falcon-40b", "16bit")])
+@pytest.mark.parametrize(
+    ("layout", "mode"), [("falcon-7b", "4bit"), ("falcon-40b", "16bit"), ("falcon3", "4bit")]
+)
 def test_with_and_without_it_a_model_computes_the_same(layout, mode):
     model = adapted(layout, mode)
     arguments = packed(documents(LENGTHS))
@@ -111,11 +120,16 @@ def test_with_and_without_it_a_model_computes_the_same(layout, mode):
     assert_close(model(**logits).logits, reference_logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b"])
+PAIRS = [["query_key_value", "dense"], ["dense_h_to_4h", "dense_4h_to_h"]]
+SOME = [["q_proj", "v_proj"], ["k_proj", "up_proj"], ["o_proj", "down_proj"]]
+
+
 @pytest.mark.parametrize(
-    "targets",
-    [[name] for name in Falcon.linears] + [["query_key_value", "dense"], ["dense_h_to_4h", "dense_4h_to_h"]],
-    ids="-".join,
+    ("layout", "targets"),
+    [
+        *product(["falcon-7b", "falcon-40b"], [*([name] for name in Falcon.linears), *PAIRS]),
+        *product(["falcon3"], [*([name] for name in Llama.linears), *SOME]),
+    ],
 )
 def test_lora_on_some_linears(layout, targets, calls):
     model = adapted(layout, "4bit", target_modules=targets)
@@ -127,7 +141,15 @@ def test_lora_on_some_linears(layout, targets, calls):
 
 
 @pytest.mark.parametrize(
-    ("layout", "r"), [("falcon-7b", 1), ("falcon-7b", 5), ("falcon-40b", 5), ("falcon-40b", 8)]
+    ("layout", "r"),
+    [
+        ("falcon-7b", 1),
+        ("falcon-7b", 5),
+        ("falcon-40b", 5),
+        ("falcon-40b", 8),
+        ("falcon3", 1),
+        ("falcon3", 5),
+    ],
 )
 def test_ranks_that_fit_no_multiple_of_eight(layout, r):
     model = adapted(layout, "4bit", r=r)
@@ -168,7 +190,9 @@ def test_gelu_in_the_epilogues_of_products(layout, targets, monkeypatch):
     assert products.calls == 4
 
 
-@pytest.mark.parametrize(("layout", "use_reentrant"), [("falcon-7b", False), ("falcon-40b", True)])
+@pytest.mark.parametrize(
+    ("layout", "use_reentrant"), [("falcon-7b", False), ("falcon-40b", True), ("falcon3", False)]
+)
 def test_recomputation_changes_no_gradient(layout, use_reentrant, calls):
     model = adapted(layout, "4bit")
     arguments = packed(documents(LENGTHS))
@@ -280,7 +304,7 @@ def test_distributed_data_parallel_reduces_every_gradient_once(checkpointing):
         assert_close(gradient, 2 * reference[1][name], rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b"])
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b", "falcon3"])
 def test_one_document_does_not_reach_another(layout):
     model = adapted(layout, "4bit")
     apply_fast_path(model)
@@ -300,6 +324,8 @@ def test_one_document_does_not_reach_another(layout):
         ("falcon-7b", True, True),
         ("falcon-40b", True, False),
         ("falcon-40b", False, True),
+        ("falcon3", False, False),
+        ("falcon3", True, True),
     ],
 )
 def test_in_bfloat16_gradients_are_as_near_to_float32_as_on_the_reference_path(
@@ -310,7 +336,7 @@ def test_in_bfloat16_gradients_are_as_near_to_float32_as_on_the_reference_path(
     model = with_adapter(base)
     if norms_in_float32:
         for module in model.modules():
-            if isinstance(module, torch.nn.LayerNorm):
+            if isinstance(module, layout_of(base.config).norm_class):
                 module.float()
     enable_packing(model)
     docs = documents(LENGTHS)
@@ -328,7 +354,8 @@ def test_in_bfloat16_gradients_are_as_near_to_float32_as_on_the_reference_path(
 
 
 @pytest.mark.parametrize(
-    ("layout", "mode"), [("falcon-7b", "4bit"), ("falcon-40b", "16bit"), ("falcon-11b", "4bit")]
+    ("layout", "mode"),
+    [("falcon-7b", "4bit"), ("falcon-40b", "16bit"), ("falcon-11b", "4bit"), ("falcon3", "4bit")],
 )
 def test_in_bfloat16_a_young_adapter_reaches_the_logits(layout, mode):
     # PEFT adds what LoRA gives to an output that is rounded already: after a first step less than half of its
@@ -370,8 +397,9 @@ def test_evaluation_and_training_may_alternate_with_several_lengths():
     assert_same(step(model, arguments), reference)
 
 
-def test_where_there_is_a_cache_nothing_changes(calls):
-    model = adapted("falcon-7b", "4bit").eval()
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon3"])
+def test_where_there_is_a_cache_nothing_changes(layout, calls):
+    model = adapted(layout, "4bit").eval()
     ids = documents([9])[0][None]
     before = model(ids).logits
     answer = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
@@ -439,12 +467,13 @@ def test_adapters_switched_off_or_merged_are_respected(calls):
     [
         ("falcon-rw-1b", {}, "positions by ALiBi"),
         ("falcon-7b", {"use_dora": True}, "Dora instead of plain LoRA"),
+        ("falcon3", {"use_dora": True}, "Dora instead of plain LoRA"),
     ],
 )
 def test_what_it_does_not_know_is_left_alone_with_the_reason(layout, settings, reason, calls):
     model = adapted(layout, **settings)
     assert set(apply_fast_path(model).values()) == {f"reference path: {reason}"}
-    assert not any("forward" in vars(m) for m in model.modules() if isinstance(m, FalconDecoderLayer))
+    assert not any("forward" in vars(block) for block in fast_path.blocks_of(model))
     model(**packed(documents(LENGTHS))).loss.backward()
     assert calls["forward"] == 0
 
@@ -459,7 +488,8 @@ def test_what_it_does_not_know_is_left_alone_with_the_reason(layout, settings, r
 )
 def test_a_family_without_a_fast_block_takes_the_reference_path(kernels, compute_dtype, asked):
     sizes = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+    mixer = {"mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16, "mamba_d_state": 8}
+    model = FalconH1ForCausalLM(FalconH1Config(vocab_size=32, **sizes, **mixer))
     reason = "no fast block for this layout yet"
     with fp8.emulated():
         if asked is not None:
@@ -482,8 +512,17 @@ def test_an_adapter_that_changes_later_is_not_computed_wrongly(calls):
     assert calls["forward"] == 0
 
 
-def test_only_gradients_that_are_needed_are_computed():
-    model = adapted("falcon-7b", "4bit")
+@pytest.mark.parametrize(
+    ("layout", "targets", "weights"),
+    [
+        # Two products a block forward and two backward, but nothing before the first block wants a gradient.
+        ("falcon-7b", None, 2 * 4 - 1),
+        ("falcon3", None, 2 * 8 - 1),
+        ("falcon3", ["gate_proj"], 2 * 8 - 3),  # nor does the first attention
+    ],
+)
+def test_only_gradients_that_are_needed_are_computed(layout, targets, weights):
+    model = adapted(layout, "4bit", **({} if targets is None else {"target_modules": targets}))
     apply_fast_path(model)
     rows = []
     take = Workspace.take
@@ -495,8 +534,7 @@ def test_only_gradients_that_are_needed_are_computed():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Workspace, "take", counted)
         model(**packed(documents(LENGTHS))).loss.backward()
-    # Two products a block forward and two backward, but nothing before the first block wants a gradient.
-    assert len(rows) == 2 * 4 - 1
+    assert len(rows) == weights
 
 
 def facts(**changes):
@@ -505,15 +543,19 @@ def facts(**changes):
     return dataclasses.replace(block_facts(block, torch.float32), **changes)
 
 
-def test_decide_says_what_runs():
-    given = facts(dtype=torch.bfloat16)
+@pytest.mark.parametrize("activation", ["GELU", "SwiGLU"])
+def test_decide_says_what_runs(activation):
+    given = facts(dtype=torch.bfloat16, activation=activation)
     assert decide(given, triton=True, attention="variable-length kernel") == {
         "block": "fast",
         "attention": "variable-length kernel",
         "weights": "NF4 dequantized",
-        "GELU": "Triton",
+        activation: "Triton",
         "between": "Triton",
     }
+    # Other activations than GELU have no products that compute them.
+    ways = decide(given, triton=True, attention="variable-length kernel", gelu_in_products=True)
+    assert ways[activation] == {"GELU": "in products", "SwiGLU": "Triton"}[activation]
 
 
 @pytest.mark.parametrize(
@@ -532,10 +574,24 @@ def test_a_falcon_unlike_the_fast_block_is_told_by_what_is_different(changes, re
     assert block_facts(block, torch.float32).unlike == reason
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"hidden_act": "gelu"}, "activation gelu"), ({"attention_dropout": 0.1}, "attention dropout 0.1")],
+)
+def test_and_so_is_a_falcon3(changes, reason):
+    block = fast_path.blocks_of(adapted("falcon3"))[0]
+    for name, value in changes.items():
+        setattr(block.self_attn.config, name, value)
+    assert llama.block_facts(block, torch.float32).unlike == reason
+
+
 def test_and_so_is_one_with_biases():
     block = fast_path.blocks_of(adapted("falcon-7b"))[0]
     block.mlp.dense_h_to_4h.base_layer.bias = torch.nn.Parameter(torch.zeros(768), requires_grad=False)
     assert block_facts(block, torch.float32).unlike == "linears with biases"
+    block = fast_path.blocks_of(adapted("falcon3"))[0]
+    block.mlp.down_proj.base_layer.bias = torch.nn.Parameter(torch.zeros(64), requires_grad=False)
+    assert llama.block_facts(block, torch.float32).unlike == "linears with biases"
 
 
 @pytest.mark.parametrize(
@@ -558,13 +614,14 @@ def test_decide_says_why_not(changes, reason):
         ({"lora_dropout": 0.05}, {"lora_dropout": 0.05}),
         ({"scaled": True}, {"scales": True}),
         ({"prefix_rows": 5}, {"prefix": True}),
+        ({"without_fp8": "Falcon3"}, {"family": "Falcon3"}),
     ],
 )
 def test_what_fp8_excludes_is_told_of_a_block_in_the_words_of_the_one_who_decides(changes, asked):
     given = facts(**changes)
     decision = decide(given, triton=True, attention="variable-length kernel", fp8_products=True)
     assert decision == {"block": "reference", "reason": fp8_excludes(**asked)}
-    assert "fp8 does not go with" in decision["reason"]
+    assert "fp8" in decision["reason"].lower()
     assert decide(given, triton=True, attention="variable-length kernel")["block"] == "fast"
 
 

@@ -11,65 +11,45 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from falcon_qlora.common.fp8 import fp8_excludes
 from falcon_qlora.kernels.block import Block, Norm, run_block
-from falcon_qlora.kernels.fp8_block import Fp8
-from falcon_qlora.kernels.frozen_linear import Adapter, Projection, project
-from falcon_qlora.kernels.low_rank import Dropout
+from falcon_qlora.kernels.frozen_linear import Adapter, project
 from falcon_qlora.kernels.scaled_products import ScaledProducts
 from falcon_qlora.models.blocks.attention import PackedAttention, PrefixedAttention
 from falcon_qlora.models.blocks.fast_block import (
     BlockFacts,
     State,
     UnknownAdapter,
-    active_adapter,
     base_of,
-    dropout_of,
-    lora_parameters,
+    facts_of,
+    kept_by,
+    projection_of,
     state_of,
 )
 from falcon_qlora.models.forward import forward_before
 from falcon_qlora.models.layouts.falcon import split_heads
 from falcon_qlora.models.packed_attention import Sequences
 from falcon_qlora.models.prefix import prefix_of
-from falcon_qlora.models.quantize import quantize_mode_of
 from falcon_qlora.models.scaled import scale_and_bias_of
-
-# Older releases of Transformers recompute in ``__call__``, which runs before this forward anyway.
-_RECOMPUTES_IN_CALL = "__call__" in vars(GradientCheckpointingLayer)
 
 
 def block_facts(block: Any, dtype: torch.dtype) -> BlockFacts:
     """The facts about a block that `fast_path.decide` needs; `dtype` is that of the activations."""
     linears = _linears_of(block)
-    added = prefix_of(block.self_attention)
     vectors = [scale_and_bias_of(base_of(linear)) for linear in linears]
     scaled = all(each is not None for each in vectors)
-    known = {id(p) for linear in linears for p in lora_parameters(linear)}
-    known |= {id(p) for p in (added.parameters() if added is not None else ())}
+    known: list[nn.Parameter] = []
     if scaled:
         norms = [module for module in block.modules() if isinstance(module, nn.LayerNorm)]
-        known |= {id(p) for module in [*vectors, *norms] if module is not None for p in module.parameters()}
-    dropouts, unknown = [0.0], _more_than_lora(block)
-    for linear in linears:
-        try:
-            active = active_adapter(linear)
-        except UnknownAdapter as error:
-            unknown = unknown or str(error)
-            continue
-        if active is not None:
-            dropouts.append(dropout_of(linear, active))
-    return BlockFacts(
+        known = [p for module in [*vectors, *norms] if module is not None for p in module.parameters()]
+    return facts_of(
+        block,
+        linears,
+        block.self_attention,
+        dtype,
         unlike=_unlike(block),
-        trainable=tuple(n for n, p in block.named_parameters() if p.requires_grad and id(p) not in known),
-        dtype=dtype,
-        head_dim=block.self_attention.head_dim,
-        quantize_mode=quantize_mode_of(base_of(linears[0])),
-        lora_dropout=max(dropouts),
-        lora_unknown=unknown,
-        prefix_rows=0 if added is None else len(added.prefix),
+        lora_unknown=_more_than_lora(block),
+        known=known,
         scaled=scaled,
     )
 
@@ -120,7 +100,7 @@ def block_and_adapters(module: Any, state: State) -> tuple[Block, list[Adapter]]
     projections, adapters = [], []
     for linear in _linears_of(module):
         try:
-            projection, adapter = _projection(linear, state)
+            projection, adapter = projection_of(linear, state)
         except UnknownAdapter:
             return None
         vectors = scale_and_bias_of(projection.layer)
@@ -135,9 +115,6 @@ def block_and_adapters(module: Any, state: State) -> tuple[Block, list[Adapter]]
     norms = _norms(module)
     if scaled:
         adapters += [(norm.weight, norm.bias) for norm in norms]
-    keep = "input" if state.keep == "offload" else state.keep
-    if module.gradient_checkpointing and module.training and not _RECOMPUTES_IN_CALL:
-        keep = "input"
     query_key_value, dense_h_to_4h, dense_4h_to_h, dense = projections
     block = Block(
         norms=norms,
@@ -149,29 +126,9 @@ def block_and_adapters(module: Any, state: State) -> tuple[Block, list[Adapter]]
         head_dim=module.self_attention.head_dim,
         workspace=state.workspace,
         products=state.products,
-        keep=keep,
+        keep=kept_by(module, state),
     )
     return block, adapters
-
-
-def _projection(linear: Any, state: State) -> tuple[Projection, Adapter]:
-    """A linear with its active LoRA.
-
-    Raises:
-        UnknownAdapter: if the products cannot compute it.
-    """
-    base, name = base_of(linear), active_adapter(linear)
-    if name is None:
-        return Projection(base, base.out_features, base.in_features), (None, None)
-    p = dropout_of(linear, name) if linear.training else 0.0
-    if isinstance(state.products, Fp8) and fp8_excludes(lora_dropout=p):
-        raise UnknownAdapter("LoRA dropout")
-    a, b = linear.lora_A[name], linear.lora_B[name]
-    dropout = Dropout.draw(p) if p else None
-    projection = Projection(
-        base, base.out_features, base.in_features, a.out_features, linear.scaling[name], dropout
-    )
-    return projection, (a.weight, b.weight)
 
 
 def block_forward(

@@ -6,22 +6,31 @@ stay in place: their matrices are read at every call and get the gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from falcon_qlora.common.fp8 import fp8_excludes
+from falcon_qlora.kernels import block as kernel
 from falcon_qlora.kernels.block import Block, Products
-from falcon_qlora.kernels.frozen_linear import Adapter, Workspace
+from falcon_qlora.kernels.fp8_block import Fp8
+from falcon_qlora.kernels.frozen_linear import Adapter, Projection, Workspace
+from falcon_qlora.kernels.low_rank import Dropout
 from falcon_qlora.kernels.offload import Offload
 from falcon_qlora.models.blocks.attention import AttentionKernel
 from falcon_qlora.models.forward import forward_is_replaced, replace_forward, restore_forward
-from falcon_qlora.models.quantize import QuantizeMode
+from falcon_qlora.models.prefix import prefix_of
+from falcon_qlora.models.quantize import QuantizeMode, quantize_mode_of
 
 _STATE = "_fast_path_state"
+
+# Older releases of Transformers recompute in ``__call__``, which runs before a fast block's forward anyway.
+_RECOMPUTES_IN_CALL = "__call__" in vars(GradientCheckpointingLayer)
 
 Keep = Literal["all", "attention", "input", "offload"]
 """What a block keeps for its backward pass, see `Block.keep`; ``offload``: its input, in CPU memory."""
@@ -43,6 +52,8 @@ class BlockFacts:
         lora_unknown: what is not plain LoRA in the adapters, or None.
         prefix_rows: P of a learned prefix, 0 without one.
         scaled: whether learned vectors scale and shift the linears' outputs.
+        activation: of the feed-forward layer.
+        without_fp8: the family's name if its blocks have no FP8 products.
     """
 
     unlike: str | None
@@ -54,6 +65,57 @@ class BlockFacts:
     lora_unknown: str | None
     prefix_rows: int = 0
     scaled: bool = False
+    activation: str = "GELU"
+    without_fp8: str | None = None
+
+
+def facts_of(
+    block: nn.Module,
+    linears: Sequence[Any],
+    attention: Any,
+    dtype: torch.dtype,
+    *,
+    unlike: str | None,
+    lora_unknown: str | None,
+    known: Iterable[nn.Parameter] = (),
+    **more: Any,
+) -> BlockFacts:
+    """The facts about a block, of which those alike in all families are found here.
+
+    Args:
+        block: of any family.
+        linears: all of its linears.
+        attention: its attention.
+        dtype: of the activations.
+        unlike: as in `BlockFacts`.
+        lora_unknown: a mix of adapters that the fast block does not compute, or None.
+        known: trained parameters that it computes gradients of, beside LoRA's and a prefix's.
+        more: other fields of `BlockFacts`.
+    """
+    added = prefix_of(attention)
+    of_prefix = added.parameters() if added is not None else ()
+    of_lora = (parameter for linear in linears for parameter in lora_parameters(linear))
+    ours = {id(parameter) for parameter in (*of_lora, *of_prefix, *known)}
+    dropouts = [0.0]
+    for linear in linears:
+        try:
+            active = active_adapter(linear)
+        except UnknownAdapter as error:
+            lora_unknown = lora_unknown or str(error)
+            continue
+        if active is not None:
+            dropouts.append(dropout_of(linear, active))
+    return BlockFacts(
+        unlike=unlike,
+        trainable=tuple(n for n, p in block.named_parameters() if p.requires_grad and id(p) not in ours),
+        dtype=dtype,
+        head_dim=attention.head_dim,
+        quantize_mode=quantize_mode_of(base_of(linears[0])),
+        lora_dropout=max(dropouts),
+        lora_unknown=lora_unknown,
+        prefix_rows=0 if added is None else len(added.prefix),
+        **more,
+    )
 
 
 @dataclass
@@ -109,6 +171,35 @@ def active_adapter(linear: Any) -> str | None:
     if linear.lora_bias[names[0]]:
         raise UnknownAdapter("LoRA with a bias")
     return names[0]
+
+
+def projection_of(linear: Any, state: State) -> tuple[Projection, Adapter]:
+    """A linear with its active LoRA.
+
+    Raises:
+        UnknownAdapter: if the products cannot compute it.
+    """
+    base, name = base_of(linear), active_adapter(linear)
+    if name is None:
+        return Projection(base, base.out_features, base.in_features), (None, None)
+    p = dropout_of(linear, name) if linear.training else 0.0
+    if isinstance(state.products, Fp8) and fp8_excludes(lora_dropout=p):
+        raise UnknownAdapter("LoRA dropout")
+    a, b = linear.lora_A[name], linear.lora_B[name]
+    dropout = Dropout.draw(p) if p else None
+    projection = Projection(
+        base, base.out_features, base.in_features, a.out_features, linear.scaling[name], dropout
+    )
+    return projection, (a.weight, b.weight)
+
+
+def kept_by(block: Any, state: State) -> kernel.Keep:
+    """What a call of a fast block keeps for its backward pass, for `kernels`."""
+    if state.keep == "offload" or (
+        block.gradient_checkpointing and block.training and not _RECOMPUTES_IN_CALL
+    ):
+        return "input"
+    return state.keep
 
 
 def dropout_of(linear: Any, name: str) -> float:

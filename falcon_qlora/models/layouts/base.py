@@ -84,6 +84,9 @@ class Layout(ABC):
         query_projection: the one whose output holds the queries.
         output_projection: the one that attention ends with.
         fused: the one that gives queries, keys and values at once, or None.
+        residuals: how often a fast block adds to the hidden states: once where attention and feed-forward
+            layer are parallel, twice where one follows the other.
+        fp8_products: whether its fast blocks can multiply in FP8.
     """
 
     family: ClassVar[str]
@@ -115,6 +118,8 @@ class Layout(ABC):
     query_projection: ClassVar[str]
     output_projection: ClassVar[str]
     fused: ClassVar[str | None] = None
+    residuals: ClassVar[int] = 1
+    fp8_products: ClassVar[bool] = False
 
     def __init__(self, config: PreTrainedConfig):
         self.config = config

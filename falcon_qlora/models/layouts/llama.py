@@ -91,6 +91,7 @@ class Llama(Layout):
     feed_forward_inputs = ("gate_proj", "up_proj")
     query_projection = "q_proj"
     output_projection = "o_proj"
+    residuals = 2
 
     @classmethod
     def derived(cls, kept: dict[str, Any]) -> dict[str, Any]:
