@@ -29,7 +29,7 @@ if not torch.cuda.is_available():
 
 import triton
 
-from falcon_qlora.kernels import gelu, layer_norm, nf4, rotary
+from falcon_qlora.kernels import gelu, layer_norm, nf4, rms_norm, rotary, swiglu
 from falcon_qlora.models.quantize import bnb
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -46,10 +46,12 @@ class Sizes:
     kv_heads: int
     group: int
     head_dim: int = 64
+    keys: int = 1  # of a group
 
 
 MODELS = (Sizes("7B", 4544, 18176, 1, 73), Sizes("40B", 8192, 32768, 8, 18))
-TINY = (Sizes("tiny", 192, 768, 2, 5),)
+MODELS += (Sizes("Falcon3-7B", 3072, 23040, 1, 20, 256, keys=4),)
+TINY = (Sizes("tiny", 192, 768, 2, 5), Sizes("tiny Falcon3", 192, 256, 1, 8, keys=2))
 
 
 @dataclass(frozen=True)
@@ -248,8 +250,89 @@ def gelu_cases(sizes: Sizes, tokens: int) -> Iterator[Case]:
     )  # fmt: skip
 
 
+def sequential_cases(sizes: Sizes, tokens: int) -> Iterator[Case]:
+    """What Falcon3's blocks have instead of layer norms, GELU and fused heads."""
+
+    def make(*shape: int) -> Tensor:
+        return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
+
+    (x, grad, add), weight = make(3, tokens, sizes.hidden), make(sizes.hidden)
+    out, (_, rstd), shape = torch.empty_like(x), rms_norm.rms_norm(x, weight, EPS), x.shape[1:]
+
+    def backward(of_y: Tensor, x: Tensor, weight: Tensor, add: Tensor) -> tuple[Tensor]:
+        leaf = x.detach().requires_grad_()
+        return (torch.autograd.grad(F.rms_norm(leaf, shape, weight, EPS), leaf, of_y)[0] + add,)
+
+    shown = f"[{tokens}, {sizes.hidden}]"
+    yield Case(
+        f"RMS norm {shown}", lambda: rms_norm.rms_norm(x, weight, EPS, out)[:1],
+        lambda: (F.rms_norm(x, shape, weight, EPS),),
+        lambda: (F.rms_norm(x[:ROWS].double(), shape, weight.double(), EPS),), 4 * x.numel(), layer_norm, {},
+    )  # fmt: skip
+    yield Case(
+        f"RMS norm, backward {shown}",
+        lambda: (rms_norm.rms_norm_backward(grad, x, rstd, weight, add, out),),
+        lambda: backward(grad, x, weight, add),
+        lambda: backward(grad[:ROWS].double(), x[:ROWS].double(), weight.double(), add[:ROWS].double()),
+        8 * x.numel(), layer_norm, {},
+    )  # fmt: skip
+
+    gate_up, of_y, y = make(tokens, 2 * sizes.wide), make(tokens, sizes.wide), make(tokens, sizes.wide)
+    of_gate_up, again = torch.empty_like(gate_up), of_y.clone()  # which the kernel overwrites
+
+    def by_torch(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=1)
+        return F.silu(gate) * up
+
+    def back(gate_up: Tensor, of_y: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = gate_up.detach().requires_grad_()
+        output = by_torch(leaf)
+        return torch.autograd.grad(output, leaf, of_y)[0], output.detach()
+
+    shown, tunables = f"[{tokens}, {sizes.wide}]", {"_BLOCK": [1024, 2048, 4096], "_WARPS": [4, 8]}
+    yield Case(
+        f"SwiGLU {shown}", lambda: (swiglu.swiglu(gate_up, y),), lambda: (by_torch(gate_up),),
+        lambda: (by_torch(gate_up[:ROWS].double()),), 6 * y.numel(), swiglu, tunables,
+    )  # fmt: skip
+    yield Case(
+        f"SwiGLU, backward {shown}", lambda: swiglu.swiglu_backward(again, gate_up, of_gate_up),
+        lambda: back(gate_up, of_y), lambda: back(gate_up[:ROWS].double(), of_y[:ROWS].double()),
+        12 * y.numel(), swiglu, tunables,
+    )  # fmt: skip
+
+
+def rotary_apart_cases(sizes: Sizes, tokens: int) -> Iterator[Case]:
+    heads = torch.randn(tokens, 1, sizes.group, sizes.head_dim, device=DEVICE, dtype=torch.bfloat16)
+    cosine, sine = torch.randn(2, tokens, sizes.head_dim, device=DEVICE, dtype=torch.bfloat16)
+    exact = [each[:ROWS].double() for each in (cosine, sine)]
+    split = [sizes.group - 2 * sizes.keys, sizes.keys, sizes.keys]
+    parts = [part.contiguous() for part in heads[:, 0].split(split, dim=1)]
+    out, half = torch.empty_like(heads), sizes.head_dim // 2
+
+    def theirs(parts: list[Tensor], cosine: Tensor, sine: Tensor) -> tuple[Tensor]:
+        def turned(part: Tensor) -> Tensor:
+            first, second = part[..., :half], part[..., half:]
+            c, s = cosine[:, None, :half], sine[:, None, :half]
+            return torch.cat([first * c + second * s, second * c - first * s], dim=-1)
+
+        return (torch.cat([turned(parts[0]), turned(parts[1]), parts[2]], dim=1)[:, None],)
+
+    tunables: dict[str, list[Any]] = {"_TOKENS_A_PROGRAM": [4, 8, 16], "_WARPS": [2, 4, 8]}
+    moved = 4 * heads.numel() + 2 * cosine.numel()
+    yield Case(
+        f"rotate apart, join {list(heads.shape)}",
+        lambda: (rotary.rotate_join(*parts, cosine, sine, out),), lambda: theirs(parts, cosine, sine),
+        lambda: theirs([each[:ROWS].double() for each in parts], *exact),
+        moved, rotary, tunables,
+    )  # fmt: skip
+
+
 def cases(sizes: Sizes, tokens: int) -> Iterator[Case]:
     yield from nf4_cases(sizes)
+    if sizes.keys > 1:
+        yield from sequential_cases(sizes, tokens)
+        yield from rotary_apart_cases(sizes, tokens)
+        return
     yield from norm_cases(sizes, tokens)
     yield from rotary_cases(sizes, tokens)
     yield from gelu_cases(sizes, tokens)
@@ -303,12 +386,14 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try this script")
-    parser.add_argument("--tune", action="store_true", help="time other choices of the launchers, for 7B")
+    parser.add_argument(
+        "--tune", action="store_true", help="time other choices of the launchers, for both 7Bs"
+    )
     arguments = parser.parse_args()
     torch.manual_seed(0)
     models = TINY if arguments.tiny else MODELS
     if arguments.tune:
-        for case in cases(models[0], arguments.tokens):
+        for case in itertools.chain(*(cases(each, arguments.tokens) for each in (models[0], models[-1]))):
             tune(case)
         return
     print(torch.cuda.get_device_name() if DEVICE.type == "cuda" else "no GPU: errors alone", end="\n\n")

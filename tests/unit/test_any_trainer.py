@@ -14,6 +14,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import falcon_qlora
 from falcon_qlora.kernels import block as kernel
+from falcon_qlora.kernels import sublayer
 from falcon_qlora.models.fast_path import remove_fast_path
 from falcon_qlora.models.tokenizer import load_tokenizer
 from tests.layouts import attach_lora, documents, tiny_model
@@ -25,13 +26,14 @@ LENGTHS = [7, 40, 1, 12]
 def ran(monkeypatch):
     """One entry for every fast block that ran."""
     entries = []
-    original = kernel._BlockFunction.forward
+    for function in (kernel._BlockFunction, sublayer._SublayersFunction):
+        original = function.forward
 
-    def run(*args):
-        entries.append(1)
-        return original(*args)
+        def run(*args, _original=original):
+            entries.append(1)
+            return _original(*args)
 
-    monkeypatch.setattr(kernel._BlockFunction, "forward", staticmethod(run))
+        monkeypatch.setattr(function, "forward", staticmethod(run))
     return entries
 
 
@@ -71,7 +73,7 @@ def step(model, batch):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b", "falcon-11b", "falcon-rw-1b"])
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b", "falcon-11b", "falcon-rw-1b", "falcon3"])
 def test_a_padded_batch_gives_what_transformers_gives(layout, side, ran):
     model, batch = adapted(layout), padded(documents(LENGTHS), side)
     expected, expected_grads = step(model, batch)
