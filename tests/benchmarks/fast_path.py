@@ -33,14 +33,6 @@ DOCUMENT = 512
 WARM_UP = 3
 
 
-def triton_runs() -> bool:
-    try:
-        return bool(ops._triton_forms())
-    except ImportError as error:
-        print(f"Triton's forms are left out: {error}")
-        return False
-
-
 def gradients(runner: OwnRunner, tokens: int, *, autocast: bool = True) -> tuple[float, dict[str, Tensor]]:
     """The mean loss and every trainable parameter's gradient on documents of 512 tokens."""
     documents = made_up(tokens // DOCUMENT, DOCUMENT, runner.model.config.vocab_size, seed=0)
@@ -155,7 +147,7 @@ def main() -> None:
     warnings.simplefilter("ignore", FutureWarning)  # of Transformers, about its own names
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = Path(os.environ.get("OUT", "."))
-    forms: list[ops.Implementation] = ["torch", "triton"] if triton_runs() else ["torch"]
+    forms: list[ops.Implementation] = ["torch", "triton"] if ops.triton_runs_on(device) else ["torch"]
     settings = Settings(r=arguments.r, max_length=DOCUMENT)
     compare_gradients(arguments.gradients_of, settings, device, forms, min(2048, arguments.tokens))
     for name in arguments.profile:

@@ -33,7 +33,7 @@ from falcon_qlora.kernels.low_rank import LowRank
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.quantize import bnb
 from tests.benchmarks import kernels as kernel_benchmark
-from tests.benchmarks.fast_path import compare_gradients, profile, triton_runs
+from tests.benchmarks.fast_path import compare_gradients, profile
 
 DEVICE = kernel_benchmark.DEVICE
 BF16 = torch.bfloat16
@@ -239,9 +239,7 @@ def main() -> None:
         replaced += ",hidden_size=192,num_attention_heads=3,vocab_size=128"
         arguments.model = f"random:falcon-7b?{replaced}"
     settings = Settings(r=arguments.r, max_length=DOCUMENT)
-    forms: list[ops.Implementation] = (
-        ["triton", "torch"] if triton_runs() and not arguments.tiny else ["torch"]
-    )
+    forms: list[ops.Implementation] = ["triton", "torch"] if ops.triton_runs_on(DEVICE) else ["torch"]
     with contextlib.nullcontext() if fp8.why_not(DEVICE) is None else fp8.emulated():
         check_products()
         for label in ["7b"] if arguments.tiny else ["7b", "40b"]:
