@@ -1,12 +1,14 @@
 """The peers' way: Transformers' own forward, PEFT's LoRA, TRL's training step, padded batches.
 
 Nothing of this project is in the step. Only the weights come from its loader, because Transformers 5 leaves
-every linear of a Falcon unquantized; the layers are bitsandbytes' own. The norms are PyTorch's in float32, as
-the 2023 recipe casts them.
+every linear of a Falcon unquantized; the layers are bitsandbytes' own. The norms are the model's own in
+float32, as the 2023 recipe casts them. ``stock-liger`` has Liger's kernels for Llama (`pip install
+liger-kernel`), as TRL switches them on: rotation, norms and SwiGLU.
 """
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,24 +17,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
+from transformers.models.llama import modeling_llama
 from trl import SFTConfig, SFTTrainer
 
 from falcon_qlora.bench.documents import Document
 from falcon_qlora.bench.runners import Settings, adapted
 from falcon_qlora.bench.variants import Engine, Variant
 from falcon_qlora.models.layouts import layout_of
-from falcon_qlora.models.layouts.norms import SameDtypeLayerNorm
+from falcon_qlora.models.layouts.norms import SameDtypeLayerNorm, SameDtypeRMSNorm
 from falcon_qlora.models.load import quantization_of
 from falcon_qlora.models.quantize import holds_quantized_weight
 from falcon_qlora.models.tiny import tiny_path
 
 _IGNORED = -100
+_REPLACED_BY_LIGER = ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP")
 _WEIGHTS = {"4bit": "NF4, doubly quantized", "8bit": "int8", "16bit": "bfloat16"}
 
 
 def variants() -> Iterator[Variant]:
-    """The 2023 recipe on today's libraries, and the same as fast as flags make it."""
+    """The 2023 recipe on today's libraries, the same as fast as flags make it, and with Liger's kernels."""
     engine = Engine(name="stock", build=build)
+    yield Variant(
+        name="stock-liger",
+        what="stock-fast with Liger's kernels, Falcon3 alone",
+        engine=Engine(name="stock-liger", build=functools.partial(build, liger=True)),
+        kernels="off",
+        largest_batch=True,
+    )
     for mode in ("4bit", "8bit", "16bit"):
         name = "stock" if mode == "4bit" else f"stock-{mode}"
         yield Variant(
@@ -55,14 +66,17 @@ def variants() -> Iterator[Variant]:
 
 
 @contextmanager
-def build(variant: Variant, base: Any, settings: Settings, kept: dict[str, Any]) -> Iterator[StockRunner]:
+def build(
+    variant: Variant, base: Any, settings: Settings, kept: dict[str, Any], *, liger: bool = False
+) -> Iterator[StockRunner]:
     """Put PEFT and TRL on `base` as their users would; take them off again when the block ends."""
     norms = _plain_norms(base)
+    patched = {name: getattr(modeling_llama, name) for name in _REPLACED_BY_LIGER}
     recompute = variant.checkpointing == "full"
     model = None
     try:
         model = adapted(base, variant, settings)
-        trainer = _trainer(model, base, settings, recompute)
+        trainer = _trainer(model, base, settings, recompute, liger)
         if recompute:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         verify_quantized_under_lora(model, variant)
@@ -76,21 +90,33 @@ def build(variant: Variant, base: Any, settings: Settings, kept: dict[str, Any])
             model.unload()
         for name, norm in norms.items():
             base.set_submodule(name, norm)
+        for name, own in patched.items():
+            setattr(modeling_llama, name, own)
+        for module in base.modules():
+            if isinstance(module, patched["LlamaMLP"]):
+                for name in ("forward", "_get_name"):
+                    module.__dict__.pop(name, None)
 
 
-def _plain_norms(base: Any) -> dict[str, SameDtypeLayerNorm]:
-    """Replace the loader's norms by PyTorch's in float32; returns the loader's by name."""
-    norms = {name: each for name, each in base.named_modules() if isinstance(each, SameDtypeLayerNorm)}
-    for name, norm in norms.items():
-        plain = nn.LayerNorm(norm.normalized_shape, eps=norm.eps, device=norm.weight.device)
-        with torch.no_grad():
-            plain.weight.copy_(norm.weight)
-            plain.bias.copy_(norm.bias)
-        base.set_submodule(name, plain.requires_grad_(False))
+def _plain_norms(base: Any) -> dict[str, nn.Module]:
+    """Replace the loader's norms by the model's own in float32; returns the loader's by name."""
+    norms: dict[str, nn.Module] = {}
+    for name, norm in base.named_modules():
+        if isinstance(norm, SameDtypeLayerNorm):
+            plain: nn.Module = nn.LayerNorm(norm.normalized_shape, eps=norm.eps)
+        elif isinstance(norm, SameDtypeRMSNorm):
+            plain = modeling_llama.LlamaRMSNorm(len(norm.weight), norm.variance_epsilon).to(
+                norm.weight.device
+            )
+        else:
+            continue
+        norms[name] = norm
+        plain.load_state_dict(norm.state_dict())
+        base.set_submodule(name, plain.to(norm.weight.device).requires_grad_(False))
     return norms
 
 
-def _trainer(model: Any, base: Any, settings: Settings, recompute: bool) -> SFTTrainer:
+def _trainer(model: Any, base: Any, settings: Settings, recompute: bool, liger: bool) -> SFTTrainer:
     on_gpu = base.device.type == "cuda"
     with tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(
@@ -103,6 +129,7 @@ def _trainer(model: Any, base: Any, settings: Settings, recompute: bool) -> SFTT
             max_grad_norm=settings.max_grad_norm,
             max_steps=1,
             report_to=[],
+            use_liger_kernel=liger,
             disable_tqdm=True,
             dataset_kwargs={"skip_prepare_dataset": True},
             remove_unused_columns=False,

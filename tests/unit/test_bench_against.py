@@ -18,7 +18,7 @@ from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.quantize import bnb
 from tests.benchmarks import against, litgpt
-from tests.layouts import LAYOUTS, VOCABULARY, plain_float32
+from tests.layouts import FAMILIES, VOCABULARY, plain_float32
 from tests.packing import one_by_one
 
 SETTINGS = Settings(r=4, alpha=8, max_length=24)
@@ -27,7 +27,7 @@ VARIANTS = variants.VARIANTS | against.PEERS
 
 
 def base_model(mode="4bit", layout="falcon-7b"):
-    return load_model(LAYOUTS[layout], quantize_mode=mode, device="cpu", compute_dtype="bf16", seed=1)
+    return load_model(FAMILIES[layout], quantize_mode=mode, device="cpu", compute_dtype="bf16", seed=1)
 
 
 def gradients(model):
@@ -61,7 +61,7 @@ def test_stock_recomputes_and_drops_as_the_recipe_did() -> None:
         assert runner.trainer.args.max_grad_norm == 0.3
 
 
-@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b"])
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b", "falcon3"])
 def test_stock_and_ours_do_the_same_work(layout: str) -> None:
     """Loss and gradients of both on the same documents, against Transformers' model in float32."""
     base = base_model("16bit" if layout == "falcon-40b" else "4bit", layout)
