@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,6 +25,11 @@ def check_rows(x: Tensor, *others: Tensor) -> None:
                 f"expected {tuple(x.shape)} with a contiguous last dimension, not {tuple(each.shape)} with "
                 f"strides {each.stride()}"
             )
+
+
+def common_unit(*matrices: Tensor) -> int:
+    """8, 4, 2 or 1, which divides all row strides: kernels cannot see it of those that 16 does not divide."""
+    return math.gcd(8, *(each.stride(0) for each in matrices))
 
 
 def copy_rows(x: Tensor, out: Tensor) -> Tensor:

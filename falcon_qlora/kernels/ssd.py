@@ -1,5 +1,7 @@
 """Mamba-2's state space (SSD), convolution and gate for packed documents, in float32.
 
+This is the reference, differentiable by autograd; `ssd_ops` has the operations of the fast path.
+
 Letters of this file: T tokens of all documents, M heads of width P, state N, G groups of heads that share B
 and C, Q tokens of a chunk, K taps of the convolution. Head m belongs to group ``m // (M / G)``.
 
@@ -10,6 +12,8 @@ comparing their indices, not by infinite decays.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -17,6 +21,105 @@ from torch import Tensor
 
 # Minimizes memory at 7B's sizes: per token and head, decays take Q numbers and states PN / Q.
 CHUNK_TOKENS = 128
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StateSpace:
+    """The parameters between ``in_proj`` and ``out_proj``, whose output and input have the columns
+
+    | ``in_proj`` | z, MP | x, MP | B, GN | C, GN | Δ, M | ``out_proj`` | MP |
+    |---|---|---|---|---|---|---|---|
+
+    Attributes:
+        groups: G.
+        state: N.
+        multipliers: float32 ``[2MP + 2GN + M]``, of ``in_proj``'s output.
+        weight: of the convolution over x, B and C, ``[MP + 2GN, K]``; the last tap is for the token itself.
+        bias: ``[MP + 2GN]``, or None.
+        step_bias: ``[M]``, added to Δ before its softplus.
+        limits: between which Δ is clamped.
+        rate: float32 ``[M]``, A, below 0.
+        skip: ``[M]``, D.
+        norm: weight ``[MP]`` of the RMS norm over each group's channels, or None.
+        epsilon: of the norm.
+        norm_before_gate: whether y is normed, or else the product with the gate.
+    """
+
+    groups: int
+    state: int
+    multipliers: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    step_bias: Tensor
+    limits: tuple[float, float]
+    rate: Tensor
+    skip: Tensor
+    norm: Tensor | None
+    epsilon: float
+    norm_before_gate: bool
+
+    @property
+    def heads(self) -> int:
+        return len(self.rate)
+
+    @property
+    def width(self) -> int:
+        """MP."""
+        return len(self.weight) - 2 * self.groups * self.state
+
+    @property
+    def head_size(self) -> int:
+        """P."""
+        return self.width // self.heads
+
+    def split(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The columns of the gate, of the convolution and of Δ, of ``in_proj``'s output or one like it."""
+        gates, channels, steps = projected.split([self.width, len(self.weight), self.heads], dim=-1)
+        return gates, channels, steps
+
+
+def mix(projected: Tensor, space: StateSpace, positions: Tensor) -> Tensor:
+    """From ``in_proj``'s output to ``out_proj``'s input.
+
+    Args:
+        projected: ``[T, 2MP + 2GN + M]``.
+        space: its parameters.
+        positions: int64 ``[T]``, of each token in its document.
+
+    Returns:
+        float32 ``[T, MP]``.
+    """
+    z, channels, steps = space.split(projected.float() * space.multipliers)
+    y = scan(convolve(channels, space.weight, space.bias, positions), steps, space, positions)
+    return gated(y, z, space)
+
+
+def scan(channels: Tensor, steps: Tensor, space: StateSpace, positions: Tensor) -> Tensor:
+    """The state space with its skip.
+
+    Args:
+        channels: float32 ``[T, MP + 2GN]``, x, B and C, convolved.
+        steps: float32 ``[T, M]``, Δ before its bias.
+        space: its parameters.
+        positions: int64 ``[T]``, of each token in its document.
+
+    Returns:
+        float32 ``[T, MP]``.
+    """
+    shared = space.groups * space.state
+    x, b, c = channels.split([space.width, shared, shared], dim=1)
+    x = rearrange(x, "t (m p) -> t m p", m=space.heads)
+    b, c = (rearrange(each, "t (g n) -> t g n", g=space.groups) for each in (b, c))
+    steps = F.softplus(steps + space.step_bias.float()).clamp(*space.limits)
+    y = state_space(x, steps, space.rate, b, c, positions)
+    return torch.addcmul(y, x, space.skip.float()[:, None]).flatten(1)
+
+
+def gated(y: Tensor, z: Tensor, space: StateSpace) -> Tensor:
+    """`gate` with the parameters of `space`."""
+    return gate(
+        y, z, space.norm, groups=space.groups, epsilon=space.epsilon, norm_before_gate=space.norm_before_gate
+    )
 
 
 def convolve(inputs: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor) -> Tensor:

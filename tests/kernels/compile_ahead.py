@@ -23,9 +23,11 @@ from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
 from falcon_qlora.kernels import (
+    convolution_triton,
     dropout_triton,
     fp8_gelu,
     fp8_quantize,
+    gate_triton,
     gelu,
     int8,
     layer_norm,
@@ -36,20 +38,25 @@ from falcon_qlora.kernels import (
     rows,
     scale_shift_triton,
     softmax,
+    ssd_triton,
     swiglu,
 )
 
 MODULES: tuple[ModuleType, ...] = (gelu, int8, layer_norm, nf4, rms_norm, rotary, rows, softmax, swiglu)
 MODULES += (dropout_triton, prefix_triton, scale_shift_triton)
+MODULES += (convolution_triton, gate_triton, ssd_triton)
 FP8_MODULES: tuple[ModuleType, ...] = (fp8_gelu, fp8_quantize)
 FP8_CAPABILITY = 89
 FLOAT32 = {"code_ptr", "offset_ptr", "nested_code_ptr", "nested_absmax_ptr", "mean_ptr", "rstd_ptr"}
 FLOAT32 |= {"cosine_ptr", "sine_ptr", "losses_ptr", "scale_ptr", "scales_ptr", "lengths_ptr", "bound_ptr"}
 FLOAT32 |= {"longest_ptr", "factors_ptr", "gate_ptr", "of_gate_ptr", "sums_ptr", "bias_ptr"}
 FLOAT32 |= {"first_scale_ptr", "first_bias_ptr", "second_scale_ptr", "second_bias_ptr"}
+FLOAT32 |= {"multipliers_ptr", "rate_ptr", "steps_ptr", "inner_ptr", "of_inner_ptr", "direct_ptr"}
+FLOAT32 |= {"within_ptr", "across_ptr", "through_ptr"}
 # What counts few things, or things of any number: no multiples of 16.
 UNALIGNED = {"eps", "scale", "tokens", "groups", "group", "keys", "queries", "prefix"}
 UNALIGNED |= {"low", "high", "threshold", "factor", "gate_multiplier", "multiplier"}
+UNALIGNED |= {"heads", "least", "most", "raw_stride", "of_raw_stride", "z_stride", "dz_stride"}
 
 
 def variants(capability: int) -> Iterator[tuple[JITFunction, dict[str, Any]]]:
@@ -94,9 +101,35 @@ def plain_variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
     tile = dict(zip(("TOKENS", "FEATURES", "num_warps"), dropout_triton._TILE, strict=True))
     for rank in (16, 128, 512):  # the largest in pieces
         yield dropout_triton._add_dropped, {"RANK": rank, **tile}
+    yield from state_space_variants()
     for head_dim in (64, 128, 256):  # 128: 11B and Falcon-H1; 256: Falcon3
         for join in (False, True):
             yield rotary._rotate, {"JOIN": join, **rotary._options(head_dim)}
+
+
+def state_space_variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
+    """At the sizes of H1-7B, and of others where tiles are smaller."""
+    convolution = {"TAPS": 4, "BIAS": True, "UNIT": 8, **convolution_triton._TILE}
+    yield convolution_triton._convolve, convolution
+    yield convolution_triton._convolve_backward, convolution
+    for columns, norm, before in ((3072, True, False), (2048, True, True), (768, False, False)):
+        options = {"NORM": norm, "NORM_BEFORE": before, "UNIT": 8, **gate_triton._lanes(columns)}
+        yield gate_triton._gate, options
+        yield gate_triton._gate_backward, options
+    chunk = ssd_triton._CHUNK
+    small = {"CHUNK": chunk, "HEADS": 32, **ssd_triton._SMALL}
+    yield ssd_triton._sum_decays, small
+    yield ssd_triton._of_steps, {"BLOCKS": 8, **small, **ssd_triton._OF_STEPS}
+    for head_size, state in ((128, 256), (64, 128), (32, 64)):
+        sizes = {"CHUNK": chunk, "WIDTH": head_size, "STATE": state}
+        yield ssd_triton._match, {"CHUNK": chunk, "STATE": state, **ssd_triton._OUTPUTS}
+        walk = ssd_triton._WALK | {"ROWS": min(head_size, ssd_triton._WALK["ROWS"])}
+        for reverse in (False, True):
+            yield ssd_triton._walk, {"REVERSE": reverse, **sizes, **walk}
+        yield ssd_triton._outputs, {**sizes, **ssd_triton._OUTPUTS}
+        heads = {"HEADS": ssd_triton._HEADS_A_PROGRAM}
+        yield ssd_triton._of_inputs, {**heads, **sizes, **ssd_triton._OF_INPUTS}
+        yield ssd_triton._of_shared, {"BLOCKS": 4, **sizes, **ssd_triton._OF_SHARED}
 
 
 def nf4_variants(scaled: bool) -> Iterator[tuple[JITFunction, dict[str, Any]]]:
@@ -147,13 +180,15 @@ def compile_for(capability: int, kernel: JITFunction, options: dict[str, Any]) -
 
 
 def _type(name: str, options: dict[str, Any]) -> str:
-    if name in ("eps", "factor", "scale", "gate_multiplier", "multiplier"):
+    if name in ("eps", "factor", "scale", "gate_multiplier", "multiplier", "least", "most"):
         return "fp32"
     if not name.endswith("_ptr"):
         return "i32"
     if name == "word_ptr":
         return "*i32"
-    if name == "targets_ptr":
+    if name == "starts_ptr":
+        return "*i32"
+    if name in ("targets_ptr", "positions_ptr"):
         return "*i64"
     if name == "values_ptr" or (name == "out_ptr" and (options.get("SCALED") or "TRANSPOSE" in options)):
         return "*fp8e4nv"

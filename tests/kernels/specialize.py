@@ -15,14 +15,17 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from falcon_qlora.kernels import fp8, ops
+from falcon_qlora.kernels import fp8, ops, ssd_ops
 from falcon_qlora.kernels.low_rank import Dropout
 from falcon_qlora.models.fast_path import apply_fast_path
+from falcon_qlora.models.packed_attention import Sequences
 from tests.kernels.compile_ahead import name_of
+from tests.kernels.test_ssd import parameters
 from tests.layouts import documents, tiny_model
 from tests.packing import packed
 from tests.unit.test_fast_adapters import attached
@@ -67,6 +70,18 @@ def step(model: Any, lengths: list[int]) -> None:
     model(**packed(documents(lengths))).loss.backward()
 
 
+def mix(lengths: list[int], dtype: torch.dtype) -> None:
+    """A state space there and back, of two groups with a norm."""
+    space = parameters(groups=2, norm=True)
+    sequences = Sequences.from_lengths(lengths)
+    documents = sequences.position_ids[0], sequences.cu_seqlens
+    projected, out = (
+        torch.zeros(sum(lengths), n, dtype=dtype) for n in (len(space.multipliers), space.width)
+    )
+    y = ssd_ops.mix_forward(projected, space, *documents, out)
+    ssd_ops.mix_backward(out, projected, y, space, *documents, torch.empty_like(projected), out)
+
+
 def main() -> None:
     driver.set_active(Driver())
     asked: dict[str, set[str]] = defaultdict(set)
@@ -86,6 +101,8 @@ def main() -> None:
             again.extend([k, name, sum(lengths)] for k, keys in asked.items() if len(keys) != before.get(k))
 
     with ops.using("triton"):
+        for in_dtype in (torch.float32, torch.bfloat16):
+            compare(f"state space, {in_dtype}", lambda lengths, dtype=in_dtype: mix(lengths, dtype))
         for name, model, in_fp8 in models():
             with fp8.emulated() if in_fp8 else nullcontext():
                 report = apply_fast_path(model, fp8_products=in_fp8)

@@ -39,8 +39,9 @@ def test_kernels_compile_and_fit(capability: int, repository: Path, tmp_path: Pa
         assert threads * one["registers"] <= REGISTERS_A_PROGRAM, one
         # Releases of the compiler differ by a register or two; an array in memory would be far larger.
         assert one["stack_bytes"] <= 32, f"registers are kept in memory: {one}"
-        stores_sums_alone = one["options"].get("NORM", False)
-        assert one["vector_stores"] > 0 or stores_sums_alone, f"stores too short: {one}"
+        stores_sums_alone = one["kernel"].startswith("scale_shift") and one["options"].get("NORM", False)
+        few_columns = one["kernel"] == "ssd_triton._of_steps"  # one a head
+        assert one["vector_stores"] > 0 or stores_sums_alone or few_columns, f"stores too short: {one}"
 
 
 def launched(capability: int) -> set[str]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from falcon_qlora.kernels.ssd import StateSpace
     from falcon_qlora.models.packed_attention import Sequences
 
 _MODEL = "transformers.models.falcon_h1.modeling_falcon_h1"
@@ -349,30 +350,29 @@ def _mix(mixer: Any, hidden: Tensor, sequences: Sequences) -> Tensor:
 def _states(mixer: Any, projected: Tensor, positions: Tensor) -> Tensor:
     """From ``in_proj``'s output ``[T, width]`` to ``out_proj``'s input: float32 ``[T, d_ssm]``."""
     import torch
-    import torch.nn.functional as F
 
     from falcon_qlora.kernels import ssd
 
-    groups = mixer.n_groups
     with torch.autocast(projected.device.type, enabled=False):
-        z, channels, step = (projected.float() * mixer.mup_vector[0]).split(
-            [mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], dim=1
-        )
-        weight = mixer.conv1d.weight.squeeze(1)
-        x, b, c = ssd.convolve(channels, weight, mixer.conv1d.bias, positions).split(
-            [mixer.intermediate_size, groups * mixer.ssm_state_size, groups * mixer.ssm_state_size], dim=1
-        )
-        x = rearrange(x, "t (m p) -> t m p", p=mixer.head_dim)
-        b, c = (rearrange(each, "t (g n) -> t g n", g=groups) for each in (b, c))
-        step = F.softplus(step + mixer.dt_bias.float()).clamp(*mixer.time_step_limit)
-        y = ssd.state_space(x, step, -mixer.A_log.float().exp(), b, c, positions)
-        y = torch.addcmul(y, x, mixer.D.float()[:, None]).flatten(1)
-        normed = mixer.mamba_rms_norm
-        return ssd.gate(
-            y,
-            z,
-            mixer.norm.weight if normed else None,
-            groups=groups,
-            epsilon=mixer.norm.variance_epsilon if normed else 0.0,
-            norm_before_gate=normed and mixer.norm.norm_before_gate,
-        )
+        return ssd.mix(projected, state_space(mixer), positions)
+
+
+def state_space(mixer: Any) -> StateSpace:
+    """The parameters of Transformers' ``FalconH1Mixer`` between ``in_proj`` and ``out_proj``."""
+    from falcon_qlora.kernels.ssd import StateSpace
+
+    normed = mixer.mamba_rms_norm
+    return StateSpace(
+        groups=mixer.n_groups,
+        state=mixer.ssm_state_size,
+        multipliers=mixer.mup_vector.flatten(),
+        weight=mixer.conv1d.weight.squeeze(1),
+        bias=mixer.conv1d.bias,
+        step_bias=mixer.dt_bias,
+        limits=mixer.time_step_limit,
+        rate=-mixer.A_log.float().exp(),
+        skip=mixer.D,
+        norm=mixer.norm.weight if normed else None,
+        epsilon=mixer.norm.variance_epsilon if normed else 0.0,
+        norm_before_gate=normed and mixer.norm.norm_before_gate,
+    )

@@ -1,0 +1,579 @@
+"""Triton's form of `ssd_ops`' scan, in chunks of Q tokens; they affect only rounding.
+
+Forward: `_sum_decays` takes Δ and the sums c of ΔA within each chunk. `_match` takes C Bᵀ of each chunk and
+group. `_walk` goes through each document and writes the state that enters each of its chunks but the first.
+`_outputs` adds up what comes from within a chunk and from that state. A state is float32 while it is summed.
+It is written in the activations' dtype, as the operand of a product that it is.
+
+Backward, with S_ij = Δ_j exp(c_i - c_j) (C_i·B_j) (dy_i·x_j) within a chunk and document:
+- The states are recomputed. `_walk` goes the other way for the gradients G of the states that leave a chunk.
+- `_of_inputs` computes dx, the sums of S along rows and columns, and the gradient of C Bᵀ, summed over heads.
+- `_of_shared` computes dB and dC, whose terms through the states it sums over heads. Terms' products with C
+  and B are what they add to the decays' gradients.
+- `_of_steps` computes dΔ. The gradient of ΔA at token k is the sum of S_ij over j < k <= i, so of the later
+  row sums minus the later column sums, within a document. As both come from one S, nothing is lost between
+  large sums. What enters a chunk is one more column, what leaves it one more row.
+
+A product's result is never transposed in registers for the next product: Triton before 3.7.1 computes that
+wrong on Hopper. C Bᵀ and its gradient are read from memory, the other way round where needed.
+
+Bytes a token at Falcon-H1-7B's sizes (bfloat16, M 24, P 128, N 256, G 1, Q 64); states are 24.6 KB a token,
+written once and read once forward, and written twice and read three times backward:
+
+| | states | x, B, C, y and their gradients | C Bᵀ and its gradient | Δ and sums |
+|---|---|---|---|---|
+| forward | 49,152 | 1,024 + 6,656 + 6,656 + 6,144 | 512 | 600 |
+| backward | 122,880 | 7,680 + 6,656 + 18,944 + 14,336 | 3,000 | 2,500 |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from falcon_qlora.kernels.rows import read
+from falcon_qlora.kernels.ssd import StateSpace
+
+_CHUNK = 64  # Q
+_HEADS_A_PROGRAM = 6  # of `_of_inputs`, which sums a gradient over them
+_WALK: dict[str, Any] = {"ROWS": 64, "LANES": 64, "num_warps": 4, "num_stages": 3}
+_OUTPUTS: dict[str, Any] = {"LANES": 64, "num_warps": 4, "num_stages": 2}
+# More lanes do not fit into the registers of GPUs before Hopper.
+_OF_INPUTS: dict[str, Any] = {"LANES": 32, "num_warps": 8, "num_stages": 1}
+_OF_SHARED: dict[str, Any] = {"LANES": 32, "num_warps": 8, "num_stages": 1}
+_OF_STEPS: dict[str, Any] = {"num_warps": 8}
+_SMALL: dict[str, Any] = {"num_warps": 4}
+
+
+def scan(channels: Tensor, steps: Tensor, space: StateSpace, positions: Tensor, starts: Tensor) -> Tensor:
+    """See `ssd_ops.scan`."""
+    y = torch.empty(len(channels), space.width, dtype=channels.dtype, device=channels.device)
+    if not channels.numel():
+        return y
+    parts = _Parts.of(channels, steps, space, positions, starts)
+    x, _, c = parts.inputs
+    _outputs[(space.heads, parts.chunks)](
+        x, c, parts.steps, parts.sums, space.skip, parts.inner, parts.states(), positions, y, x.stride(0),
+        len(x), space.heads, space.groups, **parts.sizes, **_fitted(_OUTPUTS, space),
+    )  # fmt: skip
+    return y
+
+
+def scan_backward(
+    grad: Tensor,
+    channels: Tensor,
+    steps: Tensor,
+    space: StateSpace,
+    positions: Tensor,
+    starts: Tensor,
+    of_steps: Tensor,
+) -> Tensor:
+    """See `ssd_ops.scan_backward`."""
+    of_channels = torch.empty(channels.shape, dtype=channels.dtype, device=channels.device)
+    if not channels.numel():
+        return of_channels
+    grad = grad.contiguous()
+    parts = _Parts.of(channels, steps, space, positions, starts)
+    states, gradients = parts.states(), parts.states(grad)
+    x, b, c = parts.inputs
+    dx, db, dc = parts.split(of_channels)
+    counts = len(x), space.heads, space.groups
+    blocks = triton.cdiv(space.heads // space.groups, _HEADS_A_PROGRAM)
+    lanes = _fitted(_OF_SHARED, space)["LANES"]
+    of_inner = parts.empty(blocks, *parts.inner.shape)
+    direct, within = (torch.empty_like(parts.steps) for _ in range(2))
+    across = parts.empty(space.state // lanes, *parts.steps.shape)
+    through = parts.empty(space.state // lanes, parts.chunks, space.heads)
+    _of_inputs[(space.groups * blocks, parts.chunks)](
+        grad, x, b, parts.steps, parts.sums, space.skip, parts.inner, gradients, positions,
+        dx, of_inner, direct, within, x.stride(0), dx.stride(0), *counts,
+        HEADS=_HEADS_A_PROGRAM, **parts.sizes, **_fitted(_OF_INPUTS, space),
+    )  # fmt: skip
+    _of_shared[(space.groups * (space.state // lanes), parts.chunks)](
+        grad, x, b, c, parts.steps, parts.sums, of_inner, states, gradients, positions,
+        db, dc, across, through, x.stride(0), db.stride(0), *counts,
+        BLOCKS=blocks, **parts.sizes, **_fitted(_OF_SHARED, space),
+    )  # fmt: skip
+    _of_steps[(parts.chunks,)](
+        steps, *parts.of_steps, direct, within, across, through, positions, of_steps, steps.stride(0),
+        of_steps.stride(0), *counts[:2], *space.limits, BLOCKS=space.state // lanes, CHUNK=_CHUNK,
+        HEADS=_lanes_of_heads(space), **_OF_STEPS,
+    )  # fmt: skip
+    return of_channels
+
+
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """What forward and backward both compute.
+
+    Attributes:
+        space: the parameters.
+        inputs: x ``[T, MP]``, B and C ``[T, GN]``, with one row stride.
+        starts: int32 ``[documents + 1]``.
+        of_steps: multipliers, biases and A, ``[M]`` each.
+        steps: float32 ``[chunks, M, Q]``, Δ, 0 past the last token.
+        sums: float32 ``[chunks, M, Q]``, c.
+        inner: float32 ``[chunks, G, Q, Q]``, C Bᵀ.
+    """
+
+    space: StateSpace
+    inputs: tuple[Tensor, Tensor, Tensor]
+    starts: Tensor
+    of_steps: tuple[Tensor, Tensor, Tensor]
+    steps: Tensor
+    sums: Tensor
+    inner: Tensor
+
+    @classmethod
+    def of(
+        cls, channels: Tensor, steps: Tensor, space: StateSpace, positions: Tensor, starts: Tensor
+    ) -> _Parts:
+        if channels.stride(1) != 1 or steps.stride(1) != 1:
+            raise ValueError("expected a contiguous last dimension")
+        tokens = len(channels)
+        chunks = triton.cdiv(tokens, _CHUNK)
+        shape = {"dtype": torch.float32, "device": channels.device}
+        of_steps = space.split(space.multipliers)[2], space.step_bias, space.rate
+        sizes, sums = (torch.empty(chunks, space.heads, _CHUNK, **shape) for _ in range(2))
+        _sum_decays[(chunks,)](
+            steps, *of_steps, sizes, sums, steps.stride(0), tokens, space.heads, *space.limits,
+            CHUNK=_CHUNK, HEADS=_lanes_of_heads(space), **_SMALL,
+        )  # fmt: skip
+        inner = torch.empty(chunks, space.groups, _CHUNK, _CHUNK, **shape)
+        shared = space.groups * space.state
+        x, b, c = channels.split([space.width, shared, shared], dim=1)
+        _match[(space.groups, chunks)](
+            b, c, inner, b.stride(0), tokens, CHUNK=_CHUNK, STATE=space.state, **_fitted(_OUTPUTS, space)
+        )
+        return cls(space, (x, b, c), starts, of_steps, sizes, sums, inner)
+
+    @property
+    def chunks(self) -> int:
+        return len(self.steps)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"CHUNK": _CHUNK, "WIDTH": self.space.head_size, "STATE": self.space.state}
+
+    def split(self, channels: Tensor) -> tuple[Tensor, ...]:
+        shared = self.space.groups * self.space.state
+        return channels.split([self.space.width, shared, shared], dim=1)
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.steps.device)
+
+    def states(self, grad: Tensor | None = None) -> Tensor:
+        """The states that enter chunks, or the gradients of those that leave chunks.
+
+        Returns:
+            ``[chunks, M, P, N]``; nothing is written where a chunk's edge is a document's.
+        """
+        x, b, c = self.inputs
+        space, sizes = self.space, self.sizes
+        rows, lanes = (x, b) if grad is None else (grad, c)
+        shape = self.chunks, space.heads, space.head_size, space.state
+        states = torch.empty(shape, dtype=x.dtype, device=x.device)
+        options = _fitted(_WALK, space)
+        tiles = (space.head_size // options["ROWS"]) * (space.state // options["LANES"])
+        _walk[(len(self.starts) - 1, space.heads, tiles)](
+            rows, lanes, self.steps, self.sums, self.starts, states, rows.stride(0), lanes.stride(0),
+            space.heads, space.groups, REVERSE=grad is not None, **sizes, **options,
+        )  # fmt: skip
+        return states
+
+
+def _fitted(options: dict[str, Any], space: StateSpace) -> dict[str, Any]:
+    """`options` with tiles no larger than the states."""
+    sizes = {"ROWS": space.head_size, "LANES": space.state}
+    return {name: min(value, sizes.get(name, value)) for name, value in options.items()}
+
+
+def _lanes_of_heads(space: StateSpace) -> int:
+    return max(triton.next_power_of_2(space.heads), 16)
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + exp(x)), also where that is far below 1."""
+    e = tl.exp(-tl.abs(x))
+    # log(1 + e) = 2 artanh(e / (2 + e)), at most 2 artanh(1 / 3)
+    s = e / (2.0 + e)
+    t = s * s
+    series = 1.0 / 13.0
+    series = series * t + 1.0 / 11.0
+    series = series * t + 1.0 / 9.0
+    series = series * t + 1.0 / 7.0
+    series = series * t + 1.0 / 5.0
+    series = series * t + 1.0 / 3.0
+    return tl.maximum(x, 0.0) + 2.0 * s * (series * t + 1.0)
+
+
+@triton.jit
+def _decays(later, earlier, seen):
+    """exp(later - earlier), 0 where not `seen`."""
+    return tl.exp(tl.where(seen, later - earlier, float("-inf")))
+
+
+@triton.jit
+def _documents(positions_ptr, chunk, tokens, CHUNK: tl.constexpr):
+    """Where a chunk's tokens' documents begin, ``[CHUNK]``; where the one begins that goes on behind it.
+
+    The latter is the next chunk's first token if none goes on.
+    """
+    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    began = token - tl.load(positions_ptr + token, mask=token < tokens, other=0)
+    behind = (chunk + 1) * CHUNK
+    return began, behind - tl.load(positions_ptr + behind, mask=behind < tokens, other=0)
+
+
+@triton.jit(do_not_specialize=["tokens"])  # it differs from one micro-batch to the next
+def _sum_decays(
+    raw_ptr,  # [T, M], rows raw_stride apart
+    multipliers_ptr,  # float32 [M]
+    step_bias_ptr,  # [M]
+    rate_ptr,  # float32 [M]
+    steps_ptr,  # float32 [chunks, M, Q]
+    sums_ptr,  # float32 [chunks, M, Q]
+    raw_stride,
+    tokens,  # T
+    heads,  # M
+    least,
+    most,
+    CHUNK: tl.constexpr,  # Q
+    HEADS: tl.constexpr,  # M, up to a power of two
+):
+    chunk = tl.program_id(0).to(tl.int64)
+    place, head = tl.arange(0, CHUNK)[:, None], tl.arange(0, HEADS)[None, :]
+    token, own = chunk * CHUNK + place, head < heads
+    mask = (token < tokens) & own
+    raw = read(raw_ptr, token * raw_stride + head, mask) * read(multipliers_ptr, head, own)
+    step = tl.minimum(tl.maximum(_softplus(raw + read(step_bias_ptr, head, own)), least), most)
+    step = tl.where(mask, step, 0.0)
+    at = (chunk * heads + head) * CHUNK + place
+    tl.store(steps_ptr + at, step, mask=own)
+    tl.store(sums_ptr + at, tl.cumsum(step * read(rate_ptr, head, own), 0), mask=own)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _match(
+    b_ptr,  # [T, G N], rows stride apart
+    c_ptr,  # [T, G N], rows stride apart
+    inner_ptr,  # float32 [chunks, G, Q, Q]
+    stride,
+    tokens,  # T
+    CHUNK: tl.constexpr,  # Q
+    STATE: tl.constexpr,  # N
+    LANES: tl.constexpr,
+):
+    group, chunk = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    place, lane = tl.arange(0, CHUNK), tl.arange(0, LANES)
+    token = chunk * CHUNK + place
+    at = token[:, None] * stride + group * STATE + lane[None, :]
+    mask = (token < tokens)[:, None]
+    inner = tl.zeros([CHUNK, CHUNK], tl.float32)
+    for n in range(0, STATE, LANES):
+        b = tl.load(b_ptr + at + n, mask=mask, other=0.0)
+        c = tl.load(c_ptr + at + n, mask=mask, other=0.0)
+        inner = tl.dot(c, tl.trans(b), inner, input_precision="ieee")
+    inner_ptr += (chunk * tl.num_programs(0) + group) * CHUNK * CHUNK
+    tl.store(inner_ptr + place[:, None] * CHUNK + place[None, :], inner)
+
+
+@triton.jit
+def _walk(
+    rows_ptr,  # [T, M P], x; where REVERSE the gradient of y; rows rows_stride apart
+    lanes_ptr,  # [T, G N], B; where REVERSE C; rows lanes_stride apart
+    steps_ptr,  # float32 [chunks, M, Q]
+    sums_ptr,  # float32 [chunks, M, Q]
+    starts_ptr,  # int32 [documents + 1]
+    states_ptr,  # [chunks, M, P, N]
+    rows_stride,
+    lanes_stride,
+    heads,  # M
+    groups,  # G
+    REVERSE: tl.constexpr,
+    CHUNK: tl.constexpr,  # Q
+    WIDTH: tl.constexpr,  # P
+    STATE: tl.constexpr,  # N
+    ROWS: tl.constexpr,  # of P
+    LANES: tl.constexpr,  # of N
+):
+    head = tl.program_id(1)
+    row = (tl.program_id(2) % (WIDTH // ROWS)) * ROWS + tl.arange(0, ROWS)
+    lane = (tl.program_id(2) // (WIDTH // ROWS)) * LANES + tl.arange(0, LANES)
+    place = tl.arange(0, CHUNK)
+    start, end = tl.load(starts_ptr + tl.program_id(0)), tl.load(starts_ptr + tl.program_id(0) + 1)
+    first, last = start // CHUNK, (end - 1) // CHUNK
+    rows_ptr += head * WIDTH + row[:, None]
+    lanes_ptr += (head // (heads // groups)) * STATE + lane[None, :]
+    state = tl.zeros([ROWS, LANES], tl.float32)
+    for step in range(last - first):
+        chunk = (last - step if REVERSE else first + step).to(tl.int64)
+        token = chunk * CHUNK + place
+        own = (token >= start) & (token < end)
+        at = (chunk * heads + head) * CHUNK
+        sums, total = tl.load(sums_ptr + at + place), tl.load(sums_ptr + at + CHUNK - 1)
+        if REVERSE:
+            share = tl.exp(sums)
+        else:
+            share = tl.load(steps_ptr + at + place) * tl.exp(total - sums)
+        x = tl.load(rows_ptr + token[None, :] * rows_stride, mask=own[None, :], other=0.0)  # [ROWS, Q]
+        b = tl.load(lanes_ptr + token[:, None] * lanes_stride, mask=own[:, None], other=0.0)  # [Q, LANES]
+        x = (x * tl.where(own, share, 0.0)[None, :]).to(b.dtype)
+        state = tl.dot(x, b, state * tl.exp(total), input_precision="ieee")
+        into = chunk - 1 if REVERSE else chunk + 1
+        out = states_ptr + ((into * heads + head) * WIDTH + row[:, None]) * STATE + lane[None, :]
+        tl.store(out, state.to(states_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _outputs(
+    x_ptr,  # [T, M P], rows stride apart
+    c_ptr,  # [T, G N], rows stride apart
+    steps_ptr,  # float32 [chunks, M, Q]
+    sums_ptr,  # float32 [chunks, M, Q]
+    skip_ptr,  # [M]
+    inner_ptr,  # float32 [chunks, G, Q, Q]
+    states_ptr,  # [chunks, M, P, N]
+    positions_ptr,  # int64 [T]
+    y_ptr,  # [T, M P]
+    stride,
+    tokens,  # T
+    heads,  # M
+    groups,  # G
+    CHUNK: tl.constexpr,  # Q
+    WIDTH: tl.constexpr,  # P
+    STATE: tl.constexpr,  # N
+    LANES: tl.constexpr,  # of N
+):
+    head, chunk = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    group = head // (heads // groups)
+    place, column, lane = tl.arange(0, CHUNK), tl.arange(0, WIDTH), tl.arange(0, LANES)
+    first = chunk * CHUNK
+    token = first + place
+    mask = (token < tokens)[:, None]
+    began, _ = _documents(positions_ptr, chunk, tokens, CHUNK)
+    enters = tl.load(positions_ptr + first) > 0
+    at = (chunk * heads + head) * CHUNK + place
+    step, sums = tl.load(steps_ptr + at), tl.load(sums_ptr + at)
+    states_ptr += (chunk * heads + head) * WIDTH * STATE
+    y = tl.zeros([CHUNK, WIDTH], tl.float32)
+    for n in range(0, STATE, LANES):
+        at_c = token[:, None] * stride + group * STATE + n + lane[None, :]
+        c = tl.load(c_ptr + at_c, mask=mask, other=0.0)
+        at_state = column[None, :] * STATE + n + lane[:, None]  # [LANES, P]
+        state = tl.load(states_ptr + at_state, mask=enters & (at_state >= 0), other=0.0)
+        y = tl.dot(c, state, y, input_precision="ieee")
+    y *= tl.where(began < first, tl.exp(sums), 0.0)[:, None]
+    seen = (place[:, None] >= place[None, :]) & (began[:, None] == began[None, :])
+    inner_ptr += (chunk * groups + group) * CHUNK * CHUNK
+    share = tl.load(inner_ptr + place[:, None] * CHUNK + place[None, :])
+    share *= _decays(sums[:, None], sums[None, :], seen) * step[None, :]
+    x = tl.load(x_ptr + token[:, None] * stride + head * WIDTH + column[None, :], mask=mask, other=0.0)
+    y = tl.dot(share.to(x.dtype), x, y, input_precision="ieee") + read(skip_ptr, head, True) * x
+    at_y = token[:, None] * (heads * WIDTH) + head * WIDTH + column[None, :]
+    tl.store(y_ptr + at_y, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _of_inputs(
+    grad_ptr,  # [T, M P], of y
+    x_ptr,  # [T, M P], rows stride apart
+    b_ptr,  # [T, G N], rows stride apart
+    steps_ptr,  # float32 [chunks, M, Q]
+    sums_ptr,  # float32 [chunks, M, Q]
+    skip_ptr,  # [M]
+    inner_ptr,  # float32 [chunks, G, Q, Q]
+    gradients_ptr,  # [chunks, M, P, N], of the states that leave
+    positions_ptr,  # int64 [T]
+    dx_ptr,  # [T, M P], rows dx_stride apart
+    of_inner_ptr,  # float32 [blocks, chunks, G, Q, Q]
+    direct_ptr,  # float32 [chunks, M, Q], the gradient of Δ apart from that through ΔA
+    within_ptr,  # float32 [chunks, M, Q], row sums minus column sums
+    stride,
+    dx_stride,
+    tokens,  # T
+    heads,  # M
+    groups,  # G
+    HEADS: tl.constexpr,  # of a group, at most, a program's
+    CHUNK: tl.constexpr,  # Q
+    WIDTH: tl.constexpr,  # P
+    STATE: tl.constexpr,  # N
+    LANES: tl.constexpr,  # of N
+):
+    shared = heads // groups
+    group, chunk = tl.program_id(0) % groups, tl.program_id(1).to(tl.int64)
+    block = tl.program_id(0) // groups
+    place, column, lane = tl.arange(0, CHUNK), tl.arange(0, WIDTH), tl.arange(0, LANES)
+    row, other = place[:, None], place[None, :]
+    token = chunk * CHUNK + place
+    mask = (token < tokens)[:, None]
+    began, leaving = _documents(positions_ptr, chunk, tokens, CHUNK)
+    leaves = leaving < (chunk + 1) * CHUNK
+    same = began[:, None] == began[None, :]
+    inner_ptr += (chunk * groups + group) * CHUNK * CHUNK
+    of_inner = tl.zeros([CHUNK, CHUNK], tl.float32)
+    for head in range(group * shared + block * HEADS, group * shared + min((block + 1) * HEADS, shared)):
+        at = (chunk * heads + head) * CHUNK
+        step, sums = tl.load(steps_ptr + at + place), tl.load(sums_ptr + at + place)
+        total = tl.load(sums_ptr + at + CHUNK - 1)
+        at_row = head * WIDTH + column[None, :]
+        grad = tl.load(grad_ptr + token[:, None] * (heads * WIDTH) + at_row, mask=mask, other=0.0)
+        x = tl.load(x_ptr + token[:, None] * stride + at_row, mask=mask, other=0.0)
+        # G B, first from the states that leave the chunk, then from its own tokens.
+        of_states = gradients_ptr + (chunk * heads + head) * WIDTH * STATE
+        du = tl.zeros([CHUNK, WIDTH], tl.float32)
+        for n in range(0, STATE, LANES):
+            at_b = token[:, None] * stride + group * STATE + n + lane[None, :]
+            b = tl.load(b_ptr + at_b, mask=mask, other=0.0)
+            at_state = column[None, :] * STATE + n + lane[:, None]  # [LANES, P]
+            of_state = tl.load(of_states + at_state, mask=leaves & (at_state >= 0), other=0.0)
+            du = tl.dot(b, of_state, du, input_precision="ieee")
+        du *= tl.where(token >= leaving, tl.exp(total - sums), 0.0)[:, None]
+        direct = tl.sum(du * x, 1)
+        share = tl.dot(grad, tl.trans(x), input_precision="ieee")
+        share *= _decays(sums[:, None], sums[None, :], same & (row >= other))
+        of_inner += share * step[None, :]
+        share *= tl.load(inner_ptr + row * CHUNK + other)  # again for each head: registers are few
+        direct += tl.sum(share, 0)
+        share = tl.where(row > other, share * step[None, :], 0.0)
+        back = tl.load(inner_ptr + other * CHUNK + row)
+        back *= _decays(sums[None, :], sums[:, None], same & (row <= other))
+        du = tl.dot(back.to(grad.dtype), grad, du, input_precision="ieee")
+        dx = step[:, None] * du + read(skip_ptr, head, True) * grad
+        at_dx = token[:, None] * dx_stride + at_row
+        tl.store(dx_ptr + at_dx, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        tl.store(direct_ptr + at + place, direct)
+        tl.store(within_ptr + at + place, tl.sum(share, 1) - tl.sum(share, 0))
+    of_inner_ptr += ((block * tl.num_programs(1) + chunk) * groups + group) * CHUNK * CHUNK
+    tl.store(of_inner_ptr + row * CHUNK + other, of_inner)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _of_shared(
+    grad_ptr,  # [T, M P], of y
+    x_ptr,  # [T, M P], rows stride apart
+    b_ptr,  # [T, G N], rows stride apart
+    c_ptr,  # [T, G N], rows stride apart
+    steps_ptr,  # float32 [chunks, M, Q]
+    sums_ptr,  # float32 [chunks, M, Q]
+    of_inner_ptr,  # float32 [BLOCKS, chunks, G, Q, Q]
+    states_ptr,  # [chunks, M, P, N], that enter
+    gradients_ptr,  # [chunks, M, P, N], of the states that leave
+    positions_ptr,  # int64 [T]
+    db_ptr,  # [T, G N], rows out_stride apart
+    dc_ptr,  # [T, G N], rows out_stride apart
+    across_ptr,  # float32 [N / LANES, chunks, M, Q], what entered minus what leaves, in these lanes
+    through_ptr,  # float32 [N / LANES, chunks, M], what entered and leaves, and what leaves
+    stride,
+    out_stride,
+    tokens,  # T
+    heads,  # M
+    groups,  # G
+    BLOCKS: tl.constexpr,
+    CHUNK: tl.constexpr,  # Q
+    WIDTH: tl.constexpr,  # P
+    STATE: tl.constexpr,  # N
+    LANES: tl.constexpr,  # of N
+):
+    shared, chunks = heads // groups, tl.num_programs(1)
+    group, chunk = tl.program_id(0) % groups, tl.program_id(1).to(tl.int64)
+    block = tl.program_id(0) // groups
+    place, column = tl.arange(0, CHUNK), tl.arange(0, WIDTH)
+    lane = block * LANES + tl.arange(0, LANES)
+    first = chunk * CHUNK
+    token = first + place
+    mask = (token < tokens)[:, None]
+    began, leaving = _documents(positions_ptr, chunk, tokens, CHUNK)
+    enters, leaves = tl.load(positions_ptr + first) > 0, leaving < first + CHUNK
+    at_b = token[:, None] * stride + group * STATE + lane[None, :]
+    b = tl.load(b_ptr + at_b, mask=mask, other=0.0)
+    c = tl.load(c_ptr + at_b, mask=mask, other=0.0)
+    db = tl.zeros([CHUNK, LANES], tl.float32)
+    dc = tl.zeros([CHUNK, LANES], tl.float32)
+    at_state = column[:, None] * STATE + lane[None, :]
+    for head in range(group * shared, (group + 1) * shared):
+        at = (chunk * heads + head) * CHUNK
+        step, sums = tl.load(steps_ptr + at + place), tl.load(sums_ptr + at + place)
+        total = tl.load(sums_ptr + at + CHUNK - 1)
+        at_row = head * WIDTH + column[None, :]
+        grad = tl.load(grad_ptr + token[:, None] * (heads * WIDTH) + at_row, mask=mask, other=0.0)
+        x = tl.load(x_ptr + token[:, None] * stride + at_row, mask=mask, other=0.0)
+        of_head = (chunk * heads + head) * WIDTH * STATE
+        state = tl.load(states_ptr + of_head + at_state, mask=enters & (at_state >= 0), other=0.0)
+        of_state = tl.load(gradients_ptr + of_head + at_state, mask=leaves & (at_state >= 0), other=0.0)
+        entered = tl.dot(grad, state, input_precision="ieee")
+        entered *= tl.where(began < first, tl.exp(sums), 0.0)[:, None]
+        dc += entered
+        leave = tl.dot(x, of_state, input_precision="ieee")
+        leave *= tl.where(token >= leaving, step * tl.exp(total - sums), 0.0)[:, None]
+        db += leave
+        left = tl.sum(leave * b, 1)
+        at_partial = (block * chunks + chunk) * heads + head
+        tl.store(across_ptr + at_partial * CHUNK + place, tl.sum(entered * c, 1) - left)
+        past = tl.sum(state.to(tl.float32) * of_state.to(tl.float32))
+        past = tl.where(leaving < first, past * tl.exp(total), 0.0)
+        tl.store(through_ptr + at_partial, tl.sum(left, 0) + past)
+    row, other = place[:, None], place[None, :]
+    of_inner = tl.zeros([CHUNK, CHUNK], tl.float32)
+    of_inner_back = tl.zeros([CHUNK, CHUNK], tl.float32)
+    for part in range(BLOCKS):
+        at_inner = of_inner_ptr + ((part * chunks + chunk) * groups + group) * CHUNK * CHUNK
+        of_inner += tl.load(at_inner + row * CHUNK + other)
+        of_inner_back += tl.load(at_inner + other * CHUNK + row)
+    dc = tl.dot(of_inner.to(b.dtype), b, dc, input_precision="ieee")
+    db = tl.dot(of_inner_back.to(c.dtype), c, db, input_precision="ieee")
+    at_out = token[:, None] * out_stride + group * STATE + lane[None, :]
+    tl.store(db_ptr + at_out, db.to(db_ptr.dtype.element_ty), mask=mask)
+    tl.store(dc_ptr + at_out, dc.to(dc_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _of_steps(
+    raw_ptr,  # [T, M], rows raw_stride apart
+    multipliers_ptr,  # float32 [M]
+    step_bias_ptr,  # [M]
+    rate_ptr,  # float32 [M]
+    direct_ptr,  # float32 [chunks, M, Q]
+    within_ptr,  # float32 [chunks, M, Q]
+    across_ptr,  # float32 [BLOCKS, chunks, M, Q]
+    through_ptr,  # float32 [BLOCKS, chunks, M]
+    positions_ptr,  # int64 [T]
+    of_raw_ptr,  # [T, M], rows of_raw_stride apart
+    raw_stride,
+    of_raw_stride,
+    tokens,  # T
+    heads,  # M
+    least,
+    most,
+    BLOCKS: tl.constexpr,
+    CHUNK: tl.constexpr,  # Q
+    HEADS: tl.constexpr,  # M, up to a power of two
+):
+    chunk = tl.program_id(0).to(tl.int64)
+    place, head = tl.arange(0, CHUNK), tl.arange(0, HEADS)[None, :]
+    token = (chunk * CHUNK + place)[:, None]
+    own = head < heads
+    mask = (token < tokens) & own
+    began, leaving = _documents(positions_ptr, chunk, tokens, CHUNK)
+    at = (chunk * heads + head) * CHUNK + place[:, None]
+    along, through = read(within_ptr, at, own), tl.zeros([1, HEADS], tl.float32)
+    for block in range(BLOCKS):
+        part = block * tl.num_programs(0).to(tl.int64) * heads
+        along += read(across_ptr, part * CHUNK + at, own)
+        through += read(through_ptr, part + chunk * heads + head, own)
+    later = (place[:, None] <= place[None, :]) & (began[:, None] == began[None, :])
+    of_decay = tl.dot(later.to(tl.float32), along, input_precision="ieee")
+    of_decay += tl.where(token >= leaving, through, 0.0)
+    gradient = read(direct_ptr, at, own) + read(rate_ptr, head, own) * of_decay
+    multiplier = read(multipliers_ptr, head, own)
+    raw = read(raw_ptr, token * raw_stride + head, mask) * multiplier + read(step_bias_ptr, head, own)
+    step = _softplus(raw)
+    gradient = tl.where((step >= least) & (step <= most), gradient * tl.sigmoid(raw) * multiplier, 0.0)
+    at_out = token * of_raw_stride + head
+    tl.store(of_raw_ptr + at_out, gradient.to(of_raw_ptr.dtype.element_ty), mask=mask)
