@@ -40,11 +40,11 @@ from falcon_qlora.kernels.rows import read
 from falcon_qlora.kernels.ssd import StateSpace
 
 _CHUNK = 64  # Q
-_HEADS_A_PROGRAM = 6  # of `_of_inputs`, which sums a gradient over them
+_HEADS_A_PROGRAM = 6  # of `_of_scores`, which sums a gradient over them
 _WALK: dict[str, Any] = {"ROWS": 64, "LANES": 64, "num_warps": 4, "num_stages": 3}
 _OUTPUTS: dict[str, Any] = {"LANES": 64, "num_warps": 4, "num_stages": 2}
+_OF_SCORES: dict[str, Any] = {"num_warps": 4, "num_stages": 1}
 # More lanes do not fit into the registers of GPUs before Hopper.
-_OF_INPUTS: dict[str, Any] = {"LANES": 32, "num_warps": 8, "num_stages": 1}
 _OF_SHARED: dict[str, Any] = {"LANES": 32, "num_warps": 8, "num_stages": 1}
 _OF_STEPS: dict[str, Any] = {"num_warps": 8}
 _SMALL: dict[str, Any] = {"num_warps": 4}
@@ -57,10 +57,7 @@ def scan(channels: Tensor, steps: Tensor, space: StateSpace, positions: Tensor, 
         return y
     parts = _Parts.of(channels, steps, space, positions, starts)
     x, _, c = parts.inputs
-    _outputs[(space.heads, parts.chunks)](
-        x, c, parts.steps, parts.sums, space.skip, parts.inner, parts.states(), positions, y, x.stride(0),
-        len(x), space.heads, space.groups, **parts.sizes, **_fitted(_OUTPUTS, space),
-    )  # fmt: skip
+    parts.add_up(x, c, parts.states(), y, reverse=False)
     return y
 
 
@@ -82,26 +79,27 @@ def scan_backward(
     states, gradients = parts.states(), parts.states(grad)
     x, b, c = parts.inputs
     dx, db, dc = parts.split(of_channels)
+    parts.add_up(grad, b, gradients, dx, reverse=True)
     counts = len(x), space.heads, space.groups
     blocks = triton.cdiv(space.heads // space.groups, _HEADS_A_PROGRAM)
-    lanes = _fitted(_OF_SHARED, space)["LANES"]
     of_inner = parts.empty(blocks, *parts.inner.shape)
     direct, within = (torch.empty_like(parts.steps) for _ in range(2))
-    across = parts.empty(space.state // lanes, *parts.steps.shape)
-    through = parts.empty(space.state // lanes, parts.chunks, space.heads)
-    _of_inputs[(space.groups * blocks, parts.chunks)](
-        grad, x, b, parts.steps, parts.sums, space.skip, parts.inner, gradients, positions,
-        dx, of_inner, direct, within, x.stride(0), dx.stride(0), *counts,
-        HEADS=_HEADS_A_PROGRAM, **parts.sizes, **_fitted(_OF_INPUTS, space),
+    _of_scores[(space.groups * blocks, parts.chunks)](
+        grad, x, parts.steps, parts.sums, parts.inner, positions, of_inner, direct, within, x.stride(0), *counts,
+        HEADS=_HEADS_A_PROGRAM, CHUNK=_CHUNK, WIDTH=space.head_size, **_OF_SCORES,
     )  # fmt: skip
-    _of_shared[(space.groups * (space.state // lanes), parts.chunks)](
+    options = _fitted(_OF_SHARED, space)
+    lanes = space.state // options["LANES"]
+    entered, left = (parts.empty(lanes, *parts.steps.shape) for _ in range(2))
+    past = parts.empty(lanes, parts.chunks, space.heads)
+    _of_shared[(space.groups * lanes, parts.chunks)](
         grad, x, b, c, parts.steps, parts.sums, of_inner, states, gradients, positions,
-        db, dc, across, through, x.stride(0), db.stride(0), *counts,
-        BLOCKS=blocks, **parts.sizes, **_fitted(_OF_SHARED, space),
+        db, dc, entered, left, past, x.stride(0), db.stride(0), *counts,
+        BLOCKS=blocks, **parts.sizes, **options,
     )  # fmt: skip
     _of_steps[(parts.chunks,)](
-        steps, *parts.of_steps, direct, within, across, through, positions, of_steps, steps.stride(0),
-        of_steps.stride(0), *counts[:2], *space.limits, BLOCKS=space.state // lanes, CHUNK=_CHUNK,
+        steps, *parts.of_steps, parts.steps, direct, within, entered, left, past, positions, of_steps,
+        steps.stride(0), of_steps.stride(0), *counts[:2], *space.limits, BLOCKS=lanes, CHUNK=_CHUNK,
         HEADS=_lanes_of_heads(space), **_OF_STEPS,
     )  # fmt: skip
     return of_channels
@@ -114,6 +112,7 @@ class _Parts:
     Attributes:
         space: the parameters.
         inputs: x ``[T, MP]``, B and C ``[T, GN]``, with one row stride.
+        positions: int64 ``[T]``.
         starts: int32 ``[documents + 1]``.
         of_steps: multipliers, biases and A, ``[M]`` each.
         steps: float32 ``[chunks, M, Q]``, Δ, 0 past the last token.
@@ -123,6 +122,7 @@ class _Parts:
 
     space: StateSpace
     inputs: tuple[Tensor, Tensor, Tensor]
+    positions: Tensor
     starts: Tensor
     of_steps: tuple[Tensor, Tensor, Tensor]
     steps: Tensor
@@ -150,7 +150,7 @@ class _Parts:
         _match[(space.groups, chunks)](
             b, c, inner, b.stride(0), tokens, CHUNK=_CHUNK, STATE=space.state, **_fitted(_OUTPUTS, space)
         )
-        return cls(space, (x, b, c), starts, of_steps, sizes, sums, inner)
+        return cls(space, (x, b, c), positions, starts, of_steps, sizes, sums, inner)
 
     @property
     def chunks(self) -> int:
@@ -185,6 +185,15 @@ class _Parts:
             space.heads, space.groups, REVERSE=grad is not None, **sizes, **options,
         )  # fmt: skip
         return states
+
+    def add_up(self, x: Tensor, c: Tensor, states: Tensor, y: Tensor, *, reverse: bool) -> None:
+        """y from x, C and the states that enter; or dx from dy, B and the gradients of those that leave."""
+        space = self.space
+        _outputs[(space.heads, self.chunks)](
+            x, c, self.steps, self.sums, space.skip, self.inner, states, self.positions, y, x.stride(0),
+            c.stride(0), y.stride(0), len(x), space.heads, space.groups, REVERSE=reverse, **self.sizes,
+            **_fitted(_OUTPUTS, space),
+        )  # fmt: skip
 
 
 def _fitted(options: dict[str, Any], space: StateSpace) -> dict[str, Any]:
@@ -333,19 +342,22 @@ def _walk(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _outputs(
-    x_ptr,  # [T, M P], rows stride apart
-    c_ptr,  # [T, G N], rows stride apart
+    x_ptr,  # [T, M P], rows x_stride apart; where REVERSE the gradient of y
+    c_ptr,  # [T, G N], rows c_stride apart; where REVERSE B
     steps_ptr,  # float32 [chunks, M, Q]
     sums_ptr,  # float32 [chunks, M, Q]
     skip_ptr,  # [M]
     inner_ptr,  # float32 [chunks, G, Q, Q]
-    states_ptr,  # [chunks, M, P, N]
+    states_ptr,  # [chunks, M, P, N], that enter; where REVERSE the gradients of those that leave
     positions_ptr,  # int64 [T]
-    y_ptr,  # [T, M P]
-    stride,
+    y_ptr,  # [T, M P], rows y_stride apart; where REVERSE the gradient of x
+    x_stride,
+    c_stride,
+    y_stride,
     tokens,  # T
     heads,  # M
     groups,  # G
+    REVERSE: tl.constexpr,
     CHUNK: tl.constexpr,  # Q
     WIDTH: tl.constexpr,  # P
     STATE: tl.constexpr,  # N
@@ -354,102 +366,87 @@ def _outputs(
     head, chunk = tl.program_id(0), tl.program_id(1).to(tl.int64)
     group = head // (heads // groups)
     place, column, lane = tl.arange(0, CHUNK), tl.arange(0, WIDTH), tl.arange(0, LANES)
+    row, other = place[:, None], place[None, :]
     first = chunk * CHUNK
     token = first + place
     mask = (token < tokens)[:, None]
-    began, _ = _documents(positions_ptr, chunk, tokens, CHUNK)
-    enters = tl.load(positions_ptr + first) > 0
-    at = (chunk * heads + head) * CHUNK + place
-    step, sums = tl.load(steps_ptr + at), tl.load(sums_ptr + at)
-    states_ptr += (chunk * heads + head) * WIDTH * STATE
+    began, leaving = _documents(positions_ptr, chunk, tokens, CHUNK)
+    seen = began[:, None] == began[None, :]
+    at = (chunk * heads + head) * CHUNK
+    step, sums = tl.load(steps_ptr + at + place), tl.load(sums_ptr + at + place)
+    at_inner = inner_ptr + (chunk * groups + group) * CHUNK * CHUNK
+    # What is left of a state at each token; and what each token [row] takes of the others.
+    if REVERSE:
+        crosses = leaving < first + CHUNK
+        left = tl.where(token >= leaving, tl.exp(tl.load(sums_ptr + at + CHUNK - 1) - sums), 0.0)
+        share = tl.load(at_inner + other * CHUNK + row)
+        share *= _decays(sums[None, :], sums[:, None], seen & (row <= other))
+    else:
+        crosses = tl.load(positions_ptr + first) > 0
+        left = tl.where(began < first, tl.exp(sums), 0.0)
+        share = tl.load(at_inner + row * CHUNK + other)
+        share *= _decays(sums[:, None], sums[None, :], seen & (row >= other)) * step[None, :]
     y = tl.zeros([CHUNK, WIDTH], tl.float32)
+    at_state = (chunk * heads + head) * WIDTH * STATE + column[None, :] * STATE + lane[:, None]  # [LANES, P]
+    at_c = token[:, None] * c_stride + group * STATE + lane[None, :]
     for n in range(0, STATE, LANES):
-        at_c = token[:, None] * stride + group * STATE + n + lane[None, :]
-        c = tl.load(c_ptr + at_c, mask=mask, other=0.0)
-        at_state = column[None, :] * STATE + n + lane[:, None]  # [LANES, P]
-        state = tl.load(states_ptr + at_state, mask=enters & (at_state >= 0), other=0.0)
+        c = tl.load(c_ptr + at_c + n, mask=mask, other=0.0)
+        state = tl.load(states_ptr + at_state + n, mask=crosses & (at_state >= 0), other=0.0)
         y = tl.dot(c, state, y, input_precision="ieee")
-    y *= tl.where(began < first, tl.exp(sums), 0.0)[:, None]
-    seen = (place[:, None] >= place[None, :]) & (began[:, None] == began[None, :])
-    inner_ptr += (chunk * groups + group) * CHUNK * CHUNK
-    share = tl.load(inner_ptr + place[:, None] * CHUNK + place[None, :])
-    share *= _decays(sums[:, None], sums[None, :], seen) * step[None, :]
-    x = tl.load(x_ptr + token[:, None] * stride + head * WIDTH + column[None, :], mask=mask, other=0.0)
-    y = tl.dot(share.to(x.dtype), x, y, input_precision="ieee") + read(skip_ptr, head, True) * x
-    at_y = token[:, None] * (heads * WIDTH) + head * WIDTH + column[None, :]
-    tl.store(y_ptr + at_y, y.to(y_ptr.dtype.element_ty), mask=mask)
+    at_x = head * WIDTH + column[None, :]
+    x = tl.load(x_ptr + token[:, None] * x_stride + at_x, mask=mask, other=0.0)
+    y = tl.dot(share.to(x.dtype), x, y * left[:, None], input_precision="ieee")
+    if REVERSE:
+        y *= step[:, None]
+    y += read(skip_ptr, head, True) * x
+    tl.store(y_ptr + token[:, None] * y_stride + at_x, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _of_inputs(
+def _of_scores(
     grad_ptr,  # [T, M P], of y
     x_ptr,  # [T, M P], rows stride apart
-    b_ptr,  # [T, G N], rows stride apart
     steps_ptr,  # float32 [chunks, M, Q]
     sums_ptr,  # float32 [chunks, M, Q]
-    skip_ptr,  # [M]
     inner_ptr,  # float32 [chunks, G, Q, Q]
-    gradients_ptr,  # [chunks, M, P, N], of the states that leave
     positions_ptr,  # int64 [T]
-    dx_ptr,  # [T, M P], rows dx_stride apart
     of_inner_ptr,  # float32 [blocks, chunks, G, Q, Q]
-    direct_ptr,  # float32 [chunks, M, Q], the gradient of Δ apart from that through ΔA
-    within_ptr,  # float32 [chunks, M, Q], row sums minus column sums
+    direct_ptr,  # float32 [chunks, M, Q], column sums of S without Δ
+    within_ptr,  # float32 [chunks, M, Q], row sums minus column sums of S
     stride,
-    dx_stride,
     tokens,  # T
     heads,  # M
     groups,  # G
     HEADS: tl.constexpr,  # of a group, at most, a program's
     CHUNK: tl.constexpr,  # Q
     WIDTH: tl.constexpr,  # P
-    STATE: tl.constexpr,  # N
-    LANES: tl.constexpr,  # of N
 ):
     shared = heads // groups
     group, chunk = tl.program_id(0) % groups, tl.program_id(1).to(tl.int64)
     block = tl.program_id(0) // groups
-    place, column, lane = tl.arange(0, CHUNK), tl.arange(0, WIDTH), tl.arange(0, LANES)
+    place, column = tl.arange(0, CHUNK), tl.arange(0, WIDTH)
     row, other = place[:, None], place[None, :]
     token = chunk * CHUNK + place
     mask = (token < tokens)[:, None]
-    began, leaving = _documents(positions_ptr, chunk, tokens, CHUNK)
-    leaves = leaving < (chunk + 1) * CHUNK
-    same = began[:, None] == began[None, :]
+    began, _ = _documents(positions_ptr, chunk, tokens, CHUNK)
+    seen = (began[:, None] == began[None, :]) & (row >= other)
     inner_ptr += (chunk * groups + group) * CHUNK * CHUNK
+    inner = tl.load(inner_ptr + row * CHUNK + other)
     of_inner = tl.zeros([CHUNK, CHUNK], tl.float32)
     for head in range(group * shared + block * HEADS, group * shared + min((block + 1) * HEADS, shared)):
-        at = (chunk * heads + head) * CHUNK
-        step, sums = tl.load(steps_ptr + at + place), tl.load(sums_ptr + at + place)
-        total = tl.load(sums_ptr + at + CHUNK - 1)
+        at = (chunk * heads + head) * CHUNK + place
+        step, sums = tl.load(steps_ptr + at), tl.load(sums_ptr + at)
         at_row = head * WIDTH + column[None, :]
         grad = tl.load(grad_ptr + token[:, None] * (heads * WIDTH) + at_row, mask=mask, other=0.0)
         x = tl.load(x_ptr + token[:, None] * stride + at_row, mask=mask, other=0.0)
-        # G B, first from the states that leave the chunk, then from its own tokens.
-        of_states = gradients_ptr + (chunk * heads + head) * WIDTH * STATE
-        du = tl.zeros([CHUNK, WIDTH], tl.float32)
-        for n in range(0, STATE, LANES):
-            at_b = token[:, None] * stride + group * STATE + n + lane[None, :]
-            b = tl.load(b_ptr + at_b, mask=mask, other=0.0)
-            at_state = column[None, :] * STATE + n + lane[:, None]  # [LANES, P]
-            of_state = tl.load(of_states + at_state, mask=leaves & (at_state >= 0), other=0.0)
-            du = tl.dot(b, of_state, du, input_precision="ieee")
-        du *= tl.where(token >= leaving, tl.exp(total - sums), 0.0)[:, None]
-        direct = tl.sum(du * x, 1)
-        share = tl.dot(grad, tl.trans(x), input_precision="ieee")
-        share *= _decays(sums[:, None], sums[None, :], same & (row >= other))
-        of_inner += share * step[None, :]
-        share *= tl.load(inner_ptr + row * CHUNK + other)  # again for each head: registers are few
-        direct += tl.sum(share, 0)
-        share = tl.where(row > other, share * step[None, :], 0.0)
-        back = tl.load(inner_ptr + other * CHUNK + row)
-        back *= _decays(sums[None, :], sums[:, None], same & (row <= other))
-        du = tl.dot(back.to(grad.dtype), grad, du, input_precision="ieee")
-        dx = step[:, None] * du + read(skip_ptr, head, True) * grad
-        at_dx = token[:, None] * dx_stride + at_row
-        tl.store(dx_ptr + at_dx, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        tl.store(direct_ptr + at + place, direct)
-        tl.store(within_ptr + at + place, tl.sum(share, 1) - tl.sum(share, 0))
+        scores = tl.dot(grad, tl.trans(x), input_precision="ieee")
+        scores *= _decays(sums[:, None], sums[None, :], seen)
+        of_inner += scores * step[None, :]
+        scores *= inner
+        tl.store(direct_ptr + at, tl.sum(scores, 0))
+        # Token's own terms are in its row and its column.
+        scores = tl.where(row > other, scores * step[None, :], 0.0)
+        tl.store(within_ptr + at, tl.sum(scores, 1) - tl.sum(scores, 0))
     of_inner_ptr += ((block * tl.num_programs(1) + chunk) * groups + group) * CHUNK * CHUNK
     tl.store(of_inner_ptr + row * CHUNK + other, of_inner)
 
@@ -468,8 +465,9 @@ def _of_shared(
     positions_ptr,  # int64 [T]
     db_ptr,  # [T, G N], rows out_stride apart
     dc_ptr,  # [T, G N], rows out_stride apart
-    across_ptr,  # float32 [N / LANES, chunks, M, Q], what entered minus what leaves, in these lanes
-    through_ptr,  # float32 [N / LANES, chunks, M], what entered and leaves, and what leaves
+    entered_ptr,  # float32 [N / LANES, chunks, M, Q], column of what entered, in these lanes
+    left_ptr,  # float32 [N / LANES, chunks, M, Q], row of what leaves, without Δ
+    past_ptr,  # float32 [N / LANES, chunks, M], of what entered and leaves
     stride,
     out_stride,
     tokens,  # T
@@ -510,15 +508,14 @@ def _of_shared(
         entered = tl.dot(grad, state, input_precision="ieee")
         entered *= tl.where(began < first, tl.exp(sums), 0.0)[:, None]
         dc += entered
-        leave = tl.dot(x, of_state, input_precision="ieee")
-        leave *= tl.where(token >= leaving, step * tl.exp(total - sums), 0.0)[:, None]
-        db += leave
-        left = tl.sum(leave * b, 1)
-        at_partial = (block * chunks + chunk) * heads + head
-        tl.store(across_ptr + at_partial * CHUNK + place, tl.sum(entered * c, 1) - left)
+        left = tl.dot(x, of_state, input_precision="ieee")
+        left *= tl.where(token >= leaving, tl.exp(total - sums), 0.0)[:, None]
+        db += step[:, None] * left
         past = tl.sum(state.to(tl.float32) * of_state.to(tl.float32))
-        past = tl.where(leaving < first, past * tl.exp(total), 0.0)
-        tl.store(through_ptr + at_partial, tl.sum(left, 0) + past)
+        at_partial = (block * chunks + chunk) * heads + head
+        tl.store(entered_ptr + at_partial * CHUNK + place, tl.sum(entered * c, 1))
+        tl.store(left_ptr + at_partial * CHUNK + place, tl.sum(left * b, 1))
+        tl.store(past_ptr + at_partial, tl.where(leaving < first, past * tl.exp(total), 0.0))
     row, other = place[:, None], place[None, :]
     of_inner = tl.zeros([CHUNK, CHUNK], tl.float32)
     of_inner_back = tl.zeros([CHUNK, CHUNK], tl.float32)
@@ -539,10 +536,12 @@ def _of_steps(
     multipliers_ptr,  # float32 [M]
     step_bias_ptr,  # [M]
     rate_ptr,  # float32 [M]
+    steps_ptr,  # float32 [chunks, M, Q]
     direct_ptr,  # float32 [chunks, M, Q]
     within_ptr,  # float32 [chunks, M, Q]
-    across_ptr,  # float32 [BLOCKS, chunks, M, Q]
-    through_ptr,  # float32 [BLOCKS, chunks, M]
+    entered_ptr,  # float32 [BLOCKS, chunks, M, Q]
+    left_ptr,  # float32 [BLOCKS, chunks, M, Q]
+    past_ptr,  # float32 [BLOCKS, chunks, M]
     positions_ptr,  # int64 [T]
     of_raw_ptr,  # [T, M], rows of_raw_stride apart
     raw_stride,
@@ -562,15 +561,20 @@ def _of_steps(
     mask = (token < tokens) & own
     began, leaving = _documents(positions_ptr, chunk, tokens, CHUNK)
     at = (chunk * heads + head) * CHUNK + place[:, None]
-    along, through = read(within_ptr, at, own), tl.zeros([1, HEADS], tl.float32)
+    along, direct = read(within_ptr, at, own), read(direct_ptr, at, own)
+    left, past = tl.zeros([CHUNK, HEADS], tl.float32), tl.zeros([1, HEADS], tl.float32)
     for block in range(BLOCKS):
         part = block * tl.num_programs(0).to(tl.int64) * heads
-        along += read(across_ptr, part * CHUNK + at, own)
-        through += read(through_ptr, part + chunk * heads + head, own)
+        along += read(entered_ptr, part * CHUNK + at, own)
+        left += read(left_ptr, part * CHUNK + at, own)
+        past += read(past_ptr, part + chunk * heads + head, own)
+    direct += left
+    left *= read(steps_ptr, at, own)
+    past += tl.sum(left, 0)[None, :]
     later = (place[:, None] <= place[None, :]) & (began[:, None] == began[None, :])
-    of_decay = tl.dot(later.to(tl.float32), along, input_precision="ieee")
-    of_decay += tl.where(token >= leaving, through, 0.0)
-    gradient = read(direct_ptr, at, own) + read(rate_ptr, head, own) * of_decay
+    of_decay = tl.dot(later.to(tl.float32), along - left, input_precision="ieee")
+    of_decay += tl.where(token >= leaving, past, 0.0)
+    gradient = direct + read(rate_ptr, head, own) * of_decay
     multiplier = read(multipliers_ptr, head, own)
     raw = read(raw_ptr, token * raw_stride + head, mask) * multiplier + read(step_bias_ptr, head, own)
     step = _softplus(raw)

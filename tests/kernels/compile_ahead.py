@@ -52,7 +52,7 @@ FLOAT32 |= {"cosine_ptr", "sine_ptr", "losses_ptr", "scale_ptr", "scales_ptr", "
 FLOAT32 |= {"longest_ptr", "factors_ptr", "gate_ptr", "of_gate_ptr", "sums_ptr", "bias_ptr"}
 FLOAT32 |= {"first_scale_ptr", "first_bias_ptr", "second_scale_ptr", "second_bias_ptr"}
 FLOAT32 |= {"multipliers_ptr", "rate_ptr", "steps_ptr", "inner_ptr", "of_inner_ptr", "direct_ptr"}
-FLOAT32 |= {"within_ptr", "across_ptr", "through_ptr"}
+FLOAT32 |= {"within_ptr", "entered_ptr", "left_ptr", "past_ptr"}
 # What counts few things, or things of any number: no multiples of 16.
 UNALIGNED = {"eps", "scale", "tokens", "groups", "group", "keys", "queries", "prefix"}
 UNALIGNED |= {"low", "high", "threshold", "factor", "gate_multiplier", "multiplier"}
@@ -126,9 +126,9 @@ def state_space_variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
         walk = ssd_triton._WALK | {"ROWS": min(head_size, ssd_triton._WALK["ROWS"])}
         for reverse in (False, True):
             yield ssd_triton._walk, {"REVERSE": reverse, **sizes, **walk}
-        yield ssd_triton._outputs, {**sizes, **ssd_triton._OUTPUTS}
-        heads = {"HEADS": ssd_triton._HEADS_A_PROGRAM}
-        yield ssd_triton._of_inputs, {**heads, **sizes, **ssd_triton._OF_INPUTS}
+            yield ssd_triton._outputs, {"REVERSE": reverse, **sizes, **ssd_triton._OUTPUTS}
+        scores = {"HEADS": ssd_triton._HEADS_A_PROGRAM, "CHUNK": chunk, "WIDTH": head_size}
+        yield ssd_triton._of_scores, {**scores, **ssd_triton._OF_SCORES}
         yield ssd_triton._of_shared, {"BLOCKS": 4, **sizes, **ssd_triton._OF_SHARED}
 
 

@@ -35,7 +35,7 @@ def short_chunks(monkeypatch):
 
     monkeypatch.setattr(ssd_triton, "_CHUNK", 16)
     monkeypatch.setattr(ssd_triton, "_HEADS_A_PROGRAM", 2)  # of three in a group
-    for options in (ssd_triton._WALK, ssd_triton._OUTPUTS, ssd_triton._OF_INPUTS, ssd_triton._OF_SHARED):
+    for options in (ssd_triton._WALK, ssd_triton._OUTPUTS, ssd_triton._OF_SHARED):
         monkeypatch.setitem(options, "LANES", 16)
     monkeypatch.setitem(ssd_triton._WALK, "ROWS", 16)
     monkeypatch.setitem(convolution_triton._TILE, "TOKENS", 8)
