@@ -12,7 +12,7 @@ Falcon-H1-7B's sizes, in chunks of 64 tokens (`ssd_triton` counts the scan's):
 | | forward | backward, with what is recomputed |
 |---|---|---|
 | convolution | 14,336 | 14,336 + 21,504 |
-| scan | 75,000 | 225,000 |
+| scan | 71,000 | 189,000 |
 | gate | 18,432 | 36,864 |
 """
 

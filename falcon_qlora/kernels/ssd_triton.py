@@ -2,28 +2,30 @@
 
 Forward: `_sum_decays` takes Δ and the sums c of ΔA within each chunk. `_match` takes C Bᵀ of each chunk and
 group. `_walk` goes through each document and writes the state that enters each of its chunks but the first.
-`_outputs` adds up what comes from within a chunk and from that state. A state is float32 while it is summed.
-It is written in the activations' dtype, as the operand of a product that it is.
+`_outputs` adds up what comes from within a chunk and from that state. States are summed in float32. They are
+written in the activations' dtype, in which they are operands of products.
 
-Backward, with S_ij = Δ_j exp(c_i - c_j) (C_i·B_j) (dy_i·x_j) within a chunk and document:
-- The states are recomputed. `_walk` goes the other way for the gradients G of the states that leave a chunk.
-- `_of_inputs` computes dx, the sums of S along rows and columns, and the gradient of C Bᵀ, summed over heads.
-- `_of_shared` computes dB and dC, whose terms through the states it sums over heads. Terms' products with C
-  and B are what they add to the decays' gradients.
-- `_of_steps` computes dΔ. The gradient of ΔA at token k is the sum of S_ij over j < k <= i, so of the later
-  row sums minus the later column sums, within a document. As both come from one S, nothing is lost between
-  large sums. What enters a chunk is one more column, what leaves it one more row.
+Backward, the states are recomputed. `_walk` goes the other way for the gradients G of the states that leave a
+chunk, and `_outputs` adds up dx. With S_ij = Δ_j exp(c_i - c_j) (C_i·B_j) (dy_i·x_j) within a chunk and
+document:
+- `_of_scores` computes the sums of S along rows and columns, and the gradient of C Bᵀ, summed over heads.
+- `_of_shared` computes dB and dC, whose terms through the states it sums over heads. Products of these terms
+  with B and C are the decays' gradients through the states.
+- `_of_steps` computes dΔ. The gradient of ΔA at token k is the sum of S_ij over j < k <= i: of the later row
+  sums minus the later column sums, within a document. Both are of one S, so they cancel exactly enough. What
+  entered a chunk is one more column of S, and what leaves it one more row.
 
 A product's result is never transposed in registers for the next product: Triton before 3.7.1 computes that
-wrong on Hopper. C Bᵀ and its gradient are read from memory, the other way round where needed.
+wrong on Hopper. C Bᵀ and its gradient go through memory, and are read the other way round where needed.
 
-Bytes a token at Falcon-H1-7B's sizes (bfloat16, M 24, P 128, N 256, G 1, Q 64); states are 24.6 KB a token,
-written once and read once forward, and written twice and read three times backward:
+Bytes a token at Falcon-H1-7B's sizes (bfloat16, M 24, P 128, N 256, G 1, Q 64), of one long document. States
+are 24,576 of them. They are written once and read once forward. Backward both states and their gradients are
+written, and gradients are read once more. C Bᵀ, Δ and sums of each head are read once.
 
-| | states | x, B, C, y and their gradients | C Bᵀ and its gradient | Δ and sums |
-|---|---|---|---|---|
-| forward | 49,152 | 1,024 + 6,656 + 6,656 + 6,144 | 512 | 600 |
-| backward | 122,880 | 7,680 + 6,656 + 18,944 + 14,336 | 3,000 | 2,500 |
+| | states | x, B, C, y and their gradients | the rest |
+|---|---|---|---|
+| forward | 49,152 | `_match` 1,024, `_walk` 6,656, `_outputs` 12,800 | 1,400 |
+| backward | 122,880 | `_match` 1,024, `_walk` 13,312, `_outputs` 12,800, the others 26,624 | 12,000 |
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ _CHUNK = 64  # Q
 _HEADS_A_PROGRAM = 6  # of `_of_scores`, which sums a gradient over them
 _WALK: dict[str, Any] = {"ROWS": 64, "LANES": 64, "num_warps": 4, "num_stages": 3}
 _OUTPUTS: dict[str, Any] = {"LANES": 64, "num_warps": 4, "num_stages": 2}
-_OF_SCORES: dict[str, Any] = {"num_warps": 4, "num_stages": 1}
+_OF_SCORES: dict[str, Any] = {"num_warps": 8, "num_stages": 1}
 # More lanes do not fit into the registers of GPUs before Hopper.
 _OF_SHARED: dict[str, Any] = {"LANES": 32, "num_warps": 8, "num_stages": 1}
 _OF_STEPS: dict[str, Any] = {"num_warps": 8}
@@ -85,8 +87,8 @@ def scan_backward(
     of_inner = parts.empty(blocks, *parts.inner.shape)
     direct, within = (torch.empty_like(parts.steps) for _ in range(2))
     _of_scores[(space.groups * blocks, parts.chunks)](
-        grad, x, parts.steps, parts.sums, parts.inner, positions, of_inner, direct, within, x.stride(0), *counts,
-        HEADS=_HEADS_A_PROGRAM, CHUNK=_CHUNK, WIDTH=space.head_size, **_OF_SCORES,
+        grad, x, parts.steps, parts.sums, parts.inner, positions, of_inner, direct, within, x.stride(0),
+        *counts, HEADS=_HEADS_A_PROGRAM, CHUNK=_CHUNK, WIDTH=space.head_size, **_OF_SCORES,
     )  # fmt: skip
     options = _fitted(_OF_SHARED, space)
     lanes = space.state // options["LANES"]
@@ -444,7 +446,7 @@ def _of_scores(
         of_inner += scores * step[None, :]
         scores *= inner
         tl.store(direct_ptr + at, tl.sum(scores, 0))
-        # Token's own terms are in its row and its column.
+        # A token's own term is in its row and in its column.
         scores = tl.where(row > other, scores * step[None, :], 0.0)
         tl.store(within_ptr + at, tl.sum(scores, 1) - tl.sum(scores, 0))
     of_inner_ptr += ((block * tl.num_programs(1) + chunk) * groups + group) * CHUNK * CHUNK
