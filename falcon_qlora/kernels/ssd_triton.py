@@ -1,9 +1,9 @@
 """Triton's form of `ssd_ops`' scan, in chunks of Q tokens; they affect only rounding.
 
-Forward: `_sum_decays` takes Δ and the sums c of ΔA within each chunk. `_match` takes C Bᵀ of each chunk and
-group. `_walk` goes through each document and writes the state that enters each of its chunks but the first.
-`_outputs` adds up what comes from within a chunk and from that state. States are summed in float32. They are
-written in the activations' dtype, in which they are operands of products.
+Forward: `_sum_decays` takes Δ and the sums c of ΔA within each chunk and document. `_match` takes C Bᵀ of
+each chunk and group. `_walk` goes through each document and writes the state that enters each of its chunks
+but the first. `_outputs` adds up what comes from within a chunk and from that state. States are summed in
+float32. They are written in the activations' dtype, in which they are operands of products.
 
 Backward, the states are recomputed. `_walk` goes the other way for the gradients G of the states that leave a
 chunk, and `_outputs` adds up dx. With S_ij = Δ_j exp(c_i - c_j) (C_i·B_j) (dy_i·x_j) within a chunk and
@@ -48,8 +48,7 @@ _OUTPUTS: dict[str, Any] = {"LANES": 64, "num_warps": 4, "num_stages": 2}
 _OF_SCORES: dict[str, Any] = {"num_warps": 8, "num_stages": 1}
 # More lanes do not fit into the registers of GPUs before Hopper.
 _OF_SHARED: dict[str, Any] = {"LANES": 32, "num_warps": 8, "num_stages": 1}
-_OF_STEPS: dict[str, Any] = {"num_warps": 8}
-_SMALL: dict[str, Any] = {"num_warps": 4}
+_STEPS: dict[str, Any] = {"num_warps": 8}
 
 
 def scan(channels: Tensor, steps: Tensor, space: StateSpace, positions: Tensor, starts: Tensor) -> Tensor:
@@ -102,7 +101,7 @@ def scan_backward(
     _of_steps[(parts.chunks,)](
         steps, *parts.of_steps, parts.steps, direct, within, entered, left, past, positions, of_steps,
         steps.stride(0), of_steps.stride(0), *counts[:2], *space.limits, BLOCKS=lanes, CHUNK=_CHUNK,
-        HEADS=_lanes_of_heads(space), **_OF_STEPS,
+        HEADS=_lanes_of_heads(space), **_STEPS,
     )  # fmt: skip
     return of_channels
 
@@ -143,8 +142,8 @@ class _Parts:
         of_steps = space.split(space.multipliers)[2], space.step_bias, space.rate
         sizes, sums = (torch.empty(chunks, space.heads, _CHUNK, **shape) for _ in range(2))
         _sum_decays[(chunks,)](
-            steps, *of_steps, sizes, sums, steps.stride(0), tokens, space.heads, *space.limits,
-            CHUNK=_CHUNK, HEADS=_lanes_of_heads(space), **_SMALL,
+            steps, *of_steps, positions, sizes, sums, steps.stride(0), tokens, space.heads, *space.limits,
+            CHUNK=_CHUNK, HEADS=_lanes_of_heads(space), **_STEPS,
         )  # fmt: skip
         inner = torch.empty(chunks, space.groups, _CHUNK, _CHUNK, **shape)
         shared = space.groups * space.state
@@ -226,7 +225,7 @@ def _softplus(x):
 
 @triton.jit
 def _decays(later, earlier, seen):
-    """exp(later - earlier), 0 where not `seen`."""
+    """exp(later - earlier), 0 where not `seen`: between documents the difference may be large."""
     return tl.exp(tl.where(seen, later - earlier, float("-inf")))
 
 
@@ -248,6 +247,7 @@ def _sum_decays(
     multipliers_ptr,  # float32 [M]
     step_bias_ptr,  # [M]
     rate_ptr,  # float32 [M]
+    positions_ptr,  # int64 [T]
     steps_ptr,  # float32 [chunks, M, Q]
     sums_ptr,  # float32 [chunks, M, Q]
     raw_stride,
@@ -259,15 +259,19 @@ def _sum_decays(
     HEADS: tl.constexpr,  # M, up to a power of two
 ):
     chunk = tl.program_id(0).to(tl.int64)
-    place, head = tl.arange(0, CHUNK)[:, None], tl.arange(0, HEADS)[None, :]
-    token, own = chunk * CHUNK + place, head < heads
+    place, head = tl.arange(0, CHUNK), tl.arange(0, HEADS)[None, :]
+    token, own = (chunk * CHUNK + place)[:, None], head < heads
     mask = (token < tokens) & own
     raw = read(raw_ptr, token * raw_stride + head, mask) * read(multipliers_ptr, head, own)
     step = tl.minimum(tl.maximum(_softplus(raw + read(step_bias_ptr, head, own)), least), most)
     step = tl.where(mask, step, 0.0)
-    at = (chunk * heads + head) * CHUNK + place
+    began, _ = _documents(positions_ptr, chunk, tokens, CHUNK)
+    # Within documents: no other one's decays move a sum by a bit.
+    earlier = (place[:, None] >= place[None, :]) & (began[:, None] == began[None, :])
+    sums = tl.dot(earlier.to(tl.float32), step * read(rate_ptr, head, own), input_precision="ieee")
+    at = (chunk * heads + head) * CHUNK + place[:, None]
     tl.store(steps_ptr + at, step, mask=own)
-    tl.store(sums_ptr + at, tl.cumsum(step * read(rate_ptr, head, own), 0), mask=own)
+    tl.store(sums_ptr + at, sums, mask=own)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -330,12 +334,12 @@ def _walk(
         at = (chunk * heads + head) * CHUNK
         sums, total = tl.load(sums_ptr + at + place), tl.load(sums_ptr + at + CHUNK - 1)
         if REVERSE:
-            share = tl.exp(sums)
+            share = _decays(sums, 0.0, own)
         else:
-            share = tl.load(steps_ptr + at + place) * tl.exp(total - sums)
+            share = tl.load(steps_ptr + at + place) * _decays(total, sums, own)
         x = tl.load(rows_ptr + token[None, :] * rows_stride, mask=own[None, :], other=0.0)  # [ROWS, Q]
         b = tl.load(lanes_ptr + token[:, None] * lanes_stride, mask=own[:, None], other=0.0)  # [Q, LANES]
-        x = (x * tl.where(own, share, 0.0)[None, :]).to(b.dtype)
+        x = (x * share[None, :]).to(b.dtype)
         state = tl.dot(x, b, state * tl.exp(total), input_precision="ieee")
         into = chunk - 1 if REVERSE else chunk + 1
         out = states_ptr + ((into * heads + head) * WIDTH + row[:, None]) * STATE + lane[None, :]
@@ -380,12 +384,12 @@ def _outputs(
     # What is left of a state at each token; and what each token [row] takes of the others.
     if REVERSE:
         crosses = leaving < first + CHUNK
-        left = tl.where(token >= leaving, tl.exp(tl.load(sums_ptr + at + CHUNK - 1) - sums), 0.0)
+        left = _decays(tl.load(sums_ptr + at + CHUNK - 1), sums, token >= leaving)
         share = tl.load(at_inner + other * CHUNK + row)
         share *= _decays(sums[None, :], sums[:, None], seen & (row <= other))
     else:
         crosses = tl.load(positions_ptr + first) > 0
-        left = tl.where(began < first, tl.exp(sums), 0.0)
+        left = _decays(sums, 0.0, began < first)
         share = tl.load(at_inner + row * CHUNK + other)
         share *= _decays(sums[:, None], sums[None, :], seen & (row >= other)) * step[None, :]
     y = tl.zeros([CHUNK, WIDTH], tl.float32)
@@ -508,10 +512,10 @@ def _of_shared(
         state = tl.load(states_ptr + of_head + at_state, mask=enters & (at_state >= 0), other=0.0)
         of_state = tl.load(gradients_ptr + of_head + at_state, mask=leaves & (at_state >= 0), other=0.0)
         entered = tl.dot(grad, state, input_precision="ieee")
-        entered *= tl.where(began < first, tl.exp(sums), 0.0)[:, None]
+        entered *= _decays(sums, 0.0, began < first)[:, None]
         dc += entered
         left = tl.dot(x, of_state, input_precision="ieee")
-        left *= tl.where(token >= leaving, tl.exp(total - sums), 0.0)[:, None]
+        left *= _decays(total, sums, token >= leaving)[:, None]
         db += step[:, None] * left
         past = tl.sum(state.to(tl.float32) * of_state.to(tl.float32))
         at_partial = (block * chunks + chunk) * heads + head

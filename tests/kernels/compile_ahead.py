@@ -117,9 +117,9 @@ def state_space_variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
         yield gate_triton._gate, options
         yield gate_triton._gate_backward, options
     chunk = ssd_triton._CHUNK
-    small = {"CHUNK": chunk, "HEADS": 32, **ssd_triton._SMALL}
-    yield ssd_triton._sum_decays, small
-    yield ssd_triton._of_steps, {"BLOCKS": 8, **small, **ssd_triton._OF_STEPS}
+    small = {"CHUNK": chunk, "HEADS": 32}
+    yield ssd_triton._sum_decays, {**small, **ssd_triton._STEPS}
+    yield ssd_triton._of_steps, {"BLOCKS": 8, **small, **ssd_triton._STEPS}
     for head_size, state in ((128, 256), (64, 128), (32, 64)):
         sizes = {"CHUNK": chunk, "WIDTH": head_size, "STATE": state}
         yield ssd_triton._match, {"CHUNK": chunk, "STATE": state, **ssd_triton._OUTPUTS}

@@ -1,5 +1,6 @@
 """Falcon-H1's convolution, scan and gate against the recurrence token by token in float64."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -7,26 +8,36 @@ import torch
 import torch.nn.functional as F
 
 from falcon_qlora.kernels import ops, ssd, ssd_ops
+from falcon_qlora.models.layouts.falcon_h1 import state_space
 from falcon_qlora.models.packed_attention import Sequences
+from tests.unit.test_falcon_h1 import KINDS as KINDS_OF_MODELS
+from tests.unit.test_falcon_h1 import plain_model
 
-# With chunks of 16: of one token; one that ends on a chunk's edge; one over several chunks; many in one
-# chunk; one that ends with a chunk's first token. 93 tokens in all, no multiple of 16.
-LENGTHS = (1, 15, 37, 1, 3, 1, 1, 6, 16, 12)
+# With chunks of 16: of one token; one that ends on a chunk's edge; one over several chunks that ends with a
+# chunk's first token; many in one chunk; 59 tokens in all, no multiple of 16.
+LENGTHS = (1, 15, 33, 1, 2, 1, 6)
 FORMS = ["torch", "triton"]
 SCALE = 0.7
 KINDS = {
     "one group": {},
     "two groups, norm behind the gate, no bias": {
         "groups": 2,
+        "heads_a_group": 1,
         "norm": True,
-        "norm_before_gate": False,
         "bias": False,
     },
-    "norm before the gate, two taps": {"groups": 2, "norm": True, "norm_before_gate": True, "taps": 2},
+    "norm before the gate, two taps": {
+        "groups": 2,
+        "heads_a_group": 2,
+        "norm": True,
+        "norm_before_gate": True,
+        "taps": 2,
+    },
     "clamped": {"limits": (0.5, 1.2), "taps": 3},
     "strong decay": {"rate": -60.0},
     "weak decay": {"rate": -1e-3},
 }
+ALWAYS = ("two groups, norm behind the gate, no bias", "strong decay")
 
 
 @pytest.fixture(autouse=True)
@@ -168,7 +179,10 @@ def errors(found, expected, space):
     return far
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[] if kind in ALWAYS else pytest.mark.slow) for kind in KINDS],
+)
 @pytest.mark.parametrize("form", FORMS)
 def test_output_and_every_gradient_are_the_recurrences(form, kind, device):
     space = parameters(device, **KINDS[kind])
@@ -177,3 +191,91 @@ def test_output_and_every_gradient_are_the_recurrences(form, kind, device):
     with ops.using(form):
         far = errors(mixed(projected, grad, space, LENGTHS), truth(projected, grad, space, LENGTHS), space)
     assert max(far.values()) < 3e-5, far
+
+
+@pytest.mark.parametrize(("head_size", "state"), [(16, 64), (64, 16), (32, 128)])
+def test_heads_and_states_in_several_tiles(head_size, state, device):
+    space = parameters(device, heads_a_group=1, head_size=head_size, state=state)
+    lengths = (20, 13)
+    columns = len(space.multipliers)
+    projected, grad = (rows(33, n, device, seed=s) for n, s in ((columns, 1), (space.width, 2)))
+    with ops.using("triton"):
+        found = mixed(projected, grad, space, lengths)
+    assert max(errors(found, truth(projected, grad, space, lengths), space).values()) < 3e-5
+
+
+@pytest.mark.parametrize("kind", ALWAYS)
+def test_bfloat16_is_hardly_further_from_float64_than_what_is_kept_in_it(kind, device):
+    """The plain form rounds what lies in memory too; in Triton's the products' operands are rounded as well."""
+    space = parameters(device, **KINDS[kind])
+    columns = len(space.multipliers)
+    projected, grad = (
+        rows(sum(LENGTHS), n, device, torch.bfloat16, seed=s) for n, s in ((columns, 1), (space.width, 2))
+    )
+    expected, far = truth(projected, grad, space, LENGTHS), {}
+    for form in FORMS:
+        with ops.using(form):
+            found = mixed(projected, grad, space, LENGTHS)
+        assert all(each.dtype == torch.bfloat16 for each in found)
+        far[form] = errors(found, expected, space)
+    assert max(far["torch"].values()) < 0.04
+    for name, ours in far["triton"].items():
+        assert ours < 1.3 * far["torch"][name] + 2**-9, (name, far)
+
+
+@pytest.mark.parametrize("kind", ["norm behind the gate", "two groups, no norm, no bias"])
+def test_no_further_from_float32_than_transformers_in_bfloat16(kind, device):
+    """Each document alone through Transformers' mixer, in float32 and in bfloat16."""
+    sizes = {"mamba_d_ssm": 64, "mamba_d_head": 32, "mamba_n_heads": 2}
+    mixer = plain_model(**KINDS_OF_MODELS[kind] | sizes).model.layers[0].mamba.to(device)
+    generator = torch.Generator().manual_seed(5)
+    width = mixer.in_proj.weight.shape[0]
+    projected = torch.randn(sum(LENGTHS), width, generator=generator).to(device, torch.bfloat16)
+    grad = torch.randn(sum(LENGTHS), 64, generator=generator).to(device, torch.bfloat16)
+
+    def theirs(dtype):
+        copied = copy.deepcopy(mixer).to(dtype)
+        copied.mup_vector, copied.ssm_in_multiplier = copied.mup_vector.to(dtype), 1.0
+        leaf = projected.to(dtype).requires_grad_()
+        copied.in_proj, copied.out_proj = torch.nn.Identity(), torch.nn.Identity()
+        output = torch.cat([copied(each[None])[0] for each in leaf.split(LENGTHS)])
+        return output.detach().double(), torch.autograd.grad(output, leaf, grad.to(dtype))[0].double()
+
+    space = state_space(mixer)
+    space = dataclasses.replace(space, rate=space.rate.detach())
+    exact, rounded = theirs(torch.float32), theirs(torch.bfloat16)
+    sequences = Sequences.from_lengths(LENGTHS, device)
+    documents = sequences.position_ids[0], sequences.cu_seqlens
+    with ops.using("triton"):
+        output, of_projected = torch.empty_like(grad), torch.empty_like(projected)
+        y = ssd_ops.mix_forward(projected, space, *documents, output)
+        ssd_ops.mix_backward(grad, projected, y, space, *documents, of_projected, grad)
+    assert torch.equal(grad, output)  # written again, over the gradient
+
+    def far(found, expected):
+        return float((found.double() - expected).norm() / expected.norm())
+
+    assert far(output, exact[0]) < far(rounded[0], exact[0])
+    for name, expected in segments(exact[1], space).items():
+        ours = far(segments(of_projected, space)[name], expected)
+        assert ours < max(far(segments(rounded[1], space)[name], expected), 2**-8), name
+
+
+def test_what_no_document_sees_and_no_tokens(device):
+    """Changing the first and last document moves not a bit of the one between."""
+    space = parameters(device, groups=2, heads_a_group=1, norm=True)
+    columns, results = len(space.multipliers), []
+    for seed in (1, 2):
+        projected, grad = (rows(29, n, device, seed=s) for n, s in ((columns, 1), (space.width, 2)))
+        for each in (projected, grad):
+            each[:5], each[22:] = (rows(n, each.shape[1], device, seed=seed + 5) for n in (5, 7))
+        with ops.using("triton"):
+            found = mixed(projected, grad, space, (5, 17, 7))
+        results.append([each[5:22] for each in found])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    with ops.using("triton"):
+        empty = rows(0, columns, device), rows(0, space.width, device)
+        positions, starts = torch.empty(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+        y = ssd_ops.mix_forward(empty[0], space, positions, starts, empty[1])
+        ssd_ops.mix_backward(empty[1], empty[0], y, space, positions, starts, empty[0], empty[1])
+    assert y.shape == (0, space.width)
