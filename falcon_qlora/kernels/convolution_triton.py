@@ -17,7 +17,6 @@ from torch import Tensor
 from falcon_qlora.kernels.rows import check_rows, common_unit, read
 from falcon_qlora.kernels.ssd import StateSpace
 
-MOST_TAPS = 4
 _TILE: dict[str, Any] = {"TOKENS": 32, "CHANNELS": 512, "num_warps": 2}
 
 
@@ -58,10 +57,7 @@ def _parameters(space: StateSpace) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _options(space: StateSpace) -> dict[str, Any]:
-    taps = space.weight.shape[1]
-    if taps > MOST_TAPS:
-        raise ValueError(f"convolutions of more than {MOST_TAPS} taps are not supported, not {taps}")
-    return {"TAPS": taps, "BIAS": space.bias is not None, **_TILE}
+    return {"TAPS": space.weight.shape[1], "BIAS": space.bias is not None, **_TILE}
 
 
 @triton.jit

@@ -6,7 +6,7 @@ like it. Everything is computed in float32 and rounded to the activations' dtype
 Triton's form the products' operands are rounded too. Letters of shapes are `ssd`'s, and C is MP + 2GN, the
 channels of the convolution.
 
-Between forward and backward `mix_forward` keeps only y, the scan's output. Bytes a token in bfloat16 at
+Between forward and backward only y, the scan's output, is kept. Bytes a token in bfloat16 at
 Falcon-H1-7B's sizes, in chunks of 64 tokens (`ssd_triton` counts the scan's):
 
 | | forward | backward, with what is recomputed |
@@ -28,7 +28,12 @@ from falcon_qlora.kernels import ops, ssd
 from falcon_qlora.kernels.ssd import StateSpace
 
 
-@ops.or_triton("convolution_triton")
+def _few_taps(*args: Any) -> bool:
+    """Whether Triton's convolution has them all."""
+    return _space_of(args).weight.shape[1] <= 4
+
+
+@ops.or_triton("convolution_triton", where=_few_taps)
 def convolve(channels: Tensor, space: StateSpace, positions: Tensor) -> Tensor:
     """Causal convolution of x, B and C within each document, then SiLU.
 
@@ -43,7 +48,7 @@ def convolve(channels: Tensor, space: StateSpace, positions: Tensor) -> Tensor:
     return _convolution(space, positions)(channels.float()).to(channels.dtype)
 
 
-@ops.or_triton("convolution_triton")
+@ops.or_triton("convolution_triton", where=_few_taps)
 def convolve_backward(
     grad: Tensor, channels: Tensor, space: StateSpace, positions: Tensor, out: Tensor
 ) -> Tensor:
@@ -63,11 +68,14 @@ def convolve_backward(
     return out.copy_(gradient)
 
 
+def heads_fit(head_size: int, state: int) -> bool:
+    """Whether Triton's form of the scan has tiles for heads of P channels and N numbers of state each."""
+    return head_size in (16, 32, 64, 128) and state in (16, 32, 64, 128, 256)
+
+
 def _in_tiles(*args: Any) -> bool:
     """Whether Triton's programs can hold the heads."""
-    space = next(each for each in args if isinstance(each, StateSpace))
-    fits = space.head_size in (16, 32, 64, 128) and space.state in (16, 32, 64, 128, 256)
-    return fits and args[0].dtype != torch.float16  # whose largest number a state may exceed
+    return heads_fit(_space_of(args).head_size, _space_of(args).state)
 
 
 @ops.or_triton("ssd_triton", where=_in_tiles)
@@ -157,31 +165,25 @@ def gate_backward(
     return of_y.to(y.dtype)
 
 
-def mix_forward(
-    projected: Tensor,
-    space: StateSpace,
-    positions: Tensor,
-    starts: Tensor,
-    out: Tensor,
-    scale: float = 1.0,
-) -> Tensor:
-    """From ``in_proj``'s output to ``out_proj``'s input.
+def mix_forward(projected: Tensor, space: StateSpace, positions: Tensor, starts: Tensor) -> Tensor:
+    """From ``in_proj``'s output to what is gated.
 
     Args:
         projected: ``[T, 2MP + 2GN + M]``.
         space: the parameters.
         positions: int64 ``[T]``, of each token in its document.
         starts: int32 ``[documents + 1]``, where each document begins, and T.
-        out: ``[T, MP]`` to write into.
-        scale: of the output.
 
     Returns:
-        y, ``[T, MP]``, which `mix_backward` needs besides `projected`.
+        y, ``[T, MP]``, which `mix_output` and `mix_backward` need beside `projected`.
     """
-    z, channels, steps = space.split(projected)
-    y = scan(convolve(channels, space, positions), steps, space, positions, starts)
-    gate(y, z, space, out, scale)
-    return y
+    _, channels, steps = space.split(projected)
+    return scan(convolve(channels, space, positions), steps, space, positions, starts)
+
+
+def mix_output(projected: Tensor, y: Tensor, space: StateSpace, out: Tensor, scale: float = 1.0) -> None:
+    """Write ``out_proj``'s input, ``[T, MP]`` times `scale`, into `out`; arguments as in `mix_forward`."""
+    gate(y, space.split(projected)[0], space, out, scale)
 
 
 def mix_backward(
@@ -195,7 +197,7 @@ def mix_backward(
     out: Tensor,
     scale: float = 1.0,
 ) -> None:
-    """The gradient of `mix_forward`'s input, and its output again.
+    """The gradient of `mix_forward`'s input, and `mix_output`'s output again.
 
     Args:
         grad: ``[T, MP]``, of the output.
@@ -204,7 +206,7 @@ def mix_backward(
         space: the parameters.
         positions: int64 ``[T]``.
         starts: int32 ``[documents + 1]``.
-        of_projected: ``[T, 2MP + 2GN + M]`` to write the gradient into.
+        of_projected: ``[T, 2MP + 2GN + M]`` to write the gradient into; may be `projected`.
         out: ``[T, MP]`` to write the output into; may be `grad`.
         scale: of the output.
     """
@@ -213,7 +215,10 @@ def mix_backward(
     of_y = gate_backward(grad, y, z, space, of_z, out, scale)
     convolved = convolve(channels, space, positions)
     of_convolved = scan_backward(of_y, convolved, steps, space, positions, starts, of_steps)
-    convolve_backward(of_convolved, channels, space, positions, of_channels)
+    if of_channels.data_ptr() != channels.data_ptr():
+        convolve_backward(of_convolved, channels, space, positions, of_channels)
+    else:  # which one program overwrites, and another reads
+        ops.copy_rows(convolve_backward(of_convolved, channels, space, positions, convolved), of_channels)
 
 
 def _convolution(space: StateSpace, positions: Tensor) -> Callable[[Tensor], Tensor]:
@@ -229,6 +234,10 @@ def _scan(space: StateSpace, positions: Tensor) -> Callable[[Tensor, Tensor], Te
 def _gate(space: StateSpace, scale: float) -> Callable[[Tensor, Tensor], Tensor]:
     multipliers = space.split(space.multipliers)[0]
     return lambda y, z: scale * ssd.gated(y, z * multipliers, space)
+
+
+def _space_of(args: tuple[Any, ...]) -> StateSpace:
+    return next(each for each in args if isinstance(each, StateSpace))
 
 
 def _differentiate(

@@ -472,7 +472,7 @@ def _of_shared(
     db_ptr,  # [T, G N], rows out_stride apart
     dc_ptr,  # [T, G N], rows out_stride apart
     entered_ptr,  # float32 [N / LANES, chunks, M, Q], column of what entered, in these lanes
-    left_ptr,  # float32 [N / LANES, chunks, M, Q], row of what leaves, without Δ
+    leaving_ptr,  # float32 [N / LANES, chunks, M, Q], row of what leaves, without Δ
     past_ptr,  # float32 [N / LANES, chunks, M], of what entered and leaves
     stride,
     out_stride,
@@ -520,7 +520,7 @@ def _of_shared(
         past = tl.sum(state.to(tl.float32) * of_state.to(tl.float32))
         at_partial = (block * chunks + chunk) * heads + head
         tl.store(entered_ptr + at_partial * CHUNK + place, tl.sum(entered * c, 1))
-        tl.store(left_ptr + at_partial * CHUNK + place, tl.sum(left * b, 1))
+        tl.store(leaving_ptr + at_partial * CHUNK + place, tl.sum(left * b, 1))
         tl.store(past_ptr + at_partial, tl.where(leaving < first, past * tl.exp(total), 0.0))
     row, other = place[:, None], place[None, :]
     of_inner = tl.zeros([CHUNK, CHUNK], tl.float32)
@@ -546,7 +546,7 @@ def _of_steps(
     direct_ptr,  # float32 [chunks, M, Q]
     within_ptr,  # float32 [chunks, M, Q]
     entered_ptr,  # float32 [BLOCKS, chunks, M, Q]
-    left_ptr,  # float32 [BLOCKS, chunks, M, Q]
+    leaving_ptr,  # float32 [BLOCKS, chunks, M, Q]
     past_ptr,  # float32 [BLOCKS, chunks, M]
     positions_ptr,  # int64 [T]
     of_raw_ptr,  # [T, M], rows of_raw_stride apart
@@ -572,7 +572,7 @@ def _of_steps(
     for block in range(BLOCKS):
         part = block * tl.num_programs(0).to(tl.int64) * heads
         along += read(entered_ptr, part * CHUNK + at, own)
-        left += read(left_ptr, part * CHUNK + at, own)
+        left += read(leaving_ptr, part * CHUNK + at, own)
         past += read(past_ptr, part + chunk * heads + head, own)
     direct += left
     left *= read(steps_ptr, at, own)

@@ -52,7 +52,7 @@ FLOAT32 |= {"cosine_ptr", "sine_ptr", "losses_ptr", "scale_ptr", "scales_ptr", "
 FLOAT32 |= {"longest_ptr", "factors_ptr", "gate_ptr", "of_gate_ptr", "sums_ptr", "bias_ptr"}
 FLOAT32 |= {"first_scale_ptr", "first_bias_ptr", "second_scale_ptr", "second_bias_ptr"}
 FLOAT32 |= {"multipliers_ptr", "rate_ptr", "steps_ptr", "inner_ptr", "of_inner_ptr", "direct_ptr"}
-FLOAT32 |= {"within_ptr", "entered_ptr", "left_ptr", "past_ptr"}
+FLOAT32 |= {"within_ptr", "entered_ptr", "leaving_ptr", "past_ptr"}
 # What counts few things, or things of any number: no multiples of 16.
 UNALIGNED = {"eps", "scale", "tokens", "groups", "group", "keys", "queries", "prefix"}
 UNALIGNED |= {"low", "high", "threshold", "factor", "gate_multiplier", "multiplier"}

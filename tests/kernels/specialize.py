@@ -78,7 +78,8 @@ def mix(lengths: list[int], dtype: torch.dtype) -> None:
     projected, out = (
         torch.zeros(sum(lengths), n, dtype=dtype) for n in (len(space.multipliers), space.width)
     )
-    y = ssd_ops.mix_forward(projected, space, *documents, out)
+    y = ssd_ops.mix_forward(projected, space, *documents)
+    ssd_ops.mix_output(projected, y, space, out)
     ssd_ops.mix_backward(out, projected, y, space, *documents, torch.empty_like(projected), out)
 
 
