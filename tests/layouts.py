@@ -27,6 +27,19 @@ _FALCON3 = "hidden_size=64,intermediate_size=128,num_attention_heads=4,num_key_v
 FAMILIES = {**LAYOUTS, "falcon3": f"random:falcon3-1b?{_SMALL},{_FALCON3}"}
 # Heads as Falcon3's own, for what depends on their size.
 WIDE_HEADS = {"falcon3-256": FAMILIES["falcon3"].replace("head_dim=32", "head_dim=256")}
+# For tests of fast blocks; those of its reference path are in test_falcon_h1. Two groups, a gated norm, and
+# rows of in_proj's output that no multiple of eight divides.
+_FALCON_H1 = (
+    "hidden_size=64,intermediate_size=128,num_attention_heads=4,num_key_value_heads=2,head_dim=32,"
+    "mamba_d_ssm=128,mamba_n_heads=4,mamba_d_head=32,mamba_d_state=16,mamba_n_groups=2,"
+    "embedding_multiplier=3.0,lm_head_multiplier=0.4,key_multiplier=0.7,attention_in_multiplier=1.3,"
+    "attention_out_multiplier=0.8,ssm_in_multiplier=1.25,ssm_out_multiplier=0.9"
+)
+_H1_WIDE = "hidden_size=64,intermediate_size=128,num_attention_heads=2,mamba_d_ssm=256,mamba_n_heads=2"
+FALCON_H1 = {
+    "falcon-h1": f"random:falcon-h1-7b?{_SMALL},{_FALCON_H1}",
+    "falcon-h1-128": f"random:falcon-h1-7b?{_SMALL},{_H1_WIDE}",  # heads as 7B's own
+}
 UNTIED = ("falcon-11b", "falcon3")  # layouts whose head is not the embedding
 MODES: tuple[QuantizeMode, ...] = ("4bit", "8bit", "16bit")
 
@@ -34,7 +47,7 @@ MODES: tuple[QuantizeMode, ...] = ("4bit", "8bit", "16bit")
 def tiny_model(
     layout: str, mode: QuantizeMode = "16bit", device: str = "cpu", compute_dtype: str = "auto"
 ) -> PreTrainedModel:
-    name = (FAMILIES | WIDE_HEADS)[layout]
+    name = (FAMILIES | WIDE_HEADS | FALCON_H1)[layout]
     return load_model(name, quantize_mode=mode, device=device, compute_dtype=compute_dtype, seed=1)
 
 

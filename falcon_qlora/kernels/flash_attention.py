@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import Any
 
@@ -24,7 +23,9 @@ def flash_attention_4() -> Any | None:
     return interface
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scale: float
+) -> tuple[Tensor, Tensor]:
     """Causal attention within documents.
 
     Args:
@@ -33,6 +34,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: 
         value: ``[T, G, D]``.
         starts: int32 ``[documents + 1]``, where each document starts, and the end.
         longest: tokens of the longest document.
+        scale: of the scores.
 
     Returns:
         ``[T, Q, D]`` and the log-sum-exp of the scores, float32 ``[Q, T]``.
@@ -40,7 +42,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: 
     interface = flash_attention_4()
     assert interface is not None
     output, log_sum_exp, *_ = interface._flash_attn_fwd(
-        query, key, value, **_documents(query, starts, longest), return_lse=True
+        query, key, value, **_documents(starts, longest, scale), return_lse=True
     )
     return output, log_sum_exp
 
@@ -54,12 +56,13 @@ def backward(
     log_sum_exp: Tensor,
     starts: Tensor,
     longest: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value; arguments as in `forward`."""
     interface = flash_attention_4()
     assert interface is not None
     how = {
-        **_documents(query, starts, longest),
+        **_documents(starts, longest, scale),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
     of_query, of_key, of_value = interface._flash_attn_bwd(
@@ -68,12 +71,12 @@ def backward(
     return of_query, of_key, of_value
 
 
-def _documents(query: Tensor, starts: Tensor, longest: int) -> dict[str, Any]:
+def _documents(starts: Tensor, longest: int, scale: float) -> dict[str, Any]:
     return {
         "cu_seqlens_q": starts,
         "cu_seqlens_k": starts,
         "max_seqlen_q": longest,
         "max_seqlen_k": longest,
-        "softmax_scale": 1.0 / math.sqrt(query.shape[-1]),
+        "softmax_scale": scale,
         "causal": True,
     }

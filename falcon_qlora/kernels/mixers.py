@@ -6,13 +6,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from falcon_qlora.kernels import ops
+from falcon_qlora.kernels import ops, ssd_ops
 from falcon_qlora.kernels.block import Attention
+from falcon_qlora.kernels.ssd import StateSpace
 
 
 @dataclass(frozen=True, eq=False)
 class SwiGlu:
-    """``up · silu(gate)``, from gate and up side by side."""
+    """``multiplier · up · silu(gate_multiplier · gate)``, from gate and up side by side."""
+
+    gate_multiplier: float = 1.0
+    multiplier: float = 1.0
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -26,12 +30,12 @@ class SwiGlu:
         return ()
 
     def output(self, projected: Tensor, kept: tuple[Tensor, ...], out: Tensor) -> None:
-        ops.swiglu(projected, out)
+        ops.swiglu(projected, out, self.gate_multiplier, self.multiplier)
 
     def backward(
         self, grad: Tensor, projected: Tensor, kept: tuple[Tensor, ...], out: Tensor, *, again: bool
     ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-        _, output = ops.swiglu_backward(grad, projected, out)
+        _, output = ops.swiglu_backward(grad, projected, out, self.gate_multiplier, self.multiplier)
         return [output], ()
 
 
@@ -44,12 +48,14 @@ class RotatedAttention:
         cosine: ``[T, D]``, of the rotary embedding.
         sine: ``[T, D]``, likewise.
         kv_heads: G.
+        scale: of the output.
     """
 
     attention: Attention
     cosine: Tensor
     sine: Tensor
     kv_heads: int
+    scale: float = 1.0
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -64,7 +70,7 @@ class RotatedAttention:
         return self.attention.forward(*self._parts(projected))
 
     def output(self, projected: Tensor, kept: tuple[Tensor, ...], out: Tensor) -> None:
-        ops.copy_rows(self._output(projected, kept), out)
+        ops.copy_rows(self._output(projected, kept), out, self.scale)
 
     def backward(
         self, grad: Tensor, projected: Tensor, kept: tuple[Tensor, ...], out: Tensor, *, again: bool
@@ -72,7 +78,10 @@ class RotatedAttention:
         inputs = [self._output(projected, kept)] if again else []
         of_output = grad.unflatten(1, (-1, self.cosine.shape[-1]))
         of_parts, own = self.attention.backward(of_output, *self._parts(projected), kept)
-        ops.rotate_join(*of_parts, self.cosine, self.sine, self._heads(out))
+        # Attention's gradients are linear in the output's: scaled here, they need no pass of their own.
+        ops.rotate_join(*of_parts, self.cosine, self.sine, self._heads(out), self.scale)
+        if self.scale != 1:
+            inputs = [ops.copy_rows(each, grad, self.scale) for each in inputs]
         return inputs, own
 
     def _heads(self, projected: Tensor) -> Tensor:
@@ -88,3 +97,63 @@ class RotatedAttention:
         """``[T, Q D]``."""
         query = self._parts(projected)[0].unflatten(1, (self.kv_heads, -1))
         return self.attention.output(query, kept).flatten(1)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionBesideStateSpace:
+    """Attention and a state space side by side: queries, keys and values, and what `space` describes.
+
+    Attributes:
+        attention: over the first columns.
+        space: parameters of the state space.
+        positions: int64 ``[T]``, of each token in its document.
+        starts: int32 ``[documents + 1]``, where each document begins, and T.
+        scale: of the state space's output.
+    """
+
+    attention: RotatedAttention
+    space: StateSpace
+    positions: Tensor
+    starts: Tensor
+    scale: float = 1.0
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.attention.tensors
+
+    @property
+    def large(self) -> bool:
+        return False
+
+    def forward(self, projected: Tensor) -> tuple[Tensor, ...]:
+        heads, columns = self._inputs(projected)
+        y = ssd_ops.mix_forward(columns, self.space, self.positions, self.starts)
+        return y, *self.attention.forward(heads)
+
+    def output(self, projected: Tensor, kept: tuple[Tensor, ...], out: Tensor) -> None:
+        (heads, columns), (attended, gated) = self._inputs(projected), self._outputs(out)
+        y, *of_attention = kept
+        self.attention.output(heads, tuple(of_attention), attended)
+        ssd_ops.mix_output(columns, y, self.space, gated, self.scale)
+
+    def backward(
+        self, grad: Tensor, projected: Tensor, kept: tuple[Tensor, ...], out: Tensor, *, again: bool
+    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        (heads, columns), (of_heads, of_columns) = self._inputs(projected), self._inputs(out)
+        of_attended, of_gated = self._outputs(grad)
+        y, *of_attention = kept
+        inputs, own = self.attention.backward(of_attended, heads, tuple(of_attention), of_heads, again=again)
+        documents = self.positions, self.starts
+        # The output takes its gradient's place.
+        ssd_ops.mix_backward(of_gated, columns, y, self.space, *documents, of_columns, of_gated, self.scale)
+        return [*inputs, of_gated], own
+
+    def _inputs(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """The columns of heads, and those of the state space."""
+        heads = projected.shape[1] - len(self.space.multipliers)
+        return projected[:, :heads], projected[:, heads:]
+
+    def _outputs(self, joined: Tensor) -> tuple[Tensor, Tensor]:
+        """The columns of attention, and those of the state space."""
+        heads = joined.shape[1] - self.space.width
+        return joined[:, :heads], joined[:, heads:]

@@ -208,9 +208,9 @@ def rms_norm_backward(
 
 
 @or_triton("rows")
-def copy_rows(x: Tensor, out: Tensor) -> Tensor:
-    """Copy ``[T, C]`` into `out`, of the same shape and dtype; either may be a slice with longer rows."""
-    return out.copy_(x)
+def copy_rows(x: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
+    """Copy `scale` times ``[T, C]`` into `out` of its dtype; both may be slices with longer rows."""
+    return out.copy_(x if scale == 1 else x.float() * scale)
 
 
 @or_triton("rotary")
@@ -235,7 +235,13 @@ def rotate_(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 @or_triton("rotary")
 def rotate_join(
-    query: Tensor, key: Tensor, value: Tensor, cosine: Tensor, sine: Tensor, out: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    out: Tensor,
+    scale: float = 1.0,
 ) -> Tensor:
     """Rotate the gradients of queries and keys back, and join them with the values'.
 
@@ -247,6 +253,7 @@ def rotate_join(
         sine: ``[T, D]``.
         out: ``[T, G, Q/G + 2, D]`` to write into, any strides with the last one 1; where queries, keys and
             values lie apart, ``[T, 1, Q + 2G, D]``.
+        scale: factor of all of them.
 
     Returns:
         `out`.
@@ -255,8 +262,8 @@ def rotate_join(
     keys = key.shape[1] // groups
     out[:, :, : -2 * keys] = query.unflatten(1, (groups, -1))
     out[:, :, -2 * keys : -keys] = key.unflatten(1, (groups, keys))
-    out[:, :, -keys:] = value.unflatten(1, (groups, keys))
-    rotate_(out[:, :, :-keys], cosine, -sine)
+    out[:, :, -keys:] = scale * value.float().unflatten(1, (groups, keys))
+    rotate_(out[:, :, :-keys], scale * cosine.float(), -scale * sine.float())
     return out
 
 

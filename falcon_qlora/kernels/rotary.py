@@ -25,20 +25,32 @@ _WARPS = 4
 
 def rotate_(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """`ops.rotate_` in one pass."""
-    _launch(heads, (heads, heads, heads), cosine, sine, join=False)
+    _launch(heads, (heads, heads, heads), cosine, sine, 1.0, join=False)
     return heads
 
 
 def rotate_join(
-    query: Tensor, key: Tensor, value: Tensor, cosine: Tensor, sine: Tensor, out: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    out: Tensor,
+    scale: float = 1.0,
 ) -> Tensor:
     """`ops.rotate_join` in one pass; all tensors may have any strides with the last one 1."""
-    _launch(out, (query, key, value), cosine, sine, join=True)
+    _launch(out, (query, key, value), cosine, sine, scale, join=True)
     return out
 
 
 def _launch(
-    fused: Tensor, parts: tuple[Tensor, Tensor, Tensor], cosine: Tensor, sine: Tensor, *, join: bool
+    fused: Tensor,
+    parts: tuple[Tensor, Tensor, Tensor],
+    cosine: Tensor,
+    sine: Tensor,
+    scale: float,
+    *,
+    join: bool,
 ) -> None:
     tokens, groups, group, head_dim = fused.shape
     keys = parts[1].shape[1] // groups if join else 1
@@ -58,7 +70,7 @@ def _launch(
     _rotate[(triton.cdiv(tokens, _TOKENS_A_PROGRAM) * head_blocks,)](
         fused, query, key, value, cosine, sine,
         *fused.stride()[:3], *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
-        cosine.stride(0), sine.stride(0), tokens, groups, group, keys, JOIN=join, **options,
+        cosine.stride(0), sine.stride(0), tokens, groups, group, keys, scale, JOIN=join, **options,
     )  # fmt: skip
 
 
@@ -98,6 +110,7 @@ def _rotate(
     groups,
     group,  # heads of each
     keys,  # and key heads among them, as many as value heads
+    scale,  # used where JOIN
     JOIN: tl.constexpr,  # rotate the parts back into fused; else in-place
     HALF: tl.constexpr,  # D / 2
     LANES: tl.constexpr,  # HALF, up to a power of two
@@ -114,7 +127,7 @@ def _rotate(
     cosine = read(cosine_ptr, row[:, None] * cosine_stride + lane[None, :], row_mask)[:, None, :]
     sine = read(sine_ptr, row[:, None] * sine_stride + lane[None, :], row_mask)[:, None, :]
     if JOIN:
-        sine = -sine
+        cosine, sine = scale * cosine, -scale * sine
 
     of_group, member = head // group, head % group
     mask = (token < tokens)[:, None, None] & (head < groups * group)[None, :, None]
@@ -141,7 +154,7 @@ def _rotate(
     turned_first = first * cosine - second * sine
     turned_second = second * cosine + first * sine
     if JOIN:
-        turned_first = tl.where(of_value, first, turned_first)
-        turned_second = tl.where(of_value, second, turned_second)
+        turned_first = tl.where(of_value, scale * first, turned_first)
+        turned_second = tl.where(of_value, scale * second, turned_second)
     _store(fused_ptr, at_fused, turned_first, mask)
     _store(fused_ptr, at_fused + HALF, turned_second, mask)

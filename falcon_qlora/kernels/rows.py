@@ -32,13 +32,13 @@ def common_unit(*matrices: Tensor) -> int:
     return math.gcd(8, *(each.stride(0) for each in matrices))
 
 
-def copy_rows(x: Tensor, out: Tensor) -> Tensor:
-    """Copy `x` into `out`, both ``[T, C]`` of one dtype and any row stride. Returns `out`."""
+def copy_rows(x: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
+    """Copy `scale` times `x` into `out`, both ``[T, C]`` of one dtype and any row stride. Returns `out`."""
     assert x.shape == out.shape
     assert x.stride(1) == out.stride(1) == 1
     if x.numel():
         grid = (x.shape[0], triton.cdiv(x.shape[1], _BLOCK))
-        _copy[grid](x, out, x.stride(0), out.stride(0), x.shape[1], BLOCK=_BLOCK, num_warps=_WARPS)
+        _copy[grid](x, out, x.stride(0), out.stride(0), x.shape[1], scale, BLOCK=_BLOCK, num_warps=_WARPS)
     return out
 
 
@@ -64,13 +64,11 @@ def _copy(
     x_stride,
     out_stride,
     columns,
+    scale,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     places = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = places < columns
-    tl.store(
-        out_ptr + row * out_stride + places,
-        tl.load(x_ptr + row * x_stride + places, mask=inside),
-        mask=inside,
-    )
+    y = scale * read(x_ptr, row * x_stride + places, inside)
+    tl.store(out_ptr + row * out_stride + places, y.to(out_ptr.dtype.element_ty), mask=inside)

@@ -21,6 +21,8 @@ from torch import Tensor
 
 # Minimizes memory at 7B's sizes: per token and head, decays take Q numbers and states PN / Q.
 CHUNK_TOKENS = 128
+# Of Triton's form, which keeps decays in registers.
+FAST_CHUNK_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

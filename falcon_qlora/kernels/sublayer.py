@@ -235,6 +235,11 @@ def _calls(block: Sublayers, mixers: Sequence[Mixer], flat: Sequence[Tensor | No
     ]
 
 
+def _aligned(like: Tensor, columns: int) -> Tensor:
+    """An empty ``[T, columns]`` whose rows are multiples of eight values apart, as kernels for heads want."""
+    return like.new_empty(like.shape[0], -(-columns // 8) * 8)[:, :columns]
+
+
 def _split(items: Sequence[Any], sizes: Sequence[int]) -> list[Sequence[Any]]:
     parts, start = [], 0
     for size in sizes:
@@ -277,7 +282,7 @@ class _Call:
         """
         normal = x.new_empty(x.shape[0], self.into.features + self.into.columns)
         self.norm(x, normal[:, : self.into.features])
-        projected = x.new_empty(x.shape[0], self.into.width + (self.into.columns if again else 0))
+        projected = _aligned(x, self.into.width + (self.into.columns if again else 0))
         low_in = self.into.forward(normal, projected[:, : self.into.width])
         del normal
         return projected, low_in, self.mixer.forward(projected[:, : self.into.width])
@@ -303,7 +308,7 @@ class _Call:
         del kept
         of_joined, low_grad = self.out_of.input_gradient(grad)
         width = self.into.width
-        of_projected = projected if recomputed else x.new_empty(x.shape[0], width + self.into.columns)
+        of_projected = projected if recomputed else _aligned(x, width + self.into.columns)
         inputs, own = self.mixer.backward(
             of_joined,
             projected[:, :width],

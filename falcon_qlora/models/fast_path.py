@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.fp8 import fp8_excludes
-from falcon_qlora.kernels import flash_attention, fp8, ops, prefix
+from falcon_qlora.kernels import flash_attention, fp8, ops, prefix, ssd_ops
 from falcon_qlora.kernels.block import Block
 from falcon_qlora.kernels.dequantized import DequantizedProducts
 from falcon_qlora.kernels.fp8_block import Fp8
@@ -27,7 +27,7 @@ from falcon_qlora.kernels.gelu_products import GeluProducts, gelu_products
 from falcon_qlora.kernels.offload import Offload
 from falcon_qlora.kernels.scaled_products import ScaledProducts
 from falcon_qlora.models.activations import blocks_of
-from falcon_qlora.models.blocks import falcon, llama
+from falcon_qlora.models.blocks import falcon, falcon_h1, llama
 from falcon_qlora.models.blocks.attention import AttentionKernel
 from falcon_qlora.models.blocks.fast_block import (
     BlockFacts,
@@ -42,7 +42,7 @@ from falcon_qlora.models.forward import enable_packing, pack_batches
 from falcon_qlora.models.layouts import causal_lm_in
 from falcon_qlora.models.packed_attention import takes_varlen
 
-_FAMILIES: dict[str, ModuleType] = {"falcon": falcon, "llama": llama}
+_FAMILIES: dict[str, ModuleType] = {"falcon": falcon, "llama": llama, "falcon_h1": falcon_h1}
 """Families with fast blocks, by their configuration's ``model_type``; each is a module like `falcon`."""
 
 _REFERENCE = "reference path: "
@@ -68,7 +68,7 @@ def decide(
     Returns:
         ``block``: ``fast`` or ``reference``. With ``reference`` also ``reason``; with ``fast`` what computes
         ``attention``, ``weights``, the activation by its name (``GELU``, ``SwiGLU``) and ``between`` (norms,
-        rotation), and ``prefix`` and ``scales`` where there are any.
+        rotation), and ``prefix``, ``scales`` and ``state space`` where there are any.
     """
     reason = _why_not(facts, fp8_products)
     if facts is None or reason is not None:
@@ -91,6 +91,8 @@ def decide(
         ways["prefix"] = small if prefix.are_few(facts.prefix_rows, facts.head_dim) else "PyTorch"
     if facts.scaled:
         ways["scales"] = small
+    if facts.state_space:
+        ways["state space"] = small if ssd_ops.heads_fit(*facts.state_space) else "PyTorch"
     return ways
 
 

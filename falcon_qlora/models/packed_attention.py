@@ -110,6 +110,7 @@ def packed_attention(
     *,
     bias: Tensor | None = None,
     dropout: float = 0.0,
+    multiplier: float = 1.0,
 ) -> Tensor:
     """Causal attention within each document, scaled by 1/sqrt(D).
 
@@ -120,12 +121,13 @@ def packed_attention(
         sequences: where the documents lie.
         bias: ``[T, Q]``, added to every score of a key before scaling, or None.
         dropout: probability of dropping an attention weight.
+        multiplier: of the scores beside 1/sqrt(D).
 
     Returns:
         ``[T, Q, D]``.
     """
     head_dim = query.shape[-1]
-    scale = 1.0 / math.sqrt(head_dim)
+    scale = multiplier / math.sqrt(head_dim)
     if bias is not None:
         query, key, value = _bias_as_a_coordinate(query, key, value, bias)
     if takes_varlen(query.device, query.dtype, query.shape[-1], dropout):

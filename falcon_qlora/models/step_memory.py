@@ -149,25 +149,20 @@ class Step:
         """`working_values` of a fast block whose feed-forward layer follows attention.
 
         The peak is in the feed-forward layer's backward pass or in attention's, whose gradients take as much
-        as in a parallel block.
+        as in a parallel block, or in that of a mixer beside it.
         """
         hidden, fused, wide, _ = self._sizes()
-        attended, joined = self._joined()
-        of_fused, of_wide = fused + 3 * self.lora_rank, wide + 2 * self.lora_rank
+        layout = layout_of(self.config)
+        attended, joined = layout.linear_shapes()[layout.output_projection][1], wide // 2
+        of_fused, of_wide = fused + len(layout.attention_inputs) * self.lora_rank, wide + 2 * self.lora_rank
         copied = hidden + self.lora_rank  # the gradient beside u
         at_swiglu = joined * (2 if self.lora_dropout else 1)
-        before = 0 if checkpointing in ("none", "selective") else hidden + of_fused + attended
+        before = 0 if checkpointing in ("none", "selective") else hidden + of_fused + layout.mixed
         feed_forward = of_wide, before + at_swiglu + copied
-        at_attention = of_fused, max(before - of_fused, 0) + 6 * attended + copied
-        projected, rest = max(feed_forward, at_attention, key=sum)
+        beside = layout.fast_bytes_at_work(self.value_bytes) / self.value_bytes
+        at_attention = max(before - of_fused, 0) + layout.mixed + max(5 * attended, beside) + copied
+        projected, rest = max(feed_forward, (of_fused, at_attention), key=sum)
         return 3 * hidden if checkpointing == "offload" else hidden, projected, rest
-
-    def _joined(self) -> tuple[int, int]:
-        """Widths of attention's output and of the feed-forward layer's between its linears."""
-        layout = layout_of(self.config)
-        shapes = layout.linear_shapes()
-        between = sum(shapes[name][0] for name in layout.feed_forward_inputs) // 2
-        return shapes[layout.output_projection][1], between
 
     def _sizes(self) -> tuple[int, int, int, int]:
         """Hidden size, widths of attention's and feed-forward's input projections, a group's LoRA columns."""
@@ -195,8 +190,10 @@ class Step:
     def _kept_fast(self, checkpointing: Checkpointing) -> float:
         """Bytes per token that a fast block keeps: input, projections, attention's output and LoRA's t."""
         hidden, fused, wide, rank = self._sizes()
-        if self.fast and self._sequential:  # the inputs of both, and one t for each product
-            values = 2 * hidden + fused + self._joined()[0] + (3 + 1 + 1) * self.lora_rank
+        if self.fast and self._sequential:  # the inputs of both, and a t for each linear
+            layout = layout_of(self.config)
+            adapted = len(layout.linears) - len(layout.not_for_peft)
+            values = 2 * hidden + fused + layout.mixed + (adapted - 2) * self.lora_rank
             values += wide + 2 * self.lora_rank if checkpointing == "none" else 0
         else:
             values = 2 * hidden + fused + 2 * rank + (wide if checkpointing == "none" else 0)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("fast", [True, False])
-@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b", "falcon3"])
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b", "falcon3", "falcon-h1-128"])
 def test_offloading_changes_no_bit_of_what_full_computes(layout, fast):
     model = adapted(layout, "4bit", device="cuda", compute_dtype="bf16")
     if fast:

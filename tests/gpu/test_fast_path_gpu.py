@@ -33,7 +33,7 @@ def distance(found, truth):
 
 @pytest.mark.parametrize("form", ["torch", "triton"])
 @pytest.mark.parametrize("mode", ["4bit", "8bit", "16bit"])
-@pytest.mark.parametrize("layout", [*FAST_LAYOUTS, "falcon3-256"])
+@pytest.mark.parametrize("layout", [*FAST_LAYOUTS, "falcon3-256", "falcon-h1-128"])
 def test_gradients_are_as_near_to_float32_as_on_the_reference_path(layout, mode, form):
     base = tiny_model(layout, mode, device="cuda", compute_dtype="bf16")
     plain = with_adapter(plain_float32(base))
@@ -54,7 +54,7 @@ def test_gradients_are_as_near_to_float32_as_on_the_reference_path(layout, mode,
 
 
 @pytest.mark.parametrize("form", ["torch", "triton"])
-@pytest.mark.parametrize("layout", [*FAST_LAYOUTS, "falcon3-256"])
+@pytest.mark.parametrize("layout", [*FAST_LAYOUTS, "falcon3-256", "falcon-h1-128"])
 def test_recomputation_changes_no_gradient(layout, form):
     model = adapted(layout, "4bit", device="cuda", compute_dtype="bf16")
     apply_fast_path(model)
@@ -70,7 +70,7 @@ def test_recomputation_changes_no_gradient(layout, form):
 
 @pytest.mark.parametrize("form", ["torch", "triton"])
 @pytest.mark.parametrize("mode", ["4bit", "8bit", "16bit"])
-@pytest.mark.parametrize("layout", ["falcon-7b", "falcon3-256"])
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon3-256", "falcon-h1-128"])
 def test_a_step_waits_for_nothing(layout, mode, form):
     model = adapted(layout, mode, device="cuda", compute_dtype="bf16")
     apply_fast_path(model)

@@ -24,7 +24,7 @@ def distance(ours: torch.Tensor, truth: torch.Tensor) -> float:
     return float((ours.float().cpu() - truth).norm() / truth.norm())
 
 
-@pytest.mark.parametrize("layout", FAMILIES)
+@pytest.mark.parametrize("layout", [*FAMILIES, "falcon-h1"])
 def test_the_variable_length_kernel_runs_and_is_as_near_to_float32_as_stock_bfloat16(layout: str) -> None:
     base = tiny_model(layout, "4bit", device="cuda", compute_dtype="bf16")
     head_dim = base.config.head_dim + (8 if layout == "falcon-rw-1b" else 0)
@@ -51,7 +51,7 @@ def test_the_variable_length_kernel_runs_and_is_as_near_to_float32_as_stock_bflo
 
 # Of 8bit, see test_models_gpu.py: LLM.int8() chooses its outlier columns over the whole micro batch.
 @pytest.mark.parametrize("mode", ["4bit", "16bit"])
-@pytest.mark.parametrize("layout", FAMILIES)
+@pytest.mark.parametrize("layout", [*FAMILIES, "falcon-h1"])
 def test_one_document_does_not_reach_another(layout: str, mode: str) -> None:
     model = with_adapter(tiny_model(layout, mode, device="cuda", compute_dtype="bf16"))
     enable_packing(model)

@@ -57,6 +57,7 @@ def models() -> Iterator[tuple[str, Any, bool]]:
     yield "lora", adapted("falcon-7b", "4bit", **lora), False
     yield "lora, two norms, 8bit", adapted("falcon-180b", "8bit", **lora), False
     yield "lora, one after the other", adapted("falcon3", "4bit", **lora), False
+    yield "lora, beside a state space", adapted("falcon-h1", "4bit", **lora), False
     yield "lora, dropout", adapted("falcon-11b", "4bit", dropout=0.1, **lora), False
     for name in ("adapter", "adapter_v2"):
         yield name, attached(name, tiny_model("falcon-7b", "4bit", compute_dtype="bf16")), False

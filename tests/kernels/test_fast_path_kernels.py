@@ -10,8 +10,9 @@ from tests.unit.test_fast_adapters import attached, on_packed
 from tests.unit.test_fast_path import adapted, assert_same, step
 
 
-# One query head's keys for all, groups under one norm, and under two; one sublayer after the other.
-@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-11b", "falcon-40b", "falcon3"])
+# One query head's keys for all, groups under one norm, and under two; one sublayer after the other, without
+# a state space and with one.
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-11b", "falcon-40b", "falcon3", "falcon-h1"])
 def test_loss_and_adapter_gradients_are_the_same_with_either_form(layout, device):
     model = adapted(layout, "4bit", device=device.type, compute_dtype="fp32")
     apply_fast_path(model)

@@ -137,9 +137,10 @@ def test_queries_keys_and_values_may_lie_apart(
         wide = torch.full((tokens, heads[0].numel() + 24), torch.nan, dtype=dtype, device=device)
         out = wide[:, :-24].unflatten(1, heads.shape[1:])
         again = [rotated[0].contiguous(), rotated[1].transpose(0, 1).contiguous().transpose(0, 1), rotated[2]]
-        ops.rotate_join(again[0], again[1], again[2], cosine, sine, out)
-    back = [*apply_rotary_pos_emb(*(each.double() for each in rotated[:2]), cosine.double(), -sine.double())]
-    for found, right in zip(out[:, 0].split(split, dim=1), [*back, rotated[2]], strict=True):
+        ops.rotate_join(again[0], again[1], again[2], cosine, sine, out, 0.3)
+    wanted = [0.3 * each.double() for each in rotated]
+    wanted[:2] = apply_rotary_pos_emb(*wanted[:2], cosine.double(), -sine.double())
+    for found, right in zip(out[:, 0].split(split, dim=1), wanted, strict=True):
         _close(found, right, dtype)
     assert wide[:, -24:].isnan().all()
 

@@ -33,6 +33,7 @@ def assert_no_gradient_changed(ours, expected, tolerance=1e-5):
         ("falcon-40b", "bf16", 1e-2),
         ("falcon-11b", "fp32", 1e-5),
         ("falcon3", "fp32", 1e-5),
+        ("falcon-h1", "fp32", 1e-5),
     ],
 )
 def test_no_way_to_keep_changes_a_gradient(layout, compute_dtype, tolerance):
@@ -87,7 +88,7 @@ def saved(monkeypatch):
 
 
 @pytest.mark.parametrize("fast", [True, False])
-@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b", "falcon3"])
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b", "falcon3", "falcon-h1"])
 def test_offloaded_inputs_are_elsewhere_between_the_passes(layout, fast, saved):
     model = adapted(layout, "4bit")
     if fast:
@@ -124,7 +125,7 @@ def kept_bytes(model, mode, saved, lengths):
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b", "falcon-11b", "falcon3"])
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b", "falcon-11b", "falcon3", "falcon-h1"])
 def test_what_is_saved_is_what_the_memory_model_counts(layout, saved):
     model = adapted(layout, "4bit", r=8)
     apply_fast_path(model)

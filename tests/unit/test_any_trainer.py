@@ -73,7 +73,9 @@ def step(model, batch):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b", "falcon-11b", "falcon-rw-1b", "falcon3"])
+@pytest.mark.parametrize(
+    "layout", ["falcon-7b", "falcon-40b", "falcon-11b", "falcon-rw-1b", "falcon3", "falcon-h1"]
+)
 def test_a_padded_batch_gives_what_transformers_gives(layout, side, ran):
     model, batch = adapted(layout), padded(documents(LENGTHS), side)
     expected, expected_grads = step(model, batch)

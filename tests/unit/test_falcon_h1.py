@@ -1,4 +1,4 @@
-"""Falcon-H1 on the reference path; Transformers' own model on each document alone is the truth."""
+"""Falcon-H1 on both paths; Transformers' own model on each document alone is the truth."""
 
 import copy
 import json
@@ -14,19 +14,20 @@ from falcon_qlora.checkpoint.adapter_check import check_adapter
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.packing import collate
 from falcon_qlora.inference.evaluation import folder_predictions, predictions, token_losses
+from falcon_qlora.kernels import fp8
 from falcon_qlora.methods.adapter import Adapter
 from falcon_qlora.methods.adapter_v2 import AdapterV2
 from falcon_qlora.methods.full import Full
 from falcon_qlora.methods.interface import method_of, trainable_count
 from falcon_qlora.methods.lora import Lora
 from falcon_qlora.methods.open_adapter import load_adapter
-from falcon_qlora.models.fast_path import apply_fast_path, choose_kernels
+from falcon_qlora.models.fast_path import apply_fast_path, choose_kernels, remove_fast_path
 from falcon_qlora.models.forward import disable_packing, enable_packing, pack_batches
 from falcon_qlora.models.layouts import layout_of, preset_config, read_config
 from falcon_qlora.models.layouts.falcon_h1 import FalconH1
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.step_memory import Step
-from tests.layouts import MODES, attach_lora, documents, plain_float32
+from tests.layouts import MODES, attach_lora, documents, plain_float32, tiny_model
 from tests.packing import gradients, one_by_one, packed, with_adapter
 
 # Of one token; that end on a chunk's edge (128 and 512 tokens are before them); many in one chunk; over many.
@@ -106,9 +107,28 @@ def models(tmp_path_factory):
     return of
 
 
+@pytest.fixture(params=[False, True], ids=["reference", "fast"])
+def on_path(request):
+    """Runs a model on one path, and then leaves it on the reference path."""
+    used = []
+
+    def run(model):
+        if request.param:
+            report = apply_fast_path(model)
+            assert all(
+                what.startswith("fast (") and "state space: PyTorch" in what for what in report.values()
+            )
+            used.append(model)
+
+    yield run
+    for model in used:
+        remove_fast_path(model)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_loss_and_gradients_are_those_of_each_document_alone(models, kind):
+def test_logits_loss_and_gradients_are_those_of_each_document_alone(models, kind, on_path):
     plain, ours = models(kind)
+    on_path(ours)
     docs, ids = documents(LENGTHS), packed(documents(LENGTHS))
     with torch.no_grad():
         alone = [plain(doc[None], use_cache=False).logits[0] for doc in docs]
@@ -134,8 +154,9 @@ def test_logits_loss_and_gradients_are_those_of_each_document_alone(models, kind
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("kind", ["two groups, no norm, no bias", "limited steps"])
-def test_changing_one_document_moves_no_other_by_a_bit(models, kind, recompute):
+def test_changing_one_document_moves_no_other_by_a_bit(models, kind, recompute, on_path):
     ours = copy.deepcopy(models(kind)[1])
+    on_path(ours)
     if recompute:
         ours.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ours.train()
@@ -342,19 +363,29 @@ def test_what_it_cannot_do_is_refused_and_told():
     for method in (Adapter(first_block=0), AdapterV2(first_block=0)):
         with pytest.raises(UserError, match=f"--method {method.name} does not train a Falcon-H1"):
             method.parameter_groups(config)
-    model = attach_lora(load_model(TINY, device="cpu", seed=1))
-    assert set(choose_kernels(model, kernels="auto", compute_dtype="auto").values()) == {
-        "reference path: no fast block for this layout yet"
-    }
-    with pytest.raises(UserError, match=r"--kernels required: model\.layers\.0 runs on the reference path"):
-        choose_kernels(model, kernels="required", compute_dtype="auto")
+    model = tiny_model("falcon-h1")
+    report = choose_kernels(model, kernels="required", compute_dtype="auto")
+    told = "fast (attention: padded batches, weights: as stored, SwiGLU: PyTorch, between: PyTorch, "
+    assert report == dict.fromkeys(["model.layers.0", "model.layers.1"], f"{told}state space: PyTorch)")
+    with (
+        fp8.emulated(),
+        pytest.raises(UserError, match=r"no FP8 products for Falcon-H1 yet: set .*\(2 of 2 "),
+    ):
+        choose_kernels(model, kernels="auto", compute_dtype="fp8")
 
 
-TINY = (
-    "random:falcon-h1-34b?num_hidden_layers=2,vocab_size=128,initializer_range=0.15,hidden_size=64,"
-    "intermediate_size=128,num_attention_heads=4,num_key_value_heads=2,head_dim=32,mamba_d_ssm=128,"
-    "mamba_n_heads=4,mamba_d_head=32,mamba_d_state=16"
-)
+def test_fast_blocks_take_as_much_memory_as_their_formulas_say():
+    # By hand, of 7B, r 32, bfloat16: two inputs, W_in's output, attention's and the state space's, LoRA's t;
+    # attention's statistics; gate and up.
+    one = Step(config=preset_config("falcon-h1-7b"), tokens=16384, trainable=0, fast=True, lora_rank=32)
+    without = 2 * (2 * 3072 + 2048 + 6680 + 1536 + 3072 + 6 * 32) + 4 * 12
+    assert one._kept("selective") == without
+    assert one._kept("none") == without + 2 * (24576 + 2 * 32)
+    assert 44 * one._kept("none") / 1e6 == pytest.approx(3.9, rel=0.01)
+    assert 44 * one._kept("selective") / 1e6 == pytest.approx(1.7, rel=0.02)
+    needs = [one.bytes([way] * 44) for way in ("none", "selective", "full", "offload")]
+    assert needs == sorted(needs, reverse=True)
+
 
 # Falcon-H1-0.5B's file, as NVIDIA's Megatron-Bridge has it.
 PUBLISHED = {

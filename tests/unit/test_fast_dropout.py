@@ -11,15 +11,14 @@ from falcon_qlora.models import fast_path
 from falcon_qlora.models.activations import blocks_of
 from falcon_qlora.models.fast_path import apply_fast_path
 from falcon_qlora.models.forward import enable_packing
-from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.layouts.falcon import Falcon
 from falcon_qlora.models.layouts.llama import Llama
 from tests.layouts import documents, plain_float32, tiny_model
 from tests.packing import packed, with_adapter
 from tests.unit.test_fast_path import (
-    FALCON3_MODES,
     LAYOUTS_AND_MODES,
     LENGTHS,
+    SEQUENTIAL_MODES,
     GeluProductsInPyTorch,
     adapted,
     assert_same,
@@ -72,19 +71,22 @@ def with_dropout(model, wanted=None):
 FAST_ORDER = {
     "falcon": ("query_key_value", "dense_h_to_4h", "dense_4h_to_h", "self_attention.dense"),
     "llama": tuple(Llama.linears),
+    "falcon_h1": ("q_proj", "k_proj", "v_proj", "in_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 }
 
 
 @pytest.mark.parametrize(
     ("layout", "mode", "keep"),
     [
-        *((layout, mode, "all") for layout, mode in [*LAYOUTS_AND_MODES, *FALCON3_MODES]),
+        *((layout, mode, "all") for layout, mode in [*LAYOUTS_AND_MODES, *SEQUENTIAL_MODES]),
         ("falcon-7b", "4bit", "attention"),
         ("falcon-40b", "4bit", "attention"),
         ("falcon-7b", "4bit", "input"),
         ("falcon-40b", "4bit", "input"),
         ("falcon3", "4bit", "attention"),
         ("falcon3", "4bit", "input"),
+        ("falcon-h1", "4bit", "attention"),
+        ("falcon-h1", "4bit", "input"),
     ],
 )
 def test_loss_and_gradients_are_pefts_with_the_same_values_left_out(layout, mode, keep, drawn, calls):  # noqa: F811
@@ -97,7 +99,7 @@ def test_loss_and_gradients_are_pefts_with_the_same_values_left_out(layout, mode
     arguments = packed(documents(LENGTHS))
     ours = step(model, arguments)
     assert calls == {"forward": 2, "backward": 2}
-    assert len(drawn) == 2 * len(layout_of(model.config).linears)
+    assert len(drawn) == 2 * len(FAST_ORDER[model.config.model_type])
     assert_same(ours, step(with_dropout(plain, drawn), arguments))
 
 

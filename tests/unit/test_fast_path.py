@@ -7,7 +7,6 @@ from itertools import product
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import FalconH1Config, FalconH1ForCausalLM
 from transformers.models.falcon.modeling_falcon import FalconDecoderLayer
 
 from falcon_qlora.common.errors import UserError
@@ -17,12 +16,13 @@ from falcon_qlora.kernels import fp8, sublayer
 from falcon_qlora.kernels.frozen_linear import Workspace
 from falcon_qlora.kernels.gelu_products import GeluProducts
 from falcon_qlora.models import fast_path
-from falcon_qlora.models.blocks import llama
+from falcon_qlora.models.blocks import falcon_h1, llama
 from falcon_qlora.models.blocks.falcon import block_facts
 from falcon_qlora.models.fast_path import apply_fast_path, choose_kernels, decide, remove_fast_path
 from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.layouts.falcon import Falcon
+from falcon_qlora.models.layouts.falcon_h1 import FalconH1
 from falcon_qlora.models.layouts.llama import Llama
 from falcon_qlora.models.packed_attention import Sequences
 from tests.layouts import LAYOUTS, MODES, attach_lora, documents, plain_float32, tiny_model, vary_norms
@@ -31,7 +31,7 @@ from tests.packing import gradients, one_by_one, packed, with_adapter
 pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
 
 PARALLEL = [layout for layout in LAYOUTS if layout != "falcon-rw-1b"]
-FAST_LAYOUTS = [*PARALLEL, "falcon3"]
+FAST_LAYOUTS = [*PARALLEL, "falcon3", "falcon-h1"]
 # Layouts differ in norms and heads, modes in how a weight is read: each of one kind with few of the other.
 LAYOUTS_AND_MODES = [
     *((layout, "4bit") for layout in PARALLEL),
@@ -39,6 +39,7 @@ LAYOUTS_AND_MODES = [
     ("falcon-40b", "16bit"),
 ]
 FALCON3_MODES = [("falcon3", mode) for mode in MODES]
+SEQUENTIAL_MODES = [*FALCON3_MODES, *(("falcon-h1", mode) for mode in MODES)]
 LENGTHS = [7, 40, 1, 12]
 
 
@@ -88,7 +89,7 @@ def assert_same(ours, theirs, tolerance=1e-4):
         assert_close(gradient, theirs[1][name], rtol=tolerance, atol=tolerance * scale, msg=name)
 
 
-@pytest.mark.parametrize(("layout", "mode"), [*LAYOUTS_AND_MODES, *FALCON3_MODES])
+@pytest.mark.parametrize(("layout", "mode"), [*LAYOUTS_AND_MODES, *SEQUENTIAL_MODES])
 def test_loss_and_adapter_gradients_equal_each_document_alone(layout, mode, calls):
     base = tiny_model(layout, mode)
     vary_norms(base)
@@ -103,12 +104,14 @@ def test_loss_and_adapter_gradients_equal_each_document_alone(layout, mode, call
     expected.backward()
     ours = step(model, packed(docs))
     assert calls == {"forward": 2, "backward": 2}
-    assert len(ours[1]) == 2 * len(layout_of(model.config).linears) * 2
+    layout_facts = layout_of(model.config)
+    assert len(ours[1]) == 2 * (len(layout_facts.linears) - len(layout_facts.not_for_peft)) * 2
     assert_same(ours, (expected.detach(), gradients(plain)))
 
 
 @pytest.mark.parametrize(
-    ("layout", "mode"), [("falcon-7b", "4bit"), ("falcon-40b", "16bit"), ("falcon3", "4bit")]
+    ("layout", "mode"),
+    [("falcon-7b", "4bit"), ("falcon-40b", "16bit"), ("falcon3", "4bit"), ("falcon-h1", "4bit")],
 )
 def test_with_and_without_it_a_model_computes_the_same(layout, mode):
     model = adapted(layout, mode)
@@ -122,6 +125,7 @@ def test_with_and_without_it_a_model_computes_the_same(layout, mode):
 
 PAIRS = [["query_key_value", "dense"], ["dense_h_to_4h", "dense_4h_to_h"]]
 SOME = [["q_proj", "v_proj"], ["k_proj", "up_proj"], ["o_proj", "down_proj"]]
+BESIDE = [["o_proj", "out_proj"], ["in_proj", "down_proj"], [*FalconH1.linears]]
 
 
 @pytest.mark.parametrize(
@@ -129,6 +133,7 @@ SOME = [["q_proj", "v_proj"], ["k_proj", "up_proj"], ["o_proj", "down_proj"]]
     [
         *product(["falcon-7b", "falcon-40b"], [*([name] for name in Falcon.linears), *PAIRS]),
         *product(["falcon3"], [*([name] for name in Llama.linears), *SOME]),
+        *product(["falcon-h1"], [*([name] for name in FalconH1.linears), *SOME, *BESIDE]),
     ],
 )
 def test_lora_on_some_linears(layout, targets, calls):
@@ -149,6 +154,7 @@ def test_lora_on_some_linears(layout, targets, calls):
         ("falcon-40b", 8),
         ("falcon3", 1),
         ("falcon3", 5),
+        ("falcon-h1", 5),
     ],
 )
 def test_ranks_that_fit_no_multiple_of_eight(layout, r):
@@ -191,7 +197,8 @@ def test_gelu_in_the_epilogues_of_products(layout, targets, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("layout", "use_reentrant"), [("falcon-7b", False), ("falcon-40b", True), ("falcon3", False)]
+    ("layout", "use_reentrant"),
+    [("falcon-7b", False), ("falcon-40b", True), ("falcon3", False), ("falcon-h1", False)],
 )
 def test_recomputation_changes_no_gradient(layout, use_reentrant, calls):
     model = adapted(layout, "4bit")
@@ -304,7 +311,7 @@ def test_distributed_data_parallel_reduces_every_gradient_once(checkpointing):
         assert_close(gradient, 2 * reference[1][name], rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b", "falcon3"])
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b", "falcon3", "falcon-h1"])
 def test_one_document_does_not_reach_another(layout):
     model = adapted(layout, "4bit")
     apply_fast_path(model)
@@ -326,6 +333,8 @@ def test_one_document_does_not_reach_another(layout):
         ("falcon-40b", False, True),
         ("falcon3", False, False),
         ("falcon3", True, True),
+        ("falcon-h1", False, False),
+        ("falcon-h1", True, True),
     ],
 )
 def test_in_bfloat16_gradients_are_as_near_to_float32_as_on_the_reference_path(
@@ -355,7 +364,13 @@ def test_in_bfloat16_gradients_are_as_near_to_float32_as_on_the_reference_path(
 
 @pytest.mark.parametrize(
     ("layout", "mode"),
-    [("falcon-7b", "4bit"), ("falcon-40b", "16bit"), ("falcon-11b", "4bit"), ("falcon3", "4bit")],
+    [
+        ("falcon-7b", "4bit"),
+        ("falcon-40b", "16bit"),
+        ("falcon-11b", "4bit"),
+        ("falcon3", "4bit"),
+        ("falcon-h1", "4bit"),
+    ],
 )
 def test_in_bfloat16_a_young_adapter_reaches_the_logits(layout, mode):
     # PEFT adds what LoRA gives to an output that is rounded already: after a first step less than half of its
@@ -468,6 +483,7 @@ def test_adapters_switched_off_or_merged_are_respected(calls):
         ("falcon-rw-1b", {}, "positions by ALiBi"),
         ("falcon-7b", {"use_dora": True}, "Dora instead of plain LoRA"),
         ("falcon3", {"use_dora": True}, "Dora instead of plain LoRA"),
+        ("falcon-h1", {"use_dora": True}, "Dora instead of plain LoRA"),
     ],
 )
 def test_what_it_does_not_know_is_left_alone_with_the_reason(layout, settings, reason, calls):
@@ -486,10 +502,9 @@ def test_what_it_does_not_know_is_left_alone_with_the_reason(layout, settings, r
         ("auto", "fp8", "--compute_dtype fp8 needs fast kernels"),
     ],
 )
-def test_a_family_without_a_fast_block_takes_the_reference_path(kernels, compute_dtype, asked):
-    sizes = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
-    mixer = {"mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16, "mamba_d_state": 8}
-    model = FalconH1ForCausalLM(FalconH1Config(vocab_size=32, **sizes, **mixer))
+def test_a_family_without_a_fast_block_takes_the_reference_path(kernels, compute_dtype, asked, monkeypatch):
+    monkeypatch.delitem(fast_path._FAMILIES, "llama")
+    model = tiny_model("falcon3")
     reason = "no fast block for this layout yet"
     with fp8.emulated():
         if asked is not None:
@@ -518,6 +533,7 @@ def test_an_adapter_that_changes_later_is_not_computed_wrongly(calls):
         # Two products a block forward and two backward, but nothing before the first block wants a gradient.
         ("falcon-7b", None, 2 * 4 - 1),
         ("falcon3", None, 2 * 8 - 1),
+        ("falcon-h1", None, 2 * 8 - 1),
         ("falcon3", ["gate_proj"], 2 * 8 - 3),  # nor does the first attention
     ],
 )
@@ -585,6 +601,21 @@ def test_and_so_is_a_falcon3(changes, reason):
     assert llama.block_facts(block, torch.float32).unlike == reason
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"hidden_act": "gelu"}, "activation gelu"),
+        ({"attention_dropout": 0.1}, "attention dropout 0.1"),
+        ({"key_multiplier": -0.5}, "key multiplier -0.5"),
+    ],
+)
+def test_and_so_is_a_falcon_h1(changes, reason):
+    block = fast_path.blocks_of(adapted("falcon-h1"))[0]
+    for name, value in changes.items():
+        setattr(block.self_attn if name == "key_multiplier" else block.self_attn.config, name, value)
+    assert falcon_h1.block_facts(block, torch.float32).unlike == reason
+
+
 def test_and_so_is_one_with_biases():
     block = fast_path.blocks_of(adapted("falcon-7b"))[0]
     block.mlp.dense_h_to_4h.base_layer.bias = torch.nn.Parameter(torch.zeros(768), requires_grad=False)
@@ -615,6 +646,7 @@ def test_decide_says_why_not(changes, reason):
         ({"scaled": True}, {"scales": True}),
         ({"prefix_rows": 5}, {"prefix": True}),
         ({"without_fp8": "Falcon3"}, {"family": "Falcon3"}),
+        ({"without_fp8": "Falcon-H1"}, {"family": "Falcon-H1"}),
     ],
 )
 def test_what_fp8_excludes_is_told_of_a_block_in_the_words_of_the_one_who_decides(changes, asked):

@@ -6,7 +6,7 @@ Shapes: the letters of `kernels`, and P rows of a learned prefix.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -24,10 +24,16 @@ class PackedAttention:
 
     PyTorch's variable-length kernel is called as `varlen_attn` does. With padded batches the backward pass
     recomputes attention.
+
+    Attributes:
+        sequences: where the documents lie.
+        kernel: what computes it.
+        multiplier: of the scores beside 1/sqrt(D), above 0.
     """
 
     sequences: Sequences
     kernel: AttentionKernel
+    multiplier: float = field(default=1.0, kw_only=True)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -36,13 +42,13 @@ class PackedAttention:
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         starts, longest = self.sequences.cu_seqlens, self.sequences.max_length
         if self.kernel == "FlashAttention-4":
-            return flash_attention.forward(query, key, value, starts, longest)
+            return flash_attention.forward(query, key, value, starts, longest, self._scale(query))
         if self.kernel == "variable-length kernel":
             output, log_sum_exp, state, unused, _ = torch.ops.aten._flash_attention_forward(
-                query, key, value, starts, starts, longest, longest, 0.0, True, False, **_window(query)
+                query, key, value, starts, starts, longest, longest, 0.0, True, False, **self._window(query)
             )
             return output, log_sum_exp, state, unused
-        return (packed_attention(query, key, value, self.sequences),)
+        return (packed_attention(query, key, value, self.sequences, multiplier=self.multiplier),)
 
     def output(self, query: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
         return kept[0]
@@ -54,18 +60,24 @@ class PackedAttention:
         if self.kernel == "FlashAttention-4":
             output, log_sum_exp = kept
             inputs = (grad, query, key, value, output, log_sum_exp)
-            return flash_attention.backward(*inputs, starts, longest), ()
+            return flash_attention.backward(*inputs, starts, longest, self._scale(query)), ()
         if self.kernel == "variable-length kernel":
             output, log_sum_exp, *state = kept
             inputs = (grad, query, key, value, output, log_sum_exp)
             return torch.ops.aten._flash_attention_backward(
-                *inputs, starts, starts, longest, longest, 0.0, True, *state, **_window(query)
+                *inputs, starts, starts, longest, longest, 0.0, True, *state, **self._window(query)
             ), ()
         query, key, value = (tensor.detach().requires_grad_() for tensor in (query, key, value))
         with torch.enable_grad():
-            again = packed_attention(query, key, value, self.sequences)
+            again = packed_attention(query, key, value, self.sequences, multiplier=self.multiplier)
         of_query, of_key, of_value = torch.autograd.grad(again, (query, key, value), grad)
         return (of_query, of_key, of_value), ()
+
+    def _scale(self, query: Tensor) -> float:
+        return self.multiplier / math.sqrt(query.shape[-1])
+
+    def _window(self, query: Tensor) -> dict[str, Any]:
+        return {"scale": self._scale(query), "window_size_left": -1, "window_size_right": 0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +110,3 @@ class PrefixedAttention(PackedAttention):
         groups = query.unflatten(1, (key.shape[1], -1))
         of_query, *own = prefix.add_backward(grad, groups, self.key, self.value, self.gate, of_query)
         return (of_query, of_key, of_value), tuple(own)
-
-
-def _window(query: Tensor) -> dict[str, Any]:
-    return {"scale": 1.0 / math.sqrt(query.shape[-1]), "window_size_left": -1, "window_size_right": 0}

@@ -54,6 +54,7 @@ class BlockFacts:
         scaled: whether learned vectors scale and shift the linears' outputs.
         activation: of the feed-forward layer.
         without_fp8: the family's name if its blocks have no FP8 products.
+        state_space: P and N of a state space beside attention, or None.
     """
 
     unlike: str | None
@@ -67,6 +68,7 @@ class BlockFacts:
     scaled: bool = False
     activation: str = "GELU"
     without_fp8: str | None = None
+    state_space: tuple[int, int] | None = None
 
 
 def facts_of(

@@ -231,6 +231,15 @@ class Layout(ABC):
         """Float32 values per token that exist during the backward pass of a block's `other_mixers`."""
         return 0.0
 
+    def fast_bytes_at_work(self, value_bytes: int) -> float:
+        """Bytes per token of the same on the fast path, with activations of `value_bytes`."""
+        return 0.0
+
+    @property
+    def mixed(self) -> int:
+        """Width of what attention, and a mixer beside it, give to the linears they end with."""
+        return self.linear_shapes()[self.output_projection][1]
+
     @abstractmethod
     def heads(self, attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project ``[1, T, hidden]`` to query ``[T, Q, D]``, key and value ``[T, G, D]``, not rotated."""

@@ -168,6 +168,7 @@ class FalconH1(Layout):
     feed_forward_inputs = ("gate_proj", "up_proj")
     query_projection = "q_proj"
     output_projection = "o_proj"
+    residuals = 2
 
     @classmethod
     def translated(cls, raw: dict[str, Any]) -> dict[str, Any]:
@@ -310,6 +311,21 @@ class FalconH1(Layout):
         # 34B's. Counted here: 306, 153 and 412.
         kept = 3 * self.convolved + 10 * config.mamba_d_ssm + 2 * decays + 2 * states
         return float(kept + 3 * max(decays, states))
+
+    def fast_bytes_at_work(self, value_bytes: int) -> float:
+        from falcon_qlora.kernels.ssd import FAST_CHUNK_TOKENS
+
+        config = self.config
+        # The gradient of y, the convolution's output and its gradient; states and their gradients; and, in
+        # float32, what `ssd_triton` sums over heads, and over lanes for each head.
+        rows = config.mamba_d_ssm + 2 * self.convolved
+        states = 2 * config.mamba_d_ssm * config.mamba_d_state / FAST_CHUNK_TOKENS
+        sums = 5 * config.mamba_n_groups * FAST_CHUNK_TOKENS + 20 * config.mamba_n_heads
+        return value_bytes * (rows + states) + 4 * sums
+
+    @property
+    def mixed(self) -> int:
+        return super().mixed + int(self.config.mamba_d_ssm)
 
     def heads(self, attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = (
