@@ -17,7 +17,7 @@ from torch import Tensor
 from falcon_qlora.kernels.rows import check_rows, common_unit, read
 from falcon_qlora.kernels.ssd import StateSpace
 
-_TILE: dict[str, Any] = {"TOKENS": 32, "CHANNELS": 512, "num_warps": 2}
+_TILE: dict[str, Any] = {"TOKENS": 32, "CHANNELS": 256, "num_warps": 2}
 
 
 def convolve(channels: Tensor, space: StateSpace, positions: Tensor) -> Tensor:

@@ -44,10 +44,10 @@ from falcon_qlora.kernels.ssd import FAST_CHUNK_TOKENS, StateSpace
 _CHUNK = FAST_CHUNK_TOKENS  # Q
 _HEADS_A_PROGRAM = 6  # of `_of_scores`, which sums a gradient over them
 _WALK: dict[str, Any] = {"ROWS": 64, "LANES": 64, "num_warps": 4, "num_stages": 3}
-_OUTPUTS: dict[str, Any] = {"LANES": 64, "num_warps": 4, "num_stages": 2}
-_OF_SCORES: dict[str, Any] = {"num_warps": 8, "num_stages": 1}
+_OUTPUTS: dict[str, Any] = {"LANES": 64, "num_warps": 8, "num_stages": 3}
+_OF_SCORES: dict[str, Any] = {"num_warps": 4, "num_stages": 1}
 # More lanes do not fit into the registers of GPUs before Hopper.
-_OF_SHARED: dict[str, Any] = {"LANES": 32, "num_warps": 8, "num_stages": 1}
+_OF_SHARED: dict[str, Any] = {"LANES": 32, "num_warps": 4, "num_stages": 2}
 _STEPS: dict[str, Any] = {"num_warps": 8}
 
 

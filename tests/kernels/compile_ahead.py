@@ -200,8 +200,9 @@ def _type(name: str, options: dict[str, Any]) -> str:
 
 
 def _vector_stores(code: str, options: dict[str, Any]) -> int:
-    """Stores of 16 bytes; where a thread makes eight values of one byte, of 8."""
-    return code.count("st.global.v2" if options.get("SCALED") and "CONTIGUOUS" in options else "st.global.v4")
+    """Stores of 16 bytes; of 8 where a thread makes eight values of one byte, or the convolution's four."""
+    short = (options.get("SCALED") and "CONTIGUOUS" in options) or "TAPS" in options
+    return code.count("st.global.v2" if short else "st.global.v4")
 
 
 def _registers(machine_code: bytes) -> dict[str, int]:
