@@ -89,7 +89,7 @@ def quantize_weight(layer: Any, scale: Tensor, out: Tensor, transpose: bool) -> 
     Args:
         layer: as `ops.dequantize` takes it.
         scale: float32 ``[]``.
-        out: ``[out, in]`` to write into, or ``[in, out]`` with `transpose`; contiguous.
+        out: ``[out, in]`` to write into, or ``[in, out]`` with `transpose`; any row stride.
         transpose: write the transposed weight.
 
     Returns:

@@ -26,7 +26,7 @@ from falcon_qlora.kernels.frozen_linear import Adapter, Projection, mm_float32
 from falcon_qlora.kernels.low_rank import LowRank
 
 # Headroom of scales: quantized factors may round up, and an adapter may be merged into the weight.
-_MARGIN = 2.0
+MARGIN = 2.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +45,12 @@ class Weight:
     of_rows: Tensor
     of_columns: Tensor
     kept: dict[bool, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of_scale(cls, scale: Tensor, sizes: Sequence[int]) -> Weight:
+        """Of ``[out, in]`` with a scale, float32 ``[]``."""
+        of_rows, of_columns = (scale.expand(size).contiguous() for size in sizes)
+        return cls(scale, of_rows, of_columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,14 +74,12 @@ class Fp8:
         with torch.no_grad():
             for projection in block.projections:
                 plain = ops.dequantize(projection.layer)
-                scale = _MARGIN * plain.abs().amax().float().clamp(min=1e-30) / LARGEST
-                sizes = projection.out_features, projection.in_features
-                of_rows, of_columns = (scale.expand(size).contiguous() for size in sizes)
-                weights.append(Weight(scale, of_rows, of_columns))
+                scale = MARGIN * plain.abs().amax().float().clamp(min=1e-30) / LARGEST
+                weights.append(Weight.of_scale(scale, _sizes(projection, transpose=False)))
                 if projection is block.dense_h_to_4h:
                     before_gelu = _largest_output(block, plain)
                 elif projection is block.dense_4h_to_h:
-                    after_gelu = _MARGIN * largest_row(plain.T)
+                    after_gelu = MARGIN * largest_row(plain.T)
                 del plain
         return cls((weights[0], weights[1], weights[2], weights[3]), before_gelu, after_gelu)
 
@@ -103,7 +107,7 @@ def _largest_output(block: Block, weight: Tensor) -> Tensor:
     norm = block.norms[-1]
     longest = largest_row(weight * norm.weight.to(weight.dtype))
     of_bias = (weight.float() @ norm.bias.float()).abs().amax()
-    return _MARGIN * (math.sqrt(block.dense_h_to_4h.in_features) * longest + of_bias)
+    return MARGIN * (math.sqrt(block.dense_h_to_4h.in_features) * longest + of_bias)
 
 
 class Fp8Products:

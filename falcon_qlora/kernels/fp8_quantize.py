@@ -17,12 +17,13 @@ from falcon_qlora.kernels.rows import contiguous_rows
 
 _LANES_A_THREAD = 32
 _MOST_WARPS = 16
+_LONGEST, _PIECE = 32_768, 8192  # longer rows are read twice, in pieces
 _TILE, _TILE_WARPS = 64, 4  # of a weight: 64 × 64
 _SUM = 64, 128, 8  # tokens and features of a tile, and warps
 
 
 def quantize_rows(x: Tensor) -> tuple[Rows, Tensor]:
-    """`fp8.quantize_rows` in one pass, with each row held in registers."""
+    """`fp8.quantize_rows` in one launch."""
     x = contiguous_rows(x)
     tokens, features = x.shape
     values = torch.empty(tokens, features, dtype=DTYPE, device=x.device)
@@ -73,8 +74,9 @@ def add(x: Tensor, low: LowRank | None, addends: tuple[Tensor, ...] = ()) -> Ten
 
 
 def _row_options(features: int) -> dict[str, int]:
-    lanes = triton.next_power_of_2(features)
-    return {"LANES": lanes, "num_warps": min(max(lanes // (32 * _LANES_A_THREAD), 1), _MOST_WARPS)}
+    lanes = triton.next_power_of_2(features) if features <= _LONGEST else _PIECE
+    warps = min(max(lanes // (32 * _LANES_A_THREAD), 1), _MOST_WARPS)
+    return {"LANES": lanes, "WHOLE": features <= lanes, "num_warps": warps}
 
 
 @triton.jit
@@ -85,18 +87,31 @@ def _quantize_rows(
     lengths_ptr,  # float32 [T]
     x_stride,
     features,  # C
-    LANES: tl.constexpr,  # ≥ C
+    LANES: tl.constexpr,
+    WHOLE: tl.constexpr,  # whether C ≤ LANES
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, LANES)
-    mask = column < features
-    x = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(x), 0)
-    scale = tl.where(largest > 0, largest / 448.0, 1.0)
+    x_ptr += row * x_stride
+    values_ptr += row * features
+    x = tl.load(x_ptr + column, mask=column < features, other=0.0).to(tl.float32)
+    largest, square = tl.abs(x), x * x
+    if not WHOLE:
+        for start in range(LANES, features, LANES):
+            more = tl.load(x_ptr + start + column, mask=start + column < features, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.abs(more))
+            square += more * more
+    most = tl.max(largest, 0)
+    scale = tl.where(most > 0, most / 448.0, 1.0)
     tl.store(scales_ptr + row, scale)
-    tl.store(lengths_ptr + row, tl.sqrt(tl.sum(x * x, 0)))
-    values = x * (1.0 / scale)
-    tl.store(values_ptr + row * features + column, values.to(values_ptr.dtype.element_ty), mask=mask)
+    tl.store(lengths_ptr + row, tl.sqrt(tl.sum(square, 0)))
+    values = (x * (1.0 / scale)).to(values_ptr.dtype.element_ty)
+    tl.store(values_ptr + column, values, mask=column < features)
+    if not WHOLE:
+        for start in range(LANES, features, LANES):
+            more = tl.load(x_ptr + start + column, mask=start + column < features, other=0.0).to(tl.float32)
+            values = (more * (1.0 / scale)).to(values_ptr.dtype.element_ty)
+            tl.store(values_ptr + start + column, values, mask=start + column < features)
 
 
 @triton.jit

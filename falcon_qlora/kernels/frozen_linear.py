@@ -137,6 +137,15 @@ class SharedInput(_Group):
         self.outputs = _spans([projection.out_features for projection in projections])
         self.width = self.outputs[-1].stop
 
+    def project(self, extended: Tensor, again: bool) -> tuple[Tensor, Tensor]:
+        """``[T, H + R]``, of which the first H are the input → outputs ``[T, width]``, and t.
+
+        With `again` the outputs have R more columns, which `adapter_gradients` wants where their gradient
+        takes their place.
+        """
+        out = aligned(extended, self.width + (self.columns if again else 0))
+        return out, self.forward(extended, out[:, : self.width])
+
     def forward(self, extended: Tensor, out: Tensor) -> Tensor:
         """``[T, H + R]``, of which the first H are the input → outputs ``[T, width]`` into `out`, and t."""
         weight, low = self.operand(extended)
@@ -175,16 +184,21 @@ class SharedInput(_Group):
         """
         if self.used < self.columns:
             extended[:, self.width + self.used :] = 0
+        return self._adapter_gradients(extended, extended[:, self.width :], low, x)
+
+    def _adapter_gradients(
+        self, grad: Tensor, low_grad: Tensor, low: Tensor, x: Tensor
+    ) -> list[Tensor | None]:
+        """The gradients of each A and B from that of the outputs; writes u into `low_grad` ``[T, R]``."""
         results: list[Tensor | None] = []
         for index, projection in enumerate(self.projections):
-            grad, rank = extended[:, self.outputs[index]], self.ranks[index]
+            of_output, rank = grad[:, self.outputs[index]], self.ranks[index]
             if not projection.rank:
                 results += [None, None]
                 continue
-            low_grad = extended[:, self.width + rank.start : self.width + rank.stop]
-            torch.mm(grad, self._scaled_b(index, extended), out=low_grad)
-            of_a = mm_float32(low_grad.T, self._read(index, x))
-            results += [of_a, mm_float32(grad.T, low[:, rank]).mul_(projection.scaling)]
+            torch.mm(of_output, self._scaled_b(index, grad), out=low_grad[:, rank])
+            of_a = mm_float32(low_grad[:, rank].T, self._read(index, x))
+            results += [of_a, mm_float32(of_output.T, low[:, rank]).mul_(projection.scaling)]
         return results
 
     def input_gradient(self, extended: Tensor) -> Tensor:
@@ -292,7 +306,7 @@ class SharedOutput(_Group):
             low: t, ``[T, R]``.
             inputs: of each linear, ``[T, in]``.
         """
-        if not self.columns:
+        if not self.used:
             return [None, None] * len(self.projections)
         all_b = mm_float32(grad.T, low)  # [H, R]
         results: list[Tensor | None] = []
@@ -338,6 +352,11 @@ def dequantized(projection: Projection, workspace: Workspace, like: Tensor) -> T
     """A linear's weight ``[out, in]`` in `like`'s dtype; valid until the next use of the workspace."""
     weight = workspace.take(projection.out_features, projection.in_features, like)
     return ops.dequantize(projection.layer, weight)
+
+
+def aligned(like: Tensor, columns: int) -> Tensor:
+    """An empty ``[T, columns]`` whose rows are multiples of eight values apart, as kernels for heads want."""
+    return like.new_empty(like.shape[0], -(-columns // 8) * 8)[:, :columns]
 
 
 def room_behind(like: Tensor, columns: int) -> Tensor:

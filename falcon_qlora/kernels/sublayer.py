@@ -21,12 +21,14 @@ from torch.autograd.function import once_differentiable
 
 from falcon_qlora.kernels import ops
 from falcon_qlora.kernels.block import Keep
+from falcon_qlora.kernels.fp8_groups import Fp8Group, Fp8SharedInput, Fp8SharedOutput
 from falcon_qlora.kernels.frozen_linear import (
     Adapter,
     Projection,
     SharedInput,
     SharedOutput,
     Workspace,
+    aligned,
     room_behind,
 )
 
@@ -106,16 +108,44 @@ class Sublayers:
         workspace: shared by all blocks of a model.
         keep: what is kept for the backward pass: all it needs; all but the inputs of `large` mixers; or only
             the block's input. The rest is recomputed.
+        fp8: what their products in FP8 need; None for products in the activations' dtype.
     """
 
     parts: tuple[Sublayer, ...]
     workspace: Workspace
     keep: Keep = "all"
+    fp8: Fp8Sublayers | None = None
 
     @property
     def projections(self) -> list[Projection]:
         """In the order of `run_sublayers`' adapters."""
         return [each for part in self.parts for each in (*part.into, *part.out_of)]
+
+
+@dataclass(frozen=True, eq=False)
+class Fp8Sublayers:
+    """A block's frozen weights for products in FP8: of W_in and W_out, for each sublayer."""
+
+    groups: tuple[tuple[Fp8Group, Fp8Group], ...]
+
+    @classmethod
+    def measure(cls, block: Sublayers) -> Fp8Sublayers:
+        """See `Fp8Group.measure`."""
+        return cls(
+            tuple(
+                (
+                    Fp8Group.measure(part.into, side_by_side=True),
+                    Fp8Group.measure(part.out_of, side_by_side=False),
+                )
+                for part in block.parts
+            )
+        )
+
+    def keep(self, block: Sublayers) -> None:
+        """See `Fp8Group.keep`."""
+        for part, (into, out_of) in zip(block.parts, self.groups, strict=True):
+            into.keep(part.into)
+            out_of.keep(part.out_of)
 
 
 def run_sublayers(
@@ -229,15 +259,11 @@ class _SublayersFunction(torch.autograd.Function):
 def _calls(block: Sublayers, mixers: Sequence[Mixer], flat: Sequence[Tensor | None]) -> list[_Call]:
     adapters = list(zip(flat[::2], flat[1::2], strict=True))
     sizes = [len(part.into) + len(part.out_of) for part in block.parts]
+    groups: Sequence[Any] = [None] * len(sizes) if block.fp8 is None else block.fp8.groups
     return [
-        _Call(part, mixer, own, block.workspace)
-        for part, mixer, own in zip(block.parts, mixers, _split(adapters, sizes), strict=True)
+        _Call(part, mixer, own, block.workspace, pair)
+        for part, mixer, own, pair in zip(block.parts, mixers, _split(adapters, sizes), groups, strict=True)
     ]
-
-
-def _aligned(like: Tensor, columns: int) -> Tensor:
-    """An empty ``[T, columns]`` whose rows are multiples of eight values apart, as kernels for heads want."""
-    return like.new_empty(like.shape[0], -(-columns // 8) * 8)[:, :columns]
 
 
 def _split(items: Sequence[Any], sizes: Sequence[int]) -> list[Sequence[Any]]:
@@ -257,12 +283,23 @@ class _Call:
     """
 
     def __init__(
-        self, sublayer: Sublayer, mixer: Mixer, adapters: Sequence[Adapter], workspace: Workspace
+        self,
+        sublayer: Sublayer,
+        mixer: Mixer,
+        adapters: Sequence[Adapter],
+        workspace: Workspace,
+        groups: tuple[Fp8Group, Fp8Group] | None,
     ) -> None:
-        split = len(sublayer.into)
+        first, second = adapters[: len(sublayer.into)], adapters[len(sublayer.into) :]
         self.norm, self.mixer = sublayer.norm, mixer
-        self.into = SharedInput(sublayer.into, adapters[:split], workspace)
-        self.out_of = SharedOutput(sublayer.out_of, adapters[split:], workspace)
+        self.into: SharedInput
+        self.out_of: SharedOutput
+        if groups is None:
+            self.into = SharedInput(sublayer.into, first, workspace)
+            self.out_of = SharedOutput(sublayer.out_of, second, workspace)
+        else:
+            self.into = Fp8SharedInput(sublayer.into, first, workspace, groups[0])
+            self.out_of = Fp8SharedOutput(sublayer.out_of, second, workspace, groups[1])
         self.matrices = 2 * len(adapters)
         self.trains = bool(mixer.tensors) or any(a is not None for a, _ in adapters)
 
@@ -282,8 +319,7 @@ class _Call:
         """
         normal = x.new_empty(x.shape[0], self.into.features + self.into.columns)
         self.norm(x, normal[:, : self.into.features])
-        projected = _aligned(x, self.into.width + (self.into.columns if again else 0))
-        low_in = self.into.forward(normal, projected[:, : self.into.width])
+        projected, low_in = self.into.project(normal, again)
         del normal
         return projected, low_in, self.mixer.forward(projected[:, : self.into.width])
 
@@ -308,17 +344,17 @@ class _Call:
         del kept
         of_joined, low_grad = self.out_of.input_gradient(grad)
         width = self.into.width
-        of_projected = projected if recomputed else _aligned(x, width + self.into.columns)
+        of_projected = projected if recomputed else aligned(x, width + self.into.columns)
         inputs, own = self.mixer.backward(
             of_joined,
             projected[:, :width],
             of_mixer,
             of_projected[:, :width],
-            again=self.out_of.columns > 0,
+            again=self.out_of.used > 0,
         )
         del projected, of_mixer, of_joined
         if low_out is None:
-            low_out = self.out_of.low_rank_of(inputs) if self.out_of.columns else low_grad
+            low_out = self.out_of.low_rank_of(inputs) if self.out_of.used else low_grad
         out_grads = self.out_of.adapter_gradients(grad, low_grad, low_out, inputs)
         del inputs
         normal, rstd = self.norm(x)

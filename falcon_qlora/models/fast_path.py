@@ -19,18 +19,19 @@ from transformers import PreTrainedModel
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.fp8 import fp8_excludes
 from falcon_qlora.kernels import flash_attention, fp8, ops, prefix, ssd_ops
-from falcon_qlora.kernels.block import Block
 from falcon_qlora.kernels.dequantized import DequantizedProducts
 from falcon_qlora.kernels.fp8_block import Fp8
 from falcon_qlora.kernels.frozen_linear import Workspace
 from falcon_qlora.kernels.gelu_products import GeluProducts, gelu_products
 from falcon_qlora.kernels.offload import Offload
 from falcon_qlora.kernels.scaled_products import ScaledProducts
+from falcon_qlora.kernels.sublayer import Fp8Sublayers, Sublayers
 from falcon_qlora.models.activations import blocks_of
 from falcon_qlora.models.blocks import falcon, falcon_h1, llama
 from falcon_qlora.models.blocks.attention import AttentionKernel
 from falcon_qlora.models.blocks.fast_block import (
     BlockFacts,
+    Frozen8,
     Keep,
     MakeProducts,
     State,
@@ -243,7 +244,9 @@ def apply_fast_path(
         state = State(kept, workspace, offload, attention, products)
         install(block, family.block_forward, state)
         if fp8_products:
-            state.products = Fp8.measure(family.block_and_adapters(block, state)[0])
+            parts = family.block_and_adapters(block, state)[0]
+            in_fp8 = Fp8Sublayers if isinstance(parts, Sublayers) else Fp8
+            state.products = in_fp8.measure(parts)
     return report
 
 
@@ -285,9 +288,9 @@ def keep_fp8_weights(model: nn.Module) -> None:
         products.keep(block)
 
 
-def _fp8_blocks(model: nn.Module) -> Iterator[tuple[Fp8, Block]]:
+def _fp8_blocks(model: nn.Module) -> Iterator[tuple[Any, Any]]:
     family = _FAMILIES.get(causal_lm_in(model).config.model_type)
     for block in blocks_of(model):
         state = state_of(block)
-        if family is not None and state is not None and isinstance(state.products, Fp8):
+        if family is not None and state is not None and isinstance(state.products, Frozen8):
             yield state.products, family.block_and_adapters(block, state)[0]

@@ -143,7 +143,7 @@ def nf4_variants(scaled: bool) -> Iterator[tuple[JITFunction, dict[str, Any]]]:
 
 def fp8_variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
     yield from nf4_variants(scaled=True)
-    for features in (4544, 8192, 14848):
+    for features in (4544, 8192, 14848, 46080):  # the last: Falcon3's gate and up
         yield fp8_quantize._quantize_rows, fp8_quantize._row_options(features)
     for is_int8 in (False, True):
         for transpose in (False, True):

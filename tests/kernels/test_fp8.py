@@ -12,7 +12,7 @@ from falcon_qlora.models.quantize import bnb, empty_quantized_linear, fill_quant
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from falcon_qlora.kernels import fp8, ops
+from falcon_qlora.kernels import fp8, fp8_quantize, ops
 from falcon_qlora.kernels.fp8_rows import DTYPE, LARGEST, Rows
 from falcon_qlora.kernels.low_rank import LowRank
 
@@ -75,6 +75,18 @@ def test_rows_are_quantized_to_the_nearest(shape: tuple[int, int], dtype: torch.
         assert torch.equal(one.values.float(), ours.values.float())
 
 
+def test_rows_longer_than_registers_are_read_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = random(5, 272, dtype=torch.bfloat16)
+    x[0], x[1, 200], x[2, 3] = 0, 30, -30
+    ours, lengths = fp8_quantize.quantize_rows(x)
+    monkeypatch.setattr(fp8_quantize, "_LONGEST", 64)
+    monkeypatch.setattr(fp8_quantize, "_PIECE", 64)
+    again, lengths_again = fp8_quantize.quantize_rows(x)
+    assert torch.equal(again.values.float(), ours.values.float())
+    assert torch.equal(again.scales, ours.scales)
+    torch.testing.assert_close(lengths_again, lengths)
+
+
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("mode", ["4bit", "8bit", "16bit"])
 @pytest.mark.parametrize("shape", [(64, 64), (80, 192), (208, 64)], ids=str)
@@ -94,6 +106,12 @@ def test_weights_of_every_storage(
     scale = torch.tensor(3e-4, device=device)
     out = torch.empty(shape[::-1] if transpose else shape, dtype=DTYPE, device=device)
     ours, theirs = both(fp8.quantize_weight, layer, scale, out, transpose)
+    # Beside another weight, whose values stay.
+    wide = torch.zeros(len(out), 16 + out.shape[1], dtype=DTYPE, device=device)
+    with ops.using("triton"):
+        fp8.quantize_weight(layer, scale, wide[:, 16:], transpose)
+    assert torch.equal(wide[:, 16:].float(), ours.float())
+    assert not wide[:, :16].float().any()
     ones = torch.ones(out.shape[0], device=device)
     assert_same_rows(Rows(ours, ones), Rows(theirs, ones))
     weight = ops.dequantize(layer).float()

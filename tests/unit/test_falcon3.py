@@ -9,7 +9,6 @@ from torch.testing import assert_close
 from transformers import LlamaConfig
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.kernels import fp8
 from falcon_qlora.methods.adapter import Adapter
 from falcon_qlora.methods.full import Full
 from falcon_qlora.models.fast_path import choose_kernels
@@ -90,16 +89,11 @@ def test_heads_of_published_sizes_and_a_tied_head(head_dim):
     assert_close(model(**packed(docs)).loss, one_by_one(plain, docs), rtol=1e-5, atol=0)
 
 
-def test_blocks_are_fast_but_not_in_fp8():
+def test_blocks_are_fast():
     model = tiny_model("falcon3")
     report = choose_kernels(model, kernels="required", compute_dtype="auto")
     told = "fast (attention: padded batches, weights: as stored, SwiGLU: PyTorch, between: PyTorch)"
     assert report == dict.fromkeys(["model.layers.0", "model.layers.1"], told)
-    with (
-        fp8.emulated(),
-        pytest.raises(UserError, match=r"no FP8 products for Falcon3 yet: set .*\(2 of 2 blocks\)"),
-    ):
-        choose_kernels(model, kernels="auto", compute_dtype="fp8")
 
 
 def test_fast_blocks_take_as_much_memory_as_their_formulas_say():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from falcon_qlora.kernels.block import Block, Norm, run_block
 from falcon_qlora.kernels.frozen_linear import Adapter, project
 from falcon_qlora.kernels.scaled_products import ScaledProducts
+from falcon_qlora.kernels.sublayer import Fp8Sublayers
 from falcon_qlora.models.blocks.attention import PackedAttention, PrefixedAttention
 from falcon_qlora.models.blocks.fast_block import (
     BlockFacts,
@@ -112,6 +113,7 @@ def block_and_adapters(module: Any, state: State) -> tuple[Block, list[Adapter]]
             adapter = (vectors.scale, vectors.bias)
         projections.append(projection)
         adapters.append(adapter)
+    assert not isinstance(state.products, Fp8Sublayers)
     norms = _norms(module)
     if scaled:
         adapters += [(norm.weight, norm.bias) for norm in norms]

@@ -22,6 +22,7 @@ from falcon_qlora.kernels.fp8_block import Fp8
 from falcon_qlora.kernels.frozen_linear import Adapter, Projection, Workspace
 from falcon_qlora.kernels.low_rank import Dropout
 from falcon_qlora.kernels.offload import Offload
+from falcon_qlora.kernels.sublayer import Fp8Sublayers
 from falcon_qlora.models.blocks.attention import AttentionKernel
 from falcon_qlora.models.forward import forward_is_replaced, replace_forward, restore_forward
 from falcon_qlora.models.prefix import prefix_of
@@ -36,6 +37,9 @@ Keep = Literal["all", "attention", "input", "offload"]
 """What a block keeps for its backward pass, see `Block.keep`; ``offload``: its input, in CPU memory."""
 
 MakeProducts = Callable[[Block, Sequence[Adapter]], Products]
+
+Frozen8 = Fp8 | Fp8Sublayers
+"""A block's weights for products in FP8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +132,7 @@ class State:
     workspace: Workspace
     offload: Offload
     attention: AttentionKernel
-    products: MakeProducts
+    products: MakeProducts | Fp8Sublayers
 
 
 def state_of(block: nn.Module) -> State | None:
@@ -185,7 +189,7 @@ def projection_of(linear: Any, state: State) -> tuple[Projection, Adapter]:
     if name is None:
         return Projection(base, base.out_features, base.in_features), (None, None)
     p = dropout_of(linear, name) if linear.training else 0.0
-    if isinstance(state.products, Fp8) and fp8_excludes(lora_dropout=p):
+    if isinstance(state.products, Frozen8) and fp8_excludes(lora_dropout=p):
         raise UnknownAdapter("LoRA dropout")
     a, b = linear.lora_A[name], linear.lora_B[name]
     dropout = Dropout.draw(p) if p else None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from falcon_qlora.kernels.frozen_linear import Adapter, Projection, Workspace, project
 from falcon_qlora.kernels.mixers import RotatedAttention, SwiGlu
-from falcon_qlora.kernels.sublayer import RmsNorm, Sublayer, Sublayers, run_sublayers
+from falcon_qlora.kernels.sublayer import Fp8Sublayers, RmsNorm, Sublayer, Sublayers, run_sublayers
 from falcon_qlora.models.blocks.attention import PackedAttention, PrefixedAttention
 from falcon_qlora.models.blocks.fast_block import (
     BlockFacts,
@@ -27,7 +27,6 @@ from falcon_qlora.models.blocks.fast_block import (
     state_of,
 )
 from falcon_qlora.models.forward import forward_before
-from falcon_qlora.models.layouts.llama import Llama
 from falcon_qlora.models.packed_attention import Sequences
 from falcon_qlora.models.prefix import prefix_of
 from falcon_qlora.models.scaled import scale_and_bias_of
@@ -44,7 +43,6 @@ def block_facts(block: Any, dtype: torch.dtype) -> BlockFacts:
         unlike=_unlike(block),
         lora_unknown=_more_than_lora(block),
         activation="SwiGLU",
-        without_fp8=Llama.family,
     )
 
 
@@ -88,7 +86,9 @@ def block_and_adapters(module: Any, state: State) -> tuple[Sublayers, list[Adapt
         for norm in (module.input_layernorm, module.post_attention_layernorm)
     )
     parts = Sublayer(first, (q, k, v), (o,)), Sublayer(second, (gate, up), (down,))
-    return Sublayers(parts, state.workspace, kept_by(module, state)), [adapter for _, adapter in pairs]
+    in_fp8 = state.products if isinstance(state.products, Fp8Sublayers) else None
+    block = Sublayers(parts, state.workspace, kept_by(module, state), in_fp8)
+    return block, [adapter for _, adapter in pairs]
 
 
 def block_forward(
