@@ -63,7 +63,7 @@ def chunked_cross_entropy(
     device_type = hidden.device.type
     in_autocast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if in_autocast else weight.dtype
-    assert scale == 1 or vectors is None
+    assert vectors is None or (scale == 1 and vocabulary in (None, len(weight)))
     learned, bias = vectors or (None, None)
     places, values = rows or (None, None)
     return _ChunkedCrossEntropy.apply(
@@ -109,18 +109,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 logits = product = hidden[rows] @ weight.T  # [chunk, V]
                 if own is not None and places is not None:
                     product.index_copy_(1, places, hidden[rows] @ own.T)
-                if vocabulary is not None and vocabulary < len(weight):
-                    product[:, vocabulary:] = float("-inf")  # no probability, and no gradient
                 if scale is not None and bias is not None:
                     logits = scale_shift(product, scale, bias, torch.empty_like(product))
-                if multiplier != 1:
-                    logits = product.float() * multiplier
-                loss += ops.cross_entropy_(logits, targets[rows], with_gradient).sum()
+                # What comes of the rows of zeros behind stays 0.
+                tokens = logits[:, :vocabulary]
+                loss += ops.cross_entropy_(tokens, targets[rows], with_gradient, multiplier).sum()
                 if sums is not None and scale is not None and with_gradient:
                     sums += scale_backward(logits, product, scale, logits, through_gelu=False)
                 del product
-                if multiplier != 1 and with_gradient:
-                    logits = (logits * multiplier).to(weight.dtype)
                 grad_own = None
                 if grad_values is not None and places is not None:
                     grad_own = logits.index_select(1, places)  # [chunk, n]

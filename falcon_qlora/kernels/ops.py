@@ -339,23 +339,28 @@ def swiglu_backward(
 
 
 @or_triton("softmax")
-def cross_entropy_(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
+def cross_entropy_(logits: Tensor, targets: Tensor, with_gradient: bool, scale: float = 1.0) -> Tensor:
     """Cross entropies of rows of logits, computed in float32.
 
     Args:
         logits: ``[N, V]``; overwritten by the gradients of each row's loss if `with_gradient`.
         targets: int64 ``[N]``.
         with_gradient: whether to write the gradients.
+        scale: by which the logits are multiplied in float32; gradients are of them before.
 
     Returns:
         float32 ``[N]``.
     """
     x, target = logits.float(), targets[:, None]
+    if scale != 1:
+        x = x * scale
     log_normalizer = torch.logsumexp(x, dim=-1, keepdim=True)
     losses = (log_normalizer - x.gather(-1, target))[:, 0]
     if with_gradient:
         # In-place, to save memory.
         x.sub_(log_normalizer).exp_().scatter_add_(-1, target, torch.full_like(log_normalizer, -1.0))
+        if scale != 1:
+            x.mul_(scale)
         if x is not logits:
             logits.copy_(x)
     return losses

@@ -42,6 +42,7 @@ from falcon_qlora.models.blocks.fast_block import (
 from falcon_qlora.models.forward import enable_packing, pack_batches
 from falcon_qlora.models.layouts import causal_lm_in
 from falcon_qlora.models.packed_attention import takes_varlen
+from falcon_qlora.models.token_rows import pad_head
 
 _FAMILIES: dict[str, ModuleType] = {"falcon": falcon, "llama": llama, "falcon_h1": falcon_h1}
 """Families with fast blocks, by their configuration's ``model_type``; each is a module like `falcon`."""
@@ -214,6 +215,8 @@ def apply_fast_path(
         raise UserError(f"{reason}. Use --compute_dtype auto")
     enable_packing(model)
     pack_batches(model)
+    if device.type == "cuda":
+        pad_head(base)
     family = _FAMILIES.get(base.config.model_type)
     workspace, offload = Workspace(), Offload()
     gelu = _gelu_products(base) if libraries and not fp8_products else None

@@ -18,6 +18,7 @@ from falcon_qlora.models.layouts import causal_lm_in
 
 # The head's matrix product is slow on a GPU where its width is no multiple of this.
 _MULTIPLE = 64
+_ALIGNED = 8  # rows of 16 bytes; with other numbers the product is several times as slow
 _PADDED = "_padded"
 
 
@@ -67,7 +68,7 @@ def modules_with_rows(model: nn.Module) -> list[Any]:
 
 
 def padded(weight: Tensor) -> Tensor:
-    """A matrix with the rows of zeros that `grow_vocabulary` put after it in memory, if any."""
+    """A matrix with the rows of zeros after it in memory that `grow_vocabulary` and `pad_head` put there."""
     whole: Tensor = getattr(weight, _PADDED, weight)
     return whole
 
@@ -90,14 +91,36 @@ def grow_vocabulary(model: Any, size: int) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     for module in (embedding,) if model.config.tie_word_embeddings else (embedding, head):
         weight = module.weight
-        whole = weight.new_zeros(-(-size // _MULTIPLE) * _MULTIPLE, weight.shape[1])
-        whole[:before] = weight
-        whole[before:size] = _mean_row(weight)
-        module.weight = nn.Parameter(whole[:size], requires_grad=False)
-        setattr(module.weight, _PADDED, whole)
+        module.weight = _with_zeros(weight, size)
+        module.weight[before:] = _mean_row(weight)
     embedding.num_embeddings = head.out_features = size
     model.config.vocab_size = size
     model.tie_weights()
+
+
+@torch.no_grad()
+def pad_head(model: Any) -> None:
+    """Give a frozen head `padded` rows where its number of rows would make its products slow.
+
+    Heads that are trained, or have trained rows or vectors, stay as they are.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    alone = type(head) is nn.Linear and not list(head.children())
+    if alone and len(head.weight) % _ALIGNED and not head.weight.requires_grad:
+        before = head.weight
+        if padded(before) is before:
+            head.weight = _with_zeros(before, len(before))
+            if embedding.weight is before:
+                embedding.weight = head.weight
+
+
+def _with_zeros(weight: Tensor, size: int) -> nn.Parameter:
+    """`weight` with zeros up to `size` rows, and behind these what `padded` tells of."""
+    whole = weight.new_zeros(-(-size // _MULTIPLE) * _MULTIPLE, weight.shape[1])
+    whole[: len(weight)] = weight
+    parameter = nn.Parameter(whole[:size], requires_grad=False)
+    setattr(parameter, _PADDED, whole)
+    return parameter
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
+from transformers.integrations.liger import apply_liger_kernel
 from transformers.models.llama import modeling_llama
 from trl import SFTConfig, SFTTrainer
 
@@ -152,6 +153,8 @@ def _trainer(model: Any, base: Any, settings: Settings, recompute: bool, liger: 
             if told:
                 delattr(base, told)
     trainer.model_wrapped = trainer.accelerator.prepare_model(model)  # autocast around the forward
+    if liger:
+        apply_liger_kernel(model, arguments.liger_kernel_config)  # as the loop would, which is ours here
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1  # set by the loop, which is ours here
     return trainer

@@ -19,14 +19,15 @@ def rows(count: int, vocabulary: int, dtype: torch.dtype, device: torch.device) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocabulary", [5, 64, 8192, 20_001])
 @pytest.mark.parametrize("form", ["torch", "triton"])
-def test_losses_and_gradients_are_those_of_float32(form, vocabulary, dtype, device):
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_losses_and_gradients_are_those_of_float32(scale, form, vocabulary, dtype, device):
     logits, targets = rows(3, vocabulary, dtype, device)
     targets[0], targets[1] = 0, vocabulary - 1
     leaf = logits.clone().float().requires_grad_()
-    losses = torch.nn.functional.cross_entropy(leaf, targets, reduction="none")
+    losses = torch.nn.functional.cross_entropy(scale * leaf, targets, reduction="none")
     (gradient,) = torch.autograd.grad(losses.sum(), leaf)
     with ops.using(form):
-        found = ops.cross_entropy_(logits, targets, True)
+        found = ops.cross_entropy_(logits, targets, True, scale)
     torch.testing.assert_close(found, losses.detach(), rtol=1e-5, atol=1e-5)
     # Rounded once, so off by half a step at most.
     tolerance = 1e-5 if dtype == torch.float32 else 1.01 * 2**-8

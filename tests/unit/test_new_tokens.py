@@ -24,9 +24,11 @@ from falcon_qlora.methods.open_adapter import load_adapter
 from falcon_qlora.models import token_rows
 from falcon_qlora.models.fast_path import apply_fast_path
 from falcon_qlora.models.forward import enable_packing
+from falcon_qlora.models.load import load_model
 from falcon_qlora.models.packed_attention import Sequences
+from falcon_qlora.models.scaled import head_loss
 from falcon_qlora.models.tokenizer import check_vocabulary, load_tokenizer
-from tests.layouts import UNTIED, VOCABULARY, documents, plain_float32, tiny_model
+from tests.layouts import FALCON_H1, UNTIED, VOCABULARY, documents, plain_float32, tiny_model
 
 NEW = (VOCABULARY, VOCABULARY + 1)
 SPARE = (VOCABULARY - 1, VOCABULARY - 3)
@@ -314,3 +316,27 @@ def test_an_adapter_of_others_that_trained_the_embedding_alone_stays_so(tmp_path
     ours = load_adapter(tmp_path, base_model=base)
     text = sample(SPARE)[None]
     assert_close(ours(text).logits, theirs(text).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_of_an_odd_number_of_rows_is_padded_and_changes_nothing(tied: bool) -> None:
+    name = FALCON_H1["falcon-h1"].replace("vocab_size=128", "vocab_size=97")
+    name += f",tie_word_embeddings={str(tied).lower()}"
+    model = load_model(name, device="cpu", seed=1)
+    enable_packing(model)
+    results = []
+    for _ in range(2):
+        hidden = model.get_input_embeddings().weight[:13].float().clone().requires_grad_()
+        loss = head_loss(hidden, model.get_output_embeddings(), torch.arange(13) + 84, scale=0.7)
+        results.append((loss, *torch.autograd.grad(loss, hidden)))
+        token_rows.pad_head(model)
+    for before, after in zip(*results, strict=True):
+        torch.testing.assert_close(after, before)
+    head = model.get_output_embeddings().weight
+    assert head.shape[0] == 97
+    assert len(token_rows.padded(head)) == 128
+    assert (model.get_input_embeddings().weight is head) == tied
+    full = load_model(name, device="cpu", seed=1)
+    full.get_output_embeddings().weight.requires_grad_()
+    token_rows.pad_head(full)
+    assert len(token_rows.padded(full.get_output_embeddings().weight)) == 97
