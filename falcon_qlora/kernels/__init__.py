@@ -12,10 +12,10 @@ Letters of shapes in the whole package, except in `ssd`, which has its own:
 | R | columns for LoRA's ranks | O, I | rows (out) and columns (in) of a weight |
 | C | columns of a matrix of any width | L | tokens of the longest document |
 
-From the bottom up: `ops`, `fp8`, `dropout`, `prefix` and `scale_shift` hold each operation's plain form, its
-reference, and choose between it and Triton's form, which has a file of its own. `ssd`, a state space, has
-only the plain form. `frozen_linear` multiplies by frozen weights with LoRA. `block` is a whole block whose
-attention and feed-forward layer are parallel, with the products of `dequantized`, `fp8_block` or
-`scaled_products`. `sublayer` is one where they follow each other; `mixers` has what is between its products.
-`cross_entropy` is the head.
+From the bottom up: `ops`, `fp8`, `dropout`, `prefix`, `scale_shift` and `ssd_ops` hold each operation's plain
+form, its reference, and choose between it and Triton's form, which has a file of its own. `ssd_ops`' plain
+forms, of a state space, are in `ssd`. `frozen_linear` multiplies by frozen weights with LoRA. `block` is a
+whole block whose attention and feed-forward layer are parallel, with the products of `dequantized`,
+`fp8_block` or `scaled_products`. `sublayer` is one where they follow each other; `mixers` has what is between
+its products. `cross_entropy` is the head.
 """

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,7 +30,21 @@ if not torch.cuda.is_available():
 
 import triton
 
-from falcon_qlora.kernels import gelu, layer_norm, nf4, rms_norm, rotary, swiglu
+from falcon_qlora.kernels import (
+    convolution_triton,
+    gate_triton,
+    gelu,
+    layer_norm,
+    nf4,
+    ops,
+    rms_norm,
+    rotary,
+    ssd,
+    ssd_ops,
+    ssd_triton,
+    swiglu,
+)
+from falcon_qlora.models.packed_attention import Sequences
 from falcon_qlora.models.quantize import bnb
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,9 +64,28 @@ class Sizes:
     keys: int = 1  # of a group
 
 
-MODELS = (Sizes("7B", 4544, 18176, 1, 73), Sizes("40B", 8192, 32768, 8, 18))
-MODELS += (Sizes("Falcon3-7B", 3072, 23040, 1, 20, 256, keys=4),)
-TINY = (Sizes("tiny", 192, 768, 2, 5), Sizes("tiny Falcon3", 192, 256, 1, 8, keys=2))
+@dataclass(frozen=True)
+class StateSpaceSizes:
+    """The letters are `ssd`'s."""
+
+    name: str
+    heads: int  # M
+    head_size: int  # P
+    state: int  # N
+
+
+MODELS = (
+    Sizes("7B", 4544, 18176, 1, 73),
+    Sizes("40B", 8192, 32768, 8, 18),
+    Sizes("Falcon3-7B", 3072, 23040, 1, 20, 256, keys=4),
+    StateSpaceSizes("Falcon-H1-7B", 24, 128, 256),
+)
+TINY = (
+    Sizes("tiny", 192, 768, 2, 5),
+    Sizes("tiny Falcon3", 192, 256, 1, 8, keys=2),
+    StateSpaceSizes("tiny Falcon-H1", 2, 16, 32),
+)
+DOCUMENT = 512  # tokens of each, of a state space; ROWS is a multiple
 
 
 @dataclass(frozen=True)
@@ -327,7 +361,95 @@ def rotary_apart_cases(sizes: Sizes, tokens: int) -> Iterator[Case]:
     )  # fmt: skip
 
 
-def cases(sizes: Sizes, tokens: int) -> Iterator[Case]:
+def state_space_cases(sizes: StateSpaceSizes, tokens: int) -> Iterator[Case]:
+    """Falcon-H1's convolution, scan and gate; theirs are the plain forms, judged by those in float32."""
+    heads, width, shared = sizes.heads, sizes.heads * sizes.head_size, 2 * sizes.state
+    columns = width + shared
+
+    def make(*shape: int) -> Tensor:
+        return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
+
+    space = ssd.StateSpace(
+        groups=1,
+        state=sizes.state,
+        multipliers=torch.full((width + columns + heads,), 0.5, device=DEVICE),
+        weight=make(columns, 4),
+        bias=make(columns),
+        step_bias=make(heads) - 2,
+        limits=(0.0, math.inf),
+        rate=-torch.rand(heads, device=DEVICE) - 0.1,
+        skip=make(heads),
+        norm=make(width),
+        epsilon=EPS,
+        norm_before_gate=False,
+    )
+    every = make(2, tokens, width + columns + heads), make(3, tokens, width), make(2, tokens, columns)
+
+    def operations(rows: int, dtype: torch.dtype) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+        lengths = [min(DOCUMENT, rows - start) for start in range(0, rows, DOCUMENT)]
+        sequences = Sequences.from_lengths(lengths, DEVICE)
+        documents = sequences.position_ids[0], sequences.cu_seqlens
+        projected, (grad, y, out), (convolved, of_convolved) = (each[:, :rows].to(dtype) for each in every)
+        z, channels, steps = space.split(projected[0])
+        of_z, of_channels, of_steps = space.split(projected[1])
+        before = of_convolved, channels, space, documents[0]
+        scanned, gated = (convolved, steps, space, *documents), (y, z, space)
+        return {
+            "convolve": lambda: (ssd_ops.convolve(*before[1:]),),
+            "convolve, backward": lambda: (ssd_ops.convolve_backward(*before, of_channels),),
+            "scan": lambda: (ssd_ops.scan(*scanned),),
+            "scan, backward": lambda: (ssd_ops.scan_backward(grad, *scanned, of_steps), of_steps),
+            "gate": lambda: (ssd_ops.gate(*gated, out),),
+            "gate, backward": lambda: (ssd_ops.gate_backward(grad, *gated, of_z, out), of_z, out),
+        }
+
+    def by(form: ops.Implementation, run: Callable[[], tuple[Tensor, ...]]) -> Callable[[], Any]:
+        def launch() -> tuple[Tensor, ...]:
+            with ops.using(form):
+                return run()
+
+        return launch
+
+    ours = operations(tokens, torch.bfloat16)
+    exact = operations(min(ROWS, tokens), torch.float32)
+    states = 2 * width * sizes.state / ssd.FAST_CHUNK_TOKENS
+    tiles = {
+        "convolve": (convolution_triton, {"_TILE": [
+            {"TOKENS": rows, "CHANNELS": 256 * warps, "num_warps": warps}
+            for rows in (16, 32, 64) for warps in (1, 2)
+        ]}),
+        "scan": (ssd_triton, {
+            "_WALK": [ssd_triton._WALK | {"num_stages": n, "num_warps": w} for n in (2, 3) for w in (4, 8)],
+            "_OUTPUTS": [ssd_triton._OUTPUTS | {"LANES": n} for n in (32, 64, 128)],
+        }),
+        "scan, backward": (ssd_triton, {
+            "_HEADS_A_PROGRAM": [3, 6, 12],
+            "_OF_SCORES": [ssd_triton._OF_SCORES | {"num_warps": n} for n in (4, 8)],
+            "_OF_SHARED": [ssd_triton._OF_SHARED | {"LANES": n} for n in (16, 32, 64)],
+        }),
+    }  # fmt: skip
+    # A token's, as `ssd_ops` and `ssd_triton` count them.
+    moved = {
+        "convolve": 4 * columns,
+        "convolve, backward": 6 * columns,
+        "scan": 2 * states + 6 * width + 4 * shared + 60 * heads,
+        "scan, backward": 5 * states + 16 * width + 8 * shared + 500 * heads,
+        "gate": 6 * width,
+        "gate, backward": 12 * width,
+    }
+    for name, run in ours.items():
+        module, tunables = tiles.get(name, (gate_triton, {}))
+        shown = f"{name} [{tokens}, {columns if name.startswith('convolve') else width}]"
+        yield Case(
+            shown, by("triton", run), by("torch", run), by("torch", exact[name]), moved[name] * tokens,
+            module, tunables,
+        )  # fmt: skip
+
+
+def cases(sizes: Sizes | StateSpaceSizes, tokens: int) -> Iterator[Case]:
+    if isinstance(sizes, StateSpaceSizes):
+        yield from state_space_cases(sizes, tokens)
+        return
     yield from nf4_cases(sizes)
     if sizes.keys > 1:
         yield from sequential_cases(sizes, tokens)
@@ -387,13 +509,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try this script")
     parser.add_argument(
-        "--tune", action="store_true", help="time other choices of the launchers, for both 7Bs"
+        "--tune", action="store_true", help="time other choices of the launchers, for the 7Bs"
     )
     arguments = parser.parse_args()
     torch.manual_seed(0)
     models = TINY if arguments.tiny else MODELS
     if arguments.tune:
-        for case in itertools.chain(*(cases(each, arguments.tokens) for each in (models[0], models[-1]))):
+        tuned = [each for each in models if each.name != "40B"]
+        for case in itertools.chain(*(cases(each, arguments.tokens) for each in tuned)):
             tune(case)
         return
     print(torch.cuda.get_device_name() if DEVICE.type == "cuda" else "no GPU: errors alone", end="\n\n")

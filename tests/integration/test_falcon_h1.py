@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from falcon_qlora import __main__ as cli
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.kernels import fp8
 from falcon_qlora.methods.open_adapter import load_adapter
 from tests.integration.runs import metrics, write_jsonl
 from tests.integration.test_falcon3 import losses, run, settings
@@ -46,7 +47,8 @@ def test_a_run_is_resumed_merged_and_asked(folder: Path, capfd: pytest.CaptureFi
     assert "18 linear layers" in told
     kernels = json.loads((folder / "run/kernels.json").read_text())
     for block in ("model.layers.0", "model.layers.1"):
-        assert kernels[block] == "reference path: no fast block for this layout yet"
+        assert kernels[block].startswith("fast (")
+        assert "state space: PyTorch" in kernels[block]
     assert cli.main(["train", *flags, "--resume"]) == 0
     resumed = losses(metrics(folder / "run"))
     assert len(resumed) == 4
@@ -125,13 +127,13 @@ def test_every_weight_is_trained_and_the_run_resumed(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        ({"kernels": "required"}, "--kernels required: model.layers.0 runs on the reference path"),
+        ({"compute_dtype": "fp8"}, "--compute_dtype fp8: there are no FP8 products for Falcon-H1 yet: set"),
         ({"lora_slices": ["query"]}, "--lora_slices trains slices of a projection"),
         ({"method": "adapter", "lora_r": None}, "--method adapter does not train a Falcon-H1"),
         ({"method": "adapter_v2", "lora_r": None}, "--method adapter_v2 does not train a Falcon-H1"),
     ],
 )
 def test_what_it_cannot_do_is_refused(folder: Path, more: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=re.escape(told)):
+    with fp8.emulated(), pytest.raises(UserError, match=re.escape(told)):
         run(folder, "refused", 1, **more)
     assert not (folder / "refused").exists()

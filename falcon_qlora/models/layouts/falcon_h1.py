@@ -1,7 +1,7 @@
 """Falcon-H1: ``FalconH1ForCausalLM``, attention and a state space (Mamba-2's SSD) side by side in each block.
 
-Its multipliers act in the same places as in Transformers. Between ``in_proj`` and ``out_proj`` everything is
-float32, whatever the activations' dtype.
+On the reference path its multipliers act in the same places as in Transformers, and between ``in_proj`` and
+``out_proj`` everything is float32, whatever the activations' dtype.
 """
 
 from __future__ import annotations
