@@ -138,7 +138,7 @@ class _Parts:
             raise ValueError("expected a contiguous last dimension")
         tokens = len(channels)
         chunks = triton.cdiv(tokens, _CHUNK)
-        shape = {"dtype": torch.float32, "device": channels.device}
+        shape: dict[str, Any] = {"dtype": torch.float32, "device": channels.device}
         of_steps = space.split(space.multipliers)[2], space.step_bias, space.rate
         sizes, sums = (torch.empty(chunks, space.heads, _CHUNK, **shape) for _ in range(2))
         _sum_decays[(chunks,)](

@@ -574,6 +574,12 @@ def test_decide_says_what_runs(activation):
     assert ways[activation] == {"GELU": "in products", "SwiGLU": "Triton"}[activation]
 
 
+@pytest.mark.parametrize(("sizes", "way"), [((128, 256), "Triton"), ((24, 256), "PyTorch")])
+def test_decide_says_where_a_state_space_runs(sizes, way):
+    ways = decide(facts(state_space=sizes), triton=True, attention="variable-length kernel")
+    assert ways["state space"] == way
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
