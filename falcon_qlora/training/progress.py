@@ -57,6 +57,8 @@ class ProgressCallback(TrainerCallback):
         if not ranks.is_main_process():
             return
         self._step, self._last_step = state.global_step, state.max_steps
+        before = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        self._best = min(before, default=None)  # of a run that is resumed
         self._printed_at = time.monotonic()
         self._marks = [(self._step, self._printed_at)]
         if in_notebook():

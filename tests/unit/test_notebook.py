@@ -33,7 +33,7 @@ def cell(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cell]:
 
 def _run(steps: int) -> None:
     state = SimpleNamespace(
-        global_step=0, max_steps=steps, best_global_step=2, best_model_checkpoint="step-2"
+        global_step=0, max_steps=steps, best_global_step=2, best_model_checkpoint="step-2", log_history=[]
     )
     callback = ProgressCallback(lambda: "")
     callback.on_train_begin(None, state, None)

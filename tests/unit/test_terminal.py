@@ -54,8 +54,16 @@ def fresh_console() -> Iterator[None]:
     console.console.cache_clear()
 
 
-def _run(steps: int, *, log_every: int = 1, start: int = 0, evaluate_at: tuple[int, ...] = ()) -> None:
-    state = SimpleNamespace(global_step=start, max_steps=steps)
+def _run(
+    steps: int,
+    *,
+    log_every: int = 1,
+    start: int = 0,
+    evaluate_at: tuple[int, ...] = (),
+    before: tuple[float, ...] = (),
+) -> None:
+    log = [{"loss": 1.0}, *({"eval_loss": loss} for loss in before)]
+    state = SimpleNamespace(global_step=start, max_steps=steps, log_history=log)
     callback = ProgressCallback(lambda: "")
     callback.on_train_begin(None, state, None)
     for step in range(start + 1, steps + 1):
@@ -173,7 +181,7 @@ def test_the_time_left_counts_saves_and_evaluations(
     """Steps of 2 s after a first one of 90, an evaluation with a save of 15 s after every tenth."""
     now = 1_000.0
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
-    state = SimpleNamespace(global_step=0, max_steps=100)
+    state = SimpleNamespace(global_step=0, max_steps=100, log_history=[])
     callback = ProgressCallback(lambda: "")
     callback.on_train_begin(None, state, None)
     ended = {}
@@ -199,8 +207,15 @@ def test_evaluations_are_printed_and_the_best_is_marked(capsys: pytest.CaptureFi
     assert "step 20: held-out loss 0.1000, the best so far" in output
 
 
+def test_a_resumed_run_knows_the_best_of_before(capsys: pytest.CaptureFixture[str]) -> None:
+    _run(20, start=8, log_every=5, evaluate_at=(10, 20), before=(0.15, 0.3))
+    lines = capsys.readouterr().out.splitlines()
+    assert "step 10: held-out loss 0.2000" in lines
+    assert "step 20: held-out loss 0.1000, the best so far" in lines
+
+
 def test_a_loss_that_is_not_finite_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    state = SimpleNamespace(global_step=1, max_steps=2)
+    state = SimpleNamespace(global_step=1, max_steps=2, log_history=[])
     callback = ProgressCallback(lambda: "")
     callback.on_train_begin(None, state, None)
     callback.on_log(None, state, None, logs={"loss": float("nan")})
