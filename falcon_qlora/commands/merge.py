@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import shlex
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,7 +25,7 @@ from falcon_qlora.merge.out import check_disk, check_out, shard_bytes
 from falcon_qlora.methods.adapter_folder import read_record
 from falcon_qlora.methods.table import method_named
 from falcon_qlora.run_folder.directory import RunDirectory
-from falcon_qlora.terminal.console import note, print_plain
+from falcon_qlora.terminal.console import note, print_plain, progress
 from falcon_qlora.terminal.library_logging import quiet_libraries
 from falcon_qlora.terminal.output import say_loading
 
@@ -90,7 +90,8 @@ def main(argv: list[str]) -> int:
     request = _request(source, wanted, folder, largest_file)
     remove_leftovers(out)
     check_disk(out, needed_bytes(request))
-    certificate = _merge(configuration, source, request, out, run, record)
+    with progress() as say:
+        certificate = _merge(configuration, source, request, out, run, record, say)
     _tell(certificate, out)
     if hub is not None:
         from falcon_qlora.models.hub import push_folder
@@ -106,6 +107,7 @@ def _merge(
     out: Path,
     run: RunDirectory | None,
     record: dict[str, Any],
+    say: Callable[[str], None],
 ) -> Certificate:
     from falcon_qlora.inference.evaluation import batches_of, mean_loss, predictions, token_losses
     from falcon_qlora.merge import build
@@ -128,7 +130,9 @@ def _merge(
         max_tokens=configuration.data.max_length * configuration.run.per_device_train_batch_size,
         most_tokens=configuration.extra.held_out_tokens,
     )
+    say(f"loading {source.model}")
     model, _ = load_measured(source, run)
+    say("measuring the adapter")
     reference = predictions(model, batches, answers_only=True)
     del model
     gc.collect()
@@ -144,7 +148,9 @@ def _merge(
         is_the_runs_own=text.is_the_runs_own,
     )
     origin = _origin(configuration, request, run, record)
-    return build.merge(request, out, origin=origin, held_out=held_out, batches=batches, reference=reference)
+    return build.merge(
+        request, out, origin=origin, held_out=held_out, batches=batches, reference=reference, say=say
+    )
 
 
 def _request(source: Source, wanted: MergeArguments, folder: Path, largest_file: int) -> Request:

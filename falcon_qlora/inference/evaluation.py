@@ -6,7 +6,7 @@ Shape legend: T tokens of a batch laid end to end, N positions that are measured
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,7 @@ def folder_predictions(
     answers_only: bool,
     device: torch.device,
     dtype: torch.dtype,
+    at_block: Callable[[int], None] = lambda index: None,
 ) -> Predictions:
     """Run the unquantized model of a folder, with one block in memory at a time.
 
@@ -142,6 +143,7 @@ def folder_predictions(
         answers_only: as for `predictions`.
         device: where it is computed.
         dtype: in which it is computed.
+        at_block: told the index of each block as it begins.
     """
     config = read_folder_config(folder)
     model = empty_model(config, dtype=dtype)
@@ -164,6 +166,7 @@ def folder_predictions(
     if not config.tie_word_embeddings:
         embedding.to("meta")
     for index in range(config.num_hidden_layers):
+        at_block(index)
         block = fill(f"{layout.backbone}.{layout.blocks}.{index}")
         for place, sequences in enumerate(packed):
             arguments = layout.block_arguments(backbone, states[place], sequences)

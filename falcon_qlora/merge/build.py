@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from falcon_qlora.common.errors import UserError
@@ -34,6 +35,7 @@ from falcon_qlora.merge.folder import (
 from falcon_qlora.merge.tensors import Onto, merged_tensors
 from falcon_qlora.methods.adapter_folder import SavedAdapter
 from falcon_qlora.models.checkpoints import Checkpoint
+from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.quantize import QuantizeMode
 from falcon_qlora.models.tensor_files import write_model
 
@@ -96,6 +98,7 @@ def merge(
     held_out: HeldOut,
     batches: Sequence[MicroBatch],
     reference: Predictions,
+    say: Callable[[str], None],
 ) -> Certificate:
     """Write the merge with its certificate and card to `out`, completely or not at all.
 
@@ -106,6 +109,7 @@ def merge(
         held_out: describes `batches`.
         batches: the text to measure on.
         reference: predictions of the quantized base with its adapter on `batches`, answers only.
+        say: takes what is being done.
 
     Raises:
         UserError: if no merge is within the limits; then nothing is kept.
@@ -116,14 +120,21 @@ def merge(
         hashes: dict[Onto, dict[str, str]] = {}
         for onto in request.candidates:
             (folder / onto).mkdir()
-            hashes[onto] = _write(request, folder / onto, onto)
+            merging = _per_block(request, say, f"merging onto {onto}")
+            hashes[onto] = _write(request, folder / onto, onto, merging)
             predicted = folder_predictions(
-                folder / onto, batches, answers_only=True, device=request.device, dtype=request.compute_dtype
+                folder / onto,
+                batches,
+                answers_only=True,
+                device=request.device,
+                dtype=request.compute_dtype,
+                at_block=_per_block(request, say, f"measuring the merge onto {onto}"),
             )
             loss = mean_loss(token_losses(predicted))
             measured[onto] = Measured(
                 loss=loss, loss_increase=loss - adapter_loss, **divergence(reference, predicted)
             )
+            say(f"reading the merge onto {onto} back")
             # Catches a disk that does not store what was computed.
             for name in altered_tensors(folder / onto, request.config, hashes[onto]):
                 raise UserError(f"{name} reads back differently than it was written; is the disk failing?")
@@ -151,7 +162,23 @@ def merge(
     return certificate
 
 
-def _write(request: Request, folder: Path, onto: Onto) -> dict[str, str]:
+def _per_block(request: Request, say: Callable[[str], None], doing: str) -> Callable[[int], None]:
+    blocks = request.config.num_hidden_layers
+    return lambda index: say(f"{doing}: block {index + 1} of {blocks}")
+
+
+def _telling(
+    tensors: Iterable[tuple[str, Tensor]], config: PreTrainedConfig, at_block: Callable[[int], None]
+) -> Iterator[tuple[str, Tensor]]:
+    layout = layout_of(config)
+    blocks = f"{layout.backbone}.{layout.blocks}."
+    for name, tensor in tensors:
+        if name.startswith(blocks):
+            at_block(int(name.removeprefix(blocks).partition(".")[0]))
+        yield name, tensor
+
+
+def _write(request: Request, folder: Path, onto: Onto, at_block: Callable[[int], None]) -> dict[str, str]:
     config, dtype = request.config, DTYPES[request.dtype]
     tensors = merged_tensors(
         request.checkpoint,
@@ -163,7 +190,11 @@ def _write(request: Request, folder: Path, onto: Onto) -> dict[str, str]:
         device=request.device,
     )
     hashes = write_model(
-        folder, parameter_shapes(config), tensors, dtype=dtype, max_shard_bytes=request.max_shard_bytes
+        folder,
+        parameter_shapes(config),
+        _telling(tensors, config, at_block),
+        dtype=dtype,
+        max_shard_bytes=request.max_shard_bytes,
     )
     write_configuration(folder, config, dtype)
     write_generation_config(folder, config, request.base_folder)

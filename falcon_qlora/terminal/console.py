@@ -7,6 +7,7 @@ not end the run: see `output`.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
@@ -59,6 +60,29 @@ def patience(seconds: float = _PATIENCE_SECONDS) -> Iterator[Callable[[str], Non
             running.callback(timer.cancel)
 
         yield doing
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """Yield a function that takes what is being done, and shows it.
+
+    A terminal has one line that changes; a file or a pipe gets a line every few seconds.
+    """
+    out = console()
+    if out.is_terminal:
+        with out.status("") as status:
+            out.show_cursor(True)  # hidden while a status is shown, and for good if the process is killed
+            yield lambda message: status.update(Text(f"{message} …", style="dim"))
+        return
+    told = time.monotonic()
+
+    def tell(message: str) -> None:
+        nonlocal told
+        if time.monotonic() - told >= _PATIENCE_SECONDS:
+            told = time.monotonic()
+            out.print(Text(f"{message} …", style="dim"), soft_wrap=True)
+
+    yield tell
 
 
 def print_start(rows: Sequence[tuple[str, str]], notes: Sequence[str]) -> None:

@@ -237,12 +237,16 @@ def test_the_7b_configuration_says_what_the_published_one_says():
     assert "num_kv_heads" not in config
 
 
-def test_a_merge_comes_with_its_certificate_and_the_better_is_kept(run, tmp_path, capsys):
+def test_a_merge_comes_with_its_certificate_and_the_better_is_kept(run, tmp_path, capsys, monkeypatch):
     """The certificate's figures, by plain Transformers a document at a time."""
+    monkeypatch.setattr("falcon_qlora.terminal.console._PATIENCE_SECONDS", 0)
     out = tmp_path / "merged"
     assert merge("--adapter", run, "--out", out) == 0
     printed = capsys.readouterr().out
     assert "(kept)" in printed
+    for onto in ("16bit", "dequantized"):
+        for doing in ("merging", "measuring the merge"):
+            assert f"{doing} onto {onto}: block 5 of 5 …\n" in printed
     certificate = json.loads((out / "certificate.json").read_text())
     kept = certificate["merges"][certificate["merged_onto"]]
     assert kept["loss"] == min(each["loss"] for each in certificate["merges"].values())

@@ -214,6 +214,25 @@ def test_a_resumed_run_knows_the_best_of_before(capsys: pytest.CaptureFixture[st
     assert "step 20: held-out loss 0.1000, the best so far" in lines
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_a_long_command_does_is_shown(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    now = 100.0
+    monkeypatch.setattr(console.time, "monotonic", lambda: now)
+    with console.progress() as say:
+        for block in range(1, 25):
+            now += 1
+            say(f"block {block} of 24")
+    output = capsys.readouterr().out
+    if terminal:
+        assert output.endswith("\x1b[2K")  # nothing of it stays
+    else:
+        assert output.splitlines() == [f"block {block} of 24 …" for block in (5, 10, 15, 20)]
+
+
 def test_a_loss_that_is_not_finite_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     state = SimpleNamespace(global_step=1, max_steps=2, log_history=[])
     callback = ProgressCallback(lambda: "")
