@@ -32,10 +32,12 @@ def main(argv: list[str]) -> int:
     if len(argv) != 1 or argv[0].startswith("-"):
         raise UserError("name one folder: falcon-qlora inspect DIR")
 
-    say_loading(aside=True)
-    quiet_libraries()
+    if Path(argv[0]).is_file():
+        raise UserError(f"{argv[0]}: this is a file; name the folder that it lies in")
     if not Path(argv[0]).is_dir():
         raise UserError(f"{argv[0]}: there is no such folder")
+    say_loading(aside=True)
+    quiet_libraries()
     found = inspect_folder(Path(argv[0]))
     print_plain(f"{argv[0]}: {found.kind}, {found.state}")
     width = max((len(label) for label, _ in found.rows), default=0) + 2

@@ -122,9 +122,10 @@ def _run(run: RunDirectory) -> Inspection:
     if config:
         method = found.attempt(lambda: method_from(config, run.config_file))
         found.add("method", method and method.describe())
-    found.tell(config, _OF_RUNS)
-    if run.data_file.is_file():
-        data = found.attempt(lambda: read_json(run.data_file)) or {}
+    data = (found.attempt(lambda: read_json(run.data_file)) or {}) if run.data_file.is_file() else {}
+    # "auto" in the settings; what it became for each data set is in the record.
+    found.tell(config | {"template": _templates(data) or config.get("template")}, _OF_RUNS)
+    if data:
         counts = [f"{data[name]:,} {name}" for name in ("documents", "tokens") if is_count(data.get(name))]
         found.add("data", ", ".join(counts))
         found.add("data's hash", data.get("fingerprint"))
@@ -148,6 +149,13 @@ def _run(run: RunDirectory) -> Inspection:
         if part == run.adapter:
             found.trained = inside.trained
     return found
+
+
+def _templates(data: dict[str, Any]) -> list[str]:
+    """The templates of the data sets that `data.json` lists."""
+    sources = data.get("sources")
+    known = [each for each in sources if isinstance(each, dict)] if isinstance(sources, list) else []
+    return list(dict.fromkeys(each["template"] for each in known if isinstance(each.get("template"), str)))
 
 
 _OF_RUNS = {

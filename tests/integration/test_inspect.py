@@ -72,6 +72,7 @@ def test_what_is_whole(whole, capsys, name, kind):
     assert status == 0, said
     assert f"{kind}, whole" in said
     assert "tiny" in said
+    assert re.search(r"template +alpaca\n", said)
 
 
 def test_a_run_says_what_it_was_trained_on(whole, capsys):

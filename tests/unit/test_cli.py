@@ -137,6 +137,7 @@ TOLD_AT_ONCE = {
     "merge --adapter runs/old --out new -m ./none": "There is no folder './none'",
     "merge --adapter runs/old --out new --eval_split none.jsonl": "--eval_split FILE names another",
     "inspect none": "none: there is no such folder",
+    "inspect good.jsonl": "good.jsonl: this is a file",
     "inspect runs": "runs: no run, checkpoint",
 }
 SAYS_SO_FIRST = [
