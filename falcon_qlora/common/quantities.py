@@ -21,6 +21,14 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600:,} h {whole % 3600 // 60:02d} min"
 
 
+def passes(epochs: float) -> str:
+    """``2.5 epochs``, or ``1.5% of an epoch`` where there is less than one."""
+    if epochs < 1:
+        return f"{100 * epochs:.{0 if epochs >= 0.1 else 1}f}% of an epoch"
+    number = f"{round(epochs, 2 if epochs < 10 else 1):,.12g}"
+    return f"{number} epoch{'' if number == '1' else 's'}"
+
+
 def counted(number: int, unit: str, units: str | None = None) -> str:
     """``1 GPU``, ``2 GPUs``, or ``2 processes`` where `units` is the plural."""
     return f"{number:,} {unit if number == 1 else units or f'{unit}s'}"

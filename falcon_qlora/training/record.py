@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from falcon_qlora.common.files import write_json
-from falcon_qlora.common.quantities import counted, gib
+from falcon_qlora.common.quantities import counted, gib, passes
 from falcon_qlora.config import Configuration
 from falcon_qlora.methods.adapter_folder import write_record
 from falcon_qlora.methods.interface import Method, method_of
@@ -142,15 +142,16 @@ def start_rows(
                 *data.notes,
             ),
         ),
-        ("held out", f"{len(data.held_out.lengths):,} documents" if data.held_out is not None else ""),
+        ("held out", counted(len(data.held_out.lengths), "document") if data.held_out is not None else ""),
         (
             "steps",
             joined(
                 f"{data.total_steps:,}",
-                data.epochs and f"{data.epochs:.3g} epoch{'' if data.epochs == 1 else 's'}",
+                data.epochs and passes(data.epochs),
                 f"{batch}, {run.per_device_train_batch_size} at a time on each device",
                 None if data.efficiency is None else f"packed {100 * data.efficiency:.0f}% full",
                 checkpoint and f"going on from step {step_of(checkpoint):,}",
+                checkpoint and step_of(checkpoint) >= data.total_steps and "nothing is left to train",
             ),
         ),
         *[("tracking" if index == 0 else "", line) for index, line in enumerate(tracking)],

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from falcon_qlora.common.errors import UserError, first_line, one_line, reason_of
-from falcon_qlora.common.quantities import counted, gib
+from falcon_qlora.common.quantities import counted, gib, passes
 from falcon_qlora.common.record_files import check_format
 from falcon_qlora.common.untrusted import is_count, is_number
 
@@ -52,6 +52,20 @@ def test_quantities_carry_their_units() -> None:
     assert gib(2**30, 1) == "1.0 GiB"
     assert counted(1, "GPU") == "1 GPU"
     assert counted(2000, "process", "processes") == "2,000 processes"
+
+
+def test_passes_over_the_data_are_told_in_plain_figures() -> None:
+    for epochs, told in {
+        0.00506: "0.5% of an epoch",
+        0.0149: "1.5% of an epoch",
+        0.667: "67% of an epoch",
+        1.0: "1 epoch",
+        2.5: "2.5 epochs",
+        15.0: "15 epochs",
+        10.444: "10.4 epochs",
+        33_333.333: "33,333.3 epochs",
+    }.items():
+        assert passes(epochs) == told
 
 
 def test_a_record_of_a_later_form_is_refused_in_one_sentence() -> None:
