@@ -278,6 +278,8 @@ def _stray(word: str) -> str:
     for suffixes, flag in _FLAG_OF_FILE.items():
         if word.endswith(suffixes):
             return f"{shown}, such as {flag} {word}"
+    if any(Path(word, name).is_file() for name in ("config.yaml", "adapter_config.json")):
+        return f"{shown}, such as --adapter {word}"
     return f"{shown}, see --help-all"
 
 

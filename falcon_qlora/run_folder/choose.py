@@ -9,7 +9,7 @@ import shlex
 import socket
 from pathlib import Path
 
-from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.files import quoted, try_to_write
 from falcon_qlora.run_folder.directory import LAUNCHER, RunDirectory
 
@@ -68,6 +68,9 @@ def choose(
         )
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path}: this is a file; name a folder")
+    if resume and not restarted and not path.exists():
+        near = nearest(path.name, (each.name for each in path.parent.glob("*")))
+        raise UserError(f"--resume: {path}: there is no such folder{near}")
     if RunDirectory(path).holds_run() and not (resume or overwrite or restarted):
         raise UserError(
             f"--output_dir {path}: this folder holds a run already. Go on with it (--resume), replace it "

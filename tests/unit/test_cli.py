@@ -138,6 +138,7 @@ TOLD_AT_ONCE = {
     "merge --adapter runs/old --out new --eval_split none.jsonl": "--eval_split FILE names another",
     "inspect none": "none: there is no such folder",
     "inspect good.jsonl": "good.jsonl: this is a file",
+    "merge runs/old --out new": "every setting is given by its flag, such as --adapter runs/old",
     "inspect runs": "runs: no run, checkpoint",
 }
 SAYS_SO_FIRST = [

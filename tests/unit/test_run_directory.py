@@ -127,6 +127,9 @@ def test_resume_of_nothing_is_an_error_and_names_the_newest_run(tmp_path: Path) 
     _holding_run(tmp_path / "newest")
     with pytest.raises(UserError, match="newest"):
         _choose(None, tmp_path, resume=True)
+    with pytest.raises(UserError, match=r"newst: there is no such folder \(did you mean newest\?\)"):
+        _choose(tmp_path / "newst", tmp_path, resume=True)
+    assert not (tmp_path / "newst").exists()
 
 
 def test_overwrite_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
