@@ -8,7 +8,6 @@ rows that the adapter's run held out.
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 from falcon_qlora.commands.first_look import look_at_held_out, look_at_rows
 from falcon_qlora.commands.opening import note_aside, parse_with_run, source_of
 from falcon_qlora.commands.words import split
-from falcon_qlora.common.errors import UserError, first_line, nearest
+from falcon_qlora.common.errors import UserError, first_line, nearest, printable
 from falcon_qlora.common.files import check_writable, write_json
 from falcon_qlora.common.settings import setting
 from falcon_qlora.config import Configuration
@@ -64,12 +63,17 @@ def main(argv: list[str]) -> int:
         figures = _measure(configuration, source, run, all_rows=rows_are_named)
     width = max(len(name) for name in figures) + 2
     for name, value in figures.items():
-        shown = f"{value:.4f}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
         label = name if " " in name else name.replace("_", " ")  # a task's name stays as it is
-        print_plain(f"{label.ljust(width)}{shown}")
+        print_plain(f"{label.ljust(width)}{_shown(value)}")
     if wanted.results:
         write_json(Path(wanted.results), figures)
     return 0
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else printable(value)
 
 
 def _measure(
