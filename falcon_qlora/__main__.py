@@ -6,6 +6,8 @@ import importlib
 import re
 import sys
 import traceback
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from falcon_qlora.common.errors import (
     EXIT_BUG,
@@ -16,9 +18,10 @@ from falcon_qlora.common.errors import (
     panics_as_errors,
 )
 from falcon_qlora.common.version import VERSION
-from falcon_qlora.config import other_names
-from falcon_qlora.config.verbs import VERBS
 from falcon_qlora.terminal.output import write_every_character
+
+if TYPE_CHECKING:
+    from falcon_qlora.config.verbs import Verb
 
 EXIT_INTERRUPTED = 130
 _VERB_LIKE = re.compile(r"[A-Za-z_-]{1,16}")  # repeated in the message, so no token, key or address
@@ -50,8 +53,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
+    # Not before: until `main` runs, Ctrl-C shows a traceback.
+    from falcon_qlora.config import other_names
+    from falcon_qlora.config.verbs import VERBS
+
     if not words or words[0] in ("-h", "--help", "help"):
-        print(_help())
+        print(_help(VERBS))
         return 0 if words else EXIT_USER_ERROR
     if words[0] in ("--version", "-V"):
         print(f"falcon-qlora {VERSION}")
@@ -71,14 +78,14 @@ def _run(words: list[str]) -> int:
     return status
 
 
-def _help() -> str:
-    verbs = "\n".join(f"  {verb.name:<10} {verb.summary}" for verb in VERBS.values())
+def _help(verbs: Mapping[str, Verb]) -> str:
+    commands = "\n".join(f"  {verb.name:<10} {verb.summary}" for verb in verbs.values())
     return (
         "falcon-qlora COMMAND [flags]\n\n"
         "Fine-tune quantized Falcon models with LoRA, one replica on every GPU.\n\n"
-        f"Commands (all take the flags of train; COMMAND --help shows those that it uses):\n{verbs}\n\n"
+        f"Commands (all take the flags of train; COMMAND --help shows those that it uses):\n{commands}\n\n"
         "  --version  print the version\n\n"
-        f"Try: falcon-qlora train {VERBS['train'].examples[0]}"
+        f"Try: falcon-qlora train {verbs['train'].examples[0]}"
     )
 
 

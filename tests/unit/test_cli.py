@@ -21,6 +21,7 @@ import torch
 
 from falcon_qlora import __main__ as cli
 from falcon_qlora.commands import train
+from falcon_qlora.config.verbs import VERBS
 from falcon_qlora.processes.launcher import STOPPING, TRAINING
 from tests.panics import PanicException
 
@@ -53,6 +54,7 @@ LAUNCH = """
 import sys
 from falcon_qlora import __main__ as cli
 from falcon_qlora.commands import train
+from falcon_qlora.config.verbs import VERBS
 standard = train.main
 train.main = lambda argv: standard(argv, worker_module="stand_in")
 status = cli.main(["train", *sys.argv[1:]])
@@ -441,7 +443,7 @@ class TestCommandLine:
     def test_help_names_every_verb(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["--help"]) == 0
         output = capsys.readouterr().out
-        assert all(verb in output for verb in cli.VERBS)
+        assert all(verb in output for verb in VERBS)
 
     def test_nothing_given_shows_the_help_and_is_an_error(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main([]) == 2
@@ -468,9 +470,15 @@ class TestCommandLine:
         assert told in shown.err
         assert "SeCrEt" not in shown.err + shown.out
 
+    def test_next_to_nothing_is_loaded_before_ctrl_c_is_quiet(self) -> None:
+        code = (
+            "import sys; from falcon_qlora.__main__ import main; print('falcon_qlora.config' in sys.modules)"
+        )
+        assert subprocess.check_output([sys.executable, "-c", code], cwd=REPOSITORY, text=True) == "False\n"
+
     def test_every_verb_has_its_module(self) -> None:
         folder = Path(cli.__file__).with_name("commands")
-        assert all((folder / f"{verb}.py").is_file() for verb in cli.VERBS)
+        assert all((folder / f"{verb}.py").is_file() for verb in VERBS)
 
     @pytest.mark.parametrize(
         ("error", "status", "printed"),

@@ -17,6 +17,7 @@ from falcon_qlora.config import other_names
 from falcon_qlora.config.arguments import LaunchArguments
 from falcon_qlora.config.parser import FalconParser
 from falcon_qlora.config.trainer_arguments import INSTEAD
+from falcon_qlora.config.verbs import VERBS
 from falcon_qlora.processes import endings
 from falcon_qlora.training import preflight, run
 from tests.integration.refusals import only_message
@@ -276,8 +277,8 @@ def test_what_is_told_of_other_tools_names_is_taken_here() -> None:
                 with pytest.raises(UserError):
                     SETTINGS[setting].read(elsewhere, setting)
     for command in other_names.COMMANDS.values():
-        assert command.split()[0] in cli.VERBS
-    assert not other_names.COMMANDS.keys() & cli.VERBS.keys()
+        assert command.split()[0] in VERBS
+    assert not other_names.COMMANDS.keys() & VERBS.keys()
 
 
 def test_a_token_given_by_another_name_is_not_repeated(refused: Refused) -> None:
