@@ -69,8 +69,7 @@ def choose(
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path}: this is a file; name a folder")
     if resume and not restarted and not path.exists():
-        near = nearest(path.name, (each.name for each in path.parent.glob("*")))
-        raise UserError(f"--resume: {path}: there is no such folder{near}")
+        raise _not_there(path)
     if RunDirectory(path).holds_run() and not (resume or overwrite or restarted):
         raise UserError(
             f"--output_dir {path}: this folder holds a run already. Go on with it (--resume), replace it "
@@ -122,7 +121,14 @@ def _run_of(path: Path) -> Path:
         return path.parent.parent
     if RunDirectory(path).holds_run():
         return path
+    if not path.exists():
+        raise _not_there(path)
     raise UserError(f"--resume {path}: no run there (looked for config.yaml, checkpoints/, metrics.jsonl)")
+
+
+def _not_there(path: Path) -> UserError:
+    near = nearest(path.name, (each.name for each in path.parent.glob("*")))
+    return UserError(f"--resume: {path}: there is no such folder{near}")
 
 
 def _newest(root: Path) -> Path | None:

@@ -248,8 +248,9 @@ class TestFolder:
     def test_that_cannot_be(self, refused: Refuse, folder: Path) -> None:
         assert "this is a file" in refused(*train("--output_dir", "rows.jsonl"))
         assert "cannot write there" in refused(*train("--output_dir", "rows.jsonl/run"))
-        assert "no run there" in refused(*train("--resume", "elsewhere"))
-        assert "holds no checkpoint" in refused(*train("--resume", "--output_dir", "elsewhere"))
+        (folder / "empty").mkdir()
+        assert "no run there" in refused(*train("--resume", "empty"))
+        assert "holds no checkpoint" in refused(*train("--resume", "--output_dir", "empty"))
 
 
 class TestNames:

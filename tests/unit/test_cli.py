@@ -114,7 +114,7 @@ TOLD_AT_ONCE = {
     "train -m tiny --dataset_name good.jsonl --adapter torn": "torn/adapter has no adapter_model.safetensors",
     "train -m tiny --dataset_name good.jsonl --output_dir runs/old": "holds a run already",
     "train -m tiny --dataset_name good.jsonl --output_dir good.jsonl": "good.jsonl: this is a file",
-    "train -m tiny --dataset_name good.jsonl --resume none": "--resume none: no run there",
+    "train -m tiny --dataset_name good.jsonl --resume none": "--resume: none: there is no such folder",
     "train -m tiny --dataset_name good.jsonl --lora_target_modules x": "the blocks have no linear 'x'",
     "train -m tiny --dataset_name good.jsonl --method adapter --adapter_first_block 9": "no block would have",
     "train -m random:falcon-8b --dataset_name good.jsonl": "no preset 'falcon-8b'",

@@ -122,13 +122,16 @@ def test_resume_of_a_run_in_the_folder_of_another_is_refused(tmp_path: Path, mon
 
 
 def test_resume_of_nothing_is_an_error_and_names_the_newest_run(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no run there"):
-        _choose(None, tmp_path, resume=tmp_path / "nothing")
+        _choose(None, tmp_path, resume=tmp_path / "empty")
     _holding_run(tmp_path / "newest")
     with pytest.raises(UserError, match="newest"):
         _choose(None, tmp_path, resume=True)
     with pytest.raises(UserError, match=r"newst: there is no such folder \(did you mean newest\?\)"):
         _choose(tmp_path / "newst", tmp_path, resume=True)
+    with pytest.raises(UserError, match=r"newst: there is no such folder \(did you mean newest\?\)"):
+        _choose(None, tmp_path, resume=tmp_path / "newst")
     assert not (tmp_path / "newst").exists()
 
 
