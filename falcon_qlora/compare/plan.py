@@ -27,7 +27,7 @@ _HELD_OUT = "0.05"
 _WHY = {
     "learning_rate": "the rate of its recipe lit-*; train's is LoRA's",
     "quantize_mode": "here lora is LoRA on a base that is not quantized, and qlora on one that is",
-    "eval_split": "methods are compared by the loss on held-out rows (--eval_strategy no: not)",
+    "eval_split": "methods are compared by the loss on held-out rows (not with --eval_strategy no)",
     "eval_on_start": "the loss before training is shown beside the one after",
 }
 

@@ -120,13 +120,14 @@ def print_end(summary: Mapping[str, Any], contents: Sequence[Path], *, adapter: 
     speed = f"{summary['tokens_per_second']:,.0f} tokens/s in the steps"
     if (by_clock := summary.get("wall_tokens_per_second")) is not None:
         speed += f", {by_clock:,.0f} over the whole command"
+    samples = f"{summary['samples_per_second_512']:,.3g} samples/s (512 computed positions each)"
     refused = summary.get("refused_by_peft")
     written = [f"{path}/" if path.is_dir() else str(path) for path in contents]
     rows = [
         ("steps", f"{summary['steps']:,}"),
         ("loss", joined(losses, best)),
         ("time", _time_of(summary)),
-        ("speed", joined(speed, f"{summary['samples_per_second_512']:,.3g} samples/s of 512 tokens")),
+        ("speed", joined(speed, samples)),
         ("memory", memory),
         ("processes", reduced),
         ("skipped", f"{summary['bad_steps']:,} steps, not finite" if summary.get("bad_steps") else ""),

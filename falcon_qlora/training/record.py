@@ -137,7 +137,7 @@ def start_rows(
         (
             "data",
             joined(
-                known and f"{known.documents:,} documents",
+                known and counted(known.documents, "document"),
                 known and f"{known.tokens:,} tokens, {known.target_tokens:,} of them in the loss",
                 *data.notes,
             ),
