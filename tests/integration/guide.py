@@ -21,13 +21,12 @@ COMMANDS = ("sh", "console", "")
 SHOWN = ("text", "json", "jsonl", "yaml", "csv", "jinja")
 
 # What a page says → what the test runs. Besides: `runs/…` is the newest run; a file of rows that is not there
-# holds the packaged rows; a training of another model than `tiny` is cut to two steps of few tokens; a merge
-# is measured on few, a bench has one round.
+# holds some of the packaged rows; a training of another model than `tiny` is cut to two steps of few tokens;
+# a merge is measured on few, a bench has one round.
 SUBSTITUTIONS = {
     r"(tiiuae|ybelkada)/[Ff]alcon[\w.-]*": "tiny",
     r"random:falcon-7b": "tiny",
     r"--gpus \d+|--nproc_per_node[ =]\d+": "--gpus 1",
-    r"max_steps=\d{2,}": "max_steps=3",
 }
 SMALL = {"--max_length": "64", "--max_steps": "2", "-b": "1", "--lora_r": "4"}
 SAME = {"-s": "--max_steps", "--steps": "--max_steps", "--per_device_train_batch_size": "-b"}
@@ -131,13 +130,14 @@ def _make_rows(file: Path, text: str) -> None:
     if file.exists() or f"> {file.name}" in text:
         return
     packaged = resources.files("falcon_qlora.data.sample_data").joinpath("instructions.jsonl").read_text()
-    rows = [json.loads(line) for line in packaged.splitlines()]
+    lines = packaged.splitlines(keepends=True)[:100]
+    rows = [json.loads(line) for line in lines]
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".csv":
         body = "".join(f'"{row["instruction"]}","{row["output"]}"\n' for row in rows[:8])
         file.write_text(f"instruction,output\n{body}", encoding="utf-8")
     else:
-        file.write_text(packaged if file.suffix == ".jsonl" else json.dumps(rows), encoding="utf-8")
+        file.write_text("".join(lines) if file.suffix == ".jsonl" else json.dumps(rows), encoding="utf-8")
 
 
 def words_of(text: str, folder: Path) -> list[str]:

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from falcon_qlora import __main__ as cli
+from falcon_qlora.commands import compare
 from falcon_qlora.commands import train as launcher
 from tests import flags_page
 from tests.conftest import REPOSITORY
 from tests.integration import guide
-from tests.integration.runs import command, in_process
+from tests.integration.runs import in_process
 
 GUIDE = REPOSITORY / "falcon_qlora/guide"
 PAGES = [REPOSITORY / "README.md", *sorted(GUIDE.glob("*.md"))]
@@ -55,6 +56,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a page's commands run, in this process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launcher, "_run_one", in_process)
+    # The runs of `compare`, which are processes: tests/integration/test_compare.py.
+    monkeypatch.setattr(compare._Child, "run", lambda self, command: (cli.main(command[3:]), []))
     monkeypatch.setattr("sys.stdin", io.StringIO())
     return tmp_path
 
@@ -99,12 +102,7 @@ def test_the_commands_of_a_page_run(
 def _run(text: str, folder: Path) -> int:
     if not text.startswith("falcon-qlora"):
         return subprocess.run(["bash", "-ec", text], cwd=folder).returncode
-    words = guide.words_of(text, folder)
-    if words[0] != "compare":
-        return cli.main(words)
-    done = command(*words, timeout=600)
-    print(done.stdout, done.stderr)
-    return done.returncode
+    return cli.main(guide.words_of(text, folder))
 
 
 @pytest.mark.slow
