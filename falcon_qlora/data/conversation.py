@@ -28,6 +28,7 @@ _CALLS = ("function_call", "tool_call")
 _ROLES: dict[str, Role] = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", *_CALLS), "assistant"),
+    **dict.fromkeys(("bard", "bing", "ai"), "assistant"),  # of ShareGPT and LangChain
     # developer: OpenAI's newer name for system.
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("tool", "observation", "function", "tool_response", "ipython"), "tool"),
@@ -82,6 +83,18 @@ def _list_of(what: str, value: Any, place: str) -> Sequence[Any]:
     return found
 
 
+def _objects(what: str, value: Any, place: str) -> list[Any]:
+    """A list of objects, each of which may be JSON text."""
+    found = [
+        _json("an object", each, f"{place}: {number}")
+        for number, each in enumerate(_list_of(what, value, place), start=1)
+    ]
+    for number, each in enumerate(found, start=1):
+        if not isinstance(each, dict):
+            raise UserError(f"{place}: {number}: expected an object, found {kind(each)}")
+    return found
+
+
 def _turn(message: Any, where: str, account: Account) -> Turn:
     if not isinstance(message, Mapping) or not (role_key := _first(_ROLE_KEYS, message)):
         raise UserError(f"{where}: expected {{role, content}} or {{from, value}}, found {kind(message)}")
@@ -102,7 +115,7 @@ def _turn(message: Any, where: str, account: Account) -> Turn:
         # OpenAI's form before tool_calls. Beside those it stays, and is named as not read.
         fields["tool_calls"] = _calls(fields.pop("function_call"), where)
     if "tool_calls" in fields:
-        fields["tool_calls"] = _list_of("calls", fields["tool_calls"], f"{where}: tool_calls")
+        fields["tool_calls"] = _objects("calls", fields["tool_calls"], f"{where}: tool_calls")
     says_more = bool(fields.get("tool_calls")) or any(fields.get(key) for key in REASONING)
     if content is None and not says_more:
         if text_key is None:
@@ -151,8 +164,8 @@ def _marks(fields: dict[str, Any], where: str) -> dict[str, bool]:
     for key, value in said.items():
         if str(value).lower() not in _LEARNED:
             raise UserError(
-                f"{where}: {key} is {one_line(value, limit=40)}; it can be 0 or 1, or false or true: "
-                "a message is trained or it is not"
+                f"{where}: {key} is {'empty' if value == '' else one_line(value, limit=40)}; it can be 0 or "
+                "1, or false or true: a message is trained or it is not"
             )
     marks = {key: _LEARNED[str(value).lower()] for key, value in said.items()}
     if len(set(marks.values())) > 1:
@@ -203,7 +216,7 @@ def tools_of(value: Any, place: str) -> list[Any] | None:
     Raises:
         UserError: for anything else.
     """
-    return None if value in (None, "", "null") else list(_list_of("tools", value, place))
+    return None if value in (None, "", "null") else _objects("tools", value, place)
 
 
 def turns_of_history(value: Any, place: str) -> list[Turn]:

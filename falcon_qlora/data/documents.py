@@ -28,7 +28,7 @@ from falcon_qlora.data.templates import Segment
 from falcon_qlora.data.tokens import Document, Encoder
 
 # Raise it when the same rows and settings would give other tokens, or when an entry stores something new.
-_VERSION = 7
+_VERSION = 8
 _META = "meta.json"
 # Enough to keep the tokenizer's threads busy, and few enough that Ctrl-C need not wait for them.
 _ROWS_AT_A_TIME = 256

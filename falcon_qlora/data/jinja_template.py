@@ -23,6 +23,7 @@ _MARKS = (
     "{% generation %} and {% endgeneration %} around the assistant's content in a copy of the template, and "
     "name that: --template FILE.jinja"
 )
+_OF_CALL, _OF_TOOL = " of a call", " of a tool"
 _MUST_BE_WRITTEN = ("tool_calls", *REASONING)
 # Appended to a message's text to see whether a template writes the text. Nothing escapes or strips it.
 _PROBE = "Qz7{}zQ"
@@ -141,7 +142,10 @@ class JinjaTemplate:
         if shape not in self._unread:
             self._unread[shape] = self._leaves_out([_message(turn) for turn in turns], tools)
         unread = self._unread[shape]
-        return [name for turn in turns for name in turn.held(*turn.fields) if name in unread]
+        of_turns = [
+            {*turn.held(*turn.fields), *_keys(turn.fields.get("tool_calls"), _OF_CALL)} for turn in turns
+        ]
+        return [name for held in (*of_turns, _keys(tools, _OF_TOOL)) for name in sorted(held & unread)]
 
     def prompt(self, turns: Sequence[Turn]) -> str:
         return self._render([_message(turn) for turn in turns], None, add_generation_prompt=True)[0]
@@ -203,17 +207,51 @@ class JinjaTemplate:
             # A template that rewrites the text has not left it out; `render` counts such rows.
             if self._render([*messages[:index], probed[index], *messages[index + 1 :]], tools)[0] == text:
                 raise cannot_write(self.name, f"message {index + 1} ({message['role']}), which it leaves out")
-        if tools and self._render(messages, [])[0] == text:
+        if tools and self._writes(text, messages, []):
             raise cannot_write(self.name, "the tools of a row")
+        if tools and self._writes(text, messages, tools[:-1]):
+            raise cannot_write(self.name, "more than one of a row's tools")
         unread = set()
         for name in sorted({name for message in messages for name in message} - {"role", "content"}):
-            without = [_without(message, name) for message in messages]
-            if self._render(without, tools)[0] == text:
+            if self._writes(text, [_without(message, name) for message in messages], tools):
                 unread.add(name)
         for name in _MUST_BE_WRITTEN:
             if name in unread and any(message.get(name) for message in messages):
                 self._check_last(messages, tools, name)
+        if "tool_calls" not in unread:
+            unread |= self._unread_of_calls(text, messages, tools)
+        for name in _keys(tools, _OF_TOOL):
+            if self._writes(text, messages, _without_key(tools or (), name.removesuffix(_OF_TOOL))):
+                unread.add(name)
         return frozenset(unread)
+
+    def _unread_of_calls(self, text: str, messages: Messages, tools: Tools) -> set[str]:
+        """The keys of calls that the template does not write; a name or arguments left out are an error."""
+        calls = {index: each for index, message in enumerate(messages) if (each := message.get("tool_calls"))}
+        for index, of_message in calls.items():
+            fewer = [*messages[:index], messages[index] | {"tool_calls": of_message[:-1]}]
+            fewer += messages[index + 1 :]
+            if len(of_message) > 1 and self._writes(text, fewer, tools):
+                raise cannot_write(self.name, f"more than one of tool_calls (of message {index + 1})")
+        unread = set()
+        for name in sorted(set().union(*(_keys(each, _OF_CALL) for each in calls.values()))):
+            key = name.removesuffix(_OF_CALL)
+            without = [
+                message | {"tool_calls": _without_key(calls[index], key)} if index in calls else message
+                for index, message in enumerate(messages)
+            ]
+            if self._writes(text, without, tools):
+                if key in ("name", "arguments"):
+                    raise cannot_write(self.name, f"the {key} of tool_calls")
+                unread.add(name)
+        return unread
+
+    def _writes(self, text: str, messages: Messages, tools: Tools) -> bool:
+        """Whether it writes `text` for other messages and tools."""
+        try:
+            return self._render(messages, tools)[0] == text
+        except UserError:
+            return False
 
     def _check_last(self, messages: Messages, tools: Tools, name: str) -> None:
         """Refuse a template that does not write a field even in the last message; some do so only there."""
@@ -273,8 +311,8 @@ class JinjaTemplate:
         except (jinja2.TemplateError, *_OF_EXPRESSIONS) as error:
             told = one_line(error)
             raise UserError(
-                f"{self.name}: the template refuses a conversation: {told}. Another one may take it: "
-                "--template falcon-instruct, or a .jinja file"
+                f"{self.name}: the template refuses a conversation: {told}. Correct the row, or name another "
+                "template with --template"
             ) from None
         if check_only:
             return "", None
@@ -286,8 +324,38 @@ def _shape(turns: Sequence[Turn], tools: Tools) -> Any:
     """What decides how a template treats fields. Probing every row would double the time."""
     return (
         *((turn.role, bool(turn.said), frozenset(turn.held(*turn.fields))) for turn in turns),
-        tools is not None and bool(tools),
+        *(_parts_of(turn.fields.get("tool_calls")) for turn in turns),
+        tools is not None and _parts_of(tools),
     )
+
+
+def _parts_of(objects: Any) -> tuple[frozenset[str], int]:
+    """Which keys calls or tools have, and whether there is none, one or more of them."""
+    return frozenset(_keys(objects, "")), min(len(objects or ()), 2)
+
+
+def _keys(objects: Any, suffix: str) -> set[str]:
+    """The keys of calls or tools that hold something to write, each with a suffix."""
+    flat = [{**each, **_function(each)} for each in objects or () if isinstance(each, dict)]
+    return {
+        f"{key}{suffix}"
+        for each in flat
+        for key, value in each.items()
+        if key not in ("type", "function") and value not in (None, "", [], {})
+    }
+
+
+def _function(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    return function if isinstance(function, dict) else {}
+
+
+def _without_key(objects: Sequence[Any], key: str) -> list[Any]:
+    """Calls or tools without this key of theirs or of their function."""
+    return [
+        _without(each, key) | ({"function": _without(_function(each), key)} if _function(each) else {})
+        for each in objects
+    ]
 
 
 def _dumped(arguments: Any) -> Any:

@@ -186,6 +186,8 @@ def _conversation(
         turn.role == "assistant" and (turn.text.strip() or turn.held("tool_calls", *REASONING))
         for turn in turns
     ):
+        if not any(turn.role == "assistant" for turn in turns):
+            raise Missing("a message of the assistant")
         return []
     if reader.account.marks.total() > marked_before:
         reader.saw("marked")

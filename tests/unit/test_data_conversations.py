@@ -409,6 +409,8 @@ SHARED_TURNS = [{"from": "human", "value": RED}, {"from": "gpt", "value": MARS}]
         {"system": PIRATE, "conversations": SHARED_TURNS},
         {"conversations": [{"role": "developer", "content": PIRATE}, *TURNS]},
         {"messages": [{"from": "system", "value": PIRATE}, *SHARED_TURNS]},
+        {"system": PIRATE, "conversations": [SHARED_TURNS[0], {"from": "bard", "value": MARS}]},
+        {"system": PIRATE, "messages": [{"from": "human", "value": RED}, {"role": "AI", "content": MARS}]},
         {"messages": [{"role": "system", "content": PIRATE}, SHARED_TURNS[0], TURNS[1]]},
         {"system": PIRATE, "instruction": RED, "input": "", "output": MARS, "history": []},
         {"system": PIRATE, "instruction": RED, "input": None, "output": MARS},
@@ -476,7 +478,7 @@ def test_tools_calls_and_reasoning_reach_the_template() -> None:
     template = load_template("auto", "chat", SHOWS)
     called = '<call>{"name": "weather", "arguments": {"city": "Oslo"}}</call>'
     answer = {"role": "assistant", "content": None, "tool_calls": [CALL]}
-    for tools in (TOOLS, json.dumps(TOOLS)):
+    for tools in (TOOLS, json.dumps(TOOLS), [json.dumps(each) for each in TOOLS]):
         text = written({"messages": [ASKED, answer], "tools": tools}, template)
         assert json.dumps(TOOLS[0]) in text
         assert f"[{called}{END}]" in text
@@ -509,7 +511,9 @@ def test_tools_calls_and_reasoning_reach_the_template() -> None:
     ],
 )
 def test_arguments_of_calls_reach_a_published_template_as_it_takes_them(published: str, takes: str) -> None:
-    joins = UNMARKED.replace("'<call>' + call.function | tojson", "'<call>' + call.function.arguments")
+    joins = UNMARKED.replace(
+        "'<call>' + call.function | tojson", "call.function.name + call.function.arguments"
+    )
     text = joins if published == "joins" else (TRL_TEMPLATES / f"{published}.jinja").read_text()
     tokenizer = with_template(small_tokenizer(), text)
     template = load_template("auto", "chat", tokenizer)
@@ -671,6 +675,7 @@ def test_null_is_not_trained_as_a_word() -> None:
         ({"text": None}, "text", ["text"]),
         ({"messages": None}, "chat", ["messages"]),
         ({"messages": []}, "chat", ["a message (messages is an empty list)"]),
+        ({"messages": [ASKED]}, "chat", ["a message of the assistant"]),
         ({"conversations": "[]"}, "sharegpt", ["a message (conversations is an empty list)"]),
         ({"messages": [ASKED, {"role": "assistant", "content": None}]}, "chat", ["text of a message"]),
         ({"messages": [{"role": "user", "content": None}, TURNS[1]]}, "chat", ["text of a message"]),
@@ -697,6 +702,9 @@ def test_rows_that_lack_something_are_counted_apart(
         ({"content": "a"}, r"expected \{role, content\} or \{from, value\}"),
         ({"role": "user", "content": "a", "weight": 0.5}, r"weight is 0.5; it can be 0 or 1"),
         ({"role": "assistant", "content": "a", "train": "no"}, r"train is no;"),
+        ({"role": "assistant", "content": "a", "weight": ""}, r"weight is empty;"),
+        ({"role": "assistant", "tool_calls": ["f(x)"]}, r"tool_calls: 1: expected an object, or its JSON"),
+        ({"role": "assistant", "tool_calls": [CALL, None]}, r"tool_calls: 2: expected an object, found null"),
         (
             {"role": "assistant", "content": "a", "weight": 1, "train": False},
             r"weight is 1 and train is false: one says to train the message, one not to; leave one",
@@ -719,9 +727,21 @@ def test_preferences_are_not_trained_as_answers() -> None:
         ["chosen", "rejected"],
         ["prompt", "chosen", "rejected"],
         ["messages", "chosen", "rejected"],
+        ["prompt", "Chosen", "Rejected"],
+        ["prompt", "chosen_response", "rejected_response"],
+        ["prompt", "accepted", "rejected"],
+        ["prompt", "completion", "rejected"],
     ):
-        with pytest.raises(UserError, match=r"pairs of a chosen and a rejected answer.*--completion_column"):
+        with pytest.raises(
+            UserError, match=r"pairs of a chosen and a rejected answer.*--completion_col"
+        ) as error:
             recognise(found, columns={})
+        assert f"--messages_column {found[-2]} where" in str(error.value)
+    assert recognise(["prompt", "completion", "rejected_by"], columns={})[0] == "prompt_completion"
+    with pytest.raises(
+        UserError, match=r"answers with a label .* as KTO's good and bad ones.*completion where"
+    ):
+        recognise(["completion", "label"], arrays=["completion"], columns={})
     columns = {"completion": "chosen"}
     assert recognise(["prompt", "chosen", "rejected"], columns=columns) == ("prompt_completion", columns)
     account = Account()
@@ -795,6 +815,79 @@ def test_every_value_is_written_named_or_refused(
     for message in messages:
         for key, value in message.items():
             assert key == "role" or value in text or account.message_keys[key], key
+
+
+WORDS = st.text("abcdefgh", min_size=6, max_size=9)
+OBJECTS = st.lists(
+    st.tuples(
+        st.dictionaries(st.sampled_from(["id", "index", "note"]), WORDS),
+        st.dictionaries(st.sampled_from(["strict", "description", "parameters"]), WORDS),
+        WORDS,
+        WORDS,
+    ),
+    min_size=1,
+    max_size=3,
+)
+OF_CALLS = (
+    "{{ m.tool_calls | tojson if m.tool_calls }}",
+    "{% for c in m.tool_calls or [] %}{{ c.function.name + (c.function.arguments | tojson) }}{% endfor %}",
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}",
+    "{{ m.tool_calls[0].function | tojson if m.tool_calls }}",
+    "{{ m.tool_calls | length if m.tool_calls }}",
+    "",
+)
+OF_TOOLS = (
+    "{{ tools | tojson }}",
+    "{% for t in tools %}{{ t.function | tojson }}{% endfor %}",
+    "{% for t in tools %}{{ t.function.name }}{% endfor %}",
+    "{{ tools[0] | tojson }}",
+)
+
+
+@given(OBJECTS, OBJECTS, st.sampled_from(OF_CALLS), st.sampled_from(OF_TOOLS))
+@settings(max_examples=120, deadline=None, derandomize=True)
+def test_every_part_of_calls_and_tools_is_written_named_or_refused(
+    calls: list[Any], tools: list[Any], of_calls: str, of_tools: str
+) -> None:
+    chat_template = (
+        (
+            "{% if tools %}" + of_tools + "{% endif %}{% for m in messages %}{{ m.role + ':' + m.content }}"
+            "{% generation %}{% if m.role == 'assistant' %}"
+            + of_calls
+            + "{% endif %}{% endgeneration %}{% endfor %}"
+        )
+        .replace("{% generation %}", "")
+        .replace("{% endgeneration %}", "")
+    )
+    chat_template += "{% if add_generation_prompt %}assistant:{% endif %}"
+    template = load_template("auto", "chat", with_template(small_tokenizer(), chat_template))
+    made = [
+        [
+            more
+            | {
+                "function": {
+                    **inner,
+                    "name": name,
+                    **({"arguments": {"x": said}} if is_call else {"z": said}),
+                }
+            }
+            for more, inner, name, said in objects
+        ]
+        for objects, is_call in ((calls, True), (tools, False))
+    ]
+    row = {"messages": [ASKED, {"role": "assistant", "content": "", "tool_calls": made[0]}], "tools": made[1]}
+    account = Account()
+    try:
+        text = "".join(each.text for each in render(row, "chat", template, account=account))
+    except UserError as error:
+        if "cannot write" not in str(error):
+            raise
+        return
+    for objects, kind in zip(made, ("call", "tool"), strict=True):
+        for each in objects:
+            for key, value in {**each, **each["function"]}.items():
+                said = value["x"] if key == "arguments" else value
+                assert key == "function" or said in text or account.message_keys[f"{key} of a {kind}"]
 
 
 def test_what_a_template_alters_is_counted() -> None:
