@@ -82,7 +82,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
         reader = csv.reader(lines(path, handle), delimiter=separator, strict=True)
         try:
             header = next(filter(None, reader), [])
-            _check_names(header, f"{path}:{reader.line_num}")
+            _check_header(header, f"{path}:{reader.line_num}")
             line = reader.line_num + 1
             for fields in reader:
                 if fields:
@@ -91,6 +91,10 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
                             f"{path}:{line}: {len(fields)} fields, but the header has {len(header)} columns "
                             f"({_separated(separator)}); put double quotes around fields that hold this or "
                             "line breaks"
+                        )
+                    if fields == header:
+                        raise UserError(
+                            f"{path}:{line}: the header once more, as in files that were joined; take it out"
                         )
                     values = (field or None for field in fields)
                     yield f"{path}:{line}", dict(zip(header, values, strict=True))
@@ -130,6 +134,15 @@ def _usual_separator(path: Path) -> str:
 
 def _separated(separator: str) -> str:
     return "separated by tabs" if separator == "\t" else f"separated by {separator!r}"
+
+
+def _check_header(header: Sequence[str], place: str) -> None:
+    first = "".join(header[:1])
+    if first.lstrip()[:1] in ("{", "["):
+        raise UserError(f"{place}: by its content JSON; let the file's name end with .jsonl or .json")
+    if first.lower().startswith("sep="):
+        raise UserError(f"{place}: a line of Excel that names the separator; take it out")
+    _check_names(header, place)
 
 
 def _check_names(names: Sequence[str], place: str) -> None:

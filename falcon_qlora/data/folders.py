@@ -19,6 +19,9 @@ _SPLIT_WORDS = {
     "test": "test",
     "testing": "test",
     "eval": "test",
+    "evaluation": "test",
+    "holdout": "test",
+    "heldout": "test",
     "validation": "validation",
     "valid": "validation",
     "val": "validation",
@@ -26,6 +29,8 @@ _SPLIT_WORDS = {
 }
 # Words that stand beside those if a split has several files: test-00000-of-00001, part-0-test.
 _OF_PARTS = {"of", "part", "shard", "chunk", "v"}
+_HELD_OUT = re.compile(r"(held|hold)[-_ .]?out")
+_OF_SET = re.compile(rf"^({'|'.join(_SPLIT_WORDS)})(?:set|data|split|s)$")
 _METADATA_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 # What systems and tools leave in a folder; skipped without a note.
 _PASSED_OVER = {
@@ -51,6 +56,9 @@ _CURES = {
     ".zip": "an archive; unpack it, and name the folder",
     ".tar": "an archive; unpack it, and name the folder",
     ".tgz": "an archive; unpack it, and name the folder",
+    ".7z": "an archive; unpack it, and name the folder",
+    ".rar": "an archive; unpack it, and name the folder",
+    **dict.fromkeys((".lz4", ".lzma", ".br", ".z"), "compressed in a way that is not read here; unpack it"),
     ".parquet": "Parquet is compressed in itself; unpack the file",
 }
 _NAMES_SHOWN = 20
@@ -179,8 +187,9 @@ def _words(path: Path) -> list[list[str]]:
     stem = Path(path.name)
     while stem.suffix.lower() in (*SUFFIXES, *COMPRESSED):
         stem = stem.with_suffix("")
-    parts = [re.findall(r"[a-z]+", name.lower()) for name in (*path.parts[:-1], stem.name)]
-    return [[word for word in words if word not in _OF_PARTS] for words in parts]
+    names = [_HELD_OUT.sub(r"\1out", name.lower()) for name in (*path.parts[:-1], stem.name)]
+    parts = [re.findall(r"[a-z]+", name) for name in names]
+    return [[_OF_SET.sub(r"\1", word) for word in words if word not in _OF_PARTS] for words in parts]
 
 
 def _refuse(error: OSError) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.data.text_files import LONGEST, TOO_LONG, lines, open_text
+from falcon_qlora.data.text_files import BYTE_ORDER_MARK, LONGEST, TOO_LONG, lines, open_text
 
 Row = dict[str, Any]
 
@@ -19,6 +19,7 @@ _CHUNK = 1 << 20
 _WRAPPERS = ("data", "rows", "examples", "train")
 _OF_A_MESSAGE = {"role", "from", "content", "value"}
 _COLUMNS = "read as columns, not rows"
+_BETWEEN_VALUES = " \t\r\n" + BYTE_ORDER_MARK
 _ONE_A_LINE = "; a .jsonl file has one whole object on every line"
 _CUT_OFF = " (where objects go over several lines, name the file .json)"
 _EXAMPLE = 'write every row as an object, such as {"text": "…"} or {"messages": […]}'
@@ -291,7 +292,7 @@ class _Values:
     def _next(self) -> str:
         """The next character that is not white space, left unread; empty at the end."""
         while True:
-            while self._position < len(self._text) and self._text[self._position] in " \t\r\n":
+            while self._position < len(self._text) and self._text[self._position] in _BETWEEN_VALUES:
                 self._position += 1
             if self._position < len(self._text):
                 return self._text[self._position]
@@ -329,11 +330,11 @@ def _row(value: Any, place: str) -> Row:
 
 
 def columns_of(rows: Iterable[Row]) -> dict[str, bool]:
-    """Every column that any row has → whether it holds arrays; rows may lack columns that others have."""
+    """Every column that any row has → whether it holds arrays or objects; rows may lack others' columns."""
     found: dict[str, bool] = {}
     for row in rows:
         for name, value in row.items():
-            found[name] = found.get(name, False) or isinstance(value, list)
+            found[name] = found.get(name, False) or isinstance(value, list | dict)
     return found
 
 

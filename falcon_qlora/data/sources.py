@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import dataclasses
 import datetime
 import functools
 import hashlib
@@ -328,7 +329,28 @@ def _load_dataset(name: str, config: str | None, split: str, streaming: bool) ->
     # Cached, as one preparation calls it several times and every call would ask the hub again.
     import datasets
 
-    return datasets.load_dataset(name, config, split=split, streaming=streaming)
+    found = datasets.load_dataset(name, config, split=split, streaming=streaming)
+    stored = {column: _as_stored(feature) for column, feature in (found.features or {}).items()}
+    if stored == (found.features or {}):
+        return found
+    if streaming:
+        return found.decode(False)
+    found = found.with_format(None)  # a copy
+    found.info.features = datasets.Features(stored)
+    return found
+
+
+def _as_stored(feature: Any) -> Any:
+    """A column's type with images, audio and the like as bytes: only text is trained, so none is decoded."""
+    import datasets
+
+    if isinstance(feature, dict):
+        return {name: _as_stored(each) for name, each in feature.items()}
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return dataclasses.replace(feature, feature=_as_stored(feature.feature))
+    if getattr(feature, "decode", False) and not isinstance(feature, datasets.Json):
+        return dataclasses.replace(feature, decode=False)
+    return feature
 
 
 @contextlib.contextmanager

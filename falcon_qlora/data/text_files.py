@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from falcon_qlora.common.errors import UserError, one_line, reason_of
 
+BYTE_ORDER_MARK = "\ufeff"
 LONGEST = 1 << 26
 _CHUNK_BYTES = 1 << 16
 _EXCERPT = 20
@@ -136,14 +137,17 @@ def told_with_file(path: Path) -> Iterator[None]:
 
 
 def lines(path: Path, handle: TextIO) -> Iterator[str]:
-    """Yield the lines of a file; a line of `LONGEST` characters is an error."""
+    """Yield the lines of a file; a line of `LONGEST` characters is an error.
+
+    A byte order mark at a line's beginning, as in the middle of files that were joined, is left out.
+    """
     for number in itertools.count(1):
         line = handle.readline(LONGEST)
         if len(line) == LONGEST:
             raise UserError(f"{path}:{number}: {TOO_LONG}")
         if not line:
             return
-        yield line
+        yield line.removeprefix(BYTE_ORDER_MARK)
 
 
 def _meant(path: Path, beginnings: Mapping[str, bytes]) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from datasets.data_files import SPLIT_KEYWORDS
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -166,6 +167,11 @@ def test_gzip_csv_parquet(tmp_path: Path) -> None:
         ("a.json", '[{"a": 1},\n {"b": {"c": 1, "c": 1}}]', r"a.json:2 .*: .*the key 'c' stands twice"),
         ("a.csv", "a,b,a\n1,2,3\n", r"a.csv:1: several columns have the name 'a'"),
         ("a.tsv", "\na\ta\n1\t2\n", r"a.tsv:2: several columns have the name 'a'"),
+        # Files that were joined, are of another kind, or come from Excel.
+        ("a.csv", "a,b\n1,2\na,b\n3,4\n", r"a.csv:3: the header once more.*; take it out$"),
+        ("a.tsv", "a\tb\n1\t2\n\ufeffa\tb\n", r"a.tsv:3: the header once more"),
+        ("a.csv", '{"a": "x", "b": 1}\n', r"a.csv:1: by its content JSON; let .* end with .jsonl or .json$"),
+        ("a.csv", "sep=;\na;b\n1;2\n", r"a.csv:1: a line of Excel that names the separator; take it out$"),
         ("a.csv", "a;b\n1;2;3\n", r"a.csv:2: 3 fields.*\(separated by ';'\)"),
         (
             "a.json",
@@ -227,6 +233,10 @@ def test_malformed_files_are_told_with_their_line(tmp_path: Path, name: str, con
         ("a.tsv", "a\tb\n1,0\t2\n", [{"a": "1,0", "b": "2"}], []),
         ("a.tsv", "a\n1, 2\n", [{"a": "1, 2"}], []),
         ("a.tsv", "a,b\n1,2\n", [{"a": "1", "b": "2"}], ["read as separated by ','"]),
+        # Byte order marks between files that were joined.
+        ("a.jsonl", '{"a": 1}\n\ufeff{"a": "\ufeff"}\n', [{"a": 1}, {"a": "\ufeff"}], []),
+        ("a.json", '{"a": 1}\n\ufeff{\n"a": 2}\n', [{"a": 1}, {"a": 2}], []),
+        ("a.csv", 'a,b\n1,2\n\ufeff"3,",4\n', [{"a": "1", "b": "2"}, {"a": "3,", "b": "4"}], []),
     ],
 )
 def test_what_is_written_in_another_way(
@@ -282,6 +292,35 @@ def test_values_of_parquet(tmp_path: Path) -> None:
         rows_of(tmp_path / "a.parquet")
 
 
+@pytest.mark.parametrize("feature", ["Image", "Audio", "Video", "Pdf"])
+def test_media_of_the_hub_are_read_past_without_their_libraries(
+    feature: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    media = getattr(datasets.features, feature)()
+    stored = {"bytes": b"\xff", "path": "a.bin"}
+    table = pa.table({"text": ["a"], "one": [stored], "more": [[stored]]})
+    rows = datasets.Dataset(
+        table.cast(
+            datasets.Features(
+                {"text": datasets.Value("string"), "one": media, "more": datasets.List(media)}
+            ).arrow_schema
+        )
+    )
+    rows.info.features = datasets.Features(
+        {"text": datasets.Value("string"), "one": media, "more": datasets.List(media)}
+    )
+
+    def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> Any:
+        return rows.to_iterable_dataset() if streaming else rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = find_source(f"hub/{feature.lower()}")
+    wanted = [{"text": "a", "one": stored, "more": [stored]}]
+    assert [row for _, row in source.rows(None)] == [row for _, row in source.read()] == wanted
+
+
 def test_missing_values_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
@@ -306,7 +345,7 @@ def test_missing_values_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         # Saved by Excel, and by an editor.
         (
             "a.csv",
-            "text\n" * 30_000 + "caf\xe9 \u20ac5 \u201cyes\u201d\n",
+            "text\n" + "word\n" * 29_999 + "caf\xe9 \u20ac5 \u201cyes\u201d\n",
             "30001: .*UTF-8.*'caf\xe9 \u20ac5 \u201cyes\u201d'",
         ),
         ("a.jsonl", '{"text": "a"}\n\n{"text": "caf\xe9"}\n', '3: .*UTF-8.*\'{"text": "caf\xe9"}\''),
@@ -374,6 +413,8 @@ def test_missing_file_names_its_neighbour(tmp_path: Path) -> None:
         ("a.docx", "a Word document has no rows"),
         ("a.txt.gz", "plain text has no rows"),
         ("a.parquet.gz", "Parquet is compressed in itself; unpack the file"),
+        ("a.jsonl.lz4", "compressed in a way that is not read here; unpack it"),
+        ("a.7z", "an archive; unpack it, and name the folder"),
         ("a.bin", "not a kind of file that holds rows"),
     ],
 )
@@ -445,6 +486,13 @@ def test_folders_are_read_by_split_and_without_metadata(tmp_path: Path) -> None:
         ("rows.dev.json.gz", "validation"),
         ("x_test_v2.jsonl", "test"),
         ("train/test_questions.jsonl", "train"),
+        ("held_out.jsonl", "test"),
+        ("hold-out/x.csv", "test"),
+        ("my_holdout.jsonl.gz", "test"),
+        ("testset.csv", "test"),
+        ("x-valdata.jsonl", "validation"),
+        # As the datasets library has them.
+        *((f"{word}.jsonl", str(split)) for split, words in SPLIT_KEYWORDS.items() for word in words),
     ],
 )
 def test_a_split_is_a_names_first_or_last_word(tmp_path: Path, name: str, split: str) -> None:
@@ -453,8 +501,9 @@ def test_a_split_is_a_names_first_or_last_word(tmp_path: Path, name: str, split:
     path.touch()
     files, notes = files_of_folder(tmp_path, "data", split)
     assert files == [path]
+    own = [f"{word}.jsonl" for word in SPLIT_KEYWORDS["train"]]
     told = f"data: of split train, though a word in the name is for another: {name}"
-    assert notes == ([told] if split == "train" and name != "contest.jsonl" else [])
+    assert notes == ([told] if split == "train" and name not in ("contest.jsonl", *own) else [])
 
 
 def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
