@@ -101,6 +101,7 @@ def _look_at_stream(configuration: Configuration, tokenizer: Any) -> _Look:
 
     from falcon_qlora.data import report
     from falcon_qlora.data.account import Account, nothing_left, told_changed, told_dropped
+    from falcon_qlora.data.formats import read_as
     from falcon_qlora.data.settings import RowSettings
     from falcon_qlora.data.stream import recognise_source, recognise_stream, stream_documents
     from falcon_qlora.training import rows
@@ -114,18 +115,17 @@ def _look_at_stream(configuration: Configuration, tokenizer: Any) -> _Look:
         account=account,
     )
     documents = [(each["input_ids"], each["mask"]) for each in itertools.islice(stream, _STREAMED_DOCUMENTS)]
-    settings, told, read_as = RowSettings(**rows.row_settings(configuration.data)), [], []
+    settings, told = RowSettings(**rows.row_settings(configuration.data)), []
     recognise_stream(settings, tokenizer)  # refuses flags for columns of no data set
+    used, templates = dict[str, None](), dict[str, None]()
     for source in settings.sources():
-        row_format, template = recognise_source(settings, source, tokenizer)
-        read_as.append(f"format {row_format}, template {template}")
-        told.append((source.name, read_as[-1]))
+        found = recognise_source(settings, source, tokenizer)
+        told.append((source.name, read_as(*found)))
         told += [("note", note) for note in source.notes()]
-    seen, counts = account.told(template, settings.train_on), account.counts
+        used[read_as(*found)], templates[found[-1]] = None, None
+    seen, counts = account.told(" or ".join(templates), settings.train_on), account.counts
     if not documents:
-        raise nothing_left(
-            settings.dataset_name, "; ".join(dict.fromkeys(read_as)), counts["rows_read"], [account], seen
-        )
+        raise nothing_left(settings.dataset_name, "; ".join(used), counts["rows_read"], [account], seen)
     lengths = np.array([len(ids) for ids, _ in documents], dtype=np.int64)
     targets = sum(int(mask[1:].sum()) for _, mask in documents)
     told += [("note", line) for line in seen]

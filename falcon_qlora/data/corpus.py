@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from falcon_qlora.data.account import Account, nothing_left, told_dropped
 from falcon_qlora.data.documents import Documents, Tokenizing
+from falcon_qlora.data.formats import read_as
 from falcon_qlora.data.origins import RowNames
 from falcon_qlora.data.selection import draw, hold_out, is_fraction
 from falcon_qlora.data.settings import RowSettings
@@ -76,9 +77,7 @@ class SourceUse:
 
     def read_as(self) -> str:
         """The format, its renamed columns, and the template, for a message."""
-        names = self.columns.items()
-        renamed = ", ".join(f"{given} as {standard}" for standard, given in names if given != standard)
-        return f"format {self.format}{renamed and f' ({renamed})'}, template {self.template}"
+        return read_as(self.format, self.columns, self.template)
 
     def told(self) -> list[str]:
         """What to tell the user about its rows: what was not read, missing or altered."""

@@ -79,6 +79,7 @@ _ASKS = frozenset("question query prompt instruction input ask user human reques
 _SAYS = frozenset("answer reply response output completion assistant bot solution summary target a".split())
 _NO_TEXT = frozenset("id ids uuid index idx url link date time timestamp score rating lang language".split())
 
+_PLAIN_ANSWERS = ("completion", "output", "response")
 _OF_MESSAGES = ({"role", "content"}, {"from", "value"})
 _CHATS = ("chat", "sharegpt", "chat_completion")
 
@@ -103,7 +104,7 @@ def recognise(
 
     Args:
         found: the columns that the data has; empty if it has no rows.
-        arrays: those whose values are arrays.
+        arrays: those whose values are arrays or objects.
         columns: standard column name → its name in the data, as the flags give them.
         dataset_format: the user's choice, or ``"auto"``.
         source: names the data in messages.
@@ -133,13 +134,21 @@ def recognise(
             f"{source}: every row is a message (it has {listed(found)}), not a conversation. Put the "
             'messages of each conversation into one row: {"messages": [{"role": …, "content": …}, …]}'
         )
-    if dataset_format == "auto" and not renamed and {"chosen", "rejected"} <= set(found):
+    better = _better_of_pairs(found)
+    if dataset_format == "auto" and not renamed and better is not None:
         raise UserError(
             f"{source}: pairs of a chosen and a rejected answer (it has {listed(found)}). Preferences are "
             "not trained here, answers are. To train on the chosen ones, name their column: "
-            "--completion_column chosen beside a column prompt, --output_column chosen beside instruction, "
-            "--messages_column chosen where they are lists of messages, --text_column chosen where they are "
-            "whole texts"
+            f"--completion_column {quoted(better)} beside a column prompt, --output_column {quoted(better)} "
+            f"beside instruction, --messages_column {quoted(better)} where they are lists of messages, "
+            f"--text_column {quoted(better)} where they are whole texts"
+        )
+    rated = {"completion", "label"} <= set(found)
+    if dataset_format == "auto" and not renamed and all(missing.values()) and rated:
+        raise UserError(
+            f"{source}: answers with a label (it has {listed(found)}), as KTO's good and bad ones. "
+            "Preferences are not trained here, answers are: put the rows of good answers into a file without "
+            "the label, and name their column: --messages_column completion where they are lists of messages"
         )
     if dataset_format == "auto":
         fitting = [name for name in FORMATS if not missing[name]]
@@ -165,6 +174,7 @@ def recognise(
             f"Name the column with --{lacking[0]}_column{_suggest(found, dataset_format)}, or another format "
             "with --dataset_format."
         )
+    renamed = _used(renamed, dataset_format, source, others=others)
     pair = {renamed.get(column, column) for column in FORMATS["prompt_completion"].required}
     if dataset_format == "prompt_completion" and pair <= set(arrays):
         return "chat_completion", renamed
@@ -199,10 +209,47 @@ def resolve_template(template: str, dataset_format: str, tokenizer: Any = None) 
     return template
 
 
+def read_as(row_format: str, columns: Mapping[str, str], template: str) -> str:
+    """The format, its renamed columns, and the template, for a message."""
+    renamed = ", ".join(f"{given} as {standard}" for standard, given in columns.items() if given != standard)
+    return f"format {row_format}{renamed and f' ({renamed})'}, template {template}"
+
+
 def load_template(template: str, row_format: str, tokenizer: Any) -> Template:
     """The template that `--template` means for rows of this format, with the tokenizer's special tokens."""
     name = resolve_template(template, row_format, tokenizer)
     return get_template(name, tokenizer.special_tokens_map, tokenizer.chat_template)
+
+
+def _used(renamed: dict[str, str], dataset_format: str, source: str, *, others: bool) -> dict[str, str]:
+    """Those of the renamed columns that the format reads."""
+    known = FORMATS[dataset_format]
+    # Messages of a prompt may stand before a chat.
+    reads = {*known.required, *known.optional, *(("prompt",) if dataset_format in _CHATS else ())}
+    for standard in () if others else renamed.keys() - reads:
+        raise UserError(
+            f"--{standard}_column {renamed[standard]}: {source} is read as format {dataset_format}, which "
+            f"has no {standard}; drop the flag, or name the other columns that go with it"
+        )
+    used = {standard: given for standard, given in renamed.items() if standard in reads}
+    if len({used.get(column, column) for column in known.required}) < len(known.required):
+        raise UserError(
+            f"{source}: {' and '.join(known.required)} are one column, {listed(set(used.values()))}; name "
+            f"another with {' or '.join(f'--{column}_column' for column in known.required)}"
+        )
+    return used
+
+
+def _better_of_pairs(found: Collection[str]) -> str | None:
+    """The column of the better of two answers, if there is one of the worse; None if there is not."""
+    words = {name: set(re.findall("[a-z]+", name.lower())) for name in found}
+
+    def named(marks: set[str]) -> list[str]:
+        """Columns called that, perhaps with a word for an answer, as chosen_response."""
+        return sorted(name for name in found if words[name] & marks and words[name] <= marks | _SAYS)
+
+    better = named({"chosen", "accepted", "preferred"}) or [name for name in _PLAIN_ANSWERS if name in found]
+    return better[0] if better and named({"rejected", "dispreferred"}) else None
 
 
 def _missing(each: Format, found: Collection[str], columns: Mapping[str, str]) -> list[str]:
@@ -231,7 +278,9 @@ def _guess(found: Collection[str], arrays: Collection[str]) -> str:
     words = {name: set(re.findall("[a-z]+", name.lower())) for name in found if name not in arrays}
     texts = [name for name in words if not words[name] & _NO_TEXT]
     if len(texts) < 2:
-        return "".join(f", for example --text_column {quoted(name)}" for name in texts)
+        return "".join(
+            f", for example --text_column {quoted(name)}" for name in texts if not words[name] & _ASKS
+        )
     answer = next((name for name in texts if words[name] & _SAYS), None)
     asked = next((name for name in texts if words[name] & _ASKS and name != answer), None)
     asked = asked or next(name for name in texts if name != answer)

@@ -147,10 +147,12 @@ def recognise_stream(settings: RowSettings, tokenizer: Any) -> tuple[str, str]:
     return found[0][0], resolve_template(settings.template, found[0][0], tokenizer)
 
 
-def recognise_source(settings: RowSettings, source: Source, tokenizer: Any) -> tuple[str, str]:
-    """As `recognise_stream`, for any data set."""
-    row_format, _ = recognise_first(settings, source)
-    return row_format, resolve_template(settings.template, row_format, tokenizer)
+def recognise_source(
+    settings: RowSettings, source: Source, tokenizer: Any
+) -> tuple[str, dict[str, str], str]:
+    """As `recognise_stream`, for any data set, with its renamed columns between."""
+    row_format, columns = recognise_first(settings, source)
+    return row_format, columns, resolve_template(settings.template, row_format, tokenizer)
 
 
 def changed_source(before: list[State], now: list[State]) -> str | None:

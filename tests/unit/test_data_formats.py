@@ -10,6 +10,7 @@ import pytest
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import quoted
 from falcon_qlora.data.formats import COLUMNS, recognise, resolve_template
+from falcon_qlora.data.json_rows import columns_of
 from falcon_qlora.data.rendering import render
 from falcon_qlora.data.templates import TEMPLATES, Segment, Template, Turn, get_template
 
@@ -134,9 +135,34 @@ def test_named_format_and_renamed_columns_must_be_there() -> None:
         assert recognise(found, columns={"instruction": asked, "output": answer})[0] == "alpaca"
     with pytest.raises(UserError, match=r"for example --text_column words\.$"):
         recognise(["id", "words"], columns={})
+    # Lists and objects are no text, and a prompt alone is no whole one.
+    for found, arrays in (
+        (["data", "version"], ["data", "version"]),
+        (["prompt", "completions"], ["completions"]),
+    ):
+        with pytest.raises(UserError, match=r"--output_column and so on\.$"):
+            recognise(found, arrays=arrays, columns={})
+    assert columns_of([{"a": {}, "b": []}, {"a": None, "c": ""}]) == {"a": True, "b": True, "c": False}
     assert set(COLUMNS) == {
         *("text", "instruction", "input", "output", "prompt", "completion", "messages", "conversations")
     }
+
+
+def test_a_flag_that_has_no_effect_is_refused() -> None:
+    found = ["prompt", "completion", "question"]
+    with pytest.raises(
+        UserError, match=r"--instruction_column question: .* prompt_completion, which has no inst"
+    ):
+        recognise(found, columns={"instruction": "question"})
+    assert recognise(found, columns={"instruction": "question"}, others=True) == ("prompt_completion", {})
+    for columns in ({"prompt": "question", "completion": "question"}, {"prompt": "completion"}):
+        with pytest.raises(
+            UserError, match=r"prompt and completion are one column, (question|completion); name"
+        ):
+            recognise(found, columns=columns)
+    # What was asked may stand before the chosen messages.
+    columns = {"messages": "chosen", "prompt": "asked"}
+    assert recognise(["asked", "chosen", "rejected"], columns=columns) == ("chat", columns)
 
 
 def test_alpaca_template_is_the_reference_s() -> None:
@@ -292,7 +318,6 @@ def test_templates_fit_formats() -> None:
     [
         ({"text": "  \n"}, "text"),
         ({"instruction": "a", "output": " "}, "alpaca"),
-        ({"messages": [{"role": "user", "content": "a"}]}, "chat"),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}, "chat"),
     ],
 )

@@ -155,7 +155,7 @@ def test_the_command(
     assert main([*flags, "--streaming", "--max_steps", "3", "--show", "1"]) == 0
     told = capsys.readouterr().out
     assert "the stream's first 31 documents" in told
-    assert "format alpaca, template alpaca" in told
+    assert "format alpaca (question as instruction, answer as output), template" in " ".join(told.split())
     assert all(note in told for note in notes)
     assert list((tmp_path / "runs" / "data").glob("*.png"))
     assert main([*flags, "--show", "-1"]) == 2
