@@ -151,6 +151,11 @@ _ROWS = {
         "a column whose text is NaN, NA or the like; it is read as that text, not as a missing value",
         None,
     ),
+    "messages_as_text": (
+        "have",
+        "JSON of messages as a text; it is trained as that text (--messages_column names one of messages)",
+        None,
+    ),
     "joined": (
         "have",
         "a token that would span prompt and answer; the two are tokenized apart, as in generation",

@@ -79,6 +79,8 @@ class JinjaTemplate:
         messages = [_message(turn) for turn in turns]
         answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
         messages, text, marked = self._render_whole(messages, tools)
+        if marked is not None and len(marked) > len(answers):
+            marked = _joined(marked)
         if marked is None:
             spans = {index: self._span(messages, tools, index, text) for index in answers}
             for number, index in enumerate(answers, start=1):
@@ -318,6 +320,15 @@ class JinjaTemplate:
             return "", None
         texts, spans = rendered
         return texts[0], [tuple(span) for span in spans[0]] if marks else None
+
+
+def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans without those that begin where another ends, such as a last end token in marks of its own."""
+    joined: list[tuple[int, int]] = []
+    for start, end in spans:
+        touches = bool(joined) and joined[-1][1] == start
+        joined = [*joined[:-1], (joined[-1][0], end)] if touches else [*joined, (start, end)]
+    return joined
 
 
 def _shape(turns: Sequence[Turn], tools: Tools) -> Any:

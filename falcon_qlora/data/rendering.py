@@ -37,6 +37,9 @@ _OTHER_FORMAT = (
     "--dataset_name"
 )
 
+# A text with messages written out, as tables of text hold lists.
+_MESSAGES = re.compile(r'\s*\[\s*\{\s*"(role|from|content|value)"\s*:')
+
 # White space and the marks of `special_text` are not among these.
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 
@@ -93,9 +96,11 @@ def render(
     for name, value in cleaned.items():
         if value is not None and name not in reader.read:
             count(account.columns, name)
-    texts = (value for name, value in cleaned.items() if name in reader.read and isinstance(value, str))
+    texts = [value for name, value in cleaned.items() if name in reader.read and isinstance(value, str)]
     if not _LIKE_MISSING.isdisjoint(texts):
         reader.saw("like_missing")
+    if dataset_format in ("text", "alpaca", "prompt_completion") and any(map(_MESSAGES.match, texts)):
+        reader.saw("messages_as_text")
     if any(_CONTROL.search(segment.text) for segment in segments):
         reader.saw("control")
     if any(is_unspelled(value) for name, value in cleaned.items() if name in reader.read):

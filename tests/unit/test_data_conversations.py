@@ -164,6 +164,22 @@ def test_ids_and_masks_are_those_of_transformers(tokenizer: Any, chat_template: 
     check()
 
 
+@pytest.mark.parametrize("published", ["phi3_training", "phi3_5_training"])
+def test_an_answer_in_several_marks_is_trained_as_transformers_does(published: str) -> None:
+    mine = with_template(small_tokenizer(), (TRL_TEMPLATES / f"{published}.jinja").read_text())
+    template = load_template("auto", "chat", mine)
+    for messages in (TURNS, TURNS * 2):
+        (document,) = encode([render({"messages": messages}, "chat", template)], mine)
+        theirs = mine.apply_chat_template(messages, return_assistant_tokens_mask=True)
+        learned = [i for i, target in zip(document.input_ids, document.mask, strict=True) if target]
+        wanted = [i for i, m in zip(theirs["input_ids"], theirs["assistant_masks"], strict=True) if m]
+        # The end token follows every answer here, also those after which the template writes none.
+        others = [i for i in document.input_ids.tolist() if i != mine.eos_token_id]
+        assert others == [i for i in theirs["input_ids"] if i != mine.eos_token_id]
+        assert [i for i in learned if i != mine.eos_token_id] == [i for i in wanted if i != mine.eos_token_id]
+        assert learned.count(mine.eos_token_id) == len(messages) // 2
+
+
 def test_prompts_and_completions_are_tokenized_as_trl_does() -> None:
     from trl import SFTConfig, SFTTrainer
 
@@ -920,6 +936,26 @@ def test_what_pandas_reads_as_missing_is_text_and_counted() -> None:
     account = Account()
     written({"prompt": "NaN?", "completion": "no", "other": "NaN"}, "none", account=account)
     assert not account.rows["like_missing"]
+
+
+def test_messages_as_json_text_in_a_column_of_texts_are_counted() -> None:
+    said = json.dumps(TURNS)
+    for row, template in (
+        ({"prompt": said, "completion": said}, "none"),
+        ({"text": f" {said}"}, "none"),
+        ({"instruction": "Give JSON.", "output": said, "tools": "[]", "history": "[]"}, "alpaca"),
+    ):
+        account = Account()
+        written(row, template, account=account)
+        (told,) = account.told(template, "answers")
+        assert told == (
+            "1 row has JSON of messages as a text; it is trained as that text (--messages_column names one "
+            "of messages) (first: f.jsonl:3)"
+        )
+    account = Account()
+    written({"messages": said}, account=account)
+    written({"text": "[1]"}, "none", account=account)
+    assert account == Account()
 
 
 def test_names_of_columns_are_told_escaped_and_not_without_end() -> None:
