@@ -77,7 +77,9 @@ _SYNONYMS = {
 # Words in other columns' names, for guessing flags.
 _ASKS = frozenset("question query prompt instruction input ask user human request title problem q".split())
 _SAYS = frozenset("answer reply response output completion assistant bot solution summary target a".split())
-_NO_TEXT = frozenset("id ids uuid index idx url link date time timestamp score rating lang language".split())
+_NO_TEXT = frozenset(
+    "id ids uuid index idx url link date time timestamp score rating lang language rejected".split()
+)
 
 _PLAIN_ANSWERS = ("completion", "output", "response")
 _OF_MESSAGES = ({"role", "content"}, {"from", "value"})

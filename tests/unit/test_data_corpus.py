@@ -502,7 +502,7 @@ def test_a_column_that_a_flag_names_is_in_one_of_the_data_sets(tmp_path: Path) -
         prepare(tmp_path, own, **renamed)
     third = write(tmp_path / "third.jsonl", [{"instruction": "1+3?", "output": "4"}])
     assert len(texts(prepare(tmp_path, other, third, **renamed)[0])) == 2
-    with pytest.raises(UserError, match=r"--completion_column answer: no such column in .*own.jsonl, "):
+    with pytest.raises(UserError, match=r"--completion_column answer: none of .*own.jsonl, "):
         prepare(tmp_path, own, third, **renamed)
 
 

@@ -137,6 +137,7 @@ def test_named_format_and_renamed_columns_must_be_there() -> None:
         recognise(["id", "words"], columns={})
     # Lists and objects are no text, and a prompt alone is no whole one.
     for found, arrays in (
+        (["prompt", "rejected"], []),
         (["data", "version"], ["data", "version"]),
         (["prompt", "completions"], ["completions"]),
     ):
