@@ -105,11 +105,12 @@ class RowSettings:
         for standard, given in self.columns.items():
             if standard not in used:
                 names = listed(self.dataset_name)
-                several = f"none of {names} has such a column and a format with {standard}"
+                told = f"no such column in {names}"
+                if len(self.dataset_name) > 1:
+                    told = f"none of {names} has such a column and a format with {standard}"
                 raise UserError(
-                    f"--{standard}_column {given}: "
-                    f"{several if len(self.dataset_name) > 1 else f'no such column in {names}'}. Drop the flag "
-                    f"if the column is called {standard}, or name the right column"
+                    f"--{standard}_column {given}: {told}. Drop the flag if the column is called {standard}, "
+                    "or name the right column"
                 )
 
     def load_template(self, row_format: str, tokenizer: Any) -> Template:
