@@ -148,7 +148,7 @@ _ROWS = {
     ),
     "like_missing": (
         "have",
-        "a column whose text is NaN, NA or the like; it is read as that text, not as a missing value",
+        "a column whose text is NaN, NA, inf or the like; it is read as that text, not as a missing value",
         None,
     ),
     "messages_as_text": (

@@ -11,7 +11,7 @@ import itertools
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,15 @@ def _check_names(names: Sequence[str], place: str) -> None:
         raise UserError(f"{place}: several columns have the name {twice[0]!r}; rename or remove all but one")
 
 
+def _check_fields(fields: Iterable[Any], place: str) -> None:
+    """Refuse fields of Arrow's that share a name, also within columns."""
+    fields = list(fields)
+    _check_names([field.name for field in fields], place)
+    for field in fields:
+        inner = [field.type.field(index) for index in range(field.type.num_fields)]
+        _check_fields(inner, f"{place}: within {field.name}")
+
+
 def _shortest(batch: Any) -> Any:
     """`batch` with its columns of float32 in float64, by their shortest spelling: 0.1, not 0.10000000149."""
     import pyarrow as pa
@@ -169,7 +178,7 @@ def _parquet_rows(path: Path, skip: int) -> Iterator[tuple[str, Row]]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
-            _check_names(file.schema_arrow.names, str(path))
+            _check_fields(file.schema_arrow, str(path))
             untidy = [field.name for field in file.schema_arrow if _UNTIDY.search(str(field.type))]
             for group in range(file.num_row_groups):
                 if number + (rows := file.metadata.row_group(group).num_rows) <= skip:

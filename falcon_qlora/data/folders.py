@@ -101,6 +101,9 @@ def files_of_folder(folder: Path, name: str, split: str) -> tuple[Sequence[Path]
         notes.append(f"{name}: not read, of split {other} by the name: {listed(names)}")
     if odd := [each for each in chosen if _other_words(Path(each), split)]:
         notes.append(f"{name}: of split {split}, though a word in the name is for another: {listed(odd)}")
+    columns = {part for each in chosen for part in Path(each).parts[:-1] if re.fullmatch(r"\w+=.*", part)}
+    if columns:
+        notes.append(f"{name}: not read, columns in the names of folders: {listed(sorted(columns))}")
     return [folder / each for each in chosen], notes
 
 

@@ -26,10 +26,11 @@ from falcon_qlora.data.json_rows import listed, numbers_in
 from falcon_qlora.data.special_text import SpecialText, clean, is_marked
 from falcon_qlora.data.templates import LACKING, REASONING, Segment, Template, Turn, guanaco_segments
 
-# Text that pandas, and so `datasets`, takes for a missing value in a table. Here it stays text.
+# Text that pandas, and so `datasets`, takes for a missing or infinite value in a table. Here it stays text.
 _LIKE_MISSING = frozenset(
-    "#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|-NaN|-nan|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|NaN|None|n/a|nan|null"
-    "".split("|")
+    "inf|-inf|Infinity|-Infinity|"
+    "#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|-NaN|-nan|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|NaN|None|n/a|nan"
+    "|null".split("|")
 )
 
 _OTHER_FORMAT = (

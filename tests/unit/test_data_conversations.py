@@ -927,7 +927,7 @@ def test_what_a_template_alters_is_counted() -> None:
 def test_what_pandas_reads_as_missing_is_text_and_counted() -> None:
     from pandas._libs.parsers import STR_NA_VALUES
 
-    for word in STR_NA_VALUES - {""}:
+    for word in {*STR_NA_VALUES, "inf", "-Infinity"} - {""}:
         account = Account()
         row = {"prompt": "Not a number?", "completion": word, "other": word}
         assert written(row, "none", account=account) == f"Not a number?[{word}]"

@@ -290,6 +290,11 @@ def test_values_of_parquet(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pa.table([[1], [2]], names=["a", "a"]), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a.parquet: several columns have the name 'a'"):
         rows_of(tmp_path / "a.parquet")
+    twice = pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], names=["k", "k"])
+    nested = pa.ListArray.from_arrays(pa.array([0, 1]), twice)
+    pyarrow.parquet.write_table(pa.table({"a": nested}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a.parquet: within a: .*several columns have the name 'k'"):
+        rows_of(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize("feature", ["Image", "Audio", "Video", "Pdf"])
@@ -504,6 +509,15 @@ def test_a_split_is_a_names_first_or_last_word(tmp_path: Path, name: str, split:
     own = [f"{word}.jsonl" for word in SPLIT_KEYWORDS["train"]]
     told = f"data: of split train, though a word in the name is for another: {name}"
     assert notes == ([told] if split == "train" and name not in ("contest.jsonl", *own) else [])
+
+
+def test_columns_in_names_of_folders_are_named(tmp_path: Path) -> None:
+    for name in ("lang=en/year=2020/a.jsonl", "lang=fr/b.jsonl", "x/c=d.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, '{"text": "a"}\n')
+    files, notes = files_of_folder(tmp_path, "d", "train")
+    assert len(files) == 3
+    assert notes == ["d: not read, columns in the names of folders: lang=en, lang=fr, year=2020"]
 
 
 def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
