@@ -136,22 +136,8 @@ def recognise(
             f"{source}: every row is a message (it has {listed(found)}), not a conversation. Put the "
             'messages of each conversation into one row: {"messages": [{"role": …, "content": …}, …]}'
         )
-    better = _better_of_pairs(found)
-    if dataset_format == "auto" and not renamed and better is not None:
-        raise UserError(
-            f"{source}: pairs of a chosen and a rejected answer (it has {listed(found)}). Preferences are "
-            "not trained here, answers are. To train on the chosen ones, name their column: "
-            f"--completion_column {quoted(better)} beside a column prompt, --output_column {quoted(better)} "
-            f"beside instruction, --messages_column {quoted(better)} where they are lists of messages, "
-            f"--text_column {quoted(better)} where they are whole texts"
-        )
-    rated = {"completion", "label"} <= set(found)
-    if dataset_format == "auto" and not renamed and all(missing.values()) and rated:
-        raise UserError(
-            f"{source}: answers with a label (it has {listed(found)}), as KTO's good and bad ones. "
-            "Preferences are not trained here, answers are: put the rows of good answers into a file without "
-            "the label, and name their column: --messages_column completion where they are lists of messages"
-        )
+    if dataset_format == "auto" and not renamed:
+        _refuse_preferences(found, fits, source)
     if dataset_format == "auto":
         fitting = [name for name in FORMATS if not missing[name]]
         # If several formats fit, a renamed column says which one is meant.
@@ -240,6 +226,25 @@ def _used(renamed: dict[str, str], dataset_format: str, source: str, *, others: 
             f"another with {' or '.join(f'--{column}_column' for column in known.required)}"
         )
     return used
+
+
+def _refuse_preferences(found: Collection[str], fits: bool, source: str) -> None:
+    """Refuse columns of better and worse answers, or of an answer with a label if they fit no format."""
+    untrained = "Preferences are not trained here, answers are"
+    if (better := _better_of_pairs(found)) is not None:
+        raise UserError(
+            f"{source}: pairs of a chosen and a rejected answer (it has {listed(found)}). {untrained}. "
+            f"To train on the chosen ones, name their column: --completion_column {quoted(better)} beside a "
+            f"column prompt, --output_column {quoted(better)} beside instruction, --messages_column "
+            f"{quoted(better)} where they are lists of messages, --text_column {quoted(better)} where they "
+            "are whole texts"
+        )
+    if not fits and {"completion", "label"} <= set(found):
+        raise UserError(
+            f"{source}: answers with a label (it has {listed(found)}), as KTO's good and bad ones. "
+            f"{untrained}: put the rows of good answers into a file without the label, and name their "
+            "column: --messages_column completion where they are lists of messages"
+        )
 
 
 def _better_of_pairs(found: Collection[str]) -> str | None:
