@@ -199,7 +199,9 @@ def test_output_and_every_gradient_are_the_recurrences(form, kind, device):
     assert max(far.values()) < 3e-5, far
 
 
-@pytest.mark.parametrize(("head_size", "state"), [(16, 64), (64, 16), (32, 128)])
+@pytest.mark.parametrize(
+    ("head_size", "state"), [(16, 64), (64, 16), pytest.param(32, 128, marks=pytest.mark.slow)]
+)
 def test_heads_and_states_in_several_tiles(head_size, state, device):
     space = parameters(device, heads_a_group=1, head_size=head_size, state=state)
     lengths = (20, 13)
@@ -210,6 +212,7 @@ def test_heads_and_states_in_several_tiles(head_size, state, device):
     assert max(errors(found, truth(projected, grad, space, lengths), space).values()) < 3e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ALWAYS)
 def test_bfloat16_is_hardly_further_from_float64_than_what_is_kept_in_it(kind, device):
     """The plain form rounds what lies in memory too, and Triton's the operands of products as well."""
