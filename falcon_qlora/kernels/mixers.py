@@ -48,7 +48,7 @@ class RotatedAttention:
         cosine: ``[T, D]``, of the rotary embedding.
         sine: ``[T, D]``, likewise.
         kv_heads: G.
-        scale: of the output.
+        scale: of the output; 1 where attention has tensors of its own.
     """
 
     attention: Attention
