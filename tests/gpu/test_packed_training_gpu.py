@@ -75,10 +75,10 @@ def test_one_document_does_not_reach_another(layout: str, mode: str) -> None:
         results.append((logits.detach(), {name: grad.clone() for name, grad in gradients(model).items()}))
     assert torch.equal(results[0][0], results[1][0])
     for name, gradient in results[0][1].items():
-        # Sums over tokens are split by the kernels as they like, and attention's backward adds up in any
-        # order; what leaked would be far larger.
+        # Attention's backward adds up in any order: on an H200 Falcon-H1's differed by 3e-4 of the largest
+        # value. What leaked would be far larger.
         torch.testing.assert_close(
-            gradient, results[1][1][name], rtol=2e-2, atol=1e-4 * float(gradient.abs().max()) + 1e-7
+            gradient, results[1][1][name], rtol=2e-2, atol=2e-3 * float(gradient.abs().max()) + 1e-7
         )
 
 
