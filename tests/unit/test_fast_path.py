@@ -651,7 +651,6 @@ def test_decide_says_why_not(changes, reason):
         ({"lora_dropout": 0.05}, {"lora_dropout": 0.05}),
         ({"scaled": True}, {"scales": True}),
         ({"prefix_rows": 5}, {"prefix": True}),
-        ({"without_fp8": "Falcon3"}, {"family": "Falcon3"}),
         ({"without_fp8": "Falcon-H1"}, {"family": "Falcon-H1"}),
     ],
 )
