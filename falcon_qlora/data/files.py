@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
 import re
 import sys
 from collections import Counter
@@ -66,12 +67,30 @@ def remarks(path: Path) -> list[str]:
     suffix = data_suffix(path)
     told: list[str] = []
     if suffix == ".parquet":
-        return told
+        return _parquet_remarks(path)
     with told_with_file(path):
         if (encoding := encoding_of(path)) != "utf-8-sig":
             told.append(f"read as {encoding.upper()}")
         told += _csv_remarks(path) if suffix in (".csv", ".tsv") else json_remarks(path)
     return told
+
+
+def _parquet_remarks(path: Path) -> list[str]:
+    """That columns hold numbers for names, where `datasets` wrote so into a Parquet file."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        written = (file.schema_arrow.metadata or {}).get(b"huggingface")
+    try:
+        features = json.loads(written or b"{}").get("info", {}).get("features") or {}
+        classes = [name for name, each in features.items() if each["_type"] == "ClassLabel"]
+    except (ValueError, TypeError, AttributeError, LookupError):
+        return []  # not as `datasets` writes it
+    return [
+        f"column {name} holds numbers of classes, which are read as numbers and not as the names they stand "
+        f"for ({one_line(features[name].get('names'), limit=80)})"
+        for name in classes
+    ]
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:

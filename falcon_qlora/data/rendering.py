@@ -38,6 +38,12 @@ _OTHER_FORMAT = (
     "--dataset_name"
 )
 
+# What says of an answer that it is good or bad.
+_GOOD_OR_BAD = (
+    "0 1 -1 0.0 1.0 -1.0 good bad yes no desirable undesirable chosen rejected accepted up down "
+    "thumbs_up thumbs_down"
+).split()
+
 # A text with messages written out, as tables of text hold lists.
 _MESSAGES = re.compile(r'\s*\[\s*\{\s*"(role|from|content|value)"\s*:')
 
@@ -256,14 +262,15 @@ def _alpaca(reader: _Reader) -> list[Turn]:
 def _refuse_kto(reader: _Reader, dataset_format: str) -> None:
     """Refuse rows that say whether their answer is good or bad.
 
-    A 0 or 1 in `label` counts only beside a prompt and its completion; elsewhere it may label anything.
+    Numbers and words in `label` count only beside a prompt and its completion; elsewhere it may label
+    anything.
     """
     marks = ["true", "false"]
     if "prompt" in FORMATS[dataset_format].required:
-        marks += ["0", "1", "0.0", "1.0"]
+        marks += _GOOD_OR_BAD
     for column, says in (("label", marks), ("kto_tag", (*marks, "0", "1"))):
         value = reader.peek(column)
-        if str(value).lower() in says:
+        if str(value).strip().lower() in says:
             raise UserError(
                 f"{reader.where(column)} is {value}: rows of KTO, whose answers are good or bad. "
                 "Preferences are not trained here, answers are: put the rows of good answers into a file "

@@ -767,7 +767,10 @@ def test_preferences_are_not_trained_as_answers() -> None:
     assert account.columns == {"rejected": 1}
     said = {"messages": [ASKED, {"role": "assistant", "content": "Rain."}]}
     for row, form in (
-        *(({"prompt": "a", "completion": "b", "label": label}, "none") for label in (True, "False", 0, 1.0)),
+        *(
+            ({"prompt": "a", "completion": "b", "label": label}, "none")
+            for label in (True, "False", 0, 1.0, -1, "Bad ")
+        ),
         (said | {"label": False}, "falcon-instruct"),
         (said | {"kto_tag": True}, "falcon-instruct"),
     ):

@@ -698,3 +698,20 @@ def test_a_file_that_is_linked_beside_itself_is_read_once(tmp_path: Path) -> Non
     files, notes = files_of_folder(tmp_path, "rows", "train")
     assert [file.name for file in files] == ["a.jsonl"]
     assert notes == ["rows: not read, a link to a file that lies here too: link.jsonl"]
+
+
+def test_numbers_of_classes_are_told(tmp_path: Path) -> None:
+    import datasets
+
+    rows = {"prompt": ["Is it good?"], "completion": [1]}
+    classes = datasets.ClassLabel(names=["no", "yes"])
+    features = datasets.Features({"prompt": datasets.Value("string"), "completion": classes})
+    path = tmp_path / "classes.parquet"
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+    (told,) = find_source(str(path)).notes()
+    assert "column completion holds numbers of classes" in told
+    assert "['no', 'yes']" in told
+    for metadata in (b"[]", b"{", b'{"info": 1}', b'{"info": {"features": {"prompt": "x"}}}'):
+        table = pa.table({"prompt": ["a"]}).replace_schema_metadata({b"huggingface": metadata})
+        pyarrow.parquet.write_table(table, path)
+        assert find_source(str(path)).notes() == []
