@@ -106,11 +106,13 @@ def test_a_run_is_resumed_merged_and_asked(folder: Path) -> None:
     assert cli.main(["eval", "-m", str(merged), "--dataset_name", str(folder / "rows.jsonl")]) == 0
 
 
-def test_fp8_is_refused_in_a_sentence(folder: Path) -> None:
-    told = "--compute_dtype fp8: there are no FP8 products for Falcon3 yet: set --compute_dtype bf16"
-    with fp8.emulated(), pytest.raises(UserError) as refused:
-        run(folder, "refused", 1, compute_dtype="fp8")
-    assert str(refused.value) == told
+def test_fp8_trains_what_bfloat16_trains(folder: Path) -> None:
+    in_bfloat16 = run(folder, "in_bf16", 3, compute_dtype="bf16")
+    with fp8.emulated():
+        in_fp8 = run(folder, "in_fp8", 3, compute_dtype="fp8")
+    assert "FP8" in (folder / "in_fp8/kernels.json").read_text()
+    assert in_fp8 != in_bfloat16
+    assert in_fp8 == pytest.approx(in_bfloat16, rel=0.03)
 
 
 def test_packed_gives_the_losses_of_padded_and_plain_peft_opens_the_adapter(
