@@ -179,7 +179,7 @@ CHANGED: dict[str, Case] = {
     ),
     "output_dir": Case("run-elsewhere", seen=lambda seen: seen.folder.name),
     "config": Case("recipe.yaml"),
-    "resume": Case("latest", refusal="no checkpoint yet"),
+    "resume": Case("latest", refusal="there is no such folder"),
     "overwrite": Case(True, {"output_dir": "there"}),
     "num_train_epochs": Case(2.0, {"max_steps": -1, "per_device_train_batch_size": 8}),
     "max_steps": Case(1, without=2),
