@@ -16,7 +16,14 @@ from torch import Tensor
 from falcon_qlora.kernels import fp8, ops
 from falcon_qlora.kernels.fp8_block import MARGIN, Weight
 from falcon_qlora.kernels.fp8_rows import DTYPE, LARGEST, Rows
-from falcon_qlora.kernels.frozen_linear import Adapter, Projection, SharedInput, SharedOutput, Workspace
+from falcon_qlora.kernels.frozen_linear import (
+    Adapter,
+    Group,
+    Projection,
+    SharedInput,
+    SharedOutput,
+    Workspace,
+)
 from falcon_qlora.kernels.low_rank import LowRank
 
 
@@ -74,8 +81,8 @@ class Fp8Group:
         return values
 
 
-class Fp8SharedInput(SharedInput):
-    """`SharedInput` in FP8. What it is given and returns has no columns of LoRA."""
+class _InFp8(Group):
+    """What both kinds of groups share: the products."""
 
     def __init__(
         self,
@@ -88,8 +95,16 @@ class Fp8SharedInput(SharedInput):
         self.group = group
         self.columns = 0
 
+    def _product(self, x: Tensor, *, transpose: bool = False) -> Tensor:
+        """See `Fp8Group.product`."""
+        return self.group.product(x, self.projections, self.workspace, transpose=transpose)
+
+
+class Fp8SharedInput(_InFp8, SharedInput):
+    """`SharedInput` in FP8. What it is given and returns has no columns of LoRA."""
+
     def project(self, extended: Tensor, again: bool) -> tuple[Tensor, Tensor]:
-        projected = self.group.product(extended, self.projections, self.workspace)
+        projected = self._product(extended)
         low = extended.new_empty(extended.shape[0], self.used)
         for index, (rank, outputs) in enumerate(zip(self.ranks, self.outputs, strict=True)):
             if self.projections[index].rank:
@@ -102,29 +117,18 @@ class Fp8SharedInput(SharedInput):
         return self._adapter_gradients(extended, self._low_grad, low, x)
 
     def input_gradient(self, extended: Tensor) -> Tensor:
-        of_x = self.group.product(extended, self.projections, self.workspace, transpose=True)
+        of_x = self._product(extended, transpose=True)
         if self.used:
             a = torch.cat([a for a, _ in self.adapters if a is not None]).to(of_x.dtype)
             fp8.add(of_x, LowRank(self._low_grad, a))
         return of_x
 
 
-class Fp8SharedOutput(SharedOutput):
+class Fp8SharedOutput(_InFp8, SharedOutput):
     """`SharedOutput` in FP8. What it is given and returns has no columns of LoRA."""
 
-    def __init__(
-        self,
-        projections: Sequence[Projection],
-        adapters: Sequence[Adapter],
-        workspace: Workspace,
-        group: Fp8Group,
-    ) -> None:
-        super().__init__(projections, adapters, workspace)
-        self.group = group
-        self.columns = 0
-
     def forward(self, extended: Tensor, addend: Tensor) -> tuple[Tensor, Tensor]:
-        output = self.group.product(extended, self.projections, self.workspace)
+        output = self._product(extended)
         low = self.low_rank_of([extended[:, columns] for columns in self.inputs])
         added = LowRank(low, self._all_b(extended).T) if self.used else None
         return fp8.add(output, added, (addend,)), low
@@ -133,7 +137,7 @@ class Fp8SharedOutput(SharedOutput):
         return self._put_all_t(inputs, inputs[0].new_empty(inputs[0].shape[0], self.used))
 
     def input_gradient(self, grad: Tensor) -> tuple[Tensor, Tensor]:
-        of_joined = self.group.product(grad, self.projections, self.workspace, transpose=True)
+        of_joined = self._product(grad, transpose=True)
         low_grad = grad @ self._all_b(grad)
         for (a, _), rank, inputs in zip(self.adapters, self.ranks, self.inputs, strict=True):
             if a is not None:

@@ -69,7 +69,7 @@ class Projection:
     dropout: Dropout | None = None
 
 
-class _Group:
+class Group:
     """Linears that are multiplied as one, and the slices of each.
 
     Attributes:
@@ -121,7 +121,7 @@ class _Group:
             add_dropped(of_x, u, a.to(of_x.dtype), self.projections[index].dropout)
 
 
-class SharedInput(_Group):
+class SharedInput(Group):
     """Linears with one input: their outputs are side by side.
 
     Attributes:
@@ -216,7 +216,7 @@ class SharedInput(_Group):
         return torch.mm(extended, weight)
 
 
-class SharedOutput(_Group):
+class SharedOutput(Group):
     """Linears whose outputs are added up: their inputs are side by side.
 
     Attributes:

@@ -106,9 +106,7 @@ def _plain_norms(base: Any) -> dict[str, nn.Module]:
         if isinstance(norm, SameDtypeLayerNorm):
             plain: nn.Module = nn.LayerNorm(norm.normalized_shape, eps=norm.eps)
         elif isinstance(norm, SameDtypeRMSNorm):
-            plain = modeling_llama.LlamaRMSNorm(len(norm.weight), norm.variance_epsilon).to(
-                norm.weight.device
-            )
+            plain = modeling_llama.LlamaRMSNorm(len(norm.weight), norm.variance_epsilon)
         else:
             continue
         norms[name] = norm
