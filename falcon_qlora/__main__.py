@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from falcon_qlora.common import late_imports
 from falcon_qlora.common.errors import (
     EXIT_BUG,
     EXIT_USER_ERROR,
@@ -34,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         The exit status: 0, 2 for what the user can fix, 1 for any other error, 130 after Ctrl-C.
     """
     words = sys.argv[1:] if argv is None else argv
+    if argv is None and words[:1] != ["bench"]:  # which compiles the models of others
+        late_imports.put_off()
     write_every_character()
     try:
         with panics_as_errors():

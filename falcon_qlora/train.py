@@ -7,15 +7,18 @@ Nothing imports this module: importing it would replace the package's function `
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
-from falcon_qlora.common import allocator
+from falcon_qlora.common import allocator, late_imports
 
 allocator.use_expandable_segments()  # before torch is loaded
+gc.disable()  # until the libraries are loaded: looking for garbage takes a fifth of that time
+late_imports.put_off()
 
 from falcon_qlora.config import parse  # noqa: E402
-from falcon_qlora.processes import endings, launcher, ranks, stop_signals, watchdog  # noqa: E402
+from falcon_qlora.processes import devices, endings, launcher, ranks, stop_signals, watchdog  # noqa: E402
 from falcon_qlora.terminal.library_logging import quiet_libraries  # noqa: E402
 from falcon_qlora.terminal.output import drop_what_cannot_be_written, say_loading  # noqa: E402
 from falcon_qlora.training.run import train  # noqa: E402
@@ -23,6 +26,7 @@ from falcon_qlora.training.run import train  # noqa: E402
 
 def main() -> None:
     drop_what_cannot_be_written()
+    devices.open_gpu()
     stop_signals.install()
     watchdog.record_collectives()
     quiet_libraries(progress_bars=ranks.is_main_process())

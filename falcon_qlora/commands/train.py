@@ -23,6 +23,7 @@ from typing import Any
 
 from falcon_qlora import config
 from falcon_qlora.common.errors import EXIT_BUG, EXIT_HANGING, EXIT_USER_ERROR, UserError
+from falcon_qlora.config import Configuration
 from falcon_qlora.config.arguments import LaunchArguments
 from falcon_qlora.processes import command_clock, launcher
 from falcon_qlora.processes.launcher import SAME_REQUEST_SECONDS, STOP_SIGNALS
@@ -53,9 +54,6 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
     launch: LaunchArguments = configuration.extra
     _check(launch)
     say_loading()
-    from falcon_qlora.commands.first_look import look
-
-    look(configuration)
     processes = _processes(launch.gpus)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
@@ -65,11 +63,18 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
         words = [_WORKER, str(os.getpid()), worker_module, *flags]
         try:
             if processes == 1 and _on_one_node(launch) and launch.max_restarts == 0:
-                return _run_one(words, Path(folder))
+                return _run_one(words, Path(folder), meanwhile=lambda: _look(configuration))
+            _look(configuration)
             agent = [*_torchrun_flags(launch, processes), f"--log-dir={folder}", "--module"]
             return _launch([*agent, *words], Path(folder))
         finally:
             del os.environ[launcher.VARIABLE]
+
+
+def _look(configuration: Configuration) -> None:
+    from falcon_qlora.commands.first_look import look
+
+    look(configuration)
 
 
 @contextlib.contextmanager
@@ -158,18 +163,20 @@ class _Ended(BaseException):
         self.number = number
 
 
-def _run_one(words: list[str], folder: Path) -> int:
+def _run_one(words: list[str], folder: Path, meanwhile: Callable[[], None]) -> int:
     """Run the only worker and turn how it ended into an exit status.
 
     Args:
         words: its module and that module's arguments.
         folder: where the launcher and the worker leave marks for each other.
+        meanwhile: called while the worker loads libraries; what it raises ends the worker.
     """
     worker, ended, stop = None, None, _StopOnce(folder)
     with stop_signals_to(stop):
         try:
             # In a session of its own, so that only the launcher gets Ctrl-C, and passes it on.
             worker = subprocess.Popen([sys.executable, "-u", "-m", *words], start_new_session=True)
+            meanwhile()
             code = worker.wait()
         except _Ended as asked:
             ended = asked
@@ -179,6 +186,11 @@ def _run_one(words: list[str], folder: Path) -> int:
                     worker.wait(_LEAVE_SECONDS)
                 worker.kill()
                 worker.wait()
+        except BaseException:
+            if worker is not None:
+                worker.kill()
+                worker.wait()
+            raise
     if ended is not None:
         return _end(ended, folder)
     if code == 0:

@@ -3,24 +3,28 @@
 On some CPUs, bitsandbytes asks the package `kernels` for a kernel from the network while it is imported. That
 kernel would compute other bits; where there is none, bitsandbytes warns. It also wraps functions in
 `torch.compile` that no device with kernels of its own calls, which makes PyTorch load its compiler: seconds.
-Transformers prints a line on every process if WANDB_MODE is offline. Transformers and TRL each list all
-installed packages, which takes a second or two where there are many. TRL imports W&B even if nothing reports
-to it, and Transformers imports part of SciPy for losses of object detection.
+Transformers prints a line on every process if WANDB_MODE is offline. Transformers and TRL list all installed
+packages to find one, which takes a second or two where there are many; Transformers also reads the files of
+all its models. TRL imports W&B even if nothing reports to it, and Transformers imports part of SciPy for
+losses of object detection.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
+import hashlib
 import io
+import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import find_spec, spec_from_file_location
+from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from falcon_qlora.common.late_imports import OnUse
 
 ASKS = "bitsandbytes.backends.cpu.ops"
 COMPILES = "bitsandbytes.backends.default.ops"
@@ -72,48 +76,74 @@ class _Silent(SourceFileLoader):
             super().exec_module(module)
 
 
-class _AskedOnce(SourceFileLoader):
-    """Loads `LISTS`, which share one list of the installed packages."""
+class _Distributions(dict[str, list[str]]):
+    """Package → the distributions that hold it; all are listed only for a package of another name."""
 
-    _list: Callable[[], Any] | None = None
+    _all: dict[str, list[str]] | None = None
+
+    def __missing__(self, package: str) -> list[str]:
+        from importlib import metadata
+
+        try:
+            self[package] = [metadata.distribution(package).name]
+        except metadata.PackageNotFoundError:
+            if self._all is None:
+                self._all = dict(metadata.packages_distributions())
+            self[package] = self._all[package]
+        return self[package]
+
+    def get(self, package: str, default: Any = None) -> Any:
+        try:
+            return self[package]
+        except KeyError:
+            return default
+
+
+class _AsksForOne(SourceFileLoader):
+    """Loads `LISTS`, with a list of packages that looks up single ones, and with `_remembered`."""
+
+    _distributions = _Distributions()
 
     def exec_module(self, module: ModuleType) -> None:
         from importlib import metadata
 
         listing = metadata.packages_distributions
-        if _AskedOnce._list is None:
-            _AskedOnce._list = functools.cache(listing)
-        metadata.packages_distributions = _AskedOnce._list
+        metadata.packages_distributions = lambda: self._distributions  # type: ignore[assignment]
         try:
             super().exec_module(module)
         finally:
             metadata.packages_distributions = listing
+        if hasattr(module, "define_import_structure"):
+            module.define_import_structure = _remembered(module.define_import_structure)
 
 
-class _OnUse(ModuleType):
-    """Stands in for a module, which is imported only when something of it is used.
+def _remembered(define: Callable[..., Any]) -> Callable[..., Any]:
+    """Transformers' `define_import_structure`, which reads the files of all models to learn what is in them.
 
-    Args:
-        name: the module's name.
-        wanted: names that the importing module looks up or imports before it uses anything.
+    For an installed release, whose files do not change, the result is kept in the user's cache.
     """
 
-    def __init__(self, name: str, wanted: Sequence[str]):
-        super().__init__(name)
-        self._wanted = wanted
+    def defined(module_path: Any, prefix: str | None = None) -> Any:
+        folder = Path(module_path)
+        folder = folder.parent if folder.is_file() else folder
+        is_installed = any(folder.parents[1].glob("transformers-*.dist-info"))
+        if folder.name != "models" or not is_installed:
+            return define(module_path, prefix=prefix)
+        from falcon_qlora.common.files import user_cache, write_text
 
-    def __getattr__(self, name: str) -> Any:
-        if sys.modules.get(self.__name__) is self:  # the modules that import it are still being loaded
-            if name in self._wanted:
-                return functools.partial(_call, self.__name__, name)
-            if name.startswith("__"):  # `inspect` asks every module for these
-                raise AttributeError(name)
-            del sys.modules[self.__name__]
-        return getattr(import_module(self.__name__), name)
+        key = hashlib.sha256(f"{folder} {folder.stat().st_mtime_ns} {prefix}".encode()).hexdigest()
+        kept = user_cache("libraries") / f"{key[:32]}.json"
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+            found = json.loads(kept.read_text(encoding="utf-8"))
+            return {frozenset(needs): {name: set(has) for name, has in of.items()} for needs, of in found}
+        found = define(module_path, prefix=prefix)
+        plain = [[[*needs], {name: [*has] for name, has in of.items()}] for needs, of in found.items()]
+        with contextlib.suppress(OSError):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_text(kept, json.dumps(plain))
+        return found
 
-
-def _call(module: str, function: str, *args: Any, **kwargs: Any) -> Any:
-    return getattr(import_module(module), function)(*args, **kwargs)
+    return defined
 
 
 class _Late(SourceFileLoader):
@@ -126,7 +156,7 @@ class _Late(SourceFileLoader):
             spec = find_spec(name)
         if name in sys.modules or spec is None:
             return super().exec_module(module)
-        later = sys.modules[name] = _OnUse(name, wanted)
+        later = sys.modules[name] = OnUse(name, wanted)
         later.__spec__ = spec  # others check it to see whether the library is installed
         try:
             super().exec_module(module)
@@ -139,7 +169,7 @@ _LOADERS: dict[str, type[SourceFileLoader]] = {
     ASKS: _Alone,
     COMPILES: _Uncompiled,
     PRINTS: _Silent,
-    **dict.fromkeys(LISTS, _AskedOnce),
+    **dict.fromkeys(LISTS, _AsksForOne),
     **dict.fromkeys(EARLY, _Late),
 }
 

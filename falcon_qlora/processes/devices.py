@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import threading
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.processes import launcher
 from falcon_qlora.processes.ranks import local_process_index
 
 if TYPE_CHECKING:
@@ -14,6 +17,18 @@ if TYPE_CHECKING:
 
 # Only the fast path computes in FP8: the model and LoRA are in bfloat16.
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "bfloat16"}
+
+
+def open_gpu() -> None:
+    """Have a thread open this process's GPU, which takes about a second, while torch is being imported."""
+
+    def retain() -> None:
+        driver, device, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_void_p()
+        driver.cuDeviceGet(ctypes.byref(device), local_process_index())
+        driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)  # which torch will use
+
+    if launcher.visible_gpus() > local_process_index():
+        threading.Thread(target=retain, name="open_gpu", daemon=True).start()
 
 
 def local_device() -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,6 +49,9 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
         from falcon_qlora.training.disk import check_disk, waiting_saves
         from falcon_qlora.training.sharding import shard_if_wanted
 
+        if not gc.isenabled():  # as `falcon_qlora.train` has it; what the libraries made stays
+            gc.freeze()
+            gc.enable()
     base, run, training = configuration.model, configuration.run, configuration.training
     start = preflight.check(configuration, lock)
     max_length, method = configuration.data.max_length, configuration.method

@@ -7,7 +7,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,13 @@ def command(*arguments: str | Path, timeout: float = 240) -> subprocess.Complete
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
-def in_process(argv: list[str], folder: Path) -> int:
+def in_process(argv: list[str], folder: Path, meanwhile: Callable[[], None]) -> int:
     """What `commands.train._run_one` does, in this process: for tests of what is typed, not of processes."""
     from falcon_qlora import config
     from falcon_qlora.processes import endings
     from falcon_qlora.training import run
 
+    meanwhile()
     words = argv[argv.index("falcon_qlora.train") + 1 :]
     return endings.exit_status(lambda: run.train(config.parse(words)))
 

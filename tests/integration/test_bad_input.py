@@ -58,7 +58,8 @@ class Refusal:
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have `falcon-qlora train` run its one worker in this process."""
 
-    def run_one(argv: list[str], folder: Path) -> int:
+    def run_one(argv: list[str], folder: Path, meanwhile: Callable[[], None]) -> int:
+        meanwhile()
         quiet_libraries()
         words = argv[argv.index("falcon_qlora.train") + 1 :]
         return endings.exit_status(lambda: run.train(parse(words)))

@@ -13,6 +13,7 @@ import json
 import re
 import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -212,7 +213,8 @@ def test_what_a_message_proposes_is_taken(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def begun(argv: list[str], folder: Path) -> int:
+    def begun(argv: list[str], folder: Path, meanwhile: Callable[[], None] = lambda: None) -> int:
+        meanwhile()
         if "falcon_qlora.train" in argv:
             config.parse(argv[argv.index("falcon_qlora.train") + 1 :])
         return 0
@@ -233,7 +235,8 @@ def test_and_by_what_opens_models(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def train(argv: list[str], folder: Path) -> int:
+    def train(argv: list[str], folder: Path, meanwhile: Callable[[], None]) -> int:
+        meanwhile()
         parsed = argv[argv.index("falcon_qlora.train") + 1 :]
         return endings.exit_status(lambda: run.train(config.parse(parsed)))
 

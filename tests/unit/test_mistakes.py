@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,8 @@ SETTINGS = FalconParser(LaunchArguments).settings
 def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
     """Runs a command line in a folder of rows, runs and broken files, and gives the one message."""
 
-    def run_one(argv: list[str], folder: Path) -> int:
+    def run_one(argv: list[str], folder: Path, meanwhile: Callable[[], None] = lambda: None) -> int:
+        meanwhile()
         words = argv[argv.index("falcon_qlora.train") + 1 :]
         return endings.exit_status(lambda: run.train(config.parse(words)))
 
