@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from falcon_qlora.models.layouts import causal_lm_in
 from falcon_qlora.models.sharded import local_tensor, own_parts
 from falcon_qlora.models.tensor_files import read_tensor, stored_tensors
 from falcon_qlora.models.token_rows import rows_of
+from falcon_qlora.models.undrawn import Undrawn
 from falcon_qlora.processes import devices
 from falcon_qlora.step.loss import sum_of_losses
 from falcon_qlora.terminal.console import note
@@ -108,15 +110,18 @@ def _check_tensors(
 ) -> None:
     saved = read_adapter(folder)
     config: Any = model.config
-    saved.check(config)
-    _check_equal(saved, model, state)
+    with ThreadPoolExecutor(2) as beside:  # each reads all tensors
+        equal = beside.submit(_check_equal, saved, model, state)
+        zeros = beside.submit(saved.zero_tensors, config)
+        saved.check(config)
+        equal.result()
     # PEFT's file records less than the method; _check_loss tries out what it does record.
     if saved.method.opened_by != "peft" and saved.method != method_of(model):
         raise AdapterFaultError(
             f"{folder} is of {saved.method.describe()}; the model in memory is of "
             f"{method_of(model).describe()}"
         )
-    zero = [] if trained is False else saved.zero_tensors(config)
+    zero = [] if trained is False else zeros.result()
     if trained is None:
         moved = {_kind(name) for name in saved.method.saved_shapes(config).keys() - set(zero)}
         zero = [name for name in zero if _kind(name) in moved]
@@ -184,7 +189,7 @@ def _losses(
     expected = sum_of_losses(peft_model.eval(), batch).item()
     try:
         # Not with low_cpu_mem_usage: PEFT would round the adapter to the base's dtype.
-        with past_pefts_refusal(causal_lm_in(peft_model)):
+        with past_pefts_refusal(causal_lm_in(peft_model)), Undrawn():
             peft_model.load_adapter(str(folder), _PROBE, torch_device=str(device))
     except torch.OutOfMemoryError:
         raise

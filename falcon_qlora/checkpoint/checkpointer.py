@@ -86,6 +86,7 @@ class _Content:
         trained: see `Method.trained_state`; None: read from the model.
         files: names of torch files → what they hold.
         parts: the manifest's entries for files that are already written.
+        has_adapter: whether the folder holds the adapter already.
     """
 
     step: int
@@ -98,6 +99,7 @@ class _Content:
     best: str | None
     processes: int
     parts: dict[str, Any]
+    has_adapter: bool = False
 
 
 @dataclass(eq=False)
@@ -168,6 +170,22 @@ class Checkpointer:
 
     def checkpoint(self, step: int) -> Path:
         return self.folder / f"step-{step}"
+
+    def reserve(self, model: nn.Module, optimizer: Any) -> None:
+        """Allocate memory for the copies on a thread: pinning it takes a second, in which the GPU would wait.
+
+        Sharded models and hosts without room are left to `save`.
+
+        Args:
+            optimizer: once it has taken a step.
+        """
+        if not ranks.is_main_process() or is_sharded(model) or not torch.cuda.is_available():
+            return
+        trained = method_of(model).trained_state(model)
+        state = {} if self.weights_only else optimizer.state_dict()
+        sizes = [tensor.nbytes for tensor in tensors_in([trained, state])]
+        if self._copies.more_bytes(sizes) <= _MOST_OF_FREE * free_host_bytes():
+            threading.Thread(target=self._copies.reserve, args=(sizes,), daemon=True).start()
 
     def save(self, moment: Moment) -> None:
         """Write ``step-N`` with the adapter, optimizer, schedule, every process's state and the trainer's.
@@ -298,6 +316,7 @@ class Checkpointer:
             check_opening(partial, model)
             self._opened_form = form_of(partial)
             self.opened_step = moment.step
+            content = dataclasses.replace(content, has_adapter=True)
         if fits:
             self._beside(lambda: self._try(lambda: self._make(content), moment.step))
         else:
@@ -456,21 +475,22 @@ class Checkpointer:
         partial, model = content.partial, content.model
         self._copies.wait()
         with write.disk_errors():
-            method_of(model).save(model, partial, content.trained)
+            if not content.has_adapter:
+                method_of(model).save(model, partial, content.trained)
             self.describe_adapter(partial)
-            for name, held in content.files.items():
-                torch.save(held, partial / name)
-            if content.cursor is not None:
-                process_state.save_cursor(partial, content.cursor)
-        (partial / process_state.TRAINER_STATE).write_text(content.trainer_state, encoding="utf-8")
         about = {"step": content.step, "processes": content.processes, "resumable": not self.weights_only}
-        files = [file for file in partial.iterdir() if file.name not in content.parts]
-        with ThreadPoolExecutor(3) as beside:  # the disk, the hashes and the reading back
-            described = beside.submit(write_manifest, partial, about | self.record, content.parts)
+        with ThreadPoolExecutor(3) as beside:  # the reading back, the disk and the hashes
+            checked = beside.submit(check_tensors, partial, model, content.trained)
+            with write.disk_errors():
+                for name, held in content.files.items():
+                    torch.save(held, partial / name)
+                if content.cursor is not None:
+                    process_state.save_cursor(partial, content.cursor)
+            (partial / process_state.TRAINER_STATE).write_text(content.trainer_state, encoding="utf-8")
+            files = [file for file in partial.iterdir() if file.name not in content.parts]
             flushed = [beside.submit(flush, file) for file in files]
-            check_tensors(partial, model, content.trained)
-            described.result()
-            for each in flushed:
+            write_manifest(partial, about | self.record, content.parts)
+            for each in (checked, *flushed):
                 each.result()
         if self._opened_form is not None and form_of(partial) != self._opened_form:
             raise AdapterFaultError(f"{partial} has another configuration than what was opened before")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,10 @@ def _piece_bytes(size: int) -> int:
     return max(_PIECE_BYTES, 1 << (size - 1).bit_length())
 
 
+def _new_piece(size: int) -> Any:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available()).numpy()
+
+
 def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
@@ -90,6 +96,8 @@ class HostCopies:
 
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
+        self._ready: list[Any] = []
+        self._stop_reserving = threading.Event()
         self._piece: Any = np.empty(0, dtype=np.uint8)
         self._taken = 0
         self._copied: Any = None
@@ -98,6 +106,15 @@ class HostCopies:
         """Host memory that `take` would add for tensors of these sizes in bytes, in their order."""
         return 0 if self._buffers else copy_bytes(sizes)
 
+    def reserve(self, sizes: Iterable[int]) -> None:
+        """Allocate what the first `take` will need for tensors of these sizes; on any thread, before it."""
+        for _ in range(self.more_bytes(sizes) // _PIECE_BYTES):
+            began = time.monotonic()
+            self._ready.append(_new_piece(_PIECE_BYTES))
+            # Nothing can be queued for the GPU meanwhile, so only for a small share of the time.
+            if self._stop_reserving.wait(9 * (time.monotonic() - began)):
+                return
+
     def take(self, tree: Any) -> Any:
         """`tree` with each tensor replaced by its copy, which the next call of `take` overwrites.
 
@@ -105,6 +122,7 @@ class HostCopies:
             tree: nested dictionaries, lists and tuples; other values are kept as they are. An iterator of
                 names and tensors becomes a dictionary: they are copied one by one.
         """
+        self._stop_reserving.set()
         devices = {tensor.device for tensor in tensors_in(tree) if tensor.is_cuda}
         if devices and any(getattr(tensor, "is_paged", False) for tensor in tensors_in(tree)):
             torch.cuda.synchronize()  # bitsandbytes' paged state: the host reads what the GPU may be writing
@@ -145,9 +163,8 @@ class HostCopies:
         size = tensor.numel() * tensor.element_size()
         if size > len(self._piece):
             # The rest of the previous piece is lost: a few tensors' worth.
-            pinned = torch.cuda.is_available()
-            piece = torch.empty(_piece_bytes(size), dtype=torch.uint8, pin_memory=pinned)
-            self._piece = piece.numpy()
+            wanted = _piece_bytes(size)
+            self._piece = self._ready.pop() if self._ready and wanted == _PIECE_BYTES else _new_piece(wanted)
         # Each buffer has its own storage over its part of the piece: `torch.save` writes whole storages.
         buffer = torch.from_numpy(self._piece[:size])
         self._piece = self._piece[_aligned(size) :]

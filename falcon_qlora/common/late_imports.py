@@ -1,7 +1,7 @@
 """Import modules on first use that other libraries import at once and seldom use.
 
-In a training, torch's compiler and its sharded tensors are such: without them the libraries load in half the
-time.
+In a training, torch's compiler, its sharded tensors and torchvision are such: without them the libraries load
+in half the time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
@@ -45,6 +45,8 @@ LATE = {
         "compute_local_shape_and_global_offset",
         "distribute_tensor",
     ),
+    "torchaudio": (),
+    "torchvision": ("InterpolationMode", "VideoReader", "functional", "io", "pil_to_tensor"),
     "transformers.distributed.expert_parallel": ("apply_expert_parallelism",),
     "transformers.distributed.tensor_parallel": (
         "apply_tensor_parallelism",
@@ -81,7 +83,7 @@ class _Later:
 
     def __instancecheck__(self, instance: Any) -> bool:
         if isinstance(sys.modules.get(self._of), OnUse | None):
-            return False  # nothing can be an instance of what is not imported
+            return False  # it is not imported, so there is no instance of it
         return isinstance(instance, self._real())
 
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -146,7 +148,7 @@ class _Finder(MetaPathFinder):
         cls, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         for name, wanted in cls.modules.items():
-            if fullname == name or fullname.startswith(f"{name}."):
+            if fullname.startswith(f"{name}.") or (fullname == name and PathFinder.find_spec(name, path)):
                 return ModuleSpec(fullname, _StandIn(wanted), is_package=True)
         return None
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache, wraps
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from falcon_qlora.processes.devices import local_device
 
 Implementation = Literal["torch", "triton"]
 _P = ParamSpec("_P")
@@ -45,6 +48,16 @@ def triton_runs_on(device: torch.device) -> bool:
 @lru_cache
 def _triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def hash_triton() -> None:
+    """Have a thread hash Triton's library: kernels kept on disk are named after it, and it takes a while."""
+    if not triton_runs_on(local_device()):
+        return
+    with suppress(ImportError):  # where another release has it elsewhere, the first kernel hashes
+        from triton.runtime.cache import triton_key
+
+        threading.Thread(target=triton_key, name="hash_triton", daemon=True).start()
 
 
 def or_triton(

@@ -31,6 +31,7 @@ from falcon_qlora.models.quantize import (
     quantize_mode_of,
 )
 from falcon_qlora.models.sizes import check_fits
+from falcon_qlora.models.undrawn import Undrawn
 from falcon_qlora.processes import devices
 
 
@@ -173,7 +174,8 @@ def empty_model(
     config._attn_implementation = "sdpa"
     layout = layout_of(config)
     with torch.device("meta"):
-        model = layout.model_class(config)
+        with Undrawn():
+            model = layout.model_class(config)
         if quantize_mode != "16bit":
             for name in layout.expected_linears():
                 linear = model.get_submodule(name)

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,10 +107,14 @@ def finish(
         **counts(model),
     )
     figures = asdict(summary)
-    _keep_adapter(directory, trainer, lambda folder: describe_adapter(folder, figures))
+    _keep_adapter(
+        directory,
+        trainer,
+        lambda folder: describe_adapter(folder, figures),
+        meanwhile=lambda: directory.draw_loss(title=title, kept=trainer.kept_step),
+    )
     trainer.settle()
     if ranks.is_main_process():
-        directory.draw_loss(title=title, kept=trainer.kept_step)
         figures |= _wall_clock(trainer)
         with _told_if_not_written(directory.summary_file):
             directory.write("summary", figures)
@@ -128,9 +133,17 @@ def tell_rows(directory: RunDirectory, trainer: FalconTrainer, data: TrainingDat
 
 
 def _keep_adapter(
-    directory: RunDirectory, trainer: FalconTrainer, describe_adapter: Callable[[Path], None]
+    directory: RunDirectory,
+    trainer: FalconTrainer,
+    describe_adapter: Callable[[Path], None],
+    *,
+    meanwhile: Callable[[], None],
 ) -> None:
-    """Write the adapter's folder; if the disk fails, retry once after a pause."""
+    """Write the adapter's folder; if the disk fails, retry once after a pause.
+
+    Args:
+        meanwhile: work of the main process for the time until the last checkpoint is written.
+    """
     model = trainer.model
 
     def write() -> str | None:
@@ -144,15 +157,20 @@ def _keep_adapter(
                     describe_adapter(folder)
                 opened = trainer.checkpointer.opened_step == trainer.state.global_step
                 opened &= not trainer.holds_best
-                check_adapter(folder, model, trained=trainer.has_learned(), opened=opened)
+                with ThreadPoolExecutor(1) as beside:
+                    about = {"step": trainer.state.global_step}
+                    # A model card is meant to be edited.
+                    described = beside.submit(write_manifest, folder, about, leave_out=["README.md"])
+                    check_adapter(folder, model, trained=trainer.has_learned(), opened=opened)
+                    described.result()
+                meanwhile()
                 trainer.checkpointer.require_kept()
-                # A model card is meant to be edited.
-                write_manifest(folder, {"step": trainer.state.global_step}, leave_out=["README.md"])
         except OSError as error:
             if is_sharded(model) and not took_part:
                 take_part(model)  # the other processes do
             return reason_of(error)
         except AdapterFaultError as error:
+            trainer.checkpointer.join()  # which may be the last complete one
             told = not_kept(error, directory.checkpoints, step=trainer.state.global_step)
             raise UserError(told) from None
         return None

@@ -42,6 +42,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
 
     phases.seconds.clear()
     with phase("libraries"):
+        from falcon_qlora.kernels.ops import hash_triton
         from falcon_qlora.models.fast_path import choose_kernels
         from falcon_qlora.training import build, finish, preflight, record, resume, rows
         from falcon_qlora.training.activations import choose_activations, warm_up
@@ -52,6 +53,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
         if not gc.isenabled():  # as `falcon_qlora.train` has it; what the libraries made stays
             gc.freeze()
             gc.enable()
+        hash_triton()
     base, run, training = configuration.model, configuration.run, configuration.training
     start = preflight.check(configuration, lock)
     max_length, method = configuration.data.max_length, configuration.method
@@ -144,9 +146,11 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
         finish.tell_rows(directory, trainer, data, train_on=configuration.data.train_on)
         finish.stop(directory, stopped, start.trackers, steps=data.total_steps, resumable=resumable)
     except BaseException:
+        trainer.close(failing=True)
         # The process may end without the shutdown that trackers rely on.
         start.trackers.finish(exit_status=1)
         raise
     else:
+        trainer.close()
         finish.upload(directory, training)
     return directory.path

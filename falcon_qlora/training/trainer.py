@@ -169,15 +169,20 @@ class FalconTrainer(SFTTrainer):
         return engine
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; the last checkpoint may still be being written at the end, see `close`."""
         try:
             trained = super().train(*args, **kwargs)
-            self.checkpointer.join()
+            if is_sharded(self.model):
+                self.checkpointer.join()  # while the others are watched: it waits for their parts
             return trained
         except BaseException:
-            self.checkpointer.join(failing=True)
+            self.close(failing=True)
             raise
-        finally:
-            self._watchdog.stop()
+
+    def close(self, *, failing: bool = False) -> None:
+        """Wait for what this process is writing, see `Checkpointer.join`, and end the watch."""
+        self.checkpointer.join(failing=failing)
+        self._watchdog.stop()
 
     def get_train_dataloader(self) -> DataLoader:
         streaming = isinstance(self.steps, IterableDataset)
@@ -252,6 +257,8 @@ class FalconTrainer(SFTTrainer):
             control.should_save = control.should_training_stop = True
         if failed:
             self.settle()
+        if self.state.global_step == self._began_at + 1:
+            self.checkpointer.reserve(self.model, self.optimizer)
 
     def end_if_asked(self) -> None:
         """End the run here if it was asked to stop and has steps left, or if too many steps were bad.

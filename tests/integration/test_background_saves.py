@@ -46,10 +46,10 @@ def held_until(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
         monkeypatch.setattr(Checkpointer, "_write", write)
 
-    def join(self: Checkpointer) -> None:
+    def join(self: Checkpointer, *, failing: bool = False) -> None:
         if self._thread is not None and self._thread.is_alive():
             waiting.set()
-        real_join(self)
+        real_join(self, failing=failing)
 
     monkeypatch.setattr(FalconTrainer, "training_step", training_step)
     monkeypatch.setattr(Checkpointer, "join", join)
