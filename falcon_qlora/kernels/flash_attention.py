@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -10,17 +10,35 @@ from torch import Tensor
 
 from falcon_qlora.kernels import libraries
 
+LIBRARY = "flash-attn-4"
+_TRIED = 256  # tokens, of which long documents' kernel is chosen
+
 
 @lru_cache
-def flash_attention_4() -> Any | None:
-    """The library's interface; None if it is missing or does not load, or if the GPU is older than Hopper."""
-    if not libraries.usable("flash_attn"):
-        return None
-    try:
-        from flash_attn.cute import interface
-    except (ImportError, TypeError, AttributeError):  # another version of flash_attn or of its dependencies
-        return None
-    return interface
+def flash_attention_4(
+    device: torch.device, query_heads: int, kv_heads: int, head_dim: int
+) -> libraries.Loaded[bool]:
+    """The library, once it has attended both ways with these heads, which a run would have it compile anyway.
+
+    Args:
+        device: where the model is.
+        query_heads, kv_heads, head_dim: Q, G and D.
+    """
+    if not libraries.usable(LIBRARY):
+        return libraries.Loaded()
+    return libraries.load(LIBRARY, partial(_try, device, query_heads, kv_heads, head_dim))
+
+
+def _try(device: torch.device, query_heads: int, kv_heads: int, head_dim: int) -> bool:
+    query, key, value = (
+        torch.zeros(_TRIED, heads, head_dim, dtype=torch.bfloat16, device=device)
+        for heads in (query_heads, kv_heads, kv_heads)
+    )
+    documents = torch.tensor([0, _TRIED], dtype=torch.int32, device=device), _TRIED, 1.0
+    output, log_sum_exp = forward(query, key, value, *documents)
+    of_query, *_ = backward(output, query, key, value, output, log_sum_exp, *documents)
+    of_query.sum().item()  # an error of the GPU's shows when it is waited for
+    return True
 
 
 def forward(
@@ -39,8 +57,8 @@ def forward(
     Returns:
         ``[T, Q, D]`` and the log-sum-exp of the scores, float32 ``[Q, T]``.
     """
-    interface = flash_attention_4()
-    assert interface is not None
+    from flash_attn.cute import interface
+
     output, log_sum_exp, *_ = interface._flash_attn_fwd(
         query, key, value, **_documents(starts, longest, scale), return_lse=True
     )
@@ -59,8 +77,8 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value; arguments as in `forward`."""
-    interface = flash_attention_4()
-    assert interface is not None
+    from flash_attn.cute import interface
+
     how = {
         **_documents(starts, longest, scale),
         "deterministic": torch.are_deterministic_algorithms_enabled(),

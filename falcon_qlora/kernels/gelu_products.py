@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from falcon_qlora.kernels import libraries
@@ -49,15 +50,26 @@ class GeluProducts:
         self._backward(grad, weight, before, out={"D": of_before, "after": after}, tuned=False)
 
 
+LIBRARY = "quack-kernels"
+
+
 @lru_cache
-def gelu_products() -> GeluProducts | None:
-    """The library's products; None if it is missing or does not load, or if the GPU is older than Hopper."""
-    if not libraries.usable("quack"):
-        return None
-    try:
-        return _define()
-    except (ImportError, TypeError, AttributeError):  # another version of it or of a dependency
-        return None
+def gelu_products(device: torch.device) -> libraries.Loaded[GeluProducts]:
+    """The library's products, once both have run on small matrices on `device`."""
+    if not libraries.usable(LIBRARY):
+        return libraries.Loaded()
+    return libraries.load(LIBRARY, partial(_tried, device))
+
+
+def _tried(device: torch.device) -> GeluProducts:
+    products = _define()
+    tokens, narrow, wide = 128, 64, 256
+    x, weight = (torch.zeros(rows, narrow, dtype=torch.bfloat16, device=device) for rows in (tokens, wide))
+    before, after, of_before = (x.new_empty(tokens, wide) for _ in range(3))
+    products.forward(x, weight.T, before, after)
+    products.backward(x, x.new_zeros(narrow, wide), before, of_before, after)
+    of_before.sum().item()  # an error of the GPU's shows when it is waited for
+    return products
 
 
 def _define() -> GeluProducts:

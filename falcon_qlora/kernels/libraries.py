@@ -1,17 +1,50 @@
-"""The optional kernel libraries: FlashAttention-4 and quack-kernels, for Hopper and later GPUs."""
+"""The optional kernel libraries, FlashAttention-4 and quack-kernels, which are for Hopper and later GPUs."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
+from falcon_qlora.common.errors import first_line
 from falcon_qlora.common.files import user_cache
 
+_T = TypeVar("_T")
 
-def usable(module: str) -> bool:
-    """Whether `module` is installed and supports this GPU; to be called before it is imported.
+
+@dataclass(frozen=True)
+class Loaded(Generic[_T]):
+    """An optional library, as this process found it.
+
+    Attributes:
+        part: what is used of it; None where it is not installed, does not support the GPU, or failed.
+        failure: of a library that is installed and supports the GPU: its name and its error, in one line.
+    """
+
+    part: _T | None = None
+    failure: str | None = None
+
+
+def load(library: str, use: Callable[[], _T]) -> Loaded[_T]:
+    """Import a library and try it. Any error of it is a result.
+
+    Args:
+        library: its name, that of the distribution.
+        use: imports it, and runs what it is for once: a part that is missing may show only there.
+    """
+    try:
+        return Loaded(use())
+    except Exception as error:
+        told = f"{type(error).__name__}: {first_line(error, limit=200)}"
+        return Loaded(failure=f"{library} failed: {told}")
+
+
+def usable(library: str) -> bool:
+    """Whether `library` is installed and supports this GPU; to be called before it is imported.
 
     Also sets the libraries' cache variables, unless already set. Compiling takes seconds per kernel and
     process; the user's own cache keeps the results for later runs. By default, one library keeps nothing, and
@@ -19,7 +52,8 @@ def usable(module: str) -> bool:
     """
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
         return False
-    if importlib.util.find_spec(module) is None:
+    # The distribution, not the module: FlashAttention-2 has a module of the same name.
+    if not is_installed(library):
         return False
     compiled = user_cache("kernels")
     try:
@@ -29,4 +63,13 @@ def usable(module: str) -> bool:
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(compiled / "flash_attention"))
     os.environ.setdefault("QUACK_CACHE_DIR", str(compiled / "quack"))
+    return True
+
+
+def is_installed(library: str) -> bool:
+    """Whether a distribution of this name is installed, complete or not."""
+    try:
+        importlib.metadata.distribution(library)
+    except importlib.metadata.PackageNotFoundError:
+        return False
     return True

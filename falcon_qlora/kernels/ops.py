@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from falcon_qlora.processes.devices import local_device
+from falcon_qlora.kernels import libraries
 
 Implementation = Literal["torch", "triton"]
 _P = ParamSpec("_P")
@@ -42,17 +42,27 @@ def triton_runs_on(device: torch.device) -> bool:
     """Whether Triton's forms are used for tensors on `device`."""
     if _forced is not None:
         return _forced == "triton"
-    return device.type == "cuda" and _triton_is_installed()
+    return device.type == "cuda" and triton(device).part is not None
 
 
 @lru_cache
-def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def triton(device: torch.device) -> libraries.Loaded[bool]:
+    """Triton, once a small kernel of ours has run on `device`: it needs a C compiler, for one."""
+    if importlib.util.find_spec("triton") is None:
+        return libraries.Loaded()
+
+    def copy() -> bool:
+        from falcon_qlora.kernels import rows
+
+        rows.copy_rows(torch.zeros(1, 16, device=device), torch.empty(1, 16, device=device))
+        return True
+
+    return libraries.load("triton", copy)
 
 
 def hash_triton() -> None:
     """Have a thread hash Triton's library: kernels kept on disk are named after it, and it takes a while."""
-    if not triton_runs_on(local_device()):
+    if not torch.cuda.is_available():
         return
     with suppress(ImportError):  # where another release has it elsewhere, the first kernel hashes
         from triton.runtime.cache import triton_key

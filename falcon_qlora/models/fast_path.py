@@ -6,8 +6,9 @@ alone runs its own ``forward``, and so does a call without packed documents.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -23,6 +24,7 @@ from falcon_qlora.kernels.dequantized import DequantizedProducts
 from falcon_qlora.kernels.fp8_block import Fp8
 from falcon_qlora.kernels.frozen_linear import Workspace
 from falcon_qlora.kernels.gelu_products import GeluProducts, gelu_products
+from falcon_qlora.kernels.libraries import Loaded
 from falcon_qlora.kernels.offload import Offload
 from falcon_qlora.kernels.scaled_products import ScaledProducts
 from falcon_qlora.kernels.sublayer import Fp8Sublayers, Sublayers
@@ -48,6 +50,7 @@ _FAMILIES: dict[str, ModuleType] = {"falcon": falcon, "llama": llama, "falcon_h1
 """Families with fast blocks, by their configuration's ``model_type``; each is a module like `falcon`."""
 
 _REFERENCE = "reference path: "
+_BRACKETS = str.maketrans("[]", "()")
 
 
 def decide(
@@ -57,6 +60,7 @@ def decide(
     attention: AttentionKernel,
     gelu_in_products: bool = False,
     fp8_products: bool = False,
+    failures: Mapping[str, str | None] | None = None,
 ) -> dict[str, str]:
     """Decide what runs where in a block, and why.
 
@@ -66,6 +70,7 @@ def decide(
         attention: from `choose_attention`.
         gelu_in_products: whether GELU is computed in the epilogues of products.
         fp8_products: whether the frozen products are to run in FP8.
+        failures: part of the result → what failed that would have computed it faster (`Loaded.failure`).
 
     Returns:
         ``block``: ``fast`` or ``reference``. With ``reference`` also ``reason``; with ``fast`` what computes
@@ -80,7 +85,7 @@ def decide(
     if fp8_products:
         stored = {"4bit": "NF4 dequantized to FP8", "8bit": "int8 dequantized to FP8", "16bit": "in FP8"}
     activation = small
-    if gelu_in_products and facts.activation == "GELU" and not facts.scaled:
+    if gelu_in_products and _gelu_may_be_in_products(facts):
         activation = "in products" + (f" forward, {small} backward" if facts.lora_dropout else "")
     ways = {
         "block": "fast",
@@ -90,12 +95,19 @@ def decide(
         "between": small,
     }
     if facts.prefix_rows:
-        ways["prefix"] = small if prefix.are_few(facts.prefix_rows, facts.head_dim) else "PyTorch"
+        ways["prefix"] = small if prefix.are_few(facts.prefix_rows, facts.heads[-1]) else "PyTorch"
     if facts.scaled:
         ways["scales"] = small
     if facts.state_space:
         ways["state space"] = small if ssd_ops.heads_fit(*facts.state_space) else "PyTorch"
+    for part, failure in (failures or {}).items():
+        if failure is not None and part in ways:
+            ways[part] += f" [{failure.translate(_BRACKETS)}]"
     return ways
+
+
+def _gelu_may_be_in_products(facts: BlockFacts) -> bool:
+    return facts.activation == "GELU" and not facts.scaled
 
 
 def _why_not(facts: BlockFacts | None, fp8_products: bool) -> str | None:
@@ -120,22 +132,26 @@ def _why_not(facts: BlockFacts | None, fp8_products: bool) -> str | None:
 
 
 def choose_attention(
-    device: torch.device, dtype: torch.dtype, head_dim: int, *, libraries: bool
-) -> AttentionKernel:
+    device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int], *, libraries: bool
+) -> tuple[AttentionKernel, str | None]:
     """Choose the fastest attention kernel that can run.
 
     Args:
         device: of the model.
         dtype: of the activations.
-        head_dim: D.
+        heads: Q, G and D.
         libraries: whether optional libraries may be used.
+
+    Returns:
+        The kernel, and what failed that would have been faster.
     """
-    if not takes_varlen(device, dtype, head_dim, 0.0):
-        return "padded batches"
+    if not takes_varlen(device, dtype, heads[-1], 0.0):
+        return "padded batches", None
     # FlashAttention-4's gradients were wrong on an H200 for heads of 8 and 16. Falcon's have 64 or 128.
-    if libraries and head_dim in (64, 128) and flash_attention.flash_attention_4() is not None:
-        return "FlashAttention-4"
-    return "variable-length kernel"
+    if not libraries or heads[-1] not in (64, 128):
+        return "variable-length kernel", None
+    flash = flash_attention.flash_attention_4(device, *heads)
+    return "variable-length kernel" if flash.part is None else "FlashAttention-4", flash.failure
 
 
 def choose_kernels(model: Any, *, kernels: str, compute_dtype: str) -> dict[str, str]:
@@ -149,7 +165,8 @@ def choose_kernels(model: Any, *, kernels: str, compute_dtype: str) -> dict[str,
         Block name → what runs, or why it was left alone; {} with ``--kernels off``.
 
     Raises:
-        UserError: if ``--kernels required`` or FP8 is set and a block or the device cannot run it.
+        UserError: if ``--kernels required`` or FP8 is set and a block or the device cannot run it, or if
+            ``--kernels required`` is set and a library that is installed fails.
     """
     if kernels == "off":
         return {}
@@ -159,7 +176,22 @@ def choose_kernels(model: Any, *, kernels: str, compute_dtype: str) -> dict[str,
     if left and (kernels == "required" or in_fp8):
         asked = "--kernels required" if kernels == "required" else "--compute_dtype fp8 needs fast kernels"
         raise UserError(f"{asked}: {left[0]} ({len(left)} of {len(report)} blocks)")
+    if kernels == "required" and (failed := failed_libraries(report)):
+        raise UserError(f"--kernels required: {'; '.join(failed)}. {MEND}")
     return report
+
+
+MEND = "Mend or remove it (flash-attn-4 and quack-kernels: pip install 'falcon-qlora[kernels]')"
+"""What to do about a library that failed."""
+
+
+def failed_libraries(kernels: Mapping[str, str]) -> list[str]:
+    """Libraries that are installed and support the GPU and failed, from the result of `choose_kernels`.
+
+    Returns:
+        Each library's name and its error, in one line.
+    """
+    return list(dict.fromkeys(re.findall(r"\[(.*? failed: .*?)\]", "\n".join(kernels.values()))))
 
 
 def runs_fast(what: str) -> bool:
@@ -219,21 +251,29 @@ def apply_fast_path(
         pad_head(base)
     family = _FAMILIES.get(base.config.model_type)
     workspace, offload = Workspace(), Offload()
-    gelu = _gelu_products(base) if libraries and not fp8_products else None
     names = {module: name for name, module in base.named_modules()}
     blocks = blocks_of(base)
     report = {}
     keeps = [keep] * len(blocks) if isinstance(keep, str) else keep
     for block, kept in zip(blocks, keeps, strict=True):
         facts = family.block_facts(block, dtype) if family is not None else None
-        head_dim = 0 if facts is None else facts.head_dim
-        attention = choose_attention(device, dtype, head_dim, libraries=libraries)
+        # Libraries are tried, and may compile, only for blocks that they would run in.
+        found = facts if facts is not None and _why_not(facts, fp8_products) is None else None
+        heads = (0, 0, 0) if found is None else found.heads
+        attention, slower = choose_attention(device, dtype, heads, libraries=libraries)
+        has_products = found is not None and _gelu_may_be_in_products(found) and not fp8_products
+        gelu = _gelu_products(base) if libraries and has_products else Loaded()
         decision = decide(
             facts,
             triton=ops.triton_runs_on(device),
             attention=attention,
-            gelu_in_products=gelu is not None,
+            gelu_in_products=gelu.part is not None,
             fp8_products=fp8_products,
+            failures={
+                "attention": slower,
+                "GELU": gelu.failure,
+                "between": ops.triton(device).failure if device.type == "cuda" else None,
+            },
         )
         report[names[block]] = _told(decision)
         if family is None or facts is None:
@@ -241,7 +281,7 @@ def apply_fast_path(
         if decision["block"] == "reference":
             restore(block, family.block_forward)
             continue
-        products: MakeProducts = partial(DequantizedProducts, gelu_products=gelu)
+        products: MakeProducts = partial(DequantizedProducts, gelu_products=gelu.part)
         if facts.scaled:
             products = ScaledProducts
         state = State(kept, workspace, offload, attention, products)
@@ -259,8 +299,9 @@ def _told(decision: dict[str, str]) -> str:
     return f"fast ({', '.join(f'{part}: {way}' for part, way in decision.items() if part != 'block')})"
 
 
-def _gelu_products(base: PreTrainedModel) -> GeluProducts | None:
-    return gelu_products() if base.device.type == "cuda" and base.dtype == torch.bfloat16 else None
+def _gelu_products(base: PreTrainedModel) -> Loaded[GeluProducts]:
+    of_gpu = base.device.type == "cuda" and base.dtype == torch.bfloat16
+    return gelu_products(base.device) if of_gpu else Loaded()
 
 
 def remove_fast_path(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from falcon_qlora.config import Configuration
 from falcon_qlora.methods.adapter_folder import write_record
 from falcon_qlora.methods.interface import Method, method_of
 from falcon_qlora.methods.lora import Lora
-from falcon_qlora.models.fast_path import described
+from falcon_qlora.models.fast_path import MEND, described, failed_libraries
 from falcon_qlora.models.fingerprint import tokenizer_fingerprint
 from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.quantize import is_quantized_linear
@@ -256,13 +256,16 @@ def _unseen_tokens(data: TrainingData, method: Method) -> list[str]:
     return [told]
 
 
-def start_notes(configuration: Configuration, data: TrainingData, model: Any) -> list[str]:
+def start_notes(
+    configuration: Configuration, data: TrainingData, model: Any, kernels: dict[str, str]
+) -> list[str]:
     """What a user should know of the run before its first step."""
     longest = configuration.data.max_length
     notes = [
         f"{file}: ignored, as they are no longer settings: {', '.join(keys)}"
         for file, keys in configuration.passed_over.items()
     ]
+    notes += [f"{failure}. The run is slower without it. {MEND}" for failure in failed_libraries(kernels)]
     if configuration.model.model_name_or_path.startswith("random:"):
         notes.append(
             "the base model's weights are random: speed and memory are real, losses and answers mean nothing"

@@ -12,6 +12,7 @@ import falcon_qlora
 from falcon_qlora import __main__ as cli
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.kernels import fp8
+from falcon_qlora.models import fast_path
 from falcon_qlora.run_folder.directory import RunDirectory
 from tests.integration.runs import metrics
 
@@ -68,6 +69,21 @@ def test_the_fast_path_trains_what_the_reference_path_trains(
     assert len(kernels) == 5
     assert all(what.startswith("fast") for what in kernels.values())
     assert RunDirectory(runs["off"]).read("kernels") == {"all blocks": "reference path: --kernels off"}
+
+
+def test_a_library_that_fails_is_told_at_the_start_and_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failure = "flash-attn-4 failed: OSError: libcute.so: cannot open shared object file"
+    monkeypatch.setattr(fast_path, "choose_attention", lambda *_, **__: ("padded batches", failure))
+    short: dict[str, object] = {"max_steps": 1, "eval_steps": 1, "max_rows": 20, "max_length": 32}
+    run = fine_tune(tmp_path / "run", **short)
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: flash-attn-4")]
+    assert note.startswith(f"note: {failure}. The run is slower without it. ")
+    assert all(f"[{failure}]" in what for what in RunDirectory(run).read("kernels").values())
+    with pytest.raises(UserError, match=f"--kernels required: {failure}"):
+        fine_tune(tmp_path / "refused", kernels="required", **short)
+    assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize(("method", "rate"), [("adapter", 1e-1), ("adapter_v2", 1e-2)])

@@ -6,6 +6,7 @@ from peft.tuners.lora import LoraLayer
 from torch.testing import assert_close
 
 from falcon_qlora.kernels import dropout
+from falcon_qlora.kernels.libraries import Loaded
 from falcon_qlora.kernels.low_rank import Dropout
 from falcon_qlora.models import fast_path
 from falcon_qlora.models.activations import blocks_of
@@ -138,7 +139,7 @@ def test_products_that_compute_gelu_are_used_forward_alone(drawn, monkeypatch):
     model = with_dropout(adapted("falcon-7b"))
     plain = adapted("falcon-7b")
     products = GeluProductsInPyTorch()
-    monkeypatch.setattr(fast_path, "_gelu_products", lambda falcon: products)
+    monkeypatch.setattr(fast_path, "_gelu_products", lambda falcon: Loaded(products))
     report = apply_fast_path(model)
     assert "GELU: in products forward, PyTorch backward" in next(iter(report.values()))
     arguments = packed(documents(LENGTHS))

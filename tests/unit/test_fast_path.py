@@ -15,6 +15,7 @@ from falcon_qlora.kernels import block as kernel
 from falcon_qlora.kernels import fp8, sublayer
 from falcon_qlora.kernels.frozen_linear import Workspace
 from falcon_qlora.kernels.gelu_products import GeluProducts
+from falcon_qlora.kernels.libraries import Loaded
 from falcon_qlora.models import fast_path
 from falcon_qlora.models.blocks import falcon_h1, llama
 from falcon_qlora.models.blocks.falcon import block_facts
@@ -190,7 +191,7 @@ def test_gelu_in_the_epilogues_of_products(layout, targets, monkeypatch):
     arguments = packed(documents(LENGTHS))
     reference = step(model, arguments)
     products = GeluProductsInPyTorch()
-    monkeypatch.setattr(fast_path, "_gelu_products", lambda falcon: products)
+    monkeypatch.setattr(fast_path, "_gelu_products", lambda falcon: Loaded(products))
     apply_fast_path(model)
     assert_same(step(model, arguments), reference)
     assert products.calls == 4

@@ -123,7 +123,7 @@ def test_sequences_beyond_the_models_positions_are_told(preset: str, positions: 
     model = SimpleNamespace(config=preset_config(preset))
     data: Any = SimpleNamespace(statistics=SimpleNamespace(longest=3000), epochs=None)
     at_most, beyond = (
-        start_notes(parse(["-m", "tiny", "--max_length", str(length)]), data, model)
+        start_notes(parse(["-m", "tiny", "--max_length", str(length)]), data, model, {})
         for length in (positions, positions + 1)
     )
     assert at_most == []

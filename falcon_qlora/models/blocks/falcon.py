@@ -47,6 +47,7 @@ def block_facts(block: Any, dtype: torch.dtype) -> BlockFacts:
         block,
         linears,
         block.self_attention,
+        block.self_attention.num_kv_heads,
         dtype,
         unlike=_unlike(block),
         lora_unknown=_more_than_lora(block),

@@ -43,6 +43,7 @@ def block_facts(block: Any, dtype: torch.dtype) -> BlockFacts:
         block,
         _linears_of(block),
         block.self_attn,
+        block.self_attn.config.num_key_value_heads,
         dtype,
         unlike=_unlike(block),
         lora_unknown=None,

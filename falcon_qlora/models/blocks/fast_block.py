@@ -50,7 +50,7 @@ class BlockFacts:
         unlike: what its family's fast block does not compute, or None.
         trainable: names of trainable parameters that belong to no adapter; norms belong to Adapter v2's.
         dtype: of the activations.
-        head_dim: size of a head.
+        heads: Q, G and D of attention.
         quantize_mode: how the linears are stored.
         lora_dropout: the largest of the active adapters'.
         lora_unknown: what is not plain LoRA in the adapters, or None.
@@ -64,7 +64,7 @@ class BlockFacts:
     unlike: str | None
     trainable: tuple[str, ...]
     dtype: torch.dtype
-    head_dim: int
+    heads: tuple[int, int, int]
     quantize_mode: QuantizeMode
     lora_dropout: float
     lora_unknown: str | None
@@ -79,6 +79,7 @@ def facts_of(
     block: nn.Module,
     linears: Sequence[Any],
     attention: Any,
+    kv_heads: int,
     dtype: torch.dtype,
     *,
     unlike: str | None,
@@ -92,6 +93,7 @@ def facts_of(
         block: of any family.
         linears: all of its linears.
         attention: its attention.
+        kv_heads: G.
         dtype: of the activations.
         unlike: as in `BlockFacts`.
         lora_unknown: a mix of adapters that the fast block does not compute, or None.
@@ -115,7 +117,7 @@ def facts_of(
         unlike=unlike,
         trainable=tuple(n for n, p in block.named_parameters() if p.requires_grad and id(p) not in ours),
         dtype=dtype,
-        head_dim=attention.head_dim,
+        heads=(attention.config.num_attention_heads, kv_heads, attention.head_dim),
         quantize_mode=quantize_mode_of(base_of(linears[0])),
         lora_dropout=max(dropouts),
         lora_unknown=lora_unknown,

@@ -39,6 +39,7 @@ def block_facts(block: Any, dtype: torch.dtype) -> BlockFacts:
         block,
         linears,
         block.self_attn,
+        block.self_attn.config.num_key_value_heads,
         dtype,
         unlike=_unlike(block),
         lora_unknown=_more_than_lora(block),
