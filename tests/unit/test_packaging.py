@@ -73,6 +73,30 @@ def test_libraries_whose_private_methods_are_overridden_are_bounded_from_above(
         assert not bounded[name].contains(f"{tried.major}.{tried.minor + 1}.0"), name
 
 
+@pytest.mark.slow
+def test_no_release_that_an_extra_pins_has_been_withdrawn(project: dict[str, Any]) -> None:
+    extras = project["optional-dependencies"].values()
+    exact = [line for lines in extras for line in lines if "==" in line and ";" not in line]
+    assert exact
+    asked = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--dry-run",
+        "--no-deps",
+        "--ignore-installed",
+        "--quiet",
+    ]
+    done = subprocess.run(
+        [*asked, "--disable-pip-version-check", "--retries", "1", *exact], capture_output=True, text=True
+    )
+    if "(from versions: none)" in done.stderr:
+        pytest.skip("there is no package index here")
+    assert done.returncode == 0, done.stderr
+    assert "yanked" not in done.stderr, done.stderr
+
+
 def test_the_version_is_told_once(project: dict[str, Any]) -> None:
     assert project["version"] == falcon_qlora.__version__
 
