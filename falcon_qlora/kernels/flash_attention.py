@@ -10,7 +10,6 @@ from torch import Tensor
 
 from falcon_qlora.kernels import libraries
 
-LIBRARY = "flash-attn-4"
 _TRIED = 256  # tokens, of which long documents' kernel is chosen
 
 
@@ -24,9 +23,9 @@ def flash_attention_4(
         device: where the model is.
         query_heads, kv_heads, head_dim: Q, G and D.
     """
-    if not libraries.usable(LIBRARY):
+    if not libraries.usable(libraries.FLASH_ATTENTION_4):
         return libraries.Loaded()
-    return libraries.load(LIBRARY, partial(_try, device, query_heads, kv_heads, head_dim))
+    return libraries.load(libraries.FLASH_ATTENTION_4, partial(_try, device, query_heads, kv_heads, head_dim))
 
 
 def _try(device: torch.device, query_heads: int, kv_heads: int, head_dim: int) -> bool:

@@ -50,15 +50,12 @@ class GeluProducts:
         self._backward(grad, weight, before, out={"D": of_before, "after": after}, tuned=False)
 
 
-LIBRARY = "quack-kernels"
-
-
 @lru_cache
 def gelu_products(device: torch.device) -> libraries.Loaded[GeluProducts]:
     """The library's products, once both have run on small matrices on `device`."""
-    if not libraries.usable(LIBRARY):
+    if not libraries.usable(libraries.QUACK):
         return libraries.Loaded()
-    return libraries.load(LIBRARY, partial(_tried, device))
+    return libraries.load(libraries.QUACK, partial(_tried, device))
 
 
 def _tried(device: torch.device) -> GeluProducts:

@@ -13,6 +13,8 @@ import torch
 from falcon_qlora.common.errors import first_line
 from falcon_qlora.common.files import user_cache
 
+FLASH_ATTENTION_4, QUACK = "flash-attn-4", "quack-kernels"
+
 _T = TypeVar("_T")
 
 
@@ -50,10 +52,7 @@ def usable(library: str) -> bool:
     process; the user's own cache keeps the results for later runs. By default, one library keeps nothing, and
     the other uses a folder shared by all users.
     """
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
-        return False
-    # The distribution, not the module: FlashAttention-2 has a module of the same name.
-    if not is_installed(library):
+    if not have_gpu() or not is_installed(library):
         return False
     compiled = user_cache("kernels")
     try:
@@ -66,8 +65,14 @@ def usable(library: str) -> bool:
     return True
 
 
+def have_gpu() -> bool:
+    """Whether this process's GPU is one that the libraries support."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+
 def is_installed(library: str) -> bool:
     """Whether a distribution of this name is installed, complete or not."""
+    # The distribution, not the module: FlashAttention-2 has a module of the same name.
     try:
         importlib.metadata.distribution(library)
     except importlib.metadata.PackageNotFoundError:

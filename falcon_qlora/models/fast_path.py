@@ -24,7 +24,7 @@ from falcon_qlora.kernels.dequantized import DequantizedProducts
 from falcon_qlora.kernels.fp8_block import Fp8
 from falcon_qlora.kernels.frozen_linear import Workspace
 from falcon_qlora.kernels.gelu_products import GeluProducts, gelu_products
-from falcon_qlora.kernels.libraries import Loaded
+from falcon_qlora.kernels.libraries import FLASH_ATTENTION_4, QUACK, Loaded, have_gpu, is_installed
 from falcon_qlora.kernels.offload import Offload
 from falcon_qlora.kernels.scaled_products import ScaledProducts
 from falcon_qlora.kernels.sublayer import Fp8Sublayers, Sublayers
@@ -147,11 +147,15 @@ def choose_attention(
     """
     if not takes_varlen(device, dtype, heads[-1], 0.0):
         return "padded batches", None
-    # FlashAttention-4's gradients were wrong on an H200 for heads of 8 and 16. Falcon's have 64 or 128.
-    if not libraries or heads[-1] not in (64, 128):
+    if not libraries or not _takes_flash_attention_4(device, dtype, heads[-1]):
         return "variable-length kernel", None
     flash = flash_attention.flash_attention_4(device, *heads)
     return "variable-length kernel" if flash.part is None else "FlashAttention-4", flash.failure
+
+
+def _takes_flash_attention_4(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    # Its gradients were wrong on an H200 for heads of 8 and 16. Falcon's have 64 or 128.
+    return takes_varlen(device, dtype, head_dim, 0.0) and head_dim in (64, 128)
 
 
 def choose_kernels(model: Any, *, kernels: str, compute_dtype: str) -> dict[str, str]:
@@ -302,6 +306,34 @@ def _told(decision: dict[str, str]) -> str:
 def _gelu_products(base: PreTrainedModel) -> Loaded[GeluProducts]:
     of_gpu = base.device.type == "cuda" and base.dtype == torch.bfloat16
     return gelu_products(base.device) if of_gpu else Loaded()
+
+
+def missing_libraries(model: nn.Module, device: torch.device, *, fp8_products: bool) -> list[str]:
+    """Optional libraries that are not installed, and that would run in blocks of `model` on `device`."""
+    dtype, cuda = causal_lm_in(model).dtype, int((torch.version.cuda or "0").partition(".")[0])
+    if not have_gpu() or cuda < 13 or dtype != torch.bfloat16:
+        return []
+    wanted = []
+    for facts in _facts_of_blocks(model):
+        if facts is not None and _why_not(facts, fp8_products) is None:
+            if _takes_flash_attention_4(device, dtype, facts.heads[-1]):
+                wanted.append(FLASH_ATTENTION_4)
+            if _gelu_may_be_in_products(facts) and not fp8_products:
+                wanted.append(QUACK)
+    return [library for library in dict.fromkeys(wanted) if not is_installed(library)]
+
+
+def may_run_in_fp8(model: nn.Module, device: torch.device) -> bool:
+    """Whether all blocks of `model` could multiply in FP8 on `device`."""
+    if fp8.why_not(device, causal_lm_in(model).dtype) is not None:
+        return False
+    return all(_why_not(facts, fp8_products=True) is None for facts in _facts_of_blocks(model))
+
+
+def _facts_of_blocks(model: nn.Module) -> list[BlockFacts | None]:
+    base = causal_lm_in(model)
+    family = _FAMILIES.get(base.config.model_type)
+    return [None if family is None else family.block_facts(block, base.dtype) for block in blocks_of(base)]
 
 
 def remove_fast_path(model: nn.Module) -> None:

@@ -27,6 +27,7 @@ from falcon_qlora.run_folder.model_card import ModelCard
 from falcon_qlora.run_folder.tracking import Trackers
 from falcon_qlora.terminal.console import joined
 from falcon_qlora.training.activations import Activations
+from falcon_qlora.training.expected_speed import speed_note
 from falcon_qlora.training.resume import forget_after, step_of
 from falcon_qlora.training.rows import TrainingData, global_batch
 
@@ -257,7 +258,11 @@ def _unseen_tokens(data: TrainingData, method: Method) -> list[str]:
 
 
 def start_notes(
-    configuration: Configuration, data: TrainingData, model: Any, kernels: dict[str, str]
+    configuration: Configuration,
+    data: TrainingData,
+    model: Any,
+    kernels: dict[str, str],
+    activations: Activations,
 ) -> list[str]:
     """What a user should know of the run before its first step."""
     longest = configuration.data.max_length
@@ -285,6 +290,8 @@ def start_notes(
     ]
     if configuration.method.new_token_count:
         notes += _unseen_tokens(data, method_of(model))
+    if speed := speed_note(configuration, model, kernels, activations):
+        notes.append(speed)
     positions = model.config.max_position_embeddings
     if longest > positions:
         told = (

@@ -121,7 +121,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
             checkpoint=start.checkpoint,
         ),
         notes=[
-            *record.start_notes(configuration, data, model, kernels),
+            *record.start_notes(configuration, data, model, kernels, activations),
             *notes,
             *waiting_saves(trainer, optimizer=configuration.optimizer),
         ],

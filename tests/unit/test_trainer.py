@@ -23,6 +23,7 @@ from falcon_qlora.models.layouts import preset_config
 from falcon_qlora.processes import devices
 from falcon_qlora.step.agreed import Reports, notes
 from falcon_qlora.step.reduction import Reduction
+from falcon_qlora.training.activations import Activations
 from falcon_qlora.training.record import start_notes
 from falcon_qlora.training.trainer import OVERRIDDEN, FalconTrainer
 
@@ -123,7 +124,7 @@ def test_sequences_beyond_the_models_positions_are_told(preset: str, positions: 
     model = SimpleNamespace(config=preset_config(preset))
     data: Any = SimpleNamespace(statistics=SimpleNamespace(longest=3000), epochs=None)
     at_most, beyond = (
-        start_notes(parse(["-m", "tiny", "--max_length", str(length)]), data, model, {})
+        start_notes(parse(["-m", "tiny", "--max_length", str(length)]), data, model, {}, Activations([]))
         for length in (positions, positions + 1)
     )
     assert at_most == []
