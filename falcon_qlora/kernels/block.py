@@ -129,8 +129,12 @@ class Norm:
     bias: Tensor
     eps: float
 
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        return ops.layer_norm(x, self.weight, self.bias, self.eps, out)
+
+def normalize(
+    x: Tensor, norms: Sequence[Norm], outs: Sequence[Tensor | None] = (None, None)
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """`ops.layer_norms` of a block's norms, which have one eps."""
+    return ops.layer_norms(x, [(norm.weight, norm.bias) for norm in norms], norms[0].eps, outs)
 
 
 @dataclass(frozen=True, eq=False)

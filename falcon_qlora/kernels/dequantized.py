@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from falcon_qlora.kernels import ops
-from falcon_qlora.kernels.block import Block, Norm
+from falcon_qlora.kernels.block import Block, Norm, normalize
 from falcon_qlora.kernels.frozen_linear import Adapter, SharedInput, SharedOutput, room_behind
 from falcon_qlora.kernels.gelu_products import GeluProducts
 
@@ -38,8 +38,9 @@ class DequantizedProducts:
 
     def enter(self, hidden: Tensor, again: bool = False) -> tuple[list[Tensor], list[Tensor]]:
         projected, low_rank = [], []
-        for norm, group in zip(self.block.norms, self.into, strict=True):
-            normal = _normal(norm, group, hidden)
+        normals = _normals(self.block.norms, self.into, hidden)
+        for group in self.into:
+            normal = normals.pop(0)
             output = hidden.new_empty(hidden.shape[0], group.width + (group.columns if again else 0))
             if group is self.into[-1] and self.gelu_products is not None:
                 low = self._enter_with_gelu(group, normal, output[:, : group.width], self.gelu_products)
@@ -72,7 +73,7 @@ class DequantizedProducts:
         block = self.block
         group = SharedInput([block.dense_h_to_4h], self.adapters[1:2], block.workspace)
         output = hidden.new_empty(hidden.shape[0], group.width)
-        group.forward(_normal(block.norms[-1], group, hidden), output)
+        group.forward(_normals(block.norms[-1:], [group], hidden)[0], output)
         return output
 
     def leave(
@@ -136,14 +137,15 @@ class DequantizedProducts:
         adapter_grads: list[Tensor | None] = []
         # The block before this one puts its LoRA's columns behind the gradient of its output.
         out = None if addend is None else room_behind(hidden, self.out_of.columns)
-        for norm, group, grad, low in zip(self.block.norms, self.into, others, low_in, strict=True):
-            normal, mean, rstd = norm(hidden)
-            adapter_grads += group.adapter_gradients(grad, low, normal)
-            del normal
+        normals, mean, rstd = normalize(hidden, self.block.norms)
+        of_normals = []
+        for group, grad, low in zip(self.into, others, low_in, strict=True):
+            adapter_grads += group.adapter_gradients(grad, low, normals.pop(0))
             if addend is not None:
-                of_normal = group.input_gradient(grad)
-                addend = ops.layer_norm_backward(of_normal, hidden, mean, rstd, norm.weight, addend, out)
-                del of_normal
+                of_normals.append(group.input_gradient(grad))
+        if addend is not None:
+            weights = [norm.weight for norm in self.block.norms]
+            addend = ops.layer_norms_backward(hidden, of_normals, mean, rstd, weights, addend, out)
         return addend, adapter_grads, []
 
     def _join(self, before_gelu: Tensor, attended: Tensor) -> Tensor:
@@ -160,8 +162,8 @@ class DequantizedProducts:
         return like.new_empty(like.shape[0], self.out_of.features + self.out_of.columns)
 
 
-def _normal(norm: Norm, group: SharedInput, hidden: Tensor) -> Tensor:
-    """``[T, H + R]``, of which the first H are the norm's output."""
-    normal = hidden.new_empty(hidden.shape[0], group.features + group.columns)
-    norm(hidden, normal[:, : group.features])
-    return normal
+def _normals(norms: Sequence[Norm], groups: Sequence[SharedInput], hidden: Tensor) -> list[Tensor]:
+    """``[T, H + R]`` for each norm and group, of which the first H are the norm's output."""
+    normals = [hidden.new_empty(hidden.shape[0], group.features + group.columns) for group in groups]
+    normalize(hidden, norms, [normal[:, : hidden.shape[1]] for normal in normals])
+    return normals

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from falcon_qlora.kernels import fp8, ops
-from falcon_qlora.kernels.block import Block
+from falcon_qlora.kernels.block import Block, normalize
 from falcon_qlora.kernels.fp8_rows import DTYPE, LARGEST, Rows, largest_row
 from falcon_qlora.kernels.frozen_linear import Adapter, Projection, mm_float32
 from falcon_qlora.kernels.low_rank import LowRank
@@ -122,8 +122,9 @@ class Fp8Products:
     def enter(self, hidden: Tensor, again: bool = False) -> tuple[list[Tensor], list[Tensor]]:
         projected: list[Tensor] = []
         low_rank: list[Tensor] = []
-        for norm, linears in zip(self.block.norms, self.into, strict=True):
-            normal = norm(hidden)[0]
+        normals, _, _ = normalize(hidden, self.block.norms)
+        for linears in self.into:
+            normal = normals.pop(0)
             low_rank += self._into_low_rank(linears, [normal] * len(linears))
             rows, _ = fp8.quantize_rows(normal)
             projected += [self._product(linear, rows, hidden.dtype) for linear in linears]
@@ -134,7 +135,7 @@ class Fp8Products:
         return projected[0], projected[1]
 
     def project_h_to_4h(self, hidden: Tensor) -> Tensor:
-        rows, _ = fp8.quantize_rows(self.block.norms[-1](hidden)[0])
+        rows, _ = fp8.quantize_rows(normalize(hidden, self.block.norms[-1:])[0][0])
         return self._product(1, rows, hidden.dtype)
 
     def leave(
@@ -193,8 +194,10 @@ class Fp8Products:
         of_before, of_before_gelu = others
         grads = of_fused, of_before_gelu
         adapter_grads: list[Tensor | None] = []
-        for norm, linears in zip(self.block.norms, self.into, strict=True):
-            normal, mean, rstd = norm(hidden)
+        of_normals = []
+        normals, mean, rstd = normalize(hidden, self.block.norms)
+        for linears in self.into:
+            normal = normals.pop(0)
             low_grads = self._out_of_low_rank(linears, [grads[linear] for linear in linears])
             for linear, low_grad in zip(linears, low_grads, strict=True):
                 adapter_grads += self._adapter_gradients(
@@ -203,7 +206,7 @@ class Fp8Products:
             del normal
             if addend is None:
                 continue
-            of_normal = [
+            first, *others_of_it = [
                 self._product(
                     linear,
                     fp8.quantize_rows(of_fused)[0] if linear == 0 else of_before,
@@ -213,9 +216,11 @@ class Fp8Products:
                 for linear in linears
             ]
             low = self._added_backward(linears, torch.cat(low_grads, dim=1))
-            fp8.add(of_normal[0], low, tuple(of_normal[1:]))
-            addend = ops.layer_norm_backward(of_normal[0], hidden, mean, rstd, norm.weight, addend)
-            del of_normal
+            of_normals.append(fp8.add(first, low, tuple(others_of_it)))
+            del first, others_of_it
+        if addend is not None:
+            weights = [norm.weight for norm in self.block.norms]
+            addend = ops.layer_norms_backward(hidden, of_normals, mean, rstd, weights, addend)
         return addend, adapter_grads, []
 
     def _gelu(self, before_gelu: Tensor, low_in: Sequence[Tensor]) -> tuple[Rows, Tensor]:

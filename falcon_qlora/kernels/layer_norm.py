@@ -11,6 +11,8 @@ registers, so nothing is read twice.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -22,60 +24,19 @@ _LANES_A_THREAD = {"forward": 32, "backward": 16}
 _MOST_WARPS = 16
 
 
-def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`ops.layer_norm` in one pass."""
-    (y,), mean, rstd = _forward(x, [(weight, bias)], eps, [out])
-    return y, mean, rstd
-
-
-def two_layer_norms(
-    x: Tensor, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, bias_2: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Two layer norms of the same rows, each as in `layer_norm`.
-
-    Returns:
-        both results ``[T, H]``, and the statistics they share, float32 ``[T]``.
-    """
-    (y_1, y_2), mean, rstd = _forward(x, [(weight_1, bias_1), (weight_2, bias_2)], eps, [None, None])
-    return y_1, y_2, mean, rstd
-
-
-def layer_norm_backward(
-    grad: Tensor,
+def layer_norms(
     x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    addend: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """`ops.layer_norm_backward` in one pass; `out` may be `grad` or `addend`."""
-    return _backward([(grad, weight)], x, mean, rstd, addend, out)
-
-
-def two_layer_norms_backward(
-    grad_1: Tensor,
-    grad_2: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight_1: Tensor,
-    weight_2: Tensor,
-    addend: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """The gradient of `two_layer_norms`' input: the sum through both norms, as in `layer_norm_backward`."""
-    return _backward([(grad_1, weight_1), (grad_2, weight_2)], x, mean, rstd, addend, out)
-
-
-def _forward(
-    x: Tensor, norms: list[tuple[Tensor, Tensor]], eps: float, outs: list[Tensor | None]
+    norms: Sequence[tuple[Tensor, Tensor]],
+    eps: float,
+    outs: Sequence[Tensor | None] = (None, None),
 ) -> tuple[list[Tensor], Tensor, Tensor]:
+    """`ops.layer_norms` in one pass."""
     x = contiguous_rows(x)
     tokens, hidden = x.shape
-    results = [torch.empty_like(x, memory_format=torch.contiguous_format) if y is None else y for y in outs]
+    results = [
+        torch.empty_like(x, memory_format=torch.contiguous_format) if y is None else y
+        for y in outs[: len(norms)]
+    ]
     assert all(y.shape == x.shape and y.stride(1) == 1 for y in results)
     mean = torch.empty(tokens, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
@@ -89,19 +50,20 @@ def _forward(
     return results, mean, rstd
 
 
-def _backward(
-    norms: list[tuple[Tensor, Tensor]],
+def layer_norms_backward(
     x: Tensor,
+    grads: Sequence[Tensor],
     mean: Tensor,
     rstd: Tensor,
-    addend: Tensor | None,
-    out: Tensor | None,
+    weights: Sequence[Tensor],
+    addend: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
+    """`ops.layer_norms_backward` in one pass; `out` may be a gradient or `addend`."""
     x = contiguous_rows(x)
     tokens, hidden = x.shape
-    (grad_1, weight_1), (grad_2, weight_2) = [
-        (contiguous_rows(grad), weight) for grad, weight in (norms[0], norms[-1])
-    ]
+    grad_1, grad_2 = (contiguous_rows(grad) for grad in (grads[0], grads[-1]))
+    weight_1, weight_2 = weights[0], weights[-1]
     added = x if addend is None else contiguous_rows(addend)
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -111,7 +73,7 @@ def _backward(
         _layer_norm_backward[(tokens,)](
             grad_1, grad_2, x, mean, rstd, weight_1, weight_2, added, out,
             grad_1.stride(0), grad_2.stride(0), x.stride(0), added.stride(0), out.stride(0), hidden,
-            TWO=len(norms) == 2, ADD=addend is not None, **row_options(hidden, "backward"),
+            TWO=len(grads) == 2, ADD=addend is not None, **row_options(hidden, "backward"),
         )  # fmt: skip
     return out
 

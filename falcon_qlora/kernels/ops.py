@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache, wraps
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -121,61 +121,68 @@ def dequantize(layer: Any, out: Tensor | None = None) -> Tensor:
 
 
 @or_triton("layer_norm")
-def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Layer norm, computed in float32.
+def layer_norms(
+    x: Tensor,
+    norms: Sequence[tuple[Tensor, Tensor]],
+    eps: float,
+    outs: Sequence[Tensor | None] = (None, None),
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """One layer norm or two of the same rows, computed in float32.
 
     Args:
         x: ``[T, H]``.
-        weight: ``[H]``.
-        bias: ``[H]``.
+        norms: weight and bias of each, ``[H]``.
         eps: added to the variance.
-        out: ``[T, H]`` to write into, possibly a slice with longer rows; None for a new tensor.
+        outs: ``[T, H]`` to write each into, possibly a slice with longer rows; None for a new tensor.
 
     Returns:
-        the output ``[T, H]`` in `x`'s dtype, the mean and the reciprocal of the standard deviation, float32
-        ``[T]`` each.
+        each norm's output ``[T, H]`` in `x`'s dtype, and what they share: the mean and the reciprocal of the
+        standard deviation, float32 ``[T]`` each.
     """
-    if weight.dtype == x.dtype:
-        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
-    else:
-        y, mean, rstd = torch.native_layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps)
-    y = y.to(x.dtype) if out is None else out.copy_(y)
-    return y, mean.flatten().float(), rstd.flatten().float()
+    found = []
+    for (weight, bias), out in zip(norms, outs, strict=False):
+        if weight.dtype == x.dtype:
+            y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+        else:
+            wide = x.float()
+            y, mean, rstd = torch.native_layer_norm(wide, x.shape[-1:], weight.float(), bias.float(), eps)
+        found.append(y.to(x.dtype) if out is None else out.copy_(y))
+    return found, mean.flatten().float(), rstd.flatten().float()
 
 
 @or_triton("layer_norm")
-def layer_norm_backward(
-    grad: Tensor,
+def layer_norms_backward(
     x: Tensor,
+    grads: Sequence[Tensor],
     mean: Tensor,
     rstd: Tensor,
-    weight: Tensor,
+    weights: Sequence[Tensor],
     addend: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The gradient of `layer_norm`'s input.
+    """The gradient of `layer_norms`' input: the sum through all norms.
 
     Args:
-        grad: ``[T, H]``, of the output.
         x: ``[T, H]``, the input.
+        grads: ``[T, H]``, of each output.
         mean: float32 ``[T]``, from the forward pass.
         rstd: float32 ``[T]``, likewise.
-        weight: ``[H]``.
+        weights: ``[H]`` of each norm.
         addend: ``[T, H]``, added to the result, or None.
         out: ``[T, H]`` to write into, possibly a slice with longer rows; None for a new tensor.
 
     Returns:
         ``[T, H]`` in `x`'s dtype.
     """
-    if x.is_cuda and weight.dtype == x.dtype:
+    if x.is_cuda and len(grads) == 1 and weights[0].dtype == x.dtype:
         result = torch.ops.aten.native_layer_norm_backward(
-            grad, x, x.shape[-1:], mean[:, None], rstd[:, None], weight, None, [True, False, False]
+            grads[0], x, x.shape[-1:], mean[:, None], rstd[:, None], weights[0], None, [True, False, False]
         )[0]
     else:
         normal = (x.float() - mean[:, None]) * rstd[:, None]
-        scaled = grad.float() * weight.float()
+        scaled = torch.zeros_like(normal)
+        for grad, weight in zip(grads, weights, strict=True):
+            scaled.addcmul_(grad.float(), weight.float())
         along = (scaled * normal).mean(-1, keepdim=True)
         result = (scaled - scaled.mean(-1, keepdim=True) - normal * along) * rstd[:, None]
     if addend is not None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from falcon_qlora.kernels import ops
-from falcon_qlora.kernels.block import Block
+from falcon_qlora.kernels.block import Block, normalize
 from falcon_qlora.kernels.dequantized import DequantizedProducts
 from falcon_qlora.kernels.frozen_linear import Adapter, Projection, dequantized
 from falcon_qlora.kernels.scale_shift import add_scaled, norm_gradients, scale_backward, scale_shift
@@ -124,13 +124,14 @@ class ScaledProducts:
         grads, of_h_to_4h = others
         scale, _ = self.of_fused
         sums = scale_backward(of_fused, fused(), scale, self.parts(grads)[0], through_gelu=False)
-        of_norms: list[Tensor] = []
-        for norm, group, grad in zip(self.block.norms, self.frozen.into, grads, strict=True):
-            _, mean, rstd = norm(hidden)
-            of_normal = group.input_gradient(grad)
-            of_norms += norm_gradients(of_normal, hidden, mean, rstd)
-            if addend is not None:
-                addend = ops.layer_norm_backward(of_normal, hidden, mean, rstd, norm.weight, addend)
+        _, mean, rstd = normalize(hidden, self.block.norms)
+        of_normals = [group.input_gradient(grad) for group, grad in zip(self.frozen.into, grads, strict=True)]
+        of_norms = [
+            each for of_normal in of_normals for each in norm_gradients(of_normal, hidden, mean, rstd)
+        ]
+        if addend is not None:
+            weights = [norm.weight for norm in self.block.norms]
+            addend = ops.layer_norms_backward(hidden, of_normals, mean, rstd, weights, addend)
         return addend, [*_of_result(sums, scale), *of_h_to_4h], of_norms
 
     def _weight(self, projection: Projection, like: Tensor) -> Tensor:

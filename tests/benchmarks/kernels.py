@@ -179,12 +179,11 @@ def norm_cases(sizes: Sizes, tokens: int) -> Iterator[Case]:
         return (dx + add[:ROWS].double(),)
 
     forward: dict[int, Callable[[], tuple[Tensor, ...]]] = {
-        1: lambda: layer_norm.layer_norm(x, *norms[0], EPS)[:1],
-        2: lambda: layer_norm.two_layer_norms(x, *norms[0], *norms[1], EPS)[:2],
+        n: lambda n=n: tuple(layer_norm.layer_norms(x, norms[:n], EPS)[0]) for n in (1, 2)
     }
     backward: dict[int, Callable[[], tuple[Tensor, ...]]] = {
-        1: lambda: (layer_norm.layer_norm_backward(grads[0], x, mean, rstd, weights[0], add),),
-        2: lambda: (layer_norm.two_layer_norms_backward(*grads, x, mean, rstd, *weights, add),),
+        n: lambda n=n: (layer_norm.layer_norms_backward(x, grads[:n], mean, rstd, weights[:n], add),)
+        for n in (1, 2)
     }
     lanes = [{"forward": n, "backward": n} for n in (8, 16, 32)]
     for count, one in ((1, "norm"), (2, "two norms")):

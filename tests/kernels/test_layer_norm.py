@@ -9,12 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from falcon_qlora.kernels.layer_norm import (
-    layer_norm,
-    layer_norm_backward,
-    two_layer_norms,
-    two_layer_norms_backward,
-)
+from falcon_qlora.kernels.layer_norm import layer_norms, layer_norms_backward
 
 EPS = 1e-5
 # 4,544 and 1,100 are held in two parts, 14,848 is the widest Falcon.
@@ -50,6 +45,19 @@ class Case:
         return [y.detach() for y in results], dx + self.add.double() if with_add else dx
 
 
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    (y,), mean, rstd = layer_norms(x, [(weight, bias)], eps, [out])
+    return y, mean, rstd
+
+
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, **options: Tensor
+) -> Tensor:
+    return layer_norms_backward(x, [grad], mean, rstd, [weight], **options)
+
+
 def _close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert actual.dtype == dtype
     largest = expected.abs().max().item()
@@ -80,8 +88,8 @@ def test_two_norms_share_statistics_and_gradients(
 ) -> None:
     case = Case(2, hidden, dtype, device)
     (w1, w2), (b1, b2) = case.weights, case.biases
-    y1, y2, mean, rstd = two_layer_norms(case.x, w1, b1, w2, b2, EPS)
-    dx = two_layer_norms_backward(case.dy[0], case.dy[1], case.x, mean, rstd, w1, w2, addend=case.add)
+    (y1, y2), mean, rstd = layer_norms(case.x, [(w1, b1), (w2, b2)], EPS)
+    dx = layer_norms_backward(case.x, case.dy, mean, rstd, [w1, w2], addend=case.add)
     (expected_1, expected_2), expected_dx = case.expected(2, with_add=True)
     _close(y1, expected_1, dtype)
     _close(y2, expected_2, dtype)

@@ -82,7 +82,7 @@ def test_the_gradients_of_a_norm(form, shape, dtype, device):
     weight, bias = (each.double().requires_grad_() for each in vectors(shape[1], device, 3))
     normal = F.layer_norm(x.double(), x.shape[1:], weight, bias, 1e-5)
     expected = torch.autograd.grad(normal, [weight, bias], grad.double())
-    _, mean, rstd = ops.layer_norm(x, weight.detach().float(), bias.detach().float(), 1e-5)
+    _, mean, rstd = ops.layer_norms(x, [(weight.detach().float(), bias.detach().float())], 1e-5)
     with ops.using(form):
         found = scale_shift.norm_gradients(grad, x, mean, rstd)
     near(found, torch.stack(expected), torch.float32)
