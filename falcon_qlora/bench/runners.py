@@ -16,7 +16,7 @@ from falcon_qlora.data.packing import MicroBatch, collate
 from falcon_qlora.kernels import fp8
 from falcon_qlora.methods.lora import Lora
 from falcon_qlora.models.activations import set_checkpointing
-from falcon_qlora.models.fast_path import apply_fast_path, keep_fp8_weights, remove_fast_path
+from falcon_qlora.models.fast_path import apply_fast_path, described, keep_fp8_weights, remove_fast_path
 from falcon_qlora.models.forward import disable_packing, enable_packing
 from falcon_qlora.step.loss import sum_of_losses
 
@@ -84,9 +84,7 @@ def build(variant: Variant, base: Any, settings: Settings, kept: dict[str, Any])
                 keep_fp8_weights(model)
             left = [what for what in report.values() if what.startswith("reference")]
             notes += (
-                [f"{len(left)} of {len(report)} blocks fall back: {left[0]}"]
-                if left
-                else [*set(report.values())]
+                [f"{len(left)} of {len(report)} blocks fall back: {left[0]}"] if left else [described(report)]
             )
         try:
             set_checkpointing(model, [variant.checkpointing] * base.config.num_hidden_layers)

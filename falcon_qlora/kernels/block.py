@@ -61,7 +61,7 @@ class Products(Protocol):
     inputs: int
 
     def enter(self, hidden: Tensor, again: bool = False) -> tuple[list[Tensor], list[Tensor]]:
-        """From the block's input ``[T, H]`` to the outputs, and t.
+        """From the block's input ``[T, H]`` to the outputs, and t; both of h_to_4h ``[N, ...]`` with `rows`.
 
         `again`: a recomputation in the backward pass, where gradients may overwrite the outputs.
         """
@@ -95,6 +95,8 @@ class Products(Protocol):
         Returns:
             the gradient of attention's output ``[T, Q D]``; an empty tensor for that of query, key and value
             ``[T, W]``; what else `enter_backward` needs; the gradients of the adapters.
+
+        With ``Block.rows`` arguments and results have N rows but those of query, key and value.
         """
 
     def enter_backward(
@@ -153,6 +155,8 @@ class Block:
         products: makes the products of one call from the block and the adapters' matrices.
         keep: what is kept for the backward pass: all it needs; all but h_to_4h's output, the largest; or only
             the block's input. The rest is recomputed.
+        rows: int64 ``[N]``, the tokens whose output is wanted, each once: attention is computed of all, dense
+            and the feed-forward layer of these. None: all tokens.
     """
 
     norms: tuple[Norm, ...]
@@ -165,6 +169,7 @@ class Block:
     workspace: Workspace
     products: Callable[[Block, Sequence[Adapter]], Products]
     keep: Keep = "all"
+    rows: Tensor | None = None
 
     @property
     def projections(self) -> tuple[Projection, Projection, Projection, Projection]:
@@ -174,6 +179,42 @@ class Block:
     def heads(self, fused: Tensor) -> Tensor:
         """``[T, W]`` → ``[T, G, Q/G + 2, D]``, a view."""
         return fused.unflatten(1, (self.kv_heads, -1, self.head_dim))
+
+    def wanted(self, x: Tensor) -> Tensor:
+        """``[T, ...]`` → ``[N, ...]``, those of `rows`."""
+        return x if self.rows is None else x.index_select(0, self.rows)
+
+    def counts(self, hidden: Tensor) -> tuple[int, int]:
+        """T and N: the tokens that query_key_value reads, and those that h_to_4h does."""
+        return len(hidden), len(hidden) if self.rows is None else len(self.rows)
+
+    def normalize(
+        self, hidden: Tensor, outs: Sequence[Tensor | None] = (None, None)
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """The inputs of query_key_value and h_to_4h, one if they share it; and all tokens' statistics."""
+        if self.rows is None:
+            return normalize(hidden, self.norms, outs)
+        of_all, mean, rstd = normalize(hidden, self.norms[:1], outs)
+        of_wanted, _, _ = normalize(self.wanted(hidden), self.norms[-1:], outs[1:])
+        return of_all + of_wanted, mean, rstd
+
+    def normalize_backward(
+        self,
+        hidden: Tensor,
+        of_normals: Sequence[Tensor],
+        statistics: Sequence[Tensor],
+        addend: Tensor,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """`addend` plus the gradient of `hidden`, from those of what `normalize` gave."""
+        grads = [*of_normals[:-1], self.spread(of_normals[-1], len(hidden))]
+        mean, rstd = statistics
+        weights = [self.norms[0].weight, self.norms[-1].weight][: len(grads)]
+        return ops.layer_norms_backward(hidden, grads, mean, rstd, weights, addend, out)
+
+    def spread(self, x: Tensor, tokens: int) -> Tensor:
+        """``[N, C]`` → ``[T, C]``, with zeros elsewhere."""
+        return x if self.rows is None else x.new_zeros(tokens, x.shape[1]).index_copy_(0, self.rows, x)
 
 
 def run_block(
@@ -196,7 +237,8 @@ def run_block(
             that ``block.products`` takes instead: for the projections, then any for the norms.
 
     Returns:
-        ``[T, H]``, connected to `hidden`, the adapters and attention's own tensors.
+        ``[T, H]``, or ``[N, H]`` of ``block.rows``, connected to `hidden`, the adapters and attention's own
+        tensors.
     """
     flat = [matrix for adapter in adapters for matrix in adapter]
     return _BlockFunction.apply(hidden, cosine, sine, block, attention, *flat, *attention.tensors)
@@ -219,8 +261,8 @@ class _BlockFunction(torch.autograd.Function):
             projected, low_in = products.enter(hidden)
             fused, before_gelu = products.parts(projected)
             of_attention = _attend(block, attention, fused, cosine, sine)
-            attended = attention.output(block.heads(fused)[:, :, :-2], of_attention)
-            output, low_out = products.leave(before_gelu, attended, low_in, hidden)
+            attended = _attended(block, attention, fused, of_attention)
+            output, low_out = products.leave(before_gelu, attended, low_in, block.wanted(hidden))
             if block.keep == "all":
                 kept = [*projected, *low_in, low_out, *of_attention]
             elif block.keep == "attention":
@@ -252,7 +294,7 @@ class _BlockFunction(torch.autograd.Function):
                     fused, before_gelu = products.parts(projected)
                 else:
                     fused, before_gelu = projected[0], products.project_h_to_4h(hidden)
-            attended = partial(attention.output, block.heads(fused)[:, :, :-2], of_attention)
+            attended = partial(_attended, block, attention, fused, of_attention)
             if block.keep == "input":
                 low_out = products.low_rank(before_gelu, attended, low_in)
             of_attended, of_fused, others, out_grads = products.leave_backward(
@@ -260,14 +302,14 @@ class _BlockFunction(torch.autograd.Function):
             )
             del before_gelu, projected, attended
             (of_query, of_key, of_value), own_grads = attention.backward(
-                of_attended.unflatten(1, (-1, block.head_dim)),
+                block.spread(of_attended, len(hidden)).unflatten(1, (-1, block.head_dim)),
                 *_query_key_value(block.heads(fused)),
                 of_attention,
             )
             del of_attended, of_attention, kept
             ops.rotate_join(of_query, of_key, of_value, cosine, sine, block.heads(of_fused))
             del of_query, of_key, of_value
-            addend = grad if ctx.needs_input_grad[0] else None
+            addend = block.spread(grad, len(hidden)) if ctx.needs_input_grad[0] else None
             of_hidden, in_grads, norm_grads = products.enter_backward(
                 hidden, of_fused, others, low_in, addend, partial(_rotated_back, block, fused, cosine, sine)
             )
@@ -281,6 +323,11 @@ def _attend(
     heads = block.heads(fused)
     ops.rotate_(heads[:, :, :-1], cosine, sine)
     return attention.forward(*_query_key_value(heads))
+
+
+def _attended(block: Block, attention: Attention, fused: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+    """Attention's output, from `_attend`'s result."""
+    return block.wanted(attention.output(block.heads(fused)[:, :, :-2], kept))
 
 
 def _rotated_back(block: Block, fused: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

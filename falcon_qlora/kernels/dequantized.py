@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from falcon_qlora.kernels import ops
-from falcon_qlora.kernels.block import Block, Norm, normalize
+from falcon_qlora.kernels.block import Block, normalize
 from falcon_qlora.kernels.frozen_linear import Adapter, SharedInput, SharedOutput, room_behind
 from falcon_qlora.kernels.gelu_products import GeluProducts
 
@@ -26,7 +26,7 @@ class DequantizedProducts:
         self, block: Block, adapters: Sequence[Adapter], gelu_products: GeluProducts | None = None
     ) -> None:
         self.block, self.adapters, self.gelu_products = block, adapters, gelu_products
-        groups = [(0, 2)] if len(block.norms) == 1 else [(0, 1), (1, 2)]
+        groups = [(0, 2)] if len(block.norms) == 1 and block.rows is None else [(0, 1), (1, 2)]
         self.into = [
             SharedInput(block.projections[first:last], adapters[first:last], block.workspace)
             for first, last in groups
@@ -38,10 +38,14 @@ class DequantizedProducts:
 
     def enter(self, hidden: Tensor, again: bool = False) -> tuple[list[Tensor], list[Tensor]]:
         projected, low_rank = [], []
-        normals = _normals(self.block.norms, self.into, hidden)
+        normals = [
+            hidden.new_empty(count, group.features + group.columns)
+            for count, group in zip(self.block.counts(hidden), self.into, strict=False)
+        ]
+        self.block.normalize(hidden, [normal[:, : hidden.shape[1]] for normal in normals])
         for group in self.into:
             normal = normals.pop(0)
-            output = hidden.new_empty(hidden.shape[0], group.width + (group.columns if again else 0))
+            output = hidden.new_empty(normal.shape[0], group.width + (group.columns if again else 0))
             if group is self.into[-1] and self.gelu_products is not None:
                 low = self._enter_with_gelu(group, normal, output[:, : group.width], self.gelu_products)
             else:
@@ -72,8 +76,11 @@ class DequantizedProducts:
     def project_h_to_4h(self, hidden: Tensor) -> Tensor:
         block = self.block
         group = SharedInput([block.dense_h_to_4h], self.adapters[1:2], block.workspace)
+        hidden = block.wanted(hidden)
+        normal = hidden.new_empty(hidden.shape[0], group.features + group.columns)
+        normalize(hidden, block.norms[-1:], [normal[:, : group.features]])
         output = hidden.new_empty(hidden.shape[0], group.width)
-        group.forward(_normals(block.norms[-1:], [group], hidden)[0], output)
+        group.forward(normal, output)
         return output
 
     def leave(
@@ -97,7 +104,7 @@ class DequantizedProducts:
         low_in: Sequence[Tensor],
         low_out: Tensor,
     ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor | None]]:
-        grads, may_overwrite = self.gradients(grad)
+        grads, may_overwrite = self.gradients(grad, low_in[0].shape[0])
         of_fused, of_before_gelu = self.parts(grads)
         split = self.block.dense_4h_to_h.in_features
         # With dropout LoRA's part is added after the product, and GELU's gradient needs the sum.
@@ -118,12 +125,21 @@ class DequantizedProducts:
         adapter_grads = self.out_of.adapter_gradients(grad, low_grad, low_out, inputs)
         return of_attended, of_fused, grads, adapter_grads
 
-    def gradients(self, like: Tensor) -> tuple[list[Tensor], bool]:
-        """Tensors for the outputs' gradients, and whether they overwrite recomputed outputs."""
+    def gradients(self, like: Tensor, tokens: int) -> tuple[list[Tensor], bool]:
+        """Tensors for the outputs' gradients, and whether they overwrite recomputed outputs.
+
+        Args:
+            like: ``[N, H]``.
+            tokens: T.
+        """
         grads, self._free = self._free, None
         if grads is not None:
             return grads, True
-        return [like.new_empty(like.shape[0], group.width + group.columns) for group in self.into], False
+        counts = (tokens, like.shape[0])
+        return [
+            like.new_empty(count, group.width + group.columns)
+            for count, group in zip(counts, self.into, strict=False)
+        ], False
 
     def enter_backward(
         self,
@@ -137,15 +153,14 @@ class DequantizedProducts:
         adapter_grads: list[Tensor | None] = []
         # The block before this one puts its LoRA's columns behind the gradient of its output.
         out = None if addend is None else room_behind(hidden, self.out_of.columns)
-        normals, mean, rstd = normalize(hidden, self.block.norms)
+        normals, *statistics = self.block.normalize(hidden)
         of_normals = []
         for group, grad, low in zip(self.into, others, low_in, strict=True):
             adapter_grads += group.adapter_gradients(grad, low, normals.pop(0))
             if addend is not None:
                 of_normals.append(group.input_gradient(grad))
         if addend is not None:
-            weights = [norm.weight for norm in self.block.norms]
-            addend = ops.layer_norms_backward(hidden, of_normals, mean, rstd, weights, addend, out)
+            addend = self.block.normalize_backward(hidden, of_normals, statistics, addend, out)
         return addend, adapter_grads, []
 
     def _join(self, before_gelu: Tensor, attended: Tensor) -> Tensor:
@@ -160,10 +175,3 @@ class DequantizedProducts:
 
     def _room_for_joined(self, like: Tensor) -> Tensor:
         return like.new_empty(like.shape[0], self.out_of.features + self.out_of.columns)
-
-
-def _normals(norms: Sequence[Norm], groups: Sequence[SharedInput], hidden: Tensor) -> list[Tensor]:
-    """``[T, H + R]`` for each norm and group, of which the first H are the norm's output."""
-    normals = [hidden.new_empty(hidden.shape[0], group.features + group.columns) for group in groups]
-    normalize(hidden, norms, [normal[:, : hidden.shape[1]] for normal in normals])
-    return normals

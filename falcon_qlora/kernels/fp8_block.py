@@ -117,12 +117,12 @@ class Fp8Products:
 
     def __init__(self, block: Block, adapters: Sequence[Adapter], frozen: Fp8) -> None:
         self.block, self.adapters, self.frozen = block, adapters, frozen
-        self.into = ((0, 1),) if len(block.norms) == 1 else ((0,), (1,))
+        self.into = ((0, 1),) if len(block.norms) == 1 and block.rows is None else ((0,), (1,))
 
     def enter(self, hidden: Tensor, again: bool = False) -> tuple[list[Tensor], list[Tensor]]:
         projected: list[Tensor] = []
         low_rank: list[Tensor] = []
-        normals, _, _ = normalize(hidden, self.block.norms)
+        normals, _, _ = self.block.normalize(hidden)
         for linears in self.into:
             normal = normals.pop(0)
             low_rank += self._into_low_rank(linears, [normal] * len(linears))
@@ -135,7 +135,8 @@ class Fp8Products:
         return projected[0], projected[1]
 
     def project_h_to_4h(self, hidden: Tensor) -> Tensor:
-        rows, _ = fp8.quantize_rows(normalize(hidden, self.block.norms[-1:])[0][0])
+        normals, _, _ = normalize(self.block.wanted(hidden), self.block.norms[-1:])
+        rows, _ = fp8.quantize_rows(normals[0])
         return self._product(1, rows, hidden.dtype)
 
     def leave(
@@ -179,7 +180,7 @@ class Fp8Products:
         adapter_grads += self._adapter_gradients(
             3, grad, low_grad[1], low_out[:, split:], attended().flatten(1)
         )
-        of_fused = grad.new_empty(grad.shape[0], self.block.query_key_value.out_features)
+        of_fused = grad.new_empty(low_in[0].shape[0], self.block.query_key_value.out_features)
         return of_attended, of_fused, (of_before, of_before_gelu), adapter_grads
 
     def enter_backward(
@@ -195,7 +196,7 @@ class Fp8Products:
         grads = of_fused, of_before_gelu
         adapter_grads: list[Tensor | None] = []
         of_normals = []
-        normals, mean, rstd = normalize(hidden, self.block.norms)
+        normals, *statistics = self.block.normalize(hidden)
         for linears in self.into:
             normal = normals.pop(0)
             low_grads = self._out_of_low_rank(linears, [grads[linear] for linear in linears])
@@ -219,8 +220,7 @@ class Fp8Products:
             of_normals.append(fp8.add(first, low, tuple(others_of_it)))
             del first, others_of_it
         if addend is not None:
-            weights = [norm.weight for norm in self.block.norms]
-            addend = ops.layer_norms_backward(hidden, of_normals, mean, rstd, weights, addend)
+            addend = self.block.normalize_backward(hidden, of_normals, statistics, addend)
         return addend, adapter_grads, []
 
     def _gelu(self, before_gelu: Tensor, low_in: Sequence[Tensor]) -> tuple[Rows, Tensor]:

@@ -17,8 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from falcon_qlora.kernels import ops
-from falcon_qlora.kernels.block import Block, normalize
+from falcon_qlora.kernels.block import Block
 from falcon_qlora.kernels.dequantized import DequantizedProducts
 from falcon_qlora.kernels.frozen_linear import Adapter, Projection, dequantized
 from falcon_qlora.kernels.scale_shift import add_scaled, norm_gradients, scale_backward, scale_shift
@@ -89,7 +88,7 @@ class ScaledProducts:
         low_in: Sequence[Tensor],
         low_out: Tensor,
     ) -> tuple[Tensor, Tensor, tuple[list[Tensor], list[Tensor]], list[Tensor | None]]:
-        grads, _ = self.frozen.gradients(grad)
+        grads, _ = self.frozen.gradients(grad, grad.shape[0])
         _, of_before_gelu = self.parts(grads)
         results: list[Tensor | None] = []
         # In a recomputed block, h_to_4h's output is in the memory that its gradient will take.
@@ -124,14 +123,13 @@ class ScaledProducts:
         grads, of_h_to_4h = others
         scale, _ = self.of_fused
         sums = scale_backward(of_fused, fused(), scale, self.parts(grads)[0], through_gelu=False)
-        _, mean, rstd = normalize(hidden, self.block.norms)
+        _, *statistics = self.block.normalize(hidden)
         of_normals = [group.input_gradient(grad) for group, grad in zip(self.frozen.into, grads, strict=True)]
         of_norms = [
-            each for of_normal in of_normals for each in norm_gradients(of_normal, hidden, mean, rstd)
+            each for of_normal in of_normals for each in norm_gradients(of_normal, hidden, *statistics)
         ]
         if addend is not None:
-            weights = [norm.weight for norm in self.block.norms]
-            addend = ops.layer_norms_backward(hidden, of_normals, mean, rstd, weights, addend)
+            addend = self.block.normalize_backward(hidden, of_normals, statistics, addend)
         return addend, [*_of_result(sums, scale), *of_h_to_4h], of_norms
 
     def _weight(self, projection: Projection, like: Tensor) -> Tensor:

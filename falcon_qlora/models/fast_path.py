@@ -41,7 +41,7 @@ from falcon_qlora.models.blocks.fast_block import (
     restore,
     state_of,
 )
-from falcon_qlora.models.forward import enable_packing, pack_batches
+from falcon_qlora.models.forward import FEW_ROWS, enable_packing, pack_batches
 from falcon_qlora.models.layouts import causal_lm_in
 from falcon_qlora.models.packed_attention import takes_varlen
 from falcon_qlora.models.token_rows import pad_head
@@ -50,6 +50,7 @@ _FAMILIES: dict[str, ModuleType] = {"falcon": falcon, "llama": llama, "falcon_h1
 """Families with fast blocks, by their configuration's ``model_type``; each is a module like `falcon`."""
 
 _REFERENCE = "reference path: "
+_FEW_ROWS = f"of targets alone where they are at most {FEW_ROWS:.0%} of tokens"
 _BRACKETS = str.maketrans("[]", "()")
 
 
@@ -61,6 +62,7 @@ def decide(
     gelu_in_products: bool = False,
     fp8_products: bool = False,
     failures: Mapping[str, str | None] | None = None,
+    is_last: bool = False,
 ) -> dict[str, str]:
     """Decide what runs where in a block, and why.
 
@@ -70,6 +72,7 @@ def decide(
         attention: from `choose_attention`.
         gelu_in_products: whether GELU is computed in the epilogues of products.
         fp8_products: whether the frozen products are to run in FP8.
+        is_last: whether no block follows.
         failures: part of the result → what failed that would have computed it faster (`Loaded.failure`).
 
     Returns:
@@ -100,6 +103,8 @@ def decide(
         ways["scales"] = small
     if facts.state_space:
         ways["state space"] = small if ssd_ops.heads_fit(*facts.state_space) else "PyTorch"
+    if is_last and facts.leaves_rows_out:
+        ways["feed-forward"] = _FEW_ROWS
     for part, failure in (failures or {}).items():
         if failure is not None and part in ways:
             ways[part] += f" [{failure.translate(_BRACKETS)}]"
@@ -212,7 +217,8 @@ def described(kernels: dict[str, str]) -> str:
     """The result of `choose_kernels` in one line."""
     if not kernels:
         return "the reference path"
-    ways = Counter(kernels.values())
+    last = f", feed-forward: {_FEW_ROWS}"  # of the last block alone
+    ways = Counter(what.replace(last, "") for what in kernels.values())
     return "; ".join(f"{count} of {len(kernels)} blocks {what}" for what, count in ways.items())
 
 
@@ -273,6 +279,7 @@ def apply_fast_path(
             attention=attention,
             gelu_in_products=gelu.part is not None,
             fp8_products=fp8_products,
+            is_last=block is blocks[-1],
             failures={
                 "attention": slower,
                 "GELU": gelu.failure,

@@ -32,12 +32,15 @@ class Sequences:
         position_ids: int64 ``[1, T]``, restarting in every document.
         lengths: tokens of each document, on the host.
         max_length: tokens of the longest document.
+        wanted: int64 ``[N]``, the tokens whose output is wanted of a block, each once; it may leave out the
+            others. None: all.
     """
 
     cu_seqlens: Tensor
     position_ids: Tensor
     lengths: tuple[int, ...]
     max_length: int
+    wanted: Tensor | None = None
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Sequences:

@@ -12,14 +12,21 @@ from transformers.models.falcon.modeling_falcon import FalconDecoderLayer
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.fp8 import fp8_excludes
 from falcon_qlora.kernels import block as kernel
-from falcon_qlora.kernels import fp8, sublayer
+from falcon_qlora.kernels import fp8, ops, sublayer
 from falcon_qlora.kernels.frozen_linear import Workspace
 from falcon_qlora.kernels.gelu_products import GeluProducts
 from falcon_qlora.kernels.libraries import Loaded
-from falcon_qlora.models import fast_path
+from falcon_qlora.methods.table import METHODS
+from falcon_qlora.models import fast_path, forward
 from falcon_qlora.models.blocks import falcon_h1, llama
 from falcon_qlora.models.blocks.falcon import block_facts
-from falcon_qlora.models.fast_path import apply_fast_path, choose_kernels, decide, remove_fast_path
+from falcon_qlora.models.fast_path import (
+    apply_fast_path,
+    choose_kernels,
+    decide,
+    described,
+    remove_fast_path,
+)
 from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.layouts.falcon import Falcon
@@ -122,6 +129,62 @@ def test_with_and_without_it_a_model_computes_the_same(layout, mode):
     apply_fast_path(model)
     assert_same(step(model, arguments), reference)
     assert_close(model(**logits).logits, reference_logits, rtol=1e-4, atol=1e-4)
+
+
+def few_targets(arguments):
+    """Arguments of a call that trains on each document's last two tokens."""
+    positions = arguments["target_positions"]
+    ends = torch.bucketize(positions, arguments["sequences"].cu_seqlens, right=True)
+    few = positions[positions >= arguments["sequences"].cu_seqlens[ends] - 3]
+    return arguments | {"target_positions": few, "targets": arguments["input_ids"][0, few + 1]}
+
+
+@pytest.mark.parametrize("keep", ["all", "attention", "input", "offload"])
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-11b", "falcon-40b", "falcon3"])
+def test_the_last_block_computes_the_feed_forward_of_few_targets_alone(layout, keep, monkeypatch):
+    model = adapted(layout, "4bit")
+    vary_norms(model)
+    every = packed(documents(LENGTHS))
+    few = few_targets(every)
+    reference, of_every = step(model, few), step(model, every)
+    report = apply_fast_path(model, keep=keep)
+    rows = []
+    gelu = ops.gelu
+    monkeypatch.setattr(ops, "gelu", lambda x, out: rows.append(len(x)) or gelu(x, out))
+    assert_same(step(model, few), reference)
+    tokens = sum(LENGTHS)
+    if layout != "falcon3":  # where feed-forward follows attention, all of it is computed
+        assert set(rows[:2]) == {tokens, len(few["targets"])}
+        assert ["of targets alone" in what for what in report.values()] == [False, True]
+        assert described(report).startswith("2 of 2 blocks fast (")
+    rows.clear()
+    assert_same(step(model, every), of_every)
+    assert set(rows) <= {tokens}
+    without = few | {"target_positions": few["target_positions"][:0], "targets": few["targets"][:0]}
+    assert step(model, without)[0] == 0
+
+
+@pytest.mark.parametrize("how", ["fp8", "GELU in products", "adapter", "adapter_v2"])
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b"])
+def test_so_it_does_with_other_products_and_methods(layout, how, monkeypatch):
+    if "adapter" in how:
+        method = METHODS[how](prefix_length=5, first_block=0)
+        model = method.attach(tiny_model(layout, "4bit").requires_grad_(False), seed=3)
+        enable_packing(model)
+    else:
+        model = adapted(layout, "4bit")
+    few = few_targets(packed(documents(LENGTHS)))
+    if how == "GELU in products":
+        monkeypatch.setattr(fast_path, "_gelu_products", lambda falcon: Loaded(GeluProductsInPyTorch()))
+    with fp8.emulated():
+        apply_fast_path(model, fp8_products=how == "fp8")
+        ours = step(model, few)
+        monkeypatch.setattr(forward, "FEW_ROWS", 0)
+        of_all = step(model, few)
+    # A product of fewer rows may round otherwise, and in FP8 a value then falls on the other side of a step.
+    assert_close(ours[0], of_all[0], rtol=1e-5, atol=0)
+    for name, gradient in of_all[1].items():
+        assert float((ours[1][name] - gradient).norm()) <= 1e-3 * float(gradient.norm()), name
 
 
 PAIRS = [["query_key_value", "dense"], ["dense_h_to_4h", "dense_4h_to_h"]]

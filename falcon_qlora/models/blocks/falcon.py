@@ -7,6 +7,7 @@ Blocks here are Transformers' ``FalconDecoderLayer``, inside which PEFT has put 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ def block_facts(block: Any, dtype: torch.dtype) -> BlockFacts:
         lora_unknown=_more_than_lora(block),
         known=known,
         scaled=scaled,
+        leaves_rows_out=not scaled,
     )
 
 
@@ -154,9 +156,12 @@ def block_forward(
     assert position_embeddings is not None
     # Not ``[0]``: its gradient would be written into zeros, row by row.
     hidden, (cosine, sine) = hidden_states.squeeze(0), (each[0] for each in position_embeddings)
-    attention = _attention(self, parts[0], PackedAttention(attention_mask, state.attention), hidden.dtype)
+    block, adapters = parts
+    if state.products is not ScaledProducts:
+        block = replace(block, rows=attention_mask.wanted)
+    attention = _attention(self, block, PackedAttention(attention_mask, state.attention), hidden.dtype)
     with state.offload.moving(hidden) if state.keep == "offload" else nullcontext():
-        output = run_block(hidden, cosine, sine, parts[0], attention, parts[1])
+        output = run_block(hidden, cosine, sine, block, attention, adapters)
     return output.unsqueeze(0), None
 
 

@@ -59,6 +59,7 @@ class BlockFacts:
         activation: of the feed-forward layer.
         without_fp8: the family's name if its blocks have no FP8 products.
         state_space: P and N of a state space beside attention, or None.
+        leaves_rows_out: whether it computes the feed-forward layer of wanted tokens alone, see `Block.rows`.
     """
 
     unlike: str | None
@@ -73,6 +74,7 @@ class BlockFacts:
     activation: str = "GELU"
     without_fp8: str | None = None
     state_space: tuple[int, int] | None = None
+    leaves_rows_out: bool = False
 
 
 def facts_of(
