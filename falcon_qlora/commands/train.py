@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from falcon_qlora import config
 from falcon_qlora.common.errors import EXIT_BUG, EXIT_HANGING, EXIT_USER_ERROR, UserError
@@ -63,7 +63,8 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
         words = [_WORKER, str(os.getpid()), worker_module, *flags]
         try:
             if processes == 1 and _on_one_node(launch) and launch.max_restarts == 0:
-                return _run_one(words, Path(folder), meanwhile=lambda: _look(configuration))
+                held = launcher.hold(Path(folder) / launcher.ROWS)
+                return _run_one(words, Path(folder), lambda: _look_and_tokenize(configuration, held))
             _look(configuration)
             agent = [*_torchrun_flags(launch, processes), f"--log-dir={folder}", "--module"]
             return _launch([*agent, *words], Path(folder))
@@ -77,6 +78,17 @@ def _look(configuration: Configuration) -> None:
     look(configuration)
 
 
+def _look_and_tokenize(configuration: Configuration, held: IO[str]) -> None:
+    """What the worker waits for before it reads rows, by the lock on `held`."""
+    from falcon_qlora.commands.rows_ahead import tokenize_ahead
+
+    try:
+        _look(configuration)
+        tokenize_ahead(configuration)
+    finally:
+        launcher.let_go(held)
+
+
 @contextlib.contextmanager
 def stop_signals_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
     """Within the block, `handler` gets the signals that ask a process to stop."""
@@ -86,6 +98,25 @@ def stop_signals_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
     finally:
         for number, before in earlier.items():
             signal.signal(number, before)
+
+
+class _WorkerEnded(BaseException):
+    """The worker ended while this process did something for it."""
+
+
+@contextlib.contextmanager
+def _raised_at_the_end_of(worker: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Within the block, raise `_WorkerEnded` when the worker ends."""
+
+    def ended(number: int, frame: Any) -> None:
+        if worker.poll() is not None:
+            raise _WorkerEnded
+
+    earlier = signal.signal(signal.SIGCHLD, ended)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, earlier)
 
 
 class _StopOnce:
@@ -169,14 +200,16 @@ def _run_one(words: list[str], folder: Path, meanwhile: Callable[[], None]) -> i
     Args:
         words: its module and that module's arguments.
         folder: where the launcher and the worker leave marks for each other.
-        meanwhile: called while the worker loads libraries; what it raises ends the worker.
+        meanwhile: called while the worker loads libraries. What it raises ends the worker; it is broken off
+            if the worker ends.
     """
     worker, ended, stop = None, None, _StopOnce(folder)
     with stop_signals_to(stop):
         try:
             # In a session of its own, so that only the launcher gets Ctrl-C, and passes it on.
             worker = subprocess.Popen([sys.executable, "-u", "-m", *words], start_new_session=True)
-            meanwhile()
+            with contextlib.suppress(_WorkerEnded), _raised_at_the_end_of(worker):
+                meanwhile()
             code = worker.wait()
         except _Ended as asked:
             ended = asked

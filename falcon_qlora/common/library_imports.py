@@ -114,7 +114,7 @@ class _AsksForOne(SourceFileLoader):
         finally:
             metadata.packages_distributions = listing
         if hasattr(module, "define_import_structure"):
-            module.define_import_structure = _remembered(module.define_import_structure)
+            vars(module)["define_import_structure"] = _remembered(module.define_import_structure)
 
 
 def _remembered(define: Callable[..., Any]) -> Callable[..., Any]:

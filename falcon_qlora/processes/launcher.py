@@ -6,15 +6,18 @@ Imports no torch: the processes import this before they set up what torch reads 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import importlib.util
 import os
 import runpy
 import signal
 from pathlib import Path
+from typing import IO
 
 VARIABLE = "FALCON_QLORA_LAUNCHER"
-# Files: which process has something to save; the launcher was asked to stop; how to resume after an error.
-TRAINING, STOPPING, GO_ON = "training", "stopping", "go_on"
+# Files: which process has something to save; the launcher was asked to stop; how to resume after an error;
+# and one that is locked while the launcher looks at the rows.
+TRAINING, STOPPING, GO_ON, ROWS = "training", "stopping", "go_on", "rows"
 # Signals that ask a run to stop; SIGUSR1 is how some schedulers announce preemption.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # One request can arrive twice: from a scheduler to every process, and passed on by the launcher; or from a
@@ -26,6 +29,27 @@ def mark(name: str) -> Path | None:
     """The path of the file `name` in the launcher's folder; None without a launcher."""
     folder = os.environ.get(VARIABLE)
     return Path(folder) / name if folder else None
+
+
+def hold(file: Path) -> IO[str]:
+    """Lock `file` for `wait_for`, until `let_go` or until this process ends."""
+    held = file.open("w", encoding="utf-8")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    return held
+
+
+def let_go(held: IO[str]) -> None:
+    """End `hold`."""
+    with held:
+        fcntl.flock(held, fcntl.LOCK_UN)  # closing is not enough where another process inherited it
+
+
+def wait_for(name: str) -> None:
+    """Wait while the launcher holds the file `name` in its folder."""
+    file = mark(name)
+    if file is not None and file.exists():
+        with file.open(encoding="utf-8") as held:
+            fcntl.flock(held, fcntl.LOCK_SH)
 
 
 def visible_gpus() -> int:

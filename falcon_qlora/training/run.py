@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from falcon_qlora.config import Configuration
-from falcon_qlora.processes import agreement, endings, ranks
+from falcon_qlora.processes import agreement, endings, launcher, ranks
 from falcon_qlora.processes.command_clock import command_began
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
     begin_from = run.adapter if start.checkpoint is None else None
 
     with phase("rows", "reading rows"):
+        launcher.wait_for(launcher.ROWS)
         tokenizer = rows.load_tokenizer(base, method)
         data = rows.training_data(configuration.data, run, tokenizer, together=method.is_whole)
     resume.check_data(data, start.checkpoint)
