@@ -132,6 +132,8 @@ def check_vocabulary(tokenizer: Any, vocab_size: int, *, name: str, added: int =
 
 def _without_limits(backend: Any) -> str:
     # Truncation and padding are settings that calls leave behind, not part of the tokenizer.
+    if backend.truncation is None and backend.padding is None:
+        return str(backend.to_str())
     copy = type(backend).from_str(backend.to_str())
     copy.no_truncation()
     copy.no_padding()

@@ -29,7 +29,7 @@ T = TypeVar("T")
 _WAIT_LIMIT = datetime.timedelta(days=7)
 _CONNECT_SECONDS = 60.0
 _LOOK_SECONDS = 0.02
-_PIECE_BYTES = 2**22
+_PIECE_WORDS = 2**22
 _SCATTER = 0x1E3779B97F4A7C15  # odd, with bits of no pattern: the golden ratio's
 # All processes make the same waits in the same order; each wait has its own key in the store.
 _numbers = itertools.count(1)
@@ -180,16 +180,17 @@ def checksum(tensors: Iterable[torch.Tensor]) -> str:
 
 
 def _checksums(tensor: torch.Tensor) -> torch.Tensor:
-    """A weighted sum of the bytes of each piece, modulo 2^64: any single byte that differs shows."""
+    """A weighted sum of the words of each piece, modulo 2^64: any single word that differs shows."""
     import torch
 
-    whole = tensor.detach().contiguous().flatten().view(torch.uint8)
-    # The weights are odd and scattered, so that swapped bytes show. Pieces keep the weights small.
-    weights = torch.arange(1, min(len(whole), _PIECE_BYTES) + 1, device=whole.device)
+    word = torch.uint8 if tensor.element_size() % 4 else torch.int32
+    whole = tensor.detach().contiguous().flatten().view(word)
+    # The weights are odd and scattered, so that swapped words show. Pieces keep the weights small.
+    weights = torch.arange(1, min(len(whole), _PIECE_WORDS) + 1, device=whole.device)
     weights *= _SCATTER
     weights ^= weights >> 29
     weights |= 1
-    sums = [(piece * weights[: len(piece)]).sum() for piece in whole.split(_PIECE_BYTES)]
+    sums = [(piece * weights[: len(piece)]).sum() for piece in whole.split(_PIECE_WORDS)]
     return torch.stack(sums)
 
 
