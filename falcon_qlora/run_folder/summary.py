@@ -41,6 +41,8 @@ class Summary:
         end_seconds: Of `wall_seconds`, after the last step.
         start_phases: Phase of the last start → its seconds.
         refused_by_peft: Linears with LoRA for which plain PEFT does not open the adapter.
+        leak_probe: Of models in which more than attention mixes tokens, `LeakProbe`'s figures for the first
+            documents since the last start.
         adapter: Folder of the adapter that the run began from, if any.
         adapter_sha256: Of that adapter's weights.
     """
@@ -74,5 +76,6 @@ class Summary:
     end_seconds: float | None = None
     start_phases: dict[str, float] | None = None
     refused_by_peft: list[str] | None = None
+    leak_probe: dict[str, float] | None = None
     adapter: str | None = None
     adapter_sha256: str | None = None

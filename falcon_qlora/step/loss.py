@@ -162,11 +162,13 @@ def halved(batch: MicroBatch, times: int) -> list[MicroBatch]:
         return [batch]
     starts = batch.cu_seqlens.tolist()
     middle = min(range(1, documents), key=lambda place: abs(2 * starts[place] - starts[-1]))
-    parts = (_documents(batch, starts, 0, middle), _documents(batch, starts, middle, documents))
+    parts = (documents_of(batch, 0, middle), documents_of(batch, middle, documents))
     return [smaller for part in parts for smaller in halved(part, times - 1)]
 
 
-def _documents(batch: MicroBatch, starts: list[int], first: int, last: int) -> MicroBatch:
+def documents_of(batch: MicroBatch, first: int, last: int) -> MicroBatch:
+    """The documents `first` to `last` - 1 of `batch`."""
+    starts = batch.cu_seqlens.tolist()
     begin, end = starts[first], starts[last]
     within = (batch.target_positions >= begin) & (batch.target_positions < end)
     changes: dict[str, Any] = {

@@ -131,12 +131,21 @@ def print_end(summary: Mapping[str, Any], contents: Sequence[Path], *, adapter: 
         ("memory", memory),
         ("processes", reduced),
         ("skipped", f"{summary['bad_steps']:,} steps, not finite" if summary.get("bad_steps") else ""),
+        ("packing", _packing_of(summary.get("leak_probe"))),
         *[("" if index else "wrote", path) for index, path in enumerate(written)],
         ("opens with", f"falcon_qlora, not plain PEFT (LoRA on {', '.join(refused)})" if refused else ""),
         ("try it", f'falcon-qlora generate --adapter {quoted(str(adapter))} --prompt "…"'),
     ]
     console().print()
     _print_rows("done", rows)
+
+
+def _packing_of(probe: Mapping[str, Any] | None) -> str:
+    """What packed documents had for losses together and one by one."""
+    if probe is None:
+        return ""
+    losses = f"{probe['together']:.5f} together, {probe['apart']:.5f} one by one"
+    return f"loss of {probe['documents']} documents: {losses}"
 
 
 def _time_of(summary: Mapping[str, Any]) -> str:

@@ -102,6 +102,7 @@ def finish(
         predicted_peak_memory_gib=predicted_gib,
         reduction_shares=reductions if len(reductions) > 1 else None,
         refused_by_peft=refused_by_peft(method_of(model)) or None,
+        leak_probe=None if trainer.leak_probe is None else asdict(trainer.leak_probe),
         adapter=began_from[0],
         adapter_sha256=began_from[1],
         **counts(model),

@@ -31,6 +31,7 @@ from falcon_qlora.checkpoint.write import last_complete
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.batches import Share, StreamingSteps, TrainingSteps
 from falcon_qlora.data.origins import RowNames
+from falcon_qlora.data.packing import MicroBatch
 from falcon_qlora.inference.evaluation import Evaluation
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models import zero3
@@ -45,6 +46,7 @@ from falcon_qlora.step.loss import evaluated
 from falcon_qlora.step.neftune import add_noise
 from falcon_qlora.terminal.console import note
 from falcon_qlora.training.callbacks import StepKeeper
+from falcon_qlora.training.leak_probe import LeakProbe, needs_probe, probe
 from falcon_qlora.training.moved import footprint
 from falcon_qlora.training.schedule import schedule
 from falcon_qlora.training.throughput import Meter, peak_memory_gib
@@ -112,6 +114,7 @@ class FalconTrainer(SFTTrainer):
         self.meter = Meter(began=began)
         self.share: Share
         self.account: dict[str, Any] | None = None  # of the last step's share
+        self.leak_probe: LeakProbe | None = None  # of the first since the last start
         self._max_grad_norm = max_grad_norm
         self._first_learning_step: int | None = None
         self._ending: UserError | None = None
@@ -208,9 +211,18 @@ class FalconTrainer(SFTTrainer):
     def training_step(self, model: nn.Module, inputs: Share, num_items_in_batch: Any = None) -> torch.Tensor:
         model.train()
         self.share, self.account = inputs, inputs.account
+        if inputs.step == self._began_at and needs_probe(self.model) and not is_sharded(self.model):
+            self._probe(model, inputs.micro_batches[0])
         if self._first_learning_step is None and max(self.lr_scheduler.get_last_lr()) > 0:
             self._first_learning_step = inputs.step + 1
         return self.step(model, inputs)
+
+    def _probe(self, model: nn.Module, batch: MicroBatch) -> None:
+        self.meter.pause("evaluation")
+        self.leak_probe = probe(model, batch, self.args.device)
+        if self.leak_probe is not None and (warning := self.leak_probe.warning()) is not None:
+            note(warning)
+        self.meter.resume()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> torch.Tensor:
         return self.step.gradient_norm  # the step has clipped

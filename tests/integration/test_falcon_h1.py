@@ -50,6 +50,10 @@ def test_a_run_is_resumed_merged_and_asked(folder: Path, capfd: pytest.CaptureFi
         assert kernels[block].startswith("fast (")
         assert "state space: PyTorch" in kernels[block]
     assert cli.main(["train", *flags, "--resume"]) == 0
+    found = json.loads((folder / "run/summary.json").read_text())["leak_probe"]
+    assert found["documents"] > 1
+    assert found["together"] == pytest.approx(found["apart"], rel=5e-3)
+    assert "one by one" in " ".join("".join(capfd.readouterr()).split())
     resumed = losses(metrics(folder / "run"))
     assert len(resumed) == 4
     assert resumed == run(folder, "whole", 4, eval_split=0.2)

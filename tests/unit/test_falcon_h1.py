@@ -1,6 +1,7 @@
 """Falcon-H1 on both paths; Transformers' own model on each document alone is the truth."""
 
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -14,7 +15,7 @@ from falcon_qlora.checkpoint.adapter_check import check_adapter
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.packing import collate
 from falcon_qlora.inference.evaluation import folder_predictions, predictions, token_losses
-from falcon_qlora.kernels import fp8
+from falcon_qlora.kernels import fp8, ssd
 from falcon_qlora.methods.adapter import Adapter
 from falcon_qlora.methods.adapter_v2 import AdapterV2
 from falcon_qlora.methods.full import Full
@@ -27,6 +28,7 @@ from falcon_qlora.models.layouts import layout_of, preset_config, read_config
 from falcon_qlora.models.layouts.falcon_h1 import FalconH1
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.step_memory import Step
+from falcon_qlora.training.leak_probe import needs_probe, probe
 from tests.layouts import MODES, attach_lora, documents, plain_float32, tiny_model
 from tests.packing import gradients, one_by_one, packed, with_adapter
 
@@ -230,6 +232,28 @@ def test_bfloat16_is_close_to_float32(tmp_path, mode):
 
 
 @torch.no_grad()
+def test_the_probe_finds_documents_that_reach_each_other(models, on_path, monkeypatch):
+    model = models("two groups, no norm, no bias")[1]
+    on_path(model)
+    ids = [np.arange(1, 1 + length) for length in (9, 4, 30, 1, 7)]
+    batch = collate(ids, [np.ones(len(each)) for each in ids])
+    assert needs_probe(model)
+    found = probe(model, batch, torch.device("cpu"))
+    assert (found.documents, found.targets) == (5, 46)
+    assert found.together == pytest.approx(found.apart, rel=1e-5)
+    assert found.warning() is None
+    for name in ("convolve", "scan"):
+        original = getattr(ssd, name)
+        with monkeypatch.context() as bug:
+            bug.setattr(ssd, name, lambda *given, _f=original: _f(*given[:-1], torch.arange(len(given[0]))))
+            leaking = probe(model, batch, torch.device("cpu"))
+        assert leaking.together != pytest.approx(leaking.apart, rel=1e-3), name
+    assert "they reach each other" in dataclasses.replace(found, together=1.1 * found.apart).warning()
+    assert probe(model, collate(ids[:1], [np.ones(9)]), torch.device("cpu")) is None
+    assert probe(model, collate(ids, [np.zeros(len(each)) for each in ids]), torch.device("cpu")) is None
+    assert not needs_probe(tiny_model("falcon3"))
+
+
 def test_padded_batches_and_generation_are_transformers_own(models):
     plain, ours = models("norm behind the gate")
     long, short = documents([40, 13])
