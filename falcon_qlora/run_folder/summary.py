@@ -41,8 +41,8 @@ class Summary:
         end_seconds: Of `wall_seconds`, after the last step.
         start_phases: Phase of the last start → its seconds.
         refused_by_peft: Linears with LoRA for which plain PEFT does not open the adapter.
-        leak_probe: Of models in which more than attention mixes tokens, `LeakProbe`'s figures for the first
-            documents since the last start.
+        leak_probe: `LeakProbe`'s figures for the first documents of rank 0 since the last start; of models in
+            which more than attention mixes tokens, unless they are sharded.
         adapter: Folder of the adapter that the run began from, if any.
         adapter_sha256: Of that adapter's weights.
     """

@@ -141,11 +141,11 @@ def print_end(summary: Mapping[str, Any], contents: Sequence[Path], *, adapter: 
 
 
 def _packing_of(probe: Mapping[str, Any] | None) -> str:
-    """What packed documents had for losses together and one by one."""
+    """What became of the loss of packed documents when their neighbours changed."""
     if probe is None:
         return ""
-    losses = f"{probe['together']:.5f} together, {probe['apart']:.5f} one by one"
-    return f"loss of {probe['documents']} documents: {losses}"
+    moved = "did not move by a bit" if probe["moved"] == 0 else f"moved by {probe['moved']:.2g}"
+    return f"the loss of {probe['documents']} documents ({probe['loss']:.4f}) {moved} when others changed"
 
 
 def _time_of(summary: Mapping[str, Any]) -> str:

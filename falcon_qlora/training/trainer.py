@@ -45,8 +45,8 @@ from falcon_qlora.step.global_batch import Step
 from falcon_qlora.step.loss import evaluated
 from falcon_qlora.step.neftune import add_noise
 from falcon_qlora.terminal.console import note
+from falcon_qlora.training import leak_probe
 from falcon_qlora.training.callbacks import StepKeeper
-from falcon_qlora.training.leak_probe import LeakProbe, needs_probe, probe
 from falcon_qlora.training.moved import footprint
 from falcon_qlora.training.schedule import schedule
 from falcon_qlora.training.throughput import Meter, peak_memory_gib
@@ -114,7 +114,7 @@ class FalconTrainer(SFTTrainer):
         self.meter = Meter(began=began)
         self.share: Share
         self.account: dict[str, Any] | None = None  # of the last step's share
-        self.leak_probe: LeakProbe | None = None  # of the first since the last start
+        self.leak_probe: leak_probe.LeakProbe | None = None  # since the last start
         self._max_grad_norm = max_grad_norm
         self._first_learning_step: int | None = None
         self._ending: UserError | None = None
@@ -211,16 +211,23 @@ class FalconTrainer(SFTTrainer):
     def training_step(self, model: nn.Module, inputs: Share, num_items_in_batch: Any = None) -> torch.Tensor:
         model.train()
         self.share, self.account = inputs, inputs.account
-        if inputs.step == self._began_at and needs_probe(self.model) and not is_sharded(self.model):
+        if (
+            inputs.step == self._began_at
+            and not is_sharded(self.model)
+            and leak_probe.needs_probe(self.model)
+        ):
             self._probe(model, inputs.micro_batches[0])
         if self._first_learning_step is None and max(self.lr_scheduler.get_last_lr()) > 0:
             self._first_learning_step = inputs.step + 1
         return self.step(model, inputs)
 
     def _probe(self, model: nn.Module, batch: MicroBatch) -> None:
+        if is_sharded(self.model):  # whose processes would have to agree on it
+            return
         self.meter.pause("evaluation")
-        self.leak_probe = probe(model, batch, self.args.device)
-        if self.leak_probe is not None and (warning := self.leak_probe.warning()) is not None:
+        self._watchdog.at(self.state.global_step + 1, 0, "trying the packing")
+        found = self.leak_probe = leak_probe.probe(model, batch, self.args.device)
+        if found is not None and (warning := leak_probe.warning(found, self.model)) is not None:
             note(warning)
         self.meter.resume()
 

@@ -1,7 +1,6 @@
 """Falcon-H1 on both paths; Transformers' own model on each document alone is the truth."""
 
 import copy
-import dataclasses
 import json
 
 import numpy as np
@@ -28,7 +27,8 @@ from falcon_qlora.models.layouts import layout_of, preset_config, read_config
 from falcon_qlora.models.layouts.falcon_h1 import FalconH1
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.step_memory import Step
-from falcon_qlora.training.leak_probe import needs_probe, probe
+from falcon_qlora.step.loss import documents_of, evaluated
+from falcon_qlora.training import leak_probe
 from tests.layouts import MODES, attach_lora, documents, plain_float32, tiny_model
 from tests.packing import gradients, one_by_one, packed, with_adapter
 
@@ -231,27 +231,42 @@ def test_bfloat16_is_close_to_float32(tmp_path, mode):
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients(model).values())
 
 
-@torch.no_grad()
 def test_the_probe_finds_documents_that_reach_each_other(models, on_path, monkeypatch):
-    model = models("two groups, no norm, no bias")[1]
+    model = models("two groups, no norm, no bias")[1].train()
     on_path(model)
-    ids = [np.arange(1, 1 + length) for length in (9, 4, 30, 1, 7)]
+    ids = [np.arange(1, 1 + length) for length in (9, 4, 30, 1, 7, 5, 5, 5, 5)]
     batch = collate(ids, [np.ones(len(each)) for each in ids])
-    assert needs_probe(model)
-    found = probe(model, batch, torch.device("cpu"))
-    assert (found.documents, found.targets) == (5, 46)
-    assert found.together == pytest.approx(found.apart, rel=1e-5)
-    assert found.warning() is None
+    cpu = torch.device("cpu")
+    model(**packed(documents([5]))).loss.backward()
+    states, before = torch.get_rng_state(), {name: each.clone() for name, each in gradients(model).items()}
+    found = leak_probe.probe(model, batch, cpu)
+    assert torch.equal(torch.get_rng_state(), states)
+    assert all(torch.equal(gradient, before[name]) for name, gradient in gradients(model).items())
+    assert model.training
+    assert (found.documents, found.targets, found.moved) == (8, 58, 0)
+    first = documents_of(batch, 0, 8)
+    assert found.loss == pytest.approx(float(evaluated(model.eval(), first, device=cpu)) / 58)
+    assert leak_probe.warning(found, model) is None
     for name in ("convolve", "scan"):
         original = getattr(ssd, name)
-        with monkeypatch.context() as bug:
-            bug.setattr(ssd, name, lambda *given, _f=original: _f(*given[:-1], torch.arange(len(given[0]))))
-            leaking = probe(model, batch, torch.device("cpu"))
-        assert leaking.together != pytest.approx(leaking.apart, rel=1e-3), name
-    assert "they reach each other" in dataclasses.replace(found, together=1.1 * found.apart).warning()
-    assert probe(model, collate(ids[:1], [np.ones(9)]), torch.device("cpu")) is None
-    assert probe(model, collate(ids, [np.zeros(len(each)) for each in ids]), torch.device("cpu")) is None
-    assert not needs_probe(tiny_model("falcon3"))
+        for boundary in (9, 44):  # one alone lets through what is before it
+
+            def carrying(*given, original=original, boundary=boundary):
+                positions = given[-1].clone()
+                begins = [at for at in (positions == 0).nonzero().flatten().tolist() if at > boundary]
+                behind = slice(boundary, begins[0])
+                positions[behind] += positions[boundary - 1] + 1
+                return original(*given[:-1], positions)
+
+            with monkeypatch.context() as bug:
+                bug.setattr(ssd, name, carrying)
+                leaking = leak_probe.probe(model, batch, cpu)
+            assert leaking.moved > 0, (name, boundary)
+            assert "packed documents reach each other" in leak_probe.warning(leaking, model)
+    for some in (collate(ids[:1], [np.ones(9)]), collate(ids, [np.zeros(len(each)) for each in ids])):
+        assert leak_probe.probe(model, some, cpu) is None
+    assert leak_probe.needs_probe(model)
+    assert not leak_probe.needs_probe(tiny_model("falcon3"))
 
 
 def test_padded_batches_and_generation_are_transformers_own(models):
