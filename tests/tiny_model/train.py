@@ -20,8 +20,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import FalconConfig, FalconForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import __version__ as transformers_version
+
+from falcon_qlora.models.forward import enable_packing
+from falcon_qlora.models.packed_attention import Sequences
 
 WINDOW = 512
 
@@ -79,10 +88,17 @@ def window_logits(model: FalconForCausalLM, ids: Tensor) -> Tensor:
     return F.linear(model.transformer.ln_f(hidden), model.transformer.word_embeddings.weight)
 
 
-def window_loss(model: FalconForCausalLM, windows: Tensor) -> Tensor:
+def window_loss(model: PreTrainedModel, windows: Tensor) -> Tensor:
     """Mean cross entropy, in nats a token, of `windows` ``[batch, window + 1]``."""
-    logits = window_logits(model, windows[:, :-1])
-    return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
+    ids, targets = windows[:, :-1], windows[:, 1:].flatten()
+    if isinstance(model, FalconForCausalLM):
+        return F.cross_entropy(window_logits(model, ids).float().flatten(0, 1), targets)
+    # Packed: without mamba-ssm Transformers' own Falcon-H1 is fifty times slower.
+    sequences = Sequences.from_lengths([ids.shape[1]] * len(ids), ids.device)
+    places = torch.arange(len(targets), device=ids.device)
+    packed = ids.reshape(1, -1)
+    output = model(input_ids=packed, sequences=sequences, target_positions=places, targets=targets)
+    return output.loss / len(targets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,9 +161,12 @@ def train(corpus: Path, out: Path, settings: Settings) -> dict[str, Any]:
 _HELD_OUT = ("documentation", "generated")
 
 
-def untrained(config: FalconConfig) -> FalconForCausalLM:
-    """A float32 model to train: what is added to the residual stream starts smaller the deeper the model."""
-    model = FalconForCausalLM(config).float()
+def untrained(config: PreTrainedConfig) -> PreTrainedModel:
+    """A float32 model to train: what Falcon adds to the residual stream starts smaller the deeper it is."""
+    model = AutoModelForCausalLM.from_config(config).float()
+    if not isinstance(model, FalconForCausalLM):
+        enable_packing(model)
+        return model
     for block in model.transformer.h:
         for last in (block.self_attention.dense, block.mlp.dense_4h_to_h):
             last.weight.data.mul_(1 / math.sqrt(2 * len(model.transformer.h)))
@@ -155,14 +174,14 @@ def untrained(config: FalconConfig) -> FalconForCausalLM:
 
 
 def fit(
-    model: FalconForCausalLM, tokens: Tensor, held_out: dict[str, Tensor], settings: Settings
+    model: PreTrainedModel, tokens: Tensor, held_out: dict[str, Tensor], settings: Settings
 ) -> list[dict[str, Any]]:
     """Train `model` in place.
 
     The schedule follows the nearer of the two limits, time and passes, so that it always ends at zero.
 
     Args:
-        model: of the layout that `window_logits` computes, float32.
+        model: from `untrained`; a Falcon has the layout that `window_logits` computes.
         tokens: ``[n]``, on the model's device.
         held_out: name → int64 ``[m]``, on the model's device.
         settings: how long and how.
@@ -182,7 +201,7 @@ def fit(
     while done < 1:
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * _schedule(step, done)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with _autocast(device):
             loss = loss_of(next(windows))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -207,7 +226,12 @@ def fit(
     return notes
 
 
-def _optimizer(model: FalconForCausalLM, learning_rate: float, device: torch.device) -> torch.optim.Optimizer:
+def _autocast(device: torch.device) -> torch.autocast:
+    """Bfloat16 on a GPU; many CPUs emulate it, slowly."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def _optimizer(model: PreTrainedModel, learning_rate: float, device: torch.device) -> torch.optim.Optimizer:
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -215,7 +239,7 @@ def _optimizer(model: FalconForCausalLM, learning_rate: float, device: torch.dev
 
 
 def _loss_function(
-    model: FalconForCausalLM, device: torch.device, compile_model: bool, batch: int
+    model: PreTrainedModel, device: torch.device, compile_model: bool, batch: int
 ) -> Callable[[Tensor], Tensor]:
     """`window_loss` of `model`, compiled where that is asked for and works."""
 
@@ -253,12 +277,12 @@ def _windows(tokens: Tensor, batch: int, seed: int) -> Iterator[Tensor]:
 
 
 def _schedule(step: int, progress: float) -> float:
-    """Warm-up over 100 steps, then a cosine from 1 to 0 over `progress`."""
-    return min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    """Warm-up over 100 steps or a tenth of the way, and a cosine from 1 to 0 over `progress`."""
+    return min(1.0, max((step + 1) / 100, 10 * progress)) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 @torch.no_grad()
-def held_out_loss(model: FalconForCausalLM, tokens: Tensor, batch: int = 32) -> float:
+def held_out_loss(model: PreTrainedModel, tokens: Tensor, batch: int = 32) -> float:
     """Mean loss, in nats a token, over `tokens` ``[n]`` in windows of up to `WINDOW`."""
     windows = [tokens[start : start + WINDOW + 1] for start in range(0, tokens.numel() - 1, WINDOW)]
     total = 0.0
@@ -266,7 +290,7 @@ def held_out_loss(model: FalconForCausalLM, tokens: Tensor, batch: int = 32) -> 
     groups = [torch.stack(full[start : start + batch]) for start in range(0, len(full), batch)]
     groups += [window[None] for window in windows if window.numel() <= WINDOW]
     for group in groups:
-        with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
+        with _autocast(tokens.device):
             total += window_loss(model, group).item() * group[:, 1:].numel()
     return total / (tokens.numel() - 1)
 
@@ -277,7 +301,7 @@ def _unigram_loss(train: Tensor, held_out: Tensor, vocabulary: int) -> float:
     return float(-(counts / counts.sum()).log()[held_out[1:]].mean())
 
 
-def _save(model: FalconForCausalLM, corpus: Path, out: Path, record: dict[str, Any]) -> None:
+def _save(model: PreTrainedModel, corpus: Path, out: Path, record: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)

@@ -9,7 +9,8 @@ the fast path must be rejected. Writes ``quality.md`` and ``quality.json`` anew 
 exit status is 1 if a variant that is on by default fails or was not reached in time, or a mutant passes.
 
 (c) runs before (b), which says less. ``--tiny`` does it in small, on a CPU, with the packaged model in place
-of one trained for the purpose, unless ``--text`` gives it text to train one on.
+of one trained for the purpose, unless ``--text`` gives it text to train one on. ``--family falcon-h1`` trains
+one of that family.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from falcon_qlora.common.errors import EXIT_USER_ERROR, UserError
 from falcon_qlora.models.tiny import held_out_documents, tiny_path
 from falcon_qlora.models.tokenizer import load_tokenizer
 from tests.benchmarks.quality import workers
-from tests.benchmarks.quality.base import gathering, save_with_outliers, train_on_gathered
+from tests.benchmarks.quality.base import FAMILIES, gathering, save_with_outliers, train_on_gathered
 from tests.benchmarks.quality.distances import Comparison, compare
 from tests.benchmarks.quality.learning import Job, Rows, fine_tune
 from tests.benchmarks.quality.report import (
@@ -152,7 +153,7 @@ def _run_parts(course: Course, arguments: argparse.Namespace, stack: ExitStack) 
         with course.timed("training the base"):
             tokenizer = load_tokenizer(str(course.tokenizer))
             findings.about["base"] = train_on_gathered(
-                course.out, tokenizer, size, arguments.seconds, course.device
+                course.out, tokenizer, size, arguments.family, arguments.seconds, course.device
             )
     save_with_outliers(base, course.out / "base-outliers")
     bases = {"plain": str(base), "outliers": str(course.out / "base-outliers")}
@@ -181,6 +182,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes_c", type=float, default=4, help="for part c; what still runs is ended")
     parser.add_argument("--rows", type=int, help="of the data at most, the held-out ones included")
     parser.add_argument("--workers", type=int, help="processes that fine-tune; 0 for none beside this one")
+    parser.add_argument("--family", choices=FAMILIES, default="falcon", help="of the base that is trained")
     parser.add_argument("--base", type=Path, help="folder of an earlier run's base, instead of training one")
     parser.add_argument("--seconds", type=float, default=150, help="to train the base for")
     parser.add_argument("--text", type=Path, help="file or folder to train it on, not what is installed")
@@ -191,6 +193,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("without --tiny it needs --data and --tokenizer")
     if arguments.data is None and "c" in arguments.parts:
         parser.error("part c needs --data")
+    if arguments.tiny and arguments.family != "falcon" and not (arguments.text or arguments.base):
+        parser.error(f"--family {arguments.family}: give --text to train one on, or --base")
     for flag in ("data", "tokenizer", "base", "text"):
         path: Path | None = getattr(arguments, flag)
         if path is not None and not path.exists():
@@ -229,7 +233,11 @@ def _compare_all(
                 if started > until:
                     findings.miss(variant.name, f"({part}) {label}", f"not reached in {minutes:.1f} minutes")
                     continue
-                found.append(compare(variant, label, name, documents[label], adapter_std))
+                try:
+                    found.append(compare(variant, label, name, documents[label], adapter_std))
+                except NotBuilt as error:
+                    findings.skipped[variant.name] = f"{label}: {error}"
+                    continue
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 course.write()

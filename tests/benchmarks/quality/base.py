@@ -1,4 +1,4 @@
-"""The models that learning is compared on: a Falcon trained for the purpose, and the same with outliers."""
+"""The models that learning is compared on: one trained for the purpose, and the same with outliers."""
 
 from __future__ import annotations
 
@@ -7,26 +7,41 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    FalconH1Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.models.activations import blocks_of
+from falcon_qlora.models.layouts import layout_of
 from tests.benchmarks.quality.sizes import Size
 from tests.tiny_model.train import WINDOW, Settings, fit, untrained
 
 OUTLIER_CHANNELS, OUTLIER_FACTOR = 4, 50.0
+# Of a block, the one that attention reads first.
+_NORMS = ("ln_attn", "input_layernorm", "ln_mlp", "post_attention_layernorm", "pre_ff_layernorm")
 _HELD_OUT = 2**16
 _GATHERING_SECONDS = 120
 
 
-def configuration(vocabulary: int, hidden_size: int, layers: int) -> FalconConfig:
-    """Falcon-7B's layout in small: 122 million parameters with 12 layers of 768."""
+def configuration(family: str, vocabulary: int, hidden_size: int, layers: int) -> PreTrainedConfig:
+    """A family's layout in small: Falcon-7B has 122 million parameters with 12 layers of 768."""
+    return _FAMILIES[family](vocabulary, hidden_size, layers)
+
+
+def _falcon(vocabulary: int, hidden_size: int, layers: int) -> FalconConfig:
     return FalconConfig(
         vocab_size=vocabulary,
         hidden_size=hidden_size,
@@ -43,6 +58,60 @@ def configuration(vocabulary: int, hidden_size: int, layers: int) -> FalconConfi
         eos_token_id=11,
         architectures=["FalconForCausalLM"],
     )
+
+
+def _falcon3(vocabulary: int, hidden_size: int, layers: int) -> LlamaConfig:
+    return LlamaConfig(**_common(vocabulary, hidden_size, layers), rms_norm_eps=1e-6, rope_theta=1000042.0)
+
+
+def _falcon_h1(vocabulary: int, hidden_size: int, layers: int) -> FalconH1Config:
+    """Two groups, as 34B has, and multipliers like those of 7B's file."""
+    return FalconH1Config(
+        **_common(vocabulary, hidden_size, layers),
+        rope_theta=1e11,
+        mamba_d_ssm=2 * hidden_size,
+        mamba_n_heads=hidden_size // 32,
+        mamba_d_head=64,
+        mamba_d_state=64,
+        mamba_n_groups=2,
+        mamba_chunk_size=128,
+        mamba_rms_norm=True,
+        mamba_norm_before_gate=False,
+        embedding_multiplier=5.0,
+        lm_head_multiplier=0.2,
+        key_multiplier=0.4,
+        attention_out_multiplier=0.8,
+        ssm_in_multiplier=0.9,
+        ssm_out_multiplier=0.6,
+        mlp_multipliers=[0.7, 0.5],
+        ssm_multipliers=[0.7, 0.5, 0.7, 0.5, 0.7],
+        time_step_limit=(0.0, float("inf")),
+    )
+
+
+def _common(vocabulary: int, hidden_size: int, layers: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden_size,
+        "intermediate_size": 3 * hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden_size // 32,
+        "num_key_value_heads": hidden_size // 64,
+        "head_dim": 64,  # twice hidden / heads, as in no other
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 2048,
+        "bos_token_id": 11,
+        "eos_token_id": 11,
+        "pad_token_id": None,
+    }
+
+
+_FAMILIES: dict[str, Callable[[int, int, int], PreTrainedConfig]] = {
+    "falcon": _falcon,
+    "falcon3": _falcon3,
+    "falcon-h1": _falcon_h1,
+}
+FAMILIES = tuple(_FAMILIES)
 
 
 class Gathering:
@@ -76,13 +145,15 @@ def gathering(tokens: Path, tokenizer: Path, megabytes: float, text: Path | None
             process.wait()
 
 
-def train_on_gathered(out: Path, tokenizer: Any, size: Size, seconds: float, device: torch.device) -> str:
+def train_on_gathered(
+    out: Path, tokenizer: Any, size: Size, family: str, seconds: float, device: torch.device
+) -> str:
     """Train the base in ``out/base`` on the tokens of ``out/tokens.npy``.
 
     Returns:
         What came of it, for the report.
     """
-    config = configuration(len(tokenizer), size.hidden_size, size.layers)
+    config = configuration(family, len(tokenizer), size.hidden_size, size.layers)
     notes = train_base(out / "tokens.npy", out / "base", config, size.base_settings(seconds), device)
     (out / "base" / "training.json").write_text(json.dumps(notes, indent=1) + "\n")
     last = notes[-1]
@@ -92,7 +163,7 @@ def train_on_gathered(out: Path, tokenizer: Any, size: Size, seconds: float, dev
 
 
 def train_base(
-    tokens: Path, folder: Path, config: FalconConfig, settings: Settings, device: torch.device
+    tokens: Path, folder: Path, config: PreTrainedConfig, settings: Settings, device: torch.device
 ) -> list[dict[str, Any]]:
     """Train a model of `config` from scratch on the tokens of a file and save it to `folder`.
 
@@ -122,7 +193,7 @@ def save_with_outliers(base: Path, folder: Path, seed: int = 0) -> None:
 
 
 @torch.no_grad()
-def put_outliers_in(model: FalconForCausalLM, seed: int = 0) -> None:
+def put_outliers_in(model: PreTrainedModel, seed: int = 0) -> None:
     """Make a few channels of every block's norms large without changing what the model computes.
 
     A channel's weight and bias are multiplied, and the columns that read it divided by the same. The last
@@ -133,17 +204,19 @@ def put_outliers_in(model: FalconForCausalLM, seed: int = 0) -> None:
         seed: of the channels.
     """
     generator = torch.Generator().manual_seed(seed)
-    for block in model.transformer.h:
-        attention, mlp = block.self_attention.query_key_value, block.mlp.dense_h_to_4h
-        if hasattr(block, "ln_attn"):
-            readers = {block.ln_attn: [attention], block.ln_mlp: [mlp]}
-        elif block.config.parallel_attn:
-            readers = {block.input_layernorm: [attention, mlp]}
-        else:
-            readers = {block.input_layernorm: [attention], block.post_attention_layernorm: [mlp]}
+    layout = layout_of(model.config)
+    for block in blocks_of(model):
+        children = dict(block.named_children())
+        first, *second = [children[name] for name in _NORMS if name in children]
+        readers = {norm: list[Any]() for norm in (first, *second)}
+        for norm, names in (
+            (first, layout.attention_inputs),
+            (second[0] if second else first, layout.feed_forward_inputs),
+        ):
+            readers[norm] += [block.get_submodule(layout.linears[name]) for name in names]
         for norm, linears in readers.items():
             channels = torch.randperm(norm.weight.numel(), generator=generator)[:OUTLIER_CHANNELS]
-            norm.weight[channels] *= OUTLIER_FACTOR
-            norm.bias[channels] *= OUTLIER_FACTOR
+            for parameter in norm.parameters():
+                parameter[channels] *= OUTLIER_FACTOR
             for linear in linears:
                 linear.weight[:, channels] /= OUTLIER_FACTOR

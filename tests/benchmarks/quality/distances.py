@@ -1,4 +1,8 @@
-"""How far a path's results are from float32's: block outputs, logits and every gradient."""
+"""How far a path's results are from float32's: block outputs, logits and every gradient.
+
+And how far packed documents' logits move when their neighbours change: not by a bit, whatever the dtype. A
+state that is carried over one boundary may be smaller than bfloat16's rounding.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.falcon.modeling_falcon import FalconDecoderLayer
 
-from tests.benchmarks.quality.mutants import MUTANTS, RoundedProducts
+from falcon_qlora.models.activations import blocks_of
+from tests.benchmarks.quality.mutants import RoundedProducts, mutants_of
 from tests.benchmarks.quality.variants import (
     Variant,
     autocast,
@@ -26,7 +30,7 @@ from tests.packing import packed
 
 Results = dict[str, dict[str, Tensor]]  # group → name → tensor
 Distances = dict[str, dict[str, float]]  # group → name → distance by norms, relative to float32's
-GROUPS = ("block outputs", "logits", "input gradient", "LoRA gradients")
+REACH = "reach of neighbours"
 
 # A path whose mean distance is the yardstick's and a tenth more, or that has a tensor half as far again, is
 # further away. Between two ways of rounding the same sums to bfloat16 the mean moves by a few per cent.
@@ -85,11 +89,12 @@ def compare(
     def distances_of(each: nn.Module, inside: AbstractContextManager[Any] | None = None) -> Distances:
         with inside or nullcontext(), autocast(variant, device):
             found = _packed(each, documents)
-        return _distances(found, expected)
+            reach = _reach(each, documents, found["logits"]["all"])
+        return _distances(found, expected) | {REACH: {"all": reach}}
 
     result = Comparison(model=label, variant=variant.name, yardstick="")
     result.distances["fast"] = distances_of(model)
-    mutants = {name: distances_of(model, mutant(model)) for name, mutant in MUTANTS.items()}
+    mutants = {name: distances_of(model, mutant(model)) for name, mutant in mutants_of(model).items()}
     del model
     for name, make in _others(variant, model_name, device).items():
         other, inside = make()
@@ -108,6 +113,10 @@ def rejections(found: Distances, yardstick: Distances | None) -> list[str]:
     """Why these distances are too large; none where they are not. Without a yardstick: float32's limit."""
     reasons = []
     for group, of_group in found.items():
+        if group == REACH:
+            if of_group["all"] != 0:
+                reasons.append(f"logits move by {of_group['all']:.1e} when other documents change")
+            continue
         if yardstick is None:
             worst = max(of_group.values())
             if not worst <= FLOAT32_LIMIT:
@@ -163,6 +172,20 @@ def _packed(model: Any, documents: list[Tensor]) -> Results:
     return _results(model, record, logits)
 
 
+@torch.no_grad()
+def _reach(model: Any, documents: list[Tensor], logits: Tensor) -> float:
+    """How far the logits of every second document move when all tokens of the others change."""
+    lengths = [len(document) for document in documents]
+    moved, vocabulary = 0.0, model.config.vocab_size
+    for odd in (0, 1):
+        changed = [each if at % 2 == odd else (each + 1) % vocabulary for at, each in enumerate(documents)]
+        arguments = packed(changed)
+        found = model(input_ids=arguments["input_ids"], sequences=arguments["sequences"]).logits[0]
+        for one, other in list(zip(found.split(lengths), logits.split(lengths), strict=True))[odd::2]:
+            moved = max(moved, float((one - other).norm() / other.norm()))
+    return moved
+
+
 def _one_by_one(model: Any, documents: list[Tensor]) -> Results:
     """Each document on its own, through Transformers' forward: it knows nothing of packing."""
     model.zero_grad(set_to_none=True)
@@ -191,10 +214,13 @@ def _recorded(model: Any) -> Iterator[_Record]:
         record.embedded.append(output.requires_grad_())
 
     hooks = []
-    blocks = [module for module in model.modules() if isinstance(module, FalconDecoderLayer)]
-    for index, block in enumerate(blocks):
+    for index, block in enumerate(blocks_of(model)):
         noted = record.outputs.setdefault(f"block {index}", [])
-        hooks.append(block.register_forward_hook(lambda _, __, out, n=noted: n.append(out[0].detach()[0])))
+
+        def note_output(_: nn.Module, __: Any, output: Any, noted: list[Tensor] = noted) -> None:
+            noted.append((output[0] if isinstance(output, tuple) else output).detach()[0])
+
+        hooks.append(block.register_forward_hook(note_output))
     hooks.append(model.get_input_embeddings().register_forward_hook(note_input))
     try:
         yield record
@@ -222,8 +248,8 @@ def _results(model: nn.Module, record: _Record, logits: Tensor) -> Results:
 def _short(name: str) -> str:
     """``base_model.model.transformer.h.3.mlp.dense_h_to_4h.lora_A.default.weight`` → its telling parts."""
     parts = name.split(".")
-    start = parts.index("h")
-    return f"block {parts[start + 1]} {parts[-4]} {parts[-3]}"
+    block = next(part for part in parts if part.isdigit())
+    return f"block {block} {parts[-4]} {parts[-3]}"
 
 
 def _distances(found: Results, expected: Results) -> Distances:

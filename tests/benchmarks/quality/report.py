@@ -9,7 +9,6 @@ from typing import Any
 
 from tests.benchmarks.quality.distances import Comparison
 from tests.benchmarks.quality.learning import Job, Run
-from tests.benchmarks.quality.mutants import MUTANTS
 from tests.benchmarks.quality.variants import VARIANTS, Variant
 
 LEAST_FALL = 0.10  # of the loss: where nothing was learned, nothing was compared
@@ -203,11 +202,12 @@ def _distance_table(comparisons: list[Comparison]) -> list[str]:
 
 def _mutant_table(comparisons: list[Comparison]) -> list[str]:
     rows = []
-    for name in MUTANTS:
-        each = [c.distances[name] for c in comparisons]
+    for name in dict.fromkeys(name for comparison in comparisons for name in comparison.mutants):
+        having = [c for c in comparisons if name in c.mutants]
+        each = [c.distances[name] for c in having]
         columns = [_range([_mean(d[group]) for d in each]) for group in each[0]]
-        rejected = sum(bool(c.mutants[name]) for c in comparisons)
-        rows.append([name, *columns, f"{rejected} of {len(comparisons)}"])
+        rejected = sum(bool(c.mutants[name]) for c in having)
+        rows.append([name, *columns, f"{rejected} of {len(having)}"])
     groups = list(comparisons[0].distances["fast"])
     return _table(["mutant: least to largest mean", *groups, "rejected"], rows)
 
@@ -268,6 +268,8 @@ def _mean(values: dict[str, float]) -> float:
 def _mean_and_worst(values: Iterable[float]) -> str:
     listed = list(values)
     mean, worst = sum(listed) / len(listed), max(listed)
+    if worst == 0:
+        return "0"
     if worst < 1e-3:
         return f"{mean:.0e} ({worst:.0e})"
     return f"{mean:.2%}" if len(listed) == 1 else f"{mean:.2%} ({worst:.2%})"

@@ -6,10 +6,16 @@ from dataclasses import dataclass, field
 
 from tests.benchmarks.quality.learning import Schedule
 from tests.benchmarks.quality.variants import VARIANTS
-from tests.layouts import LAYOUTS, VOCABULARY
+from tests.layouts import FALCON_H1, FAMILIES, VOCABULARY
 from tests.tiny_model.train import Settings
 
-SHAPES = ("falcon-7b", "falcon-11b", "falcon-40b")
+SHAPES = {
+    **dict.fromkeys(("falcon-7b", "falcon-11b", "falcon-40b", "falcon3-7b"), ""),
+    "falcon-h1-7b": ",mamba_n_groups=2",  # 34B's, with the multipliers of 7B's file
+}
+
+
+TINY_SHAPES = ("falcon-7b", "falcon-11b", "falcon-40b", "falcon3", "falcon-h1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +63,7 @@ class Size:
 
 
 FULL = Size(
-    shapes={name: f"random:{name}?num_hidden_layers=2" for name in SHAPES},
+    shapes={name: f"random:{name}?num_hidden_layers=2{more}" for name, more in SHAPES.items()},
     lengths=(700, 1, 512, 3, 387, 129, 300, 16),
     vocabulary=65_024,
     adapter_std=0.02,
@@ -72,7 +78,7 @@ FULL = Size(
     base_batch_tokens=32_768,
 )
 TINY = Size(
-    shapes={name: LAYOUTS[name] for name in SHAPES},
+    shapes={name: (FAMILIES | FALCON_H1)[name] for name in TINY_SHAPES},
     lengths=(70, 1, 51, 3, 38, 12, 25),
     vocabulary=VOCABULARY,
     adapter_std=0.1,

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from transformers import FalconForCausalLM
+from transformers import PreTrainedModel
 
 from falcon_qlora.kernels import fp8
 from falcon_qlora.models.fast_path import apply_fast_path
@@ -106,11 +106,11 @@ def stock_on_dequantized_weights(variant: Variant, model_name: str, device: torc
 
 
 def exact(variant: Variant, model_name: str, device: torch.device) -> PeftModel:
-    """Transformers' own Falcon in float32 on the weights that `variant`'s base stands for, with LoRA."""
+    """Transformers' own model in float32 on the weights that `variant`'s base stands for, with LoRA."""
     return attach_lora(plain_float32(_base(variant, model_name, device), device), r=R, alpha=ALPHA)
 
 
-def _base(variant: Variant, model_name: str, device: torch.device) -> FalconForCausalLM:
+def _base(variant: Variant, model_name: str, device: torch.device) -> PreTrainedModel:
     dtype = "fp32" if variant.compute_dtype == "fp32" else "bf16"
     return load_model(
         model_name, quantize_mode=variant.quantize_mode, device=device, compute_dtype=dtype, seed=1
