@@ -2,8 +2,9 @@
 
 Nothing of this project is in the step. Only the weights come from its loader, because Transformers 5 leaves
 every linear of a Falcon unquantized; the layers are bitsandbytes' own. The norms are the model's own in
-float32, as the 2023 recipe casts them. ``stock-liger`` has Liger's kernels for Llama (`pip install
-liger-kernel`), as TRL switches them on: rotation, norms and SwiGLU.
+float32, as the 2023 recipe casts them. Packed, Transformers' Falcon-H1 would mix documents. ``stock-liger``
+has Liger's kernels for Llama (`pip install liger-kernel`), as TRL switches them on: rotation, norms and
+SwiGLU.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -23,9 +25,14 @@ from trl import SFTConfig, SFTTrainer
 
 from falcon_qlora.bench.documents import Document
 from falcon_qlora.bench.runners import Settings, adapted
-from falcon_qlora.bench.variants import Engine, Variant
+from falcon_qlora.bench.variants import Engine, Impossible, Variant
+from falcon_qlora.models.blocks.fast_block import base_of
 from falcon_qlora.models.layouts import layout_of
-from falcon_qlora.models.layouts.norms import SameDtypeLayerNorm, SameDtypeRMSNorm
+from falcon_qlora.models.layouts.norms import (
+    SameDtypeFalconH1RMSNorm,
+    SameDtypeLayerNorm,
+    SameDtypeRMSNorm,
+)
 from falcon_qlora.models.load import quantization_of
 from falcon_qlora.models.quantize import holds_quantized_weight
 from falcon_qlora.models.tiny import tiny_path
@@ -71,6 +78,8 @@ def build(
     variant: Variant, base: Any, settings: Settings, kept: dict[str, Any], *, liger: bool = False
 ) -> Iterator[StockRunner]:
     """Put PEFT and TRL on `base` as their users would; take them off again when the block ends."""
+    if liger and not isinstance(base, modeling_llama.LlamaForCausalLM):
+        raise Impossible("Liger's kernels are put on Falcon3 alone here")
     norms = _plain_norms(base)
     patched = {name: getattr(modeling_llama, name) for name in _REPLACED_BY_LIGER}
     recompute = variant.checkpointing == "full"
@@ -103,12 +112,10 @@ def _plain_norms(base: Any) -> dict[str, nn.Module]:
     """Replace the loader's norms by the model's own in float32; returns the loader's by name."""
     norms: dict[str, nn.Module] = {}
     for name, norm in base.named_modules():
-        if isinstance(norm, SameDtypeLayerNorm):
-            plain: nn.Module = nn.LayerNorm(norm.normalized_shape, eps=norm.eps)
-        elif isinstance(norm, SameDtypeRMSNorm):
-            plain = modeling_llama.LlamaRMSNorm(len(norm.weight), norm.variance_epsilon)
-        else:
+        if not isinstance(norm, SameDtypeLayerNorm | SameDtypeRMSNorm | SameDtypeFalconH1RMSNorm):
             continue
+        epsilon = norm.eps if isinstance(norm, SameDtypeLayerNorm) else norm.variance_epsilon
+        plain: nn.Module = layout_of(base.config).norm_class(len(norm.weight), eps=epsilon)
         norms[name] = norm
         plain.load_state_dict(norm.state_dict())
         base.set_submodule(name, plain.to(norm.weight.device).requires_grad_(False))
@@ -165,7 +172,7 @@ def _one_row() -> Any:
 
 
 def verify_quantized_under_lora(model: Any, variant: Variant) -> None:
-    """Check that what PEFT's layers wrap is quantized as the variant says.
+    """Check that every linear, or what PEFT's layer wraps, is quantized as the variant says.
 
     Raises:
         RuntimeError: naming the first layer that is not.
@@ -174,7 +181,7 @@ def verify_quantized_under_lora(model: Any, variant: Variant) -> None:
         return
     falcon = model.get_base_model()
     for name in layout_of(falcon.config).expected_linears():
-        if not holds_quantized_weight(falcon.get_submodule(name).get_base_layer(), variant.quantize_mode):
+        if not holds_quantized_weight(base_of(falcon.get_submodule(name)), variant.quantize_mode):
             raise RuntimeError(f"{name} was left unquantized in the stock variant")
 
 
@@ -188,6 +195,11 @@ class StockRunner:
         self._kept = kept
         on_gpu = self._parameters[0].device.type == "cuda"
         self.notes = [f"TRL's step, weights by this project's loader ({weights})"]
+        if layout_of(trainer.model.config).other_mixers():
+            with_kernels = "with" if find_spec("mamba_ssm") else "without"
+            self.notes.append(
+                f"padded: packed, Transformers' documents reach each other; {with_kernels} mamba-ssm"
+            )
         if on_gpu:
             self.notes.append("optimizer state is paged and not in the memory shown")
         # bitsandbytes never frees paged memory, so the states of the last round are used again.
