@@ -192,8 +192,7 @@ class Step:
         hidden, fused, wide, rank = self._sizes()
         if self.fast and self._sequential:  # the inputs of both, and a t for each linear
             layout = layout_of(self.config)
-            adapted = len(layout.linears) - len(layout.not_for_peft)
-            values = 2 * hidden + fused + layout.mixed + (adapted - 2) * self.lora_rank
+            values = 2 * hidden + fused + layout.mixed + (len(layout.linears) - 2) * self.lora_rank
             values += wide + 2 * self.lora_rank if checkpointing == "none" else 0
         else:
             values = 2 * hidden + fused + 2 * rank + (wide if checkpointing == "none" else 0)
