@@ -19,7 +19,7 @@ from falcon_qlora.common.errors import (
     panics_as_errors,
 )
 from falcon_qlora.common.version import VERSION
-from falcon_qlora.terminal.output import write_every_character
+from falcon_qlora.terminal.output import shown_as_text
 
 if TYPE_CHECKING:
     from falcon_qlora.config.verbs import Verb
@@ -37,7 +37,11 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if argv is None and words[:1] != ["bench"]:  # which compiles the models of others
         late_imports.put_off()
-    write_every_character()
+    with shown_as_text():
+        return _main(words)
+
+
+def _main(words: list[str]) -> int:
     try:
         with panics_as_errors():
             return _run(words)

@@ -16,8 +16,9 @@ from falcon_qlora.bench.machine import Machine, summary
 from falcon_qlora.bench.variants import VARIANTS
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import check_writable
+from falcon_qlora.terminal import markdown
 from falcon_qlora.terminal.charts import Line, Product
-from falcon_qlora.terminal.tables import markdown_table
+from falcon_qlora.terminal.markdown import escaped
 
 if TYPE_CHECKING:
     from falcon_qlora.bench.measure import Result
@@ -279,10 +280,10 @@ def _markdown(
         for row in of_section:
             shown = ["" if row[name] == "" else form.format(row[name]) for name, form in columns.values()]
             if row["tokens_per_second"] == "":
-                shown[figures_from:] = [row["note"].partition("; ")[0].replace("|", "/")]
+                shown[figures_from:] = [row["note"].partition("; ")[0]]
             cells.append(shown)
-        lines += [f"### {section}", "", *markdown_table(list(columns), cells), ""]
-        lines += [*(f"- {label.format_map(row)}: {row['note']}" for row in of_section), ""]
+        lines += [f"### {escaped(section)}", "", *markdown.table(list(columns), cells), ""]
+        lines += [*(f"- {escaped(label.format_map(row))}: {escaped(row['note'])}" for row in of_section), ""]
     return "\n".join(lines).rstrip()
 
 

@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
         raise UserError(
             f"{file}: the picture cannot be written ({error.strerror}); name a file with --png"
         ) from None
-    out.print(f"\nwrote {printable(str(file))}", soft_wrap=True, markup=False)
+    out.print(f"\nwrote {printable(str(file))}", soft_wrap=True)
     return 0
 
 
@@ -81,7 +81,7 @@ def _look_at_corpora(configuration: Configuration, tokenizer: Any) -> _Look:
         data,
         tokenizer,
         seed=run.seed,
-        progress=lambda message: console().print(f"{printable(message)} …", style="dim", markup=False),
+        progress=lambda message: console().print(f"{message} …", style="dim"),
     )
     shown = [corpus.dataset[index] for index in report.spread(len(corpus.lengths), configuration.extra.show)]
     efficiency = report.fill(

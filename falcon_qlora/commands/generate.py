@@ -23,7 +23,7 @@ from falcon_qlora.inference.base_and_adapter import adapter_folder, load_adapted
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.methods.table import is_whole
 from falcon_qlora.terminal.library_logging import quiet_libraries
-from falcon_qlora.terminal.output import say_loading
+from falcon_qlora.terminal.output import say_loading, write_answer
 
 
 @dataclass(kw_only=True)
@@ -117,7 +117,7 @@ class _Printer:
             turns.append(Turn("assistant", self._print("falcon: " if person else "", turns)))
 
     def _print(self, name: str, turns: list[Turn]) -> str:
-        print(name, end="", flush=True)
+        write_answer(name)
         text = ""
         pieces = self.speaker.stream(
             turns,
@@ -127,7 +127,7 @@ class _Printer:
             seed=self.seed,
         )
         for piece in pieces:
-            print(piece, end="", flush=True)
+            write_answer(piece)
             text += piece
         print(flush=True)
         return text.strip()

@@ -38,9 +38,9 @@ def main(argv: list[str]) -> int:
         head = config.vocab_size * config.hidden_size
         totals = {"together, the embedding being the output head too": f"{total:,}"}
         totals["with the output head counted apart"] = f"{total + head:,}"
-    console().print(f"Model: {configuration.model.model_name_or_path}", markup=False, highlight=False)
+    console().print(f"Model: {configuration.model.model_name_or_path}")
     console().print(_table(layout.base_parameter_kinds(), totals))
-    console().print(f"\nTrained: {method.describe()}", markup=False, highlight=False)
+    console().print(f"\nTrained: {method.describe()}")
     kinds = {group.kind + " (the base's own)" * group.of_base: group.count for group in groups}
     share = {"trained": f"{trained:,}", "of the base's, %": f"{100 * trained / total:.4f}"}
     console().print(_table(kinds, share))

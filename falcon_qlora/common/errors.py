@@ -7,6 +7,7 @@ import difflib
 import errno
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 
 EXIT_USER_ERROR = 2
@@ -16,6 +17,7 @@ EXIT_HANGING = 3
 
 _OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _URL = re.compile(r"\S+://\S+")
+_JOINERS = "\u200c\u200d"
 _SECRET_IN_QUERY = re.compile(
     r"([?&][^=&]*(?:token|key|secret|signature|credential|password)[^=&]*=)[^&#'\"]*", re.I
 )
@@ -55,7 +57,7 @@ def told_in_one_line() -> Iterator[None]:
             yield
     except Exception as error:
         if told := message_of(error):
-            error._render_traceback_ = lambda: [told]  # type: ignore[attr-defined]  # IPython calls it
+            error._render_traceback_ = lambda: [printable(told, keep="\n\t")]  # type: ignore[attr-defined]  # IPython calls it
         raise
 
 
@@ -90,9 +92,26 @@ def one_line(error: object, *, limit: int = 300) -> str:
     return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
-def printable(text: str) -> str:
-    """`text` with control characters, and others that a terminal cannot show, written as escapes."""
-    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+def printable(text: str, *, keep: str = "") -> str:
+    """`text` with every character that a reader cannot see, or that steers a terminal, written as its escape.
+
+    Those are control characters, lone surrogates, line separators, and what is invisible or turns the
+    direction of writing. Spaces of any kind and the joiners that scripts and emoji need stay.
+
+    Args:
+        keep: control characters that stay too.
+    """
+    if text.isprintable():
+        return text
+    return "".join(ascii(sign)[1:-1] if _is_hidden(sign) and sign not in keep else sign for sign in text)
+
+
+def _is_hidden(sign: str) -> bool:
+    return (
+        not sign.isprintable()
+        and sign not in _JOINERS
+        and unicodedata.category(sign) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    )
 
 
 def first_line(error: object, *, limit: int = 300) -> str:

@@ -10,15 +10,15 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from falcon_qlora.common.errors import one_line, printable
+from falcon_qlora.common.errors import one_line
 from falcon_qlora.common.files import replaced, write_text
 from falcon_qlora.common.quantities import duration
 from falcon_qlora.common.untrusted import of_a_run
 from falcon_qlora.compare.figures import Compared, Figures, figures
 from falcon_qlora.run_folder.directory import RunDirectory
-from falcon_qlora.terminal import charts
+from falcon_qlora.terminal import charts, markdown
 from falcon_qlora.terminal.charts import Bar
-from falcon_qlora.terminal.tables import markdown_table
+from falcon_qlora.terminal.markdown import code, escaped
 
 TABLE, CSV = "comparison.md", "comparison.csv"
 TIME_PICTURE, MEMORY_PICTURE = "training-time.png", "memory-requirements.png"
@@ -143,9 +143,11 @@ class Comparison:
         each, held = "GPU", "what PyTorch reserved"
         if not self.on_gpus:
             each, held = "process", "what the processes held, their libraries included: there was no GPU"
-        lines = [f"# {self.title}", "", *_table([row for row in self.rows if row.reason is None], each), ""]
+        done = [row for row in self.rows if row.reason is None]
+        lines = [f"# {escaped(self.title)}", "", *_table(done, each), ""]
         for row in self.rows:
-            lines += [f"{row.name} was not run: {one_line(row.reason)}", ""] if row.reason is not None else []
+            if row.reason is not None:
+                lines += [escaped(f"{row.name} was not run: {one_line(row.reason)}"), ""]
         lines.append(
             "A sample is a row of the data as it was tokenized. The time of the steps leaves out start, "
             "evaluations and saving; that of the whole command has them. The seconds per 1,000 samples are "
@@ -160,8 +162,10 @@ class Comparison:
         lines += self._settings_that_differ()
         if self.differences:
             lines += ["", "## Not as `train` with these flags", ""]
-            lines += [f"- {line}" for line in self.differences]
-        commands = [f"- {run.folder.name}: `{run.command}`" for run in self.compared if run.command]
+            lines += [f"- {escaped(line)}" for line in self.differences]
+        commands = [
+            f"- {escaped(run.folder.name)}: {code(run.command)}" for run in self.compared if run.command
+        ]
         lines += ["", "## Commands", "", *commands] if commands else []
         return "\n".join(lines) + "\n"
 
@@ -180,7 +184,7 @@ class Comparison:
                 differing.append([setting, *(_shown(each.get(setting)) for each in settings.values())])
         if not differing:
             return []
-        return ["", "## Settings that differ", "", *markdown_table(["", *settings], differing)]
+        return ["", "## Settings that differ", "", *markdown.table(["", *settings], differing)]
 
     def _made(self) -> list[Compared]:
         return [run for run in self.compared if run.reason is None]
@@ -249,7 +253,7 @@ def _table(rows: Sequence[Figures], each: str) -> list[str]:
             ]
         if any(cells):
             lines.append([title, *cells])
-    return markdown_table(["", *groups], lines)
+    return markdown.table(["", *groups], lines)
 
 
 def _cell(values: Sequence[Any], form: Callable[[Any], str]) -> str:
@@ -271,4 +275,4 @@ def _shown(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_shown, value))
     text = "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-    return printable(text.lower() if isinstance(value, bool) else text).replace("|", "\\|")
+    return text.lower() if isinstance(value, bool) else text

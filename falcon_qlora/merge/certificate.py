@@ -17,7 +17,8 @@ from falcon_qlora.data.templates import TEMPLATES, TOKENIZER, Turn, get_template
 from falcon_qlora.merge.folder import DTYPES
 from falcon_qlora.merge.tensors import Onto
 from falcon_qlora.run_folder.model_card import names_hub_dataset, names_hub_model, table
-from falcon_qlora.terminal.tables import markdown_table
+from falcon_qlora.terminal import markdown
+from falcon_qlora.terminal.markdown import code, escaped
 
 FORMAT = 1
 _CARD_LIMIT = 2**16
@@ -182,14 +183,15 @@ def _metadata(certificate: Certificate) -> dict[str, Any]:
 def _introduction(certificate: Certificate) -> str:
     origin = certificate.origin
     text = (
-        f"# {origin.base_model}, fine-tuned\n\nA LoRA adapter merged onto {_ONTO[certificate.merged_onto]} "
-        f"of `{origin.base_model}`, stored in {certificate.dtype}, with falcon_qlora "
-        f"{origin.falcon_qlora}. The adapter was trained on the base held in {origin.quantization}.\n"
+        f"# {escaped(origin.base_model)}, fine-tuned\n\nA LoRA adapter merged onto "
+        f"{_ONTO[certificate.merged_onto]} of {code(origin.base_model)}, stored in {certificate.dtype}, with "
+        f"falcon_qlora {origin.falcon_qlora}. The adapter was trained on the base held in "
+        f"{escaped(origin.quantization)}.\n"
     )
     if origin.base_model.startswith("random:"):
         text += "\n**The base model's weights are random**: this is a test of the machinery.\n"
     if origin.is_the_adapters_base is False:
-        text += f"\n**The adapter was trained on another base**, `{origin.adapter_base}`.\n"
+        text += f"\n**The adapter was trained on another base**, {code(origin.adapter_base or '')}.\n"
     if origin.licence is None:
         text += "\nThe base model's licence holds; it could not be read here.\n"
     return text
@@ -205,7 +207,7 @@ def _usage(certificate: Certificate) -> str:
         "```\nvllm serve MODEL\npython convert_hf_to_gguf.py MODEL    # llama.cpp\n```\n"
     )
     if certificate.origin.template:
-        text += f"\nIt was trained with the prompt template `{certificate.origin.template}`.\n"
+        text += f"\nIt was trained with the prompt template {code(certificate.origin.template)}.\n"
     if certificate.origin.template in {*TEMPLATES} - {"none", TOKENIZER}:
         prompt = get_template(certificate.origin.template).prompt([Turn("user", "QUESTION")])
         text += f"It writes a question so, and other programs must as well:\n\n```\n{prompt}\n```\n"
@@ -221,10 +223,9 @@ def _proof(certificate: Certificate) -> str:
         distances = [f"{measured.kl_divergence:.5f}", f"{100 * measured.same_top_token:.1f} %"]
         rows.append([f"merged onto {_ONTO[onto]}{kept}", *losses, *distances])
     titles = ["", "loss", "more than the adapter", "KL divergence", "same likeliest token"]
-    measured_on = (
-        f"Measured on {held_out.target_tokens:,} tokens of {held_out.source}; see `certificate.json`."
-    )
-    return "\n".join(["## What the merge did\n", measured_on, "", *markdown_table(titles, rows), ""])
+    text = escaped(held_out.source)
+    measured_on = f"Measured on {held_out.target_tokens:,} tokens of {text}; see `certificate.json`."
+    return "\n".join(["## What the merge did\n", measured_on, "", *markdown.table(titles, rows), ""])
 
 
 def _made_of(certificate: Certificate) -> dict[str, Any]:

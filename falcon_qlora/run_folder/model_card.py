@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +10,11 @@ from typing import Any
 
 import yaml
 
+from falcon_qlora.common.errors import printable
 from falcon_qlora.common.files import write_text
 from falcon_qlora.common.version import VERSION
+from falcon_qlora.terminal import markdown
+from falcon_qlora.terminal.markdown import code, escaped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,15 +93,14 @@ class ModelCard:
         quantized = self.settings.get("quantize_mode", "")
         held = f" on the base model held in {quantized}" if quantized and not self._is_whole else ""
         text = (
-            f"# {self.title} {'of' if self._is_whole else 'for'} {self.base_model}\n\n"
-            f"{self.title} ({self.trains}) of `{self.base_model}`, trained{held} with "
+            f"# {self.title} {'of' if self._is_whole else 'for'} {escaped(self.base_model)}\n\n"
+            f"{self.title} ({self.trains}) of {code(self.base_model)}, trained{held} with "
             f"falcon_qlora {VERSION}.\n"
         )
         if self.began_from is not None:
             folder, checksum = self.began_from
-            text += (
-                f"\nThe training began from the adapter in `{folder}` (SHA-256 of its weights: {checksum}).\n"
-            )
+            text += f"\nThe training began from the adapter in {code(folder)} "
+            text += f"(SHA-256 of its weights: {checksum}).\n"
         if self._base_is_random:
             text += (
                 "\n**The base model's weights are random**: this shows that and how fast the training runs, "
@@ -114,9 +117,9 @@ class ModelCard:
                 "With falcon_qlora (`ADAPTER` is this folder):\n\n"
             )
         elif self.refused_by_peft:
-            names = "`, `".join(self.refused_by_peft)
+            names = ", ".join(map(code, self.refused_by_peft))
             text += (
-                f"Plain PEFT refuses LoRA on `{names}` of this model and does not open\n"
+                f"Plain PEFT refuses LoRA on {names} of this model and does not open\n"
                 "the adapter. falcon_qlora opens it on the base model, quantized or not, and merges it\n"
                 "(`ADAPTER` is this folder or a copy of it).\n\n"
             )
@@ -141,13 +144,13 @@ class ModelCard:
         )
         if self.template:
             known = f" (SHA-256 `{self.template_sha256}`)" if self.template_sha256 else ""
-            text += f"\nIt was trained with the prompt template `{self.template}`{known}; "
+            text += f"\nIt was trained with the prompt template {code(self.template)}{known}; "
             text += "ask it in the same form.\n"
         return text
 
     def _plain_example(self) -> str:
         packaged = self.base_model == "tiny"
-        base, own = "tiny_path()" if packaged else f'"{self.base_model}"', '"ADAPTER"'
+        base, own = "tiny_path()" if packaged else _python(self.base_model), '"ADAPTER"'
         return (
             "from peft import PeftModel\n"
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
@@ -183,6 +186,7 @@ _RESULTS = {
     "peak_memory_gib": "peak memory on one device, GiB",
     "world_size": "devices",
 }
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _WHOLE_EXAMPLE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -193,21 +197,26 @@ tokenizer = AutoTokenizer.from_pretrained("ADAPTER")
 
 def names_hub_model(name: str) -> bool:
     """Whether a base model's name can be a hub id."""
-    a_name = name.count("/") == 1 and not name.startswith((".", "/", "~", "random:"))
-    return a_name and not Path(name).exists()
+    return name.count("/") == 1 and _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
 def names_hub_dataset(name: str) -> bool:
     """Whether a data set's name can be a hub id: a local file's name is of no use elsewhere."""
-    return name.count("/") <= 1 and "." not in name.split("/")[-1]
+    return _HUB_ID.fullmatch(name) is not None and "." not in name.split("/")[-1]
 
 
 def table(title: str, label: str, rows: Mapping[str, Any]) -> str:
     """A section with a two-column table; nothing where there are no rows."""
     if not rows:
         return ""
-    lines = [f"| {name} | {_cell(value)} |" for name, value in rows.items()]
-    return "\n".join([f"## {title}\n", f"| {label} | |", "|---|---|", *lines, ""])
+    lines = markdown.table([label, ""], [[name, _cell(value)] for name, value in rows.items()])
+    return "\n".join([f"## {title}\n", *lines, ""])
+
+
+def _python(text: str) -> str:
+    """`text` as Python writes it."""
+    quoted = text.replace("\\", r"\\").replace('"', r"\"")
+    return f'"{printable(quoted)}"'
 
 
 def _cell(value: Any) -> str:
@@ -219,4 +228,4 @@ def _cell(value: Any) -> str:
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     if isinstance(value, list | tuple):
         return ", ".join(_cell(item) for item in value)
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    return str(value)

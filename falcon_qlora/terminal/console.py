@@ -14,19 +14,39 @@ from functools import lru_cache
 from pathlib import Path
 from textwrap import indent
 from threading import Timer
-from typing import Any
+from typing import IO, Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from falcon_qlora.common.errors import printable
 from falcon_qlora.common.files import quoted
 from falcon_qlora.common.quantities import duration
 from falcon_qlora.processes import ranks
 from falcon_qlora.terminal.notebook import in_notebook
+from falcon_qlora.terminal.output import below
 
 _LABEL_WIDTH = 11
 _PATIENCE_SECONDS = 5.0
+
+
+class _Console(Console):
+    """Rich's console, which shows text as text: no markup in it, and no escape sequence but Rich's own."""
+
+    @property
+    def file(self) -> IO[str]:
+        return below(super().file)  # type: ignore[arg-type]
+
+    @file.setter
+    def file(self, new_file: IO[str]) -> None:
+        self._file = new_file
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            text = segment.text if segment.control else printable(segment.text, keep="\n\t")
+            yield Segment(text, segment.style, segment.control)
 
 
 @lru_cache(maxsize=1)
@@ -34,7 +54,7 @@ def console() -> Console:
     """The terminal of the run: standard output on the main process, nowhere on the others."""
     # In a notebook, Rich would turn every line into an HTML table of its own.
     plain: dict[str, Any] = {"force_jupyter": False, "force_terminal": False} if in_notebook() else {}
-    return Console(quiet=not ranks.is_main_process(), highlight=False, **plain)
+    return _Console(quiet=not ranks.is_main_process(), highlight=False, markup=False, emoji=False, **plain)
 
 
 def note(message: str) -> None:
@@ -184,7 +204,7 @@ def _print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
     grid.add_column(overflow="fold")
     for label, text in rows:
         if text and out.is_terminal:
-            grid.add_row(f"  {label}", Text(text))
+            grid.add_row(f"  {label}", Text(printable(text)))
         elif text:
             # In a file a line stays whole, so that paths and commands can be copied and searched for.
             print_plain(f"  {label}".ljust(_LABEL_WIDTH + 2) + text)

@@ -45,6 +45,7 @@ _STYLE = {
     "xtick.color": "#555555",
     "ytick.color": "#555555",
     "agg.path.chunksize": 20_000,  # the renderer can fail on a line of more points
+    "text.parse_math": False,  # names may have a dollar sign
 }
 
 Points = Sequence[tuple[float, float]]
@@ -83,17 +84,17 @@ def picture(
         FigureCanvasAgg(figure)
         if title:
             lines = textwrap.wrap(printable(title), int(10 * width), max_lines=2, placeholder=" …")
-            figure.suptitle(_no_formula("\n".join(lines)), fontsize=11, x=0.01, ha="left", color="#222222")
+            figure.suptitle("\n".join(lines), fontsize=11, x=0.01, ha="left", color="#222222")
         yield figure, figure.subplots(**layout)
         _write(figure, file)
 
 
 def shown(name: str) -> str:
-    """`name` as it is drawn: no formula, no control characters, its middle left out if long."""
+    """`name` as it is drawn: no control characters, its middle left out if long."""
     name = printable(name)
     if len(name) > _NAME_LETTERS:
         name = f"{name[: _NAME_LETTERS // 2]}…{name[1 - _NAME_LETTERS // 2 :]}"
-    return _no_formula(name)
+    return name
 
 
 def name_ends(axes: Axes, ends: Mapping[str, tuple[float, float, str]]) -> list[Annotation]:
@@ -257,10 +258,6 @@ def _distances(low: Any, high: Any, points: Any) -> Any:
 
     beyond = np.maximum(low[:, None] - points, points - high[:, None])
     return np.linalg.norm(np.maximum(beyond, 0), axis=2)
-
-
-def _no_formula(text: str) -> str:
-    return text.replace("$", r"\$")
 
 
 def _write(figure: Figure, file: Path | BinaryIO) -> None:

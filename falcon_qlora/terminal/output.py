@@ -1,11 +1,23 @@
-"""Standard output and error: a command's first line, and streams that outlive a full disk or closed pipe."""
+"""Standard output and error: a command's first line, and what its streams do with what they are given.
+
+Foreign text (rows, file names, keys, others' errors) may hold escape sequences, and characters that an
+encoding lacks; a disk may be full, and a pipe closed. The streams see to all of it, so that no message must.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import re
 import sys
-from typing import Any, TextIO
+from collections.abc import Iterator
+from typing import Any, TextIO, cast
+
+from falcon_qlora.common.errors import printable
+
+# What `tqdm` writes to move its bar, a write of its own each.
+_BAR = re.compile(r"\r[^\x00-\x1f\x7f-\x9f]*|(\n|\x1b\[A)+")
 
 
 def say_loading(*, aside: bool = False) -> None:
@@ -15,6 +27,57 @@ def say_loading(*, aside: bool = False) -> None:
         aside: print on standard error, for a command whose results go to standard output.
     """
     print("loading libraries …", file=sys.stderr if aside else sys.stdout, flush=True)
+
+
+class _Shown:
+    """A stream that writes what steers a terminal, or is hidden there, as escapes.
+
+    Rich, whose own sequences must pass, writes to the stream below: it looks for this attribute.
+    """
+
+    def __init__(self, stream: TextIO):
+        self.rich_proxied_file = stream
+
+    def write(self, text: str) -> int:
+        below = self.rich_proxied_file
+        below.write(text if _BAR.fullmatch(text) else printable(text, keep="\n\t"))
+        return len(text)
+
+    def writelines(self, lines: list[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rich_proxied_file, name)
+
+
+@contextlib.contextmanager
+def shown_as_text() -> Iterator[None]:
+    """Within the block, standard output and error write every text, whatever it holds, as text."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _shown(below(sys.stdout)), _shown(below(sys.stderr))
+    try:
+        yield
+    finally:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+def below(stream: TextIO) -> TextIO:
+    """The stream that `stream` writes to, past what escapes or redirects."""
+    while (proxied := getattr(stream, "rich_proxied_file", None)) is not None:
+        stream = proxied
+    return stream
+
+
+def _shown(stream: TextIO) -> TextIO:
+    if stream is None:  # closed before Python began
+        return stream
+    if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        stream.reconfigure(errors="backslashreplace")
+    return cast(TextIO, _Shown(stream))
 
 
 class _Lossy(io.FileIO):
@@ -31,18 +94,24 @@ class _Lossy(io.FileIO):
 def drop_what_cannot_be_written() -> None:
     """Have this process's standard output and error drop what cannot be written, instead of raising.
 
-    Streams that replace them are left alone.
+    They write what they are given as `shown_as_text` has it. Streams that replace them are left alone.
     """
-    if sys.stdout is sys.__stdout__:
-        sys.stdout = _lossy(sys.stdout, 1)
-    if sys.stderr is sys.__stderr__:
-        sys.stderr = _lossy(sys.stderr, 2)
+    if below(sys.stdout) is sys.__stdout__:
+        sys.stdout = _shown(_lossy(sys.__stdout__, 1))
+    if below(sys.stderr) is sys.__stderr__:
+        sys.stderr = _shown(_lossy(sys.__stderr__, 2))
 
 
 def write_every_character() -> None:
     """Have standard output write characters that its encoding lacks as escapes, instead of raising."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")
+    _shown(sys.stdout)
+
+
+def write_answer(text: str) -> None:
+    """Write a piece of an answer: as text on a terminal; into a file or a pipe exactly as it is."""
+    stream = sys.stdout if sys.stdout.isatty() else below(sys.stdout)
+    stream.write(text)
+    stream.flush()
 
 
 def _lossy(stream: TextIO | None, descriptor: int) -> TextIO:
