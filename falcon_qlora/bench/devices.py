@@ -29,7 +29,7 @@ def reset_peak(device: torch.device) -> None:
         return
     # On Linux this resets the peak resident size. Elsewhere the whole process's peak stays.
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peaks(device: torch.device) -> tuple[int, int]:
@@ -37,7 +37,7 @@ def peaks(device: torch.device) -> tuple[int, int]:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
     try:
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
         line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
         resident = int(line.split()[1]) * 1024
     except (OSError, StopIteration):

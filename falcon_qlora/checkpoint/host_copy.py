@@ -25,10 +25,10 @@ _VERSION_2 = "memory.max", "memory.current", "inactive_file"
 
 def free_host_bytes() -> int:
     """Free memory of this machine, or of the process's control groups if they have less."""
-    lines = _MEMINFO.read_text().splitlines()
+    lines = _MEMINFO.read_text(encoding="utf-8").splitlines()
     free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
     with contextlib.suppress(OSError):  # a kernel without control groups
-        for line in _OWN_GROUPS.read_text().splitlines():
+        for line in _OWN_GROUPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
             _, controllers, path = line.split(":", 2)
             if "memory" in controllers.split(","):
                 free += _free_in_groups(_GROUPS / "memory", path, _VERSION_1)

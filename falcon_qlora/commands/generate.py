@@ -108,7 +108,7 @@ class _Printer:
         person = sys.stdin.isatty()
         while True:
             try:
-                said = input("you:    " if person else "")
+                said = _as_text(input("you:    " if person else ""), "standard input")
             except EOFError:
                 return
             if not said.strip():
@@ -136,7 +136,7 @@ class _Printer:
 def _prompts(wanted: GenerateArguments) -> list[str] | None:
     """The prompts from the flags; None if they come from standard input or a chat."""
     if not wanted.prompt_file:
-        return wanted.prompt
+        return [_as_text(prompt, "--prompt") for prompt in wanted.prompt] if wanted.prompt else None
     name = f"--prompt_file {wanted.prompt_file}"
     try:
         prompts = json.loads(read_text(Path(wanted.prompt_file), may_be_pipe=True))
@@ -146,14 +146,22 @@ def _prompts(wanted: GenerateArguments) -> list[str] | None:
         raise UserError(f"{name}: not valid JSON: {error}") from None
     if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
         raise UserError(f'{name}: must hold a JSON list of texts, such as ["Who are you?"]')
-    return prompts
+    return [_as_text(prompt, name) for prompt in prompts]
 
 
 def _standard_input() -> str:
     try:
-        return sys.stdin.read().rstrip("\n")
+        return _as_text(sys.stdin.read().rstrip("\n"), "standard input")
     except UnicodeDecodeError as error:
         raise UserError(f"standard input is not text in {error.encoding}: set PYTHONIOENCODING") from None
+
+
+def _as_text(given: str, where: str) -> str:
+    """`given` with what the locale's encoding could not decode read as UTF-8."""
+    try:
+        return given.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        raise UserError(f"{where}: not text in UTF-8") from None
 
 
 def _template(configuration: Configuration, record: dict[str, Any], tokenizer: Any) -> Template | None:

@@ -50,7 +50,8 @@ def launch_id() -> str:
     agent = os.getppid()
     try:
         # In a container every launch may have the same process id, but not the same start time.
-        started = Path(f"/proc/{agent}/stat").read_text().rpartition(")")[2].split()[19]
+        stat = Path(f"/proc/{agent}/stat").read_text(encoding="utf-8", errors="replace")
+        started = stat.rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         started = ""
     return f"{socket.gethostname()} {agent} {started}".rstrip()

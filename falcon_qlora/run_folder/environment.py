@@ -83,7 +83,8 @@ def _commit(folder: Path) -> str | None:
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        told = subprocess.run(command, capture_output=True, timeout=10, check=True).stdout
+        return os.fsdecode(told).strip()  # a path, of any characters
 
     try:
         # An installed package has no checkout of its own: one around it would be another project's.

@@ -29,6 +29,10 @@ def say_loading(*, aside: bool = False) -> None:
     print("loading libraries …", file=sys.stderr if aside else sys.stdout, flush=True)
 
 
+# How a stream may treat characters that its encoding lacks so that it raises; the second in a C locale.
+_MAY_FAIL = ("strict", "surrogateescape")
+
+
 class _Shown:
     """A stream that writes what steers a terminal, or is hidden there, as escapes.
 
@@ -75,7 +79,7 @@ def below(stream: TextIO) -> TextIO:
 def _shown(stream: TextIO) -> TextIO:
     if stream is None:  # closed before Python began
         return stream
-    if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+    if isinstance(stream, io.TextIOWrapper) and stream.errors in _MAY_FAIL:
         stream.reconfigure(errors="backslashreplace")
     return cast(TextIO, _Shown(stream))
 
@@ -121,7 +125,6 @@ def _lossy(stream: TextIO | None, descriptor: int) -> TextIO:
     return io.TextIOWrapper(
         io.BufferedWriter(_Lossy(descriptor, "w", closefd=False)),
         encoding=stream.encoding,
-        # A path may have characters that the terminal's encoding lacks.
-        errors="backslashreplace" if stream.errors == "strict" else stream.errors,
+        errors="backslashreplace" if stream.errors in _MAY_FAIL else stream.errors,
         line_buffering=stream.line_buffering or stream.write_through,
     )

@@ -276,6 +276,25 @@ def test_command_without_adapter_goes_on_from_standard_input(
     assert capsys.readouterr().out.strip().startswith("cold")
 
 
+def test_a_prompt_is_read_as_utf_8_whatever_the_locale(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Python gives what a C locale cannot decode; and what is no text at all."""
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text('["\\ud800"]')
+    words = ["generate", "-m", "tiny", "--max_new_tokens", "2"]
+    assert cli.main([*words, "--prompt", "Gr\udcc3\udcb6\udcc3\udc9fe", "2"]) == 0
+    assert capsys.readouterr().out.startswith("> Größe\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("\udcff"))
+    for more, where in (
+        (["--prompt", "\udcff"], "--prompt"),
+        (["--prompt_file", str(prompts)], f"--prompt_file {prompts}"),
+        ([], "standard input"),
+    ):
+        assert cli.main([*words, *more]) == 2
+        assert capsys.readouterr().err.endswith(f"error: {where}: not text in UTF-8\n")
+
+
 def test_chat_keeps_what_was_said(
     adapter: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
