@@ -66,12 +66,24 @@ JSON = st.recursive(
     st.none()
     | st.booleans()
     | st.integers()
-    | st.sampled_from([0, -1, 1, 2**31, 2**63, 10**40, 1e308, float("nan"), float("inf")])
+    | st.sampled_from([0, -1, 1, 2**31, 2**63, 10**40, 10**4200, 1e308, float("nan"), float("inf")])
     | st.floats(allow_nan=True)
     | st.text(max_size=12)
     | st.sampled_from(
         [
-            *("", "../x", f"../{SECRET}", "/etc/passwd", "/", ".", "\x00", "a" * 300, "~nobody/x", "\ud800"),
+            *(
+                "",
+                "../x",
+                f"../{SECRET}",
+                "/etc/passwd",
+                "/",
+                ".",
+                "\x00",
+                "a" * 300,
+                "9" * 5000,
+                "~nobody/x",
+                "\ud800",
+            ),
             *("falcon", "default", "tiny", "a/b", "random:falcon-7b?hidden_size=9", "{{ 1 }}", "1e3", "x\ny"),
         ]
     ),

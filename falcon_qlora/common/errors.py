@@ -16,7 +16,9 @@ EXIT_BUG = 1
 EXIT_HANGING = 3
 
 _OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-_URL = re.compile(r"\S+://\S+")
+_URL = re.compile(r"://\S+")
+# A longer line is cut: it shows a value from a file, of any length.
+_LINE_LETTERS = 4000
 _JOINERS = "\u200c\u200d"
 _SECRET_IN_QUERY = re.compile(
     r"([?&][^=&]*(?:token|key|secret|signature|credential|password)[^=&]*=)[^&#'\"]*", re.I
@@ -27,11 +29,11 @@ class UserError(Exception):
     """Something the user can fix: the message says what is wrong, where, and what to do.
 
     A command prints only the message, once for all ranks, and exits with status 2. Passwords and keys are
-    removed from URLs in it, as messages end up in logs.
+    removed from URLs in it, as messages end up in logs. Of a value of any length its ends are shown.
     """
 
     def __init__(self, message: str):
-        super().__init__(without_credentials(message))
+        super().__init__("\n".join(map(_cut, without_credentials(message).split("\n"))))
 
 
 class PanicError(Exception):
@@ -66,6 +68,11 @@ def without_credentials(text: str) -> str:
     return _URL.sub(
         lambda url: _SECRET_IN_QUERY.sub(r"\1removed", re.sub(r"://[^/@]*@", "://", url[0])), text
     )
+
+
+def _cut(line: str) -> str:
+    half = _LINE_LETTERS // 2
+    return line if len(line) <= _LINE_LETTERS else f"{line[:half]} … {line[-half:]}"
 
 
 def message_of(error: Exception) -> str | None:

@@ -22,6 +22,8 @@ _NAMES = {bool: "true or false", int: "a whole number", float: "a number"}
 _TRUTH = dict.fromkeys(("yes", "true", "t", "y", "1"), True) | dict.fromkeys(
     ("no", "false", "f", "n", "0"), False
 )
+# Of a whole number without a bound of its own: what is counted by it still fits where libraries keep it.
+_LARGEST = 2**31 - 1
 
 
 def setting(default: Any, text: str, *aliases: str, **more: Any) -> Any:
@@ -114,12 +116,15 @@ class Setting:
     def _check_bounds(self, number: float, where: str) -> None:
         if isinstance(number, float) and not math.isfinite(number):  # an int may be too large for `isfinite`
             raise UserError(f"{where}: {number} is not a finite number")
-        if self.least is not None and number < self.least:
-            raise UserError(f"{where}: {number} is too small; at least {self.least:g}")
+        whole = isinstance(number, int)
+        least = -_LARGEST if self.least is None and self.above is None and whole else self.least
+        most = _LARGEST if self.most is None and self.below is None and whole else self.most
+        if least is not None and number < least:
+            raise UserError(f"{where}: {number} is too small; at least {least:.10g}")
         if self.above is not None and number <= self.above:
             raise UserError(f"{where}: {number} is too small; it must be above {self.above:g}")
-        if self.most is not None and number > self.most:
-            raise UserError(f"{where}: {number} is too large; at most {self.most:g}")
+        if most is not None and number > most:
+            raise UserError(f"{where}: {number} is too large; at most {most:.10g}")
         if self.below is not None and number >= self.below:
             raise UserError(f"{where}: {number} is too large; it must be below {self.below:g}")
 
@@ -206,12 +211,12 @@ def _spellings(name: str) -> tuple[str, ...]:
 
 
 def _written_out(text: str) -> str:
-    """A hint for ``1e9``, which Python does not read as a whole number."""
+    """A hint for ``1e9`` or ``10.0``, which Python does not read as a whole number."""
     try:
         number = float(text)
     except ValueError:
         return ""
-    return f"; write it out: {number:.0f}" if number.is_integer() and "e" in text.lower() else ""
+    return f"; write it out: {number:.0f}" if number.is_integer() else ""
 
 
 def _read_dict(value: Any, where: str) -> Any:

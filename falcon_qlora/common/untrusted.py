@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import stat
 import sys
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -112,10 +113,17 @@ def parse_yaml(text: str, origin: str) -> dict[Any, Any]:
     return content
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key given twice, of which PyYAML silently keeps the last.
+def as_yaml(record: Mapping[str, Any]) -> str:
+    """A record as YAML, in the order of its keys; `parse_yaml` and YAML 1.1 read the same in it."""
+    return yaml.dump(record, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
-    It also refuses aliases: a few lines of them can expand beyond any memory.
+
+class _StrictLoader(yaml.SafeLoader):
+    """Reads numbers as YAML 1.2 has them, and refuses a key given twice, of which PyYAML keeps the last.
+
+    So ``010`` is ten and ``1:30`` a text, as users mean them. Aliases are refused: a few lines of them can
+    expand beyond any memory. So are numbers of more digits than any setting has: they can be neither shown
+    nor computed with.
     """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -137,6 +145,47 @@ class _StrictLoader(yaml.SafeLoader):
                     )
                 seen.add(key)
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node)
+        if len(text) > _DIGITS:
+            problem = f"a number of {len(text):,} characters; at most {_DIGITS}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes a text in quotes that either version of YAML would read as something else."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        # Of a next-line character that stands unquoted, PyYAML itself makes a space.
+        style = None if data.isprintable() else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style)
+
+
+_DIGITS = 100
+_INT, _FLOAT, _TIME = (f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp"))
+# https://yaml.org/spec/1.2.2/#1032-tag-resolution
+_NUMBERS = (
+    (_INT, re.compile(r"(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)\Z"), "-+0123456789"),
+    (
+        _FLOAT,
+        re.compile(
+            r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+            r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z"
+        ),
+        "-+.0123456789",
+    ),
+)
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if tag not in (_INT, _FLOAT, _TIME)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Dumper.add_representer(str, _Dumper.represent_str)
+_StrictLoader.add_constructor(_INT, _StrictLoader.construct_yaml_int)
+for each in (_StrictLoader, _Dumper):
+    for number in _NUMBERS:
+        each.add_implicit_resolver(*number)
 
 
 def is_count(value: Any, *, least: int = 0, most: int | None = None) -> bool:

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from falcon_qlora.common.untrusted import as_yaml
 from falcon_qlora.data.templates import TEMPLATES, TOKENIZER, Turn, get_template
 from falcon_qlora.merge.folder import DTYPES
 from falcon_qlora.merge.tensors import Onto
@@ -152,7 +151,7 @@ def licence_of(base_model: str, folder: Path | None) -> str | None:
 
 def card(certificate: Certificate) -> str:
     """The README.md: the hub's metadata as front matter, then Markdown."""
-    front = yaml.safe_dump(_metadata(certificate), sort_keys=False, allow_unicode=True)
+    front = as_yaml(_metadata(certificate))
     sections = [
         f"---\n{front}---\n",
         _introduction(certificate),

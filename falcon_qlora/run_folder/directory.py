@@ -29,8 +29,6 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from falcon_qlora.common.errors import reason_of
 from falcon_qlora.common.files import plain, quoted, replaced, write_json, write_text
 from falcon_qlora.common.record_files import (
@@ -40,7 +38,7 @@ from falcon_qlora.common.record_files import (
     settings_as_now,
     without_format,
 )
-from falcon_qlora.common.untrusted import read_json, read_text, read_yaml
+from falcon_qlora.common.untrusted import as_yaml, read_json, read_text, read_yaml
 from falcon_qlora.run_folder.lock import LOCK
 from falcon_qlora.terminal import charts
 from falcon_qlora.terminal.console import note
@@ -146,7 +144,7 @@ class RunDirectory:
     def write_config(self, resolved: Mapping[str, Any]) -> None:
         """Write everything a re-run needs; the caller leaves secrets out."""
         record = {"format": SETTINGS_FORMAT, **plain(resolved)}  # copies of lists, so YAML needs no aliases
-        text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True, width=110)
+        text = as_yaml(record)
         config = quoted(str(self.config_file))
         header = f"# Run again:  falcon-qlora train --config {config} --output_dir NEW_FOLDER\n"
         write_text(self.config_file, header + text)

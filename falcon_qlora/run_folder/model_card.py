@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from falcon_qlora.common.errors import printable
 from falcon_qlora.common.files import write_text
+from falcon_qlora.common.untrusted import as_yaml
 from falcon_qlora.common.version import VERSION
 from falcon_qlora.terminal import markdown
 from falcon_qlora.terminal.markdown import code, escaped
@@ -60,7 +59,7 @@ class ModelCard:
     def render(self) -> str:
         """The card: the hub's metadata as front matter, then Markdown."""
         sections = [
-            f"---\n{yaml.safe_dump(self._metadata(), sort_keys=False, allow_unicode=True)}---\n",
+            f"---\n{as_yaml(self._metadata())}---\n",
             self._introduction(),
             self._usage(),
             table("Settings", "setting", self.settings),

@@ -10,17 +10,30 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from falcon_qlora import config
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.settings import Setting, settings_of
+from falcon_qlora.common.untrusted import as_yaml, parse_yaml
 from falcon_qlora.config.arguments import our_settings
 from falcon_qlora.config.parser import RECIPES, recipe_names
 from falcon_qlora.config.trainer_arguments import INSTEAD, SHARED, TrainerArguments, holds_anyway
+from tests.fuzzing import fuzz
 
 
 def resolved(*argv: str) -> dict:
     return config.parse(list(argv)).resolved()
+
+
+def refusal(*argv: str) -> str:
+    """Why these flags are refused; "" if they are not."""
+    try:
+        resolved(*argv)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def write(path: Path, **settings: object) -> str:
@@ -283,6 +296,54 @@ def test_values_from_yaml_have_the_types_of_flags(tmp_path: Path) -> None:
     assert settings["save_strategy"] == "no"  # and no as false
     assert (settings["eval_split"], settings["report_to"]) == ("0.1", ["none"])
     assert settings["dataset_name"] == ["a", "b"]
+
+
+# YAML 1.2 (https://yaml.org/spec/1.2.2/#1032-tag-resolution): 1.1 reads eight, a text, 5400, a date, a text.
+def test_numbers_are_those_of_yaml_1_2(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("max_steps: 010\nlora_r: 0x10\nrun_name: 1:30:00\nseed: 0o17\nlearning_rate: 1e-4\n")
+    settings = resolved("--config", str(file))
+    assert [settings[name] for name in ("max_steps", "lora_r", "run_name", "seed", "learning_rate")] == [
+        *(10, 16, "1:30:00", 15, 1e-4)
+    ]
+    file.write_text("run_name: 2024-01-01\n")
+    assert resolved("--config", str(file))["run_name"] == "2024-01-01"
+
+
+@given(value=st.text(st.sampled_from("0179.eExXoObBf+-_:~nyailsNIT#"), max_size=7) | st.text(max_size=5))
+@example("1e4")
+@example("0o7")
+@example("\x85")
+@fuzz(300)
+def test_what_is_written_as_yaml_is_read_the_same_by_both_versions(value: str) -> None:
+    record = {"a": value, "b": [value, 1, 1e-5, 1e300, None, True]}
+    assert parse_yaml(as_yaml(record), "x") == yaml.safe_load(as_yaml(record)) == record
+
+
+HUGE = ["9" * 6000, "0x" + "f" * 6000, "0o" + "7" * 6000, "-" + "9" * 6000, "1e" + "9" * 6000, "x" * 100_000]
+
+
+@pytest.mark.parametrize(
+    "form", ["{name}: {value}", "{name}: [{value}]", "{name}: {{a: {value}}}", "? {value}"]
+)
+@pytest.mark.parametrize("name", ["max_length", "learning_rate", "packing", "dataset_name", "format", "foo"])
+def test_a_huge_value_is_refused_in_a_line_one_can_read(tmp_path: Path, name: str, form: str) -> None:
+    file = tmp_path / "config.yaml"
+    for value in HUGE:
+        file.write_text(form.format(name=name, value=value))
+        for argv in (["--config", str(file)], ["--max_length", value], ["--max_length", f"[{value}]"]):
+            told = refusal(*argv)
+            assert told or name == "dataset_name"  # which may be any text
+            assert len(told) < 5000
+            assert "\n" not in told
+
+
+@pytest.mark.parametrize("value", ["9" * 22, "9" * 99, "-" + "9" * 22, str(2**31)])
+def test_a_whole_number_is_one_that_the_libraries_can_hold(value: str) -> None:
+    for each in our_settings():
+        if each.kind is int and each.name != "seed":
+            with pytest.raises(UserError, match=r"is too (large|small)|no flag"):
+                resolved(f"--{each.name}", value)
 
 
 def test_json_of_a_flag_is_read() -> None:
