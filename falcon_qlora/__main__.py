@@ -19,6 +19,7 @@ from falcon_qlora.common.errors import (
     panics_as_errors,
 )
 from falcon_qlora.common.version import VERSION
+from falcon_qlora.processes import ranks
 from falcon_qlora.terminal.output import shown_as_text
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if argv is None and words[:1] != ["bench"]:  # which compiles the models of others
         late_imports.put_off()
+    ranks.stand_alone()  # the ranks are `train`'s workers, which do not come by here
     with shown_as_text():
         return _main(words)
 

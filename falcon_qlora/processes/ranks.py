@@ -9,6 +9,14 @@ import os
 import socket
 from pathlib import Path
 
+_OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+
+
+def stand_alone() -> None:
+    """Have this process be no rank, whatever a scheduler or another job left in its environment."""
+    for name in _OF_A_RANK:
+        os.environ.pop(name, None)
+
 
 def process_index() -> int:
     """This process's index over all nodes, from 0."""

@@ -23,6 +23,7 @@ from falcon_qlora import __main__ as cli
 from falcon_qlora.commands import train
 from falcon_qlora.config.verbs import VERBS
 from falcon_qlora.processes.launcher import STOPPING, TRAINING
+from falcon_qlora.terminal.console import console
 from tests.panics import PanicException
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -245,7 +246,8 @@ class TestLauncher:
 
     def test_one_process_without_gpus_and_a_share_of_the_cores(self, launcher: Launcher) -> None:
         del launcher.environment["OMP_NUM_THREADS"]
-        status, output, errors = launcher.run("--gpus", "1", "--run_name", "fine")
+        left = {"RANK": "1", "LOCAL_RANK": "x", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": ""}  # by a scheduler
+        status, output, errors = launcher.run("--gpus", "1", "--run_name", "fine", **left)
         assert (status, errors) == (0, "")
         assert f"[None, None, None, '{len(os.sched_getaffinity(0))}'] ['--run_name', 'fine']" in output
 
@@ -444,6 +446,16 @@ class TestCommandLine:
         assert cli.main(["--help"]) == 0
         output = capsys.readouterr().out
         assert all(verb in output for verb in VERBS)
+
+    def test_a_command_is_no_rank_of_another_job(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        console.cache_clear()
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert cli.main(["params", "-m", "tiny"]) == 0
+        assert "Trained: " in capsys.readouterr().out
+        console.cache_clear()
 
     def test_nothing_given_shows_the_help_and_is_an_error(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main([]) == 2
