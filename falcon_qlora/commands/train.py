@@ -13,6 +13,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from falcon_qlora import config
-from falcon_qlora.common.errors import EXIT_BUG, EXIT_HANGING, EXIT_USER_ERROR, UserError
+from falcon_qlora.common.errors import EXIT_BEREFT, EXIT_BUG, EXIT_HANGING, EXIT_USER_ERROR, UserError
 from falcon_qlora.config import Configuration
 from falcon_qlora.config.arguments import LaunchArguments
 from falcon_qlora.processes import command_clock, launcher
@@ -167,7 +168,9 @@ class _StopOnce:
             return None
         numbers = {self._asked_with, signal.SIGTERM}  # the agent ends the remaining workers with SIGTERM
         by_request = {128 + number for number in numbers} | {-number for number in numbers}
-        return 128 + self._asked_with if by_request.issuperset(codes.values()) else None
+        if not by_request.issuperset(codes.values()):
+            return None
+        return _end(_Ended(signal.Signals(self._asked_with)), self._folder)
 
 
 def _children() -> list[int]:
@@ -228,13 +231,13 @@ def _run_one(words: list[str], folder: Path, meanwhile: Callable[[], None]) -> i
         return _end(ended, folder)
     if code == 0:
         return 0
-    status = _status({0: code}, folder)
-    return stop.status({0: code}) or status
+    return stop.status({0: code}) or _status({0: code}, folder)
 
 
 def _launch(torchrun_argv: list[str], folder: Path) -> int:
     """Run torchrun's agent in this process and turn how it ended into an exit status."""
     from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
@@ -248,10 +251,11 @@ def _launch(torchrun_argv: list[str], folder: Path) -> int:
             elastic_launch(config=launch_config, entrypoint=command)(*arguments)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        status = _status(codes, folder)
-        return stop.status(codes) or status
+        return stop.status(codes) or _status(codes, folder)
     except _Ended as asked:
         return _end(asked, folder)
+    except SignalException as asked:  # one of _AGENT_SIGNALS
+        return _end(_Ended(asked.sigval), folder)
     finally:
         logging.disable(disabled)
     return 0
@@ -261,23 +265,38 @@ def _end(asked: _Ended, folder: Path) -> int:
     """The exit status of a launcher that a signal has ended; further signals are ignored."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    print(f"error: ended by {asked.number.name} on {socket.gethostname()}", file=sys.stderr)
     _say_how_to_go_on(folder)
     return 128 + asked.number
 
 
 def _status(codes: Mapping[int, int], folder: Path) -> int:
-    """One exit status for the failed workers, whose own are given by rank."""
+    """One exit status for the failed workers, whose own are given by rank, in the order in which they ended.
+
+    A worker that a signal has ended could not report this itself: it is done here, for the first one.
+    """
     if EXIT_USER_ERROR in codes.values():
         return EXIT_USER_ERROR
-    for rank, code in sorted(codes.items()) if EXIT_HANGING not in codes.values() else ():
-        # The killed worker could not report this itself.
-        if code < 0 and code != -signal.SIGTERM:
-            name = signal.Signals(-code).name
-            hint = "; out of CPU memory?" if name == "SIGKILL" else ""
-            print(f"error: rank {rank} was killed by {name}{hint}", file=sys.stderr)
-            break
+    silent = [each for each in codes.items() if each[1] not in (EXIT_BUG, EXIT_HANGING, EXIT_BEREFT)]
+    # When one has failed, the agent ends the others by this.
+    by_agent = [each for each in silent if each[1] in (128 + signal.SIGTERM, -signal.SIGTERM)]
+    silent = [each for each in silent if each not in by_agent]
+    if EXIT_BUG not in codes.values():
+        silent += by_agent
+    if silent and EXIT_HANGING not in codes.values():
+        rank, code = silent[0]
+        print(f"error: rank {rank} on {socket.gethostname()} {_how(code)}", file=sys.stderr)
     _say_how_to_go_on(folder)
     return EXIT_BUG
+
+
+def _how(code: int) -> str:
+    """How a worker ended, from its exit status: it may have left by itself when a signal came."""
+    number = -code if code < 0 else code - 128
+    if number not in {*signal.Signals}:
+        return f"ended with exit status {code}, without a message"
+    hint = "; out of CPU memory?" if code == -signal.SIGKILL else ""
+    return f"was killed by {signal.Signals(number).name}{hint}"
 
 
 def _say_how_to_go_on(folder: Path) -> None:

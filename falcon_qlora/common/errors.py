@@ -14,6 +14,8 @@ EXIT_USER_ERROR = 2
 EXIT_BUG = 1
 # Of a rank that has reported which rank hangs: the launcher then does not report the ranks it kills.
 EXIT_HANGING = 3
+# Of a rank that another one's death has ended: the launcher reports that one.
+EXIT_BEREFT = 4
 
 _OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _URL = re.compile(r"://\S+")

@@ -12,7 +12,14 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from falcon_qlora.common.errors import EXIT_BUG, EXIT_USER_ERROR, UserError, message_of, panics_as_errors
+from falcon_qlora.common.errors import (
+    EXIT_BEREFT,
+    EXIT_BUG,
+    EXIT_USER_ERROR,
+    UserError,
+    message_of,
+    panics_as_errors,
+)
 from falcon_qlora.processes.agreement import PeerError, connect, gather_objects
 from falcon_qlora.processes.ranks import is_main_process, restart_count, world_size
 
@@ -71,7 +78,7 @@ def exit_status(work: Callable[[], object]) -> int:
         return EXIT_USER_ERROR
     except Exception as error:
         if _siblings and _waits_for_death():
-            return EXIT_BUG  # it only follows from another process's death, which the launcher reports
+            return EXIT_BEREFT  # it only follows from another process's death
         told = message_of(error)
         _report(f"{told}\n" if told else traceback.format_exc())
         return EXIT_BUG

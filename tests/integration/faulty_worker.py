@@ -10,6 +10,7 @@
     {"do": "late", "rank": 0, "seconds": 2}                       comes to the others so much later
     {"do": "slow_start", "rank": 1}                               two seconds late as training begins
     {"do": "early", "rank": 0, "to": "launcher", "number": 15}    a signal before anything is read or written
+    {"do": "loaded", "rank": 1, "number": 15}                     a signal before the model is loaded
     {"do": "slow", "step": 4, "rank": 0}                          the save of step 4 takes two seconds
     {"do": "memory", "step": 3, "rank": 1, "most": 2}             no memory for more than 2 documents at once
     {"do": "hog", "step": 3, "rank": 1, "leave_gib": 4}           all but so much of the GPU's memory is taken
@@ -49,7 +50,7 @@ from falcon_qlora.models.tokenizer import load_tokenizer
 from falcon_qlora.processes import ranks, stop_signals
 from falcon_qlora.step import loss as step_module
 from falcon_qlora.train import main
-from falcon_qlora.training import finish
+from falcon_qlora.training import build, finish
 from falcon_qlora.training.trainer import FalconTrainer
 
 FAULTS = json.loads(os.environ.get("FAULTS", "[]"))
@@ -214,6 +215,16 @@ def faulty_replaced_folder(target: Path) -> Iterator[Path]:
         yield folder
 
 
+load = build.model_with_adapter
+
+
+def faulty_load(*arguments: Any, **named: Any) -> Any:
+    for fault in faults("loaded"):
+        os.kill(target_of(fault), fault["number"])
+        time.sleep(10)
+    return load(*arguments, **named)
+
+
 if rooms := faults("room"):
     shutil.disk_usage = lambda path: SimpleNamespace(free=rooms[0]["bytes"])  # type: ignore[assignment,misc]
 
@@ -224,6 +235,7 @@ step_module.sum_of_losses = faulty_sum_of_losses
 checkpointer.write_manifest = faulty_write_manifest
 Checkpointer._write = faulty_write  # type: ignore[method-assign]
 checkpointer.write_part = faulty_write_part
+build.model_with_adapter = faulty_load
 finish.replaced_folder = faulty_replaced_folder  # type: ignore[assignment]
 
 if __name__ == "__main__":

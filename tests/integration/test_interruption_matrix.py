@@ -6,6 +6,7 @@ import itertools
 import random
 import re
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def test_kill_9_of_each_process_before_inside_and_after_a_save(processes: Proces
         assert newest_step(processes, "killed") == before + (4 if where == "saved" or finished else 2)
         assert status == 1
         killed, hint = errors.splitlines()
-        assert killed.startswith(f"error: rank {rank} was killed by SIGKILL")
+        assert killed.startswith(f"error: rank {rank} on {socket.gethostname()} was killed by SIGKILL")
         # A save that is cut off after the rename, before the launcher hears of it, is found all the same.
         known = before + (4 if finished else 2)
         assert re.match(rf"the last complete checkpoint is killed/checkpoints/step-{known}; go on", hint)
@@ -140,6 +141,18 @@ def test_random_moments_one_after_another_in_a_run(processes: Processes, whole: 
     assert_same_run(processes.folder / folder, whole)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_rank_that_gets_a_signal_before_there_is_anything_to_save_is_named(
+    processes: Processes, number: int
+) -> None:
+    # As its handlers are there already, and as they are not yet.
+    for fault in ({"do": "loaded"}, {"do": "early"}):
+        words = ["--output_dir", f"early-{number}", "--overwrite"]
+        status, _, errors = run(processes, *words, faults=[{**fault, "rank": 1, "number": number}])
+        name = signal.Signals(number).name
+        assert (status, errors) == (1, f"error: rank 1 on {socket.gethostname()} was killed by {name}\n")
+
+
 def test_a_second_signal_ends_at_once(processes: Processes) -> None:
     twice = [
         {"do": "signal", "step": 3, "rank": 0, "to": "launcher", "number": signal.SIGTERM, "wait": wait}
@@ -147,7 +160,9 @@ def test_a_second_signal_ends_at_once(processes: Processes) -> None:
     ]
     status, output, errors = run(processes, *LONG, "--output_dir", "twice", faults=twice)
     assert status == 128 + signal.SIGTERM
-    assert re.fullmatch(r"the last complete checkpoint is twice/checkpoints/step-2; go on with: .*\n", errors)
+    ended, hint = errors.splitlines()
+    assert ended == f"error: ended by SIGTERM on {socket.gethostname()}"
+    assert re.fullmatch(r"the last complete checkpoint is twice/checkpoints/step-2; go on with: .*", hint)
     assert "SIGTERM: saving at the end of a step" in output
     assert "stopped at step" not in output
     assert newest_step(processes, "twice") == 2
@@ -183,8 +198,9 @@ def test_a_signal_while_the_processes_start_again(processes: Processes) -> None:
     words = ["--output_dir", "again", "--max_restarts", "2"]
     status, output, errors = run(processes, *LONG, *words, faults=faults)
     assert status == 128 + signal.SIGINT, (output, errors)
-    last = r"the last complete checkpoint is again/checkpoints/step-4; go on with: .*\n"
-    assert re.fullmatch(last, errors)
+    ended, last = errors.splitlines()
+    assert ended == f"error: ended by SIGINT on {socket.gethostname()}"
+    assert re.fullmatch(r"the last complete checkpoint is again/checkpoints/step-4; go on with: .*", last)
     assert newest_step(processes, "again") == 4
 
 

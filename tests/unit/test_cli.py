@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -45,8 +46,10 @@ if rank == int(os.environ.get("WORLD_SIZE", 1)) - 1:
         sys.exit(2)
     if mode == "bug":
         raise RuntimeError("a bug")
-    if mode == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
+    if mode.startswith("killed"):
+        os.kill(os.getpid(), int(mode.removeprefix("killed")))
+    if mode.startswith("left"):
+        os._exit(int(mode.removeprefix("left")))
 if mode != "fine":
     time.sleep(120)
 """
@@ -272,11 +275,26 @@ class TestLauncher:
         assert "elastic" not in errors
         assert_gone(worker_pids(output))
 
-    @pytest.mark.parametrize("processes", [1, 2])
-    def test_a_worker_that_was_killed_is_named(self, launcher: Launcher, processes: int) -> None:
-        status, output, errors = launcher.run("--gpus", str(processes), "--run_name", "killed")
-        last = processes - 1
-        assert (status, errors) == (1, f"error: rank {last} was killed by SIGKILL; out of CPU memory?\n")
+    @pytest.mark.parametrize(
+        ("processes", "mode", "how"),
+        [
+            (1, "killed9", "was killed by SIGKILL; out of CPU memory?"),
+            (2, "killed9", "was killed by SIGKILL; out of CPU memory?"),
+            (2, "killed15", "was killed by SIGTERM"),
+            (2, "killed10", "was killed by SIGUSR1"),
+            (2, "killed11", "was killed by SIGSEGV"),
+            # A worker leaves so by itself where a signal comes before there is anything to save.
+            (1, "left143", "was killed by SIGTERM"),
+            (2, "left138", "was killed by SIGUSR1"),
+            (2, "left7", "ended with exit status 7, without a message"),
+        ],
+    )
+    def test_a_worker_that_ended_without_a_word_is_named(
+        self, launcher: Launcher, processes: int, mode: str, how: str
+    ) -> None:
+        status, output, errors = launcher.run("--gpus", str(processes), "--run_name", mode)
+        told = f"error: rank {processes - 1} on {socket.gethostname()} {how}\n"
+        assert (status, errors) == (1, told)
         assert_gone(worker_pids(output))
 
     @pytest.mark.parametrize("processes", [1, 2])
@@ -291,7 +309,16 @@ class TestLauncher:
         assert len(pids) == processes
         process.send_signal(number)
         _, errors = process.communicate(timeout=30)
-        assert (process.returncode, errors) == (expected, "")
+        told = f"error: ended by {signal.Signals(number).name} on {socket.gethostname()}\n"
+        assert (process.returncode, errors) == (expected, told)
+        assert_gone(pids)
+
+    def test_a_hangup_ends_the_agent_and_is_told(self, launcher: Launcher) -> None:
+        process = launcher.start("--gpus", "2", "--run_name", "wait")
+        pids = worker_pids(read_lines(process, 3))
+        process.send_signal(signal.SIGHUP)
+        _, errors = process.communicate(timeout=30)
+        assert (process.returncode, errors) == (129, f"error: ended by SIGHUP on {socket.gethostname()}\n")
         assert_gone(pids)
 
     @pytest.mark.parametrize("processes", [1, 2])
