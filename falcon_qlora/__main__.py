@@ -20,6 +20,7 @@ from falcon_qlora.common.errors import (
 )
 from falcon_qlora.common.version import VERSION
 from falcon_qlora.processes import ranks
+from falcon_qlora.processes.stop_signals import ctrl_c_ends_native_code
 from falcon_qlora.terminal.output import shown_as_text
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None and words[:1] != ["bench"]:  # which compiles the models of others
         late_imports.put_off()
     ranks.stand_alone()  # the ranks are `train`'s workers, which do not come by here
-    with shown_as_text():
+    with shown_as_text(), ctrl_c_ends_native_code():
         return _main(words)
 
 

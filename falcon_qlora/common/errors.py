@@ -7,6 +7,7 @@ import difflib
 import errno
 import os
 import re
+import threading
 import unicodedata
 from collections.abc import Iterable, Iterator
 
@@ -42,15 +43,35 @@ class PanicError(Exception):
     """Native code of a library has panicked."""
 
 
+# Thread → the work of others' native code that it waits for.
+_native: dict[int, str] = {}
+
+
 @contextlib.contextmanager
-def panics_as_errors() -> Iterator[None]:
-    """Raise a `PanicError` for a panic of a Rust library, which is not an `Exception`."""
+def panics_as_errors(work: str = "") -> Iterator[None]:
+    """Raise a `PanicError` for a panic of a Rust library, which is not an `Exception`.
+
+    Args:
+        work: what native code does in the block, and on which file: for this error, and for `native_work`.
+    """
+    thread = threading.get_ident()
+    if work:
+        _native[thread] = work
     try:
         yield
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # each library has its own, which cannot be imported
             raise
-        raise PanicError(f"native code of a library panicked: {first_line(error)}") from error
+        where = f", {work}" if work else ""
+        raise PanicError(f"native code of a library panicked{where}: {first_line(error)}") from error
+    finally:
+        if work:
+            _native.pop(thread, None)
+
+
+def native_work() -> str:
+    """What others' native code is doing, on any thread; "" where that is not known."""
+    return next(iter(_native.copy().values()), "")
 
 
 @contextlib.contextmanager

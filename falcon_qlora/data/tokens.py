@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.errors import UserError, panics_as_errors
 from falcon_qlora.data.account import Account
 from falcon_qlora.data.special_text import SpecialText, split, unmarked
 from falcon_qlora.data.templates import LACKING, Segment, Template, Turn
@@ -195,15 +195,16 @@ class Encoder:
         """
         if not texts:
             return []
-        encoded = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            split_special_tokens=literal,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
+        with panics_as_errors(f"tokenizing with the tokenizer in {self.tokenizer.name_or_path}"):
+            encoded = self.tokenizer(
+                texts,
+                add_special_tokens=False,
+                split_special_tokens=literal,
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )
         return [
             (
                 np.asarray(ids, dtype=np.int32),

@@ -14,11 +14,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from falcon_qlora.common.errors import native_work
 from falcon_qlora.processes import endings, launcher, ranks
 from falcon_qlora.processes.launcher import SAME_REQUEST_SECONDS, STOP_SIGNALS
 
@@ -51,7 +53,7 @@ class _Requests:
         """Take in a signal; called by the thread."""
         if not self.training:
             # The main thread ends the process. If it is waiting for another one, this timer does.
-            timer = threading.Timer(_LEAVE_SECONDS, os._exit, [128 + number])
+            timer = threading.Timer(_LEAVE_SECONDS, _leave, [number])
             timer.daemon = True
             timer.start()
             return
@@ -68,6 +70,50 @@ class _Requests:
 
 
 _requests = _Requests()
+
+
+def _leave(number: int) -> None:
+    """End this process, whose main thread has not heeded a signal; say what it waits for, if known."""
+    if work := native_work():
+        name = signal.Signals(number).name
+        print(f"error: native code does not heed {name}, {work}", file=sys.stderr, flush=True)
+    os._exit(128 + number)
+
+
+@contextlib.contextmanager
+def ctrl_c_ends_native_code() -> Iterator[None]:
+    """Within the block Ctrl-C raises KeyboardInterrupt; if native code does not let it, it ends the process.
+
+    What handles Ctrl-C in another way is left alone.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
+        yield
+        return
+    heeded = threading.Event()
+
+    def interrupt(number: int, frame: Any) -> None:
+        heeded.set()
+        signal.default_int_handler(number, frame)
+
+    def watch() -> None:
+        while sent := os.read(reader, 64):
+            ours = signal.SIGINT in sent and signal.getsignal(signal.SIGINT) is interrupt
+            if ours and not heeded.wait(_LEAVE_SECONDS):
+                _leave(signal.SIGINT)
+        os.close(reader)
+
+    signal.signal(signal.SIGINT, interrupt)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    earlier = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=watch, name="ctrl-c", daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(earlier)
+        signal.signal(signal.SIGINT, before)
+        os.close(writer)
 
 
 def install() -> None:

@@ -1,0 +1,93 @@
+"""Native code of others that panics, or works without end: it is ended, and what it worked on is named."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from falcon_qlora.common.errors import PanicError, UserError, native_work, panics_as_errors
+from falcon_qlora.data.tokens import Encoder
+from falcon_qlora.models import tokenizer
+from tests.panics import PanicException
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# Hashing lets other threads run, and looks at no signal until it is done.
+WAITS = """
+import hashlib, time
+from falcon_qlora.common.errors import panics_as_errors
+from falcon_qlora.processes import stop_signals
+stop_signals._LEAVE_SECONDS = 0.5
+with stop_signals.ctrl_c_ends_native_code(), panics_as_errors("reading x.json"):
+    try:
+        print("at work", flush=True)
+        {work}
+    except KeyboardInterrupt:
+        time.sleep(1.5)
+        print("tidied up", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("work", "status", "said"),
+    [
+        (
+            "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)",
+            130,
+            ("", "error: native code does not heed SIGINT, reading x.json\n"),
+        ),
+        ("time.sleep(60)", 0, ("tidied up\n", "")),
+    ],
+)
+def test_ctrl_c_ends_what_does_not_heed_it_and_nothing_else(
+    work: str, status: int, said: tuple[str, str]
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITS.format(work=work)],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "at work\n"
+    process.send_signal(signal.SIGINT)
+    try:
+        assert process.communicate(timeout=30) == said
+    finally:
+        process.kill()
+    assert process.returncode == status
+
+
+def panic(*arguments: object, **named: object) -> object:
+    assert native_work()
+    raise PanicException("index out of bounds")
+
+
+def test_a_panic_names_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = SimpleNamespace(eos_token_id=0, name_or_path="some/folder")
+    stand_in = type("Panics", (), {**vars(stand_in), "__call__": panic})()
+    encoder = Encoder(
+        tokenizer=stand_in, train_on="all", append_end_token=False, overlong="split", max_length=8
+    )
+    with pytest.raises(
+        PanicError, match=r"panicked, tokenizing with the tokenizer in some/folder: index out"
+    ):
+        encoder._tokenize(["x"])
+    monkeypatch.setattr(tokenizer, "_class_for", lambda folder: SimpleNamespace(from_pretrained=panic))
+    with pytest.raises(
+        UserError, match=r"the tokenizer of tiny cannot be loaded: .* in .*tiny: index out of"
+    ):
+        tokenizer.load_tokenizer("tiny")
+    assert native_work() == ""
+
+
+def test_other_errors_pass() -> None:
+    with pytest.raises(KeyboardInterrupt), panics_as_errors("x"):
+        raise KeyboardInterrupt
