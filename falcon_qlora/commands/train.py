@@ -16,7 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import IO, Any
 
 from falcon_qlora import config
 from falcon_qlora.common.errors import EXIT_BEREFT, EXIT_BUG, EXIT_HANGING, EXIT_USER_ERROR, UserError
+from falcon_qlora.common.files import temporary_folder
 from falcon_qlora.config import Configuration
 from falcon_qlora.config.arguments import LaunchArguments
 from falcon_qlora.processes import command_clock, launcher
@@ -58,17 +58,17 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
     processes = _processes(launch.gpus)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    with command_clock.told_to_workers(), tempfile.TemporaryDirectory(prefix="falcon_qlora_") as folder:
-        os.environ[launcher.VARIABLE] = folder
+    with command_clock.told_to_workers(), temporary_folder() as folder:
+        os.environ[launcher.VARIABLE] = str(folder)
         flags = config.as_words({name: value for name, value in given.items() if not hasattr(launch, name)})
         words = [_WORKER, str(os.getpid()), worker_module, *flags]
         try:
             if processes == 1 and _on_one_node(launch) and launch.max_restarts == 0:
-                held = launcher.hold(Path(folder) / launcher.ROWS)
-                return _run_one(words, Path(folder), lambda: _look_and_tokenize(configuration, held))
+                held = launcher.hold(folder / launcher.ROWS)
+                return _run_one(words, folder, lambda: _look_and_tokenize(configuration, held))
             _look(configuration)
             agent = [*_torchrun_flags(launch, processes), f"--log-dir={folder}", "--module"]
-            return _launch([*agent, *words], Path(folder))
+            return _launch([*agent, *words], folder)
         finally:
             del os.environ[launcher.VARIABLE]
 

@@ -113,8 +113,8 @@ def message_of(error: Exception) -> str | None:
         return None
     if isinstance(error.filename, str | bytes):
         return f"error: {os.fsdecode(error.filename)}: {error.strerror}"
-    # The error of a failed write does not name its file.
-    return f"error: {error.strerror}" if error.errno in _OF_A_DISK else None
+    # The error of a failed write may not name its file; without any, ENOENT is of temporary folders.
+    return f"error: {error.strerror}" if error.errno in (*_OF_A_DISK, errno.ENOENT) else None
 
 
 def one_line(error: object, *, limit: int = 300) -> str:

@@ -24,6 +24,7 @@ _UMASK = os.umask(0o077)
 os.umask(_UMASK)
 # In the names of temporary folders: one that will replace another, and one that was replaced.
 _PARTIAL, _REPLACED = "-partial-", "-replaced-"
+_TEMPORARY = "falcon-qlora-"
 
 
 def user_cache(name: str) -> Path:
@@ -50,12 +51,24 @@ def replaced(file: Path) -> Iterator[Path]:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.stem}-{os.getpid()}{file.suffix}")
     try:
-        yield temporary
-        if temporary.exists():
-            flush(temporary)
-            os.replace(temporary, file)
+        with _named(file):
+            yield temporary
+            if temporary.exists():
+                flush(temporary)
+                os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _named(target: Path) -> Iterator[None]:
+    """Name `target` in a system's error that names no file, as that of a failed write does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = str(target)
+        raise
 
 
 @contextlib.contextmanager
@@ -69,8 +82,23 @@ def replaced_folder(target: Path, *, first_wins: bool = False) -> Iterator[Path]
     remove_leftovers(target)
     with _held_folder(f".{target.name}{_PARTIAL}", target.parent) as temporary:
         temporary.chmod(0o755)
-        yield temporary
+        with _named(target):
+            yield temporary
         put_in_place(temporary, target, first_wins=first_wins)
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Yield an empty folder for temporary files, which the block's end removes.
+
+    What processes that were killed left of theirs is removed before.
+    """
+    parent = Path(tempfile.gettempdir())
+    for left in parent.glob(f"{_TEMPORARY}????????"):
+        with contextlib.suppress(OSError), _held(left):  # a live process still holds its lock
+            shutil.rmtree(left, ignore_errors=True)
+    with _held_folder(_TEMPORARY, parent) as folder:
+        yield folder
 
 
 def put_in_place(filled: Path, target: Path, *, first_wins: bool = False) -> None:

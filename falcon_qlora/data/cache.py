@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import remove_leftovers, replaced_folder, user_cache
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EFBIG, errno.EIO)
 
 
 def key_of(parts: dict[str, Any]) -> str:
@@ -57,12 +58,9 @@ def entry(
         with replaced_folder(target, first_wins=True) as folder:
             fill(folder)
     except OSError as error:
-        what = (
-            "is full; free some space or" if error.errno in _FULL else f"cannot be written: {error.strerror};"
-        )
-        if error.errno in (*_FULL, *_NOT_WRITABLE):
-            raise UserError(
-                f"the cache folder {directory} {what} name another one with --cache_dir"
-            ) from None
-        raise
+        if error.errno not in (*_FULL, *_NOT_WRITABLE):
+            raise
+        failed = f"cannot be written: {os.strerror(error.errno)};"
+        what = "is full; free some space or" if error.errno in _FULL else failed
+        raise UserError(f"the cache folder {directory} {what} name another one with --cache_dir") from None
     return target

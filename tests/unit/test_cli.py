@@ -313,6 +313,21 @@ class TestLauncher:
         assert (process.returncode, errors) == (expected, told)
         assert_gone(pids)
 
+    def test_what_a_killed_launcher_left_is_removed_by_the_next_and_a_living_ones_stays(
+        self, launcher: Launcher
+    ) -> None:
+        killed, living = (launcher.start("--gpus", "1", "--run_name", "wait") for _ in range(2))
+        for process in (killed, living):
+            read_lines(process, 2)
+        killed.kill()
+        killed.wait()
+        assert len(list(launcher.temporary.iterdir())) == 2
+        assert launcher.run("--gpus", "1", "--run_name", "fine")[0] == 0
+        assert len(list(launcher.temporary.iterdir())) == 1
+        living.send_signal(signal.SIGTERM)
+        living.wait()
+        assert list(launcher.temporary.iterdir()) == []
+
     def test_a_hangup_ends_the_agent_and_is_told(self, launcher: Launcher) -> None:
         process = launcher.start("--gpus", "2", "--run_name", "wait")
         pids = worker_pids(read_lines(process, 3))

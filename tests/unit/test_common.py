@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import errno
 import math
+import os
+from pathlib import Path
 
 import pytest
 
-from falcon_qlora.common.errors import UserError, first_line, one_line, reason_of
+from falcon_qlora.common.errors import UserError, first_line, message_of, one_line, reason_of
+from falcon_qlora.common.files import replaced_folder, write_json, write_text
 from falcon_qlora.common.quantities import counted, gib, passes
 from falcon_qlora.common.record_files import check_format
 from falcon_qlora.common.untrusted import is_count, is_number
+from falcon_qlora.data.cache import entry
+from tests.integration.runs import room_for
 
 
 @pytest.mark.parametrize("value", [True, False, 1.0, "1", None, -1, [1]])
@@ -45,6 +50,19 @@ def test_an_error_becomes_one_line_or_its_first() -> None:
 def test_the_systems_reason_comes_first() -> None:
     assert reason_of(OSError(errno.ENOSPC, "No space left on device")) == "No space left on device"
     assert reason_of(OSError("torn\noff")) == "torn off"
+
+
+def test_a_write_that_fails_is_told_with_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "summary.json"
+    with room_for(10), pytest.raises(OSError, match="too large") as failed:
+        write_json(file, {"a": "b" * 99})
+    assert message_of(failed.value) == f"error: {file}: {os.strerror(errno.EFBIG)}"
+    with room_for(10), pytest.raises(OSError, match="too large") as failed, replaced_folder(tmp_path / "out"):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))  # as a library does, which names no file
+    assert message_of(failed.value) == f"error: {tmp_path / 'out'}: {os.strerror(errno.EFBIG)}"
+    with room_for(10), pytest.raises(UserError, match=f"the cache folder {tmp_path} cannot be .* too large;"):
+        entry(tmp_path, "key", lambda folder: write_text(folder / "a", "b" * 99))
+    assert [path.name for path in tmp_path.iterdir()] == []
 
 
 def test_quantities_carry_their_units() -> None:
