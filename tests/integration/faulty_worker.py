@@ -24,7 +24,8 @@
     {"do": "write_hangs", "step": 4}                              no answer from the disk, saving step 4
 
 Steps count from 1, as users see them; "save" on a process that writes nothing is while another one does.
-With "restart": only in that attempt of torchrun's.
+With "restart": only in that attempt of torchrun's. If PLACES names a folder, each process writes there where
+it is, in a file named by its rank: its process id, its step, and what it does.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from falcon_qlora.checkpoint import checkpointer
 from falcon_qlora.checkpoint.checkpointer import Checkpointer
 from falcon_qlora.models.tokenizer import load_tokenizer
 from falcon_qlora.processes import ranks, stop_signals
+from falcon_qlora.processes.watchdog import Watchdog
 from falcon_qlora.step import loss as step_module
 from falcon_qlora.train import main
 from falcon_qlora.training import build, finish
@@ -215,6 +217,17 @@ def faulty_replaced_folder(target: Path) -> Iterator[Path]:
         yield folder
 
 
+at = Watchdog.at
+
+
+def told_at(self: Watchdog, step: int, phase: int, what: str) -> None:
+    at(self, step, phase, what)
+    if folder := os.environ.get("PLACES"):
+        part = Path(folder, f".{ranks.process_index()}")
+        part.write_text(f"{os.getpid()} {step} {what}")
+        part.rename(Path(folder, str(ranks.process_index())))
+
+
 load = build.model_with_adapter
 
 
@@ -236,6 +249,7 @@ checkpointer.write_manifest = faulty_write_manifest
 Checkpointer._write = faulty_write  # type: ignore[method-assign]
 checkpointer.write_part = faulty_write_part
 build.model_with_adapter = faulty_load
+Watchdog.at = told_at  # type: ignore[method-assign]
 finish.replaced_folder = faulty_replaced_folder  # type: ignore[assignment]
 
 if __name__ == "__main__":
