@@ -115,6 +115,8 @@ class Endurance:
         )
         if method == "lora":
             words += ["--lora_r", "8", "--lora_dropout", draw.choice(["0", "0.1"])]
+        if method == "adapter_v2":
+            words += ["--adapter_first_block", "1"]
         words += ["--gradient_accumulation_steps", draw.choice(["1", "2"])]
         words += ["--save_total_limit", draw.choice(["1", "2", "3"]), "--save_steps", draw.choice(["2", "3"])]
         if "--streaming" not in words and draw.random() < 0.5:
