@@ -52,6 +52,7 @@ def _main(words: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of the output is gone; closing stderr keeps Python from reporting that at exit.

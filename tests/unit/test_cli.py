@@ -537,7 +537,7 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("error", "status", "printed"),
         [
-            (KeyboardInterrupt(), 130, ""),
+            (KeyboardInterrupt(), 130, "error: interrupted\n"),
             (ZeroDivisionError("a bug"), 1, "ZeroDivisionError: a bug"),
             (PanicException("no\nsuch token"), 1, "error: native code of a library panicked: no\n"),
             (ConnectionError("no file, no number"), 1, "Traceback"),
