@@ -131,19 +131,28 @@ def _remembered(define: Callable[..., Any]) -> Callable[..., Any]:
             return define(module_path, prefix=prefix)
         from falcon_qlora.common.files import user_cache, write_text
 
-        key = hashlib.sha256(f"{folder} {folder.stat().st_mtime_ns} {prefix}".encode()).hexdigest()
+        key = _hash(f"{folder} {folder.stat().st_mtime_ns} {prefix}")
         kept = user_cache("libraries") / f"{key[:32]}.json"
-        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-            found = json.loads(kept.read_text(encoding="utf-8"))
-            return {frozenset(needs): {name: set(has) for name, has in of.items()} for needs, of in found}
+        with contextlib.suppress(OSError, ValueError):
+            checksum, text = kept.read_text(encoding="utf-8").split("\n", 1)
+            if checksum == _hash(text):
+                return {
+                    frozenset(needs): {name: set(has) for name, has in of.items()}
+                    for needs, of in json.loads(text)
+                }
         found = define(module_path, prefix=prefix)
         plain = [[[*needs], {name: [*has] for name, has in of.items()}] for needs, of in found.items()]
         with contextlib.suppress(OSError):
             kept.parent.mkdir(parents=True, exist_ok=True)
-            write_text(kept, json.dumps(plain))
+            text = json.dumps(plain)
+            write_text(kept, f"{_hash(text)}\n{text}")
         return found
 
     return defined
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class _Late(SourceFileLoader):

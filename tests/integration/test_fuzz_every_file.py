@@ -74,6 +74,8 @@ READERS = {
     "common/recorded_paths.py": folders.test_readers,
     "common/untrusted.py": test_untrusted.test_no_model_makes_the_loader_crash,
     "common/settings.py": None,
+    "common/library_imports.py": None,
+    "processes/launcher.py": None,
     "commands/train.py": None,
     "processes/ranks.py": None,
     "processes/command_clock.py": None,
