@@ -125,6 +125,7 @@ def test_real_rows_packed_and_padded(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert 128 < tokens[0] <= 256 * (1.01 + 1 / min(speeds))
 
 
+@pytest.mark.slow
 def test_a_time_limit_leaves_what_was_measured(tmp_path: Path) -> None:
     size = ("--models", MODEL, "--tokens", "64", "--max_length", "32", "--lora_r", "4")
     pace = ("--rounds", "500", "--steps", "1000", "--csv", str(tmp_path / "records.csv"))

@@ -61,6 +61,7 @@ def check_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
     assert len({row["samples"] for row in rows}) == 1
 
 
+@pytest.mark.slow
 def test_two_methods_are_compared_and_not_trained_again(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

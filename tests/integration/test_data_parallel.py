@@ -29,7 +29,8 @@ def exact(rows: Path) -> list[str]:
     return [*settings.split(), "--dataset_name", str(rows)]
 
 
-@pytest.mark.parametrize("packing", ["true", pytest.param("false", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", ["true", "false"])
 def test_two_processes_give_the_losses_of_one(rows: Path, tmp_path: Path, packing: str) -> None:
     settings = [*exact(rows), "--optim", "sgd", "--packing", packing, "--global_batch_size", "8"]
     # One process with two micro batches of four against two with several of one.

@@ -39,6 +39,7 @@ def whole(processes: Processes) -> Path:
     return processes.folder / "whole"
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_the_command_it_names_goes_on_to_the_last_bit(
     processes: Processes, whole: Path
 ) -> None:

@@ -36,11 +36,11 @@ RUNS = {
 }
 
 
-# Other tests of the fast set train LoRA; what Adapter adds, Adapter v2 adds too.
-SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("lora", "adapter")]
+# Other tests of the fast set train LoRA and Adapters.
+SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("lora", "adapter", "adapter_v2")]
 
 
-@pytest.mark.parametrize("method", [*SLOW, "adapter_v2", "full"])
+@pytest.mark.parametrize("method", [*SLOW, "full"])
 def test_it_learns_and_its_folder_answers(
     method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

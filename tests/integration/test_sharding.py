@@ -31,6 +31,7 @@ SETTINGS = (
 ).split()
 
 
+@pytest.mark.slow
 def test_a_sharded_run_goes_on_to_the_last_bit_from_before_a_torn_part(tmp_path: Path) -> None:
     words = (
         "-m tiny --method full --sharding fsdp --max_length 64 -b 1 --global_batch_size 4 --steps 4 "

@@ -232,7 +232,9 @@ def test_bfloat16_is_hardly_further_from_float64_than_what_is_kept_in_it(kind, d
         assert ours < 1.3 * far["torch"][name] + 2**-9, (name, far)
 
 
-@pytest.mark.parametrize("kind", ["norm behind the gate", "two groups, no norm, no bias"])
+@pytest.mark.parametrize(
+    "kind", ["norm behind the gate", pytest.param("two groups, no norm, no bias", marks=pytest.mark.slow)]
+)
 def test_no_further_from_float32_than_transformers_in_bfloat16(kind, device):
     """Each document alone through Transformers' mixer, in float32 and in bfloat16."""
     sizes = {"mamba_d_ssm": 64, "mamba_d_head": 32, "mamba_n_heads": 2}
@@ -268,6 +270,7 @@ def test_no_further_from_float32_than_transformers_in_bfloat16(kind, device):
         assert ours < max(of_norms(segments(rounded[1], space)[name], expected), 2**-8), name
 
 
+@pytest.mark.slow
 def test_what_no_document_sees_and_no_tokens(device):
     """Changing the first and last document moves not a bit of the one between."""
     space = parameters(device, groups=2, heads_a_group=1, norm=True)

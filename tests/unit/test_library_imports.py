@@ -76,6 +76,7 @@ def test_what_is_installed_is_listed_only_for_packages_of_another_name() -> None
     assert done.stdout.splitlines() == ["0 <lambda>", "['peft'] PyYAML None 1"]
 
 
+@pytest.mark.slow
 def test_what_is_seldom_used_is_imported_on_use() -> None:
     code = (
         "import falcon_qlora, sys\n"
@@ -121,6 +122,7 @@ def test_a_training_process_loads_neither_the_compiler_nor_sharded_tensors() -> 
     assert printed(code) == ["set() False", "False False set()"]
 
 
+@pytest.mark.slow
 def test_what_was_put_off_is_the_real_thing_once_used(tmp_path: Path) -> None:
     code = (
         "from falcon_qlora.common import late_imports\n"

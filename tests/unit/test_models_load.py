@@ -305,6 +305,7 @@ def run_python(code: str, **environment: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_importing_and_running_asks_no_kernel_hub_compiles_nothing_and_says_nothing(tmp_path):
     (tmp_path / "kernels.py").write_text("def get_kernel(*_, **__): raise SystemExit('the hub was asked')")
     run_python(

@@ -56,6 +56,7 @@ def test_the_worker_finds_the_rows_of_a_large_file_in_the_cache(
     assert done.stdout.splitlines()[-1] == "0 False"
 
 
+@pytest.mark.slow
 def test_an_error_in_a_late_row_is_told_before_the_model_is_loaded(tmp_path: Path) -> None:
     file = write(tmp_path / "rows.jsonl", ENOUGH, '{"instruction": "Say it.", "output":')
     done = command(*TRAIN, "--dataset_name", file, "--cache_dir", tmp_path, "--output_dir", tmp_path / "run")
