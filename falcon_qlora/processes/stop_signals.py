@@ -112,7 +112,8 @@ def ctrl_c_ends_native_code() -> Iterator[None]:
         yield
     finally:
         signal.set_wakeup_fd(earlier)
-        signal.signal(signal.SIGINT, before)
+        if signal.getsignal(signal.SIGINT) is interrupt:  # a command that ends may ignore further ones
+            signal.signal(signal.SIGINT, before)
         os.close(writer)
 
 

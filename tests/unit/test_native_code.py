@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,6 +58,7 @@ def test_ctrl_c_ends_what_does_not_heed_it_and_nothing_else(
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "at work\n"
+    time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     try:
         assert process.communicate(timeout=30) == said
