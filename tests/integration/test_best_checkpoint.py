@@ -28,6 +28,7 @@ def checkpoints(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_that_saves_its_best_alone_is_saved_where_it_is_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,6 +58,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("scratch")
 
 
+@pytest.mark.slow
 @fuzz(2)
 @given(
     data=st.data(),

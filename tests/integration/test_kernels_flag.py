@@ -90,7 +90,9 @@ def test_a_library_that_fails_is_told_at_the_start_and_recorded(
     assert not (tmp_path / "refused").exists()
 
 
-@pytest.mark.parametrize(("method", "rate"), [("adapter", 1e-1), ("adapter_v2", 1e-2)])
+@pytest.mark.parametrize(
+    ("method", "rate"), [pytest.param("adapter", 1e-1, marks=pytest.mark.slow), ("adapter_v2", 1e-2)]
+)
 def test_so_it_does_with_adapters(tmp_path: Path, method: str, rate: float) -> None:
     shared: dict[str, object] = {"method": method, "learning_rate": rate, "lora_r": None}
     shared |= {"max_steps": 6, "eval_steps": 3, "max_length": 64, "max_rows": 100, "compute_dtype": "fp32"}
@@ -107,6 +109,7 @@ def test_so_it_does_with_adapters(tmp_path: Path, method: str, rate: float) -> N
     assert [("prefix: PyTorch" in what) for what in kernels] == [False, False, True, True, True]
 
 
+@pytest.mark.slow
 def test_fp8_trains_what_bfloat16_trains(tmp_path: Path, in_bfloat16: Path) -> None:
     with fp8.emulated():
         run = fine_tune(tmp_path / "fp8", compute_dtype="fp8", **BF16)

@@ -105,7 +105,7 @@ def check_the_offline_commands(
     "settings",
     [
         {"lora_slices": ["query", "value"], "lora_r": 4, "quantize_mode": "4bit"},
-        {"method": "adapter_v2", "quantize_mode": "4bit"},
+        pytest.param({"method": "adapter_v2", "quantize_mode": "4bit"}, marks=pytest.mark.slow),
         {"method": "full"},
     ],
 )

@@ -232,9 +232,8 @@ def test_bfloat16_is_hardly_further_from_float64_than_what_is_kept_in_it(kind, d
         assert ours < 1.3 * far["torch"][name] + 2**-9, (name, far)
 
 
-@pytest.mark.parametrize(
-    "kind", ["norm behind the gate", pytest.param("two groups, no norm, no bias", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["norm behind the gate", "two groups, no norm, no bias"])
 def test_no_further_from_float32_than_transformers_in_bfloat16(kind, device):
     """Each document alone through Transformers' mixer, in float32 and in bfloat16."""
     sizes = {"mamba_d_ssm": 64, "mamba_d_head": 32, "mamba_n_heads": 2}

@@ -189,6 +189,7 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_else(
     assert [*tmp_path.iterdir()] == [file]
 
 
+@pytest.mark.slow
 def test_what_a_model_cannot_do_is_not_broken_and_what_breaks_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

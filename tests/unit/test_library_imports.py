@@ -159,6 +159,7 @@ def test_what_was_put_off_is_the_real_thing_once_used(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_models_of_an_installed_release_are_listed_once(tmp_path: Path) -> None:
     code = (
         "import builtins, json, sys\n"

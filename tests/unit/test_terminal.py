@@ -303,6 +303,7 @@ def test_libraries_are_silenced_and_the_users_settings_stay(monkeypatch: pytest.
         monkeypatch.setenv(name, "x")  # so that the originals come back
 
 
+@pytest.mark.slow
 def test_importing_the_libraries_prints_nothing() -> None:
     code = (
         "from falcon_qlora.terminal.library_logging import quiet_libraries; quiet_libraries()\n"

@@ -89,6 +89,7 @@ def test_held_out_loss_is_far_below_an_untrained_models_and_a_unigram_models(
     assert trained < 0.5 * untrained
 
 
+@pytest.mark.slow
 def test_record_holds_the_held_out_losses_that_the_weights_have(
     tiny: FalconForCausalLM, held_out: dict[str, torch.Tensor]
 ) -> None:
