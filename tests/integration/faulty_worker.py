@@ -49,7 +49,7 @@ from falcon_qlora.checkpoint import checkpointer
 from falcon_qlora.checkpoint.checkpointer import Checkpointer
 from falcon_qlora.models.tokenizer import load_tokenizer
 from falcon_qlora.processes import ranks, stop_signals
-from falcon_qlora.processes.watchdog import Watchdog
+from falcon_qlora.processes.watchdog import WRITER, Watchdog
 from falcon_qlora.step import loss as step_module
 from falcon_qlora.train import main
 from falcon_qlora.training import build, finish
@@ -168,15 +168,15 @@ def faulty_save_checkpoint(self: Any, *arguments: Any) -> None:
 @contextlib.contextmanager
 def disk(do: str = "disk", at: int | None = None) -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for fault in faults(do, at=at):
-        if fault.setdefault("times", 1 << 30) == 0:
-            continue
+    found = [fault for fault in faults(do, at=at) if fault.setdefault("times", 1 << 30) > 0]
+    for fault in found:
         fault["times"] -= 1
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], before[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        if found:  # the limit is of all threads
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 write_checkpoint = Checkpointer._write
@@ -213,6 +213,9 @@ replaced_folder = finish.replaced_folder
 
 @contextlib.contextmanager
 def faulty_replaced_folder(target: Path) -> Iterator[Path]:
+    for thread in threading.enumerate() if faults("full") else ():
+        if thread.name == WRITER:  # whose files would be limited too
+            thread.join()
     with disk("full"), replaced_folder(target) as folder:
         yield folder
 

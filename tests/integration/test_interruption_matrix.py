@@ -198,7 +198,8 @@ def test_a_signal_while_the_processes_start_again(processes: Processes) -> None:
     words = ["--output_dir", "again", "--max_restarts", "2"]
     status, output, errors = run(processes, *LONG, *words, faults=faults)
     assert status == 128 + signal.SIGINT, (output, errors)
-    ended, last = errors.splitlines()
+    *before, ended, last = errors.splitlines()
+    assert "Traceback" not in before, errors
     assert ended == f"error: ended by SIGINT on {socket.gethostname()}"
     assert re.fullmatch(r"the last complete checkpoint is again/checkpoints/step-4; go on with: .*", last)
     assert newest_step(processes, "again") == 4
