@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None and words[:1] != ["bench"]:  # which compiles the models of others
         late_imports.put_off()
     ranks.stand_alone()  # the ranks are `train`'s workers, which do not come by here
-    with shown_as_text(), ctrl_c_ends_native_code():
+    with shown_as_text(), ctrl_c_ends_native_code(for_good=argv is None):
         return _main(words)
 
 

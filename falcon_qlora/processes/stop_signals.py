@@ -81,10 +81,13 @@ def _leave(number: int) -> None:
 
 
 @contextlib.contextmanager
-def ctrl_c_ends_native_code() -> Iterator[None]:
+def ctrl_c_ends_native_code(*, for_good: bool = False) -> Iterator[None]:
     """Within the block Ctrl-C raises KeyboardInterrupt; if native code does not let it, it ends the process.
 
     What handles Ctrl-C in another way is left alone.
+
+    Args:
+        for_good: the process ends after the block: if it ignores Ctrl-C by then, it goes on to ignore it.
     """
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
@@ -112,7 +115,7 @@ def ctrl_c_ends_native_code() -> Iterator[None]:
         yield
     finally:
         signal.set_wakeup_fd(earlier)
-        if signal.getsignal(signal.SIGINT) is interrupt:  # a command that ends may ignore further ones
+        if not for_good or signal.getsignal(signal.SIGINT) is interrupt:
             signal.signal(signal.SIGINT, before)
         os.close(writer)
 
