@@ -55,6 +55,8 @@ def test_ctrl_c_ends_what_does_not_heed_it_and_nothing_else(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # The shell may have had pytest ignore it, as it does in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "at work\n"
