@@ -110,7 +110,10 @@ class HostCopies:
         """Allocate what the first `take` will need for tensors of these sizes; on any thread, before it."""
         for _ in range(self.more_bytes(sizes) // _PIECE_BYTES):
             began = time.monotonic()
-            self._ready.append(_new_piece(_PIECE_BYTES))
+            try:
+                self._ready.append(_new_piece(_PIECE_BYTES))
+            except RuntimeError:  # no memory to pin: `take` will say so
+                return
             # Nothing can be queued for the GPU meanwhile, so only for a small share of the time.
             if self._stop_reserving.wait(9 * (time.monotonic() - began)):
                 return

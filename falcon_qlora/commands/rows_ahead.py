@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.config import Configuration
 from falcon_qlora.data.settings import RowSettings
@@ -20,29 +18,29 @@ def tokenize_ahead(configuration: Configuration) -> None:
     Raises:
         UserError: as the run would. Other errors are left to the run.
     """
-    if not _takes_long(configuration):
-        return
-    from falcon_qlora.terminal.console import patience
-    from falcon_qlora.terminal.library_logging import quiet_libraries
-
-    quiet_libraries(progress_bars=True)
     try:
-        tokenizer = rows.load_tokenizer(configuration.model, configuration.method)
-        with patience() as doing:
-            rows.corpora(configuration.data, tokenizer, seed=configuration.run.seed, progress=doing)
+        if _takes_long(configuration):
+            _tokenize(configuration)
     except UserError:
         raise
     except Exception:
         return
 
 
+def _tokenize(configuration: Configuration) -> None:
+    from falcon_qlora.terminal.console import patience
+    from falcon_qlora.terminal.library_logging import quiet_libraries
+
+    quiet_libraries(progress_bars=True)
+    tokenizer = rows.load_tokenizer(configuration.model, configuration.method)
+    with patience() as doing:
+        rows.corpora(configuration.data, tokenizer, seed=configuration.run.seed, progress=doing)
+
+
 def _takes_long(configuration: Configuration) -> bool:
     if configuration.data.streaming:
         return False
     sources = RowSettings(**rows.row_settings(configuration.data)).sources()
-    files = [file for source in sources if isinstance(source, LocalSource) for file in source.files]
-    with contextlib.suppress(OSError):
-        return all(isinstance(source, LocalSource) for source in sources) and (
-            sum(file.stat().st_size for file in files) >= _LEAST_BYTES
-        )
-    return False
+    local = [source for source in sources if isinstance(source, LocalSource)]
+    sizes = [file.stat().st_size for source in local for file in source.files]
+    return len(local) == len(sources) and sum(sizes) >= _LEAST_BYTES
