@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from falcon_qlora.checkpoint import adapter_check
+from falcon_qlora.methods.interface import method_of
 from falcon_qlora.methods.lora import Lora
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.quantize import QuantizeMode, dequantized_weight, is_quantized_linear
@@ -64,6 +67,14 @@ def attach_lora(model: PreTrainedModel, *, seed: int = 0, **settings: Any) -> An
     """`Lora` with these settings, whose names may come as lists, on a loaded model."""
     plain = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
     return Lora(**plain).attach(model, seed=seed)
+
+
+def check_adapter(folder: Path, model: nn.Module, *, trained: bool | None = None) -> None:
+    """All that a run checks of a folder that was saved from `model`."""
+    adapter_check.check_tensors(folder, model, trained=trained)
+    if method_of(model).opened_by == "peft":
+        adapter_check.check_reading(folder, model)
+    adapter_check.check_opening(folder, model)
 
 
 def trainable_names(model: nn.Module) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
+from peft import (
+    PeftConfig,
+    PeftModel,
+    PeftModelForCausalLM,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.packing import MicroBatch, collate
@@ -22,6 +31,7 @@ from falcon_qlora.methods.lora_layers import past_pefts_refusal
 from falcon_qlora.models.checkpoints import parameter_reader, read_folder_config
 from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.layouts import causal_lm_in
+from falcon_qlora.models.load import empty_model
 from falcon_qlora.models.sharded import local_tensor, own_parts
 from falcon_qlora.models.tensor_files import read_tensor, stored_tensors
 from falcon_qlora.models.token_rows import rows_of
@@ -30,28 +40,12 @@ from falcon_qlora.processes import devices
 from falcon_qlora.step.loss import sum_of_losses
 from falcon_qlora.terminal.console import note
 
-_PROBE = "probe"
+_DEFAULT, _PROBE = "default", "probe"
 _PROBE_LENGTHS = (24, 40)
 
 
 class AdapterFaultError(RuntimeError):
     """A saved adapter is damaged or wrong; the message names the fault."""
-
-
-def check_adapter(
-    folder: Path, model: nn.Module, *, trained: bool | None = None, opened: bool = False
-) -> None:
-    """Compare a folder with the model it was saved from: `check_tensors`, then `check_opening`.
-
-    Args:
-        opened: skip `check_opening`: PEFT has opened these very weights before.
-
-    Raises:
-        AdapterFaultError: naming the first thing that is wrong.
-    """
-    check_tensors(folder, model, trained=trained)
-    if not opened:
-        check_opening(folder, model)
 
 
 def check_tensors(
@@ -95,10 +89,75 @@ def check_opening(folder: Path, model: nn.Module) -> None:
         _check_loss(folder, model)
 
 
+def check_reading(folder: Path, model: nn.Module, state: Mapping[str, Tensor] | None = None) -> None:
+    """Check that PEFT reads a saved LoRA on a base without weights: the same tensors, layers and scales.
+
+    Neither the model nor a random generator is touched, so a thread may do it while the model trains.
+
+    Args:
+        folder: written by the model's method.
+        model: with a LoRA that PEFT opens attached.
+        state: what was saved, see `Method.saved_tensors`; None: what the model holds.
+
+    Raises:
+        AdapterFaultError: if it does not open, or is another adapter.
+    """
+    method = method_of(model)
+    try:
+        opened = _read_by_peft(folder, causal_lm_in(model).config)
+    except Exception as error:  # whatever PEFT raises: the adapter does not open
+        raise AdapterFaultError(f"{folder} cannot be opened again: {error}") from error
+    found = method.saved_tensors(opened)
+    for name, tensor in method.saved_tensors(model, state).items():
+        if name not in found:
+            raise AdapterFaultError(f"{folder}, opened again, lacks {name}")
+        _compare(folder, name, found[name], tensor)
+    mine, theirs = _scales(model), _scales(opened)
+    for name in sorted(mine.keys() | theirs.keys()):
+        if mine.get(name) != theirs.get(name):
+            raise AdapterFaultError(
+                f"{folder}, opened again, scales {name} by {theirs.get(name)}, the model in memory by "
+                f"{mine.get(name)}"
+            )
+
+
+def _read_by_peft(folder: Path, config: PreTrainedConfig) -> PeftModel:
+    """The folder's adapter on a base of this configuration that has shapes and no weights."""
+    with torch.device("meta"), Undrawn():
+        base = empty_model(copy.deepcopy(config), dtype=torch.float32)
+        weights = [(module, name) for module in base.modules() for name in module._parameters]
+        settings = PeftConfig.from_pretrained(str(folder))
+        settings.inference_mode = True
+        with past_pefts_refusal(base):
+            opened = PeftModelForCausalLM(base, settings)
+    for module, name in weights:  # PEFT puts what it reads where the base's weight is
+        if isinstance(weight := getattr(module, name), Tensor):
+            held = torch.zeros(()).expand(weight.shape)
+            setattr(module, name, nn.Parameter(held, requires_grad=False))
+    for module in opened.modules():  # trained rows of an embedding have their first values beside them
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.zeros_like(buffer, device="cpu")
+    tensors = load_peft_weights(str(folder), device="cpu")
+    result = set_peft_model_state_dict(opened, tensors, low_cpu_mem_usage=True)
+    if result.unexpected_keys:
+        raise ValueError(f"it has {result.unexpected_keys[0]}, which has no place")
+    return opened
+
+
+def _scales(model: nn.Module) -> dict[str, str]:
+    """Each adapted linear's factor of B·A, and whether it is a DoRA."""
+    return {
+        name: f"{module.scaling[_DEFAULT]:.9g}" + (" with DoRA" if module.use_dora[_DEFAULT] else "")
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
 def form_of(folder: Path) -> str:
     """All that decides how PEFT opens a LoRA, except its numbers: configuration, names, shapes and dtypes.
 
-    What `check_opening` finds for one folder holds for any other of the same form whose tensors are right.
+    What `check_reading` finds for one folder holds for any other of the same form whose tensors are right.
     """
     stored = stored_tensors(folder / TENSORS)
     shapes = {name: [tensor.dtype, *tensor.shape] for name, tensor in sorted(stored.items())}

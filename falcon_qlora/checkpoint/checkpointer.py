@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from falcon_qlora.checkpoint import process_state, write
-from falcon_qlora.checkpoint.adapter_check import AdapterFaultError, check_opening, check_tensors, form_of
+from falcon_qlora.checkpoint.adapter_check import AdapterFaultError, check_reading, check_tensors, form_of
 from falcon_qlora.checkpoint.host_copy import HostCopies, free_host_bytes, tensors_in
 from falcon_qlora.checkpoint.manifest import fault, write_manifest
 from falcon_qlora.checkpoint.optimizer_parts import own_part, write_part
@@ -86,7 +86,6 @@ class _Content:
         trained: see `Method.trained_state`; None: read from the model.
         files: names of torch files → what they hold.
         parts: the manifest's entries for files that are already written.
-        has_adapter: whether the folder holds the adapter already.
     """
 
     step: int
@@ -99,7 +98,6 @@ class _Content:
     best: str | None
     processes: int
     parts: dict[str, Any]
-    has_adapter: bool = False
 
 
 @dataclass(eq=False)
@@ -120,7 +118,6 @@ class Checkpointer:
     Attributes:
         saved_step: of the newest checkpoint that was tried or resumed from.
         failure: why the newest settled checkpoint could not be written, or None.
-        opened_step: of the checkpoint that PEFT has opened; -1: none.
     """
 
     folder: Path
@@ -134,7 +131,6 @@ class Checkpointer:
     weights_only: bool = False
     saved_step: int = field(default=-1, init=False)
     failure: str | None = field(default=None, init=False)
-    opened_step: int = field(default=-1, init=False)
     # Whether a save is not settled yet, the same on all processes.
     _open: bool = field(default=False, init=False)
     # With replicas, the main process alone uses the rest.
@@ -145,8 +141,11 @@ class Checkpointer:
     _too_large: str | None = field(default=None, init=False)
     _whole_step: int = field(default=-1, init=False)
     _opened_form: str | None = field(default=None, init=False)
+    # Set while no thread reads the model's modules.
+    _unread: threading.Event = field(default_factory=threading.Event, init=False)
 
     def __post_init__(self) -> None:
+        self._unread.set()
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -252,8 +251,20 @@ class Checkpointer:
 
     def _beside(self, work: Callable[[], object]) -> None:
         """Run `work` on a thread while training goes on."""
-        self._thread = threading.Thread(target=work, name=WRITER, daemon=True)
+
+        def read_and_write() -> None:
+            try:
+                work()
+            finally:
+                self._unread.set()
+
+        self._unread.clear()
+        self._thread = threading.Thread(target=read_and_write, name=WRITER, daemon=True)
         self._thread.start()
+
+    def wait_until_unread(self) -> None:
+        """Wait until the save under way has no more use for the model's modules, which may change then."""
+        self._unread.wait()
 
     def join(self, *, failing: bool = False) -> None:
         """Wait for what this process is writing, however the run ends.
@@ -308,15 +319,6 @@ class Checkpointer:
         elif not told_before:
             note(str(self._too_large))
         content = self._content(moment, processes, trained=trained if fits else None, optimizer=optimizer)
-        if self._opened_form is None and method_of(model).opened_by == "peft":
-            # Only for the first save: later ones of the same form open likewise.
-            self._copies.wait()
-            with write.disk_errors():
-                method_of(model).save(model, partial, content.trained)
-            check_opening(partial, model)
-            self._opened_form = form_of(partial)
-            self.opened_step = moment.step
-            content = dataclasses.replace(content, has_adapter=True)
         if fits:
             self._beside(lambda: self._try(lambda: self._make(content), moment.step))
         else:
@@ -475,12 +477,11 @@ class Checkpointer:
         partial, model = content.partial, content.model
         self._copies.wait()
         with write.disk_errors():
-            if not content.has_adapter:
-                method_of(model).save(model, partial, content.trained)
+            method_of(model).save(model, partial, content.trained)
             self.describe_adapter(partial)
         about = {"step": content.step, "processes": content.processes, "resumable": not self.weights_only}
         with ThreadPoolExecutor(3) as beside:  # the reading back, the disk and the hashes
-            checked = beside.submit(check_tensors, partial, model, content.trained)
+            checked = beside.submit(self._check, content)
             with write.disk_errors():
                 for name, held in content.files.items():
                     torch.save(held, partial / name)
@@ -492,7 +493,17 @@ class Checkpointer:
             write_manifest(partial, about | self.record, content.parts)
             for each in (checked, *flushed):
                 each.result()
-        if self._opened_form is not None and form_of(partial) != self._opened_form:
-            raise AdapterFaultError(f"{partial} has another configuration than what was opened before")
         put_in_place(partial, self.checkpoint(content.step))
         write.rotate(self.folder, content.step, self.limit, content.best)
+
+    def _check(self, content: _Content) -> None:
+        """Compare the folder with what was to be written, after which the model is no longer needed."""
+        try:
+            check_tensors(content.partial, content.model, content.trained)
+            if method_of(content.model).opened_by == "peft":
+                form = form_of(content.partial)
+                if form != self._opened_form:  # later ones of the same form open likewise
+                    check_reading(content.partial, content.model, content.trained)
+                    self._opened_form = form
+        finally:
+            self._unread.set()

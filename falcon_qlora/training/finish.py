@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from falcon_qlora.checkpoint.adapter_check import AdapterFaultError, check_adapter
+from falcon_qlora.checkpoint.adapter_check import AdapterFaultError, check_opening, check_tensors
 from falcon_qlora.checkpoint.manifest import write_manifest
 from falcon_qlora.checkpoint.write import disk_errors, last_complete, not_kept, require_same_replicas
 from falcon_qlora.common.errors import UserError, reason_of
@@ -156,13 +156,13 @@ def _keep_adapter(
                     method_of(model).save(model, folder)
                     trainer.processing_class.save_pretrained(folder)
                     describe_adapter(folder)
-                opened = trainer.checkpointer.opened_step == trainer.state.global_step
-                opened &= not trainer.holds_best
                 with ThreadPoolExecutor(1) as beside:
                     about = {"step": trainer.state.global_step}
                     # A model card is meant to be edited.
                     described = beside.submit(write_manifest, folder, about, leave_out=["README.md"])
-                    check_adapter(folder, model, trained=trainer.has_learned(), opened=opened)
+                    check_tensors(folder, model, trained=trainer.has_learned())
+                    trainer.checkpointer.wait_until_unread()
+                    check_opening(folder, model)
                     described.result()
                 meanwhile()
                 trainer.checkpointer.require_kept()

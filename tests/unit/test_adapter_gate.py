@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from falcon_qlora.checkpoint.adapter_check import AdapterFaultError, check_adapter
+from falcon_qlora.checkpoint.adapter_check import AdapterFaultError, check_opening, check_reading
 from falcon_qlora.methods.adapter import Adapter
 from falcon_qlora.methods.adapter_v2 import AdapterV2
 from falcon_qlora.methods.full import Full
@@ -21,7 +21,7 @@ from falcon_qlora.methods.interface import method_of
 from falcon_qlora.methods.lora import Lora
 from falcon_qlora.models.fast_path import apply_fast_path
 from falcon_qlora.models.forward import enable_packing
-from tests.layouts import MODES, attach_lora, tiny_model, trainable_names
+from tests.layouts import MODES, attach_lora, check_adapter, tiny_model, trainable_names
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -130,12 +130,41 @@ def test_files_that_are_cut_short_or_gone(tmp_path, model):
         check_adapter(tmp_path, model)
 
 
-def test_settings_that_are_not_the_models_show_in_the_loss(tmp_path, model):
-    settings = json.loads((save(model, tmp_path) / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 8}))
+def altered_settings(folder: Path, **changes: Any) -> Path:
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | changes))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"lora_alpha": 8}, "scales .* by 2, the model in memory by 4$"),
+        ({"use_rslora": True}, "scales .* by 8, "),
+        ({"use_dora": True}, "lora_magnitude_vector|scales"),
+        ({"r": 3}, "(?s)cannot be opened again: .*size mismatch"),
+        ({"target_modules": ["dense", "dense_h_to_4h", "dense_4h_to_h"]}, "cannot be opened|lacks"),
+        ({"peft_type": "NONE"}, "cannot be opened again"),
+    ],
+)
+def test_settings_that_are_not_the_models_show_without_its_weights(tmp_path, model, changes, match):
+    check_reading(save(model, tmp_path), model)
+    with pytest.raises(AdapterFaultError, match=match):
+        check_reading(altered_settings(tmp_path, **changes), model)
+
+
+def test_a_wrong_scale_shows_in_the_loss(tmp_path, model):
     with pytest.raises(AdapterFaultError, match="opened again, has loss"):
-        check_adapter(tmp_path, model)
+        check_opening(altered_settings(save(model, tmp_path), lora_alpha=8), model)
     assert list(model.peft_config) == ["default"]
+
+
+def test_what_peft_reads_is_compared_with_what_was_held(tmp_path, model):
+    held = {name: tensor.clone() for name, tensor in method_of(model).trained_state(model).items()}
+    check_reading(save(model, tmp_path), model, held)
+    change(tmp_path, lambda tensors: tensors[first(tensors, "lora_B")].view(-1)[3:4].add_(1e-6))
+    with pytest.raises(AdapterFaultError, match="not what the model in memory has"):
+        check_reading(tmp_path, model, held)
 
 
 def test_an_adapter_that_was_never_trained(tmp_path):

@@ -10,7 +10,6 @@ from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, FalconH1Config, FalconH1ForCausalLM
 
-from falcon_qlora.checkpoint.adapter_check import check_adapter
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.packing import collate
 from falcon_qlora.inference.evaluation import folder_predictions, predictions, token_losses
@@ -29,7 +28,7 @@ from falcon_qlora.models.load import load_model
 from falcon_qlora.models.step_memory import Step
 from falcon_qlora.step.loss import documents_of, evaluated
 from falcon_qlora.training import leak_probe
-from tests.layouts import MODES, attach_lora, documents, plain_float32, tiny_model
+from tests.layouts import MODES, attach_lora, check_adapter, documents, plain_float32, tiny_model
 from tests.packing import gradients, one_by_one, packed, with_adapter
 
 # Of one token; that end on a chunk's edge (128 and 512 tokens are before them); many in one chunk; over many.

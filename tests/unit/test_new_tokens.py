@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from falcon_qlora.checkpoint.adapter_check import AdapterFaultError, check_adapter
+from falcon_qlora.checkpoint.adapter_check import AdapterFaultError
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.config import parse
 from falcon_qlora.kernels.cross_entropy import chunked_cross_entropy
@@ -28,7 +28,7 @@ from falcon_qlora.models.load import load_model
 from falcon_qlora.models.packed_attention import Sequences
 from falcon_qlora.models.scaled import head_loss
 from falcon_qlora.models.tokenizer import check_vocabulary, load_tokenizer
-from tests.layouts import FALCON_H1, UNTIED, VOCABULARY, documents, plain_float32, tiny_model
+from tests.layouts import FALCON_H1, UNTIED, VOCABULARY, check_adapter, documents, plain_float32, tiny_model
 
 NEW = (VOCABULARY, VOCABULARY + 1)
 SPARE = (VOCABULARY - 1, VOCABULARY - 3)
