@@ -120,6 +120,7 @@ class Row:
         model: as `--model_name_or_path` takes it.
         quantize_mode: of the base.
         gpus: processes, one a GPU.
+        card: the only GPU it may use, counted from 0; None: the first `gpus`.
         work: of a step.
         flags: the user's, and those that name the data.
         caches: "cold" or "warm", where a run is timed as a whole.
@@ -132,6 +133,7 @@ class Row:
     work: Work
     flags: tuple[str, ...]
     caches: str = ""
+    card: int | None = None
 
     @property
     def command(self) -> Command:
@@ -218,7 +220,7 @@ def measure(
         started = time.perf_counter()
         result = subprocess.run(
             [*tied, *command],
-            env={**os.environ, **(environment or {})},
+            env={**os.environ, **({} if row.card is None else _only(row.card)), **(environment or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -233,6 +235,12 @@ def measure(
             measured = read_run(row, RunDirectory(output), warmup=warmup)
     measured.command_seconds = seconds
     return measured
+
+
+def _only(card: int) -> dict[str, str]:
+    """The environment in which a program sees this one of the visible GPUs."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[card] if visible else str(card)}
 
 
 def reason(status: int, printed: str) -> str:

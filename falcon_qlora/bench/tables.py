@@ -54,6 +54,7 @@ _OF_COMMANDS = {
     "512-token samples/s": ("samples_per_second_512", "{:.2f}"),
     "tokens/s": ("tokens_per_second", "{:,}"),
     "scaling": ("ratio_to_first", "{:.3f}x"),
+    "of the same GPUs alone": ("share_of_alone", "{:.1%}"),
     "peak GB a GPU": ("peak_reserved_gb", "{:.1f}"),
     "ms a step": ("step_ms", "{:,.1f}"),
     "whole command, s": ("command_seconds", "{:.0f}"),
@@ -152,13 +153,14 @@ def _row_of_steps(result: Result, first: Result | None, machine: Machine, ceilin
 
 
 def row_of_command(
-    measured: Measured, one_gpu: Measured | None, *, machine: Machine, notes: Sequence[str]
+    measured: Measured, alone: Sequence[Measured], *, machine: Machine, notes: Sequence[str]
 ) -> Row:
-    """The columns of the CSV, and ``command_seconds``.
+    """The columns of the CSV, ``command_seconds`` and ``share_of_alone``.
 
     Args:
         measured: what was run.
-        one_gpu: the same command on one GPU, the base of `ratio_to_first`; or None.
+        alone: the same command on each GPU alone, as far as there are figures; `ratio_to_first` is to the
+            first, `share_of_alone` to the sum of as many as the row has.
         machine: where it was measured.
         notes: appended to the row's note.
     """
@@ -173,6 +175,7 @@ def row_of_command(
         "checkpointing": flags.get("--checkpointing", row.command.checkpointing),
         "micro_batch_tokens": row.work.tokens,
         "command_seconds": round(measured.command_seconds, 1),
+        "share_of_alone": "",
     }
     said = [measured.failure] if measured.failure else []
     if not measured.failure:
@@ -186,9 +189,16 @@ def row_of_command(
             "peak_reserved_gb": round(measured.peak_gb, 2),
             "step_ms": round(1e3 * measured.step_seconds, 1),
         }
-        if one_gpu is not None:
-            made["ratio_to_first"] = _ratio(speed, one_gpu.tokens_per_second)
+        if row.card is not None:
+            said.append(f"GPU {row.card} alone")
+        if alone:
+            made["ratio_to_first"] = _ratio(speed, alone[0].tokens_per_second)
             said.append("ratio to one GPU")
+        if 1 < row.gpus <= len(alone):
+            each = [round(one.tokens_per_second) for one in alone[: row.gpus]]
+            made["share_of_alone"] = round(round(speed) / sum(each), 4)
+            summed = " + ".join(f"{one:,}" for one in each)
+            said.append(f"{made['share_of_alone']:.1%} of the same GPUs alone ({summed} tokens/s)")
         low, high = (f"{1e3 * seconds:,.0f}" for seconds in measured.step_range)
         said += [
             f"{measured.timed_steps} of {measured.steps} steps timed, {low} to {high} ms each",
@@ -295,8 +305,10 @@ def speed_over_memory(rows: Sequence[Row]) -> dict[str, Line]:
 
 
 def speed_over_gpus(rows: Sequence[Row]) -> dict[str, Line]:
-    """Label → GPUs and samples/s, for each recipe that has figures."""
-    return _lines(rows, "gpus", "samples_per_second_512", "{model} {quantize_mode}, ".format_map)
+    """Label → GPUs and samples/s, for each recipe that has figures; of GPUs alone the first."""
+    once = {(row["model"], row["quantize_mode"], row["variant"], row["gpus"]): row for row in rows[::-1]}
+    shown = [row for row in rows if row in once.values()]
+    return _lines(shown, "gpus", "samples_per_second_512", "{model} {quantize_mode}, ".format_map)
 
 
 def _lines(rows: Sequence[Row], x: str, y: str, kind: Callable[[Row], str]) -> dict[str, Line]:

@@ -60,8 +60,8 @@ class BenchArguments:
     )
     gpus: list[str] | None = setting(
         None,
-        "Run the real command on so many GPUs, one after the other (1,2,4,8), 20 timed --steps each. "
-        "--variants are then ours, ours-fp8.",
+        "Run the real command on so many GPUs, one after the other (1,2,4,8), 20 timed --steps each, and on "
+        "each of these GPUs alone, whose sum is the measure. --variants are then ours, ours-fp8.",
     )
     quantize_modes: list[str] | None = setting(None, "With --gpus: how bases are stored, one or several.")
     fixed: Literal["work", "global"] = setting(

@@ -7,6 +7,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -88,7 +89,8 @@ class _Bench:
         self.machine = Machine.of(environment_of_a_child(), wanted.commit)
         self.until = math.inf if wanted.minutes is None else time.monotonic() + 60 * wanted.minutes
         self.measured: list[Measured] = []
-        self.on_one_gpu: dict[tuple[str, str, str], Measured] = {}
+        # The same command on each GPU alone, in their order.
+        self.alone: dict[tuple[str, str, str], list[Measured]] = {}
         self.rows: list[dict[str, Any]] = []
 
     def measure_all(self, folder: Path, whole_runs: Any) -> None:
@@ -107,9 +109,16 @@ class _Bench:
     def _planned(self, folder: Path) -> Iterator[Row]:
         for model in self.models:
             data = self._data(model, folder)
-            for mode, name, gpus in itertools.product(self.modes, self.names, self.gpus):
+            for mode, name in itertools.product(self.modes, self.names):
                 flags = (*data, *self._passed_on(name))
-                yield Row(name=name, model=model, quantize_mode=mode, gpus=gpus, work=self.work, flags=flags)
+                same = Row(name=name, model=model, quantize_mode=mode, gpus=1, work=self.work, flags=flags)
+                if self.wanted.whole_run or self.gpus == [1]:
+                    yield from (replace(same, gpus=gpus) for gpus in self.gpus)
+                    continue
+                # Cards of one machine differ by per cents: several are compared with the same ones alone.
+                cards = min(max(self.gpus), self.machine.gpus or max(self.gpus))
+                yield from (replace(same, card=card) for card in range(cards))
+                yield from (replace(same, gpus=gpus) for gpus in self.gpus if gpus > 1)
 
     def _data(self, model: str, folder: Path) -> list[str]:
         given = self.configuration.explicit
@@ -160,7 +169,7 @@ class _Bench:
             raise _Over
         say(
             f"row {len(self.rows) + 1}: {row.model} {row.quantize_mode}, {row.label}, "
-            f"{counted(row.gpus, 'GPU')}"
+            f"{counted(row.gpus, 'GPU') if row.card is None else f'GPU {row.card} alone'}"
         )
         visible = self.machine.gpus
         if visible and row.gpus > visible:
@@ -171,18 +180,20 @@ class _Bench:
         row = measured.row
         self.measured.append(measured)
         recipe = (row.label, row.model, row.quantize_mode)
+        alone = self.alone.setdefault(recipe, [])
         if row.gpus == 1 and measured.failure is None:
-            self.on_one_gpu.setdefault(recipe, measured)
-        one = self.on_one_gpu.get(recipe)
+            alone.append(measured)
         notes = [self._documents(), *filter(None, [note])]
-        made = row_of_command(measured, one, machine=self.machine, notes=notes)
+        made = row_of_command(measured, alone, machine=self.machine, notes=notes)
         self.rows.append(made)
         if self.wanted.csv:
             append_csv(Path(self.wanted.csv), [made])
         said = measured.failure
         if said is None:
             said = f"{made['tokens_per_second']:,} tokens/s, {made['samples_per_second_512']} samples/s"
-            said += f", {made['ratio_to_first']}x of one GPU" if one else ""
+            said += f", {made['ratio_to_first']}x of one GPU" if alone else ""
+            if made["share_of_alone"]:
+                said += f", {made['share_of_alone']:.1%} of the same GPUs alone"
         say(f"  {said}; {measured.command_seconds:.1f} s")
 
     def _documents(self) -> str:

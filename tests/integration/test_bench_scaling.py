@@ -24,27 +24,29 @@ def test_two_processes_share_the_global_batch(
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     size = ("--tokens", "128", "--max_length", "32", "--fixed", "global", "--global_tokens", "512")
-    rows = ("--gpus", "2", "--variants", "recipe,ours,ours-fp8", "--lengths", "uneven")
+    asked = ("--gpus", "2", "--variants", "recipe,ours,ours-fp8", "--lengths", "uneven")
     pace = ("--steps", "3", "--warmup", "1")
     file = tmp_path / "records.csv"
     # Not in a process of its own, which would take long to import the libraries.
-    status = against.main(["--models", "tiny", "--lora_r", "4", *size, *rows, *pace, "--csv", str(file)])
+    status = against.main(["--models", "tiny", "--lora_r", "4", *size, *asked, *pace, "--csv", str(file)])
     assert status == 0
     with file.open(newline="") as opened:
-        recipe, ours, fp8 = csv.DictReader(opened)
-    assert [row["variant"] for row in (recipe, ours, fp8)] == ["lambda-7b-4bit", "ours", "ours-fp8"]
-    assert {row["gpus"] for row in (recipe, ours, fp8)} == {"2"}
+        rows = list(csv.DictReader(opened))
+    assert [row["gpus"] for row in rows] == ["1", "1", "2"] * 3
+    assert [row["variant"] for row in rows[::3]] == ["lambda-7b-4bit", "ours", "ours-fp8"]
+    recipe, ours, fp8 = rows[2::3]
     assert fp8["note"].startswith("not run: there is no FP8 on the CPU; ")
     for row in (recipe, ours):
         assert "3 of 4 steps timed" in row["note"]
-        assert row["ratio_to_first"] == ""  # there is none on one
+        assert "of the same GPUs alone" in row["note"]
         seconds = float(row["step_ms"]) / 1e3
         positions = float(row["samples_per_second_512"]) * seconds * 512
         tokens = int(row["tokens_per_second"]) * seconds
         # Padded, a step is 16 rows of 32 positions; packed, it has as many tokens as fit.
         assert positions == pytest.approx(512 if row is recipe else tokens, rel=0.05)
         assert (tokens < 400) if row is recipe else (440 < tokens <= 515)
-    assert "2 GPUs" in capsys.readouterr().err
+    assert "2 GPUs" in (told := capsys.readouterr().err)
+    assert "GPU 1 alone" in told
 
 
 @pytest.mark.slow

@@ -184,20 +184,23 @@ def test_scaling_is_to_one_gpu_and_what_broke_has_a_row(
         rows = list(csv.DictReader(file))
     found = [(row["variant"], row["gpus"], row["ratio_to_first"]) for row in rows]
     assert found == [
-        ("ours", "1", "1.0"),
+        *[("ours", "1", "1.0")] * 4,
         ("ours", "2", ""),
         ("ours", "4", "3.9"),
-        ("lambda-7b-4bit", "1", "1.0"),
+        *[("lambda-7b-4bit", "1", "1.0")] * 4,
         ("lambda-7b-4bit", "2", ""),
         ("lambda-7b-4bit", "4", "3.9"),
     ]
     # 4 operations a parameter and token, of 7 billion parameters without the trained ones.
-    assert [row["tflops_4n"] for row in rows[:3]] == ["2.8", "", "10.92"]
-    assert [row["note"].startswith("failed: out of memory; ") for row in rows] == [False, True, False] * 2
+    assert [row["tflops_4n"] for row in rows[3:6]] == ["2.8", "", "10.92"]
+    broken = [row["note"].startswith("failed: out of memory; ") for row in rows]
+    assert broken == [*[False] * 4, True, False] * 2
+    assert "GPU 3 alone" in rows[3]["note"]
+    assert "97.5% of the same GPUs alone (100 + 100 + 100 + 100 tokens/s)" in rows[5]["note"]
     assert all("command_seconds 4.0" in row["note"] for row in rows if row["gpus"] != "2")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     output = capsys.readouterr().out
-    assert "| ours | 4 | 0.76 | 390 | 3.900x | 5.0 | 1,000.0 | 4 |" in output
+    assert "| ours | 4 | 0.76 | 390 | 3.900x | 97.5% | 5.0 | 1,000.0 | 4 |" in output
     assert "| ours | 2 | failed: out of memory |" in output
     # What the user asks of ours is not put into the guide's recipe; what the runs share is.
     asked = {call.name: " ".join(call.flags) for call in calls}
@@ -213,13 +216,13 @@ def test_rows_are_appended_below_a_last_line_without_its_newline(
     stand_in(monkeypatch, [])
     file = tmp_path / "a.csv"
     file.write_text(",".join(COLUMNS))
-    for rows in (2, 4, 6):
+    for rows in (3, 6, 9):
         assert main([*BENCH, "--gpus", "1,2", "--variants", "ours", "--csv", str(file)]) == 0
         text = file.read_text()
         assert text.endswith("\n")
         assert "\n\n" not in text
         with file.open(newline="") as opened:
-            assert [row["gpus"] for row in csv.DictReader(opened)] == ["1", "2"] * (rows // 2)
+            assert [row["gpus"] for row in csv.DictReader(opened)] == ["1", "1", "2"] * (rows // 3)
         file.write_text(text.removesuffix("\n"))
 
 
