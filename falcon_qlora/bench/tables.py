@@ -16,6 +16,7 @@ from falcon_qlora.bench.machine import Machine, summary
 from falcon_qlora.bench.variants import VARIANTS
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import check_writable
+from falcon_qlora.common.quantities import counted
 from falcon_qlora.terminal import markdown
 from falcon_qlora.terminal.charts import Line, Product
 from falcon_qlora.terminal.markdown import escaped
@@ -195,9 +196,9 @@ def row_of_command(
             made["ratio_to_first"] = _ratio(speed, alone[0].tokens_per_second)
             said.append("ratio to one GPU")
         if 1 < row.gpus <= len(alone):
-            each = [round(one.tokens_per_second) for one in alone[: row.gpus]]
-            made["share_of_alone"] = round(round(speed) / sum(each), 4)
-            summed = " + ".join(f"{one:,}" for one in each)
+            speeds = [round(one.tokens_per_second) for one in alone[: row.gpus]]
+            made["share_of_alone"] = round(round(speed) / sum(speeds), 4)
+            summed = " + ".join(f"{one:,}" for one in speeds)
             said.append(f"{made['share_of_alone']:.1%} of the same GPUs alone ({summed} tokens/s)")
         low, high = (f"{1e3 * seconds:,.0f}" for seconds in measured.step_range)
         said += [
@@ -206,7 +207,7 @@ def row_of_command(
             f"loss {of_run['first_loss']:.4f} to {of_run['final_loss']:.4f}",
         ]
         ways = Counter(measured.kept["kernels"].values())
-        said += [f"{count} blocks: {what}" for what, count in ways.items()]
+        said += [f"{counted(count, 'block')}: {what}" for what, count in ways.items()]
         if shares := of_run.get("reduction_shares"):
             each = ", ".join(f"{share:.1%}" for share in shares)
             said.append(f"adding up gradients, share of each process's time, waiting included: {each}")

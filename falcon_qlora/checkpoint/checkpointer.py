@@ -143,6 +143,8 @@ class Checkpointer:
     _opened_form: str | None = field(default=None, init=False)
     # Set while no thread reads the model's modules.
     _unread: threading.Event = field(default_factory=threading.Event, init=False)
+    # Of the newest save, whose copies stay as they are until the next.
+    _trained: Mapping[str, Tensor] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._unread.set()
@@ -239,6 +241,13 @@ class Checkpointer:
         self.failure, self._open = agreement.from_main_process(self.require_kept), False
         return None if self.failure is None else self.saved_step
 
+    def trained_state(self, step: int) -> Mapping[str, Tensor] | None:
+        """What was trained, as the save of this step copied it to the host's memory; None if none did."""
+        if self.saved_step != step or self._trained is None:
+            return None
+        self._copies.wait()
+        return self._trained
+
     def has_failed(self) -> bool:
         """Whether a save failed other than by the disk: the run must end. Known on this process alone."""
         return self._error is not None and not isinstance(self._error, OSError)
@@ -318,6 +327,7 @@ class Checkpointer:
             trained, optimizer = self._copies.take((trained, optimizer))
         elif not told_before:
             note(str(self._too_large))
+        self._trained = trained if fits else None
         content = self._content(moment, processes, trained=trained if fits else None, optimizer=optimizer)
         if fits:
             self._beside(lambda: self._try(lambda: self._make(content), moment.step))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,8 +14,9 @@ from falcon_qlora.common.record_files import check_format
 from falcon_qlora.common.untrusted import leads_out, read_json
 
 MANIFEST = "manifest.json"
-_FORMAT = 1
-_AT_ONCE = 4  # files hashed at once; hashing releases Python's lock
+_FORMAT = 2  # 1: one checksum a file, of whatever size
+_AT_ONCE = 8  # files or pieces hashed at once; hashing releases Python's lock
+_PIECE_BYTES = 2**26  # a larger file has a checksum for every piece of this size
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -29,7 +30,22 @@ def step_folders(checkpoints: Path) -> list[tuple[int, Path]]:
 
 def describe_file(file: Path) -> dict[str, Any]:
     """A file's entry in a manifest."""
-    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    return _described([file])[file]
+
+
+def _described(files: Sequence[Path]) -> dict[Path, dict[str, Any]]:
+    """Each file's entry; the hashes are made side by side, those of a large file's pieces too."""
+    sizes = {file: file.stat().st_size for file in files}
+    pieces = [(file, start) for file, size in sizes.items() for start in range(0, max(size, 1), _PIECE_BYTES)]
+    with ThreadPoolExecutor(_AT_ONCE) as threads:  # a model and its optimizer state are tens of GB
+        made = threads.map(lambda piece: sha256(piece[0], piece[1], _PIECE_BYTES), pieces)
+        hashes: dict[Path, list[str]] = {file: [] for file in files}
+        for (file, _), checksum in zip(pieces, made, strict=True):
+            hashes[file].append(checksum)
+    return {
+        file: {"bytes": sizes[file], "sha256": each[0] if len(each) == 1 else each}
+        for file, each in hashes.items()
+    }
 
 
 def write_manifest(
@@ -52,9 +68,7 @@ def write_manifest(
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in {MANIFEST, *described, *leave_out}
     ]
-    names = [path.relative_to(folder).as_posix() for path in files]
-    with ThreadPoolExecutor(_AT_ONCE) as threads:  # a whole model and its optimizer state are tens of GB
-        entries = dict(zip(names, threads.map(describe_file, files), strict=True))
+    entries = {path.relative_to(folder).as_posix(): about for path, about in _described(files).items()}
     write_json(folder / MANIFEST, {"format": _FORMAT, **record, "files": entries | described})
 
 
@@ -85,7 +99,8 @@ def _describes_a_file(entry: Any) -> bool:
     return (
         isinstance(entry, dict)
         and isinstance(entry.get("bytes"), int)
-        and isinstance(entry.get("sha256"), str)
+        and isinstance(of := entry.get("sha256"), str | list)
+        and all(isinstance(each, str) for each in of)
     )
 
 
@@ -106,11 +121,13 @@ def fault(folder: Path) -> str | None:
             return f"{name[:80]}: {error.strerror}"
         if path.stat().st_size != entry["bytes"]:
             return f"{name} has {path.stat().st_size:,} bytes instead of {entry['bytes']:,}"
-    with ThreadPoolExecutor(_AT_ONCE) as threads:
-        found = threads.map(sha256, [folder / name for name in manifest["files"]])
-        for (name, entry), checksum in zip(manifest["files"].items(), found, strict=True):
-            if checksum != entry["sha256"]:
-                return f"{name} is not what was written (its checksum differs)"
+    found = _described([folder / name for name in manifest["files"]])
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        # In a manifest of format 1 a large file has one checksum too.
+        whole = isinstance(entry["sha256"], str) and entry["bytes"] > _PIECE_BYTES
+        if (sha256(path) if whole else found[path]["sha256"]) != entry["sha256"]:
+            return f"{name} is not what was written (its checksum differs)"
     return None
 
 

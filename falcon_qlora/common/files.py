@@ -22,6 +22,7 @@ from falcon_qlora.common.errors import UserError
 # Read once, here: the umask can only be read by setting it, which other threads would notice.
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
+_HASHED_AT_ONCE = 2**22
 # In the names of temporary folders: one that will replace another, and one that was replaced.
 _PARTIAL, _REPLACED = "-partial-", "-replaced-"
 _TEMPORARY = "falcon-qlora-"
@@ -232,10 +233,17 @@ def quoted(word: str) -> str:
     return f"$'{''.join(escaped)}'"
 
 
-def sha256(file: Path) -> str:
-    """The hash of a file's content, in hexadecimal."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+def sha256(file: Path, start: int = 0, length: int | None = None) -> str:
+    """The hash of a file's content in hexadecimal, or of `length` bytes of it from `start`."""
+    digest, left = hashlib.sha256(), length
+    # Large pieces: between two of them it waits for Python's lock, which training holds most of the time.
+    piece = memoryview(bytearray(min(_HASHED_AT_ONCE, max(file.stat().st_size, 1))))
+    with file.open("rb", buffering=0) as opened:
+        opened.seek(start)
+        while left != 0 and (count := opened.readinto(piece if left is None else piece[:left])):
+            digest.update(piece[:count])
+            left = left if left is None else left - count
+    return digest.hexdigest()
 
 
 def plain(value: Any) -> Any:

@@ -28,6 +28,7 @@ from falcon_qlora.models.layouts.base import Layout
 from falcon_qlora.models.load import quantization_of
 from falcon_qlora.models.tensor_files import read_tensor
 from falcon_qlora.models.token_rows import forward_of, grow_vocabulary, modules_with_rows, start_at_the_mean
+from falcon_qlora.models.undrawn import DrawnOnHost
 from falcon_qlora.processes import devices
 
 
@@ -102,7 +103,13 @@ def add_lora(model: PreTrainedModel, method: Lora, *, seed: int) -> PeftModel:
     vocabulary, rows = model.config.vocab_size, method.rows_for_peft(model.config)
     config = method.peft_config(method.targets(model.config), **rows)
     grow_vocabulary(model, method.vocab_size(model.config))
-    with _told_quantized(model), past_pefts_refusal(model), devices.draws_undone(model.device):
+    with (
+        _told_quantized(model),
+        past_pefts_refusal(model),
+        devices.draws_undone(model.device),
+        torch.device(model.device),
+        DrawnOnHost(),
+    ):
         torch.manual_seed(seed)
         peft_model = get_peft_model(model, config)
     _train_slices(peft_model, method)

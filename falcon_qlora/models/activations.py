@@ -19,7 +19,8 @@ what PCIe 5 moves one way. So there is room for eight GPUs on one host, and for 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from falcon_qlora.kernels.offload import Offload
 from falcon_qlora.models.blocks.fast_block import Keep, state_of
+from falcon_qlora.models.layouts import causal_lm_in, layout_of
 
 Checkpointing = Literal["none", "selective", "full", "offload"]
 
@@ -43,6 +45,31 @@ _KEEP: dict[Checkpointing, Keep] = {
 def blocks_of(model: nn.Module) -> list[GradientCheckpointingLayer]:
     """The blocks of `model`, in order."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def has_fast_blocks(model: nn.Module) -> bool:
+    """Whether `apply_fast_path` has taken any block of `model`."""
+    return any(state_of(block) is not None for block in blocks_of(model))
+
+
+@contextmanager
+def a_block_of_each_kind(model: nn.Module) -> Iterator[None]:
+    """Within the block, `model` has few blocks: with them every kernel runs that runs with all.
+
+    These are the first and the last two, and the first that keeps what no earlier one does.
+    """
+    backbone: Any = causal_lm_in(model).base_model
+    name = layout_of(backbone.config).blocks
+    blocks = getattr(backbone, name)
+    firsts: dict[Any, int] = {}
+    for index, block in enumerate(blocks):
+        firsts.setdefault(getattr(state_of(block), "keep", None), index)
+    few = sorted({0, *range(len(blocks))[-2:], *firsts.values()})
+    setattr(backbone, name, nn.ModuleList(blocks[index] for index in few))
+    try:
+        yield
+    finally:
+        setattr(backbone, name, blocks)
 
 
 def set_checkpointing(model: nn.Module, checkpointing: Sequence[Checkpointing]) -> None:

@@ -137,8 +137,8 @@ def warm_up(trainer: FalconTrainer, run: RunArguments, *, max_length: int) -> No
     """On a GPU, run the largest micro-batch of the run once, forward and backward, and drop the gradients.
 
     So too little memory is found before the first step, and PyTorch's allocator begins with the largest
-    pieces it will need. No parameter and no random state changes. A stream does nothing here: its largest
-    micro-batch is not known.
+    pieces it will need. Kernels are compiled first, by a pass through few blocks in which none runs. No
+    parameter and no random state changes. A stream does nothing here: its largest micro-batch is not known.
 
     Args:
         run: for the advice in the error.
@@ -147,6 +147,9 @@ def warm_up(trainer: FalconTrainer, run: RunArguments, *, max_length: int) -> No
     Raises:
         UserError: if the GPU's memory is too small.
     """
+    from falcon_qlora.kernels.compiling import compiled_ahead
+    from falcon_qlora.models.activations import a_block_of_each_kind, has_fast_blocks
+    from falcon_qlora.models.sharded import is_sharded
     from falcon_qlora.models.zero3 import is_zero3
     from falcon_qlora.step.loss import sum_of_losses
 
@@ -159,10 +162,18 @@ def warm_up(trainer: FalconTrainer, run: RunArguments, *, max_length: int) -> No
     model = trainer.model
     was_training = model.training
     model.train()
-    try:
+
+    def there_and_back() -> None:
         with devices.draws_undone(device), trainer.accelerator.autocast():
             loss = sum_of_losses(model, batch.to(device))
         loss.backward()
+
+    try:
+        if not is_sharded(model) and has_fast_blocks(model):
+            with compiled_ahead(), a_block_of_each_kind(model):
+                there_and_back()
+            model.zero_grad(set_to_none=True)
+        there_and_back()
     except torch.OutOfMemoryError as error:
         raise UserError(_too_large(run, max_length, sum(batch.lengths))) from error
     finally:

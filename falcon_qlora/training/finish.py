@@ -11,11 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from falcon_qlora.checkpoint.adapter_check import AdapterFaultError, check_opening, check_tensors
 from falcon_qlora.checkpoint.manifest import write_manifest
 from falcon_qlora.checkpoint.write import disk_errors, last_complete, not_kept, require_same_replicas
 from falcon_qlora.common.errors import UserError, reason_of
-from falcon_qlora.common.files import replaced_folder, write_json
+from falcon_qlora.common.files import flush, replaced_folder, write_json
 from falcon_qlora.data.batches import TrainingSteps
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.hub import push_folder
@@ -152,19 +154,27 @@ def _keep_adapter(
         try:
             with replaced_folder(directory.adapter) as folder:
                 took_part = True
+                # Copied already, unless the best model has taken the last one's place.
+                step, held = trainer.state.global_step, None
+                if not trainer.holds_best:
+                    held = trainer.checkpointer.trained_state(step)
                 with disk_errors():
-                    method_of(model).save(model, folder)
+                    method_of(model).save(model, folder, held)
                     trainer.processing_class.save_pretrained(folder)
                     describe_adapter(folder)
-                with ThreadPoolExecutor(1) as beside:
-                    about = {"step": trainer.state.global_step}
+                with ThreadPoolExecutor(2) as beside:
+                    files = [file for file in folder.iterdir() if file.is_file()]
+                    flushed = [beside.submit(flush, file) for file in files]
                     # A model card is meant to be edited.
-                    described = beside.submit(write_manifest, folder, about, leave_out=["README.md"])
+                    described = beside.submit(write_manifest, folder, {"step": step}, leave_out=["README.md"])
                     check_tensors(folder, model, trained=trainer.has_learned())
                     trainer.checkpointer.wait_until_unread()
                     check_opening(folder, model)
-                    described.result()
-                meanwhile()
+                    # The process ends sooner, and who waits for the memory has it sooner.
+                    beside.submit(torch.cuda.empty_cache)
+                    meanwhile()
+                    for each in (described, *flushed):
+                        each.result()
                 trainer.checkpointer.require_kept()
         except OSError as error:
             if is_sharded(model) and not took_part:

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch.testing import assert_close
 
 from falcon_qlora.common.quantities import GIB
@@ -68,6 +69,22 @@ def test_exactly_the_blocks_linears_are_quantized_on_the_gpu(layout, mode):
     stored = {"4bit": torch.uint8, "8bit": torch.int8, "16bit": model.dtype}[mode]
     linears = layout_of(model.config).expected_linears()
     assert {model.get_submodule(n).weight.dtype for n in linears} == {stored}
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"token_rows": [3, 5]}])
+@pytest.mark.parametrize("layout", FAMILIES)
+def test_lora_starts_with_the_numbers_that_peft_draws_on_the_cpu(layout, settings):
+    there, here = (
+        attach_lora(tiny_model(layout, "16bit", device, compute_dtype="fp32"), r=4, seed=5, **settings)
+        for device in ("cuda", "cpu")
+    )
+    base = tiny_model(layout, "16bit", compute_dtype="fp32")
+    torch.manual_seed(5)
+    again = get_peft_model(base, copy.copy(here.peft_config["default"]))
+    for name, parameter in again.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            assert torch.equal(here.get_parameter(name), parameter), name
+            assert torch.equal(there.get_parameter(name).cpu(), parameter), name
 
 
 @pytest.mark.parametrize("layout", FAMILIES)

@@ -31,6 +31,7 @@ def held_until(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Call it with a number of steps: none is written before so many more, or until it is waited for."""
     begun, waiting = 0, threading.Event()
     real_step, real_write, real_join = FalconTrainer.training_step, Checkpointer._write, Checkpointer.join
+    real_wait = Checkpointer.wait_until_unread
 
     def training_step(self: Any, *arguments: Any, **named: Any) -> Any:
         nonlocal begun
@@ -51,7 +52,12 @@ def held_until(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
             waiting.set()
         real_join(self, failing=failing)
 
+    def wait_until_unread(self: Checkpointer) -> None:
+        waiting.set()
+        real_wait(self)
+
     monkeypatch.setattr(FalconTrainer, "training_step", training_step)
+    monkeypatch.setattr(Checkpointer, "wait_until_unread", wait_until_unread)
     monkeypatch.setattr(Checkpointer, "join", join)
     return hold
 

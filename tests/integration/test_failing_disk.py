@@ -41,8 +41,8 @@ def test_a_disk_that_fails_for_a_while_costs_nothing(
     )
     save = within(iter([10_000]), Lora.save)
 
-    def save_and_be_in_the_way(self: Lora, model: Any, folder: Path) -> None:
-        save(self, model, folder)
+    def save_and_be_in_the_way(self: Lora, model: Any, folder: Path, *state: Any) -> None:
+        save(self, model, folder, *state)
         for name in ("summary.json", "loss.png"):
             (folder.parent / name / "in the way").mkdir(parents=True)
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from falcon_qlora.kernels.offload import Offload, _Moved
-from falcon_qlora.models.activations import set_checkpointing
+from falcon_qlora.models.activations import a_block_of_each_kind, blocks_of, set_checkpointing
 from falcon_qlora.models.fast_path import apply_fast_path
+from falcon_qlora.models.forward import enable_packing
+from falcon_qlora.models.load import load_model
 from falcon_qlora.models.step_memory import Step
-from tests.layouts import documents
+from tests.layouts import LAYOUTS, attach_lora, documents
 from tests.packing import gradients, packed
 from tests.unit.test_fast_path import LENGTHS, adapted, step
 
@@ -85,6 +87,28 @@ def saved(monkeypatch):
 
     monkeypatch.setattr(Offload, "moving", moving)
     return found
+
+
+@pytest.mark.parametrize(
+    ("kept", "few"),
+    [
+        (["none", "none", "selective", "full", "full", "full"], [0, 2, 3, 4, 5]),
+        (["none"] * 6, [0, 4, 5]),
+        (["full"], [0]),
+    ],
+)
+def test_a_block_of_each_kind_and_then_all_again(kept, few):
+    layers = f"num_hidden_layers={len(kept)}"
+    base = load_model(LAYOUTS["falcon-7b"].replace("num_hidden_layers=2", layers), quantize_mode="16bit")
+    model = attach_lora(base, r=2)
+    enable_packing(model)
+    apply_fast_path(model)
+    set_checkpointing(model, kept)
+    every = blocks_of(model)
+    with a_block_of_each_kind(model):
+        assert blocks_of(model) == [every[index] for index in few]
+        model(**packed(documents([5, 3]))).loss.backward()
+    assert blocks_of(model) == every
 
 
 @pytest.mark.parametrize("fast", [True, False])

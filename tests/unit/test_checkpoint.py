@@ -77,8 +77,8 @@ def test_a_manifest_of_a_later_form_is_refused_and_one_without_a_number_is_of_th
 ) -> None:
     path = make(tmp_path, 9)
     manifest = json.loads((path / MANIFEST).read_text())
-    assert manifest["format"] == 1
-    for number, told in ((None, None), (2, "format 2 is newer than this falcon_qlora reads; update it")):
+    assert manifest["format"] == 2
+    for number, told in ((None, None), (3, "format 3 is newer than this falcon_qlora reads; update it")):
         manifest["format"] = number
         (path / MANIFEST).write_text(json.dumps({k: v for k, v in manifest.items() if v is not None}))
         assert fault(path) == (told and f"its {MANIFEST}: {told}")

@@ -1,6 +1,8 @@
 """LoRA on a quantized Falcon: float32, whole, opened by plain PEFT, and left alone by TRL."""
 
+import contextlib
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
+from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
@@ -16,7 +19,28 @@ from trl import SFTConfig, SFTTrainer
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.methods.open_adapter import load_adapter
 from falcon_qlora.models.layouts import layout_of
+from falcon_qlora.models.undrawn import DrawnOnHost
 from tests.layouts import FAMILIES, LAYOUTS, MODES, attach_lora, documents, plain_float32, tiny_model
+
+
+def test_modules_made_elsewhere_draw_what_they_would_on_the_cpu():
+    def drawn(*modes):
+        torch.manual_seed(3)
+        with contextlib.ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode)
+            down, up = nn.Linear(50, 4, bias=False), nn.Linear(4, 60)
+            nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
+            nn.init.zeros_(up.weight)
+            nn.init.normal_(tensor=down.weight, std=0.1)
+        return down.weight, torch.get_rng_state()
+
+    (here, state), (there, as_here) = drawn(), drawn(torch.device("meta"), DrawnOnHost())
+    assert there.is_meta
+    assert torch.equal(as_here, state)
+    (inside, state) = drawn(DrawnOnHost())
+    assert torch.equal(inside, here)
+    assert torch.equal(as_here, state)
 
 
 def trainable(model):
