@@ -24,6 +24,9 @@ from falcon_qlora.kernels import ops
 from falcon_qlora.kernels.fp8_rows import DTYPE, LARGEST, Rows, largest_row
 from falcon_qlora.kernels.low_rank import LowRank
 
+UNIT = 16
+"""Matrix units take rows and columns of frozen weights in multiples of it."""
+
 _STEEPEST = 1.13  # GELU's derivative is nowhere larger
 
 _emulated = False
@@ -56,12 +59,13 @@ def product(x: Rows, weight: Rows, dtype: torch.dtype) -> Tensor:
 
     Args:
         x: ``[T, I]``.
-        weight: ``[O, I]``, with a scale for every row.
+        weight: ``[O, I]``, with a scale for every row; O and I are multiples of `UNIT`.
         dtype: of the result; bfloat16 unless emulated.
 
     Returns:
         ``[T, O]``.
     """
+    assert not any(size % UNIT for size in weight.values.shape), weight.values.shape
     if _emulated:
         return (x.float() @ weight.float().T).to(dtype)
     scales = {"scale_a": x.scales[:, None], "scale_b": weight.scales[None]}

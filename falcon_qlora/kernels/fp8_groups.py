@@ -3,12 +3,17 @@
 Linears that share an input or an output are one product, as in `frozen_linear`, and have one scale. Unless
 kept, their weights are quantized for every product, in the layout that it reads, each time into the same
 memory. LoRA's part is added to a product's output in a pass of its own.
+
+Behind weights that share an input are rows of zeros, up to the next multiple of `fp8.UNIT`: Falcon-H1-7B's
+queries, keys, values and ``in_proj`` have 8,728 outputs. So there are as many columns behind the outputs, and
+behind their gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +38,8 @@ class Fp8Group:
 
     Attributes:
         side_by_side: whether their outputs are side by side, or their inputs.
-        weight: the scale that they share, and the weights if they are kept, as those of one linear.
+        weight: the scale that they share, and the weights if they are kept, as those of one linear; outputs
+            that are side by side are padded to a multiple of `fp8.UNIT`.
     """
 
     side_by_side: bool
@@ -47,7 +53,9 @@ class Fp8Group:
         scale = MARGIN * torch.stack(largest).amax().clamp(min=1e-30) / LARGEST
         rows = [each.out_features for each in projections]
         columns = [each.in_features for each in projections]
-        sizes = (sum(rows), columns[0]) if side_by_side else (rows[0], sum(columns))
+        sizes = (
+            (-(-sum(rows) // fp8.UNIT) * fp8.UNIT, columns[0]) if side_by_side else (rows[0], sum(columns))
+        )
         return cls(side_by_side, Weight.of_scale(scale, sizes))
 
     def keep(self, projections: Sequence[Projection]) -> None:
@@ -59,7 +67,7 @@ class Fp8Group:
     def product(
         self, x: Tensor, projections: Sequence[Projection], workspace: Workspace, *, transpose: bool = False
     ) -> Tensor:
-        """``[T, in]`` → ``[T, out]``, or back with the transposed weights; without LoRA."""
+        """``[T, in]`` → ``[T, out]``, or back with the transposed weights; without LoRA, and with padding."""
         rows, _ = fp8.quantize_rows(x)
         values = self.weight.kept.get(transpose)
         if values is None:
@@ -75,9 +83,11 @@ class Fp8Group:
     def _quantize(self, projections: Sequence[Projection], values: Tensor, transpose: bool) -> Tensor:
         sizes = [each.out_features if self.side_by_side else each.in_features for each in projections]
         # Outputs are rows of the weights, and columns of the transposed ones.
-        parts = values.split(sizes, dim=int(self.side_by_side == transpose))
+        dim = int(self.side_by_side == transpose)
+        *parts, padding = values.split([*sizes, values.shape[dim] - sum(sizes)], dim)
         for projection, part in zip(projections, parts, strict=True):
             fp8.quantize_weight(projection.layer, self.weight.scale, part, transpose)
+        padding.zero_()
         return values
 
 
@@ -101,7 +111,11 @@ class _InFp8(Group):
 
 
 class Fp8SharedInput(_InFp8, SharedInput):
-    """`SharedInput` in FP8. What it is given and returns has no columns of LoRA."""
+    """`SharedInput` in FP8. What it is given and returns has no columns of LoRA; outputs have padding."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.gradient_width = len(self.group.weight.of_rows)
 
     def project(self, extended: Tensor, again: bool) -> tuple[Tensor, Tensor]:
         projected = self._product(extended)
@@ -117,6 +131,7 @@ class Fp8SharedInput(_InFp8, SharedInput):
         return self._adapter_gradients(extended, self._low_grad, low, x)
 
     def input_gradient(self, extended: Tensor) -> Tensor:
+        extended[:, self.width :] = 0
         of_x = self._product(extended, transpose=True)
         if self.used:
             a = torch.cat([a for a, _ in self.adapters if a is not None]).to(of_x.dtype)

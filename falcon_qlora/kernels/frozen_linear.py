@@ -127,6 +127,7 @@ class SharedInput(Group):
     Attributes:
         features: H, of the input.
         width: of all outputs.
+        gradient_width: of the buffer for their gradient, which is in its first columns.
     """
 
     def __init__(
@@ -136,14 +137,15 @@ class SharedInput(Group):
         self.features = projections[0].in_features
         self.outputs = _spans([projection.out_features for projection in projections])
         self.width = self.outputs[-1].stop
+        self.gradient_width = self.width + self.columns
 
     def project(self, extended: Tensor, again: bool) -> tuple[Tensor, Tensor]:
         """``[T, H + R]``, of which the first H are the input → outputs ``[T, width]``, and t.
 
-        With `again` the outputs have R more columns, which `adapter_gradients` wants where their gradient
-        takes their place.
+        With `again` there are as many columns as `adapter_gradients` wants, so that the gradient can take the
+        outputs' place.
         """
-        out = aligned(extended, self.width + (self.columns if again else 0))
+        out = aligned(extended, self.gradient_width if again else self.width)
         return out, self.forward(extended, out[:, : self.width])
 
     def forward(self, extended: Tensor, out: Tensor) -> Tensor:

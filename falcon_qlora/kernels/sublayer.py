@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from falcon_qlora.kernels import ops
 from falcon_qlora.kernels.block import Keep
+from falcon_qlora.kernels.fp8_block import Weight
 from falcon_qlora.kernels.fp8_groups import Fp8Group, Fp8SharedInput, Fp8SharedOutput
 from falcon_qlora.kernels.frozen_linear import (
     Adapter,
@@ -127,6 +128,10 @@ class Fp8Sublayers:
     """A block's frozen weights for products in FP8: of W_in and W_out, for each sublayer."""
 
     groups: tuple[tuple[Fp8Group, Fp8Group], ...]
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        return tuple(group.weight for pair in self.groups for group in pair)
 
     @classmethod
     def measure(cls, block: Sublayers) -> Fp8Sublayers:
@@ -344,7 +349,7 @@ class _Call:
         del kept
         of_joined, low_grad = self.out_of.input_gradient(grad)
         width = self.into.width
-        of_projected = projected if recomputed else aligned(x, width + self.into.columns)
+        of_projected = projected if recomputed else aligned(x, self.into.gradient_width)
         inputs, own = self.mixer.backward(
             of_joined,
             projected[:, :width],

@@ -14,7 +14,7 @@ from falcon_qlora.checkpoint.adapter_check import check_adapter
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.packing import collate
 from falcon_qlora.inference.evaluation import folder_predictions, predictions, token_losses
-from falcon_qlora.kernels import fp8, ssd
+from falcon_qlora.kernels import ssd
 from falcon_qlora.methods.adapter import Adapter
 from falcon_qlora.methods.adapter_v2 import AdapterV2
 from falcon_qlora.methods.full import Full
@@ -406,11 +406,6 @@ def test_what_it_cannot_do_is_refused_and_told():
     report = choose_kernels(model, kernels="required", compute_dtype="auto")
     told = "fast (attention: padded batches, weights: as stored, SwiGLU: PyTorch, between: PyTorch, "
     assert report == dict.fromkeys(["model.layers.0", "model.layers.1"], f"{told}state space: PyTorch)")
-    with (
-        fp8.emulated(),
-        pytest.raises(UserError, match=r"no FP8 products for Falcon-H1 yet: set .*\(2 of 2 "),
-    ):
-        choose_kernels(model, kernels="auto", compute_dtype="fp8")
 
 
 def test_fast_blocks_take_as_much_memory_as_their_formulas_say():
