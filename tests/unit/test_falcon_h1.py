@@ -178,17 +178,6 @@ def test_changing_one_document_moves_no_other_by_a_bit(models, kind, recompute, 
     assert_close(results[0][1], results[1][1], rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("preset", ["falcon-h1-0.5b", "falcon-h1-1.5b-deep"])
-def test_two_blocks_of_the_published_shapes(preset):
-    name = f"random:{preset}?num_hidden_layers=2,vocab_size=512,initializer_range=0.05"
-    model = load_model(name, quantize_mode="16bit", device="cpu", seed=1)
-    plain = plain_float32(model)
-    enable_packing(model)
-    docs = documents([5, 130])
-    assert_close(model(**packed(docs)).loss, one_by_one(plain, docs), rtol=1e-6, atol=1e-4)
-
-
 @pytest.mark.parametrize("mode", ["4bit", "8bit"])
 def test_all_nine_linears_are_quantized_and_the_rest_stays_as_it_is(tmp_path, mode):
     plain = plain_model(dtype=torch.bfloat16, **KINDS["norm behind the gate"])
