@@ -143,6 +143,42 @@ def gelu_backward(
     return _to_fp8(dx, scales), dx.to(x.dtype), F.gelu(wide).to(x.dtype)
 
 
+@ops.or_triton("fp8_swiglu")
+def swiglu(gate_up: Tensor, out: Tensor, gate_multiplier: float = 1.0, multiplier: float = 1.0) -> Rows:
+    """`ops.swiglu`, with the output in FP8 as `quantize_rows` gives it.
+
+    Args:
+        gate_up: ``[T, 2F]``, as in `ops.swiglu`; likewise the others.
+        out: ``[T, F]`` to write the output into.
+        gate_multiplier: of the gate.
+        multiplier: of the result.
+
+    Returns:
+        the output in FP8 ``[T, F]``.
+    """
+    return quantize_rows(ops.swiglu(gate_up, out, gate_multiplier, multiplier))[0]
+
+
+@ops.or_triton("fp8_swiglu")
+def swiglu_backward(
+    grad: Tensor, gate_up: Tensor, out: Tensor, gate_multiplier: float = 1.0, multiplier: float = 1.0
+) -> tuple[Rows, Tensor]:
+    """`ops.swiglu_backward`, with the gradient in FP8 as `quantize_rows` gives it.
+
+    Args:
+        grad: ``[T, F]``, as in `ops.swiglu_backward`; likewise the others.
+        gate_up: ``[T, 2F]``.
+        out: ``[T, 2F]`` to write the gradient into; may be `gate_up`.
+        gate_multiplier: of the gate.
+        multiplier: of the output.
+
+    Returns:
+        the gradient in FP8 ``[T, 2F]``, and the output ``[T, F]``.
+    """
+    gradient, output = ops.swiglu_backward(grad, gate_up, out, gate_multiplier, multiplier)
+    return quantize_rows(gradient)[0], output
+
+
 @ops.or_triton("fp8_quantize")
 def add(x: Tensor, low: LowRank | None, addends: tuple[Tensor, ...] = ()) -> Tensor:
     """Add LoRA's part, and up to two more ``[T, C]``, to `x` ``[T, C]`` in-place, rounding once.

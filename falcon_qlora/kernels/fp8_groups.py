@@ -65,10 +65,20 @@ class Fp8Group:
             self.weight.kept[transpose] = self._quantize(projections, values, transpose)
 
     def product(
-        self, x: Tensor, projections: Sequence[Projection], workspace: Workspace, *, transpose: bool = False
+        self,
+        x: Tensor,
+        rows: Rows | None,
+        projections: Sequence[Projection],
+        workspace: Workspace,
+        *,
+        transpose: bool,
     ) -> Tensor:
-        """``[T, in]`` → ``[T, out]``, or back with the transposed weights; without LoRA, and with padding."""
-        rows, _ = fp8.quantize_rows(x)
+        """``[T, in]`` → ``[T, out]``, or back with the transposed weights; without LoRA, and with padding.
+
+        `rows` are `x` in FP8, where they have been made.
+        """
+        if rows is None or rows.values.shape != x.shape:
+            rows, _ = fp8.quantize_rows(x)
         values = self.weight.kept.get(transpose)
         if values is None:
             values = workspace.take(*self._shape(transpose), rows.values)
@@ -105,9 +115,9 @@ class _InFp8(Group):
         self.group = group
         self.columns = 0
 
-    def _product(self, x: Tensor, *, transpose: bool = False) -> Tensor:
+    def _product(self, x: Tensor, rows: Rows | None = None, *, transpose: bool = False) -> Tensor:
         """See `Fp8Group.product`."""
-        return self.group.product(x, self.projections, self.workspace, transpose=transpose)
+        return self.group.product(x, rows, self.projections, self.workspace, transpose=transpose)
 
 
 class Fp8SharedInput(_InFp8, SharedInput):
@@ -130,9 +140,9 @@ class Fp8SharedInput(_InFp8, SharedInput):
         self._low_grad = extended.new_empty(extended.shape[0], self.used)
         return self._adapter_gradients(extended, self._low_grad, low, x)
 
-    def input_gradient(self, extended: Tensor) -> Tensor:
+    def input_gradient(self, extended: Tensor, in_fp8: Rows | None = None) -> Tensor:
         extended[:, self.width :] = 0
-        of_x = self._product(extended, transpose=True)
+        of_x = self._product(extended, in_fp8, transpose=True)
         if self.used:
             a = torch.cat([a for a, _ in self.adapters if a is not None]).to(of_x.dtype)
             fp8.add(of_x, LowRank(self._low_grad, a))
@@ -142,8 +152,8 @@ class Fp8SharedInput(_InFp8, SharedInput):
 class Fp8SharedOutput(_InFp8, SharedOutput):
     """`SharedOutput` in FP8. What it is given and returns has no columns of LoRA."""
 
-    def forward(self, extended: Tensor, addend: Tensor) -> tuple[Tensor, Tensor]:
-        output = self._product(extended)
+    def forward(self, extended: Tensor, addend: Tensor, in_fp8: Rows | None = None) -> tuple[Tensor, Tensor]:
+        output = self._product(extended, in_fp8)
         low = self.low_rank_of([extended[:, columns] for columns in self.inputs])
         added = LowRank(low, self._all_b(extended).T) if self.used else None
         return fp8.add(output, added, (addend,)), low

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from falcon_qlora.kernels import ops
 from falcon_qlora.kernels.dropout import add_dropped, dropped
+from falcon_qlora.kernels.fp8_rows import Rows
 from falcon_qlora.kernels.low_rank import Dropout
 
 Adapter = tuple[Tensor | None, Tensor | None]  # A [r, in] and B [out, r], float32
@@ -203,8 +204,8 @@ class SharedInput(Group):
             results += [of_a, mm_float32(of_output.T, low[:, rank]).mul_(projection.scaling)]
         return results
 
-    def input_gradient(self, extended: Tensor) -> Tensor:
-        """``[T, width + R]`` as `adapter_gradients` left it → ``[T, H]``."""
+    def input_gradient(self, extended: Tensor, in_fp8: Rows | None = None) -> Tensor:
+        """``[T, width + R]`` as `adapter_gradients` left it → ``[T, H]``; `in_fp8`: for FP8 products."""
         weight = self.workspace.take(self.width + self.columns, self.features, extended)
         for projection, rows in zip(self.projections, self.outputs, strict=True):
             ops.dequantize(projection.layer, weight[rows])
@@ -234,8 +235,11 @@ class SharedOutput(Group):
         self.inputs = _spans([projection.in_features for projection in projections])
         self.features = self.inputs[-1].stop
 
-    def forward(self, extended: Tensor, addend: Tensor) -> tuple[Tensor, Tensor]:
-        """``[T, features + R]``, of which the first are the inputs → ``[T, H]`` and t ``[T, R]``."""
+    def forward(self, extended: Tensor, addend: Tensor, in_fp8: Rows | None = None) -> tuple[Tensor, Tensor]:
+        """``[T, features + R]``, of which the first are the inputs → ``[T, H]`` and t ``[T, R]``.
+
+        `in_fp8` are the inputs too, for FP8 products.
+        """
         low = self._put_low_rank(extended)
         weight = self.workspace.take(self.width, self.features + self.columns, extended)
         if self.used < self.columns:

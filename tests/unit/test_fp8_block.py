@@ -190,6 +190,18 @@ def test_weights_that_are_kept_are_those_that_would_be_made(layout, mode, emulat
     assert all(torch.equal(ours[1][name], grad) for name, grad in reference[1].items())
 
 
+@pytest.mark.parametrize("layout", ["falcon3", "falcon-h1"])
+def test_every_operand_is_quantized_once(layout, emulated, monkeypatch):
+    model = adapted(layout, "4bit")
+    apply_fast_path(model, fp8_products=True)
+    made = []
+    quantize = fp8.quantize_rows
+    monkeypatch.setattr(fp8, "quantize_rows", lambda x: made.append(x) or quantize(x))
+    step(model, packed(documents(LENGTHS)))
+    # Two products forward and two back in each of four sublayers, but no gradient of the first input.
+    assert len(made) == 2 * 2 * 4 - 1
+
+
 def test_weights_are_kept_where_there_is_room_beside_all_activations(emulated):
     model = adapted("falcon-7b", "4bit")
     needed_and_kept = []

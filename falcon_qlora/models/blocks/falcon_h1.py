@@ -113,12 +113,14 @@ def block_forward(
     # Not ``[0]``: its gradient would be written into zeros, row by row.
     hidden, (cosine, sine) = hidden_states.squeeze(0), (each[0] for each in position_embeddings)
     attention = PackedAttention(attention_mask, state.attention, multiplier=_of_scores(self))
-    mixers = _mixers(self, attention, cosine, sine)
+    mixers = _mixers(self, attention, cosine, sine, in_fp8=parts[0].fp8 is not None)
     with state.offload.moving(hidden) if state.keep == "offload" else nullcontext():
         return (run_sublayers(hidden, parts[0], mixers, parts[1]).unsqueeze(0),)
 
 
-def _mixers(block: Any, attention: PackedAttention, cosine: Tensor, sine: Tensor) -> tuple[Mixer, Mixer]:
+def _mixers(
+    block: Any, attention: PackedAttention, cosine: Tensor, sine: Tensor, *, in_fp8: bool
+) -> tuple[Mixer, Mixer]:
     module, mamba, mlp = block.self_attn, block.mamba, block.feed_forward
     kv_heads = base_of(module.k_proj).out_features // module.head_dim
     scale = block.attention_in_multiplier * block.attn_out_multiplier  # the former of values
@@ -128,4 +130,4 @@ def _mixers(block: Any, attention: PackedAttention, cosine: Tensor, sine: Tensor
     sequences = attention.sequences
     documents = sequences.position_ids[0], sequences.cu_seqlens
     beside = AttentionBesideStateSpace(heads, space, *documents, block.ssm_out_multiplier)
-    return beside, SwiGlu(mlp.gate_multiplier, mlp.down_multiplier)
+    return beside, SwiGlu(mlp.gate_multiplier, mlp.down_multiplier, in_fp8)
