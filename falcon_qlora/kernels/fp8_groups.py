@@ -129,10 +129,9 @@ class Fp8SharedInput(_InFp8, SharedInput):
 
     def project(self, extended: Tensor, again: bool) -> tuple[Tensor, Tensor]:
         projected = self._product(extended)
-        low = extended.new_empty(extended.shape[0], self.used)
+        low = extended @ self._all_a(extended).T
         for index, (rank, outputs) in enumerate(zip(self.ranks, self.outputs, strict=True)):
             if self.projections[index].rank:
-                self._put_t(index, extended, low)
                 fp8.add(projected[:, outputs], LowRank(low[:, rank], self._scaled_b(index, extended).T))
         return projected, low
 
@@ -144,9 +143,13 @@ class Fp8SharedInput(_InFp8, SharedInput):
         extended[:, self.width :] = 0
         of_x = self._product(extended, in_fp8, transpose=True)
         if self.used:
-            a = torch.cat([a for a, _ in self.adapters if a is not None]).to(of_x.dtype)
-            fp8.add(of_x, LowRank(self._low_grad, a))
+            fp8.add(of_x, LowRank(self._low_grad, self._all_a(of_x)))
         return of_x
+
+    def _all_a(self, like: Tensor) -> Tensor:
+        """Every A, ``[R, H]``."""
+        parts = [a for a, _ in self.adapters if a is not None]
+        return torch.cat(parts).to(like.dtype) if parts else like.new_empty(0, self.features)
 
 
 class Fp8SharedOutput(_InFp8, SharedOutput):
