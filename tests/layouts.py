@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from falcon_qlora.checkpoint import adapter_check
 from falcon_qlora.methods.interface import method_of
@@ -87,8 +88,9 @@ def plain_float32(model: PreTrainedModel, device: str | torch.device = "cpu") ->
     config.dtype = torch.float32
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.device(device):
+    with torch.device(device), no_init_weights():  # all of them are copied
         plain = type(model)(config).float().eval()
+    plain.tie_weights()
     quantized = {
         f"{name}.weight": dequantized_weight(module).to(device, torch.float32)
         for name, module in model.named_modules()

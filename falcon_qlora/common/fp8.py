@@ -12,7 +12,6 @@ def fp8_excludes(
     lora_dropout: float = 0.0,
     scales: bool = False,
     prefix: bool = False,
-    family: str | None = None,
     dtype: str = "bfloat16",
     device: str = "cuda",
     capability: tuple[int, int] | None = FIRST_CAPABILITY,
@@ -24,7 +23,6 @@ def fp8_excludes(
         lora_dropout: probability; LoRA beside FP8 products reads its whole input, without dropout.
         scales: whether learned vectors scale and shift the linears' outputs (Adapter v2).
         prefix: whether attention looks at a learned prefix (Adapter).
-        family: the model's, if its blocks have no FP8 products yet.
         dtype: of the activations, by PyTorch's name.
         device: the name of a CUDA GPU, or another device's type.
         capability: of a CUDA GPU; None for another device.
@@ -41,8 +39,6 @@ def fp8_excludes(
         return f"{device} has no FP8: its compute capability is {has}, and FP8 begins at {needs}"
     if dtype != "bfloat16":
         return f"FP8 products give bfloat16, and the model computes in {dtype}"
-    if family is not None:
-        return f"there are no FP8 products for {family} yet: set --compute_dtype bf16"
     if lora_dropout:
         return f"fp8 does not go with LoRA dropout {lora_dropout:g}: set --lora_dropout 0"
     if scales:

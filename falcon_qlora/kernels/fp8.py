@@ -24,6 +24,9 @@ from falcon_qlora.kernels import ops
 from falcon_qlora.kernels.fp8_rows import DTYPE, LARGEST, Rows, largest_row
 from falcon_qlora.kernels.low_rank import LowRank
 
+UNIT = 16
+"""Matrix units take rows and columns of frozen weights in multiples of it."""
+
 _STEEPEST = 1.13  # GELU's derivative is nowhere larger
 
 _emulated = False
@@ -56,12 +59,13 @@ def product(x: Rows, weight: Rows, dtype: torch.dtype) -> Tensor:
 
     Args:
         x: ``[T, I]``.
-        weight: ``[O, I]``, with a scale for every row.
+        weight: ``[O, I]``, with a scale for every row; O and I are multiples of `UNIT`.
         dtype: of the result; bfloat16 unless emulated.
 
     Returns:
         ``[T, O]``.
     """
+    assert not any(size % UNIT for size in weight.values.shape), weight.values.shape
     if _emulated:
         return (x.float() @ weight.float().T).to(dtype)
     scales = {"scale_a": x.scales[:, None], "scale_b": weight.scales[None]}
@@ -137,6 +141,42 @@ def gelu_backward(
     dx = torch.ops.aten.gelu_backward(_added(grad, low_grad), wide)
     scales = _scales(_STEEPEST * _bound(bound, low_grad))
     return _to_fp8(dx, scales), dx.to(x.dtype), F.gelu(wide).to(x.dtype)
+
+
+@ops.or_triton("fp8_swiglu")
+def swiglu(gate_up: Tensor, out: Tensor, gate_multiplier: float = 1.0, multiplier: float = 1.0) -> Rows:
+    """`ops.swiglu`, with the output in FP8 as `quantize_rows` gives it.
+
+    Args:
+        gate_up: ``[T, 2F]``, as in `ops.swiglu`; likewise the others.
+        out: ``[T, F]`` to write the output into.
+        gate_multiplier: of the gate.
+        multiplier: of the result.
+
+    Returns:
+        the output in FP8 ``[T, F]``.
+    """
+    return quantize_rows(ops.swiglu(gate_up, out, gate_multiplier, multiplier))[0]
+
+
+@ops.or_triton("fp8_swiglu")
+def swiglu_backward(
+    grad: Tensor, gate_up: Tensor, out: Tensor, gate_multiplier: float = 1.0, multiplier: float = 1.0
+) -> tuple[Rows, Tensor]:
+    """`ops.swiglu_backward`, with the gradient in FP8 as `quantize_rows` gives it.
+
+    Args:
+        grad: ``[T, F]``, as in `ops.swiglu_backward`; likewise the others.
+        gate_up: ``[T, 2F]``.
+        out: ``[T, 2F]`` to write the gradient into; may be `gate_up`.
+        gate_multiplier: of the gate.
+        multiplier: of the output.
+
+    Returns:
+        the gradient in FP8 ``[T, 2F]``, and the output ``[T, F]``.
+    """
+    gradient, output = ops.swiglu_backward(grad, gate_up, out, gate_multiplier, multiplier)
+    return quantize_rows(gradient)[0], output
 
 
 @ops.or_triton("fp8_quantize")

@@ -3,12 +3,17 @@
 Linears that share an input or an output are one product, as in `frozen_linear`, and have one scale. Unless
 kept, their weights are quantized for every product, in the layout that it reads, each time into the same
 memory. LoRA's part is added to a product's output in a pass of its own.
+
+Behind weights that share an input are rows of zeros, up to the next multiple of `fp8.UNIT`: Falcon-H1-7B's
+queries, keys, values and ``in_proj`` have 8,728 outputs. So there are as many columns behind the outputs, and
+behind their gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +38,8 @@ class Fp8Group:
 
     Attributes:
         side_by_side: whether their outputs are side by side, or their inputs.
-        weight: the scale that they share, and the weights if they are kept, as those of one linear.
+        weight: the scale that they share, and the weights if they are kept, as those of one linear; outputs
+            that are side by side are padded to a multiple of `fp8.UNIT`.
     """
 
     side_by_side: bool
@@ -47,7 +53,9 @@ class Fp8Group:
         scale = MARGIN * torch.stack(largest).amax().clamp(min=1e-30) / LARGEST
         rows = [each.out_features for each in projections]
         columns = [each.in_features for each in projections]
-        sizes = (sum(rows), columns[0]) if side_by_side else (rows[0], sum(columns))
+        sizes = (
+            (-(-sum(rows) // fp8.UNIT) * fp8.UNIT, columns[0]) if side_by_side else (rows[0], sum(columns))
+        )
         return cls(side_by_side, Weight.of_scale(scale, sizes))
 
     def keep(self, projections: Sequence[Projection]) -> None:
@@ -57,10 +65,20 @@ class Fp8Group:
             self.weight.kept[transpose] = self._quantize(projections, values, transpose)
 
     def product(
-        self, x: Tensor, projections: Sequence[Projection], workspace: Workspace, *, transpose: bool = False
+        self,
+        x: Tensor,
+        rows: Rows | None,
+        projections: Sequence[Projection],
+        workspace: Workspace,
+        *,
+        transpose: bool,
     ) -> Tensor:
-        """``[T, in]`` → ``[T, out]``, or back with the transposed weights; without LoRA."""
-        rows, _ = fp8.quantize_rows(x)
+        """``[T, in]`` → ``[T, out]``, or back with the transposed weights; without LoRA, and with padding.
+
+        `rows` are `x` in FP8, where they have been made.
+        """
+        if rows is None or rows.values.shape != x.shape:
+            rows, _ = fp8.quantize_rows(x)
         values = self.weight.kept.get(transpose)
         if values is None:
             values = workspace.take(*self._shape(transpose), rows.values)
@@ -75,9 +93,11 @@ class Fp8Group:
     def _quantize(self, projections: Sequence[Projection], values: Tensor, transpose: bool) -> Tensor:
         sizes = [each.out_features if self.side_by_side else each.in_features for each in projections]
         # Outputs are rows of the weights, and columns of the transposed ones.
-        parts = values.split(sizes, dim=int(self.side_by_side == transpose))
+        dim = int(self.side_by_side == transpose)
+        *parts, padding = values.split([*sizes, values.shape[dim] - sum(sizes)], dim)
         for projection, part in zip(projections, parts, strict=True):
             fp8.quantize_weight(projection.layer, self.weight.scale, part, transpose)
+        padding.zero_()
         return values
 
 
@@ -95,20 +115,23 @@ class _InFp8(Group):
         self.group = group
         self.columns = 0
 
-    def _product(self, x: Tensor, *, transpose: bool = False) -> Tensor:
+    def _product(self, x: Tensor, rows: Rows | None = None, *, transpose: bool = False) -> Tensor:
         """See `Fp8Group.product`."""
-        return self.group.product(x, self.projections, self.workspace, transpose=transpose)
+        return self.group.product(x, rows, self.projections, self.workspace, transpose=transpose)
 
 
 class Fp8SharedInput(_InFp8, SharedInput):
-    """`SharedInput` in FP8. What it is given and returns has no columns of LoRA."""
+    """`SharedInput` in FP8. What it is given and returns has no columns of LoRA; outputs have padding."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.gradient_width = len(self.group.weight.of_rows)
 
     def project(self, extended: Tensor, again: bool) -> tuple[Tensor, Tensor]:
         projected = self._product(extended)
-        low = extended.new_empty(extended.shape[0], self.used)
+        low = extended @ self._all_a(extended).T
         for index, (rank, outputs) in enumerate(zip(self.ranks, self.outputs, strict=True)):
             if self.projections[index].rank:
-                self._put_t(index, extended, low)
                 fp8.add(projected[:, outputs], LowRank(low[:, rank], self._scaled_b(index, extended).T))
         return projected, low
 
@@ -116,19 +139,24 @@ class Fp8SharedInput(_InFp8, SharedInput):
         self._low_grad = extended.new_empty(extended.shape[0], self.used)
         return self._adapter_gradients(extended, self._low_grad, low, x)
 
-    def input_gradient(self, extended: Tensor) -> Tensor:
-        of_x = self._product(extended, transpose=True)
+    def input_gradient(self, extended: Tensor, in_fp8: Rows | None = None) -> Tensor:
+        extended[:, self.width :] = 0
+        of_x = self._product(extended, in_fp8, transpose=True)
         if self.used:
-            a = torch.cat([a for a, _ in self.adapters if a is not None]).to(of_x.dtype)
-            fp8.add(of_x, LowRank(self._low_grad, a))
+            fp8.add(of_x, LowRank(self._low_grad, self._all_a(of_x)))
         return of_x
+
+    def _all_a(self, like: Tensor) -> Tensor:
+        """Every A, ``[R, H]``."""
+        parts = [a for a, _ in self.adapters if a is not None]
+        return torch.cat(parts).to(like.dtype) if parts else like.new_empty(0, self.features)
 
 
 class Fp8SharedOutput(_InFp8, SharedOutput):
     """`SharedOutput` in FP8. What it is given and returns has no columns of LoRA."""
 
-    def forward(self, extended: Tensor, addend: Tensor) -> tuple[Tensor, Tensor]:
-        output = self._product(extended)
+    def forward(self, extended: Tensor, addend: Tensor, in_fp8: Rows | None = None) -> tuple[Tensor, Tensor]:
+        output = self._product(extended, in_fp8)
         low = self.low_rank_of([extended[:, columns] for columns in self.inputs])
         added = LowRank(low, self._all_b(extended).T) if self.used else None
         return fp8.add(output, added, (addend,)), low

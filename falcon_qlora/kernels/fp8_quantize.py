@@ -80,6 +80,13 @@ def _row_options(features: int) -> dict[str, int]:
 
 
 @triton.jit
+def row_scale(largest):
+    """The scale of a row from absolute values of which one is its largest; 1 for a row of zeros."""
+    most = tl.max(largest, 0)
+    return tl.where(most > 0, most / 448.0, 1.0)
+
+
+@triton.jit
 def _quantize_rows(
     x_ptr,  # [T, C], rows x_stride apart
     values_ptr,  # fp8 [T, C]
@@ -101,8 +108,7 @@ def _quantize_rows(
             more = tl.load(x_ptr + start + column, mask=start + column < features, other=0.0).to(tl.float32)
             largest = tl.maximum(largest, tl.abs(more))
             square += more * more
-    most = tl.max(largest, 0)
-    scale = tl.where(most > 0, most / 448.0, 1.0)
+    scale = row_scale(largest)
     tl.store(scales_ptr + row, scale)
     tl.store(lengths_ptr + row, tl.sqrt(tl.sum(square, 0)))
     values = (x * (1.0 / scale)).to(values_ptr.dtype.element_ty)

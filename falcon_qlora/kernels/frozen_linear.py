@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from falcon_qlora.kernels import ops
 from falcon_qlora.kernels.dropout import add_dropped, dropped
+from falcon_qlora.kernels.fp8_rows import Rows
 from falcon_qlora.kernels.low_rank import Dropout
 
 Adapter = tuple[Tensor | None, Tensor | None]  # A [r, in] and B [out, r], float32
@@ -127,6 +128,7 @@ class SharedInput(Group):
     Attributes:
         features: H, of the input.
         width: of all outputs.
+        gradient_width: of the buffer for their gradient, which is in its first columns.
     """
 
     def __init__(
@@ -136,14 +138,15 @@ class SharedInput(Group):
         self.features = projections[0].in_features
         self.outputs = _spans([projection.out_features for projection in projections])
         self.width = self.outputs[-1].stop
+        self.gradient_width = self.width + self.columns
 
     def project(self, extended: Tensor, again: bool) -> tuple[Tensor, Tensor]:
         """``[T, H + R]``, of which the first H are the input → outputs ``[T, width]``, and t.
 
-        With `again` the outputs have R more columns, which `adapter_gradients` wants where their gradient
-        takes their place.
+        With `again` there are as many columns as `adapter_gradients` wants, so that the gradient can take the
+        outputs' place.
         """
-        out = aligned(extended, self.width + (self.columns if again else 0))
+        out = aligned(extended, self.gradient_width if again else self.width)
         return out, self.forward(extended, out[:, : self.width])
 
     def forward(self, extended: Tensor, out: Tensor) -> Tensor:
@@ -201,8 +204,8 @@ class SharedInput(Group):
             results += [of_a, mm_float32(of_output.T, low[:, rank]).mul_(projection.scaling)]
         return results
 
-    def input_gradient(self, extended: Tensor) -> Tensor:
-        """``[T, width + R]`` as `adapter_gradients` left it → ``[T, H]``."""
+    def input_gradient(self, extended: Tensor, in_fp8: Rows | None = None) -> Tensor:
+        """``[T, width + R]`` as `adapter_gradients` left it → ``[T, H]``; `in_fp8`: for FP8 products."""
         weight = self.workspace.take(self.width + self.columns, self.features, extended)
         for projection, rows in zip(self.projections, self.outputs, strict=True):
             ops.dequantize(projection.layer, weight[rows])
@@ -232,8 +235,11 @@ class SharedOutput(Group):
         self.inputs = _spans([projection.in_features for projection in projections])
         self.features = self.inputs[-1].stop
 
-    def forward(self, extended: Tensor, addend: Tensor) -> tuple[Tensor, Tensor]:
-        """``[T, features + R]``, of which the first are the inputs → ``[T, H]`` and t ``[T, R]``."""
+    def forward(self, extended: Tensor, addend: Tensor, in_fp8: Rows | None = None) -> tuple[Tensor, Tensor]:
+        """``[T, features + R]``, of which the first are the inputs → ``[T, H]`` and t ``[T, R]``.
+
+        `in_fp8` are the inputs too, for FP8 products.
+        """
         low = self._put_low_rank(extended)
         weight = self.workspace.take(self.width, self.features + self.columns, extended)
         if self.used < self.columns:

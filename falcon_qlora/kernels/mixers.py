@@ -6,17 +6,25 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from falcon_qlora.kernels import ops, ssd_ops
+from falcon_qlora.kernels import fp8, ops, ssd_ops
 from falcon_qlora.kernels.block import Attention
+from falcon_qlora.kernels.fp8_rows import Rows
 from falcon_qlora.kernels.ssd import StateSpace
 
 
 @dataclass(frozen=True, eq=False)
 class SwiGlu:
-    """``multiplier · up · silu(gate_multiplier · gate)``, from gate and up side by side."""
+    """``multiplier · up · silu(gate_multiplier · gate)``, from gate and up side by side.
+
+    Attributes:
+        gate_multiplier: of the gate.
+        multiplier: of the output.
+        in_fp8: whether the products on both sides take what it gives in FP8.
+    """
 
     gate_multiplier: float = 1.0
     multiplier: float = 1.0
+    in_fp8: bool = False
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -29,14 +37,22 @@ class SwiGlu:
     def forward(self, projected: Tensor) -> tuple[Tensor, ...]:
         return ()
 
-    def output(self, projected: Tensor, kept: tuple[Tensor, ...], out: Tensor) -> None:
-        ops.swiglu(projected, out, self.gate_multiplier, self.multiplier)
+    def output(self, projected: Tensor, kept: tuple[Tensor, ...], out: Tensor) -> Rows | None:
+        multipliers = self.gate_multiplier, self.multiplier
+        if self.in_fp8:
+            return fp8.swiglu(projected, out, *multipliers)
+        ops.swiglu(projected, out, *multipliers)
+        return None
 
     def backward(
         self, grad: Tensor, projected: Tensor, kept: tuple[Tensor, ...], out: Tensor, *, again: bool
-    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-        _, output = ops.swiglu_backward(grad, projected, out, self.gate_multiplier, self.multiplier)
-        return [output], ()
+    ) -> tuple[list[Tensor], tuple[Tensor, ...], Rows | None]:
+        multipliers = self.gate_multiplier, self.multiplier
+        if self.in_fp8:
+            rows, output = fp8.swiglu_backward(grad, projected, out, *multipliers)
+            return [output], (), rows
+        _, output = ops.swiglu_backward(grad, projected, out, *multipliers)
+        return [output], (), None
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +90,7 @@ class RotatedAttention:
 
     def backward(
         self, grad: Tensor, projected: Tensor, kept: tuple[Tensor, ...], out: Tensor, *, again: bool
-    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    ) -> tuple[list[Tensor], tuple[Tensor, ...], None]:
         inputs = [self._output(projected, kept)] if again else []
         of_output = grad.unflatten(1, (-1, self.cosine.shape[-1]))
         of_parts, own = self.attention.backward(of_output, *self._parts(projected), kept)
@@ -82,7 +98,7 @@ class RotatedAttention:
         ops.rotate_join(*of_parts, self.cosine, self.sine, self._heads(out), self.scale)
         if self.scale != 1:
             inputs = [ops.copy_rows(each, grad, self.scale) for each in inputs]
-        return inputs, own
+        return inputs, own, None
 
     def _heads(self, projected: Tensor) -> Tensor:
         """``[T, W]`` → ``[T, 1, Q + 2G, D]``, a view."""
@@ -138,15 +154,16 @@ class AttentionBesideStateSpace:
 
     def backward(
         self, grad: Tensor, projected: Tensor, kept: tuple[Tensor, ...], out: Tensor, *, again: bool
-    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    ) -> tuple[list[Tensor], tuple[Tensor, ...], None]:
         (heads, columns), (of_heads, of_columns) = self._inputs(projected), self._inputs(out)
         of_attended, of_gated = self._outputs(grad)
         y, *of_attention = kept
-        inputs, own = self.attention.backward(of_attended, heads, tuple(of_attention), of_heads, again=again)
+        beside = of_attended, heads, tuple(of_attention), of_heads
+        inputs, own, _ = self.attention.backward(*beside, again=again)
         documents = self.positions, self.starts
         # The output takes its gradient's place.
         ssd_ops.mix_backward(of_gated, columns, y, self.space, *documents, of_columns, of_gated, self.scale)
-        return [*inputs, of_gated], own
+        return [*inputs, of_gated], own, None
 
     def _inputs(self, projected: Tensor) -> tuple[Tensor, Tensor]:
         """The columns of heads, and those of the state space."""

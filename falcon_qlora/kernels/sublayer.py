@@ -21,7 +21,9 @@ from torch.autograd.function import once_differentiable
 
 from falcon_qlora.kernels import ops
 from falcon_qlora.kernels.block import Keep
+from falcon_qlora.kernels.fp8_block import Weight
 from falcon_qlora.kernels.fp8_groups import Fp8Group, Fp8SharedInput, Fp8SharedOutput
+from falcon_qlora.kernels.fp8_rows import Rows
 from falcon_qlora.kernels.frozen_linear import (
     Adapter,
     Projection,
@@ -53,12 +55,16 @@ class Mixer(Protocol):
     def forward(self, projected: Tensor) -> tuple[Tensor, ...]:
         """``[T, W]``, which may be changed in-place → what else `output` and `backward` need."""
 
-    def output(self, projected: Tensor, kept: tuple[Tensor, ...], out: Tensor) -> None:
-        """Write the output ``[T, F]`` into `out`."""
+    def output(self, projected: Tensor, kept: tuple[Tensor, ...], out: Tensor) -> Rows | None:
+        """Write the output ``[T, F]`` into `out`.
+
+        Returns:
+            it in FP8 too, where the mixer makes that in the same pass.
+        """
 
     def backward(
         self, grad: Tensor, projected: Tensor, kept: tuple[Tensor, ...], out: Tensor, *, again: bool
-    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    ) -> tuple[list[Tensor], tuple[Tensor, ...], Rows | None]:
         """Back through all of it.
 
         Args:
@@ -69,7 +75,8 @@ class Mixer(Protocol):
             again: whether the output is asked for again.
 
         Returns:
-            the output again, as each of W_out's linears takes its part, and the gradients of `tensors`.
+            the output again, as each of W_out's linears takes its part; the gradients of `tensors`; and the
+            input's gradient in FP8, where the mixer makes it in the same pass.
         """
 
 
@@ -127,6 +134,10 @@ class Fp8Sublayers:
     """A block's frozen weights for products in FP8: of W_in and W_out, for each sublayer."""
 
     groups: tuple[tuple[Fp8Group, Fp8Group], ...]
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        return tuple(group.weight for pair in self.groups for group in pair)
 
     @classmethod
     def measure(cls, block: Sublayers) -> Fp8Sublayers:
@@ -307,8 +318,8 @@ class _Call:
         """Its output ``[T, H]``, and what `backward` needs; `again` as in `_enter`."""
         projected, low_in, of_mixer = self._enter(x, again)
         joined = x.new_empty(x.shape[0], self.out_of.features + self.out_of.columns)
-        self.mixer.output(projected[:, : self.into.width], of_mixer, joined[:, : self.out_of.features])
-        output, low_out = self.out_of.forward(joined, x)
+        columns = projected[:, : self.into.width], of_mixer, joined[:, : self.out_of.features]
+        output, low_out = self.out_of.forward(joined, x, self.mixer.output(*columns))
         return _Kept(x, projected, low_in, of_mixer, low_out), output
 
     def _enter(self, x: Tensor, again: bool) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
@@ -344,8 +355,8 @@ class _Call:
         del kept
         of_joined, low_grad = self.out_of.input_gradient(grad)
         width = self.into.width
-        of_projected = projected if recomputed else aligned(x, width + self.into.columns)
-        inputs, own = self.mixer.backward(
+        of_projected = projected if recomputed else aligned(x, self.into.gradient_width)
+        inputs, own, rows = self.mixer.backward(
             of_joined,
             projected[:, :width],
             of_mixer,
@@ -362,8 +373,8 @@ class _Call:
         del normal
         of_x = None
         if room is not None:
-            of_normal = self.into.input_gradient(of_projected)
-            del of_projected
+            of_normal = self.into.input_gradient(of_projected, rows)
+            del of_projected, rows
             out = room_behind(x, room)
             of_x = ops.rms_norm_backward(of_normal, x, rstd, self.norm.weight, grad, out)
         return of_x, [*in_grads, *out_grads], list(own)

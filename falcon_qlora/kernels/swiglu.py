@@ -63,6 +63,26 @@ def _block(features: int) -> tuple[int, dict[str, int]]:
 
 
 @triton.jit
+def parts(x_ptr, at, features, mask, gate_multiplier):
+    """The gate of values at these offsets, times its multiplier, its sigmoid, and up."""
+    gate = read(x_ptr, at, mask) * gate_multiplier
+    return gate, tl.sigmoid(gate), read(x_ptr, at + features, mask)
+
+
+@triton.jit
+def output_part(gate, share, up, multiplier):
+    """SwiGLU of `parts`."""
+    return multiplier * up * (gate * share)
+
+
+@triton.jit
+def gradient_parts(grad, gate, share, up, gate_multiplier):
+    """The gradients of gate, before its multiplier, and up; `grad` is the output's times its multiplier."""
+    of_gate = gate_multiplier * grad * up * share * (1.0 + gate * (1.0 - share))
+    return of_gate, grad * (gate * share)
+
+
+@triton.jit
 def _swiglu(
     x_ptr,  # [T, 2F], rows x_stride apart
     y_ptr,  # [T, F], rows y_stride apart
@@ -74,9 +94,8 @@ def _swiglu(
     BLOCK: tl.constexpr,
 ):
     row, column, mask = row_part(features, BLOCK)
-    gate = read(x_ptr, row * x_stride + column, mask) * gate_multiplier
-    up = read(x_ptr, row * x_stride + features + column, mask)
-    y = multiplier * up * (gate * tl.sigmoid(gate))
+    gate, share, up = parts(x_ptr, row * x_stride + column, features, mask, gate_multiplier)
+    y = output_part(gate, share, up, multiplier)
     tl.store(y_ptr + row * y_stride + column, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -94,14 +113,11 @@ def _swiglu_backward(
     BLOCK: tl.constexpr,
 ):
     row, column, mask = row_part(features, BLOCK)
-    gate = read(x_ptr, row * x_stride + column, mask) * gate_multiplier
-    up = read(x_ptr, row * x_stride + features + column, mask)
+    gate, share, up = parts(x_ptr, row * x_stride + column, features, mask, gate_multiplier)
     grad = read(y_ptr, row * y_stride + column, mask) * multiplier
-    share = tl.sigmoid(gate)
-    silu = gate * share
-    of_gate = gate_multiplier * grad * up * share * (1.0 + gate * (1.0 - share))
-    y = multiplier * up * silu
+    of_gate, of_up = gradient_parts(grad, gate, share, up, gate_multiplier)
+    y = output_part(gate, share, up, multiplier)
     dtype = dx_ptr.dtype.element_ty
     tl.store(dx_ptr + row * dx_stride + column, of_gate.to(dtype), mask=mask)
-    tl.store(dx_ptr + row * dx_stride + features + column, (grad * silu).to(dtype), mask=mask)
+    tl.store(dx_ptr + row * dx_stride + features + column, of_up.to(dtype), mask=mask)
     tl.store(y_ptr + row * y_stride + column, y.to(y_ptr.dtype.element_ty), mask=mask)

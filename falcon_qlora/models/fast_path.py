@@ -128,7 +128,6 @@ def _why_not(facts: BlockFacts | None, fp8_products: bool) -> str | None:
         return f"trains more than LoRA: {facts.trainable[0]}"
     if fp8_products:
         return fp8_excludes(
-            family=facts.without_fp8,
             lora_dropout=facts.lora_dropout,
             scales=facts.scaled,
             prefix=bool(facts.prefix_rows),
@@ -358,11 +357,8 @@ def remove_fast_path(model: nn.Module) -> None:
 
 def fp8_weight_bytes(model: nn.Module) -> int:
     """Bytes that `keep_fp8_weights` takes: two per weight of the blocks whose products run in FP8."""
-    return sum(
-        2 * projection.out_features * projection.in_features
-        for _, block in _fp8_blocks(model)
-        for projection in block.projections
-    )
+    weights = (weight for products, _ in _fp8_blocks(model) for weight in products.weights)
+    return sum(2 * len(weight.of_rows) * len(weight.of_columns) for weight in weights)
 
 
 def keep_fp8_weights(model: nn.Module) -> None:

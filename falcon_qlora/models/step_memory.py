@@ -63,6 +63,7 @@ class Step:
         lora_rank: of the adapter on every linear; 0 where something else is trained.
         lora_dropout: whether LoRA has dropout.
         scaled: whether every linear has a learned scale and bias (Adapter v2).
+        in_fp8: whether the blocks' products are in FP8.
         value_bytes: of an activation.
         optimizer_bytes: of the optimizer's state for one parameter, as far as PyTorch's allocator holds it.
     """
@@ -74,6 +75,7 @@ class Step:
     lora_rank: int = 0
     lora_dropout: bool = False
     scaled: bool = False
+    in_fp8: bool = False
     value_bytes: int = 2
     trainable_bytes: int = 4
     optimizer_bytes: float = 8
@@ -158,7 +160,8 @@ class Step:
         copied = hidden + self.lora_rank  # the gradient beside u
         at_swiglu = joined * (2 if self.lora_dropout else 1)
         before = 0 if checkpointing in ("none", "selective") else hidden + of_fused + layout.mixed
-        feed_forward = of_wide, before + at_swiglu + copied
+        of_wide_too = wide / self.value_bytes if self.in_fp8 else 0  # in FP8
+        feed_forward = of_wide, before + at_swiglu + copied + of_wide_too
         beside = layout.fast_bytes_at_work(self.value_bytes) / self.value_bytes
         at_attention = max(before - of_fused, 0) + layout.mixed + max(5 * attended, beside) + copied
         projected, rest = max(feed_forward, (of_fused, at_attention), key=sum)

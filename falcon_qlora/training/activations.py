@@ -109,6 +109,7 @@ def _keep_fp8_weights(model: Any, step: Step, blocks: list[Checkpointing], free_
 
 def _step(run: RunArguments, model: Any, *, max_length: int, optimizer: str, fast: bool) -> Step:
     from falcon_qlora.models import step_memory
+    from falcon_qlora.models.fast_path import fp8_weight_bytes
     from falcon_qlora.models.sharded import is_sharded, local_count
 
     config, method = model.config, method_of(model)
@@ -123,6 +124,7 @@ def _step(run: RunArguments, model: Any, *, max_length: int, optimizer: str, fas
         gradients_stay=several or (ranks.world_size() > 1 and not is_sharded(model)),
         gathered=step_memory.gathered_bytes(config, trainable_bytes) if is_sharded(model) else 0,
         fast=fast,
+        in_fp8=fp8_weight_bytes(model) > 0,
         **method.step_memory(),
         value_bytes=model.dtype.itemsize,
         optimizer_bytes=step_memory.allocated_optimizer_bytes(

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.common.fp8 import fp8_excludes
 from falcon_qlora.config import Configuration
 from falcon_qlora.config.arguments import ModelArguments
 from falcon_qlora.models.hub import check_login
@@ -133,12 +132,9 @@ def _check_model(
     config = agreement.from_main_process(
         lambda: find_config(settings.model_name_or_path, revision=settings.model_revision)
     )
-    layout = layout_of(config)
-    if settings.compute_dtype == "fp8" and not layout.fp8_products:
-        raise UserError(f"--compute_dtype fp8: {fp8_excludes(family=layout.family)}")
     trainable = trainable_count(method, config)
     if device.type != "cuda":
-        count = layout.parameter_count()
+        count = layout_of(config).parameter_count()
         if count > _MOST_PARAMETERS_ON_CPU and not on_cpu:
             raise UserError(
                 f"{settings.model_name_or_path} has {count / 1e9:.1f} billion parameters, and no GPU is "

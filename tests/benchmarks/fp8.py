@@ -5,7 +5,9 @@
 In this order: gradients of two blocks against float32; every kernel against its bytes at the memory's speed;
 every product against bfloat16's; steps of Falcon-7B in bfloat16 and FP8, in turn; the kernels of one step,
 also in ``fast_path_kernels_fp8.txt`` in the folder that the environment variable OUT names, else in the
-current one. Prints Markdown. `--tiny` tries the script, without a GPU in emulation and Triton's interpreter.
+current one. Prints Markdown. `--swiglu 23040 12288` times SwiGLU of these widths alone, with quantizing in
+its pass and after it, and first checks that both give the same bits. `--tiny` tries the script, without a
+GPU in emulation and Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -27,7 +29,18 @@ from falcon_qlora.bench.devices import synchronize
 from falcon_qlora.bench.documents import made_up
 from falcon_qlora.bench.runners import Settings, build
 from falcon_qlora.bench.variants import VARIANTS
-from falcon_qlora.kernels import fp8, fp8_gelu, fp8_quantize, gelu, layer_norm, nf4, ops, rotary, rows
+from falcon_qlora.kernels import (
+    fp8,
+    fp8_gelu,
+    fp8_quantize,
+    fp8_swiglu,
+    gelu,
+    layer_norm,
+    nf4,
+    ops,
+    rotary,
+    rows,
+)
 from falcon_qlora.kernels.fp8_rows import DTYPE, Rows
 from falcon_qlora.kernels.low_rank import LowRank
 from falcon_qlora.models.load import load_model
@@ -106,6 +119,44 @@ def time_kernels(sizes: kernel_benchmark.Sizes, tokens: int) -> None:
         seconds = kernel_benchmark.milliseconds(work) / 1e3
         share = moved / seconds / kernel_benchmark.COPY_BYTES_A_SECOND
         print(f"| {name} | {1e6 * seconds:.1f} | {moved / 1e6:.0f} | {share:.0%} |", flush=True)
+
+
+def time_swiglu(wide: int, tokens: int) -> None:
+    """SwiGLU and its gradient with quantizing in the same pass, by lanes and warps, and in one after it."""
+    gate_up, grad = (torch.randn(tokens, n, device=DEVICE, dtype=BF16) for n in (2 * wide, wide))
+    out, of_input = torch.empty_like(grad), torch.empty_like(gate_up)
+
+    def apart() -> list[Rows]:
+        gradient, _ = ops.swiglu_backward(grad.clone(), gate_up)
+        return [fp8.quantize_rows(each)[0] for each in (ops.swiglu(gate_up), gradient)]
+
+    together = [fp8.swiglu(gate_up, out), fp8.swiglu_backward(grad.clone(), gate_up, of_input)[0]]
+    for one, other in zip(together, apart(), strict=True):
+        assert torch.equal(one.scales, other.scales)
+        assert torch.equal(one.values.view(torch.uint8), other.values.view(torch.uint8))
+    del together
+    steps: dict[str, tuple[Callable[[], Any], Callable[[], Any], int]] = {
+        "SwiGLU": (
+            lambda: fp8.swiglu(gate_up, out),
+            lambda: fp8.quantize_rows(ops.swiglu(gate_up, out)),
+            7 * grad.numel(),
+        ),
+        "SwiGLU, backward": (
+            lambda: fp8.swiglu_backward(grad, gate_up, of_input),
+            lambda: fp8.quantize_rows(ops.swiglu_backward(grad, gate_up, of_input)[0]),
+            14 * grad.numel(),
+        ),
+    }
+    before = fp8_swiglu._BLOCK, fp8_swiglu._WARPS
+    for name, (fused, separate, moved) in steps.items():
+        times = [("apart", kernel_benchmark.milliseconds(separate))]
+        for block, warps in product((2048, 4096, 8192), (4, 8, 16, 32)):
+            fp8_swiglu._BLOCK, fp8_swiglu._WARPS = block, warps
+            with contextlib.suppress(Exception):  # what does not compile is no choice
+                times.append((f"{block} lanes, {warps} warps", kernel_benchmark.milliseconds(fused)))
+        fp8_swiglu._BLOCK, fp8_swiglu._WARPS = before
+        told = ", ".join(f"{1e3 * time:.0f} µs {how}" for how, time in times)
+        print(f"- {name} [{tokens}, {wide}], now {before}, {moved / 1e6:.0f} MB: {told}", flush=True)
 
 
 def tune(sizes: kernel_benchmark.Sizes, tokens: int) -> None:
@@ -230,7 +281,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs=2, default=[8192, 16384])
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try this script")
     parser.add_argument("--tune", action="store_true", help="time other tiles as well")
+    parser.add_argument("--swiglu", type=int, nargs="+", default=[], help="widths to time SwiGLU alone")
     arguments = parser.parse_args()
+    for wide in arguments.swiglu:
+        time_swiglu(wide, arguments.tokens[1])
+    if arguments.swiglu:
+        return
     folder = Path(os.environ.get("OUT", "."))
     sizes, small, large, pace = kernel_benchmark.MODELS, *arguments.tokens, (3, 10)
     replaced = "num_hidden_layers=2"

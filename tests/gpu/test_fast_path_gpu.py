@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from falcon_qlora.kernels import ops
+from falcon_qlora.kernels import fp8, ops
 from falcon_qlora.models.fast_path import apply_fast_path, remove_fast_path
 from falcon_qlora.models.forward import enable_packing
 from tests.layouts import documents, plain_float32, tiny_model
@@ -51,6 +51,27 @@ def test_gradients_are_as_near_to_float32_as_on_the_reference_path(layout, mode,
     assert all(gradient.dtype == torch.float32 for gradient in ours.values())
     assert distance(ours, exact) < 1.15 * distance(reference, exact)
     remove_fast_path(model)
+
+
+@pytest.mark.parametrize("mode", ["4bit", "8bit", "16bit"])
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b", "falcon3-256", "falcon-h1", "falcon-h1-128"])
+def test_in_fp8_gradients_are_as_near_to_float32_as_with_products_of_the_same_operands(layout, mode):
+    device = torch.device("cuda", torch.cuda.current_device())
+    if (reason := fp8.why_not(device)) is not None:
+        pytest.skip(reason)
+    base = tiny_model(layout, mode, device="cuda", compute_dtype="bf16")
+    plain = with_adapter(plain_float32(base))
+    model = with_adapter(base)
+    enable_packing(model)
+    docs = documents(LENGTHS)
+    one_by_one(plain, docs).backward()
+    exact = gradients(plain)
+    arguments = packed([doc.cuda() for doc in docs])
+    assert all("FP8" in line for line in apply_fast_path(model, fp8_products=True).values())
+    _, ours = loss_and_gradients(model, arguments)
+    with fp8.emulated():
+        _, emulated = loss_and_gradients(model, arguments)
+    assert 0.02 < distance(ours, exact) < 1.15 * distance(emulated, exact)
 
 
 @pytest.mark.parametrize("form", ["torch", "triton"])

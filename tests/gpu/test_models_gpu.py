@@ -13,7 +13,7 @@ from falcon_qlora.common.quantities import GIB
 from falcon_qlora.kernels.cross_entropy import chunked_cross_entropy
 from falcon_qlora.models import packed_attention as attention
 from falcon_qlora.models.forward import enable_packing
-from falcon_qlora.models.layouts import layout_of, preset_config
+from falcon_qlora.models.layouts import PRESETS, layout_of, preset_config
 from falcon_qlora.models.layouts.falcon import alibi_bias
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.packed_attention import Sequences, packed_attention
@@ -21,6 +21,7 @@ from falcon_qlora.models.sizes import weight_bytes
 from tests.layouts import FAMILIES, LAYOUTS, MODES, attach_lora, documents, plain_float32, tiny_model
 from tests.packing import gradients, one_by_one, packed, with_adapter
 from tests.unit.test_cross_entropy import reference
+from tests.unit.test_models_forward import assert_two_blocks_compute_what_transformers_does
 
 pytestmark = [
     pytest.mark.gpu,
@@ -102,6 +103,15 @@ def test_in_float32_loss_and_gradients_equal_each_document_alone(layout):
     expected_gradients = gradients(plain)
     for name, gradient in gradients(model).items():
         assert relative(gradient.cpu(), expected_gradients[name]) < 1e-3, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS)
+def test_two_blocks_of_every_published_shape(preset, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # in Transformers' convolution
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert_two_blocks_compute_what_transformers_does(preset, "cuda")
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -99,6 +99,16 @@ def test_packed_gives_the_losses_of_padded_and_plain_peft_opens_the_adapter(fold
         assert not torch.allclose(ours(ids).logits, opened(ids).logits, atol=1e-2)
 
 
+@pytest.mark.parametrize("more", [{}, {"lora_target_modules": ["in_proj", "out_proj"]}], ids=["eight", "two"])
+def test_fp8_trains_what_bfloat16_trains(folder: Path, more: dict[str, Any]) -> None:
+    in_bfloat16 = run(folder, f"in_bf16-{len(more)}", 3, compute_dtype="bf16", **more)
+    with fp8.emulated():
+        in_fp8 = run(folder, f"in_fp8-{len(more)}", 3, compute_dtype="fp8", **more)
+    assert "FP8" in (folder / f"in_fp8-{len(more)}/kernels.json").read_text()
+    assert in_fp8 != in_bfloat16
+    assert in_fp8 == pytest.approx(in_bfloat16, rel=0.03)
+
+
 def test_out_proj_is_adapted_where_it_is_named(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     more: dict[str, Any] = {"lora_target_modules": ["in_proj", "out_proj"], "compute_dtype": "fp32"}
     run(folder, "nine", 2, **more)
@@ -136,13 +146,12 @@ def test_every_weight_is_trained_and_the_run_resumed(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        ({"compute_dtype": "fp8"}, "--compute_dtype fp8: there are no FP8 products for Falcon-H1 yet: set"),
         ({"lora_slices": ["query"]}, "--lora_slices trains slices of a projection"),
         ({"method": "adapter", "lora_r": None}, "--method adapter does not train a Falcon-H1"),
         ({"method": "adapter_v2", "lora_r": None}, "--method adapter_v2 does not train a Falcon-H1"),
     ],
 )
 def test_what_it_cannot_do_is_refused(folder: Path, more: dict[str, Any], told: str) -> None:
-    with fp8.emulated(), pytest.raises(UserError, match=re.escape(told)):
+    with pytest.raises(UserError, match=re.escape(told)):
         run(folder, "refused", 1, **more)
     assert not (folder / "refused").exists()

@@ -27,6 +27,7 @@ from falcon_qlora.kernels import (
     dropout_triton,
     fp8_gelu,
     fp8_quantize,
+    fp8_swiglu,
     gate_triton,
     gelu,
     int8,
@@ -45,7 +46,7 @@ from falcon_qlora.kernels import (
 MODULES: tuple[ModuleType, ...] = (gelu, int8, layer_norm, nf4, rms_norm, rotary, rows, softmax, swiglu)
 MODULES += (dropout_triton, prefix_triton, scale_shift_triton)
 MODULES += (convolution_triton, gate_triton, ssd_triton)
-FP8_MODULES: tuple[ModuleType, ...] = (fp8_gelu, fp8_quantize)
+FP8_MODULES: tuple[ModuleType, ...] = (fp8_gelu, fp8_quantize, fp8_swiglu)
 FP8_CAPABILITY = 89
 FLOAT32 = {"code_ptr", "offset_ptr", "nested_code_ptr", "nested_absmax_ptr", "mean_ptr", "rstd_ptr"}
 FLOAT32 |= {"cosine_ptr", "sine_ptr", "losses_ptr", "scale_ptr", "scales_ptr", "lengths_ptr", "bound_ptr"}
@@ -146,6 +147,8 @@ def fp8_variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
     yield from nf4_variants(scaled=True)
     for features in (4544, 8192, 14848, 46080):  # the last: Falcon3's gate and up
         yield fp8_quantize._quantize_rows, fp8_quantize._row_options(features)
+    for kernel in (fp8_swiglu._swiglu, fp8_swiglu._swiglu_backward):
+        yield kernel, fp8_swiglu._options(23040)
     for is_int8 in (False, True):
         for transpose in (False, True):
             tile = {"TILE": fp8_quantize._TILE, "num_warps": fp8_quantize._TILE_WARPS}

@@ -33,7 +33,7 @@ def test_loss_and_adapter_gradients_are_the_same_with_either_form(layout, few, d
     assert_same(results[1], results[0])
 
 
-@pytest.mark.parametrize("layout", ["falcon-11b", "falcon-40b"])
+@pytest.mark.parametrize("layout", ["falcon-11b", "falcon-40b", "falcon-h1"])
 def test_with_fp8_products_it_is_as_near_with_either_form(layout, device):
     model = adapted(layout, "4bit", device=device.type, compute_dtype="fp32", r=5)
     arguments = packed(documents([5, 17, 1], device=device.type))

@@ -12,7 +12,7 @@ from falcon_qlora.models.quantize import bnb, empty_quantized_linear, fill_quant
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from falcon_qlora.kernels import fp8, fp8_quantize, ops
+from falcon_qlora.kernels import fp8, fp8_quantize, fp8_swiglu, ops
 from falcon_qlora.kernels.fp8_rows import DTYPE, LARGEST, Rows
 from falcon_qlora.kernels.low_rank import LowRank
 
@@ -163,9 +163,41 @@ def test_gelu_and_its_gradient(dtype: torch.dtype, shape: tuple[int, int], rank:
         assert (error <= limit).all()
 
 
+@pytest.mark.parametrize("multipliers", [(), (0.3, 1.7)], ids=["plain", "with multipliers"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 16), (3, 48), (4, 304)], ids=str)
+def test_swiglu_gives_the_bits_of_separate_passes(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    multipliers: tuple[float, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokens, features = shape
+    gate_up = 3 * random(tokens, 2 * features, dtype=dtype)
+    grad = random(tokens, features, dtype=dtype)
+    gate_up[0], grad[0] = 0, 0
+    monkeypatch.setattr(fp8_swiglu, "_BLOCK", 128)
+    with ops.using("triton"):
+        y = ops.swiglu(gate_up, None, *multipliers)
+        dx, _ = ops.swiglu_backward(grad.clone(), gate_up, None, *multipliers)
+        expected, of_gradient = (fp8.quantize_rows(each)[0] for each in (y, dx))
+        wide = torch.full((tokens, features + 8), torch.nan, dtype=dtype, device=y.device)
+        rows = fp8.swiglu(gate_up, wide[:, 8:], *multipliers)
+        assert torch.equal(wide[:, 8:], y)
+        own = torch.nn.functional.pad(gate_up, (8, 8), value=torch.nan)[:, 8:-8]
+        of_own, again = fp8.swiglu_backward(grad.clone(), own, own, *multipliers)  # the gradient in its place
+        assert torch.equal(again, y)
+        assert torch.equal(own, dx)
+    for one, other in ((rows, expected), (of_own, of_gradient)):
+        assert torch.equal(one.values.view(torch.uint8), other.values.view(torch.uint8))
+        assert torch.equal(one.scales, other.scales)
+
+
 def test_no_tokens(device: torch.device) -> None:
     x = torch.empty(0, 64, device=device)
     with ops.using("triton"):
         assert fp8.quantize_rows(x)[0].values.shape == (0, 64)
         assert fp8.gelu(x, None, torch.empty(0, device=device))[1].shape == (0, 64)
         assert fp8.add(x, None, (x,)).shape == (0, 64)
+        assert fp8.swiglu(x, x.new_empty(0, 32)).values.shape == (0, 32)
+        assert fp8.swiglu_backward(x[:, :32], x, torch.empty_like(x))[0].values.shape == (0, 64)

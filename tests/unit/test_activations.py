@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 
+from falcon_qlora.kernels import fp8
 from falcon_qlora.kernels.offload import Offload, _Moved
 from falcon_qlora.models.activations import a_block_of_each_kind, blocks_of, set_checkpointing
 from falcon_qlora.models.fast_path import apply_fast_path
@@ -149,12 +150,20 @@ def kept_bytes(model, mode, saved, lengths):
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b", "falcon-11b", "falcon3", "falcon-h1"])
-def test_what_is_saved_is_what_the_memory_model_counts(layout, saved):
+@pytest.mark.parametrize(
+    ("layout", "in_fp8"),
+    [
+        *((layout, False) for layout in ("falcon-7b", "falcon-40b", "falcon-11b", "falcon3", "falcon-h1")),
+        ("falcon3", True),
+        ("falcon-h1", True),
+    ],
+)
+def test_what_is_saved_is_what_the_memory_model_counts(layout, in_fp8, saved):
     model = adapted(layout, "4bit", r=8)
-    apply_fast_path(model)
-    config, lengths = model.config, [200, 100]
-    kept = {mode: kept_bytes(model, mode, saved, lengths) for mode in MODES}
+    with fp8.emulated():
+        apply_fast_path(model, fp8_products=in_fp8)
+        config, lengths = model.config, [200, 100]
+        kept = {mode: kept_bytes(model, mode, saved, lengths) for mode in MODES}
     one = Step(config=config, tokens=300, trainable=0, fast=True, lora_rank=8, value_bytes=4)
     # Attention's statistics are the GPU kernel's; cosines, sines, and what the head keeps are in all of them.
     for mode in MODES[:3]:

@@ -1,6 +1,7 @@
 """Falcon3: what is particular to it. Tests over all families have the rest."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -109,6 +110,8 @@ def test_fast_blocks_take_as_much_memory_as_their_formulas_say():
     assert needs == sorted(needs, reverse=True)
     for free, kept in ((2 * needs[0], {"none"}), (needs[1], {"selective", "full"}), (0, {"offload"})):
         assert set(one.choose(free)) == kept
+    in_fp8 = replace(one, in_fp8=True)  # the gradients of gate and up once more, a byte each
+    assert in_fp8.bytes(["none"] * 28) - needs[0] == 46080 * 16384
 
 
 def test_slices_of_a_projection_that_it_has_not_are_refused():

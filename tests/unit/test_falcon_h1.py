@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, FalconH1Config, FalconH1ForCausal
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.packing import collate
 from falcon_qlora.inference.evaluation import folder_predictions, predictions, token_losses
-from falcon_qlora.kernels import fp8, ssd
+from falcon_qlora.kernels import ssd
 from falcon_qlora.methods.adapter import Adapter
 from falcon_qlora.methods.adapter_v2 import AdapterV2
 from falcon_qlora.methods.full import Full
@@ -175,17 +175,6 @@ def test_changing_one_document_moves_no_other_by_a_bit(models, kind, recompute, 
         results.append((logits.detach(), gradients(ours)))
     assert torch.equal(results[0][0], results[1][0])
     assert_close(results[0][1], results[1][1], rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("preset", ["falcon-h1-0.5b", "falcon-h1-1.5b-deep"])
-def test_two_blocks_of_the_published_shapes(preset):
-    name = f"random:{preset}?num_hidden_layers=2,vocab_size=512,initializer_range=0.05"
-    model = load_model(name, quantize_mode="16bit", device="cpu", seed=1)
-    plain = plain_float32(model)
-    enable_packing(model)
-    docs = documents([5, 130])
-    assert_close(model(**packed(docs)).loss, one_by_one(plain, docs), rtol=1e-6, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["4bit", "8bit"])
@@ -405,11 +394,6 @@ def test_what_it_cannot_do_is_refused_and_told():
     report = choose_kernels(model, kernels="required", compute_dtype="auto")
     told = "fast (attention: padded batches, weights: as stored, SwiGLU: PyTorch, between: PyTorch, "
     assert report == dict.fromkeys(["model.layers.0", "model.layers.1"], f"{told}state space: PyTorch)")
-    with (
-        fp8.emulated(),
-        pytest.raises(UserError, match=r"no FP8 products for Falcon-H1 yet: set .*\(2 of 2 "),
-    ):
-        choose_kernels(model, kernels="auto", compute_dtype="fp8")
 
 
 def test_fast_blocks_take_as_much_memory_as_their_formulas_say():

@@ -715,7 +715,6 @@ def test_decide_says_why_not(changes, reason):
         ({"lora_dropout": 0.05}, {"lora_dropout": 0.05}),
         ({"scaled": True}, {"scales": True}),
         ({"prefix_rows": 5}, {"prefix": True}),
-        ({"without_fp8": "Falcon-H1"}, {"family": "Falcon-H1"}),
     ],
 )
 def test_what_fp8_excludes_is_told_of_a_block_in_the_words_of_the_one_who_decides(changes, asked):

@@ -7,12 +7,16 @@ import torch
 from torch.testing import assert_close
 from trl.trainer.utils import add_fused_lm_head
 
+from falcon_qlora.models.fast_path import apply_fast_path
 from falcon_qlora.models.forward import disable_packing, enable_packing
 from falcon_qlora.models.layouts import layout_of
-from tests.layouts import FAMILIES, MODES, documents, plain_float32, tiny_model
+from falcon_qlora.models.load import load_model
+from tests.layouts import FAMILIES, MODES, VOCABULARY, documents, plain_float32, tiny_model, vary_norms
 from tests.packing import gradients, one_by_one, packed, with_adapter
 
 LENGTHS = [7, 40, 1, 12]
+# Two blocks of the others have 0.3 to 4.4 billion weights: see test_models_gpu, which has all shapes.
+NARROW = ("falcon-rw-1b", "falcon3-1b", "falcon3-3b", "falcon-h1-0.5b", "falcon-h1-1.5b-deep")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -48,6 +52,42 @@ def test_logits_equal_each_document_alone(layout):
     output = model(arguments["input_ids"], sequences=arguments["sequences"])
     assert output.loss is None
     assert_close(output.logits[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def assert_two_blocks_compute_what_transformers_does(preset, device):
+    """Logits and every gradient of two blocks in a published shape, each document alone in float32.
+
+    On both paths; ALiBi has one. The vocabulary is small, as the head is the same in all shapes.
+    """
+    name = f"random:{preset}?num_hidden_layers=2,vocab_size={VOCABULARY}"
+    base = load_model(name, quantize_mode="16bit", device=device, compute_dtype="fp32", seed=1)
+    vary_norms(base)
+    plain, model = with_adapter(plain_float32(base, device)), with_adapter(base)
+    enable_packing(model)
+    docs = documents([66, 1, 5], device=device)  # a state space takes 64 tokens at a time
+    arguments = packed(docs)
+    inputs = {"input_ids": arguments["input_ids"], "sequences": arguments["sequences"]}
+    direction = torch.randn(len(inputs["input_ids"][0]), VOCABULARY, device=device)
+    expected = torch.cat([plain(doc[None], use_cache=False).logits[0] for doc in docs])
+    (expected * direction).sum().backward()
+    for fast in (False, True):
+        if fast:
+            report = apply_fast_path(model)
+            assert all(what.startswith("fast") for what in report.values()) == (preset != "falcon-rw-1b")
+        model.zero_grad()
+        logits = model(**inputs).logits[0]
+        (logits * direction).sum().backward()
+        for found, truth in [
+            (logits, expected),
+            *((gradient, gradients(plain)[name]) for name, gradient in gradients(model).items()),
+        ]:
+            assert_close(found, truth, rtol=1e-4, atol=1e-4 * float(truth.detach().abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", NARROW)
+def test_two_blocks_of_the_narrower_published_shapes(preset):
+    assert_two_blocks_compute_what_transformers_does(preset, "cpu")
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from falcon_qlora.kernels.frozen_linear import Adapter
 from falcon_qlora.kernels.mixers import AttentionBesideStateSpace, RotatedAttention, SwiGlu
-from falcon_qlora.kernels.sublayer import Mixer, RmsNorm, Sublayer, Sublayers, run_sublayers
+from falcon_qlora.kernels.sublayer import Fp8Sublayers, Mixer, RmsNorm, Sublayer, Sublayers, run_sublayers
 from falcon_qlora.models.blocks.attention import PackedAttention
 from falcon_qlora.models.blocks.fast_block import (
     BlockFacts,
@@ -33,7 +33,7 @@ from falcon_qlora.models.blocks.fast_block import (
     state_of,
 )
 from falcon_qlora.models.forward import forward_before
-from falcon_qlora.models.layouts.falcon_h1 import FalconH1, state_space
+from falcon_qlora.models.layouts.falcon_h1 import state_space
 from falcon_qlora.models.packed_attention import Sequences
 
 
@@ -48,7 +48,6 @@ def block_facts(block: Any, dtype: torch.dtype) -> BlockFacts:
         unlike=_unlike(block),
         lora_unknown=None,
         activation="SwiGLU",
-        without_fp8=FalconH1.family,
         state_space=(block.mamba.head_dim, block.mamba.ssm_state_size),
     )
 
@@ -88,7 +87,9 @@ def block_and_adapters(module: Any, state: State) -> tuple[Sublayers, list[Adapt
         for norm in (module.input_layernorm, module.pre_ff_layernorm)
     )
     parts = Sublayer(first, (q, k, v, into), (o, out_of)), Sublayer(second, (gate, up), (down,))
-    return Sublayers(parts, state.workspace, kept_by(module, state)), [adapter for _, adapter in pairs]
+    in_fp8 = state.products if isinstance(state.products, Fp8Sublayers) else None
+    block = Sublayers(parts, state.workspace, kept_by(module, state), in_fp8)
+    return block, [adapter for _, adapter in pairs]
 
 
 def block_forward(
@@ -112,12 +113,14 @@ def block_forward(
     # Not ``[0]``: its gradient would be written into zeros, row by row.
     hidden, (cosine, sine) = hidden_states.squeeze(0), (each[0] for each in position_embeddings)
     attention = PackedAttention(attention_mask, state.attention, multiplier=_of_scores(self))
-    mixers = _mixers(self, attention, cosine, sine)
+    mixers = _mixers(self, attention, cosine, sine, in_fp8=parts[0].fp8 is not None)
     with state.offload.moving(hidden) if state.keep == "offload" else nullcontext():
         return (run_sublayers(hidden, parts[0], mixers, parts[1]).unsqueeze(0),)
 
 
-def _mixers(block: Any, attention: PackedAttention, cosine: Tensor, sine: Tensor) -> tuple[Mixer, Mixer]:
+def _mixers(
+    block: Any, attention: PackedAttention, cosine: Tensor, sine: Tensor, *, in_fp8: bool
+) -> tuple[Mixer, Mixer]:
     module, mamba, mlp = block.self_attn, block.mamba, block.feed_forward
     kv_heads = base_of(module.k_proj).out_features // module.head_dim
     scale = block.attention_in_multiplier * block.attn_out_multiplier  # the former of values
@@ -127,4 +130,4 @@ def _mixers(block: Any, attention: PackedAttention, cosine: Tensor, sine: Tensor
     sequences = attention.sequences
     documents = sequences.position_ids[0], sequences.cu_seqlens
     beside = AttentionBesideStateSpace(heads, space, *documents, block.ssm_out_multiplier)
-    return beside, SwiGlu(mlp.gate_multiplier, mlp.down_multiplier)
+    return beside, SwiGlu(mlp.gate_multiplier, mlp.down_multiplier, in_fp8)

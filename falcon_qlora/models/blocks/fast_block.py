@@ -57,7 +57,6 @@ class BlockFacts:
         prefix_rows: P of a learned prefix, 0 without one.
         scaled: whether learned vectors scale and shift the linears' outputs.
         activation: of the feed-forward layer.
-        without_fp8: the family's name if its blocks have no FP8 products.
         state_space: P and N of a state space beside attention, or None.
         leaves_rows_out: whether it computes the feed-forward layer of wanted tokens alone, see `Block.rows`.
     """
@@ -72,7 +71,6 @@ class BlockFacts:
     prefix_rows: int = 0
     scaled: bool = False
     activation: str = "GELU"
-    without_fp8: str | None = None
     state_space: tuple[int, int] | None = None
     leaves_rows_out: bool = False
 

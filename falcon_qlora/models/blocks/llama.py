@@ -115,7 +115,7 @@ def block_forward(
     hidden, (cosine, sine) = hidden_states.squeeze(0), (each[0] for each in position_embeddings)
     attention = _attention(self, block, PackedAttention(attention_mask, state.attention), hidden.dtype)
     kv_heads = block.parts[0].into[1].out_features // self.self_attn.head_dim
-    mixers = RotatedAttention(attention, cosine, sine, kv_heads), SwiGlu()
+    mixers = RotatedAttention(attention, cosine, sine, kv_heads), SwiGlu(in_fp8=block.fp8 is not None)
     with state.offload.moving(hidden) if state.keep == "offload" else nullcontext():
         return run_sublayers(hidden, block, mixers, adapters).unsqueeze(0)
 

@@ -86,7 +86,6 @@ class Layout(ABC):
         fused: the one that gives queries, keys and values at once, or None.
         residuals: how often a fast block adds to the hidden states: once where attention and feed-forward
             layer are parallel, twice where one follows the other.
-        fp8_products: whether its fast blocks can multiply in FP8.
     """
 
     family: ClassVar[str]
@@ -119,7 +118,6 @@ class Layout(ABC):
     output_projection: ClassVar[str]
     fused: ClassVar[str | None] = None
     residuals: ClassVar[int] = 1
-    fp8_products: ClassVar[bool] = False
 
     def __init__(self, config: PreTrainedConfig):
         self.config = config

@@ -114,7 +114,6 @@ class Falcon(Layout):
     query_projection = "query_key_value"
     output_projection = "dense"
     fused = "query_key_value"
-    fp8_products = True
 
     @classmethod
     def translated(cls, raw: dict[str, Any]) -> dict[str, Any]:

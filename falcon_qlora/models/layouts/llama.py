@@ -92,7 +92,6 @@ class Llama(Layout):
     query_projection = "q_proj"
     output_projection = "o_proj"
     residuals = 2
-    fp8_products = True
 
     @classmethod
     def derived(cls, kept: dict[str, Any]) -> dict[str, Any]:
