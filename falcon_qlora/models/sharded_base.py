@@ -97,7 +97,7 @@ class ShardedBase:
         self._leads = False
         self._arriving: list[Any] = [None, None]  # on the CPU
         if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)
+            self._stream = torch.cuda.Stream(device, priority=-1)  # ahead of the products
             self._arrived = [torch.cuda.Event(), torch.cuda.Event()]
 
     def take(self, linear: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Adapters on a base whose frozen weights are shared out over processes: the replicas' numbers, to the last bit."""
+"""Adapters on a base that is shared out over processes: the numbers of replicas, to the last bit."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from tests.integration.shared_out import CASES
 
 # 7 documents, one at a time: more of them on one process than on another, and each forward takes all.
 SETTINGS = (
-    "-m tiny --max_length 64 -b 1 --global_batch_size 7 --packing false --steps 4 --save_steps 2 --logging_steps 1 "
-    f"--learning_rate 1e-3 --warmup_steps 1 --lora_r 8 --max_rows 60 --dataset_name {sample_rows()}"
+    "-m tiny --max_length 64 -b 1 --global_batch_size 7 --packing false --steps 4 --save_steps 2 "
+    "--logging_steps 1 --learning_rate 1e-3 --warmup_steps 1 --lora_r 8 --max_rows 60 "
+    f"--dataset_name {sample_rows()}"
 ).split()
 SHARED = ("--sharding", "fsdp")
 
