@@ -140,7 +140,6 @@ class ShardedBase:
         """Make a block whole, for what is read outside of a forward pass; all processes call this."""
         self._start(index)
         self._wait(index)
-        self._forget()
 
     def _before_forward(self, index: int, block: nn.Module, args: tuple[Any, ...]) -> None:
         if not self.holds(self._firsts[index].weight):
@@ -196,10 +195,6 @@ class ShardedBase:
             self._arriving[place].wait()
             self._arriving[place] = None
 
-    def _forget(self) -> None:
-        """Guess nothing about the next pass from what came before, which may differ between processes."""
-        self._current, self._backwards = None, False
-
     @contextmanager
     def lead(self) -> Iterator[None]:
         """See `leading`."""
@@ -209,13 +204,11 @@ class ShardedBase:
         finally:
             self._leads = False
             agreement.announce(None)
-            self._forget()
 
     def follow(self) -> None:
         """See the function `follow`."""
         while (index := agreement.listen()) is not None:
             self._start(index)
-        self._forget()
 
 
 def sharded_base_of(model: nn.Module) -> ShardedBase | None:

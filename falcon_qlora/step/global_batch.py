@@ -196,7 +196,10 @@ class Step:
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
         self.counted.fill_(state["counted"])
-        # Shares that are split differ in their number of micro-batches, and each needs all processes.
-        self.halvings = state["halvings"] if self.reduction.can_retry else 0
+        self.halvings = state["halvings"]
+        if self.halvings and not self.reduction.can_retry:
+            # Shares that are split differ in their number of micro-batches, and each needs all processes.
+            self.halvings = 0
+            note("micro-batches were split after OOM, and are whole again: shared out, none can be split")
         self.bad_steps.load_state(state["bad_steps"])
         self.reports.load_state(state["reports"])
