@@ -49,6 +49,7 @@ def check_fits(
     free_bytes: int,
     double_quantization: bool = True,
     processes: int = 1,
+    may_share_out: bool = False,
 ) -> None:
     """Refuse a model whose weights and adapter alone exceed the device; activations come on top of them.
 
@@ -59,6 +60,7 @@ def check_fits(
         free_bytes: free memory of the device.
         double_quantization: whether NF4's scales are quantized too.
         processes: see `weight_bytes`.
+        may_share_out: whether `--sharding fsdp` is another way.
 
     Raises:
         UserError: saying by how much.
@@ -71,10 +73,11 @@ def check_fits(
     if need <= free_bytes:
         return
     lower = {"16bit": "8bit or 4bit", "8bit": "4bit"}.get(quantize_mode)
-    advice = f"Use --quantize_mode {lower}, a" if lower else "Use a"
+    others = [f"--quantize_mode {lower}"] if lower else []
+    others += ["--sharding fsdp"] if may_share_out else []
     raise UserError(
         f"The model does not fit: its weights in {quantize_mode} take {gib(weights, 1)}"
         + (f" and the adapter {gib(adapter, 1)}" if trainable else "")
         + f", the GPU has {gib(free_bytes, 1)} free: {gib(need - free_bytes, 1)} short. "
-        f"{advice} smaller model, or a GPU with more memory free"
+        f"Use {', '.join([*others, 'a smaller model'])}, or a GPU with more memory free"
     )

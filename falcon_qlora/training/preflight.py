@@ -162,5 +162,6 @@ def _check_model(
         free_bytes=torch.cuda.mem_get_info(device)[0],
         double_quantization=settings.double_quantization,
         processes=processes,
+        may_share_out=processes == 1 < ranks.world_size() and not method.is_whole,
     )
     return config

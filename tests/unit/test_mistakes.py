@@ -156,7 +156,10 @@ def test_what_does_not_go_together_is_told_at_once(refused: Refused) -> None:
     assert refused("train -m tiny --bf16 --fp16 --sharding zero3").splitlines() == [
         "2 things to mend",
         "  bf16 and fp16 are both on; choose one with --compute_dtype",
-        "  --sharding zero3 is for --method full: --sharding fsdp shares out the frozen weights under an adapter",
+        (
+            "  --sharding zero3 is for --method full: --sharding fsdp shares out the frozen weights under an "
+            "adapter"
+        ),
     ]
     message = refused("train -m tiny --streaming --resume --overwrite --sample_prompts Hello")
     assert message.splitlines()[0] == "4 things to mend"
