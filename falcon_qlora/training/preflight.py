@@ -115,7 +115,7 @@ def check(configuration: Configuration, lock: RunLock) -> Start:
 
 
 def _check_model(
-    settings: ModelArguments, method: Method, *, sharding: str, on_cpu: bool, processes: int
+    settings: ModelArguments, method: Method, *, sharding: str, on_cpu: bool, processes: int = 1
 ) -> PreTrainedConfig:
     """Refuse a model of unknown layout or too large for the device, before its weights are downloaded.
 

@@ -9,8 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from falcon_qlora.data.sample_data import path as sample_rows
+from falcon_qlora.step import global_batch
+from falcon_qlora.step.bad_steps import BadSteps
+from falcon_qlora.step.global_batch import Step
 from tests.integration.interrupted import assert_same_run
 from tests.integration.runs import ENVIRONMENT, command, metrics, train
 from tests.integration.shared_out import CASES
@@ -81,3 +85,29 @@ def test_a_run_goes_on_shared_out_or_not_and_over_another_number_of_processes(tm
     train(tmp_path / "alone", *SETTINGS)
     for one, three in zip(metrics(tmp_path / "alone"), metrics(tmp_path / "three"), strict=True):
         assert three["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
+def test_micro_batches_that_were_split_are_whole_again_where_each_forward_needs_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def step() -> Step:
+        return Step(
+            torch.nn.Linear(2, 2),
+            device=torch.device("cpu"),
+            processes=1,
+            max_grad_norm=0.0,
+            bad_steps=BadSteps(most=0, rows_of=str, say=print),
+            wants_save=lambda: False,
+            save_failed=lambda: False,
+            at=lambda *place: None,
+        )
+
+    monkeypatch.setattr(global_batch, "needs_all_processes", lambda model: False)
+    replica = step()
+    split = {**replica.state(), "halvings": 2}
+    replica.load_state(split)
+    assert (replica.halvings, replica.reduction.can_retry) == (2, True)
+    monkeypatch.setattr(global_batch, "needs_all_processes", lambda model: True)
+    shared = step()
+    shared.load_state(split)
+    assert (shared.halvings, shared.reduction.can_retry) == (0, False)
