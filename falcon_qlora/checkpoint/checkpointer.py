@@ -37,7 +37,6 @@ from falcon_qlora.common.files import flush, put_in_place
 from falcon_qlora.common.quantities import gib
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.sharded import is_sharded, take_part, whole_bytes, whole_tensors
-from falcon_qlora.models.sharded_base import alone
 from falcon_qlora.processes import agreement, ranks
 from falcon_qlora.processes.endings import sibling_died
 from falcon_qlora.processes.watchdog import WRITER
@@ -210,8 +209,8 @@ class Checkpointer:
             moment.state.best_model_checkpoint = str(self.checkpoint(step))
         if is_sharded(model):
             self._begin_sharded(moment, processes)
-        else:
-            alone(model, lambda: self._try(lambda: self._begin(moment, processes), step))
+        elif ranks.is_main_process():
+            self._try(lambda: self._begin(moment, processes), step)
 
     def settle(self, step: int) -> int | None:
         """Wait until the checkpoint being written is complete or has failed.
