@@ -224,7 +224,7 @@ def _rows_of(configuration: Configuration) -> dict[str, object]:
 
 def _concerns(setting: str, name: str) -> bool:
     method = methods.METHODS[METHODS[name][0]]
-    if setting == "sharding":
+    if setting == "sharding":  # adapters are compared on replicas
         return method.is_whole
     return setting not in methods.method_settings() or setting in method().flags()
 

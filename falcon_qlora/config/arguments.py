@@ -215,9 +215,11 @@ class RunArguments:
     )
     sharding: Literal["auto", "none", "fsdp", "zero3"] = setting(
         "auto",
-        "Of --method full on several processes.\nauto: fsdp where a replica with its optimizer fits no GPU\n"
-        "none: a replica on each\nfsdp: sharded by PyTorch\n"
-        "zero3: sharded by DeepSpeed, with float32 weights beside bf16 ones",
+        "How several processes hold the model.\n"
+        "auto: a replica on each; fsdp where one of --method full with its optimizer fits no GPU\n"
+        "none: a replica on each\nfsdp: shared out, and gathered block by block; under an adapter, of the "
+        "blocks' frozen weights\n"
+        "zero3: --method full sharded by DeepSpeed, with float32 weights beside bf16 ones",
     )
     early_stopping: int = setting(
         0, "Stop after this many evaluations without a better loss; 0: never.", least=0

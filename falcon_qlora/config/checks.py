@@ -237,10 +237,10 @@ def _settle_method(values: Values, laid: Laid) -> None:
                 "adapter on the quantized base, such as --method lora"
             )
         values["quantize_mode"] = "16bit"
-    if values["sharding"] in ("fsdp", "zero3") and not method.is_whole:
+    if values["sharding"] == "zero3" and not method.is_whole:
         raise UserError(
-            f"--sharding {values['sharding']} is for --method full: the base of an adapter is a whole "
-            "replica on every GPU"
+            "--sharding zero3 is for --method full: --sharding fsdp shares out the frozen weights under an "
+            "adapter"
         )
     if values["new_tokens"]:
         values["new_tokens"] = named_tokens(values["new_tokens"])  # a run records the tokens, not their file

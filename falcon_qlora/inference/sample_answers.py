@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerState
 
 from falcon_qlora.inference.generation import generate_batch
+from falcon_qlora.models.sharded_base import alone
 from falcon_qlora.run_folder.directory import Backlog, append_lines
 from falcon_qlora.terminal.console import print_answers
 
@@ -42,11 +43,12 @@ class SampleAnswers(TrainerCallback):
         self._answer("after training", state, kwargs["model"])
 
     def _answer(self, title: str, state: TrainerState, model: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        answers = generate_batch(
-            model, self._tokenizer, [ids for _, ids in self._prompts], max_new_tokens=_MOST_NEW_TOKENS
+        asked = [ids for _, ids in self._prompts]
+        answers = alone(
+            model, lambda: generate_batch(model, self._tokenizer, asked, max_new_tokens=_MOST_NEW_TOKENS)
         )
+        if answers is None:
+            return
         shown = [(prompt, answer) for (prompt, _), answer in zip(self._prompts, answers, strict=True)]
         print_answers(title, shown)
         records = [

@@ -147,6 +147,11 @@ class Method(ABC):
         return False
 
     @property
+    def why_base_stays_whole(self) -> str | None:
+        """Why the base's frozen weights cannot be shared out over processes, or None if they can."""
+        return None
+
+    @property
     def new_token_count(self) -> int:
         """How many tokens it adds to a base's tokenizer."""
         return 0

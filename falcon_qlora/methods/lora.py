@@ -174,6 +174,10 @@ class Lora(Method):
         return self.dropout > 0
 
     @property
+    def why_base_stays_whole(self) -> str | None:
+        return "DoRA reads every weight of the base before the first step" if self.use_dora else None
+
+    @property
     def saved_rank(self) -> int:
         """Rank of the matrices as PEFT has them: slices of rank r are one adapter of their joint rank."""
         return self.r * (len(self.slices or ()) or 1)

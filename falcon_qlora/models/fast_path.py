@@ -44,6 +44,7 @@ from falcon_qlora.models.blocks.fast_block import (
 from falcon_qlora.models.forward import FEW_ROWS, enable_packing, pack_batches
 from falcon_qlora.models.layouts import causal_lm_in
 from falcon_qlora.models.packed_attention import takes_varlen
+from falcon_qlora.models.sharded_base import sharded_base_of
 from falcon_qlora.models.token_rows import pad_head
 
 _FAMILIES: dict[str, ModuleType] = {"falcon": falcon, "llama": llama, "falcon_h1": falcon_h1}
@@ -264,7 +265,8 @@ def apply_fast_path(
     blocks = blocks_of(base)
     report = {}
     keeps = [keep] * len(blocks) if isinstance(keep, str) else keep
-    for block, kept in zip(blocks, keeps, strict=True):
+    shared_out = sharded_base_of(base)
+    for index, (block, kept) in enumerate(zip(blocks, keeps, strict=True)):
         facts = family.block_facts(block, dtype) if family is not None else None
         # Libraries are tried, and may compile, only for blocks that they would run in.
         found = facts if facts is not None and _why_not(facts, fp8_products) is None else None
@@ -297,6 +299,8 @@ def apply_fast_path(
         state = State(kept, workspace, offload, attention, products)
         install(block, family.block_forward, state)
         if fp8_products:
+            if shared_out is not None:
+                shared_out.gather(index)
             parts = family.block_and_adapters(block, state)[0]
             in_fp8 = Fp8Sublayers if isinstance(parts, Sublayers) else Fp8
             state.products = in_fp8.measure(parts)
@@ -356,7 +360,12 @@ def remove_fast_path(model: nn.Module) -> None:
 
 
 def fp8_weight_bytes(model: nn.Module) -> int:
-    """Bytes that `keep_fp8_weights` takes: two per weight of the blocks whose products run in FP8."""
+    """Bytes that `keep_fp8_weights` takes: two per weight of the blocks whose products run in FP8.
+
+    0 where the base is shared out: each process would keep all of it.
+    """
+    if sharded_base_of(model) is not None:
+        return 0
     weights = (weight for products, _ in _fp8_blocks(model) for weight in products.weights)
     return sum(2 * len(weight.of_rows) * len(weight.of_columns) for weight in weights)
 

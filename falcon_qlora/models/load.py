@@ -30,9 +30,10 @@ from falcon_qlora.models.quantize import (
     is_quantized_linear,
     quantize_mode_of,
 )
+from falcon_qlora.models.sharded_base import ShardedBase
 from falcon_qlora.models.sizes import check_fits
 from falcon_qlora.models.undrawn import Undrawn
-from falcon_qlora.processes import devices
+from falcon_qlora.processes import devices, ranks
 
 
 def load_model(
@@ -46,6 +47,7 @@ def load_model(
     llm_int8_threshold: float = 6.0,
     revision: str | None = None,
     seed: int = 0,
+    share_out: bool = False,
 ) -> PreTrainedModel:
     """Load a model onto one device: frozen, in evaluation mode, the linears of its blocks quantized.
 
@@ -64,6 +66,8 @@ def load_model(
         llm_int8_threshold: with ``8bit``, activations above it are multiplied in 16 bits; 0 turns that off.
         revision: of a hub model.
         seed: of random weights.
+        share_out: of the blocks' linears keep only this process's part, see `sharded_base`; all processes
+            load the model then.
 
     Raises:
         UserError: if the model cannot be found, is of no known layout, does not fit, or the mode cannot run
@@ -82,6 +86,7 @@ def load_model(
             trainable=0,
             free_bytes=free_bytes(device),
             double_quantization=double_quantization,
+            processes=ranks.world_size() if share_out else 1,
         )
     model = empty_model(
         checkpoint.config,
@@ -91,8 +96,12 @@ def load_model(
         norms_in_float32=norms_in_float32,
         llm_int8_threshold=llm_int8_threshold,
     )
-    _fill(model, checkpoint.tensors(model, device, dtype), device, dtype, source=checkpoint.name)
+    shards = ShardedBase(model, device, dtype) if share_out else None
+    tensors = checkpoint.tensors(model, device, dtype)
+    _fill(model, tensors, device, dtype, source=checkpoint.name, shards=shards)
     _finish(model, checkpoint.name, device)
+    if shards is not None:
+        shards.finish()
     model.config._commit_hash = revision  # where Transformers used to keep it; it is written to no file
     verify_quantized(model, quantize_mode)
     return model
@@ -211,8 +220,9 @@ def _fill(
     dtype: torch.dtype,
     *,
     source: str,
+    shards: ShardedBase | None,
 ) -> None:
-    """Put each named tensor where it belongs, quantized where its layer is."""
+    """Put each named tensor where it belongs, quantized where its layer is, a part of it where shared out."""
     layout = layout_of(model.config)
     missing = {name: p for name, p in model.named_parameters() if name not in layout.tied}
     for name, tensor in tensors:
@@ -234,6 +244,8 @@ def _fill(
             # A copy where nothing else makes one: the tensor may be a view into a file.
             tensor = tensor.to(kept, copy=tensor.device.type == "cpu")
             setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+        if leaf == "weight" and shards is not None:
+            shards.take(module)
         del tensor
     if missing:
         raise UserError(

@@ -117,6 +117,54 @@ def holds_quantized_weight(module: nn.Module, mode: QuantizeMode) -> bool:
     )
 
 
+def stored_form(layer: Any, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of each tensor that will hold the frozen weight of a linear, filled or not; no bias.
+
+    Args:
+        layer: a linear of a block.
+        dtype: of its weight if it is not quantized.
+    """
+    out, into = layer.out_features, layer.in_features
+    mode = quantize_mode_of(layer)
+    if mode == "16bit":
+        return {"weight": (dtype, (out, into))}
+    if mode == "8bit":
+        return {"weight": (torch.int8, (out, into)), "scales": (torch.float32, (out,))}
+    blocks = -(-out * into // NF4_BLOCK)
+    form: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    form = {"weight": (torch.uint8, ((out * into + 1) // 2, 1)), "scales": (torch.float32, (blocks,))}
+    if layer.weight.compress_statistics:
+        nested = -(-blocks // NF4_NESTED_BLOCK)
+        form |= {"scales": (torch.uint8, (blocks,)), "nested": (torch.float32, (nested,))}
+        form["offset"] = (torch.float32, ())
+    return form
+
+
+def stored(layer: Any) -> dict[str, Tensor]:
+    """The tensors of `stored_form`, of a linear that is filled."""
+    mode, weight = quantize_mode_of(layer), layer.weight.data
+    if mode == "16bit":
+        return {"weight": weight}
+    if mode == "8bit":
+        return {"weight": weight, "scales": int8_scales(layer)}
+    state = layer.weight.quant_state
+    tensors = {"weight": weight, "scales": state.absmax}
+    return tensors | ({"nested": state.state2.absmax, "offset": state.offset} if state.nested else {})
+
+
+def put_stored(layer: Any, tensors: dict[str, Tensor]) -> None:
+    """Have a linear that has not run yet read its weight from other tensors, like those of `stored`."""
+    mode = quantize_mode_of(layer)
+    layer.weight.data = tensors["weight"]
+    if mode == "8bit":
+        layer.weight.CB, layer.weight.SCB = tensors["weight"], tensors["scales"]
+    elif mode == "4bit":
+        state = layer.weight.quant_state
+        state.absmax = tensors["scales"]
+        if state.nested:
+            state.state2.absmax, state.offset = tensors["nested"], tensors["offset"]
+
+
 def dequantized_weight(layer: nn.Linear) -> Tensor:
     """The weight ``[out, in]`` that a block's linear stands for, in floating point."""
     if isinstance(layer, bnb.nn.Linear4bit):

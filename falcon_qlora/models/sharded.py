@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from falcon_qlora.models import zero3
 from falcon_qlora.models.activations import blocks_of
+from falcon_qlora.models.sharded_base import sharded_base_of
 from falcon_qlora.models.tensor_files import split_into_files, write_index
 
 
@@ -42,8 +43,13 @@ def shard(model: nn.Module, device: torch.device) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `model` is sharded over the processes, or will be when training starts."""
+    """Whether what is trained of `model` is sharded over the processes, or will be when training starts."""
     return isinstance(model, FSDPModule) or zero3.is_zero3(model)
+
+
+def needs_all_processes(model: nn.Module) -> bool:
+    """Whether every forward pass needs all processes: what is trained is sharded, or the base under it."""
+    return is_sharded(model) or sharded_base_of(model) is not None
 
 
 def whole_shape(parameter: Any) -> torch.Size:

@@ -16,26 +16,29 @@ def weight_bytes(
     *,
     double_quantization: bool = True,
     compute_bytes: int = 2,
+    processes: int = 1,
 ) -> int:
-    """Bytes of the loaded weights.
+    """Bytes of the loaded weights on one process.
 
     Args:
         config: the model.
         quantize_mode: how its blocks are stored.
         double_quantization: whether NF4's scales are quantized too.
         compute_bytes: bytes a value of the compute dtype takes.
+        processes: over which the blocks' linears are shared out, see `sharded_base`; two blocks are whole.
     """
     layout = layout_of(config)
-    linears = layout.linear_parameter_count()
+    linears, blocks = layout.linear_parameter_count(), config.num_hidden_layers
     rest = (layout.parameter_count() - linears) * compute_bytes
     if quantize_mode == "16bit":
-        return linears * compute_bytes + rest
-    if quantize_mode == "8bit":
-        rows = config.num_hidden_layers * layout.outputs_per_block()
-        return linears + 4 * rows + rest
-    scales = linears // NF4_BLOCK
-    scale_bytes = scales + 4 * (scales // NF4_NESTED_BLOCK) if double_quantization else 4 * scales
-    return linears // 2 + scale_bytes + rest
+        stored = linears * compute_bytes
+    elif quantize_mode == "8bit":
+        stored = linears + 4 * blocks * layout.outputs_per_block()
+    else:
+        scales = linears // NF4_BLOCK
+        scale_bytes = scales + 4 * (scales // NF4_NESTED_BLOCK) if double_quantization else 4 * scales
+        stored = linears // 2 + scale_bytes
+    return rest + (stored if processes == 1 else stored // processes + min(2, blocks) * stored // blocks)
 
 
 def check_fits(
@@ -45,6 +48,8 @@ def check_fits(
     trainable: int,
     free_bytes: int,
     double_quantization: bool = True,
+    processes: int = 1,
+    may_share_out: bool = False,
 ) -> None:
     """Refuse a model whose weights and adapter alone exceed the device; activations come on top of them.
 
@@ -54,20 +59,25 @@ def check_fits(
         trainable: trainable parameters, in float32.
         free_bytes: free memory of the device.
         double_quantization: whether NF4's scales are quantized too.
+        processes: see `weight_bytes`.
+        may_share_out: whether `--sharding fsdp` is another way.
 
     Raises:
         UserError: saying by how much.
     """
-    weights = weight_bytes(config, quantize_mode, double_quantization=double_quantization)
+    weights = weight_bytes(
+        config, quantize_mode, double_quantization=double_quantization, processes=processes
+    )
     adapter = 4 * trainable
     need = weights + adapter
     if need <= free_bytes:
         return
     lower = {"16bit": "8bit or 4bit", "8bit": "4bit"}.get(quantize_mode)
-    advice = f"Use --quantize_mode {lower}, a" if lower else "Use a"
+    others = [f"--quantize_mode {lower}"] if lower else []
+    others += ["--sharding fsdp"] if may_share_out else []
     raise UserError(
         f"The model does not fit: its weights in {quantize_mode} take {gib(weights, 1)}"
         + (f" and the adapter {gib(adapter, 1)}" if trainable else "")
         + f", the GPU has {gib(free_bytes, 1)} free: {gib(need - free_bytes, 1)} short. "
-        f"{advice} smaller model, or a GPU with more memory free"
+        f"Use {', '.join([*others, 'a smaller model'])}, or a GPU with more memory free"
     )

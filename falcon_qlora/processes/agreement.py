@@ -33,6 +33,7 @@ _PIECE_WORDS = 2**22
 _SCATTER = 0x1E3779B97F4A7C15  # odd, with bits of no pattern: the golden ratio's
 # All processes make the same waits in the same order; each wait has its own key in the store.
 _numbers = itertools.count(1)
+_words = itertools.count(1)  # of `announce`, likewise
 
 
 class PeerError(Exception):
@@ -99,6 +100,18 @@ def wait_for_all() -> None:
     if store.add(f"{key}/arrived", 1) == world_size():
         store.set(key, "")
     store.wait([key], _WAIT_LIMIT)
+
+
+def announce(word: Any) -> None:
+    """On the main process: tell every other process, which calls `listen`, a (small, picklable) object."""
+    _store().set(f"falcon_qlora/word/{next(_words)}", pickle.dumps(word))  # type: ignore[arg-type]
+
+
+def listen() -> Any:
+    """On the other processes: the next object that the main process announces."""
+    key, store = f"falcon_qlora/word/{next(_words)}", _store()
+    store.wait([key], _WAIT_LIMIT)
+    return pickle.loads(store.get(key))
 
 
 def leave_word(meeting: str, mine: Any) -> None:

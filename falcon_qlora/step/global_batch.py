@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.batches import Share
 from falcon_qlora.models import zero3
-from falcon_qlora.models.sharded import is_sharded
+from falcon_qlora.models.sharded import is_sharded, needs_all_processes
 from falcon_qlora.processes import stop_signals
 from falcon_qlora.step.agreed import Reports, StepReport, notes
 from falcon_qlora.step.bad_steps import BadSteps
@@ -67,7 +67,8 @@ class Step:
         self.bad_steps = bad_steps
         self._sharded = is_sharded(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.reduction = (ShardedReduction if self._sharded else Reduction)(trained, processes=processes)
+        kind = ShardedReduction if self._sharded else Reduction
+        self.reduction = kind(trained, processes=processes, can_retry=not needs_all_processes(model))
         self._device = device
         self._processes = processes
         self._max_grad_norm = max_grad_norm
@@ -155,7 +156,7 @@ class Step:
         """
         reports = self.reports.take()
         for report in reports:
-            if report.halvings > self.halvings:
+            if report.halvings > self.halvings and self.reduction.can_retry:
                 self.halvings = report.halvings
                 note(
                     f"out of memory at step {report.step + 1}: retried with smaller micro-batches. From here "
@@ -196,5 +197,9 @@ class Step:
         """Restore what `state` returned."""
         self.counted.fill_(state["counted"])
         self.halvings = state["halvings"]
+        if self.halvings and not self.reduction.can_retry:
+            # Shares that are split differ in their number of micro-batches, and each needs all processes.
+            self.halvings = 0
+            note("micro-batches were split after OOM, and are whole again: shared out, none can be split")
         self.bad_steps.load_state(state["bad_steps"])
         self.reports.load_state(state["reports"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -66,6 +65,7 @@ class Reduction:
     Args:
         parameters: the trainable ones.
         processes: how many train together.
+        can_retry: see below.
 
     Attributes:
         weight: factor on a process's loss before the backward pass.
@@ -73,9 +73,8 @@ class Reduction:
         clock: times the all-reduces.
     """
 
-    can_retry: ClassVar[bool] = True
-
-    def __init__(self, parameters: list[nn.Parameter], *, processes: int):
+    def __init__(self, parameters: list[nn.Parameter], *, processes: int, can_retry: bool = True):
+        self.can_retry = can_retry
         self._parameters = parameters
         self._processes = processes
         self.weight = 1
@@ -132,10 +131,10 @@ class Reduction:
 class ShardedReduction(Reduction):
     """Sums only the notes: a sharded model's backward pass already averages the gradients."""
 
-    can_retry: ClassVar[bool] = False
-
-    def __init__(self, parameters: list[nn.Parameter], *, processes: int):
-        super().__init__(parameters, processes=1)  # no buffers, and no process has another's parameters
+    def __init__(self, parameters: list[nn.Parameter], *, processes: int, can_retry: bool = False):
+        super().__init__(
+            parameters, processes=1, can_retry=can_retry
+        )  # no buffers, and no process has another's parameters
         self.weight = processes
 
     def __call__(self, notes: torch.Tensor) -> torch.Tensor:

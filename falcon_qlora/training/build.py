@@ -24,12 +24,19 @@ if TYPE_CHECKING:
 
 
 def model_with_adapter(
-    settings: ModelArguments, method: Method, tokenizer: Any, *, seed: int, adapter: str | None = None
+    settings: ModelArguments,
+    method: Method,
+    tokenizer: Any,
+    *,
+    seed: int,
+    adapter: str | None = None,
+    share_out: bool = False,
 ) -> Any:
-    """The replica on this process's device, made trainable by the method, ready for packed documents.
+    """The model on this process's device, made trainable by the method, ready for packed documents.
 
     Args:
         adapter: the folder of a trained adapter to begin from; None for a fresh one.
+        share_out: whether the frozen weights are shared out over the processes, see `load_model`.
     """
     from falcon_qlora.models.forward import enable_packing
     from falcon_qlora.models.load import load_model
@@ -50,6 +57,7 @@ def model_with_adapter(
             norms_in_float32=settings.norms_in_float32,
             llm_int8_threshold=settings.llm_int8_threshold,
             revision=settings.model_revision,
+            share_out=share_out,
         )
     check_vocabulary(
         tokenizer,

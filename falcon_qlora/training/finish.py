@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from falcon_qlora.data.batches import TrainingSteps
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.hub import push_folder
 from falcon_qlora.models.sharded import is_sharded, take_part
+from falcon_qlora.models.sharded_base import follow, leading, replicated
 from falcon_qlora.processes import agreement, ranks
 from falcon_qlora.processes.stop_signals import Stopped
 from falcon_qlora.run_folder.directory import RunDirectory
@@ -66,8 +66,7 @@ def finish(
     """
     model = trainer.model
     if not is_sharded(model):
-        held = itertools.chain(model.parameters(), model.buffers())
-        require_same_replicas(held, directory.checkpoints, step=trainer.state.global_step)
+        require_same_replicas(replicated(model), directory.checkpoints, step=trainer.state.global_step)
     require_moved(trainer)
     peaks = agreement.gather_objects(peak_memory_gib())
     reductions = agreement.gather_objects(round(trainer.reduction_share(), 4))
@@ -152,7 +151,7 @@ def _keep_adapter(
     def write() -> str | None:
         took_part = False
         try:
-            with replaced_folder(directory.adapter) as folder:
+            with leading(model), replaced_folder(directory.adapter) as folder:
                 took_part = True
                 # Copied already, unless the best model has taken the last one's place.
                 step, held = trainer.state.global_step, None
@@ -187,8 +186,8 @@ def _keep_adapter(
         return None
 
     for tries_left in (1, 0):
-        if is_sharded(model) and not ranks.is_main_process():
-            take_part(model)
+        if not ranks.is_main_process():
+            take_part(model) if is_sharded(model) else follow(model)
         failure = agreement.from_main_process(write)
         if failure is None:
             return

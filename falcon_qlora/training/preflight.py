@@ -98,7 +98,13 @@ def check(configuration: Configuration, lock: RunLock) -> Start:
     if checkpoint is not None:
         resume.adopt(configuration, checkpoint)
     trackers = tracking.choose(run.report_to)
-    config = _check_model(model, configuration.method, sharding=run.sharding, on_cpu=run.device == "cpu")
+    config = _check_model(
+        model,
+        configuration.method,
+        sharding=run.sharding,
+        on_cpu=run.device == "cpu",
+        processes=ranks.world_size() if sharding.shares_out_base(configuration) else 1,
+    )
     sharding.check(configuration, config)
     training = configuration.training
     schedule.check(training, [name for name, origin in configuration.explicit.items() if origin == "flag"])
@@ -108,9 +114,13 @@ def check(configuration: Configuration, lock: RunLock) -> Start:
 
 
 def _check_model(
-    settings: ModelArguments, method: Method, *, sharding: str, on_cpu: bool
+    settings: ModelArguments, method: Method, *, sharding: str, on_cpu: bool, processes: int = 1
 ) -> PreTrainedConfig:
-    """Refuse a model of unknown layout or too large for the device, before its weights are downloaded."""
+    """Refuse a model of unknown layout or too large for the device, before its weights are downloaded.
+
+    Args:
+        processes: over which the base is shared out.
+    """
     import torch
 
     from falcon_qlora.kernels import fp8
@@ -147,5 +157,7 @@ def _check_model(
         trainable=trainable,
         free_bytes=torch.cuda.mem_get_info(device)[0],
         double_quantization=settings.double_quantization,
+        processes=processes,
+        may_share_out=processes == 1 < ranks.world_size() and not method.is_whole,
     )
     return config

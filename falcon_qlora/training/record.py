@@ -19,6 +19,7 @@ from falcon_qlora.models.fingerprint import tokenizer_fingerprint
 from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.quantize import is_quantized_linear
 from falcon_qlora.models.sharded import whole_shape
+from falcon_qlora.models.sharded_base import sharded_base_of
 from falcon_qlora.models.sizes import weight_bytes
 from falcon_qlora.processes import devices, ranks
 from falcon_qlora.run_folder.directory import RunDirectory
@@ -95,6 +96,7 @@ def start_rows(
         settings.quantize_mode,
         double_quantization=settings.double_quantization,
         compute_bytes=model.dtype.itemsize,
+        processes=processes if sharded_base_of(model) is not None else 1,
     )
     nodes = processes // ranks.local_world_size()
     batch = f"{global_batch(run)} × {configuration.data.max_length:,} tokens a step"

@@ -48,7 +48,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
         from falcon_qlora.training.activations import choose_activations, warm_up
         from falcon_qlora.training.base import check_base
         from falcon_qlora.training.disk import check_disk, waiting_saves
-        from falcon_qlora.training.sharding import shard_if_wanted
+        from falcon_qlora.training.sharding import shard_if_wanted, shares_out_base
 
         if not gc.isenabled():  # as `falcon_qlora.train` has it; what the libraries made stays
             gc.freeze()
@@ -62,13 +62,17 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
     with phase("rows", "reading rows"):
         launcher.wait_for(launcher.ROWS)
         tokenizer = rows.load_tokenizer(base, method)
-        data = rows.training_data(configuration.data, run, tokenizer, together=method.is_whole)
+        share_out = shares_out_base(configuration)
+        together = method.is_whole or share_out
+        data = rows.training_data(configuration.data, run, tokenizer, together=together)
     resume.check_data(data, start.checkpoint)
     configuration.log_steps_of_short_run(data.total_steps)
 
     with phase("model", "loading the base model"):
         fingerprint = check_base(base, checkpoint=start.checkpoint, adapter=begin_from)
-        model = build.model_with_adapter(base, method, tokenizer, seed=run.seed, adapter=begin_from)
+        model = build.model_with_adapter(
+            base, method, tokenizer, seed=run.seed, adapter=begin_from, share_out=share_out
+        )
     kernels = choose_kernels(model, kernels=base.kernels, compute_dtype=base.compute_dtype)
     notes = shard_if_wanted(configuration, model)
     activations = choose_activations(

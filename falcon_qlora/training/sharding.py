@@ -1,4 +1,4 @@
-"""Whether a model is sharded over the processes, or trained as a replica on each."""
+"""Whether a model, or the base under an adapter, is sharded over the processes, or a replica on each."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ _USABLE_SHARE = 0.8
 def shard_if_wanted(configuration: Configuration, model: Any) -> list[str]:
     """Shard a model of full fine-tuning over the processes as `--sharding` says.
 
+    The base under an adapter was shared out as it was loaded, if it is.
+
     Returns:
         Notes for the user; none if the model stays a replica.
 
     Raises:
         UserError: if it cannot be sharded that way.
     """
+    if shares_out_base(configuration):
+        return [f"the base's frozen weights are shared out over the {ranks.world_size()} processes"]
     if not _wanted(configuration, model.config):
         return []
     from falcon_qlora.models import sharded, zero3
@@ -56,10 +60,20 @@ def check(configuration: Configuration, config: PreTrainedConfig) -> None:
     """
     if not _wanted(configuration, config):
         return
+    if shares_out_base(configuration):
+        reason = configuration.method.why_base_stays_whole
+        if reason is not None:
+            raise UserError(f"--sharding fsdp: {reason}; give --sharding none")
+        return
     if not has_unsuitable_optimizer_of_recipe(configuration):
         _check(configuration)
     if configuration.run.sharding == "zero3":
         _check_zero3(configuration)
+
+
+def shares_out_base(configuration: Configuration) -> bool:
+    """Whether the frozen weights under an adapter are shared out over the processes, see `sharded_base`."""
+    return configuration.run.sharding == "fsdp" and not configuration.method.is_whole
 
 
 def has_unsuitable_optimizer_of_recipe(configuration: Configuration) -> bool:

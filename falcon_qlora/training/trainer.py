@@ -6,6 +6,7 @@ loop is. `OVERRIDDEN` lists the private methods of Transformers' Trainer that it
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,7 +36,8 @@ from falcon_qlora.data.packing import MicroBatch
 from falcon_qlora.inference.evaluation import Evaluation
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models import zero3
-from falcon_qlora.models.sharded import is_sharded
+from falcon_qlora.models.sharded import is_sharded, needs_all_processes
+from falcon_qlora.models.sharded_base import alone, sharded_base_of
 from falcon_qlora.processes import agreement, endings, stop_signals
 from falcon_qlora.processes.stop_signals import Stopped
 from falcon_qlora.processes.watchdog import Watchdog
@@ -163,7 +165,9 @@ class FalconTrainer(SFTTrainer):
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         # Without DistributedDataParallel: the step, or a sharded model itself, sums gradients.
-        prepared = self.accelerator.prepare_model(model, evaluation_mode=True)
+        # A base that is shared out must not move; on a CPU others get copied to one by a number.
+        stays = False if sharded_base_of(model) is not None else None
+        prepared = self.accelerator.prepare_model(model, device_placement=stays, evaluation_mode=True)
         prepared._is_accelerate_prepared = True
         if not zero3.is_zero3(model):
             return prepared
@@ -222,11 +226,12 @@ class FalconTrainer(SFTTrainer):
         return self.step(model, inputs)
 
     def _probe(self, model: nn.Module, batch: MicroBatch) -> None:
-        if is_sharded(self.model):  # whose processes would have to agree on it
-            return
         self.meter.pause("evaluation")
         self._watchdog.at(self.state.global_step + 1, 0, "trying the packing")
-        found = self.leak_probe = leak_probe.probe(model, batch, self.args.device)
+        probe = functools.partial(leak_probe.probe, model, batch, self.args.device)
+        # The others may have too few documents to take part in as many forward passes.
+        found = alone(model, probe) if needs_all_processes(model) else probe()
+        self.leak_probe = found
         if found is not None and (warning := leak_probe.warning(found, self.model)) is not None:
             note(warning)
         self.meter.resume()
@@ -488,7 +493,7 @@ class FalconTrainer(SFTTrainer):
         was_training = self.model.training
         self.model.eval()
         total = torch.zeros((), device=self.args.device, dtype=torch.float64)
-        sharded, place = is_sharded(self.model), self.accelerator.process_index
+        sharded, place = needs_all_processes(self.model), self.accelerator.process_index
         for batch in evaluation.share(place, self.accelerator.num_processes, even=sharded):
             self._watchdog.at(self.state.global_step, 4, "evaluating")
             total += evaluated(

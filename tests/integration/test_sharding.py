@@ -99,7 +99,8 @@ def test_a_large_model_is_written_file_by_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--method", "lora"], "--sharding fsdp is for --method full"),
+        (["--use_dora", "--gpus", "2"], "--sharding fsdp: DoRA reads every weight of the base before the"),
+        (["--sharding", "zero3", "--gpus", "2"], "--sharding zero3 is for --method full: --sharding fsdp"),
         (["--method", "full", "--gpus", "1"], "there is only one"),
         (["--method", "full", "--gpus", "2", "--optim", "adamw_bnb_8bit"], "give --optim adamw_torch_fused"),
     ],

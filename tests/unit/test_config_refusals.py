@@ -338,9 +338,9 @@ def test_settings_are_checked_together_with_those_of_the_run_that_goes_on(tmp_pa
     before = config.parse(["-m", "tiny", "--method", "full", "--max_steps", "9"])
     (tmp_path / "checkpoints").mkdir()
     write(tmp_path / "config.yaml", **before.resolved())
-    words = ["--resume", str(tmp_path), "--sharding", "fsdp", "--gpus", "2"]
+    words = ["--resume", str(tmp_path), "--sharding", "zero3", "--gpus", "2"]
     launch = config.parse(words, extra_arguments=LaunchArguments)
-    assert (launch.method.name, launch.run.sharding, launch.extra.gpus) == ("full", "fsdp", 2)
+    assert (launch.method.name, launch.run.sharding, launch.extra.gpus) == ("full", "zero3", 2)
     write(tmp_path / "config.yaml", **config.parse(["-m", "tiny"]).resolved())
-    with pytest.raises(UserError, match="--sharding fsdp is for --method full"):
+    with pytest.raises(UserError, match="--sharding zero3 is for --method full"):
         config.parse(words, extra_arguments=LaunchArguments)

@@ -217,3 +217,22 @@ def test_gradients_that_come_as_activations_go_are_not_counted_beside_them() -> 
     more = stay.bytes(["none"] * 60) - go.bytes(["none"] * 60)
     assert more / 1e9 == pytest.approx(89.7 - 87.9, rel=0.05)
     assert stay.bytes(["offload"] * 60) == go.bytes(["offload"] * 60)
+
+
+@pytest.mark.parametrize(
+    ("name", "card_bytes", "predicted_gb"),
+    [("falcon-40b", 24 * 2**30, 18.8), ("falcon-180b", 80 * 10**9, 64.8)],
+)
+def test_two_cards_that_share_a_base_out_train_what_neither_holds(
+    name: str, card_bytes: int, predicted_gb: float
+) -> None:
+    one = step(name, optimizer_bytes=allocated_optimizer_bytes("paged_adamw_8bit"))
+    whole, part = (weight_bytes(one.config, "4bit", processes=processes) for processes in (1, 2))
+    blocks: list[Checkpointing] = ["offload"] * one.config.num_hidden_layers
+    adapter = 4 * one.trainable
+    assert one.bytes(blocks) + adapter + part == pytest.approx(predicted_gb * 1e9, rel=0.01)
+    assert one.fits(blocks, card_bytes - adapter - part)
+    assert not one.fits(blocks, card_bytes - adapter - whole)
+    # tests.integration.shared_out counts what the processes hold: a part of the linears, and two blocks.
+    rest = 2 * (layout_of(one.config).parameter_count() - layout_of(one.config).linear_parameter_count())
+    assert part - rest == pytest.approx((whole - rest) * (1 / 2 + 2 / one.config.num_hidden_layers), rel=1e-6)

@@ -153,10 +153,13 @@ def test_all_that_is_wrong_is_told_at_once_in_the_order_in_which_it_was_typed(re
 
 
 def test_what_does_not_go_together_is_told_at_once(refused: Refused) -> None:
-    assert refused("train -m tiny --bf16 --fp16 --sharding fsdp").splitlines() == [
+    assert refused("train -m tiny --bf16 --fp16 --sharding zero3").splitlines() == [
         "2 things to mend",
         "  bf16 and fp16 are both on; choose one with --compute_dtype",
-        "  --sharding fsdp is for --method full: the base of an adapter is a whole replica on every GPU",
+        (
+            "  --sharding zero3 is for --method full: --sharding fsdp shares out the frozen weights under an "
+            "adapter"
+        ),
     ]
     message = refused("train -m tiny --streaming --resume --overwrite --sample_prompts Hello")
     assert message.splitlines()[0] == "4 things to mend"
