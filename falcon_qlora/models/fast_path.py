@@ -360,12 +360,7 @@ def remove_fast_path(model: nn.Module) -> None:
 
 
 def fp8_weight_bytes(model: nn.Module) -> int:
-    """Bytes that `keep_fp8_weights` takes: two per weight of the blocks whose products run in FP8.
-
-    0 where the base is shared out: each process would keep all of it.
-    """
-    if sharded_base_of(model) is not None:
-        return 0
+    """Bytes that `keep_fp8_weights` takes: two per weight of the blocks whose products run in FP8."""
     weights = (weight for products, _ in _fp8_blocks(model) for weight in products.weights)
     return sum(2 * len(weight.of_rows) * len(weight.of_columns) for weight in weights)
 

@@ -99,8 +99,9 @@ def choose_activations(
 
 def _keep_fp8_weights(model: Any, step: Step, blocks: list[Checkpointing], free_bytes: int) -> bool:
     from falcon_qlora.models.fast_path import fp8_weight_bytes, keep_fp8_weights
+    from falcon_qlora.models.sharded_base import sharded_base_of
 
-    needed = fp8_weight_bytes(model)
+    needed = 0 if sharded_base_of(model) is not None else fp8_weight_bytes(model)  # each would keep all of it
     if not needed or set(blocks) != {"none"} or not step.fits(blocks, free_bytes, beside=needed):
         return False
     keep_fp8_weights(model)
@@ -151,7 +152,7 @@ def warm_up(trainer: FalconTrainer, run: RunArguments, *, max_length: int) -> No
     """
     from falcon_qlora.kernels.compiling import compiled_ahead
     from falcon_qlora.models.activations import a_block_of_each_kind, has_fast_blocks
-    from falcon_qlora.models.sharded import is_sharded
+    from falcon_qlora.models.sharded import needs_all_processes
     from falcon_qlora.models.zero3 import is_zero3
     from falcon_qlora.step.loss import sum_of_losses
 
@@ -171,7 +172,8 @@ def warm_up(trainer: FalconTrainer, run: RunArguments, *, max_length: int) -> No
         loss.backward()
 
     try:
-        if not is_sharded(model) and has_fast_blocks(model):
+        # Which blocks are few depends on this process's memory, and all must gather the same.
+        if not needs_all_processes(model) and has_fast_blocks(model):
             with compiled_ahead(), a_block_of_each_kind(model):
                 there_and_back()
             model.zero_grad(set_to_none=True)
