@@ -21,6 +21,7 @@ from falcon_qlora.common.errors import (
 from falcon_qlora.common.version import VERSION
 from falcon_qlora.processes import ranks
 from falcon_qlora.processes.stop_signals import ctrl_c_ends_native_code
+from falcon_qlora.processes.watchdog import NATIVE_MINUTES, end_native_code_after
 from falcon_qlora.terminal.output import shown_as_text
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         late_imports.put_off()
     ranks.stand_alone()  # the ranks are `train`'s workers, which do not come by here
     with shown_as_text(), ctrl_c_ends_native_code(for_good=argv is None):
+        end_native_code_after(NATIVE_MINUTES)
         return _main(words)
 
 

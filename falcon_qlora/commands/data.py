@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from falcon_qlora.common.errors import UserError, printable
 from falcon_qlora.common.settings import setting
 from falcon_qlora.config import Configuration, parse
+from falcon_qlora.processes.watchdog import end_native_code_after
 from falcon_qlora.terminal.console import console
 from falcon_qlora.terminal.library_logging import quiet_libraries
 from falcon_qlora.terminal.output import say_loading
@@ -38,6 +39,7 @@ def main(argv: list[str]) -> int:
     """Run the command and return its exit status."""
     configuration = parse(argv, verb="data", extra_arguments=DataReportArguments)
     # Only now, so that a wrong flag is reported at once.
+    end_native_code_after(configuration.run.hang_minutes)
     say_loading()
     quiet_libraries()
     from falcon_qlora.commands.first_look import look_at_rows

@@ -28,6 +28,7 @@ from falcon_qlora.config import Configuration
 from falcon_qlora.config.arguments import LaunchArguments
 from falcon_qlora.processes import command_clock, launcher
 from falcon_qlora.processes.launcher import SAME_REQUEST_SECONDS, STOP_SIGNALS
+from falcon_qlora.processes.watchdog import end_native_code_after
 from falcon_qlora.terminal.output import drop_what_cannot_be_written, say_loading
 
 # On these, torchrun's agent ends the workers. The launcher handles the signals that ask a run to stop.
@@ -54,6 +55,7 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
     configuration = config.configure(given, extra_arguments=LaunchArguments)
     launch: LaunchArguments = configuration.extra
     _check(launch)
+    end_native_code_after(configuration.run.hang_minutes)
     say_loading()
     processes = _processes(launch.gpus)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -10,6 +10,7 @@ import re
 import threading
 import unicodedata
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 EXIT_USER_ERROR = 2
 EXIT_BUG = 1
@@ -43,8 +44,19 @@ class PanicError(Exception):
     """Native code of a library has panicked."""
 
 
-# Thread → the work of others' native code that it waits for.
-_native: dict[int, str] = {}
+@dataclass(frozen=True, eq=False)
+class NativeWork:
+    """A piece of work that others' native code does.
+
+    Attributes:
+        what: it does, and on which file.
+    """
+
+    what: str
+
+
+# Thread → the work that it waits for.
+_native: dict[int, NativeWork] = {}
 
 
 @contextlib.contextmanager
@@ -56,7 +68,7 @@ def panics_as_errors(work: str = "") -> Iterator[None]:
     """
     thread = threading.get_ident()
     if work:
-        _native[thread] = work
+        _native[thread] = NativeWork(work)
     try:
         yield
     except BaseException as error:
@@ -69,9 +81,9 @@ def panics_as_errors(work: str = "") -> Iterator[None]:
             _native.pop(thread, None)
 
 
-def native_work() -> str:
-    """What others' native code is doing, on any thread; "" where that is not known."""
-    return next(iter(_native.copy().values()), "")
+def native_work() -> list[NativeWork]:
+    """What others' native code is doing, on any thread, as far as that is known."""
+    return list(_native.copy().values())
 
 
 @contextlib.contextmanager

@@ -74,9 +74,9 @@ _requests = _Requests()
 
 def _leave(number: int) -> None:
     """End this process, whose main thread has not heeded a signal; say what it waits for, if known."""
-    if work := native_work():
+    for work in native_work()[:1]:
         name = signal.Signals(number).name
-        print(f"error: native code does not heed {name}, {work}", file=sys.stderr, flush=True)
+        print(f"error: native code does not heed {name}, {work.what}", file=sys.stderr, flush=True)
     os._exit(128 + number)
 
 

@@ -8,9 +8,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from falcon_qlora.common.errors import EXIT_HANGING
 from falcon_qlora.config import Configuration
 from falcon_qlora.processes import agreement, endings, launcher, ranks
 from falcon_qlora.processes.command_clock import command_began
+from falcon_qlora.processes.watchdog import end_native_code_after
 
 if TYPE_CHECKING:
     from falcon_qlora.run_folder.lock import RunLock
@@ -59,6 +61,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
     max_length, method = configuration.data.max_length, configuration.method
     begin_from = run.adapter if start.checkpoint is None else None
 
+    end_native_code_after(run.hang_minutes, status=EXIT_HANGING)
     with phase("rows", "reading rows"):
         launcher.wait_for(launcher.ROWS)
         tokenizer = rows.load_tokenizer(base, method)
