@@ -83,7 +83,7 @@ def _look_at_corpora(configuration: Configuration, tokenizer: Any) -> _Look:
         data,
         tokenizer,
         seed=run.seed,
-        progress=lambda message: console().print(f"{message} …", style="dim"),
+        progress=lambda message: console().print(printable(f"{message} …"), style="dim"),
     )
     shown = [corpus.dataset[index] for index in report.spread(len(corpus.lengths), configuration.extra.show)]
     efficiency = report.fill(

@@ -36,14 +36,14 @@ def main(argv: list[str]) -> int:
     from falcon_qlora.models.checkpoints import read_folder_config
     from falcon_qlora.models.locate import find_folder
     from falcon_qlora.models.tokenizer import check_vocabulary
-    from falcon_qlora.terminal.console import console, note, patience
+    from falcon_qlora.terminal.console import console, note, patience, print_plain
     from falcon_qlora.training import rows, start_adapter
 
     start_adapter.adopt(configuration)
     settings, data = configuration.model, configuration.data
     name = settings.model_name_or_path
     for download in _downloads(configuration):
-        console().print(
+        print_plain(
             f"{download.kind} {download.repository}: {gib(download.total_bytes)}, "
             f"{gib(download.missing_bytes)} to download; "
             f"{gib(download.free_bytes, 1)} free in {download.cache}"
@@ -63,12 +63,12 @@ def main(argv: list[str]) -> int:
         )
 
     if name.startswith("random:"):
-        console().print(f"model: {name} is made on the device, there is nothing to download")
+        print_plain(f"model: {name} is made on the device, there is nothing to download")
     else:
         folder = find_folder(name, revision=settings.model_revision)
         size, added = read_folder_config(folder).vocab_size, configuration.method.new_token_count
         check_vocabulary(tokenizer, size, name=name, added=added)
-        console().print(f"model: {name} is in {folder}", soft_wrap=True)
+        print_plain(f"model: {name} is in {folder}")
     console().print("ready: the same flags now train without a network (HF_HUB_OFFLINE=1)")
     return 0
 

@@ -22,7 +22,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from falcon_qlora import config
-from falcon_qlora.common.errors import EXIT_BEREFT, EXIT_BUG, EXIT_HANGING, EXIT_USER_ERROR, UserError
+from falcon_qlora.common.errors import (
+    EXIT_BEREFT,
+    EXIT_BUG,
+    EXIT_HANGING,
+    EXIT_USER_ERROR,
+    UserError,
+    printable,
+)
 from falcon_qlora.common.files import temporary_folder
 from falcon_qlora.config import Configuration
 from falcon_qlora.config.arguments import LaunchArguments
@@ -305,7 +312,7 @@ def _say_how_to_go_on(folder: Path) -> None:
     """Print what the workers left to be said if they end by an error: how to resume."""
     go_on = folder / launcher.GO_ON
     if go_on.exists():
-        print(go_on.read_text(encoding="utf-8"), file=sys.stderr)
+        print(printable(go_on.read_text(encoding="utf-8")), file=sys.stderr)
 
 
 def _check(launch: LaunchArguments) -> None:

@@ -33,11 +33,22 @@ class UserError(Exception):
     """Something the user can fix: the message says what is wrong, where, and what to do.
 
     A command prints only the message, once for all ranks, and exits with status 2. Passwords and keys are
-    removed from URLs in it, as messages end up in logs. Of a value of any length its ends are shown.
+    removed from URLs in it, as messages end up in logs. Of a value of any length its ends are shown. A line
+    stays one line: what a file's name or a value in it has of line breaks is shown as its escape.
+
+    Args:
+        lines: of the message; mostly one.
     """
 
-    def __init__(self, message: str):
-        super().__init__("\n".join(map(_cut, without_credentials(message).split("\n"))))
+    def __init__(self, *lines: str):
+        super().__init__(*(_cut(printable(without_credentials(line), keep="\t")) for line in lines))
+
+    @property
+    def lines(self) -> list[str]:
+        return list(self.args)
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
 
 
 class PanicError(Exception):
@@ -68,7 +79,7 @@ def panics_as_errors(work: str = "") -> Iterator[None]:
     """
     thread = threading.get_ident()
     if work:
-        _native[thread] = NativeWork(work)
+        _native[thread] = NativeWork(printable(work))
     try:
         yield
     except BaseException as error:
@@ -124,7 +135,7 @@ def message_of(error: Exception) -> str | None:
     if not isinstance(error, OSError) or not error.errno:
         return None
     if isinstance(error.filename, str | bytes):
-        return f"error: {os.fsdecode(error.filename)}: {error.strerror}"
+        return f"error: {printable(os.fsdecode(error.filename))}: {error.strerror}"
     # The error of a failed write may not name its file; without any, ENOENT is of temporary folders.
     return f"error: {error.strerror}" if error.errno in (*_OF_A_DISK, errno.ENOENT) else None
 
