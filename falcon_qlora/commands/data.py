@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.common.errors import UserError, printable
+from falcon_qlora.common.quantities import counted
 from falcon_qlora.common.settings import setting
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.processes.watchdog import end_native_code_after
@@ -136,5 +137,5 @@ def _look_at_stream(configuration: Configuration, tokenizer: Any) -> _Look:
     told += [("note", line) for line in told_changed(counts)]
     told += [("documents", f"{len(documents):,}"), ("tokens", f"{lengths.sum():,}")]
     told.append(("trained tokens", f"{targets:,} ({targets / lengths.sum():.1%})"))
-    table = report.labelled(f"the stream's first {len(documents):,} documents", told)
+    table = report.labelled(f"the stream's first {counted(len(documents), 'document')}", told)
     return documents[: configuration.extra.show], [table], lengths, "stream"

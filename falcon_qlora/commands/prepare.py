@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from falcon_qlora.common.quantities import gib
+from falcon_qlora.common.quantities import counted, gib
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.processes.watchdog import end_native_code_after
 from falcon_qlora.terminal.library_logging import quiet_libraries
@@ -57,8 +57,8 @@ def main(argv: list[str]) -> int:
         with patience() as doing:
             corpus, held_out = rows.corpora(data, tokenizer, seed=configuration.run.seed, progress=doing)
         console().print(
-            f"data: {len(corpus.lengths):,} documents, {int(corpus.lengths.sum()):,} tokens"
-            + (f"; held out {len(held_out.lengths):,} documents" if held_out is not None else "")
+            f"data: {counted(len(corpus.lengths), 'document')}, {counted(int(corpus.lengths.sum()), 'token')}"
+            + (f"; held out {counted(len(held_out.lengths), 'document')}" if held_out is not None else "")
             + ", tokenized and cached"
         )
 

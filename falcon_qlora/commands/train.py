@@ -35,6 +35,7 @@ from falcon_qlora.config import Configuration
 from falcon_qlora.config.arguments import LaunchArguments
 from falcon_qlora.processes import command_clock, launcher
 from falcon_qlora.processes.launcher import SAME_REQUEST_SECONDS, STOP_SIGNALS
+from falcon_qlora.processes.stop_signals import Ended
 from falcon_qlora.processes.watchdog import end_native_code_after
 from falcon_qlora.terminal.output import drop_what_cannot_be_written, say_loading
 
@@ -159,7 +160,7 @@ class _StopOnce:
             _send(workers, signal.SIGKILL)
         # An exception from a signal handler may get lost; then the agent sees that the workers have ended.
         _send(workers, signal.SIGTERM)
-        raise _Ended(signal.Signals(number))
+        raise Ended(signal.Signals(number))
 
     def _trains(self, workers: list[int]) -> bool:
         """Whether the workers have something to save: restarted workers that are still loading have not."""
@@ -179,7 +180,7 @@ class _StopOnce:
         by_request = {128 + number for number in numbers} | {-number for number in numbers}
         if not by_request.issuperset(codes.values()):
             return None
-        return _end(_Ended(signal.Signals(self._asked_with)), self._folder)
+        return _end(Ended(signal.Signals(self._asked_with)), self._folder)
 
 
 def _children() -> list[int]:
@@ -199,13 +200,6 @@ def _send(processes: list[int], number: int) -> None:
             os.kill(process, number)
 
 
-class _Ended(BaseException):
-    """Raised by a signal handler to end everything. Not an Exception, which the agent might catch."""
-
-    def __init__(self, number: signal.Signals):
-        self.number = number
-
-
 def _run_one(words: list[str], folder: Path, meanwhile: Callable[[], None]) -> int:
     """Run the only worker and turn how it ended into an exit status.
 
@@ -223,11 +217,11 @@ def _run_one(words: list[str], folder: Path, meanwhile: Callable[[], None]) -> i
             with contextlib.suppress(_WorkerEnded), _raised_at_the_end_of(worker):
                 meanwhile()
             code = worker.wait()
-        except _Ended as asked:
+        except Ended as asked:
             ended = asked
             if worker is not None:
                 worker.terminate()
-                with contextlib.suppress(subprocess.TimeoutExpired, _Ended):
+                with contextlib.suppress(subprocess.TimeoutExpired, Ended):
                     worker.wait(_LEAVE_SECONDS)
                 worker.kill()
                 worker.wait()
@@ -261,20 +255,20 @@ def _launch(torchrun_argv: list[str], folder: Path) -> int:
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         return stop.status(codes) or _status(codes, folder)
-    except _Ended as asked:
+    except Ended as asked:
         return _end(asked, folder)
     except SignalException as asked:  # one of _AGENT_SIGNALS
-        return _end(_Ended(asked.sigval), folder)
+        return _end(Ended(asked.sigval), folder)
     finally:
         logging.disable(disabled)
     return 0
 
 
-def _end(asked: _Ended, folder: Path) -> int:
+def _end(asked: Ended, folder: Path) -> int:
     """The exit status of a launcher that a signal has ended; further signals are ignored."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    print(f"error: ended by {asked.number.name} on {socket.gethostname()}", file=sys.stderr)
+    print(f"error: {asked}", file=sys.stderr)
     _say_how_to_go_on(folder)
     return 128 + asked.number
 

@@ -23,7 +23,7 @@ from rich.text import Text
 
 from falcon_qlora.common.errors import printable
 from falcon_qlora.common.files import quoted
-from falcon_qlora.common.quantities import duration
+from falcon_qlora.common.quantities import counted, duration
 from falcon_qlora.processes import ranks
 from falcon_qlora.terminal.notebook import in_notebook
 from falcon_qlora.terminal.output import below
@@ -150,7 +150,10 @@ def print_end(summary: Mapping[str, Any], contents: Sequence[Path], *, adapter: 
         ("speed", joined(speed, samples)),
         ("memory", memory),
         ("processes", reduced),
-        ("skipped", f"{summary['bad_steps']:,} steps, not finite" if summary.get("bad_steps") else ""),
+        (
+            "skipped",
+            f"{counted(summary['bad_steps'], 'step')}, not finite" if summary.get("bad_steps") else "",
+        ),
         ("packing", _packing_of(summary.get("leak_probe"))),
         *[("" if index else "wrote", path) for index, path in enumerate(written)],
         ("opens with", f"falcon_qlora, not plain PEFT (LoRA on {', '.join(refused)})" if refused else ""),

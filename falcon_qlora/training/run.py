@@ -100,6 +100,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
             model=model,
             trackers=start.trackers,
             describe_adapter=describe_adapter,
+            settings=resume.compared_settings(configuration),
             began=began,
         )
         with phase("first_step", "preparing the first step"):

@@ -363,7 +363,7 @@ class TestLauncher:
         for _ in range(3):
             stop(signal.SIGINT, None)
         assert sent == [(7, signal.SIGINT)]
-        with pytest.raises(train._Ended):
+        with pytest.raises(train.Ended):
             stop(signal.SIGTERM, None)
         assert sent[:2] == [(7, signal.SIGINT), (7, signal.SIGKILL)]
 

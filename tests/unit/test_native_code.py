@@ -31,7 +31,7 @@ import hashlib, time
 from falcon_qlora.common.errors import panics_as_errors
 from falcon_qlora.processes import stop_signals
 stop_signals._LEAVE_SECONDS = 0.5
-with stop_signals.ctrl_c_ends_native_code(), panics_as_errors("reading x.json"):
+with stop_signals.stop_signals_raise(), panics_as_errors("reading x.json"):
     try:
         print("at work", flush=True)
         {work}
