@@ -25,6 +25,7 @@ from falcon_qlora.common.files import temporary_folder
 from falcon_qlora.common.fp8 import fp8_excludes
 from falcon_qlora.common.quantities import GB, GIB
 from falcon_qlora.common.untrusted import of_a_run, read_json
+from falcon_qlora.processes import launcher
 from falcon_qlora.run_folder.directory import RunDirectory
 
 _PACKED = 2048  # positions of a packed sequence: guanaco's longest documents fit
@@ -213,11 +214,9 @@ def measure(
     with temporary_folder() as folder:
         output = folder / "run"
         command = row.words(output, steps=steps, on_gpu=on_gpu)
-        # The worker ends the command when this process ends, even if it is killed.
-        tied = [sys.executable, "-m", "falcon_qlora.commands.worker", str(os.getpid()), "falcon_qlora"]
         started = time.perf_counter()
         result = subprocess.run(
-            [*tied, *command],
+            [sys.executable, "-m", *launcher.tied("falcon_qlora", *command)],
             env={**os.environ, **(environment or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

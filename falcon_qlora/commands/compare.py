@@ -27,6 +27,7 @@ from falcon_qlora.compare.figures import Compared
 from falcon_qlora.compare.finished import runs_in
 from falcon_qlora.compare.plan import METHODS, Planned
 from falcon_qlora.config.arguments import LaunchArguments
+from falcon_qlora.processes import launcher
 from falcon_qlora.run_folder.choose import RUNS, choose
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal.library_logging import quiet_libraries
@@ -247,7 +248,8 @@ def _train(run: Planned, folder: Path, child: _Child, *, overwrite: bool) -> tup
             where["overwrite"] = True
     if child.asked is not None:
         raise _StoppedError(128 + child.asked)
-    command = [sys.executable, "-m", "falcon_qlora", "train", *config.as_words(run.settings | where)]
+    words = launcher.tied("falcon_qlora", "train", *config.as_words(run.settings | where))
+    command = [sys.executable, "-m", *words]
     status, told = child.run(command)
     done = status == 0 and directory.summary_file.exists()
     # A run that was asked to stop and saved a checkpoint has status 0.

@@ -41,7 +41,6 @@ from falcon_qlora.terminal.output import drop_what_cannot_be_written, say_loadin
 
 # On these, torchrun's agent ends the workers. The launcher handles the signals that ask a run to stop.
 _AGENT_SIGNALS = "SIGHUP,SIGQUIT"
-_WORKER = "falcon_qlora.commands.worker"
 # How long a terminated worker has to exit; torchrun's agent gives it as long.
 _LEAVE_SECONDS = 30
 
@@ -71,7 +70,7 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
     with command_clock.told_to_workers(), temporary_folder() as folder:
         os.environ[launcher.VARIABLE] = str(folder)
         flags = config.as_words({name: value for name, value in given.items() if not hasattr(launch, name)})
-        words = [_WORKER, str(os.getpid()), worker_module, *flags]
+        words = launcher.tied(worker_module, *flags)
         try:
             if processes == 1 and _on_one_node(launch) and launch.max_restarts == 0:
                 held = launcher.hold(folder / launcher.ROWS)

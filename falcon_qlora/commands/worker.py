@@ -1,5 +1,7 @@
 """The process that the launcher starts: it runs the training module and dies with the launcher.
 
+A command that starts others, such as `compare`, starts them so too.
+
 Torch's agent stops the workers when it exits normally. If it cannot (it was killed, or Ctrl-C came again
 while it waited for them), the operating system's kernel does.
 """
