@@ -254,8 +254,11 @@ def _say_what_differs(processes: int, *, draws: bool) -> None:
         note(f"{changed}, and the losses agree up to the rounding of sums taken in another order")
 
 
-def check_data(data: TrainingData, checkpoint: str | None) -> None:
-    """Refuse to resume on other documents than the run began with.
+def check_data(data: TrainingData, checkpoint: str | None, tokenizer: str) -> None:
+    """Refuse to resume on other documents than the run began with; note what else has changed.
+
+    Args:
+        tokenizer: the name of the one that was used.
 
     Raises:
         UserError: if the rows or their tokens have changed.
@@ -275,6 +278,9 @@ def check_data(data: TrainingData, checkpoint: str | None) -> None:
             f"--resume: the data is not what the run began with{changed}. Bring the old data back, or start "
             "a new run"
         )
+    folder = Path(checkpoint)
+    if (folder / RECORD).is_file() and is_as_recorded(tokenizer, "tokenizer", read_record(folder)) is False:
+        note(f"the tokenizer {tokenizer} has changed since the run began; the rows' tokens are the same")
 
 
 def _tell_other_template(data: TrainingData, checkpoint: Path) -> None:

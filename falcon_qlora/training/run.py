@@ -66,7 +66,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
         launcher.wait_for(launcher.ROWS)
         tokenizer = rows.load_tokenizer(base, method)
         data = rows.training_data(configuration.data, run, tokenizer, together=method.is_whole)
-    resume.check_data(data, start.checkpoint)
+    resume.check_data(data, start.checkpoint, base.tokenizer_name_or_path or base.model_name_or_path)
     configuration.log_steps_of_short_run(data.total_steps)
 
     with phase("model", "loading the base model"):
