@@ -73,10 +73,10 @@ def test_merge(processes: Processes) -> None:
 
 def test_prepare_and_its_cache(processes: Processes) -> None:
     words = ["prepare", "-m", "tiny", "--dataset_name", "rows.jsonl", "--max_length", "64"]
-    told = done(processes, *words, "--cache_dir", "whole")
+    told = done(processes, *words, "--cache_dir", "whole").splitlines()[-3:]
     for there in ("cache/.*-partial-*", "cache/.*-partial-*/documents.arrow", "cache/[0-9a-f]*"):
         killed_when(processes, there, *words, "--cache_dir", "cache")
-    assert done(processes, *words, "--cache_dir", "cache") == told
+    assert done(processes, *words, "--cache_dir", "cache").splitlines()[-3:] == told
     files = [sorted(each.rglob("*")) for each in (processes.folder / "cache", processes.folder / "whole")]
     names = [[path.relative_to(processes.folder).parts[1:] for path in found] for found in files]
     assert names[0] == names[1]  # nothing of the killed ones is left
