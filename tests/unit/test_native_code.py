@@ -124,8 +124,11 @@ def test_the_hang_watch_ends_it_while_rows_are_read(tmp_path: Path, words: list[
     processes = Processes(tmp_path)
     more = ["--hang_minutes", "0.05", "-m", "model", "--dataset_name", "rows.jsonl"]
     process = processes.start("falcon_qlora", *words, *more, XDG_CACHE_HOME=str(tmp_path / "cache"))
-    _, errors = process.communicate(timeout=120)
-    assert processes.none_left()
+    try:
+        _, errors = process.communicate(timeout=120)
+        assert processes.none_left()
+    finally:
+        processes.end()
     assert process.returncode == 1
     assert re.fullmatch(
         rf"error: native code has not returned for \d s, {where} \S*model/tokenizer.json: take .*\n", errors
