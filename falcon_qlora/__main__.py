@@ -20,7 +20,8 @@ from falcon_qlora.common.errors import (
 )
 from falcon_qlora.common.version import VERSION
 from falcon_qlora.processes import ranks
-from falcon_qlora.processes.stop_signals import ctrl_c_ends_native_code
+from falcon_qlora.processes.stop_signals import Ended, stop_signals_raise
+from falcon_qlora.processes.watchdog import NATIVE_MINUTES, end_native_code_after
 from falcon_qlora.terminal.output import shown_as_text
 
 if TYPE_CHECKING:
@@ -34,13 +35,15 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command line.
 
     Returns:
-        The exit status: 0, 2 for what the user can fix, 1 for any other error, 130 after Ctrl-C.
+        The exit status: 0, 2 for what the user can fix, 1 for any other error, 128 + a signal that ended it
+        (130 after Ctrl-C).
     """
     words = sys.argv[1:] if argv is None else argv
     if argv is None and words[:1] != ["bench"]:  # which compiles the models of others
         late_imports.put_off()
     ranks.stand_alone()  # the ranks are `train`'s workers, which do not come by here
-    with shown_as_text(), ctrl_c_ends_native_code(for_good=argv is None):
+    with shown_as_text(), stop_signals_raise(for_good=argv is None):
+        end_native_code_after(NATIVE_MINUTES)
         return _main(words)
 
 
@@ -54,6 +57,9 @@ def _main(words: list[str]) -> int:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Ended as asked:
+        print(f"error: {asked}", file=sys.stderr)
+        return 128 + asked.number
     except BrokenPipeError:
         # The reader of the output is gone; closing stderr keeps Python from reporting that at exit.
         sys.stderr.close()

@@ -2,11 +2,13 @@
 
     python -m tests.endurance --minutes 60 [--seed 7] [--draws 40]
 
-Settings are drawn, and for each run so are a signal, the process that gets it and the moment. The run goes
+Settings are drawn, and for each run so are a signal, the process that gets it and the moment. There is the
+launcher, in which torchrun's agent runs, and there are the ranks, which tokenize in threads. The run goes
 on from its last checkpoint until it is done; then every number and the adapter must be, to the last bit,
 those of the run with the same settings that nothing happened to. After each interruption no process may be
-left, no checkpoint lost, and no more than one error told. Of the interruptions 60 % must land inside a step,
-a save or an evaluation. The seed is printed; the same seed draws the same. `endurance_log.txt` has some.
+left, no checkpoint lost, and no more than one error told. Of the interruptions 60 % must land inside a
+step, a save or an evaluation. The seed is printed; the same seed draws the same. `endurance_log.txt` has
+some.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ import re
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,9 +21,11 @@ from typing import Any
 
 from falcon_qlora.bench import say
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.files import temporary_folder
 from falcon_qlora.common.fp8 import fp8_excludes
 from falcon_qlora.common.quantities import GB, GIB
 from falcon_qlora.common.untrusted import of_a_run, read_json
+from falcon_qlora.processes import launcher
 from falcon_qlora.run_folder.directory import RunDirectory
 
 _PACKED = 2048  # positions of a packed sequence: guanaco's longest documents fit
@@ -212,14 +213,12 @@ def measure(
     """
     if not on_gpu and row.command.compute_dtype == "fp8":
         return Measured(row=row, failure=f"not run: {fp8_excludes(device='cpu', capability=None)}")
-    with tempfile.TemporaryDirectory(prefix="falcon_qlora_") as folder:
-        output = Path(folder) / "run"
+    with temporary_folder() as folder:
+        output = folder / "run"
         command = row.words(output, steps=steps, on_gpu=on_gpu)
-        # The worker ends the command when this process ends, even if it is killed.
-        tied = [sys.executable, "-m", "falcon_qlora.commands.worker", str(os.getpid()), "falcon_qlora"]
         started = time.perf_counter()
         result = subprocess.run(
-            [*tied, *command],
+            [sys.executable, "-m", *launcher.tied("falcon_qlora", *command)],
             env={**os.environ, **({} if row.card is None else _only(row.card)), **(environment or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -314,9 +313,9 @@ def whole_runs(rows: Sequence[Row], *, steps: int, warmup: int, run: Run) -> Ite
         The figures, and a note on them.
     """
     for row in rows:
-        with tempfile.TemporaryDirectory(prefix="falcon_qlora_") as folder:
+        with temporary_folder() as folder:
             for caches in ("cold", "warm"):
-                cached, variables = with_caches(replace(row, caches=caches), Path(folder))
+                cached, variables = with_caches(replace(row, caches=caches), folder)
                 measured = run(cached, steps, min(warmup, steps - 1), variables)
                 yield measured, "from the command to the adapter on disk, with the recipe's checkpoints"
 

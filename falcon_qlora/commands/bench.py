@@ -25,6 +25,7 @@ from falcon_qlora.common.quantities import counted
 from falcon_qlora.common.settings import setting, settings_of
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.methods.lora import Lora
+from falcon_qlora.processes.watchdog import end_native_code_after
 from falcon_qlora.terminal.library_logging import quiet_libraries
 from falcon_qlora.terminal.output import say_loading
 
@@ -91,6 +92,7 @@ def main(argv: list[str], *, whole_runs: Any = scaling.whole_runs) -> int:
         whole_runs: does what ``--whole_run`` asks for.
     """
     configuration = parse(argv, verb="bench", extra_arguments=BenchArguments)
+    end_native_code_after(configuration.run.hang_minutes)
     wanted: BenchArguments = configuration.extra
     if wanted.list_variants:
         print("\n".join(f"{variant.name:<30} {variant.what}" for variant in VARIANTS.values()))

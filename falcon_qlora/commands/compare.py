@@ -20,13 +20,14 @@ from falcon_qlora.checkpoint import manifest
 from falcon_qlora.commands.first_look import look
 from falcon_qlora.commands.train import stop_signals_to
 from falcon_qlora.commands.words import split
-from falcon_qlora.common.errors import EXIT_BUG, EXIT_USER_ERROR, UserError
+from falcon_qlora.common.errors import EXIT_BUG, EXIT_USER_ERROR, UserError, printable
 from falcon_qlora.common.settings import setting
 from falcon_qlora.compare import plan, report
 from falcon_qlora.compare.figures import Compared
 from falcon_qlora.compare.finished import runs_in
 from falcon_qlora.compare.plan import METHODS, Planned
 from falcon_qlora.config.arguments import LaunchArguments
+from falcon_qlora.processes import launcher
 from falcon_qlora.run_folder.choose import RUNS, choose
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal.library_logging import quiet_libraries
@@ -118,7 +119,7 @@ def _train_all(given: dict[str, Any]) -> int:
     # Around the whole loop: after a signal between two runs, too, how to continue must be printed.
     with stop_signals_to(child.take):
         for number, run in enumerate(runs, 1):
-            print(f"\n{run.folder} ({number} of {len(runs)})", flush=True)
+            print(f"\n{printable(str(run.folder))} ({number} of {len(runs)})", flush=True)
             status, reason = 0, refused.get(run.name)
             if reason is None:
                 try:
@@ -128,7 +129,7 @@ def _train_all(given: dict[str, Any]) -> int:
                     break
             if reason is not None:
                 refused[run.name] = reason
-                print(f"{run.folder} is left out: {reason}", flush=True)
+                print(printable(f"{run.folder} is left out: {reason}"), flush=True)
             failed |= status == EXIT_BUG and not _OUT_OF_MEMORY.search(reason or "")
             made = replace(made, compared=[*made.compared, _compared(run, folder, reason)])
             written = made.write(folder)
@@ -155,7 +156,7 @@ def _compared(run: Planned, folder: Path, reason: str | None) -> Compared:
 
 
 def _show(made: report.Comparison, written: list[Path]) -> None:
-    print(f"\n{made.markdown()}\nWritten: {', '.join(map(str, written))}", flush=True)
+    print(f"\n{made.markdown()}\nWritten: {printable(', '.join(map(str, written)))}", flush=True)
 
 
 def _has_shapes_of_7b(planned: Planned) -> bool:
@@ -237,7 +238,7 @@ def _train(run: Planned, folder: Path, child: _Child, *, overwrite: bool) -> tup
     if overwrite:
         where["overwrite"] = True
     elif directory.summary_file.exists():
-        print(f"trained already: {directory}", flush=True)
+        print(printable(f"trained already: {directory}"), flush=True)
         return 0, None
     else:
         checkpoint, _ = manifest.newest_whole(directory.checkpoints)
@@ -247,7 +248,8 @@ def _train(run: Planned, folder: Path, child: _Child, *, overwrite: bool) -> tup
             where["overwrite"] = True
     if child.asked is not None:
         raise _StoppedError(128 + child.asked)
-    command = [sys.executable, "-m", "falcon_qlora", "train", *config.as_words(run.settings | where)]
+    words = launcher.tied("falcon_qlora", "train", *config.as_words(run.settings | where))
+    command = [sys.executable, "-m", *words]
     status, told = child.run(command)
     done = status == 0 and directory.summary_file.exists()
     # A run that was asked to stop and saved a checkpoint has status 0.

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.common.errors import UserError, printable
+from falcon_qlora.common.quantities import counted
 from falcon_qlora.common.settings import setting
 from falcon_qlora.config import Configuration, parse
+from falcon_qlora.processes.watchdog import end_native_code_after
 from falcon_qlora.terminal.console import console
 from falcon_qlora.terminal.library_logging import quiet_libraries
 from falcon_qlora.terminal.output import say_loading
@@ -38,6 +40,7 @@ def main(argv: list[str]) -> int:
     """Run the command and return its exit status."""
     configuration = parse(argv, verb="data", extra_arguments=DataReportArguments)
     # Only now, so that a wrong flag is reported at once.
+    end_native_code_after(configuration.run.hang_minutes)
     say_loading()
     quiet_libraries()
     from falcon_qlora.commands.first_look import look_at_rows
@@ -81,7 +84,7 @@ def _look_at_corpora(configuration: Configuration, tokenizer: Any) -> _Look:
         data,
         tokenizer,
         seed=run.seed,
-        progress=lambda message: console().print(f"{message} …", style="dim"),
+        progress=lambda message: console().print(printable(f"{message} …"), style="dim"),
     )
     shown = [corpus.dataset[index] for index in report.spread(len(corpus.lengths), configuration.extra.show)]
     efficiency = report.fill(
@@ -134,5 +137,5 @@ def _look_at_stream(configuration: Configuration, tokenizer: Any) -> _Look:
     told += [("note", line) for line in told_changed(counts)]
     told += [("documents", f"{len(documents):,}"), ("tokens", f"{lengths.sum():,}")]
     told.append(("trained tokens", f"{targets:,} ({targets / lengths.sum():.1%})"))
-    table = report.labelled(f"the stream's first {len(documents):,} documents", told)
+    table = report.labelled(f"the stream's first {counted(len(documents), 'document')}", told)
     return documents[: configuration.extra.show], [table], lengths, "stream"

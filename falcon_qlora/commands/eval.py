@@ -21,6 +21,7 @@ from falcon_qlora.common.files import check_writable, write_json
 from falcon_qlora.common.settings import setting
 from falcon_qlora.config import Configuration
 from falcon_qlora.inference.base_and_adapter import Source, load_adapted, load_measured, tokenizer_of
+from falcon_qlora.processes.watchdog import end_native_code_after
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal.console import note, print_plain
 from falcon_qlora.terminal.library_logging import quiet_libraries
@@ -53,6 +54,7 @@ def main(argv: list[str]) -> int:
         raise UserError("no text to measure on: name it with --dataset_name FILE")
 
     # Only now, so that a wrong flag is reported at once.
+    end_native_code_after(configuration.run.hang_minutes)
     say_loading(aside=True)
     quiet_libraries()
     source, _ = source_of(configuration, folder, named=named)

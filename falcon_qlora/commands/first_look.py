@@ -129,7 +129,7 @@ def look_at_held_out(data: DataArguments) -> None:
         else:
             _look_at_split(RowSettings(**row_settings(data)), data.eval_split)
     except UserError as error:
-        raise UserError(f"{error}{NAME_ANOTHER}") from None
+        raise UserError(*error.lines, NAME_ANOTHER) from None
 
 
 def _look_at_split(settings: RowSettings, split: str) -> None:

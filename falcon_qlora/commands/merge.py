@@ -24,6 +24,7 @@ from falcon_qlora.inference.base_and_adapter import Source, load_measured, token
 from falcon_qlora.merge.out import check_disk, check_out, shard_bytes
 from falcon_qlora.methods.adapter_folder import read_record
 from falcon_qlora.methods.table import method_named
+from falcon_qlora.processes.watchdog import end_native_code_after
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal.console import note, print_plain, progress
 from falcon_qlora.terminal.library_logging import quiet_libraries
@@ -79,6 +80,7 @@ def main(argv: list[str]) -> int:
             f"{folder} was trained with {method.title} and cannot be merged: {method.why_not_merged}. Use it "
             "as it is: falcon-qlora generate and falcon_qlora.load_adapter open it"
         )
+    end_native_code_after(configuration.run.hang_minutes)
     say_loading()
     quiet_libraries()
     source, record = source_of(configuration, folder, named=named)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from falcon_qlora.commands.first_look import look_at_model
-from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.errors import UserError, printable
 from falcon_qlora.common.record_files import CERTIFICATE
 from falcon_qlora.config import Configuration, configure, read_flags
 from falcon_qlora.inference.base_and_adapter import Source, adapter_folder
@@ -136,4 +136,4 @@ def _is_merge(name: str) -> bool:
 
 def note_aside(message: str) -> None:
     """Print a note on standard error, apart from a command's results."""
-    print(f"note: {message}", file=sys.stderr)
+    print(printable(f"note: {message}"), file=sys.stderr)

@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
     quiet_libraries()
     from falcon_qlora.models.layouts import layout_of
     from falcon_qlora.models.locate import find_config, find_outline
-    from falcon_qlora.terminal.console import console
+    from falcon_qlora.terminal.console import console, print_plain
     from falcon_qlora.training import start_adapter
 
     start_adapter.adopt(configuration)
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         head = config.vocab_size * config.hidden_size
         totals = {"together, the embedding being the output head too": f"{total:,}"}
         totals["with the output head counted apart"] = f"{total + head:,}"
-    console().print(f"Model: {configuration.model.model_name_or_path}")
+    print_plain(f"Model: {configuration.model.model_name_or_path}")
     console().print(_table(layout.base_parameter_kinds(), totals))
     console().print(f"\nTrained: {method.describe()}")
     kinds = {group.kind + " (the base's own)" * group.of_base: group.count for group in groups}

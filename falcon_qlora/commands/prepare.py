@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from falcon_qlora.common.quantities import gib
+from falcon_qlora.common.quantities import counted, gib
 from falcon_qlora.config import Configuration, parse
+from falcon_qlora.processes.watchdog import end_native_code_after
 from falcon_qlora.terminal.library_logging import quiet_libraries
 from falcon_qlora.terminal.output import say_loading
 
@@ -24,6 +25,7 @@ def main(argv: list[str]) -> int:
     """Run the command and return its exit status."""
     configuration = parse(argv, verb="prepare")
     # Only now, so that a wrong flag is reported at once.
+    end_native_code_after(configuration.run.hang_minutes)
     say_loading()
     quiet_libraries()
     from falcon_qlora.commands.first_look import look_at_model, look_at_rows
@@ -34,14 +36,14 @@ def main(argv: list[str]) -> int:
     from falcon_qlora.models.checkpoints import read_folder_config
     from falcon_qlora.models.locate import find_folder
     from falcon_qlora.models.tokenizer import check_vocabulary
-    from falcon_qlora.terminal.console import console, note, patience
+    from falcon_qlora.terminal.console import console, note, patience, print_plain
     from falcon_qlora.training import rows, start_adapter
 
     start_adapter.adopt(configuration)
     settings, data = configuration.model, configuration.data
     name = settings.model_name_or_path
     for download in _downloads(configuration):
-        console().print(
+        print_plain(
             f"{download.kind} {download.repository}: {gib(download.total_bytes)}, "
             f"{gib(download.missing_bytes)} to download; "
             f"{gib(download.free_bytes, 1)} free in {download.cache}"
@@ -55,18 +57,18 @@ def main(argv: list[str]) -> int:
         with patience() as doing:
             corpus, held_out = rows.corpora(data, tokenizer, seed=configuration.run.seed, progress=doing)
         console().print(
-            f"data: {len(corpus.lengths):,} documents, {int(corpus.lengths.sum()):,} tokens"
-            + (f"; held out {len(held_out.lengths):,} documents" if held_out is not None else "")
+            f"data: {counted(len(corpus.lengths), 'document')}, {counted(int(corpus.lengths.sum()), 'token')}"
+            + (f"; held out {counted(len(held_out.lengths), 'document')}" if held_out is not None else "")
             + ", tokenized and cached"
         )
 
     if name.startswith("random:"):
-        console().print(f"model: {name} is made on the device, there is nothing to download")
+        print_plain(f"model: {name} is made on the device, there is nothing to download")
     else:
         folder = find_folder(name, revision=settings.model_revision)
         size, added = read_folder_config(folder).vocab_size, configuration.method.new_token_count
         check_vocabulary(tokenizer, size, name=name, added=added)
-        console().print(f"model: {name} is in {folder}", soft_wrap=True)
+        print_plain(f"model: {name} is in {folder}")
     console().print("ready: the same flags now train without a network (HF_HUB_OFFLINE=1)")
     return 0
 

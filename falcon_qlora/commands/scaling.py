@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,6 +18,7 @@ from falcon_qlora.bench.variants import Mode
 from falcon_qlora.commands.bench import BenchArguments, status_of
 from falcon_qlora.commands.words import names, numbers
 from falcon_qlora.common.errors import UserError, nearest
+from falcon_qlora.common.files import temporary_folder
 from falcon_qlora.common.quantities import counted
 from falcon_qlora.config import Configuration, as_words
 from falcon_qlora.config.checks import why_unread
@@ -48,8 +48,8 @@ def run(configuration: Configuration, models: list[str], whole_runs: Any) -> int
         The exit status: 0, or 1 where a row broke.
     """
     bench = _Bench(configuration, models)
-    with tempfile.TemporaryDirectory(prefix="falcon_qlora_") as folder:
-        bench.measure_all(Path(folder), whole_runs)
+    with temporary_folder() as folder:
+        bench.measure_all(folder, whole_runs)
     bench.finish()
     return status_of([each.failure for each in bench.measured])
 

@@ -22,17 +22,25 @@ from pathlib import Path
 from typing import IO, Any
 
 from falcon_qlora import config
-from falcon_qlora.common.errors import EXIT_BEREFT, EXIT_BUG, EXIT_HANGING, EXIT_USER_ERROR, UserError
+from falcon_qlora.common.errors import (
+    EXIT_BEREFT,
+    EXIT_BUG,
+    EXIT_HANGING,
+    EXIT_USER_ERROR,
+    UserError,
+    printable,
+)
 from falcon_qlora.common.files import temporary_folder
 from falcon_qlora.config import Configuration
 from falcon_qlora.config.arguments import LaunchArguments
 from falcon_qlora.processes import command_clock, launcher
 from falcon_qlora.processes.launcher import SAME_REQUEST_SECONDS, STOP_SIGNALS
+from falcon_qlora.processes.stop_signals import Ended
+from falcon_qlora.processes.watchdog import end_native_code_after
 from falcon_qlora.terminal.output import drop_what_cannot_be_written, say_loading
 
 # On these, torchrun's agent ends the workers. The launcher handles the signals that ask a run to stop.
 _AGENT_SIGNALS = "SIGHUP,SIGQUIT"
-_WORKER = "falcon_qlora.commands.worker"
 # How long a terminated worker has to exit; torchrun's agent gives it as long.
 _LEAVE_SECONDS = 30
 
@@ -54,6 +62,7 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
     configuration = config.configure(given, extra_arguments=LaunchArguments)
     launch: LaunchArguments = configuration.extra
     _check(launch)
+    end_native_code_after(configuration.run.hang_minutes)
     say_loading()
     processes = _processes(launch.gpus)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -61,7 +70,7 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
     with command_clock.told_to_workers(), temporary_folder() as folder:
         os.environ[launcher.VARIABLE] = str(folder)
         flags = config.as_words({name: value for name, value in given.items() if not hasattr(launch, name)})
-        words = [_WORKER, str(os.getpid()), worker_module, *flags]
+        words = launcher.tied(worker_module, *flags)
         try:
             if processes == 1 and _on_one_node(launch) and launch.max_restarts == 0:
                 held = launcher.hold(folder / launcher.ROWS)
@@ -150,7 +159,7 @@ class _StopOnce:
             _send(workers, signal.SIGKILL)
         # An exception from a signal handler may get lost; then the agent sees that the workers have ended.
         _send(workers, signal.SIGTERM)
-        raise _Ended(signal.Signals(number))
+        raise Ended(signal.Signals(number))
 
     def _trains(self, workers: list[int]) -> bool:
         """Whether the workers have something to save: restarted workers that are still loading have not."""
@@ -170,7 +179,7 @@ class _StopOnce:
         by_request = {128 + number for number in numbers} | {-number for number in numbers}
         if not by_request.issuperset(codes.values()):
             return None
-        return _end(_Ended(signal.Signals(self._asked_with)), self._folder)
+        return _end(Ended(signal.Signals(self._asked_with)), self._folder)
 
 
 def _children() -> list[int]:
@@ -190,13 +199,6 @@ def _send(processes: list[int], number: int) -> None:
             os.kill(process, number)
 
 
-class _Ended(BaseException):
-    """Raised by a signal handler to end everything. Not an Exception, which the agent might catch."""
-
-    def __init__(self, number: signal.Signals):
-        self.number = number
-
-
 def _run_one(words: list[str], folder: Path, meanwhile: Callable[[], None]) -> int:
     """Run the only worker and turn how it ended into an exit status.
 
@@ -214,11 +216,11 @@ def _run_one(words: list[str], folder: Path, meanwhile: Callable[[], None]) -> i
             with contextlib.suppress(_WorkerEnded), _raised_at_the_end_of(worker):
                 meanwhile()
             code = worker.wait()
-        except _Ended as asked:
+        except Ended as asked:
             ended = asked
             if worker is not None:
                 worker.terminate()
-                with contextlib.suppress(subprocess.TimeoutExpired, _Ended):
+                with contextlib.suppress(subprocess.TimeoutExpired, Ended):
                     worker.wait(_LEAVE_SECONDS)
                 worker.kill()
                 worker.wait()
@@ -252,20 +254,20 @@ def _launch(torchrun_argv: list[str], folder: Path) -> int:
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         return stop.status(codes) or _status(codes, folder)
-    except _Ended as asked:
+    except Ended as asked:
         return _end(asked, folder)
     except SignalException as asked:  # one of _AGENT_SIGNALS
-        return _end(_Ended(asked.sigval), folder)
+        return _end(Ended(asked.sigval), folder)
     finally:
         logging.disable(disabled)
     return 0
 
 
-def _end(asked: _Ended, folder: Path) -> int:
+def _end(asked: Ended, folder: Path) -> int:
     """The exit status of a launcher that a signal has ended; further signals are ignored."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    print(f"error: ended by {asked.number.name} on {socket.gethostname()}", file=sys.stderr)
+    print(f"error: {asked}", file=sys.stderr)
     _say_how_to_go_on(folder)
     return 128 + asked.number
 
@@ -303,7 +305,7 @@ def _say_how_to_go_on(folder: Path) -> None:
     """Print what the workers left to be said if they end by an error: how to resume."""
     go_on = folder / launcher.GO_ON
     if go_on.exists():
-        print(go_on.read_text(encoding="utf-8"), file=sys.stderr)
+        print(printable(go_on.read_text(encoding="utf-8")), file=sys.stderr)
 
 
 def _check(launch: LaunchArguments) -> None:

@@ -1,23 +1,28 @@
 """The process that the launcher starts: it runs the training module and dies with the launcher.
 
+A command that starts others, such as `compare`, starts them so too.
+
 Torch's agent stops the workers when it exits normally. If it cannot (it was killed, or Ctrl-C came again
 while it waited for them), the operating system's kernel does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import runpy
 import signal
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 from falcon_qlora.processes import launcher
 
 _PR_SET_PDEATHSIG = 1
 _INTERRUPT_SECONDS = 5.0
+_OOM_SCORE = 100  # thousandths of the memory there is
 
 
 def main() -> None:
@@ -50,6 +55,10 @@ def _end_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+    # Where memory runs out the kernel is to kill this process and not the launcher, which tells of it.
+    likely = Path("/proc/self/oom_score_adj")
+    with contextlib.suppress(OSError, ValueError):
+        likely.write_text(str(min(1000, int(likely.read_text()) + _OOM_SCORE)), encoding="ascii")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import re
 import threading
 import unicodedata
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 EXIT_USER_ERROR = 2
 EXIT_BUG = 1
@@ -32,19 +33,41 @@ class UserError(Exception):
     """Something the user can fix: the message says what is wrong, where, and what to do.
 
     A command prints only the message, once for all ranks, and exits with status 2. Passwords and keys are
-    removed from URLs in it, as messages end up in logs. Of a value of any length its ends are shown.
+    removed from URLs in it, as messages end up in logs. Of a value of any length its ends are shown. A line
+    stays one line: what a file's name or a value in it has of line breaks is shown as its escape.
+
+    Args:
+        lines: of the message; mostly one.
     """
 
-    def __init__(self, message: str):
-        super().__init__("\n".join(map(_cut, without_credentials(message).split("\n"))))
+    def __init__(self, *lines: str):
+        super().__init__(*(_cut(printable(without_credentials(line), keep="\t")) for line in lines))
+
+    @property
+    def lines(self) -> list[str]:
+        return list(self.args)
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
 
 
 class PanicError(Exception):
     """Native code of a library has panicked."""
 
 
-# Thread → the work of others' native code that it waits for.
-_native: dict[int, str] = {}
+@dataclass(frozen=True, eq=False)
+class NativeWork:
+    """A piece of work that others' native code does.
+
+    Attributes:
+        what: it does, and on which file.
+    """
+
+    what: str
+
+
+# Thread → the work that it waits for.
+_native: dict[int, NativeWork] = {}
 
 
 @contextlib.contextmanager
@@ -56,7 +79,7 @@ def panics_as_errors(work: str = "") -> Iterator[None]:
     """
     thread = threading.get_ident()
     if work:
-        _native[thread] = work
+        _native[thread] = NativeWork(printable(work))
     try:
         yield
     except BaseException as error:
@@ -69,9 +92,9 @@ def panics_as_errors(work: str = "") -> Iterator[None]:
             _native.pop(thread, None)
 
 
-def native_work() -> str:
-    """What others' native code is doing, on any thread; "" where that is not known."""
-    return next(iter(_native.copy().values()), "")
+def native_work() -> list[NativeWork]:
+    """What others' native code is doing, on any thread, as far as that is known."""
+    return list(_native.copy().values())
 
 
 @contextlib.contextmanager
@@ -112,7 +135,7 @@ def message_of(error: Exception) -> str | None:
     if not isinstance(error, OSError) or not error.errno:
         return None
     if isinstance(error.filename, str | bytes):
-        return f"error: {os.fsdecode(error.filename)}: {error.strerror}"
+        return f"error: {printable(os.fsdecode(error.filename))}: {error.strerror}"
     # The error of a failed write may not name its file; without any, ENOENT is of temporary folders.
     return f"error: {error.strerror}" if error.errno in (*_OF_A_DISK, errno.ENOENT) else None
 

@@ -287,7 +287,7 @@ def refuse(faults: Sequence[str], heading: str = "{} things to mend") -> None:
     """Raise the faults: a single one by itself, several on a line each under `heading`."""
     if faults:
         lines = [heading.format(len(faults)), *(f"  {fault}" for fault in faults)]
-        raise UserError(faults[0] if len(faults) == 1 else "\n".join(lines))
+        raise UserError(*(faults if len(faults) == 1 else lines))
 
 
 def _same(earlier: str, flag: str) -> UserError:

@@ -28,7 +28,7 @@ _TOKENIZER = frozenset("model_name_or_path tokenizer_name_or_path model_revision
 _MODEL = _names(ModelArguments) | {"device"}
 _START = frozenset({"adapter", "adapter_sha256"})
 _ORDER = frozenset("packing padding train_sampling_strategy streaming".split())  # these change no document
-_ROWS = _names(DataArguments) - _ORDER
+_ROWS = _names(DataArguments) - _ORDER | {"hang_minutes"}
 _NEW_TOKENS = frozenset({"method", "new_tokens"})
 # A bench of whole commands sets these itself, or they would make its figures another recipe's.
 BENCH_SETS = frozenset(

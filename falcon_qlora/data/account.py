@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from falcon_qlora.common.errors import UserError, printable
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.json_rows import spelled
 
 # Each row may have other keys. Past this many different ones, the rest are counted together.
@@ -198,9 +198,9 @@ def nothing_left(
         told: lines of `Account.told`.
     """
     lines = [*(f"dropped: {each}" for each in told_dropped(accounts)), *told]
-    causes = "".join(f"\n  {printable(line)}" for line in lines)
     return UserError(
-        f"{', '.join(names)}: nothing is left to train on. Rows read ({read_as}): {rows_read:,}{causes}"
+        f"{', '.join(names)}: nothing is left to train on. Rows read ({read_as}): {rows_read:,}",
+        *(f"  {line}" for line in lines),
     )
 
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import sha256, write_json
+from falcon_qlora.common.quantities import counted
 from falcon_qlora.common.untrusted import read_json
 from falcon_qlora.data import cache
 from falcon_qlora.data.account import Account
@@ -160,7 +161,7 @@ class Tokenizing:
         total = sum(rows_of_parts)
         if total == 0:
             raise UserError(f"{source.name}: the data is empty, there is no row in it")
-        self.progress(f"tokenizing {total:,} rows of {source.name}")
+        self.progress(f"tokenizing {counted(total, 'row')} of {source.name}")
         with quiet_datasets(), _tokenizer_threads(self.num_proc):
             shown = datasets.utils.tqdm(rows, desc="tokenizing", total=total, unit=" rows")
             _write(folder / "documents.arrow", encoder, iter(shown), account)

@@ -85,7 +85,7 @@ def files_of_folder(folder: Path, name: str, split: str) -> tuple[Sequence[Path]
     notes = [f"{name}: not read, {why}: {listed(names)}" for why, names in sorted(left_out.items())]
     if not files:
         cures = {cure for names in left_out.values() for each in names if (cure := cure_of(Path(each)))}
-        raise UserError("\n".join([f"{name}: the folder holds no {kinds()} file", *notes, *sorted(cures)]))
+        raise UserError(f"{name}: the folder holds no {kinds()} file", *notes, *sorted(cures))
     of_split: dict[str, list[str]] = defaultdict(list)
     for path in sorted(files):
         inside = path.relative_to(folder)

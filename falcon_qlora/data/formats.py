@@ -143,11 +143,12 @@ def recognise(
         # If several formats fit, a renamed column says which one is meant.
         fitting.sort(key=lambda name: not set(FORMATS[name].required) & set(renamed))
         if not fitting:
-            needs = "\n".join(f"  {name}: {each.description}" for name, each in FORMATS.items())
             raise UserError(
-                f"{source}: the columns fit no format.\nIt has {listed(found)}. The formats need\n{needs}\n"
+                f"{source}: the columns fit no format.",
+                f"It has {listed(found)}. The formats need",
+                *(f"  {name}: {each.description}" for name, each in FORMATS.items()),
                 "Name your columns with --text_column, --instruction_column, --output_column and so on"
-                f"{_suggest(found) or _guess(found, arrays)}."
+                f"{_suggest(found) or _guess(found, arrays)}.",
             )
         dataset_format = fitting[0]
     elif dataset_format not in FORMATS:

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from falcon_qlora.common.errors import printable
+from falcon_qlora.common.quantities import counted
 from falcon_qlora.data.corpus import Corpus, Statistics
 from falcon_qlora.data.packing import Plan, deal
 from falcon_qlora.terminal import drawing
@@ -77,8 +78,8 @@ def summary(corpus: Corpus, *, title: str, efficiency: float | None = None) -> T
     """
     rows: list[tuple[str, str]] = []
     for use in corpus.sources:
-        counted = ", ".join(filter(None, [f"{use.rows_read:,} rows", use.drawn()]))
-        rows.append((use.name, f"{counted}: {use.read_as()}"))
+        how_many = ", ".join(filter(None, [counted(use.rows_read, "row"), use.drawn()]))
+        rows.append((use.name, f"{how_many}: {use.read_as()}"))
         rows += [("note", note) for note in (*use.notes, *use.told())]
     rows += _statistics_rows(corpus.statistics, corpus.dropped())
     rows.append(("tokens in a document", _quantiles(corpus.lengths)))
@@ -106,7 +107,9 @@ def _statistics_rows(statistics: Statistics, dropped: list[str]) -> list[tuple[s
             4, ("pieces dropped", f"{statistics.documents_dropped_masked:,} (no answer token in them)")
         )
     if statistics.rows_trained_too:
-        rows.append(("trained too", f"{statistics.rows_trained_too:,} rows are in the training data as well"))
+        rows.append(
+            ("trained too", f"{counted(statistics.rows_trained_too, 'row')}, in the training data as well")
+        )
     return rows
 
 

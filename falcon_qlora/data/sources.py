@@ -402,10 +402,10 @@ def _hub_errors(source: HubSource) -> Iterator[None]:
     ) as error:
         raise UserError(
             f"--dataset_name {name}: the hub cannot be reached, and this machine's cache does not have the "
-            f"data set ({first_line(error)}).\n"
+            f"data set ({first_line(error)}).",
             "To run offline: run `falcon-qlora prepare` with the same flags on a machine that reaches the "
             "hub, bring its Hugging Face cache (HF_HOME, by default ~/.cache/huggingface) here and set "
-            f"HF_HUB_OFFLINE=1; or name a local {kinds()} file or a folder of them"
+            f"HF_HUB_OFFLINE=1; or name a local {kinds()} file or a folder of them",
         ) from None
     except (ValueError, FileNotFoundError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"--dataset_name {name} ({flags}): {first_line(error)}") from None

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -195,7 +196,7 @@ class Encoder:
         """
         if not texts:
             return []
-        with panics_as_errors(f"tokenizing with the tokenizer in {self.tokenizer.name_or_path}"):
+        with panics_as_errors(f"tokenizing with {Path(self.tokenizer.name_or_path) / 'tokenizer.json'}"):
             encoded = self.tokenizer(
                 texts,
                 add_special_tokens=False,

@@ -38,7 +38,7 @@ def load_tokenizer(
     )
     _check_files(folder)
     try:
-        with panics_as_errors(f"loading the tokenizer in {folder}"):
+        with panics_as_errors(f"loading {folder / 'tokenizer.json'}"):
             tokenizer = _class_for(folder).from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )

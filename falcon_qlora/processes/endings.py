@@ -69,18 +69,18 @@ def exit_status(work: Callable[[], object]) -> int:
         with panics_as_errors():
             work()
     except PeerError as error:
-        _report(None)
+        report(None)
         return error.exit_status
     except KeyboardInterrupt:
         return 130
     except UserError as error:
-        _report(f"error: {error}\n")
+        report(f"error: {error}\n")
         return EXIT_USER_ERROR
     except Exception as error:
         if _siblings and _waits_for_death():
             return EXIT_BEREFT  # it only follows from another process's death
         told = message_of(error)
-        _report(f"{told}\n" if told else traceback.format_exc())
+        report(f"{told}\n" if told else traceback.format_exc())
         return EXIT_BUG
     return 0
 
@@ -113,7 +113,7 @@ def leave(status: int) -> None:
     os._exit(status)
 
 
-def _report(message: str | None) -> None:
+def report(message: str | None) -> None:
     """Print `message` if no process has printed one yet; return once one is printed.
 
     If a process left earlier, torchrun's agent would end the others, including the one that prints. This uses

@@ -25,6 +25,11 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_REQUEST_SECONDS = 1.0
 
 
+def tied(module: str, *words: str) -> list[str]:
+    """What follows ``python -m`` to run `module` so that the kernel ends it when this process is gone."""
+    return ["falcon_qlora.commands.worker", str(os.getpid()), module, *words]
+
+
 def mark(name: str) -> Path | None:
     """The path of the file `name` in the launcher's folder; None without a launcher."""
     folder = os.environ.get(VARIABLE)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -25,6 +26,16 @@ from falcon_qlora.processes import endings, launcher, ranks
 from falcon_qlora.processes.launcher import SAME_REQUEST_SECONDS, STOP_SIGNALS
 
 _LEAVE_SECONDS = 5.0
+
+
+class Ended(BaseException):
+    """A signal ends this command. Not an Exception, which others' code might catch."""
+
+    def __init__(self, number: signal.Signals):
+        self.number = number
+
+    def __str__(self) -> str:
+        return f"ended by {self.number.name} on {socket.gethostname()}"
 
 
 class Stopped(Exception):
@@ -72,51 +83,65 @@ class _Requests:
 _requests = _Requests()
 
 
-def _leave(number: int) -> None:
+def _leave(number: int, otherwise: str = "") -> None:
     """End this process, whose main thread has not heeded a signal; say what it waits for, if known."""
-    if work := native_work():
-        name = signal.Signals(number).name
-        print(f"error: native code does not heed {name}, {work}", file=sys.stderr, flush=True)
+    name = signal.Signals(number).name
+    told = [f"error: native code does not heed {name}, {work.what}" for work in native_work()[:1]]
+    for line in told or filter(None, [otherwise]):
+        print(line, file=sys.stderr, flush=True)
     os._exit(128 + number)
 
 
 @contextlib.contextmanager
-def ctrl_c_ends_native_code(*, for_good: bool = False) -> Iterator[None]:
-    """Within the block Ctrl-C raises KeyboardInterrupt; if native code does not let it, it ends the process.
+def stop_signals_raise(*, for_good: bool = False) -> Iterator[None]:
+    """Within the block Ctrl-C raises KeyboardInterrupt, and the others of `STOP_SIGNALS` raise `Ended`.
 
-    What handles Ctrl-C in another way is left alone.
+    If native code does not let them, they end the process. A signal that is handled in another way is left
+    alone.
 
     Args:
-        for_good: the process ends after the block: if it ignores Ctrl-C by then, it goes on to ignore it.
+        for_good: the process ends after the block: what it ignores by then, it goes on to ignore.
     """
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
+    found = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    before = {
+        number: handler
+        for number, handler in found.items()
+        if handler in (signal.SIG_DFL, signal.default_int_handler)
+    }
+    if threading.current_thread() is not threading.main_thread() or not before:
         yield
         return
-    heeded = threading.Event()
+    heeded, process = threading.Event(), os.getpid()
 
     def interrupt(number: int, frame: Any) -> None:
         heeded.set()
-        signal.default_int_handler(number, frame)
+        if number == signal.SIGINT:
+            signal.default_int_handler(number, frame)
+        if os.getpid() != process:  # a fork, which ends as if there were no handler
+            os._exit(128 + number)
+        raise Ended(signal.Signals(number))
 
     def watch() -> None:
         while sent := os.read(reader, 64):
-            ours = signal.SIGINT in sent and signal.getsignal(signal.SIGINT) is interrupt
-            if ours and not heeded.wait(_LEAVE_SECONDS):
-                _leave(signal.SIGINT)
+            for number in sent:
+                ours = number in before and signal.getsignal(number) is interrupt
+                if ours and not heeded.wait(_LEAVE_SECONDS):
+                    _leave(number, f"error: {Ended(signal.Signals(number))}")
         os.close(reader)
 
-    signal.signal(signal.SIGINT, interrupt)
+    for number in before:
+        signal.signal(number, interrupt)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     earlier = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=watch, name="ctrl-c", daemon=True).start()
+    threading.Thread(target=watch, name="stop signals", daemon=True).start()
     try:
         yield
     finally:
         signal.set_wakeup_fd(earlier)
-        if not for_good or signal.getsignal(signal.SIGINT) is interrupt:
-            signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            if not for_good or signal.getsignal(number) is interrupt:
+                signal.signal(number, handler)
         os.close(writer)
 
 

@@ -4,6 +4,9 @@ Every process notes where it is as it goes along. One that has not moved for the
 stack for the others. The process that hangs is the one furthest behind, or one that does not respond at all.
 It is named once, and all processes end. If NCCL keeps a record of its last collectives, each process first
 writes its own into the run's folder, in the form that torch's reader of such records takes.
+
+Before training, where a process may rightly be in one place for hours, native code of others is watched: one
+call of it that does not return is named with its file, and the process ends.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ import time
 import traceback
 from pathlib import Path
 
-from falcon_qlora.common.errors import EXIT_HANGING
-from falcon_qlora.processes import agreement, ranks
+from falcon_qlora.common.errors import EXIT_BUG, EXIT_HANGING, NativeWork, native_work
+from falcon_qlora.processes import agreement, endings, ranks
 
 _ANSWER_SECONDS = 3.0
 # Beyond the time allowed, if not even the watching thread gets to run.
@@ -31,6 +34,9 @@ _RECORDED_COLLECTIVES = "128"
 # Torch warns of the second, older name.
 _RECORD_VARIABLES = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 _RECORD_PREFIX = "nccl_trace_rank_"
+# That of `--hang_minutes`, for commands without it.
+NATIVE_MINUTES = 15.0
+_LOOK_SECONDS = 5.0
 
 
 def record_collectives() -> None:
@@ -40,6 +46,48 @@ def record_collectives() -> None:
     """
     if not any(name in os.environ for name in _RECORD_VARIABLES):
         os.environ[_RECORD_VARIABLES[0]] = _RECORDED_COLLECTIVES
+
+
+class _Native:
+    """What `end_native_code_after` was told."""
+
+    seconds = 0.0
+    status = EXIT_BUG
+    thread: threading.Thread | None = None
+    left_alone = False  # while a `Watchdog` is at work
+
+
+def end_native_code_after(minutes: float, *, status: int = EXIT_BUG) -> None:
+    """From here on, end this process if one call of others' native code takes longer.
+
+    Of several calls of this the last one counts. A process that was stopped for a while is not ended for it.
+
+    Args:
+        minutes: how long a call may take; 0: for ever.
+        status: to end with.
+    """
+    _Native.seconds, _Native.status = minutes * 60, status
+    # A thread is not alive in a fork of its process.
+    if minutes and not (_Native.thread and _Native.thread.is_alive()):
+        _Native.thread = threading.Thread(target=_watch_native, name="native code", daemon=True)
+        _Native.thread.start()
+
+
+def _watch_native() -> None:
+    seen: dict[NativeWork, float] = {}
+    while True:
+        # What is counted is this thread's own looks, which rest while the process is stopped.
+        each = min(_LOOK_SECONDS, _Native.seconds / 4) or _LOOK_SECONDS
+        time.sleep(each)
+        seen = {work: seen.get(work, 0.0) + each for work in native_work()}
+        for work, seconds in seen.items():
+            if 0 < _Native.seconds < seconds and not _Native.left_alone:
+                with contextlib.suppress(Exception):
+                    endings.report(
+                        f"error: native code has not returned for {seconds:.0f} s, {work.what}: take another "
+                        "tokenizer (--tokenizer_name_or_path), or give it longer (--hang_minutes)\n"
+                    )
+                os._exit(_Native.status)
 
 
 class Watchdog:
@@ -59,11 +107,13 @@ class Watchdog:
 
     def start(self) -> None:
         self._moved = time.monotonic()
+        _Native.left_alone = True
         if self._seconds:
             self._ended.clear()
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def stop(self) -> None:
+        _Native.left_alone = False
         if self._seconds:
             self._ended.set()
             faulthandler.cancel_dump_traceback_later()
@@ -93,8 +143,9 @@ class Watchdog:
 
     def _end(self, still: float) -> None:
         with contextlib.suppress(Exception):
-            stack = _stack()
-            tell(self._place, stack, still, record=write_record(self._record))
+            stack, (step, phase, what) = _stack(), self._place
+            what = ", ".join([what, *(work.what for work in native_work())])
+            tell((step, phase, what), stack, still, record=write_record(self._record))
         os._exit(EXIT_HANGING)
 
 

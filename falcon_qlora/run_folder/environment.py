@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from falcon_qlora.common.errors import without_credentials
 from falcon_qlora.common.quantities import GIB
 from falcon_qlora.processes import ranks
 
@@ -32,7 +33,13 @@ _PACKAGES = (
     "numpy",
     "wandb",
 )
-_SECRET = re.compile(r"(token|secret|password|credential|api[_-]?key)", re.IGNORECASE)
+# As the last word of a flag: what only has such a word in it counts or names something. A token may also be
+# one of text.
+_SECRET = re.compile(
+    r"(?<!end[_-])(?<!eos[_-])(?<!bos[_-])(?<!pad[_-])(?<!unk[_-])"
+    r"(token|secret|passw(or)?d|passphrase|credentials?|(api|access|private|secret)[_-]?key)$",
+    re.IGNORECASE,
+)
 _HIDDEN = "<hidden>"
 
 
@@ -55,7 +62,7 @@ def collect_environment() -> dict[str, Any]:
 
 
 def without_secrets(argv: Sequence[str]) -> list[str]:
-    """`argv`, with the values of flags hidden whose names suggest a secret."""
+    """`argv`, without the values of flags that name a secret, and without credentials in URLs."""
     shown: list[str] = []
     hide = False
     for argument in argv:
@@ -64,10 +71,9 @@ def without_secrets(argv: Sequence[str]) -> list[str]:
             shown.append(_HIDDEN)
             hide = False
             continue
-        # Counts of tokens are no secrets: --max_tokens and the like keep their number.
-        secret = argument.startswith("--") and bool(_SECRET.search(flag)) and "tokens" not in flag
+        secret = argument.startswith("--") and bool(_SECRET.search(flag))
         hide = secret and not equals
-        shown.append(f"{flag}={_HIDDEN}" if secret and equals else argument)
+        shown.append(f"{flag}={_HIDDEN}" if secret and equals else without_credentials(argument))
     return shown
 
 

@@ -23,7 +23,7 @@ from rich.text import Text
 
 from falcon_qlora.common.errors import printable
 from falcon_qlora.common.files import quoted
-from falcon_qlora.common.quantities import duration
+from falcon_qlora.common.quantities import counted, duration
 from falcon_qlora.processes import ranks
 from falcon_qlora.terminal.notebook import in_notebook
 from falcon_qlora.terminal.output import below
@@ -59,7 +59,7 @@ def console() -> Console:
 
 def note(message: str) -> None:
     """Print one line that a user should see, above the progress bar."""
-    console().print(Text(f"note: {message}", style="yellow"), soft_wrap=True)
+    console().print(Text(printable(f"note: {message}"), style="yellow"), soft_wrap=True)
 
 
 @contextmanager
@@ -73,7 +73,7 @@ def patience(seconds: float = _PATIENCE_SECONDS) -> Iterator[Callable[[str], Non
 
         def doing(message: str) -> None:
             running.close()
-            line = Text(f"{message} …", style="dim")
+            line = Text(printable(f"{message} …"), style="dim")
             timer = Timer(seconds, lambda: console().print(line, soft_wrap=True))
             timer.daemon = True
             timer.start()
@@ -92,7 +92,7 @@ def progress() -> Iterator[Callable[[str], None]]:
     if out.is_terminal:
         with out.status("") as status:
             out.show_cursor(True)  # hidden while a status is shown, and for good if the process is killed
-            yield lambda message: status.update(Text(f"{message} …", style="dim"))
+            yield lambda message: status.update(Text(printable(f"{message} …"), style="dim"))
         return
     told = time.monotonic()
 
@@ -100,7 +100,7 @@ def progress() -> Iterator[Callable[[str], None]]:
         nonlocal told
         if time.monotonic() - told >= _PATIENCE_SECONDS:
             told = time.monotonic()
-            out.print(Text(f"{message} …", style="dim"), soft_wrap=True)
+            out.print(Text(printable(f"{message} …"), style="dim"), soft_wrap=True)
 
     yield tell
 
@@ -150,7 +150,10 @@ def print_end(summary: Mapping[str, Any], contents: Sequence[Path], *, adapter: 
         ("speed", joined(speed, samples)),
         ("memory", memory),
         ("processes", reduced),
-        ("skipped", f"{summary['bad_steps']:,} steps, not finite" if summary.get("bad_steps") else ""),
+        (
+            "skipped",
+            f"{counted(summary['bad_steps'], 'step')}, not finite" if summary.get("bad_steps") else "",
+        ),
         ("packing", _packing_of(summary.get("leak_probe"))),
         *[("" if index else "wrote", path) for index, path in enumerate(written)],
         ("opens with", f"falcon_qlora, not plain PEFT (LoRA on {', '.join(refused)})" if refused else ""),
@@ -213,8 +216,8 @@ def _print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
 
 
 def print_plain(line: str) -> None:
-    """Print `line` as it is: no markup, no wrapping."""
-    console().print(Text(line), soft_wrap=True)
+    """Print `line` as one line: no markup, no wrapping."""
+    console().print(Text(printable(line)), soft_wrap=True)
 
 
 def joined(*parts: object) -> str:

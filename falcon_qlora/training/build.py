@@ -146,6 +146,7 @@ def build_trainer(
     model: Any,
     trackers: Trackers,
     describe_adapter: Callable[[Path], None],
+    settings: dict[str, Any],
     began: float,
 ) -> FalconTrainer:
     """The trainer with its callbacks.
@@ -154,6 +155,7 @@ def build_trainer(
         training: the settings of TRL's trainer.
         max_length: tokens of a sequence.
         describe_adapter: completes an adapter's folder after it is written.
+        settings: `resume.compared_settings`.
         began: seconds since the epoch at which the command began.
     """
     from transformers import EarlyStoppingCallback
@@ -192,6 +194,7 @@ def build_trainer(
             "stream": data.record if data.record.get("streaming") else None,
             "launch": ranks.launch_id(),
             "drawing": DRAWING,
+            "settings": settings,
         },
         on_saved=lambda checkpoint: stop_signals.tell_launcher(
             f"the last complete checkpoint is {checkpoint}; go on with:  {how_to_go_on(directory)}"

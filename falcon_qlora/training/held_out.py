@@ -15,7 +15,7 @@ from falcon_qlora.data.selection import is_fraction
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.training import rows
 
-NAME_ANOTHER = "\nThat is the held-out text; --eval_split FILE names another."
+NAME_ANOTHER = "That is the held-out text; --eval_split FILE names another."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ def held_out_text(configuration: Configuration, tokenizer: Any, run: RunDirector
             corpus = rows.held_out_alone(data, tokenizer, seed=configuration.run.seed)
             source = f"{split} of {', '.join(data.dataset_name)}" if split.startswith("split:") else split
     except UserError as error:
-        raise UserError(f"{error}{NAME_ANOTHER}") from None
+        raise UserError(*error.lines, NAME_ANOTHER) from None
     recorded = data_record(run).get("held_out")
     return HeldOutText(
         dataset=corpus.dataset,

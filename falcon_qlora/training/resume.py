@@ -168,11 +168,28 @@ def _refuse_other_drawing(data: DataArguments, *, noise: bool) -> None:
         raise UserError(f"--resume: the run to resume {told}. Start a new run")
 
 
+def compared_settings(configuration: Configuration) -> dict[str, Any]:
+    """The settings that a checkpoint records, for `adopt` to compare: the run's config.yaml may be edited."""
+    settings = plain(configuration.resolved())
+    of_batch = ("global_batch_size", "gradient_accumulation_steps")
+    names = (*_DECISIVE, *_decisive_of_method(configuration), *_DECISIVE_FOR_STREAMS, *_MAY_CHANGE, *of_batch)
+    return {name: settings[name] for name in names if name in settings}
+
+
+def _decisive_of_method(configuration: Configuration) -> list[str]:
+    return [each.name for each in settings_of(type(configuration.method)) if each.decisive]
+
+
 def _compare_settings(configuration: Configuration, checkpoint: Path, record: dict[str, Any]) -> None:
     run = RunDirectory(checkpoint.parent.parent)
-    before = settings_of_run(run.read_config(), run.path) if run.config_file.exists() else {}
+    before = record.get("settings")
+    if before is None:  # of an older release
+        before = run.read_config() if run.config_file.exists() else {}
+    if not isinstance(before, dict):
+        raise _not_what_training_wrote(checkpoint, "settings", before)
     if not before:
         return
+    before = settings_of_run(before, run.path)
     batch = _batch_of(before, record["processes"])
     if batch not in (None, record["global_batch"]):
         raise _not_what_training_wrote(checkpoint, "global_batch", record["global_batch"])
@@ -185,8 +202,7 @@ def _compare_settings(configuration: Configuration, checkpoint: Path, record: di
     before, now = from_none | before, from_none | plain(configuration.resolved())
     defaults = {setting.name: setting.default for setting in settings_of(TrainerArguments)}
     of_streams = _DECISIVE_FOR_STREAMS if configuration.data.streaming else ()
-    of_method = [each.name for each in settings_of(type(configuration.method)) if each.decisive]
-    for name in (*_DECISIVE, *of_method, *of_streams, *_MAY_CHANGE):
+    for name in (*_DECISIVE, *_decisive_of_method(configuration), *of_streams, *_MAY_CHANGE):
         # A setting of the library is not recorded if it was not given, nor one of ours that the
         # release did not have.
         if name not in defaults and not (name in before and name in now):
@@ -238,8 +254,11 @@ def _say_what_differs(processes: int, *, draws: bool) -> None:
         note(f"{changed}, and the losses agree up to the rounding of sums taken in another order")
 
 
-def check_data(data: TrainingData, checkpoint: str | None) -> None:
-    """Refuse to resume on other documents than the run began with.
+def check_data(data: TrainingData, checkpoint: str | None, tokenizer: str) -> None:
+    """Refuse to resume on other documents than the run began with; note what else has changed.
+
+    Args:
+        tokenizer: the name of the one that was used.
 
     Raises:
         UserError: if the rows or their tokens have changed.
@@ -259,6 +278,9 @@ def check_data(data: TrainingData, checkpoint: str | None) -> None:
             f"--resume: the data is not what the run began with{changed}. Bring the old data back, or start "
             "a new run"
         )
+    folder = Path(checkpoint)
+    if (folder / RECORD).is_file() and is_as_recorded(tokenizer, "tokenizer", read_record(folder)) is False:
+        note(f"the tokenizer {tokenizer} has changed since the run began; the rows' tokens are the same")
 
 
 def _tell_other_template(data: TrainingData, checkpoint: Path) -> None:

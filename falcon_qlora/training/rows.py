@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.common.errors import printable
+from falcon_qlora.common.quantities import counted
 from falcon_qlora.config.arguments import DataArguments, ModelArguments, RunArguments
 from falcon_qlora.data.account import Account, nothing_left, told_changed, told_dropped
 from falcon_qlora.data.origins import RowNames
@@ -262,7 +263,7 @@ def _survey(
     for _ in documents(0, None, account, shuffle_buffer=1, max_rows=limit, dataset_weights=None):
         pass
     read = account.counts["rows_read"]
-    of_rows = f"of {'the first' if read == limit else 'all'} {read:,} rows: "
+    of_rows = f"of {'the first' if read == limit else 'all'} {counted(read, 'row')}: "
     told = [
         *(f"{of_rows}dropped: {each}" for each in told_dropped([account])),
         *(of_rows + line for line in (*told_changed(account.counts), *account.told(template, train_on))),
@@ -285,10 +286,14 @@ def told_at_end(data: TrainingData, plain: dict[str, Any] | None, train_on: str)
     account = Account.from_plain(plain)
     used, read = account.counts["rows_read"], account.counts["rows_rendered"]
     in_buffer = f" ({read - used:,} of them wait in the shuffle buffer)" if read > used else ""
+    of_used = f"the {counted(used, 'row')}"
     told = [
-        *(f"of the {used:,} rows used: dropped: {each}" for each in told_dropped([account])),
-        *(f"of the {used:,} rows used: {line}" for line in told_changed(account.counts)),
-        *(f"of the {read:,} rows read{in_buffer}: {line}" for line in account.told(data.template, train_on)),
+        *(f"of {of_used} used: dropped: {each}" for each in told_dropped([account])),
+        *(f"of {of_used} used: {line}" for line in told_changed(account.counts)),
+        *(
+            f"of the {counted(read, 'row')} read{in_buffer}: {line}"
+            for line in account.told(data.template, train_on)
+        ),
     ]
     return [printable(line) for line in told]
 
@@ -330,8 +335,8 @@ def what_became(corpus: Any) -> list[str]:
 
 def _what_happened(statistics: Any) -> list[str]:
     told = {"rows_duplicate": "duplicate", "rows_trained_too": "in the training data as well"}
-    counted = [(getattr(statistics, name), what) for name, what in told.items()]
-    return [*told_changed(asdict(statistics)), *(f"{count:,} {what}" for count, what in counted if count)]
+    counts = [(getattr(statistics, name), what) for name, what in told.items()]
+    return [*told_changed(asdict(statistics)), *(f"{count:,} {what}" for count, what in counts if count)]
 
 
 def _what_is_said(sources: Sequence[Any]) -> list[str]:

@@ -8,9 +8,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from falcon_qlora.common.errors import EXIT_HANGING
 from falcon_qlora.config import Configuration
 from falcon_qlora.processes import agreement, endings, launcher, ranks
 from falcon_qlora.processes.command_clock import command_began
+from falcon_qlora.processes.watchdog import end_native_code_after
 
 if TYPE_CHECKING:
     from falcon_qlora.run_folder.lock import RunLock
@@ -59,13 +61,14 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
     max_length, method = configuration.data.max_length, configuration.method
     begin_from = run.adapter if start.checkpoint is None else None
 
+    end_native_code_after(run.hang_minutes, status=EXIT_HANGING)
     with phase("rows", "reading rows"):
         launcher.wait_for(launcher.ROWS)
         tokenizer = rows.load_tokenizer(base, method)
         share_out = shares_out_base(configuration)
         together = method.is_whole or share_out
         data = rows.training_data(configuration.data, run, tokenizer, together=together)
-    resume.check_data(data, start.checkpoint)
+    resume.check_data(data, start.checkpoint, base.tokenizer_name_or_path or base.model_name_or_path)
     configuration.log_steps_of_short_run(data.total_steps)
 
     with phase("model", "loading the base model"):
@@ -101,6 +104,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
             model=model,
             trackers=start.trackers,
             describe_adapter=describe_adapter,
+            settings=resume.compared_settings(configuration),
             began=began,
         )
         with phase("first_step", "preparing the first step"):

@@ -46,11 +46,11 @@ class Processes:
     def none_left(self, within_s: float = 5.0) -> bool:
         """Whether every process that inherited this object's environment, or its folder, is gone."""
         deadline = time.monotonic() + within_s
-        while self._left() and time.monotonic() < deadline:
+        while self.left() and time.monotonic() < deadline:
             time.sleep(0.1)
-        return not self._left()
+        return not self.left()
 
-    def _left(self) -> list[Path]:
+    def left(self) -> list[Path]:
         found = []
         for process in Path("/proc").glob("[0-9]*"):
             if process.name == str(os.getpid()):
@@ -63,6 +63,6 @@ class Processes:
 
     def end(self) -> None:
         """Kill what is left."""
-        for process in self._left():
+        for process in self.left():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(process.name), signal.SIGKILL)

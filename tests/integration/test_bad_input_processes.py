@@ -88,9 +88,10 @@ class TestSeveralProcesses:
             "falcon_qlora",
             *train("-m", "tiiuae/falcon-7b"),
             HF_HUB_OFFLINE="0",
-            HF_ENDPOINT="http://127.0.0.1:9",
+            HF_ENDPOINT="http://me:swordfish@127.0.0.1:9",
+            HF_TOKEN="hf_marlin",
         )
-        assert status == 2
+        assert (status, "swordfish" in errors, "marlin" in errors) == (2, False, False)
         assert "the hub cannot be reached" in only_message(errors)
         assert "falcon-qlora prepare" in errors
 
@@ -100,9 +101,10 @@ class TestSeveralProcesses:
             "falcon_qlora",
             *train("--dataset_name", "tatsu-lab/alpaca"),
             HF_HUB_OFFLINE="0",
-            HF_ENDPOINT="http://127.0.0.1:9",
+            HF_ENDPOINT="http://me:swordfish@127.0.0.1:9",
+            HF_TOKEN="hf_marlin",
         )
-        assert status == 2
+        assert (status, "swordfish" in errors, "marlin" in errors) == (2, False, False)
         assert "the hub cannot be reached" in only_message(errors)
 
     @pytest.mark.slow

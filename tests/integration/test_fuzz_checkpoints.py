@@ -208,12 +208,14 @@ def test_each_value_of_the_torch_files_matters(written, tmp_path, trainer, name)
         assert not taken or key.startswith("_"), key
 
 
-@pytest.mark.parametrize("name", ["step", "processes", "global_batch", "data_fingerprint", "resumable"])
+@pytest.mark.parametrize(
+    "name", ["step", "processes", "global_batch", "data_fingerprint", "resumable", "settings"]
+)
 def test_each_value_of_the_manifest_matters(written, tmp_path, name):
     run = fresh_copy(written / "run", tmp_path)
     file = checkpoint_of(run) / "manifest.json"
     manifest = json.loads(file.read_text())
-    others = {"data_fingerprint": "0" * 64, "resumable": False}
+    others = {"data_fingerprint": "0" * 64, "resumable": False, "settings": {"seed": 99}}
     manifest[name] = others[name] if name in others else manifest[name] + 1
     file.write_text(json.dumps(manifest))
     assert read_or_refused(run, lambda: go_on(run), or_about=ABOUT) is None

@@ -173,6 +173,7 @@ def test_no_weight_decay_acts_on_the_scales_biases_and_norms_of_adapter_v2(tmp_p
         ),
         trackers=tracking.choose(["none"]),
         describe_adapter=lambda folder: None,
+        settings={},
         began=time.time(),
     )
     trainer.create_optimizer()

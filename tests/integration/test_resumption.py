@@ -75,6 +75,19 @@ def test_a_setting_that_changes_the_losses_is_refused(stopped, setting, value, w
     assert refusal(stopped, **{setting: value}).startswith(f"--resume: {setting} was {was} in the run")
 
 
+def test_an_edited_record_of_the_settings_is_refused_as_a_flag_is(stopped: Path) -> None:
+    file = stopped / "run" / "config.yaml"
+    before = file.read_text()
+    assert "quantize_mode: 4bit" in before
+    file.write_text(before.replace("quantize_mode: 4bit", "quantize_mode: 8bit"))
+    try:
+        assert refusal(stopped).startswith(
+            "--resume: quantize_mode was 4bit in the run to resume and is 8bit"
+        )
+    finally:
+        file.write_text(before)
+
+
 def test_what_changes_the_rounding_alone_is_said(stopped, data, capsys):
     (data / "rows.jsonl").unlink()  # so that it ends before the model is read
     sources = [data / "rows.jsonl", data / "more"]

@@ -207,6 +207,25 @@ def launcher(tmp_path: Path) -> Iterator[Launcher]:
             stream.close()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_while_a_command_loads_libraries_is_told(number: signal.Signals) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "falcon_qlora", "data", "-m", "tiny", "--dataset_name", "sample"],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == f"{LOADING}\n"
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (
+        128 + number,
+        f"error: ended by {number.name} on {socket.gethostname()}\n",
+    )
+
+
 def worker_pids(output: str) -> list[int]:
     return [int(pid) for pid in re.findall(r"pid=(\d+)", output)]
 
@@ -308,6 +327,9 @@ class TestLauncher:
         process = launcher.start("--gpus", str(processes), "--run_name", "wait")
         pids = worker_pids(read_lines(process, 1 + processes))
         assert len(pids) == processes
+        # Where memory runs out these are killed, and the launcher can tell of it.
+        own = int(Path("/proc/self/oom_score_adj").read_text())
+        assert {int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in pids} == {min(1000, own + 100)}
         process.send_signal(number)
         _, errors = process.communicate(timeout=30)
         told = f"error: ended by {signal.Signals(number).name} on {socket.gethostname()}\n"
@@ -363,7 +385,7 @@ class TestLauncher:
         for _ in range(3):
             stop(signal.SIGINT, None)
         assert sent == [(7, signal.SIGINT)]
-        with pytest.raises(train._Ended):
+        with pytest.raises(train.Ended):
             stop(signal.SIGTERM, None)
         assert sent[:2] == [(7, signal.SIGINT), (7, signal.SIGKILL)]
 

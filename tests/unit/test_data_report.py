@@ -21,6 +21,8 @@ from falcon_qlora.data.corpus import prepare_corpora
 from falcon_qlora.data.cursor import check_cursor
 from falcon_qlora.data.packing import Plan
 from falcon_qlora.methods.adapter_folder import write_record
+from falcon_qlora.models.fingerprint import tokenizer_fingerprint as fingerprint_of
+from falcon_qlora.models.tiny import tiny_path
 from falcon_qlora.training.resume import check_data
 from falcon_qlora.training.rows import TrainingData, told_at_end, training_data
 from tests.small_tokenizer import END, small_tokenizer
@@ -340,12 +342,18 @@ def test_the_text_of_a_chat_template_is_recorded_and_told_where_a_run_goes_on_wi
 
     checkpoint = tmp_path / "step-1"
     checkpoint.mkdir()
-    write_record(checkpoint, {"method": "full", "template_fingerprint": began.record["template_fingerprint"]})
+    known = {"template_fingerprint": began.record["template_fingerprint"]}
+    write_record(
+        checkpoint, {"method": "full", **known, "tokenizer_fingerprint": fingerprint_of(str(tiny_path()))}
+    )
     stream = began.record if streaming == "true" else None
     write_manifest(checkpoint, {"data_fingerprint": began.record.get("fingerprint"), "stream": stream})
-    check_data(began, str(checkpoint))
+    check_data(began, str(checkpoint), str(tiny_path()))
     assert capsys.readouterr().out == ""
+    write_record(checkpoint, {"method": "full", **known, "tokenizer_fingerprint": "0" * 64})
+    check_data(began, str(checkpoint), str(tiny_path()))
+    assert "tiny has changed since the run began; the rows' tokens are the same" in capsys.readouterr().out
     other = data("auto", text.replace(": '", "; '"))
     with pytest.raises(UserError, match="not what the run began with"):
-        check_data(other, str(checkpoint))
+        check_data(other, str(checkpoint), str(tiny_path()))
     assert "note: the text of template tokenizer has changed since the run began" in capsys.readouterr().out

@@ -29,8 +29,9 @@ from falcon_qlora.terminal.output import shown_as_text
 from tests.fuzzing import fuzz
 
 PACKAGE = Path(cli.__file__).parent
-# Sets the title, clears the screen, hides what follows, goes back a line, rings, turns the direction.
-ORDERS = "a\x1b]0;owned\x07b\x1b[2J\x1b[8mc\x9b31md\re\x08f\u202eg\u2066\u200bh"
+# Sets the title, clears the screen, hides what follows, goes back a line, rings, turns the direction, and
+# begins a line.
+ORDERS = "a\x1b]0;owned\x07b\x1b[2J\x1b[8mc\x9b31md\re\x08f\u202eg\u2066\u200bh\nforged"
 SHOWN = printable(ORDERS)
 # In a file's name there can be all of it.
 ROW = {"instruction": ORDERS, "output": ORDERS}
@@ -127,6 +128,7 @@ SAID: dict[str, Callable[[], list[str]]] = {
 }
 
 
+PREVIEWED = ("rows are previewed", "a stream is previewed")
 # Colours and weights, a line that is erased, the cursor.
 RICHS = r"\x1b\[(0|[1-79]|[34]\d|38;5;\d+|;)*m|\x1b\[\?25[hl]|\x1b\[2K|\x1b\[1A"
 
@@ -152,6 +154,8 @@ def test_no_message_brings_orders_to_a_terminal(said: str, monkeypatch: pytest.M
         assert printable(left, keep="\n\t\r" if stream is Terminal else "\n\t") == left, said
         # Some of it is shown, as text.
         assert re.search(r"x1b\]0;owned|u202eg", left), (said, text)
+        # No name and no value begins a line; a row that is shown as a whole has lines.
+        assert said in PREVIEWED or not re.search(r"^\W*forged", left, re.MULTILINE), (said, text)
 
 
 def test_bars_and_answers_are_written_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +197,7 @@ MARKUP = [
     "a | b `c` *d* _e_ ~~f~~ &lt; # g \\",
     "``\n\n# not a heading\n\n<script>",
     "x`<b>`y",
-    ORDERS.replace("\r", ""),
+    ORDERS.replace("\r", "").replace("\n", ""),
 ]
 READER = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
 TEXTS = st.text(st.sampled_from("ab \\`*_{}[]<>()#+-.!|~&;:/@$\n\x1b\u202e"), max_size=24)

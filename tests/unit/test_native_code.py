@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +18,9 @@ import pytest
 from falcon_qlora.common.errors import PanicError, UserError, native_work, panics_as_errors
 from falcon_qlora.data.tokens import Encoder
 from falcon_qlora.models import tokenizer
+from falcon_qlora.models.locate import packaged_folder
+from tests.integration.processes import Processes
+from tests.integration.runs import write_jsonl
 from tests.panics import PanicException
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -25,7 +31,7 @@ import hashlib, time
 from falcon_qlora.common.errors import panics_as_errors
 from falcon_qlora.processes import stop_signals
 stop_signals._LEAVE_SECONDS = 0.5
-with stop_signals.ctrl_c_ends_native_code(), panics_as_errors("reading x.json"):
+with stop_signals.stop_signals_raise(), panics_as_errors("reading x.json"):
     try:
         print("at work", flush=True)
         {work}
@@ -80,16 +86,72 @@ def test_a_panic_names_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = Encoder(
         tokenizer=stand_in, train_on="all", append_end_token=False, overlong="split", max_length=8
     )
-    with pytest.raises(
-        PanicError, match=r"panicked, tokenizing with the tokenizer in some/folder: index out"
-    ):
+    with pytest.raises(PanicError, match=r"panicked, tokenizing with some/folder/tokenizer.json: index out"):
         encoder._tokenize(["x"])
     monkeypatch.setattr(tokenizer, "_class_for", lambda folder: SimpleNamespace(from_pretrained=panic))
     with pytest.raises(
-        UserError, match=r"the tokenizer of tiny cannot be loaded: .* in .*tiny: index out of"
+        UserError,
+        match=r"the tokenizer of tiny cannot be loaded: .* loading .*tiny/tokenizer.json: index out of",
     ):
         tokenizer.load_tokenizer("tiny")
-    assert native_work() == ""
+    assert native_work() == []
+
+
+# Trying each place of a long text takes a tenth of a second, which the library's own limit allows.
+ENDLESS = {"type": "Split", "pattern": {"Regex": "(?:a|a){22}$"}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        (["data"], "loading"),
+        (["train", "--gpus", "1"], "tokenizing with"),  # by the launcher, as the rows are many
+        (["train", "--gpus", "2"], "tokenizing with"),
+    ],
+)
+def test_the_hang_watch_ends_it_while_rows_are_read(tmp_path: Path, words: list[str], where: str) -> None:
+    model = packaged_folder("tiny")
+    assert model is not None
+    shutil.copytree(model, tmp_path / "model")
+    file = tmp_path / "model/tokenizer.json"
+    content = json.loads(file.read_text())
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [ENDLESS, content["pre_tokenizer"]]}
+    if where == "loading":
+        content["normalizer"] = {"type": "Prepend", "prepend": "a" * 20_000 + "!"}
+    file.write_text(json.dumps(content))
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": "a" * 600_000 + "!"}, {"text": "b" * 600_000}])
+    processes = Processes(tmp_path)
+    more = ["--hang_minutes", "0.05", "-m", "model", "--dataset_name", "rows.jsonl"]
+    process = processes.start("falcon_qlora", *words, *more, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    try:
+        _, errors = process.communicate(timeout=120)
+        assert processes.none_left()
+    finally:
+        processes.end()
+    assert process.returncode == 1
+    assert re.fullmatch(
+        rf"error: native code has not returned for \d s, {where} \S*model/tokenizer.json: take .*\n", errors
+    )
+
+
+STOPPED = """
+import os, signal, subprocess, time
+from falcon_qlora.common.errors import panics_as_errors
+from falcon_qlora.processes.watchdog import end_native_code_after
+end_native_code_after(0.02)
+with panics_as_errors("reading x.json"):
+    subprocess.Popen(["sh", "-c", f"sleep 2; kill -CONT {os.getpid()}"])
+    os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(0.5)
+"""
+
+
+@pytest.mark.slow
+def test_the_time_in_which_a_process_is_stopped_does_not_count() -> None:
+    subprocess.run(
+        [sys.executable, "-c", STOPPED], env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, check=True
+    )
 
 
 def test_other_errors_pass() -> None:

@@ -22,6 +22,9 @@ from safetensors.torch import save_file
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import replaced, replaced_folder, write_json
+from falcon_qlora.common.settings import settings_of
+from falcon_qlora.config.arguments import our_settings
+from falcon_qlora.config.trainer_arguments import TrainerArguments
 from falcon_qlora.methods.full import Full
 from falcon_qlora.methods.interface import Method
 from falcon_qlora.methods.lora import Lora
@@ -386,11 +389,22 @@ def test_environment_names_versions_and_hides_secrets(monkeypatch: pytest.Monkey
     [
         (["--hub_token=x", "-b", "4"], ["--hub_token=<hidden>", "-b", "4"]),
         (["--api-key", "x", "y"], ["--api-key", "<hidden>", "y"]),
+        (
+            ["--WANDB_API_KEY", "x", "--hf-token", "y"],
+            ["--WANDB_API_KEY", "<hidden>", "--hf-token", "<hidden>"],
+        ),
         (["--seed", "1"], ["--seed", "1"]),
+        (["--token_budget", "5", "--eos_token", "x"], ["--token_budget", "5", "--eos_token", "x"]),
+        (["--dataset_name", "https://a:b@c/d"], ["--dataset_name", "https://c/d"]),
     ],
 )
 def test_secrets_in_a_command_line_are_hidden(argv: list[str], shown: list[str]) -> None:
     assert without_secrets(argv) == shown
+
+
+def test_of_our_settings_those_that_are_secret_are_hidden_and_no_other() -> None:
+    for each in [*our_settings(), *settings_of(TrainerArguments)]:
+        assert (without_secrets([f"--{each.name}", "x"])[1] == "<hidden>") == each.secret, each.name
 
 
 def about(method: type[Method]) -> dict[str, str]:

@@ -113,3 +113,17 @@ def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path: Path) -> None
         lock.take(run)
     assert precious.read_text() == "what is in it"
     assert "cannot be locked" in said[0]
+
+
+@pytest.mark.parametrize(
+    "left", ["", '{"host": "elsewhere", "process": 1, "since": "2020"}', "\x1b[2J{", "fifo"]
+)
+def test_a_lock_that_another_host_left_is_taken_over(tmp_path: Path, left: str) -> None:
+    """It is the kernel's lock that counts, not what the file says of its holder."""
+    if left == "fifo":
+        os.mkfifo(tmp_path / ".lock")
+    else:
+        (tmp_path / ".lock").write_text(left)
+    with RunLock(never) as lock:
+        lock.take(tmp_path)
+    assert list(tmp_path.iterdir()) == []
