@@ -139,7 +139,7 @@ CASES: dict[str, list[tuple[dict[str, Content], str, list[str], list[str]]]] = {
         (
             {"d/a.jsonl": ROW, "d/held_out.jsonl": ROW},
             "",
-            ["1 rows", "of split test by the name: held_out"],
+            ["1 row", "of split test by the name: held_out"],
             [],
         ),
         (
@@ -160,7 +160,7 @@ CASES: dict[str, list[tuple[dict[str, Content], str, list[str], list[str]]]] = {
         (
             {"d/a.jsonl": ROW, "d/l": link("."), "d/m": link("gone")},
             "",
-            ["1 rows", "l", "a broken link: m"],
+            ["1 row", "l", "a broken link: m"],
             [],
         ),
         ({"d/a.jsonl": ROW, "o/b/c.jsonl": ROW, "d/b": link("../o/b"), "d/c": link("b")}, "", ["2 rows"], []),
