@@ -32,7 +32,7 @@ _PACKED = 2048  # positions of a packed sequence: guanaco's longest documents fi
 _REASON_LETTERS = 240
 _EXCEPTION = re.compile(r"^(?:\[rank\d+\]:\s*)?[\w.]*(?:Error|Exception|Interrupt)\b")
 # Compiled kernels' caches, which a first run leaves for the next beside the tokenized rows.
-_COMPILED = {
+COMPILED = {
     "TRITON_CACHE_DIR": "triton",
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
     "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": "flash_attention",
@@ -323,4 +323,4 @@ def whole_runs(rows: Sequence[Row], *, steps: int, warmup: int, run: Run) -> Ite
 def with_caches(row: Row, folder: Path) -> tuple[Row, dict[str, str]]:
     """`row` with its tokenized rows cached in `folder`, and variables that cache compiled kernels there."""
     cached = replace(row, flags=(*row.flags, "--cache_dir", str(folder / "rows")))
-    return cached, {name: str(folder / place) for name, place in _COMPILED.items()}
+    return cached, {name: str(folder / place) for name, place in COMPILED.items()}

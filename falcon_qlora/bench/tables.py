@@ -112,7 +112,7 @@ def rows_of_steps(
 
 def _row_of_steps(result: Result, first: Result | None, machine: Machine, ceiling: float | None) -> Row:
     variant = result.variant
-    row = _new_row(machine) | {
+    row = new_row(machine) | {
         "gpus": 1,
         "model": result.model,
         "variant": variant.name,
@@ -167,7 +167,7 @@ def row_of_command(
     """
     row = measured.row
     flags = dict(itertools.pairwise(row.flags))
-    made = _new_row(machine) | {
+    made = new_row(machine) | {
         "gpus": row.gpus,
         "model": row.model,
         "variant": row.label,
@@ -217,7 +217,7 @@ def row_of_command(
     return made
 
 
-def _new_row(machine: Machine) -> Row:
+def new_row(machine: Machine) -> Row:
     return dict.fromkeys(COLUMNS, "") | {
         "date": datetime.date.today().isoformat(),
         **asdict(machine),
