@@ -35,6 +35,7 @@ class Run:
         in_fp8: whether the frozen products run in FP8.
         plain_lora: whether LoRA is trained, without dropout.
         all_fast: whether every block is a fast block that keeps its activations.
+        mixes: whether blocks have a state space beside attention: measured in bf16, with larger micro batches.
     """
 
     gpu: str
@@ -43,11 +44,14 @@ class Run:
     in_fp8: bool
     plain_lora: bool
     all_fast: bool
+    mixes: bool = False
 
     @property
     def is_as_measured(self) -> bool:
         """Whether it is like the rows of ``tests/benchmarks/records.csv`` that `TERAFLOPS` spans."""
         large = self.parameters >= LEAST_PARAMETERS and self.micro_batch_tokens >= LEAST_TOKENS
+        if self.mixes:
+            large = large and self.micro_batch_tokens >= 2 * LEAST_TOKENS and not self.in_fp8
         return GPU in self.gpu and large and self.plain_lora and self.all_fast
 
     @property
@@ -77,13 +81,15 @@ def speed_note(
     if settings.kernels != "off" and not in_fp8 and may_run_in_fp8(model, device):
         faster.append(FP8)
     fast = bool(kernels) and all(map(runs_fast, kernels.values()))
+    layout = layout_of(model.config)
     run = Run(
         gpu=torch.cuda.get_device_name(device),
-        parameters=layout_of(model.config).parameter_count(),
+        parameters=layout.parameter_count(),
         micro_batch_tokens=configuration.run.per_device_train_batch_size * configuration.data.max_length,
         in_fp8=in_fp8,
         plain_lora=isinstance(method, Lora) and not method.dropout,
         all_fast=fast and set(activations.blocks) == {"none"},
+        mixes=bool(layout.other_mixers()),
     )
     return told(run, faster)
 

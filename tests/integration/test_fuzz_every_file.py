@@ -77,6 +77,7 @@ READERS = {
     "common/library_imports.py": None,
     "processes/launcher.py": None,
     "commands/train.py": None,
+    "commands/worker.py": None,
     "processes/ranks.py": None,
     "processes/command_clock.py": None,
     "checkpoint/host_copy.py": None,

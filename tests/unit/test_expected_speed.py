@@ -33,10 +33,11 @@ def test_every_measured_step_is_as_fast_as_is_told(repository: Path) -> None:
         alike = row["variant"].startswith("ours") and "fast (" in row["note"] and "11b" not in row["model"]
         if not (kept and alike) or "dropout" in row["variant"]:
             continue
-        parameters = layout_of(preset_config(row["model"].removeprefix("random:"))).parameter_count()
+        layout = layout_of(preset_config(row["model"].removeprefix("random:")))
         run = Run(
             gpu=row["gpu"],
-            parameters=parameters,
+            parameters=layout.parameter_count(),
+            mixes=bool(layout.other_mixers()),
             micro_batch_tokens=int(row["micro_batch_tokens"]),
             in_fp8=row["compute_dtype"] == "fp8",
             plain_lora=True,
@@ -64,6 +65,8 @@ def test_a_speed_is_told_only_where_it_was_measured() -> None:
         "expect 18,100 to 21,700 tokens/s of each H200 with documents of 512 to 2,048 tokens"
     )
     others: list[dict[str, Any]] = [
+        {"mixes": True},
+        {"mixes": True, "micro_batch_tokens": 2 * LEAST_TOKENS, "in_fp8": True},
         {"gpu": "NVIDIA A100-SXM4-80GB"},
         {"parameters": 10**9},
         {"micro_batch_tokens": 2048},
