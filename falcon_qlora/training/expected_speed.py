@@ -35,7 +35,7 @@ class Run:
         in_fp8: whether the frozen products run in FP8.
         plain_lora: whether LoRA is trained, without dropout.
         all_fast: whether every block is a fast block that keeps its activations.
-        mixes: whether blocks have a state space beside attention: measured in bf16, with larger micro batches.
+        mixes: whether blocks have a state space too: measured in bf16, with larger micro batches.
     """
 
     gpu: str
