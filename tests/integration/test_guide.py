@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,8 +57,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a page's commands run, in this process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launcher, "_run_one", in_process)
+
     # The runs of `compare`, which are processes: tests/integration/test_compare.py.
-    monkeypatch.setattr(compare._Child, "run", lambda self, command: (cli.main(command[3:]), []))
+    def run(self: Any, command: list[str]) -> tuple[int, list[str]]:
+        return cli.main(command[command.index("train") :]), []
+
+    monkeypatch.setattr(compare._Child, "run", run)
     monkeypatch.setattr("sys.stdin", io.StringIO())
     return tmp_path
 
