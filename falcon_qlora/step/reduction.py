@@ -132,9 +132,8 @@ class ShardedReduction(Reduction):
     """Sums only the notes: a sharded model's backward pass already averages the gradients."""
 
     def __init__(self, parameters: list[nn.Parameter], *, processes: int, can_retry: bool = False):
-        super().__init__(
-            parameters, processes=1, can_retry=can_retry
-        )  # no buffers, and no process has another's parameters
+        # No buffers, and no process has another's parameters.
+        super().__init__(parameters, processes=1, can_retry=can_retry)
         self.weight = processes
 
     def __call__(self, notes: torch.Tensor) -> torch.Tensor:
