@@ -114,8 +114,8 @@ class HostCopies:
                 self._ready.append(_new_piece(_PIECE_BYTES))
             except RuntimeError:  # no memory to pin: `take` will say so
                 return
-            # Nothing can be queued for the GPU meanwhile: for a quarter of the time, as queueing a step takes
-            # about that. 40B's 5.3 GB take some 12 s so.
+            # Nothing can be queued for the GPU meanwhile, so only for a share of the time: queueing a step
+            # takes less than the rest.
             if self._stop_reserving.wait(3 * (time.monotonic() - began)):
                 return
 
