@@ -79,16 +79,7 @@ def run(
 
 def assert_same_run(one: Path, other: Path) -> None:
     """Every number that does not come from a clock, and the adapter, to the last bit."""
-    names = (
-        "step",
-        "epoch",
-        "loss",
-        "grad_norm",
-        "learning_rate",
-        "tokens",
-        "packing_efficiency",
-        "eval_loss",
-    )
+    names = "step epoch loss grad_norm learning_rate tokens packing_efficiency eval_loss".split()
     # A line of an evaluation between two logs has no loss.
     kept = [[{name: line.get(name) for name in names} for line in metrics(each)] for each in (one, other)]
     assert kept[0] == kept[1]
