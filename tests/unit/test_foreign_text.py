@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
@@ -216,6 +216,8 @@ def read(text: str) -> tuple[set[str], list[str]]:
 
 
 @given(text=TEXTS)
+@example("a/__init__.py")
+@example("___a___ __b__ _c d_ 1__2__3")
 @fuzz(300)
 def test_any_text_is_shown_as_it_is_in_a_line_and_in_a_table(text: str) -> None:
     shown = printable(text).strip()
