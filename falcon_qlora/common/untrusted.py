@@ -135,7 +135,8 @@ class _StrictLoader(yaml.SafeLoader):
             )
         event = self.peek_event()
         if event.tag not in (None, "!"):
-            problem = f"{event.tag}: tags are not read; write a text in quotes, and a number without"
+            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+            problem = f"{tag}: tags are not read; write a text in quotes, and a number without"
             raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
         return super().compose_node(parent, index)
 

@@ -314,3 +314,13 @@ def assert_same_page(page: Callable[[str], str], text: str) -> None:
     for line, plain in zip(found, expected, strict=True):
         if word in plain:
             assert shown.split()[0] in line, (line, plain)
+
+
+def test_a_word_of_a_shown_command_is_quoted_so_that_a_shell_reads_it() -> None:
+    """`shlex` puts escape sequences in plain quotes; shown as text they would name another file."""
+    found = [
+        file.relative_to(PACKAGE)
+        for file in PACKAGE.rglob("*.py")
+        if re.search(r"shlex\.(quote|join)", file.read_text())
+    ]
+    assert found == [Path("common/files.py")]
