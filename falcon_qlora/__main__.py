@@ -20,7 +20,7 @@ from falcon_qlora.common.errors import (
 )
 from falcon_qlora.common.version import VERSION
 from falcon_qlora.processes import ranks
-from falcon_qlora.processes.stop_signals import Ended, stop_signals_raise
+from falcon_qlora.processes.stop_signals import Ended, end_with, stop_signals_raise
 from falcon_qlora.processes.watchdog import NATIVE_MINUTES, end_native_code_after
 from falcon_qlora.terminal.output import shown_as_text
 
@@ -44,7 +44,10 @@ def main(argv: list[str] | None = None) -> int:
     ranks.stand_alone()  # the ranks are `train`'s workers, which do not come by here
     with shown_as_text(), stop_signals_raise(for_good=argv is None):
         end_native_code_after(NATIVE_MINUTES)
-        return _main(words)
+        status = _main(words)
+        if argv is None:
+            end_with(status)
+        return status
 
 
 def _main(words: list[str]) -> int:

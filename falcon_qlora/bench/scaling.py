@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import shlex
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from typing import Any
 
 from falcon_qlora.bench import say
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.common.files import temporary_folder
+from falcon_qlora.common.files import quoted, temporary_folder
 from falcon_qlora.common.fp8 import fp8_excludes
 from falcon_qlora.common.quantities import GB, GIB
 from falcon_qlora.common.untrusted import of_a_run, read_json
@@ -227,7 +226,7 @@ def measure(
         )
         seconds = time.perf_counter() - started
         if result.returncode:
-            say(f"{shlex.join(['falcon-qlora', *command])}\n{result.stdout[-3000:]}")
+            say(f"{' '.join(map(quoted, ['falcon-qlora', *command]))}\n{result.stdout[-3000:]}")
             failure = reason(result.returncode, result.stdout)
             return Measured(row=row, failure=failure, command_seconds=seconds)
         with of_a_run(output):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from falcon_qlora.commands.first_look import look
 from falcon_qlora.commands.train import stop_signals_to
 from falcon_qlora.commands.words import split
 from falcon_qlora.common.errors import EXIT_BUG, EXIT_USER_ERROR, UserError, printable
+from falcon_qlora.common.files import quoted
 from falcon_qlora.common.settings import setting
 from falcon_qlora.compare import plan, report
 from falcon_qlora.compare.figures import Compared
@@ -138,7 +138,7 @@ def _train_all(given: dict[str, Any]) -> int:
         _show(made, written)
     if stopped is not None:
         which = "without --overwrite and with" if overwrite else "with"
-        named = shlex.quote(str(folder))
+        named = quoted(str(folder))
         print(f"Stopped. The same command {which} --output_dir {named} goes on here.", flush=True)
         return stopped
     if not some:
@@ -150,7 +150,7 @@ def _compared(run: Planned, folder: Path, reason: str | None) -> Compared:
     return Compared(
         name=run.name if reason is None else run.folder,
         folder=_run_folder(folder, run),
-        command=shlex.join(["falcon-qlora", "train", *run.words]),
+        command=" ".join(map(quoted, ["falcon-qlora", "train", *run.words])),
         reason=reason,
     )
 

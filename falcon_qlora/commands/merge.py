@@ -7,7 +7,6 @@ override them.
 from __future__ import annotations
 
 import gc
-import shlex
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from falcon_qlora.commands.first_look import look_at_held_out
 from falcon_qlora.commands.opening import parse_with_run, source_of
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.common.files import remove_leftovers, sha256
+from falcon_qlora.common.files import quoted, remove_leftovers, sha256
 from falcon_qlora.common.settings import setting
 from falcon_qlora.common.version import VERSION
 from falcon_qlora.config import Configuration
@@ -272,4 +271,4 @@ def _tell(certificate: Certificate, out: Path) -> None:
             f"merged onto {onto}: loss {each.loss:.4f} ({each.loss_increase:+.4f}), KL divergence "
             f"{each.kl_divergence:.5f}, same likeliest token {100 * each.same_top_token:.1f} %{kept}"
         )
-    print_plain(f"wrote {out}/ ({certificate.dtype}); serve it: vllm serve {shlex.quote(str(out))}")
+    print_plain(f"wrote {out}/ ({certificate.dtype}); serve it: vllm serve {quoted(str(out))}")

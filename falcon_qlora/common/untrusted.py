@@ -96,7 +96,7 @@ def parse_yaml(text: str, origin: str) -> dict[Any, Any]:
         origin: where it is from, for messages.
 
     Raises:
-        UserError: if it is not a mapping, gives a key twice, or has an alias.
+        UserError: if it is not a mapping, gives a key twice, or has an alias or a tag.
     """
     try:
         content = yaml.load(text, Loader=_StrictLoader)
@@ -123,7 +123,8 @@ class _StrictLoader(yaml.SafeLoader):
 
     So ``010`` is ten and ``1:30`` a text, as users mean them. Aliases are refused: a few lines of them can
     expand beyond any memory. So are numbers of more digits than any setting has: they can be neither shown
-    nor computed with.
+    nor computed with. So are tags: PyYAML fails in many ways on a value that is not of its tag, and reads
+    numbers of YAML 1.1 and kinds that no setting has.
     """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -132,6 +133,11 @@ class _StrictLoader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(
                 None, None, f"*{event.anchor}: aliases are not read; write it out", event.start_mark
             )
+        event = self.peek_event()
+        if event.tag not in (None, "!"):
+            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+            problem = f"{tag}: tags are not read; write a text in quotes, and a number without"
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

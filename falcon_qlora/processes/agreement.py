@@ -102,6 +102,17 @@ def wait_for_all() -> None:
     store.wait([key], _WAIT_LIMIT)
 
 
+def met_by_all(mine: T) -> list[T]:
+    """Each process's (small, picklable) object, by process index, once every process has called this."""
+    if not _in_group():
+        return [mine]
+    key, store = f"falcon_qlora/met/{next(_numbers)}", _store()
+    keys = [f"{key}/{process}" for process in range(world_size())]
+    store.set(keys[process_index()], pickle.dumps(mine))  # type: ignore[arg-type]
+    store.wait(keys, _WAIT_LIMIT)
+    return [pickle.loads(store.get(each)) for each in keys]
+
+
 def announce(word: Any) -> None:
     """On the main process: tell every other process, which calls `listen`, a (small, picklable) object."""
     _store().set(f"falcon_qlora/word/{next(_words)}", pickle.dumps(word))  # type: ignore[arg-type]

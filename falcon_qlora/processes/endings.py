@@ -20,7 +20,7 @@ from falcon_qlora.common.errors import (
     message_of,
     panics_as_errors,
 )
-from falcon_qlora.processes.agreement import PeerError, connect, gather_objects
+from falcon_qlora.processes.agreement import PeerError, connect, met_by_all
 from falcon_qlora.processes.ranks import is_main_process, restart_count, world_size
 
 _REPORT_LIMIT = datetime.timedelta(seconds=10)
@@ -29,10 +29,10 @@ _siblings: list[int] = []
 
 
 def remember_siblings() -> None:
-    """Find the processes on this machine that train together with this one."""
+    """Find the processes on this machine that train together with this one; waits for all processes."""
     namespace = os.readlink("/proc/self/ns/pid") if sys.platform.startswith("linux") else ""
     here = (socket.gethostname(), namespace, os.getppid())
-    everyone = gather_objects((here, os.getpid()))
+    everyone = met_by_all((here, os.getpid()))
     _siblings[:] = [pid for place, pid in everyone if place == here and pid != os.getpid()]
 
 

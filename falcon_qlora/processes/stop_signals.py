@@ -145,6 +145,18 @@ def stop_signals_raise(*, for_good: bool = False) -> Iterator[None]:
         os.close(writer)
 
 
+def end_with(status: int) -> None:
+    """From here on a stop signal ends this process with `status`: it has only to shut down."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: os._exit(status))
+
+
 def install() -> None:
     """Handle the stop signals of this process; call it in the main thread."""
     before = signal.getsignal(signal.SIGINT)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import os
 import re
-import shlex
 import socket
 from pathlib import Path
 
@@ -52,7 +51,7 @@ def choose(
     if output_dir is None:
         if resume:
             newest = _newest(root)
-            hint = f", for example --resume {shlex.quote(str(newest))}" if newest else ""
+            hint = f", for example --resume {quoted(str(newest))}" if newest else ""
             raise UserError(f"--resume: which run? Name its folder with --output_dir or --resume PATH{hint}")
         return _fresh(root, model, settings, restarted, make, now or datetime.datetime.now())
     path = Path(output_dir)

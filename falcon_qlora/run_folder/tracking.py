@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -28,7 +27,7 @@ from transformers.integrations.integration_utils import (
 )
 
 from falcon_qlora.common.errors import UserError, first_line, panics_as_errors
-from falcon_qlora.common.files import plain
+from falcon_qlora.common.files import plain, quoted
 from falcon_qlora.processes import ranks
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.run_folder.environment import without_secrets
@@ -141,7 +140,7 @@ class Trackers:
             if tracker == "tensorboard" and callback.logging_dir is None:
                 folder = directory.path / "tensorboard"
                 callback.logging_dir = str(folder / run_name.replace("/", "-") if run_name else folder)
-                self.lines.append(f"TensorBoard: tensorboard --logdir {shlex.quote(str(folder))}")
+                self.lines.append(f"TensorBoard: tensorboard --logdir {quoted(str(folder))}")
             else:
                 self.lines.append({"trackio": "Trackio: trackio show"}.get(tracker, tracker))
 

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 from falcon_qlora.common.errors import printable
 
-# Where it is markup in GitHub's and the hub's Markdown: an underscore is none inside a word, and what looks
-# like an address becomes a link by itself.
-_MARKUP = re.compile(r"[\\`*\[\]<>|~&#$@]|(?<!\w)_|_(?!\w)|:(?=//)|(?<=www)\.|(?<=mailto):|(?<=xmpp):", re.I)
+# Where it is markup in GitHub's and the hub's Markdown: an underscore is none between letters, and what
+# looks like an address becomes a link by itself.
+_MARKUP = re.compile(
+    r"[\\`*\[\]<>|~&#$@]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.|(?<=mailto):|(?<=xmpp):", re.I
+)
 
 
 def escaped(text: str) -> str:

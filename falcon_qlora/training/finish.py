@@ -22,7 +22,7 @@ from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.hub import push_folder
 from falcon_qlora.models.sharded import is_sharded, take_part
 from falcon_qlora.models.sharded_base import follow, leading, replicated
-from falcon_qlora.processes import agreement, ranks
+from falcon_qlora.processes import agreement, endings, ranks
 from falcon_qlora.processes.stop_signals import Stopped
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.run_folder.summary import Summary
@@ -70,6 +70,7 @@ def finish(
     require_moved(trainer)
     peaks = agreement.gather_objects(peak_memory_gib())
     reductions = agreement.gather_objects(round(trainer.reduction_share(), 4))
+    endings.forget_siblings()  # the others may be done before this one is
     lines: list[dict[str, Any]] = []
     with _told_if_not_written(directory.summary_file):
         lines = directory.read_metrics()

@@ -57,6 +57,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
             gc.enable()
         hash_triton()
     base, run, training = configuration.model, configuration.run, configuration.training
+    endings.remember_siblings()  # of whose death a collective may tell long before the first step
     start = preflight.check(configuration, lock)
     max_length, method = configuration.data.max_length, configuration.method
     begin_from = run.adapter if start.checkpoint is None else None
@@ -139,7 +140,6 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
     trainer.args.eval_on_start &= start.checkpoint is None  # a resumed run was evaluated at its start
     try:
         trainer.train(resume_from_checkpoint=start.checkpoint)
-        endings.forget_siblings()
         finish.tell_rows(directory, trainer, data, train_on=configuration.data.train_on)
         finish.finish(
             directory,

@@ -4,6 +4,8 @@
     {"do": "signal", ..., "to": "launcher"}                       the launcher gets it
     {"do": "kill", "step": 3, "rank": 1, "where": "step"}         kill -9; also "computing", "save", "saved"
     {"do": "kill", "where": "loading", "restart": 0}              before it has read or written anything
+    {"do": "kill", "where": "sharing", "rank": 0}                 as it gives the others its parameters
+    {"do": "kill", "where": "end", "rank": 0}                     when it has trained
     {"do": "kill", ..., "where": "part"}                          in its own part of a sharded checkpoint
     {"do": "held", "step": 2, "rank": 1}                          that part waits until two steps later
     {"do": "later", "step": 3, ..., "number": 9, "seconds": 0.2}  a signal so long after step 3 began
@@ -51,6 +53,7 @@ from falcon_qlora.models.tokenizer import load_tokenizer
 from falcon_qlora.processes import ranks, stop_signals
 from falcon_qlora.processes.watchdog import WRITER, Watchdog
 from falcon_qlora.step import loss as step_module
+from falcon_qlora.step.reduction import Reduction
 from falcon_qlora.train import main
 from falcon_qlora.training import build, finish
 from falcon_qlora.training.trainer import FalconTrainer
@@ -109,6 +112,24 @@ def faulty_training_step(self: Any, *arguments: Any, **named: Any) -> Any:
     if faults("kill", where="step"):
         die()
     return training_step(self, *arguments, **named)
+
+
+share_parameters = Reduction.share_parameters
+
+
+def faulty_share_parameters(self: Any) -> None:
+    if faults("kill", where="sharing"):
+        die()
+    share_parameters(self)
+
+
+require_moved = finish.require_moved
+
+
+def faulty_require_moved(trainer: Any) -> None:
+    if faults("kill", where="end"):
+        die()
+    require_moved(trainer)
 
 
 training_begins = stop_signals.training_begins
@@ -244,6 +265,8 @@ def faulty_load(*arguments: Any, **named: Any) -> Any:
 if rooms := faults("room"):
     shutil.disk_usage = lambda path: SimpleNamespace(free=rooms[0]["bytes"])  # type: ignore[assignment,misc]
 
+finish.require_moved = faulty_require_moved
+Reduction.share_parameters = faulty_share_parameters  # type: ignore[method-assign]
 stop_signals.training_begins = faulty_training_begins
 FalconTrainer._save_checkpoint = faulty_save_checkpoint  # type: ignore[method-assign]
 FalconTrainer.training_step = faulty_training_step  # type: ignore[method-assign]

@@ -153,6 +153,18 @@ def test_a_rank_that_gets_a_signal_before_there_is_anything_to_save_is_named(
         assert (status, errors) == (1, f"error: rank 1 on {socket.gethostname()} was killed by {name}\n")
 
 
+@pytest.mark.parametrize("where", ["sharing", "end"])
+def test_a_death_that_a_collective_tells_of_outside_the_steps_is_one_message(
+    processes: Processes, where: str
+) -> None:
+    faults = [{"do": "kill", "rank": 0, "where": where}]
+    status, _, errors = run(processes, "--output_dir", where, faults=faults)
+    told, *hint = errors.splitlines()
+    killed = f"error: rank 0 on {socket.gethostname()} was killed by SIGKILL; out of CPU memory?"
+    assert (status, told) == (1, killed)
+    assert [line.split(" is ")[0] for line in hint] == ["the last complete checkpoint"] * (where == "end")
+
+
 def test_a_second_signal_ends_at_once(processes: Processes) -> None:
     twice = [
         {"do": "signal", "step": 3, "rank": 0, "to": "launcher", "number": signal.SIGTERM, "wait": wait}

@@ -226,6 +226,39 @@ def test_a_signal_while_a_command_loads_libraries_is_told(number: signal.Signals
     )
 
 
+SHUTS_DOWN_LATE = """
+import atexit, sys, time
+sys.argv = ["falcon-qlora", *sys.argv[1:]]
+atexit.register(lambda: [time.sleep(0.1) for _ in range(300)])
+atexit.register(print, "shuts down", flush=True)
+from falcon_qlora.__main__ import main
+sys.exit(main())
+"""
+
+
+# Loaded libraries take most of a second to shut down.
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("word", "status"), [("--version", 0), ("nothing", 2)])
+def test_a_signal_while_a_command_shuts_down_changes_no_status(
+    number: signal.Signals, word: str, status: int
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SHUTS_DOWN_LATE, word],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL if status else subprocess.STDOUT,
+        text=True,
+        # The shell may have had pytest ignore it, as it does in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout is not None
+    said = list(iter(process.stdout.readline, "shuts down\n"))
+    assert len(said) == (status == 0)
+    process.send_signal(number)
+    rest, _ = process.communicate(timeout=20)
+    assert (process.returncode, rest) == (status, "")
+
+
 def worker_pids(output: str) -> list[int]:
     return [int(pid) for pid in re.findall(r"pid=(\d+)", output)]
 

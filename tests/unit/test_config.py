@@ -320,6 +320,22 @@ def test_what_is_written_as_yaml_is_read_the_same_by_both_versions(value: str) -
     assert parse_yaml(as_yaml(record), "x") == yaml.safe_load(as_yaml(record)) == record
 
 
+# Of a value that is not of its tag PyYAML raises AttributeError, KeyError or IndexError.
+@pytest.mark.parametrize(
+    "value",
+    ["!!timestamp x", "!!bool perhaps", "!!float ''", "!!float 1:30", "!!set {a}", "!!binary x", "!own 1"],
+)
+def test_a_tag_is_refused_in_one_line(tmp_path: Path, value: str) -> None:
+    file = tmp_path / "config.yaml"
+    for text in (f"max_length: {value}", f"dataset_name: [{value}]", f"? {value}"):
+        file.write_text(text)
+        told = refusal("--config", str(file))
+        assert "line 1: not valid YAML: " in told
+        assert "tags are not read" in told
+    file.write_text('run_name: ! "8"\n')  # says only that it is a text
+    assert resolved("--config", str(file))["run_name"] == "8"
+
+
 HUGE = ["9" * 6000, "0x" + "f" * 6000, "0o" + "7" * 6000, "-" + "9" * 6000, "1e" + "9" * 6000, "x" * 100_000]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
@@ -216,6 +216,8 @@ def read(text: str) -> tuple[set[str], list[str]]:
 
 
 @given(text=TEXTS)
+@example("a/__init__.py")
+@example("___a___ __b__ _c d_ 1__2__3")
 @fuzz(300)
 def test_any_text_is_shown_as_it_is_in_a_line_and_in_a_table(text: str) -> None:
     shown = printable(text).strip()
@@ -312,3 +314,13 @@ def assert_same_page(page: Callable[[str], str], text: str) -> None:
     for line, plain in zip(found, expected, strict=True):
         if word in plain:
             assert shown.split()[0] in line, (line, plain)
+
+
+def test_a_word_of_a_shown_command_is_quoted_so_that_a_shell_reads_it() -> None:
+    """`shlex` puts escape sequences in plain quotes; shown as text they would name another file."""
+    found = [
+        file.relative_to(PACKAGE)
+        for file in PACKAGE.rglob("*.py")
+        if re.search(r"shlex\.(quote|join)", file.read_text())
+    ]
+    assert found == [Path("common/files.py")]
