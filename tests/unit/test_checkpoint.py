@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from falcon_qlora.checkpoint.checkpointer import Checkpointer
 from falcon_qlora.checkpoint.manifest import MANIFEST, fault, newest_whole, write_manifest
 from falcon_qlora.checkpoint.write import rotate, set_aside_after
 
@@ -106,3 +109,40 @@ def test_checkpoints_after_the_one_gone_on_from_stay_until_they_are_made_again(t
     make(tmp_path, 6)
     rotate(tmp_path, 6, 2, None)
     assert {path.name for path in tmp_path.iterdir()} == {"step-3", "step-6", "replaced-step-9"}
+
+
+def test_a_large_file_has_a_checksum_for_every_piece_and_in_older_manifests_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("falcon_qlora.checkpoint.manifest._PIECE_BYTES", 100)
+    path = tmp_path / "step-1"
+    path.mkdir()
+    content = bytes(range(250))
+    (path / "large").write_bytes(content)
+    write_manifest(path, {"step": 1})
+    record = json.loads((path / MANIFEST).read_text())
+    pieces = [hashlib.sha256(content[start : start + 100]).hexdigest() for start in (0, 100, 200)]
+    assert record["files"]["large"] == {"bytes": 250, "sha256": pieces}
+    whole = {"bytes": 250, "sha256": hashlib.sha256(content).hexdigest()}
+    older = {**record, "format": 1, "files": {"large": whole}}
+    for written in (record, older):
+        (path / MANIFEST).write_text(json.dumps(written))
+        (path / "large").write_bytes(content)
+        assert fault(path) is None
+        for place in (0, 99, 100, 249):
+            altered = bytearray(content)
+            altered[place] ^= 1
+            (path / "large").write_bytes(altered)
+            assert fault(path) == "large is not what was written (its checksum differs)"
+
+
+def test_the_model_is_left_alone_until_a_save_has_read_it(tmp_path: Path) -> None:
+    writer = Checkpointer(tmp_path, describe_adapter=print, record={}, on_saved=print, at=lambda *place: None)
+    writer.wait_until_unread()  # none is under way
+    goes_on, free = threading.Event(), threading.Event()
+    writer._beside(goes_on.wait)
+    waiting = threading.Thread(target=lambda: (writer.wait_until_unread(), free.set()))
+    waiting.start()
+    assert not free.wait(0.2)
+    goes_on.set()
+    assert free.wait(5)
