@@ -67,7 +67,8 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
     processes = _processes(launch.gpus)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    with command_clock.told_to_workers(), temporary_folder() as folder:
+    command = ["falcon-qlora", "train", *argv]
+    with command_clock.told_to_workers(command), temporary_folder() as folder:
         os.environ[launcher.VARIABLE] = str(folder)
         flags = config.as_words({name: value for name, value in given.items() if not hasattr(launch, name)})
         words = launcher.tied(worker_module, *flags)

@@ -146,9 +146,9 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
             trainer,
             start.trackers,
             describe_adapter=describe_adapter,
-            title=base.model_name_or_path,
+            configuration=configuration,
+            data=data,
             predicted_gib=activations.predicted_gib,
-            began_from=(run.adapter, run.adapter_sha256),
         )
     except Stopped as stopped:
         resumable = not trainer.args.save_only_model
