@@ -286,7 +286,8 @@ def _logits(model: nn.Module, batch: MicroBatch) -> Tensor:
 def _opened_by_peft(folder: Path, model: Any) -> Iterator[None]:
     """A context in which the folder's adapter, loaded beside the model's, is the active one."""
     base = causal_lm_in(model)
-    refused = past_pefts_refusal(base) if method_of(model).refused_by_peft else contextlib.nullcontext()
+    method: Any = method_of(model)
+    refused = past_pefts_refusal(base) if method.refused_by_peft else contextlib.nullcontext()
     active = model.active_adapter
     try:
         try:

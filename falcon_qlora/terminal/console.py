@@ -194,6 +194,11 @@ def print_answers(title: str, answers: Sequence[tuple[str, str]]) -> None:
     out.print()
 
 
+def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Print rows of label and text under a title."""
+    _print_rows(title, rows)
+
+
 def _print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
     out = console()
     out.print(Text(title, style="bold"))
