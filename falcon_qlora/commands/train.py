@@ -75,12 +75,19 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
         try:
             if processes == 1 and _on_one_node(launch) and launch.max_restarts == 0:
                 held = launcher.hold(folder / launcher.ROWS)
-                return _run_one(words, folder, lambda: _look_and_tokenize(configuration, held))
+                status = _run_one(words, folder, lambda: _look_and_tokenize(configuration, held))
+                return _of_dry_run(status) if configuration.run.dry_run else status
             _look(configuration)
             agent = [*_torchrun_flags(launch, processes), f"--log-dir={folder}", "--module"]
-            return _launch([*agent, *words], folder)
+            status = _launch([*agent, *words], folder)
+            return _of_dry_run(status) if configuration.run.dry_run else status
         finally:
             del os.environ[launcher.VARIABLE]
+
+
+def _of_dry_run(status: int) -> int:
+    """A dry run's exit status: one that a bug or a killed process ends has failed like any other."""
+    return EXIT_USER_ERROR if status == EXIT_BUG else status
 
 
 def _look(configuration: Configuration) -> None:

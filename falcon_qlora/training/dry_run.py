@@ -153,11 +153,8 @@ class DryRun:
         with phase("all-reduce"):
             self._rows.append(("all-reduce", _try_all_reduce(device)))
         with phase("kernels"):
-            batch = largest_micro_batch(trainer)
-            told = "not compared: a stream's longest batch is not known"
-            if batch is not None:
-                told = compare_kernels(trainer.model, batch, device)
-            self._rows.append(("kernels", told))
+            batch = largest_micro_batch(trainer) or next(iter(trainer.steps)).micro_batches[0]
+            self._rows.append(("kernels", compare_kernels(trainer.model, batch, device)))
         agreement.wait_for_all()
         phases.now = "first step"
 
@@ -200,7 +197,7 @@ class DryRun:
         if (wrong := manifest.fault(checkpoint)) is not None:
             raise UserError(f"the checkpoint is not whole after it was written: {wrong}")
         size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
-        told = f"checkpoint ({gib(size)}) and adapter written"
+        told = f"checkpoint ({size / 2**20:.1f} MiB) and adapter written"
         if trainer.args.save_only_model or is_sharded(trainer.model):
             return f"{told}; their checksums are right"
         trainer._load_from_checkpoint(str(checkpoint))

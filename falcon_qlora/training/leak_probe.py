@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from falcon_qlora.data.packing import MicroBatch
+from falcon_qlora.models.activations import has_fast_blocks
 from falcon_qlora.models.layouts import causal_lm_in, layout_of
 from falcon_qlora.models.load import quantization_of
 from falcon_qlora.processes import devices
@@ -85,7 +86,7 @@ def probe(model: torch.nn.Module, batch: MicroBatch, device: torch.device) -> Le
     if not before.isfinite().all():
         return "the first documents have a non-finite loss"
     moved = float((after - before).abs().sum()) / targets
-    exact = quantization_of(causal_lm_in(model)) != "8bit"
+    exact = quantization_of(causal_lm_in(model)) != "8bit" or has_fast_blocks(model)
     return LeakProbe(
         len(some.lengths), targets, float(before.sum()) / targets, moved, apart / targets, exact=exact
     )

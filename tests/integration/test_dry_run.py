@@ -84,6 +84,14 @@ def test_a_fault_on_one_rank(
     assert "Traceback" not in errors
 
 
+@pytest.mark.slow
+def test_a_rank_that_is_killed(work: Processes) -> None:
+    kill = {"do": "kill", "where": "computing", "rank": 0, "step": 1}  # in the step: it made the folder
+    status, _, errors = dry_run(work, faults=[kill])
+    assert status == 2
+    assert f"error: rank 0 on {HERE} was killed by SIGKILL; out of CPU memory?" in errors
+
+
 def test_one_rank_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     settings: dict[str, Any] = {
