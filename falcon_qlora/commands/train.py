@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -83,6 +84,8 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
             return _of_dry_run(status) if configuration.run.dry_run else status
         finally:
             del os.environ[launcher.VARIABLE]
+            if (made := folder / launcher.DRY_RUN).exists():  # its process may have been killed
+                shutil.rmtree(made.read_text(encoding="utf-8"), ignore_errors=True)
 
 
 def _of_dry_run(status: int) -> int:

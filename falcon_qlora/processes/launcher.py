@@ -16,8 +16,8 @@ from typing import IO
 
 VARIABLE = "FALCON_QLORA_LAUNCHER"
 # Files: which process has something to save; the launcher was asked to stop; how to resume after an error;
-# and one that is locked while the launcher looks at the rows.
-TRAINING, STOPPING, GO_ON, ROWS = "training", "stopping", "go_on", "rows"
+# one that is locked while the launcher looks at the rows; and the path of a dry run's folder.
+TRAINING, STOPPING, GO_ON, ROWS, DRY_RUN = "training", "stopping", "go_on", "rows", "dry_run"
 # Signals that ask a run to stop; SIGUSR1 is how some schedulers announce preemption.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # One request can arrive twice: from a scheduler to every process, and passed on by the launcher; or from a

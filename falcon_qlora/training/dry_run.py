@@ -26,7 +26,7 @@ from falcon_qlora.common.quantities import counted, gib
 from falcon_qlora.config import Configuration
 from falcon_qlora.data.batches import Share, StreamingSteps, TrainingSteps
 from falcon_qlora.models.sharded import is_sharded
-from falcon_qlora.processes import agreement, endings, ranks
+from falcon_qlora.processes import agreement, endings, launcher, ranks
 from falcon_qlora.run_folder import tracking
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.run_folder.environment import versions
@@ -104,8 +104,11 @@ class DryRun:
             self._compare_versions()
 
         def make() -> str:
-            parent = nearest_existing(start.directory.path)
-            return str(self._held.enter_context(temporary_folder(parent)))
+            parent = nearest_existing(start.directory.path).absolute()
+            folder = str(self._held.enter_context(temporary_folder(parent)))
+            if (left := launcher.mark(launcher.DRY_RUN)) is not None:
+                left.write_text(folder, encoding="utf-8")
+            return folder
 
         self._folder = Path(agreement.from_main_process(make))
         run = str(self._folder / "run")
