@@ -159,6 +159,28 @@ def test_a_wrong_scale_shows_in_the_loss(tmp_path, model):
     assert list(model.peft_config) == ["default"]
 
 
+@pytest.mark.parametrize(
+    "method", [Adapter(prefix_length=5, first_block=1), AdapterV2(prefix_length=5, first_block=1)]
+)
+def test_our_own_loader_is_tried_for_what_peft_does_not_open(tmp_path, monkeypatch, method):
+    model = away_from_start(method.attach(tiny_model("falcon-7b"), seed=0))
+    method.save(model, tmp_path)
+    before = {name: tensor.clone() for name, tensor in method.saved_tensors(model).items()}
+    opened = check_opening(tmp_path, model)
+    assert (opened.by, opened.difference, opened.why_not) == ("falcon-qlora", 0, None)
+    put = type(method).put
+
+    def forgetful(self: Any, into: Any, tensors: dict[str, torch.Tensor]) -> None:
+        put(self, into, {name: each for name, each in tensors.items() if not name.endswith(".gate")})
+
+    with monkeypatch.context() as bug:
+        bug.setattr(type(method), "put", forgetful)
+        with pytest.raises(AdapterFaultError, match="opened again, has loss nan"):
+            check_opening(tmp_path, model)
+    method.put(model, before)
+    assert all(torch.equal(before[name], each) for name, each in method.saved_tensors(model).items())
+
+
 def test_what_peft_reads_is_compared_with_what_was_held(tmp_path, model):
     held = {name: tensor.clone() for name, tensor in method_of(model).trained_state(model).items()}
     check_reading(save(model, tmp_path), model, held)
