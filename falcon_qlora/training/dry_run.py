@@ -156,7 +156,11 @@ class DryRun:
         with phase("all-reduce"):
             self._rows.append(("all-reduce", _try_all_reduce(device)))
         with phase("kernels"):
-            batch = largest_micro_batch(trainer) or next(iter(trainer.steps)).micro_batches[0]
+            batch = largest_micro_batch(trainer)
+            if batch is None:  # a stream's is not known
+                first = next(iter(trainer.steps))
+                assert first is not None
+                batch = first.micro_batches[0]
             self._rows.append(("kernels", compare_kernels(trainer.model, batch, device)))
         agreement.wait_for_all()
         phases.now = "first step"
