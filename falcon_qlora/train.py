@@ -18,7 +18,7 @@ gc.disable()  # until the libraries are loaded: looking for garbage takes a fift
 late_imports.put_off()
 
 from falcon_qlora.config import parse  # noqa: E402
-from falcon_qlora.processes import devices, endings, launcher, ranks, stop_signals, watchdog  # noqa: E402
+from falcon_qlora.processes import devices, endings, launcher, lookout, ranks, stop_signals, watchdog  # noqa: E402
 from falcon_qlora.terminal.library_logging import quiet_libraries  # noqa: E402
 from falcon_qlora.terminal.output import drop_what_cannot_be_written, say_loading  # noqa: E402
 from falcon_qlora.training.run import train  # noqa: E402
@@ -32,7 +32,12 @@ def main() -> None:
     quiet_libraries(progress_bars=ranks.is_main_process())
     if launcher.VARIABLE not in os.environ and ranks.is_main_process():
         say_loading()
-    endings.leave(endings.exit_status(lambda: train(parse(sys.argv[1:]))))
+    endings.leave(endings.exit_status(_train))
+
+
+def _train() -> None:
+    lookout.begin()
+    train(parse(sys.argv[1:]))
 
 
 if __name__ == "__main__":

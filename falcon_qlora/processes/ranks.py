@@ -47,6 +47,16 @@ def restart_count() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
+def set_restart_count(count: int) -> None:
+    """Have `restart_count` say what the processes have agreed on."""
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(count)
+
+
+def node_index() -> int:
+    """The index of this process's node, from 0; that of the main process is 0."""
+    return int(os.environ.get("GROUP_RANK", process_index() // local_world_size()))
+
+
 def launch_id() -> str:
     """A name for this launch: the same over torchrun's restarts, another for every new command.
 
