@@ -37,7 +37,8 @@ from falcon_qlora.common.errors import (
 from falcon_qlora.common.files import temporary_folder
 from falcon_qlora.config import Configuration
 from falcon_qlora.config.arguments import LaunchArguments
-from falcon_qlora.processes import command_clock, launcher
+from falcon_qlora.processes import command_clock, launcher, scheduler
+from falcon_qlora.processes.cores import usable_cores
 from falcon_qlora.processes.launcher import SAME_REQUEST_SECONDS, STOP_SIGNALS
 from falcon_qlora.processes.stop_signals import Ended
 from falcon_qlora.processes.watchdog import end_native_code_after
@@ -64,15 +65,16 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
     drop_what_cannot_be_written()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise UserError("falcon-qlora train starts torchrun itself; under torchrun run -m falcon_qlora.train")
+    scheduler.refuse_others()
     given = config.read_flags(argv, verb="train", extra_arguments=LaunchArguments)
+    given |= _of_environment(given)
     configuration = config.configure(given, extra_arguments=LaunchArguments)
     launch: LaunchArguments = configuration.extra
     _check(launch)
     end_native_code_after(configuration.run.hang_minutes)
     say_loading()
     processes = _processes(launch.gpus)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
     with command_clock.told_to_workers(), temporary_folder() as folder:
         os.environ[launcher.VARIABLE] = str(folder)
         if not _on_one_node(launch):
@@ -92,6 +94,16 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
             return _launch([*agent, *words], folder, on_one_node=_on_one_node(launch))
         finally:
             del os.environ[launcher.VARIABLE], os.environ[launcher.LAUNCHED]
+
+
+def _of_environment(given: dict[str, Any]) -> dict[str, Any]:
+    """torchrun's own variables for flags that are not given, such as PET_NNODES; Kubeflow sets them."""
+    names = {"nproc_per_node" if name == "gpus" else name: name for name in vars(LaunchArguments())}
+    told = {name: os.environ.get(f"PET_{of_torchrun.upper()}") for of_torchrun, name in names.items()}
+    if told["gpus"] in ("auto", "gpu", "cpu"):
+        del told["gpus"]
+    words = [f"--{name}={value}" for name, value in told.items() if value and name not in given]
+    return config.read_flags(words, verb="train", extra_arguments=LaunchArguments)
 
 
 def _launched(given: dict[str, Any], launch: LaunchArguments, processes: int) -> str:
@@ -368,6 +380,11 @@ def _say_how_to_go_on(folder: Path) -> None:
 
 
 def _check(launch: LaunchArguments) -> None:
+    if launch.nnodes == "1" and scheduler.tasks_of_srun() > 1:
+        raise UserError(
+            f"srun has started {scheduler.tasks_of_srun()} of this command, and each starts all ranks of its "
+            "node. Start one a GPU with `srun python -m falcon_qlora.train`, or one a node with --nnodes"
+        )
     counts = launch.nnodes.split(":")
     if len(counts) > 2 or not all(count.isdecimal() and int(count) > 0 for count in counts):
         raise UserError(f"--nnodes: {launch.nnodes!r} is neither a number of nodes nor MIN:MAX")
@@ -376,7 +393,7 @@ def _check(launch: LaunchArguments) -> None:
             f"--nnodes {launch.nnodes}: say where the nodes meet, with --rdzv_backend c10d --rdzv_endpoint "
             "HOST:PORT, or with --master_addr, --master_port and --node_rank"
         )
-    for name in ("node_rank", "master_port", "rdzv_backend", "rdzv_id", "rdzv_conf"):
+    for name in ("node_rank", "master_port", "rdzv_backend", "rdzv_id", "rdzv_conf", "local_addr"):
         if _on_one_node(launch) and getattr(launch, name) is not None:
             raise UserError(f"--{name} is a setting of several nodes, and this run has --nnodes 1: drop it")
 

@@ -260,6 +260,7 @@ class LaunchArguments:
     rdzv_endpoint: str | None = setting(None, "Where nodes meet: HOST:PORT.")
     rdzv_id: str | None = setting(None, "Name of this job, the same on every node.")
     rdzv_conf: str | None = setting(None, "Arguments of the backend: key=value,…")
+    local_addr: str | None = setting(None, "This node's address for the others; unset: its host name.")
     max_restarts: int = setting(0, "Restarts after a process has failed.", least=0)
 
 

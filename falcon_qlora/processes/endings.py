@@ -15,6 +15,7 @@ from pathlib import Path
 from falcon_qlora.common.errors import (
     EXIT_BEREFT,
     EXIT_BUG,
+    EXIT_STOPPED,
     EXIT_USER_ERROR,
     UserError,
     message_of,
@@ -104,7 +105,7 @@ def leave(status: int) -> None:
     interpreter's own shutdown is skipped: it sometimes ends threads of native libraries while they run, which
     aborts the process. All that a run writes is written by then.
     """
-    if status == 0:
+    if status in (0, EXIT_STOPPED):
         import torch
         import torch.distributed as dist
 

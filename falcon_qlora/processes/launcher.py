@@ -67,6 +67,8 @@ def _found() -> list[str]:
     """How this process was started, up to the run's flags, if not by the launcher of this package."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return [*_of_torchrun(), "-m", _WORKER]
+    if "SLURM_STEP_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return ["srun", "--ntasks", os.environ["WORLD_SIZE"], "python", "-m", _WORKER]
     return ["falcon-qlora", "train"]
 
 

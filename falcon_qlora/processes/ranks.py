@@ -18,6 +18,11 @@ def stand_alone() -> None:
         os.environ.pop(name, None)
 
 
+def be(**variables: str) -> None:
+    """Have this process be the rank that these variables of torchrun's say."""
+    os.environ.update(variables)
+
+
 def process_index() -> int:
     """This process's index over all nodes, from 0."""
     return int(os.environ.get("RANK", "0"))

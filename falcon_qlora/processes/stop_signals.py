@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from falcon_qlora.common.errors import EXIT_BUG, native_work
+from falcon_qlora.common.errors import EXIT_BUG, EXIT_STOPPED, native_work
 from falcon_qlora.processes import endings, launcher, lookout, ranks
 from falcon_qlora.processes.launcher import SAME_REQUEST_SECONDS, STOP_SIGNALS
 
@@ -54,7 +54,7 @@ class Stopped(Exception):
 
 class _Requests:
     def __init__(self) -> None:
-        self.training = False
+        self.training = self.stopped = False
         self.first: int | None = None
         self.at = 0.0
         self.say: Callable[[str], None] = lambda text: None
@@ -215,8 +215,15 @@ def asked_to_stop() -> signal.Signals | None:
 
 
 def tell_stopped() -> None:
-    """Have the launcher end with `EXIT_STOPPED`: this process is about to end with 0, stopped and saved."""
+    """The run has stopped and saved: the launcher, or this process without one, tells by its status."""
+    _requests.stopped = True
     _leave_for_launcher(launcher.STOPPED, "")
+
+
+def status_of_stopped() -> int:
+    """The status for a process that has met no error: an agent would restart others than 0."""
+    by_itself = launcher.VARIABLE not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+    return EXIT_STOPPED if _requests.stopped and by_itself else 0
 
 
 def tell_launcher(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,28 @@ def checkpoint_to_resume(directory: RunDirectory, *, resume: str | None, overwri
     elif restarted and overwrite:
         return None  # it failed before it replaced the old run
     found = agreement.from_main_process(lambda: _find(directory, named))
+    if found is not None:
+        _require_on_all_nodes(found)
     if found is None and resume and not restarted:
         agreement.from_main_process(lambda: _check_may_begin(directory, resume))
     return found
+
+
+def _require_on_all_nodes(checkpoint: str) -> None:
+    if ranks.world_size() == ranks.local_world_size():
+        return
+    there = (Path(checkpoint) / manifest.MANIFEST).is_file()
+    everyone = agreement.met_by_main((socket.gethostname(), there))
+    without = list(dict.fromkeys(host for host, there in everyone if not there))
+
+    def refuse() -> None:
+        if without:
+            raise UserError(
+                f"--resume: {Path(checkpoint).absolute()} is not on {', '.join(without)}, and each node "
+                "reads it. Put --output_dir on a file system that all nodes share, or copy the folder there"
+            )
+
+    agreement.from_main_process(refuse)
 
 
 def _check_may_begin(directory: RunDirectory, resume: str) -> None:

@@ -124,6 +124,12 @@ class Nodes:
         meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"node1:{PORT}", "--gpus", "1"]
         return self.start(node, "falcon_qlora", "train", *meeting, *words, **environment)
 
+    def clear(self) -> None:
+        """Empty the folders of all nodes; what they have cached stays."""
+        for folder in (self.folder / f"node{node}" for node in self._places):
+            for entry in folder.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
     def cut(self, node: int, *, off: bool = True) -> None:
         """Cut a node off from the others, or not any longer."""
         self._in(self._hub.pid, "ip", "link", "set", f"v{node}", "down" if off else "up")
