@@ -277,9 +277,9 @@ def _launch(torchrun_argv: list[str], folder: Path, *, on_one_node: bool) -> int
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import elastic_launch
 
-    if not on_one_node:
-        threading.Thread(target=_end_late_agent, args=[folder], name="late agent", daemon=True).start()
     launch_config, command, arguments = run.config_from_args(run.parse_args(torchrun_argv))
+    if not on_one_node and not launch_config.max_restarts:
+        threading.Thread(target=_end_late_agent, args=[folder], name="late agent", daemon=True).start()
     # The agent reports every failure at length; the workers have already reported theirs.
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

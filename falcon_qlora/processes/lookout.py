@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from falcon_qlora.common.errors import EXIT_BUG, EXIT_HANGING
+from falcon_qlora.common.errors import EXIT_BUG, EXIT_HANGING, UserError
 from falcon_qlora.processes import agreement, launcher, ranks
 
 _LOOK_SECONDS = 1.0
@@ -176,10 +176,14 @@ def begin() -> None:
     """Find the processes of all nodes, and watch from here on; does nothing on a single node.
 
     Raises:
-        RuntimeError: if not all processes arrive in time.
+        UserError: if not all processes arrive in time.
     """
     if ranks.world_size() > ranks.local_world_size():
-        _lookout.begin()
+        try:
+            _lookout.begin()
+        except RuntimeError as error:  # torch's own too, in many lines
+            told = str(error).splitlines()[0][:200]
+            raise UserError(f"the ranks of the nodes have not met ({told}): see the others' output") from None
 
 
 def watches() -> bool:

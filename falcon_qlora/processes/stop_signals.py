@@ -203,9 +203,9 @@ def all_have_begun() -> None:
 
     Before that, a signal would end some processes while others take it as a request.
     """
-    stopped = launcher.mark(launcher.STOPPED)
-    if stopped is not None and ranks.local_process_index() == 0:
-        stopped.unlink(missing_ok=True)  # of processes that were stopped for a node to join
+    for left in (launcher.mark(launcher.STOPPED), launcher.mark(launcher.TOLD)):
+        if left is not None and ranks.local_process_index() == 0:
+            left.unlink(missing_ok=True)  # of processes that were stopped for a node to join, or failed
     _leave_for_launcher(launcher.TRAINING, str(os.getpid()))
 
 

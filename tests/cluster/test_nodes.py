@@ -176,6 +176,13 @@ def test_a_signal_to_one_node_stops_and_saves_both_and_the_same_command_goes_on(
     assert [line["step"] for line in metrics(Path(run))] == list(range(1, last + 1))
 
 
+def test_a_node_that_does_not_come_is_told(nodes: Nodes) -> None:
+    processes = begun(nodes, "--rdzv_conf", "join_timeout=3,last_call_timeout=1", node2=["--help"])
+    status, _, errors = ended(processes)[1]
+    told = "error: node1: the other nodes do not answer at node1:29400 (timeout): not started, ended, or "
+    assert (status, errors) == (1, f"{told}cut off from the network\n")
+
+
 def test_two_tasks_of_srun_are_one_run(nodes: Nodes) -> None:
     def tasks(run: str) -> dict[int, subprocess.Popen[str]]:
         of_job = {
@@ -196,18 +203,47 @@ def test_two_tasks_of_srun_are_one_run(nodes: Nodes) -> None:
             for node in (1, 2)
         }
 
-    run = str(nodes.folder / "srun")
-    for start in ("", "going on from step"):
+    run, stopped = str(nodes.folder / "srun"), [0]
+    for _ in range(2):
         processes = tasks(run)
-        at_step(processes[1], 3)
+        at_step(processes[1], stopped[-1] + 3)
         processes[2].terminate()
         ends = ended(processes)
         assert [(status, errors) for status, _, errors in ends.values()] == [(75, ""), (75, "")]
-        assert start in ends[1][1]
-        assert "Go on with, on every node:  srun --ntasks 2 python -m falcon_qlora.train" in ends[1][1]
+        told = re.search(
+            r"stopped at step (\d+) of 400\. Go on with, on every node:  srun --ntasks 2 ", ends[1][1]
+        )
+        assert told is not None
+        stopped.append(int(told[1]))
+    # What was done before the first stop was not done again.
+    assert [line["step"] for line in metrics(Path(run))] == list(range(1, stopped[-1] + 1))
 
 
 def test_a_checkpoint_that_only_one_node_sees_is_refused_on_both(nodes: Nodes) -> None:
     assert [status for status, _, _ in ended(begun(nodes, steps="2")).values()] == [0, 0]
     (told,) = errors_of(ended(begun(nodes, steps="4")))
-    assert re.match(r"error: .*run/checkpoints/step-2 is not on node2: ", told)
+    assert re.match(r"error: .*run/checkpoints/step-2 is not on node2, and each node reads it", told)
+
+
+def test_a_node_that_is_lost_comes_back(nodes: Nodes) -> None:
+    run = str(nodes.folder / "elastic")
+    quick = "last_call_timeout=2,keep_alive_interval=1"
+    words = ["--nnodes", "1:2", "--max_restarts", "3", "--rdzv_id", "job", "--rdzv_conf", quick, *SETTINGS]
+    words += ["--steps", "4000", "--output_dir", run]
+    processes = {node: nodes.train(node, *words) for node in (1, 2)}
+    at_step(processes[1], 3)
+    nodes.kill(2)
+    told = processes[1].stdout
+    assert told is not None
+    alone = next(line for line in told if "going on from step" in line)
+    assert "4 × 64 tokens a step" in alone  # the global batch of two ranks
+    processes[2].wait()
+    processes[2] = nodes.train(2, *words)
+    together = next(line for line in told if "going on from step" in line)
+    assert "4 × 64 tokens a step" in together
+    at_step(processes[1], 1)
+    processes[2].terminate()
+    ends = ended(processes)
+    assert [status for status, _, _ in ends.values()] == [75, 75], ends
+    steps = [line["step"] for line in metrics(Path(run))]
+    assert steps == list(range(1, len(steps) + 1))
