@@ -103,6 +103,7 @@ def finish(
         samples=plan.documents_until(trainer.state.global_step) if plan is not None else None,
         predicted_peak_memory_gib=predicted_gib,
         reduction_shares=reductions if len(reductions) > 1 else None,
+        network_share=min(reductions) if ranks.world_size() > ranks.local_world_size() else None,
         refused_by_peft=refused_by_peft(method_of(model)) or None,
         leak_probe=None if trainer.leak_probe is None else asdict(trainer.leak_probe),
         adapter=began_from[0],

@@ -15,7 +15,7 @@ import pytest
 
 from tests.cluster.nodes import Nodes, why_not
 from tests.integration.interrupted import ROWS, assert_same_run
-from tests.integration.runs import metrics, write_jsonl
+from tests.integration.runs import metrics, summary, write_jsonl
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
@@ -90,6 +90,8 @@ def test_two_nodes_are_two_processes_of_one(nodes: Nodes) -> None:
     assert one.wait(timeout=90) == 0
     assert_same_run(nodes.at(1) / "run", nodes.at(3) / "run")
     assert not (nodes.at(2) / "run").exists()
+    assert 0 < summary(nodes.at(1) / "run")["network_share"] < 1
+    assert summary(nodes.at(3) / "run")["network_share"] is None
 
 
 def test_ranks_that_are_not_alike_do_not_train(nodes: Nodes) -> None:
