@@ -21,8 +21,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from falcon_qlora.common.errors import native_work
-from falcon_qlora.processes import endings, launcher, ranks
+from falcon_qlora.common.errors import EXIT_BUG, EXIT_STOPPED, native_work
+from falcon_qlora.processes import endings, launcher, lookout, ranks
 from falcon_qlora.processes.launcher import SAME_REQUEST_SECONDS, STOP_SIGNALS
 
 _LEAVE_SECONDS = 5.0
@@ -54,7 +54,7 @@ class Stopped(Exception):
 
 class _Requests:
     def __init__(self) -> None:
-        self.training = False
+        self.training = self.stopped = False
         self.first: int | None = None
         self.at = 0.0
         self.say: Callable[[str], None] = lambda text: None
@@ -62,6 +62,9 @@ class _Requests:
 
     def receive(self, number: int) -> None:
         """Take in a signal; called by the thread."""
+        if not self.training and lookout.watches():
+            lookout.tell(f"error: {Ended(signal.Signals(number))}\n", EXIT_BUG)
+            os._exit(128 + number)
         if not self.training:
             # The main thread ends the process. If it is waiting for another one, this timer does.
             timer = threading.Timer(_LEAVE_SECONDS, _leave, [number])
@@ -162,7 +165,7 @@ def install() -> None:
     before = signal.getsignal(signal.SIGINT)
 
     def handle(number: int, frame: Any) -> None:
-        if _requests.training:
+        if _requests.training or lookout.watches():
             return
         if number == signal.SIGINT and callable(before):
             before(number, frame)
@@ -200,6 +203,9 @@ def all_have_begun() -> None:
 
     Before that, a signal would end some processes while others take it as a request.
     """
+    for left in (launcher.mark(launcher.STOPPED), launcher.mark(launcher.TOLD)):
+        if left is not None and ranks.local_process_index() == 0:
+            left.unlink(missing_ok=True)  # of processes that were stopped for a node to join, or failed
     _leave_for_launcher(launcher.TRAINING, str(os.getpid()))
 
 
@@ -208,15 +214,23 @@ def asked_to_stop() -> signal.Signals | None:
     return None if _requests.first is None else signal.Signals(_requests.first)
 
 
+def tell_stopped() -> None:
+    """The run has stopped and saved: the launcher, or this process without one, tells by its status."""
+    _requests.stopped = True
+    _leave_for_launcher(launcher.STOPPED, "")
+
+
+def status_of_stopped() -> int:
+    """The status for a process that has met no error: an agent would restart others than 0."""
+    by_itself = launcher.VARIABLE not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+    return EXIT_STOPPED if _requests.stopped and by_itself else 0
+
+
 def tell_launcher(text: str) -> None:
     """Have the launcher print `text`, how to resume, if the processes end with an error."""
     _leave_for_launcher(launcher.GO_ON, text)
 
 
 def _leave_for_launcher(name: str, text: str) -> None:
-    file = launcher.mark(name)
-    if file is not None and ranks.local_process_index() == 0:
-        part = file.with_name(f".{name}")
-        with contextlib.suppress(OSError):  # a full disk there must not end the run
-            part.write_text(text, encoding="utf-8")
-            part.rename(file)
+    if ranks.local_process_index() == 0:
+        launcher.leave(name, text)

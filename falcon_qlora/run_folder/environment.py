@@ -52,13 +52,18 @@ def collect_environment() -> dict[str, Any]:
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "packages": package_versions(),
         "cuda": torch.version.cuda,
         "gpus": _gpus(),
         "cpu_threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "world_size": ranks.world_size(),
     }
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of what a training uses, by package; those that are not installed are left out."""
+    return {name: version for name in _PACKAGES if (version := _version(name))}
 
 
 def without_secrets(argv: Sequence[str]) -> list[str]:

@@ -32,6 +32,8 @@ class Summary:
         predicted_peak_memory_gib: What `peak_memory_gib` was predicted to be; None on the CPU.
         reduction_shares: Share of each process's training time in the gradient all-reduce, since the last
             start. It includes the wait for the slowest, which has the smallest share. None for one process.
+        network_share: Share of a step in the all-reduce between nodes: that of the slowest process, which
+            waits for no other. None on one node.
         wall_seconds: Seconds of all commands of the run, each from its start, until this was written.
         wall_tokens_per_second: Real tokens a second of `wall_seconds`.
         step_share: `train_seconds` of `wall_seconds`, 0 to 1.
@@ -67,6 +69,7 @@ class Summary:
     total_peak_memory_gib: float | None = None
     predicted_peak_memory_gib: float | None = None
     reduction_shares: list[float] | None = None
+    network_share: float | None = None
     wall_seconds: float | None = None
     wall_tokens_per_second: float | None = None
     step_share: float | None = None

@@ -22,7 +22,7 @@ from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.hub import push_folder
 from falcon_qlora.models.sharded import is_sharded, take_part
 from falcon_qlora.models.sharded_base import follow, leading, replicated
-from falcon_qlora.processes import agreement, endings, ranks
+from falcon_qlora.processes import agreement, endings, lookout, ranks, stop_signals
 from falcon_qlora.processes.stop_signals import Stopped
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.run_folder.summary import Summary
@@ -103,6 +103,7 @@ def finish(
         samples=plan.documents_until(trainer.state.global_step) if plan is not None else None,
         predicted_peak_memory_gib=predicted_gib,
         reduction_shares=reductions if len(reductions) > 1 else None,
+        network_share=min(reductions) if ranks.world_size() > ranks.local_world_size() else None,
         refused_by_peft=refused_by_peft(method_of(model)) or None,
         leak_probe=None if trainer.leak_probe is None else asdict(trainer.leak_probe),
         adapter=began_from[0],
@@ -116,6 +117,7 @@ def finish(
         lambda folder: describe_adapter(folder, figures),
         meanwhile=lambda: directory.draw_loss(title=title, kept=trainer.kept_step),
     )
+    lookout.end()
     trainer.settle()
     if ranks.is_main_process():
         figures |= _wall_clock(trainer)
@@ -255,7 +257,7 @@ def stop(
         resumable: whether its checkpoints hold the optimizer's state.
 
     Raises:
-        UserError: if the checkpoint could not be saved.
+        UserError: if the checkpoint could not be saved, or the run cannot go on from it.
     """
     trackers.finish(exit_status=int(stopped.failure is not None))
     if ranks.is_main_process():
@@ -266,6 +268,7 @@ def stop(
         raise UserError(f"{where}, but the checkpoint could not be saved ({stopped.failure}). {last}")
     if not resumable:
         kept = directory.checkpoints / f"step-{stopped.step}"
-        console.print_plain(f"{where}. {kept} is weights only: the run cannot be resumed")
-        return
-    console.print_plain(f"{where}. Go on with:  {how_to_go_on(directory)}")
+        raise UserError(f"{where}. {kept} is weights only: the run cannot be resumed")
+    lookout.end()
+    stop_signals.tell_stopped()
+    console.print_plain(f"{where}. Go on {how_to_go_on(directory)}")

@@ -48,6 +48,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
         from falcon_qlora.models.fast_path import choose_kernels
         from falcon_qlora.training import build, finish, preflight, record, resume, rows
         from falcon_qlora.training.activations import choose_activations, warm_up
+        from falcon_qlora.training.alike import check_alike
         from falcon_qlora.training.base import check_base
         from falcon_qlora.training.disk import check_disk, waiting_saves
         from falcon_qlora.training.sharding import shard_if_wanted, shares_out_base
@@ -74,6 +75,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
 
     with phase("model", "loading the base model"):
         fingerprint = check_base(base, checkpoint=start.checkpoint, adapter=begin_from)
+        check_alike(configuration, data, tokenizer)
         model = build.model_with_adapter(
             base, method, tokenizer, seed=run.seed, adapter=begin_from, share_out=share_out
         )

@@ -36,7 +36,7 @@ def test_a_billion_weights_shared_out_go_on_to_the_last_bit(processes: Processes
     assert status == 0, errors
     asked = {"do": "signal", "step": 3, "rank": 1, "number": signal.SIGTERM}
     status, output, errors = run(processes, "--output_dir", "stopped", faults=[asked], settings=SETTINGS)
-    assert (status, "stopped at step" in output) == (0, True), errors
+    assert (status, "stopped at step" in output) == (75, True), errors
     (checkpoint,) = (processes.folder / "stopped/checkpoints").iterdir()
     weights = (checkpoint / "model.safetensors").stat().st_size
     for part in (1, 2):  # AdamW's two states a weight, in bfloat16 as the weights, half of them in each

@@ -167,7 +167,7 @@ def test_a_signal_ends_it_with_what_it_started_and_the_same_command_goes_on(
             time.sleep(0.05)
         started.send_signal(number)
         output, errors = started.communicate(timeout=120)
-        assert (started.returncode, errors) == (0, "")  # as of train, whose run is saved
+        assert (started.returncode, errors) == (75, "")  # as of train, whose run is saved
         assert processes.none_left()
         assert f"{number.name}: saving at the end of a step" in output
         assert output.endswith("Stopped. The same command with --output_dir out goes on here.\n")
@@ -314,7 +314,7 @@ def test_a_stop_ends_with_what_there_is_and_how_to_go_on(
     for draw in ("draw_bars", "draw_curves"):  # what is drawn, test_report says
         monkeypatch.setattr(report.charts, draw, lambda *args, **kwargs: None)
     flags = ["--methods", "adapter,full", *words.split(), "--output_dir", str(tmp_path)]
-    for status in (0, 130):  # of train: saved, or at once
+    for status in (75, 130):  # of train: saved, or at once
         monkeypatch.setattr(compare._Child, "run", lambda self, command, status=status: (status, []))
         assert compare.main(flags) == status
         output = capsys.readouterr().out
