@@ -75,7 +75,8 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
     say_loading()
     processes = _processes(launch.gpus)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
-    with command_clock.told_to_workers(), temporary_folder() as folder:
+    command = ["falcon-qlora", "train", *argv]
+    with command_clock.told_to_workers(command), temporary_folder() as folder:
         os.environ[launcher.VARIABLE] = str(folder)
         if not _on_one_node(launch):
             # The workers' own store, anew at each start: the agents' can be lost with a node, and a node that
@@ -87,11 +88,13 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
         try:
             if processes == 1 and _on_one_node(launch) and launch.max_restarts == 0:
                 held = launcher.hold(folder / launcher.ROWS)
-                return _run_one(words, folder, lambda: _look_and_tokenize(configuration, held))
-            if _on_one_node(launch):  # elsewhere the ranks find what is wrong, and tell the other nodes
-                _look(configuration)
-            agent = [*_torchrun_flags(launch, processes), f"--log-dir={folder}", "--module"]
-            return _launch([*agent, *words], folder, on_one_node=_on_one_node(launch))
+                status = _run_one(words, folder, lambda: _look_and_tokenize(configuration, held))
+            else:
+                if _on_one_node(launch):  # elsewhere the ranks find what is wrong, and tell the other nodes
+                    _look(configuration)
+                agent = [*_torchrun_flags(launch, processes), f"--log-dir={folder}", "--module"]
+                status = _launch([*agent, *words], folder, on_one_node=_on_one_node(launch))
+            return _of_dry_run(status) if configuration.run.dry_run else status
         finally:
             del os.environ[launcher.VARIABLE], os.environ[launcher.LAUNCHED]
 
@@ -112,6 +115,11 @@ def _launched(given: dict[str, Any], launch: LaunchArguments, processes: int) ->
     if processes > 1:
         flags["gpus"] = processes
     return json.dumps([["falcon-qlora", "train"], config.as_words(flags)])
+
+
+def _of_dry_run(status: int) -> int:
+    """A dry run's exit status: one that a bug or a killed process ends has failed like any other."""
+    return EXIT_USER_ERROR if status == EXIT_BUG else status
 
 
 def _look(configuration: Configuration) -> None:

@@ -89,12 +89,15 @@ def replaced_folder(target: Path, *, first_wins: bool = False) -> Iterator[Path]
 
 
 @contextlib.contextmanager
-def temporary_folder() -> Iterator[Path]:
+def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
     """Yield an empty folder for temporary files, which the block's end removes.
 
     What processes that were killed left of theirs is removed before.
+
+    Args:
+        parent: where it is made; None: where the system has such folders.
     """
-    parent = Path(tempfile.gettempdir())
+    parent = parent or Path(tempfile.gettempdir())
     for left in parent.glob(f"{_TEMPORARY}????????"):
         with contextlib.suppress(OSError), _held(left):  # a live process still holds its lock
             shutil.rmtree(left, ignore_errors=True)
@@ -185,16 +188,17 @@ def _held(folder: Path, *, wait: bool = False) -> Iterator[None]:
 
 def try_to_write(folder: Path) -> None:
     """Raise an OSError if `folder`, or the folder in which it would be made, is not writable."""
-    with tempfile.TemporaryFile(dir=_nearest_existing(folder)):
+    with tempfile.TemporaryFile(dir=nearest_existing(folder)):
         pass
 
 
 def free_bytes(folder: Path) -> int:
     """The free space on the disk of `folder`, or of the folder in which it would be made."""
-    return shutil.disk_usage(_nearest_existing(folder)).free
+    return shutil.disk_usage(nearest_existing(folder)).free
 
 
-def _nearest_existing(folder: Path) -> Path:
+def nearest_existing(folder: Path) -> Path:
+    """The folder itself, or the nearest one around it that exists."""
     return next(each for each in (folder, *folder.absolute().parents) if each.exists())
 
 

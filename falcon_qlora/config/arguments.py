@@ -175,6 +175,11 @@ class RunArguments:
         alone=LATEST,
     )
     overwrite: bool = setting(False, "Replace the run that --output_dir holds.")
+    dry_run: bool = setting(
+        False,
+        "Try everything up to the first step on every rank, and one step on the longest batch with its save; "
+        "leave nothing behind.",
+    )
     device: Literal["auto", "cpu"] = setting(
         "auto",
         "Where it computes.\nauto: on GPUs; without any, models of up to 10^9 parameters on the CPU\n"

@@ -139,6 +139,8 @@ def _faults(values: Values, where: dict[str, str]) -> Iterator[str]:
         yield f"{name('adapter_sha256')} is the hash of an adapter's weights: give --adapter too"
     if values["resume"] and values["overwrite"]:
         yield "--resume goes on with a run and --overwrite replaces it; give one of them"
+    if values["resume"] and values["dry_run"]:
+        yield "--dry_run tries a run from its first step: leave out --resume (inspect checks a checkpoint)"
     if values["resume"] in (LATEST, AUTO) and values["output_dir"] is None:
         yield "--resume needs to know the run: give --output_dir, or the checkpoint as --resume PATH"
     for setting in ("early_stopping", "generate_samples", "eval_on_start"):

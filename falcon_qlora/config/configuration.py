@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
 # A re-run does not need to know where this run computed and wrote, or which run it resumed.
-_NOT_RECORDED = frozenset({"output_dir", "config", "resume", "overwrite", "device"})
+_NOT_RECORDED = frozenset({"output_dir", "config", "resume", "overwrite", "device", "dry_run"})
 _NO_STEP = 10**9  # when saving by the clock: the trainer wants a number
 _GROUP_SECONDS = 1800.0  # Transformers' own default of ddp_timeout
 

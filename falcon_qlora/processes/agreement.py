@@ -224,20 +224,24 @@ def gather_objects(mine: T) -> list[T]:
     return everyone
 
 
-def check_replicas(tensors: Iterable[torch.Tensor]) -> None:
+def check_replicas(tensors: Iterable[torch.Tensor]) -> str:
     """Check that all processes hold the same bytes; every process calls this.
 
     Each tensor is reduced to checksums on its device, so that little is copied and exchanged.
+
+    Returns:
+        Their checksum; empty for one process, which has none to compare with.
 
     Raises:
         ReplicasDifferError: on every process, if one of them holds something else.
     """
     if world_size() == 1:
-        return
+        return ""
     everyone = gather_objects(checksum(tensors))
     odd = [index for index, theirs in enumerate(everyone) if theirs != everyone[0]]
     if odd:
         raise ReplicasDifferError(f"ranks {odd} do not match rank 0")
+    return everyone[0]
 
 
 def checksum(tensors: Iterable[torch.Tensor]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +44,9 @@ class Summary:
         end_seconds: Of `wall_seconds`, after the last step.
         start_phases: Phase of the last start → its seconds.
         refused_by_peft: Linears with LoRA for which plain PEFT does not open the adapter.
-        leak_probe: `LeakProbe`'s figures for the first documents of rank 0 since the last start; of models in
-            which more than attention mixes tokens, unless they are sharded.
         adapter: Folder of the adapter that the run began from, if any.
         adapter_sha256: Of that adapter's weights.
+        checks: What was proved about the run, by check: see `training.checks`. None in older summaries.
     """
 
     steps: int
@@ -79,6 +79,6 @@ class Summary:
     end_seconds: float | None = None
     start_phases: dict[str, float] | None = None
     refused_by_peft: list[str] | None = None
-    leak_probe: dict[str, float] | None = None
     adapter: str | None = None
     adapter_sha256: str | None = None
+    checks: dict[str, dict[str, Any]] | None = None

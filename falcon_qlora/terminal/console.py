@@ -114,13 +114,16 @@ def print_start(rows: Sequence[tuple[str, str]], notes: Sequence[str]) -> None:
     console().print()
 
 
-def print_end(summary: Mapping[str, Any], contents: Sequence[Path], *, adapter: Path) -> None:
+def print_end(
+    summary: Mapping[str, Any], contents: Sequence[Path], *, adapter: Path, checked: Sequence[str] = ()
+) -> None:
     """Print the results of the run and the path of everything written.
 
     Args:
         summary: the fields of `summary.json`.
         contents: what was written: `RunDirectory.contents()`.
         adapter: the adapter's folder, for the command that tries it.
+        checked: lines on what was proved.
     """
     losses = best = reduced = memory = ""
     if summary.get("first_loss") is not None and summary.get("final_loss") is not None:
@@ -165,21 +168,13 @@ def print_end(summary: Mapping[str, Any], contents: Sequence[Path], *, adapter: 
             "skipped",
             f"{counted(summary['bad_steps'], 'step')}, not finite" if summary.get("bad_steps") else "",
         ),
-        ("packing", _packing_of(summary.get("leak_probe"))),
+        *[("" if index else "checked", told) for index, told in enumerate(checked)],
         *[("" if index else "wrote", path) for index, path in enumerate(written)],
         ("opens with", f"falcon_qlora, not plain PEFT (LoRA on {', '.join(refused)})" if refused else ""),
         ("try it", f'falcon-qlora generate --adapter {quoted(str(adapter))} --prompt "…"'),
     ]
     console().print()
     _print_rows("done", rows)
-
-
-def _packing_of(probe: Mapping[str, Any] | None) -> str:
-    """What became of the loss of packed documents when their neighbours changed."""
-    if probe is None:
-        return ""
-    moved = "did not move by a bit" if probe["moved"] == 0 else f"moved by {probe['moved']:.2g}"
-    return f"the loss of {probe['documents']} documents ({probe['loss']:.4f}) {moved} when others changed"
 
 
 def _time_of(summary: Mapping[str, Any]) -> str:
@@ -208,6 +203,11 @@ def print_answers(title: str, answers: Sequence[tuple[str, str]]) -> None:
         out.print(Text(indent(prompt.strip(), "  > "), style="dim"), soft_wrap=True)
         out.print(Text(indent(answer.strip() or "(nothing)", "    "), style="cyan"), soft_wrap=True)
     out.print()
+
+
+def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Print rows of label and text under a title."""
+    _print_rows(title, rows)
 
 
 def _print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:

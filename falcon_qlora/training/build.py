@@ -229,6 +229,7 @@ def build_trainer(
         tokenizer=tokenizer,
         callbacks=callbacks,
         began=began,
+        max_length=max_length,
         max_grad_norm=training.max_grad_norm or 0.0,
         max_bad_steps=run.max_bad_steps,
     )

@@ -86,7 +86,7 @@ def check(configuration: Configuration, lock: RunLock) -> Start:
             restarted=ranks.restart_count() > 0,
             make=make,
         )
-        if path.is_dir():
+        if path.is_dir() and not run.dry_run:
             lock.take(path)
         return str(path)
 

@@ -16,6 +16,7 @@ from falcon_qlora.processes.watchdog import end_native_code_after
 
 if TYPE_CHECKING:
     from falcon_qlora.run_folder.lock import RunLock
+    from falcon_qlora.training.dry_run import DryRun
 
 
 def train(configuration: Configuration) -> Path:
@@ -34,10 +35,16 @@ def train(configuration: Configuration) -> Path:
     # Processes that torchrun ends before it starts others may take a while to exit.
     patience = 60.0 if ranks.restart_count() else 0.5
     with RunLock(note, patience_seconds=patience) as lock:
-        return _train(configuration, lock, began)
+        if not configuration.run.dry_run:
+            return _train(configuration, lock, began)
+        from falcon_qlora.training.dry_run import DryRun
+
+        with DryRun(configuration) as trial:
+            return _train(configuration, lock, began, trial)
+        raise AssertionError("unreachable")
 
 
-def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
+def _train(configuration: Configuration, lock: RunLock, began: float, trial: DryRun | None = None) -> Path:
     from falcon_qlora.processes.stop_signals import Stopped
     from falcon_qlora.terminal import console, phases
     from falcon_qlora.terminal.phases import phase
@@ -60,6 +67,8 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
     base, run, training = configuration.model, configuration.run, configuration.training
     endings.remember_siblings()  # of whose death a collective may tell long before the first step
     start = preflight.check(configuration, lock)
+    if trial is not None:
+        start = trial.beside(start)
     max_length, method = configuration.data.max_length, configuration.method
     begin_from = run.adapter if start.checkpoint is None else None
 
@@ -85,8 +94,8 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
         run, model, kernels, max_length=max_length, optimizer=configuration.optimizer
     )
 
-    check_disk(
-        start.directory,
+    needed = check_disk(
+        start.directory if trial is None else trial.directory,
         model,
         training,
         optimizer=configuration.optimizer,
@@ -94,6 +103,8 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
         steps=data.total_steps,
         by_clock=run.save_every_minutes > 0,
     )
+    if trial is not None:
+        data = trial.one_step(data, needed_bytes=needed)
     agreement.wait_for_all()  # nothing is written before every process has come this far
     describe_adapter = functools.partial(record.describe_adapter, configuration, data, fingerprint, tokenizer)
     with start.run_folder() as directory:
@@ -110,6 +121,8 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
             settings=resume.compared_settings(configuration),
             began=began,
         )
+        if trial is not None:
+            trial.try_parts(trainer)
         with phase("first_step", "preparing the first step"):
             warm_up(trainer, run, max_length=max_length)
         start.trackers.start(
@@ -148,10 +161,12 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
             trainer,
             start.trackers,
             describe_adapter=describe_adapter,
-            title=base.model_name_or_path,
+            configuration=configuration,
+            data=data,
             predicted_gib=activations.predicted_gib,
-            began_from=(run.adapter, run.adapter_sha256),
         )
+        if trial is not None:
+            trial.finish(trainer, directory)
     except Stopped as stopped:
         resumable = not trainer.args.save_only_model
         finish.tell_rows(directory, trainer, data, train_on=configuration.data.train_on)
