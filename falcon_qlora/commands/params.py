@@ -22,14 +22,13 @@ def main(argv: list[str]) -> int:
     say_loading()
     quiet_libraries()
     from falcon_qlora.models.layouts import layout_of
-    from falcon_qlora.models.locate import find_config, find_outline
+    from falcon_qlora.models.locate import find_outline
     from falcon_qlora.terminal.console import console, print_plain
     from falcon_qlora.training import start_adapter
 
     start_adapter.adopt(configuration)
     settings, method = configuration.model, configuration.method
-    find = find_config if method.shapes_need_model else find_outline
-    config = find(settings.model_name_or_path, revision=settings.model_revision)
+    config = find_outline(settings.model_name_or_path, revision=settings.model_revision)
     layout, groups = layout_of(config), method.parameter_groups(config)
     total = layout.parameter_count()
     trained = sum(group.count for group in groups)
