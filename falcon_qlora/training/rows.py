@@ -57,6 +57,13 @@ class TrainingData:
     efficiency: float | None = None
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def plan(self) -> Plan | None:
+        """The order of the run; None for a stream."""
+        from falcon_qlora.data.batches import TrainingSteps
+
+        return self.steps.plan if isinstance(self.steps, TrainingSteps) else None
+
 
 def load_tokenizer(model: ModelArguments, method: Method | None = None) -> Any:
     """The tokenizer, with the tokens that a method adds; the main process downloads it."""

@@ -50,6 +50,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
         from falcon_qlora.training.activations import choose_activations, warm_up
         from falcon_qlora.training.base import check_base
         from falcon_qlora.training.disk import check_disk, waiting_saves
+        from falcon_qlora.training.estimate import estimate_here
         from falcon_qlora.training.sharding import shard_if_wanted, shares_out_base
 
         if not gc.isenabled():  # as `falcon_qlora.train` has it; what the libraries made stays
@@ -82,6 +83,8 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
     activations = choose_activations(
         run, model, kernels, max_length=max_length, optimizer=configuration.optimizer
     )
+
+    estimate = estimate_here(configuration, model.config, data.plan)
 
     check_disk(
         start.directory,
@@ -131,7 +134,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
             checkpoint=start.checkpoint,
         ),
         notes=[
-            *record.start_notes(configuration, data, model, kernels, activations),
+            *record.start_notes(configuration, data, model, kernels, estimate),
             *notes,
             *waiting_saves(trainer, optimizer=configuration.optimizer),
         ],
