@@ -32,11 +32,13 @@ from falcon_qlora.training.moved import require_moved
 from falcon_qlora.training.record import counts, refused_by_peft
 from falcon_qlora.training.resume import how_to_go_on
 from falcon_qlora.training.rows import TrainingData, told_at_end
-from falcon_qlora.training.throughput import peak_memory_gib
+from falcon_qlora.training.throughput import card_gib, peak_memory_gib
 from falcon_qlora.training.trainer import FalconTrainer
 
 if TYPE_CHECKING:
     from trl import SFTConfig
+
+    from falcon_qlora.training.estimate import Estimate
 
 # Before a disk that failed is tried again.
 _PAUSE_SECONDS = 3.0
@@ -50,6 +52,7 @@ def finish(
     describe_adapter: Callable[[Path, dict[str, Any]], None],
     title: str,
     predicted_gib: float | None,
+    estimate: Estimate | None,
     began_from: tuple[str | None, str | None],
 ) -> None:
     """Check that the replicas agree, write the adapter and the summary, and print what was written.
@@ -58,13 +61,14 @@ def finish(
         describe_adapter: completes an adapter's folder, given the summary.
         title: of the picture of losses.
         predicted_gib: a process's predicted peak memory, GiB; None on the CPU.
+        estimate: from `estimate_here`.
         began_from: folder of an adapter and the SHA-256 of its weights, if the run began from one.
 
     Raises:
         UserError: if the replicas diverged, if nothing was trained, if the adapter cannot be written, or if
             the written adapter is not the one in memory; it is not kept.
     """
-    model = trainer.model
+    model, held = trainer.model, card_gib()  # PyTorch's allocator keeps what a step took
     if not is_sharded(model):
         require_same_replicas(replicated(model), directory.checkpoints, step=trainer.state.global_step)
     require_moved(trainer)
@@ -102,6 +106,9 @@ def finish(
         tokens=trainer.state.num_input_tokens_seen,
         samples=plan.documents_until(trainer.state.global_step) if plan is not None else None,
         predicted_peak_memory_gib=predicted_gib,
+        card_gib=held,
+        estimated_card_gib=None if estimate is None else estimate.card_gib,
+        estimated_tokens_per_second=None if estimate is None else estimate.tokens_per_second,
         reduction_shares=reductions if len(reductions) > 1 else None,
         refused_by_peft=refused_by_peft(method_of(model)) or None,
         leak_probe=None if trainer.leak_probe is None else asdict(trainer.leak_probe),

@@ -151,6 +151,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
             describe_adapter=describe_adapter,
             title=base.model_name_or_path,
             predicted_gib=activations.predicted_gib,
+            estimate=estimate,
             began_from=(run.adapter, run.adapter_sha256),
         )
     except Stopped as stopped:
