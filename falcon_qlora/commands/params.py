@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> int:
     """Run the command and return its exit status."""
     configuration = parse(argv, verb="params")
-    # Only now, so that a wrong flag is reported at once.
-    say_loading()
-    quiet_libraries()
+    from falcon_qlora.models.locate import is_on_hub
+
+    if is_on_hub(configuration.model.model_name_or_path):  # else no library is loaded
+        say_loading()
+        quiet_libraries()
     from falcon_qlora.models.layouts import layout_of
     from falcon_qlora.models.locate import find_outline
     from falcon_qlora.terminal.console import console, print_plain

@@ -50,7 +50,7 @@ class AdapterV2(Adapter):
         layout = layout_of(config)
         outputs = config.num_hidden_layers * layout.outputs_per_block() + config.vocab_size
         counts = {"scales": outputs, "biases": outputs, "norms": layout.base_parameter_kinds()["norms"]}
-        return Adapter(**self.settings()).parameter_groups(config) + [
+        return self.groups_of(super().saved_shapes(config)) + [
             ParameterGroup(kind=kind, count=count, of_base=kind in self.kinds_of_base)
             for kind, count in counts.items()
         ]

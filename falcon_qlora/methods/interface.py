@@ -193,8 +193,12 @@ class Method(ABC):
         Raises:
             UserError: as `saved_shapes`.
         """
+        return self.groups_of(self.saved_shapes(config))
+
+    def groups_of(self, shapes: Mapping[str, tuple[int, ...]]) -> list[ParameterGroup]:
+        """These tensors by kind; `shapes` are like those of `saved_shapes`."""
         counts: Counter[str] = Counter()
-        for name, shape in self.saved_shapes(config).items():
+        for name, shape in shapes.items():
             counts[self.kind(name)] += math.prod(shape)
         return [
             ParameterGroup(kind=kind, count=count, of_base=kind in self.kinds_of_base)

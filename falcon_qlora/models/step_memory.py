@@ -131,13 +131,19 @@ class Step:
         smaller: list[Checkpointing] = ["none", "selective", "full", "offload"]
         if not self.fast:
             smaller.remove("selective")
-        blocks: list[Checkpointing] = [smaller[0]] * layers
+        if self.fits([smaller[0]] * layers, free_bytes):
+            return [smaller[0]] * layers
         for before, after in pairwise(smaller):
-            for count in range(layers + 1):
-                blocks = [after] * count + [before] * (layers - count)
-                if self.fits(blocks, free_bytes):
-                    return blocks
-        return blocks
+            if not self.fits([after] * layers, free_bytes):
+                continue
+            # From the first on, each takes less.
+            few, many = 0, layers
+            while many - few > 1:
+                middle = (few + many) // 2
+                fits = self.fits([after] * middle + [before] * (layers - middle), free_bytes)
+                few, many = (few, middle) if fits else (middle, many)
+            return [after] * many + [before] * (layers - many)
+        return [smaller[-1]] * layers
 
     def working_values(self, checkpointing: Checkpointing) -> tuple[float, float, float]:
         """Values per token that exist at the peak of a block's backward pass, beside those kept.

@@ -208,7 +208,7 @@ class Estimator:
         if self.in_fp8 and (excluded or self.reason):
             raise UserError(f"--compute_dtype fp8: {excluded or self.reason}. Use --compute_dtype auto.")
         self.optim = configuration.trainer["optim"]
-        self._trainable = trainable_count(method, config)
+        self.trainable = trainable_count(method, config)
 
     def largest(self, card: Card, checkpointing: Checkpointing) -> int:
         """The most sequences of a micro batch that fit, where all blocks do the same; 0: none does."""
@@ -261,7 +261,7 @@ class Estimator:
             fast=self.reason is None,
             in_fp8=self.in_fp8,
             value_bytes=value_bytes,
-            trainable=self._trainable // parts,
+            trainable=self.trainable // parts,
             processes=self.processes,
             is_sharded=sharded,
         )
@@ -274,7 +274,7 @@ class Estimator:
         )
         held = {"weights": weights // parts}
         if not method.is_whole:
-            held["adapter"] = 4 * self._trainable
+            held["adapter"] = 4 * self.trainable
         outside = {"CUDA and kernels": _CONTEXT_BYTES}
         if self.processes > 1:
             outside["NCCL"] = _NCCL_BYTES

@@ -360,11 +360,12 @@ def _of_held_out(data: DataArguments, held_out: Any) -> list[str]:
     return [f"held out: {each}" for each in what_became(held_out)]
 
 
-def global_batch(run: RunArguments) -> int:
-    """Sequences of one optimizer step, over all processes and micro-batches."""
+def global_batch(run: RunArguments, processes: int | None = None) -> int:
+    """Sequences of one optimizer step, over all processes and micro-batches; of this run's, if None."""
     if run.global_batch_size is not None:
         return run.global_batch_size
-    return run.per_device_train_batch_size * ranks.world_size() * run.gradient_accumulation_steps
+    processes = ranks.world_size() if processes is None else processes
+    return run.per_device_train_batch_size * processes * run.gradient_accumulation_steps
 
 
 def row_settings(data: DataArguments) -> dict[str, Any]:
