@@ -88,6 +88,8 @@ def main(argv: list[str]) -> int:
     length = _length(configuration, rows, wanted.gpus)
     if problem is not None:
         print(f"note: the rows are not counted: {problem}", file=sys.stderr)
+    if configuration.data.dataset_weights:
+        print("note: --dataset_weights are not looked at: each row is counted once", file=sys.stderr)
     if length is None:
         print("note: hours are not known; with --max_steps they are", file=sys.stderr)
     estimator = Estimator(configuration, config, processes=wanted.gpus, **_speed_of(configuration, rows))
