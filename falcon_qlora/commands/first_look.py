@@ -44,7 +44,7 @@ def look(configuration: Configuration) -> None:
         _look_at_adapter(run.adapter, base_is_named="model_name_or_path" in configuration.explicit)
     if run.adapter is None or "model_name_or_path" in configuration.explicit:
         outline = look_at_model(model.model_name_or_path)
-        if outline is not None and run.adapter is None and not method.shapes_need_model:
+        if outline is not None and run.adapter is None:
             method.parameter_groups(outline)
     if model.tokenizer_name_or_path is not None:
         is_on_hub(model.tokenizer_name_or_path)

@@ -89,10 +89,6 @@ def without_secrets(argv: Sequence[str]) -> list[str]:
     return shown
 
 
-def _packages() -> dict[str, str]:
-    return {name: version for name in _PACKAGES if (version := _version(name))}
-
-
 def _driver() -> str | None:
     """The version of NVIDIA's driver; None without one."""
     try:

@@ -29,9 +29,10 @@ from falcon_qlora.run_folder.model_card import ModelCard
 from falcon_qlora.run_folder.tracking import Trackers
 from falcon_qlora.terminal.console import joined
 from falcon_qlora.training.activations import Activations
-from falcon_qlora.training.expected_speed import speed_note
+from falcon_qlora.training.estimate import Estimate
 from falcon_qlora.training.resume import forget_after, step_of
 from falcon_qlora.training.rows import TrainingData, global_batch
+from falcon_qlora.training.speed_note import speed_note
 
 # Fewer steps than these hardly move an adapter.
 _FEW_STEPS = 10
@@ -267,7 +268,7 @@ def start_notes(
     data: TrainingData,
     model: Any,
     kernels: dict[str, str],
-    activations: Activations,
+    estimate: Estimate | None,
 ) -> list[str]:
     """What a user should know of the run before its first step."""
     longest = configuration.data.max_length
@@ -295,7 +296,7 @@ def start_notes(
     ]
     if configuration.method.new_token_count:
         notes += _unseen_tokens(data, method_of(model))
-    if speed := speed_note(configuration, model, kernels, activations):
+    if speed := speed_note(configuration, model, estimate):
         notes.append(speed)
     positions = model.config.max_position_embeddings
     if longest > positions:

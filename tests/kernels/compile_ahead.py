@@ -161,8 +161,9 @@ def fp8_variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
         yield fp8_gelu._gelu, {"RANK": rank, **tile}
         tile = dict(zip(("TOKENS", "FEATURES", "num_warps"), fp8_gelu._BACKWARD, strict=True))
         yield fp8_gelu._gelu_backward, {"RANK": rank, "OF_RANK": rank, **tile}
-    yield fp8_gelu._gelu_and_low_rank, {"RANK": 64, "A_RANK": 64, **fp8_gelu._along(fp8_gelu._ALONG_ROWS)}
-    yield fp8_gelu._gelu_backward_and_low_rank, {"RANK": 64, "OF_RANK": 64, **fp8_gelu._along(fp8_gelu._ALONG_COLUMNS)}
+    rows, columns = map(fp8_gelu._along, (fp8_gelu._ALONG_ROWS, fp8_gelu._ALONG_COLUMNS))
+    yield fp8_gelu._gelu_and_low_rank, {"RANK": 64, "A_RANK": 64, **rows}
+    yield fp8_gelu._gelu_backward_and_low_rank, {"RANK": 64, "OF_RANK": 64, **columns}
 
 
 def name_of(kernel: Any) -> str:

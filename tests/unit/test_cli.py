@@ -149,7 +149,6 @@ TOLD_AT_ONCE = {
     "inspect runs": "runs: no run, checkpoint",
 }
 SAYS_SO_FIRST = [
-    "params -m tiny --method adapter_v2",
     "data -m tiny --dataset_name good.jsonl",
     "prepare -m tiny --dataset_name good.jsonl",
     "generate -m tiny --prompt why",
