@@ -26,6 +26,7 @@ _HASHED_AT_ONCE = 2**22
 # In the names of temporary folders: one that will replace another, and one that was replaced.
 _PARTIAL, _REPLACED = "-partial-", "-replaced-"
 _TEMPORARY = "falcon-qlora-"
+_own: list[Path] = []
 
 
 def user_cache(name: str) -> Path:
@@ -89,6 +90,42 @@ def replaced_folder(target: Path, *, first_wins: bool = False) -> Iterator[Path]
 
 
 @contextlib.contextmanager
+def temporary_files() -> Iterator[None]:
+    """Within the block, the temporary directory is a folder of its own, for started processes too.
+
+    What libraries leave there goes with the block, or after a SIGKILL with the next such block. Compiled
+    code, which torch keeps in the temporary directory, goes to the user's cache. A process that was started
+    in such a block uses the block's.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # whatever needs a temporary file will say so
+            if not re.fullmatch(rf"{_TEMPORARY}\w{{8}}", Path(tempfile.gettempdir()).name):
+                compiled = user_cache("kernels") / "inductor"
+                if os.access(_nearest_existing(compiled), os.W_OK):
+                    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
+                stack.callback(_use_for_temporary_files, os.environ.get("TMPDIR"))
+                folder = stack.enter_context(temporary_folder())
+                _use_for_temporary_files(str(folder))
+                _own.append(folder)
+                stack.callback(_own.clear)
+        yield
+
+
+def remove_temporary_files() -> None:
+    """Remove the folder of `temporary_files` before this process ends at once."""
+    for folder in _own:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _use_for_temporary_files(folder: str | None) -> None:
+    tempfile.tempdir = None  # to be looked up again
+    if folder is None:
+        os.environ.pop("TMPDIR", None)
+    else:
+        os.environ["TMPDIR"] = folder
+
+
+@contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
     """Yield an empty folder for temporary files, which the block's end removes.
 
@@ -97,7 +134,8 @@ def temporary_folder() -> Iterator[Path]:
     parent = Path(tempfile.gettempdir())
     for left in parent.glob(f"{_TEMPORARY}????????"):
         with contextlib.suppress(OSError), _held(left):  # a live process still holds its lock
-            shutil.rmtree(left, ignore_errors=True)
+            if left.lstat().st_uid == os.getuid():  # root could remove those of others, too
+                shutil.rmtree(left, ignore_errors=True)
     with _held_folder(_TEMPORARY, parent) as folder:
         yield folder
 
@@ -175,7 +213,8 @@ def _held_folder(prefix: str, parent: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _held(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Lock `folder`; the lock ends with the process. Without `wait`, an OSError if another holds it."""
-    handle = os.open(folder, os.O_RDONLY)
+    # Elsewhere's link would lead to another folder, and a pipe wait for a writer.
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield

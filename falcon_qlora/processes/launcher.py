@@ -10,16 +10,13 @@ import fcntl
 import importlib.util
 import os
 import runpy
-import signal
 from pathlib import Path
 from typing import IO
 
 VARIABLE = "FALCON_QLORA_LAUNCHER"
 # Files: which process has something to save; the launcher was asked to stop; how to resume after an error;
-# and one that is locked while the launcher looks at the rows.
-TRAINING, STOPPING, GO_ON, ROWS = "training", "stopping", "go_on", "rows"
-# Signals that ask a run to stop; SIGUSR1 is how some schedulers announce preemption.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# one that is locked while the launcher looks at the rows; and the native work that did not heed a signal.
+TRAINING, STOPPING, GO_ON, ROWS, NATIVE = "training", "stopping", "go_on", "rows", "native"
 # One request can arrive twice: from a scheduler to every process, and passed on by the launcher; or from a
 # terminal, and from a program that supervises the command there.
 SAME_REQUEST_SECONDS = 1.0
