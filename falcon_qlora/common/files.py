@@ -30,9 +30,16 @@ _own: list[Path] = []
 
 
 def user_cache(name: str) -> Path:
-    """The folder for this user's files of one kind, kept between runs; it need not exist."""
+    """The folder for this user's files of one kind, kept between runs; it need not exist.
+
+    Raises:
+        UserError: if the user has no home folder.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "falcon_qlora" / name
+    try:
+        return Path(base).expanduser() / "falcon_qlora" / name
+    except RuntimeError:
+        raise UserError("this user has no home folder for caches: set HOME, or XDG_CACHE_HOME") from None
 
 
 def write_text(file: Path, text: str) -> None:
@@ -98,16 +105,16 @@ def temporary_files() -> Iterator[None]:
     in such a block uses the block's.
     """
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # whatever needs a temporary file will say so
+        with contextlib.suppress(OSError, UserError):  # whatever needs these folders will say so
             if not re.fullmatch(rf"{_TEMPORARY}\w{{8}}", Path(tempfile.gettempdir()).name):
-                compiled = user_cache("kernels") / "inductor"
-                if os.access(_nearest_existing(compiled), os.W_OK):
-                    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
                 stack.callback(_use_for_temporary_files, os.environ.get("TMPDIR"))
                 folder = stack.enter_context(temporary_folder())
                 _use_for_temporary_files(str(folder))
                 _own.append(folder)
                 stack.callback(_own.clear)
+                compiled = user_cache("kernels") / "inductor"
+                if os.access(_nearest_existing(compiled), os.W_OK):
+                    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
         yield
 
 
