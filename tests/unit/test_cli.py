@@ -613,7 +613,7 @@ class TestCommandLine:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        def fail(words: list[str]) -> int:
+        def fail(words: list[str], **named: bool) -> int:
             raise error
 
         monkeypatch.setattr(cli, "_run", fail)
