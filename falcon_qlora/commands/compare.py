@@ -17,7 +17,6 @@ from typing import Any
 from falcon_qlora import config
 from falcon_qlora.checkpoint import manifest
 from falcon_qlora.commands.first_look import look
-from falcon_qlora.commands.train import stop_signals_to
 from falcon_qlora.commands.words import split
 from falcon_qlora.common.errors import EXIT_BUG, EXIT_USER_ERROR, UserError, printable
 from falcon_qlora.common.files import quoted
@@ -29,6 +28,7 @@ from falcon_qlora.compare.finished import runs_in
 from falcon_qlora.compare.plan import METHODS, Planned
 from falcon_qlora.config.arguments import LaunchArguments
 from falcon_qlora.processes import launcher
+from falcon_qlora.processes.stop_signals import stop_signals_to
 from falcon_qlora.run_folder.choose import RUNS, choose
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal.library_logging import quiet_libraries

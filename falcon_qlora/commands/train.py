@@ -39,8 +39,9 @@ from falcon_qlora.config import Configuration
 from falcon_qlora.config.arguments import LaunchArguments
 from falcon_qlora.processes import command_clock, launcher, scheduler
 from falcon_qlora.processes.cores import usable_cores
-from falcon_qlora.processes.launcher import SAME_REQUEST_SECONDS, STOP_SIGNALS
-from falcon_qlora.processes.stop_signals import Ended
+from falcon_qlora.processes.early import STOP_SIGNALS
+from falcon_qlora.processes.launcher import SAME_REQUEST_SECONDS
+from falcon_qlora.processes.stop_signals import Ended, stop_signals_to
 from falcon_qlora.processes.watchdog import end_native_code_after
 from falcon_qlora.terminal.library_logging import ENVIRONMENT
 from falcon_qlora.terminal.output import drop_what_cannot_be_written, say_loading
@@ -137,17 +138,6 @@ def _look_and_tokenize(configuration: Configuration, held: IO[str]) -> None:
         tokenize_ahead(configuration)
     finally:
         launcher.let_go(held)
-
-
-@contextlib.contextmanager
-def stop_signals_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Within the block, `handler` gets the signals that ask a process to stop."""
-    earlier = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, before in earlier.items():
-            signal.signal(number, before)
 
 
 class _WorkerEnded(BaseException):
@@ -346,7 +336,7 @@ def _end(asked: Ended, folder: Path) -> int:
     """The exit status of a launcher that a signal has ended; further signals are ignored."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    print(f"error: {asked}", file=sys.stderr)
+    print(f"error: {asked}{_native_work(folder)}", file=sys.stderr)
     _say_how_to_go_on(folder)
     return 128 + asked.number
 
@@ -366,7 +356,8 @@ def _status(codes: Mapping[int, int], folder: Path) -> int:
         silent += by_agent
     if silent and EXIT_HANGING not in codes.values():
         rank, code = silent[0]
-        print(f"error: rank {rank} on {socket.gethostname()} {_how(code)}", file=sys.stderr)
+        how = f"{_how(code)}{_native_work(folder)}"
+        print(f"error: rank {rank} on {socket.gethostname()} {how}", file=sys.stderr)
     _say_how_to_go_on(folder)
     return EXIT_BUG
 
@@ -378,6 +369,14 @@ def _how(code: int) -> str:
         return f"ended with exit status {code}, without a message"
     hint = "; out of CPU memory?" if code == -signal.SIGKILL else ""
     return f"was killed by {signal.Signals(number).name}{hint}"
+
+
+def _native_work(folder: Path) -> str:
+    """What a worker was at that could not heed a signal, for the message that it was ended."""
+    try:
+        return f"; native code did not heed it, {printable((folder / launcher.NATIVE).read_text('utf-8'))}"
+    except OSError:
+        return ""
 
 
 def _say_how_to_go_on(folder: Path) -> None:

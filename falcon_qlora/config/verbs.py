@@ -119,7 +119,7 @@ VERBS: Mapping[str, Verb] = {
         Verb(
             name="generate",
             summary="answer a prompt with a base model and an adapter",
-            uses=lambda: _FILES | _MODEL | {"template", "dataset_format", "seed"},
+            uses=lambda: _FILES | _MODEL | {"template", "dataset_format", "seed", "hang_minutes"},
             examples=('--adapter runs/first --prompt "What is a falcon?"', "-m tiny --prompt Once"),
         ),
         Verb(

@@ -12,20 +12,18 @@ import importlib.util
 import json
 import os
 import runpy
-import signal
 from pathlib import Path
 from typing import IO
 
 VARIABLE = "FALCON_QLORA_LAUNCHER"
 # Files: which process has something to save; the launcher was asked to stop; the run has stopped and saved;
-# how to resume after an error; an error was printed; and one that is locked while the launcher looks at the
-# rows.
+# how to resume after an error; an error was printed; one that is locked while the launcher looks at the rows;
+# and the native work that did not heed a signal.
 TRAINING, STOPPING, STOPPED, GO_ON, TOLD, ROWS = "training", "stopping", "stopped", "go_on", "told", "rows"
+NATIVE = "native"
 # The words of the launcher's command up to the run's own flags, and those after them, as JSON.
 LAUNCHED = "FALCON_QLORA_LAUNCHED"
 _WORKER = "falcon_qlora.train"
-# Signals that ask a run to stop; SIGUSR1 is how some schedulers announce preemption.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # One request can arrive twice: from a scheduler to every process, and passed on by the launcher; or from a
 # terminal, and from a program that supervises the command there.
 SAME_REQUEST_SECONDS = 1.0
@@ -46,7 +44,7 @@ def leave(name: str, text: str = "") -> None:
     """Leave the file `name` for the launcher, if there is one."""
     file = mark(name)
     if file is not None:
-        part = file.with_name(f".{name}")
+        part = file.with_name(f".{name}-{os.getpid()}")
         with contextlib.suppress(OSError):  # a full disk there must not end the run
             part.write_text(text, encoding="utf-8")
             part.rename(file)

@@ -11,10 +11,10 @@ for a process that is gone. So a separate thread reads the signals.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -24,6 +24,12 @@ from typing import Any
 from falcon_qlora.common.errors import EXIT_BUG, EXIT_STOPPED, native_work
 from falcon_qlora.processes import endings, launcher, lookout, ranks
 from falcon_qlora.processes.launcher import SAME_REQUEST_SECONDS, STOP_SIGNALS
+=======
+from falcon_qlora.common.errors import native_work
+from falcon_qlora.common.files import remove_temporary_files
+from falcon_qlora.processes import early, endings, launcher, ranks
+from falcon_qlora.processes.early import STOP_SIGNALS
+from falcon_qlora.processes.launcher import SAME_REQUEST_SECONDS
 
 _LEAVE_SECONDS = 5.0
 
@@ -35,7 +41,7 @@ class Ended(BaseException):
         self.number = number
 
     def __str__(self) -> str:
-        return f"ended by {self.number.name} on {socket.gethostname()}"
+        return early.words_for(self.number)
 
 
 class Stopped(Exception):
@@ -67,7 +73,7 @@ class _Requests:
             os._exit(128 + number)
         if not self.training:
             # The main thread ends the process. If it is waiting for another one, this timer does.
-            timer = threading.Timer(_LEAVE_SECONDS, _leave, [number])
+            timer = threading.Timer(_LEAVE_SECONDS, _leave_to_launcher, [number])
             timer.daemon = True
             timer.start()
             return
@@ -86,12 +92,36 @@ class _Requests:
 _requests = _Requests()
 
 
-def _leave(number: int, otherwise: str = "") -> None:
+# Set by the first signal that Python gets to see.
+_heeded = threading.Event()
+
+
+class _Heeding:
+    """A signal's handler that notes that it was called."""
+
+    def __init__(self, handler: Callable[[int, Any], None]):
+        self._handler = handler
+
+    def __call__(self, number: int, frame: Any) -> None:
+        _heeded.set()
+        self._handler(number, frame)
+
+
+def _leave(number: int) -> None:
     """End this process, whose main thread has not heeded a signal; say what it waits for, if known."""
     name = signal.Signals(number).name
-    told = [f"error: native code does not heed {name}, {work.what}" for work in native_work()[:1]]
-    for line in told or filter(None, [otherwise]):
-        print(line, file=sys.stderr, flush=True)
+    told = [f"native code does not heed {name}, {work.what}" for work in native_work()[:1]]
+    print(f"error: {(told or [early.words_for(number)])[0]}", file=sys.stderr, flush=True)
+    remove_temporary_files()
+    os._exit(128 + number)
+
+
+def _leave_to_launcher(number: int) -> None:
+    """The same in a rank, whose launcher says that it ended: one message in all."""
+    for work in native_work()[:1]:
+        if launcher.mark(launcher.NATIVE) is None:
+            _leave(number)
+        launcher.leave(launcher.NATIVE, work.what)
     os._exit(128 + number)
 
 
@@ -109,15 +139,15 @@ def stop_signals_raise(*, for_good: bool = False) -> Iterator[None]:
     before = {
         number: handler
         for number, handler in found.items()
-        if handler in (signal.SIG_DFL, signal.default_int_handler)
+        if handler in (signal.SIG_DFL, signal.default_int_handler, early.tell_and_end)
     }
     if threading.current_thread() is not threading.main_thread() or not before:
         yield
         return
-    heeded, process = threading.Event(), os.getpid()
+    process = os.getpid()
+    _heeded.clear()
 
-    def interrupt(number: int, frame: Any) -> None:
-        heeded.set()
+    def end(number: int, frame: Any) -> None:
         if number == signal.SIGINT:
             signal.default_int_handler(number, frame)
         if os.getpid() != process:  # a fork, which ends as if there were no handler
@@ -127,11 +157,12 @@ def stop_signals_raise(*, for_good: bool = False) -> Iterator[None]:
     def watch() -> None:
         while sent := os.read(reader, 64):
             for number in sent:
-                ours = number in before and signal.getsignal(number) is interrupt
-                if ours and not heeded.wait(_LEAVE_SECONDS):
-                    _leave(number, f"error: {Ended(signal.Signals(number))}")
+                ours = number in before and isinstance(signal.getsignal(number), _Heeding)
+                if ours and not _heeded.wait(_LEAVE_SECONDS):
+                    _leave(number)
         os.close(reader)
 
+    interrupt = _Heeding(end)
     for number in before:
         signal.signal(number, interrupt)
     reader, writer = os.pipe()
@@ -148,8 +179,26 @@ def stop_signals_raise(*, for_good: bool = False) -> Iterator[None]:
         os.close(writer)
 
 
+@contextlib.contextmanager
+def stop_signals_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Within the block, `handler` gets the signals that ask a process to stop.
+
+    Within `stop_signals_raise` as well, native code that does not let it be called is ended as there.
+    """
+    earlier = {number: signal.signal(number, _Heeding(handler)) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, before in earlier.items():
+            signal.signal(number, before)
+
+
 def end_with(status: int) -> None:
-    """From here on a stop signal ends this process with `status`: it has only to shut down."""
+    """From here on a stop signal ends this process with `status`: it has only to shut down.
+
+    After Ctrl-C it does so here: Python would by itself end by the signal, and not with `status`, where a
+    library was just then executing a text.
+    """
     if threading.current_thread() is not threading.main_thread():
         return
     for stream in filter(None, (sys.stdout, sys.stderr)):
@@ -158,10 +207,14 @@ def end_with(status: int) -> None:
     for number in STOP_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda number, frame: os._exit(status))
+    if status == 128 + signal.SIGINT:
+        atexit._run_exitfuncs()
+        os._exit(status)
 
 
 def install() -> None:
     """Handle the stop signals of this process; call it in the main thread."""
+    early.give_back()
     before = signal.getsignal(signal.SIGINT)
 
     def handle(number: int, frame: Any) -> None:
@@ -207,6 +260,9 @@ def all_have_begun() -> None:
         if left is not None and ranks.local_process_index() == 0:
             left.unlink(missing_ok=True)  # of processes that were stopped for a node to join, or failed
     _leave_for_launcher(launcher.TRAINING, str(os.getpid()))
+=======
+    if ranks.local_process_index() == 0:
+        _leave_for_launcher(launcher.TRAINING, str(os.getpid()))
 
 
 def asked_to_stop() -> signal.Signals | None:
@@ -228,9 +284,5 @@ def status_of_stopped() -> int:
 
 def tell_launcher(text: str) -> None:
     """Have the launcher print `text`, how to resume, if the processes end with an error."""
-    _leave_for_launcher(launcher.GO_ON, text)
-
-
-def _leave_for_launcher(name: str, text: str) -> None:
     if ranks.local_process_index() == 0:
-        launcher.leave(name, text)
+        _leave_for_launcher(launcher.GO_ON, text)

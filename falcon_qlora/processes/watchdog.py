@@ -22,6 +22,7 @@ import traceback
 from pathlib import Path
 
 from falcon_qlora.common.errors import EXIT_BUG, EXIT_HANGING, NativeWork, native_work
+from falcon_qlora.common.files import remove_temporary_files
 from falcon_qlora.processes import agreement, endings, lookout, ranks
 
 _ANSWER_SECONDS = 3.0
@@ -87,6 +88,7 @@ def _watch_native() -> None:
                         f"error: native code has not returned for {seconds:.0f} s, {work.what}: take another "
                         "tokenizer (--tokenizer_name_or_path), or give it longer (--hang_minutes)\n"
                     )
+                remove_temporary_files()
                 os._exit(_Native.status)
 
 
