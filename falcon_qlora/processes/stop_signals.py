@@ -22,12 +22,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from falcon_qlora.common.errors import EXIT_BUG, EXIT_STOPPED, native_work
-from falcon_qlora.processes import endings, launcher, lookout, ranks
-from falcon_qlora.processes.launcher import SAME_REQUEST_SECONDS, STOP_SIGNALS
-=======
-from falcon_qlora.common.errors import native_work
 from falcon_qlora.common.files import remove_temporary_files
-from falcon_qlora.processes import early, endings, launcher, ranks
+from falcon_qlora.processes import early, endings, launcher, lookout, ranks
 from falcon_qlora.processes.early import STOP_SIGNALS
 from falcon_qlora.processes.launcher import SAME_REQUEST_SECONDS
 
@@ -259,10 +255,8 @@ def all_have_begun() -> None:
     for left in (launcher.mark(launcher.STOPPED), launcher.mark(launcher.TOLD)):
         if left is not None and ranks.local_process_index() == 0:
             left.unlink(missing_ok=True)  # of processes that were stopped for a node to join, or failed
-    _leave_for_launcher(launcher.TRAINING, str(os.getpid()))
-=======
     if ranks.local_process_index() == 0:
-        _leave_for_launcher(launcher.TRAINING, str(os.getpid()))
+        launcher.leave(launcher.TRAINING, str(os.getpid()))
 
 
 def asked_to_stop() -> signal.Signals | None:
@@ -273,7 +267,8 @@ def asked_to_stop() -> signal.Signals | None:
 def tell_stopped() -> None:
     """The run has stopped and saved: the launcher, or this process without one, tells by its status."""
     _requests.stopped = True
-    _leave_for_launcher(launcher.STOPPED, "")
+    if ranks.local_process_index() == 0:
+        launcher.leave(launcher.STOPPED)
 
 
 def status_of_stopped() -> int:
@@ -285,4 +280,4 @@ def status_of_stopped() -> int:
 def tell_launcher(text: str) -> None:
     """Have the launcher print `text`, how to resume, if the processes end with an error."""
     if ranks.local_process_index() == 0:
-        _leave_for_launcher(launcher.GO_ON, text)
+        launcher.leave(launcher.GO_ON, text)
