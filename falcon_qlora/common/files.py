@@ -113,7 +113,7 @@ def temporary_files() -> Iterator[None]:
                 _own.append(folder)
                 stack.callback(_own.clear)
                 compiled = user_cache("kernels") / "inductor"
-                if os.access(_nearest_existing(compiled), os.W_OK):
+                if os.access(nearest_existing(compiled), os.W_OK):
                     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
         yield
 

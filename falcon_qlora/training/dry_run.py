@@ -153,7 +153,9 @@ class DryRun:
         with phase("all-reduce"):
             self._rows.append(("all-reduce", _try_all_reduce(device)))
         with phase("kernels"):
-            batch = largest_micro_batch(trainer) or next(iter(trainer.steps)).micro_batches[0]
+            batch = largest_micro_batch(trainer)
+            if batch is None:
+                batch = next(share for share in trainer.steps if share is not None).micro_batches[0]
             self._rows.append(("kernels", compare_kernels(trainer.model, batch, device)))
         agreement.wait_for_all()
         phases.now = "first step"
