@@ -155,7 +155,7 @@ class DryRun:
         with phase("kernels"):
             batch = largest_micro_batch(trainer)
             if batch is None:
-                batch = next(share for share in trainer.steps if share is not None).micro_batches[0]
+                batch = next(share for share in iter(trainer.steps) if share is not None).micro_batches[0]
             self._rows.append(("kernels", compare_kernels(trainer.model, batch, device)))
         agreement.wait_for_all()
         phases.now = "first step"
