@@ -22,43 +22,38 @@ from falcon_qlora.kernels.low_rank_triton import low_rank_arguments, low_rank_ti
 # Tokens and features of a tile, and warps: two programs or more fit on a multiprocessor.
 _FORWARD = 64, 128, 8
 _BACKWARD = 64, 64, 4
-# The same for programs that go along rows or columns and keep LoRA's products in registers.
-_ALONG_ROWS = 64, 64, 4
+# The same for programs that go along columns and keep LoRA's products in registers; how many, so that the
+# last wave is a small part; and where there are registers for them. On an H200 that gained nothing forward.
 _ALONG_COLUMNS = 64, 64, 4
-_LARGEST_RANK = 64  # of which there is room for them
-_ROW_PROGRAMS, _COLUMN_PROGRAMS = 256, 2304  # in one wave on an H200 or nearly, and in many
+_COLUMN_PROGRAMS = 2304
+_LARGEST_RANK, WITH_REGISTERS = 64, (9, 10)  # the GPUs' major capabilities
 
 
 def gelu(x: Tensor, low: LowRank | None, bound: Tensor, a: Tensor) -> tuple[Rows, Tensor]:
-    """`fp8.gelu`, in one pass unless a rank is large or there is LoRA on one side alone."""
+    """`fp8.gelu` in one pass, and a product."""
     tokens, features = x.shape
-    if not x.numel() or not _fits(low, a.shape[0]):
-        rows, y = _gelu_alone(x, low, bound)
-        return rows, y @ a.T
-    assert low is not None
     values, scales = _empty_rows(x)
-    programs = triton.cdiv(tokens, _ALONG_ROWS[0])
-    splits, each = _splits(_ROW_PROGRAMS // programs, features, _ALONG_ROWS[1])
-    sums = torch.empty(splits, tokens, a.shape[0], dtype=torch.float32, device=x.device)
-    left, right, rank = low_rank_arguments(low, x)
-    _gelu_and_low_rank[programs, splits](
-        x, values, scales, bound, left, right, _longest(low, bound), a, sums,
-        x.stride(0), bound.stride(0), left.stride(0), *right.stride(), left.shape[1], a.stride(0), a.shape[0],
-        tokens, features, each, A_RANK=_lanes(a.shape[0]), **rank, **_along(_ALONG_ROWS),
-    )  # fmt: skip
-    return Rows(values, scales), sums.sum(0).to(x.dtype)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel():
+        left, right, rank = low_rank_arguments(low, x)
+        grid, options = tiles(x, _FORWARD)
+        _gelu[grid](
+            x, y, values, scales, bound, left, right, _longest(low, bound),
+            x.stride(0), bound.stride(0), left.stride(0), *right.stride(), left.shape[1], tokens, features,
+            **rank, **options,
+        )  # fmt: skip
+    return Rows(values, scales), y @ a.T
 
 
 def gelu_backward(
     grad: Tensor, low_grad: LowRank | None, x: Tensor, low: LowRank | None, bound: Tensor
 ) -> tuple[Rows, Tensor, Tensor | None, Tensor | None]:
-    """`fp8.gelu_backward`, likewise; the sums over tokens are made in a fixed order."""
+    """`fp8.gelu_backward`, also in one pass where it can; sums over tokens are made in a fixed order."""
     tokens, features = x.shape
-    if not x.numel() or low_grad is None or not _fits(low, low_grad.left.shape[1]):
+    if low is None or low_grad is None or not _fits(x, low.left.shape[1], low_grad.left.shape[1]):
         rows, dx, y = _gelu_backward_alone(grad, low_grad, x, low, bound)
         of_a = None if low_grad is None else mm_float32(low_grad.left.T, y)
         return rows, dx, of_a, None if low is None else mm_float32(dx.T, low.left)
-    assert low is not None
     assert grad.is_contiguous()
     values, scales = _empty_rows(x)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -74,14 +69,15 @@ def gelu_backward(
         grad, x, dx, values, scales, bound, left, right, of_left, of_right, _longest(low_grad, bound),
         of_a, of_b, x.stride(0), bound.stride(0), left.stride(0), *right.stride(), left.shape[1],
         of_left.stride(0), *of_right.stride(), of_left.shape[1],
-        tokens, features, each, OF_RANK=of_rank["RANK"], **rank, **_along(_ALONG_COLUMNS),
+        tokens, features, each, OF_RANK=of_rank["RANK"], **rank, **_along_columns(),
     )  # fmt: skip
     return Rows(values, scales), dx, of_a.sum(0), of_b.sum(0).T.contiguous()
 
 
-def _fits(low: LowRank | None, other_rank: int) -> bool:
-    """Whether there is LoRA on both sides, and room for its products."""
-    return low is not None and low.left.shape[1] <= _LARGEST_RANK and 0 < other_rank <= _LARGEST_RANK
+def _fits(x: Tensor, *ranks: int) -> bool:
+    """Whether there is something to do, and room for products of these ranks."""
+    fits_gpu = not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] in WITH_REGISTERS
+    return bool(x.numel()) and max(ranks) <= _LARGEST_RANK and fits_gpu
 
 
 def _splits(wanted: int, size: int, tile: int) -> tuple[int, int]:
@@ -90,28 +86,8 @@ def _splits(wanted: int, size: int, tile: int) -> tuple[int, int]:
     return triton.cdiv(size, each), each
 
 
-def _lanes(rank: int) -> int:
-    return max(triton.next_power_of_2(rank), 16)
-
-
-def _along(tile: tuple[int, int, int]) -> dict[str, int]:
-    return dict(zip(("TOKENS", "FEATURES", "num_warps"), tile, strict=True))
-
-
-def _gelu_alone(x: Tensor, low: LowRank | None, bound: Tensor) -> tuple[Rows, Tensor]:
-    """GELU's output in FP8 and as it is ``[T, F]``."""
-    tokens, features = x.shape
-    values, scales = _empty_rows(x)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel():
-        left, right, rank = low_rank_arguments(low, x)
-        grid, options = tiles(x, _FORWARD)
-        _gelu[grid](
-            x, y, values, scales, bound, left, right, _longest(low, bound),
-            x.stride(0), bound.stride(0), left.stride(0), *right.stride(), left.shape[1], tokens, features,
-            **rank, **options,
-        )  # fmt: skip
-    return Rows(values, scales), y
+def _along_columns() -> dict[str, int]:
+    return dict(zip(("TOKENS", "FEATURES", "num_warps"), _ALONG_COLUMNS, strict=True))
 
 
 def _gelu_backward_alone(
@@ -267,66 +243,6 @@ def _right(ptr, stride, feature_stride, rank, feature, in_features, RANK: tl.con
 def _lengths(left):
     wide = left.to(tl.float32)
     return tl.sqrt(tl.sum(wide * wide, 1))
-
-
-@triton.jit(do_not_specialize=["tokens", "each"])  # one compilation for any number
-def _gelu_and_low_rank(
-    x_ptr,  # [T, F], rows x_stride apart
-    values_ptr,  # fp8 [T, F]
-    scales_ptr,  # float32 [T]
-    bound_ptr,  # float32 [T], bound_stride apart
-    left_ptr,  # [T, R], rows left_stride apart
-    right_ptr,  # [R, F], any strides
-    longest_ptr,  # float32 [], of right's columns
-    a_ptr,  # [Q, F], rows a_stride apart
-    sums_ptr,  # float32 [splits, T, Q], of the output and a over each split's features
-    x_stride,
-    bound_stride,
-    left_stride,
-    right_stride,
-    right_feature_stride,
-    rank,  # R
-    a_stride,
-    a_rank,  # Q
-    tokens,  # T
-    features,  # F
-    each,  # features of a split
-    RANK: tl.constexpr,  # a power of 2 ≥ R
-    A_RANK: tl.constexpr,  # the same for Q
-    TOKENS: tl.constexpr,
-    FEATURES: tl.constexpr,
-):
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    in_tokens = token < tokens
-    row = token.to(tl.int64)[:, None]
-    left = _left(left_ptr, left_stride, rank, token, in_tokens, RANK)
-    bound = tl.load(bound_ptr + token * bound_stride, mask=in_tokens, other=0.0)
-    bound += _lengths(left) * tl.load(longest_ptr)
-    scale = tl.where(bound > 0, bound / 448.0, 1.0)
-    tl.store(scales_ptr + token, scale, mask=in_tokens & (tl.program_id(1) == 0))
-    factor = (1.0 / scale)[:, None]
-    index = tl.arange(0, A_RANK)
-    sums = tl.zeros([TOKENS, A_RANK], tl.float32)
-    first = tl.program_id(1) * each
-    last = tl.minimum(first + each, features)  # each is whole tiles
-    for start in tl.range(first, last, FEATURES, num_stages=1):
-        feature = start + tl.arange(0, FEATURES)
-        in_features = feature < features
-        mask = in_tokens[:, None] & in_features[None, :]
-        right = _right(right_ptr, right_stride, right_feature_stride, rank, feature, in_features, RANK)
-        a = tl.load(  # [FEATURES, A_RANK]
-            a_ptr + index[None, :] * a_stride + feature[:, None],
-            mask=(index < a_rank)[None, :] & in_features[:, None],
-            other=0.0,
-        )
-        x = tl.load(x_ptr + row * x_stride + feature[None, :], mask=mask, other=0.0).to(tl.float32)
-        y, _ = gelu_and_slope(x + tl.dot(left, right, input_precision="ieee"))
-        values = tl.clamp(y * factor, -448.0, 448.0)
-        at = row * features + feature[None, :]
-        tl.store(values_ptr + at, values.to(values_ptr.dtype.element_ty), mask=mask)
-        sums += tl.dot(y.to(a_ptr.dtype.element_ty), a, input_precision="ieee")
-    at = (tl.program_id(1) * tokens + row) * a_rank + index[None, :]
-    tl.store(sums_ptr + at, sums, mask=in_tokens[:, None] & (index < a_rank)[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens", "each"])  # one compilation for any number

@@ -17,8 +17,8 @@ pytestmark = [
 ]
 
 SETTINGS = (
-    "-m random:falcon-rw-1b?num_hidden_layers=6 --tokenizer_name_or_path tiny --method full --sharding fsdp --kernels off "
-    "--compute_dtype bf16 --max_length 512 -b 2 --global_batch_size 8 --steps 6 --save_steps 6 "
+    "-m random:falcon-rw-1b?num_hidden_layers=6 --tokenizer_name_or_path tiny --method full --sharding fsdp "
+    "--kernels off --compute_dtype bf16 --max_length 512 -b 2 --global_batch_size 8 --steps 6 --save_steps 6 "
     "--logging_steps 1 --learning_rate 1e-4 --warmup_steps 2 --full_determinism true --save_total_limit 1 "
     "--report_to none --dataset_name rows.jsonl"
 ).split()

@@ -61,6 +61,8 @@ BLOCKS = 5  # more than there are buffers, and an odd number
 
 def main() -> None:
     device = devices.local_device() if "cuda" in sys.argv else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # as Accelerate does: Triton launches on the current one
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     for case in CASES:
         try:
