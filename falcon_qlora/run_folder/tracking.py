@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,7 @@ _HINTS = {
 
 # A tracker that fails this often in a row is dropped: its time-outs would slow every step.
 _PATIENCE = 3
+_START_SECONDS = 60.0  # it gives its own process 30
 _FINISH_SECONDS = 120.0
 _REJECTED = re.compile(
     r"error 40[13]\b|invalid|not logged in|permission denied|unauthorized|forbidden", re.IGNORECASE
@@ -290,6 +292,31 @@ class _WandbCallback(WandbCallback):
         self._wandb.define_metric("*", step_metric="train/global_step", step_sync=True)
 
 
+def _mode_once_started(wandb: Any) -> str:
+    """Start W&B's own process and return its mode. Where the process fails, W&B may wait for ever.
+
+    Raises:
+        UserError: if it does not start, or not in time.
+    """
+    found: list[Any] = []
+
+    def start() -> None:
+        try:
+            found.append(wandb.setup(settings=wandb.Settings(silent=True)).settings.mode)
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=start, name="W&B", daemon=True)
+    thread.start()
+    thread.join(_START_SECONDS)
+    if found and not isinstance(found[0], Exception):
+        return str(found[0])
+    why = first_line(found[0]) if found else f"its own process is not there after {_START_SECONDS:.0f} s"
+    raise UserError(
+        f"--report_to wandb: W&B could not start ({why}). Try again, or train without it: --report_to none"
+    )
+
+
 def _wandb_mode() -> tuple[str, str]:
     """How W&B will run: ``online``, ``offline`` or ``disabled``, and why."""
     # Before W&B is imported: its background process reads these when it starts.
@@ -298,7 +325,7 @@ def _wandb_mode() -> tuple[str, str]:
 
     if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes"):
         return "disabled", "WANDB_DISABLED is set"
-    mode = wandb.setup(settings=wandb.Settings(silent=True)).settings.mode
+    mode = _mode_once_started(wandb)
     if mode == "disabled":
         return "disabled", "W&B's mode is disabled"
     if mode in ("offline", "dryrun"):
