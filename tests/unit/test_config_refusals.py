@@ -353,6 +353,6 @@ def test_what_a_recipe_that_is_named_again_says_otherwise_is_known(tmp_path: Pat
     recipe = write(tmp_path / "r.yaml", lora_r=16, learning_rate=0.5, seed=3)
     words = ["--resume", str(tmp_path / "run"), "--recipe", recipe]
     configuration = config.parse(words)
-    assert (configuration.kept, configuration.method.flags()["lora_r"]) == (("lora_r", "learning_rate"), 8)
+    assert (configuration.kept, configuration.method.flags()["lora_r"]) == (("learning_rate", "lora_r"), 8)
     assert config.parse([*words, "--lora_r", "4"]).kept == ("learning_rate",)
     assert config.parse(words[:2]).kept == ()
