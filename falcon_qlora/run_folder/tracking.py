@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,9 @@ _HINTS = {
 
 # A tracker that fails this often in a row is dropped: its time-outs would slow every step.
 _PATIENCE = 3
-_START_SECONDS = 60.0  # it gives its own process 30
+# It gives its own process 30 seconds to start, and its server 90.
+_START_SECONDS = 60.0
+_INIT_SECONDS = 150.0
 _FINISH_SECONDS = 120.0
 _REJECTED = re.compile(
     r"error 40[13]\b|invalid|not logged in|permission denied|unauthorized|forbidden", re.IGNORECASE
@@ -226,7 +228,8 @@ class Trackers:
         online = self._wandb_mode == "online"
         folder = os.environ.get("WANDB_DIR") or str(directory.path)
         Path(folder).mkdir(parents=True, exist_ok=True)
-        return wandb.init(
+        init = partial(
+            wandb.init,
             **{**where, "resume": where["resume"] if online else None},
             config=plain(config),
             allow_val_change=True,
@@ -234,6 +237,7 @@ class Trackers:
             mode=self._wandb_mode,
             settings=settings,
         )
+        return _in_time(init, _INIT_SECONDS)
 
 
 class TrackersCallback:
@@ -292,29 +296,30 @@ class _WandbCallback(WandbCallback):
         self._wandb.define_metric("*", step_metric="train/global_step", step_sync=True)
 
 
-def _mode_once_started(wandb: Any) -> str:
-    """Start W&B's own process and return its mode. Where the process fails, W&B may wait for ever.
+def _in_time(work: Callable[[], Any], seconds: float) -> Any:
+    """What `work` returns. W&B waits without end for its own process where that fails as it starts.
 
     Raises:
-        UserError: if it does not start, or not in time.
+        TimeoutError: after so long.
+        Exception: what `work` raises.
     """
-    found: list[Any] = []
+    found: list[tuple[Any, Exception | None]] = []
 
-    def start() -> None:
+    def run() -> None:
         try:
-            found.append(wandb.setup(settings=wandb.Settings(silent=True)).settings.mode)
+            found.append((work(), None))
         except Exception as error:
-            found.append(error)
+            found.append((None, error))
 
-    thread = threading.Thread(target=start, name="W&B", daemon=True)
+    thread = threading.Thread(target=run, name="W&B", daemon=True)
     thread.start()
-    thread.join(_START_SECONDS)
-    if found and not isinstance(found[0], Exception):
-        return str(found[0])
-    why = first_line(found[0]) if found else f"its own process is not there after {_START_SECONDS:.0f} s"
-    raise UserError(
-        f"--report_to wandb: W&B could not start ({why}). Try again, or train without it: --report_to none"
-    )
+    thread.join(seconds)
+    if not found:
+        raise TimeoutError(f"its own process does not answer within {seconds:.0f} s")
+    result, error = found[0]
+    if error is not None:
+        raise error
+    return result
 
 
 def _wandb_mode() -> tuple[str, str]:
@@ -325,7 +330,16 @@ def _wandb_mode() -> tuple[str, str]:
 
     if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes"):
         return "disabled", "WANDB_DISABLED is set"
-    mode = _mode_once_started(wandb)
+    try:
+        # Starts its process.
+        mode = _in_time(
+            lambda: wandb.setup(settings=wandb.Settings(silent=True)).settings.mode, _START_SECONDS
+        )
+    except Exception as error:
+        raise UserError(
+            f"--report_to wandb: W&B could not start ({first_line(error)}). Try again, or train without it: "
+            "--report_to none"
+        ) from None
     if mode == "disabled":
         return "disabled", "W&B's mode is disabled"
     if mode in ("offline", "dryrun"):
