@@ -65,6 +65,7 @@ class Configuration:
         explicit: setting to where it was given ("flag", "settings.yaml", "recipe lambda-7b-4bit"), without
             settings that only the default recipe gives.
         passed_over: for each file, the keys that are not settings but have values without effect.
+        kept: settings of the run to resume for which a recipe that is named again says something else.
     """
 
     model: ModelArguments
@@ -75,6 +76,7 @@ class Configuration:
     extra: Any
     explicit: dict[str, str]
     passed_over: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    kept: tuple[str, ...] = ()
 
     @functools.cached_property
     def training(self) -> SFTConfig:
@@ -214,14 +216,27 @@ def configure(settings: Mapping[str, Any], *, extra_arguments: type | None = Non
             f"recipe in {named_by.origin}: a run's settings must not name another file, and {recipe!r} was "
             "not opened. Remove the line, or name the recipe with --recipe"
         )
+    kept: tuple[str, ...] = ()
     if recipe != "default":
         layer = parser.read_file(recipe_file(recipe), f"recipe {recipe}", rank=1)
         if "recipe" in layer.values:
             raise UserError(f"recipe {recipe} names another recipe; recipes do not nest, remove that line")
+        kept = _kept(layers, layer) if of_run and named_by is flags else ()
         layers.append(layer)
     configuration = _configuration(parser, lay_over(layers), recipe, extra_arguments)
     configuration.passed_over = {layer.origin: layer.passed_over for layer in layers if layer.passed_over}
+    configuration.kept = kept
     return configuration
+
+
+def _kept(layers: list[Layer], recipe: Layer) -> tuple[str, ...]:
+    """Settings for which a recipe that is named again says something else than the run to resume."""
+    laid = lay_over(layers)
+    return tuple(
+        name
+        for name, value in recipe.values.items()
+        if name in laid and laid[name][1].rank == 2 and laid[name][0] != value
+    )
 
 
 def _default_recipe(parser: FalconParser) -> Layer:

@@ -28,6 +28,7 @@ from falcon_qlora.processes.early import STOP_SIGNALS
 from falcon_qlora.processes.launcher import SAME_REQUEST_SECONDS
 
 _LEAVE_SECONDS = 5.0
+_AGAIN_SECONDS = 0.05
 
 
 class Ended(BaseException):
@@ -158,6 +159,17 @@ def stop_signals_raise(*, for_good: bool = False) -> Iterator[None]:
                     _leave(number)
         os.close(reader)
 
+    def lost(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if isinstance(error, KeyboardInterrupt | Ended):  # Python drops what a `__del__` or a weakref raises
+            number = error.number if isinstance(error, Ended) else signal.SIGINT
+            again = threading.Timer(_AGAIN_SECONDS, os.kill, [os.getpid(), number])
+            again.daemon = True
+            again.start()
+        else:
+            hook(unraisable)
+
+    hook, sys.unraisablehook = sys.unraisablehook, lost
     interrupt = _Heeding(end)
     for number in before:
         signal.signal(number, interrupt)
@@ -168,6 +180,7 @@ def stop_signals_raise(*, for_good: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         signal.set_wakeup_fd(earlier)
         for number, handler in before.items():
             if not for_good or signal.getsignal(number) is interrupt:

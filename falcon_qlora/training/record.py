@@ -276,6 +276,9 @@ def start_notes(
         f"{file}: ignored, as they are no longer settings: {', '.join(keys)}"
         for file, keys in configuration.passed_over.items()
     ]
+    if configuration.kept:
+        named = ", ".join(configuration.kept)
+        notes.append(f"--recipe {configuration.run.recipe}: the resumed run keeps its own {named}")
     notes += [f"{failure}. The run is slower without it. {MEND}" for failure in failed_libraries(kernels)]
     if configuration.model.model_name_or_path.startswith("random:"):
         notes.append(

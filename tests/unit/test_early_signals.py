@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from falcon_qlora.processes import early
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Python imports this before anything else. The signal comes while a text is executed: Python by itself would
 # then end by the signal in the end, whatever becomes of the exception.
@@ -40,8 +42,8 @@ def ended(folder: Path, at: str, number: int, *words: str) -> tuple[int, str, st
         },
         capture_output=True,
         text=True,
-        # The shell may have had pytest ignore it, as it does in the background.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        # The shell may have had pytest ignore one, as it does in the background; so may an earlier test.
+        preexec_fn=lambda: [signal.signal(each, signal.SIG_DFL) for each in early.STOP_SIGNALS],
     )
     return result.returncode, result.stdout, result.stderr
 

@@ -76,6 +76,38 @@ def test_ctrl_c_ends_what_does_not_heed_it_and_nothing_else(
     assert process.returncode == status
 
 
+LOSES = """
+import os, signal, time, weakref
+from falcon_qlora.processes.stop_signals import Ended, stop_signals_raise
+def signalled(reference):
+    os.kill(os.getpid(), signal.{number})
+    for _ in range(100):
+        pass
+class Anything:
+    pass
+with stop_signals_raise():
+    try:
+        anything = Anything()
+        reference = weakref.ref(anything, signalled)
+        del anything
+        time.sleep(20)
+    except (KeyboardInterrupt, Ended):
+        print("heeded")
+"""
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_signal_whose_exception_python_drops_comes_again(number: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", LOSES.format(number=number)],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: [signal.signal(each, signal.SIG_DFL) for each in (signal.SIGINT, signal.SIGTERM)],
+    )
+    assert (result.stdout, result.stderr) == ("heeded\n", "")
+
+
 def panic(*arguments: object, **named: object) -> object:
     assert native_work()
     raise PanicException("index out of bounds")
