@@ -7,11 +7,13 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from peft import (
     PeftConfig,
     PeftModel,
@@ -27,25 +29,44 @@ from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.packing import MicroBatch, collate
 from falcon_qlora.methods.adapter_folder import CONFIG, TENSORS, SavedAdapter, read_adapter
 from falcon_qlora.methods.interface import method_of
+from falcon_qlora.methods.lora import Lora
 from falcon_qlora.methods.lora_layers import past_pefts_refusal
 from falcon_qlora.models.checkpoints import parameter_reader, read_folder_config
 from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.layouts import causal_lm_in
 from falcon_qlora.models.load import empty_model
+from falcon_qlora.models.packed_attention import Sequences
 from falcon_qlora.models.sharded import local_tensor, own_parts
 from falcon_qlora.models.tensor_files import read_tensor, stored_tensors
 from falcon_qlora.models.token_rows import rows_of
 from falcon_qlora.models.undrawn import Undrawn
 from falcon_qlora.processes import devices
-from falcon_qlora.step.loss import sum_of_losses
 from falcon_qlora.terminal.console import note
 
 _DEFAULT, _PROBE = "default", "probe"
 _PROBE_LENGTHS = (24, 40)
+WHOLE = "what is saved is a whole model"
 
 
 class AdapterFaultError(RuntimeError):
     """A saved adapter is damaged or wrong; the message names the fault."""
+
+
+@dataclass(frozen=True)
+class Reopened:
+    """What a saved adapter, opened again on the run's own base, computes beside the one in memory.
+
+    Attributes:
+        by: what opened it: ``plain PEFT`` or ``falcon-qlora``.
+        logits: how many were compared, over two short documents of made-up tokens.
+        difference: the largest between two of them.
+        why_not: why none were, or None.
+    """
+
+    by: str
+    logits: int = 0
+    difference: float = 0.0
+    why_not: str | None = None
 
 
 def check_tensors(
@@ -75,18 +96,44 @@ def check_tensors(
         raise AdapterFaultError(str(error).rstrip(".")) from None
 
 
-def check_opening(folder: Path, model: nn.Module) -> None:
-    """Check that PEFT opens a saved LoRA, and that its loss on a few made-up tokens is the model's own.
+def check_opening(folder: Path, model: nn.Module) -> Reopened:
+    """Check that a saved adapter opens, and computes what the model does on a few made-up tokens.
 
-    LoRA's scale is in no tensor: only the adapter's output shows a wrong one. The model and the random
-    generators are left as they were, except that packing is enabled. `check_tensors` compares the settings of
-    other methods.
+    A LoRA is opened by PEFT, beside the one in memory: LoRA's scale is in no tensor, so only the adapter's
+    output shows a wrong one. Another adapter is read by our loader into the model, whose own is taken out
+    meanwhile. The model and the random generators are left as they were, except that packing is enabled.
 
     Raises:
         AdapterFaultError: if it does not open, or gives another loss.
     """
-    if isinstance(model, PeftModel):
-        _check_loss(folder, model)
+    method = method_of(model)
+    if method.is_whole:
+        return Reopened("falcon-qlora", why_not=WHOLE)
+    by_peft = isinstance(method, Lora) and not method.refused_by_peft
+    by = "plain PEFT" if by_peft else "falcon-qlora"
+    enable_packing(model)
+    probe, device = _made_up(model), causal_lm_in(model).device
+    open_again = _opened_by_peft if isinstance(model, PeftModel) else _read_into
+    try:
+        with _left_as_it_was(model, device), torch.no_grad():
+            batch = probe.to(device)
+            expected = _logits(model, batch)
+            with open_again(folder, model):
+                found = _logits(model, batch)
+            difference = float((found - expected).abs().nan_to_num(nan=0.0).max())
+            losses = [
+                float(F.cross_entropy(each, batch.targets, reduction="sum")) for each in (found, expected)
+            ]
+    except torch.OutOfMemoryError:
+        note(f"{folder}: out of memory while the adapter was opened again: its loss was not compared")
+        return Reopened(by, why_not="out of memory")
+    mean = [each / len(probe.targets) for each in losses]
+    # The model's quality is not checked here: a NaN loss is fine if both have it.
+    if not (math.isclose(*losses, rel_tol=1e-5) or all(map(math.isnan, losses))):
+        raise AdapterFaultError(
+            f"{folder}, opened again, has loss {mean[0]:.6g} on a probe, the model in memory {mean[1]:.6g}"
+        )
+    return Reopened(by, logits=found.numel(), difference=difference)
 
 
 def check_reading(folder: Path, model: nn.Module, state: Mapping[str, Tensor] | None = None) -> None:
@@ -174,7 +221,7 @@ def _check_tensors(
         zeros = beside.submit(saved.zero_tensors, config)
         saved.check(config)
         equal.result()
-    # PEFT's file records less than the method; _check_loss tries out what it does record.
+    # PEFT's file records less than the method; check_opening tries out what it does record.
     if saved.method.opened_by != "peft" and saved.method != method_of(model):
         raise AdapterFaultError(
             f"{folder} is of {saved.method.describe()}; the model in memory is of "
@@ -223,66 +270,80 @@ def _compare(place: Path, name: str, stored: Tensor, in_memory: Tensor) -> None:
         raise AdapterFaultError(f"{place}: {name} is not what the model in memory has")
 
 
-def _check_loss(folder: Path, peft_model: PeftModel) -> None:
-    enable_packing(peft_model)
-    probe = _made_up(peft_model)
-    device = causal_lm_in(peft_model).device
-    try:
-        with _left_as_it_was(peft_model, device), torch.no_grad():
-            found, expected = _losses(folder, peft_model, probe.to(device), device)
-    except torch.OutOfMemoryError:
-        note(f"{folder}: out of memory while the adapter was opened again: its loss was not compared")
-        return
-    # The model's quality is not checked here: a NaN loss is fine if both have it.
-    if not (math.isclose(found, expected, rel_tol=1e-5) or (math.isnan(found) and math.isnan(expected))):
-        raise AdapterFaultError(
-            f"{folder}, opened again, has loss {found / len(probe.targets):.6g} on a probe, the model in "
-            f"memory {expected / len(probe.targets):.6g}"
-        )
-
-
-def _losses(
-    folder: Path, peft_model: PeftModel, batch: MicroBatch, device: torch.device
-) -> tuple[float, float]:
-    """The loss of the folder's adapter, loaded beside the model's, and the model's own."""
-    expected = sum_of_losses(peft_model.eval(), batch).item()
-    try:
-        # Not with low_cpu_mem_usage: PEFT would round the adapter to the base's dtype.
-        with past_pefts_refusal(causal_lm_in(peft_model)), Undrawn():
-            peft_model.load_adapter(str(folder), _PROBE, torch_device=str(device))
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever PEFT raises: the adapter does not open
-        raise AdapterFaultError(f"{folder} cannot be opened again: {error}") from error
-    peft_model.set_adapter(_PROBE)
-    return sum_of_losses(peft_model.eval(), batch).item(), expected
+def _logits(model: nn.Module, batch: MicroBatch) -> Tensor:
+    """Float32 ``[N, V]``, at the targets of `batch`."""
+    sequences = Sequences(
+        cu_seqlens=batch.cu_seqlens,
+        position_ids=batch.position_ids,
+        lengths=batch.lengths,
+        max_length=max(batch.lengths),
+    )
+    logits: Tensor = model.eval()(input_ids=batch.input_ids, sequences=sequences).logits
+    return logits[0].index_select(0, batch.target_positions).float()
 
 
 @contextlib.contextmanager
-def _left_as_it_was(peft_model: PeftModel, device: torch.device) -> Iterator[None]:
-    """Remove the probe adapter at the end and undo what adding it changed, random generators included."""
-    training: dict[nn.Module, bool] = {module: module.training for module in peft_model.modules()}
-    trainable = {parameter: parameter.requires_grad for parameter in peft_model.parameters()}
-    active = peft_model.active_adapter
+def _opened_by_peft(folder: Path, model: Any) -> Iterator[None]:
+    """A context in which the folder's adapter, loaded beside the model's, is the active one."""
+    base = causal_lm_in(model)
+    method: Any = method_of(model)
+    refused = past_pefts_refusal(base) if method.refused_by_peft else contextlib.nullcontext()
+    active = model.active_adapter
+    try:
+        try:
+            # Not with low_cpu_mem_usage: PEFT would round the adapter to the base's dtype.
+            with refused, Undrawn():
+                model.load_adapter(str(folder), _PROBE, torch_device=str(base.device))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever PEFT raises: the adapter does not open
+            raise AdapterFaultError(f"{folder} cannot be opened again: {error}") from error
+        model.set_adapter(_PROBE)
+        yield
+    finally:
+        model.set_adapter(active)
+        if _PROBE in model.peft_config:
+            model.delete_adapter(_PROBE)
+
+
+@contextlib.contextmanager
+def _read_into(folder: Path, model: nn.Module) -> Iterator[None]:
+    """A context in which the model has the folder's tensors; its own are NaN first, so that none is left."""
+    method = method_of(model)
+    own = {name: tensor.clone() for name, tensor in method.saved_tensors(model).items()}
+    try:
+        for tensor in method.saved_tensors(model).values():
+            tensor.fill_(math.nan)
+        try:
+            method.restore(model, folder)
+        except RuntimeError as error:
+            raise AdapterFaultError(f"{folder} cannot be opened again: {error}") from error
+        yield
+    finally:
+        method.put(model, own)
+
+
+@contextlib.contextmanager
+def _left_as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Undo at the end what opening an adapter changes in the model, random generators included."""
+    training: dict[nn.Module, bool] = {module: module.training for module in model.modules()}
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         with devices.draws_undone(device):
             yield
     finally:
-        peft_model.set_adapter(active)
-        if _PROBE in peft_model.peft_config:
-            peft_model.delete_adapter(_PROBE)
         for parameter, needed in trainable.items():
             parameter.requires_grad_(needed)
         for module, was_training in training.items():
             module.training = was_training
 
 
-def _made_up(peft_model: Any) -> MicroBatch:
+def _made_up(model: Any) -> MicroBatch:
     """Two short documents of random tokens; the first ends with tokens whose embedding rows are trained."""
-    vocabulary = peft_model.config.vocab_size
+    vocabulary = model.config.vocab_size
     generator = np.random.default_rng(0)
     documents = [generator.integers(0, vocabulary, length) for length in _PROBE_LENGTHS]
-    rows = rows_of(causal_lm_in(peft_model).get_input_embeddings())
+    rows = rows_of(causal_lm_in(model).get_input_embeddings())
     if rows is not None:
         own = rows.ids[: _PROBE_LENGTHS[0]]
         documents[0][-len(own) :] = own

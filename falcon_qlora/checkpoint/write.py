@@ -18,7 +18,7 @@ from falcon_qlora.processes import agreement
 _REPLACED = "replaced-step-"
 
 
-def require_same_replicas(tensors: Iterable[Tensor], checkpoints: Path, *, step: int) -> None:
+def require_same_replicas(tensors: Iterable[Tensor], checkpoints: Path, *, step: int) -> str:
     """Refuse to save if the replicas have diverged.
 
     A resumed run loads the saved replica on every process, so nobody would ever notice.
@@ -28,11 +28,14 @@ def require_same_replicas(tensors: Iterable[Tensor], checkpoints: Path, *, step:
         checkpoints: the folder of earlier checkpoints.
         step: of the run.
 
+    Returns:
+        The checksum that all ranks have.
+
     Raises:
         UserError: naming the ranks and the last good checkpoint.
     """
     try:
-        agreement.check_replicas(tensors)
+        return agreement.check_replicas(tensors)
     except agreement.ReplicasDifferError as error:
         last = agreement.from_main_process(lambda: last_complete(checkpoints))
         raise UserError(

@@ -52,18 +52,15 @@ def look(configuration: Configuration) -> None:
 
 
 def _look_at_output(configuration: Configuration) -> None:
-    """Refuse an output folder that is in use, and a run to resume that does not exist.
-
-    Skipped on several nodes: another node may have begun to write the folder.
-    """
+    """Refuse an output folder that is in use, and a run to resume that does not exist."""
     run = configuration.run
-    if (run.output_dir is None and not run.resume) or configuration.extra.nnodes != "1":
+    if run.output_dir is None and not run.resume:
         return
     choose(
         run.output_dir,
         model=configuration.model.model_name_or_path,
         settings=configuration.method.short,
-        resume=True if run.resume == "latest" else run.resume or False,
+        resume=run.resume,
         overwrite=run.overwrite,
         make=False,
     )

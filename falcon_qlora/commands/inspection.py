@@ -42,12 +42,15 @@ class Inspection:
         rows: label and text of what is known of it.
         faults: what is wrong, each with the file; empty if it is whole.
         trained: False for an adapter that changes nothing: all tensors that start at zero are still zero.
+        checks: of a finished run, what was proved at its end: name, state and figure; empty if a release
+            that did not record it made the run. None for anything else.
     """
 
     kind: str
     rows: list[tuple[str, str]] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     trained: bool = True
+    checks: list[tuple[str, str, str]] | None = None
 
     @property
     def state(self) -> str:
@@ -135,6 +138,7 @@ def _run(run: RunDirectory) -> Inspection:
         if summary.get("first_loss") is not None:  # none was logged in a run shorter than --logging_steps
             summary["loss"] = " → ".join(losses)
         found.tell(summary, {"steps": "steps", "loss": "loss", "best_eval_loss": "best held out"})
+        found.checks = _checks(summary.get("checks"))
         if not run.adapter.is_dir():
             found.faults.append(f"{run.adapter} is missing, though the run was finished")
     else:
@@ -149,6 +153,16 @@ def _run(run: RunDirectory) -> Inspection:
         if part == run.adapter:
             found.trained = inside.trained
     return found
+
+
+def _checks(recorded: Any) -> list[tuple[str, str, str]]:
+    """Name, state and figure of what a summary says was proved, which others may have written."""
+    checks = recorded.items() if isinstance(recorded, dict) else ()
+    return [
+        (_text(name).replace("_", " "), _text(each.get("state")), _text(each.get("told")))
+        for name, each in checks
+        if isinstance(each, dict)
+    ]
 
 
 def _templates(data: dict[str, Any]) -> list[str]:

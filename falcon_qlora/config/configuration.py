@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.common.errors import UserError, without_credentials
-from falcon_qlora.common.record_files import is_record
+from falcon_qlora.common.record_files import AUTO, LATEST, is_record
 from falcon_qlora.common.settings import settings_of
 from falcon_qlora.common.untrusted import refuse_links
 from falcon_qlora.config import checks
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
 # A re-run does not need to know where this run computed and wrote, or which run it resumed.
-_NOT_RECORDED = frozenset({"output_dir", "config", "resume", "overwrite", "device"})
+_NOT_RECORDED = frozenset({"output_dir", "config", "resume", "overwrite", "device", "dry_run"})
 _NO_STEP = 10**9  # when saving by the clock: the trainer wants a number
 _GROUP_SECONDS = 1800.0  # Transformers' own default of ddp_timeout
 
@@ -231,9 +231,12 @@ def _default_recipe(parser: FalconParser) -> Layer:
 def _settings_of_the_run(flags: Mapping[str, Any]) -> str | None:
     """The settings file of the run that `--resume` resumes; None if there is none."""
     resume, output = flags.get("resume"), flags.get("output_dir")
-    if not resume or (resume == "latest" and output is None):
+    by_folder = resume in (LATEST, AUTO)
+    if not resume or (by_folder and output is None):
         return None
-    folder = Path(str(output) if resume == "latest" else str(resume))
+    folder = Path(str(output) if by_folder else str(resume))
+    if resume == AUTO and not any((folder / "checkpoints").glob("step-*")):
+        return None  # a fresh run is what the command says
     if folder.parent.name == "checkpoints":
         folder = folder.parent.parent
     file = folder / "config.yaml"

@@ -33,7 +33,8 @@ _NEW_TOKENS = frozenset({"method", "new_tokens"})
 # A bench of whole commands sets these itself, or they would make its figures another recipe's.
 BENCH_SETS = frozenset(
     "recipe compute_dtype per_device_train_batch_size global_batch_size gradient_accumulation_steps packing "
-    "padding num_train_epochs device output_dir resume overwrite report_to save_strategy lora_dropout".split()
+    "padding num_train_epochs device dry_run output_dir resume overwrite report_to save_strategy "
+    "lora_dropout".split()
 )
 
 
@@ -69,6 +70,7 @@ class Verb:
 _NOT_COMPARED = {
     "method": "give --methods",
     "adapter": "each method begins with a fresh one",
+    "dry_run": "try one method at a time with train",
     "resume": "compare goes on by itself where it stopped: give the same --output_dir",
 }
 _SAMPLE = "-m tiny --dataset_name sample"
@@ -117,7 +119,7 @@ VERBS: Mapping[str, Verb] = {
         Verb(
             name="generate",
             summary="answer a prompt with a base model and an adapter",
-            uses=lambda: _FILES | _MODEL | {"template", "dataset_format", "seed"},
+            uses=lambda: _FILES | _MODEL | {"template", "dataset_format", "seed", "hang_minutes"},
             examples=('--adapter runs/first --prompt "What is a falcon?"', "-m tiny --prompt Once"),
         ),
         Verb(

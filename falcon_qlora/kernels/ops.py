@@ -25,6 +25,8 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 _forced: Implementation | None = None
+beside: Callable[..., Any] | None = None
+"""Called in place of an operation's Triton form, with its plain form, that form and what they take."""
 
 
 @contextmanager
@@ -89,6 +91,8 @@ def or_triton(
             first: Any = args[0]
             tensor = first if isinstance(first, Tensor) else first.weight
             in_its_form = triton_runs_on(tensor.device) and where(*args)
+            if in_its_form and beside is not None:
+                return beside(plain, in_triton(), args, kwargs)
             return (in_triton() if in_its_form else plain)(*args, **kwargs)
 
         return run

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -357,6 +358,23 @@ def remove_fast_path(model: nn.Module) -> None:
     if family is not None:
         for block in blocks_of(model):
             restore(block, family.block_forward)
+
+
+@contextmanager
+def on_the_reference_path(model: nn.Module) -> Iterator[None]:
+    """Within the block, the blocks that `apply_fast_path` took run their own forward."""
+    family = _FAMILIES.get(causal_lm_in(model).config.model_type)
+    fast = [(block, state) for block in blocks_of(model) if (state := state_of(block)) is not None]
+    if family is None:
+        yield
+        return
+    for block, _ in fast:
+        restore(block, family.block_forward)
+    try:
+        yield
+    finally:
+        for block, state in fast:
+            install(block, family.block_forward, state)
 
 
 def fp8_weight_bytes(model: nn.Module) -> int:

@@ -269,5 +269,6 @@ def _finish(model: PreTrainedModel, name: str, device: torch.device) -> None:
 
 
 def quantization_of(model: Any) -> QuantizeMode:
-    """How the blocks of a model from `load_model` are stored."""
-    return quantize_mode_of(model.get_submodule(layout_of(model.config).expected_linears()[0]))
+    """How the blocks of a model from `load_model` are stored; LoRA may be on them."""
+    linear = model.get_submodule(layout_of(model.config).expected_linears()[0])
+    return quantize_mode_of(getattr(linear, "base_layer", linear))

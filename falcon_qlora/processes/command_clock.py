@@ -1,25 +1,45 @@
-"""When the user's command began, so that a run can report its whole wall time."""
+"""When the user's command began, and what it was, for what a run reports of itself."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 # Set by the launcher for its workers: seconds since the epoch.
 _VARIABLE = "FALCON_QLORA_BEGAN"
+_COMMAND = "FALCON_QLORA_COMMAND"  # its words, as JSON
 
 
 @contextlib.contextmanager
-def told_to_workers() -> Iterator[None]:
-    """Have processes that are started within the block count from the start of this one."""
-    os.environ[_VARIABLE] = repr(_start_of(os.getpid()))
+def told_to_workers(words: Sequence[str]) -> Iterator[None]:
+    """Have processes that are started within the block count from the start of this one.
+
+    Args:
+        words: of the command, for `command_words`.
+    """
+    told = {_VARIABLE: repr(_start_of(os.getpid())), _COMMAND: json.dumps(list(words))}
+    os.environ.update(told)
     try:
         yield
     finally:
-        del os.environ[_VARIABLE]
+        for name in told:
+            del os.environ[name]
+
+
+def command_words() -> list[str]:
+    """The words of the user's command: the launcher's, else torchrun's, else this process's own."""
+    if (told := os.environ.get(_COMMAND)) is not None:
+        return [str(word) for word in json.loads(told)]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
+            return list(map(os.fsdecode, filter(None, words)))
+    return list(sys.argv)
 
 
 def command_began(default: float) -> float:

@@ -52,13 +52,25 @@ def collect_environment() -> dict[str, Any]:
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "packages": package_versions(),
         "cuda": torch.version.cuda,
+        "driver": _driver(),
         "gpus": _gpus(),
         "cpu_threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "world_size": ranks.world_size(),
     }
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of what a training uses, by package; those that are not installed are left out."""
+    return {name: version for name in _PACKAGES if (version := _version(name))}
+
+
+def versions() -> dict[str, str]:
+    """Versions that a run's figures may depend on, by name: those that this process has."""
+    known = {"python": platform.python_version(), "cuda": torch.version.cuda, "driver": _driver()}
+    return package_versions() | {name: version for name, version in known.items() if version is not None}
 
 
 def without_secrets(argv: Sequence[str]) -> list[str]:
@@ -75,6 +87,16 @@ def without_secrets(argv: Sequence[str]) -> list[str]:
         hide = secret and not equals
         shown.append(f"{flag}={_HIDDEN}" if secret and equals else without_credentials(argument))
     return shown
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's driver; None without one."""
+    try:
+        told = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", told)
+    return found[1] if found else None
 
 
 def _version(package: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,8 @@ class Summary:
         estimated_tokens_per_second: What it says of `tokens_per_second`; None for a GPU unknown to it.
         reduction_shares: Share of each process's training time in the gradient all-reduce, since the last
             start. It includes the wait for the slowest, which has the smallest share. None for one process.
+        network_share: Share of a step in the all-reduce between nodes: that of the slowest process, which
+            waits for no other. None on one node.
         wall_seconds: Seconds of all commands of the run, each from its start, until this was written.
         wall_tokens_per_second: Real tokens a second of `wall_seconds`.
         step_share: `train_seconds` of `wall_seconds`, 0 to 1.
@@ -45,10 +48,9 @@ class Summary:
         end_seconds: Of `wall_seconds`, after the last step.
         start_phases: Phase of the last start → its seconds.
         refused_by_peft: Linears with LoRA for which plain PEFT does not open the adapter.
-        leak_probe: `LeakProbe`'s figures for the first documents of rank 0 since the last start; of models in
-            which more than attention mixes tokens, unless they are sharded.
         adapter: Folder of the adapter that the run began from, if any.
         adapter_sha256: Of that adapter's weights.
+        checks: What was proved about the run, by check: see `training.checks`. None in older summaries.
     """
 
     steps: int
@@ -74,6 +76,7 @@ class Summary:
     estimated_card_gib: float | None = None
     estimated_tokens_per_second: float | None = None
     reduction_shares: list[float] | None = None
+    network_share: float | None = None
     wall_seconds: float | None = None
     wall_tokens_per_second: float | None = None
     step_share: float | None = None
@@ -83,6 +86,6 @@ class Summary:
     end_seconds: float | None = None
     start_phases: dict[str, float] | None = None
     refused_by_peft: list[str] | None = None
-    leak_probe: dict[str, float] | None = None
     adapter: str | None = None
     adapter_sha256: str | None = None
+    checks: dict[str, dict[str, Any]] | None = None

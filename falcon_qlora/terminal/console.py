@@ -29,6 +29,7 @@ from falcon_qlora.terminal.notebook import in_notebook
 from falcon_qlora.terminal.output import below
 
 _LABEL_WIDTH = 11
+_MUCH_WAITING = 0.05  # of a step
 _PATIENCE_SECONDS = 5.0
 
 
@@ -113,13 +114,16 @@ def print_start(rows: Sequence[tuple[str, str]], notes: Sequence[str]) -> None:
     console().print()
 
 
-def print_end(summary: Mapping[str, Any], contents: Sequence[Path], *, adapter: Path) -> None:
+def print_end(
+    summary: Mapping[str, Any], contents: Sequence[Path], *, adapter: Path, checked: Sequence[str] = ()
+) -> None:
     """Print the results of the run and the path of everything written.
 
     Args:
         summary: the fields of `summary.json`.
         contents: what was written: `RunDirectory.contents()`.
         adapter: the adapter's folder, for the command that tries it.
+        checked: lines on what was proved.
     """
     losses = best = reduced = memory = ""
     if summary.get("first_loss") is not None and summary.get("final_loss") is not None:
@@ -137,6 +141,15 @@ def print_end(summary: Mapping[str, Any], contents: Sequence[Path], *, adapter: 
             f"gradient all-reduce took {min(shares):.1%} of the time of the slowest (rank {slowest}), "
             f"{max(shares):.1%} of the fastest, which waited"
         )
+    network = ""
+    if (share := summary.get("network_share")) is not None:
+        network = f"{share:.1%} of each step was waited for the network"
+        if share > _MUCH_WAITING:
+            less = share / (share + 8 * (1 - share))
+            network += (
+                f"; {less:.1%} with eight times the micro-batches a step (--gradient_accumulation_steps, or "
+                "--global_batch_size)"
+            )
     speed = f"{summary['tokens_per_second']:,.0f} tokens/s in the steps"
     if (by_clock := summary.get("wall_tokens_per_second")) is not None:
         speed += f", {by_clock:,.0f} over the whole command"
@@ -150,25 +163,18 @@ def print_end(summary: Mapping[str, Any], contents: Sequence[Path], *, adapter: 
         ("speed", joined(speed, samples)),
         ("memory", memory),
         ("processes", reduced),
+        ("network", network),
         (
             "skipped",
             f"{counted(summary['bad_steps'], 'step')}, not finite" if summary.get("bad_steps") else "",
         ),
-        ("packing", _packing_of(summary.get("leak_probe"))),
+        *[("" if index else "checked", told) for index, told in enumerate(checked)],
         *[("" if index else "wrote", path) for index, path in enumerate(written)],
         ("opens with", f"falcon_qlora, not plain PEFT (LoRA on {', '.join(refused)})" if refused else ""),
         ("try it", f'falcon-qlora generate --adapter {quoted(str(adapter))} --prompt "…"'),
     ]
     console().print()
     _print_rows("done", rows)
-
-
-def _packing_of(probe: Mapping[str, Any] | None) -> str:
-    """What became of the loss of packed documents when their neighbours changed."""
-    if probe is None:
-        return ""
-    moved = "did not move by a bit" if probe["moved"] == 0 else f"moved by {probe['moved']:.2g}"
-    return f"the loss of {probe['documents']} documents ({probe['loss']:.4f}) {moved} when others changed"
 
 
 def _time_of(summary: Mapping[str, Any]) -> str:
@@ -197,6 +203,11 @@ def print_answers(title: str, answers: Sequence[tuple[str, str]]) -> None:
         out.print(Text(indent(prompt.strip(), "  > "), style="dim"), soft_wrap=True)
         out.print(Text(indent(answer.strip() or "(nothing)", "    "), style="cyan"), soft_wrap=True)
     out.print()
+
+
+def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Print rows of label and text under a title."""
+    _print_rows(title, rows)
 
 
 def _print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:

@@ -13,6 +13,9 @@ from falcon_qlora.terminal.console import console
 seconds: dict[str, float] = {}
 """Phase → its seconds, of the last run that began in this process."""
 
+now = ""
+"""The phase that has begun last."""
+
 
 @contextmanager
 def phase(name: str, doing: str | None = None) -> Iterator[None]:
@@ -24,6 +27,8 @@ def phase(name: str, doing: str | None = None) -> Iterator[None]:
     """
     if doing is not None:
         console().print(Text(f"{doing} …", style="dim"))
+    global now
+    now = name.replace("_", " ")
     begun = time.perf_counter()
     try:
         yield

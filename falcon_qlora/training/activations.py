@@ -17,6 +17,7 @@ from falcon_qlora.processes import agreement, devices, ranks
 from falcon_qlora.training.estimate import step_of
 
 if TYPE_CHECKING:
+    from falcon_qlora.data.batches import TrainingSteps
     from falcon_qlora.data.packing import MicroBatch
     from falcon_qlora.models.step_memory import Checkpointing, Step
     from falcon_qlora.training.trainer import FalconTrainer
@@ -188,13 +189,17 @@ def largest_micro_batch(trainer: FalconTrainer) -> MicroBatch | None:
     steps = trainer.steps
     if not isinstance(steps, TrainingSteps):
         return None
+    return max(steps[largest_step(steps)].micro_batches, key=lambda batch: sum(batch.lengths))
+
+
+def largest_step(steps: TrainingSteps) -> int:
+    """The step of the first epoch with the most tokens; if padded, with the longest document."""
     plan = steps.plan
     first = plan.epoch(0)[: len(steps)]
-    largest = max(
+    return max(
         range(len(first)),
         key=lambda n: plan.lengths[first[n]].sum() if plan.packed else plan.lengths[first[n]].max(),
     )
-    return max(steps[largest].micro_batches, key=lambda batch: sum(batch.lengths))
 
 
 def _too_large(run: RunArguments, max_length: int, tokens: int) -> str:

@@ -32,7 +32,7 @@ def check_disk(
     whole: bool,
     steps: int,
     by_clock: bool,
-) -> None:
+) -> int:
     """Refuse a disk without room for the run's checkpoints.
 
     Args:
@@ -43,6 +43,9 @@ def check_disk(
         whole: whether all parameters of the model are trained.
         steps: of the run.
         by_clock: whether checkpoints are also saved by the clock.
+
+    Returns:
+        The bytes that they need.
 
     Raises:
         UserError: with what is needed and what is free.
@@ -59,6 +62,7 @@ def check_disk(
         keeps_best=training.load_best_model_at_end,
     )
     agreement.from_main_process(lambda: _check_room(directory, needed))
+    return needed
 
 
 def waiting_saves(trainer: FalconTrainer, *, optimizer: str) -> list[str]:

@@ -12,22 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from falcon_qlora.checkpoint.adapter_check import AdapterFaultError, check_opening, check_tensors
+from falcon_qlora.checkpoint.adapter_check import AdapterFaultError, Reopened, check_opening, check_tensors
 from falcon_qlora.checkpoint.manifest import write_manifest
 from falcon_qlora.checkpoint.write import disk_errors, last_complete, not_kept, require_same_replicas
 from falcon_qlora.common.errors import UserError, reason_of
 from falcon_qlora.common.files import flush, replaced_folder, write_json
+from falcon_qlora.config import Configuration
 from falcon_qlora.data.batches import TrainingSteps
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.hub import push_folder
 from falcon_qlora.models.sharded import is_sharded, take_part
 from falcon_qlora.models.sharded_base import follow, leading, replicated
-from falcon_qlora.processes import agreement, endings, ranks
+from falcon_qlora.processes import agreement, endings, lookout, ranks, stop_signals
 from falcon_qlora.processes.stop_signals import Stopped
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.run_folder.summary import Summary
 from falcon_qlora.run_folder.tracking import Trackers
 from falcon_qlora.terminal import console, phases
+from falcon_qlora.training import checks
 from falcon_qlora.training.moved import require_moved
 from falcon_qlora.training.record import counts, refused_by_peft
 from falcon_qlora.training.resume import how_to_go_on
@@ -50,30 +52,34 @@ def finish(
     trackers: Trackers,
     *,
     describe_adapter: Callable[[Path, dict[str, Any]], None],
-    title: str,
+    configuration: Configuration,
+    data: TrainingData,
     predicted_gib: float | None,
     estimate: Estimate | None,
-    began_from: tuple[str | None, str | None],
 ) -> None:
     """Check that the replicas agree, write the adapter and the summary, and print what was written.
 
     Args:
         describe_adapter: completes an adapter's folder, given the summary.
-        title: of the picture of losses.
+        configuration: of the run.
+        data: that it was trained on.
         predicted_gib: a process's predicted peak memory, GiB; None on the CPU.
         estimate: from `estimate_here`.
-        began_from: folder of an adapter and the SHA-256 of its weights, if the run began from one.
 
     Raises:
         UserError: if the replicas diverged, if nothing was trained, if the adapter cannot be written, or if
             the written adapter is not the one in memory; it is not kept.
     """
-    model, held = trainer.model, card_gib()  # PyTorch's allocator keeps what a step took
+    held = card_gib()  # PyTorch's allocator keeps what a step took
+    model, base, run = trainer.model, configuration.model, configuration.run
+    replicas = None
     if not is_sharded(model):
-        require_same_replicas(replicated(model), directory.checkpoints, step=trainer.state.global_step)
+        replicas = require_same_replicas(
+            replicated(model), directory.checkpoints, step=trainer.state.global_step
+        )
     require_moved(trainer)
-    peaks = agreement.gather_objects(peak_memory_gib())
-    reductions = agreement.gather_objects(round(trainer.reduction_share(), 4))
+    mine = peak_memory_gib(), round(trainer.reduction_share(), 4), checks.facts(trainer, base.quantize_mode)
+    peaks, reductions, facts = map(list, zip(*agreement.gather_objects(mine), strict=True))
     endings.forget_siblings()  # the others may be done before this one is
     lines: list[dict[str, Any]] = []
     with _told_if_not_written(directory.summary_file):
@@ -110,25 +116,44 @@ def finish(
         estimated_card_gib=None if estimate is None else estimate.card_gib,
         estimated_tokens_per_second=None if estimate is None else estimate.tokens_per_second,
         reduction_shares=reductions if len(reductions) > 1 else None,
+        network_share=min(reductions) if ranks.world_size() > ranks.local_world_size() else None,
         refused_by_peft=refused_by_peft(method_of(model)) or None,
-        leak_probe=None if trainer.leak_probe is None else asdict(trainer.leak_probe),
-        adapter=began_from[0],
-        adapter_sha256=began_from[1],
+        adapter=run.adapter,
+        adapter_sha256=run.adapter_sha256,
         **counts(model),
     )
     figures = asdict(summary)
-    _keep_adapter(
+    title = base.model_name_or_path
+    reopened = _keep_adapter(
         directory,
         trainer,
         lambda folder: describe_adapter(folder, figures),
         meanwhile=lambda: directory.draw_loss(title=title, kept=trainer.kept_step),
     )
+    lookout.end()
     trainer.settle()
     if ranks.is_main_process():
         figures |= _wall_clock(trainer)
+        figures["checks"] = proved = checks.collect(
+            facts,
+            model,
+            mode=base.quantize_mode,
+            replicas=replicas,
+            reopened=reopened,
+            predicted_gib=predicted_gib,
+            measured_gib=summary.peak_memory_gib,
+            clock=figures,
+            data=data.record,
+            account_at_end=trainer.account,
+            documents=summary.samples,
+            end_token_appended=configuration.data.append_end_token,
+            base=(title, base.model_revision),
+            directory=directory,
+        )
         with _told_if_not_written(directory.summary_file):
             directory.write("summary", figures)
-        console.print_end(figures, directory.contents(), adapter=directory.adapter)
+        told = checks.told_in_lines(proved)
+        console.print_end(figures, directory.contents(), adapter=directory.adapter, checked=told)
     trackers.finish(summary=figures, adapter=directory.adapter)
 
 
@@ -148,15 +173,20 @@ def _keep_adapter(
     describe_adapter: Callable[[Path], None],
     *,
     meanwhile: Callable[[], None],
-) -> None:
+) -> Reopened | None:
     """Write the adapter's folder; if the disk fails, retry once after a pause.
 
     Args:
         meanwhile: work of the main process for the time until the last checkpoint is written.
+
+    Returns:
+        On the main process, what the adapter, opened again, computes.
     """
     model = trainer.model
+    reopened: Reopened | None = None
 
     def write() -> str | None:
+        nonlocal reopened
         took_part = False
         try:
             with leading(model), replaced_folder(directory.adapter) as folder:
@@ -176,7 +206,7 @@ def _keep_adapter(
                     described = beside.submit(write_manifest, folder, {"step": step}, leave_out=["README.md"])
                     check_tensors(folder, model, trained=trainer.has_learned())
                     trainer.checkpointer.wait_until_unread()
-                    check_opening(folder, model)
+                    reopened = check_opening(folder, model)
                     # The process ends sooner, and who waits for the memory has it sooner.
                     beside.submit(torch.cuda.empty_cache)
                     meanwhile()
@@ -198,7 +228,7 @@ def _keep_adapter(
             take_part(model) if is_sharded(model) else follow(model)
         failure = agreement.from_main_process(write)
         if failure is None:
-            return
+            return reopened
         if tries_left:
             console.note(f"the adapter could not be written ({failure}); retrying in {_PAUSE_SECONDS:g} s")
             time.sleep(_PAUSE_SECONDS)
@@ -262,7 +292,7 @@ def stop(
         resumable: whether its checkpoints hold the optimizer's state.
 
     Raises:
-        UserError: if the checkpoint could not be saved.
+        UserError: if the checkpoint could not be saved, or the run cannot go on from it.
     """
     trackers.finish(exit_status=int(stopped.failure is not None))
     if ranks.is_main_process():
@@ -273,6 +303,7 @@ def stop(
         raise UserError(f"{where}, but the checkpoint could not be saved ({stopped.failure}). {last}")
     if not resumable:
         kept = directory.checkpoints / f"step-{stopped.step}"
-        console.print_plain(f"{where}. {kept} is weights only: the run cannot be resumed")
-        return
-    console.print_plain(f"{where}. Go on with:  {how_to_go_on(directory)}")
+        raise UserError(f"{where}. {kept} is weights only: the run cannot be resumed")
+    lookout.end()
+    stop_signals.tell_stopped()
+    console.print_plain(f"{where}. Go on {how_to_go_on(directory)}")

@@ -2,26 +2,29 @@
 
 Every second document changes, token by token, and the losses of the others must stay as they were: to the
 bit, as lengths and places are the same. Then the others change. So each boundary is tried from both sides,
-on the kernels, the sizes and the data of this run; that of later steps, and gradients, are not.
+on the kernels, the sizes and the data of this run; that of later steps, and gradients, are not. Each document
+is also computed by itself, which may differ by rounding.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from falcon_qlora.data.packing import MicroBatch
+from falcon_qlora.models.activations import has_fast_blocks
 from falcon_qlora.models.layouts import causal_lm_in, layout_of
 from falcon_qlora.models.load import quantization_of
 from falcon_qlora.processes import devices
 from falcon_qlora.step.loss import documents_of, sum_of_losses
 
-_DOCUMENTS = 8
-# Of the loss. LLM.int8(), with --kernels off, chooses its outlier columns over the whole micro-batch.
-_ROUNDING_IN_8BIT = 0.01
+# Attention has one rule for all boundaries; what else mixes tokens has had others at the ends of its chunks.
+_DOCUMENTS, _WITH_OTHER_MIXERS = 3, 8
+# Of the loss: what products of other sizes may round differently. LLM.int8(), with --kernels off, chooses its
+# outlier columns over the whole micro-batch.
+_ROUNDING = 0.01
 
 
 @dataclass(frozen=True)
@@ -33,21 +36,25 @@ class LeakProbe:
         targets: of all of them.
         loss: their mean loss, packed.
         moved: by how much it moved.
+        apart: their mean loss, each document by itself.
+        exact: whether it must not move at all.
     """
 
     documents: int
     targets: int
     loss: float
     moved: float
+    apart: float
+    exact: bool
 
-
-def needs_probe(model: Any) -> bool:
-    """Whether anything but attention mixes tokens in the model."""
-    return bool(layout_of(causal_lm_in(model).config).other_mixers())
+    @property
+    def passed(self) -> bool:
+        rounding = _ROUNDING * self.loss
+        return self.moved <= (0 if self.exact else rounding) and abs(self.apart - self.loss) <= rounding
 
 
 @torch.no_grad()
-def probe(model: torch.nn.Module, batch: MicroBatch, device: torch.device) -> LeakProbe | None:
+def probe(model: torch.nn.Module, batch: MicroBatch, device: torch.device) -> LeakProbe | str:
     """Try the first documents of `batch`; gradients and random states stay as they are.
 
     Args:
@@ -56,36 +63,41 @@ def probe(model: torch.nn.Module, batch: MicroBatch, device: torch.device) -> Le
         device: of the model.
 
     Returns:
-        None if there are not two documents with a finite loss, or if memory runs out.
+        What was found; or why nothing could be tried.
     """
-    some = documents_of(batch, 0, min(_DOCUMENTS, len(batch.lengths)))
+    others = layout_of(causal_lm_in(model).config).other_mixers()
+    some = documents_of(batch, 0, min(_WITH_OTHER_MIXERS if others else _DOCUMENTS, len(batch.lengths)))
     targets = len(some.targets)
-    if len(some.lengths) < 2 or not targets:
-        return None
+    if len(some.lengths) < 2:
+        return "the first micro-batch has one document"
+    if not targets:
+        return "the first documents have no trained token"
     was_training = model.training
     model.eval()
     try:
         with devices.draws_undone(device):
             before, after = torch.stack([_losses(model, some, odd, device) for odd in (0, 1)]).cpu().T
+            alone = (documents_of(some, each, each + 1).to(device) for each in range(len(some.lengths)))
+            apart = sum(float(sum_of_losses(model, each)) for each in alone if len(each.targets))
     except torch.OutOfMemoryError:
-        return None  # the step splits what is too large for it
+        return "out of memory"  # the step splits what is too large for it
     finally:
         model.train(was_training)
     if not before.isfinite().all():
-        return None
+        return "the first documents have a non-finite loss"
     moved = float((after - before).abs().sum()) / targets
-    return LeakProbe(len(some.lengths), targets, float(before.sum()) / targets, moved)
+    exact = quantization_of(causal_lm_in(model)) != "8bit" or has_fast_blocks(model)
+    return LeakProbe(
+        len(some.lengths), targets, float(before.sum()) / targets, moved, apart / targets, exact=exact
+    )
 
 
-def warning(found: LeakProbe, model: Any) -> str | None:
-    """What to say if the loss moved by more than rounding."""
-    in_8bit = quantization_of(causal_lm_in(model)) == "8bit"
-    if found.moved <= (_ROUNDING_IN_8BIT * found.loss if in_8bit else 0):
-        return None
+def warning(found: LeakProbe) -> str:
+    """What to say of a probe that has not passed."""
     return (
         f"packed documents reach each other: the mean loss of {found.documents}, {found.loss:.5f}, moved by "
-        f"{found.moved:.2g} when their neighbours changed. Give --kernels off, or --packing false with "
-        "--per_device_train_batch_size 1; and report it"
+        f"{found.moved:.2g} when their neighbours changed, and is {found.apart:.5f} without them. Give "
+        "--kernels off, or --packing false with --per_device_train_batch_size 1; and report it"
     )
 
 

@@ -81,12 +81,12 @@ def check(configuration: Configuration, lock: RunLock) -> Start:
             run.output_dir,
             model=model.model_name_or_path,
             settings=f"{model.quantize_mode}-{configuration.method.short}",
-            resume=True if run.resume == "latest" else (run.resume or False),
+            resume=run.resume,
             overwrite=run.overwrite,
             restarted=ranks.restart_count() > 0,
             make=make,
         )
-        if path.is_dir():
+        if path.is_dir() and not run.dry_run:
             lock.take(path)
         return str(path)
 

@@ -10,6 +10,7 @@ import torch
 
 from falcon_qlora.common.files import write_json
 from falcon_qlora.common.quantities import counted, gib, passes
+from falcon_qlora.common.record_files import AUTO
 from falcon_qlora.config import Configuration
 from falcon_qlora.methods.adapter_folder import write_record
 from falcon_qlora.methods.interface import Method, method_of
@@ -59,6 +60,8 @@ def write_start(
         directory.clear(keep=trackers.written)
     elif ranks.restart_count():
         forget_after(directory, 0)
+    elif configuration.run.resume == AUTO:  # what a run left that ended before its first checkpoint
+        directory.clear(keep=trackers.written)
     directory.write_config(configuration.resolved())
     directory.write("environment", {**collect_environment(), "launch": ranks.launch_id()})
     write_json(directory.data_file, data.record)

@@ -16,6 +16,7 @@ from falcon_qlora.processes.watchdog import end_native_code_after
 
 if TYPE_CHECKING:
     from falcon_qlora.run_folder.lock import RunLock
+    from falcon_qlora.training.dry_run import DryRun
 
 
 def train(configuration: Configuration) -> Path:
@@ -34,10 +35,16 @@ def train(configuration: Configuration) -> Path:
     # Processes that torchrun ends before it starts others may take a while to exit.
     patience = 60.0 if ranks.restart_count() else 0.5
     with RunLock(note, patience_seconds=patience) as lock:
-        return _train(configuration, lock, began)
+        if not configuration.run.dry_run:
+            return _train(configuration, lock, began)
+        from falcon_qlora.training.dry_run import DryRun
+
+        with DryRun(configuration) as trial:
+            return _train(configuration, lock, began, trial)
+        raise AssertionError("unreachable")
 
 
-def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
+def _train(configuration: Configuration, lock: RunLock, began: float, trial: DryRun | None = None) -> Path:
     from falcon_qlora.processes.stop_signals import Stopped
     from falcon_qlora.terminal import console, phases
     from falcon_qlora.terminal.phases import phase
@@ -48,6 +55,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
         from falcon_qlora.models.fast_path import choose_kernels
         from falcon_qlora.training import build, finish, preflight, record, resume, rows
         from falcon_qlora.training.activations import choose_activations, warm_up
+        from falcon_qlora.training.alike import check_alike
         from falcon_qlora.training.base import check_base
         from falcon_qlora.training.disk import check_disk, waiting_saves
         from falcon_qlora.training.estimate import estimate_here
@@ -60,6 +68,8 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
     base, run, training = configuration.model, configuration.run, configuration.training
     endings.remember_siblings()  # of whose death a collective may tell long before the first step
     start = preflight.check(configuration, lock)
+    if trial is not None:
+        start = trial.beside(start)
     max_length, method = configuration.data.max_length, configuration.method
     begin_from = run.adapter if start.checkpoint is None else None
 
@@ -75,6 +85,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
 
     with phase("model", "loading the base model"):
         fingerprint = check_base(base, checkpoint=start.checkpoint, adapter=begin_from)
+        check_alike(configuration, data, tokenizer)
         model = build.model_with_adapter(
             base, method, tokenizer, seed=run.seed, adapter=begin_from, share_out=share_out
         )
@@ -86,8 +97,8 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
 
     estimate = estimate_here(configuration, model.config, data.plan)
 
-    check_disk(
-        start.directory,
+    needed = check_disk(
+        start.directory if trial is None else trial.directory,
         model,
         training,
         optimizer=configuration.optimizer,
@@ -95,6 +106,8 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
         steps=data.total_steps,
         by_clock=run.save_every_minutes > 0,
     )
+    if trial is not None:
+        data = trial.one_step(data, needed_bytes=needed)
     agreement.wait_for_all()  # nothing is written before every process has come this far
     describe_adapter = functools.partial(record.describe_adapter, configuration, data, fingerprint, tokenizer)
     with start.run_folder() as directory:
@@ -111,6 +124,8 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
             settings=resume.compared_settings(configuration),
             began=began,
         )
+        if trial is not None:
+            trial.try_parts(trainer)
         with phase("first_step", "preparing the first step"):
             warm_up(trainer, run, max_length=max_length)
         start.trackers.start(
@@ -149,11 +164,13 @@ def _train(configuration: Configuration, lock: RunLock, began: float) -> Path:
             trainer,
             start.trackers,
             describe_adapter=describe_adapter,
-            title=base.model_name_or_path,
+            configuration=configuration,
+            data=data,
             predicted_gib=activations.predicted_gib,
             estimate=estimate,
-            began_from=(run.adapter, run.adapter_sha256),
         )
+        if trial is not None:
+            trial.finish(trainer, directory)
     except Stopped as stopped:
         resumable = not trainer.args.save_only_model
         finish.tell_rows(directory, trainer, data, train_on=configuration.data.train_on)

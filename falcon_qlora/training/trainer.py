@@ -38,7 +38,7 @@ from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models import zero3
 from falcon_qlora.models.sharded import is_sharded, needs_all_processes
 from falcon_qlora.models.sharded_base import alone, sharded_base_of
-from falcon_qlora.processes import agreement, stop_signals
+from falcon_qlora.processes import agreement, lookout, stop_signals
 from falcon_qlora.processes.stop_signals import Stopped
 from falcon_qlora.processes.watchdog import Watchdog
 from falcon_qlora.step.agreed import StepReport
@@ -48,6 +48,7 @@ from falcon_qlora.step.loss import evaluated
 from falcon_qlora.step.neftune import add_noise
 from falcon_qlora.terminal.console import note
 from falcon_qlora.training import leak_probe
+from falcon_qlora.training.answers import Answers
 from falcon_qlora.training.callbacks import StepKeeper
 from falcon_qlora.training.moved import footprint
 from falcon_qlora.training.schedule import schedule
@@ -86,6 +87,7 @@ class FalconTrainer(SFTTrainer):
         tokenizer: of the documents.
         callbacks: Transformers' kind.
         began: seconds since the epoch at which the command began.
+        max_length: tokens of a sequence.
         max_grad_norm: norm to which gradients are clipped; 0: no clipping.
         max_bad_steps: stop after this many steps in a row with a non-finite loss or gradient; 0: never.
     """
@@ -106,6 +108,7 @@ class FalconTrainer(SFTTrainer):
         tokenizer: Any,
         callbacks: list[TrainerCallback],
         began: float,
+        max_length: int,
         max_grad_norm: float = 1.0,
         max_bad_steps: int = 0,
     ):
@@ -116,7 +119,9 @@ class FalconTrainer(SFTTrainer):
         self.meter = Meter(began=began)
         self.share: Share
         self.account: dict[str, Any] | None = None  # of the last step's share
-        self.leak_probe: leak_probe.LeakProbe | None = None  # since the last start
+        # Of this start's first documents and of its answers, for the summary's checks.
+        self.leak_probe: leak_probe.LeakProbe | str = "no step was left"
+        self.answers = Answers(tokenizer.eos_token_id, max_length)
         self._max_grad_norm = max_grad_norm
         self._first_learning_step: int | None = None
         self._ending: UserError | None = None
@@ -215,25 +220,26 @@ class FalconTrainer(SFTTrainer):
     def training_step(self, model: nn.Module, inputs: Share, num_items_in_batch: Any = None) -> torch.Tensor:
         model.train()
         self.share, self.account = inputs, inputs.account
-        if (
-            inputs.step == self._began_at
-            and not is_sharded(self.model)
-            and leak_probe.needs_probe(self.model)
-        ):
+        for batch in inputs.micro_batches:
+            self.answers.see(batch)
+        if inputs.step == self._began_at:
             self._probe(model, inputs.micro_batches[0])
         if self._first_learning_step is None and max(self.lr_scheduler.get_last_lr()) > 0:
             self._first_learning_step = inputs.step + 1
         return self.step(model, inputs)
 
     def _probe(self, model: nn.Module, batch: MicroBatch) -> None:
+        if is_sharded(self.model):  # whose processes may have too few documents for as many forward passes
+            self.leak_probe = "the weights are sharded"
+            return
         self.meter.pause("evaluation")
         self._watchdog.at(self.state.global_step + 1, 0, "trying the packing")
         probe = functools.partial(leak_probe.probe, model, batch, self.args.device)
         # The others may have too few documents to take part in as many forward passes.
         found = alone(model, probe) if needs_all_processes(model) else probe()
-        self.leak_probe = found
-        if found is not None and (warning := leak_probe.warning(found, self.model)) is not None:
-            note(warning)
+        self.leak_probe = found or "rank 0 tried it alone"
+        if isinstance(found, leak_probe.LeakProbe) and not found.passed:
+            note(leak_probe.warning(found))
         self.meter.resume()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> torch.Tensor:
@@ -256,6 +262,7 @@ class FalconTrainer(SFTTrainer):
                 self.step.load_state(kept)
             self.checkpointer.goes_on_from(self.state.global_step)
         stop_signals.training_begins(note, self.checkpointer.join)
+        lookout.training_begins(self.checkpointer.join, patience_seconds=self._watchdog.seconds)
         agreement.wait_for_all()
         stop_signals.all_have_begun()
         self._watchdog.start()

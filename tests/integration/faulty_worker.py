@@ -25,9 +25,10 @@
     {"do": "hang", "step": 3, "rank": 1}                          sleeps; "stopped": by SIGSTOP
     {"do": "write_hangs", "step": 4}                              no answer from the disk, saving step 4
 
-Steps count from 1, as users see them; "save" on a process that writes nothing is while another one does.
-With "restart": only in that attempt of torchrun's. If PLACES names a folder, each process writes there where
-it is, in a file named by its rank: its process id, its step, and what it does.
+`faulty_proofs` has more faults, which show in what a run proves. Steps count from 1, as users see them;
+"save" on a process that writes nothing is while another one does. With "restart": only in that attempt of
+torchrun's. If PLACES names a folder, each process writes there where it is, in a file named by its rank: its
+process id, its step, and what it does.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ from falcon_qlora.step.reduction import Reduction
 from falcon_qlora.train import main
 from falcon_qlora.training import build, finish
 from falcon_qlora.training.trainer import FalconTrainer
+from tests.integration import faulty_proofs
 
 FAULTS = json.loads(os.environ.get("FAULTS", "[]"))
 now = 0
@@ -277,6 +279,7 @@ checkpointer.write_part = faulty_write_part
 build.model_with_adapter = faulty_load
 Watchdog.at = told_at  # type: ignore[method-assign]
 finish.replaced_folder = faulty_replaced_folder  # type: ignore[assignment]
+faulty_proofs.install(faults)
 
 if __name__ == "__main__":
     for each in faults("late"):

@@ -251,6 +251,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "rdzv_backend": (["--rdzv_backend", "c10d"], "--rdzv_backend is a setting of several nodes"),
     "rdzv_id": (["--rdzv_id", "x"], "--rdzv_id is a setting of several nodes"),
     "rdzv_conf": (["--rdzv_conf", "x=1"], "--rdzv_conf is a setting of several nodes"),
+    "local_addr": (["--local_addr", "a"], "--local_addr is a setting of several nodes"),
     "nnodes": (["--nnodes", "2"], "--nnodes 2: say where the nodes meet"),
 }
 
@@ -262,6 +263,7 @@ ELSEWHERE = {
     "hang_minutes": f"{_MATRIX}:test_a_process_that_hangs_is_named_and_the_run_ends",
     "max_restarts": f"{_MATRIX}:test_torchruns_restarts_resume_by_themselves",
     "sharding": f"{_SHARDING}:test_two_processes_with_half_of_the_model_each_train_what_one_does",
+    "dry_run": "tests.integration.test_dry_run:test_one_rank_in_python",
     "gpus": "tests.unit.test_cli:TestLauncher.test_every_process_gets_its_place_and_the_users_flags",
     "device": "tests.unit.test_mistakes:test_a_large_model_computes_on_the_cpu_where_device_says_so",
     "master_addr": f"{_HERE}:test_where_nodes_meet",

@@ -50,9 +50,11 @@ def test_a_run_is_resumed_merged_and_asked(folder: Path, capfd: pytest.CaptureFi
         assert kernels[block].startswith("fast (")
         assert "state space: PyTorch" in kernels[block]
     assert cli.main(["train", *flags, "--resume"]) == 0
-    found = json.loads((folder / "run/summary.json").read_text())["leak_probe"]
-    assert found["documents"] > 1
-    assert found["moved"] == 0
+    checks = json.loads((folder / "run/summary.json").read_text())["checks"]
+    assert checks["packing"]["documents"] > 1
+    assert checks["packing"]["moved"] == 0
+    assert checks["adapter_coverage"]["found"] < checks["adapter_coverage"]["of"]  # not out_proj
+    assert {checks[name]["state"] for name in ("packing", "adapter_coverage", "reopened")} == {"passed"}
     assert "did not move by a bit when others changed" in " ".join("".join(capfd.readouterr()).split())
     resumed = losses(metrics(folder / "run"))
     assert len(resumed) == 4
@@ -84,7 +86,7 @@ def test_packed_gives_the_losses_of_padded_and_plain_peft_opens_the_adapter(fold
     assert packed == pytest.approx(run(folder, f"padded-{mode}", 4, packing=False, **same), abs=1e-4)
     run(folder, f"stream-{mode}", 1, streaming=True, **same)
     for kind in ("packed", "padded", "stream"):
-        found = json.loads((folder / f"{kind}-{mode}/summary.json").read_text())["leak_probe"]
+        found = json.loads((folder / f"{kind}-{mode}/summary.json").read_text())["checks"]["packing"]
         assert found["documents"] > 1
         assert found["moved"] == 0
     plain = AutoModelForCausalLM.from_pretrained(folder / "model")

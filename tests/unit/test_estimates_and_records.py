@@ -15,6 +15,7 @@ from falcon_qlora.training.cards import MEASURED
 from falcon_qlora.training.estimate import Estimate, Estimator
 
 RECORDS = Path(__file__).parent.parent / "benchmarks" / "records.csv"
+STEPS = RECORDS.with_name("estimates.csv")  # by `python -m tests.benchmarks.estimates`
 OUTSIDE = ("CUDA and kernels", "NCCL", "pages of the optimizer")
 
 # Of steps as they were before 41eb0fb.
@@ -144,3 +145,16 @@ def test_speed_is_estimated_within_10_per_cent() -> None:
             compared[line] = speed / float(row["tokens_per_second"])
     assert len(compared) > 130
     assert {line: ratio for line, ratio in compared.items() if not 0.9 <= ratio <= 1.1} == {}
+
+
+def test_steps_that_were_run_to_compare_them_are_estimated_as_closely() -> None:
+    with STEPS.open(newline="") as file:
+        steps = list(csv.DictReader(file))
+    assert len(steps) >= 18
+    for row in steps:
+        configuration = parse(row["flags"].split())
+        outline = find_outline_here(configuration.model.model_name_or_path)
+        found = Estimator(configuration, outline, document_tokens=512).on(MEASURED)
+        assert found.tokens_per_second is not None
+        assert 0.95 <= found.card_gib / float(row["card_gib"]) <= 1.05, row
+        assert 0.9 <= found.tokens_per_second / float(row["tokens_per_second"]) <= 1.1, row
