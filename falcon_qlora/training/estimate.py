@@ -18,6 +18,7 @@ from falcon_qlora.models import step_memory
 from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.sizes import weight_bytes
 from falcon_qlora.models.step_memory import Checkpointing, Step
+from falcon_qlora.training import sharding
 from falcon_qlora.training.cards import MEASURED, Card, card_named
 from falcon_qlora.training.expected_speed import StepTime
 
@@ -146,7 +147,7 @@ class Estimate:
 def estimate_here(
     configuration: Configuration, config: PreTrainedConfig, plan: Plan | None
 ) -> Estimate | None:
-    """The run on this process's GPU; None on the CPU.
+    """The run on this process's GPU; None on the CPU, and with ZeRO-3.
 
     Args:
         config: the model's.
@@ -157,7 +158,7 @@ def estimate_here(
     from falcon_qlora.processes import devices, ranks
 
     device = devices.local_device()
-    if device.type != "cuda":
+    if device.type != "cuda" or configuration.run.sharding == "zero3":
         return None
     name, gib = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1] / GIB
     known = card_named(name, gib)
@@ -208,6 +209,12 @@ class Estimator:
         if self.in_fp8 and (excluded or self.reason):
             raise UserError(f"--compute_dtype fp8: {excluded or self.reason}. Use --compute_dtype auto.")
         self.optim = configuration.trainer["optim"]
+        if configuration.run.sharding == "fsdp" and processes == 1:
+            raise UserError(
+                "--sharding fsdp splits the model over several processes: say of how many by --gpus"
+            )
+        if configuration.run.sharding == "zero3":
+            raise UserError("--sharding zero3 is not estimated: fsdp shares out as much")
         self.trainable = trainable_count(method, config)
 
     def largest(self, card: Card, checkpointing: Checkpointing) -> int:
@@ -249,15 +256,15 @@ class Estimator:
         if sequences is not None:
             run = replace(run, per_device_train_batch_size=sequences)
         value_bytes = 4 if settings.compute_dtype == "fp32" else 2
-        named = run.sharding in ("fsdp", "zero3") and self.processes > 1
-        shared_out, sharded = named and not method.is_whole, named and method.is_whole
+        sharded, shared_out = self._is_sharded(card, value_bytes), self._shares_out
+        optim = sharding.OPTIMIZER if sharded else self.optim
         parts = self.processes if sharded else 1
         step = step_of(
             run,
             self.config,
             method,
             max_length=self.configuration.data.max_length,
-            optimizer=self.optim,
+            optimizer=optim,
             fast=self.reason is None,
             in_fp8=self.in_fp8,
             value_bytes=value_bytes,
@@ -278,9 +285,9 @@ class Estimator:
         outside = {"CUDA and kernels": _CONTEXT_BYTES}
         if self.processes > 1:
             outside["NCCL"] = _NCCL_BYTES
-        if self.optim.startswith("paged"):
+        if optim.startswith("paged"):
             outside["pages of the optimizer"] = int(
-                step.trainable * step_memory.optimizer_bytes(self.optim, step.trainable_bytes)
+                step.trainable * step_memory.optimizer_bytes(optim, step.trainable_bytes)
             )
         blocks, kept = self._blocks(step, card, checkpointing or run.checkpointing, held, outside)
         if kept:
@@ -292,6 +299,17 @@ class Estimator:
             micro_batch_tokens=step.tokens,
             tokens_per_second=self._speed(card, step, blocks, fp8_kept=bool(kept)),
         )
+
+    @property
+    def _shares_out(self) -> bool:
+        return sharding.shares_out_base(self.configuration)
+
+    def _is_sharded(self, card: Card | None, value_bytes: int) -> bool:
+        """Whether full fine-tuning shards its model."""
+        wanted, whole = self.configuration.run.sharding, self.configuration.method.is_whole
+        if wanted != "auto" or not whole or self.processes == 1 or card is None:
+            return wanted == "fsdp" and whole
+        return sharding.replica_is_too_large(self.config, self.optim, value_bytes, card.gib * GIB)
 
     def _blocks(
         self, step: Step, card: Card | None, wanted: str, held: dict[str, int], outside: dict[str, int]
@@ -308,8 +326,7 @@ class Estimator:
         if wanted == "auto":
             blocks = step.choose(free)
         in_fp8 = 2 * layout_of(self.config).linear_parameter_count() if self.in_fp8 else 0
-        shared_out = self.processes > 1 and self.configuration.run.sharding == "fsdp"
-        keeps = set(blocks) == {"none"} and not shared_out and step.fits(blocks, free, beside=in_fp8)
+        keeps = set(blocks) == {"none"} and not self._shares_out and step.fits(blocks, free, beside=in_fp8)
         return blocks, in_fp8 if keeps else 0
 
     def _speed(

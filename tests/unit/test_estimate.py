@@ -210,6 +210,22 @@ def test_without_rows_every_key_is_there(capsys: pytest.CaptureFixture[str]) -> 
     assert found["hours"] == pytest.approx(100 * 8 * 2048 / found["tokens_per_second"] / 3600, rel=1e-3)
 
 
+def test_full_fine_tuning_is_sharded_where_a_replica_does_not_fit(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = "-m random:falcon-7b --method full -q 16bit --max_steps 1 --gpu a100-40"
+    alone = estimate(words, capsys)
+    assert alone["fits"] is False
+    four, named = (estimate(f"{words} --gpus 4 {more}", capsys) for more in ("", "--sharding fsdp"))
+    assert four["parts"] == named["parts"]
+    assert four["parts"]["weights"] == pytest.approx(alone["parts"]["weights"] / 4, rel=0.01)
+    assert "gathered" in four["parts"]
+    assert four["fits"] is True
+    for refused in ("--sharding fsdp", "--gpus 4 --sharding zero3"):
+        assert main(["estimate", *words.split(), *refused.split()]) == 2
+    assert "zero3" in capsys.readouterr().err
+
+
 def test_parts_add_up_to_the_card(capsys: pytest.CaptureFixture[str]) -> None:
     for words in ("", "--gpus 2 --sharding fsdp", "--recipe smallest", "--compute_dtype fp8", "--lora_r 8"):
         found = estimate(f"-m random:falcon-7b --gpu h200 --max_steps 1 {words}", capsys)

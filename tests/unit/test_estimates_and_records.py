@@ -6,7 +6,9 @@ import csv
 import re
 from pathlib import Path
 
-from falcon_qlora.common.quantities import GB
+import pytest
+
+from falcon_qlora.common.quantities import GB, GIB
 from falcon_qlora.config import parse
 from falcon_qlora.models.locate import find_outline_here
 from falcon_qlora.training.cards import MEASURED
@@ -126,7 +128,10 @@ def test_all_of_the_card_is_estimated_within_5_per_cent() -> None:
     for line, row in rows():
         told = re.search(r"card_gib ([\d.]+)|nvidia-smi's peak on the first card ([\d.]+)", row["note"])
         if told is not None:
-            compared[line] = estimated(row).card_gib / float(told[1] or told[2])
+            card, found = float(told[1] or told[2]), estimated(row)
+            compared[line] = found.card_gib / card
+            outside = sum(found.parts.get(name, 0) for name in OUTSIDE) / GIB
+            assert outside == pytest.approx(card - float(row["peak_reserved_gb"]) * GB / GIB, abs=0.36), line
     assert len(compared) >= 9
     assert {line: ratio for line, ratio in compared.items() if not 0.95 <= ratio <= 1.05} == {}
 

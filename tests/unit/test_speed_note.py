@@ -6,17 +6,19 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
 from falcon_qlora.config import parse
+from falcon_qlora.data.packing import Plan
 from falcon_qlora.kernels import libraries
 from falcon_qlora.kernels.libraries import FLASH_ATTENTION_4, QUACK
 from falcon_qlora.models import fast_path, packed_attention
 from falcon_qlora.models.locate import find_outline_here
 from falcon_qlora.processes import devices
-from falcon_qlora.training.cards import CARDS, MEASURED
-from falcon_qlora.training.estimate import Estimate, Estimator
+from falcon_qlora.training.cards import CARDS, MEASURED, card_of
+from falcon_qlora.training.estimate import Estimate, Estimator, estimate_here
 from falcon_qlora.training.speed_note import FP8, LIBRARIES, speed_note, told
 from tests.unit.test_fast_path import adapted
 
@@ -86,6 +88,26 @@ def test_only_what_would_help_is_told(
     note = speed_note(parse(flags.split()), model, None)
     expected = f"faster, as measured with Falcon-7B on an H200: {'; '.join(faster)}" if faster else None
     assert note == expected
+
+
+@pytest.mark.parametrize(("name", "is_known"), [("NVIDIA H200", True), ("NVIDIA L40S", False)])
+def test_a_run_is_estimated_on_its_own_gpu(name: str, is_known: bool, on_gpu: pytest.MonkeyPatch) -> None:
+    on_gpu.setattr(torch.cuda, "get_device_name", lambda *_: name)
+    on_gpu.setattr(torch.cuda, "mem_get_info", lambda *_: (1, 47 * 2**30))
+    words, outline = ["-m", "random:falcon-7b"], find_outline_here("random:falcon-7b")
+    found = estimate_here(parse(words), outline, None)
+    assert found is not None
+    assert found.card is not None
+    assert found.card.gib == 47
+    assert found.parts == Estimator(parse(words), outline).on(card_of("47GiB")).parts
+    assert (found.tokens_per_second is not None) == is_known
+    plan = Plan(
+        lengths=np.full(64, 100), fingerprint="0", seed=0, global_batch=4, max_length=200, packed=False
+    )
+    padded = estimate_here(parse([*words, "--packing", "false", "--padding", "max_length"]), outline, plan)
+    if is_known:
+        assert padded is not None
+        assert padded.tokens_per_second == pytest.approx(found.tokens_per_second / 2, rel=0.05)
 
 
 def test_dropout_keeps_fp8_out(on_gpu: pytest.MonkeyPatch) -> None:
