@@ -36,7 +36,7 @@ class Activations:
 
     Attributes:
         blocks: the choice for each block.
-        predicted_gib: the process's predicted peak memory, GiB; None on the CPU.
+        predicted_gib: the process's predicted peak memory, GiB; None on the CPU and with ZeRO-3.
         fp8_weights_kept: whether there was room to keep the frozen weights in FP8, converted only once.
     """
 
@@ -93,7 +93,8 @@ def choose_activations(
         if wanted == "auto":
             blocks = step.choose(free)
         kept = _keep_fp8_weights(model, step, blocks, free)
-        predicted = (torch.cuda.memory_allocated(device) + step.bytes(blocks)) / GIB
+        if run.sharding != "zero3":  # of DeepSpeed's buffers nothing is known here
+            predicted = (torch.cuda.memory_allocated(device) + step.bytes(blocks)) / GIB
     set_checkpointing(model, blocks)
     return Activations(blocks, predicted, kept)
 
