@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from falcon_qlora.processes import early
 
-from falcon_qlora.common import library_imports
-from falcon_qlora.common.errors import told_in_one_line
-from falcon_qlora.common.version import VERSION as __version__
-from falcon_qlora.terminal.library_logging import quietly
-from falcon_qlora.terminal.output import write_every_character
+early.install()
+
+import importlib  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
+
+from falcon_qlora.common import library_imports  # noqa: E402
+from falcon_qlora.common.errors import told_in_one_line  # noqa: E402
+from falcon_qlora.common.version import VERSION as __version__  # noqa: E402
+from falcon_qlora.terminal.library_logging import quietly  # noqa: E402
+from falcon_qlora.terminal.output import write_every_character  # noqa: E402
 
 __all__ = ["__version__", "apply_fast_path", "load_adapter", "load_model", "train"]
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 import sys
 import traceback
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from falcon_qlora.common import late_imports
 from falcon_qlora.common.errors import (
@@ -18,14 +18,14 @@ from falcon_qlora.common.errors import (
     nearest,
     panics_as_errors,
 )
+from falcon_qlora.common.files import temporary_files
 from falcon_qlora.common.version import VERSION
+from falcon_qlora.config import other_names
+from falcon_qlora.config.verbs import VERBS, Verb
 from falcon_qlora.processes import ranks
 from falcon_qlora.processes.stop_signals import Ended, end_with, stop_signals_raise
 from falcon_qlora.processes.watchdog import NATIVE_MINUTES, end_native_code_after
 from falcon_qlora.terminal.output import shown_as_text
-
-if TYPE_CHECKING:
-    from falcon_qlora.config.verbs import Verb
 
 EXIT_INTERRUPTED = 130
 _VERB_LIKE = re.compile(r"[A-Za-z_-]{1,16}")  # repeated in the message, so no token, key or address
@@ -42,18 +42,17 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None and words[:1] != ["bench"]:  # which compiles the models of others
         late_imports.put_off()
     ranks.stand_alone()  # the ranks are `train`'s workers, which do not come by here
-    with shown_as_text(), stop_signals_raise(for_good=argv is None):
-        end_native_code_after(NATIVE_MINUTES)
-        status = _main(words)
+    with shown_as_text():
+        status = _main(words, is_command=argv is None)
         if argv is None:
             end_with(status)
         return status
 
 
-def _main(words: list[str]) -> int:
+def _main(words: list[str], *, is_command: bool) -> int:
     try:
         with panics_as_errors():
-            return _run(words)
+            return _run(words, is_command=is_command)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -72,11 +71,7 @@ def _main(words: list[str]) -> int:
         return EXIT_BUG
 
 
-def _run(words: list[str]) -> int:
-    # Not before: until `main` runs, Ctrl-C shows a traceback.
-    from falcon_qlora.config import other_names
-    from falcon_qlora.config.verbs import VERBS
-
+def _run(words: list[str], *, is_command: bool) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help(VERBS))
         return 0 if words else EXIT_USER_ERROR
@@ -94,7 +89,10 @@ def _run(words: list[str]) -> int:
         raise UserError(f"unknown command{name}{hint}; there are {', '.join(VERBS)}")
     # Only the verb's own module is imported: a help page should not wait for torch.
     module = importlib.import_module(f"falcon_qlora.commands.{verb}")
-    status: int = module.main(rest)
+    own = temporary_files() if is_command else contextlib.nullcontext()
+    with stop_signals_raise(for_good=is_command), own:
+        end_native_code_after(NATIVE_MINUTES)
+        status: int = module.main(rest)
     return status
 
 

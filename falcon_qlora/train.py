@@ -18,7 +18,16 @@ gc.disable()  # until the libraries are loaded: looking for garbage takes a fift
 late_imports.put_off()
 
 from falcon_qlora.config import parse  # noqa: E402
-from falcon_qlora.processes import devices, endings, launcher, ranks, stop_signals, watchdog  # noqa: E402
+from falcon_qlora.processes import (  # noqa: E402
+    devices,
+    endings,
+    launcher,
+    lookout,
+    ranks,
+    scheduler,
+    stop_signals,
+    watchdog,
+)
 from falcon_qlora.terminal.library_logging import quiet_libraries  # noqa: E402
 from falcon_qlora.terminal.output import drop_what_cannot_be_written, say_loading  # noqa: E402
 from falcon_qlora.training.run import train  # noqa: E402
@@ -26,13 +35,22 @@ from falcon_qlora.training.run import train  # noqa: E402
 
 def main() -> None:
     drop_what_cannot_be_written()
+    joined = endings.exit_status(scheduler.join)
+    if joined:
+        endings.leave(joined)
     devices.open_gpu()
     stop_signals.install()
     watchdog.record_collectives()
     quiet_libraries(progress_bars=ranks.is_main_process())
     if launcher.VARIABLE not in os.environ and ranks.is_main_process():
         say_loading()
-    endings.leave(endings.exit_status(lambda: train(parse(sys.argv[1:]))))
+    status = endings.exit_status(_train)
+    endings.leave(status or stop_signals.status_of_stopped())
+
+
+def _train() -> None:
+    lookout.begin()
+    train(parse(sys.argv[1:]))
 
 
 if __name__ == "__main__":

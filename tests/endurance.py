@@ -209,11 +209,11 @@ class Endurance:
             "a checkpoint was lost" * (self._newest(folder) < before),
             "a traceback" * ("Traceback" in errors),
             "more than one message" * (len(told) > 1),
-            "no message" * (process.returncode not in (0, -signal.SIGKILL) and not told),
+            "no message" * (process.returncode not in (0, 75, -signal.SIGKILL) and not told),
         ]
         if inside and not done:
             killed = kind not in STOP
-            expected = (-signal.SIGKILL if target == "launcher" else 1) if killed else 0
+            expected = (-signal.SIGKILL if target == "launcher" else 1) if killed else 75
             faults.append(f"expected status {expected}" * (process.returncode != expected))
             faults.append(
                 "it is not said where it stopped" * (not killed and "stopped at step" not in output)

@@ -8,6 +8,7 @@ from pathlib import Path
 from falcon_qlora.commands.bench import BenchArguments
 from falcon_qlora.commands.compare import CompareArguments
 from falcon_qlora.commands.data import DataReportArguments
+from falcon_qlora.commands.estimate import EstimateArguments
 from falcon_qlora.commands.eval import EvalArguments
 from falcon_qlora.commands.generate import GenerateArguments
 from falcon_qlora.commands.merge import MergeArguments
@@ -20,6 +21,7 @@ from falcon_qlora.config.verbs import VERBS
 PAGE = Path(__file__).resolve().parents[1] / "falcon_qlora/guide/flags.md"
 _OWN = {
     "data": DataReportArguments,
+    "estimate": EstimateArguments,
     "generate": GenerateArguments,
     "eval": EvalArguments,
     "merge": MergeArguments,

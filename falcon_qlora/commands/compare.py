@@ -17,10 +17,10 @@ from typing import Any
 from falcon_qlora import config
 from falcon_qlora.checkpoint import manifest
 from falcon_qlora.commands.first_look import look
-from falcon_qlora.commands.train import stop_signals_to
 from falcon_qlora.commands.words import split
 from falcon_qlora.common.errors import EXIT_BUG, EXIT_USER_ERROR, UserError, printable
 from falcon_qlora.common.files import quoted
+from falcon_qlora.common.record_files import LATEST
 from falcon_qlora.common.settings import setting
 from falcon_qlora.compare import plan, report
 from falcon_qlora.compare.figures import Compared
@@ -28,6 +28,7 @@ from falcon_qlora.compare.finished import runs_in
 from falcon_qlora.compare.plan import METHODS, Planned
 from falcon_qlora.config.arguments import LaunchArguments
 from falcon_qlora.processes import launcher
+from falcon_qlora.processes.stop_signals import stop_signals_to
 from falcon_qlora.run_folder.choose import RUNS, choose
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal.library_logging import quiet_libraries
@@ -56,7 +57,7 @@ _OWN = ("methods", "recipes", "learning_rates", "seeds", "output_dir", "overwrit
 
 
 def main(argv: list[str]) -> int:
-    """Run the command and return its exit status; after a stop that of `train`: 0 if the run was saved."""
+    """Run the command and return its exit status; after a stop that of `train`: 75 if the run was saved."""
     folders = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
     given = config.read_flags(argv[len(folders) :], verb="compare", extra_arguments=CompareArguments)
     return _side_by_side([Path(folder) for folder in folders], given) if folders else _train_all(given)
@@ -243,7 +244,7 @@ def _train(run: Planned, folder: Path, child: _Child, *, overwrite: bool) -> tup
     else:
         checkpoint, _ = manifest.newest_whole(directory.checkpoints)
         if checkpoint is not None and manifest.read_manifest(checkpoint).get("resumable"):
-            where["resume"] = "latest"
+            where["resume"] = LATEST
         elif directory.holds_run():
             where["overwrite"] = True
     if child.asked is not None:
@@ -251,9 +252,7 @@ def _train(run: Planned, folder: Path, child: _Child, *, overwrite: bool) -> tup
     words = launcher.tied("falcon_qlora", "train", *config.as_words(run.settings | where))
     command = [sys.executable, "-m", *words]
     status, told = child.run(command)
-    done = status == 0 and directory.summary_file.exists()
-    # A run that was asked to stop and saved a checkpoint has status 0.
-    if not done and (child.asked is not None or status not in (EXIT_USER_ERROR, EXIT_BUG)):
+    if status and (child.asked is not None or status not in (EXIT_USER_ERROR, EXIT_BUG)):
         raise _StoppedError(status)
     return status, _reason(told) if status else None
 

@@ -77,6 +77,7 @@ def main(argv: list[str]) -> int:
 def _look_at_corpora(configuration: Configuration, tokenizer: Any) -> _Look:
     """Some documents, the tables about all of them, their lengths, and the chart's name."""
     from falcon_qlora.data import report
+    from falcon_qlora.data.packing import fill
     from falcon_qlora.training import rows
 
     data, run = configuration.data, configuration.run
@@ -87,7 +88,7 @@ def _look_at_corpora(configuration: Configuration, tokenizer: Any) -> _Look:
         progress=lambda message: console().print(printable(f"{message} …"), style="dim"),
     )
     shown = [corpus.dataset[index] for index in report.spread(len(corpus.lengths), configuration.extra.show)]
-    efficiency = report.fill(
+    efficiency = fill(
         rows.make_plan(data, run, corpus),
         micro_batch=run.per_device_train_batch_size,
         padding=None if data.packing else data.padding,

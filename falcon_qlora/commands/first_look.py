@@ -44,7 +44,7 @@ def look(configuration: Configuration) -> None:
         _look_at_adapter(run.adapter, base_is_named="model_name_or_path" in configuration.explicit)
     if run.adapter is None or "model_name_or_path" in configuration.explicit:
         outline = look_at_model(model.model_name_or_path)
-        if outline is not None and run.adapter is None and not method.shapes_need_model:
+        if outline is not None and run.adapter is None:
             method.parameter_groups(outline)
     if model.tokenizer_name_or_path is not None:
         is_on_hub(model.tokenizer_name_or_path)
@@ -52,18 +52,15 @@ def look(configuration: Configuration) -> None:
 
 
 def _look_at_output(configuration: Configuration) -> None:
-    """Refuse an output folder that is in use, and a run to resume that does not exist.
-
-    Skipped on several nodes: another node may have begun to write the folder.
-    """
+    """Refuse an output folder that is in use, and a run to resume that does not exist."""
     run = configuration.run
-    if (run.output_dir is None and not run.resume) or configuration.extra.nnodes != "1":
+    if run.output_dir is None and not run.resume:
         return
     choose(
         run.output_dir,
         model=configuration.model.model_name_or_path,
         settings=configuration.method.short,
-        resume=True if run.resume == "latest" else run.resume or False,
+        resume=run.resume,
         overwrite=run.overwrite,
         make=False,
     )

@@ -22,6 +22,7 @@ from falcon_qlora.inference.answers import Speaker, trained_template
 from falcon_qlora.inference.base_and_adapter import adapter_folder, load_adapted
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.methods.table import is_whole
+from falcon_qlora.processes.watchdog import end_native_code_after
 from falcon_qlora.terminal.library_logging import quiet_libraries
 from falcon_qlora.terminal.output import say_loading, write_answer
 
@@ -47,6 +48,7 @@ class GenerateArguments:
 def main(argv: list[str]) -> int:
     """Run the command and return its exit status."""
     configuration = parse(argv, verb="generate", extra_arguments=GenerateArguments)
+    end_native_code_after(configuration.run.hang_minutes)
     wanted: GenerateArguments = configuration.extra
     if wanted.prompt and wanted.prompt_file:
         raise UserError("--prompt and --prompt_file: give one of them")

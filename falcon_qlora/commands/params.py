@@ -18,18 +18,19 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> int:
     """Run the command and return its exit status."""
     configuration = parse(argv, verb="params")
-    # Only now, so that a wrong flag is reported at once.
-    say_loading()
-    quiet_libraries()
+    from falcon_qlora.models.locate import is_on_hub
+
+    if is_on_hub(configuration.model.model_name_or_path):  # else no library is loaded
+        say_loading()
+        quiet_libraries()
     from falcon_qlora.models.layouts import layout_of
-    from falcon_qlora.models.locate import find_config, find_outline
+    from falcon_qlora.models.locate import find_outline
     from falcon_qlora.terminal.console import console, print_plain
     from falcon_qlora.training import start_adapter
 
     start_adapter.adopt(configuration)
     settings, method = configuration.model, configuration.method
-    find = find_config if method.shapes_need_model else find_outline
-    config = find(settings.model_name_or_path, revision=settings.model_revision)
+    config = find_outline(settings.model_name_or_path, revision=settings.model_revision)
     layout, groups = layout_of(config), method.parameter_groups(config)
     total = layout.parameter_count()
     trained = sum(group.count for group in groups)

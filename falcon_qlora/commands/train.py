@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 import secrets
@@ -17,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,6 +29,7 @@ from falcon_qlora.common.errors import (
     EXIT_BEREFT,
     EXIT_BUG,
     EXIT_HANGING,
+    EXIT_STOPPED,
     EXIT_USER_ERROR,
     UserError,
     printable,
@@ -34,10 +37,13 @@ from falcon_qlora.common.errors import (
 from falcon_qlora.common.files import temporary_folder
 from falcon_qlora.config import Configuration
 from falcon_qlora.config.arguments import LaunchArguments
-from falcon_qlora.processes import command_clock, launcher
-from falcon_qlora.processes.launcher import SAME_REQUEST_SECONDS, STOP_SIGNALS
-from falcon_qlora.processes.stop_signals import Ended
+from falcon_qlora.processes import command_clock, launcher, scheduler
+from falcon_qlora.processes.cores import usable_cores
+from falcon_qlora.processes.early import STOP_SIGNALS
+from falcon_qlora.processes.launcher import SAME_REQUEST_SECONDS
+from falcon_qlora.processes.stop_signals import Ended, stop_signals_to
 from falcon_qlora.processes.watchdog import end_native_code_after
+from falcon_qlora.terminal.library_logging import ENVIRONMENT
 from falcon_qlora.terminal.output import drop_what_cannot_be_written, say_loading
 
 # On these, torchrun's agent ends the workers. The launcher handles the signals that ask a run to stop.
@@ -54,38 +60,64 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
         worker_module: what each process runs; tests put a stand-in here.
 
     Returns:
-        0; 2 if a worker met an error that the user can fix; 1 after a bug; 128 + the signal that ended it.
+        0; 75 if the run was asked to stop and has saved; 2 if a worker met an error that the user can fix; 1
+        after a bug; 128 + the signal that ended it.
     """
     drop_what_cannot_be_written()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise UserError("falcon-qlora train starts torchrun itself; under torchrun run -m falcon_qlora.train")
+    scheduler.refuse_others()
     given = config.read_flags(argv, verb="train", extra_arguments=LaunchArguments)
+    given |= _of_environment(given)
     configuration = config.configure(given, extra_arguments=LaunchArguments)
     launch: LaunchArguments = configuration.extra
     _check(launch)
     end_native_code_after(configuration.run.hang_minutes)
     say_loading()
     processes = _processes(launch.gpus)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
     command = ["falcon-qlora", "train", *argv]
     with command_clock.told_to_workers(command), temporary_folder() as folder:
         os.environ[launcher.VARIABLE] = str(folder)
+        if not _on_one_node(launch):
+            # The workers' own store, anew at each start: the agents' can be lost with a node, and a node that
+            # comes back waits there for what was never written.
+            os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+        os.environ[launcher.LAUNCHED] = _launched(given, launch, processes)
         flags = config.as_words({name: value for name, value in given.items() if not hasattr(launch, name)})
         words = launcher.tied(worker_module, *flags)
         try:
             if processes == 1 and _on_one_node(launch) and launch.max_restarts == 0:
                 held = launcher.hold(folder / launcher.ROWS)
                 status = _run_one(words, folder, lambda: _look_and_tokenize(configuration, held))
-                return _of_dry_run(status) if configuration.run.dry_run else status
-            _look(configuration)
-            agent = [*_torchrun_flags(launch, processes), f"--log-dir={folder}", "--module"]
-            status = _launch([*agent, *words], folder)
+            else:
+                if _on_one_node(launch):  # elsewhere the ranks find what is wrong, and tell the other nodes
+                    _look(configuration)
+                agent = [*_torchrun_flags(launch, processes), f"--log-dir={folder}", "--module"]
+                status = _launch([*agent, *words], folder, on_one_node=_on_one_node(launch))
             return _of_dry_run(status) if configuration.run.dry_run else status
         finally:
-            del os.environ[launcher.VARIABLE]
+            del os.environ[launcher.VARIABLE], os.environ[launcher.LAUNCHED]
             if (made := folder / launcher.DRY_RUN).exists():  # its process may have been killed
                 shutil.rmtree(made.read_text(encoding="utf-8"), ignore_errors=True)
+
+
+def _of_environment(given: dict[str, Any]) -> dict[str, Any]:
+    """torchrun's own variables for flags that are not given, such as PET_NNODES; Kubeflow sets them."""
+    names = {"nproc_per_node" if name == "gpus" else name: name for name in vars(LaunchArguments())}
+    told = {name: os.environ.get(f"PET_{of_torchrun.upper()}") for of_torchrun, name in names.items()}
+    if told["gpus"] in ("auto", "gpu", "cpu"):
+        del told["gpus"]
+    words = [f"--{name}={value}" for name, value in told.items() if value and name not in given]
+    return config.read_flags(words, verb="train", extra_arguments=LaunchArguments)
+
+
+def _launched(given: dict[str, Any], launch: LaunchArguments, processes: int) -> str:
+    """What `launcher.launched` reads: this command, without the flags of the run."""
+    flags = {name: value for name, value in given.items() if hasattr(launch, name)}
+    if processes > 1:
+        flags["gpus"] = processes
+    return json.dumps([["falcon-qlora", "train"], config.as_words(flags)])
 
 
 def _of_dry_run(status: int) -> int:
@@ -108,17 +140,6 @@ def _look_and_tokenize(configuration: Configuration, held: IO[str]) -> None:
         tokenize_ahead(configuration)
     finally:
         launcher.let_go(held)
-
-
-@contextlib.contextmanager
-def stop_signals_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Within the block, `handler` gets the signals that ask a process to stop."""
-    earlier = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, before in earlier.items():
-            signal.signal(number, before)
 
 
 class _WorkerEnded(BaseException):
@@ -243,18 +264,22 @@ def _run_one(words: list[str], folder: Path, meanwhile: Callable[[], None]) -> i
     if ended is not None:
         return _end(ended, folder)
     if code == 0:
-        return 0
+        return _done(folder)
     return stop.status({0: code}) or _status({0: code}, folder)
 
 
-def _launch(torchrun_argv: list[str], folder: Path) -> int:
+def _launch(torchrun_argv: list[str], folder: Path, *, on_one_node: bool) -> int:
     """Run torchrun's agent in this process and turn how it ended into an exit status."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", ENVIRONMENT["TORCH_CPP_LOG_LEVEL"])
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import elastic_launch
 
     launch_config, command, arguments = run.config_from_args(run.parse_args(torchrun_argv))
+    if not on_one_node and not launch_config.max_restarts:
+        threading.Thread(target=_end_late_agent, args=[folder], name="late agent", daemon=True).start()
     # The agent reports every failure at length; the workers have already reported theirs.
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
@@ -267,18 +292,53 @@ def _launch(torchrun_argv: list[str], folder: Path) -> int:
         return stop.status(codes) or _status(codes, folder)
     except Ended as asked:
         return _end(asked, folder)
+    except RendezvousError as error:
+        return _apart(error, folder, launch_config.rdzv_endpoint)
     except SignalException as asked:  # one of _AGENT_SIGNALS
         return _end(Ended(asked.sigval), folder)
     finally:
         logging.disable(disabled)
-    return 0
+    return _done(folder)
+
+
+def _end_late_agent(folder: Path) -> None:
+    """End this process where a worker has told of an error, but the agent waits for a node that is gone."""
+    while not (folder / launcher.TOLD).exists():
+        if not folder.exists():
+            return
+        time.sleep(1)
+    time.sleep(_LEAVE_SECONDS)
+    if not folder.exists():
+        return
+    _say_how_to_go_on(folder)
+    _send(_children(), signal.SIGKILL)
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(EXIT_BUG)
+
+
+def _apart(error: Exception, folder: Path, endpoint: str) -> int:
+    """The exit status where the agents of the nodes do not meet or have lost each other; told once."""
+    if not (folder / launcher.TOLD).exists():
+        why = type(error).__name__.removeprefix("Rendezvous").removesuffix("Error").lower()
+        print(
+            f"error: {socket.gethostname()}: the other nodes do not answer at {endpoint} ({why}): not "
+            "started, ended, or cut off from the network",
+            file=sys.stderr,
+        )
+    _say_how_to_go_on(folder)
+    return EXIT_BUG
+
+
+def _done(folder: Path) -> int:
+    """The exit status where all workers of this node have ended with 0."""
+    return EXIT_STOPPED if (folder / launcher.STOPPED).exists() else 0
 
 
 def _end(asked: Ended, folder: Path) -> int:
     """The exit status of a launcher that a signal has ended; further signals are ignored."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    print(f"error: {asked}", file=sys.stderr)
+    print(f"error: {asked}{_native_work(folder)}", file=sys.stderr)
     _say_how_to_go_on(folder)
     return 128 + asked.number
 
@@ -298,7 +358,8 @@ def _status(codes: Mapping[int, int], folder: Path) -> int:
         silent += by_agent
     if silent and EXIT_HANGING not in codes.values():
         rank, code = silent[0]
-        print(f"error: rank {rank} on {socket.gethostname()} {_how(code)}", file=sys.stderr)
+        how = f"{_how(code)}{_native_work(folder)}"
+        print(f"error: rank {rank} on {socket.gethostname()} {how}", file=sys.stderr)
     _say_how_to_go_on(folder)
     return EXIT_BUG
 
@@ -312,6 +373,14 @@ def _how(code: int) -> str:
     return f"was killed by {signal.Signals(number).name}{hint}"
 
 
+def _native_work(folder: Path) -> str:
+    """What a worker was at that could not heed a signal, for the message that it was ended."""
+    try:
+        return f"; native code did not heed it, {printable((folder / launcher.NATIVE).read_text('utf-8'))}"
+    except OSError:
+        return ""
+
+
 def _say_how_to_go_on(folder: Path) -> None:
     """Print what the workers left to be said if they end by an error: how to resume."""
     go_on = folder / launcher.GO_ON
@@ -320,6 +389,11 @@ def _say_how_to_go_on(folder: Path) -> None:
 
 
 def _check(launch: LaunchArguments) -> None:
+    if launch.nnodes == "1" and scheduler.tasks_of_srun() > 1:
+        raise UserError(
+            f"srun has started {scheduler.tasks_of_srun()} of this command, and each starts all ranks of its "
+            "node. Start one a GPU with `srun python -m falcon_qlora.train`, or one a node with --nnodes"
+        )
     counts = launch.nnodes.split(":")
     if len(counts) > 2 or not all(count.isdecimal() and int(count) > 0 for count in counts):
         raise UserError(f"--nnodes: {launch.nnodes!r} is neither a number of nodes nor MIN:MAX")
@@ -328,7 +402,7 @@ def _check(launch: LaunchArguments) -> None:
             f"--nnodes {launch.nnodes}: say where the nodes meet, with --rdzv_backend c10d --rdzv_endpoint "
             "HOST:PORT, or with --master_addr, --master_port and --node_rank"
         )
-    for name in ("node_rank", "master_port", "rdzv_backend", "rdzv_id", "rdzv_conf"):
+    for name in ("node_rank", "master_port", "rdzv_backend", "rdzv_id", "rdzv_conf", "local_addr"):
         if _on_one_node(launch) and getattr(launch, name) is not None:
             raise UserError(f"--{name} is a setting of several nodes, and this run has --nnodes 1: drop it")
 

@@ -18,6 +18,8 @@ EXIT_BUG = 1
 EXIT_HANGING = 3
 # Of a rank that another one's death has ended: the launcher reports that one.
 EXIT_BEREFT = 4
+# Of a launcher whose run was asked to stop and has saved: start it again (EX_TEMPFAIL of sysexits.h).
+EXIT_STOPPED = 75
 
 _OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _URL = re.compile(r"://\S+")

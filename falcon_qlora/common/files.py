@@ -26,12 +26,20 @@ _HASHED_AT_ONCE = 2**22
 # In the names of temporary folders: one that will replace another, and one that was replaced.
 _PARTIAL, _REPLACED = "-partial-", "-replaced-"
 _TEMPORARY = "falcon-qlora-"
+_own: list[Path] = []
 
 
 def user_cache(name: str) -> Path:
-    """The folder for this user's files of one kind, kept between runs; it need not exist."""
+    """The folder for this user's files of one kind, kept between runs; it need not exist.
+
+    Raises:
+        UserError: if the user has no home folder.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "falcon_qlora" / name
+    try:
+        return Path(base).expanduser() / "falcon_qlora" / name
+    except RuntimeError:
+        raise UserError("this user has no home folder for caches: set HOME, or XDG_CACHE_HOME") from None
 
 
 def write_text(file: Path, text: str) -> None:
@@ -89,6 +97,42 @@ def replaced_folder(target: Path, *, first_wins: bool = False) -> Iterator[Path]
 
 
 @contextlib.contextmanager
+def temporary_files() -> Iterator[None]:
+    """Within the block, the temporary directory is a folder of its own, for started processes too.
+
+    What libraries leave there goes with the block, or after a SIGKILL with the next such block. Compiled
+    code, which torch keeps in the temporary directory, goes to the user's cache. A process that was started
+    in such a block uses the block's.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, UserError):  # whatever needs these folders will say so
+            if not re.fullmatch(rf"{_TEMPORARY}\w{{8}}", Path(tempfile.gettempdir()).name):
+                stack.callback(_use_for_temporary_files, os.environ.get("TMPDIR"))
+                folder = stack.enter_context(temporary_folder())
+                _use_for_temporary_files(str(folder))
+                _own.append(folder)
+                stack.callback(_own.clear)
+                compiled = user_cache("kernels") / "inductor"
+                if os.access(nearest_existing(compiled), os.W_OK):
+                    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
+        yield
+
+
+def remove_temporary_files() -> None:
+    """Remove the folder of `temporary_files` before this process ends at once."""
+    for folder in _own:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _use_for_temporary_files(folder: str | None) -> None:
+    tempfile.tempdir = None  # to be looked up again
+    if folder is None:
+        os.environ.pop("TMPDIR", None)
+    else:
+        os.environ["TMPDIR"] = folder
+
+
+@contextlib.contextmanager
 def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
     """Yield an empty folder for temporary files, which the block's end removes.
 
@@ -100,7 +144,8 @@ def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
     parent = parent or Path(tempfile.gettempdir())
     for left in parent.glob(f"{_TEMPORARY}????????"):
         with contextlib.suppress(OSError), _held(left):  # a live process still holds its lock
-            shutil.rmtree(left, ignore_errors=True)
+            if left.lstat().st_uid == os.getuid():  # root could remove those of others, too
+                shutil.rmtree(left, ignore_errors=True)
     with _held_folder(_TEMPORARY, parent) as folder:
         yield folder
 
@@ -178,7 +223,8 @@ def _held_folder(prefix: str, parent: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _held(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Lock `folder`; the lock ends with the process. Without `wait`, an OSError if another holds it."""
-    handle = os.open(folder, os.O_RDONLY)
+    # Elsewhere's link would lead to another folder, and a pipe wait for a writer.
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield

@@ -129,10 +129,14 @@ def _remembered(define: Callable[..., Any]) -> Callable[..., Any]:
         is_installed = any(folder.parents[1].glob("transformers-*.dist-info"))
         if folder.name != "models" or not is_installed:
             return define(module_path, prefix=prefix)
+        from falcon_qlora.common.errors import UserError
         from falcon_qlora.common.files import user_cache, write_text
 
         key = _hash(f"{folder} {folder.stat().st_mtime_ns} {prefix}")
-        kept = user_cache("libraries") / f"{key[:32]}.json"
+        try:
+            kept = user_cache("libraries") / f"{key[:32]}.json"
+        except UserError:  # whatever needs the cache will say so
+            return define(module_path, prefix=prefix)
         with contextlib.suppress(OSError, ValueError):
             checksum, text = kept.read_text(encoding="utf-8").split("\n", 1)
             if checksum == _hash(text):

@@ -9,6 +9,8 @@ from typing import Any
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.untrusted import is_count, refuse_links
 
+# `--resume` without a path: the newest checkpoint of `--output_dir`, or that where there is one.
+LATEST, AUTO = "latest", "auto"
 SETTINGS = "config.yaml"  # of a run
 SETTINGS_FORMAT = 2  # settings without a number have format 1
 CERTIFICATE = "certificate.json"  # of a merge

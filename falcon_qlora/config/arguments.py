@@ -9,6 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+from falcon_qlora.common.record_files import LATEST
 from falcon_qlora.common.settings import Setting, setting, settings_of
 from falcon_qlora.methods.table import METHODS, method_settings
 
@@ -168,7 +169,10 @@ class RunArguments:
     output_dir: str | None = setting(None, "Run directory; unset: a fresh one under runs/.")
     config: str | None = setting(None, "Settings from a YAML file, such as the config.yaml of a run.")
     resume: str | None = setting(
-        None, "Go on from the newest checkpoint of --output_dir, or from this one.", alone="latest"
+        None,
+        "Go on from the newest checkpoint of --output_dir, or from this one. auto: a fresh run where "
+        "--output_dir has none yet, so that one command starts and goes on.",
+        alone=LATEST,
     )
     overwrite: bool = setting(False, "Replace the run that --output_dir holds.")
     dry_run: bool = setting(
@@ -261,6 +265,7 @@ class LaunchArguments:
     rdzv_endpoint: str | None = setting(None, "Where nodes meet: HOST:PORT.")
     rdzv_id: str | None = setting(None, "Name of this job, the same on every node.")
     rdzv_conf: str | None = setting(None, "Arguments of the backend: key=value,…")
+    local_addr: str | None = setting(None, "This node's address for the others; unset: its host name.")
     max_restarts: int = setting(0, "Restarts after a process has failed.", least=0)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.fp8 import fp8_excludes
+from falcon_qlora.common.record_files import AUTO, LATEST
 from falcon_qlora.common.settings import settings_of
 from falcon_qlora.config.parser import FLAG, Layer, as_words, refuse
 from falcon_qlora.config.paths import on_the_hub
@@ -140,7 +141,7 @@ def _faults(values: Values, where: dict[str, str]) -> Iterator[str]:
         yield "--resume goes on with a run and --overwrite replaces it; give one of them"
     if values["resume"] and values["dry_run"]:
         yield "--dry_run tries a run from its first step: leave out --resume (inspect checks a checkpoint)"
-    if values["resume"] == "latest" and values["output_dir"] is None:
+    if values["resume"] in (LATEST, AUTO) and values["output_dir"] is None:
         yield "--resume needs to know the run: give --output_dir, or the checkpoint as --resume PATH"
     for setting in ("early_stopping", "generate_samples", "eval_on_start"):
         if values.get(setting) and (values["eval_split"] is None or values["eval_strategy"] == "no"):

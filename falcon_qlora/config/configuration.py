@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.common.errors import UserError, without_credentials
-from falcon_qlora.common.record_files import is_record
+from falcon_qlora.common.record_files import AUTO, LATEST, is_record
 from falcon_qlora.common.settings import settings_of
 from falcon_qlora.common.untrusted import refuse_links
 from falcon_qlora.config import checks
@@ -65,6 +65,7 @@ class Configuration:
         explicit: setting to where it was given ("flag", "settings.yaml", "recipe lambda-7b-4bit"), without
             settings that only the default recipe gives.
         passed_over: for each file, the keys that are not settings but have values without effect.
+        kept: settings of the run to resume for which a recipe that is named again says something else.
     """
 
     model: ModelArguments
@@ -75,6 +76,7 @@ class Configuration:
     extra: Any
     explicit: dict[str, str]
     passed_over: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    kept: tuple[str, ...] = ()
 
     @functools.cached_property
     def training(self) -> SFTConfig:
@@ -214,14 +216,27 @@ def configure(settings: Mapping[str, Any], *, extra_arguments: type | None = Non
             f"recipe in {named_by.origin}: a run's settings must not name another file, and {recipe!r} was "
             "not opened. Remove the line, or name the recipe with --recipe"
         )
+    kept: tuple[str, ...] = ()
     if recipe != "default":
         layer = parser.read_file(recipe_file(recipe), f"recipe {recipe}", rank=1)
         if "recipe" in layer.values:
             raise UserError(f"recipe {recipe} names another recipe; recipes do not nest, remove that line")
+        kept = _kept(layers, layer) if of_run and named_by is flags else ()
         layers.append(layer)
     configuration = _configuration(parser, lay_over(layers), recipe, extra_arguments)
     configuration.passed_over = {layer.origin: layer.passed_over for layer in layers if layer.passed_over}
+    configuration.kept = kept
     return configuration
+
+
+def _kept(layers: list[Layer], recipe: Layer) -> tuple[str, ...]:
+    """Settings for which a recipe that is named again says something else than the run to resume."""
+    laid = lay_over(layers)
+    return tuple(
+        name
+        for name, value in recipe.values.items()
+        if name in laid and laid[name][1].rank == 2 and laid[name][0] != value
+    )
 
 
 def _default_recipe(parser: FalconParser) -> Layer:
@@ -231,9 +246,12 @@ def _default_recipe(parser: FalconParser) -> Layer:
 def _settings_of_the_run(flags: Mapping[str, Any]) -> str | None:
     """The settings file of the run that `--resume` resumes; None if there is none."""
     resume, output = flags.get("resume"), flags.get("output_dir")
-    if not resume or (resume == "latest" and output is None):
+    by_folder = resume in (LATEST, AUTO)
+    if not resume or (by_folder and output is None):
         return None
-    folder = Path(str(output) if resume == "latest" else str(resume))
+    folder = Path(str(output) if by_folder else str(resume))
+    if resume == AUTO and not any((folder / "checkpoints").glob("step-*")):
+        return None  # a fresh run is what the command says
     if folder.parent.name == "checkpoints":
         folder = folder.parent.parent
     file = folder / "config.yaml"

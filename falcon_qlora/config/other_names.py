@@ -119,7 +119,7 @@ _BY_TOOL: dict[str, dict[str, str]] = {
         "wd": "weight_decay",
     },
     "Axolotl": {
-        "auto_resume_from_checkpoints": "resume=latest|; as the flag --resume with --output_dir",
+        "auto_resume_from_checkpoints": "resume=auto|; as the flag --resume auto with --output_dir",
         "base_model": "model_name_or_path",
         "base_model_config": "; the model's own configuration is read",
         "chat_template": "template",

@@ -11,6 +11,7 @@ from falcon_qlora.common.recorded_paths import absolute_name, started_in
 _MODELS = ("model_name_or_path", "tokenizer_name_or_path")
 _OTHERS = ("adapter", "template", "cache_dir")
 _DATA = ("dataset_name", "eval_split")
+PLACES = frozenset((*_MODELS, *_OTHERS, *_DATA))
 
 
 def with_absolute_paths(

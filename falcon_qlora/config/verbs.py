@@ -110,9 +110,16 @@ VERBS: Mapping[str, Verb] = {
             examples=("-m random:falcon-7b", "-m random:falcon-7b --method adapter_v2"),
         ),
         Verb(
+            name="estimate",
+            summary="say what a training would take: memory, whether a card holds it, tokens/s, hours",
+            uses=_all,
+            more="It needs no GPU, no network and no weights; all figures are estimates.",
+            examples=(f"{_SAMPLE} --gpu 3090", "-m random:falcon-7b --max_steps 100", "--table --gpu 24GiB"),
+        ),
+        Verb(
             name="generate",
             summary="answer a prompt with a base model and an adapter",
-            uses=lambda: _FILES | _MODEL | {"template", "dataset_format", "seed"},
+            uses=lambda: _FILES | _MODEL | {"template", "dataset_format", "seed", "hang_minutes"},
             examples=('--adapter runs/first --prompt "What is a falcon?"', "-m tiny --prompt Once"),
         ),
         Verb(

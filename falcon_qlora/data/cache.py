@@ -24,6 +24,11 @@ def key_of(parts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def place_of(directory: Path | None, key: str) -> Path:
+    """Where the entry of this key is, if there is one."""
+    return (user_cache("data") if directory is None else directory) / key[:32]
+
+
 def entry(
     directory: Path | None,
     key: str,
@@ -44,8 +49,8 @@ def entry(
     Raises:
         UserError: if the cache folder is full or cannot be written.
     """
-    directory = user_cache("data") if directory is None else directory
-    target = directory / key[:32]
+    target = place_of(directory, key)
+    directory = target.parent
     damaged = target.is_dir()
     if damaged and is_whole(target):
         return target

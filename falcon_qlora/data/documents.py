@@ -28,8 +28,6 @@ from falcon_qlora.data.special_text import SpecialText
 from falcon_qlora.data.templates import Segment
 from falcon_qlora.data.tokens import Document, Encoder
 
-# Raise it when the same rows and settings would give other tokens, or when an entry stores something new.
-_VERSION = 8
 _META = "meta.json"
 # Enough to keep the tokenizer's threads busy, and few enough that Ctrl-C need not wait for them.
 _ROWS_AT_A_TIME = 256
@@ -93,21 +91,7 @@ class Tokenizing:
         settings, encoder = self.settings, self.settings.encoder(self.tokenizer)
         row_format, columns = settings.recognise(source.columns(), source.name)
         template = settings.load_template(row_format, self.tokenizer)
-        key = cache.key_of(
-            {
-                "version": _VERSION,
-                "rows": source.identity(),
-                "max_rows": max_rows,
-                "format": row_format,
-                "columns": columns,
-                "template": template.identity,
-                "tokenizer": self.tokenizer_fingerprint,
-                "train_on": settings.train_on,
-                "append_end_token": settings.append_end_token,
-                "overlong": settings.overlong,
-                "max_length": settings.max_length,
-            }
-        )
+        key = settings.cache_key(source, max_rows, row_format, columns, template, self.tokenizer_fingerprint)
 
         def fill(folder: Path) -> None:
             self.progress(f"reading {source.name}")

@@ -145,6 +145,41 @@ def fitting(lengths: np.ndarray, sequences: int, max_length: int) -> int:
     return count
 
 
+def fill(plan: Plan, *, micro_batch: int, padding: str | None) -> float:
+    """Real tokens over computed positions in the first epoch of a run on one device.
+
+    Args:
+        plan: of the run.
+        micro_batch: sequences in one micro-batch.
+        padding: None for packed; ``"longest"`` pads to the longest of the micro-batch, ``"max_length"`` to
+            the plan's.
+    """
+    steps = plan.epoch(0)
+    drawn = np.concatenate(steps)
+    if padding is None:
+        positions = len(steps) * plan.global_batch * plan.max_length
+    elif padding == "max_length":
+        positions = len(drawn) * plan.max_length
+    else:
+        positions = 0
+        for documents in steps:
+            for part in deal(
+                documents,
+                plan.lengths,
+                processes=1,
+                micro_batch=micro_batch,
+                max_length=plan.max_length,
+                packed=False,
+            )[0]:
+                positions += len(part) * int(plan.lengths[part].max())
+    return float(plan.lengths[drawn].sum()) / positions
+
+
+def mean_document(lengths: np.ndarray) -> float:
+    """Tokens of the document that a token is in, on average."""
+    return float((lengths.astype(np.float64) ** 2).sum() / lengths.sum())
+
+
 def deal(
     documents: np.ndarray,
     lengths: np.ndarray,

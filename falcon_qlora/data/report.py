@@ -18,7 +18,6 @@ from rich.text import Text
 from falcon_qlora.common.errors import printable
 from falcon_qlora.common.quantities import counted
 from falcon_qlora.data.corpus import Corpus, Statistics
-from falcon_qlora.data.packing import Plan, deal
 from falcon_qlora.terminal import drawing
 
 Ints = Sequence[int] | np.ndarray
@@ -111,36 +110,6 @@ def _statistics_rows(statistics: Statistics, dropped: list[str]) -> list[tuple[s
             ("trained too", f"{counted(statistics.rows_trained_too, 'row')}, in the training data as well")
         )
     return rows
-
-
-def fill(plan: Plan, *, micro_batch: int, padding: str | None) -> float:
-    """Real tokens over computed positions in the first epoch of a run on one device.
-
-    Args:
-        plan: of the run.
-        micro_batch: sequences in one micro-batch.
-        padding: None for packed; ``"longest"`` pads to the longest of the micro-batch, ``"max_length"`` to
-            the plan's.
-    """
-    steps = plan.epoch(0)
-    drawn = np.concatenate(steps)
-    if padding is None:
-        positions = len(steps) * plan.global_batch * plan.max_length
-    elif padding == "max_length":
-        positions = len(drawn) * plan.max_length
-    else:
-        positions = 0
-        for documents in steps:
-            for part in deal(
-                documents,
-                plan.lengths,
-                processes=1,
-                micro_batch=micro_batch,
-                max_length=plan.max_length,
-                packed=False,
-            )[0]:
-                positions += len(part) * int(plan.lengths[part].max())
-    return float(plan.lengths[drawn].sum()) / positions
 
 
 def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:

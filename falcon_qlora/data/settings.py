@@ -7,11 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.data import cache
 from falcon_qlora.data.formats import load_template, recognise
 from falcon_qlora.data.json_rows import listed
 from falcon_qlora.data.sources import Source, find_source
 from falcon_qlora.data.templates import Template
 from falcon_qlora.data.tokens import Encoder
+
+# Raise it when the same rows and settings would give other tokens, or when an entry stores something new.
+_VERSION = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +116,39 @@ class RowSettings:
                     f"--{standard}_column {given}: {told}. Drop the flag if the column is called {standard}, "
                     "or name the right column"
                 )
+
+    def cache_key(
+        self,
+        source: Source,
+        max_rows: int | None,
+        row_format: str,
+        columns: Mapping[str, str],
+        template: Template,
+        tokenizer_fingerprint: str,
+    ) -> str:
+        """The key of a source's documents in the cache: of everything that decides their tokens.
+
+        Args:
+            max_rows: that are read of it.
+            row_format, columns: from `recognise`.
+            template: that writes the rows.
+            tokenizer_fingerprint: identifies the tokenizer.
+        """
+        return cache.key_of(
+            {
+                "version": _VERSION,
+                "rows": source.identity(),
+                "max_rows": max_rows,
+                "format": row_format,
+                "columns": columns,
+                "template": template.identity,
+                "tokenizer": tokenizer_fingerprint,
+                "train_on": self.train_on,
+                "append_end_token": self.append_end_token,
+                "overlong": self.overlong,
+                "max_length": self.max_length,
+            }
+        )
 
     def load_template(self, row_format: str, tokenizer: Any) -> Template:
         """As `formats.load_template`."""

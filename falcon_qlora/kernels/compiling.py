@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
+
+from falcon_qlora.processes.cores import usable_cores
 
 _MOST_AT_ONCE = 16
 
@@ -22,7 +23,7 @@ def compiled_ahead() -> Iterator[None]:
     from triton.runtime._async_compile import AsyncCompileMode, active_mode
 
     run = JITFunction.run
-    with ThreadPoolExecutor(min(_MOST_AT_ONCE, len(os.sched_getaffinity(0)))) as threads:
+    with ThreadPoolExecutor(min(_MOST_AT_ONCE, usable_cores())) as threads:
         mode = AsyncCompileMode(threads, ignore_errors=True)
 
         def only_compile(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
 """Cross entropy of an output head without keeping the logits.
 
 With a vocabulary of 65,024 the float32 logits of 16,384 tokens take 4 GiB, and their gradient as much again.
-Here at most `CHUNK_TOKENS` rows of them exist at a time. The gradient for the hidden states is computed in
+Here at most `LOGIT_TOKENS` rows of them exist at a time. The gradient for the hidden states is computed in
 the forward pass, from a chunk's logits while they exist, so no product runs twice. The logits' gradient
 overwrites them.
 
@@ -20,14 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from falcon_qlora.kernels import ops
+from falcon_qlora.kernels.chunks import LOGIT_TOKENS
 from falcon_qlora.kernels.scale_shift import scale_backward, scale_shift
-
-CHUNK_TOKENS = 1024
-
-
-def logit_rows(tokens: int) -> int:
-    """Rows of logits that exist at a time, of `tokens` in all; 1,024 are 0.67 GB at 10 bytes a logit."""
-    return min(tokens, CHUNK_TOKENS)
 
 
 def chunked_cross_entropy(
@@ -39,7 +33,7 @@ def chunked_cross_entropy(
     rows: tuple[Tensor, Tensor] | None = None,
     vocabulary: int | None = None,
     scale: float = 1.0,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int = LOGIT_TOKENS,
 ) -> Tensor:
     """Sum of the cross entropies of `targets` under the logits ``scale * hidden @ weight.T``.
 

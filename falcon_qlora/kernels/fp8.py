@@ -22,6 +22,7 @@ from torch import Tensor
 from falcon_qlora.common.fp8 import fp8_excludes
 from falcon_qlora.kernels import ops
 from falcon_qlora.kernels.fp8_rows import DTYPE, LARGEST, Rows, largest_row
+from falcon_qlora.kernels.frozen_linear import mm_float32
 from falcon_qlora.kernels.low_rank import LowRank
 
 UNIT = 16
@@ -106,26 +107,27 @@ def quantize_weight(layer: Any, scale: Tensor, out: Tensor, transpose: bool) -> 
 
 
 @ops.or_triton("fp8_gelu")
-def gelu(x: Tensor, low: LowRank | None, bound: Tensor) -> tuple[Rows, Tensor]:
-    """Exact GELU of the sum of `x` and LoRA's part.
+def gelu(x: Tensor, low: LowRank | None, bound: Tensor, a: Tensor) -> tuple[Rows, Tensor]:
+    """Exact GELU of the sum of `x` and LoRA's part, and its product with the next linear's A.
 
     Args:
         x: ``[T, F]``.
         low: LoRA's part, or None.
         bound: float32 ``[T]``, any stride: an upper bound of each row's absolute values in `x`.
+        a: ``[R, F]``, in `x`'s dtype; no rows without LoRA there.
 
     Returns:
-        the output in FP8, and in `x`'s dtype ``[T, F]``.
+        GELU's output in FP8 ``[T, F]``; its product with `a`, ``[T, R]`` in `x`'s dtype.
     """
     y = F.gelu(_added(x, low))
-    return _to_fp8(y, _scales(_bound(bound, low))), y.to(x.dtype)
+    return _to_fp8(y, _scales(_bound(bound, low))), y.to(x.dtype) @ a.T
 
 
 @ops.or_triton("fp8_gelu")
 def gelu_backward(
     grad: Tensor, low_grad: LowRank | None, x: Tensor, low: LowRank | None, bound: Tensor
-) -> tuple[Rows, Tensor, Tensor]:
-    """The gradient of `gelu`'s input, and its output again.
+) -> tuple[Rows, Tensor, Tensor | None, Tensor | None]:
+    """The gradient of `gelu`'s input, and what the adapters on both sides have of the same matrices.
 
     Args:
         grad: ``[T, F]``, of the output, without `low_grad`; may be overwritten.
@@ -135,12 +137,14 @@ def gelu_backward(
         bound: float32 ``[T]``: an upper bound of each row's absolute values in `grad`.
 
     Returns:
-        the gradient in FP8 and in `x`'s dtype ``[T, F]``, and the output ``[T, F]``.
+        the gradient dx in FP8 and in `x`'s dtype ``[T, F]``; ``low_grad.leftᵀ @ y``, float32 ``[R, F]``, with
+        GELU's output y; ``dxᵀ @ low.left``, float32 ``[F, R]``. None without LoRA there.
     """
     wide = _added(x, low)
     dx = torch.ops.aten.gelu_backward(_added(grad, low_grad), wide)
-    scales = _scales(_STEEPEST * _bound(bound, low_grad))
-    return _to_fp8(dx, scales), dx.to(x.dtype), F.gelu(wide).to(x.dtype)
+    rows, dx = _to_fp8(dx, _scales(_STEEPEST * _bound(bound, low_grad))), dx.to(x.dtype)
+    of_a = None if low_grad is None else mm_float32(low_grad.left.T, F.gelu(wide).to(x.dtype))
+    return rows, dx, of_a, None if low is None else mm_float32(dx.T, low.left)
 
 
 @ops.or_triton("fp8_swiglu")

@@ -142,10 +142,9 @@ class Fp8Products:
     def leave(
         self, before_gelu: Tensor, attended: Tensor, low_in: Sequence[Tensor], hidden: Tensor
     ) -> tuple[Tensor, Tensor]:
-        rows, after_gelu = self._gelu(before_gelu, low_in)
+        rows, low_of_gelu = self._gelu(before_gelu, low_in)
         attended = attended.flatten(1)
-        low = torch.cat(self._into_low_rank((2, 3), [after_gelu, attended]), dim=1)
-        del after_gelu
+        low = torch.cat([low_of_gelu, *self._into_low_rank((3,), [attended])], dim=1)
         output = self._product(2, rows, hidden.dtype)
         of_attended = self._product(3, fp8.quantize_rows(attended)[0], hidden.dtype)
         return fp8.add(output, self._added((2, 3), low), (of_attended, hidden)), low
@@ -153,8 +152,8 @@ class Fp8Products:
     def low_rank(
         self, before_gelu: Tensor, attended: Callable[[], Tensor], low_in: Sequence[Tensor]
     ) -> Tensor:
-        after_gelu = self._gelu(before_gelu, low_in)[1]
-        return torch.cat(self._into_low_rank((2, 3), [after_gelu, attended().flatten(1)]), dim=1)
+        low_of_gelu = self._gelu(before_gelu, low_in)[1]
+        return torch.cat([low_of_gelu, *self._into_low_rank((3,), [attended().flatten(1)])], dim=1)
 
     def leave_backward(
         self,
@@ -163,12 +162,12 @@ class Fp8Products:
         attended: Callable[[], Tensor],
         low_in: Sequence[Tensor],
         low_out: Tensor,
-    ) -> tuple[Tensor, Tensor, tuple[Rows, Tensor], list[Tensor | None]]:
+    ) -> tuple[Tensor, Tensor, tuple[Rows, Tensor, Tensor | None], list[Tensor | None]]:
         rows, lengths = fp8.quantize_rows(grad)
         low_grad = self._out_of_low_rank((2, 3), [grad, grad])
         of_attended = self._product(3, rows, grad.dtype, transpose=True)
         fp8.add(of_attended, self._added_backward((3,), low_grad[1]))
-        of_before, of_before_gelu, after_gelu = fp8.gelu_backward(
+        of_before, of_before_gelu, of_a, of_b = fp8.gelu_backward(
             self._product(2, rows, grad.dtype, transpose=True),
             self._added_backward((2,), low_grad[0]),
             before_gelu,
@@ -176,23 +175,23 @@ class Fp8Products:
             lengths * self.frozen.after_gelu,
         )
         split = low_grad[0].shape[1]
-        adapter_grads = self._adapter_gradients(2, grad, low_grad[0], low_out[:, :split], after_gelu)
+        adapter_grads = [of_a, self._of_b(2, grad, low_out[:, :split])]
         adapter_grads += self._adapter_gradients(
             3, grad, low_grad[1], low_out[:, split:], attended().flatten(1)
         )
         of_fused = grad.new_empty(low_in[0].shape[0], self.block.query_key_value.out_features)
-        return of_attended, of_fused, (of_before, of_before_gelu), adapter_grads
+        return of_attended, of_fused, (of_before, of_before_gelu, of_b), adapter_grads
 
     def enter_backward(
         self,
         hidden: Tensor,
         of_fused: Tensor,
-        others: tuple[Rows, Tensor],
+        others: tuple[Rows, Tensor, Tensor | None],
         low_in: Sequence[Tensor],
         addend: Tensor | None,
         fused: Callable[[], Tensor],
     ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor]]:
-        of_before, of_before_gelu = others
+        of_before, of_before_gelu, of_b = others
         grads = of_fused, of_before_gelu
         adapter_grads: list[Tensor | None] = []
         of_normals = []
@@ -202,7 +201,7 @@ class Fp8Products:
             low_grads = self._out_of_low_rank(linears, [grads[linear] for linear in linears])
             for linear, low_grad in zip(linears, low_grads, strict=True):
                 adapter_grads += self._adapter_gradients(
-                    linear, grads[linear], low_grad, low_in[linear], normal
+                    linear, grads[linear], low_grad, low_in[linear], normal, of_b if linear == 1 else None
                 )
             del normal
             if addend is None:
@@ -225,7 +224,7 @@ class Fp8Products:
 
     def _gelu(self, before_gelu: Tensor, low_in: Sequence[Tensor]) -> tuple[Rows, Tensor]:
         bound = self.frozen.before_gelu.expand(before_gelu.shape[0])
-        return fp8.gelu(before_gelu, self._added((1,), low_in[1]), bound)
+        return fp8.gelu(before_gelu, self._added((1,), low_in[1]), bound, self._a(2, before_gelu.dtype))
 
     def _product(self, linear: int, rows: Rows, dtype: torch.dtype, transpose: bool = False) -> Tensor:
         """``[T, in]`` → ``[T, out]``, or back with the transposed weight; without LoRA."""
@@ -284,10 +283,24 @@ class Fp8Products:
         return LowRank(low, torch.cat([self._a(linear, low.dtype) for linear in linears]))
 
     def _adapter_gradients(
-        self, linear: int, grad: Tensor, low_grad: Tensor, low: Tensor, x: Tensor
+        self,
+        linear: int,
+        grad: Tensor,
+        low_grad: Tensor,
+        low: Tensor,
+        x: Tensor,
+        of_b: Tensor | None = None,
     ) -> list[Tensor | None]:
-        """The gradients of A and B, from the output's gradient, u, t and the input."""
+        """The gradients of A and B, from the output's gradient, u, t and the input.
+
+        `of_b`: that of B times its scaling, if it is known.
+        """
+        if not self.block.projections[linear].rank:
+            return [None, None]
+        return [mm_float32(low_grad.T, x), self._of_b(linear, grad, low, of_b)]
+
+    def _of_b(self, linear: int, grad: Tensor, low: Tensor, known: Tensor | None = None) -> Tensor | None:
         projection = self.block.projections[linear]
         if not projection.rank:
-            return [None, None]
-        return [mm_float32(low_grad.T, x), mm_float32(grad.T, low).mul_(projection.scaling)]
+            return None
+        return (mm_float32(grad.T, low) if known is None else known).mul_(projection.scaling)

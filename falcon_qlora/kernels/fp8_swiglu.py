@@ -17,7 +17,7 @@ from falcon_qlora.kernels.rows import check_rows, contiguous_rows, read
 from falcon_qlora.kernels.swiglu import gradient_parts, output_part, parts
 
 _BLOCK = 4096
-_WARPS = 8
+_WARPS = 16
 
 
 def swiglu(gate_up: Tensor, out: Tensor, gate_multiplier: float = 1.0, multiplier: float = 1.0) -> Rows:

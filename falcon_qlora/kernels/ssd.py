@@ -19,10 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-# Minimizes memory at 7B's sizes: per token and head, decays take Q numbers and states PN / Q.
-CHUNK_TOKENS = 128
-# Of Triton's form, which keeps decays in registers.
-FAST_CHUNK_TOKENS = 64
+from falcon_qlora.kernels.chunks import SSD_TOKENS
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -152,7 +149,7 @@ def state_space(
     c: Tensor,
     positions: Tensor,
     *,
-    chunk: int = CHUNK_TOKENS,
+    chunk: int = SSD_TOKENS,
 ) -> Tensor:
     """``y_t = h_t C_t`` with ``h_t = exp(step_t rate) h_{t-1} + step_t x_t B_tᵀ`` within each document.
 

@@ -38,10 +38,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from falcon_qlora.kernels.chunks import FAST_SSD_TOKENS
 from falcon_qlora.kernels.rows import read
-from falcon_qlora.kernels.ssd import FAST_CHUNK_TOKENS, StateSpace
+from falcon_qlora.kernels.ssd import StateSpace
 
-_CHUNK = FAST_CHUNK_TOKENS  # Q
+_CHUNK = FAST_SSD_TOKENS  # Q
 _HEADS_A_PROGRAM = 6  # of `_of_scores`, which sums a gradient over them
 _WALK: dict[str, Any] = {"ROWS": 64, "LANES": 64, "num_warps": 4, "num_stages": 3}
 _OUTPUTS: dict[str, Any] = {"LANES": 64, "num_warps": 8, "num_stages": 3}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from falcon_qlora.methods.adapter import Adapter
-from falcon_qlora.methods.interface import remember, switched_off
+from falcon_qlora.methods.interface import ParameterGroup, remember, switched_off
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,7 +28,6 @@ class AdapterV2(Adapter):
     name: ClassVar[str] = "adapter_v2"
     title: ClassVar[str] = "Adapter v2"
     trains: ClassVar[str] = "a learned prefix in attention, scales and biases of the linears, and norms"
-    shapes_need_model: ClassVar[bool] = True
     why_not_merged: ClassVar[str | None] = (
         "attention reads the learned prefix in a softmax of its own, which no weights of the model express; "
         "nor have its linears biases, or the output head one, to take what was learned"
@@ -44,6 +43,17 @@ class AdapterV2(Adapter):
 
     def step_memory(self) -> dict[str, Any]:
         return {"scaled": True}
+
+    def parameter_groups(self, config: PreTrainedConfig) -> list[ParameterGroup]:
+        from falcon_qlora.models.layouts import layout_of
+
+        layout = layout_of(config)
+        outputs = config.num_hidden_layers * layout.outputs_per_block() + config.vocab_size
+        counts = {"scales": outputs, "biases": outputs, "norms": layout.base_parameter_kinds()["norms"]}
+        return self.groups_of(super().saved_shapes(config)) + [
+            ParameterGroup(kind=kind, count=count, of_base=kind in self.kinds_of_base)
+            for kind, count in counts.items()
+        ]
 
     def saved_shapes(self, config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
         import torch

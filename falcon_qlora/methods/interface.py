@@ -63,7 +63,6 @@ class Method(ABC):
         is_whole: whether it saves a whole model rather than an adapter; its parameters may then be sharded.
         trains_in_float32: whether the trainable parameters are float32 whatever the base's dtype.
         needs_16bit: why the base must not be quantized, or None if it may.
-        shapes_need_model: whether `saved_shapes` builds an empty model, which needs a whole configuration.
         why_not_merged: why what was trained cannot become part of the base's own weights, or None if it can.
         kinds: suffix of a saved tensor's name → its kind, as users know it; the first match counts.
         kinds_of_base: those kinds that are parameters of the base model.
@@ -77,7 +76,6 @@ class Method(ABC):
     is_whole: ClassVar[bool] = False
     trains_in_float32: ClassVar[bool] = True
     needs_16bit: ClassVar[str | None] = None
-    shapes_need_model: ClassVar[bool] = False
     why_not_merged: ClassVar[str | None] = "what it trains is no sum that the base's weights could take"
     kinds: ClassVar[dict[str, str]] = {}
     kinds_of_base: ClassVar[tuple[str, ...]] = ()
@@ -195,8 +193,12 @@ class Method(ABC):
         Raises:
             UserError: as `saved_shapes`.
         """
+        return self.groups_of(self.saved_shapes(config))
+
+    def groups_of(self, shapes: Mapping[str, tuple[int, ...]]) -> list[ParameterGroup]:
+        """These tensors by kind; `shapes` are like those of `saved_shapes`."""
         counts: Counter[str] = Counter()
-        for name, shape in self.saved_shapes(config).items():
+        for name, shape in shapes.items():
             counts[self.kind(name)] += math.prod(shape)
         return [
             ParameterGroup(kind=kind, count=count, of_base=kind in self.kinds_of_base)

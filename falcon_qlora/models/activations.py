@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -31,8 +31,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from falcon_qlora.kernels.offload import Offload
 from falcon_qlora.models.blocks.fast_block import Keep, state_of
 from falcon_qlora.models.layouts import causal_lm_in, layout_of
-
-Checkpointing = Literal["none", "selective", "full", "offload"]
+from falcon_qlora.models.step_memory import Checkpointing
 
 _KEEP: dict[Checkpointing, Keep] = {
     "none": "all",

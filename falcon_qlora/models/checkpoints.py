@@ -115,24 +115,44 @@ def parse_random(name: str, seed: int) -> RandomCheckpoint:
     """
     preset, query = check_preset(name)
     layout = layout_of_preset(preset)
-    known = {*layout.config_class().to_dict(), *layout.presets[preset], "rope_theta"}
-    overrides = {}
-    for item in filter(None, query.split(",")):
-        key, separator, text = item.partition("=")
-        if not separator or key not in known | {"seed"}:
-            raise UserError(
-                f"{name}: {item!r} is not KEY=VALUE of a {layout.family} configuration{nearest(key, known)}"
-            )
-        try:
-            overrides[key] = json.loads(text.lower())
-        except json.JSONDecodeError:
-            overrides[key] = text
+    overrides = _overrides(name, {*layout.config_class().to_dict(), *layout.presets[preset], "rope_theta"})
     if "seed" in overrides:
         seed = int(overrides.pop("seed"))
     elif seed:
         # An adapter trained on it needs this to find the same base again.
         name = f"{name}{',' if query else '?'}seed={seed}"
     return RandomCheckpoint(name=name, config=preset_config(preset, **overrides), seed=seed)
+
+
+def outline_of_random(name: str) -> Any:
+    """`Layout.outline` of ``random:<preset>[?...]``, for which no library is loaded.
+
+    Raises:
+        UserError: as `parse_random`, and for settings that no published file has.
+    """
+    preset, _ = check_preset(name)
+    layout = layout_of_preset(preset)
+    overrides = _overrides(name, {*layout.kept, *layout.presets[preset]})
+    raw = {"model_type": layout.model_types[0], **layout.presets[preset], **overrides}
+    return layout.outline(raw, name)
+
+
+def _overrides(name: str, known: set[str]) -> dict[str, Any]:
+    """The settings behind the ``?``, each of them `known` or ``seed``."""
+    preset, query = check_preset(name)
+    overrides = {}
+    for item in filter(None, query.split(",")):
+        key, separator, text = item.partition("=")
+        if not separator or key not in known | {"seed"}:
+            family = layout_of_preset(preset).family
+            raise UserError(
+                f"{name}: {item!r} is not KEY=VALUE of a {family} configuration{nearest(key, known)}"
+            )
+        try:
+            overrides[key] = json.loads(text.lower())
+        except json.JSONDecodeError:
+            overrides[key] = text
+    return overrides
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFound
 from falcon_qlora.common.errors import UserError, first_line
 from falcon_qlora.common.files import free_bytes
 from falcon_qlora.common.quantities import gib
+from falcon_qlora.common.untrusted import is_count
 
 _SIDE_FILES = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
@@ -85,7 +87,8 @@ def fetch_model(repository: str, *, revision: str | None = None) -> Path:
         return _cached_model(repository, revision, str(error))
     download.check_disk()
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(download.files)))
+        with _understood(repository):
+            return Path(snapshot_download(repository, revision=revision, allow_patterns=list(download.files)))
     except (HTTPError, OSError) as error:
         raise UserError(
             f"The download of {repository} stopped: {first_line(error)}. What has arrived is kept; run "
@@ -102,7 +105,8 @@ def fetch_tokenizer(repository: str, *, revision: str | None = None) -> Path:
     try:
         sizes, _ = _sizes(repository, "model", revision)
         files = [name for name in sizes if _SIDE_FILES.fullmatch(name)]
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
+        with _understood(repository):
+            return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
     except Unreachable as error:
         why = str(error)
     except (HTTPError, OSError) as error:
@@ -123,7 +127,7 @@ def plan_model(repository: str, *, revision: str | None = None) -> Download:
     if download.missing_bytes:
         from falcon_qlora.models.checkpoints import read_folder_config
 
-        with contextlib.suppress(HTTPError, OSError):  # reported by the download that follows
+        with contextlib.suppress(HTTPError, OSError), _understood(repository):  # the download reports it
             path = hf_hub_download(repository, "config.json", revision=revision)
             read_folder_config(Path(path).parent, source=repository)
     return download
@@ -148,7 +152,11 @@ def _sizes(repository: str, kind: str, revision: str | None) -> tuple[dict[str, 
         raise Unreachable("HF_HUB_OFFLINE is set")
     try:
         ask = HfApi().dataset_info if kind == "dataset" else HfApi().model_info
-        info = ask(repository, revision=revision, files_metadata=True)
+        with _understood(repository):
+            info = ask(repository, revision=revision, files_metadata=True)
+            files = {file.rfilename: file.size or 0 for file in info.siblings or []}
+            if not all(isinstance(name, str) and is_count(size) for name, size in files.items()):
+                raise ValueError("a file without a name, or a size")
     except GatedRepoError:
         page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repository}"
         raise UserError(
@@ -162,7 +170,25 @@ def _sizes(repository: str, kind: str, revision: str | None) -> tuple[dict[str, 
         ) from None
     except (HTTPError, OSError) as error:
         raise Unreachable(f"the hub cannot be reached ({first_line(error)})") from error
-    return {file.rfilename: file.size or 0 for file in info.siblings or []}, info.sha
+    return files, info.sha
+
+
+@contextlib.contextmanager
+def _understood(repository: str) -> Iterator[None]:
+    """Report an answer from which the library cannot make what it expects.
+
+    Raises:
+        UserError: naming the hub.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        told = f"{type(error).__name__}: {first_line(error, limit=100)}"
+        raise UserError(
+            f"{repository}: {constants.ENDPOINT} does not answer as a hub does ({told}): check HF_ENDPOINT"
+        ) from None
 
 
 def _download(repository: str, kind: str, sizes: dict[str, int], commit: str | None) -> Download:

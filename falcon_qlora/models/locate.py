@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.untrusted import read_json
 from falcon_qlora.models.checkpoints import (
     RANDOM,
     Checkpoint,
     FolderCheckpoint,
+    outline_of_random,
     parse_random,
     raw_config,
     read_folder_config,
 )
-from falcon_qlora.models.layouts import family_of
+from falcon_qlora.models.layouts import PRESETS, family_of, published_preset
 from falcon_qlora.models.tiny import tiny_path
 
 if TYPE_CHECKING:
@@ -71,13 +73,40 @@ def find_config(name: str, *, revision: str | None = None) -> PreTrainedConfig:
 
 
 def find_outline(name: str, *, revision: str | None = None) -> Any:
-    """The settings of a base model that counts depend on; for a local folder no library is loaded.
+    """The settings of a base model that counts depend on; no library is loaded unless it is on the hub.
 
     Raises:
         UserError: as `find_config`.
     """
-    if is_on_hub(name) or name.startswith(RANDOM):
-        return find_config(name, revision=revision)
+    return find_config(name, revision=revision) if is_on_hub(name) else _outline(name)
+
+
+def find_outline_here(name: str, *, revision: str | None = None) -> Any:
+    """As `find_outline`, without asking the hub: of its models those in the cache, and published ones.
+
+    Raises:
+        UserError: if this machine does not know it.
+    """
+    if not is_on_hub(name):
+        return _outline(name)
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    if isinstance(cached, str):
+        raw = read_json(Path(cached))
+        return family_of(raw, source=name).outline(raw, name)
+    preset = published_preset(name)
+    if preset is None:
+        raise UserError(
+            f"{name} is not in the cache here, and the hub is not asked: give a folder, or {RANDOM} and "
+            f"the preset of its shape: {', '.join(PRESETS)}"
+        )
+    return outline_of_random(f"{RANDOM}{preset}")
+
+
+def _outline(name: str) -> Any:
+    if name.startswith(RANDOM):
+        return outline_of_random(name)
     folder = packaged_folder(name) or Path(name).expanduser()
     raw, source = raw_config(folder), str(folder / "config.json")
     return family_of(raw, source=source).outline(raw, source)

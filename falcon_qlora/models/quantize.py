@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any, Literal
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
 from falcon_qlora.kernels.ops import int8_scales
+from falcon_qlora.models.sizes import NF4_BLOCK, NF4_NESTED_BLOCK, QuantizeMode
 
-QuantizeMode = Literal["4bit", "8bit", "16bit"]
-
-NF4_BLOCK = 64  # weights that share one scale
-NF4_NESTED_BLOCK = 256  # scales that share one scale, under double quantization
 _CPU_SLICE = 2**16  # weights quantized at a time on the CPU; a multiple of the block
 
 

@@ -1,13 +1,20 @@
-"""How much memory a model takes, from its configuration alone."""
+"""How much memory a model takes, from its configuration alone. Imports no torch."""
 
 from __future__ import annotations
 
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING, Literal
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.quantities import gib
 from falcon_qlora.models.layouts import layout_of
-from falcon_qlora.models.quantize import NF4_BLOCK, NF4_NESTED_BLOCK, QuantizeMode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+QuantizeMode = Literal["4bit", "8bit", "16bit"]
+
+NF4_BLOCK = 64  # weights that share one scale
+NF4_NESTED_BLOCK = 256  # scales that share one scale, under double quantization
 
 
 def weight_bytes(

@@ -89,11 +89,7 @@ def find_tokenizer(
     Raises:
         UserError: if it is on the hub, and neither in the cache nor reachable.
     """
-    name = tokenizer_name_or_path or model_name_or_path
-    if name.startswith(RANDOM):
-        # Random weights come without a tokenizer: take that of the model of this shape.
-        preset = name.removeprefix(RANDOM).partition("?")[0]
-        name = layout_of_preset(preset).tokenizers[preset] if preset in PRESETS else name
+    name = tokenizer_name(model_name_or_path, tokenizer_name_or_path)
     if is_on_hub(name):
         from falcon_qlora.models.hub import fetch_tokenizer
 
@@ -102,6 +98,16 @@ def find_tokenizer(
     if tokenizer_name_or_path is None:
         refuse_adapter(folder)  # an adapter's own tokenizer would hide that there is no model
     return folder
+
+
+def tokenizer_name(model_name_or_path: str, tokenizer_name_or_path: str | None) -> str:
+    """The model, folder or hub id that the tokenizer is taken from."""
+    name = tokenizer_name_or_path or model_name_or_path
+    if name.startswith(RANDOM):
+        # Random weights come without a tokenizer: take that of the model of this shape.
+        preset = name.removeprefix(RANDOM).partition("?")[0]
+        name = layout_of_preset(preset).tokenizers[preset] if preset in PRESETS else name
+    return name
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

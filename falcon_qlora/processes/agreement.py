@@ -7,18 +7,28 @@ imported only if there is more than one process.
 
 from __future__ import annotations
 
+import collections
 import datetime
 import hashlib
-import itertools
+import json
 import os
 import pickle
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from falcon_qlora.common.errors import EXIT_BUG, EXIT_USER_ERROR, UserError
-from falcon_qlora.processes.ranks import is_main_process, process_index, world_size
+from falcon_qlora.processes.ranks import (
+    is_main_process,
+    local_process_index,
+    node_index,
+    process_index,
+    restart_count,
+    set_restart_count,
+    world_size,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -31,9 +41,9 @@ _CONNECT_SECONDS = 60.0
 _LOOK_SECONDS = 0.02
 _PIECE_WORDS = 2**22
 _SCATTER = 0x1E3779B97F4A7C15  # odd, with bits of no pattern: the golden ratio's
-# All processes make the same waits in the same order; each wait has its own key in the store.
-_numbers = itertools.count(1)
-_words = itertools.count(1)  # of `announce`, likewise
+# All processes ask the same questions in the same order; each has its own key in the store.
+_asked: collections.Counter[str] = collections.Counter()
+_met: tuple[str, dist.Store, list[dict[str, Any]]] | None = None
 
 
 class PeerError(Exception):
@@ -58,13 +68,44 @@ def from_main_process(make: Callable[[], T]) -> T:
     """
     if not _in_group():
         return make()
-    key, store = f"falcon_qlora/from_main/{next(_numbers)}", _store()
+    key = _key(make)
+    return _made(key, make) if is_main_process() else _made_elsewhere(key)
+
+
+def main_process_first(work: Callable[[], T]) -> T:
+    """Run `work` on the main process, then on one of each node, then on the others; return each one's own.
+
+    Meant for work that fills a cache, which nodes may share or have each its own: the first call does it, the
+    later ones find it. Without a process group every process runs `work` at once.
+
+    Raises:
+        PeerError: on the processes that wait for one that failed.
+    """
+    if not _in_group():
+        return work()
+    key = _key(work)
+    own: list[T] = []
+    of_node = f"{key}/{node_index()}"
     if not is_main_process():
-        store.wait([key], _WAIT_LIMIT)
-        status, result = pickle.loads(store.get(key))
-        if status:
-            raise PeerError(status)
-        return result
+        _made_elsewhere(key)
+    if is_main_process() or local_process_index() == 0:
+        _made(key if is_main_process() else of_node, lambda: own.append(work()))
+        return own[0]
+    if node_index() > 0:
+        _made_elsewhere(of_node)
+    return work()
+
+
+def _key(asked: Callable[[], Any] | str) -> str:
+    """A key that no other question has: with its own name, so that the next one never reads its answer."""
+    name = asked if isinstance(asked, str) else f"{asked.__module__}.{asked.__qualname__}"
+    _asked[name] += 1
+    return f"falcon_qlora/{name}/{_asked[name]}"
+
+
+def _made(key: str, make: Callable[[], T]) -> T:
+    """The result of `make`, which other processes find by this key."""
+    store = _store()
     try:
         result = make()
     except BaseException as error:
@@ -75,28 +116,20 @@ def from_main_process(make: Callable[[], T]) -> T:
     return result
 
 
-def main_process_first(work: Callable[[], T]) -> T:
-    """Run `work` on the main process, then on the others once it is done; return each one's own result.
-
-    Meant for work that fills a cache: the first call does it, the later ones find it. Without a process
-    group every process runs `work` at once.
-
-    Raises:
-        PeerError: on the other processes, where the main process failed.
-    """
-    if _in_group() and not is_main_process():
-        from_main_process(work)
-        return work()
-    own: list[T] = []
-    from_main_process(lambda: own.append(work()))
-    return own[0]
+def _made_elsewhere(key: str) -> Any:
+    store = _store()
+    store.wait([key], _WAIT_LIMIT)
+    status, result = pickle.loads(store.get(key))
+    if status:
+        raise PeerError(status)
+    return result
 
 
 def wait_for_all() -> None:
     """Return once every process has called this."""
     if not _in_group():
         return
-    key, store = f"falcon_qlora/all/{next(_numbers)}", _store()
+    key, store = _key("all"), _store()
     if store.add(f"{key}/arrived", 1) == world_size():
         store.set(key, "")
     store.wait([key], _WAIT_LIMIT)
@@ -106,21 +139,37 @@ def met_by_all(mine: T) -> list[T]:
     """Each process's (small, picklable) object, by process index, once every process has called this."""
     if not _in_group():
         return [mine]
-    key, store = f"falcon_qlora/met/{next(_numbers)}", _store()
+    key, store = _key("met"), _store()
     keys = [f"{key}/{process}" for process in range(world_size())]
     store.set(keys[process_index()], pickle.dumps(mine))  # type: ignore[arg-type]
     store.wait(keys, _WAIT_LIMIT)
     return [pickle.loads(store.get(each)) for each in keys]
 
 
+def met_by_main(mine: T) -> list[T]:
+    """On the main process each process's (small, picklable) object, by process index; elsewhere its own.
+
+    Only the main process waits, and reads: with many processes that is far less than `met_by_all`.
+    """
+    if not _in_group():
+        return [mine]
+    key, store = _key("met_by_main"), _store()
+    keys = [f"{key}/{process}" for process in range(world_size())]
+    store.set(keys[process_index()], pickle.dumps(mine))  # type: ignore[arg-type]
+    if not is_main_process():
+        return [mine]
+    store.wait(keys, _WAIT_LIMIT)
+    return [pickle.loads(store.get(each)) for each in keys]
+
+
 def announce(word: Any) -> None:
     """On the main process: tell every other process, which calls `listen`, a (small, picklable) object."""
-    _store().set(f"falcon_qlora/word/{next(_words)}", pickle.dumps(word))  # type: ignore[arg-type]
+    _store().set(_key("word"), pickle.dumps(word))  # type: ignore[arg-type]
 
 
 def listen() -> Any:
     """On the other processes: the next object that the main process announces."""
-    key, store = f"falcon_qlora/word/{next(_words)}", _store()
+    key, store = _key("word"), _store()
     store.wait([key], _WAIT_LIMIT)
     return pickle.loads(store.get(key))
 
@@ -223,30 +272,54 @@ def _checksums(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def fresh_store(timeout_seconds: float) -> dist.Store | None:
-    """torchrun's store as if nothing had been written there yet, for the process group.
-
-    torchrun keeps one store over its restarts, with what earlier processes wrote. New ones could read old
-    addresses and wait for processes that are gone. Nodes may count restarts differently, so the processes
-    agree on a name. Each posts a number of its own; the main process answers every number that it sees, old
-    ones too, until all processes have confirmed.
+    """The store for the process group, as if nothing had been written there yet; see `meet`.
 
     Returns:
-        None if the main process makes a store each time, or if there is one process.
+        None if torch makes one itself, or if there is one process.
+    """
+    alone = world_size() == 1 or (_met is None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True")
+    return None if alone else meet(timeout_seconds)[1]
+
+
+def meet(timeout_seconds: float) -> tuple[str, dist.Store, list[dict[str, Any]]]:
+    """Find the other processes of this start; those of an earlier start may have written into the same store.
+
+    torchrun keeps one store over its restarts. New processes could read old addresses there and wait for
+    processes that are gone. So the processes agree on a name. Each posts a number of its own; the main
+    process answers every number that it sees, old ones too, until all processes have confirmed. How often
+    they were restarted is agreed on too: the agent of a node that has come back counts from 0.
+
+    Returns:
+        The name, the store with that prefix, and of each process its ``host`` and ``node``.
 
     Raises:
         RuntimeError: if not all processes arrive in time.
     """
-    if world_size() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
+    global _met
+    if _met is not None:
+        return _met
     import torch.distributed as dist
 
-    store, mine, prefix = connect(timeout_seconds), uuid.uuid4().hex, "falcon_qlora/meet"
+    store, mine, prefix = _shared_store(timeout_seconds), uuid.uuid4().hex, "falcon_qlora/meet"
+    here = {"host": socket.gethostname(), "node": node_index(), "restarts": restart_count()}
     if not is_main_process():
         store.set(f"{prefix}/{process_index()}", mine)
         name = store.get(f"{prefix}/answer/{mine}").decode()
-        store.set(f"{prefix}/{name}/{process_index()}", "")
-        return dist.PrefixStore(name, store)
-    away, deadline = set(range(1, world_size())), time.monotonic() + timeout_seconds
+        store.set(f"{prefix}/{name}/{process_index()}", json.dumps(here))
+        members = json.loads(store.get(f"{prefix}/{name}/all"))
+    else:
+        name = mine
+        members = [here, *_gathered(store, prefix, mine, timeout_seconds)]
+        store.set(f"{prefix}/{name}/all", json.dumps(members))
+    set_restart_count(max(member["restarts"] for member in members))
+    _met = name, dist.PrefixStore(name, store), members
+    return _met
+
+
+def _gathered(store: Any, prefix: str, mine: str, timeout_seconds: float) -> list[dict[str, Any]]:
+    """What each other process says of itself, once all have answered by the name `mine`."""
+    others = range(1, world_size())
+    away, deadline = set(others), time.monotonic() + timeout_seconds
     while away:
         for process in sorted(away):
             if store.check([f"{prefix}/{process}"]):
@@ -256,7 +329,19 @@ def fresh_store(timeout_seconds: float) -> dist.Store | None:
         if time.monotonic() > deadline:
             raise RuntimeError(f"processes {sorted(away)} did not come within {timeout_seconds:.0f} s")
         time.sleep(_LOOK_SECONDS)
-    return dist.PrefixStore(mine, store)
+    return [json.loads(store.get(f"{prefix}/{mine}/{process}")) for process in others]
+
+
+def _shared_store(timeout_seconds: float) -> dist.TCPStore:
+    """torchrun's store; the main process makes one where torchrun has none."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not is_main_process():
+        return connect(timeout_seconds)
+    import torch.distributed as dist
+
+    port, limit = int(os.environ["MASTER_PORT"]), datetime.timedelta(seconds=timeout_seconds)
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"], port, is_master=True, timeout=limit, wait_for_workers=False
+    )
 
 
 def connect(timeout_seconds: float) -> dist.TCPStore:

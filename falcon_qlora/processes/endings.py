@@ -15,11 +15,13 @@ from pathlib import Path
 from falcon_qlora.common.errors import (
     EXIT_BEREFT,
     EXIT_BUG,
+    EXIT_STOPPED,
     EXIT_USER_ERROR,
     UserError,
     message_of,
     panics_as_errors,
 )
+from falcon_qlora.processes import lookout
 from falcon_qlora.processes.agreement import PeerError, connect, met_by_all
 from falcon_qlora.processes.ranks import is_main_process, restart_count, world_size
 
@@ -69,18 +71,19 @@ def exit_status(work: Callable[[], object]) -> int:
         with panics_as_errors():
             work()
     except PeerError as error:
-        report(None)
+        report(None, error.exit_status)
         return error.exit_status
     except KeyboardInterrupt:
         return 130
     except UserError as error:
-        report(f"error: {error}\n")
+        report(f"error: {error}\n", EXIT_USER_ERROR)
         return EXIT_USER_ERROR
     except Exception as error:
         if _siblings and _waits_for_death():
             return EXIT_BEREFT  # it only follows from another process's death
-        told = message_of(error)
-        report(f"{told}\n" if told else traceback.format_exc())
+        told = lookout.who_is_gone() if lookout.watches() else None
+        told = told or message_of(error)
+        report(f"{told.rstrip()}\n" if told else traceback.format_exc(), EXIT_BUG)
         return EXIT_BUG
     return 0
 
@@ -102,7 +105,7 @@ def leave(status: int) -> None:
     interpreter's own shutdown is skipped: it sometimes ends threads of native libraries while they run, which
     aborts the process. All that a run writes is written by then.
     """
-    if status == 0:
+    if status in (0, EXIT_STOPPED):
         import torch
         import torch.distributed as dist
 
@@ -113,7 +116,7 @@ def leave(status: int) -> None:
     os._exit(status)
 
 
-def report(message: str | None) -> None:
+def report(message: str | None, status: int = EXIT_BUG) -> None:
     """Print `message` if no process has printed one yet; return once one is printed.
 
     If a process left earlier, torchrun's agent would end the others, including the one that prints. This uses
@@ -121,7 +124,11 @@ def report(message: str | None) -> None:
 
     Args:
         message: None if another process has one.
+        status: with which this process ends; those of other nodes end with it too.
     """
+    if lookout.watches():
+        lookout.tell(message, status)
+        return
     key = f"falcon_qlora/reported/{restart_count()}"
     store = None
     if world_size() > 1:

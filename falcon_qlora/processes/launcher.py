@@ -5,21 +5,25 @@ Imports no torch: the processes import this before they set up what torch reads 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import importlib.util
+import json
 import os
 import runpy
-import signal
 from pathlib import Path
 from typing import IO
 
 VARIABLE = "FALCON_QLORA_LAUNCHER"
-# Files: which process has something to save; the launcher was asked to stop; how to resume after an error;
-# one that is locked while the launcher looks at the rows; and the path of a dry run's folder.
-TRAINING, STOPPING, GO_ON, ROWS, DRY_RUN = "training", "stopping", "go_on", "rows", "dry_run"
-# Signals that ask a run to stop; SIGUSR1 is how some schedulers announce preemption.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Files: which process has something to save; the launcher was asked to stop; the run has stopped and saved;
+# how to resume after an error; an error was printed; one that is locked while the launcher looks at the rows;
+# the native work that did not heed a signal; and the path of a dry run's folder.
+TRAINING, STOPPING, STOPPED, GO_ON, TOLD, ROWS = "training", "stopping", "stopped", "go_on", "told", "rows"
+NATIVE, DRY_RUN = "native", "dry_run"
+# The words of the launcher's command up to the run's own flags, and those after them, as JSON.
+LAUNCHED = "FALCON_QLORA_LAUNCHED"
+_WORKER = "falcon_qlora.train"
 # One request can arrive twice: from a scheduler to every process, and passed on by the launcher; or from a
 # terminal, and from a program that supervises the command there.
 SAME_REQUEST_SECONDS = 1.0
@@ -34,6 +38,47 @@ def mark(name: str) -> Path | None:
     """The path of the file `name` in the launcher's folder; None without a launcher."""
     folder = os.environ.get(VARIABLE)
     return Path(folder) / name if folder else None
+
+
+def leave(name: str, text: str = "") -> None:
+    """Leave the file `name` for the launcher, if there is one."""
+    file = mark(name)
+    if file is not None:
+        part = file.with_name(f".{name}-{os.getpid()}")
+        with contextlib.suppress(OSError):  # a full disk there must not end the run
+            part.write_text(text, encoding="utf-8")
+            part.rename(file)
+
+
+def launched(*of_run: str) -> list[str]:
+    """The command that launches another run as this one was launched.
+
+    Args:
+        of_run: the flags of that run.
+    """
+    told = os.environ.get(LAUNCHED)
+    before, after = json.loads(told) if told else (_found(), [])
+    return [*before, *of_run, *after]
+
+
+def _found() -> list[str]:
+    """How this process was started, up to the run's flags, if not by the launcher of this package."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return [*_of_torchrun(), "-m", _WORKER]
+    if "SLURM_STEP_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return ["srun", "--ntasks", os.environ["WORLD_SIZE"], "python", "-m", _WORKER]
+    return ["falcon-qlora", "train"]
+
+
+def _of_torchrun() -> list[str]:
+    """torchrun's own words, as its agent, this process's parent, was given them."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8").split("\0")
+    except (OSError, UnicodeDecodeError):
+        return ["torchrun"]
+    ours = next((at for at, word in enumerate(words) if word == _WORKER), 0)
+    first = next((at for at, word in enumerate(words) if word.endswith(("torchrun", ".run"))), 0)
+    return ["torchrun", *words[first + 1 : ours - 1]] if 0 < first < ours else ["torchrun"]
 
 
 def hold(file: Path) -> IO[str]:

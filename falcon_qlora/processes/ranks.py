@@ -18,6 +18,11 @@ def stand_alone() -> None:
         os.environ.pop(name, None)
 
 
+def be(**variables: str) -> None:
+    """Have this process be the rank that these variables of torchrun's say."""
+    os.environ.update(variables)
+
+
 def process_index() -> int:
     """This process's index over all nodes, from 0."""
     return int(os.environ.get("RANK", "0"))
@@ -45,6 +50,16 @@ def is_main_process() -> bool:
 def restart_count() -> int:
     """How often torchrun has restarted this group of processes."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def set_restart_count(count: int) -> None:
+    """Have `restart_count` say what the processes have agreed on."""
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(count)
+
+
+def node_index() -> int:
+    """The index of this process's node, from 0; that of the main process is 0."""
+    return int(os.environ.get("GROUP_RANK", process_index() // local_world_size()))
 
 
 def launch_id() -> str:

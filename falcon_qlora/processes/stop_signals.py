@@ -11,21 +11,24 @@ for a process that is gone. So a separate thread reads the signals.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from falcon_qlora.common.errors import native_work
-from falcon_qlora.processes import endings, launcher, ranks
-from falcon_qlora.processes.launcher import SAME_REQUEST_SECONDS, STOP_SIGNALS
+from falcon_qlora.common.errors import EXIT_BUG, EXIT_STOPPED, native_work
+from falcon_qlora.common.files import remove_temporary_files
+from falcon_qlora.processes import early, endings, launcher, lookout, ranks
+from falcon_qlora.processes.early import STOP_SIGNALS
+from falcon_qlora.processes.launcher import SAME_REQUEST_SECONDS
 
 _LEAVE_SECONDS = 5.0
+_AGAIN_SECONDS = 0.05
 
 
 class Ended(BaseException):
@@ -35,7 +38,7 @@ class Ended(BaseException):
         self.number = number
 
     def __str__(self) -> str:
-        return f"ended by {self.number.name} on {socket.gethostname()}"
+        return early.words_for(self.number)
 
 
 class Stopped(Exception):
@@ -54,7 +57,7 @@ class Stopped(Exception):
 
 class _Requests:
     def __init__(self) -> None:
-        self.training = False
+        self.training = self.stopped = False
         self.first: int | None = None
         self.at = 0.0
         self.say: Callable[[str], None] = lambda text: None
@@ -62,9 +65,12 @@ class _Requests:
 
     def receive(self, number: int) -> None:
         """Take in a signal; called by the thread."""
+        if not self.training and lookout.watches():
+            lookout.tell(f"error: {Ended(signal.Signals(number))}\n", EXIT_BUG)
+            os._exit(128 + number)
         if not self.training:
             # The main thread ends the process. If it is waiting for another one, this timer does.
-            timer = threading.Timer(_LEAVE_SECONDS, _leave, [number])
+            timer = threading.Timer(_LEAVE_SECONDS, _leave_to_launcher, [number])
             timer.daemon = True
             timer.start()
             return
@@ -83,12 +89,36 @@ class _Requests:
 _requests = _Requests()
 
 
-def _leave(number: int, otherwise: str = "") -> None:
+# Set by the first signal that Python gets to see.
+_heeded = threading.Event()
+
+
+class _Heeding:
+    """A signal's handler that notes that it was called."""
+
+    def __init__(self, handler: Callable[[int, Any], None]):
+        self._handler = handler
+
+    def __call__(self, number: int, frame: Any) -> None:
+        _heeded.set()
+        self._handler(number, frame)
+
+
+def _leave(number: int) -> None:
     """End this process, whose main thread has not heeded a signal; say what it waits for, if known."""
     name = signal.Signals(number).name
-    told = [f"error: native code does not heed {name}, {work.what}" for work in native_work()[:1]]
-    for line in told or filter(None, [otherwise]):
-        print(line, file=sys.stderr, flush=True)
+    told = [f"native code does not heed {name}, {work.what}" for work in native_work()[:1]]
+    print(f"error: {(told or [early.words_for(number)])[0]}", file=sys.stderr, flush=True)
+    remove_temporary_files()
+    os._exit(128 + number)
+
+
+def _leave_to_launcher(number: int) -> None:
+    """The same in a rank, whose launcher says that it ended: one message in all."""
+    for work in native_work()[:1]:
+        if launcher.mark(launcher.NATIVE) is None:
+            _leave(number)
+        launcher.leave(launcher.NATIVE, work.what)
     os._exit(128 + number)
 
 
@@ -106,15 +136,15 @@ def stop_signals_raise(*, for_good: bool = False) -> Iterator[None]:
     before = {
         number: handler
         for number, handler in found.items()
-        if handler in (signal.SIG_DFL, signal.default_int_handler)
+        if handler in (signal.SIG_DFL, signal.default_int_handler, early.tell_and_end)
     }
     if threading.current_thread() is not threading.main_thread() or not before:
         yield
         return
-    heeded, process = threading.Event(), os.getpid()
+    process = os.getpid()
+    _heeded.clear()
 
-    def interrupt(number: int, frame: Any) -> None:
-        heeded.set()
+    def end(number: int, frame: Any) -> None:
         if number == signal.SIGINT:
             signal.default_int_handler(number, frame)
         if os.getpid() != process:  # a fork, which ends as if there were no handler
@@ -124,11 +154,23 @@ def stop_signals_raise(*, for_good: bool = False) -> Iterator[None]:
     def watch() -> None:
         while sent := os.read(reader, 64):
             for number in sent:
-                ours = number in before and signal.getsignal(number) is interrupt
-                if ours and not heeded.wait(_LEAVE_SECONDS):
-                    _leave(number, f"error: {Ended(signal.Signals(number))}")
+                ours = number in before and isinstance(signal.getsignal(number), _Heeding)
+                if ours and not _heeded.wait(_LEAVE_SECONDS):
+                    _leave(number)
         os.close(reader)
 
+    def lost(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if isinstance(error, KeyboardInterrupt | Ended):  # Python drops what a `__del__` or a weakref raises
+            number = error.number if isinstance(error, Ended) else signal.SIGINT
+            again = threading.Timer(_AGAIN_SECONDS, os.kill, [os.getpid(), number])
+            again.daemon = True
+            again.start()
+        else:
+            hook(unraisable)
+
+    hook, sys.unraisablehook = sys.unraisablehook, lost
+    interrupt = _Heeding(end)
     for number in before:
         signal.signal(number, interrupt)
     reader, writer = os.pipe()
@@ -138,6 +180,7 @@ def stop_signals_raise(*, for_good: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         signal.set_wakeup_fd(earlier)
         for number, handler in before.items():
             if not for_good or signal.getsignal(number) is interrupt:
@@ -145,8 +188,26 @@ def stop_signals_raise(*, for_good: bool = False) -> Iterator[None]:
         os.close(writer)
 
 
+@contextlib.contextmanager
+def stop_signals_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Within the block, `handler` gets the signals that ask a process to stop.
+
+    Within `stop_signals_raise` as well, native code that does not let it be called is ended as there.
+    """
+    earlier = {number: signal.signal(number, _Heeding(handler)) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, before in earlier.items():
+            signal.signal(number, before)
+
+
 def end_with(status: int) -> None:
-    """From here on a stop signal ends this process with `status`: it has only to shut down."""
+    """From here on a stop signal ends this process with `status`: it has only to shut down.
+
+    After Ctrl-C it does so here: Python would by itself end by the signal, and not with `status`, where a
+    library was just then executing a text.
+    """
     if threading.current_thread() is not threading.main_thread():
         return
     for stream in filter(None, (sys.stdout, sys.stderr)):
@@ -155,14 +216,18 @@ def end_with(status: int) -> None:
     for number in STOP_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda number, frame: os._exit(status))
+    if status == 128 + signal.SIGINT:
+        atexit._run_exitfuncs()
+        os._exit(status)
 
 
 def install() -> None:
     """Handle the stop signals of this process; call it in the main thread."""
+    early.give_back()
     before = signal.getsignal(signal.SIGINT)
 
     def handle(number: int, frame: Any) -> None:
-        if _requests.training:
+        if _requests.training or lookout.watches():
             return
         if number == signal.SIGINT and callable(before):
             before(number, frame)
@@ -200,7 +265,11 @@ def all_have_begun() -> None:
 
     Before that, a signal would end some processes while others take it as a request.
     """
-    _leave_for_launcher(launcher.TRAINING, str(os.getpid()))
+    for left in (launcher.mark(launcher.STOPPED), launcher.mark(launcher.TOLD)):
+        if left is not None and ranks.local_process_index() == 0:
+            left.unlink(missing_ok=True)  # of processes that were stopped for a node to join, or failed
+    if ranks.local_process_index() == 0:
+        launcher.leave(launcher.TRAINING, str(os.getpid()))
 
 
 def asked_to_stop() -> signal.Signals | None:
@@ -208,15 +277,20 @@ def asked_to_stop() -> signal.Signals | None:
     return None if _requests.first is None else signal.Signals(_requests.first)
 
 
+def tell_stopped() -> None:
+    """The run has stopped and saved: the launcher, or this process without one, tells by its status."""
+    _requests.stopped = True
+    if ranks.local_process_index() == 0:
+        launcher.leave(launcher.STOPPED)
+
+
+def status_of_stopped() -> int:
+    """The status for a process that has met no error: an agent would restart others than 0."""
+    by_itself = launcher.VARIABLE not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+    return EXIT_STOPPED if _requests.stopped and by_itself else 0
+
+
 def tell_launcher(text: str) -> None:
     """Have the launcher print `text`, how to resume, if the processes end with an error."""
-    _leave_for_launcher(launcher.GO_ON, text)
-
-
-def _leave_for_launcher(name: str, text: str) -> None:
-    file = launcher.mark(name)
-    if file is not None and ranks.local_process_index() == 0:
-        part = file.with_name(f".{name}")
-        with contextlib.suppress(OSError):  # a full disk there must not end the run
-            part.write_text(text, encoding="utf-8")
-            part.rename(file)
+    if ranks.local_process_index() == 0:
+        launcher.leave(launcher.GO_ON, text)

@@ -22,7 +22,8 @@ import traceback
 from pathlib import Path
 
 from falcon_qlora.common.errors import EXIT_BUG, EXIT_HANGING, NativeWork, native_work
-from falcon_qlora.processes import agreement, endings, ranks
+from falcon_qlora.common.files import remove_temporary_files
+from falcon_qlora.processes import agreement, endings, lookout, ranks
 
 _ANSWER_SECONDS = 3.0
 # Beyond the time allowed, if not even the watching thread gets to run.
@@ -87,6 +88,7 @@ def _watch_native() -> None:
                         f"error: native code has not returned for {seconds:.0f} s, {work.what}: take another "
                         "tokenizer (--tokenizer_name_or_path), or give it longer (--hang_minutes)\n"
                     )
+                remove_temporary_files()
                 os._exit(_Native.status)
 
 
@@ -99,7 +101,7 @@ class Watchdog:
     """
 
     def __init__(self, seconds: float, record: Path):
-        self._seconds = seconds
+        self.seconds = seconds
         self._record = record
         self._place = (0, 0, "starting")
         self._moved = time.monotonic()
@@ -108,13 +110,13 @@ class Watchdog:
     def start(self) -> None:
         self._moved = time.monotonic()
         _Native.left_alone = True
-        if self._seconds:
+        if self.seconds:
             self._ended.clear()
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def stop(self) -> None:
         _Native.left_alone = False
-        if self._seconds:
+        if self.seconds:
             self._ended.set()
             faulthandler.cancel_dump_traceback_later()
 
@@ -130,13 +132,13 @@ class Watchdog:
         self._moved = time.monotonic()
 
     def _watch(self) -> None:
-        while not self._ended.wait(min(5.0, self._seconds / 4)):
+        while not self._ended.wait(min(5.0, self.seconds / 4)):
             still = time.monotonic() - self._moved
-            if still > self._seconds:
+            if still > self.seconds:
                 self._end(still)
             # To the process's own standard error: a notebook's replacement for it is no file.
             faulthandler.dump_traceback_later(
-                self._seconds + _LAST_RESORT_SECONDS, exit=True, file=_STANDARD_ERROR
+                self.seconds + _LAST_RESORT_SECONDS, exit=True, file=_STANDARD_ERROR
             )
             if self._ended.is_set():
                 faulthandler.cancel_dump_traceback_later()
@@ -145,7 +147,11 @@ class Watchdog:
         with contextlib.suppress(Exception):
             stack, (step, phase, what) = _stack(), self._place
             what = ", ".join([what, *(work.what for work in native_work())])
-            tell((step, phase, what), stack, still, record=write_record(self._record))
+            try:
+                tell((step, phase, what), stack, still, record=write_record(self._record))
+            except (OSError, RuntimeError):  # the store does not answer
+                if (told := lookout.who_is_gone()) is not None:
+                    lookout.tell(told, EXIT_HANGING)
         os._exit(EXIT_HANGING)
 
 
@@ -187,6 +193,8 @@ def tell(place: tuple[int, int, str], stack: str, still: float, *, record: Path 
         _print(describe({0: mine}, 1, still), where)
         return
     prefix = f"falcon_qlora/hang/{ranks.restart_count()}"
+    if lookout.watches():
+        lookout.require_store()
     store = agreement.connect(timeout_seconds=10 * _ANSWER_SECONDS)
     store.set(f"{prefix}/{ranks.process_index()}", mine)
     if store.add(prefix, 1) == 1:
@@ -205,15 +213,15 @@ def describe(answers: dict[int, str], processes: int, still: float) -> str:
     """Which process hangs, from what each has posted."""
     silent = [process for process in range(processes) if process not in answers]
     if silent:
-        which = ", ".join(map(str, silent))
-        return f"rank {which} is not responding: stopped, or blocked in native code"
+        cut = ", or cut off from the network" if lookout.watches() else ""
+        return f"{lookout.named(silent)} is not responding: stopped, or blocked in native code{cut}"
     said = {process: json.loads(answer) for process, answer in answers.items()}
     furthest_back = min(tuple(place[:2]) for place in said.values())
     held = {process: place for process, place in said.items() if tuple(place[:2]) == furthest_back}
     if len(held) == processes > 1:
         text = f"all {processes} ranks have made no progress for {still:.0f} s"
     else:
-        text = f"rank {', '.join(map(str, held))} has made no progress for {still:.0f} s"
+        text = f"{lookout.named(held)} has made no progress for {still:.0f} s"
     (step, _, what, stack), *_ = held.values()
     return f"{text}, {what} at step {step}. Its Python stack:\n{stack.rstrip()}"
 
@@ -231,4 +239,8 @@ def _stack() -> str:
 
 
 def _print(text: str, where: str) -> None:
-    print(f"error: {text}", *filter(None, [where]), sep="\n", file=sys.stderr, flush=True)
+    lines = "\n".join([f"error: {text}", *filter(None, [where]), ""])
+    if lookout.watches():
+        lookout.tell(lines, EXIT_HANGING)
+    else:
+        print(lines, end="", file=sys.stderr, flush=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.files import quoted, try_to_write
+from falcon_qlora.common.record_files import AUTO, LATEST
 from falcon_qlora.run_folder.directory import LAUNCHER, RunDirectory
 
 RUNS = Path("runs")
@@ -20,7 +21,7 @@ def choose(
     *,
     model: str,
     settings: str,
-    resume: bool | str | Path = False,
+    resume: str | Path | None = None,
     overwrite: bool = False,
     restarted: bool = False,
     make: bool = True,
@@ -33,7 +34,8 @@ def choose(
         output_dir: The folder the user named; None for a fresh one under `root`.
         model: What is trained; the last part of a path or hub id goes into the fresh folder's name.
         settings: A few words that tell runs of one model apart, such as ``4bit-lora64``.
-        resume: ``--resume``: True for the run in `output_dir`, or a run directory or one of its checkpoints.
+        resume: ``--resume``: LATEST for the run in `output_dir`, AUTO if there is one, or a run directory or
+            one of its checkpoints.
         overwrite: ``--overwrite``: `output_dir` may hold a run; RunDirectory.clear removes it later.
         restarted: torchrun has restarted this group of processes: the run in the folder is their own.
         make: Make the folder. Otherwise only check that it could be made; another run may still take the
@@ -45,7 +47,8 @@ def choose(
         UserError: if the named folder is a file, holds a run without `resume` or `overwrite`, or is not
             that of the run to resume; if there is no such run; or if the folder cannot be written.
     """
-    resumed_from = _run_of(Path(resume)) if isinstance(resume, str | Path) else None
+    by_folder = resume is None or resume in (LATEST, AUTO)
+    resumed_from = None if by_folder else _run_of(Path(str(resume)))
     if output_dir is None and resumed_from is not None:
         return resumed_from
     if output_dir is None:
@@ -67,7 +70,7 @@ def choose(
         )
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path}: this is a file; name a folder")
-    if resume and not restarted and not path.exists():
+    if resume == LATEST and not restarted and not path.exists():
         raise _not_there(path)
     if RunDirectory(path).holds_run() and not (resume or overwrite or restarted):
         raise UserError(

@@ -52,7 +52,7 @@ def collect_environment() -> dict[str, Any]:
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "packages": _packages(),
+        "packages": package_versions(),
         "cuda": torch.version.cuda,
         "driver": _driver(),
         "gpus": _gpus(),
@@ -62,10 +62,15 @@ def collect_environment() -> dict[str, Any]:
     }
 
 
+def package_versions() -> dict[str, str]:
+    """The versions of what a training uses, by package; those that are not installed are left out."""
+    return {name: version for name in _PACKAGES if (version := _version(name))}
+
+
 def versions() -> dict[str, str]:
     """Versions that a run's figures may depend on, by name: those that this process has."""
     known = {"python": platform.python_version(), "cuda": torch.version.cuda, "driver": _driver()}
-    return _packages() | {name: version for name, version in known.items() if version is not None}
+    return package_versions() | {name: version for name, version in known.items() if version is not None}
 
 
 def without_secrets(argv: Sequence[str]) -> list[str]:
@@ -82,10 +87,6 @@ def without_secrets(argv: Sequence[str]) -> list[str]:
         hide = secret and not equals
         shown.append(f"{flag}={_HIDDEN}" if secret and equals else without_credentials(argument))
     return shown
-
-
-def _packages() -> dict[str, str]:
-    return {name: version for name in _PACKAGES if (version := _version(name))}
 
 
 def _driver() -> str | None:

@@ -14,8 +14,9 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.untrusted import read_json
@@ -54,8 +55,11 @@ class RunLock:
         deadline = time.monotonic() + self._patience_seconds
         while not self._try(file):
             if time.monotonic() > deadline:
+                told = "another process"
+                with contextlib.suppress(UserError):
+                    told = _named(read_json(file, limit_bytes=_TOLD_BYTES))
                 raise UserError(
-                    f"{folder}: {_holder(file)} is training there. Wait for it to end, or stop it (SIGTERM "
+                    f"{folder}: {told} is training there. Wait for it to end, or stop it (SIGTERM "
                     "has it save first), or name another folder with --output_dir"
                 )
             time.sleep(_LOOK_SECONDS)
@@ -83,6 +87,12 @@ class RunLock:
             os.close(handle)
             return False
         self._file, self._handle = file, handle
+        left = _read(handle)
+        if str(left.get("host", socket.gethostname())) != socket.gethostname():
+            self._say(
+                f"{file.parent}: took over the lock that {_named(left)} left; if it still trains there, on a "
+                "file system without locks between hosts, stop one of the two"
+            )
         now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
         about = {"host": socket.gethostname(), "process": os.getpid(), "since": now}
         with contextlib.suppress(OSError):  # a full disk; the lock holds anyway
@@ -106,12 +116,16 @@ class RunLock:
         self.release()
 
 
-def _holder(file: Path) -> str:
-    """The process that has the lock, as the file says; other content of the file is kept short."""
-    try:
-        told = read_json(file, limit_bytes=_TOLD_BYTES)
-    except UserError:
-        return "another process"
+def _read(handle: int) -> dict[str, Any]:
+    """What the file says of its holder: anybody's content."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        told = json.loads(os.pread(handle, _TOLD_BYTES, 0))
+        return told if isinstance(told, dict) else {}
+    return {}
+
+
+def _named(told: Mapping[str, Any]) -> str:
+    """The process that the file tells of; other content of the file is kept short."""
     values = (str(told.get(name))[:64] for name in ("process", "host", "since"))
     process, host, since = ("".join(filter(str.isprintable, value)) for value in values)
     return f"process {process} on {host} (since {since})"

@@ -31,8 +31,14 @@ class Summary:
         samples: Documents trained on, likewise; None for a stream, which is not counted.
         total_peak_memory_gib: Sum of the processes' peaks.
         predicted_peak_memory_gib: What `peak_memory_gib` was predicted to be; None on the CPU.
+        card_gib: All that the first process's GPU held after the last step, other programs' included, as
+            nvidia-smi counts it; None on the CPU.
+        estimated_card_gib: What `falcon-qlora estimate` says of it.
+        estimated_tokens_per_second: What it says of `tokens_per_second`; None for a GPU unknown to it.
         reduction_shares: Share of each process's training time in the gradient all-reduce, since the last
             start. It includes the wait for the slowest, which has the smallest share. None for one process.
+        network_share: Share of a step in the all-reduce between nodes: that of the slowest process, which
+            waits for no other. None on one node.
         wall_seconds: Seconds of all commands of the run, each from its start, until this was written.
         wall_tokens_per_second: Real tokens a second of `wall_seconds`.
         step_share: `train_seconds` of `wall_seconds`, 0 to 1.
@@ -66,7 +72,11 @@ class Summary:
     samples: int | None = None
     total_peak_memory_gib: float | None = None
     predicted_peak_memory_gib: float | None = None
+    card_gib: float | None = None
+    estimated_card_gib: float | None = None
+    estimated_tokens_per_second: float | None = None
     reduction_shares: list[float] | None = None
+    network_share: float | None = None
     wall_seconds: float | None = None
     wall_tokens_per_second: float | None = None
     step_share: float | None = None

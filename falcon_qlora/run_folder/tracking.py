@@ -14,7 +14,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,9 @@ _HINTS = {
 
 # A tracker that fails this often in a row is dropped: its time-outs would slow every step.
 _PATIENCE = 3
+# It gives its own process 30 seconds to start, and its server 90.
+_START_SECONDS = 60.0
+_INIT_SECONDS = 150.0
 _FINISH_SECONDS = 120.0
 _REJECTED = re.compile(
     r"error 40[13]\b|invalid|not logged in|permission denied|unauthorized|forbidden", re.IGNORECASE
@@ -224,7 +228,8 @@ class Trackers:
         online = self._wandb_mode == "online"
         folder = os.environ.get("WANDB_DIR") or str(directory.path)
         Path(folder).mkdir(parents=True, exist_ok=True)
-        return wandb.init(
+        init = partial(
+            wandb.init,
             **{**where, "resume": where["resume"] if online else None},
             config=plain(config),
             allow_val_change=True,
@@ -232,6 +237,7 @@ class Trackers:
             mode=self._wandb_mode,
             settings=settings,
         )
+        return _in_time(init, _INIT_SECONDS)
 
 
 class TrackersCallback:
@@ -290,6 +296,32 @@ class _WandbCallback(WandbCallback):
         self._wandb.define_metric("*", step_metric="train/global_step", step_sync=True)
 
 
+def _in_time(work: Callable[[], Any], seconds: float) -> Any:
+    """What `work` returns. W&B waits without end for its own process where that fails as it starts.
+
+    Raises:
+        TimeoutError: after so long.
+        Exception: what `work` raises.
+    """
+    found: list[tuple[Any, Exception | None]] = []
+
+    def run() -> None:
+        try:
+            found.append((work(), None))
+        except Exception as error:
+            found.append((None, error))
+
+    thread = threading.Thread(target=run, name="W&B", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not found:
+        raise TimeoutError(f"its own process does not answer within {seconds:.0f} s")
+    result, error = found[0]
+    if error is not None:
+        raise error
+    return result
+
+
 def _wandb_mode() -> tuple[str, str]:
     """How W&B will run: ``online``, ``offline`` or ``disabled``, and why."""
     # Before W&B is imported: its background process reads these when it starts.
@@ -298,7 +330,16 @@ def _wandb_mode() -> tuple[str, str]:
 
     if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes"):
         return "disabled", "WANDB_DISABLED is set"
-    mode = wandb.setup(settings=wandb.Settings(silent=True)).settings.mode
+    try:
+        # Starts its process.
+        mode = _in_time(
+            lambda: wandb.setup(settings=wandb.Settings(silent=True)).settings.mode, _START_SECONDS
+        )
+    except Exception as error:
+        raise UserError(
+            f"--report_to wandb: W&B could not start ({first_line(error)}). Try again, or train without it: "
+            "--report_to none"
+        ) from None
     if mode == "disabled":
         return "disabled", "W&B's mode is disabled"
     if mode in ("offline", "dryrun"):

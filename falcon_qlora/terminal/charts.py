@@ -32,6 +32,14 @@ class Bar(NamedTuple):
     high: float
 
 
+class Range(NamedTuple):
+    """A bar's label, and where it begins and ends."""
+
+    label: str
+    low: float
+    high: float
+
+
 class Line(NamedTuple):
     """Measured points that belong together, and what computed them."""
 
@@ -179,6 +187,49 @@ def draw_bars(series: Mapping[str, Sequence[Bar]], file: Path, *, axis: str, tit
         axes.set_yticks(range(len(labels)), [drawing.shown(label) for label in labels])
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(len(labels) - 0.5, -0.5)
+
+
+def draw_ranges(
+    ranges: Sequence[Range], file: Path, *, axis: str, marks: Mapping[float, str], title: str = ""
+) -> None:
+    """Draw horizontal bars from a low to a high value as a PNG, over a logarithmic axis with marked places.
+
+    Args:
+        ranges: the bars, from above to below.
+        file: the PNG to write.
+        axis: what the values are, with their unit.
+        marks: value to its name.
+        title: a line above the chart.
+    """
+    if not ranges:
+        return
+    height = 1.6 + drawing.height_of_names(len(ranges)) * 1.5
+    labels = [each.label for each in ranges]
+    with picture(file, title=title, names=labels, width=9, height=height) as (_, axes):
+        axes.grid(visible=False, axis="y")
+        axes.set(xlabel=axis, xscale="log")
+        axes.barh(
+            range(len(ranges)),
+            [each.high - each.low for each in ranges],
+            0.62,
+            left=[each.low for each in ranges],
+            color=drawing.BLUE,
+        )
+        named = 0.0
+        for place in sorted(marks):
+            axes.axvline(place, color=drawing.RED, linewidth=0.8)
+            if place > 1.1 * named:  # else the name before is of both
+                near = [name for at, name in sorted(marks.items()) if place <= at <= 1.1 * place]
+                named, text = place, ", ".join(near)
+                axes.text(place, -0.7, text, color=drawing.RED, fontsize=drawing.NAME_SIZE, rotation=30)
+        axes.set_yticks(range(len(labels)), [drawing.shown(label) for label in labels])
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(len(labels) - 0.5, -0.6)
+        within = axes.get_xlim()
+        axes.set_xticks([first * 10**power for power in range(-3, 6) for first in (1, 2, 5)])
+        axes.set_xlim(within)
+        axes.minorticks_off()
+        axes.xaxis.set_major_formatter("{x:g}")
 
 
 def draw_curves(

@@ -29,6 +29,7 @@ from falcon_qlora.terminal.notebook import in_notebook
 from falcon_qlora.terminal.output import below
 
 _LABEL_WIDTH = 11
+_MUCH_WAITING = 0.05  # of a step
 _PATIENCE_SECONDS = 5.0
 
 
@@ -140,6 +141,15 @@ def print_end(
             f"gradient all-reduce took {min(shares):.1%} of the time of the slowest (rank {slowest}), "
             f"{max(shares):.1%} of the fastest, which waited"
         )
+    network = ""
+    if (share := summary.get("network_share")) is not None:
+        network = f"{share:.1%} of each step was waited for the network"
+        if share > _MUCH_WAITING:
+            less = share / (share + 8 * (1 - share))
+            network += (
+                f"; {less:.1%} with eight times the micro-batches a step (--gradient_accumulation_steps, or "
+                "--global_batch_size)"
+            )
     speed = f"{summary['tokens_per_second']:,.0f} tokens/s in the steps"
     if (by_clock := summary.get("wall_tokens_per_second")) is not None:
         speed += f", {by_clock:,.0f} over the whole command"
@@ -153,6 +163,7 @@ def print_end(
         ("speed", joined(speed, samples)),
         ("memory", memory),
         ("processes", reduced),
+        ("network", network),
         (
             "skipped",
             f"{counted(summary['bad_steps'], 'step')}, not finite" if summary.get("bad_steps") else "",

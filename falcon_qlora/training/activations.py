@@ -14,12 +14,12 @@ from falcon_qlora.config.arguments import RunArguments
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.fast_path import reason_left_alone, runs_fast
 from falcon_qlora.processes import agreement, devices, ranks
+from falcon_qlora.training.estimate import step_of
 
 if TYPE_CHECKING:
     from falcon_qlora.data.batches import TrainingSteps
     from falcon_qlora.data.packing import MicroBatch
-    from falcon_qlora.models.activations import Checkpointing
-    from falcon_qlora.models.step_memory import Step
+    from falcon_qlora.models.step_memory import Checkpointing, Step
     from falcon_qlora.training.trainer import FalconTrainer
 
 _DESCRIPTIONS: dict[Checkpointing, str] = {
@@ -36,7 +36,7 @@ class Activations:
 
     Attributes:
         blocks: the choice for each block.
-        predicted_gib: the process's predicted peak memory, GiB; None on the CPU.
+        predicted_gib: the process's predicted peak memory, GiB; None on the CPU and with ZeRO-3.
         fp8_weights_kept: whether there was room to keep the frozen weights in FP8, converted only once.
     """
 
@@ -93,7 +93,8 @@ def choose_activations(
         if wanted == "auto":
             blocks = step.choose(free)
         kept = _keep_fp8_weights(model, step, blocks, free)
-        predicted = (torch.cuda.memory_allocated(device) + step.bytes(blocks)) / GIB
+        if run.sharding != "zero3":  # of DeepSpeed's buffers nothing is known here
+            predicted = (torch.cuda.memory_allocated(device) + step.bytes(blocks)) / GIB
     set_checkpointing(model, blocks)
     return Activations(blocks, predicted, kept)
 
@@ -110,30 +111,21 @@ def _keep_fp8_weights(model: Any, step: Step, blocks: list[Checkpointing], free_
 
 
 def _step(run: RunArguments, model: Any, *, max_length: int, optimizer: str, fast: bool) -> Step:
-    from falcon_qlora.models import step_memory
     from falcon_qlora.models.fast_path import fp8_weight_bytes
     from falcon_qlora.models.sharded import is_sharded, local_count
 
-    config, method = model.config, method_of(model)
-    a_micro_batch = run.per_device_train_batch_size * ranks.world_size()
-    several = run.gradient_accumulation_steps > 1 or (run.global_batch_size or 0) > a_micro_batch
-    trainable_bytes = 4 if method.trains_in_float32 else model.dtype.itemsize
-    return step_memory.Step(
-        config=config,
-        tokens=run.per_device_train_batch_size * max_length,
-        trainable=local_count(model),
-        trainable_bytes=trainable_bytes,
-        gradients_stay=several or (ranks.world_size() > 1 and not is_sharded(model)),
-        gathered=step_memory.gathered_bytes(config, trainable_bytes) if is_sharded(model) else 0,
+    return step_of(
+        run,
+        model.config,
+        method_of(model),
+        max_length=max_length,
+        optimizer=optimizer,
         fast=fast,
         in_fp8=fp8_weight_bytes(model) > 0,
-        **method.step_memory(),
         value_bytes=model.dtype.itemsize,
-        optimizer_bytes=step_memory.allocated_optimizer_bytes(
-            optimizer,
-            trainable_bytes,
-            embedded=step_memory.embedded_share(config) if method.is_whole else 0.0,
-        ),
+        trainable=local_count(model),
+        processes=ranks.world_size(),
+        is_sharded=is_sharded(model),
     )
 
 

@@ -197,7 +197,7 @@ def build_trainer(
             "settings": settings,
         },
         on_saved=lambda checkpoint: stop_signals.tell_launcher(
-            f"the last complete checkpoint is {checkpoint}; go on with:  {how_to_go_on(directory)}"
+            f"the last complete checkpoint is {checkpoint}; go on {how_to_go_on(directory)}"
         ),
         every_minutes=run.save_every_minutes,
         limit=training.save_total_limit,

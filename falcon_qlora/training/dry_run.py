@@ -106,8 +106,7 @@ class DryRun:
         def make() -> str:
             parent = nearest_existing(start.directory.path).absolute()
             folder = str(self._held.enter_context(temporary_folder(parent)))
-            if (left := launcher.mark(launcher.DRY_RUN)) is not None:
-                left.write_text(folder, encoding="utf-8")
+            launcher.leave(launcher.DRY_RUN, folder)
             return folder
 
         self._folder = Path(agreement.from_main_process(make))
@@ -157,10 +156,8 @@ class DryRun:
             self._rows.append(("all-reduce", _try_all_reduce(device)))
         with phase("kernels"):
             batch = largest_micro_batch(trainer)
-            if batch is None:  # a stream's is not known
-                first = next(iter(trainer.steps))
-                assert first is not None
-                batch = first.micro_batches[0]
+            if batch is None:
+                batch = next(share for share in iter(trainer.steps) if share is not None).micro_batches[0]
             self._rows.append(("kernels", compare_kernels(trainer.model, batch, device)))
         agreement.wait_for_all()
         phases.now = "first step"

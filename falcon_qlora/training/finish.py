@@ -23,7 +23,7 @@ from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.hub import push_folder
 from falcon_qlora.models.sharded import is_sharded, take_part
 from falcon_qlora.models.sharded_base import follow, leading, replicated
-from falcon_qlora.processes import agreement, endings, ranks
+from falcon_qlora.processes import agreement, endings, lookout, ranks, stop_signals
 from falcon_qlora.processes.stop_signals import Stopped
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.run_folder.summary import Summary
@@ -34,11 +34,13 @@ from falcon_qlora.training.moved import require_moved
 from falcon_qlora.training.record import counts, refused_by_peft
 from falcon_qlora.training.resume import how_to_go_on
 from falcon_qlora.training.rows import TrainingData, told_at_end
-from falcon_qlora.training.throughput import peak_memory_gib
+from falcon_qlora.training.throughput import card_gib, peak_memory_gib
 from falcon_qlora.training.trainer import FalconTrainer
 
 if TYPE_CHECKING:
     from trl import SFTConfig
+
+    from falcon_qlora.training.estimate import Estimate
 
 # Before a disk that failed is tried again.
 _PAUSE_SECONDS = 3.0
@@ -53,6 +55,7 @@ def finish(
     configuration: Configuration,
     data: TrainingData,
     predicted_gib: float | None,
+    estimate: Estimate | None,
 ) -> None:
     """Check that the replicas agree, write the adapter and the summary, and print what was written.
 
@@ -61,11 +64,13 @@ def finish(
         configuration: of the run.
         data: that it was trained on.
         predicted_gib: a process's predicted peak memory, GiB; None on the CPU.
+        estimate: from `estimate_here`.
 
     Raises:
         UserError: if the replicas diverged, if nothing was trained, if the adapter cannot be written, or if
             the written adapter is not the one in memory; it is not kept.
     """
+    held = card_gib()  # PyTorch's allocator keeps what a step took
     model, base, run = trainer.model, configuration.model, configuration.run
     replicas = None
     if not is_sharded(model):
@@ -107,7 +112,11 @@ def finish(
         tokens=trainer.state.num_input_tokens_seen,
         samples=plan.documents_until(trainer.state.global_step) if plan is not None else None,
         predicted_peak_memory_gib=predicted_gib,
+        card_gib=held,
+        estimated_card_gib=None if estimate is None else estimate.card_gib,
+        estimated_tokens_per_second=None if estimate is None else estimate.tokens_per_second,
         reduction_shares=reductions if len(reductions) > 1 else None,
+        network_share=min(reductions) if ranks.world_size() > ranks.local_world_size() else None,
         refused_by_peft=refused_by_peft(method_of(model)) or None,
         adapter=run.adapter,
         adapter_sha256=run.adapter_sha256,
@@ -121,6 +130,7 @@ def finish(
         lambda folder: describe_adapter(folder, figures),
         meanwhile=lambda: directory.draw_loss(title=title, kept=trainer.kept_step),
     )
+    lookout.end()
     trainer.settle()
     if ranks.is_main_process():
         figures |= _wall_clock(trainer)
@@ -282,7 +292,7 @@ def stop(
         resumable: whether its checkpoints hold the optimizer's state.
 
     Raises:
-        UserError: if the checkpoint could not be saved.
+        UserError: if the checkpoint could not be saved, or the run cannot go on from it.
     """
     trackers.finish(exit_status=int(stopped.failure is not None))
     if ranks.is_main_process():
@@ -293,6 +303,7 @@ def stop(
         raise UserError(f"{where}, but the checkpoint could not be saved ({stopped.failure}). {last}")
     if not resumable:
         kept = directory.checkpoints / f"step-{stopped.step}"
-        console.print_plain(f"{where}. {kept} is weights only: the run cannot be resumed")
-        return
-    console.print_plain(f"{where}. Go on with:  {how_to_go_on(directory)}")
+        raise UserError(f"{where}. {kept} is weights only: the run cannot be resumed")
+    lookout.end()
+    stop_signals.tell_stopped()
+    console.print_plain(f"{where}. Go on {how_to_go_on(directory)}")

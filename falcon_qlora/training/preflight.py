@@ -81,7 +81,7 @@ def check(configuration: Configuration, lock: RunLock) -> Start:
             run.output_dir,
             model=model.model_name_or_path,
             settings=f"{model.quantize_mode}-{configuration.method.short}",
-            resume=True if run.resume == "latest" else (run.resume or False),
+            resume=run.resume,
             overwrite=run.overwrite,
             restarted=ranks.restart_count() > 0,
             make=make,

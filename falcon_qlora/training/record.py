@@ -10,6 +10,7 @@ import torch
 
 from falcon_qlora.common.files import write_json
 from falcon_qlora.common.quantities import counted, gib, passes
+from falcon_qlora.common.record_files import AUTO
 from falcon_qlora.config import Configuration
 from falcon_qlora.methods.adapter_folder import write_record
 from falcon_qlora.methods.interface import Method, method_of
@@ -28,9 +29,10 @@ from falcon_qlora.run_folder.model_card import ModelCard
 from falcon_qlora.run_folder.tracking import Trackers
 from falcon_qlora.terminal.console import joined
 from falcon_qlora.training.activations import Activations
-from falcon_qlora.training.expected_speed import speed_note
+from falcon_qlora.training.estimate import Estimate
 from falcon_qlora.training.resume import forget_after, step_of
 from falcon_qlora.training.rows import TrainingData, global_batch
+from falcon_qlora.training.speed_note import speed_note
 
 # Fewer steps than these hardly move an adapter.
 _FEW_STEPS = 10
@@ -58,6 +60,8 @@ def write_start(
         directory.clear(keep=trackers.written)
     elif ranks.restart_count():
         forget_after(directory, 0)
+    elif configuration.run.resume == AUTO:  # what a run left that ended before its first checkpoint
+        directory.clear(keep=trackers.written)
     directory.write_config(configuration.resolved())
     directory.write("environment", {**collect_environment(), "launch": ranks.launch_id()})
     write_json(directory.data_file, data.record)
@@ -264,7 +268,7 @@ def start_notes(
     data: TrainingData,
     model: Any,
     kernels: dict[str, str],
-    activations: Activations,
+    estimate: Estimate | None,
 ) -> list[str]:
     """What a user should know of the run before its first step."""
     longest = configuration.data.max_length
@@ -272,6 +276,9 @@ def start_notes(
         f"{file}: ignored, as they are no longer settings: {', '.join(keys)}"
         for file, keys in configuration.passed_over.items()
     ]
+    if configuration.kept:
+        named = ", ".join(configuration.kept)
+        notes.append(f"--recipe {configuration.run.recipe}: the resumed run keeps its own {named}")
     notes += [f"{failure}. The run is slower without it. {MEND}" for failure in failed_libraries(kernels)]
     if configuration.model.model_name_or_path.startswith("random:"):
         notes.append(
@@ -292,7 +299,7 @@ def start_notes(
     ]
     if configuration.method.new_token_count:
         notes += _unseen_tokens(data, method_of(model))
-    if speed := speed_note(configuration, model, kernels, activations):
+    if speed := speed_note(configuration, model, estimate):
         notes.append(speed)
     positions = model.config.max_position_embeddings
     if longest > positions:

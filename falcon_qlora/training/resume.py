@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from falcon_qlora.checkpoint.write import set_aside_after
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import plain, quoted
 from falcon_qlora.common.quantities import counted
+from falcon_qlora.common.record_files import AUTO, LATEST
 from falcon_qlora.common.settings import settings_of
 from falcon_qlora.common.untrusted import is_count, refuse_links
 from falcon_qlora.config import Configuration
@@ -21,7 +23,7 @@ from falcon_qlora.config.trainer_arguments import TrainerArguments
 from falcon_qlora.data.stream import changed_source
 from falcon_qlora.methods.adapter_folder import RECORD, read_record
 from falcon_qlora.methods.open_adapter import is_as_recorded
-from falcon_qlora.processes import agreement, ranks
+from falcon_qlora.processes import agreement, launcher, ranks
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal.console import note
 from falcon_qlora.training import sharding
@@ -61,22 +63,52 @@ def checkpoint_to_resume(directory: RunDirectory, *, resume: str | None, overwri
     One that is incomplete or altered is named and skipped for the one before.
 
     Raises:
-        UserError: if there is none to resume from, or the one that was named cannot be resumed.
+        UserError: if there is none to resume from, or the one that was named cannot be resumed; with
+            `AUTO`, if the run is finished and kept none.
     """
     restarted = ranks.restart_count() > 0
     if not resume and not restarted:
         return None
     named = None
-    if resume and resume != "latest" and Path(resume).parent.name == "checkpoints":
+    if resume and resume not in (LATEST, AUTO) and Path(resume).parent.name == "checkpoints":
         named = Path(resume)
     if restarted and _is_of_this_launch(directory):
         named = None  # this launch has come further
     elif restarted and overwrite:
         return None  # it failed before it replaced the old run
     found = agreement.from_main_process(lambda: _find(directory, named))
+    if found is not None:
+        _require_on_all_nodes(found)
     if found is None and resume and not restarted:
-        raise UserError(f"--resume: {directory} holds no checkpoint yet; start it again with --overwrite")
+        agreement.from_main_process(lambda: _check_may_begin(directory, resume))
     return found
+
+
+def _require_on_all_nodes(checkpoint: str) -> None:
+    if ranks.world_size() == ranks.local_world_size():
+        return
+    there = (Path(checkpoint) / manifest.MANIFEST).is_file()
+    everyone = agreement.met_by_main((socket.gethostname(), there))
+    without = list(dict.fromkeys(host for host, there in everyone if not there))
+
+    def refuse() -> None:
+        if without:
+            raise UserError(
+                f"--resume: {Path(checkpoint).absolute()} is not on {', '.join(without)}, and each node "
+                "reads it. Put --output_dir on a file system that all nodes share, or copy the folder there"
+            )
+
+    agreement.from_main_process(refuse)
+
+
+def _check_may_begin(directory: RunDirectory, resume: str) -> None:
+    if resume != AUTO:
+        raise UserError(f"--resume: {directory} holds no checkpoint yet; start it again with --overwrite")
+    if directory.adapter.exists():
+        raise UserError(
+            f"--resume auto: {directory} holds a finished run without checkpoints. Replace it with "
+            "--overwrite instead, or name another folder"
+        )
 
 
 def _is_of_this_launch(directory: RunDirectory) -> bool:
@@ -312,8 +344,7 @@ def step_of(checkpoint: str) -> int:
 
 
 def how_to_go_on(directory: RunDirectory) -> str:
-    """The command that resumes a run."""
-    words = ["falcon-qlora", "train", "--config", str(directory.config_file), "--resume", str(directory)]
-    if ranks.world_size() > 1 and ranks.world_size() == ranks.local_world_size():
-        words += ["--gpus", str(ranks.world_size())]
-    return " ".join(map(quoted, words))
+    """After "go on": with which command, launched as this run was."""
+    of_run = ["--config", str(directory.config_file), "--resume", str(directory)]
+    several = ", on every node" if ranks.world_size() > ranks.local_world_size() else ""
+    return f"with{several}:  {' '.join(map(quoted, launcher.launched(*of_run)))}"

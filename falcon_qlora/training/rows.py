@@ -57,6 +57,13 @@ class TrainingData:
     efficiency: float | None = None
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def plan(self) -> Plan | None:
+        """The order of the run; None for a stream."""
+        from falcon_qlora.data.batches import TrainingSteps
+
+        return self.steps.plan if isinstance(self.steps, TrainingSteps) else None
+
 
 def load_tokenizer(model: ModelArguments, method: Method | None = None) -> Any:
     """The tokenizer, with the tokens that a method adds; the main process downloads it."""
@@ -353,11 +360,12 @@ def _of_held_out(data: DataArguments, held_out: Any) -> list[str]:
     return [f"held out: {each}" for each in what_became(held_out)]
 
 
-def global_batch(run: RunArguments) -> int:
-    """Sequences of one optimizer step, over all processes and micro-batches."""
+def global_batch(run: RunArguments, processes: int | None = None) -> int:
+    """Sequences of one optimizer step, over all processes and micro-batches; of this run's, if None."""
     if run.global_batch_size is not None:
         return run.global_batch_size
-    return run.per_device_train_batch_size * ranks.world_size() * run.gradient_accumulation_steps
+    processes = ranks.world_size() if processes is None else processes
+    return run.per_device_train_batch_size * processes * run.gradient_accumulation_steps
 
 
 def row_settings(data: DataArguments) -> dict[str, Any]:

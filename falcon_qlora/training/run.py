@@ -55,8 +55,10 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
         from falcon_qlora.models.fast_path import choose_kernels
         from falcon_qlora.training import build, finish, preflight, record, resume, rows
         from falcon_qlora.training.activations import choose_activations, warm_up
+        from falcon_qlora.training.alike import check_alike
         from falcon_qlora.training.base import check_base
         from falcon_qlora.training.disk import check_disk, waiting_saves
+        from falcon_qlora.training.estimate import estimate_here
         from falcon_qlora.training.sharding import shard_if_wanted, shares_out_base
 
         if not gc.isenabled():  # as `falcon_qlora.train` has it; what the libraries made stays
@@ -83,6 +85,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
 
     with phase("model", "loading the base model"):
         fingerprint = check_base(base, checkpoint=start.checkpoint, adapter=begin_from)
+        check_alike(configuration, data, tokenizer)
         model = build.model_with_adapter(
             base, method, tokenizer, seed=run.seed, adapter=begin_from, share_out=share_out
         )
@@ -91,6 +94,8 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
     activations = choose_activations(
         run, model, kernels, max_length=max_length, optimizer=configuration.optimizer
     )
+
+    estimate = estimate_here(configuration, model.config, data.plan)
 
     needed = check_disk(
         start.directory if trial is None else trial.directory,
@@ -144,7 +149,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
             checkpoint=start.checkpoint,
         ),
         notes=[
-            *record.start_notes(configuration, data, model, kernels, activations),
+            *record.start_notes(configuration, data, model, kernels, estimate),
             *notes,
             *waiting_saves(trainer, optimizer=configuration.optimizer),
         ],
@@ -162,6 +167,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
             configuration=configuration,
             data=data,
             predicted_gib=activations.predicted_gib,
+            estimate=estimate,
         )
         if trial is not None:
             trial.finish(trainer, directory)

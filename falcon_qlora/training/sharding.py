@@ -110,21 +110,27 @@ def _wanted(configuration: Configuration, config: PreTrainedConfig) -> bool:
         return False
     import torch
 
-    here = (
-        _replica_bytes(configuration, config)
-        > _USABLE_SHARE * torch.cuda.get_device_properties(device).total_memory
-    )
+    each = devices.compute_dtype(configuration.model.compute_dtype).itemsize
+    total = torch.cuda.get_device_properties(device).total_memory
+    here = replica_is_too_large(config, configuration.optimizer, each, total)
     return any(agreement.gather_objects(here))
 
 
-def _replica_bytes(configuration: Configuration, config: PreTrainedConfig) -> int:
-    """Weights, gradients and optimizer state of a replica."""
+def replica_is_too_large(
+    config: PreTrainedConfig, optimizer: str, value_bytes: int, device_bytes: float
+) -> bool:
+    """Whether a replica's weights, gradients and optimizer state are too much for a GPU, in full fine-tuning.
+
+    Args:
+        optimizer: by the trainer's name.
+        value_bytes: of a weight.
+        device_bytes: of the GPU.
+    """
     from falcon_qlora.models.layouts import layout_of
     from falcon_qlora.models.step_memory import allocated_optimizer_bytes, embedded_share
 
-    each = devices.compute_dtype(configuration.model.compute_dtype).itemsize
-    states = allocated_optimizer_bytes(configuration.optimizer, each, embedded=embedded_share(config))
-    return int(layout_of(config).parameter_count() * (2 * each + states))
+    states = allocated_optimizer_bytes(optimizer, value_bytes, embedded=embedded_share(config))
+    return layout_of(config).parameter_count() * (2 * value_bytes + states) > _USABLE_SHARE * device_bytes
 
 
 def _check(configuration: Configuration) -> None:

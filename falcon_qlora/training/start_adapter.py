@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from falcon_qlora.inference.base_and_adapter import adapter_folder
 from falcon_qlora.methods.interface import Method
 from falcon_qlora.methods.open_adapter import check_may_open
 from falcon_qlora.methods.table import is_whole
+from falcon_qlora.models.locate import find_config
 from falcon_qlora.processes import agreement, ranks
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal.console import note
@@ -30,7 +32,13 @@ _OF_BASE = {
 }
 
 
-def adopt(configuration: Configuration, start: RunDirectory | None = None, checkpoint: Any = None) -> None:
+def adopt(
+    configuration: Configuration,
+    start: RunDirectory | None = None,
+    checkpoint: Any = None,
+    *,
+    find: Callable[..., Any] | None = None,
+) -> None:
     """Take over the method, its settings and the base of the adapter that the configuration names, if any.
 
     A recipe's values for them give way; those of a flag or a file must match. A resumed run does not look at
@@ -39,6 +47,7 @@ def adopt(configuration: Configuration, start: RunDirectory | None = None, check
     Args:
         start: the run's folder, which may hold what was written before a restart.
         checkpoint: that the run resumes from, or None.
+        find: finds the base's configuration, given its name and revision; None: `find_config`.
 
     Raises:
         UserError: if there is no such adapter, it is damaged or not the one that is meant, its base cannot be
@@ -66,7 +75,7 @@ def adopt(configuration: Configuration, start: RunDirectory | None = None, check
                 f"{run.adapter_sha256}. Restore the weights, or leave --adapter_sha256 out"
             )
         run.adapter, run.adapter_sha256 = str(folder.absolute()), found
-    config = _adopt_base(configuration, record, folder)
+    config = _adopt_base(configuration, record, folder, find or find_config)
     configuration.method = _method(configuration, saved.method, folder, config)
     saved.check(config)
 
@@ -84,10 +93,10 @@ def _remember(run: RunArguments, start: RunDirectory | None, *, goes_on: bool) -
         run.adapter, run.adapter_sha256 = known, run.adapter_sha256 or settings.get("adapter_sha256")
 
 
-def _adopt_base(configuration: Configuration, record: dict[str, Any], folder: Path) -> Any:
+def _adopt_base(
+    configuration: Configuration, record: dict[str, Any], folder: Path, find_base: Callable[..., Any]
+) -> Any:
     """Take over the base that a record names, unless a flag or file does; return its configuration."""
-    from falcon_qlora.models.locate import find_config
-
     named, base = configuration.explicit.keys(), configuration.model
     settings = {each.name: each for each in settings_of(ModelArguments)}
     for name, recorded in _OF_BASE.items():
@@ -106,7 +115,7 @@ def _adopt_base(configuration: Configuration, record: dict[str, Any], folder: Pa
                 path = check_may_open(name, what, record, folder, say_so=f"--{flag} FOLDER")
             if path is not None:
                 note(f"the {what} is {path}, which {folder} names")
-        return find_config(base.model_name_or_path, revision=base.model_revision)
+        return find_base(base.model_name_or_path, revision=base.model_revision)
 
     return agreement.from_main_process(find)
 

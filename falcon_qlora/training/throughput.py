@@ -122,6 +122,14 @@ def _rates(tokens: float, positions: float, capacity: float, seconds: float) -> 
     }
 
 
+def card_gib() -> float | None:
+    """GiB in use on this process's GPU, by whatever program, as nvidia-smi counts; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info()  # of what the driver leaves
+    return (total - free) / GIB
+
+
 def peak_memory_gib() -> float:
     """Peak GiB that this process reserved on its GPU; without a GPU, its peak resident memory."""
     if torch.cuda.is_available():

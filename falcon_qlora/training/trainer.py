@@ -38,7 +38,7 @@ from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models import zero3
 from falcon_qlora.models.sharded import is_sharded, needs_all_processes
 from falcon_qlora.models.sharded_base import alone, sharded_base_of
-from falcon_qlora.processes import agreement, stop_signals
+from falcon_qlora.processes import agreement, lookout, stop_signals
 from falcon_qlora.processes.stop_signals import Stopped
 from falcon_qlora.processes.watchdog import Watchdog
 from falcon_qlora.step.agreed import StepReport
@@ -262,6 +262,7 @@ class FalconTrainer(SFTTrainer):
                 self.step.load_state(kept)
             self.checkpointer.goes_on_from(self.state.global_step)
         stop_signals.training_begins(note, self.checkpointer.join)
+        lookout.training_begins(self.checkpointer.join, patience_seconds=self._watchdog.seconds)
         agreement.wait_for_all()
         stop_signals.all_have_begun()
         self._watchdog.start()

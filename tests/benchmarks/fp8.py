@@ -6,8 +6,8 @@ In this order: gradients of two blocks against float32; every kernel against its
 every product against bfloat16's; steps of Falcon-7B in bfloat16 and FP8, in turn; the kernels of one step,
 also in ``fast_path_kernels_fp8.txt`` in the folder that the environment variable OUT names, else in the
 current one. Prints Markdown. `--swiglu 23040 12288` times SwiGLU of these widths alone, with quantizing in
-its pass and after it, and first checks that both give the same bits. `--tiny` tries the script, without a
-GPU in emulation and Triton's interpreter.
+its pass and after it, and first checks that both give the same bits; `--tune` times other tiles of kernels.
+`--tiny` tries the script, without a GPU in emulation and Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -105,11 +105,16 @@ def cases(sizes: kernel_benchmark.Sizes, tokens: int) -> Iterator[tuple[str, Cal
         )
     before, grad = make(tokens, wide), make(tokens, wide)
     bound = torch.full((tokens,), 100.0, device=DEVICE)
-    yield f"GELU [{tokens}, {wide}]", lambda: fp8.gelu(before, lows[0], bound), 5 * before.numel()
+    a = lows[1].right
     yield (
-        f"GELU, backward [{tokens}, {wide}]",
+        f"GELU with the next t [{tokens}, {wide}]",
+        lambda: fp8.gelu(before, lows[0], bound, a),
+        7 * before.numel(),
+    )
+    yield (
+        f"GELU, backward, with two gradients of LoRA [{tokens}, {wide}]",
         lambda: fp8.gelu_backward(grad, lows[1], before, lows[0], bound),
-        9 * before.numel(),
+        7 * before.numel(),
     )
 
 
@@ -160,22 +165,29 @@ def time_swiglu(wide: int, tokens: int) -> None:
 
 
 def tune(sizes: kernel_benchmark.Sizes, tokens: int) -> None:
-    """Times of GELU's and the sum's kernels with other tiles."""
+    """Times of GELU's and the sum's kernels with other tiles; GELU's also with LoRA's products apart."""
     choices: list[tuple[ModuleType, str, str]] = [
-        (fp8_gelu, "_FORWARD", "GELU ["), (fp8_gelu, "_BACKWARD", "GELU, backward ["),
+        (fp8_gelu, "_FORWARD", "GELU with"), (fp8_gelu, "_ALONG_COLUMNS", "GELU, backward"),
         (fp8_quantize, "_SUM", "sum of LoRA's r 128 and 2 more"),
     ]  # fmt: skip
+    rank = fp8_gelu._LARGEST_RANK
     for module, constant, start in choices:
         before = getattr(module, constant)
         work = next(work for name, work, _ in cases(sizes, tokens) if name.startswith(start))
         times = []
+        if constant == "_ALONG_COLUMNS":
+            fp8_gelu._LARGEST_RANK = 0
+            times.append((1e3 * kernel_benchmark.milliseconds(work), (0, 0, 0)))
+            fp8_gelu._LARGEST_RANK = rank
         for tile in product((32, 64, 128), (64, 128), (4, 8)):
             setattr(module, constant, tile)
             with contextlib.suppress(Exception):  # what does not compile is no choice
                 times.append((1e3 * kernel_benchmark.milliseconds(work), tile))
         setattr(module, constant, before)
         print(
-            f"- {constant}, now {before}: " + ", ".join(f"{t:.0f} µs {tile}" for t, tile in sorted(times)[:5])
+            f"- {constant}, now {before}, zeros for apart: "
+            + ", ".join(f"{t:.0f} µs {tile}" for t, tile in sorted(times)),
+            flush=True,
         )
 
 
@@ -280,7 +292,7 @@ def main() -> None:
     parser.add_argument("--r", type=int, default=64)
     parser.add_argument("--tokens", type=int, nargs=2, default=[8192, 16384])
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try this script")
-    parser.add_argument("--tune", action="store_true", help="time other tiles as well")
+    parser.add_argument("--tune", action="store_true", help="time other tiles, alone")
     parser.add_argument("--swiglu", type=int, nargs="+", default=[], help="widths to time SwiGLU alone")
     arguments = parser.parse_args()
     for wide in arguments.swiglu:
@@ -288,13 +300,19 @@ def main() -> None:
     if arguments.swiglu:
         return
     folder = Path(os.environ.get("OUT", "."))
-    sizes, small, large, pace = kernel_benchmark.MODELS, *arguments.tokens, (3, 10)
+    named = kernel_benchmark.TINY if arguments.tiny else kernel_benchmark.MODELS
+    sizes = [one for one in named if isinstance(one, kernel_benchmark.Sizes)]
+    small, large, pace = *arguments.tokens, (3, 10)
     replaced = "num_hidden_layers=2"
     if arguments.tiny:
-        sizes, small, large, pace, arguments.r = kernel_benchmark.TINY, 512, 512, (1, 1), 4
+        small, large, pace, arguments.r = 512, 512, (1, 1), 4
         replaced += ",hidden_size=192,num_attention_heads=3,vocab_size=128"
         arguments.model = f"random:falcon-7b?{replaced}"
     settings = Settings(r=arguments.r, max_length=DOCUMENT)
+    if arguments.tune:
+        for one in sizes:
+            tune(one, large)
+        return
     forms: list[ops.Implementation] = ["triton", "torch"] if ops.triton_runs_on(DEVICE) else ["torch"]
     with contextlib.nullcontext() if fp8.why_not(DEVICE) is None else fp8.emulated():
         check_products()
@@ -306,8 +324,6 @@ def main() -> None:
                 time_kernels(one, large)
                 if DEVICE.type == "cuda":
                     time_products(one, large)
-            if arguments.tune:
-                tune(sizes[0], large)
         base = load_model(arguments.model, quantize_mode="4bit", device=DEVICE, compute_dtype="bf16")
         check_recompilation(base, settings)
         time_steps(base, settings, (small, large), *pace)

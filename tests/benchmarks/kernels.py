@@ -44,6 +44,7 @@ from falcon_qlora.kernels import (
     ssd_triton,
     swiglu,
 )
+from falcon_qlora.kernels.chunks import FAST_SSD_TOKENS
 from falcon_qlora.models.packed_attention import Sequences
 from falcon_qlora.models.quantize import bnb
 
@@ -411,7 +412,7 @@ def state_space_cases(sizes: StateSpaceSizes, tokens: int) -> Iterator[Case]:
 
     ours = operations(tokens, torch.bfloat16)
     exact = operations(min(ROWS, tokens), torch.float32)
-    states = 2 * width * sizes.state / ssd.FAST_CHUNK_TOKENS
+    states = 2 * width * sizes.state / FAST_SSD_TOKENS
     tiles = {
         "convolve": (convolution_triton, {"_TILE": [
             {"TOKENS": rows, "CHANNELS": 256 * warps, "num_warps": warps}

@@ -64,7 +64,7 @@ def test_7b_shared_out_is_the_replicas_run_in_less_memory_and_goes_on(processes:
     assert 0.9 < whole["predicted_peak_memory_gib"] / whole["peak_memory_gib"] < 1.15
     asked = {"do": "signal", "step": 3, "rank": 1, "number": signal.SIGTERM}
     status, output, errors = run(processes, "--output_dir", "stopped", faults=[asked], settings=shared)
-    assert (status, "stopped at step" in output) == (0, True), errors
+    assert (status, "stopped at step" in output) == (75, True), errors
     status, _, errors = run(processes, "--output_dir", "stopped", "--resume", settings=shared)
     assert status == 0, errors
     assert_same_run(processes.folder / "stopped", processes.folder / "whole")

@@ -31,6 +31,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+# In the environment: a process whose namespaces the fork enters, so that it runs as on another machine.
+NAMESPACES = "TESTS_NAMESPACES_OF"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 # What libraries, or Python, read once, as they are loaded. Where one of these differs there is no fork.
@@ -61,7 +63,7 @@ class Popen(subprocess.Popen[Any]):
         p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite = more[8:14]
         words = [os.fspath(word) for word in args]
         environment = {str(name): str(value) for name, value in (os.environ if env is None else env).items()}
-        if not _is_module(words) or not _can_fork(environment):
+        if not _is_module(words) or not can_fork(environment):
             return super()._execute_child(args, executable, *more)  # type: ignore[misc]
         request = {
             "words": words[words.index("-m") + 1 :],
@@ -94,7 +96,8 @@ def _is_module(words: list[str]) -> bool:
     return words[0] == sys.executable and "-m" in words[1:3]
 
 
-def _can_fork(environment: dict[str, str]) -> bool:
+def can_fork(environment: dict[str, str]) -> bool:
+    """Whether a process with this environment can be a fork."""
     # What has asked the CUDA driver anything, as a launcher does, can have no fork that computes on a GPU.
     if (
         not sys.platform.startswith("linux")
@@ -121,7 +124,10 @@ class _Server:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.integration.forks", str(theirs.fileno()), str(os.getpid())],
             cwd=Path(__file__).resolve().parents[2],
-            env=_start,
+            env={
+                "TORCH_CPP_LOG_LEVEL": "ERROR",
+                **_start,
+            },  # as `library_logging`, which is too late in a fork
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
         )
@@ -211,6 +217,10 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         signal.set_wakeup_fd(-1)
+        if (place := request["environment"].pop(NAMESPACES, None)) is not None:
+            for kind in ("user", "net", "uts", "mnt"):
+                if libc.setns(os.open(f"/proc/{place}/ns/{kind}", os.O_RDONLY), 0):
+                    raise OSError(f"no entry to the {kind} namespace of process {place}")
         if request["session"]:
             os.setsid()
         kept = [os.dup(each) for each in streams]

@@ -6,6 +6,7 @@ Torchrun starts it, on several processes that each have other documents; with ``
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
@@ -60,9 +61,14 @@ BLOCKS = 5  # more than there are buffers, and an odd number
 
 def main() -> None:
     device = devices.local_device() if "cuda" in sys.argv else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # as Accelerate does: Triton launches on the current one
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     for case in CASES:
-        wrong = _compare(device, *case)
+        try:
+            wrong = _compare(device, *case)
+        except Exception:  # on every process alike; the other cases have their turn
+            wrong = traceback.format_exc()
         if dist.get_rank() == 0:
             print(*case, f"differs: {wrong}" if wrong else "is the same", flush=True)
     endings.leave(0)

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 
 from falcon_qlora import config
-from falcon_qlora.commands import compare, train
+from falcon_qlora.commands import compare
 from falcon_qlora.commands.words import split
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.compare import plan, report
 from falcon_qlora.config.arguments import LaunchArguments
 from falcon_qlora.data.sample_data import path as sample_rows
+from falcon_qlora.processes import stop_signals
 from falcon_qlora.run_folder.directory import RunDirectory
 from tests.integration.processes import Processes
 from tests.integration.runs import command, metrics, summary
@@ -167,7 +168,7 @@ def test_a_signal_ends_it_with_what_it_started_and_the_same_command_goes_on(
             time.sleep(0.05)
         started.send_signal(number)
         output, errors = started.communicate(timeout=120)
-        assert (started.returncode, errors) == (0, "")  # as of train, whose run is saved
+        assert (started.returncode, errors) == (75, "")  # as of train, whose run is saved
         assert processes.none_left()
         assert f"{number.name}: saving at the end of a step" in output
         assert output.endswith("Stopped. The same command with --output_dir out goes on here.\n")
@@ -314,7 +315,7 @@ def test_a_stop_ends_with_what_there_is_and_how_to_go_on(
     for draw in ("draw_bars", "draw_curves"):  # what is drawn, test_report says
         monkeypatch.setattr(report.charts, draw, lambda *args, **kwargs: None)
     flags = ["--methods", "adapter,full", *words.split(), "--output_dir", str(tmp_path)]
-    for status in (0, 130):  # of train: saved, or at once
+    for status in (75, 130):  # of train: saved, or at once
         monkeypatch.setattr(compare._Child, "run", lambda self, command, status=status: (status, []))
         assert compare.main(flags) == status
         output = capsys.readouterr().out
@@ -326,7 +327,7 @@ def test_a_stop_ends_with_what_there_is_and_how_to_go_on(
 def test_every_signal_reaches_the_run_and_its_status_is_taken() -> None:
     child = compare._Child()
     script = "f() { n=1$n; [ $n = 11 ] && exit 7; }; trap f INT; for i in $(seq 200); do sleep 0.05; done"
-    with train.stop_signals_to(child.take):
+    with stop_signals.stop_signals_to(child.take):
         timers = [threading.Timer(s, os.kill, (os.getpid(), signal.SIGINT)) for s in (0.5, 1.0)]
         for timer in timers:
             timer.start()

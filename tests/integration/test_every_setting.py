@@ -251,6 +251,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "rdzv_backend": (["--rdzv_backend", "c10d"], "--rdzv_backend is a setting of several nodes"),
     "rdzv_id": (["--rdzv_id", "x"], "--rdzv_id is a setting of several nodes"),
     "rdzv_conf": (["--rdzv_conf", "x=1"], "--rdzv_conf is a setting of several nodes"),
+    "local_addr": (["--local_addr", "a"], "--local_addr is a setting of several nodes"),
     "nnodes": (["--nnodes", "2"], "--nnodes 2: say where the nodes meet"),
 }
 

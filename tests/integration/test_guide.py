@@ -14,7 +14,7 @@ import pytest
 from falcon_qlora import __main__ as cli
 from falcon_qlora.commands import compare
 from falcon_qlora.commands import train as launcher
-from tests import flags_page
+from tests import estimates_page, flags_page
 from tests.conftest import REPOSITORY
 from tests.integration import guide
 from tests.integration.runs import in_process
@@ -43,6 +43,13 @@ def test_every_fence_runs_or_says_why_not() -> None:
 def test_the_page_of_flags_is_what_the_code_says() -> None:
     assert (GUIDE / "flags.md").read_text(encoding="utf-8") == flags_page.text(), (
         "python -m tests.flags_page writes falcon_qlora/guide/flags.md"
+    )
+
+
+@pytest.mark.parametrize("page", estimates_page.COMMANDS, ids=lambda page: page.stem)
+def test_what_pages_say_of_cards_is_what_the_command_says(page: Path) -> None:
+    assert page.read_text(encoding="utf-8") == estimates_page.text(page), (
+        "python -m tests.estimates_page writes it"
     )
 
 

@@ -45,7 +45,7 @@ def test_a_signal_saves_and_the_command_it_names_goes_on_to_the_last_bit(
 ) -> None:
     asked = {"do": "signal", "step": 5, "rank": 0, "to": "launcher", "number": signal.SIGTERM}
     status, output, errors = run(processes, "--output_dir", "stopped", faults=[asked])
-    assert (status, errors) == (0, "")
+    assert (status, errors) == (75, "")
     stopped = processes.folder / "stopped"
     assert not (stopped / "adapter").exists()
     found = re.search(r"stopped at step (\d+) of 10\. Go on with:  falcon-qlora (.*)", output)
@@ -57,6 +57,31 @@ def test_a_signal_saves_and_the_command_it_names_goes_on_to_the_last_bit(
     _, errors = process.communicate(timeout=240)
     assert (process.returncode, errors) == (0, "")
     assert_same_run(stopped, whole)
+
+
+@pytest.mark.slow
+def test_one_command_starts_goes_on_and_is_done(processes: Processes, whole: Path) -> None:
+    words = ["--output_dir", "auto", "--resume", "auto"]
+    # Killed before there is a checkpoint, it starts over; its records are the new start's.
+    killed = {"do": "kill", "step": 2, "rank": 1, "where": "step"}
+    status, _, errors = run(processes, *words, faults=[killed])
+    assert (status, "was killed by SIGKILL" in errors) == (1, True)
+    assert (processes.folder / "auto/config.yaml").is_file()
+    asked = {"do": "signal", "step": 5, "rank": 1, "number": signal.SIGTERM}
+    status, output, errors = run(processes, *words, faults=[asked])
+    assert (status, errors, "going on from" in output) == (75, "", False)
+    status, output, errors = run(processes, *words)
+    assert (status, errors, "going on from step" in output) == (0, "", True)
+    assert_same_run(processes.folder / "auto", whole)
+    status, output, _ = run(processes, *words)
+    assert (status, "nothing is left to train" in output) == (0, True)
+    assert_same_run(processes.folder / "auto", whole)
+
+
+def test_a_finished_run_without_checkpoints_is_not_started_over(processes: Processes) -> None:
+    (processes.folder / "finished/adapter").mkdir(parents=True)
+    status, _, errors = run(processes, "--output_dir", "finished", "--resume", "auto", gpus=1)
+    assert (status, errors.startswith("error: --resume auto: finished holds a finished run")) == (2, True)
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ def test_a_signal_saves_and_the_command_it_names_goes_on_to_the_last_bit(
 ) -> None:
     asked = {"do": "signal", "step": 3, "rank": 1, "number": signal.SIGTERM}
     status, output, errors = run(processes, "--output_dir", "stopped", faults=[asked], settings=SHARDED)
-    assert (status, errors) == (0, "")
+    assert (status, errors) == (75, "")
     found = re.search(r"stopped at step (\d) of 8\. Go on with:  falcon-qlora (.*)", output)
     assert found is not None, output
     assert newest_step(processes, "stopped") == int(found[1]) in (3, 4)
@@ -140,7 +140,7 @@ def test_another_number_of_processes_trains_the_same(
     assert run_whole[0] == 0
     asked = {"do": "signal", "step": 3, "rank": 0, "number": signal.SIGTERM}
     words = ["--output_dir", name]
-    assert run(processes, *words, faults=[asked], gpus=gpus, settings=[*every_step, sharding])[0] == 0
+    assert run(processes, *words, faults=[asked], gpus=gpus, settings=[*every_step, sharding])[0] == 75
     gpus, sharding = goes_on
     status, output, errors = run(processes, *words, "--resume", gpus=gpus, settings=[*every_step, sharding])
     assert status == 0, errors

@@ -93,7 +93,7 @@ def test_a_run_that_is_asked_to_stop_goes_on_right_after(processes: Processes) -
     until(lambda: logged(run) > 3, first)
     first.send_signal(signal.SIGTERM)
     output, errors = first.communicate(timeout=120)
-    assert (first.returncode, errors) == (0, "")
+    assert (first.returncode, errors) == (75, "")
     stopped = re.search(r"stopped at step (\d+)", output)
     assert stopped is not None
     second = train(processes, "--resume", "run", "--gpus", "1", "--max_steps", str(int(stopped[1]) + 2))

@@ -42,7 +42,9 @@ def assert_same_numbers(alone: Path, pair: Path) -> None:
         assert two == pytest.approx(one, rel=1e-5), name
 
 
-def run_faulty(folder: Path, name: str, *words: str, faults: list[dict[str, Any]]) -> tuple[str, str]:
+def run_faulty(
+    folder: Path, name: str, *words: str, faults: list[dict[str, Any]], status: int = 0
+) -> tuple[str, str]:
     """stdout and stderr of a run in which `faulty_worker` has something go wrong."""
     start = ("tests.integration.faulty_launch", "train", *SETTINGS, "--report_to", "none")
     processes = Processes(folder)
@@ -52,7 +54,7 @@ def run_faulty(folder: Path, name: str, *words: str, faults: list[dict[str, Any]
         *start, "--output_dir", name, *words, FAULTS=json.dumps(faults), PYTHONPATH=path
     )
     output, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, output + errors
+    assert process.returncode == status, output + errors
     assert processes.none_left()
     return output, errors
 
@@ -116,9 +118,9 @@ def test_bf16_weights_take_steps_that_are_smaller_than_their_rounding(tmp_path: 
 def test_a_signal_ends_the_run_with_its_weights(tmp_path: Path) -> None:
     faults = [{"do": "signal", "step": 1, "rank": 0, "to": "launcher", "number": signal.SIGTERM}]
     words = ("-b", "1", "--sharding", "zero3", "--gpus", "2")
-    output, _ = run_faulty(tmp_path, "run", *words, faults=faults)
-    stopped = re.search(r"stopped at step [123] of 4\. (\S+) is weights only", output)
-    assert stopped is not None, output
+    _, errors = run_faulty(tmp_path, "run", *words, faults=faults, status=2)
+    stopped = re.search(r"error: stopped at step [123] of 4\. (\S+) is weights only", errors)
+    assert stopped is not None, errors
     assert load_file(tmp_path / stopped[1] / "model.safetensors")
     again = ("--report_to", "none", "--output_dir", tmp_path / "run", "--resume")
     refused = command("train", *SETTINGS, *words, *again)

@@ -64,7 +64,7 @@ def variants(capability: int) -> Iterator[tuple[JITFunction, dict[str, Any]]]:
     """Kernels and the constants they are launched with, the number of warps among them."""
     yield from plain_variants()
     if capability >= FP8_CAPABILITY:
-        yield from fp8_variants()
+        yield from fp8_variants(capability)
 
 
 def plain_variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
@@ -143,7 +143,7 @@ def nf4_variants(scaled: bool) -> Iterator[tuple[JITFunction, dict[str, Any]]]:
     yield nf4._dequantize_transposed, {"NESTED": True, **tile}
 
 
-def fp8_variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
+def fp8_variants(capability: int) -> Iterator[tuple[JITFunction, dict[str, Any]]]:
     yield from nf4_variants(scaled=True)
     for features in (4544, 8192, 14848, 46080):  # the last: Falcon3's gate and up
         yield fp8_quantize._quantize_rows, fp8_quantize._row_options(features)
@@ -161,6 +161,8 @@ def fp8_variants() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
         yield fp8_gelu._gelu, {"RANK": rank, **tile}
         tile = dict(zip(("TOKENS", "FEATURES", "num_warps"), fp8_gelu._BACKWARD, strict=True))
         yield fp8_gelu._gelu_backward, {"RANK": rank, "OF_RANK": rank, **tile}
+    if capability // 10 in fp8_gelu.WITH_REGISTERS:
+        yield fp8_gelu._gelu_backward_and_low_rank, {"RANK": 64, "OF_RANK": 64, **fp8_gelu._along_columns()}
 
 
 def name_of(kernel: Any) -> str:

@@ -14,6 +14,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from falcon_qlora.kernels import fp8_gelu
 from tests.kernels.compile_ahead import FP8_CAPABILITY, FP8_MODULES, MODULES
 
 # Bytes of shared memory that a program may have: A100, A10, L4 and RTX 40, H100 and H200, B200, RTX 50.
@@ -51,8 +52,10 @@ def test_kernels_compile_and_fit(capability: int, repository: Path, tmp_path: Pa
 def launched(capability: int) -> set[str]:
     """The kernels that the modules launch, each as ``module.name``, read off their sources."""
     modules = MODULES + (FP8_MODULES if capability >= FP8_CAPABILITY else ())
-    return {
+    found = {
         f"{module.__name__.rpartition('.')[2]}.{name}"
         for module in modules
         for name in re.findall(r"^\s+(_\w+)\[.*\]\(", inspect.getsource(module), re.MULTILINE)
     }
+    elsewhere = capability // 10 not in fp8_gelu.WITH_REGISTERS
+    return found - ({"fp8_gelu._gelu_backward_and_low_rank"} if elsewhere else set())

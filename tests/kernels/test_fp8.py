@@ -12,7 +12,7 @@ from falcon_qlora.models.quantize import bnb, empty_quantized_linear, fill_quant
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from falcon_qlora.kernels import fp8, fp8_quantize, fp8_swiglu, ops
+from falcon_qlora.kernels import fp8, fp8_gelu, fp8_quantize, fp8_swiglu, ops
 from falcon_qlora.kernels.fp8_rows import DTYPE, LARGEST, Rows
 from falcon_qlora.kernels.low_rank import LowRank
 
@@ -135,32 +135,72 @@ def test_sums_with_the_low_rank_part(addends: int, rank: int, dtype: torch.dtype
     torch.testing.assert_close(theirs.float(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("programs", [0, 12])  # 0: no sum is split
 @pytest.mark.parametrize(
-    ("shape", "rank"),
-    [((1, 16), 0), ((3, 48), 5), ((70, 144), 150), ((130, 144), 16), ((9, 272), 0)],
+    ("shape", "rank", "next_rank"),
+    [
+        ((1, 16), 0, 0),
+        ((3, 48), 5, 0),
+        ((9, 272), 0, 7),
+        ((70, 144), 150, 3),
+        ((70, 144), 64, 65),
+        ((130, 144), 16, 40),
+        ((150, 208), 64, 5),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gelu_and_its_gradient(dtype: torch.dtype, shape: tuple[int, int], rank: int) -> None:
+def test_gelu_and_its_gradient(
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    rank: int,
+    next_rank: int,
+    programs: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fp8_gelu, "_COLUMN_PROGRAMS", programs)
     x, grad = (2 * random(*shape, seed=seed, dtype=dtype) for seed in (1, 2))
-    low, low_grad = (low_rank(*shape, rank, dtype, seed) for seed in (3, 5))
+    low, low_grad = low_rank(*shape, rank, dtype, 3), low_rank(*shape, next_rank, dtype, 5)
+    a = x.new_empty(0, shape[1]) if low_grad is None else low_grad.right.contiguous()
     constant = x.float().abs().max().expand(len(x))
-    (ours, y), (theirs, reference_y) = both(fp8.gelu, x, low, constant)
-    tolerance = 2**-7 if dtype == torch.bfloat16 else 2e-5 * max(1, rank / 16)  # longer sums, other orders
-    torch.testing.assert_close(y, reference_y, rtol=tolerance, atol=tolerance)
+    (ours, t), (theirs, reference_t) = both(fp8.gelu, x, low, constant, a)
+    before = x.float() + (0 if low is None else low.left.float() @ low.right.float())
+    y = torch.nn.functional.gelu(before)
+    assert t.dtype == dtype
+    assert_products(t, y @ a.T.float(), y.abs() @ a.T.float().abs())
+    assert_products(reference_t, y @ a.T.float(), y.abs() @ a.T.float().abs())
     assert_same_rows(ours, theirs)
     bound = grad.float().norm(dim=1)
-    (ours, *rest), (theirs, *reference) = both(fp8.gelu_backward, grad, low_grad, x, low, bound)
-    for one, other in zip(rest, reference, strict=True):
-        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(rest[1], y)
+    (ours, dx, *of), (theirs, reference_dx, *reference) = both(
+        fp8.gelu_backward, grad, low_grad, x, low, bound
+    )
+    tolerance = 2**-7 if dtype == torch.bfloat16 else 2e-5 * max(1, rank / 16)  # longer sums, other orders
+    torch.testing.assert_close(dx, reference_dx, rtol=tolerance, atol=tolerance)
     assert_same_rows(ours, theirs)
+    wide = dx.float()
+    for found in (of, reference):
+        for one, factors in zip(found, ((low_grad, y), (low, wide)), strict=True):
+            adapter, other = factors
+            assert (one is None) == (adapter is None)
+            if one is None or adapter is None:
+                continue
+            left, one = adapter.left.float(), one if other is y else one.T
+            assert one.dtype == torch.float32
+            assert_products(one, left.T @ other, left.T.abs() @ other.abs(), dtype)
     # The bounds hold: nothing was cut off, and what is in FP8 is what is not.
-    for rows, plain in ((ours, rest[0]), (fp8.gelu(x, low, constant)[0], y)):
+    with ops.using("triton"):
+        forward = fp8.gelu(x, low, constant, a)[0]
+    for rows, plain in ((ours, dx.float()), (forward, y)):
         assert rows.values.float().abs().max() < LARGEST
-        error = (rows.float() - plain.float()).abs()
-        limit = (2**-4 + tolerance) * plain.float().abs() + 2**-9 * rows.scales[:, None] + tolerance
+        error = (rows.float() - plain).abs()
+        limit = (2**-4 + tolerance) * plain.abs() + 2**-9 * rows.scales[:, None] + tolerance
         assert (error <= limit).all()
+
+
+def assert_products(found: Tensor, exact: Tensor, terms: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Sums within the rounding of their terms, whose absolute values add up to `terms`."""
+    unit = 2**-8 if (dtype or found.dtype) == torch.bfloat16 else 2**-18
+    assert ((found.float() - exact).abs() <= 2 * unit * terms + 1e-6).all()
 
 
 @pytest.mark.parametrize("multipliers", [(), (0.3, 1.7)], ids=["plain", "with multipliers"])
@@ -197,7 +237,9 @@ def test_no_tokens(device: torch.device) -> None:
     x = torch.empty(0, 64, device=device)
     with ops.using("triton"):
         assert fp8.quantize_rows(x)[0].values.shape == (0, 64)
-        assert fp8.gelu(x, None, torch.empty(0, device=device))[1].shape == (0, 64)
+        assert fp8.gelu(x, None, torch.empty(0, device=device), torch.ones(3, 64, device=device))[
+            1
+        ].shape == (0, 3)
         assert fp8.add(x, None, (x,)).shape == (0, 64)
         assert fp8.swiglu(x, x.new_empty(0, 32)).values.shape == (0, 32)
         assert fp8.swiglu_backward(x[:, :32], x, torch.empty_like(x))[0].values.shape == (0, 64)

@@ -25,6 +25,7 @@ from falcon_qlora.commands import train as launcher
 from falcon_qlora.commands.bench import BenchArguments
 from falcon_qlora.commands.compare import CompareArguments
 from falcon_qlora.commands.data import DataReportArguments
+from falcon_qlora.commands.estimate import EstimateArguments
 from falcon_qlora.commands.eval import EvalArguments
 from falcon_qlora.commands.generate import GenerateArguments
 from falcon_qlora.commands.merge import MergeArguments
@@ -255,6 +256,7 @@ _OF_COMMANDS = (
     BenchArguments,
     CompareArguments,
     DataReportArguments,
+    EstimateArguments,
     EvalArguments,
     GenerateArguments,
     MergeArguments,

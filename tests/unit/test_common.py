@@ -5,12 +5,20 @@ from __future__ import annotations
 import errno
 import math
 import os
+import pwd
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from falcon_qlora.common.errors import UserError, first_line, message_of, one_line, reason_of
-from falcon_qlora.common.files import replaced_folder, write_json, write_text
+from falcon_qlora.common.files import (
+    replaced_folder,
+    temporary_files,
+    user_cache,
+    write_json,
+    write_text,
+)
 from falcon_qlora.common.quantities import counted, gib, passes
 from falcon_qlora.common.record_files import check_format
 from falcon_qlora.common.untrusted import is_count, is_number
@@ -28,6 +36,19 @@ def test_a_count_has_its_ends() -> None:
     assert not is_count(0, least=1)
     assert is_count(7, least=7, most=7)
     assert not is_count(8, most=7)
+
+
+def test_a_user_without_a_home_is_told_where_a_cache_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(number: int) -> None:
+        raise KeyError(number)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    with pytest.raises(UserError, match="has no home folder for caches: set HOME, or XDG_CACHE_HOME"):
+        user_cache("data")
+    with temporary_files():  # it is not needed yet
+        assert Path(tempfile.gettempdir()).name.startswith("falcon-qlora-")
 
 
 @pytest.mark.parametrize("value", [True, "1", None, math.nan, math.inf, -math.inf, 10**400])

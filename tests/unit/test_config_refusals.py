@@ -344,3 +344,15 @@ def test_settings_are_checked_together_with_those_of_the_run_that_goes_on(tmp_pa
     write(tmp_path / "config.yaml", **config.parse(["-m", "tiny"]).resolved())
     with pytest.raises(UserError, match="--sharding zero3 is for --method full"):
         config.parse(words, extra_arguments=LaunchArguments)
+
+
+def test_what_a_recipe_that_is_named_again_says_otherwise_is_known(tmp_path: Path) -> None:
+    """The run to resume keeps its own; a flag's value is the user's, and is judged as ever."""
+    (tmp_path / "run").mkdir()
+    write(tmp_path / "run/config.yaml", model_name_or_path="tiny", lora_r=8, learning_rate=0.001, seed=3)
+    recipe = write(tmp_path / "r.yaml", lora_r=16, learning_rate=0.5, seed=3)
+    words = ["--resume", str(tmp_path / "run"), "--recipe", recipe]
+    configuration = config.parse(words)
+    assert (configuration.kept, configuration.method.flags()["lora_r"]) == (("learning_rate", "lora_r"), 8)
+    assert config.parse([*words, "--lora_r", "4"]).kept == ("learning_rate",)
+    assert config.parse(words[:2]).kept == ()

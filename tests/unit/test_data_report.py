@@ -19,7 +19,7 @@ from falcon_qlora.config import parse
 from falcon_qlora.data import report
 from falcon_qlora.data.corpus import prepare_corpora
 from falcon_qlora.data.cursor import check_cursor
-from falcon_qlora.data.packing import Plan
+from falcon_qlora.data.packing import Plan, fill
 from falcon_qlora.methods.adapter_folder import write_record
 from falcon_qlora.models.fingerprint import tokenizer_fingerprint as fingerprint_of
 from falcon_qlora.models.tiny import tiny_path
@@ -97,9 +97,9 @@ def test_fill_is_tokens_over_positions() -> None:
             lengths=lengths, fingerprint="ab" * 8, seed=0, global_batch=2, max_length=50, packed=packed
         )
 
-    assert report.fill(plan(True), micro_batch=2, padding=None) == 1.0
-    assert report.fill(plan(False), micro_batch=2, padding="max_length") == 0.5
-    longest = report.fill(plan(False), micro_batch=2, padding="longest")
+    assert fill(plan(True), micro_batch=2, padding=None) == 1.0
+    assert fill(plan(False), micro_batch=2, padding="max_length") == 0.5
+    longest = fill(plan(False), micro_batch=2, padding="longest")
     assert longest in {100 / (2 * 20 + 2 * 40), 100 / (2 * 30 + 2 * 40), 100 / (2 * 40 + 2 * 30)}
 
 

@@ -682,7 +682,7 @@ def test_and_so_is_a_falcon3(changes, reason):
 def test_and_so_is_a_falcon_h1(changes, reason):
     block = fast_path.blocks_of(adapted("falcon-h1"))[0]
     for name, value in changes.items():
-        setattr(block.self_attn if name == "key_multiplier" else block.self_attn.config, name, value)
+        setattr(block.self_attn.config, name, value)
     assert falcon_h1.block_facts(block, torch.float32).unlike == reason
 
 

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import threading
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -243,3 +246,51 @@ def test_a_tokenizer_is_what_transformers_makes_of_its_folder(tmp_path, model_ty
     assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
     assert ours.special_tokens_map == theirs.special_tokens_map
     assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+
+
+FILE = {"rfilename": "config.json", "size": 10}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"[]",
+        b"no JSON",
+        b"[" * 20_000,
+        b'{"siblings": 3}',
+        json.dumps({"id": "x/y", "siblings": [{"size": 1}]}).encode(),
+        json.dumps({"id": "x/y", "siblings": [FILE | {"size": "1"}]}).encode(),
+        json.dumps({"id": "x/y", "siblings": [FILE | {"rfilename": 5}]}).encode(),
+        json.dumps({"id": "x/y", "sha": 5, "siblings": [FILE]}).encode(),
+        json.dumps({"id": "x/y", "sha": "a" * 40, "lastModified": "now", "siblings": [FILE]}).encode(),
+        json.dumps({"id": "x/y", "sha": "a" * 40, "siblings": [FILE | {"rfilename": "../../x"}]}).encode(),
+    ],
+)
+def test_a_hub_that_answers_with_anything_is_told_of(answer, tmp_path, monkeypatch):
+    """The library itself, against a server whose every answer is this one."""
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer if self.command == "GET" else b"")
+
+        do_HEAD = do_GET
+
+        def log_message(self, *arguments):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        here = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        for name in ("HfApi", "hf_hub_download", "snapshot_download"):
+            monkeypatch.setattr(hub, name, partial(getattr(hub, name), endpoint=here))
+        for fetch in (hub.fetch_model, hub.fetch_tokenizer):
+            with pytest.raises(UserError):
+                fetch("x/y")
+        server.shutdown()
+    assert not (tmp_path.parent / "x").exists()

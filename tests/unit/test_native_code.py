@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -75,6 +76,38 @@ def test_ctrl_c_ends_what_does_not_heed_it_and_nothing_else(
     assert process.returncode == status
 
 
+LOSES = """
+import os, signal, time, weakref
+from falcon_qlora.processes.stop_signals import Ended, stop_signals_raise
+def signalled(reference):
+    os.kill(os.getpid(), signal.{number})
+    for _ in range(100):
+        pass
+class Anything:
+    pass
+with stop_signals_raise():
+    try:
+        anything = Anything()
+        reference = weakref.ref(anything, signalled)
+        del anything
+        time.sleep(20)
+    except (KeyboardInterrupt, Ended):
+        print("heeded")
+"""
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_signal_whose_exception_python_drops_comes_again(number: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", LOSES.format(number=number)],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: [signal.signal(each, signal.SIG_DFL) for each in (signal.SIGINT, signal.SIGTERM)],
+    )
+    assert (result.stdout, result.stderr) == ("heeded\n", "")
+
+
 def panic(*arguments: object, **named: object) -> object:
     assert native_work()
     raise PanicException("index out of bounds")
@@ -106,33 +139,76 @@ ENDLESS = {"type": "Split", "pattern": {"Regex": "(?:a|a){22}$"}, "behavior": "I
     ("words", "where"),
     [
         (["data"], "loading"),
+        (["generate"], "loading"),
         (["train", "--gpus", "1"], "tokenizing with"),  # by the launcher, as the rows are many
         (["train", "--gpus", "2"], "tokenizing with"),
     ],
 )
 def test_the_hang_watch_ends_it_while_rows_are_read(tmp_path: Path, words: list[str], where: str) -> None:
-    model = packaged_folder("tiny")
-    assert model is not None
-    shutil.copytree(model, tmp_path / "model")
-    file = tmp_path / "model/tokenizer.json"
-    content = json.loads(file.read_text())
-    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [ENDLESS, content["pre_tokenizer"]]}
-    if where == "loading":
-        content["normalizer"] = {"type": "Prepend", "prepend": "a" * 20_000 + "!"}
-    file.write_text(json.dumps(content))
-    write_jsonl(tmp_path / "rows.jsonl", [{"text": "a" * 600_000 + "!"}, {"text": "b" * 600_000}])
+    write_endless_model(tmp_path, where)
     processes = Processes(tmp_path)
-    more = ["--hang_minutes", "0.05", "-m", "model", "--dataset_name", "rows.jsonl"]
-    process = processes.start("falcon_qlora", *words, *more, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    more = [*words, "--hang_minutes", "0.05", "-m", "model"]
+    more += ["--prompt", "a"] if words == ["generate"] else ["--dataset_name", "rows.jsonl"]
+    (tmp_path / "temporary").mkdir()
+    process = processes.start(
+        "falcon_qlora",
+        *more,
+        XDG_CACHE_HOME=str(tmp_path / "cache"),
+        TMPDIR=str(tmp_path / "temporary"),
+    )
     try:
         _, errors = process.communicate(timeout=120)
         assert processes.none_left()
     finally:
         processes.end()
     assert process.returncode == 1
+    assert [*(tmp_path / "temporary").iterdir()] == []
+    errors = errors.removeprefix("loading libraries …\n")
     assert re.fullmatch(
         rf"error: native code has not returned for \d s, {where} \S*model/tokenizer.json: take .*\n", errors
     )
+
+
+def write_endless_model(folder: Path, where: str, *, letters: int = 600_000) -> None:
+    """A model whose tokenizer is not done soon, loading or tokenizing as `where` says, and rows for it."""
+    model = packaged_folder("tiny")
+    assert model is not None
+    shutil.copytree(model, folder / "model")
+    file = folder / "model/tokenizer.json"
+    content = json.loads(file.read_text())
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [ENDLESS, content["pre_tokenizer"]]}
+    if where == "loading":
+        content["normalizer"] = {"type": "Prepend", "prepend": "a" * 20_000 + "!"}
+    file.write_text(json.dumps(content))
+    write_jsonl(folder / "rows.jsonl", [{"text": "a" * letters + "!"}, {"text": "b" * letters}])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("gpus", "letters", "said"),
+    [
+        ("1", 600_000, "native code does not heed SIGINT, "),  # in the launcher, as the rows are many
+        ("1", 20_000, "ended by SIGINT on {host}; native code did not heed it, "),
+        ("2", 20_000, "ended by SIGINT on {host}; native code did not heed it, "),
+    ],
+)
+def test_ctrl_c_ends_a_training_in_it(tmp_path: Path, gpus: str, letters: int, said: str) -> None:
+    write_endless_model(tmp_path, "tokenizing with", letters=letters)
+    processes = Processes(tmp_path)
+    words = ["train", "--gpus", gpus, "-m", "model", "--dataset_name", "rows.jsonl"]
+    process = processes.start("falcon_qlora", *words, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    try:
+        assert process.stdout is not None
+        while not process.stdout.readline().startswith("tokenizing"):
+            assert process.poll() is None, process.communicate()
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+        assert processes.none_left()
+    finally:
+        processes.end()
+    where = f"tokenizing with {tmp_path}/model/tokenizer.json"
+    assert (process.returncode, errors) == (130, f"error: {said.format(host=socket.gethostname())}{where}\n")
 
 
 STOPPED = """

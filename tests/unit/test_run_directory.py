@@ -87,10 +87,12 @@ def test_a_named_folder_that_holds_a_run_is_refused(tmp_path: Path) -> None:
         _choose(tmp_path / "mine", tmp_path)
 
 
-@pytest.mark.parametrize("option", ["resume", "overwrite", "restarted"])
-def test_a_named_folder_that_holds_a_run_is_taken_when_asked(tmp_path: Path, option: str) -> None:
+@pytest.mark.parametrize(
+    "option", [{"resume": "latest"}, {"resume": "auto"}, {"overwrite": True}, {"restarted": True}]
+)
+def test_a_named_folder_that_holds_a_run_is_taken_when_asked(tmp_path: Path, option: dict[str, Any]) -> None:
     _holding_run(tmp_path / "mine")
-    assert _choose(tmp_path / "mine", tmp_path, **{option: True}) == tmp_path / "mine"
+    assert _choose(tmp_path / "mine", tmp_path, **option) == tmp_path / "mine"
     assert (tmp_path / "mine/config.yaml").exists(), "nothing is removed before the run starts"
 
 
@@ -130,9 +132,9 @@ def test_resume_of_nothing_is_an_error_and_names_the_newest_run(tmp_path: Path) 
         _choose(None, tmp_path, resume=tmp_path / "empty")
     _holding_run(tmp_path / "newest")
     with pytest.raises(UserError, match="newest"):
-        _choose(None, tmp_path, resume=True)
+        _choose(None, tmp_path, resume="latest")
     with pytest.raises(UserError, match=r"newst: there is no such folder \(did you mean newest\?\)"):
-        _choose(tmp_path / "newst", tmp_path, resume=True)
+        _choose(tmp_path / "newst", tmp_path, resume="latest")
     with pytest.raises(UserError, match=r"newst: there is no such folder \(did you mean newest\?\)"):
         _choose(None, tmp_path, resume=tmp_path / "newst")
     assert not (tmp_path / "newst").exists()

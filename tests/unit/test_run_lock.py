@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import re
 import signal
@@ -116,14 +117,28 @@ def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "left", ["", '{"host": "elsewhere", "process": 1, "since": "2020"}', "\x1b[2J{", "fifo"]
+    ("left", "told"),
+    [
+        ("", None),
+        ("\x1b[2J{", None),
+        ("[1]", None),
+        ("fifo", None),
+        ('{"host": "else\x1bwhere", "process": 1, "since": "2020"}', "process 1 on elsewhere (since 2020)"),
+        (f'{{"host": {json.dumps(socket.gethostname())}, "process": 1, "since": "2020"}}', None),
+    ],
 )
-def test_a_lock_that_another_host_left_is_taken_over(tmp_path: Path, left: str) -> None:
+def test_a_lock_that_another_host_left_is_taken_over(tmp_path: Path, left: str, told: str | None) -> None:
     """It is the kernel's lock that counts, not what the file says of its holder."""
+    left = left.replace("\x1b", "\\u001b") if told else left
     if left == "fifo":
         os.mkfifo(tmp_path / ".lock")
     else:
         (tmp_path / ".lock").write_text(left)
-    with RunLock(never) as lock:
+    said: list[str] = []
+    with RunLock(said.append) as lock:
         lock.take(tmp_path)
     assert list(tmp_path.iterdir()) == []
+    if told is None:
+        assert said == []
+    else:
+        assert [told in line for line in said] == [True]

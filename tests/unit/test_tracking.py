@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 import sys
+import time
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -426,3 +428,30 @@ def _pretend_online(monkeypatch: pytest.MonkeyPatch, seen: dict[str, Any]) -> No
 
     monkeypatch.setattr(wandb, "login", lambda **_: True)
     monkeypatch.setattr(wandb, "init", init)
+
+
+@pytest.mark.parametrize(
+    ("start", "why"),
+    [
+        (lambda **_: time.sleep(5), "its own process does not answer within 0 s"),
+        (lambda **_: importlib.import_module("no.such"), "No module named 'no'"),
+    ],
+)
+def test_wandb_that_does_not_start_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, start: Any, why: str
+) -> None:
+    monkeypatch.setattr(wandb, "setup", start)
+    monkeypatch.setattr(tracking, "_START_SECONDS", 0.2)
+    begun = time.monotonic()
+    with pytest.raises(UserError, match=rf"W&B could not start \({why}\)\. .*--report_to none"):
+        tracking.choose(["wandb"])
+    assert time.monotonic() - begun < 3
+
+
+def test_wandb_that_stops_answering_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(wandb, "init", lambda **_: time.sleep(5))
+    monkeypatch.setattr(tracking, "_INIT_SECONDS", 0.2)
+    trackers = tracking.choose(["wandb"])
+    trackers.start(directory=RunDirectory(tmp_path), config={})
+    assert trackers.lines == ["W&B: off, it could not start (its own process does not answer within 0 s)"]

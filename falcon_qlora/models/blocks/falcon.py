@@ -29,7 +29,7 @@ from falcon_qlora.models.blocks.fast_block import (
     state_of,
 )
 from falcon_qlora.models.forward import forward_before
-from falcon_qlora.models.layouts.falcon import split_heads
+from falcon_qlora.models.layouts.falcon import Falcon, split_heads
 from falcon_qlora.models.packed_attention import Sequences
 from falcon_qlora.models.prefix import prefix_of
 from falcon_qlora.models.scaled import scale_and_bias_of
@@ -50,25 +50,12 @@ def block_facts(block: Any, dtype: torch.dtype) -> BlockFacts:
         block.self_attention,
         block.self_attention.num_kv_heads,
         dtype,
-        unlike=_unlike(block),
+        unlike=Falcon(block.config).unlike_fast_block(),
         lora_unknown=_more_than_lora(block),
         known=known,
         scaled=scaled,
         leaves_rows_out=not scaled,
     )
-
-
-def _unlike(block: Any) -> str | None:
-    config = block.config
-    if config.alibi:
-        return "positions by ALiBi"
-    if not (config.parallel_attn or config.new_decoder_architecture):
-        return "attention and feed-forward are not parallel"
-    if any(base_of(linear).bias is not None for linear in _linears_of(block)):
-        return "linears with biases"
-    if config.activation != "gelu":
-        return f"activation {config.activation}"
-    return f"hidden dropout {config.hidden_dropout:g}" if config.hidden_dropout else None
 
 
 def _more_than_lora(block: Any) -> str | None:

@@ -33,7 +33,7 @@ from falcon_qlora.models.blocks.fast_block import (
     state_of,
 )
 from falcon_qlora.models.forward import forward_before
-from falcon_qlora.models.layouts.falcon_h1 import state_space
+from falcon_qlora.models.layouts.falcon_h1 import FalconH1, state_space
 from falcon_qlora.models.packed_attention import Sequences
 
 
@@ -45,27 +45,11 @@ def block_facts(block: Any, dtype: torch.dtype) -> BlockFacts:
         block.self_attn,
         block.self_attn.config.num_key_value_heads,
         dtype,
-        unlike=_unlike(block),
+        unlike=FalconH1(block.self_attn.config).unlike_fast_block(),
         lora_unknown=None,
         activation="SwiGLU",
         state_space=(block.mamba.head_dim, block.mamba.ssm_state_size),
     )
-
-
-def _unlike(block: Any) -> str | None:
-    config = block.self_attn.config
-    if any(base_of(linear).bias is not None for linear in _linears_of(block)):
-        return "linears with biases"
-    if config.hidden_act != "silu":
-        return f"activation {config.hidden_act}"
-    if _of_scores(block) <= 0:  # attention's kernels look for the largest score before they scale it
-        return f"key multiplier {block.self_attn.key_multiplier:g}"
-    return f"attention dropout {config.attention_dropout:g}" if config.attention_dropout else None
-
-
-def _of_scores(block: Any) -> float:
-    """The factor of attention's scores: of queries times that of keys."""
-    return float(block.attention_in_multiplier**2 * block.self_attn.key_multiplier)
 
 
 def _linears_of(block: Any) -> list[Any]:
@@ -112,7 +96,9 @@ def block_forward(
     assert position_embeddings is not None
     # Not ``[0]``: its gradient would be written into zeros, row by row.
     hidden, (cosine, sine) = hidden_states.squeeze(0), (each[0] for each in position_embeddings)
-    attention = PackedAttention(attention_mask, state.attention, multiplier=_of_scores(self))
+    attention = PackedAttention(
+        attention_mask, state.attention, multiplier=FalconH1(self.self_attn.config).score_factor
+    )
     mixers = _mixers(self, attention, cosine, sine, in_fp8=parts[0].fp8 is not None)
     with state.offload.moving(hidden) if state.keep == "offload" else nullcontext():
         return (run_sublayers(hidden, parts[0], mixers, parts[1]).unsqueeze(0),)

@@ -113,6 +113,8 @@ def facts_of(
             continue
         if active is not None:
             dropouts.append(dropout_of(linear, active))
+    if any(base_of(linear).bias is not None for linear in linears):
+        unlike = unlike or "linears with biases"
     return BlockFacts(
         unlike=unlike,
         trainable=tuple(n for n, p in block.named_parameters() if p.requires_grad and id(p) not in ours),

@@ -27,6 +27,7 @@ from falcon_qlora.models.blocks.fast_block import (
     state_of,
 )
 from falcon_qlora.models.forward import forward_before
+from falcon_qlora.models.layouts.llama import Llama
 from falcon_qlora.models.packed_attention import Sequences
 from falcon_qlora.models.prefix import prefix_of
 from falcon_qlora.models.scaled import scale_and_bias_of
@@ -41,19 +42,10 @@ def block_facts(block: Any, dtype: torch.dtype) -> BlockFacts:
         block.self_attn,
         block.self_attn.config.num_key_value_heads,
         dtype,
-        unlike=_unlike(block),
+        unlike=Llama(block.self_attn.config).unlike_fast_block(),
         lora_unknown=_more_than_lora(block),
         activation="SwiGLU",
     )
-
-
-def _unlike(block: Any) -> str | None:
-    config = block.self_attn.config
-    if any(base_of(linear).bias is not None for linear in _linears_of(block)):
-        return "linears with biases"
-    if config.hidden_act != "silu":
-        return f"activation {config.hidden_act}"
-    return f"attention dropout {config.attention_dropout:g}" if config.attention_dropout else None
 
 
 def _more_than_lora(block: Any) -> str | None:

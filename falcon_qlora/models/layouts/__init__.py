@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.common.errors import UserError
@@ -34,6 +35,22 @@ def layout_of(config: PreTrainedConfig) -> Layout:
 def layout_of_preset(preset: str) -> type[Layout]:
     """The family of one of `PRESETS`."""
     return _BY_PRESET[preset]
+
+
+def published_preset(hub_id: str) -> str | None:
+    """The preset with the shape of a published model, of whose fine-tunes by the same publisher too."""
+    known = {
+        hub.lower().removesuffix("-base"): preset
+        for each in LAYOUTS
+        for preset, hub in each.tokenizers.items()
+    }
+    name = hub_id.lower()
+    name = (
+        f"tiiuae/{name.partition('/')[2].removesuffix('-sharded-bf16')}"
+        if name.startswith("ybelkada/")
+        else name
+    )
+    return known.get(re.sub(r"-(base|instruct|chat)$", "", name))
 
 
 def preset_config(preset: str, **overrides: Any) -> PreTrainedConfig:

@@ -178,6 +178,10 @@ class Layout(ABC):
     @abstractmethod
     def norms_per_block(self) -> int: ...
 
+    def unlike_fast_block(self) -> str | None:
+        """What of this configuration the family's fast block does not compute, or None."""
+        return "linears with biases" if self.has_biases else None
+
     @property
     def has_biases(self) -> bool:
         """Whether the blocks' linears have biases."""

@@ -91,6 +91,8 @@ class Falcon(Layout):
         "bias": False,
         "alibi": False,
         "tie_word_embeddings": True,
+        "activation": "gelu",
+        "hidden_dropout": 0.0,
     }
     config_class = Imported("transformers.models.falcon.configuration_falcon", "FalconConfig")
     model_class = Imported(_MODEL, "FalconForCausalLM")
@@ -177,6 +179,16 @@ class Falcon(Layout):
     @property
     def has_biases(self) -> bool:
         return bool(self.config.bias)
+
+    def unlike_fast_block(self) -> str | None:
+        config = self.config
+        if config.alibi:
+            return "positions by ALiBi"
+        if not (config.parallel_attn or config.new_decoder_architecture):
+            return "attention and feed-forward are not parallel"
+        if self.has_biases or config.activation != "gelu":
+            return super().unlike_fast_block() or f"activation {config.activation}"
+        return f"hidden dropout {config.hidden_dropout:g}" if config.hidden_dropout else None
 
     def norm(self, module: nn.Module) -> nn.Module:
         from falcon_qlora.models.layouts.norms import SameDtypeLayerNorm

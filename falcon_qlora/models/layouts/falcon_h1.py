@@ -14,6 +14,7 @@ from einops import rearrange
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.untrusted import is_count, is_number
+from falcon_qlora.kernels.chunks import FAST_SSD_TOKENS, SSD_TOKENS
 from falcon_qlora.models.layouts.base import OPTIONAL, Imported, Layout, published_rotation
 
 if TYPE_CHECKING:
@@ -130,6 +131,9 @@ class FalconH1(Layout):
         "mamba_d_conv": 4,
         "mamba_conv_bias": True,
         "mamba_rms_norm": False,
+        "attention_dropout": 0.0,
+        "attention_in_multiplier": 1.0,
+        "key_multiplier": 1.0,
         **dict.fromkeys(("attention_bias", "mlp_bias", "mamba_proj_bias", "projectors_bias"), False),
     }
     config_class = Imported("transformers.models.falcon_h1.configuration_falcon_h1", "FalconH1Config")
@@ -271,6 +275,21 @@ class FalconH1(Layout):
     def head_multiplier(self) -> float:
         return float(self.config.lm_head_multiplier)
 
+    def unlike_fast_block(self) -> str | None:
+        config = self.config
+        if config.hidden_act != "silu":
+            return f"activation {config.hidden_act}"
+        if self.score_factor <= 0:  # attention's kernels look for the largest score before they scale it
+            return f"key multiplier {config.key_multiplier:g}"
+        if config.attention_dropout:
+            return f"attention dropout {config.attention_dropout:g}"
+        return super().unlike_fast_block()
+
+    @property
+    def score_factor(self) -> float:
+        """The factor of attention's scores: of queries times that of keys."""
+        return float(self.config.attention_in_multiplier**2 * self.config.key_multiplier)
+
     def norm(self, module: nn.Module) -> nn.Module:
         from falcon_qlora.models.layouts.norms import SameDtypeFalconH1RMSNorm
 
@@ -301,11 +320,9 @@ class FalconH1(Layout):
         return {FalconH1Mixer: _mix}
 
     def float32_at_work(self) -> float:
-        from falcon_qlora.kernels.ssd import CHUNK_TOKENS
-
         config = self.config
-        decays = CHUNK_TOKENS * config.mamba_n_heads
-        states = config.mamba_d_ssm * config.mamba_d_state / CHUNK_TOKENS
+        decays = SSD_TOKENS * config.mamba_n_heads
+        states = config.mamba_d_ssm * config.mamba_d_state / SSD_TOKENS
         # What `_states` keeps when it is recomputed, and at the peak three times the decays or the states,
         # for their gradients. Measured on the CPU: 287 KiB a token at 7B's sizes, 120 at 0.5B's and 392 at
         # 34B's. Counted here: 306, 153 and 412.
@@ -313,14 +330,12 @@ class FalconH1(Layout):
         return float(kept + 3 * max(decays, states))
 
     def fast_bytes_at_work(self, value_bytes: int) -> float:
-        from falcon_qlora.kernels.ssd import FAST_CHUNK_TOKENS
-
         config = self.config
         # The gradient of y, the convolution's output and its gradient; states and their gradients; and, in
         # float32, what `ssd_triton` sums over heads, and over lanes for each head.
         rows = config.mamba_d_ssm + 2 * self.convolved
-        states = 2 * config.mamba_d_ssm * config.mamba_d_state / FAST_CHUNK_TOKENS
-        sums = 5 * config.mamba_n_groups * FAST_CHUNK_TOKENS + 20 * config.mamba_n_heads
+        states = 2 * config.mamba_d_ssm * config.mamba_d_state / FAST_SSD_TOKENS
+        sums = 5 * config.mamba_n_groups * FAST_SSD_TOKENS + 20 * config.mamba_n_heads
         return value_bytes * (rows + states) + 4 * sums
 
     @property

@@ -65,6 +65,7 @@ class Llama(Layout):
         "mlp_bias": False,
         "rope_parameters": {"rope_type": "default"},
         "tie_word_embeddings": False,
+        "attention_dropout": 0.0,
     }
     config_class = Imported("transformers.models.llama.configuration_llama", "LlamaConfig")
     model_class = Imported(_MODEL, "LlamaForCausalLM")
@@ -140,6 +141,14 @@ class Llama(Layout):
     @property
     def norms_per_block(self) -> int:
         return 2
+
+    def unlike_fast_block(self) -> str | None:
+        config = self.config
+        if config.hidden_act != "silu":
+            return f"activation {config.hidden_act}"
+        if config.attention_dropout:
+            return f"attention dropout {config.attention_dropout:g}"
+        return super().unlike_fast_block()
 
     def norm(self, module: nn.Module) -> nn.Module:
         from falcon_qlora.models.layouts.norms import SameDtypeRMSNorm

@@ -11,7 +11,9 @@ from tests.tiny_model.train import Settings
 
 SHAPES = {
     **dict.fromkeys(("falcon-7b", "falcon-11b", "falcon-40b", "falcon3-7b"), ""),
-    "falcon-h1-7b": ",mamba_n_groups=2",  # 34B's, with the multipliers of 7B's file
+    # 34B's groups, with the multipliers of 7B's file, and weights as large as these are made for: with usual
+    # random ones the state space adds less to a block than bfloat16's rounding, and faults in it hide there.
+    "falcon-h1-7b": ",mamba_n_groups=2,initializer_range=0.1",
 }
 
 

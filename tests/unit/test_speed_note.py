@@ -1,81 +1,46 @@
-"""What the start says of the speed: what the records have, and only what would help this run."""
+"""What the start says of the speed: an estimate, and only what would help this run."""
 
 from __future__ import annotations
 
-import csv
+import dataclasses
+import re
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from falcon_qlora.config import parse
+from falcon_qlora.data.packing import Plan
 from falcon_qlora.kernels import libraries
 from falcon_qlora.kernels.libraries import FLASH_ATTENTION_4, QUACK
 from falcon_qlora.models import fast_path, packed_attention
-from falcon_qlora.models.layouts import layout_of, preset_config
+from falcon_qlora.models.locate import find_outline_here
 from falcon_qlora.processes import devices
-from falcon_qlora.training.activations import Activations
-from falcon_qlora.training.expected_speed import FP8, GPU, LEAST_TOKENS, LIBRARIES, Run, speed_note, told
+from falcon_qlora.training.cards import CARDS, MEASURED, card_of
+from falcon_qlora.training.estimate import Estimate, Estimator, estimate_here
+from falcon_qlora.training.speed_note import FP8, LIBRARIES, speed_note, told
 from tests.unit.test_fast_path import adapted
 
 BOTH = [FLASH_ATTENTION_4, QUACK]
 
 
-def test_every_measured_step_is_as_fast_as_is_told(repository: Path) -> None:
-    checked = 0
-    for row in csv.DictReader((repository / "tests/benchmarks/records.csv").open()):
-        kept = (
-            row["checkpointing"] == "none" and row["gpus"] == "1" and row["tflops_4n"] and GPU in row["gpu"]
-        )
-        # 11B's documents have 8,192 tokens.
-        alike = row["variant"].startswith("ours") and "fast (" in row["note"] and "11b" not in row["model"]
-        if not (kept and alike) or "dropout" in row["variant"]:
-            continue
-        layout = layout_of(preset_config(row["model"].removeprefix("random:")))
-        run = Run(
-            gpu=row["gpu"],
-            parameters=layout.parameter_count(),
-            mixes=bool(layout.other_mixers()),
-            micro_batch_tokens=int(row["micro_batch_tokens"]),
-            in_fp8=row["compute_dtype"] == "fp8",
-            plain_lora=True,
-            all_fast=True,
-        )
-        if run.is_as_measured:
-            least, most = run.tokens_per_second
-            assert least <= int(row["tokens_per_second"]) <= most, row
-            checked += 1
-    assert checked > 30
+@pytest.fixture
+def an_estimate() -> Estimate:
+    configuration = parse(["-m", "random:falcon-7b"])
+    return Estimator(configuration, find_outline_here("random:falcon-7b")).on(MEASURED)
 
 
-SEVEN_B: dict[str, Any] = {
-    "gpu": "NVIDIA H200",
-    "parameters": 6_921_720_704,
-    "micro_batch_tokens": LEAST_TOKENS,
-    "in_fp8": False,
-    "plain_lora": True,
-    "all_fast": True,
-}
-
-
-def test_a_speed_is_told_only_where_it_was_measured() -> None:
-    assert told(Run(**SEVEN_B), []) == (
-        "expect 18,100 to 21,700 tokens/s of each H200 with documents of 512 to 2,048 tokens"
-    )
-    others: list[dict[str, Any]] = [
-        {"mixes": True},
-        {"mixes": True, "micro_batch_tokens": 2 * LEAST_TOKENS, "in_fp8": True},
-        {"gpu": "NVIDIA A100-SXM4-80GB"},
-        {"parameters": 10**9},
-        {"micro_batch_tokens": 2048},
-        {"plain_lora": False},
-        {"all_fast": False},
-    ]
-    for other in others:
-        assert told(Run(**SEVEN_B | other), []) is None
-        assert told(Run(**SEVEN_B | other), [FP8]) == f"faster, as measured with Falcon-7B on an H200: {FP8}"
+def test_a_speed_is_told_with_what_it_is_from(an_estimate: Estimate) -> None:
+    note = told(an_estimate, [FP8])
+    assert note is not None
+    assert re.match(r"estimated: 1\d,\d00 tokens/s and \d\d\.\d GiB of the card; the speed by steps", note)
+    assert note.endswith(f". faster, as measured with Falcon-7B on an H200: {FP8}")
+    of_another = told(dataclasses.replace(an_estimate, card=CARDS["l4"]), [])
+    assert of_another is not None
+    assert "by published ceilings and the share of them reached on an H200" in of_another
+    assert told(dataclasses.replace(an_estimate, tokens_per_second=None), []) is None
+    assert told(None, []) is None
 
 
 @pytest.fixture
@@ -120,12 +85,32 @@ def test_only_what_would_help_is_told(
     for module in (libraries, fast_path):
         on_gpu.setattr(module, "is_installed", lambda library: library in installed)
     model = adapted(layout, "4bit", compute_dtype="bf16")
-    note = speed_note(parse(flags.split()), model, {}, Activations([]))
+    note = speed_note(parse(flags.split()), model, None)
     expected = f"faster, as measured with Falcon-7B on an H200: {'; '.join(faster)}" if faster else None
     assert note == expected
+
+
+@pytest.mark.parametrize(("name", "is_known"), [("NVIDIA H200", True), ("NVIDIA L40S", False)])
+def test_a_run_is_estimated_on_its_own_gpu(name: str, is_known: bool, on_gpu: pytest.MonkeyPatch) -> None:
+    on_gpu.setattr(torch.cuda, "get_device_name", lambda *_: name)
+    on_gpu.setattr(torch.cuda, "mem_get_info", lambda *_: (1, 47 * 2**30))
+    words, outline = ["-m", "random:falcon-7b"], find_outline_here("random:falcon-7b")
+    found = estimate_here(parse(words), outline, None)
+    assert found is not None
+    assert found.card is not None
+    assert found.card.gib == 47
+    assert found.parts == Estimator(parse(words), outline).on(card_of("47GiB")).parts
+    assert (found.tokens_per_second is not None) == is_known
+    plan = Plan(
+        lengths=np.full(64, 100), fingerprint="0", seed=0, global_batch=4, max_length=200, packed=False
+    )
+    padded = estimate_here(parse([*words, "--packing", "false", "--padding", "max_length"]), outline, plan)
+    if is_known:
+        assert padded is not None
+        assert padded.tokens_per_second == pytest.approx(found.tokens_per_second / 2, rel=0.05)
 
 
 def test_dropout_keeps_fp8_out(on_gpu: pytest.MonkeyPatch) -> None:
     on_gpu.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
     model = adapted("falcon-7b", "4bit", compute_dtype="bf16", dropout=0.1)
-    assert speed_note(parse([]), model, {}, Activations([])) is None
+    assert speed_note(parse([]), model, None) is None

@@ -1,0 +1,77 @@
+"""The GPUs that an estimate knows: the memory that CUDA can use, and the published ceilings."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from falcon_qlora.common.errors import UserError, nearest
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) *(?:GiB|G)", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """A GPU.
+
+    Attributes:
+        name: as `--gpu` takes it.
+        title: its name for readers, the part by which PyTorch's name of the device is recognised.
+        gib: memory that CUDA can use, GiB; what is printed on the box less what the driver keeps.
+        bf16: TFLOP/s of dense bfloat16 products with float32 sums, published; None where nothing is known.
+        fp8: the same in FP8; None without FP8.
+        terabytes: a second from its memory, published; 10^12 bytes.
+    """
+
+    name: str
+    title: str
+    gib: float
+    bf16: float | None = None
+    fp8: float | None = None
+    terabytes: float | None = None
+
+
+CARDS = {
+    card.name: card
+    for card in (
+        Card(name="3090", title="RTX 3090", gib=23.6, bf16=71, terabytes=0.936),
+        Card(name="4090", title="RTX 4090", gib=23.6, bf16=165, fp8=330, terabytes=1.008),
+        Card(name="5090", title="RTX 5090", gib=31.4, bf16=210, fp8=419, terabytes=1.792),
+        Card(name="a10", title="A10", gib=22.0, bf16=125, terabytes=0.6),
+        Card(name="l4", title="L4", gib=22.0, bf16=121, fp8=242, terabytes=0.3),
+        Card(name="a6000", title="RTX A6000", gib=47.5, bf16=155, terabytes=0.768),
+        Card(name="a100-40", title="A100 40GB", gib=39.4, bf16=312, terabytes=1.555),
+        Card(name="a100-80", title="A100 80GB", gib=79.2, bf16=312, terabytes=2.039),
+        Card(name="h100", title="H100", gib=79.2, bf16=989, fp8=1979, terabytes=3.35),
+        Card(name="h200", title="H200", gib=139.8, bf16=989, fp8=1979, terabytes=4.8),
+    )
+}
+MEASURED = CARDS["h200"]
+"""The only card that steps were measured on."""
+
+
+def card_of(text: str) -> Card:
+    """The card that `--gpu` names: one of `CARDS`, or a size such as ``24GiB`` of a card not known else.
+
+    Raises:
+        UserError: if it is neither.
+    """
+    name = text.strip().lower()
+    if name in CARDS:
+        return CARDS[name]
+    size = _SIZE.fullmatch(name)
+    if size and float(size[1]) > 0:
+        return Card(
+            name=f"{float(size[1]):g}GiB", title=f"a card of {float(size[1]):g} GiB", gib=float(size[1])
+        )
+    raise UserError(
+        f"--gpu {text!r} is not known{nearest(name, CARDS)}: give one of {', '.join(CARDS)}, or its memory "
+        "(24GiB)"
+    )
+
+
+def card_named(device: str, gib: float) -> Card | None:
+    """The card that PyTorch calls `device`, with `gib` of memory; None if it is not one of `CARDS`."""
+    words = re.findall(r"[a-z0-9]+", device.lower())
+    found = [each for each in CARDS.values() if each.name.partition("-")[0] in words]
+    return min(found, key=lambda card: abs(card.gib - gib), default=None)

@@ -1,0 +1,357 @@
+"""What a run would take on a card: memory by part and tokens/s, from the settings alone. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.fp8 import FIRST_CAPABILITY, fp8_excludes
+from falcon_qlora.common.quantities import GIB
+from falcon_qlora.data.packing import fill, mean_document
+from falcon_qlora.methods.interface import trainable_count
+from falcon_qlora.methods.lora import Lora
+from falcon_qlora.models import step_memory
+from falcon_qlora.models.layouts import layout_of
+from falcon_qlora.models.sizes import weight_bytes
+from falcon_qlora.models.step_memory import Checkpointing, Step
+from falcon_qlora.training import sharding
+from falcon_qlora.training.cards import MEASURED, Card, card_named
+from falcon_qlora.training.expected_speed import StepTime
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from falcon_qlora.config import Configuration
+    from falcon_qlora.config.arguments import RunArguments
+    from falcon_qlora.data.packing import Plan
+    from falcon_qlora.methods.interface import Method
+
+# Beside PyTorch's own: what nvidia-smi counts of an H200 for CUDA and loaded kernels, and for NCCL.
+_CONTEXT_BYTES, _NCCL_BYTES = int(0.85 * GIB), int(0.7 * GIB)
+_MOST_SEQUENCES = 2**16
+_ALL: tuple[Checkpointing, ...] = ("none", "selective", "full", "offload")
+
+
+def step_of(
+    run: RunArguments,
+    config: PreTrainedConfig,
+    method: Method,
+    *,
+    max_length: int,
+    optimizer: str,
+    fast: bool,
+    in_fp8: bool,
+    value_bytes: int,
+    trainable: int,
+    processes: int,
+    is_sharded: bool,
+) -> Step:
+    """A process's step, for its memory.
+
+    Args:
+        run: its micro batch, and how many of them a step has.
+        config: the model, or its outline.
+        max_length: tokens of a sequence.
+        optimizer: by the trainer's name.
+        fast, in_fp8, value_bytes: as in `Step`.
+        trainable: parameters that this process trains: its part of a sharded model's.
+        is_sharded: whether full fine-tuning's model is.
+    """
+    a_micro_batch = run.per_device_train_batch_size * processes
+    several = run.gradient_accumulation_steps > 1 or (run.global_batch_size or 0) > a_micro_batch
+    trainable_bytes = 4 if method.trains_in_float32 else value_bytes
+    return Step(
+        config=config,
+        tokens=run.per_device_train_batch_size * max_length,
+        trainable=trainable,
+        trainable_bytes=trainable_bytes,
+        gradients_stay=several or (processes > 1 and not is_sharded),
+        gathered=step_memory.gathered_bytes(config, trainable_bytes) if is_sharded else 0,
+        fast=fast,
+        in_fp8=in_fp8,
+        **method.step_memory(),
+        value_bytes=value_bytes,
+        optimizer_bytes=step_memory.allocated_optimizer_bytes(
+            optimizer,
+            trainable_bytes,
+            embedded=step_memory.embedded_share(config) if method.is_whole else 0.0,
+        ),
+    )
+
+
+def why_reference(configuration: Configuration, config: PreTrainedConfig) -> str | None:
+    """Why the blocks would run on the reference path; None where they run on the fast one."""
+    method, layout = configuration.method, layout_of(config)
+    if configuration.model.kernels == "off":
+        return "--kernels off"
+    if configuration.model.compute_dtype == "fp16":
+        return "computes in float16"
+    if method.is_whole:
+        return "every weight is trained"
+    if method.step_memory().get("scaled") and layout.residuals == 2:
+        return "scales and biases on the linears"
+    return "DoRA" if isinstance(method, Lora) and method.use_dora else layout.unlike_fast_block()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A run on a card.
+
+    Attributes:
+        card: None where none was named; then nothing limits it.
+        parts: bytes on the card at the fullest moment, by name.
+        blocks: what each block keeps.
+        micro_batch_tokens: the micro batch's capacity.
+        tokens_per_second: over all processes; None where the card's ceilings are not known.
+    """
+
+    card: Card | None
+    parts: dict[str, int]
+    blocks: list[Checkpointing]
+    micro_batch_tokens: int
+    tokens_per_second: float | None
+
+    @property
+    def card_gib(self) -> float:
+        """All of it, as nvidia-smi would count it at the peak; GiB."""
+        return sum(self.parts.values()) / GIB
+
+    @property
+    def fits(self) -> bool | None:
+        return None if self.card is None else self.card_gib <= self.card.gib
+
+    @property
+    def basis(self) -> str:
+        """What the speed is estimated from."""
+        if self.card is None or self.card.bf16 is None:
+            return "the speed of this card is not known"
+        if self.card == MEASURED or self.card.title == MEASURED.title:
+            return f"the speed by steps measured on an {MEASURED.title}"
+        return f"the speed by published ceilings and the share of them reached on an {MEASURED.title}"
+
+    @property
+    def checkpointing(self) -> str:
+        """What the blocks keep, such as ``none`` or ``full in 6 of 32, else selective``."""
+        (first, _), *rest = Counter(self.blocks).most_common()
+        return ", ".join(
+            [f"{what} in {count} of {len(self.blocks)}" for what, count in rest]
+            + [f"else {first}"] * bool(rest)
+            or [first]
+        )
+
+
+def estimate_here(
+    configuration: Configuration, config: PreTrainedConfig, plan: Plan | None
+) -> Estimate | None:
+    """The run on this process's GPU; None on the CPU, and with ZeRO-3.
+
+    Args:
+        config: the model's.
+        plan: of the run; None for a stream.
+    """
+    import torch
+
+    from falcon_qlora.processes import devices, ranks
+
+    device = devices.local_device()
+    if device.type != "cuda" or configuration.run.sharding == "zero3":
+        return None
+    name, gib = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1] / GIB
+    known = card_named(name, gib)
+    card = Card(name=name, title=name, gib=gib) if known is None else replace(known, gib=gib)
+    rows = of_rows(configuration, plan) if plan is not None else {}
+    return Estimator(configuration, config, processes=ranks.world_size(), **rows).on(card)
+
+
+def of_rows(configuration: Configuration, plan: Plan) -> dict[str, float]:
+    """What the speed depends on of the rows in `plan`, as arguments of `Estimator`."""
+    data, run = configuration.data, configuration.run
+    padded = 1.0
+    if not data.packing:
+        padded = fill(plan, micro_batch=run.per_device_train_batch_size, padding=data.padding)
+    return {"document_tokens": mean_document(plan.lengths), "real_share": padded}
+
+
+class Estimator:
+    """Estimates runs with the settings of a configuration.
+
+    Args:
+        configuration: as for training.
+        config: the base model's, or its outline.
+        processes: one a GPU.
+        document_tokens: of the document that a token is in, on average.
+        real_share: of the positions that are computed, those that are no padding.
+
+    Raises:
+        UserError: for settings that training would refuse.
+    """
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        config: PreTrainedConfig,
+        *,
+        processes: int = 1,
+        document_tokens: float = 512,
+        real_share: float = 1.0,
+    ):
+        self.configuration, self.config, self.processes = configuration, config, processes
+        self.document_tokens = min(document_tokens, configuration.data.max_length)
+        self.real_share = real_share
+        settings, method = configuration.model, configuration.method
+        self.reason = why_reference(configuration, config)
+        self.in_fp8 = settings.compute_dtype == "fp8"
+        excluded = fp8_excludes(kernels=settings.kernels, **method.fp8_facts()) if self.in_fp8 else None
+        if self.in_fp8 and (excluded or self.reason):
+            raise UserError(f"--compute_dtype fp8: {excluded or self.reason}. Use --compute_dtype auto.")
+        self.optim = configuration.trainer["optim"]
+        if configuration.run.sharding == "fsdp" and processes == 1:
+            raise UserError(
+                "--sharding fsdp splits the model over several processes: say of how many by --gpus"
+            )
+        if configuration.run.sharding == "zero3":
+            raise UserError("--sharding zero3 is not estimated: fsdp shares out as much")
+        self.trainable = trainable_count(method, config)
+
+    def largest(self, card: Card, checkpointing: Checkpointing) -> int:
+        """The most sequences of a micro batch that fit, where all blocks do the same; 0: none does."""
+        few, many = 0, 1
+        while many <= _MOST_SEQUENCES and self._all(card, checkpointing, many).fits:
+            few, many = many, 2 * many
+        while many - few > 1:
+            middle = (few + many) // 2
+            few, many = (middle, many) if self._all(card, checkpointing, middle).fits else (few, middle)
+        return few
+
+    def _all(self, card: Card | None, checkpointing: Checkpointing, sequences: int) -> Estimate:
+        return self.on(card, checkpointing=checkpointing, sequences=sequences)
+
+    def choices(self) -> Sequence[Checkpointing]:
+        """What the blocks may be asked to keep."""
+        return [each for each in _ALL if each != "selective" or self.reason is None]
+
+    def on(
+        self, card: Card | None, *, checkpointing: str | None = None, sequences: int | None = None
+    ) -> Estimate:
+        """The run on a card; None: on one without limits.
+
+        Args:
+            checkpointing: instead of the configuration's.
+            sequences: of a micro batch, likewise.
+
+        Raises:
+            UserError: if the card has no FP8, which is asked for.
+        """
+        settings, method, run = self.configuration.model, self.configuration.method, self.configuration.run
+        if self.in_fp8 and card is not None and card.bf16 and card.fp8 is None:
+            first = ".".join(map(str, FIRST_CAPABILITY))
+            raise UserError(
+                f"--compute_dtype fp8: {card.title} has no FP8, which begins at compute capability {first}. "
+                "Use --compute_dtype auto."
+            )
+        if sequences is not None:
+            run = replace(run, per_device_train_batch_size=sequences)
+        value_bytes = 4 if settings.compute_dtype == "fp32" else 2
+        sharded, shared_out = self._is_sharded(card, value_bytes), self._shares_out
+        optim = sharding.OPTIMIZER if sharded else self.optim
+        parts = self.processes if sharded else 1
+        step = step_of(
+            run,
+            self.config,
+            method,
+            max_length=self.configuration.data.max_length,
+            optimizer=optim,
+            fast=self.reason is None,
+            in_fp8=self.in_fp8,
+            value_bytes=value_bytes,
+            trainable=self.trainable // parts,
+            processes=self.processes,
+            is_sharded=sharded,
+        )
+        weights = weight_bytes(
+            self.config,
+            settings.quantize_mode,
+            double_quantization=settings.double_quantization,
+            compute_bytes=value_bytes,
+            processes=self.processes if shared_out else 1,
+        )
+        held = {"weights": weights // parts}
+        if not method.is_whole:
+            held["adapter"] = 4 * self.trainable
+        outside = {"CUDA and kernels": _CONTEXT_BYTES}
+        if self.processes > 1:
+            outside["NCCL"] = _NCCL_BYTES
+        if optim.startswith("paged"):
+            outside["pages of the optimizer"] = int(
+                step.trainable * step_memory.optimizer_bytes(optim, step.trainable_bytes)
+            )
+        blocks, kept = self._blocks(step, card, checkpointing or run.checkpointing, held, outside)
+        if kept:
+            held["weights in FP8"] = kept
+        return Estimate(
+            card=card,
+            parts=held | step.parts(blocks) | outside,
+            blocks=blocks,
+            micro_batch_tokens=step.tokens,
+            tokens_per_second=self._speed(card, step, blocks, fp8_kept=bool(kept)),
+        )
+
+    @property
+    def _shares_out(self) -> bool:
+        return sharding.shares_out_base(self.configuration)
+
+    def _is_sharded(self, card: Card | None, value_bytes: int) -> bool:
+        """Whether full fine-tuning shards its model."""
+        wanted, whole = self.configuration.run.sharding, self.configuration.method.is_whole
+        if wanted != "auto" or not whole or self.processes == 1 or card is None:
+            return wanted == "fsdp" and whole
+        return sharding.replica_is_too_large(self.config, self.optim, value_bytes, card.gib * GIB)
+
+    def _blocks(
+        self, step: Step, card: Card | None, wanted: str, held: dict[str, int], outside: dict[str, int]
+    ) -> tuple[list[Checkpointing], int]:
+        """What the blocks keep, and bytes of weights kept in FP8, as `choose_activations` would have it."""
+        free = math.inf
+        if card is not None:
+            free = card.gib * GIB - sum(held.values()) - sum(outside.values())
+        if wanted == "selective" and self.reason is not None:
+            raise UserError(
+                f"--checkpointing selective is the fast path's: {self.reason}. Give full, none or auto"
+            )
+        blocks: list[Checkpointing] = ["none" if wanted == "auto" else wanted] * self.config.num_hidden_layers  # type: ignore[list-item]
+        if wanted == "auto":
+            blocks = step.choose(free)
+        in_fp8 = 2 * layout_of(self.config).linear_parameter_count() if self.in_fp8 else 0
+        keeps = set(blocks) == {"none"} and not self._shares_out and step.fits(blocks, free, beside=in_fp8)
+        return blocks, in_fp8 if keeps else 0
+
+    def _speed(
+        self, card: Card | None, step: Step, blocks: list[Checkpointing], *, fp8_kept: bool
+    ) -> float | None:
+        if card is None or card.bf16 is None:
+            return None
+        settings, method, run = self.configuration.model, self.configuration.method, self.configuration.run
+        time = StepTime(
+            config=self.config,
+            quantize_mode=settings.quantize_mode,
+            tokens=step.tokens,
+            blocks=blocks,
+            trained=step.trainable,
+            document_tokens=self.document_tokens,
+            low_rank=isinstance(method, Lora),
+            dropout=step.lora_dropout,
+            fast=self.reason is None,
+            all_trained=method.is_whole,
+            in_fp8=self.in_fp8,
+            fp8_kept=fp8_kept,
+            optim=self.optim,
+        )
+        sequences = step.tokens // self.configuration.data.max_length
+        micro_batches = run.gradient_accumulation_steps
+        if run.global_batch_size is not None:
+            micro_batches = max(1, math.ceil(run.global_batch_size / (sequences * self.processes)))
+        return self.real_share * self.processes * time.tokens_per_second(card, micro_batches=micro_batches)
