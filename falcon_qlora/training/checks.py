@@ -146,7 +146,9 @@ def told_in_lines(checks: Mapping[str, Check]) -> list[str]:
 def line(check: Mapping[str, Any]) -> str:
     """A check in one line, from its state and what it tells."""
     told, state = str(check.get("told", "")), check.get("state")
-    return told if state in ("passed", "recorded") else f"{str(state).upper()}: {told}"
+    if state in ("passed", "recorded"):
+        return told
+    return f"{'FAILED' if state == 'failed' else state}: {told}"
 
 
 def _check(passed: bool, told: str, **figures: Any) -> Check:
@@ -224,7 +226,7 @@ def _packing(everyone: list[LeakProbe | str]) -> Check:
 
 def _ranks(everyone: list[Facts], replicas: str | None) -> Check:
     if len(everyone) == 1:
-        return _not_checked("one rank: nothing to compare", ranks=1)
+        return _not_checked("ranks alike (there is one)", ranks=1)
     if replicas is None:
         return _not_checked("each rank holds its own part of the weights", ranks=len(everyone))
     return _check(
@@ -248,7 +250,7 @@ def _reopened(reopened: Reopened | None) -> Check:
 def _memory(predicted: float | None, measured: float) -> Check:
     if predicted is None:
         return _not_checked(
-            f"{measured:.2f} GiB used; nothing is predicted on the CPU", measured_gib=measured
+            f"{measured:.2f} GiB used, of which nothing was predicted", measured_gib=measured
         )
     ratio = measured / predicted
     told = f"{measured:.2f} GiB used of {predicted:.2f} predicted ({ratio - 1:+.1%})"
