@@ -28,9 +28,12 @@ _PARTIAL, _REPLACED = "-partial-", "-replaced-"
 _TEMPORARY = "falcon-qlora-"
 
 
+CACHE = "FALCON_QLORA_CACHE"  # set by the launcher where the user's own cache cannot be written
+
+
 def user_cache(name: str) -> Path:
     """The folder for this user's files of one kind, kept between runs; it need not exist."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    base = os.environ.get(CACHE) or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "falcon_qlora" / name
 
 
