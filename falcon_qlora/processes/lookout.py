@@ -1,9 +1,9 @@
 """What ends a run on one of several nodes ends it on all, soon, with one message on each that names the host.
 
-    lookout.begin()          # in each process, before anything can fail: they find each other
-    lookout.tell(text, 2)    # of an error here; returns when the other nodes have heard of it
+    lookout.begin()               # in each process, before anything can fail: they find each other
+    lookout.tell(text, 2)         # of an error here; returns when the other nodes have heard of it
     lookout.who_is_gone(error)    # if a collective has failed for it
-    lookout.end()            # from here on each may leave
+    lookout.end()                 # from here on each may leave
 
 A thread of each process tells the store each second that it lives, and looks whether another has told of an
 error. If so it prints that, once on each node, and ends its process, wherever the main thread waits. On one
