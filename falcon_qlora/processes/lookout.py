@@ -63,24 +63,31 @@ class _Lookout:
         self._ended.set()
 
     def tell(self, text: str, status: int, *, here: bool = True) -> None:
-        mine = ranks.process_index()
+        if self._tells:  # another thread does, and ends this process
+            time.sleep(_HEAR_SECONDS)
+            return
+        self._tells, mine = True, ranks.process_index()
         try:
             store = self._connected()
             first = store.add("telling", 1) == 1
         except Exception:  # no other process can be asked whether it has told: one on each node does
             first, store = ranks.local_process_index() == 0, None
         if not first:
+            self._tells = False
             time.sleep(_HEAR_SECONDS)  # in which this process is ended
             return
-        self._tells = True
         if here:
             _print(text)
         with contextlib.suppress(Exception):
             store.set("ended", json.dumps({"rank": mine, "text": text, "status": status}))
-            nodes = {member["node"] for member in self.members} - {ranks.node_index()}
-            deadline = time.monotonic() + _HEAR_SECONDS
-            while not store.check([f"heard/{node}" for node in nodes]) and time.monotonic() < deadline:
-                time.sleep(0.1)
+            self._wait_until_heard(store, ranks.node_index())
+
+    def _wait_until_heard(self, store: Any, by: int) -> None:
+        """Wait until all nodes but `by`, which told, have heard of the error."""
+        keys = [f"heard/{node}" for node in {member["node"] for member in self.members} - {by}]
+        deadline = time.monotonic() + _HEAR_SECONDS
+        while not store.check(keys) and time.monotonic() < deadline:
+            time.sleep(0.1)
 
     def who_is_gone(self) -> str | None:
         """Which ranks show no sign of life, as an error; ends this process if another told of an error."""
@@ -160,6 +167,8 @@ class _Lookout:
             _print(told["text"])
             with contextlib.suppress(Exception):
                 self._store.set(f"heard/{ranks.node_index()}", "")
+                if ranks.is_main_process() and by is not None:  # the store may end with this process
+                    self._wait_until_heard(self._store, self.members[by]["node"])
         elif elsewhere:
             time.sleep(2 * _LOOK_SECONDS)  # while that one prints: this one's end would be its end
         self._finish_and_exit(told.get("status", EXIT_BUG))
