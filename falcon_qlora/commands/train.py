@@ -8,11 +8,8 @@ single process needs no torchrun agent, and then nothing here imports torch.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import logging
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -25,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from falcon_qlora import config
+from falcon_qlora.commands import launch_flags
 from falcon_qlora.common.errors import (
     EXIT_BEREFT,
     EXIT_BUG,
@@ -46,8 +44,6 @@ from falcon_qlora.processes.watchdog import end_native_code_after
 from falcon_qlora.terminal.library_logging import ENVIRONMENT
 from falcon_qlora.terminal.output import drop_what_cannot_be_written, say_loading
 
-# On these, torchrun's agent ends the workers. The launcher handles the signals that ask a run to stop.
-_AGENT_SIGNALS = "SIGHUP,SIGQUIT"
 # How long a terminated worker has to exit; torchrun's agent gives it as long.
 _LEAVE_SECONDS = 30
 
@@ -68,56 +64,40 @@ def main(argv: list[str], *, worker_module: str = "falcon_qlora.train") -> int:
         raise UserError("falcon-qlora train starts torchrun itself; under torchrun run -m falcon_qlora.train")
     scheduler.refuse_others()
     given = config.read_flags(argv, verb="train", extra_arguments=LaunchArguments)
-    given |= _of_environment(given)
+    given |= launch_flags.of_environment(given)
     configuration = config.configure(given, extra_arguments=LaunchArguments)
     launch: LaunchArguments = configuration.extra
-    _check(launch)
+    launch_flags.check(launch)
     end_native_code_after(configuration.run.hang_minutes)
     say_loading()
-    processes = _processes(launch.gpus)
+    processes = launch_flags.processes_of(launch.gpus)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
     command = ["falcon-qlora", "train", *argv]
     with command_clock.told_to_workers(command), temporary_folder() as folder:
+        launch_flags.keep_caches_in(folder)
         os.environ[launcher.VARIABLE] = str(folder)
-        if not _on_one_node(launch):
+        if not launch_flags.on_one_node(launch):
             # The workers' own store, anew at each start: the agents' can be lost with a node, and a node that
             # comes back waits there for what was never written.
             os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-        os.environ[launcher.LAUNCHED] = _launched(given, launch, processes)
+        os.environ[launcher.LAUNCHED] = launch_flags.launched(given, launch, processes)
         flags = config.as_words({name: value for name, value in given.items() if not hasattr(launch, name)})
         words = launcher.tied(worker_module, *flags)
         try:
-            if processes == 1 and _on_one_node(launch) and launch.max_restarts == 0:
+            if processes == 1 and launch_flags.on_one_node(launch) and launch.max_restarts == 0:
                 held = launcher.hold(folder / launcher.ROWS)
                 status = _run_one(words, folder, lambda: _look_and_tokenize(configuration, held))
             else:
-                if _on_one_node(launch):  # elsewhere the ranks find what is wrong, and tell the other nodes
+                one_node = launch_flags.on_one_node(launch)
+                if one_node:  # elsewhere the ranks find what is wrong, and tell the other nodes
                     _look(configuration)
-                agent = [*_torchrun_flags(launch, processes), f"--log-dir={folder}", "--module"]
-                status = _launch([*agent, *words], folder, on_one_node=_on_one_node(launch))
+                agent = [*launch_flags.torchrun_flags(launch, processes), f"--log-dir={folder}", "--module"]
+                status = _launch([*agent, *words], folder, on_one_node=one_node)
             return _of_dry_run(status) if configuration.run.dry_run else status
         finally:
             del os.environ[launcher.VARIABLE], os.environ[launcher.LAUNCHED]
             if (made := folder / launcher.DRY_RUN).exists():  # its process may have been killed
                 shutil.rmtree(made.read_text(encoding="utf-8"), ignore_errors=True)
-
-
-def _of_environment(given: dict[str, Any]) -> dict[str, Any]:
-    """torchrun's own variables for flags that are not given, such as PET_NNODES; Kubeflow sets them."""
-    names = {"nproc_per_node" if name == "gpus" else name: name for name in vars(LaunchArguments())}
-    told = {name: os.environ.get(f"PET_{of_torchrun.upper()}") for of_torchrun, name in names.items()}
-    if told["gpus"] in ("auto", "gpu", "cpu"):
-        del told["gpus"]
-    words = [f"--{name}={value}" for name, value in told.items() if value and name not in given]
-    return config.read_flags(words, verb="train", extra_arguments=LaunchArguments)
-
-
-def _launched(given: dict[str, Any], launch: LaunchArguments, processes: int) -> str:
-    """What `launcher.launched` reads: this command, without the flags of the run."""
-    flags = {name: value for name, value in given.items() if hasattr(launch, name)}
-    if processes > 1:
-        flags["gpus"] = processes
-    return json.dumps([["falcon-qlora", "train"], config.as_words(flags)])
 
 
 def _of_dry_run(status: int) -> int:
@@ -386,48 +366,3 @@ def _say_how_to_go_on(folder: Path) -> None:
     go_on = folder / launcher.GO_ON
     if go_on.exists():
         print(printable(go_on.read_text(encoding="utf-8")), file=sys.stderr)
-
-
-def _check(launch: LaunchArguments) -> None:
-    if launch.nnodes == "1" and scheduler.tasks_of_srun() > 1:
-        raise UserError(
-            f"srun has started {scheduler.tasks_of_srun()} of this command, and each starts all ranks of its "
-            "node. Start one a GPU with `srun python -m falcon_qlora.train`, or one a node with --nnodes"
-        )
-    counts = launch.nnodes.split(":")
-    if len(counts) > 2 or not all(count.isdecimal() and int(count) > 0 for count in counts):
-        raise UserError(f"--nnodes: {launch.nnodes!r} is neither a number of nodes nor MIN:MAX")
-    if launch.nnodes != "1" and launch.rdzv_endpoint is None and launch.master_addr is None:
-        raise UserError(
-            f"--nnodes {launch.nnodes}: say where the nodes meet, with --rdzv_backend c10d --rdzv_endpoint "
-            "HOST:PORT, or with --master_addr, --master_port and --node_rank"
-        )
-    for name in ("node_rank", "master_port", "rdzv_backend", "rdzv_id", "rdzv_conf", "local_addr"):
-        if _on_one_node(launch) and getattr(launch, name) is not None:
-            raise UserError(f"--{name} is a setting of several nodes, and this run has --nnodes 1: drop it")
-
-
-def _on_one_node(launch: LaunchArguments) -> bool:
-    return launch.nnodes == "1" and launch.rdzv_endpoint is None and launch.master_addr is None
-
-
-def _processes(gpus: int | None) -> int:
-    visible = launcher.visible_gpus()
-    if visible and gpus is not None and gpus > visible:
-        raise UserError(
-            f"--gpus {gpus}: this machine shows {visible} (see CUDA_VISIBLE_DEVICES and nvidia-smi)"
-        )
-    return gpus or visible or 1
-
-
-def _torchrun_flags(launch: LaunchArguments, processes: int) -> list[str]:
-    flags = [f"--nproc-per-node={processes}", f"--signals-to-handle={_AGENT_SIGNALS}"]
-    given = dataclasses.asdict(launch)
-    del given["gpus"]
-    if _on_one_node(launch):
-        # Any free port, and a host name that resolves on every machine.
-        given |= {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "localhost"}
-        given["rdzv_id"] = launch.rdzv_id or f"falcon-qlora-{secrets.token_hex(8)}"
-    return flags + [
-        f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None
-    ]

@@ -29,13 +29,16 @@ _TEMPORARY = "falcon-qlora-"
 _own: list[Path] = []
 
 
+CACHE = "FALCON_QLORA_CACHE"  # set by the launcher where the user's own cache cannot be written
+
+
 def user_cache(name: str) -> Path:
     """The folder for this user's files of one kind, kept between runs; it need not exist.
 
     Raises:
         UserError: if the user has no home folder.
     """
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    base = os.environ.get(CACHE) or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     try:
         return Path(base).expanduser() / "falcon_qlora" / name
     except RuntimeError:

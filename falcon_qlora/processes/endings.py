@@ -81,8 +81,7 @@ def exit_status(work: Callable[[], object]) -> int:
     except Exception as error:
         if _siblings and _waits_for_death():
             return EXIT_BEREFT  # it only follows from another process's death
-        told = lookout.who_is_gone() if lookout.watches() else None
-        told = told or message_of(error)
+        told = lookout.who_is_gone(error) or message_of(error)
         report(f"{told.rstrip()}\n" if told else traceback.format_exc(), EXIT_BUG)
         return EXIT_BUG
     return 0

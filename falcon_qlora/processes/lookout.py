@@ -1,9 +1,9 @@
 """What ends a run on one of several nodes ends it on all, soon, with one message on each that names the host.
 
-    lookout.begin()          # in each process, before anything can fail: they find each other
-    lookout.tell(text, 2)    # of an error here; returns when the other nodes have heard of it
-    lookout.who_is_gone()    # after a collective has failed
-    lookout.end()            # from here on each may leave
+    lookout.begin()               # in each process, before anything can fail: they find each other
+    lookout.tell(text, 2)         # of an error here; returns when the other nodes have heard of it
+    lookout.who_is_gone(error)    # if a collective has failed for it
+    lookout.end()                 # from here on each may leave
 
 A thread of each process tells the store each second that it lives, and looks whether another has told of an
 error. If so it prints that, once on each node, and ends its process, wherever the main thread waits. On one
@@ -20,6 +20,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -61,24 +62,32 @@ class _Lookout:
     def end(self) -> None:
         self._ended.set()
 
-    def tell(self, text: str, status: int) -> None:
-        mine = ranks.process_index()
+    def tell(self, text: str, status: int, *, here: bool = True) -> None:
+        if self._tells:  # another thread does, and ends this process
+            time.sleep(_HEAR_SECONDS)
+            return
+        self._tells, mine = True, ranks.process_index()
         try:
             store = self._connected()
             first = store.add("telling", 1) == 1
         except Exception:  # no other process can be asked whether it has told: one on each node does
             first, store = ranks.local_process_index() == 0, None
         if not first:
+            self._tells = False
             time.sleep(_HEAR_SECONDS)  # in which this process is ended
             return
-        self._tells = True
-        _print(text)
+        if here:
+            _print(text)
         with contextlib.suppress(Exception):
             store.set("ended", json.dumps({"rank": mine, "text": text, "status": status}))
-            nodes = {member["node"] for member in self.members} - {ranks.node_index()}
-            deadline = time.monotonic() + _HEAR_SECONDS
-            while not store.check([f"heard/{node}" for node in nodes]) and time.monotonic() < deadline:
-                time.sleep(0.1)
+            self._wait_until_heard(store, ranks.node_index())
+
+    def _wait_until_heard(self, store: Any, by: int) -> None:
+        """Wait until all nodes but `by`, which told, have heard of the error."""
+        keys = [f"heard/{node}" for node in {member["node"] for member in self.members} - {by}]
+        deadline = time.monotonic() + _HEAR_SECONDS
+        while not store.check(keys) and time.monotonic() < deadline:
+            time.sleep(0.1)
 
     def who_is_gone(self) -> str | None:
         """Which ranks show no sign of life, as an error; ends this process if another told of an error."""
@@ -90,7 +99,7 @@ class _Lookout:
         except Exception:
             time.sleep(seconds)
             gone = [0]  # whose machine holds the store
-        return self._told_gone(gone) if gone else None
+        return self.told_gone(gone) if gone else None
 
     def named(self, some: list[int]) -> str:
         hosts: dict[str, list[str]] = {}
@@ -99,7 +108,7 @@ class _Lookout:
             hosts.setdefault(host, []).append(str(rank))
         return " and ".join(f"rank {', '.join(of_host)}{host}" for host, of_host in hosts.items())
 
-    def _told_gone(self, gone: list[int], since: str = "") -> str:
+    def told_gone(self, gone: list[int], since: str = "") -> str:
         why = "ended, stopped, or cut off from the network"
         return f"error: {self.named(gone)} has not responded{since}: {why}\n"
 
@@ -130,7 +139,7 @@ class _Lookout:
                 self._store = None
                 refused = refused + 1 if _refuses() else 0
                 if not self._ended.is_set() and (refused > 2 or time.monotonic() - silent > self.patience):
-                    self._leave({"text": self._told_gone([0])})
+                    self._leave({"text": self.told_gone([0])})
 
     def _look_for_signs(self) -> None:
         """On the main process: end the run if a rank has shown no sign of life for too long."""
@@ -143,7 +152,7 @@ class _Lookout:
                 gone.append(rank)
         if gone:
             seconds = f"{self.patience:.0f} s"
-            self.tell(self._told_gone(gone, f" for {seconds}"), EXIT_HANGING)
+            self.tell(self.told_gone(gone, f" for {seconds}"), EXIT_HANGING)
             self._finish_and_exit(EXIT_HANGING)
 
     def _leave(self, told: dict[str, Any]) -> None:
@@ -158,6 +167,8 @@ class _Lookout:
             _print(told["text"])
             with contextlib.suppress(Exception):
                 self._store.set(f"heard/{ranks.node_index()}", "")
+                if ranks.is_main_process() and by is not None:  # the store may end with this process
+                    self._wait_until_heard(self._store, self.members[by]["node"])
         elif elsewhere:
             time.sleep(2 * _LOOK_SECONDS)  # while that one prints: this one's end would be its end
         self._finish_and_exit(told.get("status", EXIT_BUG))
@@ -196,22 +207,37 @@ def end() -> None:
     _lookout.end()
 
 
-def tell(text: str | None, status: int) -> None:
+def tell(text: str | None, status: int, *, here: bool = True) -> None:
     """Print an error, with this host's name, on every node; the first one only.
 
     Args:
         text: None if another process has one.
         status: with which the processes end.
+        here: print it on this node too.
     """
     if text is None:
         time.sleep(_HEAR_SECONDS)  # in which this process is ended
     else:
-        _lookout.tell(_with_host(text), status)
+        _lookout.tell(_with_host(text), status, here=here)
 
 
-def who_is_gone() -> str | None:
-    """After a collective has failed: which ranks are gone, as an error with their hosts; None: none is."""
-    return _lookout.who_is_gone()
+def who_is_gone(error: Exception) -> str | None:
+    """Which ranks are gone, as a message with their hosts, if a collective has failed for it; else None."""
+    return _lookout.who_is_gone() if _lookout.watches and _of_collective(error) else None
+
+
+def _of_collective(error: Exception) -> bool:
+    places = (frame.filename for frame in traceback.extract_tb(error.__traceback__))
+    told = any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer", "store"))
+    return isinstance(error, RuntimeError) and (
+        told or any("/torch/distributed/" in place for place in places)
+    )
+
+
+def tell_store_is_gone(status: int) -> None:
+    """Print that the main process's machine, which has the store, does not answer."""
+    if _lookout.watches:
+        _lookout.tell(_lookout.told_gone([0]), status)
 
 
 def training_begins(finish: Callable[[], None], *, patience_seconds: float) -> None:

@@ -66,7 +66,10 @@ class _Requests:
     def receive(self, number: int) -> None:
         """Take in a signal; called by the thread."""
         if not self.training and lookout.watches():
-            lookout.tell(f"error: {Ended(signal.Signals(number))}\n", EXIT_BUG)
+            asked = launcher.mark(launcher.STOPPING)
+            if asked is None or asked.exists():  # else its agent ends it, to start it again or after an error
+                told = f"error: {Ended(signal.Signals(number))}\n"
+                lookout.tell(told, EXIT_BUG, here=asked is None)  # the launcher tells here
             os._exit(128 + number)
         if not self.training:
             # The main thread ends the process. If it is waiting for another one, this timer does.

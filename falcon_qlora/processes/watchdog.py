@@ -150,8 +150,7 @@ class Watchdog:
             try:
                 tell((step, phase, what), stack, still, record=write_record(self._record))
             except (OSError, RuntimeError):  # the store does not answer
-                if (told := lookout.who_is_gone()) is not None:
-                    lookout.tell(told, EXIT_HANGING)
+                lookout.tell_store_is_gone(EXIT_HANGING)
         os._exit(EXIT_HANGING)
 
 

@@ -57,6 +57,10 @@ def choose(
             hint = f", for example --resume {quoted(str(newest))}" if newest else ""
             raise UserError(f"--resume: which run? Name its folder with --output_dir or --resume PATH{hint}")
         return _fresh(root, model, settings, restarted, make, now or datetime.datetime.now())
+    if "://" in str(output_dir):
+        raise UserError(
+            f"--output_dir {output_dir}: addresses are not supported. Name a folder, also of a mounted bucket"
+        )
     path = Path(output_dir)
     if any("\udc80" <= sign <= "\udcff" for sign in str(path)):
         raise UserError(

@@ -249,9 +249,7 @@ def _reopened(reopened: Reopened | None) -> Check:
 
 def _memory(predicted: float | None, measured: float) -> Check:
     if predicted is None:
-        return _not_checked(
-            f"{measured:.2f} GiB used, of which nothing was predicted", measured_gib=measured
-        )
+        return _not_checked(f"{measured:.2f} GiB used, of which nothing was predicted", measured_gib=measured)
     ratio = measured / predicted
     told = f"{measured:.2f} GiB used of {predicted:.2f} predicted ({ratio - 1:+.1%})"
     return _check(ratio <= 1 + _MEMORY_ABOVE, told, measured_gib=measured, predicted_gib=predicted)

@@ -161,9 +161,9 @@ class Nodes:
 
     @staticmethod
     def _holding(words: list[str]) -> subprocess.Popen[bytes]:
-        """A process that holds new namespaces, once it has them."""
-        held = subprocess.Popen([*words, "sleep", "infinity"])
-        while Path(f"/proc/{held.pid}/comm").read_text().strip() != "sleep":
+        """A process that holds new namespaces, once it has them; it ends with this one."""
+        held = subprocess.Popen([*words, "cat"], stdin=subprocess.PIPE)
+        while Path(f"/proc/{held.pid}/comm").read_text().strip() != "cat":
             assert held.poll() is None
             time.sleep(0.01)
         return held

@@ -221,6 +221,18 @@ def test_two_tasks_of_srun_are_one_run(nodes: Nodes) -> None:
     assert [line["step"] for line in metrics(Path(run))] == list(range(1, stopped[-1] + 1))
 
 
+def test_a_signal_before_there_is_anything_to_save_ends_both(nodes: Nodes) -> None:
+    for node in (1, 2):
+        write_jsonl(nodes.at(node) / "rows.jsonl", ROWS * 300)
+    processes = begun(nodes, "--cache_dir", "cache")
+    assert processes[1].stdout is not None
+    assert any(line.startswith("reading rows") for line in processes[1].stdout)
+    processes[2].terminate()
+    ends = ended(processes)
+    assert errors_of(ends) == ["error: ended by SIGTERM on node2"]
+    assert [status for status, _, _ in ends.values()] == [1, 143]
+
+
 def test_a_checkpoint_that_only_one_node_sees_is_refused_on_both(nodes: Nodes) -> None:
     assert [status for status, _, _ in ended(begun(nodes, steps="2")).values()] == [0, 0]
     (told,) = errors_of(ended(begun(nodes, steps="4")))

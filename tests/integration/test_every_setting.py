@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 
 import falcon_qlora
 from falcon_qlora import config
-from falcon_qlora.commands import train as launching
+from falcon_qlora.commands import launch_flags
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.settings import settings_of
 from falcon_qlora.config.arguments import LaunchArguments, our_settings
@@ -293,7 +293,7 @@ def test_what_is_refused(name: str) -> None:
     words = ["-m", "tiny", "--dataset_name", "sample", "--report_to", "none", *words]
     with pytest.raises(UserError) as caught:
         configuration = config.parse(words, extra_arguments=LaunchArguments)
-        launching._check(configuration.extra)
+        launch_flags.check(configuration.extra)
         _ = configuration.training
     assert told in str(caught.value)
 
@@ -478,8 +478,8 @@ def test_what_is_handed_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("words", [["--master_addr", "a"], ["--rdzv_endpoint", "a:1"]])
 def test_where_nodes_meet(words: list[str]) -> None:
     launch = config.parse(["--nnodes", "2", *words], extra_arguments=LaunchArguments).extra
-    launching._check(launch)
-    assert f"{words[0].replace('_', '-')}={words[1]}" in launching._torchrun_flags(launch, 1)
+    launch_flags.check(launch)
+    assert f"{words[0].replace('_', '-')}={words[1]}" in launch_flags.torchrun_flags(launch, 1)
 
 
 def test_how_processes_meet(monkeypatch: pytest.MonkeyPatch) -> None:

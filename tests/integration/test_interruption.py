@@ -63,10 +63,11 @@ def test_a_signal_saves_and_the_command_it_names_goes_on_to_the_last_bit(
 def test_one_command_starts_goes_on_and_is_done(processes: Processes, whole: Path) -> None:
     words = ["--output_dir", "auto", "--resume", "auto"]
     # Killed before there is a checkpoint, it starts over; its records are the new start's.
-    killed = {"do": "kill", "step": 2, "rank": 1, "where": "step"}
-    status, _, errors = run(processes, *words, faults=[killed])
+    killed = {"do": "kill", "step": 5, "rank": 1, "where": "step"}
+    logging = [*words, "--logging_steps", "1"]
+    status, _, errors = run(processes, *logging, faults=[killed], settings=NEVER_SAVING)
     assert (status, "was killed by SIGKILL" in errors) == (1, True)
-    assert (processes.folder / "auto/config.yaml").is_file()
+    assert metrics(processes.folder / "auto")
     asked = {"do": "signal", "step": 5, "rank": 1, "number": signal.SIGTERM}
     status, output, errors = run(processes, *words, faults=[asked])
     assert (status, errors, "going on from" in output) == (75, "", False)

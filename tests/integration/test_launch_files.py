@@ -17,6 +17,7 @@ import yaml
 
 from falcon_qlora import config
 from falcon_qlora.config.arguments import LaunchArguments
+from tests.integration.forks import Popen
 from tests.integration.runs import ENVIRONMENT
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
@@ -59,6 +60,20 @@ def test_torchrun_sh_starts_and_goes_on(tmp_path: Path) -> None:
     command[-1] = str(int(step[1]) + 1)
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
     assert (done.returncode, f"going on from step {int(step[1]):,}" in done.stdout) == (0, True)
+
+
+def test_a_home_that_cannot_be_written_is_told_and_trains(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"}
+    environment |= ENVIRONMENT | {"HOME": "/proc", "PYTHONPATH": str(LAUNCH.parent)}
+    words = "train -m tiny --dataset_name sample --max_length 64 -b 1 --lora_r 4 --report_to none --steps 1"
+    command = [sys.executable, "-m", "falcon_qlora", *words.split(), "--output_dir", "run"]
+    process = Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 0, errors
+    (told,) = errors.splitlines()
+    assert told.startswith("note: /proc/.triton and /proc/.cache/falcon_qlora/data cannot be written: ")
 
 
 def test_torchrun_sh_meets_at_the_first_node(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_srun_of_launchers_without_nodes_is_refused(monkeypatch: pytest.MonkeyPa
 
 
 def test_variables_of_torchrun_are_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    from falcon_qlora.commands import train
+    from falcon_qlora.commands import launch_flags, train
 
     os.environ |= {
         "PET_NNODES": "4",
@@ -102,7 +102,7 @@ def test_variables_of_torchrun_are_flags(monkeypatch: pytest.MonkeyPatch) -> Non
         "PET_NODE_RANK": "3",
         "PET_MASTER_ADDR": "h",
     }
-    assert train._of_environment({"node_rank": 1}) == {"nnodes": "4", "master_addr": "h"}
+    assert launch_flags.of_environment({"node_rank": 1}) == {"nnodes": "4", "master_addr": "h"}
     os.environ["PET_NNODES"] = "four"
     with pytest.raises(UserError, match="neither a number of nodes"):
         train.main(["-m", "tiny"])
