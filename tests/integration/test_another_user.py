@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from falcon_qlora.common.files import CACHE
 from tests.integration.refusals import contents, only_message
 from tests.integration.runs import ENVIRONMENT, write_jsonl
 
@@ -38,6 +39,8 @@ def test_what_another_user_owns_is_not_written(tmp_path: Path) -> None:
     for folder in (tmp_path, *tmp_path.parents[:2]):
         folder.chmod(0o755)
     before = contents(tmp_path)
+    # What is said of a home that cannot be written is another test's.
+    caches = dict.fromkeys(("TRITON_CACHE_DIR", CACHE), str(tmp_path))
     for words, told in (
         (["train", "-m", "tiny", *ROWS, "--output_dir", "run", "--overwrite"], "--output_dir run: cannot"),
         (["train", "-m", "tiny", *ROWS, "--output_dir", "new"], "--output_dir new: cannot write there"),
@@ -47,7 +50,7 @@ def test_what_another_user_owns_is_not_written(tmp_path: Path) -> None:
         result = subprocess.run(
             [*AS_ANOTHER, sys.executable, "-m", "falcon_qlora", *words],
             cwd=theirs,
-            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY), "HOME": str(tmp_path)},
+            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY), "HOME": str(tmp_path)} | caches,
             capture_output=True,
             text=True,
         )
