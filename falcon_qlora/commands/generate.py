@@ -1,7 +1,8 @@
 """``falcon-qlora generate --adapter DIR --prompt TEXT``: answers from a quantized base and its adapter.
 
 The adapter's folder says which base model, quantization and prompt template it was trained with; flags
-override them. Without an adapter the base model answers alone. A merge is loaded in 16 bits, as it was made.
+override them. Without an adapter the base model answers alone. A merge is loaded in 16 bits, as it was made,
+and prompted with the template that its certificate names.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from falcon_qlora.commands.opening import note_aside, source_of
+from falcon_qlora.commands.opening import merge_record, note_aside, source_of
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.settings import setting
 from falcon_qlora.common.untrusted import read_text
@@ -63,6 +64,13 @@ def main(argv: list[str]) -> int:
     say_loading(aside=True)
     quiet_libraries()
     source, record = source_of(configuration, folder, named=configuration.explicit)
+    if folder is None:
+        record = merge_record(source.model)
+        if record and "template" not in configuration.explicit:
+            note_aside(
+                f"the template is {record['template']}, with which {source.model} was trained; "
+                "--template none takes the prompt as it is"
+            )
     if wanted.compare and is_whole(record):
         raise UserError(
             f"--compare: {folder} is a fully fine-tuned model, and its base is not in it. For the base's own "
@@ -176,7 +184,7 @@ def _template(configuration: Configuration, record: dict[str, Any], tokenizer: A
         tokenizer,
         name=named["template"],
         dataset_format=named["dataset_format"],
-        trained=f"--adapter {configuration.extra.adapter}",
+        trained=f"--adapter {configuration.extra.adapter}" if configuration.extra.adapter else "the merge",
         say_so="--template FILE",
         tell=note_aside,
     )

@@ -10,7 +10,9 @@ from typing import Any
 from falcon_qlora.commands.first_look import look_at_model
 from falcon_qlora.common.errors import UserError, printable
 from falcon_qlora.common.record_files import CERTIFICATE
+from falcon_qlora.common.untrusted import read_json
 from falcon_qlora.config import Configuration, configure, read_flags
+from falcon_qlora.data.formats import AUTO, BY_FORMAT
 from falcon_qlora.inference.base_and_adapter import Source, adapter_folder
 from falcon_qlora.methods.adapter_folder import read_adapter, read_record
 from falcon_qlora.methods.open_adapter import base_note, check_may_open
@@ -123,12 +125,31 @@ def _say_whether_other(record: dict[str, Any], folder: Path, base: str, revision
         note_aside(told)
 
 
-def _is_merge(name: str) -> bool:
-    """Whether `name` is the folder of a merge; if so, print that it is loaded in 16 bits."""
+def merge_record(name: str) -> dict[str, Any]:
+    """The template that a merge's certificate names, as an adapter's record has it; {} where there is none.
+
+    Raises:
+        UserError: if the certificate cannot be read.
+    """
+    folder = _merge_folder(name)
+    origin = {} if folder is None else read_json(folder / CERTIFICATE).get("origin")
+    template = origin.get("template") if isinstance(origin, dict) else None
+    if not isinstance(template, str) or template in ("", AUTO, BY_FORMAT):
+        return {}
+    return {"template": template, "template_fingerprint": origin.get("template_sha256")}
+
+
+def _merge_folder(name: str) -> Path | None:
     from falcon_qlora.models.fingerprint import named_folder
 
     folder = named_folder(name)
-    if folder is None or not (folder / CERTIFICATE).is_file():
+    return folder if folder is not None and (folder / CERTIFICATE).is_file() else None
+
+
+def _is_merge(name: str) -> bool:
+    """Whether `name` is the folder of a merge; if so, print that it is loaded in 16 bits."""
+    folder = _merge_folder(name)
+    if folder is None:
         return False
     note_aside(f"{folder} is a merge, loaded in 16 bits as it was made; -q 4bit quantizes it")
     return True

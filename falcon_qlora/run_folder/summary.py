@@ -42,7 +42,7 @@ class Summary:
         wall_seconds: Seconds of all commands of the run, each from its start, until this was written.
         wall_tokens_per_second: Real tokens a second of `wall_seconds`.
         step_share: `train_seconds` of `wall_seconds`, 0 to 1.
-        start_seconds: Of `wall_seconds`, before the first step.
+        start_seconds: Of `wall_seconds`, before the first step, and in it while the packing was tried.
         save_seconds: Of `wall_seconds`, while the steps waited for checkpoints.
         evaluation_seconds: Of `wall_seconds`, in evaluations, sample answers included.
         end_seconds: Of `wall_seconds`, after the last step.

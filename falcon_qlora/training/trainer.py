@@ -232,7 +232,7 @@ class FalconTrainer(SFTTrainer):
         if is_sharded(self.model):  # whose processes may have too few documents for as many forward passes
             self.leak_probe = "the weights are sharded"
             return
-        self.meter.pause("evaluation")
+        self.meter.pause("start")
         self._watchdog.at(self.state.global_step + 1, 0, "trying the packing")
         probe = functools.partial(leak_probe.probe, model, batch, self.args.device)
         # The others may have too few documents to take part in as many forward passes.

@@ -233,6 +233,23 @@ def test_a_prompt_that_holds_the_template_already(
     assert (told.out.strip(), told.err) == (expected.strip(), "loading libraries …\n")
 
 
+def test_a_merge_is_prompted_with_the_template_that_its_certificate_names(tmp_path, capsys):
+    folder = shutil.copytree(tiny_path(), tmp_path / "merged")
+    (folder / "certificate.json").write_text(json.dumps({"origin": {"template": "alpaca"}}))
+    words = ["generate", "-m", str(folder), "--prompt", "Name a bird.", "--max_new_tokens", "8"]
+
+    def answer(*more: str) -> tuple[str, bool]:
+        assert cli.main([*words, *more]) == 0
+        said = capsys.readouterr()
+        return said.out, f"note: the template is alpaca, with which {folder} was trained" in said.err
+
+    named, plain = answer("--template", "alpaca")[0], answer("--template", "none")
+    assert answer() == (named, True)
+    assert plain != (named, False)
+    (folder / "certificate.json").write_text(json.dumps({"origin": ["alpaca"]}))
+    assert answer() == plain
+
+
 def test_a_base_of_other_content_than_it_was_trained_on_must_be_named(
     adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
