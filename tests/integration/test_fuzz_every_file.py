@@ -44,6 +44,7 @@ NEVER_READ = ["*/loss.png", "*/checkpoints/*/README.md", "*/adapter/README.md"]
 READERS = {
     "training/held_out.py": folders.test_commands,
     "commands/inspection.py": folders.test_inspect,
+    "commands/opening.py": test_fuzz_models.test_what_answers_take_from_a_merge,
     "bench/tables.py": test_fuzz_inputs.test_files_that_a_user_names,
     "bench/scaling.py": folders.test_readers,
     "checkpoint/optimizer_parts.py": checkpoints.test_what_is_taken_up,
@@ -76,6 +77,12 @@ READERS = {
     "common/settings.py": None,
     "common/library_imports.py": None,
     "processes/launcher.py": None,
+    "processes/cores.py": None,
+    "processes/agreement.py": None,  # as the next: what ranks write into torch's store
+    "processes/lookout.py": None,
+    "run_folder/environment.py": None,
+    "training/alike.py": None,
+    "models/locate.py": test_untrusted.test_no_model_makes_the_loader_crash,
     "commands/train.py": None,
     "commands/worker.py": None,
     "processes/ranks.py": None,

@@ -26,6 +26,7 @@ VERB = {
     "data": ["data", *ROWS],
     "prepare": ["prepare", *ROWS, "--cache_dir", "prepared"],
     "params": ["params", "-m", "tiny"],
+    "estimate": ["estimate", *ROWS],
     "generate": "generate --adapter run --prompt hello --max_new_tokens 4".split(),
     "compare": ["compare", *ROWS, *"-b 2 --steps 2 --methods lora --report_to wandb --output_dir c".split()],
     "bench": "bench -m tiny --steps 1 --rounds 1 --warmup 1 --tokens 512".split(),

@@ -215,7 +215,9 @@ def test_what_a_message_proposes_is_taken(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def begun(argv: list[str], folder: Path, meanwhile: Callable[[], None] = lambda: None) -> int:
+    def begun(
+        argv: list[str], folder: Path, meanwhile: Callable[[], None] = lambda: None, **of_agent: object
+    ) -> int:
         meanwhile()
         if "falcon_qlora.train" in argv:
             config.parse(argv[argv.index("falcon_qlora.train") + 1 :])
@@ -246,10 +248,10 @@ def test_and_by_what_opens_models(
     follow(words, steps, capsys)
 
 
-# Of torchrun, hf, wandb, nvidia-smi, TensorBoard and git; and a spelling.
+# Of torchrun, srun, hf, wandb, nvidia-smi, TensorBoard, git, and inspect (no settings); and a spelling.
 _OTHERS = frozenset(
     "log-dir module local-addr local-dir local-ranks-filter logdir relogin query-gpu format id loop-ms "
-    "nproc-per-node nproc_per_node signals-to-handle porcelain show-toplevel untracked-files "
+    "nproc-per-node nproc_per_node ntasks markdown signals-to-handle porcelain show-toplevel untracked-files "
     "batchSize".split()
 )
 _OF_COMMANDS = (

@@ -177,9 +177,9 @@ def test_joiners_and_spaces_of_scripts_stay() -> None:
 
 
 def test_nothing_is_printed_past_the_streams() -> None:
-    """Only the terminal's room knows the streams below."""
+    """Only the terminal's room knows the streams below, and who tells of signals before it is imported."""
     for file in PACKAGE.rglob("*.py"):
-        if file.parent.name == "terminal":
+        if file.parent.name == "terminal" or file == PACKAGE / "processes" / "early.py":
             continue
         for node in ast.walk(ast.parse(file.read_text())):
             names = {getattr(node, "attr", None), getattr(node, "id", None)}

@@ -92,8 +92,10 @@ DEEP, LONG = "[" * 100_000, "9" * 5000
 @given(content=st.binary(max_size=1200) | JSON.map(json.dumps).map(str.encode))
 def test_what_a_lock_tells_of_its_holder(scratch, content):
     """One short line whatever the file of a held lock holds."""
-    (scratch / "lock").write_bytes(content)
-    told = lock._holder(scratch / "lock")
+    file = scratch / "lock"
+    file.write_bytes(content)
+    with file.open("rb") as opened:
+        told = lock._named(lock._read(opened.fileno()))
     assert told.isprintable()
     assert len(told) < 300
 

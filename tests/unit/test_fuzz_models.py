@@ -9,7 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from falcon_qlora.commands.opening import merge_record
 from falcon_qlora.common.files import write_json
+from falcon_qlora.common.record_files import CERTIFICATE
 from falcon_qlora.merge.certificate import licence_of
 from falcon_qlora.merge.folder import copy_tokenizer, write_configuration, write_generation_config
 from falcon_qlora.models.fingerprint import model_fingerprint
@@ -73,6 +75,21 @@ def test_what_a_merge_takes_from_it(good, scratch, data, name):
         licence = licence_of("x", folder)
         assert licence is None or len(licence) < 100
         model_fingerprint(str(folder))
+
+    read_or_refused(folder, read)
+
+
+@fuzz(8)
+@given(data=st.data())
+def test_what_answers_take_from_a_merge(good, scratch, data):
+    folder = fresh_copy(good, scratch)
+    told = {"origin": {"template": "alpaca", "template_sha256": "0" * 64}}
+    write_json(folder / CERTIFICATE, told)
+    change(data.draw, folder / CERTIFICATE, named_by_user=True)
+
+    def read() -> None:
+        template = merge_record(str(folder)).get("template")
+        assert template is None or isinstance(template, str)
 
     read_or_refused(folder, read)
 

@@ -37,7 +37,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         return endings.exit_status(lambda: run.train(config.parse(words)))
 
     monkeypatch.setattr(launcher, "_run_one", run_one)
-    monkeypatch.setattr(launcher, "_launch", lambda argv, folder: run_one(argv, folder))
+    monkeypatch.setattr(launcher, "_launch", lambda argv, folder, **_: run_one(argv, folder))
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "Say 1.", "output": "1"}] * 8)
     for folder in ("empty", "run/adapter", "run/checkpoints", "whole/adapter"):
