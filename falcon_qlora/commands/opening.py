@@ -133,7 +133,9 @@ def merge_record(name: str) -> dict[str, Any]:
     """
     folder = _merge_folder(name)
     origin = {} if folder is None else read_json(folder / CERTIFICATE).get("origin")
-    template = origin.get("template") if isinstance(origin, dict) else None
+    if not isinstance(origin, dict):
+        return {}
+    template = origin.get("template")
     if not isinstance(template, str) or template in ("", AUTO, BY_FORMAT):
         return {}
     return {"template": template, "template_fingerprint": origin.get("template_sha256")}
