@@ -132,8 +132,10 @@ def merge_record(name: str) -> dict[str, Any]:
         UserError: if the certificate cannot be read.
     """
     folder = _merge_folder(name)
-    origin = {} if folder is None else read_json(folder / CERTIFICATE).get("origin")
-    template = origin.get("template") if isinstance(origin, dict) else None
+    origin = None if folder is None else read_json(folder / CERTIFICATE).get("origin")
+    if not isinstance(origin, dict):
+        return {}
+    template = origin.get("template")
     if not isinstance(template, str) or template in ("", AUTO, BY_FORMAT):
         return {}
     return {"template": template, "template_fingerprint": origin.get("template_sha256")}
