@@ -28,19 +28,21 @@ from falcon_qlora.processes.ranks import is_main_process, restart_count, world_s
 _REPORT_LIMIT = datetime.timedelta(seconds=10)
 
 _siblings: list[int] = []
+_main: list[int] = []
 
 
 def remember_siblings() -> None:
     """Find the processes on this machine that train together with this one; waits for all processes."""
     namespace = os.readlink("/proc/self/ns/pid") if sys.platform.startswith("linux") else ""
     here = (socket.gethostname(), namespace, os.getppid())
-    everyone = met_by_all((here, os.getpid()))
-    _siblings[:] = [pid for place, pid in everyone if place == here and pid != os.getpid()]
+    everyone = met_by_all((here, os.getpid(), is_main_process()))
+    found = {pid: main for place, pid, main in everyone if place == here and pid != os.getpid()}
+    _siblings[:], _main[:] = found, (pid for pid, main in found.items() if main)
 
 
-def forget_siblings() -> None:
-    """From here on each process may end by itself."""
-    _siblings.clear()
+def forget_siblings(*, but_main: bool = False) -> None:
+    """From here on each process may end by itself; but rank 0 only where this one does not wait for it."""
+    _siblings[:] = _main if but_main else ()
 
 
 def sibling_died() -> bool:

@@ -80,7 +80,7 @@ def finish(
     require_moved(trainer)
     mine = peak_memory_gib(), round(trainer.reduction_share(), 4), checks.facts(trainer, base.quantize_mode)
     peaks, reductions, facts = map(list, zip(*agreement.gather_objects(mine), strict=True))
-    endings.forget_siblings()  # the others may be done before this one is
+    endings.forget_siblings(but_main=True)  # the others may be done before this one is; rank 0 writes
     lines: list[dict[str, Any]] = []
     with _told_if_not_written(directory.summary_file):
         lines = directory.read_metrics()
@@ -130,6 +130,7 @@ def finish(
         lambda folder: describe_adapter(folder, figures),
         meanwhile=lambda: directory.draw_loss(title=title, kept=trainer.kept_step),
     )
+    endings.forget_siblings()
     lookout.end()
     trainer.settle()
     if ranks.is_main_process():

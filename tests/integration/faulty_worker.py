@@ -6,6 +6,7 @@
     {"do": "kill", "where": "loading", "restart": 0}              before it has read or written anything
     {"do": "kill", "where": "sharing", "rank": 0}                 as it gives the others its parameters
     {"do": "kill", "where": "end", "rank": 0}                     when it has trained
+    {"do": "kill", "where": "adapter", "rank": 0}                 while it writes the adapter
     {"do": "kill", ..., "where": "part"}                          in its own part of a sharded checkpoint
     {"do": "held", "step": 2, "rank": 1}                          that part waits until two steps later
     {"do": "later", "step": 3, ..., "number": 9, "seconds": 0.2}  a signal so long after step 3 began
@@ -86,6 +87,7 @@ def target_of(fault: dict[str, Any]) -> int:
 
 
 def die() -> None:
+    Path("died").touch()
     os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)
 
@@ -123,6 +125,15 @@ def faulty_share_parameters(self: Any) -> None:
     if faults("kill", where="sharing"):
         die()
     share_parameters(self)
+
+
+check_tensors = finish.check_tensors
+
+
+def faulty_check_tensors(*arguments: Any, **named: Any) -> None:
+    if faults("kill", where="adapter"):
+        die()
+    check_tensors(*arguments, **named)
 
 
 require_moved = finish.require_moved
@@ -268,6 +279,7 @@ if rooms := faults("room"):
     shutil.disk_usage = lambda path: SimpleNamespace(free=rooms[0]["bytes"])  # type: ignore[assignment,misc]
 
 finish.require_moved = faulty_require_moved
+finish.check_tensors = faulty_check_tensors
 Reduction.share_parameters = faulty_share_parameters  # type: ignore[method-assign]
 stop_signals.training_begins = faulty_training_begins
 FalconTrainer._save_checkpoint = faulty_save_checkpoint  # type: ignore[method-assign]
