@@ -131,11 +131,18 @@ def fault(folder: Path) -> str | None:
     return None
 
 
+def fault_in_run(checkpoint: Path) -> str | None:
+    """As `fault`, of a folder that was found in its run and not named: it must lie there itself."""
+    if leads_out(checkpoint, checkpoint.parent):
+        return "a link that leads out of the run; give it as --resume PATH if it is meant"
+    return fault(checkpoint)
+
+
 def newest_whole(checkpoints: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     """The newest checkpoint that is whole, and the newer ones that are not, each with what is wrong."""
     faulty: list[tuple[Path, str]] = []
     for _, path in reversed(step_folders(checkpoints)):
-        wrong = fault(path)
+        wrong = fault_in_run(path)
         if wrong is None:
             return path, faulty
         faulty.append((path, wrong))

@@ -201,7 +201,7 @@ def _record(
 ) -> dict[str, Any]:
     """All that is known, for programs: GiB, tokens/s and hours; what is not known is None."""
     found = estimator.on(card)
-    speed = found.tokens_per_second
+    speed = _speed(found)
     return {
         "model": configuration.model.model_name_or_path,
         "method": configuration.method.describe(),
@@ -221,8 +221,13 @@ def _record(
     }
 
 
+def _speed(found: Estimate) -> float | None:
+    """Tokens/s where it fits, or no card is named."""
+    return None if found.fits is False else found.tokens_per_second
+
+
 def _on_card(found: Estimate, length: Length | None) -> dict[str, Any]:
-    speed = found.tokens_per_second
+    speed = _speed(found)
     hours = length and length.hours(speed)
     return {
         "gpu": found.card and found.card.name,
@@ -267,10 +272,10 @@ def _tell(
     print_plain("")
     if length is not None:
         print_plain(_told_length(run.num_train_epochs if run.max_steps <= 0 else None, length))
-    if found.tokens_per_second is not None:
-        speed = f"{found.tokens_per_second:,.0f} tokens/s"
-        hours = length and length.hours(found.tokens_per_second)
-        print_plain(f"estimated: {speed}" + (f", {duration(3600 * hours)} in the steps" if hours else ""))
+    if (speed := _speed(found)) is not None:
+        hours = length and length.hours(speed)
+        took = f", {duration(3600 * hours)} in the steps" if hours else ""
+        print_plain(f"estimated: {speed:,.0f} tokens/s{took}")
     print_plain("memory as on an H200, for which it was fitted; " + (found.basis if card else _BASES))
 
 
@@ -315,7 +320,8 @@ def _cards(estimator: Estimator, length: Length | None) -> Table:
         hours = length and length.hours(found.tokens_per_second)
         told = ["", "", "does not fit"]
         if found.fits:
-            told = [f"{found.tokens_per_second:,.0f}", f"{hours:,.1f}" if hours else "", found.checkpointing]
+            took = "" if not hours else f"{hours:,.1f}" if hours >= 0.05 else "< 0.1"
+            told = [f"{found.tokens_per_second:,.0f}", took, found.checkpointing]
         table.add_row(card.title, f"{card.gib:.1f}", f"{found.card_gib:.1f}", *told)
     return table
 

@@ -16,7 +16,7 @@ from falcon_qlora.checkpoint import manifest
 from falcon_qlora.common.errors import UserError, one_line, printable
 from falcon_qlora.common.files import sha256
 from falcon_qlora.common.record_files import CERTIFICATE, without_format
-from falcon_qlora.common.untrusted import file_beside, is_count, read_json, refuse_links
+from falcon_qlora.common.untrusted import file_beside, is_count, leads_out, read_json, refuse_links
 from falcon_qlora.methods.adapter_folder import CONFIG, RECORD, read_adapter, read_record
 from falcon_qlora.methods.open_adapter import may_open
 from falcon_qlora.methods.table import method_from, method_named
@@ -145,6 +145,9 @@ def _run(run: RunDirectory) -> Inspection:
         found.add("state", "not finished")
     parts = [run.adapter] if run.adapter.is_dir() else []
     for part in [*parts, *(folder for _, folder in manifest.step_folders(run.checkpoints))]:
+        if leads_out(part, part.parent):
+            found.faults.append(f"{part} is a link that leads out of the run")
+            continue
         inside = _left_by_training(part)
         if not part.is_dir():
             continue  # removed by a run in progress, to make room for the next

@@ -158,6 +158,16 @@ def finish(
     trackers.finish(summary=figures, adapter=directory.adapter)
 
 
+def leave_as_it_is(directory: RunDirectory, *, steps: int) -> None:
+    """Say that nothing is left to do, and let each process end by itself."""
+    endings.forget_siblings()
+    lookout.end()
+    console.note(
+        f"{directory.path} is done: all {steps:,} steps are trained, and nothing was changed. More steps: "
+        "--max_steps or --num_train_epochs; anew: --overwrite"
+    )
+
+
 def tell_rows(directory: RunDirectory, trainer: FalconTrainer, data: TrainingData, *, train_on: str) -> None:
     """Print and record what became of a stream's rows; those of a corpus are told at the start."""
     if not data.record.get("streaming") or not ranks.is_main_process():

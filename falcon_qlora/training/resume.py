@@ -84,6 +84,18 @@ def checkpoint_to_resume(directory: RunDirectory, *, resume: str | None, overwri
     return found
 
 
+def is_done(directory: RunDirectory, checkpoint: str | None, total_steps: int) -> bool:
+    """Whether the run to resume is trained, and its adapter whole; the same on all processes."""
+
+    def look() -> bool:
+        if not directory.summary_file.is_file() or manifest.fault(directory.adapter) is not None:
+            return False
+        return directory.read("summary").get("steps") == total_steps
+
+    at_the_end = checkpoint is not None and Path(checkpoint).name == f"step-{total_steps}"
+    return at_the_end and agreement.from_main_process(look)
+
+
 def _require_on_all_nodes(checkpoint: str) -> None:
     if ranks.world_size() == ranks.local_world_size():
         return

@@ -82,6 +82,10 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
         data = rows.training_data(configuration.data, run, tokenizer, together=together)
     resume.check_data(data, start.checkpoint, base.tokenizer_name_or_path or base.model_name_or_path)
     configuration.log_steps_of_short_run(data.total_steps)
+    if trial is None and resume.is_done(start.directory, start.checkpoint, data.total_steps):
+        finish.leave_as_it_is(start.directory, steps=data.total_steps)
+        finish.upload(start.directory, training)
+        return start.directory.path
 
     with phase("model", "loading the base model"):
         fingerprint = check_base(base, checkpoint=start.checkpoint, adapter=begin_from)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import falcon_qlora
+from falcon_qlora.commands.inspection import inspect_folder
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.config import parse
 from tests.integration.runs import metrics, write_jsonl
@@ -160,3 +161,38 @@ def test_a_path_of_odd_characters_is_in_the_record_as_it_is(
     with pytest.raises(UserError, match=r"'caf\\xe9': not a name in UTF-8"):
         falcon_qlora.train(**settings, output_dir=os.fsdecode(b"caf\xe9"))
     assert not Path(os.fsdecode(b"caf\xe9")).exists()
+
+
+@pytest.mark.parametrize("resume", [True, "auto"])
+def test_a_finished_run_stays_as_it_is(
+    stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], resume: Any
+) -> None:
+    folder = shutil.copytree(stopped, tmp_path / "data")
+    run = folder / "run"
+    falcon_qlora.train(resume=run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "falcon_qlora.training.build.model_with_adapter", lambda *_, **__: pytest.fail("loaded")
+        )
+        assert falcon_qlora.train(resume=resume, output_dir=run) == run
+    assert "run is done: all 2 steps are trained, and nothing was changed" in capsys.readouterr().out
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    # What it made is made again where it is lost; and it goes on from a checkpoint that is named.
+    shutil.rmtree(run / "adapter")
+    falcon_qlora.train(resume=run)
+    assert (run / "adapter/adapter_model.safetensors").is_file()
+    shutil.copytree(stopped / "run/checkpoints/step-1", run / "checkpoints/step-1", dirs_exist_ok=True)
+    falcon_qlora.train(resume=run / "checkpoints/step-1")
+    assert "going on from step 1" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_is_a_link_out_of_its_run(stopped: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(stopped, tmp_path / "data")
+    inside, outside = folder / "run/checkpoints/step-1", tmp_path / "step-1"
+    inside.rename(outside)
+    inside.symlink_to(outside)
+    assert "no checkpoint in" in refusal(folder)
+    found = inspect_folder(folder / "run")
+    assert f"{inside} is a link that leads out of the run" in found.faults
