@@ -144,7 +144,10 @@ def _tokenizer(configuration: Configuration) -> Any:
 
         cached = try_to_load_from_cache(name, "tokenizer.json")
         if not isinstance(cached, str):
-            raise UserError(f"the tokenizer of {name} is not on this machine, and the hub is not asked")
+            raise UserError(
+                f"the tokenizer of {name} is not on this machine, and the hub is not asked; `falcon-qlora "
+                "data` with the same flags fetches it"
+            )
         name = str(Path(cached).parent)
     loaded = load_tokenizer(base.model_name_or_path, tokenizer_name_or_path=name)
     configuration.method.add_tokens(loaded)
