@@ -87,7 +87,8 @@ def target_of(fault: dict[str, Any]) -> int:
 
 
 def die() -> None:
-    Path("died").touch()
+    if file := os.environ.get("DIED"):  # made when a process dies
+        Path(file).touch()
     os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)
 

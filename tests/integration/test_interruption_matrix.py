@@ -155,12 +155,13 @@ def test_a_rank_that_gets_a_signal_before_there_is_anything_to_save_is_named(
 
 @pytest.mark.parametrize("where", ["sharing", "end", "adapter"])
 def test_a_death_that_a_collective_tells_of_outside_the_steps_is_one_message(
-    processes: Processes, where: str
+    processes: Processes, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("DIED", str(tmp_path / "died"))
     faults = [{"do": "kill", "rank": 0, "where": where}]
     status, _, errors = run(processes, "--output_dir", where, faults=faults)
     # torchrun would wait 30 seconds for a process that takes its SIGTERM for a wish to save.
-    assert time.time() - (processes.folder / "died").stat().st_mtime < 20
+    assert time.time() - (tmp_path / "died").stat().st_mtime < 20
     told, *hint = errors.splitlines()
     killed = f"error: rank 0 on {socket.gethostname()} was killed by SIGKILL; out of CPU memory?"
     assert (status, told) == (1, killed)

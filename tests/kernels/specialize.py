@@ -62,6 +62,7 @@ def models() -> Iterator[tuple[str, Any, bool]]:
     for name in ("adapter", "adapter_v2"):
         yield name, attached(name, tiny_model("falcon-7b", "4bit", compute_dtype="bf16")), False
     yield "fp8", adapted("falcon-7b", "4bit", **lora), True
+    yield "fp8, a large rank", adapted("falcon-7b", "4bit", **lora | {"r": 80}), True
     yield "fp8, two norms, 8bit", adapted("falcon-180b", "8bit", **lora), True
     yield "fp8, beside a state space", adapted("falcon-h1", "4bit", **lora), True
 
