@@ -163,8 +163,8 @@ def leave_as_it_is(directory: RunDirectory, *, steps: int) -> None:
     endings.forget_siblings()
     lookout.end()
     console.note(
-        f"{directory.path} is done: nothing is left to train of {steps:,} steps, and nothing was changed. For "
-        "more steps give --max_steps or --num_train_epochs; to begin anew, --overwrite"
+        f"{directory.path} is done: nothing is left to train of {steps:,} steps, and nothing was changed. "
+        "For more steps give --max_steps or --num_train_epochs; to begin anew, --overwrite"
     )
 
 
