@@ -42,7 +42,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -119,31 +119,15 @@ def faulty_training_step(self: Any, *arguments: Any, **named: Any) -> Any:
     return training_step(self, *arguments, **named)
 
 
-share_parameters = Reduction.share_parameters
+def dying(where: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, before which the process dies if it is to be killed there."""
 
+    def faulty(*arguments: Any, **named: Any) -> Any:
+        if faults("kill", where=where):
+            die()
+        return function(*arguments, **named)
 
-def faulty_share_parameters(self: Any) -> None:
-    if faults("kill", where="sharing"):
-        die()
-    share_parameters(self)
-
-
-check_tensors = finish.check_tensors
-
-
-def faulty_check_tensors(*arguments: Any, **named: Any) -> None:
-    if faults("kill", where="adapter"):
-        die()
-    check_tensors(*arguments, **named)
-
-
-require_moved = finish.require_moved
-
-
-def faulty_require_moved(trainer: Any) -> None:
-    if faults("kill", where="end"):
-        die()
-    require_moved(trainer)
+    return faulty
 
 
 training_begins = stop_signals.training_begins
@@ -279,9 +263,9 @@ def faulty_load(*arguments: Any, **named: Any) -> Any:
 if rooms := faults("room"):
     shutil.disk_usage = lambda path: SimpleNamespace(free=rooms[0]["bytes"])  # type: ignore[assignment,misc]
 
-finish.require_moved = faulty_require_moved
-finish.check_tensors = faulty_check_tensors
-Reduction.share_parameters = faulty_share_parameters  # type: ignore[method-assign]
+finish.require_moved = dying("end", finish.require_moved)
+finish.check_tensors = dying("adapter", finish.check_tensors)
+Reduction.share_parameters = dying("sharing", Reduction.share_parameters)  # type: ignore[method-assign]
 stop_signals.training_begins = faulty_training_begins
 FalconTrainer._save_checkpoint = faulty_save_checkpoint  # type: ignore[method-assign]
 FalconTrainer.training_step = faulty_training_step  # type: ignore[method-assign]
