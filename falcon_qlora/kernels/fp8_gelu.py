@@ -17,15 +17,7 @@ from falcon_qlora.kernels.fp8_rows import DTYPE, Rows, largest_row
 from falcon_qlora.kernels.frozen_linear import mm_float32
 from falcon_qlora.kernels.gelu import gelu_and_slope
 from falcon_qlora.kernels.low_rank import LowRank
-from falcon_qlora.kernels.low_rank_triton import (
-    left_part,
-    low_rank_arguments,
-    low_rank_tile,
-    right_part,
-    squares_of,
-    tile,
-    tiles,
-)
+from falcon_qlora.kernels.low_rank_triton import low_rank_arguments, low_rank_tile, tile, tiles
 
 # Tokens and features of a tile, and warps: two programs or more fit on a multiprocessor.
 _FORWARD = 64, 128, 8
@@ -231,6 +223,28 @@ def _gelu_backward(
     tl.store(values_ptr + at, values.to(values_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _left(ptr, stride, rank, token, in_tokens, RANK: tl.constexpr):
+    """Rows ``[TOKENS, RANK]`` of a low rank's left matrix, zeros where it ends."""
+    index = tl.arange(0, RANK)
+    mask = in_tokens[:, None] & (index < rank)[None, :]
+    return tl.load(ptr + token.to(tl.int64)[:, None] * stride + index[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _right(ptr, stride, feature_stride, rank, feature, in_features, RANK: tl.constexpr):
+    """Columns ``[RANK, FEATURES]`` of its right matrix, likewise."""
+    index = tl.arange(0, RANK)
+    mask = (index < rank)[:, None] & in_features[None, :]
+    return tl.load(ptr + index[:, None] * stride + feature[None, :] * feature_stride, mask=mask, other=0.0)
+
+
+@triton.jit
+def _lengths(left):
+    wide = left.to(tl.float32)
+    return tl.sqrt(tl.sum(wide * wide, 1))
+
+
 @triton.jit(do_not_specialize=["tokens", "each"])  # one compilation for any number
 def _gelu_backward_and_low_rank(
     grad_ptr,  # [T, F]
@@ -266,9 +280,9 @@ def _gelu_backward_and_low_rank(
 ):
     feature = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
     in_features = feature < features
-    right = right_part(right_ptr, right_stride, right_feature_stride, rank, feature, in_features, 0, RANK)
-    of_right = right_part(
-        of_right_ptr, of_right_stride, of_right_feature_stride, of_rank, feature, in_features, 0, OF_RANK
+    right = _right(right_ptr, right_stride, right_feature_stride, rank, feature, in_features, RANK)
+    of_right = _right(
+        of_right_ptr, of_right_stride, of_right_feature_stride, of_rank, feature, in_features, OF_RANK
     )
     longest = tl.load(longest_ptr)
     of_a = tl.zeros([OF_RANK, FEATURES], tl.float32)
@@ -281,12 +295,12 @@ def _gelu_backward_and_low_rank(
         row = token.to(tl.int64)[:, None]
         mask = in_tokens[:, None] & in_features[None, :]
         at = row * features + feature[None, :]
-        left = left_part(left_ptr, left_stride, rank, token, in_tokens, 0, RANK)
-        of_left = left_part(of_left_ptr, of_left_stride, of_rank, token, in_tokens, 0, OF_RANK)
+        left = _left(left_ptr, left_stride, rank, token, in_tokens, RANK)
+        of_left = _left(of_left_ptr, of_left_stride, of_rank, token, in_tokens, OF_RANK)
         x = tl.load(x_ptr + row * x_stride + feature[None, :], mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
         bound = tl.load(bound_ptr + token * bound_stride, mask=in_tokens, other=0.0)
-        bound += tl.sqrt(squares_of(of_left)) * longest
+        bound += _lengths(of_left) * longest
         scale = tl.where(bound > 0, bound * (1.13 / 448.0), 1.0)
         tl.store(scales_ptr + token, scale, mask=in_tokens & (tl.program_id(0) == 0))
         y, slope = gelu_and_slope(x + tl.dot(left, right, input_precision="ieee"))

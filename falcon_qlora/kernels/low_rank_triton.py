@@ -58,31 +58,13 @@ def low_rank_tile(low, token, in_tokens, feature, in_features, RANK: tl.constexp
 def _columns(low, token, in_tokens, feature, in_features, start, COLUMNS: tl.constexpr):
     """The product of some columns of `left` and rows of `right`, and the sums of those columns' squares."""
     left_ptr, right_ptr, left_stride, right_stride, right_feature_stride, rank = low
-    left = left_part(left_ptr, left_stride, rank, token, in_tokens, start, COLUMNS)
-    right = right_part(
-        right_ptr, right_stride, right_feature_stride, rank, feature, in_features, start, COLUMNS
-    )
-    return tl.dot(left, right, input_precision="ieee"), squares_of(left)
-
-
-@triton.jit
-def left_part(ptr, stride, rank, token, in_tokens, start, COLUMNS: tl.constexpr):
-    """``[TOKENS, COLUMNS]`` of `left` from a column on, zeros where it ends."""
     index = start + tl.arange(0, COLUMNS)
     mask = in_tokens[:, None] & (index < rank)[None, :]
-    return tl.load(ptr + token.to(tl.int64)[:, None] * stride + index[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def right_part(ptr, stride, feature_stride, rank, feature, in_features, start, ROWS: tl.constexpr):
-    """``[ROWS, FEATURES]`` of `right` from a row on, likewise."""
-    index = start + tl.arange(0, ROWS)
+    left = tl.load(
+        left_ptr + token.to(tl.int64)[:, None] * left_stride + index[None, :], mask=mask, other=0.0
+    )
     mask = (index < rank)[:, None] & in_features[None, :]
-    return tl.load(ptr + index[:, None] * stride + feature[None, :] * feature_stride, mask=mask, other=0.0)
-
-
-@triton.jit
-def squares_of(left):
-    """The sum of each row's squares."""
+    at = index[:, None] * right_stride + feature[None, :] * right_feature_stride
+    right = tl.load(right_ptr + at, mask=mask, other=0.0)
     wide = left.to(tl.float32)
-    return tl.sum(wide * wide, 1)
+    return tl.dot(left, right, input_precision="ieee"), tl.sum(wide * wide, 1)
