@@ -269,7 +269,7 @@ def _merge(folder: Path) -> Inspection:
     if not isinstance(hashes, dict):
         found.faults.append(f"{folder / CERTIFICATE} lists no tensors")
     elif not found.faults:
-        from falcon_qlora.merge.folder import altered_tensors
+        from falcon_qlora.models.folder import altered_tensors
 
         for name in altered_tensors(folder, read_folder_config(folder), hashes):
             found.faults.append(f"{name} does not match the certificate: it was altered")
@@ -314,7 +314,7 @@ def _model(folder: Path) -> Inspection:
 def _tensor_faults(folder: Path, config: PreTrainedConfig) -> Iterator[str]:
     import torch
 
-    from falcon_qlora.merge.folder import parameter_shapes
+    from falcon_qlora.models.folder import parameter_shapes
 
     read = parameter_reader(folder, config)
     for name, shape in parameter_shapes(config).items():

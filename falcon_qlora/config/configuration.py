@@ -223,7 +223,12 @@ def configure(settings: Mapping[str, Any], *, extra_arguments: type | None = Non
             raise UserError(f"recipe {recipe} names another recipe; recipes do not nest, remove that line")
         kept = _kept(layers, layer) if of_run and named_by is flags else ()
         layers.append(layer)
-    configuration = _configuration(parser, lay_over(layers), recipe, extra_arguments)
+    laid = lay_over(layers)
+    # A run's own file may name any folder: none is looked into for its sake.
+    trusts_base = not (of_run and "model_name_or_path" in laid and laid["model_name_or_path"][1].rank == 2)
+    if trusts_base:
+        checks.follow_checkpoint(laid)
+    configuration = _configuration(parser, laid, recipe, extra_arguments)
     configuration.passed_over = {layer.origin: layer.passed_over for layer in layers if layer.passed_over}
     configuration.kept = kept
     return configuration

@@ -59,7 +59,7 @@ READERS = {
     "data/sources.py": test_fuzz_inputs.test_files_that_a_user_names,
     "data/templates.py": test_fuzz_inputs.test_files_that_a_user_names,
     "merge/certificate.py": test_fuzz_models.test_what_a_merge_takes_from_it,
-    "merge/folder.py": test_fuzz_models.test_what_a_merge_takes_from_it,
+    "models/folder.py": test_fuzz_models.test_what_a_merge_takes_from_it,
     "methods/adapter_folder.py": test_untrusted.test_no_adapter_makes_the_reader_crash,
     "methods/full.py": folders.test_inspect,
     "methods/lora.py": test_untrusted.test_no_adapter_makes_the_reader_crash,

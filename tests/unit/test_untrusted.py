@@ -19,7 +19,7 @@ from falcon_qlora import __main__ as cli
 from falcon_qlora.commands.inspection import inspect_folder
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.untrusted import file_beside, read_json
-from falcon_qlora.merge.folder import parameter_shapes, write_configuration
+from falcon_qlora.models.folder import parameter_shapes, write_configuration
 from falcon_qlora.methods.adapter_folder import read_adapter
 from falcon_qlora.methods.adapter_v2 import AdapterV2
 from falcon_qlora.methods.interface import method_of
