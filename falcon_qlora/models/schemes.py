@@ -33,25 +33,28 @@ class Scheme:
 
     @property
     def words(self) -> str:
-        """The flags that ask for it."""
-        single = self.mode == "4bit" and not self.double_quantization
-        return f"-q {self.mode}{' --double_quantization false' if single else ''}"
-
-    def contradicts(self, mode: str | None, double_quantization: bool | None) -> bool:
-        """Whether another storage is asked for; None asks for nothing."""
-        if mode not in (None, self.mode):
-            return True
-        return self.mode == "4bit" and double_quantization not in (None, self.double_quantization)
+        """The storage in words."""
+        if self.mode == "8bit":
+            return "8bit"
+        return f"4bit with{'' if self.double_quantization else 'out'} double quantization"
 
     def refuse_others(self, name: str, mode: str | None, double_quantization: bool | None) -> None:
-        """Raise a `UserError` if `contradicts`; `name` is the checkpoint's."""
-        if self.contradicts(mode, double_quantization):
-            asked = [f"-q {mode}"] if mode is not None else []
-            if double_quantization is not None and mode in (None, "4bit"):
-                asked.append(f"--double_quantization {str(double_quantization).lower()}")
+        """Refuse to read the checkpoint as if it were stored in another way; None asks for nothing.
+
+        Args:
+            name: of the checkpoint.
+            mode, double_quantization: what is asked for.
+
+        Raises:
+            UserError: if that contradicts how it is stored.
+        """
+        asked = [f"-q {mode}"] if mode not in (None, self.mode) else []
+        if self.mode == "4bit" and double_quantization not in (None, self.double_quantization):
+            asked.append(f"--double_quantization {str(double_quantization).lower()}")
+        if asked:
             raise UserError(
-                f"{name} is a quantized checkpoint, stored as {self.words} says: it cannot be loaded with "
-                f"{' '.join(asked)}. Leave that out, or name the model that it was made of"
+                f"{name} is a quantized checkpoint ({self.words}), which cannot be loaded with "
+                f"{' '.join(asked)}: leave that out, or name the model that it was made of"
             )
 
 

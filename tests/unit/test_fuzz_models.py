@@ -13,8 +13,8 @@ from falcon_qlora.commands.opening import merge_record
 from falcon_qlora.common.files import write_json
 from falcon_qlora.common.record_files import CERTIFICATE
 from falcon_qlora.merge.certificate import licence_of
-from falcon_qlora.models.folder import copy_tokenizer, write_configuration, write_generation_config
 from falcon_qlora.models.fingerprint import model_fingerprint
+from falcon_qlora.models.folder import copy_tokenizer, write_configuration, write_generation_config
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.tokenizer import check_vocabulary, load_tokenizer, tokenizer_fingerprint
 from tests.fuzzing import change, fresh_copy, fuzz, read_or_refused
