@@ -48,6 +48,7 @@ class Verb:
         summary: what it is for, in a line.
         uses: returns the names of the shared settings that change what it does; methods add some of them.
         uses_with: a setting with which the command does something else, and what it uses then.
+        only_with: a setting, and those of `uses` that do nothing without it.
         refuses: shared settings that contradict what it does, and what to give instead.
         more: further lines of its help page.
         examples: what follows the name; they use the small packaged model and rows.
@@ -57,6 +58,7 @@ class Verb:
     summary: str
     uses: Callable[[], frozenset[str]] = frozenset
     uses_with: tuple[str, Callable[[], frozenset[str]]] | None = None
+    only_with: tuple[str, frozenset[str]] | None = None
     refuses: Mapping[str, str] = field(default_factory=dict)
     more: str = ""
     examples: tuple[str, ...]
@@ -64,10 +66,12 @@ class Verb:
     def unused(self, given: Iterable[str], own: Iterable[str]) -> list[str]:
         """The given settings that change nothing in this command; its own settings all do something."""
         given = set(given)
-        uses = self.uses
+        uses = self.uses()
         if self.uses_with is not None and self.uses_with[0] in given:
-            uses = self.uses_with[1]
-        return sorted(given - set(own) - uses())
+            uses = self.uses_with[1]()
+        if self.only_with is not None and self.only_with[0] not in given:
+            uses -= self.only_with[1]
+        return sorted(given - set(own) - uses)
 
 
 _NOT_COMPARED = {
@@ -104,6 +108,7 @@ VERBS: Mapping[str, Verb] = {
             uses=lambda: _FILES | _TOKENIZER | _START | _ROWS | _NEW_TOKENS
             | {"seed", "streaming", "max_steps"} | _QUANTIZING,
             uses_with=("output_dir", lambda: _FILES | _TOKENIZER | _QUANTIZING | {"hang_minutes"}),
+            only_with=("output_dir", _QUANTIZING),
             more="With --output_dir it reads no rows, but writes the base there, quantized, for -m DIR.",
             examples=(_SAMPLE, "-m tiny -q 4bit --output_dir tiny-4bit"),
         ),

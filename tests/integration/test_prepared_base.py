@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from falcon_qlora import __main__ as cli
 from falcon_qlora.common.record_files import PREPARED
@@ -213,6 +213,8 @@ def test_a_folder_that_was_changed_is_refused(
     assert model_fingerprint(str(tmp_path / "4bit")) != model_fingerprint(str(folder / "base"))
     told = refused(capsys, "generate", "-m", tmp_path / "4bit", "--prompt", "x")
     assert "changed or damaged since" in told or "is damaged" in told
+    assert cli.main(["inspect", str(tmp_path / "4bit")]) != 0
+    assert "damaged" in capsys.readouterr().out
 
 
 def test_a_change_between_the_samples_of_a_large_file_is_found(
@@ -274,6 +276,29 @@ def test_tokenizer_generation_config_and_template_come_along(
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
     assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == [0, 5]
     assert cli.main(["generate", "-m", str(tmp_path / "out"), "--prompt", "x", "--max_new_tokens", "2"]) == 0
+
+
+def test_inspect_knows_it(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert cli.main(["inspect", str(folder / "4bit")]) == 0
+    told = capsys.readouterr().out
+    assert "4bit with double quantization" in told
+    assert f"{folder / 'base'}" in told
+    others = Path(shutil.copytree(folder / "8bit", tmp_path / "others"))
+    (others / PREPARED).unlink()
+    assert cli.main(["inspect", str(others)]) == 0
+    tensors = load_file(others / "model.safetensors")
+    del tensors["transformer.h.2.mlp.dense_4h_to_h.SCB"], tensors["transformer.ln_f.weight"]
+    save_file(tensors, others / "model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    assert cli.main(["inspect", str(others)]) != 0
+    assert "dense_4h_to_h.SCB is missing" in capsys.readouterr().out
+
+
+def test_what_quantizes_needs_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["-m", "tiny", "--dataset_name", "sample", "--max_rows", "20", "--cache_dir", tmp_path]
+    assert prepare(*words, "-q", "8bit") == 0
+    assert "prepare does not use --quantize_mode" in capsys.readouterr().err
 
 
 def test_made_up_weights_are_prepared_by_their_name(
