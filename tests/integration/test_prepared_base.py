@@ -143,6 +143,32 @@ def test_a_run_goes_on_on_the_other(runs: Path, tmp_path: Path, there: str, here
 
 
 @pytest.mark.slow
+def test_a_checkpoint_of_the_hub_says_how_it_is_stored(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, commit = "some/falcon-bnb-8bit", "0" * 40
+    cached = tmp_path / "hub" / "models--some--falcon-bnb-8bit"
+    shutil.copytree(runs / "8bit", cached / "snapshots" / commit)
+    (cached / "snapshots" / commit / PREPARED).unlink()  # so it is like any other's
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text(commit)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    train(tmp_path / "run", "-m", name, *STEPS)
+    assert_same_run(tmp_path / "run", runs / "on-8bit")
+    # An adapter of another tool names its base alone.
+    other = Path(shutil.copytree(tmp_path / "run/adapter", tmp_path / "other"))
+    (other / "falcon_qlora.json").unlink()
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
+    train(tmp_path / "more", "--adapter", other, *STEPS)
+    assert "quantize_mode: 8bit" in (tmp_path / "more/config.yaml").read_text()
+    for more, status in (([], 0), (["-q", "4bit"], 2)):
+        result = command("generate", "--adapter", other, "--prompt", "x", "--max_new_tokens", "2", *more)
+        assert result.returncode == status, result.stderr
+    assert "which cannot be loaded with -q 4bit" in result.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_a_base_that_is_shared_out_loads_from_it(folder: Path, tmp_path: Path, mode: str) -> None:
     shared = [*STEPS, "--sharding", "fsdp"]
