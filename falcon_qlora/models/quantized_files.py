@@ -225,7 +225,7 @@ class Sums:
         whole = content.numel() // 4 * 4
         total = content[whole:].sum(dtype=torch.int64)
         # In pieces on the CPU, where the numbers are converted before they are added.
-        for piece in content[:whole].view(torch.int32).split(2**22 if not tensor.is_cuda else 2**40):
+        for piece in content[:whole].view(torch.int32).split(2**40 if tensor.is_cuda else 2**18):
             total = total + piece.sum(dtype=torch.int64)
         self._sums[name] = total
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.config import Configuration
 from falcon_qlora.config.arguments import ModelArguments
-from falcon_qlora.config.checks import refuse_needing_16bit
+from falcon_qlora.config.quantized import refuse_needing_16bit
 from falcon_qlora.models.hub import check_login
 from falcon_qlora.processes import agreement, devices, ranks
 from falcon_qlora.run_folder import choose as folders

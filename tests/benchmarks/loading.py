@@ -4,8 +4,8 @@
 
 loads each in a process of its own, as often as ``--times`` says: from random weights or a 16-bit folder,
 which are quantized then, or from what ``falcon-qlora prepare --output_dir`` wrote. The first load of a folder
-may read the disk; later ones find it in the file cache. ``own`` is RssAnon, the memory that no file backs, at its
-largest and above what it was before the load.
+may read the disk; later ones find it in the file cache. ``own`` is RssAnon, the memory that no file backs, at
+its largest and above what it was before the load.
 """
 
 from __future__ import annotations
