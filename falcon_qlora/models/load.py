@@ -5,6 +5,9 @@ move to the device and are quantized there. So the CPU never holds more than a f
 model's size and however many processes load it. The device never holds more than one unquantized weight
 beyond the model.
 
+A quantized checkpoint's weights are read as they are stored, and mapped straight from the file cache to the
+device.
+
 Transformers' own loader is not used: it quantizes only modules that are exactly ``nn.Linear``, and Falcon's
 are a subclass. It would leave every block unquantized, and its only warning is about something else.
 """

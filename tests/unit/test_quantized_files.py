@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -162,6 +163,24 @@ def test_large_files_are_split_and_their_parts_lie_anywhere(tmp_path: Path, base
     assert same_weights(
         load_model(str(tmp_path / "split"), device="cpu"), load_model(str(bases / "falcon3"), device="cpu")
     )
+
+
+def test_several_files_are_written_with_their_index(
+    bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = prepare._preparation
+    monkeypatch.setattr(prepare, "_preparation", lambda c: dataclasses.replace(real(c), shard_bytes=20_000))
+    for storage in STORAGES:
+        out = prepared(bases / "falcon-h1", tmp_path / storage, *FLAGS[storage])
+        files = sorted(out.glob("*.safetensors"))
+        assert len(files) > 3
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        inside = {name: file.name for file in files for name in load_file(file)}
+        assert index["weight_map"] == inside
+        assert [file.name for file in files] == sorted({*inside.values()})
+        theirs = load_model(str(bases / f"falcon-h1-{storage}"), device="cpu")
+        assert same_weights(load_model(str(out), device="cpu"), theirs)
+        AutoModelForCausalLM.from_pretrained(out, device_map="cpu")
 
 
 def test_linears_that_were_left_in_16_bits_are_told_and_quantized(
