@@ -31,7 +31,7 @@ from falcon_qlora.terminal.output import say_loading
 
 if TYPE_CHECKING:
     from falcon_qlora.merge.build import Request
-    from falcon_qlora.merge.certificate import Certificate, Origin
+    from falcon_qlora.merge.certificate import Certificate, ChooseBy, Origin
 
 _SHOWN_SETTINGS = (
     "quantize_mode double_quantization compute_dtype max_length packing train_on num_train_epochs max_steps "
@@ -50,7 +50,7 @@ class MergeArguments:
     base: Literal["auto", "16bit", "dequantized"] = setting(
         "auto",
         "Merge onto the original base, or onto what its quantized weights stand for; auto: both, and keep "
-        "the one of the lower loss.",
+        "the one of the lower held-out loss, or without held-out rows the one nearer to the adapter.",
     )
     dtype: Literal["bf16", "fp16", "fp32"] = setting("bf16", "Store the merged weights in this type.")
     max_shard_size: str = setting("5GB", "Largest weights file, such as 500MB.")
@@ -88,7 +88,8 @@ def main(argv: list[str]) -> int:
     # Only now, so that errors above are reported without loading libraries.
     from falcon_qlora.merge.build import needed_bytes
 
-    request = _request(source, wanted, folder, largest_file)
+    choose_by: ChooseBy = "kl_divergence" if configuration.data.eval_split is None else "loss"
+    request = _request(source, wanted, folder, largest_file, choose_by)
     remove_leftovers(out)
     check_disk(out, needed_bytes(request))
     with progress() as say:
@@ -124,7 +125,7 @@ def _merge(
     if configuration.data.eval_split is None:
         note(
             f"no held-out rows are known: the merge is measured on {text.source}. Give --eval_split FILE to "
-            "measure on your own data"
+            "measure on your own data, and to keep the merge of the lower loss instead of the nearer one"
         )
     batches = batches_of(
         text,
@@ -154,7 +155,9 @@ def _merge(
     )
 
 
-def _request(source: Source, wanted: MergeArguments, folder: Path, largest_file: int) -> Request:
+def _request(
+    source: Source, wanted: MergeArguments, folder: Path, largest_file: int, choose_by: ChooseBy
+) -> Request:
     from falcon_qlora.merge.build import Request
     from falcon_qlora.methods.adapter_folder import read_adapter
     from falcon_qlora.models.checkpoints import RANDOM
@@ -188,6 +191,7 @@ def _request(source: Source, wanted: MergeArguments, folder: Path, largest_file:
         max_shard_bytes=largest_file,
         max_loss_increase=wanted.max_loss_increase,
         max_kl_divergence=wanted.max_kl_divergence,
+        choose_by=choose_by,
         device=device,
     )
 
