@@ -17,8 +17,8 @@ from falcon_qlora.training.cards import CARDS, Card
 from falcon_qlora.training.estimate import Estimate, Estimator
 
 _MODELS = (
-    "falcon-7b falcon-11b falcon-40b falcon-180b falcon3-1b falcon3-3b falcon3-7b falcon3-10b falcon-h1-0.5b "
-    "falcon-h1-1.5b-deep falcon-h1-7b falcon-h1-34b"
+    "falcon3-1b falcon3-3b falcon3-7b falcon3-10b falcon-h1-0.5b falcon-h1-1.5b-deep falcon-h1-7b "
+    "falcon-h1-34b falcon-7b falcon-11b falcon-40b falcon-180b"
 ).split()
 _LEGEND = (
     "Tokens/s of one GPU with {}, estimated; –: does not fit. Recomputed, in some blocks or all: s the "
