@@ -27,7 +27,8 @@ from transformers.trainer_utils import SaveStrategy
 from trl import SFTConfig, SFTTrainer
 
 from falcon_qlora.checkpoint import process_state, resume
-from falcon_qlora.checkpoint.checkpointer import Checkpointer, Moment
+from falcon_qlora.checkpoint.checkpointer import Checkpointer
+from falcon_qlora.checkpoint.content import Moment
 from falcon_qlora.checkpoint.write import last_complete
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.batches import Share, StreamingSteps, TrainingSteps

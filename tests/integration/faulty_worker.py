@@ -49,7 +49,7 @@ from typing import Any
 
 import torch
 
-from falcon_qlora.checkpoint import checkpointer
+from falcon_qlora.checkpoint import checkpointer, content
 from falcon_qlora.checkpoint.checkpointer import Checkpointer
 from falcon_qlora.models.tokenizer import load_tokenizer
 from falcon_qlora.processes import ranks, stop_signals
@@ -163,7 +163,7 @@ def faulty_sum_of_losses(model: Any, batch: Any) -> torch.Tensor:
     return loss
 
 
-write_manifest = checkpointer.write_manifest
+write_manifest = content.write_manifest
 
 
 def faulty_write_manifest(folder: Path, record: dict[str, Any], *arguments: Any) -> None:
@@ -201,12 +201,12 @@ def disk(do: str = "disk", at: int | None = None) -> Iterator[None]:
 write_checkpoint = Checkpointer._write
 
 
-def faulty_write(self: Any, content: Any) -> None:
-    if faults("write_hangs", at=content.step):
+def faulty_write(self: Any, wanted: Any) -> None:
+    if faults("write_hangs", at=wanted.step):
         time.sleep(3600)
-    with disk(at=content.step):
-        write_checkpoint(self, content)
-    if faults("kill", at=content.step, where="saved"):
+    with disk(at=wanted.step):
+        write_checkpoint(self, wanted)
+    if faults("kill", at=wanted.step, where="saved"):
         die()
 
 
@@ -270,7 +270,7 @@ stop_signals.training_begins = faulty_training_begins
 FalconTrainer._save_checkpoint = faulty_save_checkpoint  # type: ignore[method-assign]
 FalconTrainer.training_step = faulty_training_step  # type: ignore[method-assign]
 step_module.sum_of_losses = faulty_sum_of_losses
-checkpointer.write_manifest = faulty_write_manifest
+content.write_manifest = faulty_write_manifest
 Checkpointer._write = faulty_write  # type: ignore[method-assign]
 checkpointer.write_part = faulty_write_part
 build.model_with_adapter = faulty_load
