@@ -21,7 +21,9 @@ from falcon_qlora.methods.adapter_folder import CONFIG, RECORD, read_adapter, re
 from falcon_qlora.methods.open_adapter import may_open
 from falcon_qlora.methods.table import method_from, method_named
 from falcon_qlora.models.checkpoints import RANDOM, parameter_reader, parse_random, read_folder_config
-from falcon_qlora.models.locate import is_on_hub, packaged_folder
+from falcon_qlora.models.locate import is_on_hub, open_checkpoint, packaged_folder
+from falcon_qlora.models.prepared import read_prepared
+from falcon_qlora.models.schemes import scheme_in
 from falcon_qlora.run_folder.directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -269,7 +271,7 @@ def _merge(folder: Path) -> Inspection:
     if not isinstance(hashes, dict):
         found.faults.append(f"{folder / CERTIFICATE} lists no tensors")
     elif not found.faults:
-        from falcon_qlora.merge.folder import altered_tensors
+        from falcon_qlora.models.folder import altered_tensors
 
         for name in altered_tensors(folder, read_folder_config(folder), hashes):
             found.faults.append(f"{name} does not match the certificate: it was altered")
@@ -307,14 +309,46 @@ def _model(folder: Path) -> Inspection:
     if config is None:
         return found
     found.add("layout", f"{config.num_hidden_layers} blocks of {config.hidden_size}")
-    found.collect(_tensor_faults(folder, config))
+    scheme = scheme_in(folder)
+    if scheme is None:
+        found.collect(_tensor_faults(folder, config))
+        return found
+    found.add("stored in", scheme.words)
+    prepared = found.attempt(lambda: read_prepared(folder))
+    if prepared is not None:
+        found.add("prepared from", prepared.origin)
+    if not found.faults:
+        found.collect(_quantized_faults(folder))
     return found
+
+
+def _quantized_faults(folder: Path) -> Iterator[str]:
+    """The first fault of a quantized checkpoint, in which every tensor is read."""
+    import torch
+
+    from falcon_qlora.models.folder import parameter_shapes
+    from falcon_qlora.models.load import check_unchanged, empty_model
+
+    try:
+        checkpoint = open_checkpoint(str(folder))
+        check_unchanged(checkpoint)
+        missing = parameter_shapes(checkpoint.config)
+        model = empty_model(checkpoint.config, dtype=torch.float32)
+        for name, tensor in checkpoint.tensors(model, torch.device("cpu"), torch.float32):
+            shape = missing.pop(name)
+            if tuple(tensor.shape) != shape:
+                yield f"{folder}: {name} has the shape {list(tensor.shape)}, not {list(shape)}"
+            elif isinstance(tensor, torch.Tensor) and not torch.isfinite(tensor).all():
+                yield f"{folder}: {name} has non-finite values (NaN/inf)"
+        yield from (f"{folder} lacks {name}" for name in missing)
+    except UserError as error:
+        yield str(error)
 
 
 def _tensor_faults(folder: Path, config: PreTrainedConfig) -> Iterator[str]:
     import torch
 
-    from falcon_qlora.merge.folder import parameter_shapes
+    from falcon_qlora.models.folder import parameter_shapes
 
     read = parameter_reader(folder, config)
     for name, shape in parameter_shapes(config).items():

@@ -32,6 +32,7 @@ from falcon_qlora.terminal.output import say_loading
 if TYPE_CHECKING:
     from falcon_qlora.merge.build import Request
     from falcon_qlora.merge.certificate import Certificate, ChooseBy, Origin
+    from falcon_qlora.models.checkpoints import Checkpoint
 
 _SHOWN_SETTINGS = (
     "quantize_mode double_quantization compute_dtype max_length packing train_on num_train_epochs max_steps "
@@ -166,8 +167,9 @@ def _request(
     from falcon_qlora.processes import devices
 
     adapter = read_adapter(folder)
-    name, revision = source.model, source.revision
-    checkpoint = open_checkpoint(name, revision=revision)
+    opened = open_checkpoint(source.model, revision=source.revision)
+    checkpoint, revision = _original(opened, source.revision)
+    name, scheme = checkpoint.name, opened.scheme
     adapter.check(checkpoint.config)
     zero = adapter.zero_tensors(checkpoint.config)
     if zero:
@@ -177,16 +179,28 @@ def _request(
         )
     device = devices.local_device()
     candidates = ["16bit", "dequantized"] if wanted.base == "auto" else [wanted.base]
+    if checkpoint.scheme is not None:
+        told = f"the 16-bit model that {name} was quantized from is not known here, or has changed"
+        if wanted.base == "16bit":
+            raise UserError(f"--base 16bit: {told}. Name it with -m, or merge onto --base dequantized")
+        note(f"{told}: merging onto what the quantized weights stand for")
+        candidates = ["dequantized"]
+    mode = scheme.mode if scheme is not None else source.quantize_mode or "4bit"
+    double = source.double_quantization is not False if scheme is None else scheme.double_quantization
     return Request(
         checkpoint=checkpoint,
+        revision=revision,
+        quantized=opened if scheme is not None else None,
         base_folder=None if name.startswith(RANDOM) else find_folder(name, revision=revision),
-        tokenizer_folder=find_tokenizer(name, tokenizer_name_or_path=source.tokenizer, revision=revision),
+        tokenizer_folder=find_tokenizer(
+            source.model, tokenizer_name_or_path=source.tokenizer, revision=source.revision
+        ),
         adapter=adapter,
-        quantize_mode=source.quantize_mode,
-        double_quantization=source.double_quantization,
+        quantize_mode=mode,
+        double_quantization=double,
         compute_dtype=devices.compute_dtype(source.compute_dtype, device),
         # For a base that was not quantized, both are the same.
-        candidates=candidates[:1] if source.quantize_mode == "16bit" else candidates,  # type: ignore[arg-type]
+        candidates=candidates[:1] if mode == "16bit" else candidates,  # type: ignore[arg-type]
         dtype=wanted.dtype,
         max_shard_bytes=largest_file,
         max_loss_increase=wanted.max_loss_increase,
@@ -194,6 +208,25 @@ def _request(
         choose_by=choose_by,
         device=device,
     )
+
+
+def _original(opened: Checkpoint, revision: str | None) -> tuple[Checkpoint, str | None]:
+    """The model that a prepared base was made of, and its revision; else what was opened.
+
+    Only if its fingerprint is as recorded: the record may name any folder.
+    """
+    from falcon_qlora.models.checkpoints import FolderCheckpoint
+    from falcon_qlora.models.fingerprint import is_fingerprint_of
+    from falcon_qlora.models.locate import open_checkpoint
+    from falcon_qlora.models.prepared import read_prepared
+
+    prepared = read_prepared(opened.folder) if isinstance(opened, FolderCheckpoint) else None
+    if prepared is None:
+        return opened, revision
+    known = is_fingerprint_of(prepared.fingerprints[0], prepared.origin, revision=prepared.revision)
+    if not known:
+        return opened, revision
+    return open_checkpoint(prepared.origin, revision=prepared.revision), prepared.revision
 
 
 def _origin(
@@ -204,7 +237,7 @@ def _origin(
     from falcon_qlora.models.fingerprint import model_fingerprint
     from falcon_qlora.training.held_out import data_record
 
-    name, revision = request.checkpoint.name, configuration.model.model_revision
+    name, revision = request.checkpoint.name, request.revision
     config, adapter, base = request.checkpoint.config, request.adapter, request.base_folder
     resolved = configuration.resolved() if run is not None else {}
     shown = [*configuration.method.flags(), *_SHOWN_SETTINGS]

@@ -79,7 +79,11 @@ def source_of(
     base = given("model_name_or_path", "base_model")
     own = record.get("own_tokenizer") if "tokenizer_name_or_path" not in named else None
     tokenizer = own or given("tokenizer_name_or_path", "tokenizer")
-    mode = given("quantize_mode", "quantize_mode")
+    # None where nothing says how: as the checkpoint is stored.
+    mode, double_quantization = (
+        getattr(settings, name) if name in explicit else record.get(name)
+        for name in ("quantize_mode", "double_quantization")
+    )
     if folder is None:
         if explicit.get("quantize_mode") != "flag" and _is_merge(base):
             mode = "16bit"  # even if a run's settings file says how its base was stored
@@ -108,7 +112,7 @@ def source_of(
         revision=settings.model_revision,
         quantize_mode=mode,
         compute_dtype=settings.compute_dtype,
-        double_quantization=given("double_quantization", "double_quantization"),
+        double_quantization=double_quantization,
         norms_in_float32=settings.norms_in_float32,
         llm_int8_threshold=settings.llm_int8_threshold,
         kernels=settings.kernels,

@@ -1,13 +1,16 @@
 """``falcon-qlora prepare``: download everything that a run needs from the network, ahead of it.
 
 Sizes and free space are checked first. The small parts in which mistakes show (tokenizer, data) come next,
-then the weights.
+then the weights. With ``--output_dir`` it quantizes the base into a folder instead, and reads no rows.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.files import is_being_written, quoted, replaced_folder
 from falcon_qlora.common.quantities import counted, gib
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.processes.watchdog import end_native_code_after
@@ -16,6 +19,7 @@ from falcon_qlora.terminal.output import say_loading
 
 if TYPE_CHECKING:
     from falcon_qlora.models.hub import Download
+    from falcon_qlora.models.prepare import Preparation
 
 # The downloaded files, the rows as Arrow tables, and their tokens.
 _COPIES_OF_A_DATA_SET = 3
@@ -24,6 +28,8 @@ _COPIES_OF_A_DATA_SET = 3
 def main(argv: list[str]) -> int:
     """Run the command and return its exit status."""
     configuration = parse(argv, verb="prepare")
+    if configuration.explicit.get("output_dir") == "flag":
+        return _quantize(configuration)
     # Only now, so that a wrong flag is reported at once.
     end_native_code_after(configuration.run.hang_minutes)
     say_loading()
@@ -71,6 +77,76 @@ def main(argv: list[str]) -> int:
         print_plain(f"model: {name} is in {folder}")
     console().print("ready: the same flags now train without a network (HF_HUB_OFFLINE=1)")
     return 0
+
+
+def _quantize(configuration: Configuration) -> int:
+    """Write the quantized base to ``--output_dir``, completely or not at all."""
+    from falcon_qlora.commands.first_look import look_at_model
+    from falcon_qlora.merge.out import BASE, check_disk, check_out
+
+    name, out = configuration.model.model_name_or_path, Path(str(configuration.run.output_dir))
+    if configuration.model.quantize_mode == "16bit":
+        raise UserError(
+            "prepare --output_dir quantizes a base: give -q 4bit or 8bit, or use the base as it is"
+        )
+    check_out(out, overwrite=configuration.run.overwrite, kind=BASE)
+    look_at_model(name)
+    end_native_code_after(configuration.run.hang_minutes)
+    say_loading()
+    quiet_libraries()
+    from falcon_qlora.models.prepare import write_base
+    from falcon_qlora.terminal.console import note, print_plain, progress
+
+    request = _preparation(configuration)
+    if request.tokenizer_folder is None:
+        note(
+            f"{name} has no tokenizer of its own, and none is copied: name one with --tokenizer_name_or_path"
+        )
+    if is_being_written(out):
+        raise UserError(f"--output_dir {out}: another process is preparing this folder. Wait for it to end")
+    check_disk(out, request.needed_bytes(), BASE)
+    blocks = request.checkpoint.config.num_hidden_layers
+    with (
+        progress() as say,
+        replaced_folder(out, first_wins=not configuration.run.overwrite) as folder,
+    ):
+        write_base(request, folder, at_block=lambda n: say(f"quantizing {name}: block {n + 1} of {blocks}"))
+    print_plain(f"wrote {out}/ ({request.scheme.words}); train on it: -m {quoted(str(out))}")
+    return 0
+
+
+def _preparation(configuration: Configuration) -> Preparation:
+    from falcon_qlora.models.load import check_mode_runs_on, check_shapes_quantize_on
+    from falcon_qlora.models.locate import open_checkpoint
+    from falcon_qlora.models.prepare import Preparation
+    from falcon_qlora.models.schemes import Scheme
+    from falcon_qlora.models.tokenizer import find_tokenizer
+    from falcon_qlora.processes import devices
+
+    settings = configuration.model
+    name, tokenizer = settings.model_name_or_path, settings.tokenizer_name_or_path
+    device = devices.local_device()
+    dtype = devices.compute_dtype(settings.compute_dtype, device)
+    check_mode_runs_on(settings.quantize_mode, dtype, device)
+    checkpoint = open_checkpoint(name, revision=settings.model_revision)
+    if checkpoint.scheme is not None:
+        raise UserError(
+            f"{name} is quantized already ({checkpoint.scheme.words}): train on it with -m as it is"
+        )
+    check_shapes_quantize_on(checkpoint.config, settings.quantize_mode, device)
+    has_one = tokenizer is not None or not name.startswith("random:")
+    return Preparation(
+        checkpoint=checkpoint,
+        revision=settings.model_revision,
+        tokenizer_folder=find_tokenizer(
+            name, tokenizer_name_or_path=tokenizer, revision=settings.model_revision
+        )
+        if has_one
+        else None,
+        scheme=Scheme(mode=settings.quantize_mode, double_quantization=settings.double_quantization),
+        compute_dtype=dtype,
+        device=device,
+    )
 
 
 def _downloads(configuration: Configuration) -> list[Download]:

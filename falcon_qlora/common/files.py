@@ -193,6 +193,13 @@ def remove_leftovers(target: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
+def is_being_written(target: Path) -> bool:
+    """Whether another process is in `replaced_folder` for it; what killed ones left is removed."""
+    remove_leftovers(target)
+    begins = f".{target.name}{_PARTIAL}"
+    return target.parent.is_dir() and any(path.name.startswith(begins) for path in target.parent.iterdir())
+
+
 def flush(path: Path) -> None:
     """Flush `path` to disk before anything points to it.
 

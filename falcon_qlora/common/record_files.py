@@ -14,6 +14,7 @@ LATEST, AUTO = "latest", "auto"
 SETTINGS = "config.yaml"  # of a run
 SETTINGS_FORMAT = 2  # settings without a number have format 1
 CERTIFICATE = "certificate.json"  # of a merge
+PREPARED = "falcon_qlora_base.json"  # of a quantized base
 # Written only by a run that has started: a folder with any of these "holds a run".
 SIGNS_OF_A_RUN = (SETTINGS, "metrics.jsonl", "summary.json", "checkpoints", "adapter")
 

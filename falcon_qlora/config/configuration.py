@@ -36,6 +36,7 @@ from falcon_qlora.config.parser import (
     refuse,
 )
 from falcon_qlora.config.paths import settings_of_run, with_absolute_paths
+from falcon_qlora.config.quantized import follow_checkpoint
 from falcon_qlora.config.trainer_arguments import SHARED
 from falcon_qlora.config.verbs import VERBS
 from falcon_qlora.methods.interface import Method
@@ -223,7 +224,12 @@ def configure(settings: Mapping[str, Any], *, extra_arguments: type | None = Non
             raise UserError(f"recipe {recipe} names another recipe; recipes do not nest, remove that line")
         kept = _kept(layers, layer) if of_run and named_by is flags else ()
         layers.append(layer)
-    configuration = _configuration(parser, lay_over(layers), recipe, extra_arguments)
+    laid = lay_over(layers)
+    # A run's own file may name any folder: none is looked into for its sake.
+    trusts_base = not (of_run and "model_name_or_path" in laid and laid["model_name_or_path"][1].rank == 2)
+    if trusts_base:
+        follow_checkpoint(laid)
+    configuration = _configuration(parser, laid, recipe, extra_arguments)
     configuration.passed_over = {layer.origin: layer.passed_over for layer in layers if layer.passed_over}
     configuration.kept = kept
     return configuration

@@ -29,6 +29,7 @@ _MODEL = _names(ModelArguments) | {"device"}
 _START = frozenset({"adapter", "adapter_sha256"})
 _ORDER = frozenset("packing padding train_sampling_strategy streaming".split())  # these change no document
 _ROWS = _names(DataArguments) - _ORDER | {"hang_minutes"}
+_QUANTIZING = frozenset("quantize_mode double_quantization compute_dtype device output_dir overwrite".split())
 _NEW_TOKENS = frozenset({"method", "new_tokens"})
 # A bench of whole commands sets these itself, or they would make its figures another recipe's.
 BENCH_SETS = frozenset(
@@ -46,7 +47,8 @@ class Verb:
         name: as typed.
         summary: what it is for, in a line.
         uses: returns the names of the shared settings that change what it does; methods add some of them.
-        uses_with_gpus: the same for a bench of whole commands.
+        uses_with: a setting with which the command does something else, and what it uses then.
+        only_with: a setting, and those of `uses` that do nothing without it.
         refuses: shared settings that contradict what it does, and what to give instead.
         more: further lines of its help page.
         examples: what follows the name; they use the small packaged model and rows.
@@ -55,7 +57,8 @@ class Verb:
     name: str
     summary: str
     uses: Callable[[], frozenset[str]] = frozenset
-    uses_with_gpus: Callable[[], frozenset[str]] | None = None
+    uses_with: tuple[str, Callable[[], frozenset[str]]] | None = None
+    only_with: tuple[str, frozenset[str]] | None = None
     refuses: Mapping[str, str] = field(default_factory=dict)
     more: str = ""
     examples: tuple[str, ...]
@@ -63,8 +66,12 @@ class Verb:
     def unused(self, given: Iterable[str], own: Iterable[str]) -> list[str]:
         """The given settings that change nothing in this command; its own settings all do something."""
         given = set(given)
-        uses = self.uses_with_gpus if self.uses_with_gpus is not None and "gpus" in given else self.uses
-        return sorted(given - set(own) - uses())
+        uses = self.uses()
+        if self.uses_with is not None and self.uses_with[0] in given:
+            uses = self.uses_with[1]()
+        if self.only_with is not None and self.only_with[0] not in given:
+            uses -= self.only_with[1]
+        return sorted(given - set(own) - uses)
 
 
 _NOT_COMPARED = {
@@ -97,10 +104,13 @@ VERBS: Mapping[str, Verb] = {
         ),
         Verb(
             name="prepare",
-            summary="download and tokenize ahead, so that training needs no network",
+            summary="download and tokenize ahead, so that training needs no network; or quantize a base",
             uses=lambda: _FILES | _TOKENIZER | _START | _ROWS | _NEW_TOKENS
-            | {"seed", "streaming", "max_steps"},
-            examples=(_SAMPLE,),
+            | {"seed", "streaming", "max_steps"} | _QUANTIZING,
+            uses_with=("output_dir", lambda: _FILES | _TOKENIZER | _QUANTIZING | {"hang_minutes"}),
+            only_with=("output_dir", _QUANTIZING),
+            more="With --output_dir it reads no rows, but writes the base there, quantized, for -m DIR.",
+            examples=(_SAMPLE, "-m tiny -q 4bit --output_dir tiny-4bit"),
         ),
         Verb(
             name="params",
@@ -135,7 +145,7 @@ VERBS: Mapping[str, Verb] = {
             summary="measure variants of a training step against each other",
             uses=lambda: _FILES | _TOKENIZER | _ROWS
             | {"device", "max_steps", "seed", "lora_r", "lora_alpha", "method"},
-            uses_with_gpus=lambda: _all() - BENCH_SETS,
+            uses_with=("gpus", lambda: _all() - BENCH_SETS),
             more="Here --steps are the timed ones (10), and --max_length is a document's tokens (512).",
             examples=("-m tiny --variants reference,ours --tokens 512 --steps 1 --warmup 1",),
         ),

@@ -29,9 +29,9 @@ class Source:
     model: str
     tokenizer: str | None = None
     revision: str | None = None
-    quantize_mode: Any = "4bit"
+    quantize_mode: Any = None
     compute_dtype: str = "auto"
-    double_quantization: bool = True
+    double_quantization: bool | None = None
     norms_in_float32: bool = False
     llm_int8_threshold: float = 0.0
     kernels: str = "auto"

@@ -24,7 +24,10 @@ from falcon_qlora.inference.evaluation import (
     token_losses,
 )
 from falcon_qlora.merge.certificate import FORMAT, Certificate, ChooseBy, HeldOut, Measured, Origin, card
-from falcon_qlora.merge.folder import (
+from falcon_qlora.merge.tensors import Onto, merged_tensors
+from falcon_qlora.methods.adapter_folder import SavedAdapter
+from falcon_qlora.models.checkpoints import Checkpoint
+from falcon_qlora.models.folder import (
     DTYPES,
     altered_tensors,
     copy_tokenizer,
@@ -32,9 +35,6 @@ from falcon_qlora.merge.folder import (
     write_configuration,
     write_generation_config,
 )
-from falcon_qlora.merge.tensors import Onto, merged_tensors
-from falcon_qlora.methods.adapter_folder import SavedAdapter
-from falcon_qlora.models.checkpoints import Checkpoint
 from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.quantize import QuantizeMode
 from falcon_qlora.models.tensor_files import write_model
@@ -45,8 +45,10 @@ class Request:
     """What to merge, and how.
 
     Attributes:
-        checkpoint: the base model.
-        base_folder: its folder; None for random weights.
+        checkpoint: the base model: the original, where that is known of a quantized checkpoint.
+        revision: of it on the hub.
+        quantized: the checkpoint that the adapter is opened on, if that is a quantized one.
+        base_folder: the base's folder; None for random weights.
         tokenizer_folder: the folder whose tokenizer files are copied.
         adapter: already checked against the base.
         quantize_mode, double_quantization, compute_dtype: of the base while the adapter was trained.
@@ -61,6 +63,8 @@ class Request:
     """
 
     checkpoint: Checkpoint
+    revision: str | None
+    quantized: Checkpoint | None
     base_folder: Path | None
     tokenizer_folder: Path
     adapter: SavedAdapter
@@ -185,7 +189,7 @@ def _telling(
 def _write(request: Request, folder: Path, onto: Onto, at_block: Callable[[int], None]) -> dict[str, str]:
     config, dtype = request.config, DTYPES[request.dtype]
     tensors = merged_tensors(
-        request.checkpoint,
+        request.checkpoint if onto == "16bit" else request.quantized or request.checkpoint,
         request.adapter,
         onto=onto,
         quantize_mode=request.quantize_mode,

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from falcon_qlora.common.untrusted import as_yaml
 from falcon_qlora.data.templates import TEMPLATES, TOKENIZER, Turn, get_template
-from falcon_qlora.merge.folder import DTYPES
 from falcon_qlora.merge.tensors import Onto
+from falcon_qlora.models.folder import DTYPES
 from falcon_qlora.run_folder.model_card import names_hub_dataset, names_hub_model, table
 from falcon_qlora.terminal import markdown
 from falcon_qlora.terminal.markdown import code, escaped

@@ -1,13 +1,14 @@
-"""Checks of a merge's destination, made before any large library is loaded."""
+"""Checks of where a merge or a prepared base is written, made before any large library is loaded."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import free_bytes, try_to_write
 from falcon_qlora.common.quantities import gib
-from falcon_qlora.common.record_files import CERTIFICATE
+from falcon_qlora.common.record_files import CERTIFICATE, PREPARED
 
 
 def shard_bytes(size: str) -> int:
@@ -23,34 +24,52 @@ def shard_bytes(size: str) -> int:
     return int(number) * scale
 
 
-def check_disk(out: Path, needed: int) -> None:
-    """Refuse a merge that does not fit on the disk of `out`.
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What is written: the flag that names its folder, a word for it, and the file by which it is known."""
+
+    flag: str
+    what: str
+    mark: str
+
+
+MERGE = Kind(flag="--out", what="merge", mark=CERTIFICATE)
+BASE = Kind(flag="--output_dir", what="prepared base", mark=PREPARED)
+
+
+def check_disk(out: Path, needed: int, kind: Kind = MERGE) -> None:
+    """Refuse what does not fit on the disk of `out`.
 
     Raises:
         UserError: saying how much is missing.
     """
     free = free_bytes(out)
     if needed > free:
+        fewer = ", or make one merge instead of two (--base 16bit or --base dequantized)"
         raise UserError(
-            f"--out {out}: the merge needs {gib(needed)}, only {gib(free)} free. Free space, name a folder "
-            "on another disk, or make one merge instead of two (--base 16bit or --base dequantized)"
+            f"{kind.flag} {out}: the {kind.what} needs {gib(needed)}, only {gib(free)} free. Free space, or "
+            f"name a folder on another disk{fewer if kind is MERGE else ''}"
         )
 
 
-def check_out(out: Path, *, overwrite: bool) -> None:
+def check_out(out: Path, *, overwrite: bool, kind: Kind = MERGE) -> None:
     """Refuse to replace what the user may want to keep.
 
     Raises:
-        UserError: if `out` exists, unless `overwrite` is set and it is a merge or an empty folder; or if it
-            cannot be written there.
+        UserError: if `out` exists, unless `overwrite` is set and it is of this kind or an empty folder; or if
+            it cannot be written there.
     """
     try:
         try_to_write(out.parent)
     except OSError as error:
-        raise UserError(f"--out {out}: cannot write there ({error.strerror})") from None
+        raise UserError(f"{kind.flag} {out}: cannot write there ({error.strerror})") from None
     if not out.exists():
         return
     if not overwrite:
-        raise UserError(f"--out {out}: exists already. Name another folder, or replace it (--overwrite)")
-    if not out.is_dir() or (any(out.iterdir()) and not (out / CERTIFICATE).is_file()):
-        raise UserError(f"--out {out}: not a merge, which --overwrite does not replace; name another folder")
+        raise UserError(
+            f"{kind.flag} {out}: exists already. Name another folder, or replace it (--overwrite)"
+        )
+    if not out.is_dir() or (any(out.iterdir()) and not (out / kind.mark).is_file()):
+        raise UserError(
+            f"{kind.flag} {out}: not a {kind.what}, which --overwrite does not replace; name another folder"
+        )

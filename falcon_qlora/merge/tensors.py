@@ -37,7 +37,7 @@ def merged_tensors(
     Adapters are added in float32, whatever dtype the base is stored in.
 
     Args:
-        checkpoint: the base model.
+        checkpoint: the base model; a quantized checkpoint can only be dequantized.
         adapter: of a method that can be merged, already checked against the base's configuration.
         onto: the published base, or its quantized weights dequantized.
         quantize_mode, double_quantization: how the base was stored while the adapter was trained.
@@ -49,9 +49,10 @@ def merged_tensors(
     for name, tensor in checkpoint.tensors(model, device, compute_dtype):
         module, _, leaf = name.rpartition(".")
         if leaf != "weight" or module not in linears:
+            assert isinstance(tensor, Tensor)
             yield name, adapter.method.merged_tensor(name, tensor, adapter.folder, checkpoint.config)
             continue
-        weight = tensor.to(device)
+        weight = tensor.to(device) if isinstance(tensor, Tensor) else tensor
         del tensor
         if onto == "dequantized" and quantize_mode != "16bit":
             with torch.device("meta"):
@@ -62,6 +63,10 @@ def merged_tensors(
                     double_quantization=double_quantization,
                     llm_int8_threshold=0.0,
                 )
-            fill_quantized_weight(layer, weight.to(compute_dtype))
+            if isinstance(weight, Tensor):
+                fill_quantized_weight(layer, weight.to(compute_dtype))
+            else:
+                weight.fill(layer, compute_dtype)
             weight = dequantized_weight(layer)
+        assert isinstance(weight, Tensor)
         yield name, adapter.method.merged_weight(weight.float(), module, adapter.folder, checkpoint.config)

@@ -44,10 +44,10 @@ def load_adapter(
             folder outside the adapter's own, the adapter must record its fingerprint, as one trained on this
             machine does.
         quantize_mode: how to load the base, see `load_model`, as are the next four. None: as the folder's
-            record says, else ``4bit``.
+            record says, else as the base is stored, or ``4bit``.
         device: where to load it.
         compute_dtype: its compute dtype.
-        double_quantization: whether NF4's scales are quantized too; None: as the record says, else True.
+        double_quantization: whether NF4's scales are quantized too; None: as for `quantize_mode`, or True.
         revision: of a base on the hub.
         trainable: whether to continue training; else for inference.
 
@@ -73,10 +73,10 @@ def load_adapter(
     saved = None if whole else read_adapter(path)
     if isinstance(base_model, str):
         if double_quantization is None:
-            double_quantization = record.get("double_quantization") is not False
+            double_quantization = record.get("double_quantization")
         base_model = load_model(
             base_model,
-            quantize_mode=quantize_mode or record.get("quantize_mode") or "4bit",
+            quantize_mode=quantize_mode or record.get("quantize_mode"),
             device=device,
             compute_dtype=compute_dtype,
             double_quantization=double_quantization,

@@ -15,11 +15,15 @@ from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.untrusted import file_beside, read_json
 from falcon_qlora.models.layouts import PRESETS, layout_of, layout_of_preset, preset_config, read_config
 from falcon_qlora.models.layouts.base import Layout
+from falcon_qlora.models.prepared import read_prepared
+from falcon_qlora.models.schemes import Scheme
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from falcon_qlora.models.quantized_files import StoredLinear
 
 RANDOM = "random:"
 
@@ -63,11 +67,16 @@ def refuse_adapter(folder: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RandomCheckpoint:
-    """A published shape with random weights, generated on the device one tensor at a time."""
+    """A published shape with random weights, generated on the device one tensor at a time.
+
+    Attributes:
+        scheme: None: they are not quantized.
+    """
 
     name: str
     config: PreTrainedConfig
     seed: int
+    scheme: Scheme | None = None
 
     def tensors(
         self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype
@@ -157,23 +166,67 @@ def _overrides(name: str, known: set[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class FolderCheckpoint:
-    """A folder with ``config.json`` and ``.safetensors`` or ``.bin`` files."""
+    """A folder with ``config.json`` and ``.safetensors`` or ``.bin`` files.
+
+    Attributes:
+        scheme: how its linears are quantized; None if they are not.
+    """
 
     name: str
     config: PreTrainedConfig
     folder: Path
+    scheme: Scheme | None = None
 
     def tensors(
         self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype
-    ) -> Iterator[tuple[str, Tensor]]:
-        """See `RandomCheckpoint.tensors`."""
+    ) -> Iterator[tuple[str, Tensor | StoredLinear]]:
+        """See `RandomCheckpoint.tensors`; a quantized linear comes as it is stored, on the device.
+
+        Raises:
+            UserError: if a linear is stored in another way than the scheme's, or a prepared folder's tensor
+                is not as it was written.
+        """
         from falcon_qlora.models.tensor_files import read_tensor
 
         layout = layout_of(self.config)
         wanted = set(dict(model.named_parameters())) - layout.tied
-        for name, (path, stored_name) in _places(self.folder, layout).items():
+        places = _places(self.folder, layout)
+        if self.scheme is not None:
+            yield from self._quantized_tensors(self.scheme, wanted, places, device)
+            return
+        for name, (path, stored_name) in places.items():
             if name in wanted:
                 yield name, read_tensor(path, stored_name)
+
+    def _quantized_tensors(
+        self, scheme: Scheme, wanted: set[str], places: dict[str, tuple[Path, str]], device: torch.device
+    ) -> Iterator[tuple[str, Tensor | StoredLinear]]:
+        from falcon_qlora.models.quantized_files import Sums, names_beside, read_linear
+        from falcon_qlora.models.tensor_files import opened_tensors
+
+        prepared, sums = read_prepared(self.folder), Sums()
+
+        def placed(name: str, tensor: Tensor, *, copy: bool = True) -> Tensor:
+            # A copy where nothing else makes one: the tensor is a view into a file.
+            tensor = tensor.to(device, copy=copy and device.type == "cpu")
+            if prepared is not None:
+                sums.add(name, tensor)
+            return tensor
+
+        with opened_tensors({path for path, _ in places.values()}) as read:
+            for name, (path, stored_name) in places.items():
+                if name not in wanted:
+                    continue
+                tensor = read(path, stored_name)
+                if tensor.is_floating_point():
+                    yield name, placed(name, tensor, copy=False)
+                    continue
+                names = [name, *(each for each in names_beside(name, scheme) if each in places)]
+                stored = {each: read(*places[each]) for each in names}
+                yield name, read_linear(name, scheme, stored, place=placed, source=self.name)
+                del tensor, stored
+        if prepared is not None:
+            sums.check(prepared.sums, self.name)
 
 
 Checkpoint = RandomCheckpoint | FolderCheckpoint

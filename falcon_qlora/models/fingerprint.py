@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
-
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import sha256
 from falcon_qlora.common.untrusted import read_text
 from falcon_qlora.models.checkpoints import RANDOM, weight_files
 from falcon_qlora.models.locate import packaged_folder
+from falcon_qlora.models.prepared import Prepared, read_prepared
 
 # Files up to the first size are hashed whole, larger ones at this many evenly spread places.
 _WHOLE_BYTES = 2**26
@@ -37,7 +36,8 @@ def named_folder(name: str) -> Path | None:
 def model_fingerprint(name: str, *, revision: str | None = None) -> str | None:
     """A hash of a model's configuration and its weights, with large files sampled.
 
-    A model of random weights is identified by its name. For any other, only who has the files can make it.
+    A model of random weights is identified by its name. For any other, only who has the files can make it. A
+    base that was prepared from another model, and not changed since, has that model's.
 
     Args:
         name: of a model.
@@ -48,12 +48,44 @@ def model_fingerprint(name: str, *, revision: str | None = None) -> str | None:
     """
     if name.startswith(RANDOM):
         return f"{_FORM}{hashlib.sha256(name.encode()).hexdigest()}"
-    folder = packaged_folder(name) or named_folder(name)
-    if folder is None:
-        cached = try_to_load_from_cache(name, "config.json", revision=revision)
-        folder = Path(cached).parent if isinstance(cached, str) else None
-    told = None if folder is None else _hash(folder, samples=_SAMPLES, whole_bytes=_WHOLE_BYTES)
+    folder = folder_here(name, revision=revision)
+    told = None if folder is None else content_hash(folder)
+    prepared = _prepared(folder, told)
+    if prepared is not None:
+        return prepared.fingerprints[0]
     return None if told is None else f"{_FORM}{told}"
+
+
+def folder_here(name: str, *, revision: str | None = None) -> Path | None:
+    """The folder of a model on this machine, in the hub's cache too; None where there is none."""
+    if name.startswith(RANDOM):
+        return None
+    folder = packaged_folder(name) or named_folder(name)
+    if folder is not None:
+        return folder
+    from huggingface_hub import try_to_load_from_cache  # folders need no hub
+
+    try:
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    except ValueError:  # no name that a repository can have
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def fingerprints(name: str, *, revision: str | None = None) -> list[str]:
+    """The fingerprints by which records of this and older versions know a model on this machine."""
+    folder, told = folder_here(name, revision=revision), model_fingerprint(name, revision=revision)
+    before = None if folder is None else _hash(folder, samples=_SAMPLES_BEFORE, whole_bytes=0)
+    return [each for each in (told, before) if each is not None]
+
+
+def _prepared(folder: Path | None, told: str | None) -> Prepared | None:
+    """The record of a prepared base that has not changed since, given its `content_hash`."""
+    try:
+        prepared = read_prepared(folder)
+    except UserError:
+        return None
+    return prepared if prepared is not None and prepared.content == told else None
 
 
 def is_fingerprint_of(told: object, name: str, *, revision: str | None = None) -> bool | None:
@@ -64,6 +96,9 @@ def is_fingerprint_of(told: object, name: str, *, revision: str | None = None) -
         found = model_fingerprint(name, revision=revision)
     else:
         folder = packaged_folder(name) or named_folder(name)
+        prepared = None if folder is None else _prepared(folder, content_hash(folder))
+        if prepared is not None:
+            return told in prepared.fingerprints
         found = None if folder is None else _hash(folder, samples=_SAMPLES_BEFORE, whole_bytes=0)
     return None if found is None else told == found
 
@@ -76,6 +111,11 @@ def tells_of_folder(told: object) -> bool:
 def shown(told: object) -> str:
     """The first digits of a fingerprint, to show to a reader."""
     return str(told).removeprefix(_FORM)[:12]
+
+
+def content_hash(folder: Path) -> str | None:
+    """A hash of the configuration and the weights in a folder; None where they cannot be read."""
+    return _hash(folder, samples=_SAMPLES, whole_bytes=_WHOLE_BYTES)
 
 
 def _hash(folder: Path, *, samples: int, whole_bytes: int) -> str | None:

@@ -19,8 +19,11 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.models.checkpoints import Checkpoint, RandomCheckpoint
+from falcon_qlora.models.fingerprint import content_hash
 from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.locate import open_checkpoint
+from falcon_qlora.models.prepared import changed_since, read_prepared
 from falcon_qlora.models.quantize import (
     NF4_BLOCK,
     QuantizeMode,
@@ -30,19 +33,21 @@ from falcon_qlora.models.quantize import (
     is_quantized_linear,
     quantize_mode_of,
 )
+from falcon_qlora.models.quantized_files import StoredLinear
 from falcon_qlora.models.sharded_base import ShardedBase
 from falcon_qlora.models.sizes import check_fits
 from falcon_qlora.models.undrawn import Undrawn
 from falcon_qlora.processes import devices, ranks
+from falcon_qlora.terminal.console import note
 
 
 def load_model(
     model_name_or_path: str,
     *,
-    quantize_mode: QuantizeMode = "4bit",
+    quantize_mode: QuantizeMode | None = None,
     device: torch.device | str | None = None,
     compute_dtype: torch.dtype | str = "auto",
-    double_quantization: bool = True,
+    double_quantization: bool | None = None,
     norms_in_float32: bool = False,
     llm_int8_threshold: float = 6.0,
     revision: str | None = None,
@@ -54,14 +59,15 @@ def load_model(
     Args:
         model_name_or_path: ``tiny`` (packaged), ``random:<preset>`` (a published shape with random weights,
             single values replaced as in ``random:falcon-7b?num_hidden_layers=2,seed=1``), a local folder, or
-            a hub id, which is downloaded where it is not in the cache.
+            a hub id, which is downloaded where it is not in the cache. A checkpoint that bitsandbytes has
+            quantized is read as it is stored.
         quantize_mode: ``4bit`` (NF4), ``8bit`` (LLM.int8()) or ``16bit`` (not quantized, in the compute
-            dtype).
+            dtype); None: as the checkpoint is stored, or ``4bit`` if it is not quantized.
         device: where to load it; None: this process's own GPU, or the CPU.
         compute_dtype: a dtype, ``bf16``, ``fp16``, ``fp32``, or ``auto``: bfloat16 where the GPU has it,
             float16 on other GPUs, float32 on the CPU; ``fp8`` is ``bf16`` until `apply_fast_path` is asked
             for more.
-        double_quantization: quantize NF4's scales too.
+        double_quantization: quantize NF4's scales too; None: as the checkpoint is stored, else True.
         norms_in_float32: keep the layer norms' weights and arithmetic in float32.
         llm_int8_threshold: with ``8bit``, activations above it are multiplied in 16 bits; 0 turns that off.
         revision: of a hub model.
@@ -70,15 +76,23 @@ def load_model(
             load the model then.
 
     Raises:
-        UserError: if the model cannot be found, is of no known layout, does not fit, or the mode cannot run
-            here.
+        UserError: if the model cannot be found, is of no known layout, does not fit, the mode cannot run
+            here, or a quantized checkpoint is stored otherwise or was changed since it was prepared.
         RuntimeError: if a linear that should be quantized is not, or one that should not be is.
     """
     device = devices.resolve(device)
     dtype = devices.compute_dtype(compute_dtype, device)
-    check_mode_runs_on(quantize_mode, dtype, device)
+    check_mode_runs_on(quantize_mode or "4bit", dtype, device)
     checkpoint = open_checkpoint(model_name_or_path, revision=revision, seed=seed)
-    _check_shapes_quantize_on(checkpoint.config, quantize_mode, device)
+    scheme = checkpoint.scheme
+    if scheme is not None:
+        scheme.refuse_others(model_name_or_path, quantize_mode, double_quantization)
+        quantize_mode, double_quantization = scheme.mode, scheme.double_quantization
+        check_mode_runs_on(quantize_mode, dtype, device)
+        check_unchanged(checkpoint)
+    quantize_mode = quantize_mode or "4bit"
+    double_quantization = double_quantization is not False
+    check_shapes_quantize_on(checkpoint.config, quantize_mode, device)
     if device.type == "cuda":
         check_fits(
             checkpoint.config,
@@ -98,7 +112,13 @@ def load_model(
     )
     shards = ShardedBase(model, device, dtype) if share_out else None
     tensors = checkpoint.tensors(model, device, dtype)
-    _fill(model, tensors, device, dtype, source=checkpoint.name, shards=shards)
+    left = _fill(model, tensors, device, dtype, source=checkpoint.name, shards=shards)
+    if scheme is not None and left and ranks.is_main_process():
+        every = len(layout_of(checkpoint.config).expected_linears())
+        note(
+            f"{checkpoint.name} leaves {len(left)} of {every} linears in 16 bits, {left[0]} first: they are "
+            f"quantized here, as the others are"
+        )
     _finish(model, checkpoint.name, device)
     if shards is not None:
         shards.finish()
@@ -156,7 +176,12 @@ def check_mode_runs_on(mode: str, dtype: torch.dtype, device: torch.device) -> N
         raise UserError(f"{name} has no bfloat16. Use --compute_dtype auto or fp16")
 
 
-def _check_shapes_quantize_on(config: PreTrainedConfig, mode: QuantizeMode, device: torch.device) -> None:
+def check_shapes_quantize_on(config: PreTrainedConfig, mode: QuantizeMode, device: torch.device) -> None:
+    """Refuse linears of a shape that the mode does not compute on the device.
+
+    Raises:
+        UserError: naming one.
+    """
     # bitsandbytes' CPU kernel reads blocks as if each row of a weight began a new one. Every published Falcon
     # has rows of whole blocks.
     if mode != "4bit" or device.type != "cpu":
@@ -215,15 +240,20 @@ def empty_model(
 
 def _fill(
     model: PreTrainedModel,
-    tensors: Iterator[tuple[str, Tensor]],
+    tensors: Iterator[tuple[str, Tensor | StoredLinear]],
     device: torch.device,
     dtype: torch.dtype,
     *,
     source: str,
     shards: ShardedBase | None,
-) -> None:
-    """Put each named tensor where it belongs, quantized where its layer is, a part of it where shared out."""
+) -> list[str]:
+    """Put each named tensor where it belongs, quantized where its layer is, a part of it where shared out.
+
+    Returns:
+        Names of the linears that were quantized here.
+    """
     layout = layout_of(model.config)
+    quantized: list[str] = []
     missing = {name: p for name, p in model.named_parameters() if name not in layout.tied}
     for name, tensor in tensors:
         wanted = missing.pop(name)
@@ -234,10 +264,17 @@ def _fill(
             )
         module = model.get_submodule(name.rpartition(".")[0])
         leaf = name.rpartition(".")[2]
-        tensor = tensor.to(device)
-        if leaf == "weight" and is_quantized_linear(module):
-            fill_quantized_weight(module, tensor.to(dtype))
+        if isinstance(tensor, StoredLinear):
+            if not is_quantized_linear(module):
+                raise UserError(f"{source}: {name} is quantized, and is trained here in 16 bits only")
+            tensor.fill(module, dtype)
+        elif not tensor.is_floating_point():
+            raise UserError(f"{source}: {name} is {tensor.dtype}, and config.json has no quantization_config")
+        elif leaf == "weight" and is_quantized_linear(module):
+            quantized.append(name.removesuffix(".weight"))
+            fill_quantized_weight(module, tensor.to(device).to(dtype))
         else:
+            tensor = tensor.to(device)
             kept = wanted.dtype if isinstance(module, layout.norm_class) else dtype
             if name.endswith(layout.keep_wider):
                 kept = torch.promote_types(tensor.dtype, dtype)
@@ -252,6 +289,20 @@ def _fill(
             f"{source} lacks {len(missing)} of the model's tensors, the first {next(iter(missing))}. "
             "Is the download complete?"
         )
+    return quantized
+
+
+def check_unchanged(checkpoint: Checkpoint) -> None:
+    """Refuse a prepared base whose configuration or files are not as they were written.
+
+    Large files are looked at in samples; a load compares every tensor.
+
+    Raises:
+        UserError: naming the folder.
+    """
+    prepared = None if isinstance(checkpoint, RandomCheckpoint) else read_prepared(checkpoint.folder)
+    if prepared is not None and prepared.content != content_hash(checkpoint.folder):  # type: ignore[union-attr]
+        raise changed_since(checkpoint.name, "config.json or a file of weights")
 
 
 def _finish(model: PreTrainedModel, name: str, device: torch.device) -> None:

@@ -18,7 +18,8 @@ from falcon_qlora.models.checkpoints import (
     raw_config,
     read_folder_config,
 )
-from falcon_qlora.models.layouts import PRESETS, family_of, published_preset
+from falcon_qlora.models.layouts import PRESETS, family_of, published_preset, read_config
+from falcon_qlora.models.schemes import scheme_of
 from falcon_qlora.models.tiny import tiny_path
 
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ def open_checkpoint(model_name_or_path: str, *, revision: str | None = None, see
     if model_name_or_path.startswith(RANDOM):
         return parse_random(model_name_or_path, seed)
     folder = find_folder(model_name_or_path, revision=revision)
-    return FolderCheckpoint(model_name_or_path, read_folder_config(folder), folder)
+    raw, source = raw_config(folder), str(folder / "config.json")
+    config, scheme = read_config(raw, source=source), scheme_of(raw, source)
+    return FolderCheckpoint(model_name_or_path, config, folder, scheme)
 
 
 def find_folder(model_name_or_path: str, *, revision: str | None = None) -> Path:

@@ -45,20 +45,29 @@ def fill_quantized_weight(layer: nn.Linear, weight: Tensor) -> None:
     """Quantize `weight` ``[out, in]``, on its device, into `layer`."""
     if isinstance(layer, bnb.nn.Linear4bit):
         nested = layer.weight.compress_statistics
-        packed, state = _quantize_nf4(weight.contiguous(), nested)
-        layer.weight = bnb.nn.Params4bit(
-            packed,
-            requires_grad=False,
-            quant_state=state,
-            blocksize=NF4_BLOCK,
-            compress_statistics=nested,
-            quant_type="nf4",
-            module=layer,
-            bnb_quantized=True,
-        )
-        layer.quant_state = state
+        put_nf4(layer, *_quantize_nf4(weight.contiguous(), nested))
         return
     rows, scales, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16).contiguous())
+    put_rows(layer, rows, scales)
+
+
+def put_nf4(layer: Any, packed: Tensor, state: Any) -> None:
+    """Have a ``Linear4bit`` hold a quantized weight: ``[out * in / 2, 1]`` and its ``QuantState``."""
+    layer.weight = bnb.nn.Params4bit(
+        packed,
+        requires_grad=False,
+        quant_state=state,
+        blocksize=NF4_BLOCK,
+        compress_statistics=state.nested,
+        quant_type="nf4",
+        module=layer,
+        bnb_quantized=True,
+    )
+    layer.quant_state = state
+
+
+def put_rows(layer: Any, rows: Tensor, scales: Tensor) -> None:
+    """Have a ``Linear8bitLt`` hold a quantized weight: int8 ``[out, in]`` and float32 ``[out]``."""
     layer.weight = bnb.nn.Int8Params(rows, requires_grad=False, has_fp16_weights=False, CB=rows, SCB=scales)
 
 

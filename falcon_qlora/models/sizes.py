@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.quantities import gib
 from falcon_qlora.models.layouts import layout_of
+from falcon_qlora.models.schemes import NF4_BLOCK, NF4_NESTED_BLOCK, QuantizeMode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-QuantizeMode = Literal["4bit", "8bit", "16bit"]
-
-NF4_BLOCK = 64  # weights that share one scale
-NF4_NESTED_BLOCK = 256  # scales that share one scale, under double quantization
 
 
 def weight_bytes(

@@ -8,10 +8,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import pickle
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +30,11 @@ _NAME_OF_DTYPE = {
     "torch.float16": "F16",
     "torch.float32": "F32",
     "torch.float64": "F64",
+    "torch.uint8": "U8",
+    "torch.int8": "I8",
 }
+_ALIGNMENT = 8  # bytes; readers view a file's memory as numbers of up to so many
+_HEADER_OF_A_TENSOR = 160  # bytes at most, beside the name: dtype, shape and offsets
 _INDEX = "model.safetensors.index.json"
 
 
@@ -57,15 +60,12 @@ def stored_tensors(file: Path) -> dict[str, StoredTensor]:
             name: StoredTensor(file, _NAME_OF_DTYPE.get(str(each.dtype), str(each.dtype)), tuple(each.shape))
             for name, each in _open_torch_file(file).items()
         }
-    try:
-        with safe_open(file, framework="pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
-            return {
-                name: StoredTensor(file, str(each.get_dtype()), tuple(each.get_shape()))
-                for name, each in slices.items()
-            }
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{file} is damaged: {error}. Copy or download it again") from None
+    with _damage(file), safe_open(file, framework="pt") as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+        return {
+            name: StoredTensor(file, str(each.get_dtype()), tuple(each.get_shape()))
+            for name, each in slices.items()
+        }
 
 
 def read_tensor(file: Path, name: str) -> Tensor:
@@ -76,9 +76,37 @@ def read_tensor(file: Path, name: str) -> Tensor:
     """
     if file.suffix == ".bin":
         return _open_torch_file(file)[name]
+    with _damage(file), safe_open(file, framework="pt") as opened:
+        return opened.get_tensor(name)
+
+
+@contextlib.contextmanager
+def opened_tensors(files: Iterable[Path]) -> Iterator[Callable[[Path, str], Tensor]]:
+    """Within the block, files stay open for reads of many small tensors: views of them, valid in the block.
+
+    Raises:
+        UserError: if a file is damaged.
+    """
+    with contextlib.ExitStack() as stack:
+        opened = {}
+        for file in files:
+            if file.suffix == ".bin":
+                opened[file] = _open_torch_file(file).__getitem__
+            else:
+                with _damage(file):
+                    opened[file] = stack.enter_context(safe_open(file, framework="pt")).get_tensor
+
+        def read(file: Path, name: str) -> Tensor:
+            with _damage(file):
+                return opened[file](name)
+
+        yield read
+
+
+@contextlib.contextmanager
+def _damage(file: Path) -> Iterator[None]:
     try:
-        with safe_open(file, framework="pt") as opened:
-            return opened.get_tensor(name)
+        yield
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{file} is damaged: {error}. Copy or download it again") from None
 
@@ -115,68 +143,124 @@ def write_model(
     dtype: torch.dtype,
     max_shard_bytes: int,
 ) -> dict[str, str]:
-    """Write a model's tensors as they come, in any order, each straight to its place in its file.
+    """Write a model's tensors as they come, in any order and one dtype.
 
     Args:
-        folder: gets ``model.safetensors``, or numbered shards and their index.
-        shapes: every tensor's name and shape, in the order in which they are stored.
+        folder: as for `write_tensors`.
+        shapes: every tensor's name and shape.
         tensors: each of them once, on any device and in any floating dtype.
         dtype: what they are stored in.
-        max_shard_bytes: a new file begins where the next tensor would make one larger.
+        max_shard_bytes: as for `write_tensors`.
 
     Returns:
-        Name → `tensor_hash` of what was stored.
+        Name → `tensor_hash` of what was stored, in the order of `shapes`.
 
     Raises:
         UserError: if a tensor is missing, or has another shape.
     """
-    places = _lay_out(folder, shapes, dtype, max_shard_bytes)
     hashes: dict[str, str] = {}
-    for name, tensor in tensors:
-        if tuple(tensor.shape) != tuple(shapes[name]):
-            raise UserError(f"{name} has the shape {list(tensor.shape)}, expected {list(shapes[name])}")
-        content = _bytes_of(tensor.to(dtype))
-        file, offset = places[name]
-        with _named_in_errors(file), file.open("r+b") as opened:
-            opened.seek(offset)
-            opened.write(content)
-        hashes[name] = hashlib.sha256(content).hexdigest()
-    missing = [name for name in shapes if name not in hashes]
-    if missing:
-        raise UserError(f"{len(missing)} of the model's tensors are missing, the first {missing[0]}")
+
+    def checked() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors:
+            if tuple(tensor.shape) != tuple(shapes[name]):
+                raise UserError(f"{name} has the shape {list(tensor.shape)}, expected {list(shapes[name])}")
+            stored = tensor.to(dtype).cpu()
+            hashes[name] = tensor_hash(stored)
+            yield name, stored
+
+    write_tensors(folder, shapes, checked(), max_shard_bytes=max_shard_bytes)
     return {name: hashes[name] for name in shapes}
 
 
-def _lay_out(
-    folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_shard_bytes: int
-) -> dict[str, tuple[Path, int]]:
-    """Write the files' headers and the index; returns each tensor's file and offset."""
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
-    shards = split_into_files(sizes, max_shard_bytes)
-    places: dict[str, tuple[Path, int]] = {}
-    for file_name, names in shards.items():
-        file = folder / file_name
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name in names:
-            header[name] = {
-                "dtype": _NAME_OF_DTYPE[str(dtype)],
-                "shape": list(shapes[name]),
-                "data_offsets": [end, end + sizes[name]],
-            }
-            end += sizes[name]
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        start = 8 + len(text)
-        with _named_in_errors(file), file.open("wb") as opened:
-            opened.write(len(text).to_bytes(8, "little") + text)
-            opened.truncate(start + end)
-        offset = start
-        for name in names:
-            places[name] = (file, offset)
-            offset += sizes[name]
-    write_index(folder, shards, sum(sizes.values()))
-    return places
+def write_tensors(
+    folder: Path, names: Iterable[str], tensors: Iterable[tuple[str, Tensor]], *, max_shard_bytes: int
+) -> None:
+    """Write tensors as they come, each straight to its place in its file, so that none need be held.
+
+    Args:
+        folder: gets ``model.safetensors``, or numbered shards and their index.
+        names: of all of them, in any order.
+        tensors: each once, on any device.
+        max_shard_bytes: a new file begins where the next tensor would make one larger.
+
+    Raises:
+        UserError: if a tensor is missing.
+    """
+    missing = dict.fromkeys(names)
+    room = sum(len(json.dumps(name)) + _HEADER_OF_A_TENSOR for name in missing)
+    shards: list[_Shard] = []
+    with contextlib.ExitStack() as opened:
+        for name, tensor in tensors:
+            del missing[name]
+            content = tensor.detach().cpu().contiguous()
+            if not shards or (shards[-1].size and shards[-1].size + content.nbytes > max_shard_bytes):
+                if shards:
+                    shards[-1].finish()
+                shards.append(opened.enter_context(_Shard(folder / f"{len(shards) + 1}.partial", room)))
+            shards[-1].add(name, content)
+        if shards:
+            shards[-1].finish()
+    if missing:
+        raise UserError(f"{len(missing)} of the model's tensors are missing, the first {next(iter(missing))}")
+    of = {}
+    for number, shard in enumerate(shards, 1):
+        last = f"model-{number:05}-of-{len(shards):05}" if len(shards) > 1 else "model"
+        of[f"{last}.safetensors"] = list(shard.header)
+        shard.file.rename(folder / f"{last}.safetensors")
+    write_index(folder, of, sum(shard.size for shard in shards))
+
+
+class _Shard:
+    """A safetensors file whose header is written last, into room that is left for it.
+
+    Tensors whose size is no multiple of the alignment are kept, and written behind the others.
+    """
+
+    def __init__(self, file: Path, room: int):
+        self.file, self._room = file, room + -room % _ALIGNMENT
+        self.header: dict[str, dict[str, object]] = {}
+        self.size = 0
+        self._written = 0
+        self._odd: list[tuple[str, Tensor]] = []
+
+    def __enter__(self) -> _Shard:
+        with _named_in_errors(self.file):
+            self._handle = self.file.open("wb", buffering=0)
+            self._handle.seek(8 + self._room)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._handle.close()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        self.size += tensor.nbytes
+        if tensor.nbytes % _ALIGNMENT:
+            self._odd.append((name, tensor.clone()))  # it may be a view of a larger one
+        else:
+            self._write(name, tensor)
+
+    def finish(self) -> None:
+        for name, tensor in sorted(self._odd, key=lambda each: -each[1].itemsize):
+            self._write(name, tensor)
+        self._odd.clear()
+        text = json.dumps({"__metadata__": {"format": "pt"}, **self.header}, separators=(",", ":")).encode()
+        assert len(text) <= self._room, "the header is larger than the room that was left for it"
+        self._handle.seek(0)
+        self._put(self._room.to_bytes(8, "little") + text.ljust(self._room))
+
+    def _write(self, name: str, tensor: Tensor) -> None:
+        self.header[name] = {
+            "dtype": _NAME_OF_DTYPE[str(tensor.dtype)],
+            "shape": list(tensor.shape),
+            "data_offsets": [self._written, self._written + tensor.nbytes],
+        }
+        self._put(_bytes_of(tensor))
+        self._written += tensor.nbytes
+
+    def _put(self, content: memoryview | bytes) -> None:
+        with _named_in_errors(self.file):
+            while content:
+                content = content[self._handle.write(content) :]
 
 
 def split_into_files(sizes: Mapping[str, int], most_bytes: int) -> dict[str, list[str]]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.config import Configuration
 from falcon_qlora.config.arguments import ModelArguments
+from falcon_qlora.config.quantized import refuse_needing_16bit
 from falcon_qlora.models.hub import check_login
 from falcon_qlora.processes import agreement, devices, ranks
 from falcon_qlora.run_folder import choose as folders
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from falcon_qlora.methods.interface import Method
+    from falcon_qlora.models.schemes import Scheme
     from falcon_qlora.run_folder.tracking import Trackers
 
 _MOST_PARAMETERS_ON_CPU = 10**9
+_STORAGE = ("quantize_mode", "double_quantization")
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,13 @@ def check(configuration: Configuration, lock: RunLock) -> Start:
         UserError: for what the user can fix.
     """
     run, model = configuration.run, configuration.model
+    named = f"{model.quantize_mode}-{configuration.method.short}"
 
     def choose(make: bool) -> str:
         path = folders.choose(
             run.output_dir,
             model=model.model_name_or_path,
-            settings=f"{model.quantize_mode}-{configuration.method.short}",
+            settings=named,
             resume=run.resume,
             overwrite=run.overwrite,
             restarted=ranks.restart_count() > 0,
@@ -97,6 +101,7 @@ def check(configuration: Configuration, lock: RunLock) -> Start:
     start_adapter.adopt(configuration, found, checkpoint)
     if checkpoint is not None:
         resume.adopt(configuration, checkpoint)
+    _follow_checkpoint(configuration)
     trackers = tracking.choose(run.report_to)
     config = _check_model(
         model,
@@ -111,6 +116,28 @@ def check(configuration: Configuration, lock: RunLock) -> Start:
     if training.push_to_hub:
         agreement.from_main_process(lambda: check_login(training.hub_token))
     return Start(found, checkpoint, trackers, choose)
+
+
+def _follow_checkpoint(configuration: Configuration) -> None:
+    """Take over how the base is stored, where that shows only now: on the hub, or named by an adapter."""
+    from falcon_qlora.models.fingerprint import folder_here
+    from falcon_qlora.models.locate import find_config
+    from falcon_qlora.models.schemes import scheme_in
+
+    model, given = configuration.model, configuration.explicit
+    name, revision = model.model_name_or_path, model.model_revision
+
+    def find() -> Scheme | None:
+        if folder_here(name, revision=revision) is None:
+            find_config(name, revision=revision)
+        return scheme_in(folder_here(name, revision=revision))
+
+    scheme = agreement.from_main_process(find)
+    if scheme is not None:
+        asked = (getattr(model, each) if each in given else None for each in _STORAGE)
+        scheme.refuse_others(name, *asked)
+        refuse_needing_16bit(configuration.method, scheme, name)
+        model.quantize_mode, model.double_quantization = scheme.mode, scheme.double_quantization
 
 
 def _check_model(

@@ -9,6 +9,7 @@ import torch
 from peft import get_peft_model
 from torch.testing import assert_close
 
+from falcon_qlora.commands import prepare
 from falcon_qlora.common.quantities import GIB
 from falcon_qlora.kernels.cross_entropy import chunked_cross_entropy
 from falcon_qlora.models import packed_attention as attention
@@ -18,10 +19,12 @@ from falcon_qlora.models.layouts.falcon import alibi_bias
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.packed_attention import Sequences, packed_attention
 from falcon_qlora.models.sizes import weight_bytes
+from tests.benchmarks.loading import rss_anon
 from tests.layouts import FAMILIES, LAYOUTS, MODES, attach_lora, documents, plain_float32, tiny_model
 from tests.packing import gradients, one_by_one, packed, with_adapter
 from tests.unit.test_cross_entropy import reference
 from tests.unit.test_models_forward import assert_two_blocks_compute_what_transformers_does
+from tests.unit.test_quantized_files import same_weights
 
 pytestmark = [
     pytest.mark.gpu,
@@ -220,3 +223,20 @@ def test_real_shapes_load_in_seconds_and_take_what_the_arithmetic_says(preset, m
     assert peak < taken + 4 * embedding
     trainable = sum(p.numel() for p in attach_lora(model, r=64).parameters() if p.requires_grad)
     assert trainable == {"falcon-7b": 130_547_712, "falcon-40b": 444_334_080}[preset]
+
+
+@pytest.mark.parametrize("mode", ["4bit", "8bit"])
+def test_a_prepared_base_loads_at_once_to_the_last_bit_and_takes_no_memory_of_the_host(tmp_path, mode):
+    name, folder = "random:falcon-7b", str(tmp_path / "prepared")
+    assert prepare.main(["-m", name, "-q", mode, "--output_dir", folder]) == 0
+    load_model("tiny")
+    gc.collect()
+    before = rss_anon()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    model = load_model(folder)
+    torch.cuda.synchronize()
+    seconds, grown = time.perf_counter() - started, rss_anon() - before
+    assert same_weights(model, load_model(name, quantize_mode=mode))
+    assert grown < 2 * GIB
+    assert seconds < {"4bit": 3, "8bit": 6}[mode]

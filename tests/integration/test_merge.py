@@ -24,12 +24,12 @@ import falcon_qlora
 from falcon_qlora import __main__ as cli
 from falcon_qlora.commands import merge as merging
 from falcon_qlora.merge import build
-from falcon_qlora.merge.folder import parameter_shapes, published_config, write_configuration
 from falcon_qlora.merge.tensors import merged_tensors
 from falcon_qlora.methods.adapter_folder import RECORD, read_adapter
 from falcon_qlora.methods.lora import Lora
 from falcon_qlora.methods.open_adapter import load_adapter
 from falcon_qlora.models import hub
+from falcon_qlora.models.folder import parameter_shapes, published_config, write_configuration
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.locate import open_checkpoint
 from falcon_qlora.models.tensor_files import write_model

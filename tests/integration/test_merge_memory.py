@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from falcon_qlora.inference.evaluation import folder_predictions
 from falcon_qlora.data.packing import collate
-from falcon_qlora.merge.folder import parameter_shapes, write_configuration
+from falcon_qlora.models.folder import parameter_shapes, write_configuration
 from falcon_qlora.models.tensor_files import write_model
 from falcon_qlora.merge.tensors import merged_tensors
 from falcon_qlora.methods.adapter_folder import read_adapter

@@ -25,6 +25,7 @@ VERB = {
     "train, two processes": [*TRAIN, "--gpus", "2"],
     "data": ["data", *ROWS],
     "prepare": ["prepare", *ROWS, "--cache_dir", "prepared"],
+    "prepare, a base": "prepare -m tiny -q 4bit --output_dir base".split(),
     "params": ["params", "-m", "tiny"],
     "estimate": ["estimate", *ROWS],
     "generate": "generate --adapter run --prompt hello --max_new_tokens 4".split(),

@@ -9,16 +9,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from falcon_qlora.commands import prepare
 from falcon_qlora.commands.opening import merge_record
 from falcon_qlora.common.files import write_json
-from falcon_qlora.common.record_files import CERTIFICATE
+from falcon_qlora.common.record_files import CERTIFICATE, PREPARED
 from falcon_qlora.merge.certificate import licence_of
-from falcon_qlora.merge.folder import copy_tokenizer, write_configuration, write_generation_config
 from falcon_qlora.models.fingerprint import model_fingerprint
+from falcon_qlora.models.folder import copy_tokenizer, write_configuration, write_generation_config
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.tokenizer import check_vocabulary, load_tokenizer, tokenizer_fingerprint
 from tests.fuzzing import change, fresh_copy, fuzz, read_or_refused
-from tests.layouts import tiny_model
+from tests.layouts import LAYOUTS, tiny_model
 from tests.small_tokenizer import small_tokenizer
 
 TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
@@ -103,3 +104,29 @@ def test_torch_files(good, scratch, data):
     if (folder / "pytorch_model.pt").exists():
         (folder / "pytorch_model.pt").rename(folder / "pytorch_model.bin")
     read_or_refused(folder, lambda: load_model(str(folder), device="cpu", quantize_mode="16bit"))
+
+
+@pytest.fixture(scope="module", params=["4bit", "8bit"])
+def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared base."""
+    folder = tmp_path_factory.mktemp("quantized") / "base"
+    words = ["-m", LAYOUTS["falcon-7b"], "-q", request.param, "--output_dir", str(folder)]
+    assert prepare.main(words) == 0
+    return folder
+
+
+@fuzz(30)
+@given(
+    data=st.data(), name=st.sampled_from(["config.json", "model.safetensors", PREPARED]), alone=st.booleans()
+)
+def test_quantized(quantized, scratch, data, name, alone):
+    folder = fresh_copy(quantized, scratch)
+    change(data.draw, folder / name, named_by_user=True)
+    if alone:  # as others' checkpoints are; with the record every change of the others is found by it
+        (folder / PREPARED).unlink(missing_ok=True)
+
+    def read() -> None:
+        model_fingerprint(str(folder))
+        load_model(str(folder), device="cpu")
+
+    read_or_refused(folder, read)

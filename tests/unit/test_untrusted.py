@@ -19,11 +19,11 @@ from falcon_qlora import __main__ as cli
 from falcon_qlora.commands.inspection import inspect_folder
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.untrusted import file_beside, read_json
-from falcon_qlora.merge.folder import parameter_shapes, write_configuration
 from falcon_qlora.methods.adapter_folder import read_adapter
 from falcon_qlora.methods.adapter_v2 import AdapterV2
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.methods.open_adapter import load_adapter
+from falcon_qlora.models.folder import parameter_shapes, write_configuration
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.prefix import prefixes
 from falcon_qlora.models.tensor_files import write_model

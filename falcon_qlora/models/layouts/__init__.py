@@ -10,6 +10,7 @@ from falcon_qlora.models.layouts.base import Layout
 from falcon_qlora.models.layouts.falcon import Falcon
 from falcon_qlora.models.layouts.falcon_h1 import FalconH1
 from falcon_qlora.models.layouts.llama import Llama
+from falcon_qlora.models.schemes import scheme_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -76,7 +77,8 @@ def family_of(raw: dict[str, Any], *, source: str) -> type[Layout]:
     """The family of the model that a published ``config.json`` describes.
 
     Raises:
-        UserError: if that family is not trained here.
+        UserError: if that family is not trained here, or the checkpoint is quantized by a scheme that is not
+            read.
     """
     model_type = raw.get("model_type")
     layout = _BY_TYPE.get(model_type) if isinstance(model_type, str) else None
@@ -89,6 +91,7 @@ def family_of(raw: dict[str, Any], *, source: str) -> type[Layout]:
         raise UserError(
             f"{source}: this model is {what}. falcon_qlora trains {families}, and their fine-tunes"
         )
+    scheme_of(raw, source)
     return layout
 
 

@@ -1,0 +1,76 @@
+"""The record in a folder that ``prepare --output_dir`` wrote: of which model it is, and what its bytes are.
+
+Transformers ignores the file. By its fingerprints adapters of the original open on the prepared base, and
+the other way round; by its sums a load finds what was changed since. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.files import write_json
+from falcon_qlora.common.record_files import PREPARED, check_format
+from falcon_qlora.common.untrusted import read_json
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What a prepared folder says of itself.
+
+    Attributes:
+        origin: name of the model that was quantized.
+        revision: of it on the hub, as it was asked for.
+        fingerprints: of the original, of every form; the first is the current one.
+        settings: how it was quantized: the values of the flags, and on which kind of device.
+        content: `content_hash` of the folder as it was written.
+        sums: name of a stored tensor → `Sums.of` its bytes.
+    """
+
+    origin: str
+    revision: str | None
+    fingerprints: Sequence[str]
+    settings: Mapping[str, Any]
+    content: str
+    sums: Mapping[str, int]
+
+
+def write_prepared(folder: Path, prepared: Prepared) -> None:
+    """Write the record into the folder."""
+    write_json(folder / PREPARED, {"format": FORMAT, **asdict(prepared)})
+
+
+def read_prepared(folder: Path | None) -> Prepared | None:
+    """The record of a folder; None where it has none.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    file = None if folder is None else folder / PREPARED
+    if file is None or not file.is_file():
+        return None
+    record = read_json(file)
+    check_format(record, str(file), FORMAT)
+    kinds = {"origin": str, "fingerprints": list, "settings": dict, "content": str, "sums": dict}
+    fits = all(isinstance(record.get(name), kind) for name, kind in kinds.items())
+    fits = fits and isinstance(record.get("revision"), str | None)
+    fits = (
+        fits and len(record["fingerprints"]) > 0 and all(isinstance(n, str) for n in record["fingerprints"])
+    )
+    if not fits or not all(type(each) is int for each in record["sums"].values()):
+        raise UserError(f"{file} is damaged: it is not what prepare writes. Prepare the base again")
+    known: dict[str, Any] = {each.name: record.get(each.name) for each in fields(Prepared)}
+    return Prepared(**known)
+
+
+def changed_since(name: object, what: str) -> UserError:
+    """The error for a prepared folder that is not as it was written; `what` says where."""
+    return UserError(
+        f"{name}: {what} is not as prepare wrote it, so the folder was changed or damaged since: prepare it "
+        "again"
+    )
