@@ -217,6 +217,8 @@ def _record(
         "steps": length and length.steps,
         "tokens": length and round(length.tokens),
         "counted": length and length.how,
+        "host_gib": round(found.host_bytes / GIB, 2),
+        "work_and_copy_seconds": found.passes and dict(zip(_PASSES, found.passes, strict=True)),
         "basis": None if speed is None else found.basis,
         "cards": None
         if card is not None
@@ -267,6 +269,8 @@ def _tell(
         print_plain(f"on the reference path, which is slower and takes more: {estimator.reason}")
     print_plain("")
     out.print(_parts(found))
+    if found.host_bytes:
+        print_plain(f"CPU memory of each process, page-locked: {found.host_bytes / GIB:.2f} GiB")
     print_plain("")
     if card is None:
         out.print(_cards(estimator, length))
@@ -282,6 +286,7 @@ def _tell(
     print_plain("memory as on an H200, for which it was fitted; " + (found.basis if card else _BASES))
 
 
+_PASSES = "forward", "backward"
 _BASES = "an H200's speed by its steps, others' by published ceilings and the share of them reached there"
 
 
@@ -315,6 +320,21 @@ def _tell_card(estimator: Estimator, card: Card, found: Estimate) -> None:
             "" if speed is None else f"{speed:,.0f}",
         )
     console().print(table)
+    if found.passes is not None:
+        print_plain(_told_copies(found.passes))
+
+
+def _told_copies(passes: tuple[tuple[float, float], tuple[float, float]]) -> str:
+    """Whether the copies of an offloaded base limit the speed."""
+    told = [
+        f"{name} {work:.2f} s of work beside {copied:.2f} s of copies"
+        for name, (work, copied) in zip(_PASSES, passes, strict=True)
+    ]
+    slower = [copied > work for work, copied in passes]
+    says = "the copies cost nothing"
+    if any(slower):
+        says = f"the copies limit {'both passes' if all(slower) else 'one pass'}: a larger -b hides them"
+    return f"a micro batch's base from CPU memory: {', '.join(told)}; {says}"
 
 
 def _cards(estimator: Estimator, length: Length | None) -> Table:

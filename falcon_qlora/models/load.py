@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.models.host_base import HostCopy
 from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.locate import open_checkpoint
 from falcon_qlora.models.quantize import (
@@ -30,8 +31,9 @@ from falcon_qlora.models.quantize import (
     is_quantized_linear,
     quantize_mode_of,
 )
-from falcon_qlora.models.sharded_base import ShardedBase
+from falcon_qlora.models.sharded_base import Parts
 from falcon_qlora.models.sizes import check_fits
+from falcon_qlora.models.streamed_base import StreamedBase
 from falcon_qlora.models.undrawn import Undrawn
 from falcon_qlora.processes import devices, ranks
 
@@ -48,6 +50,7 @@ def load_model(
     revision: str | None = None,
     seed: int = 0,
     share_out: bool = False,
+    offload: bool = False,
 ) -> PreTrainedModel:
     """Load a model onto one device: frozen, in evaluation mode, the linears of its blocks quantized.
 
@@ -68,6 +71,7 @@ def load_model(
         seed: of random weights.
         share_out: of the blocks' linears keep only this process's part, see `sharded_base`; all processes
             load the model then.
+        offload: keep the blocks' linears in CPU memory, see `host_base`; not with `share_out`.
 
     Raises:
         UserError: if the model cannot be found, is of no known layout, does not fit, or the mode cannot run
@@ -87,6 +91,7 @@ def load_model(
             free_bytes=free_bytes(device),
             double_quantization=double_quantization,
             processes=ranks.world_size() if share_out else 1,
+            offloaded=offload,
         )
     model = empty_model(
         checkpoint.config,
@@ -96,12 +101,15 @@ def load_model(
         norms_in_float32=norms_in_float32,
         llm_int8_threshold=llm_int8_threshold,
     )
-    shards = ShardedBase(model, device, dtype) if share_out else None
+    streamed = None
+    if share_out or offload:
+        assert not (share_out and offload)
+        streamed = StreamedBase(model, device, dtype, Parts if share_out else HostCopy)
     tensors = checkpoint.tensors(model, device, dtype)
-    _fill(model, tensors, device, dtype, source=checkpoint.name, shards=shards)
+    _fill(model, tensors, device, dtype, source=checkpoint.name, streamed=streamed)
     _finish(model, checkpoint.name, device)
-    if shards is not None:
-        shards.finish()
+    if streamed is not None:
+        streamed.finish()
     model.config._commit_hash = revision  # where Transformers used to keep it; it is written to no file
     verify_quantized(model, quantize_mode)
     return model
@@ -220,9 +228,9 @@ def _fill(
     dtype: torch.dtype,
     *,
     source: str,
-    shards: ShardedBase | None,
+    streamed: StreamedBase | None,
 ) -> None:
-    """Put each named tensor where it belongs, quantized where its layer is, a part of it where shared out."""
+    """Put each named tensor where it belongs, quantized where its layer is; store what is streamed."""
     layout = layout_of(model.config)
     missing = {name: p for name, p in model.named_parameters() if name not in layout.tied}
     for name, tensor in tensors:
@@ -244,8 +252,8 @@ def _fill(
             # A copy where nothing else makes one: the tensor may be a view into a file.
             tensor = tensor.to(kept, copy=tensor.device.type == "cpu")
             setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
-        if leaf == "weight" and shards is not None:
-            shards.take(module)
+        if leaf == "weight" and streamed is not None:
+            streamed.take(module)
         del tensor
     if missing:
         raise UserError(

@@ -21,6 +21,7 @@ class Card:
         bf16: TFLOP/s of dense bfloat16 products with float32 sums, published; None where nothing is known.
         fp8: the same in FP8; None without FP8.
         terabytes: a second from its memory, published; 10^12 bytes.
+        pcie: gigabytes a second that its slot brings from CPU memory, published; 10^9 bytes.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Card:
     bf16: float | None = None
     fp8: float | None = None
     terabytes: float | None = None
+    pcie: float = 31.5
 
 
 CARDS = {
@@ -36,14 +38,14 @@ CARDS = {
     for card in (
         Card(name="3090", title="RTX 3090", gib=23.6, bf16=71, terabytes=0.936),
         Card(name="4090", title="RTX 4090", gib=23.6, bf16=165, fp8=330, terabytes=1.008),
-        Card(name="5090", title="RTX 5090", gib=31.4, bf16=210, fp8=419, terabytes=1.792),
+        Card(name="5090", title="RTX 5090", gib=31.4, bf16=210, fp8=419, terabytes=1.792, pcie=63),
         Card(name="a10", title="A10", gib=22.0, bf16=125, terabytes=0.6),
         Card(name="l4", title="L4", gib=22.0, bf16=121, fp8=242, terabytes=0.3),
         Card(name="a6000", title="RTX A6000", gib=47.5, bf16=155, terabytes=0.768),
         Card(name="a100-40", title="A100 40GB", gib=39.4, bf16=312, terabytes=1.555),
         Card(name="a100-80", title="A100 80GB", gib=79.2, bf16=312, terabytes=2.039),
-        Card(name="h100", title="H100", gib=79.2, bf16=989, fp8=1979, terabytes=3.35),
-        Card(name="h200", title="H200", gib=139.8, bf16=989, fp8=1979, terabytes=4.8),
+        Card(name="h100", title="H100", gib=79.2, bf16=989, fp8=1979, terabytes=3.35, pcie=63),
+        Card(name="h200", title="H200", gib=139.8, bf16=989, fp8=1979, terabytes=4.8, pcie=63),
     )
 }
 MEASURED = CARDS["h200"]

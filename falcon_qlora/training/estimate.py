@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.fp8 import FIRST_CAPABILITY, fp8_excludes
@@ -16,7 +16,7 @@ from falcon_qlora.methods.interface import trainable_count
 from falcon_qlora.methods.lora import Lora
 from falcon_qlora.models import step_memory
 from falcon_qlora.models.layouts import layout_of
-from falcon_qlora.models.sizes import weight_bytes
+from falcon_qlora.models.sizes import stored_bytes, weight_bytes
 from falcon_qlora.models.step_memory import Checkpointing, Step
 from falcon_qlora.training import sharding
 from falcon_qlora.training.cards import MEASURED, Card, card_named
@@ -107,6 +107,8 @@ class Estimate:
         blocks: what each block keeps.
         micro_batch_tokens: the micro batch's capacity.
         tokens_per_second: over all processes; None where the card's ceilings are not known.
+        host_bytes: page-locked CPU memory of a process, with ``--offload_base``.
+        passes: with it, `StepTime.passes`; None where the card's ceilings are not known.
     """
 
     card: Card | None
@@ -114,6 +116,8 @@ class Estimate:
     blocks: list[Checkpointing]
     micro_batch_tokens: int
     tokens_per_second: float | None
+    host_bytes: int = 0
+    passes: tuple[tuple[float, float], tuple[float, float]] | None = None
 
     @property
     def card_gib(self) -> float:
@@ -272,13 +276,18 @@ class Estimator:
             processes=self.processes,
             is_sharded=sharded,
         )
+        stored: dict[str, Any] = {
+            "double_quantization": settings.double_quantization,
+            "compute_bytes": value_bytes,
+        }
         weights = weight_bytes(
             self.config,
             settings.quantize_mode,
-            double_quantization=settings.double_quantization,
-            compute_bytes=value_bytes,
             processes=self.processes if shared_out else 1,
+            offloaded=run.offload_base,
+            **stored,
         )
+        on_host = stored_bytes(self.config, settings.quantize_mode, **stored) if run.offload_base else 0
         held = {"weights": weights // parts}
         if not method.is_whole:
             held["adapter"] = 4 * self.trainable
@@ -292,12 +301,16 @@ class Estimator:
         blocks, kept = self._blocks(step, card, checkpointing or run.checkpointing, held, outside)
         if kept:
             held["weights in FP8"] = kept
+        time = self._time(step, blocks, fp8_kept=bool(kept), streamed=on_host)
+        known = card if card is not None and card.bf16 is not None else None
         return Estimate(
             card=card,
             parts=held | step.parts(blocks) | outside,
             blocks=blocks,
             micro_batch_tokens=step.tokens,
-            tokens_per_second=self._speed(card, step, blocks, fp8_kept=bool(kept)),
+            tokens_per_second=None if known is None else self._speed(known, time),
+            host_bytes=on_host,
+            passes=time.passes(known) if known is not None and on_host else None,
         )
 
     @property
@@ -326,16 +339,13 @@ class Estimator:
         if wanted == "auto":
             blocks = step.choose(free)
         in_fp8 = 2 * layout_of(self.config).linear_parameter_count() if self.in_fp8 else 0
-        keeps = set(blocks) == {"none"} and not self._shares_out and step.fits(blocks, free, beside=in_fp8)
+        stays = not (self._shares_out or self.configuration.run.offload_base)
+        keeps = set(blocks) == {"none"} and stays and step.fits(blocks, free, beside=in_fp8)
         return blocks, in_fp8 if keeps else 0
 
-    def _speed(
-        self, card: Card | None, step: Step, blocks: list[Checkpointing], *, fp8_kept: bool
-    ) -> float | None:
-        if card is None or card.bf16 is None:
-            return None
-        settings, method, run = self.configuration.model, self.configuration.method, self.configuration.run
-        time = StepTime(
+    def _time(self, step: Step, blocks: list[Checkpointing], *, fp8_kept: bool, streamed: int) -> StepTime:
+        settings, method = self.configuration.model, self.configuration.method
+        return StepTime(
             config=self.config,
             quantize_mode=settings.quantize_mode,
             tokens=step.tokens,
@@ -349,8 +359,12 @@ class Estimator:
             in_fp8=self.in_fp8,
             fp8_kept=fp8_kept,
             optim=self.optim,
+            streamed=streamed,
         )
-        sequences = step.tokens // self.configuration.data.max_length
+
+    def _speed(self, card: Card, time: StepTime) -> float:
+        run = self.configuration.run
+        sequences = time.tokens // self.configuration.data.max_length
         micro_batches = run.gradient_accumulation_steps
         if run.global_batch_size is not None:
             micro_batches = max(1, math.ceil(run.global_batch_size / (sequences * self.processes)))

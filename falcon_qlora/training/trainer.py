@@ -37,7 +37,8 @@ from falcon_qlora.inference.evaluation import Evaluation
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models import zero3
 from falcon_qlora.models.sharded import is_sharded, needs_all_processes
-from falcon_qlora.models.sharded_base import alone, sharded_base_of
+from falcon_qlora.models.sharded_base import alone
+from falcon_qlora.models.streamed_base import streamed_base_of
 from falcon_qlora.processes import agreement, lookout, stop_signals
 from falcon_qlora.processes.stop_signals import Stopped
 from falcon_qlora.processes.watchdog import Watchdog
@@ -170,8 +171,8 @@ class FalconTrainer(SFTTrainer):
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         # Without DistributedDataParallel: the step, or a sharded model itself, sums gradients.
-        # A base that is shared out must not move; on a CPU others get copied to one by a number.
-        stays = False if sharded_base_of(model) is not None else None
+        # A base that is streamed must not move; on a CPU others get copied to one by a number.
+        stays = False if streamed_base_of(model) is not None else None
         prepared = self.accelerator.prepare_model(model, device_placement=stays, evaluation_mode=True)
         prepared._is_accelerate_prepared = True
         if not zero3.is_zero3(model):

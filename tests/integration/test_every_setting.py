@@ -187,6 +187,7 @@ CHANGED: dict[str, Case] = {
     "gradient_accumulation_steps": Case(2),
     "global_batch_size": Case(4),
     "checkpointing": Case("full", seen=_activations),
+    "offload_base": Case(True, seen=lambda seen: "frozen weights are in CPU memory" in seen.output),
     "max_bad_steps": Case(1, {"model_name_or_path": "broken"}, without=0, refusal="1 steps in a row"),
     "save_every_minutes": Case(1e-6, {"save_strategy": "no"}),
     "early_stopping": Case(1, EVALUATED | {"learning_rate": 1e-20, "max_steps": 4}),
