@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from falcon_qlora.data.counted import Counted
+    from falcon_qlora.models.step_memory import Checkpointing
 
 
 @dataclass(kw_only=True)
@@ -213,7 +214,7 @@ def _record(
         **_on_card(found, length),
         "parts": {name: round(size / GIB, 3) for name, size in found.parts.items()},
         "micro_batch_tokens": found.micro_batch_tokens,
-        "largest_micro_batch": card and {each: estimator.largest(card, each) for each in estimator.choices()},
+        "largest_micro_batch": card and _largest(estimator, card),
         "steps": length and length.steps,
         "tokens": length and round(length.tokens),
         "counted": length and length.how,
@@ -224,6 +225,11 @@ def _record(
         if card is not None
         else {each.name: _on_card(there, length) for each, there in _each_card(estimator)},
     }
+
+
+def _largest(estimator: Estimator, card: Card) -> dict[Checkpointing, int]:
+    """The most sequences of a micro batch, by what the blocks keep."""
+    return {each: estimator.largest(card, each) for each in estimator.choices(card)}
 
 
 def _speed(found: Estimate) -> float | None:
@@ -247,8 +253,7 @@ def _on_card(found: Estimate, length: Length | None) -> dict[str, Any]:
 
 def _each_card(estimator: Estimator) -> list[tuple[Card, Estimate]]:
     """Every named card that can compute what is asked for."""
-    able = [card for card in CARDS.values() if not estimator.in_fp8 or card.fp8]
-    return [(card, estimator.on(card)) for card in able]
+    return [(card, estimator.on(card)) for card in CARDS.values() if estimator.why_not_on(card) is None]
 
 
 def _tell(
@@ -265,8 +270,8 @@ def _tell(
     print_plain(f"{configuration.method.describe()}: {estimator.trainable:,} trained")
     at_a_time = f"{run.per_device_train_batch_size} × {configuration.data.max_length:,} tokens at a time"
     print_plain(f"{at_a_time} on {'a GPU' if estimator.processes == 1 else f'each of {gpus}'}")
-    if estimator.reason is not None:
-        print_plain(f"on the reference path, which is slower and takes more: {estimator.reason}")
+    if (reason := estimator.reason_on(card)) is not None:
+        print_plain(f"on the reference path, which is slower and takes more: {reason}")
     print_plain("")
     out.print(_parts(found))
     if found.host_bytes:
@@ -299,7 +304,7 @@ def _tell_card(estimator: Estimator, card: Card, found: Estimate) -> None:
     from falcon_qlora.terminal.console import console, print_plain
 
     has = f"{card.title} ({card.gib:g} GiB usable)"
-    largest = {each: estimator.largest(card, each) for each in estimator.choices()}
+    largest = _largest(estimator, card)
     if found.fits:
         print_plain(f"fits {has}: {found.card_gib:.1f} GiB, --checkpointing {found.checkpointing}")
     else:

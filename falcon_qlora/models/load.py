@@ -149,10 +149,9 @@ def check_mode_runs_on(mode: str, dtype: torch.dtype, device: torch.device) -> N
     """
     if mode not in ("4bit", "8bit", "16bit"):
         raise UserError(f"quantize_mode {mode!r} is none of 4bit, 8bit, 16bit")
-    if device.type == "cpu" and dtype == torch.float16:
-        raise UserError("fp16 does not run on the CPU. Use --compute_dtype auto (float32 there) or bf16")
     if device.type != "cuda":
         return
+    devices.check_served(device)
     capability = torch.cuda.get_device_capability(device)
     name = torch.cuda.get_device_name(device)
     if mode == "8bit" and capability < (7, 5):
@@ -160,7 +159,7 @@ def check_mode_runs_on(mode: str, dtype: torch.dtype, device: torch.device) -> N
             f"8bit needs a GPU of compute capability 7.5 or later; {name} has "
             f"{capability[0]}.{capability[1]}. Use --quantize_mode 4bit"
         )
-    if dtype == torch.bfloat16 and capability < (8, 0):
+    if dtype == torch.bfloat16 and not devices.has_bfloat16(device):
         raise UserError(f"{name} has no bfloat16. Use --compute_dtype auto or fp16")
 
 

@@ -18,9 +18,11 @@ class Card:
         name: as `--gpu` takes it.
         title: its name for readers, the part by which PyTorch's name of the device is recognised.
         gib: memory that CUDA can use, GiB; what is printed on the box less what the driver keeps.
-        bf16: TFLOP/s of dense bfloat16 products with float32 sums, published; None where nothing is known.
+        bf16: TFLOP/s of dense bfloat16 products with float32 sums, published, of a card without them
+            float16's; None where nothing is known.
         fp8: the same in FP8; None without FP8.
         terabytes: a second from its memory, published; 10^12 bytes.
+        bfloat16: whether it computes in bfloat16.
         pcie: gigabytes a second that its slot brings from CPU memory, published; 10^9 bytes.
     """
 
@@ -30,12 +32,14 @@ class Card:
     bf16: float | None = None
     fp8: float | None = None
     terabytes: float | None = None
+    bfloat16: bool = True
     pcie: float = 31.5
 
 
 CARDS = {
     card.name: card
     for card in (
+        Card(name="t4", title="T4", gib=14.6, bf16=65, terabytes=0.32, bfloat16=False, pcie=15.75),
         Card(name="3090", title="RTX 3090", gib=23.6, bf16=71, terabytes=0.936),
         Card(name="4090", title="RTX 4090", gib=23.6, bf16=165, fp8=330, terabytes=1.008),
         Card(name="5090", title="RTX 5090", gib=31.4, bf16=210, fp8=419, terabytes=1.792, pcie=63),

@@ -109,6 +109,7 @@ def finish(
         best_eval_loss=best[0],
         best_step=best[1],
         bad_steps=trainer.step.bad_steps.total,
+        overflowed_steps=trainer.step.bad_steps.overflowed,
         micro_batch_parts=2**trainer.step.halvings,
         tokens=trainer.state.num_input_tokens_seen,
         samples=plan.documents_until(trainer.state.global_step) if plan is not None else None,

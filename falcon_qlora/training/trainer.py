@@ -141,6 +141,9 @@ class FalconTrainer(SFTTrainer):
             data_collator=_only,
             callbacks=callbacks,
         )
+        if self.accelerator.mixed_precision == "fp16" and self.accelerator.scaler is None:
+            # On the CPU, where Accelerate would compute in float32 and scale nothing.
+            self.accelerator.native_amp, self.accelerator.scaler = True, torch.amp.GradScaler("cpu")
         self.remove_callback(PrinterCallback)
         self.remove_callback(DefaultFlowCallback)
         # First, so that the others see its counts.
@@ -463,7 +466,7 @@ class FalconTrainer(SFTTrainer):
         """True if the weights that the model has now have taken a step; None if that is not known."""
         step = self.kept_step
         first = self._first_learning_step
-        # In fp16 the scaler skips steps silently.
+        # In fp16 the scaler skips steps too, and how many is known a step late.
         all_count = self.step.bad_steps.total == 0 and self.accelerator.scaler is None
         return True if first is not None and all_count and step is not None and step >= first else None
 
@@ -481,6 +484,8 @@ class FalconTrainer(SFTTrainer):
             logs["tokens"] = self.state.num_input_tokens_seen
             logs.update(self.meter.interval())
             logs["peak_memory_gib"] = peak_memory_gib()
+            if self.accelerator.scaler is not None:
+                logs["loss_scale"] = self.accelerator.scaler.get_scale()
         super().log(logs, start_time)
 
     def _mean_of_counted(self, loss: float) -> float:

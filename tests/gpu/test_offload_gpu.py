@@ -57,7 +57,7 @@ def test_what_is_offloaded_computes_what_is_on_the_device(case: tuple[str, str, 
 def test_7b_offloaded_is_the_resident_run_in_less_memory_and_goes_on(processes: Processes) -> None:
     offloaded = [*SETTINGS, *SEVEN, "--checkpointing", "none", "--offload_base"]
     for name, settings in (("resident", offloaded[:-1]), ("offloaded", offloaded)):
-        status, _, errors = run(processes, "--output_dir", name, settings=settings)
+        status, _, errors = run(processes, "--output_dir", name, gpus=1, settings=settings)
         assert status == 0, errors
     losses = [
         [line["loss"] for line in metrics(processes.folder / name)] for name in ("resident", "offloaded")
@@ -70,9 +70,11 @@ def test_7b_offloaded_is_the_resident_run_in_less_memory_and_goes_on(processes: 
     assert saved == pytest.approx(of_blocks * (1 - 2 / BLOCKS), rel=0.15)
     assert 0.9 < less["predicted_peak_memory_gib"] / less["peak_memory_gib"] < 1.15
     stopped = [{"do": "signal", "step": 3, "rank": 0, "number": 15}]
-    status, output, errors = run(processes, "--output_dir", "stopped", faults=stopped, settings=offloaded)
+    status, output, errors = run(
+        processes, "--output_dir", "stopped", gpus=1, faults=stopped, settings=offloaded
+    )
     assert (status, "stopped at step" in output) == (75, True), errors
-    status, _, errors = run(processes, "--output_dir", "stopped", "--resume", settings=offloaded)
+    status, _, errors = run(processes, "--output_dir", "stopped", "--resume", gpus=1, settings=offloaded)
     assert status == 0, errors
     assert_same_run(processes.folder / "stopped", processes.folder / "resident")
 
@@ -84,7 +86,7 @@ def test_40b_offloaded_is_about_as_fast_as_on_the_device(processes: Processes, s
     settings = [*SETTINGS, "-m", "random:falcon-40b", "-b", str(sequences), "--checkpointing", "full"]
     found = {}
     for name, more in (("resident", []), ("offloaded", ["--offload_base"])):
-        status, _, errors = run(processes, "--output_dir", name, settings=[*settings, *more])
+        status, _, errors = run(processes, "--output_dir", name, gpus=1, settings=[*settings, *more])
         assert status == 0, errors
         told = summary(processes.folder / name)
         keys = "tokens_per_second estimated_tokens_per_second peak_memory_gib predicted_peak_memory_gib"

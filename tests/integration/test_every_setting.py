@@ -209,6 +209,7 @@ CHANGED: dict[str, Case] = {
     "max_grad_norm": Case(1e-3, {"optim": "sgd"}),
     "neftune_noise_alpha": Case(5.0),
     "bf16": Case(True),
+    "fp16": Case(True, {"max_steps": 1}),
     "gradient_checkpointing": Case(True, seen=_activations),
     # Log
     "logging_strategy": Case("epoch", {"logging_steps": None}),
@@ -238,7 +239,6 @@ CHANGED: dict[str, Case] = {
 REFUSED: dict[str, tuple[list[str], str]] = {
     "model_revision": (["--model_revision", "main"], "--model_revision is a setting of what lies on the hub"),
     "dataset_config": (["--dataset_config", "x"], "--dataset_config is a setting of what lies on the hub"),
-    "fp16": (["--fp16"], "--compute_dtype fp16 needs a GPU"),
     "tf32": (["--tf32"], "--tf32 requires Ampere"),
     "run_name": (["--run_name", "x"], "--run_name is not read with --report_to none"),
     "wandb_project": (["--wandb_project", "x"], "--wandb_project is a setting of --report_to wandb"),

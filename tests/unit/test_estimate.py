@@ -117,6 +117,24 @@ def test_a_base_in_cpu_memory_takes_two_blocks_of_the_card_and_each_pass_its_wor
     assert "the copies limit both passes: a larger -b hides them" in capsys.readouterr().out
 
 
+def test_a_t4_computes_in_float16_on_the_reference_path(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "-m random:falcon-7b --max_steps 10 --recipe smallest"
+    t4, asked = (estimate(f"{words} --gpu {more}", capsys) for more in ("t4", "3090 --compute_dtype fp16"))
+    assert t4["fits"]
+    assert (t4["parts"], t4["checkpointing"]) == (asked["parts"], asked["checkpointing"])
+    assert "selective" not in t4["largest_micro_batch"]
+    main(["estimate", *words.split(), "--gpu", "t4"])
+    assert (
+        "on the reference path, which is slower and takes more: computes in float16"
+        in capsys.readouterr().out
+    )
+    everywhere = estimate(f"{words} --compute_dtype bf16", capsys)["cards"]
+    assert everywhere.keys() == CARDS.keys() - {"t4"}
+    for more, told in (("--compute_dtype bf16", "T4 has no bfloat16"), ("--method full -q 16bit", "in fp16")):
+        assert main(["estimate", "-m", "tiny", "--gpu", "t4", *more.split()]) == 2
+        assert told in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_an_outline_counts_as_the_configuration_and_as_published(preset: str) -> None:
     outline, config = find_outline_here(f"random:{preset}"), preset_config(preset)
@@ -321,7 +339,7 @@ def test_rows_that_cannot_be_read_are_told_and_the_rest_is_answered(
 @pytest.mark.parametrize("words", ["", "--method full -q 16bit --optim adamw_bnb_8bit", "--kernels off"])
 def test_the_largest_micro_batch_fits_and_one_more_does_not(card: str, words: str) -> None:
     estimator = Estimator(parse(words.split()), find_outline_here("random:falcon-7b"))
-    for what in estimator.choices():
+    for what in estimator.choices(None):
         most = estimator.largest(CARDS[card], what)
         fits = [
             estimator.on(CARDS[card], checkpointing=what, sequences=sequences).fits
