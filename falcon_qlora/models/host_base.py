@@ -34,8 +34,10 @@ class HostCopy:
         self._blocks = [
             torch.frombuffer(mmap.mmap(-1, size, flags=private), dtype=torch.uint8) for size in sizes
         ]
+        self.is_shared = False
         if device.type == "cuda":
-            self._lock()
+            with torch.cuda.device(device):
+                self._lock()
 
     def room(self, index: int) -> int:
         return len(self._blocks[index])
@@ -48,7 +50,7 @@ class HostCopy:
 
     def _lock(self) -> None:
         runtime, locked = torch.cuda.cudart(), list[int]()
-        weakref.finalize(self, _unlock, locked).atexit = False
+        weakref.finalize(self, _unlock, locked, torch.cuda.current_device()).atexit = False
         for block in self._blocks:
             failed = int(runtime.cudaHostRegister(block.data_ptr(), len(block), 0))
             if failed:
@@ -60,7 +62,7 @@ class HostCopy:
             locked.append(block.data_ptr())
 
 
-def _unlock(addresses: list[int]) -> None:
-    torch.cuda.synchronize()  # a copy that was fetched ahead may be on its way
+def _unlock(addresses: list[int], device: int) -> None:
+    torch.cuda.synchronize(device)  # a copy that was fetched ahead may be on its way
     for address in addresses:
         torch.cuda.cudart().cudaHostUnregister(address)

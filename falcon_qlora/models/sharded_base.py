@@ -45,6 +45,7 @@ class Parts:
             torch.zeros(aligned(-(-size // processes)), dtype=torch.uint8, device=device) for size in sizes
         ]
         self.leads = False
+        self.is_shared = True
 
     def room(self, index: int) -> int:
         return dist.get_world_size() * len(self.parts[index])

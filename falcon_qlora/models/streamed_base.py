@@ -17,7 +17,7 @@ the first two blocks that the backward pass needs are still there, and so for th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -35,7 +35,13 @@ _ON_MODEL = "_streamed_base"
 
 
 class Storage(Protocol):
-    """Where the blocks' bytes lie while they are not on the device."""
+    """Where the blocks' bytes lie while they are not on the device.
+
+    Attributes:
+        is_shared: whether a process keeps a part of them; else each keeps all, alike.
+    """
+
+    is_shared: bool
 
     def room(self, index: int) -> int:
         """Bytes of a buffer that a block is fetched into."""
@@ -184,6 +190,12 @@ class StreamedBase:
         self.start(index)
         self._queue.wait(index % 2)
 
+    def each_block(self) -> Iterator[Tensor]:
+        """The bytes of each block on the device; what is launched on them is launched before the next."""
+        for index in range(self._count):
+            self.fetch(index)
+            yield self.buffers[index % 2][: self.storage.room(index)]
+
     def start(self, index: int) -> None:
         """Have a block on its way to its buffer, if it is not there."""
         place = index % 2
@@ -221,6 +233,14 @@ class StreamedBase:
 def streamed_base_of(model: nn.Module) -> StreamedBase | None:
     """The base whose blocks come to the device, of a model as it is or inside PEFT's wrapper; else None."""
     return getattr(causal_lm_in(model), _ON_MODEL, None)
+
+
+def replicated(model: nn.Module) -> Iterator[Tensor]:
+    """What every process holds alike: `held_for_good`, and an unshared base's blocks, each until the next."""
+    yield from held_for_good(model)
+    base = streamed_base_of(model)
+    if base is not None and not base.storage.is_shared:
+        yield from base.each_block()
 
 
 def held_for_good(model: nn.Module) -> Sequence[Tensor]:

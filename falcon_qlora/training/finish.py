@@ -23,7 +23,7 @@ from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.hub import push_folder
 from falcon_qlora.models.sharded import is_sharded, take_part
 from falcon_qlora.models.sharded_base import follow, leading
-from falcon_qlora.models.streamed_base import held_for_good
+from falcon_qlora.models.streamed_base import replicated
 from falcon_qlora.processes import agreement, endings, lookout, ranks, stop_signals
 from falcon_qlora.processes.stop_signals import Stopped
 from falcon_qlora.run_folder.directory import RunDirectory
@@ -76,7 +76,7 @@ def finish(
     replicas = None
     if not is_sharded(model):
         replicas = require_same_replicas(
-            held_for_good(model), directory.checkpoints, step=trainer.state.global_step
+            replicated(model), directory.checkpoints, step=trainer.state.global_step
         )
     require_moved(trainer)
     mine = peak_memory_gib(), round(trainer.reduction_share(), 4), checks.facts(trainer, base.quantize_mode)

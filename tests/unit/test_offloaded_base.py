@@ -16,11 +16,12 @@ from falcon_qlora.checkpoint import host_copy
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.models import streamed_base
 from falcon_qlora.models.activations import Checkpointing
+from falcon_qlora.models.host_base import HostCopy
 from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.quantize import stored
 from falcon_qlora.models.sizes import stored_bytes, weight_bytes
-from falcon_qlora.models.streamed_base import held_for_good, streamed_base_of
-from falcon_qlora.processes import ranks
+from falcon_qlora.models.streamed_base import held_for_good, replicated, streamed_base_of
+from falcon_qlora.processes import agreement, ranks
 from falcon_qlora.training import preflight
 from tests.integration.shared_out import BLOCKS, CASES, computing, difference, made, one_pass
 from tests.layouts import documents
@@ -82,6 +83,18 @@ def _check_what_it_holds(whole: Any, offloaded: Any) -> None:
     assert len([*offloaded.parameters(), *offloaded.buffers()]) == len(resident) + len(linears)
     held = sum(each.nbytes for each in base.buffers)
     assert 2 * total / BLOCKS <= held <= 2 * total / BLOCKS + 2 * 256 * 5 * len(linears)
+
+
+def test_replicas_are_compared_with_what_they_hold_in_cpu_memory() -> None:
+    models = [made(CPU, *QUICK[0], offload=True) for _ in range(2)]
+    assert agreement.checksum(replicated(models[0])) == agreement.checksum(replicated(models[1]))
+    base = streamed_base_of(models[1])
+    assert base is not None
+    assert isinstance(base.storage, HostCopy)
+    block = torch.zeros(base.storage.room(3), dtype=torch.uint8)
+    base.storage.fetch(3, block)
+    base.storage.put(3, 7, block[7:8] ^ 1)
+    assert agreement.checksum(replicated(models[0])) != agreement.checksum(replicated(models[1]))
 
 
 class Order:
