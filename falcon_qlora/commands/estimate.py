@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from falcon_qlora.data.counted import Counted
+    from falcon_qlora.models.step_memory import Checkpointing
 
 
 @dataclass(kw_only=True)
@@ -213,15 +214,22 @@ def _record(
         **_on_card(found, length),
         "parts": {name: round(size / GIB, 3) for name, size in found.parts.items()},
         "micro_batch_tokens": found.micro_batch_tokens,
-        "largest_micro_batch": card and {each: estimator.largest(card, each) for each in estimator.choices()},
+        "largest_micro_batch": card and _largest(estimator, card),
         "steps": length and length.steps,
         "tokens": length and round(length.tokens),
         "counted": length and length.how,
+        "host_gib": round(found.host_bytes / GIB, 2),
+        "work_and_copy_seconds": found.passes and dict(zip(_PASSES, found.passes, strict=True)),
         "basis": None if speed is None else found.basis,
         "cards": None
         if card is not None
         else {each.name: _on_card(there, length) for each, there in _each_card(estimator)},
     }
+
+
+def _largest(estimator: Estimator, card: Card) -> dict[Checkpointing, int]:
+    """The most sequences of a micro batch, by what the blocks keep."""
+    return {each: estimator.largest(card, each) for each in estimator.choices(card)}
 
 
 def _speed(found: Estimate) -> float | None:
@@ -245,8 +253,7 @@ def _on_card(found: Estimate, length: Length | None) -> dict[str, Any]:
 
 def _each_card(estimator: Estimator) -> list[tuple[Card, Estimate]]:
     """Every named card that can compute what is asked for."""
-    able = [card for card in CARDS.values() if not estimator.in_fp8 or card.fp8]
-    return [(card, estimator.on(card)) for card in able]
+    return [(card, estimator.on(card)) for card in CARDS.values() if estimator.why_not_on(card) is None]
 
 
 def _tell(
@@ -263,10 +270,12 @@ def _tell(
     print_plain(f"{configuration.method.describe()}: {estimator.trainable:,} trained")
     at_a_time = f"{run.per_device_train_batch_size} × {configuration.data.max_length:,} tokens at a time"
     print_plain(f"{at_a_time} on {'a GPU' if estimator.processes == 1 else f'each of {gpus}'}")
-    if estimator.reason is not None:
-        print_plain(f"on the reference path, which is slower and takes more: {estimator.reason}")
+    if (reason := estimator.reason_on(card)) is not None:
+        print_plain(f"on the reference path, which is slower and takes more: {reason}")
     print_plain("")
     out.print(_parts(found))
+    if found.host_bytes:
+        print_plain(f"CPU memory of each process, page-locked: {found.host_bytes / GIB:.2f} GiB")
     print_plain("")
     if card is None:
         out.print(_cards(estimator, length))
@@ -282,6 +291,7 @@ def _tell(
     print_plain("memory as on an H200, for which it was fitted; " + (found.basis if card else _BASES))
 
 
+_PASSES = "forward", "backward"
 _BASES = "an H200's speed by its steps, others' by published ceilings and the share of them reached there"
 
 
@@ -294,7 +304,7 @@ def _tell_card(estimator: Estimator, card: Card, found: Estimate) -> None:
     from falcon_qlora.terminal.console import console, print_plain
 
     has = f"{card.title} ({card.gib:g} GiB usable)"
-    largest = {each: estimator.largest(card, each) for each in estimator.choices()}
+    largest = _largest(estimator, card)
     if found.fits:
         print_plain(f"fits {has}: {found.card_gib:.1f} GiB, --checkpointing {found.checkpointing}")
     else:
@@ -315,6 +325,21 @@ def _tell_card(estimator: Estimator, card: Card, found: Estimate) -> None:
             "" if speed is None else f"{speed:,.0f}",
         )
     console().print(table)
+    if found.passes is not None:
+        print_plain(_told_copies(found.passes))
+
+
+def _told_copies(passes: tuple[tuple[float, float], tuple[float, float]]) -> str:
+    """Whether the copies of an offloaded base limit the speed."""
+    told = [
+        f"{name} {work:.2f} s of work beside {copied:.2f} s of copies"
+        for name, (work, copied) in zip(_PASSES, passes, strict=True)
+    ]
+    slower = [copied > work for work, copied in passes]
+    says = "the copies cost nothing"
+    if any(slower):
+        says = f"the copies limit {'both passes' if all(slower) else 'one pass'}: a larger -b hides them"
+    return f"a micro batch's base from CPU memory: {', '.join(told)}; {says}"
 
 
 def _cards(estimator: Estimator, length: Length | None) -> Table:

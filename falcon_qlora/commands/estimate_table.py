@@ -87,7 +87,7 @@ def _rows(configuration: Configuration, cards: list[Card]) -> Iterator[Row]:
                     estimator = Estimator(settings, config, processes=configuration.extra.gpus)
                 except UserError:  # Falcon-H1 has no Adapter
                     continue
-                able = [card for card in cards if not estimator.in_fp8 or card.fp8 or not card.bf16]
+                able = [card for card in cards if estimator.why_not_on(card) is None]
                 on = {card.name: estimator.on(card) for card in able}
                 yield Row(model=model, method=method, quantize_mode=mode, estimator=estimator, cards=on)
 

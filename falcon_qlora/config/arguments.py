@@ -230,6 +230,11 @@ class RunArguments:
         "blocks' frozen weights\n"
         "zero3: --method full sharded by DeepSpeed, with float32 weights beside bf16 ones",
     )
+    offload_base: bool = setting(
+        False,
+        "Keep the blocks' frozen weights in CPU memory and copy each block to the GPU ahead of its use, for "
+        "models larger than a GPU. `falcon-qlora estimate` says what that costs.",
+    )
     early_stopping: int = setting(
         0, "Stop after this many evaluations without a better loss; 0: never.", least=0
     )

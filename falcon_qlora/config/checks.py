@@ -128,13 +128,19 @@ def _faults(values: Values, where: dict[str, str]) -> Iterator[str]:
     if values["report_to"] != ["none"] and "none" in values["report_to"]:
         yield f"{name('report_to')}: none excludes other trackers; drop none or the others"
     try:
-        of_method = method_from(values, name("method")).fp8_facts()
+        method = method_from(values, name("method"))
     except UserError as error:
         yield str(error)
     else:
-        excluded = fp8_excludes(kernels=values["kernels"], **of_method)
+        excluded = fp8_excludes(kernels=values["kernels"], **method.fp8_facts())
         if excluded is not None and values["compute_dtype"] == "fp8":
             yield f"{name('compute_dtype')}: {excluded}"
+        if values["offload_base"] and method.is_whole:
+            yield f"{name('offload_base')}: --method full trains every weight; give an adapter's method"
+        elif values["offload_base"] and method.why_base_stays_whole is not None:
+            yield f"{name('offload_base')}: {method.why_base_stays_whole}; drop it, or --use_dora"
+    if values["offload_base"] and values["sharding"] == "fsdp":
+        yield f"{name('offload_base')} and --sharding fsdp both say where the base lies; give one of them"
     if values["adapter_sha256"] and not values["adapter"]:
         yield f"{name('adapter_sha256')} is the hash of an adapter's weights: give --adapter too"
     if values["resume"] and values["overwrite"]:

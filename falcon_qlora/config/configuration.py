@@ -95,11 +95,8 @@ class Configuration:
         from falcon_qlora.processes import devices, ranks
 
         on_gpu = torch.cuda.is_available()
+        devices.check_served(devices.local_device())
         dtype = devices.compute_dtype(self.model.compute_dtype)
-        if dtype == torch.float16 and not on_gpu:
-            raise UserError(
-                "--compute_dtype fp16 needs a GPU; on the CPU leave it at auto, or give fp32 or bf16"
-            )
         values = dict(self.trainer)
         for group in (self.data, self.run):
             values |= {name: value for name, value in vars(group).items() if name in SHARED}

@@ -48,6 +48,7 @@ METRICS_FIELDS = (
     "epoch",
     "loss",
     "grad_norm",
+    "loss_scale",
     "learning_rate",
     "tokens",
     "tokens_per_second",

@@ -26,6 +26,7 @@ class Summary:
             adapter is from there.
         best_step: The step of `best_eval_loss`.
         bad_steps: Steps that were skipped for a non-finite loss or gradient.
+        overflowed_steps: Steps that the scaler of fp16 skipped, as a gradient overflowed at its scale.
         micro_batch_parts: Parts that each micro-batch was split into at the end; more than 1 after OOM.
         tokens: Real tokens trained on, over all passes and resumptions.
         samples: Documents trained on, likewise; None for a stream, which is not counted.
@@ -67,6 +68,7 @@ class Summary:
     best_eval_loss: float | None = None
     best_step: int | None = None
     bad_steps: int = 0
+    overflowed_steps: int = 0
     micro_batch_parts: int = 1
     tokens: int | None = None
     samples: int | None = None

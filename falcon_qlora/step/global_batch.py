@@ -118,13 +118,13 @@ class Step:
         agreed = self.reduction(told)
         whole = agreed[0].isfinite()
         self.gradient_norm = self._clip(model)
-        bad = ~whole
+        bad, overflowed = ~whole, ~self.gradient_norm.isfinite()
         if self._scaler is None or self._scaler.get_scale() < 1:
             # In fp16 the scaler handles gradients that overflow: it skips the step and halves its scale.
             # Below a scale of 1 no finite gradient overflows, so a non-finite one is bad.
-            bad |= ~self.gradient_norm.isfinite()
+            bad |= overflowed
         self.reached |= (self.gradient_norm > 0) & self.gradient_norm.isfinite() & ~bad
-        self.reports.put(share.step, agreed, bad, share.origins)
+        self.reports.put(share.step, agreed, bad, share.origins, overflowed=overflowed & ~bad)
         self._leave_out(model, bad)
         self.counted += whole
         return torch.where(whole, loss * self._processes, 0.0)

@@ -101,9 +101,9 @@ def choose_activations(
 
 def _keep_fp8_weights(model: Any, step: Step, blocks: list[Checkpointing], free_bytes: int) -> bool:
     from falcon_qlora.models.fast_path import fp8_weight_bytes, keep_fp8_weights
-    from falcon_qlora.models.sharded_base import sharded_base_of
+    from falcon_qlora.models.streamed_base import streamed_base_of
 
-    needed = 0 if sharded_base_of(model) is not None else fp8_weight_bytes(model)  # each would keep all of it
+    needed = 0 if streamed_base_of(model) is not None else fp8_weight_bytes(model)  # all would be kept
     if not needed or set(blocks) != {"none"} or not step.fits(blocks, free_bytes, beside=needed):
         return False
     keep_fp8_weights(model)

@@ -31,12 +31,13 @@ def model_with_adapter(
     seed: int,
     adapter: str | None = None,
     share_out: bool = False,
+    offload: bool = False,
 ) -> Any:
     """The model on this process's device, made trainable by the method, ready for packed documents.
 
     Args:
         adapter: the folder of a trained adapter to begin from; None for a fresh one.
-        share_out: whether the frozen weights are shared out over the processes, see `load_model`.
+        share_out, offload: where the frozen weights lie, see `load_model`.
     """
     from falcon_qlora.models.forward import enable_packing
     from falcon_qlora.models.load import load_model
@@ -58,6 +59,7 @@ def model_with_adapter(
             llm_int8_threshold=settings.llm_int8_threshold,
             revision=settings.model_revision,
             share_out=share_out,
+            offload=offload,
         )
     check_vocabulary(
         tokenizer,

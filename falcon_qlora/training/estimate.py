@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.fp8 import FIRST_CAPABILITY, fp8_excludes
@@ -16,8 +16,9 @@ from falcon_qlora.methods.interface import trainable_count
 from falcon_qlora.methods.lora import Lora
 from falcon_qlora.models import step_memory
 from falcon_qlora.models.layouts import layout_of
-from falcon_qlora.models.sizes import weight_bytes
+from falcon_qlora.models.sizes import stored_bytes, weight_bytes
 from falcon_qlora.models.step_memory import Checkpointing, Step
+from falcon_qlora.processes import devices
 from falcon_qlora.training import sharding
 from falcon_qlora.training.cards import MEASURED, Card, card_named
 from falcon_qlora.training.expected_speed import StepTime
@@ -83,18 +84,25 @@ def step_of(
     )
 
 
-def why_reference(configuration: Configuration, config: PreTrainedConfig) -> str | None:
-    """Why the blocks would run on the reference path; None where they run on the fast one."""
+def why_reference(
+    configuration: Configuration, config: PreTrainedConfig, card: Card | None = None
+) -> str | None:
+    """Why the blocks would run on the reference path of a card; None where they run on the fast one."""
     method, layout = configuration.method, layout_of(config)
     if configuration.model.kernels == "off":
         return "--kernels off"
-    if configuration.model.compute_dtype == "fp16":
+    if _dtype_on(configuration, card) == "float16":
         return "computes in float16"
     if method.is_whole:
         return "every weight is trained"
     if method.step_memory().get("scaled") and layout.residuals == 2:
         return "scales and biases on the linears"
     return "DoRA" if isinstance(method, Lora) and method.use_dora else layout.unlike_fast_block()
+
+
+def _dtype_on(configuration: Configuration, card: Card | None) -> str:
+    bfloat16 = card is None or card.bfloat16
+    return devices.dtype_name(configuration.model.compute_dtype, bfloat16=bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +115,8 @@ class Estimate:
         blocks: what each block keeps.
         micro_batch_tokens: the micro batch's capacity.
         tokens_per_second: over all processes; None where the card's ceilings are not known.
+        host_bytes: page-locked CPU memory of a process, with ``--offload_base``.
+        passes: with it, `StepTime.passes`; None where the card's ceilings are not known.
     """
 
     card: Card | None
@@ -114,6 +124,8 @@ class Estimate:
     blocks: list[Checkpointing]
     micro_batch_tokens: int
     tokens_per_second: float | None
+    host_bytes: int = 0
+    passes: tuple[tuple[float, float], tuple[float, float]] | None = None
 
     @property
     def card_gib(self) -> float:
@@ -155,14 +167,15 @@ def estimate_here(
     """
     import torch
 
-    from falcon_qlora.processes import devices, ranks
+    from falcon_qlora.processes import ranks
 
     device = devices.local_device()
     if device.type != "cuda" or configuration.run.sharding == "zero3":
         return None
     name, gib = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1] / GIB
     known = card_named(name, gib)
-    card = Card(name=name, title=name, gib=gib) if known is None else replace(known, gib=gib)
+    card = replace(known or Card(name=name, title=name, gib=gib), gib=gib)
+    card = replace(card, bfloat16=devices.has_bfloat16(device))
     rows = of_rows(configuration, plan) if plan is not None else {}
     return Estimator(configuration, config, processes=ranks.world_size(), **rows).on(card)
 
@@ -203,11 +216,10 @@ class Estimator:
         self.document_tokens = min(document_tokens, configuration.data.max_length)
         self.real_share = real_share
         settings, method = configuration.model, configuration.method
-        self.reason = why_reference(configuration, config)
         self.in_fp8 = settings.compute_dtype == "fp8"
         excluded = fp8_excludes(kernels=settings.kernels, **method.fp8_facts()) if self.in_fp8 else None
-        if self.in_fp8 and (excluded or self.reason):
-            raise UserError(f"--compute_dtype fp8: {excluded or self.reason}. Use --compute_dtype auto.")
+        if self.in_fp8 and (excluded := excluded or self.reason_on(None)):
+            raise UserError(f"--compute_dtype fp8: {excluded}. Use --compute_dtype auto.")
         self.optim = configuration.trainer["optim"]
         if configuration.run.sharding == "fsdp" and processes == 1:
             raise UserError(
@@ -230,9 +242,25 @@ class Estimator:
     def _all(self, card: Card | None, checkpointing: Checkpointing, sequences: int) -> Estimate:
         return self.on(card, checkpointing=checkpointing, sequences=sequences)
 
-    def choices(self) -> Sequence[Checkpointing]:
+    def reason_on(self, card: Card | None) -> str | None:
+        """See `why_reference`."""
+        return why_reference(self.configuration, self.config, card)
+
+    def choices(self, card: Card | None) -> Sequence[Checkpointing]:
         """What the blocks may be asked to keep."""
-        return [each for each in _ALL if each != "selective" or self.reason is None]
+        return [each for each in _ALL if each != "selective" or self.reason_on(card) is None]
+
+    def why_not_on(self, card: Card) -> str | None:
+        """Why a card cannot compute what is asked for; None where it can."""
+        dtype = self.configuration.model.compute_dtype
+        if self.in_fp8 and card.bf16 and card.fp8 is None:
+            first = ".".join(map(str, FIRST_CAPABILITY))
+            return f"--compute_dtype fp8: {card.title} has no FP8, which begins at compute capability {first}"
+        if dtype == "bf16" and not card.bfloat16:
+            return f"--compute_dtype bf16: {card.title} has no bfloat16"
+        if self.configuration.method.is_whole and _dtype_on(self.configuration, card) == "float16":
+            return f"--method full does not train in fp16, in which {card.title} computes"
+        return None
 
     def on(
         self, card: Card | None, *, checkpointing: str | None = None, sequences: int | None = None
@@ -244,18 +272,15 @@ class Estimator:
             sequences: of a micro batch, likewise.
 
         Raises:
-            UserError: if the card has no FP8, which is asked for.
+            UserError: if the card cannot compute in what is asked for.
         """
         settings, method, run = self.configuration.model, self.configuration.method, self.configuration.run
-        if self.in_fp8 and card is not None and card.bf16 and card.fp8 is None:
-            first = ".".join(map(str, FIRST_CAPABILITY))
-            raise UserError(
-                f"--compute_dtype fp8: {card.title} has no FP8, which begins at compute capability {first}. "
-                "Use --compute_dtype auto."
-            )
+        if card is not None and (reason := self.why_not_on(card)):
+            raise UserError(f"{reason}. Use --compute_dtype {'fp32' if method.is_whole else 'auto'}.")
         if sequences is not None:
             run = replace(run, per_device_train_batch_size=sequences)
-        value_bytes = 4 if settings.compute_dtype == "fp32" else 2
+        fast = self.reason_on(card) is None
+        value_bytes = 4 if _dtype_on(self.configuration, card) == "float32" else 2
         sharded, shared_out = self._is_sharded(card, value_bytes), self._shares_out
         optim = sharding.OPTIMIZER if sharded else self.optim
         parts = self.processes if sharded else 1
@@ -265,20 +290,25 @@ class Estimator:
             method,
             max_length=self.configuration.data.max_length,
             optimizer=optim,
-            fast=self.reason is None,
+            fast=fast,
             in_fp8=self.in_fp8,
             value_bytes=value_bytes,
             trainable=self.trainable // parts,
             processes=self.processes,
             is_sharded=sharded,
         )
+        stored: dict[str, Any] = {
+            "double_quantization": settings.double_quantization,
+            "compute_bytes": value_bytes,
+        }
         weights = weight_bytes(
             self.config,
             settings.quantize_mode,
-            double_quantization=settings.double_quantization,
-            compute_bytes=value_bytes,
             processes=self.processes if shared_out else 1,
+            offloaded=run.offload_base,
+            **stored,
         )
+        on_host = stored_bytes(self.config, settings.quantize_mode, **stored) if run.offload_base else 0
         held = {"weights": weights // parts}
         if not method.is_whole:
             held["adapter"] = 4 * self.trainable
@@ -292,12 +322,16 @@ class Estimator:
         blocks, kept = self._blocks(step, card, checkpointing or run.checkpointing, held, outside)
         if kept:
             held["weights in FP8"] = kept
+        time = self._time(step, blocks, fp8_kept=bool(kept), streamed=on_host)
+        known = card if card is not None and card.bf16 is not None else None
         return Estimate(
             card=card,
             parts=held | step.parts(blocks) | outside,
             blocks=blocks,
             micro_batch_tokens=step.tokens,
-            tokens_per_second=self._speed(card, step, blocks, fp8_kept=bool(kept)),
+            tokens_per_second=None if known is None else self._speed(known, time),
+            host_bytes=on_host,
+            passes=time.passes(known) if known is not None and on_host else None,
         )
 
     @property
@@ -318,24 +352,22 @@ class Estimator:
         free = math.inf
         if card is not None:
             free = card.gib * GIB - sum(held.values()) - sum(outside.values())
-        if wanted == "selective" and self.reason is not None:
+        if wanted == "selective" and not step.fast:
+            reason = self.reason_on(card)
             raise UserError(
-                f"--checkpointing selective is the fast path's: {self.reason}. Give full, none or auto"
+                f"--checkpointing selective is the fast path's: {reason}. Give full, none or auto"
             )
         blocks: list[Checkpointing] = ["none" if wanted == "auto" else wanted] * self.config.num_hidden_layers  # type: ignore[list-item]
         if wanted == "auto":
             blocks = step.choose(free)
         in_fp8 = 2 * layout_of(self.config).linear_parameter_count() if self.in_fp8 else 0
-        keeps = set(blocks) == {"none"} and not self._shares_out and step.fits(blocks, free, beside=in_fp8)
+        stays = not (self._shares_out or self.configuration.run.offload_base)
+        keeps = set(blocks) == {"none"} and stays and step.fits(blocks, free, beside=in_fp8)
         return blocks, in_fp8 if keeps else 0
 
-    def _speed(
-        self, card: Card | None, step: Step, blocks: list[Checkpointing], *, fp8_kept: bool
-    ) -> float | None:
-        if card is None or card.bf16 is None:
-            return None
-        settings, method, run = self.configuration.model, self.configuration.method, self.configuration.run
-        time = StepTime(
+    def _time(self, step: Step, blocks: list[Checkpointing], *, fp8_kept: bool, streamed: int) -> StepTime:
+        settings, method = self.configuration.model, self.configuration.method
+        return StepTime(
             config=self.config,
             quantize_mode=settings.quantize_mode,
             tokens=step.tokens,
@@ -344,13 +376,17 @@ class Estimator:
             document_tokens=self.document_tokens,
             low_rank=isinstance(method, Lora),
             dropout=step.lora_dropout,
-            fast=self.reason is None,
+            fast=step.fast,
             all_trained=method.is_whole,
             in_fp8=self.in_fp8,
             fp8_kept=fp8_kept,
             optim=self.optim,
+            streamed=streamed,
         )
-        sequences = step.tokens // self.configuration.data.max_length
+
+    def _speed(self, card: Card, time: StepTime) -> float:
+        run = self.configuration.run
+        sequences = time.tokens // self.configuration.data.max_length
         micro_batches = run.gradient_accumulation_steps
         if run.global_batch_size is not None:
             micro_batches = max(1, math.ceil(run.global_batch_size / (sequences * self.processes)))

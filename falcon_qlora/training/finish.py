@@ -22,7 +22,8 @@ from falcon_qlora.data.batches import TrainingSteps
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.hub import push_folder
 from falcon_qlora.models.sharded import is_sharded, take_part
-from falcon_qlora.models.sharded_base import follow, leading, replicated
+from falcon_qlora.models.sharded_base import follow, leading
+from falcon_qlora.models.streamed_base import replicated
 from falcon_qlora.processes import agreement, endings, lookout, ranks, stop_signals
 from falcon_qlora.processes.stop_signals import Stopped
 from falcon_qlora.run_folder.directory import RunDirectory
@@ -108,6 +109,7 @@ def finish(
         best_eval_loss=best[0],
         best_step=best[1],
         bad_steps=trainer.step.bad_steps.total,
+        overflowed_steps=trainer.step.bad_steps.overflowed,
         micro_batch_parts=2**trainer.step.halvings,
         tokens=trainer.state.num_input_tokens_seen,
         samples=plan.documents_until(trainer.state.global_step) if plan is not None else None,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.quantities import gib
 from falcon_qlora.config import Configuration
 from falcon_qlora.config.arguments import ModelArguments
 from falcon_qlora.config.quantized import refuse_needing_16bit
@@ -109,6 +110,7 @@ def check(configuration: Configuration, lock: RunLock) -> Start:
         sharding=run.sharding,
         on_cpu=run.device == "cpu",
         processes=ranks.world_size() if sharding.shares_out_base(configuration) else 1,
+        offloaded=run.offload_base,
     )
     sharding.check(configuration, config)
     training = configuration.training
@@ -141,12 +143,19 @@ def _follow_checkpoint(configuration: Configuration) -> None:
 
 
 def _check_model(
-    settings: ModelArguments, method: Method, *, sharding: str, on_cpu: bool, processes: int = 1
+    settings: ModelArguments,
+    method: Method,
+    *,
+    sharding: str,
+    on_cpu: bool,
+    processes: int = 1,
+    offloaded: bool = False,
 ) -> PreTrainedConfig:
     """Refuse a model of unknown layout or too large for the device, before its weights are downloaded.
 
     Args:
         processes: over which the base is shared out.
+        offloaded: whether its blocks are in CPU memory.
     """
     import torch
 
@@ -170,6 +179,8 @@ def _check_model(
         lambda: find_config(settings.model_name_or_path, revision=settings.model_revision)
     )
     trainable = trainable_count(method, config)
+    if offloaded:
+        _check_host(config, settings, dtype.itemsize)
     if device.type != "cuda":
         count = layout_of(config).parameter_count()
         if count > _MOST_PARAMETERS_ON_CPU and not on_cpu:
@@ -178,6 +189,9 @@ def _check_model(
                 "visible (see nvidia-smi and CUDA_VISIBLE_DEVICES). If the CPU is meant: --device cpu"
             )
         return config
+    ways = []
+    if not (offloaded or method.is_whole or method.why_base_stays_whole):
+        ways = ["--sharding fsdp"] * (processes == 1 < ranks.world_size()) + ["--offload_base"]
     check_fits(
         config,
         settings.quantize_mode,
@@ -185,6 +199,30 @@ def _check_model(
         free_bytes=torch.cuda.mem_get_info(device)[0],
         double_quantization=settings.double_quantization,
         processes=processes,
-        may_share_out=processes == 1 < ranks.world_size() and not method.is_whole,
+        offloaded=offloaded,
+        ways=ways,
     )
     return config
+
+
+def _check_host(config: PreTrainedConfig, settings: ModelArguments, compute_bytes: int) -> None:
+    """Refuse a base that CPU memory does not hold as often as there are processes on this node."""
+    from falcon_qlora.checkpoint.host_copy import free_host_bytes
+    from falcon_qlora.models.sizes import stored_bytes
+
+    each = stored_bytes(
+        config,
+        settings.quantize_mode,
+        double_quantization=settings.double_quantization,
+        compute_bytes=compute_bytes,
+    )
+    here, free = ranks.local_world_size(), free_host_bytes()
+    if here * each > free:
+        of_all = f", {gib(here * each, 1)} for the {here} processes here" if here > 1 else ""
+        raise UserError(
+            f"--offload_base: the blocks' weights in {settings.quantize_mode} take {gib(each, 1)} of CPU "
+            f"memory{of_all}, and {gib(free, 1)} are free: {gib(here * each - free, 1)} short. Use "
+            + ("fewer --gpus, " if here > 1 else "")
+            + ("" if settings.quantize_mode == "4bit" else "--quantize_mode 4bit, ")
+            + "a smaller model, or a machine with more memory"
+        )

@@ -101,6 +101,7 @@ def start_rows(
         double_quantization=settings.double_quantization,
         compute_bytes=model.dtype.itemsize,
         processes=processes if sharded_base_of(model) is not None else 1,
+        offloaded=run.offload_base,
     )
     nodes = processes // ranks.local_world_size()
     batch = f"{global_batch(run)} × {configuration.data.max_length:,} tokens a step"

@@ -91,7 +91,13 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
         fingerprint = check_base(base, checkpoint=start.checkpoint, adapter=begin_from)
         check_alike(configuration, data, tokenizer)
         model = build.model_with_adapter(
-            base, method, tokenizer, seed=run.seed, adapter=begin_from, share_out=share_out
+            base,
+            method,
+            tokenizer,
+            seed=run.seed,
+            adapter=begin_from,
+            share_out=share_out,
+            offload=run.offload_base,
         )
     kernels = choose_kernels(model, kernels=base.kernels, compute_dtype=base.compute_dtype)
     notes = shard_if_wanted(configuration, model)

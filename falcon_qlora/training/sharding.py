@@ -28,6 +28,8 @@ def shard_if_wanted(configuration: Configuration, model: Any) -> list[str]:
     Raises:
         UserError: if it cannot be sharded that way.
     """
+    if configuration.run.offload_base:
+        return ["the blocks' frozen weights are in CPU memory; the embedding and the head stay on the device"]
     if shares_out_base(configuration):
         return [f"the base's frozen weights are shared out over the {ranks.world_size()} processes"]
     if not _wanted(configuration, model.config):

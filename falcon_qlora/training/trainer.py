@@ -38,7 +38,8 @@ from falcon_qlora.inference.evaluation import Evaluation
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models import zero3
 from falcon_qlora.models.sharded import is_sharded, needs_all_processes
-from falcon_qlora.models.sharded_base import alone, sharded_base_of
+from falcon_qlora.models.sharded_base import alone
+from falcon_qlora.models.streamed_base import streamed_base_of
 from falcon_qlora.processes import agreement, lookout, stop_signals
 from falcon_qlora.processes.stop_signals import Stopped
 from falcon_qlora.processes.watchdog import Watchdog
@@ -141,6 +142,9 @@ class FalconTrainer(SFTTrainer):
             data_collator=_only,
             callbacks=callbacks,
         )
+        if self.accelerator.mixed_precision == "fp16" and self.accelerator.scaler is None:
+            # On the CPU, where Accelerate would compute in float32 and scale nothing.
+            self.accelerator.native_amp, self.accelerator.scaler = True, torch.amp.GradScaler("cpu")
         self.remove_callback(PrinterCallback)
         self.remove_callback(DefaultFlowCallback)
         # First, so that the others see its counts.
@@ -171,8 +175,8 @@ class FalconTrainer(SFTTrainer):
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         # Without DistributedDataParallel: the step, or a sharded model itself, sums gradients.
-        # A base that is shared out must not move; on a CPU others get copied to one by a number.
-        stays = False if sharded_base_of(model) is not None else None
+        # A base that is streamed must not move; on a CPU others get copied to one by a number.
+        stays = False if streamed_base_of(model) is not None else None
         prepared = self.accelerator.prepare_model(model, device_placement=stays, evaluation_mode=True)
         prepared._is_accelerate_prepared = True
         if not zero3.is_zero3(model):
@@ -463,7 +467,7 @@ class FalconTrainer(SFTTrainer):
         """True if the weights that the model has now have taken a step; None if that is not known."""
         step = self.kept_step
         first = self._first_learning_step
-        # In fp16 the scaler skips steps silently.
+        # In fp16 the scaler skips steps too, and how many is known a step late.
         all_count = self.step.bad_steps.total == 0 and self.accelerator.scaler is None
         return True if first is not None and all_count and step is not None and step >= first else None
 
@@ -481,6 +485,8 @@ class FalconTrainer(SFTTrainer):
             logs["tokens"] = self.state.num_input_tokens_seen
             logs.update(self.meter.interval())
             logs["peak_memory_gib"] = peak_memory_gib()
+            if self.accelerator.scaler is not None:
+                logs["loss_scale"] = self.accelerator.scaler.get_scale()
         super().log(logs, start_time)
 
     def _mean_of_counted(self, loss: float) -> float:

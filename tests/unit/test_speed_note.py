@@ -93,6 +93,7 @@ def test_only_what_would_help_is_told(
 @pytest.mark.parametrize(("name", "is_known"), [("NVIDIA H200", True), ("NVIDIA L40S", False)])
 def test_a_run_is_estimated_on_its_own_gpu(name: str, is_known: bool, on_gpu: pytest.MonkeyPatch) -> None:
     on_gpu.setattr(torch.cuda, "get_device_name", lambda *_: name)
+    on_gpu.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     on_gpu.setattr(torch.cuda, "mem_get_info", lambda *_: (1, 47 * 2**30))
     words, outline = ["-m", "random:falcon-7b"], find_outline_here("random:falcon-7b")
     found = estimate_here(parse(words), outline, None)
