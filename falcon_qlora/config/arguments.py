@@ -200,6 +200,14 @@ class RunArguments:
         "Sequences of --max_length to a step over all devices, instead of --gradient_accumulation_steps.",
         least=1,
     )
+    batch_tokens: str = setting(
+        "auto",
+        "Tokens of a packed micro batch. It cuts a step, whose size -b, --gradient_accumulation_steps and "
+        "--global_batch_size say.\n"
+        "auto: the fastest that fits the card, whatever is free; as -b on the CPU, and with --sharding fsdp "
+        "or zero3\n"
+        "N: at most so many",
+    )
     checkpointing: Literal["auto", "none", "selective", "full", "offload"] = setting(
         "auto",
         "Activation checkpointing: what blocks recompute in the backward pass.\n"

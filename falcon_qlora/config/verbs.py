@@ -32,9 +32,9 @@ _ROWS = _names(DataArguments) - _ORDER | {"hang_minutes"}
 _NEW_TOKENS = frozenset({"method", "new_tokens"})
 # A bench of whole commands sets these itself, or they would make its figures another recipe's.
 BENCH_SETS = frozenset(
-    "recipe compute_dtype per_device_train_batch_size global_batch_size gradient_accumulation_steps packing "
-    "padding num_train_epochs device dry_run output_dir resume overwrite report_to save_strategy "
-    "lora_dropout".split()
+    "recipe compute_dtype per_device_train_batch_size global_batch_size gradient_accumulation_steps "
+    "batch_tokens packing padding num_train_epochs device dry_run output_dir resume overwrite report_to "
+    "save_strategy lora_dropout".split()
 )
 
 

@@ -51,6 +51,7 @@ _MAY_CHANGE = {
     "num_train_epochs": "the learning-rate schedule changes",
     "kernels": "the losses agree up to rounding",
     "per_device_train_batch_size": "the losses agree up to rounding, but not with dropout",
+    "batch_tokens": "the losses agree up to rounding, but not with dropout",
     "eval_split": "held-out losses before and after are of other rows, also where the best is chosen by them",
     "sharding": "the losses agree up to rounding",
     "tf32": "the losses agree up to rounding",
@@ -218,6 +219,29 @@ def compared_settings(configuration: Configuration) -> dict[str, Any]:
     of_batch = ("global_batch_size", "gradient_accumulation_steps")
     names = (*_DECISIVE, *_decisive_of_method(configuration), *_DECISIVE_FOR_STREAMS, *_MAY_CHANGE, *of_batch)
     return {name: settings[name] for name in names if name in settings}
+
+
+def recorded_cut(checkpoint: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The recorded settings of a run to resume, and how its steps were cut: see `Cutter.record`.
+
+    Returns:
+        The settings, none of an older release; and ``tokens``, ``room`` and ``card_gib``, or None likewise.
+
+    Raises:
+        UserError: if the record is not what training wrote.
+    """
+    record = manifest.read_manifest(Path(checkpoint))
+    cut = record.get("cut")
+    if cut is None:
+        return record.get("settings") or {}, None
+    known = isinstance(cut, dict) and is_count(cut.get("tokens"), least=2)
+    if not known or not _is_share(cut.get("room")) or not isinstance(cut.get("card_gib"), float | None):
+        raise _not_what_training_wrote(Path(checkpoint), "cut", cut)
+    return record.get("settings") or {}, {name: cut[name] for name in ("tokens", "room", "card_gib")}
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, float) and 0 < value <= 1
 
 
 def _decisive_of_method(configuration: Configuration) -> list[str]:
