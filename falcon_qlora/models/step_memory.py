@@ -43,7 +43,8 @@ Checkpointing = Literal["none", "selective", "full", "offload"]
 _REFERENCE_FACTOR, _ALL_TRAINED_FACTOR = 1.9, 2.0
 # The libraries' workspaces, and what the allocator rounds up.
 _UNCOUNTED_BYTES = 2**28
-_USABLE_SHARE = 0.92
+USABLE_SHARE = 0.92
+"""Of what is free, that a step may be predicted to take."""
 # What the allocator leaves unused in FP8, whose pieces are of many sizes: nothing where documents are of one
 # length, 9 % of what is kept in batches of Alpaca's rows.
 _FP8_ROUNDING = 0.045
@@ -118,7 +119,7 @@ class Step:
 
     def fits(self, blocks: Sequence[Checkpointing], free_bytes: float, *, beside: int = 0) -> bool:
         """Whether a step and `beside` more bytes fit into the free memory with some to spare."""
-        return self.bytes(blocks) + beside <= _USABLE_SHARE * free_bytes
+        return self.bytes(blocks) + beside <= USABLE_SHARE * free_bytes
 
     def choose(self, free_bytes: float) -> list[Checkpointing]:
         """Choose what each block keeps, so that no more is recomputed than `free_bytes` demand.

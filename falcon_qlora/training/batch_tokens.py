@@ -26,9 +26,8 @@ if TYPE_CHECKING:
     from falcon_qlora.models.step_memory import Checkpointing
     from falcon_qlora.training.activations import Activations
 
-# Of the memory that was reckoned with, what is after it ran out; and how often that is tried.
-_LESS = 0.9
-_MOST_TRIES = 24
+# Where memory has run out, the share of it that the next cut may take.
+_LESS = 0.85
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +39,14 @@ class Cut:
         micro_batches: of a step on each process.
         why: for the terminal.
         found: by the memory model; None where what blocks keep depends on what is free.
-        room: the share of the card's memory that was reckoned with.
+        gib: of the card's memory that was reckoned with; None: all of it.
     """
 
     tokens: int
     micro_batches: int
     why: str
     found: Estimate | None = None
-    room: float = 1.0
+    gib: float | None = None
 
     @property
     def blocks(self) -> list[Checkpointing] | None:
@@ -70,12 +69,14 @@ class Cutter:
         cut: now.
         notes: what a user should know of it.
         may_shrink: whether the first step may take a smaller one.
+        without: ranks whose memory has run out, until that is told.
         activations: what `keep` chose.
     """
 
     cut: Cut
     notes: list[str] = field(default_factory=list)
     may_shrink: bool = False
+    without: list[int] = field(default_factory=list)
     activations: Activations = field(init=False)
     _estimator: Estimator | None = None
     _card: Card | None = None
@@ -87,34 +88,47 @@ class Cutter:
         self._choose = choose
         self.activations = choose(cut=self.cut)
 
-    def smaller(self) -> bool:
-        """Take the next cut that needs less memory; False: there is none."""
+    def told_smaller(self) -> str | None:
+        """What a user should know once a smaller cut has done, told once; None if none was taken."""
+        if not self.without:
+            return None
+        ranks = f"{'rank' if len(self.without) == 1 else 'ranks'} {', '.join(map(str, self.without))}"
+        self.without = []
+        return (
+            f"out of memory in the first step on {ranks}: all ranks began it again with {self.cut.told()}; "
+            f"{self.activations.described()}"
+        )
+
+    def smaller(self, without: list[int]) -> bool:
+        """Take the next cut that needs less memory; False: there is none.
+
+        Args:
+            without: ranks whose memory has run out.
+        """
         if not self.may_shrink or self._estimator is None or self._card is None or self.cut.found is None:
             return False
-        room, before = self.cut.room, sum(self.cut.found.parts.values())
-        for _ in range(_MOST_TRIES):
-            room *= _LESS
-            found = decide(self._estimator, self._card, tokens=self._fixed, room=room)
-            if sum(found.parts.values()) < before:
-                self.cut = _decided(found, f"out of memory before: for {room:.0%} of the card", room=room)
-                self.activations = self._choose(cut=self.cut, held_bytes=self.activations.held_bytes)
-                return True
-        return False
+        gib = self.cut.found.gib_for(_LESS)
+        found = decide(self._estimator, self._card, tokens=self._fixed, gib=gib)
+        if found.step_bytes >= self.cut.found.step_bytes:
+            return False
+        self.cut = _decided(found, "smaller, as memory had run out", gib=gib)
+        self.activations = self._choose(cut=self.cut, held_bytes=self.activations.held_bytes)
+        self.without = sorted({*self.without, *without})
+        return True
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint keeps, see `recorded_cut`."""
         return {
             "tokens": self.cut.tokens,
             "checkpointing": None if self.cut.found is None else self.cut.found.checkpointing,
-            "room": self.cut.room,
             "card_gib": None if self._card is None else self._card.gib,
+            "gib": self.cut.gib,
         }
 
 
-def _decided(found: Estimate, why: str, *, room: float = 1.0) -> Cut:
-    return Cut(
-        tokens=found.micro_batch_tokens, micro_batches=found.micro_batches, why=why, found=found, room=room
-    )
+def _decided(found: Estimate, why: str, *, gib: float | None = None) -> Cut:
+    tokens, count = found.micro_batch_tokens, found.micro_batches
+    return Cut(tokens=tokens, micro_batches=count, why=why, found=found, gib=gib)
 
 
 def choose(
@@ -153,18 +167,18 @@ def choose(
         return Cutter(cut=Cut(tokens=tokens, micro_batches=count, why=why), notes=wanted.notes)
     rows = of_rows(configuration, plan) if plan is not None else {}
     estimator = Estimator(configuration, config, processes=processes, reference=reference, **rows)
-    room = wanted.room if wanted.card_gib == card.gib else 1.0
-    found = decide(estimator, card, tokens=wanted.tokens, room=room)
+    gib = wanted.gib if wanted.card_gib == card.gib else None
+    found = decide(estimator, card, tokens=wanted.tokens, gib=gib)
     if wanted.kept and given(run) is None and wanted.card_gib != card.gib and not found.has_room:
         before, wanted = wanted, _Wanted(notes=wanted.notes)
-        found, room = decide(estimator, card), 1.0
+        found = decide(estimator, card)
         wanted.notes.append(
             f"the run's micro-batches of {before.tokens:,} tokens do not fit {card.title} "
             f"({card.gib:.1f} GiB) by the memory model: from here on they have {found.micro_batch_tokens:,} "
             "(--batch_tokens N says otherwise), and the losses agree up to rounding, but not with dropout"
         )
     return Cutter(
-        cut=_decided(found, wanted.why if wanted.tokens else "auto: the fastest that fits", room=room),
+        cut=_decided(found, wanted.why if wanted.tokens else "auto: the fastest that fits", gib=gib),
         notes=wanted.notes,
         may_shrink=not wanted.kept,
         _estimator=estimator,
@@ -205,8 +219,8 @@ class _Wanted:
     why: str = ""
     kept: bool = False
     as_before: bool = False
-    room: float = 1.0
     card_gib: float | None = None
+    gib: float | None = None
     notes: list[str] = field(default_factory=list)
 
 

@@ -34,14 +34,16 @@ def candidates(sequences: int) -> list[int]:
     return sorted({math.ceil(sequences / count) for count in range(1, sequences + 1)})
 
 
-def decide(estimator: Estimator, card: Card, *, tokens: int | None = None, room: float = 1.0) -> Estimate:
+def decide(
+    estimator: Estimator, card: Card, *, tokens: int | None = None, gib: float | None = None
+) -> Estimate:
     """The fastest cut on a card, and what its blocks keep; the smallest, if none fits. A pure function.
 
     Args:
         tokens: of a micro-batch, where that is fixed and only what is recomputed is open.
-        room: the share of the card's memory to reckon with.
+        gib: of the card's memory, so much is reckoned with; None: all of it.
     """
-    within = replace(card, gib=room * card.gib)
+    within = card if gib is None else replace(card, gib=gib)
     if tokens is not None:
         return estimator.on(within, tokens=tokens)
     # Where ceilings are not known, cuts compare as they would on the card that was measured.

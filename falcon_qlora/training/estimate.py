@@ -119,6 +119,7 @@ class Estimate:
         micro_batch_tokens: the micro batch's capacity.
         micro_batches: of a step.
         has_room: whether it fits with what `Step.fits` leaves to spare.
+        step_bytes: of the parts, those that a step takes, with weights kept in FP8.
         tokens_per_second: over all processes; None where the card's ceilings are not known.
     """
 
@@ -129,6 +130,7 @@ class Estimate:
     tokens_per_second: float | None
     micro_batches: int = 1
     has_room: bool = True
+    step_bytes: int = 0
 
     @property
     def card_gib(self) -> float:
@@ -138,6 +140,11 @@ class Estimate:
     @property
     def fits(self) -> bool | None:
         return None if self.card is None else self.card_gib <= self.card.gib
+
+    def gib_for(self, share: float) -> float:
+        """The GiB of a card that has room for a step that takes this share of what this one does."""
+        beside = sum(self.parts.values()) - self.step_bytes
+        return (beside + share * self.step_bytes / step_memory.USABLE_SHARE) / GIB
 
     @property
     def basis(self) -> str:
@@ -303,6 +310,7 @@ class Estimator:
             tokens_per_second=self._speed(card, step, blocks, evenly, count, fp8_kept=bool(kept)),
             micro_batches=count,
             has_room=step.fits(blocks, free, beside=kept),
+            step_bytes=step.bytes(blocks) + kept,
         )
 
     def shares_out(self, card: Card | None) -> bool:

@@ -225,7 +225,7 @@ def recorded_cut(checkpoint: str) -> tuple[dict[str, Any], dict[str, Any] | None
     """The recorded settings of a run to resume, and how its steps were cut: see `Cutter.record`.
 
     Returns:
-        The settings, none of an older release; and ``tokens``, ``room`` and ``card_gib``, or None likewise.
+        The settings, none of an older release; and ``tokens``, ``card_gib`` and ``gib``, or None likewise.
 
     Raises:
         UserError: if the record is not what training wrote.
@@ -234,14 +234,10 @@ def recorded_cut(checkpoint: str) -> tuple[dict[str, Any], dict[str, Any] | None
     cut = record.get("cut")
     if cut is None:
         return record.get("settings") or {}, None
-    known = isinstance(cut, dict) and is_count(cut.get("tokens"), least=2)
-    if not known or not _is_share(cut.get("room")) or not isinstance(cut.get("card_gib"), float | None):
+    sizes = [cut.get("card_gib"), cut.get("gib")] if isinstance(cut, dict) else [""]
+    if not all(isinstance(size, float | None) for size in sizes) or not is_count(cut.get("tokens"), least=2):
         raise _not_what_training_wrote(Path(checkpoint), "cut", cut)
-    return record.get("settings") or {}, {name: cut[name] for name in ("tokens", "room", "card_gib")}
-
-
-def _is_share(value: Any) -> bool:
-    return isinstance(value, float) and 0 < value <= 1
+    return record.get("settings") or {}, {name: cut.get(name) for name in ("tokens", "card_gib", "gib")}
 
 
 def _decisive_of_method(configuration: Configuration) -> list[str]:

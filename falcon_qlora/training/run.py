@@ -171,6 +171,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
         notes=[
             *record.start_notes(configuration, data, model, kernels, estimated()),
             *cutter.notes,
+            *filter(None, [cutter.told_smaller()]),
             *notes,
             *waiting_saves(trainer, optimizer=configuration.optimizer),
         ],

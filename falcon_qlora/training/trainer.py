@@ -233,7 +233,10 @@ class FalconTrainer(SFTTrainer):
             self._probe(model, inputs.micro_batches[0])
         if self._first_learning_step is None and max(self.lr_scheduler.get_last_lr()) > 0:
             self._first_learning_step = inputs.step + 1
-        return self.step(model, inputs)
+        loss = self.step(model, inputs)
+        if (told := self.cutter.told_smaller()) is not None:
+            note(told)
+        return loss
 
     def as_cut(self, share: Share) -> Share:
         """The share in the micro-batches of now; those of before may have been read ahead."""
@@ -245,16 +248,11 @@ class FalconTrainer(SFTTrainer):
         Args:
             without: ranks whose memory has run out.
         """
-        if not self.cutter.smaller():
+        if not self.cutter.smaller(without):
             return False
         self._was_cut_anew = True
         self.steps.dealing = replace(self.steps.dealing, tokens=self.cutter.cut.tokens)
         self.checkpointer.record["cut"] = self.cutter.record()
-        ranks = f"{'rank' if len(without) == 1 else 'ranks'} {', '.join(map(str, without))}"
-        note(
-            f"out of memory in the first step on {ranks}: all ranks begin it again with "
-            f"{self.cutter.cut.told()}, {self.cutter.activations.described()}"
-        )
         return True
 
     def _shrink(self, without: list[int]) -> Share | None:
