@@ -114,7 +114,7 @@ def test_out_of_memory_in_the_first_step_gives_all_ranks_the_next_cut_and_keeps_
     processes: Processes,
 ) -> None:
     card = {"do": "card", "mib": 60}
-    short = [card, {"do": "memory", "step": 1, "rank": 1, "most": 5}]
+    short = [card, {"do": "memory", "step": 1, "rank": 1, "tokens": 200}]
     folder = processes.folder
     status, output, errors = run(processes, "--output_dir", "short", faults=short, settings=WORDS)
     assert (status, errors) == (0, "")

@@ -30,7 +30,7 @@ from tests.layouts import FALCON_H1, FAMILIES
 
 KEYS = (
     "model method quantize_mode gpus gpu usable_gib card_gib fits checkpointing tokens_per_second hours "
-    "parts micro_batch_tokens largest_micro_batch steps tokens counted basis cards"
+    "parts micro_batch_tokens micro_batches largest_micro_batch steps tokens counted basis cards"
 ).split()
 
 
@@ -344,3 +344,20 @@ def test_a_plot_needs_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", "-m", "tiny", "--plot", "x.png"]) == 2
     assert "--table" in capsys.readouterr().err
     assert not os.path.exists("x.png")
+
+
+def test_a_step_is_cut_as_training_would_cut_it(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "-m random:falcon-7b --max_steps 5 -b 2 --gradient_accumulation_steps 8 --gpu"
+    large = estimate(f"{words} h200", capsys)
+    assert (large["micro_batches"], large["micro_batch_tokens"], large["checkpointing"]) == (
+        1,
+        32_768,
+        "none",
+    )
+    small = estimate(f"{words} 4090", capsys)
+    assert 2_048 < small["micro_batch_tokens"] < 32_768
+    assert small["fits"] is True
+    named = estimate(f"{words} 4090 --batch_tokens 4096", capsys)
+    assert (named["micro_batches"], named["micro_batch_tokens"]) == (8, 4096)
+    assert main(["estimate", *f"{words} h200".split()]) == 0
+    assert "16 × 2,048 tokens a step: 1 micro-batch of 32,768 tokens on a GPU\n" in capsys.readouterr().out
