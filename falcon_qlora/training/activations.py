@@ -182,7 +182,8 @@ def warm_up(trainer: FalconTrainer, run: RunArguments, *, max_length: int) -> No
     device = trainer.args.device
     # ZeRO-3 shards the model together with its optimizer, when training starts.
     tries = warms_up(device) and not is_zero3(trainer.model)
-    if not tries or largest_micro_batch(trainer) is None:
+    batch = largest_micro_batch(trainer) if tries else None
+    if batch is None:
         return
     model = trainer.model
 
@@ -208,18 +209,17 @@ def warm_up(trainer: FalconTrainer, run: RunArguments, *, max_length: int) -> No
             model.train(was_training)
         return True
 
-    while True:
+    fitted = fits(batch)
+    while trainer.cutter.may_shrink:
+        without = [rank for rank, fitted in enumerate(agreement.met_by_all(fitted)) if not fitted]
+        if not without or not trainer.shrink(without):
+            break
+        devices.free_memory()
         batch = largest_micro_batch(trainer)
         assert batch is not None
         fitted = fits(batch)
-        if trainer.cutter.may_shrink:
-            without = [rank for rank, fitted in enumerate(agreement.met_by_all(fitted)) if not fitted]
-            devices.free_memory()
-            if without and trainer.shrink(without):
-                continue
-        if not fitted:
-            raise UserError(_too_large(run, max_length, sum(batch.lengths)))
-        break
+    if not fitted:
+        raise UserError(_too_large(run, max_length, sum(batch.lengths)))
     agreement.wait_for_all()  # nothing is written where another process lacks memory
 
 

@@ -205,9 +205,9 @@ def test_without_rows_every_key_is_there(capsys: pytest.CaptureFixture[str]) -> 
     assert found["tokens_per_second"] > 10_000
     assert "not on this machine" in told
     assert "--max_steps" in told
-    found = estimate("-m random:falcon-7b --gpu h200 --max_steps 100 --global_batch_size 8", capsys)
-    assert (found["steps"], found["tokens"]) == (100, 100 * 8 * 2048)
-    assert found["hours"] == pytest.approx(100 * 8 * 2048 / found["tokens_per_second"] / 3600, rel=1e-3)
+    found = estimate("-m random:falcon-7b --gpu h200 --max_steps 1000 --global_batch_size 8", capsys)
+    assert (found["steps"], found["tokens"]) == (1000, 1000 * 8 * 2048)
+    assert found["hours"] == pytest.approx(1000 * 8 * 2048 / found["tokens_per_second"] / 3600, rel=1e-3)
 
 
 def test_full_fine_tuning_is_sharded_where_a_replica_does_not_fit(
