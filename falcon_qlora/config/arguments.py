@@ -190,7 +190,11 @@ class RunArguments:
         -1, "Optimizer steps; wins over the number of epochs where positive.", "-s", "--steps"
     )
     per_device_train_batch_size: int = setting(
-        4, "Sequences of --max_length on each device at a time.", "-b", "--batch_size_per_device", least=1
+        4,
+        "Sequences of --max_length on each device at a time; packed, --batch_tokens may cut them anew.",
+        "-b",
+        "--batch_size_per_device",
+        least=1,
     )
     gradient_accumulation_steps: int = setting(
         1, "Micro batches to an optimizer step, on each device.", least=1
