@@ -26,6 +26,7 @@ runs when no block does, and takes less: 0.13 GB for the logits of 1,024 tokens,
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -99,7 +100,7 @@ class Step:
         That is in the head, when the forward pass is done and all activations are kept, or in a block's
         backward pass.
         """
-        kept = self.tokens * sum(self._kept(each) for each in blocks)
+        kept = self.tokens * sum(count * self._kept(each) for each, count in Counter(blocks).items())
         if self.in_fp8:
             kept *= 1 + _FP8_ROUNDING
         gradients = self.trainable * self.trainable_bytes

@@ -59,7 +59,7 @@ def decide(
         best = min(close, key=lambda each: (each.card_gib, each.micro_batch_tokens))
     else:
         best = min(found, key=lambda each: (each.card_gib, each.micro_batch_tokens))
-    return estimator.on(within, tokens=best.micro_batch_tokens)
+    return best if known is within else estimator.on(within, tokens=best.micro_batch_tokens)
 
 
 def as_trained(estimator: Estimator, card: Card | None) -> Estimate:
