@@ -20,7 +20,9 @@ from falcon_qlora.common.settings import setting
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.processes.watchdog import end_native_code_after
 from falcon_qlora.training.cards import CARDS, Card, card_of
+from falcon_qlora.training.cuts import as_trained
 from falcon_qlora.training.estimate import Estimate, Estimator
+from falcon_qlora.training.rows import global_batch
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -157,8 +159,6 @@ def _tokenizer(configuration: Configuration) -> Any:
 
 def _length(configuration: Configuration, rows: Counted | None, processes: int) -> Length | None:
     """How long the run is; None where the rows are not known and no number of steps is given."""
-    from falcon_qlora.training.rows import global_batch
-
     run, data = configuration.run, configuration.data
     batch = global_batch(run, processes)
     if rows is None:
@@ -191,7 +191,7 @@ def _plan(configuration: Configuration, rows: Counted, batch: int) -> Any:
     )
 
 
-def _speed_of(configuration: Configuration, rows: Counted | None) -> dict[str, float]:
+def _speed_of(configuration: Configuration, rows: Counted | None) -> dict[str, Any]:
     from falcon_qlora.training.estimate import of_rows
 
     if rows is None:
@@ -204,7 +204,7 @@ def _record(
     configuration: Configuration, estimator: Estimator, card: Card | None, length: Length | None
 ) -> dict[str, Any]:
     """All that is known, for programs: GiB, tokens/s and hours; what is not known is None."""
-    found = estimator.on(card)
+    found = as_trained(estimator, card)
     speed = _speed(found)
     return {
         "model": configuration.model.model_name_or_path,
@@ -214,6 +214,7 @@ def _record(
         **_on_card(found, length),
         "parts": {name: round(size / GIB, 3) for name, size in found.parts.items()},
         "micro_batch_tokens": found.micro_batch_tokens,
+        "micro_batches": found.micro_batches,
         "largest_micro_batch": card and _largest(estimator, card),
         "steps": length and length.steps,
         "tokens": length and round(length.tokens),
@@ -253,7 +254,8 @@ def _on_card(found: Estimate, length: Length | None) -> dict[str, Any]:
 
 def _each_card(estimator: Estimator) -> list[tuple[Card, Estimate]]:
     """Every named card that can compute what is asked for."""
-    return [(card, estimator.on(card)) for card in CARDS.values() if estimator.why_not_on(card) is None]
+    able = [card for card in CARDS.values() if estimator.why_not_on(card) is None]
+    return [(card, as_trained(estimator, card)) for card in able]
 
 
 def _tell(
@@ -264,12 +266,15 @@ def _tell(
 
     settings, run, out = configuration.model, configuration.run, console()
     gpus = counted(estimator.processes, "GPU")
-    found = estimator.on(card)
+    found = as_trained(estimator, card)
     count = layout_of(estimator.config).parameter_count()
     print_plain(f"{settings.model_name_or_path}: {count:,} parameters in {settings.quantize_mode}")
     print_plain(f"{configuration.method.describe()}: {estimator.trainable:,} trained")
-    at_a_time = f"{run.per_device_train_batch_size} × {configuration.data.max_length:,} tokens at a time"
-    print_plain(f"{at_a_time} on {'a GPU' if estimator.processes == 1 else f'each of {gpus}'}")
+    batch = global_batch(run, estimator.processes)
+    step = f"{batch} × {configuration.data.max_length:,} tokens a step"
+    cut = counted(found.micro_batches, "micro-batch", "micro-batches")
+    on = "a GPU" if estimator.processes == 1 else f"each of {gpus}"
+    print_plain(f"{step}: {cut} of {found.micro_batch_tokens:,} tokens on {on}")
     if (reason := estimator.reason_on(card)) is not None:
         print_plain(f"on the reference path, which is slower and takes more: {reason}")
     print_plain("")

@@ -190,7 +190,11 @@ class RunArguments:
         -1, "Optimizer steps; wins over the number of epochs where positive.", "-s", "--steps"
     )
     per_device_train_batch_size: int = setting(
-        4, "Sequences of --max_length on each device at a time.", "-b", "--batch_size_per_device", least=1
+        4,
+        "Sequences of --max_length on each device at a time; packed, --batch_tokens may cut them anew.",
+        "-b",
+        "--batch_size_per_device",
+        least=1,
     )
     gradient_accumulation_steps: int = setting(
         1, "Micro batches to an optimizer step, on each device.", least=1
@@ -199,6 +203,14 @@ class RunArguments:
         None,
         "Sequences of --max_length to a step over all devices, instead of --gradient_accumulation_steps.",
         least=1,
+    )
+    batch_tokens: str = setting(
+        "auto",
+        "Tokens of a packed micro batch. It cuts a step, whose size -b, --gradient_accumulation_steps and "
+        "--global_batch_size say.\n"
+        "auto: the fastest that fits the card, whatever is free; as -b on the CPU, and with --sharding fsdp "
+        "or zero3\n"
+        "N: at most so many",
     )
     checkpointing: Literal["auto", "none", "selective", "full", "offload"] = setting(
         "auto",

@@ -33,6 +33,7 @@ _MODES: tuple[tuple[str, str, Sequence[Any]], ...] = (
     ("llm_int8_threshold", "quantize_mode", ["8bit"]),
     ("llm_int8_threshold", "kernels", ["off"]),  # our kernels dequantize
     ("padding", "packing", [False]),
+    ("batch_tokens", "packing", [True]),
     ("train_sampling_strategy dataset_num_proc", "streaming", [False]),
     ("logging_steps", "logging_strategy", ["steps"]),
     ("save_steps", "save_strategy", ["steps"]),
@@ -117,6 +118,8 @@ def _faults(values: Values, where: dict[str, str]) -> Iterator[str]:
             yield f"{name(setting)}: {value} is neither a number of steps nor a ratio below 1"
     if values["max_steps"] < 1 and values["max_steps"] != -1:
         yield f"{name('max_steps')}: must be at least 1, or -1 for whole epochs"
+    if values["batch_tokens"] != "auto":
+        yield from _batch_tokens_faults(values, name("batch_tokens"))
     template = values["template"]
     if template not in TEMPLATES and not template.endswith(".jinja"):
         yield (
@@ -158,6 +161,17 @@ def _faults(values: Values, where: dict[str, str]) -> Iterator[str]:
         yield f"{name('push_to_hub')} needs to know where to: give --hub_model_id NAME/MODEL"
     if values["sample_prompts"] and not values["generate_samples"]:
         yield f"{name('sample_prompts')} needs --generate_samples, the number of answers to generate"
+
+
+def _batch_tokens_faults(values: Values, where: str) -> Iterator[str]:
+    given, longest = values["batch_tokens"], values["max_length"]
+    if not given.isdecimal():
+        yield f"{where}: {given!r} is neither auto nor a whole number of tokens"
+    elif int(given) < longest and values["packing"]:
+        yield (
+            f"{where}: {given} is less than the {longest} tokens that a document may have: give at least so "
+            "many, or a smaller --max_length"
+        )
 
 
 def why_unread(name: str, values: Values) -> str | None:

@@ -389,6 +389,13 @@ def keep_fp8_weights(model: nn.Module) -> None:
         products.keep(block)
 
 
+def drop_fp8_weights(model: nn.Module) -> None:
+    """Undo `keep_fp8_weights`."""
+    for products, _ in _fp8_blocks(model):
+        for weight in products.weights:
+            weight.kept.clear()
+
+
 def _fp8_blocks(model: nn.Module) -> Iterator[tuple[Any, Any]]:
     family = _FAMILIES.get(causal_lm_in(model).config.model_type)
     for block in blocks_of(model):

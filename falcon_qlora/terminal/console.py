@@ -133,6 +133,8 @@ def print_end(
         best += f" at step {summary['best_step']:,}" if summary.get("best_step") is not None else ""
     if peak := summary.get("peak_memory_gib"):
         memory = f"{peak:.2f} GiB at most on one device"
+    if tokens := summary.get("micro_batch_tokens"):
+        memory = joined(memory, f"micro-batches of {tokens:,} tokens ({summary.get('micro_batch_reason')})")
     if (parts := summary.get("micro_batch_parts", 1)) > 1:
         memory = joined(memory, f"ran out: micro-batches were split into {parts}")
     if shares := summary.get("reduction_shares"):

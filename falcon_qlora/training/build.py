@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from falcon_qlora.methods.interface import Method
     from falcon_qlora.run_folder.tracking import Trackers
+    from falcon_qlora.training.batch_tokens import Cutter
     from falcon_qlora.training.trainer import FalconTrainer
 
 
@@ -150,6 +151,7 @@ def build_trainer(
     describe_adapter: Callable[[Path], None],
     settings: dict[str, Any],
     began: float,
+    cutter: Cutter,
 ) -> FalconTrainer:
     """The trainer with its callbacks.
 
@@ -159,6 +161,7 @@ def build_trainer(
         describe_adapter: completes an adapter's folder after it is written.
         settings: `resume.compared_settings`.
         began: seconds since the epoch at which the command began.
+        cutter: how a step is cut into micro-batches.
     """
     from transformers import EarlyStoppingCallback
 
@@ -197,6 +200,7 @@ def build_trainer(
             "launch": ranks.launch_id(),
             "drawing": DRAWING,
             "settings": settings,
+            **({"cut": cutter.record()} if data.steps.dealing.tokens is not None else {}),
         },
         on_saved=lambda checkpoint: stop_signals.tell_launcher(
             f"the last complete checkpoint is {checkpoint}; go on {how_to_go_on(directory)}"
@@ -227,6 +231,7 @@ def build_trainer(
         names=data.names,
         evaluation=evaluation,
         checkpointer=checkpointer,
+        cutter=cutter,
         watchdog=watchdog,
         tokenizer=tokenizer,
         callbacks=callbacks,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from falcon_qlora.common.errors import UserError, nearest
+from falcon_qlora.common.quantities import GIB
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *(?:GiB|G)", re.IGNORECASE)
 
@@ -74,6 +75,20 @@ def card_of(text: str) -> Card:
         f"--gpu {text!r} is not known{nearest(name, CARDS)}: give one of {', '.join(CARDS)}, or its memory "
         "(24GiB)"
     )
+
+
+def card_here() -> Card | None:
+    """This process's GPU, with all of its memory, whatever is free of it; None on the CPU."""
+    import torch
+
+    from falcon_qlora.processes import devices
+
+    device = devices.local_device()
+    if device.type != "cuda":
+        return None
+    name, gib = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1] / GIB
+    known = card_named(name, gib) or Card(name=name, title=name, gib=gib)
+    return replace(known, gib=gib, bfloat16=devices.has_bfloat16(device))
 
 
 def card_named(device: str, gib: float) -> Card | None:

@@ -20,8 +20,9 @@ from falcon_qlora.models.sizes import stored_bytes, weight_bytes
 from falcon_qlora.models.step_memory import Checkpointing, Step
 from falcon_qlora.processes import devices
 from falcon_qlora.training import sharding
-from falcon_qlora.training.cards import MEASURED, Card, card_named
+from falcon_qlora.training.cards import MEASURED, Card
 from falcon_qlora.training.expected_speed import StepTime
+from falcon_qlora.training.rows import global_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -38,11 +39,11 @@ _ALL: tuple[Checkpointing, ...] = ("none", "selective", "full", "offload")
 
 
 def step_of(
-    run: RunArguments,
     config: PreTrainedConfig,
     method: Method,
     *,
-    max_length: int,
+    tokens: int,
+    micro_batches: int,
     optimizer: str,
     fast: bool,
     in_fp8: bool,
@@ -54,23 +55,21 @@ def step_of(
     """A process's step, for its memory.
 
     Args:
-        run: its micro batch, and how many of them a step has.
         config: the model, or its outline.
-        max_length: tokens of a sequence.
+        tokens: of a micro batch.
+        micro_batches: of a step.
         optimizer: by the trainer's name.
         fast, in_fp8, value_bytes: as in `Step`.
         trainable: parameters that this process trains: its part of a sharded model's.
         is_sharded: whether full fine-tuning's model is.
     """
-    a_micro_batch = run.per_device_train_batch_size * processes
-    several = run.gradient_accumulation_steps > 1 or (run.global_batch_size or 0) > a_micro_batch
     trainable_bytes = 4 if method.trains_in_float32 else value_bytes
     return Step(
         config=config,
-        tokens=run.per_device_train_batch_size * max_length,
+        tokens=tokens,
         trainable=trainable,
         trainable_bytes=trainable_bytes,
-        gradients_stay=several or (processes > 1 and not is_sharded),
+        gradients_stay=micro_batches > 1 or (processes > 1 and not is_sharded),
         gathered=step_memory.gathered_bytes(config, trainable_bytes) if is_sharded else 0,
         fast=fast,
         in_fp8=in_fp8,
@@ -82,6 +81,18 @@ def step_of(
             embedded=step_memory.embedded_share(config) if method.is_whole else 0.0,
         ),
     )
+
+
+def micro_batches_of(run: RunArguments, *, tokens: int, max_length: int, processes: int) -> int:
+    """Micro-batches of so many tokens that a process has in a step, where documents fill it."""
+    return max(1, math.ceil(global_batch(run, processes) * max_length / (tokens * processes)))
+
+
+def told_blocks(blocks: Sequence[Checkpointing]) -> str:
+    """What each block keeps, in few words."""
+    (first, _), *rest = Counter(blocks).most_common()
+    of_some = [f"{what} in {count} of {len(blocks)}" for what, count in rest]
+    return ", ".join([*of_some, f"else {first}"] if rest else [first])
 
 
 def why_reference(
@@ -114,6 +125,9 @@ class Estimate:
         parts: bytes on the card at the fullest moment, by name.
         blocks: what each block keeps.
         micro_batch_tokens: the micro batch's capacity.
+        micro_batches: of a step.
+        has_room: whether it fits with what `Step.fits` leaves to spare.
+        step_bytes: of the parts, those that a step takes, with weights kept in FP8.
         tokens_per_second: over all processes; None where the card's ceilings are not known.
         host_bytes: page-locked CPU memory of a process, with ``--offload_base``.
         passes: with it, `StepTime.passes`; None where the card's ceilings are not known.
@@ -124,6 +138,9 @@ class Estimate:
     blocks: list[Checkpointing]
     micro_batch_tokens: int
     tokens_per_second: float | None
+    micro_batches: int = 1
+    has_room: bool = True
+    step_bytes: int = 0
     host_bytes: int = 0
     passes: tuple[tuple[float, float], tuple[float, float]] | None = None
 
@@ -135,6 +152,11 @@ class Estimate:
     @property
     def fits(self) -> bool | None:
         return None if self.card is None else self.card_gib <= self.card.gib
+
+    def gib_for(self, share: float) -> float:
+        """The GiB of a card that has room for a step that takes this share of what this one does."""
+        beside = sum(self.parts.values()) - self.step_bytes
+        return (beside + share * self.step_bytes / step_memory.USABLE_SHARE) / GIB
 
     @property
     def basis(self) -> str:
@@ -148,39 +170,10 @@ class Estimate:
     @property
     def checkpointing(self) -> str:
         """What the blocks keep, such as ``none`` or ``full in 6 of 32, else selective``."""
-        (first, _), *rest = Counter(self.blocks).most_common()
-        return ", ".join(
-            [f"{what} in {count} of {len(self.blocks)}" for what, count in rest]
-            + [f"else {first}"] * bool(rest)
-            or [first]
-        )
+        return told_blocks(self.blocks)
 
 
-def estimate_here(
-    configuration: Configuration, config: PreTrainedConfig, plan: Plan | None
-) -> Estimate | None:
-    """The run on this process's GPU; None on the CPU, and with ZeRO-3.
-
-    Args:
-        config: the model's.
-        plan: of the run; None for a stream.
-    """
-    import torch
-
-    from falcon_qlora.processes import ranks
-
-    device = devices.local_device()
-    if device.type != "cuda" or configuration.run.sharding == "zero3":
-        return None
-    name, gib = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1] / GIB
-    known = card_named(name, gib)
-    card = replace(known or Card(name=name, title=name, gib=gib), gib=gib)
-    card = replace(card, bfloat16=devices.has_bfloat16(device))
-    rows = of_rows(configuration, plan) if plan is not None else {}
-    return Estimator(configuration, config, processes=ranks.world_size(), **rows).on(card)
-
-
-def of_rows(configuration: Configuration, plan: Plan) -> dict[str, float]:
+def of_rows(configuration: Configuration, plan: Plan) -> dict[str, Any]:
     """What the speed depends on of the rows in `plan`, as arguments of `Estimator`."""
     data, run = configuration.data, configuration.run
     padded = 1.0
@@ -198,6 +191,7 @@ class Estimator:
         processes: one a GPU.
         document_tokens: of the document that a token is in, on average.
         real_share: of the positions that are computed, those that are no padding.
+        reference: why the blocks run on the reference path here, where the settings would have the fast one.
 
     Raises:
         UserError: for settings that training would refuse.
@@ -211,11 +205,13 @@ class Estimator:
         processes: int = 1,
         document_tokens: float = 512,
         real_share: float = 1.0,
+        reference: str | None = None,
     ):
         self.configuration, self.config, self.processes = configuration, config, processes
         self.document_tokens = min(document_tokens, configuration.data.max_length)
         self.real_share = real_share
         settings, method = configuration.model, configuration.method
+        self._reference = reference
         self.in_fp8 = settings.compute_dtype == "fp8"
         excluded = fp8_excludes(kernels=settings.kernels, **method.fp8_facts()) if self.in_fp8 else None
         if self.in_fp8 and (excluded := excluded or self.reason_on(None)):
@@ -244,7 +240,7 @@ class Estimator:
 
     def reason_on(self, card: Card | None) -> str | None:
         """See `why_reference`."""
-        return why_reference(self.configuration, self.config, card)
+        return why_reference(self.configuration, self.config, card) or self._reference
 
     def choices(self, card: Card | None) -> Sequence[Checkpointing]:
         """What the blocks may be asked to keep."""
@@ -263,13 +259,19 @@ class Estimator:
         return None
 
     def on(
-        self, card: Card | None, *, checkpointing: str | None = None, sequences: int | None = None
+        self,
+        card: Card | None,
+        *,
+        checkpointing: str | list[Checkpointing] | None = None,
+        sequences: int | None = None,
+        tokens: int | None = None,
     ) -> Estimate:
         """The run on a card; None: on one without limits.
 
         Args:
-            checkpointing: instead of the configuration's.
+            checkpointing: instead of the configuration's, for all blocks or for each.
             sequences: of a micro batch, likewise.
+            tokens: of a micro batch, into which the global batch is cut; None: what `-b` says.
 
         Raises:
             UserError: if the card cannot compute in what is asked for.
@@ -284,11 +286,16 @@ class Estimator:
         sharded, shared_out = self._is_sharded(card, value_bytes), self._shares_out
         optim = sharding.OPTIMIZER if sharded else self.optim
         parts = self.processes if sharded else 1
+        length = self.configuration.data.max_length
+        cut = tokens or run.per_device_train_batch_size * length
+        count = micro_batches_of(run, tokens=cut, max_length=length, processes=self.processes)
+        of_step = math.ceil(global_batch(run, self.processes) / self.processes) * length if tokens else cut
+        evenly = min(cut, math.ceil(of_step / count)) if tokens else cut
         step = step_of(
-            run,
             self.config,
             method,
-            max_length=self.configuration.data.max_length,
+            tokens=min(cut, of_step),
+            micro_batches=count,
             optimizer=optim,
             fast=fast,
             in_fp8=self.in_fp8,
@@ -319,20 +326,31 @@ class Estimator:
             outside["pages of the optimizer"] = int(
                 step.trainable * step_memory.optimizer_bytes(optim, step.trainable_bytes)
             )
-        blocks, kept = self._blocks(step, card, checkpointing or run.checkpointing, held, outside)
+        free = math.inf
+        if card is not None:
+            free = card.gib * GIB - sum(held.values()) - sum(outside.values())
+        blocks, kept = self._blocks(step, card, free, checkpointing or run.checkpointing)
         if kept:
             held["weights in FP8"] = kept
-        time = self._time(step, blocks, fp8_kept=bool(kept), streamed=on_host)
+        time = self._time(step, blocks, evenly, fp8_kept=bool(kept), streamed=on_host)
         known = card if card is not None and card.bf16 is not None else None
         return Estimate(
             card=card,
             parts=held | step.parts(blocks) | outside,
             blocks=blocks,
-            micro_batch_tokens=step.tokens,
-            tokens_per_second=None if known is None else self._speed(known, time),
+            micro_batch_tokens=cut,
+            tokens_per_second=None if known is None else self._speed(known, time, count),
+            micro_batches=count,
+            has_room=step.fits(blocks, free, beside=kept),
+            step_bytes=step.bytes(blocks) + kept,
             host_bytes=on_host,
             passes=time.passes(known) if known is not None and on_host else None,
         )
+
+    def shares_out(self, card: Card | None) -> bool:
+        """Whether the processes share out the weights, so that every forward pass needs all of them."""
+        value_bytes = 4 if self.configuration.model.compute_dtype == "fp32" else 2
+        return self.processes > 1 and (self._shares_out or self._is_sharded(card, value_bytes))
 
     @property
     def _shares_out(self) -> bool:
@@ -346,31 +364,33 @@ class Estimator:
         return sharding.replica_is_too_large(self.config, self.optim, value_bytes, card.gib * GIB)
 
     def _blocks(
-        self, step: Step, card: Card | None, wanted: str, held: dict[str, int], outside: dict[str, int]
+        self, step: Step, card: Card | None, free: float, wanted: str | list[Checkpointing]
     ) -> tuple[list[Checkpointing], int]:
         """What the blocks keep, and bytes of weights kept in FP8, as `choose_activations` would have it."""
-        free = math.inf
-        if card is not None:
-            free = card.gib * GIB - sum(held.values()) - sum(outside.values())
         if wanted == "selective" and not step.fast:
             reason = self.reason_on(card)
             raise UserError(
                 f"--checkpointing selective is the fast path's: {reason}. Give full, none or auto"
             )
-        blocks: list[Checkpointing] = ["none" if wanted == "auto" else wanted] * self.config.num_hidden_layers  # type: ignore[list-item]
         if wanted == "auto":
             blocks = step.choose(free)
+        elif isinstance(wanted, list):
+            blocks = wanted
+        else:
+            blocks = [wanted] * self.config.num_hidden_layers  # type: ignore[list-item]
         in_fp8 = 2 * layout_of(self.config).linear_parameter_count() if self.in_fp8 else 0
         stays = not (self._shares_out or self.configuration.run.offload_base)
         keeps = set(blocks) == {"none"} and stays and step.fits(blocks, free, beside=in_fp8)
         return blocks, in_fp8 if keeps else 0
 
-    def _time(self, step: Step, blocks: list[Checkpointing], *, fp8_kept: bool, streamed: int) -> StepTime:
+    def _time(
+        self, step: Step, blocks: list[Checkpointing], tokens: int, *, fp8_kept: bool, streamed: int
+    ) -> StepTime:
         settings, method = self.configuration.model, self.configuration.method
         return StepTime(
             config=self.config,
             quantize_mode=settings.quantize_mode,
-            tokens=step.tokens,
+            tokens=tokens,
             blocks=blocks,
             trained=step.trainable,
             document_tokens=self.document_tokens,
@@ -384,10 +404,5 @@ class Estimator:
             streamed=streamed,
         )
 
-    def _speed(self, card: Card, time: StepTime) -> float:
-        run = self.configuration.run
-        sequences = time.tokens // self.configuration.data.max_length
-        micro_batches = run.gradient_accumulation_steps
-        if run.global_batch_size is not None:
-            micro_batches = max(1, math.ceil(run.global_batch_size / (sequences * self.processes)))
+    def _speed(self, card: Card, time: StepTime, micro_batches: int) -> float:
         return self.real_share * self.processes * time.tokens_per_second(card, micro_batches=micro_batches)

@@ -31,6 +31,7 @@ from falcon_qlora.run_folder.summary import Summary
 from falcon_qlora.run_folder.tracking import Trackers
 from falcon_qlora.terminal import console, phases
 from falcon_qlora.training import checks
+from falcon_qlora.training.estimate import told_blocks
 from falcon_qlora.training.moved import require_moved
 from falcon_qlora.training.record import counts, refused_by_peft
 from falcon_qlora.training.resume import how_to_go_on
@@ -41,6 +42,7 @@ from falcon_qlora.training.trainer import FalconTrainer
 if TYPE_CHECKING:
     from trl import SFTConfig
 
+    from falcon_qlora.training.batch_tokens import Cutter
     from falcon_qlora.training.estimate import Estimate
 
 # Before a disk that failed is tried again.
@@ -55,7 +57,7 @@ def finish(
     describe_adapter: Callable[[Path, dict[str, Any]], None],
     configuration: Configuration,
     data: TrainingData,
-    predicted_gib: float | None,
+    cutter: Cutter,
     estimate: Estimate | None,
 ) -> None:
     """Check that the replicas agree, write the adapter and the summary, and print what was written.
@@ -64,13 +66,14 @@ def finish(
         describe_adapter: completes an adapter's folder, given the summary.
         configuration: of the run.
         data: that it was trained on.
-        predicted_gib: a process's predicted peak memory, GiB; None on the CPU.
+        cutter: how its steps were cut, with the predicted peak memory.
         estimate: from `estimate_here`.
 
     Raises:
         UserError: if the replicas diverged, if nothing was trained, if the adapter cannot be written, or if
             the written adapter is not the one in memory; it is not kept.
     """
+    predicted_gib = cutter.activations.predicted_gib
     held = card_gib()  # PyTorch's allocator keeps what a step took
     model, base, run = trainer.model, configuration.model, configuration.run
     replicas = None
@@ -111,6 +114,10 @@ def finish(
         bad_steps=trainer.step.bad_steps.total,
         overflowed_steps=trainer.step.bad_steps.overflowed,
         micro_batch_parts=2**trainer.step.halvings,
+        micro_batch_tokens=cutter.cut.tokens if configuration.data.packing else None,
+        micro_batches=cutter.cut.micro_batches,
+        micro_batch_reason=cutter.cut.why,
+        checkpointing=told_blocks(cutter.activations.blocks),
         tokens=trainer.state.num_input_tokens_seen,
         samples=plan.documents_until(trainer.state.global_step) if plan is not None else None,
         predicted_peak_memory_gib=predicted_gib,

@@ -51,6 +51,7 @@ _MAY_CHANGE = {
     "num_train_epochs": "the learning-rate schedule changes",
     "kernels": "the losses agree up to rounding",
     "per_device_train_batch_size": "the losses agree up to rounding, but not with dropout",
+    "batch_tokens": "the losses agree up to rounding, but not with dropout",
     "eval_split": "held-out losses before and after are of other rows, also where the best is chosen by them",
     "sharding": "the losses agree up to rounding",
     "tf32": "the losses agree up to rounding",
@@ -218,6 +219,25 @@ def compared_settings(configuration: Configuration) -> dict[str, Any]:
     of_batch = ("global_batch_size", "gradient_accumulation_steps")
     names = (*_DECISIVE, *_decisive_of_method(configuration), *_DECISIVE_FOR_STREAMS, *_MAY_CHANGE, *of_batch)
     return {name: settings[name] for name in names if name in settings}
+
+
+def recorded_cut(checkpoint: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The recorded settings of a run to resume, and how its steps were cut: see `Cutter.record`.
+
+    Returns:
+        The settings, none of an older release; and ``tokens``, ``card_gib`` and ``gib``, or None likewise.
+
+    Raises:
+        UserError: if the record is not what training wrote.
+    """
+    record = manifest.read_manifest(Path(checkpoint))
+    cut = record.get("cut")
+    if cut is None:
+        return record.get("settings") or {}, None
+    sizes = [cut.get("card_gib"), cut.get("gib")] if isinstance(cut, dict) else [""]
+    if not all(isinstance(size, float | None) for size in sizes) or not is_count(cut.get("tokens"), least=2):
+        raise _not_what_training_wrote(Path(checkpoint), "cut", cut)
+    return record.get("settings") or {}, {name: cut.get(name) for name in ("tokens", "card_gib", "gib")}
 
 
 def _decisive_of_method(configuration: Configuration) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import time
@@ -17,6 +18,7 @@ from falcon_qlora.processes.watchdog import end_native_code_after
 if TYPE_CHECKING:
     from falcon_qlora.run_folder.lock import RunLock
     from falcon_qlora.training.dry_run import DryRun
+    from falcon_qlora.training.estimate import Estimate
 
 
 def train(configuration: Configuration) -> Path:
@@ -53,12 +55,12 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
     with phase("libraries"):
         from falcon_qlora.kernels.ops import hash_triton
         from falcon_qlora.models.fast_path import choose_kernels
-        from falcon_qlora.training import build, finish, preflight, record, resume, rows
-        from falcon_qlora.training.activations import choose_activations, warm_up
+        from falcon_qlora.models.sharded import needs_all_processes
+        from falcon_qlora.training import batch_tokens, build, finish, preflight, record, resume, rows
+        from falcon_qlora.training.activations import choose_activations, on_reference_path, warm_up
         from falcon_qlora.training.alike import check_alike
         from falcon_qlora.training.base import check_base
         from falcon_qlora.training.disk import check_disk, waiting_saves
-        from falcon_qlora.training.estimate import estimate_here
         from falcon_qlora.training.sharding import shard_if_wanted, shares_out_base
 
         if not gc.isenabled():  # as `falcon_qlora.train` has it; what the libraries made stays
@@ -101,11 +103,24 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
         )
     kernels = choose_kernels(model, kernels=base.kernels, compute_dtype=base.compute_dtype)
     notes = shard_if_wanted(configuration, model)
-    activations = choose_activations(
-        run, model, kernels, max_length=max_length, optimizer=configuration.optimizer
+    cutter = batch_tokens.choose(
+        configuration,
+        model.config,
+        data.plan,
+        reference=next(iter(on_reference_path(kernels)), None),
+        shared_out=needs_all_processes(model),
+        checkpoint=start.checkpoint,
+    )
+    if configuration.data.packing:
+        data.steps.dealing = dataclasses.replace(data.steps.dealing, tokens=cutter.cut.tokens)
+    cutter.keep(
+        functools.partial(
+            choose_activations, run, model, kernels, max_length=max_length, optimizer=configuration.optimizer
+        )
     )
 
-    estimate = estimate_here(configuration, model.config, data.plan)
+    def estimated() -> Estimate | None:
+        return batch_tokens.estimate_here(configuration, model.config, data.plan, cutter)
 
     needed = check_disk(
         start.directory if trial is None else trial.directory,
@@ -133,6 +148,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
             describe_adapter=describe_adapter,
             settings=resume.compared_settings(configuration),
             began=began,
+            cutter=cutter,
         )
         if trial is not None:
             trial.try_parts(trainer)
@@ -155,11 +171,13 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
             model,
             tracking=start.trackers.lines,
             kernels=kernels,
-            activations=activations,
+            cutter=cutter,
             checkpoint=start.checkpoint,
         ),
         notes=[
-            *record.start_notes(configuration, data, model, kernels, estimate),
+            *record.start_notes(configuration, data, model, kernels, estimated()),
+            *cutter.notes,
+            *filter(None, [cutter.told_smaller()]),
             *notes,
             *waiting_saves(trainer, optimizer=configuration.optimizer),
         ],
@@ -176,8 +194,8 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
             describe_adapter=describe_adapter,
             configuration=configuration,
             data=data,
-            predicted_gib=activations.predicted_gib,
-            estimate=estimate,
+            cutter=cutter,
+            estimate=estimated(),
         )
         if trial is not None:
             trial.finish(trainer, directory)

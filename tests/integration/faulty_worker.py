@@ -16,6 +16,7 @@
     {"do": "loaded", "rank": 1, "number": 15}                     a signal before the model is loaded
     {"do": "slow", "step": 4, "rank": 0}                          the save of step 4 takes two seconds
     {"do": "memory", "step": 3, "rank": 1, "most": 2}             no memory for more than 2 documents at once
+    {"do": "memory", ..., "tokens": 200}                          nor for more tokens
     {"do": "hog", "step": 3, "rank": 1, "leave_gib": 4}           all but so much of the GPU's memory is taken
     {"do": "nan", "step": 3, "rank": 0}                           the loss is not a number; also "gradient"
     {"do": "poison", "word": "xyzzy"}                             so it is of what holds this word
@@ -150,7 +151,7 @@ def faulty_sum_of_losses(model: Any, batch: Any) -> torch.Tensor:
     if faults("stopped"):
         os.kill(os.getpid(), signal.SIGSTOP)
     for fault in faults("memory"):
-        if len(batch.lengths) > fault["most"]:
+        if len(batch.lengths) > fault.get("most", 2**31) or sum(batch.lengths) > fault.get("tokens", 2**31):
             raise torch.OutOfMemoryError("CUDA out of memory (in a test)")
     loss = sum_of_losses(model, batch)
     if faults("nan"):

@@ -186,6 +186,7 @@ CHANGED: dict[str, Case] = {
     "per_device_train_batch_size": Case(1),
     "gradient_accumulation_steps": Case(2),
     "global_batch_size": Case(4),
+    "batch_tokens": Case(64, seen=lambda seen: _spoken(seen.output, "steps")),
     "checkpointing": Case("full", seen=_activations),
     "offload_base": Case(True, seen=lambda seen: "frozen weights are in CPU memory" in seen.output),
     "max_bad_steps": Case(1, {"model_name_or_path": "broken"}, without=0, refusal="1 steps in a row"),

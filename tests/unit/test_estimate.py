@@ -30,8 +30,8 @@ from tests.layouts import FALCON_H1, FAMILIES
 
 KEYS = (
     "model method quantize_mode gpus gpu usable_gib card_gib fits checkpointing tokens_per_second hours "
-    "parts micro_batch_tokens largest_micro_batch steps tokens counted host_gib work_and_copy_seconds basis "
-    "cards"
+    "parts micro_batch_tokens micro_batches largest_micro_batch steps tokens counted host_gib "
+    "work_and_copy_seconds basis cards"
 ).split()
 
 
@@ -251,9 +251,9 @@ def test_without_rows_every_key_is_there(capsys: pytest.CaptureFixture[str]) -> 
     assert found["tokens_per_second"] > 10_000
     assert "not on this machine" in told
     assert "--max_steps" in told
-    found = estimate("-m random:falcon-7b --gpu h200 --max_steps 100 --global_batch_size 8", capsys)
-    assert (found["steps"], found["tokens"]) == (100, 100 * 8 * 2048)
-    assert found["hours"] == pytest.approx(100 * 8 * 2048 / found["tokens_per_second"] / 3600, rel=1e-3)
+    found = estimate("-m random:falcon-7b --gpu h200 --max_steps 1000 --global_batch_size 8", capsys)
+    assert (found["steps"], found["tokens"]) == (1000, 1000 * 8 * 2048)
+    assert found["hours"] == pytest.approx(1000 * 8 * 2048 / found["tokens_per_second"] / 3600, rel=1e-3)
 
 
 def test_full_fine_tuning_is_sharded_where_a_replica_does_not_fit(
@@ -390,3 +390,20 @@ def test_a_plot_needs_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", "-m", "tiny", "--plot", "x.png"]) == 2
     assert "--table" in capsys.readouterr().err
     assert not os.path.exists("x.png")
+
+
+def test_a_step_is_cut_as_training_would_cut_it(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "-m random:falcon-7b --max_steps 5 -b 2 --gradient_accumulation_steps 8 --gpu"
+    large = estimate(f"{words} h200", capsys)
+    assert (large["micro_batches"], large["micro_batch_tokens"], large["checkpointing"]) == (
+        1,
+        32_768,
+        "none",
+    )
+    small = estimate(f"{words} 4090", capsys)
+    assert 2_048 < small["micro_batch_tokens"] < 32_768
+    assert small["fits"] is True
+    named = estimate(f"{words} 4090 --batch_tokens 4096", capsys)
+    assert (named["micro_batches"], named["micro_batch_tokens"]) == (8, 4096)
+    assert main(["estimate", *f"{words} h200".split()]) == 0
+    assert "16 × 2,048 tokens a step: 1 micro-batch of 32,768 tokens on a GPU\n" in capsys.readouterr().out

@@ -17,8 +17,9 @@ from falcon_qlora.kernels.libraries import FLASH_ATTENTION_4, QUACK
 from falcon_qlora.models import fast_path, packed_attention
 from falcon_qlora.models.locate import find_outline_here
 from falcon_qlora.processes import devices
+from falcon_qlora.training.batch_tokens import estimate_here
 from falcon_qlora.training.cards import CARDS, MEASURED, card_of
-from falcon_qlora.training.estimate import Estimate, Estimator, estimate_here
+from falcon_qlora.training.estimate import Estimate, Estimator
 from falcon_qlora.training.speed_note import FP8, LIBRARIES, speed_note, told
 from tests.unit.test_fast_path import adapted
 
