@@ -46,24 +46,31 @@ def bring_run(directory: RunDirectory) -> None:
         note(f"{store.address} cannot be reached ({error}): going on from what is in {folder}")
 
 
-def bring_checkpoint(address: str, folder: Path, step: int) -> Path:
-    """The folder here of a checkpoint that another node goes on from, with the same content.
+def is_here(checkpoint: Path, content: bytes) -> bool:
+    """Whether a checkpoint is whole, and has this manifest."""
+    file = checkpoint / MANIFEST
+    return file.is_file() and file.read_bytes() == content and manifest.fault(checkpoint) is None
+
+
+def bring_checkpoint(address: str, folder: Path, step: int, content: bytes) -> Path:
+    """The folder here of a checkpoint that another node goes on from.
+
+    Args:
+        folder: of the run, here.
+        content: of the checkpoint's manifest, as that node has it.
 
     Raises:
         UserError: if it is not at the address.
     """
-    checkpoint = folder / "checkpoints" / f"step-{step}"
-    store = Store(address)
+    checkpoint, store = folder / "checkpoints" / f"step-{step}", Store(address)
     try:
-        name = f"checkpoints/{checkpoint.name}/{MANIFEST}"
-        here = checkpoint / MANIFEST
-        if here.is_file() and manifest.fault(checkpoint) is None and store.read(name) == here.read_bytes():
-            return checkpoint
-        if _bring(store, store.files(), folder, step):
-            return checkpoint
+        if not is_here(checkpoint, content):
+            _bring(store, store.files(), folder, step)
     except StoreError as error:
         raise UserError(f"--resume: {address}: {checkpoint.name} cannot be had ({error})") from None
-    raise UserError(f"--resume: {address} has no whole {checkpoint.name}")
+    if is_here(checkpoint, content):
+        return checkpoint
+    raise UserError(f"--resume: {address} has no whole {checkpoint.name} as the first node has it")
 
 
 def _set_aside_another(store: Store, found: dict[str, File], folder: Path) -> None:
@@ -87,7 +94,7 @@ def _bring(store: Store, found: dict[str, File], folder: Path, step: int) -> boo
     _download(store, found, f"checkpoints/step-{step}/", partial)
     wrong = manifest.fault(partial)
     if wrong is not None:
-        shutil.rmtree(partial)
+        shutil.rmtree(partial, ignore_errors=True)
         note(f"{store.address}/checkpoints/step-{step} is skipped: {wrong}")
         return False
     put_in_place(partial, target)

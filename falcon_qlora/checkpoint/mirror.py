@@ -71,7 +71,8 @@ class Mirror:
         self._asked = self._done = 0
         self._changed = threading.Condition()
         self._write_mark()
-        threading.Thread(target=self._work, name="mirror", daemon=True).start()
+        self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
+        self._thread.start()
 
     @classmethod
     def of(cls, directory: RunDirectory, **how: Any) -> Mirror | None:
@@ -102,6 +103,11 @@ class Mirror:
             return None
         why = self._lost or self._failure or f"no time for more than {patience_seconds:.0f} s"
         return f"{self._missing()} ({why})"
+
+    def stop(self) -> None:
+        """End the thread, once its pass is over."""
+        self._lost = "stopped"
+        self._thread.join()
 
     def _write_mark(self) -> None:
         file = self._directory.path / MARK

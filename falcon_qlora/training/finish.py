@@ -303,6 +303,8 @@ def mirror_rest(mirror: Mirror | None) -> None:
     Where that fails the run ends as one that has stopped: started again, it goes on with the uploading.
     """
     missing = agreement.from_main_process(lambda: None if mirror is None else _flushed(mirror))
+    if missing is None and mirror is not None:
+        console.print_plain(f"copied to {mirror.store.address}")
     if missing is not None:
         stop_signals.tell_stopped()
         console.note(f"all steps are done, but {missing}; start the same command again to upload it")
