@@ -31,9 +31,9 @@ _MARK = "://"
 _EXTRAS = {"s3": "s3", "gs": "gcs"}
 # Of the disk here: s3fs makes EIO and others of what a server says.
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-# A call that hangs would hold up what waits at the end of a run. Whoever calls tries again.
+# A server that takes connections and is silent shall be told of soon. Whoever calls tries again.
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "s3": {"config_kwargs": {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 2}}}
+    "s3": {"config_kwargs": {"connect_timeout": 10, "read_timeout": 30, "retries": {"max_attempts": 1}}}
 }
 
 
@@ -160,7 +160,9 @@ class Store:
     def _system(self) -> Any:
         import fsspec
 
-        return fsspec.filesystem(self._scheme, use_listings_cache=False, **_OPTIONS.get(self._scheme, {}))
+        system = fsspec.filesystem(self._scheme, use_listings_cache=False, **_OPTIONS.get(self._scheme, {}))
+        system.retries = 1  # their own, of s3fs and gcsfs
+        return system
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
