@@ -24,8 +24,9 @@ it is whole: every expected tensor there, of its shape, finite, and what its man
 
 The exit status is 0 where it is whole and 2 where it is not. An adapter that is whole and changes nothing,
 such as that of a first step at rate 0, is called "not trained yet", with exit status 0. Nothing in DIR is
-executed or downloaded; an address, s3://… or gs://…, is copied here first. Of a finished run it also says what
-was proved at its end: the section "checks" of summary.json. A check that failed there changes no exit status here.
+executed or downloaded; an address, s3://… or gs://…, is copied here first. Of a finished run it also says
+what was proved at its end: the section "checks" of summary.json. A check that failed there changes no exit
+status here.
 
   --markdown   print the same as a sheet in Markdown, to hand on
 
