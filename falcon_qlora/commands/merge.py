@@ -17,6 +17,7 @@ from falcon_qlora.commands.opening import parse_with_run, source_of
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import quoted, remove_leftovers, sha256
 from falcon_qlora.common.settings import setting
+from falcon_qlora.common.stores import is_address
 from falcon_qlora.common.version import VERSION
 from falcon_qlora.config import Configuration
 from falcon_qlora.inference.base_and_adapter import Source, load_measured, tokenizer_of
@@ -71,6 +72,8 @@ def main(argv: list[str]) -> int:
     if folder is None or not wanted.out:
         missing = "out" if folder else "adapter"
         raise UserError(f"--{missing} is needed: falcon-qlora merge --adapter DIR --out DIR")
+    if is_address(wanted.out):
+        raise UserError(f"--out {wanted.out}: a merge is written into a folder here")
     hub, out = _hub_settings(configuration, named), Path(wanted.out)
     check_out(out, overwrite=configuration.run.overwrite)
     largest_file = shard_bytes(wanted.max_shard_size)

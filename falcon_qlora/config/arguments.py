@@ -28,7 +28,8 @@ class ModelArguments:
 
     model_name_or_path: str = setting(
         "ybelkada/falcon-7b-sharded-bf16",
-        "Base model: a hub id, a local folder, `tiny` (packaged), or `random:falcon-7b` (made up).",
+        "Base model: a hub id, a folder (also at s3:// or gs://), `tiny` (packaged), or "
+        "`random:falcon-7b` (made up).",
         "-m",
         "--model_name",
     )
@@ -68,7 +69,8 @@ class DataArguments:
 
     dataset_name: list[str] = setting(
         ["timdettmers/openassistant-guanaco"],
-        "Hub id, or a .jsonl, .json, .csv, .tsv or .parquet file, or a folder of them; one or several.",
+        "Hub id, or a .jsonl, .json, .csv, .tsv or .parquet file, or a folder of them, also at s3:// or "
+        "gs://; one or several.",
     )
     dataset_weights: list[float] | None = setting(
         None, "Proportions in which several datasets are drawn, in each epoch anew.", above=0
@@ -166,12 +168,16 @@ class RunArguments:
     adapter_sha256: str | None = setting(
         None, "Refuse an --adapter whose weights have another SHA-256; the settings of a run note it."
     )
-    output_dir: str | None = setting(None, "Run directory; unset: a fresh one under runs/.")
+    output_dir: str | None = setting(
+        None,
+        "Run directory; unset: a fresh one under runs/. s3://BUCKET/RUN, gs://BUCKET/RUN: a local one, "
+        "copied there.",
+    )
     config: str | None = setting(None, "Settings from a YAML file, such as the config.yaml of a run.")
     resume: str | None = setting(
         None,
-        "Go on from the newest checkpoint of --output_dir, or from this one. auto: a fresh run where "
-        "--output_dir has none yet, so that one command starts and goes on.",
+        "Go on from the newest checkpoint of --output_dir, from this one, or from a run at s3:// or gs://. "
+        "auto: a fresh run where --output_dir has none yet, so that one command starts and goes on.",
         alone=LATEST,
     )
     overwrite: bool = setting(False, "Replace the run that --output_dir holds.")

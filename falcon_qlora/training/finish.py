@@ -42,9 +42,13 @@ from falcon_qlora.training.trainer import FalconTrainer
 if TYPE_CHECKING:
     from trl import SFTConfig
 
+    from falcon_qlora.checkpoint.mirror import Mirror
     from falcon_qlora.training.batch_tokens import Cutter
     from falcon_qlora.training.estimate import Estimate
 
+# How long a mirror may take to upload the rest: at an error; at a stop, for which one or two minutes are
+# usual; and at the end, without anything being uploaded.
+FAILING_SECONDS, _STOP_SECONDS, _END_SECONDS = 15.0, 60.0, 300.0
 # Before a disk that failed is tried again.
 _PAUSE_SECONDS = 3.0
 
@@ -302,14 +306,40 @@ def upload(directory: RunDirectory, training: SFTConfig) -> None:
         console.print_plain(f"uploaded to {url}")
 
 
+def mirror_rest(mirror: Mirror | None) -> None:
+    """Upload what the address of a finished run lacks; every process calls this.
+
+    Where that fails the run ends as one that has stopped: started again, it goes on with the uploading.
+    """
+    missing = agreement.from_main_process(lambda: None if mirror is None else _flushed(mirror))
+    if missing is None and mirror is not None:
+        console.print_plain(f"copied to {mirror.store.address}")
+    if missing is not None:
+        stop_signals.tell_stopped()
+        console.note(f"all steps are done, but {missing}; start the same command again to upload it")
+
+
+def _flushed(mirror: Mirror) -> str | None:
+    """As `Mirror.flush`, with less patience where the process is asked to stop meanwhile."""
+    patience = _STOP_SECONDS if stop_signals.asked_to_stop() else _END_SECONDS
+    return mirror.flush(patience, hurry=stop_signals.asked_to_stop() is not None)
+
+
 def stop(
-    directory: RunDirectory, stopped: Stopped, trackers: Trackers, *, steps: int, resumable: bool
+    directory: RunDirectory,
+    stopped: Stopped,
+    trackers: Trackers,
+    *,
+    steps: int,
+    resumable: bool,
+    mirror: Mirror | None = None,
 ) -> None:
     """Print where a run that was asked to stop has stopped, and how to resume it.
 
     Args:
         steps: of the whole run.
         resumable: whether its checkpoints hold the optimizer's state.
+        mirror: of the main process, where the run has an address.
 
     Raises:
         UserError: if the checkpoint could not be saved, or the run cannot go on from it.
@@ -325,5 +355,8 @@ def stop(
         kept = directory.checkpoints / f"step-{stopped.step}"
         raise UserError(f"{where}. {kept} is weights only: the run cannot be resumed")
     lookout.end()
+    missing = mirror.flush(_STOP_SECONDS, hurry=True) if mirror is not None else None
+    if missing is not None:
+        console.note(f"{missing}; {directory} has it, and the same command uploads it from this machine")
     stop_signals.tell_stopped()
     console.print_plain(f"{where}. Go on {how_to_go_on(directory)}")

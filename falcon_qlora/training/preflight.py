@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from falcon_qlora.checkpoint.bring import bring_run
+from falcon_qlora.common import stores
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.quantities import gib
 from falcon_qlora.config import Configuration
-from falcon_qlora.config.arguments import ModelArguments
+from falcon_qlora.config.arguments import ModelArguments, RunArguments
 from falcon_qlora.config.quantized import refuse_needing_16bit
 from falcon_qlora.models.hub import check_login
 from falcon_qlora.processes import agreement, devices, ranks
@@ -21,6 +23,7 @@ from falcon_qlora.run_folder import choose as folders
 from falcon_qlora.run_folder import tracking
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.run_folder.lock import RunLock
+from falcon_qlora.terminal.console import note
 from falcon_qlora.training import base, resume, schedule, sharding, start_adapter
 
 if TYPE_CHECKING:
@@ -57,7 +60,8 @@ class Start:
     @contextlib.contextmanager
     def run_folder(self) -> Iterator[RunDirectory]:
         """The run directory, made on entry; removed again if the block fails and no run has written there."""
-        made = RunDirectory(agreement.from_main_process(lambda: self._choose(True)))
+        address = self.directory.address
+        made = RunDirectory(agreement.from_main_process(lambda: self._choose(True)), address=address)
         try:
             yield made
         except BaseException:
@@ -95,7 +99,9 @@ def check(configuration: Configuration, lock: RunLock) -> Start:
             lock.take(path)
         return str(path)
 
-    found = RunDirectory(agreement.from_main_process(lambda: choose(False)))
+    found = RunDirectory(agreement.from_main_process(lambda: choose(False)), address=_address(run))
+    if found.address is not None:
+        agreement.from_main_process(lambda: _bring(found, run, lock))
     checkpoint = resume.checkpoint_to_resume(found, resume=run.resume, overwrite=run.overwrite)
     if run.resume:
         base.check_recorded_folders(model, checkpoint)
@@ -140,6 +146,19 @@ def _follow_checkpoint(configuration: Configuration) -> None:
         scheme.refuse_others(name, *asked)
         refuse_needing_16bit(configuration.method, scheme, name)
         model.quantize_mode, model.double_quantization = scheme.mode, scheme.double_quantization
+
+
+def _address(run: RunArguments) -> str | None:
+    return run.output_dir if run.output_dir is not None and stores.is_address(run.output_dir) else None
+
+
+def _bring(found: RunDirectory, run: RunArguments, lock: RunLock) -> None:
+    """Have what the run goes on from here, and say where the run is written; on the main process."""
+    note(f"the run is written in {found.path}, and copied to {found.address}")
+    if (run.resume or ranks.restart_count()) and not run.dry_run:
+        found.path.mkdir(parents=True, exist_ok=True)
+        lock.take(found.path)
+        bring_run(found)
 
 
 def _check_model(

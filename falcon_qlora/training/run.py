@@ -53,6 +53,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
 
     phases.seconds.clear()
     with phase("libraries"):
+        from falcon_qlora.checkpoint.mirror import Mirror
         from falcon_qlora.kernels.ops import hash_triton
         from falcon_qlora.models.fast_path import choose_kernels
         from falcon_qlora.models.sharded import needs_all_processes
@@ -86,6 +87,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
     configuration.log_steps_of_short_run(data.total_steps)
     if trial is None and resume.is_done(start.directory, start.checkpoint, data.total_steps):
         finish.leave_as_it_is(start.directory, steps=data.total_steps)
+        finish.mirror_rest(Mirror.of(start.directory, limit=training.save_total_limit, goes_on=True))
         finish.upload(start.directory, training)
         return start.directory.path
 
@@ -163,6 +165,12 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
             resume=start.goes_on,
         )
         record.write_start(configuration, directory, data, start.trackers, kernels, start.checkpoint)
+    mirror = Mirror.of(
+        directory,
+        limit=training.save_total_limit,
+        goes_on=start.checkpoint is not None,
+        overwrite=run.overwrite,
+    )
     console.print_start(
         record.start_rows(
             configuration,
@@ -202,13 +210,18 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
     except Stopped as stopped:
         resumable = not trainer.args.save_only_model
         finish.tell_rows(directory, trainer, data, train_on=configuration.data.train_on)
-        finish.stop(directory, stopped, start.trackers, steps=data.total_steps, resumable=resumable)
+        finish.stop(
+            directory, stopped, start.trackers, steps=data.total_steps, resumable=resumable, mirror=mirror
+        )
     except BaseException:
         trainer.close(failing=True)
+        if mirror is not None:
+            mirror.flush(finish.FAILING_SECONDS, hurry=True)
         # The process may end without the shutdown that trackers rely on.
         start.trackers.finish(exit_status=1)
         raise
     else:
         trainer.close()
+        finish.mirror_rest(mirror)
         finish.upload(directory, training)
     return directory.path

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.stores import is_address
 from falcon_qlora.config import Configuration
 from falcon_qlora.processes import agreement, devices, ranks
 
@@ -67,6 +68,11 @@ def check(configuration: Configuration, config: PreTrainedConfig) -> None:
         if reason is not None:
             raise UserError(f"--sharding fsdp: {reason}; give --sharding none")
         return
+    if is_address(configuration.run.output_dir) and ranks.world_size() > ranks.local_world_size():
+        raise UserError(
+            f"--output_dir {configuration.run.output_dir}: each node writes its part of a sharded model's "
+            "checkpoints, and only the first node's are copied there. Name a folder that all nodes share"
+        )
     if not has_unsuitable_optimizer_of_recipe(configuration):
         _check(configuration)
     if configuration.run.sharding == "zero3":
