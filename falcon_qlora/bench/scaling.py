@@ -155,6 +155,8 @@ class Row:
             words += ["--recipe", self.recipe]
             # A recipe's fp16 runs only on GPUs.
             words += [] if on_gpu else ["--compute_dtype", "auto"]
+        else:  # whose rows are packed
+            words += ["--batch_tokens", str(self.work.tokens)]
         positions = self.work.document if self.recipe else self.work.packed
         words += [*self.command.flags, *self.work.flags(positions), "--max_steps", str(steps), *self.flags]
         # A whole run saves as its recipe says. Where only steps are timed, no save may fall between them.

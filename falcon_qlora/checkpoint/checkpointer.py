@@ -11,15 +11,11 @@ rest. The main process's thread writes the rest, and waits for the others before
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import json
 import math
 import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,10 +23,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from falcon_qlora.checkpoint import process_state, write
-from falcon_qlora.checkpoint.adapter_check import AdapterFaultError, check_reading, check_tensors, form_of
+from falcon_qlora.checkpoint import write
+from falcon_qlora.checkpoint.adapter_check import AdapterFaultError
+from falcon_qlora.checkpoint.content import Content, Filling, Moment, content_of
 from falcon_qlora.checkpoint.host_copy import HostCopies, free_host_bytes, tensors_in
-from falcon_qlora.checkpoint.manifest import fault, write_manifest
+from falcon_qlora.checkpoint.manifest import fault
 from falcon_qlora.checkpoint.optimizer_parts import own_part, write_part
 from falcon_qlora.common.errors import UserError, reason_of
 from falcon_qlora.common.files import flush, put_in_place
@@ -43,61 +40,12 @@ from falcon_qlora.processes.watchdog import WRITER
 from falcon_qlora.terminal.console import note
 
 if TYPE_CHECKING:
-    from transformers import TrainerState
+    pass
 
 # The share of the host's free memory that the copy may take.
 _MOST_OF_FREE = 0.5
 # For the other processes' parts, once this one has met an error.
 _PATIENCE_SECONDS = 5.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Moment:
-    """What a checkpoint is made from, as one process has it after an optimizer step.
-
-    Attributes:
-        model: with a method attached.
-        optimizer: over its trainable parameters.
-        scheduler: of the learning rate.
-        scaler: of gradients in fp16, or None.
-        state: Transformers' record of the run; `best_model_checkpoint` is set if this step is the best.
-        process: this process's own state, such as its random generators.
-        cursor: where a stream's next step begins; None if there is no stream.
-    """
-
-    model: nn.Module
-    optimizer: Any
-    scheduler: Any
-    scaler: Any
-    state: TrainerState
-    process: dict[str, Any]
-    cursor: Callable[[], dict[str, Any]] | None
-
-    @property
-    def step(self) -> int:
-        return self.state.global_step
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Content:
-    """What the main process writes. Training no longer changes it, unless `trained` is None.
-
-    Attributes:
-        trained: see `Method.trained_state`; None: read from the model.
-        files: names of torch files → what they hold.
-        parts: the manifest's entries for files that are already written.
-    """
-
-    step: int
-    partial: Path
-    model: nn.Module
-    trained: Mapping[str, Tensor] | None
-    files: dict[str, Any]
-    cursor: dict[str, Any] | None
-    trainer_state: str
-    best: str | None
-    processes: int
-    parts: dict[str, Any]
 
 
 @dataclass(eq=False)
@@ -140,7 +88,7 @@ class Checkpointer:
     _error: BaseException | None = field(default=None, init=False)
     _too_large: str | None = field(default=None, init=False)
     _whole_step: int = field(default=-1, init=False)
-    _opened_form: str | None = field(default=None, init=False)
+    _filling: Filling = field(init=False)
     # Set while no thread reads the model's modules.
     _unread: threading.Event = field(default_factory=threading.Event, init=False)
     # Of the newest save, whose copies stay as they are until the next.
@@ -148,6 +96,7 @@ class Checkpointer:
 
     def __post_init__(self) -> None:
         self._unread.set()
+        self._filling = Filling(self.describe_adapter, self.record)
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -328,7 +277,7 @@ class Checkpointer:
         elif not told_before:
             note(str(self._too_large))
         self._trained = trained if fits else None
-        content = self._content(moment, processes, trained=trained if fits else None, optimizer=optimizer)
+        content = self._content(moment, processes, trained if fits else None, optimizer)
         if fits:
             self._beside(lambda: self._try(lambda: self._make(content), moment.step))
         else:
@@ -350,7 +299,7 @@ class Checkpointer:
             part, trained = self._copies.take((part, wholes if main else {}))
             if not main:
                 take_part(model)
-        content = self._content(moment, processes, trained=trained, optimizer=None) if main else None
+        content = self._content(moment, processes, trained, None) if main else None
 
         def write_parts() -> None:
             self._write_part(part, partial, meeting)
@@ -393,31 +342,16 @@ class Checkpointer:
         self,
         moment: Moment,
         processes: list[dict[str, Any]],
-        *,
         trained: Mapping[str, Tensor] | None,
         optimizer: dict[str, Any] | None,
-    ) -> _Content:
-        files: dict[str, Any] = {}
-        if not self.weights_only:
-            files = {
-                process_state.SCHEDULER: copy.deepcopy(moment.scheduler.state_dict()),
-                process_state.STATES: processes,
-            }
-            if optimizer is not None:
-                files[process_state.OPTIMIZER] = optimizer
-            if moment.scaler is not None:
-                files[process_state.SCALER] = moment.scaler.state_dict()
-        return _Content(
-            step=moment.step,
-            partial=self._partial(moment.step),
-            model=moment.model,
+    ) -> Content:
+        return content_of(
+            moment,
+            processes,
+            self._partial(moment.step),
             trained=trained,
-            files=files,
-            cursor=None if moment.cursor is None or self.weights_only else moment.cursor(),
-            trainer_state=json.dumps(dataclasses.asdict(moment.state), indent=2, sort_keys=True) + "\n",
-            best=moment.state.best_model_checkpoint,
-            processes=len(processes),
-            parts={},
+            optimizer=optimizer,
+            weights_only=self.weights_only,
         )
 
     def find_best(self, step: int) -> Path | None:
@@ -477,43 +411,14 @@ class Checkpointer:
     def _is_hopeless(self) -> bool:
         return sibling_died() or time.monotonic() > self._deadline
 
-    def _make(self, content: _Content) -> None:
+    def _make(self, content: Content) -> None:
         self._write(content)
         self._whole_step = content.step
         self.on_saved(self.checkpoint(content.step))
 
-    def _write(self, content: _Content) -> None:
+    def _write(self, content: Content) -> None:
         """Fill the folder, check it and give it its final name."""
-        partial, model = content.partial, content.model
         self._copies.wait()
-        with write.disk_errors():
-            method_of(model).save(model, partial, content.trained)
-            self.describe_adapter(partial)
-        about = {"step": content.step, "processes": content.processes, "resumable": not self.weights_only}
-        with ThreadPoolExecutor(3) as beside:  # the reading back, the disk and the hashes
-            checked = beside.submit(self._check, content)
-            with write.disk_errors():
-                for name, held in content.files.items():
-                    torch.save(held, partial / name)
-                if content.cursor is not None:
-                    process_state.save_cursor(partial, content.cursor)
-            (partial / process_state.TRAINER_STATE).write_text(content.trainer_state, encoding="utf-8")
-            files = [file for file in partial.iterdir() if file.name not in content.parts]
-            flushed = [beside.submit(flush, file) for file in files]
-            write_manifest(partial, about | self.record, content.parts)
-            for each in (checked, *flushed):
-                each.result()
-        put_in_place(partial, self.checkpoint(content.step))
+        self._filling.fill(content, model_is_free=self._unread.set)
+        put_in_place(content.partial, self.checkpoint(content.step))
         write.rotate(self.folder, content.step, self.limit, content.best)
-
-    def _check(self, content: _Content) -> None:
-        """Compare the folder with what was to be written, after which the model is no longer needed."""
-        try:
-            check_tensors(content.partial, content.model, content.trained)
-            if method_of(content.model).opened_by == "peft":
-                form = form_of(content.partial)
-                if form != self._opened_form:  # later ones of the same form open likewise
-                    check_reading(content.partial, content.model, content.trained)
-                    self._opened_form = form
-        finally:
-            self._unread.set()

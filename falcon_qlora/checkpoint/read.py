@@ -150,6 +150,7 @@ def check_process(state: dict[str, Any], *, step: int) -> None:
     bad_steps = state["bad_steps"]
     require(all(is_count(bad_steps[name]) for name in _COUNTS_OF_BAD_STEPS), "bad_steps")
     require(bad_steps["total"] <= step and bad_steps["in_a_row"] <= bad_steps["total"], "bad_steps")
+    require(is_count(bad_steps.get("overflowed", 0)) and bad_steps.get("overflowed", 0) <= step, "bad_steps")
     require(is_number(bad_steps["mean"]) and is_number(bad_steps["variance"]), "bad_steps")
     require(bad_steps["variance"] >= 0, "bad_steps")
     for of_step, values, origins in state["reports"]:

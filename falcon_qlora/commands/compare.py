@@ -22,6 +22,7 @@ from falcon_qlora.common.errors import EXIT_BUG, EXIT_USER_ERROR, UserError, pri
 from falcon_qlora.common.files import quoted
 from falcon_qlora.common.record_files import LATEST
 from falcon_qlora.common.settings import setting
+from falcon_qlora.common.stores import is_address
 from falcon_qlora.compare import plan, report
 from falcon_qlora.compare.figures import Compared
 from falcon_qlora.compare.finished import runs_in
@@ -63,13 +64,19 @@ def main(argv: list[str]) -> int:
     return _side_by_side([Path(folder) for folder in folders], given) if folders else _train_all(given)
 
 
+def _folder(output_dir: str | None, *, model: str) -> Path:
+    if is_address(output_dir):
+        raise UserError(f"--output_dir {output_dir}: compare writes into a folder here; name one")
+    return choose(output_dir, model=model, settings="comparison")
+
+
 def _side_by_side(folders: list[Path], given: dict[str, Any]) -> int:
     """Compare finished runs."""
     for name in given:
         if name not in ("output_dir", "overwrite"):
             raise UserError(f"--{name} does nothing where finished runs are compared: drop it")
     runs = runs_in(folders)
-    folder = choose(given.get("output_dir"), model=f"{len(runs)}-runs", settings="comparison")
+    folder = _folder(given.get("output_dir"), model=f"{len(runs)}-runs")
     if (folder / report.TABLE).exists() and not given.get("overwrite"):
         raise UserError(
             f"--output_dir {folder}: this folder holds a comparison already. Replace it (--overwrite), or "
@@ -101,7 +108,7 @@ def _train_all(given: dict[str, Any]) -> int:
     say_loading()
     look(planned[0].configuration)
     model = planned[0].configuration.model.model_name_or_path
-    folder = choose(own.run.output_dir, model=model, settings="comparison")
+    folder = _folder(own.run.output_dir, model=model)
     overwrite = own.run.overwrite
     if not overwrite:
         _check_earlier(folder, runs)

@@ -20,12 +20,15 @@ from falcon_qlora.common.settings import setting
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.processes.watchdog import end_native_code_after
 from falcon_qlora.training.cards import CARDS, Card, card_of
+from falcon_qlora.training.cuts import as_trained
 from falcon_qlora.training.estimate import Estimate, Estimator
+from falcon_qlora.training.rows import global_batch
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from falcon_qlora.data.counted import Counted
+    from falcon_qlora.models.step_memory import Checkpointing
 
 
 @dataclass(kw_only=True)
@@ -156,8 +159,6 @@ def _tokenizer(configuration: Configuration) -> Any:
 
 def _length(configuration: Configuration, rows: Counted | None, processes: int) -> Length | None:
     """How long the run is; None where the rows are not known and no number of steps is given."""
-    from falcon_qlora.training.rows import global_batch
-
     run, data = configuration.run, configuration.data
     batch = global_batch(run, processes)
     if rows is None:
@@ -190,7 +191,7 @@ def _plan(configuration: Configuration, rows: Counted, batch: int) -> Any:
     )
 
 
-def _speed_of(configuration: Configuration, rows: Counted | None) -> dict[str, float]:
+def _speed_of(configuration: Configuration, rows: Counted | None) -> dict[str, Any]:
     from falcon_qlora.training.estimate import of_rows
 
     if rows is None:
@@ -203,7 +204,7 @@ def _record(
     configuration: Configuration, estimator: Estimator, card: Card | None, length: Length | None
 ) -> dict[str, Any]:
     """All that is known, for programs: GiB, tokens/s and hours; what is not known is None."""
-    found = estimator.on(card)
+    found = as_trained(estimator, card)
     speed = _speed(found)
     return {
         "model": configuration.model.model_name_or_path,
@@ -213,15 +214,23 @@ def _record(
         **_on_card(found, length),
         "parts": {name: round(size / GIB, 3) for name, size in found.parts.items()},
         "micro_batch_tokens": found.micro_batch_tokens,
-        "largest_micro_batch": card and {each: estimator.largest(card, each) for each in estimator.choices()},
+        "micro_batches": found.micro_batches,
+        "largest_micro_batch": card and _largest(estimator, card),
         "steps": length and length.steps,
         "tokens": length and round(length.tokens),
         "counted": length and length.how,
+        "host_gib": round(found.host_bytes / GIB, 2),
+        "work_and_copy_seconds": found.passes and dict(zip(_PASSES, found.passes, strict=True)),
         "basis": None if speed is None else found.basis,
         "cards": None
         if card is not None
         else {each.name: _on_card(there, length) for each, there in _each_card(estimator)},
     }
+
+
+def _largest(estimator: Estimator, card: Card) -> dict[Checkpointing, int]:
+    """The most sequences of a micro batch, by what the blocks keep."""
+    return {each: estimator.largest(card, each) for each in estimator.choices(card)}
 
 
 def _speed(found: Estimate) -> float | None:
@@ -245,8 +254,8 @@ def _on_card(found: Estimate, length: Length | None) -> dict[str, Any]:
 
 def _each_card(estimator: Estimator) -> list[tuple[Card, Estimate]]:
     """Every named card that can compute what is asked for."""
-    able = [card for card in CARDS.values() if not estimator.in_fp8 or card.fp8]
-    return [(card, estimator.on(card)) for card in able]
+    able = [card for card in CARDS.values() if estimator.why_not_on(card) is None]
+    return [(card, as_trained(estimator, card)) for card in able]
 
 
 def _tell(
@@ -257,16 +266,21 @@ def _tell(
 
     settings, run, out = configuration.model, configuration.run, console()
     gpus = counted(estimator.processes, "GPU")
-    found = estimator.on(card)
+    found = as_trained(estimator, card)
     count = layout_of(estimator.config).parameter_count()
     print_plain(f"{settings.model_name_or_path}: {count:,} parameters in {settings.quantize_mode}")
     print_plain(f"{configuration.method.describe()}: {estimator.trainable:,} trained")
-    at_a_time = f"{run.per_device_train_batch_size} × {configuration.data.max_length:,} tokens at a time"
-    print_plain(f"{at_a_time} on {'a GPU' if estimator.processes == 1 else f'each of {gpus}'}")
-    if estimator.reason is not None:
-        print_plain(f"on the reference path, which is slower and takes more: {estimator.reason}")
+    batch = global_batch(run, estimator.processes)
+    step = f"{batch} × {configuration.data.max_length:,} tokens a step"
+    cut = counted(found.micro_batches, "micro-batch", "micro-batches")
+    on = "a GPU" if estimator.processes == 1 else f"each of {gpus}"
+    print_plain(f"{step}: {cut} of {found.micro_batch_tokens:,} tokens on {on}")
+    if (reason := estimator.reason_on(card)) is not None:
+        print_plain(f"on the reference path, which is slower and takes more: {reason}")
     print_plain("")
     out.print(_parts(found))
+    if found.host_bytes:
+        print_plain(f"CPU memory of each process, page-locked: {found.host_bytes / GIB:.2f} GiB")
     print_plain("")
     if card is None:
         out.print(_cards(estimator, length))
@@ -282,6 +296,7 @@ def _tell(
     print_plain("memory as on an H200, for which it was fitted; " + (found.basis if card else _BASES))
 
 
+_PASSES = "forward", "backward"
 _BASES = "an H200's speed by its steps, others' by published ceilings and the share of them reached there"
 
 
@@ -294,7 +309,7 @@ def _tell_card(estimator: Estimator, card: Card, found: Estimate) -> None:
     from falcon_qlora.terminal.console import console, print_plain
 
     has = f"{card.title} ({card.gib:g} GiB usable)"
-    largest = {each: estimator.largest(card, each) for each in estimator.choices()}
+    largest = _largest(estimator, card)
     if found.fits:
         print_plain(f"fits {has}: {found.card_gib:.1f} GiB, --checkpointing {found.checkpointing}")
     else:
@@ -315,6 +330,21 @@ def _tell_card(estimator: Estimator, card: Card, found: Estimate) -> None:
             "" if speed is None else f"{speed:,.0f}",
         )
     console().print(table)
+    if found.passes is not None:
+        print_plain(_told_copies(found.passes))
+
+
+def _told_copies(passes: tuple[tuple[float, float], tuple[float, float]]) -> str:
+    """Whether the copies of an offloaded base limit the speed."""
+    told = [
+        f"{name} {work:.2f} s of work beside {copied:.2f} s of copies"
+        for name, (work, copied) in zip(_PASSES, passes, strict=True)
+    ]
+    slower = [copied > work for work, copied in passes]
+    says = "the copies cost nothing"
+    if any(slower):
+        says = f"the copies limit {'both passes' if all(slower) else 'one pass'}: a larger -b hides them"
+    return f"a micro batch's base from CPU memory: {', '.join(told)}; {says}"
 
 
 def _cards(estimator: Estimator, length: Length | None) -> Table:

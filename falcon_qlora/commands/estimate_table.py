@@ -14,16 +14,19 @@ from falcon_qlora.config import Configuration
 from falcon_qlora.methods.interface import Method
 from falcon_qlora.methods.table import METHODS
 from falcon_qlora.training.cards import CARDS, Card
+from falcon_qlora.training.cuts import as_trained
 from falcon_qlora.training.estimate import Estimate, Estimator
+from falcon_qlora.training.rows import global_batch
 
 _MODELS = (
-    "falcon-7b falcon-11b falcon-40b falcon-180b falcon3-1b falcon3-3b falcon3-7b falcon3-10b falcon-h1-0.5b "
-    "falcon-h1-1.5b-deep falcon-h1-7b falcon-h1-34b"
+    "falcon3-1b falcon3-3b falcon3-7b falcon3-10b falcon-h1-0.5b falcon-h1-1.5b-deep falcon-h1-7b "
+    "falcon-h1-34b falcon-7b falcon-11b falcon-40b falcon-180b"
 ).split()
 _LEGEND = (
-    "Tokens/s of one GPU with {}, estimated; –: does not fit. Recomputed, in some blocks or all: s the "
-    "largest activation, f all, o all from inputs in CPU memory. Memory and the H200's speed go by what was "
-    "measured there, others' speed by published ceilings and the share of them reached there."
+    "Tokens/s of one GPU with {}, cut as --batch_tokens says, estimated; –: does not fit. Recomputed, in "
+    "some blocks or all: s the largest activation, f all, o all from inputs in CPU memory. Memory and the "
+    "H200's speed go by what was measured there, others' speed by published ceilings and the share of them "
+    "reached there."
 )
 _LETTERS = {"offload": " o", "full": " f", "selective": " s"}
 
@@ -87,8 +90,8 @@ def _rows(configuration: Configuration, cards: list[Card]) -> Iterator[Row]:
                     estimator = Estimator(settings, config, processes=configuration.extra.gpus)
                 except UserError:  # Falcon-H1 has no Adapter
                     continue
-                able = [card for card in cards if not estimator.in_fp8 or card.fp8 or not card.bf16]
-                on = {card.name: estimator.on(card) for card in able}
+                able = [card for card in cards if estimator.why_not_on(card) is None]
+                on = {card.name: as_trained(estimator, card) for card in able}
                 yield Row(model=model, method=method, quantize_mode=mode, estimator=estimator, cards=on)
 
 
@@ -103,7 +106,7 @@ def markdown(configuration: Configuration, rows: list[Row], cards: list[Card]) -
         cells = [_cell(row.cards.get(card.name)) for card in cards]
         name = row.model.removeprefix("random:")
         lines.append(f"| {name} | {row.method.short} | {row.quantize_mode} | {' | '.join(cells)} |")
-    batch = f"{run.per_device_train_batch_size} × {data.max_length:,} tokens at a time"
+    batch = f"{global_batch(run, configuration.extra.gpus)} × {data.max_length:,} tokens a step"
     return "\n".join([*lines, "", _LEGEND.format(batch)])
 
 
@@ -128,6 +131,7 @@ def _record(rows: list[Row]) -> list[dict[str, Any]]:
             "method": row.method.name,
             "quantize_mode": row.quantize_mode,
             "gpu": name,
+            "micro_batch_tokens": found.micro_batch_tokens,
             "card_gib": round(found.card_gib, 2),
             "fits": found.fits,
             "checkpointing": found.checkpointing,

@@ -118,11 +118,11 @@ def _measure(
         "text": text.source,
         "fingerprint": text.fingerprint,
         "documents": sum(len(batch.lengths) for batch in batches),
+        "answer_tokens": int(answers.sum()),
+        "answer_loss": mean_loss(every[answers]),
         "tokens": len(every),
         "loss": loss,
         "perplexity": math.exp(loss) if loss < 700 else math.inf,
-        "answer_tokens": int(answers.sum()),
-        "answer_loss": mean_loss(every[answers]),
         "computed_in": str(model.dtype).removeprefix("torch."),
         "kernels": described(kernels),
     }

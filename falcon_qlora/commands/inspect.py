@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from falcon_qlora.commands.inspection import Inspection, inspect_folder
+from falcon_qlora.common.by_url import opened
 from falcon_qlora.common.errors import EXIT_USER_ERROR, UserError
+from falcon_qlora.common.stores import is_address
 from falcon_qlora.config.verbs import VERBS
 from falcon_qlora.terminal.console import print_plain
 from falcon_qlora.terminal.library_logging import quiet_libraries
@@ -22,8 +24,9 @@ it is whole: every expected tensor there, of its shape, finite, and what its man
 
 The exit status is 0 where it is whole and 2 where it is not. An adapter that is whole and changes nothing,
 such as that of a first step at rate 0, is called "not trained yet", with exit status 0. Nothing in DIR is
-executed or downloaded. Of a finished run it also says what was proved at its end: the section "checks" of
-summary.json. A check that failed there changes no exit status here.
+executed or downloaded; an address, s3://… or gs://…, is copied here first. Of a finished run it also says
+what was proved at its end: the section "checks" of summary.json. A check that failed there changes no exit
+status here.
 
   --markdown   print the same as a sheet in Markdown, to hand on
 
@@ -41,13 +44,14 @@ def main(argv: list[str]) -> int:
     if len(argv) != 1 or argv[0].startswith("-"):
         raise UserError("name one folder: falcon-qlora inspect DIR [--markdown]")
 
-    if Path(argv[0]).is_file():
+    folder = opened(argv[0], "inspect", whole=True) if is_address(argv[0]) else Path(argv[0])
+    if folder.is_file():
         raise UserError(f"{argv[0]}: this is a file; name the folder that it lies in")
-    if not Path(argv[0]).is_dir():
+    if not folder.is_dir():
         raise UserError(f"{argv[0]}: there is no such folder")
     say_loading(aside=True)
     quiet_libraries()
-    found = inspect_folder(Path(argv[0]))
+    found = inspect_folder(folder)
     for line in (_sheet if as_markdown else _lines)(argv[0], found):
         print_plain(line)
     return EXIT_USER_ERROR if found.faults else 0

@@ -16,6 +16,7 @@ from falcon_qlora.checkpoint import manifest
 from falcon_qlora.common.errors import UserError, one_line, printable
 from falcon_qlora.common.files import sha256
 from falcon_qlora.common.record_files import CERTIFICATE, without_format
+from falcon_qlora.common.stores import is_address
 from falcon_qlora.common.untrusted import file_beside, is_count, leads_out, read_json, refuse_links
 from falcon_qlora.methods.adapter_folder import CONFIG, RECORD, read_adapter, read_record
 from falcon_qlora.methods.open_adapter import may_open
@@ -140,6 +141,8 @@ def _run(run: RunDirectory) -> Inspection:
         if summary.get("first_loss") is not None:  # none was logged in a run shorter than --logging_steps
             summary["loss"] = " → ".join(losses)
         found.tell(summary, {"steps": "steps", "loss": "loss", "best_eval_loss": "best held out"})
+        if is_count(tokens := summary.get("micro_batch_tokens"), least=1):
+            found.add("micro-batches", f"{tokens:,} tokens ({_text(summary.get('micro_batch_reason'))})")
         found.checks = _checks(summary.get("checks"))
         if not run.adapter.is_dir():
             found.faults.append(f"{run.adapter} is missing, though the run was finished")
@@ -240,7 +243,7 @@ def base_config(name: str) -> PreTrainedConfig | None:
     """
     if name.startswith(RANDOM):
         return parse_random(name, 0).config
-    if not name:
+    if not name or is_address(name):  # nothing is downloaded
         return None
     folder = packaged_folder(name) or (Path(name) if Path(name).is_dir() else None)
     if folder is None and is_on_hub(name):

@@ -17,6 +17,7 @@ from falcon_qlora.commands.opening import parse_with_run, source_of
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import quoted, remove_leftovers, sha256
 from falcon_qlora.common.settings import setting
+from falcon_qlora.common.stores import is_address
 from falcon_qlora.common.version import VERSION
 from falcon_qlora.config import Configuration
 from falcon_qlora.inference.base_and_adapter import Source, load_measured, tokenizer_of
@@ -31,7 +32,7 @@ from falcon_qlora.terminal.output import say_loading
 
 if TYPE_CHECKING:
     from falcon_qlora.merge.build import Request
-    from falcon_qlora.merge.certificate import Certificate, Origin
+    from falcon_qlora.merge.certificate import Certificate, ChooseBy, Origin
     from falcon_qlora.models.checkpoints import Checkpoint
 
 _SHOWN_SETTINGS = (
@@ -51,7 +52,7 @@ class MergeArguments:
     base: Literal["auto", "16bit", "dequantized"] = setting(
         "auto",
         "Merge onto the original base, or onto what its quantized weights stand for; auto: both, and keep "
-        "the one of the lower loss.",
+        "the one of the lower held-out loss, or without held-out rows the one nearer to the adapter.",
     )
     dtype: Literal["bf16", "fp16", "fp32"] = setting("bf16", "Store the merged weights in this type.")
     max_shard_size: str = setting("5GB", "Largest weights file, such as 500MB.")
@@ -71,6 +72,8 @@ def main(argv: list[str]) -> int:
     if folder is None or not wanted.out:
         missing = "out" if folder else "adapter"
         raise UserError(f"--{missing} is needed: falcon-qlora merge --adapter DIR --out DIR")
+    if is_address(wanted.out):
+        raise UserError(f"--out {wanted.out}: a merge is written into a folder here")
     hub, out = _hub_settings(configuration, named), Path(wanted.out)
     check_out(out, overwrite=configuration.run.overwrite)
     largest_file = shard_bytes(wanted.max_shard_size)
@@ -89,7 +92,8 @@ def main(argv: list[str]) -> int:
     # Only now, so that errors above are reported without loading libraries.
     from falcon_qlora.merge.build import needed_bytes
 
-    request = _request(source, wanted, folder, largest_file)
+    choose_by: ChooseBy = "kl_divergence" if configuration.data.eval_split is None else "loss"
+    request = _request(source, wanted, folder, largest_file, choose_by)
     remove_leftovers(out)
     check_disk(out, needed_bytes(request))
     with progress() as say:
@@ -125,7 +129,7 @@ def _merge(
     if configuration.data.eval_split is None:
         note(
             f"no held-out rows are known: the merge is measured on {text.source}. Give --eval_split FILE to "
-            "measure on your own data"
+            "measure on your own data, and to keep the merge of the lower loss instead of the nearer one"
         )
     batches = batches_of(
         text,
@@ -155,7 +159,9 @@ def _merge(
     )
 
 
-def _request(source: Source, wanted: MergeArguments, folder: Path, largest_file: int) -> Request:
+def _request(
+    source: Source, wanted: MergeArguments, folder: Path, largest_file: int, choose_by: ChooseBy
+) -> Request:
     from falcon_qlora.merge.build import Request
     from falcon_qlora.methods.adapter_folder import read_adapter
     from falcon_qlora.models.checkpoints import RANDOM
@@ -202,6 +208,7 @@ def _request(source: Source, wanted: MergeArguments, folder: Path, largest_file:
         max_shard_bytes=largest_file,
         max_loss_increase=wanted.max_loss_increase,
         max_kl_divergence=wanted.max_kl_divergence,
+        choose_by=choose_by,
         device=device,
     )
 

@@ -39,7 +39,7 @@ from falcon_qlora.processes import command_clock, launcher, scheduler
 from falcon_qlora.processes.cores import usable_cores
 from falcon_qlora.processes.early import STOP_SIGNALS
 from falcon_qlora.processes.launcher import SAME_REQUEST_SECONDS
-from falcon_qlora.processes.stop_signals import Ended, stop_signals_to
+from falcon_qlora.processes.stop_signals import Ended, sent_again_if_dropped, stop_signals_to
 from falcon_qlora.processes.watchdog import end_native_code_after
 from falcon_qlora.terminal.library_logging import ENVIRONMENT
 from falcon_qlora.terminal.output import drop_what_cannot_be_written, say_loading
@@ -136,7 +136,8 @@ def _raised_at_the_end_of(worker: subprocess.Popen[bytes]) -> Iterator[None]:
 
     earlier = signal.signal(signal.SIGCHLD, ended)
     try:
-        yield
+        with sent_again_if_dropped({_WorkerEnded: signal.SIGCHLD}):
+            yield
     finally:
         signal.signal(signal.SIGCHLD, earlier)
 

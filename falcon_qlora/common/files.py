@@ -63,7 +63,7 @@ def replaced(file: Path) -> Iterator[Path]:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.stem}-{os.getpid()}{file.suffix}")
     try:
-        with _named(file):
+        with _named(file, temporary):
             yield temporary
             if temporary.exists():
                 flush(temporary)
@@ -73,12 +73,12 @@ def replaced(file: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _named(target: Path) -> Iterator[None]:
-    """Name `target` in a system's error that names no file, as that of a failed write does not."""
+def _named(target: Path, temporary: Path) -> Iterator[None]:
+    """Name `target` in a system's error that names no file, or one of `temporary`, which becomes `target`."""
     try:
         yield
     except OSError as error:
-        if error.errno and error.filename is None:
+        if error.errno and (error.filename is None or str(error.filename).startswith(str(temporary))):
             error.filename = str(target)
         raise
 
@@ -94,7 +94,7 @@ def replaced_folder(target: Path, *, first_wins: bool = False) -> Iterator[Path]
     remove_leftovers(target)
     with _held_folder(f".{target.name}{_PARTIAL}", target.parent) as temporary:
         temporary.chmod(0o755)
-        with _named(target):
+        with _named(target, temporary):
             yield temporary
         put_in_place(temporary, target, first_wins=first_wins)
 

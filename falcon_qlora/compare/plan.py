@@ -213,6 +213,7 @@ def read_alike(run: Path, configuration: Configuration) -> bool:
         for settings in (before, now):
             for name in ("global_batch_size", "gradient_accumulation_steps"):
                 settings.pop(name, None)
+    before.setdefault("batch_tokens", "auto")  # of an earlier release
     return before == now
 
 

@@ -28,7 +28,8 @@ class ModelArguments:
 
     model_name_or_path: str = setting(
         "ybelkada/falcon-7b-sharded-bf16",
-        "Base model: a hub id, a local folder, `tiny` (packaged), or `random:falcon-7b` (made up).",
+        "Base model: a hub id, a folder (also at s3:// or gs://), `tiny` (packaged), or "
+        "`random:falcon-7b` (made up).",
         "-m",
         "--model_name",
     )
@@ -68,7 +69,8 @@ class DataArguments:
 
     dataset_name: list[str] = setting(
         ["timdettmers/openassistant-guanaco"],
-        "Hub id, or a .jsonl, .json, .csv, .tsv or .parquet file, or a folder of them; one or several.",
+        "Hub id, or a .jsonl, .json, .csv, .tsv or .parquet file, or a folder of them, also at s3:// or "
+        "gs://; one or several.",
     )
     dataset_weights: list[float] | None = setting(
         None, "Proportions in which several datasets are drawn, in each epoch anew.", above=0
@@ -166,12 +168,16 @@ class RunArguments:
     adapter_sha256: str | None = setting(
         None, "Refuse an --adapter whose weights have another SHA-256; the settings of a run note it."
     )
-    output_dir: str | None = setting(None, "Run directory; unset: a fresh one under runs/.")
+    output_dir: str | None = setting(
+        None,
+        "Run directory; unset: a fresh one under runs/. s3://BUCKET/RUN, gs://BUCKET/RUN: a local one, "
+        "copied there.",
+    )
     config: str | None = setting(None, "Settings from a YAML file, such as the config.yaml of a run.")
     resume: str | None = setting(
         None,
-        "Go on from the newest checkpoint of --output_dir, or from this one. auto: a fresh run where "
-        "--output_dir has none yet, so that one command starts and goes on.",
+        "Go on from the newest checkpoint of --output_dir, from this one, or from a run at s3:// or gs://. "
+        "auto: a fresh run where --output_dir has none yet, so that one command starts and goes on.",
         alone=LATEST,
     )
     overwrite: bool = setting(False, "Replace the run that --output_dir holds.")
@@ -190,7 +196,11 @@ class RunArguments:
         -1, "Optimizer steps; wins over the number of epochs where positive.", "-s", "--steps"
     )
     per_device_train_batch_size: int = setting(
-        4, "Sequences of --max_length on each device at a time.", "-b", "--batch_size_per_device", least=1
+        4,
+        "Sequences of --max_length on each device at a time; packed, --batch_tokens may cut them anew.",
+        "-b",
+        "--batch_size_per_device",
+        least=1,
     )
     gradient_accumulation_steps: int = setting(
         1, "Micro batches to an optimizer step, on each device.", least=1
@@ -199,6 +209,14 @@ class RunArguments:
         None,
         "Sequences of --max_length to a step over all devices, instead of --gradient_accumulation_steps.",
         least=1,
+    )
+    batch_tokens: str = setting(
+        "auto",
+        "Tokens of a packed micro batch. It cuts a step, whose size -b, --gradient_accumulation_steps and "
+        "--global_batch_size say.\n"
+        "auto: the fastest that fits the card, whatever is free; as -b on the CPU, and with --sharding fsdp "
+        "or zero3\n"
+        "N: at most so many",
     )
     checkpointing: Literal["auto", "none", "selective", "full", "offload"] = setting(
         "auto",
@@ -229,6 +247,11 @@ class RunArguments:
         "none: a replica on each\nfsdp: shared out, and gathered block by block; under an adapter, of the "
         "blocks' frozen weights\n"
         "zero3: --method full sharded by DeepSpeed, with float32 weights beside bf16 ones",
+    )
+    offload_base: bool = setting(
+        False,
+        "Keep the blocks' frozen weights in CPU memory and copy each block to the GPU ahead of its use, for "
+        "models larger than a GPU. `falcon-qlora estimate` says what that costs.",
     )
     early_stopping: int = setting(
         0, "Stop after this many evaluations without a better loss; 0: never.", least=0

@@ -33,6 +33,7 @@ _MODES: tuple[tuple[str, str, Sequence[Any]], ...] = (
     ("llm_int8_threshold", "quantize_mode", ["8bit"]),
     ("llm_int8_threshold", "kernels", ["off"]),  # our kernels dequantize
     ("padding", "packing", [False]),
+    ("batch_tokens", "packing", [True]),
     ("train_sampling_strategy dataset_num_proc", "streaming", [False]),
     ("logging_steps", "logging_strategy", ["steps"]),
     ("save_steps", "save_strategy", ["steps"]),
@@ -117,6 +118,8 @@ def _faults(values: Values, where: dict[str, str]) -> Iterator[str]:
             yield f"{name(setting)}: {value} is neither a number of steps nor a ratio below 1"
     if values["max_steps"] < 1 and values["max_steps"] != -1:
         yield f"{name('max_steps')}: must be at least 1, or -1 for whole epochs"
+    if values["batch_tokens"] != "auto":
+        yield from _batch_tokens_faults(values, name("batch_tokens"))
     template = values["template"]
     if template not in TEMPLATES and not template.endswith(".jinja"):
         yield (
@@ -128,13 +131,19 @@ def _faults(values: Values, where: dict[str, str]) -> Iterator[str]:
     if values["report_to"] != ["none"] and "none" in values["report_to"]:
         yield f"{name('report_to')}: none excludes other trackers; drop none or the others"
     try:
-        of_method = method_from(values, name("method")).fp8_facts()
+        method = method_from(values, name("method"))
     except UserError as error:
         yield str(error)
     else:
-        excluded = fp8_excludes(kernels=values["kernels"], **of_method)
+        excluded = fp8_excludes(kernels=values["kernels"], **method.fp8_facts())
         if excluded is not None and values["compute_dtype"] == "fp8":
             yield f"{name('compute_dtype')}: {excluded}"
+        if values["offload_base"] and method.is_whole:
+            yield f"{name('offload_base')}: --method full trains every weight; give an adapter's method"
+        elif values["offload_base"] and method.why_base_stays_whole is not None:
+            yield f"{name('offload_base')}: {method.why_base_stays_whole}; drop it, or --use_dora"
+    if values["offload_base"] and values["sharding"] == "fsdp":
+        yield f"{name('offload_base')} and --sharding fsdp both say where the base lies; give one of them"
     if values["adapter_sha256"] and not values["adapter"]:
         yield f"{name('adapter_sha256')} is the hash of an adapter's weights: give --adapter too"
     if values["resume"] and values["overwrite"]:
@@ -152,6 +161,17 @@ def _faults(values: Values, where: dict[str, str]) -> Iterator[str]:
         yield f"{name('push_to_hub')} needs to know where to: give --hub_model_id NAME/MODEL"
     if values["sample_prompts"] and not values["generate_samples"]:
         yield f"{name('sample_prompts')} needs --generate_samples, the number of answers to generate"
+
+
+def _batch_tokens_faults(values: Values, where: str) -> Iterator[str]:
+    given, longest = values["batch_tokens"], values["max_length"]
+    if not given.isdecimal():
+        yield f"{where}: {given!r} is neither auto nor a whole number of tokens"
+    elif int(given) < longest and values["packing"]:
+        yield (
+            f"{where}: {given} is less than the {longest} tokens that a document may have: give at least so "
+            "many, or a smaller --max_length"
+        )
 
 
 def why_unread(name: str, values: Values) -> str | None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from falcon_qlora.common import stores
+from falcon_qlora.common.by_url import bring_settings
 from falcon_qlora.common.errors import UserError, without_credentials
 from falcon_qlora.common.record_files import AUTO, LATEST, is_record
 from falcon_qlora.common.settings import settings_of
@@ -95,11 +97,8 @@ class Configuration:
         from falcon_qlora.processes import devices, ranks
 
         on_gpu = torch.cuda.is_available()
+        devices.check_served(devices.local_device())
         dtype = devices.compute_dtype(self.model.compute_dtype)
-        if dtype == torch.float16 and not on_gpu:
-            raise UserError(
-                "--compute_dtype fp16 needs a GPU; on the CPU leave it at auto, or give fp32 or bf16"
-            )
         values = dict(self.trainer)
         for group in (self.data, self.run):
             values |= {name: value for name, value in vars(group).items() if name in SHARED}
@@ -198,7 +197,7 @@ def configure(settings: Mapping[str, Any], *, extra_arguments: type | None = Non
         UserError: for anything the user can fix; the message names the flag, or the file and key.
     """
     parser = FalconParser(*([extra_arguments] if extra_arguments else []))
-    flags = parser.read_settings(settings)
+    flags = parser.read_settings(_with_address(settings))
     layers = [_default_recipe(parser), flags]
     config_file = flags.values.get("config")
     of_run = config_file is not None and is_record(Path(config_file))
@@ -235,6 +234,20 @@ def configure(settings: Mapping[str, Any], *, extra_arguments: type | None = Non
     return configuration
 
 
+def _with_address(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With `resume`, where it is a run's address, as that of `output_dir`."""
+    resume = settings.get("resume")
+    if resume is None or not stores.is_address(resume):
+        return settings
+    if settings.get("output_dir") not in (None, resume):
+        raise UserError(f"--resume {resume}: a run goes on in its own folder; leave --output_dir out")
+    if "/checkpoints/" in str(resume):
+        raise UserError(
+            f"--resume {resume}: name the run; of a run by address the newest checkpoint is gone on from"
+        )
+    return {**settings, "output_dir": resume, "resume": LATEST}
+
+
 def _kept(layers: list[Layer], recipe: Layer) -> tuple[str, ...]:
     """Settings for which a recipe that is named again says something else than the run to resume."""
     laid = lay_over(layers)
@@ -255,7 +268,10 @@ def _settings_of_the_run(flags: Mapping[str, Any]) -> str | None:
     by_folder = resume in (LATEST, AUTO)
     if not resume or (by_folder and output is None):
         return None
-    folder = Path(str(output) if by_folder else str(resume))
+    if by_folder and stores.is_address(output):
+        folder = bring_settings(str(output), begun=resume == AUTO)
+    else:
+        folder = Path(str(output) if by_folder else str(resume))
     if resume == AUTO and not any((folder / "checkpoints").glob("step-*")):
         return None  # a fresh run is what the command says
     if folder.parent.name == "checkpoints":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from falcon_qlora.common.recorded_paths import absolute_name, started_in
+from falcon_qlora.common.stores import is_address
 
 _MODELS = ("model_name_or_path", "tokenizer_name_or_path")
 _OTHERS = ("adapter", "template", "cache_dir")
@@ -36,6 +37,8 @@ def with_absolute_paths(
 
 def on_the_hub(name: str) -> bool:
     """Whether a model or rows may be on the hub: they are neither local nor packaged."""
+    if is_address(name):
+        return False
     packaged = name in ("tiny", "sample") or name.startswith("random:")
     return not packaged and not Path(name).expanduser().exists()
 

@@ -33,9 +33,9 @@ _QUANTIZING = frozenset("quantize_mode double_quantization compute_dtype device 
 _NEW_TOKENS = frozenset({"method", "new_tokens"})
 # A bench of whole commands sets these itself, or they would make its figures another recipe's.
 BENCH_SETS = frozenset(
-    "recipe compute_dtype per_device_train_batch_size global_batch_size gradient_accumulation_steps packing "
-    "padding num_train_epochs device dry_run output_dir resume overwrite report_to save_strategy "
-    "lora_dropout".split()
+    "recipe compute_dtype per_device_train_batch_size global_batch_size gradient_accumulation_steps "
+    "batch_tokens packing padding num_train_epochs device dry_run output_dir resume overwrite report_to "
+    "save_strategy lora_dropout".split()
 )
 
 

@@ -15,7 +15,7 @@ from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.account import Account
 from falcon_qlora.data.cursor import State
 from falcon_qlora.data.origins import Origin
-from falcon_qlora.data.packing import MicroBatch, Plan, collate, deal, fitting
+from falcon_qlora.data.packing import MicroBatch, Plan, collate, deal, fitting, micro_batches
 from falcon_qlora.data.stream import DocumentStream, document_of, plain_document
 
 Cursor = dict[str, Any]
@@ -110,6 +110,7 @@ class Dealing:
 
     Attributes:
         micro_batch: sequences in one micro-batch.
+        tokens: that one holds at most instead, where documents are packed.
         process: this process's index.
         processes: how many there are.
         even: whether all processes get the same number of micro-batches, some possibly without documents.
@@ -119,6 +120,7 @@ class Dealing:
     process: int
     processes: int
     even: bool = False
+    tokens: int | None = None
 
     def share(
         self,
@@ -141,22 +143,26 @@ class Dealing:
             step, epoch: as in `Share`.
             global_batch: sequences of the step.
         """
+        of_step = lengths[documents]
         shares = deal(
-            documents,
-            lengths,
+            np.arange(len(documents)),
+            of_step,
             processes=self.processes,
             micro_batch=self.micro_batch,
             max_length=reader.max_length,
             packed=reader.packed,
+            tokens=self.tokens,
         )
         parts = filled_up(shares[self.process], max(map(len, shares)) if self.even else 1)
-        positions = sum(reader.positions(lengths[part]) for share in shares for part in share)
+        positions = sum(reader.positions(of_step[part]) for share in shares for part in share)
         return Share(
-            micro_batches=[reader.micro_batch(part) for part in parts],
+            micro_batches=[
+                replace(reader.micro_batch(documents[part]), places=tuple(part.tolist())) for part in parts
+            ],
             step=step,
             epoch=epoch,
             global_targets=targets,
-            global_tokens=int(lengths[documents].sum()),
+            global_tokens=int(of_step.sum()),
             global_positions=positions,
             global_capacity=global_batch * reader.max_length if reader.packed else positions,
         )
@@ -165,6 +171,34 @@ class Dealing:
 def filled_up(parts: list[np.ndarray], count: int) -> list[np.ndarray]:
     """`parts`, with empty ones appended up to `count`."""
     return parts + [np.array([], dtype=np.int64)] * (count - len(parts))
+
+
+def recut(share: Share, tokens: int) -> Share:
+    """A packed share as a `Dealing` whose micro-batches hold at most so many tokens would have cut it."""
+    ids, masks = [], []
+    lengths: list[int] = []
+    places: list[int] = []
+    for batch in share.micro_batches:
+        is_target = np.zeros(sum(batch.lengths), dtype=bool)
+        is_target[batch.target_positions.numpy() + 1] = True
+        starts = batch.cu_seqlens.tolist()
+        for first, last in itertools.pairwise(starts):
+            ids.append(batch.input_ids[0, first:last].numpy())
+            masks.append(is_target[first:last])
+        lengths += batch.lengths
+        places += batch.places
+    if not places:  # a single padding token
+        return share
+    order = np.lexsort((places, [-length for length in lengths]))
+    parts = micro_batches(order, np.array(lengths), tokens)
+    cut = [
+        replace(
+            collate([ids[each] for each in part], [masks[each] for each in part]),
+            places=tuple(places[each] for each in part),
+        )
+        for part in parts
+    ]
+    return replace(share, micro_batches=cut)
 
 
 @dataclass(eq=False)

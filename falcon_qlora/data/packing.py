@@ -188,6 +188,7 @@ def deal(
     micro_batch: int,
     max_length: int,
     packed: bool = True,
+    tokens: int | None = None,
 ) -> list[list[np.ndarray]]:
     """Deal the documents of one global batch to processes and cut each share into micro-batches.
 
@@ -197,6 +198,7 @@ def deal(
         processes: number of processes to deal to.
         micro_batch: sequences of `max_length` tokens in one micro-batch: packed, it holds at most
             ``micro_batch * max_length`` tokens; padded, at most `micro_batch` documents.
+        tokens: that a packed micro-batch holds at most instead; no less than the longest document has.
 
     Returns:
         For each process its micro-batches, each an array of document indexes. A process may get none.
@@ -206,12 +208,19 @@ def deal(
         per_process = -(-len(descending) // (micro_batch * processes))
         parts = np.array_split(descending, min(per_process * processes, len(descending)))
         return [parts[index::processes] for index in range(processes)]
-    capacity = micro_batch * max_length
+    capacity = tokens or micro_batch * max_length
     shares = _balance(descending, lengths, processes)
-    return [_micro_batches(share, lengths, capacity) for share in shares]
+    return [micro_batches(share, lengths, capacity) for share in shares]
 
 
-def _micro_batches(share: np.ndarray, lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
+def micro_batches(share: np.ndarray, lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
+    """Cut a process's share of a step, longest first, into micro-batches of at most so many tokens.
+
+    Raises:
+        ValueError: if a document alone is longer.
+    """
+    if len(share) and int(lengths[share].max()) > capacity:
+        raise ValueError(f"a document has {int(lengths[share].max())} tokens, over {capacity}")
     if len(share) == 0:
         return []
     bins = -(-int(lengths[share].sum()) // capacity)
@@ -278,6 +287,7 @@ class MicroBatch:
         targets: int64 ``[N]``, those next tokens.
         lengths: tokens of each document, padding included, on the host.
         tokens: real tokens, without padding.
+        places: of each document in its step, by which documents of one length are ordered, on the host.
     """
 
     input_ids: torch.Tensor
@@ -287,6 +297,7 @@ class MicroBatch:
     targets: torch.Tensor
     lengths: tuple[int, ...]
     tokens: int
+    places: tuple[int, ...] = ()
 
     def _each_tensor(self, change: Any) -> MicroBatch:
         import torch

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from falcon_qlora.common.errors import UserError, first_line, nearest
 from falcon_qlora.common.files import sha256
+from falcon_qlora.common.stores import fetched, is_address
 from falcon_qlora.data import sample_data
 from falcon_qlora.data.files import data_suffix, iterate_rows, remarks
 from falcon_qlora.data.folders import cure_of, files_of_folder, kinds, listed
@@ -98,7 +99,7 @@ def find_source(name: str, *, config: str | None = None, split: str = "train") -
     Raises:
         UserError: if a path does not exist or holds no rows, or a single file is asked for another split.
     """
-    path = Path(name).expanduser()
+    path = fetched(name, "--dataset_name") if is_address(name) else Path(name).expanduser()
     if name == PACKAGED and not path.exists():
         path = sample_data.path()
     if path.is_dir():
@@ -113,11 +114,6 @@ def find_source(name: str, *, config: str | None = None, split: str = "train") -
                 f"{name}: a single file has no split {split!r}; name another file, or hold out a fraction"
             )
         return LocalSource(name, (path,))
-    if "://" in name:
-        raise UserError(
-            f"--dataset_name {name}: rows are read from files here and data sets of the hub, not from an "
-            "address. Download it, and name the file"
-        )
     if _looks_like_path(name):
         neighbours = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
         where = "" if path.parent.is_dir() else f" (nor is there a folder {path.parent})"

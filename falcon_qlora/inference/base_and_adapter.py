@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from falcon_qlora.common import by_url
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.stores import is_address
 from falcon_qlora.run_folder.directory import RunDirectory
 
 
@@ -45,6 +47,8 @@ def adapter_folder(name: str) -> Path:
     Raises:
         UserError: if neither holds one.
     """
+    if is_address(name):
+        name = str(by_url.opened(name, "--adapter"))
     for folder in (Path(name), Path(name) / "adapter"):
         # Full fine-tuning saves no adapter_config.json, only the record beside a whole model.
         if any((folder / file).is_file() for file in ("adapter_config.json", "falcon_qlora.json")):

@@ -254,7 +254,7 @@ class Fp8Products:
         projection: Projection = self.block.projections[linear]
         if b is None:
             return self.frozen.weights[linear].scale.new_empty(projection.out_features, 0, dtype=dtype)
-        return (b * projection.scaling).to(dtype)
+        return torch.mul(b, projection.scaling, out=b.new_empty(b.shape, dtype=dtype))
 
     def _into_low_rank(self, linears: Sequence[int], inputs: Sequence[Tensor]) -> list[Tensor]:
         """Each linear's t ``[T, r]``; one product if they share the input."""

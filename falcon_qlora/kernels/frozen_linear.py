@@ -97,11 +97,13 @@ class Group:
                 out[self.ranks[index], slice(None) if spans is None else spans[index]] = a
         return out
 
-    def _scaled_b(self, index: int, like: Tensor) -> Tensor:
-        """One linear's B times its scaling, ``[out, r]`` in `like`'s dtype."""
+    def _scaled_b(self, index: int, like: Tensor, out: Tensor | None = None) -> Tensor:
+        """One linear's B times its scaling, ``[out, r]`` in `like`'s dtype, which `out` has too."""
         b = self.adapters[index][1]
         assert b is not None
-        return (b * self.projections[index].scaling).to(like.dtype)
+        return torch.mul(
+            b, self.projections[index].scaling, out=like.new_empty(b.shape) if out is None else out
+        )
 
     def _read(self, index: int, x: Tensor) -> Tensor:
         """The input of one linear's LoRA: `x` ``[T, in]`` after its dropout."""
@@ -174,7 +176,7 @@ class SharedInput(Group):
             ops.dequantize(projection.layer, rows[:, : self.features])
             if projection.rank:
                 start = self.features + rank.start
-                rows[:, start : start + projection.rank] = self._scaled_b(index, extended)
+                self._scaled_b(index, extended, rows[:, start : start + projection.rank])
         return weight, low
 
     def adapter_gradients(self, extended: Tensor, low: Tensor, x: Tensor) -> list[Tensor | None]:
@@ -248,7 +250,7 @@ class SharedOutput(Group):
             ops.dequantize(projection.layer, weight[:, inputs])
             if projection.rank:
                 start = self.features + self.ranks[index].start
-                weight[:, start : start + projection.rank] = self._scaled_b(index, extended)
+                self._scaled_b(index, extended, weight[:, start : start + projection.rank])
         return torch.addmm(addend, extended, weight.T), low.clone()
 
     def low_rank(self, extended: Tensor) -> Tensor:
@@ -293,7 +295,7 @@ class SharedOutput(Group):
             b = grad.new_zeros(self.width, self.columns)
             for index, projection in enumerate(self.projections):
                 if projection.rank:
-                    b[:, self.ranks[index]] = self._scaled_b(index, grad)
+                    self._scaled_b(index, grad, b[:, self.ranks[index]])
             torch.mm(grad, b, out=extended[:, self.width :])
             self._put_a(weight[self.width :], self.inputs)
         low_grad = extended[:, self.width :].contiguous()

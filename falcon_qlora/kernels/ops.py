@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from falcon_qlora.kernels import libraries
+from falcon_qlora.processes.devices import has_bfloat16
 
 Implementation = Literal["torch", "triton"]
 _P = ParamSpec("_P")
@@ -49,8 +50,11 @@ def triton_runs_on(device: torch.device) -> bool:
 
 @lru_cache
 def triton(device: torch.device) -> libraries.Loaded[bool]:
-    """Triton, once a small kernel of ours has run on `device`: it needs a C compiler, for one."""
-    if importlib.util.find_spec("triton") is None:
+    """Triton, once a small kernel of ours has run on `device`: it needs a C compiler, for one.
+
+    Not on GPUs without bfloat16, for which no kernel of ours is compiled.
+    """
+    if importlib.util.find_spec("triton") is None or not has_bfloat16(device):
         return libraries.Loaded()
 
     def copy() -> bool:

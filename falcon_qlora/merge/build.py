@@ -23,7 +23,7 @@ from falcon_qlora.inference.evaluation import (
     mean_loss,
     token_losses,
 )
-from falcon_qlora.merge.certificate import FORMAT, Certificate, HeldOut, Measured, Origin, card
+from falcon_qlora.merge.certificate import FORMAT, Certificate, ChooseBy, HeldOut, Measured, Origin, card
 from falcon_qlora.merge.tensors import Onto, merged_tensors
 from falcon_qlora.methods.adapter_folder import SavedAdapter
 from falcon_qlora.models.checkpoints import Checkpoint
@@ -57,6 +57,8 @@ class Request:
         max_shard_bytes: largest size of a weights file.
         max_loss_increase: limit for a merge to be kept, nats per token.
         max_kl_divergence: likewise.
+        choose_by: the figure that the merge to keep has lower; the loss on text that is not like what was
+            trained on says little.
         device: where the merge is computed.
     """
 
@@ -74,6 +76,7 @@ class Request:
     max_shard_bytes: int
     max_loss_increase: float
     max_kl_divergence: float
+    choose_by: ChooseBy
     device: torch.device
 
     @property
@@ -154,6 +157,7 @@ def merge(
             held_out=held_out,
             adapter_loss=adapter_loss,
             merges=measured,
+            chosen_by=request.choose_by,
             max_loss_increase=request.max_loss_increase,
             max_kl_divergence=request.max_kl_divergence,
             tensors=hashes[best],
@@ -207,7 +211,7 @@ def _write(request: Request, folder: Path, onto: Onto, at_block: Callable[[int],
 
 
 def _choose(request: Request, measured: dict[Onto, Measured], adapter_loss: float) -> Onto:
-    """The merge with the lowest loss among those within the limits.
+    """The merge with the lowest `choose_by` among those within the limits.
 
     Raises:
         UserError: if there is none.
@@ -219,7 +223,7 @@ def _choose(request: Request, measured: dict[Onto, Measured], adapter_loss: floa
         if each.loss_increase <= request.max_loss_increase and each.kl_divergence <= request.max_kl_divergence
     ]
     if within:
-        return min(within, key=lambda onto: measured[onto].loss)
+        return min(within, key=lambda onto: getattr(measured[onto], request.choose_by))
     told = "; ".join(
         f"onto the {onto} base loss {each.loss:.4f} ({each.loss_increase:+.4f}), KL divergence "
         f"{each.kl_divergence:.4f}"

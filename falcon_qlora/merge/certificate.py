@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from falcon_qlora.common.untrusted import as_yaml
 from falcon_qlora.data.templates import TEMPLATES, TOKENIZER, Turn, get_template
@@ -20,6 +20,7 @@ from falcon_qlora.terminal import markdown
 from falcon_qlora.terminal.markdown import code, escaped
 
 FORMAT = 1
+ChooseBy = Literal["loss", "kl_divergence"]
 _CARD_LIMIT = 2**16
 _ONTO = {"16bit": "the original 16-bit base", "dequantized": "what the quantized base stands for"}
 _LICENCE = re.compile(r"---\n(?:[^\n]*\n)*?license: *([\w.-]+) *\n")
@@ -120,6 +121,7 @@ class Certificate:
         adapter_loss: of the quantized base with its adapter, on the path that the run trained on.
         merges: the figures for each base that was tried, computed block by block as Transformers does. In
             16 bits the two paths also round differently, which is part of the difference.
+        chosen_by: the figure that the kept merge has lower.
         max_loss_increase: the requested limit.
         max_kl_divergence: likewise.
         tensors: name → SHA-256 of the stored bytes.
@@ -133,6 +135,7 @@ class Certificate:
     held_out: HeldOut
     adapter_loss: float
     merges: Mapping[Onto, Measured]
+    chosen_by: ChooseBy
     max_loss_increase: float
     max_kl_divergence: float
     tensors: Mapping[str, str]

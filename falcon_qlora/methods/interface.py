@@ -146,7 +146,7 @@ class Method(ABC):
 
     @property
     def why_base_stays_whole(self) -> str | None:
-        """Why the base's frozen weights cannot be shared out over processes, or None if they can."""
+        """Why the base's frozen weights must all be on the device, or None if a block at a time is enough."""
         return None
 
     @property

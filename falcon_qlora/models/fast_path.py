@@ -45,7 +45,7 @@ from falcon_qlora.models.blocks.fast_block import (
 from falcon_qlora.models.forward import FEW_ROWS, enable_packing, pack_batches
 from falcon_qlora.models.layouts import causal_lm_in
 from falcon_qlora.models.packed_attention import takes_varlen
-from falcon_qlora.models.sharded_base import sharded_base_of
+from falcon_qlora.models.streamed_base import streamed_base_of
 from falcon_qlora.models.token_rows import pad_head
 
 _FAMILIES: dict[str, ModuleType] = {"falcon": falcon, "llama": llama, "falcon_h1": falcon_h1}
@@ -266,7 +266,7 @@ def apply_fast_path(
     blocks = blocks_of(base)
     report = {}
     keeps = [keep] * len(blocks) if isinstance(keep, str) else keep
-    shared_out = sharded_base_of(base)
+    streamed = streamed_base_of(base)
     for index, (block, kept) in enumerate(zip(blocks, keeps, strict=True)):
         facts = family.block_facts(block, dtype) if family is not None else None
         # Libraries are tried, and may compile, only for blocks that they would run in.
@@ -300,8 +300,8 @@ def apply_fast_path(
         state = State(kept, workspace, offload, attention, products)
         install(block, family.block_forward, state)
         if fp8_products:
-            if shared_out is not None:
-                shared_out.gather(index)
+            if streamed is not None:
+                streamed.fetch(index)
             parts = family.block_and_adapters(block, state)[0]
             in_fp8 = Fp8Sublayers if isinstance(parts, Sublayers) else Fp8
             state.products = in_fp8.measure(parts)
@@ -387,6 +387,13 @@ def keep_fp8_weights(model: nn.Module) -> None:
     """Quantize the frozen weights to FP8 once, rather than for every product; the results are the same."""
     for products, block in _fp8_blocks(model):
         products.keep(block)
+
+
+def drop_fp8_weights(model: nn.Module) -> None:
+    """Undo `keep_fp8_weights`."""
+    for products, _ in _fp8_blocks(model):
+        for weight in products.weights:
+            weight.kept.clear()
 
 
 def _fp8_blocks(model: nn.Module) -> Iterator[tuple[Any, Any]]:

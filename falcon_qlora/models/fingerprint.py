@@ -7,6 +7,7 @@ from pathlib import Path
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import sha256
+from falcon_qlora.common.stores import is_address
 from falcon_qlora.common.untrusted import read_text
 from falcon_qlora.models.checkpoints import RANDOM, weight_files
 from falcon_qlora.models.locate import packaged_folder
@@ -23,6 +24,8 @@ _SAMPLES_BEFORE = 16
 
 def named_folder(name: str) -> Path | None:
     """The local folder that a model's name means, whether or not it exists; None for other names."""
+    if is_address(name):
+        return packaged_folder(name)
     if name.startswith(RANDOM) or packaged_folder(name) is not None:
         return None
     try:

@@ -24,6 +24,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.models.checkpoints import Checkpoint, RandomCheckpoint
 from falcon_qlora.models.fingerprint import content_hash
+from falcon_qlora.models.host_base import HostCopy
 from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.locate import open_checkpoint
 from falcon_qlora.models.prepared import changed_since, read_prepared
@@ -37,8 +38,9 @@ from falcon_qlora.models.quantize import (
     quantize_mode_of,
 )
 from falcon_qlora.models.quantized_files import StoredLinear
-from falcon_qlora.models.sharded_base import ShardedBase
+from falcon_qlora.models.sharded_base import Parts
 from falcon_qlora.models.sizes import check_fits
+from falcon_qlora.models.streamed_base import StreamedBase
 from falcon_qlora.models.undrawn import Undrawn
 from falcon_qlora.processes import devices, ranks
 from falcon_qlora.terminal.console import note
@@ -56,6 +58,7 @@ def load_model(
     revision: str | None = None,
     seed: int = 0,
     share_out: bool = False,
+    offload: bool = False,
 ) -> PreTrainedModel:
     """Load a model onto one device: frozen, in evaluation mode, the linears of its blocks quantized.
 
@@ -77,6 +80,7 @@ def load_model(
         seed: of random weights.
         share_out: of the blocks' linears keep only this process's part, see `sharded_base`; all processes
             load the model then.
+        offload: keep the blocks' linears in CPU memory, see `host_base`; not with `share_out`.
 
     Raises:
         UserError: if the model cannot be found, is of no known layout, does not fit, the mode cannot run
@@ -104,6 +108,7 @@ def load_model(
             free_bytes=free_bytes(device),
             double_quantization=double_quantization,
             processes=ranks.world_size() if share_out else 1,
+            offloaded=offload,
         )
     model = empty_model(
         checkpoint.config,
@@ -113,9 +118,12 @@ def load_model(
         norms_in_float32=norms_in_float32,
         llm_int8_threshold=llm_int8_threshold,
     )
-    shards = ShardedBase(model, device, dtype) if share_out else None
+    streamed = None
+    if share_out or offload:
+        assert not (share_out and offload)
+        streamed = StreamedBase(model, device, dtype, Parts if share_out else HostCopy)
     tensors = checkpoint.tensors(model, device, dtype)
-    left = _fill(model, tensors, device, dtype, source=checkpoint.name, shards=shards)
+    left = _fill(model, tensors, device, dtype, source=checkpoint.name, streamed=streamed)
     if scheme is not None and left and ranks.is_main_process():
         every = len(layout_of(checkpoint.config).expected_linears())
         note(
@@ -123,8 +131,8 @@ def load_model(
             f"quantized here, as the others are"
         )
     _finish(model, checkpoint.name, device)
-    if shards is not None:
-        shards.finish()
+    if streamed is not None:
+        streamed.finish()
     model.config._commit_hash = revision  # where Transformers used to keep it; it is written to no file
     verify_quantized(model, quantize_mode)
     return model
@@ -164,10 +172,9 @@ def check_mode_runs_on(mode: str, dtype: torch.dtype, device: torch.device) -> N
     """
     if mode not in ("4bit", "8bit", "16bit"):
         raise UserError(f"quantize_mode {mode!r} is none of 4bit, 8bit, 16bit")
-    if device.type == "cpu" and dtype == torch.float16:
-        raise UserError("fp16 does not run on the CPU. Use --compute_dtype auto (float32 there) or bf16")
     if device.type != "cuda":
         return
+    devices.check_served(device)
     capability = torch.cuda.get_device_capability(device)
     name = torch.cuda.get_device_name(device)
     if mode == "8bit" and capability < (7, 5):
@@ -175,7 +182,7 @@ def check_mode_runs_on(mode: str, dtype: torch.dtype, device: torch.device) -> N
             f"8bit needs a GPU of compute capability 7.5 or later; {name} has "
             f"{capability[0]}.{capability[1]}. Use --quantize_mode 4bit"
         )
-    if dtype == torch.bfloat16 and capability < (8, 0):
+    if dtype == torch.bfloat16 and not devices.has_bfloat16(device):
         raise UserError(f"{name} has no bfloat16. Use --compute_dtype auto or fp16")
 
 
@@ -248,9 +255,9 @@ def _fill(
     dtype: torch.dtype,
     *,
     source: str,
-    shards: ShardedBase | None,
+    streamed: StreamedBase | None,
 ) -> list[str]:
-    """Put each named tensor where it belongs, quantized where its layer is, a part of it where shared out.
+    """Put each named tensor where it belongs, quantized where its layer is; store what is streamed.
 
     Returns:
         Names of the linears that were quantized here.
@@ -284,8 +291,8 @@ def _fill(
             # A copy where nothing else makes one: the tensor may be a view into a file.
             tensor = tensor.to(kept, copy=tensor.device.type == "cpu")
             setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
-        if leaf == "weight" and shards is not None:
-            shards.take(module)
+        if leaf == "weight" and streamed is not None:
+            streamed.take(module)
         del tensor
     if missing:
         raise UserError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.stores import fetched, is_address
 from falcon_qlora.common.untrusted import read_json
 from falcon_qlora.models.checkpoints import (
     RANDOM,
@@ -133,5 +134,7 @@ def is_on_hub(model_name_or_path: str) -> bool:
 
 
 def packaged_folder(model_name_or_path: str) -> Path | None:
-    """The folder of a model that comes with the package, or None."""
+    """The folder of a model that comes with the package, or of a copy of one at an address; else None."""
+    if is_address(model_name_or_path):
+        return fetched(model_name_or_path, "--model_name_or_path")
     return tiny_path() if model_name_or_path == "tiny" else None

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from falcon_qlora.processes.devices import FIRST_WITH_BFLOAT16
+
 
 @dataclass(frozen=True)
 class Sequences:
@@ -175,7 +177,7 @@ def takes_varlen(device: torch.device, dtype: torch.dtype, head_dim: int, dropou
         and dtype in (torch.bfloat16, torch.float16)
         and head_dim % 8 == 0
         and dropout == 0.0
-        and _capability(device) >= (8, 0)
+        and _capability(device) >= FIRST_WITH_BFLOAT16  # older ones have no such kernel, in float16 either
         and head_dim <= _WIDEST_HEAD.get(_capability(device), 256)
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from falcon_qlora.common.errors import UserError
@@ -20,6 +21,7 @@ def weight_bytes(
     double_quantization: bool = True,
     compute_bytes: int = 2,
     processes: int = 1,
+    offloaded: bool = False,
 ) -> int:
     """Bytes of the loaded weights on one process.
 
@@ -29,19 +31,35 @@ def weight_bytes(
         double_quantization: whether NF4's scales are quantized too.
         compute_bytes: bytes a value of the compute dtype takes.
         processes: over which the blocks' linears are shared out, see `sharded_base`; two blocks are whole.
+        offloaded: whether these are in CPU memory instead, see `host_base`; two blocks are here.
     """
+    layout, blocks = layout_of(config), config.num_hidden_layers
+    rest = (layout.parameter_count() - layout.linear_parameter_count()) * compute_bytes
+    stored = stored_bytes(
+        config, quantize_mode, double_quantization=double_quantization, compute_bytes=compute_bytes
+    )
+    if processes == 1 and not offloaded:
+        return rest + stored
+    return rest + (0 if offloaded else stored // processes) + min(2, blocks) * stored // blocks
+
+
+def stored_bytes(
+    config: PreTrainedConfig,
+    quantize_mode: QuantizeMode,
+    *,
+    double_quantization: bool = True,
+    compute_bytes: int = 2,
+) -> int:
+    """Bytes of the blocks' linears; arguments as for `weight_bytes`."""
     layout = layout_of(config)
-    linears, blocks = layout.linear_parameter_count(), config.num_hidden_layers
-    rest = (layout.parameter_count() - linears) * compute_bytes
+    linears = layout.linear_parameter_count()
     if quantize_mode == "16bit":
-        stored = linears * compute_bytes
-    elif quantize_mode == "8bit":
-        stored = linears + 4 * blocks * layout.outputs_per_block()
-    else:
-        scales = linears // NF4_BLOCK
-        scale_bytes = scales + 4 * (scales // NF4_NESTED_BLOCK) if double_quantization else 4 * scales
-        stored = linears // 2 + scale_bytes
-    return rest + (stored if processes == 1 else stored // processes + min(2, blocks) * stored // blocks)
+        return linears * compute_bytes
+    if quantize_mode == "8bit":
+        return linears + 4 * config.num_hidden_layers * layout.outputs_per_block()
+    scales = linears // NF4_BLOCK
+    scale_bytes = scales + 4 * (scales // NF4_NESTED_BLOCK) if double_quantization else 4 * scales
+    return linears // 2 + scale_bytes
 
 
 def check_fits(
@@ -52,7 +70,8 @@ def check_fits(
     free_bytes: int,
     double_quantization: bool = True,
     processes: int = 1,
-    may_share_out: bool = False,
+    offloaded: bool = False,
+    ways: Sequence[str] = (),
 ) -> None:
     """Refuse a model whose weights and adapter alone exceed the device; activations come on top of them.
 
@@ -62,14 +81,18 @@ def check_fits(
         trainable: trainable parameters, in float32.
         free_bytes: free memory of the device.
         double_quantization: whether NF4's scales are quantized too.
-        processes: see `weight_bytes`.
-        may_share_out: whether `--sharding fsdp` is another way.
+        processes, offloaded: see `weight_bytes`.
+        ways: flags with which less of it is on the device.
 
     Raises:
         UserError: saying by how much.
     """
     weights = weight_bytes(
-        config, quantize_mode, double_quantization=double_quantization, processes=processes
+        config,
+        quantize_mode,
+        double_quantization=double_quantization,
+        processes=processes,
+        offloaded=offloaded,
     )
     adapter = 4 * trainable
     need = weights + adapter
@@ -77,10 +100,9 @@ def check_fits(
         return
     lower = {"16bit": "8bit or 4bit", "8bit": "4bit"}.get(quantize_mode)
     others = [f"--quantize_mode {lower}"] if lower else []
-    others += ["--sharding fsdp"] if may_share_out else []
     raise UserError(
         f"The model does not fit: its weights in {quantize_mode} take {gib(weights, 1)}"
         + (f" and the adapter {gib(adapter, 1)}" if trainable else "")
         + f", the GPU has {gib(free_bytes, 1)} free: {gib(need - free_bytes, 1)} short. "
-        f"Use {', '.join([*others, 'a smaller model'])}, or a GPU with more memory free"
+        f"Use {', '.join([*others, *ways, 'a smaller model'])}, or a GPU with more memory free"
     )

@@ -26,6 +26,7 @@ runs when no block does, and takes less: 0.13 GB for the logits of 1,024 tokens,
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -43,7 +44,8 @@ Checkpointing = Literal["none", "selective", "full", "offload"]
 _REFERENCE_FACTOR, _ALL_TRAINED_FACTOR = 1.9, 2.0
 # The libraries' workspaces, and what the allocator rounds up.
 _UNCOUNTED_BYTES = 2**28
-_USABLE_SHARE = 0.92
+USABLE_SHARE = 0.92
+"""Of what is free, that a step may be predicted to take."""
 # What the allocator leaves unused in FP8, whose pieces are of many sizes: nothing where documents are of one
 # length, 9 % of what is kept in batches of Alpaca's rows.
 _FP8_ROUNDING = 0.045
@@ -98,7 +100,7 @@ class Step:
         That is in the head, when the forward pass is done and all activations are kept, or in a block's
         backward pass.
         """
-        kept = self.tokens * sum(self._kept(each) for each in blocks)
+        kept = self.tokens * sum(count * self._kept(each) for each, count in Counter(blocks).items())
         if self.in_fp8:
             kept *= 1 + _FP8_ROUNDING
         gradients = self.trainable * self.trainable_bytes
@@ -118,7 +120,7 @@ class Step:
 
     def fits(self, blocks: Sequence[Checkpointing], free_bytes: float, *, beside: int = 0) -> bool:
         """Whether a step and `beside` more bytes fit into the free memory with some to spare."""
-        return self.bytes(blocks) + beside <= _USABLE_SHARE * free_bytes
+        return self.bytes(blocks) + beside <= USABLE_SHARE * free_bytes
 
     def choose(self, free_bytes: float) -> list[Checkpointing]:
         """Choose what each block keeps, so that no more is recomputed than `free_bytes` demand.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import threading
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 # Only the fast path computes in FP8: the model and LoRA are in bfloat16.
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "bfloat16"}
+# Ampere's compute capability. GPUs before it emulate bfloat16, many times slower, and no kernel of ours is
+# compiled for them.
+FIRST_WITH_BFLOAT16 = (8, 0)
 
 
 def open_gpu() -> None:
@@ -62,15 +66,75 @@ def compute_dtype(wanted: torch.dtype | str, device: torch.device | str | None =
 
     if isinstance(wanted, torch.dtype):
         return wanted
+    device = resolve(device)
+    name = dtype_name(wanted, on_gpu=device.type == "cuda", bfloat16=has_bfloat16(device))
+    return getattr(torch, name)
+
+
+def dtype_name(wanted: str, *, on_gpu: bool = True, bfloat16: bool = True) -> str:
+    """The name of `compute_dtype` in torch; `bfloat16`: whether the GPU computes in it."""
     if wanted in _DTYPES:
-        return getattr(torch, _DTYPES[wanted])
+        return _DTYPES[wanted]
     if wanted != "auto":
         raise UserError(f"compute_dtype {wanted!r} is none of auto, {', '.join(_DTYPES)}.")
-    if resolve(device).type != "cuda":
-        return torch.float32
-    # Older GPUs emulate it, many times slower.
-    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bfloat16 else torch.float16
+    if not on_gpu:
+        return "float32"
+    return "bfloat16" if bfloat16 else "float16"
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16; a CPU does, if slowly."""
+    import torch
+
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= FIRST_WITH_BFLOAT16
+
+
+def check_served(device: torch.device) -> None:
+    """Refuse a GPU for which the installed torch has no kernels.
+
+    Raises:
+        UserError: naming it, and the torch that has them.
+    """
+    import torch
+
+    if device.type != "cuda":
+        return
+    built, here = torch.cuda.get_arch_list(), torch.cuda.get_device_capability(device)
+    if is_served(here, built):
+        return
+    what = "a newer torch (https://pytorch.org/get-started)"
+    if here < min(map(_capability_of, built)):
+        what = (
+            "a torch built for CUDA 12.6, the last with Volta and Pascal "
+            "(https://pytorch.org/get-started/previous-versions), or use a newer GPU"
+        )
+    raise UserError(
+        f"{torch.cuda.get_device_name(device)} (compute capability {here[0]}.{here[1]}) cannot run the "
+        f"installed torch {torch.__version__}, which is built for {', '.join(built)}: install {what}"
+    )
+
+
+def is_served(here: tuple[int, int], built: Sequence[str]) -> bool:
+    """Whether a GPU of this compute capability runs what is built for these architectures, if any is named.
+
+    Machine code (``sm_86``) runs on the same major and the same or a later minor; that with a letter
+    (``sm_90a``) on its own only. PTX (``compute_90``) is compiled for any later one.
+    """
+    for name in built:
+        of = _capability_of(name)
+        if name.endswith("a"):
+            fits = here == of
+        else:
+            fits = here >= of and (name.startswith("compute") or here[0] == of[0])
+        if fits:
+            return True
+    return not built
+
+
+def _capability_of(name: str) -> tuple[int, int]:
+    """``sm_86`` → 8, 6 and ``sm_120a`` → 12, 0."""
+    digits = name.partition("_")[2].rstrip("af")
+    return int(digits[:-1]), int(digits[-1])
 
 
 def free_memory() -> None:
@@ -80,6 +144,21 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def undo_draws_since(device: torch.device) -> Callable[[], None]:
+    """A function that sets the random generators of the CPU and of `device` to what they are now."""
+    import torch
+
+    of_cpu = torch.get_rng_state()
+    of_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def undo() -> None:
+        torch.set_rng_state(of_cpu)
+        if of_gpu is not None:
+            torch.cuda.set_rng_state(of_gpu, device)
+
+    return undo
 
 
 def draws_undone(device: torch.device) -> AbstractContextManager[None]:

@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from falcon_qlora.common.errors import EXIT_BUG, EXIT_STOPPED, native_work
@@ -126,6 +126,36 @@ def _leave_to_launcher(number: int) -> None:
 
 
 @contextlib.contextmanager
+def sent_again_if_dropped(signals: Mapping[type[BaseException], int]) -> Iterator[None]:
+    """Within the block a signal comes again if Python drops what its handler raised.
+
+    It drops what is raised while a `__del__` or a weak reference's callback runs.
+
+    Args:
+        signals: what a handler raises → its signal; `Ended` is known.
+    """
+    timers: list[threading.Timer] = []
+
+    def dropped(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        number = error.number if isinstance(error, Ended) else signals.get(type(error))
+        if number is None:
+            hook(unraisable)
+            return
+        timers.append(threading.Timer(_AGAIN_SECONDS, os.kill, [os.getpid(), number]))
+        timers[-1].daemon = True
+        timers[-1].start()
+
+    hook, sys.unraisablehook = sys.unraisablehook, dropped
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        for timer in timers:
+            timer.cancel()
+
+
+@contextlib.contextmanager
 def stop_signals_raise(*, for_good: bool = False) -> Iterator[None]:
     """Within the block Ctrl-C raises KeyboardInterrupt, and the others of `STOP_SIGNALS` raise `Ended`.
 
@@ -162,17 +192,6 @@ def stop_signals_raise(*, for_good: bool = False) -> Iterator[None]:
                     _leave(number)
         os.close(reader)
 
-    def lost(unraisable: Any) -> None:
-        error = unraisable.exc_value
-        if isinstance(error, KeyboardInterrupt | Ended):  # Python drops what a `__del__` or a weakref raises
-            number = error.number if isinstance(error, Ended) else signal.SIGINT
-            again = threading.Timer(_AGAIN_SECONDS, os.kill, [os.getpid(), number])
-            again.daemon = True
-            again.start()
-        else:
-            hook(unraisable)
-
-    hook, sys.unraisablehook = sys.unraisablehook, lost
     interrupt = _Heeding(end)
     for number in before:
         signal.signal(number, interrupt)
@@ -181,9 +200,9 @@ def stop_signals_raise(*, for_good: bool = False) -> Iterator[None]:
     earlier = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=watch, name="stop signals", daemon=True).start()
     try:
-        yield
+        with sent_again_if_dropped({KeyboardInterrupt: signal.SIGINT}):
+            yield
     finally:
-        sys.unraisablehook = hook
         signal.set_wakeup_fd(earlier)
         for number, handler in before.items():
             if not for_good or signal.getsignal(number) is interrupt:
@@ -199,7 +218,8 @@ def stop_signals_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
     """
     earlier = {number: signal.signal(number, _Heeding(handler)) for number in STOP_SIGNALS}
     try:
-        yield
+        with sent_again_if_dropped({}):
+            yield
     finally:
         for number, before in earlier.items():
             signal.signal(number, before)

@@ -8,9 +8,11 @@ import re
 import socket
 from pathlib import Path
 
+from falcon_qlora.common.by_url import folder_of, holds_run
 from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.files import quoted, try_to_write
 from falcon_qlora.common.record_files import AUTO, LATEST
+from falcon_qlora.common.stores import is_address
 from falcon_qlora.run_folder.directory import LAUNCHER, RunDirectory
 
 RUNS = Path("runs")
@@ -57,11 +59,8 @@ def choose(
             hint = f", for example --resume {quoted(str(newest))}" if newest else ""
             raise UserError(f"--resume: which run? Name its folder with --output_dir or --resume PATH{hint}")
         return _fresh(root, model, settings, restarted, make, now or datetime.datetime.now())
-    if "://" in str(output_dir):
-        raise UserError(
-            f"--output_dir {output_dir}: addresses are not supported. Name a folder, also of a mounted bucket"
-        )
-    path = Path(output_dir)
+    by_url = is_address(output_dir)
+    path = folder_of(output_dir)
     if any("\udc80" <= sign <= "\udcff" for sign in str(path)):
         raise UserError(
             f"--output_dir {quoted(str(path))}: not a name in UTF-8, and safetensors files can be written "
@@ -74,13 +73,15 @@ def choose(
         )
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path}: this is a file; name a folder")
-    if resume == LATEST and not restarted and not path.exists():
-        raise _not_there(path)
-    if RunDirectory(path).holds_run() and not (resume or overwrite or restarted):
-        raise UserError(
-            f"--output_dir {path}: this folder holds a run already. Go on with it (--resume), replace it "
-            "(--overwrite), or name another folder"
-        )
+    if (
+        resume == LATEST
+        and not restarted
+        and not path.exists()
+        and not (by_url and holds_run(str(output_dir)))
+    ):
+        raise UserError(f"--resume: {output_dir}: there is no run") if by_url else _not_there(path)
+    if not (resume or overwrite or restarted):
+        _refuse_second(str(output_dir), path, by_url=by_url)
     try:
         if make:
             path.mkdir(parents=True, exist_ok=True)
@@ -88,6 +89,20 @@ def choose(
     except OSError as error:
         raise UserError(f"--output_dir {path}: cannot write there ({error.strerror})") from error
     return path
+
+
+def _refuse_second(output_dir: str, path: Path, *, by_url: bool) -> None:
+    if by_url and holds_run(output_dir):
+        raise UserError(
+            f"--output_dir {output_dir}: a run is there already. Go on with it (--resume auto), replace it "
+            "(--overwrite), or name another folder"
+        )
+    if RunDirectory(path).holds_run():
+        of_url = f" of {output_dir}" if by_url else ""
+        raise UserError(
+            f"--output_dir {path}: this folder{of_url} holds a run already. Go on with it (--resume), "
+            "replace it (--overwrite), or name another folder"
+        )
 
 
 def _fresh(

@@ -48,6 +48,7 @@ METRICS_FIELDS = (
     "epoch",
     "loss",
     "grad_norm",
+    "loss_scale",
     "learning_rate",
     "tokens",
     "tokens_per_second",
@@ -87,10 +88,12 @@ class RunDirectory:
 
     Args:
         path: The folder; made at the first write.
+        address: of the object store to which it is copied; None: it is not.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, address: str | None = None):
         self.path = Path(path)
+        self.address = address
         self.config_file = self.path / "config.yaml"
         self.data_file = self.path / "data.json"
         self.kernels_file = self.path / "kernels.json"
@@ -120,6 +123,11 @@ class RunDirectory:
     def contents(self) -> list[Path]:
         """The files and folders of the run that exist, most wanted first."""
         return [self.path / name for name in _CONTENTS if (self.path / name).exists()]
+
+    @staticmethod
+    def names() -> tuple[str, ...]:
+        """The files and folders that a run may write."""
+        return _CONTENTS
 
     def clear(self, *, keep: Collection[str] = ()) -> None:
         """Remove an earlier run's files, and nothing else in the folder.

@@ -26,7 +26,13 @@ class Summary:
             adapter is from there.
         best_step: The step of `best_eval_loss`.
         bad_steps: Steps that were skipped for a non-finite loss or gradient.
+        overflowed_steps: Steps that the scaler of fp16 skipped, as a gradient overflowed at its scale.
         micro_batch_parts: Parts that each micro-batch was split into at the end; more than 1 after OOM.
+        micro_batch_tokens: Tokens that a micro-batch had at most, before it was split; None if rows were
+            padded.
+        micro_batches: Micro-batches of a full step on each process.
+        micro_batch_reason: Why so many: as the start says it.
+        checkpointing: What blocks recomputed in the backward pass, such as ``full in 6 of 32, else none``.
         tokens: Real tokens trained on, over all passes and resumptions.
         samples: Documents trained on, likewise; None for a stream, which is not counted.
         total_peak_memory_gib: Sum of the processes' peaks.
@@ -67,7 +73,12 @@ class Summary:
     best_eval_loss: float | None = None
     best_step: int | None = None
     bad_steps: int = 0
+    overflowed_steps: int = 0
     micro_batch_parts: int = 1
+    micro_batch_tokens: int | None = None
+    micro_batches: int | None = None
+    micro_batch_reason: str | None = None
+    checkpointing: str | None = None
     tokens: int | None = None
     samples: int | None = None
     total_peak_memory_gib: float | None = None

@@ -54,6 +54,7 @@ class StepReport:
         failed: a checkpoint is not what was in memory: the run ends.
         halvings: the most that one of them needed.
         bad: whether the loss or the gradient was non-finite, so that the step changed nothing.
+        overflowed: whether a gradient was too large for float16 at its scale: the scaler skipped the step.
         origins: for a stream, the rows that made the step.
     """
 
@@ -64,6 +65,7 @@ class StepReport:
     failed: bool = False
     halvings: int = 0
     bad: bool = False
+    overflowed: bool = False
     origins: tuple[Origin, ...] = ()
 
 
@@ -74,10 +76,17 @@ class Reports:
         self._pending: list[tuple[int, torch.Tensor, Any, tuple[Origin, ...]]] = []
 
     def put(
-        self, step: int, notes: torch.Tensor, bad: torch.Tensor, origins: tuple[Origin, ...] = ()
+        self,
+        step: int,
+        notes: torch.Tensor,
+        bad: torch.Tensor,
+        origins: tuple[Origin, ...] = (),
+        *,
+        overflowed: torch.Tensor | None = None,
     ) -> None:
-        """Add a step's summed notes and its bad flag, both on the device; for a stream, also its rows."""
-        values, copied = torch.cat([bad.float().reshape(1), notes]), None
+        """Add a step's summed notes and its flags, all on the device; for a stream, also its rows."""
+        flags = torch.stack([bad, torch.zeros_like(bad) if overflowed is None else overflowed]).float()
+        values, copied = torch.cat([flags[:1], notes, flags[1:]]), None
         if values.is_cuda:
             on_device, values = values, torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             values.copy_(on_device, non_blocking=True)
@@ -93,7 +102,7 @@ class Reports:
         for step, values, copied, origins in ready:
             if copied is not None:
                 copied.synchronize()
-            bad, loss, stop, save, *reached, failed = values.tolist()
+            bad, loss, stop, save, *reached, failed, overflowed = values.tolist()
             report = StepReport(
                 step=step,
                 loss=loss,
@@ -102,6 +111,7 @@ class Reports:
                 failed=failed > 0,
                 halvings=sum(processes > 0 for processes in reached),
                 bad=bad > 0,
+                overflowed=overflowed > 0,
                 origins=origins,
             )
             reports.append(report)
@@ -117,8 +127,8 @@ class Reports:
     def load_state(self, state: list[tuple[int, list[float], list[Origin]]]) -> None:
         """Restore what `state` returned, without its requests: they have been met."""
         for step, values, origins in state:
-            kept = torch.zeros(1 + NOTES)
-            kept[: len(values)] = torch.tensor(values)  # older checkpoints lack the last value
+            kept = torch.zeros(1 + NOTES + 1)
+            kept[: len(values)] = torch.tensor(values)  # older checkpoints lack the last values
             kept[1:][_WISHES] = kept[1:][_FAILED] = 0
             known = tuple((int(part), int(number)) for part, number in origins)
             self._pending.append((step, kept, None, known))

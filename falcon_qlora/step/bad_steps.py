@@ -1,4 +1,4 @@
-"""Steps with a non-finite loss or gradient, and losses that jump."""
+"""Steps with a non-finite loss or gradient, those that the scaler of fp16 left out, and losses that jump."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class BadSteps:
     steps: int = field(default=0, init=False)
     mean: float = field(default=0.0, init=False)
     variance: float = field(default=0.0, init=False)
+    overflowed: int = field(default=0, init=False)
 
     def see(self, report: StepReport) -> None:
         """Count a step.
@@ -42,6 +43,13 @@ class BadSteps:
         Raises:
             UserError: if too many steps in a row were bad; on every process alike.
         """
+        if report.overflowed:
+            self.overflowed += 1
+            if self.overflowed == 1:
+                self.say(
+                    f"step {report.step + 1}: a gradient overflowed in float16; the step was skipped and the "
+                    "loss scale halved. A few such steps are usual; the summary counts them"
+                )
         if not report.bad:
             self.in_a_row = 0
             self._see_loss(report)
@@ -73,9 +81,10 @@ class BadSteps:
 
     def state(self) -> dict[str, float]:
         """What a checkpoint keeps."""
-        return {name: getattr(self, name) for name in _KEPT}
+        return {name: getattr(self, name) for name in (*_KEPT, "overflowed")}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
         for name in _KEPT:
             setattr(self, name, state[name])
+        self.overflowed = state.get("overflowed", 0)  # older checkpoints lack it

@@ -6,6 +6,8 @@ only. The host waits to know it only if the optimizer cannot skip a step by itse
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +18,7 @@ from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.batches import Share
 from falcon_qlora.models import zero3
 from falcon_qlora.models.sharded import is_sharded, needs_all_processes
-from falcon_qlora.processes import stop_signals
+from falcon_qlora.processes import agreement, devices, stop_signals
 from falcon_qlora.step.agreed import Reports, StepReport, notes
 from falcon_qlora.step.bad_steps import BadSteps
 from falcon_qlora.step.loss import accumulate_gradients
@@ -44,6 +46,8 @@ class Step:
         reached: whether a step that counts had a gradient other than zero: a scalar on the device.
         reports: what the processes agreed on.
         reduction: holds the gradients.
+        shrink: in a first step that may be cut anew: given the ranks that ran out of memory, returns this
+            process's share in smaller micro-batches, or None if there are none. None for other steps.
     """
 
     gradient_norm: Tensor
@@ -64,6 +68,7 @@ class Step:
         self.counted = torch.zeros((), device=device)
         self.reached = torch.zeros((), device=device, dtype=torch.bool)
         self.reports = Reports()
+        self.shrink: Callable[[list[int]], Share | None] | None = None
         self.bad_steps = bad_steps
         self._sharded = is_sharded(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -104,30 +109,50 @@ class Step:
             UserError, torch.OutOfMemoryError: see `accumulate_gradients`.
         """
         self._at(share.step + 1, 1, "computing")
-        loss, halvings = accumulate_gradients(
-            model,
-            share,
-            device=self._device,
-            reduction=self.reduction,
-            backward=self._backward,
-            halvings=self.halvings,
-        )
+        loss, halvings = self._accumulate(model, share)
         stop = stop_signals.asked_to_stop() is not None
         told = notes(loss, stop=stop, save=self._wants_save(), failed=self._save_failed(), halvings=halvings)
         self._at(share.step + 1, 2, "adding up the gradients")
         agreed = self.reduction(told)
         whole = agreed[0].isfinite()
         self.gradient_norm = self._clip(model)
-        bad = ~whole
+        bad, overflowed = ~whole, ~self.gradient_norm.isfinite()
         if self._scaler is None or self._scaler.get_scale() < 1:
             # In fp16 the scaler handles gradients that overflow: it skips the step and halves its scale.
             # Below a scale of 1 no finite gradient overflows, so a non-finite one is bad.
-            bad |= ~self.gradient_norm.isfinite()
+            bad |= overflowed
         self.reached |= (self.gradient_norm > 0) & self.gradient_norm.isfinite() & ~bad
-        self.reports.put(share.step, agreed, bad, share.origins)
+        self.reports.put(share.step, agreed, bad, share.origins, overflowed=overflowed & ~bad)
         self._leave_out(model, bad)
         self.counted += whole
         return torch.where(whole, loss * self._processes, 0.0)
+
+    def _accumulate(self, model: nn.Module, share: Share) -> tuple[torch.Tensor, int]:
+        """The gradients of this process's share; in a first step all processes agree on how it is cut."""
+        accumulate = functools.partial(
+            accumulate_gradients,
+            model,
+            device=self._device,
+            reduction=self.reduction,
+            backward=self._backward,
+            halvings=self.halvings,
+        )
+        shrink, self.shrink = self.shrink, None
+        while shrink is not None:
+            found, undo_draws = None, devices.undo_draws_since(self._device)
+            with contextlib.suppress(torch.OutOfMemoryError):
+                found = accumulate(share, can_split=False)
+            without = [rank for rank, fits in enumerate(agreement.met_by_all(found is not None)) if not fits]
+            if found is not None and not without:
+                return found
+            self.reduction.clear()
+            undo_draws()
+            devices.free_memory()
+            smaller = shrink(without)
+            if smaller is None:  # the smallest may still be split
+                break
+            share = smaller
+        return accumulate(share)
 
     def _clip(self, model: nn.Module) -> Tensor:
         """Clip the gradients; return their norm before that."""

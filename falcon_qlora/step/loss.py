@@ -53,6 +53,7 @@ def accumulate_gradients(
     reduction: Reduction,
     backward: Callable[[torch.Tensor], None],
     halvings: int = 0,
+    can_split: bool = True,
 ) -> tuple[torch.Tensor, int]:
     """Leave in the trainable parameters this process's part of the gradient of the global batch's mean loss.
 
@@ -67,6 +68,7 @@ def accumulate_gradients(
         reduction: holds the gradients.
         backward: Accelerate's, which scales the loss in fp16.
         halvings: how often to halve the micro-batches from the start.
+        can_split: whether they may be halved if memory runs out.
 
     Returns:
         A float32 scalar, detached, whose sum over the processes is the global batch's mean loss; and the
@@ -74,8 +76,10 @@ def accumulate_gradients(
 
     Raises:
         UserError: if memory runs out with a single document.
-        torch.OutOfMemoryError: if it runs out and the model is sharded: each forward needs all processes.
+        torch.OutOfMemoryError: if it runs out and nothing may be split; each forward of a sharded model needs
+            all processes.
     """
+    can_retry = reduction.can_retry and can_split
 
     def backward_each(batches: list[MicroBatch]) -> torch.Tensor:
         reduction.clear()
@@ -88,10 +92,10 @@ def accumulate_gradients(
 
     try:
         return _retried(
-            backward_each, share.micro_batches, halvings, can_retry=reduction.can_retry, undo=reduction.clear
+            backward_each, share.micro_batches, halvings, can_retry=can_retry, undo=reduction.clear
         )
     except torch.OutOfMemoryError:
-        if not reduction.can_retry:
+        if not can_retry:
             raise
     longest = max(length for batch in share.micro_batches for length in batch.lengths)
     raise UserError(
@@ -178,6 +182,7 @@ def documents_of(batch: MicroBatch, first: int, last: int) -> MicroBatch:
         "target_positions": batch.target_positions[within] - begin,
         "targets": batch.targets[within],
         "lengths": batch.lengths[first:last],
+        "places": batch.places[first:last],
         # Which of the positions are padding is not known here, and no step needs it.
         "tokens": min(batch.tokens, end - begin),
     }

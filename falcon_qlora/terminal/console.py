@@ -133,6 +133,8 @@ def print_end(
         best += f" at step {summary['best_step']:,}" if summary.get("best_step") is not None else ""
     if peak := summary.get("peak_memory_gib"):
         memory = f"{peak:.2f} GiB at most on one device"
+    if tokens := summary.get("micro_batch_tokens"):
+        memory = joined(memory, f"micro-batches of {tokens:,} tokens ({summary.get('micro_batch_reason')})")
     if (parts := summary.get("micro_batch_parts", 1)) > 1:
         memory = joined(memory, f"ran out: micro-batches were split into {parts}")
     if shares := summary.get("reduction_shares"):
@@ -154,7 +156,7 @@ def print_end(
     if (by_clock := summary.get("wall_tokens_per_second")) is not None:
         speed += f", {by_clock:,.0f} over the whole command"
     samples = f"{summary['samples_per_second_512']:,.3g} samples/s (512 computed positions each)"
-    refused = summary.get("refused_by_peft")
+    refused, overflowed = summary.get("refused_by_peft"), summary.get("overflowed_steps")
     written = [f"{path}/" if path.is_dir() else str(path) for path in contents]
     rows = [
         ("steps", f"{summary['steps']:,}"),
@@ -166,7 +168,10 @@ def print_end(
         ("network", network),
         (
             "skipped",
-            f"{counted(summary['bad_steps'], 'step')}, not finite" if summary.get("bad_steps") else "",
+            joined(
+                f"{counted(summary['bad_steps'], 'step')}, not finite" if summary.get("bad_steps") else "",
+                f"{counted(overflowed, 'step')}, overflowed in float16" if overflowed else "",
+            ),
         ),
         *[("" if index else "checked", told) for index, told in enumerate(checked)],
         *[("" if index else "wrote", path) for index, path in enumerate(written)],

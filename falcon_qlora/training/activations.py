@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,13 @@ from falcon_qlora.config.arguments import RunArguments
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.fast_path import reason_left_alone, runs_fast
 from falcon_qlora.processes import agreement, devices, ranks
-from falcon_qlora.training.estimate import step_of
+from falcon_qlora.training.estimate import micro_batches_of, step_of
 
 if TYPE_CHECKING:
     from falcon_qlora.data.batches import TrainingSteps
     from falcon_qlora.data.packing import MicroBatch
     from falcon_qlora.models.step_memory import Checkpointing, Step
+    from falcon_qlora.training.batch_tokens import Cut
     from falcon_qlora.training.trainer import FalconTrainer
 
 _DESCRIPTIONS: dict[Checkpointing, str] = {
@@ -38,11 +40,13 @@ class Activations:
         blocks: the choice for each block.
         predicted_gib: the process's predicted peak memory, GiB; None on the CPU and with ZeRO-3.
         fp8_weights_kept: whether there was room to keep the frozen weights in FP8, converted only once.
+        held_bytes: what lay on the device before a step; 0 on the CPU.
     """
 
     blocks: list[Checkpointing]
     predicted_gib: float | None = None
     fp8_weights_kept: bool = False
+    held_bytes: int = 0
 
     def described(self) -> str:
         """For the terminal, such as ``activations: kept; recomputed in 12 of 60 blocks``."""
@@ -58,12 +62,21 @@ class Activations:
 
 
 def choose_activations(
-    run: RunArguments, model: Any, kernels: dict[str, str], *, max_length: int, optimizer: str
+    run: RunArguments,
+    model: Any,
+    kernels: dict[str, str],
+    *,
+    max_length: int,
+    optimizer: str,
+    cut: Cut | None = None,
+    held_bytes: int | None = None,
 ) -> Activations:
     """Set what each block keeps: as `--checkpointing` says; with auto, as much as memory allows.
 
     Args:
         run: holds `--checkpointing`, and how many sequences a micro-batch and a step have.
+        cut: of a step into micro-batches, and what was decided with it; None: what `-b` says.
+        held_bytes: what lay on the device when this was called before.
         model: with a method attached.
         max_length: tokens of a sequence.
         optimizer: by the trainer's name.
@@ -73,10 +86,11 @@ def choose_activations(
         UserError: if ``--checkpointing selective`` meets a block on the reference path.
     """
     from falcon_qlora.models.activations import blocks_of, set_checkpointing
+    from falcon_qlora.models.fast_path import fp8_weight_bytes
 
     wanted = run.checkpointing
     count = len(blocks_of(model))
-    left = [what for what in kernels.values() if not runs_fast(what)] if kernels else ["--kernels off"]
+    left = on_reference_path(kernels)
     if wanted == "selective" and left:
         raise UserError(
             f"--checkpointing selective is the fast path's, and {len(left) if kernels else count} of {count} "
@@ -85,46 +99,62 @@ def choose_activations(
         )
     blocks: list[Checkpointing] = ["none" if wanted == "auto" else wanted] * count
     device = devices.local_device()
-    predicted, kept = None, False
+    predicted, kept, held = None, False, 0
+    decided = cut is not None and cut.blocks is not None
+    if cut is not None and cut.blocks is not None:
+        blocks = cut.blocks
     if device.type == "cuda":
-        step = _step(run, model, max_length=max_length, optimizer=optimizer, fast=not left)
+        step = _step(run, model, cut, max_length=max_length, optimizer=optimizer, fast=not left)
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(device)[0]
-        if wanted == "auto":
+        if wanted == "auto" and not decided:
             blocks = step.choose(free)
-        kept = _keep_fp8_weights(model, step, blocks, free)
+        # What was decided is decided, whatever is free now.
+        room = free if not decided else math.inf if cut is not None and cut.keeps_fp8 else 0
+        held = torch.cuda.memory_allocated(device) if held_bytes is None else held_bytes
+        kept = _keep_fp8_weights(model, step, blocks, room)
         if run.sharding != "zero3":  # of DeepSpeed's buffers nothing is known here
-            predicted = (torch.cuda.memory_allocated(device) + step.bytes(blocks)) / GIB
+            predicted = (held + kept * fp8_weight_bytes(model) + step.bytes(blocks)) / GIB
     set_checkpointing(model, blocks)
-    return Activations(blocks, predicted, kept)
+    return Activations(blocks, predicted, kept, held)
 
 
-def _keep_fp8_weights(model: Any, step: Step, blocks: list[Checkpointing], free_bytes: int) -> bool:
-    from falcon_qlora.models.fast_path import fp8_weight_bytes, keep_fp8_weights
-    from falcon_qlora.models.sharded_base import sharded_base_of
+def on_reference_path(kernels: dict[str, str]) -> list[str]:
+    """Of blocks that run on the reference path, why; `kernels`: from `choose_kernels`."""
+    return [what for what in kernels.values() if not runs_fast(what)] if kernels else ["--kernels off"]
 
-    needed = 0 if sharded_base_of(model) is not None else fp8_weight_bytes(model)  # each would keep all of it
+
+def _keep_fp8_weights(model: Any, step: Step, blocks: list[Checkpointing], free_bytes: float) -> bool:
+    from falcon_qlora.models.fast_path import drop_fp8_weights, fp8_weight_bytes, keep_fp8_weights
+    from falcon_qlora.models.streamed_base import streamed_base_of
+
+    needed = 0 if streamed_base_of(model) is not None else fp8_weight_bytes(model)  # all would be kept
     if not needed or set(blocks) != {"none"} or not step.fits(blocks, free_bytes, beside=needed):
+        drop_fp8_weights(model)
         return False
     keep_fp8_weights(model)
     return True
 
 
-def _step(run: RunArguments, model: Any, *, max_length: int, optimizer: str, fast: bool) -> Step:
+def _step(
+    run: RunArguments, model: Any, cut: Cut | None, *, max_length: int, optimizer: str, fast: bool
+) -> Step:
     from falcon_qlora.models.fast_path import fp8_weight_bytes
     from falcon_qlora.models.sharded import is_sharded, local_count
 
+    processes = ranks.world_size()
+    tokens = run.per_device_train_batch_size * max_length if cut is None else cut.tokens
     return step_of(
-        run,
         model.config,
         method_of(model),
-        max_length=max_length,
+        tokens=tokens,
+        micro_batches=micro_batches_of(run, tokens=tokens, max_length=max_length, processes=processes),
         optimizer=optimizer,
         fast=fast,
         in_fp8=fp8_weight_bytes(model) > 0,
         value_bytes=model.dtype.itemsize,
         trainable=local_count(model),
-        processes=ranks.world_size(),
+        processes=processes,
         is_sharded=is_sharded(model),
     )
 
@@ -156,26 +186,40 @@ def warm_up(trainer: FalconTrainer, run: RunArguments, *, max_length: int) -> No
     if batch is None:
         return
     model = trainer.model
-    was_training = model.training
-    model.train()
 
-    def there_and_back() -> None:
+    def there_and_back(batch: MicroBatch) -> None:
         with devices.draws_undone(device), trainer.accelerator.autocast():
             loss = sum_of_losses(model, batch.to(device))
         loss.backward()
 
-    try:
-        # Which blocks are few depends on this process's memory, and all must gather the same.
-        if not needs_all_processes(model) and has_fast_blocks(model):
-            with compiled_ahead(), a_block_of_each_kind(model):
-                there_and_back()
+    def fits(batch: MicroBatch) -> bool:
+        was_training = model.training
+        model.train()
+        try:
+            # Which blocks are few depends on this process's memory, and all must gather the same.
+            if not needs_all_processes(model) and has_fast_blocks(model):
+                with compiled_ahead(), a_block_of_each_kind(model):
+                    there_and_back(batch)
+                model.zero_grad(set_to_none=True)
+            there_and_back(batch)
+        except torch.OutOfMemoryError:
+            return False
+        finally:
             model.zero_grad(set_to_none=True)
-        there_and_back()
-    except torch.OutOfMemoryError as error:
-        raise UserError(_too_large(run, max_length, sum(batch.lengths))) from error
-    finally:
-        model.zero_grad(set_to_none=True)
-        model.train(was_training)
+            model.train(was_training)
+        return True
+
+    fitted = fits(batch)
+    while trainer.cutter.may_shrink:
+        without = [rank for rank, fitted in enumerate(agreement.met_by_all(fitted)) if not fitted]
+        if not without or not trainer.shrink(without):
+            break
+        devices.free_memory()
+        batch = largest_micro_batch(trainer)
+        assert batch is not None
+        fitted = fits(batch)
+    if not fitted:
+        raise UserError(_too_large(run, max_length, sum(batch.lengths)))
     agreement.wait_for_all()  # nothing is written where another process lacks memory
 
 
@@ -190,7 +234,8 @@ def largest_micro_batch(trainer: FalconTrainer) -> MicroBatch | None:
     steps = trainer.steps
     if not isinstance(steps, TrainingSteps):
         return None
-    return max(steps[largest_step(steps)].micro_batches, key=lambda batch: sum(batch.lengths))
+    share = trainer.as_cut(steps[largest_step(steps)])
+    return max(share.micro_batches, key=lambda batch: sum(batch.lengths))
 
 
 def largest_step(steps: TrainingSteps) -> int:
@@ -209,7 +254,9 @@ def _too_large(run: RunArguments, max_length: int, tokens: int) -> str:
         for smaller in ("full", "offload")
         if run.checkpointing not in (smaller, "auto", "offload")
     ]
-    if run.per_device_train_batch_size > 1:
+    if run.batch_tokens != "auto":
+        advice.append(f"a smaller --batch_tokens than {tokens:,}")
+    elif run.per_device_train_batch_size > 1:
         advice.append(f"a smaller -b than {run.per_device_train_batch_size}")
     advice += [f"a smaller --max_length than {max_length:,}"]
     return (

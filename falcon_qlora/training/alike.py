@@ -18,7 +18,7 @@ from falcon_qlora.data.settings import RowSettings
 from falcon_qlora.models.fingerprint import model_fingerprint, shown
 from falcon_qlora.models.locate import open_checkpoint
 from falcon_qlora.models.tokenizer import tokenizer_fingerprint
-from falcon_qlora.processes import agreement, ranks
+from falcon_qlora.processes import agreement, devices, ranks
 from falcon_qlora.run_folder.environment import package_versions
 from falcon_qlora.training.rows import TrainingData, row_settings
 
@@ -71,6 +71,7 @@ def _facts(configuration: Configuration, data: TrainingData, tokenizer: Any) -> 
         "template": str(data.record["template_fingerprint"])[:_DIGITS],
         "falcon-qlora's code": _code(),
         "python": platform.python_version(),
+        "dtype": str(devices.compute_dtype(configuration.model.compute_dtype)).removeprefix("torch."),
         **package_versions(),
     }
     for name, record in (("data", data.record), ("held-out data", data.record.get("held_out") or {})):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from falcon_qlora.methods.interface import Method
     from falcon_qlora.run_folder.tracking import Trackers
+    from falcon_qlora.training.batch_tokens import Cutter
     from falcon_qlora.training.trainer import FalconTrainer
 
 
@@ -31,12 +32,13 @@ def model_with_adapter(
     seed: int,
     adapter: str | None = None,
     share_out: bool = False,
+    offload: bool = False,
 ) -> Any:
     """The model on this process's device, made trainable by the method, ready for packed documents.
 
     Args:
         adapter: the folder of a trained adapter to begin from; None for a fresh one.
-        share_out: whether the frozen weights are shared out over the processes, see `load_model`.
+        share_out, offload: where the frozen weights lie, see `load_model`.
     """
     from falcon_qlora.models.forward import enable_packing
     from falcon_qlora.models.load import load_model
@@ -58,6 +60,7 @@ def model_with_adapter(
             llm_int8_threshold=settings.llm_int8_threshold,
             revision=settings.model_revision,
             share_out=share_out,
+            offload=offload,
         )
     check_vocabulary(
         tokenizer,
@@ -148,6 +151,7 @@ def build_trainer(
     describe_adapter: Callable[[Path], None],
     settings: dict[str, Any],
     began: float,
+    cutter: Cutter,
 ) -> FalconTrainer:
     """The trainer with its callbacks.
 
@@ -157,6 +161,7 @@ def build_trainer(
         describe_adapter: completes an adapter's folder after it is written.
         settings: `resume.compared_settings`.
         began: seconds since the epoch at which the command began.
+        cutter: how a step is cut into micro-batches.
     """
     from transformers import EarlyStoppingCallback
 
@@ -195,6 +200,7 @@ def build_trainer(
             "launch": ranks.launch_id(),
             "drawing": DRAWING,
             "settings": settings,
+            **({"cut": cutter.record()} if data.steps.dealing.tokens is not None else {}),
         },
         on_saved=lambda checkpoint: stop_signals.tell_launcher(
             f"the last complete checkpoint is {checkpoint}; go on {how_to_go_on(directory)}"
@@ -225,6 +231,7 @@ def build_trainer(
         names=data.names,
         evaluation=evaluation,
         checkpointer=checkpointer,
+        cutter=cutter,
         watchdog=watchdog,
         tokenizer=tokenizer,
         callbacks=callbacks,

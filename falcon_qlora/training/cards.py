@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from falcon_qlora.common.errors import UserError, nearest
+from falcon_qlora.common.quantities import GIB
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *(?:GiB|G)", re.IGNORECASE)
 
@@ -18,9 +19,12 @@ class Card:
         name: as `--gpu` takes it.
         title: its name for readers, the part by which PyTorch's name of the device is recognised.
         gib: memory that CUDA can use, GiB; what is printed on the box less what the driver keeps.
-        bf16: TFLOP/s of dense bfloat16 products with float32 sums, published; None where nothing is known.
+        bf16: TFLOP/s of dense bfloat16 products with float32 sums, published, of a card without them
+            float16's; None where nothing is known.
         fp8: the same in FP8; None without FP8.
         terabytes: a second from its memory, published; 10^12 bytes.
+        bfloat16: whether it computes in bfloat16.
+        pcie: gigabytes a second that its slot brings from CPU memory, published; 10^9 bytes.
     """
 
     name: str
@@ -29,21 +33,24 @@ class Card:
     bf16: float | None = None
     fp8: float | None = None
     terabytes: float | None = None
+    bfloat16: bool = True
+    pcie: float = 31.5
 
 
 CARDS = {
     card.name: card
     for card in (
+        Card(name="t4", title="T4", gib=14.6, bf16=65, terabytes=0.32, bfloat16=False, pcie=15.75),
         Card(name="3090", title="RTX 3090", gib=23.6, bf16=71, terabytes=0.936),
         Card(name="4090", title="RTX 4090", gib=23.6, bf16=165, fp8=330, terabytes=1.008),
-        Card(name="5090", title="RTX 5090", gib=31.4, bf16=210, fp8=419, terabytes=1.792),
+        Card(name="5090", title="RTX 5090", gib=31.4, bf16=210, fp8=419, terabytes=1.792, pcie=63),
         Card(name="a10", title="A10", gib=22.0, bf16=125, terabytes=0.6),
         Card(name="l4", title="L4", gib=22.0, bf16=121, fp8=242, terabytes=0.3),
         Card(name="a6000", title="RTX A6000", gib=47.5, bf16=155, terabytes=0.768),
         Card(name="a100-40", title="A100 40GB", gib=39.4, bf16=312, terabytes=1.555),
         Card(name="a100-80", title="A100 80GB", gib=79.2, bf16=312, terabytes=2.039),
-        Card(name="h100", title="H100", gib=79.2, bf16=989, fp8=1979, terabytes=3.35),
-        Card(name="h200", title="H200", gib=139.8, bf16=989, fp8=1979, terabytes=4.8),
+        Card(name="h100", title="H100", gib=79.2, bf16=989, fp8=1979, terabytes=3.35, pcie=63),
+        Card(name="h200", title="H200", gib=139.8, bf16=989, fp8=1979, terabytes=4.8, pcie=63),
     )
 }
 MEASURED = CARDS["h200"]
@@ -68,6 +75,20 @@ def card_of(text: str) -> Card:
         f"--gpu {text!r} is not known{nearest(name, CARDS)}: give one of {', '.join(CARDS)}, or its memory "
         "(24GiB)"
     )
+
+
+def card_here() -> Card | None:
+    """This process's GPU, with all of its memory, whatever is free of it; None on the CPU."""
+    import torch
+
+    from falcon_qlora.processes import devices
+
+    device = devices.local_device()
+    if device.type != "cuda":
+        return None
+    name, gib = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1] / GIB
+    known = card_named(name, gib) or Card(name=name, title=name, gib=gib)
+    return replace(known, gib=gib, bfloat16=devices.has_bfloat16(device))
 
 
 def card_named(device: str, gib: float) -> Card | None:

@@ -172,13 +172,14 @@ class DryRun:
             loaded = self._read_back(trainer, directory)
         if not ranks.is_main_process():
             return
-        summary = directory.read("summary")
+        summary, cut = directory.read("summary"), trainer.cutter.cut
         tokens = max(sum(batch.lengths) for batch in trainer.share.micro_batches)
         peak = f"{summary['peak_memory_gib']:.2f} GiB at most on one rank"
         if summary["predicted_peak_memory_gib"] is not None:
             peak += f", {summary['predicted_peak_memory_gib']:.2f} predicted"
         self._rows += [
             ("step", f"longest micro-batch, {tokens:,} tokens: forward, backward and optimizer step; {peak}"),
+            *([("cut", cut.told())] if self._configuration.data.packing else []),
             ("save", loaded),
         ]
         for name, label in _TOLD.items():

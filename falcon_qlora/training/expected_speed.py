@@ -41,6 +41,8 @@ _AGAIN = {"none": 0.0, "selective": 0.18, "full": 0.45, "offload": 0.45}
 # state is in CPU memory.
 _OPTIMIZER_BYTES, _OPTIMIZER_BYTES_8BIT = 28, 110
 _PAGED_SECONDS = 1.1e-10
+# Of a slot's published speed, what a copy from page-locked memory reaches; not measured here.
+_SHARE_OF_PCIE = 0.8
 # Seconds in which the host starts the kernels of a block, forward and backward, kept and recomputed: of small
 # micro-batches the card waits for it. From steps of 2,048 tokens, and none that is slower at 8,192.
 _HOST_SECONDS = {"Falcon": (5.5e-3, 5.75e-3), "Falcon3": (7.5e-3, 10.2e-3), "Falcon-H1": (12e-3, 17e-3)}
@@ -64,6 +66,7 @@ class StepTime:
         fp8_kept: whether FP8 weights are kept.
         dropout: whether LoRA has dropout.
         optim: the optimizer, by Transformers' name.
+        streamed: bytes of the base in CPU memory, which are copied to the card in each pass.
     """
 
     config: PreTrainedConfig
@@ -79,13 +82,32 @@ class StepTime:
     fp8_kept: bool = False
     dropout: bool = False
     optim: str = "adamw_torch_fused"
+    streamed: int = 0
 
     def micro_batch_seconds(self, card: Card) -> float:
-        """Forward and backward of a micro-batch.
+        """Forward and backward of a micro-batch: of each block its work or its copy, whichever takes longer.
 
         Args:
             card: one whose ceilings are known.
         """
+        if not self.streamed:
+            return self._work_seconds(card)
+        return sum(map(max, self.passes(card)))
+
+    def passes(self, card: Card) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Seconds of a micro-batch's forward and backward pass: of each pass its work, and what it copies.
+
+        Backward also copies the inputs that blocks have offloaded; forward, those go the other way.
+        """
+        whole = self._work_seconds(card)
+        # Two operations a weight and token are the forward pass's.
+        forward = whole * 2 * layout_of(self.config).linear_parameter_count() / self._operations()[0]
+        moved = list(self.blocks).count("offload") * self.tokens * self.config.hidden_size * 2
+        of_copies = [each / (card.pcie * _SHARE_OF_PCIE * 1e9) for each in (self.streamed, moved)]
+        return (forward, of_copies[0]), (whole - forward, sum(of_copies))
+
+    def _work_seconds(self, card: Card) -> float:
+        """Forward and backward of a micro-batch whose weights are on the card."""
         assert card.bf16
         assert card.terabytes
         frozen, other = self._operations()

@@ -22,7 +22,8 @@ from falcon_qlora.data.batches import TrainingSteps
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.hub import push_folder
 from falcon_qlora.models.sharded import is_sharded, take_part
-from falcon_qlora.models.sharded_base import follow, leading, replicated
+from falcon_qlora.models.sharded_base import follow, leading
+from falcon_qlora.models.streamed_base import replicated
 from falcon_qlora.processes import agreement, endings, lookout, ranks, stop_signals
 from falcon_qlora.processes.stop_signals import Stopped
 from falcon_qlora.run_folder.directory import RunDirectory
@@ -30,6 +31,7 @@ from falcon_qlora.run_folder.summary import Summary
 from falcon_qlora.run_folder.tracking import Trackers
 from falcon_qlora.terminal import console, phases
 from falcon_qlora.training import checks
+from falcon_qlora.training.estimate import told_blocks
 from falcon_qlora.training.moved import require_moved
 from falcon_qlora.training.record import counts, refused_by_peft
 from falcon_qlora.training.resume import how_to_go_on
@@ -40,8 +42,13 @@ from falcon_qlora.training.trainer import FalconTrainer
 if TYPE_CHECKING:
     from trl import SFTConfig
 
+    from falcon_qlora.checkpoint.mirror import Mirror
+    from falcon_qlora.training.batch_tokens import Cutter
     from falcon_qlora.training.estimate import Estimate
 
+# How long a mirror may take to upload the rest: at an error; at a stop, for which one or two minutes are
+# usual; and at the end, without anything being uploaded.
+FAILING_SECONDS, _STOP_SECONDS, _END_SECONDS = 15.0, 60.0, 300.0
 # Before a disk that failed is tried again.
 _PAUSE_SECONDS = 3.0
 
@@ -54,7 +61,7 @@ def finish(
     describe_adapter: Callable[[Path, dict[str, Any]], None],
     configuration: Configuration,
     data: TrainingData,
-    predicted_gib: float | None,
+    cutter: Cutter,
     estimate: Estimate | None,
 ) -> None:
     """Check that the replicas agree, write the adapter and the summary, and print what was written.
@@ -63,13 +70,14 @@ def finish(
         describe_adapter: completes an adapter's folder, given the summary.
         configuration: of the run.
         data: that it was trained on.
-        predicted_gib: a process's predicted peak memory, GiB; None on the CPU.
+        cutter: how its steps were cut, with the predicted peak memory.
         estimate: from `estimate_here`.
 
     Raises:
         UserError: if the replicas diverged, if nothing was trained, if the adapter cannot be written, or if
             the written adapter is not the one in memory; it is not kept.
     """
+    predicted_gib = cutter.activations.predicted_gib
     held = card_gib()  # PyTorch's allocator keeps what a step took
     model, base, run = trainer.model, configuration.model, configuration.run
     replicas = None
@@ -108,7 +116,12 @@ def finish(
         best_eval_loss=best[0],
         best_step=best[1],
         bad_steps=trainer.step.bad_steps.total,
+        overflowed_steps=trainer.step.bad_steps.overflowed,
         micro_batch_parts=2**trainer.step.halvings,
+        micro_batch_tokens=cutter.cut.tokens if configuration.data.packing else None,
+        micro_batches=cutter.cut.micro_batches,
+        micro_batch_reason=cutter.cut.why,
+        checkpointing=told_blocks(cutter.activations.blocks),
         tokens=trainer.state.num_input_tokens_seen,
         samples=plan.documents_until(trainer.state.global_step) if plan is not None else None,
         predicted_peak_memory_gib=predicted_gib,
@@ -293,14 +306,40 @@ def upload(directory: RunDirectory, training: SFTConfig) -> None:
         console.print_plain(f"uploaded to {url}")
 
 
+def mirror_rest(mirror: Mirror | None) -> None:
+    """Upload what the address of a finished run lacks; every process calls this.
+
+    Where that fails the run ends as one that has stopped: started again, it goes on with the uploading.
+    """
+    missing = agreement.from_main_process(lambda: None if mirror is None else _flushed(mirror))
+    if missing is None and mirror is not None:
+        console.print_plain(f"copied to {mirror.store.address}")
+    if missing is not None:
+        stop_signals.tell_stopped()
+        console.note(f"all steps are done, but {missing}; start the same command again to upload it")
+
+
+def _flushed(mirror: Mirror) -> str | None:
+    """As `Mirror.flush`, with less patience where the process is asked to stop meanwhile."""
+    patience = _STOP_SECONDS if stop_signals.asked_to_stop() else _END_SECONDS
+    return mirror.flush(patience, hurry=stop_signals.asked_to_stop() is not None)
+
+
 def stop(
-    directory: RunDirectory, stopped: Stopped, trackers: Trackers, *, steps: int, resumable: bool
+    directory: RunDirectory,
+    stopped: Stopped,
+    trackers: Trackers,
+    *,
+    steps: int,
+    resumable: bool,
+    mirror: Mirror | None = None,
 ) -> None:
     """Print where a run that was asked to stop has stopped, and how to resume it.
 
     Args:
         steps: of the whole run.
         resumable: whether its checkpoints hold the optimizer's state.
+        mirror: of the main process, where the run has an address.
 
     Raises:
         UserError: if the checkpoint could not be saved, or the run cannot go on from it.
@@ -316,5 +355,8 @@ def stop(
         kept = directory.checkpoints / f"step-{stopped.step}"
         raise UserError(f"{where}. {kept} is weights only: the run cannot be resumed")
     lookout.end()
+    missing = mirror.flush(_STOP_SECONDS, hurry=True) if mirror is not None else None
+    if missing is not None:
+        console.note(f"{missing}; {directory} has it, and the same command uploads it from this machine")
     stop_signals.tell_stopped()
     console.print_plain(f"{where}. Go on {how_to_go_on(directory)}")

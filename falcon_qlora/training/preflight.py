@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from falcon_qlora.checkpoint.bring import bring_run
+from falcon_qlora.common import stores
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.quantities import gib
 from falcon_qlora.config import Configuration
-from falcon_qlora.config.arguments import ModelArguments
+from falcon_qlora.config.arguments import ModelArguments, RunArguments
 from falcon_qlora.config.quantized import refuse_needing_16bit
 from falcon_qlora.models.hub import check_login
 from falcon_qlora.processes import agreement, devices, ranks
@@ -20,6 +23,7 @@ from falcon_qlora.run_folder import choose as folders
 from falcon_qlora.run_folder import tracking
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.run_folder.lock import RunLock
+from falcon_qlora.terminal.console import note
 from falcon_qlora.training import base, resume, schedule, sharding, start_adapter
 
 if TYPE_CHECKING:
@@ -56,7 +60,8 @@ class Start:
     @contextlib.contextmanager
     def run_folder(self) -> Iterator[RunDirectory]:
         """The run directory, made on entry; removed again if the block fails and no run has written there."""
-        made = RunDirectory(agreement.from_main_process(lambda: self._choose(True)))
+        address = self.directory.address
+        made = RunDirectory(agreement.from_main_process(lambda: self._choose(True)), address=address)
         try:
             yield made
         except BaseException:
@@ -94,7 +99,9 @@ def check(configuration: Configuration, lock: RunLock) -> Start:
             lock.take(path)
         return str(path)
 
-    found = RunDirectory(agreement.from_main_process(lambda: choose(False)))
+    found = RunDirectory(agreement.from_main_process(lambda: choose(False)), address=_address(run))
+    if found.address is not None:
+        agreement.from_main_process(lambda: _bring(found, run, lock))
     checkpoint = resume.checkpoint_to_resume(found, resume=run.resume, overwrite=run.overwrite)
     if run.resume:
         base.check_recorded_folders(model, checkpoint)
@@ -109,6 +116,7 @@ def check(configuration: Configuration, lock: RunLock) -> Start:
         sharding=run.sharding,
         on_cpu=run.device == "cpu",
         processes=ranks.world_size() if sharding.shares_out_base(configuration) else 1,
+        offloaded=run.offload_base,
     )
     sharding.check(configuration, config)
     training = configuration.training
@@ -140,13 +148,33 @@ def _follow_checkpoint(configuration: Configuration) -> None:
         model.quantize_mode, model.double_quantization = scheme.mode, scheme.double_quantization
 
 
+def _address(run: RunArguments) -> str | None:
+    return run.output_dir if run.output_dir is not None and stores.is_address(run.output_dir) else None
+
+
+def _bring(found: RunDirectory, run: RunArguments, lock: RunLock) -> None:
+    """Have what the run goes on from here, and say where the run is written; on the main process."""
+    note(f"the run is written in {found.path}, and copied to {found.address}")
+    if (run.resume or ranks.restart_count()) and not run.dry_run:
+        found.path.mkdir(parents=True, exist_ok=True)
+        lock.take(found.path)
+        bring_run(found)
+
+
 def _check_model(
-    settings: ModelArguments, method: Method, *, sharding: str, on_cpu: bool, processes: int = 1
+    settings: ModelArguments,
+    method: Method,
+    *,
+    sharding: str,
+    on_cpu: bool,
+    processes: int = 1,
+    offloaded: bool = False,
 ) -> PreTrainedConfig:
     """Refuse a model of unknown layout or too large for the device, before its weights are downloaded.
 
     Args:
         processes: over which the base is shared out.
+        offloaded: whether its blocks are in CPU memory.
     """
     import torch
 
@@ -170,6 +198,8 @@ def _check_model(
         lambda: find_config(settings.model_name_or_path, revision=settings.model_revision)
     )
     trainable = trainable_count(method, config)
+    if offloaded:
+        _check_host(config, settings, dtype.itemsize)
     if device.type != "cuda":
         count = layout_of(config).parameter_count()
         if count > _MOST_PARAMETERS_ON_CPU and not on_cpu:
@@ -178,6 +208,9 @@ def _check_model(
                 "visible (see nvidia-smi and CUDA_VISIBLE_DEVICES). If the CPU is meant: --device cpu"
             )
         return config
+    ways = []
+    if not (offloaded or method.is_whole or method.why_base_stays_whole):
+        ways = ["--sharding fsdp"] * (processes == 1 < ranks.world_size()) + ["--offload_base"]
     check_fits(
         config,
         settings.quantize_mode,
@@ -185,6 +218,30 @@ def _check_model(
         free_bytes=torch.cuda.mem_get_info(device)[0],
         double_quantization=settings.double_quantization,
         processes=processes,
-        may_share_out=processes == 1 < ranks.world_size() and not method.is_whole,
+        offloaded=offloaded,
+        ways=ways,
     )
     return config
+
+
+def _check_host(config: PreTrainedConfig, settings: ModelArguments, compute_bytes: int) -> None:
+    """Refuse a base that CPU memory does not hold as often as there are processes on this node."""
+    from falcon_qlora.checkpoint.host_copy import free_host_bytes
+    from falcon_qlora.models.sizes import stored_bytes
+
+    each = stored_bytes(
+        config,
+        settings.quantize_mode,
+        double_quantization=settings.double_quantization,
+        compute_bytes=compute_bytes,
+    )
+    here, free = ranks.local_world_size(), free_host_bytes()
+    if here * each > free:
+        of_all = f", {gib(here * each, 1)} for the {here} processes here" if here > 1 else ""
+        raise UserError(
+            f"--offload_base: the blocks' weights in {settings.quantize_mode} take {gib(each, 1)} of CPU "
+            f"memory{of_all}, and {gib(free, 1)} are free: {gib(here * each - free, 1)} short. Use "
+            + ("fewer --gpus, " if here > 1 else "")
+            + ("" if settings.quantize_mode == "4bit" else "--quantize_mode 4bit, ")
+            + "a smaller model, or a machine with more memory"
+        )

@@ -28,7 +28,7 @@ from falcon_qlora.run_folder.environment import collect_environment
 from falcon_qlora.run_folder.model_card import ModelCard
 from falcon_qlora.run_folder.tracking import Trackers
 from falcon_qlora.terminal.console import joined
-from falcon_qlora.training.activations import Activations
+from falcon_qlora.training.batch_tokens import Cutter
 from falcon_qlora.training.estimate import Estimate
 from falcon_qlora.training.resume import forget_after, step_of
 from falcon_qlora.training.rows import TrainingData, global_batch
@@ -87,7 +87,7 @@ def start_rows(
     *,
     tracking: list[str],
     kernels: dict[str, str],
-    activations: Activations,
+    cutter: Cutter,
     checkpoint: str | None,
 ) -> list[tuple[str, str]]:
     """What the terminal shows before the first step: labels and texts."""
@@ -101,9 +101,11 @@ def start_rows(
         double_quantization=settings.double_quantization,
         compute_bytes=model.dtype.itemsize,
         processes=processes if sharded_base_of(model) is not None else 1,
+        offloaded=run.offload_base,
     )
     nodes = processes // ranks.local_world_size()
     batch = f"{global_batch(run)} × {configuration.data.max_length:,} tokens a step"
+    at_a_time = f"{run.per_device_train_batch_size} at a time on each device"
     return [
         (
             "model",
@@ -123,7 +125,7 @@ def start_rows(
             ),
         ),
         ("kernels", described(kernels) if kernels else "off: the reference path"),
-        ("memory", activations.described()),
+        ("memory", cutter.activations.described()),
         (
             "training",
             joined(
@@ -155,7 +157,7 @@ def start_rows(
             joined(
                 f"{data.total_steps:,}",
                 data.epochs and passes(data.epochs),
-                f"{batch}, {run.per_device_train_batch_size} at a time on each device",
+                f"{batch}, {cutter.cut.told() if configuration.data.packing else at_a_time}",
                 None if data.efficiency is None else f"packed {100 * data.efficiency:.0f}% full",
                 checkpoint and f"going on from step {step_of(checkpoint):,}",
                 checkpoint and step_of(checkpoint) >= data.total_steps and "nothing is left to train",

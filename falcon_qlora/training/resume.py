@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from falcon_qlora.checkpoint import manifest
+from falcon_qlora.checkpoint.bring import bring_checkpoint, is_here
+from falcon_qlora.checkpoint.mirror import Mirror
 from falcon_qlora.checkpoint.process_state import load_states
 from falcon_qlora.checkpoint.resume import check_trainer_state
 from falcon_qlora.checkpoint.write import set_aside_after
+from falcon_qlora.common.by_url import local_folder
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import plain, quoted
 from falcon_qlora.common.quantities import counted
@@ -29,6 +32,8 @@ from falcon_qlora.terminal.console import note
 from falcon_qlora.training import sharding
 from falcon_qlora.training.rows import TrainingData, global_batch
 
+# For the other nodes, which wait.
+_UPLOAD_SECONDS = 60.0
 # A run that resumes with another value of one of these is another run.
 _DECISIVE = (
     "adapter adapter_sha256 model_name_or_path model_revision quantize_mode double_quantization "
@@ -51,6 +56,7 @@ _MAY_CHANGE = {
     "num_train_epochs": "the learning-rate schedule changes",
     "kernels": "the losses agree up to rounding",
     "per_device_train_batch_size": "the losses agree up to rounding, but not with dropout",
+    "batch_tokens": "the losses agree up to rounding, but not with dropout",
     "eval_split": "held-out losses before and after are of other rows, also where the best is chosen by them",
     "sharding": "the losses agree up to rounding",
     "tf32": "the losses agree up to rounding",
@@ -77,7 +83,9 @@ def checkpoint_to_resume(directory: RunDirectory, *, resume: str | None, overwri
     elif restarted and overwrite:
         return None  # it failed before it replaced the old run
     found = agreement.from_main_process(lambda: _find(directory, named))
-    if found is not None:
+    if found is not None and directory.address is not None:
+        found = _on_this_node(directory, directory.address, step_of(found))
+    elif found is not None:
         _require_on_all_nodes(found)
     if found is None and resume and not restarted:
         agreement.from_main_process(lambda: _check_may_begin(directory, resume))
@@ -94,6 +102,25 @@ def is_done(directory: RunDirectory, checkpoint: str | None, total_steps: int) -
 
     at_the_end = checkpoint is not None and Path(checkpoint).name == f"step-{total_steps}"
     return at_the_end and agreement.from_main_process(look)
+
+
+def _on_this_node(directory: RunDirectory, address: str, step: int) -> str:
+    """The checkpoint as this node has it; by way of the address where it is on the first one alone."""
+    folder = local_folder(address)
+    here = folder / "checkpoints" / f"step-{step}"
+    content = agreement.from_main_process(lambda: (here / manifest.MANIFEST).read_bytes())
+    if not all(agreement.met_by_all(is_here(here, content))):
+        agreement.from_main_process(lambda: _upload_first(directory))
+        agreement.main_process_first(lambda: bring_checkpoint(address, folder, step, content))
+    return str(here)
+
+
+def _upload_first(directory: RunDirectory) -> None:
+    mirror = Mirror(directory, limit=None, goes_on=True)
+    missing = mirror.flush(_UPLOAD_SECONDS)
+    mirror.stop()
+    if missing is not None:
+        raise UserError(f"--resume: other nodes need the checkpoint from there, and {missing}")
 
 
 def _require_on_all_nodes(checkpoint: str) -> None:
@@ -218,6 +245,25 @@ def compared_settings(configuration: Configuration) -> dict[str, Any]:
     of_batch = ("global_batch_size", "gradient_accumulation_steps")
     names = (*_DECISIVE, *_decisive_of_method(configuration), *_DECISIVE_FOR_STREAMS, *_MAY_CHANGE, *of_batch)
     return {name: settings[name] for name in names if name in settings}
+
+
+def recorded_cut(checkpoint: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The recorded settings of a run to resume, and how its steps were cut: see `Cutter.record`.
+
+    Returns:
+        The settings, none of an older release; and ``tokens``, ``card_gib`` and ``gib``, or None likewise.
+
+    Raises:
+        UserError: if the record is not what training wrote.
+    """
+    record = manifest.read_manifest(Path(checkpoint))
+    cut = record.get("cut")
+    if cut is None:
+        return record.get("settings") or {}, None
+    sizes = [cut.get("card_gib"), cut.get("gib")] if isinstance(cut, dict) else [""]
+    if not all(isinstance(size, float | None) for size in sizes) or not is_count(cut.get("tokens"), least=2):
+        raise _not_what_training_wrote(Path(checkpoint), "cut", cut)
+    return record.get("settings") or {}, {name: cut.get(name) for name in ("tokens", "card_gib", "gib")}
 
 
 def _decisive_of_method(configuration: Configuration) -> list[str]:
@@ -358,5 +404,7 @@ def step_of(checkpoint: str) -> int:
 def how_to_go_on(directory: RunDirectory) -> str:
     """After "go on": with which command, launched as this run was."""
     of_run = ["--config", str(directory.config_file), "--resume", str(directory)]
+    if directory.address is not None:
+        of_run = ["--resume", directory.address]
     several = ", on every node" if ranks.world_size() > ranks.local_world_size() else ""
     return f"with{several}:  {' '.join(map(quoted, launcher.launched(*of_run)))}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import time
@@ -17,6 +18,7 @@ from falcon_qlora.processes.watchdog import end_native_code_after
 if TYPE_CHECKING:
     from falcon_qlora.run_folder.lock import RunLock
     from falcon_qlora.training.dry_run import DryRun
+    from falcon_qlora.training.estimate import Estimate
 
 
 def train(configuration: Configuration) -> Path:
@@ -51,14 +53,15 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
 
     phases.seconds.clear()
     with phase("libraries"):
+        from falcon_qlora.checkpoint.mirror import Mirror
         from falcon_qlora.kernels.ops import hash_triton
         from falcon_qlora.models.fast_path import choose_kernels
-        from falcon_qlora.training import build, finish, preflight, record, resume, rows
-        from falcon_qlora.training.activations import choose_activations, warm_up
+        from falcon_qlora.models.sharded import needs_all_processes
+        from falcon_qlora.training import batch_tokens, build, finish, preflight, record, resume, rows
+        from falcon_qlora.training.activations import choose_activations, on_reference_path, warm_up
         from falcon_qlora.training.alike import check_alike
         from falcon_qlora.training.base import check_base
         from falcon_qlora.training.disk import check_disk, waiting_saves
-        from falcon_qlora.training.estimate import estimate_here
         from falcon_qlora.training.sharding import shard_if_wanted, shares_out_base
 
         if not gc.isenabled():  # as `falcon_qlora.train` has it; what the libraries made stays
@@ -84,6 +87,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
     configuration.log_steps_of_short_run(data.total_steps)
     if trial is None and resume.is_done(start.directory, start.checkpoint, data.total_steps):
         finish.leave_as_it_is(start.directory, steps=data.total_steps)
+        finish.mirror_rest(Mirror.of(start.directory, limit=training.save_total_limit, goes_on=True))
         finish.upload(start.directory, training)
         return start.directory.path
 
@@ -91,15 +95,34 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
         fingerprint = check_base(base, checkpoint=start.checkpoint, adapter=begin_from)
         check_alike(configuration, data, tokenizer)
         model = build.model_with_adapter(
-            base, method, tokenizer, seed=run.seed, adapter=begin_from, share_out=share_out
+            base,
+            method,
+            tokenizer,
+            seed=run.seed,
+            adapter=begin_from,
+            share_out=share_out,
+            offload=run.offload_base,
         )
     kernels = choose_kernels(model, kernels=base.kernels, compute_dtype=base.compute_dtype)
     notes = shard_if_wanted(configuration, model)
-    activations = choose_activations(
-        run, model, kernels, max_length=max_length, optimizer=configuration.optimizer
+    cutter = batch_tokens.choose(
+        configuration,
+        model.config,
+        data.plan,
+        reference=next(iter(on_reference_path(kernels)), None),
+        shared_out=needs_all_processes(model),
+        checkpoint=start.checkpoint,
+    )
+    if configuration.data.packing:
+        data.steps.dealing = dataclasses.replace(data.steps.dealing, tokens=cutter.cut.tokens)
+    cutter.keep(
+        functools.partial(
+            choose_activations, run, model, kernels, max_length=max_length, optimizer=configuration.optimizer
+        )
     )
 
-    estimate = estimate_here(configuration, model.config, data.plan)
+    def estimated() -> Estimate | None:
+        return batch_tokens.estimate_here(configuration, model.config, data.plan, cutter)
 
     needed = check_disk(
         start.directory if trial is None else trial.directory,
@@ -127,6 +150,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
             describe_adapter=describe_adapter,
             settings=resume.compared_settings(configuration),
             began=began,
+            cutter=cutter,
         )
         if trial is not None:
             trial.try_parts(trainer)
@@ -141,6 +165,12 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
             resume=start.goes_on,
         )
         record.write_start(configuration, directory, data, start.trackers, kernels, start.checkpoint)
+    mirror = Mirror.of(
+        directory,
+        limit=training.save_total_limit,
+        goes_on=start.checkpoint is not None,
+        overwrite=run.overwrite,
+    )
     console.print_start(
         record.start_rows(
             configuration,
@@ -149,11 +179,13 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
             model,
             tracking=start.trackers.lines,
             kernels=kernels,
-            activations=activations,
+            cutter=cutter,
             checkpoint=start.checkpoint,
         ),
         notes=[
-            *record.start_notes(configuration, data, model, kernels, estimate),
+            *record.start_notes(configuration, data, model, kernels, estimated()),
+            *cutter.notes,
+            *filter(None, [cutter.told_smaller()]),
             *notes,
             *waiting_saves(trainer, optimizer=configuration.optimizer),
         ],
@@ -170,21 +202,26 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
             describe_adapter=describe_adapter,
             configuration=configuration,
             data=data,
-            predicted_gib=activations.predicted_gib,
-            estimate=estimate,
+            cutter=cutter,
+            estimate=estimated(),
         )
         if trial is not None:
             trial.finish(trainer, directory)
     except Stopped as stopped:
         resumable = not trainer.args.save_only_model
         finish.tell_rows(directory, trainer, data, train_on=configuration.data.train_on)
-        finish.stop(directory, stopped, start.trackers, steps=data.total_steps, resumable=resumable)
+        finish.stop(
+            directory, stopped, start.trackers, steps=data.total_steps, resumable=resumable, mirror=mirror
+        )
     except BaseException:
         trainer.close(failing=True)
+        if mirror is not None:
+            mirror.flush(finish.FAILING_SECONDS, hurry=True)
         # The process may end without the shutdown that trackers rely on.
         start.trackers.finish(exit_status=1)
         raise
     else:
         trainer.close()
+        finish.mirror_rest(mirror)
         finish.upload(directory, training)
     return directory.path

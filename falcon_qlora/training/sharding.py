@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.stores import is_address
 from falcon_qlora.config import Configuration
 from falcon_qlora.processes import agreement, devices, ranks
 
@@ -28,6 +29,8 @@ def shard_if_wanted(configuration: Configuration, model: Any) -> list[str]:
     Raises:
         UserError: if it cannot be sharded that way.
     """
+    if configuration.run.offload_base:
+        return ["the blocks' frozen weights are in CPU memory; the embedding and the head stay on the device"]
     if shares_out_base(configuration):
         return [f"the base's frozen weights are shared out over the {ranks.world_size()} processes"]
     if not _wanted(configuration, model.config):
@@ -65,6 +68,11 @@ def check(configuration: Configuration, config: PreTrainedConfig) -> None:
         if reason is not None:
             raise UserError(f"--sharding fsdp: {reason}; give --sharding none")
         return
+    if is_address(configuration.run.output_dir) and ranks.world_size() > ranks.local_world_size():
+        raise UserError(
+            f"--output_dir {configuration.run.output_dir}: each node writes its part of a sharded model's "
+            "checkpoints, and only the first node's are copied there. Name a folder that all nodes share"
+        )
     if not has_unsuitable_optimizer_of_recipe(configuration):
         _check(configuration)
     if configuration.run.sharding == "zero3":

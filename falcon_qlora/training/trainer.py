@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,19 @@ from transformers.trainer_utils import SaveStrategy
 from trl import SFTConfig, SFTTrainer
 
 from falcon_qlora.checkpoint import process_state, resume
-from falcon_qlora.checkpoint.checkpointer import Checkpointer, Moment
+from falcon_qlora.checkpoint.checkpointer import Checkpointer
+from falcon_qlora.checkpoint.content import Moment
 from falcon_qlora.checkpoint.write import last_complete
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.data.batches import Share, StreamingSteps, TrainingSteps
+from falcon_qlora.data.batches import Share, StreamingSteps, TrainingSteps, recut
 from falcon_qlora.data.origins import RowNames
 from falcon_qlora.data.packing import MicroBatch
 from falcon_qlora.inference.evaluation import Evaluation
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models import zero3
 from falcon_qlora.models.sharded import is_sharded, needs_all_processes
-from falcon_qlora.models.sharded_base import alone, sharded_base_of
+from falcon_qlora.models.sharded_base import alone
+from falcon_qlora.models.streamed_base import streamed_base_of
 from falcon_qlora.processes import agreement, lookout, stop_signals
 from falcon_qlora.processes.stop_signals import Stopped
 from falcon_qlora.processes.watchdog import Watchdog
@@ -49,6 +52,7 @@ from falcon_qlora.step.neftune import add_noise
 from falcon_qlora.terminal.console import note
 from falcon_qlora.training import leak_probe
 from falcon_qlora.training.answers import Answers
+from falcon_qlora.training.batch_tokens import Cutter
 from falcon_qlora.training.callbacks import StepKeeper
 from falcon_qlora.training.moved import footprint
 from falcon_qlora.training.schedule import schedule
@@ -83,6 +87,7 @@ class FalconTrainer(SFTTrainer):
         names: of the data's rows.
         evaluation: held-out documents, or None.
         checkpointer: saves the run.
+        cutter: how a step is cut into micro-batches, and smaller ones for where memory runs out in the first.
         watchdog: notes where the loop is, and watches during training.
         tokenizer: of the documents.
         callbacks: Transformers' kind.
@@ -104,6 +109,7 @@ class FalconTrainer(SFTTrainer):
         names: RowNames,
         evaluation: Evaluation | None,
         checkpointer: Checkpointer,
+        cutter: Cutter,
         watchdog: Watchdog,
         tokenizer: Any,
         callbacks: list[TrainerCallback],
@@ -116,6 +122,8 @@ class FalconTrainer(SFTTrainer):
         self.names = names
         self.evaluation = evaluation
         self.checkpointer = checkpointer
+        self.cutter = cutter
+        self._was_cut_anew = False
         self.meter = Meter(began=began)
         self.share: Share
         self.account: dict[str, Any] | None = None  # of the last step's share
@@ -140,6 +148,9 @@ class FalconTrainer(SFTTrainer):
             data_collator=_only,
             callbacks=callbacks,
         )
+        if self.accelerator.mixed_precision == "fp16" and self.accelerator.scaler is None:
+            # On the CPU, where Accelerate would compute in float32 and scale nothing.
+            self.accelerator.native_amp, self.accelerator.scaler = True, torch.amp.GradScaler("cpu")
         self.remove_callback(PrinterCallback)
         self.remove_callback(DefaultFlowCallback)
         # First, so that the others see its counts.
@@ -170,8 +181,8 @@ class FalconTrainer(SFTTrainer):
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         # Without DistributedDataParallel: the step, or a sharded model itself, sums gradients.
-        # A base that is shared out must not move; on a CPU others get copied to one by a number.
-        stays = False if sharded_base_of(model) is not None else None
+        # A base that is streamed must not move; on a CPU others get copied to one by a number.
+        stays = False if streamed_base_of(model) is not None else None
         prepared = self.accelerator.prepare_model(model, device_placement=stays, evaluation_mode=True)
         prepared._is_accelerate_prepared = True
         if not zero3.is_zero3(model):
@@ -219,6 +230,7 @@ class FalconTrainer(SFTTrainer):
 
     def training_step(self, model: nn.Module, inputs: Share, num_items_in_batch: Any = None) -> torch.Tensor:
         model.train()
+        inputs = self.as_cut(inputs)
         self.share, self.account = inputs, inputs.account
         for batch in inputs.micro_batches:
             self.answers.see(batch)
@@ -226,7 +238,33 @@ class FalconTrainer(SFTTrainer):
             self._probe(model, inputs.micro_batches[0])
         if self._first_learning_step is None and max(self.lr_scheduler.get_last_lr()) > 0:
             self._first_learning_step = inputs.step + 1
-        return self.step(model, inputs)
+        loss = self.step(model, inputs)
+        if (told := self.cutter.told_smaller()) is not None:
+            note(told)
+        return loss
+
+    def as_cut(self, share: Share) -> Share:
+        """The share in the micro-batches of now; those of before may have been read ahead."""
+        return recut(share, self.cutter.cut.tokens) if self._was_cut_anew else share
+
+    def shrink(self, without: list[int]) -> bool:
+        """Have all processes take the next smaller cut; False: there is none. All call this alike.
+
+        Args:
+            without: ranks whose memory has run out.
+        """
+        if not self.cutter.smaller(without):
+            return False
+        self._was_cut_anew = True
+        self.steps.dealing = replace(self.steps.dealing, tokens=self.cutter.cut.tokens)
+        self.checkpointer.record["cut"] = self.cutter.record()
+        return True
+
+    def _shrink(self, without: list[int]) -> Share | None:
+        if not self.shrink(without):
+            return None
+        self.share = self.as_cut(self.share)
+        return self.share
 
     def _probe(self, model: nn.Module, batch: MicroBatch) -> None:
         if is_sharded(self.model):  # whose processes may have too few documents for as many forward passes
@@ -250,6 +288,7 @@ class FalconTrainer(SFTTrainer):
         self._stopping, self._ending = False, None
         self._logged_step = self._began_at = self.state.global_step
         self.step.begin(self.optimizer.optimizer, self.accelerator, self._backward)
+        self.step.shrink = self._shrink if self.cutter.may_shrink else None
         if zero3.is_zero3(self.model):  # its weights have moved; it never resumes from a checkpoint
             self._at_start = footprint(self.model)
         if self._resumed is not None:
@@ -462,7 +501,7 @@ class FalconTrainer(SFTTrainer):
         """True if the weights that the model has now have taken a step; None if that is not known."""
         step = self.kept_step
         first = self._first_learning_step
-        # In fp16 the scaler skips steps silently.
+        # In fp16 the scaler skips steps too, and how many is known a step late.
         all_count = self.step.bad_steps.total == 0 and self.accelerator.scaler is None
         return True if first is not None and all_count and step is not None and step >= first else None
 
@@ -480,6 +519,8 @@ class FalconTrainer(SFTTrainer):
             logs["tokens"] = self.state.num_input_tokens_seen
             logs.update(self.meter.interval())
             logs["peak_memory_gib"] = peak_memory_gib()
+            if self.accelerator.scaler is not None:
+                logs["loss_scale"] = self.accelerator.scaler.get_scale()
         super().log(logs, start_time)
 
     def _mean_of_counted(self, loss: float) -> float:

@@ -119,10 +119,12 @@ class Nodes:
         inside = ["env", "-C", str(self.at(node)), *words]  # a folder that is entered before is another mount
         return subprocess.Popen([*_entering(self._places[node]), *inside], **options)
 
-    def train(self, node: int, *words: str, **environment: str) -> subprocess.Popen[str]:
+    def train(
+        self, node: int, *words: str, module: str = "falcon_qlora", **environment: str
+    ) -> subprocess.Popen[str]:
         """Start ``falcon-qlora train`` on a node, which meets the others at node1."""
         meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"node1:{PORT}", "--gpus", "1"]
-        return self.start(node, "falcon_qlora", "train", *meeting, *words, **environment)
+        return self.start(node, module, "train", *meeting, *words, **environment)
 
     def clear(self) -> None:
         """Empty the folders of all nodes; what they have cached stays."""

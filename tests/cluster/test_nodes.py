@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from falcon_qlora.common import by_url
 from tests.cluster.nodes import Nodes, why_not
+from tests.folder_store import objects
 from tests.integration.interrupted import ROWS, assert_same_run
 from tests.integration.runs import metrics, summary, write_jsonl
 
@@ -237,6 +239,25 @@ def test_a_checkpoint_that_only_one_node_sees_is_refused_on_both(nodes: Nodes) -
     assert [status for status, _, _ in ended(begun(nodes, steps="2")).values()] == [0, 0]
     (told,) = errors_of(ended(begun(nodes, steps="4")))
     assert re.match(r"error: .*run/checkpoints/step-2 is not on node2, and each node reads it", told)
+
+
+def test_a_run_by_url_goes_on_on_other_nodes(nodes: Nodes) -> None:
+    store = nodes.folder / "store"
+    store.mkdir()
+
+    def tried(steps: int) -> Ended:
+        words = ["--nnodes", "2", *SETTINGS, "--steps", str(steps), "--output_dir", "s3://bucket/run"]
+        module = "tests.integration.with_store"
+        return ended({node: nodes.train(node, *words, module=module, STORE=str(store)) for node in (1, 2)})
+
+    assert [(status, errors) for status, _, errors in tried(4).values()] == [(0, ""), (0, "")]
+    run = next((nodes.folder / "home1/.cache/falcon_qlora/runs").iterdir())
+    run.rename(nodes.folder / "first")  # the second start finds new machines
+    ends = tried(6)
+    assert [(status, errors) for status, _, errors in ends.values()] == [(0, ""), (0, "")]
+    assert "going on from step 4" in ends[1][1]
+    assert [line["step"] for line in metrics(run)] == list(range(1, 7))
+    assert by_url.steps_at({name.removeprefix("bucket/run/"): 0 for name in objects(store)}) == [4, 6]
 
 
 def test_a_node_that_is_lost_comes_back(nodes: Nodes) -> None:

@@ -48,3 +48,4 @@ def test_some_that_overflow_are_the_scalers(tmp_path: Path, monkeypatch: pytest.
     spoil(monkeypatch, torch.inf, {2, 5, 6})
     run = fine_tune(tmp_path / "run", **{**SETTINGS, "max_steps": 8}, max_bad_steps=2)
     assert summary(run)["bad_steps"] == 0
+    assert summary(run)["overflowed_steps"] >= 3

@@ -13,6 +13,7 @@
 {"do": "gone", "rank": 1}       the data's file is not there
 {"do": "kernel", "rank": 1}     GELU gives more than it should
 {"do": "sum", "rank": 1}        an all-reduce gives more than it should
+{"do": "card", "mib": 30}       there is a card of this size, beside what libraries take
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ from falcon_qlora.data import corpus
 from falcon_qlora.data.batches import DocumentReader
 from falcon_qlora.kernels import ops
 from falcon_qlora.methods.lora import Lora
+from falcon_qlora.models import step_memory
 from falcon_qlora.models.layouts import causal_lm_in, layout_of
 from falcon_qlora.models.quantize import dequantized_weight
 from falcon_qlora.step import loss
-from falcon_qlora.training import activations, build, checks, finish, rows
+from falcon_qlora.training import activations, batch_tokens, build, checks, estimate, finish, rows
+from falcon_qlora.training.cards import Card
 from falcon_qlora.training.throughput import peak_memory_gib
 
 
@@ -43,6 +46,8 @@ def install(faults: Callable[..., list[dict[str, Any]]]) -> None:
     for name, put_in in _FAULTS.items():
         if faults(name):
             put_in()
+    for fault in faults("card"):
+        _card(fault["mib"])
 
 
 def _after_loading(change: Callable[[Any, Any], None]) -> None:
@@ -169,6 +174,12 @@ def _sum() -> None:
         tensor[:3] += 1
 
     dist.all_reduce = faulty
+
+
+def _card(mib: float) -> None:
+    card = Card(name="made up", title="made up", gib=mib / 2**10)
+    batch_tokens.card_here = lambda: card
+    estimate._CONTEXT_BYTES = estimate._NCCL_BYTES = step_memory._UNCOUNTED_BYTES = 0
 
 
 _FAULTS: dict[str, Callable[[], None]] = {

@@ -16,6 +16,7 @@
     {"do": "loaded", "rank": 1, "number": 15}                     a signal before the model is loaded
     {"do": "slow", "step": 4, "rank": 0}                          the save of step 4 takes two seconds
     {"do": "memory", "step": 3, "rank": 1, "most": 2}             no memory for more than 2 documents at once
+    {"do": "memory", ..., "tokens": 200}                          nor for more tokens
     {"do": "hog", "step": 3, "rank": 1, "leave_gib": 4}           all but so much of the GPU's memory is taken
     {"do": "nan", "step": 3, "rank": 0}                           the loss is not a number; also "gradient"
     {"do": "poison", "word": "xyzzy"}                             so it is of what holds this word
@@ -49,7 +50,7 @@ from typing import Any
 
 import torch
 
-from falcon_qlora.checkpoint import checkpointer
+from falcon_qlora.checkpoint import checkpointer, content
 from falcon_qlora.checkpoint.checkpointer import Checkpointer
 from falcon_qlora.models.tokenizer import load_tokenizer
 from falcon_qlora.processes import ranks, stop_signals
@@ -150,7 +151,7 @@ def faulty_sum_of_losses(model: Any, batch: Any) -> torch.Tensor:
     if faults("stopped"):
         os.kill(os.getpid(), signal.SIGSTOP)
     for fault in faults("memory"):
-        if len(batch.lengths) > fault["most"]:
+        if len(batch.lengths) > fault.get("most", 2**31) or sum(batch.lengths) > fault.get("tokens", 2**31):
             raise torch.OutOfMemoryError("CUDA out of memory (in a test)")
     loss = sum_of_losses(model, batch)
     if faults("nan"):
@@ -163,7 +164,7 @@ def faulty_sum_of_losses(model: Any, batch: Any) -> torch.Tensor:
     return loss
 
 
-write_manifest = checkpointer.write_manifest
+write_manifest = content.write_manifest
 
 
 def faulty_write_manifest(folder: Path, record: dict[str, Any], *arguments: Any) -> None:
@@ -201,12 +202,12 @@ def disk(do: str = "disk", at: int | None = None) -> Iterator[None]:
 write_checkpoint = Checkpointer._write
 
 
-def faulty_write(self: Any, content: Any) -> None:
-    if faults("write_hangs", at=content.step):
+def faulty_write(self: Any, wanted: Any) -> None:
+    if faults("write_hangs", at=wanted.step):
         time.sleep(3600)
-    with disk(at=content.step):
-        write_checkpoint(self, content)
-    if faults("kill", at=content.step, where="saved"):
+    with disk(at=wanted.step):
+        write_checkpoint(self, wanted)
+    if faults("kill", at=wanted.step, where="saved"):
         die()
 
 
@@ -270,7 +271,7 @@ stop_signals.training_begins = faulty_training_begins
 FalconTrainer._save_checkpoint = faulty_save_checkpoint  # type: ignore[method-assign]
 FalconTrainer.training_step = faulty_training_step  # type: ignore[method-assign]
 step_module.sum_of_losses = faulty_sum_of_losses
-checkpointer.write_manifest = faulty_write_manifest
+content.write_manifest = faulty_write_manifest
 Checkpointer._write = faulty_write  # type: ignore[method-assign]
 checkpointer.write_part = faulty_write_part
 build.model_with_adapter = faulty_load

@@ -26,7 +26,8 @@ from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.layouts import causal_lm_in, layout_of
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.quantize import stored
-from falcon_qlora.models.sharded_base import alone, replicated, sharded_base_of
+from falcon_qlora.models.sharded_base import Parts, alone, sharded_base_of
+from falcon_qlora.models.streamed_base import held_for_good
 from falcon_qlora.processes import devices, endings
 from tests.layouts import FALCON_H1, FAMILIES, documents
 from tests.packing import gradients, packed
@@ -75,48 +76,48 @@ def main() -> None:
 
 
 def _compare(device: torch.device, layout: str, mode: Any, way: str, keep: Checkpointing, method: str) -> str:
-    made = partial(_model, device, layout, mode, way, keep, method)
-    models = made(share_out=False), made(share_out=True)
+    of = partial(made, device, layout, mode, way, keep, method)
+    models = of(share_out=False), of(share_out=True)
     interpreted = way == "triton" and device.type == "cpu"  # which takes its time
     lengths = [3 + dist.get_rank()] if interpreted else [7 + dist.get_rank(), 40, 3]
     batches = [packed(documents(lengths, seed=seed + dist.get_rank(), device=device)) for seed in (0, 9)]
-    with _computing(device, way):
+    with computing(device, way):
         if interpreted:
-            return _difference(*(_pass(model, batches[0], True) for model in models))
+            return difference(*(one_pass(model, batches[0], True) for model in models))
         # Passes in several orders: what is in the buffers, and gathered ahead, follows from the last.
         for batch, trains in ((0, True), (1, True), (0, False), (1, False), (1, True), (0, True)):
-            if wrong := _difference(*(_pass(model, batches[batch], trains) for model in models)):
+            if wrong := difference(*(one_pass(model, batches[batch], trains) for model in models)):
                 return f"{wrong} of {batch, trains}"
         # The main process by itself, with an error on the way, as where an adapter does not open.
-        found = alone(models[1], lambda: _pass(models[1], batches[0], True))
+        found = alone(models[1], lambda: one_pass(models[1], batches[0], True))
         with suppress(ZeroDivisionError):
             alone(models[1], lambda: _fail(models[1], batches[1]))
-        wrong = _difference(*(_pass(model, batches[1], True) for model in models))
+        wrong = difference(*(one_pass(model, batches[1], True) for model in models))
         if found is not None:
-            wrong = wrong or _difference(_pass(models[0], batches[0], True), found)
+            wrong = wrong or difference(one_pass(models[0], batches[0], True), found)
         if method == "lora":
             wrong = wrong or _when_it_gathers(models[1], batches[0], may_wait=way == "reference")
     return wrong or _what_it_holds(*models)
 
 
 @contextmanager
-def _computing(device: torch.device, way: str) -> Iterator[None]:
+def computing(device: torch.device, way: str) -> Iterator[None]:
     form: Any = None if device.type == "cuda" else {"reference": None, "fp8": "torch"}.get(way, way)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     with ops.using(form), autocast, fp8.emulated() if way == "fp8" else nullcontext():
         yield
 
 
-def _model(
+def made(
     device: torch.device,
     layout: str,
     mode: Any,
     way: str,
     keep: Checkpointing,
     method: str,
-    *,
-    share_out: bool,
+    **where: bool,
 ) -> Any:
+    """With random values in its adapter; `where`: `share_out` or `offload` of `load_model`."""
     base = load_model(
         (FAMILIES | FALCON_H1)[layout].replace("num_hidden_layers=2", f"num_hidden_layers={BLOCKS}"),
         quantize_mode=mode,
@@ -124,7 +125,7 @@ def _model(
         compute_dtype="bf16" if device.type == "cuda" else "fp32",
         double_quantization=layout != "falcon-rw-1b",
         seed=1,
-        share_out=share_out,
+        **where,
     )
     model = METHODS[method]().attach(base, seed=3)
     generator = torch.Generator().manual_seed(3)
@@ -134,14 +135,14 @@ def _model(
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(device) * 0.05)
     enable_packing(model)
     if way != "reference":
-        with _computing(device, way):
+        with computing(device, way):
             report = apply_fast_path(model, fp8_products=way == "fp8")
         assert all(map(runs_fast, report.values())), report
     set_checkpointing(model, [keep] * BLOCKS)
     return model
 
 
-def _pass(model: Any, batch: dict[str, Any], trains: bool) -> dict[str, Tensor]:
+def one_pass(model: Any, batch: dict[str, Any], trains: bool) -> dict[str, Tensor]:
     """Loss and gradients."""
     model.train(trains).zero_grad()
     with nullcontext() if trains else torch.no_grad():
@@ -160,7 +161,7 @@ def _fail(model: Any, batch: dict[str, Any]) -> None:
     raise ZeroDivisionError
 
 
-def _difference(one: dict[str, Tensor], two: dict[str, Tensor]) -> str:
+def difference(one: dict[str, Tensor], two: dict[str, Tensor]) -> str:
     if one.keys() != two.keys():
         return "which parameters have a gradient"
     return ", ".join(name for name, each in one.items() if not _are_alike(each, two[name]))
@@ -178,22 +179,24 @@ def _when_it_gathers(model: Any, batch: dict[str, Any], *, may_wait: bool) -> st
     """
     base, told = sharded_base_of(model), []
     assert base is not None
+    assert isinstance(base.storage, Parts)
+    parts = base.storage.parts
     run, use = sharded_base._all_gather, base._use
 
     def gathers(whole: Tensor, part: Tensor, **how: Any) -> Any:
-        told.append(f"gather {[each is part for each in base._parts].index(True)}")
+        told.append(f"gather {[each is part for each in parts].index(True)}")
         return run(whole, part, **how)
 
     def uses(index: int) -> None:
         told.append(f"run {index}")
         use(index)
 
-    _pass(model, batch, True)
+    one_pass(model, batch, True)
     sharded_base._all_gather, base._use = gathers, uses  # type: ignore[method-assign]
     if batch["input_ids"].is_cuda and not may_wait:
         torch.cuda.set_sync_debug_mode("error")
     try:
-        _pass(model, batch, True)
+        one_pass(model, batch, True)
     finally:
         if batch["input_ids"].is_cuda:
             torch.cuda.set_sync_debug_mode("default")
@@ -208,6 +211,7 @@ def _what_it_holds(whole: Any, shared: Any) -> str:
     """That this process holds its part of the linears and two blocks, and nothing else is a part."""
     base, layout = sharded_base_of(shared), layout_of(shared.config)
     assert base is not None
+    assert isinstance(base.storage, Parts)
     processes = dist.get_world_size()
     linears = [dict(each.named_modules()) for each in map(causal_lm_in, (whole, shared))]
     total = 0
@@ -216,12 +220,12 @@ def _what_it_holds(whole: Any, shared: Any) -> str:
         total += sum(each.nbytes for each in stored(one).values())
         if not all(map(base.holds, stored(two).values())):
             return f"{name} is not shared out"
-    alike = [each for each in replicated(shared) if not each.requires_grad]
+    alike = [each for each in held_for_good(shared) if not each.requires_grad]
     frozen = [each for each in shared.parameters() if not each.requires_grad]
     buffers = list(shared.buffers())
     if len(frozen) + len(buffers) - len(alike) != len(layout.expected_linears()):
         return f"{len(frozen) + len(buffers)} tensors, {len(alike)} of them replicated"
-    held = sum(each.nbytes for each in (*base._parts, *base._buffers))
+    held = sum(each.nbytes for each in (*base.storage.parts, *base.buffers))
     expected = total / processes + 2 * total / BLOCKS
     # Each tensor and each part begins at a multiple of 256 bytes.
     rounding = 256 * (BLOCKS + 2 * processes) * 4 * len(layout.linears)

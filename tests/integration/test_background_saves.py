@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from falcon_qlora.checkpoint import checkpointer, host_copy
+from falcon_qlora.checkpoint.adapter_check import AdapterFaultError
 from falcon_qlora.checkpoint.checkpointer import Checkpointer
 from falcon_qlora.checkpoint.manifest import fault
 from falcon_qlora.common.errors import UserError
@@ -193,7 +194,7 @@ def test_saves_that_come_faster_than_they_are_written_are_all_made(
 def test_a_checkpoint_that_fails_its_check_ends_the_run_before_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_bug: bool
 ) -> None:
-    fault_found = checkpointer.AdapterFaultError("not what was in memory")
+    fault_found = AdapterFaultError("not what was in memory")
     fail_save(monkeypatch, 10, ZeroDivisionError() if of_bug else fault_found)
     with pytest.raises(ZeroDivisionError if of_bug else UserError):
         fine_tune(tmp_path, max_steps=30, save_steps=10, logging_steps=1)

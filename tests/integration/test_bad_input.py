@@ -185,7 +185,6 @@ class TestModel:
     def test_that_exceeds_the_gpu(self, refused: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(devices, "local_device", lambda: torch.device("cuda", 0))
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 * GIB, 80 * GIB))
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA A100")
         message = refused(
@@ -205,10 +204,19 @@ class TestModel:
         assert "8bit needs a GPU of compute capability 7.5 or later; Tesla V100 has 7.0" in message
         assert "--quantize_mode 4bit" in message
 
-    @pytest.mark.parametrize("words", [["--compute_dtype", "fp16"], ["--fp16"]])
-    def test_fp16_on_the_cpu(self, refused: Refuse, words: list[str]) -> None:
-        message = refused(*train(*words))
-        assert message.startswith("--compute_dtype fp16 needs a GPU")
+    def test_a_gpu_that_the_installed_torch_does_not_serve(
+        self, refused: Refuse, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(devices, "local_device", lambda: torch.device("cuda", 0))
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90", "compute_120"])
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 0))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla V100-SXM2-16GB")
+        message = refused(*train())
+        assert message.startswith(
+            "Tesla V100-SXM2-16GB (compute capability 7.0) cannot run the installed torch "
+            f"{torch.__version__}, which is built for sm_75, sm_80, sm_90, compute_120: install a torch "
+            "built for CUDA 12.6"
+        )
 
     def test_hub_not_reached(self, refused: Refuse) -> None:
         message = refused(*train("-m", "tiiuae/falcon-7b"))

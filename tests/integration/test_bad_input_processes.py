@@ -66,7 +66,7 @@ class TestSeveralProcesses:
         ("words", "message"),
         [
             (["--quantise_mode", "4bit"], "unknown flag --quantise_mode"),
-            (["--compute_dtype", "fp16"], "--compute_dtype fp16 needs a GPU"),
+            (["--sharding", "fsdp", "--offload_base"], "both say where the base lies"),
             (["--dataset_name", "row.jsonl"], "file not found: row.jsonl"),
         ],
     )

@@ -48,7 +48,7 @@ def test_two_ranks_pass_and_leave_nothing(work: Processes) -> None:
     (table,) = re.findall(r"dry run: passed on 2 ranks; nothing was left behind\n(.*)", told, re.S)
     labels = [line.split()[0] for line in table.splitlines()]
     assert labels == (
-        "versions data disk all-reduce kernels step save quantized adapter end packing reopened".split()
+        "versions data disk all-reduce kernels step cut save quantized adapter end packing reopened".split()
     )
     assert "gloo, the right sum on 2 ranks" in table
     assert re.search(r"kernels +loss within \S+ and gradients within \S+ of the model's own", table)

@@ -186,7 +186,9 @@ CHANGED: dict[str, Case] = {
     "per_device_train_batch_size": Case(1),
     "gradient_accumulation_steps": Case(2),
     "global_batch_size": Case(4),
+    "batch_tokens": Case(64, seen=lambda seen: _spoken(seen.output, "steps")),
     "checkpointing": Case("full", seen=_activations),
+    "offload_base": Case(True, seen=lambda seen: "frozen weights are in CPU memory" in seen.output),
     "max_bad_steps": Case(1, {"model_name_or_path": "broken"}, without=0, refusal="1 steps in a row"),
     "save_every_minutes": Case(1e-6, {"save_strategy": "no"}),
     "early_stopping": Case(1, EVALUATED | {"learning_rate": 1e-20, "max_steps": 4}),
@@ -208,6 +210,7 @@ CHANGED: dict[str, Case] = {
     "max_grad_norm": Case(1e-3, {"optim": "sgd"}),
     "neftune_noise_alpha": Case(5.0),
     "bf16": Case(True),
+    "fp16": Case(True, {"max_steps": 1}),
     "gradient_checkpointing": Case(True, seen=_activations),
     # Log
     "logging_strategy": Case("epoch", {"logging_steps": None}),
@@ -237,7 +240,6 @@ CHANGED: dict[str, Case] = {
 REFUSED: dict[str, tuple[list[str], str]] = {
     "model_revision": (["--model_revision", "main"], "--model_revision is a setting of what lies on the hub"),
     "dataset_config": (["--dataset_config", "x"], "--dataset_config is a setting of what lies on the hub"),
-    "fp16": (["--fp16"], "--compute_dtype fp16 needs a GPU"),
     "tf32": (["--tf32"], "--tf32 requires Ampere"),
     "run_name": (["--run_name", "x"], "--run_name is not read with --report_to none"),
     "wandb_project": (["--wandb_project", "x"], "--wandb_project is a setting of --report_to wandb"),

@@ -545,7 +545,9 @@ def test_a_run_on_a_folder_of_this_machine_is_used_as_any_other(tmp_path, capsys
     assert capsys.readouterr().err.count("as its tokenizer") == 3
 
 
-def test_an_adapter_from_elsewhere_is_measured_on_packaged_text_and_that_is_said(run, tmp_path, capsys):
+def test_an_adapter_from_elsewhere_is_measured_on_packaged_text_and_that_is_said(
+    run, tmp_path, capsys, monkeypatch
+):
     adapter = shutil.copytree(run / "adapter", tmp_path / "elsewhere")
     text = hashlib.sha256(b"{{ messages }}").hexdigest()  # of the template, as a run records it
     record = json.loads((adapter / RECORD).read_text()) | {"template_fingerprint": text}
@@ -560,9 +562,22 @@ def test_an_adapter_from_elsewhere_is_measured_on_packaged_text_and_that_is_said
         "--max_length",
         256,
     )
-    assert merge(*words, "--base", "dequantized") == 0
+    # Such text's loss says nothing of the adapter's rows: the nearer merge is kept, whatever its loss.
+    monkeypatch.setattr(build, "mean_loss", lambda losses: next(falling))
+    falling = iter([3.0, 2.0, 2.5])
+    assert merge(*words) == 0
     assert "no held-out rows are known" in capsys.readouterr().out
     certificate = json.loads((tmp_path / "merged" / "certificate.json").read_text())
+    far, near = certificate["merges"]["16bit"], certificate["merges"]["dequantized"]
+    assert (far["loss"], near["loss"]) == (2.0, 2.5)
+    assert far["kl_divergence"] > near["kl_divergence"]
+    assert (certificate["merged_onto"], certificate["chosen_by"]) == ("dequantized", "kl_divergence")
+    monkeypatch.setattr(build, "mean_loss", lambda losses: next(falling))
+    falling = iter([3.0, 2.0, 2.5])
+    own = write_jsonl(tmp_path / "own.jsonl", [{"instruction": "What is 1 and 1?", "output": "It is 2."}])
+    assert merge(*words[:2], "--out", tmp_path / "other", "--eval_split", own) == 0
+    other = json.loads((tmp_path / "other" / "certificate.json").read_text())
+    assert (other["merged_onto"], other["chosen_by"]) == ("16bit", "loss")
     assert "comes with falcon_qlora" in certificate["held_out"]["source"]
     assert certificate["held_out"]["tokens"] <= 800
     assert (certificate["origin"]["template"], certificate["origin"]["template_sha256"]) == ("alpaca", text)

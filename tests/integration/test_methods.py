@@ -23,6 +23,7 @@ from falcon_qlora.run_folder import tracking
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.training import build as builder
 from falcon_qlora.training import rows
+from falcon_qlora.training.batch_tokens import Cut, Cutter
 from tests.integration.runs import command, metrics, summary, train
 from tests.integration.test_adapter import fine_tune
 from tests.layouts import trainable_names
@@ -175,6 +176,7 @@ def test_no_weight_decay_acts_on_the_scales_biases_and_norms_of_adapter_v2(tmp_p
         describe_adapter=lambda folder: None,
         settings={},
         began=time.time(),
+        cutter=Cutter(cut=Cut(tokens=2048, micro_batches=1, why="")),
     )
     trainer.create_optimizer()
     assert trainer.optimizer is not None

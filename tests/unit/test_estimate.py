@@ -30,7 +30,8 @@ from tests.layouts import FALCON_H1, FAMILIES
 
 KEYS = (
     "model method quantize_mode gpus gpu usable_gib card_gib fits checkpointing tokens_per_second hours "
-    "parts micro_batch_tokens largest_micro_batch steps tokens counted basis cards"
+    "parts micro_batch_tokens micro_batches largest_micro_batch steps tokens counted host_gib "
+    "work_and_copy_seconds basis cards"
 ).split()
 
 
@@ -87,6 +88,51 @@ PUBLISHED = {
     "falcon-h1-7b": 7.59e9,
     "falcon-h1-34b": 33.6e9,
 }
+
+
+def test_a_base_in_cpu_memory_takes_two_blocks_of_the_card_and_each_pass_its_work_or_its_copies(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = "-m random:falcon-40b --max_steps 10"
+    smallest = f"{words} --recipe smallest --gpu 16GiB"
+    assert (estimate(smallest, capsys)["fits"], estimate(f"{smallest} --offload_base", capsys)["fits"]) == (
+        False,
+        True,
+    )
+    for batch, is_hidden in (("-b 4", True), ("-b 1 --max_length 512", False)):
+        resident, there = (
+            estimate(f"{words} --gpu h200 {batch} {more}", capsys) for more in ("", "--offload_base")
+        )
+        # 40B in 4 bits over PCIe 5, of which four fifths are reached; in another unit than the card's.
+        copies = 21.04e9 / 50.4e9
+        passes = there["work_and_copy_seconds"]
+        assert [copied for _, copied in passes.values()] == pytest.approx([copies, copies], rel=0.01)
+        assert (there["tokens_per_second"] == pytest.approx(resident["tokens_per_second"])) is is_hidden
+        assert there["host_gib"] == pytest.approx(21.04e9 / GIB, rel=0.01)
+        if not is_hidden:
+            assert 512 / there["tokens_per_second"] == pytest.approx(
+                sum(map(max, passes.values())) + 444_334_080 * 28 / 4.8e12, rel=0.01
+            )
+    main(["estimate", *words.split(), "--gpu", "h200", "--offload_base", "-b", "1", "--max_length", "512"])
+    assert "the copies limit both passes: a larger -b hides them" in capsys.readouterr().out
+
+
+def test_a_t4_computes_in_float16_on_the_reference_path(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "-m random:falcon-7b --max_steps 10 --recipe smallest"
+    t4, asked = (estimate(f"{words} --gpu {more}", capsys) for more in ("t4", "3090 --compute_dtype fp16"))
+    assert t4["fits"]
+    assert (t4["parts"], t4["checkpointing"]) == (asked["parts"], asked["checkpointing"])
+    assert "selective" not in t4["largest_micro_batch"]
+    main(["estimate", *words.split(), "--gpu", "t4"])
+    assert (
+        "on the reference path, which is slower and takes more: computes in float16"
+        in capsys.readouterr().out
+    )
+    everywhere = estimate(f"{words} --compute_dtype bf16", capsys)["cards"]
+    assert everywhere.keys() == CARDS.keys() - {"t4"}
+    for more, told in (("--compute_dtype bf16", "T4 has no bfloat16"), ("--method full -q 16bit", "in fp16")):
+        assert main(["estimate", "-m", "tiny", "--gpu", "t4", *more.split()]) == 2
+        assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -205,9 +251,9 @@ def test_without_rows_every_key_is_there(capsys: pytest.CaptureFixture[str]) -> 
     assert found["tokens_per_second"] > 10_000
     assert "not on this machine" in told
     assert "--max_steps" in told
-    found = estimate("-m random:falcon-7b --gpu h200 --max_steps 100 --global_batch_size 8", capsys)
-    assert (found["steps"], found["tokens"]) == (100, 100 * 8 * 2048)
-    assert found["hours"] == pytest.approx(100 * 8 * 2048 / found["tokens_per_second"] / 3600, rel=1e-3)
+    found = estimate("-m random:falcon-7b --gpu h200 --max_steps 1000 --global_batch_size 8", capsys)
+    assert (found["steps"], found["tokens"]) == (1000, 1000 * 8 * 2048)
+    assert found["hours"] == pytest.approx(1000 * 8 * 2048 / found["tokens_per_second"] / 3600, rel=1e-3)
 
 
 def test_full_fine_tuning_is_sharded_where_a_replica_does_not_fit(
@@ -293,7 +339,7 @@ def test_rows_that_cannot_be_read_are_told_and_the_rest_is_answered(
 @pytest.mark.parametrize("words", ["", "--method full -q 16bit --optim adamw_bnb_8bit", "--kernels off"])
 def test_the_largest_micro_batch_fits_and_one_more_does_not(card: str, words: str) -> None:
     estimator = Estimator(parse(words.split()), find_outline_here("random:falcon-7b"))
-    for what in estimator.choices():
+    for what in estimator.choices(None):
         most = estimator.largest(CARDS[card], what)
         fits = [
             estimator.on(CARDS[card], checkpointing=what, sequences=sequences).fits
@@ -344,3 +390,20 @@ def test_a_plot_needs_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", "-m", "tiny", "--plot", "x.png"]) == 2
     assert "--table" in capsys.readouterr().err
     assert not os.path.exists("x.png")
+
+
+def test_a_step_is_cut_as_training_would_cut_it(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "-m random:falcon-7b --max_steps 5 -b 2 --gradient_accumulation_steps 8 --gpu"
+    large = estimate(f"{words} h200", capsys)
+    assert (large["micro_batches"], large["micro_batch_tokens"], large["checkpointing"]) == (
+        1,
+        32_768,
+        "none",
+    )
+    small = estimate(f"{words} 4090", capsys)
+    assert 2_048 < small["micro_batch_tokens"] < 32_768
+    assert small["fits"] is True
+    named = estimate(f"{words} 4090 --batch_tokens 4096", capsys)
+    assert (named["micro_batches"], named["micro_batch_tokens"]) == (8, 4096)
+    assert main(["estimate", *f"{words} h200".split()]) == 0
+    assert "16 × 2,048 tokens a step: 1 micro-batch of 32,768 tokens on a GPU\n" in capsys.readouterr().out

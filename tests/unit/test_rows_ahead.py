@@ -90,6 +90,33 @@ def test_work_for_a_worker_that_ends_is_broken_off(tmp_path: Path, code: int, st
     assert time.monotonic() - begun < 20
 
 
+def test_a_worker_that_ends_where_python_drops_errors_breaks_off_the_work(tmp_path: Path) -> None:
+    (tmp_path / "ends.py").write_text("import time; time.sleep(0.3)")
+    run = """
+        import time, weakref
+        from pathlib import Path
+        from falcon_qlora.commands import train
+        class Anything:
+            pass
+        def work():
+            anything = Anything()
+            reference = weakref.ref(anything, lambda _: time.sleep(10))
+            del anything
+            time.sleep(60)
+        print(train._run_one(["ends"], Path("."), meanwhile=work))
+    """
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(run)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": f"{Path(launcher.__file__).parents[2]}:{tmp_path}"},
+    )
+    assert (done.stdout.splitlines()[-1:], done.stderr) == (["0"], "")
+    assert time.monotonic() - begun < 20
+
+
 def test_a_worker_waits_for_the_launcher_however_that_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

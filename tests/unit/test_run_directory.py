@@ -108,8 +108,8 @@ def test_a_file_in_the_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
 
 
 def test_an_address_is_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="s3://bucket/run: addresses are not supported"):
-        choose("s3://bucket/run", model="tiny", settings="4bit", root=tmp_path)
+    with pytest.raises(UserError, match="ftp://bucket/run: of addresses only s3:// and gs:// are supported"):
+        choose("ftp://bucket/run", model="tiny", settings="4bit", root=tmp_path)
 
 
 def test_resume_takes_a_run_or_one_of_its_checkpoints(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from falcon_qlora.kernels.libraries import FLASH_ATTENTION_4, QUACK
 from falcon_qlora.models import fast_path, packed_attention
 from falcon_qlora.models.locate import find_outline_here
 from falcon_qlora.processes import devices
+from falcon_qlora.training.batch_tokens import estimate_here
 from falcon_qlora.training.cards import CARDS, MEASURED, card_of
-from falcon_qlora.training.estimate import Estimate, Estimator, estimate_here
+from falcon_qlora.training.estimate import Estimate, Estimator
 from falcon_qlora.training.speed_note import FP8, LIBRARIES, speed_note, told
 from tests.unit.test_fast_path import adapted
 
@@ -93,6 +94,7 @@ def test_only_what_would_help_is_told(
 @pytest.mark.parametrize(("name", "is_known"), [("NVIDIA H200", True), ("NVIDIA L40S", False)])
 def test_a_run_is_estimated_on_its_own_gpu(name: str, is_known: bool, on_gpu: pytest.MonkeyPatch) -> None:
     on_gpu.setattr(torch.cuda, "get_device_name", lambda *_: name)
+    on_gpu.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     on_gpu.setattr(torch.cuda, "mem_get_info", lambda *_: (1, 47 * 2**30))
     words, outline = ["-m", "random:falcon-7b"], find_outline_here("random:falcon-7b")
     found = estimate_here(parse(words), outline, None)

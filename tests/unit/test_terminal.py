@@ -30,6 +30,7 @@ from falcon_qlora.terminal import console, library_logging, phases
 from falcon_qlora.terminal.console import print_answers, print_end, print_start
 from falcon_qlora.training import progress
 from falcon_qlora.training.activations import Activations
+from falcon_qlora.training.batch_tokens import Cut, Cutter
 from falcon_qlora.training.progress import ProgressCallback
 from falcon_qlora.training.record import start_rows
 from tests.layouts import attach_lora
@@ -104,6 +105,8 @@ def test_a_run_tells_what_it_trains_on_what(tmp_path: Path, monkeypatch: pytest.
         epochs=1,
         efficiency=0.934,
     )
+    cutter = Cutter(cut=Cut(tokens=6144, micro_batches=1, why="-b, on the CPU"))
+    cutter.activations = Activations(["none"], None, False)
     told = dict(
         start_rows(
             parse(["-m", "tiny", "-b", "3", "--max_length", "2048", "--dataset_name", "sample"]),
@@ -112,7 +115,7 @@ def test_a_run_tells_what_it_trains_on_what(tmp_path: Path, monkeypatch: pytest.
             attach_lora(load_model("tiny", device="cpu"), r=4, alpha=8),
             tracking=["W&B: offline (no key)", "TensorBoard"],
             kernels={},
-            activations=Activations(["none"], None, False),
+            cutter=cutter,
             checkpoint="checkpoints/step-7",
         )
     )
@@ -127,8 +130,8 @@ def test_a_run_tells_what_it_trains_on_what(tmp_path: Path, monkeypatch: pytest.
     assert told["data"] == "90 documents · 12,345 tokens, 2,345 of them in the loss · 12 dropped"
     assert told["held out"] == ""
     assert told["steps"] == (
-        "1,000 · 1 epoch · 6 × 2,048 tokens a step, 3 at a time on each device · packed 93% full · going on "
-        "from step 7"
+        "1,000 · 1 epoch · 6 × 2,048 tokens a step, 1 micro-batch of 6,144 tokens on each device (-b, on the "
+        "CPU) · packed 93% full · going on from step 7"
     )
     assert (told["tracking"], told[""], told["writes to"]) == (
         "W&B: offline (no key)",
