@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import is_being_written, quoted, replaced_folder
 from falcon_qlora.common.quantities import counted, gib
+from falcon_qlora.common.stores import is_address
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.processes.watchdog import end_native_code_after
 from falcon_qlora.terminal.library_logging import quiet_libraries
@@ -85,6 +86,10 @@ def _quantize(configuration: Configuration) -> int:
     from falcon_qlora.merge.out import BASE, check_disk, check_out
 
     name, out = configuration.model.model_name_or_path, Path(str(configuration.run.output_dir))
+    if is_address(str(configuration.run.output_dir)):
+        raise UserError(
+            f"--output_dir {configuration.run.output_dir}: a base is prepared into a folder, not a URL"
+        )
     if configuration.model.quantize_mode == "16bit":
         raise UserError(
             "prepare --output_dir quantizes a base: give -q 4bit or 8bit, or use the base as it is"

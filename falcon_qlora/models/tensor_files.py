@@ -196,8 +196,8 @@ def write_tensors(
             if not shards or (shards[-1].size and shards[-1].size + content.nbytes > max_shard_bytes):
                 if shards:
                     shards[-1].finish()
-                number = f"-{len(shards) + 1:05}" if shards else ""
-                shards.append(opened.enter_context(_Shard(folder / f"model{number}.safetensors", room)))
+                ending = f"-{len(shards) + 1:05}" if shards else ""
+                shards.append(opened.enter_context(_Shard(folder / f"model{ending}.safetensors", room)))
             shards[-1].add(name, content)
         if shards:
             shards[-1].finish()

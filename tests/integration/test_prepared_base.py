@@ -143,6 +143,13 @@ def test_a_run_goes_on_on_the_other(runs: Path, tmp_path: Path, there: str, here
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_blocks_in_cpu_memory_are_filled_from_it(runs: Path, tmp_path: Path, mode: str) -> None:
+    train(tmp_path / "run", "-m", runs / mode, *STEPS, "--offload_base")
+    assert_same_run(tmp_path / "run", runs / f"on-{mode}")
+
+
+@pytest.mark.slow
 def test_a_checkpoint_of_the_hub_says_how_it_is_stored(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,7 +273,7 @@ def test_a_disk_that_fills_leaves_nothing(tmp_path: Path, capsys: pytest.Capture
     for room in (10_000, 3_000_000):
         with room_for(room):
             assert prepare("-m", "tiny", "--output_dir", tmp_path / "out") != 0
-        assert "model.safetensors: File too large" in only_message(capsys.readouterr().err)
+        assert only_message(capsys.readouterr().err) == f"{tmp_path}/out: File too large"
         assert contents(tmp_path) == {}
 
 
@@ -287,6 +294,7 @@ def test_only_a_prepared_base_is_replaced(
     assert "exists already" in refused(capsys, *words, out)
     assert "not a prepared base" in refused(capsys, *words, tmp_path, "--overwrite")
     assert "give -q 4bit or 8bit" in refused(capsys, *words[:3], "-q", "16bit", *words[5:], tmp_path / "new")
+    assert "into a folder, not a URL" in refused(capsys, *words, "s3://bucket/base")
     assert cli.main([*words, str(out), "--overwrite"]) == 0
     assert json.loads((out / "config.json").read_text())["quantization_config"]["load_in_8bit"]
 
