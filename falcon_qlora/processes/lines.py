@@ -13,8 +13,8 @@ from typing import Any
 
 from falcon_qlora.processes import ranks
 
-# Gone after 25 s without an answer: a link may be cut for a while.
-_PROBES = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
+# Gone after 20 s without an answer: a link may be cut for a while.
+_PROBES = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 5}
 _CONNECT_SECONDS = 5.0
 _DONE = b"."
 

@@ -33,8 +33,8 @@ _STORE_SECONDS = 10.0
 _PROBE_SECONDS = 3.0
 # How long others may take to hear of an error, and this process to be ended by another's.
 _HEAR_SECONDS = 5.0
-# How often a line is found to have ended before its process is taken for gone: it may have told of an error.
-_LOOKS = 2
+# Before a process whose line has ended is taken for gone: it may have told of an error.
+_LOST_SECONDS = 2.0
 # Without a sign of life; also for a store whose machine does not answer. A link may be cut for a while.
 _GONE_SECONDS = 90.0
 _MEET_SECONDS = 900.0
@@ -54,7 +54,7 @@ class _Lookout:
         self._tells = False  # an error of its own
         self._signs: dict[int, tuple[str, float]] = {}
         self._lines: Lines | None = None
-        self._looks_since_lost = 0
+        self._lost_since: float | None = None
 
     def begin(self) -> None:
         self._name, store, self.members = agreement.meet(_MEET_SECONDS)
@@ -144,22 +144,23 @@ class _Lookout:
                 if ranks.is_main_process():
                     self._look_for_signs()
                 refused, silent = 0, time.monotonic()
-                self._look_at_lines()
+                if gone := self._lost():  # and none has told of an error
+                    self.tell(self.told_gone(gone), EXIT_BUG)
+                    self._finish_and_exit(EXIT_BUG)
             except Exception:
                 self._store = None
                 refused = refused + 1 if _refuses() else 0
-                if not self._ended.is_set() and (refused > 2 or time.monotonic() - silent > self.patience):
-                    self._leave({"text": self.told_gone([0])})
+                gone = self._lost() or [0] * (refused > 2 or time.monotonic() - silent > self.patience)
+                if gone and not self._ended.is_set():
+                    self._leave({"text": self.told_gone(gone)})
 
-    def _look_at_lines(self) -> None:
-        """End the run if a process is gone before the first step; later a collective shows it."""
-        if self._lines is None or self.patience != _GONE_SECONDS:
-            return
+    def _lost(self) -> list[int]:
+        """The ranks that are gone before the first step; later a collective shows it."""
+        if self._lines is None or self.patience != _GONE_SECONDS or self._ended.is_set():
+            return []
         gone = self._lines.lost()
-        self._looks_since_lost = self._looks_since_lost + 1 if gone else 0
-        if self._looks_since_lost > _LOOKS and not self._ended.is_set():  # none of them has told of an error
-            self.tell(self.told_gone(gone), EXIT_BUG)
-            self._finish_and_exit(EXIT_BUG)
+        self._lost_since = (self._lost_since or time.monotonic()) if gone else None
+        return gone if self._lost_since and time.monotonic() - self._lost_since > _LOST_SECONDS else []
 
     def _look_for_signs(self) -> None:
         """On the main process: end the run if a rank has shown no sign of life for too long."""
