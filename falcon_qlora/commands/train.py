@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from falcon_qlora import config
-from falcon_qlora.commands import launch_flags
+from falcon_qlora.commands import launch_flags, other_launchers
 from falcon_qlora.common.errors import (
     EXIT_BEREFT,
     EXIT_BUG,
@@ -180,6 +180,10 @@ class _StopOnce:
             return int((self._folder / launcher.TRAINING).read_text(encoding="utf-8")) in workers
         return False
 
+    @property
+    def was_asked(self) -> bool:
+        return self._asked_with is not None
+
     def status(self, codes: Mapping[int, int]) -> int | None:
         """The exit status if the workers ended only because of the signal, with nothing to save; else None.
 
@@ -261,6 +265,8 @@ def _launch(torchrun_argv: list[str], folder: Path, *, on_one_node: bool) -> int
     launch_config, command, arguments = run.config_from_args(run.parse_args(torchrun_argv))
     if not on_one_node and not launch_config.max_restarts:
         threading.Thread(target=_end_late_agent, args=[folder], name="late agent", daemon=True).start()
+    if not on_one_node:
+        other_launchers.watch(launch_config, folder, lambda text: _leave_for_another(text, folder))
     # The agent reports every failure at length; the workers have already reported theirs.
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
@@ -270,6 +276,11 @@ def _launch(torchrun_argv: list[str], folder: Path, *, on_one_node: bool) -> int
             elastic_launch(config=launch_config, entrypoint=command)(*arguments)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        if not on_one_node and not stop.was_asked:
+            rank, code = next(iter(codes.items()))
+            other_launchers.tell(
+                launch_config, folder, f"error: rank {rank} on {socket.gethostname()} {_how(code)}"
+            )
         return stop.status(codes) or _status(codes, folder)
     except Ended as asked:
         return _end(asked, folder)
@@ -289,9 +300,19 @@ def _end_late_agent(folder: Path) -> None:
             return
         time.sleep(1)
     time.sleep(_LEAVE_SECONDS)
-    if not folder.exists():
-        return
-    _say_how_to_go_on(folder)
+    if folder.exists():
+        _say_how_to_go_on(folder)
+        _end_at_once(folder)
+
+
+def _leave_for_another(text: str, folder: Path) -> None:
+    """End this process, as a rank of another node has died and the ranks here wait for it."""
+    if not (folder / launcher.TOLD).exists():
+        print(printable(text), file=sys.stderr, flush=True)
+    _end_at_once(folder)
+
+
+def _end_at_once(folder: Path) -> None:
     _send(_children(), signal.SIGKILL)
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(EXIT_BUG)

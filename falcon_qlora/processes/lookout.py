@@ -26,12 +26,15 @@ from typing import Any
 
 from falcon_qlora.common.errors import EXIT_BUG, EXIT_HANGING, UserError
 from falcon_qlora.processes import agreement, launcher, ranks
+from falcon_qlora.processes.lines import Lines
 
 _LOOK_SECONDS = 1.0
 _STORE_SECONDS = 10.0
 _PROBE_SECONDS = 3.0
 # How long others may take to hear of an error, and this process to be ended by another's.
 _HEAR_SECONDS = 5.0
+# Before a process whose line has ended is taken for gone: it may have told of an error.
+_LOST_SECONDS = 2.0
 # Without a sign of life; also for a store whose machine does not answer. A link may be cut for a while.
 _GONE_SECONDS = 90.0
 _MEET_SECONDS = 900.0
@@ -50,9 +53,13 @@ class _Lookout:
         self._ended = threading.Event()
         self._tells = False  # an error of its own
         self._signs: dict[int, tuple[str, float]] = {}
+        self._lines: Lines | None = None
+        self._lost_since: float | None = None
 
     def begin(self) -> None:
-        self._name, _, self.members = agreement.meet(_MEET_SECONDS)
+        self._name, store, self.members = agreement.meet(_MEET_SECONDS)
+        with contextlib.suppress(OSError, RuntimeError):  # then signs of life have to do
+            self._lines = Lines(store)
         threading.Thread(target=self._watch, name="lookout", daemon=True).start()
 
     @property
@@ -61,6 +68,8 @@ class _Lookout:
 
     def end(self) -> None:
         self._ended.set()
+        if self._lines is not None:
+            self._lines.end()
 
     def tell(self, text: str, status: int, *, here: bool = True) -> None:
         if self._tells:  # another thread does, and ends this process
@@ -135,11 +144,23 @@ class _Lookout:
                 if ranks.is_main_process():
                     self._look_for_signs()
                 refused, silent = 0, time.monotonic()
+                if gone := self._lost():  # and none has told of an error
+                    self.tell(self.told_gone(gone), EXIT_BUG)
+                    self._finish_and_exit(EXIT_BUG)
             except Exception:
                 self._store = None
                 refused = refused + 1 if _refuses() else 0
-                if not self._ended.is_set() and (refused > 2 or time.monotonic() - silent > self.patience):
-                    self._leave({"text": self.told_gone([0])})
+                gone = self._lost() or [0] * (refused > 2 or time.monotonic() - silent > self.patience)
+                if gone and not self._ended.is_set():
+                    self._leave({"text": self.told_gone(gone)})
+
+    def _lost(self) -> list[int]:
+        """The ranks that are gone before the first step; later a collective shows it."""
+        if self._lines is None or self.patience != _GONE_SECONDS or self._ended.is_set():
+            return []
+        gone = self._lines.lost()
+        self._lost_since = (self._lost_since or time.monotonic()) if gone else None
+        return gone if self._lost_since and time.monotonic() - self._lost_since > _LOST_SECONDS else []
 
     def _look_for_signs(self) -> None:
         """On the main process: end the run if a rank has shown no sign of life for too long."""
@@ -228,7 +249,8 @@ def who_is_gone(error: Exception) -> str | None:
 
 def _of_collective(error: Exception) -> bool:
     places = (frame.filename for frame in traceback.extract_tb(error.__traceback__))
-    told = any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer", "store"))
+    told = type(error).__name__ in ("DistNetworkError", "DistStoreError")  # of torch, of its store too
+    told = told or any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer", "store"))
     return isinstance(error, RuntimeError) and (
         told or any("/torch/distributed/" in place for place in places)
     )

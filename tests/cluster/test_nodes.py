@@ -26,6 +26,7 @@ SETTINGS = (
     "--report_to none --dataset_name rows.jsonl --resume auto"
 ).split()
 GONE = "has not responded: ended, stopped, or cut off from the network"
+NOT_THERE = "not started, ended, or cut off from the network"
 Ended = dict[int, tuple[int, str, str]]
 
 
@@ -136,6 +137,40 @@ def test_a_lost_node_is_named(nodes: Nodes, lost: int, rank: int) -> None:
     first, *rest = errors.splitlines()
     assert (status, first) == (1, f"error: rank {rank} on node{lost} {GONE}")
     assert [line.split(" is ")[0] for line in rest] == ["the last complete checkpoint"] * (lost == 2)
+    assert nodes.none_left()
+
+
+@pytest.mark.parametrize(("lost", "rank"), [(1, 0), (2, 1)])
+def test_a_node_that_is_lost_before_the_first_step_is_named_soon(nodes: Nodes, lost: int, rank: int) -> None:
+    for node in (1, 2):
+        write_jsonl(nodes.at(node) / "rows.jsonl", ROWS * 300)
+    processes = begun(nodes, "--cache_dir", "cache")
+    assert processes[1].stdout is not None
+    assert any(line.startswith("reading rows") for line in processes[1].stdout)
+    nodes.kill(lost)
+    began = time.monotonic()
+    status, _, errors = ended({3 - lost: processes[3 - lost]})[3 - lost]
+    assert time.monotonic() - began < 30
+    told = [f"error: rank {rank} on node{lost} {GONE}\n"]
+    if lost == 1:  # which its agent may see first
+        told.append(f"error: node2: the other nodes do not answer at node1:29400 (connection): {NOT_THERE}\n")
+    assert status == 1
+    assert errors in told
+    assert nodes.none_left()
+
+
+@pytest.mark.parametrize("node", [1, 2])
+def test_a_rank_that_dies_before_the_ranks_have_met_ends_both_soon(nodes: Nodes, node: int) -> None:
+    words = ["--nnodes", "2", *SETTINGS, "--steps", "6", "--output_dir", "run"]
+    module = "tests.cluster.dies_early"
+    dies = {node: "1", 3 - node: ""}
+    began = time.monotonic()
+    ends = ended({each: nodes.train(each, *words, module=module, DIES=dies[each]) for each in (1, 2)})
+    assert time.monotonic() - began < 60  # with the libraries, on a busy machine
+    assert errors_of(ends) == [
+        f"error: rank {node - 1} on node{node} was killed by SIGKILL; out of CPU memory?"
+    ]
+    assert [status for status, _, _ in ends.values()] == [1, 1]
     assert nodes.none_left()
 
 
