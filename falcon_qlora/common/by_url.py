@@ -23,6 +23,7 @@ _FLAG = "--output_dir"
 # Of a run, for the commands that open its adapter.
 _RECORDS = (SETTINGS, "data.json", "kernels.json", "summary.json", "environment.json")
 _PARTS = re.compile(r"(?P<run>.+?)(?P<inside>(/checkpoints/[^/]+|/adapter)?)/*")
+_MARKED = re.compile(r"[\w.-]{1,253}")  # what identifies a run or a start, or a host's name
 _WHOLE = re.compile(r"checkpoints/step-(\d+)/manifest\.json")
 
 
@@ -97,12 +98,13 @@ def bring_settings(address: str, *, begun: bool) -> Path:
 
 
 def mark_of(read: Callable[[], bytes | str]) -> dict[str, Any]:
-    """What a mark says: anybody's content, {} where it cannot be read."""
+    """What a mark says: {} where it cannot be read. It is anybody's content, and parts of it name folders."""
     try:
         told = json.loads(read())
     except (OSError, ValueError, RecursionError):
         return {}
-    return told if isinstance(told, dict) else {}
+    entries = told.items() if isinstance(told, dict) else ()
+    return {name: each for name, each in entries if isinstance(each, str) and _MARKED.fullmatch(each)}
 
 
 def opened(address: str, flag: str, *, whole: bool = False) -> Path:

@@ -76,6 +76,10 @@ READERS = {
     "run_folder/choose.py": None,
     "run_folder/lock.py": test_fuzz_inputs.test_what_a_lock_tells_of_its_holder,
     "common/recorded_paths.py": folders.test_readers,
+    "common/by_url.py": test_fuzz_inputs.test_what_a_mark_at_an_address_says,
+    "checkpoint/mirror.py": test_fuzz_inputs.test_what_a_mark_at_an_address_says,
+    "checkpoint/bring.py": checkpoints.test_before_anything_is_loaded,
+    "training/resume.py": None,  # a manifest's bytes, to compare them
     "common/untrusted.py": test_untrusted.test_no_model_makes_the_loader_crash,
     "common/settings.py": None,
     "common/library_imports.py": None,

@@ -265,6 +265,7 @@ def test_a_certificate_holds_no_markup_but_its_own(text: str) -> None:
         return certificate.card(
             certificate.Certificate(
                 merged_onto="16bit",
+                chosen_by="loss",
                 dtype="bf16",
                 origin=certificate.Origin(
                     base_model=text,

@@ -12,11 +12,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from falcon_qlora.bench.tables import COLUMNS, append_csv, check_csv
 from falcon_qlora.commands.generate import GenerateArguments, _prompts
+from falcon_qlora.common import by_url
 from falcon_qlora.config.configuration import parse
 from falcon_qlora.config.parser import RECIPES
 from falcon_qlora.data.corpus import prepare_corpora
@@ -98,6 +99,15 @@ def test_what_a_lock_tells_of_its_holder(scratch, content):
         told = lock._named(lock._read(opened.fileno()))
     assert told.isprintable()
     assert len(told) < 300
+
+
+@fuzz(60)
+@given(content=st.binary(max_size=99) | JSON.map(json.dumps) | JSON.map(lambda run: json.dumps({"run": run})))
+@example(content='{"run": "../../x"}')
+def test_what_a_mark_at_an_address_says(content):
+    """Names of runs that can be in a folder's name."""
+    run = by_url.mark_of(lambda: content).get("run", "none")
+    assert Path("/runs/it").with_name(f"it-{run[:8]}").parent == Path("/runs")
 
 
 def read_rows(file: Path) -> None:

@@ -273,10 +273,17 @@ class TestCraftedAdapters:
         assert cli.main(["inspect", str(folder / "adapter")]) == 0
         assert "configuration is not here" in capsys.readouterr().out
 
-    def test_a_name_that_is_neither_folder_nor_hub_id(self, folder, capsys):
-        change_json(folder / "adapter" / SETTINGS, base_model_name_or_path="http://evil/\u0000$(id)")
+    @pytest.mark.parametrize(
+        ("name", "told"),
+        [
+            ("evil\u0000/$(id)/x", "There is no folder"),
+            ("http://evil/\u0000$(id)", "of addresses only s3:// and gs:// are supported"),
+        ],
+    )
+    def test_a_name_that_is_neither_folder_nor_hub_id(self, folder, capsys, name, told):
+        change_json(folder / "adapter" / SETTINGS, base_model_name_or_path=name)
         assert cli.main(["merge", "--adapter", str(folder / "adapter"), "--out", "out"]) == 2
-        assert "There is no folder" in capsys.readouterr().err
+        assert told in capsys.readouterr().err
 
 
 class TestCraftedModels:
