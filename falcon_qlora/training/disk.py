@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.checkpoint.host_copy import copy_bytes
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import free_bytes
-from falcon_qlora.common.quantities import gib
+from falcon_qlora.common.quantities import counted, gib
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.sharded import is_sharded, local_tensor, whole_bytes
 from falcon_qlora.models.step_memory import embedded_share, optimizer_bytes
@@ -19,8 +20,29 @@ if TYPE_CHECKING:
 
     from falcon_qlora.training.trainer import FalconTrainer
 
-# The small files beside the weights, with room to spare for the file system.
-_SMALL_FILES = 16 * 2**20
+# The small files beside the weights, with room to spare for the file system: the adapter's, a checkpoint's.
+_SMALL_FILES, _SMALL_FILES_OF_CHECKPOINT = 16 * 2**20, 2 * 2**20
+
+
+@dataclass(frozen=True)
+class Needed:
+    """What a run needs of the disk, at most.
+
+    Attributes:
+        bytes: of all.
+        checkpoints: that lie there at once, while a new one is written.
+        checkpoint_bytes: of each.
+    """
+
+    bytes: int
+    checkpoints: int
+    checkpoint_bytes: int
+
+    def __str__(self) -> str:
+        if not self.checkpoints:
+            return f"{gib(self.bytes)} for the adapter"
+        count = counted(self.checkpoints, "checkpoint")
+        return f"at most {gib(self.bytes)}: {count} of {gib(self.checkpoint_bytes)} at once, and the adapter"
 
 
 def check_disk(
@@ -32,7 +54,7 @@ def check_disk(
     whole: bool,
     steps: int,
     by_clock: bool,
-) -> int:
+) -> Needed:
     """Refuse a disk without room for the run's checkpoints.
 
     Args:
@@ -44,24 +66,24 @@ def check_disk(
         steps: of the run.
         by_clock: whether checkpoints are also saved by the clock.
 
-    Returns:
-        The bytes that they need.
-
     Raises:
         UserError: with what is needed and what is free.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     trainable = sum(parameter.numel() for parameter in trained)
+    saves = _saves(training, steps) + (training.save_total_limit or 1) * by_clock
     needed = predicted_bytes(
         trainable,
         bytes_each=trained[0].element_size(),
         embedded=embedded_share(model.config) if whole else 0.0,
         optimizer=optimizer,
-        saves=_saves(training, steps) + (training.save_total_limit or 1) * by_clock,
+        saves=min(saves, steps),
         limit=training.save_total_limit,
         keeps_best=training.load_best_model_at_end,
+        with_state=not training.save_only_model,
+        with_tokenizer=method_of(model).new_token_count > 0,
     )
-    agreement.from_main_process(lambda: _check_room(directory, needed))
+    agreement.from_main_process(lambda: _check_room(directory, needed.bytes))
     return needed
 
 
@@ -100,8 +122,10 @@ def predicted_bytes(
     keeps_best: bool = False,
     bytes_each: int = 4,
     embedded: float = 0.0,
-) -> int:
-    """Bytes of the checkpoints that lie on the disk at once, and of the adapter at the end.
+    with_state: bool = True,
+    with_tokenizer: bool = False,
+) -> Needed:
+    """The checkpoints that lie on the disk at once, and the adapter at the end.
 
     Args:
         trainable: parameters.
@@ -111,11 +135,14 @@ def predicted_bytes(
         keeps_best: whether the best may stay beyond the limit.
         bytes_each: of a parameter.
         embedded: share of the parameters that are an embedding's.
+        with_state: whether checkpoints have the optimizer's state.
+        with_tokenizer: whether they have the tokenizer, as the adapter has.
     """
-    state = optimizer_bytes(optimizer, bytes_each, embedded=embedded)
+    state = optimizer_bytes(optimizer, bytes_each, embedded=embedded) if with_state else 0
     at_once = saves if limit is None else min(saves, limit + 1 + keeps_best)
-    weights = int(trainable * bytes_each)
-    return at_once * (weights + int(trainable * state) + _SMALL_FILES) + weights + _SMALL_FILES
+    weights, small = int(trainable * bytes_each), _SMALL_FILES_OF_CHECKPOINT + with_tokenizer * _SMALL_FILES
+    each = weights + int(trainable * state) + small
+    return Needed(at_once * each + weights + _SMALL_FILES, at_once, each)
 
 
 def _saves(training: Any, steps: int) -> int:

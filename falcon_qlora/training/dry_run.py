@@ -34,6 +34,7 @@ from falcon_qlora.terminal import console, phases
 from falcon_qlora.terminal.phases import phase
 from falcon_qlora.training import checks
 from falcon_qlora.training.activations import largest_micro_batch, largest_step
+from falcon_qlora.training.disk import Needed
 from falcon_qlora.training.kernel_check import compare_kernels
 from falcon_qlora.training.preflight import Start
 from falcon_qlora.training.rows import TrainingData
@@ -130,12 +131,12 @@ class DryRun:
         told = ", ".join(f"{what} {version}" for what, version in first[1].items())
         self._rows.append(("versions", told + (f": the same on {len(everyone)} ranks" if others else "")))
 
-    def one_step(self, data: TrainingData, *, needed_bytes: int) -> TrainingData:
+    def one_step(self, data: TrainingData, *, needed: Needed) -> TrainingData:
         """The data of a run of one step: that with the longest batch; a stream's first."""
         free = free_bytes(self.directory.path)
         self._rows += [
             ("data", f"{counted(data.total_steps, 'step')} in all"),
-            ("disk", f"the run's checkpoints need {gib(needed_bytes)}, {gib(free)} are free"),
+            ("disk", f"the run needs {needed}; {gib(free)} are free"),
         ]
         phases.now = "first step"
         if isinstance(data.steps, StreamingSteps):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,6 +34,9 @@ from falcon_qlora.training.estimate import Estimate
 from falcon_qlora.training.resume import forget_after, step_of
 from falcon_qlora.training.rows import TrainingData, global_batch
 from falcon_qlora.training.speed_note import speed_note
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
 
 # Fewer steps than these hardly move an adapter.
 _FEW_STEPS = 10
@@ -151,7 +155,15 @@ def start_rows(
                 *data.notes,
             ),
         ),
-        ("held out", counted(len(data.held_out.lengths), "document") if data.held_out is not None else ""),
+        (
+            "held out",
+            ""
+            if data.held_out is None
+            else joined(
+                counted(len(data.held_out.lengths), "document"),
+                evaluated_when(configuration.training, data.total_steps),
+            ),
+        ),
         (
             "steps",
             joined(
@@ -166,6 +178,24 @@ def start_rows(
         *[("tracking" if index == 0 else "", line) for index, line in enumerate(tracking)],
         ("writes to", str(directory)),
     ]
+
+
+def evaluated_when(training: SFTConfig, steps: int) -> str:
+    """How often held-out rows are evaluated, for the terminal.
+
+    Args:
+        training: the trainer's settings.
+        steps: of the run.
+    """
+    strategy = str(getattr(training.eval_strategy, "value", training.eval_strategy))
+    if strategy == "no":
+        return "never evaluated (--eval_strategy no)"
+    every = training.eval_steps or 1
+    if every < 1:
+        every = math.ceil(every * steps)
+    often = "after each epoch" if strategy == "epoch" else f"every {counted(int(every), 'step')}"
+    later = f", from {strategy.removesuffix('s')} {training.eval_delay:g} on" if training.eval_delay else ""
+    return f"evaluated {'at the start and ' if training.eval_on_start else ''}{often}{later}"
 
 
 def describe_adapter(

@@ -134,7 +134,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
         by_clock=run.save_every_minutes > 0,
     )
     if trial is not None:
-        data = trial.one_step(data, needed_bytes=needed)
+        data = trial.one_step(data, needed=needed)
     agreement.wait_for_all()  # nothing is written before every process has come this far
     describe_adapter = functools.partial(record.describe_adapter, configuration, data, fingerprint, tokenizer)
     with start.run_folder() as directory:

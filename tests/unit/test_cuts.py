@@ -53,6 +53,7 @@ def step_seconds(found: Estimate, tokens: int) -> float:
         ("-b 2 --gradient_accumulation_steps 8", 1),
         ("--global_batch_size 13 --kernels off", 1),
         ("--global_batch_size 29 --compute_dtype fp8", 3),
+        ("--global_batch_size 64", 1),
         ("-b 6 --checkpointing full --method adapter_v2 -q 8bit", 2),
     ],
 )
@@ -311,7 +312,8 @@ def test_a_resumed_run_keeps_its_cut(on_gpu: pytest.MonkeyPatch, tmp_path: Path)
 
     # After a lack of memory in its first step too.
     begun.keep(lambda **_: Activations(["none"] * 32))
-    assert begun.smaller([0])
+    while set(begun.cut.blocks or ()) == {"none"}:
+        assert begun.smaller([0])
     fallen = checkpoint(tmp_path / "fallen", settings=settings, cut=begun.record())
     again = chosen(words, fallen)
     assert (again.cut.tokens, again.cut.blocks) == (begun.cut.tokens, begun.cut.blocks)

@@ -32,7 +32,7 @@ from falcon_qlora.training import progress
 from falcon_qlora.training.activations import Activations
 from falcon_qlora.training.batch_tokens import Cut, Cutter
 from falcon_qlora.training.progress import ProgressCallback
-from falcon_qlora.training.record import start_rows
+from falcon_qlora.training.record import evaluated_when, start_rows
 from tests.layouts import attach_lora
 
 SUMMARY = {
@@ -138,6 +138,17 @@ def test_a_run_tells_what_it_trains_on_what(tmp_path: Path, monkeypatch: pytest.
         "TensorBoard",
         str(tmp_path),
     )
+
+
+def test_how_often_held_out_rows_are_evaluated_is_told() -> None:
+    often = "--eval_split 0.1 --eval_strategy"
+    for words, when in (
+        ("--eval_split 0.1", "every 100 steps"),
+        (f"{often} steps --eval_steps 7 --eval_on_start", "at the start and every 7 steps"),
+        (f"{often} epoch --save_strategy epoch", "after each epoch"),
+        (f"{often} steps --eval_steps 3 --eval_delay 30", "every 3 steps, from step 30 on"),
+    ):
+        assert evaluated_when(parse(words.split()).training, 1_000) == f"evaluated {when}"
 
 
 def test_the_end_summary_names_the_path_of_everything_written(
