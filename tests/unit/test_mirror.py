@@ -96,6 +96,17 @@ def test_the_manifest_is_uploaded_last_and_removed_first(store: Path, tmp_path: 
     ended(mirror)
 
 
+def test_nothing_is_removed_before_the_newest_is_there(store: Path, tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run", 2)
+    mirror = Mirror(run, limit=1, goes_on=False)
+    assert mirror.flush(10) is None
+    ended(mirror)
+    save(run, 4)  # as between its passes
+    shutil.rmtree(run.checkpoints / "step-2")
+    mirror._prune()
+    assert whole(store) == [2]
+
+
 def test_what_the_run_removes_during_its_upload_is_uploaded_whole(store: Path, tmp_path: Path) -> None:
     (store / "HELD").write_text("step-2/weights")
     run = a_run(tmp_path / "run", 2)
