@@ -21,6 +21,7 @@ _LOOK_SECONDS = 1.0
 _STORE_SECONDS = 5.0
 # How long the others may take to hear of it: the store may be this launcher's.
 _HEAR_SECONDS = 10.0
+_tells = threading.Event()  # this one
 
 
 def watch(launch_config: Any, folder: Path, leave: Callable[[str], None]) -> None:
@@ -39,6 +40,7 @@ def tell(launch_config: Any, folder: Path, text: str) -> None:
     """Tell the others that a rank has died here, unless it or another has told them."""
     if launch_config.rdzv_backend != "c10d" or (folder / launcher.TOLD).exists() or _trains(folder):
         return
+    _tells.set()
     with contextlib.suppress(Exception):  # then they are as they were without
         store, deadline = _store(launch_config), time.monotonic() + _HEAR_SECONDS
         store.set(_key(launch_config), text)
@@ -50,11 +52,11 @@ def tell(launch_config: Any, folder: Path, text: str) -> None:
 
 def _look(launch_config: Any, folder: Path, leave: Callable[[str], None]) -> None:
     store = None
-    while folder.exists() and not _trains(folder):
+    while folder.exists() and not _trains(folder) and not _tells.is_set():
         time.sleep(_LOOK_SECONDS)
         try:
             store = store or _store(launch_config)
-            if store.check([_key(launch_config)]) and not _trains(folder):
+            if not _tells.is_set() and store.check([_key(launch_config)]) and not _trains(folder):
                 told = store.get(_key(launch_config)).decode()
                 store.add(f"{_key(launch_config)}/heard", 1)
                 leave(told)

@@ -79,7 +79,7 @@ def test_killed_in_an_upload_it_goes_on_on_another_machine_to_the_last_bit(work:
     store = a_store(work, "killed")
     (store / "HELD").write_text("checkpoints/step-6/processes.pt")
     first = Machine(work, store, "first")
-    process = first.start(*WORDS)
+    process = first.start(*WORDS, PACED="1")
     seen((store / "WAITING").exists)
     process.kill()
     process.communicate()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+from pathlib import Path
+from typing import Any
 
 sys.argv[0] = "falcon-qlora"  # by which the package knows its command, and handles signals from here on
 
@@ -15,8 +18,22 @@ folder_store.register()
 if sys.argv[1].startswith("-"):  # a worker, which gets flags alone
     from falcon_qlora.train import main
     from falcon_qlora.training import finish
+    from falcon_qlora.training.trainer import FalconTrainer
 
     finish._END_SECONDS = finish._STOP_SECONDS = float(os.environ.get("PATIENCE", "60"))
+    standard_step = FalconTrainer.training_step
+
+    def paced(self: FalconTrainer, *given: Any, **named: Any) -> Any:
+        """With PACED a step begins once the checkpoints before it are uploaded, or an upload is held."""
+        step, store = self.state.global_step, Path(os.environ["STORE"])
+        manifest = store / f"objects/bucket/run/checkpoints/step-{step - step % 2}/manifest.json"
+        while (
+            "PACED" in os.environ and step > 1 and not manifest.exists() and not (store / "WAITING").exists()
+        ):
+            time.sleep(0.02)
+        return standard_step(self, *given, **named)
+
+    FalconTrainer.training_step = paced  # type: ignore[method-assign]
     main()
 else:
     standard = train.main
